@@ -1,0 +1,7 @@
+"""`python -m lowmem_npo`, and `accelerate launch -m lowmem_npo`."""
+
+import sys
+
+from lowmem_npo.cli.main import main
+
+sys.exit(main())

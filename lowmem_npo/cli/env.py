@@ -1,0 +1,60 @@
+"""`lowmem-npo env`: what a bug report needs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from collections.abc import Sequence
+
+import psutil
+import torch
+
+PACKAGES = ("lowmem-npo", "torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "datasets",
+            "tokenizers", "safetensors", "flash-attn")  # fmt: skip
+
+
+def main(arguments: Sequence[str]) -> None:
+    if arguments:
+        print("usage: lowmem-npo env\n\nPrints versions, GPU and memory; takes no options.")
+        return
+    rows = [("python", platform.python_version()), ("platform", platform.platform())]
+    rows += [(name, _version(name)) for name in PACKAGES]
+    rows += [*_gpus(), *_memory()]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _gpus() -> list[tuple[str, str]]:
+    if not torch.cuda.is_available():
+        return [("cuda", f"no GPU visible (PyTorch built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'the CPU'})")]
+    rows = [("cuda", str(torch.version.cuda))]
+    for index in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        bf16 = "bf16" if p.major >= 8 else "no bf16"
+        rows.append((f"gpu {index}", f"{p.name}, sm_{p.major}{p.minor}, {bf16}, {_gib(free)} of {_gib(total)} free"))
+    return rows
+
+
+def _memory() -> list[tuple[str, str]]:
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(os.getcwd())
+    return [
+        ("cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"),
+        ("host memory", f"{_gib(memory.available)} of {_gib(memory.total)} available"),
+        ("disk here", f"{_gib(disk.free)} of {_gib(disk.total)} free"),
+        ("hub", "offline (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") else "online"),
+    ]
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

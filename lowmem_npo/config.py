@@ -1,0 +1,240 @@
+"""What a run is: typed, documented and validated once, whether it comes from flags, from YAML or from Python.
+
+Each section below is one dataclass and one box of `lowmem-npo train --help`; a field's docstring is its help text.
+`RunConfig` puts the sections together. The file that `--config` reads holds the same names as the flags, flat.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from lowmem_npo.errors import UserError
+
+ForgetTerm = Literal["npo", "ga", "simnpo", "idk"]
+Normalization = Literal["sequence", "token", "length"]
+KLDirection = Literal["policy-reference", "reference-policy"]
+
+
+@dataclass
+class ModelConfig:
+    """Model: what shall forget, and how it is loaded."""
+
+    model: str
+    """Hub name or local directory of a causal language model."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    qlora: bool = False
+    """Load the frozen weights as 4-bit NF4 with double quantisation (bitsandbytes); without it they stay bf16."""
+    attn: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    """Attention implementation. flash_attention_2 needs the extra: pip install 'lowmem-npo[flash]'."""
+    dtype: Literal["bf16", "float32"] = "bf16"
+    """Compute type, and type of the frozen weights that are not 4-bit."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto is the GPU if there is one, else the CPU. Which of several GPUs: CUDA_VISIBLE_DEVICES."""
+    gradient_checkpointing: bool = True
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+
+
+@dataclass
+class DataConfig:
+    """Data: what to forget, what to keep, and how it is tokenised."""
+
+    forget: str | None = None
+    """.jsonl, .json, .csv or .parquet file, or a hub name such as locuslab/TOFU:forget05. Without --forget and
+    --retain a small bundled set of invented biographies is used."""
+    retain: str | None = None
+    """The same, for what must be kept. May be left out only with --gamma 0 --delta 0."""
+    prompt_column: str | None = None
+    """Column of the prompt. input/output, question/answer, prompt/completion, messages and text are found by themselves."""
+    answer_column: str | None = None
+    """Column of the answer."""
+    prompt_template: str | None = None
+    """How a prompt is written before its answer, e.g. 'Question: {prompt}\\nAnswer:'. Default: the prompt as it stands."""
+    max_length: int = 1024
+    """Tokens per row, prompt and answer together; what is cut is counted and reported."""
+    tokens: Literal["answer", "all"] = "answer"
+    """Which tokens count in the loss: the answer's (EOS included), or every non-padding token."""
+    refusal: str = "I don't know."
+    """The answer taught in place of the forgotten one by --forget-term idk."""
+    allow_overlap: bool = False
+    """Go on although rows of the forget set also stand in the retain set."""
+    limit: int | None = None
+    """Use only the first so many rows of each set."""
+
+
+@dataclass
+class ObjectiveConfig:
+    """Objective: L = L_forget + gamma * NLL(retain) + delta * KL(retain)."""
+
+    forget_term: ForgetTerm = "npo"
+    """npo (Zhang et al. 2024), ga (gradient ascent), simnpo (Fan et al. 2024, reference-free), idk (NLL of a refusal)."""
+    beta: float = 0.5
+    """Inverse temperature of npo and simnpo: smaller is closer to gradient ascent."""
+    gamma: float = 1.0
+    """Weight of the retain cross-entropy. 0 skips its work."""
+    delta: float = 0.5
+    """Weight of the KL to the original model on retain answers, over the whole vocabulary. 0 skips its work."""
+    normalization: Normalization = "sequence"
+    """npo on the sum over the answer's tokens (sequence), on each token (token), or on the mean per sequence (length)."""
+    kl_direction: KLDirection = "policy-reference"
+    """KL(policy || reference), or the other way round as in TOFU and open-unlearning."""
+    simnpo_margin: float = 0.0
+    """Reward margin of simnpo (its paper's gamma)."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.beta) and self.beta > 0):
+            raise UserError(f"--beta must be a positive number, not {self.beta}.")
+        for name in ("gamma", "delta"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise UserError(f"--{name} must be 0 or a positive number, not {value}.")
+        for name, allowed in (
+            ("forget_term", ForgetTerm),
+            ("normalization", Normalization),
+            ("kl_direction", KLDirection),
+        ):
+            if getattr(self, name) not in allowed.__args__:
+                raise UserError(
+                    f"--{name.replace('_', '-')} must be one of {', '.join(allowed.__args__)}, not {getattr(self, name)!r}."
+                )
+
+    @property
+    def needs_retain(self) -> bool:
+        """Whether any term looks at retain rows."""
+        return self.gamma > 0 or self.delta > 0
+
+
+@dataclass
+class AdapterConfig:
+    """Adapter: the LoRA weights, the only ones that are trained."""
+
+    lora_r: int = 5
+    """Rank."""
+    lora_alpha: float = 5.0
+    """Scale: the update is multiplied by alpha / r."""
+    lora_dropout: float = 0.0
+    """Dropout on the adapter's input."""
+    lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
+    """Names of the linear layers that get an adapter, or all-linear."""
+
+    def __post_init__(self) -> None:
+        self.lora_targets = (self.lora_targets,) if isinstance(self.lora_targets, str) else tuple(self.lora_targets)
+        if self.lora_r < 1:
+            raise UserError(f"--lora-r must be at least 1, not {self.lora_r}.")
+        if not self.lora_targets:
+            raise UserError("--lora-targets is empty: name at least one linear layer, or all-linear.")
+
+
+@dataclass
+class TrainingConfig:
+    """Training: one optimiser step takes --batch-size forget rows and --retain-batch-size retain rows."""
+
+    batch_size: int = 4
+    """Forget rows per optimiser step, over all micro-batches and processes."""
+    retain_batch_size: int | None = None
+    """Retain rows per optimiser step. Default: as many as forget rows."""
+    micro_batch_size: int | None = None
+    """Forget rows that go through the model at once. Smaller needs less memory and gives the same gradient.
+    Default: the whole batch."""
+    epochs: float = 20.0
+    """Passes over the forget set."""
+    max_steps: int | None = None
+    """Stop after so many optimiser steps, whatever --epochs says."""
+    lr: float = 1e-4
+    """Learning rate of AdamW, constant unless --lr-scheduler-type says otherwise."""
+    seed: int = 42
+    """Seed of the adapter, of the order of the rows, and of everything else that is random."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "retain_batch_size", "micro_batch_size", "max_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
+        if self.epochs <= 0:
+            raise UserError(f"--epochs must be positive, not {self.epochs}.")
+        if self.micro_batch_size is not None:
+            self.micro_batch_size = min(self.micro_batch_size, self.batch_size)
+
+    @property
+    def retain_rows(self) -> int:
+        """Retain rows per optimiser step."""
+        return self.batch_size if self.retain_batch_size is None else self.retain_batch_size
+
+    def micro_batches(self, world_size: int = 1) -> int:
+        """Micro-batches per optimiser step on each of `world_size` processes."""
+        return max(1, math.ceil(self.batch_size / ((self.micro_batch_size or self.batch_size) * world_size)))
+
+
+@dataclass
+class OutputConfig:
+    """Output: where results go and how much is measured."""
+
+    output_dir: str = "lowmem-npo-output"
+    """Directory of the adapter, the configuration, the metrics and the before/after table."""
+    resume: bool = False
+    """Continue the run in --output-dir from its last checkpoint."""
+    eval_rows: int = 64
+    """Rows of each set measured before and after (drawn with the seed); 0 measures nothing."""
+    eval_batch_size: int = 8
+    """Rows that are generated together when measuring."""
+    preview: int | None = None
+    """Print so many tokenised examples of each set, with what is labelled, and stop."""
+    dry_run: bool = False
+    """Print the resolved run, check data, model and disk, and stop."""
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "objective": ObjectiveConfig,
+    "adapter": AdapterConfig,
+    "training": TrainingConfig,
+    "output": OutputConfig,
+}
+# They say what this invocation does, not what the run is: never written to the run's configuration.
+INVOCATION_ONLY = ("resume", "preview", "dry_run")
+
+
+@dataclass
+class RunConfig:
+    """One run of `lowmem-npo train`."""
+
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    trainer_args: dict[str, Any] = field(default_factory=dict)
+    """Further fields of `transformers.TrainingArguments`, by their own names (warmup_steps, logging_steps, ...)."""
+
+    def __post_init__(self) -> None:
+        if (self.data.forget is None) != (self.data.retain is None) and self.objective.needs_retain:
+            missing, given = ("--retain", "--forget") if self.data.retain is None else ("--forget", "--retain")
+            raise UserError(
+                f"{given} is given but {missing} is not: give both, give neither (then the bundled biographies are "
+                "used), or switch the retain terms off with --gamma 0 --delta 0."
+            )
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.output.output_dir)
+
+    def flat(self) -> dict[str, Any]:
+        """All settings under their flags' names; what differs per invocation only (resume, preview) left out."""
+        settings: dict[str, Any] = {}
+        for section in SECTIONS:
+            settings.update(dataclasses.asdict(getattr(self, section)))
+        settings = {name: value for name, value in settings.items() if name not in INVOCATION_ONLY}
+        settings["lora_targets"] = list(settings["lora_targets"])
+        return {**settings, **self.trainer_args}
+
+    def to_yaml(self) -> str:
+        """The whole run as YAML that `--config` accepts back."""
+        return yaml.safe_dump(self.flat(), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,73 @@
+"""LoRA adapters: the trained weights. Switched off, the same network is the reference."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from lowmem_npo.config import AdapterConfig
+from lowmem_npo.errors import UserError
+
+
+def attach_lora(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
+    """Adds a LoRA adapter (Hu et al. 2021) that starts as the identity; only its weights, in float32, require grad.
+
+    Raises:
+        UserError: a target matches no linear layer (the candidates are listed) or the output head.
+    """
+    targets = _checked_targets(model, config.lora_targets)
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        bias="none",
+    )
+    return get_peft_model(model, lora)
+
+
+@contextlib.contextmanager
+def reference_mode(model: PeftModel) -> Iterator[None]:
+    """Inside, `model` is the original model: adapters off, eval mode, no gradients. Everything is restored on leaving."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), model.disable_adapter():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def linear_layer_names(model: PreTrainedModel) -> list[str]:
+    """Last name parts of the linear layers an adapter can sit on: q_proj, down_proj, ...; the head is not among them."""
+    head = model.get_output_embeddings()
+    kinds = (torch.nn.Linear, _conv1d())
+    return sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, kinds) and m is not head})
+
+
+def _conv1d() -> type:
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
+
+    return Conv1D
+
+
+def _checked_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> str | list[str]:
+    if targets == ("all-linear",):
+        return "all-linear"
+    candidates = linear_layer_names(model)
+    head = model.get_output_embeddings()
+    for target in targets:
+        matches = [m for name, m in model.named_modules() if name == target or name.endswith("." + target)]
+        if any(m is head for m in matches):
+            raise UserError(f"--lora-targets {target}: that is the output head, which must stay frozen for the fused losses.")
+        if not matches:
+            raise UserError(
+                f"--lora-targets {target} matches no layer of this {type(model).__name__}; "
+                f"its linear layers are: {', '.join(candidates)} (or all-linear)."
+            )
+    return list(targets)

@@ -1,0 +1,99 @@
+"""The last stretch of the network: answer tokens' hidden states, and the frozen head that would turn them into logits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from lowmem_kernels import FrozenHead, token_logprobs
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lowmem_npo.errors import UserError
+from lowmem_npo.model.precision import compute_autocast
+
+IGNORED = -100
+
+
+class AnswerHidden(NamedTuple):
+    """The predictions that count, one row per labelled token, in the order of the batch."""
+
+    hidden: Tensor  # (N, d) final hidden state that predicts the token
+    targets: Tensor  # (N,) int64 the token
+    sequence: Tensor  # (N,) int64 its row in the batch
+
+
+def causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def frozen_head(model: PreTrainedModel | PeftModel) -> FrozenHead:
+    """The model's output head as the kernels want it: a view of its weights, with softcap and logit scale.
+
+    Knows `final_logit_softcapping` (Gemma), `logit_scale` (Cohere) and `logits_scaling` (Granite);
+    `check_head` finds out whether a model does something else.
+    """
+    lm = causal_lm(model)
+    layer = lm.get_output_embeddings()
+    if layer is None or not hasattr(layer, "weight"):
+        raise UserError(f"{type(lm).__name__} has no linear output head.")
+    if isinstance(layer, (BaseTunerLayer, ModulesToSaveWrapper)):
+        raise UserError("The output head has an adapter; lowmem-npo needs it frozen: leave it out of the LoRA targets.")
+    config = lm.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    if divisor := getattr(config, "logits_scaling", None):
+        scale = scale / divisor
+    bias = getattr(layer, "bias", None)
+    return FrozenHead(
+        layer.weight.detach(),
+        bias=None if bias is None else bias.detach(),
+        softcap=getattr(config, "final_logit_softcapping", None),
+        logit_scale=float(scale),
+    )
+
+
+def answer_hidden(model: PreTrainedModel | PeftModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> AnswerHidden:
+    """One pass through the decoder, without its head; only the states that predict a labelled token leave it.
+
+    Args:
+        input_ids, attention_mask: (B, S) int64.
+        labels: (B, S) int64, -100 where a token does not count; position t is predicted from position t - 1.
+    """
+    lm = causal_lm(model)
+    with compute_autocast(lm):
+        states = lm.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    counts = labels[:, 1:] != IGNORED
+    return AnswerHidden(
+        hidden=states[:, :-1][counts],
+        targets=labels[:, 1:][counts],
+        sequence=counts.nonzero(as_tuple=True)[0],
+    )
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel | PeftModel) -> None:
+    """Compares eight tokens' log-probs with the model's own logits, so that an unknown head is refused, not mistrained.
+
+    Raises:
+        UserError: this architecture does something to its logits that `frozen_head` does not know.
+    """
+    lm = causal_lm(model)
+    ids = torch.arange(1, 9, device=lm.device).remainder(lm.config.get_text_config().vocab_size)[None]
+    mask, was_training = torch.ones_like(ids), lm.training
+    lm.eval()
+    answers = answer_hidden(lm, ids, mask, ids)
+    ours = token_logprobs(answers.hidden, frozen_head(lm), answers.targets)
+    with compute_autocast(lm):
+        logits = lm(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    theirs = logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    lm.train(was_training)
+    # The model rounds its logits to bf16, so agreement is within a few of bf16's steps of the logits' size.
+    if not torch.allclose(ours, theirs, rtol=0.05, atol=0.05):
+        raise UserError(
+            f"{type(lm).__name__} changes its logits in a way lowmem-npo does not know (log-probs differ by "
+            f"{(ours - theirs).abs().max().item():.2g}): please report this architecture."
+        )

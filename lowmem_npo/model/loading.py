@@ -1,0 +1,154 @@
+"""A name or a directory becomes a frozen causal language model, in bf16 or in 4-bit NF4, and its tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import is_flash_attn_2_available
+
+from lowmem_npo.config import ModelConfig
+from lowmem_npo.errors import UserError
+from lowmem_npo.model.names import resolve_name
+
+DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device of this process ("auto", "cpu" or "cuda"). A UserError says so when there is no GPU."""
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no CUDA GPU here (see `lowmem-npo env`); use --device cpu.")
+    return PartialState().device
+
+
+def load_config(config: ModelConfig) -> PretrainedConfig:
+    """The model's configuration, after checking that it is a causal language model that can be loaded natively."""
+    name, _ = resolve_name(config.model)
+    _check_directory(name)
+    try:
+        loaded = AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(_why_not_loaded(name, config.revision, error)) from error
+    architectures = loaded.architectures or []
+    causal = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures) or not architectures
+    if type(loaded) not in MODEL_FOR_CAUSAL_LM_MAPPING or not causal:
+        what = ", ".join(architectures) or loaded.model_type
+        raise UserError(f"'{name}' is not a causal language model but {what}: lowmem-npo needs an ...ForCausalLM model.")
+    return loaded
+
+
+def load_model(config: ModelConfig) -> PreTrainedModel:
+    """The frozen base model on its device, in eval mode.
+
+    Args:
+        config: `qlora` quantises every linear layer but the head to NF4 with double quantisation (Dettmers et al. 2023,
+            QLoRA); embeddings, norms and the head stay in `dtype`.
+
+    Raises:
+        UserError: not a causal LM, not found, no network, bf16 or flash-attention where they cannot run.
+    """
+    device, dtype = resolve_device(config.device), DTYPES[config.dtype]
+    _check_can_run(config, device)
+    name, _ = resolve_name(config.model)
+    loaded_config = load_config(config)
+    quantization = None
+    if config.qlora:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=loaded_config,
+            revision=config.revision,
+            dtype=dtype,
+            attn_implementation=config.attn,
+            quantization_config=quantization,
+            device_map={"": device},
+            trust_remote_code=False,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise UserError(_why_not_loaded(name, config.revision, error)) from error
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model.eval()
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer, with a padding token (its EOS if it has none)."""
+    name, _ = resolve_name(config.model)
+    _check_directory(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=config.revision, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(_why_not_loaded(name, config.revision, error, what="tokenizer")) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"The tokenizer of '{name}' has no end-of-sequence token, so answers could not be ended.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _check_can_run(config: ModelConfig, device: torch.device) -> None:
+    if config.attn == "flash_attention_2" and not is_flash_attn_2_available():
+        raise UserError(
+            "--attn flash_attention_2: flash-attn is not installed for this GPU; "
+            "pip install 'lowmem-npo[flash]' (needs a CUDA toolchain), or use --attn sdpa."
+        )
+    if device.type == "cuda" and config.dtype == "bf16":
+        with torch.cuda.device(device):
+            if not torch.cuda.is_bf16_supported(including_emulation=False):
+                gpu = torch.cuda.get_device_name(device)
+                raise UserError(f"{gpu} has no bf16 arithmetic (it needs compute capability 8.0): use --dtype float32.")
+
+
+def _check_directory(name: str) -> None:
+    """What looks like a path must be a model directory: a typo should not be looked up on the hub."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        config_file = path / "config.json"
+        if not config_file.is_file():
+            raise UserError(f"The directory '{name}' holds no model: there is no config.json in it.")
+        try:
+            model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+            raise UserError(f"'{config_file}' is not valid JSON: {error}.") from error
+        if model_type == "hf_olmo":
+            raise UserError(
+                f"'{name}' is in OLMo's original format, which transformers no longer loads: use the native conversion "
+                "(hub names that end in -hf), or convert it with transformers' convert_olmo_weights_to_hf.py."
+            )
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"There is no directory '{name}': give a model directory, or a hub name such as allenai/OLMo-1B-hf.")
+
+
+def _why_not_loaded(name: str, revision: str | None, error: Exception, what: str = "model") -> str:
+    """One sentence from the many ways in which loading fails; the hub's own message is its last part."""
+    where = f"{what} '{name}'" + (f" at revision '{revision}'" if revision else "")
+    reason = " ".join(str(error).split())
+    lowered = reason.lower()
+    if "trust_remote_code" in lowered or "custom code" in lowered:
+        return f"The {where} needs code from its repository, which lowmem-npo never runs: use a native conversion of it."
+    if "gated" in lowered or "401" in lowered or "403" in lowered:
+        return f"The {where} is gated or private: accept its licence on the hub and log in with `hf auth login`."
+    offline = ("couldn't connect", "offline", "connection", "resolve", "cached files", "max retries", "timed out")
+    if any(sign in lowered for sign in offline) and not Path(name).is_dir():
+        return (
+            f"The {where} is not on this machine and the hub cannot be reached: check the network, "
+            f"or give a local directory. ({reason[:200]})"
+        )
+    if isinstance(error, ImportError):
+        return f"The {where} needs a package that is missing: {reason[:300]}"
+    return f"The {where} cannot be loaded: {reason[:400]}"

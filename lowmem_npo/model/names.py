@@ -1,0 +1,29 @@
+"""Names people type, and the repositories current transformers can load.
+
+The first OLMo releases were published in AllenAI's own format (`hf_olmo`, remote code). Each has a native conversion
+whose name ends in `-hf`; remote code is never run here, so the original names are resolved to those.
+"""
+
+from __future__ import annotations
+
+ORIGINAL_FORMAT_OLMO = (
+    "allenai/OLMo-1B",
+    "allenai/OLMo-1B-0724",
+    "allenai/OLMo-7B",
+    "allenai/OLMo-7B-0424",
+    "allenai/OLMo-7B-0724",
+    "allenai/OLMo-7B-0724-Instruct",
+    "allenai/OLMo-7B-0724-SFT",
+    "allenai/OLMo-7B-Instruct",
+    "allenai/OLMo-7B-SFT",
+    "allenai/OLMo-7B-Twin-2T",
+)
+
+
+def resolve_name(name: str) -> tuple[str, str | None]:
+    """The repository or directory to load for `name`, and a line that says so if it differs."""
+    original = {repo.lower(): repo for repo in ORIGINAL_FORMAT_OLMO}.get(name.strip().rstrip("/").lower())
+    if original is None:
+        return name, None
+    native = f"{original}-hf"
+    return native, f"{name} is in OLMo's original format; using its native conversion {native}."

@@ -1,0 +1,20 @@
+"""In which number type the model computes."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+
+
+def compute_autocast(model: torch.nn.Module) -> AbstractContextManager:
+    """The context every pass through the model runs in: policy, reference and generation alike.
+
+    A half-precision model computes in its own type while its adapter stays float32 (a bf16 adapter loses most AdamW
+    updates at lr 1e-4: bf16 resolves 1 part in 256). A float32 model needs no context.
+    """
+    dtype, device = model.dtype, model.device
+    if dtype not in (torch.bfloat16, torch.float16):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)

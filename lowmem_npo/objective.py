@@ -1,0 +1,106 @@
+"""The mathematics of unlearning, on per-token log-probabilities: the one place where the losses are written down.
+
+    L = L_forget + gamma * NLL(retain) + delta * KL(retain)
+
+Every function takes the quantities of ONE micro-batch on one process and divides by totals of the WHOLE optimiser step
+(`StepTotals`). Sums over micro-batches and processes therefore give the mean over the step exactly, however the step is
+split; a mean of per-micro-batch means would not when answers differ in length.
+
+The retain terms are weighted sums of per-token quantities whose weights are known beforehand (`retain_weights`), so
+they are computed with their gradient by `lowmem_kernels.retain_loss`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowmem_npo.config import ObjectiveConfig
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What one optimiser step holds, over all its micro-batches and processes."""
+
+    forget_sequences: int
+    forget_tokens: int  # answer tokens that are predicted
+    retain_tokens: int
+
+
+@dataclass(frozen=True)
+class SequenceLogprobs:
+    """Per-token log-probs of a batch of answers, and which sequence each token belongs to."""
+
+    token_logprobs: Tensor  # (N,) float32
+    sequence: Tensor  # (N,) int64, in [0, num_sequences)
+    num_sequences: int
+
+    def sums(self) -> Tensor:
+        """(B,) log-prob of each whole answer: log pi(y|x) = sum over its tokens."""
+        zeros = self.token_logprobs.new_zeros(self.num_sequences)
+        return zeros.index_add(0, self.sequence, self.token_logprobs)
+
+    def lengths(self) -> Tensor:
+        """(B,) answer tokens of each sequence, at least 1 so that it can divide."""
+        return torch.bincount(self.sequence, minlength=self.num_sequences).clamp(min=1)
+
+
+def npo(log_ratio: Tensor, beta: float) -> Tensor:
+    """Negative preference optimisation, elementwise: (2/beta) * log(1 + ratio^beta), with log_ratio = log(pi / pi_ref).
+
+    Zhang et al. 2024, "Negative Preference Optimization", eq. 3. 2/beta * ln 2 when policy and reference agree; towards
+    gradient ascent as beta goes to 0; its gradient vanishes as the policy forgets.
+    """
+    return (2.0 / beta) * F.softplus(beta * log_ratio)
+
+
+def simnpo(mean_logprob: Tensor, beta: float, margin: float) -> Tensor:
+    """Reference-free NPO, elementwise on length-normalised log-probs: -(2/beta) * logsigmoid(-beta * mean - margin).
+
+    Fan et al. 2024, "Simplicity Prevails: Rethinking Negative Preference Optimization for LLM Unlearning", eq. 4.
+    """
+    return (2.0 / beta) * F.softplus(beta * mean_logprob + margin)
+
+
+def forget_loss(
+    objective: ObjectiveConfig, policy: SequenceLogprobs, reference: Tensor | None, totals: StepTotals
+) -> Tensor:
+    """The forget term's share of the step's loss from one micro-batch.
+
+    Args:
+        policy: log-probs of the forget answers (for `idk`: of the refusals) under the policy, with gradient.
+        reference: what `needs_reference` asks for: (B,) sums or (N,) per-token log-probs of the original model.
+        totals: counts of the whole optimiser step.
+
+    Returns:
+        Scalar float32.
+    """
+    term, sequences, tokens = objective.forget_term, totals.forget_sequences, totals.forget_tokens
+    if term == "ga":  # ascent on the NLL, a mean over answer tokens as in TOFU (Maini et al. 2024)
+        return policy.token_logprobs.sum() / tokens
+    if term == "idk":
+        return -policy.token_logprobs.sum() / tokens
+    if term == "simnpo":
+        return simnpo(policy.sums() / policy.lengths(), objective.beta, objective.simnpo_margin).sum() / sequences
+    if objective.normalization == "token":
+        return npo(policy.token_logprobs - reference, objective.beta).sum() / tokens
+    log_ratio = policy.sums() - reference
+    if objective.normalization == "length":
+        log_ratio = log_ratio / policy.lengths()
+    return npo(log_ratio, objective.beta).sum() / sequences
+
+
+def needs_reference(objective: ObjectiveConfig) -> str | None:
+    """What the forget term needs of the original model: "sequence" (B,) sums, "token" (N,) log-probs, or nothing."""
+    if objective.forget_term != "npo":
+        return None
+    return "token" if objective.normalization == "token" else "sequence"
+
+
+def retain_weights(objective: ObjectiveConfig, totals: StepTotals) -> tuple[float, float]:
+    """Weights of one retain token's cross-entropy and of its KL: gamma / T and delta / T, T the step's retain tokens."""
+    tokens = max(totals.retain_tokens, 1)
+    return objective.gamma / tokens, objective.delta / tokens
