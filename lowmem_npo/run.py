@@ -1,0 +1,172 @@
+"""One run of `lowmem-npo train`, from configuration to adapter and before/after table. Reads top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import PartialState
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from lowmem_npo.config import RunConfig
+from lowmem_npo.data import PreparedData, prepare, preview
+from lowmem_npo.evaluation import AnswerEvaluation, evaluate_answers
+from lowmem_npo.memory.checkpointing import enable_checkpointing
+from lowmem_npo.model import attach_lora, load_model, load_tokenizer, reference_mode, resolve_name
+from lowmem_npo.model.loading import load_config, resolve_device
+from lowmem_npo.output_dir import RunDirectory, check_disk
+from lowmem_npo.report import MetricsWriter, save_table, text_table
+from lowmem_npo.trainer import NPOConfig, NPOTrainer
+
+Say = Callable[[str], None]
+Evaluations = dict[str, AnswerEvaluation]
+
+
+@dataclass
+class RunResult:
+    """What a run leaves in memory; the same stands in its directory."""
+
+    directory: Path
+    before: Evaluations
+    after: Evaluations
+    optimizer_steps: int
+
+
+def train(config: RunConfig, say: Say = print) -> RunResult | None:
+    """Makes the model forget. Returns None after --preview and --dry-run, which train nothing.
+
+    Everything that can be wrong with data, options, model name and directory is found before the first byte is
+    written and before the weights are loaded.
+
+    Raises:
+        UserError: something the user can mend, said in one sentence.
+    """
+    main_process = PartialState(cpu=resolve_device(config.model.device).type == "cpu").is_main_process
+    say = say if main_process else (lambda line: None)
+    if line := resolve_name(config.model.model)[1]:
+        say(line)
+    tokenizer = load_tokenizer(config.model)
+    data = prepare_data(config, tokenizer)
+    for line in data.report:
+        say(line)
+    if config.output.preview is not None:
+        say(preview(data.forget, tokenizer, config.output.preview, title="forget"))
+        if data.retain is not None:
+            say(preview(data.retain, tokenizer, config.output.preview, title="retain"))
+        return None
+    model_config = load_config(config.model)
+    directory = RunDirectory(config)
+    directory.check()
+    check_disk(config, model_config)
+    if config.output.dry_run:
+        say(config.to_yaml().rstrip())
+        say(f"Dry run: data, model and disk are fine; {_plan(config, data)}. Nothing was trained or written.")
+        return None
+
+    set_seed(config.training.seed)
+    model = attach_lora(load_model(config.model), config.adapter)
+    if config.model.gradient_checkpointing:
+        enable_checkpointing(model.get_base_model())
+    trainer = NPOTrainer(
+        model,
+        npo_config(config),
+        data.forget_targets,
+        data.retain,
+        processing_class=tokenizer,
+        callbacks=[MetricsWriter(directory.metrics)],
+    )
+    directory.begin(main_process)
+    say(f"{_plan(config, data)}; {model.get_nb_trainable_parameters()[0]:,} adapter parameters.")
+
+    before: Evaluations = {}
+    if config.output.eval_rows and main_process:
+        before = directory.evaluations("before")
+        if not before:
+            with reference_mode(model):
+                before = _evaluate(config, model, tokenizer, data, "before")
+            directory.save_evaluations("before", before)
+    PartialState().wait_for_everyone()
+
+    trainer.train(resume_from_checkpoint=directory.last_checkpoint() if config.output.resume else None)
+    trainer.save_model(str(directory.path))
+
+    after: Evaluations = {}
+    if config.output.eval_rows and main_process:
+        after = _evaluate(config, model, tokenizer, data, "after")
+        directory.save_evaluations("after", after)
+        stages = {stage: {name: e.summary for name, e in sets.items()} for stage, sets in
+                  {"before": before, "after": after}.items()}
+        save_table(stages, directory.path)
+        say("\n" + text_table(stages))
+    say(f"\nThe adapter, its configuration and the measurements are in {directory.path}")
+    return RunResult(directory.path, before, after, trainer.state.global_step)
+
+
+def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
+    """Reads, checks and tokenises what the run forgets and keeps."""
+    data = config.data
+    return prepare(
+        tokenizer,
+        forget=data.forget,
+        retain=data.retain,
+        prompt_column=data.prompt_column,
+        answer_column=data.answer_column,
+        prompt_template=data.prompt_template,
+        max_length=data.max_length,
+        tokens=data.tokens,
+        refusal=data.refusal if config.objective.forget_term == "idk" else None,
+        allow_overlap=data.allow_overlap,
+        limit=data.limit,
+    )
+
+
+def npo_config(config: RunConfig) -> NPOConfig:
+    """The trainer's arguments for a run."""
+    training, processes = config.training, PartialState().num_processes
+    settings = {
+        **vars(config.objective),
+        "output_dir": config.output.output_dir,
+        "per_device_train_batch_size": training.micro_batch_size or training.batch_size,
+        "gradient_accumulation_steps": training.micro_batches(processes),
+        "step_batch_size": training.batch_size,
+        "retain_batch_size": training.retain_rows,
+        "num_train_epochs": training.epochs,
+        "max_steps": training.max_steps or -1,
+        "learning_rate": training.lr,
+        "seed": training.seed,
+        "use_cpu": resolve_device(config.model.device).type == "cpu",
+        "report_to": "none",
+        "disable_tqdm": not PartialState().is_main_process,
+    }
+    if "save_steps" in config.trainer_args:  # asking for a number of steps means it
+        settings["save_strategy"] = "steps"
+    return NPOConfig(**{**settings, **config.trainer_args})
+
+
+def _plan(config: RunConfig, data: PreparedData) -> str:
+    training = config.training
+    per_epoch = -(-len(data.forget) // training.batch_size)
+    steps = training.max_steps or -(-int(training.epochs * per_epoch * 1000) // 1000)
+    retain = f" and {training.retain_rows} of {len(data.retain)} retain rows" if data.retain is not None else ""
+    return f"{steps} steps of {min(training.batch_size, len(data.forget))} of {len(data.forget)} forget{retain}"
+
+
+def _evaluate(
+    config: RunConfig, model: PeftModel, tokenizer: PreTrainedTokenizerBase, data: PreparedData, stage: str
+) -> Evaluations:
+    sets = {"forget": data.forget, "retain": data.retain}
+    return {
+        name: evaluate_answers(
+            model,
+            tokenizer,
+            rows,
+            name=f"{stage}, {name}",
+            limit=config.output.eval_rows,
+            seed=config.training.seed,
+            batch_size=config.output.eval_batch_size,
+        )
+        for name, rows in sets.items()
+        if rows is not None
+    }
