@@ -13,3 +13,15 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"needs the LUME/TOFU data and the OLMo tokenizer in {SHARED_DATA}")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def olmo_tokenizer(shared_data):
+    """The real tokenizer of OLMo-7B: byte-level BPE, EOS, no BOS."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(shared_data / "olmo-tokenizer" / "tokenizer.json"),
+        eos_token="<|endoftext|>",
+        pad_token="<|padding|>",
+    )

@@ -1,0 +1,33 @@
+"""Data: from files, hub names or the bundled set to micro-batches of forget and retain rows.
+
+reading -> schemas -> templates -> tokenizing -> batching; `prepare` runs all but the last.
+"""
+
+from lowmem_npo.data.batching import ForgetRetain, Pick, StepBatches, collator
+from lowmem_npo.data.prepare import PreparedData, bundled_rows, prepare
+from lowmem_npo.data.preview import preview
+from lowmem_npo.data.reading import Rows, read_rows
+from lowmem_npo.data.schemas import Example, to_examples, with_answer
+from lowmem_npo.data.templates import Template
+from lowmem_npo.data.tokenizing import IGNORED, TokenizedRow, TokenizedRows, tokenize
+
+__all__ = [
+    "IGNORED",
+    "Example",
+    "ForgetRetain",
+    "Pick",
+    "PreparedData",
+    "Rows",
+    "StepBatches",
+    "Template",
+    "TokenizedRow",
+    "TokenizedRows",
+    "bundled_rows",
+    "collator",
+    "prepare",
+    "preview",
+    "read_rows",
+    "to_examples",
+    "tokenize",
+    "with_answer",
+]
