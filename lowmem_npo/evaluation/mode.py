@@ -1,0 +1,24 @@
+"""Evaluation borrows a model that is being trained, and gives it back as it was."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; every module's own train/eval flag is put back on leaving.
+
+    Gradient checkpointing needs no switch of its own: transformers checkpoints only modules in training mode, so in
+    eval mode the KV cache works and nothing is recomputed.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
