@@ -10,11 +10,10 @@ from pathlib import Path
 
 import yaml
 from transformers import PretrainedConfig
-from transformers.trainer_utils import get_last_checkpoint
 
 from lowmem_npo.config import RunConfig
 from lowmem_npo.errors import UserError
-from lowmem_npo.evaluation import AnswerEvaluation, AnswerRecord, AnswerSummary
+from lowmem_npo.evaluation.answers import AnswerEvaluation, AnswerRecord, AnswerSummary
 
 # A resumed run may be longer, stand elsewhere, or measure more; everything else would make it another run.
 MAY_CHANGE = ("output_dir", "epochs", "max_steps", "eval_rows", "eval_batch_size", "micro_batch_size", "device")
@@ -63,8 +62,18 @@ class RunDirectory:
             write_atomically(self.run_yaml, self.config.to_yaml())
 
     def last_checkpoint(self) -> str | None:
-        """The newest complete checkpoint, or None: then a resumed run starts from the beginning."""
-        return get_last_checkpoint(str(self.path))
+        """The newest complete checkpoint, or None: then a resumed run starts from the beginning.
+
+        The Trainer writes the state last, so a checkpoint without it was cut off while being written; it is removed.
+        """
+        checkpoints = sorted(self.path.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+        for checkpoint in checkpoints:
+            try:
+                json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+                return str(checkpoint)
+            except (OSError, json.JSONDecodeError):
+                shutil.rmtree(checkpoint)
+        return None
 
     def save_evaluations(self, stage: str, evaluations: dict[str, AnswerEvaluation]) -> None:
         content = {name: asdict(evaluation) for name, evaluation in evaluations.items()}

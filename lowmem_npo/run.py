@@ -12,12 +12,13 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from lowmem_npo.config import RunConfig
 from lowmem_npo.data import PreparedData, prepare, preview
-from lowmem_npo.evaluation import AnswerEvaluation, evaluate_answers
+from lowmem_npo.evaluation.answers import AnswerEvaluation, evaluate_answers
 from lowmem_npo.memory.checkpointing import enable_checkpointing
 from lowmem_npo.model import attach_lora, load_model, load_tokenizer, reference_mode, resolve_name
 from lowmem_npo.model.loading import load_config, resolve_device
 from lowmem_npo.output_dir import RunDirectory, check_disk
-from lowmem_npo.report import MetricsWriter, save_table, text_table
+from lowmem_npo.report.metrics import MetricsWriter
+from lowmem_npo.report.table import save_table, text_table
 from lowmem_npo.trainer import NPOConfig, NPOTrainer
 
 Say = Callable[[str], None]

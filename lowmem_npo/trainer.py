@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from lowmem_kernels import retain_loss, token_logprobs
 from lowmem_npo.config import AdapterConfig, ObjectiveConfig
-from lowmem_npo.data import ForgetRetain, StepBatches, collator
+from lowmem_npo.data.batching import ForgetRetain, StepBatches, collator
+from lowmem_npo.data.tokenizing import TokenizedRow
 from lowmem_npo.errors import UserError
 from lowmem_npo.model import answer_hidden, attach_lora, check_head, frozen_head
 from lowmem_npo.objective import SequenceLogprobs, StepTotals, forget_loss, needs_reference, retain_weights
@@ -62,8 +63,8 @@ class NPOTrainer(Trainer):
     Args:
         model: a causal LM whose base is frozen: a `PeftModel`, or a plain model together with `peft_config`.
         args: `NPOConfig`.
-        forget_dataset: tokenised rows, each with `input_ids` and `labels` (-100 where a token does not count). For the
-            `idk` term their answers are the refusals. `lowmem_npo.data.tokenize` makes them.
+        forget_dataset: tokenised rows, as `lowmem_npo.data.tokenize` makes them. For the `idk` term their answers are
+            the refusals (`lowmem_npo.data.with_answer`).
         retain_dataset: the same for what must be kept; None if gamma and delta are both 0.
         peft_config: `AdapterConfig` of the LoRA adapter to attach if `model` has none yet.
         processing_class: tokenizer; saved with the adapter, and its padding token fills short rows.
@@ -76,8 +77,8 @@ class NPOTrainer(Trainer):
         self,
         model: PreTrainedModel | PeftModel,
         args: NPOConfig,
-        forget_dataset: Sequence[dict[str, Any]],
-        retain_dataset: Sequence[dict[str, Any]] | None = None,
+        forget_dataset: Sequence[TokenizedRow],
+        retain_dataset: Sequence[TokenizedRow] | None = None,
         *,
         processing_class: PreTrainedTokenizerBase,
         peft_config: AdapterConfig | None = None,
@@ -95,27 +96,27 @@ class NPOTrainer(Trainer):
         self.head = frozen_head(model)
         self.reference = LiveReference(model, self.head, self.objective)
         self._metrics = StepMetrics(self.objective)
-        dataset = ForgetRetain(forget_dataset, retain_dataset if self.objective.needs_retain else None)
+        retain_dataset = retain_dataset if self.objective.needs_retain else None
         super().__init__(
             model=model,
             args=args,
-            train_dataset=dataset,
-            data_collator=collator(processing_class.pad_token_id),
+            train_dataset=ForgetRetain(forget_dataset, retain_dataset),
+            data_collator=collator(processing_class.pad_token_id, with_retain=self.objective.needs_retain),
             processing_class=processing_class,
             **trainer_kwargs,
         )
-        self.step_batches = self._step_batches(dataset)
+        self.step_batches = self._step_batches(len(forget_dataset), len(retain_dataset or ()))
         self.add_callback(_EpochOfSampler(self.step_batches))
 
     # -- data: one forget and one retain batch per step -------------------------------------------------------------
 
-    def _step_batches(self, dataset: ForgetRetain) -> StepBatches:
+    def _step_batches(self, num_forget: int, num_retain: int) -> StepBatches:
         args = self.args
         micro_batches, processes = args.gradient_accumulation_steps, args.world_size
         batch_size = args.step_batch_size or args.per_device_train_batch_size * micro_batches * processes
         return StepBatches(
-            num_forget=len(dataset.forget),
-            num_retain=len(dataset.retain or ()),
+            num_forget=num_forget,
+            num_retain=num_retain,
             batch_size=batch_size,
             retain_batch_size=args.retain_batch_size or batch_size,
             micro_batches=micro_batches,

@@ -1,0 +1,36 @@
+"""Tiny causal models made from configurations, with random weights: real architectures, a second to build."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig, OlmoConfig, PreTrainedModel
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+}
+
+CONFIGS = {
+    "olmo": lambda v: OlmoConfig(vocab_size=v, tie_word_embeddings=False, **SIZES),
+    "llama": lambda v: LlamaConfig(vocab_size=v, tie_word_embeddings=False, **SIZES),
+    # Caps small enough to bend random logits: a missing softcap must not go unnoticed.
+    "gemma2": lambda v: Gemma2Config(
+        vocab_size=v, head_dim=8, final_logit_softcapping=0.5, query_pre_attn_scalar=8, sliding_window=16, **SIZES
+    ),
+    "granite": lambda v: GraniteConfig(vocab_size=v, logits_scaling=0.25, **SIZES),
+}
+
+
+def tiny_model(architecture: str = "olmo", vocabulary: int = 97, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """A frozen random model of `architecture`, weights large enough that its logits are far from uniform."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[architecture](vocabulary), attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(5)
+    return model.to(dtype).requires_grad_(False).eval()
