@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -86,22 +86,17 @@ class StepBatches(Sampler[list[Pick]]):
         """Which epoch the next iteration gives, from 0."""
         self.epoch = epoch
 
-    @property
-    def batch_sampler(self) -> StepBatches:
-        """Itself: `transformers.Trainer` announces the epoch to `dataloader.batch_sampler.batch_sampler`."""
-        return self
-
     def step_rows(self, step: int) -> tuple[list[int], list[int]]:
         """The forget and the retain rows of global step `step` (from 0), over all micro-batches and ranks."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        order = self._order(FORGET, epoch, self.num_forget)
+        order = _order(self.seed, FORGET, epoch, self.num_forget)
         forget = order[step_in_epoch * self.batch_size : (step_in_epoch + 1) * self.batch_size]
         retain = []
         if self.num_retain:
             for draw in range(step * self.retain_batch_size, (step + 1) * self.retain_batch_size):
                 turn, place = divmod(draw, self.num_retain)
-                retain.append(self._order(RETAIN, turn, self.num_retain)[place])
-        return forget.tolist(), [int(row) for row in retain]
+                retain.append(int(_order(self.seed, RETAIN, turn, self.num_retain)[place]))
+        return forget.tolist(), retain
 
     def micro_batch(self, step: int, index: int) -> list[Pick]:
         """This rank's micro-batch `index` of global step `step`."""
@@ -115,12 +110,11 @@ class StepBatches(Sampler[list[Pick]]):
             for index in range(self.micro_batches):
                 yield self.micro_batch(step, index)
 
-    def _order(self, stream: int, turn: int, rows: int) -> np.ndarray:
-        """(rows,) the order of a part's rows in its `turn`-th pass; the last one made is kept at hand."""
-        kept = self.__dict__.setdefault("_kept", {})
-        if kept.get(stream, (None,))[0] != turn:
-            kept[stream] = (turn, np.random.default_rng([self.seed, stream, turn]).permutation(rows))
-        return kept[stream][1]
+
+@lru_cache(maxsize=8)
+def _order(seed: int, stream: int, turn: int, rows: int) -> np.ndarray:
+    """(rows,) int64: the order of a part's rows in its `turn`-th pass."""
+    return np.random.default_rng([seed, stream, turn]).permutation(rows)
 
 
 class ForgetRetain(Dataset):

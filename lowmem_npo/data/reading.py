@@ -92,43 +92,32 @@ def read_rows(source: str, *, limit: int | None = None) -> Rows:
 
 
 def _read_file(name: str, path: Path) -> Rows:
-    reader = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv}.get(path.suffix.lower(), _read_table)
-    if path.suffix.lower() not in FILE_KINDS:
+    kind = path.suffix.lower()
+    if kind not in FILE_KINDS:
         raise UserError(f"{name} is of a kind that is not read here; convert it to one of {', '.join(FILE_KINDS)}.")
+    if path.stat().st_size == 0:
+        return Rows(name, [])
     try:
-        if path.stat().st_size == 0:
-            return Rows(name, [])
-        return reader(name, path)
+        return {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv}.get(kind, _read_table)(name, path)
     except UserError:
         raise
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}, line {_undecodable_line(path)} is not UTF-8 text; save the file as UTF-8.") from error
     except Exception as error:  # datasets, pyarrow and pandas each have exceptions of their own
-        if isinstance(error.__cause__, UnicodeDecodeError):
-            line = _undecodable_line(path)
-            raise UserError(f"{name}, line {line} is not UTF-8 text; save the file as UTF-8.") from error
-        reason = _first_line(error.__cause__ or error)
-        raise UserError(f"{name} cannot be read as {path.suffix.lower()[1:]} ({reason}); check the file.") from error
+        cause = error.__cause__ or error
+        if isinstance(cause, UnicodeDecodeError):
+            place = f"{name}, line {_undecodable_line(path)}"
+            raise UserError(f"{place} is not UTF-8 text; save the file as UTF-8.") from error
+        reason = " ".join(str(cause).split())
+        raise UserError(f"{name} cannot be read as {kind[1:]} ({reason}); check the file.") from error
 
 
 def _read_json(name: str, path: Path) -> Rows:
     """JSON Lines (one object per line, empty lines allowed), or one array of objects; the suffix does not matter."""
     lines = [row["text"] for row in _load("text", path, encoding="utf-8-sig")]
-    if next((line for line in lines if line.strip()), "").lstrip().startswith("["):
-        try:
-            rows = json.loads("\n".join(lines))
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{name}, line {error.lineno} is not valid JSON ({error.msg}, column {error.colno}); mend that line."
-            ) from error
-        found = Rows(name, rows)
+    filled = [number for number, line in enumerate(lines, 1) if line.strip()]
+    if filled and lines[filled[0] - 1].lstrip().startswith("["):
+        found = Rows(name, _parse(name, "\n".join(lines), 1))
     else:
-        rows, numbers = [], []
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                rows.append(_parse_line(name, number, line))
-                numbers.append(number)
-        found = Rows(name, rows, numbers)
+        found = Rows(name, [_parse(name, lines[number - 1], number) for number in filled], filled)
     for index, row in enumerate(found.rows):
         if not isinstance(row, dict):
             raise UserError(
@@ -138,13 +127,13 @@ def _read_json(name: str, path: Path) -> Rows:
     return found
 
 
-def _parse_line(name: str, number: int, line: str) -> Any:
+def _parse(name: str, text: str, first_line: int) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{name}, line {number} is not valid JSON ({error.msg}, column {error.colno}); "
-            "every line must hold one whole JSON object."
+            f"{name}, line {first_line + error.lineno - 1} is not valid JSON ({error.msg}, column {error.colno}); "
+            "a file holds one object per line, or one array of objects."
         ) from error
 
 
@@ -209,17 +198,18 @@ def _read_hub(name: str, repo: str, config: str | None, split: str | None, revis
         ) from error
     except OSError as error:  # ConnectionError, OfflineModeIsEnabled and their kin
         raise UserError(
-            f"{name} is no local file, and the hub cannot be reached ({_first_line(error)}) nor is there a local "
-            "copy of it; connect once, or give the path of a file."
+            f"{name} is no local file, the hub cannot be reached, and there is no local copy of {repo}; "
+            "connect to the network once, or give the path of a file."
         ) from error
     except Exception as error:  # an unknown configuration or revision, a data set with code of its own
+        reason = " ".join(str(error).split()).split(" Example of usage")[0]
         raise UserError(
-            f"{name} cannot be read from the hub ({_first_line(error)}); name it as owner/name:configuration."
+            f"{name} cannot be read from the hub ({reason}); name it as owner/name:configuration."
         ) from error
     chosen = split or ("train" if "train" in parts else next(iter(parts)))
     if chosen not in parts or (split is None and chosen != "train" and len(parts) > 1):
         wanted = f"has no split {split}" if split else "has several splits"
-        raise UserError(f"{name} {wanted}; name one of {', '.join(parts)} as {repo}:{config or 'default'}/SPLIT.")
+        raise UserError(f"{name} {wanted}; it has {', '.join(parts)}: name one as {repo}:{config or 'default'}/SPLIT.")
     return Rows(name, parts[chosen].to_list())
 
 
@@ -231,7 +221,3 @@ def _undecodable_line(path: Path) -> int:
         except UnicodeDecodeError:
             return number
     return 1
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
