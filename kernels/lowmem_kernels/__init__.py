@@ -1,0 +1,33 @@
+"""Log-probabilities, cross-entropy and KL divergence of a frozen language-model head, without its logits.
+
+    from lowmem_kernels import FrozenHead, token_logprobs, token_kl, retain_loss
+
+    head = FrozenHead(model.lm_head.weight)                       # (V, d), frozen
+    logprobs = token_logprobs(hidden, head, targets)              # (N,) float32, differentiable in hidden (N, d)
+    kl = token_kl(hidden, reference_hidden, head)                 # (N,) float32, KL(policy || reference)
+    loss, logprobs, kl = retain_loss(hidden, reference_hidden, head, targets, ce_weight=1 / N, kl_weight=0.5 / N)
+
+No call ever holds a tensor of N x V elements. Three engines compute the same function (`engine=` chooses one):
+`torch` (any device, and the readable statement of the algorithm), `chunks` and `tiles` (Triton, for CUDA).
+
+How it is wired, top to bottom:
+
+    api.py           the three functions: check the arguments, call `dispatch.solve`, attach the gradient it returned
+    dispatch.py      picks the engine, drops ignored rows; registers the whole as ONE custom op for torch.compile
+    problem.py       what an engine is asked, and what it answers
+    *_engine.py      the engines
+
+The head is frozen, so d(output)/d(hidden) is known, row by row, as soon as the output is: the forward pass computes it
+and the backward pass only scales its rows. Hence there is one engine function and no backward engine function.
+
+Fake tensors. In eager mode nothing hides the engines: called with fake or meta tensors, or under any dispatch mode, the
+functions run the engine itself, so that a memory simulator sees every workspace allocation (kernel launches are skipped,
+allocations are the same). Steps that must read values (dropping rows whose target is -100, checking the range of the
+targets) are left out when there are no values: a simulated step then counts every row, the worst case. Under
+torch.compile the call is a single opaque operator, `lowmem_kernels::solve`, whose fake implementation allocates the outputs.
+"""
+
+from lowmem_kernels.api import retain_loss, token_kl, token_logprobs
+from lowmem_kernels.head import FrozenHead
+
+__all__ = ["FrozenHead", "retain_loss", "token_kl", "token_logprobs"]

@@ -1,0 +1,137 @@
+"""From checked arguments to an answer: chooses the engine, drops ignored rows, and is one operator under torch.compile."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from lowmem_kernels import torch_engine
+from lowmem_kernels.head import FrozenHead
+from lowmem_kernels.problem import IGNORED, Answer, Problem
+
+Engine = Literal["auto", "chunks", "tiles", "torch"]
+
+
+def solve(problem: Problem, engine: Engine) -> Answer:
+    """The answer to `problem`. Rows with target -100 get 0, 0 and a zero gradient row, whatever else they hold."""
+    solver = _solver(engine, problem)
+    if not torch.compiler.is_compiling():
+        return _solve_eagerly(problem, solver)
+    head = problem.head
+    logprobs, kl, grad = torch.ops.lowmem_kernels.solve(
+        problem.hidden, problem.ref_hidden, head.weight, head.bias, problem.targets, problem.ce_weight,
+        problem.kl_weight, head.softcap, head.logit_scale, problem.direction, problem.need_grad, engine,
+    )  # fmt: skip
+    return Answer(
+        None if problem.targets is None else logprobs,
+        None if problem.ref_hidden is None else kl,
+        grad if problem.need_grad else None,
+    )
+
+
+def choose_engine(is_cuda: bool, need_grad: bool) -> str:
+    """What engine="auto" means. With a gradient, chunks needs 2 or 3 products of size N x V x d where tiles needs 3 or 5."""
+    if not is_cuda or find_spec("triton") is None:
+        return "torch"
+    return "chunks" if need_grad else "tiles"
+
+
+def _solver(engine: Engine, problem: Problem) -> Callable[[Problem], Answer]:
+    name = choose_engine(problem.hidden.is_cuda, problem.need_grad) if engine == "auto" else engine
+    if name == "torch":
+        return torch_engine.solve
+    raise ValueError(f"engine must be 'auto', 'torch', 'chunks' or 'tiles', not {engine!r}")
+
+
+def _solve_eagerly(problem: Problem, solver: Callable[[Problem], Answer]) -> Answer:
+    with torch.no_grad(), _full_precision(problem.hidden.device.type):
+        kept = _kept_rows(problem.targets, problem.head.vocabulary)
+        if kept is None:
+            return solver(problem)
+
+        def take(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.index_select(0, kept)
+
+        def put_back(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.new_zeros(problem.num_tokens, *x.shape[1:]).index_copy_(0, kept, x)
+
+        rows = ("hidden", "ref_hidden", "targets", "ce_weight", "kl_weight")
+        answer = solver(replace(problem, **{name: take(getattr(problem, name)) for name in rows}))
+        return Answer(*map(put_back, answer))
+
+
+def _kept_rows(targets: Tensor | None, vocabulary: int) -> Tensor | None:
+    """Indices of the rows whose target counts; None means all of them, also where there are no values to look at."""
+    if targets is None or not has_values(targets):
+        return None
+    ignored = targets == IGNORED
+    invalid = (targets >= vocabulary) | ((targets < 0) & ~ignored)
+    num_ignored, num_invalid = torch.stack([ignored.sum(), invalid.sum()]).tolist()  # one wait for the device
+    if num_invalid:
+        row = int(invalid.nonzero()[0])
+        raise ValueError(
+            f"targets must be in [0, {vocabulary}) or {IGNORED}, but {num_invalid} are not; the first is "
+            f"targets[{row}] = {int(targets[row])}"
+        )
+    return (~ignored).nonzero().squeeze(1) if num_ignored else None
+
+
+def has_values(tensor: Tensor) -> bool:
+    """False for fake and meta tensors."""
+    return not (isinstance(tensor, FakeTensor) or tensor.is_meta)
+
+
+@contextlib.contextmanager
+def _full_precision(device_type: str) -> Iterator[None]:
+    """Float32 products stay float32: no autocast, no TF32, whatever the caller's settings."""
+    backends = [b.matmul for b in (torch.backends.cuda, torch.backends.mkldnn) if hasattr(b, "matmul")]
+    name, value = ("fp32_precision", "ieee") if hasattr(backends[0], "fp32_precision") else ("allow_tf32", False)
+    before = [getattr(backend, name, None) for backend in backends]
+    try:
+        for backend in backends:
+            setattr(backend, name, value)
+        with contextlib.ExitStack() as stack:
+            if torch.amp.is_autocast_available(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+            yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            setattr(backend, name, value)
+
+
+@torch.library.custom_op("lowmem_kernels::solve", mutates_args=())
+def _solve_op(
+    hidden: Tensor,
+    ref_hidden: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor | None,
+    ce_weight: Tensor | None,
+    kl_weight: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    direction: str,
+    need_grad: bool,
+    engine: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    head = FrozenHead(weight, bias, softcap, logit_scale)
+    problem = Problem(hidden, ref_hidden, head, targets, ce_weight, kl_weight, direction, need_grad)
+    return _as_tensors(_solve_eagerly(problem, _solver(engine, problem)), hidden)
+
+
+@_solve_op.register_fake
+def _(
+    hidden, ref_hidden, weight, bias, targets, ce_weight, kl_weight, softcap, logit_scale, direction, need_grad, engine
+):
+    head = FrozenHead(weight, bias, softcap, logit_scale)
+    problem = Problem(hidden, ref_hidden, head, targets, ce_weight, kl_weight, direction, need_grad)
+    return _as_tensors(problem.empty_answer(), hidden)
+
+
+def _as_tensors(answer: Answer, like: Tensor) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(0) if x is None else x for x in answer)
