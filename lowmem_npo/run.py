@@ -8,7 +8,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 
 from lowmem_npo.config import RunConfig
 from lowmem_npo.data import PreparedData, prepare, preview
@@ -17,6 +17,7 @@ from lowmem_npo.memory.checkpointing import enable_checkpointing
 from lowmem_npo.model import attach_lora, load_model, load_tokenizer, reference_mode, resolve_name
 from lowmem_npo.model.loading import load_config, resolve_device
 from lowmem_npo.output_dir import RunDirectory, check_disk
+from lowmem_npo.report.console import ConsoleProgress
 from lowmem_npo.report.metrics import MetricsWriter
 from lowmem_npo.report.table import save_table, text_table
 from lowmem_npo.trainer import NPOConfig, NPOTrainer
@@ -48,6 +49,7 @@ def train(config: RunConfig, say: Say = print) -> RunResult | None:
     say = say if main_process else (lambda line: None)
     if line := resolve_name(config.model.model)[1]:
         say(line)
+    model_config = load_config(config.model)
     tokenizer = load_tokenizer(config.model)
     data = prepare_data(config, tokenizer)
     for line in data.report:
@@ -57,7 +59,6 @@ def train(config: RunConfig, say: Say = print) -> RunResult | None:
         if data.retain is not None:
             say(preview(data.retain, tokenizer, config.output.preview, title="retain"))
         return None
-    model_config = load_config(config.model)
     directory = RunDirectory(config)
     directory.check()
     check_disk(config, model_config)
@@ -76,8 +77,10 @@ def train(config: RunConfig, say: Say = print) -> RunResult | None:
         data.forget_targets,
         data.retain,
         processing_class=tokenizer,
-        callbacks=[MetricsWriter(directory.metrics)],
+        callbacks=[MetricsWriter(directory.metrics), ConsoleProgress()],
     )
+    for default in (ProgressCallback, PrinterCallback):  # ours takes their place
+        trainer.remove_callback(default)
     directory.begin(main_process)
     say(f"{_plan(config, data)}; {model.get_nb_trainable_parameters()[0]:,} adapter parameters.")
 

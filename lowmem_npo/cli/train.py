@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lowmem_npo.cli.arguments import parse_run
+from lowmem_npo.cli.quiet import quiet_libraries
 
 
 def main(arguments: Sequence[str]) -> None:
     config = parse_run(arguments, "train")
+    quiet_libraries()
     from lowmem_npo.run import train  # after parsing: --help need not load transformers
 
     train(config)
