@@ -29,10 +29,9 @@ def refuse_overlap(forget: Sequence[Example], retain: Sequence[Example]) -> None
         return
     named = "; ".join(f"{one.where} is {other.where}" for one, other in pairs[:NAMED])
     more = f" and {len(pairs) - NAMED} more" if len(pairs) > NAMED else ""
-    rows = "1 row" if len(pairs) == 1 else f"{len(pairs)} rows"
+    rows = "1 row to forget also stands" if len(pairs) == 1 else f"{len(pairs)} rows to forget also stand"
     raise UserError(
-        f"{rows} to forget also stand in the rows to retain: {named}{more}; "
-        "remove them from one of the two, or give --allow-overlap."
+        f"{rows} in the rows to retain: {named}{more}; remove them from one of the two, or give --allow-overlap."
     )
 
 

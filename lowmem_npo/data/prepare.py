@@ -69,10 +69,10 @@ def prepare(
 
     def examples(part: str, source: str | None) -> list[Example]:
         if source is None:
-            rows, found = bundled_rows(part, limit=limit), None
+            rows, columns = bundled_rows(part, limit=limit), {}
         else:
-            rows, found = read_rows(source, limit=limit), (prompt_column, answer_column)
-        columns = dict(zip(("prompt_column", "answer_column"), found or (None, None), strict=True))
+            rows = read_rows(source, limit=limit)
+            columns = {"prompt_column": prompt_column, "answer_column": answer_column}
         result = to_examples(rows, **columns)
         report.append(_origin(part, rows, result[0], template))
         return result

@@ -82,8 +82,9 @@ class TokenizedRows(Sequence[TokenizedRow]):
         ]
         if self.num_truncated:
             whole = max(len(row["input_ids"]) + cut for row, cut in zip(self.rows, self.cut, strict=True))
+            rows = "1 row" if self.num_truncated == 1 else f"{self.num_truncated} rows"
             lines.append(
-                f"{part}: {self.num_truncated} rows cut to {self.max_length} tokens, losing the last "
+                f"{part}: {rows} cut to {self.max_length} tokens, losing the last "
                 f"{sum(self.cut)} tokens of their answers (EOS among them); --max-length {whole} would keep all"
             )
         return lines

@@ -1,0 +1,136 @@
+"""Files of every kind, with the place of every mistake."""
+
+from __future__ import annotations
+
+import json
+
+import datasets
+import pytest
+
+from lowmem_npo.data.reading import read_rows
+from lowmem_npo.errors import UserError
+
+ROWS = [{"question": "Born when?", "answer": "1969-12-21"}, {"question": "And she?", "answer": "1970-01-01"}]
+CODES = [
+    {"question": "code", "answer": "0042"},
+    {"question": "country", "answer": "NA"},
+    {"question": "x", "answer": "1e3"},
+]
+
+
+def write(path, content) -> str:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def write_rows(path, rows) -> str:
+    table = datasets.Dataset.from_list(rows)
+    if path.suffix == ".jsonl":
+        return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+    if path.suffix == ".json":
+        return write(path, json.dumps(rows, indent=1))
+    if path.suffix == ".csv":
+        table.to_csv(path, index=False)
+    elif path.suffix == ".parquet":
+        table.to_parquet(path)
+    else:
+        table.save_to_disk(path.parent / "saved")
+        path = next((path.parent / "saved").glob("*.arrow"))
+    return str(path)
+
+
+@pytest.mark.parametrize("rows", [ROWS, CODES], ids=["dates", "codes"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", ".arrow"])
+def test_every_kind_of_file_gives_the_same_text(tmp_path, suffix, rows):
+    assert read_rows(write_rows(tmp_path / f"rows{suffix}", rows)).rows == rows
+
+
+def test_the_readers_that_guess_types_would_change_the_text(tmp_path):
+    """Why JSON is read as lines and CSV columns are declared: `datasets` left to itself changes these answers."""
+    options = {"split": "train", "cache_dir": str(tmp_path)}
+    dates = datasets.load_dataset("json", data_files=write_rows(tmp_path / "a.jsonl", ROWS), **options)
+    codes = datasets.load_dataset("csv", data_files=write_rows(tmp_path / "a.csv", CODES[:2]), **options)
+    assert dates.to_list() != ROWS
+    assert codes.to_list() != CODES[:2]
+
+
+def test_tofu_json_holds_one_object_per_line(shared_data):
+    path = shared_data / "tofu" / "forget05.json"
+    rows = read_rows(str(path))
+    assert rows.rows == [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert rows.columns == ["question", "answer"]
+    assert rows.lines == list(range(1, len(rows) + 1))
+
+
+def test_rows_know_their_lines(tmp_path):
+    jsonl = read_rows(write(tmp_path / "a.jsonl", '\ufeff{"a": "x"}\r\n\r\n  \n{"a": "y"}'))
+    assert [jsonl.where(index).rsplit("/", 1)[1] for index in (0, 1)] == ["a.jsonl, line 1", "a.jsonl, line 4"]
+    csv = read_rows(write(tmp_path / "a.csv", 'a,b\n\nx,y\n"two\nlines",z\n\nlast,1\n'))
+    assert csv.lines == [3, 4, 7]
+    array = read_rows(write(tmp_path / "a.json", '[{"a": "x"},\n {"a": "y"}]'))
+    assert array.where(1).endswith("a.json, row 2")
+
+
+def test_line_separators_inside_json_strings_are_text(tmp_path):
+    row = {"answer": "a\u2028b\x85c\x0b"}
+    assert read_rows(write(tmp_path / "a.jsonl", json.dumps(row, ensure_ascii=False) + "\n")).rows == [row]
+
+
+def test_a_path_is_no_pattern(tmp_path):
+    write(tmp_path / "a1.jsonl", '{"a": "other file"}')
+    assert read_rows(write(tmp_path / "a[1].jsonl", '{"a": "this file"}')).rows == [{"a": "this file"}]
+    assert read_rows(write(tmp_path / "a*.csv", "a\nx\n")).rows == [{"a": "x"}]
+
+
+def test_limit_keeps_the_first_rows(tmp_path):
+    rows = read_rows(write(tmp_path / "a.jsonl", '{"a": "1"}\n\n{"a": "2"}\n{"a": "3"}\n'), limit=2)
+    assert rows.rows == [{"a": "1"}, {"a": "2"}]
+    assert rows.lines == [1, 3]
+
+
+def test_local_files_leave_nothing_in_the_cache(tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    for suffix in (".jsonl", ".csv", ".parquet"):
+        read_rows(write_rows(tmp_path / f"rows{suffix}", ROWS))
+    assert not cache.exists()
+    datasets.load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train")
+    assert cache.exists(), "the check looks at the folder that datasets would use"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("a.jsonl", '{"a": "x"}\n\n{"a": \n{"a": "y"}\n', ["a.jsonl, line 3", "not valid JSON", "column 7"]),
+        ("a.json", '[{"a": "x"},\n{"a": }]', ["a.json, line 2", "not valid JSON"]),
+        ("a.json", '{\n"a": "x"\n}', ["a.json, line 1", "not valid JSON", "one object per line"]),
+        ("a.jsonl", '{"a": "x"}\n"text"\n', ["a.jsonl, line 2", "no JSON object"]),
+        ("a.json", '[{"a": "x"}, 5]', ["a.json, row 2", "no JSON object"]),
+        ("a.jsonl", '{"a": "x"}\n{"a": "café"}\n'.encode("latin-1"), ["a.jsonl, line 2", "not UTF-8"]),
+        ("a.csv", "a,b\nx,y\ncafé,z\n".encode("latin-1"), ["a.csv, line 3", "not UTF-8"]),
+        ("a.csv", "a,b\n1,2\n1,2,3\n", ["a.csv", "line 3", "check the file"]),
+        ("a.jsonl", "", ["a.jsonl holds no rows"]),
+        ("a.jsonl", "\n \n", ["a.jsonl holds no rows"]),
+        ("a.json", "[]", ["a.json holds no rows"]),
+        ("a.csv", "", ["a.csv holds no rows"]),
+        ("a.csv", "question,answer\n", ["a.csv holds no rows"]),
+        ("a.parquet", "not parquet", ["a.parquet cannot be read as parquet"]),
+        ("a.arrow", "not arrow", ["a.arrow cannot be read as arrow"]),
+        ("a.txt", "text", ["a.txt is of a kind", ".jsonl"]),
+    ],
+)
+def test_mistakes_are_named_with_their_place(tmp_path, name, content, parts):
+    with pytest.raises(UserError) as error:
+        read_rows(write(tmp_path / name, content))
+    for part in parts:
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_files_and_folders(tmp_path):
+    with pytest.raises(UserError, match=r"There is no file .*none\.jsonl"):
+        read_rows(str(tmp_path / "none.jsonl"))
+    with pytest.raises(UserError, match="is a folder; name one file"):
+        read_rows(str(tmp_path))
+    with pytest.raises(UserError, match="neither a file nor a hub name"):
+        read_rows("tofu")

@@ -1,0 +1,109 @@
+"""Rows of every recognised schema become the same example; what does not fit is named."""
+
+from __future__ import annotations
+
+import pytest
+
+from lowmem_npo.data.reading import Rows
+from lowmem_npo.data.schemas import to_examples, with_answer
+from lowmem_npo.errors import UserError
+
+ASKED, SAID = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+
+
+def one(row, **columns):
+    return to_examples(Rows("f.jsonl", [row], [7]), **columns)[0]
+
+
+@pytest.mark.parametrize("columns", ["input/output", "question/answer", "prompt/completion"])
+def test_pairs_are_recognised(columns):
+    prompt, answer = columns.split("/")
+    example = one({"id": 3, answer: "A", prompt: "Q", "task": "Task2"})
+    assert (example.prompt, example.answer, example.schema, example.id) == ("Q", "A", columns, "3")
+    assert example.where == "f.jsonl, line 7"
+    assert example.messages is None
+
+
+def test_text_has_no_prompt():
+    example = one({"text": "A"})
+    assert (example.prompt, example.answer, example.schema) == (None, "A", "text")
+
+
+@pytest.mark.parametrize("row", [{"messages": [ASKED, SAID]}, {"prompt": [ASKED], "completion": [SAID]}])
+def test_conversations_are_recognised(row):
+    example = one(row)
+    assert (example.prompt, example.answer) == ("Q", "A")
+    assert example.messages == (ASKED, SAID)
+
+
+def test_named_columns_go_first():
+    row = {"question": "q", "answer": "a", "frage": "F", "antwort": "W"}
+    example = one(row, prompt_column="frage", answer_column="antwort")
+    assert (example.prompt, example.answer, example.schema) == ("F", "W", "frage/antwort")
+    assert one(row, answer_column="antwort").prompt is None
+
+
+def test_unknown_columns_are_listed():
+    with pytest.raises(UserError, match=r"f\.jsonl has the columns a, b.*--prompt-column and --answer-column"):
+        one({"a": "x", "b": "y"})
+    with pytest.raises(UserError, match=r"f\.jsonl has no column c; it has a, b"):
+        one({"a": "x", "b": "y"}, prompt_column="a", answer_column="c")
+    with pytest.raises(UserError, match="--answer-column"):
+        one({"a": "x"}, prompt_column="a")
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"question": "Q"}, "f.jsonl, line 8 has no answer"),
+        ({"question": None, "answer": "A"}, "f.jsonl, line 8 has no question"),
+        ({"question": "Q", "answer": ""}, "f.jsonl, line 8 has an empty answer"),
+        ({"question": " \n", "answer": "A"}, "f.jsonl, line 8 has an empty question"),
+        ({"question": "Q", "answer": 42}, "f.jsonl, line 8: answer is a number, not text"),
+        ({"question": "Q", "answer": True}, "f.jsonl, line 8: answer is true or false, not text"),
+        ({"question": ["Q"], "answer": "A"}, "f.jsonl, line 8: question is a list, not text"),
+        ({"question": {"a": 1}, "answer": "A"}, "f.jsonl, line 8: question is an object, not text"),
+    ],
+)
+def test_fields_that_do_not_fit_are_named(row, says):
+    rows = Rows("f.jsonl", [{"question": "fine", "answer": "fine"}, row], [1, 8])
+    with pytest.raises(UserError) as error:
+        to_examples(rows)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        (None, "line 7 has no messages"),
+        ([], "line 7 has no messages"),
+        ("hello", "is no list of"),
+        (["hello"], "is no list of"),
+        ([ASKED], "does not end with an answer of the assistant"),
+        ([SAID], "does not end with an answer of the assistant"),
+        ([ASKED, SAID, ASKED], "does not end with an answer of the assistant"),
+        ([ASKED, {"role": "assistant", "content": [{"type": "image"}]}], "message 2: content is a list, not text"),
+        ([{"role": "user"}, SAID], "message 1 has no content"),
+        ([{"content": "Q"}, SAID], "message 1 has no role"),
+    ],
+)
+def test_conversations_that_do_not_fit_are_named(messages, says):
+    with pytest.raises(UserError) as error:
+        one({"messages": messages})
+    assert says in str(error.value)
+    assert "line 7" in str(error.value)
+
+
+def test_refusals_replace_every_answer():
+    asked = [one({"question": "Q", "answer": "A"}), one({"messages": [ASKED, SAID]})]
+    pair, conversation = with_answer(asked, "I don't know.")
+    assert (pair.prompt, pair.answer, pair.where) == ("Q", "I don't know.", asked[0].where)
+    assert conversation.messages == (ASKED, {"role": "assistant", "content": "I don't know."})
+    assert asked[1].messages == (ASKED, SAID)
+
+
+def test_text_cannot_be_refused():
+    with pytest.raises(UserError, match=r"f\.jsonl, line 7 is text without a question"):
+        with_answer([one({"text": "A"})], "No.")
+    with pytest.raises(UserError, match="--refusal"):
+        with_answer([one({"question": "Q", "answer": "A"})], " ")
