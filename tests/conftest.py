@@ -25,3 +25,33 @@ def olmo_tokenizer(shared_data):
         eos_token="<|endoftext|>",
         pad_token="<|padding|>",
     )
+
+
+@pytest.fixture(scope="session")
+def lume_model(olmo_tokenizer, tmp_path_factory) -> Path:
+    """A directory with a small random OLMo of vocabulary 50304 and the real tokenizer, as a user would have it."""
+    import torch
+    from tiny import tiny_model
+
+    folder = tmp_path_factory.mktemp("olmo")
+    tiny_model("olmo", 50304, torch.bfloat16).save_pretrained(folder)
+    olmo_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def byte_model(tmp_path_factory) -> Path:
+    """A directory with a tiny random OLMo and a tokenizer of single bytes: needs no data at all."""
+    from tiny import tiny_model
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {word: i for i, word in enumerate(["<pad>", "<eos>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    folder = tmp_path_factory.mktemp("bytes")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
+    tiny_model("olmo", len(words)).save_pretrained(folder)
+    return folder

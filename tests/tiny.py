@@ -28,7 +28,9 @@ CONFIGS = {
 def tiny_model(architecture: str = "olmo", vocabulary: int = 97, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """A frozen random model of `architecture`, weights large enough that its logits are far from uniform."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[architecture](vocabulary), attn_implementation="eager")
+    config = CONFIGS[architecture](vocabulary)
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = None, 1, 0
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
