@@ -21,10 +21,11 @@ The head is frozen, so d(output)/d(hidden) is known, row by row, as soon as the 
 and the backward pass only scales its rows. Hence there is one engine function and no backward engine function.
 
 Fake tensors. In eager mode nothing hides the engines: called with fake or meta tensors, or under any dispatch mode, the
-functions run the engine itself, so that a memory simulator sees every workspace allocation (kernel launches are skipped,
-allocations are the same). Steps that must read values (dropping rows whose target is -100, checking the range of the
-targets) are left out when there are no values: a simulated step then counts every row, the worst case. Under
-torch.compile the call is a single opaque operator, `lowmem_kernels::solve`, whose fake implementation allocates the outputs.
+functions run the engine itself, so that a memory simulator sees every workspace allocation (kernel launches are
+skipped, allocations are the same). Steps that must read values (dropping rows whose target is -100, checking the range
+of the targets) are left out when there are no values: a simulated step then counts every row, the worst case. Under
+torch.compile the call is a single opaque operator, `lowmem_kernels::solve`; its fake implementation allocates only the
+outputs.
 """
 
 from lowmem_kernels.api import retain_loss, token_kl, token_logprobs

@@ -98,7 +98,7 @@ def retain_loss(
 
 
 class KnownGradient(torch.autograd.Function):
-    """Gives `values` their gradient towards `hidden`: row t of `grad` is d values_t / d hidden_t, or d values / d hidden_t."""
+    """Gives `values` their gradient: row t of `grad` is d values_t / d hidden_t, or d values / d hidden_t."""
 
     @staticmethod
     def forward(ctx, hidden, values, grad):

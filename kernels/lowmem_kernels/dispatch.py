@@ -1,4 +1,4 @@
-"""From checked arguments to an answer: chooses the engine, drops ignored rows, and is one operator under torch.compile."""
+"""From checked arguments to an answer: chooses the engine, drops ignored rows; one operator under torch.compile."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -35,7 +35,7 @@ def solve(problem: Problem, engine: Engine) -> Answer:
 
 
 def choose_engine(is_cuda: bool, need_grad: bool) -> str:
-    """What engine="auto" means. With a gradient, chunks needs 2 or 3 products of size N x V x d where tiles needs 3 or 5."""
+    """What engine="auto" means. With a gradient, chunks does 2 or 3 products of N x V x d where tiles does 3 or 5."""
     if not is_cuda or find_spec("triton") is None:
         return "torch"
     return "chunks" if need_grad else "tiles"

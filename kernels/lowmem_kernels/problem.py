@@ -1,4 +1,4 @@
-"""What an engine is asked, and what it answers. All three public functions are this one problem with different weights."""
+"""What an engine is asked and what it answers. The public functions are one problem with different weights."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple

@@ -10,9 +10,9 @@ vocabulary is walked once. For a set A, with p and q the softmax of policy and r
     kl_grad  d kl / dh
 
 Merging uses the chain rule of relative entropy: the KL of the whole is the KL between the masses of the parts plus the
-mass-weighted KLs inside the parts. All its terms are non-negative, so nothing cancels, however small the KL is; within a
+mass-weighted KLs inside the parts. Its terms are non-negative, so nothing cancels, however small the KL is; within a
 part it is summed as p*l - (p - q), with l = log p - log q, which is non-negative for every entry. (The usual
-E_p[z - z_ref] + lse_ref - lse loses every digit near KL 1e-7, and a third of its value at 3e-6.)
+E_p[z - z_ref] + lse_ref - lse loses a third of its value at KL 3e-6, and all of it below.)
 
 The target is kept out of the vocabulary walk and merged last, as a set of its own. Then log p(y) = logsigmoid(z_y - lse
 of the others), and d log p(y)/dh = (1 - p(y)) (dz_y/dh - mean of the others), exact also where p(y) is nearly 1.
@@ -147,21 +147,24 @@ def merge(a: Part, b: Part, direction: Direction) -> tuple[Part, Tensor, Tensor]
     ref_mass_a, ref_mass_b = (log_mass_a + ratio_a).exp(), (log_mass_b + ratio_b).exp()
     excess_a, excess_b = difference(ref_mass_a, mass_a, ratio_a), difference(ref_mass_b, mass_b, ratio_b)
     if direction == "policy-reference":
-        kl = mass_a * a.kl + mass_b * b.kl + (excess_a - mass_a * ratio_a) + (excess_b - mass_b * ratio_b)
         inner = mass_a, mass_b
-        outer = mass_a * (a.kl - ratio_a - kl), mass_b * (b.kl - ratio_b - kl)
+        between = (excess_a - mass_a * ratio_a) + (excess_b - mass_b * ratio_b)
     else:
-        kl = ref_mass_a * a.kl + ref_mass_b * b.kl + (ref_mass_a * ratio_a - excess_a) + (ref_mass_b * ratio_b - excess_b)
         inner = ref_mass_a, ref_mass_b
-        outer = -excess_a, -excess_b
+        between = (ref_mass_a * ratio_a - excess_a) + (ref_mass_b * ratio_b - excess_b)
+    kl = inner[0] * a.kl + inner[1] * b.kl + between
     kl_grad = None
-    if a.kl_grad is not None:  # d kl / dh = sum over the parts of inner * (its own kl_grad) + outer * mean
+    if a.kl_grad is not None:
+        if direction == "policy-reference":
+            outer = mass_a * (a.kl - ratio_a - kl), mass_b * (b.kl - ratio_b - kl)
+        else:
+            outer = -excess_a, -excess_b
         kl_grad = inner[0] * a.kl_grad + inner[1] * b.kl_grad + outer[0] * a.mean + outer[1] * b.mean
     return Part(lse, a.shift + ratio_a, kl, mean, kl_grad), log_mass_a, log_mass_b
 
 
 def difference(q: Tensor, p: Tensor, ratio: Tensor) -> Tensor:
-    """q - p, given ratio = log(q / p): without cancellation where they are close, without overflow where they are not."""
+    """q - p, given ratio = log(q / p): no cancellation where they are close, no overflow where they are not."""
     return ratio.abs().neg_().expm1_().neg_().mul_(torch.maximum(p, q)).copysign_(ratio)
 
 

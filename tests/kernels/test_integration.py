@@ -1,0 +1,168 @@
+"""Among PyTorch's other machinery: autograd, autocast, torch.compile, fake and meta tensors, custom-op rules."""
+
+import pytest
+import torch
+from lowmem_kernels import FrozenHead, retain_loss, token_kl, token_logprobs
+from lowmem_kernels.problem import Problem
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.kernels.reference import make_case, relative
+
+
+def three_losses(hidden, ref_hidden, head, targets, engine):
+    hidden = torch.tanh(hidden)  # something before and after, for autograd and the compiler
+    logprobs = token_logprobs(hidden, head, targets, engine=engine)
+    kl = token_kl(hidden, ref_hidden, head, engine=engine)
+    loss, _, _ = retain_loss(hidden, ref_hidden, head, targets, 0.3, 0.7, engine=engine)
+    return torch.sigmoid(logprobs.sum() * 0.1) + kl.square().sum() + 2 * loss
+
+
+def test_backward_scales_the_rows(engine):
+    case = make_case(5, 32, 90)
+    hidden = case.hidden.requires_grad_()
+    logprobs = token_logprobs(hidden, case.head, case.targets, engine=engine)
+    (unit,) = torch.autograd.grad(logprobs.sum(), hidden, retain_graph=True)
+    upstream = torch.tensor([0.0, 1.0, -2.0, 0.5, 1e-3])
+    (grad,) = torch.autograd.grad(logprobs, hidden, upstream)
+    assert torch.equal(grad, (unit.float() * upstream[:, None]).to(grad.dtype))
+
+
+def test_no_second_derivative(engine):
+    case = make_case(2, 8, 20, dtype=torch.float32)
+    hidden = case.hidden.requires_grad_()
+    (grad,) = torch.autograd.grad(token_logprobs(hidden, case.head, case.targets).sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(grad.sum(), hidden)
+
+
+def test_no_gradient_work_unless_needed(engine, monkeypatch):
+    asked = []
+    init = Problem.__init__
+
+    def spy(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        asked.append(self.need_grad)
+
+    monkeypatch.setattr(Problem, "__init__", spy)
+    case = make_case(3, 8, 20)
+    three_losses(case.hidden, case.ref_hidden, case.head, case.targets, engine)
+    with torch.no_grad():
+        three_losses(case.hidden.requires_grad_(), case.ref_hidden, case.head, case.targets, engine)
+    assert asked == [False] * 6
+    three_losses(case.hidden, case.ref_hidden, case.head, case.targets, engine)
+    assert asked == [False] * 6 + [True] * 3
+
+
+def test_weights_that_are_zero(engine):
+    case = make_case(3, 16, 40)
+    hidden = case.hidden.requires_grad_()
+
+    def grad_of(ce_weight, kl_weight, ref_hidden):
+        loss, logprobs, kl = retain_loss(
+            hidden, ref_hidden, case.head, case.targets, ce_weight, kl_weight, engine=engine
+        )
+        return torch.autograd.grad(loss, hidden)[0], logprobs, kl
+
+    zeros = torch.zeros(3)
+    grad, logprobs, kl = grad_of(1.0, 0.0, None)
+    assert (kl == 0).all()
+    assert relative(grad_of(torch.ones(3), zeros, case.ref_hidden)[0].double(), grad.double()) < 5e-3
+    grad, logprobs_too, kl = grad_of(0.0, 1.0, case.ref_hidden)
+    assert (kl > 0).all() and torch.allclose(logprobs, logprobs_too, rtol=1e-6)
+    assert relative(grad_of(zeros, torch.ones(3), case.ref_hidden)[0].double(), grad.double()) < 5e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_autocast_changes_nothing(engine, dtype):
+    case = make_case(5, 32, 90, dtype=dtype)
+
+    def outcome():
+        hidden = case.hidden.detach().requires_grad_()
+        values = token_logprobs(hidden, case.head, case.targets, engine=engine)
+        kl = token_kl(hidden, case.ref_hidden, case.head, engine=engine)
+        return values, kl, torch.autograd.grad(values.sum() + kl.sum(), hidden)[0]
+
+    plain = outcome()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = outcome()
+    assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
+
+
+def test_precision_settings_are_restored(engine):
+    case = make_case(2, 8, 20)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        token_logprobs(case.hidden, case.head, case.targets, engine=engine)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_inside_a_compiled_function(engine):
+    case = make_case(5, 32, 90, dtype=torch.float32)
+    weight, ref_hidden, targets = case.head.weight, case.ref_hidden, case.targets
+    targets[1] = -100
+
+    def step(hidden):
+        return three_losses(hidden, ref_hidden, FrozenHead(weight), targets, engine)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    hidden = case.hidden.requires_grad_()
+    expected, found = step(hidden), compiled(hidden)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, hidden), torch.autograd.grad(expected, hidden))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(hidden), expected)
+
+
+@pytest.mark.parametrize("with_kl, with_targets", [(True, True), (True, False), (False, True)])
+def test_operator_keeps_the_rules(engine, with_kl, with_targets):
+    case = make_case(4, 16, 50)
+    ones = torch.ones(4)
+    arguments = (
+        case.hidden, case.ref_hidden if with_kl else None, case.head.weight, None,
+        case.targets if with_targets else None, ones if with_targets else None, ones if with_kl else None,
+        None, 1.0, "policy-reference", True, engine,
+    )  # fmt: skip
+    torch.library.opcheck(
+        torch.ops.lowmem_kernels.solve.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many elements the largest tensor had that any operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.numel = max([self.numel] + [x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor)])
+        return result
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("n, v", [(30, 50304), (600, 50304), (300, 512)])
+def test_a_simulation_sees_the_workspace(engine, device, n, v):
+    with FakeTensorMode():
+        hidden = torch.randn(n, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
+        ref_hidden = torch.randn(n, 64, dtype=torch.bfloat16, device=device)
+        head = FrozenHead(torch.randn(v, 64, dtype=torch.bfloat16, device=device))
+        targets = torch.zeros(n, dtype=torch.int64, device=device)
+        with LargestTensor() as largest:
+            loss, logprobs, kl = retain_loss(hidden, ref_hidden, head, targets, 1.0, 1.0, engine=engine)
+            loss.backward()
+    assert loss.shape == () and logprobs.shape == kl.shape == (n,) and hidden.grad.shape == (n, 64)
+    if engine == "torch":
+        assert max(n * 64, v) < largest.numel < n * v  # it saw logits, never all of them
+
+
+def test_meta_tensors_without_fake_mode(engine):
+    hidden = torch.randn(7, 16, device="meta", requires_grad=True)
+    kl = token_kl(hidden, hidden.detach(), FrozenHead(torch.randn(100, 16, device="meta")), engine=engine)
+    kl.sum().backward()
+    assert kl.is_meta and hidden.grad.shape == (7, 16)
