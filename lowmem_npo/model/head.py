@@ -60,12 +60,15 @@ def answer_hidden(model: PreTrainedModel | PeftModel, input_ids: Tensor, attenti
     """One pass through the decoder, without its head; only the states that predict a labelled token leave it.
 
     Args:
-        input_ids, attention_mask: (B, S) int64.
+        input_ids, attention_mask: (B, S) int64, padded on the right.
         labels: (B, S) int64, -100 where a token does not count; position t is predicted from position t - 1.
+
+    The decoder gets no mask: in causal attention no token sees the padding to its right, and without a mask attention
+    takes its fused causal path and no (B, 1, S, S) mask is made.
     """
     lm = causal_lm(model)
     with compute_autocast(lm):
-        states = lm.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        states = lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
     counts = labels[:, 1:] != IGNORED
     return AnswerHidden(
         hidden=states[:, :-1][counts],
