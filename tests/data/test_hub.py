@@ -21,6 +21,12 @@ configs:
     path: retain95.json
   - split: second
     path: retain95.json
+- config_name: usual
+  data_files:
+  - split: test
+    path: retain95.json
+  - split: train
+    path: forget05.json
 ---
 """
 FILES = {
@@ -57,7 +63,7 @@ def answers(tmp_path_factory, serve_hub):
     """What each name gives: while the hub is there, and afterwards without network."""
     home = str(tmp_path_factory.mktemp("home"))
     names = ["a/b:forget05", "a/b:forget05/train@main", "a/b:retain95/second", "a/b:retain95", "a/b:retain95/third"]
-    names += ["a/b", "a/b:none", "no/such"]
+    names += ["a/b:usual", "a/b", "a/b:none", "no/such"]
     with serve_hub("a/b", FILES) as address:
         online = read_in_a_process(names, HF_ENDPOINT=address, HF_HOME=home, HF_HUB_OFFLINE="0")
     offline = read_in_a_process(["a/b:forget05", "no/copy:x"], HF_ENDPOINT=address, HF_HOME=home, HF_HUB_OFFLINE="1")
@@ -69,6 +75,7 @@ def test_configuration_split_and_revision(answers):
     assert online["a/b:forget05"] == [["a1", "a2"], "a/b:forget05, row 1"]
     assert online["a/b:forget05/train@main"][0] == ["a1", "a2"]
     assert online["a/b:retain95/second"][0] == ["a3"]
+    assert online["a/b:usual"][0] == ["a1", "a2"], "the split is train unless named"
 
 
 def test_mistakes_list_what_there_is(answers):

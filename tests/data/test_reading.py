@@ -16,6 +16,7 @@ CODES = [
     {"question": "country", "answer": "NA"},
     {"question": "x", "answer": "1e3"},
 ]
+NUMBERS = [{"question": "code", "answer": "0042"}, {"question": "mass", "answer": "1e3"}]
 
 
 def write(path, content) -> str:
@@ -39,7 +40,7 @@ def write_rows(path, rows) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("rows", [ROWS, CODES], ids=["dates", "codes"])
+@pytest.mark.parametrize("rows", [ROWS, CODES, NUMBERS], ids=["dates", "codes", "numbers"])
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", ".arrow"])
 def test_every_kind_of_file_gives_the_same_text(tmp_path, suffix, rows):
     assert read_rows(write_rows(tmp_path / f"rows{suffix}", rows)).rows == rows
@@ -52,6 +53,8 @@ def test_the_readers_that_guess_types_would_change_the_text(tmp_path):
     codes = datasets.load_dataset("csv", data_files=write_rows(tmp_path / "a.csv", CODES[:2]), **options)
     assert dates.to_list() != ROWS
     assert codes.to_list() != CODES[:2]
+    numbers = datasets.load_dataset("csv", data_files=write_rows(tmp_path / "b.csv", NUMBERS), **options)
+    assert numbers.to_list() != NUMBERS
 
 
 def test_tofu_json_holds_one_object_per_line(shared_data):
