@@ -55,7 +55,8 @@ class DataConfig:
     answer_column: str | None = None
     """Column of the answer."""
     prompt_template: str | None = None
-    """How a prompt is written before its answer, e.g. 'Question: {prompt}\\nAnswer:'. Default: the prompt as it stands."""
+    """How a prompt is written before its answer, e.g. '[INST] {prompt} [/INST]'. Default: 'Question: {prompt}\\nAnswer:'
+    for question/answer columns, else the prompt as it stands."""
     max_length: int = 1024
     """Tokens per row, prompt and answer together; what is cut is counted and reported."""
     tokens: Literal["answer", "all"] = "answer"
