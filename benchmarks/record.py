@@ -1,0 +1,96 @@
+"""Writes what a benchmark measured, together with what it was measured on and how: one JSON file per measurement.
+
+    {"benchmark": ..., "command": ..., "machine": {gpu, driver, versions, commit, ...}, "results": ...}
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "liger-kernel", "trl",
+            "cut-cross-entropy", "flash-attn")  # fmt: skip
+
+
+def write(path: Path, benchmark: str, results: Any, **more: Any) -> None:
+    """Writes `results` (anything JSON can hold) and the machine to `path`; `more` adds keys beside `results`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"benchmark": benchmark, "command": command(), "machine": machine(), **more, "results": results}
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.replace(path)  # a reader, or a time limit, never meets half a file
+
+
+def device_folder() -> Path:
+    """benchmarks/results/<gpu>, for example benchmarks/results/nvidia-h200; .../cpu without a GPU."""
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", gpu_name().lower()).strip("-")
+
+
+def gpu_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on: GPU, driver, versions, commit, date (UTC)."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    found = {
+        "gpu": gpu_name(),
+        "versions": versions,
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "gpu_memory_bytes": properties.total_memory,
+            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
+            "cuda": torch.version.cuda,
+        }
+    return found
+
+
+def commit() -> str:
+    """The commit that is checked out, "+changes" if files differ from it. Without git: LOWMEM_NPO_COMMIT, if it is set."""
+    head = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    if not head:
+        return os.environ.get("LOWMEM_NPO_COMMIT") or "unknown"
+    return head + ("+changes" if _output("git", "-C", str(ROOT), "status", "--porcelain", "-uno") else "")
+
+
+def command() -> str:
+    """The command line as one would type it in the repository; of folders elsewhere only the last name."""
+    return " ".join(shlex.quote(_short(argument)) for argument in ("python", *sys.argv))
+
+
+def _short(argument: str) -> str:
+    path = Path(argument)
+    if not path.is_absolute():
+        return argument
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+
+def _output(*program: str) -> str:
+    try:
+        return subprocess.run(program, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
