@@ -1,0 +1,138 @@
+"""Counts the device memory that lives while code runs: every tensor storage once, rounded as the CUDA allocator rounds."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+BLOCK = 512  # bytes: the CUDA caching allocator gives every request a multiple of this
+
+
+class Storage(NamedTuple):
+    """One living storage: what it holds, and since when."""
+
+    bytes: int
+    kind: str
+    device: str
+    origin: str  # the operator that made it, and its first tensor's type and shape
+    reference: weakref.ref
+
+
+class StorageCounter(TorchDispatchMode):
+    """Sees every operator below autograd and knows every storage whose operator it saw, until the storage is freed.
+
+    A new storage is of the current `kind`; `mark` gives it another. `live` and `peak` are bytes on the counted
+    device type, `at_peak` how many of them were of which kind; `elsewhere_peak` is the most on any other device (pinned
+    host memory, when tensors are offloaded).
+    """
+
+    def __init__(self, device_type: str = "cuda", kind: str = "other") -> None:
+        super().__init__()
+        self.device_type, self.kind = device_type, kind
+        self.live = self.peak = self.elsewhere = self.elsewhere_peak = 0
+        self.by_kind: Counter[str] = Counter()
+        self.at_peak: dict[str, int] = {}
+        self._storages: dict[int, Storage] = {}
+        self._detailed, self._details = False, []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = self.run(func, args, kwargs or {})
+        for leaf in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(leaf, Tensor):
+                self._see(leaf, func)
+        return result
+
+    def run(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """The operator itself; a subclass says here what a device does that the operator's signature does not show."""
+        return func(*args, **kwargs)
+
+    def mark(self, tensors: Any, kind: str) -> None:
+        """The storages of `tensors` (any nesting) are of `kind` from now on, also those seen for the first time."""
+        for tensor in tree_leaves(tensors):
+            if not isinstance(tensor, Tensor):
+                continue
+            self._see(tensor, "marked")
+            key = tensor.untyped_storage()._cdata
+            storage = self._storages.get(key)
+            if storage is None or storage.kind == kind:
+                continue
+            if storage.device == self.device_type:
+                self.by_kind[storage.kind] -= storage.bytes
+                self.by_kind[kind] += storage.bytes
+            self._storages[key] = storage._replace(kind=kind)
+
+    @contextlib.contextmanager
+    def allocating(self, kind: str) -> Iterator[None]:
+        """Inside, new storages are of `kind`."""
+        before, self.kind = self.kind, kind
+        try:
+            yield
+        finally:
+            self.kind = before
+
+    def momentarily(self, size: int) -> None:
+        """Workspace that an operator takes from the allocator and gives back before it returns."""
+        self._grow(_rounded(size), self.kind)
+        self._shrink(_rounded(size), self.kind)
+
+    def restart_peak(self) -> None:
+        """Forgets the peak: it is what lives now."""
+        self.peak, self.elsewhere_peak = self.live, self.elsewhere
+        self.at_peak = dict(self.by_kind)
+
+    def detail_peak(self) -> None:
+        """From now on keeps what lives at each new peak, for `largest`. Slow: for finding out where bytes go."""
+        self._detailed = True
+
+    def largest(self, count: int = 20) -> list[tuple[int, int, str, str]]:
+        """(bytes together, how many, kind, origin) of the storages that lived at the peak, largest first."""
+        groups: dict[tuple[str, str], list[int]] = {}
+        for storage in self._details:
+            groups.setdefault((storage.kind, storage.origin), []).append(storage.bytes)
+        return sorted(((sum(b), len(b), *key) for key, b in groups.items()), reverse=True)[:count]
+
+    def _see(self, tensor: Tensor, func: Any) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._storages or tensor.device.type == "meta":
+            return
+        size = _rounded(storage.nbytes())
+        origin = f"{func} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+        reference = weakref.ref(storage, lambda _, key=key: self._freed(key))
+        self._storages[key] = Storage(size, self.kind, tensor.device.type, origin, reference)
+        if tensor.device.type == self.device_type:
+            self._grow(size, self.kind)
+        else:
+            self.elsewhere += size
+            self.elsewhere_peak = max(self.elsewhere_peak, self.elsewhere)
+
+    def _freed(self, key: int) -> None:
+        storage = self._storages.pop(key)
+        if storage.device == self.device_type:
+            self._shrink(storage.bytes, storage.kind)
+        else:
+            self.elsewhere -= storage.bytes
+
+    def _grow(self, size: int, kind: str) -> None:
+        self.live += size
+        self.by_kind[kind] += size
+        if self.live > self.peak:
+            self.peak, self.at_peak = self.live, dict(self.by_kind)
+            if self._detailed:
+                self._details = [s for s in self._storages.values() if s.device == self.device_type]
+
+    def _shrink(self, size: int, kind: str) -> None:
+        self.live -= size
+        self.by_kind[kind] -= size
+
+
+def _rounded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
