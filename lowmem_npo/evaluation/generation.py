@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_npo.evaluation.batching import BATCH_SIZE, batches
-from lowmem_npo.evaluation.mode import evaluating
+from lowmem_npo.evaluation.mode import evaluating, progress_bar
 from lowmem_npo.model import compute_autocast
 
 
@@ -36,11 +35,7 @@ def greedy_answers(
     """
     stops = _stop_ids(model, tokenizer)
     answers: list[list[int]] = [[] for _ in prompts]
-    with (
-        evaluating(model),
-        compute_autocast(model),
-        tqdm(total=len(prompts), desc=description, unit="row", disable=not progress) as bar,
-    ):
+    with evaluating(model), compute_autocast(model), progress_bar(len(prompts), description, progress) as bar:
         for batch in batches([(len(prompt.ids), prompt.max_new_tokens) for prompt in prompts], batch_size):
             continuations = _continue(model, tokenizer, [prompts[i] for i in batch], stops)
             for i, ids in zip(batch, continuations, strict=True):

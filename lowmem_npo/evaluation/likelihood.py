@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from math import exp, nan
 
 import torch
-from tqdm.auto import tqdm
+from lowmem_kernels import token_logprobs
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from lowmem_kernels import token_logprobs
 from lowmem_npo.data import IGNORED, TokenizedRow
 from lowmem_npo.evaluation.batching import BATCH_SIZE, batches
-from lowmem_npo.evaluation.mode import evaluating
+from lowmem_npo.evaluation.mode import evaluating, progress_bar
 from lowmem_npo.model import answer_hidden, frozen_head
 
 
@@ -47,7 +47,7 @@ def answer_likelihoods(
     """
     scores: list[Likelihood] = [Likelihood(0.0, 0)] * len(rows)
     head = frozen_head(model)
-    with evaluating(model), tqdm(total=len(rows), desc=description, unit="row", disable=not progress) as bar:
+    with evaluating(model), progress_bar(len(rows), description, progress) as bar:
         for batch in batches([(len(row["input_ids"]), 0) for row in rows], batch_size):
             tensors = (tensor.to(model.device) for tensor in _right_padded([rows[i] for i in batch]))
             answers = answer_hidden(model, *tensors)
@@ -66,13 +66,12 @@ def _right_padded(rows: Sequence[TokenizedRow]) -> tuple[torch.Tensor, torch.Ten
 
     Labelled is what follows the prompt, also where training (`--tokens all`) labels the prompt too.
     """
-    shape = (len(rows), max(len(row["input_ids"]) for row in rows))
-    input_ids = torch.zeros(shape, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, IGNORED)
-    for at, row in enumerate(rows):
-        length, prompt_length = len(row["input_ids"]), row["prompt_length"]
-        input_ids[at, :length] = torch.tensor(row["input_ids"])
-        attention_mask[at, :length] = 1
-        labels[at, prompt_length:length] = input_ids[at, prompt_length:length]
-    return input_ids, attention_mask, labels
+    ids = [torch.tensor(row["input_ids"]) for row in rows]
+    labels = [row_ids.clone() for row_ids in ids]
+    for row, row_labels in zip(rows, labels, strict=True):
+        row_labels[: row["prompt_length"]] = IGNORED
+    return (
+        pad_sequence(ids, batch_first=True),
+        pad_sequence([torch.ones_like(row_ids) for row_ids in ids], batch_first=True),
+        pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    )

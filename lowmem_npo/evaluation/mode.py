@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 
 @contextmanager
@@ -22,3 +23,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def progress_bar(rows: int, description: str, wanted: bool) -> tqdm:
+    """A bar of rows while measuring, gone when it is done; none where there is no terminal to draw it on."""
+    return tqdm(total=rows, desc=description, unit="row", leave=False, disable=None if wanted else True)

@@ -107,6 +107,7 @@ def _scope(stages: Stages) -> str:
     first = next(iter(stages.values()))
     parts = []
     for name, summary in first.items():
-        share = f"all {summary.rows}" if summary.rows == summary.rows_in_set else f"{summary.rows} of {summary.rows_in_set}"
+        rows, rows_in_set = summary.rows, summary.rows_in_set
+        share = f"all {rows}" if rows == rows_in_set else f"{rows} of {rows_in_set}"
         parts.append(f"{share} {name} rows ({summary.tokens:,} answer tokens)")
     return "Measured on " + " and ".join(parts) + ", greedy answers."
