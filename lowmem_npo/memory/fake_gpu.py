@@ -3,8 +3,8 @@
 Tensors are PyTorch's fake tensors (shapes and dtypes, no data) on the device `cuda:0`. Three things are added, so that
 what is counted is what CUDA would do:
 
-- PyTorch built for CPUs cannot index or differentiate fake CUDA tensors, because its C++ core has no CUDA device to switch
-  to. The core is told `cpu:0` (which it never needs to switch to) where Python sees `cuda:0`; autocast, which
+- PyTorch built for CPUs cannot index or differentiate fake CUDA tensors, because its C++ core has no CUDA device to
+  switch to. The core is told `cpu:0` (which it never needs to switch to) where Python sees `cuda:0`; autocast, which
   goes by dispatch keys and not by devices, is CUDA's.
 - The values of small integer and boolean tensors are followed, so that steps whose shapes depend on values (picking the
   answer tokens) have the shapes of the batch.
@@ -177,7 +177,8 @@ def _forget(args: tuple) -> None:
 
 
 _FACTORIES = {
-    aten.arange.default, aten.arange.start, aten.arange.start_step, aten.zeros.default, aten.ones.default, aten.full.default,
+    aten.arange.default, aten.arange.start, aten.arange.start_step,
+    aten.zeros.default, aten.ones.default, aten.full.default,
 }  # fmt: skip
 
 _gemm_4bit = _gemm_4bit_of_many_rows = None

@@ -1,4 +1,4 @@
-"""A model from its configuration alone, on the fake GPU: the layers and the storages of the loaded one, without data."""
+"""A model from its configuration alone, on the fake GPU: layers and storages of the loaded one, without data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counts the device memory that lives while code runs: every tensor storage once, rounded as the CUDA allocator rounds."""
+"""Counts the device memory that lives while code runs: every tensor storage once, rounded as CUDA's allocator does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
