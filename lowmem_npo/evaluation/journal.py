@@ -1,0 +1,67 @@
+"""What a long evaluation has measured so far, written down as it comes, so that an interrupted one goes on from there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lowmem_npo.evaluation.batching import BATCH_SIZE, batches
+from lowmem_npo.evaluation.mode import progress_bar
+
+
+class Journal:
+    """A file of JSON lines, one per batch: {"part": ..., "rows": [...], "values": [...]}.
+
+    path: the file; what stands in it counts as measured. A last line that was cut off by a kill is dropped.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known: dict[str, dict[int, Any]] = {}
+        if path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        for line in content[:whole].decode("utf-8").split("\n")[:-1]:
+            entry = json.loads(line)
+            self._known.setdefault(entry["part"], {}).update(zip(entry["rows"], entry["values"], strict=True))
+        os.truncate(self.path, whole)
+
+    def known(self, part: str) -> dict[int, Any]:
+        """The values of `part` that are written down, by row."""
+        return self._known.get(part, {})
+
+    def write(self, part: str, rows: Sequence[int], values: Sequence[Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            entry = {"part": part, "rows": list(rows), "values": list(values)}
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self._known.setdefault(part, {}).update(zip(rows, values, strict=True))
+
+    def measured(
+        self,
+        part: str,
+        lengths: Sequence[tuple[int, int]],
+        measure: Callable[[list[int]], Sequence[Any]],
+        *,
+        batch_size: int = BATCH_SIZE,
+    ) -> list[Any]:
+        """One value per row, in order: from the journal where all of a batch stands there, else from `measure`.
+
+        lengths: each row's (prompt tokens, further tokens), from which `batches` makes the batches.
+        measure: takes the rows of one batch and gives as many values, which JSON can hold.
+
+        Batches do not depend on what is known already, so an interrupted evaluation computes what an uninterrupted one
+        does.
+        """
+        with progress_bar(len(lengths), part, True) as bar:
+            for rows in batches(lengths, batch_size):
+                if not all(row in self.known(part) for row in rows):
+                    self.write(part, rows, measure(rows))
+                bar.update(len(rows))
+        return [self.known(part)[row] for row in range(len(lengths))]
+

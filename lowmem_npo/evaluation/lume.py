@@ -1,0 +1,175 @@
+"""The scores of SemEval-2025 Task 4 (unlearning) on LUME rows, as its official `evaluate_generations.py` computes them.
+
+A LUME row has an `id`, an `input`, an `output` and a `task`. Ids ending in `sc1` are completions, scored for
+regurgitation: ROUGE-L recall of the output in the greedy continuation, words stemmed. Ids ending in `qa0` to `qa4` are
+questions, scored for knowledge: whether the whole continuation is the output, but for case and surrounding space.
+
+    task aggregate  harmonic mean of 12 means: 3 tasks x 2 kinds, 1 - mean on forget, mean on retain; 0 if any is 0
+    MIA score       1 - 2 |AUC - 0.5|
+    final score     mean of task aggregate, MIA score and MMLU accuracy; missing while one of them is
+
+Ramakrishna et al. 2025, https://arxiv.org/abs/2504.02883 (task) and https://arxiv.org/abs/2502.15097 (data). Two
+differences from the script: a score that cannot be computed is None (the script writes -1 or NaN), and an empty
+generation counts as empty (the script reads it back from CSV as the text "nan").
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, harmonic_mean
+from typing import Any
+
+from rouge_score.rouge_scorer import RougeScorer
+
+from lowmem_npo.data import Rows, to_examples
+
+TASKS = ("Task1", "Task2", "Task3")
+REGURGITATION, KNOWLEDGE = "regurgitation-score", "knowledge-score"
+KINDS = {"sc": REGURGITATION, "qa": KNOWLEDGE}
+MAX_NEW_TOKENS = 256
+MMLU_SHARE = 0.75  # of the accuracy before unlearning; below it the challenge ranks no model
+
+
+@dataclass(frozen=True)
+class LumeRow:
+    """A row that LUME scores. `row` is its place in its file, `kind` one of REGURGITATION and KNOWLEDGE."""
+
+    row: int
+    id: str
+    task: str
+    kind: str
+    input: str
+    output: str
+
+
+@dataclass(frozen=True)
+class LumeAnswer:
+    """A row, what the model made of it, and its score: ROUGE-L recall, or 0 and 1."""
+
+    row: LumeRow
+    generation: str
+    score: float
+
+
+@dataclass(frozen=True)
+class LumeScores:
+    """Everything the official result file holds. None: not measured, or not to be had from these rows."""
+
+    forget: dict[str, Any]
+    retain: dict[str, Any]
+    terms: list[float] | None
+    missing: list[str]  # why there are no terms, in words
+    task_aggregate: float | None
+    mia_auc: float | None
+    mmlu: float | None
+
+    @property
+    def mia_score(self) -> float | None:
+        return None if self.mia_auc is None else 1 - 2 * abs(self.mia_auc - 0.5)
+
+    @property
+    def final(self) -> float | None:
+        parts = [self.task_aggregate, self.mia_score, self.mmlu]
+        return None if None in parts else fmean(parts)
+
+    def official(self) -> dict[str, Any]:
+        """Under the keys of the official result file, whose order is kept; what was not measured is null."""
+        return {
+            "forget-set": self.forget,
+            "retain-set": self.retain,
+            "mia_loss_acc": self.mia_auc,
+            "mmlu_average": self.mmlu,
+            "aggregated-terms": self.terms,
+            "harmonic-mean-task-aggregate": self.task_aggregate,
+            "mia_final_score": self.mia_score,
+            "aggregate-score": self.final,
+        }
+
+
+def lume_rows(rows: Rows) -> list[LumeRow]:
+    """The rows that LUME scores; empty where no id is one of LUME's. Raises UserError for a row that cannot be read."""
+    if not {"id", "input", "output"} <= set(rows.columns):
+        return []
+    found = []
+    for index, example in enumerate(to_examples(rows, prompt_column="input", answer_column="output")):
+        match = re.search(r"(sc|qa).$", example.id or "")
+        if match:
+            task = str(rows.rows[index].get("task") or "(no task)")
+            found.append(LumeRow(index, example.id, task, KINDS[match[1]], example.prompt, example.answer))
+    return found
+
+
+def choose_lume_rows(rows: Sequence[LumeRow], limit: int | None, seed: int) -> list[LumeRow]:
+    """`limit` rows (None: all), as many of every task and kind as there are, so that few rows still give all 12 means."""
+    if limit is None or limit >= len(rows):
+        return list(rows)
+    shuffled = random.Random(seed).sample(list(rows), len(rows))
+    groups: dict[tuple[str, str], int] = {}
+    turns = []
+    for row in shuffled:
+        turn = groups[row.task, row.kind] = groups.get((row.task, row.kind), -1) + 1
+        turns.append((turn, row.task, row.kind, row))
+    chosen = sorted(turns, key=lambda item: item[:3])[:limit]
+    return sorted((item[3] for item in chosen), key=lambda row: row.row)
+
+
+def score_generations(rows: Sequence[LumeRow], generations: Sequence[str]) -> list[LumeAnswer]:
+    """Each row with its score. A generation is what follows the input, special tokens skipped."""
+    rouge = RougeScorer(["rougeL"], use_stemmer=True)
+    answers = []
+    for row, text in zip(rows, generations, strict=True):
+        if row.kind == REGURGITATION:
+            score = rouge.score(row.output, text)["rougeL"].recall
+        else:
+            score = float(row.output.strip().lower() == text.strip().lower())
+        answers.append(LumeAnswer(row, text, score))
+    return answers
+
+
+def lume_scores(
+    forget: Sequence[LumeAnswer],
+    retain: Sequence[LumeAnswer],
+    *,
+    mia_auc: float | None = None,
+    mmlu: float | None = None,
+) -> LumeScores:
+    """The scores of both sets. Without rows of every task and kind, or with tasks other than LUME's, no aggregate."""
+    of_forget, of_retain = _set_means(forget), _set_means(retain)
+    missing = [*_missing("forget", of_forget), *_missing("retain", of_retain)]
+    terms = None
+    if not missing:
+        cells = [(task, kind) for task in TASKS for kind in KINDS.values()]
+        terms = [1 - of_forget[task][kind] for task, kind in cells] + [of_retain[task][kind] for task, kind in cells]
+    aggregate = None if terms is None else float(harmonic_mean(terms))
+    return LumeScores(of_forget, of_retain, terms, missing, aggregate, mia_auc, mmlu)
+
+
+def _missing(name: str, means: dict[str, Any]) -> list[str]:
+    """What keeps this set from an aggregate, in words."""
+    unknown = [task for task in means if task not in TASKS and not task.startswith("overall-")]
+    reasons = [f"{name} has rows of {', '.join(unknown)}, which LUME does not know"] if unknown else []
+    for task in TASKS:
+        kinds = [kind for kind in KINDS.values() if means.get(task, {}).get(kind) is None]
+        if kinds:
+            reasons.append(f"{name} has no {task} row for the {' or '.join(kinds)}")
+    return reasons
+
+
+def _set_means(answers: Sequence[LumeAnswer]) -> dict[str, Any]:
+    """The official block of one set: overall means over rows, then per task, in the order of their names."""
+    block: dict[str, Any] = {
+        f"overall-{kind}": _mean([a.score for a in answers if a.row.kind == kind]) for kind in KINDS.values()
+    }
+    for task in sorted({answer.row.task for answer in answers}):
+        block[task] = {
+            kind: _mean([a.score for a in answers if (a.row.task, a.row.kind) == (task, kind)])
+            for kind in KINDS.values()
+        }
+    return block
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None

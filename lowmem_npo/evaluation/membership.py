@@ -1,0 +1,76 @@
+"""Whether the loss of a document still tells that the model was taught it: the LOSS membership attack.
+
+Every document gets the score -(mean negative log-likelihood of its tokens, the first excepted). The AUC is the
+probability that a member scores above a non-member: 0.5 tells nothing, towards 1 the members are still known, towards 0
+they are now suspiciously unlikely, which gives them away as well.
+
+Yeom et al. 2018, https://arxiv.org/abs/1709.01604; as in the evaluation of SemEval-2025 Task 4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sklearn.metrics import roc_auc_score
+from transformers import PreTrainedTokenizerBase
+
+from lowmem_npo.data import Rows, Template, TokenizedRow, to_examples
+from lowmem_npo.errors import UserError
+
+
+@dataclass(frozen=True)
+class MembershipScore:
+    """The attack's result. `members` and `nonmembers` are how many documents of each were scored."""
+
+    auc: float
+    members: int
+    nonmembers: int
+    all_equal: bool
+
+    @property
+    def meaning(self) -> str:
+        """The AUC in a sentence."""
+        if self.all_equal:
+            return "every document has the same loss, so the attack (and this score) says nothing about the model"
+        if abs(self.auc - 0.5) <= 0.05:
+            return "the loss tells members from non-members hardly better than a coin"
+        if self.auc > 0.5:
+            return "members are still more likely than non-members: they are remembered"
+        return "members are now less likely than non-members: over-forgetting, which tells them apart as well"
+
+
+def documents(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[TokenizedRow]:
+    """Each document as ids, all of which are scored: the column `document`, or any recognised row, prompt and answer.
+
+    No end-of-sequence token is added. Raises UserError for a document of fewer than two tokens: none has a predecessor.
+    """
+    column = "document" if "document" in rows.columns else None
+    examples = to_examples(rows, answer_column=column)
+    tokenized = []
+    for example in examples:
+        if example.messages is not None:
+            text = "\n".join(turn["content"] for turn in example.messages)
+        elif example.prompt is None:
+            text = example.answer
+        else:
+            text = "".join(Template("{prompt}").render(example))
+        ids = list(tokenizer(text, verbose=False).input_ids)
+        if len(ids) < 2:
+            raise UserError(f"{example.where} is a document of one token, which has no loss; remove the row.")
+        tokenized.append(TokenizedRow(input_ids=ids, labels=ids, prompt_length=0))
+    return tokenized
+
+
+def membership(member_nll: Sequence[float], nonmember_nll: Sequence[float]) -> MembershipScore:
+    """The attack on mean negative log-likelihoods per token, in nats.
+
+    Raises UserError where a document has none: the model gives NaN or infinity.
+    """
+    scores = [-nll for nll in (*member_nll, *nonmember_nll)]
+    if not all(math.isfinite(score) for score in scores):
+        raise UserError("The model's loss on a document is not a finite number; its weights or its adapter are damaged.")
+    labels = [1] * len(member_nll) + [0] * len(nonmember_nll)
+    auc = float(roc_auc_score(labels, scores))
+    return MembershipScore(auc, len(member_nll), len(nonmember_nll), all_equal=len(set(scores)) == 1)
