@@ -37,8 +37,6 @@ class ModelConfig:
     """Compute type, and type of the frozen weights that are not 4-bit."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto is the GPU if there is one, else the CPU. Which of several GPUs: CUDA_VISIBLE_DEVICES."""
-    gradient_checkpointing: bool = True
-    """Recompute each layer in the backward pass instead of keeping its activations."""
 
 
 @dataclass
@@ -123,13 +121,63 @@ class AdapterConfig:
     """Dropout on the adapter's input."""
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
     """Names of the linear layers that get an adapter, or all-linear."""
+    lora_layers: tuple[str, ...] = ()
+    """Decoder layers, from 0, that get an adapter, as in 16-31 or 0 4 8-11. Default: all. What lies below the lowest of
+    them has no gradient and runs once for policy and reference together."""
 
     def __post_init__(self) -> None:
         self.lora_targets = (self.lora_targets,) if isinstance(self.lora_targets, str) else tuple(self.lora_targets)
+        layers = (self.lora_layers,) if isinstance(self.lora_layers, (str, int)) else self.lora_layers
+        self.lora_layers = tuple(str(layer) for layer in layers)
+        _ = self.layers  # malformed ones raise here
         if self.lora_r < 1:
             raise UserError(f"--lora-r must be at least 1, not {self.lora_r}.")
         if not self.lora_targets:
             raise UserError("--lora-targets is empty: name at least one linear layer, or all-linear.")
+
+    @property
+    def layers(self) -> list[int] | None:
+        """`lora_layers` as numbers, each once, lowest first; None: all."""
+        found: set[int] = set()
+        for spec in (part for given in self.lora_layers for part in given.replace(",", " ").split()):
+            first, dash, last = spec.partition("-")
+            last = last if dash else first
+            if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+                raise UserError(f"--lora-layers {spec}: give layer numbers from 0, or ranges such as 16-31.")
+            found.update(range(int(first), int(last) + 1))
+        return sorted(found) or None
+
+
+@dataclass
+class MemoryConfig:
+    """Memory: what keeps the step small. The loss and its gradients stay the same, but for rounding."""
+
+    gradient_checkpointing: bool = True
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+    sliced_float32: bool = True
+    """Compute norms and rotary embeddings, which work in float32, a slice at a time, and keep no float32 copy of the
+    hidden states for the backward pass."""
+    offload_checkpoints: bool = False
+    """Keep the layers' inputs, from which they are recomputed, in the host's memory; copied while the GPU computes."""
+    tile_mlp: int | None = None
+    """Run each MLP on so many tokens at a time, forward and backward (--tile-mlp alone: 1024)."""
+    embedding_on_cpu: bool = False
+    """Keep the input embedding in the host's memory and copy the rows that a batch needs."""
+    reference: Literal["live", "cached"] = "live"
+    """live: the reference pass is run at every step. cached: its results are stored when a row is first seen, and read
+    from then on, by later runs too."""
+    reference_dir: str | None = None
+    """Directory of the cached reference. Default: reference/ in --output-dir."""
+
+    def __post_init__(self) -> None:
+        if self.tile_mlp is not None and self.tile_mlp < 1:
+            raise UserError(f"--tile-mlp must be at least 1 token, not {self.tile_mlp}.")
+        if self.offload_checkpoints and not self.gradient_checkpointing:
+            raise UserError("--offload-checkpoints moves what gradient checkpointing keeps: leave out --no-gradient-checkpointing.")
+        if self.reference not in ("live", "cached"):
+            raise UserError(f"--reference must be live or cached, not {self.reference!r}.")
+        if self.reference_dir is not None and self.reference != "cached":
+            raise UserError("--reference-dir is where --reference cached keeps its files: give both, or none.")
 
 
 @dataclass
@@ -195,6 +243,7 @@ SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "objective": ObjectiveConfig,
     "adapter": AdapterConfig,
+    "memory": MemoryConfig,
     "training": TrainingConfig,
     "output": OutputConfig,
 }
@@ -210,6 +259,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     trainer_args: dict[str, Any] = field(default_factory=dict)
@@ -234,6 +284,7 @@ class RunConfig:
             settings.update(dataclasses.asdict(getattr(self, section)))
         settings = {name: value for name, value in settings.items() if name not in INVOCATION_ONLY}
         settings["lora_targets"] = list(settings["lora_targets"])
+        settings["lora_layers"] = list(settings["lora_layers"]) or None
         return {**settings, **self.trainer_args}
 
     def to_yaml(self) -> str:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import yaml
 from transformers import PretrainedConfig
 
-from lowmem_npo.config import RunConfig
+from lowmem_npo.config import MemoryConfig, RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answers import AnswerEvaluation, AnswerRecord, AnswerSummary
 
 # A resumed run may be longer, stand elsewhere, or measure more; everything else would make it another run.
-MAY_CHANGE = ("output_dir", "epochs", "max_steps", "eval_rows", "eval_batch_size", "micro_batch_size", "device")
+MAY_CHANGE = (
+    "output_dir", "epochs", "max_steps", "eval_rows", "eval_batch_size", "micro_batch_size", "device",
+    *(f.name for f in fields(MemoryConfig)),
+)  # fmt: skip
 
 
 class RunDirectory:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallb
 from lowmem_npo.config import RunConfig
 from lowmem_npo.data import PreparedData, prepare, preview
 from lowmem_npo.evaluation.answers import AnswerEvaluation, evaluate_answers
-from lowmem_npo.memory.checkpointing import enable_checkpointing
+from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model, load_tokenizer, reference_mode, resolve_name
 from lowmem_npo.model.loading import load_config, resolve_device
 from lowmem_npo.output_dir import RunDirectory, check_disk
@@ -69,8 +69,7 @@ def train(config: RunConfig, say: Say = print) -> RunResult | None:
 
     set_seed(config.training.seed)
     model = attach_lora(load_model(config.model), config.adapter)
-    if config.model.gradient_checkpointing:
-        enable_checkpointing(model.get_base_model())
+    apply_switches(model, config.memory)
     trainer = NPOTrainer(
         model,
         npo_config(config),

@@ -21,6 +21,7 @@ from lowmem_npo.config import AdapterConfig, ObjectiveConfig
 from lowmem_npo.data.batching import ForgetRetain, StepBatches, collator
 from lowmem_npo.data.tokenizing import TokenizedRow
 from lowmem_npo.errors import UserError
+from lowmem_npo.memory.prefix import SharedPrefix
 from lowmem_npo.model import answer_hidden, attach_lora, check_head, frozen_head
 from lowmem_npo.objective import SequenceLogprobs, StepTotals, forget_loss, needs_reference, retain_weights
 from lowmem_npo.reference import LiveReference
@@ -95,6 +96,7 @@ class NPOTrainer(Trainer):
         args._n_gpu = min(args.n_gpu, 1)  # several GPUs are used by several processes, never by DataParallel
         self.head = frozen_head(model)
         self.reference = LiveReference(model, self.head, self.objective)
+        self.prefix = SharedPrefix(model)
         self._metrics = StepMetrics(self.objective)
         retain_dataset = retain_dataset if self.objective.needs_retain else None
         super().__init__(
@@ -161,23 +163,20 @@ class NPOTrainer(Trainer):
         self.model.train()
         inputs = self._prepare_inputs(inputs)
         forget, retain = inputs["forget"], inputs["retain"]
-        forgets, retains = len(forget["labels"]) > 0, retain is not None and len(retain["labels"]) > 0
-
-        # The reference first, before any graph of the policy exists.
-        reference_logprobs = self.reference.forget(forget) if forgets else None
-        reference_hidden = self.reference.retain(retain) if retains else None
-
+        # Part by part, the reference first: it runs before any graph exists, and the two parts' graphs never meet.
         loss = torch.zeros((), device=self.args.device)
-        if forgets:
-            forget_part = self._forget_loss(forget, reference_logprobs, totals)
+        if len(forget["labels"]) > 0:
+            with self.prefix.shared():
+                forget_part = self._forget_loss(forget, self.reference.forget(forget), totals)
             self.accelerator.backward(forget_part)
             loss += forget_part.detach()
-            del forget_part, reference_logprobs
-        if retains:
-            retain_part = self._retain_loss(retain, reference_hidden, totals)
+            del forget_part
+        if retain is not None and len(retain["labels"]) > 0:
+            with self.prefix.shared():
+                retain_part = self._retain_loss(retain, self.reference.retain(retain), totals)
             self.accelerator.backward(retain_part)
             loss += retain_part.detach()
-            del retain_part, reference_hidden
+            del retain_part
 
         if self.accelerator.sync_gradients:
             self._metrics.steps += 1

@@ -36,6 +36,8 @@ ALIASES = {
     "max-seq-length": "max-length",
     "activation-checkpointing": "gradient-checkpointing",
 }
+# What a flag means that may stand without a value.
+WITHOUT_VALUE = {"--tile-mlp": "1024"}
 TRUE, FALSE = ("true", "yes", "1"), ("false", "no", "0")
 
 
@@ -82,7 +84,8 @@ def _flat_config() -> type:
 
 
 def _canonical(arguments: Sequence[str]) -> list[str]:
-    """--some_flag=x becomes --some-flag x, aliases become our names, `--qlora true` becomes --qlora."""
+    """--some_flag=x becomes --some-flag x, aliases become our names, `--qlora true` becomes --qlora, and a flag that may
+    stand alone gets its value."""
     switches = {f.name.replace("_", "-") for s in SECTIONS.values() for f in dataclasses.fields(s) if f.type in (bool, "bool")}
     result: list[str] = []
     for argument in arguments:
@@ -97,6 +100,9 @@ def _canonical(arguments: Sequence[str]) -> list[str]:
         if len(result) > 1 and result[-2][2:] in switches and result[-2].startswith("--") and last in TRUE + FALSE:
             switch = result[-2][2:]
             result[-2:] = [f"--{switch}" if last in TRUE else f"--no-{switch}"]
+    for at in range(len(result) - 1, -1, -1):
+        if result[at] in WITHOUT_VALUE and (at + 1 == len(result) or result[at + 1].startswith("--")):
+            result.insert(at + 1, WITHOUT_VALUE[result[at]])
     return result
 
 

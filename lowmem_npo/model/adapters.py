@@ -7,28 +7,46 @@ from collections.abc import Iterator
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from lowmem_npo.config import AdapterConfig
 from lowmem_npo.errors import UserError
+from lowmem_npo.model.layers import decoder_layers
 
 
 def attach_lora(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
     """Adds a LoRA adapter (Hu et al. 2021) that starts as the identity; only its weights, in float32, require grad.
 
+    Its layers take their input as it comes, without PEFT's float32 copy of it: what runs the model in bf16 runs it inside
+    `compute_autocast`, which casts the adapter's small matrices instead.
+
     Raises:
-        UserError: a target matches no linear layer (the candidates are listed) or the output head.
+        UserError: a target matches no linear layer (the candidates are listed) or the output head, or there are fewer
+            decoder layers than `lora_layers` names.
     """
     targets = _checked_targets(model, config.lora_targets)
+    if config.layers is not None:
+        count = len(decoder_layers(model))
+        if config.layers[-1] >= count:
+            raise UserError(f"--lora-layers names layer {config.layers[-1]}, but the model's layers are 0-{count - 1}.")
+        if targets == "all-linear":  # PEFT takes layer numbers only with names
+            targets = linear_layer_names(model)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
+        layers_to_transform=config.layers,
         bias="none",
     )
-    return get_peft_model(model, lora)
+    adapted = get_peft_model(model, lora)
+    model.disable_input_require_grads()  # PEFT wants it for reentrant checkpointing; it costs gradients below the adapters
+    for module in adapted.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False
+    return adapted
 
 
 @contextlib.contextmanager

@@ -1,0 +1,28 @@
+"""The switches of `MemoryConfig` that change how a model computes, thrown in the order in which they build on each other."""
+
+from __future__ import annotations
+
+from peft import PeftModel
+
+from lowmem_npo.config import MemoryConfig
+from lowmem_npo.memory.checkpointing import enable_checkpointing
+from lowmem_npo.memory.embedding import embedding_to_host
+from lowmem_npo.memory.float32 import slice_float32
+from lowmem_npo.memory.tiling import tile_mlps
+
+
+def apply_switches(model: PeftModel, config: MemoryConfig) -> None:
+    """Makes the model inside `model` compute as `config` says; loss and gradients stay the same but for rounding.
+
+    Raises:
+        UserError: a switch does not fit this architecture; the sentence names it.
+    """
+    lm = model.get_base_model()
+    if config.embedding_on_cpu:
+        embedding_to_host(lm)
+    if config.tile_mlp is not None:
+        tile_mlps(lm, config.tile_mlp)
+    if config.sliced_float32:  # after the MLPs, which take the norms that follow them into their tiles
+        slice_float32(lm)
+    if config.gradient_checkpointing:
+        enable_checkpointing(lm, offload=config.offload_checkpoints)

@@ -1,0 +1,202 @@
+"""Modules that treat every token by itself, a slice of tokens at a time: an MLP's wide activations never exist whole.
+
+A layer's MLP multiplies the hidden size by three or four, several times over, so that under activation checkpointing
+its activations are most of what one layer's recomputation holds. Rows (tokens) do not meet in it: a slice of rows can be
+brought forward, and backward, by itself (as in ALST, Bekman et al. 2025, and Liger's and Axolotl's TiledMLP).
+
+Those implementations run every slice three times under checkpointing: in the forward pass, in the layer's
+recomputation, whose result nobody looks at, and again in the backward pass, with gradient. Here it is two. The input is
+saved by a node of its own *before* anything is computed; non-reentrant checkpointing ends a recomputation as soon as the
+last tensor that was saved has been saved again, and that is this input, unless something behind the MLP needs its
+value. What then needs it in some architectures is a norm between MLP and residual (OLMo 2, Gemma 2): it treats rows by
+themselves too, so it is taken into the slices. Anything else behind the MLP costs the third pass, and stays exact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import get_device_states, set_device_states
+from transformers import PreTrainedModel
+
+from lowmem_npo.errors import UserError
+from lowmem_npo.model.layers import decoder_layers
+
+MLP_NAMES = ("mlp", "feed_forward", "ffn")
+POST_NORM_NAMES = ("post_feedforward_layernorm", "post_mlp_layernorm")
+
+
+def tile_mlps(model: PreTrainedModel, rows: int) -> None:
+    """Lets every decoder layer's MLP work on `rows` tokens at a time. Exact within rounding, with any adapters inside.
+
+    Raises:
+        UserError: the decoder layers have no MLP of their own that maps one tensor to one tensor.
+    """
+    found = False
+    for layer in decoder_layers(model):
+        mlp = next((getattr(layer, name) for name in MLP_NAMES if isinstance(getattr(layer, name, None), nn.Module)), None)
+        if mlp is None:
+            continue
+        needed = [p for p in inspect.signature(mlp.forward).parameters.values() if p.default is p.empty]
+        if len(needed) != 1:
+            raise UserError(f"--tile-mlp: {type(mlp).__name__} takes more than the hidden states; leave --tile-mlp out.")
+        found = True
+        norms = [getattr(layer, name) for name in POST_NORM_NAMES if isinstance(getattr(layer, name, None), nn.Module)]
+        tile(mlp, rows, followed_by=norms[0] if norms else None)
+    if not found:
+        raise UserError(f"--tile-mlp: the decoder layers of {type(model).__name__} have no MLP of their own to tile.")
+
+
+def tile(module: nn.Module, rows: int, followed_by: nn.Module | None = None) -> None:
+    """Replaces `module.forward` by its tiled form; with `followed_by`, the module that is called on its output, included."""
+    tiled = TiledForward(module, rows, followed_by)
+    module.forward = tiled
+    if followed_by is not None:
+        followed_by.forward = tiled.already_done
+
+
+class TiledForward:
+    """Stands in for the `forward` of a module that maps (..., d) to (..., e), each row by itself."""
+
+    def __init__(self, module: nn.Module, rows: int, followed_by: nn.Module | None = None) -> None:
+        self.modules = [module] if followed_by is None else [module, followed_by]
+        self.forwards = [m.forward for m in self.modules]  # bound methods: a deep copy of the model is tiled by itself
+        self.rows = rows
+        self._last: Callable[[], Tensor | None] = lambda: None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        parameters = [p for m in self.modules for p in m.parameters() if p.requires_grad]
+        slices = Slices(self, x)
+        if torch.is_grad_enabled() and (x.requires_grad or parameters):
+            ticket = _Keep.apply(slices, x, *parameters)
+            result = _Run.apply(slices, ticket, x)
+        else:
+            with torch.no_grad():
+                result = slices.forward(x)
+        self._last = weakref.ref(result)
+        return result
+
+    def already_done(self, x: Tensor) -> Tensor:
+        """The `forward` of `followed_by`: `__call__` has done its work."""
+        if x is not self._last():
+            outer, inner = (type(m).__name__ for m in reversed(self.modules))
+            raise UserError(f"--tile-mlp: {outer} does not follow {inner} directly in this model; leave --tile-mlp out.")
+        return x
+
+    def rowwise(self, rows: Tensor) -> Tensor:
+        """The plain work on some rows: (1, n, d) -> (1, n, e)."""
+        for forward in self.forwards:
+            rows = forward(rows)
+        return rows
+
+
+class Slices:
+    """One call: how the rows are cut, and the autocast and random state in which both passes over them run."""
+
+    def __init__(self, tiled: TiledForward, x: Tensor) -> None:
+        self.rowwise = tiled.rowwise
+        count = x.numel() // x.shape[-1]
+        self.size = math.ceil(count / max(1, math.ceil(count / tiled.rows)))  # equal slices, no small rest
+        self.grad: Tensor | None = None
+        self._autocast = _autocast_now(x.device.type)
+        random = any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for top in tiled.modules for m in top.modules())
+        self._random = (torch.get_rng_state(), *get_device_states(x)) if random else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., e), without graph."""
+        result = None
+        with self._autocast():
+            for at, part in self._cut(x):
+                done = self.rowwise(part)
+                if part.shape[1] == x.numel() // x.shape[-1]:
+                    result = done
+                    break
+                if result is None:
+                    result = done.new_empty(1, x.numel() // x.shape[-1], done.shape[-1])
+                result[:, at] = done
+        return result.view(*x.shape[:-1], -1)
+
+    def backward(self, x: Tensor, wanted: Sequence[Tensor], x_wanted: bool) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Gradients of x and of the parameters `wanted`, slice by slice: forward again, with graph, and back."""
+        upstream, self.grad = self.grad, None
+        upstream = upstream.reshape(1, -1, upstream.shape[-1])
+        x_grad = x.new_empty(1, upstream.shape[1], x.shape[-1]) if x_wanted else None
+        sums: list[Tensor | None] = [None] * len(wanted)
+        with torch.enable_grad(), self._autocast(), self._randomness_again(x.device):
+            for at, part in self._cut(x.detach()):
+                part = part.detach().requires_grad_(x_wanted)
+                sources = [part, *wanted] if x_wanted else list(wanted)
+                done = self.rowwise(part)
+                grads = list(torch.autograd.grad(done, sources, upstream[:, at], allow_unused=True))
+                del done
+                if x_wanted:
+                    x_grad[:, at] = grads.pop(0)
+                sums = [g if s is None else s if g is None else s.add_(g) for s, g in zip(sums, grads, strict=True)]
+        return None if x_grad is None else x_grad.view_as(x), sums
+
+    def _cut(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        rows = x.reshape(1, -1, x.shape[-1])
+        for start in range(0, rows.shape[1], self.size):
+            at = slice(start, start + self.size)
+            yield at, rows[:, at]
+
+    @contextlib.contextmanager
+    def _randomness_again(self, device: torch.device) -> Iterator[None]:
+        """Dropout inside draws what it drew in the forward pass."""
+        if self._random is None:
+            yield
+            return
+        host, devices, states = self._random
+        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+            torch.set_rng_state(host)
+            set_device_states(devices, states, device_type=device.type)
+            yield
+
+
+class _Keep(torch.autograd.Function):
+    """Saves x before the work begins. Its output, of no elements, stands for the result in the graph."""
+
+    @staticmethod
+    def forward(ctx, slices: Slices, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.slices, ctx.parameters = slices, parameters
+        ctx.save_for_backward(x)
+        return x.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _: Tensor):
+        (x,) = ctx.saved_tensors
+        wanted = [p for p, needed in zip(ctx.parameters, ctx.needs_input_grad[2:], strict=True) if needed]
+        x_grad, grads = ctx.slices.backward(x, wanted, ctx.needs_input_grad[1])
+        grads = iter(grads)
+        return None, x_grad, *(next(grads) if needed else None for needed in ctx.needs_input_grad[2:])
+
+
+class _Run(torch.autograd.Function):
+    """The work itself, without graph. In the backward pass it hands the gradient on to `_Keep`."""
+
+    @staticmethod
+    def forward(ctx, slices: Slices, ticket: Tensor, x: Tensor) -> Tensor:
+        ctx.slices, ctx.like = slices, (ticket.dtype, ticket.device)
+        return slices.forward(x.detach())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        ctx.slices.grad = grad
+        dtype, device = ctx.like
+        return None, torch.empty(0, dtype=dtype, device=device), None
+
+
+def _autocast_now(device_type: str) -> Callable[[], contextlib.AbstractContextManager]:
+    """Autocast as it is now, to be entered again. Without its cache: what it cached without a graph must not be found
+    where a graph is wanted."""
+    enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    return lambda: torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)
