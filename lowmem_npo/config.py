@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from lowmem_npo.errors import UserError
+from lowmem_npo.sizes import parse_size
 
 ForgetTerm = Literal["npo", "ga", "simnpo", "idk"]
 Normalization = Literal["sequence", "token", "length"]
@@ -168,8 +169,12 @@ class MemoryConfig:
     from then on, by later runs too."""
     reference_dir: str | None = None
     """Directory of the cached reference. Default: reference/ in --output-dir."""
+    memory_budget: str | None = None
+    """GPU memory that the run may take, CUDA's own included, such as 24GiB: the fastest of these switches and of
+    --micro-batch-size that fit are found by simulation and used."""
 
     def __post_init__(self) -> None:
+        self.budget_bytes  # a malformed one raises here
         if self.tile_mlp is not None and self.tile_mlp < 1:
             raise UserError(f"--tile-mlp must be at least 1 token, not {self.tile_mlp}.")
         if self.offload_checkpoints and not self.gradient_checkpointing:
@@ -178,6 +183,11 @@ class MemoryConfig:
             raise UserError(f"--reference must be live or cached, not {self.reference!r}.")
         if self.reference_dir is not None and self.reference != "cached":
             raise UserError("--reference-dir is where --reference cached keeps its files: give both, or none.")
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """`memory_budget` in bytes."""
+        return None if self.memory_budget is None else parse_size(self.memory_budget, "--memory-budget")
 
 
 @dataclass

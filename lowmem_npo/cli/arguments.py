@@ -35,6 +35,7 @@ ALIASES = {
     "resume-from-checkpoint": "resume",
     "max-seq-length": "max-length",
     "activation-checkpointing": "gradient-checkpointing",
+    "budget": "memory-budget",
 }
 # What a flag means that may stand without a value.
 WITHOUT_VALUE = {"--tile-mlp": "1024"}

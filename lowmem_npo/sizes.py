@@ -1,0 +1,26 @@
+"""Amounts of memory as people write and read them."""
+
+from __future__ import annotations
+
+import re
+
+from lowmem_npo.errors import UserError
+
+UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+def parse_size(text: str, option: str) -> int:
+    """Bytes in "24GiB", "24 GB" or "800MiB".
+
+    Raises:
+        UserError: no number with a unit, or not positive; it names `option`.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text.lower())
+    if match is None or match[2] not in UNITS or not float(match[1]):
+        raise UserError(f"{option} {text}: give a positive number and a unit, such as 24GiB, 24GB or 800MiB.")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def gib(size: int) -> str:
+    """"5.43 GiB"."""
+    return f"{size / 2**30:.2f} GiB"
