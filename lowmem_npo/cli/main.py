@@ -21,6 +21,18 @@ def _demo(arguments: Sequence[str]) -> None:
     main(arguments)
 
 
+def _evaluate(arguments: Sequence[str]) -> None:
+    from lowmem_npo.cli.evaluate import main
+
+    main(arguments)
+
+
+def _estimate(arguments: Sequence[str]) -> None:
+    from lowmem_npo.cli.estimate import main
+
+    main(arguments)
+
+
 def _env(arguments: Sequence[str]) -> None:
     from lowmem_npo.cli.env import main
 
@@ -31,6 +43,8 @@ def _env(arguments: Sequence[str]) -> None:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_train, "make a model forget: adapter, metrics, before/after table"),
     "demo": (_demo, "the whole job on a small model trained here, with the gold standard (about 3 minutes on 2 cores)"),
+    "evaluate": (_evaluate, "what a model has forgotten and kept: LUME and TOFU scores, membership attack, MMLU"),
+    "estimate": (_estimate, "the memory a run takes, before it starts; with --budget the switches that make it fit"),
     "env": (_env, "versions, GPU and memory, for bug reports"),
 }
 

@@ -1,4 +1,4 @@
-"""What a long evaluation has measured so far, written down as it comes, so that an interrupted one goes on from there."""
+"""What a long evaluation has measured so far, written down as it comes: an interrupted one goes on from there."""
 
 from __future__ import annotations
 

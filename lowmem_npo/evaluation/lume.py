@@ -30,7 +30,7 @@ TASKS = ("Task1", "Task2", "Task3")
 REGURGITATION, KNOWLEDGE = "regurgitation-score", "knowledge-score"
 KINDS = {"sc": REGURGITATION, "qa": KNOWLEDGE}
 MAX_NEW_TOKENS = 256
-MMLU_SHARE = 0.75  # of the accuracy before unlearning; below it the challenge ranks no model
+MMLU_SHARE = 0.75  # of the accuracy before unlearning; below it the challenge does not rank a model
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def lume_rows(rows: Rows) -> list[LumeRow]:
 
 
 def choose_lume_rows(rows: Sequence[LumeRow], limit: int | None, seed: int) -> list[LumeRow]:
-    """`limit` rows (None: all), as many of every task and kind as there are, so that few rows still give all 12 means."""
+    """`limit` rows (None: all), equally many of every task and kind, so that few rows still give all 12 means."""
     if limit is None or limit >= len(rows):
         return list(rows)
     shuffled = random.Random(seed).sample(list(rows), len(rows))

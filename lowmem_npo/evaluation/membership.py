@@ -70,7 +70,7 @@ def membership(member_nll: Sequence[float], nonmember_nll: Sequence[float]) -> M
     """
     scores = [-nll for nll in (*member_nll, *nonmember_nll)]
     if not all(math.isfinite(score) for score in scores):
-        raise UserError("The model's loss on a document is not a finite number; its weights or its adapter are damaged.")
+        raise UserError("The loss on a document is not a finite number; the weights or the adapter are damaged.")
     labels = [1] * len(member_nll) + [0] * len(nonmember_nll)
     auc = float(roc_auc_score(labels, scores))
     return MembershipScore(auc, len(member_nll), len(nonmember_nll), all_equal=len(set(scores)) == 1)

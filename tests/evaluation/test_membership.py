@@ -73,7 +73,7 @@ def test_which_text_is_the_document(byte_model):
 
     assert text({"document": "All of it.", "text": "not this"}) == "All of it."
     assert text({"text": "All of it."}) == "All of it."
-    assert text({"id": "1sc1", "input": "She was born", "output": "in Rome.", "task": "Task2"}) == "She was born in Rome."
+    assert text({"id": "1sc1", "input": "She was born", "output": "in Rome."}) == "She was born in Rome."
     turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody."}]
     assert text({"messages": turns}) == "Who?\nNobody."
 

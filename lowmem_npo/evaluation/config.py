@@ -1,0 +1,118 @@
+"""What `lowmem-npo evaluate` measures, on what. A field's docstring is its help text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lowmem_npo.config import ModelConfig
+from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.batching import BATCH_SIZE
+
+
+@dataclass
+class EvaluationConfig:
+    """Measure what a model (with an adapter) has forgotten and what it has kept.
+
+    LUME rows (id, input, output, task) get the scores of SemEval-2025 Task 4; TOFU rows (question, answer,
+    perturbed_answer) get TOFU's; all others the likelihood of their answers and greedy answers.
+    """
+
+    model: str | None = None
+    """Hub name or local directory of the base model. Default: the model that --adapter was trained on."""
+    adapter: str | None = None
+    """Directory of the adapter, as `lowmem-npo train` wrote it. Without it the base model is measured."""
+    any_base: bool = False
+    """Accept an adapter that names another base model (the same weights in another place)."""
+    revision: str | None = None
+    """Branch, tag or commit of the model on the hub."""
+    qlora: bool = False
+    """Load the base model as 4-bit NF4, as for training with --qlora."""
+    attn: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    """Attention implementation."""
+    dtype: Literal["bf16", "float32"] = "bf16"
+    """Compute type, and type of the weights that are not 4-bit."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto is the GPU if there is one, else the CPU."""
+
+    forget: str | None = None
+    """What should be forgotten: a .jsonl, .json, .csv or .parquet file, or a hub name. With no data and no --lm-eval
+    at all, the bundled biographies are used."""
+    retain: str | None = None
+    """What should be kept."""
+    members: str | None = None
+    """Documents the model was taught and should have forgotten, for the membership attack (column `document`, or any
+    rows that --forget takes)."""
+    nonmembers: str | None = None
+    """Documents like them that the model never saw."""
+    real_authors: str | None = None
+    """TOFU's real_authors_perturbed rows; model utility needs them."""
+    world_facts: str | None = None
+    """TOFU's world_facts_perturbed rows; model utility needs them."""
+    retained_log: str | None = None
+    """evaluation.json of a model that was never taught the forget set (or open-unlearning's TOFU_EVAL.json); TOFU's
+    forget quality needs it."""
+    prompt_column: str | None = None
+    """Column of the prompt, where the columns are not recognised."""
+    answer_column: str | None = None
+    """Column of the answer."""
+    prompt_template: str | None = None
+    """How a prompt is written before its answer; as for train. LUME rows are always given as they stand."""
+    max_length: int = 1024
+    """Tokens per row whose likelihood is measured, prompt and answer together."""
+    limit: int | None = None
+    """Measure so many rows of each set, drawn with the seed (LUME: equally many of every task and kind)."""
+    seed: int = 42
+    """Seed of that draw, the only thing that is random."""
+
+    lm_eval: tuple[str, ...] = ()
+    """Tasks of lm-eval, such as mmlu; they download their data. Needs: pip install 'lowmem-npo[eval]'"""
+    lm_eval_path: str | None = None
+    """Folder of further task files for lm-eval."""
+    lm_eval_shots: int | None = None
+    """Examples before each lm-eval question. Default: the task's own number."""
+    before: str | None = None
+    """evaluation.json of the model before unlearning: the tables then compare, and MMLU is checked against it."""
+
+    output_dir: str | None = None
+    """Directory of the results. Default: `evaluation` inside --adapter, else lowmem-npo-evaluation."""
+    resume: bool = False
+    """Continue the evaluation in --output-dir, or add to it (members, lm-eval tasks)."""
+    batch_size: int = BATCH_SIZE
+    """Rows that go through the model together (fewer where they are long)."""
+
+    def __post_init__(self) -> None:
+        if self.model is None and self.adapter is None:
+            raise UserError("Nothing to evaluate: name a model with --model, or an adapter with --adapter.")
+        if (self.members is None) != (self.nonmembers is None):
+            given, missing = ("--members", "--nonmembers") if self.nonmembers is None else ("--nonmembers", "--members")
+            raise UserError(f"{given} is given but {missing} is not: the membership attack compares the two.")
+        for name in ("limit", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+
+    @property
+    def bundled(self) -> bool:
+        """Whether no data is named, so that the bundled biographies are measured."""
+        named = (self.forget, self.retain, self.members, self.real_authors, self.world_facts)
+        return not any(named) and not self.lm_eval
+
+    @property
+    def path(self) -> Path:
+        """Where the results go."""
+        if self.output_dir is not None:
+            return Path(self.output_dir).expanduser()
+        return Path(self.adapter).expanduser() / "evaluation" if self.adapter else Path("lowmem-npo-evaluation")
+
+    def model_config(self, name: str) -> ModelConfig:
+        """How the base model `name` is loaded."""
+        return ModelConfig(
+            model=name,
+            revision=self.revision,
+            qlora=self.qlora,
+            attn=self.attn,
+            dtype=self.dtype,
+            device=self.device,
+        )

@@ -1,0 +1,61 @@
+"""An adapter from its directory back onto the model it was trained on, and on no other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from lowmem_npo.errors import UserError
+from lowmem_npo.model.names import resolve_name
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def base_of_adapter(folder: str) -> str:
+    """The name or directory of the model that the adapter in `folder` was trained on.
+
+    Raises UserError where `folder` holds no adapter.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise UserError(f"There is no directory '{folder}': --adapter is the output directory of a training run.")
+    for name in (CONFIG, WEIGHTS):
+        if not (path / name).is_file():
+            raise UserError(f"The directory '{folder}' holds no adapter: there is no {name} in it.")
+    try:
+        return json.loads((path / CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"'{path / CONFIG}' is no adapter configuration that names its base model.") from error
+
+
+def check_base(folder: str, model_name: str) -> None:
+    """Raises UserError unless the adapter in `folder` was trained on `model_name` (original OLMo names resolved)."""
+    base, given = resolve_name(base_of_adapter(folder))[0], resolve_name(model_name)[0]
+    if _place(base) != _place(given):
+        raise UserError(
+            f"The adapter in '{folder}' was trained on '{base}', not on '{given}': give --model {base}, "
+            "or --any-base if both are the same weights."
+        )
+
+
+def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
+    """`model` with the frozen adapter of `folder`. Raises UserError where a weight has no place or another shape."""
+    misfit = f"The adapter in '{folder}' does not fit this {type(model).__name__}: it belongs to another model"
+    try:
+        adapted = PeftModel.from_pretrained(model, folder)
+    except (RuntimeError, ValueError) as error:  # other shapes; no layer of the adapter's names
+        raise UserError(f"{misfit} ({' '.join(str(error).split())[:200]}).") from error
+    with safe_open(Path(folder).expanduser() / WEIGHTS, framework="pt") as file:
+        without_place = set(file.keys()) ^ set(get_peft_model_state_dict(adapted))
+    if without_place:
+        raise UserError(f"{misfit} ({len(without_place)} weights stand alone, {min(without_place)} among them).")
+    return adapted.eval()
+
+
+def _place(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.is_dir() else name.strip("/").lower()
