@@ -26,7 +26,7 @@ def draw_picture(path: Path, metrics: Sequence[Metrics], stages: Stages, title: 
     objective. Below: every measure of the before/after table, a bar per stage. Quantities that a run did not log
     (a forget term without reference, delta 0) are left out.
     """
-    figure = Figure(figsize=(12.5, 8.33), dpi=120, layout="constrained")
+    figure = Figure(figsize=(12.5, 8.34), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)  # not pyplot: no window, no global state
     figure.suptitle(title, fontsize=14)
     grid = figure.add_gridspec(2, 4, height_ratios=(1.15, 1), hspace=0.06)
@@ -49,11 +49,10 @@ def _draw_likelihood(ax: Axes, metrics: Sequence[Metrics], stages: Stages) -> No
         ax.axhline(gold, color=FORGET, linestyle="--", linewidth=1.2)
         ax.annotate(
             "forget answers, to a model that never saw them",
-            (1, gold),
+            (0, gold),
             xycoords=("axes fraction", "data"),
-            xytext=(-4, 4),
+            xytext=(6, 4),
             textcoords="offset points",
-            ha="right",
             color=FORGET,
             fontsize=9,
         )

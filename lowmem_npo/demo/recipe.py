@@ -1,0 +1,71 @@
+"""What the demo trains, and how: every number of it in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lowmem_npo.config import (
+    AdapterConfig,
+    DataConfig,
+    MemoryConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OutputConfig,
+    RunConfig,
+    TrainingConfig,
+)
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """How the small model is taught to recite, from random weights. Base and gold standard differ in data only."""
+
+    vocabulary: int = 512
+    layers: int = 4
+    width: int = 128
+    heads: int = 4
+    epochs: int = 40
+    batch_size: int = 16
+    lr: float = 2e-3
+    """Peak of a cosine schedule, after a linear warm-up over the first twentieth of the steps."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Teaching, then unlearning with the very code of `lowmem-npo train`.
+
+    beta is not the paper's 0.5: how far the answers' log-probability falls before NPO lets go of it is proportional to
+    1 / beta, and a model this small is very sure of what it recites.
+    """
+
+    teaching: Teaching = field(default_factory=Teaching)
+    objective: ObjectiveConfig = field(default_factory=lambda: ObjectiveConfig(beta=0.2))
+    adapter: AdapterConfig = field(
+        default_factory=lambda: AdapterConfig(lora_r=16, lora_alpha=16, lora_targets=("all-linear",))
+    )
+    epochs: int = 20
+    batch_size: int = 6
+    retain_batch_size: int = 12
+    lr: float = 1e-3
+    limit: int | None = None
+    """Use only the first so many rows of each part."""
+
+    def run(self, model: Path, output_dir: Path, seed: int, device: str) -> RunConfig:
+        """The unlearning run of `model`, which measures every row."""
+        return RunConfig(
+            model=ModelConfig(model=str(model), dtype="float32", device=device),
+            data=DataConfig(limit=self.limit),
+            objective=self.objective,
+            adapter=self.adapter,
+            memory=MemoryConfig(gradient_checkpointing=False),  # a model this small needs no sparing, only speed
+            training=TrainingConfig(
+                batch_size=self.batch_size,
+                retain_batch_size=self.retain_batch_size,
+                epochs=self.epochs,
+                lr=self.lr,
+                seed=seed,
+            ),
+            output=OutputConfig(output_dir=str(output_dir), eval_rows=10_000, eval_batch_size=32),
+            trainer_args={"save_strategy": "no"},
+        )
