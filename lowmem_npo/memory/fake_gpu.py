@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lowmem_npo.memory import cuda_attention
+from lowmem_npo.memory.fake_operators import FakeOperators
 from lowmem_npo.memory.storages import StorageCounter
 
 GPU = torch.device("cuda", 0)
@@ -35,6 +36,8 @@ aten, prim = torch.ops.aten, torch.ops.prim
 class FakeGPU(StorageCounter):
     """Counts storages on the fake GPU; enter it with `fake_gpu()`."""
 
+    operators: FakeOperators
+
     def run(self, func: Any, args: tuple, kwargs: dict) -> Any:
         if func is prim.device.default:
             return _device_for_core(args[0])
@@ -44,14 +47,12 @@ class FakeGPU(StorageCounter):
         if func is aten.index.Tensor:
             args = (args[0], self._positions(args[1]), *args[2:])
         known = _known(func, args, kwargs)
-        if known is None:
-            result = func(*args, **kwargs)
-        elif not isinstance(known, Tensor):
+        if known is not None and not isinstance(known, Tensor):
             return known
-        elif func is aten.nonzero.default:
+        if func is aten.nonzero.default and known is not None:
             result = args[0].new_empty(known.shape, dtype=torch.int64)
         else:
-            result = func(*args, **kwargs)
+            result = self.operators(func, args, kwargs)
         if known is not None:
             result.known = known
         if size := cuda_attention.backward_workspace(func, args):
@@ -79,6 +80,7 @@ def fake_gpu(kind: str = "other") -> Iterator[FakeGPU]:
     with contextlib.ExitStack() as stack:
         for target, name, value in (
             (FakeTensor, "is_cuda", property(lambda tensor: tensor.device.type == "cuda")),
+            (FakeTensor, "to", _to),
             (torch.cuda, "_initialized", False),  # no random state of a real GPU to save and restore
             (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
@@ -88,7 +90,7 @@ def fake_gpu(kind: str = "other") -> Iterator[FakeGPU]:
             stack.enter_context(mock.patch.object(target, name, value))
         stack.enter_context(mock.patch("transformers.masking_utils.is_tracing", lambda tensor=None: False))
         stack.enter_context(_kernels_of_a_cuda_build())
-        stack.enter_context(_FakeCuda())
+        counter.operators = FakeOperators(stack.enter_context(_FakeCuda()), GPU)
         yield stack.enter_context(counter)
 
 
@@ -116,12 +118,29 @@ def _device_for_core(tensor: FakeTensor) -> torch.device:
     return STAND_IN if tensor.fake_device.type == "cuda" else tensor.fake_device
 
 
+def _to(tensor: FakeTensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
+    """`Tensor.to`, which would copy what is on the GPU already: its core takes that for another device."""
+    device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    options = {"dtype": dtype or tensor.dtype, "non_blocking": non_blocking, "copy": copy}
+    if device is not None and (device.type == "cuda" or device == STAND_IN):
+        device = GPU
+    if device is not None and device != tensor.device:
+        options["device"] = device
+    if memory_format is not None:
+        options["memory_format"] = memory_format
+    return Tensor.to(tensor, **options)
+
+
 def _apply(module: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:
     """`Module.to` by new parameters: the original swaps the contents of fake tensors, which fails."""
     for child in module.children() if recurse else ():
         child._apply(fn)
     for name, parameter in module._parameters.items():
-        if parameter is not None and (new := fn(parameter.detach())) is not parameter:
+        if parameter is None:
+            continue
+        old = parameter.detach()
+        new = fn(old)
+        if new is not old:
             module._parameters[name] = torch.nn.Parameter(new, parameter.requires_grad)
     for name, buffer in module._buffers.items():
         if buffer is not None:
@@ -152,9 +171,10 @@ def _known(func: Any, args: tuple, kwargs: dict) -> Any:
         if wanted is None and func not in (aten.arange.default, aten.arange.start, aten.arange.start_step):
             return None
     else:
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if not tensors:
+        first = args[0][0] if args and isinstance(args[0], (list, tuple)) and args[0] else args[0] if args else None
+        if not isinstance(first, Tensor) or first.is_floating_point():
             return None
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if not all(hasattr(t, "known") for t in tensors):
             if func._schema.is_mutable:
                 _forget(args)

@@ -21,7 +21,7 @@ class Storage(NamedTuple):
     bytes: int
     kind: str
     device: str
-    origin: str  # the operator that made it, and its first tensor's type and shape
+    origin: tuple  # the operator that made it, and the type and shape of the first tensor seen in it
     reference: weakref.ref
 
 
@@ -95,19 +95,20 @@ class StorageCounter(TorchDispatchMode):
         """(bytes together, how many, kind, origin) of the storages that lived at the peak, largest first."""
         groups: dict[tuple[str, str], list[int]] = {}
         for storage in self._details:
-            groups.setdefault((storage.kind, storage.origin), []).append(storage.bytes)
+            operator, dtype, shape = storage.origin
+            groups.setdefault((storage.kind, f"{operator} {dtype} {tuple(shape)}"), []).append(storage.bytes)
         return sorted(((sum(b), len(b), *key) for key, b in groups.items()), reverse=True)[:count]
 
     def _see(self, tensor: Tensor, func: Any) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._storages or tensor.device.type == "meta":
+        if key in self._storages:
             return
+        device = tensor.device.type
         size = _rounded(storage.nbytes())
-        origin = f"{func} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
         reference = weakref.ref(storage, lambda _, key=key: self._freed(key))
-        self._storages[key] = Storage(size, self.kind, tensor.device.type, origin, reference)
-        if tensor.device.type == self.device_type:
+        self._storages[key] = Storage(size, self.kind, device, (func, tensor.dtype, tensor.shape), reference)
+        if device == self.device_type:
             self._grow(size, self.kind)
         else:
             self.elsewhere += size

@@ -1,0 +1,141 @@
+"""The fastest settings that keep a run within a memory budget, found by simulating its step.
+
+Only settings that leave the loss and its gradients alone are tried. Which is faster is assumed, not measured:
+
+| setting | lengthens the step by |
+|---|---|
+| input embedding on the CPU | 0.5% |
+| tiled MLP | 2% |
+| checkpoints offloaded | 5% |
+| each further micro-batch | 4% (the weights are dequantised again, for fewer rows) |
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from lowmem_npo.config import RunConfig
+from lowmem_npo.errors import UserError
+from lowmem_npo.estimate.step import Estimate, StepRows, estimate
+from lowmem_npo.memory.tiling import tile_mlps
+from lowmem_npo.sizes import gib
+
+SWITCHES = {"embedding_on_cpu": (True, 0.005), "tile_mlp": (1024, 0.02), "offload_checkpoints": (True, 0.05)}
+MICRO_BATCH_COST = 0.04
+FEW, MORE = 2, 4  # layers of the shallow models that bound a deep one from below
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Settings that fit, what they take, and what was added on the command line to get them."""
+
+    config: RunConfig
+    estimate: Estimate
+    flags: list[str]
+
+
+def fit_budget(
+    config: RunConfig, architecture: PretrainedConfig, budget: int, rows: Callable[[RunConfig], StepRows]
+) -> Fit:
+    """The fastest settings with which `config`'s step and the CUDA context take at most `budget` bytes.
+
+    Args:
+        rows: the largest micro-batch of a run with given settings.
+
+    Raises:
+        UserError: there are none; it tells the smallest, and what takes the room.
+    """
+    first, *others = sorted(_candidates(config, architecture), key=_slowdown)
+    found = estimate(first, architecture, rows(first))
+    if found.fits(budget):
+        return Fit(first, found, [])
+    smallest = max([first, *others], key=_slowdown)
+    if _may_fit(smallest, architecture, budget, rows):
+        for candidate in others:
+            if _may_fit(candidate, architecture, budget, rows):
+                found = estimate(candidate, architecture, rows(candidate))
+                if found.fits(budget):
+                    return Fit(candidate, found, _flags(config, candidate))
+    raise UserError(_impossible(config, smallest, architecture, budget, rows))
+
+
+def _candidates(config: RunConfig, architecture: PretrainedConfig) -> Iterator[RunConfig]:
+    """All settings that need no more memory than `config`'s own, which are among them."""
+    usable = [name for name in SWITCHES if not getattr(config.memory, name) and _suits(name, config, architecture)]
+    training, rows = config.training, config.training.micro_batch_size or config.training.batch_size
+    sizes = [rows, *itertools.takewhile(lambda size: size, (rows // 2**halvings for halvings in range(1, 32)))]
+    for size in sizes:
+        micro = training if size == rows else replace(training, micro_batch_size=size)
+        for count in range(len(usable) + 1):
+            for names in itertools.combinations(usable, count):
+                memory = replace(config.memory, **{name: SWITCHES[name][0] for name in names})
+                yield replace(config, memory=memory, training=micro)
+
+
+def _suits(switch: str, config: RunConfig, architecture: PretrainedConfig) -> bool:
+    if switch == "offload_checkpoints":
+        return config.memory.gradient_checkpointing
+    if switch == "embedding_on_cpu":
+        return not architecture.get_text_config().tie_word_embeddings
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(_of_depth(architecture, 1))
+    try:
+        tile_mlps(model, SWITCHES[switch][0])
+    except UserError:
+        return False
+    return True
+
+
+def _slowdown(config: RunConfig) -> float:
+    switched = sum(cost for name, (_, cost) in SWITCHES.items() if getattr(config.memory, name))
+    return (1 + switched) * (1 + MICRO_BATCH_COST * (config.training.micro_batches() - 1))
+
+
+def _may_fit(config: RunConfig, architecture: PretrainedConfig, budget: int, rows: Callable) -> bool:
+    """False only if the step cannot fit. What lives at any one moment grows linearly with the number of layers, and the
+    peak is the most of all moments, a convex function: two shallow models bound every deeper one from below."""
+    layers = architecture.get_text_config().num_hidden_layers
+    if config.adapter.layers is not None or layers <= 2 * MORE:
+        return True
+    few, more = (estimate(config, _of_depth(architecture, depth), rows(config)) for depth in (FEW, MORE))
+    slope = (more.peak_bytes - few.peak_bytes) / (MORE - FEW)
+    return replace(few, peak_bytes=int(few.peak_bytes + slope * (layers - FEW))).fits(budget)
+
+
+def _of_depth(architecture: PretrainedConfig, layers: int) -> PretrainedConfig:
+    shallow = copy.deepcopy(architecture)
+    text = shallow.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return shallow
+
+
+def _flags(before: RunConfig, after: RunConfig) -> list[str]:
+    flags = []
+    if after.training.micro_batch_size != before.training.micro_batch_size:
+        flags += ["--micro-batch-size", str(after.training.micro_batch_size)]
+    for name in SWITCHES:
+        value = getattr(after.memory, name)
+        if value != getattr(before.memory, name):
+            flags += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return flags
+
+
+def _impossible(
+    config: RunConfig, smallest: RunConfig, architecture: PretrainedConfig, budget: int, rows: Callable
+) -> str:
+    found = estimate(smallest, architecture, rows(smallest))
+    room = ", ".join(f"{kind} {gib(size)}" for kind, size in sorted(found.by_kind.items(), key=lambda k: -k[1])[:3])
+    flags = " ".join(_flags(config, smallest)) or "these options"
+    advice = "" if config.model.qlora else "--qlora makes the frozen weights about a quarter as large; "
+    return (
+        f"{gib(budget)} cannot be kept: the smallest that works is {gib(found.total_bytes)} (with {flags}), of which "
+        f"{room}, CUDA context {gib(found.context_bytes)}; {advice}a smaller --max-length or model takes less."
+    )

@@ -1,0 +1,206 @@
+"""How much memory a run takes, before it starts: one real training step on a GPU that has no memory but counts it.
+
+The model is built from its configuration alone, `NPOTrainer` runs its own `training_step` and its own optimiser, every
+storage that lives is counted. There is no formula: what the code does is what is counted.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map_only
+from transformers import PretrainedConfig
+
+from lowmem_npo.config import RunConfig
+from lowmem_npo.data import IGNORED, TokenizedRow
+from lowmem_npo.memory.fake_gpu import GPU, FakeGPU, fake_gpu, with_values
+from lowmem_npo.memory.fake_model import fake_model
+from lowmem_npo.memory.switches import apply_switches
+from lowmem_npo.model import attach_lora
+from lowmem_npo.model.head import causal_lm
+from lowmem_npo.model.layers import decoder_layers
+from lowmem_npo.trainer import NPOConfig, NPOTrainer
+
+CONTEXT_BYTES = 512 * 2**20
+"""What CUDA itself and the loaded kernels take of a GPU, outside every allocator: about this much on cards of compute
+capability 8.0 to 9.0. A run on a GPU measures its own."""
+CUBLAS_WORKSPACE = 8320 * 2**10  # PyTorch's default below compute capability 9.0, for each thread that multiplies
+
+KINDS = ("frozen weights", "adapter", "checkpoints", "layer work", "head", "reference", "batch", "cuBLAS")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one training step takes."""
+
+    peak_bytes: int  # on the GPU, from PyTorch's allocator
+    by_kind: dict[str, int]  # what it consists of; sums to peak_bytes
+    host_bytes: int  # most that tensors took on the host
+    context_bytes: int = CONTEXT_BYTES
+
+    @property
+    def total_bytes(self) -> int:
+        """What the GPU must have."""
+        return self.peak_bytes + self.context_bytes
+
+    def fits(self, budget: int) -> bool:
+        return self.total_bytes <= budget
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """The largest micro-batch: (tokens, answer tokens) of each of its rows."""
+
+    forget: tuple[tuple[int, int], ...]
+    retain: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of_length(cls, config: RunConfig, length: int) -> StepRows:
+        """Rows of `length` tokens, all of them answer: nothing is known of the data, so the most it can be."""
+        forget, retain = _micro_batch_sizes(config)
+        row = (length, length - 1)
+        return cls((row,) * forget, (row,) * retain)
+
+    @classmethod
+    def of_data(
+        cls, config: RunConfig, forget: Sequence[TokenizedRow], retain: Sequence[TokenizedRow] | None
+    ) -> StepRows:
+        """The longest rows, with the longest answers, that could meet in one micro-batch."""
+        sizes = _micro_batch_sizes(config)
+        return cls(_largest(forget, sizes[0]), _largest(retain or (), sizes[1]))
+
+
+def estimate(config: RunConfig, architecture: PretrainedConfig, rows: StepRows | None = None) -> Estimate:
+    """Simulates the step that `config` describes on a model of `architecture`.
+
+    Args:
+        rows: default: rows of --max-length tokens.
+    """
+    rows = rows or StepRows.of_length(config, config.data.max_length)
+    with fake_gpu("frozen weights") as gpu:
+        model = fake_model(architecture, config.model)
+        with gpu.allocating("adapter"):
+            model = attach_lora(model, config.adapter)
+            apply_switches(model, config.memory)
+        with gpu.allocating("cuBLAS"):
+            workspaces = [torch.empty(CUBLAS_WORKSPACE, dtype=torch.uint8, device=GPU) for _ in ("forward", "backward")]
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = _trainer(model, config, rows, folder)
+        _kinds_by_phase(gpu, trainer)
+        gpu.kind = "adapter"
+        trainer.create_optimizer()
+        _first_optimizer_step(trainer)
+        gpu.kind = "batch"
+        batch, totals = _batch(trainer)
+        gpu.kind = "layer work"
+        gpu.restart_peak()
+        trainer.training_step(model, batch, totals)
+        gpu.kind = "adapter"
+        trainer.optimizer.step()
+        del workspaces
+        by_kind = {kind: gpu.at_peak.get(kind, 0) for kind in KINDS}
+        return Estimate(gpu.peak, by_kind, gpu.elsewhere_peak)
+
+
+class _Arguments(NPOConfig):
+    """The trainer's arguments, on the fake GPU."""
+
+    @property
+    def device(self) -> torch.device:
+        return GPU
+
+
+def _trainer(model: nn.Module, config: RunConfig, rows: StepRows, folder: str) -> NPOTrainer:
+    arguments = _Arguments(
+        **vars(config.objective),
+        output_dir=folder,
+        per_device_train_batch_size=len(rows.forget),
+        step_batch_size=len(rows.forget),
+        retain_batch_size=len(rows.retain) or None,
+        use_cpu=True,  # keeps the Trainer from looking for a real GPU
+        report_to="none",
+        **{name: value for name, value in config.trainer_args.items() if name.startswith("optim")},
+    )
+    return NPOTrainer(
+        model,
+        arguments,
+        [_row(*row) for row in rows.forget],
+        [_row(*row) for row in rows.retain],
+        processing_class=SimpleNamespace(pad_token_id=0),
+    )
+
+
+def _row(length: int, answers: int) -> TokenizedRow:
+    prompt = length - answers
+    return {"input_ids": [0] * length, "labels": [IGNORED] * prompt + [0] * answers, "prompt_length": prompt}
+
+
+def _batch(trainer: NPOTrainer) -> tuple[dict[str, Any], Any]:
+    """The trainer's own first micro-batch and its totals: real values, then fake tensors that remember them."""
+    with _disable_current_modes():
+        batches, totals = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
+    return tree_map_only(Tensor, with_values, batches[0]), totals
+
+
+def _first_optimizer_step(trainer: NPOTrainer) -> None:
+    """Gives the optimiser its state, which lives through all later steps."""
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+
+
+def _kinds_by_phase(gpu: FakeGPU, trainer: NPOTrainer) -> None:
+    """Says which kind of memory the step is about to take, by hooks at the borders of its phases."""
+    model = causal_lm(trainer.model)
+
+    def enters_decoder(*_: Any) -> None:
+        gpu.kind = "layer work"
+
+    def leaves_decoder(module: nn.Module, args: Any, output: Any) -> None:
+        gpu.kind = "head"
+        if output.last_hidden_state.requires_grad:
+            output.last_hidden_state.register_hook(enters_decoder)
+
+    def enters_layer(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        if torch.is_grad_enabled() and getattr(layer, "gradient_checkpointing", False):
+            gpu.mark(args[0] if args else kwargs["hidden_states"], "checkpoints")
+
+    model.base_model.register_forward_pre_hook(enters_decoder)
+    model.base_model.register_forward_hook(leaves_decoder)
+    for layer in decoder_layers(model):
+        layer.register_forward_pre_hook(enters_layer, with_kwargs=True)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: gpu.mark(p.grad, "adapter"))
+    for name in ("forget", "retain"):
+        setattr(trainer.reference, name, _marking(gpu, getattr(trainer.reference, name)))
+
+
+def _marking(gpu: FakeGPU, method: Any) -> Any:
+    def run(batch: dict[str, Tensor]) -> Any:
+        result = method(batch)
+        gpu.mark(result, "reference")
+        return result
+
+    return run
+
+
+def _micro_batch_sizes(config: RunConfig) -> tuple[int, int]:
+    micro_batches = config.training.micro_batches()
+    retain = -(-config.training.retain_rows // micro_batches) if config.objective.needs_retain else 0
+    return -(-config.training.batch_size // micro_batches), retain
+
+
+def _largest(rows: Sequence[TokenizedRow], count: int) -> tuple[tuple[int, int], ...]:
+    lengths = sorted((len(row["input_ids"]) for row in rows), reverse=True)[:count]
+    answers = sorted((sum(label != IGNORED for label in row["labels"]) for row in rows), reverse=True)[:count]
+    return tuple((length, min(a, length - 1)) for length, a in zip(lengths, answers, strict=True))
