@@ -287,6 +287,13 @@ class RunConfig:
     def output_dir(self) -> Path:
         return Path(self.output.output_dir)
 
+    @property
+    def reference_dir(self) -> Path | None:
+        """Where the reference is stored; None: it is live."""
+        if self.memory.reference == "live":
+            return None
+        return Path(self.memory.reference_dir or self.output_dir / "reference")
+
     def flat(self) -> dict[str, Any]:
         """All settings under their flags' names; what differs per invocation only (resume, preview) left out."""
         settings: dict[str, Any] = {}

@@ -15,8 +15,9 @@ from lowmem_npo.data import PreparedData, prepare, preview
 from lowmem_npo.evaluation.answers import AnswerEvaluation, evaluate_answers
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model, load_tokenizer, reference_mode, resolve_name
-from lowmem_npo.model.loading import load_config, resolve_device
+from lowmem_npo.model.loading import DTYPES, load_config, resolve_device
 from lowmem_npo.output_dir import RunDirectory, check_disk
+from lowmem_npo.reference import check_cache_space
 from lowmem_npo.report.console import ConsoleProgress
 from lowmem_npo.report.metrics import MetricsWriter
 from lowmem_npo.report.table import save_table, text_table
@@ -62,6 +63,9 @@ def train(config: RunConfig, say: Say = print) -> RunResult | None:
     directory = RunDirectory(config)
     directory.check()
     check_disk(config, model_config)
+    if config.reference_dir is not None:
+        dtype = DTYPES[config.model.dtype]
+        say(check_cache_space(config.objective, data.forget, data.retain, model_config, dtype, config.reference_dir))
     if config.output.dry_run:
         say(config.to_yaml().rstrip())
         say(f"Dry run: data, model and disk are fine; {_plan(config, data)}. Nothing was trained or written.")
@@ -139,6 +143,7 @@ def npo_config(config: RunConfig) -> NPOConfig:
         "max_steps": training.max_steps or -1,
         "learning_rate": training.lr,
         "seed": training.seed,
+        "reference_dir": None if config.reference_dir is None else str(config.reference_dir),
         "use_cpu": resolve_device(config.model.device).type == "cpu",
         "report_to": "none",
         "disable_tqdm": not PartialState().is_main_process,

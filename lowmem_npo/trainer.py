@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.memory.prefix import SharedPrefix
 from lowmem_npo.model import answer_hidden, attach_lora, check_head, frozen_head
 from lowmem_npo.objective import SequenceLogprobs, StepTotals, forget_loss, needs_reference, retain_weights
-from lowmem_npo.reference import LiveReference
+from lowmem_npo.reference import CachedReference, LiveReference
 
 
 @dataclass
@@ -48,6 +49,9 @@ class NPOConfig(ObjectiveConfig, TrainingArguments):
     """Forget rows per optimiser step over all micro-batches and processes. Default: what the fields above multiply to."""
     retain_batch_size: int | None = None
     """Retain rows per optimiser step over all micro-batches and processes. Default: as many as forget rows."""
+    reference_dir: str | None = None
+    """Directory where the reference's results are stored, and read from (`CachedReference`). Default: the reference pass
+    is run at every step."""
 
     def __post_init__(self) -> None:
         ObjectiveConfig.__post_init__(self)
@@ -71,7 +75,8 @@ class NPOTrainer(Trainer):
         processing_class: tokenizer; saved with the adapter, and its padding token fills short rows.
 
     Raises:
-        UserError: no adapter to train, an output head the kernels do not know, retain rows missing.
+        UserError: no adapter to train, an output head the kernels do not know, retain rows missing, a reference
+            cache that another model or other rows left behind.
     """
 
     def __init__(
@@ -99,6 +104,11 @@ class NPOTrainer(Trainer):
         self.prefix = SharedPrefix(model)
         self._metrics = StepMetrics(self.objective)
         retain_dataset = retain_dataset if self.objective.needs_retain else None
+        if args.reference_dir is not None:
+            directory = Path(args.reference_dir)
+            self.reference = CachedReference.open(
+                self.reference, directory, forget_dataset, retain_dataset, processing_class
+            )
         super().__init__(
             model=model,
             args=args,

@@ -81,6 +81,9 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         raise
     except Exception as error:
         raise UserError(_why_not_loaded(name, config.revision, error)) from error
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # a 4-bit layer of bitsandbytes: on such CPUs it would be
+            module.support_avx512bf16_for_cpu = False  # repacked in its first eval pass, and have no gradient after
     model.requires_grad_(False)
     model.config.use_cache = False
     return model.eval()

@@ -1,4 +1,4 @@
-"""Where reference quantities come from: the original model, which is the policy's own network with its adapters off."""
+"""The reference pass itself: the network with its adapters off."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowmem_npo.config import ObjectiveConfig
 from lowmem_npo.model import answer_hidden, reference_mode
+from lowmem_npo.model.head import IGNORED
 from lowmem_npo.objective import SequenceLogprobs, needs_reference
 
 
@@ -26,16 +27,23 @@ class LiveReference:
         needed = needs_reference(self.objective)
         if needed is None:
             return None
-        with reference_mode(self.model):
-            answers = answer_hidden(self.model, batch["input_ids"], batch["attention_mask"], batch["labels"])
-            logprobs = token_logprobs(answers.hidden, self.head, answers.targets)
+        logprobs = self.answer_logprobs(batch)
         if needed == "token":
             return logprobs
-        return SequenceLogprobs(logprobs, answers.sequence, len(batch["labels"])).sums()
+        sequence = (batch["labels"][:, 1:] != IGNORED).nonzero(as_tuple=True)[0]
+        return SequenceLogprobs(logprobs, sequence, len(batch["labels"])).sums()
 
     def retain(self, batch: dict[str, Tensor]) -> Tensor | None:
         """(N, d) final hidden states that predict the retain answers; None if delta is 0."""
-        if self.objective.delta == 0:
-            return None
+        return None if self.objective.delta == 0 else self.answer_hidden(batch)
+
+    def answer_logprobs(self, batch: dict[str, Tensor]) -> Tensor:
+        """(N,) float32, one for each answer token."""
+        with reference_mode(self.model):
+            answers = answer_hidden(self.model, batch["input_ids"], batch["attention_mask"], batch["labels"])
+            return token_logprobs(answers.hidden, self.head, answers.targets)
+
+    def answer_hidden(self, batch: dict[str, Tensor]) -> Tensor:
+        """(N, d), one row for each answer token."""
         with reference_mode(self.model):
             return answer_hidden(self.model, batch["input_ids"], batch["attention_mask"], batch["labels"]).hidden

@@ -1,0 +1,66 @@
+"""What reference quantities depend on, as hashes: a cache made by another model or from other rows must not be used."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lowmem_npo.data.tokenizing import TokenizedRow, TokenizedRows
+
+CHUNK = 2**22  # elements summed at a time
+SAMPLES = 256
+
+
+def weights_fingerprint(model: PeftModel) -> str:
+    """A hash of the frozen weights as they lie in memory: names, shapes, types, quantisation, contents.
+
+    Of a tensor's contents, the sum of all its 32-bit words and `SAMPLES` of them: any training, merging or other
+    rounding changes it. Files and names are not looked at; the same weights from elsewhere are the same model.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_frozen(model), key=lambda named: named[0]):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(_contents(tensor.detach()))
+    return digest.hexdigest()
+
+
+def rows_fingerprint(rows: Sequence[TokenizedRow]) -> str:
+    """A hash of all ids and labels."""
+    return rows.fingerprint if isinstance(rows, TokenizedRows) else TokenizedRows(list(rows), [], [], 0).fingerprint
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of the vocabulary."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256(repr(vocabulary).encode()).hexdigest()
+
+
+def _frozen(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
+    lm = model.get_base_model()
+    yield "input embedding", lm.get_input_embeddings().weight  # by this name, wherever it lies
+    for name, parameter in lm.named_parameters():
+        if "lora_" in name or parameter is lm.get_input_embeddings().weight:
+            continue
+        name = name.replace(".base_layer", "")
+        yield name, parameter
+        state = getattr(parameter, "quant_state", None)  # bitsandbytes keeps the scales of 4-bit weights here
+        if state is not None:
+            for key, value in state.as_dict().items():
+                yield f"{name} {key}", value if isinstance(value, Tensor) else torch.tensor(list(repr(value).encode()))
+    for name, buffer in lm.named_buffers():
+        yield name, buffer
+
+
+def _contents(tensor: Tensor) -> bytes:
+    flat = tensor.reshape(-1).view(torch.uint8)
+    words = flat[: flat.numel() // 4 * 4].view(torch.int32)
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for part in words.split(CHUNK):
+        total += part.sum(dtype=torch.int64)
+    samples = words[:: max(1, words.numel() // SAMPLES)].cpu()
+    return total.cpu().numpy().tobytes() + samples.numpy().tobytes() + flat[words.numel() * 4 :].cpu().numpy().tobytes()
