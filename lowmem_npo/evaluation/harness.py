@@ -22,7 +22,7 @@ def check_tasks(tasks: Sequence[str], path: str | None = None) -> None:
     """Raises UserError where lm-eval is not installed or does not know a task. Loads neither model nor data."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(f"--lm-eval needs a package that is not installed: {INSTALL}")
-    known = _task_manager(tuple(tasks), path).all_tasks
+    known = _task_manager(tasks, path).all_tasks
     for task in tasks:
         if task not in known:
             near = difflib.get_close_matches(task, known, n=3)
@@ -55,7 +55,7 @@ def run_tasks(
                 tasks=list(tasks),
                 num_fewshot=shots,
                 limit=limit,
-                task_manager=_task_manager(tuple(tasks), path),
+                task_manager=_task_manager(tasks, path),
                 log_samples=False,
                 bootstrap_iters=0,
             )
@@ -79,13 +79,15 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
     }
 
 
-@lru_cache(maxsize=1)
-def _task_manager(tasks: tuple[str, ...], path: str | None) -> Any:
-    """lm-eval's index of tasks: of `path` alone where that holds them all: reading its own takes half a minute."""
+def _task_manager(tasks: Sequence[str], path: str | None) -> Any:
+    """lm-eval's index of tasks; of `path` alone where that holds them all."""
+    if path is not None and set(tasks) <= set(_index(path, False).all_tasks):
+        return _index(path, False)
+    return _index(path, True)
+
+
+@lru_cache(maxsize=2)  # reading lm-eval's own task files takes half a minute
+def _index(path: str | None, with_defaults: bool) -> Any:
     from lm_eval.tasks import TaskManager
 
-    if path is not None:
-        manager = TaskManager(include_path=path, include_defaults=False)
-        if set(tasks) <= set(manager.all_tasks):
-            return manager
-    return TaskManager(include_path=path)
+    return TaskManager(include_path=path, include_defaults=with_defaults)
