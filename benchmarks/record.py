@@ -1,6 +1,6 @@
 """Writes what a benchmark measured, together with what it was measured on and how: one JSON file per measurement.
 
-    {"benchmark": ..., "command": ..., "machine": {gpu, driver, versions, commit, ...}, "results": ...}
+{"benchmark": ..., "command": ..., "machine": {gpu, driver, versions, commit, ...}, "results": ...}
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that is checked out, "+changes" if files differ from it. Without git: LOWMEM_NPO_COMMIT, if it is set."""
+    """The commit that is checked out, "+changes" if files differ from it. Without git: LOWMEM_NPO_COMMIT, if set."""
     head = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
     if not head:
         return os.environ.get("LOWMEM_NPO_COMMIT") or "unknown"
