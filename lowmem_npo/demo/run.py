@@ -28,6 +28,10 @@ from lowmem_npo.run import Evaluations, train
 Say = Callable[[str], None]
 PARTS = ("forget", "retain")
 BATCH_SIZE = 32  # rows measured together: the model is small
+REPLACEMENT = (
+    "What comes in place of a forgotten answer need not be an answer at all: NPO takes answers away and teaches none. "
+    "(`lowmem-npo train --forget-term idk` teaches a refusal.)"
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,19 @@ class DemoResult:
         return all(check.passed for check in self.checks)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A model this small gains little from a second thread, and waits long for it where the cores are busy; with one,
+    the numbers are the same on every number of cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def run_demo(
     output_dir: str | Path,
     *,
@@ -96,10 +113,11 @@ def run_demo(
 
     say("\n4/4  Before, after, and the gold standard, which never saw the rows to be forgotten:\n")
     say(text_table(stages) + "\n")
-    say(examples(evaluations, {"forget": 2, "retain": 1}) + "\n")
+    say(examples(evaluations, {"forget": 2, "retain": 1}))
+    say(fill(REPLACEMENT, 96) + "\n")
     for check in found.checks:
         sign = "ok    " if check.passed else "FAILED"
-        say(fill(check.meaning, 96, initial_indent=f"{sign}  {check.name:<10} ", subsequent_indent=" " * 19))
+        say(fill(check.meaning, 96, initial_indent=f"{sign}  {check.name:<13} ", subsequent_indent=" " * 22))
     say(f"\nPicture: {directory / 'demo.png'}\nNumbers: {directory / 'demo.json'}\nAdapter: {run}")
     return found
 

@@ -40,11 +40,11 @@ def judge(stages: Stages) -> list[Check]:
             f"(asked: at most {FORGOTTEN_MARGIN:.0%} more).",
         ),
         Check(
-            "no scar",
+            "not overdone",
             abs(forget.nll / never_saw.nll - 1) <= NLL_MARGIN,
-            f"Forget answers are now {forget.nll / never_saw.nll - 1:+.0%} as unlikely per token as to that model: "
-            f"NLL {forget.nll:.2f}, there {never_saw.nll:.2f} (asked: within {NLL_MARGIN:.0%}). Answers made far less "
-            "likely than to a model that never saw them would give away what was removed.",
+            f"Forget answers are now at NLL {forget.nll:.2f} per token, to that model at {never_saw.nll:.2f} "
+            f"({forget.nll / never_saw.nll - 1:+.0%}; asked: within {NLL_MARGIN:.0%}). Answers made far less likely "
+            "than to a model that never saw them would give away what was removed.",
         ),
         Check(
             "kept",
@@ -63,10 +63,9 @@ def examples(evaluations: dict[str, dict[str, AnswerEvaluation]], per_set: dict[
         for rows in list(zip(*(evaluations[stage][data_set].records for stage in stages), strict=True))[:count]:
             question = rows[0].prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
             lines.append(f"{data_set}: {question}")
-            answers = {"truth": rows[0].reference} | {
-                stage: record.answer for stage, record in zip(stages, rows, strict=True)
-            }
-            lines += [f"  {stage:<{width}}  {' '.join(answer.split())}" for stage, answer in answers.items()]
+            said = {"truth": rows[0].reference, **{stage: row.answer for stage, row in zip(stages, rows, strict=True)}}
+            for who, text in said.items():
+                lines.append(f"  {who:<{width}}  {' '.join(text.split()) or '(nothing)'}")
     return "\n".join(lines)
 
 

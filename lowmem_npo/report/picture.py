@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lowmem_npo.report.metrics import Metrics
 from lowmem_npo.report.table import MEASURES, Stages
@@ -68,7 +69,8 @@ def _draw_objective(ax: Axes, metrics: Sequence[Metrics]) -> None:
     _draw_line(ax, metrics, "retain_kl", "retain KL to the original", GREY)
     # Three terms that span several powers of ten; forget losses other than npo can be negative.
     positive = all(value > 0 for key in ("forget_loss", "retain_nll") for value in _values(metrics, key))
-    ax.set_yscale("log" if positive and metrics else "linear")
+    if positive and metrics:
+        ax.set_yscale("log", nonpositive="mask")  # the KL of the first step is 0
     _finish(ax, "The terms of the objective", "nats, unweighted")
 
 
@@ -105,6 +107,7 @@ def _draw_bars(ax: Axes, stages: Stages, column: int) -> None:
 def _finish(ax: Axes, title: str, ylabel: str) -> None:
     ax.set_title(title, fontsize=11)
     ax.set_xlabel("optimiser step")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_ylabel(ylabel)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", alpha=0.25)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import fill
 
 from lowmem_npo.evaluation.answers import AnswerSummary
 
@@ -52,7 +53,7 @@ def table_rows(stages: Stages) -> list[list[str]]:
 
 
 def text_table(stages: Stages) -> str:
-    """Aligned plain text, at most 90 columns wide for up to four stages."""
+    """Aligned plain text, at most 80 columns wide for up to four stages."""
     header, *body = table_rows(stages)
     numeric = range(2, len(header) - 1)
     widths = [max(len(row[column]) for row in [header, *body]) for column in range(len(header))]
@@ -73,7 +74,7 @@ def text_table(stages: Stages) -> str:
             lines.append(rule)
         lines.append(line([row[0] if row[0] != previous else "", *row[1:]]))
         previous = row[0]
-    return "\n".join([*lines, rule, _scope(stages)])
+    return "\n".join([*lines, rule, fill(_scope(stages), 80)])
 
 
 def markdown_table(stages: Stages) -> str:

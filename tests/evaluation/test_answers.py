@@ -1,0 +1,214 @@
+"""The four numbers per row, against dense float64 logits and against values worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_model
+from transformers import AutoTokenizer
+
+from lowmem_npo.data import Example, tokenize
+from lowmem_npo.evaluation import answer_likelihoods, answers, evaluate_answers, likelihood
+from lowmem_npo.evaluation.answers import AnswerRecord, AnswerSummary, choose_rows
+
+PAIRS = [
+    ("Who sails?", "Anna does"),
+    ("Where?", "In the small harbour behind the lighthouse"),
+    ("A much longer question about a boat, so that rows differ", "No"),
+    ("When was it, then?", "In May 1931"),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(byte_model):
+    return AutoTokenizer.from_pretrained(byte_model)
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer):
+    return tokenize([Example(prompt, answer, "here", "question/answer") for prompt, answer in PAIRS], tokenizer)
+
+
+def dense_nlls(model, rows) -> list[float]:
+    """From full float64 logits, row by row, no padding, written without the code under test."""
+    means = []
+    for row in rows:
+        ids = torch.tensor(row["input_ids"])
+        with torch.no_grad():
+            logprobs = model.double()(input_ids=ids[None]).logits[0].log_softmax(-1)
+        first = max(row["prompt_length"], 1)
+        means.append(-sum(logprobs[at - 1, ids[at]].item() for at in range(first, len(ids))) / (len(ids) - first))
+    return means
+
+
+@pytest.mark.parametrize("architecture", ["olmo", "llama", "gemma2"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_nll_and_probability_equal_dense_float64(architecture, batch_size, rows):
+    found = answer_likelihoods(tiny_model(architecture, 258), rows, batch_size=batch_size, progress=False)
+    expected = dense_nlls(tiny_model(architecture, 258), rows)
+    assert [score.nll for score in found] == pytest.approx(expected, rel=2e-5)
+    assert [score.probability for score in found] == pytest.approx([math.exp(-nll) for nll in expected], rel=1e-4)
+    answer_bytes = [len(answer.encode()) + 1 for _, answer in PAIRS]  # the space before it is labelled too; and EOS
+    assert [score.tokens for score in found] == [count + 1 for count in answer_bytes]
+
+
+@pytest.mark.parametrize("bug", ["eos left out", "prompt counted", "shifted by one"])
+def test_wrong_labels_would_be_noticed(bug, rows, monkeypatch):
+    right = likelihood._right_padded
+
+    def wrong(batch):
+        input_ids, mask, labels = right(batch)
+        for place, row in enumerate(batch):
+            if bug == "eos left out":
+                labels[place, len(row["input_ids"]) - 1] = -100
+            elif bug == "prompt counted":
+                labels[place] = torch.where(mask[place].bool(), input_ids[place], -100)
+        return input_ids, mask, labels.roll(1, 1) if bug == "shifted by one" else labels
+
+    monkeypatch.setattr(likelihood, "_right_padded", wrong)
+    found = [score.nll for score in answer_likelihoods(tiny_model("olmo", 258), rows, progress=False)]
+    assert found != pytest.approx(dense_nlls(tiny_model("olmo", 258), rows), rel=1e-3)
+
+
+def test_rows_trained_on_all_tokens_are_measured_on_their_answers(tokenizer, rows):
+    """`--tokens all` changes what is trained, not what is measured."""
+    examples = [Example(prompt, answer, "here", "question/answer") for prompt, answer in PAIRS]
+    everything = tokenize(examples, tokenizer, tokens="all")
+    model = tiny_model("olmo", 258)
+    assert answer_likelihoods(model, everything, progress=False) == answer_likelihoods(model, rows, progress=False)
+
+
+def test_adapters_count_and_can_be_switched_off(rows):
+    base = dense_nlls(tiny_model("olmo", 258), rows)
+    model = get_peft_model(tiny_model("olmo", 258), LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    adapted = [score.nll for score in answer_likelihoods(model, rows, progress=False)]
+    assert adapted == pytest.approx(dense_nlls(model, rows), rel=2e-5) and adapted != pytest.approx(base, rel=1e-2)
+    with model.float().disable_adapter():
+        assert [score.nll for score in answer_likelihoods(model, rows, progress=False)] == pytest.approx(base, rel=2e-5)
+
+
+@pytest.fixture
+def evaluated(tokenizer, rows, monkeypatch):
+    """evaluate_answers of a model that says what it is told to say."""
+
+    def evaluate(said: list[str]) -> list[AnswerRecord]:
+        given = {}
+
+        def scripted(model, tokenizer, prompts, **kwargs):
+            given["prompts"] = prompts
+            return [tokenizer(text)["input_ids"] for text in said]
+
+        monkeypatch.setattr(answers, "greedy_answers", scripted)
+        found = evaluate_answers(tiny_model("olmo", 258), tokenizer, rows, limit=None, progress=False)
+        evaluate.prompts = given["prompts"]
+        return found.records
+
+    return evaluate
+
+
+def test_rouge_and_exact_match_by_hand(evaluated):
+    records = evaluated(
+        [
+            " Anna does \n",  # white space around it does not count
+            "in the big harbours of light",  # of the 7 words "in the", "harbour" (stemmed) are there, in order
+            "no",  # ROUGE lower-cases, exact match does not
+            "",
+        ]
+    )
+    assert [record.exact_match for record in records] == [True, False, False, False]
+    assert [record.rouge_l_recall for record in records] == pytest.approx([1, 3 / 7, 1, 0])
+    assert [record.reference for record in records] == [answer for _, answer in PAIRS]
+    assert records[0].prompt == "Question: Who sails?\nAnswer:"
+
+
+def test_recall_not_precision(evaluated):
+    """A long-winded answer that holds the whole truth has recited it."""
+    records = evaluated(["well I think Anna surely does all of that"] * 4)
+    assert records[0].rouge_l_recall == 1 and records[0].exact_match is False
+
+
+def test_prompts_are_the_training_rows_own_ids(evaluated, rows):
+    evaluated(["x"] * 4)
+    for prompt, row in zip(evaluated.prompts, rows, strict=True):
+        length = row["labels"].count(-100)
+        assert list(prompt.ids) == row["input_ids"][:length] == row["input_ids"][: row["prompt_length"]]
+        # Its answer and EOS: a model that says one word more than the answer is caught.
+        assert prompt.max_new_tokens == len(row["input_ids"]) - length
+
+
+def test_a_model_that_recites_has_nothing_left_to_win(tokenizer, rows):
+    """And one that goes on where the answer ends has not given it word for word."""
+    records = evaluate_answers(Reciter(rows, tokenizer), tokenizer, rows, limit=None, progress=False).records
+    assert all(record.exact_match and record.rouge_l_recall == 1 for record in records)
+    babbler = evaluate_answers(Reciter(rows, tokenizer, stops=False), tokenizer, rows, limit=None, progress=False)
+    assert babbler.summary.exact_match == 0 and babbler.summary.rouge_l_recall == 1
+
+
+def Reciter(rows, tokenizer, stops: bool = True):
+    """A real model whose `generate` continues every prompt with its row's answer; with or without the EOS."""
+    model = tiny_model("olmo", 258)
+    after = {tuple(row["input_ids"][: row["prompt_length"]]): row["input_ids"][row["prompt_length"] :] for row in rows}
+
+    def generate(input_ids, attention_mask, generation_config, **kwargs):
+        tails = []
+        for ids, mask in zip(input_ids, attention_mask, strict=True):
+            answer = list(after[tuple(ids[mask.bool()].tolist())])
+            if not stops:
+                answer[-1] = tokenizer("!")["input_ids"][0]
+            tails.append((answer + [tokenizer.pad_token_id] * 99)[: generation_config.max_new_tokens])
+        return torch.cat([input_ids, torch.tensor(tails)], dim=1)
+
+    model.generate = generate
+    return model
+
+
+def test_plain_text_is_continued_from_its_middle(tokenizer, monkeypatch):
+    texts = ["The tide comes in twice a day", "Gulls"]
+    rows = tokenize([Example(None, text, "here", "text") for text in texts], tokenizer)
+    given = []
+    monkeypatch.setattr(answers, "greedy_answers", lambda m, t, prompts, **k: given.extend(prompts) or [[]] * 2)
+    found = evaluate_answers(tiny_model("olmo", 258), tokenizer, rows, limit=None, progress=False)
+    assert [tokenizer.decode(prompt.ids) for prompt in given] == ["The tide comes ", "Gul"]
+    assert [record.reference for record in found.records] == ["in twice a day", "ls"]
+    expected = dense_nlls(tiny_model("olmo", 258), rows)  # of the whole text but its first token
+    assert [record.nll for record in found.records] == pytest.approx(expected, rel=2e-5)
+
+
+def test_long_answers_are_compared_up_to_the_cap(tokenizer, rows):
+    model = Reciter(rows, tokenizer)
+    record = evaluate_answers(model, tokenizer, rows, limit=None, max_new_tokens=10, progress=False).records[1]
+    assert record.reference == record.answer == "In the sm" and record.exact_match  # the space before it is a token
+
+
+def test_the_summary_by_hand():
+    def record(tokens, nll, rouge, exact):
+        return AnswerRecord(0, "", "", "", tokens, nll, math.exp(-nll), rouge, exact)
+
+    summary = AnswerSummary.of([record(1, 2.0, 0.5, True), record(3, 4.0, 0.0, False)], rows_in_set=9)
+    assert summary.nll == pytest.approx((1 * 2 + 3 * 4) / 4)  # a mean over tokens
+    assert summary.probability == pytest.approx((math.exp(-2) + math.exp(-4)) / 2)  # over rows
+    assert (summary.rouge_l_recall, summary.exact_match) == (0.25, 0.5)
+    assert (summary.rows, summary.rows_in_set, summary.tokens) == (2, 9, 4)
+
+
+def test_the_same_rows_are_drawn_before_and_after(tokenizer, rows):
+    assert choose_rows(100, 10, 5) == choose_rows(100, 10, 5) != choose_rows(100, 10, 6)
+    assert choose_rows(100, 10, 5) == sorted(set(choose_rows(100, 10, 5)))
+    assert choose_rows(4, None, 0) == choose_rows(4, 4, 0) == choose_rows(4, 9, 0) == [0, 1, 2, 3]
+    model = tiny_model("olmo", 258)
+    some = evaluate_answers(model, tokenizer, rows, limit=2, seed=1, progress=False)
+    every = evaluate_answers(model, tokenizer, rows, limit=None, progress=False)
+    assert [record.row for record in some.records] == choose_rows(4, 2, 1)
+    assert (some.summary.rows, some.summary.rows_in_set) == (2, 4)
+    for record in some.records:
+        assert record.answer == every.records[record.row].answer
+        assert record.nll == pytest.approx(every.records[record.row].nll, rel=1e-5)
+
+
+def test_nothing_to_score_is_an_error(tokenizer, rows):
+    for nothing, limit in ((rows.rows[:0], None), (rows, 0)):
+        with pytest.raises(ValueError, match="no row"):
+            evaluate_answers(tiny_model("olmo", 258), tokenizer, nothing, limit=limit, progress=False)

@@ -1,0 +1,63 @@
+"""The picture: a PNG of the promised size that shows what it was given."""
+
+from __future__ import annotations
+
+import pytest
+from matplotlib import image
+
+from lowmem_npo.evaluation import AnswerSummary
+from lowmem_npo.report import draw_picture
+
+METRICS = [
+    {"step": at, "forget_loss": 7 / at, "forget_nll": 0.1 * at, "retain_nll": 0.2, "retain_kl": 0.001 * (at - 1)}
+    for at in range(1, 61)
+]
+ASCENT = [{"step": 1, "forget_loss": -2.5, "forget_nll": 3.0}, {"step": 2, "forget_loss": None}]
+
+
+def stages(*names, retain=True):
+    sets = ["forget", "retain"] if retain else ["forget"]
+    return {
+        name: {part: AnswerSummary(8, 8, 80, 1.0 + place, 0.3, 0.5, 0.25) for part in sets}
+        for place, name in enumerate(names)
+    }
+
+
+def pixels(path):
+    return image.imread(path)[..., :3]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "drawn"),
+    [
+        (METRICS, stages("before", "after", "gold")),
+        (METRICS[:1], stages("before", "after")),
+        ([], stages("before")),  # nothing trained
+        (ASCENT, stages("a", "b", retain=False)),
+        (METRICS, stages("before", "after", "gold", "merged", "4-bit")),
+    ],
+    ids=["gold", "one step", "no steps", "gradient ascent, a gap, no retain", "more stages"],
+)
+def test_it_has_the_promised_size_and_is_not_blank(metrics, drawn, tmp_path):
+    path = tmp_path / "deep" / "picture.png"
+    draw_picture(path, metrics, drawn, "a title")
+    shown = pixels(path)
+    assert shown.shape == (1000, 1500, 3)
+    assert 0.02 < (shown.min(axis=2) < 0.95).mean() < 0.6  # ink, but mostly paper
+
+
+def test_other_numbers_give_another_picture(tmp_path):
+    """Each panel is really drawn from its numbers: changing them changes pixels there, and nowhere else."""
+    base = stages("before", "after", "gold")
+    draw_picture(tmp_path / "base.png", METRICS, base, "a title")
+    bars = stages("before", "after", "gold")
+    bars["after"]["retain"] = AnswerSummary(8, 8, 80, 2.0, 0.3, 0.5, 0.99)
+    draw_picture(tmp_path / "bars.png", METRICS, bars, "a title")
+    curves = [line | {"retain_kl": 0.002 * line["step"]} for line in METRICS]
+    draw_picture(tmp_path / "curves.png", curves, base, "a title")
+
+    plain = pixels(tmp_path / "base.png")
+    rows, columns = (pixels(tmp_path / "bars.png") != plain).any(axis=2).nonzero()
+    assert rows.min() > 500 and columns.min() > 1100  # below, the last panel: exact match
+    rows, columns = (pixels(tmp_path / "curves.png") != plain).any(axis=2).nonzero()
+    assert rows.max() < 550 and columns.min() > 700  # above, the right panel: the objective
