@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallb
 
 from lowmem_npo.config import RunConfig
 from lowmem_npo.data import PreparedData, prepare, preview
+from lowmem_npo.estimate.elsewhere import keep_budget, watched
 from lowmem_npo.evaluation.answers import AnswerEvaluation, evaluate_answers
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model, load_tokenizer, reference_mode, resolve_name
@@ -66,6 +67,7 @@ def train(config: RunConfig, say: Say = print) -> RunResult | None:
     if config.reference_dir is not None:
         dtype = DTYPES[config.model.dtype]
         say(check_cache_space(config.objective, data.forget, data.retain, model_config, dtype, config.reference_dir))
+    directory.config = config = keep_budget(config, data, say)
     if config.output.dry_run:
         say(config.to_yaml().rstrip())
         say(f"Dry run: data, model and disk are fine; {_plan(config, data)}. Nothing was trained or written.")
@@ -96,7 +98,8 @@ def train(config: RunConfig, say: Say = print) -> RunResult | None:
             directory.save_evaluations("before", before)
     PartialState().wait_for_everyone()
 
-    trainer.train(resume_from_checkpoint=directory.last_checkpoint() if config.output.resume else None)
+    with watched(config, data, trainer.args.device, say):
+        trainer.train(resume_from_checkpoint=directory.last_checkpoint() if config.output.resume else None)
     trainer.save_model(str(directory.path))
 
     after: Evaluations = {}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,26 +40,24 @@ class Fit:
     flags: list[str]
 
 
-def fit_budget(
-    config: RunConfig, architecture: PretrainedConfig, budget: int, rows: Callable[[RunConfig], StepRows]
-) -> Fit:
+def fit_budget(config: RunConfig, architecture: PretrainedConfig, budget: int, rows: StepRows | None = None) -> Fit:
     """The fastest settings with which `config`'s step and the CUDA context take at most `budget` bytes.
 
     Args:
-        rows: the largest micro-batch of a run with given settings.
+        rows: the step's. Default: of --max-length tokens.
 
     Raises:
         UserError: there are none; it tells the smallest, and what takes the room.
     """
     first, *others = sorted(_candidates(config, architecture), key=_slowdown)
-    found = estimate(first, architecture, rows(first))
+    found = estimate(first, architecture, rows)
     if found.fits(budget):
         return Fit(first, found, [])
     smallest = max([first, *others], key=_slowdown)
     if _may_fit(smallest, architecture, budget, rows):
         for candidate in others:
             if _may_fit(candidate, architecture, budget, rows):
-                found = estimate(candidate, architecture, rows(candidate))
+                found = estimate(candidate, architecture, rows)
                 if found.fits(budget):
                     return Fit(candidate, found, _flags(config, candidate))
     raise UserError(_impossible(config, smallest, architecture, budget, rows))
@@ -97,13 +95,13 @@ def _slowdown(config: RunConfig) -> float:
     return (1 + switched) * (1 + MICRO_BATCH_COST * (config.training.micro_batches() - 1))
 
 
-def _may_fit(config: RunConfig, architecture: PretrainedConfig, budget: int, rows: Callable) -> bool:
+def _may_fit(config: RunConfig, architecture: PretrainedConfig, budget: int, rows: StepRows | None) -> bool:
     """False only if the step cannot fit. What lives at any one moment grows linearly with the number of layers, and the
     peak is the most of all moments, a convex function: two shallow models bound every deeper one from below."""
     layers = architecture.get_text_config().num_hidden_layers
     if config.adapter.layers is not None or layers <= 2 * MORE:
         return True
-    few, more = (estimate(config, _of_depth(architecture, depth), rows(config)) for depth in (FEW, MORE))
+    few, more = (estimate(config, _of_depth(architecture, depth), rows) for depth in (FEW, MORE))
     slope = (more.peak_bytes - few.peak_bytes) / (MORE - FEW)
     return replace(few, peak_bytes=int(few.peak_bytes + slope * (layers - FEW))).fits(budget)
 
@@ -129,9 +127,9 @@ def _flags(before: RunConfig, after: RunConfig) -> list[str]:
 
 
 def _impossible(
-    config: RunConfig, smallest: RunConfig, architecture: PretrainedConfig, budget: int, rows: Callable
+    config: RunConfig, smallest: RunConfig, architecture: PretrainedConfig, budget: int, rows: StepRows | None
 ) -> str:
-    found = estimate(smallest, architecture, rows(smallest))
+    found = estimate(smallest, architecture, rows)
     room = ", ".join(f"{kind} {gib(size)}" for kind, size in sorted(found.by_kind.items(), key=lambda k: -k[1])[:3])
     flags = " ".join(_flags(config, smallest)) or "these options"
     advice = "" if config.model.qlora else "--qlora makes the frozen weights about a quarter as large; "

@@ -1,62 +1,12 @@
-"""What `lowmem-npo estimate` finds out, and how it is told to people and to machines."""
+"""What `lowmem-npo estimate` does."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
-from transformers import PretrainedConfig
-
-from lowmem_npo.config import ModelConfig, RunConfig
-from lowmem_npo.data import PreparedData
-from lowmem_npo.errors import UserError
-from lowmem_npo.estimate.budget import fit_budget
-from lowmem_npo.estimate.step import Estimate, StepRows, estimate
-from lowmem_npo.model import load_tokenizer, resolve_name
-from lowmem_npo.model.known_configs import known_config, known_names
-from lowmem_npo.model.loading import load_config
-from lowmem_npo.sizes import gib
-
-
-@dataclass(frozen=True)
-class Report:
-    """An estimate with what it was made for."""
-
-    model: str
-    config: RunConfig
-    rows: StepRows
-    estimate: Estimate
-    budget: int | None
-    flags: list[str]
-
-    def as_json(self) -> dict[str, Any]:
-        found = self.estimate
-        return {
-            "model": self.model,
-            "simulated": True,
-            "peak_bytes": found.peak_bytes,
-            "context_bytes": found.context_bytes,
-            "host_bytes": found.host_bytes,
-            "by_kind": {kind.replace(" ", "_"): size for kind, size in found.by_kind.items()},
-            "budget_bytes": self.budget,
-            "fits": None if self.budget is None else found.fits(self.budget),
-            "flags": self.flags,
-            "rows": {"forget": list(self.rows.forget), "retain": list(self.rows.retain)},
-        }
-
-    def text(self) -> str:
-        found, weights = self.estimate, "4-bit NF4" if self.config.model.qlora else self.config.model.dtype
-        lines = [f"{self.model}, {weights}; at once {_told(self.rows.forget)} forget, {_told(self.rows.retain)} retain"]
-        lines += [_line("peak of a training step (simulated)", found.peak_bytes)]
-        lines += [_line(f"  {kind}", size) for kind, size in found.by_kind.items() if size]
-        lines += [_line("CUDA context (assumed, outside PyTorch)", found.context_bytes)]
-        lines += [_line("the GPU must have", found.total_bytes)]
-        if found.host_bytes >= 2**20:
-            lines += [_line("host memory for tensors", found.host_bytes)]
-        if self.budget is not None:
-            flags = f"with {' '.join(self.flags)}" if self.flags else "with these options"
-            lines += [f"fits {gib(self.budget)}: yes, {flags}"]
-        return "\n".join(lines)
+from lowmem_npo.config import RunConfig
+from lowmem_npo.estimate.report import Report, architecture_of, report
+from lowmem_npo.estimate.step import StepRows
+from lowmem_npo.model import load_tokenizer
+from lowmem_npo.run import prepare_data
 
 
 def estimate_run(config: RunConfig) -> Report:
@@ -66,54 +16,11 @@ def estimate_run(config: RunConfig) -> Report:
         UserError: an unknown model, data that cannot be read, a budget that cannot be kept.
     """
     architecture = architecture_of(config.model)
-    data = _data(config)
-
-    def rows(settings: RunConfig) -> StepRows:
-        return largest_rows(settings, data)
-
-    budget = config.memory.budget_bytes
-    name = resolve_name(config.model.model)[0]
-    if budget is None:
-        return Report(name, config, rows(config), estimate(config, architecture, rows(config)), None, [])
-    fit = fit_budget(config, architecture, budget, rows)
-    return Report(name, fit.config, rows(fit.config), fit.estimate, budget, fit.flags)
+    return report(config, architecture, _rows(config))
 
 
-def largest_rows(config: RunConfig, data: PreparedData | None) -> StepRows:
-    """The largest micro-batch that `config` can meet in `data`; of rows of --max-length tokens without data."""
-    if data is None:
-        return StepRows.of_length(config, config.data.max_length)
-    return StepRows.of_data(config, data.forget_targets, data.retain)
-
-
-def architecture_of(config: ModelConfig) -> PretrainedConfig:
-    """The model's configuration, bundled ones first: they need no network.
-
-    Raises:
-        UserError: no such model, or it is not bundled and the hub cannot be reached.
-    """
-    name = resolve_name(config.model)[0]
-    bundled = known_config(name) if config.revision is None else None
-    if bundled is not None:
-        return bundled
-    try:
-        return load_config(config)
-    except UserError as error:
-        raise UserError(f"{error} Known without a network: {', '.join(known_names())}.") from error
-
-
-def _data(config: RunConfig) -> PreparedData | None:
+def _rows(config: RunConfig) -> StepRows:
     if config.data.forget is None:
-        return None
-    from lowmem_npo.run import prepare_data
-
-    return prepare_data(config, load_tokenizer(config.model))
-
-
-def _line(what: str, size: int) -> str:
-    return f"{what:<42}{gib(size):>12}"
-
-
-def _told(rows: tuple[tuple[int, int], ...]) -> str:
-    longest = f" of up to {max(length for length, _ in rows)} tokens" if rows else ""
-    return f"{len(rows)} x{longest}" if rows else "no"
+        return StepRows.of_length(config)
+    data = prepare_data(config, load_tokenizer(config.model))
+    return StepRows.of_data(config, data.forget_targets, data.retain)

@@ -56,34 +56,39 @@ class Estimate:
 
 @dataclass(frozen=True)
 class StepRows:
-    """The largest micro-batch: (tokens, answer tokens) of each of its rows."""
+    """The largest rows that can meet in one optimiser step, largest first: (tokens, answer tokens) of each."""
 
     forget: tuple[tuple[int, int], ...]
     retain: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of_length(cls, config: RunConfig, length: int) -> StepRows:
-        """Rows of `length` tokens, all of them answer: nothing is known of the data, so the most it can be."""
-        forget, retain = _micro_batch_sizes(config)
-        row = (length, length - 1)
-        return cls((row,) * forget, (row,) * retain)
+    def of_length(cls, config: RunConfig) -> StepRows:
+        """Rows of --max-length tokens, all of them answer: nothing is known of the data, so the most it can be."""
+        row = (config.data.max_length, config.data.max_length - 1)
+        return cls((row,) * config.training.batch_size, (row,) * config.training.retain_rows)
 
     @classmethod
     def of_data(
         cls, config: RunConfig, forget: Sequence[TokenizedRow], retain: Sequence[TokenizedRow] | None
     ) -> StepRows:
-        """The longest rows, with the longest answers, that could meet in one micro-batch."""
-        sizes = _micro_batch_sizes(config)
-        return cls(_largest(forget, sizes[0]), _largest(retain or (), sizes[1]))
+        """The longest rows, with the longest answers."""
+        training = config.training
+        return cls(_largest(forget, training.batch_size), _largest(retain or (), training.retain_rows))
+
+    def micro_batch(self, config: RunConfig) -> StepRows:
+        """The largest that go through the model at once."""
+        micro_batches = config.training.micro_batches()
+        retain = -(-config.training.retain_rows // micro_batches) if config.objective.needs_retain else 0
+        return StepRows(self.forget[: -(-config.training.batch_size // micro_batches)], self.retain[:retain])
 
 
 def estimate(config: RunConfig, architecture: PretrainedConfig, rows: StepRows | None = None) -> Estimate:
     """Simulates the step that `config` describes on a model of `architecture`.
 
     Args:
-        rows: default: rows of --max-length tokens.
+        rows: the step's. Default: of --max-length tokens.
     """
-    rows = rows or StepRows.of_length(config, config.data.max_length)
+    rows = (rows or StepRows.of_length(config)).micro_batch(config)
     with fake_gpu("frozen weights") as gpu:
         model = fake_model(architecture, config.model)
         with gpu.allocating("adapter"):
@@ -91,6 +96,7 @@ def estimate(config: RunConfig, architecture: PretrainedConfig, rows: StepRows |
             apply_switches(model, config.memory)
         with gpu.allocating("cuBLAS"):
             workspaces = [torch.empty(CUBLAS_WORKSPACE, dtype=torch.uint8, device=GPU) for _ in ("forward", "backward")]
+        gpu.kind = "layer work"
         with tempfile.TemporaryDirectory() as folder:
             trainer = _trainer(model, config, rows, folder)
         _kinds_by_phase(gpu, trainer)
@@ -192,12 +198,6 @@ def _marking(gpu: FakeGPU, method: Any) -> Any:
         return result
 
     return run
-
-
-def _micro_batch_sizes(config: RunConfig) -> tuple[int, int]:
-    micro_batches = config.training.micro_batches()
-    retain = -(-config.training.retain_rows // micro_batches) if config.objective.needs_retain else 0
-    return -(-config.training.batch_size // micro_batches), retain
 
 
 def _largest(rows: Sequence[TokenizedRow], count: int) -> tuple[tuple[int, int], ...]:

@@ -1,0 +1,27 @@
+"""The process that `elsewhere.Simulation` starts: a run and its rows on stdin, its report or a mistake on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import sys
+
+from lowmem_npo.cli.quiet import quiet_libraries
+from lowmem_npo.errors import UserError
+from lowmem_npo.estimate.report import Report, architecture_of, report
+
+
+def answer(question: bytes) -> Report | UserError:
+    """The report on a pickled (RunConfig, StepRows)."""
+    config, rows = pickle.loads(question)
+    try:
+        return report(config, architecture_of(config.model), rows)
+    except UserError as error:
+        return error
+
+
+if __name__ == "__main__":
+    quiet_libraries()
+    with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints must not get into the answer
+        result = answer(sys.stdin.buffer.read())
+    sys.stdout.buffer.write(pickle.dumps(result))
