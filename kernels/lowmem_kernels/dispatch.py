@@ -1,17 +1,18 @@
 """From checked arguments to an answer: chooses the engine, drops ignored rows; one operator under torch.compile."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from lowmem_kernels import torch_engine
 from lowmem_kernels.head import FrozenHead
+from lowmem_kernels.launch import has_values
 from lowmem_kernels.problem import IGNORED, Answer, Problem
 
 Engine = Literal["auto", "chunks", "tiles", "torch"]
@@ -19,9 +20,8 @@ Engine = Literal["auto", "chunks", "tiles", "torch"]
 
 def solve(problem: Problem, engine: Engine) -> Answer:
     """The answer to `problem`. Rows with target -100 get 0, 0 and a zero gradient row, whatever else they hold."""
-    solver = _solver(engine, problem)
     if not torch.compiler.is_compiling():
-        return _solve_eagerly(problem, solver)
+        return _solve_eagerly(problem, engine)
     head = problem.head
     logprobs, kl, grad = torch.ops.lowmem_kernels.solve(
         problem.hidden, problem.ref_hidden, head.weight, head.bias, problem.targets, problem.ce_weight,
@@ -43,12 +43,25 @@ def choose_engine(is_cuda: bool, need_grad: bool) -> str:
 
 def _solver(engine: Engine, problem: Problem) -> Callable[[Problem], Answer]:
     name = choose_engine(problem.hidden.is_cuda, problem.need_grad) if engine == "auto" else engine
-    if name == "torch":
-        return torch_engine.solve
-    raise ValueError(f"engine must be 'auto', 'torch', 'chunks' or 'tiles', not {engine!r}")
+    if name not in ("torch", "chunks"):
+        raise ValueError(f"engine must be 'auto', 'torch', 'chunks' or 'tiles', not {engine!r}")
+    if name != "torch":
+        _check_triton(name, problem.hidden)
+    return import_module(f"lowmem_kernels.{name}_engine").solve
 
 
-def _solve_eagerly(problem: Problem, solver: Callable[[Problem], Answer]) -> Answer:
+def _check_triton(engine: str, hidden: Tensor) -> None:
+    if find_spec("triton") is None:
+        raise ValueError(f"engine {engine!r} needs triton, which is not installed; use engine='torch'")
+    if has_values(hidden) and not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"engine {engine!r} runs on CUDA tensors, not on {hidden.device}; use engine='torch', or set "
+            "TRITON_INTERPRET=1 before the first use to try it in Triton's interpreter"
+        )
+
+
+def _solve_eagerly(problem: Problem, engine: Engine) -> Answer:
+    solver = _solver(engine, problem)
     with torch.no_grad(), _full_precision(problem.hidden.device.type):
         kept = _kept_rows(problem.targets, problem.head.vocabulary)
         if kept is None:
@@ -81,26 +94,25 @@ def _kept_rows(targets: Tensor | None, vocabulary: int) -> Tensor | None:
     return (~ignored).nonzero().squeeze(1) if num_ignored else None
 
 
-def has_values(tensor: Tensor) -> bool:
-    """False for fake and meta tensors."""
-    return not (isinstance(tensor, FakeTensor) or tensor.is_meta)
-
-
 @contextlib.contextmanager
 def _full_precision(device_type: str) -> Iterator[None]:
-    """Float32 products stay float32: no autocast, no TF32, whatever the caller's settings."""
-    backends = [b.matmul for b in (torch.backends.cuda, torch.backends.mkldnn) if hasattr(b, "matmul")]
-    name, value = ("fp32_precision", "ieee") if hasattr(backends[0], "fp32_precision") else ("allow_tf32", False)
-    before = [getattr(backend, name, None) for backend in backends]
+    """Products are exact to their dtype whatever the caller's settings: no autocast, TF32 or sums kept in 16 bits."""
+    cuda, cpu = torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)
+    settings = [(cuda, f"allow_{dtype}_reduced_precision_reduction", False) for dtype in ("bf16", "fp16")]
+    if hasattr(cuda, "fp32_precision"):
+        settings += [(cuda, "fp32_precision", "ieee"), (cpu, "fp32_precision", "ieee")]
+    else:  # torch < 2.9
+        settings += [(cuda, "allow_tf32", False)]
+    before = [getattr(backend, name) for backend, name, _ in settings]
     try:
-        for backend in backends:
+        for backend, name, value in settings:
             setattr(backend, name, value)
         with contextlib.ExitStack() as stack:
             if torch.amp.is_autocast_available(device_type):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
             yield
     finally:
-        for backend, value in zip(backends, before, strict=True):
+        for (backend, name, _), value in zip(settings, before, strict=True):
             setattr(backend, name, value)
 
 
@@ -121,7 +133,7 @@ def _solve_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     head = FrozenHead(weight, bias, softcap, logit_scale)
     problem = Problem(hidden, ref_hidden, head, targets, ce_weight, kl_weight, direction, need_grad)
-    return _as_tensors(_solve_eagerly(problem, _solver(engine, problem)), hidden)
+    return _as_tensors(_solve_eagerly(problem, engine), hidden)
 
 
 @_solve_op.register_fake

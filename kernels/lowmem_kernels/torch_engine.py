@@ -3,11 +3,12 @@
 Every quantity is a statistic of a SET of vocabulary entries that can be merged with that of a disjoint set, so the
 vocabulary is walked once. For a set A, with p and q the softmax of policy and reference restricted to A,
 
-    lse      log sum_A exp z
-    shift    lse - (the reference's lse)
-    kl       KL(p || q), or KL(q || p)
-    mean     sum_A p_i dz_i/dh
-    kl_grad  d kl / dh
+    top + rest   log sum_A exp z. Two numbers, since next to a logit of 1e4 one float32 would round it to 1e-3
+    ref_top      the same as top for the reference
+    shift        rest - the reference's rest: small where the two are alike, and then known to as many digits
+    kl           KL(p || q), or KL(q || p)
+    mean         sum_A p_i dz_i/dh
+    kl_grad      d kl / dh
 
 Merging uses the chain rule of relative entropy: the KL of the whole is the KL between the masses of the parts plus the
 mass-weighted KLs inside the parts. Its terms are non-negative, so nothing cancels, however small the KL is; within a
@@ -34,7 +35,9 @@ MASKED = -1e30  # a logit without weight; finite, so that masked - masked is 0 a
 class Part(NamedTuple):
     """The statistics of a set of vocabulary entries for r tokens. Columns are (r, 1), rows are (r, d); float32."""
 
-    lse: Tensor
+    top: Tensor
+    rest: Tensor
+    ref_top: Tensor | None = None
     shift: Tensor | None = None
     kl: Tensor | None = None
     mean: Tensor | None = None
@@ -99,25 +102,25 @@ def _vocabulary_chunk(
     _mask(z, first, targets)
     p, top, log_sum = _softmax_(z)
     if ref_hidden is None:
-        return Part(top + log_sum, mean=_times_slope(p, slope) @ weight if need_grad else None)
+        return Part(top, log_sum, mean=_times_slope(p, slope) @ weight if need_grad else None)
 
     z_ref, _ = _logits(ref_hidden @ weight.T, bias, head)
     _mask(z_ref, first, targets)
     q, ref_top, ref_log_sum = _softmax_(z_ref)
+    shift = log_sum - ref_log_sum
     # log(q / p). Large and nearly equal numbers are subtracted first; z and z_ref are relative to their maxima by now.
-    ratio = z_ref.sub_(z).add_(log_sum - ref_log_sum)
+    ratio = z_ref.sub_(z).add_(shift)
     excess = difference(q, p, ratio)
     if direction == "policy-reference":
         kl = torch.addcmul(excess, p, ratio, value=-1).sum(1, keepdim=True)
     else:
         kl = torch.addcmul(-excess, q, ratio).sum(1, keepdim=True)
-    shift = (top - ref_top) + (log_sum - ref_log_sum)
     if not need_grad:
-        return Part(top + log_sum, shift, kl)
+        return Part(top, log_sum, ref_top, shift, kl)
 
     slope_kl = ratio.add_(kl).mul_(p).neg_() if direction == "policy-reference" else excess.neg_()  # d kl / dz
     kl_grad = _times_slope(slope_kl, slope) @ weight
-    return Part(top + log_sum, shift, kl, _times_slope(p, slope) @ weight, kl_grad)
+    return Part(top, log_sum, ref_top, shift, kl, _times_slope(p, slope) @ weight, kl_grad)
 
 
 def _target(hidden: Tensor, ref_hidden: Tensor | None, head: FrozenHead, targets: Tensor, need_grad: bool) -> Part:
@@ -127,40 +130,49 @@ def _target(hidden: Tensor, ref_hidden: Tensor | None, head: FrozenHead, targets
     z, slope = _logits((hidden * weight).sum(1, keepdim=True), bias, head)
     mean = _times_slope(weight, slope) if need_grad else None
     if ref_hidden is None:
-        return Part(z, mean=mean)
+        return Part(z, torch.zeros_like(z), mean=mean)
     z_ref, _ = _logits((ref_hidden * weight).sum(1, keepdim=True), bias, head)
-    return Part(z, z - z_ref, torch.zeros_like(z), mean, torch.zeros_like(hidden) if need_grad else None)
+    zero = torch.zeros_like(z)
+    return Part(z, zero, z_ref, zero, zero, mean, torch.zeros_like(hidden) if need_grad else None)
 
 
 def merge(a: Part, b: Part, direction: Direction) -> tuple[Part, Tensor, Tensor]:
     """The statistics of the union of two disjoint sets, and the log of the policy's mass on each, given the union."""
-    log_mass_a, log_mass_b = logsigmoid(a.lse - b.lse), logsigmoid(b.lse - a.lse)
-    mass_a, mass_b = log_mass_a.exp(), log_mass_b.exp()
-    lse = torch.logaddexp(a.lse, b.lse)
-    mean = None if a.mean is None else mass_a * a.mean + mass_b * b.mean
-    if a.shift is None:
-        return Part(lse, mean=mean), log_mass_a, log_mass_b
+    odds = (b.top - a.top) + (b.rest - a.rest)
+    log_p_a, log_p_b = logsigmoid(-odds), logsigmoid(odds)
+    p_a, p_b = log_p_a.exp(), log_p_b.exp()
+    top = torch.maximum(a.top, b.top)
+    rest = torch.where(odds > 0, b.rest + (b.top - top) - log_p_b, a.rest + (a.top - top) - log_p_a)
+    mean = None if a.mean is None else p_a * a.mean + p_b * b.mean
+    if a.ref_top is None:
+        return Part(top, rest, mean=mean), log_p_a, log_p_b
 
-    # ratio = log(reference mass / policy mass) of each part
-    gap = b.shift - a.shift
-    ratio_a, ratio_b = -_log_mix(log_mass_a, log_mass_b, -gap), -_log_mix(log_mass_b, log_mass_a, gap)
-    ref_mass_a, ref_mass_b = (log_mass_a + ratio_a).exp(), (log_mass_b + ratio_b).exp()
-    excess_a, excess_b = difference(ref_mass_a, mass_a, ratio_a), difference(ref_mass_b, mass_b, ratio_b)
+    ref_odds = (b.ref_top - a.ref_top) + ((b.rest - b.shift) - (a.rest - a.shift))
+    gap = (b.top - a.top) - (b.ref_top - a.ref_top) + (b.shift - a.shift)  # odds - ref_odds, with all its digits
+    log_q_a, log_q_b = logsigmoid(-ref_odds), logsigmoid(ref_odds)  # log of the reference's mass on each
+    q_a, q_b = log_q_a.exp(), log_q_b.exp()
+    ratio_a, ratio_b = _log_ratio(log_p_a, log_q_a, p_b, -gap), _log_ratio(log_p_b, log_q_b, p_a, gap)
+    excess_a, excess_b = difference(q_a, p_a, ratio_a), difference(q_b, p_b, ratio_b)
     if direction == "policy-reference":
-        inner = mass_a, mass_b
-        between = (excess_a - mass_a * ratio_a) + (excess_b - mass_b * ratio_b)
+        inner = p_a, p_b
+        between = (excess_a - p_a * ratio_a) + (excess_b - p_b * ratio_b)
     else:
-        inner = ref_mass_a, ref_mass_b
-        between = (ref_mass_a * ratio_a - excess_a) + (ref_mass_b * ratio_b - excess_b)
+        inner = q_a, q_b
+        between = (q_a * ratio_a - excess_a) + (q_b * ratio_b - excess_b)
     kl = inner[0] * a.kl + inner[1] * b.kl + between
     kl_grad = None
     if a.kl_grad is not None:
         if direction == "policy-reference":
-            outer = mass_a * (a.kl - ratio_a - kl), mass_b * (b.kl - ratio_b - kl)
+            outer = p_a * (a.kl - ratio_a - kl), p_b * (b.kl - ratio_b - kl)
         else:
             outer = -excess_a, -excess_b
         kl_grad = inner[0] * a.kl_grad + inner[1] * b.kl_grad + outer[0] * a.mean + outer[1] * b.mean
-    return Part(lse, a.shift + ratio_a, kl, mean, kl_grad), log_mass_a, log_mass_b
+    ref_top = torch.maximum(a.ref_top, b.ref_top)
+    # Either is the shift of the union; the one that changes less is the more accurate.
+    shift_a = a.shift + ((a.top - top) - (a.ref_top - ref_top) + ratio_a)
+    shift_b = b.shift + ((b.top - top) - (b.ref_top - ref_top) + ratio_b)
+    shift = torch.where(odds > 0, shift_b, shift_a)
+    return Part(top, rest, ref_top, shift, kl, mean, kl_grad), log_p_a, log_p_b
 
 
 def difference(q: Tensor, p: Tensor, ratio: Tensor) -> Tensor:
@@ -168,9 +180,9 @@ def difference(q: Tensor, p: Tensor, ratio: Tensor) -> Tensor:
     return ratio.abs().neg_().expm1_().neg_().mul_(torch.maximum(p, q)).copysign_(ratio)
 
 
-def _log_mix(log_u: Tensor, log_v: Tensor, x: Tensor) -> Tensor:
-    """log(u + v e^x) for u + v = 1; 0 exactly where x is 0."""
-    return torch.where(x.abs() < 1, torch.log1p(log_v.exp() * torch.expm1(x)), torch.logaddexp(log_u, log_v + x))
+def _log_ratio(log_p: Tensor, log_q: Tensor, other_p: Tensor, x: Tensor) -> Tensor:
+    """log(q / p) where p / q = 1 + other_p (e^x - 1): accurate also where both are close, 0 exactly where x is 0."""
+    return torch.where(x.abs() < 1, -torch.log1p(other_p * torch.expm1(x)), log_q - log_p)
 
 
 def _logits(product: Tensor, bias: Tensor | None, head: FrozenHead) -> tuple[Tensor, Tensor | float | None]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lowmem_kernels import FrozenHead
+from lowmem_kernels import FrozenHead, token_kl, token_logprobs
 
 from tests.kernels.reference import DIRECTIONS, check, check_jointly, dense, make_case, run, run_jointly
 
@@ -14,7 +14,7 @@ OPTIONS = list(itertools.product((False, True), (None, 3.0), (1.0, 0.25)))  # bi
 KL_LEVELS = {1e-6: 1.5e-3, 1e-5: 5e-3, 1e-4: 0.015, 1e-3: 0.045, 1e-2: 0.14, 1e-1: 0.45, 1.0: 1.5, 10.0: 6.0}
 
 
-@pytest.mark.parametrize("n, d, v", [(1, 96, 33), (7, 123, 507), (3, 507, 1000), (252, 96, 507), (2, 1, 2), (2, 16, 1)])
+@pytest.mark.parametrize("n, d, v", [(1, 96, 33), (7, 123, 507), (3, 507, 1000), (252, 96, 100), (2, 1, 2), (2, 16, 1)])
 def test_odd_shapes(engine, n, d, v):
     case = make_case(n, d, v)
     if v > 1:  # with one token both are 0, and so are all gradients
@@ -22,7 +22,7 @@ def test_odd_shapes(engine, n, d, v):
     check(case, engine)
 
 
-def test_real_vocabulary(engine):
+def test_real_vocabulary(engine, large_blocks):
     case = make_case(3, 64, 50304)
     check(case, engine)
     check_jointly(case, engine)
@@ -59,7 +59,7 @@ def test_kl_levels(engine, level, direction):
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_identical_hidden_is_exactly_zero(engine, direction, softcap):
-    case = make_case(9, 123, 1000, bias=True, softcap=softcap, direction=direction)
+    case = make_case(9, 123, 400, bias=True, softcap=softcap, direction=direction)
     outcome = run(replace(case, ref_hidden=case.hidden.clone()), engine)
     assert (outcome.kl == 0).all() and (outcome.kl_grad == 0).all()
     assert (run(case, engine).kl > 0).all()
@@ -101,17 +101,15 @@ def test_nearly_certain_targets(engine):
 
 
 def test_same_bits_every_run(engine):
-    case = make_case(33, 96, 1201)
+    case = make_case(17, 96, 403)
     first, second = run(case, engine), run(case, engine)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_without_gradient_the_values_are_the_same(engine):
-    case = make_case(33, 96, 1201)
+    case = make_case(17, 96, 403)
     with_grad = run(case, engine)
     with torch.no_grad():
-        from lowmem_kernels import token_kl, token_logprobs
-
         logprobs = token_logprobs(case.hidden, case.head, case.targets, engine=engine)
         kl = token_kl(case.hidden, case.ref_hidden, case.head, engine=engine)
     torch.testing.assert_close(logprobs.double(), with_grad.logprobs, rtol=1e-6, atol=0)

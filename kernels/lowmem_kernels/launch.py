@@ -1,0 +1,51 @@
+"""How a Triton kernel is started, and how one finds out, without a GPU, what would be started."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+_recordings: list["Recording"] = []
+
+
+@dataclass
+class Recording:
+    """The launches made while recording, and the CUDA capability, such as (8, 6), for which they were configured."""
+
+    capability: tuple[int, int]
+    launches: list[tuple[object, dict]]  # (kernel, arguments by name, with num_warps and num_stages)
+
+
+@contextlib.contextmanager
+def recording(capability: tuple[int, int]) -> Iterator[Recording]:
+    """Collects launches. Give the engines meta tensors: then nothing is computed, and no GPU is needed."""
+    _recordings.append(Recording(capability, []))
+    try:
+        yield _recordings[-1]
+    finally:
+        _recordings.pop()
+
+
+def launch(kernel, grid: tuple[int, ...], **arguments) -> None:
+    """kernel[grid](**arguments), unless the tensors have no values or the grid is empty."""
+    if _recordings:
+        _recordings[-1].launches.append((kernel, arguments))
+    if all(has_values(x) for x in arguments.values() if isinstance(x, Tensor)) and 0 not in grid:
+        kernel[grid](**arguments)
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """The capability to configure kernels for; that of a 24 GB Ampere card where there is no GPU to ask."""
+    if _recordings:
+        return _recordings[-1].capability
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_capability(device)
+    return (8, 6)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """False for fake and meta tensors."""
+    return not (isinstance(tensor, FakeTensor) or tensor.is_meta)
