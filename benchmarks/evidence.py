@@ -1,0 +1,123 @@
+"""What `scripts/gpu_evidence.sh PIECE OUTDIR` does: runs a piece's commands, and records how they ended.
+
+OUTDIR gets PIECE.status.json, PIECE.log and what the benchmarks write; copy it into benchmarks/results. A piece
+that fails, or takes too long, is recorded as "failed" and the next one goes on; the exit code is then 1. A piece whose
+benchmark this version does not have is "missing". Without a GPU each is "skipped", in one line, and all is well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":  # the checkout, not this folder: see kernels.py
+    sys.path[:1] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "kernels")]
+
+import torch
+
+from benchmarks import record
+from benchmarks.record import ROOT
+
+LIMIT = 530  # seconds for a piece
+PIECES: dict[str, list[str]] = {  # arguments of Python; OUTDIR is replaced
+    "tests": ["-m pytest -m gpu -q -p no:cacheprovider tests"],
+    "kernels": [
+        "benchmarks/kernels.py --check --out OUTDIR/kernels-check.json",
+        "benchmarks/kernels.py --minutes 6.5 --out OUTDIR/kernels.json",
+    ],
+    "memory-512": ["benchmarks/memory.py --tokens 512 --out OUTDIR/memory-512.json"],
+    "memory-2048": ["benchmarks/memory.py --tokens 2048 --out OUTDIR/memory-2048.json"],
+    "cap": ["benchmarks/memory.py --tokens 2048 --cap 24GiB --out OUTDIR/cap.json"],
+    "speed": ["benchmarks/speed.py --out OUTDIR/speed.json"],
+    "quality": ["benchmarks/quality.py --out OUTDIR/quality.json"],
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="gpu_evidence.sh", description="Measures on a GPU what this project claims.")
+    parser.add_argument("piece", choices=[*PIECES, "all"], metavar="PIECE", help=", ".join([*PIECES, "all"]))
+    parser.add_argument("folder", type=Path, metavar="OUTDIR")
+    options = parser.parse_args(arguments)
+    folder = options.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    pieces = PIECES if options.piece == "all" else [options.piece]
+    statuses = [run_piece(piece, PIECES[piece], folder, torch.cuda.is_available()) for piece in pieces]
+    return 1 if "failed" in statuses else 0
+
+
+def run_piece(piece: str, commands: Sequence[str], folder: Path, gpu: bool, limit: float = LIMIT) -> str:
+    """Runs the commands in turn, also after a failure; writes PIECE.status.json and PIECE.log. Returns the status."""
+    begin, log = time.monotonic(), folder / f"{piece}.log"
+    ran: list[dict] = []
+    log.write_text("")
+    if not gpu:
+        status = "skipped"
+        _tell(log, f"{piece}: skipped, there is no GPU here that PyTorch can use")
+    else:
+        for command in commands:
+            script = command.split()[0]
+            if script.endswith(".py") and not (ROOT / script).is_file():
+                _tell(log, f"{piece}: missing, this version has no {script}")
+                ran.append({"command": f"python {command}", "status": "missing"})
+                continue
+            _tell(log, f"$ python {command}")
+            code = _run(command, folder, log, limit - (time.monotonic() - begin))
+            ran.append({"command": f"python {command}", "status": "failed" if code else "ok", "exit_code": code})
+        found = [entry["status"] for entry in ran]
+        status = next((bad for bad in ("failed", "missing") if bad in found), "ok")
+    printed = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    results = {
+        "status": status,
+        "seconds": round(time.monotonic() - begin, 1),
+        "commands": ran,
+        "last_line": printed[-1] if printed else "",
+    }
+    record.write(folder / f"{piece}.status.json", f"gpu_evidence {piece}", results)
+    if status in ("ok", "failed"):
+        print(f"{piece}: {status}")
+    return status
+
+
+def _run(command: str, folder: Path, log: Path, seconds: float) -> int:
+    """The exit code; what the command prints goes to the terminal and to the log. After `seconds` it is killed."""
+    words = [word.replace("OUTDIR", str(folder)) for word in command.split()]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # so that what it started is killed with it
+    )
+    late = threading.Timer(max(seconds, 0.01), os.killpg, (process.pid, signal.SIGKILL))
+    late.start()
+    with process.stdout, log.open("a") as file:
+        for line in process.stdout:
+            file.write(line)
+            print(line, end="", flush=True)
+    code = process.wait()
+    if not late.is_alive() and code == -signal.SIGKILL:
+        _tell(log, "killed: the time limit was reached")
+    late.cancel()
+    return code
+
+
+def _tell(log: Path, line: str) -> None:
+    print(line, flush=True)
+    with log.open("a") as file:
+        file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

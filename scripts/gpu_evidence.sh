@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Measures on a GPU what this project claims, one piece at a time, each in less than 9 minutes and without a network:
+#
+#     bash scripts/gpu_evidence.sh PIECE OUTDIR      PIECE: tests kernels memory-512 memory-2048 cap speed quality, or all
+#
+# OUTDIR gets, of each piece, PIECE.status.json (on what it ran, with which commands, how it ended), PIECE.log (what it
+# printed) and the benchmark's own JSON and pictures. See benchmarks/evidence.py.
+#
+# Uses .venv if it is there, else python3; PYTHON=... chooses another. Peers of the kernels are measured where they can be
+# imported, for example from a folder:
+#     pip install --target peers --no-deps "liger-kernel==0.8.*" "trl==1.16.*" cut-cross-entropy
+#     PYTHONPATH=peers bash scripts/gpu_evidence.sh kernels OUTDIR
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=python3
+    if "$root/.venv/bin/python" -c 'import torch' 2>/dev/null; then PYTHON="$root/.venv/bin/python"; fi
+fi
+if ! "$PYTHON" -c 'import torch' 2>/dev/null; then
+    echo "gpu_evidence.sh: $PYTHON cannot import torch; set PYTHON=... to one that can." >&2
+    exit 2
+fi
+PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}" exec "$PYTHON" "$root/benchmarks/evidence.py" "$@"
