@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig, OlmoConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig, Olmo2Config, OlmoConfig, PreTrainedModel
 
 SIZES = {
     "hidden_size": 32,
@@ -16,6 +16,7 @@ SIZES = {
 
 CONFIGS = {
     "olmo": lambda v: OlmoConfig(vocab_size=v, tie_word_embeddings=False, **SIZES),
+    "olmo2": lambda v: Olmo2Config(vocab_size=v, tie_word_embeddings=False, **SIZES),
     "llama": lambda v: LlamaConfig(vocab_size=v, tie_word_embeddings=False, **SIZES),
     # Caps small enough to bend random logits: a missing softcap must not go unnoticed.
     "gemma2": lambda v: Gemma2Config(

@@ -14,7 +14,8 @@ def compute_autocast(model: torch.nn.Module) -> AbstractContextManager:
     A half-precision model computes in its own type while its adapter stays float32 (a bf16 adapter loses most AdamW
     updates at lr 1e-4: bf16 resolves 1 part in 256). A float32 model needs no context.
     """
-    dtype, device = model.dtype, model.device
+    head = model.get_output_embeddings().weight  # never quantised; `model.dtype` may be that of the adapter
+    dtype, device = head.dtype, head.device
     if dtype not in (torch.bfloat16, torch.float16):
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)
