@@ -7,8 +7,8 @@
     kl = token_kl(hidden, reference_hidden, head)                 # (N,) float32, KL(policy || reference)
     loss, logprobs, kl = retain_loss(hidden, reference_hidden, head, targets, ce_weight=1 / N, kl_weight=0.5 / N)
 
-No call ever holds a tensor of N x V elements. Three engines compute the same function (`engine=` chooses one):
-`torch` (any device, and the readable statement of the algorithm), `chunks` and `tiles` (Triton, for CUDA).
+No call ever holds a tensor of N x V elements. Two engines compute the same function (`engine=` chooses one): `torch`
+(any device, and the readable statement of the algorithm) and `chunks` (cuBLAS and Triton, for CUDA).
 
 How it is wired, top to bottom:
 

@@ -15,7 +15,7 @@ from lowmem_kernels.head import FrozenHead
 from lowmem_kernels.launch import has_values
 from lowmem_kernels.problem import IGNORED, Answer, Problem
 
-Engine = Literal["auto", "chunks", "tiles", "torch"]
+Engine = Literal["auto", "chunks", "torch"]
 
 
 def solve(problem: Problem, engine: Engine) -> Answer:
@@ -34,17 +34,15 @@ def solve(problem: Problem, engine: Engine) -> Answer:
     )
 
 
-def choose_engine(is_cuda: bool, need_grad: bool) -> str:
-    """What engine="auto" means. With a gradient, chunks does 2 or 3 products of N x V x d where tiles does 3 or 5."""
-    if not is_cuda or find_spec("triton") is None:
-        return "torch"
-    return "chunks" if need_grad else "tiles"
+def choose_engine(is_cuda: bool) -> str:
+    """What engine="auto" means: Triton where there is a GPU for it, plain PyTorch elsewhere."""
+    return "chunks" if is_cuda and find_spec("triton") is not None else "torch"
 
 
 def _solver(engine: Engine, problem: Problem) -> Callable[[Problem], Answer]:
-    name = choose_engine(problem.hidden.is_cuda, problem.need_grad) if engine == "auto" else engine
+    name = choose_engine(problem.hidden.is_cuda) if engine == "auto" else engine
     if name not in ("torch", "chunks"):
-        raise ValueError(f"engine must be 'auto', 'torch', 'chunks' or 'tiles', not {engine!r}")
+        raise ValueError(f"engine must be 'auto', 'torch' or 'chunks', not {engine!r}")
     if name != "torch":
         _check_triton(name, problem.hidden)
     return import_module(f"lowmem_kernels.{name}_engine").solve
