@@ -1,8 +1,15 @@
 """Fixtures shared by every test: where the real data lies, and tiny models made from configurations."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+
+# Without a GPU, Triton kernels run in Triton's interpreter. It is chosen when Triton is first imported, by whatever test
+# or library comes first.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
