@@ -20,7 +20,7 @@ from benchmarks.kernel_cases import Case, Shape, make_cases, truth
 from benchmarks.kernel_tasks import TASKS, errors, offers
 from benchmarks.peers import ENGINES, ON_CPU, Dense, Ours, contenders, installed, reason
 
-FULL, QUICK = Shape(tokens=64, vocabulary=16000, hidden=1024), Shape(tokens=24, vocabulary=2000, hidden=256)
+FULL, QUICK = Shape(tokens=16, vocabulary=16000, hidden=1024), Shape(tokens=24, vocabulary=2000, hidden=256)
 SIMULATED = Shape(tokens=8192, vocabulary=128256, hidden=4096)
 COLUMNS = {"b.logprob": "log-prob", "b.grad": "its gradient", "c.kl": "KL", "c.kl_token": "KL per token",
            "c.grad": "its gradient", "d.grad": "gradient of both"}  # fmt: skip
@@ -55,9 +55,10 @@ def main(shape: Shape, levels: Sequence[float], without: Sequence[str], path: Pa
     print()
     for line in broken:
         print(f"OUTSIDE THE CONTRACT: {line}")
-    if not broken:
+    ran = [name for name in ENGINES if any(row["contender"] == name and "missing" not in row for row in results)]
+    if ran and not broken:
         limits = ", ".join(f"{key} {limit:.2%}" for key, limit in CONTRACT.items())
-        print(f"Our engines are within their contract ({limits}).")
+        print(f"Within the contract ({limits}): {', '.join(ran)}")
     record.write(path, "kernels --check", results, shape=vars(shape), contract=CONTRACT, simulated_workspace=simulated)
     print(f"Written to {path}")
     return 1 if broken else 0

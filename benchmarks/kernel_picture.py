@@ -12,13 +12,13 @@ OURS, PEER, FLOOR = "#1f6f8b", "#b8bcc2", "#c8553d"
 
 
 def draw(runs: list[dict], path: Path, gpu: str) -> None:
-    """Writes a PNG: one column per task, times above, workspaces below."""
+    """Writes a PNG: a column per task, times above, workspaces below. Our torch engine, meant for CPUs, is left out."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    timed = [run for run in runs if "seconds" in run]
+    timed = [run for run in runs if "seconds" in run and run["contender"] != "torch"]
     n, v, d = max(map(_shape, timed), key=math.prod)
     timed = [run for run in timed if _shape(run) == (n, v, d)]
     names = list(dict.fromkeys(r["contender"] for r in timed if r["contender"] != "floor"))
@@ -32,9 +32,12 @@ def draw(runs: list[dict], path: Path, gpu: str) -> None:
         ):
             for row, name in enumerate(names):
                 if name in found:
-                    axis.barh(row, value(found[name]), color=OURS if name in ENGINES else PEER, height=0.7)
-                    axis.annotate(f" {value(found[name]):.3g}", (value(found[name]), row), va="center", fontsize=8)
-            axis.set_yticks(range(len(names)), names)
+                    size = value(found[name])
+                    axis.barh(row, size, color=OURS if name in ENGINES else PEER, height=0.7)
+                    text = f"{size:,.0f}" if size >= 100 else f"{size:.3g}"
+                    right = 1e3 * found[name]["seconds"]["high"] if axis is axes[0, column] else size
+                    axis.annotate(text, (right, row), (4, 0), textcoords="offset points", va="center", fontsize=8)
+            axis.set_yticks(range(len(names)), ["cce (+ trl's KL)" if name == "cce" else name for name in names])
             axis.spines[["top", "right"]].set_visible(False)
             axis.margins(x=0.18)
         for row, name in enumerate(names):
