@@ -50,12 +50,12 @@ class DataConfig:
     retain: str | None = None
     """The same, for what must be kept. May be left out only with --gamma 0 --delta 0."""
     prompt_column: str | None = None
-    """Column of the prompt. input/output, question/answer, prompt/completion, messages and text are found by themselves."""
+    """Column of the prompt. Not needed for input/output, question/answer, prompt/completion, messages and text."""
     answer_column: str | None = None
     """Column of the answer."""
     prompt_template: str | None = None
-    """How a prompt is written before its answer, e.g. '[INST] {prompt} [/INST]'. Default: 'Question: {prompt}\\nAnswer:'
-    for question/answer columns, else the prompt as it stands."""
+    """How a prompt is written before its answer, e.g. '[INST] {prompt} [/INST]'. Default:
+    'Question: {prompt}\\nAnswer:' for question/answer columns, else the prompt as it stands."""
     max_length: int = 1024
     """Tokens per row, prompt and answer together; what is cut is counted and reported."""
     tokens: Literal["answer", "all"] = "answer"
@@ -73,7 +73,7 @@ class ObjectiveConfig:
     """Objective: L = L_forget + gamma * NLL(retain) + delta * KL(retain)."""
 
     forget_term: ForgetTerm = "npo"
-    """npo (Zhang et al. 2024), ga (gradient ascent), simnpo (Fan et al. 2024, reference-free), idk (NLL of a refusal)."""
+    """npo (Zhang et al. 2024), ga (gradient ascent), simnpo (Fan et al. 2024), idk (NLL of a refusal)."""
     beta: float = 0.5
     """Inverse temperature of npo and simnpo: smaller is closer to gradient ascent."""
     gamma: float = 1.0
@@ -81,7 +81,7 @@ class ObjectiveConfig:
     delta: float = 0.5
     """Weight of the KL to the original model on retain answers, over the whole vocabulary. 0 skips its work."""
     normalization: Normalization = "sequence"
-    """npo on the sum over the answer's tokens (sequence), on each token (token), or on the mean per sequence (length)."""
+    """npo on the sum over the answer's tokens (sequence), on each token (token), or on its mean (length)."""
     kl_direction: KLDirection = "policy-reference"
     """KL(policy || reference), or the other way round as in TOFU and open-unlearning."""
     simnpo_margin: float = 0.0
@@ -100,9 +100,8 @@ class ObjectiveConfig:
             ("kl_direction", KLDirection),
         ):
             if getattr(self, name) not in allowed.__args__:
-                raise UserError(
-                    f"--{name.replace('_', '-')} must be one of {', '.join(allowed.__args__)}, not {getattr(self, name)!r}."
-                )
+                flag, values = name.replace("_", "-"), ", ".join(allowed.__args__)
+                raise UserError(f"--{flag} must be one of {values}, not {getattr(self, name)!r}.")
 
     @property
     def needs_retain(self) -> bool:
@@ -174,11 +173,13 @@ class MemoryConfig:
     --micro-batch-size that fit are found by simulation and used."""
 
     def __post_init__(self) -> None:
-        self.budget_bytes  # a malformed one raises here
+        _ = self.budget_bytes  # a malformed one raises here
         if self.tile_mlp is not None and self.tile_mlp < 1:
             raise UserError(f"--tile-mlp must be at least 1 token, not {self.tile_mlp}.")
         if self.offload_checkpoints and not self.gradient_checkpointing:
-            raise UserError("--offload-checkpoints moves what gradient checkpointing keeps: leave out --no-gradient-checkpointing.")
+            raise UserError(
+                "--offload-checkpoints moves what gradient checkpointing keeps: leave out --no-gradient-checkpointing."
+            )
         if self.reference not in ("live", "cached"):
             raise UserError(f"--reference must be live or cached, not {self.reference!r}.")
         if self.reference_dir is not None and self.reference != "cached":

@@ -101,6 +101,6 @@ def needs_reference(objective: ObjectiveConfig) -> str | None:
 
 
 def retain_weights(objective: ObjectiveConfig, totals: StepTotals) -> tuple[float, float]:
-    """Weights of one retain token's cross-entropy and of its KL: gamma / T and delta / T, T the step's retain tokens."""
+    """Weights of one retain token's cross-entropy and of its KL: gamma / T and delta / T for a step of T tokens."""
     tokens = max(totals.retain_tokens, 1)
     return objective.gamma / tokens, objective.delta / tokens

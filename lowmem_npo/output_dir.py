@@ -40,7 +40,9 @@ class RunDirectory:
             return self._check_resume()
         if self.run_yaml.exists():
             finished = self._adapter.exists()
-            state, hint = ("a finished run", "") if finished else ("a run that did not finish", ", continue it with --resume")
+            state, hint = (
+                ("a finished run", "") if finished else ("a run that did not finish", ", continue it with --resume")
+            )
             raise UserError(f"--output-dir '{self.path}' holds {state}: choose another directory{hint}, or remove it.")
         if self.path.is_dir() and any(self.path.iterdir()):
             raise UserError(f"--output-dir '{self.path}' holds other files: choose an empty or a new directory.")
@@ -56,7 +58,9 @@ class RunDirectory:
         changed = [name for name in {**began, **now} if began.get(name) != now.get(name) and name not in MAY_CHANGE]
         if changed:
             told = "; ".join(f"{name} was {began.get(name)!r}, is {now.get(name)!r}" for name in changed)
-            raise UserError(f"--resume: the run in '{self.path}' began with other settings ({told}): use those, or start anew.")
+            raise UserError(
+                f"--resume: the run in '{self.path}' began with other settings ({told}): use those, or start anew."
+            )
 
     def begin(self, main_process: bool) -> None:
         """From here on the directory is this run's."""

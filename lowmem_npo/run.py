@@ -106,8 +106,10 @@ def train(config: RunConfig, say: Say = print) -> RunResult | None:
     if config.output.eval_rows and main_process:
         after = _evaluate(config, model, tokenizer, data, "after")
         directory.save_evaluations("after", after)
-        stages = {stage: {name: e.summary for name, e in sets.items()} for stage, sets in
-                  {"before": before, "after": after}.items()}
+        stages = {
+            stage: {name: e.summary for name, e in sets.items()}
+            for stage, sets in {"before": before, "after": after}.items()
+        }
         save_table(stages, directory.path)
         say("\n" + text_table(stages))
     say(f"\nThe adapter, its configuration and the measurements are in {directory.path}")

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lowmem_kernels import retain_loss, token_logprobs
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
-from lowmem_kernels import retain_loss, token_logprobs
 from lowmem_npo.config import AdapterConfig, ObjectiveConfig
 from lowmem_npo.data.batching import ForgetRetain, StepBatches, collator
 from lowmem_npo.data.tokenizing import TokenizedRow
@@ -46,12 +46,12 @@ class NPOConfig(ObjectiveConfig, TrainingArguments):
     save_strategy: str = "epoch"
     save_total_limit: int | None = 2
     step_batch_size: int | None = None
-    """Forget rows per optimiser step over all micro-batches and processes. Default: what the fields above multiply to."""
+    """Forget rows per optimiser step over all micro-batches and processes. Default: the product of the fields above."""
     retain_batch_size: int | None = None
     """Retain rows per optimiser step over all micro-batches and processes. Default: as many as forget rows."""
     reference_dir: str | None = None
-    """Directory where the reference's results are stored, and read from (`CachedReference`). Default: the reference pass
-    is run at every step."""
+    """Directory where the reference's results are stored, and read from (`CachedReference`). Default: the reference
+    pass is run at every step."""
 
     def __post_init__(self) -> None:
         ObjectiveConfig.__post_init__(self)
@@ -96,7 +96,9 @@ class NPOTrainer(Trainer):
                 raise UserError("NPOTrainer trains an adapter: give a PeftModel, or peft_config=AdapterConfig(...).")
             model = attach_lora(model, peft_config)
         if self.objective.needs_retain and not retain_dataset:
-            raise UserError("gamma or delta is positive but there are no retain rows: give retain_dataset, or set both to 0.")
+            raise UserError(
+                "gamma or delta is positive but there are no retain rows: give retain_dataset, or set both to 0."
+            )
         check_head(model)
         args._n_gpu = min(args.n_gpu, 1)  # several GPUs are used by several processes, never by DataParallel
         self.head = frozen_head(model)
@@ -169,7 +171,7 @@ class NPOTrainer(Trainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: StepTotals | None = None
     ) -> Tensor:
         """One micro-batch: its share of the step's loss, detached, after its gradients were added to the adapter's."""
-        totals, objective = num_items_in_batch, self.objective
+        totals = num_items_in_batch
         self.model.train()
         inputs = self._prepare_inputs(inputs)
         forget, retain = inputs["forget"], inputs["retain"]
@@ -262,7 +264,7 @@ class _EpochOfSampler(TrainerCallback):
 
 
 class StepMetrics:
-    """Sums of a step's detached quantities, kept on the device; each is this process's share of a mean over the step."""
+    """Sums of a step's detached quantities, on the device; each is this process's share of a mean over the step."""
 
     def __init__(self, objective: ObjectiveConfig) -> None:
         names = ["forget_loss", "forget_nll"]

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-# Without a GPU, Triton kernels run in Triton's interpreter. It is chosen when Triton is first imported, by whatever test
-# or library comes first.
+# Without a GPU, Triton kernels run in Triton's interpreter. It is chosen when Triton is first imported, by whatever
+# test or library comes first.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

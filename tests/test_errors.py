@@ -90,7 +90,10 @@ def test_no_such_target_lists_the_candidates(byte_model, files, capsys):
 def test_what_is_no_causal_model(byte_model, files, capsys, tmp_path):
     from transformers import BertConfig, T5Config
 
-    for config in (T5Config(architectures=["T5ForConditionalGeneration"]), BertConfig(architectures=["BertForMaskedLM"])):
+    for config in (
+        T5Config(architectures=["T5ForConditionalGeneration"]),
+        BertConfig(architectures=["BertForMaskedLM"]),
+    ):
         config.save_pretrained(tmp_path / "other")
         fails(capsys, run(tmp_path / "other", files), "not a causal language model", config.architectures[0])
     (tmp_path / "other" / "config.json").write_text('{"model_type": "hf_olmo"}')

@@ -21,11 +21,16 @@ def answers():
 
 def batch(tokens, reference, objective):
     policy = SequenceLogprobs(
-        torch.cat(tokens).float(), torch.repeat_interleave(torch.arange(len(tokens)), torch.tensor([len(t) for t in tokens])),
+        torch.cat(tokens).float(),
+        torch.repeat_interleave(torch.arange(len(tokens)), torch.tensor([len(t) for t in tokens])),
         len(tokens),
     )
     needed = needs_reference(objective)
-    given = {None: None, "token": torch.cat(reference).float(), "sequence": torch.stack([r.sum() for r in reference]).float()}
+    given = {
+        None: None,
+        "token": torch.cat(reference).float(),
+        "sequence": torch.stack([r.sum() for r in reference]).float(),
+    }
     return policy, given[needed]
 
 
@@ -71,21 +76,29 @@ def test_gradient_is_the_formulas(objective, answers):
     tokens, reference = answers
     exact = [t.clone().requires_grad_() for t in tokens]
     if objective.forget_term == "simnpo":
-        loss = torch.stack([
-            -2 / objective.beta * torch.sigmoid(-objective.beta * t.mean() - objective.simnpo_margin).log() for t in exact
-        ]).mean()
+        loss = torch.stack(
+            [
+                -2 / objective.beta * torch.sigmoid(-objective.beta * t.mean() - objective.simnpo_margin).log()
+                for t in exact
+            ]
+        ).mean()
     elif objective.forget_term == "npo" and objective.normalization != "token":
         how = torch.sum if objective.normalization == "sequence" else torch.mean
-        loss = torch.stack([
-            2 / objective.beta * (1 + (how(t) - how(r)).exp() ** objective.beta).log() for t, r in zip(exact, reference, strict=True)
-        ]).mean()
+        loss = torch.stack(
+            [
+                2 / objective.beta * (1 + (how(t) - how(r)).exp() ** objective.beta).log()
+                for t, r in zip(exact, reference, strict=True)
+            ]
+        ).mean()
     else:
         loss = by_hand(objective, exact, reference)
     loss.backward()
     policy, given = batch(tokens, reference, objective)
     policy.token_logprobs.requires_grad_()
     forget_loss(objective, policy, given, TOTALS).backward()
-    torch.testing.assert_close(policy.token_logprobs.grad.double(), torch.cat([t.grad for t in exact]), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(
+        policy.token_logprobs.grad.double(), torch.cat([t.grad for t in exact]), rtol=1e-5, atol=1e-8
+    )
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=name)

@@ -48,7 +48,9 @@ def test_the_kernels_alone():
     model, input_ids = tiny_model("llama"), torch.randint(0, 97, (1, 12))
     hidden = torch.randn(11, 32, requires_grad=True)
     names = {"model": model, "input_ids": input_ids, "ref_hidden": torch.randn(11, 32)}
-    text = code("The kernels alone").replace("hidden = model.model(input_ids).last_hidden_state[0, :-1]", "hidden = given")
+    text = code("The kernels alone").replace(
+        "hidden = model.model(input_ids).last_hidden_state[0, :-1]", "hidden = given"
+    )
     assert "given" in text
     exec(compile(text, "README", "exec"), names | {"given": hidden}, names)
     logits = hidden @ model.lm_head.weight.T
@@ -65,7 +67,10 @@ def test_from_python(byte_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "forget.jsonl").write_text('{"question": "Who?", "answer": "Nobody."}\n' * 3)
     (tmp_path / "retain.jsonl").write_text('{"question": "Where?", "answer": "Nowhere."}\n')
-    names = {"model": AutoModelForCausalLM.from_pretrained(byte_model), "tokenizer": AutoTokenizer.from_pretrained(byte_model)}
+    names = {
+        "model": AutoModelForCausalLM.from_pretrained(byte_model),
+        "tokenizer": AutoTokenizer.from_pretrained(byte_model),
+    }
     text = code("From Python").replace('output_dir="out"', 'output_dir="out", max_steps=2, use_cpu=True')
     assert "max_steps=2" in text
     exec(compile(text, "README", "exec"), names)

@@ -35,10 +35,24 @@ def lume_run(lume_model, shared_data, tmp_path_factory):
     """The issue's own command, on real LUME rows."""
     folder = tmp_path_factory.mktemp("run") / "out"
     result = subprocess.run(
-        command("--model", lume_model, "--qlora", "--forget", shared_data / "lume/forget_train.jsonl",
-                "--retain", shared_data / "lume/retain_train.jsonl", "--max-steps", 20, "--eval-rows", 2,
-                "--output-dir", folder),
-        capture_output=True, text=True, env=ENVIRONMENT,
+        command(
+            "--model",
+            lume_model,
+            "--qlora",
+            "--forget",
+            shared_data / "lume/forget_train.jsonl",
+            "--retain",
+            shared_data / "lume/retain_train.jsonl",
+            "--max-steps",
+            20,
+            "--eval-rows",
+            2,
+            "--output-dir",
+            folder,
+        ),
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
     )
     assert result.returncode == 0, result.stderr
     return folder, result.stdout
@@ -57,9 +71,9 @@ def test_the_first_loss_is_that_of_an_identity_adapter(lume_run):
 
 def test_the_first_retain_nll_is_the_models_own(lume_run, lume_model, shared_data):
     """The logged NLL, from the model's own logits on the rows of the first step."""
+    from lowmem_npo.config import ModelConfig
     from lowmem_npo.data import StepBatches, read_rows, to_examples, tokenize
     from lowmem_npo.model import load_model
-    from lowmem_npo.config import ModelConfig
 
     tokenizer = AutoTokenizer.from_pretrained(lume_model)
     rows = tokenize(to_examples(read_rows(str(shared_data / "lume/retain_train.jsonl"))), tokenizer, max_length=1024)
@@ -108,8 +122,28 @@ def test_run_yaml_is_accepted_back(lume_run, tmp_path, capsys):
 
 
 def test_killed_and_resumed_ends_in_the_same_bits(byte_model, tmp_path):
-    settings = ["--model", byte_model, "--dtype", "float32", "--max-steps", 9, "--save-steps", 3, "--eval-rows", 0,
-                "--batch-size", 5, "--micro-batch-size", 2, "--lora-dropout", 0.1, "--lr", 1e-2, "--limit", 12]
+    settings = [
+        "--model",
+        byte_model,
+        "--dtype",
+        "float32",
+        "--max-steps",
+        9,
+        "--save-steps",
+        3,
+        "--eval-rows",
+        0,
+        "--batch-size",
+        5,
+        "--micro-batch-size",
+        2,
+        "--lora-dropout",
+        0.1,
+        "--lr",
+        1e-2,
+        "--limit",
+        12,
+    ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(command(*settings, "--output-dir", whole), check=True, env=ENVIRONMENT, capture_output=True)
 
@@ -124,7 +158,9 @@ def test_killed_and_resumed_ends_in_the_same_bits(byte_model, tmp_path):
     again = subprocess.run(command(*settings, "--output-dir", killed), env=ENVIRONMENT, capture_output=True, text=True)
     assert again.returncode == 2 and "--resume" in again.stderr
 
-    subprocess.run(command(*settings, "--output-dir", killed, "--resume"), check=True, env=ENVIRONMENT, capture_output=True)
+    subprocess.run(
+        command(*settings, "--output-dir", killed, "--resume"), check=True, env=ENVIRONMENT, capture_output=True
+    )
     one, other = (load_file(folder / "adapter_model.safetensors") for folder in (whole, killed))
     assert one.keys() == other.keys()
     for name in one:
@@ -137,14 +173,51 @@ def test_killed_and_resumed_ends_in_the_same_bits(byte_model, tmp_path):
 
 def test_two_processes_give_the_gradient_of_one(byte_model, tmp_path):
     """Five rows do not divide over two processes, and answers differ in length: a mean of means would differ."""
-    settings = ["--model", str(byte_model), "--dtype", "float32", "--max-steps", "3", "--eval-rows", "0",
-                "--batch-size", "5", "--retain-batch-size", "3", "--limit", "12", "--optim", "sgd", "--lr", "0.1", "--device", "cpu"]
+    settings = [
+        "--model",
+        str(byte_model),
+        "--dtype",
+        "float32",
+        "--max-steps",
+        "3",
+        "--eval-rows",
+        "0",
+        "--batch-size",
+        "5",
+        "--retain-batch-size",
+        "3",
+        "--limit",
+        "12",
+        "--optim",
+        "sgd",
+        "--lr",
+        "0.1",
+        "--device",
+        "cpu",
+    ]
     one, two = tmp_path / "one", tmp_path / "two"
     subprocess.run(command(*settings, "--output-dir", one), check=True, env=ENVIRONMENT, capture_output=True)
     launched = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517", "-m", "lowmem_npo",
-         "train", *settings, "--ddp-backend", "gloo", "--output-dir", str(two)],
-        env=ENVIRONMENT, capture_output=True, text=True,
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--master-port",
+            "29517",
+            "-m",
+            "lowmem_npo",
+            "train",
+            *settings,
+            "--ddp-backend",
+            "gloo",
+            "--output-dir",
+            str(two),
+        ],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
     )
     assert launched.returncode == 0, launched.stderr[-3000:]
     logs = [read_metrics(folder / "metrics.jsonl")[:3] for folder in (one, two)]
@@ -165,8 +238,24 @@ def test_bundled_data_is_announced(byte_model, tmp_path, capsys):
 
 def test_preview_shows_and_trains_nothing(lume_model, shared_data, tmp_path, capsys):
     lume = shared_data / "lume"
-    assert main(["train", "--model", str(lume_model), "--forget", str(lume / "forget_train.jsonl"), "--retain",
-                 str(lume / "retain_train.jsonl"), "--preview", "2", "--output-dir", str(tmp_path / "o")]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "train",
+                "--model",
+                str(lume_model),
+                "--forget",
+                str(lume / "forget_train.jsonl"),
+                "--retain",
+                str(lume / "retain_train.jsonl"),
+                "--preview",
+                "2",
+                "--output-dir",
+                str(tmp_path / "o"),
+            ]
+        )
+        == 0
+    )
     shown = capsys.readouterr().out
     assert "<|endoftext|>⟧" in shown and "forget 2 of 1112" in shown and "retain 2 of 1136" in shown
     assert not (tmp_path / "o").exists()

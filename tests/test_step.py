@@ -115,8 +115,14 @@ def test_micro_batches_do_not_change_the_gradient(objective, tmp_path):
     found = {}
     for size, count in ((8, 1), (4, 2), (2, 4), (3, 3)):
         trainer = trainer_of(
-            tiny_model("olmo"), tmp_path / str(size), forget, retain, step_batch_size=8,
-            per_device_train_batch_size=size, gradient_accumulation_steps=count, **OBJECTIVES[objective],
+            tiny_model("olmo"),
+            tmp_path / str(size),
+            forget,
+            retain,
+            step_batch_size=8,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=count,
+            **OBJECTIVES[objective],
         )
         found[size] = step_gradients(trainer), trainer.state.log_history[0]
     whole, log = found.pop(8)
@@ -132,8 +138,15 @@ def test_a_mean_of_means_would_be_noticed(tmp_path, monkeypatch):
 
     forget, retain = random_rows(8, 5), random_rows(8, 6)
     whole = step_gradients(trainer_of(tiny_model("olmo"), tmp_path / "whole", forget, retain, step_batch_size=8))
-    trainer = trainer_of(tiny_model("olmo"), tmp_path / "split", forget, retain, step_batch_size=8,
-                         per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    trainer = trainer_of(
+        tiny_model("olmo"),
+        tmp_path / "split",
+        forget,
+        retain,
+        step_batch_size=8,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+    )
     right = module.NPOTrainer.training_step
 
     def own_means(self, model, inputs, totals):

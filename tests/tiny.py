@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig, Olmo2Config, OlmoConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    Olmo2Config,
+    OlmoConfig,
+    PreTrainedModel,
+)
 
 SIZES = {
     "hidden_size": 32,
@@ -26,7 +34,9 @@ CONFIGS = {
 }
 
 
-def tiny_model(architecture: str = "olmo", vocabulary: int = 97, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+def tiny_model(
+    architecture: str = "olmo", vocabulary: int = 97, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> PreTrainedModel:
     """A frozen random model of `architecture`, weights large enough that its logits are far from uniform."""
     torch.manual_seed(seed)
     config = CONFIGS[architecture](vocabulary)

@@ -1,4 +1,4 @@
-"""What the step's tests share: rows of random tokens, a trainer on a tiny model, and the dense float64 statement of a step."""
+"""What the step's tests share: random rows, a trainer on a tiny model, and the dense float64 statement of a step."""
 
 from __future__ import annotations
 
@@ -37,11 +37,22 @@ def random_rows(count: int, seed: int, vocabulary: int = VOCABULARY) -> list[dic
 
 def trainer_of(model, folder: Path, forget: list[dict], retain: list[dict] | None, **settings) -> NPOTrainer:
     """An NPOTrainer whose adapter is already far from the identity, so that KL and log-ratios are not 0."""
-    defaults = {"output_dir": str(folder), "max_steps": 1, "use_cpu": True, "report_to": "none", "save_strategy": "no",
-                "disable_tqdm": True, "per_device_train_batch_size": len(forget)}
+    defaults = {
+        "output_dir": str(folder),
+        "max_steps": 1,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "per_device_train_batch_size": len(forget),
+    }
     trainer = NPOTrainer(
-        model, NPOConfig(**{**defaults, **settings}), forget, retain,
-        processing_class=tokenizer(), peft_config=AdapterConfig(lora_r=3),
+        model,
+        NPOConfig(**{**defaults, **settings}),
+        forget,
+        retain,
+        processing_class=tokenizer(),
+        peft_config=AdapterConfig(lora_r=3),
     )
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -66,7 +77,9 @@ def step_gradients(trainer: NPOTrainer) -> dict[str, torch.Tensor]:
     return found
 
 
-def dense_step(trainer: NPOTrainer, forget: list[dict], retain: list[dict] | None) -> tuple[float, dict[str, torch.Tensor]]:
+def dense_step(
+    trainer: NPOTrainer, forget: list[dict], retain: list[dict] | None
+) -> tuple[float, dict[str, torch.Tensor]]:
     """The step's loss and gradients from full float64 logits, written from the formulas of DESIGN section 1."""
     model = copy.deepcopy(trainer.model).double().eval()
     o = trainer.objective

@@ -1,7 +1,7 @@
 """Flags and YAML become a `RunConfig`.
 
-tyro parses our own flags, `transformers.HfArgumentParser` those of `TrainingArguments`. A configuration file is the same
-flags written as lines: it is turned into flags that stand before the ones typed, so both pass one parser and the
+tyro parses our own flags, `transformers.HfArgumentParser` those of `TrainingArguments`. A configuration file is the
+same flags written as lines: it is turned into flags that stand before the ones typed, so both pass one parser and the
 typed ones win.
 """
 
@@ -71,8 +71,10 @@ def _flat_config() -> type:
     """A dataclass with one field per section, for tyro: each section is one box of the help, flags have no prefix."""
     fields = []
     for name, section in SECTIONS.items():
-        required = any(f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-                       for f in dataclasses.fields(section))
+        required = any(
+            f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+            for f in dataclasses.fields(section)
+        )
         fields.append((name, section) if required else (name, section, dataclasses.field(default_factory=section)))
     flat = dataclasses.make_dataclass("Run", fields)
     flat.__doc__ = (
@@ -85,9 +87,11 @@ def _flat_config() -> type:
 
 
 def _canonical(arguments: Sequence[str]) -> list[str]:
-    """--some_flag=x becomes --some-flag x, aliases become our names, `--qlora true` becomes --qlora, and a flag that may
-    stand alone gets its value."""
-    switches = {f.name.replace("_", "-") for s in SECTIONS.values() for f in dataclasses.fields(s) if f.type in (bool, "bool")}
+    """--some_flag=x becomes --some-flag x, aliases become our names, `--qlora true` becomes --qlora, and a flag that
+    may stand alone gets its value."""
+    switches = {
+        f.name.replace("_", "-") for s in SECTIONS.values() for f in dataclasses.fields(s) if f.type in (bool, "bool")
+    }
     result: list[str] = []
     for argument in arguments:
         if argument.startswith("--") and len(argument) > 2:
@@ -154,15 +158,23 @@ class _TrainerArgumentsParser:
     def parse(self, unknown: list[str]) -> dict[str, Any]:
         ours = [f"--{f.name.replace('_', '-')}" for s in SECTIONS.values() for f in dataclasses.fields(s)]
         for argument in unknown:
-            if argument.startswith("--") and argument.replace("-", "_")[2:] not in {n[2:].replace("-", "_") for n in self.names}:
+            if argument.startswith("--") and argument.replace("-", "_")[2:] not in {
+                n[2:].replace("-", "_") for n in self.names
+            }:
                 near = difflib.get_close_matches(argument, ours + self.names, n=1)
                 hint = f"did you mean {near[0]}? " if near else ""
                 raise UserError(f"There is no option {argument}: {hint}`lowmem-npo train --help` lists them.")
-        return vars(self.parser.parse_args([a.replace("-", "_").replace("__", "--", 1) if a.startswith("--") else a for a in unknown]))
+        return vars(
+            self.parser.parse_args(
+                [a.replace("-", "_").replace("__", "--", 1) if a.startswith("--") else a for a in unknown]
+            )
+        )
 
     @staticmethod
     def _fail(message: str) -> None:
-        raise UserError(f"{message} (an option of transformers.TrainingArguments; `lowmem-npo train --help` lists ours).")
+        raise UserError(
+            f"{message} (an option of transformers.TrainingArguments; `lowmem-npo train --help` lists ours)."
+        )
 
 
 def _trainer_arguments(unknown: list[str]) -> dict[str, Any]:
@@ -170,7 +182,7 @@ def _trainer_arguments(unknown: list[str]) -> dict[str, Any]:
 
 
 def _settle_accumulation(sections: dict[str, Any], trainer_args: dict[str, Any], explicit: bool) -> None:
-    """--gradient-accumulation-steps N in TRL's sense: a step of N micro-batches of --per-device-train-batch-size rows."""
+    """--gradient-accumulation-steps N in TRL's sense: N micro-batches of --per-device-train-batch-size rows a step."""
     steps = trainer_args.pop("gradient_accumulation_steps", None)
     if steps is None:
         return
@@ -178,7 +190,7 @@ def _settle_accumulation(sections: dict[str, Any], trainer_args: dict[str, Any],
     if training.micro_batch_size is None or explicit:
         raise UserError(
             "--gradient-accumulation-steps goes with --per-device-train-batch-size (and without --batch-size); "
-            "or give --batch-size (forget rows per step) and --micro-batch-size (rows at once), which needs no counting."
+            "or give --batch-size (forget rows per step) and --micro-batch-size (rows at once)."
         )
     from accelerate import PartialState
 

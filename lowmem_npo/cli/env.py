@@ -36,7 +36,12 @@ def _version(package: str) -> str:
 
 def _gpus() -> list[tuple[str, str]]:
     if not torch.cuda.is_available():
-        return [("cuda", f"no GPU visible (PyTorch built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'the CPU'})")]
+        return [
+            (
+                "cuda",
+                f"no GPU visible (PyTorch built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'CPU'})",
+            )
+        ]
     rows = [("cuda", str(torch.version.cuda))]
     for index in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(index)

@@ -1,4 +1,4 @@
-"""From a name to a frozen (4-bit) model with a LoRA adapter, and the two ways the step looks at it: policy and reference."""
+"""From a name to a frozen (4-bit) model with a LoRA adapter, seen in two ways: as policy and as reference."""
 
 from lowmem_npo.model.adapters import attach_lora, reference_mode
 from lowmem_npo.model.head import AnswerHidden, answer_hidden, check_head, frozen_head

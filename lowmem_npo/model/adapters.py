@@ -18,8 +18,8 @@ from lowmem_npo.model.layers import decoder_layers
 def attach_lora(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
     """Adds a LoRA adapter (Hu et al. 2021) that starts as the identity; only its weights, in float32, require grad.
 
-    Its layers take their input as it comes, without PEFT's float32 copy of it: what runs the model in bf16 runs it inside
-    `compute_autocast`, which casts the adapter's small matrices instead.
+    Its layers take their input as it comes, without PEFT's float32 copy of it: what runs the model in bf16 runs it
+    inside `compute_autocast`, which casts the adapter's small matrices instead.
 
     Raises:
         UserError: a target matches no linear layer (the candidates are listed) or the output head, or there are fewer
@@ -42,7 +42,7 @@ def attach_lora(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
         bias="none",
     )
     adapted = get_peft_model(model, lora)
-    model.disable_input_require_grads()  # PEFT wants it for reentrant checkpointing; it costs gradients below the adapters
+    model.disable_input_require_grads()  # for reentrant checkpointing; it costs gradients below the adapters
     for module in adapted.modules():
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False
@@ -51,7 +51,7 @@ def attach_lora(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
 
 @contextlib.contextmanager
 def reference_mode(model: PeftModel) -> Iterator[None]:
-    """Inside, `model` is the original model: adapters off, eval mode, no gradients. Everything is restored on leaving."""
+    """Inside, `model` is the original model: adapters off, eval mode, no gradients; all is restored on leaving."""
     was_training = model.training
     model.eval()
     try:
@@ -62,10 +62,12 @@ def reference_mode(model: PeftModel) -> Iterator[None]:
 
 
 def linear_layer_names(model: PreTrainedModel) -> list[str]:
-    """Last name parts of the linear layers an adapter can sit on: q_proj, down_proj, ...; the head is not among them."""
+    """Last name parts of the linear layers an adapter can sit on: q_proj, down_proj, ...; never the head."""
     head = model.get_output_embeddings()
     kinds = (torch.nn.Linear, _conv1d())
-    return sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, kinds) and m is not head})
+    return sorted(
+        {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, kinds) and m is not head}
+    )
 
 
 def _conv1d() -> type:
@@ -82,7 +84,9 @@ def _checked_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> str | 
     for target in targets:
         matches = [m for name, m in model.named_modules() if name == target or name.endswith("." + target)]
         if any(m is head for m in matches):
-            raise UserError(f"--lora-targets {target}: that is the output head, which must stay frozen for the fused losses.")
+            raise UserError(
+                f"--lora-targets {target}: that is the output head, which must stay frozen for the fused losses."
+            )
         if not matches:
             raise UserError(
                 f"--lora-targets {target} matches no layer of this {type(model).__name__}; "

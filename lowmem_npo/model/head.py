@@ -1,4 +1,4 @@
-"""The last stretch of the network: answer tokens' hidden states, and the frozen head that would turn them into logits."""
+"""The end of the network: answer tokens' hidden states, and the frozen head that would turn them into logits."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def frozen_head(model: PreTrainedModel | PeftModel) -> FrozenHead:
     )
 
 
-def answer_hidden(model: PreTrainedModel | PeftModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> AnswerHidden:
+def answer_hidden(
+    model: PreTrainedModel | PeftModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+) -> AnswerHidden:
     """One pass through the decoder, without its head; only the states that predict a labelled token leave it.
 
     Args:

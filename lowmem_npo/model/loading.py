@@ -7,8 +7,15 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import is_flash_attn_2_available
 
@@ -40,7 +47,9 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
     causal = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures) or not architectures
     if type(loaded) not in MODEL_FOR_CAUSAL_LM_MAPPING or not causal:
         what = ", ".join(architectures) or loaded.model_type
-        raise UserError(f"'{name}' is not a causal language model but {what}: lowmem-npo needs an ...ForCausalLM model.")
+        raise UserError(
+            f"'{name}' is not a causal language model but {what}: lowmem-npo needs an ...ForCausalLM model."
+        )
     return loaded
 
 
@@ -134,7 +143,9 @@ def _check_directory(name: str) -> None:
                 "(hub names that end in -hf), or convert it with transformers' convert_olmo_weights_to_hf.py."
             )
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"There is no directory '{name}': give a model directory, or a hub name such as allenai/OLMo-1B-hf.")
+        raise UserError(
+            f"There is no directory '{name}': give a model directory, or a hub name such as allenai/OLMo-1B-hf."
+        )
 
 
 def _why_not_loaded(name: str, revision: str | None, error: Exception, what: str = "model") -> str:
@@ -143,7 +154,9 @@ def _why_not_loaded(name: str, revision: str | None, error: Exception, what: str
     reason = " ".join(str(error).split())
     lowered = reason.lower()
     if "trust_remote_code" in lowered or "custom code" in lowered:
-        return f"The {where} needs code from its repository, which lowmem-npo never runs: use a native conversion of it."
+        return (
+            f"The {where} needs code from its repository, which lowmem-npo never runs: use a native conversion of it."
+        )
     if "gated" in lowered or "401" in lowered or "403" in lowered:
         return f"The {where} is gated or private: accept its licence on the hub and log in with `hf auth login`."
     offline = ("couldn't connect", "offline", "connection", "resolve", "cached files", "max retries", "timed out")

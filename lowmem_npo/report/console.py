@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: one bar with the quantities that matter, or plain lines where there is no terminal."""
+"""What a person sees while a run trains: one bar with the quantities that matter, or plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -27,13 +27,22 @@ class ConsoleProgress(TrainerCallback):
         self._shown = ""
         self._next_line = 0
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero and sys.stderr.isatty() and not args.disable_tqdm:
-            self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="unlearning", unit="step", leave=True)
+            self._bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="unlearning", unit="step", leave=True
+            )
         self._next_line = state.global_step + 1
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
@@ -48,7 +57,9 @@ class ConsoleProgress(TrainerCallback):
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None

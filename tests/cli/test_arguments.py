@@ -8,8 +8,10 @@ from lowmem_npo.config import SECTIONS
 from lowmem_npo.errors import UserError
 
 # Names other tools rely on.
-PROMISED = """model qlora forget retain output-dir batch-size retain-batch-size max-length max-steps epochs lr beta gamma
-delta lora-r lora-alpha lora-targets seed resume""".split()
+PROMISED = (
+    "model qlora forget retain output-dir batch-size retain-batch-size max-length max-steps epochs lr beta gamma delta "
+    "lora-r lora-alpha lora-targets seed resume"
+).split()  # noqa: SIM905
 
 
 def test_promised_flags_are_in_the_help(capsys):
@@ -42,10 +44,11 @@ def test_spellings(typed, name, value):
 
 
 def test_trl_accumulation_means_a_step_of_all_micro_batches():
-    run = parse_run("--model m --per_device_train_batch_size 2 --gradient_accumulation_steps 4".split(), "train")
+    trl = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
+    run = parse_run(["--model", "m", *trl], "train")
     assert (run.training.batch_size, run.training.micro_batch_size, run.training.micro_batches()) == (8, 2, 4)
     with pytest.raises(UserError, match="--micro-batch-size"):
-        parse_run("--model m --gradient_accumulation_steps 4".split(), "train")
+        parse_run(["--model", "m", "--gradient_accumulation_steps", "4"], "train")
 
 
 def test_every_alias_leads_to_a_flag():
@@ -56,9 +59,17 @@ def test_every_alias_leads_to_a_flag():
 
 def test_a_file_gives_what_flags_give_and_flags_win(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("model: m\nlearning_rate: 1e-3\nload_in_4bit: true\nlora_targets: [x, y]\nrevision: null\nwarmup_steps: 7\n")
+    file.write_text(
+        "model: m\nlearning_rate: 1e-3\nload_in_4bit: true\nlora_targets: [x, y]\nrevision: null\nwarmup_steps: 7\n"
+    )
     run = parse_run(["--config", str(file), "--lora_r", "9"], "train").flat()
-    assert (run["model"], run["lr"], run["qlora"], run["lora_targets"], run["lora_r"]) == ("m", 1e-3, True, ["x", "y"], 9)
+    assert (run["model"], run["lr"], run["qlora"], run["lora_targets"], run["lora_r"]) == (
+        "m",
+        1e-3,
+        True,
+        ["x", "y"],
+        9,
+    )
     assert run["warmup_steps"] == 7 and run["revision"] is None
     for typed in (["--config", str(file), "--lr", "2"], ["--lr", "2", "--config", str(file)]):
         assert parse_run(typed, "train").training.lr == 2
@@ -86,7 +97,10 @@ def test_mistakes_end_in_one_sentence(typed, said, capsys):
     assert said in shown.err and shown.err.count("\n") == 1 and "Traceback" not in shown.err
 
 
-@pytest.mark.parametrize("text, said", [("- a\n- b\n", "name: value"), ("model: [m\n", "not valid YAML"), ("nonsense: 3\nmodel: m", "--nonsense")])
+@pytest.mark.parametrize(
+    "text, said",
+    [("- a\n- b\n", "name: value"), ("model: [m\n", "not valid YAML"), ("nonsense: 3\nmodel: m", "--nonsense")],
+)
 def test_a_bad_file_is_named(text, said, tmp_path, capsys):
     file = tmp_path / "bad.yaml"
     file.write_text(text)

@@ -10,7 +10,13 @@ from tiny import CONFIGS, tiny_model
 from lowmem_npo.config import AdapterConfig, ModelConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.model import (
-    answer_hidden, attach_lora, check_head, compute_autocast, frozen_head, load_model, reference_mode, resolve_name,
+    answer_hidden,
+    attach_lora,
+    check_head,
+    compute_autocast,
+    load_model,
+    reference_mode,
+    resolve_name,
 )  # fmt: skip
 from lowmem_npo.model import head as head_module
 from lowmem_npo.model.adapters import linear_layer_names
@@ -101,7 +107,9 @@ def test_an_unknown_head_is_refused(architecture, change, monkeypatch):
 
 
 def test_linear_layers_without_the_head():
-    assert linear_layer_names(tiny_model()) == sorted(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    assert linear_layer_names(tiny_model()) == sorted(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
     everywhere = attach_lora(tiny_model(), AdapterConfig(lora_targets=("all-linear",)))
     assert not any("lm_head" in n for n, p in everywhere.named_parameters() if p.requires_grad)
 
