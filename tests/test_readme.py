@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -30,13 +31,18 @@ def test_the_two_commands_are_on_the_first_screen():
 
 def test_every_flag_exists(capsys):
     from lowmem_npo.cli.arguments import parse_run
+    from lowmem_npo.cli.main import main
 
     with pytest.raises(SystemExit):
         parse_run(["--help"], "train")
     known = set(re.findall(r"--[a-z][a-z0-9-]*", capsys.readouterr().out)) | {"--help", "--config"}
-    for block in re.findall(r"`([^`\n]*)`|\n {4}(lowmem-npo train [^\n]*)", README):
+    for command in ("estimate", "evaluate"):
+        with contextlib.suppress(SystemExit):
+            main([command, "--help"])
+        known |= set(re.findall(r"--[a-z][a-z0-9-]*", capsys.readouterr().out))
+    for block in re.findall(r"`([^`\n]*)`|\n {4}(lowmem-npo [^\n]*)", README):
         line = "".join(block)
-        if line.startswith(("--", "lowmem-npo train")):
+        if line.startswith(("--", "lowmem-npo")):
             for flag in re.findall(r"--[a-z][a-z0-9-]*", line):
                 assert flag in known, f"the README names {flag}"
 
