@@ -56,6 +56,9 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
 def load_model(config: ModelConfig) -> PreTrainedModel:
     """The frozen base model on its device, in eval mode.
 
+    With `qlora`, transformers reads, moves and quantises one tensor after the other straight from the mapped files, so
+    that host and device never hold more than the final model and one tensor (tests/model/test_loading_memory.py).
+
     Args:
         config: `qlora` quantises every linear layer but the head to NF4 with double quantisation (Dettmers et al. 2023,
             QLoRA); embeddings, norms and the head stay in `dtype`.

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, OPTConfig, OlmoConfig
 from unlearning import dense_step, random_rows, relative_error, step_gradients, trainer_of
 
+from lowmem_npo.cli.arguments import parse_run
 from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.memory import float32, offload, prefix, switches, tiling
@@ -328,3 +329,40 @@ def test_the_embedding_on_the_host_is_no_parameter_and_moves_no_device():
     assert all(p is not weight for p in model.parameters())
     model.to(torch.bfloat16)
     assert model.get_input_embeddings().weight.dtype == torch.float32
+
+
+# -- which layers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given, layers",
+    [((), None), (("16-18",), [16, 17, 18]), (("0", "4", "8-9"), [0, 4, 8, 9]), (("3,1-2,2",), [1, 2, 3]), (7, [7])],
+)
+def test_layers_as_ranges_and_lists(given, layers):
+    assert AdapterConfig(lora_layers=given).layers == layers
+
+
+@pytest.mark.parametrize("given", ["5-3", "-1", "1-", "top", "1.5", "1-2-3"])
+def test_malformed_layers(given):
+    with pytest.raises(UserError, match=f"--lora-layers {given}: give layer numbers"):
+        AdapterConfig(lora_layers=(given,))
+
+
+def test_layers_the_model_does_not_have():
+    with pytest.raises(UserError, match="--lora-layers names layer 2, but the model's layers are 0-1"):
+        attach_lora(tiny_model("olmo"), AdapterConfig(lora_layers=("0-2",)))
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("all-linear",)])
+def test_only_the_named_layers_get_adapters(targets):
+    model = attach_lora(tiny_model("olmo"), AdapterConfig(lora_layers=("1",), lora_targets=targets))
+    trained = {name.split("layers.")[1][0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"1"}
+
+
+@pytest.mark.parametrize(
+    "flags, rows",
+    [(["--tile-mlp"], 1024), (["--tile-mlp", "--qlora"], 1024), (["--tile-mlp", "96"], 96), (["--tile_mlp=96"], 96), ([], None)],
+)
+def test_tile_mlp_may_stand_alone(flags, rows):
+    assert parse_run(["--model", "x", *flags], "train").memory.tile_mlp == rows

@@ -1,0 +1,73 @@
+"""4-bit loading goes tensor by tensor: the host never holds the model in bf16."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, OlmoConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Anonymous memory only: mapped files are the kernel's to drop.
+LOAD = """
+import json, sys, threading, time
+import torch, bitsandbytes
+from transformers import AutoModelForCausalLM
+from lowmem_npo.config import ModelConfig
+from lowmem_npo.model import load_model
+
+def used():
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
+def watch():
+    while watching:
+        peak[0] = max(peak[0], used())
+        time.sleep(0.001)
+
+small, folder = ModelConfig(sys.argv[1], qlora=True, device="cpu"), sys.argv[2]
+load_model(small)  # what the libraries take at first use
+found = {}
+largest = torch.randn(2048, 512).bfloat16()
+for name, load in {
+    "one tensor": lambda: bitsandbytes.nn.Params4bit(largest.clone(), quant_type="nf4").to("cpu"),
+    "ours": lambda: load_model(ModelConfig(folder, qlora=True, device="cpu")),
+    "bf16 first": lambda: {k: v.clone() for k, v in AutoModelForCausalLM.from_pretrained(folder).state_dict().items()},
+}.items():
+    before, peak, watching = used(), [0], True
+    thread = threading.Thread(target=watch)
+    thread.start()
+    loaded = load()
+    watching = False
+    thread.join()
+    found[name] = peak[0] - before
+    if name == "ours":
+        weights = [w for w in loaded.parameters() if w.dtype == torch.uint8]
+        found["4-bit"] = sum(w.nbytes + w.quant_state.absmax.nbytes for w in weights)
+    del loaded
+print(json.dumps(found))
+"""
+
+
+def test_the_peak_is_the_final_size_and_one_tensor(byte_model, tmp_path):
+    config = OlmoConfig(vocab_size=1000, hidden_size=512, intermediate_size=2048, num_hidden_layers=10,
+                        num_attention_heads=8, pad_token_id=0, eos_token_id=1)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype="bfloat16")
+    model.save_pretrained(tmp_path, max_shard_size="16MB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 4
+    in_bf16 = sum(p.nbytes for p in model.parameters())
+    del model
+    environment = {
+        **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",  # what is freed goes back to the system at once
+    }  # fmt: skip
+    result = subprocess.run([sys.executable, "-c", LOAD, byte_model, tmp_path], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    allowed = found["4-bit"] + found["one tensor"] + 8 * 2**20  # with what bitsandbytes takes to quantise it
+    assert found["ours"] < allowed, found
+    assert found["bf16 first"] > 0.9 * in_bf16 > allowed, found  # the other way is told apart
