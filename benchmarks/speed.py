@@ -1,0 +1,240 @@
+"""How long a training step takes: the defaults, each memory switch, and the plain way to do it; and where time goes.
+
+    python benchmarks/speed.py             on a GPU: QLoRA on OLMo-7B (random weights), 4 + 4 rows of 512 tokens
+    python benchmarks/speed.py --quick     anywhere: a small model, to see that everything runs; its times mean nothing
+
+"dense logits" is benchmarks/baselines.py: the same 4-bit model, one model with LoRA, all logits. Ours is timed inside
+`NPOTrainer.train`, from one optimiser step to the next, with everything that a run does there. Rows are random tokens,
+all of them answer: the most that the head can have to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import itertools
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":  # the checkout, not this folder: see kernels.py
+    sys.path[:1] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "kernels")]
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+
+from benchmarks import record
+from benchmarks.peers import reason
+from benchmarks.random_model import save_random_model
+from benchmarks.step_profile import Sizes, breakdown, marked, profiled
+from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig
+from lowmem_npo.memory.switches import apply_switches
+from lowmem_npo.model import attach_lora, load_model
+from lowmem_npo.trainer import NPOConfig, NPOTrainer
+
+DENSE = "one model, LoRA, dense logits"
+SWITCHES: dict[str, dict] = {
+    "defaults": {},
+    "+ offload_checkpoints": {"offload_checkpoints": True},
+    "+ tile_mlp": {"tile_mlp": 1024},
+    "+ embedding_on_cpu": {"embedding_on_cpu": True},
+    "+ all three": {"offload_checkpoints": True, "tile_mlp": 1024, "embedding_on_cpu": True},
+    "+ cached reference": {"reference": "cached"},
+    "without sliced_float32": {"sliced_float32": False},
+    "without gradient_checkpointing": {"gradient_checkpointing": False},
+}
+ROWS, WARM_UP = 4, 3  # forget rows and retain rows of a step; steps before the measured ones
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    gpu = torch.cuda.is_available()
+    if not (gpu or options.quick):
+        print("No GPU here: the times of a step need one. With --quick everything runs once on a small model.")
+        return 0
+    name, tokens = ("small", 24) if options.quick else (options.model, options.tokens)
+    path = options.out or record.device_folder() / ("speed-quick.json" if options.quick else "speed.json")
+    deadline = time.monotonic() + 60 * options.minutes
+    folder = Path(tempfile.mkdtemp(prefix="speed-"))
+    about = {"model": name, "rows": [ROWS, ROWS], "tokens": tokens, "steps": options.steps, "qlora": gpu}
+    try:
+        model = ModelConfig(str(save_random_model(name, options.models or folder)), qlora=gpu)
+        runs = []
+        for label in (DENSE, *SWITCHES):
+            if time.monotonic() > deadline:
+                run = {"missing": "not measured: the time limit was reached"}
+            else:
+                run = measure(label, model, tokens, options.steps, folder)
+            runs.append({"configuration": label, **run})
+            show(runs)
+            record.write(path, "speed", runs, **about)
+    finally:
+        shutil.rmtree(folder)
+    print(f"Written to {path}")
+    return 0
+
+
+def measure(label: str, model: ModelConfig, tokens: int, steps: int, folder: Path) -> dict:
+    """Seconds per step, tokens per second, peak bytes on the GPU and a profile; or under "missing" why not."""
+    try:
+        forget, retain = random_rows(tokens, seed=1), random_rows(tokens, seed=2)
+        if label == DENSE:
+            return _measure_dense(load_model(model), forget, retain, steps)
+        memory = MemoryConfig(**SWITCHES[label])
+        return _measure_ours(load_model(model), memory, forget, retain, steps, folder / label.replace(" ", "-"))
+    except Exception as error:
+        return {"missing": reason(error)}
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def random_rows(tokens: int, seed: int) -> list[dict]:
+    """ROWS rows of `tokens` random tokens, of which all but the first are answer."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 500, (ROWS, tokens), generator=generator).tolist()
+    return [{"input_ids": row, "labels": [-100, *row[1:]], "prompt_length": 1} for row in ids]
+
+
+def _measure_dense(model: PreTrainedModel, forget: list[dict], retain: list[dict], steps: int) -> dict:
+    from benchmarks.baselines import Baseline  # here, so that ours is measured also where it is missing
+
+    rank = AdapterConfig().lora_r
+    batches = [_batch(rows, model.device) for rows in (forget, retain)]
+    baseline = Baseline.build(lambda: model, two_models=False, lora=True, r=rank)
+    clock = Clock(model.device)
+    clock.tick()
+    for _ in range(WARM_UP + steps):
+        baseline.step(*batches)
+        clock.tick()
+    found = clock.summary(forget + retain)
+    with profiled() as trace:
+        baseline.step(*batches)
+    return found | {"profile": breakdown(trace, Sizes.of(model.config, rank))}
+
+
+def _measure_ours(
+    model: PreTrainedModel, memory: MemoryConfig, forget: list[dict], retain: list[dict], steps: int, folder: Path
+) -> dict:
+    adapter = AdapterConfig()
+    adapted = attach_lora(model, adapter)
+    apply_switches(adapted, memory)
+    arguments = NPOConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=ROWS,
+        max_steps=WARM_UP + steps + 1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=model.device.type == "cpu",
+        reference_dir=str(folder / "reference") if memory.reference == "cached" else None,
+    )
+    trainer = NPOTrainer(adapted, arguments, forget, retain, processing_class=_tokenizer())
+    trainer.remove_callback(PrinterCallback)
+    watch = _Watch(Clock(model.device), steps)
+    trainer.add_callback(watch)
+    with marked(trainer):
+        trainer.train()
+    found = watch.clock.summary(forget + retain)
+    return found | {"profile": breakdown(watch.trace, Sizes.of(model.config, adapter.lora_r))}
+
+
+class Clock:
+    """The wall-clock seconds between ticks, the device awaited at each; the first WARM_UP are not counted."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._gpu, self._ticks = device.type == "cuda", []
+
+    def tick(self) -> None:
+        if self._gpu:
+            torch.cuda.synchronize()
+            if len(self._ticks) == WARM_UP:
+                torch.cuda.reset_peak_memory_stats()
+        self._ticks.append(time.perf_counter())
+
+    def summary(self, rows: list[dict]) -> dict:
+        """Seconds per step, and the tokens per second of a step on `rows`; peak bytes on the GPU."""
+        steps = [after - before for before, after in itertools.pairwise(self._ticks[WARM_UP:])]
+        median = statistics.median(steps)
+        return {
+            "seconds_per_step": median,
+            "fastest": min(steps),
+            "slowest": max(steps),
+            "tokens_per_second": sum(len(row["input_ids"]) for row in rows) / median,
+            "peak_bytes": torch.cuda.max_memory_allocated() if self._gpu else None,
+        }
+
+
+class _Watch(TrainerCallback):
+    """Ticks at the end of each step, from the first on; profiles the step after the last measured one."""
+
+    def __init__(self, clock: Clock, steps: int) -> None:
+        self.clock, self.trace = clock, {}
+        self._last, self._profile = WARM_UP + steps, contextlib.ExitStack()
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.clock.tick()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step <= self._last:
+            self.clock.tick()
+        if state.global_step == self._last:
+            self.trace = self._profile.enter_context(profiled())
+        elif state.global_step > self._last:
+            self._profile.close()
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """Nothing is tokenised; the trainer asks it what padding is, and the cached reference whose tokens these are."""
+    words = {f"t{i}": i for i in range(500)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="t0")), pad_token="t0")
+
+
+def _batch(rows: list[dict], device: torch.device) -> dict[str, Tensor]:
+    ids, labels = (torch.tensor([row[name] for row in rows], device=device) for name in ("input_ids", "labels"))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def show(runs: list[dict]) -> None:
+    """The last run, in lines; where its time goes, if it is one of the two that matter most."""
+    run = runs[-1]
+    if "missing" in run:
+        print(f"{run['configuration']:<34} {run['missing']}", flush=True)
+        return
+    dense = next((r for r in runs if r["configuration"] == DENSE and "missing" not in r), None)
+    line = f"{run['configuration']:<34} {run['seconds_per_step']:8.3f} s/step {run['tokens_per_second']:9.0f} tokens/s"
+    line += f"  {run['seconds_per_step'] / dense['seconds_per_step']:5.2f} x dense" if dense else ""
+    line += f"  {run['peak_bytes'] / 2**30:6.2f} GiB" if run["peak_bytes"] else ""
+    print(line, flush=True)
+    if run["configuration"] in (DENSE, "defaults"):
+        found = run["profile"]
+        for name, seconds in sorted(found["parts"].items(), key=lambda part: -part[1]):
+            print(f"    {name:<36} {1e3 * seconds:9.1f} ms {seconds / found['span']:7.1%}")
+        print(f"    {'idle between kernels':<36} {1e3 * found['idle']:9.1f} ms {found['idle'] / found['span']:7.1%}")
+        if found["reference"]:
+            print(f"    {'of all this, the reference pass':<36} {1e3 * found['reference']:9.1f} ms", flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a small model, also without a GPU")
+    parser.add_argument("--model", default="allenai/OLMo-7B-hf", help="a model whose configuration is bundled")
+    parser.add_argument("--tokens", type=int, default=512, help="per row (512)")
+    parser.add_argument("--steps", type=int, default=8, help="measured steps of each configuration (8)")
+    parser.add_argument("--minutes", type=float, default=7, help="what is not begun by then is left out (7)")
+    parser.add_argument("--models", type=Path, help="folder for the random model, kept; default: a temporary one")
+    parser.add_argument("--out", type=Path, help="the JSON file (default: benchmarks/results/<gpu>/speed.json)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

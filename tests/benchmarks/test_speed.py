@@ -1,0 +1,89 @@
+"""benchmarks/speed.py runs to its end on a small model; its profile puts work down to the right parts."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+
+import pytest
+
+from benchmarks import speed
+from benchmarks.random_model import save_random_model
+from benchmarks.step_profile import PARTS, REFERENCE, Sizes, breakdown, part_of
+
+SIZES = Sizes(vocabulary=50304, hidden=4096, intermediate=11008, rank=5)
+
+
+def operator(name: str, *shapes: list[int]) -> dict:
+    return {"name": name, "cat": "cpu_op", "args": {"Input Dims": list(shapes)}}
+
+
+@pytest.mark.parametrize(
+    "kernel, around, part",
+    [
+        ("kDequantizeBlockwise<bf16>", [operator("bitsandbytes::gemm_4bit", [2048, 4096])], "dequantisation"),
+        ("nvjet_tst", [operator("aten::mm", [2048, 4096], [4096, 11008])], "MLP"),
+        ("nvjet_tst", [operator("aten::mm", [2048, 4096], [4096, 4096])], "attention's projections"),
+        ("nvjet_tst", [operator("aten::mm", [2048, 4096], [4096, 5])], "adapter"),
+        ("nvjet_tst", [operator("aten::mm", [512, 4096], [4096, 50304])], "head"),
+        ("row_kernel", [{"name": "lowmem: head", "cat": "user_annotation"}], "head"),
+        ("flash_fwd_kernel", [operator("aten::_flash_attention_forward", [4, 512, 32, 128])], "attention"),
+        ("multi_tensor_apply", [operator("Optimizer.step#AdamW.step")], "optimizer"),
+        ("Memcpy DtoH (Device -> Pinned)", [operator("aten::copy_", [4, 512, 4096])], "copies to and from the host"),
+        ("vectorized_elementwise", [operator("aten::silu", [4, 512, 11008])], "MLP"),
+        ("vectorized_elementwise", [operator("aten::add", [4, 512, 4096])], PARTS[-1]),
+        ("a kernel that nothing is known of", [], PARTS[-1]),
+    ],
+)
+def test_a_kernel_is_put_down_to_what_launched_it(kernel, around, part):
+    assert part_of(kernel, around, SIZES) == part
+
+
+def test_breakdown_of_a_gpu_trace_follows_launches_and_counts_idle_time_once():
+    def event(name, cat, begin, duration, tid=1, **args):
+        return {"ph": "X", "name": name, "cat": cat, "ts": begin, "dur": duration, "pid": 7, "tid": tid, "args": args}
+
+    trace = {"traceEvents": [
+        event(REFERENCE, "user_annotation", 0, 40),
+        event("aten::mm", "cpu_op", 10, 20, **{"Input Dims": [[8, 4096], [4096, 11008]]}),
+        event("cudaLaunchKernel", "cuda_runtime", 12, 2, correlation=1),
+        event("aten::add", "cpu_op", 50, 20, **{"Input Dims": [[8, 4096]]}),
+        event("cudaLaunchKernel", "cuda_runtime", 55, 2, correlation=2),
+        event("cudaLaunchKernel", "cuda_runtime", 56, 2, tid=2, correlation=3),  # of another thread
+        event("gemm", "kernel", 100, 400, tid=99, correlation=1),
+        event("add", "kernel", 600, 200, tid=99, correlation=2),
+        event("Memcpy HtoD", "gpu_memcpy", 700, 200, tid=98, correlation=3),
+        {"ph": "M", "name": "process_name"},
+    ]}  # fmt: skip
+    found = breakdown(trace, SIZES)
+    microseconds = {part: round(1e6 * seconds) for part, seconds in found["parts"].items() if seconds}
+    assert microseconds == {"MLP": 400, PARTS[-1]: 200, "copies to and from the host": 200}
+    assert round(1e6 * found["reference"]) == 400
+    assert round(1e6 * found["span"]) == 890  # from the first operator to the end of the last kernel
+    assert round(1e6 * found["idle"]) == 890 - 400 - 300  # the copy overlaps the addition
+
+
+def test_quick_measures_ours_and_the_dense_form_on_a_small_model(tmp_path, monkeypatch, capsys):
+    chosen = {name: speed.SWITCHES[name] for name in ("defaults", "+ cached reference")}
+    monkeypatch.setattr(speed, "SWITCHES", {**chosen, "impossible": {"tile_mlp": 0}})
+    path = tmp_path / "speed.json"
+    assert speed.main(["--quick", "--steps", "2", "--out", str(path)]) == 0
+    written = json.loads(path.read_text())
+    runs = {run["configuration"]: run for run in written["results"]}
+    assert "--tile-mlp must be at least 1" in runs.pop("impossible")["missing"]
+    if find_spec("benchmarks.baselines") is None:
+        assert "benchmarks.baselines" in runs.pop(speed.DENSE)["missing"]
+    else:
+        assert "x dense" in capsys.readouterr().out
+    for run in runs.values():
+        assert 0 < run["fastest"] <= run["seconds_per_step"] <= run["slowest"]
+        assert run["tokens_per_second"] == pytest.approx(2 * 4 * 24 / run["seconds_per_step"])
+        assert all(run["profile"]["parts"][part] > 0 for part in ("MLP", "head", "attention", "adapter"))
+    live, cached = runs["defaults"]["profile"], runs["+ cached reference"]["profile"]
+    assert cached["reference"] < live["reference"] / 2  # only read back
+    assert written["model"] == "small"
+
+
+def test_an_unknown_model_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no configuration of nobody/nothing is bundled"):
+        save_random_model("nobody/nothing", tmp_path)
