@@ -75,6 +75,8 @@ def measure(shape: Shape, device: str, seconds: float, deadline: float, without:
     if time.monotonic() > deadline:
         print(f"  {late}")
         return [{**common, "task": task.key, "missing": late} for task in TASKS]
+    if device == "cuda":
+        torch.cuda.empty_cache()
     cases = make_cases(shape, KL, INPUT_SETS, device)
     exact = truth(cases[0], ROWS)
     known, absent = contenders(device)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.peers import reason
 
-ROUNDS = range(5, 41)  # fewest and most rounds that a contender takes part in
+FEWEST, MOST, SLOW = 5, 40, 2  # turns of a contender; of one that would take long over the fewest
 
 
 def take_turns(
@@ -21,9 +21,9 @@ def take_turns(
 ) -> dict[str, dict | str]:
     """Medians, 10th and 90th percentiles of each contender's time on the `inputs`, one after the other, in turns.
 
-    Each gets about `seconds` in all, and from 5 to 40 turns. On CUDA nothing waits between turns, so that a contender's
-    launches overlap the work before them as they would in training; where it waits for the GPU itself, that counts.
-    A contender that fails is replaced by the reason.
+    Each gets about `seconds` in all, and from 5 to 40 turns; 2 where 5 would take five times `seconds`. On CUDA nothing
+    waits between turns, so that a contender's launches overlap the work before them as they would in training; where it
+    waits for the GPU itself, that counts. A contender that fails is replaced by the reason.
     """
     times: dict[str, list] = {name: [] for name in contenders}
     turns: dict[str, int] = {}
@@ -32,7 +32,8 @@ def take_turns(
         try:
             run(inputs[0])
             once = _seconds([_timed(run, inputs[-1], device)], device)[0]
-            turns[name] = max(ROUNDS.start, min(ROUNDS.stop - 1, int(seconds / max(once, 1e-9))))
+            fits = int(seconds / max(once, 1e-9))
+            turns[name] = max(FEWEST, min(MOST, fits)) if FEWEST * once <= 5 * seconds else SLOW
         except Exception as error:
             failed[name] = reason(error)
     gc.collect()
