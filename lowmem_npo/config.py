@@ -160,7 +160,8 @@ class MemoryConfig:
     offload_checkpoints: bool = False
     """Keep the layers' inputs, from which they are recomputed, in the host's memory; copied while the GPU computes."""
     tile_mlp: int | None = None
-    """Run each MLP on so many tokens at a time, forward and backward (--tile-mlp alone: 1024; more is faster, less is smaller)."""
+    """Run each MLP on so many tokens at a time, forward and backward (--tile-mlp alone: 1024). More is faster, fewer are
+    smaller."""
     embedding_on_cpu: bool = False
     """Keep the input embedding in the host's memory and copy the rows that a batch needs."""
     reference: Literal["live", "cached"] = "live"
