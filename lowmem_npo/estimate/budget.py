@@ -28,7 +28,7 @@ from lowmem_npo.sizes import gib
 
 SWITCHES = {"embedding_on_cpu": (True, 0.005), "tile_mlp": (1024, 0.02), "offload_checkpoints": (True, 0.05)}
 MICRO_BATCH_COST = 0.04
-FEW, MORE = 2, 4  # layers of the shallow models that bound a deep one from below
+FEW, MORE = 4, 6  # layers of the shallow models that bound a deep one from below: more than are in flight at once
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,19 @@ def fit_budget(config: RunConfig, architecture: PretrainedConfig, budget: int, r
     Raises:
         UserError: there are none; it tells the smallest, and what takes the room.
     """
-    first, *others = sorted(_candidates(config, architecture), key=_slowdown)
-    found = estimate(first, architecture, rows)
+    candidates = sorted(_candidates(config, architecture), key=_slowdown)
+    found = estimate(config, architecture, rows)
     if found.fits(budget):
-        return Fit(first, found, [])
-    smallest = max([first, *others], key=_slowdown)
-    if _may_fit(smallest, architecture, budget, rows):
-        for candidate in others:
-            if _may_fit(candidate, architecture, budget, rows):
-                found = estimate(candidate, architecture, rows)
-                if found.fits(budget):
-                    return Fit(candidate, found, _flags(config, candidate))
-    raise UserError(_impossible(config, smallest, architecture, budget, rows))
+        return Fit(config, found, [])
+    smallest = estimate(candidates[-1], architecture, rows)
+    if not smallest.fits(budget):
+        raise UserError(_impossible(config, candidates[-1], smallest, budget))
+    for candidate in candidates[1:-1]:
+        if _may_fit(candidate, architecture, budget, rows):
+            found = estimate(candidate, architecture, rows)
+            if found.fits(budget):
+                return Fit(candidate, found, _flags(config, candidate))
+    return Fit(candidates[-1], smallest, _flags(config, candidates[-1]))
 
 
 def _candidates(config: RunConfig, architecture: PretrainedConfig) -> Iterator[RunConfig]:
@@ -99,7 +100,7 @@ def _may_fit(config: RunConfig, architecture: PretrainedConfig, budget: int, row
     """False only if the step cannot fit. What lives at any one moment grows linearly with the number of layers, and the
     peak is the most of all moments, a convex function: two shallow models bound every deeper one from below."""
     layers = architecture.get_text_config().num_hidden_layers
-    if config.adapter.layers is not None or layers <= 2 * MORE:
+    if config.adapter.layers is not None or layers <= MORE:
         return True
     few, more = (estimate(config, _of_depth(architecture, depth), rows) for depth in (FEW, MORE))
     slope = (more.peak_bytes - few.peak_bytes) / (MORE - FEW)
@@ -126,10 +127,7 @@ def _flags(before: RunConfig, after: RunConfig) -> list[str]:
     return flags
 
 
-def _impossible(
-    config: RunConfig, smallest: RunConfig, architecture: PretrainedConfig, budget: int, rows: StepRows | None
-) -> str:
-    found = estimate(smallest, architecture, rows)
+def _impossible(config: RunConfig, smallest: RunConfig, found: Estimate, budget: int) -> str:
     room = ", ".join(f"{kind} {gib(size)}" for kind, size in sorted(found.by_kind.items(), key=lambda k: -k[1])[:3])
     flags = " ".join(_flags(config, smallest)) or "these options"
     advice = "" if config.model.qlora else "--qlora makes the frozen weights about a quarter as large; "

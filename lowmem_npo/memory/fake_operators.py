@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch.utils._pytree import tree_leaves
 
 
 class Shape(NamedTuple):
@@ -45,7 +46,10 @@ class FakeOperators:
         known = self._results.get(key)
         if known is None:
             result = func(*args, **kwargs)
-            self._results[key] = self._shapes(result)
+            if _shares_storage(result, args):  # a view whose schema does not say so: _unsafe_view
+                self._sorts[func] = "view"
+            else:
+                self._results[key] = self._shapes(result)
             return result
         if isinstance(known, Shape):
             return self._new(known)
@@ -96,6 +100,11 @@ class FakeOperators:
         fake = Tensor._make_subclass(FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=self.device)
         vars(fake).update(self._attributes)
         return fake
+
+
+def _shares_storage(result: Any, args: tuple) -> bool:
+    of_args = {x.untyped_storage()._cdata for x in tree_leaves(args) if isinstance(x, Tensor)}
+    return any(x.untyped_storage()._cdata in of_args for x in tree_leaves(result) if isinstance(x, Tensor))
 
 
 def _sort(func: Any) -> str:
