@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lowmem_npo.config import RunConfig
 from lowmem_npo.data import IGNORED, TokenizedRow
@@ -99,10 +99,14 @@ def estimate(config: RunConfig, architecture: PretrainedConfig, rows: StepRows |
         gpu.kind = "layer work"
         with tempfile.TemporaryDirectory() as folder:
             trainer = _trainer(model, config, rows, folder)
-        _kinds_by_phase(gpu, trainer)
+        tell_kinds(gpu, causal_lm(model))
+        for name in ("forget", "retain"):
+            setattr(trainer.reference, name, _marking(gpu, getattr(trainer.reference, name)))
         gpu.kind = "adapter"
         trainer.create_optimizer()
-        _first_optimizer_step(trainer)
+        first_optimizer_step(trainer.optimizer)
+        if config.training.micro_batches() > 1:  # from the second one on, the gradients are there
+            _give_gradients(trainer.optimizer)
         gpu.kind = "batch"
         batch, totals = _batch(trainer)
         gpu.kind = "layer work"
@@ -137,13 +141,13 @@ def _trainer(model: nn.Module, config: RunConfig, rows: StepRows, folder: str) -
     return NPOTrainer(
         model,
         arguments,
-        [_row(*row) for row in rows.forget],
-        [_row(*row) for row in rows.retain],
+        [token_row(*row) for row in rows.forget],
+        [token_row(*row) for row in rows.retain],
         processing_class=SimpleNamespace(pad_token_id=0),
     )
 
 
-def _row(length: int, answers: int) -> TokenizedRow:
+def token_row(length: int, answers: int) -> TokenizedRow:
     prompt = length - answers
     return {"input_ids": [0] * length, "labels": [IGNORED] * prompt + [0] * answers, "prompt_length": prompt}
 
@@ -155,18 +159,20 @@ def _batch(trainer: NPOTrainer) -> tuple[dict[str, Any], Any]:
     return tree_map_only(Tensor, with_values, batches[0]), totals
 
 
-def _first_optimizer_step(trainer: NPOTrainer) -> None:
+def first_optimizer_step(optimizer: torch.optim.Optimizer) -> None:
     """Gives the optimiser its state, which lives through all later steps."""
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter)
-    trainer.optimizer.step()
-    trainer.optimizer.zero_grad()
+    _give_gradients(optimizer)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
-def _kinds_by_phase(gpu: FakeGPU, trainer: NPOTrainer) -> None:
-    """Says which kind of memory the step is about to take, by hooks at the borders of its phases."""
-    model = causal_lm(trainer.model)
+def _give_gradients(optimizer: torch.optim.Optimizer) -> None:
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        parameter.grad = torch.zeros_like(parameter)
+
+
+def tell_kinds(gpu: FakeGPU, model: PreTrainedModel) -> None:
+    """Tells `gpu` which kind of memory is about to be taken, by hooks at the borders of a pass through `model`."""
 
     def enters_decoder(*_: Any) -> None:
         gpu.kind = "layer work"
@@ -184,11 +190,9 @@ def _kinds_by_phase(gpu: FakeGPU, trainer: NPOTrainer) -> None:
     model.base_model.register_forward_hook(leaves_decoder)
     for layer in decoder_layers(model):
         layer.register_forward_pre_hook(enters_layer, with_kwargs=True)
-    for parameter in trainer.model.parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: gpu.mark(p.grad, "adapter"))
-    for name in ("forget", "retain"):
-        setattr(trainer.reference, name, _marking(gpu, getattr(trainer.reference, name)))
 
 
 def _marking(gpu: FakeGPU, method: Any) -> Any:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig, ObjectiveConfig, RunConfig
 from lowmem_npo.estimate import KINDS, StepRows, estimate
-from lowmem_npo.estimate.step import _first_optimizer_step, _row
+from lowmem_npo.estimate.step import first_optimizer_step, token_row
 from lowmem_npo.memory.fake_gpu import GPU, fake_gpu, with_values
 from lowmem_npo.memory.fake_model import fake_model
 from lowmem_npo.memory.storages import StorageCounter
@@ -52,11 +52,11 @@ def real_peak(config: RunConfig, rows: StepRows, architecture=LLAMA) -> int:
             retain_batch_size=len(rows.retain),
         )  # fmt: skip
         trainer = NPOTrainer(
-            model, arguments, [_row(*row) for row in rows.forget], [_row(*row) for row in rows.retain],
+            model, arguments, [token_row(*row) for row in rows.forget], [token_row(*row) for row in rows.retain],
             processing_class=SimpleNamespace(pad_token_id=0),
         )  # fmt: skip
         trainer.create_optimizer()
-        _first_optimizer_step(trainer)
+        first_optimizer_step(trainer.optimizer)
         batches, totals = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
         counter.mark([batches, *model.parameters(), *model.buffers()], "before")
         counter.restart_peak()
