@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from lowmem_npo.config import MemoryConfig, RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answers import AnswerEvaluation, AnswerRecord, AnswerSummary
+from lowmem_npo.files import write_atomically
 
 # A resumed run may be longer, stand elsewhere, or measure more; everything else would make it another run.
 MAY_CHANGE = (
@@ -88,23 +89,21 @@ class RunDirectory:
 
     def evaluations(self, stage: str) -> dict[str, AnswerEvaluation]:
         """What a killed run had measured already; empty if nothing, or if other rows were asked for."""
-        file = self.path / f"{stage}.json"
-        if not file.exists():
-            return {}
-        found = {
-            name: AnswerEvaluation(AnswerSummary(**e["summary"]), [AnswerRecord(**r) for r in e["records"]])
-            for name, e in json.loads(file.read_text(encoding="utf-8")).items()
-        }
+        found = read_evaluations(self.path, stage)
         wanted = self.config.output.eval_rows
         complete = all(e.summary.rows == min(wanted, e.summary.rows_in_set) for e in found.values())
         return found if complete else {}
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Either the whole file or none of it, whenever the process is killed."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+def read_evaluations(path: Path, stage: str) -> dict[str, AnswerEvaluation]:
+    """What STAGE.json in the run's directory `path` holds, set by set; empty if there is none."""
+    file = path / f"{stage}.json"
+    if not file.exists():
+        return {}
+    return {
+        name: AnswerEvaluation(AnswerSummary(**e["summary"]), [AnswerRecord(**r) for r in e["records"]])
+        for name, e in json.loads(file.read_text(encoding="utf-8")).items()
+    }
 
 
 def check_disk(config: RunConfig, model: PretrainedConfig) -> None:

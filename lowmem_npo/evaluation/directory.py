@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.config import EvaluationConfig
 from lowmem_npo.evaluation.journal import Journal
+from lowmem_npo.files import write_atomically
 
 # A resumed evaluation may measure more; what would change a figure must stay as it was.
 MAY_CHANGE = (
@@ -83,9 +83,7 @@ class EvaluationDirectory:
         self._write("evaluation.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
     def _write(self, name: str, text: str) -> None:
-        partial = self.path / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, self.path / name)
+        write_atomically(self.path / name, text)
 
 
 def digest(content: Any) -> str:

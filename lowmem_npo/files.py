@@ -1,0 +1,24 @@
+"""Files that are whole or not there, and hashes that say which file it was."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+CHUNK = 2**20  # bytes read at a time
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Either the whole file or none of it, whenever the process is killed."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal; the file may be larger than memory."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
