@@ -8,7 +8,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 
 from lowmem_npo.config import RunConfig
 from lowmem_npo.data import PreparedData, prepare, preview
@@ -38,17 +38,50 @@ class RunResult:
     optimizer_steps: int
 
 
+@dataclass
+class RunPlan:
+    """A run in which nothing is wrong any more: it only has to be done. `config` has its memory budget resolved."""
+
+    config: RunConfig
+    directory: RunDirectory
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+
+    @property
+    def sentence(self) -> str:
+        """How many steps of how many rows."""
+        training, data = self.config.training, self.data
+        per_epoch = -(-len(data.forget) // training.batch_size)
+        steps = training.max_steps or -(-int(training.epochs * per_epoch * 1000) // 1000)
+        retain = f" and {training.retain_rows} of {len(data.retain)} retain rows" if data.retain is not None else ""
+        return f"{steps} steps of {min(training.batch_size, len(data.forget))} of {len(data.forget)} forget{retain}"
+
+
 def train(config: RunConfig, say: Say = print) -> RunResult | None:
     """Makes the model forget. Returns None after --preview and --dry-run, which train nothing.
-
-    Everything that can be wrong with data, options, model name and directory is found before the first byte is
-    written and before the weights are loaded.
 
     Raises:
         UserError: something the user can mend, said in one sentence.
     """
-    main_process = PartialState(cpu=resolve_device(config.model.device).type == "cpu").is_main_process
-    say = say if main_process else (lambda line: None)
+    say = say if is_main_process(config) else (lambda line: None)
+    plan = plan_run(config, say)
+    if plan is None:
+        return None
+    return unlearn(plan, load_model(plan.config.model), say)
+
+
+def is_main_process(config: RunConfig) -> bool:
+    """Whether this process is the one that measures, writes and talks."""
+    return PartialState(cpu=resolve_device(config.model.device).type == "cpu").is_main_process
+
+
+def plan_run(config: RunConfig, say: Say) -> RunPlan | None:
+    """Everything that can be wrong with data, options, model name and directory is found here, before the first byte is
+    written and before the weights are loaded. Returns None after --preview and --dry-run.
+
+    Raises:
+        UserError: as for `train`.
+    """
     if line := resolve_name(config.model.model)[1]:
         say(line)
     model_config = load_config(config.model)
@@ -68,13 +101,20 @@ def train(config: RunConfig, say: Say = print) -> RunResult | None:
         dtype = DTYPES[config.model.dtype]
         say(check_cache_space(config.objective, data.forget, data.retain, model_config, dtype, config.reference_dir))
     directory.config = config = keep_budget(config, data, say)
+    plan = RunPlan(config, directory, tokenizer, data)
     if config.output.dry_run:
         say(config.to_yaml().rstrip())
-        say(f"Dry run: data, model and disk are fine; {_plan(config, data)}. Nothing was trained or written.")
+        say(f"Dry run: data, model and disk are fine; {plan.sentence}. Nothing was trained or written.")
         return None
+    return plan
 
+
+def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
+    """The run itself. `base`, as `load_model` gives it, is left with its adapter and its memory switches thrown."""
+    config, directory, data, tokenizer = plan.config, plan.directory, plan.data, plan.tokenizer
+    main_process = is_main_process(config)
     set_seed(config.training.seed)
-    model = attach_lora(load_model(config.model), config.adapter)
+    model = attach_lora(base, config.adapter)
     apply_switches(model, config.memory)
     trainer = NPOTrainer(
         model,
@@ -87,14 +127,14 @@ def train(config: RunConfig, say: Say = print) -> RunResult | None:
     for default in (ProgressCallback, PrinterCallback):  # ours takes their place
         trainer.remove_callback(default)
     directory.begin(main_process)
-    say(f"{_plan(config, data)}; {model.get_nb_trainable_parameters()[0]:,} adapter parameters.")
+    say(f"{plan.sentence}; {model.get_nb_trainable_parameters()[0]:,} adapter parameters.")
 
     before: Evaluations = {}
     if config.output.eval_rows and main_process:
         before = directory.evaluations("before")
         if not before:
             with reference_mode(model):
-                before = _evaluate(config, model, tokenizer, data, "before")
+                before = _evaluate(plan, model, "before")
             directory.save_evaluations("before", before)
     PartialState().wait_for_everyone()
 
@@ -104,7 +144,7 @@ def train(config: RunConfig, say: Say = print) -> RunResult | None:
 
     after: Evaluations = {}
     if config.output.eval_rows and main_process:
-        after = _evaluate(config, model, tokenizer, data, "after")
+        after = _evaluate(plan, model, "after")
         directory.save_evaluations("after", after)
         stages = {
             stage: {name: e.summary for name, e in sets.items()}
@@ -158,27 +198,17 @@ def npo_config(config: RunConfig) -> NPOConfig:
     return NPOConfig(**{**settings, **config.trainer_args})
 
 
-def _plan(config: RunConfig, data: PreparedData) -> str:
-    training = config.training
-    per_epoch = -(-len(data.forget) // training.batch_size)
-    steps = training.max_steps or -(-int(training.epochs * per_epoch * 1000) // 1000)
-    retain = f" and {training.retain_rows} of {len(data.retain)} retain rows" if data.retain is not None else ""
-    return f"{steps} steps of {min(training.batch_size, len(data.forget))} of {len(data.forget)} forget{retain}"
-
-
-def _evaluate(
-    config: RunConfig, model: PeftModel, tokenizer: PreTrainedTokenizerBase, data: PreparedData, stage: str
-) -> Evaluations:
-    sets = {"forget": data.forget, "retain": data.retain}
+def _evaluate(plan: RunPlan, model: PeftModel, stage: str) -> Evaluations:
+    output, sets = plan.config.output, {"forget": plan.data.forget, "retain": plan.data.retain}
     return {
         name: evaluate_answers(
             model,
-            tokenizer,
+            plan.tokenizer,
             rows,
             name=f"{stage}, {name}",
-            limit=config.output.eval_rows,
-            seed=config.training.seed,
-            batch_size=config.output.eval_batch_size,
+            limit=output.eval_rows,
+            seed=plan.config.training.seed,
+            batch_size=output.eval_batch_size,
         )
         for name, rows in sets.items()
         if rows is not None
