@@ -49,6 +49,9 @@ class DataConfig:
     --retain a small bundled set of invented biographies is used."""
     retain: str | None = None
     """The same, for what must be kept. May be left out only with --gamma 0 --delta 0."""
+    holdout: str | None = None
+    """The same, for rows like those to forget that the model was never taught: what forgotten rows are held against by
+    --stop-when and the leak tests. Nothing is trained on them. The bundled data has its own."""
     prompt_column: str | None = None
     """Column of the prompt. Not needed for input/output, question/answer, prompt/completion, messages and text."""
     answer_column: str | None = None
@@ -160,8 +163,8 @@ class MemoryConfig:
     offload_checkpoints: bool = False
     """Keep the layers' inputs, from which they are recomputed, in the host's memory; copied while the GPU computes."""
     tile_mlp: int | None = None
-    """Run each MLP on so many tokens at a time, forward and backward (--tile-mlp alone: 1024). More is faster, fewer are
-    smaller."""
+    """Run each MLP on so many tokens at a time, forward and backward (--tile-mlp alone: 1024). More is faster,
+    fewer are smaller."""
     embedding_on_cpu: bool = False
     """Keep the input embedding in the host's memory and copy the rows that a batch needs."""
     reference: Literal["live", "cached"] = "live"

@@ -163,6 +163,7 @@ def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepa
         tokenizer,
         forget=data.forget,
         retain=data.retain,
+        holdout=data.holdout,
         prompt_column=data.prompt_column,
         answer_column=data.answer_column,
         prompt_template=data.prompt_template,

@@ -22,16 +22,19 @@ def find_overlap(forget: Sequence[Example], retain: Sequence[Example]) -> list[t
     return [(example, kept[key]) for example in forget if (key := _normalised(example)) in kept]
 
 
-def refuse_overlap(forget: Sequence[Example], retain: Sequence[Example]) -> None:
-    """Raises UserError, naming the rows, if any stands in both parts."""
+def refuse_overlap(
+    forget: Sequence[Example], retain: Sequence[Example], *, of: str = "forget", part: str = "retain"
+) -> None:
+    """Raises UserError, naming the rows, if any stands in both parts. `of` and `part` are what the parts are called."""
     pairs = find_overlap(forget, retain)
     if not pairs:
         return
     named = "; ".join(f"{one.where} is {other.where}" for one, other in pairs[:NAMED])
     more = f" and {len(pairs) - NAMED} more" if len(pairs) > NAMED else ""
-    rows = "1 row to forget also stands" if len(pairs) == 1 else f"{len(pairs)} rows to forget also stand"
+    rows = f"1 row to {of} also stands" if len(pairs) == 1 else f"{len(pairs)} rows to {of} also stand"
+    where = "the holdout" if part == "holdout" else f"the rows to {part}"
     raise UserError(
-        f"{rows} in the rows to retain: {named}{more}; remove them from one of the two, or give --allow-overlap."
+        f"{rows} in {where}: {named}{more}; remove them from one of the two, or give --allow-overlap."
     )
 
 

@@ -24,12 +24,14 @@ class PreparedData:
     retain: the rows to keep, or None.
     forget_targets: what the forget term trains on: `forget`, or the same prompts answered by a refusal.
     report: lines on what was read and what truncation took, for people.
+    holdout: rows like those to forget that the model was never taught, or None: what a forgotten row is held against.
     """
 
     forget: TokenizedRows
     retain: TokenizedRows | None
     forget_targets: TokenizedRows
     report: list[str]
+    holdout: TokenizedRows | None = None
 
 
 def prepare(
@@ -37,6 +39,7 @@ def prepare(
     *,
     forget: str | None = None,
     retain: str | None = None,
+    holdout: str | None = None,
     prompt_column: str | None = None,
     answer_column: str | None = None,
     prompt_template: str | None = None,
@@ -49,6 +52,7 @@ def prepare(
     """Read, check and tokenise the rows of a run. Nothing is written.
 
     forget, retain: files or hub names (`read_rows`); neither means the bundled biographies, no retain means none.
+    holdout: the same; without it, bundled data has the bundled holdout, other data none.
     prompt_column, answer_column: columns, where they are not recognised (`to_examples`); not for bundled data.
     prompt_template: the text around a prompt (`Template`); None takes the default of each schema.
     max_length, tokens: as for `tokenize`.
@@ -88,10 +92,16 @@ def prepare(
     to_retain = examples("retain", retain) if forget is None or retain is not None else None
     if to_retain is not None and not allow_overlap:
         refuse_overlap(to_forget, to_retain)
+    to_hold_out = examples("holdout", holdout) if forget is None or holdout is not None else None
+    if to_hold_out is not None and not allow_overlap:
+        refuse_overlap(to_forget, to_hold_out, part="holdout")
+        if to_retain is not None:
+            refuse_overlap(to_retain, to_hold_out, part="holdout", of="retain")
     forget_rows = tokenized("forget", to_forget)
     targets = forget_rows if refusal is None else tokenized("forget, refusing", with_answer(to_forget, refusal))
     retain_rows = None if to_retain is None else tokenized("retain", to_retain)
-    return PreparedData(forget_rows, retain_rows, targets, report)
+    holdout_rows = None if to_hold_out is None else tokenized("holdout", to_hold_out)
+    return PreparedData(forget_rows, retain_rows, targets, report, holdout_rows)
 
 
 def bundled_rows(part: str, *, limit: int | None = None) -> Rows:

@@ -87,3 +87,15 @@ def test_overlap_is_refused_unless_allowed(files, bpe_tokenizer):
 def test_impossible_numbers_are_refused(bpe_tokenizer, option, value):
     with pytest.raises(UserError, match=f"--{option.replace('_', '-')} is {value}"):
         prepare(bpe_tokenizer, **{option: value})
+
+
+def test_the_holdout_is_named_or_bundled_and_apart_from_both(files, tmp_path, bpe_tokenizer):
+    forget, retain = files
+    assert len(prepare(bpe_tokenizer, limit=5).holdout) == 5
+    assert prepare(bpe_tokenizer, forget=forget, retain=retain).holdout is None
+    unseen = write(tmp_path / "holdout.jsonl", [{"input": "Who is z?", "output": "Nobody."}])
+    data = prepare(bpe_tokenizer, forget=forget, retain=retain, holdout=unseen)
+    assert bpe_tokenizer.decode(data.holdout[0]["input_ids"]).startswith("Who is z?")
+    for part, source in (("forget", forget), ("retain", retain)):
+        with pytest.raises(UserError, match=f"rows? to {part} also stands? in the holdout"):
+            prepare(bpe_tokenizer, forget=forget, retain=retain, holdout=source)
