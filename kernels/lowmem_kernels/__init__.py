@@ -7,8 +7,14 @@
     kl = token_kl(hidden, reference_hidden, head)                 # (N,) float32, KL(policy || reference)
     loss, logprobs, kl = retain_loss(hidden, reference_hidden, head, targets, ce_weight=1 / N, kl_weight=0.5 / N)
 
-No call ever holds a tensor of N x V elements. Two engines compute the same function (`engine=` chooses one): `torch`
-(any device, and the readable statement of the algorithm) and `chunks` (cuBLAS and Triton, for CUDA).
+No call ever holds a tensor of N x V elements. Three engines compute the same function; `engine=` chooses one:
+
+    torch    any device, and the readable statement of the algorithm
+    chunks   CUDA: float32 logits of a few hundred tokens at a time by cuBLAS, a Triton kernel on their rows. The fewest
+             products, 2 for log-probabilities and 3 with the KL, in at most 256 MiB of workspace
+    tiles    CUDA: Triton kernels that keep the logits on the chip. Almost no workspace without a gradient, about 60 MiB
+             with one, and then 3 or 5 products
+    auto     chunks on CUDA, torch elsewhere
 
 How it is wired, top to bottom:
 
@@ -16,6 +22,10 @@ How it is wired, top to bottom:
     dispatch.py      picks the engine, drops ignored rows; registers the whole as ONE custom op for torch.compile
     problem.py       what an engine is asked, and what it answers
     *_engine.py      the engines
+    row_kernel.py    the kernel of `chunks`
+    tile_*.py        the kernels of `tiles`, and their block sizes
+    device_math.py   the mathematics that all Triton kernels share
+    aot.py           every kernel, compiled for a GPU that is not there
 
 The head is frozen, so d(output)/d(hidden) is known, row by row, as soon as the output is: the forward pass computes it
 and the backward pass only scales its rows. Hence there is one engine function and no backward engine function.

@@ -76,7 +76,7 @@ def _launches(capability, dtype, bias, softcap, vocabulary) -> Iterator[tuple[st
     n, d = 300, 4096
     head = FrozenHead(meta(vocabulary, d), meta(vocabulary) if bias else None, softcap)
     targets = meta(n, dtype=torch.int64)
-    for engine, need_grad in itertools.product(("chunks",), (True, False)):
+    for engine, need_grad in itertools.product(("chunks", "tiles"), (True, False)):
         hidden, ref_hidden = meta(n, d).requires_grad_(need_grad), meta(n, d)
         where = f"{engine} {'with' if need_grad else 'without'} gradient"
         with recording(capability) as record:

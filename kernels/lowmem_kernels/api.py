@@ -13,7 +13,7 @@ def token_logprobs(hidden: Tensor, head: FrozenHead, targets: Tensor, *, engine:
 
     hidden   (N, d) in the dtype of head.weight
     targets  (N,) int64 in [0, V), or -100: that row is ignored, its output is 0 and its gradient zero
-    engine   auto, chunks (Triton on CUDA; on a CPU only under TRITON_INTERPRET=1) or torch
+    engine   auto, torch, or one of the Triton engines chunks and tiles (CUDA; on a CPU only under TRITON_INTERPRET=1)
 
     Returns (N,) float32, differentiable (once) in hidden. Raises ValueError, naming the argument.
     """

@@ -73,23 +73,21 @@ def logits(product, softcap, logit_scale):
 
 
 @triton.jit
-def statistics(z, ref_z, POLICY_FIRST: tl.constexpr):
-    """The statistics of every row of a tile of logits; ref_z may be None."""
+def statistics(z, ref_z, WITH_REF: tl.constexpr, POLICY_FIRST: tl.constexpr):
+    """The statistics of every row of a tile of logits; ref_z counts only WITH_REF."""
     top = tl.max(z, 1)
-    p = tl.exp(z - top[:, None])
-    total = tl.sum(p, 1)
-    rest = tl.log(total)
-    if ref_z is None:
+    rest = tl.log(tl.sum(tl.exp(z - top[:, None]), 1))
+    if not WITH_REF:
         zero = tl.zeros_like(top)
         return top, rest, zero, zero, zero
     else:
         ref_top = tl.max(ref_z, 1)
-        q = tl.exp(ref_z - ref_top[:, None])
-        ref_total = tl.sum(q, 1)
-        shift = rest - tl.log(ref_total)
-        ell = (z - top[:, None]) - (ref_z - ref_top[:, None]) - shift[:, None]
-        p = p * (1.0 / total)[:, None]
-        q = q * (1.0 / ref_total)[:, None]
+        ref_rest = tl.log(tl.sum(tl.exp(ref_z - ref_top[:, None]), 1))
+        shift = rest - ref_rest
+        from_top, ref_from_top = z - top[:, None], ref_z - ref_top[:, None]
+        # Exponentials are computed again: to keep them would take twice the registers.
+        p, q = tl.exp(from_top - rest[:, None]), tl.exp(ref_from_top - ref_rest[:, None])
+        ell = from_top - ref_from_top - shift[:, None]
         return top, rest, ref_top, shift, tl.sum(kl_term(p, q, ell, POLICY_FIRST), 1)
 
 
@@ -136,3 +134,46 @@ def rounded(x, DTYPE: tl.constexpr):
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return x.to(DTYPE)
+
+
+@triton.jit
+def loss_slope(z, ref_z, is_target, whole, others, ce_weight, kl_weight, POLICY_FIRST: tl.constexpr):
+    """d (ce_weight * -logp + kl_weight * kl) / dz for a tile; `whole` are its rows' statistics over the vocabulary.
+
+    others: the policy's mass on everything but the target. A weight of None leaves its part out.
+    """
+    top, rest, ref_top, shift, kl = whole
+    log_p = (z - top[:, None]) - rest[:, None]
+    p = tl.exp(log_p)
+    slope = tl.zeros_like(z)
+    if ce_weight is not None:
+        slope += ce_weight[:, None] * tl.where(is_target, -others[:, None], p)
+    if kl_weight is not None:
+        ell = (z - top[:, None]) - (ref_z - ref_top[:, None]) - shift[:, None]
+        q = tl.exp((ref_z - ref_top[:, None]) - (rest - shift)[:, None])
+        slope += kl_weight[:, None] * kl_slope(p, q, ell, kl[:, None], POLICY_FIRST)
+    return slope
+
+
+@triton.jit
+def largest_slope(others, kl, ce_weight, kl_weight, logit_scale):
+    """An upper bound of the entries of a row of d loss / d product; 1 for a row of zeros.
+
+    d -logp / dz is largest at the target, 1 - p. For the KL, no kl_term exceeds kl, therefore |d kl / dz| is at most
+    1.7 sqrt(kl) + kl where |ell| < 1, and 2.8 kl elsewhere.
+    """
+    bound = tl.zeros_like(others)
+    if ce_weight is not None:
+        bound += tl.abs(ce_weight) * others
+    if kl_weight is not None:
+        bound += tl.abs(kl_weight) * (2.0 * tl.sqrt(kl) + 3.0 * kl)
+    bound *= tl.abs(logit_scale)
+    return tl.where(bound > 0, bound, 1.0)
+
+
+@triton.jit
+def dot(a, b, accumulator):
+    """accumulator + a b in float32. Triton's interpreter cannot multiply bfloat16: there a and b become float32."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision="ieee")

@@ -15,7 +15,7 @@ from lowmem_kernels.head import FrozenHead
 from lowmem_kernels.launch import has_values
 from lowmem_kernels.problem import IGNORED, Answer, Problem
 
-Engine = Literal["auto", "chunks", "torch"]
+Engine = Literal["auto", "chunks", "tiles", "torch"]
 
 
 def solve(problem: Problem, engine: Engine) -> Answer:
@@ -35,14 +35,18 @@ def solve(problem: Problem, engine: Engine) -> Answer:
 
 
 def choose_engine(is_cuda: bool) -> str:
-    """What engine="auto" means: Triton where there is a GPU for it, plain PyTorch elsewhere."""
+    """What engine="auto" means: Triton where there is a GPU for it, plain PyTorch elsewhere.
+
+    `tiles` takes less memory where no gradient is needed, but no GPU has yet shown it to be as fast as `chunks`
+    (benchmarks/results/NOTES.md); with a gradient it computes 3 or 5 products instead of 2 or 3.
+    """
     return "chunks" if is_cuda and find_spec("triton") is not None else "torch"
 
 
 def _solver(engine: Engine, problem: Problem) -> Callable[[Problem], Answer]:
     name = choose_engine(problem.hidden.is_cuda) if engine == "auto" else engine
-    if name not in ("torch", "chunks"):
-        raise ValueError(f"engine must be 'auto', 'torch' or 'chunks', not {engine!r}")
+    if name not in ("torch", "chunks", "tiles"):
+        raise ValueError(f"engine must be 'auto', 'chunks', 'tiles' or 'torch', not {engine!r}")
     if name != "torch":
         _check_triton(name, problem.hidden)
     return import_module(f"lowmem_kernels.{name}_engine").solve
@@ -61,6 +65,7 @@ def _check_triton(engine: str, hidden: Tensor) -> None:
 def _solve_eagerly(problem: Problem, engine: Engine) -> Answer:
     solver = _solver(engine, problem)
     with torch.no_grad(), _full_precision(problem.hidden.device.type):
+        problem = _with_dense_vectors(problem)
         kept = _kept_rows(problem.targets, problem.head.vocabulary)
         if kept is None:
             return solver(problem)
@@ -71,9 +76,17 @@ def _solve_eagerly(problem: Problem, engine: Engine) -> Answer:
         def put_back(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.new_zeros(problem.num_tokens, *x.shape[1:]).index_copy_(0, kept, x)
 
-        rows = ("hidden", "ref_hidden", "targets", "ce_weight", "kl_weight")
-        answer = solver(replace(problem, **{name: take(getattr(problem, name)) for name in rows}))
+        answer = solver(replace(problem, **{name: take(getattr(problem, name)) for name in problem.ROWS}))
         return Answer(*map(put_back, answer))
+
+
+def _with_dense_vectors(problem: Problem) -> Problem:
+    """The kernels take the strides of matrices, but step through vectors one entry at a time."""
+    vectors = {name: getattr(problem, name) for name in ("targets", "ce_weight", "kl_weight")}
+    head = problem.head
+    if head.bias is not None:
+        head = replace(head, bias=head.bias.contiguous())
+    return replace(problem, head=head, **{name: x if x is None else x.contiguous() for name, x in vectors.items()})
 
 
 def _kept_rows(targets: Tensor | None, vocabulary: int) -> Tensor | None:

@@ -1,7 +1,7 @@
 """What an engine is asked and what it answers. The public functions are one problem with different weights."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class Problem:
     kl_weight: Tensor | None
     direction: Direction
     need_grad: bool
+
+    ROWS: ClassVar = ("hidden", "ref_hidden", "targets", "ce_weight", "kl_weight")  # the fields with a row per token
 
     @property
     def num_tokens(self) -> int:

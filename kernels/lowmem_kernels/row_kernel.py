@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from lowmem_kernels.device_math import MASKED, kl_slope, logits, merge, rounded, softplus, statistics
+from lowmem_kernels.device_math import MASKED, largest_slope, logits, loss_slope, merge, rounded, softplus, statistics
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class RowConfig:
 
 def row_config(capability: tuple[int, int]) -> RowConfig:
     """The configuration for this GPU."""
-    return RowConfig(ROWS=1, BLOCK=4096, num_warps=8)
+    return RowConfig(ROWS=1, BLOCK=4096, num_warps=16)
 
 
 @triton.jit
@@ -67,20 +67,19 @@ def row_kernel(
     for start in range(0, V, BLOCK):
         column = start + tl.arange(0, BLOCK)[None, :]
         z, _ = load_logits(z_row, bias_ptr, column, is_row, V, target, softcap, logit_scale)
-        ref_z = None
+        ref_z = z
         if WITH_REF:
             ref_z, _ = load_logits(ref_z_row, bias_ptr, column, is_row, V, target, softcap, logit_scale)
-        whole = merge(whole, statistics(z, ref_z, POLICY_FIRST), WITH_REF, POLICY_FIRST)
+        whole = merge(whole, statistics(z, ref_z, WITH_REF, POLICY_FIRST), WITH_REF, POLICY_FIRST)
 
     # The target. Its log-probability, and 1 - p(target), are exact also where p(target) is nearly 1.
     others = zero
     if targets_ptr is not None:
-        z, _ = load_logits(z_row, bias_ptr, target[:, None], is_row, V, nowhere, softcap, logit_scale)
-        z_target = tl.sum(z, 1)
+        at = target[:, None]
+        z_target = tl.sum(load_logits(z_row, bias_ptr, at, is_row, V, nowhere, softcap, logit_scale)[0], 1)
         ref_z_target = zero
         if WITH_REF:
-            ref_z, _ = load_logits(ref_z_row, bias_ptr, target[:, None], is_row, V, nowhere, softcap, logit_scale)
-            ref_z_target = tl.sum(ref_z, 1)
+            ref_z_target = tl.sum(load_logits(ref_z_row, bias_ptr, at, is_row, V, nowhere, softcap, logit_scale)[0], 1)
         odds = (z_target - whole[0]) - whole[1]
         others = tl.exp(-softplus(odds))
         tl.store(logprobs_ptr + row, -softplus(-odds), mask=is_row)
@@ -97,25 +96,19 @@ def row_kernel(
             kl_weight = tl.load(kl_weight_ptr + row, mask=is_row, other=0.0)
         magnitude = zero + 1.0
         if magnitude_ptr is not None:
-            largest = zero
-            for start in range(0, V, BLOCK):
-                column = start + tl.arange(0, BLOCK)[None, :]
-                grad = gradient(
-                    z_row, ref_z_row, bias_ptr, column, is_row, V, target, softcap, logit_scale,
-                    ce_weight, kl_weight, whole, others, POLICY_FIRST,
-                )  # fmt: skip
-                largest = tl.maximum(largest, tl.max(tl.abs(grad), 1))
-            magnitude = tl.where(largest > 0, largest / 1024.0, 1.0)
+            magnitude = largest_slope(others, whole[4], ce_weight, kl_weight, logit_scale) / 1024.0
             tl.store(magnitude_ptr + row, magnitude, mask=is_row)
         grad_row = z_row.to(tl.pointer_type(GRAD_DTYPE), bitcast=True)
         for start in range(0, V, BLOCK):
             column = start + tl.arange(0, BLOCK)[None, :]
-            grad = gradient(
-                z_row, ref_z_row, bias_ptr, column, is_row, V, target, softcap, logit_scale,
-                ce_weight, kl_weight, whole, others, POLICY_FIRST,
-            )  # fmt: skip
-            tl.debug_barrier()  # every thread has read its logits before any thread overwrites them
+            z, slope = load_logits(z_row, bias_ptr, column, is_row, V, nowhere, softcap, logit_scale)
+            ref_z = z
+            if kl_weight is not None:
+                ref_z, _ = load_logits(ref_z_row, bias_ptr, column, is_row, V, nowhere, softcap, logit_scale)
+            is_target = column == target[:, None]
+            grad = slope * loss_slope(z, ref_z, is_target, whole, others, ce_weight, kl_weight, POLICY_FIRST)
             grad = rounded(grad / magnitude[:, None], GRAD_DTYPE)
+            tl.debug_barrier()  # every thread has read its logits before any thread overwrites them
             tl.store(grad_row + column, grad, mask=is_row[:, None] & (column < V))
 
 
@@ -128,24 +121,3 @@ def load_logits(row_ptr, bias_ptr, column, is_row, V, left_out, softcap, logit_s
         product += tl.load(bias_ptr + column, mask=inside & (column >= 0), other=0.0).to(tl.float32)
     z, slope = logits(product, softcap, logit_scale)
     return tl.where(inside & (column != left_out[:, None]), z, MASKED), slope
-
-
-@triton.jit
-def gradient(
-    z_row, ref_z_row, bias_ptr, column, is_row, V, target, softcap, logit_scale,
-    ce_weight, kl_weight, whole, others, POLICY_FIRST: tl.constexpr,
-):  # fmt: skip
-    """d (ce_weight * -logp + kl_weight * kl) / d product, for the entries `column`."""
-    nowhere = tl.zeros_like(target) - 1
-    z, slope = load_logits(z_row, bias_ptr, column, is_row, V, nowhere, softcap, logit_scale)
-    top, rest, ref_top, shift, kl = whole
-    p = tl.exp((z - top[:, None]) - rest[:, None])
-    grad = tl.zeros_like(z)
-    if ce_weight is not None:
-        grad += ce_weight[:, None] * tl.where(column == target[:, None], -others[:, None], p)
-    if kl_weight is not None:
-        ref_z, _ = load_logits(ref_z_row, bias_ptr, column, is_row, V, nowhere, softcap, logit_scale)
-        ell = (z - top[:, None]) - (ref_z - ref_top[:, None]) - shift[:, None]
-        q = tl.exp((ref_z - ref_top[:, None]) - (rest - shift)[:, None])
-        grad += kl_weight[:, None] * kl_slope(p, q, ell, kl[:, None], POLICY_FIRST)
-    return grad * slope

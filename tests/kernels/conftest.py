@@ -9,10 +9,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from lowmem_kernels import chunks_engine, row_kernel  # noqa: E402
+from lowmem_kernels import chunks_engine, row_kernel, tile_config, tiles_engine  # noqa: E402
 
 
-@pytest.fixture(params=["torch", "chunks"])
+@pytest.fixture(params=["torch", "chunks", "tiles"])
 def engine(request) -> str:
     """Every engine in turn."""
     return request.param
@@ -20,19 +20,24 @@ def engine(request) -> str:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Small blocks, so that small cases have many of them."""
-    use_blocks(monkeypatch, rows=8, columns=128)
+    """Small blocks, so that small cases have many of them: of tokens, vocabulary and hidden size."""
+    use_blocks(monkeypatch, rows=16, columns=256, depth=64, chunk=384)
+    monkeypatch.setattr(tiles_engine, "TOKENS", 32)
 
 
 @pytest.fixture
 def large_blocks(small_blocks, monkeypatch):
     """Large blocks, for large cases: the interpreter's time is per operation, not per entry."""
-    use_blocks(monkeypatch, rows=8, columns=8192)
+    use_blocks(monkeypatch, rows=16, columns=8192, depth=64, chunk=16384)
 
 
-def use_blocks(monkeypatch, rows: int, columns: int) -> None:
-    config = row_kernel.RowConfig(ROWS=rows, BLOCK=columns, num_warps=4)
-    monkeypatch.setattr(chunks_engine, "row_config", lambda capability: config)
+def use_blocks(monkeypatch, rows: int, columns: int, depth: int, chunk: int) -> None:
+    tile, product = (tile_config.TileConfig(rows, *size, 4, 1) for size in ((columns, depth), (depth, columns)))
+    monkeypatch.setattr(chunks_engine, "row_config", lambda *_: row_kernel.RowConfig(rows, columns, num_warps=4))
+    monkeypatch.setattr(tiles_engine, "logits_config", lambda *_: tile)
+    monkeypatch.setattr(tiles_engine, "product_config", lambda *_: product)
+    monkeypatch.setattr(tiles_engine, "VOCABULARY", chunk)
+    monkeypatch.setattr(tiles_engine, "_processors", lambda device: 2)
 
 
 @pytest.fixture(autouse=True)

@@ -1,14 +1,16 @@
 """Among PyTorch's other machinery: autograd, autocast, torch.compile, fake and meta tensors, custom-op rules."""
 
+from dataclasses import replace
+from importlib import import_module
+
 import pytest
 import torch
 from lowmem_kernels import FrozenHead, retain_loss, token_kl, token_logprobs
-from lowmem_kernels.problem import Problem
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.kernels.reference import make_case, relative
+from tests.kernels.reference import make_case, relative, run_jointly
 
 
 def three_losses(hidden, ref_hidden, head, targets, engine):
@@ -39,13 +41,9 @@ def test_no_second_derivative(engine):
 
 def test_no_gradient_work_unless_needed(engine, monkeypatch):
     asked = []
-    init = Problem.__init__
-
-    def spy(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        asked.append(self.need_grad)
-
-    monkeypatch.setattr(Problem, "__init__", spy)
+    module = import_module(f"lowmem_kernels.{engine}_engine")
+    solve = module.solve
+    monkeypatch.setattr(module, "solve", lambda problem: (asked.append(problem.need_grad), solve(problem))[1])
     case = make_case(3, 8, 20)
     three_losses(case.hidden, case.ref_hidden, case.head, case.targets, engine)
     with torch.no_grad():
@@ -72,6 +70,24 @@ def test_weights_that_are_zero(engine):
     grad, logprobs_too, kl = grad_of(0.0, 1.0, case.ref_hidden)
     assert (kl > 0).all() and torch.allclose(logprobs, logprobs_too, rtol=1e-6)
     assert relative(grad_of(zeros, torch.ones(3), case.ref_hidden)[0].double(), grad.double()) < 5e-3
+
+
+def test_any_strides(engine):
+    """Transposed matrices, every second target, one weight expanded over the rows: as the same in one piece."""
+    case = make_case(6, 40, 300, bias=True)
+    weights = torch.full((6,), 0.5)
+    expected = run_jointly(case, engine, weights, weights)
+    head = replace(case.head, weight=case.head.weight.T.contiguous().T, bias=case.head.bias.repeat_interleave(2)[::2])
+    case = replace(
+        case,
+        hidden=case.hidden.T.contiguous().T,
+        ref_hidden=torch.cat([case.ref_hidden] * 2, 1)[:, :40],
+        head=head,
+        targets=case.targets.repeat_interleave(2)[::2],
+    )
+    found = run_jointly(case, engine, weights[:1].expand(6), weights.repeat_interleave(2)[::2])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-2 * float(b.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -1,0 +1,70 @@
+"""The block sizes of the `tiles` kernels, by GPU and problem; how many shares the vocabulary is split into.
+
+Chosen so that nothing spills and, on the GPUs with 99 KiB of shared memory per program (sm_86, sm_89: the 24 GB cards),
+everything fits; compilation for each GPU checks both.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """A program's tile of the result is ROWS x COLUMNS, summed over DEPTH entries at a time."""
+
+    ROWS: int
+    COLUMNS: int
+    DEPTH: int
+    num_warps: int
+    num_stages: int
+
+
+# kernel: GPU family: (log-probabilities only, with a reference: two tiles of logits at once)
+LOGITS = {
+    "sweep": {
+        "ampere": (TileConfig(128, 128, 32, 8, 4), TileConfig(128, 64, 32, 8, 4)),
+        "hopper": (TileConfig(128, 256, 64, 8, 3), TileConfig(128, 64, 64, 8, 3)),
+    },
+    "slope": {
+        "ampere": (TileConfig(128, 128, 32, 8, 4), TileConfig(128, 64, 64, 8, 3)),
+        "hopper": (TileConfig(128, 128, 64, 8, 3), TileConfig(128, 64, 64, 8, 3)),
+    },
+}
+PRODUCT = {"ampere": TileConfig(128, 128, 32, 8, 4), "hopper": TileConfig(128, 128, 64, 8, 3)}
+FEW_TOKENS = TileConfig(16, 128, 64, 4, 4)  # W is read once whatever happens: as many bytes in flight as fit
+FLOAT32 = TileConfig(32, 32, 32, 4, 2)  # exact products, without tensor cores
+
+
+def family(capability: tuple[int, int]) -> str:
+    """hopper: sm_90 and sm_100, with asynchronous tensor cores and 227 KiB of shared memory; ampere: all others."""
+    return "hopper" if capability[0] in (9, 10) else "ampere"
+
+
+def logits_config(
+    kernel: str, capability: tuple[int, int], dtype: torch.dtype, with_ref: bool, num_tokens: int
+) -> TileConfig:
+    """For the kernels that compute logits, "sweep" and "slope"."""
+    if dtype == torch.float32:
+        return FLOAT32
+    if num_tokens <= FEW_TOKENS.ROWS:
+        return FEW_TOKENS
+    return LOGITS[kernel][family(capability)][with_ref]
+
+
+def product_config(capability: tuple[int, int], dtype: torch.dtype) -> TileConfig:
+    """For the kernel that multiplies slopes by W."""
+    return FLOAT32 if dtype == torch.float32 else PRODUCT[family(capability)]
+
+
+def shares_of_vocabulary(row_blocks: int, tiles: int, processors: int) -> int:
+    """The number that finishes first, with row_blocks x shares programs in rounds of `processors`; at most 4 rounds.
+
+    More rounds would even out little more, and their statistics, of every share for every token, would add up.
+    """
+
+    def duration(shares: int) -> int:
+        return -(-row_blocks * shares // processors) * -(-tiles // shares)
+
+    most = max(1, min(tiles, 4 * processors // row_blocks))
+    return min(range(1, most + 1), key=lambda shares: (duration(shares), shares))
