@@ -62,3 +62,14 @@ def byte_model(tmp_path_factory) -> Path:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
     tiny_model("olmo", len(words)).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_demo(tmp_path_factory):
+    """(what the demo found, what it said): base/ recites, gold/ never saw the forget rows, unlearned/ forgot them."""
+    from small_demo import SMALL
+
+    from lowmem_npo.demo import run_demo
+
+    said = []
+    return run_demo(tmp_path_factory.mktemp("demo"), recipe=SMALL, device="cpu", say=said.append), "\n".join(said)

@@ -15,13 +15,15 @@ from lowmem_npo.evaluation.mode import progress_bar
 class Journal:
     """A file of JSON lines, one per batch: {"part": ..., "rows": [...], "values": [...]}.
 
-    path: the file; what stands in it counts as measured. A last line that was cut off by a kill is dropped.
+    path: the file; what stands in it counts as measured. A last line that was cut off by a kill is dropped. None: what
+        is measured is kept in memory only.
+    progress: whether to draw a bar of the rows.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path | None, *, progress: bool = True) -> None:
+        self.path, self.progress = path, progress
         self._known: dict[str, dict[int, Any]] = {}
-        if path.exists():
+        if path is not None and path.exists():
             self._read()
 
     def _read(self) -> None:
@@ -37,9 +39,10 @@ class Journal:
         return self._known.get(part, {})
 
     def write(self, part: str, rows: Sequence[int], values: Sequence[Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            entry = {"part": part, "rows": list(rows), "values": list(values)}
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                entry = {"part": part, "rows": list(rows), "values": list(values)}
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         self._known.setdefault(part, {}).update(zip(rows, values, strict=True))
 
     def measured(
@@ -58,10 +61,9 @@ class Journal:
         Batches do not depend on what is known already, so an interrupted evaluation computes what an uninterrupted one
         does.
         """
-        with progress_bar(len(lengths), part, True) as bar:
+        with progress_bar(len(lengths), part, self.progress) as bar:
             for rows in batches(lengths, batch_size):
                 if not all(row in self.known(part) for row in rows):
                     self.write(part, rows, measure(rows))
                 bar.update(len(rows))
         return [self.known(part)[row] for row in range(len(lengths))]
-

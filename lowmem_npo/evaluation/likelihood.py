@@ -49,7 +49,7 @@ def answer_likelihoods(
     head = frozen_head(model)
     with evaluating(model), progress_bar(len(rows), description, progress) as bar:
         for batch in batches([(len(row["input_ids"]), 0) for row in rows], batch_size):
-            tensors = (tensor.to(model.device) for tensor in _right_padded([rows[i] for i in batch]))
+            tensors = (tensor.to(model.device) for tensor in right_padded([rows[i] for i in batch]))
             answers = answer_hidden(model, *tensors)
             logprobs = token_logprobs(answers.hidden, head, answers.targets).double().cpu()
             sequence = answers.sequence.cpu()
@@ -61,7 +61,7 @@ def answer_likelihoods(
     return scores
 
 
-def _right_padded(rows: Sequence[TokenizedRow]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def right_padded(rows: Sequence[TokenizedRow]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """input_ids, attention_mask and labels, each (rows, longest row) int64; what pads the ids is masked.
 
     Labelled is what follows the prompt, also where training (`--tokens all`) labels the prompt too.

@@ -1,4 +1,4 @@
-"""The two things any evaluation asks of a model, greedy text and likelihood, each kept in a journal as it comes."""
+"""What any evaluation asks of a model, text and likelihood, each kept in a journal as it comes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from lowmem_npo.evaluation.answers import AnswerRecord, evaluate_answers
 from lowmem_npo.evaluation.generation import Prompt, greedy_answers
 from lowmem_npo.evaluation.journal import Journal
 from lowmem_npo.evaluation.likelihood import answer_likelihoods
+from lowmem_npo.evaluation.token_scores import TokenScores, token_scores
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,7 @@ class Measuring:
 
         def measure(rows: list[int]) -> list[str]:
             batch = [Prompt(prompts[row], max_new_tokens) for row in rows]
-            answers = greedy_answers(
-                self.model, self.tokenizer, batch, batch_size=self.batch_size, progress=False
-            )
+            answers = greedy_answers(self.model, self.tokenizer, batch, batch_size=self.batch_size, progress=False)
             return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
 
         lengths = [(len(prompt), max_new_tokens) for prompt in prompts]
@@ -42,12 +41,24 @@ class Measuring:
         def measure(chosen: list[int]) -> list[float]:
             batch = [rows[row] for row in chosen]
             return [
-                score.nll
-                for score in answer_likelihoods(self.model, batch, batch_size=self.batch_size, progress=False)
+                score.nll for score in answer_likelihoods(self.model, batch, batch_size=self.batch_size, progress=False)
             ]
 
         lengths = [(len(row["input_ids"]), 0) for row in rows]
         return self.journal.measured(part, lengths, measure, batch_size=self.batch_size)
+
+    def token_scores(self, part: str, rows: Sequence[TokenizedRow]) -> list[TokenScores]:
+        """What the model thinks of every token of each row's answer."""
+
+        def measure(chosen: list[int]) -> list[dict]:
+            batch = [rows[row] for row in chosen]
+            return [
+                asdict(scores) for scores in token_scores(self.model, batch, batch_size=self.batch_size, progress=False)
+            ]
+
+        lengths = [(len(row["input_ids"]), 0) for row in rows]
+        found = self.journal.measured(part, lengths, measure, batch_size=self.batch_size)
+        return [TokenScores(**entry) for entry in found]
 
     def answers(self, part: str, rows: Sequence[TokenizedRow], places: Sequence[int]) -> list[AnswerRecord]:
         """What `evaluate_answers` records of each row; `places` are the rows' places in their data set."""

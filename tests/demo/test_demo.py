@@ -9,29 +9,20 @@ import pytest
 import torch
 from matplotlib import image
 from peft import PeftModel
+from small_demo import SMALL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.data import prepare
-from lowmem_npo.demo import Recipe, Teaching, run_demo
+from lowmem_npo.demo import Teaching, run_demo
 from lowmem_npo.demo.teaching import STAMP, fresh_model, make_tokenizer, taught_model
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation import answer_likelihoods, evaluate_answers
 from lowmem_npo.report.table import stages_from_json
 
-SMALL = Recipe(
-    teaching=Teaching(vocabulary=320, layers=2, width=64, heads=2, epochs=60, batch_size=8, lr=4e-3),
-    epochs=20,
-    batch_size=6,
-    retain_batch_size=12,
-    lr=2e-3,
-    limit=12,
-)
 
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    said = []
-    return run_demo(tmp_path_factory.mktemp("demo"), recipe=SMALL, device="cpu", say=said.append), "\n".join(said)
+@pytest.fixture
+def demo(small_demo):
+    return small_demo
 
 
 def test_it_forgets_and_keeps(demo):

@@ -57,7 +57,7 @@ def test_nll_and_probability_equal_dense_float64(architecture, batch_size, rows)
 
 @pytest.mark.parametrize("bug", ["eos left out", "prompt counted", "shifted by one"])
 def test_wrong_labels_would_be_noticed(bug, rows, monkeypatch):
-    right = likelihood._right_padded
+    right = likelihood.right_padded
 
     def wrong(batch):
         input_ids, mask, labels = right(batch)
@@ -68,7 +68,7 @@ def test_wrong_labels_would_be_noticed(bug, rows, monkeypatch):
                 labels[place] = torch.where(mask[place].bool(), input_ids[place], -100)
         return input_ids, mask, labels.roll(1, 1) if bug == "shifted by one" else labels
 
-    monkeypatch.setattr(likelihood, "_right_padded", wrong)
+    monkeypatch.setattr(likelihood, "right_padded", wrong)
     found = [score.nll for score in answer_likelihoods(tiny_model("olmo", 258), rows, progress=False)]
     assert found != pytest.approx(dense_nlls(tiny_model("olmo", 258), rows), rel=1e-3)
 

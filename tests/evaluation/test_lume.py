@@ -83,9 +83,7 @@ def test_one_zero_term_makes_the_aggregate_zero():
     assert found.terms[5] == 0 and found.task_aggregate == 0
 
 
-@pytest.mark.parametrize(
-    "auc, mia_score", [(0.5, 1.0), (1.0, 0.0), (0.0, 0.0), (0.75, 0.5), (0.25, 0.5)]
-)
+@pytest.mark.parametrize("auc, mia_score", [(0.5, 1.0), (1.0, 0.0), (0.0, 0.0), (0.75, 0.5), (0.25, 0.5)])
 def test_final_score(auc, mia_score):
     found = scores(mia_auc=auc, mmlu=0.46)
     assert found.mia_score == pytest.approx(mia_score)

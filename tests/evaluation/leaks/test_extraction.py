@@ -1,0 +1,78 @@
+"""Exact memorisation and extraction strength, by hand and against real greedy decoding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from lowmem_npo.evaluation.leaks import extraction as module
+from lowmem_npo.evaluation.leaks.extraction import exact_memorization, extraction, extraction_strength
+from lowmem_npo.evaluation.token_scores import TokenScores, token_scores
+
+
+def row(greedy: str) -> TokenScores:
+    """A row whose tokens are greedy (+) or not (.)."""
+    return TokenScores([-0.5] * len(greedy), [0.0] * len(greedy), [mark == "+" for mark in greedy])
+
+
+@pytest.mark.parametrize(
+    "greedy, memorised, strength",
+    [
+        ("++++", 1, 1),
+        (".+++", 3 / 4, 3 / 4),
+        ("+.++", 3 / 4, 1 / 2),
+        ("+++.", 3 / 4, 0),  # not even the last token; open-unlearning says 1/4
+        ("....", 0, 0),
+        ("...+", 1 / 4, 1 / 4),
+        ("+", 1, 1),
+        (".", 0, 0),
+    ],
+)
+def test_by_hand(greedy, memorised, strength):
+    assert exact_memorization(row(greedy)) == memorised
+    assert extraction_strength(row(greedy)) == strength
+
+
+def continues_itself(model, ids, start) -> bool:
+    """Whether greedy decoding from ids[:start] writes ids[start:], one whole forward pass per token."""
+    written = ids[:start]
+    while len(written) < len(ids):
+        logits = model(input_ids=torch.tensor([written]), use_cache=False).logits[0, -1]
+        written = [*written, int(logits.argmax())]
+    return written == ids
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_it_is_what_greedy_decoding_does(broken, monkeypatch):
+    """Rows that the model itself continued, with a strange token at some place: the shortest sufficient prefix."""
+    if broken:  # a prefix one too short
+        monkeypatch.setattr(
+            module, "extraction_strength", lambda row: 1 - max(0, len(row.greedy) - 3) / len(row.greedy)
+        )
+    model, rows, expected = tiny_model("llama"), [], []
+    for place in (None, 0, 2, 5):
+        ids = [5, 9, 40]
+        while len(ids) < 9:
+            best = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].topk(2).indices.tolist()
+            ids.append(best[1] if len(ids) - 3 == place else best[0])
+        rows.append({"input_ids": ids, "labels": [-100] * 3 + ids[3:], "prompt_length": 3})
+        shortest = next((k for k in range(6) if continues_itself(model, ids, 3 + k)), 6)
+        expected.append(1 - shortest / 6)
+    assert expected[0] == 1 and expected[-1] == 0 and 0 < expected[2] < 1
+    found = [module.extraction_strength(scores) for scores in token_scores(model, rows, progress=False)]
+    assert (found == pytest.approx(expected)) is not broken
+
+
+def test_the_verdict_stands_on_the_holdout():
+    recited, forgotten = [row("++++"), row("++++")], [row("+.+."), row("....")]
+    assert extraction(recited, forgotten)["leaks"] is True
+    assert extraction(forgotten, forgotten)["leaks"] is False
+    assert extraction(recited, recited)["leaks"] is False  # a holdout that is recited as well shows nothing
+    assert extraction(recited, None)["leaks"] is True and extraction(forgotten, None)["leaks"] is None
+    found = extraction([row("++++"), row("+.++")], forgotten)
+    assert (found["rows"], found["exact_memorization"], found["extraction_strength"]) == (2, 7 / 8, 3 / 4)
+    assert found["recited"] == 1 / 2 and found["nll"] == 0.5
+    assert found["holdout_exact_memorization"] == 1 / 4 and found["holdout_extraction_strength"] == 0
+    assert "the last 75% of a forgotten answer" in found["meaning"] and "the last 0%" in found["meaning"]
+    assert "--holdout" in extraction(forgotten, None)["meaning"]
