@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -11,8 +10,7 @@ from collections.abc import Sequence
 import psutil
 import torch
 
-PACKAGES = ("lowmem-npo", "torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "datasets",
-            "tokenizers", "safetensors", "flash-attn")  # fmt: skip
+from lowmem_npo.environment import PACKAGES, package_version
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -20,18 +18,11 @@ def main(arguments: Sequence[str]) -> None:
         print("usage: lowmem-npo env\n\nPrints versions, GPU and memory; takes no options.")
         return
     rows = [("python", platform.python_version()), ("platform", platform.platform())]
-    rows += [(name, _version(name)) for name in PACKAGES]
+    rows += [(name, package_version(name) or "not installed") for name in PACKAGES]
     rows += [*_gpus(), *_memory()]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _gpus() -> list[tuple[str, str]]:

@@ -5,19 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from lowmem_npo.report.metrics import Metrics
+from lowmem_npo.report.panels import draw_bars, draw_likelihood, draw_objective
 from lowmem_npo.report.table import MEASURES, Stages
-
-# Okabe and Ito's palette, which colour-blind readers can tell apart. Forget and retain look the same in every panel.
-FORGET, RETAIN, GREY = "#D55E00", "#0072B2", "#555555"
-STAGE_COLOURS = {"before": "#56B4E9", "after": "#E69F00", "gold": "#009E73"}
-SPARE_COLOURS = ("#CC79A7", "#F0E442", "#000000")
-STAGE_TITLES = {"gold": "never saw the forget rows"}
 
 
 def draw_picture(path: Path, metrics: Sequence[Metrics], stages: Stages, title: str) -> None:
@@ -31,89 +24,12 @@ def draw_picture(path: Path, metrics: Sequence[Metrics], stages: Stages, title: 
     FigureCanvasAgg(figure)  # not pyplot: no window, no global state
     figure.suptitle(title, fontsize=14)
     grid = figure.add_gridspec(2, 4, height_ratios=(1.15, 1), hspace=0.06)
-    _draw_likelihood(figure.add_subplot(grid[0, :2]), metrics, stages)
-    _draw_objective(figure.add_subplot(grid[0, 2:]), metrics)
+    draw_likelihood(figure.add_subplot(grid[0, :2]), metrics, stages)
+    draw_objective(figure.add_subplot(grid[0, 2:]), metrics)
     axes = [figure.add_subplot(grid[1, column]) for column in range(len(MEASURES))]
     for column, ax in enumerate(axes):
-        _draw_bars(ax, stages, column)
+        draw_bars(ax, stages, column)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
-
-
-def _draw_likelihood(ax: Axes, metrics: Sequence[Metrics], stages: Stages) -> None:
-    _draw_line(ax, metrics, "forget_nll", "forget answers", FORGET)
-    _draw_line(ax, metrics, "retain_nll", "retain answers", RETAIN)
-    if "gold" in stages:
-        gold = stages["gold"]["forget"].nll
-        ax.axhline(gold, color=FORGET, linestyle="--", linewidth=1.2)
-        ax.annotate(
-            "forget answers, to a model that never saw them",
-            (0, gold),
-            xycoords=("axes fraction", "data"),
-            xytext=(6, 4),
-            textcoords="offset points",
-            color=FORGET,
-            fontsize=9,
-        )
-    _finish(ax, "How unlikely the answers are", "NLL per answer token (nats)")
-    ax.set_ylim(
-        bottom=0, top=1.12 * max([*_values(metrics, "forget_nll"), *_values(metrics, "retain_nll"), ax.get_ylim()[1]])
-    )
-
-
-def _draw_objective(ax: Axes, metrics: Sequence[Metrics]) -> None:
-    _draw_line(ax, metrics, "forget_loss", "forget loss", FORGET)
-    _draw_line(ax, metrics, "retain_nll", "retain NLL", RETAIN)
-    _draw_line(ax, metrics, "retain_kl", "retain KL to the original", GREY)
-    # Three terms that span several powers of ten; forget losses other than npo can be negative.
-    positive = all(value > 0 for key in ("forget_loss", "retain_nll") for value in _values(metrics, key))
-    if positive and metrics:
-        ax.set_yscale("log", nonpositive="mask")  # the KL of the first step is 0
-    _finish(ax, "The terms of the objective", "nats, unweighted")
-
-
-def _draw_line(ax: Axes, metrics: Sequence[Metrics], key: str, label: str, colour: str) -> None:
-    """The logged values, and over many noisy ones their running mean."""
-    points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
-    if not points:
-        return
-    steps, values = zip(*points, strict=True)
-    window = max(1, len(values) // 25)
-    means = [sum(values[max(0, at + 1 - window) : at + 1]) / min(at + 1, window) for at in range(len(values))]
-    if window > 1:
-        ax.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-    ax.plot(steps, means, color=colour, linewidth=2, label=label, marker="o" if len(values) == 1 else None)
-
-
-def _draw_bars(ax: Axes, stages: Stages, column: int) -> None:
-    measure = MEASURES[column]
-    sets = list(next(iter(stages.values())))
-    width = 0.8 / len(stages)
-    spare = iter(SPARE_COLOURS)
-    for place, (stage, summaries) in enumerate(stages.items()):
-        values = [getattr(summaries[name], measure.field) for name in sets]
-        centres = [at + (place - (len(stages) - 1) / 2) * width for at in range(len(sets))]
-        colour = STAGE_COLOURS.get(stage) or next(spare, GREY)
-        bars = ax.bar(centres, values, width * 0.92, color=colour, label=STAGE_TITLES.get(stage, stage))
-        ax.bar_label(bars, [f"{value:.2f}" for value in values], fontsize=8, padding=2)
-    ax.set_xticks(range(len(sets)), sets, fontsize=11)
-    ax.set_title(measure.title[0].upper() + measure.title[1:], fontsize=11)
-    ax.set_ylim(0, 1.12 if measure.field != "nll" else 1.12 * max(ax.get_ylim()[1], 0.1))
-    ax.spines[["top", "right"]].set_visible(False)
-
-
-def _finish(ax: Axes, title: str, ylabel: str) -> None:
-    ax.set_title(title, fontsize=11)
-    ax.set_xlabel("optimiser step")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_ylabel(ylabel)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", alpha=0.25)
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(frameon=False, fontsize=9)
-
-
-def _values(metrics: Sequence[Metrics], key: str) -> list[float]:
-    return [line[key] for line in metrics if line.get(key) is not None]

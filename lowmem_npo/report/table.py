@@ -74,7 +74,7 @@ def text_table(stages: Stages) -> str:
             lines.append(rule)
         lines.append(line([row[0] if row[0] != previous else "", *row[1:]]))
         previous = row[0]
-    return "\n".join([*lines, rule, fill(_scope(stages), 80)])
+    return "\n".join([*lines, rule, fill(scope(stages), 80)])
 
 
 def markdown_table(stages: Stages) -> str:
@@ -82,7 +82,7 @@ def markdown_table(stages: Stages) -> str:
     header, *body = table_rows(stages)
     aligns = ["---", "---", *["---:"] * (len(header) - 3), "---"]
     lines = ["| " + " | ".join(row) + " |" for row in [header, aligns, *body]]
-    return "\n".join([*lines, "", _scope(stages)]) + "\n"
+    return "\n".join([*lines, "", scope(stages)]) + "\n"
 
 
 def save_table(stages: Stages, folder: Path, name: str = "before_after") -> list[Path]:
@@ -103,7 +103,7 @@ def stages_from_json(content: Mapping[str, Mapping[str, Mapping[str, float]]]) -
     return {stage: {name: AnswerSummary(**values) for name, values in sets.items()} for stage, sets in content.items()}
 
 
-def _scope(stages: Stages) -> str:
+def scope(stages: Stages) -> str:
     """How much was measured: a table of 64 rows must not be read as one of 1112."""
     first = next(iter(stages.values()))
     parts = []

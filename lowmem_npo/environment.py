@@ -1,0 +1,38 @@
+"""What a number depends on beside the data and the code: versions of the packages, and the machine's processors."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+import lowmem_npo
+
+PACKAGES = ("lowmem-npo", "torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "datasets",
+            "tokenizers", "safetensors", "flash-attn")  # fmt: skip
+
+
+def package_version(package: str) -> str | None:
+    """None: not installed."""
+    if package == "lowmem-npo":
+        return lowmem_npo.__version__  # also where it runs from its source
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Python, CUDA (where PyTorch has it) and every one of PACKAGES that is installed."""
+    found = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    found |= {package: package_version(package) for package in PACKAGES}
+    return {name: version for name, version in found.items() if version is not None}
+
+
+def processors() -> list[str]:
+    """The GPUs that PyTorch sees, as in "NVIDIA L4, sm_89, 22.0 GiB", or the CPU's architecture."""
+    if not torch.cuda.is_available():
+        return [f"CPU, {platform.machine()}"]
+    found = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+    return [f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.1f} GiB" for p in found]

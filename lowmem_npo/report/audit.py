@@ -1,0 +1,167 @@
+"""audit.json: what a run was made of and when, so that others can check it; no text of any row stands in it.
+
+A row is known by SHA-256(salt + its canonical form), the salt drawn once per run. Whoever holds a row can show that it
+was among the forgotten ones (`find_rows`); whoever does not would have to guess it letter by letter. The salt is stored
+beside the hashes, so very short or stereotyped rows can be guessed: that is what a check needs, and its price.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from lowmem_npo.config import RunConfig
+from lowmem_npo.data import Example, PreparedData, TokenizedRows, bundled_rows, read_rows, to_examples
+from lowmem_npo.environment import processors, versions
+from lowmem_npo.errors import UserError
+from lowmem_npo.files import file_sha256, write_atomically
+from lowmem_npo.model import resolve_name
+from lowmem_npo.model.saved_adapter import WEIGHTS
+from lowmem_npo.reference.identity import weights_fingerprint
+
+FILE = "audit.json"
+ALGORITHM = (
+    "SHA-256 of the salt's bytes followed by the row as ASCII JSON with sorted keys and no spaces: "
+    '{"answer":...,"prompt":...} (prompt null for plain text), or {"messages":[...]} for conversations'
+)
+FINGERPRINT = (
+    "hash of the frozen weights as they lay in memory: per tensor its name, shape, type, the sum of all its 32-bit "
+    "words and 256 of them; it tells other weights, but is no hash of every bit"
+)
+
+Audit = dict[str, Any]
+
+
+def row_hash(example: Example, salt: str) -> str:
+    """The row's hash. salt: hexadecimal."""
+    if example.messages is not None:
+        content: dict[str, Any] = {"messages": list(example.messages)}
+    else:
+        content = {"prompt": example.prompt, "answer": example.answer}
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(bytes.fromhex(salt) + canonical.encode("ascii")).hexdigest()
+
+
+def begin_audit(directory: Path, config: RunConfig, data: PreparedData, model: PeftModel) -> None:
+    """Writes what is known when training starts. A resumed run keeps its salt and adds a session."""
+    known = read_audit(directory) if config.output.resume else None
+    salt = known["forget_rows"]["salt"] if known else secrets.token_hex(16)
+    base = model.get_base_model()
+    parts = {"forget": (config.data.forget, data.forget), "retain": (config.data.retain, data.retain)}
+    audit = {
+        "configuration": config.flat(),
+        "seed": config.training.seed,
+        "model": {
+            "name": config.model.model,
+            "loaded": resolve_name(config.model.model)[0],
+            "revision": config.model.revision,
+            "commit": getattr(base.config, "_commit_hash", None),
+            "class": type(base).__name__,
+            "vocabulary": base.get_input_embeddings().weight.shape[0],
+            "weights": "4-bit NF4" if config.model.qlora else config.model.dtype,
+            "weights_fingerprint": weights_fingerprint(model),
+            "weights_fingerprint_is": FINGERPRINT,
+        },
+        "data": {part: _data_record(part, *told) for part, told in parts.items() if told[1] is not None},
+        "forget_rows": {
+            "algorithm": ALGORITHM,
+            "salt": salt,
+            "sha256": [row_hash(example, salt) for example in data.forget.examples],
+        },
+        "sessions": [*(known["sessions"] if known else []), _session()],
+        "adapter": None,
+        "optimizer_steps": None,
+    }
+    _write(directory, audit)
+
+
+def finish_audit(directory: Path, optimizer_steps: int) -> None:
+    """Adds the end of the session and the hash of the adapter, which must be written already."""
+    audit, weights = read_audit(directory), directory / WEIGHTS
+    session = audit["sessions"][-1]
+    session["ended"] = _now()
+    session["last_step"] = audit["optimizer_steps"] = optimizer_steps
+    audit["adapter"] = {"file": WEIGHTS, "sha256": file_sha256(weights), "bytes": weights.stat().st_size}
+    _write(directory, audit)
+
+
+def read_audit(directory: Path) -> Audit | None:
+    """The audit record of the run in `directory`; None if it has none. Raises UserError for a damaged one."""
+    try:
+        return json.loads((directory / FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"'{directory / FILE}' cannot be read as the audit record of a run: {error}.") from error
+
+
+def check_same_rows(directory: Path, data: PreparedData) -> None:
+    """Raises UserError if the run in `directory`, about to be resumed, began with other forget rows."""
+    audit = read_audit(directory)
+    if audit is None:
+        return
+    salt, hashes = audit["forget_rows"]["salt"], audit["forget_rows"]["sha256"]
+    if [row_hash(example, salt) for example in data.forget.examples] != hashes:
+        raise UserError(f"--resume: the forget rows have changed since the run in '{directory}' began; start anew.")
+
+
+def find_rows(audit: Audit, source: str) -> list[tuple[str, int | None]]:
+    """For every row of `source`, read as the run read its forget rows: where it stands, and its place (from 1) among
+    the rows that the run made the model forget, or None.
+
+    Raises UserError where `source` cannot be read.
+    """
+    configuration, known = audit["configuration"], audit["forget_rows"]
+    columns = {}
+    if configuration["forget"] is not None:
+        columns = {name: configuration[name] for name in ("prompt_column", "answer_column")}
+    places = {digest: place for place, digest in reversed(list(enumerate(known["sha256"], 1)))}
+    examples = to_examples(read_rows(source), **columns)
+    return [(example.where, places.get(row_hash(example, known["salt"]))) for example in examples]
+
+
+def seconds(sessions: Sequence[Mapping[str, Any]]) -> float | None:
+    """Duration of all sessions together, from start to end; None if one has no end, because it was killed."""
+    if any(session["ended"] is None for session in sessions):
+        return None
+    spans = [(datetime.fromisoformat(s["ended"]) - datetime.fromisoformat(s["started"])) for s in sessions]
+    return sum(span.total_seconds() for span in spans)
+
+
+def _data_record(part: str, source: str | None, rows: TokenizedRows) -> dict[str, Any]:
+    record = {"source": source, "rows": len(rows), "answer_tokens": rows.num_labels, "tokenised": rows.fingerprint}
+    if source is None:
+        bundled = resources.files("lowmem_npo.data.bundled") / f"{part}.jsonl"
+        return {**record, "source": bundled_rows(part, limit=1).name, "sha256": _sha256(bundled.read_bytes())}
+    path = Path(source).expanduser()
+    return {**record, "sha256": file_sha256(path) if path.is_file() else None}  # a hub name has no one file
+
+
+def _session() -> dict[str, Any]:
+    return {
+        "started": _now(),
+        "ended": None,
+        "last_step": None,
+        "processors": processors(),
+        "versions": versions(),
+    }
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _write(directory: Path, audit: Audit) -> None:
+    write_atomically(directory / FILE, json.dumps(audit, indent=1, ensure_ascii=False) + "\n")

@@ -1,0 +1,106 @@
+"""The panels as SVG that stands inside an HTML page: readable on a phone, sharp in print, spoken by a screen reader."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from lowmem_npo.report.figures import shown
+from lowmem_npo.report.metrics import Metrics
+from lowmem_npo.report.panels import STAGE_TITLES, draw_bars, draw_likelihood, draw_objective
+from lowmem_npo.report.table import MEASURES, Stages
+
+CURVES, BARS = (4.6, 3.1), (2.7, 2.5)  # inches of 96 CSS pixels: text is as large as the page's where a phone shows it
+# Text stays text, in the page's own font; the same drawing gives the same bytes.
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "lowmem-npo", "font.size": 9}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """`svg` is an <svg> element without script, links or outside resources; `alt` says in words what it shows."""
+
+    title: str
+    alt: str
+    svg: str
+
+
+def bar_pictures(stages: Stages) -> list[Picture]:
+    """A picture per measure of the before/after table; none where nothing was measured."""
+    if not stages:
+        return []
+    found = []
+    for column, measure in enumerate(MEASURES):
+        told = "; ".join(
+            f"{part}: " + ", ".join(f"{stage} {shown(getattr(stages[stage][part], measure.field))}" for stage in stages)
+            for part in next(iter(stages.values()))
+        )
+        title = measure.title[:1].upper() + measure.title[1:]
+        svg = _draw(f"bars{column}", BARS, lambda ax, column=column: draw_bars(ax, stages, column))
+        found.append(_picture(f"bars{column}", title, f"Bars. {told}.", svg))
+    return found
+
+
+def curve_pictures(metrics: Sequence[Metrics], stages: Stages) -> list[Picture]:
+    """How the answers' likelihoods and the objective's terms went, step by step; none where no step was logged."""
+    if not metrics:
+        return []
+    last = metrics[-1]["step"]
+    likelihood = _draw("likelihood", CURVES, lambda ax: draw_likelihood(ax, metrics, stages))
+    objective = _draw("objective", CURVES, lambda ax: draw_objective(ax, metrics))
+    return [
+        _picture("likelihood", "How unlikely the answers are", f"Curves over {last} optimiser steps. "
+                 + _course(metrics, forget_nll="forget answers' NLL", retain_nll="retain answers' NLL"), likelihood),
+        _picture("objective", "The terms of the objective", f"Curves over {last} optimiser steps. "
+                 + _course(metrics, forget_loss="forget loss", retain_kl="retain KL"), objective),
+    ]  # fmt: skip
+
+
+def stage_colours(stages: Stages) -> list[tuple[str, str]]:
+    """(title, colour) of each stage's bars, for the legend."""
+    figure = Figure()
+    ax = figure.add_subplot()
+    draw_bars(ax, stages, 0)
+    handles, _ = ax.get_legend_handles_labels()
+    colours = [matplotlib.colors.to_hex(handle.patches[0].get_facecolor()) for handle in handles]
+    return [(STAGE_TITLES.get(stage, stage), colour) for stage, colour in zip(stages, colours, strict=True)]
+
+
+def _course(metrics: Sequence[Metrics], **titles: str) -> str:
+    """Where each quantity began and where it ended, in words."""
+    told = []
+    for key, title in titles.items():
+        values = [line[key] for line in metrics if line.get(key) is not None]
+        if values:
+            told.append(f"{title} from {shown(values[0])} to {shown(values[-1])}")
+    return "; ".join(told) + "."
+
+
+def _draw(name: str, size: tuple[float, float], draw: Callable[[Axes], None]) -> str:
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasSVG(figure)  # not pyplot: no window, no global state
+        draw(figure.add_subplot())
+        written = io.StringIO()
+        figure.savefig(written, format="svg", transparent=True)
+    svg = written.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    # Several drawings in one page: the names inside each must be its own.
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    return re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
+
+
+def _picture(name: str, title: str, alt: str, svg: str) -> Picture:
+    labels = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(alt)}</desc>'
+    opening = f'<svg role="img" aria-labelledby="{name}-title {name}-desc" '
+    head, _, rest = svg.removeprefix("<svg ").partition(">")
+    return Picture(title, alt, f"{opening}{head}>{labels}{rest}")

@@ -1,0 +1,70 @@
+"""README.md beside the adapter: the model card that the hub and PEFT's users expect, without text of any row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+import lowmem_npo
+from lowmem_npo.report.content import EVIDENCE, Content
+from lowmem_npo.report.page import LIMITS, audit_lines
+from lowmem_npo.report.table import markdown_table
+
+TAGS = ("unlearning", "machine-unlearning", "npo", "lora", "lowmem-npo")
+METHOD = ("forget_term", "beta", "gamma", "delta", "normalization", "kl_direction", "lora_r", "lora_alpha",
+          "lora_targets", "lora_layers", "batch_size", "epochs", "max_steps", "lr", "seed", "max_length", "qlora",
+          "dtype")  # fmt: skip
+RECORD = ("Revision", "Commit", "Weights' fingerprint", "Adapter's SHA-256", "Optimiser steps", "Started, ended",
+          "Processors", "Versions", "Duration")  # fmt: skip
+
+
+def model_card(content: Content) -> str:
+    """The card's Markdown with its YAML header.
+
+    A base model in a local directory is named in the text only, without its path: the header is for the hub's names.
+    """
+    settings, audit = content.settings, content.audit
+    base = audit["model"]["loaded"] if audit else settings["model"]
+    local = Path(base).expanduser().is_dir()
+    data = ModelCardData(
+        base_model=None if local else base, library_name="peft", pipeline_tag="text-generation", tags=list(TAGS)
+    )
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )  # Markdown, not HTML: what comes from outside passes `code`
+    card = environment.get_template("model_card.md.jinja").render(
+        card_data=data.to_yaml(),
+        base=code(Path(base).name if local else base),
+        base_to_load=f"path/to/{Path(base).name}" if local else base,
+        local=local,
+        verdict=content.verdict,
+        evidence=EVIDENCE,
+        forget_term=settings.get("forget_term"),
+        settings=[(name, code(settings[name])) for name in METHOD if settings.get(name) is not None],
+        data=_data(audit),
+        table=markdown_table(content.stages) if content.stages else "",
+        leaks={test: found.get("meaning", "") for test, found in content.leaks.get("after", {}).items()},
+        limits=LIMITS[:3],
+        notes=content.notes,
+        audit=[(what, code(value)) for what, value, _ in audit_lines(audit) if what in RECORD] if audit else [],
+        version=lowmem_npo.__version__,
+    )
+    return str(ModelCard(card))  # refuses a header that the hub would refuse
+
+
+def code(value: Any) -> str:
+    """`value` as Markdown code, whatever characters are in it; in a table too."""
+    text = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return "`" + " ".join(text.replace("`", "'").replace("|", "/").split()) + "`"
+
+
+def _data(audit: dict[str, Any] | None) -> list[tuple[str, str, int, str]]:
+    """(part, name, rows, SHA-256 of the file, or of the tokenised rows where there is none)."""
+    found = []
+    for part, record in (audit["data"] if audit else {}).items():
+        name = Path(record["source"]).name if record["sha256"] else record["source"]
+        found.append((part, code(name), record["rows"], code(record["sha256"] or record["tokenised"])))
+    return found

@@ -1,0 +1,173 @@
+"""report.html: one file with its pictures inside, which loads nothing and runs nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+import lowmem_npo
+from lowmem_npo.evaluation import AnswerSummary
+from lowmem_npo.report.audit import seconds
+from lowmem_npo.report.content import EVALUATED, EVIDENCE, Content
+from lowmem_npo.report.figures import ANSWERS, LM_EVAL, LUME, MEMBERSHIP, TOFU, shown
+from lowmem_npo.report.inline_svg import bar_pictures, curve_pictures, stage_colours
+from lowmem_npo.report.table import scope
+from lowmem_npo.report.verdict import RULES
+
+LONGEST = 600  # characters of a text that an example shows
+TONES = {"good": "as wished", "mixed": "with reservations", "bad": "not as wished", "unknown": "not shown"}
+LEAK_WORDS = {
+    True: {"word": "traces found", "tone": "bad"},
+    False: {"word": "none found", "tone": "good"},
+    None: {"word": "cannot tell", "tone": "unknown"},
+}
+GROUPS = {
+    EVALUATED: ("Measured by lowmem-npo evaluate", ""),
+    LUME: ("LUME, SemEval-2025 Task 4", "Scored as the challenge's official script does, from greedy generations."),
+    MEMBERSHIP: ("Membership attack", ""),
+    TOFU: ("TOFU", "Defined as in open-unlearning."),
+    LM_EVAL: ("lm-eval", "What the model can do beyond the data of this run."),
+}
+LIMITS = (
+    "The original weights still know everything: only the adapter on them, or the merged model, has forgotten. Whoever "
+    "has the base model can leave the adapter off.",
+    "Answers are greedy continuations of the prompts of the data. Other wordings, languages, samples or a few steps of "
+    "fine-tuning may bring back what they do not.",
+    "What is not in the forget rows is not forgotten, however related.",
+    "before.json, after.json and the rows.jsonl of an evaluation, in the same directory, hold the text of the rows: "
+    "they are not to be passed on with this report.",
+)
+NO_GOLD = (
+    "The only full yardstick is a model that was never taught the forget rows. None was at hand, so whether the "
+    "figures on forget rows are what such a model would give is not known."
+)
+
+
+@dataclass(frozen=True)
+class Tile:
+    title: str
+    before: str
+    after: str
+    gold: str | None
+
+
+def render_page(content: Content, examples: int) -> str:
+    """The page. examples: rows of each set whose text is shown; 0 shows none."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"shown": shown, "text": shortened, "words": words, "leak_figures": leak_figures}
+    settings, after = content.settings, content.leaks.get("after") or content.leaks.get("before") or {}
+    return environment.get_template("report.html.jinja").render(
+        c=content,
+        directory=content.directory,
+        model_name=settings.get("model"),
+        tone=TONES[content.verdict.tone],
+        evidence=EVIDENCE,
+        rules=RULES,
+        tiles=list(_tiles(content.stages)),
+        answers=[figure for figure in content.figures if figure.group == ANSWERS],
+        scope=scope(content.stages) if content.stages else "",
+        legend=stage_colours(content.stages) if content.stages else [],
+        bars=bar_pictures(content.stages),
+        curves=curve_pictures(content.metrics, content.stages),
+        examples=content.examples(examples),
+        leak_tests=list(dict.fromkeys(test for tests in content.leaks.values() for test in tests)),
+        leak_meaning={test: found.get("meaning", "") for test, found in after.items()},
+        leak_words=LEAK_WORDS,
+        groups=list(_groups(content)),
+        limits=[*LIMITS, *([] if "gold" in content.stages else [NO_GOLD])],
+        audit_lines=list(audit_lines(content.audit)) if content.audit else [],
+        configuration=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip(),
+        version=lowmem_npo.__version__,
+    )
+
+
+def audit_lines(audit: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
+    """(what, value, whether it is a hash), for people; the rows' hashes are represented by one over all of them."""
+    model, adapter, sessions = audit["model"], audit["adapter"], audit["sessions"]
+    loaded = f", loaded as {model['loaded']}" if model["loaded"] != model["name"] else ""
+    yield "Base model", f"{model['name']}{loaded} ({model['class']}, {model['weights']})", False
+    for title, value in (("Revision", model["revision"]), ("Commit", model["commit"])):
+        if value:
+            yield title, value, True
+    yield "Weights' fingerprint", model["weights_fingerprint"], True
+    yield "", model["weights_fingerprint_is"], False
+    if adapter:
+        yield "Adapter", f"{adapter['file']}, {adapter['bytes']:,} bytes", False
+        yield "Adapter's SHA-256", adapter["sha256"], True
+    for part, data in audit["data"].items():
+        yield f"{part.capitalize()} data", f"{data['source']}, {data['rows']:,} rows", False
+        if data["sha256"]:
+            yield f"{part.capitalize()} file's SHA-256", data["sha256"], True
+        yield f"{part.capitalize()} rows as tokenised", data["tokenised"], True
+    hashes = audit["forget_rows"]
+    yield "Forget rows' hashes", f"{len(hashes['sha256']):,} in audit.json; SHA-256 over all of them:", False
+    yield "", hashlib.sha256("".join(hashes["sha256"]).encode()).hexdigest(), True
+    yield "Salt", hashes["salt"], True
+    yield "Seed", str(audit["seed"]), False
+    yield "Optimiser steps", str(audit["optimizer_steps"] or "not finished"), False
+    for session in sessions:
+        yield "Started, ended", f"{session['started']}, {session['ended'] or 'was cut off'}", False
+        yield "Processors", "; ".join(session["processors"]), False
+        yield "Versions", ", ".join(f"{name} {version}" for name, version in session["versions"].items()), False
+    if (duration := seconds(sessions)) is not None:
+        yield "Duration", f"{duration:.0f} seconds, measuring included", False
+
+
+def shortened(text: str) -> str:
+    """`text` for a page: without control characters, and cut where it is very long."""
+    text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates are no text
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n")).strip()
+    if len(text) > LONGEST:
+        return f"{text[:LONGEST]} … ({len(text) - LONGEST:,} more characters)"
+    return text or "(nothing)"
+
+
+def words(key: str) -> str:
+    """A key of a result file, for people."""
+    return key.replace("_", " ")
+
+
+def leak_figures(found: Mapping[str, Any]) -> str:
+    """A leak test's numbers in one line; lists of them are left to report.json."""
+    told = []
+    for key, value in found.items():
+        if isinstance(value, Mapping):
+            told.append(f"{words(key)} ({leak_figures(value)})")
+        elif isinstance(value, bool):
+            told.append(f"{words(key)} {'yes' if value else 'no'}" if key != "leaks" else "")
+        elif isinstance(value, int | float):
+            told.append(f"{words(key)} {value if isinstance(value, int) else shown(value)}")
+    return ", ".join(filter(None, told))
+
+
+def _tiles(stages: Mapping[str, Mapping[str, AnswerSummary]]) -> Iterator[Tile]:
+    if not {"before", "after"} <= set(stages):
+        return
+    measures = {
+        "answers said word for word": lambda s: f"{round(s.exact_match * s.rows)} of {s.rows}",
+        "answers, NLL per token": lambda s: f"{s.nll:.2f}",
+    }
+    for part in stages["after"]:
+        for title, told in measures.items():
+            gold = told(stages["gold"][part]) if "gold" in stages and part in stages["gold"] else None
+            yield Tile(f"{part.capitalize()} {title}", told(stages["before"][part]), told(stages["after"][part]), gold)
+
+
+def _groups(content: Content) -> Iterator[dict[str, Any]]:
+    for name, (title, note) in GROUPS.items():
+        if figures := [figure for figure in content.figures if figure.group == name]:
+            stages = list(dict.fromkeys(stage for figure in figures for stage in figure.values))
+            yield {"title": title, "note": note, "figures": figures, "stages": stages}
