@@ -249,6 +249,9 @@ class OutputConfig:
     """Rows that are generated together when measuring."""
     preview: int | None = None
     """Print so many tokenised examples of each set, with what is labelled, and stop."""
+    report_examples: int = 3
+    """Rows of each set whose text report.html shows, beside what the model made of them; 0 shows none. No other part of
+    the report ever holds text of a row."""
     dry_run: bool = False
     """Print the resolved run, check data, model and disk, and stop."""
 

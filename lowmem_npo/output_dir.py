@@ -18,7 +18,7 @@ from lowmem_npo.files import write_atomically
 
 # A resumed run may be longer, stand elsewhere, or measure more; everything else would make it another run.
 MAY_CHANGE = (
-    "output_dir", "epochs", "max_steps", "eval_rows", "eval_batch_size", "micro_batch_size", "device",
+    "output_dir", "epochs", "max_steps", "eval_rows", "eval_batch_size", "report_examples", "micro_batch_size", "device",
     *(f.name for f in fields(MemoryConfig)),
 )  # fmt: skip
 

@@ -19,9 +19,11 @@ from lowmem_npo.model import attach_lora, load_model, load_tokenizer, reference_
 from lowmem_npo.model.loading import DTYPES, load_config, resolve_device
 from lowmem_npo.output_dir import RunDirectory, check_disk
 from lowmem_npo.reference import check_cache_space
+from lowmem_npo.report.audit import begin_audit, check_same_rows, finish_audit
 from lowmem_npo.report.console import ConsoleProgress
 from lowmem_npo.report.metrics import MetricsWriter
 from lowmem_npo.report.table import save_table, text_table
+from lowmem_npo.report.write import write_report
 from lowmem_npo.trainer import NPOConfig, NPOTrainer
 
 Say = Callable[[str], None]
@@ -96,6 +98,8 @@ def plan_run(config: RunConfig, say: Say) -> RunPlan | None:
         return None
     directory = RunDirectory(config)
     directory.check()
+    if config.output.resume:
+        check_same_rows(directory.path, data)
     check_disk(config, model_config)
     if config.reference_dir is not None:
         dtype = DTYPES[config.model.dtype]
@@ -128,6 +132,8 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
         trainer.remove_callback(default)
     directory.begin(main_process)
     say(f"{plan.sentence}; {model.get_nb_trainable_parameters()[0]:,} adapter parameters.")
+    if main_process:
+        begin_audit(directory.path, config, data, model)
 
     before: Evaluations = {}
     if config.output.eval_rows and main_process:
@@ -152,7 +158,10 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
         }
         save_table(stages, directory.path)
         say("\n" + text_table(stages))
-    say(f"\nThe adapter, its configuration and the measurements are in {directory.path}")
+    if main_process:
+        finish_audit(directory.path, trainer.state.global_step)
+        write_report(directory.path)
+    say(f"\nThe adapter and the measurements are in {directory.path}; what they mean is in its report.html.")
     return RunResult(directory.path, before, after, trainer.state.global_step)
 
 
