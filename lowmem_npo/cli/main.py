@@ -15,6 +15,12 @@ def _train(arguments: Sequence[str]) -> None:
     main(arguments)
 
 
+def _sweep(arguments: Sequence[str]) -> None:
+    from lowmem_npo.cli.sweep import main
+
+    main(arguments)
+
+
 def _demo(arguments: Sequence[str]) -> None:
     from lowmem_npo.cli.demo import main
 
@@ -23,6 +29,12 @@ def _demo(arguments: Sequence[str]) -> None:
 
 def _evaluate(arguments: Sequence[str]) -> None:
     from lowmem_npo.cli.evaluate import main
+
+    main(arguments)
+
+
+def _merge(arguments: Sequence[str]) -> None:
+    from lowmem_npo.cli.merge import main
 
     main(arguments)
 
@@ -42,8 +54,10 @@ def _env(arguments: Sequence[str]) -> None:
 # Each imports its command only when it runs, so that `--help` answers at once.
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_train, "make a model forget: adapter, metrics, before/after table"),
+    "sweep": (_sweep, "train over a grid of settings and seeds: mean and standard deviation as table and picture"),
     "demo": (_demo, "the whole job on a small model trained here, with the gold standard (about 3 minutes on 2 cores)"),
-    "evaluate": (_evaluate, "what a model has forgotten and kept: LUME and TOFU scores, membership attack, MMLU"),
+    "evaluate": (_evaluate, "what a model has forgotten and kept: LUME and TOFU scores, leak tests, MMLU"),
+    "merge": (_merge, "work an adapter into its base model's weights, file by file on the CPU"),
     "estimate": (_estimate, "the memory a run takes, before it starts; with --budget the switches that make it fit"),
     "env": (_env, "versions, GPU and memory, for bug reports"),
 }
