@@ -255,6 +255,10 @@ class OutputConfig:
     dry_run: bool = False
     """Print the resolved run, check data, model and disk, and stop."""
 
+    def __post_init__(self) -> None:
+        if self.report_examples < 0:
+            raise UserError(f"--report-examples must be 0 or more, not {self.report_examples}.")
+
 
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
