@@ -113,15 +113,18 @@ def check_same_rows(directory: Path, data: PreparedData) -> None:
         raise UserError(f"--resume: the forget rows have changed since the run in '{directory}' began; start anew.")
 
 
-def find_rows(audit: Audit, source: str) -> list[tuple[str, int | None]]:
-    """For every row of `source`, read as the run read its forget rows: where it stands, and its place (from 1) among
-    the rows that the run made the model forget, or None.
+def find_rows(directory: Path, source: str) -> list[tuple[str, int | None]]:
+    """For every row of `source`, read as the run in `directory` read its forget rows: where it stands, and its place
+    (from 1) among those rows, or None.
 
-    Raises UserError where `source` cannot be read.
+    Raises UserError where there is no audit record, or where `source` cannot be read.
     """
+    audit = read_audit(directory)
+    if audit is None:
+        raise UserError(f"There is no audit record in '{directory}' (no {FILE}): give the directory of a training run.")
     configuration, known = audit["configuration"], audit["forget_rows"]
     columns = {}
-    if configuration["forget"] is not None:
+    if configuration["forget"] is not None:  # the bundled rows need no names
         columns = {name: configuration[name] for name in ("prompt_column", "answer_column")}
     places = {digest: place for place, digest in reversed(list(enumerate(known["sha256"], 1)))}
     examples = to_examples(read_rows(source), **columns)

@@ -22,6 +22,8 @@ def write_report(directory: Path, examples: int | None = None) -> Content:
 
     Raises UserError where there is no run, where a file of it is damaged, or where nothing can be written.
     """
+    if examples is not None and examples < 0:
+        raise UserError(f"--examples must be 0 or more, not {examples}.")
     content = read_content(directory)
     if examples is None:
         examples = content.settings.get("report_examples", DEFAULT_EXAMPLES)
