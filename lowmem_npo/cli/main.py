@@ -39,6 +39,12 @@ def _merge(arguments: Sequence[str]) -> None:
     main(arguments)
 
 
+def _report(arguments: Sequence[str]) -> None:
+    from lowmem_npo.cli.report import main
+
+    main(arguments)
+
+
 def _estimate(arguments: Sequence[str]) -> None:
     from lowmem_npo.cli.estimate import main
 
@@ -58,6 +64,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "demo": (_demo, "the whole job on a small model trained here, with the gold standard (about 3 minutes on 2 cores)"),
     "evaluate": (_evaluate, "what a model has forgotten and kept: LUME and TOFU scores, leak tests, MMLU"),
     "merge": (_merge, "work an adapter into its base model's weights, file by file on the CPU"),
+    "report": (_report, "write a run's report anew, with what was evaluated since; prove that rows were forgotten"),
     "estimate": (_estimate, "the memory a run takes, before it starts; with --budget the switches that make it fit"),
     "env": (_env, "versions, GPU and memory, for bug reports"),
 }
