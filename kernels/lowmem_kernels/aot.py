@@ -1,16 +1,24 @@
-"""Which kernels the engines would start on a given GPU, ready for ahead-of-time compilation: no GPU is needed.
+"""Every kernel the engines would start on a given GPU, compiled ahead of time: no GPU is needed.
 
-    for specimen in specimens((8, 6)):
-        compiled = specimen.compile()
-        compiled.metadata.shared, compiled.n_regs ...
+    python -m lowmem_kernels.aot 8.6 9.0         registers, spills and shared memory on these compute capabilities
+    python -m lowmem_kernels.aot --every-option  on all of GPUS, and with every dtype and option that changes the code
+
+One line per kernel; the exit code is 1 if one spills registers or takes more shared memory than the GPU has.
 
 The engines themselves are run, on meta tensors, and their launches recorded: what is compiled is what would be started.
 Needs a process without TRITON_INTERPRET (there are no kernels to compile in the interpreter).
 """
 
+import argparse
 import itertools
-from collections.abc import Iterator
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,12 +29,56 @@ from triton.compiler import ASTSource
 from lowmem_kernels import FrozenHead, retain_loss, token_kl, token_logprobs
 from lowmem_kernels.launch import recording
 
+GPUS = {  # compute capability: the most shared memory of one program, in bytes
+    (8, 0): 163 * 1024,  # A100
+    (8, 6): 99 * 1024,  # RTX 3090, A10
+    (8, 9): 99 * 1024,  # RTX 4090, L4
+    (9, 0): 227 * 1024,  # H100
+    (10, 0): 227 * 1024,  # B200
+    (12, 0): 99 * 1024,  # RTX 5090
+}
 POINTER = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.int64: "*i64",
 }
+
+
+class Resources(NamedTuple):
+    """What a compiled kernel takes: registers and bytes of spilled registers per thread, bytes of shared memory."""
+
+    registers: int
+    spilled: int
+    shared: int
+
+    def exceed(self, capability: tuple[int, int]) -> bool:
+        return self.spilled > 0 or self.shared > GPUS[capability]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A head and a dtype; V and d that 16 divides, or that it does not."""
+
+    dtype: torch.dtype
+    options: bool  # bias and softcap
+    even: bool
+
+    def __str__(self) -> str:
+        parts = [
+            str(self.dtype).removeprefix("torch."),
+            "bias and softcap" * self.options,
+            "odd V and d" * (not self.even),
+        ]
+        return ", ".join(part for part in parts if part)
+
+
+PLAIN = Variant(torch.bfloat16, options=False, even=True)
+VARIANTS = tuple(
+    Variant(dtype, options, even=not options)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    for options in (False, True)
+)
 
 
 @dataclass(frozen=True)
@@ -43,46 +95,56 @@ class Specimen:
     capability: tuple[int, int]
 
     def compile(self):
-        """The CompiledKernel: `metadata.shared` is its shared memory in bytes, `asm["cubin"]` its machine code."""
+        """The CompiledKernel; `asm["cubin"]` is its machine code."""
         major, minor = self.capability
         source = ASTSource(self.kernel, self.signature, self.constexprs, self.attrs)
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return triton.compile(source, target=GPUTarget("cuda", 10 * major + minor, 32), options=options)
 
+    def resources(self) -> Resources:
+        """Compiles it, and reads from the machine code what it takes. Spilled registers are on the stack."""
+        compiled = self.compile()
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text).groups())
+        return Resources(registers, max(stack, local), compiled.metadata.shared)
+
 
 def specimens(capability: tuple[int, int], *, every_option: bool = True) -> Iterator[Specimen]:
-    """Every distinct kernel for this capability; with every_option=False only those of a plain bfloat16 head."""
+    """Every distinct kernel for this capability; with every_option=False those of a plain bfloat16 head only."""
     seen = set()
-    dtypes = (torch.bfloat16, torch.float16, torch.float32) if every_option else (torch.bfloat16,)
-    options = itertools.product((False, True), (None, 30.0), (50304, 50277)) if every_option else [(False, None, 50304)]
-    for dtype, (bias, softcap, vocabulary) in itertools.product(dtypes, options):
-        for problem, launches in _launches(capability, dtype, bias, softcap, vocabulary):
+    for variant in VARIANTS if every_option else (PLAIN,):
+        for problem, launches in _launches(capability, variant, every_option):
             for kernel, arguments in launches:
-                name = f"{kernel.fn.__name__}: {problem}, {dtype}, V {vocabulary}"
-                name += f"{', bias' if bias else ''}{', softcap' if softcap else ''}"
+                name = f"{kernel.fn.__name__}: {problem}, {variant}"
                 specimen = _specimen(name, kernel, dict(arguments), capability)
-                key = str((kernel.fn.__name__, specimen.signature, specimen.constexprs, specimen.attrs))
+                options = specimen.num_warps, specimen.num_stages
+                key = str((kernel.fn.__name__, specimen.signature, specimen.constexprs, specimen.attrs, options))
                 if key not in seen:
                     seen.add(key)
                     yield specimen
 
 
-def _launches(capability, dtype, bias, softcap, vocabulary) -> Iterator[tuple[str, list]]:
+def _launches(capability, variant: Variant, both_directions: bool) -> Iterator[tuple[str, list]]:
     """What each public function starts, by the name of the problem."""
 
-    def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+    def meta(*shape: int, dtype: torch.dtype = variant.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    n, d = 300, 4096
-    head = FrozenHead(meta(vocabulary, d), meta(vocabulary) if bias else None, softcap)
-    targets = meta(n, dtype=torch.int64)
-    for engine, need_grad in itertools.product(("chunks", "tiles"), (True, False)):
+    v, d = (50304, 4096) if variant.even else (50277, 4007)
+    head = FrozenHead(meta(v, d), meta(v) if variant.options else None, 30.0 if variant.options else None)
+    directions = ("policy-reference", "reference-policy") if both_directions else ("policy-reference",)
+    for engine, n, need_grad in itertools.product(("chunks", "tiles"), (300, 8), (True, False)):
         hidden, ref_hidden = meta(n, d).requires_grad_(need_grad), meta(n, d)
-        where = f"{engine} {'with' if need_grad else 'without'} gradient"
+        targets = meta(n, dtype=torch.int64)
+        where = f"{engine} {'with' if need_grad else 'without'} gradient, {n} tokens"
         with recording(capability) as record:
             token_logprobs(hidden, head, targets, engine=engine)
         yield f"logprobs, {where}", record.launches
-        for direction in ("policy-reference", "reference-policy"):
+        for direction in directions:
             with recording(capability) as record:
                 token_kl(hidden, ref_hidden, head, direction=direction, engine=engine)
             yield f"kl {direction}, {where}", record.launches
@@ -111,3 +173,26 @@ def _specimen(name: str, kernel, arguments: dict, capability: tuple[int, int]) -
         else:
             signature[parameter.name] = "fp32"
     return Specimen(name, kernel, signature, constexprs, attrs, num_warps, num_stages, capability)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("gpus", nargs="*", default=[f"{a}.{b}" for a, b in GPUS], help="capabilities, such as 8.6")
+    parser.add_argument("--every-option", action="store_true", help="every dtype and option, both directions of the KL")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("unset TRITON_INTERPRET: the interpreter has no kernels to compile")
+    too_much = 0
+    for gpu in options.gpus:
+        capability = tuple(map(int, gpu.split(".")))
+        for specimen in specimens(capability, every_option=options.every_option):
+            found = specimen.resources()
+            too_much += found.exceed(capability)
+            verdict = "TOO MUCH" if found.exceed(capability) else "ok"
+            size = f"{found.registers:>3} registers  {found.spilled:>4} B spilled  {found.shared:>6} B shared"
+            print(f"{gpu:<5} {verdict:<9} {size}  {specimen.name}", flush=True)
+    return 1 if too_much else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

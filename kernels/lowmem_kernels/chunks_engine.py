@@ -1,9 +1,9 @@
 """The training engine: cuBLAS products over a chunk of tokens x the whole vocabulary, and a Triton kernel on its rows.
 
 For each chunk: logits = h W^T in float32, the row kernel makes them the gradient's rows in place, and one product with
-W gives the rows of d/dh. With the KL, the hidden states of policy and reference are stacked: one reading of W gives both
-models' logits. The work of 2 products for log-probabilities, 3 with the KL: nothing is recomputed. The workspace is
-that of one chunk, allocated once per call.
+W gives the rows of d/dh. With the KL, the hidden states of policy and reference are stacked: one reading of W gives
+both models' logits. The work of 2 products for log-probabilities, 3 with the KL: nothing is recomputed. The
+workspace is that of one chunk, allocated once per call.
 """
 
 from dataclasses import asdict

@@ -12,6 +12,10 @@ if not torch.cuda.is_available():
 from lowmem_kernels import chunks_engine, row_kernel, tile_config, tiles_engine  # noqa: E402
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all-gpus", action="store_true", help="compile every kernel for every GPU: about an hour")
+
+
 @pytest.fixture(params=["torch", "chunks", "tiles"])
 def engine(request) -> str:
     """Every engine in turn."""
