@@ -16,6 +16,7 @@ import yaml
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.sizes import parse_size
+from lowmem_npo.stopping.conditions import Condition, parse_conditions
 
 ForgetTerm = Literal["npo", "ga", "simnpo", "idk"]
 Normalization = Literal["sequence", "token", "length"]
@@ -236,6 +237,33 @@ class TrainingConfig:
 
 
 @dataclass
+class StoppingConfig:
+    """Stopping: a run that is measured while it trains, stops in time, and keeps its best adapter."""
+
+    stop_when: tuple[str, ...] = ()
+    """Stop as soon as one of these holds. forget-at-holdout: the forget answers are as unlikely as the
+    holdout's were before. mia-crosses: the loss no longer tells forget rows from the holdout's (AUC 0.5).
+    retain-loss+10%: the retain answers' NLL is up by so much over before (retain-loss+0.05: by so many nats per token).
+    Kept is the adapter nearest to the first of the former two, of those within the limit on the retain loss; with that
+    limit alone, the last such."""
+    eval_every: int | None = None
+    """Measure for --stop-when after so many optimiser steps. Default: after every epoch."""
+
+    def __post_init__(self) -> None:
+        self.stop_when = (self.stop_when,) if isinstance(self.stop_when, str) else tuple(self.stop_when)
+        _ = self.conditions  # malformed ones raise here
+        if self.eval_every is not None and self.eval_every < 1:
+            raise UserError(f"--eval-every must be at least 1 step, not {self.eval_every}.")
+        if self.eval_every is not None and not self.stop_when:
+            raise UserError("--eval-every says how often --stop-when looks: give both, or none.")
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """`stop_when`, understood."""
+        return parse_conditions(self.stop_when)
+
+
+@dataclass
 class OutputConfig:
     """Output: where results go and how much is measured."""
 
@@ -267,6 +295,7 @@ SECTIONS: dict[str, type] = {
     "adapter": AdapterConfig,
     "memory": MemoryConfig,
     "training": TrainingConfig,
+    "stopping": StoppingConfig,
     "output": OutputConfig,
 }
 # They say what this invocation does, not what the run is: never written to the run's configuration.
@@ -283,6 +312,7 @@ class RunConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    stopping: StoppingConfig = field(default_factory=StoppingConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     trainer_args: dict[str, Any] = field(default_factory=dict)
     """Further fields of `transformers.TrainingArguments`, by their own names (warmup_steps, logging_steps, ...)."""
@@ -294,6 +324,12 @@ class RunConfig:
                 f"{given} is given but {missing} is not: give both, give neither (then the bundled biographies are "
                 "used), or switch the retain terms off with --gamma 0 --delta 0."
             )
+        for condition in self.stopping.conditions:
+            needed = condition.needs
+            if self.data.forget is not None and getattr(self.data, needed) is None:
+                raise UserError(f"--stop-when {condition.text} measures {needed} rows: give --{needed}.")
+        if self.stopping.stop_when and self.output.eval_rows < 1:
+            raise UserError("--stop-when measures up to --eval-rows rows of each set: give at least 1.")
 
     @property
     def output_dir(self) -> Path:
@@ -314,6 +350,7 @@ class RunConfig:
         settings = {name: value for name, value in settings.items() if name not in INVOCATION_ONLY}
         settings["lora_targets"] = list(settings["lora_targets"])
         settings["lora_layers"] = list(settings["lora_layers"]) or None
+        settings["stop_when"] = list(settings["stop_when"]) or None
         return {**settings, **self.trainer_args}
 
     def to_yaml(self) -> str:

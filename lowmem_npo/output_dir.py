@@ -33,6 +33,11 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self._adapter = self.path / "adapter_model.safetensors"  # written last
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether the run has written its adapter, which it does last but for the measurements after it."""
+        return self._adapter.exists()
+
     def check(self) -> None:
         """Raises a UserError unless this run may write here; writes nothing."""
         if self.path.exists() and not self.path.is_dir():
@@ -74,7 +79,7 @@ class RunDirectory:
 
         The Trainer writes the state last, so a checkpoint without it was cut off while being written; it is removed.
         """
-        checkpoints = sorted(self.path.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+        checkpoints = sorted(self.path.glob("checkpoint-*"), key=step_of, reverse=True)
         for checkpoint in checkpoints:
             try:
                 json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
@@ -106,6 +111,11 @@ def read_evaluations(path: Path, stage: str) -> dict[str, AnswerEvaluation]:
     }
 
 
+def step_of(checkpoint: str | Path | None) -> int:
+    """The optimiser step after which `checkpoint` was written; 0 for None."""
+    return 0 if checkpoint is None else int(Path(checkpoint).name.rpartition("-")[2])
+
+
 def check_disk(config: RunConfig, model: PretrainedConfig) -> None:
     """Raises a UserError if the output directory's disk cannot hold what the run writes at most.
 
@@ -117,7 +127,8 @@ def check_disk(config: RunConfig, model: PretrainedConfig) -> None:
     targets = 7 if config.adapter.lora_targets == ("all-linear",) else len(config.adapter.lora_targets)
     adapter = 4 * config.adapter.lora_r * (text.hidden_size + wide) * targets * text.num_hidden_layers
     checkpoints = (config.trainer_args.get("save_total_limit") or 2) + 1  # one is written before the oldest is removed
-    needed = adapter * (1 + 3 * checkpoints) + 64 * 2**20  # and tokenizer, metrics, configuration
+    best = 2 if config.stopping.stop_when else 0  # the best adapter so far, and the one before until a checkpoint
+    needed = adapter * (1 + best + 3 * checkpoints) + 64 * 2**20  # and tokenizer, metrics, configuration
     path = config.output_dir.absolute()
     free = shutil.disk_usage(next(p for p in [path, *path.parents] if p.exists())).free
     if free < needed:

@@ -13,21 +13,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from lowmem_npo.config import RunConfig
 from lowmem_npo.data import PreparedData, prepare, preview
 from lowmem_npo.estimate.elsewhere import keep_budget, watched
-from lowmem_npo.evaluation.answers import AnswerEvaluation, evaluate_answers
+from lowmem_npo.evaluation.answers import AnswerEvaluation, choose_rows, evaluate_answers
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model, load_tokenizer, reference_mode, resolve_name
 from lowmem_npo.model.loading import DTYPES, load_config, resolve_device
-from lowmem_npo.output_dir import RunDirectory, check_disk
+from lowmem_npo.output_dir import RunDirectory, check_disk, step_of
 from lowmem_npo.reference import check_cache_space
 from lowmem_npo.report.audit import begin_audit, check_same_rows, finish_audit
 from lowmem_npo.report.console import ConsoleProgress
 from lowmem_npo.report.metrics import MetricsWriter
 from lowmem_npo.report.table import save_table, text_table
 from lowmem_npo.report.write import write_report
+from lowmem_npo.stopping.callback import StopOutcome, Stopping
 from lowmem_npo.trainer import NPOConfig, NPOTrainer
 
 Say = Callable[[str], None]
 Evaluations = dict[str, AnswerEvaluation]
+Inputs = tuple[PreTrainedTokenizerBase, PreparedData]
 
 
 @dataclass
@@ -38,6 +40,7 @@ class RunResult:
     before: Evaluations
     after: Evaluations
     optimizer_steps: int
+    stopping: StopOutcome | None = None
 
 
 @dataclass
@@ -77,9 +80,11 @@ def is_main_process(config: RunConfig) -> bool:
     return PartialState(cpu=resolve_device(config.model.device).type == "cpu").is_main_process
 
 
-def plan_run(config: RunConfig, say: Say) -> RunPlan | None:
+def plan_run(config: RunConfig, say: Say, inputs: Inputs | None = None) -> RunPlan | None:
     """Everything that can be wrong with data, options, model name and directory is found here, before the first byte is
     written and before the weights are loaded. Returns None after --preview and --dry-run.
+
+    inputs: tokenizer and data of an earlier plan of the same model and data, which are then not read again.
 
     Raises:
         UserError: as for `train`.
@@ -87,8 +92,10 @@ def plan_run(config: RunConfig, say: Say) -> RunPlan | None:
     if line := resolve_name(config.model.model)[1]:
         say(line)
     model_config = load_config(config.model)
-    tokenizer = load_tokenizer(config.model)
-    data = prepare_data(config, tokenizer)
+    if inputs is None:
+        tokenizer = load_tokenizer(config.model)
+        inputs = tokenizer, prepare_data(config, tokenizer)
+    tokenizer, data = inputs
     for line in data.report:
         say(line)
     if config.output.preview is not None:
@@ -114,7 +121,8 @@ def plan_run(config: RunConfig, say: Say) -> RunPlan | None:
 
 
 def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
-    """The run itself. `base`, as `load_model` gives it, is left with its adapter and its memory switches thrown."""
+    """The run itself. `base`, as `load_model` gives it, is left with its adapter and its memory switches thrown
+    (`lowmem_npo.sweep.lent` undoes that)."""
     config, directory, data, tokenizer = plan.config, plan.directory, plan.data, plan.tokenizer
     main_process = is_main_process(config)
     set_seed(config.training.seed)
@@ -130,6 +138,9 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
     )
     for default in (ProgressCallback, PrinterCallback):  # ours takes their place
         trainer.remove_callback(default)
+    stopping = _stopping(plan, model, say)
+    if stopping is not None:
+        trainer.add_callback(stopping)
     directory.begin(main_process)
     say(f"{plan.sentence}; {model.get_nb_trainable_parameters()[0]:,} adapter parameters.")
     if main_process:
@@ -144,8 +155,11 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
             directory.save_evaluations("before", before)
     PartialState().wait_for_everyone()
 
-    with watched(config, data, trainer.args.device, say):
-        trainer.train(resume_from_checkpoint=directory.last_checkpoint() if config.output.resume else None)
+    checkpoint = directory.last_checkpoint() if config.output.resume else None
+    if stopping is None or not stopping.resume(step_of(checkpoint)):
+        with watched(config, data, trainer.args.device, say):
+            trainer.train(resume_from_checkpoint=checkpoint)
+    outcome = stopping.finish() if stopping is not None and main_process else None
     trainer.save_model(str(directory.path))
 
     after: Evaluations = {}
@@ -158,11 +172,12 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
         }
         save_table(stages, directory.path)
         say("\n" + text_table(stages))
+    steps = trainer.state.global_step if outcome is None else outcome.last.step
     if main_process:
-        finish_audit(directory.path, trainer.state.global_step)
+        finish_audit(directory.path, steps)
         write_report(directory.path)
     say(f"\nThe adapter and the measurements are in {directory.path}; what they mean is in its report.html.")
-    return RunResult(directory.path, before, after, trainer.state.global_step)
+    return RunResult(directory.path, before, after, steps, outcome)
 
 
 def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
@@ -206,6 +221,28 @@ def npo_config(config: RunConfig) -> NPOConfig:
     if "save_steps" in config.trainer_args:  # asking for a number of steps means it
         settings["save_strategy"] = "steps"
     return NPOConfig(**{**settings, **config.trainer_args})
+
+
+def _stopping(plan: RunPlan, model: PeftModel, say: Say) -> Stopping | None:
+    """What --stop-when asks for; None if nothing. It measures the rows that are measured before and after, too."""
+    config, data = plan.config, plan.data
+    if not config.stopping.stop_when:
+        return None
+    sets = {"forget": data.forget, "retain": data.retain, "holdout": data.holdout}
+    chosen = {
+        name: [rows[i] for i in choose_rows(len(rows), config.output.eval_rows, config.training.seed)]
+        for name, rows in sets.items()
+        if rows is not None
+    }
+    return Stopping(
+        config.stopping.conditions,
+        model,
+        chosen,
+        plan.directory.path,
+        every=config.stopping.eval_every,
+        batch_size=config.output.eval_batch_size,
+        say=say,
+    )
 
 
 def _evaluate(plan: RunPlan, model: PeftModel, stage: str) -> Evaluations:

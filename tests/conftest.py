@@ -73,3 +73,11 @@ def small_demo(tmp_path_factory):
 
     said = []
     return run_demo(tmp_path_factory.mktemp("demo"), recipe=SMALL, device="cpu", say=said.append), "\n".join(said)
+
+
+@pytest.fixture(scope="session")
+def taught_model(tmp_path_factory) -> Path:
+    """A directory with a tiny OLMo that recites the first twelve bundled forget and retain rows (see `taught.py`)."""
+    from taught import teach_tiny
+
+    return teach_tiny(tmp_path_factory.mktemp("taught") / "model")

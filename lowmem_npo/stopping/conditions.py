@@ -1,0 +1,136 @@
+"""What `--stop-when` means: conditions on a run's evaluations, and which of the evaluated adapters was the best.
+
+There are two kinds. A goal says that enough is forgotten; a limit says that too much was lost. Each is a gap that
+shrinks from above: at or below 0 the condition holds, and the run stops. A figure that is not a number holds as well,
+since nothing good comes after it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lowmem_npo.errors import UserError
+
+SYNTAX = "forget-at-holdout, mia-crosses, retain-loss+10% or retain-loss+0.05"
+
+
+@dataclass(frozen=True)
+class StopEvaluation:
+    """One measurement of a run, at `step` (0: before training). NLLs are means over answer tokens, in nats."""
+
+    step: int
+    epoch: float
+    forget_nll: float
+    retain_nll: float | None = None
+    holdout_nll: float | None = None
+    membership_auc: float | None = None
+    """Chance that a forget row's answer is likelier than a holdout row's: the LOSS attack (Yeom et al. 2018)."""
+
+
+@dataclass(frozen=True)
+class ForgetAtHoldout:
+    """Goal: the forget answers are as unlikely as never-taught answers are to the original model.
+
+    The original, since training moves the holdout's level too: a model that collapses would never be seen to reach it.
+    """
+
+    kind: Literal["goal"] = "goal"
+    needs: Literal["holdout"] = "holdout"
+    text: str = "forget-at-holdout"
+
+    def gap(self, now: StopEvaluation, start: StopEvaluation) -> float:
+        return start.holdout_nll - now.forget_nll
+
+    def told(self, now: StopEvaluation, start: StopEvaluation) -> str:
+        return f"forget NLL {now.forget_nll:.3f}, the holdout's was {start.holdout_nll:.3f} before"
+
+
+@dataclass(frozen=True)
+class MembershipCrosses:
+    """Goal: the loss no longer tells forget rows from rows that were never taught."""
+
+    kind: Literal["goal"] = "goal"
+    needs: Literal["holdout"] = "holdout"
+    text: str = "mia-crosses"
+
+    def gap(self, now: StopEvaluation, start: StopEvaluation) -> float:
+        return now.membership_auc - 0.5
+
+    def told(self, now: StopEvaluation, start: StopEvaluation) -> str:
+        return f"membership AUC {now.membership_auc:.3f}"
+
+
+@dataclass(frozen=True)
+class RetainLoss:
+    """Limit: the retain answers' NLL is up by `rise`, a share of what it was before, or nats per token."""
+
+    text: str
+    rise: float
+    relative: bool
+    kind: Literal["limit"] = "limit"
+    needs: Literal["retain"] = "retain"
+
+    def gap(self, now: StopEvaluation, start: StopEvaluation) -> float:
+        allowed = start.retain_nll + self.rise * (start.retain_nll if self.relative else 1)
+        return allowed - now.retain_nll
+
+    def told(self, now: StopEvaluation, start: StopEvaluation) -> str:
+        return f"retain NLL {now.retain_nll:.3f}, before {start.retain_nll:.3f}"
+
+
+Condition = ForgetAtHoldout | MembershipCrosses | RetainLoss
+
+
+def parse_conditions(texts: Sequence[str]) -> tuple[Condition, ...]:
+    """The conditions of `--stop-when`. Raises a UserError for one that is none, or that is named twice."""
+    conditions = tuple(_parsed(text) for text in texts)
+    if len({type(condition) for condition in conditions}) < len(conditions):
+        raise UserError(f"--stop-when {' '.join(texts)}: give each condition once.")
+    return conditions
+
+
+def _parsed(text: str) -> Condition:
+    for simple in (ForgetAtHoldout(), MembershipCrosses()):
+        if text == simple.text:
+            return simple
+    if (found := re.fullmatch(r"retain-loss\+(\d+\.?\d*|\.\d+)(%?)", text)) and float(found[1]) > 0:
+        relative = found[2] == "%"
+        return RetainLoss(text, float(found[1]) / (100 if relative else 1), relative)
+    near = difflib.get_close_matches(text, ["forget-at-holdout", "mia-crosses", "retain-loss+10%"], n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UserError(f"--stop-when {text}: {hint}Conditions are {SYNTAX} (a share, or nats per token, above 0).")
+
+
+def holds(condition: Condition, now: StopEvaluation, start: StopEvaluation) -> bool:
+    """Whether the run stops at `now`; `start` is its evaluation before training."""
+    return not condition.gap(now, start) > 0
+
+
+def best(evaluations: Sequence[StopEvaluation], conditions: Sequence[Condition]) -> StopEvaluation | None:
+    """The evaluation whose adapter is kept; None while nothing was evaluated after training began.
+
+    Of the adapters within all limits: with a goal, the one nearest to it (the earliest of equally near ones; of two
+    goals the one named first counts), without, the last one. If none is within the limits, the one that lost least.
+
+    evaluations: in the order of their steps; the first is that of step 0.
+    """
+    start, *trained = evaluations
+    if not trained:
+        return None
+    limits = [condition for condition in conditions if condition.kind == "limit"]
+    goals = [condition for condition in conditions if condition.kind == "goal"]
+    kept = [now for now in trained if not any(holds(limit, now, start) for limit in limits)]
+    if not kept:
+        return min(trained, key=lambda now: _or_infinite(-limits[0].gap(now, start)))
+    if not goals:
+        return kept[-1]
+    return min(kept, key=lambda now: _or_infinite(abs(goals[0].gap(now, start))))
+
+
+def _or_infinite(value: float) -> float:
+    return value if math.isfinite(value) else math.inf

@@ -1,0 +1,149 @@
+"""What a sweep runs: every point of a grid of train options, with every seed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from lowmem_npo.config import DataConfig, ModelConfig, RunConfig
+from lowmem_npo.errors import UserError
+
+# Options that a sweep sets itself, or that say what one invocation does.
+NOT_IN_GRID = {
+    "seed": "use --seeds",
+    "output-dir": "the sweep makes a directory for every run",
+    "reference-dir": "the runs share one",
+    "config": "give --config once, for all runs",
+    **dict.fromkeys(("resume", "preview", "dry-run"), "give it once, for all runs"),
+}
+
+
+@dataclass(frozen=True)
+class GridPoint:
+    """One configuration. `settings` are train options without their dashes, and their values as typed; "" leaves the
+    option out."""
+
+    settings: tuple[tuple[str, str], ...]
+
+    @property
+    def name(self) -> str:
+        """For people, and for the file system."""
+        parts = (f"{option}={value or 'default'}" for option, value in self.settings)
+        return re.sub(r"[^A-Za-z0-9.+%=_-]+", "-", "_".join(parts)) or "as-given"
+
+    @property
+    def flags(self) -> list[str]:
+        return [word for option, value in self.settings if value for word in (f"--{option}", *value.split())]
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run of a sweep."""
+
+    point: GridPoint
+    seed: int
+    config: RunConfig
+
+    @property
+    def directory(self) -> Path:
+        return self.config.output_dir
+
+
+def parse_grid(texts: Sequence[str]) -> list[GridPoint]:
+    """The points of `gamma=0,1 delta=0,0.5,1`: all combinations, the last option varying fastest.
+
+    Values are separated by commas; a value of several words ("lora-targets=q_proj v_proj,all-linear") is quoted for the
+    shell; an empty one leaves the option out.
+
+    Raises:
+        UserError: not of this form, an option named twice, or one that cannot be in a grid.
+    """
+    axes: dict[str, list[str]] = {}
+    for text in texts:
+        option, equals, values = text.partition("=")
+        option = option.strip().removeprefix("--").replace("_", "-")
+        if not equals or not re.fullmatch(r"[a-z][a-z0-9-]*", option):
+            raise UserError(f"--grid {text}: write an option of `lowmem-npo train` and values, such as delta=0,0.5,1.")
+        if option in NOT_IN_GRID:
+            raise UserError(f"--grid {text}: {option} cannot be in a grid; {NOT_IN_GRID[option]}.")
+        if option in axes:
+            raise UserError(f"--grid names {option} twice: give all its values in one place.")
+        axes[option] = [value.strip() for value in values.split(",")]
+        if len(set(axes[option])) < len(axes[option]):
+            raise UserError(f"--grid {text}: a value stands there twice.")
+    return [GridPoint(tuple(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
+
+
+def parse_seeds(words: Sequence[str], base: int) -> list[int]:
+    """`["5"]`: five seeds from `base` on; several words or commas: those seeds.
+
+    Raises:
+        UserError: not whole numbers, none, or one twice.
+    """
+    parts = [part for word in words for part in word.split(",") if part]
+    if not parts or not all(part.isdecimal() for part in parts):
+        raise UserError(f"--seeds {' '.join(words)}: give how many (5), or which (42,43,44).")
+    numbers = [int(part) for part in parts]
+    if len(numbers) == 1 and "," not in words[0]:
+        if numbers[0] < 1:
+            raise UserError("--seeds 0: there would be no run.")
+        return list(range(base, base + numbers[0]))
+    if len(set(numbers)) < len(numbers):
+        raise UserError(f"--seeds {' '.join(words)}: a seed stands there twice.")
+    return numbers
+
+
+def plan_sweep(
+    points: Sequence[GridPoint], seeds: Sequence[int], parse: Callable[[Sequence[str]], RunConfig]
+) -> list[SweepRun]:
+    """Every run, the configurations one after the other; runs of one model stand together.
+
+    seeds: as `parse_seeds` gives them.
+    parse: the run that the sweep's own train options and some more flags describe.
+
+    Raises:
+        UserError: an unknown option, a value that does not fit, two configurations of one name.
+    """
+    runs = []
+    for point in points:
+        config = _parsed(point, parse)
+        root = config.output_dir
+        for seed in seeds:
+            runs.append(SweepRun(point, seed, _placed(config, point, root, seed)))
+    if len({run.directory for run in runs}) < len(runs):
+        raise UserError("--grid: two configurations would have the same directory; write their values differently.")
+    models = list({repr(run.config.model): None for run in runs})
+    return sorted(runs, key=lambda run: models.index(repr(run.config.model)))
+
+
+def _parsed(point: GridPoint, parse: Callable[[Sequence[str]], RunConfig]) -> RunConfig:
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(complaint):
+            return parse(point.flags)
+    except UserError as error:
+        raise UserError(f"--grid {point.name}: {error}") from error
+    except SystemExit as error:  # tyro's way: it prints a box and exits
+        words = " ".join(re.sub(r"[^\x20-\x7e]", " ", complaint.getvalue()).split())
+        raise UserError(f"--grid {point.name}: a value does not fit its option ({words[:200]}).") from error
+
+
+def _placed(config: RunConfig, point: GridPoint, root: Path, seed: int) -> RunConfig:
+    """`config` in its own directory, with its seed and the reference that it shares with the runs that may share it."""
+    memory = config.memory
+    if memory.reference == "cached":
+        names = {f.name.replace("_", "-") for section in (ModelConfig, DataConfig) for f in fields(section)}
+        makes_another = GridPoint(tuple(setting for setting in point.settings if setting[0] in names))
+        shared = Path(memory.reference_dir or root / "reference")
+        memory = replace(memory, reference_dir=str(shared / makes_another.name if makes_another.settings else shared))
+    return replace(
+        config,
+        memory=memory,
+        training=replace(config.training, seed=seed),
+        output=replace(config.output, output_dir=str(root / point.name / f"seed-{seed}")),
+    )

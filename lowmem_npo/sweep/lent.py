@@ -1,0 +1,46 @@
+"""A base model that is lent to one run after the other."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+
+@contextmanager
+def lent(base: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """`base` for one run; on leaving, whatever the run did to it is undone: it is as it was loaded.
+
+    A run puts an adapter into the modules, replaces forwards (memory switches), sets flags and hooks, changes the
+    configuration, and may move the embedding. None of it touches the frozen weights' values. So every module gets back
+    the attributes that it had, and the adapter, which nothing refers to then, is freed.
+    """
+    device = base.device
+    embedding = base.get_input_embeddings()
+    modules = [(module, _attributes(module)) for module in base.modules()]
+    holders = [holder for holder in (base.config, getattr(base, "generation_config", None)) if holder is not None]
+    settings = [(holder, copy.deepcopy(vars(holder))) for holder in holders]
+    try:
+        yield base
+    finally:
+        for module, attributes in modules:
+            vars(module).clear()
+            vars(module).update(attributes)
+        for holder, values in settings:
+            vars(holder).clear()
+            vars(holder).update(values)
+        embedding.to(device)
+        base.eval()
+        gc.collect()  # a trainer refers to itself
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _attributes(module: torch.nn.Module) -> dict[str, object]:
+    """The module's own attributes; its tables of submodules, parameters, buffers and hooks are copied, not their
+    contents."""
+    return {name: copy.copy(v) if isinstance(v, (dict, list, set)) else v for name, v in vars(module).items()}
