@@ -21,8 +21,10 @@ from lowmem_npo.demo.teaching import make_tokenizer, taught_model
 from lowmem_npo.demo.verdict import Check, examples, judge
 from lowmem_npo.evaluation import AnswerSummary, evaluate_answers
 from lowmem_npo.model.loading import resolve_device
+from lowmem_npo.output_dir import RunDirectory
 from lowmem_npo.report import draw_picture, read_metrics, save_table, text_table
 from lowmem_npo.report.table import stages_to_json
+from lowmem_npo.report.write import write_report
 from lowmem_npo.run import Evaluations, train
 
 Say = Callable[[str], None]
@@ -71,7 +73,8 @@ def run_demo(
     device: str = "auto",
     say: Say = print,
 ) -> DemoResult:
-    """Teach, unlearn, compare; leaves base/, gold/, unlearned/, demo.json, before_after_gold.{json,md}, demo.png.
+    """Teach, unlearn, compare; leaves base/, gold/, unlearned/ (its report.html is the one to read), demo.json,
+    before_after_gold.{json,md} and demo.png.
 
     A second run in the same directory finds base/ and gold/ there and only unlearns anew.
 
@@ -101,8 +104,9 @@ def run_demo(
     say(f"\n3/4  The first model forgets, as `lowmem-npo train --config {run / 'run.yaml'}` would do it.")
     if (run / "run.yaml").is_file():
         shutil.rmtree(run)  # an earlier demo's; anything else in its place makes `train` refuse
+    config = recipe.run(directory / "base", run, seed, device)
     with _timed(seconds, "unlearning"):
-        result = train(recipe.run(directory / "base", run, seed, device), say=_indented(say))
+        result = train(config, say=_indented(say))
 
     evaluations = {"before": result.before, "after": result.after, "gold": never_saw}
     stages = {stage: {part: e.summary for part, e in parts.items()} for stage, parts in evaluations.items()}
@@ -110,6 +114,8 @@ def run_demo(
     _save(found, seed, recipe)
     title = f"A small OLMo forgets {people['forget']} of {sum(people.values())} people"
     draw_picture(directory / "demo.png", read_metrics(run / "metrics.jsonl"), stages, title)
+    RunDirectory(config).save_evaluations("gold", never_saw)
+    write_report(run)  # again, now with the gold standard
 
     say("\n4/4  Before, after, and the gold standard, which never saw the rows to be forgotten:\n")
     say(text_table(stages) + "\n")
@@ -118,7 +124,8 @@ def run_demo(
     for check in found.checks:
         sign = "ok    " if check.passed else "FAILED"
         say(fill(check.meaning, 96, initial_indent=f"{sign}  {check.name:<13} ", subsequent_indent=" " * 22))
-    say(f"\nPicture: {directory / 'demo.png'}\nNumbers: {directory / 'demo.json'}\nAdapter: {run}")
+    say(f"\nReport:  {run / 'report.html'}")
+    say(f"Picture: {directory / 'demo.png'}\nNumbers: {directory / 'demo.json'}\nAdapter: {run}")
     return found
 
 

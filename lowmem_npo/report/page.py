@@ -52,10 +52,11 @@ NO_GOLD = (
 
 @dataclass(frozen=True)
 class Tile:
+    """A main figure: what it is, how it went ("60 → 0"), and on what scale, or the gold standard's."""
+
     title: str
-    before: str
-    after: str
-    gold: str | None
+    course: str
+    note: str
 
 
 def render_page(content: Content, examples: int) -> str:
@@ -157,13 +158,15 @@ def _tiles(stages: Mapping[str, Mapping[str, AnswerSummary]]) -> Iterator[Tile]:
     if not {"before", "after"} <= set(stages):
         return
     measures = {
-        "answers said word for word": lambda s: f"{round(s.exact_match * s.rows)} of {s.rows}",
-        "answers, NLL per token": lambda s: f"{s.nll:.2f}",
+        "said word for word": (lambda s: f"{round(s.exact_match * s.rows)}", lambda s: f"of {s.rows} answers"),
+        "NLL per token": (lambda s: f"{s.nll:.2f}", lambda s: "nats; 0 is certainty"),
     }
-    for part in stages["after"]:
-        for title, told in measures.items():
-            gold = told(stages["gold"][part]) if "gold" in stages and part in stages["gold"] else None
-            yield Tile(f"{part.capitalize()} {title}", told(stages["before"][part]), told(stages["after"][part]), gold)
+    for part, summary in stages["after"].items():
+        for title, (told, scale) in measures.items():
+            gold = stages.get("gold", {}).get(part)
+            note = scale(summary) + (f"; gold standard: {told(gold)}" if gold else "")
+            course = f"{told(stages['before'][part])} → {told(summary)}"
+            yield Tile(f"{part.capitalize()} answers, {title}", course, note)
 
 
 def _groups(content: Content) -> Iterator[dict[str, Any]]:
