@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lowmem_npo.report.picture import FORGET, GREY, RETAIN
+from lowmem_npo.report.panels import FORGET, GREY, RETAIN
 from lowmem_npo.sweep.figures import SweepResult
 
 PANELS = (
