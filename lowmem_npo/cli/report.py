@@ -13,7 +13,7 @@ from lowmem_npo.cli.quiet import quiet_libraries
 
 @dataclass
 class Report:
-    """Write the report of a run anew: report.html (one page, pictures inside), report.json, and the model card README.md.
+    """Write the report of a run anew: report.html (one page), report.json and README.md, the model card.
 
     `lowmem-npo train` writes it at its end. Written again, it includes what `lowmem-npo evaluate --adapter RUN` has
     measured since, into the run's own `evaluation` directory.

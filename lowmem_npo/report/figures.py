@@ -82,7 +82,7 @@ def answer_figures(stages: Stages, group: str = ANSWERS) -> list[Figure]:
             measure.field,
             measure.title,
             {stage: finite(getattr(sets[part], measure.field)) for stage, sets in stages.items() if part in sets},
-            measure.forget_wish if part == "forget" else measure.retain_wish,
+            measure.wish(part, stages),
             ANSWER_MEANINGS.get((part, measure.field), OTHER_SET),
         )
         for part in first

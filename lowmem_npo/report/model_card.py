@@ -10,15 +10,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import lowmem_npo
 from lowmem_npo.report.content import EVIDENCE, Content
-from lowmem_npo.report.page import LIMITS, audit_lines
+from lowmem_npo.report.page import LIMITS, audit_lines, model_name
 from lowmem_npo.report.table import markdown_table
 
 TAGS = ("unlearning", "machine-unlearning", "npo", "lora", "lowmem-npo")
 METHOD = ("forget_term", "beta", "gamma", "delta", "normalization", "kl_direction", "lora_r", "lora_alpha",
           "lora_targets", "lora_layers", "batch_size", "epochs", "max_steps", "lr", "seed", "max_length", "qlora",
           "dtype")  # fmt: skip
-RECORD = ("Revision", "Commit", "Weights' fingerprint", "Adapter's SHA-256", "Optimiser steps", "Started, ended",
-          "Processors", "Versions", "Duration")  # fmt: skip
+RECORD = ("Revision", "Commit", "Weights", "Adapter", "Optimiser steps", "Started, ended", "Processors", "Versions",
+          "Duration")  # fmt: skip
 
 
 def model_card(content: Content) -> str:
@@ -37,8 +37,8 @@ def model_card(content: Content) -> str:
     )  # Markdown, not HTML: what comes from outside passes `code`
     card = environment.get_template("model_card.md.jinja").render(
         card_data=data.to_yaml(),
-        base=code(Path(base).name if local else base),
-        base_to_load=f"path/to/{Path(base).name}" if local else base,
+        base=code(model_name(content)),
+        base_to_load=f"path/to/{model_name(content)}" if local else base,
         local=local,
         verdict=content.verdict,
         evidence=EVIDENCE,
@@ -49,7 +49,11 @@ def model_card(content: Content) -> str:
         leaks={test: found.get("meaning", "") for test, found in content.leaks.get("after", {}).items()},
         limits=LIMITS[:3],
         notes=content.notes,
-        audit=[(what, code(value)) for what, value, _ in audit_lines(audit) if what in RECORD] if audit else [],
+        audit=[
+            (what, code(value) if digest is None else f"{value} {code(digest)}")
+            for what, value, digest in (audit_lines(audit) if audit else ())
+            if what in RECORD
+        ],
         version=lowmem_npo.__version__,
     )
     return str(ModelCard(card))  # refuses a header that the hub would refuse

@@ -73,7 +73,8 @@ def render_page(content: Content, examples: int) -> str:
     return environment.get_template("report.html.jinja").render(
         c=content,
         directory=content.directory,
-        model_name=settings.get("model"),
+        model_name=model_name(content),
+        teaches_refusal=settings.get("forget_term") == "idk",
         tone=TONES[content.verdict.tone],
         evidence=EVIDENCE,
         rules=RULES,
@@ -95,36 +96,39 @@ def render_page(content: Content, examples: int) -> str:
     )
 
 
-def audit_lines(audit: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
-    """(what, value, whether it is a hash), for people; the rows' hashes are represented by one over all of them."""
-    model, adapter, sessions = audit["model"], audit["adapter"], audit["sessions"]
+def audit_lines(audit: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None]]:
+    """(what, in words, a hash of it) for people; one hash over all rows' hashes stands for these."""
+    model, adapter, rows = audit["model"], audit["adapter"], audit["forget_rows"]
     loaded = f", loaded as {model['loaded']}" if model["loaded"] != model["name"] else ""
-    yield "Base model", f"{model['name']}{loaded} ({model['class']}, {model['weights']})", False
-    for title, value in (("Revision", model["revision"]), ("Commit", model["commit"])):
-        if value:
-            yield title, value, True
-    yield "Weights' fingerprint", model["weights_fingerprint"], True
-    yield "", model["weights_fingerprint_is"], False
+    yield "Base model", f"{model['name']}{loaded} ({model['class']}, {model['weights']})", None
+    if model["revision"]:
+        yield "Revision", model["revision"], None
+    if model["commit"]:
+        yield "Commit", "of the repository on the hub", model["commit"]
+    yield "Weights", model["weights_fingerprint_is"], model["weights_fingerprint"]
     if adapter:
-        yield "Adapter", f"{adapter['file']}, {adapter['bytes']:,} bytes", False
-        yield "Adapter's SHA-256", adapter["sha256"], True
+        yield "Adapter", f"{adapter['file']}, {adapter['bytes']:,} bytes; SHA-256:", adapter["sha256"]
     for part, data in audit["data"].items():
-        yield f"{part.capitalize()} data", f"{data['source']}, {data['rows']:,} rows", False
-        if data["sha256"]:
-            yield f"{part.capitalize()} file's SHA-256", data["sha256"], True
-        yield f"{part.capitalize()} rows as tokenised", data["tokenised"], True
-    hashes = audit["forget_rows"]
-    yield "Forget rows' hashes", f"{len(hashes['sha256']):,} in audit.json; SHA-256 over all of them:", False
-    yield "", hashlib.sha256("".join(hashes["sha256"]).encode()).hexdigest(), True
-    yield "Salt", hashes["salt"], True
-    yield "Seed", str(audit["seed"]), False
-    yield "Optimiser steps", str(audit["optimizer_steps"] or "not finished"), False
-    for session in sessions:
-        yield "Started, ended", f"{session['started']}, {session['ended'] or 'was cut off'}", False
-        yield "Processors", "; ".join(session["processors"]), False
-        yield "Versions", ", ".join(f"{name} {version}" for name, version in session["versions"].items()), False
-    if (duration := seconds(sessions)) is not None:
-        yield "Duration", f"{duration:.0f} seconds, measuring included", False
+        what = "SHA-256 of the file:" if data["sha256"] else "SHA-256 of the rows as tokenised:"
+        told = f"{data['source']}, {data['rows']:,} rows; {what}"
+        yield f"{part.capitalize()} data", told, data["sha256"] or data["tokenised"]
+    over_all = hashlib.sha256("".join(rows["sha256"]).encode()).hexdigest()
+    yield "Forget rows", f"{len(rows['sha256']):,} salted hashes in audit.json; SHA-256 over all of them:", over_all
+    yield "Salt", "of the rows' hashes", rows["salt"]
+    yield "Seed", str(audit["seed"]), None
+    yield "Optimiser steps", str(audit["optimizer_steps"] or "not finished"), None
+    for session in audit["sessions"]:
+        yield "Started, ended", f"{session['started']}, {session['ended'] or 'was cut off'}", None
+        yield "Processors", "; ".join(session["processors"]), None
+        yield "Versions", ", ".join(f"{name} {version}" for name, version in session["versions"].items()), None
+    if (duration := seconds(audit["sessions"])) is not None:
+        yield "Duration", f"{duration:.0f} seconds, measuring included", None
+
+
+def model_name(content: Content) -> str:
+    """The base model's name, without the path where it is a local directory."""
+    name = str(content.audit["model"]["loaded"] if content.audit else content.settings["model"])
+    return Path(name).name if Path(name).expanduser().is_dir() else name
 
 
 def shortened(text: str) -> str:

@@ -22,6 +22,12 @@ class Measure:
     forget_wish: str
     retain_wish: str
 
+    def wish(self, data_set: str, stages: Stages) -> str:
+        """What is wished for in `data_set`; a gold standard is the better yardstick where there is one."""
+        if data_set != "forget":
+            return self.retain_wish
+        return "as gold" if "gold" in stages else self.forget_wish
+
 
 MEASURES = (
     Measure("nll", "NLL per answer token", 3, "higher", "as before"),
@@ -42,13 +48,10 @@ def table_rows(stages: Stages) -> list[list[str]]:
     for data_set in stages[names[0]]:
         for measure in MEASURES:
             values = [getattr(stages[name][data_set], measure.field) for name in names]
-            wish = measure.forget_wish if data_set == "forget" else measure.retain_wish
-            if data_set == "forget" and "gold" in names:
-                wish = "as gold"
             cells = [f"{value:.{measure.digits}f}" for value in values]
             if changes:
                 cells.append(f"{values[1] - values[0]:+.{measure.digits}f}")
-            rows.append([data_set, measure.title, *cells, wish])
+            rows.append([data_set, measure.title, *cells, measure.wish(data_set, stages)])
     return rows
 
 
