@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 from typing import Any
 
 from lowmem_npo.evaluation.answers import AnswerSummary
@@ -11,6 +12,7 @@ from lowmem_npo.evaluation.result import Evaluation
 from lowmem_npo.report.table import text_table
 
 MISSING = "missing"
+LEAKS = {True: "LEAKS", False: "no leak found", None: "cannot be told"}
 
 
 def evaluation_text(result: Evaluation, before: Mapping[str, Any] | None = None) -> str:
@@ -25,6 +27,8 @@ def evaluation_text(result: Evaluation, before: Mapping[str, Any] | None = None)
         blocks.append(_membership(result, before))
     if result.tofu:
         blocks.append(_tofu(result, before))
+    if result.leaks.tests:
+        blocks.append(_leaks(result, before))
     if result.lm_eval:
         blocks.append(_lm_eval(result, before))
     if result.notes:
@@ -92,6 +96,16 @@ def _tofu(result: Evaluation, before: Mapping[str, Any]) -> str:
         ],
     )
     return f"TOFU ({_share(result, tuple(result.tofu))})\n{table}\n\n{summary}"
+
+
+def _leaks(result: Evaluation, before: Mapping[str, Any]) -> str:
+    earlier = before.get("leaks") or {}
+    lines = [f"What still leaks ({_share(result, ('forget', 'holdout'))})"]
+    for test, found in result.leaks.tests.items():
+        was = f" (before: {LEAKS[earlier[test]['leaks']]})" if test in earlier else ""
+        lines.append(f"{test}: {LEAKS[found['leaks']]}{was}")
+        lines.append(fill(found["meaning"], 100, initial_indent="    ", subsequent_indent="    "))
+    return "\n".join(lines)
 
 
 def _lm_eval(result: Evaluation, before: Mapping[str, Any]) -> str:

@@ -91,7 +91,7 @@ def render_page(content: Content, examples: int) -> str:
         groups=list(_groups(content)),
         limits=[*LIMITS, *([] if "gold" in content.stages else [NO_GOLD])],
         audit_lines=list(audit_lines(content.audit)) if content.audit else [],
-        configuration=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip(),
+        configuration=_as_yaml({name: value for name, value in settings.items() if value is not None}),
         version=lowmem_npo.__version__,
     )
 
@@ -142,7 +142,7 @@ def shortened(text: str) -> str:
 
 def words(key: str) -> str:
     """A key of a result file, for people."""
-    return key.replace("_", " ")
+    return " ".join(word.upper() if word in ("auc", "nll") else word for word in key.split("_"))
 
 
 def leak_figures(found: Mapping[str, Any]) -> str:
@@ -156,6 +156,10 @@ def leak_figures(found: Mapping[str, Any]) -> str:
         elif isinstance(value, int | float):
             told.append(f"{words(key)} {value if isinstance(value, int) else shown(value)}")
     return ", ".join(filter(None, told))
+
+
+def _as_yaml(settings: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True).rstrip()
 
 
 def _tiles(stages: Mapping[str, Mapping[str, AnswerSummary]]) -> Iterator[Tile]:

@@ -81,7 +81,7 @@ def judge_run(stages: Stages, vocabulary: int | None, leaks: Mapping[str, Mappin
     if overdone:
         headline += "; the forgetting is overdone"
     if leaking:
-        headline += f"{', and' if overdone else '; but'} leak tests still find traces"
+        headline += f"{', and' if overdone else ', but'} leak tests still find traces"
     sentences = [_said("forget", before, after, gold)]
     if retain:
         sentences.append(_said("retain", before, after, gold))
