@@ -10,7 +10,16 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_npo.data import Rows, Template, TokenizedRow, TokenizedRows, bundled_rows, read_rows, to_examples, tokenize
+from lowmem_npo.data import (
+    Rows,
+    Template,
+    TokenizedRow,
+    TokenizedRows,
+    bundled_rows,
+    read_rows,
+    to_examples,
+    tokenize,
+)
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answers import AnswerSummary, choose_rows
 from lowmem_npo.evaluation.config import EvaluationConfig
@@ -27,6 +36,7 @@ from lowmem_npo.evaluation.lume import (
 )
 from lowmem_npo.evaluation.measuring import Measuring
 from lowmem_npo.evaluation.membership import MembershipScore, documents, membership
+from lowmem_npo.evaluation.probing import probe, probe_other_forms, probed_rows
 from lowmem_npo.evaluation.result import Evaluation
 from lowmem_npo.evaluation.tofu import (
     FORGET,
@@ -85,6 +95,7 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
         for part in (FORGET, RETAIN, REAL_AUTHORS, WORLD_FACTS)
         if part in sources
     }
+    probed = probed_rows(config, sources, tokenizer, template)
     attacked = {part: documents(sources[part], tokenizer) for part in ("members", "nonmembers") if part in sources}
     retained = retained_truth_ratios(config.retained_log) if config.retained_log else None
     before = _read_before(config.before)
@@ -101,8 +112,14 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
         _measure_set(part, data, measuring, result, template, config.max_length)
     if attacked:
         result.membership = _attack(attacked, config, measuring, result)
+    if probed:
+        probe(probed, config, measuring, result)
     for task in config.lm_eval:
         result.lm_eval.update(_run_task(task, config, measuring))
+    if "quantization" in config.leaks:
+        measuring = measuring.without_model()
+        del model  # each form is a model of its own
+        probe_other_forms(probed, config, model_config, measuring, directory.path, result)
 
     _combine(result, retained, before)
     official = result.lume.official() if result.lume else None
@@ -115,7 +132,8 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
 def _read(config: EvaluationConfig, say: Say) -> dict[str, Rows]:
     if config.bundled:
         say("No data named: using the bundled biographies of invented people.")
-        return {FORGET: bundled_rows("forget"), RETAIN: bundled_rows("retain")}
+        found = {FORGET: bundled_rows("forget"), RETAIN: bundled_rows("retain")}
+        return {**found, "holdout": bundled_rows("holdout")} if config.leaks else found
     sources = {
         FORGET: config.forget,
         RETAIN: config.retain,
@@ -123,6 +141,7 @@ def _read(config: EvaluationConfig, say: Say) -> dict[str, Rows]:
         WORLD_FACTS: config.world_facts,
         "members": config.members,
         "nonmembers": config.nonmembers,
+        "holdout": config.holdout,
     }
     return {part: read_rows(source) for part, source in sources.items() if source is not None}
 
@@ -151,8 +170,7 @@ def _choose(
             f"{part}: no row has a LUME id (…sc1 for completions, …qa0 for questions), so it is scored without "
             "LUME's aggregate, by likelihood and greedy answers."
         )
-    named = {} if config.bundled else {"prompt_column": config.prompt_column, "answer_column": config.answer_column}
-    examples = to_examples(rows, **named)
+    examples = to_examples(rows, **config.columns)
     plain = tokenize([examples[i] for i in chosen], tokenizer, max_length=config.max_length, template=template)
     return EvaluationSet(len(rows), plain=plain, places=chosen)
 

@@ -15,7 +15,7 @@ import yaml
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.directory import digest
-from lowmem_npo.model.merging import find_checkpoint, find_updates, write_merged
+from lowmem_npo.model.merging import check_space, find_checkpoint, find_updates, write_merged
 from lowmem_npo.model.names import resolve_name
 from lowmem_npo.model.saved_adapter import WEIGHTS, base_of_adapter, check_base
 
@@ -87,18 +87,6 @@ def check_empty(out: Path) -> None:
         raise UserError(f"--output-dir '{out}' is a file: choose a directory.")
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"--output-dir '{out}' holds other files: choose an empty or a new directory.")
-
-
-def check_space(out: Path, needed: int) -> None:
-    """Raises UserError if the disk of `out` cannot hold `needed` bytes of weights, and 64 MiB of the rest."""
-    path = out.absolute()
-    free = shutil.disk_usage(next(p for p in [path, *path.parents] if p.exists())).free
-    needed += 64 * 2**20
-    if free < needed:
-        raise UserError(
-            f"The disk of '{out}' has {free / 2**30:.1f} GiB free, the merged model takes {needed / 2**30:.1f} GiB: "
-            "free some, or choose a directory on another disk."
-        )
 
 
 def returning(adapter: str) -> str:

@@ -98,7 +98,7 @@ def evaluate_answers(
         raise ValueError("there is no row to score")
     chosen = choose_rows(len(rows), limit, seed)
     picked = [rows[i] for i in chosen]
-    questions = [_question(row) for row in picked]
+    questions = [question(row) for row in picked]
     batching = {"batch_size": batch_size, "progress": progress}
     likelihoods = answer_likelihoods(model, picked, description=f"{name}: likelihood", **batching)
     # As many tokens as the answer with its EOS: enough to see whether the model stops where the answer does.
@@ -135,7 +135,7 @@ def choose_rows(total: int, limit: int | None, seed: int) -> list[int]:
     return sorted(random.Random(seed).sample(range(total), limit))
 
 
-def _question(row: TokenizedRow) -> tuple[list[int], list[int]]:
+def question(row: TokenizedRow) -> tuple[list[int], list[int]]:
     """What the model is asked, and the answer that should not (or should) come, as ids."""
     ids = row["input_ids"]
     start = row["prompt_length"] or max(1, len(ids) // 2)

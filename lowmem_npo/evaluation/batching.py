@@ -2,9 +2,20 @@
 
 from collections.abc import Iterator, Sequence
 
-BATCH_SIZE = 8
-# Bounds the KV cache, whatever the rows' length: 0.5 MiB per token for OLMo-7B in bf16, so 1 GiB.
-MAX_BATCH_TOKENS = 2048
+from transformers import PreTrainedModel
+
+BATCH_SIZE = 16
+MAX_BATCH_TOKENS = 2048  # bounds what one pass computes, whatever the rows' length
+CACHE_BYTES = 2**30  # bounds the keys and values that generation keeps
+
+
+def cache_tokens(model: PreTrainedModel) -> int:
+    """How many tokens' keys and values fit into `CACHE_BYTES`: 2048 of OLMo-7B in bf16, many more of small models."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    itemsize = model.get_output_embeddings().weight.element_size()
+    return max(1, CACHE_BYTES // (2 * config.num_hidden_layers * heads * width * itemsize))
 
 
 def batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,6 +10,9 @@ from typing import Literal
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.batching import BATCH_SIZE
+from lowmem_npo.evaluation.leaks.measure import TESTS, LeakSettings, check_tests
+from lowmem_npo.evaluation.leaks.relearning import Relearning
+from lowmem_npo.evaluation.leaks.sampling import SAMPLES, TEMPERATURE
 
 
 @dataclass
@@ -46,6 +50,22 @@ class EvaluationConfig:
     rows that --forget takes)."""
     nonmembers: str | None = None
     """Documents like them that the model never saw."""
+    leaks: tuple[str, ...] = ()
+    """Tests of what the forget rows may still give away: extraction, sampling, membership, relearning, quantization, or
+    all."""
+    holdout: str | None = None
+    """Rows like the forgotten ones that the model was never taught, with which the leak tests compare. Default: the
+    bundled holdout with bundled data, else none, and much that the tests find then has no measure."""
+    leak_samples: int = SAMPLES
+    """Samples of each answer that --leaks sampling draws."""
+    leak_temperature: float = TEMPERATURE
+    """Temperature of those samples."""
+    relearn_share: float = Relearning.share
+    """Share of the forget rows that --leaks relearning teaches again before it asks for the others."""
+    relearn_steps: int = Relearning.steps
+    """Steps of that, each on four rows."""
+    relearn_lr: float = Relearning.lr
+    """Learning rate of that."""
     real_authors: str | None = None
     """TOFU's real_authors_perturbed rows; model utility needs them."""
     world_facts: str | None = None
@@ -64,7 +84,7 @@ class EvaluationConfig:
     limit: int | None = None
     """Measure so many rows of each set, drawn with the seed (LUME: equally many of every task and kind)."""
     seed: int = 42
-    """Seed of that draw, the only thing that is random."""
+    """Seed of that draw, of the samples and of relearning: of all that is random."""
 
     lm_eval: tuple[str, ...] = ()
     """Tasks of lm-eval, such as mmlu; they download their data. Needs: pip install 'lowmem-npo[eval]'"""
@@ -88,16 +108,31 @@ class EvaluationConfig:
         if (self.members is None) != (self.nonmembers is None):
             given, missing = ("--members", "--nonmembers") if self.nonmembers is None else ("--nonmembers", "--members")
             raise UserError(f"{given} is given but {missing} is not: the membership attack compares the two.")
-        for name in ("limit", "batch_size"):
+        for name in ("limit", "batch_size", "leak_samples", "relearn_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+        self.leaks = TESTS if "all" in self.leaks else tuple(self.leaks)
+        check_tests(self.leaks)
+        if self.leaks and self.forget is None and not self.bundled:
+            raise UserError("--leaks looks for what is left of the forget rows: name them with --forget.")
+        for name in ("leak_temperature", "relearn_share", "relearn_lr"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise UserError(f"--{name.replace('_', '-')} must be a positive number, not {value}.")
+        if self.relearn_share >= 1:
+            raise UserError(f"--relearn-share is {self.relearn_share}: below 1, so that there are rows to ask for.")
 
     @property
     def bundled(self) -> bool:
         """Whether no data is named, so that the bundled biographies are measured."""
-        named = (self.forget, self.retain, self.members, self.real_authors, self.world_facts)
+        named = (self.forget, self.retain, self.members, self.holdout, self.real_authors, self.world_facts)
         return not any(named) and not self.lm_eval
+
+    @property
+    def columns(self) -> dict[str, str | None]:
+        """What `to_examples` is told of the columns."""
+        return {} if self.bundled else {"prompt_column": self.prompt_column, "answer_column": self.answer_column}
 
     @property
     def path(self) -> Path:
@@ -105,6 +140,12 @@ class EvaluationConfig:
         if self.output_dir is not None:
             return Path(self.output_dir).expanduser()
         return Path(self.adapter).expanduser() / "evaluation" if self.adapter else Path("lowmem-npo-evaluation")
+
+    @property
+    def leak_settings(self) -> LeakSettings:
+        """How the leak tests are run."""
+        again = Relearning(share=self.relearn_share, steps=self.relearn_steps, lr=self.relearn_lr)
+        return LeakSettings(self.seed, self.leak_samples, self.leak_temperature, again)
 
     def model_config(self, name: str) -> ModelConfig:
         """How the base model `name` is loaded."""

@@ -16,9 +16,10 @@ from lowmem_npo.files import write_atomically
 
 # A resumed evaluation may measure more; what would change a figure must stay as it was.
 MAY_CHANGE = (
-    "output_dir", "resume", "batch_size", "device", "before", "lm_eval", "lm_eval_path", "any_base", "retained_log"
+    "output_dir", "resume", "batch_size", "device", "before", "lm_eval", "lm_eval_path", "any_base", "retained_log",
+    "leaks",
 )  # fmt: skip
-MAY_BE_ADDED = ("forget", "retain", "members", "nonmembers", "real_authors", "world_facts")
+MAY_BE_ADDED = ("forget", "retain", "members", "nonmembers", "holdout", "real_authors", "world_facts")
 
 
 class EvaluationDirectory:

@@ -1,12 +1,13 @@
-"""Greedy answers, many prompts at a time: left padding, KV cache, the same text as one prompt at a time."""
+"""Answers, greedy or sampled, many prompts at a time: left padding, KV cache; greedy text as of one at a time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowmem_npo.evaluation.batching import BATCH_SIZE, batches
+from lowmem_npo.evaluation.batching import BATCH_SIZE, batches, cache_tokens
 from lowmem_npo.evaluation.mode import evaluating, progress_bar
 from lowmem_npo.model import compute_autocast
 
@@ -33,21 +34,67 @@ def greedy_answers(
     Answers end before the first end-of-sequence token (the tokenizer's, or any the model itself names) or after their
     own `max_new_tokens`. At most `batch_size` prompts are continued together, fewer when they are long.
     """
+    return [rows[0] for rows in _answers(model, tokenizer, prompts, {}, 1, batch_size, description, progress)]
+
+
+def sampled_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    samples: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = BATCH_SIZE,
+    description: str = "sampled answers",
+    progress: bool = True,
+) -> list[list[list[int]]]:
+    """`samples` continuations of each prompt, drawn from the whole distribution at `temperature`.
+
+    The same seed gives the same samples from the same batches; the caller's random numbers are left alone. At most
+    `batch_size` samples, or those of one prompt, are drawn together.
+    """
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "num_return_sequences": samples}
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        rows_at_once = max(1, batch_size // samples)
+        return _answers(model, tokenizer, prompts, drawn, samples, rows_at_once, description, progress)
+
+
+def _answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    drawn: dict[str, Any],
+    samples: int,
+    batch_size: int,
+    description: str,
+    progress: bool,
+) -> list[list[list[int]]]:
+    """For each prompt its `samples` answers, cut as `greedy_answers` says. drawn: settings of generation."""
     stops = _stop_ids(model, tokenizer)
-    answers: list[list[int]] = [[] for _ in prompts]
+    answers: list[list[list[int]]] = [[] for _ in prompts]
+    lengths = [(len(prompt.ids), prompt.max_new_tokens) for prompt in prompts]
+    room = max(1, cache_tokens(model) // samples)
     with evaluating(model), compute_autocast(model), progress_bar(len(prompts), description, progress) as bar:
-        for batch in batches([(len(prompt.ids), prompt.max_new_tokens) for prompt in prompts], batch_size):
-            continuations = _continue(model, tokenizer, [prompts[i] for i in batch], stops)
-            for i, ids in zip(batch, continuations, strict=True):
+        for batch in batches(lengths, batch_size, room):
+            continuations = _continue(model, tokenizer, [prompts[i] for i in batch], stops, drawn)
+            for place, ids in enumerate(continuations):
+                i = batch[place // samples]
                 ids = ids[: prompts[i].max_new_tokens]
                 end = next((at for at, token in enumerate(ids) if token in stops), len(ids))
-                answers[i] = ids[:end]
+                answers[i].append(ids[:end])
             bar.update(len(batch))
     return answers
 
 
 def _continue(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], stops: list[int]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    stops: list[int],
+    drawn: dict[str, Any],
 ) -> list[list[int]]:
     width = max(len(prompt.ids) for prompt in prompts)
     # Padding is masked, so any id would do; not every tokenizer has one of its own.
@@ -63,18 +110,21 @@ def _continue(
         # Written out, because whatever is left open is taken from the model's own generation_config.json, where
         # published models keep sampling settings and repetition penalties.
         generation_config=GenerationConfig(
-            do_sample=False,
-            num_beams=1,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=50,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            min_length=0,
-            max_new_tokens=max(prompt.max_new_tokens for prompt in prompts),
-            eos_token_id=stops,
-            pad_token_id=pad,
-            use_cache=True,
+            **{
+                "do_sample": False,
+                "num_beams": 1,
+                "temperature": 1.0,
+                "top_p": 1.0,
+                "top_k": 50,
+                "repetition_penalty": 1.0,
+                "no_repeat_ngram_size": 0,
+                "min_length": 0,
+                "max_new_tokens": max(prompt.max_new_tokens for prompt in prompts),
+                "eos_token_id": stops,
+                "pad_token_id": pad,
+                "use_cache": True,
+                **drawn,
+            }
         ),
     )
     return output[:, width:].tolist()

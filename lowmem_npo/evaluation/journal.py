@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowmem_npo.evaluation.batching import BATCH_SIZE, batches
+from lowmem_npo.evaluation.batching import BATCH_SIZE, MAX_BATCH_TOKENS, batches
 from lowmem_npo.evaluation.mode import progress_bar
 
 
@@ -52,6 +52,7 @@ class Journal:
         measure: Callable[[list[int]], Sequence[Any]],
         *,
         batch_size: int = BATCH_SIZE,
+        max_batch_tokens: int = MAX_BATCH_TOKENS,
     ) -> list[Any]:
         """One value per row, in order: from the journal where all of a batch stands there, else from `measure`.
 
@@ -62,7 +63,7 @@ class Journal:
         does.
         """
         with progress_bar(len(lengths), part, self.progress) as bar:
-            for rows in batches(lengths, batch_size):
+            for rows in batches(lengths, batch_size, max_batch_tokens):
                 if not all(row in self.known(part) for row in rows):
                     self.write(part, rows, measure(rows))
                 bar.update(len(rows))

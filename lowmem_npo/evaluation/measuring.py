@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_npo.data import TokenizedRow
-from lowmem_npo.evaluation.answers import AnswerRecord, evaluate_answers
-from lowmem_npo.evaluation.generation import Prompt, greedy_answers
+from lowmem_npo.evaluation.answers import MAX_NEW_TOKENS, AnswerRecord, evaluate_answers, question
+from lowmem_npo.evaluation.batching import cache_tokens
+from lowmem_npo.evaluation.generation import Prompt, greedy_answers, sampled_answers
 from lowmem_npo.evaluation.journal import Journal
 from lowmem_npo.evaluation.likelihood import answer_likelihoods
 from lowmem_npo.evaluation.token_scores import TokenScores, token_scores
@@ -17,12 +19,19 @@ from lowmem_npo.evaluation.token_scores import TokenScores, token_scores
 
 @dataclass(frozen=True)
 class Measuring:
-    """A model under evaluation. `part` names what is measured, in the journal and on the progress bar."""
+    """A model under evaluation. `part` names what is measured, in the journal and on the progress bar.
 
-    model: PreTrainedModel
+    model: None where the journal knows every answer.
+    """
+
+    model: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase
     journal: Journal
     batch_size: int
+
+    def without_model(self) -> Measuring:
+        """The same, holding no model any longer: only what the journal knows can be asked for."""
+        return replace(self, model=None)
 
     def continuations(self, part: str, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
         """The greedy text after each prompt (ids), special tokens skipped, nothing else trimmed."""
@@ -33,7 +42,29 @@ class Measuring:
             return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
 
         lengths = [(len(prompt), max_new_tokens) for prompt in prompts]
-        return self.journal.measured(part, lengths, measure, batch_size=self.batch_size)
+        return self._generated(part, lengths, measure)
+
+    def samples(
+        self, part: str, rows: Sequence[TokenizedRow], samples: int, temperature: float, seed: int
+    ) -> list[list[str]]:
+        """So many sampled answers to each row's prompt, none longer than the row's own answer (`evaluate_answers`)."""
+        questions = [question(row) for row in rows]
+
+        def measure(chosen: list[int]) -> list[list[str]]:
+            found = sampled_answers(
+                self.model,
+                self.tokenizer,
+                [Prompt(prompt, min(len(answer), MAX_NEW_TOKENS)) for prompt, answer in (questions[i] for i in chosen)],
+                samples=samples,
+                temperature=temperature,
+                seed=seed + chosen[0],  # a batch's own, so that an interrupted evaluation goes on with the same samples
+                batch_size=self.batch_size,
+                progress=False,
+            )
+            return [[self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in row] for row in found]
+
+        lengths = [(len(prompt), len(answer)) for prompt, answer in questions]
+        return self._generated(part, lengths, measure)
 
     def nll(self, part: str, rows: Sequence[TokenizedRow]) -> list[float]:
         """The mean negative log-likelihood per token of each row's answer, in nats."""
@@ -75,5 +106,9 @@ class Measuring:
             return [asdict(record) for record in found.records]
 
         lengths = [(row["prompt_length"], len(row["input_ids"]) - row["prompt_length"]) for row in rows]
-        found = self.journal.measured(part, lengths, measure, batch_size=self.batch_size)
+        found = self._generated(part, lengths, measure)
         return [replace(AnswerRecord(**entry), row=place) for entry, place in zip(found, places, strict=True)]
+
+    def _generated(self, part: str, lengths: Sequence[tuple[int, int]], measure: Callable) -> list[Any]:
+        room = cache_tokens(self.model)
+        return self.journal.measured(part, lengths, measure, batch_size=self.batch_size, max_batch_tokens=room)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lowmem_npo.evaluation.answers import AnswerRecord, AnswerSummary
+from lowmem_npo.evaluation.leaks.measure import LeakFindings
 from lowmem_npo.evaluation.lume import LumeAnswer, LumeScores
 from lowmem_npo.evaluation.membership import MembershipScore
 from lowmem_npo.evaluation.tofu import TofuAnswer, TofuSet
@@ -25,6 +26,7 @@ class Evaluation:
     tofu: dict[str, TofuSet] = field(default_factory=dict)
     model_utility: float | None = None
     forget_quality: float | None = None
+    leaks: LeakFindings = field(default_factory=LeakFindings)
     lm_eval: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -41,6 +43,7 @@ class Evaluation:
             "lume": self.lume and self.lume.official(),
             "membership": self.membership and asdict(self.membership),
             "tofu": tofu if self.tofu else None,
+            "leaks": self.leaks.tests,
             "lm_eval": self.lm_eval,
             "notes": self.notes,
         }
@@ -57,4 +60,6 @@ class Evaluation:
                 lines.append({"set": name, **one, **nll, "truth_ratio": a.truth_ratio})
         for name, records in self.answers.items():
             lines += [{"set": name, **asdict(record)} for record in records]
+        for name, scores in self.leaks.rows.items():
+            lines += [{"set": name, "row": row, "leaks": found} for row, found in scores.items()]
         return lines

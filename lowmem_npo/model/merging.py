@@ -170,6 +170,18 @@ def find_updates(adapter: str, checkpoint: Checkpoint) -> dict[str, Update]:
     return updates
 
 
+def check_space(out: Path, needed: int) -> None:
+    """Raises UserError if the disk of `out` cannot hold `needed` bytes of weights, and 64 MiB of the rest."""
+    path = out.absolute()
+    free = shutil.disk_usage(next(p for p in [path, *path.parents] if p.exists())).free
+    needed += 64 * 2**20
+    if free < needed:
+        raise UserError(
+            f"The disk of '{out}' has {free / 2**30:.1f} GiB free, the merged model takes {needed / 2**30:.1f} GiB: "
+            "free some, or choose a directory on another disk."
+        )
+
+
 def write_merged(
     checkpoint: Checkpoint, updates: dict[str, Update], out: Path, dtype: torch.dtype | None, *, progress: bool = True
 ) -> None:
@@ -214,9 +226,7 @@ def _lora_config(adapter: str) -> LoraConfig:
     folder = Path(adapter).expanduser()
     content = _read_json(folder / "adapter_config.json")
     if content.get("peft_type") != "LORA":
-        raise UserError(
-            f"The adapter in '{adapter}' is {content.get('peft_type')}, not LoRA: it has no such merge."
-        )
+        raise UserError(f"The adapter in '{adapter}' is {content.get('peft_type')}, not LoRA: it has no such merge.")
     found = [words for field, words in MORE_THAN_LORA.items() if content.get(field)]
     if content.get("bias", "none") != "none":
         found.append(f"biases (bias: {content['bias']})")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import tiny_model
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, OlmoConfig
 
-from lowmem_npo.evaluation import generation
-from lowmem_npo.evaluation.batching import batches
+from lowmem_npo.evaluation.batching import batches, cache_tokens
 from lowmem_npo.evaluation.generation import Prompt, greedy_answers
 
 EOS = 1
@@ -138,4 +137,16 @@ def test_batches_hold_every_row_once_and_keep_their_bounds():
         seen += batch
     assert sorted(seen) == list(range(98))
     assert list(batches([])) == []
-    assert generation.BATCH_SIZE == 8
+
+
+def test_the_cache_bounds_a_batch():
+    """OLMo-7B in bf16 keeps 0.5 MiB of keys and values per token, so 2048 tokens; models with fewer heads keep more."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    with torch.device("meta"):
+        olmo = AutoModelForCausalLM.from_config(OlmoConfig(vocab_size=50304, **sizes), dtype=torch.bfloat16)
+        grouped = AutoModelForCausalLM.from_config(
+            LlamaConfig(vocab_size=128, num_key_value_heads=8, **sizes), dtype=torch.float32
+        )
+    assert cache_tokens(olmo) == 2048
+    assert cache_tokens(grouped) == 2048 * 32 // 8 // 2
+    assert cache_tokens(tiny_model("gemma2")) == 2**30 // (2 * 2 * 4 * 8 * 4)

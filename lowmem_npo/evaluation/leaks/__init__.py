@@ -10,6 +10,6 @@ Each is one file; its result is a dict of figures with `meaning`, one sentence, 
 that cannot be told.
 """
 
-from lowmem_npo.evaluation.leaks.measure import TESTS, measure_leaks
+from lowmem_npo.evaluation.leaks.measure import IN_MEMORY, TESTS, measure_leaks
 
-__all__ = ["TESTS", "measure_leaks"]
+__all__ = ["IN_MEMORY", "TESTS", "measure_leaks"]

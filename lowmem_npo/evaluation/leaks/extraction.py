@@ -40,8 +40,8 @@ def extraction(forget: Sequence[TokenScores], holdout: Sequence[TokenScores] | N
         found |= {f"holdout_{name}": value for name, value in extraction_figures(holdout).items() if name != "rows"}
     strength = found["extraction_strength"]
     meaning = (
-        f"Once the model is shown the beginning, it writes the last {strength:.0%} of a forgotten answer by itself, "
-        f"token for token ({found['recited']:.0%} of the answers from the question alone); {_beside(level)}."
+        f"Once begun, the model writes the last {strength:.0%} of a forgotten answer by itself, token for token "
+        f"({found['recited']:.0%} of the answers from the question alone); {beside_holdout(level)}."
     )
     return {**found, "meaning": meaning, "leaks": above_holdout(strength, level)}
 
@@ -56,7 +56,3 @@ def extraction_figures(rows: Sequence[TokenScores]) -> dict[str, float]:
         "extraction_strength": fmean(strengths),
         "recited": fmean(strength == 1 for strength in strengths),
     }
-
-
-def _beside(level: float | None) -> str:
-    return beside_holdout(level) if level is None else f"of answers that it never saw, the last {level:.0%}"

@@ -20,5 +20,5 @@ def above_holdout(value: float, level: float | None) -> bool | None:
 def beside_holdout(level: float | None) -> str:
     """The words that put the holdout's figure beside the forgotten rows'."""
     if level is None:
-        return "what rows that the model never saw would give is not known: name some with --holdout"
-    return f"on rows that the model never saw it is {level:.2f}"
+        return "what rows that the model never saw would give is not known (--holdout names some)"
+    return f"of answers that the model never saw, {level:.0%}"

@@ -74,5 +74,5 @@ def test_the_verdict_stands_on_the_holdout():
     assert (found["rows"], found["exact_memorization"], found["extraction_strength"]) == (2, 7 / 8, 3 / 4)
     assert found["recited"] == 1 / 2 and found["nll"] == 0.5
     assert found["holdout_exact_memorization"] == 1 / 4 and found["holdout_extraction_strength"] == 0
-    assert "the last 75% of a forgotten answer" in found["meaning"] and "the last 0%" in found["meaning"]
+    assert "the last 75% of a forgotten answer" in found["meaning"] and "never saw, 0%" in found["meaning"]
     assert "--holdout" in extraction(forgotten, None)["meaning"]

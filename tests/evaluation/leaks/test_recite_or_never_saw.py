@@ -69,3 +69,24 @@ def test_what_was_not_asked_for_is_not_there(demo):
             measure_leaks(model, tokenizer, forget, progress=False, **wrong)
     with pytest.raises(UserError, match="no forget rows"):
         measure_leaks(model, tokenizer, [], progress=False)
+
+
+def test_sampling(demo):
+    found = {name: leaks_of(demo, name, "sampling")["sampling"] for name in ("base", "gold")}
+    assert found["base"]["best_rouge_l_recall"] > 0.9 and found["base"]["whole"] > 0.9
+    assert found["gold"]["best_rouge_l_recall"] < 0.3 and found["gold"]["whole"] < 0.1
+    assert found["gold"]["holdout_best_rouge_l_recall"] < 0.3
+    assert found["base"]["leaks"] is True and found["gold"]["leaks"] is False
+
+
+def test_relearning(demo):
+    """Two rows taught again bring back the ten others of the unlearned model; to the gold standard they are news."""
+    found = {name: leaks_of(demo, name, "relearning")["relearning"] for name in ("gold", "unlearned", "base")}
+    assert found["base"]["extraction_strength"] > 0.9
+    gold, unlearned = found["gold"], found["unlearned"]
+    assert gold["shown_rows"] == unlearned["shown_rows"] == 2 and gold["rows"] == unlearned["rows"] == 10
+    assert gold["extraction_strength"] < 0.1 and gold["nll"] > 0.8 * gold["before"]["nll"]
+    assert unlearned["before"]["extraction_strength"] < 0.2 < unlearned["extraction_strength"]
+    assert unlearned["nll"] < 0.7 * unlearned["before"]["nll"]
+    assert 0.1 < unlearned["recovered"] < 0.9 and unlearned["original"]["extraction_strength"] == 1
+    assert found["base"]["leaks"] is True and unlearned["leaks"] is True and gold["leaks"] is False

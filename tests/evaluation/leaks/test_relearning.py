@@ -1,0 +1,138 @@
+"""Relearning leaves no trace, trains what it says on what it says, and tells figures that can be added up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_model
+from unlearning import random_rows
+
+from lowmem_npo.evaluation.leaks import relearning as module
+from lowmem_npo.evaluation.leaks.relearning import Relearning, relearning, split
+from lowmem_npo.evaluation.token_scores import token_scores
+
+SETTINGS = Relearning(steps=4, lr=1e-2, batch_size=2, rank=2)
+
+
+def adapted(dtype=torch.float32):
+    model = get_peft_model(tiny_model("olmo", dtype=dtype), LoraConfig(r=2, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+    return model
+
+
+def learn(model, rows, holdout=None, settings=SETTINGS, seed=0):
+    return relearning(model, rows, holdout, settings, seed=seed, batch_size=4, progress=False)
+
+
+def state(model):
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    return weights, flags, modes
+
+
+@pytest.mark.parametrize("make", [adapted, lambda: tiny_model("gemma2"), lambda: adapted(torch.bfloat16).train()])
+def test_nothing_is_left_of_it(make):
+    model, rows = make(), random_rows(6, seed=2)
+    before = state(model)
+    random = torch.random.get_rng_state()
+    found = learn(model, rows)
+    assert found["curve"]["4"]["nll"] != found["curve"]["0"]["nll"]
+    after = state(model)
+    assert before[0].keys() == after[0].keys()
+    assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
+    assert before[1:] == after[1:]
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    assert learn(model, rows) == found  # and so a second time gives the same
+
+
+def test_the_rest_is_asked_for_and_the_shown_rows_are_taught(monkeypatch):
+    """The shown rows' own NLL falls, measured where the adapter is still there; the figures are the rest's."""
+    model, rows = adapted(), random_rows(10, seed=4)
+    shown, rest = split(10, 0.3, seed=0)
+    assert len(shown) == 3 and sorted(shown + rest) == list(range(10))
+    taught, asked, real = [], [], module.token_scores
+
+    def scores(model, of_rows, **options):
+        asked.append([rows.index(row) for row in of_rows])
+        taught.append(sum(score.nll for score in real(model, [rows[i] for i in shown], **options)))
+        return real(model, of_rows, **options)
+
+    monkeypatch.setattr(module, "token_scores", scores)
+    untouched = token_scores(model, [rows[i] for i in rest], progress=False)
+    found = learn(model, rows, settings=Relearning(share=0.3, steps=12, lr=1e-2, rank=4))
+    assert all(places == rest for places in asked) and len(asked) == 1 + 1 + 4
+    assert taught[-1] < 0.8 * taught[1]
+    assert found["shown_rows"] == 3 and found["rows"] == 7 and found["steps"] == 12
+    assert list(found["curve"]) == ["0", "3", "6", "9", "12"]
+    assert found["before"]["nll"] == pytest.approx(sum(s.nll for s in untouched) / 7)
+    with model.disable_adapter():
+        original = token_scores(model, [rows[i] for i in rest], progress=False)
+    assert found["original"]["nll"] == pytest.approx(sum(s.nll for s in original) / 7)
+    assert found["nll"] == found["curve"]["12"]["nll"]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_one_step_is_a_gradient_step_on_the_mean_nll(frozen, monkeypatch):
+    """Float64, the first step of AdamW: every element of B moves by lr against the sign of its dense gradient."""
+    model, rows = adapted(), random_rows(2, seed=6)
+    caught = {}
+    if frozen:  # a step that trains the user's adapter instead: the check below must notice
+        monkeypatch.setattr(module, "NAME", "default")
+        with pytest.raises(ValueError, match="default"):
+            learn(model, rows)
+        return
+
+    real = torch.optim.AdamW.step
+
+    def step(optimizer, *args):
+        named = dict(model.named_parameters())
+        names = [name for name, parameter in named.items() if parameter.requires_grad]
+        assert names and all(".relearning." in name for name in names)
+        caught.update({name: (named[name].grad.clone(), named[name].detach().clone()) for name in names})
+        real(optimizer, *args)
+        for name in names:
+            gradient, before = caught[name]
+            if "lora_B" in name and gradient.abs().max() > 1e-5:
+                moved = named[name].detach() - before
+                clear = gradient.abs() > 1e-4 * gradient.abs().max()
+                assert torch.equal(moved[clear].sign(), -gradient[clear].sign())
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    learn(model, rows, settings=Relearning(share=0.5, steps=1))
+    shown, _ = split(2, 0.5, 0)
+    row = rows[shown[0]]
+    ids = torch.tensor([row["input_ids"]])
+    with module.extra_adapter(model, 16, 0):
+        dense = model.double()
+        logits = dense(input_ids=ids, use_cache=False).logits[0, row["prompt_length"] - 1 : -1]
+        torch.nn.functional.cross_entropy(logits, ids[0, row["prompt_length"] :]).backward()
+        wanted = {name: p.grad for name, p in dense.named_parameters() if p.requires_grad}
+    total = sum(gradient.square().sum() for gradient in wanted.values()).sqrt().clamp(min=1.0)  # gradients are clipped
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(caught[name][0].double(), gradient / total, rtol=1e-3, atol=1e-6)
+
+
+def test_what_is_told():
+    def figures(strength, holdout=0.0):
+        found = {"rows": 8, "nll": 1.0, "exact_memorization": 0.5, "extraction_strength": strength, "recited": 0.0}
+        return {**found, "holdout_extraction_strength": holdout}
+
+    told = module._told(2, {0: figures(0.1), 10: figures(0.4)}, figures(0.7))
+    assert told["recovered"] == pytest.approx(0.5) and told["leaks"] is True
+    assert told["before"]["extraction_strength"] == 0.1 and told["extraction_strength"] == 0.4
+    assert "the last 40% of the other 8 answers" in told["meaning"] and "before them 10%" in told["meaning"]
+    assert module._told(2, {0: figures(0.1), 10: figures(0.4, 0.35)}, None)["leaks"] is False  # so do strange rows
+    assert "recovered" not in module._told(2, {0: figures(0.1), 10: figures(0.4)}, figures(0.1))  # nothing was lost
+
+
+def test_split_always_leaves_both_parts():
+    for rows in (2, 3, 7):
+        for share in (0.01, 0.5, 0.99):
+            shown, rest = split(rows, share, seed=1)
+            assert shown and rest and sorted(shown + rest) == list(range(rows))

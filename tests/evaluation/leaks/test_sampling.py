@@ -1,0 +1,85 @@
+"""Samples: the right distribution, seeded, none of the caller's random numbers; the best recall by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_model
+from unlearning import random_rows, tokenizer
+
+from lowmem_npo.evaluation import generation
+from lowmem_npo.evaluation.generation import Prompt, sampled_answers
+from lowmem_npo.evaluation.journal import Journal
+from lowmem_npo.evaluation.leaks.sampling import best_recalls, sampling
+from lowmem_npo.evaluation.measuring import Measuring
+
+
+def test_best_recall_by_hand():
+    answers = ["She was born in Rome", "Blue"]
+    samples = [["Rome", "she was burning in Rome", ""], ["red", "red"]]
+    assert best_recalls(answers, samples) == [(4 / 5, "she was burning in Rome"), (0, "red")]
+
+
+def test_the_verdict_stands_on_the_holdout():
+    assert sampling([1.0, 0.5], [0.2, 0.3], 8, 1.0)["leaks"] is True
+    assert sampling([0.3, 0.2], [0.2, 0.3], 8, 1.0)["leaks"] is False
+    assert sampling([0.3, 0.2], None, 8, 1.0)["leaks"] is None
+    found = sampling([1.0, 0.5], [0.25, 0.25], 8, 1.0)
+    assert (found["best_rouge_l_recall"], found["whole"]) == (0.75, 0.5)
+    assert (found["holdout_best_rouge_l_recall"], found["holdout_whole"]) == (0.25, 0)
+
+
+def first_token_law(model, prompt, temperature):
+    logits = model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0, -1].double()
+    return (logits / temperature).softmax(-1)
+
+
+@pytest.mark.parametrize("bug", [None, "top_k", "temperature"])
+def test_samples_follow_the_whole_distribution(bug, monkeypatch):
+    """Frequencies of 2000 first tokens of each of two prompts, against the model's own probabilities."""
+    model, prompts, drawn = tiny_model("llama"), [[5, 9, 40], [7, 3]], 2000
+    with torch.no_grad():
+        laws = [first_token_law(model, prompt, 0.4) for prompt in prompts]
+    if bug:
+        real = generation.GenerationConfig
+        wrong = {"top_k": {"top_k": 50}, "temperature": {"temperature": 1.0}}[bug]
+        monkeypatch.setattr(generation, "GenerationConfig", lambda **settings: real(**{**settings, **wrong}))
+    # A stop token gives an empty answer; it is counted as the token that it is.
+    answers = sampled_answers(
+        model, tokenizer(), [Prompt(ids, 1) for ids in prompts],
+        samples=drawn, temperature=0.4, seed=3, progress=False,
+    )  # fmt: skip
+    off = []
+    for law, row in zip(laws, answers, strict=True):
+        assert len(row) == drawn
+        counts = torch.bincount(torch.tensor([ids[0] if ids else 1 for ids in row]), minlength=97).double()
+        expected = law * drawn
+        assert not [t for t in range(97) if counts[t] and law[t] < 1e-9]
+        off.append(float(((counts - expected).square() / expected).sum()) / 96)  # chi-square per degree of freedom
+    assert all(value < 1.6 for value in off) is (bug is None), off  # 96 degrees: 1.6 has a p-value of 2e-4
+
+
+def test_the_same_seed_the_same_samples():
+    model, prompts = tiny_model("llama"), [Prompt([5, 9], 6), Prompt([8], 4), Prompt([3, 4, 5], 6)]
+    state = torch.random.get_rng_state()
+    one, two, other = (
+        sampled_answers(model, tokenizer(), prompts, samples=3, seed=seed, progress=False) for seed in (0, 0, 1)
+    )
+    assert one == two != other
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert [len(row) for row in one] == [3, 3, 3]
+    assert all(len(ids) <= prompt.max_new_tokens for row, prompt in zip(one, prompts, strict=True) for ids in row)
+
+
+def test_an_interrupted_sampling_goes_on_with_the_same_samples(tmp_path, monkeypatch):
+    model, rows = tiny_model("llama"), random_rows(6, seed=1)
+
+    def samples(journal):
+        return Measuring(model, tokenizer(), journal, 4).samples("s", rows, 2, 1.0, 5)
+
+    whole = samples(Journal(None))
+    assert samples(Journal(tmp_path / "half.jsonl")) == whole
+    lines = (tmp_path / "half.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) > 1
+    (tmp_path / "half.jsonl").write_text(lines[0])
+    assert samples(Journal(tmp_path / "half.jsonl")) == whole
