@@ -56,28 +56,25 @@ class Resources(NamedTuple):
         return self.spilled > 0 or self.shared > GPUS[capability]
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A head and a dtype; V and d that 16 divides, or that it does not."""
+class Variant(NamedTuple):
+    """A head: V x d, its dtype, with or without bias and softcap."""
 
     dtype: torch.dtype
-    options: bool  # bias and softcap
-    even: bool
+    options: bool
+    v: int
+    d: int
 
     def __str__(self) -> str:
-        parts = [
-            str(self.dtype).removeprefix("torch."),
-            "bias and softcap" * self.options,
-            "odd V and d" * (not self.even),
-        ]
-        return ", ".join(part for part in parts if part)
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{dtype}, {self.v} x {self.d}{', bias and softcap' * self.options}"
 
 
-PLAIN = Variant(torch.bfloat16, options=False, even=True)
-VARIANTS = tuple(
-    Variant(dtype, options, even=not options)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32)
-    for options in (False, True)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+PLAIN = Variant(torch.bfloat16, False, 50304, 4096)
+VARIANTS = (
+    *(Variant(dtype, False, 50304, 4096) for dtype in DTYPES),
+    *(Variant(dtype, True, 50277, 4048) for dtype in DTYPES),  # not multiples of the blocks
+    Variant(torch.bfloat16, True, 50277, 4007),  # rows of W are not aligned
 )
 
 
@@ -134,7 +131,7 @@ def _launches(capability, variant: Variant, both_directions: bool) -> Iterator[t
     def meta(*shape: int, dtype: torch.dtype = variant.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    v, d = (50304, 4096) if variant.even else (50277, 4007)
+    v, d = variant.v, variant.d
     head = FrozenHead(meta(v, d), meta(v) if variant.options else None, 30.0 if variant.options else None)
     directions = ("policy-reference", "reference-policy") if both_directions else ("policy-reference",)
     for engine, n, need_grad in itertools.product(("chunks", "tiles"), (300, 8), (True, False)):

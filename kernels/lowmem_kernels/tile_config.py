@@ -20,20 +20,22 @@ class TileConfig:
     num_stages: int
 
 
-# kernel: GPU family: (log-probabilities only, with a reference: two tiles of logits at once)
+# kernel: GPU family: by how many of two things, each of which takes registers, there are: a reference, and a softcap
 LOGITS = {
     "sweep": {
-        "ampere": (TileConfig(128, 128, 32, 8, 4), TileConfig(128, 64, 32, 8, 4)),
-        "hopper": (TileConfig(128, 256, 64, 8, 3), TileConfig(128, 64, 64, 8, 3)),
+        "ampere": (TileConfig(128, 128, 32, 8, 4), TileConfig(128, 64, 32, 8, 4), TileConfig(64, 64, 32, 8, 4)),
+        "hopper": (TileConfig(128, 256, 64, 8, 3), TileConfig(128, 64, 64, 8, 3), TileConfig(128, 64, 32, 8, 4)),
     },
     "slope": {
-        "ampere": (TileConfig(128, 128, 32, 8, 4), TileConfig(128, 64, 64, 8, 3)),
-        "hopper": (TileConfig(128, 128, 64, 8, 3), TileConfig(128, 64, 64, 8, 3)),
+        "ampere": (TileConfig(128, 128, 32, 8, 4), TileConfig(128, 64, 64, 8, 3), TileConfig(128, 64, 64, 8, 3)),
+        "hopper": (TileConfig(128, 128, 64, 8, 3), TileConfig(128, 64, 64, 8, 3), TileConfig(128, 64, 64, 8, 3)),
     },
 }
 PRODUCT = {"ampere": TileConfig(128, 128, 32, 8, 4), "hopper": TileConfig(128, 128, 64, 8, 3)}
 FEW_TOKENS = TileConfig(16, 128, 64, 4, 4)  # W is read once whatever happens: as many bytes in flight as fit
-FLOAT32 = TileConfig(32, 32, 32, 4, 2)  # exact products, without tensor cores
+# Float32 products are exact, without tensor cores. Rows that do not start at multiples of 16 bytes, as with an odd d,
+# cannot be copied to shared memory in the background: they go through registers.
+UNTUNED = TileConfig(32, 32, 32, 4, 2)
 
 
 def family(capability: tuple[int, int]) -> str:
@@ -41,20 +43,24 @@ def family(capability: tuple[int, int]) -> str:
     return "hopper" if capability[0] in (9, 10) else "ampere"
 
 
+def tuned(dtype: torch.dtype, d: int) -> bool:
+    return dtype != torch.float32 and d % 16 == 0
+
+
 def logits_config(
-    kernel: str, capability: tuple[int, int], dtype: torch.dtype, with_ref: bool, num_tokens: int
+    kernel: str, capability: tuple[int, int], dtype: torch.dtype, d: int, extras: int, num_tokens: int
 ) -> TileConfig:
-    """For the kernels that compute logits, "sweep" and "slope"."""
-    if dtype == torch.float32:
-        return FLOAT32
+    """For the kernels that compute logits, "sweep" and "slope"; extras: see LOGITS."""
+    if not tuned(dtype, d):
+        return UNTUNED
     if num_tokens <= FEW_TOKENS.ROWS:
         return FEW_TOKENS
-    return LOGITS[kernel][family(capability)][with_ref]
+    return LOGITS[kernel][family(capability)][extras]
 
 
-def product_config(capability: tuple[int, int], dtype: torch.dtype) -> TileConfig:
+def product_config(capability: tuple[int, int], dtype: torch.dtype, d: int) -> TileConfig:
     """For the kernel that multiplies slopes by W."""
-    return FLOAT32 if dtype == torch.float32 else PRODUCT[family(capability)]
+    return PRODUCT[family(capability)] if tuned(dtype, d) else UNTUNED
 
 
 def shares_of_vocabulary(row_blocks: int, tiles: int, processors: int) -> int:

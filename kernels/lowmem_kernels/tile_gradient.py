@@ -60,10 +60,10 @@ def slope_kernel(
         EVEN_D, DEPTH,
     )  # fmt: skip
 
-    target = tl.full((ROWS,), -1, tl.int64)
+    target = tl.full((ROWS,), -1, tl.int32)
     ce_weight, kl_weight = None, None
     if targets_ptr is not None:
-        target = tl.load(targets_ptr + row, mask=is_row, other=-1)
+        target = tl.load(targets_ptr + row, mask=is_row, other=-1).to(tl.int32)
     if ce_weight_ptr is not None:
         ce_weight = tl.load(ce_weight_ptr + row, mask=is_row, other=0.0)
     if kl_weight_ptr is not None:

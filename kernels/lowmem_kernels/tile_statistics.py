@@ -48,15 +48,15 @@ def sweep_kernel(
 ):
     WITH_REF: tl.constexpr = ref_hidden_ptr is not None
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    share = tl.program_id(1).to(tl.int64)
+    share = tl.program_id(1)
     is_row = row < N
     hidden_row = hidden_ptr + row[:, None] * hidden_stride_n
     ref_hidden_row = None
     if WITH_REF:
         ref_hidden_row = ref_hidden_ptr + row[:, None] * ref_hidden_stride_n
-    target = tl.full((ROWS,), -1, tl.int64)
+    target = tl.full((ROWS,), -1, tl.int32)
     if targets_ptr is not None:
-        target = tl.load(targets_ptr + row, mask=is_row, other=-1)
+        target = tl.load(targets_ptr + row, mask=is_row, other=-1).to(tl.int32)
 
     zero = tl.zeros((ROWS,), tl.float32)
     whole = (zero + MASKED, zero, zero + MASKED, zero, zero)
@@ -75,7 +75,7 @@ def sweep_kernel(
             ref_z = tl.where(counts, ref_z, MASKED)
         whole = merge(whole, statistics(z, ref_z, WITH_REF, POLICY_FIRST), WITH_REF, POLICY_FIRST)
     count = 5 if WITH_REF else 2
-    store_statistics(statistics_ptr + share * count * N + row, N, is_row, whole, WITH_REF)
+    store_statistics(statistics_ptr + share.to(tl.int64) * count * N + row, N, is_row, whole, WITH_REF)
 
 
 @triton.jit

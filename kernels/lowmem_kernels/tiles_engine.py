@@ -76,7 +76,7 @@ def _sweep(problem: Problem, answer: Answer, per_token: dict[str, Tensor | None]
         kl_ptr=answer.kl,
         shares=shares,
         ROWS=16,
-        DEPTH=64,
+        DEPTH=32,
         num_warps=4,
         num_stages=1,
         **(per_token or {"others_ptr": None, "magnitude_ptr": None}),
@@ -95,7 +95,7 @@ def _gradient(
     """d loss / d hidden into `answer`."""
     (n, d), v = problem.hidden.shape, problem.head.vocabulary
     config = _logits_config("slope", problem)
-    product = product_config(capability(problem.hidden.device), problem.hidden.dtype)
+    product = product_config(capability(problem.hidden.device), problem.hidden.dtype, d)
     columns = slopes.shape[1]
     for first in range(0, v, columns):
         launch(
@@ -159,8 +159,9 @@ def _inputs(problem: Problem) -> dict:
 
 
 def _logits_config(kernel: str, problem: Problem) -> TileConfig:
-    hidden, with_ref = problem.hidden, problem.ref_hidden is not None
-    return logits_config(kernel, capability(hidden.device), hidden.dtype, with_ref, problem.num_tokens)
+    hidden, (n, d) = problem.hidden, problem.hidden.shape
+    extras = (problem.ref_hidden is not None) + (problem.head.softcap is not None)
+    return logits_config(kernel, capability(hidden.device), hidden.dtype, d, extras, n)
 
 
 def _processors(device: torch.device) -> int:

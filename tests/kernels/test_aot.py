@@ -43,7 +43,7 @@ def test_a_kernel_that_does_not_fit_is_noticed():
     """Tiles of 128 x 256 entries by 4 warps: as many sums as there are registers."""
     program = """
 from lowmem_kernels import aot, tile_config
-tile_config.LOGITS["sweep"]["ampere"] = [tile_config.TileConfig(128, 256, 64, 4, 3)] * 2
+tile_config.LOGITS["sweep"]["ampere"] = [tile_config.TileConfig(128, 256, 64, 4, 4)] * 2
 specimen = next(s for s in aot.specimens((8, 6), every_option=False) if s.kernel.fn.__name__ == "sweep_kernel")
 found = specimen.resources()
 assert found.spilled > 0 and found.shared > 101_376 and found.exceed((8, 6)), found
