@@ -7,7 +7,7 @@
 A small OLMo is taught invented biographies until it recites them (as `lowmem-npo demo` does), and a second one, the
 gold standard, the same without the rows to be forgotten. Then `lowmem-npo sweep` makes the first forget, with each row
 of (gamma, delta) and every seed, twice: for 20 epochs, its adapter measured after 10 and after 20, and with
---stop-when forget-at-holdout. The rows are those of Bronec and Helcl (SemEval-2025 Task 4) and their code: retain
+--stop-when forget-at-holdout retain-loss+0.1. The rows are those of Bronec and Helcl (SemEval-2025 Task 4) and their code: retain
 cross-entropy alone (1, 0), with a KL (1, 0.5) and (1, 1), and the KL alone (0, 1).
 
 Harder than the demo, for all rows alike, since the demo's setting is gentle: as many retain rows as forget rows, as
@@ -58,7 +58,7 @@ from lowmem_npo.sweep.grid import GridPoint, SweepRun
 from lowmem_npo.sweep.run import is_finished, sweep
 
 ROWS = ((1.0, 0.0), (1.0, 0.5), (1.0, 1.0), (0.0, 1.0))  # (gamma, delta)
-STOP_WHEN = ("forget-at-holdout",)
+STOP_WHEN, PATIENCE = ("forget-at-holdout", "retain-loss+0.1"), 10
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Setting:
                 reference_dir=str(directory / "reference"),
             ),
             training=TrainingConfig(batch_size=self.batch_size, epochs=self.epochs[1], lr=self.lr, seed=seed),
-            stopping=StoppingConfig(stop_when=STOP_WHEN if stops else ()),
+            stopping=StoppingConfig(STOP_WHEN, PATIENCE) if stops else StoppingConfig(),
             output=OutputConfig(
                 output_dir=str(directory / _name(gamma, delta, stops) / f"seed-{seed}"),
                 eval_rows=self.data.limit if stops else 1,  # every adapter is measured here, all alike
@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = summarise(measured)
     print("\n" + table(results))
     if out is not None:
-        more = {"setting": asdict(setting), "stop_when": STOP_WHEN, "measured": measured}
+        more = {"setting": asdict(setting), "stop_when": STOP_WHEN, "patience": PATIENCE, "measured": measured}
         record.write(out, "quality", results, seconds=round(time.monotonic() - begin), **more)
         out.with_suffix(".md").write_text(table(results) + "\n", encoding="utf-8")
         draw_quality(out.with_suffix(".png"), results)

@@ -246,6 +246,9 @@ class StoppingConfig:
     retain-loss+10%: the retain answers' NLL is up by so much over before (retain-loss+0.05: by so many nats per token).
     Kept is the adapter nearest to the first of the former two, of those within the limit on the retain loss; with that
     limit alone, the last such."""
+    stop_patience: int = 1
+    """So many measurements in a row must find a condition met. More than 1 lets a run go through the rise of the retain
+    loss that NPO may begin with and the retain terms mend."""
     eval_every: int | None = None
     """Measure for --stop-when after so many optimiser steps. Default: after every epoch."""
 
@@ -254,8 +257,11 @@ class StoppingConfig:
         _ = self.conditions  # malformed ones raise here
         if self.eval_every is not None and self.eval_every < 1:
             raise UserError(f"--eval-every must be at least 1 step, not {self.eval_every}.")
-        if self.eval_every is not None and not self.stop_when:
-            raise UserError("--eval-every says how often --stop-when looks: give both, or none.")
+        if self.stop_patience < 1:
+            raise UserError(f"--stop-patience must be at least 1 measurement, not {self.stop_patience}.")
+        if (self.eval_every is not None or self.stop_patience > 1) and not self.stop_when:
+            given = "--stop-patience" if self.eval_every is None else "--eval-every"
+            raise UserError(f"{given} says how --stop-when measures: give both, or none.")
 
     @property
     def conditions(self) -> tuple[Condition, ...]:

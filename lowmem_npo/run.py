@@ -240,6 +240,7 @@ def _stopping(plan: RunPlan, model: PeftModel, say: Say) -> Stopping | None:
         chosen,
         plan.directory.path,
         every=config.stopping.eval_every,
+        patience=config.stopping.stop_patience,
         batch_size=config.output.eval_batch_size,
         say=say,
     )

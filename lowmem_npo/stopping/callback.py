@@ -21,7 +21,7 @@ from lowmem_npo.evaluation.likelihood import Likelihood, answer_likelihoods
 from lowmem_npo.evaluation.membership import membership
 from lowmem_npo.files import write_atomically
 from lowmem_npo.model import reference_mode
-from lowmem_npo.stopping.conditions import Condition, StopEvaluation, best, holds
+from lowmem_npo.stopping.conditions import Condition, StopEvaluation, best, held, holds
 
 EVALUATIONS, OUTCOME, KEPT = "evaluations.jsonl", "stopping.json", "best"
 
@@ -48,6 +48,7 @@ class Stopping(TrainerCallback):
     sets: "forget" and, where there are such rows, "retain" and "holdout": the rows that are measured.
     directory: gets evaluations.jsonl, a line per evaluation, and best/, the best adapter so far.
     every: optimiser steps between evaluations; None: one after each epoch. The last step is always followed by one.
+    patience: at how many evaluations in a row a condition must hold.
 
     The main process measures and decides for all.
     """
@@ -60,11 +61,12 @@ class Stopping(TrainerCallback):
         directory: Path,
         *,
         every: int | None = None,
+        patience: int = 1,
         batch_size: int = 8,
         say: Callable[[str], None] = print,
     ) -> None:
         self.conditions, self.model, self.sets, self.directory = conditions, model, sets, directory
-        self.every, self.batch_size, self.say = every, batch_size, say
+        self.every, self.patience, self.batch_size, self.say = every, patience, batch_size, say
         self.evaluations: list[StopEvaluation] = []
 
     # -- before training ----------------------------------------------------------------------------------------------
@@ -127,7 +129,7 @@ class Stopping(TrainerCallback):
 
     def finish(self) -> StopOutcome | None:
         """Puts the best adapter into the model, writes stopping.json, and says what was done. For the main process."""
-        kept, last, held = best(self.evaluations, self.conditions), self.evaluations[-1], self._held()
+        kept, last, ended_by = best(self.evaluations, self.conditions), self.evaluations[-1], self._held()
         if kept is None:
             return None
         self._restore(kept)
@@ -137,25 +139,28 @@ class Stopping(TrainerCallback):
         within = not any(holds(limit, kept, start) for limit in limits)
         outcome = StopOutcome(
             conditions=[condition.text for condition in self.conditions],
-            held=[condition.text for condition in held],
+            held=[condition.text for condition in ended_by],
             last=last,
             kept=kept,
             within_limits=within,
-            sentence=self._sentence(kept, last, held, within),
+            sentence=self._sentence(kept, last, ended_by, within),
         )
         content = {**asdict(outcome), "last": _line(last), "kept": _line(kept), "before": _line(start)}
         write_atomically(self.directory / OUTCOME, json.dumps(content, indent=1) + "\n")
         self.say(outcome.sentence)
         return outcome
 
-    def _sentence(self, kept: StopEvaluation, last: StopEvaluation, held: Sequence[Condition], within: bool) -> str:
+    def _sentence(
+        self, kept: StopEvaluation, last: StopEvaluation, ended_by: Sequence[Condition], within: bool
+    ) -> str:
         start = self.evaluations[0]
-        if held:
-            why = " and ".join(f"{condition.text} ({condition.told(last, start)})" for condition in held)
-            told = f"Stopped at step {last.step}: {why}."
+        times = f" {self.patience} times in a row" if self.patience > 1 else ""
+        if ended_by:
+            why = " and ".join(f"{condition.text} ({condition.told(last, start)})" for condition in ended_by)
+            told = f"Stopped at step {last.step}: {why}{times and ',' + times}."
         else:
             conditions = " and ".join(condition.text for condition in self.conditions)
-            told = f"Trained to its end, step {last.step}: {conditions} did not hold."
+            told = f"Trained to its end, step {last.step}: {conditions} did not hold{times}."
         told += f" The adapter of step {kept.step} is kept."
         if not within:
             told += " None was within the limit, this one lost least: try a lower --lr or --eval-every."
@@ -164,8 +169,7 @@ class Stopping(TrainerCallback):
     # -- what is known, and where it lies -----------------------------------------------------------------------------
 
     def _held(self) -> list[Condition]:
-        start, *trained = self.evaluations
-        return [condition for condition in self.conditions if trained and holds(condition, trained[-1], start)]
+        return held(self.evaluations, self.conditions, self.patience)
 
     def _add(self, now: StopEvaluation) -> None:
         self.evaluations.append(now)

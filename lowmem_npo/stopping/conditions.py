@@ -107,8 +107,17 @@ def _parsed(text: str) -> Condition:
 
 
 def holds(condition: Condition, now: StopEvaluation, start: StopEvaluation) -> bool:
-    """Whether the run stops at `now`; `start` is its evaluation before training."""
+    """Whether it is met at `now`; `start` is the evaluation before training."""
     return not condition.gap(now, start) > 0
+
+
+def held(
+    evaluations: Sequence[StopEvaluation], conditions: Sequence[Condition], patience: int = 1
+) -> list[Condition]:
+    """The conditions for which the run stops now: they hold at each of the last `patience` evaluations."""
+    start, *trained = evaluations
+    recent = trained[-patience:]
+    return [c for c in conditions if len(recent) == patience and all(holds(c, now, start) for now in recent)]
 
 
 def best(evaluations: Sequence[StopEvaluation], conditions: Sequence[Condition]) -> StopEvaluation | None:

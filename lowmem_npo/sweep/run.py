@@ -57,7 +57,7 @@ def sweep(runs: Sequence[SweepRun], root: Path, *, resume: bool, say: Say = prin
             state.record(run, seconds=time.monotonic() - begin)
     result = collect(runs, state.entries)
     if not result.configurations:
-        raise UserError(f"No run of the sweep succeeded; the first one: {next(iter(state.entries.values()))['error']}")
+        raise UserError(f"No run of the sweep succeeded. {result.failed[0]['directory']}: {result.failed[0]['error']}")
     write_results(result, root)
     draw_sweep(root / "sweep.png", result)
     return result

@@ -9,7 +9,7 @@ import pytest
 from lowmem_npo.config import DataConfig, ModelConfig, ObjectiveConfig, OutputConfig, RunConfig, StoppingConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.stopping import conditions
-from lowmem_npo.stopping.conditions import StopEvaluation, best, holds, parse_conditions
+from lowmem_npo.stopping.conditions import StopEvaluation, best, held, holds, parse_conditions
 
 START = StopEvaluation(0, 0.0, forget_nll=0.1, retain_nll=0.2, holdout_nll=5.0, membership_auc=1.0)
 
@@ -40,6 +40,14 @@ def test_each_holds_when_it_should_and_not_before(text, before, after):
 def test_a_run_that_lost_its_numbers_stops(text):
     (condition,) = parse_conditions([text])
     assert holds(condition, StopEvaluation(3, 0.3, math.nan, math.nan, math.nan, math.nan), START)
+
+
+def test_patience_asks_for_as_many_in_a_row():
+    conditions = parse_conditions(["forget-at-holdout", "retain-loss+10%"])
+    run = [START, at(1, 6, 0.2), at(2, 4, 0.3), at(3, 6, 0.3), at(4, 6, 0.2), at(5, 6, 0.3), at(6, 7, 0.3)]
+    ends = {p: [now.step for now in run if held(run[: now.step + 1], conditions, p)] for p in (1, 2, 3, 4, 5)}
+    assert ends == {1: [1, 2, 3, 4, 5, 6], 2: [3, 4, 5, 6], 3: [5, 6], 4: [6], 5: []}
+    assert [c.text for c in held(run[:4], conditions, 2)] == ["retain-loss+10%"]
 
 
 # Evaluations, conditions, and the step whose adapter must be kept.
@@ -111,7 +119,9 @@ def test_malformed_conditions(text, said):
     [
         ({"stop_when": ("mia-crosses", "mia-crosses")}, {}, {}, "each condition once"),
         ({"stop_when": ("retain-loss+1%", "retain-loss+1")}, {}, {}, "each condition once"),
-        ({"eval_every": 3}, {}, {}, "give both"),
+        ({"eval_every": 3}, {}, {}, "--eval-every .* give both"),
+        ({"stop_patience": 3}, {}, {}, "--stop-patience .* give both"),
+        ({"stop_when": ("mia-crosses",), "stop_patience": 0}, {}, {}, "at least 1 measurement"),
         ({"stop_when": ("mia-crosses",), "eval_every": 0}, {}, {}, "at least 1 step"),
         ({"stop_when": ("mia-crosses",)}, {"forget": "f.jsonl", "retain": "r.jsonl"}, {}, "give --holdout"),
         ({"stop_when": ("retain-loss+1%",)}, {"forget": "f.jsonl", "holdout": "h.jsonl"}, {}, "give --retain"),
