@@ -7,8 +7,8 @@
 A small OLMo is taught invented biographies until it recites them (as `lowmem-npo demo` does), and a second one, the
 gold standard, the same without the rows to be forgotten. Then `lowmem-npo sweep` makes the first forget, with each row
 of (gamma, delta) and every seed, twice: for 20 epochs, its adapter measured after 10 and after 20, and with
---stop-when forget-at-holdout retain-loss+0.1. The rows are those of Bronec and Helcl (SemEval-2025 Task 4) and their code: retain
-cross-entropy alone (1, 0), with a KL (1, 0.5) and (1, 1), and the KL alone (0, 1).
+--stop-when forget-at-holdout retain-loss+0.1 --stop-patience 10. The rows are those of Bronec and Helcl (SemEval-2025
+Task 4) and their code: retain cross-entropy alone (1, 0), with a KL (1, 0.5) and (1, 1), and the KL alone (0, 1).
 
 Harder than the demo, for all rows alike, since the demo's setting is gentle: as many retain rows as forget rows, as
 many of each in a step (so does the paper; the demo has twice as many), and beta 0.1, which pushes the answers further.
