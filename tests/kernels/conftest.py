@@ -1,6 +1,7 @@
 """Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before they are first imported."""
 
 import os
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -8,8 +9,6 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-from lowmem_kernels import chunks_engine, row_kernel, tile_config, tiles_engine  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -26,7 +25,6 @@ def engine(request) -> str:
 def small_blocks(monkeypatch):
     """Small blocks, so that small cases have many of them: of tokens, vocabulary and hidden size."""
     use_blocks(monkeypatch, rows=16, columns=256, depth=64, chunk=384)
-    monkeypatch.setattr(tiles_engine, "TOKENS", 32)
 
 
 @pytest.fixture
@@ -35,13 +33,20 @@ def large_blocks(small_blocks, monkeypatch):
     use_blocks(monkeypatch, rows=16, columns=8192, depth=64, chunk=16384)
 
 
-def use_blocks(monkeypatch, rows: int, columns: int, depth: int, chunk: int) -> None:
-    tile, product = (tile_config.TileConfig(rows, *size, 4, 1) for size in ((columns, depth), (depth, columns)))
-    monkeypatch.setattr(chunks_engine, "row_config", lambda *_: row_kernel.RowConfig(rows, columns, num_warps=4))
-    monkeypatch.setattr(tiles_engine, "logits_config", lambda *_: tile)
-    monkeypatch.setattr(tiles_engine, "product_config", lambda *_: product)
-    monkeypatch.setattr(tiles_engine, "VOCABULARY", chunk)
-    monkeypatch.setattr(tiles_engine, "_processors", lambda device: 2)
+def use_blocks(monkeypatch, rows: int, columns: int, depth: int, chunk: int, package: str = "lowmem_kernels") -> None:
+    """In every engine of `package`: blocks of tokens, vocabulary and hidden size; entries in a chunk of `tiles`."""
+    torch_engine, chunks, tiles = (import_module(f"{package}.{name}_engine") for name in ("torch", "chunks", "tiles"))
+    monkeypatch.setattr(torch_engine, "TOKENS", rows)
+    monkeypatch.setattr(torch_engine, "VOCABULARY", columns)
+    row_config = import_module(f"{package}.row_kernel").RowConfig(rows, columns, num_warps=4)
+    monkeypatch.setattr(chunks, "row_config", lambda *_: row_config)
+    tile_config = import_module(f"{package}.tile_config").TileConfig
+    tile, product = tile_config(rows, columns, depth, 4, 1), tile_config(rows, depth, columns, 4, 1)
+    monkeypatch.setattr(tiles, "logits_config", lambda *_: tile)
+    monkeypatch.setattr(tiles, "product_config", lambda *_: product)
+    monkeypatch.setattr(tiles, "TOKENS", 2 * rows)
+    monkeypatch.setattr(tiles, "VOCABULARY", chunk)
+    monkeypatch.setattr(tiles, "_processors", lambda device: 2)
 
 
 @pytest.fixture(autouse=True)

@@ -3,12 +3,13 @@
 Also the cases to try them on, and the accuracy contract that every engine must meet and every broken kernel must not.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import NamedTuple
 
+import lowmem_kernels
 import torch
-from lowmem_kernels import FrozenHead, retain_loss, token_kl, token_logprobs
+from lowmem_kernels import FrozenHead
 from torch import Tensor
 
 DIRECTIONS = ("policy-reference", "reference-policy")
@@ -92,19 +93,21 @@ def dense(case: Case, dtype: torch.dtype = torch.float64) -> Outcome:
     return Outcome(logprobs.detach().double(), kl.detach().double(), *(grad.double() for grad in grads))
 
 
-def run(case: Case, engine: str) -> Outcome:
+def run(case: Case, engine: str, kernels: ModuleType = lowmem_kernels) -> Outcome:
     """The same by token_logprobs and token_kl."""
     hidden = case.hidden.detach().requires_grad_()
-    logprobs = token_logprobs(hidden, case.head, case.targets, engine=engine)
-    kl = token_kl(hidden, case.ref_hidden, case.head, direction=case.direction, engine=engine)
+    logprobs = kernels.token_logprobs(hidden, case.head, case.targets, engine=engine)
+    kl = kernels.token_kl(hidden, case.ref_hidden, case.head, direction=case.direction, engine=engine)
     grads = [torch.autograd.grad(x.sum(), hidden)[0] for x in (logprobs, kl)]
     return Outcome(logprobs.detach().double(), kl.detach().double(), *(grad.double() for grad in grads))
 
 
-def run_jointly(case: Case, engine: str, ce_weight: Tensor, kl_weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def run_jointly(
+    case: Case, engine: str, ce_weight: Tensor, kl_weight: Tensor, kernels: ModuleType = lowmem_kernels
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """retain_loss: the loss, its gradient, and the log-probabilities and KLs."""
     hidden = case.hidden.detach().requires_grad_()
-    loss, logprobs, kl = retain_loss(
+    loss, logprobs, kl = kernels.retain_loss(
         hidden, case.ref_hidden, case.head, case.targets, ce_weight, kl_weight, direction=case.direction, engine=engine
     )
     (grad,) = torch.autograd.grad(loss, hidden)
@@ -117,9 +120,9 @@ def relative(found: Tensor, true: Tensor) -> float:
     return error / size if size else (0.0 if error == 0 else float("inf"))
 
 
-def check(case: Case, engine: str, compute: Callable[[Case, str], Outcome] = run) -> None:
+def check(case: Case, engine: str, kernels: ModuleType = lowmem_kernels) -> None:
     """Asserts the accuracy contract of DESIGN section 2 for this engine on this case."""
-    found, true, plain = compute(case, engine), dense(case), dense(case, torch.float32)
+    found, true, plain = run(case, engine, kernels), dense(case), dense(case, torch.float32)
     low = case.hidden.dtype != torch.float32
     grad_limit = 1e-2 if low else 1e-4
 
@@ -140,14 +143,14 @@ def check(case: Case, engine: str, compute: Callable[[Case, str], Outcome] = run
         assert (excess <= 0).all(), f"row {int(excess.argmax())} of {name} off by more than {grad_limit}"
 
 
-def check_jointly(case: Case, engine: str) -> None:
+def check_jointly(case: Case, engine: str, kernels: ModuleType = lowmem_kernels) -> None:
     """retain_loss against the same weighted sum of the dense quantities, with a weight of its own for every token."""
     true = dense(case)
     ce_weight = torch.linspace(0.2, 1.0, len(case.targets), device=case.hidden.device)
     kl_weight = torch.linspace(1.0, 0.1, len(case.targets), device=case.hidden.device)
     # KL and cross-entropy alike in size, so that an error in either shows
     kl_weight = kl_weight * float(true.logprob_grad.norm() / true.kl_grad.norm().clamp(min=1e-12))
-    loss, grad, logprobs, kl = run_jointly(case, engine, ce_weight, kl_weight)
+    loss, grad, logprobs, kl = run_jointly(case, engine, ce_weight, kl_weight, kernels)
     ce_weight, kl_weight = ce_weight.double(), kl_weight.double()
     exact = -ce_weight[:, None] * true.logprob_grad + kl_weight[:, None] * true.kl_grad
     assert relative(grad, exact) <= (1e-2 if case.hidden.dtype != torch.float32 else 1e-4)

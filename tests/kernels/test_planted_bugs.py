@@ -1,0 +1,119 @@
+"""The accuracy checks notice bugs: each test plants one in a copy of the package.
+
+A copy, since Triton reads kernels from their files. The checks are those that all other tests call, on cases that the
+copy without a bug passes.
+"""
+
+import itertools
+import shutil
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import lowmem_kernels
+import pytest
+
+from tests.kernels.conftest import use_blocks
+from tests.kernels.reference import check, check_jointly, make_case
+
+numbers = itertools.count()
+
+
+class Bug(NamedTuple):
+    """In `file` of the package, `right`, which is there once, becomes `wrong`."""
+
+    engine: str
+    name: str
+    file: str
+    right: str
+    wrong: str
+    kl: float = 1e-2
+
+
+BUGS = [
+    Bug("torch", "a chunk of the vocabulary dropped", "torch_engine.py",
+        "range(0, head.vocabulary, VOCABULARY)", "range(VOCABULARY, head.vocabulary, VOCABULARY)"),
+    Bug("torch", "bfloat16 logits", "torch_engine.py",
+        "z, slope = _logits(hidden @ weight.T, bias, head)",
+        "z, slope = _logits((hidden @ weight.T).bfloat16().float(), bias, head)"),
+    Bug("chunks", "a block dropped from the statistics", "row_kernel.py",
+        "\n    for start in range(0, V, BLOCK):", "\n    for start in range(BLOCK, V, BLOCK):"),
+    Bug("chunks", "a block of the gradient not written", "row_kernel.py",
+        "\n        for start in range(0, V, BLOCK):", "\n        for start in range(0, V - BLOCK, BLOCK):"),
+    Bug("chunks", "the last entry lost", "row_kernel.py", "inside = column < V", "inside = column < V - 1"),
+    Bug("chunks", "blocks not merged", "row_kernel.py",
+        "whole = merge(whole, statistics(z, ref_z, WITH_REF, POLICY_FIRST), WITH_REF, POLICY_FIRST)",
+        "whole = statistics(z, ref_z, WITH_REF, POLICY_FIRST)"),
+    Bug("chunks", "the target counted twice", "row_kernel.py", " & (column != left_out[:, None])", ""),
+    Bug("chunks", "bfloat16 logits", "row_kernel.py", "    z, slope = logits(product",
+        "    product = rounded(product, tl.bfloat16).to(tl.float32)\n    z, slope = logits(product"),
+    Bug("chunks", "the reference's logits are the policy's", "chunks_engine.py",
+        "logits[rows : 2 * rows]", "logits[:rows]"),
+    Bug("tiles", "a tile dropped from the statistics", "tile_statistics.py",
+        "tl.cdiv(V, COLUMNS))", "tl.cdiv(V, COLUMNS) - 1)"),
+    Bug("tiles", "a share not merged", "tile_statistics.py", "range(1, shares)", "range(2, shares)"),
+    Bug("tiles", "tiles not merged", "tile_statistics.py",
+        "whole = merge(whole, statistics(z, ref_z, WITH_REF, POLICY_FIRST), WITH_REF, POLICY_FIRST)",
+        "whole = statistics(z, ref_z, WITH_REF, POLICY_FIRST)"),
+    Bug("tiles", "bfloat16 logits", "tile_statistics.py",
+        "    z, slope = logits(product",
+        "    product = product.to(tl.bfloat16).to(tl.float32)\n    z, slope = logits(product"),
+    Bug("tiles", "the last step of d lost", "tile_statistics.py",
+        "range(0, D, DEPTH):\n        is_d", "range(0, D - DEPTH, DEPTH):\n        is_d"),
+    Bug("tiles", "a chunk of the gradient not added", "tile_gradient.py", "if not IS_FIRST:", "if False:"),
+    Bug("tiles", "a step of the gradient lost", "tile_gradient.py",
+        "range(0, tl.minimum(slope_stride, V - first_column), DEPTH)",
+        "range(DEPTH, tl.minimum(slope_stride, V - first_column), DEPTH)"),
+    Bug("tiles", "the target's slope beside the target", "tile_gradient.py",
+        "== target[:, None]", "== target[:, None] + 1"),
+    Bug("tiles", "the KL as a difference of large numbers", "device_math.py",
+        "        return tl.where(near, p * phi(-ell), q - p + p * ell)", "        return p * ell", kl=1e-6),
+    Bug("chunks", "the KL between blocks left out", "device_math.py",
+        "kl = kl_term(p_a, q_a, ell_a, POLICY_FIRST) + kl_term(p_b, q_b, ell_b, POLICY_FIRST)",
+        "kl = tl.zeros_like(kl_a)"),
+]  # fmt: skip
+DISTANCE = {1e-2: 0.14, 1e-6: 1.5e-3}  # of the logits, for a KL
+
+
+@pytest.fixture
+def package_with(tmp_path, monkeypatch):
+    """package_with(bug) imports a copy of lowmem_kernels, with small blocks and, unless it is None, with the bug."""
+
+    def make(bug: Bug | None) -> ModuleType:
+        name = f"planted_{next(numbers)}"
+        shutil.copytree(Path(lowmem_kernels.__file__).parent, tmp_path / name, ignore=shutil.ignore_patterns("*.pyc"))
+        if bug is not None:
+            file = tmp_path / name / bug.file
+            assert file.read_text().count(bug.right) == 1
+            file.write_text(file.read_text().replace(bug.right, bug.wrong))
+        for file in (tmp_path / name).glob("*.py"):  # imports, and the name of the custom operator
+            file.write_text(file.read_text().replace("lowmem_kernels", name))
+        monkeypatch.syspath_prepend(tmp_path)
+        package = import_module(name)
+        use_blocks(monkeypatch, rows=16, columns=256, depth=64, chunk=384, package=name)
+        return package
+
+    yield make
+    for name in [name for name in sys.modules if name.startswith("planted_")]:
+        del sys.modules[name]
+
+
+def check_everything(engine: str, package: ModuleType, kl: float = 1e-2) -> None:
+    case = make_case(5, 96, 700, distance=DISTANCE[kl], sharpness=1.5)
+    check(case, engine, package)
+    check_jointly(case, engine, package)
+
+
+@pytest.mark.parametrize("engine", ["torch", "chunks", "tiles"])
+@pytest.mark.parametrize("kl", DISTANCE)
+def test_a_copy_without_a_bug_passes(engine, kl, package_with):
+    check_everything(engine, package_with(None), kl)
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: f"{bug.engine}: {bug.name}")
+def test_a_planted_bug_is_noticed(bug, package_with):
+    package = package_with(bug)
+    with pytest.raises(AssertionError):
+        check_everything(bug.engine, package, bug.kl)
