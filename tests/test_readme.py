@@ -36,7 +36,7 @@ def test_every_flag_exists(capsys):
     with pytest.raises(SystemExit):
         parse_run(["--help"], "train")
     known = set(re.findall(r"--[a-z][a-z0-9-]*", capsys.readouterr().out)) | {"--help", "--config"}
-    for command in ("estimate", "report", "evaluate"):
+    for command in ("sweep", "estimate", "report", "evaluate"):
         with contextlib.suppress(SystemExit):
             main([command, "--help"])
         known |= set(re.findall(r"--[a-z][a-z0-9-]*", capsys.readouterr().out))
