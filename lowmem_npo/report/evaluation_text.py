@@ -28,7 +28,8 @@ def evaluation_text(result: Evaluation, before: Mapping[str, Any] | None = None)
     if result.tofu:
         blocks.append(_tofu(result, before))
     if result.leaks.tests:
-        blocks.append(_leaks(result, before))
+        head = f"What still leaks ({_share(result, ('forget', 'holdout'))})"
+        blocks.append(f"{head}\n{leaks_text(result.leaks.tests, before.get('leaks') or {})}")
     if result.lm_eval:
         blocks.append(_lm_eval(result, before))
     if result.notes:
@@ -98,11 +99,11 @@ def _tofu(result: Evaluation, before: Mapping[str, Any]) -> str:
     return f"TOFU ({_share(result, tuple(result.tofu))})\n{table}\n\n{summary}"
 
 
-def _leaks(result: Evaluation, before: Mapping[str, Any]) -> str:
-    earlier = before.get("leaks") or {}
-    lines = [f"What still leaks ({_share(result, ('forget', 'holdout'))})"]
-    for test, found in result.leaks.tests.items():
-        was = f" (before: {LEAKS[earlier[test]['leaks']]})" if test in earlier else ""
+def leaks_text(tests: Mapping[str, Mapping[str, Any]], before: Mapping[str, Any]) -> str:
+    """Test by test whether it leaks (now, and in `before`) and what was found."""
+    lines = []
+    for test, found in tests.items():
+        was = f" (before: {LEAKS[before[test]['leaks']]})" if test in before else ""
         lines.append(f"{test}: {LEAKS[found['leaks']]}{was}")
         lines.append(fill(found["meaning"], 100, initial_indent="    ", subsequent_indent="    "))
     return "\n".join(lines)

@@ -45,7 +45,7 @@ def model_card(content: Content) -> str:
         forget_term=settings.get("forget_term"),
         settings=[(name, code(settings[name])) for name in METHOD if settings.get(name) is not None],
         data=_data(audit),
-        table=markdown_table(content.stages) if content.stages else "",
+        table=markdown_table(content.stages).rstrip() if content.stages else "",
         leaks={test: found.get("meaning", "") for test, found in content.leaks.get("after", {}).items()},
         limits=LIMITS[:3],
         notes=content.notes,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,13 @@ def render_page(content: Content, examples: int) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"shown": shown, "text": shortened, "words": words, "leak_figures": leak_figures}
+    environment.filters |= {
+        "shown": shown,
+        "text": shortened,
+        "words": words,
+        "leak_figures": leak_figures,
+        "by_set": by_set,
+    }
     settings, after = content.settings, content.leaks.get("after") or content.leaks.get("before") or {}
     return environment.get_template("report.html.jinja").render(
         c=content,
@@ -138,6 +144,12 @@ def shortened(text: str) -> str:
     if len(text) > LONGEST:
         return f"{text[:LONGEST]} … ({len(text) - LONGEST:,} more characters)"
     return text or "(nothing)"
+
+
+def by_set(items: Sequence[Any]) -> list[tuple[str | None, list[Any]]]:
+    """Figures or examples, put together by their set, in the order in which the sets come."""
+    sets = dict.fromkeys(item.set for item in items)
+    return [(name, [item for item in items if item.set == name]) for name in sets]
 
 
 def words(key: str) -> str:

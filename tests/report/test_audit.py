@@ -1,0 +1,132 @@
+"""The audit record: hashes that others can check without us, and no text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from datetime import datetime, timezone
+from importlib.metadata import version
+
+import pytest
+import yaml
+from reported import FORGET, RETAIN, train, write_rows
+
+from lowmem_npo.cli.main import main
+from lowmem_npo.report.audit import ALGORITHM, find_rows, row_hash
+
+
+def audit_of(folder) -> dict:
+    return json.loads((folder / "audit.json").read_text(encoding="utf-8"))
+
+
+def hash_by_hand(salt: str, prompt: str, answer: str) -> str:
+    """As ALGORITHM says it, written without the code under test."""
+
+    def quoted(text: str) -> str:
+        return json.dumps(text)  # ASCII, escaped
+
+    return hashlib.sha256(
+        bytes.fromhex(salt) + f'{{"answer":{quoted(answer)},"prompt":{quoted(prompt)}}}'.encode()
+    ).hexdigest()
+
+
+def test_every_forget_row_can_be_checked_by_hand(run):
+    rows = audit_of(run)["forget_rows"]
+    assert rows["sha256"] == [hash_by_hand(rows["salt"], row["question"], row["answer"]) for row in FORGET]
+    assert len(rows["salt"]) == 32 and '{"answer":...,"prompt":...}' in rows["algorithm"] == ALGORITHM
+
+
+def test_the_hash_depends_on_salt_and_on_every_letter():
+    from lowmem_npo.data import Example
+
+    base = Example("Who?", "Nobody.", "here", "question/answer")
+    others = [
+        Example("Who", "?Nobody.", "here", "question/answer"),
+        Example("Who?", "Nobody", "here", "question/answer"),
+        Example(None, "Who?Nobody.", "here", "text"),
+        Example("Who?", "Nobody.", "here", "messages", messages=({"role": "user", "content": "Who?"},)),
+    ]
+    hashes = {row_hash(base, "00"), row_hash(base, "01"), *(row_hash(other, "00") for other in others)}
+    assert len(hashes) == 6
+    assert row_hash(Example("Who?", "Nobody.", "elsewhere", "input/output", id="7"), "00") == row_hash(base, "00")
+
+
+def test_files_settings_versions_and_times(run, data, byte_model):
+    audit = audit_of(run)
+    for part, rows in (("forget", FORGET), ("retain", RETAIN)):
+        record = audit["data"][part]
+        assert record["sha256"] == hashlib.sha256((data / f"{part}.jsonl").read_bytes()).hexdigest()
+        assert record["rows"] == len(rows) and record["source"] == str(data / f"{part}.jsonl")
+    weights = (run / "adapter_model.safetensors").read_bytes()
+    assert audit["adapter"] == {
+        "file": "adapter_model.safetensors",
+        "sha256": hashlib.sha256(weights).hexdigest(),
+        "bytes": len(weights),
+    }
+    assert audit["configuration"] == yaml.safe_load((run / "run.yaml").read_text())
+    assert audit["seed"] == 42 and audit["optimizer_steps"] == 3
+    assert audit["model"]["name"] == str(byte_model) and audit["model"]["class"] == "OlmoForCausalLM"
+    assert audit["model"]["vocabulary"] == 258 and audit["model"]["weights"] == "float32"
+    (session,) = audit["sessions"]
+    for package in ("torch", "transformers", "peft", "bitsandbytes"):
+        assert session["versions"][package] == version(package)
+    began, ended = (datetime.fromisoformat(session[key]) for key in ("started", "ended"))
+    assert began <= ended <= datetime.now(timezone.utc) and session["last_step"] == 3
+
+
+def test_the_models_fingerprint_is_the_models(run, byte_model, data, tmp_path):
+    """The same weights give the same fingerprint, whatever was trained on them; other weights another."""
+    from tiny import tiny_model
+    from transformers import AutoTokenizer
+
+    known = audit_of(run)["model"]["weights_fingerprint"]
+    tiny_model("olmo", 258, seed=1).save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(byte_model).save_pretrained(tmp_path / "other")
+    quick = ("--max-steps", 1, "--eval-rows", 0)
+    assert audit_of(train(tmp_path / "a", byte_model, data, *quick))["model"]["weights_fingerprint"] == known
+    assert audit_of(train(tmp_path / "b", tmp_path / "other", data, *quick))["model"]["weights_fingerprint"] != known
+
+
+def test_rows_can_be_proved(run, tmp_path, capsys):
+    asked = [FORGET[3], {"question": "Who guards the amber vault?", "answer": "Somebody else."}, FORGET[0]]
+    rows = write_rows(tmp_path / "rows.jsonl", asked)
+    assert [place for _, place in find_rows(run, str(rows))] == [4, None, 1]
+    with pytest.raises(SystemExit) as stop:
+        main(["report", str(run), "--prove", str(rows)])
+    assert stop.value.code == 1
+    shown = capsys.readouterr().out
+    assert "line 1: forget row 4" in shown and "line 2: not among" in shown and "2 of 3 rows" in shown
+    assert main(["report", str(run), "--prove", str(write_rows(tmp_path / "all.jsonl", FORGET))]) == 0
+
+
+def test_a_resumed_run_keeps_its_salt_and_counts_its_sessions(byte_model, data, tmp_path, capsys):
+    mine = tmp_path / "data"
+    mine.mkdir()
+    write_rows(mine / "forget.jsonl", FORGET), write_rows(mine / "retain.jsonl", RETAIN)
+    settings = ("--eval-rows", 0, "--save-steps", 1)
+    folder = train(tmp_path / "out", byte_model, mine, *settings, "--max-steps", 1)
+    first = audit_of(folder)
+    train(folder, byte_model, mine, *settings, "--max-steps", 2, "--resume")
+    second = audit_of(folder)
+    assert second["forget_rows"] == first["forget_rows"]
+    assert [session["last_step"] for session in second["sessions"]] == [1, 2] and second["optimizer_steps"] == 2
+    assert "2 sessions" in (folder / "report.html").read_text(encoding="utf-8")
+
+    write_rows(mine / "forget.jsonl", [*FORGET[:-1], {"question": "Other?", "answer": "Row."}])
+    arguments = ["--model", byte_model, "--forget", mine / "forget.jsonl", "--retain", mine / "retain.jsonl"]
+    arguments += ["--dtype", "float32", "--device", "cpu", "--batch-size", 2, "--output-dir", folder, *settings]
+    capsys.readouterr()
+    assert main(["train", *map(str, arguments), "--max-steps", "3", "--resume"]) == 2
+    assert "the forget rows have changed" in capsys.readouterr().err
+    assert audit_of(folder) == second
+
+
+def test_a_damaged_or_missing_record_is_said(own_run, tmp_path, capsys):
+    rows = str(write_rows(tmp_path / "rows.jsonl", FORGET))
+    (own_run / "audit.json").write_text("{")
+    assert main(["report", str(own_run)]) == 2
+    assert "cannot be read as the audit record" in capsys.readouterr().err
+    (own_run / "audit.json").unlink()
+    assert main(["report", str(own_run), "--prove", rows]) == 2
+    assert main(["report", str(own_run)]) == 0
+    assert "no audit record" in (own_run / "report.html").read_text(encoding="utf-8")

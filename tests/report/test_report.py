@@ -1,0 +1,391 @@
+"""The report of a real run: true numbers, no text of a row where none was asked for, and a page that only shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from reported import FORGET, RETAIN, TELLTALES, train, write_rows
+
+from lowmem_npo.cli.main import main
+from lowmem_npo.report.content import Content, read_content
+from lowmem_npo.report.model_card import model_card
+from lowmem_npo.report.table import MEASURES
+from lowmem_npo.report.write import write_report
+
+VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
+
+
+class Page(HTMLParser):
+    """Fails on an element that is not closed where it should be; collects what the tests ask about."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> inside {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def page(folder) -> Page:
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def told(folder) -> dict:
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def leaked(text: str) -> list[str]:
+    """Which rows stand in `text`, also in JSON's or HTML's spelling."""
+    spelt = {tale: {tale, json.dumps(tale)[1:-1]} for tale in TELLTALES}
+    return [tale for tale, ways in spelt.items() if any(way in text for way in ways)]
+
+
+# -- the numbers ------------------------------------------------------------------------------------------------------
+
+
+def test_every_figure_is_that_of_the_table(run):
+    table = json.loads((run / "before_after.json").read_text())
+    found = {(f["set"], f["key"]): f["values"] for f in told(run)["figures"] if f["group"] == "answers"}
+    assert found == {
+        (part, measure.field): {stage: table[stage][part][measure.field] for stage in ("before", "after")}
+        for part in ("forget", "retain")
+        for measure in MEASURES
+    }
+    shown = page(run).text
+    for values in found.values():
+        for value in values.values():
+            assert (f"{value:.3f}" if value == 0 or value >= 0.001 else f"{value:.1e}") in shown
+    assert all(len(f["meaning"]) > 20 and f["wished"] for f in told(run)["figures"])
+    assert told(run)["rows"]["after"]["forget"] == {
+        "rows": 5, "rows_in_set": 5, "answer_tokens": table["after"]["forget"]["tokens"]
+    }  # fmt: skip
+
+
+def test_a_wrong_number_would_be_noticed(own_run):
+    """The test above, on a run whose table was changed after the report was written."""
+    table = json.loads((own_run / "before_after.json").read_text())
+    table["after"]["forget"]["nll"] += 0.01
+    (own_run / "before_after.json").write_text(json.dumps(table))
+    with pytest.raises(AssertionError):
+        test_every_figure_is_that_of_the_table(own_run)
+
+
+def test_training_and_audit_are_those_of_the_run(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    report = told(run)
+    assert report["training"] == {"logged_steps": len(lines), "first": lines[0], "last": lines[-1]}
+    assert report["audit"] == json.loads((run / "audit.json").read_text())
+    shown = page(run).text
+    for value in (report["audit"]["adapter"]["sha256"], report["audit"]["forget_rows"]["salt"]):
+        assert value in shown and value in (run / "report.html").read_text()
+
+
+def test_it_calls_itself_evidence_and_says_what_it_cannot_know(run):
+    report, shown = told(run), page(run).text
+    assert "evidence" in report["what_this_is"] and "not a certificate" in report["what_this_is"]
+    for words in ("not a certificate", "original weights still know", "No leak test was run", "run.yaml"):
+        assert words in shown
+    assert report["verdict"]["headline"] in shown and shown.count("certificate") == shown.count("not a certificate")
+
+
+# -- the text of the rows ---------------------------------------------------------------------------------------------
+
+
+def test_no_text_of_a_row_stands_where_none_was_asked_for(run, own_run):
+    assert leaked((run / "before.json").read_text(encoding="utf-8")), "the search finds what is there"
+    for name in ("report.json", "audit.json", "README.md"):
+        assert leaked((run / name).read_text(encoding="utf-8")) == [], name
+    write_report(own_run, examples=0)
+    html = (own_run / "report.html").read_text(encoding="utf-8")
+    assert leaked(html) == [] and leaked(page(own_run).text) == []
+    answers = [r["answer"] for e in json.loads((run / "after.json").read_text()).values() for r in e["records"]]
+    assert not any(answer in html for answer in answers if len(answer) > 8), "nor what the model said"
+
+
+def test_a_planted_leak_is_noticed(own_run, monkeypatch):
+    """The same search, on a report that lets an example into report.json."""
+    to_json = Content.to_json
+    monkeypatch.setattr(
+        Content, "to_json", lambda self: {**to_json(self), "said": [one.prompt for one in self.examples(5)]}
+    )
+    write_report(own_run)
+    assert leaked((own_run / "report.json").read_text(encoding="utf-8"))
+
+
+def test_texts_that_a_leak_test_wrote_down_stay_out(own_run):
+    found = {"after": {"sampling": {"best": 0.5, "text": FORGET[0]["answer"], "nested": {"said": FORGET[0]["answer"]},
+                                    "meaning": "Half of an answer came.", "leaks": True}}}  # fmt: skip
+    (own_run / "leaks.json").write_text(json.dumps(found))
+    write_report(own_run, examples=0)
+    assert told(own_run)["leaks"]["after"]["sampling"] == {
+        "best": 0.5, "nested": {}, "meaning": "Half of an answer came.", "leaks": True
+    }  # fmt: skip
+    assert leaked((own_run / "report.html").read_text(encoding="utf-8")) == []
+
+
+def test_examples_show_prompt_truth_before_and_after(run):
+    shown = page(run).text
+    records = {stage: json.loads((run / f"{stage}.json").read_text()) for stage in ("before", "after")}
+    for part, rows in (("forget", FORGET), ("retain", RETAIN)):
+        for row in rows[:1]:
+            assert row["question"] in shown and row["answer"] in shown
+        for stage in records:
+            answer = records[stage][part]["records"][0]["answer"]
+            printable = "".join(c for c in answer if c.isprintable())
+            assert printable[:10] in shown or printable != answer
+    assert "These are texts of the data itself" in shown and "--examples 0" in shown
+
+
+def test_the_worst_rows_come_first(own_run):
+    """Rows are chosen against success: a report must not be made of its best examples."""
+    content = json.loads((own_run / "after.json").read_text())
+    for record in content["forget"]["records"]:
+        record["rouge_l_recall"] = record["row"] / 10
+    (own_run / "after.json").write_text(json.dumps(content))
+    examples = read_content(own_run).examples(2)
+    assert [e.figures["after"].row for e in examples if e.set == "forget"] == [4, 3]
+    assert len([e for e in examples if e.set == "retain"]) == 2
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_well_formed_and_loads_nothing(run):
+    text, parsed = (run / "report.html").read_text(encoding="utf-8"), page(run)
+    tags = {tag for tag, _ in parsed.elements}
+    assert not tags & {"script", "img", "link", "iframe", "object", "embed", "base", "form"}
+    for _, attributes in parsed.elements:
+        for name, value in attributes.items():
+            assert not name.startswith("on"), f"{name}={value}"
+            if name in ("src", "href", "xlink:href", "data", "action"):
+                assert value.startswith("#"), f"{name}={value}"
+    style = text.split("<style>")[1].split("</style>")[0]
+    assert "url(" not in style and "@import" not in style
+    assert re.findall(r"url\((?!#)", text) == []
+    policy = next(m["content"] for m in parsed.all("meta") if m.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'")
+    identities = [attributes["id"] for _, attributes in parsed.elements if "id" in attributes]
+    assert len(identities) == len(set(identities))
+
+
+def test_the_parser_notices_what_the_test_above_looks_for():
+    for broken in ("<p><b>x</p></b>", "<div>", "<table><tr></table>"):
+        with pytest.raises(AssertionError):
+            Page(broken)
+
+
+def test_rows_are_shown_as_text_whatever_they_hold(run):
+    parsed, text = page(run), (run / "report.html").read_text(encoding="utf-8")
+    assert "<script>alert('pwned')</script>" in parsed.text  # as text
+    assert "<script" not in text and "evil.example" in parsed.text
+    assert not any(attributes.get("src") for _, attributes in parsed.elements)
+    assert "\x00" not in text and "\x07" not in text and "\x1b" not in text and "\N{REPLACEMENT CHARACTER}" in text
+    assert "鐘が鳴る" in parsed.text and "more characters)" in parsed.text
+    shown = [
+        attributes for tag, attributes in parsed.elements if tag in ("dd", "p") and attributes.get("dir") == "auto"
+    ]
+    assert len(shown) == len(parsed.all("bdi")) == (5 + 2) * 4  # prompt, truth, before and after of every row
+
+
+def test_pictures_and_tables_can_be_heard(run):
+    text, parsed = (run / "report.html").read_text(encoding="utf-8"), page(run)
+    drawings = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
+    assert len(drawings) == 6 and parsed.all("html")[0]["lang"] == "en"
+    table = json.loads((run / "before_after.json").read_text())
+    for drawing in drawings:
+        root = ElementTree.fromstring(drawing)  # well-formed XML too
+        labels = {child.get("id"): child.text for child in root if child.tag.endswith(("title", "desc"))}
+        assert root.get("role") == "img" and root.get("aria-labelledby").split() == list(labels)
+        assert all(len(label) > 5 for label in labels.values())
+        assert not {element.tag.rpartition("}")[2] for element in root.iter()} & {"metadata", "script", "image", "a"}
+    assert f"after {table['after']['forget']['nll']:.3f}" in drawings[0]
+    headers = parsed.all("th")
+    assert headers and all(header.get("scope") in ("col", "row", "rowgroup") for header in headers)
+    assert {m["name"] for m in parsed.all("meta") if "name" in m} >= {"viewport"}
+
+
+def test_the_same_run_gives_the_same_page(own_run):
+    write_report(own_run)
+    once = (own_run / "report.html").read_bytes()
+    write_report(own_run)
+    assert (own_run / "report.html").read_bytes() == once
+
+
+# -- the model card ---------------------------------------------------------------------------------------------------
+
+
+def test_the_card_is_one_that_the_hub_reads(run, byte_model):
+    card = ModelCard.load(run / "README.md")
+    assert card.data.library_name == "peft" and "unlearning" in card.data.tags
+    assert card.data.base_model is None, "a local directory is none of the hub's names"
+    assert byte_model.name in card.text and str(byte_model) not in card.text
+    table = json.loads((run / "before_after.json").read_text())
+    for value in (table["before"]["forget"]["nll"], table["after"]["retain"]["probability"]):
+        assert f"{value:.3f}" in card.text
+    audit = json.loads((run / "audit.json").read_text())
+    for words in (audit["data"]["forget"]["sha256"], audit["adapter"]["sha256"], "lora_r", "PeftModel", "forget.jsonl"):
+        assert words in card.text
+    assert "not a certificate" in card.text
+    assert not re.search(r"\n\n\n", card.text) and re.search(r"\n\n\| part \|.*\n\|---\|.*\n\| forget \|", card.text)
+
+
+def test_a_base_model_of_the_hub_stands_in_the_header(run):
+    content = read_content(run)
+    named = {
+        **content.audit,
+        "model": {**content.audit["model"], "name": "allenai/OLMo-7B", "loaded": "allenai/OLMo-7B-hf"},
+    }
+    card = ModelCard(model_card(dataclasses.replace(content, audit=named)))
+    assert card.data.base_model == "allenai/OLMo-7B-hf" and 'from_pretrained("allenai/OLMo-7B-hf")' in card.text
+
+
+def test_the_cards_code_loads_the_adapter(run, byte_model):
+    code = (run / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    code = code.replace(f'"path/to/{byte_model.name}"', repr(str(byte_model))).replace('"."', repr(str(run)))
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["model"].peft_config["default"].r == 5 and names["tokenizer"]("a").input_ids
+
+
+# -- runs of other kinds ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_measured_nothing(byte_model, data, tmp_path):
+    folder = train(tmp_path / "out", byte_model, data, "--max-steps", 1, "--eval-rows", 0)
+    report, parsed = told(folder), page(folder)
+    assert report["verdict"]["tone"] == "unknown" and report["figures"] == [] and report["rows"] == {}
+    assert "was not measured" in parsed.text and "--eval-rows 0" in parsed.text
+    assert report["audit"]["adapter"]["sha256"] in parsed.text
+    assert "Nothing was measured" in (folder / "README.md").read_text() and leaked(parsed.text) == []
+
+
+def test_a_run_without_retain_rows(byte_model, data, tmp_path):
+    arguments = ["--model", byte_model, "--forget", data / "forget.jsonl", "--gamma", 0, "--delta", 0, "--max-steps", 1,
+                 "--dtype", "float32", "--device", "cpu", "--eval-rows", 2, "--report-examples", 0]  # fmt: skip
+    assert main(["train", *map(str, arguments), "--output-dir", str(tmp_path / "out")]) == 0
+    report = told(tmp_path / "out")
+    assert {f["set"] for f in report["figures"]} == {"forget"} and "2 measured of 5" in report["verdict"]["sentences"][
+        0
+    ]
+    assert "was not measured" in report["verdict"]["headline"] and leaked(page(tmp_path / "out").text) == []
+
+
+def test_a_run_that_was_killed(own_run):
+    for name in ("after.json", "adapter_model.safetensors", "report.json", "report.html"):
+        (own_run / name).unlink()
+    audit = json.loads((own_run / "audit.json").read_text())
+    audit["sessions"][0]["ended"], audit["adapter"], audit["optimizer_steps"] = None, None, None
+    (own_run / "audit.json").write_text(json.dumps(audit))
+    write_report(own_run)
+    assert "has not reached its end" in page(own_run).text and told(own_run)["verdict"]["tone"] == "unknown"
+
+
+def test_numbers_that_are_none(own_run):
+    """NaN has no place in JSON, and no good verdict."""
+    content = json.loads((own_run / "after.json").read_text())
+    content["forget"]["summary"]["nll"] = float("nan")
+    (own_run / "after.json").write_text(json.dumps(content))
+    write_report(own_run)
+    report = json.loads((own_run / "report.json").read_text(), parse_constant=pytest.fail)
+    assert report["verdict"]["tone"] == "bad" and "finite" in report["verdict"]["headline"]
+    values = {f["key"]: f["values"] for f in told(own_run)["figures"] if f["set"] == "forget"}
+    assert values["nll"]["after"] is None and values["nll"]["before"] > 0
+    page(own_run)
+
+
+def test_what_is_no_run_is_said(tmp_path, own_run, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert "no run.yaml" in capsys.readouterr().err
+    assert main(["report", str(own_run), "--examples", "-1"]) == 2
+    (own_run / "after.json").write_text("{")
+    assert main(["report", str(own_run)]) == 2
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_names_from_outside_are_shown_as_text(own_run):
+    """Settings come from files that others may have written."""
+    settings = yaml.safe_load((own_run / "run.yaml").read_text())
+    settings |= {"forget": "</pre><script>alert(1)</script>|`x`", "lora_targets": ["a|b`c"]}
+    (own_run / "run.yaml").write_text(yaml.safe_dump(settings))
+    elsewhere = shutil.copytree(own_run, own_run.parent / "<i>&")
+    write_report(elsewhere)
+    assert page(elsewhere).all("script") == [] and "<i>&/run.yaml" in page(elsewhere).text
+    assert len(page(elsewhere).all("i")) == len(page(own_run).all("i"))
+    assert "`a/b'c`" in (elsewhere / "README.md").read_text()
+
+
+# -- what was evaluated since -----------------------------------------------------------------------------------------
+
+
+def test_a_later_evaluation_is_included(own_run, tmp_path):
+    """LUME rows to forget, TOFU rows to keep, a membership attack; each figure is that of evaluation.json."""
+    lume = [{"id": f"{kind}{n}", "input": f"Tell {n}.", "output": f"Tale {n}.", "task": "Task1"}
+            for n, kind in enumerate(("asc", "aqa"))]  # fmt: skip
+    tofu = [{"question": f"Who {n}?", "answer": f"He {n}.", "perturbed_answer": [f"She {n}."]} for n in range(1)]
+    documents = [[{"document": f"{who} {n}"} for n in range(2)] for who in ("member", "stranger of another length")]
+    names = ("forget", "retain", "members", "nonmembers")
+    files = [write_rows(tmp_path / f"{n}.jsonl", rows) for n, rows in zip(names, (lume, tofu, *documents), strict=True)]
+    options = [word for name, file in zip(names, files, strict=True) for word in (f"--{name}", str(file))]
+    common = [*options, "--dtype", "float32", "--device", "cpu"]
+    base = yaml.safe_load((own_run / "run.yaml").read_text())["model"]
+    assert main(["evaluate", "--model", base, *common, "--output-dir", str(tmp_path / "before")]) == 0
+    before = tmp_path / "before" / "evaluation.json"
+    assert main(["evaluate", "--adapter", str(own_run), *common, "--before", str(before)]) == 0
+    file = own_run / "evaluation" / "evaluation.json"
+    content = json.loads(file.read_text())
+    content["lm_eval"] = {"mmlu": {"acc": 0.25}}  # as lm-eval leaves it; its data is not here
+    content["leaks"] = {"extraction": {"strength": 0.125, "meaning": "It still writes an eighth.", "leaks": True}}
+    file.write_text(json.dumps(content))
+    write_report(own_run)
+
+    report, shown = told(own_run), page(own_run).text
+    stages = {"before": json.loads(before.read_text()), "after": content}
+    values = {(f["group"], f["set"], f["key"]): f["values"] for f in report["figures"]}
+    for stage, told_by in stages.items():
+        assert values["membership", None, "auc"][stage] == told_by["membership"]["auc"]
+        assert values["TOFU", "retain", "truth_ratio"][stage] == told_by["tofu"]["sets"]["retain"]["truth_ratio"]
+        assert (
+            values["LUME", "forget", "Task1.knowledge-score"][stage]
+            == (told_by["lume"]["forget-set"]["Task1"]["knowledge-score"])
+        )
+        assert values["LUME", None, "mia_final_score"][stage] == told_by["lume"]["mia_final_score"]
+    assert values["lm-eval", "mmlu", "acc"] == {"before": None, "after": 0.25}
+    assert values["LUME", None, "aggregate-score"]["after"] is None
+    assert report["leaks"]["after"]["extraction"]["strength"] == 0.125
+    assert "leak tests still find traces" in report["verdict"]["headline"]
+    for words in ("It still writes an eighth.", "SemEval-2025 Task 4", "TOFU", "Membership attack", "traces found"):
+        assert words in shown
+    assert any("LUME task aggregate" in note for note in report["notes"])
