@@ -142,7 +142,7 @@ def _leak_sentence(leaks: Mapping[str, Mapping[str, Any]], leaking: Sequence[str
         return "No leak test was run, or none could tell: what a determined reader might still get out is not known."
     if leaking:
         return f"{len(leaking)} of {len(told)} leak tests that could tell find traces: {', '.join(leaking)}."
-    return f"None of the {len(told)} leak tests that could tell finds a trace ({', '.join(told)})."
+    return f"No trace in any leak test that could tell: {', '.join(told)}."
 
 
 def _joint(forget: str, retain: str | None) -> str:

@@ -48,6 +48,20 @@ def test_it_leaves_numbers_and_a_picture(demo):
     assert image.imread(found.directory / "demo.png").shape[:2] == (1000, 1500)
 
 
+def test_it_ends_with_the_report_and_the_gold_standard_in_it(demo):
+    found, said = demo
+    run = found.directory / "unlearned"
+    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    figures = {(f["set"], f["key"]): f["values"] for f in report["figures"] if f["group"] == "answers"}
+    for stage in ("before", "after", "gold"):
+        for part in ("forget", "retain"):
+            assert figures[part, "nll"][stage] == found.stages[stage][part].nll
+    assert report["verdict"]["headline"].startswith("On the rows measured, the model no longer says")
+    html = (run / "report.html").read_text(encoding="utf-8")
+    assert "gold standard" in html and "never saw the forget rows" in html and html.count("<svg") == 6
+    assert said.rstrip().splitlines()[-4] == f"Report:  {run / 'report.html'}"
+
+
 def test_what_it_leaves_is_an_ordinary_model_and_adapter(demo):
     """The table's numbers come out again from the files, with plain transformers and PEFT."""
     found, _ = demo
