@@ -35,7 +35,7 @@ PRODUCT = {"ampere": TileConfig(128, 128, 32, 8, 4), "hopper": TileConfig(128, 1
 FEW_TOKENS = TileConfig(16, 128, 64, 4, 4)  # W is read once whatever happens: as many bytes in flight as fit
 # Float32 products are exact, without tensor cores. Rows that do not start at multiples of 16 bytes, as with an odd d,
 # cannot be copied to shared memory in the background: they go through registers.
-UNTUNED = TileConfig(32, 32, 32, 4, 2)
+UNTUNED = TileConfig(32, 32, 32, 8, 2)
 
 
 def family(capability: tuple[int, int]) -> str:

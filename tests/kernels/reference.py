@@ -136,7 +136,7 @@ def check(case: Case, engine: str, kernels: ModuleType = lowmem_kernels) -> None
         error, baseline_error = relative(mine, exact), relative(baseline, exact)
         sizes = exact.norm(dim=1)
         # A KL of 1e4 is known in float32 to 1e-3, and that is what its gradient, p * (log p - log q - KL), is made of.
-        resolution = 4e-7 * case.head.logit_scale * true.kl * case.head.weight.double().norm(dim=1).max()
+        resolution = 4e-7 * abs(case.head.logit_scale) * true.kl * case.head.weight.double().norm(dim=1).max()
         excess = (mine - exact).norm(dim=1) - grad_limit * sizes.clamp(min=1e-4 * sizes.mean()) - resolution
         limit = max(grad_limit / 3, 1.5 * baseline_error) + float(resolution.norm() / exact.norm().clamp(min=1e-30))
         assert error <= limit, f"{name} off by {error:.1e}, more than {limit:.1e}"

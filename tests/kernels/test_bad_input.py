@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lowmem_kernels import FrozenHead, retain_loss, token_kl, token_logprobs
+from lowmem_kernels import FrozenHead, dispatch, retain_loss, token_kl, token_logprobs, torch_engine
 
 WEIGHT = torch.randn(11, 6)
 HIDDEN, TARGETS = torch.randn(4, 6), torch.tensor([0, 3, 10, 5])
@@ -74,3 +74,21 @@ def test_bad_call(message, function, changes):
 def test_a_head_is_checked_when_it_is_changed():
     with pytest.raises(ValueError, match="softcap"):
         replace(HEAD, softcap=-1.0)
+
+
+@pytest.mark.parametrize("name", ["chunks", "tiles"])
+def test_triton_engines_say_what_they_need(name, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=f"engine '{name}' runs on CUDA tensors, not on cpu"):
+        token_logprobs(HIDDEN, HEAD, TARGETS, engine=name)
+    monkeypatch.setattr(dispatch, "find_spec", lambda package: None)
+    with pytest.raises(ValueError, match=f"engine '{name}' needs triton, which is not installed"):
+        token_logprobs(HIDDEN, HEAD, TARGETS, engine=name)
+    assert dispatch.choose_engine(is_cuda=True) == "torch"
+
+
+def test_what_auto_means(monkeypatch):
+    assert (dispatch.choose_engine(is_cuda=True), dispatch.choose_engine(is_cuda=False)) == ("chunks", "torch")
+    monkeypatch.setattr(torch_engine, "solve", lambda problem: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        token_logprobs(HIDDEN, HEAD, TARGETS)  # on a CPU, though the interpreter could run the others
