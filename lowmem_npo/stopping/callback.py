@@ -79,8 +79,8 @@ class Stopping(TrainerCallback):
         """
         known = read_evaluations(self.directory / EVALUATIONS)
         self.evaluations = [evaluation for evaluation in known if evaluation.step <= step]
-        if not self.evaluations or step == 0:
-            self.evaluations = []
+        if step == 0 or not self.evaluations or self.evaluations[0].step > 0:
+            self.evaluations = []  # nothing to go on from: the original is measured again
             return False
         kept = best(self.evaluations, self.conditions)
         if PartialState().is_main_process and kept is not None and not self._file(kept).exists():

@@ -97,12 +97,13 @@ def test_a_base_that_is_not_given_back_is_noticed(taught_model, tmp_path, monkey
         assert found.keys() != wanted.keys() or not same_run(tmp_path / "o" / place, expected)
 
 
-def test_lent_gives_back_what_it_took(taught_model, tmp_path):
+@pytest.mark.parametrize("qlora", [False, True])
+def test_lent_gives_back_what_it_took(qlora, taught_model):
     from lowmem_npo.config import AdapterConfig, MemoryConfig
     from lowmem_npo.memory.switches import apply_switches
     from lowmem_npo.model import attach_lora
 
-    base = load_model(ModelConfig(str(taught_model), dtype="float32", device="cpu"))
+    base = load_model(ModelConfig(str(taught_model), qlora=qlora, dtype="float32", device="cpu"))
     names, values = [n for n, _ in base.named_modules()], {n: p.clone() for n, p in base.named_parameters()}
     attributes = {n: set(vars(m)) for n, m in base.named_modules()}
     config = base.config.to_dict()
