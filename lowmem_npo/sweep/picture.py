@@ -20,14 +20,15 @@ PANELS = (
 def draw_sweep(path: Path, result: SweepResult) -> None:
     """Write a PNG: a line per configuration, a dot per seed, mean and standard deviation; the original model dashed."""
     count = len(result.configurations)
-    longest = max(len(configuration.name) for configuration in result.configurations)
+    names = [", ".join(f"{k} {v or 'default'}" for k, v in c.settings.items()) or c.name for c in result.configurations]
+    longest = max(map(len, names))
     figure = Figure(figsize=(9 + 0.08 * longest, 1.8 + 0.42 * count), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     panels = [panel for panel in PANELS if all(panel[0] in c.figures for c in result.configurations)]
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for ax, (key, title, colour) in zip(axes, panels, strict=True):
         _draw(ax, result, key, title, colour)
-    axes[0].set_yticks(range(count), [configuration.name for configuration in result.configurations])
+    axes[0].set_yticks(range(count), names)
     axes[0].set_ylim(count - 0.5, -0.5)
     seeds = max(len(configuration.seeds) for configuration in result.configurations)
     spread = f"; dots: {seeds} seeds, bars: mean ± standard deviation" if seeds > 1 else ""
@@ -43,11 +44,10 @@ def _draw(ax: Axes, result: SweepResult, key: str, title: str, colour: str) -> N
         values += spread.values
         ax.plot(spread.values, [row + 0.14] * len(spread.values), "o", color=colour, markersize=4, alpha=0.5)
         ax.errorbar(spread.mean, row - 0.1, xerr=spread.sd, fmt="D", color=colour, markersize=6, capsize=4)
-    if key in result.before:
-        ax.axvline(result.before[key], color=GREY, linestyle="--", linewidth=1)
-        values.append(result.before[key])
     if min(values) > 0 and max(values) > 30 * min(values):
         ax.set_xscale("log")
+    if key in result.before:
+        ax.axvline(result.before[key], color=GREY, linestyle="--", linewidth=1)
     ax.set_title(title, fontsize=10)
     ax.grid(axis="x", alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
