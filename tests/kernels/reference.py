@@ -25,14 +25,9 @@ class Case:
     targets: Tensor
     direction: str = "policy-reference"
 
-    def on(self, device: str) -> "Case":
-        head = replace(
-            self.head,
-            weight=self.head.weight.to(device),
-            bias=None if self.head.bias is None else self.head.bias.to(device),
-        )
-        moved = {name: getattr(self, name).to(device) for name in ("hidden", "ref_hidden", "targets")}
-        return replace(self, head=head, **moved)
+    def take(self, rows: Tensor) -> "Case":
+        """Some of the tokens."""
+        return replace(self, hidden=self.hidden[rows], ref_hidden=self.ref_hidden[rows], targets=self.targets[rows])
 
 
 class Outcome(NamedTuple):
@@ -57,19 +52,24 @@ def make_case(
     logit_scale: float = 1.0,
     direction: str = "policy-reference",
     seed: int = 0,
+    device: str = "cpu",
 ) -> Case:
     """Logits with standard deviation `sharpness`; policy and reference logits about `distance` apart.
 
     The second named of the two distributions is the sharper one, so that the KL is not bounded by log V.
     """
-    g = torch.Generator().manual_seed(seed)
-    weight = torch.randn(v, d, generator=g)
-    hidden = torch.randn(n, d, generator=g) * sharpness / d**0.5
-    ref_hidden = hidden.to(dtype).float() + torch.randn(n, d, generator=g) * distance / d**0.5
-    head = FrozenHead(weight.to(dtype), torch.randn(v, generator=g).to(dtype) if bias else None, softcap, logit_scale)
+    g = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, device=device)
+
+    weight = normal(v, d)
+    hidden = normal(n, d) * sharpness / d**0.5
+    ref_hidden = hidden.to(dtype).float() + normal(n, d) * distance / d**0.5
+    head = FrozenHead(weight.to(dtype), normal(v).to(dtype) if bias else None, softcap, logit_scale)
     if direction == "reference-policy":
         hidden, ref_hidden = ref_hidden, hidden
-    targets = torch.randint(v, (n,), generator=g)
+    targets = torch.randint(v, (n,), generator=g, device=device)
     return Case(hidden.to(dtype), ref_hidden.to(dtype), head, targets, direction)
 
 
@@ -84,7 +84,7 @@ def dense(case: Case, dtype: torch.dtype = torch.float64) -> Outcome:
     hidden = case.hidden.detach().to(dtype).requires_grad_()
     log_p = torch.log_softmax(logits(hidden, case.head, dtype), dim=1)
     log_q = torch.log_softmax(logits(case.ref_hidden, case.head, dtype), dim=1)
-    logprobs = log_p[torch.arange(len(hidden)), case.targets]
+    logprobs = log_p.gather(1, case.targets[:, None]).squeeze(1)
     first, second = (log_p, log_q) if case.direction == "policy-reference" else (log_q, log_p)
     kl = torch.nn.functional.kl_div(second, first, log_target=True, reduction="none").sum(1)
     grads = [torch.autograd.grad(x.sum(), hidden, retain_graph=True)[0] for x in (logprobs, kl)]
@@ -120,9 +120,12 @@ def relative(found: Tensor, true: Tensor) -> float:
     return error / size if size else (0.0 if error == 0 else float("inf"))
 
 
-def check(case: Case, engine: str, kernels: ModuleType = lowmem_kernels) -> None:
-    """Asserts the accuracy contract of DESIGN section 2 for this engine on this case."""
-    found, true, plain = run(case, engine, kernels), dense(case), dense(case, torch.float32)
+def check(case: Case, engine: str, kernels: ModuleType = lowmem_kernels, rows: Tensor | None = None) -> None:
+    """Asserts the accuracy contract of DESIGN section 2 for this engine on this case; looks only at `rows` of it."""
+    found = run(case, engine, kernels)
+    if rows is not None:
+        found, case = Outcome(*(x[rows] for x in found)), case.take(rows)
+    true, plain = dense(case), dense(case, torch.float32)
     low = case.hidden.dtype != torch.float32
     grad_limit = 1e-2 if low else 1e-4
 
@@ -143,17 +146,19 @@ def check(case: Case, engine: str, kernels: ModuleType = lowmem_kernels) -> None
         assert (excess <= 0).all(), f"row {int(excess.argmax())} of {name} off by more than {grad_limit}"
 
 
-def check_jointly(case: Case, engine: str, kernels: ModuleType = lowmem_kernels) -> None:
+def check_jointly(case: Case, engine: str, kernels: ModuleType = lowmem_kernels, rows: Tensor | None = None) -> None:
     """retain_loss against the same weighted sum of the dense quantities, with a weight of its own for every token."""
-    true = dense(case)
-    ce_weight = torch.linspace(0.2, 1.0, len(case.targets), device=case.hidden.device)
-    kl_weight = torch.linspace(1.0, 0.1, len(case.targets), device=case.hidden.device)
+    n = len(case.targets)
+    rows = torch.arange(n, device=case.hidden.device) if rows is None else rows
+    true = dense(case.take(rows))
+    ce_weight = torch.linspace(0.2, 1.0, n, device=case.hidden.device)
+    kl_weight = torch.linspace(1.0, 0.1, n, device=case.hidden.device)
     # KL and cross-entropy alike in size, so that an error in either shows
     kl_weight = kl_weight * float(true.logprob_grad.norm() / true.kl_grad.norm().clamp(min=1e-12))
     loss, grad, logprobs, kl = run_jointly(case, engine, ce_weight, kl_weight, kernels)
-    ce_weight, kl_weight = ce_weight.double(), kl_weight.double()
+    assert relative(loss, (-ce_weight.double() * logprobs + kl_weight.double() * kl).sum()) <= 1e-5
+    ce_weight, kl_weight = ce_weight[rows].double(), kl_weight[rows].double()
     exact = -ce_weight[:, None] * true.logprob_grad + kl_weight[:, None] * true.kl_grad
-    assert relative(grad, exact) <= (1e-2 if case.hidden.dtype != torch.float32 else 1e-4)
-    assert relative(logprobs, true.logprobs) <= 1e-4
-    assert relative(kl, true.kl) <= 5e-3
-    assert relative(loss, (-ce_weight * true.logprobs + kl_weight * true.kl).sum()) <= 5e-3
+    assert relative(grad[rows], exact) <= (1e-2 if case.hidden.dtype != torch.float32 else 1e-4)
+    assert relative(logprobs[rows], true.logprobs) <= 1e-4
+    assert relative(kl[rows], true.kl) <= 5e-3
