@@ -278,9 +278,12 @@ class OutputConfig:
     resume: bool = False
     """Continue the run in --output-dir from its last checkpoint."""
     eval_rows: int = 64
-    """Rows of each set measured before and after (drawn with the seed); 0 measures nothing."""
+    """Rows of each set measured before and after (the same ones for every --seed); 0 measures nothing."""
     eval_batch_size: int = 8
     """Rows that are generated together when measuring."""
+    leaks: tuple[str, ...] = ("extraction", "membership")
+    """Tests, before and after, of what the forget rows may still give away: extraction, sampling, membership,
+    relearning (after only), or none; on --eval-rows rows. `lowmem-npo evaluate --leaks` has them all."""
     preview: int | None = None
     """Print so many tokenised examples of each set, with what is labelled, and stop."""
     report_examples: int = 3
@@ -290,6 +293,8 @@ class OutputConfig:
     """Print the resolved run, check data, model and disk, and stop."""
 
     def __post_init__(self) -> None:
+        self.leaks = (self.leaks,) if isinstance(self.leaks, str) else tuple(self.leaks)
+        self.leaks = () if self.leaks == ("none",) else self.leaks
         if self.report_examples < 0:
             raise UserError(f"--report-examples must be 0 or more, not {self.report_examples}.")
 
@@ -357,6 +362,7 @@ class RunConfig:
         settings["lora_targets"] = list(settings["lora_targets"])
         settings["lora_layers"] = list(settings["lora_layers"]) or None
         settings["stop_when"] = list(settings["stop_when"]) or None
+        settings["leaks"] = list(settings["leaks"]) or ["none"]
         return {**settings, **self.trainer_args}
 
     def to_yaml(self) -> str:

@@ -7,6 +7,7 @@ import os
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers import PretrainedConfig
@@ -18,13 +19,15 @@ from lowmem_npo.files import write_atomically
 
 # A resumed run may be longer, stand elsewhere, or measure more; everything else would make it another run.
 MAY_CHANGE = (
-    "output_dir", "epochs", "max_steps", "eval_rows", "eval_batch_size", "report_examples", "micro_batch_size", "device",
+    "output_dir", "epochs", "max_steps", "eval_rows", "eval_batch_size", "leaks", "report_examples", "micro_batch_size",
+    "device",
     *(f.name for f in fields(MemoryConfig)),
 )  # fmt: skip
 
 
 class RunDirectory:
-    """`path` holds run.yaml, metrics.jsonl, checkpoint-N/, before.json, after.json, before_after.*, and the adapter."""
+    """`path` holds run.yaml, metrics.jsonl, checkpoint-N/, before.json, after.json, leaks.json, before_after.*, and the
+    adapter."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -91,6 +94,16 @@ class RunDirectory:
     def save_evaluations(self, stage: str, evaluations: dict[str, AnswerEvaluation]) -> None:
         content = {name: asdict(evaluation) for name, evaluation in evaluations.items()}
         write_atomically(self.path / f"{stage}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+    def save_leaks(self, stage: str, tests: dict[str, dict[str, Any]]) -> None:
+        """leaks.json: stage -> test -> figures."""
+        found = {} if stage == "before" else {"before": self.leaks("before")}
+        write_atomically(self.path / "leaks.json", json.dumps({**found, stage: tests}, indent=1) + "\n")
+
+    def leaks(self, stage: str) -> dict[str, dict[str, Any]]:
+        """The leak tests of a stage; empty if there are none."""
+        path = self.path / "leaks.json"
+        return json.loads(path.read_text(encoding="utf-8")).get(stage, {}) if path.exists() else {}
 
     def evaluations(self, stage: str) -> dict[str, AnswerEvaluation]:
         """What a killed run had measured already; empty if nothing, or if other rows were asked for."""

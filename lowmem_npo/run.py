@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 
 from lowmem_npo.config import RunConfig
-from lowmem_npo.data import PreparedData, prepare, preview
+from lowmem_npo.data import PreparedData, TokenizedRow, TokenizedRows, prepare, preview
 from lowmem_npo.estimate.elsewhere import keep_budget, watched
 from lowmem_npo.evaluation.answers import AnswerEvaluation, choose_rows, evaluate_answers
+from lowmem_npo.evaluation.leaks import IN_MEMORY, measure_leaks
+from lowmem_npo.evaluation.leaks.measure import check_tests
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model, load_tokenizer, reference_mode, resolve_name
 from lowmem_npo.model.loading import DTYPES, load_config, resolve_device
@@ -21,6 +24,7 @@ from lowmem_npo.output_dir import RunDirectory, check_disk, step_of
 from lowmem_npo.reference import check_cache_space
 from lowmem_npo.report.audit import begin_audit, check_same_rows, finish_audit
 from lowmem_npo.report.console import ConsoleProgress
+from lowmem_npo.report.evaluation_text import leaks_text
 from lowmem_npo.report.metrics import MetricsWriter
 from lowmem_npo.report.table import save_table, text_table
 from lowmem_npo.report.write import write_report
@@ -29,6 +33,7 @@ from lowmem_npo.trainer import NPOConfig, NPOTrainer
 
 Say = Callable[[str], None]
 Evaluations = dict[str, AnswerEvaluation]
+EVAL_SEED = 0  # the rows measured are the same ones whatever --seed is: runs with several seeds are compared
 Inputs = tuple[PreTrainedTokenizerBase, PreparedData]
 
 
@@ -91,6 +96,7 @@ def plan_run(config: RunConfig, say: Say, inputs: Inputs | None = None) -> RunPl
     """
     if line := resolve_name(config.model.model)[1]:
         say(line)
+    check_tests(config.output.leaks, IN_MEMORY)
     model_config = load_config(config.model)
     if inputs is None:
         tokenizer = load_tokenizer(config.model)
@@ -153,6 +159,9 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
             with reference_mode(model):
                 before = _evaluate(plan, model, "before")
             directory.save_evaluations("before", before)
+        if set(directory.leaks("before")) != set(_leak_tests(config, "before")):
+            with reference_mode(model):
+                directory.save_leaks("before", _leaks(plan, model, "before"))
     PartialState().wait_for_everyone()
 
     checkpoint = directory.last_checkpoint() if config.output.resume else None
@@ -172,6 +181,9 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
         }
         save_table(stages, directory.path)
         say("\n" + text_table(stages))
+        if config.output.leaks:
+            directory.save_leaks("after", _leaks(plan, model, "after"))
+            say("\nWhat still leaks\n" + leaks_text(directory.leaks("after"), directory.leaks("before")))
     steps = trainer.state.global_step if outcome is None else outcome.last.step
     if main_process:
         finish_audit(directory.path, steps)
@@ -229,11 +241,7 @@ def _stopping(plan: RunPlan, model: PeftModel, say: Say) -> Stopping | None:
     if not config.stopping.stop_when:
         return None
     sets = {"forget": data.forget, "retain": data.retain, "holdout": data.holdout}
-    chosen = {
-        name: [rows[i] for i in choose_rows(len(rows), config.output.eval_rows, config.training.seed)]
-        for name, rows in sets.items()
-        if rows is not None
-    }
+    chosen = {name: _measured_rows(config, rows) for name, rows in sets.items() if rows is not None}
     return Stopping(
         config.stopping.conditions,
         model,
@@ -255,9 +263,35 @@ def _evaluate(plan: RunPlan, model: PeftModel, stage: str) -> Evaluations:
             rows,
             name=f"{stage}, {name}",
             limit=output.eval_rows,
-            seed=plan.config.training.seed,
+            seed=EVAL_SEED,
             batch_size=output.eval_batch_size,
         )
         for name, rows in sets.items()
         if rows is not None
     }
+
+
+def _leaks(plan: RunPlan, model: PeftModel, stage: str) -> dict[str, dict[str, Any]]:
+    """The leak tests on the rows that are measured before and after, held against as many of the holdout."""
+    config, data = plan.config, plan.data
+    tests = _leak_tests(config, stage)
+    if not tests:
+        return {}
+    return measure_leaks(
+        model,
+        plan.tokenizer,
+        _measured_rows(config, data.forget),
+        holdout_rows=None if data.holdout is None else _measured_rows(config, data.holdout),
+        tests=tests,
+        seed=config.training.seed,
+        batch_size=config.output.eval_batch_size,
+    )
+
+
+def _leak_tests(config: RunConfig, stage: str) -> list[str]:
+    """Before, nothing was forgotten that could be taught again."""
+    return [test for test in config.output.leaks if stage == "after" or test != "relearning"]
+
+
+def _measured_rows(config: RunConfig, rows: TokenizedRows) -> list[TokenizedRow]:
+    return [rows[i] for i in choose_rows(len(rows), config.output.eval_rows, EVAL_SEED)]

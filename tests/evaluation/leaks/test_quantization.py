@@ -1,0 +1,125 @@
+"""The forms a model is stored in: on the demo's models, through the command, with real files and real 4-bit weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from small_demo import SMALL
+from transformers import AutoModelForCausalLM
+
+from lowmem_npo.cli.main import main
+from lowmem_npo.data import bundled_rows
+from lowmem_npo.evaluation.leaks import quantization as module
+from lowmem_npo.evaluation.leaks.quantization import AS_EVALUATED, quantization
+
+
+@pytest.fixture(scope="module")
+def work(small_demo, tmp_path_factory):
+    """The demo's base and gold standard, each with an adapter that does nothing; the rows as files."""
+    folder, demo = tmp_path_factory.mktemp("forms"), small_demo[0].directory
+    for name in ("base", "gold"):
+        model = AutoModelForCausalLM.from_pretrained(demo / name, dtype=torch.float32)
+        get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")).save_pretrained(
+            folder / name
+        )
+    shutil.copytree(demo / "unlearned", folder / "unlearned")
+    for part, limit in (("forget", SMALL.limit), ("holdout", 24)):
+        rows = [{"question": row["question"], "answer": row["answer"]} for row in bundled_rows(part, limit=limit).rows]
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def evaluate(work, adapter, out, *more):
+    code = main(["evaluate", "--adapter", str(work / adapter), "--forget", str(work / "forget.jsonl"),
+                 "--holdout", str(work / "holdout.jsonl"), "--dtype", "float32", "--device", "cpu",
+                 "--output-dir", str(out), "--leaks", *more])  # fmt: skip
+    return code, json.loads((out / "evaluation.json").read_text())["leaks"] if code == 0 else None
+
+
+def strengths(found):
+    return {form: found[form]["extraction_strength"] for form in (AS_EVALUATED, *module.FORMS)}
+
+
+@pytest.mark.parametrize(
+    "adapter, leaks, low, high",
+    [("base", True, 0.8, 1.0), ("gold", False, 0.0, 0.12), ("unlearned", False, 0.0, 0.2)],
+)
+def test_recites_never_saw_or_forgot(work, adapter, leaks, low, high, tmp_path):
+    code, found = evaluate(work, adapter, tmp_path / "out", "quantization")
+    assert code == 0 and list(found) == ["quantization"]
+    each = strengths(found["quantization"])
+    assert all(low <= strength <= high for strength in each.values()), each
+    assert len({found["quantization"][form]["nll"] for form in each}) == 4  # four models, not one
+    assert all(found["quantization"][form]["holdout_extraction_strength"] < 0.1 for form in each)
+    if adapter != "unlearned":  # near the border for a model that forgot in part
+        assert found["quantization"]["leaks"] is leaks
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "evaluation.json", "measured.jsonl", "rows.jsonl", "settings.json"
+    ]  # fmt: skip
+
+
+def test_an_update_that_is_lost_in_merging_is_seen(work, tmp_path, monkeypatch, capsys):
+    """The merged weights are the base's: it recites again; `merge` then warns."""
+    real = module.write_merged
+    monkeypatch.setattr(module, "write_merged", lambda checkpoint, updates, *rest: real(checkpoint, {}, *rest))
+    shutil.copytree(work / "unlearned", work / "lost")
+    code, found = evaluate(work, "lost", work / "lost" / "evaluation", "quantization")
+    assert code == 0
+    each, result = strengths(found["quantization"]), found["quantization"]
+    assert each["merged"] > 0.9 and each["merged_4bit"] > 0.8 and each[AS_EVALUATED] < 0.2 > each["adapter_on_4bit"]
+    assert result["leaks"] is True and result["returned"] > 0.7
+    assert "quantization: LEAKS" in capsys.readouterr().out
+    assert main(["merge", "--adapter", str(work / "lost"), "--output-dir", str(tmp_path / "merged")]) == 0
+    assert "WARNING: In the worst form, merged" in capsys.readouterr().out
+
+
+def test_forms_that_cannot_be_measured_are_told(work, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
+    code, found = evaluate(work, "unlearned", tmp_path / "out", "quantization")
+    assert code == 0 and "merged in bf16: The disk of" in found["quantization"]["meaning"]
+    assert "merged" not in found["quantization"] and "adapter_on_4bit" in found["quantization"]
+
+
+def test_it_goes_on_where_it_was(work, tmp_path, monkeypatch):
+    """Killed after the first form: the second run loads the evaluated model and the two forms that are missing."""
+    real, loaded = module.load_model, []
+
+    def load(config):
+        loaded.append((config.model.endswith("merged"), config.qlora))
+        if len(loaded) == 2:
+            raise KeyboardInterrupt
+        return real(config)
+
+    monkeypatch.setattr(module, "load_model", load)
+    assert evaluate(work, "unlearned", tmp_path / "out", "quantization")[0] == 130
+    assert not (tmp_path / "out" / "merged").exists()
+    code, resumed = evaluate(work, "unlearned", tmp_path / "out", "quantization", "--resume")
+    assert code == 0 and loaded == [(False, True), (True, False), (True, False), (True, True)]
+    assert evaluate(work, "unlearned", tmp_path / "whole", "quantization")[1] == resumed
+
+
+def figures(strength):
+    return {"rows": 4, "nll": 1.0, "exact_memorization": 0.5, "extraction_strength": strength, "recited": 0.0}
+
+
+def test_the_worst_form_decides():
+    def forms(merged, holdout):
+        found = {AS_EVALUATED: 0.1, "adapter_on_4bit": 0.2, "merged": merged}
+        return {
+            form: {"forget": figures(s), **({} if holdout is None else {"holdout": figures(holdout)})}
+            for form, s in found.items()
+        }
+
+    found = quantization(forms(0.6, 0.05))
+    assert found["leaks"] is True and found["returned"] == pytest.approx(0.5) and found["rows"] == 4
+    assert "merged in bf16" in found["meaning"] and "the last 60%" in found["meaning"]
+    assert found["merged"]["holdout_extraction_strength"] == 0.05
+    assert quantization(forms(0.12, 0.15))["leaks"] is False
+    assert quantization(forms(0.6, None))["leaks"] is True and quantization(forms(0.3, None))["leaks"] is None
+    alone = quantization({AS_EVALUATED: {"forget": figures(0.1)}}, "the reason.")
+    assert alone == {"meaning": "Not measured: the reason.", "leaks": None}
