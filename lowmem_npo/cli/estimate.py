@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 
 from lowmem_npo.cli.arguments import parse_run
+from lowmem_npo.cli.imports import quick_imports
 from lowmem_npo.cli.quiet import quiet_libraries
 
 USAGE = """usage: lowmem-npo estimate --model NAME_OR_DIR [the options of `lowmem-npo train`] [--budget 24GiB] [--json]
@@ -23,8 +24,9 @@ def main(arguments: Sequence[str]) -> None:
         return
     as_json = "--json" in arguments
     config = parse_run([a for a in arguments if a != "--json"], "estimate")
-    quiet_libraries()
-    from lowmem_npo.estimate.command import estimate_run  # after parsing: mistakes are told at once
+    with quick_imports():  # after parsing: mistakes are told at once
+        quiet_libraries()
+        from lowmem_npo.estimate.command import estimate_run
 
     found = estimate_run(config)
     print(json.dumps(found.as_json(), indent=1) if as_json else found.text())

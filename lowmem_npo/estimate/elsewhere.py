@@ -27,7 +27,7 @@ class Simulation:
     def __init__(self, config: RunConfig, rows: StepRows) -> None:
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "lowmem_npo.estimate.worker"],
+            [sys.executable, "-m", "lowmem_npo.cli.estimate_worker"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env={**environment, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )  # fmt: skip

@@ -38,9 +38,12 @@ class FakeGPU(StorageCounter):
 
     operators: FakeOperators
 
-    def run(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        if func is prim.device.default:
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is prim.device.default:  # asked more often than everything else together
             return _device_for_core(args[0])
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def run(self, func: Any, args: tuple, kwargs: dict) -> Any:
         if func is _gemm_4bit:
             with self:  # dequantises, then multiplies, as bitsandbytes does on CUDA for more than 1536 rows
                 return _gemm_4bit_of_many_rows(*args, **kwargs)

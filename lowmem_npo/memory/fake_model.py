@@ -39,7 +39,12 @@ def fake_model(architecture: PretrainedConfig, config: ModelConfig) -> PreTraine
             quantizer.preprocess_model(model=model, device_map=None)
             quantizer.postprocess_model(model)
             model.hf_quantizer = quantizer
-    with mock.patch.dict(name2qmap, {"dynamic": torch.empty(256, device=GPU)}):  # all layers share this table
+    with (
+        mock.patch.dict(name2qmap, {"dynamic": torch.empty(256, device=GPU)}),  # a table that all layers share
+        mock.patch.object(
+            bnb.functional, "get_4bit_type", lambda *_, **__: torch.empty(16, device=GPU)
+        ),  # each its own
+    ):
         _give_storages(model, dtype)
     model.requires_grad_(False)
     model.config.use_cache = False

@@ -36,9 +36,11 @@ class FakeOperators:
         sort = self._sorts.get(func) or self._sorts.setdefault(func, _sort(func))
         if sort == "in place" and self._here(args[0]):
             return args[0]
-        if sort == "view" and self._here(args[0]):
+        if sort in ("view", "views") and self._here(args[0]):
             with in_kernel_invocation_manager(self.mode):
                 result = func(*args, **kwargs)
+            if sort == "views":
+                return [self._fake(view) for view in result]
             return result if result is args[0] else self._fake(result)
         key = self._key(func, args, kwargs) if sort == "function" else None
         if key is None:
@@ -108,15 +110,18 @@ def _shares_storage(result: Any, args: tuple) -> bool:
 
 
 def _sort(func: Any) -> str:
-    """view: one result, in its first argument's storage; in place: its first argument; function: only new tensors."""
+    """view, views: one result or a list of them, in its first argument's storage; in place: its first argument;
+    function: only new tensors."""
     schema = func._schema
     aliases = [r.alias_info for r in schema.returns]
     if not schema.is_mutable and all(a is None for a in aliases):
         return "function"
-    if len(aliases) == 1 and aliases[0] is not None and str(schema.returns[0].type) == "Tensor":
+    returned = str(schema.returns[0].type) if len(aliases) == 1 and aliases[0] is not None else ""
+    if returned == "List[Tensor]" and not schema.is_mutable:
+        return "views"
+    if returned == "Tensor":
         if not schema.is_mutable:
             return "view"
         if schema.name.endswith("_") and torch.Tag.inplace_view not in func.tags:
             return "in place"
     return "other"
-

@@ -1,9 +1,9 @@
-"""Norms and rotary embeddings in slices: they compute in float32, and whole they would be the largest tensors of a layer.
+"""Norms and rotary embeddings in slices: they compute in float32; whole they would be the largest tensors of a layer.
 
-A norm lifts the hidden states to float32 and keeps that copy for its backward pass: twice the size of the bf16 states that
-are there anyhow. In slices of rows it keeps those, and computes each slice again. The rotary embedding of the OLMo
-family lifts queries and keys to float32, several times over; heads do not meet in it, so it is done some heads at a time.
-The arithmetic is the model's own, slice for slice, so the results are the same.
+A norm lifts the hidden states to float32 and keeps that copy for its backward pass: twice the size of the bf16 states
+that are there anyhow. In slices of rows it keeps those, and computes each slice again. The rotary embedding of the OLMo
+family lifts queries and keys to float32, several times over; heads do not meet in it, so it is done some heads at a
+time. The arithmetic is the model's own, slice for slice, so the results are the same.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def _forward_globals(module: nn.Module) -> dict[str, Any]:
 class WithSlicedRotary:
     """Stands in for an attention module's `forward`, which finds a sliced `apply_rotary_pos_emb` in its own module.
 
-    A name of the module is the only place where transformers' attention lets its rotary embedding be replaced; it is put
-    back when the forward returns, so nothing else ever sees it.
+    A name of the module is the only place where transformers' attention lets its rotary embedding be replaced; it is
+    put back when the forward returns, so nothing else ever sees it.
     """
 
     def __init__(self, forward: Callable[..., Any], namespace: dict[str, Any], rows: int) -> None:
@@ -61,7 +61,7 @@ class WithSlicedRotary:
         namespace = self._namespace.value
         plain = namespace["apply_rotary_pos_emb"]
 
-        def sliced(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        def sliced(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **options: Any) -> Any:
             slices = math.gcd(HEAD_SLICES, math.gcd(q.shape[1], k.shape[1]))
             if slices == 1 or q.ndim != 4 or q.shape[0] * q.shape[2] <= self.rows:
                 return plain(q, k, cos, sin, *others, **options)

@@ -1,4 +1,4 @@
-"""The switches of `MemoryConfig` that change how a model computes, thrown in the order in which they build on each other."""
+"""The switches of `MemoryConfig` that change how a model computes, in the order in which they build on each other."""
 
 from __future__ import annotations
 

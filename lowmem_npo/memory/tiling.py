@@ -1,13 +1,13 @@
 """Modules that treat every token by itself, a slice of tokens at a time: an MLP's wide activations never exist whole.
 
 A layer's MLP multiplies the hidden size by three or four, several times over, so that under activation checkpointing
-its activations are most of what one layer's recomputation holds. Rows (tokens) do not meet in it: a slice of rows can be
-brought forward, and backward, by itself (as in ALST, Bekman et al. 2025, and Liger's and Axolotl's TiledMLP).
+its activations are most of what one layer's recomputation holds. Rows (tokens) do not meet in it: a slice of rows can
+be brought forward, and backward, by itself (as in ALST, Bekman et al. 2025, and Liger's and Axolotl's TiledMLP).
 
 Those implementations run every slice three times under checkpointing: in the forward pass, in the layer's
 recomputation, whose result nobody looks at, and again in the backward pass, with gradient. Here it is two. The input is
-saved by a node of its own *before* anything is computed; non-reentrant checkpointing ends a recomputation as soon as the
-last tensor that was saved has been saved again, and that is this input, unless something behind the MLP needs its
+saved by a node of its own *before* anything is computed; non-reentrant checkpointing ends a recomputation as soon as
+the last tensor that was saved has been saved again, and that is this input, unless something behind the MLP needs its
 value. What then needs it in some architectures is a norm between MLP and residual (OLMo 2, Gemma 2): it treats rows by
 themselves too, so it is taken into the slices. Anything else behind the MLP costs the third pass, and stays exact.
 """
@@ -41,21 +41,24 @@ def tile_mlps(model: PreTrainedModel, rows: int) -> None:
     """
     found = False
     for layer in decoder_layers(model):
-        mlp = next((getattr(layer, name) for name in MLP_NAMES if isinstance(getattr(layer, name, None), nn.Module)), None)
+        mlp = _first_module(layer, MLP_NAMES)
         if mlp is None:
             continue
         needed = [p for p in inspect.signature(mlp.forward).parameters.values() if p.default is p.empty]
         if len(needed) != 1:
-            raise UserError(f"--tile-mlp: {type(mlp).__name__} takes more than the hidden states; leave --tile-mlp out.")
+            raise UserError(f"--tile-mlp: {type(mlp).__name__} takes more than hidden states; leave --tile-mlp out.")
         found = True
-        norms = [getattr(layer, name) for name in POST_NORM_NAMES if isinstance(getattr(layer, name, None), nn.Module)]
-        tile(mlp, rows, followed_by=norms[0] if norms else None)
+        tile(mlp, rows, followed_by=_first_module(layer, POST_NORM_NAMES))
     if not found:
         raise UserError(f"--tile-mlp: the decoder layers of {type(model).__name__} have no MLP of their own to tile.")
 
 
+def _first_module(layer: nn.Module, names: Sequence[str]) -> nn.Module | None:
+    return next((found for name in names if isinstance(found := getattr(layer, name, None), nn.Module)), None)
+
+
 def tile(module: nn.Module, rows: int, followed_by: nn.Module | None = None) -> None:
-    """Replaces `module.forward` by its tiled form; with `followed_by`, the module that is called on its output, included."""
+    """Replaces `module.forward` by its tiled form, which includes `followed_by`, the module called on its output."""
     tiled = TiledForward(module, rows, followed_by)
     module.forward = tiled
     if followed_by is not None:
@@ -87,7 +90,7 @@ class TiledForward:
         """The `forward` of `followed_by`: `__call__` has done its work."""
         if x is not self._last():
             outer, inner = (type(m).__name__ for m in reversed(self.modules))
-            raise UserError(f"--tile-mlp: {outer} does not follow {inner} directly in this model; leave --tile-mlp out.")
+            raise UserError(f"--tile-mlp: {outer} does not follow {inner} directly in this model; leave it out.")
         return x
 
     def rowwise(self, rows: Tensor) -> Tensor:
@@ -106,7 +109,8 @@ class Slices:
         self.size = math.ceil(count / max(1, math.ceil(count / tiled.rows)))  # equal slices, no small rest
         self.grad: Tensor | None = None
         self._autocast = _autocast_now(x.device.type)
-        random = any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for top in tiled.modules for m in top.modules())
+        dropouts = (m for top in tiled.modules for m in top.modules() if isinstance(m, nn.Dropout))
+        random = any(m.p > 0 and m.training for m in dropouts)
         self._random = (torch.get_rng_state(), *get_device_states(x)) if random else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,7 +127,9 @@ class Slices:
                 result[:, at] = done
         return result.view(*x.shape[:-1], -1)
 
-    def backward(self, x: Tensor, wanted: Sequence[Tensor], x_wanted: bool) -> tuple[Tensor | None, list[Tensor | None]]:
+    def backward(
+        self, x: Tensor, wanted: Sequence[Tensor], x_wanted: bool
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
         """Gradients of x and of the parameters `wanted`, slice by slice: forward again, with graph, and back."""
         upstream, self.grad = self.grad, None
         upstream = upstream.reshape(1, -1, upstream.shape[-1])

@@ -1,9 +1,9 @@
 """The reference, stored: each row goes through the original model once, in this run or in an earlier one.
 
 Stored are a log-prob for each forget answer token (4 bytes) and the final hidden state for each retain answer token
-(2 d bytes in bf16; the logits would take 2 V). A row's values are those of its first visit. In exact arithmetic they do not
-depend on the batch it shares; in floating point, matrix products of other sizes may round otherwise in the last bit, so
-the loss is the live reference's bit for bit where the batches are the same, and within rounding elsewhere.
+(2 d bytes in bf16; the logits would take 2 V). A row's values are those of its first visit. In exact arithmetic they do
+not depend on the batch it shares; in floating point, matrix products of other sizes may round otherwise in the last
+bit, so the loss is the live reference's bit for bit where the batches are the same, and within rounding elsewhere.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class CachedReference(LiveReference):
         """The cache in `directory`, which need not exist yet: nothing is written before the first batch.
 
         Raises:
-            UserError: there is a cache made by another model, from other rows or by another tokenizer, or a damaged one.
+            UserError: there is a cache of another model, of other rows or another tokenizer, or a damaged one.
         """
         lm = causal_lm(live.model)
         model = {"model": lm.config.name_or_path or type(lm).__name__, "weights": weights_fingerprint(live.model)}
@@ -121,8 +121,8 @@ def check_cache_space(
     free = shutil.disk_usage(existing).free
     if free < missing:
         raise UserError(
-            f"The reference cache takes {missing / 2**20:.0f} MiB, the disk of '{directory}' has {free / 2**20:.0f} MiB "
-            "free: give a --reference-dir on another disk, or use --reference live."
+            f"The reference cache takes {missing / 2**20:.0f} MiB, the disk of '{directory}' has "
+            f"{free / 2**20:.0f} MiB free: give a --reference-dir on another disk, or use --reference live."
         )
     return f"Reference cache in {directory}: {', '.join(sizes)}; {missing / 2**20:.1f} MiB of that are new."
 

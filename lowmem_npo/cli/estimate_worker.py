@@ -6,9 +6,12 @@ import contextlib
 import pickle
 import sys
 
-from lowmem_npo.cli.quiet import quiet_libraries
-from lowmem_npo.errors import UserError
-from lowmem_npo.estimate.report import Report, architecture_of, report
+from lowmem_npo.cli.imports import quick_imports
+
+with quick_imports():
+    from lowmem_npo.cli.quiet import quiet_libraries
+    from lowmem_npo.errors import UserError
+    from lowmem_npo.estimate.report import Report, architecture_of, report
 
 
 def answer(question: bytes) -> Report | UserError:
