@@ -14,8 +14,8 @@ GREY = "#555555"
 PANELS = (
     ("forget_nll", "forget answers: NLL per token", "gold"),
     ("membership_auc", "membership AUC, forget against holdout", 0.5),
-    ("retain_nll", "retain answers: NLL per token", "gold"),
-    ("retain_exact_match", "retain answers given word for word", "gold"),
+    ("retain_nll", "retain answers: NLL per token", "before"),
+    ("retain_exact_match", "retain answers given word for word", "before"),
 )
 
 
@@ -29,7 +29,7 @@ def draw_quality(path: Path, results: dict[str, Any]) -> None:
     for ax, (key, title, wish) in zip(axes, PANELS, strict=True):
         for place, when in enumerate(lengths):
             _draw(ax, [row for row in results["rows"] if row["when"] == when], key, when, place, len(lengths))
-        ax.axhline(results["gold"][key] if wish == "gold" else wish, color=GREY, linestyle="--", linewidth=1)
+        ax.axhline(wish if wish == 0.5 else results[wish][key], color=GREY, linestyle="--", linewidth=1)
         ax.set_xticks(range(len(pairs)), [f"γ {gamma:g}, δ {delta:g}" for gamma, delta in pairs])
         ax.set_title(title, fontsize=11)
         ax.grid(axis="y", alpha=0.3)
@@ -37,7 +37,8 @@ def draw_quality(path: Path, results: dict[str, Any]) -> None:
         if key == "retain_nll":
             ax.set_yscale("log")
     seeds = len(results["rows"][0]["seeds"])
-    figure.suptitle(f"Dots: {seeds} seeds; diamonds: mean ± standard deviation; dashed: the gold standard, or 0.5")
+    wished = "dashed: the gold standard (forget), no membership (0.5), the model before (retain)"
+    figure.suptitle(f"Dots: {seeds} seeds; diamonds: mean ± standard deviation; {wished}", fontsize=11)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)

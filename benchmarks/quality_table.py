@@ -15,7 +15,6 @@ COLUMNS: tuple[tuple[str, str, int], ...] = (
     ("membership_auc", "membership AUC", 2),
     ("retain_nll", "retain NLL", 3),
     ("retain_exact_match", "retain exact", 3),
-    ("epochs", "epochs", 1),
 )
 
 
@@ -48,7 +47,7 @@ def summarise(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """Markdown: the original model, the gold standard, and every row as mean ± standard deviation over the seeds."""
     header = ["γ", "δ", "trained", *(title for _, title, _ in COLUMNS), "collapsed"]
-    lines = [header, ["---"] * 3 + ["---:"] * (len(header) - 3)]
+    lines = [header, ["---:"] * 2 + ["---"] + ["---:"] * (len(header) - 3)]
     gold = results["gold"]["forget_nll"]
     for name in ("before", "gold"):
         found = results[name] | {"gold_distance": abs(results[name]["forget_nll"] - gold)}
@@ -58,5 +57,6 @@ def table(results: dict[str, Any]) -> str:
         spreads = {key: Spread(**figure) for key, figure in row["figures"].items()}
         cells = [spreads[key].text(digits) if key in spreads else "–" for key, _, digits in COLUMNS]
         share = f"{row['collapsed']} of {len(row['seeds'])}"
-        lines.append([f"{row['gamma']:g}", f"{row['delta']:g}", row["when"], *cells, share])
+        trained = f"stopped, {spreads['epochs'].text(1)} epochs" if row["when"] == "stopped" else row["when"]
+        lines.append([f"{row['gamma']:g}", f"{row['delta']:g}", trained, *cells, share])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
