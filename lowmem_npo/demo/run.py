@@ -20,6 +20,8 @@ from lowmem_npo.demo.recipe import Recipe
 from lowmem_npo.demo.teaching import make_tokenizer, taught_model
 from lowmem_npo.demo.verdict import Check, examples, judge
 from lowmem_npo.evaluation import AnswerSummary, evaluate_answers
+from lowmem_npo.evaluation.leaks import measure_leaks
+from lowmem_npo.files import write_atomically
 from lowmem_npo.model.loading import resolve_device
 from lowmem_npo.output_dir import RunDirectory
 from lowmem_npo.report import draw_picture, read_metrics, save_table, text_table
@@ -99,6 +101,7 @@ def run_demo(
     with _timed(seconds, "gold"):
         gold = _teach("gold", directory, tokenizer, [*data.retain], recipe, seed, device, say)
         never_saw = _evaluate(gold, tokenizer, data)
+        gold_leaks = measure_leaks(gold, tokenizer, data.forget, holdout_rows=data.holdout, batch_size=BATCH_SIZE)
 
     run = directory / "unlearned"
     say(f"\n3/4  The first model forgets, as `lowmem-npo train --config {run / 'run.yaml'}` would do it.")
@@ -115,6 +118,8 @@ def run_demo(
     title = f"A small OLMo forgets {people['forget']} of {sum(people.values())} people"
     draw_picture(directory / "demo.png", read_metrics(run / "metrics.jsonl"), stages, title)
     RunDirectory(config).save_evaluations("gold", never_saw)
+    leaks = run / "leaks.json"
+    write_atomically(leaks, json.dumps({**json.loads(leaks.read_text()), "gold": gold_leaks}, indent=1) + "\n")
     write_report(run)  # again, now with the gold standard
 
     say("\n4/4  Before, after, and the gold standard, which never saw the rows to be forgotten:\n")

@@ -55,7 +55,7 @@ def begin_audit(directory: Path, config: RunConfig, data: PreparedData, model: P
     known = read_audit(directory) if config.output.resume else None
     salt = known["forget_rows"]["salt"] if known else secrets.token_hex(16)
     base = model.get_base_model()
-    parts = {"forget": (config.data.forget, data.forget), "retain": (config.data.retain, data.retain)}
+    parts = {part: (getattr(config.data, part), getattr(data, part)) for part in ("forget", "retain", "holdout")}
     audit = {
         "configuration": config.flat(),
         "seed": config.training.seed,

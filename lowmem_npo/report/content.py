@@ -105,7 +105,7 @@ def read_content(directory: Path) -> Content:
     stages = {stage: {part: e.summary for part, e in sets.items()} for stage, sets in evaluations.items()}
     figures = [*answer_figures(stages), *_evaluated_answers(evaluated), *evaluation_figures(evaluated)]
     vocabulary = audit["model"]["vocabulary"] if audit else None
-    verdict = judge_run(stages, vocabulary, leaks.get("after", {}))
+    verdict = judge_run(stages, vocabulary, leaks)
     notes = [*_notes(metrics, audit), *(evaluated.get("after", {}).get("notes", []))]
     return Content(directory, settings, verdict, stages, figures, leaks, metrics, evaluations, notes, audit)
 

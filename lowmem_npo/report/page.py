@@ -18,16 +18,12 @@ from lowmem_npo.report.audit import seconds
 from lowmem_npo.report.content import EVALUATED, EVIDENCE, Content
 from lowmem_npo.report.figures import ANSWERS, LM_EVAL, LUME, MEMBERSHIP, TOFU, shown
 from lowmem_npo.report.inline_svg import bar_pictures, curve_pictures, stage_colours
+from lowmem_npo.report.leak_tests import leak_tests, words
 from lowmem_npo.report.table import scope
 from lowmem_npo.report.verdict import RULES
 
 LONGEST = 600  # characters of a text that an example shows
 TONES = {"good": "as wished", "mixed": "with reservations", "bad": "not as wished", "unknown": "not shown"}
-LEAK_WORDS = {
-    True: {"word": "traces found", "tone": "bad"},
-    False: {"word": "none found", "tone": "good"},
-    None: {"word": "cannot tell", "tone": "unknown"},
-}
 GROUPS = {
     EVALUATED: ("Measured by lowmem-npo evaluate", ""),
     LUME: ("LUME, SemEval-2025 Task 4", "Scored as the challenge's official script does, from greedy generations."),
@@ -71,11 +67,9 @@ def render_page(content: Content, examples: int) -> str:
     environment.filters |= {
         "shown": shown,
         "text": shortened,
-        "words": words,
-        "leak_figures": leak_figures,
         "by_set": by_set,
     }
-    settings, after = content.settings, content.leaks.get("after") or content.leaks.get("before") or {}
+    settings = content.settings
     return environment.get_template("report.html.jinja").render(
         c=content,
         directory=content.directory,
@@ -91,9 +85,7 @@ def render_page(content: Content, examples: int) -> str:
         bars=bar_pictures(content.stages),
         curves=curve_pictures(content.metrics, content.stages),
         examples=content.examples(examples),
-        leak_tests=list(dict.fromkeys(test for tests in content.leaks.values() for test in tests)),
-        leak_meaning={test: found.get("meaning", "") for test, found in after.items()},
-        leak_words=LEAK_WORDS,
+        leak_tests=[(test, words(test.name)) for test in leak_tests(content.leaks)],
         groups=list(_groups(content)),
         limits=[*LIMITS, *([] if "gold" in content.stages else [NO_GOLD])],
         audit_lines=list(audit_lines(content.audit)) if content.audit else [],
@@ -150,24 +142,6 @@ def by_set(items: Sequence[Any]) -> list[tuple[str | None, list[Any]]]:
     """Figures or examples, put together by their set, in the order in which the sets come."""
     sets = dict.fromkeys(item.set for item in items)
     return [(name, [item for item in items if item.set == name]) for name in sets]
-
-
-def words(key: str) -> str:
-    """A key of a result file, for people."""
-    return " ".join(word.upper() if word in ("auc", "nll") else word for word in key.split("_"))
-
-
-def leak_figures(found: Mapping[str, Any]) -> str:
-    """A leak test's numbers in one line; lists of them are left to report.json."""
-    told = []
-    for key, value in found.items():
-        if isinstance(value, Mapping):
-            told.append(f"{words(key)} ({leak_figures(value)})")
-        elif isinstance(value, bool):
-            told.append(f"{words(key)} {'yes' if value else 'no'}" if key != "leaks" else "")
-        elif isinstance(value, int | float):
-            told.append(f"{words(key)} {value if isinstance(value, int) else shown(value)}")
-    return ", ".join(filter(None, told))
 
 
 def _as_yaml(settings: Mapping[str, Any]) -> str:

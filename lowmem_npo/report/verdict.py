@@ -7,7 +7,7 @@ number means the same for a model that recited and for one that half remembered.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,8 +54,8 @@ class Verdict:
     sentences: list[str]
 
 
-def judge_run(stages: Stages, vocabulary: int | None, leaks: Mapping[str, Mapping[str, Any]]) -> Verdict:
-    """stages: at least "before" and "after", or nothing. vocabulary: the model's. leaks: tests of the model after."""
+def judge_run(stages: Stages, vocabulary: int | None, leaks: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Verdict:
+    """stages: at least "before" and "after", or nothing. vocabulary: the model's. leaks: stage -> test -> figures."""
     if not {"before", "after"} <= set(stages) or "forget" not in stages["after"]:
         return Verdict(
             "unknown",
@@ -75,7 +75,7 @@ def judge_run(stages: Stages, vocabulary: int | None, leaks: Mapping[str, Mappin
     forget = _forget_state(before["forget"], after["forget"], gold.get("forget"))
     retain = _retain_state(before["retain"], after["retain"]) if "retain" in after else None
     overdone = _overdone(after["forget"], gold.get("forget"), vocabulary) if forget != "unknown" else None
-    leaking = [test for test, found in leaks.items() if found.get("leaks") is True]
+    leaking = _leaking(leaks.get("after", {}))
 
     headline = f"On the rows measured, {FORGET_WORDS[forget]}{_joint(forget, retain)}{RETAIN_WORDS[retain]}"
     if overdone:
@@ -87,7 +87,7 @@ def judge_run(stages: Stages, vocabulary: int | None, leaks: Mapping[str, Mappin
         sentences.append(_said("retain", before, after, gold))
     if overdone:
         sentences.append(overdone)
-    sentences.append(_leak_sentence(leaks, leaking))
+    sentences.append(_leak_sentence(leaks.get("after", {}), leaks.get("gold")))
     return Verdict(_tone(forget, retain, bool(overdone or leaking)), headline + ".", sentences)
 
 
@@ -136,13 +136,21 @@ def _said(part: str, before: Mapping, after: Mapping, gold: Mapping) -> str:
     )
 
 
-def _leak_sentence(leaks: Mapping[str, Mapping[str, Any]], leaking: Sequence[str]) -> str:
-    told = [test for test, found in leaks.items() if found.get("leaks") is not None]
+def _leaking(tests: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [test for test, found in tests.items() if found.get("leaks") is True]
+
+
+def _leak_sentence(tests: Mapping[str, Mapping[str, Any]], gold: Mapping[str, Mapping[str, Any]] | None) -> str:
+    told = [test for test, found in tests.items() if found.get("leaks") is not None]
     if not told:
         return "No leak test was run, or none could tell: what a determined reader might still get out is not known."
-    if leaking:
-        return f"{len(leaking)} of {len(told)} leak tests that could tell find traces: {', '.join(leaking)}."
-    return f"No trace in any leak test that could tell: {', '.join(told)}."
+    if not (leaking := _leaking(tests)):
+        return f"No trace in any leak test that could tell: {', '.join(told)}."
+    sentence = f"{len(leaking)} of {len(told)} leak tests that could tell find traces: {', '.join(leaking)}."
+    if gold is not None:
+        found = ", ".join(_leaking(gold)) or "none"
+        sentence += f" On a model that never saw the rows, the tests find: {found}."
+    return sentence
 
 
 def _joint(forget: str, retain: str | None) -> str:

@@ -76,11 +76,14 @@ def test_forgetting_can_be_overdone(found, vocabulary, overdone):
 def test_leaks_are_a_reservation():
     none = {"extraction": {"leaks": False}, "membership": {"leaks": None}}
     some = {**none, "relearning": {"leaks": True}}
-    clean, leaking = (judge_run(stages(), 50304, leaks) for leaks in (none, some))
+    clean, leaking = (judge_run(stages(), 50304, {"before": some, "after": tests}) for tests in (none, some))
     assert clean.tone == "good" and clean.sentences[-1] == "No trace in any leak test that could tell: extraction."
     assert leaking.tone == "mixed" and leaking.headline.endswith(", but leak tests still find traces.")
     assert leaking.sentences[-1] == "1 of 2 leak tests that could tell find traces: relearning."
-    assert "No leak test was run" in judge_run(stages(), 50304, {"membership": {"leaks": None}}).sentences[-1]
+    unknown = judge_run(stages(), 50304, {"before": some, "after": {"membership": {"leaks": None}}})
+    assert "No leak test was run" in unknown.sentences[-1] and unknown.tone == "good"
+    for gold, told in ((none, "find: none."), (some, "find: relearning.")):
+        assert judge_run(stages(), 50304, {"after": some, "gold": gold}).sentences[-1].endswith(told)
 
 
 def test_the_sentences_carry_the_numbers():

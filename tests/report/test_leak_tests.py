@@ -1,0 +1,63 @@
+"""The leak tests as a reader meets them: every figure once, beside its holdout's, with a meaning."""
+
+from __future__ import annotations
+
+from lowmem_npo.report.leak_tests import leak_tests
+
+FOUND = {
+    "before": {"membership": {"rows": 4, "loss_auc": 1.0, "loss_all_equal": False, "meaning": "Known.", "leaks": True}},
+    "after": {
+        "membership": {"rows": 4, "loss_auc": 0.5, "loss_all_equal": False, "meaning": "A coin.", "leaks": False},
+        "relearning": {
+            "steps": 20,
+            "extraction_strength": 0.25,
+            "holdout_extraction_strength": 0.125,
+            "before": {"extraction_strength": 0.0, "holdout_extraction_strength": 0.0625},
+            "curve": {"0": {"extraction_strength": 0.0}},
+            "meaning": "A quarter came back.",
+            "leaks": None,
+        },
+    },
+}
+
+
+def test_each_figure_stands_once_beside_its_holdouts():
+    membership, relearning = leak_tests(FOUND)
+    assert membership.answers == {"before": ("traces found", "bad"), "after": ("none found", "good")}
+    assert membership.meaning == "A coin." and membership.counts == "4 rows"
+    assert [(f.title, f.values) for f in membership.figures] == [("loss AUC", {"before": 1.0, "after": 0.5})]
+    assert relearning.answers == {"after": ("cannot tell", "unknown")} and relearning.counts == "20 steps"
+    assert [(f.key, f.values, f.never_seen) for f in relearning.figures] == [
+        ("extraction_strength", {"after": 0.25}, {"after": 0.125}),
+        ("before.extraction_strength", {"after": 0.0}, {"after": 0.0625}),
+    ]
+    assert all(test.figures[0].meaning for test in (membership, relearning))
+    assert relearning.figures[1].meaning == "", "said once is enough"
+
+
+def test_no_tests_no_lines():
+    assert leak_tests({}) == []
+
+
+def test_every_figure_of_the_real_tests_has_a_meaning(byte_model):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lowmem_npo.data import Example, tokenize
+    from lowmem_npo.evaluation.leaks import IN_MEMORY, measure_leaks
+
+    tokenizer = AutoTokenizer.from_pretrained(byte_model)
+    rows = [
+        tokenize([Example(f"{who} {n}?", f"Yes {n}.", "here", "question/answer") for n in range(2)], tokenizer)
+        for who in ("Known", "Unknown")
+    ]
+    model = AutoModelForCausalLM.from_pretrained(byte_model)
+    found = measure_leaks(model, tokenizer, rows[0], holdout_rows=rows[1], tests=IN_MEMORY, progress=False)
+    tests = leak_tests({"after": found})
+    assert [test.name for test in tests] == list(found)
+    for test in tests:
+        known: set[str] = set()
+        for figure in test.figures:
+            key = figure.key.rpartition(".")[2]
+            alike = key.rpartition("_")[2] if key.endswith(("_auc", "_p")) else key
+            assert figure.meaning or alike in known, f"{test.name}: {figure.key} is not explained"
+            known.add(alike)
