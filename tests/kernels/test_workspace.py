@@ -6,6 +6,9 @@ The engines run on a GPU that has no memory and counts every byte they would all
 import pytest
 import torch
 from lowmem_kernels import FrozenHead, chunks_engine, retain_loss, tiles_engine, token_kl, token_logprobs
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lowmem_npo.memory.fake_gpu import fake_gpu
 
@@ -68,3 +71,32 @@ def test_tiles_with_gradient(function):
     """bfloat16 slopes of 2048 tokens x 4096 entries, and float32 rows of d hidden for these tokens."""
     expected = 2048 * 4096 * 2 + 2048 * 1024 * 4
     assert expected < workspace("tiles", function, need_grad=True, d=1024) <= expected + MIB
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many elements the largest tensor had that any operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.numel = max([self.numel] + [x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor)])
+        return result
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("n, v", [(30, 50304), (600, 50304), (300, 512)])
+def test_a_simulation_sees_the_workspace(engine, device, n, v):
+    with FakeTensorMode():
+        hidden = torch.randn(n, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
+        ref_hidden = torch.randn(n, 64, dtype=torch.bfloat16, device=device)
+        head = FrozenHead(torch.randn(v, 64, dtype=torch.bfloat16, device=device))
+        targets = torch.zeros(n, dtype=torch.int64, device=device)
+        with LargestTensor() as largest:
+            loss, logprobs, kl = retain_loss(hidden, ref_hidden, head, targets, 1.0, 1.0, engine=engine)
+            loss.backward()
+    assert loss.shape == () and logprobs.shape == kl.shape == (n,) and hidden.grad.shape == (n, 64)
+    if engine == "torch":
+        assert max(n * 64, v) < largest.numel < n * v  # it saw logits, never all of them
