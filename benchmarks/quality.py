@@ -92,6 +92,7 @@ class Setting:
                 output_dir=str(directory / _name(gamma, delta, stops) / f"seed-{seed}"),
                 eval_rows=self.data.limit if stops else 1,  # every adapter is measured here, all alike
                 eval_batch_size=self.eval_batch_size,
+                leaks=(),
             ),
             trainer_args={"save_steps": self.epochs[0] * steps_per_epoch, "save_only_model": True}
             if not stops
@@ -114,12 +115,13 @@ def lume(folder: Path, quick: bool) -> Setting:
     files = {part: folder / "lume" / f"{name}.jsonl" for part, name in LUME_PARTS.items()}
     if missing := [str(file) for file in files.values() if not file.is_file()]:
         raise UserError(f"--lume: there is no {missing[0]}.")
+    sources = {**{part: str(file) for part, file in files.items()}, "max_length": 512}
     if quick:
-        data = DataConfig(**{part: str(file) for part, file in files.items()}, max_length=96, limit=6)
-        return Setting(Teaching(vocabulary=512, layers=2, width=48, heads=2, epochs=5), data, epochs=(1, 2))
+        teaching = Teaching(vocabulary=4096, layers=2, width=48, heads=2, epochs=10, batch_size=2)
+        return Setting(teaching, DataConfig(**sources, limit=6), epochs=(1, 2))
     return Setting(
         Teaching(vocabulary=8192, layers=8, width=512, heads=8, epochs=60, batch_size=32, lr=1e-3),
-        DataConfig(**{part: str(file) for part, file in files.items()}, max_length=512, limit=240),
+        DataConfig(**sources, limit=240),
         batch_size=24,
         lr=5e-4,
         eval_batch_size=48,

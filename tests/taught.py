@@ -50,6 +50,6 @@ def forgetting(model: Path, output_dir: Path, stop_when: tuple[str, ...] = (), *
         memory=MemoryConfig(gradient_checkpointing=False),
         training=TrainingConfig(**training),
         stopping=StoppingConfig(stop_when=stop_when, eval_every=every),
-        output=OutputConfig(output_dir=str(output_dir), eval_rows=LIMIT, eval_batch_size=12),
+        output=OutputConfig(output_dir=str(output_dir), eval_rows=LIMIT, eval_batch_size=12, leaks=()),
         trainer_args=saving,
     )

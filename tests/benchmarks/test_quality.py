@@ -59,7 +59,7 @@ def test_the_picture(tmp_path):
 def test_a_whole_run_in_small(tmp_path, monkeypatch):
     """Two seeds of one row, on a model taught for seconds: what is measured of the adapters is what the runs left."""
     small = quality.Setting(
-        Teaching(vocabulary=300, layers=2, width=32, heads=2, epochs=10, batch_size=6, lr=5e-3),
+        Teaching(vocabulary=300, layers=2, width=32, heads=2, epochs=30, batch_size=6, lr=5e-3),
         DataConfig(limit=6),
         epochs=(1, 2),
         batch_size=3,

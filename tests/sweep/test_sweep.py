@@ -30,7 +30,7 @@ def options(model: Path, folder: Path, *more: str) -> list[str]:
     return [
         *("--model", str(model), "--dtype", "float32", "--device", "cpu", "--limit", str(LIMIT), "--max-steps", "3"),
         *("--lora-targets", "all-linear", "--lr", "5e-3", "--save-strategy", "no", "--eval-rows", "3"),
-        *("--lora-dropout", "0.1", "--embedding-on-cpu", "--output-dir", str(folder), *more),
+        *("--lora-dropout", "0.1", "--embedding-on-cpu", "--leaks", "none", "--output-dir", str(folder), *more),
     ]
 
 
@@ -145,6 +145,8 @@ def test_the_figures(live_sweep):
             assert figure["values"] == nlls and figure["mean"] == pytest.approx(fmean(nlls))
             assert figure["sd"] == pytest.approx(stdev(nlls)) and figure["sd"] > 0
             assert f"{fmean(nlls):.3f} ± {stdev(nlls):.3f}" in (live_sweep / "sweep.md").read_text()
+    originals = {(live_sweep / place / "before.json").read_text() for place in PLACES[2:]}
+    assert len(originals) == 1, "every seed is measured on the same rows"
     lines = list(csv.DictReader((live_sweep / "sweep.csv").open()))
     assert [line["seed"] for line in lines] == ["1", "2", "1", "2"] and lines[0]["tile-mlp"] == "16"
     assert all(float(line["retain_nll"]) > 0 and line["status"] == "done" for line in lines)
