@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.data import Rows, Template, TokenizedRows, to_examples, tokenize
-from lowmem_npo.data.overlap import refuse_overlap
+from lowmem_npo.data.overlap import find_overlap
+from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answers import choose_rows
 from lowmem_npo.evaluation.config import EvaluationConfig
 from lowmem_npo.evaluation.leaks.extraction import extraction_figures
@@ -43,8 +44,12 @@ def probed_rows(
     if not config.leaks:
         return {}
     examples = {part: to_examples(sources[part], **config.columns) for part in TOKENS if part in sources}
-    if "holdout" in examples:
-        refuse_overlap(examples["forget"], examples["holdout"], part="holdout")
+    if "holdout" in examples and (pairs := find_overlap(examples["forget"], examples["holdout"])):
+        where = " is ".join(example.where for example in pairs[0])
+        raise UserError(
+            f"{len(pairs)} of the forget rows also stand in the holdout ({where}), which must hold only what the "
+            "model was never taught: remove them from one of the two."
+        )
     found = {}
     for part, of_part in examples.items():
         places = choose_rows(len(of_part), config.limit, config.seed)

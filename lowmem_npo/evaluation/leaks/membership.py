@@ -63,10 +63,10 @@ def _verdict(auc: float, p: float, all_equal: bool) -> tuple[bool | None, str]:
     if p >= SIGNIFICANT:
         return None, f"chance alone can do that with so few rows (p = {p:.2f}), so nothing is shown"
     if auc > 0.5:
-        return True, "forgotten answers are still likelier than answers that the model never saw: they are remembered"
+        return True, "forgotten answers still score above answers that the model never saw: they are remembered"
     return True, (
-        "forgotten answers are now less likely than answers that the model never saw: over-forgetting, "
-        "which tells them apart as well"
+        "forgotten answers now score below answers that the model never saw: over-forgetting, which tells them "
+        "apart as well"
     )
 
 
