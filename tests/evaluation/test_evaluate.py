@@ -123,6 +123,20 @@ def test_lume_from_files_to_official_result(brief_model, files, capsys):
     assert "Miss Ada" not in (files / "out" / "evaluation.json").read_text()
 
 
+def test_the_real_rows_of_lume(lume_model, shared_data, tmp_path):
+    """One row of every task and kind, through the whole command, with the real tokenizer and vocabulary."""
+    data = [word for part in ("forget", "retain")
+            for word in (f"--{part}", str(shared_data / "lume" / f"{part}_validation.jsonl"))]  # fmt: skip
+    assert main(["evaluate", "--model", str(lume_model), "--dtype", "float32", "--device", "cpu", *data, "--limit", "6",
+                 "--leaks", "extraction", "--output-dir", str(tmp_path / "out")]) == 0  # fmt: skip
+    official = result(tmp_path, name="evaluation_results.jsonl")
+    for part in ("forget-set", "retain-set"):
+        for task in ("Task1", "Task2", "Task3"):
+            assert all(0 <= score <= 1 for score in official[part][task].values()) and len(official[part][task]) == 2
+    assert official["harmonic-mean-task-aggregate"] == 0  # a random model answers nothing
+    assert result(tmp_path)["leaks"]["extraction"]["rows"] == 6
+
+
 class Killed(KeyboardInterrupt):
     pass
 
@@ -248,6 +262,11 @@ def test_bad_member_files(byte_model, files, capsys):
     members, others, empty = (str(files / f"{name}.jsonl") for name in ("members", "others", "empty"))
     fails(capsys, evaluate(files, byte_model, "--members", members), "--nonmembers")
     fails(capsys, evaluate(files, byte_model, "--members", members, "--nonmembers", empty), "holds no rows")
+    fails(
+        capsys, evaluate(files, byte_model, "--members", empty, "--nonmembers", others), "empty.jsonl", "holds no rows"
+    )
+    blank = write(files / "blank.jsonl", [{"document": "A member."}, {"document": "  "}])
+    fails(capsys, evaluate(files, byte_model, "--members", blank, "--nonmembers", others), "blank.jsonl, line 2")
     fails(capsys, evaluate(files, byte_model, "--members", str(files / "no.jsonl"), "--nonmembers", others), "no.jsonl")
     assert not (files / "out").exists()
     write(files / "same.jsonl", [{"document": "The same."}] * 3)
