@@ -34,9 +34,9 @@ PIECES: dict[str, list[str]] = {  # arguments of Python; OUTDIR is replaced
     ],
     "memory-512": ["benchmarks/memory.py --tokens 512 --out OUTDIR/memory-512.json"],
     "memory-2048": ["benchmarks/memory.py --tokens 2048 --out OUTDIR/memory-2048.json"],
-    "cap": ["benchmarks/memory.py --tokens 2048 --cap 24GiB --out OUTDIR/cap.json"],
+    "cap": ["benchmarks/memory.py --tokens 2048 --cap 24GiB --only qlora offload 32B LoRA --out OUTDIR/cap.json"],
     "speed": ["benchmarks/speed.py --out OUTDIR/speed.json"],
-    "quality": ["benchmarks/quality.py --out OUTDIR/quality.json"],
+    "quality": ["benchmarks/quality.py --quick --minutes 5 --out OUTDIR/quality.json"],
 }
 
 

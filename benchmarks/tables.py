@@ -1,0 +1,83 @@
+"""Writes the tables of README.md from the JSON that the benchmarks wrote, so that no number in it is typed by hand.
+
+    python benchmarks/tables.py            replaces what stands between <!-- table:NAME --> and <!-- /table -->
+    python benchmarks/tables.py --check    only says whether anything would change; exit code 1 if so
+
+Measurements on a GPU, once they are in benchmarks/results, take the place of simulations, which stay beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+MARKED = re.compile(r"(<!-- table:([a-z-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    options = parser.parse_args(arguments)
+    before = options.readme.read_text(encoding="utf-8")
+    after = written(before)
+    if options.check:
+        print("up to date" if after == before else f"{options.readme.name} differs: run python benchmarks/tables.py")
+        return int(after != before)
+    options.readme.write_text(after, encoding="utf-8")
+    return 0
+
+
+def written(text: str) -> str:
+    """`text` with every marked table as the results say. A KeyError names a table that nobody makes."""
+    return MARKED.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", text)
+
+
+def memory(results: Path = RESULTS) -> str:
+    """Peak GPU memory of every contender: measured where there is a measurement of all of them, else simulated."""
+    found = [json.loads(path.read_text()) for path in sorted(results.glob("*/memory*.json"))]
+    measured = [result for result in found if not result["simulated"] and not result["cap"]]
+    chosen = measured or [result for result in found if result["simulated"]]
+    entries = {(e["name"], e["tokens"]): e for result in chosen for e in result["results"]}
+    names = list(dict.fromkeys(name for name, _ in entries))
+    lengths = sorted({tokens for _, tokens in entries})
+    how = f"measured on {chosen[0]['machine']['gpu']} (predicted)" if measured else "**simulated**"
+    header = f"{chosen[0]['model'].rpartition('/')[2].removesuffix('-hf')}, {chosen[0]['rows']} rows; peak GiB, {how}"
+    rows = [[_with_code(name), *(_peak(entries.get((name, tokens), {})) for tokens in lengths)] for name in names]
+    return _markdown([header, *(f"{tokens} tokens" for tokens in lengths)], rows)
+
+
+def quality(results: Path = RESULTS) -> str:
+    """The paper's rows on the small model, as `quality.py` wrote them beside its JSON."""
+    return (results / "cpu" / "quality.md").read_text(encoding="utf-8").strip()
+
+
+def _with_code(name: str) -> str:
+    """Flags set as code."""
+    return re.sub(r"--[a-z0-9-]+( (?!\*)[a-z0-9-]+)?", lambda flag: f"`{flag[0]}`", name).replace("*", r"\*")
+
+
+def _peak(entry: dict[str, Any]) -> str:
+    if "peak_bytes" not in entry:
+        return entry.get("failed", "")
+    predicted = entry.get("predicted_peak_bytes")
+    return f"{entry['peak_bytes'] / 2**30:.2f}" + (f" ({predicted / 2**30:.2f})" if predicted else "")
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---", *("---:" for _ in header[1:])], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {"memory": memory, "quality": quality}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
