@@ -11,6 +11,7 @@ unlearning via quantization"). Measured is each form in which the model is likel
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -56,7 +57,7 @@ def measure_forms(
     the answers.
     """
     found: dict[str, Figures] = {}
-    problem = None
+    problems: dict[str, list[str]] = {}  # why -> which forms
     merged = replace(base, model=str(scratch), revision=None, qlora=False)
     ways = {
         "adapter_on_4bit": lambda: load_adapter(load_model(replace(base, qlora=True)), adapter),
@@ -66,13 +67,15 @@ def measure_forms(
     try:
         for form, load in ways.items():
             if not all(len(journal.known(_part(form, name))) == len(rows) for name, rows in sets.items()):
+                gc.collect()  # the model before
                 try:
                     if form != "adapter_on_4bit" and not scratch.exists():
                         _merge(base, adapter, scratch)
                     model = load()
-                except UserError as error:
-                    problem = f"{FORMS[form]}: {error}"
-                    break
+                except (UserError, torch.OutOfMemoryError) as error:
+                    why = str(error) if isinstance(error, UserError) else "it does not fit into the GPU's memory."
+                    problems.setdefault(why, []).append(FORMS[form])
+                    continue
             else:
                 model = None
             measuring = Measuring(model, tokenizer, journal, batch_size)
@@ -81,7 +84,8 @@ def measure_forms(
             del model, measuring
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return found, problem
+    told = [f"{', '.join(forms)}: {why}" for why, forms in problems.items()]
+    return found, " ".join(told) or None
 
 
 def quantization(forms: Mapping[str, Mapping[str, Figures]], problem: str | None = None) -> dict[str, Any]:

@@ -81,8 +81,22 @@ def test_forms_that_cannot_be_measured_are_told(work, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
     code, found = evaluate(work, "unlearned", tmp_path / "out", "quantization")
-    assert code == 0 and "merged in bf16: The disk of" in found["quantization"]["meaning"]
+    assert code == 0 and "merged in bf16, merged and rounded to 4 bits: The disk of" in found["quantization"]["meaning"]
     assert "merged" not in found["quantization"] and "adapter_on_4bit" in found["quantization"]
+
+
+def test_a_form_that_does_not_fit_does_not_end_the_others(work, tmp_path, monkeypatch):
+    real = module.load_model
+
+    def load(config):
+        if config.model.endswith("merged") and not config.qlora:
+            raise torch.OutOfMemoryError
+        return real(config)
+
+    monkeypatch.setattr(module, "load_model", load)
+    code, found = evaluate(work, "unlearned", tmp_path / "out", "quantization")
+    assert code == 0 and "merged in bf16: it does not fit" in found["quantization"]["meaning"]
+    assert "merged" not in found["quantization"] and "merged_4bit" in found["quantization"]
 
 
 def test_it_goes_on_where_it_was(work, tmp_path, monkeypatch):
