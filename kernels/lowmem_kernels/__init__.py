@@ -12,7 +12,7 @@ No call ever holds a tensor of N x V elements. Three engines compute the same fu
     torch    any device, and the readable statement of the algorithm
     chunks   CUDA: float32 logits of a few hundred tokens at a time by cuBLAS, a Triton kernel on their rows. The fewest
              products, 2 for log-probabilities and 3 with the KL, in at most 256 MiB of workspace
-    tiles    CUDA: Triton kernels that keep the logits on the chip. Almost no workspace without a gradient, about 60 MiB
+    tiles    CUDA: Triton kernels that keep the logits on the chip. Almost no workspace without a gradient, about 50 MiB
              with one, and then 3 or 5 products
     auto     chunks on CUDA, torch elsewhere
 
