@@ -75,7 +75,7 @@ def merge(config: MergeConfig, say: Say = print) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
     say(
         f"{len(updates)} of {sum(1 for _ in checkpoint.tensors())} weights carry the adapter; "
-        f"the merged model ({needed / 2**30:.2f} GiB) is in {out}"
+        f"the merged model ({needed / 2**20:,.1f} MiB) is in {out}"
     )
     say(returning(config.adapter))
     return out
