@@ -70,7 +70,7 @@ def _ours() -> Iterator[Contender]:
         flags += tuple(switch.split())
         yield Contender(f"+ {switch}", flags, turn=turn)
     yield Contender(
-        "OLMo-2-32B, the first four of these",
+        "OLMo-2-32B, down to --offload-checkpoints",
         ("--qlora", "--embedding-on-cpu", "--tile-mlp", "--offload-checkpoints"),
         turn=2,
         model="allenai/OLMo-2-0325-32B",

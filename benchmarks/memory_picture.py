@@ -16,7 +16,7 @@ NAMES = {
     "reference": "second model, reference",
     "adapter": "trained weights, gradients, optimizer",
     "checkpoints": "checkpoints",
-    "layer work": "work of one layer",
+    "layer work": "work of the layers, gradients under way",
     "head": "vocabulary head and losses",
     "cuBLAS": "cuBLAS, batch",
 }
@@ -26,22 +26,24 @@ COLOURS = ("#4c6a92", "#9db4d3", "#d9863d", "#7fa86a", "#c9b25b", "#b0524f", "#a
 def draw(result: dict[str, Any], path: Path) -> None:
     """Draws the JSON that `memory.py` wrote. Bars are the peak; colours are what the simulation says it consists of."""
     lengths = sorted({entry["tokens"] for entry in result["results"]})
-    height = 0.36 * len(result["results"]) / len(lengths) + 1.6
+    names = list(dict.fromkeys(entry["name"] for entry in sorted(result["results"], key=lambda e: -e["tokens"])))[::-1]
+    height = 0.36 * len(names) + 1.6
     figure, panes = pyplot.subplots(1, len(lengths), figsize=(6.4 * len(lengths), height), squeeze=False, sharey=True)
     for pane, tokens in zip(panes[0], lengths, strict=True):
         entries = [entry for entry in result["results"] if entry["tokens"] == tokens and "by_kind" in entry]
-        for place, entry in enumerate(reversed(entries)):
-            left = 0.0
+        for entry in entries:
+            place, left = names.index(entry["name"]), 0.0
             for kind, colour in zip(NAMES, COLOURS, strict=True):
                 size = entry["by_kind"].get(kind, 0) + (entry["by_kind"].get("batch", 0) if kind == "cuBLAS" else 0)
                 pane.barh(place, size / 2**30, left=left, color=colour, height=0.72, label=NAMES[kind])
                 left += size / 2**30
             told = entry.get("peak_bytes")
             text = entry.get("failed") or f"{told / 2**30:.1f}"
-            pane.text(left + 0.6, place, text, va="center", fontsize=9)
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+            pane.text(left + 0.8, place, text, va="center", fontsize=9, bbox=box)
         pane.axvline(24, color="black", linewidth=0.8, linestyle=":")
-        pane.text(24.3, len(entries) - 0.45, "24 GiB", fontsize=8)
-        pane.set_yticks(range(len(entries)), [entry["name"] for entry in reversed(entries)])
+        pane.text(24.3, len(names) - 0.45, "24 GiB", fontsize=8)
+        pane.set_yticks(range(len(names)), names)
         pane.set_xlim(0, max(sum(e["by_kind"].values()) for e in entries) / 2**30 * 1.12)
         pane.set_xlabel("GiB on the GPU, without CUDA context")
         pane.set_title(f"{tokens} tokens per row", fontsize=10)
