@@ -156,9 +156,12 @@ def test_malformed_sizes(text):
 
 def test_an_estimate_of_7b_needs_little_host_memory():
     code = """
-        import resource, sys
+        import gc, resource, sys
         from lowmem_npo.cli.main import main
         assert main(["estimate", "--model", "allenai/OLMo-7B", "--qlora", "--max-length", "256", "--json"]) == 0
+        assert gc.isenabled() and "torch._inductor.compile_fx" not in sys.modules and "nltk" not in sys.modules
+        import torch
+        assert torch.compile.__module__ == "torch"  # it was set aside for the imports only
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
     """
     result = subprocess.run(
