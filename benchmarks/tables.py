@@ -43,6 +43,7 @@ def written(text: str) -> str:
 def memory(results: Path = RESULTS) -> str:
     """Peak GPU memory of every contender: measured where there is a measurement of all of them, else simulated."""
     found = [json.loads(path.read_text()) for path in sorted(results.glob("*/memory*.json"))]
+    found = [result for result in found if result["benchmark"] == "memory"]  # not the status of an evidence piece
     measured = [result for result in found if not result["simulated"] and not result["cap"]]
     chosen = measured or [result for result in found if result["simulated"]]
     entries = {(e["name"], e["tokens"]): e for result in chosen for e in result["results"]}

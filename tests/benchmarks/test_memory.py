@@ -183,6 +183,7 @@ def test_measurements_take_the_simulations_place_and_show_it_beside_them(simulat
     folder = simulated.parents[1] / "nvidia-x"
     folder.mkdir()
     (folder / "memory-512.json").write_text(json.dumps(found))
+    (folder / "memory-512.status.json").write_text('{"benchmark": "gpu_evidence memory-512"}')
     (folder / "cap.json").write_text("not read")
     text = tables.memory(folder.parent)
     assert "measured on NVIDIA X (predicted)" in text and "| 2.00 (1.00) |" in text and "| skipped |" in text
