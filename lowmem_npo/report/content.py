@@ -17,6 +17,7 @@ from lowmem_npo.report.audit import Audit, read_audit
 from lowmem_npo.report.figures import Figure, answer_figures, evaluation_figures, finite
 from lowmem_npo.report.metrics import Metrics, read_metrics
 from lowmem_npo.report.verdict import RULES, Verdict, judge_run
+from lowmem_npo.stopping.callback import OUTCOME
 
 EVIDENCE = (
     "This report is evidence: what was measured, on which rows, with which tests. It is not a certificate that the "
@@ -99,6 +100,7 @@ def read_content(directory: Path) -> Content:
         evaluations = {stage: found for stage in STAGES if (found := read_evaluations(directory, stage))}
         evaluated, leaks = _read_evaluation(directory), _read_leaks(directory)
         metrics = read_metrics(directory / "metrics.jsonl")
+        stopped = _read_stopping(directory)
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"A file in '{directory}' is damaged and cannot be reported on: {error}.") from error
     audit = read_audit(directory)
@@ -106,7 +108,7 @@ def read_content(directory: Path) -> Content:
     figures = [*answer_figures(stages), *_evaluated_answers(evaluated), *evaluation_figures(evaluated)]
     vocabulary = audit["model"]["vocabulary"] if audit else None
     verdict = judge_run(stages, vocabulary, leaks)
-    notes = [*_notes(metrics, audit), *(evaluated.get("after", {}).get("notes", []))]
+    notes = [*stopped, *_notes(metrics, audit), *(evaluated.get("after", {}).get("notes", []))]
     return Content(directory, settings, verdict, stages, figures, leaks, metrics, evaluations, notes, audit)
 
 
@@ -146,6 +148,12 @@ def _figures_only(found: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(value, list) and all(isinstance(item, int | float) for item in value):
             kept[key] = [finite(item) for item in value]
     return kept
+
+
+def _read_stopping(directory: Path) -> list[str]:
+    """What ended a run under --stop-when, and which step's adapter was kept: not the last one's, as a rule."""
+    path = directory / OUTCOME
+    return [json.loads(path.read_text(encoding="utf-8"))["sentence"]] if path.is_file() else []
 
 
 def _evaluated_answers(evaluated: Mapping[str, Mapping[str, Any]]) -> list[Figure]:
