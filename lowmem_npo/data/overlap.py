@@ -33,9 +33,7 @@ def refuse_overlap(
     more = f" and {len(pairs) - NAMED} more" if len(pairs) > NAMED else ""
     rows = f"1 row to {of} also stands" if len(pairs) == 1 else f"{len(pairs)} rows to {of} also stand"
     where = "the holdout" if part == "holdout" else f"the rows to {part}"
-    raise UserError(
-        f"{rows} in {where}: {named}{more}; remove them from one of the two, or give --allow-overlap."
-    )
+    raise UserError(f"{rows} in {where}: {named}{more}; remove them from one of the two, or give --allow-overlap.")
 
 
 def _normalised(example: Example) -> str:

@@ -150,9 +150,7 @@ class Stopping(TrainerCallback):
         self.say(outcome.sentence)
         return outcome
 
-    def _sentence(
-        self, kept: StopEvaluation, last: StopEvaluation, ended_by: Sequence[Condition], within: bool
-    ) -> str:
+    def _sentence(self, kept: StopEvaluation, last: StopEvaluation, ended_by: Sequence[Condition], within: bool) -> str:
         start = self.evaluations[0]
         times = f" {self.patience} times in a row" if self.patience > 1 else ""
         if ended_by:

@@ -111,9 +111,7 @@ def holds(condition: Condition, now: StopEvaluation, start: StopEvaluation) -> b
     return not condition.gap(now, start) > 0
 
 
-def held(
-    evaluations: Sequence[StopEvaluation], conditions: Sequence[Condition], patience: int = 1
-) -> list[Condition]:
+def held(evaluations: Sequence[StopEvaluation], conditions: Sequence[Condition], patience: int = 1) -> list[Condition]:
     """The conditions for which the run stops now: they hold at each of the last `patience` evaluations."""
     start, *trained = evaluations
     recent = trained[-patience:]

@@ -8,10 +8,27 @@ from lowmem_npo.config import SECTIONS
 from lowmem_npo.errors import UserError
 
 # Names other tools rely on.
-PROMISED = (
-    "model qlora forget retain output-dir batch-size retain-batch-size max-length max-steps epochs lr beta gamma delta "
-    "lora-r lora-alpha lora-targets seed resume"
-).split()  # noqa: SIM905
+PROMISED = [
+    "model",
+    "qlora",
+    "forget",
+    "retain",
+    "output-dir",
+    "batch-size",
+    "retain-batch-size",
+    "max-length",
+    "max-steps",
+    "epochs",
+    "lr",
+    "beta",
+    "gamma",
+    "delta",
+    "lora-r",
+    "lora-alpha",
+    "lora-targets",
+    "seed",
+    "resume",
+]  # noqa: SIM905
 
 
 def test_promised_flags_are_in_the_help(capsys):

@@ -1,4 +1,4 @@
-"""Every memory switch, alone and with all others: the gradients of the plain form, and nothing run more often than said."""
+"""Every memory switch, alone and with all others: the gradients of the plain form, nothing run more often than said."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from tiny import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, OPTConfig, OlmoConfig
+from transformers import AutoModelForCausalLM, OlmoConfig, OPTConfig
 from unlearning import dense_step, random_rows, relative_error, step_gradients, trainer_of
 
 from lowmem_npo.cli.arguments import parse_run
@@ -119,7 +119,7 @@ def test_planted_bugs_are_noticed(bug, tmp_path, monkeypatch):
     assert relative_error(found, expected) > 1e-3
 
 
-# -- how often things run ---------------------------------------------------------------------------------------------
+# -- how often things run -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture, passes", [("olmo", 2), ("olmo2", 2), ("llama", 2), ("gemma2", 2)])
@@ -182,7 +182,7 @@ def test_the_prefix_leaves_the_layers_as_they_were(tmp_path):
     assert len(run.prefix.modules) == 2  # embedding and layer 0
 
 
-# -- what is in memory --------------------------------------------------------------------------------------------------
+# -- what is in memory ----------------------------------------------------------------------------------------
 
 
 class LargeFloat32(TorchDispatchMode):
@@ -203,8 +203,15 @@ class LargeFloat32(TorchDispatchMode):
 @pytest.mark.parametrize("memory, clean", [({"tile_mlp": 20}, True), (PLAIN, False)], ids=["slices", "plain"])
 def test_no_hidden_state_is_copied_to_float32(memory, clean, monkeypatch):
     monkeypatch.setattr(switches, "slice_float32", partial(float32.slice_float32, rows=20))
-    config = OlmoConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                        pad_token_id=0, eos_token_id=1)
+    config = OlmoConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.bfloat16)
     model = attach_lora(model.requires_grad_(False), AdapterConfig(**ADAPTER))
     apply_switches(model, MemoryConfig(**memory))
@@ -223,14 +230,22 @@ def test_a_copy_of_a_model_with_switches_is_a_model_of_its_own(tmp_path):
     assert states.dtype == torch.float64  # float32 weights of the original would not multiply
 
 
-# -- 4 bits, bf16, dropout ------------------------------------------------------------------------------------------------
+# -- 4 bits, bf16, dropout --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def model_on_disk(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    config = OlmoConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-                        pad_token_id=0, eos_token_id=1, tie_word_embeddings=False)
+    config = OlmoConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        pad_token_id=0,
+        eos_token_id=1,
+        tie_word_embeddings=False,
+    )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return str(folder)
@@ -238,7 +253,9 @@ def model_on_disk(tmp_path_factory):
 
 def four_bit_gradients(model_on_disk, folder, memory, dtype):
     torch.manual_seed(5)
-    model = attach_lora(load_model(ModelConfig(model_on_disk, qlora=True, dtype=dtype, device="cpu")), AdapterConfig(**ADAPTER))
+    model = attach_lora(
+        load_model(ModelConfig(model_on_disk, qlora=True, dtype=dtype, device="cpu")), AdapterConfig(**ADAPTER)
+    )
     apply_switches(model, MemoryConfig(**memory))
     return step_gradients(trainer_of(model, folder, FORGET, RETAIN))
 
@@ -279,7 +296,7 @@ def test_dropout_in_a_tiled_mlp_draws_the_same_twice(kept, monkeypatch):
     assert (moved == pytest.approx(predicted, rel=1e-4)) == kept
 
 
-# -- what does not fit --------------------------------------------------------------------------------------------------
+# -- what does not fit ----------------------------------------------------------------------------------------
 
 
 def refused(match, model, memory, **adapter):
@@ -292,10 +309,14 @@ def test_a_tied_embedding_stays():
 
 
 def test_a_model_without_mlp_modules_is_not_tiled():
-    config = OPTConfig(vocab_size=50, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2,
-                       word_embed_proj_dim=16)
-    refused("--tile-mlp: the decoder layers of OPTForCausalLM have no MLP", AutoModelForCausalLM.from_config(config),
-            {"tile_mlp": 5})
+    config = OPTConfig(
+        vocab_size=50, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=16
+    )
+    refused(
+        "--tile-mlp: the decoder layers of OPTForCausalLM have no MLP",
+        AutoModelForCausalLM.from_config(config),
+        {"tile_mlp": 5},
+    )
 
 
 def test_a_norm_that_does_not_follow_its_mlp_is_noticed():
@@ -331,7 +352,7 @@ def test_the_embedding_on_the_host_is_no_parameter_and_moves_no_device():
     assert model.get_input_embeddings().weight.dtype == torch.float32
 
 
-# -- which layers -------------------------------------------------------------------------------------------------------
+# -- which layers ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -362,7 +383,13 @@ def test_only_the_named_layers_get_adapters(targets):
 
 @pytest.mark.parametrize(
     "flags, rows",
-    [(["--tile-mlp"], 1024), (["--tile-mlp", "--qlora"], 1024), (["--tile-mlp", "96"], 96), (["--tile_mlp=96"], 96), ([], None)],
+    [
+        (["--tile-mlp"], 1024),
+        (["--tile-mlp", "--qlora"], 1024),
+        (["--tile-mlp", "96"], 96),
+        (["--tile_mlp=96"], 96),
+        ([], None),
+    ],
 )
 def test_tile_mlp_may_stand_alone(flags, rows):
     assert parse_run(["--model", "x", *flags], "train").memory.tile_mlp == rows

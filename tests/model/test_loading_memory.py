@@ -65,7 +65,9 @@ def test_the_peak_is_the_final_size_and_one_tensor(byte_model, tmp_path):
         **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1",
         "MALLOC_MMAP_THRESHOLD_": "65536",  # what is freed goes back to the system at once
     }  # fmt: skip
-    result = subprocess.run([sys.executable, "-c", LOAD, byte_model, tmp_path], capture_output=True, text=True, env=environment)
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD, byte_model, tmp_path], capture_output=True, text=True, env=environment
+    )
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
     allowed = found["4-bit"] + found["one tensor"] + 8 * 2**20  # with what bitsandbytes takes to quantise it

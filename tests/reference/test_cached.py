@@ -18,7 +18,6 @@ from unlearning import random_rows, tokenizer, trainer_of
 from lowmem_npo.cli.arguments import parse_run
 from lowmem_npo.config import ObjectiveConfig
 from lowmem_npo.errors import UserError
-from lowmem_npo.output_dir import RunDirectory
 from lowmem_npo.reference import check_cache_space, live
 from lowmem_npo.reference.answer_file import AnswerFile
 from lowmem_npo.report.metrics import read_metrics
@@ -44,8 +43,8 @@ def passes(monkeypatch):
 def losses(folder: Path, cache: Path | None, epochs: int = 2, forget=FORGET, retain=RETAIN, seed: int = 0, **settings):
     """The loss of each step; two rows a step, so that every epoch mixes them anew."""
     run = trainer_of(
-        tiny_model("olmo", seed=seed), folder, forget, retain, max_steps=-1, num_train_epochs=epochs, learning_rate=1e-2,
-        per_device_train_batch_size=2, reference_dir=None if cache is None else str(cache), **settings,
+        tiny_model("olmo", seed=seed), folder, forget, retain, max_steps=-1, num_train_epochs=epochs,
+        learning_rate=1e-2, per_device_train_batch_size=2, reference_dir=None if cache is None else str(cache), **settings,
     )  # fmt: skip
     run.train()
     return [line["loss"] for line in run.state.log_history if "loss" in line]
@@ -109,7 +108,7 @@ def test_damaged_values_are_not_used(passes, tmp_path):
     assert losses(tmp_path / "mended", tmp_path / "cache") == first and not passes
 
 
-# -- stale ------------------------------------------------------------------------------------------------------------
+# -- stale --------------------------------------------------------------------------------------------------
 
 
 def refused(match: str, folder: Path, cache: Path, **changed):
@@ -172,7 +171,7 @@ def test_one_changed_weight_is_another_model():
     assert weights_fingerprint(model) != before
 
 
-# -- disks --------------------------------------------------------------------------------------------------------------
+# -- disks ----------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -230,7 +229,7 @@ def test_the_size_is_told_beforehand_and_must_fit(tmp_path):
     )
 
 
-# -- whole runs, with every switch ----------------------------------------------------------------------------------------
+# -- whole runs, with every switch ------------------------------------------------------------------------------
 
 
 def whole_run(byte_model, folder, *more):
