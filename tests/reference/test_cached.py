@@ -40,11 +40,21 @@ def passes(monkeypatch):
     return counted
 
 
-def losses(folder: Path, cache: Path | None, epochs: int = 2, forget=FORGET, retain=RETAIN, seed: int = 0, **settings):
+def losses(
+    folder: Path,
+    cache: Path | None,
+    epochs: int = 2,
+    forget=FORGET,
+    retain=RETAIN,
+    seed: int = 0,
+    rows: int = 2,
+    **settings,
+):
     """The loss of each step; two rows a step, so that every epoch mixes them anew."""
     run = trainer_of(
         tiny_model("olmo", seed=seed), folder, forget, retain, max_steps=-1, num_train_epochs=epochs,
-        learning_rate=1e-2, per_device_train_batch_size=2, reference_dir=None if cache is None else str(cache), **settings,
+        learning_rate=1e-2, per_device_train_batch_size=rows, **settings,
+        reference_dir=None if cache is None else str(cache),
     )  # fmt: skip
     run.train()
     return [line["loss"] for line in run.state.log_history if "loss" in line]
@@ -66,6 +76,11 @@ def test_the_first_epoch_stores_and_all_later_ones_read(passes, tmp_path):
         losses(tmp_path / "live token", None, normalization="token"), rel=1e-6
     )
     assert len(passes) == 2 * 6  # those of the live one
+
+
+def test_where_rows_share_no_batch_every_epoch_is_the_live_one_to_the_bit(tmp_path):
+    alone = losses(tmp_path / "live", None, epochs=3, rows=1)
+    assert len(alone) == 18 and losses(tmp_path / "cached", tmp_path / "cache", epochs=3, rows=1) == alone
 
 
 def test_what_is_stored_is_what_the_original_model_says(tmp_path):
