@@ -44,7 +44,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         pane.axvline(24, color="black", linewidth=0.8, linestyle=":")
         pane.text(24.3, len(names) - 0.45, "24 GiB", fontsize=8)
         pane.set_yticks(range(len(names)), names)
-        pane.set_xlim(0, max(sum(e["by_kind"].values()) for e in entries) / 2**30 * 1.12)
+        pane.set_xlim(0, max((sum(e["by_kind"].values()) for e in entries), default=2**30) / 2**30 * 1.12)
         pane.set_xlabel("GiB on the GPU, without CUDA context")
         pane.set_title(f"{tokens} tokens per row", fontsize=10)
         pane.spines[["top", "right"]].set_visible(False)

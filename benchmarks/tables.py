@@ -41,7 +41,7 @@ def written(text: str) -> str:
 
 
 def memory(results: Path = RESULTS) -> str:
-    """Peak GPU memory of every contender: measured where there is a measurement of all of them, else simulated."""
+    """Peak GPU memory of every contender: measured as soon as there is a measurement, else simulated."""
     found = [json.loads(path.read_text()) for path in sorted(results.glob("*/memory*.json"))]
     found = [result for result in found if result["benchmark"] == "memory"]  # not the status of an evidence piece
     measured = [result for result in found if not result["simulated"] and not result["cap"]]

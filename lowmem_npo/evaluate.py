@@ -53,7 +53,14 @@ from lowmem_npo.evaluation.tofu import (
 )
 from lowmem_npo.model import load_model, load_tokenizer, resolve_name
 from lowmem_npo.model.loading import load_config
-from lowmem_npo.model.saved_adapter import WEIGHTS, base_of_adapter, check_base, load_adapter
+from lowmem_npo.model.saved_adapter import (
+    WEIGHTS,
+    base_of_adapter,
+    check_base,
+    load_adapter,
+    revision_of_adapter,
+    trained_in_4_bit,
+)
 from lowmem_npo.report.evaluation_text import evaluation_text
 
 Say = Callable[[str], None]
@@ -85,9 +92,13 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
     if config.adapter and not config.any_base:
         check_base(config.adapter, name)
     model_config = config.model_config(name)
+    if config.adapter and not config.any_base:
+        model_config.revision = config.revision or revision_of_adapter(config.adapter)
     load_config(model_config)
     tokenizer = load_tokenizer(model_config)
     result = Evaluation()
+    if config.adapter and trained_in_4_bit(config.adapter) and not config.qlora:
+        result.notes.append("The adapter was trained on the 4-bit base and is measured on the whole one (no --qlora).")
     sources = _read(config, say)
     template = Template(config.prompt_template)
     sets = {

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import yaml
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.directory import digest
 from lowmem_npo.model.merging import check_space, find_checkpoint, find_updates, write_merged
 from lowmem_npo.model.names import resolve_name
-from lowmem_npo.model.saved_adapter import WEIGHTS, base_of_adapter, check_base
+from lowmem_npo.model.saved_adapter import WEIGHTS, base_of_adapter, check_base, revision_of_adapter, trained_in_4_bit
 
 Say = Callable[[str], None]
+VERDICTS = {True: "WARNING", False: "Checked", None: "Checked, but it cannot be told"}
 DTYPES = {"bf16": torch.bfloat16, "stored": None}
 
 
@@ -34,7 +34,7 @@ class MergeConfig:
     model: str | None = None
     """Hub name or local directory of the base model. Default: the model that the adapter was trained on."""
     revision: str | None = None
-    """Branch, tag or commit of the base model on the hub."""
+    """Branch, tag or commit of the base model on the hub. Default: the one that the adapter was trained on."""
     any_base: bool = False
     """Accept an adapter that names another base model (the same weights in another place)."""
     dtype: Literal["bf16", "stored"] = "bf16"
@@ -54,9 +54,11 @@ def merge(config: MergeConfig, say: Say = print) -> Path:
         base_of_adapter(config.adapter)  # it must hold an adapter all the same
     else:
         check_base(config.adapter, name)
-    out = Path(config.output_dir).expanduser()
+    out = Path(config.output_dir).expanduser().absolute()
     check_empty(out)
-    checkpoint = find_checkpoint(name, config.revision)
+    checkpoint = find_checkpoint(
+        name, config.revision or (None if config.any_base else revision_of_adapter(config.adapter))
+    )
     updates = find_updates(config.adapter, checkpoint)
     dtype = DTYPES[config.dtype]
     needed = checkpoint.bytes_as(dtype)
@@ -97,7 +99,7 @@ def returning(adapter: str) -> str:
     """
     folder = Path(adapter).expanduser()
     how = f"`lowmem-npo evaluate --adapter {adapter} --forget … --leaks quantization` checks it"
-    if _trained_in_4_bit(folder):
+    if trained_in_4_bit(adapter):
         how += "; this adapter was trained on the 4-bit base, the merged weights are those of the whole one"
     try:
         evaluation = folder / "evaluation"
@@ -107,11 +109,6 @@ def returning(adapter: str) -> str:
         return f"Not checked: whether forgotten text returns when the adapter is rounded with the weights. {how}."
     if measured != digest(folder / WEIGHTS):
         return f"Not checked: the evaluation in '{evaluation}' is of an earlier state of this adapter. {how}."
-    return f"{'WARNING: ' if found.get('leaks') else 'Checked: '}{found['meaning']}"
-
-
-def _trained_in_4_bit(folder: Path) -> bool:
-    try:
-        return bool(yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))["qlora"])
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
-        return False
+    if "merged" not in found:
+        return f"Not checked: the evaluation measured no merged weights. {how}."
+    return f"{VERDICTS[found.get('leaks')]}: {found['meaning']}"

@@ -13,10 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from lowmem_npo.config import RunConfig
 from lowmem_npo.data import PreparedData, TokenizedRow, TokenizedRows, prepare, preview
+from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.elsewhere import keep_budget, watched
 from lowmem_npo.evaluation.answers import AnswerEvaluation, choose_rows, evaluate_answers
 from lowmem_npo.evaluation.leaks import IN_MEMORY, measure_leaks
-from lowmem_npo.evaluation.leaks.measure import check_tests
+from lowmem_npo.evaluation.leaks.measure import check_tests, skipped
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model, load_tokenizer, reference_mode, resolve_name
 from lowmem_npo.model.loading import DTYPES, load_config, resolve_device
@@ -133,6 +134,7 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
     main_process = is_main_process(config)
     set_seed(config.training.seed)
     model = attach_lora(base, config.adapter)
+    model.active_peft_config.revision = config.model.revision  # of the base: for those who load the adapter later
     apply_switches(model, config.memory)
     trainer = NPOTrainer(
         model,
@@ -155,11 +157,12 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
     before: Evaluations = {}
     if config.output.eval_rows and main_process:
         before = directory.evaluations("before")
-        if not before:
+        fresh = not before
+        if fresh:
             with reference_mode(model):
                 before = _evaluate(plan, model, "before")
             directory.save_evaluations("before", before)
-        if set(directory.leaks("before")) != set(_leak_tests(config, "before")):
+        if fresh or set(directory.leaks("before")) != set(_leak_tests(config, "before")):
             with reference_mode(model):
                 directory.save_leaks("before", _leaks(plan, model, "before"))
     PartialState().wait_for_everyone()
@@ -186,7 +189,7 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
             say("\nWhat still leaks\n" + leaks_text(directory.leaks("after"), directory.leaks("before")))
     steps = trainer.state.global_step if outcome is None else outcome.last.step
     if main_process:
-        finish_audit(directory.path, steps)
+        finish_audit(directory.path, steps, adapter_step=steps if outcome is None else outcome.kept.step)
         write_report(directory.path)
     say(f"\nThe adapter and the measurements are in {directory.path}; what they mean is in its report.html.")
     return RunResult(directory.path, before, after, steps, outcome)
@@ -277,15 +280,18 @@ def _leaks(plan: RunPlan, model: PeftModel, stage: str) -> dict[str, dict[str, A
     tests = _leak_tests(config, stage)
     if not tests:
         return {}
-    return measure_leaks(
-        model,
-        plan.tokenizer,
-        _measured_rows(config, data.forget),
-        holdout_rows=None if data.holdout is None else _measured_rows(config, data.holdout),
-        tests=tests,
-        seed=config.training.seed,
-        batch_size=config.output.eval_batch_size,
-    )
+    try:
+        return measure_leaks(
+            model,
+            plan.tokenizer,
+            _measured_rows(config, data.forget),
+            holdout_rows=None if data.holdout is None else _measured_rows(config, data.holdout),
+            tests=tests,
+            seed=config.training.seed,
+            batch_size=config.output.eval_batch_size,
+        )
+    except UserError as error:  # a diverged adapter gives no numbers: the report must say so all the same
+        return {test: skipped(str(error).rstrip(".")) for test in tests}
 
 
 def _leak_tests(config: RunConfig, stage: str) -> list[str]:

@@ -30,7 +30,7 @@ class EvaluationConfig:
     any_base: bool = False
     """Accept an adapter that names another base model (the same weights in another place)."""
     revision: str | None = None
-    """Branch, tag or commit of the model on the hub."""
+    """Branch, tag or commit of the model on the hub. Default: the one that --adapter was trained on."""
     qlora: bool = False
     """Load the base model as 4-bit NF4, as for training with --qlora."""
     attn: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import yaml
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import PreTrainedModel
@@ -30,6 +31,20 @@ def base_of_adapter(folder: str) -> str:
         return json.loads((path / CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise UserError(f"'{path / CONFIG}' is no adapter configuration that names its base model.") from error
+
+
+def revision_of_adapter(folder: str) -> str | None:
+    """The branch, tag or commit of the base model that the adapter in `folder` was trained on, if one was named."""
+    base_of_adapter(folder)  # its errors
+    return json.loads((Path(folder).expanduser() / CONFIG).read_text(encoding="utf-8")).get("revision")
+
+
+def trained_in_4_bit(folder: str) -> bool:
+    """Whether the run that left the adapter in `folder` was one with --qlora; False where nothing says so."""
+    try:
+        return bool(yaml.safe_load((Path(folder).expanduser() / "run.yaml").read_text(encoding="utf-8"))["qlora"])
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+        return False
 
 
 def check_base(folder: str, model_name: str) -> None:

@@ -83,13 +83,21 @@ def begin_audit(directory: Path, config: RunConfig, data: PreparedData, model: P
     _write(directory, audit)
 
 
-def finish_audit(directory: Path, optimizer_steps: int) -> None:
-    """Adds the end of the session and the hash of the adapter, which must be written already."""
+def finish_audit(directory: Path, optimizer_steps: int, adapter_step: int) -> None:
+    """Adds the end of the session and the hash of the adapter, which must be written already.
+
+    adapter_step: the step whose adapter was kept, under --stop-when not always the last.
+    """
     audit, weights = read_audit(directory), directory / WEIGHTS
     session = audit["sessions"][-1]
     session["ended"] = _now()
     session["last_step"] = audit["optimizer_steps"] = optimizer_steps
-    audit["adapter"] = {"file": WEIGHTS, "sha256": file_sha256(weights), "bytes": weights.stat().st_size}
+    audit["adapter"] = {
+        "file": WEIGHTS,
+        "sha256": file_sha256(weights),
+        "bytes": weights.stat().st_size,
+        "of_step": adapter_step,
+    }
     _write(directory, audit)
 
 

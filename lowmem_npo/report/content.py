@@ -12,6 +12,8 @@ import yaml
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation import AnswerEvaluation, AnswerRecord, AnswerSummary
+from lowmem_npo.files import file_sha256
+from lowmem_npo.model.saved_adapter import WEIGHTS
 from lowmem_npo.output_dir import read_evaluations
 from lowmem_npo.report.audit import Audit, read_audit
 from lowmem_npo.report.figures import Figure, answer_figures, evaluation_figures, finite
@@ -113,24 +115,32 @@ def read_content(directory: Path) -> Content:
 
 
 def _read_evaluation(directory: Path) -> dict[str, dict[str, Any]]:
-    """Stage -> evaluation.json: of this adapter, and of what it was compared with if that is still there."""
+    """Stage -> evaluation.json: of this very adapter, and of what it was compared with if that is still there."""
     path = directory / "evaluation" / "evaluation.json"
     if not path.is_file():
         return {}
     settings = path.with_name("settings.json")
-    before = json.loads(settings.read_text(encoding="utf-8")).get("before") if settings.is_file() else None
+    told = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    weights = directory / WEIGHTS
+    if weights.is_file() and told.get("digests", {}).get("the adapter", "") != file_sha256(weights):
+        return {}  # the run went on since: those figures are of another adapter
+    before = told.get("before")
     earlier = Path(before).expanduser() if before else None
     found = {"before": json.loads(earlier.read_text(encoding="utf-8"))} if earlier and earlier.is_file() else {}
     return {**found, "after": json.loads(path.read_text(encoding="utf-8"))}
 
 
 def _read_leaks(directory: Path) -> dict[str, Leaks]:
-    """Stage -> test -> figures. What `evaluate` measured later takes the place of the same test of the run."""
+    """Stage -> test -> figures. What `evaluate` measured later takes the place of the same test of the run, unless it
+    could not tell (no holdout) and the run could."""
     path, found = directory / "leaks.json", {}
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
     for stage, content in _read_evaluation(directory).items():
-        found.setdefault(stage, {}).update(content.get("leaks") or {})
+        known = found.setdefault(stage, {})
+        for test, told in (content.get("leaks") or {}).items():
+            if told.get("leaks") is not None or known.get(test, {}).get("leaks") is None:
+                known[test] = told
     kept = {stage: {test: _figures_only(told) for test, told in tests.items()} for stage, tests in found.items()}
     return {stage: tests for stage, tests in kept.items() if tests}
 

@@ -40,6 +40,7 @@ def model_card(content: Content) -> str:
         base=code(model_name(content)),
         base_to_load=f"path/to/{model_name(content)}" if local else base,
         local=local,
+        revision=None if local else settings.get("revision"),
         verdict=content.verdict,
         evidence=EVIDENCE,
         forget_term=settings.get("forget_term"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -95,8 +96,11 @@ def _entry(run: SweepRun, ledger: Mapping[str, Mapping[str, Any]]) -> dict[str, 
     before, after = found.evaluations("before"), found.evaluations("after")
     place = f"{run.directory.parent.name}/{run.directory.name}"
     entry = {"configuration": run.point.name, **dict(run.point.settings), "seed": run.seed, "directory": place}
-    if not (found.is_trained and before and after):
-        return {**entry, "status": "failed", "error": ledger.get(place, {}).get("error", "not finished")}
+    error = ledger.get(place, {}).get("error")
+    if error or not (found.is_trained and before and after):
+        return {**entry, "status": "failed", "error": error or "not finished"}
+    if not all(map(math.isfinite, _figures(after).values())):
+        return {**entry, "status": "failed", "error": "the training diverged: its figures are not finite numbers"}
     entry |= {"status": "done", "seconds": ledger.get(place, {}).get("seconds")}
     entry |= _figures(after)
     stopping = run.directory / OUTCOME

@@ -64,9 +64,10 @@ def sweep(runs: Sequence[SweepRun], root: Path, *, resume: bool, say: Say = prin
 
 
 def is_finished(run: SweepRun) -> bool:
-    """Whether the run's directory holds its adapter and what was measured after it."""
+    """Whether the run's directory holds its adapter, what was measured after it, and the report, written last."""
     found = RunDirectory(run.config)
-    return found.is_trained and bool(found.evaluations("before")) and bool(found.evaluations("after"))
+    measured = bool(found.evaluations("before")) and bool(found.evaluations("after"))
+    return found.is_trained and measured and (run.directory / "report.json").is_file()
 
 
 def _do(run: SweepRun, bases: Bases, inputs: dict[str, Inputs], say: Say) -> None:

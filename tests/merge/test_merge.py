@@ -274,8 +274,14 @@ def test_it_says_what_is_known_of_a_return(tmp_path, capsys):
     evaluation = adapter / "evaluation"
     evaluation.mkdir()
     stamp = {"digests": {"the adapter": digest(adapter / "adapter_model.safetensors")}}
-    for number, (leaks, words) in enumerate(((True, "WARNING: It is back."), (False, "Checked: It is back."))):
-        found = {"leaks": {"quantization": {"leaks": leaks, "meaning": "It is back."}}}
+    cases = (
+        (True, {"merged": {}}, "WARNING: It is back."),
+        (False, {"merged": {}}, "Checked: It is back."),
+        (None, {"merged": {}}, "cannot be told: It is back."),
+        (False, {}, "Not checked: the evaluation measured no merged weights"),
+    )
+    for number, (leaks, forms, words) in enumerate(cases):
+        found = {"leaks": {"quantization": {**forms, "leaks": leaks, "meaning": "It is back."}}}
         (evaluation / "evaluation.json").write_text(json.dumps(found))
         (evaluation / "settings.json").write_text(json.dumps(stamp))
         assert run(adapter, tmp_path / f"out{number}") == 0

@@ -62,6 +62,7 @@ def test_files_settings_versions_and_times(run, data, byte_model):
         "file": "adapter_model.safetensors",
         "sha256": hashlib.sha256(weights).hexdigest(),
         "bytes": len(weights),
+        "of_step": 3,
     }
     assert audit["configuration"] == yaml.safe_load((run / "run.yaml").read_text())
     assert audit["seed"] == 42 and audit["optimizer_steps"] == 3

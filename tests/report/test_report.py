@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from reported import FORGET, RETAIN, TELLTALES, train, write_rows
 
 from lowmem_npo.cli.main import main
+from lowmem_npo.model.saved_adapter import revision_of_adapter
 from lowmem_npo.report.content import Content, read_content
 from lowmem_npo.report.model_card import model_card
 from lowmem_npo.report.table import MEASURES
@@ -389,3 +390,21 @@ def test_a_later_evaluation_is_included(own_run, tmp_path):
     for words in ("It still writes an eighth.", "SemEval-2025 Task 4", "TOFU", "Membership attack", "traces found"):
         assert words in shown
     assert any("LUME task aggregate" in note for note in report["notes"])
+
+    content["leaks"] = {"extraction": {"meaning": "No holdout.", "leaks": None}}
+    file.write_text(json.dumps(content))
+    (own_run / "leaks.json").write_text(json.dumps({"after": {"extraction": {"meaning": "Still.", "leaks": True}}}))
+    write_report(own_run)
+    assert told(own_run)["leaks"]["after"]["extraction"]["meaning"] == "Still.", "who could tell is believed"
+
+    (own_run / "adapter_model.safetensors").write_bytes(b"the run went on")
+    write_report(own_run)
+    assert not any(f["group"] in ("LUME", "TOFU", "membership") for f in told(own_run)["figures"]), "of another adapter"
+
+
+def test_a_diverged_run_is_reported_too(byte_model, data, tmp_path):
+    run = train(tmp_path / "run", byte_model, data, "--max-steps", 2, "--lr", 1e30, "--revision", "v1")
+    assert told(run)["verdict"]["tone"] == "bad"
+    assert "no finite likelihood" in told(run)["leaks"]["after"]["extraction"]["meaning"]
+    assert json.loads((run / "audit.json").read_text())["adapter"] is not None
+    assert revision_of_adapter(str(run)) == json.loads((run / "adapter_config.json").read_text())["revision"] == "v1"

@@ -85,6 +85,7 @@ def test_it_stops_when_it_should_and_keeps_the_best(text, whole, taught_model, t
     assert any(f"Stopped at step {stop}: {text}" in line and f"step {kept} is kept" in line for line in said)
     assert [file.name for file in (tmp_path / "run" / KEPT).iterdir()] == [f"step-{kept}.safetensors"]
     assert result.stopping.sentence in json.loads((tmp_path / "run" / "report.json").read_text())["notes"]
+    assert json.loads((tmp_path / "run" / "audit.json").read_text())["adapter"]["of_step"] == kept
     assert result.after["forget"].summary.nll == pytest.approx(result.stopping.kept.forget_nll, rel=1e-6)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_npo.config import ModelConfig
@@ -64,6 +65,7 @@ def measure_forms(
         "merged": lambda: load_model(merged),
         "merged_4bit": lambda: load_model(replace(merged, qlora=True)),
     }
+    shutil.rmtree(scratch, ignore_errors=True)  # a killed evaluation's, half written
     try:
         for form, load in ways.items():
             if not all(len(journal.known(_part(form, name))) == len(rows) for name, rows in sets.items()):
@@ -72,8 +74,9 @@ def measure_forms(
                     if form != "adapter_on_4bit" and not scratch.exists():
                         _merge(base, adapter, scratch)
                     model = load()
-                except (UserError, torch.OutOfMemoryError) as error:
-                    why = str(error) if isinstance(error, UserError) else "it does not fit into the GPU's memory."
+                except (UserError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
+                    fits = not isinstance(error, torch.OutOfMemoryError)
+                    why = str(error) if fits else "it does not fit into the GPU's memory."
                     problems.setdefault(why, []).append(FORMS[form])
                     continue
             else:
