@@ -162,7 +162,8 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
             with reference_mode(model):
                 before = _evaluate(plan, model, "before")
             directory.save_evaluations("before", before)
-        if fresh or set(directory.leaks("before")) != set(_leak_tests(config, "before")):
+        asked = set(_leak_tests(config, "before"))
+        if (fresh and asked) or set(directory.leaks("before")) != asked:
             with reference_mode(model):
                 directory.save_leaks("before", _leaks(plan, model, "before"))
     PartialState().wait_for_everyone()
