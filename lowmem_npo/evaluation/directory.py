@@ -12,7 +12,7 @@ from typing import Any
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.config import EvaluationConfig
 from lowmem_npo.evaluation.journal import Journal
-from lowmem_npo.files import write_atomically
+from lowmem_npo.files import file_sha256, write_atomically
 
 # A resumed evaluation may measure more; what would change a figure must stay as it was.
 MAY_CHANGE = (
@@ -89,5 +89,6 @@ class EvaluationDirectory:
 
 def digest(content: Any) -> str:
     """A hash of data that JSON can hold, or of a file's bytes."""
-    data = content.read_bytes() if isinstance(content, Path) else json.dumps(content, sort_keys=True).encode()
-    return hashlib.sha256(data).hexdigest()
+    if isinstance(content, Path):
+        return file_sha256(content)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
