@@ -9,6 +9,7 @@ Two traps are handled here, because both change text without a word:
   therefore declared to be text.
 
 Local files leave no copy behind in the `datasets` cache: what is to be forgotten should not linger there.
+`datasets` is imported where it is used: an estimate without data would spend more time on that than it can spare.
 """
 
 from __future__ import annotations
@@ -23,10 +24,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import datasets
-import pandas
-from datasets.exceptions import DatasetNotFoundError
 
 from lowmem_npo.errors import UserError
 
@@ -138,6 +135,9 @@ def _parse(name: str, text: str, first_line: int) -> Any:
 
 
 def _read_csv(name: str, path: Path) -> Rows:
+    import datasets
+    import pandas
+
     header = pandas.read_csv(path, nrows=0, encoding="utf-8-sig").columns
     as_text = datasets.Features({column: datasets.Value("string") for column in header})
     try:
@@ -167,6 +167,8 @@ def _read_table(name: str, path: Path) -> Rows:
 
 def _load(builder: str, path: Path, **options) -> list[dict[str, Any]]:
     """All rows of a local file, through a cache that is gone afterwards. The path is no glob pattern."""
+    import datasets
+
     with tempfile.TemporaryDirectory(prefix="lowmem-npo-") as cache, _quietly():
         table = datasets.load_dataset(
             builder, data_files=glob.escape(str(path.resolve())), split="train", cache_dir=cache, **options
@@ -177,6 +179,8 @@ def _load(builder: str, path: Path, **options) -> list[dict[str, Any]]:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """No progress bars and no logged errors from `datasets`: a local file is quick, and its errors are told once."""
+    import datasets
+
     bars, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
@@ -189,6 +193,9 @@ def _quietly() -> Iterator[None]:
 
 
 def _read_hub(name: str, repo: str, config: str | None, split: str | None, revision: str | None) -> Rows:
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+
     try:
         parts = datasets.load_dataset(repo, config, revision=revision)
     except DatasetNotFoundError as error:

@@ -25,6 +25,12 @@ class Storage(NamedTuple):
     reference: weakref.ref
 
 
+class _Reference(weakref.ref):
+    """Knows which storage it referred to when that is gone: cheaper than a closure for each of them."""
+
+    __slots__ = ("key",)
+
+
 class StorageCounter(TorchDispatchMode):
     """Sees every operator below autograd and knows every storage whose operator it saw, until the storage is freed.
 
@@ -110,7 +116,8 @@ class StorageCounter(TorchDispatchMode):
             return
         device = tensor.device.type
         size = _rounded(storage.nbytes())
-        reference = weakref.ref(storage, lambda _, key=key: self._freed(key))
+        reference = _Reference(storage, self._freed)
+        reference.key = key
         self._storages[key] = Storage(size, self.kind, device, (func, tensor.dtype, tensor.shape), reference)
         if device == self.device_type:
             self._grow(size, self.kind)
@@ -118,8 +125,8 @@ class StorageCounter(TorchDispatchMode):
             self.elsewhere += size
             self.elsewhere_peak = max(self.elsewhere_peak, self.elsewhere)
 
-    def _freed(self, key: int) -> None:
-        storage = self._storages.pop(key)
+    def _freed(self, reference: _Reference) -> None:
+        storage = self._storages.pop(reference.key)
         if storage.device == self.device_type:
             self._shrink(storage.bytes, storage.kind)
         else:
