@@ -27,7 +27,7 @@ LOGITS = {
         "hopper": (TileConfig(128, 256, 64, 8, 3), TileConfig(128, 64, 64, 8, 3), TileConfig(64, 64, 64, 8, 3)),
     },
     "slope": {
-        "ampere": (TileConfig(128, 128, 32, 8, 4), TileConfig(128, 64, 64, 8, 3), TileConfig(128, 64, 64, 8, 3)),
+        "ampere": (TileConfig(128, 128, 32, 8, 4), TileConfig(128, 64, 64, 8, 3), TileConfig(128, 64, 32, 8, 4)),
         "hopper": (TileConfig(128, 128, 64, 8, 3), TileConfig(128, 64, 64, 8, 3), TileConfig(128, 64, 64, 8, 3)),
     },
 }
