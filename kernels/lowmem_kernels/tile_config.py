@@ -36,6 +36,7 @@ FEW_TOKENS = TileConfig(16, 128, 32, 4, 5)  # W is read once whatever happens: s
 # Float32 products are exact, without tensor cores. Rows that do not start at multiples of 16 bytes, as with an odd d,
 # cannot be copied to shared memory in the background: they go through registers.
 UNTUNED = TileConfig(32, 32, 32, 8, 2)
+UNTUNED_SM_120 = TileConfig(16, 32, 32, 4, 2)  # there the larger one spills 16 bytes
 
 
 def family(capability: tuple[int, int]) -> str:
@@ -47,12 +48,16 @@ def tuned(dtype: torch.dtype, d: int) -> bool:
     return dtype != torch.float32 and d % 16 == 0
 
 
+def untuned(capability: tuple[int, int]) -> TileConfig:
+    return UNTUNED_SM_120 if capability[0] == 12 else UNTUNED
+
+
 def logits_config(
     kernel: str, capability: tuple[int, int], dtype: torch.dtype, d: int, extras: int, num_tokens: int
 ) -> TileConfig:
     """For the kernels that compute logits, "sweep" and "slope"; extras: see LOGITS."""
     if not tuned(dtype, d):
-        return UNTUNED
+        return untuned(capability)
     if num_tokens <= FEW_TOKENS.ROWS:
         return FEW_TOKENS
     return LOGITS[kernel][family(capability)][extras]
@@ -60,7 +65,7 @@ def logits_config(
 
 def product_config(capability: tuple[int, int], dtype: torch.dtype, d: int) -> TileConfig:
     """For the kernel that multiplies slopes by W."""
-    return PRODUCT[family(capability)] if tuned(dtype, d) else UNTUNED
+    return PRODUCT[family(capability)] if tuned(dtype, d) else untuned(capability)
 
 
 def shares_of_vocabulary(row_blocks: int, tiles: int, processors: int) -> int:

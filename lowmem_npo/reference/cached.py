@@ -1,9 +1,10 @@
 """The reference, stored: each row goes through the original model once, in this run or in an earlier one.
 
 Stored are a log-prob for each forget answer token (4 bytes) and the final hidden state for each retain answer token
-(2 d bytes in bf16; the logits would take 2 V). A row's values are those of its first visit. In exact arithmetic they do
-not depend on the batch it shares; in floating point, matrix products of other sizes may round otherwise in the last
-bit, so the loss is the live reference's bit for bit where the batches are the same, and within rounding elsewhere.
+(2 d bytes in bf16; the logits would take 2 V). A row's values are those of its first visit, and do not depend on the
+batch it shared: the losses are the live reference's bit for bit, on the CPU and for rows of some dozen tokens. Where
+the sizes of the matrix products decide how they round (shorter rows, a GPU), that holds for the first epoch and the
+rounding may differ later.
 """
 
 from __future__ import annotations

@@ -60,6 +60,17 @@ def losses(
     return [line["loss"] for line in run.state.log_history if "loss" in line]
 
 
+def long_rows(count: int, seed: int) -> list[dict]:
+    """20 to 60 tokens, the later half of them answers."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(20, 60, (count,), generator=generator).tolist()
+    rows = [torch.randint(3, 90, (length,), generator=generator).tolist() for length in lengths]
+    return [
+        {"input_ids": ids, "labels": [-100] * (len(ids) // 2) + ids[len(ids) // 2 :], "prompt_length": len(ids) // 2}
+        for ids in rows
+    ]
+
+
 def test_the_first_epoch_stores_and_all_later_ones_read(passes, tmp_path):
     alone = losses(tmp_path / "live", None)
     assert len(passes) == 2 * 6  # forget and retain at each of six steps
@@ -68,7 +79,7 @@ def test_the_first_epoch_stores_and_all_later_ones_read(passes, tmp_path):
     first = losses(tmp_path / "first", tmp_path / "cache")
     assert len(passes) == 6
     assert first[:3] == alone[:3]  # to the bit: the batches are the same
-    assert first == pytest.approx(alone, rel=1e-6)  # later a row shares its batch with others, but for rounding
+    assert first == pytest.approx(alone, rel=1e-6)  # later these short rows share batches with others
     passes.clear()
 
     assert losses(tmp_path / "again", tmp_path / "cache") == first  # to the bit
@@ -76,6 +87,17 @@ def test_the_first_epoch_stores_and_all_later_ones_read(passes, tmp_path):
         losses(tmp_path / "live token", None, normalization="token"), rel=1e-6
     )
     assert len(passes) == 2 * 6  # those of the live one
+
+
+def test_rows_mixed_anew_every_epoch_give_the_live_losses_to_the_bit(tmp_path):
+    """On the CPU a row's sums do not depend on its batch, once it has some dozen tokens."""
+    forget, retain = long_rows(9, seed=3), long_rows(14, seed=4)
+    for normalization in ("sequence", "token"):
+        live, cached = (
+            losses(tmp_path / f"{normalization} {name}", cache, 5, forget, retain, rows=4, normalization=normalization)
+            for name, cache in (("live", None), ("cached", tmp_path / "long"))
+        )
+        assert len(live) == 15 and cached == live
 
 
 def test_where_rows_share_no_batch_every_epoch_is_the_live_one_to_the_bit(tmp_path):
