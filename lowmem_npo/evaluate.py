@@ -59,7 +59,7 @@ from lowmem_npo.model.saved_adapter import (
     check_base,
     load_adapter,
     revision_of_adapter,
-    trained_in_4_bit,
+    settings_of_run,
 )
 from lowmem_npo.report.evaluation_text import evaluation_text
 
@@ -87,6 +87,8 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
         UserError: something the user can mend, said in one sentence.
     """
     name, line = resolve_name(config.model or base_of_adapter(config.adapter))
+    run = settings_of_run(config.adapter) if config.adapter else {}
+    config = config.completed(run)
     if line:
         say(line)
     if config.adapter and not config.any_base:
@@ -97,7 +99,7 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
     load_config(model_config)
     tokenizer = load_tokenizer(model_config)
     result = Evaluation()
-    if config.adapter and trained_in_4_bit(config.adapter) and not config.qlora:
+    if run.get("qlora") and not config.qlora:
         result.notes.append("The adapter was trained on the 4-bit base and is measured on the whole one (no --qlora).")
     sources = _read(config, say)
     template = Template(config.prompt_template)

@@ -16,7 +16,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.directory import digest
 from lowmem_npo.model.merging import check_space, find_checkpoint, find_updates, write_merged
 from lowmem_npo.model.names import resolve_name
-from lowmem_npo.model.saved_adapter import WEIGHTS, base_of_adapter, check_base, revision_of_adapter, trained_in_4_bit
+from lowmem_npo.model.saved_adapter import WEIGHTS, base_of_adapter, check_base, revision_of_adapter, settings_of_run
 
 Say = Callable[[str], None]
 VERDICTS = {True: "WARNING", False: "Checked", None: "Checked, but it cannot be told"}
@@ -99,7 +99,7 @@ def returning(adapter: str) -> str:
     """
     folder = Path(adapter).expanduser()
     how = f"`lowmem-npo evaluate --adapter {adapter} --forget … --leaks quantization` checks it"
-    if trained_in_4_bit(adapter):
+    if settings_of_run(adapter).get("qlora"):
         how += "; this adapter was trained on the 4-bit base, the merged weights are those of the whole one"
     try:
         evaluation = folder / "evaluation"

@@ -41,6 +41,12 @@ class RunDirectory:
         """Whether the run has written its adapter, which it does last but for the measurements after it."""
         return self._adapter.exists()
 
+    @property
+    def began_with_this_length(self) -> bool:
+        """Whether the run that is there was asked for the same number of steps and the same measurements."""
+        began, now = (yaml.safe_load(text) for text in (self.run_yaml.read_text("utf-8"), self.config.to_yaml()))
+        return all(began.get(name) == now.get(name) for name in ("epochs", "max_steps", "eval_rows", "leaks"))
+
     def check(self) -> None:
         """Raises a UserError unless this run may write here; writes nothing."""
         if self.path.exists() and not self.path.is_dir():

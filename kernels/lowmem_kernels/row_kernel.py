@@ -23,7 +23,7 @@ class RowConfig:
 
 
 def row_config(capability: tuple[int, int]) -> RowConfig:
-    """The configuration for this GPU. With 16 warps on sm_100, ptxas takes no more than 64 registers and spills some."""
+    """The configuration for this GPU. With 16 warps on sm_100, ptxas takes but 64 registers and spills some."""
     return RowConfig(ROWS=1, BLOCK=4096, num_warps=8 if capability[0] == 10 else 16)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowmem_npo.cli.arguments import parse_run
+from lowmem_npo.cli.arguments import ALIASES, parse_run
 from lowmem_npo.cli.quiet import quiet_libraries
 from lowmem_npo.errors import UserError
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     from lowmem_npo.sweep.grid import parse_grid, parse_seeds, plan_sweep  # after parsing: see train.py
 
     config = parse([])
-    runs = plan_sweep(parse_grid(grid or []), parse_seeds(seeds or ["5"], config.training.seed), parse)
+    runs = plan_sweep(parse_grid(grid or [], ALIASES), parse_seeds(seeds or ["5"], config.training.seed), parse)
     if config.output.dry_run:
         print("\n".join(str(run.directory) for run in runs))
         print(f"Dry run: {len(runs)} runs. Nothing was trained or written.")
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> None:
     print("\n" + text_table(result))
     print(f"\nTable, figures and picture: {root / 'sweep'}.md, .csv, .json, .png")
     if result.failed:
-        print(f"{len(result.failed)} of {len(runs)} runs failed; --resume tries them again:")
+        print(f"{len(result.failed)} of {len(runs)} runs failed; --resume tries those again that did not end:")
         print("\n".join(f"  {run['directory']}: {run['error']}" for run in result.failed))
         raise SystemExit(1)
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from lowmem_npo.config import ModelConfig
+from lowmem_npo.config import DataConfig, ModelConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.batching import BATCH_SIZE
 from lowmem_npo.evaluation.leaks.measure import TESTS, LeakSettings, check_tests
 from lowmem_npo.evaluation.leaks.relearning import Relearning
 from lowmem_npo.evaluation.leaks.sampling import SAMPLES, TEMPERATURE
+
+MAX_LENGTH = DataConfig.max_length
 
 
 @dataclass
@@ -42,7 +45,7 @@ class EvaluationConfig:
 
     forget: str | None = None
     """What should be forgotten: a .jsonl, .json, .csv or .parquet file, or a hub name. With no data and no --lm-eval
-    at all, the bundled biographies are used."""
+    at all: what the run of --adapter forgot and kept, else the bundled biographies."""
     retain: str | None = None
     """What should be kept."""
     members: str | None = None
@@ -78,9 +81,11 @@ class EvaluationConfig:
     answer_column: str | None = None
     """Column of the answer."""
     prompt_template: str | None = None
-    """How a prompt is written before its answer; as for train. LUME rows are always given as they stand."""
-    max_length: int = 1024
-    """Tokens per row whose likelihood is measured, prompt and answer together."""
+    """How a prompt is written before its answer; as for train. LUME rows are always given as they stand. Default: as
+    the run of --adapter had it."""
+    max_length: int | None = None
+    """Tokens per row whose likelihood is measured, prompt and answer together. Default: those of the run of --adapter,
+    else 1024."""
     limit: int | None = None
     """Measure so many rows of each set, drawn with the seed (LUME: equally many of every task and kind)."""
     seed: int = 42
@@ -122,6 +127,26 @@ class EvaluationConfig:
                 raise UserError(f"--{name.replace('_', '-')} must be a positive number, not {value}.")
         if self.relearn_share >= 1:
             raise UserError(f"--relearn-share is {self.relearn_share}: below 1, so that there are rows to ask for.")
+
+    def completed(self, run: Mapping[str, Any]) -> EvaluationConfig:
+        """What was left open, as `run` had it (run.yaml of the adapter's run, or nothing).
+
+        Raises:
+            UserError: no data is named, and the run forgot a part of its files only.
+        """
+        found = {
+            "prompt_template": self.prompt_template or run.get("prompt_template"),
+            "max_length": self.max_length or run.get("max_length") or MAX_LENGTH,
+        }
+        if self.bundled and run.get("forget"):
+            if run.get("limit"):
+                raise UserError(
+                    f"The adapter's run forgot {run['limit']} rows of '{run['forget']}': name those with --forget."
+                )
+            columns = ("prompt_column", "answer_column")
+            found.update({name: run.get(name) for name in ("forget", "retain", "holdout")})
+            found.update({name: getattr(self, name) or run.get(name) for name in columns})
+        return replace(self, **found)
 
     @property
     def bundled(self) -> bool:

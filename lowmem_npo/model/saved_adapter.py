@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import yaml
 from peft import PeftModel, get_peft_model_state_dict
@@ -39,12 +40,13 @@ def revision_of_adapter(folder: str) -> str | None:
     return json.loads((Path(folder).expanduser() / CONFIG).read_text(encoding="utf-8")).get("revision")
 
 
-def trained_in_4_bit(folder: str) -> bool:
-    """Whether the run that left the adapter in `folder` was one with --qlora; False where nothing says so."""
+def settings_of_run(folder: str) -> dict[str, Any]:
+    """run.yaml of the run that left the adapter in `folder`; empty where there is none that can be read."""
     try:
-        return bool(yaml.safe_load((Path(folder).expanduser() / "run.yaml").read_text(encoding="utf-8"))["qlora"])
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
-        return False
+        found = yaml.safe_load((Path(folder).expanduser() / "run.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def check_base(folder: str, model_name: str) -> None:

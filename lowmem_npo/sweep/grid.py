@@ -6,7 +6,7 @@ import contextlib
 import io
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -54,11 +54,13 @@ class SweepRun:
         return self.config.output_dir
 
 
-def parse_grid(texts: Sequence[str]) -> list[GridPoint]:
+def parse_grid(texts: Sequence[str], aliases: Mapping[str, str] | None = None) -> list[GridPoint]:
     """The points of `gamma=0,1 delta=0,0.5,1`: all combinations, the last option varying fastest.
 
     Values are separated by commas; a value of several words ("lora-targets=q_proj v_proj,all-linear") is quoted for the
     shell; an empty one leaves the option out.
+
+    aliases: other spellings of options, and ours.
 
     Raises:
         UserError: not of this form, an option named twice, or one that cannot be in a grid.
@@ -67,6 +69,7 @@ def parse_grid(texts: Sequence[str]) -> list[GridPoint]:
     for text in texts:
         option, equals, values = text.partition("=")
         option = option.strip().removeprefix("--").replace("_", "-")
+        option = (aliases or {}).get(option, option)
         if not equals or not re.fullmatch(r"[a-z][a-z0-9-]*", option):
             raise UserError(f"--grid {text}: write an option of `lowmem-npo train` and values, such as delta=0,0.5,1.")
         if option in NOT_IN_GRID:

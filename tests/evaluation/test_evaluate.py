@@ -236,6 +236,46 @@ def test_an_adapter_and_a_comparison_with_before(byte_model, files, capsys):
     fails(capsys, main(["evaluate", "--adapter", folder, "--before", str(files / "list.json")]), "--before")
 
 
+def test_what_is_left_open_is_as_the_run_had_it(byte_model, files, capsys):
+    """Rows, columns, template and length of run.yaml: else the adapter would be asked what it was not trained on."""
+    for part, answer in (("forget", "Rome"), ("retain", "Oslo")):
+        write(files / f"{part}.jsonl", [{"ask": f"Where {n}?", "say": answer * (n + 1)} for n in range(3)])
+    folder, device = str(files / "run"), ["--dtype", "float32", "--device", "cpu"]
+    data = [word for part in ("forget", "retain") for word in (f"--{part}", str(files / f"{part}.jsonl"))]
+    form = ["--prompt-column", "ask", "--answer-column", "say", "--prompt-template", "Tell: {prompt}\n"]
+    form += ["--max-length", "24"]
+    assert main(["train", "--model", str(byte_model), *device, *data, *form, "--max-steps", "1", "--leaks", "none",
+                 "--output-dir", folder]) == 0  # fmt: skip
+    assert main(["evaluate", "--adapter", folder, *device]) == 0
+    found, trained = result(files, "run/evaluation"), json.loads((files / "run" / "after.json").read_text())
+    for part in ("forget", "retain"):
+        assert found["answers"][part]["nll"] == pytest.approx(trained[part]["summary"]["nll"], rel=1e-5)
+    other = ["--output-dir", str(files / "other"), "--prompt-template", "{prompt}"]
+    assert main(["evaluate", "--adapter", folder, *device, *other]) == 0
+    assert result(files, "other")["answers"]["forget"]["nll"] != pytest.approx(found["answers"]["forget"]["nll"])
+    capsys.readouterr()
+
+    settings = (files / "run" / "run.yaml").read_text()
+    (files / "run" / "run.yaml").write_text(settings.replace("limit: null", "limit: 2"))
+    assert "limit: 2" in (files / "run" / "run.yaml").read_text()
+    fails(capsys, main(["evaluate", "--adapter", folder, *device]), "forgot 2 rows of", "--forget")
+
+
+def test_the_base_is_loaded_by_the_adapters_revision(byte_model, files, monkeypatch):
+    from lowmem_npo import evaluate as module
+
+    folder, asked = adapter(byte_model, files / "adapter"), []
+    path = files / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "revision": "step1000"}))
+    real = module.load_model
+    monkeypatch.setattr(module, "load_model", lambda config: asked.append(config.revision) or real(config))
+    write(files / "forget.jsonl", [{"question": "Who?", "answer": "Me."}])
+    options = ["--adapter", folder, "--device", "cpu", "--forget", str(files / "forget.jsonl"), "--output-dir"]
+    assert main(["evaluate", *options, str(files / "a")]) == 0
+    assert main(["evaluate", *options, str(files / "b"), "--revision", "main"]) == 0
+    assert asked == ["step1000", "main"]
+
+
 def test_an_adapter_of_another_model(byte_model, files, capsys, tmp_path):
     folder = adapter(byte_model, files / "adapter")
     other = tmp_path / "other"

@@ -37,6 +37,12 @@ def test_any_train_option_by_its_name():
     assert runs[0].point.name.startswith("lora-targets=q_proj-v_proj_lr=1e-4_qlora=true_stop-when=default_warmup")
 
 
+def test_other_spellings_are_ours():
+    assert parse_grid(["learning_rate=1,2"], {"learning-rate": "lr"}) == parse_grid(["lr=1,2"])
+    with pytest.raises(UserError, match="names lr twice"):
+        parse_grid(["lr=1", "--learning-rate=2"], {"learning-rate": "lr"})
+
+
 def test_no_grid_is_one_configuration():
     assert [str(run.directory) for run in planned([])] == ["o/as-given/seed-1", "o/as-given/seed-2"]
 

@@ -171,6 +171,29 @@ def test_resume_skips_what_is_done_and_does_the_rest(live_sweep, taught_model, c
     assert "lr was 0.005" in capsys.readouterr().err
 
 
+def test_a_longer_sweep_lengthens_its_runs(taught_model, tmp_path, capsys):
+    arguments = ["--reference", "live", "--seeds", "1", "--grid", "per_device_train_batch_size=2,4"]
+    assert swept(taught_model, tmp_path / "o", *arguments) == 0
+    longer = [*arguments, "--resume", "--max-steps", "4"]
+    assert swept(taught_model, tmp_path / "o", *longer) == 0
+    assert "done before" not in capsys.readouterr().out
+    for rows in (2, 4):
+        place = tmp_path / "o" / f"micro-batch-size={rows}" / "seed-42"  # our name for it
+        assert json.loads((place / "audit.json").read_text())["adapter"]["of_step"] == 4
+        assert (place / "report.json").is_file()
+    assert swept(taught_model, tmp_path / "o", *longer) == 0
+    assert capsys.readouterr().out.count("done before") == 2
+
+
+def test_a_diverged_run_is_told_and_kept_out_of_the_means(taught_model, tmp_path, capsys):
+    grid = ["--seeds", "1", "--reference", "live", "--grid", "lr=1e-3,1e30", "--max-grad-norm", "0"]
+    assert swept(taught_model, tmp_path / "o", *grid) == 1
+    found = json.loads((tmp_path / "o" / "sweep.json").read_text())
+    assert [c["name"] for c in found["configurations"]] == ["lr=1e-3"]
+    assert [run["status"] for run in found["runs"]] == ["done", "failed"]
+    assert "diverged" in found["runs"][1]["error"] and "diverged" in capsys.readouterr().out
+
+
 def test_a_failed_run_costs_no_other(taught_model, tmp_path, capsys):
     arguments = ["--reference", "live", "--seeds", "1,2", "--grid", "lora-targets=nonsense,q_proj"]
     assert swept(taught_model, tmp_path / "o", *arguments) == 1

@@ -112,6 +112,8 @@ def test_it_goes_on_where_it_was(work, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "load_model", load)
     assert evaluate(work, "unlearned", tmp_path / "out", "quantization")[0] == 130
     assert not (tmp_path / "out" / "merged").exists()
+    (tmp_path / "out" / "merged").mkdir()  # killed harder, it would have left this
+    (tmp_path / "out" / "merged" / "model.safetensors").write_bytes(b"half")
     code, resumed = evaluate(work, "unlearned", tmp_path / "out", "quantization", "--resume")
     assert code == 0 and loaded == [(False, True), (True, False), (True, False), (True, True)]
     assert evaluate(work, "unlearned", tmp_path / "whole", "quantization")[1] == resumed
