@@ -7,7 +7,7 @@ import pytest
 import torch
 from lowmem_kernels import FrozenHead, retain_loss, token_kl, token_logprobs
 
-from tests.kernels.reference import make_case, relative, run_jointly
+from tests.kernels.reference import Case, make_case, relative, run, run_jointly
 
 
 def three_losses(hidden, ref_hidden, head, targets, engine):
@@ -85,6 +85,24 @@ def test_any_strides(engine):
     found = run_jointly(case, engine, weights[:1].expand(6), weights.repeat_interleave(2)[::2])
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-2 * float(b.abs().max()))
+
+
+def test_more_entries_than_32_bits_can_count(engine):
+    """Rows of W and of the hidden states further apart than 2^31 entries; the memory between them is never touched."""
+
+    def far_apart(matrix, step):
+        space = torch.empty((len(matrix) - 1) * step + matrix.shape[1], dtype=matrix.dtype)
+        return space.as_strided(matrix.shape, (step, 1)).copy_(matrix)
+
+    case = make_case(6, 96, 35)
+    far = Case(
+        far_apart(case.hidden, 2**29),
+        far_apart(case.ref_hidden, 2**29),
+        FrozenHead(far_apart(case.head.weight, 2**26)),
+        case.targets,
+    )
+    assert far.head.weight[-1].storage_offset() > 2**31 and far.hidden[-1].storage_offset() > 2**31
+    assert all(torch.equal(one, other) for one, other in zip(run(case, engine), run(far, engine), strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
