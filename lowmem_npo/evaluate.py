@@ -88,6 +88,7 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
     """
     name, line = resolve_name(config.model or base_of_adapter(config.adapter))
     run = settings_of_run(config.adapter) if config.adapter else {}
+    first_rows = run.get("limit") if config.bundled else None  # nothing is named: the rows of the adapter's run
     config = config.completed(run)
     if line:
         say(line)
@@ -101,7 +102,7 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
     result = Evaluation()
     if run.get("qlora") and not config.qlora:
         result.notes.append("The adapter was trained on the 4-bit base and is measured on the whole one (no --qlora).")
-    sources = _read(config, say)
+    sources = _read(config, first_rows, say)
     template = Template(config.prompt_template)
     sets = {
         part: _choose(part, sources[part], config, tokenizer, template, result)
@@ -112,6 +113,8 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
     attacked = {part: documents(sources[part], tokenizer) for part in ("members", "nonmembers") if part in sources}
     retained = retained_truth_ratios(config.retained_log) if config.retained_log else None
     before = _read_before(config.before)
+    if before is not None and (difference := _asked_otherwise(config)):
+        result.notes.append(difference)
     if config.lm_eval:
         check_tasks(config.lm_eval, config.lm_eval_path)
     directory = EvaluationDirectory(config, _digests(config, sources))
@@ -142,11 +145,12 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
     return result
 
 
-def _read(config: EvaluationConfig, say: Say) -> dict[str, Rows]:
+def _read(config: EvaluationConfig, first_rows: int | None, say: Say) -> dict[str, Rows]:
+    """Each set's rows; first_rows: only so many of each."""
     if config.bundled:
         say("No data named: using the bundled biographies of invented people.")
-        found = {FORGET: bundled_rows("forget"), RETAIN: bundled_rows("retain")}
-        return {**found, "holdout": bundled_rows("holdout")} if config.leaks else found
+        parts = (FORGET, RETAIN, "holdout") if config.leaks else (FORGET, RETAIN)
+        return {part: bundled_rows(part, limit=first_rows) for part in parts}
     sources = {
         FORGET: config.forget,
         RETAIN: config.retain,
@@ -156,7 +160,10 @@ def _read(config: EvaluationConfig, say: Say) -> dict[str, Rows]:
         "nonmembers": config.nonmembers,
         "holdout": config.holdout,
     }
-    return {part: read_rows(source) for part, source in sources.items() if source is not None}
+    named = {part: source for part, source in sources.items() if source is not None}
+    if named:
+        say("Data: " + ", ".join(f"{part} {source}" for part, source in named.items()))
+    return {part: read_rows(source, limit=first_rows) for part, source in named.items()}
 
 
 def _choose(
@@ -270,6 +277,18 @@ def _read_before(path: str | None) -> dict[str, Any] | None:
     if not isinstance(content, dict) or not {"rows", "answers", "lume", "lm_eval"} <= set(content):
         raise UserError(f"--before: '{path}' is no evaluation.json of `lowmem-npo evaluate`.")
     return content
+
+
+def _asked_otherwise(config: EvaluationConfig) -> str | None:
+    """What must be said where the evaluation before wrote its prompts, or cut its rows, otherwise."""
+    try:
+        settings = (Path(config.before).expanduser().parent / "settings.json").read_text(encoding="utf-8")
+        then = json.loads(settings)
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    names = ("prompt_template", "max_length")
+    other = [f"{name} {then[name]!r}" for name in names if name in then and then[name] != getattr(config, name)]
+    return f"The evaluation before had {' and '.join(other)}: the two are not comparable." if other else None
 
 
 def _digests(config: EvaluationConfig, sources: dict[str, Rows]) -> dict[str, str]:

@@ -42,10 +42,13 @@ class RunDirectory:
         return self._adapter.exists()
 
     @property
-    def began_with_this_length(self) -> bool:
-        """Whether the run that is there was asked for the same number of steps and the same measurements."""
-        began, now = (yaml.safe_load(text) for text in (self.run_yaml.read_text("utf-8"), self.config.to_yaml()))
-        return all(began.get(name) == now.get(name) for name in ("epochs", "max_steps", "eval_rows", "leaks"))
+    def is_to_be_longer(self) -> bool:
+        """Whether the run that is there was asked for fewer steps than this one."""
+        began = yaml.safe_load(self.run_yaml.read_text(encoding="utf-8"))
+        training, most = self.config.training, began.get("max_steps")
+        if training.max_steps is None:
+            return most is not None or training.epochs > began["epochs"]
+        return most is not None and training.max_steps > most
 
     def check(self) -> None:
         """Raises a UserError unless this run may write here; writes nothing."""

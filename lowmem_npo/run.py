@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,13 +60,20 @@ class RunPlan:
     data: PreparedData
 
     @property
+    def steps(self) -> int:
+        """Optimiser steps, as the Trainer counts them."""
+        training = self.config.training
+        per_epoch = math.ceil(len(self.data.forget) / training.batch_size)
+        return training.max_steps or math.ceil(training.epochs * per_epoch)
+
+    @property
     def sentence(self) -> str:
         """How many steps of how many rows."""
         training, data = self.config.training, self.data
-        per_epoch = -(-len(data.forget) // training.batch_size)
-        steps = training.max_steps or -(-int(training.epochs * per_epoch * 1000) // 1000)
         retain = f" and {training.retain_rows} of {len(data.retain)} retain rows" if data.retain is not None else ""
-        return f"{steps} steps of {min(training.batch_size, len(data.forget))} of {len(data.forget)} forget{retain}"
+        return (
+            f"{self.steps} steps of {min(training.batch_size, len(data.forget))} of {len(data.forget)} forget{retain}"
+        )
 
 
 def train(config: RunConfig, say: Say = print) -> RunResult | None:
@@ -169,7 +177,10 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
     PartialState().wait_for_everyone()
 
     checkpoint = directory.last_checkpoint() if config.output.resume else None
-    if stopping is None or not stopping.resume(step_of(checkpoint)):
+    stopped = stopping is not None and stopping.resume(step_of(checkpoint))
+    if step_of(checkpoint) >= plan.steps:
+        trainer.take_up(checkpoint)
+    elif not stopped:
         with watched(config, data, trainer.args.device, say):
             trainer.train(resume_from_checkpoint=checkpoint)
     outcome = stopping.finish() if stopping is not None and main_process else None

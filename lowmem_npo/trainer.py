@@ -13,10 +13,18 @@ from typing import Any
 
 import torch
 from lowmem_kernels import retain_loss, token_logprobs
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
 from lowmem_npo.config import AdapterConfig, ObjectiveConfig
 from lowmem_npo.data.batching import ForgetRetain, StepBatches, collator
@@ -121,6 +129,12 @@ class NPOTrainer(Trainer):
         )
         self.step_batches = self._step_batches(len(forget_dataset), len(retain_dataset or ()))
         self.add_callback(_EpochOfSampler(self.step_batches))
+
+    def take_up(self, checkpoint: str) -> None:
+        """The adapter and the state of `checkpoint`, without training on. `train` would take one step at least."""
+        weights = load_file(Path(checkpoint) / "adapter_model.safetensors")
+        set_peft_model_state_dict(self.model, weights)
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
 
     # -- data: one forget and one retain batch per step -------------------------------------------------------------
 

@@ -171,6 +171,18 @@ def test_killed_and_resumed_ends_in_the_same_bits(byte_model, tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_a_finished_run_resumed_is_measured_but_not_trained(byte_model, tmp_path):
+    """Three steps end inside an epoch of 15: the Trainer itself would take a fourth."""
+    arguments = ["--model", str(byte_model), "--dtype", "float32", "--device", "cpu", "--max-steps", "3"]
+    arguments += ["--save-steps", "1", "--leaks", "none", "--output-dir", str(tmp_path / "o")]
+    assert main(["train", *arguments, "--eval-rows", "2"]) == 0
+    adapter = (tmp_path / "o" / "adapter_model.safetensors").read_bytes()
+    assert main(["train", *arguments, "--eval-rows", "3", "--resume"]) == 0
+    assert (tmp_path / "o" / "adapter_model.safetensors").read_bytes() == adapter
+    assert json.loads((tmp_path / "o" / "after.json").read_text())["forget"]["summary"]["rows"] == 3
+    assert json.loads((tmp_path / "o" / "audit.json").read_text())["adapter"]["of_step"] == 3
+
+
 def test_two_processes_give_the_gradient_of_one(byte_model, tmp_path):
     """Five rows do not divide over two processes, and answers differ in length: a mean of means would differ."""
     settings = [

@@ -113,6 +113,8 @@ class EvaluationConfig:
         if (self.members is None) != (self.nonmembers is None):
             given, missing = ("--members", "--nonmembers") if self.nonmembers is None else ("--nonmembers", "--members")
             raise UserError(f"{given} is given but {missing} is not: the membership attack compares the two.")
+        if self.max_length is not None and self.max_length < 2:
+            raise UserError(f"--max-length is {self.max_length}; a prompt and an answer need at least 2 tokens.")
         for name in ("limit", "batch_size", "leak_samples", "relearn_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -129,22 +131,15 @@ class EvaluationConfig:
             raise UserError(f"--relearn-share is {self.relearn_share}: below 1, so that there are rows to ask for.")
 
     def completed(self, run: Mapping[str, Any]) -> EvaluationConfig:
-        """What was left open, as `run` had it (run.yaml of the adapter's run, or nothing).
-
-        Raises:
-            UserError: no data is named, and the run forgot a part of its files only.
-        """
+        """What was left open, as `run` had it (run.yaml of the adapter's run, or nothing)."""
         found = {
-            "prompt_template": self.prompt_template or run.get("prompt_template"),
-            "max_length": self.max_length or run.get("max_length") or MAX_LENGTH,
+            "prompt_template": run.get("prompt_template") if self.prompt_template is None else self.prompt_template,
+            "max_length": (run.get("max_length") or MAX_LENGTH) if self.max_length is None else self.max_length,
         }
         if self.bundled and run.get("forget"):
-            if run.get("limit"):
-                raise UserError(
-                    f"The adapter's run forgot {run['limit']} rows of '{run['forget']}': name those with --forget."
-                )
+            names = ("forget", "retain", *(["holdout"] if self.leaks else []))
+            found.update({name: run.get(name) for name in names})
             columns = ("prompt_column", "answer_column")
-            found.update({name: run.get(name) for name in ("forget", "retain", "holdout")})
             found.update({name: getattr(self, name) or run.get(name) for name in columns})
         return replace(self, **found)
 

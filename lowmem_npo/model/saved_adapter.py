@@ -41,9 +41,12 @@ def revision_of_adapter(folder: str) -> str | None:
 
 
 def settings_of_run(folder: str) -> dict[str, Any]:
-    """run.yaml of the run that left the adapter in `folder`; empty where there is none that can be read."""
+    """run.yaml of the run that left the adapter in `folder`, the run's directory or a checkpoint in it; empty where
+    there is none that can be read."""
+    path = Path(folder).expanduser().resolve()
+    run = path.parent if path.name.startswith("checkpoint-") else path
     try:
-        found = yaml.safe_load((Path(folder).expanduser() / "run.yaml").read_text(encoding="utf-8"))
+        found = yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError):
         return {}
     return found if isinstance(found, dict) else {}

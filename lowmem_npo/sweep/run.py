@@ -65,11 +65,11 @@ def sweep(runs: Sequence[SweepRun], root: Path, *, resume: bool, say: Say = prin
 
 def is_finished(run: SweepRun) -> bool:
     """Whether the run's directory holds its adapter, what was measured after it, and the report, written last; a run
-    that is to be longer now, or to be measured further, is not finished."""
+    that is to be longer now is not finished."""
     found = RunDirectory(run.config)
     measured = bool(found.evaluations("before")) and bool(found.evaluations("after"))
     complete = found.is_trained and measured and (run.directory / "report.json").is_file()
-    return complete and found.began_with_this_length
+    return complete and found.run_yaml.is_file() and not found.is_to_be_longer
 
 
 def _do(run: SweepRun, bases: Bases, inputs: dict[str, Inputs], say: Say) -> None:
@@ -77,14 +77,12 @@ def _do(run: SweepRun, bases: Bases, inputs: dict[str, Inputs], say: Say) -> Non
     config = run.config
     # A run that was killed before its first checkpoint, or even before it wrote anything, begins anew.
     resume = (run.directory / "run.yaml").exists()
-    (run.directory / "report.json").unlink(
-        missing_ok=True
-    )  # of a shorter run: until it is written anew, this is not done
     config = replace(config, output=replace(config.output, resume=resume))
     lines: list[str] = []
     key = repr((config.model, config.data, config.objective.forget_term == "idk"))
     plan = plan_run(config, lines.append, inputs.get(key))
     inputs[key] = plan.tokenizer, plan.data
+    (run.directory / "report.json").unlink(missing_ok=True)  # of a shorter run: it would say that this one is done
     try:
         with lent(bases.loaded(config.model)) as base:
             result = unlearn(plan, base, lines.append)

@@ -255,10 +255,19 @@ def test_what_is_left_open_is_as_the_run_had_it(byte_model, files, capsys):
     assert result(files, "other")["answers"]["forget"]["nll"] != pytest.approx(found["answers"]["forget"]["nll"])
     capsys.readouterr()
 
+    (checkpoint,) = (files / "run").glob("checkpoint-*")
+    assert main(["evaluate", "--adapter", str(checkpoint), *device]) == 0
+    assert result(files, f"run/{checkpoint.name}/evaluation")["answers"] == found["answers"]
+    before = ["--before", str(files / "run" / "evaluation" / "evaluation.json")]
+    again = ["--output-dir", str(files / "again"), "--prompt-template", "{prompt}", "--max-length", "30"]
+    assert main(["evaluate", "--adapter", folder, *device, *before, *again]) == 0
+    assert "not comparable" in capsys.readouterr().out
+
     settings = (files / "run" / "run.yaml").read_text()
     (files / "run" / "run.yaml").write_text(settings.replace("limit: null", "limit: 2"))
-    assert "limit: 2" in (files / "run" / "run.yaml").read_text()
-    fails(capsys, main(["evaluate", "--adapter", folder, *device]), "forgot 2 rows of", "--forget")
+    assert main(["evaluate", "--adapter", folder, *device, "--output-dir", str(files / "first")]) == 0
+    assert result(files, "first")["rows"]["forget"] == {"scored": 2, "in_set": 2}
+    fails(capsys, main(["evaluate", "--adapter", folder, *device, "--max-length", "0"]), "--max-length is 0")
 
 
 def test_the_base_is_loaded_by_the_adapters_revision(byte_model, files, monkeypatch):

@@ -154,12 +154,30 @@ def test_malformed_sizes(text):
         parse_size(text, "--budget")
 
 
+def test_an_estimate_of_data_reads_them(byte_model, tmp_path):
+    """In a process of its own, where `datasets` was left out of the imports."""
+    for part, answer in (("forget", "a" * 200), ("retain", "b" * 20)):
+        (tmp_path / f"{part}.csv").write_text(f"question,answer\nWho?,{answer}\nWhere?,{part}\n")
+    data = [word for part in ("forget", "retain") for word in (f"--{part}", str(tmp_path / f"{part}.csv"))]
+    peaks = []
+    for more in (data, [*data, "--limit", "1"], ["--max-length", "1024"]):
+        result = subprocess.run(
+            [sys.executable, "-m", "lowmem_npo", "estimate", "--model", str(byte_model), "--json", *more],
+            capture_output=True, text=True, cwd=ROOT,
+            env={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", "PATH": ""},
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        peaks.append(json.loads(result.stdout[result.stdout.index("{") :])["peak_bytes"])
+    assert peaks[1] < peaks[0] < peaks[2]  # rows of about 200 tokens, one of them, and rows of 1024
+
+
 def test_an_estimate_of_7b_needs_little_host_memory():
     code = """
         import gc, resource, sys
         from lowmem_npo.cli.main import main
         assert main(["estimate", "--model", "allenai/OLMo-7B", "--qlora", "--max-length", "256", "--json"]) == 0
-        assert gc.isenabled() and "torch._inductor.compile_fx" not in sys.modules and "nltk" not in sys.modules
+        assert gc.isenabled()
+        assert not {"torch._inductor.compile_fx", "nltk", "scipy", "datasets"} & set(sys.modules)
         import torch
         assert torch.compile.__module__ == "torch"  # it was set aside for the imports only
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)

@@ -89,7 +89,7 @@ def test_the_first_epoch_stores_and_all_later_ones_read(passes, tmp_path):
     assert len(passes) == 2 * 6  # those of the live one
 
 
-def test_rows_mixed_anew_every_epoch_give_the_live_losses_to_the_bit(tmp_path):
+def test_rows_mixed_anew_every_epoch_give_the_live_losses_to_the_bit(passes, tmp_path):
     """On the CPU a row's sums do not depend on its batch, once it has some dozen tokens."""
     forget, retain = long_rows(9, seed=3), long_rows(14, seed=4)
     for normalization in ("sequence", "token"):
@@ -98,6 +98,7 @@ def test_rows_mixed_anew_every_epoch_give_the_live_losses_to_the_bit(tmp_path):
             for name, cache in (("live", None), ("cached", tmp_path / "long"))
         )
         assert len(live) == 15 and cached == live
+    assert len(passes) == 2 * 30 + 3 + 4  # the live ones; steps with forget rows, and retain rows, not met before
 
 
 def test_where_rows_share_no_batch_every_epoch_is_the_live_one_to_the_bit(tmp_path):

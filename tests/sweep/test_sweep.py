@@ -173,6 +173,7 @@ def test_resume_skips_what_is_done_and_does_the_rest(live_sweep, taught_model, c
 
 def test_a_longer_sweep_lengthens_its_runs(taught_model, tmp_path, capsys):
     arguments = ["--reference", "live", "--seeds", "1", "--grid", "per_device_train_batch_size=2,4"]
+    arguments += ["--save-strategy", "steps", "--save-steps", "1"]
     assert swept(taught_model, tmp_path / "o", *arguments) == 0
     longer = [*arguments, "--resume", "--max-steps", "4"]
     assert swept(taught_model, tmp_path / "o", *longer) == 0
@@ -181,8 +182,12 @@ def test_a_longer_sweep_lengthens_its_runs(taught_model, tmp_path, capsys):
         place = tmp_path / "o" / f"micro-batch-size={rows}" / "seed-42"  # our name for it
         assert json.loads((place / "audit.json").read_text())["adapter"]["of_step"] == 4
         assert (place / "report.json").is_file()
-    assert swept(taught_model, tmp_path / "o", *longer) == 0
-    assert capsys.readouterr().out.count("done before") == 2
+    for shorter_or_as_long in (longer, [*longer, "--max-steps", "2"]):
+        assert swept(taught_model, tmp_path / "o", *shorter_or_as_long) == 0
+        assert capsys.readouterr().out.count("done before") == 2
+    straight = alone(taught_model, tmp_path / "alone", "seed-42", "--max-steps", "4", "--micro-batch-size", "2")
+    assert same_run(tmp_path / "o" / "micro-batch-size=2" / "seed-42", straight)
+    assert (tmp_path / "o" / "micro-batch-size=2" / "seed-42" / "checkpoint-4").is_dir()
 
 
 def test_a_diverged_run_is_told_and_kept_out_of_the_means(taught_model, tmp_path, capsys):
