@@ -87,15 +87,14 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
         UserError: something the user can mend, said in one sentence.
     """
     name, line = resolve_name(config.model or base_of_adapter(config.adapter))
+    if line:
+        say(line)
     run = settings_of_run(config.adapter) if config.adapter else {}
     first_rows = run.get("limit") if config.bundled else None  # nothing is named: the rows of the adapter's run
     config = config.completed(run)
-    if line:
-        say(line)
-    if config.adapter and not config.any_base:
-        check_base(config.adapter, name)
     model_config = config.model_config(name)
     if config.adapter and not config.any_base:
+        check_base(config.adapter, name)
         model_config.revision = config.revision or revision_of_adapter(config.adapter)
     load_config(model_config)
     tokenizer = load_tokenizer(model_config)

@@ -22,5 +22,5 @@ def parse_size(text: str, option: str) -> int:
 
 
 def gib(size: int) -> str:
-    """ "5.43 GiB"."""
+    """As people read it, such as "5.43 GiB"."""
     return f"{size / 2**30:.2f} GiB"

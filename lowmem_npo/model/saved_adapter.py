@@ -22,22 +22,12 @@ def base_of_adapter(folder: str) -> str:
 
     Raises UserError where `folder` holds no adapter.
     """
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        raise UserError(f"There is no directory '{folder}': --adapter is the output directory of a training run.")
-    for name in (CONFIG, WEIGHTS):
-        if not (path / name).is_file():
-            raise UserError(f"The directory '{folder}' holds no adapter: there is no {name} in it.")
-    try:
-        return json.loads((path / CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"'{path / CONFIG}' is no adapter configuration that names its base model.") from error
+    return _configuration(folder)["base_model_name_or_path"]
 
 
 def revision_of_adapter(folder: str) -> str | None:
     """The branch, tag or commit of the base model that the adapter in `folder` was trained on, if one was named."""
-    base_of_adapter(folder)  # its errors
-    return json.loads((Path(folder).expanduser() / CONFIG).read_text(encoding="utf-8")).get("revision")
+    return _configuration(folder).get("revision")
 
 
 def settings_of_run(folder: str) -> dict[str, Any]:
@@ -74,6 +64,22 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
     if without_place:
         raise UserError(f"{misfit} ({len(without_place)} weights stand alone, {min(without_place)} among them).")
     return adapted.eval()
+
+
+def _configuration(folder: str) -> dict[str, Any]:
+    """adapter_config.json, with the name of the base model in it."""
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise UserError(f"There is no directory '{folder}': --adapter is the output directory of a training run.")
+    for name in (CONFIG, WEIGHTS):
+        if not (path / name).is_file():
+            raise UserError(f"The directory '{folder}' holds no adapter: there is no {name} in it.")
+    try:
+        found = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        found["base_model_name_or_path"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"'{path / CONFIG}' is no adapter configuration that names its base model.") from error
+    return found
 
 
 def _place(name: str) -> str:

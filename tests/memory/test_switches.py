@@ -200,18 +200,14 @@ class LargeFloat32(TorchDispatchMode):
         return result
 
 
+def small_olmo(**sizes) -> OlmoConfig:
+    return OlmoConfig(num_attention_heads=4, pad_token_id=0, eos_token_id=1, **sizes)
+
+
 @pytest.mark.parametrize("memory, clean", [({"tile_mlp": 20}, True), (PLAIN, False)], ids=["slices", "plain"])
 def test_no_hidden_state_is_copied_to_float32(memory, clean, monkeypatch):
     monkeypatch.setattr(switches, "slice_float32", partial(float32.slice_float32, rows=20))
-    config = OlmoConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
+    config = small_olmo(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.bfloat16)
     model = attach_lora(model.requires_grad_(False), AdapterConfig(**ADAPTER))
     apply_switches(model, MemoryConfig(**memory))
@@ -236,15 +232,8 @@ def test_a_copy_of_a_model_with_switches_is_a_model_of_its_own(tmp_path):
 @pytest.fixture(scope="module")
 def model_on_disk(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    config = OlmoConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        pad_token_id=0,
-        eos_token_id=1,
-        tie_word_embeddings=False,
+    config = small_olmo(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, tie_word_embeddings=False
     )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
