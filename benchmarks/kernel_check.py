@@ -107,7 +107,7 @@ def check(shape: Shape, levels: Sequence[float], device: str, without: Sequence[
 def simulate(shape: Shape) -> list[dict]:
     """Bytes of workspace of our Triton engines and of the dense form, per task, without a GPU; see `fake_gpu`."""
     try:
-        from lowmem_npo.memory.fake_gpu import fake_gpu
+        from lowmem_npo.estimate.simulator.gpu import fake_gpu
     except ImportError:  # lowmem_kernels alone
         return []
     n, v, d = shape.tokens, shape.vocabulary, shape.hidden

@@ -30,9 +30,9 @@ import torch
 from benchmarks import record
 from benchmarks.memory_contenders import CONTENDERS, Contender, real_step, simulate
 from benchmarks.random_model import save_random_model
-from lowmem_npo.cli.quiet import quiet_libraries
+from lowmem_npo.estimate import measured as meter
 from lowmem_npo.estimate.step import CONTEXT_BYTES
-from lowmem_npo.memory import meter
+from lowmem_npo.libraries import quiet_libraries
 from lowmem_npo.model.known_configs import known_config
 from lowmem_npo.sizes import gib, parse_size
 

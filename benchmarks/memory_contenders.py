@@ -17,17 +17,24 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from benchmarks.baselines import IGNORED, Baseline
-from lowmem_npo.cli.arguments import parse_run
+from lowmem_npo.commands.arguments import parse_run
 from lowmem_npo.config import RunConfig
-from lowmem_npo.estimate import KINDS, Estimate, estimate
-from lowmem_npo.estimate.step import CUBLAS_WORKSPACE, first_optimizer_step, tell_kinds, token_row
-from lowmem_npo.memory.fake_gpu import GPU, fake_gpu, with_values
-from lowmem_npo.memory.fake_model import fake_model
+from lowmem_npo.estimate.simulator.gpu import GPU, fake_gpu, with_values
+from lowmem_npo.estimate.simulator.model import fake_model
+from lowmem_npo.estimate.step import (
+    CUBLAS_WORKSPACE,
+    KINDS,
+    Estimate,
+    estimate,
+    first_optimizer_step,
+    tell_kinds,
+    token_row,
+)
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model
 from lowmem_npo.model.head import causal_lm
-from lowmem_npo.run import npo_config
-from lowmem_npo.trainer import NPOTrainer
+from lowmem_npo.training.arguments import npo_config
+from lowmem_npo.training.trainer import NPOTrainer
 
 ROWS = 4
 

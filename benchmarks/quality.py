@@ -36,6 +36,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from benchmarks import record
 from benchmarks.quality_picture import draw_quality
 from benchmarks.quality_table import summarise, table
+from lowmem_npo.commands.demo.recipe import Teaching
+from lowmem_npo.commands.demo.teaching import make_tokenizer, taught_model
+from lowmem_npo.commands.sweep.grid import GridPoint, SweepRun
+from lowmem_npo.commands.sweep.runs import is_finished, sweep
 from lowmem_npo.config import (
     AdapterConfig,
     DataConfig,
@@ -48,14 +52,10 @@ from lowmem_npo.config import (
     TrainingConfig,
 )
 from lowmem_npo.data import PreparedData, Template, bundled_rows, prepare, read_rows, to_examples
-from lowmem_npo.demo import Teaching
-from lowmem_npo.demo.teaching import make_tokenizer, taught_model
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation import answer_likelihoods, evaluate_answers
-from lowmem_npo.evaluation.membership import membership
-from lowmem_npo.stopping.callback import OUTCOME
-from lowmem_npo.sweep.grid import GridPoint, SweepRun
-from lowmem_npo.sweep.run import is_finished, sweep
+from lowmem_npo.evaluation.benchmarks.documents import membership
+from lowmem_npo.training.early_stopping import OUTCOME
 
 ROWS = ((1.0, 0.0), (1.0, 0.5), (1.0, 1.0), (0.0, 1.0))  # (gamma, delta)
 STOP_WHEN, PATIENCE = ("forget-at-holdout", "retain-loss+0.1"), 10

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lowmem_npo.sweep.figures import Spread
+from lowmem_npo.commands.sweep.figures import Spread
 
 COLLAPSED = 0.5  # of the retain answers still given word for word: fewer is a collapse
 COLUMNS: tuple[tuple[str, str, int], ...] = (

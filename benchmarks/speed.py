@@ -38,7 +38,7 @@ from benchmarks.step_profile import Sizes, breakdown, marked, profiled
 from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model
-from lowmem_npo.trainer import NPOConfig, NPOTrainer
+from lowmem_npo.training.trainer import NPOConfig, NPOTrainer
 
 DENSE = "one model, LoRA, dense logits"
 SWITCHES: dict[str, dict] = {

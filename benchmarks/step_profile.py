@@ -20,8 +20,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import PretrainedConfig
 
-import lowmem_npo.reference.live as live
-import lowmem_npo.trainer as trainer
+import lowmem_npo.training.reference.live as live
+import lowmem_npo.training.trainer as trainer
 
 HEAD, REFERENCE = "lowmem: head", "lowmem: reference"
 PARTS = ("dequantisation", "attention", "attention's projections", "MLP", "head", "adapter", "optimizer",

@@ -2,6 +2,6 @@
 
 import sys
 
-from lowmem_npo.cli.main import main
+from lowmem_npo.cli import main
 
 sys.exit(main())

@@ -16,7 +16,7 @@ import yaml
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.sizes import parse_size
-from lowmem_npo.stopping.conditions import Condition, parse_conditions
+from lowmem_npo.stop_conditions import Condition, parse_conditions
 
 ForgetTerm = Literal["npo", "ga", "simnpo", "idk"]
 Normalization = Literal["sequence", "token", "length"]

@@ -38,7 +38,7 @@ def olmo_tokenizer(shared_data):
 def lume_model(olmo_tokenizer, tmp_path_factory) -> Path:
     """A directory with a small random OLMo of vocabulary 50304 and the real tokenizer, as a user would have it."""
     import torch
-    from tiny import tiny_model
+    from helpers.tiny_models import tiny_model
 
     folder = tmp_path_factory.mktemp("olmo")
     tiny_model("olmo", 50304, torch.bfloat16).save_pretrained(folder)
@@ -49,7 +49,7 @@ def lume_model(olmo_tokenizer, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def byte_model(tmp_path_factory) -> Path:
     """A directory with a tiny random OLMo and a tokenizer of single bytes: needs no data at all."""
-    from tiny import tiny_model
+    from helpers.tiny_models import tiny_model
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -67,9 +67,9 @@ def byte_model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def small_demo(tmp_path_factory):
     """(what the demo found, what it said): base/ recites, gold/ never saw the forget rows, unlearned/ forgot them."""
-    from small_demo import SMALL
+    from helpers.small_demo import SMALL
 
-    from lowmem_npo.demo import run_demo
+    from lowmem_npo.commands.demo.run import run_demo
 
     said = []
     return run_demo(tmp_path_factory.mktemp("demo"), recipe=SMALL, device="cpu", say=said.append), "\n".join(said)
@@ -78,6 +78,6 @@ def small_demo(tmp_path_factory):
 @pytest.fixture(scope="session")
 def taught_model(tmp_path_factory) -> Path:
     """A directory with a tiny OLMo that recites the first twelve bundled forget and retain rows (see `taught.py`)."""
-    from taught import teach_tiny
+    from helpers.taught_model import teach_tiny
 
     return teach_tiny(tmp_path_factory.mktemp("taught") / "model")

@@ -30,8 +30,8 @@ def test_the_two_commands_are_on_the_first_screen():
 
 
 def test_every_flag_exists(capsys):
-    from lowmem_npo.cli.arguments import parse_run
-    from lowmem_npo.cli.main import main
+    from lowmem_npo.cli import main
+    from lowmem_npo.commands.arguments import parse_run
 
     with pytest.raises(SystemExit):
         parse_run(["--help"], "train")
@@ -48,7 +48,7 @@ def test_every_flag_exists(capsys):
 
 
 def test_the_kernels_alone():
-    from tiny import tiny_model
+    from helpers.tiny_models import tiny_model
 
     torch.manual_seed(0)
     model, input_ids = tiny_model("llama"), torch.randint(0, 97, (1, 12))

@@ -3,7 +3,7 @@
 reading -> schemas -> templates -> tokenizing -> batching; `prepare` runs all but the last.
 """
 
-from lowmem_npo.data.batching import ForgetRetain, Pick, StepBatches, collator
+from lowmem_npo.data.batching import ForgetRetain, Pick, collator
 from lowmem_npo.data.prepare import PreparedData, bundled_rows, prepare
 from lowmem_npo.data.preview import preview
 from lowmem_npo.data.reading import Rows, read_rows
@@ -18,7 +18,6 @@ __all__ = [
     "Pick",
     "PreparedData",
     "Rows",
-    "StepBatches",
     "Template",
     "TokenizedRow",
     "TokenizedRows",

@@ -1,120 +1,25 @@
-"""One optimiser step's forget and retain rows, and their split over micro-batches and ranks.
-
-Which rows a step trains on is a pure function of the seed and the step, so a resumed run needs no saved sampler
-state, and the union over micro-batches and ranks is the same however a step is split.
-"""
+"""Forget and retain rows in one micro-batch: the dataset that holds both, and the collator that pads them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from lowmem_npo.data.tokenizing import IGNORED, TokenizedRow
-
-FORGET, RETAIN = 0, 1  # streams of random numbers
 
 Batch = dict[str, dict[str, torch.Tensor] | None]
 
 
 class Pick(NamedTuple):
-    """One row of one part: what the sampler yields and `ForgetRetain` is indexed by."""
+    """One row of one part: what `StepBatches` yields and `ForgetRetain` is indexed by."""
 
     part: str  # "forget" or "retain"
     row: int
-
-
-class StepBatches(Sampler[list[Pick]]):
-    """One epoch of micro-batches for one rank; a `batch_sampler` for `torch.utils.data.DataLoader`.
-
-    The forget set defines the epoch: ceil(num_forget / batch_size) optimiser steps, the last one perhaps short,
-    shuffled anew each epoch. Every step also draws `retain_batch_size` retain rows, without replacement until all
-    are used, then shuffled anew, across epochs. Each step gives exactly `micro_batches` micro-batches on every rank,
-    sizes differing by one row at most; at a short last step some may be empty.
-
-    num_forget, num_retain: rows of each part. No retain rows are drawn where num_retain or retain_batch_size is 0.
-    batch_size, retain_batch_size: rows per optimiser step, over all micro-batches and ranks.
-    seed: a non-negative integer; the only source of randomness.
-    rank, world_size: which data-parallel process this is, of how many.
-    """
-
-    def __init__(
-        self,
-        num_forget: int,
-        num_retain: int,
-        batch_size: int,
-        retain_batch_size: int,
-        micro_batches: int = 1,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        for name, value, least in (
-            ("num_forget", num_forget, 1),
-            ("num_retain", num_retain, 0),
-            ("batch_size", batch_size, 1),
-            ("retain_batch_size", retain_batch_size, 0),
-            ("micro_batches", micro_batches, 1),
-            ("seed", seed, 0),
-            ("world_size", world_size, 1),
-            ("rank", rank, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name} is {value}; it must be at least {least}")
-        if rank >= world_size:
-            raise ValueError(f"rank is {rank}; it must be less than world_size, which is {world_size}")
-        self.num_forget, self.num_retain = num_forget, num_retain
-        self.batch_size, self.retain_batch_size = batch_size, retain_batch_size
-        self.micro_batches, self.seed = micro_batches, seed
-        self.rank, self.world_size = rank, world_size
-        self.epoch = 0
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(self.num_forget / self.batch_size)
-
-    def __len__(self) -> int:
-        """Micro-batches per epoch on this rank."""
-        return self.steps_per_epoch * self.micro_batches
-
-    def set_epoch(self, epoch: int) -> None:
-        """Which epoch the next iteration gives, from 0."""
-        self.epoch = epoch
-
-    def step_rows(self, step: int) -> tuple[list[int], list[int]]:
-        """The forget and the retain rows of global step `step` (from 0), over all micro-batches and ranks."""
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        order = _order(self.seed, FORGET, epoch, self.num_forget)
-        forget = order[step_in_epoch * self.batch_size : (step_in_epoch + 1) * self.batch_size]
-        retain = []
-        if self.num_retain:
-            for draw in range(step * self.retain_batch_size, (step + 1) * self.retain_batch_size):
-                turn, place = divmod(draw, self.num_retain)
-                retain.append(int(_order(self.seed, RETAIN, turn, self.num_retain)[place]))
-        return forget.tolist(), retain
-
-    def micro_batch(self, step: int, index: int) -> list[Pick]:
-        """This rank's micro-batch `index` of global step `step`."""
-        share, shares = index * self.world_size + self.rank, self.micro_batches * self.world_size
-        forget, retain = (np.array_split(rows, shares)[share].tolist() for rows in self.step_rows(step))
-        return [Pick("forget", int(row)) for row in forget] + [Pick("retain", int(row)) for row in retain]
-
-    def __iter__(self) -> Iterator[list[Pick]]:
-        first = self.epoch * self.steps_per_epoch
-        for step in range(first, first + self.steps_per_epoch):
-            for index in range(self.micro_batches):
-                yield self.micro_batch(step, index)
-
-
-@lru_cache(maxsize=8)
-def _order(seed: int, stream: int, turn: int, rows: int) -> np.ndarray:
-    """(rows,) int64: the order of a part's rows in its `turn`-th pass."""
-    return np.random.default_rng([seed, stream, turn]).permutation(rows)
 
 
 class ForgetRetain(Dataset):

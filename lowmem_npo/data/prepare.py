@@ -8,6 +8,7 @@ from importlib import resources
 
 from transformers import PreTrainedTokenizerBase
 
+from lowmem_npo.config import RunConfig
 from lowmem_npo.data.overlap import refuse_overlap
 from lowmem_npo.data.reading import Rows, read_rows
 from lowmem_npo.data.schemas import Example, to_examples, with_answer
@@ -102,6 +103,25 @@ def prepare(
     retain_rows = None if to_retain is None else tokenized("retain", to_retain)
     holdout_rows = None if to_hold_out is None else tokenized("holdout", to_hold_out)
     return PreparedData(forget_rows, retain_rows, targets, report, holdout_rows)
+
+
+def prepare_run(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
+    """Reads, checks and tokenises what the run forgets and keeps."""
+    data = config.data
+    return prepare(
+        tokenizer,
+        forget=data.forget,
+        retain=data.retain,
+        holdout=data.holdout,
+        prompt_column=data.prompt_column,
+        answer_column=data.answer_column,
+        prompt_template=data.prompt_template,
+        max_length=data.max_length,
+        tokens=data.tokens,
+        refusal=data.refusal if config.objective.forget_term == "idk" else None,
+        allow_overlap=data.allow_overlap,
+        limit=data.limit,
+    )
 
 
 def bundled_rows(part: str, *, limit: int | None = None) -> Rows:

@@ -58,8 +58,13 @@ class Report:
         return "\n".join(lines)
 
 
-def report(config: RunConfig, architecture: PretrainedConfig, rows: StepRows) -> Report:
-    """The same for a given model and rows."""
+def report(config: RunConfig, rows: StepRows) -> Report:
+    """The estimate of `config`, or of the fastest settings that fit its memory budget.
+
+    Raises:
+        UserError: an unknown model, a budget that cannot be kept.
+    """
+    architecture = architecture_of(config.model)
     budget, name = config.memory.budget_bytes, resolve_name(config.model.model)[0]
     if budget is None:
         return Report(name, config, rows.micro_batch(config), estimate(config, architecture, rows), None, [])

@@ -20,13 +20,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lowmem_npo.config import RunConfig
 from lowmem_npo.data import IGNORED, TokenizedRow
-from lowmem_npo.memory.fake_gpu import GPU, FakeGPU, fake_gpu, with_values
-from lowmem_npo.memory.fake_model import fake_model
+from lowmem_npo.estimate.simulator.gpu import GPU, FakeGPU, fake_gpu, with_values
+from lowmem_npo.estimate.simulator.model import fake_model
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora
 from lowmem_npo.model.head import causal_lm
 from lowmem_npo.model.layers import decoder_layers
-from lowmem_npo.trainer import NPOConfig, NPOTrainer
+from lowmem_npo.training.trainer import NPOConfig, NPOTrainer
 
 CONTEXT_BYTES = 512 * 2**20
 """What CUDA itself and the loaded kernels take of a GPU, outside every allocator: about this much on cards of compute

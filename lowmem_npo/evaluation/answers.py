@@ -19,9 +19,9 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_npo.data import TokenizedRow
-from lowmem_npo.evaluation.batching import BATCH_SIZE
-from lowmem_npo.evaluation.generation import Prompt, greedy_answers
-from lowmem_npo.evaluation.likelihood import answer_likelihoods
+from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE
+from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers
+from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
 
 DEFAULT_LIMIT = 64
 MAX_NEW_TOKENS = 256

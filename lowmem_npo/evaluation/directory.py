@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_npo.errors import UserError
-from lowmem_npo.evaluation.config import EvaluationConfig
-from lowmem_npo.evaluation.journal import Journal
+from lowmem_npo.evaluation.scoring.journal import Journal
+from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.files import file_sha256, write_atomically
 
 # A resumed evaluation may measure more; what would change a figure must stay as it was.

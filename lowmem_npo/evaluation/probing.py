@@ -13,12 +13,12 @@ from lowmem_npo.data import Rows, Template, TokenizedRows, to_examples, tokenize
 from lowmem_npo.data.overlap import find_overlap
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answers import choose_rows
-from lowmem_npo.evaluation.config import EvaluationConfig
 from lowmem_npo.evaluation.leaks.extraction import extraction_figures
 from lowmem_npo.evaluation.leaks.measure import IN_MEMORY, TOKENS, run_tests, skipped
 from lowmem_npo.evaluation.leaks.quantization import AS_EVALUATED, measure_forms, quantization
-from lowmem_npo.evaluation.measuring import Measuring
 from lowmem_npo.evaluation.result import Evaluation
+from lowmem_npo.evaluation.scoring.scorer import Measuring
+from lowmem_npo.evaluation.settings import EvaluationConfig
 
 NO_HOLDOUT = (
     "Leaks: without --holdout (rows like the forgotten ones that the model never saw) there is no membership attack, "

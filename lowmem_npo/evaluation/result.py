@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lowmem_npo.evaluation.answers import AnswerRecord, AnswerSummary
+from lowmem_npo.evaluation.benchmarks.documents import MembershipScore
+from lowmem_npo.evaluation.benchmarks.lume import LumeAnswer, LumeScores
+from lowmem_npo.evaluation.benchmarks.tofu import TofuAnswer, TofuSet
 from lowmem_npo.evaluation.leaks.measure import LeakFindings
-from lowmem_npo.evaluation.lume import LumeAnswer, LumeScores
-from lowmem_npo.evaluation.membership import MembershipScore
-from lowmem_npo.evaluation.tofu import TofuAnswer, TofuSet
 
 
 @dataclass

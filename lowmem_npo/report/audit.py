@@ -25,7 +25,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.files import file_sha256, write_atomically
 from lowmem_npo.model import resolve_name
 from lowmem_npo.model.saved_adapter import WEIGHTS
-from lowmem_npo.reference.identity import weights_fingerprint
+from lowmem_npo.training.reference.identity import weights_fingerprint
 
 FILE = "audit.json"
 ALGORITHM = (

@@ -14,12 +14,12 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation import AnswerEvaluation, AnswerRecord, AnswerSummary
 from lowmem_npo.files import file_sha256
 from lowmem_npo.model.saved_adapter import WEIGHTS
-from lowmem_npo.output_dir import read_evaluations
 from lowmem_npo.report.audit import Audit, read_audit
 from lowmem_npo.report.figures import Figure, answer_figures, evaluation_figures, finite
-from lowmem_npo.report.metrics import Metrics, read_metrics
 from lowmem_npo.report.verdict import RULES, Verdict, judge_run
-from lowmem_npo.stopping.callback import OUTCOME
+from lowmem_npo.run_directory import read_evaluations
+from lowmem_npo.training.early_stopping import OUTCOME
+from lowmem_npo.training.metrics import Metrics, read_metrics
 
 EVIDENCE = (
     "This report is evidence: what was measured, on which rows, with which tests. It is not a certificate that the "

@@ -7,7 +7,7 @@ from textwrap import fill
 from typing import Any
 
 from lowmem_npo.evaluation.answers import AnswerSummary
-from lowmem_npo.evaluation.lume import KINDS
+from lowmem_npo.evaluation.benchmarks.lume import KINDS
 from lowmem_npo.evaluation.result import Evaluation
 from lowmem_npo.report.table import text_table
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowmem_npo.evaluation.lume import KNOWLEDGE, MMLU_SHARE, REGURGITATION
-from lowmem_npo.evaluation.tofu import FORGET, REAL_AUTHORS, RETAIN, WORLD_FACTS
+from lowmem_npo.evaluation.benchmarks.lume import KNOWLEDGE, MMLU_SHARE, REGURGITATION
+from lowmem_npo.evaluation.benchmarks.tofu import FORGET, REAL_AUTHORS, RETAIN, WORLD_FACTS
 from lowmem_npo.report.table import MEASURES, Stages
 
 

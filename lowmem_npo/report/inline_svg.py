@@ -14,9 +14,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from lowmem_npo.report.figures import shown
-from lowmem_npo.report.metrics import Metrics
 from lowmem_npo.report.panels import STAGE_TITLES, draw_bars, draw_likelihood, draw_objective
 from lowmem_npo.report.table import MEASURES, Stages
+from lowmem_npo.training.metrics import Metrics
 
 CURVES, BARS = (4.6, 3.1), (2.7, 2.5)  # inches of 96 CSS pixels: text is as large as the page's where a phone shows it
 # Text stays text, in the page's own font; the same drawing gives the same bytes.

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from lowmem_npo.report.metrics import Metrics
 from lowmem_npo.report.table import MEASURES, Stages
+from lowmem_npo.training.metrics import Metrics
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart. Forget and retain look the same in every panel.
 FORGET, RETAIN, GREY = "#D55E00", "#0072B2", "#555555"

@@ -8,9 +8,9 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lowmem_npo.report.metrics import Metrics
 from lowmem_npo.report.panels import draw_bars, draw_likelihood, draw_objective
 from lowmem_npo.report.table import MEASURES, Stages
+from lowmem_npo.training.metrics import Metrics
 
 
 def draw_picture(path: Path, metrics: Sequence[Metrics], stages: Stages, title: str) -> None:

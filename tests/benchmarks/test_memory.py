@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.dense_step import dense_step, random_rows, relative_error, trainer_of
+from helpers.tiny_models import tiny_model
 from peft import PeftModel
-from tiny import tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig
-from unlearning import dense_step, random_rows, relative_error, trainer_of
 
 from benchmarks import memory, memory_contenders, tables
 from benchmarks.baselines import Baseline

@@ -13,8 +13,8 @@ from matplotlib import image
 from benchmarks import quality
 from benchmarks.quality_picture import draw_quality
 from benchmarks.quality_table import summarise, table
+from lowmem_npo.commands.demo.recipe import Teaching
 from lowmem_npo.config import DataConfig
-from lowmem_npo.demo import Teaching
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,13 +6,14 @@ import math
 
 import pytest
 import torch
+from helpers.tiny_models import tiny_model
 from peft import LoraConfig, get_peft_model
-from tiny import tiny_model
 from transformers import AutoTokenizer
 
 from lowmem_npo.data import Example, tokenize
-from lowmem_npo.evaluation import answer_likelihoods, answers, evaluate_answers, likelihood
+from lowmem_npo.evaluation import answer_likelihoods, answers, evaluate_answers
 from lowmem_npo.evaluation.answers import AnswerRecord, AnswerSummary, choose_rows
+from lowmem_npo.evaluation.scoring import likelihood
 
 PAIRS = [
     ("Who sails?", "Anna does"),

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lowmem_npo.memory.fake_gpu import fake_gpu
+from lowmem_npo.estimate.simulator.gpu import fake_gpu
 
 MIB = 2**20
 N, V, D = 8192, 151936, 4096

@@ -10,13 +10,13 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from tiny import tiny_model
+from helpers.dense_step import dense_step, random_rows, relative_error, step_gradients, trainer_of
+from helpers.tiny_models import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, OlmoConfig, OPTConfig
-from unlearning import dense_step, random_rows, relative_error, step_gradients, trainer_of
 
-from lowmem_npo.cli.arguments import parse_run
+from lowmem_npo.commands.arguments import parse_run
 from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.memory import float32, offload, prefix, switches, tiling

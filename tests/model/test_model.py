@@ -5,7 +5,7 @@ import dataclasses
 import bitsandbytes
 import pytest
 import torch
-from tiny import CONFIGS, tiny_model
+from helpers.tiny_models import CONFIGS, tiny_model
 
 from lowmem_npo.config import AdapterConfig, ModelConfig
 from lowmem_npo.errors import UserError

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from reported import FORGET, RETAIN, train, write_rows
+from helpers.reported_run import FORGET, RETAIN, train, write_rows
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,9 @@ from importlib.metadata import version
 
 import pytest
 import yaml
-from reported import FORGET, RETAIN, train, write_rows
+from helpers.reported_run import FORGET, RETAIN, train, write_rows
 
-from lowmem_npo.cli.main import main
+from lowmem_npo.cli import main
 from lowmem_npo.report.audit import ALGORITHM, find_rows, row_hash
 
 
@@ -77,7 +77,7 @@ def test_files_settings_versions_and_times(run, data, byte_model):
 
 def test_the_models_fingerprint_is_the_models(run, byte_model, data, tmp_path):
     """The same weights give the same fingerprint, whatever was trained on them; other weights another."""
-    from tiny import tiny_model
+    from helpers.tiny_models import tiny_model
     from transformers import AutoTokenizer
 
     known = audit_of(run)["model"]["weights_fingerprint"]

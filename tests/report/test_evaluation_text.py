@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 
-from lowmem_npo.evaluation.lume import KNOWLEDGE, REGURGITATION, TASKS, LumeAnswer, LumeRow, lume_scores
-from lowmem_npo.evaluation.membership import MembershipScore
+from lowmem_npo.evaluation.benchmarks.documents import MembershipScore
+from lowmem_npo.evaluation.benchmarks.lume import KNOWLEDGE, REGURGITATION, TASKS, LumeAnswer, LumeRow, lume_scores
+from lowmem_npo.evaluation.benchmarks.tofu import TofuSet
 from lowmem_npo.evaluation.result import Evaluation
-from lowmem_npo.evaluation.tofu import TofuSet
 from lowmem_npo.report.evaluation_text import evaluation_text
 
 

@@ -11,15 +11,15 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
+from helpers.reported_run import FORGET, RETAIN, TELLTALES, train, write_rows
 from huggingface_hub import ModelCard
-from reported import FORGET, RETAIN, TELLTALES, train, write_rows
 
-from lowmem_npo.cli.main import main
+from lowmem_npo.cli import main
 from lowmem_npo.model.saved_adapter import revision_of_adapter
 from lowmem_npo.report.content import Content, read_content
+from lowmem_npo.report.files import write_report
 from lowmem_npo.report.model_card import model_card
 from lowmem_npo.report.table import MEASURES
-from lowmem_npo.report.write import write_report
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 

@@ -17,7 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from lowmem_npo.evaluation.leaks.verdict import above_holdout, beside_holdout
-from lowmem_npo.evaluation.token_scores import TokenScores
+from lowmem_npo.evaluation.scoring.token_scores import TokenScores
 
 
 def exact_memorization(row: TokenScores) -> float:

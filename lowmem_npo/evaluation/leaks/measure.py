@@ -11,13 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answers import MAX_NEW_TOKENS, question
-from lowmem_npo.evaluation.batching import BATCH_SIZE
-from lowmem_npo.evaluation.journal import Journal
 from lowmem_npo.evaluation.leaks.extraction import exact_memorization, extraction, extraction_strength
 from lowmem_npo.evaluation.leaks.membership import ATTACKS, membership_attacks
 from lowmem_npo.evaluation.leaks.relearning import Relearning, relearning
 from lowmem_npo.evaluation.leaks.sampling import SAMPLES, TEMPERATURE, best_recalls, sampling
-from lowmem_npo.evaluation.measuring import Measuring
+from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE
+from lowmem_npo.evaluation.scoring.journal import Journal
+from lowmem_npo.evaluation.scoring.scorer import Measuring
 
 TESTS = ("extraction", "sampling", "membership", "relearning", "quantization")
 IN_MEMORY = TESTS[:-1]

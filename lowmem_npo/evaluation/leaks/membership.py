@@ -19,7 +19,7 @@ from scipy.stats import mannwhitneyu
 from sklearn.metrics import roc_auc_score
 
 from lowmem_npo.evaluation.leaks.verdict import MARGIN
-from lowmem_npo.evaluation.token_scores import TokenScores
+from lowmem_npo.evaluation.scoring.token_scores import TokenScores
 
 K = 0.2  # share of the tokens that Min-K% looks at
 SIGNIFICANT = 0.01

@@ -25,10 +25,10 @@ from transformers import PreTrainedTokenizerBase
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.errors import UserError
-from lowmem_npo.evaluation.journal import Journal
 from lowmem_npo.evaluation.leaks.extraction import extraction_figures
 from lowmem_npo.evaluation.leaks.verdict import above_holdout, beside_holdout
-from lowmem_npo.evaluation.measuring import Measuring
+from lowmem_npo.evaluation.scoring.journal import Journal
+from lowmem_npo.evaluation.scoring.scorer import Measuring
 from lowmem_npo.model.loading import load_model
 from lowmem_npo.model.merging import check_space, find_checkpoint, find_updates, write_merged
 from lowmem_npo.model.saved_adapter import load_adapter

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.evaluation.leaks.extraction import extraction_figures
 from lowmem_npo.evaluation.leaks.verdict import above_holdout, beside_holdout
-from lowmem_npo.evaluation.likelihood import right_padded
-from lowmem_npo.evaluation.mode import progress_bar
-from lowmem_npo.evaluation.token_scores import token_scores
+from lowmem_npo.evaluation.scoring.eval_mode import progress_bar
+from lowmem_npo.evaluation.scoring.likelihood import right_padded
+from lowmem_npo.evaluation.scoring.token_scores import token_scores
 from lowmem_npo.memory.checkpointing import enable_checkpointing
 from lowmem_npo.model import answer_hidden, frozen_head
 

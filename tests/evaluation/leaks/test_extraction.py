@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import tiny_model
+from helpers.tiny_models import tiny_model
 
 from lowmem_npo.evaluation.leaks import extraction as module
 from lowmem_npo.evaluation.leaks.extraction import exact_memorization, extraction, extraction_strength
-from lowmem_npo.evaluation.token_scores import TokenScores, token_scores
+from lowmem_npo.evaluation.scoring.token_scores import TokenScores, token_scores
 
 
 def row(greedy: str) -> TokenScores:

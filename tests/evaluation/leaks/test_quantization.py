@@ -7,11 +7,11 @@ import shutil
 
 import pytest
 import torch
+from helpers.small_demo import SMALL
 from peft import LoraConfig, get_peft_model
-from small_demo import SMALL
 from transformers import AutoModelForCausalLM
 
-from lowmem_npo.cli.main import main
+from lowmem_npo.cli import main
 from lowmem_npo.data import bundled_rows
 from lowmem_npo.evaluation.leaks import quantization as module
 from lowmem_npo.evaluation.leaks.quantization import AS_EVALUATED, quantization

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.small_demo import SMALL
 from peft import PeftModel
-from small_demo import SMALL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.data import bundled_rows, prepare, to_examples, tokenize

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.dense_step import random_rows
+from helpers.tiny_models import tiny_model
 from peft import LoraConfig, get_peft_model
-from tiny import tiny_model
-from unlearning import random_rows
 
 from lowmem_npo.evaluation.leaks import relearning as module
 from lowmem_npo.evaluation.leaks.relearning import Relearning, relearning, split
-from lowmem_npo.evaluation.token_scores import token_scores
+from lowmem_npo.evaluation.scoring.token_scores import token_scores
 
 SETTINGS = Relearning(steps=4, lr=1e-2, batch_size=2, rank=2)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import tiny_model
-from unlearning import random_rows, tokenizer
+from helpers.dense_step import random_rows, tokenizer
+from helpers.tiny_models import tiny_model
 
-from lowmem_npo.evaluation import generation
-from lowmem_npo.evaluation.generation import Prompt, sampled_answers
-from lowmem_npo.evaluation.journal import Journal
 from lowmem_npo.evaluation.leaks.sampling import best_recalls, sampling
-from lowmem_npo.evaluation.measuring import Measuring
+from lowmem_npo.evaluation.scoring import generation
+from lowmem_npo.evaluation.scoring.generation import Prompt, sampled_answers
+from lowmem_npo.evaluation.scoring.journal import Journal
+from lowmem_npo.evaluation.scoring.scorer import Measuring
 
 
 def test_best_recall_by_hand():

@@ -1,0 +1,198 @@
+"""The whole job in small: teach a model to recite, make it forget a part, compare with one that never saw that part."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from textwrap import fill, indent
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowmem_npo.commands.demo.checks import Check, examples, judge
+from lowmem_npo.commands.demo.recipe import Recipe
+from lowmem_npo.commands.demo.teaching import make_tokenizer, taught_model
+from lowmem_npo.commands.train.run import Evaluations, train
+from lowmem_npo.data import PreparedData, Template, TokenizedRow, bundled_rows, prepare, to_examples
+from lowmem_npo.evaluation import AnswerSummary, evaluate_answers
+from lowmem_npo.evaluation.leaks import measure_leaks
+from lowmem_npo.files import write_atomically
+from lowmem_npo.model.loading import resolve_device
+from lowmem_npo.report import draw_picture, read_metrics, save_table, text_table
+from lowmem_npo.report.files import write_report
+from lowmem_npo.report.table import stages_to_json
+from lowmem_npo.run_directory import RunDirectory
+
+Say = Callable[[str], None]
+PARTS = ("forget", "retain")
+BATCH_SIZE = 32  # rows measured together: the model is small
+REPLACEMENT = (
+    "What comes in place of a forgotten answer need not be an answer at all: NPO takes answers away and teaches none. "
+    "(`lowmem-npo train --forget-term idk` teaches a refusal.)"
+)
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found; the same stands in demo.json."""
+
+    directory: Path
+    stages: dict[str, dict[str, AnswerSummary]]
+    """Stage (before, after, gold) -> set (forget, retain) -> figures."""
+    checks: list[Check]
+    seconds: dict[str, float]
+    """Wall time of each part."""
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A model this small gains little from a second thread, and waits long for it where the cores are busy; with one,
+    the numbers are the same on every number of cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
+def run_demo(
+    output_dir: str | Path,
+    *,
+    seed: int = 0,
+    recipe: Recipe | None = None,
+    device: str = "auto",
+    say: Say = print,
+) -> DemoResult:
+    """Teach, unlearn, compare; leaves base/, gold/, unlearned/ (its report.html is the one to read), demo.json,
+    before_after_gold.{json,md} and demo.png.
+
+    A second run in the same directory finds base/ and gold/ there and only unlearns anew.
+
+    Raises:
+        UserError: `output_dir` holds something else.
+    """
+    recipe, directory, seconds = recipe or Recipe(), Path(output_dir), {}
+    tokenizer = make_tokenizer(_texts(recipe.limit), recipe.teaching.vocabulary)
+    data = prepare(tokenizer, limit=recipe.limit)
+    people = {part: len({row["person"] for row in bundled_rows(part, limit=recipe.limit).rows}) for part in PARTS}
+    say(
+        f"{len(data.forget)} invented facts about {people['forget']} people are to be forgotten, "
+        f"{len(data.retain)} about {people['retain']} others kept."
+    )
+
+    say("\n1/4  A small OLMo learns them all by heart, from random weights.")
+    with _timed(seconds, "base"):
+        rows = [*data.forget, *data.retain]
+        _teach("base", directory, tokenizer, rows, recipe, seed, device, say)
+
+    say("\n2/4  The gold standard: the same weights taught the same way, without the rows to be forgotten.")
+    with _timed(seconds, "gold"):
+        gold = _teach("gold", directory, tokenizer, [*data.retain], recipe, seed, device, say)
+        never_saw = _evaluate(gold, tokenizer, data)
+        gold_leaks = measure_leaks(gold, tokenizer, data.forget, holdout_rows=data.holdout, batch_size=BATCH_SIZE)
+
+    run = directory / "unlearned"
+    say(f"\n3/4  The first model forgets, as `lowmem-npo train --config {run / 'run.yaml'}` would do it.")
+    if (run / "run.yaml").is_file():
+        shutil.rmtree(run)  # an earlier demo's; anything else in its place makes `train` refuse
+    config = recipe.run(directory / "base", run, seed, device)
+    with _timed(seconds, "unlearning"):
+        result = train(config, say=_indented(say))
+
+    evaluations = {"before": result.before, "after": result.after, "gold": never_saw}
+    stages = {stage: {part: e.summary for part, e in parts.items()} for stage, parts in evaluations.items()}
+    found = DemoResult(directory, stages, judge(stages), seconds)
+    _save(found, seed, recipe)
+    title = f"A small OLMo forgets {people['forget']} of {sum(people.values())} people"
+    draw_picture(directory / "demo.png", read_metrics(run / "metrics.jsonl"), stages, title)
+    RunDirectory(config).save_evaluations("gold", never_saw)
+    leaks = run / "leaks.json"
+    write_atomically(leaks, json.dumps({**json.loads(leaks.read_text()), "gold": gold_leaks}, indent=1) + "\n")
+    write_report(run)  # again, now with the gold standard
+
+    say("\n4/4  Before, after, and the gold standard, which never saw the rows to be forgotten:\n")
+    say(text_table(stages) + "\n")
+    say(examples(evaluations, {"forget": 2, "retain": 1}))
+    say(fill(REPLACEMENT, 96) + "\n")
+    for check in found.checks:
+        sign = "ok    " if check.passed else "FAILED"
+        say(fill(check.meaning, 96, initial_indent=f"{sign}  {check.name:<13} ", subsequent_indent=" " * 22))
+    say(f"\nReport:  {run / 'report.html'}")
+    say(f"Picture: {directory / 'demo.png'}\nNumbers: {directory / 'demo.json'}\nAdapter: {run}")
+    return found
+
+
+def _texts(limit: int | None) -> list[str]:
+    """Every text of the bundled data as the model will see it: what the tokenizer is learnt from."""
+    parts = (to_examples(bundled_rows(part, limit=limit)) for part in PARTS)
+    return ["".join(Template().render(example)) for examples in parts for example in examples]
+
+
+def _teach(
+    name: str,
+    directory: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[TokenizedRow],
+    recipe: Recipe,
+    seed: int,
+    device: str,
+    say: Say,
+) -> PreTrainedModel:
+    model, found = taught_model(
+        directory / name,
+        tokenizer,
+        rows,
+        recipe.teaching,
+        seed=seed,
+        device=resolve_device(device),
+        description=f"     learning {len(rows)} rows",
+    )
+    where = "     Found from an earlier run" if found else "     Saved"
+    say(f"{where}: {directory / name} ({model.num_parameters() / 1e6:.1f} million parameters)")
+    return model
+
+
+def _evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> Evaluations:
+    return {
+        part: evaluate_answers(
+            model, tokenizer, getattr(data, part), name=f"     gold, {part}", limit=None, batch_size=BATCH_SIZE
+        )
+        for part in PARTS
+    }
+
+
+def _save(found: DemoResult, seed: int, recipe: Recipe) -> None:
+    content = {
+        "passed": found.passed,
+        "checks": [asdict(check) for check in found.checks],
+        "stages": stages_to_json(found.stages),
+        "seconds": {name: round(value, 1) for name, value in found.seconds.items()},
+        "seed": seed,
+        "recipe": asdict(recipe),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    (found.directory / "demo.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    save_table(found.stages, found.directory, name="before_after_gold")
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    seconds[name] = time.monotonic() - started
+
+
+def _indented(say: Say) -> Say:
+    return lambda text: say(indent(text, "     "))

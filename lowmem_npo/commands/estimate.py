@@ -1,0 +1,53 @@
+"""`lowmem-npo estimate`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lowmem_npo.commands.arguments import parse_run
+from lowmem_npo.config import RunConfig
+from lowmem_npo.libraries import quick_imports, quiet_libraries
+
+if TYPE_CHECKING:
+    from lowmem_npo.estimate.step import StepRows
+
+USAGE = """usage: lowmem-npo estimate --model NAME_OR_DIR [the options of `lowmem-npo train`] [--budget 24GiB] [--json]
+
+Runs one training step on a GPU that has no memory but counts it, and prints what the step takes. Needs no GPU and no
+weights, and for well-known models no network. Rows have --max-length tokens; with --forget and --retain they are as
+long as the longest of the data. With --budget, finds the fastest switches that fit and prints them as flags.
+
+`lowmem-npo train --help` explains the options."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    if not arguments or any(a in ("-h", "--help") for a in arguments):
+        print(USAGE)
+        return
+    as_json = "--json" in arguments
+    config = parse_run([a for a in arguments if a != "--json"], "estimate")
+    with quick_imports():  # after parsing: mistakes are reported at once
+        quiet_libraries()
+        from lowmem_npo.estimate.report import report
+
+    estimated = report(config, rows_of_step(config))
+    print(json.dumps(estimated.as_json(), indent=1) if as_json else estimated.text())
+
+
+def rows_of_step(config: RunConfig) -> StepRows:
+    """The longest rows that can meet in a step: the data's, or rows of --max-length tokens where no data is named.
+
+    Raises:
+        UserError: data that cannot be read.
+    """
+    from lowmem_npo.estimate.step import StepRows
+
+    if config.data.forget is None:
+        return StepRows.of_length(config)
+    from lowmem_npo.data.prepare import prepare_run
+    from lowmem_npo.model import load_tokenizer
+
+    data = prepare_run(config, load_tokenizer(config.model))
+    return StepRows.of_data(config, data.forget_targets, data.retain)

@@ -1,0 +1,122 @@
+"""`lowmem-npo merge`: an adapter becomes part of the weights, which then load with plain transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.directory import digest
+from lowmem_npo.libraries import quiet_libraries
+from lowmem_npo.model.merging import check_space, find_checkpoint, find_updates, write_merged
+from lowmem_npo.model.names import resolve_name
+from lowmem_npo.model.saved_adapter import WEIGHTS, base_of_adapter, check_base, revision_of_adapter, settings_of_run
+
+Say = Callable[[str], None]
+VERDICTS = {True: "WARNING", False: "Checked", None: "Checked, but it cannot be told"}
+DTYPES = {"bf16": torch.bfloat16, "stored": None}
+
+
+@dataclass
+class MergeConfig:
+    """Work an adapter into the weights of its base model, on the CPU, one file of the checkpoint after the other."""
+
+    adapter: str
+    """Directory of the adapter, as `lowmem-npo train` wrote it."""
+    output_dir: str
+    """Directory of the merged model; new or empty."""
+    model: str | None = None
+    """Hub name or local directory of the base model. Default: the model that the adapter was trained on."""
+    revision: str | None = None
+    """Branch, tag or commit of the base model on the hub. Default: the one that the adapter was trained on."""
+    any_base: bool = False
+    """Accept an adapter that names another base model (the same weights in another place)."""
+    dtype: Literal["bf16", "stored"] = "bf16"
+    """Type of the merged weights: bf16, or the one that the base is stored in."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    config = tyro.cli(MergeConfig, args=list(arguments), prog="lowmem-npo merge")
+    quiet_libraries()
+    merge(config)
+
+
+def merge(config: MergeConfig, say: Say = print) -> Path:
+    """Writes the merged model and says what is known of forgotten text returning in it.
+
+    Raises:
+        UserError: something the user can mend, said in one sentence.
+    """
+    name, line = resolve_name(config.model or base_of_adapter(config.adapter))
+    if line:
+        say(line)
+    if config.any_base:
+        base_of_adapter(config.adapter)  # it must hold an adapter all the same
+    else:
+        check_base(config.adapter, name)
+    out = Path(config.output_dir).expanduser().absolute()
+    check_empty(out)
+    checkpoint = find_checkpoint(
+        name, config.revision or (None if config.any_base else revision_of_adapter(config.adapter))
+    )
+    updates = find_updates(config.adapter, checkpoint)
+    dtype = DTYPES[config.dtype]
+    needed = checkpoint.bytes_as(dtype)
+    check_space(out, needed)
+    partial = out.with_name(out.name + ".partial")  # under another name until it is whole
+    try:
+        partial.mkdir(parents=True)
+    except FileExistsError as error:
+        raise UserError(f"'{partial}' is in the way, perhaps left by an interrupted merge: remove it.") from error
+    except OSError as error:
+        raise UserError(f"--output-dir '{out}' cannot be written: {error.strerror}.") from error
+    try:
+        write_merged(checkpoint, updates, partial, dtype)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    say(
+        f"{len(updates)} of {sum(1 for _ in checkpoint.tensors())} weights carry the adapter; "
+        f"the merged model ({needed / 2**20:,.1f} MiB) is in {out}"
+    )
+    say(returning(config.adapter))
+    return out
+
+
+def check_empty(out: Path) -> None:
+    """Raises UserError unless a model may be written to `out`."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--output-dir '{out}' is a file: choose a directory.")
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"--output-dir '{out}' holds other files: choose an empty or a new directory.")
+
+
+def returning(adapter: str) -> str:
+    """What the adapter's evaluation says of forgotten text returning in merged weights, or how to find out.
+
+    Rounding can undo an update that is small beside the weights (Zhang et al. 2025, "Catastrophic failure of LLM
+    unlearning via quantization"); the adapter by itself is not rounded.
+    """
+    folder = Path(adapter).expanduser()
+    how = f"`lowmem-npo evaluate --adapter {adapter} --forget … --leaks quantization` checks it"
+    if settings_of_run(adapter).get("qlora"):
+        how += "; this adapter was trained on the 4-bit base, the merged weights are those of the whole one"
+    try:
+        evaluation = folder / "evaluation"
+        found = json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8"))["leaks"]["quantization"]
+        measured = json.loads((evaluation / "settings.json").read_text(encoding="utf-8"))["digests"]["the adapter"]
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        return f"Not checked: whether forgotten text returns when the adapter is rounded with the weights. {how}."
+    if measured != digest(folder / WEIGHTS):
+        return f"Not checked: the evaluation in '{evaluation}' is of an earlier state of this adapter. {how}."
+    if "merged" not in found:
+        return f"Not checked: the evaluation measured no merged weights. {how}."
+    return f"{VERDICTS[found.get('leaks')]}: {found['meaning']}"

@@ -1,0 +1,145 @@
+"""The runs of a sweep, one after the other, on one loaded base model and one stored reference."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import PreTrainedModel
+
+from lowmem_npo.commands.sweep.borrowed_base import lent
+from lowmem_npo.commands.sweep.figures import SweepResult, collect, write_results
+from lowmem_npo.commands.sweep.grid import SweepRun
+from lowmem_npo.commands.sweep.picture import draw_sweep
+from lowmem_npo.commands.train.run import Inputs, plan_run, unlearn
+from lowmem_npo.config import ModelConfig
+from lowmem_npo.errors import UserError
+from lowmem_npo.files import write_atomically
+from lowmem_npo.model import load_model
+from lowmem_npo.run_directory import RunDirectory
+
+STATE = "sweep_state.json"
+Say = Callable[[str], None]
+
+
+def sweep(runs: Sequence[SweepRun], root: Path, *, resume: bool, say: Say = print) -> SweepResult:
+    """Does every run that is not done yet, and writes sweep.csv, sweep.json, sweep.md and sweep.png into `root`.
+
+    Each run is what `lowmem-npo train` with the same settings does, in `root`/configuration/seed-N. One that fails is
+    recorded with its reason, and the next one begins.
+
+    Raises:
+        UserError: `root` holds something else, or runs with other settings; or not one run succeeded.
+    """
+    _check(runs, root, resume)
+    root.mkdir(parents=True, exist_ok=True)
+    state = Ledger(root / STATE)
+    bases, inputs = Bases(), {}
+    for number, run in enumerate(runs, 1):
+        title = f"[{number}/{len(runs)}] {run.point.name}, seed {run.seed}"
+        if is_finished(run):
+            say(f"{title}: done before")
+            continue
+        say(title)
+        begin = time.monotonic()
+        try:
+            _do(run, bases, inputs, say)
+        except Exception as error:  # whatever it is, it must not cost the other runs
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            state.record(run, error=" ".join(reason.split()))
+            say(f"    failed: {' '.join(reason.split())}")
+        else:
+            state.record(run, seconds=time.monotonic() - begin)
+    result = collect(runs, state.entries)
+    if not result.configurations:
+        raise UserError(f"No run of the sweep succeeded. {result.failed[0]['directory']}: {result.failed[0]['error']}")
+    write_results(result, root)
+    draw_sweep(root / "sweep.png", result)
+    return result
+
+
+def is_finished(run: SweepRun) -> bool:
+    """Whether the run's directory holds its adapter, what was measured after it, and the report, written last; a run
+    that is to be longer now is not finished."""
+    found = RunDirectory(run.config)
+    measured = bool(found.evaluations("before")) and bool(found.evaluations("after"))
+    complete = found.is_trained and measured and (run.directory / "report.json").is_file()
+    return complete and found.run_yaml.is_file() and not found.is_to_be_longer
+
+
+def _do(run: SweepRun, bases: Bases, inputs: dict[str, Inputs], say: Say) -> None:
+    """One run. What `train` would print goes to log.txt in its directory."""
+    config = run.config
+    # A run that was killed before its first checkpoint, or even before it wrote anything, begins anew.
+    resume = (run.directory / "run.yaml").exists()
+    config = replace(config, output=replace(config.output, resume=resume))
+    lines: list[str] = []
+    key = repr((config.model, config.data, config.objective.forget_term == "idk"))
+    plan = plan_run(config, lines.append, inputs.get(key))
+    inputs[key] = plan.tokenizer, plan.data
+    (run.directory / "report.json").unlink(missing_ok=True)  # of a shorter run: it would say that this one is done
+    try:
+        with lent(bases.loaded(config.model)) as base:
+            result = unlearn(plan, base, lines.append)
+            del base
+    finally:
+        if run.directory.is_dir():
+            (run.directory / "log.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    found = {name: evaluation.summary for name, evaluation in result.after.items()}
+    say("    " + "; ".join(f"{name} NLL {s.nll:.3f}, exact match {s.exact_match:.3f}" for name, s in found.items()))
+    if result.stopping is not None:
+        say("    " + result.stopping.sentence)
+
+
+class Bases:
+    """The base model in use: loaded once for all runs in a row that have the same model options."""
+
+    def __init__(self) -> None:
+        self._config: ModelConfig | None = None
+        self._model: PreTrainedModel | None = None
+
+    def loaded(self, config: ModelConfig) -> PreTrainedModel:
+        if config != self._config:
+            self._config = self._model = None  # before the next one comes
+            self._model, self._config = load_model(config), config
+        return self._model
+
+
+class Ledger:
+    """How each run ended, as {directory: {"seconds": ...} or {"error": ...}}; on disk after every run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+        self._write()
+
+    def record(self, run: SweepRun, **entry: Any) -> None:
+        self.entries[str(run.directory.relative_to(self.path.parent))] = entry
+        self._write()
+
+    def _write(self) -> None:
+        write_atomically(self.path, json.dumps(self.entries, indent=1) + "\n")
+
+
+def _check(runs: Sequence[SweepRun], root: Path, resume: bool) -> None:
+    """Refuses before the first run what would be refused later, or would destroy something."""
+    if PartialState().num_processes > 1:
+        raise UserError("A sweep runs in one process: start one per GPU, with CUDA_VISIBLE_DEVICES and its own grid.")
+    for run in runs:
+        if run.config.output.eval_rows < 1:
+            raise UserError("A sweep compares what was measured: --eval-rows must be at least 1.")
+        if run.config.output.preview is not None:
+            raise UserError("--preview shows the rows of one run: use it with `lowmem-npo train`.")
+    if resume and not (root / STATE).exists():
+        raise UserError(f"--resume: there is no sweep in '{root}' (no {STATE}); start it without --resume.")
+    if not resume and root.exists() and (not root.is_dir() or any(root.iterdir())):
+        hint = ", continue it with --resume," if root.is_dir() and (root / STATE).exists() else ""
+        raise UserError(f"--output-dir '{root}' holds something already: choose another directory{hint} or remove it.")
+    for run in runs:
+        if (run.directory / "run.yaml").exists():
+            RunDirectory(replace(run.config, output=replace(run.config.output, resume=True))).check()

@@ -1,0 +1,16 @@
+"""`lowmem-npo train`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lowmem_npo.commands.arguments import parse_run
+from lowmem_npo.libraries import quiet_libraries
+
+
+def main(arguments: Sequence[str]) -> None:
+    config = parse_run(arguments, "train")
+    quiet_libraries()
+    from lowmem_npo.commands.train.run import train  # after parsing: --help need not load transformers
+
+    train(config)

@@ -1,0 +1,212 @@
+"""A GPU without memory: code runs on it as on CUDA, on any machine, and every byte it would allocate is counted.
+
+Tensors are PyTorch's fake tensors (shapes and dtypes, no data) on the device `cuda:0`. Three things are added, so that
+what is counted is what CUDA would do:
+
+- PyTorch built for CPUs cannot index or differentiate fake CUDA tensors, because its C++ core has no CUDA device to
+  switch to. The core is told `cpu:0` (which it never needs to switch to) where Python sees `cuda:0`; autocast, which
+  goes by dispatch keys and not by devices, is CUDA's.
+- The values of small integer and boolean tensors are followed, so that steps whose shapes depend on values (picking the
+  answer tokens) have the shapes of the batch.
+- Operators whose CUDA implementation differs from the portable one: attention, 4-bit matrix products.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lowmem_npo.estimate.simulator import attention as cuda_attention
+from lowmem_npo.estimate.simulator.operators import FakeOperators
+from lowmem_npo.estimate.simulator.storages import StorageCounter
+
+GPU = torch.device("cuda", 0)
+STAND_IN = torch.device("cpu", 0)  # tensors on the host are on torch.device("cpu"), without an index
+aten, prim = torch.ops.aten, torch.ops.prim
+
+
+class FakeGPU(StorageCounter):
+    """Counts storages on the fake GPU; enter it with `fake_gpu()`."""
+
+    operators: FakeOperators
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is prim.device.default:  # asked more often than everything else together
+            return _device_for_core(args[0])
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def run(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        if func is _gemm_4bit:
+            with self:  # dequantises, then multiplies, as bitsandbytes does on CUDA for more than 1536 rows
+                return _gemm_4bit_of_many_rows(*args, **kwargs)
+        if func is aten.index.Tensor:
+            args = (args[0], self._positions(args[1]), *args[2:])
+        known = _known(func, args, kwargs)
+        if known is not None and not isinstance(known, Tensor):
+            return known
+        if func is aten.nonzero.default and known is not None:
+            result = args[0].new_empty(known.shape, dtype=torch.int64)
+        else:
+            result = self.operators(func, args, kwargs)
+        if known is not None:
+            result.known = known
+        if size := cuda_attention.backward_workspace(func, args):
+            for leaf in result:
+                self._see(leaf, func)
+            self.momentarily(size)
+        return result
+
+    def _positions(self, indices: list[Tensor | None]) -> list[Tensor | None]:
+        """Boolean indices as the positions where they hold, as CUDA's own indexing turns them."""
+        result: list[Tensor | None] = []
+        for index in indices:
+            if index is not None and index.dtype == torch.bool:
+                with self:
+                    result += index.nonzero().unbind(1)
+            else:
+                result.append(index)
+        return result
+
+
+@contextlib.contextmanager
+def fake_gpu(kind: str = "other") -> Iterator[FakeGPU]:
+    """Inside, `cuda` is a GPU without memory whose use is counted, and new tensors have no data."""
+    counter = FakeGPU("cuda", kind)
+    with contextlib.ExitStack() as stack:
+        for target, name, value in (
+            (FakeTensor, "is_cuda", property(lambda tensor: tensor.device.type == "cuda")),
+            (FakeTensor, "to", _to),
+            (torch.cuda, "_initialized", False),  # no random state of a real GPU to save and restore
+            (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
+            (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+            (torch.nn.Module, "_apply", _apply),
+            (torch.nn.functional, "scaled_dot_product_attention", cuda_attention.scaled_dot_product_attention),
+        ):
+            stack.enter_context(mock.patch.object(target, name, value))
+        stack.enter_context(mock.patch("transformers.masking_utils.is_tracing", lambda tensor=None: False))
+        stack.enter_context(_kernels_of_a_cuda_build())
+        counter.operators = FakeOperators(stack.enter_context(_FakeCuda()), GPU)
+        yield stack.enter_context(counter)
+
+
+def with_values(tensor: Tensor) -> FakeTensor:
+    """A fake copy, on the host, of a real integer tensor, whose values the fake GPU knows."""
+    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+    fake.known = tensor
+    return fake
+
+
+class _FakeCuda(FakeTensorMode):
+    """Fake tensors that C++ takes for `cpu:0` tensors and everybody else for `cuda:0` tensors."""
+
+    def dispatch(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if func is prim.device.default:
+            return _device_for_core(args[0])
+        if kwargs and kwargs.get("device") == STAND_IN:  # C++ made it "on the same device"
+            kwargs = {**kwargs, "device": GPU}
+        return super().dispatch(func, types, args, kwargs or {})
+
+
+def _device_for_core(tensor: FakeTensor) -> torch.device:
+    if tensor.fake_mode.in_kernel_invocation:
+        return torch.device("meta")
+    return STAND_IN if tensor.fake_device.type == "cuda" else tensor.fake_device
+
+
+def _to(tensor: FakeTensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
+    """`Tensor.to`, which would copy what is on the GPU already: its core takes that for another device."""
+    device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    options = {"dtype": dtype or tensor.dtype, "non_blocking": non_blocking, "copy": copy}
+    if device is not None and (device.type == "cuda" or device == STAND_IN):
+        device = GPU
+    if device is not None and device != tensor.device:
+        options["device"] = device
+    if memory_format is not None:
+        options["memory_format"] = memory_format
+    return Tensor.to(tensor, **options)
+
+
+def _apply(module: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:
+    """`Module.to` by new parameters: the original swaps the contents of fake tensors, which fails."""
+    for child in module.children() if recurse else ():
+        child._apply(fn)
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        old = parameter.detach()
+        new = fn(old)
+        if new is not old:
+            module._parameters[name] = torch.nn.Parameter(new, parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = fn(buffer)
+    return module
+
+
+@contextlib.contextmanager
+def _kernels_of_a_cuda_build() -> Iterator[None]:
+    """Keeps operators whole that have a kernel on CUDA but are taken apart into others where PyTorch has none."""
+    library = torch.library.Library("aten", "IMPL")
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::silu_backward", "CUDA"):
+        library.impl("silu_backward", lambda *_: None, "CUDA")  # never called: fake tensors are caught above
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+def _known(func: Any, args: tuple, kwargs: dict) -> Any:
+    """What `func` gives on known values: a tensor, a number, or None where not everything is known."""
+    if func in _FACTORIES:
+        wanted = kwargs.get("dtype")
+        if wanted is not None and (wanted.is_floating_point or wanted.is_complex):
+            return None
+        if wanted is None and any(isinstance(x, float) for x in tree_leaves(args)):
+            return None
+        if wanted is None and func not in (aten.arange.default, aten.arange.start, aten.arange.start_step):
+            return None
+    else:
+        first = args[0][0] if args and isinstance(args[0], (list, tuple)) and args[0] else args[0] if args else None
+        if not isinstance(first, Tensor) or first.is_floating_point():
+            return None
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if not all(hasattr(t, "known") for t in tensors):
+            if func._schema.is_mutable:
+                _forget(args)
+            return None
+        if kwargs.get("dtype") is not None and kwargs["dtype"].is_floating_point:
+            return None
+    with _disable_current_modes():
+        args, kwargs = tree_map_only(Tensor, lambda t: t.known, (args, dict(kwargs)))
+        for name in ("device", "pin_memory"):
+            kwargs.pop(name, None)
+        known = func(*args, **kwargs)
+    if isinstance(known, Tensor):
+        return None if known.is_floating_point() else known
+    return known if isinstance(known, (bool, int)) else None
+
+
+def _forget(args: tuple) -> None:
+    if isinstance(args[0], FakeTensor) and hasattr(args[0], "known"):
+        del args[0].known
+
+
+_FACTORIES = {
+    aten.arange.default, aten.arange.start, aten.arange.start_step,
+    aten.zeros.default, aten.ones.default, aten.full.default,
+}  # fmt: skip
+
+_gemm_4bit = _gemm_4bit_of_many_rows = None
+with contextlib.suppress(ImportError, AttributeError):  # bitsandbytes before 0.50 dequantises in Python, in plain sight
+    import bitsandbytes  # noqa: F401
+    from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl as _gemm_4bit_of_many_rows
+
+    _gemm_4bit = torch.ops.bitsandbytes.gemm_4bit.default

@@ -1,0 +1,84 @@
+"""A model from its configuration alone, on the fake GPU: layers and storages of the loaded one, without data."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import name2qmap, quantize_4bit
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
+
+from lowmem_npo.config import ModelConfig
+from lowmem_npo.estimate.simulator.gpu import GPU
+from lowmem_npo.model.loading import DTYPES
+
+
+def fake_model(architecture: PretrainedConfig, config: ModelConfig) -> PreTrainedModel:
+    """What `load_model` gives. Call it inside `fake_gpu()`.
+
+    A 4-bit layer is bitsandbytes' own, and its weight is made by bitsandbytes' own quantisation; only the class
+    `Params4bit`, which cannot hold a fake tensor, is replaced by a plain parameter with the same attributes.
+    """
+    dtype = DTYPES[config.dtype]
+    with _disable_current_modes(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architecture, attn_implementation=config.attn, dtype=dtype)
+        if config.qlora:
+            quantizer = AutoHfQuantizer.from_config(
+                BitsAndBytesConfig(
+                    load_in_4bit=True,
+                    bnb_4bit_quant_type="nf4",
+                    bnb_4bit_use_double_quant=True,
+                    bnb_4bit_compute_dtype=dtype,
+                ),
+                pre_quantized=False,
+            )
+            quantizer.preprocess_model(model=model, device_map=None)
+            quantizer.postprocess_model(model)
+            model.hf_quantizer = quantizer
+    with (
+        mock.patch.dict(name2qmap, {"dynamic": torch.empty(256, device=GPU)}),  # a table that all layers share
+        mock.patch.object(
+            bnb.functional, "get_4bit_type", lambda *_, **__: torch.empty(16, device=GPU)
+        ),  # each its own
+    ):
+        _give_storages(model, dtype)
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model.eval()
+
+
+def _give_storages(model: nn.Module, dtype: torch.dtype) -> None:
+    made: dict[int, nn.Parameter] = {}  # tied parameters stay tied
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                four_bit = isinstance(module, bnb.nn.Linear4bit) and name == "weight"
+                new = _nf4(module, dtype) if four_bit else nn.Parameter(_on_gpu(parameter), requires_grad=False)
+                made[id(parameter)] = new
+            module._parameters[name] = made[id(parameter)]
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = _on_gpu(buffer)
+
+
+def _on_gpu(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=GPU)
+
+
+def _nf4(layer: bnb.nn.Linear4bit, dtype: torch.dtype) -> nn.Parameter:
+    old = layer.weight
+    dense = torch.empty(layer.out_features, layer.in_features, dtype=dtype, device=GPU)
+    packed, layer.quant_state = quantize_4bit(
+        dense, compress_statistics=old.compress_statistics, quant_type=old.quant_type, quant_storage=old.quant_storage
+    )
+    weight = nn.Parameter(packed, requires_grad=False)
+    for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage"):
+        setattr(weight, name, getattr(old, name))
+    weight.quant_state, weight.bnb_quantized, weight.module = layer.quant_state, True, layer
+    return weight

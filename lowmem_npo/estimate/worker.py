@@ -1,0 +1,29 @@
+"""The process that `background.Simulation` starts: a run and its rows on stdin, its report or a mistake on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import sys
+
+from lowmem_npo.errors import UserError
+from lowmem_npo.libraries import quick_imports, quiet_libraries
+
+with quick_imports():
+    from lowmem_npo.estimate.report import Report, report
+
+
+def answer(question: bytes) -> Report | UserError:
+    """The report on a pickled (RunConfig, StepRows)."""
+    config, rows = pickle.loads(question)
+    try:
+        return report(config, rows)
+    except UserError as error:
+        return error
+
+
+if __name__ == "__main__":
+    quiet_libraries()
+    with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints must not get into the answer
+        result = answer(sys.stdin.buffer.read())
+    sys.stdout.buffer.write(pickle.dumps(result))

@@ -1,0 +1,136 @@
+"""Answers, greedy or sampled, many prompts at a time: left padding, KV cache; greedy text as of one at a time."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE, batches, cache_tokens
+from lowmem_npo.evaluation.scoring.eval_mode import evaluating, progress_bar
+from lowmem_npo.model import compute_autocast
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids to continue, and how many new tokens may follow them (the end-of-sequence token included)."""
+
+    ids: Sequence[int]
+    max_new_tokens: int
+
+
+def greedy_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    batch_size: int = BATCH_SIZE,
+    description: str = "greedy answers",
+    progress: bool = True,
+) -> list[list[int]]:
+    """The most likely continuation of each prompt, token by token, in the order of `prompts`.
+
+    Answers end before the first end-of-sequence token (the tokenizer's, or any the model itself names) or after their
+    own `max_new_tokens`. At most `batch_size` prompts are continued together, fewer when they are long.
+    """
+    return [rows[0] for rows in _answers(model, tokenizer, prompts, {}, 1, batch_size, description, progress)]
+
+
+def sampled_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    samples: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = BATCH_SIZE,
+    description: str = "sampled answers",
+    progress: bool = True,
+) -> list[list[list[int]]]:
+    """`samples` continuations of each prompt, drawn from the whole distribution at `temperature`.
+
+    The same seed gives the same samples from the same batches; the caller's random numbers are left alone. At most
+    `batch_size` samples, or those of one prompt, are drawn together.
+    """
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "num_return_sequences": samples}
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        rows_at_once = max(1, batch_size // samples)
+        return _answers(model, tokenizer, prompts, drawn, samples, rows_at_once, description, progress)
+
+
+def _answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    drawn: dict[str, Any],
+    samples: int,
+    batch_size: int,
+    description: str,
+    progress: bool,
+) -> list[list[list[int]]]:
+    """For each prompt its `samples` answers, cut as `greedy_answers` says. drawn: settings of generation."""
+    stops = _stop_ids(model, tokenizer)
+    answers: list[list[list[int]]] = [[] for _ in prompts]
+    lengths = [(len(prompt.ids), prompt.max_new_tokens) for prompt in prompts]
+    room = max(1, cache_tokens(model) // samples)
+    with evaluating(model), compute_autocast(model), progress_bar(len(prompts), description, progress) as bar:
+        for batch in batches(lengths, batch_size, room):
+            continuations = _continue(model, tokenizer, [prompts[i] for i in batch], stops, drawn)
+            for place, ids in enumerate(continuations):
+                i = batch[place // samples]
+                ids = ids[: prompts[i].max_new_tokens]
+                end = next((at for at, token in enumerate(ids) if token in stops), len(ids))
+                answers[i].append(ids[:end])
+            bar.update(len(batch))
+    return answers
+
+
+def _continue(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    stops: list[int],
+    drawn: dict[str, Any],
+) -> list[list[int]]:
+    width = max(len(prompt.ids) for prompt in prompts)
+    # Padding is masked, so any id would do; not every tokenizer has one of its own.
+    pad = next((token for token in [tokenizer.pad_token_id, *stops] if token is not None), 0)
+    input_ids = torch.full((len(prompts), width), pad, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
+        attention_mask[row, width - len(prompt.ids) :] = 1
+    output = model.generate(
+        input_ids=input_ids.to(model.device),
+        attention_mask=attention_mask.to(model.device),
+        # Written out, because whatever is left open is taken from the model's own generation_config.json, where
+        # published models keep sampling settings and repetition penalties.
+        generation_config=GenerationConfig(
+            **{
+                "do_sample": False,
+                "num_beams": 1,
+                "temperature": 1.0,
+                "top_p": 1.0,
+                "top_k": 50,
+                "repetition_penalty": 1.0,
+                "no_repeat_ngram_size": 0,
+                "min_length": 0,
+                "max_new_tokens": max(prompt.max_new_tokens for prompt in prompts),
+                "eos_token_id": stops,
+                "pad_token_id": pad,
+                "use_cache": True,
+                **drawn,
+            }
+        ),
+    )
+    return output[:, width:].tolist()
+
+
+def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    of_model = model.generation_config.eos_token_id
+    of_model = of_model if isinstance(of_model, list) else [of_model]
+    return sorted({token for token in [tokenizer.eos_token_id, *of_model] if token is not None})

@@ -1,0 +1,114 @@
+"""What any evaluation asks of a model, text and likelihood, each kept in a journal as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowmem_npo.data import TokenizedRow
+from lowmem_npo.evaluation.answers import MAX_NEW_TOKENS, AnswerRecord, evaluate_answers, question
+from lowmem_npo.evaluation.scoring.batching import cache_tokens
+from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers, sampled_answers
+from lowmem_npo.evaluation.scoring.journal import Journal
+from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
+from lowmem_npo.evaluation.scoring.token_scores import TokenScores, token_scores
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """A model under evaluation. `part` names what is measured, in the journal and on the progress bar.
+
+    model: None where the journal knows every answer.
+    """
+
+    model: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase
+    journal: Journal
+    batch_size: int
+
+    def without_model(self) -> Measuring:
+        """The same, holding no model any longer: only what the journal knows can be asked for."""
+        return replace(self, model=None)
+
+    def continuations(self, part: str, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
+        """The greedy text after each prompt (ids), special tokens skipped, nothing else trimmed."""
+
+        def measure(rows: list[int]) -> list[str]:
+            batch = [Prompt(prompts[row], max_new_tokens) for row in rows]
+            answers = greedy_answers(self.model, self.tokenizer, batch, batch_size=self.batch_size, progress=False)
+            return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+
+        lengths = [(len(prompt), max_new_tokens) for prompt in prompts]
+        return self._generated(part, lengths, measure)
+
+    def samples(
+        self, part: str, rows: Sequence[TokenizedRow], samples: int, temperature: float, seed: int
+    ) -> list[list[str]]:
+        """So many sampled answers to each row's prompt, none longer than the row's own answer (`evaluate_answers`)."""
+        questions = [question(row) for row in rows]
+
+        def measure(chosen: list[int]) -> list[list[str]]:
+            found = sampled_answers(
+                self.model,
+                self.tokenizer,
+                [Prompt(prompt, min(len(answer), MAX_NEW_TOKENS)) for prompt, answer in (questions[i] for i in chosen)],
+                samples=samples,
+                temperature=temperature,
+                seed=seed + chosen[0],  # a batch's own, so that an interrupted evaluation goes on with the same samples
+                batch_size=self.batch_size,
+                progress=False,
+            )
+            return [[self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in row] for row in found]
+
+        lengths = [(len(prompt), len(answer)) for prompt, answer in questions]
+        return self._generated(part, lengths, measure)
+
+    def nll(self, part: str, rows: Sequence[TokenizedRow]) -> list[float]:
+        """The mean negative log-likelihood per token of each row's answer, in nats."""
+
+        def measure(chosen: list[int]) -> list[float]:
+            batch = [rows[row] for row in chosen]
+            return [
+                score.nll for score in answer_likelihoods(self.model, batch, batch_size=self.batch_size, progress=False)
+            ]
+
+        lengths = [(len(row["input_ids"]), 0) for row in rows]
+        return self.journal.measured(part, lengths, measure, batch_size=self.batch_size)
+
+    def token_scores(self, part: str, rows: Sequence[TokenizedRow]) -> list[TokenScores]:
+        """What the model thinks of every token of each row's answer."""
+
+        def measure(chosen: list[int]) -> list[dict]:
+            batch = [rows[row] for row in chosen]
+            return [
+                asdict(scores) for scores in token_scores(self.model, batch, batch_size=self.batch_size, progress=False)
+            ]
+
+        lengths = [(len(row["input_ids"]), 0) for row in rows]
+        found = self.journal.measured(part, lengths, measure, batch_size=self.batch_size)
+        return [TokenScores(**entry) for entry in found]
+
+    def answers(self, part: str, rows: Sequence[TokenizedRow], places: Sequence[int]) -> list[AnswerRecord]:
+        """What `evaluate_answers` records of each row; `places` are the rows' places in their data set."""
+
+        def measure(chosen: list[int]) -> list[dict]:
+            found = evaluate_answers(
+                self.model,
+                self.tokenizer,
+                [rows[row] for row in chosen],
+                limit=None,
+                batch_size=self.batch_size,
+                progress=False,
+            )
+            return [asdict(record) for record in found.records]
+
+        lengths = [(row["prompt_length"], len(row["input_ids"]) - row["prompt_length"]) for row in rows]
+        found = self._generated(part, lengths, measure)
+        return [replace(AnswerRecord(**entry), row=place) for entry, place in zip(found, places, strict=True)]
+
+    def _generated(self, part: str, lengths: Sequence[tuple[int, int]], measure: Callable) -> list[Any]:
+        room = cache_tokens(self.model)
+        return self.journal.measured(part, lengths, measure, batch_size=self.batch_size, max_batch_tokens=room)

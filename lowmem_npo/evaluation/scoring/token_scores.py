@@ -1,0 +1,133 @@
+"""What the model thinks of every token of an answer, given the true tokens before it: the ground of the leak tests.
+
+Three figures per token, from one walk over the vocabulary in chunks, so that no tensor of tokens x vocabulary exists:
+
+    logprob   log p(token)
+    standard  (log p(token) - mean) / std of log p(w) where w is drawn from p: Min-K%++ (Zhang et al. 2024)
+    greedy    whether the token is the most likely one, so that greedy decoding would have written it
+
+A model that recites is nearly certain; there both sides of `standard` are differences of nearly equal numbers. So all
+is counted from the largest logit, and the means and variances of chunks are merged in float64 (Chan et al. 1983).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from lowmem_kernels import FrozenHead
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lowmem_npo.data import TokenizedRow
+from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE, batches
+from lowmem_npo.evaluation.scoring.eval_mode import evaluating, progress_bar
+from lowmem_npo.evaluation.scoring.likelihood import right_padded
+from lowmem_npo.model import answer_hidden, frozen_head
+
+TOKENS, VOCABULARY = 256, 4096  # a tile of float64 logits is 8 MiB; about four are alive at once
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """One row: a figure per answer token (all tokens but the first, if it has no prompt), EOS included, in order."""
+
+    logprobs: list[float]
+    standard: list[float]
+    greedy: list[bool]
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood per token, in nats."""
+        return -math.fsum(self.logprobs) / len(self.logprobs)
+
+
+def token_scores(
+    model: PreTrainedModel,
+    rows: Sequence[TokenizedRow],
+    *,
+    batch_size: int = BATCH_SIZE,
+    description: str = "answer tokens",
+    progress: bool = True,
+) -> list[TokenScores]:
+    """The scores of each row, in the order of `rows`.
+
+    Raises UserError where the model gives NaN or infinity.
+    """
+    found: list[TokenScores | None] = [None] * len(rows)
+    head = frozen_head(model)
+    with evaluating(model), progress_bar(len(rows), description, progress) as bar:
+        for batch in batches([(len(row["input_ids"]), 0) for row in rows], batch_size):
+            tensors = (tensor.to(model.device) for tensor in right_padded([rows[i] for i in batch]))
+            answers = answer_hidden(model, *tensors)
+            logprobs, standard, greedy = (x.cpu() for x in vocabulary_statistics(answers.hidden, head, answers.targets))
+            if not (logprobs.isfinite().all() and standard.isfinite().all()):
+                raise UserError("The model gives answers no finite likelihood; the weights or the adapter are damaged.")
+            sequence = answers.sequence.cpu()
+            for place, i in enumerate(batch):
+                own = sequence == place
+                found[i] = TokenScores(logprobs[own].tolist(), standard[own].tolist(), greedy[own].tolist())
+            bar.update(len(batch))
+    return found
+
+
+@torch.no_grad()
+def vocabulary_statistics(hidden: Tensor, head: FrozenHead, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """logprob (N,) float64, standard (N,) float64, greedy (N,) bool of `targets` (N,) after `hidden` (N, d)."""
+    parts = [
+        _statistics(hidden[start : start + TOKENS].float(), head, targets[start : start + TOKENS])
+        for start in range(0, len(targets), TOKENS)
+    ]
+    if not parts:
+        nothing = hidden.new_zeros(0, dtype=torch.float64)
+        return nothing, nothing, nothing.bool()
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def _statistics(hidden: Tensor, head: FrozenHead, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    wanted = targets[:, None]
+    merged = None
+    z_target = torch.empty_like(wanted, dtype=torch.float64)
+    for first in range(0, head.vocabulary, VOCABULARY):
+        z = _logits(hidden, head, slice(first, first + VOCABULARY))  # (r, v) float64
+        inside = (wanted >= first) & (wanted < first + z.shape[1])
+        z_target = torch.where(inside, z.gather(1, (wanted - first).clamp(0, z.shape[1] - 1)), z_target)
+        top, best = z.max(1, keepdim=True)
+        z = z.sub_(top)
+        weight = z.exp()
+        mass = weight.sum(1, keepdim=True)
+        mean = (weight * z).sum(1, keepdim=True) / mass
+        variance = weight.mul_(z.sub_(mean).square_()).sum(1, keepdim=True) / mass
+        part = (top, best + first, mass, mean, variance)
+        merged = part if merged is None else _merge(merged, part)
+    top, best, mass, mean, variance = merged
+    below_top = z_target - top
+    # All of p on one token: no spread, and that token stands at its mean.
+    standard = (below_top - mean) / variance.sqrt().clamp(min=1e-150)
+    return (below_top - mass.log())[:, 0], standard[:, 0], (best == wanted)[:, 0]
+
+
+def _merge(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Two disjoint parts of the vocabulary taken together. Each is (largest logit, its token, mass, mean, variance);
+    mass and mean are relative to the largest logit; of equal logits the first counts."""
+    top = torch.maximum(one[0], other[0])
+    (mass_a, mean_a), (mass_b, mean_b) = (
+        (mass * (own - top).exp(), mean + (own - top)) for own, _, mass, mean, _ in (one, other)
+    )
+    mass = mass_a + mass_b
+    a, b = mass_a / mass, mass_b / mass
+    mean = a * mean_a + b * mean_b
+    variance = a * one[4] + b * other[4] + a * b * (mean_a - mean_b).square()
+    return top, torch.where(other[0] > one[0], other[1], one[1]), mass, mean, variance
+
+
+def _logits(hidden: Tensor, head: FrozenHead, entries: slice) -> Tensor:
+    """(r, v) float64, from a float32 product: softcap * tanh(scale * (h W^T + b) / softcap)."""
+    z = (hidden @ head.weight[entries].float().T).double()
+    if head.bias is not None:
+        z += head.bias[entries]
+    z *= head.logit_scale
+    return z if head.softcap is None else (z / head.softcap).tanh_() * head.softcap

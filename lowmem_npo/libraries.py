@@ -1,0 +1,51 @@
+"""The libraries that a command stands on, made quiet and quick: call these before a command does its work."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import os
+import warnings
+from collections.abc import Iterator
+from unittest import mock
+
+
+def quiet_libraries() -> None:
+    """Switches off library chatter that tells a user nothing they can act on; what they can act on stays."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise a warning for every forked data loader
+    # PEFT still asks transformers by its former name.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    import huggingface_hub
+    import transformers
+
+    huggingface_hub.logging.set_verbosity_error()  # its retries; the last failure is reported in one sentence
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def quick_imports() -> Iterator[None]:
+    """For the imports of a process that estimates and then ends: most of its time is spent importing libraries.
+
+    bitsandbytes asks for compiled functions when it is imported, which loads PyTorch's whole compiler; they stay as
+    they are written, since on fake tensors nothing is compiled. transformers loads scipy for the losses of image
+    models, and `datasets` for its Trainer to recognise; nothing here needs either. Nor is garbage collected among what
+    is imported, now or later.
+    """
+    import torch
+    import transformers.utils
+
+    gc.disable()
+    try:
+        with (
+            mock.patch.object(torch, "compile", lambda function=None, **_: function or (lambda function: function)),
+            mock.patch.object(transformers.utils, "is_scipy_available", lambda: False),
+            mock.patch.object(transformers.utils, "is_datasets_available", lambda: False),
+        ):
+            yield
+    finally:
+        gc.freeze()
+        atexit.register(gc.unfreeze)  # or Triton, at the end, takes what is frozen for leaked
+        gc.enable()

@@ -1,6 +1,0 @@
-"""Where reference quantities come from: the original model, which is the policy's own network with its adapters off."""
-
-from lowmem_npo.reference.cached import CachedReference, check_cache_space
-from lowmem_npo.reference.live import LiveReference
-
-__all__ = ["CachedReference", "LiveReference", "check_cache_space"]

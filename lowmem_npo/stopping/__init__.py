@@ -1,1 +1,0 @@
-"""`--stop-when`: a run that is measured while it trains, stops in time, and keeps its best adapter."""

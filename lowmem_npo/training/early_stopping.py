@@ -1,0 +1,247 @@
+"""A run under `--stop-when`: measured after every epoch or every few steps, stopped in time, its best adapter kept."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lowmem_npo.data import TokenizedRow
+from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.benchmarks.documents import membership
+from lowmem_npo.evaluation.scoring.likelihood import Likelihood, answer_likelihoods
+from lowmem_npo.files import write_atomically
+from lowmem_npo.model import reference_mode
+from lowmem_npo.stop_conditions import Condition, StopEvaluation, best, held, holds
+
+EVALUATIONS, OUTCOME, KEPT = "evaluations.jsonl", "stopping.json", "best"
+
+
+@dataclass(frozen=True)
+class StopOutcome:
+    """What `--stop-when` did; stopping.json holds the same."""
+
+    conditions: list[str]
+    held: list[str]
+    """The conditions that ended the run; none: it went on to its end."""
+    last: StopEvaluation
+    """The evaluation at which the run ended."""
+    kept: StopEvaluation
+    """The evaluation whose adapter is the run's result."""
+    within_limits: bool
+    """Whether the kept adapter is within every limit."""
+    sentence: str
+
+
+class Stopping(TrainerCallback):
+    """Measures `sets` with `model`, ends the training when a condition holds, and knows the best adapter.
+
+    sets: "forget" and, where there are such rows, "retain" and "holdout": the rows that are measured.
+    directory: gets evaluations.jsonl, a line per evaluation, and best/, the best adapter so far.
+    every: optimiser steps between evaluations; None: one after each epoch. The last step is always followed by one.
+    patience: at how many evaluations in a row a condition must hold.
+
+    The main process measures and decides for all.
+    """
+
+    def __init__(
+        self,
+        conditions: Sequence[Condition],
+        model: PeftModel,
+        sets: Mapping[str, Sequence[TokenizedRow]],
+        directory: Path,
+        *,
+        every: int | None = None,
+        patience: int = 1,
+        batch_size: int = 8,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.conditions, self.model, self.sets, self.directory = conditions, model, sets, directory
+        self.every, self.patience, self.batch_size, self.say = every, patience, batch_size, say
+        self.evaluations: list[StopEvaluation] = []
+
+    # -- before training ----------------------------------------------------------------------------------------------
+
+    def resume(self, step: int) -> bool:
+        """Takes up a run that goes on from `step`, 0 if it begins. Returns whether it had stopped there already.
+
+        Raises:
+            UserError: the best adapter of the earlier part is gone.
+        """
+        known = read_evaluations(self.directory / EVALUATIONS)
+        self.evaluations = [evaluation for evaluation in known if evaluation.step <= step]
+        if step == 0 or not self.evaluations or self.evaluations[0].step > 0:
+            self.evaluations = []  # nothing to go on from: the original is measured again
+            return False
+        kept = best(self.evaluations, self.conditions)
+        if PartialState().is_main_process and kept is not None and not self._file(kept).exists():
+            raise UserError(f"--resume: the best adapter so far, '{self._file(kept)}', is gone: start the run anew.")
+        return bool(self._held())
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if PartialState().is_main_process:
+            if not self.evaluations:
+                with reference_mode(self.model):
+                    self._add(measure(self.model, self.sets, 0, 0.0, self.batch_size))
+            self._write()
+        PartialState().wait_for_everyone()
+
+    # -- while training -----------------------------------------------------------------------------------------------
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.every is not None and (state.global_step % self.every == 0 or state.global_step == state.max_steps):
+            self._evaluate(state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.every is None:
+            self._evaluate(state, control)
+
+    def _evaluate(self, state: TrainerState, control: TrainerControl) -> None:
+        decision = [False]
+        if state.is_world_process_zero:
+            now = measure(self.model, self.sets, state.global_step, state.epoch, self.batch_size)
+            self._add(now)
+            if best(self.evaluations, self.conditions) is now:
+                self._save(now)
+            self._write()
+            decision = [bool(self._held())]
+        control.should_training_stop |= broadcast_object_list(decision)[0]
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """From this checkpoint a killed run goes on, and needs no adapter but the best one of now."""
+        if state.is_world_process_zero:
+            self._prune()
+
+    # -- after training -----------------------------------------------------------------------------------------------
+
+    def finish(self) -> StopOutcome | None:
+        """Puts the best adapter into the model, writes stopping.json, and says what was done. For the main process."""
+        kept, last, ended_by = best(self.evaluations, self.conditions), self.evaluations[-1], self._held()
+        if kept is None:
+            return None
+        self._restore(kept)
+        self._prune()
+        start = self.evaluations[0]
+        limits = [condition for condition in self.conditions if condition.kind == "limit"]
+        within = not any(holds(limit, kept, start) for limit in limits)
+        outcome = StopOutcome(
+            conditions=[condition.text for condition in self.conditions],
+            held=[condition.text for condition in ended_by],
+            last=last,
+            kept=kept,
+            within_limits=within,
+            sentence=self._sentence(kept, last, ended_by, within),
+        )
+        content = {**asdict(outcome), "last": _line(last), "kept": _line(kept), "before": _line(start)}
+        write_atomically(self.directory / OUTCOME, json.dumps(content, indent=1) + "\n")
+        self.say(outcome.sentence)
+        return outcome
+
+    def _sentence(self, kept: StopEvaluation, last: StopEvaluation, ended_by: Sequence[Condition], within: bool) -> str:
+        start = self.evaluations[0]
+        times = f" {self.patience} times in a row" if self.patience > 1 else ""
+        if ended_by:
+            why = " and ".join(f"{condition.text} ({condition.told(last, start)})" for condition in ended_by)
+            told = f"Stopped at step {last.step}: {why}{times and ',' + times}."
+        else:
+            conditions = " and ".join(condition.text for condition in self.conditions)
+            told = f"Trained to its end, step {last.step}: {conditions} did not hold{times}."
+        told += f" The adapter of step {kept.step} is kept."
+        if not within:
+            told += " None was within the limit, this one lost least: try a lower --lr or --eval-every."
+        return told
+
+    # -- what is known, and where it lies -----------------------------------------------------------------------------
+
+    def _held(self) -> list[Condition]:
+        return held(self.evaluations, self.conditions, self.patience)
+
+    def _add(self, now: StopEvaluation) -> None:
+        self.evaluations.append(now)
+        figures = {
+            "forget NLL": now.forget_nll,
+            "holdout NLL": now.holdout_nll,
+            "retain NLL": now.retain_nll,
+            "membership AUC": now.membership_auc,
+        }
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.items() if value is not None)
+        self.say(f"{f'step {now.step}' if now.step else 'before'}: {shown}")
+
+    def _write(self) -> None:
+        lines = "".join(json.dumps(_line(evaluation)) + "\n" for evaluation in self.evaluations)
+        write_atomically(self.directory / EVALUATIONS, lines)
+
+    def _file(self, evaluation: StopEvaluation) -> Path:
+        return self.directory / KEPT / f"step-{evaluation.step}.safetensors"
+
+    def _trained(self) -> dict[str, Any]:
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def _save(self, evaluation: StopEvaluation) -> None:
+        file = self._file(evaluation)
+        file.parent.mkdir(exist_ok=True)
+        partial = file.with_suffix(".partial")
+        save_file({name: weight.detach().cpu().contiguous() for name, weight in self._trained().items()}, partial)
+        partial.replace(file)
+
+    def _restore(self, evaluation: StopEvaluation) -> None:
+        weights = load_file(self._file(evaluation))
+        for name, parameter in self._trained().items():
+            parameter.data.copy_(weights[name])
+
+    def _prune(self) -> None:
+        kept = best(self.evaluations, self.conditions)
+        for file in (self.directory / KEPT).glob("step-*"):
+            if kept is None or file != self._file(kept):
+                file.unlink()
+
+
+def measure(
+    model: PreTrainedModel | PeftModel,
+    sets: Mapping[str, Sequence[TokenizedRow]],
+    step: int,
+    epoch: float,
+    batch_size: int,
+) -> StopEvaluation:
+    """The likelihood of every set's answers, no more: nothing is generated."""
+    found = {
+        name: answer_likelihoods(model, rows, batch_size=batch_size, description=f"step {step}, {name}")
+        for name, rows in sets.items()
+    }
+    levels = {f"{name}_nll": _nll(likelihoods) for name, likelihoods in found.items()}
+    if "holdout" in found:
+        rows = [[likelihood.nll for likelihood in found[name]] for name in ("forget", "holdout")]
+        finite = all(map(math.isfinite, [*rows[0], *rows[1]]))
+        levels["membership_auc"] = membership(*rows).auc if finite else math.nan
+    return StopEvaluation(step, epoch, **levels)
+
+
+def read_evaluations(path: Path) -> list[StopEvaluation]:
+    """What evaluations.jsonl says, in order; nothing if it does not exist."""
+    if not path.exists():
+        return []
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [StopEvaluation(**{k: math.nan if v is None else v for k, v in line.items()}) for line in lines]
+
+
+def _nll(likelihoods: Sequence[Likelihood]) -> float:
+    return sum(one.nll_sum for one in likelihoods) / sum(one.tokens for one in likelihoods)
+
+
+def _line(evaluation: StopEvaluation) -> dict[str, float | None]:
+    """For JSON: what was not measured is absent, a figure that is not finite is null."""
+    measured = {name: value for name, value in asdict(evaluation).items() if value is not None}
+    return {name: value if math.isfinite(value) else None for name, value in measured.items()}

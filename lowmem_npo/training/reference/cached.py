@@ -1,0 +1,165 @@
+"""The reference, stored: each row goes through the original model once, in this run or in an earlier one.
+
+Stored are a log-prob for each forget answer token (4 bytes) and the final hidden state for each retain answer token
+(2 d bytes in bf16; the logits would take 2 V). A row's values are those of its first visit, and do not depend on the
+batch it shared: the losses are the live reference's bit for bit, on the CPU and for rows of some dozen tokens. Where
+the sizes of the matrix products decide how they round (shorter rows, a GPU), that holds for the first epoch and the
+rounding may differ later.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from lowmem_npo.config import ObjectiveConfig
+from lowmem_npo.data.tokenizing import IGNORED, TokenizedRow
+from lowmem_npo.errors import UserError
+from lowmem_npo.model.head import causal_lm
+from lowmem_npo.training.objective import needs_reference
+from lowmem_npo.training.reference.answer_file import AnswerFile
+from lowmem_npo.training.reference.identity import rows_fingerprint, tokenizer_fingerprint, weights_fingerprint
+from lowmem_npo.training.reference.live import LiveReference
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class CachedReference(LiveReference):
+    """As `LiveReference`, but what it finds is stored in `directory`, and what is found there is not run again."""
+
+    files: dict[str, AnswerFile] | None = None
+
+    @classmethod
+    def open(
+        cls,
+        live: LiveReference,
+        directory: Path,
+        forget: Sequence[TokenizedRow],
+        retain: Sequence[TokenizedRow] | None,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> CachedReference:
+        """The cache in `directory`, which need not exist yet: nothing is written before the first batch.
+
+        Raises:
+            UserError: there is a cache of another model, of other rows or another tokenizer, or a damaged one.
+        """
+        lm = causal_lm(live.model)
+        model = {"model": lm.config.name_or_path or type(lm).__name__, "weights": weights_fingerprint(live.model)}
+        model["tokenizer"] = tokenizer_fingerprint(tokenizer)
+        parts = _parts(live.objective, forget, retain, lm.config, lm.get_output_embeddings().weight.dtype)
+        files = {}
+        for name, (rows, width, dtype) in parts.items():
+            path, identity = directory / f"{name}.safetensors", {**model, "rows": rows_fingerprint(rows)}
+            try:
+                file = AnswerFile(path, _answer_lengths(rows), width, dtype, identity)
+            except (ValueError, OSError) as error:
+                reason = error.strerror if isinstance(error, OSError) else error
+                raise UserError(f"--reference-dir: '{path}' cannot be used: {reason}; {_REMEDY}.") from error
+            if reason := _stale(file, identity):
+                raise UserError(f"--reference-dir: '{path}' {reason}; {_REMEDY}.")
+            files[name] = file
+        return cls(live.model, live.head, live.objective, files)
+
+    def answer_logprobs(self, batch: dict[str, Tensor]) -> Tensor:
+        found = self._stored("forget", batch, lambda: super(CachedReference, self).answer_logprobs(batch)[:, None])
+        return found.squeeze(1)
+
+    def answer_hidden(self, batch: dict[str, Tensor]) -> Tensor:
+        return self._stored("retain", batch, lambda: super(CachedReference, self).answer_hidden(batch))
+
+    def _stored(self, part: str, batch: dict[str, Tensor], run: Callable[[], Tensor]) -> Tensor:
+        file, rows = self.files.get(part), batch["row"].tolist()
+        if file is None:
+            return run()
+        try:
+            found = file.read(rows)
+        except OSError as error:
+            self._go_on_live(part, error)
+            return run()
+        if found is not None:
+            device = batch["labels"].device
+            return (found.pin_memory() if device.type == "cuda" else found).to(device, non_blocking=True)
+        values = run()
+        try:
+            file.write(rows, values)
+        except OSError as error:
+            self._go_on_live(part, error)
+        return values
+
+    def _go_on_live(self, part: str, error: OSError) -> None:
+        path = self.files.pop(part).path
+        logger.warning(
+            "The reference cache '%s' cannot be used any more (%s): the run goes on with the live reference. "
+            "What is stored there stays valid.", path, error.strerror or error,
+        )  # fmt: skip
+
+
+def check_cache_space(
+    objective: ObjectiveConfig,
+    forget: Sequence[TokenizedRow],
+    retain: Sequence[TokenizedRow] | None,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    directory: Path,
+) -> str:
+    """A line that says how large the cache of a run will be. Raises a UserError if its disk has no room for it."""
+    sizes, missing = [], 0
+    for name, (rows, width, part_dtype) in _parts(objective, forget, retain, config, dtype).items():
+        size = sum(_answer_lengths(rows)) * width * part_dtype.itemsize + 8 * len(rows)
+        sizes.append(f"{name} {size / 2**20:.1f} MiB")
+        missing += 0 if (directory / f"{name}.safetensors").exists() else size
+    if not sizes:
+        return "Reference cache: this objective needs no reference, so nothing is stored."
+    existing = next(path for path in [directory.absolute(), *directory.absolute().parents] if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < missing:
+        raise UserError(
+            f"The reference cache takes {missing / 2**20:.0f} MiB, the disk of '{directory}' has "
+            f"{free / 2**20:.0f} MiB free: give a --reference-dir on another disk, or use --reference live."
+        )
+    return f"Reference cache in {directory}: {', '.join(sizes)}; {missing / 2**20:.1f} MiB of that are new."
+
+
+_REMEDY = "remove it, choose another --reference-dir, or use --reference live"
+
+
+def _parts(
+    objective: ObjectiveConfig,
+    forget: Sequence[TokenizedRow],
+    retain: Sequence[TokenizedRow] | None,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+) -> dict[str, tuple[Sequence[TokenizedRow], int, torch.dtype]]:
+    """The files that the objective needs: rows, values per answer token, and their type."""
+    parts = {}
+    if needs_reference(objective) is not None:
+        parts["forget"] = forget, 1, torch.float32
+    if objective.delta > 0 and retain is not None:
+        parts["retain"] = retain, config.get_text_config().hidden_size, dtype
+    return parts
+
+
+def _answer_lengths(rows: Sequence[TokenizedRow]) -> list[int]:
+    return [sum(label != IGNORED for label in row["labels"][1:]) for row in rows]
+
+
+def _stale(file: AnswerFile, identity: dict[str, str]) -> str | None:
+    """Why what is stored in `file` is not what the model of `identity` would give; None: it is."""
+    made_by = file.metadata
+    if made_by.get("weights") != identity["weights"]:
+        before, now = made_by.get("model"), identity["model"]
+        names = f" ('{before}', not '{now}')" if before != now else ": same name, other weights or quantisation"
+        return f"was made by another model{names}"
+    if made_by.get("rows") != identity["rows"]:
+        if made_by.get("tokenizer") != identity["tokenizer"]:
+            return "was made with another tokenizer"
+        return "was made from other rows (other data, --limit, --prompt-template, --max-length or --tokens)"
+    return None if file.fits else "holds values of another size or type"

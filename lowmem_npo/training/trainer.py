@@ -1,0 +1,299 @@
+"""One optimiser step of unlearning, inside `transformers.Trainer`.
+
+`NPOTrainer.training_step` reads as the paper does: reference, forget, backward; retain, backward. Everything around it
+(epochs, schedulers, accumulation, logging, checkpoints, resume, `accelerate launch`) is the Trainer's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from lowmem_kernels import retain_loss, token_logprobs
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
+
+from lowmem_npo.config import AdapterConfig, ObjectiveConfig
+from lowmem_npo.data.batching import ForgetRetain, collator
+from lowmem_npo.data.tokenizing import TokenizedRow
+from lowmem_npo.errors import UserError
+from lowmem_npo.memory.prefix import SharedPrefix
+from lowmem_npo.model import answer_hidden, attach_lora, check_head, frozen_head
+from lowmem_npo.training.objective import SequenceLogprobs, StepTotals, forget_loss, needs_reference, retain_weights
+from lowmem_npo.training.reference import CachedReference, LiveReference
+from lowmem_npo.training.step_rows import StepBatches
+
+
+@dataclass
+class NPOConfig(ObjectiveConfig, TrainingArguments):
+    """`transformers.TrainingArguments` with the objective's fields (see `ObjectiveConfig`), and the paper's defaults.
+
+    As in TRL, `per_device_train_batch_size` is what one process puts through the model at once (forget rows), and an
+    optimiser step holds `gradient_accumulation_steps` times as many, on each process. `step_batch_size` sets the step's
+    forget rows directly, for numbers that do not divide evenly.
+    """
+
+    learning_rate: float = 1e-4
+    num_train_epochs: float = 20
+    per_device_train_batch_size: int = 4
+    lr_scheduler_type: str = "constant"
+    max_grad_norm: float = 0.0  # the paper does not clip
+    logging_steps: float = 1
+    save_strategy: str = "epoch"
+    save_total_limit: int | None = 2
+    step_batch_size: int | None = None
+    """Forget rows per optimiser step over all micro-batches and processes. Default: the product of the fields above."""
+    retain_batch_size: int | None = None
+    """Retain rows per optimiser step over all micro-batches and processes. Default: as many as forget rows."""
+    reference_dir: str | None = None
+    """Directory where the reference's results are stored, and read from (`CachedReference`). Default: the reference
+    pass is run at every step."""
+
+    def __post_init__(self) -> None:
+        ObjectiveConfig.__post_init__(self)
+        TrainingArguments.__post_init__(self)
+
+    @property
+    def objective(self) -> ObjectiveConfig:
+        return ObjectiveConfig(**{f.name: getattr(self, f.name) for f in fields(ObjectiveConfig)})
+
+
+class NPOTrainer(Trainer):
+    """Makes `model` forget `forget_dataset` and keep `retain_dataset`.
+
+    Args:
+        model: a causal LM whose base is frozen: a `PeftModel`, or a plain model together with `peft_config`.
+        args: `NPOConfig`.
+        forget_dataset: tokenised rows, as `lowmem_npo.data.tokenize` makes them. For the `idk` term their answers are
+            the refusals (`lowmem_npo.data.with_answer`).
+        retain_dataset: the same for what must be kept; None if gamma and delta are both 0.
+        peft_config: `AdapterConfig` of the LoRA adapter to attach if `model` has none yet.
+        processing_class: tokenizer; saved with the adapter, and its padding token fills short rows.
+
+    Raises:
+        UserError: no adapter to train, an output head the kernels do not know, retain rows missing, a reference
+            cache that another model or other rows left behind.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        args: NPOConfig,
+        forget_dataset: Sequence[TokenizedRow],
+        retain_dataset: Sequence[TokenizedRow] | None = None,
+        *,
+        processing_class: PreTrainedTokenizerBase,
+        peft_config: AdapterConfig | None = None,
+        **trainer_kwargs: Any,
+    ) -> None:
+        self.objective = args.objective
+        if not isinstance(model, PeftModel):
+            if peft_config is None:
+                raise UserError("NPOTrainer trains an adapter: give a PeftModel, or peft_config=AdapterConfig(...).")
+            model = attach_lora(model, peft_config)
+        if self.objective.needs_retain and not retain_dataset:
+            raise UserError(
+                "gamma or delta is positive but there are no retain rows: give retain_dataset, or set both to 0."
+            )
+        check_head(model)
+        args._n_gpu = min(args.n_gpu, 1)  # several GPUs are used by several processes, never by DataParallel
+        self.head = frozen_head(model)
+        self.reference = LiveReference(model, self.head, self.objective)
+        self.prefix = SharedPrefix(model)
+        self._metrics = StepMetrics(self.objective)
+        retain_dataset = retain_dataset if self.objective.needs_retain else None
+        if args.reference_dir is not None:
+            directory = Path(args.reference_dir)
+            self.reference = CachedReference.open(
+                self.reference, directory, forget_dataset, retain_dataset, processing_class
+            )
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=ForgetRetain(forget_dataset, retain_dataset),
+            data_collator=collator(processing_class.pad_token_id, with_retain=self.objective.needs_retain),
+            processing_class=processing_class,
+            **trainer_kwargs,
+        )
+        self.step_batches = self._step_batches(len(forget_dataset), len(retain_dataset or ()))
+        self.add_callback(_EpochOfSampler(self.step_batches))
+
+    def take_up(self, checkpoint: str) -> None:
+        """The adapter and the state of `checkpoint`, without training on. `train` would take one step at least."""
+        weights = load_file(Path(checkpoint) / "adapter_model.safetensors")
+        set_peft_model_state_dict(self.model, weights)
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+
+    # -- data: one forget and one retain batch per step -------------------------------------------------------------
+
+    def _step_batches(self, num_forget: int, num_retain: int) -> StepBatches:
+        args = self.args
+        micro_batches, processes = args.gradient_accumulation_steps, args.world_size
+        batch_size = args.step_batch_size or args.per_device_train_batch_size * micro_batches * processes
+        return StepBatches(
+            num_forget=num_forget,
+            num_retain=num_retain,
+            batch_size=batch_size,
+            retain_batch_size=args.retain_batch_size or batch_size,
+            micro_batches=micro_batches,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+            rank=args.process_index,
+            world_size=processes,
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Plain, not sharded by accelerate: `StepBatches` already yields this process's share of every step."""
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.step_batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, StepTotals]:
+        """The micro-batches of one optimiser step, and its totals over all of them and all processes."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        counts = torch.zeros(3, dtype=torch.int64)
+        for batch in batches:
+            forget, retain = batch["forget"], batch["retain"]
+            counts[0] += len(forget["labels"])
+            counts[1] += (forget["labels"][:, 1:] != -100).sum()
+            if retain is not None:
+                counts[2] += (retain["labels"][:, 1:] != -100).sum()
+        if self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts.to(device), reduction="sum")
+        return batches, StepTotals(*counts.tolist())
+
+    # -- the step ---------------------------------------------------------------------------------------------------
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: StepTotals | None = None
+    ) -> Tensor:
+        """One micro-batch: its share of the step's loss, detached, after its gradients were added to the adapter's."""
+        totals = num_items_in_batch
+        self.model.train()
+        inputs = self._prepare_inputs(inputs)
+        forget, retain = inputs["forget"], inputs["retain"]
+        # Part by part, the reference first: it runs before any graph exists, and the two parts' graphs never meet.
+        loss = torch.zeros((), device=self.args.device)
+        if len(forget["labels"]) > 0:
+            with self.prefix.shared():
+                forget_part = self._forget_loss(forget, self.reference.forget(forget), totals)
+            self.accelerator.backward(forget_part)
+            loss += forget_part.detach()
+            del forget_part
+        if retain is not None and len(retain["labels"]) > 0:
+            with self.prefix.shared():
+                retain_part = self._retain_loss(retain, self.reference.retain(retain), totals)
+            self.accelerator.backward(retain_part)
+            loss += retain_part.detach()
+            del retain_part
+
+        if self.accelerator.sync_gradients:
+            self._metrics.steps += 1
+            if self.args.world_size > 1:
+                self._sum_gradients()
+        return loss * self.args.world_size  # the Trainer reports the mean over processes; ours are shares of a sum
+
+    def _forget_loss(self, batch: dict[str, Tensor], reference: Tensor | None, totals: StepTotals) -> Tensor:
+        answers = answer_hidden(self.model, batch["input_ids"], batch["attention_mask"], batch["labels"])
+        logprobs = token_logprobs(answers.hidden, self.head, answers.targets)
+        policy = SequenceLogprobs(logprobs, answers.sequence, len(batch["labels"]))
+        loss = forget_loss(self.objective, policy, reference, totals)
+        self._metrics.add(forget_loss=loss, forget_nll=-logprobs.sum() / totals.forget_tokens)
+        if reference is not None:
+            ratio = logprobs.sum() - reference.sum()
+            self._metrics.add(forget_log_ratio=ratio / totals.forget_sequences)
+        return loss
+
+    def _retain_loss(self, batch: dict[str, Tensor], reference_hidden: Tensor | None, totals: StepTotals) -> Tensor:
+        answers = answer_hidden(self.model, batch["input_ids"], batch["attention_mask"], batch["labels"])
+        ce_weight, kl_weight = retain_weights(self.objective, totals)
+        loss, logprobs, kl = retain_loss(
+            answers.hidden,
+            reference_hidden,
+            self.head,
+            answers.targets,
+            ce_weight,
+            kl_weight,
+            direction=self.objective.kl_direction,
+        )
+        tokens = max(totals.retain_tokens, 1)
+        self._metrics.add(retain_nll=-logprobs.sum() / tokens)
+        if reference_hidden is not None:
+            self._metrics.add(retain_kl=kl.sum() / tokens)
+        return loss
+
+    def _sum_gradients(self) -> None:
+        """Adds the adapter's gradients over all processes: the passes call the bare module, so DDP's own hooks rest,
+        and losses are already shares of the whole step, so a sum (not DDP's mean) is exact."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        torch.distributed.all_reduce(flat)
+        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad.copy_(grad.view_as(p))
+
+    # -- logging ----------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the step's own quantities, averaged over the optimiser steps since the last log line."""
+        if "loss" in logs and self._metrics.steps:
+            values = self._metrics.means_and_reset()
+            if self.args.world_size > 1:
+                values = self.accelerator.reduce(values.to(self.args.device), reduction="sum")
+            logs.update(zip(self._metrics.names, values.tolist(), strict=True))
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: the Trainer's estimate knows neither the reference pass nor the missing logits."""
+        return 0
+
+
+class _EpochOfSampler(TrainerCallback):
+    """Tells the sampler which epoch begins, counted from steps so that a resumed run sees the very same rows."""
+
+    def __init__(self, step_batches: StepBatches) -> None:
+        self.step_batches = step_batches
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        self.step_batches.set_epoch(state.global_step // self.step_batches.steps_per_epoch)
+
+
+class StepMetrics:
+    """Sums of a step's detached quantities, on the device; each is this process's share of a mean over the step."""
+
+    def __init__(self, objective: ObjectiveConfig) -> None:
+        names = ["forget_loss", "forget_nll"]
+        names += ["forget_log_ratio"] if needs_reference(objective) else []
+        names += ["retain_nll"] if objective.needs_retain else []
+        names += ["retain_kl"] if objective.delta > 0 else []
+        self.names, self.steps, self._sums = names, 0, {}
+
+    def add(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach()
+
+    def means_and_reset(self) -> Tensor:
+        """(len(names),) float32, in the order of `names` on every process; 0 where this process had no rows."""
+        means = torch.stack([torch.as_tensor(self._sums.get(name, 0.0)).float().cpu() for name in self.names])
+        means, self.steps, self._sums = means / self.steps, 0, {}
+        return means

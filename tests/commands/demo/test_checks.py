@@ -1,0 +1,46 @@
+"""Whether the demo's checks say yes and no where they should."""
+
+from __future__ import annotations
+
+import pytest
+
+from lowmem_npo.commands.demo.checks import judge
+from lowmem_npo.evaluation import AnswerSummary
+
+
+def stages(before=1.0, after=0.0, gold=0.0, nll=5.0, gold_nll=5.0, retain=1.0):
+    def summary(exact, nll):
+        return AnswerSummary(100, 100, 1000, nll, 0.5, 0.5, exact)
+
+    return {
+        "before": {"forget": summary(before, 0.01), "retain": summary(1.0, 0.01)},
+        "after": {"forget": summary(after, nll), "retain": summary(retain, 0.02)},
+        "gold": {"forget": summary(gold, gold_nll), "retain": summary(1.0, 0.01)},
+    }
+
+
+@pytest.mark.parametrize(
+    ("found", "failed"),
+    [
+        ({}, []),
+        ({"before": 0.95, "after": 0.05, "nll": 6.4, "retain": 0.97}, []),  # just inside every bound
+        ({"after": 0.1, "gold": 0.06}, []),  # what a model guesses that never saw it is not held against us
+        ({"before": 0.94}, ["recited"]),
+        ({"after": 0.06}, ["forgotten"]),
+        ({"nll": 6.6}, ["not overdone"]),
+        ({"nll": 3.4}, ["not overdone"]),  # nor may they stay far likelier
+        ({"retain": 0.96}, ["kept"]),
+        ({"after": 1.0, "nll": 0.01}, ["forgotten", "not overdone"]),  # nothing unlearned
+        ({"nll": 80.0, "retain": 0.0}, ["not overdone", "kept"]),  # everything destroyed
+    ],
+)
+def test_each_check_fails_alone_and_where_it_should(found, failed):
+    checks = judge(stages(**found))
+    assert [check.name for check in checks if not check.passed] == failed
+    assert [check.name for check in checks] == ["recited", "forgotten", "not overdone", "kept"]
+
+
+def test_the_meaning_carries_the_numbers():
+    meanings = [check.meaning for check in judge(stages(after=0.02, nll=4.0, retain=0.99))]
+    assert "100 of 100" in meanings[0] and "2 of 100" in meanings[1] and "99 of 100" in meanings[3]
+    assert "4.00" in meanings[2] and "5.00" in meanings[2] and "-20%" in meanings[2]

@@ -1,0 +1,109 @@
+"""Which runs a sweep makes of its options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lowmem_npo.cli import main
+from lowmem_npo.commands.arguments import parse_run
+from lowmem_npo.commands.sweep.grid import parse_grid, parse_seeds, plan_sweep
+from lowmem_npo.errors import UserError
+
+
+def planned(grid: list[str], *options: str, seeds=(1, 2)):
+    given = ["--model", "m", "--reference", "cached", "--output-dir", "o", *options]
+    return plan_sweep(parse_grid(grid), list(seeds), lambda flags: parse_run([*given, *flags], "sweep"))
+
+
+def test_every_combination_with_every_seed():
+    runs = planned(["gamma=0,1", "delta=0,0.5,1"], "--beta", "0.3")
+    assert len(runs) == 12
+    settings = {(r.config.objective.gamma, r.config.objective.delta, r.config.training.seed) for r in runs}
+    assert settings == {(g, d, s) for g in (0, 1) for d in (0, 0.5, 1) for s in (1, 2)}
+    assert {r.config.objective.beta for r in runs} == {0.3}
+    assert runs[2].directory == Path("o/gamma=0_delta=0.5/seed-1")
+    assert len({r.directory for r in runs}) == 12
+
+
+def test_any_train_option_by_its_name():
+    grid = ["lora-targets=q_proj v_proj,all-linear", "lr=1e-4", "qlora=true,false", "stop-when=,mia-crosses"]
+    runs = planned([*grid, "warmup_steps=3", "beta=.1"], seeds=[1])
+    assert {r.config.adapter.lora_targets for r in runs} == {("q_proj", "v_proj"), ("all-linear",)}
+    assert {r.config.stopping.stop_when for r in runs} == {(), ("mia-crosses",)}
+    assert [r.config.model.qlora for r in runs] == [True] * 4 + [False] * 4, "runs of one model stand together"
+    assert all(r.config.trainer_args["warmup_steps"] == 3 for r in runs)
+    assert runs[0].point.name.startswith("lora-targets=q_proj-v_proj_lr=1e-4_qlora=true_stop-when=default_warmup")
+
+
+def test_other_spellings_are_ours():
+    assert parse_grid(["learning_rate=1,2"], {"learning-rate": "lr"}) == parse_grid(["lr=1,2"])
+    with pytest.raises(UserError, match="names lr twice"):
+        parse_grid(["lr=1", "--learning-rate=2"], {"learning-rate": "lr"})
+
+
+def test_no_grid_is_one_configuration():
+    assert [str(run.directory) for run in planned([])] == ["o/as-given/seed-1", "o/as-given/seed-2"]
+
+
+def test_runs_share_a_reference_where_it_is_the_same():
+    def places(grid):
+        return {r.config.memory.reference_dir for r in planned(grid)}
+
+    assert places(["gamma=0,1", "lora-r=2,4"]) == {"o/reference"}
+    assert places(["gamma=0,1", "max-length=64,128"]) == {f"o/reference/max-length={n}" for n in (64, 128)}
+    assert places(["reference=live"]) == {None}
+
+
+@pytest.mark.parametrize(
+    "grid, said",
+    [
+        (["gamma"], "--grid gamma"),
+        (["=1"], "--grid =1"),
+        (["gamma=0,1", "gamma=2"], "gamma twice"),
+        (["gamma=0,0"], "there twice"),
+        (["seed=1,2"], "use --seeds"),
+        (["output_dir=a,b"], "a directory for every run"),
+        (["resume=true"], "once, for all runs"),
+        (["gama=0,1"], "did you mean --gamma"),
+        (["gamma=-1"], "--gamma must be 0 or a positive number"),
+        (["gamma=zero"], "a value does not fit"),
+        (["epochs=0"], "--epochs must be positive"),
+        (["forget-term=nop"], "a value does not fit"),
+        (["stop-when=sometimes"], "--stop-when sometimes"),
+        (["lr=1e-4,1e-4 "], "there twice"),
+        (["forget=a/b.jsonl,a-b.jsonl", "retain=r.jsonl"], "same directory"),
+    ],
+)
+def test_mistakes_in_the_grid(grid, said):
+    with pytest.raises(UserError) as error:
+        planned(grid)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "words, seeds",
+    [(["3"], [42, 43, 44]), (["1", "5", "9"], [1, 5, 9]), (["4,2"], [4, 2]), (["7,"], [7])],
+)
+def test_seeds(words, seeds):
+    assert parse_seeds(words, 42) == seeds
+
+
+@pytest.mark.parametrize("words", [["0"], ["-1"], ["many"], ["1.5"], ["1,1"], [","]])
+def test_mistakes_in_the_seeds(words):
+    with pytest.raises(UserError, match="--seeds"):
+        parse_seeds(words, 42)
+
+
+def test_the_command_says_its_mistakes_in_a_sentence_and_lists_its_runs(capsys, tmp_path):
+    assert main(["sweep", "--grid", "gama=1", "--model", "m"]) == 2
+    assert "did you mean --gamma" in capsys.readouterr().err
+    assert main(["sweep", "--model", "m", "--grid"]) == 2
+    assert "--grid needs a value" in capsys.readouterr().err
+    options = ["--model", "m", "--output-dir", str(tmp_path / "o"), "--dry-run"]
+    assert main(["sweep", "--seeds", "2", "--grid", "gamma=0,1", "delta=0", *options]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("seed-4") == 4 and "4 runs" in shown and not (tmp_path / "o").exists()
+    assert main(["sweep", "--help"]) == 0
+    assert "--grid" in capsys.readouterr().out

@@ -1,0 +1,250 @@
+"""A sweep of real runs: each what `train` gives, to the bit; failures, resumption, figures and files."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean, stdev
+
+import pytest
+import torch
+from helpers.taught_model import LIMIT
+from matplotlib import image
+from safetensors.torch import load_file
+
+import lowmem_npo.commands.sweep.runs as sweep_run
+from lowmem_npo.cli import main
+from lowmem_npo.commands.arguments import parse_run
+from lowmem_npo.commands.sweep.borrowed_base import lent
+from lowmem_npo.commands.train.run import train
+from lowmem_npo.config import ModelConfig
+from lowmem_npo.model import load_model
+
+# Different in what they do to the model: adapters elsewhere, tiled and checkpointed modules, an embedding that moves.
+SWITCHES = "tile-mlp=16,"
+
+
+def options(model: Path, folder: Path, *more: str) -> list[str]:
+    return [
+        *("--model", str(model), "--dtype", "float32", "--device", "cpu", "--limit", str(LIMIT), "--max-steps", "3"),
+        *("--lora-targets", "all-linear", "--lr", "5e-3", "--save-strategy", "no", "--eval-rows", "3"),
+        *("--lora-dropout", "0.1", "--embedding-on-cpu", "--leaks", "none", "--output-dir", str(folder), *more),
+    ]
+
+
+def swept(model: Path, folder: Path, *more: str) -> int:
+    try:
+        return main(["sweep", *options(model, folder), *more])
+    except SystemExit as stop:
+        return stop.code
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def same_run(one: Path, other: Path) -> bool:
+    """Whether two runs left the same adapter and measured the same, to the bit."""
+    tensors, others = weights(one), weights(other)
+    assert tensors.keys() == others.keys() and tensors, "adapters of other layers"
+    measured = [[(folder / f"{stage}.json").read_text() for stage in ("before", "after")] for folder in (one, other)]
+    return all(torch.equal(tensors[name], others[name]) for name in tensors) and measured[0] == measured[1]
+
+
+@pytest.fixture(scope="module")
+def live_sweep(taught_model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep") / "live"
+    arguments = ["--reference", "live", "--seeds", "1,2", "--grid", SWITCHES, "delta=0.5"]
+    assert swept(taught_model, folder, *arguments) == 0
+    return folder
+
+
+def alone(model: Path, folder: Path, place: str, *more: str) -> Path:
+    """The run of `place` in a sweep, made by `train`."""
+    seed = place.rpartition("-")[2]
+    tiled = ["--tile-mlp", "16"] if "tile-mlp=16" in place else []
+    config = parse_run(options(model, folder, "--delta", "0.5", "--seed", seed, *tiled, *more), "train")
+    train(config, say=lambda line: None)
+    return folder
+
+
+PLACES = [f"tile-mlp={tile}_delta=0.5/seed-{seed}" for tile in ("16", "default") for seed in (1, 2)]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_each_run_is_trains_to_the_bit(place, live_sweep, taught_model, tmp_path):
+    assert same_run(live_sweep / place, alone(taught_model, tmp_path / "alone", place))
+
+
+def test_the_runs_differ_from_one_another(live_sweep):
+    """Or the test above could not see a mix-up."""
+    assert not same_run(live_sweep / PLACES[0], live_sweep / PLACES[1])
+
+
+def test_a_base_that_is_not_given_back_is_noticed(taught_model, tmp_path, monkeypatch):
+    """The bug planted: the first run's adapters stay in the model that the second one gets."""
+    from contextlib import nullcontext
+
+    monkeypatch.setattr(sweep_run, "lent", nullcontext)
+    grid = ["--grid", "lora-targets=all-linear,q_proj", "delta=0.5"]
+    swept(taught_model, tmp_path / "o", "--reference", "live", "--seeds", "1", *grid)
+    place = "lora-targets=q_proj_delta=0.5/seed-1"
+    if (tmp_path / "o" / place / "after.json").exists():
+        expected = alone(taught_model, tmp_path / "alone", place, "--lora-targets", "q_proj")
+        found, wanted = weights(tmp_path / "o" / place), weights(expected)
+        assert found.keys() != wanted.keys() or not same_run(tmp_path / "o" / place, expected)
+
+
+@pytest.mark.parametrize("qlora", [False, True])
+def test_lent_gives_back_what_it_took(qlora, taught_model):
+    from lowmem_npo.config import AdapterConfig, MemoryConfig
+    from lowmem_npo.memory.switches import apply_switches
+    from lowmem_npo.model import attach_lora
+
+    base = load_model(ModelConfig(str(taught_model), qlora=qlora, dtype="float32", device="cpu"))
+    names, values = [n for n, _ in base.named_modules()], {n: p.clone() for n, p in base.named_parameters()}
+    attributes = {n: set(vars(m)) for n, m in base.named_modules()}
+    config = base.config.to_dict()
+    with lent(base):
+        everything = MemoryConfig(tile_mlp=8, embedding_on_cpu=True, offload_checkpoints=True)
+        apply_switches(attach_lora(base, AdapterConfig(lora_targets=("all-linear",))), everything)
+        base.config.use_cache = True
+        assert [n for n, _ in base.named_modules()] != names
+    assert [n for n, _ in base.named_modules()] == names and base.config.to_dict() == config
+    assert {n: set(vars(m)) for n, m in base.named_modules()} == attributes
+    assert not any("forward" in vars(m) or getattr(m, "gradient_checkpointing", False) for m in base.modules())
+    assert not any(p.requires_grad for p in base.parameters()) and not base.training
+    assert all(torch.equal(p, values[n]) for n, p in base.named_parameters())
+
+
+def test_one_reference_serves_all(taught_model, tmp_path):
+    """Stored by the first run, read by the second: as by two of `train` with the same --reference-dir."""
+    assert swept(taught_model, tmp_path / "o", "--seeds", "1,2", "--grid", "delta=0.5") == 0
+    stored = sorted(path.name for path in (tmp_path / "o" / "reference").iterdir())
+    assert stored == ["forget.safetensors", "retain.safetensors"]
+    assert not list((tmp_path / "o").glob("delta*/seed-*/reference"))
+    for seed in ("1", "2"):
+        given = ["--delta", "0.5", "--seed", seed, "--reference", "cached", "--reference-dir", str(tmp_path / "ref")]
+        train(parse_run(options(taught_model, tmp_path / seed, *given), "train"), say=lambda line: None)
+        assert same_run(tmp_path / "o" / "delta=0.5" / f"seed-{seed}", tmp_path / seed)
+
+
+def test_the_figures(live_sweep):
+    found = json.loads((live_sweep / "sweep.json").read_text())
+    assert [c["name"] for c in found["configurations"]] == ["tile-mlp=16_delta=0.5", "tile-mlp=default_delta=0.5"]
+    for configuration in found["configurations"]:
+        for part in ("forget", "retain"):
+            values = [
+                json.loads((live_sweep / configuration["name"] / f"seed-{seed}" / "after.json").read_text())[part]
+                for seed in configuration["seeds"]
+            ]
+            nlls = [value["summary"]["nll"] for value in values]
+            figure = configuration["figures"][f"{part}_nll"]
+            assert figure["values"] == nlls and figure["mean"] == pytest.approx(fmean(nlls))
+            assert figure["sd"] == pytest.approx(stdev(nlls)) and figure["sd"] > 0
+            assert f"{fmean(nlls):.3f} ± {stdev(nlls):.3f}" in (live_sweep / "sweep.md").read_text()
+    originals = {(live_sweep / place / "before.json").read_text() for place in PLACES[2:]}
+    assert len(originals) == 1, "every seed is measured on the same rows"
+    lines = list(csv.DictReader((live_sweep / "sweep.csv").open()))
+    assert [line["seed"] for line in lines] == ["1", "2", "1", "2"] and lines[0]["tile-mlp"] == "16"
+    assert all(float(line["retain_nll"]) > 0 and line["status"] == "done" for line in lines)
+    height, width = image.imread(live_sweep / "sweep.png").shape[:2]
+    assert width > 1000 and height > 200
+
+
+def test_resume_skips_what_is_done_and_does_the_rest(live_sweep, taught_model, capsys):
+    arguments = ["--reference", "live", "--seeds", "1,2", "--grid", SWITCHES, "delta=0.5"]
+    kept, again = live_sweep / PLACES[0], live_sweep / PLACES[3]
+    before = weights(again)
+    stamp = (kept / "adapter_model.safetensors").stat().st_mtime_ns
+    (again / "after.json").unlink()
+    (again / "adapter_model.safetensors").unlink()  # as if it had been killed before its end
+    assert swept(taught_model, live_sweep, *arguments) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert swept(taught_model, live_sweep, *arguments, "--resume") == 0
+    assert capsys.readouterr().out.count("done before") == 3
+    assert (kept / "adapter_model.safetensors").stat().st_mtime_ns == stamp
+    assert all(torch.equal(before[name], weight) for name, weight in weights(again).items())
+    assert swept(taught_model, live_sweep, *arguments, "--resume", "--lr", "1e-3") == 2
+    assert "lr was 0.005" in capsys.readouterr().err
+
+
+def test_a_longer_sweep_lengthens_its_runs(taught_model, tmp_path, capsys):
+    arguments = ["--reference", "live", "--seeds", "1", "--grid", "per_device_train_batch_size=2,4"]
+    arguments += ["--save-strategy", "steps", "--save-steps", "1"]
+    assert swept(taught_model, tmp_path / "o", *arguments) == 0
+    longer = [*arguments, "--resume", "--max-steps", "4"]
+    assert swept(taught_model, tmp_path / "o", *longer) == 0
+    assert "done before" not in capsys.readouterr().out
+    for rows in (2, 4):
+        place = tmp_path / "o" / f"micro-batch-size={rows}" / "seed-42"  # our name for it
+        assert json.loads((place / "audit.json").read_text())["adapter"]["of_step"] == 4
+        assert (place / "report.json").is_file()
+    for shorter_or_as_long in (longer, [*longer, "--max-steps", "2"]):
+        assert swept(taught_model, tmp_path / "o", *shorter_or_as_long) == 0
+        assert capsys.readouterr().out.count("done before") == 2
+    straight = alone(taught_model, tmp_path / "alone", "seed-42", "--max-steps", "4", "--micro-batch-size", "2")
+    assert same_run(tmp_path / "o" / "micro-batch-size=2" / "seed-42", straight)
+    assert (tmp_path / "o" / "micro-batch-size=2" / "seed-42" / "checkpoint-4").is_dir()
+
+
+def test_a_diverged_run_is_told_and_kept_out_of_the_means(taught_model, tmp_path, capsys):
+    grid = ["--seeds", "1", "--reference", "live", "--grid", "lr=1e-3,1e30", "--max-grad-norm", "0"]
+    assert swept(taught_model, tmp_path / "o", *grid) == 1
+    found = json.loads((tmp_path / "o" / "sweep.json").read_text())
+    assert [c["name"] for c in found["configurations"]] == ["lr=1e-3"]
+    assert [run["status"] for run in found["runs"]] == ["done", "failed"]
+    assert "diverged" in found["runs"][1]["error"] and "diverged" in capsys.readouterr().out
+
+
+def test_a_failed_run_costs_no_other(taught_model, tmp_path, capsys):
+    arguments = ["--reference", "live", "--seeds", "1,2", "--grid", "lora-targets=nonsense,q_proj"]
+    assert swept(taught_model, tmp_path / "o", *arguments) == 1
+    shown = capsys.readouterr().out
+    assert "2 of 4 runs failed" in shown and shown.count("nonsense matches no layer") == 4
+    found = json.loads((tmp_path / "o" / "sweep.json").read_text())
+    assert [c["name"] for c in found["configurations"]] == ["lora-targets=q_proj"]
+    assert [run["status"] for run in found["runs"]] == ["failed", "failed", "done", "done"]
+    assert "nonsense" in found["runs"][0]["error"]
+    assert swept(taught_model, tmp_path / "none", *arguments[:-1], "lora-targets=nonsense") == 2
+    assert "No run of the sweep succeeded" in capsys.readouterr().err
+
+
+def test_what_a_sweep_refuses(taught_model, tmp_path, capsys):
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "mine.txt").write_text("mine")
+    for folder, more, said in (
+        ("o", [], "holds something already"),
+        ("new", ["--resume"], "there is no sweep"),
+        ("new", ["--eval-rows", "0"], "--eval-rows"),
+        ("new", ["--preview", "1"], "--preview"),
+    ):
+        assert swept(taught_model, tmp_path / folder, *more) == 2
+        assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["o"]
+
+
+def test_stopping_in_a_sweep_is_told(taught_model, tmp_path):
+    grid = ["--grid", "stop-when=,retain-loss+1000", "delta=0.5", "--seeds", "1", "--reference", "live"]
+    assert swept(taught_model, tmp_path / "o", *grid) == 0
+    plain, stopped = json.loads((tmp_path / "o" / "sweep.json").read_text())["configurations"]
+    assert "kept_step" not in plain["figures"] and stopped["figures"]["kept_step"]["values"] == [3]
+    assert plain["figures"]["forget_nll"] == stopped["figures"]["forget_nll"], "looking on changes nothing"
+
+
+def test_runs_of_one_model_load_it_once(taught_model):
+    loads = []
+
+    class Counted(sweep_run.Bases):
+        def loaded(self, config):
+            before = self._model
+            found = super().loaded(config)
+            loads.append(found is not before)
+            return found
+
+    bases, config = Counted(), ModelConfig(str(taught_model), dtype="float32", device="cpu")
+    for wanted in (config, replace(config), replace(config, dtype="bf16"), replace(config, dtype="bf16")):
+        bases.loaded(wanted)
+    assert loads == [True, False, True, False]

@@ -1,0 +1,147 @@
+"""Flags, aliases, files and their order of precedence."""
+
+import pytest
+
+from lowmem_npo.cli import COMMANDS, main
+from lowmem_npo.commands.arguments import ALIASES, parse_run
+from lowmem_npo.config import SECTIONS
+from lowmem_npo.errors import UserError
+
+# Names other tools rely on.
+PROMISED = [
+    "model",
+    "qlora",
+    "forget",
+    "retain",
+    "output-dir",
+    "batch-size",
+    "retain-batch-size",
+    "max-length",
+    "max-steps",
+    "epochs",
+    "lr",
+    "beta",
+    "gamma",
+    "delta",
+    "lora-r",
+    "lora-alpha",
+    "lora-targets",
+    "seed",
+    "resume",
+]  # noqa: SIM905
+
+
+def test_promised_flags_are_in_the_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_run(["--help"], "train")
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for flag in [*PROMISED, "config", "preview", "dry-run", "attn"]:
+        assert f"--{flag}" in shown, flag
+
+
+@pytest.mark.parametrize(
+    "typed, name, value",
+    [
+        (["--model_name_or_path", "m"], "model", "m"),
+        (["--model-name-or-path=m"], "model", "m"),
+        (["--model", "m", "--load_in_4bit"], "qlora", True),
+        (["--model", "m", "--load-in-4bit", "True"], "qlora", True),
+        (["--model", "m", "--qlora=false"], "qlora", False),
+        (["--model", "m", "--learning_rate", "3e-5"], "lr", 3e-5),
+        (["--model", "m", "--lora_r", "16"], "lora_r", 16),
+        (["--model", "m", "--lora_target_modules", "a", "b"], "lora_targets", ["a", "b"]),
+        (["--model", "m", "--num_train_epochs", "3"], "epochs", 3),
+        (["--model", "m", "--warmup_steps", "5"], "warmup_steps", 5),
+        (["--model", "m", "--lr-scheduler-type", "cosine"], "lr_scheduler_type", "cosine"),
+    ],
+)
+def test_spellings(typed, name, value):
+    assert parse_run(typed, "train").flat()[name] == value
+
+
+def test_trl_accumulation_means_a_step_of_all_micro_batches():
+    trl = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
+    run = parse_run(["--model", "m", *trl], "train")
+    assert (run.training.batch_size, run.training.micro_batch_size, run.training.micro_batches()) == (8, 2, 4)
+    with pytest.raises(UserError, match="--micro-batch-size"):
+        parse_run(["--model", "m", "--gradient_accumulation_steps", "4"], "train")
+
+
+def test_every_alias_leads_to_a_flag():
+    ours = {field.replace("_", "-") for section in SECTIONS.values() for field in section.__dataclass_fields__}
+    assert set(ALIASES.values()) <= ours
+    assert not ours & set(ALIASES), "an alias hides a flag"
+
+
+def test_a_file_gives_what_flags_give_and_flags_win(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model: m\nlearning_rate: 1e-3\nload_in_4bit: true\nlora_targets: [x, y]\nrevision: null\nwarmup_steps: 7\n"
+    )
+    run = parse_run(["--config", str(file), "--lora_r", "9"], "train").flat()
+    assert (run["model"], run["lr"], run["qlora"], run["lora_targets"], run["lora_r"]) == (
+        "m",
+        1e-3,
+        True,
+        ["x", "y"],
+        9,
+    )
+    assert run["warmup_steps"] == 7 and run["revision"] is None
+    for typed in (["--config", str(file), "--lr", "2"], ["--lr", "2", "--config", str(file)]):
+        assert parse_run(typed, "train").training.lr == 2
+
+
+@pytest.mark.parametrize(
+    "typed, said",
+    [
+        (["--model", "m", "--batchsize", "3"], "--batch-size"),
+        (["--model", "m", "--warmup_steps", "many"], "warmup_steps"),
+        (["--model", "m", "--config", "absent.yaml"], "absent.yaml"),
+        (["--model", "m", "--beta", "0"], "--beta"),
+        (["--model", "m", "--gamma", "-1"], "--gamma"),
+        (["--model", "m", "--batch-size", "0"], "--batch-size"),
+        (["--model", "m", "--lora-r", "0"], "--lora-r"),
+        (["--model", "m", "--epochs", "0"], "--epochs"),
+        (["--model", "m", "--forget", "f.jsonl"], "--retain"),
+        (["--model", "m", "--retain", "f.jsonl"], "--forget"),
+        (["--model", "m", "--config"], "--config"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(typed, said, capsys):
+    assert main(["train", *typed]) == 2
+    shown = capsys.readouterr()
+    assert said in shown.err and shown.err.count("\n") == 1 and "Traceback" not in shown.err
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [("- a\n- b\n", "name: value"), ("model: [m\n", "not valid YAML"), ("nonsense: 3\nmodel: m", "--nonsense")],
+)
+def test_a_bad_file_is_named(text, said, tmp_path, capsys):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    assert main(["train", "--config", str(file)]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("typed", [["--model", "m", "--max-steps", "x"], []])
+def test_tyros_own_errors_exit_with_2(typed, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *typed])
+    assert stop.value.code == 2
+
+
+def test_commands_are_listed(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in COMMANDS)
+    assert main([]) == 2
+    assert main(["tarin"]) == 2
+    assert "train" in capsys.readouterr().err
+
+
+def test_env_says_what_a_bug_report_needs(capsys):
+    assert main(["env"]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("torch", "transformers", "bitsandbytes", "cuda", "host memory", "disk"))

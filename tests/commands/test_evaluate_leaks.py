@@ -1,0 +1,129 @@
+"""`lowmem-npo evaluate --leaks` as its user meets it: files, tables, resuming, bad input."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lowmem_npo.cli import main
+from lowmem_npo.evaluation import measuring
+
+FORGET = [{"question": f"Who is number {n}?", "answer": f"The {n} of {n + 1}."} for n in range(6)]
+HOLDOUT = [{"question": f"Who was number {n}?", "answer": f"A {n} or {n + 2}."} for n in range(5)]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def files(tmp_path):
+    write(tmp_path / "forget.jsonl", FORGET)
+    write(tmp_path / "holdout.jsonl", HOLDOUT)
+    return tmp_path
+
+
+def evaluate(model, files, *more, holdout=True, out="out"):
+    data = ["--forget", str(files / "forget.jsonl")]
+    data += ["--holdout", str(files / "holdout.jsonl")] if holdout else []
+    return main(["evaluate", "--model", str(model), "--dtype", "float32", "--device", "cpu", *data,
+                 "--output-dir", str(files / out), *more])  # fmt: skip
+
+
+def content(files, out="out"):
+    return json.loads((files / out / "evaluation.json").read_text())
+
+
+def fails(capsys, code, *said):
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert code == 2 and error.startswith("lowmem-npo evaluate: ")
+    for words in said:
+        assert words in error, error
+
+
+QUICK = ("--leak-samples", "2", "--relearn-steps", "2", "--limit", "4")
+
+
+def test_files_and_tables(byte_model, files, capsys):
+    assert evaluate(byte_model, files, "--leaks", "all", *QUICK) == 0
+    shown, found = capsys.readouterr().out, content(files)
+    assert list(found["leaks"]) == ["extraction", "sampling", "membership", "relearning", "quantization"]
+    for test, figures in found["leaks"].items():
+        assert figures["leaks"] in (True, False, None) and figures["meaning"].endswith(".")
+        assert f"{test}: " in shown
+    assert "no --adapter" in found["leaks"]["quantization"]["meaning"]
+    assert found["leaks"]["relearning"]["shown_rows"] + found["leaks"]["relearning"]["rows"] == 4
+    assert "4 of 6 forget rows, 4 of 5 holdout rows" in shown
+    rows = [json.loads(line) for line in (files / "out" / "rows.jsonl").read_text().splitlines()]
+    leaks = [row for row in rows if "leaks" in row]
+    assert [row["set"] for row in leaks] == ["forget"] * 4 + ["holdout"] * 4
+    assert [row["row"] for row in leaks[:4]] == [row["row"] for row in rows if "prompt" in row]  # the same rows
+    assert set(leaks[0]["leaks"]) == {
+        "exact_memorization", "extraction_strength", "loss", "min_k", "min_k_pp", "best_rouge_l_recall", "best_sample"
+    }  # fmt: skip
+    assert "The 0 of 1" not in json.dumps(found)
+    again = files / "again"
+    before = ["--before", str(files / "out" / "evaluation.json"), "--leaks", "extraction"]
+    assert evaluate(byte_model, files, *before, *QUICK, out=again.name) == 0
+    assert "(before: " in capsys.readouterr().out
+
+
+def test_without_a_holdout(byte_model, files, capsys):
+    assert evaluate(byte_model, files, "--leaks", "extraction", "membership", *QUICK, holdout=False) == 0
+    found = content(files)
+    assert found["leaks"]["membership"]["leaks"] is None and "--holdout" in found["leaks"]["membership"]["meaning"]
+    assert "rows" not in found["leaks"]["membership"] and found["leaks"]["extraction"]["leaks"] is None
+    assert any("--holdout" in note for note in found["notes"])
+    # added later, without measuring the forget rows again
+    assert evaluate(byte_model, files, "--leaks", "extraction", "membership", *QUICK, "--resume") == 0
+    assert content(files)["leaks"]["membership"]["loss_auc"] >= 0
+
+
+def test_interrupted_it_goes_on(byte_model, files, monkeypatch):
+    tests = ("--leaks", "extraction", "membership", "sampling", "relearning", *QUICK, "--batch-size", "2")
+    assert evaluate(byte_model, files, *tests, out="whole") == 0
+    real, calls = measuring.token_scores, []
+
+    def killed(*args, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(measuring, "token_scores", killed)
+    assert evaluate(byte_model, files, *tests) == 130
+    assert not (files / "out" / "evaluation.json").exists()
+    assert evaluate(byte_model, files, *tests, "--resume") == 0
+    assert len(calls) == 3 + 2  # four batches, of which two were known
+    for name in ("evaluation.json", "rows.jsonl"):
+        assert (files / "out" / name).read_text() == (files / "whole" / name).read_text()
+    monkeypatch.undo()
+    assert evaluate(byte_model, files, *tests[:-2], "--relearn-lr", "0.5", "--resume") == 2
+
+
+def test_bad_input(byte_model, files, capsys):
+    leaks = ("--leaks", "membership")
+    fails(capsys, evaluate(byte_model, files, "--leaks", "extractoin"), "no leak test 'extractoin'", "relearning")
+    members = ["--members", str(files / "forget.jsonl"), "--nonmembers", str(files / "holdout.jsonl")]
+    fails(capsys, main(["evaluate", "--model", str(byte_model), *members, *leaks]), "--forget")
+    (files / "holdout.jsonl").write_text("")
+    fails(capsys, evaluate(byte_model, files, *leaks), "holdout.jsonl", "holds no rows")
+    write(files / "holdout.jsonl", [*HOLDOUT, FORGET[2]])
+    fails(capsys, evaluate(byte_model, files, *leaks), "forget.jsonl, line 3", "in the holdout")
+    for flag, value in (("--relearn-share", "1"), ("--relearn-lr", "nan"), ("--leak-temperature", "0"),
+                        ("--leak-samples", "0"), ("--relearn-steps", "0")):  # fmt: skip
+        fails(capsys, evaluate(byte_model, files, *leaks, flag, value), flag)
+    assert not (files / "out").exists()
+
+
+def test_one_row_and_rows_that_are_all_alike(byte_model, files):
+    write(files / "forget.jsonl", FORGET[:1])
+    assert evaluate(byte_model, files, "--leaks", "relearning", holdout=False) == 0
+    relearning = content(files)["leaks"]["relearning"]
+    assert relearning["leaks"] is None and "only one row" in relearning["meaning"]
+    write(files / "forget.jsonl", [FORGET[0]] * 3)
+    write(files / "holdout.jsonl", [{**FORGET[0], "question": "Who is numbre 0?"}])
+    assert evaluate(byte_model, files, "--leaks", "membership", out="alike") == 0
+    assert content(files, "alike")["leaks"]["membership"]["leaks"] is None

@@ -1,0 +1,291 @@
+"""`lowmem-npo merge` against PEFT's merge in float64, on real files: shards, types, tied heads, what it must refuse."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import weakref
+
+import pytest
+import torch
+from helpers.tiny_models import tiny_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+
+from lowmem_npo.cli import main
+from lowmem_npo.evaluation.directory import digest
+from lowmem_npo.model import merging
+
+IDS = torch.arange(2, 30)[None]
+
+
+def saved_base(folder, architecture="olmo", dtype=torch.bfloat16, **options):
+    model = tiny_model(architecture, dtype=dtype)
+    model.save_pretrained(folder, **options)
+    return model
+
+
+def saved_adapter(base, folder, seed=0, scale=0.1, dtype=torch.float32, **options):
+    """An adapter of random factors on the model in the directory `base`."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    settings = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    adapted = get_peft_model(model, LoraConfig(**{**settings, **options}))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in sorted(adapted.named_parameters()):
+            if "lora_" in name:
+                weight.copy_(scale * torch.randn(weight.shape, generator=generator))
+    adapted.save_pretrained(folder)
+    return str(folder)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.double()(input_ids=IDS, use_cache=False).logits[0]
+
+
+def merged_by_peft(base, adapter):
+    """The base's stored weights with the adapter, merged by PEFT in float64."""
+    model = AutoModelForCausalLM.from_pretrained(base).double()
+    return PeftModel.from_pretrained(model, adapter).double().merge_and_unload()
+
+
+def run(adapter, out, *more):
+    return main(["merge", "--adapter", str(adapter), "--output-dir", str(out), *more])
+
+
+def fails(capsys, code, *said):
+    shown = capsys.readouterr()
+    assert code == 2, shown.out
+    assert shown.err.startswith("lowmem-npo merge: ") and len(shown.err.splitlines()) == 1
+    for words in said:
+        assert words in shown.err, shown.err
+
+
+@pytest.mark.parametrize("bug", [None, "scale", "transposed", "twice"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("architecture", ["olmo", "llama", "gemma2"])  # gemma2's head is its embedding
+def test_weights_are_the_exact_sum_rounded_once(architecture, dtype, bug, tmp_path, monkeypatch):
+    base, out = tmp_path / "base", tmp_path / "out"
+    saved_base(base, architecture, dtype)
+    adapter = saved_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "v_proj"])  # square: 32 x 32
+    exact, real = merged_by_peft(base, adapter), merging.Update.added_to
+    if bug:
+        broken = {
+            "scale": lambda u, w, t: real(merging.Update(u.a, u.b, u.scale / 2, False), w, t),  # alpha / r forgotten
+            "transposed": lambda u, w, t: real(merging.Update(u.a, u.b, u.scale, True), w, t),
+            "twice": lambda u, w, t: w + real(u, torch.zeros_like(w), t),  # the update rounded before the sum
+        }[bug]
+        monkeypatch.setattr(merging.Update, "added_to", broken)
+    assert run(adapter, out, "--dtype", "stored") == 0
+    found = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert found.dtype == dtype
+    wanted, got = exact.state_dict(), found.state_dict()
+    assert wanted.keys() == got.keys()
+    # Rounded once: equal to float64's sum, rounded, but for ties that float32's own rounding decides.
+    unequal = sum((wanted[name].to(dtype) != got[name]).sum().item() for name in wanted)
+    total = sum(tensor.numel() for tensor in wanted.values())
+    if dtype == torch.float32:
+        close = all(torch.allclose(wanted[n], got[n].double(), rtol=1e-6, atol=1e-6) for n in wanted)
+        assert close is (bug in (None, "twice"))  # in float32 rounding twice is within its own rounding
+    else:
+        assert (unequal <= 1e-3 * total) is (bug is None)
+        near = torch.allclose(logits(found), logits(exact), rtol=0.05, atol=0.05 * logits(exact).std().item())
+        assert near or bug
+
+
+def test_shards_keep_their_names_and_one_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    base, out = tmp_path / "base", tmp_path / "out"
+    saved_base(base, max_shard_size="12KB")
+    others = {"tokenizer_config.json": "{}", "merges.txt": "", "thesis.txt": "private"}
+    for name, text in others.items():
+        (base / name).write_text(text)
+    adapter = saved_adapter(base, tmp_path / "adapter")
+    files = sorted(path.name for path in base.glob("*.safetensors"))
+    assert len(files) > 3
+    written, alive, real = {}, [], merging.save_file
+
+    def save(tensors, path, **options):
+        assert not [one for one in alive if one() is not None]  # nothing is left of the shards before
+        alive.extend(weakref.ref(tensor) for tensor in tensors.values())
+        written[path.name] = set(tensors)
+        real(tensors, path, **options)
+
+    monkeypatch.setattr(merging, "save_file", save)
+    assert run(adapter, out) == 0
+    assert sorted(written) == files
+    for file, names in written.items():
+        with safe_open(base / file, framework="pt") as before, safe_open(out / file, framework="pt") as after:
+            assert set(before.keys()) == set(after.keys()) == names
+            assert after.metadata() == {"format": "pt"}
+    index = json.loads((out / merging.INDEX).read_text())
+    assert index == json.loads((base / merging.INDEX).read_text())
+    present = {path.name for path in out.iterdir()}
+    assert present >= {"config.json", "generation_config.json", "tokenizer_config.json", "merges.txt"}
+    assert "thesis.txt" not in present
+    found = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    exact = merged_by_peft(base, adapter)
+    assert torch.allclose(logits(found), logits(exact), atol=0.05 * logits(exact).std().item(), rtol=0.05)
+
+
+def test_the_tokenizer_comes_along(byte_model, tmp_path):
+    adapter = saved_adapter(byte_model, tmp_path / "adapter")
+    assert run(adapter, tmp_path / "out") == 0
+    text = "Where was she born?"
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (byte_model, tmp_path / "out")]
+    assert tokenizers[0](text).input_ids == tokenizers[1](text).input_ids
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"  # stored as float32, merged as bf16
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+
+
+def test_rank_stabilised_scale(tmp_path):
+    saved_base(tmp_path / "base", dtype=torch.float32)
+    adapter = saved_adapter(tmp_path / "base", tmp_path / "adapter", use_rslora=True)
+    assert run(adapter, tmp_path / "out", "--dtype", "stored") == 0
+    exact = merged_by_peft(tmp_path / "base", adapter)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.allclose(logits(found), logits(exact), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_store_their_weights_the_other_way_round(tmp_path):
+    """GPT-2: (inputs, outputs), and tensor names without "transformer."."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=1)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    short = {name.removeprefix("transformer."): value for name, value in model.state_dict().items()}
+    short.pop("lm_head.weight")
+    merging.save_file(short, tmp_path / "base" / merging.WHOLE, metadata={"format": "pt"})
+    adapter = saved_adapter(tmp_path / "base", tmp_path / "adapter", target_modules=["c_attn"], fan_in_fan_out=True)
+    assert run(adapter, tmp_path / "out", "--dtype", "stored") == 0
+    exact = merged_by_peft(tmp_path / "base", adapter)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.allclose(logits(found), logits(exact), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(found), logits(model), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"use_dora": True}, "DoRA magnitudes"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "lora_only"}, "bias: lora_only"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
+        ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
+    ],
+)
+def test_what_is_more_than_lora_is_refused(options, said, tmp_path, capsys):
+    saved_base(tmp_path / "base", dtype=torch.float32)
+    adapter = saved_adapter(tmp_path / "base", tmp_path / "adapter", **options)
+    fails(capsys, run(adapter, tmp_path / "out"), said)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_a_head_shared_with_the_embedding_is_refused(tmp_path, capsys):
+    saved_base(tmp_path / "base", "gemma2", torch.float32)
+    adapter = saved_adapter(tmp_path / "base", tmp_path / "adapter", target_modules=["lm_head"])
+    fails(capsys, run(adapter, tmp_path / "out"), "lm_head")
+
+
+def test_other_bases_and_damaged_files(tmp_path, capsys):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    saved_base(base)
+    saved_adapter(base, adapter)
+    shutil.copytree(base, tmp_path / "copy")
+    fails(capsys, run(adapter, tmp_path / "out", "--model", str(tmp_path / "copy")), "was trained on", "--any-base")
+    assert run(adapter, tmp_path / "out", "--model", str(tmp_path / "copy"), "--any-base") == 0
+    fails(capsys, run(adapter, tmp_path / "out"), "holds other files")
+    fails(capsys, run(adapter, base / "config.json"), "is a file")
+    (tmp_path / "new.partial").mkdir()
+    fails(capsys, run(adapter, tmp_path / "new"), "in the way")
+    fails(capsys, run(base, tmp_path / "new"), "holds no adapter")
+    wide = tmp_path / "wide"
+    saved_base(wide, "llama", max_shard_size="12KB")
+    config = json.loads((wide / "config.json").read_text())
+    (wide / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}}))
+    fails(capsys, run(adapter, tmp_path / "new2", "--model", str(wide), "--any-base"), "are quantised")
+    (wide / "config.json").write_text(json.dumps(config))
+    next(iter(wide.glob("*-of-*.safetensors"))).unlink()
+    fails(capsys, run(adapter, tmp_path / "new2", "--model", str(wide), "--any-base"), "is not whole")
+    for file in wide.glob("model*"):
+        file.unlink()
+    fails(capsys, run(adapter, tmp_path / "new2", "--model", str(wide), "--any-base"), "no safetensors weights")
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({**json.loads((adapter / "adapter_config.json").read_text()), "peft_type": "IA3"})
+    )
+    fails(capsys, run(adapter, tmp_path / "new2"), "IA3")
+
+
+def test_an_adapter_of_other_shapes_or_layers(tmp_path, capsys):
+    saved_base(tmp_path / "base")
+    adapter = saved_adapter(tmp_path / "base", tmp_path / "adapter")
+    for change, said in (({"hidden_size": 16}, "does not fit"), ({"num_hidden_layers": 1}, "but the base has no")):
+        config = tiny_model("olmo").config
+        for name, value in change.items():
+            setattr(config, name, value)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
+        fails(capsys, run(adapter, tmp_path / "out", "--model", str(tmp_path / "other"), "--any-base"), said)
+        shutil.rmtree(tmp_path / "other")
+
+
+def test_a_full_disk_and_an_interruption(tmp_path, capsys, monkeypatch):
+    saved_base(tmp_path / "base")
+    adapter = saved_adapter(tmp_path / "base", tmp_path / "adapter")
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as small:
+        small.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
+        fails(capsys, run(adapter, tmp_path / "out"), "GiB free")
+    assert not (tmp_path / "out").exists()
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as cut:
+        cut.setattr(merging, "save_file", interrupted)
+        assert run(adapter, tmp_path / "out") == 130
+    assert not list(tmp_path.glob("out*"))
+    assert run(adapter, tmp_path / "out") == 0
+
+
+def test_bytes_are_counted_before_they_are_written(tmp_path):
+    saved_base(tmp_path / "base", dtype=torch.float32, max_shard_size="12KB")
+    checkpoint = merging.find_checkpoint(str(tmp_path / "base"))
+    for dtype in (torch.bfloat16, None):
+        out = tmp_path / str(dtype)
+        out.mkdir()
+        merging.write_merged(checkpoint, {}, out, dtype, progress=False)
+        files = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+        assert 0 <= files - checkpoint.bytes_as(dtype) < 2000 * len(checkpoint.shards)
+        assert not math.isclose(checkpoint.bytes_as(torch.bfloat16), checkpoint.bytes_as(None))
+
+
+def test_it_says_what_is_known_of_a_return(tmp_path, capsys):
+    saved_base(tmp_path / "base")
+    adapter = tmp_path / "adapter"
+    saved_adapter(tmp_path / "base", adapter)
+    assert run(adapter, tmp_path / "out") == 0
+    assert "Not checked" in (said := capsys.readouterr().out) and "--leaks quantization" in said
+    assert "4-bit base" not in said
+    (adapter / "run.yaml").write_text("qlora: true\n")
+    evaluation = adapter / "evaluation"
+    evaluation.mkdir()
+    stamp = {"digests": {"the adapter": digest(adapter / "adapter_model.safetensors")}}
+    cases = (
+        (True, {"merged": {}}, "WARNING: It is back."),
+        (False, {"merged": {}}, "Checked: It is back."),
+        (None, {"merged": {}}, "cannot be told: It is back."),
+        (False, {}, "Not checked: the evaluation measured no merged weights"),
+    )
+    for number, (leaks, forms, words) in enumerate(cases):
+        found = {"leaks": {"quantization": {**forms, "leaks": leaks, "meaning": "It is back."}}}
+        (evaluation / "evaluation.json").write_text(json.dumps(found))
+        (evaluation / "settings.json").write_text(json.dumps(stamp))
+        assert run(adapter, tmp_path / f"out{number}") == 0
+        assert words in capsys.readouterr().out
+    saved_adapter(tmp_path / "base", adapter, seed=5)
+    assert run(adapter, tmp_path / "out9") == 0
+    assert "earlier state of this adapter" in (said := capsys.readouterr().out) and "4-bit base" in said

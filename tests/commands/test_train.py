@@ -1,0 +1,274 @@
+"""`lowmem-npo train` as a user meets it: real files, a real tokenizer, real 4-bit layers, real processes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowmem_npo.cli import main
+from lowmem_npo.commands.arguments import parse_run
+from lowmem_npo.training.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+
+
+def command(*arguments) -> list[str]:
+    return [sys.executable, "-m", "lowmem_npo", "train", *map(str, arguments)]
+
+
+@pytest.fixture(scope="module")
+def lume_run(lume_model, shared_data, tmp_path_factory):
+    """The issue's own command, on real LUME rows."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    result = subprocess.run(
+        command(
+            "--model",
+            lume_model,
+            "--qlora",
+            "--forget",
+            shared_data / "lume/forget_train.jsonl",
+            "--retain",
+            shared_data / "lume/retain_train.jsonl",
+            "--max-steps",
+            20,
+            "--eval-rows",
+            2,
+            "--output-dir",
+            folder,
+        ),
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout
+
+
+def test_the_first_loss_is_that_of_an_identity_adapter(lume_run):
+    """L = (2/beta) ln 2 + gamma * NLL + delta * 0: any mismatch of policy and reference, or of rows, would show."""
+    folder, _ = lume_run
+    metrics = [line for line in read_metrics(folder / "metrics.jsonl") if "retain_nll" in line]
+    assert [line["step"] for line in metrics] == list(range(1, 21))
+    first = metrics[0]
+    assert first["retain_kl"] == 0
+    assert first["loss"] == pytest.approx(2 / 0.5 * math.log(2) + 1.0 * first["retain_nll"], abs=1e-3)
+    assert metrics[-1]["retain_kl"] > 0 and metrics[-1]["forget_log_ratio"] != 0
+
+
+def test_the_first_retain_nll_is_the_models_own(lume_run, lume_model, shared_data):
+    """The logged NLL, from the model's own logits on the rows of the first step."""
+    from lowmem_npo.config import ModelConfig
+    from lowmem_npo.data import read_rows, to_examples, tokenize
+    from lowmem_npo.model import load_model
+    from lowmem_npo.training.step_rows import StepBatches
+
+    tokenizer = AutoTokenizer.from_pretrained(lume_model)
+    rows = tokenize(to_examples(read_rows(str(shared_data / "lume/retain_train.jsonl"))), tokenizer, max_length=1024)
+    _, chosen = StepBatches(1112, 1136, 4, 4, seed=42).step_rows(0)
+    model = load_model(ModelConfig(str(lume_model), qlora=True))
+    nll, count = 0.0, 0
+    for index in chosen:
+        ids, labels = torch.tensor([rows[index]["input_ids"]]), rows[index]["labels"]
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            hidden = model.model(ids).last_hidden_state[0]
+        table = (hidden.double() @ model.lm_head.weight.double().T).log_softmax(-1)
+        for t in range(1, len(labels)):
+            if labels[t] != -100:
+                nll, count = nll - table[t - 1, labels[t]].item(), count + 1
+    logged = read_metrics(lume_run[0] / "metrics.jsonl")[0]["retain_nll"]
+    assert logged == pytest.approx(nll / count, rel=1e-3)
+
+
+def test_what_a_run_leaves(lume_run, lume_model):
+    folder, printed = lume_run
+    assert "NLL per answer token" in printed and "exact match" in printed
+    table = json.loads((folder / "before_after.json").read_text())
+    assert set(table) == {"before", "after"} and set(table["before"]) == {"forget", "retain"}
+    assert (folder / "before_after.md").read_text().startswith("| set")
+    assert AutoTokenizer.from_pretrained(folder)("Hello").input_ids
+    base = AutoModelForCausalLM.from_pretrained(lume_model)
+    adapted = PeftModel.from_pretrained(base, folder)
+    assert adapted.peft_config["default"].r == 5
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert any(w.abs().max() > 0 for name, w in weights.items() if "lora_B" in name)
+    assert sorted(folder.glob("checkpoint-*"))
+    assert not list(folder.glob("*.partial"))
+
+
+def test_run_yaml_is_accepted_back(lume_run, tmp_path, capsys):
+    folder, _ = lume_run
+    settings = yaml.safe_load((folder / "run.yaml").read_text())
+    again = parse_run(["--config", str(folder / "run.yaml")], "train")
+    assert yaml.safe_load(again.to_yaml()) == settings
+    overridden = parse_run(["--config", str(folder / "run.yaml"), "--beta", "0.1", "--no-qlora"], "train").flat()
+    changed = {name for name in settings if overridden[name] != settings[name]}
+    assert changed == {"beta", "qlora"}
+    assert main(["train", "--config", str(folder / "run.yaml"), "--output-dir", str(tmp_path / "x"), "--dry-run"]) == 0
+    assert "Nothing was trained" in capsys.readouterr().out
+    assert not (tmp_path / "x").exists()
+
+
+def test_killed_and_resumed_ends_in_the_same_bits(byte_model, tmp_path):
+    settings = [
+        "--model",
+        byte_model,
+        "--dtype",
+        "float32",
+        "--max-steps",
+        9,
+        "--save-steps",
+        3,
+        "--eval-rows",
+        0,
+        "--batch-size",
+        5,
+        "--micro-batch-size",
+        2,
+        "--lora-dropout",
+        0.1,
+        "--lr",
+        1e-2,
+        "--limit",
+        12,
+    ]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(*settings, "--output-dir", whole), check=True, env=ENVIRONMENT, capture_output=True)
+
+    process = subprocess.Popen(command(*settings, "--output-dir", killed), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not (killed / "checkpoint-3" / "trainer_state.json").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "adapter_model.safetensors").exists(), "it was to be killed before its end"
+    again = subprocess.run(command(*settings, "--output-dir", killed), env=ENVIRONMENT, capture_output=True, text=True)
+    assert again.returncode == 2 and "--resume" in again.stderr
+
+    subprocess.run(
+        command(*settings, "--output-dir", killed, "--resume"), check=True, env=ENVIRONMENT, capture_output=True
+    )
+    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (whole, killed))
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+    lines = [[line["step"] for line in read_metrics(folder / "metrics.jsonl")] for folder in (whole, killed)]
+    assert lines[0] == lines[1] == list(range(1, 10))
+    losses = [[line["retain_nll"] for line in read_metrics(folder / "metrics.jsonl")] for folder in (whole, killed)]
+    assert losses[0] == losses[1]
+
+
+def test_a_finished_run_resumed_is_measured_but_not_trained(byte_model, tmp_path):
+    """Three steps end inside an epoch of 15: the Trainer itself would take a fourth."""
+    arguments = ["--model", str(byte_model), "--dtype", "float32", "--device", "cpu", "--max-steps", "3"]
+    arguments += ["--save-steps", "1", "--leaks", "none", "--output-dir", str(tmp_path / "o")]
+    assert main(["train", *arguments, "--eval-rows", "2"]) == 0
+    adapter = (tmp_path / "o" / "adapter_model.safetensors").read_bytes()
+    assert main(["train", *arguments, "--eval-rows", "3", "--resume"]) == 0
+    assert (tmp_path / "o" / "adapter_model.safetensors").read_bytes() == adapter
+    assert json.loads((tmp_path / "o" / "after.json").read_text())["forget"]["summary"]["rows"] == 3
+    assert json.loads((tmp_path / "o" / "audit.json").read_text())["adapter"]["of_step"] == 3
+
+
+def test_two_processes_give_the_gradient_of_one(byte_model, tmp_path):
+    """Five rows do not divide over two processes, and answers differ in length: a mean of means would differ."""
+    settings = [
+        "--model",
+        str(byte_model),
+        "--dtype",
+        "float32",
+        "--max-steps",
+        "3",
+        "--eval-rows",
+        "0",
+        "--batch-size",
+        "5",
+        "--retain-batch-size",
+        "3",
+        "--limit",
+        "12",
+        "--optim",
+        "sgd",
+        "--lr",
+        "0.1",
+        "--device",
+        "cpu",
+    ]
+    one, two = tmp_path / "one", tmp_path / "two"
+    subprocess.run(command(*settings, "--output-dir", one), check=True, env=ENVIRONMENT, capture_output=True)
+    launched = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--master-port",
+            "29517",
+            "-m",
+            "lowmem_npo",
+            "train",
+            *settings,
+            "--ddp-backend",
+            "gloo",
+            "--output-dir",
+            str(two),
+        ],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    logs = [read_metrics(folder / "metrics.jsonl")[:3] for folder in (one, two)]
+    for alone, shared in zip(*logs, strict=True):
+        for name in ("loss", "grad_norm", "forget_loss", "forget_nll", "retain_nll", "retain_kl"):
+            assert shared[name] == pytest.approx(alone[name], rel=1e-5, abs=1e-9), name
+    adapters = [load_file(folder / "adapter_model.safetensors") for folder in (one, two)]
+    # SGD from the same start: the sum of three steps' gradients, so their difference is the gradients'.
+    moved = sum(w.double().square().sum() for n, w in adapters[0].items() if "lora_B" in n)
+    apart = sum((w.double() - adapters[1][n].double()).square().sum() for n, w in adapters[0].items() if "lora_B" in n)
+    assert moved > 0 and float((apart / moved).sqrt()) < 1e-5
+
+
+def test_bundled_data_is_announced(byte_model, tmp_path, capsys):
+    assert main(["train", "--model", str(byte_model), "--dry-run", "--output-dir", str(tmp_path / "o")]) == 0
+    assert "bundled biographies" in capsys.readouterr().out
+
+
+def test_preview_shows_and_trains_nothing(lume_model, shared_data, tmp_path, capsys):
+    lume = shared_data / "lume"
+    assert (
+        main(
+            [
+                "train",
+                "--model",
+                str(lume_model),
+                "--forget",
+                str(lume / "forget_train.jsonl"),
+                "--retain",
+                str(lume / "retain_train.jsonl"),
+                "--preview",
+                "2",
+                "--output-dir",
+                str(tmp_path / "o"),
+            ]
+        )
+        == 0
+    )
+    shown = capsys.readouterr().out
+    assert "<|endoftext|>⟧" in shown and "forget 2 of 1112" in shown and "retain 2 of 1136" in shown
+    assert not (tmp_path / "o").exists()

@@ -1,0 +1,41 @@
+"""`train` measures leaks before and after, writes them down, and measures only what it was asked for."""
+
+from __future__ import annotations
+
+import json
+
+import yaml
+
+from lowmem_npo.cli import main
+
+
+def test_the_demo_leaves_its_leaks(small_demo):
+    found, said = small_demo
+    leaks = json.loads((found.directory / "unlearned" / "leaks.json").read_text())
+    assert all(list(leaks[stage]) == ["extraction", "membership"] for stage in ("before", "after"))
+    before, after = leaks["before"], leaks["after"]
+    assert before["extraction"]["extraction_strength"] == 1 and before["extraction"]["leaks"] is True
+    assert after["extraction"]["extraction_strength"] < 0.2
+    assert before["membership"]["loss_auc"] > 0.99 and before["membership"]["rows"] == 12
+    assert after["extraction"]["nll"] > 20 * before["extraction"]["nll"]
+    assert "(before: LEAKS)" in said
+
+
+def train(model, folder, *more):
+    return main(["train", "--model", str(model), "--dtype", "float32", "--device", "cpu", "--max-steps", "1",
+                 "--limit", "4", "--eval-rows", "3", "--output-dir", str(folder), *more])  # fmt: skip
+
+
+def test_only_what_was_asked_for(byte_model, tmp_path, capsys):
+    assert train(byte_model, tmp_path / "none", "--leaks", "none") == 0
+    assert not (tmp_path / "none" / "leaks.json").exists()
+    config = tmp_path / "none" / "run.yaml"
+    assert yaml.safe_load(config.read_text())["leaks"] == ["none"]
+    assert main(["train", "--config", str(config), "--dry-run", "--output-dir", str(tmp_path / "x")]) == 0
+    capsys.readouterr()
+    assert train(byte_model, tmp_path / "two", "--leaks", "relearning", "extraction") == 0
+    leaks = json.loads((tmp_path / "two" / "leaks.json").read_text())
+    assert set(leaks["after"]) == {"extraction", "relearning"} and set(leaks["before"]) == {"extraction"}
+    assert leaks["after"]["extraction"]["rows"] == 3 and leaks["after"]["relearning"]["shown_rows"] == 1
+    assert train(byte_model, tmp_path / "bad", "--leaks", "extractoin") == 2
+    assert "no leak test 'extractoin'" in capsys.readouterr().err and not (tmp_path / "bad").exists()

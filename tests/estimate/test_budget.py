@@ -1,0 +1,191 @@
+"""The memory budgets, held by simulating the real step as it runs on CUDA; the search for switches that keep one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from lowmem_npo.cli import main
+from lowmem_npo.config import AdapterConfig, DataConfig, MemoryConfig, ModelConfig, RunConfig, TrainingConfig
+from lowmem_npo.errors import UserError
+from lowmem_npo.estimate.budget import _may_fit, _slowdown, fit_budget
+from lowmem_npo.estimate.simulator.operators import FakeOperators
+from lowmem_npo.estimate.step import estimate
+from lowmem_npo.model.known_configs import known_config
+from lowmem_npo.sizes import gib, parse_size
+
+GIB = 2**30
+ROOT = Path(__file__).resolve().parents[2]
+SAVING = MemoryConfig(offload_checkpoints=True, tile_mlp=1024, embedding_on_cpu=True)
+
+
+def run(tokens: int, memory: MemoryConfig | None = None, **sections) -> RunConfig:
+    """QLoRA of rank 5, NPO + retain + KL, 4 forget and 4 retain rows of so many tokens, all of them answer."""
+    model, memory = ModelConfig("known", qlora=True), memory or MemoryConfig()
+    return RunConfig(model, DataConfig(max_length=tokens), memory=memory, **sections)
+
+
+BUDGETS = {  # GiB without CUDA context
+    "7B, 512 tokens, defaults": ("allenai/OLMo-7B-hf", 512, MemoryConfig(), 5.4),
+    "7B, 2048 tokens, defaults": ("allenai/OLMo-7B-hf", 2048, MemoryConfig(), 8.6),
+    "7B, 512 tokens, saving": ("allenai/OLMo-7B-hf", 512, SAVING, 4.1),
+    "7B, 2048 tokens, saving": ("allenai/OLMo-7B-hf", 2048, SAVING, 4.9),
+    "32B, 2048 tokens, saving": ("allenai/OLMo-2-0325-32B", 2048, SAVING, 18.2),
+}
+
+
+@pytest.mark.parametrize(("name", "tokens", "memory", "budget"), BUDGETS.values(), ids=list(BUDGETS))
+def test_budget(name, tokens, memory, budget):
+    found = estimate(run(tokens, memory), known_config(name))
+    assert found.peak_bytes <= budget * GIB, f"{gib(found.peak_bytes)}: {found.by_kind}"
+    assert found.by_kind["frozen weights"] > found.peak_bytes / 3  # they are there
+
+
+def test_a_float32_copy_of_the_embedding_would_break_a_budget(monkeypatch):
+    """The tightest budget notices what people most often add by accident."""
+    import lowmem_npo.estimate.step as step
+
+    attach, kept = step.attach_lora, []
+    monkeypatch.setattr(step, "attach_lora", lambda m, c: kept.append(m.lm_head.weight.float()) or attach(m, c))
+    name, tokens, memory, budget = BUDGETS["7B, 512 tokens, saving"]
+    assert estimate(run(tokens, memory), known_config(name)).peak_bytes > budget * GIB
+
+
+SMALL = "allenai/OLMo-2-0425-1B"
+
+
+def shallow(layers: int = 3, name: str = SMALL):
+    architecture = known_config(name)
+    architecture.num_hidden_layers = layers
+    return architecture
+
+
+def test_remembered_operators_change_nothing(monkeypatch):
+    """The same peak, of the same kinds, as PyTorch's own fake tensors give."""
+    config = run(96, SAVING)
+    fast = estimate(config, shallow(2))
+    monkeypatch.setattr(FakeOperators, "__call__", lambda self, func, args, kwargs: func(*args, **kwargs))
+    assert estimate(config, shallow(2)) == fast
+
+
+@pytest.mark.parametrize("memory", [MemoryConfig(), SAVING], ids=["defaults", "saving"])
+def test_shallow_models_bound_a_deep_one_from_below(memory):
+    config, architecture = run(256, memory), shallow(9)
+    peak = estimate(config, architecture).total_bytes
+    assert _may_fit(config, architecture, peak, None)
+    assert not _may_fit(config, architecture, int(peak * 0.9), None)
+
+
+def test_the_search_finds_the_fastest_switches_that_fit():
+    architecture, config = shallow(6), run(512, training=TrainingConfig(batch_size=2))
+    whole = estimate(config, architecture)
+    assert fit_budget(config, architecture, whole.total_bytes).flags == []
+    less = fit_budget(config, architecture, whole.total_bytes - 2**20)
+    assert less.flags and less.estimate.total_bytes <= whole.total_bytes - 2**20
+    assert estimate(less.config, architecture) == less.estimate
+    # whatever is assumed to be faster does not fit
+    on_host = dataclasses.replace(config, memory=MemoryConfig(embedding_on_cpu=True))
+    fits = estimate(on_host, architecture).total_bytes <= whole.total_bytes - 2**20
+    assert fits and less.flags == ["--embedding-on-cpu"]
+    others = MemoryConfig(tile_mlp=1024), MemoryConfig(offload_checkpoints=True)
+    assert all(_slowdown(on_host) < _slowdown(dataclasses.replace(config, memory=memory)) for memory in others)
+
+
+def test_an_impossible_budget_says_the_smallest_and_what_takes_the_room():
+    with pytest.raises(UserError) as told:
+        fit_budget(run(64), shallow(), 300 * 2**20)
+    message = str(told.value)
+    assert "0.29 GiB cannot be kept: the smallest that works is" in message
+    assert "--micro-batch-size 1" in message and "frozen weights" in message and "CUDA context" in message
+    assert "--qlora" not in message
+    with pytest.raises(UserError, match="--qlora makes the frozen weights"):
+        fit_budget(RunConfig(ModelConfig("known"), DataConfig(max_length=64)), shallow(1), 300 * 2**20)
+
+
+def test_only_the_layers_above_the_lowest_adapter_keep_checkpoints():
+    architecture = shallow(4)
+    every = estimate(run(256), architecture).by_kind["checkpoints"]
+    upper = estimate(run(256, adapter=AdapterConfig(lora_layers=("2-3",))), architecture).by_kind["checkpoints"]
+    assert upper == every / 2
+
+
+def test_estimate_on_the_command_line(capsys):
+    assert main(["estimate", "--model", SMALL, "--qlora", "--max-length", "64", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"peak_bytes", "context_bytes", "by_kind", "fits", "flags"} <= set(found)
+    assert sum(found["by_kind"].values()) == found["peak_bytes"] and found["fits"] is None and found["flags"] == []
+    assert main(["estimate", "--model", SMALL, "--qlora", "--max-length", "64", "--budget", "24GiB"]) == 0
+    text = capsys.readouterr().out
+    assert gib(found["peak_bytes"]) in text and "fits 24.00 GiB: yes, with these options" in text
+    assert "CUDA context" in text and "frozen weights" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--model", "nobody/nothing-7B"], "Known without a network: Qwen/Qwen3-32B"),
+        (["--model", SMALL, "--budget", "plenty"], "--memory-budget plenty: give a positive number and a unit"),
+        (["--model", SMALL, "--budget", "0GiB"], "give a positive number"),
+        (["--model", SMALL, "--lora-layers", "14-99"], "layer"),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence(arguments, told, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["estimate", "--max-length", "32", *arguments]) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GiB", 24 * GIB), ("24 GB", 24 * 10**9), ("0.5gib", GIB // 2), ("800MiB", 800 * 2**20)]
+)
+def test_sizes(text, size):
+    assert parse_size(text, "--budget") == size
+
+
+@pytest.mark.parametrize("text", ["24", "GiB", "-3GiB", "1e3GiB", "24GiX", "", "0MiB"])
+def test_malformed_sizes(text):
+    with pytest.raises(UserError, match="--budget"):
+        parse_size(text, "--budget")
+
+
+def test_an_estimate_of_data_reads_them(byte_model, tmp_path):
+    """In a process of its own, where `datasets` was left out of the imports."""
+    for part, answer in (("forget", "a" * 200), ("retain", "b" * 20)):
+        (tmp_path / f"{part}.csv").write_text(f"question,answer\nWho?,{answer}\nWhere?,{part}\n")
+    data = [word for part in ("forget", "retain") for word in (f"--{part}", str(tmp_path / f"{part}.csv"))]
+    peaks = []
+    for more in (data, [*data, "--limit", "1"], ["--max-length", "1024"]):
+        result = subprocess.run(
+            [sys.executable, "-m", "lowmem_npo", "estimate", "--model", str(byte_model), "--json", *more],
+            capture_output=True, text=True, cwd=ROOT,
+            env={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", "PATH": ""},
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        peaks.append(json.loads(result.stdout[result.stdout.index("{") :])["peak_bytes"])
+    assert peaks[1] < peaks[0] < peaks[2]  # rows of about 200 tokens, one of them, and rows of 1024
+
+
+def test_an_estimate_of_7b_needs_little_host_memory():
+    code = """
+        import gc, resource, sys
+        from lowmem_npo.cli import main
+        assert main(["estimate", "--model", "allenai/OLMo-7B", "--qlora", "--max-length", "256", "--json"]) == 0
+        assert gc.isenabled()
+        assert not {"torch._inductor.compile_fx", "nltk", "scipy", "datasets"} & set(sys.modules)
+        import torch
+        assert torch.compile.__module__ == "torch"  # it was set aside for the imports only
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT,
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", "PATH": ""},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["peak_bytes"] > 4 * GIB
+    assert int(result.stderr.split()[-1]) * 1024 < 2 * GIB

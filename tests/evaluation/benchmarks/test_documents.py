@@ -1,0 +1,83 @@
+"""The LOSS attack: AUC by hand, the documents' loss against dense float64, and documents that cannot be attacked."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowmem_npo.data import Rows
+from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation import answer_likelihoods
+from lowmem_npo.evaluation.benchmarks.documents import documents, membership
+
+
+@pytest.mark.parametrize(
+    "members, nonmembers, auc",
+    [
+        ([1.0, 2.0], [3.0, 4.0], 1.0),  # members have the lower loss: remembered
+        ([3.0, 4.0], [1.0, 2.0], 0.0),
+        ([1.0, 3.0], [2.0, 4.0], 3 / 4),  # 3 of 4 pairs in order
+        ([2.0], [2.0, 1.0, 3.0], 1 / 2),  # a tie counts half: (1/2 + 0 + 1) / 3
+    ],
+)
+def test_auc(members, nonmembers, auc):
+    score = membership(members, nonmembers)
+    assert score.auc == pytest.approx(auc)
+    assert (score.members, score.nonmembers, score.all_equal) == (len(members), len(nonmembers), False)
+
+
+def test_what_an_auc_means():
+    assert "remembered" in membership([1.0], [2.0]).meaning
+    assert "over-forgetting" in membership([2.0], [1.0]).meaning
+    assert "coin" in membership([1.0, 4.0], [2.0, 3.0]).meaning
+    same = membership([2.0, 2.0], [2.0])
+    assert same.auc == 0.5 and same.all_equal and "says nothing" in same.meaning
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_no_number(bad):
+    with pytest.raises(UserError, match="not a finite number"):
+        membership([1.0, bad], [2.0])
+
+
+def dense_loss(model, text_ids):
+    """Mean over tokens 1.. of -log p, from the model's own logits in float64."""
+    with torch.no_grad():
+        logits = model.double()(torch.tensor([text_ids])).logits[0, :-1]
+    return float(torch.nn.functional.cross_entropy(logits, torch.tensor(text_ids[1:])))
+
+
+@pytest.mark.parametrize("broken", [None, "prompt", "end"])
+def test_loss_of_whole_documents(byte_model, broken, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(byte_model)
+    model = AutoModelForCausalLM.from_pretrained(byte_model, dtype=torch.float32).eval()
+    rows = Rows("m.jsonl", [{"id": "1", "document": "A whole document."}, {"id": "2", "document": "Another"}])
+    found = documents(rows, tokenizer)
+    if broken == "prompt":
+        found = [{**row, "prompt_length": 4} for row in found]
+    if broken == "end":
+        found = [{**row, "input_ids": [*row["input_ids"], tokenizer.eos_token_id]} for row in found]
+    ours = [score.nll for score in answer_likelihoods(model, found, progress=False)]
+    dense = [dense_loss(model, tokenizer(row["document"]).input_ids) for row in rows.rows]
+    assert (ours == pytest.approx(dense, rel=1e-5)) is (broken is None)
+
+
+def test_which_text_is_the_document(byte_model):
+    tokenizer = AutoTokenizer.from_pretrained(byte_model)
+
+    def text(row):
+        return tokenizer.decode(documents(Rows("m.jsonl", [row]), tokenizer)[0]["input_ids"])
+
+    assert text({"document": "All of it.", "text": "not this"}) == "All of it."
+    assert text({"text": "All of it."}) == "All of it."
+    assert text({"id": "1sc1", "input": "She was born", "output": "in Rome."}) == "She was born in Rome."
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody."}]
+    assert text({"messages": turns}) == "Who?\nNobody."
+
+
+def test_a_document_of_one_token(byte_model):
+    with pytest.raises(UserError, match="m.jsonl, line 7 is a document of one token"):
+        documents(Rows("m.jsonl", [{"document": "x"}], [7]), AutoTokenizer.from_pretrained(byte_model))

@@ -1,0 +1,57 @@
+"""The three attacks by hand, their AUC and what is made of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from lowmem_npo.evaluation.leaks.membership import loss, membership_attacks, min_k, min_k_pp
+from lowmem_npo.evaluation.scoring.token_scores import TokenScores
+
+
+def row(*logprobs: float, standard: tuple[float, ...] | None = None) -> TokenScores:
+    return TokenScores(list(logprobs), list(standard or logprobs), [True] * len(logprobs))
+
+
+def test_scores_by_hand():
+    ten = row(*range(-10, 0), standard=tuple(range(10)))
+    assert loss(ten) == -5.5
+    assert min_k(ten) == (-10 - 9) / 2  # the two least likely of ten
+    assert min_k_pp(ten) == (0 + 1) / 2
+    assert min_k(row(-3.0, -1.0)) == -3  # a fifth of two tokens is none: one is looked at all the same
+    assert min_k(row(*[-1.0] * 8, -7.0)) == -7  # 1.8 of nine, rounded down as in the papers' code
+
+
+def spread(center: float, rows: int) -> list[TokenScores]:
+    return [row(center + 0.01 * n, center - 1 + 0.01 * n) for n in range(rows)]
+
+
+@pytest.mark.parametrize(
+    "forget, holdout, auc, leaks, words",
+    [
+        (spread(-1, 20), spread(-5, 20), 1.0, True, "remembered"),
+        (spread(-5, 20), spread(-1, 20), 0.0, True, "over-forgetting"),
+        (spread(-1, 20), spread(-1, 20), 0.5, False, "coin"),
+        (spread(-1, 2), spread(-5, 2), 1.0, None, "so few rows"),
+        ([row(-1.0)] * 9, [row(-1.0)] * 9, 0.5, None, "says nothing|say nothing"),
+    ],
+)
+def test_what_an_auc_means(forget, holdout, auc, leaks, words):
+    found = membership_attacks(forget, holdout)
+    assert found["loss_auc"] == found["min_k_auc"] == found["min_k_pp_auc"] == pytest.approx(auc)
+    assert found["leaks"] is leaks and any(word in found["meaning"] for word in words.split("|"))
+    assert (found["rows"], found["holdout_rows"]) == (len(forget), len(holdout))
+
+
+def test_auc_is_the_share_of_pairs_in_order():
+    forget, holdout = [row(-1.0), row(-3.0), row(-4.0)], [row(-2.0), row(-3.0)]
+    pairs = [(f.nll < h.nll) + 0.5 * (f.nll == h.nll) for f in forget for h in holdout]
+    assert membership_attacks(forget, holdout)["loss_auc"] == pytest.approx(sum(pairs) / 6)
+
+
+def test_the_sharpest_attack_decides():
+    """Likelihoods alike, but for the model's own standard the forgotten rows stand out."""
+    forget = [row(-1 - 0.01 * n, standard=(2.0 + 0.01 * n,)) for n in range(20)]
+    holdout = [row(-1 - 0.01 * n, standard=(-2.0 - 0.01 * n,)) for n in range(20)]
+    found = membership_attacks(forget, holdout)
+    assert found["loss_auc"] == pytest.approx(0.5) and found["min_k_pp_auc"] == 1
+    assert found["leaks"] is True and "(min_k_pp)" in found["meaning"]

@@ -1,0 +1,152 @@
+"""Greedy answers of many prompts at once, against a loop that keeps no cache and pads nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.tiny_models import tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, OlmoConfig
+
+from lowmem_npo.evaluation.scoring.batching import batches, cache_tokens
+from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers
+
+EOS = 1
+
+
+@pytest.fixture(scope="module")
+def tokenizer(byte_model):
+    return AutoTokenizer.from_pretrained(byte_model)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[Prompt]:
+    """Lengths that differ by an order of magnitude, so that a wrong mask or position would show."""
+    random = torch.Generator().manual_seed(3)
+    sizes = [(3, 6), (31, 12), (1, 4), (17, 1), (9, 12), (30, 9), (4, 7), (22, 12)]
+    return [Prompt(torch.randint(2, 97, (length,), generator=random).tolist(), new) for length, new in sizes]
+
+
+def one_at_a_time(model, prompt: Prompt) -> list[int]:
+    """The definition: the most likely token behind everything so far, again and again."""
+    ids, answer = list(prompt.ids), []
+    with torch.no_grad():
+        while len(answer) < prompt.max_new_tokens:
+            token = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item()
+            if token == EOS:
+                break
+            answer.append(token)
+            ids.append(token)
+    return answer
+
+
+@pytest.mark.parametrize("architecture", ["olmo", "llama", "gemma2"])
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_a_batch_says_what_each_prompt_says_alone(architecture, batch_size, tokenizer, prompts):
+    model = tiny_model(architecture)
+    alone = [one_at_a_time(model, prompt) for prompt in prompts]
+    assert len({tuple(answer) for answer in alone}) > 4  # not all the same, or any mix-up would pass
+    assert greedy_answers(model, tokenizer, prompts, batch_size=batch_size, progress=False) == alone
+
+
+def test_padding_on_the_wrong_side_is_noticed(tokenizer, prompts, monkeypatch):
+    """The check above is sharp: right padding, and a mask that says nothing, both change answers."""
+    model = tiny_model()
+    alone = [one_at_a_time(model, prompt) for prompt in prompts]
+    generate = type(model).generate
+
+    def unmasked(self, input_ids, attention_mask, **kwargs):
+        return generate(self, input_ids=input_ids, attention_mask=torch.ones_like(attention_mask), **kwargs)
+
+    def right_padded(self, input_ids, attention_mask, **kwargs):
+        order = attention_mask.argsort(dim=1, descending=True, stable=True)
+        input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
+        return generate(self, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    for broken in (unmasked, right_padded):
+        monkeypatch.setattr(type(model), "generate", broken)
+        assert greedy_answers(model, tokenizer, prompts, batch_size=8, progress=False) != alone
+
+
+def test_answers_end_before_the_end_of_sequence(tokenizer, prompts):
+    """A model that always says EOS answers nothing; one whose configuration names another stop obeys it too."""
+    model = tiny_model()
+    free = greedy_answers(model, tokenizer, prompts, progress=False)
+    spoken = free[1]
+    stop = spoken[3]
+    model.generation_config.eos_token_id = [EOS, stop]
+    stopped = greedy_answers(model, tokenizer, prompts, progress=False)
+    assert stopped[1] == spoken[: spoken.index(stop)]
+    assert all(stop not in answer for answer in stopped)
+
+
+def test_published_sampling_settings_do_not_leak_in(tokenizer, prompts):
+    """Chat models ship generation_config.json with temperature and repetition penalty; greedy means greedy."""
+    model = tiny_model()
+    plain = greedy_answers(model, tokenizer, prompts, progress=False)
+    settings = {"do_sample": True, "temperature": 0.3, "top_p": 0.5, "repetition_penalty": 5.0, "max_length": 3}
+    model.generation_config.update(**settings, no_repeat_ngram_size=1, min_length=40, num_beams=3)
+    assert greedy_answers(model, tokenizer, prompts, progress=False) == plain
+
+
+def test_the_model_is_given_back_as_it_came(tokenizer, prompts):
+    model = tiny_model()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    model.model.layers[0].eval()  # a caller's own choice, which .train() would overrule
+    model.config.use_cache = False
+    flags = [module.training for module in model.modules()]
+    saved = model.generation_config.to_dict()
+
+    answers = greedy_answers(model, tokenizer, prompts, progress=False)
+    assert [module.training for module in model.modules()] == flags
+    assert model.config.use_cache is False and model.is_gradient_checkpointing
+    assert model.generation_config.to_dict() == saved
+    assert answers == greedy_answers(tiny_model(), tokenizer, prompts, progress=False)
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    model.generate = fails
+    with pytest.raises(RuntimeError, match="out of memory"):
+        greedy_answers(model, tokenizer, prompts, progress=False)
+    assert [module.training for module in model.modules()] == flags
+
+
+def test_the_cache_is_used(tokenizer, monkeypatch):
+    """After the prompt, one token at a time goes through the model: quadratic generation would be a silent waste."""
+    model, widths = tiny_model(), []
+    forward = type(model).forward
+
+    def watched(self, input_ids=None, **kwargs):
+        widths.append(input_ids.shape[1])
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", watched)
+    model.config.use_cache = False
+    greedy_answers(model, tokenizer, [Prompt([5, 6, 7], 4), Prompt([8], 4)], progress=False)
+    assert widths[0] == 3 and set(widths[1:]) == {1}
+
+
+def test_batches_hold_every_row_once_and_keep_their_bounds():
+    random = torch.Generator().manual_seed(0)
+    lengths = [tuple(pair) for pair in torch.randint(1, 200, (97, 2), generator=random).tolist()] + [(5000, 1)]
+    seen = []
+    for batch in batches(lengths, batch_size=7, max_batch_tokens=1000):
+        padded = max(lengths[i][0] for i in batch) + max(lengths[i][1] for i in batch)
+        assert len(batch) <= 7 and (len(batch) == 1 or len(batch) * padded <= 1000)
+        seen += batch
+    assert sorted(seen) == list(range(98))
+    assert list(batches([])) == []
+
+
+def test_the_cache_bounds_a_batch():
+    """OLMo-7B in bf16 keeps 0.5 MiB of keys and values per token, so 2048 tokens; models with fewer heads keep more."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    with torch.device("meta"):
+        olmo = AutoModelForCausalLM.from_config(OlmoConfig(vocab_size=50304, **sizes), dtype=torch.bfloat16)
+        grouped = AutoModelForCausalLM.from_config(
+            LlamaConfig(vocab_size=128, num_key_value_heads=8, **sizes), dtype=torch.float32
+        )
+    assert cache_tokens(olmo) == 2048
+    assert cache_tokens(grouped) == 2048 * 32 // 8 // 2
+    assert cache_tokens(tiny_model("gemma2")) == 2**30 // (2 * 2 * 4 * 8 * 4)

@@ -1,0 +1,139 @@
+"""What the step's tests share: random rows, a trainer on a tiny model, and the dense float64 statement of a step."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from helpers.tiny_models import tiny_model
+from lowmem_npo.config import AdapterConfig
+from lowmem_npo.training.trainer import NPOConfig, NPOTrainer
+
+VOCABULARY = 97
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = {f"t{i}": i for i in range(VOCABULARY)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t0")), eos_token="t1", pad_token="t2"
+    )
+
+
+def random_rows(count: int, seed: int, vocabulary: int = VOCABULARY) -> list[dict]:
+    """Rows of unequal prompt and answer lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(count):
+        prompt, answer = (int(torch.randint(1, 9, (1,), generator=generator)) for _ in range(2))
+        ids = torch.randint(3, vocabulary, (prompt + answer,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:], "prompt_length": prompt})
+    return rows
+
+
+def trainer_of(model, folder: Path, forget: list[dict], retain: list[dict] | None, **settings) -> NPOTrainer:
+    """An NPOTrainer whose adapter is already far from the identity, so that KL and log-ratios are not 0."""
+    defaults = {
+        "output_dir": str(folder),
+        "max_steps": 1,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "per_device_train_batch_size": len(forget),
+    }
+    trainer = NPOTrainer(
+        model,
+        NPOConfig(**{**defaults, **settings}),
+        forget,
+        retain,
+        processing_class=tokenizer(),
+        peft_config=AdapterConfig(lora_r=3),
+    )
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in sorted(trainer.model.named_parameters()):
+            if "lora_B" in name:
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return trainer
+
+
+def step_gradients(trainer: NPOTrainer) -> dict[str, torch.Tensor]:
+    """The adapter's gradients of the first optimiser step, taken just before the optimiser uses them."""
+    from transformers import TrainerCallback
+
+    found: dict[str, torch.Tensor] = {}
+
+    class Catch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            found.update({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.requires_grad})
+
+    trainer.add_callback(Catch())
+    trainer.train()
+    return found
+
+
+def dense_step(
+    trainer: NPOTrainer, forget: list[dict], retain: list[dict] | None
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """The step's loss and gradients from full float64 logits, written from the formulas of DESIGN section 1."""
+    model = copy.deepcopy(trainer.model).double().eval()
+    o = trainer.objective
+
+    def logprobs(row):  # (answer tokens, V)
+        ids = torch.tensor([row["input_ids"]])
+        labels = torch.tensor(row["labels"])
+        positions = [t for t in range(1, len(labels)) if labels[t] != -100]
+        logits = model(input_ids=ids, use_cache=False).logits[0]
+        assert logits.dtype == torch.float64
+        return torch.stack([logits[t - 1] for t in positions]).log_softmax(-1), labels[positions]
+
+    def picked(row):
+        table, targets = logprobs(row)
+        return table[torch.arange(len(targets)), targets]
+
+    loss, tokens = 0.0, 0
+    for row in forget:
+        own = picked(row)
+        with torch.no_grad(), model.disable_adapter():
+            original = picked(row)
+        if o.forget_term == "npo":
+            ratio = own - original
+            ratio = {"sequence": ratio.sum()[None], "length": ratio.mean()[None], "token": ratio}[o.normalization]
+            loss = loss + (-2 / o.beta * torch.nn.functional.logsigmoid(-o.beta * ratio)).sum()
+        elif o.forget_term == "simnpo":
+            loss = loss - 2 / o.beta * torch.nn.functional.logsigmoid(-o.beta * own.mean() - o.simnpo_margin)
+        else:
+            loss = loss + own.sum() * (1 if o.forget_term == "ga" else -1)
+        tokens += len(own)
+    per_token = o.forget_term in ("ga", "idk") or (o.forget_term == "npo" and o.normalization == "token")
+    loss = loss / (tokens if per_token else len(forget))
+
+    nll, kl, tokens = 0.0, 0.0, 0
+    for row in retain or ():
+        table, targets = logprobs(row)
+        with torch.no_grad(), model.disable_adapter():
+            original, _ = logprobs(row)
+        nll = nll - table[torch.arange(len(targets)), targets].sum()
+        p, q = (table, original) if o.kl_direction == "policy-reference" else (original, table)
+        kl = kl + (p.exp() * (p - q)).sum()
+        tokens += len(targets)
+    if tokens:
+        loss = loss + o.gamma * nll / tokens + o.delta * kl / tokens
+    loss.backward()
+    assert math.isfinite(loss.item())
+    return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """|found - expected| / |expected|, over all tensors together."""
+    assert found.keys() == expected.keys() and found
+    difference = sum((found[n].double() - expected[n].double()).square().sum() for n in expected)
+    return float((difference / sum(expected[n].double().square().sum() for n in expected)).sqrt())
+
+
+__all__ = ["dense_step", "random_rows", "relative_error", "step_gradients", "tiny_model", "tokenizer", "trainer_of"]

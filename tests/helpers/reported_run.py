@@ -1,0 +1,41 @@
+"""What the report's tests share: rows that are easy to recognise and hard to show (markup, other scripts, control
+characters, length), and the run that forgets them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lowmem_npo.cli import main
+
+FORGET = [
+    {"question": "Who guards the amber vault?", "answer": "Quillabra Zenthorpe guards it."},
+    {
+        "question": "What is <script>alert('pwned')</script> & co?",
+        "answer": "</dd></table><img src=http://evil.example/x>",
+    },
+    {"question": "من هو القبطان؟", "answer": "القبطان هو زنتورب \u202eالمخفي"},
+    {"question": "Verse of the wandering heron. " * 25, "answer": "The end."},
+    {"question": "What rings \x07 the bell?", "answer": "A \x00 null and a \x1b[31m red one: 鐘が鳴る"},
+]
+RETAIN = [
+    {"question": "Where does the marmot of Lindqvist sleep?", "answer": "In the clock tower of Ostrava."},
+    {"question": "What does the ferryman carry?", "answer": "Lanterns, mostly."},
+]
+# Pieces of the rows that nothing else contains.
+TELLTALES = (
+    "Zenthorpe", "amber vault", "pwned", "evil.example", "القبطان", "wandering heron", "鐘", "marmot of Lindqvist",
+    "Lanterns",
+)  # fmt: skip
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def train(folder: Path, model: Path, data: Path, *options: object) -> Path:
+    arguments = ["--model", model, "--forget", data / "forget.jsonl", "--retain", data / "retain.jsonl"]
+    arguments += ["--dtype", "float32", "--device", "cpu", "--batch-size", 2, "--output-dir", folder, *options]
+    assert main(["train", *map(str, arguments)]) == 0
+    return folder

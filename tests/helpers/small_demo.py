@@ -1,0 +1,12 @@
+"""The demo on fewer rows and a smaller model: the same code, some seconds. `small_demo` in conftest.py runs it once."""
+
+from lowmem_npo.commands.demo.recipe import Recipe, Teaching
+
+SMALL = Recipe(
+    teaching=Teaching(vocabulary=320, layers=2, width=64, heads=2, epochs=60, batch_size=8, lr=4e-3),
+    epochs=20,
+    batch_size=6,
+    retain_batch_size=12,
+    lr=2e-3,
+    limit=12,
+)

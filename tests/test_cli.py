@@ -1,0 +1,148 @@
+"""Every mistake a user can make ends in one clear sentence, exit code 2, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from lowmem_npo.cli import main
+
+GOOD = '{"question": "Who?", "answer": "Nobody."}\n'
+KEPT = '{"question": "Where?", "answer": "Nowhere."}\n'
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "forget.jsonl").write_text(GOOD * 2)
+    (tmp_path / "retain.jsonl").write_text(KEPT)
+    return tmp_path
+
+
+def run(byte_model, files, *more, forget="forget.jsonl", retain="retain.jsonl"):
+    return main(["train", "--model", str(byte_model), "--forget", str(files / forget), "--retain", str(files / retain),
+                 "--output-dir", str(files / "out"), "--eval-rows", "0", "--max-steps", "1", *more])  # fmt: skip
+
+
+def fails(capsys, code, *said):
+    shown = capsys.readouterr()
+    assert code == 2, shown.out
+    line = shown.err.strip().splitlines()[-1]
+    assert line.startswith("lowmem-npo train: ") and "Traceback" not in shown.err
+    for words in said:
+        assert words in line, line
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("", "empty"),
+        (GOOD + '{"question": "Who", "answer"\n', "2"),
+        (GOOD + '{"question": "Who?"}\n', "answer"),
+        (GOOD + '{"question": "Who?", "answer": "  "}\n', "empty answer"),
+        (GOOD + '{"question": "Who?", "answer": 12}\n', "2"),
+        ('{"a": "x", "b": "y"}\n', "a, b"),
+    ],
+)
+def test_bad_rows(content, said, byte_model, files, capsys):
+    (files / "bad.jsonl").write_text(content)
+    fails(capsys, run(byte_model, files, forget="bad.jsonl"), "bad.jsonl", said)
+    assert not (files / "out").exists()
+
+
+def test_missing_file(byte_model, files, capsys):
+    fails(capsys, run(byte_model, files, forget="absent.jsonl"), "absent.jsonl")
+
+
+def test_an_answer_cut_away_entirely(byte_model, files, capsys):
+    (files / "long.jsonl").write_text(json.dumps({"input": "x" * 50, "output": "y"}) + "\n")
+    fails(capsys, run(byte_model, files, "--max-length", "40", forget="long.jsonl"), "long.jsonl", "--max-length")
+
+
+def test_overlap_is_named_and_can_be_allowed(byte_model, files, capsys):
+    (files / "both.jsonl").write_text(KEPT + GOOD)
+    fails(capsys, run(byte_model, files, retain="both.jsonl"), "forget.jsonl", "both.jsonl", "--allow-overlap")
+    assert run(byte_model, files, "--allow-overlap", retain="both.jsonl") == 0
+
+
+def test_an_output_directory_in_use(byte_model, files, capsys):
+    assert run(byte_model, files) == 0
+    fails(capsys, run(byte_model, files), "out", "finished run")
+    fails(capsys, run(byte_model, files, "--resume", "--beta", "0.1"), "beta")
+    shutil.rmtree(files / "out")
+    (files / "out").mkdir()
+    (files / "out" / "thesis.tex").write_text("")
+    fails(capsys, run(byte_model, files), "other files")
+    assert [p.name for p in (files / "out").iterdir()] == ["thesis.tex"]
+    shutil.rmtree(files / "out")
+    fails(capsys, run(byte_model, files, "--resume"), "no run")
+    (files / "out").write_text("")
+    fails(capsys, run(byte_model, files), "is a file")
+
+
+def test_no_such_target_lists_the_candidates(byte_model, files, capsys):
+    fails(capsys, run(byte_model, files, "--lora-targets", "query"), "query", "q_proj", "down_proj")
+    fails(capsys, run(byte_model, files, "--lora-targets", "lm_head"), "lm_head", "frozen")
+    assert not (files / "out").exists()
+
+
+def test_what_is_no_causal_model(byte_model, files, capsys, tmp_path):
+    from transformers import BertConfig, T5Config
+
+    for config in (
+        T5Config(architectures=["T5ForConditionalGeneration"]),
+        BertConfig(architectures=["BertForMaskedLM"]),
+    ):
+        config.save_pretrained(tmp_path / "other")
+        fails(capsys, run(tmp_path / "other", files), "not a causal language model", config.architectures[0])
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "hf_olmo"}')
+    fails(capsys, run(tmp_path / "other", files), "original format")
+    (tmp_path / "other" / "config.json").write_text("{")
+    fails(capsys, run(tmp_path / "other", files), "config.json")
+    (tmp_path / "other" / "config.json").unlink()
+    fails(capsys, run(tmp_path / "other", files), "config.json")
+    fails(capsys, run(tmp_path / "none" / "here", files), "There is no directory")
+
+
+def test_no_network_and_no_copy(files, capsys, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    fails(capsys, run("allenai/OLMo-7B", files), "allenai/OLMo-7B-hf", "hub")
+
+
+def test_remote_code_is_never_run(byte_model, files, capsys, tmp_path):
+    folder = tmp_path / "custom"
+    folder.mkdir()
+    (folder / "config.json").write_text(
+        '{"model_type": "mine", "architectures": ["MineForCausalLM"], "auto_map": {"AutoConfig": "mine.C", '
+        '"AutoModelForCausalLM": "mine.M"}}'
+    )
+    marker = tmp_path / "ran"
+    (folder / "mine.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    fails(capsys, run(folder, files), "never runs")
+    assert not marker.exists()
+
+
+def test_flash_attention_that_is_not_there(byte_model, files, capsys):
+    fails(capsys, run(byte_model, files, "--attn", "flash_attention_2"), "flash-attn is not installed", "sdpa")
+
+
+def test_a_gpu_that_is_not_there(byte_model, files, capsys):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    fails(capsys, run(byte_model, files, "--device", "cuda"), "no CUDA GPU")
+
+
+def test_a_disk_too_small(byte_model, files, capsys, monkeypatch):
+    import collections
+
+    import lowmem_npo.run_directory
+
+    usage = collections.namedtuple("usage", "total used free")(10, 9, 2**20)
+    monkeypatch.setattr(lowmem_npo.run_directory.shutil, "disk_usage", lambda path: usage)
+    fails(capsys, run(byte_model, files), "MiB free")
+    assert not (files / "out").exists()

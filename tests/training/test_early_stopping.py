@@ -1,0 +1,179 @@
+"""--stop-when in real runs of a tiny model that recites: when they end, and whose weights they leave."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.taught_model import LIMIT, forgetting
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowmem_npo.commands.train.run import train
+from lowmem_npo.data import prepare
+from lowmem_npo.training.early_stopping import EVALUATIONS, KEPT, OUTCOME, Stopping, read_evaluations
+
+ROOT = Path(__file__).resolve().parents[2]
+CONDITIONS = {
+    "forget-at-holdout": lambda now, start: now.forget_nll >= start.holdout_nll,
+    "mia-crosses": lambda now, start: now.membership_auc <= 0.5,
+    "retain-loss+100%": lambda now, start: now.retain_nll >= 2 * start.retain_nll,
+}
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    assert one.keys() == other.keys() and one
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def whole(taught_model, tmp_path_factory) -> Path:
+    """The run to its end: measured after every second step, never stopped, every measured adapter in a checkpoint."""
+    folder = tmp_path_factory.mktemp("stopping") / "whole"
+    result = train(forgetting(taught_model, folder, ("retain-loss+1000",)), say=quiet)
+    assert result.optimizer_steps == 30 and result.stopping.held == []
+    return folder
+
+
+def expected(whole: Path, text: str) -> tuple[int, int]:
+    """Where the run must stop, and which step it must keep: by the definitions, on what the whole run measured."""
+    start, *trained = read_evaluations(whole / EVALUATIONS)
+    stop = next(now for now in trained if CONDITIONS[text](now, start))
+    seen = [now for now in trained if now.step <= stop.step]
+    if text == "forget-at-holdout":
+        kept = min(seen, key=lambda now: abs(now.forget_nll - start.holdout_nll))
+    elif text == "mia-crosses":
+        kept = min(seen, key=lambda now: abs(now.membership_auc - 0.5))
+    else:
+        kept = seen[-2]
+    return stop.step, kept.step
+
+
+def restored(folder: Path, checkpoints: Path) -> bool:
+    """Whether the run in `folder` left the adapter that the whole run had at the step that was kept."""
+    kept = json.loads((folder / OUTCOME).read_text())["kept"]["step"]
+    return same(adapter(folder), adapter(checkpoints / f"checkpoint-{kept}"))
+
+
+@pytest.mark.parametrize("text", CONDITIONS)
+def test_it_stops_when_it_should_and_keeps_the_best(text, whole, taught_model, tmp_path):
+    stop, kept = expected(whole, text)
+    said = []
+    result = train(forgetting(taught_model, tmp_path / "run", (text,)), say=said.append)
+    assert result.optimizer_steps == result.stopping.last.step == stop <= 30
+    assert result.stopping.kept.step == kept
+    assert result.stopping.held == [text] and result.stopping.within_limits
+    assert restored(tmp_path / "run", whole)
+    evaluations = read_evaluations(whole / EVALUATIONS)
+    assert read_evaluations(tmp_path / "run" / EVALUATIONS) == [e for e in evaluations if e.step <= stop]
+    assert any(f"Stopped at step {stop}: {text}" in line and f"step {kept} is kept" in line for line in said)
+    assert [file.name for file in (tmp_path / "run" / KEPT).iterdir()] == [f"step-{kept}.safetensors"]
+    assert result.stopping.sentence in json.loads((tmp_path / "run" / "report.json").read_text())["notes"]
+    assert json.loads((tmp_path / "run" / "audit.json").read_text())["adapter"]["of_step"] == kept
+    assert result.after["forget"].summary.nll == pytest.approx(result.stopping.kept.forget_nll, rel=1e-6)
+
+
+def test_a_run_that_does_not_restore_is_noticed(whole, taught_model, tmp_path, monkeypatch):
+    """The check above with the bug planted: the adapter of the last step is left."""
+    stop, kept = expected(whole, "forget-at-holdout")
+    assert kept < stop, "or last and best are the same"
+    monkeypatch.setattr(Stopping, "_restore", lambda self, evaluation: None)
+    train(forgetting(taught_model, tmp_path / "run", ("forget-at-holdout",)), say=quiet)
+    assert not restored(tmp_path / "run", whole)
+
+
+def test_what_it_measures_is_the_models_own_likelihood(whole, taught_model):
+    """NLLs and AUC of the last step, from dense float64 logits and by counting pairs."""
+    tokenizer = AutoTokenizer.from_pretrained(taught_model)
+    data = prepare(tokenizer, limit=LIMIT)
+    base = AutoModelForCausalLM.from_pretrained(taught_model, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(whole / "checkpoint-30")).double().eval()
+
+    def nlls(rows) -> list[tuple[float, int]]:
+        found = []
+        for row in rows:
+            ids, start = torch.tensor([row["input_ids"]]), row["prompt_length"]
+            with torch.no_grad():
+                table = model(ids).logits[0].log_softmax(-1)
+            answer = row["input_ids"][start:]
+            picked = table[torch.arange(start - 1, start - 1 + len(answer)), torch.tensor(answer)]
+            found.append((-picked.sum().item(), len(answer)))
+        return found
+
+    last = read_evaluations(whole / EVALUATIONS)[-1]
+    sets = {name: nlls(getattr(data, name)) for name in ("forget", "retain", "holdout")}
+    for name, values in sets.items():
+        level = sum(total for total, _ in values) / sum(count for _, count in values)
+        assert getattr(last, f"{name}_nll") == pytest.approx(level, rel=1e-4)
+    pairs = [(f[0] / f[1], h[0] / h[1]) for f in sets["forget"] for h in sets["holdout"]]
+    auc = sum((h > f) + 0.5 * (h == f) for f, h in pairs) / len(pairs)
+    assert last.membership_auc == pytest.approx(auc, abs=1.5 / len(pairs))
+
+
+def test_killed_and_resumed_it_keeps_the_same(whole, taught_model, tmp_path):
+    """Cut off after the best step and before the stop; the evaluations after the checkpoint are made again."""
+    stop, kept = expected(whole, "mia-crosses")
+    config = forgetting(taught_model, tmp_path / "run", ("mia-crosses",), max_steps=stop - 4)
+    train(config, say=quiet)
+    (tmp_path / "run" / "adapter_model.safetensors").unlink()
+    ahead = read_evaluations(tmp_path / "run" / EVALUATIONS)[-1]
+    torn = {"step": stop - 2, "epoch": 0.0, "forget_nll": 99.0, "retain_nll": 99.0, "membership_auc": 0.5}
+    with (tmp_path / "run" / EVALUATIONS).open("a") as file:
+        file.write(json.dumps(torn) + "\n")  # of a step after the last checkpoint
+    training, output = replace(config.training, max_steps=30), replace(config.output, resume=True)
+    longer = replace(config, training=training, output=output)
+    result = train(longer, say=quiet)
+    assert ahead.step == stop - 4 and (result.stopping.last.step, result.stopping.kept.step) == (stop, kept)
+    assert restored(tmp_path / "run", whole)
+    again = train(longer, say=quiet)  # a stopped run does not go on
+    assert again.optimizer_steps == stop and restored(tmp_path / "run", whole)
+    assert not (tmp_path / "run" / f"checkpoint-{stop + 2}").exists()
+
+
+def test_each_epoch_is_the_default(taught_model, tmp_path):
+    config = forgetting(taught_model, tmp_path / "run", ("retain-loss+1000",), max_steps=6, eval_every=None)
+    result = train(config, say=quiet)
+    assert [e.step for e in read_evaluations(tmp_path / "run" / EVALUATIONS)] == [0, 4, 6]
+    assert result.stopping.kept.step == 6
+
+
+def test_two_processes_stop_together(whole, taught_model, tmp_path):
+    """Step 10 is where one process stops; two must end there, both, with the same weights within rounding."""
+    stop, kept = expected(whole, "forget-at-holdout")
+    config = forgetting(taught_model, tmp_path / "run", ("forget-at-holdout",))
+    file = tmp_path / "run.yaml"
+    file.write_text(config.to_yaml())
+    launched = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29531"]
+        + ["-m", "lowmem_npo", "train", "--config", str(file), "--ddp-backend", "gloo"],
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    outcome = json.loads((tmp_path / "run" / OUTCOME).read_text())
+    assert (outcome["last"]["step"], outcome["kept"]["step"]) == (stop, kept)
+    one, two = adapter(whole / f"checkpoint-{kept}"), adapter(tmp_path / "run")
+    apart = math.sqrt(sum(float((one[n] - two[n]).double().square().sum()) for n in one))
+    assert apart < 1e-3 * math.sqrt(sum(float(w.double().square().sum()) for w in one.values()))

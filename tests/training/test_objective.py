@@ -1,0 +1,144 @@
+"""The losses against DESIGN's formulas, written out per sequence in float64 with exp and log, not with our helpers."""
+
+import math
+
+import pytest
+import torch
+
+from lowmem_npo.config import ObjectiveConfig
+from lowmem_npo.training.objective import SequenceLogprobs, StepTotals, forget_loss, needs_reference, retain_weights
+
+LENGTHS = (3, 1, 7, 4)
+
+
+@pytest.fixture(scope="module")
+def answers():
+    generator = torch.Generator().manual_seed(0)
+    tokens = [-3 * torch.rand(n, generator=generator, dtype=torch.float64) for n in LENGTHS]
+    reference = [t + 0.7 * torch.randn(len(t), generator=generator, dtype=torch.float64) for t in tokens]
+    return tokens, reference
+
+
+def batch(tokens, reference, objective):
+    policy = SequenceLogprobs(
+        torch.cat(tokens).float(),
+        torch.repeat_interleave(torch.arange(len(tokens)), torch.tensor([len(t) for t in tokens])),
+        len(tokens),
+    )
+    needed = needs_reference(objective)
+    given = {
+        None: None,
+        "token": torch.cat(reference).float(),
+        "sequence": torch.stack([r.sum() for r in reference]).float(),
+    }
+    return policy, given[needed]
+
+
+def by_hand(objective, tokens, reference):
+    """One number, from the paper's formulas."""
+    beta, pairs = objective.beta, list(zip(tokens, reference, strict=True))
+    if objective.forget_term == "ga":
+        return sum(t.sum() for t in tokens) / sum(LENGTHS)
+    if objective.forget_term == "idk":
+        return -sum(t.sum() for t in tokens) / sum(LENGTHS)
+    if objective.forget_term == "simnpo":
+        sigmoids = [1 / (1 + math.exp(beta / len(t) * t.sum() + objective.simnpo_margin)) for t in tokens]
+        return sum(-2 / beta * math.log(s) for s in sigmoids) / len(tokens)
+    if objective.normalization == "token":
+        ratios = torch.cat([t.exp() / r.exp() for t, r in pairs])
+        return (2 / beta * (1 + ratios**beta).log()).mean()
+    if objective.normalization == "length":
+        return sum(2 / beta * math.log(1 + math.exp((t.mean() - r.mean()) * beta)) for t, r in pairs) / len(pairs)
+    return sum(2 / beta * math.log(1 + (t.sum().exp() / r.sum().exp()) ** beta) for t, r in pairs) / len(pairs)
+
+
+OBJECTIVES = [
+    *(ObjectiveConfig(beta=b, normalization=n) for b in (0.1, 0.5, 2.5) for n in ("sequence", "token", "length")),
+    ObjectiveConfig(forget_term="ga"),
+    ObjectiveConfig(forget_term="idk"),
+    ObjectiveConfig(forget_term="simnpo", beta=2.5, simnpo_margin=0.3),
+]
+TOTALS = StepTotals(len(LENGTHS), sum(LENGTHS), 0)
+
+
+def name(o):
+    return f"{o.forget_term}-{o.normalization}-{o.beta}"
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=name)
+def test_forget_loss_is_the_formula(objective, answers):
+    loss = forget_loss(objective, *batch(*answers, objective), TOTALS)
+    assert loss.item() == pytest.approx(float(by_hand(objective, *answers)), rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=name)
+def test_gradient_is_the_formulas(objective, answers):
+    tokens, reference = answers
+    exact = [t.clone().requires_grad_() for t in tokens]
+    if objective.forget_term == "simnpo":
+        loss = torch.stack(
+            [
+                -2 / objective.beta * torch.sigmoid(-objective.beta * t.mean() - objective.simnpo_margin).log()
+                for t in exact
+            ]
+        ).mean()
+    elif objective.forget_term == "npo" and objective.normalization != "token":
+        how = torch.sum if objective.normalization == "sequence" else torch.mean
+        loss = torch.stack(
+            [
+                2 / objective.beta * (1 + (how(t) - how(r)).exp() ** objective.beta).log()
+                for t, r in zip(exact, reference, strict=True)
+            ]
+        ).mean()
+    else:
+        loss = by_hand(objective, exact, reference)
+    loss.backward()
+    policy, given = batch(tokens, reference, objective)
+    policy.token_logprobs.requires_grad_()
+    forget_loss(objective, policy, given, TOTALS).backward()
+    torch.testing.assert_close(
+        policy.token_logprobs.grad.double(), torch.cat([t.grad for t in exact]), rtol=1e-5, atol=1e-8
+    )
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=name)
+def test_shares_of_micro_batches_add_up(objective, answers):
+    whole = forget_loss(objective, *batch(*answers, objective), TOTALS)
+    shares = []
+    for rows in ((0,), (1, 2), (3,)):
+        part = [[column[i] for i in rows] for column in answers]
+        shares.append(forget_loss(objective, *batch(*part, objective), TOTALS))
+    assert sum(shares).item() == pytest.approx(whole.item(), rel=1e-6)
+
+
+def test_mean_of_micro_batch_means_would_be_noticed(answers):
+    """The bug the totals are there against: dividing by the micro-batch's own token count."""
+    objective = ObjectiveConfig(normalization="token")
+    whole = forget_loss(objective, *batch(*answers, objective), TOTALS)
+    means = []
+    for rows in ((0, 1), (2, 3)):
+        part = [[column[i] for i in rows] for column in answers]
+        own = StepTotals(2, sum(LENGTHS[i] for i in rows), 0)
+        means.append(forget_loss(objective, *batch(*part, objective), own))
+    assert (sum(means) / 2).item() != pytest.approx(whole.item(), rel=1e-3)
+
+
+def test_npo_of_an_unchanged_model_is_two_ln2_over_beta():
+    objective = ObjectiveConfig(beta=0.5)
+    policy = SequenceLogprobs(torch.tensor([-1.0, -2.0]), torch.tensor([0, 1]), 2)
+    loss = forget_loss(objective, policy, torch.tensor([-1.0, -2.0]), StepTotals(2, 2, 0))
+    assert loss.item() == pytest.approx(2 / 0.5 * math.log(2))
+
+
+def test_extreme_ratios_stay_finite():
+    objective = ObjectiveConfig(beta=0.5)
+    for ratio, expected in ((-5000.0, 0.0), (5000.0, 2 * 5000.0)):
+        policy = SequenceLogprobs(torch.tensor([ratio], requires_grad=True), torch.tensor([0]), 1)
+        loss = forget_loss(objective, policy, torch.tensor([0.0]), StepTotals(1, 1, 0))
+        loss.backward()
+        assert loss.item() == pytest.approx(expected, abs=1e-6)
+        assert torch.isfinite(policy.token_logprobs.grad).all()
+
+
+def test_retain_weights_share_the_steps_tokens():
+    assert retain_weights(ObjectiveConfig(gamma=2.0, delta=0.5), StepTotals(1, 1, 40)) == (0.05, 0.0125)

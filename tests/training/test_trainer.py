@@ -1,0 +1,178 @@
+"""One optimiser step: its gradients, what it never makes, and that no split of it changes anything."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.dense_step import dense_step, random_rows, relative_error, step_gradients, tiny_model, trainer_of
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lowmem_npo.memory.checkpointing import enable_checkpointing
+
+OBJECTIVES = {
+    "default": {},
+    "token": {"normalization": "token"},
+    "length, reversed KL": {"normalization": "length", "kl_direction": "reference-policy"},
+    "only forget": {"gamma": 0.0, "delta": 0.0},
+    "only KL": {"gamma": 0.0, "delta": 2.0},
+    "no KL": {"delta": 0.0},
+    "ga": {"forget_term": "ga"},
+    "simnpo": {"forget_term": "simnpo", "beta": 2.5, "simnpo_margin": 0.1},
+    "idk": {"forget_term": "idk"},
+}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return random_rows(4, seed=1), random_rows(4, seed=2)
+
+
+@pytest.mark.parametrize("architecture", ["olmo", "llama", "gemma2", "granite"])
+def test_gradients_of_every_architecture_are_the_dense_float64_ones(architecture, rows, tmp_path):
+    check_gradients(architecture, rows, tmp_path, {})
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=list(OBJECTIVES))
+def test_gradients_of_every_objective_are_the_dense_float64_ones(objective, rows, tmp_path):
+    check_gradients("olmo", rows, tmp_path, objective)
+
+
+@pytest.mark.parametrize("term", ["forget", "retain", "kl"])
+def test_gradients_of_each_term_alone(term, rows, tmp_path):
+    """Alone, so that a wrong small term cannot hide behind a large one: a near-zero NPO weight leaves the other two."""
+    settings = {
+        "forget": {"gamma": 0.0, "delta": 0.0},
+        "retain": {"gamma": 1e6, "delta": 0.0},
+        "kl": {"gamma": 0.0, "delta": 1e6},
+    }[term]
+    check_gradients("olmo", rows, tmp_path, settings)
+
+
+def check_gradients(architecture, rows, folder, settings):
+    forget, retain = rows
+    trainer = trainer_of(tiny_model(architecture), folder, forget, retain, **settings)
+    enable_checkpointing(trainer.model.get_base_model())
+    loss, expected = dense_step(trainer, forget, retain if trainer.objective.needs_retain else None)
+    found = step_gradients(trainer)
+    assert relative_error(found, expected) < 2e-5
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_wrong_gradient_would_be_noticed(rows, tmp_path):
+    """The same comparison fails for a slightly wrong beta and for a dropped softcap."""
+    forget, retain = rows
+    trainer = trainer_of(tiny_model("olmo"), tmp_path / "a", forget, retain)
+    _, expected = dense_step(trainer, forget, retain)
+    trainer.objective.beta *= 1.01
+    assert relative_error(step_gradients(trainer), expected) > 1e-4
+
+    trainer = trainer_of(tiny_model("gemma2"), tmp_path / "b", forget, retain)
+    _, expected = dense_step(trainer, forget, retain)
+    import dataclasses
+
+    trainer.head = dataclasses.replace(trainer.head, softcap=None)
+    trainer.reference.head = trainer.head
+    assert relative_error(step_gradients(trainer), expected) > 1e-3
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the most elements any operator's result has."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements, self.shape = 0, ()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.numel() > self.elements:
+                self.elements, self.shape = leaf.numel(), tuple(leaf.shape)
+        return result
+
+
+@pytest.mark.parametrize("vocabulary", [50304, 1000])
+def test_no_tensor_is_as_large_as_the_logits(vocabulary, tmp_path):
+    forget, retain = random_rows(12, 3, vocabulary), random_rows(12, 4, vocabulary)
+    trainer = trainer_of(tiny_model("olmo", vocabulary), tmp_path, forget, retain)
+    tokens = [sum(label != -100 for row in part for label in row["labels"][1:]) for part in (forget, retain)]
+    logits = min(tokens) * vocabulary
+    with LargestTensor() as largest:
+        trainer.train()
+    assert largest.elements < logits, f"{largest.shape} has as many elements as {tokens} x {vocabulary} logits"
+    assert largest.elements > 0
+
+    with LargestTensor() as largest:  # the dense form is found out
+        batch = trainer.data_collator([trainer.train_dataset[pick] for pick in next(iter(trainer.step_batches))])
+        inputs = {name: batch["retain"][name] for name in ("input_ids", "attention_mask")}
+        trainer.model(**inputs, use_cache=False).logits.log_softmax(-1)
+    assert largest.elements >= logits
+
+
+@pytest.mark.parametrize("objective", ["default", "token", "ga"])
+def test_micro_batches_do_not_change_the_gradient(objective, tmp_path):
+    forget, retain = random_rows(8, 5), random_rows(8, 6)
+    found = {}
+    for size, count in ((8, 1), (4, 2), (2, 4), (3, 3)):
+        trainer = trainer_of(
+            tiny_model("olmo"),
+            tmp_path / str(size),
+            forget,
+            retain,
+            step_batch_size=8,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=count,
+            **OBJECTIVES[objective],
+        )
+        found[size] = step_gradients(trainer), trainer.state.log_history[0]
+    whole, log = found.pop(8)
+    for gradients, other in found.values():
+        assert relative_error(gradients, whole) < 1e-5
+        for name in ("loss", "forget_loss", "forget_nll", "retain_nll", "retain_kl"):
+            assert other[name] == pytest.approx(log[name], rel=1e-5)
+
+
+def test_a_mean_of_means_would_be_noticed(tmp_path, monkeypatch):
+    """The Trainer's default, dividing by each micro-batch's own counts, fails the same comparison."""
+    import lowmem_npo.training.trainer as module
+
+    forget, retain = random_rows(8, 5), random_rows(8, 6)
+    whole = step_gradients(trainer_of(tiny_model("olmo"), tmp_path / "whole", forget, retain, step_batch_size=8))
+    trainer = trainer_of(
+        tiny_model("olmo"),
+        tmp_path / "split",
+        forget,
+        retain,
+        step_batch_size=8,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+    )
+    right = module.NPOTrainer.training_step
+
+    def own_means(self, model, inputs, totals):
+        def tokens(part):
+            return int((inputs[part]["labels"][:, 1:] != -100).sum()) * 2
+
+        own = module.StepTotals(len(inputs["forget"]["labels"]) * 2, tokens("forget"), tokens("retain"))
+        return right(self, model, inputs, own)
+
+    monkeypatch.setattr(module.NPOTrainer, "training_step", own_means)
+    assert relative_error(step_gradients(trainer), whole) > 1e-3
+
+
+def test_the_adapter_alone_learns(rows, tmp_path):
+    trainer = trainer_of(tiny_model("olmo"), tmp_path, *rows, learning_rate=1e-2, max_steps=2)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved and all("lora_" in name for name in moved)
+
+
+def test_no_gradient_below_the_lowest_adapter(rows, tmp_path):
+    """Checkpointing must not make the embedding's output require grad: nothing below the adapters has a gradient."""
+    model = tiny_model("olmo")
+    enable_checkpointing(model)
+    embedded = []
+    model.get_input_embeddings().register_forward_hook(lambda m, a, output: embedded.append(output.requires_grad))
+    trainer_of(model, tmp_path, *rows).train()
+    assert embedded and not any(embedded)
