@@ -22,8 +22,8 @@ if __name__ == "__main__":  # the checkout, not this folder: see kernels.py
 
 import torch
 
-from benchmarks import record
-from benchmarks.record import ROOT
+from benchmarks.shared import record
+from benchmarks.shared.record import ROOT
 
 LIMIT = 530  # seconds for a piece
 PIECES: dict[str, list[str]] = {  # arguments of Python; OUTDIR is replaced

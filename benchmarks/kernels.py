@@ -30,10 +30,10 @@ if __name__ == "__main__":  # the checkout, not this folder, whose kernels.py wo
 import torch
 
 from benchmarks import kernel_check, kernel_picture, record
-from benchmarks.kernel_cases import Shape, make_cases, truth
-from benchmarks.kernel_tasks import TASKS, Floor, Task, errors, offers
-from benchmarks.measuring import take_turns, workspace
-from benchmarks.peers import contenders, reason
+from benchmarks.kernels_parts.cases import Shape, make_cases, truth
+from benchmarks.kernels_parts.tasks import TASKS, Floor, Task, errors, offers
+from benchmarks.kernels_parts.timing import take_turns, workspace
+from benchmarks.kernels_parts.peers import contenders, reason
 
 ROWS = 512  # tokens whose errors are looked at while timing
 INPUT_SETS = 4  # contenders go through them in turn, so that no input is still in the cache

@@ -27,9 +27,9 @@ if __name__ == "__main__":  # the checkout, not this folder: see kernels.py
 
 import torch
 
-from benchmarks import record
-from benchmarks.memory_contenders import CONTENDERS, Contender, real_step, simulate
-from benchmarks.random_model import save_random_model
+from benchmarks.shared import record
+from benchmarks.memory_parts.contenders import CONTENDERS, Contender, real_step, simulate
+from benchmarks.shared.random_model import save_random_model
 from lowmem_npo.estimate import measured as meter
 from lowmem_npo.estimate.step import CONTEXT_BYTES
 from lowmem_npo.libraries import quiet_libraries
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_line(entry), flush=True)
         record.write(out, "memory", [found[t, c.name] for t, c in order if (t, c.name) in found], **about)
     if not options.cap:
-        from benchmarks.memory_picture import draw
+        from benchmarks.memory_parts.picture import draw
 
         draw(json.loads(out.read_text()), out.with_suffix(".png"))
     return 0

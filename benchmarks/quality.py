@@ -33,9 +33,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks import record
-from benchmarks.quality_picture import draw_quality
-from benchmarks.quality_table import summarise, table
+from benchmarks.shared import record
+from benchmarks.quality_parts.picture import draw_quality
+from benchmarks.quality_parts.table import summarise, table
 from lowmem_npo.commands.demo.recipe import Teaching
 from lowmem_npo.commands.demo.teaching import make_tokenizer, taught_model
 from lowmem_npo.commands.sweep.grid import GridPoint, SweepRun

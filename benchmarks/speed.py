@@ -26,15 +26,16 @@ if __name__ == "__main__":  # the checkout, not this folder: see kernels.py
     sys.path[:1] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "kernels")]
 
 import torch
+from lowmem_kernels import IGNORE_INDEX
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
-from benchmarks import record
-from benchmarks.peers import reason
-from benchmarks.random_model import save_random_model
-from benchmarks.step_profile import Sizes, breakdown, marked, profiled
+from benchmarks.shared import record
+from benchmarks.kernels_parts.peers import reason
+from benchmarks.shared.random_model import save_random_model
+from benchmarks.speed_parts.step_profile import Sizes, breakdown, marked, profiled
 from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model
@@ -102,11 +103,11 @@ def random_rows(tokens: int, seed: int) -> list[dict]:
     """ROWS rows of `tokens` random tokens, of which all but the first are answer."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 500, (ROWS, tokens), generator=generator).tolist()
-    return [{"input_ids": row, "labels": [-100, *row[1:]], "prompt_length": 1} for row in ids]
+    return [{"input_ids": row, "labels": [IGNORE_INDEX, *row[1:]], "prompt_length": 1} for row in ids]
 
 
 def _measure_dense(model: PreTrainedModel, forget: list[dict], retain: list[dict], steps: int) -> dict:
-    from benchmarks.baselines import Baseline  # here, so that ours is measured also where it is missing
+    from benchmarks.shared.baselines import Baseline  # here, so that ours is measured also where it is missing
 
     rank = AdapterConfig().lora_r
     batches = [_batch(rows, model.device) for rows in (forget, retain)]

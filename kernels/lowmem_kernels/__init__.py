@@ -40,5 +40,6 @@ outputs.
 
 from lowmem_kernels.api import retain_loss, token_kl, token_logprobs
 from lowmem_kernels.head import FrozenHead
+from lowmem_kernels.problem import IGNORE_INDEX
 
-__all__ = ["FrozenHead", "retain_loss", "token_kl", "token_logprobs"]
+__all__ = ["IGNORE_INDEX", "FrozenHead", "retain_loss", "token_kl", "token_logprobs"]

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lowmem_kernels.dispatch import Engine, solve
 from lowmem_kernels.head import FrozenHead
-from lowmem_kernels.problem import IGNORED, Direction, Problem
+from lowmem_kernels.problem import IGNORE_INDEX, Direction, Problem
 
 
 def token_logprobs(hidden: Tensor, head: FrozenHead, targets: Tensor, *, engine: Engine = "auto") -> Tensor:
@@ -92,7 +92,7 @@ def retain_loss(
     loss = torch.zeros_like(answer.logprobs)
     for weight, values in ((ce_weight, -answer.logprobs), (kl_weight, kl)):
         if weight is not None:
-            loss = loss + torch.where(targets == IGNORED, 0.0, weight) * values
+            loss = loss + torch.where(targets == IGNORE_INDEX, 0.0, weight) * values
     loss = loss.sum()
     return KnownGradient.apply(hidden, loss, answer.grad) if need_grad else loss, answer.logprobs, kl
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowmem_kernels.head import FrozenHead
 from lowmem_kernels.launch import has_values
-from lowmem_kernels.problem import IGNORED, Answer, Problem
+from lowmem_kernels.problem import IGNORE_INDEX, Answer, Problem
 
 Engine = Literal["auto", "chunks", "tiles", "torch"]
 
@@ -93,13 +93,13 @@ def _kept_rows(targets: Tensor | None, vocabulary: int) -> Tensor | None:
     """Indices of the rows whose target counts; None means all of them, also where there are no values to look at."""
     if targets is None or not has_values(targets):
         return None
-    ignored = targets == IGNORED
+    ignored = targets == IGNORE_INDEX
     invalid = (targets >= vocabulary) | ((targets < 0) & ~ignored)
     num_ignored, num_invalid = torch.stack([ignored.sum(), invalid.sum()]).tolist()  # one wait for the device
     if num_invalid:
         row = int(invalid.nonzero()[0])
         raise ValueError(
-            f"targets must be in [0, {vocabulary}) or {IGNORED}, but {num_invalid} are not; the first is "
+            f"targets must be in [0, {vocabulary}) or {IGNORE_INDEX}, but {num_invalid} are not; the first is "
             f"targets[{row}] = {int(targets[row])}"
         )
     return (~ignored).nonzero().squeeze(1) if num_ignored else None

@@ -9,7 +9,7 @@ from torch import Tensor
 from lowmem_kernels.head import FrozenHead
 
 Direction = Literal["policy-reference", "reference-policy"]
-IGNORED = -100
+IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,9 @@ from lowmem_npo.data.preview import preview
 from lowmem_npo.data.reading import Rows, read_rows
 from lowmem_npo.data.schemas import Example, to_examples, with_answer
 from lowmem_npo.data.templates import Template
-from lowmem_npo.data.tokenizing import IGNORED, TokenizedRow, TokenizedRows, tokenize
+from lowmem_npo.data.tokenizing import TokenizedRow, TokenizedRows, tokenize
 
 __all__ = [
-    "IGNORED",
     "Example",
     "ForgetRetain",
     "Pick",

@@ -8,9 +8,10 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from lowmem_kernels import IGNORE_INDEX
 from torch.utils.data import Dataset
 
-from lowmem_npo.data.tokenizing import IGNORED, TokenizedRow
+from lowmem_npo.data.tokenizing import TokenizedRow
 
 Batch = dict[str, dict[str, torch.Tensor] | None]
 
@@ -70,7 +71,7 @@ def _pad(rows: list[TokenizedRow], pad_token_id: int, multiple: int) -> dict[str
     width = math.ceil(max((len(row["input_ids"]) for row in rows), default=0) / multiple) * multiple
     ids = torch.full((len(rows), width), pad_token_id, dtype=torch.int64)
     mask = torch.zeros_like(ids)
-    labels = torch.full_like(ids, IGNORED)
+    labels = torch.full_like(ids, IGNORE_INDEX)
     for place, row in enumerate(rows):
         length = len(row["input_ids"])
         ids[place, :length] = torch.tensor(row["input_ids"])

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from itertools import groupby
 
+from lowmem_kernels import IGNORE_INDEX
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_npo.data.tokenizing import IGNORED, TokenizedRows
+from lowmem_npo.data.tokenizing import TokenizedRows
 
 OPEN, CLOSE = "⟦", "⟧"
 GREEN, DIM, RESET = "\033[32m", "\033[2m", "\033[0m"
@@ -27,7 +28,7 @@ def preview(
 
 def _row(rows: TokenizedRows, index: int, tokenizer: PreTrainedTokenizerBase, title: str, color: bool) -> str:
     row, cut = rows[index], rows.cut[index]
-    total, labelled = len(row["input_ids"]), sum(label != IGNORED for label in row["labels"])
+    total, labelled = len(row["input_ids"]), sum(label != IGNORE_INDEX for label in row["labels"])
     facts = [f"{total} tokens", f"{row['prompt_length']} of them prompt", f"{labelled} labelled"]
     facts += [f"{cut} cut off the end"] if cut else []
     facts += ["the first is not labelled: nothing precedes it"] if row["prompt_length"] == 0 else []
@@ -38,7 +39,7 @@ def _row(rows: TokenizedRows, index: int, tokenizer: PreTrainedTokenizerBase, ti
 def _marked(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase, color: bool) -> str:
     """The decoded ids, each run of labelled ones marked."""
     text, done, pieces = "", 0, []
-    for labelled, run in groupby(labels, key=lambda label: label != IGNORED):
+    for labelled, run in groupby(labels, key=lambda label: label != IGNORE_INDEX):
         done += len(list(run))
         # Decoded from the start each time: many tokenizers drop a leading space when they decode a part by itself.
         so_far = tokenizer.decode(ids[:done], skip_special_tokens=False, clean_up_tokenization_spaces=False)

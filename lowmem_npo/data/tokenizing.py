@@ -15,13 +15,13 @@ from functools import cached_property
 from typing import TypedDict
 
 from jinja2.exceptions import TemplateError
+from lowmem_kernels import IGNORE_INDEX
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_npo.data.schemas import Example
 from lowmem_npo.data.templates import Template
 from lowmem_npo.errors import UserError
 
-IGNORED = -100
 TOKENS = ("answer", "all")
 
 
@@ -55,7 +55,7 @@ class TokenizedRows(Sequence[TokenizedRow]):
 
     @property
     def num_labels(self) -> int:
-        return sum(label != IGNORED for row in self.rows for label in row["labels"])
+        return sum(label != IGNORE_INDEX for row in self.rows for label in row["labels"])
 
     @property
     def longest(self) -> int:
@@ -123,7 +123,7 @@ def tokenize(
         if len(kept) <= max(len(prompt), 1):
             too_long.append((example, len(prompt)))
             continue
-        labels = [IGNORED] * first_label + kept[first_label:]
+        labels = [IGNORE_INDEX] * first_label + kept[first_label:]
         rows.append(TokenizedRow(input_ids=kept, labels=labels, prompt_length=len(prompt)))
         cut.append(len(whole) - len(kept))
     if too_long:

@@ -13,13 +13,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from lowmem_kernels import IGNORE_INDEX
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lowmem_npo.config import RunConfig
-from lowmem_npo.data import IGNORED, TokenizedRow
+from lowmem_npo.data import TokenizedRow
 from lowmem_npo.estimate.simulator.gpu import GPU, FakeGPU, fake_gpu, with_values
 from lowmem_npo.estimate.simulator.model import fake_model
 from lowmem_npo.memory.switches import apply_switches
@@ -149,7 +150,7 @@ def _trainer(model: nn.Module, config: RunConfig, rows: StepRows, folder: str) -
 
 def token_row(length: int, answers: int) -> TokenizedRow:
     prompt = length - answers
-    return {"input_ids": [0] * length, "labels": [IGNORED] * prompt + [0] * answers, "prompt_length": prompt}
+    return {"input_ids": [0] * length, "labels": [IGNORE_INDEX] * prompt + [0] * answers, "prompt_length": prompt}
 
 
 def _batch(trainer: NPOTrainer) -> tuple[dict[str, Any], Any]:
@@ -206,5 +207,5 @@ def _marking(gpu: FakeGPU, method: Any) -> Any:
 
 def _largest(rows: Sequence[TokenizedRow], count: int) -> tuple[tuple[int, int], ...]:
     lengths = sorted((len(row["input_ids"]) for row in rows), reverse=True)[:count]
-    answers = sorted((sum(label != IGNORED for label in row["labels"]) for row in rows), reverse=True)[:count]
+    answers = sorted((sum(label != IGNORE_INDEX for label in row["labels"]) for row in rows), reverse=True)[:count]
     return tuple((length, min(a, length - 1)) for length, a in zip(lengths, answers, strict=True))

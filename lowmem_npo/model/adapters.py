@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from lowmem_npo.config import AdapterConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.layers import decoder_layers
+
+EXTRA = "extra"  # name of the temporary adapter
 
 
 def attach_lora(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
@@ -43,13 +45,11 @@ def attach_lora(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
     )
     adapted = get_peft_model(model, lora)
     model.disable_input_require_grads()  # for reentrant checkpointing; it costs gradients below the adapters
-    for module in adapted.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.cast_input_dtype_enabled = False
+    _keep_input_dtype(adapted)
     return adapted
 
 
-@contextlib.contextmanager
+@contextmanager
 def reference_mode(model: PeftModel) -> Iterator[None]:
     """Inside, `model` is the original model: adapters off, eval mode, no gradients; all is restored on leaving."""
     was_training = model.training
@@ -61,6 +61,39 @@ def reference_mode(model: PeftModel) -> Iterator[None]:
         model.train(was_training)
 
 
+@contextmanager
+def extra_adapter(model: PreTrainedModel | PeftModel, rank: int, seed: int) -> Iterator[None]:
+    """Inside, every linear layer but the head has one more LoRA adapter, which starts as the identity and alone
+    requires grad. On leaving it is gone, and all is as it was."""
+    wanted_grad = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules="all-linear")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if isinstance(model, PeftModel):
+            adapted, active = model, model.active_adapters
+            model.add_adapter(EXTRA, config)
+            model.base_model.set_adapter([*active, EXTRA])
+        else:
+            adapted = get_peft_model(model, config, adapter_name=EXTRA)
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_(f".{EXTRA}." in name)
+    _keep_input_dtype(adapted)
+    lm = adapted.get_base_model()
+    lm.disable_input_require_grads()
+    try:
+        yield
+    finally:
+        if isinstance(model, PeftModel):
+            model.base_model.set_adapter(active)
+            model.delete_adapter(EXTRA)
+            _unwrap(lm)
+        else:
+            adapted.unload()
+        model.requires_grad_(False)
+        for parameter in wanted_grad:
+            parameter.requires_grad_(True)
+
+
 def linear_layer_names(model: PreTrainedModel) -> list[str]:
     """Last name parts of the linear layers an adapter can sit on: q_proj, down_proj, ...; never the head."""
     head = model.get_output_embeddings()
@@ -68,6 +101,20 @@ def linear_layer_names(model: PreTrainedModel) -> list[str]:
     return sorted(
         {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, kinds) and m is not head}
     )
+
+
+def _keep_input_dtype(adapted: PeftModel) -> None:
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
+
+
+def _unwrap(lm: PreTrainedModel) -> None:
+    """Puts the linear layers back that are left in a wrapper without any adapter."""
+    for name, module in list(lm.named_modules()):
+        if isinstance(module, LoraLayer) and not module.lora_A:
+            parent, _, child = name.rpartition(".")
+            setattr(lm.get_submodule(parent), child, module.get_base_layer())
 
 
 def _conv1d() -> type:

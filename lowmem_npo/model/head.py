@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from lowmem_kernels import FrozenHead, token_logprobs
+from lowmem_kernels import IGNORE_INDEX, FrozenHead, token_logprobs
 from lowmem_kernels.dispatch import has_values
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,8 +15,6 @@ from transformers import PreTrainedModel
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.precision import compute_autocast
-
-IGNORED = -100
 
 
 class AnswerHidden(NamedTuple):
@@ -72,7 +70,7 @@ def answer_hidden(
     lm = causal_lm(model)
     with compute_autocast(lm):
         states = lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-    counts = labels[:, 1:] != IGNORED
+    counts = labels[:, 1:] != IGNORE_INDEX
     return AnswerHidden(
         hidden=states[:, :-1][counts],
         targets=labels[:, 1:][counts],

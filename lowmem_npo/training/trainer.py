@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lowmem_kernels import retain_loss, token_logprobs
+from lowmem_kernels import IGNORE_INDEX, retain_loss, token_logprobs
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
@@ -173,9 +173,9 @@ class NPOTrainer(Trainer):
         for batch in batches:
             forget, retain = batch["forget"], batch["retain"]
             counts[0] += len(forget["labels"])
-            counts[1] += (forget["labels"][:, 1:] != -100).sum()
+            counts[1] += (forget["labels"][:, 1:] != IGNORE_INDEX).sum()
             if retain is not None:
-                counts[2] += (retain["labels"][:, 1:] != -100).sum()
+                counts[2] += (retain["labels"][:, 1:] != IGNORE_INDEX).sum()
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts.to(device), reduction="sum")
         return batches, StepTotals(*counts.tolist())

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from benchmarks import kernel_check, kernel_picture, kernels, peers
-from benchmarks.kernel_cases import CE_WEIGHT, KL_WEIGHT, Shape, make_cases, truth
-from benchmarks.kernel_tasks import TASKS, errors
-from benchmarks.measuring import take_turns
+from benchmarks.kernels_parts.cases import CE_WEIGHT, KL_WEIGHT, Shape, make_cases, truth
+from benchmarks.kernels_parts.tasks import TASKS, errors
+from benchmarks.kernels_parts.timing import take_turns
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = Shape(tokens=9, vocabulary=211, hidden=48)

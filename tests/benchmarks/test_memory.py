@@ -16,10 +16,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import memory, memory_contenders, tables
-from benchmarks.baselines import Baseline
-from benchmarks.memory_contenders import CONTENDERS, simulate
-from benchmarks.memory_picture import draw
-from benchmarks.random_model import save_random_model
+from benchmarks.shared.baselines import Baseline
+from benchmarks.memory_parts.contenders import CONTENDERS, simulate
+from benchmarks.memory_parts.picture import draw
+from benchmarks.shared.random_model import save_random_model
 
 FORGET, RETAIN = random_rows(4, seed=1), random_rows(4, seed=2)
 SMALL = LlamaConfig(
@@ -40,7 +40,7 @@ def padded(rows: list[dict]) -> dict[str, torch.Tensor]:
 def in_float32(monkeypatch):
     """Instead of bf16, so that a baseline and the exact step differ by rounding in float32 only."""
     autocast = torch.autocast
-    monkeypatch.setattr("benchmarks.baselines.torch.autocast", lambda *_, **__: autocast("cpu", enabled=False))
+    monkeypatch.setattr("benchmarks.shared.baselines.torch.autocast", lambda *_, **__: autocast("cpu", enabled=False))
 
 
 def lora_gradients(folder, two_models: bool) -> tuple[float, dict, float, dict]:

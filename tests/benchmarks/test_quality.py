@@ -11,8 +11,8 @@ import pytest
 from matplotlib import image
 
 from benchmarks import quality
-from benchmarks.quality_picture import draw_quality
-from benchmarks.quality_table import summarise, table
+from benchmarks.quality_parts.picture import draw_quality
+from benchmarks.quality_parts.table import summarise, table
 from lowmem_npo.commands.demo.recipe import Teaching
 from lowmem_npo.config import DataConfig
 

@@ -8,8 +8,8 @@ from importlib.util import find_spec
 import pytest
 
 from benchmarks import speed
-from benchmarks.random_model import save_random_model
-from benchmarks.step_profile import PARTS, REFERENCE, Sizes, breakdown, part_of
+from benchmarks.shared.random_model import save_random_model
+from benchmarks.speed_parts.step_profile import PARTS, REFERENCE, Sizes, breakdown, part_of
 
 SIZES = Sizes(vocabulary=50304, hidden=4096, intermediate=11008, rank=5)
 
@@ -71,8 +71,8 @@ def test_quick_measures_ours_and_the_dense_form_on_a_small_model(tmp_path, monke
     written = json.loads(path.read_text())
     runs = {run["configuration"]: run for run in written["results"]}
     assert "--tile-mlp must be at least 1" in runs.pop("impossible")["missing"]
-    if find_spec("benchmarks.baselines") is None:
-        assert "benchmarks.baselines" in runs.pop(speed.DENSE)["missing"]
+    if find_spec("benchmarks.shared.baselines") is None:
+        assert "benchmarks.shared.baselines" in runs.pop(speed.DENSE)["missing"]
     else:
         assert "x dense" in capsys.readouterr().out
     for run in runs.values():

@@ -1,14 +1,15 @@
 """Padding, and parts without rows."""
 
 import torch
+from lowmem_kernels import IGNORE_INDEX
 
 from lowmem_npo.data.batching import ForgetRetain, Pick, collator
-from lowmem_npo.data.tokenizing import IGNORED, TokenizedRow
+from lowmem_npo.data.tokenizing import TokenizedRow
 
 
 def row(length: int, prompt: int = 1) -> TokenizedRow:
     ids = list(range(10, 10 + length))
-    return TokenizedRow(input_ids=ids, labels=[IGNORED] * prompt + ids[prompt:], prompt_length=prompt)
+    return TokenizedRow(input_ids=ids, labels=[IGNORE_INDEX] * prompt + ids[prompt:], prompt_length=prompt)
 
 
 def test_padding_is_on_the_right_and_never_labelled():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from lowmem_kernels import IGNORE_INDEX
 
 from lowmem_npo.data.schemas import Example
-from lowmem_npo.data.tokenizing import IGNORED, tokenize
+from lowmem_npo.data.tokenizing import tokenize
 from lowmem_npo.errors import UserError
 
 TURNS = (
@@ -41,7 +42,7 @@ def test_the_prompt_is_what_generation_starts_from(chat_tokenizer):
     assert prompt == wanted
     assert chat_tokenizer.decode(prompt).endswith("capital?<|im_end|>\n<|im_start|>assistant\n")
     assert chat_tokenizer.decode(answer) == "Paris.<|im_end|>"  # no line break: it belongs to the next turn
-    assert row["labels"] == [IGNORED] * len(prompt) + answer
+    assert row["labels"] == [IGNORE_INDEX] * len(prompt) + answer
 
 
 def test_eos_ends_the_answer_where_the_template_marks_no_end(chat_tokenizer):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lowmem_kernels import IGNORE_INDEX
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from lowmem_npo.data.reading import read_rows
 from lowmem_npo.data.schemas import Example, to_examples
 from lowmem_npo.data.templates import Template
-from lowmem_npo.data.tokenizing import IGNORED, tokenize
+from lowmem_npo.data.tokenizing import tokenize
 from lowmem_npo.errors import UserError
 
 REAL = {"lume/forget_train.jsonl": None, "lume/retain_validation.jsonl": None, "tofu/forget05.json": 100}
@@ -33,7 +34,7 @@ def check_boundary(tokenizer, examples, rows):
         ids, length = row["input_ids"], row["prompt_length"]
         assert ids[:length] == tokenizer(prompt).input_ids, "the prompt is not what generation starts from"
         assert tokenizer.decode(ids) == f"{prompt} {example.answer}<|endoftext|>", "a space is lost or doubled"
-        assert row["labels"] == [IGNORED] * length + ids[length:]
+        assert row["labels"] == [IGNORE_INDEX] * length + ids[length:]
         assert ids[-1] == tokenizer.eos_token_id
 
 
@@ -121,7 +122,7 @@ def test_a_tokenizer_that_appends_eos_does_not_end_the_prompt(llama_tokenizer):
 
 def test_all_tokens_are_labelled_but_the_first(bpe_tokenizer):
     row = tokenize([pair("She was", "born")], bpe_tokenizer, tokens="all")[0]
-    assert row["labels"] == [IGNORED, *row["input_ids"][1:]]
+    assert row["labels"] == [IGNORE_INDEX, *row["input_ids"][1:]]
     assert row["prompt_length"] == len(bpe_tokenizer("She was").input_ids)
 
 
@@ -130,7 +131,7 @@ def test_text_is_labelled_but_for_the_token_that_nothing_precedes(bpe_tokenizer,
     for tokenizer in (bpe_tokenizer, llama_tokenizer):
         row = tokenize([text], tokenizer)[0]
         assert row["input_ids"] == [*tokenizer("She was born").input_ids, tokenizer.eos_token_id]
-        assert row["labels"] == [IGNORED, *row["input_ids"][1:]]
+        assert row["labels"] == [IGNORE_INDEX, *row["input_ids"][1:]]
         assert row["prompt_length"] == 0
 
 

@@ -8,10 +8,11 @@ import pytest
 from accelerate import skip_first_batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lowmem_kernels import IGNORE_INDEX
 from torch.utils.data import DataLoader
 
 from lowmem_npo.data.batching import ForgetRetain, Pick, collator
-from lowmem_npo.data.tokenizing import IGNORED, TokenizedRow
+from lowmem_npo.data.tokenizing import TokenizedRow
 from lowmem_npo.training.step_rows import StepBatches
 
 sizes = st.fixed_dictionaries(
@@ -27,7 +28,7 @@ sizes = st.fixed_dictionaries(
 
 def row(length: int, prompt: int = 1) -> TokenizedRow:
     ids = list(range(10, 10 + length))
-    return TokenizedRow(input_ids=ids, labels=[IGNORED] * prompt + ids[prompt:], prompt_length=prompt)
+    return TokenizedRow(input_ids=ids, labels=[IGNORE_INDEX] * prompt + ids[prompt:], prompt_length=prompt)
 
 
 def epoch_of(sampler: StepBatches, epoch: int) -> list[list[Pick]]:

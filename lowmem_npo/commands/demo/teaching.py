@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from lowmem_kernels import IGNORE_INDEX
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 from lowmem_npo.commands.demo.recipe import Teaching
-from lowmem_npo.data import IGNORED, TokenizedRow
+from lowmem_npo.data import TokenizedRow
 from lowmem_npo.errors import UserError
 
 END, PADDING = "<|endoftext|>", "<|padding|>"  # as OLMo calls them
@@ -123,7 +124,7 @@ def teach(
             for batch in batches:
                 ids = pad_sequence([torch.tensor(rows[i]["input_ids"]) for i in batch], batch_first=True)
                 labels = pad_sequence(
-                    [torch.tensor(rows[i]["labels"]) for i in batch], batch_first=True, padding_value=IGNORED
+                    [torch.tensor(rows[i]["labels"]) for i in batch], batch_first=True, padding_value=IGNORE_INDEX
                 )
                 # No attention mask: what pads a row stands behind it, where causal attention does not look.
                 loss = model(input_ids=ids.to(model.device), labels=labels.to(model.device)).loss

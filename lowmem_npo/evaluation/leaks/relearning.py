@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 from lowmem_kernels import token_logprobs
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from lowmem_npo.data import TokenizedRow
@@ -28,8 +27,8 @@ from lowmem_npo.evaluation.scoring.likelihood import right_padded
 from lowmem_npo.evaluation.scoring.token_scores import token_scores
 from lowmem_npo.memory.checkpointing import enable_checkpointing
 from lowmem_npo.model import answer_hidden, frozen_head
+from lowmem_npo.model.adapters import extra_adapter
 
-NAME = "relearning"
 LOOKS = 4  # how often the rest is asked for on the way
 
 
@@ -106,49 +105,6 @@ def _told(shown: int, curve: dict[int, dict[str, float]], original: dict[str, fl
         f"{after['rows']} answers by itself, before them {before['extraction_strength']:.0%}; {beside_holdout(level)}."
     )
     return {**found, "meaning": meaning, "leaks": above_holdout(strength, level)}
-
-
-@contextmanager
-def extra_adapter(model: PreTrainedModel | PeftModel, rank: int, seed: int) -> Iterator[None]:
-    """Inside, every linear layer but the head has one more LoRA adapter, which starts as the identity and alone
-    requires grad. On leaving it is gone, and all is as it was."""
-    wanted_grad = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules="all-linear")
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        if isinstance(model, PeftModel):
-            adapted, active = model, model.active_adapters
-            model.add_adapter(NAME, config)
-            model.base_model.set_adapter([*active, NAME])
-        else:
-            adapted = get_peft_model(model, config, adapter_name=NAME)
-    for name, parameter in adapted.named_parameters():
-        parameter.requires_grad_(f".{NAME}." in name)
-    for module in adapted.modules():
-        if isinstance(module, LoraLayer):
-            module.cast_input_dtype_enabled = False  # as `attach_lora` does, for `compute_autocast`
-    lm = adapted.get_base_model()
-    lm.disable_input_require_grads()
-    try:
-        yield
-    finally:
-        if isinstance(model, PeftModel):
-            model.base_model.set_adapter(active)
-            model.delete_adapter(NAME)
-            _unwrap(lm)
-        else:
-            adapted.unload()
-        model.requires_grad_(False)
-        for parameter in wanted_grad:
-            parameter.requires_grad_(True)
-
-
-def _unwrap(lm: PreTrainedModel) -> None:
-    """Puts the linear layers back that are left in a wrapper without any adapter."""
-    for name, module in list(lm.named_modules()):
-        if isinstance(module, LoraLayer) and not module.lora_A:
-            parent, _, child = name.rpartition(".")
-            setattr(lm.get_submodule(parent), child, module.get_base_layer())
 
 
 def _fine_tune(

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from math import exp, nan
 
 import torch
-from lowmem_kernels import token_logprobs
+from lowmem_kernels import IGNORE_INDEX, token_logprobs
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from lowmem_npo.data import IGNORED, TokenizedRow
+from lowmem_npo.data import TokenizedRow
 from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE, batches
 from lowmem_npo.evaluation.scoring.eval_mode import evaluating, progress_bar
 from lowmem_npo.model import answer_hidden, frozen_head
@@ -69,9 +69,9 @@ def right_padded(rows: Sequence[TokenizedRow]) -> tuple[torch.Tensor, torch.Tens
     ids = [torch.tensor(row["input_ids"]) for row in rows]
     labels = [row_ids.clone() for row_ids in ids]
     for row, row_labels in zip(rows, labels, strict=True):
-        row_labels[: row["prompt_length"]] = IGNORED
+        row_labels[: row["prompt_length"]] = IGNORE_INDEX
     return (
         pad_sequence(ids, batch_first=True),
         pad_sequence([torch.ones_like(row_ids) for row_ids in ids], batch_first=True),
-        pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+        pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
     )

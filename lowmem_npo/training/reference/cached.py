@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from lowmem_kernels import IGNORE_INDEX
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lowmem_npo.config import ObjectiveConfig
-from lowmem_npo.data.tokenizing import IGNORED, TokenizedRow
+from lowmem_npo.data.tokenizing import TokenizedRow
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.head import causal_lm
 from lowmem_npo.training.objective import needs_reference
@@ -148,7 +149,7 @@ def _parts(
 
 
 def _answer_lengths(rows: Sequence[TokenizedRow]) -> list[int]:
-    return [sum(label != IGNORED for label in row["labels"][1:]) for row in rows]
+    return [sum(label != IGNORE_INDEX for label in row["labels"][1:]) for row in rows]
 
 
 def _stale(file: AnswerFile, identity: dict[str, str]) -> str | None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowmem_kernels import FrozenHead, token_logprobs
+from lowmem_kernels import IGNORE_INDEX, FrozenHead, token_logprobs
 from peft import PeftModel
 from torch import Tensor
 
 from lowmem_npo.config import ObjectiveConfig
 from lowmem_npo.model import answer_hidden, reference_mode
-from lowmem_npo.model.head import IGNORED
 from lowmem_npo.training.objective import SequenceLogprobs, needs_reference
 
 
@@ -30,7 +29,7 @@ class LiveReference:
         logprobs = self.answer_logprobs(batch)
         if needed == "token":
             return logprobs
-        sequence = (batch["labels"][:, 1:] != IGNORED).nonzero(as_tuple=True)[0]
+        sequence = (batch["labels"][:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)[0]
         return SequenceLogprobs(logprobs, sequence, len(batch["labels"])).sums()
 
     def retain(self, batch: dict[str, Tensor]) -> Tensor | None:

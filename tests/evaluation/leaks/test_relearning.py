@@ -90,7 +90,7 @@ def test_one_step_follows_the_gradient_of_the_mean_nll(bug, monkeypatch):
     def step(optimizer, *args):
         named = dict(model.named_parameters())
         names = [name for name, parameter in named.items() if parameter.requires_grad]
-        assert names and all(".relearning." in name for name in names)
+        assert names and all(".extra." in name for name in names)
         caught.update({name: (named[name].grad.clone(), named[name].detach().clone()) for name in names})
         real(optimizer, *args)
         for name in names:
