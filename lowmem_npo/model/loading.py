@@ -11,7 +11,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,6 +21,7 @@ from transformers.utils import is_flash_attn_2_available
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.names import resolve_name
+from lowmem_npo.model.quantization import nf4
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 
@@ -60,8 +60,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     that host and device never hold more than the final model and one tensor (tests/model/test_loading_memory.py).
 
     Args:
-        config: `qlora` quantises every linear layer but the head to NF4 with double quantisation (Dettmers et al. 2023,
-            QLoRA); embeddings, norms and the head stay in `dtype`.
+        config: `qlora` quantises every linear layer but the head to NF4; embeddings, norms and head stay in `dtype`.
 
     Raises:
         UserError: not a causal LM, not found, no network, bf16 or flash-attention where they cannot run.
@@ -70,14 +69,6 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     _check_can_run(config, device)
     name, _ = resolve_name(config.model)
     loaded_config = load_config(config)
-    quantization = None
-    if config.qlora:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name,
@@ -85,7 +76,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
             revision=config.revision,
             dtype=dtype,
             attn_implementation=config.attn,
-            quantization_config=quantization,
+            quantization_config=nf4(dtype) if config.qlora else None,
             device_map={"": device},
             trust_remote_code=False,
         )

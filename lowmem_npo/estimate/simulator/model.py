@@ -9,12 +9,13 @@ import torch
 from bitsandbytes.functional import name2qmap, quantize_4bit
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.estimate.simulator.gpu import GPU
 from lowmem_npo.model.loading import DTYPES
+from lowmem_npo.model.quantization import nf4
 
 
 def fake_model(architecture: PretrainedConfig, config: ModelConfig) -> PreTrainedModel:
@@ -27,15 +28,7 @@ def fake_model(architecture: PretrainedConfig, config: ModelConfig) -> PreTraine
     with _disable_current_modes(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture, attn_implementation=config.attn, dtype=dtype)
         if config.qlora:
-            quantizer = AutoHfQuantizer.from_config(
-                BitsAndBytesConfig(
-                    load_in_4bit=True,
-                    bnb_4bit_quant_type="nf4",
-                    bnb_4bit_use_double_quant=True,
-                    bnb_4bit_compute_dtype=dtype,
-                ),
-                pre_quantized=False,
-            )
+            quantizer = AutoHfQuantizer.from_config(nf4(dtype), pre_quantized=False)
             quantizer.preprocess_model(model=model, device_map=None)
             quantizer.postprocess_model(model)
             model.hf_quantizer = quantizer
