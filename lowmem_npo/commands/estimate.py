@@ -46,8 +46,8 @@ def rows_of_step(config: RunConfig) -> StepRows:
 
     if config.data.forget is None:
         return StepRows.of_length(config)
-    from lowmem_npo.data.prepare import prepare_run
+    from lowmem_npo.data import prepare
     from lowmem_npo.model import load_tokenizer
 
-    data = prepare_run(config, load_tokenizer(config.model))
+    data = prepare(load_tokenizer(config.model), config.data, config.objective.forget_term)
     return StepRows.of_data(config, data.forget_targets, data.retain)

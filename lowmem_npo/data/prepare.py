@@ -8,7 +8,7 @@ from importlib import resources
 
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_npo.config import RunConfig
+from lowmem_npo.config import DataConfig, ForgetTerm, ObjectiveConfig
 from lowmem_npo.data.overlap import refuse_overlap
 from lowmem_npo.data.reading import Rows, read_rows
 from lowmem_npo.data.schemas import Example, to_examples, with_answer
@@ -24,8 +24,8 @@ class PreparedData:
     forget: the rows to forget, with their true answers.
     retain: the rows to keep, or None.
     forget_targets: what the forget term trains on: `forget`, or the same prompts answered by a refusal.
-    report: lines on what was read and what truncation took, for people.
-    holdout: rows like those to forget that the model was never taught, or None: what a forgotten row is held against.
+    report: lines for the user: what was read, and what was truncated.
+    holdout: rows like those to forget that the model was never taught, or None: what forgotten rows are compared with.
     """
 
     forget: TokenizedRows
@@ -36,92 +36,57 @@ class PreparedData:
 
 
 def prepare(
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    forget: str | None = None,
-    retain: str | None = None,
-    holdout: str | None = None,
-    prompt_column: str | None = None,
-    answer_column: str | None = None,
-    prompt_template: str | None = None,
-    max_length: int = 1024,
-    tokens: str = "answer",
-    refusal: str | None = None,
-    allow_overlap: bool = False,
-    limit: int | None = None,
+    tokenizer: PreTrainedTokenizerBase, data: DataConfig, forget_term: ForgetTerm = ObjectiveConfig.forget_term
 ) -> PreparedData:
-    """Read, check and tokenise the rows of a run. Nothing is written.
+    """Reads, checks and tokenises the rows of a run. Nothing is written.
 
-    forget, retain: files or hub names (`read_rows`); neither means the bundled biographies, no retain means none.
-    holdout: the same; without it, bundled data has the bundled holdout, other data none.
-    prompt_column, answer_column: columns, where they are not recognised (`to_examples`); not for bundled data.
-    prompt_template: the text around a prompt (`Template`); None takes the default of each schema.
-    max_length, tokens: as for `tokenize`.
-    refusal: the answer that `forget_targets` carries in place of the true ones, for the forget term `idk`.
-    allow_overlap: go on although rows stand in both parts.
-    limit: use only the first so many rows of each part.
+    Without `data.forget` and `data.retain` these are the bundled biographies and, unless `data.holdout` names others,
+    their holdout. `forget_term` decides what `forget_targets` are: for `idk`, refusals.
 
-    Raises UserError for everything the user can mend.
+    Raises UserError for everything the user can fix.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit is {limit}; it must be at least 1.")
-    if max_length < 2:
-        raise UserError(f"--max-length is {max_length}; it must be at least 2.")
-    if forget is None and retain is not None:
-        raise UserError(f"There are rows to retain ({retain}) but none to forget; name them with --forget.")
-    template = Template(prompt_template)
+    if data.limit is not None and data.limit < 1:
+        raise UserError(f"--limit is {data.limit}; it must be at least 1.")
+    if data.max_length < 2:
+        raise UserError(f"--max-length is {data.max_length}; it must be at least 2.")
+    if data.forget is None and data.retain is not None:
+        raise UserError(f"There are rows to retain ({data.retain}) but none to forget; name them with --forget.")
+    template = Template(data.prompt_template)
     report: list[str] = []
 
     def examples(part: str, source: str | None) -> list[Example]:
         if source is None:
-            rows, columns = bundled_rows(part, limit=limit), {}
+            rows, columns = bundled_rows(part, limit=data.limit), {}
         else:
-            rows = read_rows(source, limit=limit)
-            columns = {"prompt_column": prompt_column, "answer_column": answer_column}
+            rows = read_rows(source, limit=data.limit)
+            columns = {"prompt_column": data.prompt_column, "answer_column": data.answer_column}
         result = to_examples(rows, **columns)
         report.append(_origin(part, rows, result[0], template))
         return result
 
     def tokenized(part: str, rows: list[Example]) -> TokenizedRows:
-        result = tokenize(rows, tokenizer, max_length=max_length, template=template, tokens=tokens)
+        result = tokenize(rows, tokenizer, max_length=data.max_length, template=template, tokens=data.tokens)
         report.extend(result.report(part))
         return result
 
-    if forget is None:
+    bundled = data.forget is None
+    if bundled:
         report.append("No --forget and no --retain: using the bundled biographies of invented people.")
-    to_forget = examples("forget", forget)
-    to_retain = examples("retain", retain) if forget is None or retain is not None else None
-    if to_retain is not None and not allow_overlap:
+    to_forget = examples("forget", data.forget)
+    to_retain = examples("retain", data.retain) if bundled or data.retain is not None else None
+    if to_retain is not None and not data.allow_overlap:
         refuse_overlap(to_forget, to_retain)
-    to_hold_out = examples("holdout", holdout) if forget is None or holdout is not None else None
-    if to_hold_out is not None and not allow_overlap:
+    to_hold_out = examples("holdout", data.holdout) if bundled or data.holdout is not None else None
+    if to_hold_out is not None and not data.allow_overlap:
         refuse_overlap(to_forget, to_hold_out, part="holdout")
         if to_retain is not None:
             refuse_overlap(to_retain, to_hold_out, part="holdout", of="retain")
-    forget_rows = tokenized("forget", to_forget)
-    targets = forget_rows if refusal is None else tokenized("forget, refusing", with_answer(to_forget, refusal))
+    forget_rows = targets = tokenized("forget", to_forget)
+    if forget_term == "idk":
+        targets = tokenized("forget, refusing", with_answer(to_forget, data.refusal))
     retain_rows = None if to_retain is None else tokenized("retain", to_retain)
     holdout_rows = None if to_hold_out is None else tokenized("holdout", to_hold_out)
     return PreparedData(forget_rows, retain_rows, targets, report, holdout_rows)
-
-
-def prepare_run(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
-    """Reads, checks and tokenises what the run forgets and keeps."""
-    data = config.data
-    return prepare(
-        tokenizer,
-        forget=data.forget,
-        retain=data.retain,
-        holdout=data.holdout,
-        prompt_column=data.prompt_column,
-        answer_column=data.answer_column,
-        prompt_template=data.prompt_template,
-        max_length=data.max_length,
-        tokens=data.tokens,
-        refusal=data.refusal if config.objective.forget_term == "idk" else None,
-        allow_overlap=data.allow_overlap,
-        limit=data.limit,
-    )
 
 
 def bundled_rows(part: str, *, limit: int | None = None) -> Rows:

@@ -18,6 +18,7 @@ from jinja2.exceptions import TemplateError
 from lowmem_kernels import IGNORE_INDEX
 from transformers import PreTrainedTokenizerBase
 
+from lowmem_npo.config import DataConfig
 from lowmem_npo.data.schemas import Example
 from lowmem_npo.data.templates import Template
 from lowmem_npo.errors import UserError
@@ -94,9 +95,9 @@ def tokenize(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    max_length: int = 1024,
+    max_length: int = DataConfig.max_length,
     template: Template | None = None,
-    tokens: str = "answer",
+    tokens: str = DataConfig.tokens,
 ) -> TokenizedRows:
     """Tokenise every example.
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from lowmem_npo.config import DataConfig
 from lowmem_npo.data import prepare
 from lowmem_npo.errors import UserError
 
@@ -25,7 +26,7 @@ def files(tmp_path):
 
 
 def test_bundled_biographies_are_the_default(bpe_tokenizer):
-    data = prepare(bpe_tokenizer)
+    data = prepare(bpe_tokenizer, DataConfig())
     assert "bundled biographies of invented people" in data.report[0]
     assert len(data.forget) >= 40
     assert len(data.retain) > len(data.forget)
@@ -35,7 +36,7 @@ def test_bundled_biographies_are_the_default(bpe_tokenizer):
 
 def test_lume_and_tofu_are_read_with_their_own_templates(shared_data, olmo_tokenizer):
     lume, tofu = shared_data / "lume" / "forget_train.jsonl", shared_data / "tofu" / "retain95.json"
-    data = prepare(olmo_tokenizer, forget=str(lume), retain=str(tofu), limit=20)
+    data = prepare(olmo_tokenizer, DataConfig(forget=str(lume), retain=str(tofu), limit=20))
     assert (len(data.forget), len(data.retain)) == (20, 20)
     assert f"forget: {lume}, columns input/output, written as '{{prompt}}'" in data.report
     assert rf"retain: {tofu}, columns question/answer, written as 'Question: {{prompt}}\nAnswer:'" in data.report
@@ -43,59 +44,63 @@ def test_lume_and_tofu_are_read_with_their_own_templates(shared_data, olmo_token
 
 def test_options_reach_their_place(files, bpe_tokenizer):
     forget, retain = files
-    data = prepare(bpe_tokenizer, forget=forget, retain=retain, prompt_template="{prompt} ->", tokens="all", limit=1)
+    data = prepare(
+        bpe_tokenizer, DataConfig(forget=forget, retain=retain, prompt_template="{prompt} ->", tokens="all", limit=1)
+    )
     assert bpe_tokenizer.decode(data.retain[0]["input_ids"]) == "Who? -> She.<|endoftext|>"
     assert data.forget[0]["labels"][1:] == data.forget[0]["input_ids"][1:]
     assert (len(data.forget), len(data.retain)) == (1, 1)
     most = len(data.retain[0]["input_ids"]) - 1
-    short = prepare(bpe_tokenizer, forget=retain, prompt_template="{prompt} ->", max_length=most)
+    short = prepare(bpe_tokenizer, DataConfig(forget=retain, prompt_template="{prompt} ->", max_length=most))
     assert f"forget: 1 row cut to {most} tokens" in short.report[-1]
 
 
 def test_named_columns_hold_for_both_files(tmp_path, bpe_tokenizer):
     forget = write(tmp_path / "f.jsonl", [{"frage": "Wer?", "antwort": "Sie."}])
     retain = write(tmp_path / "r.jsonl", [{"frage": "Wo?", "antwort": "Hier."}])
-    data = prepare(bpe_tokenizer, forget=forget, retain=retain, prompt_column="frage", answer_column="antwort")
+    data = prepare(
+        bpe_tokenizer, DataConfig(forget=forget, retain=retain, prompt_column="frage", answer_column="antwort")
+    )
     assert bpe_tokenizer.decode(data.retain[0]["input_ids"]) == "Wo? Hier.<|endoftext|>"
 
 
 def test_refusals_are_targets_and_true_answers_stay(files, bpe_tokenizer):
     forget, retain = files
-    data = prepare(bpe_tokenizer, forget=forget, retain=retain, refusal="I don't know.")
+    data = prepare(bpe_tokenizer, DataConfig(forget=forget, retain=retain, refusal="No idea."), "idk")
     for true, target in zip(data.forget, data.forget_targets, strict=True):
         prompt = true["prompt_length"]
         assert target["input_ids"][:prompt] == true["input_ids"][:prompt]
-        assert bpe_tokenizer.decode(target["input_ids"][prompt:]) == " I don't know.<|endoftext|>"
+        assert bpe_tokenizer.decode(target["input_ids"][prompt:]) == " No idea.<|endoftext|>"
         assert bpe_tokenizer.decode(true["input_ids"][prompt:]).startswith(" Number")
 
 
 def test_forget_alone_is_possible_retain_alone_is_not(files, bpe_tokenizer):
     forget, retain = files
-    assert prepare(bpe_tokenizer, forget=forget).retain is None
+    assert prepare(bpe_tokenizer, DataConfig(forget=forget)).retain is None
     with pytest.raises(UserError, match="--forget"):
-        prepare(bpe_tokenizer, retain=retain)
+        prepare(bpe_tokenizer, DataConfig(retain=retain))
 
 
 def test_overlap_is_refused_unless_allowed(files, bpe_tokenizer):
     forget, _ = files
     with pytest.raises(UserError, match=r"3 rows to forget .*forget\.jsonl, line 1 is .*forget\.jsonl, line 1"):
-        prepare(bpe_tokenizer, forget=forget, retain=forget)
-    assert len(prepare(bpe_tokenizer, forget=forget, retain=forget, allow_overlap=True).retain) == 3
+        prepare(bpe_tokenizer, DataConfig(forget=forget, retain=forget))
+    assert len(prepare(bpe_tokenizer, DataConfig(forget=forget, retain=forget, allow_overlap=True)).retain) == 3
 
 
 @pytest.mark.parametrize(("option", "value"), [("limit", 0), ("max_length", 1)])
 def test_impossible_numbers_are_refused(bpe_tokenizer, option, value):
     with pytest.raises(UserError, match=f"--{option.replace('_', '-')} is {value}"):
-        prepare(bpe_tokenizer, **{option: value})
+        prepare(bpe_tokenizer, DataConfig(**{option: value}))
 
 
 def test_the_holdout_is_named_or_bundled_and_apart_from_both(files, tmp_path, bpe_tokenizer):
     forget, retain = files
-    assert len(prepare(bpe_tokenizer, limit=5).holdout) == 5
-    assert prepare(bpe_tokenizer, forget=forget, retain=retain).holdout is None
+    assert len(prepare(bpe_tokenizer, DataConfig(limit=5)).holdout) == 5
+    assert prepare(bpe_tokenizer, DataConfig(forget=forget, retain=retain)).holdout is None
     unseen = write(tmp_path / "holdout.jsonl", [{"input": "Who is z?", "output": "Nobody."}])
-    data = prepare(bpe_tokenizer, forget=forget, retain=retain, holdout=unseen)
+    data = prepare(bpe_tokenizer, DataConfig(forget=forget, retain=retain, holdout=unseen))
     assert bpe_tokenizer.decode(data.holdout[0]["input_ids"]).startswith("Who is z?")
     for part, source in (("forget", forget), ("retain", retain)):
         with pytest.raises(UserError, match=f"rows? to {part} also stands? in the holdout"):
-            prepare(bpe_tokenizer, forget=forget, retain=retain, holdout=source)
+            prepare(bpe_tokenizer, DataConfig(forget=forget, retain=retain, holdout=source))

@@ -28,7 +28,7 @@ TEACHING = Teaching(vocabulary=300, layers=2, width=48, heads=2, epochs=60, batc
 def teach_tiny(directory: Path) -> Path:
     examples = [e for part in ("forget", "retain") for e in to_examples(bundled_rows(part, limit=LIMIT))]
     tokenizer = make_tokenizer(["".join(Template().render(example)) for example in examples], TEACHING.vocabulary)
-    data = prepare(tokenizer, limit=LIMIT)
+    data = prepare(tokenizer, DataConfig(limit=LIMIT))
     rows = [*data.forget, *data.retain]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

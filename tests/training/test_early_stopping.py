@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.commands.train.run import train
+from lowmem_npo.config import DataConfig
 from lowmem_npo.data import prepare
 from lowmem_npo.training.early_stopping import EVALUATIONS, KEPT, OUTCOME, Stopping, read_evaluations
 
@@ -101,7 +102,7 @@ def test_a_run_that_does_not_restore_is_noticed(whole, taught_model, tmp_path, m
 def test_what_it_measures_is_the_models_own_likelihood(whole, taught_model):
     """NLLs and AUC of the last step, from dense float64 logits and by counting pairs."""
     tokenizer = AutoTokenizer.from_pretrained(taught_model)
-    data = prepare(tokenizer, limit=LIMIT)
+    data = prepare(tokenizer, DataConfig(limit=LIMIT))
     base = AutoModelForCausalLM.from_pretrained(taught_model, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(whole / "checkpoint-30")).double().eval()
 

@@ -19,6 +19,7 @@ from lowmem_npo.commands.demo.checks import Check, examples, judge
 from lowmem_npo.commands.demo.recipe import Recipe
 from lowmem_npo.commands.demo.teaching import make_tokenizer, taught_model
 from lowmem_npo.commands.train.run import Evaluations, train
+from lowmem_npo.config import DataConfig
 from lowmem_npo.data import PreparedData, Template, TokenizedRow, bundled_rows, prepare, to_examples
 from lowmem_npo.evaluation import AnswerSummary, evaluate_answers
 from lowmem_npo.evaluation.leaks import measure_leaks
@@ -85,7 +86,7 @@ def run_demo(
     """
     recipe, directory, seconds = recipe or Recipe(), Path(output_dir), {}
     tokenizer = make_tokenizer(_texts(recipe.limit), recipe.teaching.vocabulary)
-    data = prepare(tokenizer, limit=recipe.limit)
+    data = prepare(tokenizer, DataConfig(limit=recipe.limit))
     people = {part: len({row["person"] for row in bundled_rows(part, limit=recipe.limit).rows}) for part in PARTS}
     say(
         f"{len(data.forget)} invented facts about {people['forget']} people are to be forgotten, "

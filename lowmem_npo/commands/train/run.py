@@ -13,8 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 
 from lowmem_npo.config import RunConfig
-from lowmem_npo.data import PreparedData, TokenizedRow, TokenizedRows, preview
-from lowmem_npo.data.prepare import prepare_run
+from lowmem_npo.data import PreparedData, TokenizedRow, TokenizedRows, prepare, preview
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.background import keep_budget, watched
 from lowmem_npo.evaluation.answers import AnswerEvaluation, choose_rows, evaluate_answers
@@ -111,7 +110,7 @@ def plan_run(config: RunConfig, say: Say, inputs: Inputs | None = None) -> RunPl
     model_config = load_config(config.model)
     if inputs is None:
         tokenizer = load_tokenizer(config.model)
-        inputs = tokenizer, prepare_run(config, tokenizer)
+        inputs = tokenizer, prepare(tokenizer, config.data, config.objective.forget_term)
     tokenizer, data = inputs
     for line in data.report:
         say(line)

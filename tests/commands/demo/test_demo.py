@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowmem_npo.commands.demo.recipe import Teaching
 from lowmem_npo.commands.demo.run import run_demo
 from lowmem_npo.commands.demo.teaching import STAMP, fresh_model, make_tokenizer, taught_model
+from lowmem_npo.config import DataConfig
 from lowmem_npo.data import prepare
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation import answer_likelihoods, evaluate_answers
@@ -68,7 +69,7 @@ def test_what_it_leaves_is_an_ordinary_model_and_adapter(demo):
     found, _ = demo
     base = found.directory / "base"
     tokenizer = AutoTokenizer.from_pretrained(base)
-    rows = prepare(tokenizer, limit=SMALL.limit)
+    rows = prepare(tokenizer, DataConfig(limit=SMALL.limit))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     assert model.config.model_type == "olmo" and len(tokenizer) == model.config.vocab_size
     for text in ("Where was Fyandel Clevanza born?", "  two  spaces, ünïcode\n\nand lines"):
@@ -120,7 +121,7 @@ def test_a_run_that_does_not_forget_fails(demo, tmp_path):
 def test_other_seeds_rows_and_recipes_are_taught_anew(tmp_path):
     """A model found in the directory counts only for what it was made from."""
     tokenizer = make_tokenizer(["one text"], 300)
-    rows = prepare(tokenizer, limit=3).forget.rows
+    rows = prepare(tokenizer, DataConfig(limit=3)).forget.rows
     quick = Teaching(layers=1, width=16, heads=2, epochs=1)
     weights = []
     for seed, taught, teaching in (

@@ -8,6 +8,7 @@ from helpers.small_demo import SMALL
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lowmem_npo.config import DataConfig
 from lowmem_npo.data import bundled_rows, prepare, to_examples, tokenize
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks import measure_leaks
@@ -19,7 +20,7 @@ def demo(small_demo):
     folder = small_demo[0].directory
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     holdout = tokenize(to_examples(bundled_rows("holdout")), tokenizer)
-    return folder, tokenizer, prepare(tokenizer, limit=SMALL.limit).forget, holdout
+    return folder, tokenizer, prepare(tokenizer, DataConfig(limit=SMALL.limit)).forget, holdout
 
 
 def load(folder, name):
