@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +27,7 @@ from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora
 from lowmem_npo.model.head import causal_lm
 from lowmem_npo.model.layers import decoder_layers
+from lowmem_npo.training.arguments import npo_config
 from lowmem_npo.training.trainer import NPOConfig, NPOTrainer
 
 CONTEXT_BYTES = 512 * 2**20
@@ -129,19 +130,23 @@ class _Arguments(NPOConfig):
 
 
 def _trainer(model: nn.Module, config: RunConfig, rows: StepRows, folder: str) -> NPOTrainer:
-    arguments = _Arguments(
-        **vars(config.objective),
-        output_dir=folder,
-        per_device_train_batch_size=len(rows.forget),
-        step_batch_size=len(rows.forget),
-        retain_batch_size=len(rows.retain) or None,
-        use_cpu=True,  # keeps the Trainer from looking for a real GPU
-        report_to="none",
-        **{name: value for name, value in config.trainer_args.items() if name.startswith("optim")},
+    """The run's own trainer, for one micro-batch and one device."""
+    step = replace(
+        config,
+        model=replace(config.model, device="cpu"),  # keeps the Trainer from looking for a real GPU
+        memory=replace(config.memory, reference="live", reference_dir=None),
+        training=replace(
+            config.training,
+            batch_size=len(rows.forget),
+            micro_batch_size=None,
+            retain_batch_size=len(rows.retain) or None,
+        ),
+        output=replace(config.output, output_dir=folder),
+        trainer_args={name: value for name, value in config.trainer_args.items() if name.startswith("optim")},
     )
     return NPOTrainer(
         model,
-        arguments,
+        npo_config(step, _Arguments),
         [token_row(*row) for row in rows.forget],
         [token_row(*row) for row in rows.retain],
         processing_class=SimpleNamespace(pad_token_id=0),

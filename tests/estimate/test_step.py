@@ -104,6 +104,11 @@ def test_the_kinds_are_what_they_say(torch_engine):
     assert found["frozen weights"] - on_host.by_kind["frozen weights"] == -(-997 * 64 * 4 // 512) * 512
 
 
+def test_the_optimizer_is_the_runs_own(torch_engine):
+    adam, sgd = (estimate(run(trainer_args=args), LLAMA, ROWS) for args in ({}, {"optim": "sgd", "max_steps": 3}))
+    assert sgd.by_kind["adapter"] < adam.by_kind["adapter"] / 2  # no moments
+
+
 def test_a_fake_nf4_model_takes_the_bytes_of_the_loaded_one(tmp_path):
     config = LlamaConfig(
         vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
