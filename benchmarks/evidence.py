@@ -1,8 +1,8 @@
-"""What `scripts/gpu_evidence.sh PIECE OUTDIR` does: runs a piece's commands, and records how they ended.
+"""`scripts/gpu_evidence.sh PIECE OUTDIR`: runs a piece's commands and records how they ended.
 
-OUTDIR gets PIECE.status.json, PIECE.log and what the benchmarks write; copy it into benchmarks/results. A piece
-that fails, or takes too long, is recorded as "failed" and the next one goes on; the exit code is then 1. A piece whose
-benchmark this version does not have is "missing". Without a GPU each is "skipped", in one line, and all is well.
+OUTDIR gets PIECE.status.json, PIECE.log and what the benchmarks write; copy it into benchmarks/results. A piece that
+fails or takes too long is recorded as "failed", the next one still runs, and the exit code is 1. A piece whose
+benchmark this version lacks is "missing". Without a GPU each piece is "skipped" in one line, and the exit code is 0.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-if __name__ == "__main__":  # the checkout, not this folder: see kernels.py
-    sys.path[:1] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "kernels")]
+if __name__ == "__main__":
+    import checkout  # noqa: F401
 
 import torch
 
 from benchmarks.shared import record
 from benchmarks.shared.record import ROOT
 
-LIMIT = 530  # seconds for a piece
-PIECES: dict[str, list[str]] = {  # arguments of Python; OUTDIR is replaced
+LIMIT = 530  # seconds per piece
+PIECES: dict[str, list[str]] = {  # arguments to python; OUTDIR is replaced
     "tests": ["-m pytest -m gpu -q -p no:cacheprovider tests"],
     "kernels": [
         "benchmarks/kernels.py --check --out OUTDIR/kernels-check.json",
@@ -53,25 +53,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_piece(piece: str, commands: Sequence[str], folder: Path, gpu: bool, limit: float = LIMIT) -> str:
-    """Runs the commands in turn, also after a failure; writes PIECE.status.json and PIECE.log. Returns the status."""
+    """Runs all commands, whether or not one fails; writes PIECE.status.json and PIECE.log. Returns the status."""
     begin, log = time.monotonic(), folder / f"{piece}.log"
     ran: list[dict] = []
     log.write_text("")
     if not gpu:
         status = "skipped"
-        _tell(log, f"{piece}: skipped, there is no GPU here that PyTorch can use")
+        _log(log, f"{piece}: skipped, there is no GPU here that PyTorch can use")
     else:
         for command in commands:
             script = command.split()[0]
             if script.endswith(".py") and not (ROOT / script).is_file():
-                _tell(log, f"{piece}: missing, this version has no {script}")
+                _log(log, f"{piece}: missing, this version has no {script}")
                 ran.append({"command": f"python {command}", "status": "missing"})
                 continue
-            _tell(log, f"$ python {command}")
+            _log(log, f"$ python {command}")
             code = _run(command, folder, log, limit - (time.monotonic() - begin))
             ran.append({"command": f"python {command}", "status": "failed" if code else "ok", "exit_code": code})
-        found = [entry["status"] for entry in ran]
-        status = next((bad for bad in ("failed", "missing") if bad in found), "ok")
+        statuses = [entry["status"] for entry in ran]
+        status = next((bad for bad in ("failed", "missing") if bad in statuses), "ok")
     printed = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     results = {
         "status": status,
@@ -86,7 +86,7 @@ def run_piece(piece: str, commands: Sequence[str], folder: Path, gpu: bool, limi
 
 
 def _run(command: str, folder: Path, log: Path, seconds: float) -> int:
-    """The exit code; what the command prints goes to the terminal and to the log. After `seconds` it is killed."""
+    """The exit code. Output goes to the terminal and to the log; after `seconds` the command is killed."""
     words = [word.replace("OUTDIR", str(folder)) for word in command.split()]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
@@ -98,22 +98,23 @@ def _run(command: str, folder: Path, log: Path, seconds: float) -> int:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        start_new_session=True,  # so that what it started is killed with it
+        start_new_session=True,  # so that its children are killed with it
     )
     late = threading.Timer(max(seconds, 0.01), os.killpg, (process.pid, signal.SIGKILL))
     late.start()
-    with process.stdout, log.open("a") as file:
-        for line in process.stdout:
+    assert process.stdout is not None
+    with process.stdout as output, log.open("a") as file:
+        for line in output:
             file.write(line)
             print(line, end="", flush=True)
     code = process.wait()
     if not late.is_alive() and code == -signal.SIGKILL:
-        _tell(log, "killed: the time limit was reached")
+        _log(log, "killed: the time limit was reached")
     late.cancel()
     return code
 
 
-def _tell(log: Path, line: str) -> None:
+def _log(log: Path, line: str) -> None:
     print(line, flush=True)
     with log.open("a") as file:
         file.write(line + "\n")

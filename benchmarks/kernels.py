@@ -3,7 +3,7 @@
     python benchmarks/kernels.py             on a GPU: everything; writes results/<gpu>/kernels.json and kernels.png
     python benchmarks/kernels.py --check     anywhere: errors against float64 at four sizes of the KL
 
-Four tasks, as an unlearning step has them, with a frozen LM head and bfloat16 inputs:
+Four tasks, those of an unlearning step, with a frozen LM head and bfloat16 inputs:
 
     a  token log-probabilities, no gradient                              floor: 1 product of N x V x d
     b  the same, and backward to the hidden states                              2
@@ -20,23 +20,27 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-if __name__ == "__main__":  # the checkout, not this folder, whose kernels.py would pass for the package of that name
-    sys.path[:1] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "kernels")]
+if __name__ == "__main__":
+    import checkout  # noqa: F401
 
 import torch
+from torch import Tensor
 
-from benchmarks import kernel_check, kernel_picture, record
-from benchmarks.kernels_parts.cases import Shape, make_cases, truth
+from benchmarks.kernels_parts import check, picture
+from benchmarks.kernels_parts.cases import Case, Shape, make_cases, truth
+from benchmarks.kernels_parts.peers import contenders
 from benchmarks.kernels_parts.tasks import TASKS, Floor, Task, errors, offers
 from benchmarks.kernels_parts.timing import take_turns, workspace
-from benchmarks.kernels_parts.peers import contenders, reason
+from benchmarks.shared import record
+from benchmarks.shared.record import reason
 
-ROWS = 512  # tokens whose errors are looked at while timing
-INPUT_SETS = 4  # contenders go through them in turn, so that no input is still in the cache
+ROWS = 512  # tokens whose errors are computed beside the times
+INPUT_SETS = 4  # contenders cycle through them, so that no input is still in the cache
 KL = 1e-4
 
 
@@ -47,9 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TRITON_INTERPRET", "1")
         print("No GPU here: only errors and memory are checked. Times, and contenders that need a GPU, are left out.")
     if options.check or not gpu:
-        shape = kernel_check.QUICK if options.quick else kernel_check.FULL
+        shape = check.QUICK if options.quick else check.FULL
         path = options.out or record.device_folder() / "kernels-check.json"
-        return kernel_check.main(shape, options.kl, options.without, path)
+        return check.main(shape, options.kl, options.without, path)
 
     path = options.out or record.device_folder() / "kernels.json"
     shapes = [Shape(n, v, d) for n in options.tokens for v in options.vocabulary for d in options.hidden]
@@ -62,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for goal in goals(runs):
         print(f"{'met   ' if goal['met'] else 'MISSED'}  {goal['goal']}: {goal['found']}")
     if any("seconds" in run for run in runs):
-        kernel_picture.draw(runs, path.with_suffix(".png"), record.gpu_name())
+        picture.draw(runs, path.with_suffix(".png"), record.gpu_name())
     print(f"Written to {path}")
     return 0
 
@@ -79,13 +83,14 @@ def measure(shape: Shape, device: str, seconds: float, deadline: float, without:
         torch.cuda.empty_cache()
     cases = make_cases(shape, KL, INPUT_SETS, device)
     exact = truth(cases[0], ROWS)
-    known, absent = contenders(device)
+    runnable, unavailable = contenders(device)
     floor = Floor(cases[0])
     runs: list[dict] = []
+    value: Tensor | None
     for task in TASKS:
-        runs += [{**common, "task": task.key, "contender": name, "missing": why} for name, why in absent.items()]
-        ready: dict[str, object] = {}
-        for contender in (floor, *known):
+        runs += [{**common, "task": task.key, "contender": name, "missing": why} for name, why in unavailable.items()]
+        ready: dict[str, Callable[[Case], Any]] = {}
+        for contender in (floor, *runnable):
             if contender.name in without or not offers(contender, task):
                 continue
             run = {**common, "task": task.key, "contender": contender.name}
@@ -105,7 +110,7 @@ def measure(shape: Shape, device: str, seconds: float, deadline: float, without:
                 ready[contender.name] = partial(task.run, contender)
             except Exception as error:
                 run["missing"] = reason(error)
-            value = grad = None
+            value = grad = None  # frees them before the next contender
         for name, times in take_turns(ready, cases, seconds, device).items():
             run = next(r for r in runs if r["task"] == task.key and r.get("contender") == name)
             run["missing" if isinstance(times, str) else "seconds"] = times
@@ -114,10 +119,10 @@ def measure(shape: Shape, device: str, seconds: float, deadline: float, without:
 
 
 def goals(runs: list[dict]) -> list[dict]:
-    """What a Hopper GPU should reach at 8192 tokens; `found` is the worst shape."""
+    """What a Hopper GPU should reach at 8192 tokens, judged by the worst shape."""
     timed = {(r["task"], r["contender"], r["tokens"], r["vocabulary"], r["hidden"]): r for r in runs if "seconds" in r}
     shapes = sorted({key[2:] for key in timed})
-    ours, found = ("chunks", "tiles"), []
+    ours, verdicts = ("chunks", "tiles"), []
 
     def median(task: str, contender: str, shape: tuple) -> float | None:
         run = timed.get((task, contender, *shape))
@@ -126,8 +131,8 @@ def goals(runs: list[dict]) -> list[dict]:
     def add(goal: str, values: list[tuple[float, tuple]], limit: float, unit: str = "x") -> None:
         if values:
             value, (n, v, d) = max(values)
-            found.append({"goal": goal, "limit": limit, "met": value <= limit, "value": value,
-                          "found": f"{value:.2f}{unit} at worst ({n} tokens, V {v}, d {d})"})  # fmt: skip
+            verdicts.append({"goal": goal, "limit": limit, "met": value <= limit, "value": value,
+                             "found": f"{value:.2f}{unit} at worst ({n} tokens, V {v}, d {d})"})  # fmt: skip
 
     def ratios(task: str, ours_is: str, to: Sequence[str], at_least_tokens: int = 8192) -> list[tuple[float, tuple]]:
         pairs = []
@@ -139,12 +144,12 @@ def goals(runs: list[dict]) -> list[dict]:
 
     mib = 2**20
     peers = sorted({key[1] for key in timed} - {"floor", "chunks", "tiles", "torch"})
-    for task, gemms in (("b", 2), ("c", 3), ("d", 3)):
-        add(f"{task}: chunks at most 1.15 x the time of its {gemms} products", ratios(task, "chunks", ["floor"]), 1.15)
-        sizes = [(r["workspace_bytes"] / mib, k[2:]) for k, r in timed.items() if k[:2] == (task, "chunks")]
-        add(f"{task}: chunks at most 256 MiB of workspace", sizes, 256, " MiB")
+    for key, gemms in (("b", 2), ("c", 3), ("d", 3)):
+        add(f"{key}: chunks at most 1.15 x the time of its {gemms} products", ratios(key, "chunks", ["floor"]), 1.15)
+        sizes = [(r["workspace_bytes"] / mib, k[2:]) for k, r in timed.items() if k[:2] == (key, "chunks")]
+        add(f"{key}: chunks at most 256 MiB of workspace", sizes, 256, " MiB")
     for task in TASKS:
-        best = {}
+        best: dict[tuple, float] = {}
         for name in ours:
             for ratio, shape in ratios(task.key, name, peers, 0):
                 best[shape] = min(ratio, best.get(shape, ratio))
@@ -153,7 +158,7 @@ def goals(runs: list[dict]) -> list[dict]:
     add("a: tiles at most 1 / 0.6 of the time of its product", ratios("a", "tiles", ["floor"]), 1 / 0.6)
     sizes = [(r["workspace_bytes"] / mib, k[2:]) for k, r in timed.items() if k[:2] == ("a", "tiles")]
     add("a: tiles at most 4 MiB of workspace", sizes, 4, " MiB")
-    return found
+    return verdicts
 
 
 def _show(task: Task, runs: list[dict]) -> None:
@@ -179,8 +184,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 1024])
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[128256, 50304, 151936])
     parser.add_argument("--hidden", type=int, nargs="+", default=[4096, 2048])
-    parser.add_argument("--seconds", type=float, default=0.4, help="measuring time of one contender at one task (0.4)")
-    parser.add_argument("--minutes", type=float, default=7.5, help="what is not measured by then is left out (7.5)")
+    parser.add_argument("--seconds", type=float, default=0.4, help="time spent on one contender at one task (0.4)")
+    parser.add_argument("--minutes", type=float, default=7.5, help="skip whatever is not measured by then (7.5)")
     parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="contenders to leave out")
     parser.add_argument("--out", type=Path, help="the JSON file (default: benchmarks/results/<gpu>/...)")
     return parser

@@ -1,11 +1,11 @@
-"""How much GPU memory NPO takes: as it is usually written, and with lowmem-npo, one switch more at a time.
+"""How much GPU memory NPO takes: as it is usually written, and with lowmem-npo, one more switch at a time.
 
-    python benchmarks/memory.py                              # without a GPU: simulated, in some minutes
-    python benchmarks/memory.py --tokens 2048 --cap 24GiB    # on a GPU: measured, and no more than 24 GiB is given out
+    python benchmarks/memory.py                              # without a GPU: simulated, in a few minutes
+    python benchmarks/memory.py --tokens 2048 --cap 24GiB    # on a GPU: measured, with at most 24 GiB
 
-On a GPU each contender runs in a process of its own, on random weights of the real shape that are loaded as any model
-is; peak and step time are measured, and simulated beside it. Without one, every step is simulated
-(`lowmem-npo estimate`), and the output, the JSON and the picture say so.
+On a GPU each contender runs in a process of its own, on random weights of the real shape, loaded like any model; peak
+and step time are measured, and the simulated peak is recorded beside them. Without a GPU every step is simulated (as in
+`lowmem-npo estimate`), and the output, the JSON and the picture say so.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # the checkout, not this folder: see kernels.py
-    sys.path[:1] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "kernels")]
+if __name__ == "__main__":
+    import checkout  # noqa: F401
 
 import torch
 
-from benchmarks.shared import record
 from benchmarks.memory_parts.contenders import CONTENDERS, Contender, real_step, simulate
+from benchmarks.shared import record
 from benchmarks.shared.random_model import save_random_model
 from lowmem_npo.estimate import measured as meter
 from lowmem_npo.estimate.step import CONTEXT_BYTES
@@ -37,7 +37,7 @@ from lowmem_npo.model.known_configs import known_config
 from lowmem_npo.sizes import gib, parse_size
 
 WARM_UP = 2  # steps before the measured ones
-FILLED = 2**16  # bytes of each tensor of a model that would not fit on most disks
+FILLED = 2**16  # random bytes per tensor of a model that most disks could not hold
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,15 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("No GPU here: every number below is SIMULATED.")
     deadline = time.monotonic() + 60 * options.minutes
     about = {"model": options.model, "simulated": not on_gpu, "cap": options.cap, "rows": "4 forget + 4 retain"}
-    order = [(tokens, c) for tokens in options.tokens for c in CONTENDERS if _asked_for(c, tokens, options.only)]
-    found: dict[tuple[int, str], dict[str, Any]] = {}
+    order = [(tokens, c) for tokens in options.tokens for c in CONTENDERS if _selected(c, tokens, options.only)]
+    entries: dict[tuple[int, str], dict[str, Any]] = {}
     for tokens, contender in sorted(order, key=lambda pair: pair[1].turn) if on_gpu else order:
         result = _on_gpu(contender, tokens, options, deadline) if on_gpu else _simulated(contender, tokens, options)
         flags, model = list(contender.flags), contender.model or options.model
         entry = {"name": contender.name, "tokens": tokens, "flags": flags, "model": model, **result}
-        found[tokens, contender.name] = entry
+        entries[tokens, contender.name] = entry
         print(_line(entry), flush=True)
-        record.write(out, "memory", [found[t, c.name] for t, c in order if (t, c.name) in found], **about)
+        record.write(out, "memory", [entries[t, c.name] for t, c in order if (t, c.name) in entries], **about)
     if not options.cap:
         from benchmarks.memory_parts.picture import draw
 
@@ -70,18 +70,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _asked_for(contender: Contender, tokens: int, only: Sequence[str] | None) -> bool:
+def _selected(contender: Contender, tokens: int, only: Sequence[str] | None) -> bool:
     named = not only or any(part in contender.name for part in only)
     return named and (not contender.lengths or tokens in contender.lengths)
 
 
 def _simulated(contender: Contender, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
-    found = simulate(contender, known_config(contender.model or options.model), tokens)
-    return {"peak_bytes": found.peak_bytes, "by_kind": found.by_kind, "host_bytes": found.host_bytes}
+    architecture = known_config(name := contender.model or options.model)
+    if architecture is None:
+        raise ValueError(f"no configuration of {name} is bundled")
+    step = simulate(contender, architecture, tokens)
+    return {"peak_bytes": step.peak_bytes, "by_kind": step.by_kind, "host_bytes": step.host_bytes}
 
 
 def _on_gpu(contender: Contender, tokens: int, options: argparse.Namespace, deadline: float) -> dict[str, Any]:
-    """Measured in a process of its own; in another, which sees no GPU, simulated."""
+    """Measured in one process, simulated in another, which sees no GPU."""
     if time.monotonic() > deadline:
         return {"failed": "skipped: the time limit was reached"}
     command = [sys.executable, __file__, "--one", contender.name, "--model", options.model, "--tokens", str(tokens)]
@@ -105,16 +108,16 @@ def _begin(command: Sequence[str], environment: dict[str, str]) -> subprocess.Po
 
 
 def _end(process: subprocess.Popen, deadline: float) -> dict[str, Any]:
-    """What the process printed last, or under "failed" why there is nothing."""
+    """The JSON on the last line that the process printed, or under "failed" why there is none."""
     try:
-        told, complaint = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+        output, errors = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
         return {"failed": "skipped: the time limit was reached"}
     if process.returncode == 0:
-        return json.loads(told.strip().splitlines()[-1])
-    lines = complaint.strip().splitlines() or [f"exit code {process.returncode}"]
+        return json.loads(output.strip().splitlines()[-1])
+    lines = errors.strip().splitlines() or [f"exit code {process.returncode}"]
     return {"failed": "out of memory" if any("OutOfMemoryError" in line for line in lines) else lines[-1]}
 
 
@@ -123,7 +126,7 @@ def _measured(contender: Contender, tokens: int, options: argparse.Namespace) ->
     models = options.weights or Path(tempfile.gettempdir()) / "random-models"
     weights = save_random_model(name, models, FILLED if contender.model else None)
     torch.cuda.empty_cache()
-    if options.cap:  # what a card of this size leaves beside CUDA itself
+    if options.cap:  # what a card of this size has beside CUDA's context
         room, total = parse_size(options.cap, "--cap") - CONTEXT_BYTES, torch.cuda.mem_get_info(device)[1]
         torch.cuda.set_per_process_memory_fraction(min(1.0, room / total), device)
     meter.restart_peak(device)
@@ -142,25 +145,25 @@ def _measured(contender: Contender, tokens: int, options: argparse.Namespace) ->
             step()
             torch.cuda.synchronize()
             times.append(time.perf_counter() - before)
-        found = meter.measure(device)
+        peak = meter.measure(device)
     return {
-        "peak_bytes": found.allocated,
-        "reserved_bytes": found.reserved,
-        "process_bytes": found.process,
+        "peak_bytes": peak.allocated,
+        "reserved_bytes": peak.reserved,
+        "process_bytes": peak.process,
         "loading_peak_bytes": loading,
         "loading_seconds": loaded - begin,
         "seconds_per_step": statistics.median(times),
     }
 
 
-def _line(found: dict[str, Any]) -> str:
-    line = f"{found['tokens']:>5} tokens  {found['name']:<36}"
-    if "failed" in found:
-        return f"{line} {found['failed']}"
-    line += f"{gib(found['peak_bytes']):>11}"
-    if predicted := found.get("predicted_peak_bytes"):
-        line += f"  predicted {gib(predicted)} ({found['peak_bytes'] / predicted - 1:+.1%})"
-    return line + (f"  {found['seconds_per_step']:.2f} s/step" if "seconds_per_step" in found else "")
+def _line(entry: dict[str, Any]) -> str:
+    line = f"{entry['tokens']:>5} tokens  {entry['name']:<36}"
+    if "failed" in entry:
+        return f"{line} {entry['failed']}"
+    line += f"{gib(entry['peak_bytes']):>11}"
+    if predicted := entry.get("predicted_peak_bytes"):
+        line += f"  predicted {gib(predicted)} ({entry['peak_bytes'] / predicted - 1:+.1%})"
+    return line + (f"  {entry['seconds_per_step']:.2f} s/step" if "seconds_per_step" in entry else "")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -168,10 +171,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="allenai/OLMo-7B-hf", help="a bundled configuration")
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048], help="per row (512 2048)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="contenders whose name contains one of these")
-    parser.add_argument("--cap", help="on a GPU: all memory that is given out, such as 24GiB, CUDA's own included")
-    parser.add_argument("--steps", type=int, default=3, help="on a GPU: steps measured (3)")
-    parser.add_argument("--minutes", type=float, default=8, help="on a GPU: what is not done by then is skipped (8)")
-    parser.add_argument("--weights", type=Path, help="on a GPU: folder of the random weights, made if missing")
+    parser.add_argument("--cap", help="on a GPU: use at most this much memory, such as 24GiB, CUDA's own included")
+    parser.add_argument("--steps", type=int, default=3, help="on a GPU: measured steps (3)")
+    parser.add_argument("--minutes", type=float, default=8, help="on a GPU: skip whatever is not done by then (8)")
+    parser.add_argument("--weights", type=Path, help="on a GPU: folder of the random weights, written if missing")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/simulated/memory.json, or the GPU's")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # the process of one contender on a GPU
     parser.add_argument("--simulate", action="store_true", help=argparse.SUPPRESS)

@@ -1,7 +1,7 @@
-"""Does unlearning come out the same for every seed, and does long training spoil it? The paper's four rows, in small.
+"""Is unlearning stable across seeds, and does long training spoil it? The paper's four rows, on a small scale.
 
     python benchmarks/quality.py                          the full table: 4 rows x 5 seeds, into benchmarks/results/cpu
-    python benchmarks/quality.py --quick                  fewer rows of data, seeds and epochs: some minutes on 2 cores
+    python benchmarks/quality.py --quick                  fewer rows of data, seeds and epochs: a few minutes on 2 cores
     python benchmarks/quality.py --lume ../shared/data    a larger model, taught LUME; meant for a GPU
 
 A small OLMo is taught invented biographies until it recites them (as `lowmem-npo demo` does), and a second one, the
@@ -10,8 +10,8 @@ of (gamma, delta) and every seed, twice: for 20 epochs, its adapter measured aft
 --stop-when forget-at-holdout retain-loss+0.1 --stop-patience 10. The rows are those of Bronec and Helcl (SemEval-2025
 Task 4) and their code: retain cross-entropy alone (1, 0), with a KL (1, 0.5) and (1, 1), and the KL alone (0, 1).
 
-Harder than the demo, for all rows alike, since the demo's setting is gentle: as many retain rows as forget rows, as
-many of each in a step (so does the paper; the demo has twice as many), and beta 0.1, which pushes the answers further.
+The demo's setting is gentle; this one is harder, for all rows alike: as many retain rows as forget rows, in the data
+and in a step (as in the paper; the demo has twice as many), and beta 0.1, which pushes the answers further.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-if __name__ == "__main__":  # the checkout, not this folder: see kernels.py
-    sys.path[:1] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "kernels")]
+if __name__ == "__main__":
+    import checkout  # noqa: F401
 
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.shared import record
 from benchmarks.quality_parts.picture import draw_quality
 from benchmarks.quality_parts.table import summarise, table
+from benchmarks.shared import record
 from lowmem_npo.commands.demo.recipe import Teaching
 from lowmem_npo.commands.demo.teaching import make_tokenizer, taught_model
 from lowmem_npo.commands.sweep.grid import GridPoint, SweepRun
@@ -58,12 +58,13 @@ from lowmem_npo.evaluation.benchmarks.documents import membership
 from lowmem_npo.training.early_stopping import OUTCOME
 
 ROWS = ((1.0, 0.0), (1.0, 0.5), (1.0, 1.0), (0.0, 1.0))  # (gamma, delta)
+LUME_FILES = ("forget_validation", "retain_validation", "forget_train")  # forget, retain, holdout
 STOP_WHEN, PATIENCE = ("forget-at-holdout", "retain-loss+0.1"), 10
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is taught and how it is unlearnt; the same for every row and seed."""
+    """What is taught and how it is unlearned; the same for every row and seed."""
 
     teaching: Teaching
     data: DataConfig
@@ -75,6 +76,7 @@ class Setting:
     eval_batch_size: int = 36
 
     def config(self, model: Path, gamma: float, delta: float, seed: int, directory: Path, stops: bool) -> RunConfig:
+        assert self.data.limit is not None
         steps_per_epoch = -(-self.data.limit // self.batch_size)
         return RunConfig(
             model=ModelConfig(model=str(model), dtype="float32"),
@@ -110,35 +112,32 @@ QUICK = Setting(
 
 
 def lume(folder: Path, quick: bool) -> Setting:
-    """LUME's validation rows, taught to a model of 30 million parameters; its training rows, never taught, hold out.
-    With `quick` a small model and few rows: shows that it runs, no more."""
-    files = {part: folder / "lume" / f"{name}.jsonl" for part, name in LUME_PARTS.items()}
-    if missing := [str(file) for file in files.values() if not file.is_file()]:
+    """LUME's validation rows, taught to a model of 30 million parameters; its training rows, never taught, are the
+    holdout. With `quick` a small model and few rows, only to check that it runs."""
+    forget, retain, holdout = (str(folder / "lume" / f"{name}.jsonl") for name in LUME_FILES)
+    if missing := [file for file in (forget, retain, holdout) if not Path(file).is_file()]:
         raise UserError(f"--lume: there is no {missing[0]}.")
-    sources = {**{part: str(file) for part, file in files.items()}, "max_length": 512}
+    data = DataConfig(forget=forget, retain=retain, holdout=holdout, max_length=512)
     if quick:
         teaching = Teaching(vocabulary=4096, layers=2, width=48, heads=2, epochs=10, batch_size=2)
-        return Setting(teaching, DataConfig(**sources, limit=6), epochs=(1, 2))
+        return Setting(teaching, replace(data, limit=6), epochs=(1, 2))
     return Setting(
         Teaching(vocabulary=8192, layers=8, width=512, heads=8, epochs=60, batch_size=32, lr=1e-3),
-        DataConfig(**sources, limit=240),
+        replace(data, limit=240),
         batch_size=24,
         lr=5e-4,
         eval_batch_size=48,
     )
 
 
-LUME_PARTS = {"forget": "forget_validation", "retain": "retain_validation", "holdout": "forget_train"}
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--lume", type=Path, metavar="FOLDER", help="the folder that holds lume/")
-    parser.add_argument("--seeds", type=int, help="how many; default 5, with --quick 2")
-    parser.add_argument("--minutes", type=float, help="begin no further seed after so many")
-    parser.add_argument("--out", type=Path, help="the JSON; picture and table stand beside it")
-    parser.add_argument("--work", type=Path, help="directory of models and runs, taken up where it was left")
+    parser.add_argument("--seeds", type=int, help="number of seeds; default 5, with --quick 2")
+    parser.add_argument("--minutes", type=float, help="begin no further seed after this many minutes")
+    parser.add_argument("--out", type=Path, help="the JSON file; picture and table are written beside it")
+    parser.add_argument("--work", type=Path, help="directory of models and runs; what is there is resumed")
     options = parser.parse_args(arguments)
     begin = time.monotonic()
     if not torch.cuda.is_available():
@@ -174,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @dataclass
 class Models:
-    """The model that recites, the one that never saw the forget rows, and the measure for all."""
+    """The model that recites, the one that never saw the forget rows, and how they and every adapter are measured."""
 
     setting: Setting
     directory: Path
@@ -193,28 +192,29 @@ class Models:
         ]
         texts = ["".join(Template().render(example)) for part in rows for example in to_examples(part)]
         tokenizer = make_tokenizer(texts, setting.teaching.vocabulary)
-        named = {part: getattr(data, part) for part in ("forget", "retain", "holdout")}
-        prepared = prepare(tokenizer, **named, max_length=data.max_length, limit=data.limit)
+        prepared = prepare(tokenizer, data)
+        assert prepared.retain is not None
         (work / "models").mkdir(parents=True, exist_ok=True)
 
         def teach(name: str, rows: list) -> PreTrainedModel:
             print(f"teaching the {name} model {len(rows)} rows", flush=True)
-            found, _ = taught_model(
+            model, _ = taught_model(
                 work / "models" / name, tokenizer, rows, setting.teaching, seed=0, device=device, description=name
             )
-            return found
+            return model
 
         base = teach("base", [*prepared.forget, *prepared.retain])
         gold = teach("gold", [*prepared.retain])
         return cls(setting, work / "models" / "base", tokenizer, prepared, base, gold)
 
     def adapted(self, folder: Path) -> PreTrainedModel:
-        base = AutoModelForCausalLM.from_pretrained(self.directory, dtype=torch.float32).to(self.base.device)
-        return PeftModel.from_pretrained(base, str(folder)).eval()
+        base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.directory, dtype=torch.float32)
+        return cast(PreTrainedModel, PeftModel.from_pretrained(base, str(folder)).to(self.base.device).eval())
 
     def figures(self, when: str, model: PreTrainedModel, **more: Any) -> dict[str, Any]:
-        """Every row of forget and retain, answered and scored; the holdout scored."""
-        found: dict[str, Any] = {"when": when, **more}
+        """All forget and retain rows are answered and scored, the holdout rows only scored."""
+        assert self.data.holdout is not None
+        figures: dict[str, Any] = {"when": when, **more}
         size, nlls = self.setting.eval_batch_size, {}
         for part in ("forget", "retain"):
             rows = getattr(self.data, part)
@@ -222,11 +222,11 @@ class Models:
                 model, self.tokenizer, rows, limit=None, batch_size=size, max_new_tokens=64, progress=False
             )
             nlls[part] = [answer.nll for answer in answers.records]
-            found |= {f"{part}_nll": answers.summary.nll, f"{part}_exact_match": answers.summary.exact_match}
+            figures |= {f"{part}_nll": answers.summary.nll, f"{part}_exact_match": answers.summary.exact_match}
         holdout = answer_likelihoods(model, self.data.holdout, batch_size=size, progress=False)
-        found["holdout_nll"] = sum(one.nll_sum for one in holdout) / sum(one.tokens for one in holdout)
-        found["membership_auc"] = membership(nlls["forget"], [one.nll for one in holdout]).auc
-        return found
+        figures["holdout_nll"] = sum(row.nll_sum for row in holdout) / sum(row.tokens for row in holdout)
+        figures["membership_auc"] = membership(nlls["forget"], [row.nll for row in holdout]).auc
+        return figures
 
 
 # -- the runs ---------------------------------------------------------------------------------------------------------
@@ -244,19 +244,18 @@ def measure_seed(setting: Setting, models: Models, seed: int, root: Path) -> lis
         for stops in (False, True)
     }
     sweep(list(runs.values()), root, resume=root.exists(), say=_flushed)
-    measured = []
+    measured, steps_per_epoch = [], -(-len(models.data.forget) // setting.batch_size)
     for (gamma, delta, stops), run in runs.items():
         if not is_finished(run):
             raise UserError(f"The run in {run.directory} failed: its log.txt and sweep.json say why.")
         row: dict[str, Any] = {"gamma": gamma, "delta": delta, "seed": seed}
         if stops:
             outcome = json.loads((run.directory / OUTCOME).read_text())
-            per_epoch = -(-len(models.data.forget) // setting.batch_size)
-            row |= {"epochs": outcome["kept"]["step"] / per_epoch, "stopped": bool(outcome["held"])}
+            row |= {"epochs": outcome["kept"]["step"] / steps_per_epoch, "stopped": bool(outcome["held"])}
             measured.append(models.figures("stopped", models.adapted(run.directory), **row))
             continue
         short, long = setting.epochs
-        (checkpoint,) = run.directory.glob(f"checkpoint-{short * -(-len(models.data.forget) // setting.batch_size)}")
+        checkpoint = run.directory / f"checkpoint-{short * steps_per_epoch}"
         for epochs, folder in ((short, checkpoint), (long, run.directory)):
             measured.append(models.figures(f"{epochs} epochs", models.adapted(folder), **row, epochs=epochs))
     return measured

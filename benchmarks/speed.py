@@ -1,11 +1,11 @@
-"""How long a training step takes: the defaults, each memory switch, and the plain way to do it; and where time goes.
+"""How long a training step takes: by default, with each memory switch, and done the plain way; and where time goes.
 
     python benchmarks/speed.py             on a GPU: QLoRA on OLMo-7B (random weights), 4 + 4 rows of 512 tokens
-    python benchmarks/speed.py --quick     anywhere: a small model, to see that everything runs; its times mean nothing
+    python benchmarks/speed.py --quick     anywhere: a small model, to check that it runs; the times mean nothing
 
-"dense logits" is benchmarks/baselines.py: the same 4-bit model, one model with LoRA, all logits. Ours is timed inside
-`NPOTrainer.train`, from one optimiser step to the next, with everything that a run does there. Rows are random tokens,
-all of them answer: the most that the head can have to do.
+"dense logits" is benchmarks/shared/baselines.py: the same 4-bit model, one model with LoRA, all logits. Ours is timed
+inside `NPOTrainer.train`, from one optimiser step to the next, with everything a run does there. Rows are random
+answer tokens throughout: the most work the head can get.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-if __name__ == "__main__":  # the checkout, not this folder: see kernels.py
-    sys.path[:1] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "kernels")]
+if __name__ == "__main__":
+    import checkout  # noqa: F401
 
 import torch
 from lowmem_kernels import IGNORE_INDEX
@@ -33,10 +34,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
 from benchmarks.shared import record
-from benchmarks.kernels_parts.peers import reason
+from benchmarks.shared.baselines import Baseline
 from benchmarks.shared.random_model import save_random_model
+from benchmarks.shared.record import reason
 from benchmarks.speed_parts.step_profile import Sizes, breakdown, marked, profiled
 from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig
+from lowmem_npo.data import TokenizedRow
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model
 from lowmem_npo.training.trainer import NPOConfig, NPOTrainer
@@ -99,16 +102,14 @@ def measure(label: str, model: ModelConfig, tokens: int, steps: int, folder: Pat
             torch.cuda.empty_cache()
 
 
-def random_rows(tokens: int, seed: int) -> list[dict]:
-    """ROWS rows of `tokens` random tokens, of which all but the first are answer."""
+def random_rows(tokens: int, seed: int) -> list[TokenizedRow]:
+    """ROWS rows of `tokens` random tokens, all answer tokens but the first."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 500, (ROWS, tokens), generator=generator).tolist()
     return [{"input_ids": row, "labels": [IGNORE_INDEX, *row[1:]], "prompt_length": 1} for row in ids]
 
 
-def _measure_dense(model: PreTrainedModel, forget: list[dict], retain: list[dict], steps: int) -> dict:
-    from benchmarks.shared.baselines import Baseline  # here, so that ours is measured also where it is missing
-
+def _measure_dense(model: PreTrainedModel, forget: list[TokenizedRow], retain: list[TokenizedRow], steps: int) -> dict:
     rank = AdapterConfig().lora_r
     batches = [_batch(rows, model.device) for rows in (forget, retain)]
     baseline = Baseline.build(lambda: model, two_models=False, lora=True, r=rank)
@@ -117,14 +118,19 @@ def _measure_dense(model: PreTrainedModel, forget: list[dict], retain: list[dict
     for _ in range(WARM_UP + steps):
         baseline.step(*batches)
         clock.tick()
-    found = clock.summary(forget + retain)
+    summary = clock.summary(forget + retain)
     with profiled() as trace:
         baseline.step(*batches)
-    return found | {"profile": breakdown(trace, Sizes.of(model.config, rank))}
+    return summary | {"profile": breakdown(trace, Sizes.of(model.config, rank))}
 
 
 def _measure_ours(
-    model: PreTrainedModel, memory: MemoryConfig, forget: list[dict], retain: list[dict], steps: int, folder: Path
+    model: PreTrainedModel,
+    memory: MemoryConfig,
+    forget: list[TokenizedRow],
+    retain: list[TokenizedRow],
+    steps: int,
+    folder: Path,
 ) -> dict:
     adapter = AdapterConfig()
     adapted = attach_lora(model, adapter)
@@ -145,15 +151,15 @@ def _measure_ours(
     trainer.add_callback(watch)
     with marked(trainer):
         trainer.train()
-    found = watch.clock.summary(forget + retain)
-    return found | {"profile": breakdown(watch.trace, Sizes.of(model.config, adapter.lora_r))}
+    profile = breakdown(watch.trace, Sizes.of(model.config, adapter.lora_r))
+    return watch.clock.summary(forget + retain) | {"profile": profile}
 
 
 class Clock:
-    """The wall-clock seconds between ticks, the device awaited at each; the first WARM_UP are not counted."""
+    """Wall-clock seconds between ticks, each of which synchronises the device; the first WARM_UP are not counted."""
 
     def __init__(self, device: torch.device) -> None:
-        self._gpu, self._ticks = device.type == "cuda", []
+        self._gpu, self._ticks = device.type == "cuda", list[float]()
 
     def tick(self) -> None:
         if self._gpu:
@@ -162,8 +168,8 @@ class Clock:
                 torch.cuda.reset_peak_memory_stats()
         self._ticks.append(time.perf_counter())
 
-    def summary(self, rows: list[dict]) -> dict:
-        """Seconds per step, and the tokens per second of a step on `rows`; peak bytes on the GPU."""
+    def summary(self, rows: Sequence[TokenizedRow]) -> dict:
+        """Seconds per step, tokens per second of a step on `rows`, peak bytes on the GPU."""
         steps = [after - before for before, after in itertools.pairwise(self._ticks[WARM_UP:])]
         median = statistics.median(steps)
         return {
@@ -176,10 +182,10 @@ class Clock:
 
 
 class _Watch(TrainerCallback):
-    """Ticks at the end of each step, from the first on; profiles the step after the last measured one."""
+    """Ticks when training begins and after each step; profiles the step after the last measured one."""
 
     def __init__(self, clock: Clock, steps: int) -> None:
-        self.clock, self.trace = clock, {}
+        self.clock, self.trace = clock, dict[str, Any]()
         self._last, self._profile = WARM_UP + steps, contextlib.ExitStack()
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
@@ -195,18 +201,19 @@ class _Watch(TrainerCallback):
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """Nothing is tokenised; the trainer asks it what padding is, and the cached reference whose tokens these are."""
+    """Nothing is tokenised: the trainer needs the padding token, the cached reference a vocabulary to identify."""
     words = {f"t{i}": i for i in range(500)}
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="t0")), pad_token="t0")
 
 
-def _batch(rows: list[dict], device: torch.device) -> dict[str, Tensor]:
-    ids, labels = (torch.tensor([row[name] for row in rows], device=device) for name in ("input_ids", "labels"))
+def _batch(rows: list[TokenizedRow], device: torch.device) -> dict[str, Tensor]:
+    ids = torch.tensor([row["input_ids"] for row in rows], device=device)
+    labels = torch.tensor([row["labels"] for row in rows], device=device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
 def show(runs: list[dict]) -> None:
-    """The last run, in lines; where its time goes, if it is one of the two that matter most."""
+    """Prints the last run, and where its time goes if it is one of the two that matter most."""
     run = runs[-1]
     if "missing" in run:
         print(f"{run['configuration']:<34} {run['missing']}", flush=True)
@@ -217,12 +224,12 @@ def show(runs: list[dict]) -> None:
     line += f"  {run['peak_bytes'] / 2**30:6.2f} GiB" if run["peak_bytes"] else ""
     print(line, flush=True)
     if run["configuration"] in (DENSE, "defaults"):
-        found = run["profile"]
-        for name, seconds in sorted(found["parts"].items(), key=lambda part: -part[1]):
-            print(f"    {name:<36} {1e3 * seconds:9.1f} ms {seconds / found['span']:7.1%}")
-        print(f"    {'idle between kernels':<36} {1e3 * found['idle']:9.1f} ms {found['idle'] / found['span']:7.1%}")
-        if found["reference"]:
-            print(f"    {'of all this, the reference pass':<36} {1e3 * found['reference']:9.1f} ms", flush=True)
+        profile = run["profile"]
+        parts = sorted(profile["parts"].items(), key=lambda part: -part[1])
+        for name, seconds in (*parts, ("idle between kernels", profile["idle"])):
+            print(f"    {name:<36} {1e3 * seconds:9.1f} ms {seconds / profile['span']:7.1%}")
+        if profile["reference"]:
+            print(f"    {'of all this, the reference pass':<36} {1e3 * profile['reference']:9.1f} ms", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -231,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="allenai/OLMo-7B-hf", help="a model whose configuration is bundled")
     parser.add_argument("--tokens", type=int, default=512, help="per row (512)")
     parser.add_argument("--steps", type=int, default=8, help="measured steps of each configuration (8)")
-    parser.add_argument("--minutes", type=float, default=7, help="what is not begun by then is left out (7)")
+    parser.add_argument("--minutes", type=float, default=7, help="skip whatever is not begun by then (7)")
     parser.add_argument("--models", type=Path, help="folder for the random model, kept; default: a temporary one")
     parser.add_argument("--out", type=Path, help="the JSON file (default: benchmarks/results/<gpu>/speed.json)")
     return parser

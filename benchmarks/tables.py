@@ -1,9 +1,9 @@
 """Writes the tables of README.md from the JSON that the benchmarks wrote, so that no number in it is typed by hand.
 
-    python benchmarks/tables.py            replaces what stands between <!-- table:NAME --> and <!-- /table -->
-    python benchmarks/tables.py --check    only says whether anything would change; exit code 1 if so
+    python benchmarks/tables.py            replaces what is between <!-- table:NAME --> and <!-- /table -->
+    python benchmarks/tables.py --check    only reports whether anything would change; exit code 1 if so
 
-Measurements on a GPU, once they are in benchmarks/results, take the place of simulations, which stay beside them.
+Measurements on a GPU, once they are in benchmarks/results, replace simulations, which are then shown beside them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MARKED = re.compile(r"(<!-- table:([a-z-]+) -->\n).*?(<!-- /table -->)", re.DOTA
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     options = parser.parse_args(arguments)
@@ -36,16 +36,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def written(text: str) -> str:
-    """`text` with every marked table as the results say. A KeyError names a table that nobody makes."""
-    return MARKED.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", text)
+    """`text` with every marked table made from the results. A KeyError names a table that is not in TABLES."""
+    return MARKED.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
 
 
 def memory(results: Path = RESULTS) -> str:
-    """Peak GPU memory of every contender: measured as soon as there is a measurement, else simulated."""
-    found = [json.loads(path.read_text()) for path in sorted(results.glob("*/memory*.json"))]
-    found = [result for result in found if result["benchmark"] == "memory"]  # not the status of an evidence piece
-    measured = [result for result in found if not result["simulated"] and not result["cap"]]
-    chosen = measured or [result for result in found if result["simulated"]]
+    """Peak GPU memory of every contender: measured if there is a measurement, else simulated."""
+    records = [json.loads(path.read_text()) for path in sorted(results.glob("*/memory*.json"))]
+    records = [result for result in records if result["benchmark"] == "memory"]  # not the status of an evidence piece
+    measured = [result for result in records if not result["simulated"] and not result["cap"]]
+    chosen = measured or [result for result in records if result["simulated"]]
     entries = {(e["name"], e["tokens"]): e for result in chosen for e in result["results"]}
     names = list(dict.fromkeys(name for name, _ in entries))
     lengths = sorted({tokens for _, tokens in entries})
@@ -61,7 +61,7 @@ def quality(results: Path = RESULTS) -> str:
 
 
 def _with_code(name: str) -> str:
-    """Flags set as code."""
+    """Marks flags as code."""
     return re.sub(r"--[a-z0-9-]+( (?!\*)[a-z0-9-]+)?", lambda flag: f"`{flag[0]}`", name).replace("*", r"\*")
 
 

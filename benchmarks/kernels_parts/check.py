@@ -1,7 +1,7 @@
 """`python benchmarks/kernels.py --check`: the errors of every contender, from where training starts to where it ends.
 
-Without a GPU the Triton kernels run in Triton's interpreter, on a few tokens. What each engine would take at a real
-size is then simulated: the engine runs on fake tensors, and what it allocates is counted.
+Without a GPU the Triton kernels run in Triton's interpreter, on a few tokens. What each engine would allocate at
+a real size is then simulated: the engine runs on fake tensors, and what it allocates is counted.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from unittest import mock
 import numpy as np
 import torch
 
-from benchmarks.shared import record
 from benchmarks.kernels_parts.cases import Case, Shape, make_cases, truth
+from benchmarks.kernels_parts.peers import ENGINES, ON_CPU, Dense, Ours, contenders, installed
 from benchmarks.kernels_parts.tasks import TASKS, errors, offers
-from benchmarks.kernels_parts.peers import ENGINES, ON_CPU, Dense, Ours, contenders, installed, reason
+from benchmarks.shared import record
+from benchmarks.shared.record import reason
 
 FULL, QUICK = Shape(tokens=16, vocabulary=16000, hidden=1024), Shape(tokens=24, vocabulary=2000, hidden=256)
 SIMULATED = Shape(tokens=8192, vocabulary=128256, hidden=4096)
 COLUMNS = {"b.logprob": "log-prob", "b.grad": "its gradient", "c.kl": "KL", "c.kl_token": "KL per token",
            "c.grad": "its gradient", "d.grad": "gradient of both"}  # fmt: skip
-# What our engines promise; see the accuracy contract in the tests of the kernels.
+# The accuracy contract of our engines; tests/kernels/reference.py states it.
 CONTRACT = {"b.logprob": 1e-4, "c.kl": 5e-3, "c.kl_token": 5e-3, "c.grad": 1e-2, "d.grad": 1e-2}
 
 
@@ -68,7 +69,7 @@ def main(shape: Shape, levels: Sequence[float], without: Sequence[str], path: Pa
 
 @contextlib.contextmanager
 def few_large_blocks(device: str) -> Iterator[None]:
-    """Block sizes of `tiles` for Triton's interpreter, whose time goes by operations: a GPU's would take it an hour."""
+    """Block sizes of `tiles` for Triton's interpreter, whose time is per operation: a GPU's would take an hour."""
     with contextlib.ExitStack() as stack:
         if device == "cpu":
             from lowmem_kernels import tiles_engine  # not before the interpreter has been chosen
@@ -82,11 +83,11 @@ def few_large_blocks(device: str) -> Iterator[None]:
 
 def check(shape: Shape, levels: Sequence[float], device: str, without: Sequence[str] = ()) -> Iterator[dict]:
     """One dictionary per level and contender: errors under "b.logprob", "c.kl", ..., or under "missing" why not."""
-    known, absent = contenders(device, yardstick=True)
+    runnable, unavailable = contenders(device, yardstick=True)
     for level in levels:
         (case,) = make_cases(shape, level, 1, device)
         exact = truth(case)
-        for contender in known:
+        for contender in runnable:
             if contender.name in without:
                 continue
             row = {"level": level, "kl": float(exact.kl.mean()), "contender": contender.name}
@@ -95,12 +96,12 @@ def check(shape: Shape, levels: Sequence[float], device: str, without: Sequence[
                 for task in TASKS[1:]:
                     if offers(contender, task):
                         value, grad = task.run(contender, case)
-                        found = errors(task, value, grad, exact, case)
-                        row |= {f"{task.key}.{name}": error for name, error in found.items()}
+                        error_of = errors(task, value, grad, exact, case)
+                        row |= {f"{task.key}.{name}": error for name, error in error_of.items()}
             except Exception as error:
                 row["missing"] = reason(error)
             yield row | {"check_seconds": time.monotonic() - begin}
-    for name, why in absent.items():
+    for name, why in unavailable.items():
         yield {"contender": name, "missing": why}
 
 
@@ -112,7 +113,8 @@ def simulate(shape: Shape) -> list[dict]:
         return []
     n, v, d = shape.tokens, shape.vocabulary, shape.hidden
     rows = []
-    for contender in (*(Ours(engine) for engine in ENGINES if engine != "torch"), Dense()):
+    engines: list[Ours | Dense] = [Ours(engine) for engine in ENGINES if engine != "torch"]
+    for contender in (*engines, Dense()):
         row: dict = {"contender": contender.name}
         try:
             for task in TASKS:
@@ -135,7 +137,7 @@ def simulate(shape: Shape) -> list[dict]:
 
 
 def violations(results: list[dict]) -> list[str]:
-    """Where one of our engines is further from the truth than the contract says."""
+    """Where one of our engines is further from the truth than the contract allows."""
     lines = []
     for row in results:
         if row["contender"] in ENGINES and "missing" not in row:

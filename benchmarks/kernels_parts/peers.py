@@ -1,4 +1,4 @@
-"""Who is measured: our engines, every other published kernel for the same job, and plain PyTorch.
+"""The contenders: our engines, every other published kernel for the same job, and plain PyTorch.
 
 Each is an adapter of at most three functions of a `Case`. What they return is differentiable in `case.hidden`:
 
@@ -6,7 +6,7 @@ Each is an adapter of at most three functions of a `Case`. What they return is d
     kl(case)         (N,) KL(policy || reference) of every token; or their mean, a scalar, where a peer gives only that
     retain(case)     scalar  CE_WEIGHT * mean cross-entropy + KL_WEIGHT * mean KL
 
-A function that a peer has no kernel for is not defined. `contenders` says why for those that cannot run here.
+A function that a peer has no kernel for is not defined. `contenders` also says which peers cannot run here, and why.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from lowmem_kernels import FrozenHead, retain_loss, token_kl, token_logprobs
+from lowmem_kernels.dispatch import Engine
 from torch import Tensor
 
 from benchmarks.kernels_parts.cases import CE_WEIGHT, KL_WEIGHT, Case
+from benchmarks.shared.record import reason
 
-ENGINES = ("chunks", "tiles", "torch")
+ENGINES: tuple[Engine, ...] = ("chunks", "tiles", "torch")
 
 
 class Ours:
     """lowmem_kernels with one of its engines."""
 
-    def __init__(self, engine: str) -> None:
-        self.name, self.engine = engine, engine
+    def __init__(self, engine: Engine) -> None:
+        self.name: str = engine
+        self.engine = engine
 
     def logprobs(self, case: Case) -> Tensor:
         return token_logprobs(case.hidden, FrozenHead(case.weight), case.targets, engine=self.engine)
@@ -84,7 +87,7 @@ class DenseFloat32(Dense):
 
 
 class Compiled(Dense):
-    """The dense form under torch.compile, for each shape anew."""
+    """The dense form under torch.compile, recompiled for each shape."""
 
     name = "torch.compile"
 
@@ -97,7 +100,7 @@ class Compiled(Dense):
 class Liger:
     """liger-kernel's fused linear cross-entropy and fused linear JSD; its JSD with beta 1 is KL(student || teacher).
 
-    `logprobs` takes reduction "none", as a loss must whose token weights come in backward; `retain` takes "mean".
+    `logprobs` takes reduction "none", as any loss must whose token weights arrive in backward; `retain` takes "mean".
     """
 
     name = "liger"
@@ -122,7 +125,7 @@ class Liger:
 
 
 class LigerDistillation:
-    """liger-kernel's chunked distillation loss: cross-entropy and JSD in one. It also makes the head's gradient."""
+    """liger-kernel's chunked distillation loss: cross-entropy and JSD in one. It also computes the head's gradient."""
 
     name = "liger distill"
 
@@ -191,8 +194,8 @@ ON_CPU = {Liger: "its KL rounds the logits to bfloat16 on a CPU; on a GPU from s
 
 
 def contenders(device: str, yardstick: bool = False) -> tuple[list, dict[str, str]]:
-    """Those that can be tried on `device`, and why the others cannot. `yardstick` adds `DenseFloat32`."""
-    found: list = [Ours(engine) for engine in ENGINES]
+    """Those that run on `device`, and why the others do not. `yardstick` adds `DenseFloat32`."""
+    runnable: list = [Ours(engine) for engine in ENGINES]
     missing: dict[str, str] = {}
     for make in (Liger, LigerDistillation, TRL, CCE, Compiled, Dense, *((DenseFloat32,) if yardstick else ())):
         try:
@@ -201,26 +204,18 @@ def contenders(device: str, yardstick: bool = False) -> tuple[list, dict[str, st
             elif make in PACKAGES and not installed(PACKAGES[make]):
                 missing[make.name] = f"not installed: pip install {PACKAGES[make]}"
             else:
-                found.append(make())
+                runnable.append(make())
         except Exception as error:  # a peer that this version of PyTorch or Triton breaks
             missing[make.name] = reason(error)
-    return found, missing
+    return runnable, missing
 
 
 def installed(package: str) -> str | None:
-    """Its version."""
+    """The version of `package`, or None."""
     try:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def reason(error: Exception) -> str:
-    """One line."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
-    text = (str(error).strip() or repr(error)).splitlines()[0]
-    return f"{type(error).__name__}: {text}"[:200]
 
 
 def _picked(log_p: Tensor, targets: Tensor) -> Tensor:

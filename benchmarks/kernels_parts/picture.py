@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from benchmarks.kernels_parts.tasks import TASKS
 from benchmarks.kernels_parts.peers import ENGINES
+from benchmarks.kernels_parts.tasks import TASKS
 
 OURS, PEER, FLOOR = "#1f6f8b", "#b8bcc2", "#c8553d"
 
@@ -24,25 +24,25 @@ def draw(runs: list[dict], path: Path, gpu: str) -> None:
     names = list(dict.fromkeys(r["contender"] for r in timed if r["contender"] != "floor"))
     figure, axes = plt.subplots(2, len(TASKS), figsize=(14, 0.62 * len(names) + 2.2), sharey=True, layout="constrained")
     for column, task in enumerate(TASKS):
-        found = {r["contender"]: r for r in timed if r["task"] == task.key}
-        floor = found.pop("floor", None)
+        of_task = {r["contender"]: r for r in timed if r["task"] == task.key}
+        floor = of_task.pop("floor", None)
         for axis, value in (
             (axes[0, column], lambda r: 1e3 * r["seconds"]["median"]),
             (axes[1, column], lambda r: max(r["workspace_bytes"] / 2**20, 0.01)),
         ):
             for row, name in enumerate(names):
-                if name in found:
-                    size = value(found[name])
+                if name in of_task:
+                    size = value(of_task[name])
                     axis.barh(row, size, color=OURS if name in ENGINES else PEER, height=0.7)
                     text = f"{size:,.0f}" if size >= 100 else f"{size:.3g}"
-                    right = 1e3 * found[name]["seconds"]["high"] if axis is axes[0, column] else size
+                    right = 1e3 * of_task[name]["seconds"]["high"] if axis is axes[0, column] else size
                     axis.annotate(text, (right, row), (4, 0), textcoords="offset points", va="center", fontsize=8)
             axis.set_yticks(range(len(names)), ["cce (+ trl's KL)" if name == "cce" else name for name in names])
             axis.spines[["top", "right"]].set_visible(False)
             axis.margins(x=0.18)
         for row, name in enumerate(names):
-            if name in found:
-                s = found[name]["seconds"]
+            if name in of_task:
+                s = of_task[name]["seconds"]
                 axes[0, column].plot([1e3 * s["low"], 1e3 * s["high"]], [row, row], color="black", linewidth=1)
         if floor:
             axes[0, column].axvline(1e3 * floor["seconds"]["median"], color=FLOOR, linestyle="--", linewidth=1)

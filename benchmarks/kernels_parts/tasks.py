@@ -1,4 +1,4 @@
-"""The four tasks of the kernel benchmark, the bare products they contain, and how wrong an answer is."""
+"""The four tasks of the kernel benchmark, the bare matrix products in them, and the errors of a result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.kernels_parts.cases import CE_WEIGHT, KL_WEIGHT, Case, Truth
 
 @dataclass(frozen=True)
 class Task:
-    """`function` is the contender's method; `products` how many products of N x V x d it cannot do without."""
+    """`function` is the contender's method; `products` is the number of N x V x d products it needs."""
 
     key: str
     title: str
@@ -47,7 +47,7 @@ def offers(contender: Any, task: Task) -> bool:
 
 
 class Floor:
-    """Only the matrix products, bfloat16 in and out, into memory that is there already."""
+    """Only the matrix products, bfloat16 in and out, into memory allocated beforehand."""
 
     name = "floor"
 
@@ -65,26 +65,26 @@ class Floor:
 
 
 def errors(task: Task, value: Tensor, grad: Tensor | None, exact: Truth, case: Case) -> dict[str, float]:
-    """How far an answer is from the truth, for the tokens that the truth was computed for.
+    """How far a result is from the truth, on the tokens that the truth was computed for.
 
     logprob   the largest |error| / max(1, |log-prob|)
     kl        of the sum of the KLs, relative; only if the truth covers every token
-    kl_token  of the KLs of the tokens, relative, in the Euclidean norm; not for contenders that give the sum alone
+    kl_token  of the tokens' KLs, relative, in the Euclidean norm; not for contenders that return only the mean
     grad      of the gradient in hidden, relative, in the Euclidean norm
     """
-    found: dict[str, float] = {}
+    result: dict[str, float] = {}
     rows, tokens = exact.rows, len(case.hidden)
     if task.function == "logprobs":
         distance = (value[rows].double() - exact.logprobs).abs() / exact.logprobs.abs().clamp(min=1)
-        found["logprob"] = float(distance.max())
+        result["logprob"] = float(distance.max())
     elif task.function == "kl":
         if len(rows) == tokens:
-            found["kl"] = abs(float(value.double().mean() / exact.kl.mean()) - 1)
+            result["kl"] = abs(float(value.double().mean() / exact.kl.mean()) - 1)
         if value.ndim:
-            found["kl_token"] = relative(value[rows].double(), exact.kl)
+            result["kl_token"] = relative(value[rows].double(), exact.kl)
     if grad is not None:
-        found["grad"] = relative(grad[rows].double(), _gradient(task, exact, case))
-    return found
+        result["grad"] = relative(grad[rows].double(), _gradient(task, exact, case))
+    return result
 
 
 def _gradient(task: Task, exact: Truth, case: Case) -> Tensor:
@@ -96,5 +96,5 @@ def _gradient(task: Task, exact: Truth, case: Case) -> Tensor:
     return (KL_WEIGHT * exact.kl_grad - CE_WEIGHT * exact.logprob_grad) / tokens
 
 
-def relative(found: Tensor, true: Tensor) -> float:
-    return float((found - true).norm() / true.norm())
+def relative(value: Tensor, true: Tensor) -> float:
+    return float((value - true).norm() / true.norm())

@@ -1,4 +1,4 @@
-"""How time and memory are measured: contenders take turns, by CUDA events; workspace is what the allocator gave out."""
+"""Measures time and memory: contenders take turns, timed by CUDA events; workspace is what the allocator handed out."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernels_parts.peers import reason
+from benchmarks.shared.record import reason
 
-FEWEST, MOST, SLOW = 5, 40, 2  # turns of a contender; of one that would take long over the fewest
+FEWEST, MOST, SLOW = 5, 40, 2  # turns of a contender; SLOW if the fewest would take too long
 
 
 def take_turns(
     contenders: dict[str, Callable[[Any], Any]], inputs: Sequence[Any], seconds: float, device: str
 ) -> dict[str, dict | str]:
-    """Medians, 10th and 90th percentiles of each contender's time on the `inputs`, one after the other, in turns.
+    """Median, 10th and 90th percentile of each contender's time. They take turns, going through the `inputs`.
 
-    Each gets about `seconds` in all, and from 5 to 40 turns; 2 where 5 would take five times `seconds`. On CUDA nothing
-    waits between turns, so that a contender's launches overlap the work before them as they would in training; where it
+    Each gets about `seconds` in all, and from 5 to 40 turns; 2 if 5 would take more than five times `seconds`. On CUDA
+    nothing waits between turns, so a contender's launches overlap the work before them as they would in training; if it
     waits for the GPU itself, that counts. A contender that fails is replaced by the reason.
     """
     times: dict[str, list] = {name: [] for name in contenders}
@@ -51,7 +51,7 @@ def take_turns(
 
 
 def workspace(run: Callable[[], tuple[Tensor, Tensor | None]], device: str) -> tuple[tuple[Tensor, Tensor | None], int]:
-    """What `run` returned, and how many bytes it held at its peak beyond what was there before and what it returned."""
+    """What `run` returned, and its peak in bytes beyond what was allocated before and what it returned."""
     if device != "cuda":
         return run(), 0
     gc.collect()
@@ -66,9 +66,9 @@ def workspace(run: Callable[[], tuple[Tensor, Tensor | None]], device: str) -> t
 
 def _timed(run: Callable[[Any], Any], argument: Any, device: str) -> Any:
     if device != "cuda":
-        begin = time.perf_counter()
+        before = time.perf_counter()
         run(argument)
-        return time.perf_counter() - begin
+        return time.perf_counter() - before
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     run(argument)

@@ -1,4 +1,4 @@
-"""What `memory.py` compares: NPO as it is usually written, and lowmem-npo, one switch more at a time; a step of each.
+"""What `memory.py` compares: NPO as it is usually written, and lowmem-npo with one more switch at a time.
 
 Every contender does the same step on the same rows: 4 forget and 4 retain rows, all of their tokens answer tokens,
 NPO + retain cross-entropy + full-vocabulary KL, bf16, AdamW, checkpointed layers.
@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lowmem_kernels import IGNORE_INDEX
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.shared.baselines import Baseline
 from lowmem_npo.commands.arguments import parse_run
@@ -47,9 +47,9 @@ class Contender:
     name: str
     flags: tuple[str, ...] = ()
     baseline: dict[str, bool] = field(default_factory=dict)  # two_models, lora
-    turn: int = 1  # measured in this order: time may run out
-    model: str | None = None  # instead of the one that is asked for
-    lengths: tuple[int, ...] = ()  # only with so many tokens; default: any
+    turn: int = 1  # the order of measuring, since time may run out
+    model: str | None = None  # overrides --model
+    lengths: tuple[int, ...] = ()  # measured only at these numbers of tokens; default: any
 
     @property
     def is_baseline(self) -> bool:
@@ -60,7 +60,7 @@ class Contender:
 
 
 def _ours() -> Iterator[Contender]:
-    """Each with one switch more than the one before it. * marks switches that are on by default."""
+    """Each with one switch more than the one before. * marks switches that are on by default."""
     plain = ("--no-gradient-checkpointing", "--no-sliced-float32")
     yield Contender("lowmem-npo, bf16, no switches", plain, turn=3)
     yield Contender("+ --gradient-checkpointing *", plain[1:], turn=2)
@@ -96,7 +96,7 @@ CONTENDERS = (
 
 
 def simulate(contender: Contender, architecture: PretrainedConfig, tokens: int) -> Estimate:
-    """What the contender's step takes on a GPU, counted without one."""
+    """The memory of the contender's step on a GPU, simulated without one."""
     if not contender.is_baseline:
         return estimate(contender.run(tokens), architecture)
     rows = batch(tokens)
@@ -129,34 +129,34 @@ def simulate(contender: Contender, architecture: PretrainedConfig, tokens: int) 
 
 
 def real_step(contender: Contender, weights: Path, tokens: int, folder: Path) -> Callable[[], Any]:
-    """The contender on the GPU, its model loaded from `weights`: does one step. `folder` may be written to."""
+    """One step of the contender on the GPU, as a function; its model comes from `weights`, and `folder` is scratch."""
     config = contender.run(tokens, str(weights))
     config = replace(config, output=replace(config.output, output_dir=str(folder)))
     if contender.is_baseline:
         baseline = Baseline.build(lambda: load_model(config.model), **contender.baseline)
-        rows = {name: values.to("cuda") for name, values in batch(tokens).items()}
-        return lambda: baseline.step(rows, rows)
+        on_gpu = {name: values.to("cuda") for name, values in batch(tokens).items()}
+        return lambda: baseline.step(on_gpu, on_gpu)
 
     model = attach_lora(load_model(config.model), config.adapter)
     apply_switches(model, config.memory)
     rows = [token_row(tokens, tokens - 1)] * ROWS
-    tokenizer = SimpleNamespace(pad_token_id=0, get_vocab=dict)
+    tokenizer = cast(PreTrainedTokenizerBase, SimpleNamespace(pad_token_id=0, get_vocab=dict))
     trainer = NPOTrainer(model, npo_config(config), rows, rows, processing_class=tokenizer)
-    trainer.create_optimizer()
+    optimizer = trainer.create_optimizer()
     micro_batches = trainer.args.gradient_accumulation_steps
 
     def step() -> None:
         batches, totals = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), micro_batches, GPU)
         for batch in batches:
             trainer.training_step(model, batch, totals)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
     return step
 
 
 def batch(tokens: int) -> dict[str, Tensor]:
-    """The rows as the baselines take them."""
+    """The rows as a batch for the baselines."""
     labels = torch.zeros(ROWS, tokens, dtype=torch.int64)
     labels[:, 0] = IGNORE_INDEX
     ids = torch.zeros_like(labels)

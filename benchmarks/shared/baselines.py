@@ -2,9 +2,9 @@
 
 What lowmem-npo is measured against. Plain, but not careless: bf16, checkpointed layers, no KV cache, the reference
 without gradient, padding not counted. Three forms: the reference is a second model or the adapter switched off; all
-weights are trained, or a LoRA adapter. Each does what takes less memory: with LoRA the forget part is differentiated
-before the retain part begins, so that their logits never meet; with full fine-tuning both are differentiated together,
-so that gradients as large as the model do not lie beside the logits.
+weights are trained, or a LoRA adapter. Each takes the order that needs less memory: with LoRA the forget loss is
+differentiated before the retain pass begins, so that their logits are never alive together; with full fine-tuning both
+are differentiated together, so that gradients as large as the model are not held beside the logits.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Batch = dict[str, Tensor]  # input_ids, attention_mask, labels: (B, S)
 
 @dataclass
 class Baseline:
-    """One way to do a step; `models` gives as many frozen base models as it needs."""
+    """One way to do a training step."""
 
     policy: PreTrainedModel | PeftModel
     reference: PreTrainedModel | None  # None: the policy with its adapter switched off
     optimizer: torch.optim.Optimizer
-    together: bool  # whether forget and retain part are differentiated together
+    together: bool  # whether the forget and retain losses are differentiated together
     beta: float = 0.5
     gamma: float = 1.0
     delta: float = 0.5
@@ -37,14 +37,14 @@ class Baseline:
     @classmethod
     def build(cls, load: Callable[[], PreTrainedModel], *, two_models: bool, lora: bool, r: int = 5) -> Baseline:
         """Loads one or two models and makes the policy trainable."""
-        policy = load()
-        enable = getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)
+        base = load()
+        enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
         if lora:
             config = LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=r, target_modules=["q_proj", "v_proj"])
-            policy = get_peft_model(policy, config)
+            policy: PreTrainedModel | PeftModel = get_peft_model(base, config)
         else:
-            policy.requires_grad_(True)
+            policy = base.requires_grad_(True)
         trained = [p for p in policy.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
         return cls(policy.train(), load().eval() if two_models else None, optimizer, together=not lora)
@@ -57,7 +57,7 @@ class Baseline:
         return loss
 
     def differentiate(self, forget: Batch, retain: Batch) -> Tensor:
-        """The step's loss, detached, after its gradients were added to the trained weights'."""
+        """The step's loss, detached; its gradients are added to those of the trained weights."""
         forget_loss = self.forget_loss(forget)
         if self.together:
             loss = forget_loss + self.retain_loss(retain)
@@ -91,6 +91,7 @@ class Baseline:
     def _original(self, batch: Batch) -> Tensor:
         if self.reference is not None:
             return self.reference(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        assert isinstance(self.policy, PeftModel)
         with self.policy.disable_adapter():
             return self._logits(batch)
 

@@ -1,4 +1,4 @@
-"""scripts/gpu_evidence.sh: what fails is recorded and the rest goes on; without a GPU it says so and all is well."""
+"""scripts/gpu_evidence.sh: a failure is recorded and the rest goes on; without a GPU it says so and exits with 0."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def status_of(folder: Path, piece: str) -> dict:
 def test_a_failure_is_recorded_and_the_next_command_runs(tmp_path, script):
     commands = [script("bad.py", "print('half way'); raise SystemExit(3)"), script("good.py", "print('done')")]
     assert run_piece("x", commands, tmp_path, gpu=True) == "failed"
-    found = status_of(tmp_path, "x")
-    assert [entry["exit_code"] for entry in found["results"]["commands"]] == [3, 0]
-    assert found["results"]["last_line"] == "done" and "half way" in (tmp_path / "x.log").read_text()
-    assert {"gpu", "versions", "commit"} <= found["machine"].keys() and found["command"]
+    status = status_of(tmp_path, "x")
+    assert [entry["exit_code"] for entry in status["results"]["commands"]] == [3, 0]
+    assert status["results"]["last_line"] == "done" and "half way" in (tmp_path / "x.log").read_text()
+    assert {"gpu", "versions", "commit"} <= status["machine"].keys() and status["command"]
 
 
 def test_a_command_that_takes_too_long_is_killed_with_its_children(tmp_path, script):

@@ -1,4 +1,4 @@
-"""benchmarks/memory.py: the baselines do the step that ours does; the README's table is that of the JSON."""
+"""benchmarks/memory.py: the baselines do the same step as ours; the README's table is made from the JSON."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from helpers.tiny_models import tiny_model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks import memory, memory_contenders, tables
-from benchmarks.shared.baselines import Baseline
+from benchmarks import memory, tables
+from benchmarks.memory_parts import contenders
 from benchmarks.memory_parts.contenders import CONTENDERS, simulate
 from benchmarks.memory_parts.picture import draw
+from benchmarks.shared.baselines import Baseline
 from benchmarks.shared.random_model import save_random_model
 
 FORGET, RETAIN = random_rows(4, seed=1), random_rows(4, seed=2)
@@ -65,9 +66,9 @@ def lora_gradients(folder, two_models: bool) -> tuple[float, dict, float, dict]:
 
 
 @pytest.mark.parametrize("two_models", [True, False], ids=["two models", "one model"])
-def test_a_lora_baseline_does_the_step_that_ours_does(two_models, tmp_path, in_float32):
-    loss, found, expected_loss, expected = lora_gradients(tmp_path, two_models)
-    assert loss == pytest.approx(expected_loss, rel=1e-5) and relative_error(found, expected) < 1e-4
+def test_a_lora_baseline_does_the_same_step_as_ours(two_models, tmp_path, in_float32):
+    loss, gradients, expected_loss, expected = lora_gradients(tmp_path, two_models)
+    assert loss == pytest.approx(expected_loss, rel=1e-5) and relative_error(gradients, expected) < 1e-4
 
 
 def test_another_step_would_be_noticed(tmp_path, in_float32, monkeypatch):
@@ -79,8 +80,8 @@ def test_another_step_would_be_noticed(tmp_path, in_float32, monkeypatch):
         return made
 
     monkeypatch.setattr(Baseline, "build", classmethod(other))
-    loss, found, expected_loss, expected = lora_gradients(tmp_path, two_models=False)
-    assert loss != pytest.approx(expected_loss, rel=1e-4) and relative_error(found, expected) > 1e-3
+    loss, gradients, expected_loss, expected = lora_gradients(tmp_path, two_models=False)
+    assert loss != pytest.approx(expected_loss, rel=1e-4) and relative_error(gradients, expected) > 1e-3
 
 
 def test_full_fine_tuning_is_the_same_loss_differentiated_together(in_float32):
@@ -132,7 +133,7 @@ def contender(name: str):
     return next(c for c in CONTENDERS if c.name == name)
 
 
-def test_what_the_contenders_hold_is_what_they_say():
+def test_the_contenders_hold_what_their_names_say():
     def kinds(name):
         return simulate(contender(name), SMALL, 64).by_kind
 
@@ -142,7 +143,7 @@ def test_what_the_contenders_hold_is_what_they_say():
     assert two["reference"] >= two["frozen weights"] > 0 and full["adapter"] > 2 * full["reference"]
     assert one["head"] + one["reference"] > 3 * logits and ours["head"] + ours["reference"] < 3 * logits
     # every row of ours is a switch more, and none takes more memory than the one before
-    switches = list(memory_contenders._ours())[2:-1]
+    switches = list(contenders._ours())[2:-1]
     sizes = [sum(kinds(c.name).values()) for c in switches[:-1]]  # the last names layers that this model does not have
     assert all(later <= earlier for earlier, later in itertools.pairwise(sizes)) and sizes[-1] < sizes[0]
     flags = [set(c.flags) for c in switches]
@@ -175,19 +176,19 @@ def test_without_a_gpu_everything_says_that_it_is_simulated(simulated):
 
 
 def test_measurements_take_the_simulations_place_and_show_it_beside_them(simulated):
-    found = json.loads(simulated.read_text())
-    found |= {"simulated": False, "machine": {"gpu": "NVIDIA X"}}
-    first, second, *rest = found["results"]
-    found["results"] = [{**first, "predicted_peak_bytes": 2**30, "peak_bytes": 2**31}, {**second, "failed": "skipped"}]
-    del found["results"][1]["peak_bytes"]
+    record = json.loads(simulated.read_text())
+    record |= {"simulated": False, "machine": {"gpu": "NVIDIA X"}}
+    first, second, *rest = record["results"]
+    record["results"] = [{**first, "predicted_peak_bytes": 2**30, "peak_bytes": 2**31}, {**second, "failed": "skipped"}]
+    del record["results"][1]["peak_bytes"]
     folder = simulated.parents[1] / "nvidia-x"
     folder.mkdir()
-    (folder / "memory-512.json").write_text(json.dumps(found))
+    (folder / "memory-512.json").write_text(json.dumps(record))
     (folder / "memory-512.status.json").write_text('{"benchmark": "gpu_evidence memory-512"}')
     (folder / "cap.json").write_text("not read")
     text = tables.memory(folder.parent)
     assert "measured on NVIDIA X (predicted)" in text and "| 2.00 (1.00) |" in text and "| skipped |" in text
-    draw(found, folder / "memory.png")
+    draw(record, folder / "memory.png")
     assert (folder / "memory.png").exists()
 
 
@@ -206,7 +207,7 @@ def test_readme_shows_the_committed_numbers_and_a_changed_one_is_noticed(tmp_pat
 # -- what runs on a GPU, as far as it goes without --------------------------------------------------------------------
 
 
-def test_a_contender_that_fails_or_is_late_is_told(monkeypatch):
+def test_a_contender_that_fails_or_is_late_is_reported(monkeypatch):
     def process(code):
         return memory._begin([memory.sys.executable, "-c", code], {})
 

@@ -57,7 +57,7 @@ def test_the_picture(tmp_path):
 
 
 def test_a_whole_run_in_small(tmp_path, monkeypatch):
-    """Two seeds of one row, on a model taught for seconds: what is measured of the adapters is what the runs left."""
+    """Two seeds of one row, on a model taught for seconds: what is measured of the adapters agrees with the files of their runs."""
     small = quality.Setting(
         Teaching(vocabulary=300, layers=2, width=32, heads=2, epochs=30, batch_size=6, lr=5e-3),
         DataConfig(limit=6),
@@ -69,10 +69,10 @@ def test_a_whole_run_in_small(tmp_path, monkeypatch):
     monkeypatch.setattr(quality, "ROWS", ((1.0, 0.5),))
     out, work = tmp_path / "quality.json", tmp_path / "work"
     assert quality.main(["--quick", "--seeds", "2", "--out", str(out), "--work", str(work)]) == 0
-    found = json.loads(out.read_text())
-    rows = {row["when"]: row for row in found["results"]["rows"]}
+    record = json.loads(out.read_text())
+    rows = {row["when"]: row for row in record["results"]["rows"]}
     assert set(rows) == {"1 epochs", "2 epochs", "stopped"} and rows["stopped"]["seeds"] == [0, 1]
-    assert out.with_suffix(".md").read_text() == table(found["results"]) + "\n" and out.with_suffix(".png").exists()
+    assert out.with_suffix(".md").read_text() == table(record["results"]) + "\n" and out.with_suffix(".png").exists()
     stopped = work / "runs" / "gamma=1_delta=0.5_stopped"
     nlls = [json.loads((stopped / f"seed-{s}" / "after.json").read_text())["forget"]["summary"]["nll"] for s in (0, 1)]
     figure = rows["stopped"]["figures"]["forget_nll"]
@@ -82,7 +82,7 @@ def test_a_whole_run_in_small(tmp_path, monkeypatch):
     assert short != long, "the checkpoint and the end are two adapters"
 
 
-def test_lume_runs_and_its_absence_is_told(shared_data, tmp_path, monkeypatch, capsys):
+def test_lume_runs_and_its_absence_is_reported(shared_data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality, "ROWS", ((1.0, 0.5),))
     out = tmp_path / "q.json"
     assert quality.main(["--quick", "--lume", str(shared_data), "--seeds", "1", "--out", str(out)]) == 0
@@ -93,9 +93,9 @@ def test_lume_runs_and_its_absence_is_told(shared_data, tmp_path, monkeypatch, c
 
 def test_the_committed_table_is_that_of_the_committed_numbers():
     folder = ROOT / "benchmarks" / "results" / "cpu"
-    found = json.loads((folder / "quality.json").read_text())
-    assert (folder / "quality.md").read_text() == table(found["results"]) + "\n"
-    assert summarise(found["measured"]) == found["results"]
+    record = json.loads((folder / "quality.json").read_text())
+    assert (folder / "quality.md").read_text() == table(record["results"]) + "\n"
+    assert summarise(record["measured"]) == record["results"]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     marked = re.search(r"<!-- table:quality -->\n(.*?)\n<!-- /table -->", readme, re.DOTALL)
-    assert marked and marked[1] == table(found["results"])
+    assert marked and marked[1] == table(record["results"])

@@ -13,19 +13,19 @@ from transformers import AutoModelForCausalLM, OlmoConfig, PretrainedConfig
 
 from lowmem_npo.model.known_configs import known_config, known_names
 
-SMALL = OlmoConfig(  # for trying a benchmark out on a CPU
+SMALL = OlmoConfig(  # to try a benchmark on a CPU
     vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
     max_position_embeddings=256, tie_word_embeddings=False, bos_token_id=None, eos_token_id=1, pad_token_id=0,
 )  # fmt: skip
-SHARD = 4 * 2**30  # bytes of a file
+SHARD = 4 * 2**30  # bytes per file
 
 
 def save_random_model(name: str, folder: Path, filled: int | None = None) -> Path:
-    """The directory in `folder` of a bfloat16 model `name` ("small", or a bundled one); made only if it is missing.
+    """The directory in `folder` of a bfloat16 model `name` ("small", or a bundled one); written only if missing.
 
     Args:
-        filled: only so many bytes at the beginning of each tensor are random; the rest are zeros, which on most file
-            systems take no room. Default: all.
+        filled: only the first `filled` bytes of each tensor are random; the rest are zeros, which most file systems
+            store as holes. Default: all.
 
     Raises:
         ValueError: no configuration of that name is bundled.
@@ -34,12 +34,12 @@ def save_random_model(name: str, folder: Path, filled: int | None = None) -> Pat
     if not (directory / "config.json").exists():
         config = SMALL if name == "small" else known_config(name)
         if config is None:
-            raise ValueError(f"no configuration of {name} is bundled; known are small, {', '.join(known_names())}")
+            raise ValueError(f"no configuration of {name} is bundled; known are: small, {', '.join(known_names())}")
         directory.mkdir(parents=True, exist_ok=True)
         _write_weights(config, directory, filled)
         config.architectures = [type(_empty(config)).__name__]
         config.dtype = torch.bfloat16
-        config.save_pretrained(directory)  # last: with it the model is complete
+        config.save_pretrained(directory)  # last: it marks the model as complete
     return directory
 
 
@@ -49,7 +49,7 @@ def _empty(config: PretrainedConfig) -> torch.nn.Module:
 
 
 def _write_weights(config: PretrainedConfig, directory: Path, filled: int | None) -> None:
-    """Safetensors files, tensor by tensor: never more than one of them is in memory."""
+    """Safetensors files, tensor by tensor: at most one tensor is in memory."""
     tensors = dict(_empty(config).named_parameters())  # tied ones once
     shards: list[dict[str, Tensor]] = [{}]
     for name, tensor in tensors.items():
@@ -57,7 +57,7 @@ def _write_weights(config: PretrainedConfig, directory: Path, filled: int | None
             shards.append({})
         shards[-1][name] = tensor
     torch.manual_seed(0)
-    places = {}
+    places: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         places |= dict.fromkeys(shard, file)
@@ -80,12 +80,12 @@ def _write_file(path: Path, tensors: dict[str, Tensor], filled: int | None) -> N
         begin = file.tell()
         for tensor, end in zip(tensors.values(), ends, strict=True):
             file.seek(begin + end - tensor.nbytes)
-            file.write(_random(tensor, filled).view(torch.uint8).numpy())
+            file.write(_random(tensor, filled).view(torch.uint8).numpy().data)
         file.truncate(begin + ends[-1])
 
 
 def _random(like: Tensor, filled: int | None) -> Tensor:
-    """The first values of such a tensor, flat: a norm's weights around 1, all others around 0."""
+    """The first values of a tensor like this one, flat: a norm's weights around 1, all others around 0."""
     count = like.numel() if filled is None else min(like.numel(), filled // like.itemsize)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     values = 0.02 * torch.randn(count, dtype=torch.bfloat16, device=device)

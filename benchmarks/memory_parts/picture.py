@@ -1,4 +1,4 @@
-"""The picture of `memory.py`: what the memory of each contender is made of, as stacked bars."""
+"""The figure of `memory.py`: the memory of each contender by kind, as stacked bars."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COLOURS = ("#4c6a92", "#9db4d3", "#d9863d", "#7fa86a", "#c9b25b", "#b0524f", "#a
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Draws the JSON that `memory.py` wrote. Bars are the peak; colours are what the simulation says it consists of."""
+    """Draws the JSON that `memory.py` wrote. Bars are the peak; colours are its parts according to the simulation."""
     lengths = sorted({entry["tokens"] for entry in result["results"]})
     names = list(dict.fromkeys(entry["name"] for entry in sorted(result["results"], key=lambda e: -e["tokens"])))[::-1]
     height = 0.36 * len(names) + 1.6
@@ -37,8 +37,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 size = entry["by_kind"].get(kind, 0) + (entry["by_kind"].get("batch", 0) if kind == "cuBLAS" else 0)
                 pane.barh(place, size / 2**30, left=left, color=colour, height=0.72, label=NAMES[kind])
                 left += size / 2**30
-            told = entry.get("peak_bytes")
-            text = entry.get("failed") or f"{told / 2**30:.1f}"
+            text = entry.get("failed") or f"{entry['peak_bytes'] / 2**30:.1f}"
             box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
             pane.text(left + 0.8, place, text, va="center", fontsize=9, bbox=box)
         pane.axvline(24, color="black", linewidth=0.8, linestyle=":")

@@ -1,4 +1,4 @@
-"""Writes what a benchmark measured, together with what it was measured on and how: one JSON file per measurement.
+"""Writes what a benchmark measured, with the machine and the command it was measured with: one JSON file each.
 
 {"benchmark": ..., "command": ..., "machine": {gpu, driver, versions, commit, ...}, "results": ...}
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "liger-kernel", "trl",
             "cut-cross-entropy", "flash-attn")  # fmt: skip
@@ -32,7 +32,7 @@ def write(path: Path, benchmark: str, results: Any, **more: Any) -> None:
     record = {"benchmark": benchmark, "command": command(), "machine": machine(), **more, "results": results}
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(record, indent=1) + "\n")
-    partial.replace(path)  # a reader, or a time limit, never meets half a file
+    partial.replace(path)  # never half a file, whoever reads it or whenever time runs out
 
 
 def device_folder() -> Path:
@@ -44,6 +44,14 @@ def gpu_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
+def reason(error: Exception) -> str:
+    """Why a measurement is missing, in one line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    text = (str(error).strip() or repr(error)).splitlines()[0]
+    return f"{type(error).__name__}: {text}"[:200]
+
+
 def machine() -> dict[str, Any]:
     """What the numbers depend on: GPU, driver, versions, commit, date (UTC)."""
     versions = {"python": platform.python_version()}
@@ -52,7 +60,7 @@ def machine() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    found = {
+    facts: dict[str, Any] = {
         "gpu": gpu_name(),
         "versions": versions,
         "commit": commit(),
@@ -60,17 +68,17 @@ def machine() -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        found |= {
+        facts |= {
             "compute_capability": f"{properties.major}.{properties.minor}",
             "gpu_memory_bytes": properties.total_memory,
             "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
             "cuda": torch.version.cuda,
         }
-    return found
+    return facts
 
 
 def commit() -> str:
-    """The commit that is checked out, "+changes" if files differ from it. Without git: LOWMEM_NPO_COMMIT, if set."""
+    """The commit checked out, with "+changes" if files differ from it. Without git: LOWMEM_NPO_COMMIT, if set."""
     head = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
     if not head:
         return os.environ.get("LOWMEM_NPO_COMMIT") or "unknown"
@@ -78,7 +86,7 @@ def commit() -> str:
 
 
 def command() -> str:
-    """The command line as one would type it in the repository; of folders elsewhere only the last name."""
+    """The command line as typed in the repository; of paths outside it only the last component."""
     return " ".join(shlex.quote(_short(argument)) for argument in ("python", *sys.argv))
 
 

@@ -1,4 +1,4 @@
-"""The kernel benchmark itself: its inputs and its truth, that it notices wrong kernels, that it runs to its picture."""
+"""benchmarks/kernels.py: its inputs and its truth, that it notices wrong kernels, and that it runs to its picture."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import kernel_check, kernel_picture, kernels, peers
+from benchmarks import kernels
+from benchmarks.kernels_parts import check, peers, picture
 from benchmarks.kernels_parts.cases import CE_WEIGHT, KL_WEIGHT, Shape, make_cases, truth
 from benchmarks.kernels_parts.tasks import TASKS, errors
 from benchmarks.kernels_parts.timing import take_turns
@@ -24,14 +25,14 @@ SHAPE = Shape(tokens=9, vocabulary=211, hidden=48)
 
 
 @pytest.mark.parametrize("level", [1e-5, 1e-2, 1.0])
-def test_inputs_have_the_kl_that_was_asked_for(level):
+def test_inputs_have_the_requested_kl(level):
     cases = make_cases(Shape(tokens=64, vocabulary=500, hidden=256), level, 2, "cpu")
     for case in cases:
         assert truth(case).kl.mean() == pytest.approx(level, rel=0.3)
     assert cases[0].weight is cases[1].weight and not torch.equal(cases[0].hidden, cases[1].hidden)
 
 
-def test_truth_is_what_autograd_finds_in_dense_float64():
+def test_truth_agrees_with_autograd_in_dense_float64():
     (case,) = make_cases(SHAPE, 0.1, 1, "cpu")
     hidden = case.hidden.detach().double().requires_grad_()
     z, z_ref = hidden @ case.weight.double().T, case.ref_hidden.double() @ case.weight.double().T
@@ -39,11 +40,11 @@ def test_truth_is_what_autograd_finds_in_dense_float64():
     kl = (p * (p / torch.softmax(z_ref, 1)).log()).sum(1)
     logprobs = -torch.nn.functional.cross_entropy(z, case.targets, reduction="none")
     exact = truth(case)
-    for found, value, gradient in (
+    for ours, value, gradient in (
         (exact.logprobs, logprobs, exact.logprob_grad),
         (exact.kl, kl, exact.kl_grad),
     ):
-        assert torch.allclose(found, value.detach(), rtol=1e-9)
+        assert torch.allclose(ours, value.detach(), rtol=1e-9)
         assert torch.allclose(gradient, torch.autograd.grad(value.sum(), hidden, retain_graph=True)[0], atol=1e-12)
     some = truth(case, rows=3)
     assert torch.equal(some.rows, torch.tensor([0, 3, 6])) and torch.equal(some.kl, exact.kl[::3])
@@ -79,13 +80,13 @@ class Wrong(peers.DenseFloat32):
 )
 def test_errors_show_a_mistake_and_nothing_else(mistake, noticed):
     (case,) = make_cases(SHAPE, 1e-2, 1, "cpu")
-    exact, limit = truth(case), kernel_check.CONTRACT | {"b.grad": 5e-3}
-    found = {}
+    exact, limit = truth(case), check.CONTRACT | {"b.grad": 5e-3}
+    measured = {}
     for task in TASKS[1:]:
         value, grad = task.run(Wrong(mistake), case)
-        found |= {f"{task.key}.{name}": error for name, error in errors(task, value, grad, exact, case).items()}
-    too_large = {name for name, error in found.items() if error > limit[name]}
-    assert too_large >= noticed and (mistake != "none" or not too_large), found
+        measured |= {f"{task.key}.{name}": error for name, error in errors(task, value, grad, exact, case).items()}
+    too_large = {name for name, error in measured.items() if error > limit[name]}
+    assert too_large >= noticed and (mistake != "none" or not too_large), measured
     if mistake == "kl left out":
         assert too_large == noticed
 
@@ -99,11 +100,11 @@ def test_the_value_of_the_joint_task_is_the_weighted_sum():
 
 
 def test_contract_is_checked_for_our_engines_only_and_a_nan_breaks_it():
-    good = dict.fromkeys(kernel_check.CONTRACT, 1e-6)
+    good = dict.fromkeys(check.CONTRACT, 1e-6)
     rows = [{"contender": "torch", "level": 1e-4, **good}, {"contender": "dense", "level": 1e-4, **good, "c.kl": 9.0}]
-    assert kernel_check.violations(rows) == []
+    assert check.violations(rows) == []
     for bad in (0.0051, math.nan):
-        (line,) = kernel_check.violations([{**rows[0], "c.kl": bad}, *rows])
+        (line,) = check.violations([{**rows[0], "c.kl": bad}, *rows])
         assert line.startswith("torch at KL 1e-04: c.kl off by")
 
 
@@ -143,9 +144,9 @@ def test_measuring_runs_to_the_end_without_a_gpu(tmp_path, monkeypatch):
     assert by_key["b", "torch"]["errors"]["grad"] < 1e-2
     late = kernels.measure(replace(SHAPE, tokens=4), "cpu", 0.01, deadline=0)
     assert {run["task"] for run in late} == set("abcd") and all("time limit" in run["missing"] for run in late)
-    picture = tmp_path / "kernels.png"
-    kernel_picture.draw(runs, picture, "a CPU")
-    assert picture.stat().st_size > 10_000
+    path = tmp_path / "kernels.png"
+    picture.draw(runs, path, "a CPU")
+    assert path.stat().st_size > 10_000
 
 
 def test_goals_are_judged_by_the_worst_shape():
@@ -173,8 +174,8 @@ def test_turns_are_taken_and_a_failure_stays_with_its_own():
         if len(calls) > 4:
             raise RuntimeError("out of luck")
 
-    found = take_turns({"works": works, "fails": fails_later}, ["x", "y"], 1.0, "cpu")
-    assert found["fails"] == "RuntimeError: out of luck"
-    turns = found["works"]["count"]
+    results = take_turns({"works": works, "fails": fails_later}, ["x", "y"], 1.0, "cpu")
+    assert results["fails"] == "RuntimeError: out of luck"
+    turns = results["works"]["count"]
     assert turns >= 5 and calls[2:] == ["x", "y"] * (turns // 2) + ["x"] * (turns % 2)
     assert take_turns({"slow": lambda argument: time.sleep(0.05)}, ["x"], 1e-4, "cpu")["slow"]["count"] == 2

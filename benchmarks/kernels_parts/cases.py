@@ -1,8 +1,8 @@
-"""Inputs for the kernel benchmark, as training has them, and what the answers are, in float64.
+"""Inputs for the kernel benchmark, like those of training, and the exact results, in float64.
 
 Logits are like a language model's: token v has the logit  -log(1 + v)  of Zipf's law plus a normal deviate, the targets
-are drawn from the policy's softmax, and policy and reference hidden states differ so much that their mean KL is a given
-number. Everything the kernels see is bfloat16; the truth is computed from exactly these bfloat16 numbers.
+are drawn from the policy's softmax, and policy and reference hidden states differ by as much as gives their mean KL a
+chosen value. Everything the kernels see is bfloat16; the truth is computed from exactly these bfloat16 numbers.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-SPREAD = 4.0  # standard deviation of the logits about Zipf's law; the likeliest token then has probability 0.2 to 0.3
+SPREAD = 4.0  # standard deviation of the logits around Zipf's law; the likeliest token then has probability 0.2 to 0.3
 CE_WEIGHT, KL_WEIGHT = 1.0, 0.5  # gamma and delta of the retain loss
-ROWS = 256  # tokens at once where the truth is computed
+ROWS = 256  # tokens at a time when the truth is computed
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How large a problem is."""
+    """The size of a problem."""
 
     tokens: int
     vocabulary: int
@@ -37,7 +37,7 @@ class Case:
     hidden, ref_hidden  (N, d) bfloat16; hidden is a leaf that requires grad
     weight              (V, d) bfloat16, frozen
     targets             (N,) int64
-    upstream            (N,) float32: what backward brings to the log-probabilities, as NPO's per-sequence weights are
+    upstream            (N,) float32: the gradient of the log-probabilities, in place of NPO's per-sequence weights
     """
 
     hidden: Tensor
@@ -68,7 +68,7 @@ def make_cases(shape: Shape, kl: float, count: int, device: str, seed: int = 0) 
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, device=device)
 
-    bias = 8.0  # hidden[:, 0] is this constant, as real hidden states have a few large ones: it carries Zipf's law
+    bias = 8.0  # hidden[:, 0] is this constant, as real hidden states have a few large entries: it carries Zipf's law
     weight = normal(shape.vocabulary, shape.hidden).mul_(SPREAD / shape.hidden**0.5)
     weight[:, 0] = -torch.arange(1, shape.vocabulary + 1, device=device).log() / bias
     weight = weight.bfloat16()
@@ -121,10 +121,10 @@ def _step_size(hidden: Tensor, step: Tensor, weight: Tensor, kl: float) -> float
         middle = (low * high) ** 0.5
         moved = (hidden.float() + middle * step).bfloat16()
         log_q = torch.log_softmax(moved.double() @ weight.T, 1)
-        found = float((log_p.exp() * (log_p - log_q)).sum(1).mean())
-        if abs(found - kl) < 0.01 * kl:
+        mean = float((log_p.exp() * (log_p - log_q)).sum(1).mean())
+        if abs(mean - kl) < 0.01 * kl:
             break
-        low, high = (middle, high) if found < kl else (low, middle)
+        low, high = (middle, high) if mean < kl else (low, middle)
     return middle
 
 

@@ -1,4 +1,4 @@
-"""The picture of quality.json: every row of (gamma, delta), each training length, and where it should be."""
+"""The figure of `quality.py`: every row of (gamma, delta), each training length, and the target of each measure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 COLOURS = ("#56B4E9", "#D55E00", "#009E73")  # Okabe and Ito's palette
 GREY = "#555555"
-PANELS = (
+PANELS: tuple[tuple[str, str, str | float], ...] = (  # a target is a number, or the model whose figure it is
     ("forget_nll", "forget answers: NLL per token", "gold"),
     ("membership_auc", "membership AUC, forget against holdout", 0.5),
     ("retain_nll", "retain answers: NLL per token", "before"),
@@ -20,16 +20,16 @@ PANELS = (
 
 
 def draw_quality(path: Path, results: dict[str, Any]) -> None:
-    """Write a PNG. Dots are seeds, diamonds with bars are mean ± standard deviation; dashed is what is wished for."""
+    """Writes a PNG. Dots are seeds, diamonds with bars are mean ± standard deviation, dashed lines are the targets."""
     lengths = list(dict.fromkeys(row["when"] for row in results["rows"]))
     pairs = list(dict.fromkeys((row["gamma"], row["delta"]) for row in results["rows"]))
     figure = Figure(figsize=(12.5, 7.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2).ravel()
-    for ax, (key, title, wish) in zip(axes, PANELS, strict=True):
+    for ax, (key, title, target) in zip(axes, PANELS, strict=True):
         for place, when in enumerate(lengths):
             _draw(ax, [row for row in results["rows"] if row["when"] == when], key, when, place, len(lengths))
-        ax.axhline(wish if wish == 0.5 else results[wish][key], color=GREY, linestyle="--", linewidth=1)
+        ax.axhline(results[target][key] if isinstance(target, str) else target, color=GREY, linestyle="--", linewidth=1)
         ax.set_xticks(range(len(pairs)), [f"γ {gamma:g}, δ {delta:g}" for gamma, delta in pairs])
         ax.set_title(title, fontsize=11)
         ax.grid(axis="y", alpha=0.3)
@@ -37,8 +37,8 @@ def draw_quality(path: Path, results: dict[str, Any]) -> None:
         if key == "retain_nll":
             ax.set_yscale("log")
     seeds = len(results["rows"][0]["seeds"])
-    wished = "dashed: the gold standard (forget), no membership (0.5), the model before (retain)"
-    figure.suptitle(f"Dots: {seeds} seeds; diamonds: mean ± standard deviation; {wished}", fontsize=11)
+    targets = "dashed: the gold standard (forget), no membership (0.5), the model before (retain)"
+    figure.suptitle(f"Dots: {seeds} seeds; diamonds: mean ± standard deviation; {targets}", fontsize=11)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Where the time of a training step goes: each GPU kernel is put down to the part of the model it works for.
+"""Where the time of a training step goes: each GPU kernel is attributed to the part of the model it works for.
 
-A kernel's part is told by what launched it: the operators around the launch, their input shapes, and the ranges that
-`marked` sets. On a CPU the operators' own times take the kernels' place.
+What launched a kernel decides its part: the operators around the launch, their input shapes, and the ranges that
+`marked` sets. On a CPU the operators' own times replace the kernels'.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def marked(npo: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def profiled() -> Iterator[dict]:
-    """Profiles what happens inside; afterwards the dictionary is the trace, in Chrome's format."""
+    """Profiles the body of the `with`; the dictionary then holds the trace, in Chrome's format."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
     trace: dict = {}
     with profile(activities=activities, record_shapes=True) as profiler:
@@ -77,10 +77,10 @@ def profiled() -> Iterator[dict]:
 
 
 def breakdown(trace: dict, sizes: Sizes) -> dict[str, Any]:
-    """Seconds of each part; of the reference pass, which the parts contain; of the whole span, and of its idle rest.
+    """Seconds of each part; of the reference pass, which the parts include; of the whole span; and of its idle time.
 
-    Work on several streams counts for each, so parts and idle time may be more than the span together. The profiler
-    itself slows the host: compare the span with the time of a step that was not profiled.
+    Work on several streams counts on each, so parts and idle time may add up to more than the span. The profiler slows
+    the host: compare the span with the time of a step that was not profiled.
     """
     work = list(_gpu_work(trace) or _cpu_work(trace))
     parts, reference = dict.fromkeys(PARTS, 0.0), 0.0
@@ -170,16 +170,16 @@ def _around(inner: list[dict], events: list[dict]) -> dict[int, list[dict]]:
     for event in events:
         if event.get("cat") in ("cpu_op", "user_annotation") or id(event) in wanted:
             threads[event["pid"], event["tid"]].append(event)
-    found: dict[int, list[dict]] = {}
+    around: dict[int, list[dict]] = {}
     for thread in threads.values():
         stack: list[dict] = []
         for event in sorted(thread, key=lambda e: (e["ts"], -e["dur"])):
             while stack and stack[-1]["ts"] + stack[-1]["dur"] <= event["ts"]:
                 stack.pop()
             if id(event) in wanted:
-                found[id(event)] = stack[::-1]
+                around[id(event)] = stack[::-1]
             stack.append(event)
-    return found
+    return around
 
 
 def _covered(intervals: list[tuple[float, float]]) -> float:

@@ -1,4 +1,4 @@
-"""The table of quality.json, from what was measured of every adapter."""
+"""The table of `quality.py`, from the measurements of every adapter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from lowmem_npo.commands.sweep.figures import Spread
 
-COLLAPSED = 0.5  # of the retain answers still given word for word: fewer is a collapse
+COLLAPSED = 0.5  # share of retain answers still given word for word; below it the model has collapsed
 COLUMNS: tuple[tuple[str, str, int], ...] = (
     ("forget_nll", "forget NLL", 2),
     ("gold_distance", "from gold", 2),
@@ -50,8 +50,8 @@ def table(results: dict[str, Any]) -> str:
     lines = [header, ["---:"] * 2 + ["---"] + ["---:"] * (len(header) - 3)]
     gold = results["gold"]["forget_nll"]
     for name in ("before", "gold"):
-        found = results[name] | {"gold_distance": abs(results[name]["forget_nll"] - gold)}
-        cells = [f"{found[key]:.{digits}f}" if key in found else "–" for key, _, digits in COLUMNS]
+        figures = results[name] | {"gold_distance": abs(results[name]["forget_nll"] - gold)}
+        cells = [f"{figures[key]:.{digits}f}" if key in figures else "–" for key, _, digits in COLUMNS]
         lines.append(["–", "–", "gold standard" if name == "gold" else name, *cells, "–"])
     for row in results["rows"]:
         spreads = {key: Spread(**figure) for key, figure in row["figures"].items()}
