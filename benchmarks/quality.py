@@ -53,8 +53,9 @@ from lowmem_npo.config import (
 )
 from lowmem_npo.data import PreparedData, Template, bundled_rows, prepare, read_rows, to_examples
 from lowmem_npo.errors import UserError
-from lowmem_npo.evaluation import answer_likelihoods, evaluate_answers
+from lowmem_npo.evaluation.answers import evaluate_answers
 from lowmem_npo.evaluation.benchmarks.documents import membership
+from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
 from lowmem_npo.training.early_stopping import OUTCOME
 
 ROWS = ((1.0, 0.0), (1.0, 0.5), (1.0, 1.0), (0.0, 1.0))  # (gamma, delta)

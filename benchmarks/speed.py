@@ -55,6 +55,7 @@ SWITCHES: dict[str, dict] = {
     "without sliced_float32": {"sliced_float32": False},
     "without gradient_checkpointing": {"gradient_checkpointing": False},
 }
+Rows = list[TokenizedRow]
 ROWS, WARM_UP = 4, 3  # forget rows and retain rows of a step; steps before the measured ones
 
 
@@ -102,14 +103,14 @@ def measure(label: str, model: ModelConfig, tokens: int, steps: int, folder: Pat
             torch.cuda.empty_cache()
 
 
-def random_rows(tokens: int, seed: int) -> list[TokenizedRow]:
+def random_rows(tokens: int, seed: int) -> Rows:
     """ROWS rows of `tokens` random tokens, all answer tokens but the first."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 500, (ROWS, tokens), generator=generator).tolist()
     return [{"input_ids": row, "labels": [IGNORE_INDEX, *row[1:]], "prompt_length": 1} for row in ids]
 
 
-def _measure_dense(model: PreTrainedModel, forget: list[TokenizedRow], retain: list[TokenizedRow], steps: int) -> dict:
+def _measure_dense(model: PreTrainedModel, forget: Rows, retain: Rows, steps: int) -> dict:
     rank = AdapterConfig().lora_r
     batches = [_batch(rows, model.device) for rows in (forget, retain)]
     baseline = Baseline.build(lambda: model, two_models=False, lora=True, r=rank)
@@ -125,12 +126,7 @@ def _measure_dense(model: PreTrainedModel, forget: list[TokenizedRow], retain: l
 
 
 def _measure_ours(
-    model: PreTrainedModel,
-    memory: MemoryConfig,
-    forget: list[TokenizedRow],
-    retain: list[TokenizedRow],
-    steps: int,
-    folder: Path,
+    model: PreTrainedModel, memory: MemoryConfig, forget: Rows, retain: Rows, steps: int, folder: Path
 ) -> dict:
     adapter = AdapterConfig()
     adapted = attach_lora(model, adapter)
@@ -168,7 +164,7 @@ class Clock:
                 torch.cuda.reset_peak_memory_stats()
         self._ticks.append(time.perf_counter())
 
-    def summary(self, rows: Sequence[TokenizedRow]) -> dict:
+    def summary(self, rows: Rows) -> dict:
         """Seconds per step, tokens per second of a step on `rows`, peak bytes on the GPU."""
         steps = [after - before for before, after in itertools.pairwise(self._ticks[WARM_UP:])]
         median = statistics.median(steps)
@@ -206,7 +202,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="t0")), pad_token="t0")
 
 
-def _batch(rows: list[TokenizedRow], device: torch.device) -> dict[str, Tensor]:
+def _batch(rows: Rows, device: torch.device) -> dict[str, Tensor]:
     ids = torch.tensor([row["input_ids"] for row in rows], device=device)
     labels = torch.tensor([row["labels"] for row in rows], device=device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}

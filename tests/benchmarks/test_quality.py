@@ -57,7 +57,7 @@ def test_the_picture(tmp_path):
 
 
 def test_a_whole_run_in_small(tmp_path, monkeypatch):
-    """Two seeds of one row, on a model taught for seconds: what is measured of the adapters agrees with the files of their runs."""
+    """Two seeds of one row, on a model taught for seconds: the measurements agree with the files of the runs."""
     small = quality.Setting(
         Teaching(vocabulary=300, layers=2, width=32, heads=2, epochs=30, batch_size=6, lr=5e-3),
         DataConfig(limit=6),
