@@ -27,7 +27,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lowmem_kernels import FrozenHead, retain_loss, token_kl, token_logprobs
+from lowmem_kernels.dispatch import Engine
 from lowmem_kernels.launch import recording
+from lowmem_kernels.problem import Direction
 
 GPUS = {  # compute capability: the most shared memory of one program, in bytes
     (8, 0): 163 * 1024,  # A100
@@ -106,7 +108,8 @@ class Specimen:
             file.flush()
             command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
             text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text).groups())
+        (usage,) = re.findall(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
+        registers, stack, local = map(int, usage)
         return Resources(registers, max(stack, local), compiled.metadata.shared)
 
 
@@ -133,15 +136,16 @@ def _launches(capability, variant: Variant, both_directions: bool) -> Iterator[t
 
     v, d = variant.v, variant.d
     head = FrozenHead(meta(v, d), meta(v) if variant.options else None, 30.0 if variant.options else None)
-    directions = ("policy-reference", "reference-policy") if both_directions else ("policy-reference",)
-    for engine, n, need_grad in itertools.product(("chunks", "tiles"), (300, 8), (True, False)):
+    directions: tuple[Direction, ...] = ("policy-reference", "reference-policy")
+    engines: tuple[Engine, ...] = ("chunks", "tiles")
+    for engine, n, need_grad in itertools.product(engines, (300, 8), (True, False)):
         hidden, ref_hidden = meta(n, d).requires_grad_(need_grad), meta(n, d)
         targets = meta(n, dtype=torch.int64)
         where = f"{engine} {'with' if need_grad else 'without'} gradient, {n} tokens"
         with recording(capability) as record:
             token_logprobs(hidden, head, targets, engine=engine)
         yield f"logprobs, {where}", record.launches
-        for direction in directions:
+        for direction in directions[: 1 + both_directions]:
             with recording(capability) as record:
                 token_kl(hidden, ref_hidden, head, direction=direction, engine=engine)
             yield f"kl {direction}, {where}", record.launches
@@ -181,12 +185,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("unset TRITON_INTERPRET: the interpreter has no kernels to compile")
     too_much = 0
     for gpu in options.gpus:
-        capability = tuple(map(int, gpu.split(".")))
+        major, minor = map(int, gpu.split("."))
+        capability = (major, minor)
         for specimen in specimens(capability, every_option=options.every_option):
-            found = specimen.resources()
-            too_much += found.exceed(capability)
-            verdict = "TOO MUCH" if found.exceed(capability) else "ok"
-            size = f"{found.registers:>3} registers  {found.spilled:>4} B spilled  {found.shared:>6} B shared"
+            taken = specimen.resources()
+            too_much += taken.exceed(capability)
+            verdict = "TOO MUCH" if taken.exceed(capability) else "ok"
+            size = f"{taken.registers:>3} registers  {taken.spilled:>4} B spilled  {taken.shared:>6} B shared"
             print(f"{gpu:<5} {verdict:<9} {size}  {specimen.name}", flush=True)
     return 1 if too_much else 0
 

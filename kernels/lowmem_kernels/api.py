@@ -23,7 +23,8 @@ def token_logprobs(hidden: Tensor, head: FrozenHead, targets: Tensor, *, engine:
     ce_weight = hidden.new_full(hidden.shape[:1], -1.0, dtype=torch.float32) if need_grad else None
     problem = Problem(hidden.detach(), None, head, targets, ce_weight, None, "policy-reference", need_grad)
     answer = solve(problem, engine)
-    return KnownGradient.apply(hidden, answer.logprobs, answer.grad) if need_grad else answer.logprobs
+    assert answer.logprobs is not None
+    return _with_gradient(hidden, answer.logprobs, answer.grad)
 
 
 def token_kl(
@@ -49,7 +50,8 @@ def token_kl(
     kl_weight = hidden.new_ones(hidden.shape[:1], dtype=torch.float32) if need_grad else None
     problem = Problem(hidden.detach(), ref_hidden.detach(), head, None, None, kl_weight, direction, need_grad)
     answer = solve(problem, engine)
-    return KnownGradient.apply(hidden, answer.kl, answer.grad) if need_grad else answer.kl
+    assert answer.kl is not None
+    return _with_gradient(hidden, answer.kl, answer.grad)
 
 
 def retain_loss(
@@ -75,9 +77,9 @@ def retain_loss(
     _check_hidden("hidden", hidden, head)
     _check_targets(targets, hidden)
     _check_direction(direction)
-    ce_weight = _weight("ce_weight", ce_weight, hidden)
-    kl_weight = _weight("kl_weight", kl_weight, hidden)
-    if kl_weight is None:
+    ce_weights = _weights("ce_weight", ce_weight, hidden)
+    kl_weights = _weights("kl_weight", kl_weight, hidden)
+    if kl_weights is None:
         ref_hidden = None
     elif ref_hidden is None:
         raise ValueError("ref_hidden may be None only if kl_weight is 0")
@@ -85,16 +87,20 @@ def retain_loss(
         _check_hidden("ref_hidden", ref_hidden, head, rows=hidden)
         ref_hidden = ref_hidden.detach()
     need_grad = torch.is_grad_enabled() and hidden.requires_grad
-    problem = Problem(hidden.detach(), ref_hidden, head, targets, ce_weight, kl_weight, direction, need_grad)
+    problem = Problem(hidden.detach(), ref_hidden, head, targets, ce_weights, kl_weights, direction, need_grad)
     answer = solve(problem, engine)
+    assert answer.logprobs is not None
 
     kl = torch.zeros_like(answer.logprobs) if answer.kl is None else answer.kl
     loss = torch.zeros_like(answer.logprobs)
-    for weight, values in ((ce_weight, -answer.logprobs), (kl_weight, kl)):
+    for weight, values in ((ce_weights, -answer.logprobs), (kl_weights, kl)):
         if weight is not None:
             loss = loss + torch.where(targets == IGNORE_INDEX, 0.0, weight) * values
-    loss = loss.sum()
-    return KnownGradient.apply(hidden, loss, answer.grad) if need_grad else loss, answer.logprobs, kl
+    return _with_gradient(hidden, loss.sum(), answer.grad), answer.logprobs, kl
+
+
+def _with_gradient(hidden: Tensor, values: Tensor, grad: Tensor | None) -> Tensor:
+    return values if grad is None else KnownGradient.apply(hidden, values, grad)
 
 
 class KnownGradient(torch.autograd.Function):
@@ -141,7 +147,7 @@ def _check_direction(direction: str) -> None:
         raise ValueError(f"direction must be 'policy-reference' or 'reference-policy', not {direction!r}")
 
 
-def _weight(name: str, weight: float | Tensor, hidden: Tensor) -> Tensor | None:
+def _weights(name: str, weight: float | Tensor, hidden: Tensor) -> Tensor | None:
     """As (N,) float32; None where it is the number 0, so that its work is left out."""
     if not isinstance(weight, Tensor):
         return hidden.new_full(hidden.shape[:1], weight, dtype=torch.float32) if weight != 0 else None

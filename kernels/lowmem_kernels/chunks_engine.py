@@ -30,7 +30,7 @@ def solve(problem: Problem) -> Answer:
     stride = -(-v // 8) * 8  # rows start at multiples of 32 bytes, which fast GEMMs need
     tokens = tokens_per_chunk(n, bytes_each=models * 4 * stride + (models - 1) * 2 * d * hidden.element_size())
     logits = hidden.new_empty(models * tokens, stride, dtype=torch.float32)
-    both_hidden = None if ref_hidden is None else hidden.new_empty(2 * tokens, d)
+    both_hidden = hidden.new_empty((models - 1) * 2 * tokens, d)
     # float16 holds nothing below 6e-8: there the rows are scaled to its range, and scaled back after the product
     magnitude = hidden.new_empty(tokens, dtype=torch.float32) if hidden.dtype == torch.float16 else None
     config = row_config(capability(hidden.device))
@@ -68,7 +68,7 @@ def solve(problem: Problem) -> Answer:
             GRAD_DTYPE=TRITON_DTYPE[hidden.dtype],
             **asdict(config),
         )
-        if problem.need_grad:
+        if answer.grad is not None:
             product(z.view(hidden.dtype)[:, :v], head.weight, out=answer.grad[start:stop])
             if magnitude is not None:
                 answer.grad[start:stop].mul_(magnitude[:rows, None])

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from lowmem_kernels.head import FrozenHead
 from lowmem_kernels.launch import has_values
-from lowmem_kernels.problem import IGNORE_INDEX, Answer, Problem
+from lowmem_kernels.problem import IGNORE_INDEX, Answer, Direction, Problem
 
 Engine = Literal["auto", "chunks", "tiles", "torch"]
 
@@ -70,23 +70,16 @@ def _solve_eagerly(problem: Problem, engine: Engine) -> Answer:
         if kept is None:
             return solver(problem)
 
-        def take(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.index_select(0, kept)
-
-        def put_back(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.new_zeros(problem.num_tokens, *x.shape[1:]).index_copy_(0, kept, x)
-
-        answer = solver(replace(problem, **{name: take(getattr(problem, name)) for name in problem.ROWS}))
-        return Answer(*map(put_back, answer))
+        answer = solver(problem.map_rows(lambda x: x.index_select(0, kept)))
+        return answer.map(lambda x: x.new_zeros(problem.num_tokens, *x.shape[1:]).index_copy_(0, kept, x))
 
 
 def _with_dense_vectors(problem: Problem) -> Problem:
     """The kernels take the strides of matrices, but step through vectors one entry at a time."""
-    vectors = {name: getattr(problem, name) for name in ("targets", "ce_weight", "kl_weight")}
     head = problem.head
     if head.bias is not None:
         head = replace(head, bias=head.bias.contiguous())
-    return replace(problem, head=head, **{name: x if x is None else x.contiguous() for name, x in vectors.items()})
+    return replace(problem, head=head).map_rows(lambda x: x.contiguous() if x.ndim == 1 else x)
 
 
 def _kept_rows(targets: Tensor | None, vocabulary: int) -> Tensor | None:
@@ -109,6 +102,7 @@ def _kept_rows(targets: Tensor | None, vocabulary: int) -> Tensor | None:
 def _full_precision(device_type: str) -> Iterator[None]:
     """Products are exact to their dtype whatever the caller's settings: no autocast, TF32 or sums kept in 16 bits."""
     cuda, cpu = torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)
+    settings: list[tuple[Any, str, bool | str]]
     settings = [(cuda, f"allow_{dtype}_reduced_precision_reduction", False) for dtype in ("bf16", "fp16")]
     if hasattr(cuda, "fp32_precision"):
         settings += [(cuda, "fp32_precision", "ieee"), (cpu, "fp32_precision", "ieee")]
@@ -143,8 +137,8 @@ def _solve_op(
     engine: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     head = FrozenHead(weight, bias, softcap, logit_scale)
-    problem = Problem(hidden, ref_hidden, head, targets, ce_weight, kl_weight, direction, need_grad)
-    return _as_tensors(_solve_eagerly(problem, engine), hidden)
+    problem = Problem(hidden, ref_hidden, head, targets, ce_weight, kl_weight, cast(Direction, direction), need_grad)
+    return _as_tensors(_solve_eagerly(problem, cast(Engine, engine)), hidden)
 
 
 @_solve_op.register_fake
@@ -156,5 +150,6 @@ def _(
     return _as_tensors(problem.empty_answer(), hidden)
 
 
-def _as_tensors(answer: Answer, like: Tensor) -> tuple[Tensor, ...]:
-    return tuple(like.new_empty(0) if x is None else x for x in answer)
+def _as_tensors(answer: Answer, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logprobs, kl, grad = (like.new_empty(0) if x is None else x for x in answer)
+    return logprobs, kl, grad

@@ -1,7 +1,8 @@
 """What an engine is asked and what it answers. The public functions are one problem with different weights."""
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +40,11 @@ class Problem:
     def num_tokens(self) -> int:
         return self.hidden.shape[0]
 
+    def map_rows(self, function: Callable[[Tensor], Tensor]) -> "Problem":
+        """The problem of other rows: those that `function` makes of each tensor with a row per token."""
+        rows: dict[str, Any] = {name: _if_given(function, getattr(self, name)) for name in self.ROWS}
+        return replace(self, **rows)
+
     def empty_answer(self) -> "Answer":
         """The answer's tensors, not yet filled in."""
         rows = self.hidden.shape[:1]
@@ -60,3 +66,10 @@ class Answer(NamedTuple):
     logprobs: Tensor | None
     kl: Tensor | None
     grad: Tensor | None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Answer":
+        return Answer(*(_if_given(function, x) for x in self))
+
+
+def _if_given(function: Callable[[Tensor], Tensor], x: Tensor | None) -> Tensor | None:
+    return None if x is None else function(x)

@@ -4,7 +4,8 @@ Without a gradient: one sweep (tile_statistics.py), the work of 1 product, 2 wit
 per token. With a gradient the logits are computed again (tile_gradient.py): the work of 3 products, 5 with the KL.
 """
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -29,9 +30,8 @@ def solve(problem: Problem) -> Answer:
     slopes = problem.hidden.new_empty(tokens, columns)
     sums = problem.hidden.new_empty(tokens, d, dtype=torch.float32) if v > columns else None
     for start in range(0, n, TOKENS):
-        some = slice(start, start + TOKENS)
-        part = replace(problem, **{name: _take(getattr(problem, name), some) for name in problem.ROWS})
-        part_answer = Answer(*(_take(x, some) for x in answer))
+        some = itemgetter(slice(start, start + TOKENS))
+        part, part_answer = problem.map_rows(some), answer.map(some)
         per_token = {
             "others_ptr": part.hidden.new_empty(part.num_tokens, dtype=torch.float32),
             "magnitude_ptr": part.hidden.new_empty(part.num_tokens, dtype=torch.float32)
@@ -41,10 +41,6 @@ def solve(problem: Problem) -> Answer:
         statistics = _sweep(part, part_answer, per_token)
         _gradient(part, part_answer, per_token, statistics, slopes, sums)
     return answer
-
-
-def _take(x: Tensor | None, rows: slice) -> Tensor | None:
-    return None if x is None else x[rows]
 
 
 def _sweep(problem: Problem, answer: Answer, per_token: dict[str, Tensor | None] | None) -> Tensor:
