@@ -1,4 +1,4 @@
-"""Data: from files, hub names or the bundled set to micro-batches of forget and retain rows.
+"""From files, hub names or the bundled set to micro-batches of forget and retain rows.
 
 reading -> schemas -> templates -> tokenizing -> batching; `prepare` runs all but the last.
 """

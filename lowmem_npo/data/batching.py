@@ -40,10 +40,10 @@ class ForgetRetain(Dataset):
 def collator(
     pad_token_id: int | None, *, with_retain: bool = True, pad_to_multiple_of: int = 1
 ) -> Callable[[list[tuple[Pick, TokenizedRow]]], Batch]:
-    """A function that pads a micro-batch to its longest row, on the right, each part by itself.
+    """A function that pads each part of a micro-batch on the right, to the part's longest row.
 
     It takes what `ForgetRetain` gives and returns {"forget": part, "retain": part}, or None for "retain" where
-    with_retain is False. A part is a dictionary of int64 tensors, of 0 rows where the micro-batch has none:
+    with_retain is False. A part is a dictionary of int64 tensors, with 0 rows where the micro-batch has none:
 
         input_ids       (B, S)  padded with pad_token_id (0 for a tokenizer without one: padding is masked anyway)
         attention_mask  (B, S)  1 for tokens, 0 for padding
@@ -72,9 +72,9 @@ def _pad(rows: list[TokenizedRow], pad_token_id: int, multiple: int) -> dict[str
     ids = torch.full((len(rows), width), pad_token_id, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     labels = torch.full_like(ids, IGNORE_INDEX)
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         length = len(row["input_ids"])
-        ids[place, :length] = torch.tensor(row["input_ids"])
-        mask[place, :length] = 1
-        labels[place, :length] = torch.tensor(row["labels"])
+        ids[index, :length] = torch.tensor(row["input_ids"])
+        mask[index, :length] = 1
+        labels[index, :length] = torch.tensor(row["labels"])
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}

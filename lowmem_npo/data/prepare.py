@@ -1,4 +1,4 @@
-"""From what the user named to what a run trains on: read, recognised, checked for overlap, tokenised."""
+"""From the data settings to what a run trains on: rows read, recognised, checked for overlap and tokenised."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def prepare(
 
 
 def bundled_rows(part: str, *, limit: int | None = None) -> Rows:
-    """The bundled biographies: part "forget", "retain", or "holdout", people that nothing is ever trained on."""
+    """The bundled biographies: part "forget", "retain", or "holdout", people whom nothing is trained on."""
     file = resources.files("lowmem_npo.data.bundled") / f"{part}.jsonl"
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     return Rows(f"bundled {part}.jsonl", rows[:limit], list(range(1, len(rows) + 1))[:limit])

@@ -1,4 +1,4 @@
-"""Tokenised examples for human eyes: what the model is given, and what it is taught or untaught."""
+"""Tokenised examples for human eyes: what the model is given, and which tokens count in the loss."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import groupby
 from lowmem_kernels import IGNORE_INDEX
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_npo.data.tokenizing import TokenizedRows
+from lowmem_npo.data.tokenizing import TokenizedRows, decode
 
 OPEN, CLOSE = "⟦", "⟧"
 GREEN, DIM, RESET = "\033[32m", "\033[2m", "\033[0m"
@@ -42,7 +42,7 @@ def _marked(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBas
     for labelled, run in groupby(labels, key=lambda label: label != IGNORE_INDEX):
         done += len(list(run))
         # Decoded from the start each time: many tokenizers drop a leading space when they decode a part by itself.
-        so_far = tokenizer.decode(ids[:done], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        so_far = decode(tokenizer, ids[:done])
         piece, text = so_far[len(text) :], so_far
         mark = f"{OPEN}{piece}{CLOSE}" if labelled else piece
         pieces.append(f"{GREEN if labelled else DIM}{mark}{RESET}" if color else mark)

@@ -1,15 +1,15 @@
-"""Rows from a file or from the Hugging Face hub, each read through `datasets`, each with a place to name in a message.
+"""Rows from a file or from the Hugging Face hub, read through `datasets`, each with a location for messages.
 
-Two traps are handled here, because both change text without a word:
+Two traps are avoided here, because both change text silently:
 
 - `datasets` reads JSON with pyarrow, which guesses types: a column whose every value looks like "1969-12-21" becomes
   timestamps. JSON is therefore read as lines (the `text` builder) and parsed by the standard library, which also
-  knows the line a mistake stands in;
+  reports the line of a mistake;
 - pandas guesses types in CSV: "0042" becomes 42 and the answer "NA" becomes a missing value. Every CSV column is
   therefore declared to be text.
 
 Local files leave no copy behind in the `datasets` cache: what is to be forgotten should not linger there.
-`datasets` is imported where it is used: an estimate without data would spend more time on that than it can spare.
+`datasets` is imported where it is used: an estimate without data would spend much of its time on that import.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Rows:
         return list(dict.fromkeys(column for row in self.rows for column in row))
 
     def where(self, index: int) -> str:
-        """The place of row `index` (from 0) for people: "forget.jsonl, line 3" or "forget.parquet, row 3", from 1."""
+        """The location of row `index` (from 0), counted from 1: "forget.jsonl, line 3" or "forget.parquet, row 3"."""
         return f"{self.name}, row {index + 1}" if self.lines is None else f"{self.name}, line {self.lines[index]}"
 
 
@@ -64,8 +64,8 @@ def read_rows(source: str, *, limit: int | None = None) -> Rows:
     """The rows of `source`: a .jsonl, .json, .csv, .parquet or .arrow file, or a hub name.
 
     A hub name is `owner/name`, `owner/name:configuration` or `owner/name:configuration/split`, each optionally
-    followed by `@revision`. The split is `train`, or the only one there is, unless named.
-    `limit` keeps the first so many rows.
+    followed by `@revision`. Unless named, the split is `train`, or the only one there is.
+    Only the first `limit` rows are kept.
 
     Raises UserError for a source that is missing, unreadable, malformed or empty.
     """
@@ -91,7 +91,7 @@ def read_rows(source: str, *, limit: int | None = None) -> Rows:
 def _read_file(name: str, path: Path) -> Rows:
     kind = path.suffix.lower()
     if kind not in FILE_KINDS:
-        raise UserError(f"{name} is of a kind that is not read here; convert it to one of {', '.join(FILE_KINDS)}.")
+        raise UserError(f"{name} is of an unsupported file type; convert it to one of {', '.join(FILE_KINDS)}.")
     if path.stat().st_size == 0:
         return Rows(name, [])
     try:
@@ -112,16 +112,16 @@ def _read_json(name: str, path: Path) -> Rows:
     lines = [row["text"] for row in _load("text", path, encoding="utf-8-sig")]
     filled = [number for number, line in enumerate(lines, 1) if line.strip()]
     if filled and lines[filled[0] - 1].lstrip().startswith("["):
-        found = Rows(name, _parse(name, "\n".join(lines), 1))
+        rows = Rows(name, _parse(name, "\n".join(lines), 1))
     else:
-        found = Rows(name, [_parse(name, lines[number - 1], number) for number in filled], filled)
-    for index, row in enumerate(found.rows):
+        rows = Rows(name, [_parse(name, lines[number - 1], number) for number in filled], filled)
+    for index, row in enumerate(rows.rows):
         if not isinstance(row, dict):
             raise UserError(
-                f"{found.where(index)} holds no JSON object; "
+                f"{rows.where(index)} is not a JSON object; "
                 'every row must be an object such as {"question": "...", "answer": "..."}.'
             )
-    return found
+    return rows
 
 
 def _parse(name: str, text: str, first_line: int) -> Any:
@@ -150,7 +150,7 @@ def _read_csv(name: str, path: Path) -> Rows:
 
 
 def _csv_lines(path: Path, num_rows: int) -> list[int] | None:
-    """The line each record begins in; None should the standard library count other records than pandas did."""
+    """The line each record begins in; None if the standard library counts other records than pandas did."""
     lines, end = [], 0
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file)
@@ -165,8 +165,8 @@ def _read_table(name: str, path: Path) -> Rows:
     return Rows(name, _load(path.suffix.lower()[1:], path))
 
 
-def _load(builder: str, path: Path, **options) -> list[dict[str, Any]]:
-    """All rows of a local file, through a cache that is gone afterwards. The path is no glob pattern."""
+def _load(builder: str, path: Path, **options: Any) -> list[dict[str, Any]]:
+    """All rows of a local file, through a cache that is removed afterwards. The path is not a glob pattern."""
     import datasets
 
     with tempfile.TemporaryDirectory(prefix="lowmem-npo-") as cache, _quietly():
@@ -178,7 +178,7 @@ def _load(builder: str, path: Path, **options) -> list[dict[str, Any]]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """No progress bars and no logged errors from `datasets`: a local file is quick, and its errors are told once."""
+    """No progress bars or logged errors from `datasets`: a local file is quick, and its errors are reported once."""
     import datasets
 
     bars, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
@@ -197,27 +197,29 @@ def _read_hub(name: str, repo: str, config: str | None, split: str | None, revis
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        parts = datasets.load_dataset(repo, config, revision=revision)
+        splits = datasets.load_dataset(repo, config, revision=revision)
     except DatasetNotFoundError as error:
         raise UserError(
-            f"There is neither a file {name} nor a data set {repo} on the hub that you may read; check the name, "
+            f"There is neither a file {name} nor a dataset {repo} on the hub that you may read; check the name, "
             "or log in with `hf auth login` if it is private or gated."
         ) from error
-    except OSError as error:  # ConnectionError, OfflineModeIsEnabled and their kin
+    except OSError as error:  # ConnectionError, OfflineModeIsEnabled and the like
         raise UserError(
             f"{name} is no local file, the hub cannot be reached, and there is no local copy of {repo}; "
             "connect to the network once, or give the path of a file."
         ) from error
-    except Exception as error:  # an unknown configuration or revision, a data set with code of its own
+    except Exception as error:  # an unknown configuration or revision, a dataset with code of its own
         reason = " ".join(str(error).split()).split(" Example of usage")[0]
         raise UserError(
             f"{name} cannot be read from the hub ({reason}); name it as owner/name:configuration."
         ) from error
-    chosen = split or ("train" if "train" in parts else next(iter(parts)))
-    if chosen not in parts or (split is None and chosen != "train" and len(parts) > 1):
-        wanted = f"has no split {split}" if split else "has several splits"
-        raise UserError(f"{name} {wanted}; it has {', '.join(parts)}: name one as {repo}:{config or 'default'}/SPLIT.")
-    return Rows(name, parts[chosen].to_list())
+    chosen = split or ("train" if "train" in splits else next(iter(splits)))
+    if chosen not in splits or (split is None and chosen != "train" and len(splits) > 1):
+        problem = f"has no split {split}" if split else "has several splits"
+        raise UserError(
+            f"{name} {problem}; it has {', '.join(splits)}: name one as {repo}:{config or 'default'}/SPLIT."
+        )
+    return Rows(name, splits[chosen].to_list())
 
 
 def _undecodable_line(path: Path) -> int:

@@ -1,6 +1,6 @@
 """From the rows of any recognised schema to one form, the `Example`.
 
-Recognised without a word from the user, by their columns, in this order:
+Recognised by their columns, in this order:
 
 | columns | known from | an example is |
 |---|---|---|
@@ -27,7 +27,7 @@ PAIRS = (("input", "output"), ("question", "answer"), ("prompt", "completion"))
 class Example:
     """One row, canonical.
 
-    prompt: what the model is given, as it stands in the data (no template); None where there is nothing but text.
+    prompt: what the model is given, as it is in the data (no template); None where there is nothing but text.
         For a conversation, the last turn before the answer.
     answer: what it must (un)learn to say.
     where: file and line, or source and row, for messages.
@@ -45,10 +45,10 @@ class Example:
 
 
 def to_examples(rows: Rows, *, prompt_column: str | None = None, answer_column: str | None = None) -> list[Example]:
-    """One Example per row. Named columns go before recognised ones; an answer column alone means text without prompt.
+    """One Example per row. Named columns take precedence; an answer column alone means text without a prompt.
 
-    Raises UserError, with the columns found, when no schema fits; and with file and line for a missing, empty or
-    non-text field.
+    Raises UserError, naming the columns, when no schema fits, and with file and line for a missing, empty or non-text
+    field.
     """
     columns = _choose_columns(rows, prompt_column, answer_column)
     return [_example(row, rows.where(index), *columns) for index, row in enumerate(rows.rows)]
@@ -60,12 +60,12 @@ def with_answer(examples: Sequence[Example], refusal: str) -> list[Example]:
     Raises UserError for a row without a prompt: there is no question to refuse.
     """
     if not refusal.strip():
-        raise UserError("The refusal is empty; give --refusal the sentence that the model shall answer instead.")
+        raise UserError("The refusal is empty; give --refusal the sentence that the model is to answer instead.")
     for example in examples:
         if example.prompt is None:
             raise UserError(
-                f"{example.where} is text without a question, which nothing can refuse to answer; "
-                "use another forget term than idk, or rows with a prompt."
+                f"{example.where} is text without a question, so there is nothing to refuse; "
+                "use a forget term other than idk, or rows with a prompt."
             )
     return [replace(one, answer=refusal, messages=_with_last_turn(one.messages, refusal)) for one in examples]
 
@@ -76,23 +76,23 @@ def _with_last_turn(messages: tuple[dict[str, Any], ...] | None, content: str) -
 
 def _choose_columns(rows: Rows, prompt_column: str | None, answer_column: str | None) -> tuple[str | None, str]:
     """The prompt column (None for text) and the answer column; ("messages", "messages") for conversations."""
-    found = rows.columns
+    columns = rows.columns
     if prompt_column and not answer_column:
         raise UserError(f"The answer column of {rows.name} is missing; name it with --answer-column.")
     if answer_column:
         for column in filter(None, (prompt_column, answer_column)):
-            if column not in found:
-                raise UserError(f"{rows.name} has no column {column}; it has {', '.join(found)}.")
+            if column not in columns:
+                raise UserError(f"{rows.name} has no column {column}; it has {', '.join(columns)}.")
         return prompt_column, answer_column
-    if "messages" in found:
+    if "messages" in columns:
         return "messages", "messages"
     for prompt, answer in PAIRS:
-        if prompt in found and answer in found:
+        if prompt in columns and answer in columns:
             return prompt, answer
-    if "text" in found:
+    if "text" in columns:
         return None, "text"
     raise UserError(
-        f"{rows.name} has the columns {', '.join(found) or '(none)'}, none of which is a recognised pair "
+        f"{rows.name} has the columns {', '.join(columns) or '(none)'}, none of which is a recognised pair "
         f"({'; '.join('/'.join(pair) for pair in PAIRS)}; messages; text); "
         "name yours with --prompt-column and --answer-column."
     )
@@ -126,14 +126,14 @@ def _conversation(messages: Any, where: str, schema: str, identity: str | None) 
     if messages is None or messages == []:
         raise UserError(f"{where} has no {schema}; fill the field or remove the row.")
     if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
-        raise UserError(f'{where}: {schema} is no list of {{"role": ..., "content": ...}}; write it as one.')
+        raise UserError(f'{where}: {schema} is not a list of {{"role": ..., "content": ...}}; write it as one.')
     for number, turn in enumerate(messages, 1):
         _text(turn, "role", f"{where}, message {number}")
         _text(turn, "content", f"{where}, message {number}")
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise UserError(
-            f"{where}: the conversation does not end with an answer of the assistant to an earlier message; "
-            "remove the row or what follows the answer."
+            f"{where}: the conversation does not end with an assistant's answer to an earlier message; "
+            "remove the row, or what follows the answer."
         )
     turns = tuple({"role": turn["role"], "content": turn["content"]} for turn in messages)
     return Example(turns[-2]["content"], turns[-1]["content"], where, schema, identity, turns)

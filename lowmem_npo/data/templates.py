@@ -29,16 +29,16 @@ UNSPACED = re.compile(r"[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]")
 class Template:
     r"""The text around the prompt. `text` holds {prompt} once; None takes the default of each example's schema.
 
-    The two characters \n stand for a line break and \t for a tab, so that a shell can pass them.
+    The two characters \n mean a line break and \t a tab, so that a shell can pass them.
     """
 
     text: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.text is not None and self.text.count("{prompt}") != 1:
             raise UserError(
                 f"The prompt template {self.text!r} must hold {{prompt}} exactly once, "
-                'such as "Question: {prompt}\\nAnswer:"; the answer follows by itself.'
+                'as in "Question: {prompt}\\nAnswer:"; the answer is appended to it.'
             )
 
     def for_schema(self, schema: str) -> str:
@@ -51,12 +51,12 @@ class Template:
         """(prompt text, answer text) of an example with a prompt; their concatenation is the text the model sees.
 
         The space between the two belongs to the answer, since byte-pair tokenisers write " Paris" as one token: a
-        prompt never ends in spaces. Where neither side brings whitespace one space is put, except after a line
+        prompt never ends in spaces. Where neither side brings whitespace one space is inserted, except after a line
         break and between Chinese or Japanese characters; where both do, the answer's is kept. `prompt/completion`
-        without a template is joined exactly as it stands, as TRL does.
+        without a template is joined exactly as it is, as TRL does.
         """
-        template = self.for_schema(example.schema)
-        prompt = template.replace("{prompt}", example.prompt)
+        assert example.prompt is not None
+        prompt = self.for_schema(example.schema).replace("{prompt}", example.prompt)
         bare = prompt.rstrip(" \t")
         brought = prompt[len(bare) :]
         if example.schema == "prompt/completion" and self.text is None:

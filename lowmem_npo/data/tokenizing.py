@@ -1,4 +1,4 @@
-"""From examples to token ids and labels, with the boundary as the model will meet it in generation.
+"""From examples to token ids and labels, with the boundary where generation will have it.
 
 A row is `prompt ids + answer ids + EOS`. The prompt ids are what the tokenizer gives for the prompt alone, special
 tokens (a BOS, where the tokenizer writes one) included: exactly what generation starts from. The answer ids are what
@@ -12,7 +12,7 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TypedDict
+from typing import Any, TypedDict, cast, overload
 
 from jinja2.exceptions import TemplateError
 from lowmem_kernels import IGNORE_INDEX
@@ -37,8 +37,8 @@ class TokenizedRow(TypedDict):
 class TokenizedRows(Sequence[TokenizedRow]):
     """All rows of one part (forget or retain), tokenised, in the order of their examples.
 
-    cut: how many tokens truncation took off the end of each row.
-    max_length: the length they were cut to.
+    cut: how many tokens truncation removed from the end of each row.
+    max_length: the length rows were cut to.
     """
 
     def __init__(self, rows: list[TokenizedRow], examples: Sequence[Example], cut: list[int], max_length: int):
@@ -47,7 +47,11 @@ class TokenizedRows(Sequence[TokenizedRow]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> TokenizedRow:
+    @overload
+    def __getitem__(self, index: int) -> TokenizedRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenizedRow]: ...
+    def __getitem__(self, index):
         return self.rows[index]
 
     @property
@@ -60,7 +64,7 @@ class TokenizedRows(Sequence[TokenizedRow]):
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row, as it is now."""
+        """Tokens of the longest row, after truncation."""
         return max(len(row["input_ids"]) for row in self.rows)
 
     @property
@@ -76,7 +80,7 @@ class TokenizedRows(Sequence[TokenizedRow]):
         return digest.hexdigest()
 
     def report(self, part: str) -> list[str]:
-        """One line of counts, and one more for whatever truncation took."""
+        """One line of counts, and one more if rows were truncated."""
         lines = [
             f"{part}: {len(self)} rows, {self.num_tokens} tokens, {self.num_labels} of them labelled; "
             f"the longest row has {self.longest}"
@@ -99,15 +103,15 @@ def tokenize(
     template: Template | None = None,
     tokens: str = DataConfig.tokens,
 ) -> TokenizedRows:
-    """Tokenise every example.
+    """Tokenises every example.
 
     max_length: the most tokens a row may have, prompt, answer and EOS together. What exceeds it is cut from the end,
-        so the answer loses its tail and its EOS; the prompt is never cut, since the model would then be asked
-        something else in evaluation.
+        so the answer loses its tail and its EOS; the prompt is never cut, since evaluation would then ask something
+        else.
     tokens: "answer" labels the answer and EOS, "all" the prompt too (padding never).
 
-    Raises UserError when a row has no room for any of its answer, when the tokenizer has no EOS token, or when a
-    conversation meets a tokenizer without chat template.
+    Raises UserError when a row has no room for any of its answer, when the tokenizer has no EOS token, or for a
+    conversation when the tokenizer has no chat template.
     """
     if tokens not in TOKENS:
         raise UserError(f"tokens is {tokens!r}; it must be one of {', '.join(TOKENS)}.")
@@ -133,82 +137,85 @@ def tokenize(
 
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase, template: Template) -> tuple[list[int], list[int]]:
-    """(prompt ids, answer ids, EOS or the end of the turn last), neither truncated; text has no prompt ids."""
+    """(prompt ids, answer ids with EOS or the end of the turn last), not truncated; text has no prompt ids."""
     if example.messages is not None:
-        return _encode_conversation(example, tokenizer)
+        return _encode_conversation(example.messages, example.where, tokenizer)
     if example.prompt is None:
         return [], _ids(tokenizer, example.answer) + [tokenizer.eos_token_id]
     prompt, answer = template.render(example)
     prompt_ids = _ids(tokenizer, prompt)
     joined = _ids(tokenizer, prompt + answer)
-    return prompt_ids, _continuation(tokenizer, prompt_ids, joined, answer, example) + [tokenizer.eos_token_id]
+    return prompt_ids, _continuation(tokenizer, prompt_ids, joined, answer, example.where) + [tokenizer.eos_token_id]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> list[int]:
-    """Ids of `text`, with the special tokens that the tokenizer writes by itself in front, none behind."""
+    """Ids of `text`, with the special tokens that the tokenizer puts in front by itself, none at the end."""
     ids = list(tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
     if special and ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
-        ids.pop()  # a tokenizer that appends EOS by itself: it goes behind the answer, not behind the prompt
+        ids.pop()  # a tokenizer that appends EOS by itself: it belongs after the answer, not after the prompt
     return ids
 
 
 def _continuation(
-    tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], joined: list[int], answer: str, example: Example
+    tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], joined: list[int], answer: str, where: str
 ) -> list[int]:
     """The ids that follow `prompt_ids` so that both together read as `joined` does.
 
     Nearly always `joined` begins with `prompt_ids` and the rest is the answer. Where a token would straddle the
     boundary ("un" + "able"), generation cannot produce it, so the answer is tokenised on its own. Tokenisers of the
-    SentencePiece family put a space in front of whatever they are given; behind a line break they do not.
+    SentencePiece family put a space in front of whatever they are given, but not after a line break.
     """
     if joined[: len(prompt_ids)] == prompt_ids:
         return joined[len(prompt_ids) :]
     break_ids = _ids(tokenizer, "\n", special=False)
-    wanted = _decode(tokenizer, joined)
+    text = decode(tokenizer, joined)
     for candidate in (
         _ids(tokenizer, answer, special=False),
         _ids(tokenizer, "\n" + answer, special=False)[len(break_ids) :],
     ):
-        if _decode(tokenizer, prompt_ids + candidate) == wanted:
+        if decode(tokenizer, prompt_ids + candidate) == text:
             return candidate
     raise UserError(
-        f"{example.where}: the tokenizer cannot write this answer behind this prompt without changing the text; "
-        "end the prompt at a word, or give --prompt-template."
+        f"{where}: the tokenizer cannot write this answer after this prompt without changing the text; "
+        "end the prompt at a word boundary, or give --prompt-template."
     )
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The exact text of `ids`, special tokens included."""
+    return cast(str, tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _encode_conversation(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def _encode_conversation(
+    messages: Sequence[dict[str, Any]], where: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
     """The chat template's own text: everything up to the assistant's last turn is the prompt."""
     if tokenizer.chat_template is None:
         raise UserError(
-            f"{example.where} is a conversation, but this model's tokenizer has no chat template; "
+            f"{where} is a conversation, but this model's tokenizer has no chat template; "
             "use an instruction-tuned model, or rows with a prompt and an answer column."
         )
-    turns = [dict(turn) for turn in example.messages]
+    turns = [dict(turn) for turn in messages]
     try:
-        prompt = tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, tokenize=False)
-        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+        prompt = cast(str, tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, tokenize=False))
+        whole = cast(str, tokenizer.apply_chat_template(turns, tokenize=False))
     except TemplateError as error:
-        raise UserError(f"{example.where}: the model's chat template refuses the conversation ({error}).") from error
+        raise UserError(f"{where}: the model's chat template refuses the conversation ({error}).") from error
     prompt_ids = _ids(tokenizer, prompt, special=False)  # the template writes the special tokens itself
     if not whole.startswith(prompt):  # a generation prompt that training text lacks, such as an opening <think>
         whole = prompt + turns[-1]["content"]
     answer = whole[len(prompt) :]
-    answer_ids = _continuation(tokenizer, prompt_ids, _ids(tokenizer, whole, special=False), answer, example)
-    # The turn ends with its first end-of-turn token; what a template writes behind that belongs to the next turn.
+    answer_ids = _continuation(tokenizer, prompt_ids, _ids(tokenizer, whole, special=False), answer, where)
+    # The turn ends with its first end-of-turn token; what a template writes after that belongs to the next turn.
     ends = [index for index, token in enumerate(answer_ids) if token in tokenizer.all_special_ids]
     return prompt_ids, answer_ids[: ends[-1] + 1] if ends else answer_ids + [tokenizer.eos_token_id]
 
 
 def _refuse(too_long: list[tuple[Example, int]], max_length: int) -> None:
-    named = "; ".join(f"{example.where} (prompt of {length} tokens)" for example, length in too_long[:5])
+    listed = "; ".join(f"{example.where} (prompt of {length} tokens)" for example, length in too_long[:5])
     more = f" and {len(too_long) - 5} more" if len(too_long) > 5 else ""
     needed = max(length for _, length in too_long) + 2
     raise UserError(
-        f"With --max-length {max_length} nothing of the answer is left in {named}{more}; "
+        f"With --max-length {max_length} nothing of the answer is left in {listed}{more}; "
         f"give --max-length {needed} or more, or remove these rows."
     )

@@ -72,7 +72,7 @@ def llama_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def serve_hub():
-    """A context manager that serves files as one data set of a hub on this machine and gives its address."""
+    """A context manager that serves files as one dataset of a hub on this machine and yields its address."""
     return _serve
 
 

@@ -1,4 +1,4 @@
-"""The bundled data set: what the script writes, and nothing that could be guessed."""
+"""The bundled dataset: what the script writes, and nothing that could be guessed."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_mistakes_list_what_there_is(answers):
     for name in ("a/b", "a/b:none"):
         assert "forget05" in online[name]
         assert "name it as owner/name:configuration" in online[name]
-    assert "neither a file no/such nor a data set no/such on the hub" in online["no/such"]
+    assert "neither a file no/such nor a dataset no/such on the hub" in online["no/such"]
 
 
 def test_without_network_a_local_copy_does(answers):

@@ -52,5 +52,5 @@ def test_the_rows_are_named():
     assert "f.jsonl, line 2 is r.jsonl, line 12; f.jsonl, line 3 is r.jsonl, line 13" in str(error.value)
     assert "and 2 more" in str(error.value)
     assert "--allow-overlap" in str(error.value)
-    with pytest.raises(UserError, match=r"^1 row to forget also stands"):
+    with pytest.raises(UserError, match=r"^1 row to forget is also in the rows to retain"):
         refuse_overlap(forget[:2], retain)

@@ -107,8 +107,8 @@ def test_local_files_leave_nothing_in_the_cache(tmp_path, monkeypatch):
         ("a.jsonl", '{"a": "x"}\n\n{"a": \n{"a": "y"}\n', ["a.jsonl, line 3", "not valid JSON", "column 7"]),
         ("a.json", '[{"a": "x"},\n{"a": }]', ["a.json, line 2", "not valid JSON"]),
         ("a.json", '{\n"a": "x"\n}', ["a.json, line 1", "not valid JSON", "one object per line"]),
-        ("a.jsonl", '{"a": "x"}\n"text"\n', ["a.jsonl, line 2", "no JSON object"]),
-        ("a.json", '[{"a": "x"}, 5]', ["a.json, row 2", "no JSON object"]),
+        ("a.jsonl", '{"a": "x"}\n"text"\n', ["a.jsonl, line 2", "is not a JSON object"]),
+        ("a.json", '[{"a": "x"}, 5]', ["a.json, row 2", "is not a JSON object"]),
         ("a.jsonl", '{"a": "x"}\n{"a": "café"}\n'.encode("latin-1"), ["a.jsonl, line 2", "not UTF-8"]),
         ("a.csv", "a,b\nx,y\ncafé,z\n".encode("latin-1"), ["a.csv, line 3", "not UTF-8"]),
         ("a.csv", "a,b\n1,2\n1,2,3\n", ["a.csv", "line 3", "check the file"]),
@@ -119,7 +119,7 @@ def test_local_files_leave_nothing_in_the_cache(tmp_path, monkeypatch):
         ("a.csv", "question,answer\n", ["a.csv holds no rows"]),
         ("a.parquet", "not parquet", ["a.parquet cannot be read as parquet"]),
         ("a.arrow", "not arrow", ["a.arrow cannot be read as arrow"]),
-        ("a.txt", "text", ["a.txt is of a kind", ".jsonl"]),
+        ("a.txt", "text", ["a.txt is of an unsupported file type", ".jsonl"]),
     ],
 )
 def test_mistakes_are_named_with_their_place(tmp_path, name, content, parts):

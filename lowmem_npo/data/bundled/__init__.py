@@ -1,1 +1,1 @@
-"""The data set that ships with the package: invented people, written by scripts/make_biographies.py."""
+"""The dataset that ships with the package: invented people, written by scripts/make_biographies.py."""
