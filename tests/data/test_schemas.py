@@ -8,7 +8,7 @@ from lowmem_npo.data.reading import Rows
 from lowmem_npo.data.schemas import to_examples, with_answer
 from lowmem_npo.errors import UserError
 
-ASKED, SAID = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+QUESTION, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 
 
 def one(row, **columns):
@@ -29,14 +29,14 @@ def test_text_has_no_prompt():
     assert (example.prompt, example.answer, example.schema) == (None, "A", "text")
 
 
-@pytest.mark.parametrize("row", [{"messages": [ASKED, SAID]}, {"prompt": [ASKED], "completion": [SAID]}])
+@pytest.mark.parametrize("row", [{"messages": [QUESTION, ANSWER]}, {"prompt": [QUESTION], "completion": [ANSWER]}])
 def test_conversations_are_recognised(row):
     example = one(row)
     assert (example.prompt, example.answer) == ("Q", "A")
-    assert example.messages == (ASKED, SAID)
+    assert example.messages == (QUESTION, ANSWER)
 
 
-def test_named_columns_go_first():
+def test_named_columns_take_precedence():
     row = {"question": "q", "answer": "a", "frage": "F", "antwort": "W"}
     example = one(row, prompt_column="frage", answer_column="antwort")
     assert (example.prompt, example.answer, example.schema) == ("F", "W", "frage/antwort")
@@ -53,7 +53,7 @@ def test_unknown_columns_are_listed():
 
 
 @pytest.mark.parametrize(
-    ("row", "says"),
+    ("row", "message"),
     [
         ({"question": "Q"}, "f.jsonl, line 8 has no answer"),
         ({"question": None, "answer": "A"}, "f.jsonl, line 8 has no question"),
@@ -65,41 +65,41 @@ def test_unknown_columns_are_listed():
         ({"question": {"a": 1}, "answer": "A"}, "f.jsonl, line 8: question is an object, not text"),
     ],
 )
-def test_fields_that_do_not_fit_are_named(row, says):
+def test_fields_that_do_not_fit_are_named(row, message):
     rows = Rows("f.jsonl", [{"question": "fine", "answer": "fine"}, row], [1, 8])
     with pytest.raises(UserError) as error:
         to_examples(rows)
-    assert says in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("messages", "says"),
+    ("messages", "message"),
     [
         (None, "line 7 has no messages"),
         ([], "line 7 has no messages"),
         ("hello", "is not a list of"),
         (["hello"], "is not a list of"),
-        ([ASKED], "does not end with an assistant's answer"),
-        ([SAID], "does not end with an assistant's answer"),
-        ([ASKED, SAID, ASKED], "does not end with an assistant's answer"),
-        ([ASKED, {"role": "assistant", "content": [{"type": "image"}]}], "message 2: content is a list, not text"),
-        ([{"role": "user"}, SAID], "message 1 has no content"),
-        ([{"content": "Q"}, SAID], "message 1 has no role"),
+        ([QUESTION], "does not end with an assistant's answer"),
+        ([ANSWER], "does not end with an assistant's answer"),
+        ([QUESTION, ANSWER, QUESTION], "does not end with an assistant's answer"),
+        ([QUESTION, {"role": "assistant", "content": [{"type": "image"}]}], "message 2: content is a list, not text"),
+        ([{"role": "user"}, ANSWER], "message 1 has no content"),
+        ([{"content": "Q"}, ANSWER], "message 1 has no role"),
     ],
 )
-def test_conversations_that_do_not_fit_are_named(messages, says):
+def test_conversations_that_do_not_fit_are_named(messages, message):
     with pytest.raises(UserError) as error:
         one({"messages": messages})
-    assert says in str(error.value)
+    assert message in str(error.value)
     assert "line 7" in str(error.value)
 
 
 def test_refusals_replace_every_answer():
-    asked = [one({"question": "Q", "answer": "A"}), one({"messages": [ASKED, SAID]})]
-    pair, conversation = with_answer(asked, "I don't know.")
-    assert (pair.prompt, pair.answer, pair.where) == ("Q", "I don't know.", asked[0].where)
-    assert conversation.messages == (ASKED, {"role": "assistant", "content": "I don't know."})
-    assert asked[1].messages == (ASKED, SAID)
+    examples = [one({"question": "Q", "answer": "A"}), one({"messages": [QUESTION, ANSWER]})]
+    pair, conversation = with_answer(examples, "I don't know.")
+    assert (pair.prompt, pair.answer, pair.where) == ("Q", "I don't know.", examples[0].where)
+    assert conversation.messages == (QUESTION, {"role": "assistant", "content": "I don't know."})
+    assert examples[1].messages == (QUESTION, ANSWER)
 
 
 def test_text_cannot_be_refused():
