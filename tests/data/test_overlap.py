@@ -1,4 +1,4 @@
-"""Rows that stand in both parts are found however they are written, and named."""
+"""Rows that are in both parts are recognised however they are written, and named."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_line_separators_inside_json_strings_are_text(tmp_path):
     assert read_rows(write(tmp_path / "a.jsonl", json.dumps(row, ensure_ascii=False) + "\n")).rows == [row]
 
 
-def test_a_path_is_no_pattern(tmp_path):
+def test_a_path_is_not_a_pattern(tmp_path):
     write(tmp_path / "a1.jsonl", '{"a": "other file"}')
     assert read_rows(write(tmp_path / "a[1].jsonl", '{"a": "this file"}')).rows == [{"a": "this file"}]
     assert read_rows(write(tmp_path / "a*.csv", "a\nx\n")).rows == [{"a": "x"}]
