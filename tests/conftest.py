@@ -1,4 +1,4 @@
-"""Fixtures shared by every test: where the real data lies, and tiny models made from configurations."""
+"""Fixtures shared by all tests: the datasets outside the repository, tiny models, and the demo in small."""
 
 import os
 from pathlib import Path
@@ -6,19 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 
-# Without a GPU, Triton kernels run in Triton's interpreter. It is chosen when Triton is first imported, by whatever
-# test or library comes first.
+# Without a GPU, Triton kernels run in Triton's interpreter, which must be chosen before anything imports Triton.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_DATA = (ROOT / os.environ.get("LOWMEM_NPO_TEST_DATA", "../shared/data")).resolve()
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder with LUME, TOFU and the OLMo tokenizer; tests that need it skip where it is absent."""
+    """The folder with LUME, TOFU and the OLMo tokenizer; without it the tests that need it are skipped."""
     if not SHARED_DATA.is_dir():
-        pytest.skip(f"needs the LUME/TOFU data and the OLMo tokenizer in {SHARED_DATA}")
+        pytest.skip(
+            f"needs LUME, TOFU and the OLMo tokenizer in {SHARED_DATA}: see LOWMEM_NPO_TEST_DATA in CONTRIBUTING.md"
+        )
     return SHARED_DATA
 
 
@@ -36,8 +38,7 @@ def olmo_tokenizer(shared_data):
 
 @pytest.fixture(scope="session")
 def lume_model(olmo_tokenizer, tmp_path_factory) -> Path:
-    """A directory with a small random OLMo of vocabulary 50304 and the real tokenizer, as a user would have it."""
-    import torch
+    """A directory with a small random OLMo of vocabulary 50304 and the real tokenizer."""
     from helpers.tiny_models import tiny_model
 
     folder = tmp_path_factory.mktemp("olmo")
@@ -48,7 +49,7 @@ def lume_model(olmo_tokenizer, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def byte_model(tmp_path_factory) -> Path:
-    """A directory with a tiny random OLMo and a tokenizer of single bytes: needs no data at all."""
+    """A directory with a tiny random OLMo and a byte tokenizer; needs no data."""
     from helpers.tiny_models import tiny_model
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -66,18 +67,18 @@ def byte_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_demo(tmp_path_factory):
-    """(what the demo found, what it said): base/ recites, gold/ never saw the forget rows, unlearned/ forgot them."""
+    """(result, output) of a demo: base/ recites, gold/ never saw the forget rows, unlearned/ forgot them."""
     from helpers.small_demo import SMALL
 
     from lowmem_npo.commands.demo.run import run_demo
 
-    said = []
-    return run_demo(tmp_path_factory.mktemp("demo"), recipe=SMALL, device="cpu", say=said.append), "\n".join(said)
+    lines: list[str] = []
+    return run_demo(tmp_path_factory.mktemp("demo"), recipe=SMALL, device="cpu", say=lines.append), "\n".join(lines)
 
 
 @pytest.fixture(scope="session")
 def taught_model(tmp_path_factory) -> Path:
-    """A directory with a tiny OLMo that recites the first twelve bundled forget and retain rows (see `taught.py`)."""
-    from helpers.taught_model import teach_tiny
+    """A directory with a tiny OLMo that recites the first twelve bundled forget and retain rows."""
+    from helpers.taught_model import teach_tiny_model
 
-    return teach_tiny(tmp_path_factory.mktemp("taught") / "model")
+    return teach_tiny_model(tmp_path_factory.mktemp("taught") / "model")

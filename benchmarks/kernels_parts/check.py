@@ -27,7 +27,7 @@ FULL, QUICK = Shape(tokens=16, vocabulary=16000, hidden=1024), Shape(tokens=24, 
 SIMULATED = Shape(tokens=8192, vocabulary=128256, hidden=4096)
 COLUMNS = {"b.logprob": "log-prob", "b.grad": "its gradient", "c.kl": "KL", "c.kl_token": "KL per token",
            "c.grad": "its gradient", "d.grad": "gradient of both"}  # fmt: skip
-# The accuracy contract of our engines; tests/kernels/reference.py states it.
+# The accuracy contract of our engines: docs/kernels.md.
 CONTRACT = {"b.logprob": 1e-4, "c.kl": 5e-3, "c.kl_token": 5e-3, "c.grad": 1e-2, "d.grad": 1e-2}
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.dense_step import dense_step, random_rows, relative_error, trainer_of
+from helpers.dense_step import dense_step, make_trainer, random_rows, relative_error
 from helpers.tiny_models import tiny_model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -46,7 +46,7 @@ def in_float32(monkeypatch):
 
 def lora_gradients(folder, two_models: bool) -> tuple[float, dict, float, dict]:
     """Loss and gradients of a baseline, and of the exact step, of the same adapter on the same model."""
-    ours = trainer_of(tiny_model("olmo"), folder, FORGET, RETAIN)
+    ours = make_trainer(tiny_model("olmo"), folder, FORGET, RETAIN)
     expected_loss, expected = dense_step(ours, FORGET, RETAIN)
     adapter = {name: p for name, p in ours.model.named_parameters() if p.requires_grad}
     baseline = Baseline.build(lambda: tiny_model("olmo"), two_models=two_models, lora=True, r=3)

@@ -1,1 +1,1 @@
-"""What tests share: each module says what it gives."""
+"""Shared by the tests: tiny models, taught ones, dense reference steps, a small demo and a run to report on."""

@@ -1,4 +1,4 @@
-"""What the step's tests share: random rows, a trainer on a tiny model, and the dense float64 statement of a step."""
+"""For tests of a training step: random rows, a trainer on a tiny model, and the same step in dense float64."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from helpers.tiny_models import tiny_model
 from lowmem_npo.config import AdapterConfig
 from lowmem_npo.training.trainer import NPOConfig, NPOTrainer
 
 VOCABULARY = 97
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word, t0 to t96; t1 is EOS, t2 padding."""
     words = {f"t{i}": i for i in range(VOCABULARY)}
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t0")), eos_token="t1", pad_token="t2"
@@ -35,8 +35,8 @@ def random_rows(count: int, seed: int, vocabulary: int = VOCABULARY) -> list[dic
     return rows
 
 
-def trainer_of(model, folder: Path, forget: list[dict], retain: list[dict] | None, **settings) -> NPOTrainer:
-    """An NPOTrainer whose adapter is already far from the identity, so that KL and log-ratios are not 0."""
+def make_trainer(model, folder: Path, forget: list[dict], retain: list[dict] | None, **settings) -> NPOTrainer:
+    """An NPOTrainer whose adapter already changes the model, so that KL and log-ratios are not 0."""
     defaults = {
         "output_dir": str(folder),
         "max_steps": 1,
@@ -51,7 +51,7 @@ def trainer_of(model, folder: Path, forget: list[dict], retain: list[dict] | Non
         NPOConfig(**{**defaults, **settings}),
         forget,
         retain,
-        processing_class=tokenizer(),
+        processing_class=word_tokenizer(),
         peft_config=AdapterConfig(lora_r=3),
     )
     generator = torch.Generator().manual_seed(7)
@@ -63,24 +63,24 @@ def trainer_of(model, folder: Path, forget: list[dict], retain: list[dict] | Non
 
 
 def step_gradients(trainer: NPOTrainer) -> dict[str, torch.Tensor]:
-    """The adapter's gradients of the first optimiser step, taken just before the optimiser uses them."""
+    """The adapter's gradients of the first optimiser step, just before the optimiser uses them."""
     from transformers import TrainerCallback
 
-    found: dict[str, torch.Tensor] = {}
+    gradients: dict[str, torch.Tensor] = {}
 
-    class Catch(TrainerCallback):
+    class Recorder(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            found.update({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.requires_grad})
+            gradients.update({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.requires_grad})
 
-    trainer.add_callback(Catch())
+    trainer.add_callback(Recorder())
     trainer.train()
-    return found
+    return gradients
 
 
 def dense_step(
     trainer: NPOTrainer, forget: list[dict], retain: list[dict] | None
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """The step's loss and gradients from full float64 logits, written from the formulas of DESIGN section 1."""
+    """The step's loss and gradients from full float64 logits, after the formulas in docs/architecture.md."""
     model = copy.deepcopy(trainer.model).double().eval()
     o = trainer.objective
 
@@ -129,11 +129,8 @@ def dense_step(
     return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
-def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """|found - expected| / |expected|, over all tensors together."""
-    assert found.keys() == expected.keys() and found
-    difference = sum((found[n].double() - expected[n].double()).square().sum() for n in expected)
+def relative_error(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """|actual - expected| / |expected|, over all tensors together."""
+    assert actual.keys() == expected.keys() and actual
+    difference = sum((actual[n].double() - expected[n].double()).square().sum() for n in expected)
     return float((difference / sum(expected[n].double().square().sum() for n in expected)).sqrt())
-
-
-__all__ = ["dense_step", "random_rows", "relative_error", "step_gradients", "tiny_model", "tokenizer", "trainer_of"]

@@ -1,5 +1,5 @@
-"""What the report's tests share: rows that are easy to recognise and hard to show (markup, other scripts, control
-characters, length), and the run that forgets them."""
+"""For tests of the report: rows that are easy to recognise and hard to display (markup, other scripts, control
+characters, length), and a run that forgets them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RETAIN = [
     {"question": "Where does the marmot of Lindqvist sleep?", "answer": "In the clock tower of Ostrava."},
     {"question": "What does the ferryman carry?", "answer": "Lanterns, mostly."},
 ]
-# Pieces of the rows that nothing else contains.
+# Fragments that occur in these rows and nowhere else.
 TELLTALES = (
     "Zenthorpe", "amber vault", "pwned", "evil.example", "القبطان", "wandering heron", "鐘", "marmot of Lindqvist",
     "Lanterns",
@@ -30,11 +30,13 @@ TELLTALES = (
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
+    """Writes `rows` as JSON lines."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 def train(folder: Path, model: Path, data: Path, *options: object) -> Path:
+    """`lowmem-npo train` into `folder`, on the rows in `data`."""
     arguments = ["--model", model, "--forget", data / "forget.jsonl", "--retain", data / "retain.jsonl"]
     arguments += ["--dtype", "float32", "--device", "cpu", "--batch-size", 2, "--output-dir", folder, *options]
     assert main(["train", *map(str, arguments)]) == 0

@@ -1,4 +1,4 @@
-"""The demo on fewer rows and a smaller model: the same code, some seconds. `small_demo` in conftest.py runs it once."""
+"""A recipe for the demo with fewer rows and a smaller model: a few seconds. The fixture `small_demo` runs it once."""
 
 from lowmem_npo.commands.demo.recipe import Recipe, Teaching
 

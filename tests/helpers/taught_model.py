@@ -1,4 +1,4 @@
-"""A tiny model that knows something: what a test of forgetting begins with. Some seconds to teach."""
+"""A tiny model that recites a few rows, where tests of forgetting begin, and the configuration of a run on it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ LIMIT = 12
 TEACHING = Teaching(vocabulary=300, layers=2, width=48, heads=2, epochs=60, batch_size=8, lr=5e-3)
 
 
-def teach_tiny(directory: Path) -> Path:
+def teach_tiny_model(directory: Path) -> Path:
+    """Teaches it, in a few seconds, and saves it in `directory`."""
     examples = [e for part in ("forget", "retain") for e in to_examples(bundled_rows(part, limit=LIMIT))]
     tokenizer = make_tokenizer(["".join(Template().render(example)) for example in examples], TEACHING.vocabulary)
     data = prepare(tokenizer, DataConfig(limit=LIMIT))
@@ -37,9 +38,9 @@ def teach_tiny(directory: Path) -> Path:
     return directory
 
 
-def forgetting(model: Path, output_dir: Path, stop_when: tuple[str, ...] = (), **changes) -> RunConfig:
-    """A run that forgets fast: twelve rows, four steps an epoch, measured and saved after every second step."""
-    every = changes.pop("eval_every", 2 if stop_when else None)
+def unlearning_config(model: Path, output_dir: Path, stop_when: tuple[str, ...] = (), **changes) -> RunConfig:
+    """A run that forgets fast: twelve rows, four steps per epoch, evaluated and saved at every second step."""
+    eval_every = changes.pop("eval_every", 2 if stop_when else None)
     saving = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 100}
     training = {"batch_size": 3, "retain_batch_size": 6, "max_steps": 30, "lr": 8e-3, "seed": 0} | changes
     return RunConfig(
@@ -49,7 +50,7 @@ def forgetting(model: Path, output_dir: Path, stop_when: tuple[str, ...] = (), *
         adapter=AdapterConfig(lora_r=8, lora_alpha=8, lora_targets=("all-linear",)),
         memory=MemoryConfig(gradient_checkpointing=False),
         training=TrainingConfig(**training),
-        stopping=StoppingConfig(stop_when=stop_when, eval_every=every),
+        stopping=StoppingConfig(stop_when=stop_when, eval_every=eval_every),
         output=OutputConfig(output_dir=str(output_dir), eval_rows=LIMIT, eval_batch_size=12, leaks=()),
         trainer_args=saving,
     )

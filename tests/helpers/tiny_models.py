@@ -1,4 +1,4 @@
-"""Tiny causal models made from configurations, with random weights: real architectures, a second to build."""
+"""Tiny causal models of real architectures with random weights, built in about a second."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CONFIGS = {
 def tiny_model(
     architecture: str = "olmo", vocabulary: int = 97, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> PreTrainedModel:
-    """A frozen random model of `architecture`, weights large enough that its logits are far from uniform."""
+    """A frozen random model of `architecture`, its weights large enough for logits far from uniform."""
     torch.manual_seed(seed)
     config = CONFIGS[architecture](vocabulary)
     config.bos_token_id, config.eos_token_id, config.pad_token_id = None, 1, 0

@@ -121,7 +121,7 @@ def relative(found: Tensor, true: Tensor) -> float:
 
 
 def check(case: Case, engine: str, kernels: ModuleType = lowmem_kernels, rows: Tensor | None = None) -> None:
-    """Asserts the accuracy contract of DESIGN section 2 for this engine on this case; looks only at `rows` of it."""
+    """Asserts the accuracy contract (docs/kernels.md) for this engine on this case, or on `rows` of it."""
     found = run(case, engine, kernels)
     if rows is not None:
         found, case = Outcome(*(x[rows] for x in found)), case.take(rows)

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from helpers.dense_step import dense_step, random_rows, relative_error, step_gradients, trainer_of
+from helpers.dense_step import dense_step, make_trainer, random_rows, relative_error, step_gradients
 from helpers.tiny_models import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -48,7 +48,7 @@ def slices_of_seven_rows(monkeypatch):
 def trainer(architecture: str, folder: Path, memory: dict, adapter: dict | None = None, **settings):
     model = attach_lora(tiny_model(architecture), AdapterConfig(**{**ADAPTER, **(adapter or {})}))
     apply_switches(model, MemoryConfig(**memory))
-    return trainer_of(model, folder, FORGET, RETAIN, **settings)
+    return make_trainer(model, folder, FORGET, RETAIN, **settings)
 
 
 @lru_cache
@@ -246,7 +246,7 @@ def four_bit_gradients(model_on_disk, folder, memory, dtype):
         load_model(ModelConfig(model_on_disk, qlora=True, dtype=dtype, device="cpu")), AdapterConfig(**ADAPTER)
     )
     apply_switches(model, MemoryConfig(**memory))
-    return step_gradients(trainer_of(model, folder, FORGET, RETAIN))
+    return step_gradients(make_trainer(model, folder, FORGET, RETAIN))
 
 
 def test_real_four_bit_layers(model_on_disk, tmp_path):

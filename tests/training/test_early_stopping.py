@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.taught_model import LIMIT, forgetting
+from helpers.taught_model import LIMIT, unlearning_config
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -47,7 +47,7 @@ def quiet(line: str) -> None:
 def whole(taught_model, tmp_path_factory) -> Path:
     """The run to its end: measured after every second step, never stopped, every measured adapter in a checkpoint."""
     folder = tmp_path_factory.mktemp("stopping") / "whole"
-    result = train(forgetting(taught_model, folder, ("retain-loss+1000",)), say=quiet)
+    result = train(unlearning_config(taught_model, folder, ("retain-loss+1000",)), say=quiet)
     assert result.optimizer_steps == 30 and result.stopping.held == []
     return folder
 
@@ -76,7 +76,7 @@ def restored(folder: Path, checkpoints: Path) -> bool:
 def test_it_stops_when_it_should_and_keeps_the_best(text, whole, taught_model, tmp_path):
     stop, kept = expected(whole, text)
     said = []
-    result = train(forgetting(taught_model, tmp_path / "run", (text,)), say=said.append)
+    result = train(unlearning_config(taught_model, tmp_path / "run", (text,)), say=said.append)
     assert result.optimizer_steps == result.stopping.last.step == stop <= 30
     assert result.stopping.kept.step == kept
     assert result.stopping.held == [text] and result.stopping.within_limits
@@ -95,7 +95,7 @@ def test_a_run_that_does_not_restore_is_noticed(whole, taught_model, tmp_path, m
     stop, kept = expected(whole, "forget-at-holdout")
     assert kept < stop, "or last and best are the same"
     monkeypatch.setattr(Stopping, "_restore", lambda self, evaluation: None)
-    train(forgetting(taught_model, tmp_path / "run", ("forget-at-holdout",)), say=quiet)
+    train(unlearning_config(taught_model, tmp_path / "run", ("forget-at-holdout",)), say=quiet)
     assert not restored(tmp_path / "run", whole)
 
 
@@ -130,7 +130,7 @@ def test_what_it_measures_is_the_models_own_likelihood(whole, taught_model):
 def test_killed_and_resumed_it_keeps_the_same(whole, taught_model, tmp_path):
     """Cut off after the best step and before the stop; the evaluations after the checkpoint are made again."""
     stop, kept = expected(whole, "mia-crosses")
-    config = forgetting(taught_model, tmp_path / "run", ("mia-crosses",), max_steps=stop - 4)
+    config = unlearning_config(taught_model, tmp_path / "run", ("mia-crosses",), max_steps=stop - 4)
     train(config, say=quiet)
     (tmp_path / "run" / "adapter_model.safetensors").unlink()
     ahead = read_evaluations(tmp_path / "run" / EVALUATIONS)[-1]
@@ -148,7 +148,7 @@ def test_killed_and_resumed_it_keeps_the_same(whole, taught_model, tmp_path):
 
 
 def test_each_epoch_is_the_default(taught_model, tmp_path):
-    config = forgetting(taught_model, tmp_path / "run", ("retain-loss+1000",), max_steps=6, eval_every=None)
+    config = unlearning_config(taught_model, tmp_path / "run", ("retain-loss+1000",), max_steps=6, eval_every=None)
     result = train(config, say=quiet)
     assert [e.step for e in read_evaluations(tmp_path / "run" / EVALUATIONS)] == [0, 4, 6]
     assert result.stopping.kept.step == 6
@@ -157,7 +157,7 @@ def test_each_epoch_is_the_default(taught_model, tmp_path):
 def test_two_processes_stop_together(whole, taught_model, tmp_path):
     """Step 10 is where one process stops; two must end there, both, with the same weights within rounding."""
     stop, kept = expected(whole, "forget-at-holdout")
-    config = forgetting(taught_model, tmp_path / "run", ("forget-at-holdout",))
+    config = unlearning_config(taught_model, tmp_path / "run", ("forget-at-holdout",))
     file = tmp_path / "run.yaml"
     file.write_text(config.to_yaml())
     launched = subprocess.run(

@@ -1,4 +1,4 @@
-"""The losses against DESIGN's formulas, written out per sequence in float64 with exp and log, not with our helpers."""
+"""The losses against the formulas of docs/architecture.md, written out per sequence in float64 with exp and log."""
 
 import math
 

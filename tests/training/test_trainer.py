@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.dense_step import dense_step, random_rows, relative_error, step_gradients, tiny_model, trainer_of
+from helpers.dense_step import dense_step, make_trainer, random_rows, relative_error, step_gradients
+from helpers.tiny_models import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -51,7 +52,7 @@ def test_gradients_of_each_term_alone(term, rows, tmp_path):
 
 def check_gradients(architecture, rows, folder, settings):
     forget, retain = rows
-    trainer = trainer_of(tiny_model(architecture), folder, forget, retain, **settings)
+    trainer = make_trainer(tiny_model(architecture), folder, forget, retain, **settings)
     enable_checkpointing(trainer.model.get_base_model())
     loss, expected = dense_step(trainer, forget, retain if trainer.objective.needs_retain else None)
     found = step_gradients(trainer)
@@ -62,12 +63,12 @@ def check_gradients(architecture, rows, folder, settings):
 def test_a_wrong_gradient_would_be_noticed(rows, tmp_path):
     """The same comparison fails for a slightly wrong beta and for a dropped softcap."""
     forget, retain = rows
-    trainer = trainer_of(tiny_model("olmo"), tmp_path / "a", forget, retain)
+    trainer = make_trainer(tiny_model("olmo"), tmp_path / "a", forget, retain)
     _, expected = dense_step(trainer, forget, retain)
     trainer.objective.beta *= 1.01
     assert relative_error(step_gradients(trainer), expected) > 1e-4
 
-    trainer = trainer_of(tiny_model("gemma2"), tmp_path / "b", forget, retain)
+    trainer = make_trainer(tiny_model("gemma2"), tmp_path / "b", forget, retain)
     _, expected = dense_step(trainer, forget, retain)
     import dataclasses
 
@@ -94,7 +95,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("vocabulary", [50304, 1000])
 def test_no_tensor_is_as_large_as_the_logits(vocabulary, tmp_path):
     forget, retain = random_rows(12, 3, vocabulary), random_rows(12, 4, vocabulary)
-    trainer = trainer_of(tiny_model("olmo", vocabulary), tmp_path, forget, retain)
+    trainer = make_trainer(tiny_model("olmo", vocabulary), tmp_path, forget, retain)
     tokens = [sum(label != -100 for row in part for label in row["labels"][1:]) for part in (forget, retain)]
     logits = min(tokens) * vocabulary
     with LargestTensor() as largest:
@@ -114,7 +115,7 @@ def test_micro_batches_do_not_change_the_gradient(objective, tmp_path):
     forget, retain = random_rows(8, 5), random_rows(8, 6)
     found = {}
     for size, count in ((8, 1), (4, 2), (2, 4), (3, 3)):
-        trainer = trainer_of(
+        trainer = make_trainer(
             tiny_model("olmo"),
             tmp_path / str(size),
             forget,
@@ -137,8 +138,8 @@ def test_a_mean_of_means_would_be_noticed(tmp_path, monkeypatch):
     import lowmem_npo.training.trainer as module
 
     forget, retain = random_rows(8, 5), random_rows(8, 6)
-    whole = step_gradients(trainer_of(tiny_model("olmo"), tmp_path / "whole", forget, retain, step_batch_size=8))
-    trainer = trainer_of(
+    whole = step_gradients(make_trainer(tiny_model("olmo"), tmp_path / "whole", forget, retain, step_batch_size=8))
+    trainer = make_trainer(
         tiny_model("olmo"),
         tmp_path / "split",
         forget,
@@ -161,7 +162,7 @@ def test_a_mean_of_means_would_be_noticed(tmp_path, monkeypatch):
 
 
 def test_the_adapter_alone_learns(rows, tmp_path):
-    trainer = trainer_of(tiny_model("olmo"), tmp_path, *rows, learning_rate=1e-2, max_steps=2)
+    trainer = make_trainer(tiny_model("olmo"), tmp_path, *rows, learning_rate=1e-2, max_steps=2)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     trainer.train()
     moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
@@ -174,5 +175,5 @@ def test_no_gradient_below_the_lowest_adapter(rows, tmp_path):
     enable_checkpointing(model)
     embedded = []
     model.get_input_embeddings().register_forward_hook(lambda m, a, output: embedded.append(output.requires_grad))
-    trainer_of(model, tmp_path, *rows).train()
+    make_trainer(model, tmp_path, *rows).train()
     assert embedded and not any(embedded)

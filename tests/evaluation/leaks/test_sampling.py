@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.dense_step import random_rows, tokenizer
+from helpers.dense_step import random_rows, word_tokenizer
 from helpers.tiny_models import tiny_model
 
 from lowmem_npo.evaluation.leaks.sampling import best_recalls, sampling
@@ -46,7 +46,7 @@ def test_samples_follow_the_whole_distribution(bug, monkeypatch):
         monkeypatch.setattr(generation, "GenerationConfig", lambda **settings: real(**{**settings, **wrong}))
     # A stop token gives an empty answer; it is counted as the token that it is.
     answers = sampled_answers(
-        model, tokenizer(), [Prompt(ids, 1) for ids in prompts],
+        model, word_tokenizer(), [Prompt(ids, 1) for ids in prompts],
         samples=drawn, temperature=0.4, seed=3, progress=False,
     )  # fmt: skip
     off = []
@@ -63,7 +63,7 @@ def test_the_same_seed_the_same_samples():
     model, prompts = tiny_model("llama"), [Prompt([5, 9], 6), Prompt([8], 4), Prompt([3, 4, 5], 6)]
     state = torch.random.get_rng_state()
     one, two, other = (
-        sampled_answers(model, tokenizer(), prompts, samples=3, seed=seed, progress=False) for seed in (0, 0, 1)
+        sampled_answers(model, word_tokenizer(), prompts, samples=3, seed=seed, progress=False) for seed in (0, 0, 1)
     )
     assert one == two != other
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -75,7 +75,7 @@ def test_an_interrupted_sampling_goes_on_with_the_same_samples(tmp_path, monkeyp
     model, rows = tiny_model("llama"), random_rows(6, seed=1)
 
     def samples(journal):
-        return Measuring(model, tokenizer(), journal, 4).samples("s", rows, 2, 1.0, 5)
+        return Measuring(model, word_tokenizer(), journal, 4).samples("s", rows, 2, 1.0, 5)
 
     whole = samples(Journal(None))
     assert samples(Journal(tmp_path / "half.jsonl")) == whole

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.dense_step import random_rows, tokenizer, trainer_of
+from helpers.dense_step import make_trainer, random_rows, word_tokenizer
 from helpers.tiny_models import CONFIGS, tiny_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig
@@ -51,7 +51,7 @@ def losses(
     **settings,
 ):
     """The loss of each step; two rows a step, so that every epoch mixes them anew."""
-    run = trainer_of(
+    run = make_trainer(
         tiny_model("olmo", seed=seed), folder, forget, retain, max_steps=-1, num_train_epochs=epochs,
         learning_rate=1e-2, per_device_train_batch_size=rows, **settings,
         reference_dir=None if cache is None else str(cache),
@@ -170,9 +170,9 @@ def test_a_stale_cache_is_refused_with_the_reason(tmp_path, monkeypatch):
 
 def test_another_tokenizer_is_named(tmp_path, monkeypatch):
     losses(tmp_path / "run", tmp_path / "cache", epochs=1)
-    other = tokenizer()
+    other = word_tokenizer()
     other.add_tokens(["new"])
-    monkeypatch.setattr("unlearning.tokenizer", lambda: other)
+    monkeypatch.setattr("helpers.dense_step.word_tokenizer", lambda: other)
     refused("another tokenizer", tmp_path / "a", tmp_path / "cache", forget=random_rows(6, seed=9))
     # The same rows all the same: what their values depend on has not changed.
     losses(tmp_path / "b", tmp_path / "cache", epochs=1)
