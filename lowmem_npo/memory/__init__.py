@@ -1,1 +1,1 @@
-"""What keeps a step small."""
+"""The switches that keep a training step small."""

@@ -11,11 +11,11 @@ from lowmem_npo.memory.offload import CheckpointOffload
 def enable_checkpointing(model: PreTrainedModel, offload: bool = False) -> None:
     """Checkpoints every decoder layer, non-reentrant: works with frozen inputs, keeps autocast, allows no_grad.
 
-    Transformers also makes the embedding's output require grad, which only reentrant checkpointing needs; that is
+    Transformers also makes the embedding's output require grad, which only reentrant checkpointing needs; this is
     undone, so that no gradient is computed below the lowest adapter.
 
     Args:
-        offload: the layers' inputs wait for the backward pass in the host's memory (`CheckpointOffload`).
+        offload: keep the layers' inputs in host memory until the backward pass (`CheckpointOffload`).
     """
     if not model.supports_gradient_checkpointing:
         raise UserError(f"{type(model).__name__} cannot recompute its layers: use --no-gradient-checkpointing.")
@@ -26,4 +26,4 @@ def enable_checkpointing(model: PreTrainedModel, offload: bool = False) -> None:
         checkpoint = CheckpointOffload().checkpoint
         for module in model.modules():
             if hasattr(module, "_gradient_checkpointing_func"):
-                module._gradient_checkpointing_func = checkpoint
+                vars(module)["_gradient_checkpointing_func"] = checkpoint

@@ -1,6 +1,8 @@
-"""The input embedding on the host: of its tens of thousands of rows a batch needs a few hundred."""
+"""The input embedding in host memory: a batch needs only a few hundred of its tens of thousands of rows."""
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +12,12 @@ from lowmem_npo.errors import UserError
 
 
 def embedding_to_host(model: PreTrainedModel) -> None:
-    """Moves the input embedding to the host's memory; the rows a batch needs are copied to where they are used.
+    """Moves the input embedding to host memory; the rows a batch needs are copied to the device that uses them.
 
     Raises:
         UserError: the embedding is tied to the output head, which must stay on the device.
     """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = cast(nn.Embedding, model.get_input_embeddings()), model.get_output_embeddings()
     if head is not None and head.weight is embedding.weight:
         raise UserError(
             f"--embedding-on-cpu: {type(model).__name__} shares its input embedding with the output head, which must "
@@ -27,9 +29,11 @@ def embedding_to_host(model: PreTrainedModel) -> None:
 class HostEmbedding(nn.Module):
     """`embedding`, kept on the host, as a module of the device it came from.
 
-    The embedding is no submodule and its weight no parameter of this one: `model.to(device)` leaves it alone, and
-    `model.device` does not see it.
+    The embedding is not a submodule, nor its weight a parameter, of this module: `model.to(device)` leaves it where it
+    is, and `model.device` does not see it.
     """
+
+    embedding: nn.Embedding
 
     def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__()

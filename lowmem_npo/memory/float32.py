@@ -1,9 +1,9 @@
-"""Norms and rotary embeddings in slices: they compute in float32; whole they would be the largest tensors of a layer.
+"""Norms and rotary embeddings in slices: they compute in float32, and whole would be the largest tensors of a layer.
 
-A norm lifts the hidden states to float32 and keeps that copy for its backward pass: twice the size of the bf16 states
-that are there anyhow. In slices of rows it keeps those, and computes each slice again. The rotary embedding of the OLMo
-family lifts queries and keys to float32, several times over; heads do not meet in it, so it is done some heads at a
-time. The arithmetic is the model's own, slice for slice, so the results are the same.
+A norm converts the hidden states to float32 and keeps that copy for its backward pass: twice the size of the bf16
+states, which are kept anyhow. In slices of rows it keeps only those, and recomputes each slice. The rotary embedding of
+the OLMo family makes several float32 copies of queries and keys; it treats every head by itself, so it is done a few
+heads at a time. The arithmetic is the model's own, slice by slice, so the results are the same.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def slice_float32(model: PreTrainedModel, rows: int = ROWS) -> None:
     """Makes every norm, and every rotary embedding written in transformers' usual way, work on slices.
 
     Args:
-        rows: tokens per slice; a batch with no more of them is left in one piece.
+        rows: tokens per slice; a smaller batch is not sliced.
     """
     for module in model.base_model.modules():
-        if type(module).__name__.endswith("Norm") and "forward" not in vars(module):  # not part of a tiled MLP
+        if type(module).__name__.endswith("Norm") and "forward" not in vars(module):  # not already in a tiled MLP
             tile(module, rows)
     for layer in decoder_layers(model):
         for module in layer.children():
@@ -47,10 +47,10 @@ def _forward_globals(module: nn.Module) -> dict[str, Any]:
 
 
 class WithSlicedRotary:
-    """Stands in for an attention module's `forward`, which finds a sliced `apply_rotary_pos_emb` in its own module.
+    """Replaces an attention module's `forward`, which then calls a sliced `apply_rotary_pos_emb`.
 
-    A name of the module is the only place where transformers' attention lets its rotary embedding be replaced; it is
-    put back when the forward returns, so nothing else ever sees it.
+    A global name of the Python module is the only place where transformers' attention lets its rotary embedding be
+    replaced; it is restored when the forward returns, so nothing else ever sees it.
     """
 
     def __init__(self, forward: Callable[..., Any], namespace: dict[str, Any], rows: int) -> None:
@@ -85,9 +85,9 @@ class Shared:
 
 
 class SlicedRotary(torch.autograd.Function):
-    """`rotate(q, k)` on (B, heads, S, head size) tensors, some heads at a time.
+    """`rotate(q, k)` on (B, heads, S, head size) tensors, a few heads at a time.
 
-    It is linear, so its backward pass needs no values: each slice is differentiated at a place without meaning.
+    It is linear, so its backward pass needs no values: each slice is differentiated at zero.
     """
 
     @staticmethod
@@ -98,7 +98,7 @@ class SlicedRotary(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, q_grad: Tensor, k_grad: Tensor):
-        def pull_back(q_grad: Tensor, k_grad: Tensor) -> tuple[Tensor, Tensor]:
+        def pull_back(q_grad: Tensor, k_grad: Tensor) -> tuple[Tensor, ...]:
             with torch.enable_grad():
                 q, k = (torch.zeros_like(grad).requires_grad_() for grad in (q_grad, k_grad))
                 rotated = ctx.rotate(q, k)
@@ -108,7 +108,7 @@ class SlicedRotary(torch.autograd.Function):
 
 
 def _by_heads(
-    function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], q: Tensor, k: Tensor, slices: int
+    function: Callable[[Tensor, Tensor], tuple[Tensor, ...]], q: Tensor, k: Tensor, slices: int
 ) -> tuple[Tensor, Tensor]:
     results = torch.empty_like(q), torch.empty_like(k)
     for parts in zip(*(tensor.chunk(slices, dim=1) for tensor in (q, k, *results)), strict=True):

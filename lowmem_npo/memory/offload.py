@@ -1,14 +1,14 @@
-"""Checkpoints wait in the host's memory: one layer input per layer is all that a checkpointed pass keeps, and the most.
+"""Checkpoints offloaded to host memory: the layers' inputs, which are all that a checkpointed pass keeps.
 
-Each goes to pinned memory on a stream of its own while the next layers compute, and is fetched back, one layer ahead,
-while the layer above is recomputed and differentiated. At any time at most `IN_FLIGHT` leaving, or one in use and one
-arriving, are on the GPU.
+Each is copied to pinned memory on a side stream while the next layers compute, and fetched back, one layer ahead, while
+the layer above is recomputed and differentiated. At any time the GPU holds at most `IN_FLIGHT` that are leaving, or one
+in use and one arriving.
 
-Looked at, and why this is ours. `save_on_cpu` of PyTorch and `activation_checkpointing_enable(offload=True)` of
+Why not an existing implementation: `save_on_cpu` of PyTorch and `activation_checkpointing_enable(offload=True)` of
 transformers, which uses it, copy on the compute stream, so that every copy delays the pass. `OffloadActivations` of TRL
 (from torchtune) has a side stream, but takes every tensor that any part of the graph saves, keeps five of them, and
-fetches each at the moment it is asked for, while the GPU waits. Unsloth's copies on the compute stream and needs
-reentrant checkpointing, with which inputs without gradient (below the lowest adapter) get no gradient to the adapters.
+fetches each only when it is needed, while the GPU waits. Unsloth's copies on the compute stream and needs reentrant
+checkpointing, which passes no gradient to the adapters of a layer whose input needs none (the lowest adapted layer).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ IN_FLIGHT = 2
 
 
 class CheckpointOffload:
-    """Checkpoints layers as `torch.utils.checkpoint` does, non-reentrant, with their inputs on the host.
+    """Checkpoints layers as `torch.utils.checkpoint` does, non-reentrant, with their inputs in host memory.
 
-    On the CPU, and for simulated tensors, it makes the same allocations and plain copies.
+    On the CPU, and for simulated tensors, the allocations are the same and the copies synchronous.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class CheckpointOffload:
 
     def checkpoint(self, function: Callable[..., Any], hidden: Tensor, *others: Any, **_: Any) -> Any:
         """Runs `function(hidden, *others)` and keeps `hidden` on the host to run it again; `others`, which the layers
-        share, stay where they are. What transformers passes on to PyTorch's checkpoint besides is fixed here."""
+        share, stay where they are. The options that transformers would pass on to PyTorch's checkpoint are ignored."""
         if not torch.is_grad_enabled():
             return function(hidden, *others)
         # Only the checkpoint's own arguments are saved under these hooks: inside, its own hooks take their place.
@@ -60,7 +60,7 @@ class CheckpointOffload:
     def _unpack(self, packed: Tensor | HostCopy) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        self._leaving.clear()  # the backward pass has begun: the uppermost inputs are still here and may stay
+        self._leaving.clear()  # the backward pass has begun: the topmost inputs are still on the device and may stay
         return packed.take()
 
     def _copying(self, tensor: Tensor) -> Copying:
@@ -72,7 +72,7 @@ class CheckpointOffload:
 
 
 class Copying:
-    """Copies beside the computation; without a stream, plain copies."""
+    """Copies that overlap with computation; without a stream, synchronous ones."""
 
     def __init__(self, stream: torch.cuda.Stream | None = None) -> None:
         self.stream = stream
@@ -82,7 +82,7 @@ class Copying:
         return self.stream is not None
 
     def start(self, source: Tensor, target: Tensor) -> torch.cuda.Event | None:
-        """Copies after everything that was enqueued so far; the event is the end of the copy."""
+        """Copies after all work enqueued so far; the event marks the end of the copy."""
         if self.stream is None:
             target.copy_(source)
             return None
@@ -92,8 +92,8 @@ class Copying:
         return self.stream.record_event()
 
     def wait(self, event: torch.cuda.Event | None) -> None:
-        """What is enqueued from now on comes after the copy."""
-        if event is not None:
+        """Makes all work enqueued from now on wait for the copy."""
+        if self.stream is not None and event is not None:
             torch.cuda.current_stream(self.stream.device).wait_event(event)
 
 
@@ -107,20 +107,20 @@ class HostCopy:
         self._copied = copying.start(tensor, self._host)
 
     def leave(self) -> None:
-        """Gives the device's memory back; its next user comes after the copy."""
+        """Frees the device memory, for work that comes after the copy."""
         self._copying.wait(self._copied)
         self._on_device = None
 
-    def fetch(self) -> None:
+    def fetch(self) -> Tensor:
         if self._on_device is None:
-            # Allocated by the compute stream, which is also where it is used and freed.
+            # Allocated on the compute stream, which also uses and frees it.
             self._on_device = torch.empty(self._host.shape, dtype=self._host.dtype, device=self._device)
             self._copied = self._copying.start(self._host, self._on_device)
+        return self._on_device
 
     def take(self) -> Tensor:
-        """The tensor, on its device again; the one of the layer below is on its way then."""
-        self.fetch()
-        tensor, self._on_device = self._on_device, None
+        """The tensor, back on its device; starts to fetch that of the layer below."""
+        tensor, self._on_device = self.fetch(), None
         self._copying.wait(self._copied)
         below = self._below()
         if below is not None:

@@ -1,4 +1,4 @@
-"""What policy and reference have in common: everything below the lowest adapter, run once for both."""
+"""Everything below the lowest adapter, which policy and reference have in common, is run once for both."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from lowmem_npo.model.head import causal_lm
 from lowmem_npo.model.layers import decoder_layers
 
 
@@ -21,7 +22,7 @@ class SharedPrefix:
     """
 
     def __init__(self, model: PeftModel) -> None:
-        lm = model.get_base_model()
+        lm = causal_lm(model)
         below: list[nn.Module] = [lm.get_input_embeddings()]
         for layer in decoder_layers(lm):
             if any(p.requires_grad for p in layer.parameters()):
@@ -32,7 +33,7 @@ class SharedPrefix:
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
-        """For passes over ONE batch: the first runs the prefix, without gradient; later ones take up its result."""
+        """For passes over ONE batch: the first runs the prefix, without gradient; later ones reuse its result."""
         memory = _Memory()
         before = [vars(module).get("forward") for module in self.modules]
         try:
@@ -48,7 +49,7 @@ class SharedPrefix:
 
 
 class _Memory:
-    """What the last module of the prefix gave: hidden states, or a tuple that begins with them."""
+    """The output of the prefix's last module: hidden states, or a tuple that begins with them."""
 
     def __init__(self) -> None:
         self.result: Any = None
@@ -56,7 +57,7 @@ class _Memory:
     def in_place_of(self, forward: Callable[..., Any], keeps: bool) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             if self.result is not None:
-                return self.result  # only the last module's is looked at: the next one in line ignores what it gets
+                return self.result  # only the last module's output is used: the others ignore their input
             with torch.no_grad():
                 result = forward(*args, **kwargs)
             if keeps:

@@ -9,15 +9,16 @@ from lowmem_npo.memory.checkpointing import enable_checkpointing
 from lowmem_npo.memory.embedding import embedding_to_host
 from lowmem_npo.memory.float32 import slice_float32
 from lowmem_npo.memory.tiling import tile_mlps
+from lowmem_npo.model.head import causal_lm
 
 
 def apply_switches(model: PeftModel, config: MemoryConfig) -> None:
-    """Makes the model inside `model` compute as `config` says; loss and gradients stay the same but for rounding.
+    """Makes the model inside `model` compute as `config` says; loss and gradients stay the same up to rounding.
 
     Raises:
-        UserError: a switch does not fit this architecture; the sentence names it.
+        UserError: a switch does not fit this architecture; the message names it.
     """
-    lm = model.get_base_model()
+    lm = causal_lm(model)
     if config.embedding_on_cpu:
         embedding_to_host(lm)
     if config.tile_mlp is not None:

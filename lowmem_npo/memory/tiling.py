@@ -1,15 +1,15 @@
-"""Modules that treat every token by itself, a slice of tokens at a time: an MLP's wide activations never exist whole.
+"""Modules that treat every token by itself, run on slices of tokens: an MLP's wide activations never exist whole.
 
 A layer's MLP multiplies the hidden size by three or four, several times over, so that under activation checkpointing
-its activations are most of what one layer's recomputation holds. Rows (tokens) do not meet in it: a slice of rows can
-be brought forward, and backward, by itself (as in ALST, Bekman et al. 2025, and Liger's and Axolotl's TiledMLP).
+its activations are most of what one layer's recomputation holds. Its rows (tokens) are independent: a slice of them can
+go forward, and backward, by itself (as in ALST, Bekman et al. 2025, and Liger's and Axolotl's TiledMLP).
 
 Those implementations run every slice three times under checkpointing: in the forward pass, in the layer's
-recomputation, whose result nobody looks at, and again in the backward pass, with gradient. Here it is two. The input is
+recomputation, whose result is never used, and again in the backward pass, with gradient. Here it is two. The input is
 saved by a node of its own *before* anything is computed; non-reentrant checkpointing ends a recomputation as soon as
-the last tensor that was saved has been saved again, and that is this input, unless something behind the MLP needs its
-value. What then needs it in some architectures is a norm between MLP and residual (OLMo 2, Gemma 2): it treats rows by
-themselves too, so it is taken into the slices. Anything else behind the MLP costs the third pass, and stays exact.
+the last tensor that was saved has been saved again, and that is this input, unless something after the MLP needs its
+output. In some architectures this is a norm between MLP and residual (OLMo 2, Gemma 2): it treats rows independently
+too, so it is included in the slices. Anything else after the MLP costs the third pass, and stays exact.
 """
 
 from __future__ import annotations
@@ -34,31 +34,27 @@ POST_NORM_NAMES = ("post_feedforward_layernorm", "post_mlp_layernorm")
 
 
 def tile_mlps(model: PreTrainedModel, rows: int) -> None:
-    """Lets every decoder layer's MLP work on `rows` tokens at a time. Exact within rounding, with any adapters inside.
+    """Makes every decoder layer's MLP run `rows` tokens at a time. Exact up to rounding, with any adapters inside.
 
     Raises:
         UserError: the decoder layers have no MLP of their own that maps one tensor to one tensor.
     """
-    found = False
-    for layer in decoder_layers(model):
-        mlp = _first_module(layer, MLP_NAMES)
-        if mlp is None:
-            continue
+    mlps = [(mlp, layer) for layer in decoder_layers(model) if (mlp := _first_module(layer, MLP_NAMES)) is not None]
+    for mlp, layer in mlps:
         needed = [p for p in inspect.signature(mlp.forward).parameters.values() if p.default is p.empty]
         if len(needed) != 1:
             raise UserError(f"--tile-mlp: {type(mlp).__name__} takes more than hidden states; leave --tile-mlp out.")
-        found = True
         tile(mlp, rows, followed_by=_first_module(layer, POST_NORM_NAMES))
-    if not found:
+    if not mlps:
         raise UserError(f"--tile-mlp: the decoder layers of {type(model).__name__} have no MLP of their own to tile.")
 
 
 def _first_module(layer: nn.Module, names: Sequence[str]) -> nn.Module | None:
-    return next((found for name in names if isinstance(found := getattr(layer, name, None), nn.Module)), None)
+    return next((child for name in names if isinstance(child := getattr(layer, name, None), nn.Module)), None)
 
 
 def tile(module: nn.Module, rows: int, followed_by: nn.Module | None = None) -> None:
-    """Replaces `module.forward` by its tiled form, which includes `followed_by`, the module called on its output."""
+    """Replaces `module.forward` with its tiled form, which includes `followed_by`, the module called on its output."""
     tiled = TiledForward(module, rows, followed_by)
     module.forward = tiled
     if followed_by is not None:
@@ -66,7 +62,7 @@ def tile(module: nn.Module, rows: int, followed_by: nn.Module | None = None) -> 
 
 
 class TiledForward:
-    """Stands in for the `forward` of a module that maps (..., d) to (..., e), each row by itself."""
+    """Replaces the `forward` of a module that maps (..., d) to (..., e), each row by itself."""
 
     def __init__(self, module: nn.Module, rows: int, followed_by: nn.Module | None = None) -> None:
         self.modules = [module] if followed_by is None else [module, followed_by]
@@ -87,26 +83,26 @@ class TiledForward:
         return result
 
     def already_done(self, x: Tensor) -> Tensor:
-        """The `forward` of `followed_by`: `__call__` has done its work."""
+        """The `forward` of `followed_by`: `__call__` has already done its work."""
         if x is not self._last():
             outer, inner = (type(m).__name__ for m in reversed(self.modules))
             raise UserError(f"--tile-mlp: {outer} does not follow {inner} directly in this model; leave it out.")
         return x
 
     def rowwise(self, rows: Tensor) -> Tensor:
-        """The plain work on some rows: (1, n, d) -> (1, n, e)."""
+        """The untiled computation, on some rows: (1, n, d) -> (1, n, e)."""
         for forward in self.forwards:
             rows = forward(rows)
         return rows
 
 
 class Slices:
-    """One call: how the rows are cut, and the autocast and random state in which both passes over them run."""
+    """One call: how the rows are sliced, and the autocast and random state in which both passes over them run."""
 
     def __init__(self, tiled: TiledForward, x: Tensor) -> None:
         self.rowwise = tiled.rowwise
         count = x.numel() // x.shape[-1]
-        self.size = math.ceil(count / max(1, math.ceil(count / tiled.rows)))  # equal slices, no small rest
+        self.size = math.ceil(count / max(1, math.ceil(count / tiled.rows)))  # equal slices, no small remainder
         self.grad: Tensor | None = None
         self._autocast = _autocast_now(x.device.type)
         dropouts = (m for top in tiled.modules for m in top.modules() if isinstance(m, nn.Dropout))
@@ -114,8 +110,8 @@ class Slices:
         self._random = (torch.get_rng_state(), *get_device_states(x)) if random else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., d) -> (..., e), without graph."""
-        result = None
+        """(..., d) -> (..., e), without a graph."""
+        result: Tensor | None = None
         with self._autocast():
             for at, part in self._cut(x):
                 done = self.rowwise(part)
@@ -125,24 +121,25 @@ class Slices:
                 if result is None:
                     result = done.new_empty(1, x.numel() // x.shape[-1], done.shape[-1])
                 result[:, at] = done
+        assert result is not None
         return result.view(*x.shape[:-1], -1)
 
     def backward(
         self, x: Tensor, wanted: Sequence[Tensor], x_wanted: bool
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Gradients of x and of the parameters `wanted`, slice by slice: forward again, with graph, and back."""
-        upstream, self.grad = self.grad, None
-        upstream = upstream.reshape(1, -1, upstream.shape[-1])
+        """Gradients of x and of the parameters `wanted`, slice by slice: forward again, with a graph, and back."""
+        assert self.grad is not None
+        upstream, self.grad = self.grad.reshape(1, -1, self.grad.shape[-1]), None
         x_grad = x.new_empty(1, upstream.shape[1], x.shape[-1]) if x_wanted else None
         sums: list[Tensor | None] = [None] * len(wanted)
-        with torch.enable_grad(), self._autocast(), self._randomness_again(x.device):
+        with torch.enable_grad(), self._autocast(), self._same_randomness(x.device):
             for at, part in self._cut(x.detach()):
                 part = part.detach().requires_grad_(x_wanted)
                 sources = [part, *wanted] if x_wanted else list(wanted)
                 done = self.rowwise(part)
                 grads = list(torch.autograd.grad(done, sources, upstream[:, at], allow_unused=True))
                 del done
-                if x_wanted:
+                if x_grad is not None:
                     x_grad[:, at] = grads.pop(0)
                 sums = [g if s is None else s if g is None else s.add_(g) for s, g in zip(sums, grads, strict=True)]
         return None if x_grad is None else x_grad.view_as(x), sums
@@ -154,8 +151,8 @@ class Slices:
             yield at, rows[:, at]
 
     @contextlib.contextmanager
-    def _randomness_again(self, device: torch.device) -> Iterator[None]:
-        """Dropout inside draws what it drew in the forward pass."""
+    def _same_randomness(self, device: torch.device) -> Iterator[None]:
+        """Dropout inside draws the same numbers as in the forward pass."""
         if self._random is None:
             yield
             return
@@ -167,7 +164,7 @@ class Slices:
 
 
 class _Keep(torch.autograd.Function):
-    """Saves x before the work begins. Its output, of no elements, stands for the result in the graph."""
+    """Saves x before anything is computed. Its output, without elements, represents the result in the graph."""
 
     @staticmethod
     def forward(ctx, slices: Slices, x: Tensor, *parameters: Tensor) -> Tensor:
@@ -181,12 +178,12 @@ class _Keep(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         wanted = [p for p, needed in zip(ctx.parameters, ctx.needs_input_grad[2:], strict=True) if needed]
         x_grad, grads = ctx.slices.backward(x, wanted, ctx.needs_input_grad[1])
-        grads = iter(grads)
-        return None, x_grad, *(next(grads) if needed else None for needed in ctx.needs_input_grad[2:])
+        remaining = iter(grads)
+        return None, x_grad, *(next(remaining) if needed else None for needed in ctx.needs_input_grad[2:])
 
 
 class _Run(torch.autograd.Function):
-    """The work itself, without graph. In the backward pass it hands the gradient on to `_Keep`."""
+    """The computation itself, without a graph. In the backward pass it hands the gradient on to `_Keep`."""
 
     @staticmethod
     def forward(ctx, slices: Slices, ticket: Tensor, x: Tensor) -> Tensor:
@@ -202,7 +199,7 @@ class _Run(torch.autograd.Function):
 
 
 def _autocast_now(device_type: str) -> Callable[[], contextlib.AbstractContextManager]:
-    """Autocast as it is now, to be entered again. Without its cache: what it cached without a graph must not be found
-    where a graph is wanted."""
+    """The current autocast state, to be entered again. Without its cache: weights cast without a graph must not be
+    reused where a graph is needed."""
     enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
     return lambda: torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)

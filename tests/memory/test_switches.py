@@ -262,7 +262,7 @@ def test_real_four_bit_layers(model_on_disk, tmp_path):
 def test_dropout_in_a_tiled_mlp_draws_the_same_twice(kept, monkeypatch):
     """The output is linear in lora_B, so with the same draws in both passes L(2B) - L(B) = <dL/dB, B>."""
     if not kept:
-        monkeypatch.setattr(tiling.Slices, "_randomness_again", lambda self, device: contextlib.nullcontext())
+        monkeypatch.setattr(tiling.Slices, "_same_randomness", lambda self, device: contextlib.nullcontext())
     model = attach_lora(tiny_model("olmo"), AdapterConfig(lora_r=3, lora_targets=("down_proj",), lora_dropout=0.5))
     mlp = model.get_base_model().model.layers[0].mlp.train()
     tiling.tile(mlp, 5)
