@@ -33,7 +33,7 @@ from lowmem_npo.estimate.step import (
 )
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model
-from lowmem_npo.model.head import causal_lm
+from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.training.arguments import npo_config
 from lowmem_npo.training.trainer import NPOTrainer
 

@@ -25,8 +25,7 @@ from lowmem_npo.estimate.simulator.gpu import GPU, FakeGPU, fake_gpu, with_value
 from lowmem_npo.estimate.simulator.model import fake_model
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora
-from lowmem_npo.model.head import causal_lm
-from lowmem_npo.model.layers import decoder_layers
+from lowmem_npo.model.layers import causal_lm, decoder_layers
 from lowmem_npo.training.arguments import npo_config
 from lowmem_npo.training.trainer import NPOConfig, NPOTrainer
 

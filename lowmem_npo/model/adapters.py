@@ -1,18 +1,19 @@
-"""LoRA adapters: the trained weights. Switched off, the same network is the reference."""
+"""LoRA adapters: the trained weights. With them switched off, the same network is the reference."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from lowmem_npo.config import AdapterConfig
 from lowmem_npo.errors import UserError
-from lowmem_npo.model.layers import decoder_layers
+from lowmem_npo.model.layers import causal_lm, decoder_layers
 
 EXTRA = "extra"  # name of the temporary adapter
 
@@ -20,8 +21,8 @@ EXTRA = "extra"  # name of the temporary adapter
 def attach_lora(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
     """Adds a LoRA adapter (Hu et al. 2021) that starts as the identity; only its weights, in float32, require grad.
 
-    Its layers take their input as it comes, without PEFT's float32 copy of it: what runs the model in bf16 runs it
-    inside `compute_autocast`, which casts the adapter's small matrices instead.
+    Its layers take their input as it is, without PEFT's float32 copy of it: a bf16 model runs inside
+    `compute_autocast`, which casts the adapter's small matrices instead.
 
     Raises:
         UserError: a target matches no linear layer (the candidates are listed) or the output head, or there are fewer
@@ -37,14 +38,14 @@ def attach_lora(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,
-        lora_alpha=config.lora_alpha,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT takes floats, whatever its annotation says
         lora_dropout=config.lora_dropout,
         target_modules=targets,
         layers_to_transform=config.layers,
         bias="none",
     )
     adapted = get_peft_model(model, lora)
-    model.disable_input_require_grads()  # for reentrant checkpointing; it costs gradients below the adapters
+    model.disable_input_require_grads()  # they serve reentrant checkpointing, and cost gradients below the adapters
     _keep_input_dtype(adapted)
     return adapted
 
@@ -64,38 +65,38 @@ def reference_mode(model: PeftModel) -> Iterator[None]:
 @contextmanager
 def extra_adapter(model: PreTrainedModel | PeftModel, rank: int, seed: int) -> Iterator[None]:
     """Inside, every linear layer but the head has one more LoRA adapter, which starts as the identity and alone
-    requires grad. On leaving it is gone, and all is as it was."""
-    wanted_grad = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    requires grad. On leaving it is removed and everything is restored."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules="all-linear")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if isinstance(model, PeftModel):
             adapted, active = model, model.active_adapters
             model.add_adapter(EXTRA, config)
-            model.base_model.set_adapter([*active, EXTRA])
         else:
-            adapted = get_peft_model(model, config, adapter_name=EXTRA)
+            adapted, active = cast(PeftModel, get_peft_model(model, config, adapter_name=EXTRA)), []
+    tuner, lm = cast(LoraModel, adapted.base_model), causal_lm(adapted)
+    tuner.set_adapter([*active, EXTRA])
     for name, parameter in adapted.named_parameters():
         parameter.requires_grad_(f".{EXTRA}." in name)
     _keep_input_dtype(adapted)
-    lm = adapted.get_base_model()
     lm.disable_input_require_grads()
     try:
         yield
     finally:
         if isinstance(model, PeftModel):
-            model.base_model.set_adapter(active)
+            tuner.set_adapter(active)
             model.delete_adapter(EXTRA)
             _unwrap(lm)
         else:
-            adapted.unload()
+            tuner.unload()
         model.requires_grad_(False)
-        for parameter in wanted_grad:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 
 def linear_layer_names(model: PreTrainedModel) -> list[str]:
-    """Last name parts of the linear layers an adapter can sit on: q_proj, down_proj, ...; never the head."""
+    """Last name parts of the linear layers that can have an adapter: q_proj, down_proj, ...; never the head."""
     head = model.get_output_embeddings()
     kinds = (torch.nn.Linear, _conv1d())
     return sorted(

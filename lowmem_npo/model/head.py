@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowmem_npo.errors import UserError
+from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.precision import compute_autocast
 
 
@@ -25,23 +26,18 @@ class AnswerHidden(NamedTuple):
     sequence: Tensor  # (N,) int64 its row in the batch
 
 
-def causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The transformers model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def frozen_head(model: PreTrainedModel | PeftModel) -> FrozenHead:
-    """The model's output head as the kernels want it: a view of its weights, with softcap and logit scale.
+    """The model's output head as the kernels take it: a view of its weights, with softcap and logit scale.
 
-    Knows `final_logit_softcapping` (Gemma), `logit_scale` (Cohere) and `logits_scaling` (Granite);
-    `check_head` finds out whether a model does something else.
+    Supports `final_logit_softcapping` (Gemma), `logit_scale` (Cohere) and `logits_scaling` (Granite); `check_head`
+    detects whether a model does something else.
     """
     lm = causal_lm(model)
     layer = lm.get_output_embeddings()
     if layer is None or not hasattr(layer, "weight"):
         raise UserError(f"{type(lm).__name__} has no linear output head.")
     if isinstance(layer, (BaseTunerLayer, ModulesToSaveWrapper)):
-        raise UserError("The output head has an adapter; lowmem-npo needs it frozen: leave it out of the LoRA targets.")
+        raise UserError("The output head has an adapter, but must stay frozen: leave it out of the LoRA targets.")
     config = lm.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
     if divisor := getattr(config, "logits_scaling", None):
@@ -80,10 +76,11 @@ def answer_hidden(
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel | PeftModel) -> None:
-    """Compares eight tokens' log-probs with the model's own logits, so that an unknown head is refused, not mistrained.
+    """Compares eight tokens' log-probs with the model's own logits, so that an unsupported head is refused, not
+    mistrained.
 
     Raises:
-        UserError: this architecture does something to its logits that `frozen_head` does not know.
+        UserError: this architecture changes its logits in a way that `frozen_head` does not support.
     """
     lm = causal_lm(model)
     if not has_values(lm.get_output_embeddings().weight):
@@ -100,6 +97,6 @@ def check_head(model: PreTrainedModel | PeftModel) -> None:
     # The model rounds its logits to bf16, so agreement is within a few of bf16's steps of the logits' size.
     if not torch.allclose(ours, theirs, rtol=0.05, atol=0.05):
         raise UserError(
-            f"{type(lm).__name__} changes its logits in a way lowmem-npo does not know (log-probs differ by "
+            f"{type(lm).__name__} changes its logits in a way that is not supported (log-probs differ by "
             f"{(ours - theirs).abs().max().item():.2g}): please report this architecture."
         )

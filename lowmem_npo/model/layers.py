@@ -1,6 +1,8 @@
-"""The decoder's layers, wherever an architecture keeps them."""
+"""The parts of a model, wherever PEFT or its architecture keeps them."""
 
 from __future__ import annotations
+
+from typing import cast
 
 from peft import PeftModel
 from torch import nn
@@ -9,13 +11,18 @@ from transformers import PreTrainedModel
 from lowmem_npo.errors import UserError
 
 
+def causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
 def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
     """The list of transformer layers, lowest first.
 
     Raises:
-        UserError: no list of as many layers as the configuration names.
+        UserError: there is no list of as many layers as the configuration names.
     """
-    lm = model.get_base_model() if isinstance(model, PeftModel) else model
+    lm = causal_lm(model)
     count = lm.config.get_text_config().num_hidden_layers
     for module in lm.base_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:

@@ -1,9 +1,10 @@
-"""A name or a directory becomes a frozen causal language model, in bf16 or in 4-bit NF4, and its tokenizer."""
+"""From a name or a directory to a frozen causal language model, in bf16 or in 4-bit NF4, and its tokenizer."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -27,11 +28,11 @@ DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device of this process ("auto", "cpu" or "cuda"). A UserError says so when there is no GPU."""
+    """The device of this process for "auto", "cpu" or "cuda". Raises UserError for "cuda" where there is no GPU."""
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no CUDA GPU here (see `lowmem-npo env`); use --device cpu.")
+        raise UserError("--device cuda: PyTorch sees no CUDA GPU (see `lowmem-npo env`); use --device cpu.")
     return PartialState().device
 
 
@@ -46,18 +47,16 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
     architectures = loaded.architectures or []
     causal = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures) or not architectures
     if type(loaded) not in MODEL_FOR_CAUSAL_LM_MAPPING or not causal:
-        what = ", ".join(architectures) or loaded.model_type
-        raise UserError(
-            f"'{name}' is not a causal language model but {what}: lowmem-npo needs an ...ForCausalLM model."
-        )
+        kind = ", ".join(architectures) or loaded.model_type
+        raise UserError(f"'{name}' is not a causal language model but {kind}: give an ...ForCausalLM model.")
     return loaded
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
     """The frozen base model on its device, in eval mode.
 
-    With `qlora`, transformers reads, moves and quantises one tensor after the other straight from the mapped files, so
-    that host and device never hold more than the final model and one tensor (tests/model/test_loading_memory.py).
+    With `qlora`, transformers reads, moves and quantises one tensor at a time straight from the mapped files, so that
+    host and device never hold more than the final model and one tensor (tests/model/test_loading_memory.py).
 
     Args:
         config: `qlora` quantises every linear layer but the head to NF4; embeddings, norms and head stay in `dtype`.
@@ -84,9 +83,10 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         raise
     except Exception as error:
         raise UserError(_why_not_loaded(name, config.revision, error)) from error
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # a 4-bit layer of bitsandbytes: on such CPUs it would be
-            module.support_avx512bf16_for_cpu = False  # repacked in its first eval pass, and have no gradient after
+    layer: Any
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):  # a 4-bit layer of bitsandbytes: on such CPUs it would be
+            layer.support_avx512bf16_for_cpu = False  # repacked in its first eval pass, and have no gradient after
     model.requires_grad_(False)
     model.config.use_cache = False
     return model.eval()
@@ -101,7 +101,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     except Exception as error:
         raise UserError(_why_not_loaded(name, config.revision, error, what="tokenizer")) from error
     if tokenizer.eos_token_id is None:
-        raise UserError(f"The tokenizer of '{name}' has no end-of-sequence token, so answers could not be ended.")
+        raise UserError(f"The tokenizer of '{name}' has no end-of-sequence token, so answers could not end.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -143,14 +143,12 @@ def _check_directory(name: str) -> None:
 
 
 def _why_not_loaded(name: str, revision: str | None, error: Exception, what: str = "model") -> str:
-    """One sentence from the many ways in which loading fails; the hub's own message is its last part."""
+    """One sentence for each of the many ways in which loading fails; the hub's own message ends it."""
     where = f"{what} '{name}'" + (f" at revision '{revision}'" if revision else "")
     reason = " ".join(str(error).split())
     lowered = reason.lower()
     if "trust_remote_code" in lowered or "custom code" in lowered:
-        return (
-            f"The {where} needs code from its repository, which lowmem-npo never runs: use a native conversion of it."
-        )
+        return f"The {where} needs code from its repository, which is never run here: use a native conversion of it."
     if "gated" in lowered or "401" in lowered or "403" in lowered:
         return f"The {where} is gated or private: accept its licence on the hub and log in with `hf auth login`."
     offline = ("couldn't connect", "offline", "connection", "resolve", "cached files", "max retries", "timed out")

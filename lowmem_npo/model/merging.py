@@ -1,4 +1,4 @@
-"""An adapter worked into its base model's weights, one shard of the checkpoint after the other, on the CPU.
+"""An adapter merged into its base model's weights, one shard of the checkpoint at a time, on the CPU.
 
     W' = W + scale * B A        scale = alpha / r  (rank-stabilised LoRA: alpha / sqrt(r))
 
@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -24,7 +24,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.saved_adapter import WEIGHTS
@@ -35,7 +36,7 @@ BESIDE_WEIGHTS = (
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-# What an adapter may also hold, of which W + scale * B A would be only a part: field of its configuration -> its words.
+# What an adapter may also hold, so that W + scale * B A would be only a part: configuration field -> description.
 MORE_THAN_LORA = {
     "use_dora": "DoRA magnitudes",
     "modules_to_save": "whole modules (modules_to_save)",
@@ -75,7 +76,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's files: its folder, and which tensor stands in which shard."""
+    """A model's files: its folder, and which tensor is in which shard."""
 
     folder: Path
     shards: dict[str, list[str]]  # file -> tensors
@@ -84,7 +85,7 @@ class Checkpoint:
         return (name for names in self.shards.values() for name in names)
 
     def bytes_as(self, dtype: torch.dtype | None) -> int:
-        """What its weights take on the disk in `dtype` (None: as they are stored)."""
+        """What its weights take on disk in `dtype` (None: as they are stored)."""
         total = 0
         for file in self.shards:
             with safe_open(self.folder / file, framework="pt") as shard:
@@ -103,9 +104,9 @@ _TYPES = {
 
 
 def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
-    """The safetensors files of a directory, or of a hub repository, which is downloaded where it is not in the cache.
+    """The safetensors files of a directory, or of a hub repository, which is downloaded unless it is in the cache.
 
-    Raises UserError where there are none, or the weights in them are quantised.
+    Raises UserError if there are none, or the weights in them are quantised.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -122,7 +123,7 @@ def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
         for tensor, file in _read_json(folder / INDEX)["weight_map"].items():
             shards.setdefault(file, []).append(tensor)
         if missing := [file for file in shards if not (folder / file).is_file()]:
-            raise UserError(f"'{name}' is not whole: {missing[0]} is missing.")
+            raise UserError(f"'{name}' is incomplete: {missing[0]} is missing.")
     elif (folder / WHOLE).is_file():
         with safe_open(folder / WHOLE, framework="pt") as file:
             shards = {WHOLE: list(file.keys())}
@@ -148,7 +149,7 @@ def find_updates(adapter: str, checkpoint: Checkpoint) -> dict[str, Update]:
         module, mark, _ = name.removeprefix("base_model.model.").rpartition(".lora_A.weight")
         if not mark:
             if not name.endswith(".lora_B.weight"):
-                raise UserError(f"The adapter in '{adapter}' holds {name}, which is no factor of a linear layer.")
+                raise UserError(f"The adapter in '{adapter}' holds {name}, which is not a factor of a linear layer.")
             continue
         tensor = next((n for n in (f"{module}.weight", f"{module}.weight".removeprefix(prefix)) if n in named), None)
         b = weights.get(name.replace(".lora_A.", ".lora_B."))
@@ -171,7 +172,7 @@ def find_updates(adapter: str, checkpoint: Checkpoint) -> dict[str, Update]:
 
 
 def check_space(out: Path, needed: int) -> None:
-    """Raises UserError if the disk of `out` cannot hold `needed` bytes of weights, and 64 MiB of the rest."""
+    """Raises UserError if the disk of `out` cannot hold `needed` bytes of weights, and 64 MiB of everything else."""
     path = out.absolute()
     free = shutil.disk_usage(next(p for p in [path, *path.parents] if p.exists())).free
     needed += 64 * 2**20
@@ -185,7 +186,7 @@ def check_space(out: Path, needed: int) -> None:
 def write_merged(
     checkpoint: Checkpoint, updates: dict[str, Update], out: Path, dtype: torch.dtype | None, *, progress: bool = True
 ) -> None:
-    """The merged model into the directory `out`, which must exist: the same shards, index, configuration, tokenizer.
+    """Writes the merged model into the existing directory `out`: the same shards, index, configuration, tokenizer.
 
     dtype: of the floating-point tensors; None keeps what is stored. At most one shard is in memory.
     """
@@ -226,21 +227,21 @@ def _lora_config(adapter: str) -> LoraConfig:
     folder = Path(adapter).expanduser()
     content = _read_json(folder / "adapter_config.json")
     if content.get("peft_type") != "LORA":
-        raise UserError(f"The adapter in '{adapter}' is {content.get('peft_type')}, not LoRA: it has no such merge.")
-    found = [words for field, words in MORE_THAN_LORA.items() if content.get(field)]
+        raise UserError(f"The adapter in '{adapter}' is {content.get('peft_type')}, not LoRA: it cannot be merged so.")
+    extras = [description for field, description in MORE_THAN_LORA.items() if content.get(field)]
     if content.get("bias", "none") != "none":
-        found.append(f"biases (bias: {content['bias']})")
-    if found:
+        extras.append(f"biases (bias: {content['bias']})")
+    if extras:
         raise UserError(
-            f"The adapter in '{adapter}' has {found[0]}, which this merge does not know: use PEFT's merge_and_unload."
+            f"The adapter in '{adapter}' has {extras[0]}, which cannot be merged here: use PEFT's merge_and_unload."
         )
     return LoraConfig.from_pretrained(str(folder))
 
 
 def _inner_name(folder: Path) -> str:
-    """What some checkpoints leave out of their tensors' names, such as GPT-2's "transformer."."""
+    """The prefix that some checkpoints leave out of their tensors' names, such as GPT-2's "transformer."."""
     config = AutoConfig.from_pretrained(folder)
-    return AutoModelForCausalLM._model_mapping[type(config)].base_model_prefix + "."
+    return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]).base_model_prefix + "."
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Names people type, and the repositories current transformers can load.
+"""From the names people type to the repositories that current transformers can load.
 
 The first OLMo releases were published in AllenAI's own format (`hf_olmo`, remote code). Each has a native conversion
 whose name ends in `-hf`; remote code is never run here, so the original names are resolved to those.
@@ -21,7 +21,7 @@ ORIGINAL_FORMAT_OLMO = (
 
 
 def resolve_name(name: str) -> tuple[str, str | None]:
-    """The repository or directory to load for `name`, and a line that says so if it differs."""
+    """The repository or directory to load for `name`, and a line to print if it differs."""
     original = {repo.lower(): repo for repo in ORIGINAL_FORMAT_OLMO}.get(name.strip().rstrip("/").lower())
     if original is None:
         return name, None

@@ -1,4 +1,4 @@
-"""An adapter from its directory back onto the model it was trained on, and on no other."""
+"""An adapter loaded from its directory onto the model it was trained on, and onto no other."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 def base_of_adapter(folder: str) -> str:
     """The name or directory of the model that the adapter in `folder` was trained on.
 
-    Raises UserError where `folder` holds no adapter.
+    Raises UserError if `folder` holds no adapter.
     """
     return _configuration(folder)["base_model_name_or_path"]
 
@@ -36,10 +36,10 @@ def settings_of_run(folder: str) -> dict[str, Any]:
     path = Path(folder).expanduser().resolve()
     run = path.parent if path.name.startswith("checkpoint-") else path
     try:
-        found = yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8"))
+        settings = yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def check_base(folder: str, model_name: str) -> None:
@@ -53,16 +53,16 @@ def check_base(folder: str, model_name: str) -> None:
 
 
 def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
-    """`model` with the frozen adapter of `folder`. Raises UserError where a weight has no place or another shape."""
+    """`model` with the frozen adapter of `folder`. Raises UserError if a weight has no counterpart or another shape."""
     misfit = f"The adapter in '{folder}' does not fit this {type(model).__name__}: it belongs to another model"
     try:
         adapted = PeftModel.from_pretrained(model, folder)
     except (RuntimeError, ValueError) as error:  # other shapes; no layer of the adapter's names
         raise UserError(f"{misfit} ({' '.join(str(error).split())[:200]}).") from error
     with safe_open(Path(folder).expanduser() / WEIGHTS, framework="pt") as file:
-        without_place = set(file.keys()) ^ set(get_peft_model_state_dict(adapted))
-    if without_place:
-        raise UserError(f"{misfit} ({len(without_place)} weights stand alone, {min(without_place)} among them).")
+        unmatched = set(file.keys()) ^ set(get_peft_model_state_dict(adapted))
+    if unmatched:
+        raise UserError(f"{misfit} ({len(unmatched)} weights have no counterpart, {min(unmatched)} among them).")
     return adapted.eval()
 
 
@@ -75,11 +75,11 @@ def _configuration(folder: str) -> dict[str, Any]:
         if not (path / name).is_file():
             raise UserError(f"The directory '{folder}' holds no adapter: there is no {name} in it.")
     try:
-        found = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        found["base_model_name_or_path"]
+        content = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        content["base_model_name_or_path"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"'{path / CONFIG}' is no adapter configuration that names its base model.") from error
-    return found
+        raise UserError(f"'{path / CONFIG}' is not an adapter configuration that names its base model.") from error
+    return content
 
 
 def _place(name: str) -> str:

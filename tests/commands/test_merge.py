@@ -210,7 +210,7 @@ def test_other_bases_and_damaged_files(tmp_path, capsys):
     fails(capsys, run(adapter, tmp_path / "new2", "--model", str(wide), "--any-base"), "are quantised")
     (wide / "config.json").write_text(json.dumps(config))
     next(iter(wide.glob("*-of-*.safetensors"))).unlink()
-    fails(capsys, run(adapter, tmp_path / "new2", "--model", str(wide), "--any-base"), "is not whole")
+    fails(capsys, run(adapter, tmp_path / "new2", "--model", str(wide), "--any-base"), "is incomplete")
     for file in wide.glob("model*"):
         file.unlink()
     fails(capsys, run(adapter, tmp_path / "new2", "--model", str(wide), "--any-base"), "no safetensors weights")

@@ -23,7 +23,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from lowmem_npo.config import ObjectiveConfig
 from lowmem_npo.data.tokenizing import TokenizedRow
 from lowmem_npo.errors import UserError
-from lowmem_npo.model.head import causal_lm
+from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.training.objective import needs_reference
 from lowmem_npo.training.reference.answer_file import AnswerFile
 from lowmem_npo.training.reference.identity import rows_fingerprint, tokenizer_fingerprint, weights_fingerprint
