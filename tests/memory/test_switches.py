@@ -1,4 +1,4 @@
-"""Every memory switch, alone and with all others: the gradients of the plain form, nothing run more often than said."""
+"""Every memory switch, alone and with all others: the same gradients as without it, and nothing computed too often."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ADAPTER = {"lora_r": 3, "lora_targets": ("all-linear",)}
 
 @pytest.fixture(autouse=True)
 def slices_of_seven_rows(monkeypatch):
-    """Small enough that the tiny batches are cut."""
+    """Small enough that even tiny batches are sliced."""
     monkeypatch.setattr(switches, "slice_float32", partial(float32.slice_float32, rows=7))
 
 
@@ -84,6 +84,7 @@ def check(architecture, memory, folder, layers=()):
 def _fetch_zeros(copy):
     if copy._on_device is None:
         copy._on_device = torch.zeros_like(copy._host)
+    return copy._on_device
 
 
 def _rows_change_places(slices, x, right=tiling.Slices._cut):
@@ -115,8 +116,8 @@ def test_planted_bugs_are_noticed(bug, tmp_path, monkeypatch):
     monkeypatch.setattr(offload, "IN_FLIGHT", 1)  # two layers: otherwise both inputs would stay on the device
     layers = ("1",) if "prefix" in bug else ()
     _, expected = dense("olmo", layers)
-    found = step_gradients(trainer("olmo", tmp_path, ALL, {"lora_layers": layers}))
-    assert relative_error(found, expected) > 1e-3
+    gradients = step_gradients(trainer("olmo", tmp_path, ALL, {"lora_layers": layers}))
+    assert relative_error(gradients, expected) > 1e-3
 
 
 # -- how often things run -----------------------------------------------------------------------------------
@@ -138,8 +139,8 @@ def test_a_tiled_mlp_runs_forward_twice_not_three_times(architecture, passes):
     assert sum(rows) == passes * ids.numel()
 
 
-def test_what_follows_the_mlp_in_an_unknown_way_costs_a_third_pass_and_stays_right():
-    """Something behind the MLP needs its value: then the recomputation runs it, by itself."""
+def test_an_unknown_module_after_the_mlp_costs_a_third_pass_and_stays_exact():
+    """It needs the MLP's output, so the recomputation runs the MLP too."""
     torch.manual_seed(0)
     mlp, after = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4)), torch.nn.Tanh()
     x = torch.randn(2, 6, 4, requires_grad=True)
@@ -152,8 +153,7 @@ def test_what_follows_the_mlp_in_an_unknown_way_costs_a_third_pass_and_stays_rig
     tiling.tile(mlp, 5)
     torch.utils.checkpoint.checkpoint(lambda x: after(mlp(x)), x, use_reentrant=False).sum().backward()
     assert sum(rows) == 3 * 12
-    for found, right in zip([x.grad, *(p.grad for p in mlp.parameters())], expected, strict=True):
-        torch.testing.assert_close(found, right)
+    torch.testing.assert_close([x.grad, *(p.grad for p in mlp.parameters())], expected)
 
 
 def test_layers_below_the_adapters_run_once_for_both_passes(tmp_path, monkeypatch):
@@ -190,13 +190,13 @@ class LargeFloat32(TorchDispatchMode):
 
     def __init__(self, elements: int) -> None:
         super().__init__()
-        self.elements, self.found = elements, []
+        self.elements, self.results = elements, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float32 and leaf.numel() >= self.elements:
-                self.found.append((str(function), tuple(leaf.shape)))
+                self.results.append((str(function), tuple(leaf.shape)))
         return result
 
 
@@ -215,10 +215,10 @@ def test_no_hidden_state_is_copied_to_float32(memory, clean, monkeypatch):
     model.train()
     with LargeFloat32(ids.numel() * 32) as large:
         answer_hidden(model, ids, torch.ones_like(ids), ids).hidden.sum().backward()
-    assert bool(large.found) != clean, large.found
+    assert bool(large.results) != clean, large.results
 
 
-def test_a_copy_of_a_model_with_switches_is_a_model_of_its_own(tmp_path):
+def test_a_copy_of_a_model_with_switches_is_independent(tmp_path):
     run = trainer("olmo", tmp_path, {"tile_mlp": 5})
     double = copy.deepcopy(run.model).double()
     ids = torch.arange(3, 15)[None]
@@ -226,7 +226,7 @@ def test_a_copy_of_a_model_with_switches_is_a_model_of_its_own(tmp_path):
     assert states.dtype == torch.float64  # float32 weights of the original would not multiply
 
 
-# -- 4 bits, bf16, dropout --------------------------------------------------------------------------------------
+# -- 4-bit, bf16, dropout --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +259,7 @@ def test_real_four_bit_layers(model_on_disk, tmp_path):
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "lost"])
-def test_dropout_in_a_tiled_mlp_draws_the_same_twice(kept, monkeypatch):
+def test_dropout_in_a_tiled_mlp_draws_the_same_numbers_twice(kept, monkeypatch):
     """The output is linear in lora_B, so with the same draws in both passes L(2B) - L(B) = <dL/dB, B>."""
     if not kept:
         monkeypatch.setattr(tiling.Slices, "_same_randomness", lambda self, device: contextlib.nullcontext())
@@ -326,12 +326,12 @@ def test_a_norm_that_does_not_follow_its_mlp_is_noticed():
         ({"reference": "warm"}, "--reference must be"),
     ],
 )
-def test_switches_that_contradict_each_other(memory, message):
+def test_contradictory_switches(memory, message):
     with pytest.raises(UserError, match=message):
         MemoryConfig(**memory)
 
 
-def test_the_embedding_on_the_host_is_no_parameter_and_moves_no_device():
+def test_an_embedding_on_the_host_is_not_a_parameter_and_does_not_move():
     model = tiny_model("olmo")
     weight = model.get_input_embeddings().weight
     apply_switches(attach_lora(model, AdapterConfig()), MemoryConfig(embedding_on_cpu=True))
@@ -358,7 +358,7 @@ def test_malformed_layers(given):
         AdapterConfig(lora_layers=(given,))
 
 
-def test_layers_the_model_does_not_have():
+def test_layers_that_the_model_does_not_have():
     with pytest.raises(UserError, match="--lora-layers names layer 2, but the model's layers are 0-1"):
         attach_lora(tiny_model("olmo"), AdapterConfig(lora_layers=("0-2",)))
 
@@ -380,5 +380,5 @@ def test_only_the_named_layers_get_adapters(targets):
         ([], None),
     ],
 )
-def test_tile_mlp_may_stand_alone(flags, rows):
+def test_tile_mlp_needs_no_value(flags, rows):
     assert parse_run(["--model", "x", *flags], "train").memory.tile_mlp == rows
