@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED_DATA = (ROOT / os.environ.get("LOWMEM_NPO_TEST_DATA", "../shared/data")).resolve()
+SHARED_DATA = (ROOT / (os.environ.get("LOWMEM_NPO_TEST_DATA") or "../shared/data")).resolve()
 
 
 @pytest.fixture(scope="session")
