@@ -23,11 +23,28 @@ Normalization = Literal["sequence", "token", "length"]
 KLDirection = Literal["policy-reference", "reference-policy"]
 
 
-@dataclass
-class ModelConfig:
-    """Model: what shall forget, and how it is loaded."""
+def check_at_least_one(options: Any, *names: str) -> None:
+    """Raises UserError for an option that is given and below 1; it names the flag."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
 
-    model: str
+
+def check_positive(options: Any, *names: str, or_zero: bool = False) -> None:
+    """Raises UserError for an option that is not a positive (finite) number; it names the flag."""
+    for name in names:
+        value = getattr(options, name)
+        if not (math.isfinite(value) and (value > 0 or (or_zero and value == 0))):
+            wanted = "0 or a positive number" if or_zero else "a positive number"
+            raise UserError(f"--{name.replace('_', '-')} must be {wanted}, not {value}.")
+
+
+@dataclass
+class ModelOptions:
+    """Which model, and how it is loaded: for every command that loads one."""
+
+    model: str | None = None
     """Hub name or local directory of a causal language model."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
@@ -42,16 +59,23 @@ class ModelConfig:
 
 
 @dataclass
-class DataConfig:
-    """Data: what to forget, what to keep, and how it is tokenised."""
+class ModelConfig(ModelOptions):
+    """Model: which one is to forget, and how it is loaded."""
+
+    model: str = field()
+
+
+@dataclass
+class DataOptions:
+    """Which rows, and how they are read and written as prompts: for every command that reads any."""
 
     forget: str | None = None
-    """.jsonl, .json, .csv or .parquet file, or a hub name such as locuslab/TOFU:forget05. Without --forget and
-    --retain a small bundled set of invented biographies is used."""
+    """What to forget: a .jsonl, .json, .csv or .parquet file, or a hub name such as locuslab/TOFU:forget05. Without
+    any data a small bundled set of invented biographies is used."""
     retain: str | None = None
-    """The same, for what must be kept. May be left out only with --gamma 0 --delta 0."""
+    """The same, for what must be kept. `train` can do without it only with --gamma 0 --delta 0."""
     holdout: str | None = None
-    """The same, for rows like those to forget that the model was never taught: what forgotten rows are held against by
+    """The same, for rows like those to forget that the model was never taught: what forgotten rows are compared with by
     --stop-when and the leak tests. Nothing is trained on them. The bundled data has its own."""
     prompt_column: str | None = None
     """Column of the prompt. Not needed for input/output, question/answer, prompt/completion, messages and text."""
@@ -59,7 +83,13 @@ class DataConfig:
     """Column of the answer."""
     prompt_template: str | None = None
     """How a prompt is written before its answer, e.g. '[INST] {prompt} [/INST]'. Default:
-    'Question: {prompt}\\nAnswer:' for question/answer columns, else the prompt as it stands."""
+    'Question: {prompt}\\nAnswer:' for question/answer columns, else the prompt as it is."""
+
+
+@dataclass
+class DataConfig(DataOptions):
+    """Data: what to forget, what to keep, and how it is tokenised."""
+
     max_length: int = 1024
     """Tokens per row, prompt and answer together; what is cut is counted and reported."""
     tokens: Literal["answer", "all"] = "answer"
@@ -67,9 +97,9 @@ class DataConfig:
     refusal: str = "I don't know."
     """The answer taught in place of the forgotten one by --forget-term idk."""
     allow_overlap: bool = False
-    """Go on although rows of the forget set also stand in the retain set."""
+    """Go on although rows of the forget set are in the retain set as well."""
     limit: int | None = None
-    """Use only the first so many rows of each set."""
+    """Use only the first N rows of each set."""
 
 
 @dataclass
@@ -92,12 +122,8 @@ class ObjectiveConfig:
     """Reward margin of simnpo (its paper's gamma)."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.beta) and self.beta > 0):
-            raise UserError(f"--beta must be a positive number, not {self.beta}.")
-        for name in ("gamma", "delta"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise UserError(f"--{name} must be 0 or a positive number, not {value}.")
+        check_positive(self, "beta")
+        check_positive(self, "gamma", "delta", or_zero=True)
         for name, allowed in (
             ("forget_term", ForgetTerm),
             ("normalization", Normalization),
@@ -134,22 +160,21 @@ class AdapterConfig:
         layers = (self.lora_layers,) if isinstance(self.lora_layers, (str, int)) else self.lora_layers
         self.lora_layers = tuple(str(layer) for layer in layers)
         _ = self.layers  # malformed ones raise here
-        if self.lora_r < 1:
-            raise UserError(f"--lora-r must be at least 1, not {self.lora_r}.")
+        check_at_least_one(self, "lora_r")
         if not self.lora_targets:
             raise UserError("--lora-targets is empty: name at least one linear layer, or all-linear.")
 
     @property
     def layers(self) -> list[int] | None:
         """`lora_layers` as numbers, each once, lowest first; None: all."""
-        found: set[int] = set()
+        numbers: set[int] = set()
         for spec in (part for given in self.lora_layers for part in given.replace(",", " ").split()):
             first, dash, last = spec.partition("-")
             last = last if dash else first
             if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
                 raise UserError(f"--lora-layers {spec}: give layer numbers from 0, or ranges such as 16-31.")
-            found.update(range(int(first), int(last) + 1))
-        return sorted(found) or None
+            numbers.update(range(int(first), int(last) + 1))
+        return sorted(numbers) or None
 
 
 @dataclass
@@ -164,8 +189,8 @@ class MemoryConfig:
     offload_checkpoints: bool = False
     """Keep the layers' inputs, from which they are recomputed, in the host's memory; copied while the GPU computes."""
     tile_mlp: int | None = None
-    """Run each MLP on so many tokens at a time, forward and backward (--tile-mlp alone: 1024). More is faster,
-    fewer are smaller."""
+    """Run each MLP on N tokens at a time, forward and backward (--tile-mlp alone: 1024). More tokens are faster, fewer
+    take less memory."""
     embedding_on_cpu: bool = False
     """Keep the input embedding in the host's memory and copy the rows that a batch needs."""
     reference: Literal["live", "cached"] = "live"
@@ -210,17 +235,14 @@ class TrainingConfig:
     epochs: float = 20.0
     """Passes over the forget set."""
     max_steps: int | None = None
-    """Stop after so many optimiser steps, whatever --epochs says."""
+    """Stop after N optimiser steps, whatever --epochs says."""
     lr: float = 1e-4
     """Learning rate of AdamW, constant unless --lr-scheduler-type says otherwise."""
     seed: int = 42
     """Seed of the adapter, of the order of the rows, and of everything else that is random."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "retain_batch_size", "micro_batch_size", "max_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
+        check_at_least_one(self, "batch_size", "retain_batch_size", "micro_batch_size", "max_steps")
         if self.epochs <= 0:
             raise UserError(f"--epochs must be positive, not {self.epochs}.")
         if self.micro_batch_size is not None:
@@ -238,19 +260,19 @@ class TrainingConfig:
 
 @dataclass
 class StoppingConfig:
-    """Stopping: a run that is measured while it trains, stops in time, and keeps its best adapter."""
+    """Stopping: measure while training, stop in time, keep the best adapter."""
 
     stop_when: tuple[str, ...] = ()
     """Stop as soon as one of these holds. forget-at-holdout: the forget answers are as unlikely as the
     holdout's were before. mia-crosses: the loss no longer tells forget rows from the holdout's (AUC 0.5).
-    retain-loss+10%: the retain answers' NLL is up by so much over before (retain-loss+0.05: by so many nats per token).
+    retain-loss+10%: the retain answers' NLL has risen by 10% over before (retain-loss+0.05: by 0.05 nats per token).
     Kept is the adapter nearest to the first of the former two, of those within the limit on the retain loss; with that
     limit alone, the last such."""
     stop_patience: int = 1
-    """So many measurements in a row must find a condition met. More than 1 lets a run go through the rise of the retain
-    loss that NPO may begin with and the retain terms mend."""
+    """How many measurements in a row must find a condition met. More than 1 lets a run go through the rise of the
+    retain loss that NPO may begin with and the retain terms undo."""
     eval_every: int | None = None
-    """Measure for --stop-when after so many optimiser steps. Default: after every epoch."""
+    """Measure for --stop-when every N optimiser steps. Default: after every epoch."""
 
     def __post_init__(self) -> None:
         self.stop_when = (self.stop_when,) if isinstance(self.stop_when, str) else tuple(self.stop_when)
@@ -282,15 +304,14 @@ class OutputConfig:
     eval_batch_size: int = 8
     """Rows that are generated together when measuring."""
     leaks: tuple[str, ...] = ("extraction", "membership")
-    """Tests, before and after, of what the forget rows may still give away: extraction, sampling, membership,
-    relearning (after only), or none; on --eval-rows rows. `lowmem-npo evaluate --leaks` has them all."""
+    """Leak tests of what the forget rows may still give away, before and after, on --eval-rows rows; or none."""
     preview: int | None = None
-    """Print so many tokenised examples of each set, with what is labelled, and stop."""
+    """Print N tokenised examples of each set, with what is labelled, and stop."""
     report_examples: int = 3
     """Rows of each set whose text report.html shows, beside what the model made of them; 0 shows none. No other part of
     the report ever holds text of a row."""
     dry_run: bool = False
-    """Print the resolved run, check data, model and disk, and stop."""
+    """Print the resolved configuration, check data, model and disk, and stop."""
 
     def __post_init__(self) -> None:
         self.leaks = (self.leaks,) if isinstance(self.leaks, str) else tuple(self.leaks)
@@ -309,7 +330,7 @@ SECTIONS: dict[str, type] = {
     "stopping": StoppingConfig,
     "output": OutputConfig,
 }
-# They say what this invocation does, not what the run is: never written to the run's configuration.
+# What one invocation does, not what the run is: never written to the run's configuration.
 INVOCATION_ONLY = ("resume", "preview", "dry_run")
 
 
@@ -345,13 +366,6 @@ class RunConfig:
     @property
     def output_dir(self) -> Path:
         return Path(self.output.output_dir)
-
-    @property
-    def reference_dir(self) -> Path | None:
-        """Where the reference is stored; None: it is live."""
-        if self.memory.reference == "live":
-            return None
-        return Path(self.memory.reference_dir or self.output_dir / "reference")
 
     def flat(self) -> dict[str, Any]:
         """All settings under their flags' names; what differs per invocation only (resume, preview) left out."""

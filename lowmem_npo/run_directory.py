@@ -1,23 +1,24 @@
-"""The directory of a run: who may write there, what lies where, what a resumed run finds."""
+"""The directory of a run: every file name in it, who may write there, and what a resumed run finds."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import yaml
-from transformers import PretrainedConfig
 
 from lowmem_npo.config import MemoryConfig, RunConfig
 from lowmem_npo.errors import UserError
-from lowmem_npo.evaluation.answers import AnswerEvaluation, AnswerRecord, AnswerSummary
 from lowmem_npo.files import write_atomically
 
-# A resumed run may be longer, stand elsewhere, or measure more; everything else would make it another run.
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# A resumed run may be longer, lie elsewhere, or measure more; everything else would make it another run.
 MAY_CHANGE = (
     "output_dir", "epochs", "max_steps", "eval_rows", "eval_batch_size", "leaks", "report_examples", "micro_batch_size",
     "device",
@@ -25,21 +26,83 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
-class RunDirectory:
-    """`path` holds run.yaml, metrics.jsonl, checkpoint-N/, before.json, after.json, leaks.json, before_after.*, and the
-    adapter."""
+class AdapterFiles:
+    """An adapter as PEFT saves it, in the directory of a run or of a checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.weights = path / "adapter_model.safetensors"  # written last
+        self.adapter_config = path / "adapter_config.json"
+        self.trainer_state = path / "trainer_state.json"  # of a checkpoint
+
+
+class EvaluationFiles:
+    """What `lowmem-npo evaluate` leaves in its directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.settings = path / "settings.json"
+        self.journal = path / "measured.jsonl"  # every measurement, as it comes
+        self.result = path / "evaluation.json"
+        self.rows = path / "rows.jsonl"
+        self.official = path / "evaluation_results.jsonl"  # of LUME, under the challenge's own keys
+        self.merged = path / "merged"  # a merged model, while a leak test measures it
+
+
+class RunFiles(AdapterFiles):
+    """What `lowmem-npo train` leaves in its --output-dir."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.run_yaml = path / "run.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.audit = path / "audit.json"
+        self.leaks = path / "leaks.json"
+        self.stop_evaluations = path / "evaluations.jsonl"
+        self.stopping = path / "stopping.json"
+        self.best = path / "best"  # the best adapter so far, under --stop-when
+        self.reference = path / "reference"  # the cached reference, unless --reference-dir puts it elsewhere
+        self.report_html = path / "report.html"
+        self.report_json = path / "report.json"
+        self.model_card = path / "README.md"
+        self.log = path / "log.txt"  # what a run of a sweep would have printed
+        self.evaluation = EvaluationFiles(path / "evaluation")
+
+    def answers(self, stage: str) -> Path:
+        """The measured answers before or after training, or those of the gold standard, row by row."""
+        return self.path / f"{stage}.json"
+
+    def table(self, suffix: str, stages: str = "before_after") -> Path:
+        """The table of `stages`, as .json or .md."""
+        return self.path / f"{stages}.{suffix}"
+
+    def checkpoints(self) -> list[Path]:
+        """checkpoint-N directories, the newest first."""
+        return sorted(self.path.glob("checkpoint-*"), key=step_of, reverse=True)
+
+
+def run_of_adapter(folder: Path) -> RunFiles:
+    """The run that left the adapter in `folder`: the directory of the run itself, or of a checkpoint in it."""
+    return RunFiles(folder.parent if folder.name.startswith("checkpoint-") else folder)
+
+
+class RunDirectory(RunFiles):
+    """The directory of the run that `config` describes."""
 
     def __init__(self, config: RunConfig) -> None:
+        super().__init__(config.output_dir)
         self.config = config
-        self.path = config.output_dir
-        self.run_yaml = self.path / "run.yaml"
-        self.metrics = self.path / "metrics.jsonl"
-        self._adapter = self.path / "adapter_model.safetensors"  # written last
+
+    @property
+    def reference_dir(self) -> Path | None:
+        """Where the reference is cached; None: it is live."""
+        memory = self.config.memory
+        return None if memory.reference == "live" else Path(memory.reference_dir or self.reference)
 
     @property
     def is_trained(self) -> bool:
         """Whether the run has written its adapter, which it does last but for the measurements after it."""
-        return self._adapter.exists()
+        return self.weights.exists()
 
     @property
     def is_to_be_longer(self) -> bool:
@@ -57,7 +120,7 @@ class RunDirectory:
         if self.config.output.resume:
             return self._check_resume()
         if self.run_yaml.exists():
-            finished = self._adapter.exists()
+            finished = self.weights.exists()
             state, hint = (
                 ("a finished run", "") if finished else ("a run that did not finish", ", continue it with --resume")
             )
@@ -91,46 +154,13 @@ class RunDirectory:
 
         The Trainer writes the state last, so a checkpoint without it was cut off while being written; it is removed.
         """
-        checkpoints = sorted(self.path.glob("checkpoint-*"), key=step_of, reverse=True)
-        for checkpoint in checkpoints:
+        for checkpoint in self.checkpoints():
             try:
-                json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+                json.loads(AdapterFiles(checkpoint).trainer_state.read_text(encoding="utf-8"))
                 return str(checkpoint)
             except (OSError, json.JSONDecodeError):
                 shutil.rmtree(checkpoint)
         return None
-
-    def save_evaluations(self, stage: str, evaluations: dict[str, AnswerEvaluation]) -> None:
-        content = {name: asdict(evaluation) for name, evaluation in evaluations.items()}
-        write_atomically(self.path / f"{stage}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-    def save_leaks(self, stage: str, tests: dict[str, dict[str, Any]]) -> None:
-        """leaks.json: stage -> test -> figures."""
-        found = {} if stage == "before" else {"before": self.leaks("before")}
-        write_atomically(self.path / "leaks.json", json.dumps({**found, stage: tests}, indent=1) + "\n")
-
-    def leaks(self, stage: str) -> dict[str, dict[str, Any]]:
-        """The leak tests of a stage; empty if there are none."""
-        path = self.path / "leaks.json"
-        return json.loads(path.read_text(encoding="utf-8")).get(stage, {}) if path.exists() else {}
-
-    def evaluations(self, stage: str) -> dict[str, AnswerEvaluation]:
-        """What a killed run had measured already; empty if nothing, or if other rows were asked for."""
-        found = read_evaluations(self.path, stage)
-        wanted = self.config.output.eval_rows
-        complete = all(e.summary.rows == min(wanted, e.summary.rows_in_set) for e in found.values())
-        return found if complete else {}
-
-
-def read_evaluations(path: Path, stage: str) -> dict[str, AnswerEvaluation]:
-    """What STAGE.json in the run's directory `path` holds, set by set; empty if there is none."""
-    file = path / f"{stage}.json"
-    if not file.exists():
-        return {}
-    return {
-        name: AnswerEvaluation(AnswerSummary(**e["summary"]), [AnswerRecord(**r) for r in e["records"]])
-        for name, e in json.loads(file.read_text(encoding="utf-8")).items()
-    }
 
 
 def step_of(checkpoint: str | Path | None) -> int:

@@ -8,18 +8,23 @@ typed ones win.
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import difflib
+import inspect
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 import yaml
 
 from lowmem_npo.config import SECTIONS, RunConfig
 from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.leaks.contract import LeakTest
+from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
 
 # What fingers know from TRL and transformers, with our name for it.
 ALIASES = {
@@ -62,15 +67,17 @@ def parse_run(arguments: Sequence[str], command: str) -> RunConfig:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     trainer_args = _trainer_arguments(unknown)
-    sections = {name: getattr(parsed, name) for name in SECTIONS}
+    sections = {name: section(**vars(getattr(parsed, name))) for name, section in SECTIONS.items()}
     _settle_accumulation(sections, trainer_args, explicit="--batch-size" in flags)
     return RunConfig(**sections, trainer_args=trainer_args)
 
 
 def _flat_config() -> type:
     """A dataclass with one field per section, for tyro: each section is one box of the help, flags have no prefix."""
-    fields = []
+    fields: list[tuple] = []
+    tests = [test for test in LEAK_TESTS if not test.loads_models]
     for name, section in SECTIONS.items():
+        section = with_help(section, tests)
         required = any(
             f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
             for f in dataclasses.fields(section)
@@ -84,6 +91,44 @@ def _flat_config() -> type:
         "--save-steps, ...). TRL's spellings are accepted: " + ", ".join(f"--{a}" for a in ALIASES) + "."
     )
     return flat
+
+
+def with_help(config: type, leak_tests: Sequence[LeakTest]) -> Any:
+    """`config`, a dataclass, as tyro shows it: each field's docstring is its help, and that of --leaks lists the tests.
+
+    tyro reads docstrings by itself, but keeps their line breaks.
+    """
+    help_texts = field_docstrings(config)
+    if "leaks" in help_texts:
+        listed = [f"{t.name}{' (after only)' if t.after_only else ''}: {t.summary}" for t in leak_tests]
+        help_texts["leaks"] += f" The tests are {'; '.join(listed)}."
+    hints = get_type_hints(config, include_extras=True)
+    fields = [
+        (f.name, Annotated[hints[f.name], tyro.conf.arg(help=help_texts.get(f.name))], _like(f))
+        for f in dataclasses.fields(config)
+    ]
+    described = dataclasses.make_dataclass(config.__name__, fields)
+    described.__doc__ = config.__doc__
+    return described
+
+
+def _like(field: dataclasses.Field) -> Any:
+    return dataclasses.field(default=field.default, default_factory=field.default_factory)  # type: ignore[call-overload]
+
+
+def field_docstrings(config: type) -> dict[str, str]:
+    """Field -> the docstring below it, on one line; an inherited field has that of its nearest definition."""
+    docstrings: dict[str, str] = {}
+    for parent in reversed(config.__mro__):
+        if not dataclasses.is_dataclass(parent) or parent.__module__ == "types":
+            continue
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(parent))).body
+        assert isinstance(definition, ast.ClassDef)
+        for field, after in zip(definition.body, definition.body[1:], strict=False):
+            match field, after:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    docstrings[name] = " ".join(text.split())
+    return docstrings
 
 
 def _canonical(arguments: Sequence[str]) -> list[str]:

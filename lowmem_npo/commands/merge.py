@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,15 +13,17 @@ from typing import Literal
 import torch
 import tyro
 
+from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
-from lowmem_npo.evaluation.directory import digest
+from lowmem_npo.evaluation.directory import is_of_adapter
+from lowmem_npo.evaluation.leaks.contract import LeakResult
+from lowmem_npo.evaluation.leaks.quantization import MERGED, QUANTIZATION
 from lowmem_npo.libraries import quiet_libraries
 from lowmem_npo.model.merging import check_space, find_checkpoint, find_updates, write_merged
 from lowmem_npo.model.names import resolve_name
-from lowmem_npo.model.saved_adapter import WEIGHTS, base_of_adapter, check_base, revision_of_adapter, settings_of_run
+from lowmem_npo.model.saved_adapter import base_of_adapter, check_base, revision_of_adapter, settings_of_run
+from lowmem_npo.run_directory import RunFiles
 
-Say = Callable[[str], None]
-VERDICTS = {True: "WARNING", False: "Checked", None: "Checked, but it cannot be told"}
 DTYPES = {"bf16": torch.bfloat16, "stored": None}
 
 
@@ -53,7 +55,7 @@ def merge(config: MergeConfig, say: Say = print) -> Path:
     """Writes the merged model and says what is known of forgotten text returning in it.
 
     Raises:
-        UserError: something the user can mend, said in one sentence.
+        UserError: something the user can fix, said in one sentence.
     """
     name, line = resolve_name(config.model or base_of_adapter(config.adapter))
     if line:
@@ -105,18 +107,19 @@ def returning(adapter: str) -> str:
     Rounding can undo an update that is small beside the weights (Zhang et al. 2025, "Catastrophic failure of LLM
     unlearning via quantization"); the adapter by itself is not rounded.
     """
-    folder = Path(adapter).expanduser()
+    files = RunFiles(Path(adapter).expanduser())
     how = f"`lowmem-npo evaluate --adapter {adapter} --forget … --leaks quantization` checks it"
     if settings_of_run(adapter).get("qlora"):
         how += "; this adapter was trained on the 4-bit base, the merged weights are those of the whole one"
+    evaluation = files.evaluation
     try:
-        evaluation = folder / "evaluation"
-        found = json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8"))["leaks"]["quantization"]
-        measured = json.loads((evaluation / "settings.json").read_text(encoding="utf-8"))["digests"]["the adapter"]
+        leaks = json.loads(evaluation.result.read_text(encoding="utf-8"))["leaks"]
+        result = LeakResult.from_json(leaks[QUANTIZATION.name])
+        of_this_adapter = is_of_adapter(evaluation, files.weights)
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         return f"Not checked: whether forgotten text returns when the adapter is rounded with the weights. {how}."
-    if measured != digest(folder / WEIGHTS):
-        return f"Not checked: the evaluation in '{evaluation}' is of an earlier state of this adapter. {how}."
-    if "merged" not in found:
+    if not of_this_adapter:
+        return f"Not checked: the evaluation in '{evaluation.path}' is of an earlier state of this adapter. {how}."
+    if MERGED not in result.figures:
         return f"Not checked: the evaluation measured no merged weights. {how}."
-    return f"{VERDICTS[found.get('leaks')]}: {found['meaning']}"
+    return f"{'WARNING' if result.leaks else 'Checked'}, {result.verdict.words}: {result.meaning}"

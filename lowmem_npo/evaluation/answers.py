@@ -10,20 +10,25 @@ is that of the whole text, and its greedy answer is what the model makes of the 
 the second half.
 """
 
+from __future__ import annotations
+
+import json
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import fmean
 
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lowmem_npo.config import OutputConfig
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE
 from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers
 from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
+from lowmem_npo.files import write_atomically
 
-DEFAULT_LIMIT = 64
 MAX_NEW_TOKENS = 256
 
 
@@ -55,7 +60,7 @@ class AnswerSummary:
     exact_match: float
 
     @classmethod
-    def of(cls, records: Sequence[AnswerRecord], rows_in_set: int) -> "AnswerSummary":
+    def of(cls, records: Sequence[AnswerRecord], rows_in_set: int) -> AnswerSummary:
         tokens = sum(record.tokens for record in records)
         return cls(
             rows=len(records),
@@ -76,13 +81,42 @@ class AnswerEvaluation:
     records: list[AnswerRecord]
 
 
+Evaluations = dict[str, AnswerEvaluation]
+"""Set ("forget", "retain") -> what its answers are."""
+
+
+def summaries(evaluations: Mapping[str, AnswerEvaluation]) -> dict[str, AnswerSummary]:
+    """Each set in one line."""
+    return {name: evaluation.summary for name, evaluation in evaluations.items()}
+
+
+def save_answers(path: Path, evaluations: Mapping[str, AnswerEvaluation]) -> None:
+    """before.json and its like: every set with its summary and its rows."""
+    content = {name: asdict(evaluation) for name, evaluation in evaluations.items()}
+    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_answers(path: Path, eval_rows: int | None = None) -> Evaluations:
+    """The inverse of `save_answers`; empty where there is no such file, or where not `eval_rows` rows were measured."""
+    if not path.exists():
+        return {}
+    evaluations = {
+        name: AnswerEvaluation(AnswerSummary(**e["summary"]), [AnswerRecord(**r) for r in e["records"]])
+        for name, e in json.loads(path.read_text(encoding="utf-8")).items()
+    }
+    complete = eval_rows is None or all(
+        s.rows == min(eval_rows, s.rows_in_set) for s in summaries(evaluations).values()
+    )
+    return evaluations if complete else {}
+
+
 def evaluate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[TokenizedRow],
     *,
     name: str = "answers",
-    limit: int | None = DEFAULT_LIMIT,
+    limit: int | None = OutputConfig.eval_rows,
     seed: int = 0,
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = BATCH_SIZE,

@@ -1,47 +1,45 @@
-"""The directory of an evaluation: what lies where, and which evaluation may go on there."""
+"""The directory of an evaluation: which evaluation may go on there, and what it leaves."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
+from lowmem_npo.evaluation.result import Evaluation
 from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.files import file_sha256, write_atomically
+from lowmem_npo.run_directory import EvaluationFiles
 
-# A resumed evaluation may measure more; what would change a figure must stay as it was.
-MAY_CHANGE = (
-    "output_dir", "resume", "batch_size", "device", "before", "lm_eval", "lm_eval_path", "any_base", "retained_log",
-    "leaks",
-)  # fmt: skip
-MAY_BE_ADDED = ("forget", "retain", "members", "nonmembers", "holdout", "real_authors", "world_facts")
+THE_ADAPTER = "the adapter"  # among the digests of settings.json
 
 
-class EvaluationDirectory:
-    """`path` holds settings.json, measured.jsonl (as it comes), evaluation.json, rows.jsonl, evaluation_results.jsonl.
+class EvaluationDirectory(EvaluationFiles):
+    """The directory of the evaluation that `config` describes.
 
     digests: a hash of everything that is read (data, adapter), so that no evaluation goes on with something else.
     """
 
     def __init__(self, config: EvaluationConfig, digests: Mapping[str, str]) -> None:
-        self.config, self.digests, self.path = config, dict(digests), config.path
-        self._settings = self.path / "settings.json"
+        super().__init__(config.path)
+        self.config, self.digests = config, dict(digests)
 
     def begin(self) -> Journal:
         """From here on the directory is this evaluation's; the journal knows what it had measured.
 
-        Raises UserError where another evaluation or other files stand there.
+        Raises UserError where it holds another evaluation or other files.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--output-dir '{self.path}' is a file: choose a directory.")
         if self.config.resume:
             self._check_resume()
-        elif self._settings.exists():
+        elif self.settings.exists():
             raise UserError(
                 f"--output-dir '{self.path}' holds an evaluation: continue it with --resume, "
                 "choose another directory, or remove it."
@@ -50,25 +48,26 @@ class EvaluationDirectory:
             raise UserError(f"--output-dir '{self.path}' holds other files: choose an empty or a new directory.")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._write("settings.json", json.dumps(self._now(), indent=2, ensure_ascii=False) + "\n")
+            write_atomically(self.settings, json.dumps(self._now(), indent=2, ensure_ascii=False) + "\n")
         except OSError as error:
             raise UserError(f"--output-dir '{self.path}' cannot be written: {error.strerror}.") from error
-        return Journal(self.path / "measured.jsonl")
+        return Journal(self.journal)
 
     def _now(self) -> dict[str, Any]:
         return {**json.loads(json.dumps(asdict(self.config))), "digests": self.digests}
 
     def _check_resume(self) -> None:
-        if not self._settings.exists():
+        if not self.settings.exists():
             raise UserError(f"--resume: there is no evaluation in '{self.path}'; start it without --resume.")
-        began, now = json.loads(self._settings.read_text(encoding="utf-8")), self._now()
+        began, now = json.loads(self.settings.read_text(encoding="utf-8")), self._now()
         for name, value in began.pop("digests").items():
             if name in self.digests and self.digests[name] != value:
                 raise UserError(f"--resume: {name} has changed since '{self.path}' was begun; start anew.")
+        may_change, may_be_added = self.config.may_change(), self.config.sources()
         changed = [
             f"{name} was {value!r}, is {now.get(name)!r}"
             for name, value in began.items()
-            if value != now.get(name) and name not in MAY_CHANGE and not (value is None and name in MAY_BE_ADDED)
+            if value != now.get(name) and name not in may_change and not (value is None and name in may_be_added)
         ]
         if changed:
             raise UserError(
@@ -76,15 +75,14 @@ class EvaluationDirectory:
                 "use those, or start anew."
             )
 
-    def save(self, result: Mapping[str, Any], rows: Iterable[Mapping[str, Any]], official: Mapping | None) -> None:
-        """evaluation.json, the scored rows, and the official result file where there are LUME scores."""
-        self._write("rows.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        if official is not None:
-            self._write("evaluation_results.jsonl", json.dumps(official) + "\n")
-        self._write("evaluation.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-
-    def _write(self, name: str, text: str) -> None:
-        write_atomically(self.path / name, text)
+    def save(self, evaluation: Evaluation) -> None:
+        """evaluation.json, the scored rows, and what benchmarks write by themselves."""
+        rows = evaluation.rows_to_json()
+        write_atomically(self.rows, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        for benchmark in BENCHMARKS:
+            if benchmark.name in evaluation.scores:
+                benchmark.save(evaluation.scores[benchmark.name], self)
+        write_atomically(self.result, json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False) + "\n")
 
 
 def digest(content: Any) -> str:
@@ -92,3 +90,9 @@ def digest(content: Any) -> str:
     if isinstance(content, Path):
         return file_sha256(content)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def is_of_adapter(files: EvaluationFiles, weights: Path) -> bool:
+    """Whether the evaluation in `files` measured the adapter whose weights are in the file `weights` now."""
+    settings = json.loads(files.settings.read_text(encoding="utf-8"))
+    return settings["digests"].get(THE_ADAPTER) == digest(weights)

@@ -1,65 +1,41 @@
-"""What an evaluation found, in memory and as the content of its files."""
+"""What an evaluation measured, in memory and as the content of its files."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-from lowmem_npo.evaluation.answers import AnswerRecord, AnswerSummary
-from lowmem_npo.evaluation.benchmarks.documents import MembershipScore
-from lowmem_npo.evaluation.benchmarks.lume import LumeAnswer, LumeScores
-from lowmem_npo.evaluation.benchmarks.tofu import TofuAnswer, TofuSet
-from lowmem_npo.evaluation.leaks.measure import LeakFindings
+from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
+from lowmem_npo.evaluation.leaks.contract import LeakResults
 
 
 @dataclass
 class Evaluation:
-    """Everything that was measured. A figure that is None was not, and `notes` say why where it was expected."""
+    """Everything that was measured. What is absent was not measured, and `notes` say why where it was expected.
 
-    rows: dict[str, dict[str, int]] = field(default_factory=dict)  # set -> {"scored", "in_set"}
-    answers: dict[str, list[AnswerRecord]] = field(default_factory=dict)
-    summaries: dict[str, AnswerSummary] = field(default_factory=dict)
-    lume_answers: dict[str, list[LumeAnswer]] = field(default_factory=dict)
-    lume: LumeScores | None = None
-    membership: MembershipScore | None = None
-    tofu_answers: dict[str, list[TofuAnswer]] = field(default_factory=dict)
-    tofu: dict[str, TofuSet] = field(default_factory=dict)
-    model_utility: float | None = None
-    forget_quality: float | None = None
-    leaks: LeakFindings = field(default_factory=LeakFindings)
-    lm_eval: dict[str, dict[str, float]] = field(default_factory=dict)
+    rows: set -> how many were "scored" of how many "in_set". measured: benchmark -> set -> its measured rows. scores:
+    benchmark -> its scores. leak_rows: set -> row -> its scores in the leak tests.
+    """
+
+    rows: dict[str, dict[str, int]] = field(default_factory=dict)
+    measured: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
+    scores: dict[str, Any] = field(default_factory=dict)
+    leaks: LeakResults = field(default_factory=dict)
+    leak_rows: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """evaluation.json: every figure, no text of any row."""
-        tofu = {
-            "sets": {name: asdict(scores) for name, scores in self.tofu.items()},
-            "model_utility": self.model_utility,
-            "forget_quality": self.forget_quality,
-        }
-        return {
-            "rows": self.rows,
-            "answers": {name: asdict(summary) for name, summary in self.summaries.items()},
-            "lume": self.lume and self.lume.official(),
-            "membership": self.membership and asdict(self.membership),
-            "tofu": tofu if self.tofu else None,
-            "leaks": self.leaks.tests,
-            "lm_eval": self.lm_eval,
-            "notes": self.notes,
-        }
+        benchmarks = {b.name: b.to_json(self.scores[b.name]) if b.name in self.scores else b.empty for b in BENCHMARKS}
+        leaks = {name: result.to_json() for name, result in self.leaks.items()}
+        return {"rows": self.rows, **benchmarks, "leaks": leaks, "notes": self.notes}
 
     def rows_to_json(self) -> list[dict[str, Any]]:
         """rows.jsonl: what each row asked, what came, how it scored."""
         lines: list[dict[str, Any]] = []
-        for name, answers in self.lume_answers.items():
-            lines += [{"set": name, **asdict(a.row), "generation": a.generation, "score": a.score} for a in answers]
-        for name, answers in self.tofu_answers.items():
-            for a in answers:
-                one = {"question": a.row.example.prompt, "answer": a.row.example.answer, "generation": a.generation}
-                nll = {"nll": a.nll, "paraphrased_nll": a.paraphrased_nll, "perturbed_nll": a.perturbed_nll}
-                lines.append({"set": name, **one, **nll, "truth_ratio": a.truth_ratio})
-        for name, records in self.answers.items():
-            lines += [{"set": name, **asdict(record)} for record in records]
-        for name, scores in self.leaks.rows.items():
-            lines += [{"set": name, "row": row, "leaks": found} for row, found in scores.items()]
+        for benchmark in BENCHMARKS:
+            for name, measured in self.measured.get(benchmark.name, {}).items():
+                lines += [{"set": name, **line} for line in benchmark.rows_to_json(name, measured)]
+        for name, rows in self.leak_rows.items():
+            lines += [{"set": name, "row": row, "leaks": scores} for row, scores in rows.items()]
         return lines

@@ -28,7 +28,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lowmem_npo.errors import UserError
-from lowmem_npo.model.saved_adapter import WEIGHTS
+from lowmem_npo.run_directory import AdapterFiles
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BESIDE_WEIGHTS = (
@@ -139,7 +139,7 @@ def find_updates(adapter: str, checkpoint: Checkpoint) -> dict[str, Update]:
     """
     config = _lora_config(adapter)
     folder = Path(adapter).expanduser()
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
+    with safe_open(AdapterFiles(folder).weights, framework="pt") as file:
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     named = set(checkpoint.tensors())
     prefix = _inner_name(checkpoint.folder)
@@ -225,7 +225,7 @@ def _merged(
 
 def _lora_config(adapter: str) -> LoraConfig:
     folder = Path(adapter).expanduser()
-    content = _read_json(folder / "adapter_config.json")
+    content = _read_json(AdapterFiles(folder).adapter_config)
     if content.get("peft_type") != "LORA":
         raise UserError(f"The adapter in '{adapter}' is {content.get('peft_type')}, not LoRA: it cannot be merged so.")
     extras = [description for field, description in MORE_THAN_LORA.items() if content.get(field)]

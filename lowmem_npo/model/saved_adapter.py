@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.names import resolve_name
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+from lowmem_npo.run_directory import AdapterFiles, run_of_adapter
 
 
 def base_of_adapter(folder: str) -> str:
@@ -33,10 +32,9 @@ def revision_of_adapter(folder: str) -> str | None:
 def settings_of_run(folder: str) -> dict[str, Any]:
     """run.yaml of the run that left the adapter in `folder`, the run's directory or a checkpoint in it; empty where
     there is none that can be read."""
-    path = Path(folder).expanduser().resolve()
-    run = path.parent if path.name.startswith("checkpoint-") else path
     try:
-        settings = yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8"))
+        run = run_of_adapter(Path(folder).expanduser().resolve())
+        settings = yaml.safe_load(run.run_yaml.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError):
         return {}
     return settings if isinstance(settings, dict) else {}
@@ -59,7 +57,7 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
         adapted = PeftModel.from_pretrained(model, folder)
     except (RuntimeError, ValueError) as error:  # other shapes; no layer of the adapter's names
         raise UserError(f"{misfit} ({' '.join(str(error).split())[:200]}).") from error
-    with safe_open(Path(folder).expanduser() / WEIGHTS, framework="pt") as file:
+    with safe_open(AdapterFiles(Path(folder).expanduser()).weights, framework="pt") as file:
         unmatched = set(file.keys()) ^ set(get_peft_model_state_dict(adapted))
     if unmatched:
         raise UserError(f"{misfit} ({len(unmatched)} weights have no counterpart, {min(unmatched)} among them).")
@@ -68,17 +66,17 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
 
 def _configuration(folder: str) -> dict[str, Any]:
     """adapter_config.json, with the name of the base model in it."""
-    path = Path(folder).expanduser()
-    if not path.is_dir():
+    files = AdapterFiles(Path(folder).expanduser())
+    if not files.path.is_dir():
         raise UserError(f"There is no directory '{folder}': --adapter is the output directory of a training run.")
-    for name in (CONFIG, WEIGHTS):
-        if not (path / name).is_file():
-            raise UserError(f"The directory '{folder}' holds no adapter: there is no {name} in it.")
+    for file in (files.adapter_config, files.weights):
+        if not file.is_file():
+            raise UserError(f"The directory '{folder}' holds no adapter: there is no {file.name} in it.")
     try:
-        content = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        content = json.loads(files.adapter_config.read_text(encoding="utf-8"))
         content["base_model_name_or_path"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"'{path / CONFIG}' is not an adapter configuration that names its base model.") from error
+        raise UserError(f"'{files.adapter_config}' is no adapter configuration that names its base model.") from error
     return content
 
 

@@ -24,10 +24,9 @@ from lowmem_npo.environment import processors, versions
 from lowmem_npo.errors import UserError
 from lowmem_npo.files import file_sha256, write_atomically
 from lowmem_npo.model import resolve_name
-from lowmem_npo.model.saved_adapter import WEIGHTS
+from lowmem_npo.run_directory import RunFiles
 from lowmem_npo.training.reference.identity import weights_fingerprint
 
-FILE = "audit.json"
 ALGORITHM = (
     "SHA-256 of the salt's bytes followed by the row as ASCII JSON with sorted keys and no spaces: "
     '{"answer":...,"prompt":...} (prompt null for plain text), or {"messages":[...]} for conversations'
@@ -70,7 +69,7 @@ def begin_audit(directory: Path, config: RunConfig, data: PreparedData, model: P
             "weights_fingerprint": weights_fingerprint(model),
             "weights_fingerprint_is": FINGERPRINT,
         },
-        "data": {part: _data_record(part, *told) for part, told in parts.items() if told[1] is not None},
+        "data": {part: _data_record(part, *used) for part, used in parts.items() if used[1] is not None},
         "forget_rows": {
             "algorithm": ALGORITHM,
             "salt": salt,
@@ -88,12 +87,12 @@ def finish_audit(directory: Path, optimizer_steps: int, adapter_step: int) -> No
 
     adapter_step: the step whose adapter was kept, under --stop-when not always the last.
     """
-    audit, weights = read_audit(directory), directory / WEIGHTS
+    audit, weights = read_audit(directory), RunFiles(directory).weights
     session = audit["sessions"][-1]
     session["ended"] = _now()
     session["last_step"] = audit["optimizer_steps"] = optimizer_steps
     audit["adapter"] = {
-        "file": WEIGHTS,
+        "file": weights.name,
         "sha256": file_sha256(weights),
         "bytes": weights.stat().st_size,
         "of_step": adapter_step,
@@ -103,12 +102,15 @@ def finish_audit(directory: Path, optimizer_steps: int, adapter_step: int) -> No
 
 def read_audit(directory: Path) -> Audit | None:
     """The audit record of the run in `directory`; None if it has none. Raises UserError for a damaged one."""
+    path = RunFiles(directory).audit
     try:
-        return json.loads((directory / FILE).read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"'{directory / FILE}' cannot be read as the audit record of a run: {error}.") from error
+        raise UserError(
+            f"'{RunFiles(directory).audit}' cannot be read as the audit record of a run: {error}."
+        ) from error
 
 
 def check_same_rows(directory: Path, data: PreparedData) -> None:
@@ -129,7 +131,9 @@ def find_rows(directory: Path, source: str) -> list[tuple[str, int | None]]:
     """
     audit = read_audit(directory)
     if audit is None:
-        raise UserError(f"There is no audit record in '{directory}' (no {FILE}): give the directory of a training run.")
+        raise UserError(
+            f"There is no audit record in '{directory}' (no audit.json): give the directory of a training run."
+        )
     configuration, known = audit["configuration"], audit["forget_rows"]
     columns = {}
     if configuration["forget"] is not None:  # the bundled rows need no names
@@ -175,4 +179,4 @@ def _sha256(content: bytes) -> str:
 
 
 def _write(directory: Path, audit: Audit) -> None:
-    write_atomically(directory / FILE, json.dumps(audit, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(RunFiles(directory).audit, json.dumps(audit, indent=1, ensure_ascii=False) + "\n")

@@ -11,14 +11,15 @@ from typing import Any
 import yaml
 
 from lowmem_npo.errors import UserError
-from lowmem_npo.evaluation import AnswerEvaluation, AnswerRecord, AnswerSummary
-from lowmem_npo.files import file_sha256
-from lowmem_npo.model.saved_adapter import WEIGHTS
+from lowmem_npo.evaluation.answers import AnswerEvaluation, AnswerRecord, AnswerSummary, read_answers, summaries
+from lowmem_npo.evaluation.directory import is_of_adapter
+from lowmem_npo.evaluation.figures import finite
+from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakResults
+from lowmem_npo.evaluation.leaks.measure import read_leaks
 from lowmem_npo.report.audit import Audit, read_audit
-from lowmem_npo.report.figures import Figure, answer_figures, evaluation_figures, finite
+from lowmem_npo.report.figures import StagedFigure, evaluation_figures, run_figures
 from lowmem_npo.report.verdict import RULES, Verdict, judge_run
-from lowmem_npo.run_directory import read_evaluations
-from lowmem_npo.training.early_stopping import OUTCOME
+from lowmem_npo.run_directory import RunFiles
 from lowmem_npo.training.metrics import Metrics, read_metrics
 
 EVIDENCE = (
@@ -26,8 +27,6 @@ EVIDENCE = (
     "data is gone."
 )
 STAGES = ("before", "after", "gold")
-EVALUATED = "evaluate"  # group of what `lowmem-npo evaluate` measured with the run's own measures
-Leaks = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ class Content:
     settings: dict[str, Any]
     verdict: Verdict
     stages: dict[str, dict[str, AnswerSummary]]
-    figures: list[Figure]
-    leaks: dict[str, Leaks]
+    figures: list[StagedFigure]
+    leaks: dict[str, LeakResults]
     metrics: list[Metrics]
     evaluations: dict[str, dict[str, AnswerEvaluation]]
     notes: list[str]
@@ -67,7 +66,7 @@ class Content:
                 for stage, sets in self.stages.items()
             },
             "figures": [asdict(figure) for figure in self.figures],
-            "leaks": self.leaks,
+            "leaks": {stage: {n: r.to_json() for n, r in tests.items()} for stage, tests in self.leaks.items()},
             "training": {"logged_steps": len(self.metrics), "first": (self.metrics or [None])[0],
                          "last": (self.metrics or [None])[-1]},
             "notes": self.notes,
@@ -80,78 +79,81 @@ class Content:
         stages = [stage for stage in STAGES if stage in self.evaluations]
         if "after" not in stages or "before" not in stages:
             return []
-        found = []
+        examples = []
         for part in self.evaluations["after"]:
             by_row = {s: {r.row: r for r in self.evaluations[s][part].records} for s in stages}
             rows = [{stage: by_row[stage].get(row) for stage in stages} for row in by_row["after"]]
             worst_first = _survival if part == "forget" else _damage
             for row in sorted((row for row in rows if row["before"]), key=worst_first)[:count]:
-                told = {stage: record for stage, record in row.items() if record is not None}
-                first = told["before"]
-                said = {stage: record.answer for stage, record in told.items()}
-                found.append(ExampleRow(part, first.prompt, first.reference, said, told))
-        return found
+                records = {stage: record for stage, record in row.items() if record is not None}
+                first = records["before"]
+                answers = {stage: record.answer for stage, record in records.items()}
+                examples.append(ExampleRow(part, first.prompt, first.reference, answers, records))
+        return examples
 
 
 def read_content(directory: Path) -> Content:
     """Raises UserError where `directory` holds no run, or a file of it is damaged."""
-    if not (directory / "run.yaml").is_file():
+    files = RunFiles(directory)
+    if not files.run_yaml.is_file():
         raise UserError(f"There is no run in '{directory}' (no run.yaml): give the --output-dir of `lowmem-npo train`.")
     try:
-        settings = yaml.safe_load((directory / "run.yaml").read_text(encoding="utf-8"))
-        evaluations = {stage: found for stage in STAGES if (found := read_evaluations(directory, stage))}
-        evaluated, leaks = _read_evaluation(directory), _read_leaks(directory)
-        metrics = read_metrics(directory / "metrics.jsonl")
-        stopped = _read_stopping(directory)
+        settings = yaml.safe_load(files.run_yaml.read_text(encoding="utf-8"))
+        evaluations = {stage: sets for stage in STAGES if (sets := read_answers(files.answers(stage)))}
+        evaluated = _read_evaluation(files)
+        leaks = _merged_leaks(read_leaks(files.leaks), evaluated)
+        metrics = read_metrics(files.metrics)
+        stopped = _read_stopping(files)
+        stages = {stage: summaries(sets) for stage, sets in evaluations.items()}
+        figures = [*run_figures(stages), *evaluation_figures(evaluated)]
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"A file in '{directory}' is damaged and cannot be reported on: {error}.") from error
     audit = read_audit(directory)
-    stages = {stage: {part: e.summary for part, e in sets.items()} for stage, sets in evaluations.items()}
-    figures = [*answer_figures(stages), *_evaluated_answers(evaluated), *evaluation_figures(evaluated)]
-    vocabulary = audit["model"]["vocabulary"] if audit else None
-    verdict = judge_run(stages, vocabulary, leaks)
+    verdict = judge_run(stages, audit["model"]["vocabulary"] if audit else None, leaks)
     notes = [*stopped, *_notes(metrics, audit), *(evaluated.get("after", {}).get("notes", []))]
     return Content(directory, settings, verdict, stages, figures, leaks, metrics, evaluations, notes, audit)
 
 
-def _read_evaluation(directory: Path) -> dict[str, dict[str, Any]]:
+def _read_evaluation(files: RunFiles) -> dict[str, dict[str, Any]]:
     """Stage -> evaluation.json: of this very adapter, and of what it was compared with if that is still there."""
-    path = directory / "evaluation" / "evaluation.json"
-    if not path.is_file():
+    evaluation = files.evaluation
+    if not evaluation.result.is_file():
         return {}
-    settings = path.with_name("settings.json")
-    told = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    weights = directory / WEIGHTS
-    if weights.is_file() and told.get("digests", {}).get("the adapter", "") != file_sha256(weights):
+    known = evaluation.settings.is_file()
+    if files.weights.is_file() and not (known and is_of_adapter(evaluation, files.weights)):
         return {}  # the run went on since: those figures are of another adapter
-    before = told.get("before")
+    settings = json.loads(evaluation.settings.read_text(encoding="utf-8")) if known else {}
+    before = settings.get("before")
     earlier = Path(before).expanduser() if before else None
-    found = {"before": json.loads(earlier.read_text(encoding="utf-8"))} if earlier and earlier.is_file() else {}
-    return {**found, "after": json.loads(path.read_text(encoding="utf-8"))}
+    contents = {"before": json.loads(earlier.read_text(encoding="utf-8"))} if earlier and earlier.is_file() else {}
+    return {**contents, "after": json.loads(evaluation.result.read_text(encoding="utf-8"))}
 
 
-def _read_leaks(directory: Path) -> dict[str, Leaks]:
-    """Stage -> test -> figures. What `evaluate` measured later takes the place of the same test of the run, unless it
+def _merged_leaks(
+    of_run: Mapping[str, LeakResults], evaluated: Mapping[str, Mapping[str, Any]]
+) -> dict[str, LeakResults]:
+    """Stage -> test -> result. What `evaluate` measured later takes the place of the same test of the run, unless it
     could not tell (no holdout) and the run could."""
-    path, found = directory / "leaks.json", {}
-    if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-    for stage, content in _read_evaluation(directory).items():
-        known = found.setdefault(stage, {})
-        for test, told in (content.get("leaks") or {}).items():
-            if told.get("leaks") is not None or known.get(test, {}).get("leaks") is None:
-                known[test] = told
-    kept = {stage: {test: _figures_only(told) for test, told in tests.items()} for stage, tests in found.items()}
-    return {stage: tests for stage, tests in kept.items() if tests}
+    merged = {stage: dict(results) for stage, results in of_run.items()}
+    for stage, content in evaluated.items():
+        known = merged.setdefault(stage, {})
+        for name, of_test in (content.get("leaks") or {}).items():
+            result = LeakResult.from_json(of_test)
+            if result.leaks is not None or name not in known or known[name].leaks is None:
+                known[name] = result
+    for results in merged.values():
+        for result in results.values():
+            result.figures = _numbers_only(result.figures)
+    return {stage: results for stage, results in merged.items() if results}
 
 
-def _figures_only(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers, truth values and meanings: whatever else a test may have written down could be text of a row."""
+def _numbers_only(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers and truth values: whatever else a test may have written down could be text of a row."""
     kept: dict[str, Any] = {}
-    for key, value in found.items():
+    for key, value in figures.items():
         if isinstance(value, Mapping):
-            kept[key] = _figures_only(value)
-        elif key == "meaning" or value is None or isinstance(value, bool):
+            kept[key] = _numbers_only(value)
+        elif value is None or isinstance(value, bool):
             kept[key] = value
         elif isinstance(value, int | float):
             kept[key] = finite(value)
@@ -160,18 +162,9 @@ def _figures_only(found: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _read_stopping(directory: Path) -> list[str]:
+def _read_stopping(files: RunFiles) -> list[str]:
     """What ended a run under --stop-when, and which step's adapter was kept: not the last one's, as a rule."""
-    path = directory / OUTCOME
-    return [json.loads(path.read_text(encoding="utf-8"))["sentence"]] if path.is_file() else []
-
-
-def _evaluated_answers(evaluated: Mapping[str, Mapping[str, Any]]) -> list[Figure]:
-    answers = {
-        stage: {part: AnswerSummary(**values) for part, values in content.get("answers", {}).items()}
-        for stage, content in evaluated.items()
-    }
-    return answer_figures({stage: sets for stage, sets in answers.items() if sets}, EVALUATED)
+    return [json.loads(files.stopping.read_text(encoding="utf-8"))["sentence"]] if files.stopping.is_file() else []
 
 
 def _notes(metrics: list[Metrics], audit: Audit | None) -> list[str]:

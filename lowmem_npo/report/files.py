@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from lowmem_npo.config import OutputConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.files import write_atomically
 from lowmem_npo.report.content import Content, read_content
 from lowmem_npo.report.model_card import model_card
 from lowmem_npo.report.page import render_page
-
-DEFAULT_EXAMPLES = 3
+from lowmem_npo.run_directory import RunFiles
 
 
 def write_report(directory: Path, examples: int | None = None) -> Content:
     """Writes report.html, report.json and README.md (the model card) from what lies in `directory`.
 
-    examples: rows of each set whose text report.html shows; None: as the run was told by --report-examples. The other
-    two files never hold text of a row.
+    examples: rows of each set whose text report.html shows; None: the run's --report-examples. The other two files
+    never hold text of a row.
 
     Raises UserError where there is no run, where a file of it is damaged, or where nothing can be written.
     """
@@ -26,15 +26,16 @@ def write_report(directory: Path, examples: int | None = None) -> Content:
         raise UserError(f"--examples must be 0 or more, not {examples}.")
     content = read_content(directory)
     if examples is None:
-        examples = content.settings.get("report_examples", DEFAULT_EXAMPLES)
-    written = {
-        "report.html": render_page(content, examples),
-        "report.json": json.dumps(content.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-        "README.md": model_card(content),
+        examples = content.settings.get("report_examples", OutputConfig.report_examples)
+    files = RunFiles(directory)
+    texts = {
+        files.report_html: render_page(content, examples),
+        files.report_json: json.dumps(content.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        files.model_card: model_card(content),
     }
     try:
-        for name, text in written.items():
-            write_atomically(directory / name, text)
+        for path, text in texts.items():
+            write_atomically(path, text)
     except OSError as error:
         raise UserError(f"The report cannot be written into '{directory}': {error.strerror}.") from error
     return content

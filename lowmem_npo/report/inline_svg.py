@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from lowmem_npo.report.figures import shown
+from lowmem_npo.evaluation.answer_table import MEASURES, Stages
+from lowmem_npo.evaluation.figures import formatted
 from lowmem_npo.report.panels import STAGE_TITLES, draw_bars, draw_likelihood, draw_objective
-from lowmem_npo.report.table import MEASURES, Stages
 from lowmem_npo.training.metrics import Metrics
 
 CURVES, BARS = (4.6, 3.1), (2.7, 2.5)  # inches of 96 CSS pixels: text is as large as the page's where a phone shows it
@@ -36,16 +36,17 @@ def bar_pictures(stages: Stages) -> list[Picture]:
     """A picture per measure of the before/after table; none where nothing was measured."""
     if not stages:
         return []
-    found = []
+    pictures = []
     for column, measure in enumerate(MEASURES):
-        told = "; ".join(
-            f"{part}: " + ", ".join(f"{stage} {shown(getattr(stages[stage][part], measure.field))}" for stage in stages)
+        description = "; ".join(
+            f"{part}: "
+            + ", ".join(f"{stage} {formatted(getattr(stages[stage][part], measure.field))}" for stage in stages)
             for part in next(iter(stages.values()))
         )
         title = measure.title[:1].upper() + measure.title[1:]
         svg = _draw(f"bars{column}", BARS, lambda ax, column=column: draw_bars(ax, stages, column))
-        found.append(_picture(f"bars{column}", title, f"Bars. {told}.", svg))
-    return found
+        pictures.append(_picture(f"bars{column}", title, f"Bars. {description}.", svg))
+    return pictures
 
 
 def curve_pictures(metrics: Sequence[Metrics], stages: Stages) -> list[Picture]:
@@ -75,12 +76,12 @@ def stage_colours(stages: Stages) -> list[tuple[str, str]]:
 
 def _course(metrics: Sequence[Metrics], **titles: str) -> str:
     """Where each quantity began and where it ended, in words."""
-    told = []
+    courses = []
     for key, title in titles.items():
         values = [line[key] for line in metrics if line.get(key) is not None]
         if values:
-            told.append(f"{title} from {shown(values[0])} to {shown(values[-1])}")
-    return "; ".join(told) + "."
+            courses.append(f"{title} from {formatted(values[0])} to {formatted(values[-1])}")
+    return "; ".join(courses) + "."
 
 
 def _draw(name: str, size: tuple[float, float], draw: Callable[[Axes], None]) -> str:

@@ -9,9 +9,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import lowmem_npo
+from lowmem_npo.evaluation.answer_table import markdown_table
 from lowmem_npo.report.content import EVIDENCE, Content
 from lowmem_npo.report.page import LIMITS, audit_lines, model_name
-from lowmem_npo.report.table import markdown_table
 
 TAGS = ("unlearning", "machine-unlearning", "npo", "lora", "lowmem-npo")
 METHOD = ("forget_term", "beta", "gamma", "delta", "normalization", "kl_direction", "lora_r", "lora_alpha",
@@ -47,7 +47,7 @@ def model_card(content: Content) -> str:
         settings=[(name, code(settings[name])) for name in METHOD if settings.get(name) is not None],
         data=_data(audit),
         table=markdown_table(content.stages).rstrip() if content.stages else "",
-        leaks={test: found.get("meaning", "") for test, found in content.leaks.get("after", {}).items()},
+        leaks={name: result.meaning for name, result in content.leaks.get("after", {}).items()},
         limits=LIMITS[:3],
         notes=content.notes,
         audit=[
@@ -68,8 +68,8 @@ def code(value: Any) -> str:
 
 def _data(audit: dict[str, Any] | None) -> list[tuple[str, str, int, str]]:
     """(part, name, rows, SHA-256 of the file, or of the tokenised rows where there is none)."""
-    found = []
+    lines = []
     for part, record in (audit["data"] if audit else {}).items():
         name = Path(record["source"]).name if record["sha256"] else record["source"]
-        found.append((part, code(name), record["rows"], code(record["sha256"] or record["tokenised"])))
-    return found
+        lines.append((part, code(name), record["rows"], code(record["sha256"] or record["tokenised"])))
+    return lines

@@ -13,24 +13,19 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import lowmem_npo
-from lowmem_npo.evaluation import AnswerSummary
+from lowmem_npo.evaluation.answer_table import scope
+from lowmem_npo.evaluation.answers import AnswerSummary
+from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
+from lowmem_npo.evaluation.figures import formatted
 from lowmem_npo.report.audit import seconds
-from lowmem_npo.report.content import EVALUATED, EVIDENCE, Content
-from lowmem_npo.report.figures import ANSWERS, LM_EVAL, LUME, MEMBERSHIP, TOFU, shown
+from lowmem_npo.report.content import EVIDENCE, Content
+from lowmem_npo.report.figures import ANSWERS
 from lowmem_npo.report.inline_svg import bar_pictures, curve_pictures, stage_colours
-from lowmem_npo.report.leak_tests import leak_tests, words
-from lowmem_npo.report.table import scope
+from lowmem_npo.report.leak_tests import leak_sections, words
 from lowmem_npo.report.verdict import RULES
 
 LONGEST = 600  # characters of a text that an example shows
 TONES = {"good": "as wished", "mixed": "with reservations", "bad": "not as wished", "unknown": "not shown"}
-GROUPS = {
-    EVALUATED: ("Measured by lowmem-npo evaluate", ""),
-    LUME: ("LUME, SemEval-2025 Task 4", "Scored as the challenge's official script does, from greedy generations."),
-    MEMBERSHIP: ("Membership attack", ""),
-    TOFU: ("TOFU", "Defined as in open-unlearning."),
-    LM_EVAL: ("lm-eval", "What the model can do beyond the data of this run."),
-}
 LIMITS = (
     "The original weights still know everything: only the adapter on them, or the merged model, has forgotten. Whoever "
     "has the base model can leave the adapter off.",
@@ -65,7 +60,7 @@ def render_page(content: Content, examples: int) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "shown": shown,
+        "shown": formatted,
         "text": shortened,
         "by_set": by_set,
     }
@@ -85,7 +80,7 @@ def render_page(content: Content, examples: int) -> str:
         bars=bar_pictures(content.stages),
         curves=curve_pictures(content.metrics, content.stages),
         examples=content.examples(examples),
-        leak_tests=[(test, words(test.name)) for test in leak_tests(content.leaks)],
+        leak_tests=[(test, words(test.name)) for test in leak_sections(content.leaks)],
         groups=list(_groups(content)),
         limits=[*LIMITS, *([] if "gold" in content.stages else [NO_GOLD])],
         audit_lines=list(audit_lines(content.audit)) if content.audit else [],
@@ -108,8 +103,8 @@ def audit_lines(audit: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None
         yield "Adapter", f"{adapter['file']}, {adapter['bytes']:,} bytes; SHA-256:", adapter["sha256"]
     for part, data in audit["data"].items():
         what = "SHA-256 of the file:" if data["sha256"] else "SHA-256 of the rows as tokenised:"
-        told = f"{data['source']}, {data['rows']:,} rows; {what}"
-        yield f"{part.capitalize()} data", told, data["sha256"] or data["tokenised"]
+        source = f"{data['source']}, {data['rows']:,} rows; {what}"
+        yield f"{part.capitalize()} data", source, data["sha256"] or data["tokenised"]
     over_all = hashlib.sha256("".join(rows["sha256"]).encode()).hexdigest()
     yield "Forget rows", f"{len(rows['sha256']):,} salted hashes in audit.json; SHA-256 over all of them:", over_all
     yield "Salt", "of the rows' hashes", rows["salt"]
@@ -156,15 +151,15 @@ def _tiles(stages: Mapping[str, Mapping[str, AnswerSummary]]) -> Iterator[Tile]:
         "NLL per token": (lambda s: f"{s.nll:.2f}", lambda s: "nats; 0 is certainty"),
     }
     for part, summary in stages["after"].items():
-        for title, (told, scale) in measures.items():
+        for title, (value, scale) in measures.items():
             gold = stages.get("gold", {}).get(part)
-            note = scale(summary) + (f"; gold standard: {told(gold)}" if gold else "")
-            course = f"{told(stages['before'][part])} → {told(summary)}"
+            note = scale(summary) + (f"; gold standard: {value(gold)}" if gold else "")
+            course = f"{value(stages['before'][part])} → {value(summary)}"
             yield Tile(f"{part.capitalize()} answers, {title}", course, note)
 
 
 def _groups(content: Content) -> Iterator[dict[str, Any]]:
-    for name, (title, note) in GROUPS.items():
-        if figures := [figure for figure in content.figures if figure.group == name]:
+    for benchmark in BENCHMARKS:
+        if figures := [figure for figure in content.figures if figure.group == benchmark.group]:
             stages = list(dict.fromkeys(stage for figure in figures for stage in figure.values))
-            yield {"title": title, "note": note, "figures": figures, "stages": stages}
+            yield {"title": benchmark.title, "note": benchmark.note, "figures": figures, "stages": stages}

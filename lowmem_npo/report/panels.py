@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from lowmem_npo.report.table import MEASURES, Stages
+from lowmem_npo.evaluation.answer_table import MEASURES, Stages
 from lowmem_npo.training.metrics import Metrics
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart. Forget and retain look the same in every panel.

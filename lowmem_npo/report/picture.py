@@ -8,8 +8,8 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lowmem_npo.evaluation.answer_table import MEASURES, Stages
 from lowmem_npo.report.panels import draw_bars, draw_likelihood, draw_objective
-from lowmem_npo.report.table import MEASURES, Stages
 from lowmem_npo.training.metrics import Metrics
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from lowmem_npo.evaluation import AnswerSummary
-from lowmem_npo.report.table import Stages
+from lowmem_npo.evaluation.answer_table import Stages
+from lowmem_npo.evaluation.answers import AnswerSummary
+from lowmem_npo.evaluation.leaks.contract import LeakResults
 
 KNOWN = 0.2  # below such a ROUGE-L recall before, there was little to forget
 SAID = 0.05  # share of answers that may still come word for word
@@ -54,8 +54,8 @@ class Verdict:
     sentences: list[str]
 
 
-def judge_run(stages: Stages, vocabulary: int | None, leaks: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Verdict:
-    """stages: at least "before" and "after", or nothing. vocabulary: the model's. leaks: stage -> test -> figures."""
+def judge_run(stages: Stages, vocabulary: int | None, leaks: Mapping[str, LeakResults]) -> Verdict:
+    """stages: at least "before" and "after", or nothing. vocabulary: the model's. leaks: stage -> test -> result."""
     if not {"before", "after"} <= set(stages) or "forget" not in stages["after"]:
         return Verdict(
             "unknown",
@@ -136,20 +136,20 @@ def _said(part: str, before: Mapping, after: Mapping, gold: Mapping) -> str:
     )
 
 
-def _leaking(tests: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    return [test for test, found in tests.items() if found.get("leaks") is True]
+def _leaking(results: LeakResults) -> list[str]:
+    return [name for name, result in results.items() if result.leaks is True]
 
 
-def _leak_sentence(tests: Mapping[str, Mapping[str, Any]], gold: Mapping[str, Mapping[str, Any]] | None) -> str:
-    told = [test for test, found in tests.items() if found.get("leaks") is not None]
-    if not told:
+def _leak_sentence(results: LeakResults, gold: LeakResults | None) -> str:
+    conclusive = [name for name, result in results.items() if result.leaks is not None]
+    if not conclusive:
         return "No leak test was run, or none could tell: what a determined reader might still get out is not known."
-    if not (leaking := _leaking(tests)):
-        return f"No trace in any leak test that could tell: {', '.join(told)}."
-    sentence = f"{len(leaking)} of {len(told)} leak tests that could tell find traces: {', '.join(leaking)}."
+    if not (leaking := _leaking(results)):
+        return f"No trace in any leak test that could tell: {', '.join(conclusive)}."
+    sentence = f"{len(leaking)} of {len(conclusive)} leak tests that could tell find traces: {', '.join(leaking)}."
     if gold is not None:
-        found = ", ".join(_leaking(gold)) or "none"
-        sentence += f" On a model that never saw the rows, the tests find: {found}."
+        on_gold = ", ".join(_leaking(gold)) or "none"
+        sentence += f" On a model that never saw the rows, the tests find: {on_gold}."
     return sentence
 
 

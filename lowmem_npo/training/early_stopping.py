@@ -21,9 +21,8 @@ from lowmem_npo.evaluation.benchmarks.documents import membership
 from lowmem_npo.evaluation.scoring.likelihood import Likelihood, answer_likelihoods
 from lowmem_npo.files import write_atomically
 from lowmem_npo.model import reference_mode
+from lowmem_npo.run_directory import RunFiles
 from lowmem_npo.stop_conditions import Condition, StopEvaluation, best, held, holds
-
-EVALUATIONS, OUTCOME, KEPT = "evaluations.jsonl", "stopping.json", "best"
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Stopping(TrainerCallback):
         batch_size: int = 8,
         say: Callable[[str], None] = print,
     ) -> None:
-        self.conditions, self.model, self.sets, self.directory = conditions, model, sets, directory
+        self.conditions, self.model, self.sets, self.files = conditions, model, sets, RunFiles(directory)
         self.every, self.patience, self.batch_size, self.say = every, patience, batch_size, say
         self.evaluations: list[StopEvaluation] = []
 
@@ -77,7 +76,7 @@ class Stopping(TrainerCallback):
         Raises:
             UserError: the best adapter of the earlier part is gone.
         """
-        known = read_evaluations(self.directory / EVALUATIONS)
+        known = read_evaluations(self.files.stop_evaluations)
         self.evaluations = [evaluation for evaluation in known if evaluation.step <= step]
         if step == 0 or not self.evaluations or self.evaluations[0].step > 0:
             self.evaluations = []  # nothing to go on from: the original is measured again
@@ -146,7 +145,7 @@ class Stopping(TrainerCallback):
             sentence=self._sentence(kept, last, ended_by, within),
         )
         content = {**asdict(outcome), "last": _line(last), "kept": _line(kept), "before": _line(start)}
-        write_atomically(self.directory / OUTCOME, json.dumps(content, indent=1) + "\n")
+        write_atomically(self.files.stopping, json.dumps(content, indent=1) + "\n")
         self.say(outcome.sentence)
         return outcome
 
@@ -154,7 +153,7 @@ class Stopping(TrainerCallback):
         start = self.evaluations[0]
         times = f" {self.patience} times in a row" if self.patience > 1 else ""
         if ended_by:
-            why = " and ".join(f"{condition.text} ({condition.told(last, start)})" for condition in ended_by)
+            why = " and ".join(f"{condition.text} ({condition.describe(last, start)})" for condition in ended_by)
             told = f"Stopped at step {last.step}: {why}{times and ',' + times}."
         else:
             conditions = " and ".join(condition.text for condition in self.conditions)
@@ -182,10 +181,10 @@ class Stopping(TrainerCallback):
 
     def _write(self) -> None:
         lines = "".join(json.dumps(_line(evaluation)) + "\n" for evaluation in self.evaluations)
-        write_atomically(self.directory / EVALUATIONS, lines)
+        write_atomically(self.files.stop_evaluations, lines)
 
     def _file(self, evaluation: StopEvaluation) -> Path:
-        return self.directory / KEPT / f"step-{evaluation.step}.safetensors"
+        return self.files.best / f"step-{evaluation.step}.safetensors"
 
     def _trained(self) -> dict[str, Any]:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
@@ -204,7 +203,7 @@ class Stopping(TrainerCallback):
 
     def _prune(self) -> None:
         kept = best(self.evaluations, self.conditions)
-        for file in (self.directory / KEPT).glob("step-*"):
+        for file in self.files.best.glob("step-*"):
             if kept is None or file != self._file(kept):
                 file.unlink()
 

@@ -26,12 +26,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from lowmem_npo.config import AdapterConfig, ObjectiveConfig
-from lowmem_npo.data.batching import ForgetRetain, collator
+from lowmem_npo.config import AdapterConfig, ObjectiveConfig, TrainingConfig
+from lowmem_npo.data.batching import Batch, ForgetRetain, collator
 from lowmem_npo.data.tokenizing import TokenizedRow
 from lowmem_npo.errors import UserError
 from lowmem_npo.memory.prefix import SharedPrefix
 from lowmem_npo.model import answer_hidden, attach_lora, check_head, frozen_head
+from lowmem_npo.run_directory import AdapterFiles
 from lowmem_npo.training.objective import SequenceLogprobs, StepTotals, forget_loss, needs_reference, retain_weights
 from lowmem_npo.training.reference import CachedReference, LiveReference
 from lowmem_npo.training.step_rows import StepBatches
@@ -41,14 +42,14 @@ from lowmem_npo.training.step_rows import StepBatches
 class NPOConfig(ObjectiveConfig, TrainingArguments):
     """`transformers.TrainingArguments` with the objective's fields (see `ObjectiveConfig`), and the paper's defaults.
 
-    As in TRL, `per_device_train_batch_size` is what one process puts through the model at once (forget rows), and an
-    optimiser step holds `gradient_accumulation_steps` times as many, on each process. `step_batch_size` sets the step's
+    As in TRL, `per_device_train_batch_size` is how many forget rows one process puts through the model at once, and an
+    optimiser step takes `gradient_accumulation_steps` times as many on each process. `step_batch_size` sets the step's
     forget rows directly, for numbers that do not divide evenly.
     """
 
-    learning_rate: float = 1e-4
-    num_train_epochs: float = 20
-    per_device_train_batch_size: int = 4
+    learning_rate: float = TrainingConfig.lr
+    num_train_epochs: float = TrainingConfig.epochs
+    per_device_train_batch_size: int = TrainingConfig.batch_size
     lr_scheduler_type: str = "constant"
     max_grad_norm: float = 0.0  # the paper does not clip
     logging_steps: float = 1
@@ -59,8 +60,8 @@ class NPOConfig(ObjectiveConfig, TrainingArguments):
     retain_batch_size: int | None = None
     """Retain rows per optimiser step over all micro-batches and processes. Default: as many as forget rows."""
     reference_dir: str | None = None
-    """Directory where the reference's results are stored, and read from (`CachedReference`). Default: the reference
-    pass is run at every step."""
+    """Directory in which the reference's results are cached (`CachedReference`). Default: the reference pass is run at
+    every step."""
 
     def __post_init__(self) -> None:
         ObjectiveConfig.__post_init__(self)
@@ -84,9 +85,13 @@ class NPOTrainer(Trainer):
         processing_class: tokenizer; saved with the adapter, and its padding token fills short rows.
 
     Raises:
-        UserError: no adapter to train, an output head the kernels do not know, retain rows missing, a reference
-            cache that another model or other rows left behind.
+        UserError: no adapter to train, an output head that is not supported, retain rows missing, a reference cache
+            of another model or of other rows.
     """
+
+    args: NPOConfig
+    model: PeftModel
+    train_dataset: ForgetRetain
 
     def __init__(
         self,
@@ -99,7 +104,7 @@ class NPOTrainer(Trainer):
         peft_config: AdapterConfig | None = None,
         **trainer_kwargs: Any,
     ) -> None:
-        self.objective = args.objective
+        self.objective: ObjectiveConfig = args.objective
         if not isinstance(model, PeftModel):
             if peft_config is None:
                 raise UserError("NPOTrainer trains an adapter: give a PeftModel, or peft_config=AdapterConfig(...).")
@@ -131,11 +136,12 @@ class NPOTrainer(Trainer):
         self.step_batches = self._step_batches(len(forget_dataset), len(retain_dataset or ()))
         self.add_callback(_EpochOfSampler(self.step_batches))
 
-    def take_up(self, checkpoint: str) -> None:
-        """The adapter and the state of `checkpoint`, without training on. `train` would take one step at least."""
-        weights = load_file(Path(checkpoint) / "adapter_model.safetensors")
+    def restore(self, checkpoint: str) -> None:
+        """Restores the adapter and the state of `checkpoint` without training: `train` would take at least one step."""
+        files = AdapterFiles(Path(checkpoint))
+        weights = load_file(files.weights)
         set_peft_model_state_dict(self.model, weights)
-        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        self.state = TrainerState.load_from_json(str(files.trainer_state))
 
     # -- data: one forget and one retain batch per step -------------------------------------------------------------
 
@@ -166,8 +172,8 @@ class NPOTrainer(Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list, StepTotals]:
-        """The micro-batches of one optimiser step, and its totals over all of them and all processes."""
+    ) -> tuple[list[Batch], Any]:
+        """The micro-batches of one optimiser step, and its `StepTotals` over all of them and all processes."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         counts = torch.zeros(3, dtype=torch.int64)
         for batch in batches:
@@ -182,11 +188,9 @@ class NPOTrainer(Trainer):
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
-    def training_step(
-        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: StepTotals | None = None
-    ) -> Tensor:
-        """One micro-batch: its share of the step's loss, detached, after its gradients were added to the adapter's."""
-        totals = num_items_in_batch
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Adds the gradients of one micro-batch to the adapter's; returns its share of the step's loss, detached."""
+        totals: StepTotals = num_items_in_batch  # which the Trainer passes on from `get_batch_samples`
         self.model.train()
         inputs = self._prepare_inputs(inputs)
         forget, retain = inputs["forget"], inputs["retain"]
@@ -241,16 +245,14 @@ class NPOTrainer(Trainer):
         return loss
 
     def _sum_gradients(self) -> None:
-        """Adds the adapter's gradients over all processes: the passes call the bare module, so DDP's own hooks rest,
-        and losses are already shares of the whole step, so a sum (not DDP's mean) is exact."""
+        """Sums the adapter's gradients over all processes: the passes call the bare module, so DDP's own hooks never
+        run, and losses are already shares of the whole step, so a sum (not DDP's mean) is exact."""
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        for p in parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        flat = torch.cat([p.grad.flatten() for p in parameters])
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
         torch.distributed.all_reduce(flat)
-        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad.copy_(grad.view_as(p))
+        for p, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad = total.view_as(p)
 
     # -- logging ----------------------------------------------------------------------------------------------------
 
@@ -269,7 +271,7 @@ class NPOTrainer(Trainer):
 
 
 class _EpochOfSampler(TrainerCallback):
-    """Tells the sampler which epoch begins, counted from steps so that a resumed run sees the very same rows."""
+    """Sets the sampler's epoch, counted from steps so that a resumed run sees the very same rows."""
 
     def __init__(self, step_batches: StepBatches) -> None:
         self.step_batches = step_batches
@@ -286,7 +288,8 @@ class StepMetrics:
         names += ["forget_log_ratio"] if needs_reference(objective) else []
         names += ["retain_nll"] if objective.needs_retain else []
         names += ["retain_kl"] if objective.delta > 0 else []
-        self.names, self.steps, self._sums = names, 0, {}
+        self.names, self.steps = names, 0
+        self._sums: dict[str, Tensor] = {}
 
     def add(self, **values: Tensor) -> None:
         for name, value in values.items():

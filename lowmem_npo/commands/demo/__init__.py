@@ -32,6 +32,6 @@ def main(arguments: Sequence[str]) -> None:
     quiet_libraries()
     from lowmem_npo.commands.demo.run import run_demo  # after parsing: --help need not load transformers
 
-    found = run_demo(options.output_dir, seed=options.seed, device=options.device)
-    if not found.passed:
+    outcome = run_demo(options.output_dir, seed=options.seed, device=options.device)
+    if not outcome.passed:
         raise SystemExit(1)

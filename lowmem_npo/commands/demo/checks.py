@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowmem_npo.evaluation import AnswerEvaluation, AnswerSummary
-from lowmem_npo.report import Stages
+from lowmem_npo.evaluation.answer_table import Stages
+from lowmem_npo.evaluation.answers import AnswerEvaluation, AnswerSummary
 
 RECITED = 0.95
 FORGOTTEN_MARGIN = 0.05

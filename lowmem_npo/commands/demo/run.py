@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,19 +18,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowmem_npo.commands.demo.checks import Check, examples, judge
 from lowmem_npo.commands.demo.recipe import Recipe
 from lowmem_npo.commands.demo.teaching import make_tokenizer, taught_model
-from lowmem_npo.commands.train.run import Evaluations, train
+from lowmem_npo.commands.train.run import train
 from lowmem_npo.config import DataConfig
+from lowmem_npo.console import Say
 from lowmem_npo.data import PreparedData, Template, TokenizedRow, bundled_rows, prepare, to_examples
-from lowmem_npo.evaluation import AnswerSummary, evaluate_answers
-from lowmem_npo.evaluation.leaks import measure_leaks
-from lowmem_npo.files import write_atomically
+from lowmem_npo.evaluation.answer_table import save_table, stages_to_json, text_table
+from lowmem_npo.evaluation.answers import AnswerSummary, Evaluations, evaluate_answers, save_answers, summaries
+from lowmem_npo.evaluation.leaks.measure import measure_leaks, read_leaks, write_leaks
 from lowmem_npo.model.loading import resolve_device
-from lowmem_npo.report import draw_picture, read_metrics, save_table, text_table
 from lowmem_npo.report.files import write_report
-from lowmem_npo.report.table import stages_to_json
-from lowmem_npo.run_directory import RunDirectory
+from lowmem_npo.report.picture import draw_picture
+from lowmem_npo.run_directory import RunFiles
+from lowmem_npo.training.metrics import read_metrics
 
-Say = Callable[[str], None]
 PARTS = ("forget", "retain")
 BATCH_SIZE = 32  # rows measured together: the model is small
 REPLACEMENT = (
@@ -41,7 +41,7 @@ REPLACEMENT = (
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found; the same stands in demo.json."""
+    """The demo's numbers; demo.json holds the same."""
 
     directory: Path
     stages: dict[str, dict[str, AnswerSummary]]
@@ -105,34 +105,34 @@ def run_demo(
         gold_leaks = measure_leaks(gold, tokenizer, data.forget, holdout_rows=data.holdout, batch_size=BATCH_SIZE)
 
     run = directory / "unlearned"
-    say(f"\n3/4  The first model forgets, as `lowmem-npo train --config {run / 'run.yaml'}` would do it.")
-    if (run / "run.yaml").is_file():
+    files = RunFiles(run)
+    say(f"\n3/4  The first model forgets, as `lowmem-npo train --config {files.run_yaml}` would do it.")
+    if files.run_yaml.is_file():
         shutil.rmtree(run)  # an earlier demo's; anything else in its place makes `train` refuse
     config = recipe.run(directory / "base", run, seed, device)
     with _timed(seconds, "unlearning"):
         result = train(config, say=_indented(say))
 
     evaluations = {"before": result.before, "after": result.after, "gold": never_saw}
-    stages = {stage: {part: e.summary for part, e in parts.items()} for stage, parts in evaluations.items()}
-    found = DemoResult(directory, stages, judge(stages), seconds)
-    _save(found, seed, recipe)
+    stages = {stage: summaries(parts) for stage, parts in evaluations.items()}
+    outcome = DemoResult(directory, stages, judge(stages), seconds)
+    _save(outcome, seed, recipe)
     title = f"A small OLMo forgets {people['forget']} of {sum(people.values())} people"
-    draw_picture(directory / "demo.png", read_metrics(run / "metrics.jsonl"), stages, title)
-    RunDirectory(config).save_evaluations("gold", never_saw)
-    leaks = run / "leaks.json"
-    write_atomically(leaks, json.dumps({**json.loads(leaks.read_text()), "gold": gold_leaks}, indent=1) + "\n")
+    draw_picture(directory / "demo.png", read_metrics(files.metrics), stages, title)
+    save_answers(files.answers("gold"), never_saw)
+    write_leaks(files.leaks, {**read_leaks(files.leaks), "gold": gold_leaks})
     write_report(run)  # again, now with the gold standard
 
     say("\n4/4  Before, after, and the gold standard, which never saw the rows to be forgotten:\n")
     say(text_table(stages) + "\n")
     say(examples(evaluations, {"forget": 2, "retain": 1}))
     say(fill(REPLACEMENT, 96) + "\n")
-    for check in found.checks:
+    for check in outcome.checks:
         sign = "ok    " if check.passed else "FAILED"
         say(fill(check.meaning, 96, initial_indent=f"{sign}  {check.name:<13} ", subsequent_indent=" " * 22))
-    say(f"\nReport:  {run / 'report.html'}")
+    say(f"\nReport:  {files.report_html}")
     say(f"Picture: {directory / 'demo.png'}\nNumbers: {directory / 'demo.json'}\nAdapter: {run}")
-    return found
+    return outcome
 
 
 def _texts(limit: int | None) -> list[str]:

@@ -12,9 +12,9 @@ from statistics import fmean, stdev
 from typing import Any
 
 from lowmem_npo.commands.sweep.grid import SweepRun
+from lowmem_npo.evaluation.answers import read_answers
 from lowmem_npo.files import write_atomically
 from lowmem_npo.run_directory import RunDirectory
-from lowmem_npo.training.early_stopping import OUTCOME
 
 
 @dataclass(frozen=True)
@@ -92,20 +92,19 @@ def collect(runs: Sequence[SweepRun], ledger: Mapping[str, Mapping[str, Any]]) -
 
 
 def _entry(run: SweepRun, ledger: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    found = RunDirectory(run.config)
-    before, after = found.evaluations("before"), found.evaluations("after")
+    files, eval_rows = RunDirectory(run.config), run.config.output.eval_rows
+    before, after = (read_answers(files.answers(stage), eval_rows) for stage in ("before", "after"))
     place = f"{run.directory.parent.name}/{run.directory.name}"
     entry = {"configuration": run.point.name, **dict(run.point.settings), "seed": run.seed, "directory": place}
     error = ledger.get(place, {}).get("error")
-    if error or not (found.is_trained and before and after):
+    if error or not (files.is_trained and before and after):
         return {**entry, "status": "failed", "error": error or "not finished"}
     if not all(map(math.isfinite, _figures(after).values())):
         return {**entry, "status": "failed", "error": "the training diverged: its figures are not finite numbers"}
     entry |= {"status": "done", "seconds": ledger.get(place, {}).get("seconds")}
     entry |= _figures(after)
-    stopping = run.directory / OUTCOME
-    if stopping.exists():
-        outcome = json.loads(stopping.read_text(encoding="utf-8"))
+    if files.stopping.exists():
+        outcome = json.loads(files.stopping.read_text(encoding="utf-8"))
         entry |= {"kept_step": outcome["kept"]["step"], "stopped_by": " ".join(outcome["held"])}
     return {**entry, "before": _figures(before)}
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lowmem_npo.config import DataConfig, ModelConfig, RunConfig
 from lowmem_npo.errors import UserError
+from lowmem_npo.run_directory import RunFiles
 
 # Options that a sweep sets itself, or that say what one invocation does.
 NOT_IN_GRID = {
@@ -142,7 +143,7 @@ def _placed(config: RunConfig, point: GridPoint, root: Path, seed: int) -> RunCo
     if memory.reference == "cached":
         names = {f.name.replace("_", "-") for section in (ModelConfig, DataConfig) for f in fields(section)}
         makes_another = GridPoint(tuple(setting for setting in point.settings if setting[0] in names))
-        shared = Path(memory.reference_dir or root / "reference")
+        shared = Path(memory.reference_dir or RunFiles(root).reference)
         memory = replace(memory, reference_dir=str(shared / makes_another.name if makes_another.settings else shared))
     return replace(
         config,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from lowmem_npo.commands.sweep.grid import SweepRun
 from lowmem_npo.commands.sweep.picture import draw_sweep
 from lowmem_npo.commands.train.run import Inputs, plan_run, unlearn
 from lowmem_npo.config import ModelConfig
+from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.answers import read_answers, summaries
 from lowmem_npo.files import write_atomically
 from lowmem_npo.model import load_model
-from lowmem_npo.run_directory import RunDirectory
+from lowmem_npo.run_directory import RunDirectory, RunFiles
 
 STATE = "sweep_state.json"
-Say = Callable[[str], None]
 
 
 def sweep(runs: Sequence[SweepRun], root: Path, *, resume: bool, say: Say = print) -> SweepResult:
@@ -66,32 +67,37 @@ def sweep(runs: Sequence[SweepRun], root: Path, *, resume: bool, say: Say = prin
 def is_finished(run: SweepRun) -> bool:
     """Whether the run's directory holds its adapter, what was measured after it, and the report, written last; a run
     that is to be longer now is not finished."""
-    found = RunDirectory(run.config)
-    measured = bool(found.evaluations("before")) and bool(found.evaluations("after"))
-    complete = found.is_trained and measured and (run.directory / "report.json").is_file()
-    return complete and found.run_yaml.is_file() and not found.is_to_be_longer
+    files, eval_rows = RunDirectory(run.config), run.config.output.eval_rows
+    measured = all(read_answers(files.answers(stage), eval_rows) for stage in ("before", "after"))
+    complete = files.is_trained and measured and files.report_json.is_file()
+    return complete and files.run_yaml.is_file() and not files.is_to_be_longer
 
 
 def _do(run: SweepRun, bases: Bases, inputs: dict[str, Inputs], say: Say) -> None:
     """One run. What `train` would print goes to log.txt in its directory."""
     config = run.config
     # A run that was killed before its first checkpoint, or even before it wrote anything, begins anew.
-    resume = (run.directory / "run.yaml").exists()
+    files = RunFiles(run.directory)
+    resume = files.run_yaml.exists()
     config = replace(config, output=replace(config.output, resume=resume))
     lines: list[str] = []
     key = repr((config.model, config.data, config.objective.forget_term == "idk"))
     plan = plan_run(config, lines.append, inputs.get(key))
     inputs[key] = plan.tokenizer, plan.data
-    (run.directory / "report.json").unlink(missing_ok=True)  # of a shorter run: it would say that this one is done
+    files.report_json.unlink(missing_ok=True)  # of a shorter run: it would say that this one is done
     try:
         with lent(bases.loaded(config.model)) as base:
             result = unlearn(plan, base, lines.append)
             del base
     finally:
         if run.directory.is_dir():
-            (run.directory / "log.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    found = {name: evaluation.summary for name, evaluation in result.after.items()}
-    say("    " + "; ".join(f"{name} NLL {s.nll:.3f}, exact match {s.exact_match:.3f}" for name, s in found.items()))
+            files.log.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    say(
+        "    "
+        + "; ".join(
+            f"{name} NLL {s.nll:.3f}, exact match {s.exact_match:.3f}" for name, s in summaries(result.after).items()
+        )
+    )
     if result.stopping is not None:
         say("    " + result.stopping.sentence)
 
@@ -141,5 +147,5 @@ def _check(runs: Sequence[SweepRun], root: Path, resume: bool) -> None:
         hint = ", continue it with --resume," if root.is_dir() and (root / STATE).exists() else ""
         raise UserError(f"--output-dir '{root}' holds something already: choose another directory{hint} or remove it.")
     for run in runs:
-        if (run.directory / "run.yaml").exists():
+        if RunFiles(run.directory).run_yaml.exists():
             RunDirectory(replace(run.config, output=replace(run.config.output, resume=True))).check()

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 
 from lowmem_npo.config import RunConfig
+from lowmem_npo.console import Say, silent
 from lowmem_npo.data import PreparedData, TokenizedRow, TokenizedRows, prepare, preview
 from lowmem_npo.errors import UserError
-from lowmem_npo.estimate.background import keep_budget, watched
-from lowmem_npo.evaluation.answers import AnswerEvaluation, choose_rows, evaluate_answers
-from lowmem_npo.evaluation.leaks import IN_MEMORY, measure_leaks
-from lowmem_npo.evaluation.leaks.measure import check_tests, skipped
+from lowmem_npo.estimate.background import keep_budget, watch_memory
+from lowmem_npo.evaluation.answer_table import save_table, text_table
+from lowmem_npo.evaluation.answers import (
+    Evaluations,
+    choose_rows,
+    evaluate_answers,
+    read_answers,
+    save_answers,
+    summaries,
+)
+from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakResults
+from lowmem_npo.evaluation.leaks.measure import measure_leaks, read_leaks, write_leaks
+from lowmem_npo.evaluation.leaks.registry import WHILE_TRAINING, leak_tests
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model, load_tokenizer, reference_mode, resolve_name
 from lowmem_npo.model.loading import DTYPES, load_config, resolve_device
 from lowmem_npo.report.audit import begin_audit, check_same_rows, finish_audit
 from lowmem_npo.report.evaluation_text import leaks_text
 from lowmem_npo.report.files import write_report
-from lowmem_npo.report.table import save_table, text_table
 from lowmem_npo.run_directory import RunDirectory, check_disk, step_of
 from lowmem_npo.training.arguments import npo_config
 from lowmem_npo.training.early_stopping import StopOutcome, Stopping
@@ -34,9 +41,7 @@ from lowmem_npo.training.progress import ConsoleProgress
 from lowmem_npo.training.reference import check_cache_space
 from lowmem_npo.training.trainer import NPOTrainer
 
-Say = Callable[[str], None]
-Evaluations = dict[str, AnswerEvaluation]
-EVAL_SEED = 0  # the rows measured are the same ones whatever --seed is: runs with several seeds are compared
+EVAL_SEED = 0  # the same rows are measured whatever --seed is, so that runs with several seeds can be compared
 Inputs = tuple[PreTrainedTokenizerBase, PreparedData]
 
 
@@ -53,7 +58,7 @@ class RunResult:
 
 @dataclass
 class RunPlan:
-    """A run in which nothing is wrong any more: it only has to be done. `config` has its memory budget resolved."""
+    """A validated run. `config` has its memory budget resolved."""
 
     config: RunConfig
     directory: RunDirectory
@@ -81,9 +86,9 @@ def train(config: RunConfig, say: Say = print) -> RunResult | None:
     """Makes the model forget. Returns None after --preview and --dry-run, which train nothing.
 
     Raises:
-        UserError: something the user can mend, said in one sentence.
+        UserError: something the user can fix, said in one sentence.
     """
-    say = say if is_main_process(config) else (lambda line: None)
+    say = say if is_main_process(config) else silent
     plan = plan_run(config, say)
     if plan is None:
         return None
@@ -106,7 +111,7 @@ def plan_run(config: RunConfig, say: Say, inputs: Inputs | None = None) -> RunPl
     """
     if line := resolve_name(config.model.model)[1]:
         say(line)
-    check_tests(config.output.leaks, IN_MEMORY)
+    leak_tests(config.output.leaks, WHILE_TRAINING)
     model_config = load_config(config.model)
     if inputs is None:
         tokenizer = load_tokenizer(config.model)
@@ -124,9 +129,9 @@ def plan_run(config: RunConfig, say: Say, inputs: Inputs | None = None) -> RunPl
     if config.output.resume:
         check_same_rows(directory.path, data)
     check_disk(config, model_config)
-    if config.reference_dir is not None:
+    if directory.reference_dir is not None:
         dtype = DTYPES[config.model.dtype]
-        say(check_cache_space(config.objective, data.forget, data.retain, model_config, dtype, config.reference_dir))
+        say(check_cache_space(config.objective, data.forget, data.retain, model_config, dtype, directory.reference_dir))
     directory.config = config = keep_budget(config, data, say)
     plan = RunPlan(config, directory, tokenizer, data)
     if config.output.dry_run:
@@ -165,24 +170,24 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
 
     before: Evaluations = {}
     if config.output.eval_rows and main_process:
-        before = directory.evaluations("before")
+        before = read_answers(directory.answers("before"), config.output.eval_rows)  # of a killed run
         fresh = not before
         if fresh:
             with reference_mode(model):
                 before = _evaluate(plan, model, "before")
-            directory.save_evaluations("before", before)
-        asked = set(_leak_tests(config, "before"))
-        if (fresh and asked) or set(directory.leaks("before")) != asked:
+            save_answers(directory.answers("before"), before)
+        wanted = set(_leak_tests(config, "before"))
+        if (fresh and wanted) or set(read_leaks(directory.leaks).get("before", {})) != wanted:
             with reference_mode(model):
-                directory.save_leaks("before", _leaks(plan, model, "before"))
+                write_leaks(directory.leaks, {"before": _leaks(plan, model, "before")})
     PartialState().wait_for_everyone()
 
     checkpoint = directory.last_checkpoint() if config.output.resume else None
     stopped = stopping is not None and stopping.resume(step_of(checkpoint))
     if step_of(checkpoint) >= plan.steps:
-        trainer.take_up(checkpoint)
+        trainer.restore(checkpoint)
     elif not stopped:
-        with watched(config, data, trainer.args.device, say):
+        with watch_memory(config, data, trainer.args.device, say):
             trainer.train(resume_from_checkpoint=checkpoint)
     outcome = stopping.finish() if stopping is not None and main_process else None
     trainer.save_model(str(directory.path))
@@ -190,16 +195,15 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
     after: Evaluations = {}
     if config.output.eval_rows and main_process:
         after = _evaluate(plan, model, "after")
-        directory.save_evaluations("after", after)
-        stages = {
-            stage: {name: e.summary for name, e in sets.items()}
-            for stage, sets in {"before": before, "after": after}.items()
-        }
+        save_answers(directory.answers("after"), after)
+        stages = {stage: summaries(sets) for stage, sets in {"before": before, "after": after}.items()}
         save_table(stages, directory.path)
         say("\n" + text_table(stages))
         if config.output.leaks:
-            directory.save_leaks("after", _leaks(plan, model, "after"))
-            say("\nWhat still leaks\n" + leaks_text(directory.leaks("after"), directory.leaks("before")))
+            leaks_before = read_leaks(directory.leaks).get("before", {})
+            leaks_after = _leaks(plan, model, "after")
+            write_leaks(directory.leaks, {"before": leaks_before, "after": leaks_after})
+            say("\nWhat still leaks\n" + leaks_text(leaks_after, leaks_before))
     steps = trainer.state.global_step if outcome is None else outcome.last.step
     if main_process:
         finish_audit(directory.path, steps, adapter_step=steps if outcome is None else outcome.kept.step)
@@ -244,8 +248,8 @@ def _evaluate(plan: RunPlan, model: PeftModel, stage: str) -> Evaluations:
     }
 
 
-def _leaks(plan: RunPlan, model: PeftModel, stage: str) -> dict[str, dict[str, Any]]:
-    """The leak tests on the rows that are measured before and after, held against as many of the holdout."""
+def _leaks(plan: RunPlan, model: PeftModel, stage: str) -> LeakResults:
+    """The leak tests on the rows that are measured before and after, compared with as many of the holdout."""
     config, data = plan.config, plan.data
     tests = _leak_tests(config, stage)
     if not tests:
@@ -261,12 +265,12 @@ def _leaks(plan: RunPlan, model: PeftModel, stage: str) -> dict[str, dict[str, A
             batch_size=config.output.eval_batch_size,
         )
     except UserError as error:  # a diverged adapter gives no numbers: the report must say so all the same
-        return {test: skipped(str(error).rstrip(".")) for test in tests}
+        return {test: LeakResult.not_measured(str(error).rstrip(".")) for test in tests}
 
 
 def _leak_tests(config: RunConfig, stage: str) -> list[str]:
-    """Before, nothing was forgotten that could be taught again."""
-    return [test for test in config.output.leaks if stage == "after" or test != "relearning"]
+    tests = leak_tests(config.output.leaks, WHILE_TRAINING)
+    return [test.name for test in tests if stage == "after" or not test.after_only]
 
 
 def _measured_rows(config: RunConfig, rows: TokenizedRows) -> list[TokenizedRow]:

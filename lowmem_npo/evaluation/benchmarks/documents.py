@@ -1,4 +1,4 @@
-"""Whether the loss of a document still tells that the model was taught it: the LOSS membership attack.
+"""Whether the loss of a document still tells that the model was taught it: membership inference by LOSS.
 
 Every document gets the score -(mean negative log-likelihood of its tokens, the first excepted). The AUC is the
 probability that a member scores above a non-member: 0.5 tells nothing, towards 1 the members are still known, towards 0
@@ -10,19 +10,44 @@ Yeom et al. 2018, https://arxiv.org/abs/1709.01604; as in the evaluation of SemE
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from sklearn.metrics import roc_auc_score
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_npo.data import Rows, Template, TokenizedRow, to_examples
 from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measured, Selection
+from lowmem_npo.evaluation.figures import Figure, at
+from lowmem_npo.evaluation.options import Options, data_set
+from lowmem_npo.evaluation.scoring.scorer import Scorer
+
+MEMBERS, NONMEMBERS = "members", "nonmembers"
+AUC_MEANING = (
+    "How well the loss tells taught documents from others: 0.5 is a coin, above it they are remembered, far below it "
+    "they are conspicuous."
+)
+
+
+@dataclass
+class DocumentOptions(Options):
+    members: str | None = data_set(MEMBERS)
+    """Documents the model was taught and should have forgotten, for membership inference (column `document`, or any
+    rows that --forget takes)."""
+    nonmembers: str | None = data_set(NONMEMBERS)
+    """Documents like them that the model never saw."""
+
+    def check(self) -> None:
+        if (self.members is None) != (self.nonmembers is None):
+            given, missing = ("--members", "--nonmembers") if self.nonmembers is None else ("--nonmembers", "--members")
+            raise UserError(f"{given} is given but {missing} is not: membership inference compares the two.")
 
 
 @dataclass(frozen=True)
 class MembershipScore:
-    """The attack's result. `members` and `nonmembers` are how many documents of each were scored."""
+    """`members` and `nonmembers` are how many documents of each were scored."""
 
     auc: float
     members: int
@@ -33,12 +58,50 @@ class MembershipScore:
     def meaning(self) -> str:
         """The AUC in a sentence."""
         if self.all_equal:
-            return "every document has the same loss, so the attack (and this score) says nothing about the model"
+            return "every document has the same loss, so this score says nothing about the model"
         if abs(self.auc - 0.5) <= 0.05:
             return "the loss tells members from non-members hardly better than a coin"
         if self.auc > 0.5:
             return "members are still more likely than non-members: they are remembered"
         return "members are now less likely than non-members: over-forgetting, which tells them apart as well"
+
+
+class Documents(Benchmark[float, MembershipScore]):
+    name = "membership"
+    group = "documents"
+    title = "Documents, membership inference by LOSS"
+    sets = (MEMBERS, NONMEMBERS)
+    options = DocumentOptions
+
+    def select(self, name: str, rows: Rows, context: Context) -> Selection:
+        tokenized = documents(rows, context.tokenizer)
+        return Selection([tokenized[i] for i in context.choose(len(tokenized))], len(tokenized))
+
+    def measure(self, name: str, selection: Selection, scorer: Scorer, context: Context) -> list[float]:
+        return scorer.nll(f"{name}: loss of documents", selection.rows)
+
+    def score(self, measured: Measured, context: Context) -> MembershipScore | None:
+        score = self.membership(measured)
+        if score and score.all_equal:
+            context.notes.append(f"Membership: {score.meaning}.")
+        return score
+
+    def membership(self, measured: Measured) -> MembershipScore | None:
+        """The score alone; None where no documents were measured."""
+        nll = self.own(measured)
+        return membership(nll[MEMBERS], nll[NONMEMBERS]) if nll else None
+
+    def to_json(self, scores: MembershipScore) -> dict[str, Any]:
+        return asdict(scores)
+
+    def figures(self, content: Mapping[str, Any]) -> list[Figure]:
+        return [Figure(None, "auc", "membership AUC", at(content, "auc"), "0.5", AUC_MEANING)]
+
+    def text(self, content: Any, before: Any) -> str:
+        return f"{super().text(content, before)}\n{MembershipScore(**content).meaning}."
+
+
+DOCUMENTS = Documents()
 
 
 def documents(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[TokenizedRow]:
@@ -64,7 +127,7 @@ def documents(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[TokenizedR
 
 
 def membership(member_nll: Sequence[float], nonmember_nll: Sequence[float]) -> MembershipScore:
-    """The attack on mean negative log-likelihoods per token, in nats.
+    """The AUC of mean negative log-likelihoods per token, in nats.
 
     Raises UserError where a document has none: the model gives NaN or infinity.
     """

@@ -1,21 +1,101 @@
-"""Tasks of EleutherAI's lm-evaluation-harness, such as MMLU, on the model as it stands in memory."""
+"""Tasks of EleutherAI's lm-evaluation-harness, such as MMLU, on the model as it is in memory."""
 
 from __future__ import annotations
 
 import difflib
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measured, Selection
+from lowmem_npo.evaluation.figures import Figure, at
+from lowmem_npo.evaluation.options import Options, free
 from lowmem_npo.evaluation.scoring.eval_mode import evaluating
+from lowmem_npo.evaluation.scoring.scorer import Scorer
 from lowmem_npo.model import compute_autocast
 
+if TYPE_CHECKING:
+    from lowmem_npo.evaluation.settings import EvaluationConfig
+
 INSTALL = "pip install 'lowmem-npo[eval]'"
+MMLU_SHARE = 0.75  # of the accuracy before unlearning; below it SemEval-2025 Task 4 does not rank a model
+
+Metrics = dict[str, float]
+
+
+@dataclass
+class LmEvalOptions(Options):
+    lm_eval: tuple[str, ...] = free(())
+    """Tasks of lm-eval, such as mmlu; they download their data. Needs: pip install 'lowmem-npo[eval]'"""
+    lm_eval_path: str | None = free(None)
+    """Folder of further task files for lm-eval."""
+    lm_eval_shots: int | None = None
+    """Examples before each lm-eval question. Default: the task's own number."""
+
+
+class LmEval(Benchmark[dict[str, Metrics], dict[str, Metrics]]):
+    name = "lm_eval"
+    group = "lm-eval"
+    title = "lm-eval"
+    note = "What the model can do beyond the data of this run."
+    options = LmEvalOptions
+    empty: dict[str, Any] = {}
+
+    def check(self, config: EvaluationConfig) -> None:
+        if config.lm_eval:
+            check_tasks(config.lm_eval, config.lm_eval_path)
+
+    def own_sets(self, config: EvaluationConfig) -> dict[str, Selection]:
+        return {task: Selection([task], 1) for task in config.lm_eval}
+
+    def measure(self, name: str, selection: Selection, scorer: Scorer, context: Context) -> list[dict[str, Metrics]]:
+        part, config = f"lm-eval: {name}", context.config
+        if 0 not in scorer.journal.known(part):
+            metrics = run_tasks(
+                scorer.loaded_model,
+                scorer.tokenizer,
+                [name],
+                path=config.lm_eval_path,
+                shots=config.lm_eval_shots,
+                limit=config.limit,
+                batch_size=config.batch_size,
+            )
+            scorer.journal.write(part, [0], [metrics])
+        return [scorer.journal.known(part)[0]]
+
+    def score(self, measured: Measured, context: Context) -> dict[str, Metrics] | None:
+        results = self.results(measured)
+        mmlu, before = mmlu_accuracy(results), mmlu_accuracy(context.before.get(self.name, {}))
+        if mmlu is not None and before and mmlu < MMLU_SHARE * before:
+            context.notes.append(
+                f"WARNING: MMLU fell from {before:.3f} to {mmlu:.3f}, below {MMLU_SHARE:.0%} of it: "
+                "the model is damaged, and SemEval-2025 Task 4 would not rank it."
+            )
+        return results or None
+
+    def results(self, measured: Measured) -> dict[str, Metrics]:
+        """Task -> its metrics."""
+        return {task: metrics for (by_task,) in self.own(measured).values() for task, metrics in by_task.items()}
+
+    def to_json(self, scores: dict[str, Metrics]) -> dict[str, Metrics]:
+        return scores
+
+    def figures(self, content: Mapping[str, Mapping[str, float]]) -> list[Figure]:
+        meaning = "lm-eval's own measure of the task; a fall is damage beyond the data."
+        return [
+            Figure(task, metric, f"{task}, {metric}", at(content, task, metric), "as before", meaning)
+            for task, metrics in content.items()
+            for metric in metrics
+        ]
+
+
+LM_EVAL = LmEval()
 
 
 def check_tasks(tasks: Sequence[str], path: str | None = None) -> None:
@@ -50,7 +130,7 @@ def run_tasks(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with evaluating(model), compute_autocast(model):
         try:
-            found = simple_evaluate(
+            evaluated = simple_evaluate(
                 model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
                 tasks=list(tasks),
                 num_fewshot=shots,
@@ -62,7 +142,7 @@ def run_tasks(
         except (OSError, ValueError) as error:  # OSError: no network, no local copy; ValueError: no such data set
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"--lm-eval {' '.join(tasks)}: the task's data cannot be loaded ({reason}).") from error
-    return {task: _numbers(found["results"][task]) for task in tasks}
+    return {task: _numbers(evaluated["results"][task]) for task in tasks}
 
 
 def mmlu_accuracy(results: dict[str, dict[str, float]]) -> float | None:

@@ -15,22 +15,50 @@ generation counts as empty (the script reads it back from CSV as the text "nan")
 
 from __future__ import annotations
 
+import json
 import random
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from statistics import fmean, harmonic_mean
 from typing import Any
 
 from rouge_score.rouge_scorer import RougeScorer
 
 from lowmem_npo.data import Rows, to_examples
+from lowmem_npo.evaluation.benchmarks.contract import FORGET, RETAIN, Benchmark, Context, Measured, Selection
+from lowmem_npo.evaluation.benchmarks.documents import AUC_MEANING, DOCUMENTS
+from lowmem_npo.evaluation.benchmarks.lm_eval import LM_EVAL, MMLU_SHARE, mmlu_accuracy
+from lowmem_npo.evaluation.figures import Figure, at
+from lowmem_npo.evaluation.scoring.scorer import Scorer
+from lowmem_npo.files import write_atomically
+from lowmem_npo.run_directory import EvaluationFiles
 
 TASKS = ("Task1", "Task2", "Task3")
 REGURGITATION, KNOWLEDGE = "regurgitation-score", "knowledge-score"
 KINDS = {"sc": REGURGITATION, "qa": KNOWLEDGE}
 MAX_NEW_TOKENS = 256
-MMLU_SHARE = 0.75  # of the accuracy before unlearning; below it the challenge does not rank a model
+
+WISHES = {FORGET: "lower", RETAIN: "as before"}
+MEANINGS = {
+    (FORGET, REGURGITATION): "How much of the text to be forgotten the model still writes (ROUGE-L recall). Lower is "
+    "better.",
+    (FORGET, KNOWLEDGE): "Share of questions about it that the model still answers exactly. Lower is better.",
+    (RETAIN, REGURGITATION): "How much of the text to be kept it writes. As before is good, a fall is damage.",
+    (RETAIN, KNOWLEDGE): "Share of questions about it that it answers exactly. As before is good, a fall is damage.",
+}
+# key in the official result file -> title, wish, meaning, what would measure it
+TOTALS = {
+    "harmonic-mean-task-aggregate": ("task aggregate", "higher", "Harmonic mean of forgetting and keeping over tasks "
+    "and kinds; 1 is best, and 0 if a single one of the twelve is 0.", "needs rows of every task and kind"),
+    "mia_loss_acc": ("membership AUC", "0.5", AUC_MEANING, "needs --members"),
+    "mia_final_score": ("membership score", "higher", "1 - 2 |AUC - 0.5|: 1 where the loss betrays no member.",
+    "needs --members"),
+    "mmlu_average": ("MMLU", "as before", "Accuracy on MMLU, for damage beyond the data; the challenge ranks no model "
+    f"below {MMLU_SHARE:.0%} of what it was before.", "needs --lm-eval mmlu"),
+    "aggregate-score": ("final score", "higher", "Mean of task aggregate, membership score and MMLU.",
+    "needs all three"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,17 +117,84 @@ class LumeScores:
         }
 
 
+class Lume(Benchmark[LumeAnswer, LumeScores]):
+    name = "lume"
+    group = "LUME"
+    title = "LUME, SemEval-2025 Task 4"
+    note = "Scored as the challenge's official script does, from greedy generations."
+    sets = (FORGET, RETAIN)
+
+    def select(self, name: str, rows: Rows, context: Context) -> Selection | None:
+        lume = lume_rows(rows)
+        if not lume:
+            return None
+        if left_out := len(rows) - len(lume):
+            context.notes.append(f"{name}: {left_out} rows without a LUME id (…sc1, …qa0) are left out.")
+        return Selection(choose_lume_rows(lume, context.config.limit, context.config.seed), len(lume))
+
+    def measure(self, name: str, selection: Selection, scorer: Scorer, context: Context) -> list[LumeAnswer]:
+        # LUME's prompts are always given as they are, without a template.
+        prompts = [list(scorer.tokenizer(row.input, verbose=False).input_ids) for row in selection.rows]
+        texts = scorer.continuations(f"{name}: LUME generations", prompts, MAX_NEW_TOKENS)
+        # transformers 4, with which the official scores were made, cleans spaces up when decoding; 5 leaves it to us.
+        texts = [scorer.tokenizer.clean_up_tokenization(text) for text in texts]
+        return score_generations(selection.rows, texts)
+
+    def score(self, measured: Measured, context: Context) -> LumeScores | None:
+        answers = self.own(measured)
+        if not answers:
+            return None
+        membership = DOCUMENTS.membership(measured)
+        scores = lume_scores(
+            answers.get(FORGET, []),
+            answers.get(RETAIN, []),
+            mia_auc=membership.auc if membership else None,
+            mmlu=mmlu_accuracy(LM_EVAL.results(measured)),
+        )
+        if scores.missing:
+            context.notes.append(f"No LUME task aggregate: {'; '.join(scores.missing)}.")
+        return scores
+
+    def to_json(self, scores: LumeScores) -> dict[str, Any]:
+        return scores.official()
+
+    def rows_to_json(self, name: str, measured: Sequence[LumeAnswer]) -> list[dict[str, Any]]:
+        return [{**asdict(a.row), "generation": a.generation, "score": a.score} for a in measured]
+
+    def figures(self, content: Mapping[str, Any]) -> list[Figure]:
+        lines = []
+        for part, wish in WISHES.items():
+            block = content[f"{part}-set"]
+            for kind in KINDS.values():
+                title, meaning = kind.removesuffix("-score"), MEANINGS[part, kind]
+                overall = f"overall-{kind}"
+                lines.append(Figure(part, overall, f"{title}, all tasks", at(block, overall), wish, meaning))
+                for task in (name for name in block if not name.startswith("overall-")):
+                    value = at(block, task, kind)
+                    lines.append(
+                        Figure(part, f"{task}.{kind}", f"{title}, {task}", value, wish, "The same, for one task.")
+                    )
+        totals = [Figure(None, key, title, at(content, key), *rest) for key, (title, *rest) in TOTALS.items()]
+        return lines + totals
+
+    def save(self, scores: LumeScores, files: EvaluationFiles) -> None:
+        write_atomically(files.official, json.dumps(scores.official()) + "\n")
+
+
+LUME = Lume()
+
+
 def lume_rows(rows: Rows) -> list[LumeRow]:
     """The rows that LUME scores; empty where no id is one of LUME's. Raises UserError for a row that cannot be read."""
     if not {"id", "input", "output"} <= set(rows.columns):
         return []
-    found = []
+    scored = []
     for index, example in enumerate(to_examples(rows, prompt_column="input", answer_column="output")):
         match = re.search(r"(sc|qa).$", example.id or "")
         if match:
             task = str(rows.rows[index].get("task") or "(no task)")
-            found.append(LumeRow(index, example.id, task, KINDS[match[1]], example.prompt, example.answer))
-    return found
+            scored.append(LumeRow(index, example.id, task, KINDS[match[1]], example.prompt or "", example.answer))
+    return scored
 
 
 def choose_lume_rows(rows: Sequence[LumeRow], limit: int | None, seed: int) -> list[LumeRow]:

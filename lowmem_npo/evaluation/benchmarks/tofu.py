@@ -19,9 +19,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import hmean, ks_2samp
@@ -29,12 +30,51 @@ from transformers import PreTrainedTokenizerBase
 
 from lowmem_npo.data import Example, Rows, Template, to_examples, tokenize
 from lowmem_npo.errors import UserError
-from lowmem_npo.evaluation.scoring.scorer import Measuring
+from lowmem_npo.evaluation.benchmarks.contract import (
+    FORGET,
+    RETAIN,
+    Benchmark,
+    Context,
+    Measured,
+    Selection,
+)
+from lowmem_npo.evaluation.figures import Figure, at
+from lowmem_npo.evaluation.options import Options, data_set, free
+from lowmem_npo.evaluation.scoring.scorer import Scorer
+
+if TYPE_CHECKING:
+    from lowmem_npo.evaluation.settings import EvaluationConfig
 
 MAX_NEW_TOKENS = 200
-FORGET, RETAIN, REAL_AUTHORS, WORLD_FACTS = "forget", "retain", "real authors", "world facts"
+REAL_AUTHORS, WORLD_FACTS = "real authors", "world facts"
 UTILITY_SETS = (RETAIN, REAL_AUTHORS, WORLD_FACTS)
 TINY = 1e-10  # open-unlearning adds it to denominators
+
+# field of TofuSet -> title, what it is, wish on forget
+MEASURES = {
+    "probability": ("probability", "of the true answers (on real authors and world facts: among wrong ones)", "lower"),
+    "rouge_l_recall": ("ROUGE-L recall", "of the true answers in what the model says", "lower"),
+    "truth_ratio": ("truth ratio", "1 on forget: the truth is no likelier than wrong answers; near 1 elsewhere: it is",
+    "as never taught"),
+}  # fmt: skip
+# key -> title, wish, meaning, what would measure it
+TOTALS = {
+    "model_utility": ("model utility", "higher", "Harmonic mean of the nine scores on what is to be kept; a fall is "
+    "damage.", "needs retain, --real-authors and --world-facts"),
+    "forget_quality": ("forget quality", "above 0.05", "p-value of a test that tells this model from one never taught "
+    "the rows; above 0.05 it cannot.", "needs --retained-log"),
+}  # fmt: skip
+
+
+@dataclass
+class TofuOptions(Options):
+    real_authors: str | None = data_set(REAL_AUTHORS)
+    """TOFU's real_authors_perturbed rows; model utility needs them."""
+    world_facts: str | None = data_set(WORLD_FACTS)
+    """TOFU's world_facts_perturbed rows; model utility needs them."""
+    retained_log: str | None = free(None)
+    """evaluation.json of a model that was never taught the forget set (or open-unlearning's TOFU_EVAL.json); TOFU's
+    forget quality needs it."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +113,79 @@ class TofuSet:
     truth_ratios: list[float]
 
 
+@dataclass(frozen=True)
+class TofuScores:
+    """Every set's scores, and the two that are made of them; None where a set was not measured."""
+
+    sets: dict[str, TofuSet]
+    model_utility: float | None
+    forget_quality: float | None
+
+
+class Tofu(Benchmark[TofuAnswer, TofuScores]):
+    name = "tofu"
+    group = "TOFU"
+    title = "TOFU"
+    note = "Defined as in open-unlearning."
+    sets = (FORGET, RETAIN, REAL_AUTHORS, WORLD_FACTS)
+    options = TofuOptions
+
+    def check(self, config: EvaluationConfig) -> None:
+        if config.retained_log:
+            retained_truth_ratios(config.retained_log)
+
+    def select(self, name: str, rows: Rows, context: Context) -> Selection | None:
+        tofu = tofu_rows(rows)
+        if not tofu and name in (REAL_AUTHORS, WORLD_FACTS):
+            raise UserError(f"{rows.name} has no column perturbed_answer, which TOFU's {name} need.")
+        return Selection([tofu[i] for i in context.choose(len(tofu))], len(tofu)) if tofu else None
+
+    def measure(self, name: str, selection: Selection, scorer: Scorer, context: Context) -> list[TofuAnswer]:
+        return measure_tofu(scorer, name, selection.rows, context.template, context.config.tokens_per_row)
+
+    def score(self, measured: Measured, context: Context) -> TofuScores | None:
+        sets = {name: score_tofu(name, answers) for name, answers in self.own(measured).items()}
+        quality = None
+        if (log := context.config.retained_log) and FORGET in sets:
+            quality = forget_quality(sets[FORGET].truth_ratios, retained_truth_ratios(log))
+        return TofuScores(sets, model_utility(sets), quality) if sets else None
+
+    def to_json(self, scores: TofuScores) -> dict[str, Any]:
+        return asdict(scores)
+
+    def rows_to_json(self, name: str, measured: Sequence[TofuAnswer]) -> list[dict[str, Any]]:
+        return [
+            {
+                "question": a.row.example.prompt,
+                "answer": a.row.example.answer,
+                "generation": a.generation,
+                "nll": a.nll,
+                "paraphrased_nll": a.paraphrased_nll,
+                "perturbed_nll": a.perturbed_nll,
+                "truth_ratio": a.truth_ratio,
+            }
+            for a in measured
+        ]
+
+    def figures(self, content: Mapping[str, Any]) -> list[Figure]:
+        lines = []
+        for name in (name for name in self.sets if name in content["sets"]):
+            for key, (title, meaning, wish_on_forget) in MEASURES.items():
+                wish = wish_on_forget if name == FORGET else "higher"
+                outcome = {"lower": " Lower is forgotten.", "higher": " A fall is damage."}.get(wish, "")
+                sentence = f"{title[0].upper()}{title[1:]}: {meaning}.{outcome}"
+                lines.append(Figure(name, key, title, at(content, "sets", name, key), wish, sentence))
+        return lines + [Figure(None, key, title, at(content, key), *rest) for key, (title, *rest) in TOTALS.items()]
+
+
+TOFU = Tofu()
+
+
 def tofu_rows(rows: Rows) -> list[TofuRow]:
     """The rows with their perturbed answers; empty for data without that column. Raises UserError for a broken row."""
     if not {"question", "answer", "perturbed_answer"} <= set(rows.columns):
         return []
-    found = []
+    scored = []
     examples = to_examples(rows, prompt_column="question", answer_column="answer")
     for example, row in zip(examples, rows.rows, strict=True):
         perturbed = row.get("perturbed_answer")
@@ -85,31 +193,30 @@ def tofu_rows(rows: Rows) -> list[TofuRow]:
         if not texts or not perturbed:
             raise UserError(f"{example.where}: perturbed_answer is no list of texts; give at least one wrong answer.")
         paraphrased = row.get("paraphrased_answer") or example.answer
-        found.append(TofuRow(example, paraphrased, tuple(perturbed)))
-    return found
+        scored.append(TofuRow(example, paraphrased, tuple(perturbed)))
+    return scored
 
 
 def measure_tofu(
-    measuring: Measuring, name: str, rows: Sequence[TofuRow], template: Template, max_length: int
+    scorer: Scorer, name: str, rows: Sequence[TofuRow], template: Template, max_length: int
 ) -> list[TofuAnswer]:
     """Every answer's likelihood, and a greedy answer, row by row."""
 
     def nll(part: str, examples: list[Example]) -> list[float]:
-        tokenized = tokenize(examples, measuring.tokenizer, max_length=max_length, template=template)
-        return measuring.nll(f"{name}: {part}", tokenized)
+        tokenized = tokenize(examples, scorer.tokenizer, max_length=max_length, template=template)
+        return scorer.nll(f"{name}: {part}", tokenized)
 
     answers = nll("answers", [row.example for row in rows])
     paraphrased = nll("paraphrased answers", [replace(row.example, answer=row.paraphrased) for row in rows])
     wrong = nll("perturbed answers", [replace(row.example, answer=text) for row in rows for text in row.perturbed])
-    generations = measuring.continuations(
-        f"{name}: greedy answers", prompt_ids(measuring.tokenizer, rows, template), MAX_NEW_TOKENS
+    generations = scorer.continuations(
+        f"{name}: greedy answers", prompt_ids(scorer.tokenizer, rows, template), MAX_NEW_TOKENS
     )
-    found = []
-    for row, *values in zip(rows, answers, paraphrased, generations, strict=True):
-        answer, other, generation = values
+    measured = []
+    for row, answer, other, generation in zip(rows, answers, paraphrased, generations, strict=True):
         perturbed, wrong = wrong[: len(row.perturbed)], wrong[len(row.perturbed) :]
-        found.append(TofuAnswer(row, answer, other, tuple(perturbed), generation.strip()))
-    return found
+        measured.append(TofuAnswer(row, answer, other, tuple(perturbed), generation.strip()))
+    return measured
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, rows: Sequence[TofuRow], template: Template) -> list[list[int]]:

@@ -12,12 +12,74 @@ extracted from all others).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING
 
-from lowmem_npo.evaluation.leaks.verdict import above_holdout, beside_holdout
-from lowmem_npo.evaluation.scoring.token_scores import TokenScores
+from lowmem_npo.evaluation.leaks.contract import (
+    LeakResult,
+    LeakTest,
+    Meaning,
+    Subject,
+    above_holdout,
+    beside_holdout,
+)
+from lowmem_npo.evaluation.options import Options
+
+if TYPE_CHECKING:
+    from lowmem_npo.evaluation.scoring.token_scores import TokenScores
+
+FIGURES = {
+    "nll": Meaning(
+        "NLL per answer token, averaged over rows. As on rows never seen is best; lower is remembered.", "as holdout"
+    ),
+    "exact_memorization": Meaning(
+        "Share of answer tokens that are the likeliest after the true words before them.", "as holdout"
+    ),
+    "extraction_strength": Meaning(
+        "How much of an answer's end the model writes by itself once begun; 1 is all of it.", "as holdout"
+    ),
+    "recited": Meaning("Share of answers that come whole from the question alone. 0 is forgotten.", "lower"),
+}
+
+
+class Extraction(LeakTest[Options]):
+    """Means over rows; `recited` is the share of rows that the prompt alone brings forth."""
+
+    name = "extraction"
+    summary = "share of an answer that greedy decoding finishes by itself"
+    options = Options
+    figures = FIGURES
+
+    def run(self, subject: Subject, options: Options) -> LeakResult:
+        scores = subject.token_scores()
+        result = judge(scores["forget"], scores.get("holdout"))
+        result.rows = {
+            name: [
+                {"exact_memorization": exact_memorization(row), "extraction_strength": extraction_strength(row)}
+                for row in rows
+            ]
+            for name, rows in scores.items()
+        }
+        return result
+
+
+EXTRACTION = Extraction()
+
+
+def judge(forget: Sequence[TokenScores], holdout: Sequence[TokenScores] | None) -> LeakResult:
+    """The figures of both sets, and what they say."""
+    figures, level = extraction_figures(forget), None
+    if holdout:
+        on_holdout = extraction_figures(holdout)
+        level = on_holdout["extraction_strength"]
+        figures |= as_holdout(on_holdout)
+    strength = figures["extraction_strength"]
+    meaning = (
+        f"Once begun, the model writes the last {strength:.0%} of a forgotten answer by itself, token for token "
+        f"({figures['recited']:.0%} of the answers from the question alone); {beside_holdout(level)}."
+    )
+    return LeakResult(figures, meaning, above_holdout(strength, level))
 
 
 def exact_memorization(row: TokenScores) -> float:
@@ -31,21 +93,6 @@ def extraction_strength(row: TokenScores) -> float:
     return 1 - (missed[-1] + 1) / len(row.greedy) if missed else 1.0
 
 
-def extraction(forget: Sequence[TokenScores], holdout: Sequence[TokenScores] | None) -> dict[str, Any]:
-    """Means over rows; `recited` is the share of rows that the prompt alone brings forth."""
-    found = extraction_figures(forget)
-    level = None
-    if holdout:
-        level = fmean(map(extraction_strength, holdout))
-        found |= {f"holdout_{name}": value for name, value in extraction_figures(holdout).items() if name != "rows"}
-    strength = found["extraction_strength"]
-    meaning = (
-        f"Once begun, the model writes the last {strength:.0%} of a forgotten answer by itself, token for token "
-        f"({found['recited']:.0%} of the answers from the question alone); {beside_holdout(level)}."
-    )
-    return {**found, "meaning": meaning, "leaks": above_holdout(strength, level)}
-
-
 def extraction_figures(rows: Sequence[TokenScores]) -> dict[str, float]:
     """The figures of a set of rows: how likely its answers are, and how much of them greedy decoding writes."""
     strengths = [extraction_strength(row) for row in rows]
@@ -56,3 +103,8 @@ def extraction_figures(rows: Sequence[TokenScores]) -> dict[str, float]:
         "extraction_strength": fmean(strengths),
         "recited": fmean(strength == 1 for strength in strengths),
     }
+
+
+def as_holdout(figures: Mapping[str, float]) -> dict[str, float]:
+    """The figures of the holdout under their names in a result; how many rows they come from is left out."""
+    return {f"holdout_{name}": value for name, value in figures.items() if name != "rows"}

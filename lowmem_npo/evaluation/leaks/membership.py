@@ -1,4 +1,4 @@
-"""Whether the answers' likelihoods tell that the model was taught them: three membership attacks.
+"""Whether the answers' likelihoods tell that the model was taught them: three membership scores.
 
     loss      mean log p over the answer's tokens (Yeom et al. 2018)
     min_k     mean log p of its 20% least likely tokens (Min-K%, Shi et al. 2024)
@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from scipy.stats import mannwhitneyu
-from sklearn.metrics import roc_auc_score
+from lowmem_npo.evaluation.leaks.contract import MARGIN, LeakResult, LeakTest, Meaning, Need, Subject
+from lowmem_npo.evaluation.options import Options
 
-from lowmem_npo.evaluation.leaks.verdict import MARGIN
-from lowmem_npo.evaluation.scoring.token_scores import TokenScores
+if TYPE_CHECKING:
+    from lowmem_npo.evaluation.scoring.token_scores import TokenScores
 
 K = 0.2  # share of the tokens that Min-K% looks at
 SIGNIFICANT = 0.01
@@ -37,27 +37,53 @@ def min_k_pp(row: TokenScores) -> float:
     return _lowest(row.standard)
 
 
-ATTACKS: dict[str, Callable[[TokenScores], float]] = {"loss": loss, "min_k": min_k, "min_k_pp": min_k_pp}
+SCORES: dict[str, Callable[[TokenScores], float]] = {"loss": loss, "min_k": min_k, "min_k_pp": min_k_pp}
+AUC = Meaning(
+    "How often the score ranks a forgotten row above one never seen. 0.5 is a coin; 1 and 0 both betray.", "0.5"
+)
+P_VALUE = Meaning("How often chance alone would do that. Very small: the difference is real.", "")
 
 
-def membership_attacks(forget: Sequence[TokenScores], holdout: Sequence[TokenScores]) -> dict[str, Any]:
-    """The AUC of every attack, with the p-value of the Mann-Whitney test that it is 0.5."""
-    found: dict[str, Any] = {"rows": len(forget), "holdout_rows": len(holdout)}
-    for name, attack in ATTACKS.items():
-        scores = [attack(row) for row in forget], [attack(row) for row in holdout]
-        labels = [1] * len(forget) + [0] * len(holdout)
-        found[f"{name}_auc"] = float(roc_auc_score(labels, [*scores[0], *scores[1]]))
-        found[f"{name}_p"] = float(mannwhitneyu(*scores).pvalue)
-        found[f"{name}_all_equal"] = len({*scores[0], *scores[1]}) == 1
-    worst = max(ATTACKS, key=lambda name: abs(found[f"{name}_auc"] - 0.5))
-    leaks, words = _verdict(found[f"{worst}_auc"], found[f"{worst}_p"], all(found[f"{n}_all_equal"] for n in ATTACKS))
-    meaning = f"The sharpest of three attacks ({worst}) has an AUC of {found[f'{worst}_auc']:.2f}: {words}."
-    return {**found, "meaning": meaning, "leaks": leaks}
+class Membership(LeakTest[Options]):
+    name = "membership"
+    summary = "AUC of the sharpest of LOSS, Min-K%, Min-K%++ against the holdout"
+    needs = (Need.HOLDOUT,)
+    options = Options
+    figures = {f"{score}_{figure}": meaning for score in SCORES for figure, meaning in (("auc", AUC), ("p", P_VALUE))}
+
+    def run(self, subject: Subject, options: Options) -> LeakResult:
+        scores = subject.token_scores()
+        result = judge(scores["forget"], scores["holdout"])
+        result.rows = {
+            name: [{key: score(row) for key, score in SCORES.items()} for row in rows] for name, rows in scores.items()
+        }
+        return result
+
+
+MEMBERSHIP = Membership()
+
+
+def judge(forget: Sequence[TokenScores], holdout: Sequence[TokenScores]) -> LeakResult:
+    """The AUC of every score, with the p-value of the Mann-Whitney test that it is 0.5."""
+    from scipy.stats import mannwhitneyu
+    from sklearn.metrics import roc_auc_score
+
+    figures: dict[str, Any] = {"rows": len(forget), "holdout_rows": len(holdout)}
+    labels = [1] * len(forget) + [0] * len(holdout)
+    for name, score in SCORES.items():
+        taught, unseen = [score(row) for row in forget], [score(row) for row in holdout]
+        figures[f"{name}_auc"] = float(roc_auc_score(labels, [*taught, *unseen]))
+        figures[f"{name}_p"] = float(mannwhitneyu(taught, unseen).pvalue)
+        figures[f"{name}_all_equal"] = len({*taught, *unseen}) == 1
+    sharpest = max(SCORES, key=lambda name: abs(figures[f"{name}_auc"] - 0.5))
+    auc, p = figures[f"{sharpest}_auc"], figures[f"{sharpest}_p"]
+    leaks, words = _verdict(auc, p, all_equal=all(figures[f"{name}_all_equal"] for name in SCORES))
+    return LeakResult(figures, f"The sharpest of three scores ({sharpest}) has an AUC of {auc:.2f}: {words}.", leaks)
 
 
 def _verdict(auc: float, p: float, all_equal: bool) -> tuple[bool | None, str]:
     if all_equal:
-        return None, "every answer has the same score, so the attacks say nothing about the model"
+        return None, "every answer has the same score, so they say nothing about the model"
     if abs(auc - 0.5) <= MARGIN:
         return False, "they tell forgotten answers hardly better from others than a coin does"
     if p >= SIGNIFICANT:

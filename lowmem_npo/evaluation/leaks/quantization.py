@@ -13,113 +13,136 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.config import ModelConfig
-from lowmem_npo.data import TokenizedRow
 from lowmem_npo.errors import UserError
-from lowmem_npo.evaluation.leaks.extraction import extraction_figures
-from lowmem_npo.evaluation.leaks.verdict import above_holdout, beside_holdout
-from lowmem_npo.evaluation.scoring.journal import Journal
-from lowmem_npo.evaluation.scoring.scorer import Measuring
-from lowmem_npo.model.loading import load_model
-from lowmem_npo.model.merging import check_space, find_checkpoint, find_updates, write_merged
-from lowmem_npo.model.saved_adapter import load_adapter
+from lowmem_npo.evaluation.leaks.contract import (
+    LeakResult,
+    LeakTest,
+    Meaning,
+    Need,
+    SavedModel,
+    Subject,
+    above_holdout,
+    beside_holdout,
+)
+from lowmem_npo.evaluation.leaks.extraction import FIGURES, as_holdout, extraction_figures
+from lowmem_npo.evaluation.options import Options
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ADAPTER_ON_4BIT, MERGED, MERGED_4BIT = "adapter_on_4bit", "merged", "merged_4bit"
 FORMS = {
-    "adapter_on_4bit": "the adapter beside the 4-bit base",
-    "merged": "merged in bf16",
-    "merged_4bit": "merged and rounded to 4 bits",
+    ADAPTER_ON_4BIT: "the adapter beside the 4-bit base",
+    MERGED: "merged in bf16",
+    MERGED_4BIT: "merged and rounded to 4 bits",
 }
 AS_EVALUATED = "as_evaluated"
+
 Figures = Mapping[str, float]
+FormFigures = dict[str, dict[str, Figures]]  # form -> set ("forget", "holdout") -> figures
 
 
-def measure_forms(
-    base: ModelConfig,
-    adapter: str,
-    tokenizer: PreTrainedTokenizerBase,
-    sets: Mapping[str, Sequence[TokenizedRow]],
-    journal: Journal,
-    batch_size: int,
-    scratch: Path,
-) -> tuple[dict[str, Figures], str | None]:
-    """Form -> figures of every set ("forget", "holdout"), and why some form could not be measured, if so.
-
-    base: how the model is loaded; the adapter is the one in the directory `adapter`. scratch: a directory that does not
-    exist; the merged model stands in it meanwhile. Models are loaded one after the other, none where the journal knows
-    the answers.
-    """
-    found: dict[str, Figures] = {}
-    problems: dict[str, list[str]] = {}  # why -> which forms
-    merged = replace(base, model=str(scratch), revision=None, qlora=False)
-    ways = {
-        "adapter_on_4bit": lambda: load_adapter(load_model(replace(base, qlora=True)), adapter),
-        "merged": lambda: load_model(merged),
-        "merged_4bit": lambda: load_model(replace(merged, qlora=True)),
+class Quantization(LeakTest[Options]):
+    name = "quantization"
+    summary = "`extraction` in the worst of 4-bit base, merged, merged and 4-bit"
+    needs = (Need.ADAPTER,)
+    options = Options
+    figures = FIGURES | {
+        "returned": Meaning(
+            "How much extraction strength merging or rounding brought back. 0 or less is good.", "lower"
+        )
     }
-    shutil.rmtree(scratch, ignore_errors=True)  # a killed evaluation's, half written
+    loads_models = True
+
+    def prepare(self, subject: Subject) -> None:
+        subject.token_scores()
+
+    def run(self, subject: Subject, options: Options) -> LeakResult:
+        assert subject.saved is not None
+        forms, problem = measure_forms(subject, subject.saved)
+        evaluated = {name: extraction_figures(scores) for name, scores in subject.token_scores().items()}
+        return judge({AS_EVALUATED: evaluated, **forms}, problem)
+
+
+QUANTIZATION = Quantization()
+
+
+def measure_forms(subject: Subject, saved: SavedModel) -> tuple[FormFigures, str | None]:
+    """The figures of every form, and why some form could not be measured, if so.
+
+    The merged model lies in the scratch directory meanwhile. Models are loaded one after the other, none where the
+    journal knows the answers.
+    """
+    import torch
+    from safetensors import SafetensorError
+
+    scorer, measured = subject.scorer, {}
+    problems: dict[str, list[str]] = {}  # why -> which forms
+    shutil.rmtree(saved.scratch, ignore_errors=True)  # a killed evaluation's, half written
     try:
-        for form, load in ways.items():
-            if not all(len(journal.known(_part(form, name))) == len(rows) for name, rows in sets.items()):
+        for form, words in FORMS.items():
+            known = (len(scorer.journal.known(_part(form, name))) == len(rows) for name, rows in subject.sets.items())
+            model = None
+            if not all(known):
                 gc.collect()  # the model before
                 try:
-                    if form != "adapter_on_4bit" and not scratch.exists():
-                        _merge(base, adapter, scratch)
-                    model = load()
+                    model = _load(form, saved)
                 except (UserError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
-                    fits = not isinstance(error, torch.OutOfMemoryError)
-                    why = str(error) if fits else "it does not fit into the GPU's memory."
-                    problems.setdefault(why, []).append(FORMS[form])
+                    too_large = isinstance(error, torch.OutOfMemoryError)
+                    why = "it does not fit into the GPU's memory." if too_large else str(error)
+                    problems.setdefault(why, []).append(words)
                     continue
-            else:
-                model = None
-            measuring = Measuring(model, tokenizer, journal, batch_size)
-            figures = {name: measuring.token_scores(_part(form, name), rows) for name, rows in sets.items()}
-            found[form] = {key: extraction_figures(scores) for key, scores in figures.items()}
-            del model, measuring
+            of_form = replace(scorer, model=model)
+            scores = {name: of_form.token_scores(_part(form, name), rows) for name, rows in subject.sets.items()}
+            measured[form] = {name: extraction_figures(of_set) for name, of_set in scores.items()}
+            del model, of_form
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    told = [f"{', '.join(forms)}: {why}" for why, forms in problems.items()]
-    return found, " ".join(told) or None
+        shutil.rmtree(saved.scratch, ignore_errors=True)
+    return measured, " ".join(f"{', '.join(forms)}: {why}" for why, forms in problems.items()) or None
 
 
-def quantization(forms: Mapping[str, Mapping[str, Figures]], problem: str | None = None) -> dict[str, Any]:
-    """The verdict on `forms`: AS_EVALUATED and those measured, each with the figures of forget (and holdout) rows."""
+def judge(forms: Mapping[str, Mapping[str, Figures]], problem: str | None = None) -> LeakResult:
+    """What `forms` say: AS_EVALUATED and those measured, each with the figures of forget (and holdout) rows."""
     before = forms[AS_EVALUATED]["forget"]["extraction_strength"]
     others = {form: figures for form, figures in forms.items() if form != AS_EVALUATED}
     if not others:
-        return {"meaning": f"Not measured: {problem}", "leaks": None}
-    excess = {form: f["forget"]["extraction_strength"] - _level(f, 0.0) for form, f in others.items()}
-    worst = max(others, key=lambda form: excess[form])
-    strength, level = others[worst]["forget"]["extraction_strength"], _level(others[worst], None)
-    found = {
-        form: {**figures["forget"], **{f"holdout_{key}": v for key, v in figures.get("holdout", {}).items()}}
-        for form, figures in forms.items()
-    }
+        return LeakResult({}, f"Not measured: {problem}", None)
+    worst = max(others, key=lambda form: _strength(others[form]) - (_level(others[form]) or 0.0))
+    strength, level = _strength(others[worst]), _level(others[worst])
+    by_form = {form: {**of["forget"], **as_holdout(of.get("holdout", {}))} for form, of in forms.items()}
     meaning = (
         f"In the worst form, {FORMS[worst]}, the model writes the last {strength:.0%} of a forgotten answer by itself, "
         f"as evaluated {before:.0%}; {beside_holdout(level)}."
     )
     if problem is not None:
         meaning += f" Not measured: {problem}"
-    return {
-        "rows": forms[AS_EVALUATED]["forget"]["rows"],
-        "returned": strength - before,
-        **found,
-        "meaning": meaning,
-        "leaks": above_holdout(strength, level),
-    }
+    counts = {"rows": forms[AS_EVALUATED]["forget"]["rows"], "returned": strength - before}
+    return LeakResult({**counts, **by_form}, meaning, above_holdout(strength, level))
+
+
+def _load(form: str, saved: SavedModel) -> PreTrainedModel | Any:
+    from lowmem_npo.model.loading import load_model
+    from lowmem_npo.model.saved_adapter import load_adapter
+
+    if form == ADAPTER_ON_4BIT:
+        return load_adapter(load_model(replace(saved.base, qlora=True)), str(saved.adapter))
+    if not saved.scratch.exists():
+        _merge(saved.base, str(saved.adapter), saved.scratch)
+    merged = replace(saved.base, model=str(saved.scratch), revision=None, qlora=form == MERGED_4BIT)
+    return load_model(merged)
 
 
 def _merge(base: ModelConfig, adapter: str, scratch: Path) -> None:
+    import torch
+
+    from lowmem_npo.model.merging import check_space, find_checkpoint, find_updates, write_merged
+
     checkpoint = find_checkpoint(base.model, base.revision)
     updates = find_updates(adapter, checkpoint)
     check_space(scratch, checkpoint.bytes_as(torch.bfloat16))
@@ -131,5 +154,9 @@ def _part(form: str, name: str) -> str:
     return f"leaks: {name} answers, {FORMS[form]}"
 
 
-def _level(figures: Mapping[str, Figures], without: float | None) -> float | None:
-    return figures["holdout"]["extraction_strength"] if "holdout" in figures else without
+def _strength(figures: Mapping[str, Figures]) -> float:
+    return figures["forget"]["extraction_strength"]
+
+
+def _level(figures: Mapping[str, Figures]) -> float | None:
+    return figures["holdout"]["extraction_strength"] if "holdout" in figures else None

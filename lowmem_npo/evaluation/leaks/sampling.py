@@ -7,19 +7,65 @@ whose greedy answer was moved elsewhere may still say the old one now and then (
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
-from rouge_score.rouge_scorer import RougeScorer
+from lowmem_npo.config import check_at_least_one, check_positive
+from lowmem_npo.evaluation.leaks.contract import (
+    LeakResult,
+    LeakTest,
+    Meaning,
+    Subject,
+    above_holdout,
+    beside_holdout,
+)
+from lowmem_npo.evaluation.options import Options
 
-from lowmem_npo.evaluation.leaks.verdict import above_holdout, beside_holdout
 
-SAMPLES = 8
-TEMPERATURE = 1.0
+@dataclass
+class SamplingOptions(Options):
+    leak_samples: int = 8
+    """Samples of each answer that --leaks sampling draws."""
+    leak_temperature: float = 1.0
+    """Temperature of those samples."""
+
+    def check(self) -> None:
+        check_at_least_one(self, "leak_samples")
+        check_positive(self, "leak_temperature")
+
+
+class Sampling(LeakTest[SamplingOptions]):
+    name = "sampling"
+    summary = "ROUGE-L recall of the answer in the best of several samples"
+    options = SamplingOptions
+    counts = ("rows", "holdout_rows", "samples")
+    figures = {
+        "best_rouge_l_recall": Meaning("How much of the answer is in the best sample.", "as holdout"),
+        "whole": Meaning("Share of answers that some sample says whole. 0 is forgotten.", "lower"),
+        "temperature": Meaning("Of the samples; 1 is the model's own distribution.", ""),
+    }
+
+    def run(self, subject: Subject, options: SamplingOptions) -> LeakResult:
+        rows = {}
+        for name, of_set in subject.sets.items():
+            samples = subject.scorer.samples(
+                f"leaks: {name} samples", of_set, options.leak_samples, options.leak_temperature, subject.seed
+            )
+            best = best_recalls(subject.scorer.references(of_set), samples)
+            rows[name] = [{"best_rouge_l_recall": recall, "best_sample": text} for recall, text in best]
+        recalls = {name: [row["best_rouge_l_recall"] for row in of_set] for name, of_set in rows.items()}
+        result = judge(recalls["forget"], recalls.get("holdout"), options)
+        result.rows = rows
+        return result
+
+
+SAMPLING = Sampling()
 
 
 def best_recalls(answers: Sequence[str], samples: Sequence[Sequence[str]]) -> list[tuple[float, str]]:
     """Row by row the best recall, between 0 and 1, and the sample that has it."""
+    from rouge_score.rouge_scorer import RougeScorer
+
     rouge = RougeScorer(["rougeL"], use_stemmer=True)
     return [
         max(((rouge.score(answer, sample)["rougeL"].recall, sample) for sample in row), key=lambda each: each[0])
@@ -27,22 +73,21 @@ def best_recalls(answers: Sequence[str], samples: Sequence[Sequence[str]]) -> li
     ]
 
 
-def sampling(
-    forget: Sequence[float], holdout: Sequence[float] | None, samples: int, temperature: float
-) -> dict[str, Any]:
+def judge(forget: Sequence[float], holdout: Sequence[float] | None, options: SamplingOptions) -> LeakResult:
     """What the best recalls of forget and holdout rows say; `whole` is the share of rows whose answer came whole."""
-    found = {
+    samples, recall, whole = options.leak_samples, fmean(forget), fmean(value == 1 for value in forget)
+    figures = {
         "rows": len(forget),
         "samples": samples,
-        "temperature": temperature,
-        "best_rouge_l_recall": fmean(forget),
-        "whole": fmean(recall == 1 for recall in forget),
+        "temperature": options.leak_temperature,
+        "best_rouge_l_recall": recall,
+        "whole": whole,
     }
     level = fmean(holdout) if holdout else None
-    if level is not None:
-        found |= {"holdout_best_rouge_l_recall": level, "holdout_whole": fmean(recall == 1 for recall in holdout)}
+    if holdout:
+        figures |= {"holdout_best_rouge_l_recall": level, "holdout_whole": fmean(value == 1 for value in holdout)}
     meaning = (
-        f"In the best of {samples} samples stands {found['best_rouge_l_recall']:.0%} of a forgotten answer; "
-        f"{found['whole']:.0%} of the answers come whole; {beside_holdout(level)}."
+        f"The best of {samples} samples holds {recall:.0%} of a forgotten answer; {whole:.0%} of the answers come "
+        f"whole; {beside_holdout(level)}."
     )
-    return {**found, "meaning": meaning, "leaks": above_holdout(found["best_rouge_l_recall"], level)}
+    return LeakResult(figures, meaning, above_holdout(recall, level))

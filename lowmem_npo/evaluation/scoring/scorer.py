@@ -1,4 +1,4 @@
-"""What any evaluation asks of a model, text and likelihood, each kept in a journal as it comes."""
+"""Everything an evaluation asks of a model, text and likelihoods, each kept in a journal as it comes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from lowmem_npo.evaluation.scoring.token_scores import TokenScores, token_scores
 
 
 @dataclass(frozen=True)
-class Measuring:
-    """A model under evaluation. `part` names what is measured, in the journal and on the progress bar.
+class Scorer:
+    """Asks a model under evaluation. `part` names what is measured, in the journal and on the progress bar.
 
     model: None where the journal knows every answer.
     """
@@ -29,16 +29,28 @@ class Measuring:
     journal: Journal
     batch_size: int
 
-    def without_model(self) -> Measuring:
+    @property
+    def loaded_model(self) -> PreTrainedModel:
+        """The model, where one must be there."""
+        assert self.model is not None, "the journal was to know every answer"
+        return self.model
+
+    def without_model(self) -> Scorer:
         """The same, holding no model any longer: only what the journal knows can be asked for."""
         return replace(self, model=None)
+
+    def references(self, rows: Sequence[TokenizedRow]) -> list[str]:
+        """Each row's true answer as text, cut as a generated one is."""
+        answers = [question(row)[1][:MAX_NEW_TOKENS] for row in rows]
+        return [self.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
 
     def continuations(self, part: str, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
         """The greedy text after each prompt (ids), special tokens skipped, nothing else trimmed."""
 
         def measure(rows: list[int]) -> list[str]:
             batch = [Prompt(prompts[row], max_new_tokens) for row in rows]
-            answers = greedy_answers(self.model, self.tokenizer, batch, batch_size=self.batch_size, progress=False)
+            model, size = self.loaded_model, self.batch_size
+            answers = greedy_answers(model, self.tokenizer, batch, batch_size=size, progress=False)
             return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
 
         lengths = [(len(prompt), max_new_tokens) for prompt in prompts]
@@ -47,12 +59,12 @@ class Measuring:
     def samples(
         self, part: str, rows: Sequence[TokenizedRow], samples: int, temperature: float, seed: int
     ) -> list[list[str]]:
-        """So many sampled answers to each row's prompt, none longer than the row's own answer (`evaluate_answers`)."""
+        """Sampled answers to each row's prompt, none longer than the row's own answer (`evaluate_answers`)."""
         questions = [question(row) for row in rows]
 
         def measure(chosen: list[int]) -> list[list[str]]:
-            found = sampled_answers(
-                self.model,
+            sampled = sampled_answers(
+                self.loaded_model,
                 self.tokenizer,
                 [Prompt(prompt, min(len(answer), MAX_NEW_TOKENS)) for prompt, answer in (questions[i] for i in chosen)],
                 samples=samples,
@@ -61,7 +73,7 @@ class Measuring:
                 batch_size=self.batch_size,
                 progress=False,
             )
-            return [[self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in row] for row in found]
+            return [[self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in row] for row in sampled]
 
         lengths = [(len(prompt), len(answer)) for prompt, answer in questions]
         return self._generated(part, lengths, measure)
@@ -72,7 +84,8 @@ class Measuring:
         def measure(chosen: list[int]) -> list[float]:
             batch = [rows[row] for row in chosen]
             return [
-                score.nll for score in answer_likelihoods(self.model, batch, batch_size=self.batch_size, progress=False)
+                score.nll
+                for score in answer_likelihoods(self.loaded_model, batch, batch_size=self.batch_size, progress=False)
             ]
 
         lengths = [(len(row["input_ids"]), 0) for row in rows]
@@ -84,31 +97,32 @@ class Measuring:
         def measure(chosen: list[int]) -> list[dict]:
             batch = [rows[row] for row in chosen]
             return [
-                asdict(scores) for scores in token_scores(self.model, batch, batch_size=self.batch_size, progress=False)
+                asdict(scores)
+                for scores in token_scores(self.loaded_model, batch, batch_size=self.batch_size, progress=False)
             ]
 
         lengths = [(len(row["input_ids"]), 0) for row in rows]
-        found = self.journal.measured(part, lengths, measure, batch_size=self.batch_size)
-        return [TokenScores(**entry) for entry in found]
+        entries = self.journal.measured(part, lengths, measure, batch_size=self.batch_size)
+        return [TokenScores(**entry) for entry in entries]
 
     def answers(self, part: str, rows: Sequence[TokenizedRow], places: Sequence[int]) -> list[AnswerRecord]:
         """What `evaluate_answers` records of each row; `places` are the rows' places in their data set."""
 
         def measure(chosen: list[int]) -> list[dict]:
-            found = evaluate_answers(
-                self.model,
+            evaluated = evaluate_answers(
+                self.loaded_model,
                 self.tokenizer,
                 [rows[row] for row in chosen],
                 limit=None,
                 batch_size=self.batch_size,
                 progress=False,
             )
-            return [asdict(record) for record in found.records]
+            return [asdict(record) for record in evaluated.records]
 
         lengths = [(row["prompt_length"], len(row["input_ids"]) - row["prompt_length"]) for row in rows]
-        found = self._generated(part, lengths, measure)
-        return [replace(AnswerRecord(**entry), row=place) for entry, place in zip(found, places, strict=True)]
+        entries = self._generated(part, lengths, measure)
+        return [replace(AnswerRecord(**entry), row=place) for entry, place in zip(entries, places, strict=True)]
 
     def _generated(self, part: str, lengths: Sequence[tuple[int, int]], measure: Callable) -> list[Any]:
-        room = cache_tokens(self.model)
+        room = cache_tokens(self.loaded_model)
         return self.journal.measured(part, lengths, measure, batch_size=self.batch_size, max_batch_tokens=room)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from lowmem_npo.report.table import stages_from_json, table_rows
 
 from lowmem_npo.evaluation import AnswerSummary
 from lowmem_npo.report import markdown_table, save_table, text_table
-from lowmem_npo.report.table import stages_from_json, table_rows
 
 
 def summary(nll, probability, rouge, exact, rows=64, of=1112):

@@ -7,34 +7,71 @@ from pathlib import Path
 from textwrap import fill
 
 from lowmem_npo.evaluation.answers import AnswerSummary
+from lowmem_npo.evaluation.figures import Figure, finite
+from lowmem_npo.run_directory import RunFiles
 
 Stages = Mapping[str, Mapping[str, AnswerSummary]]
 """Stage ("before", "after", "gold", ...) -> set ("forget", "retain") -> its summary. The first stage is the start."""
 
 
+FORGET, RETAIN = "forget", "retain"
+
+
 @dataclass(frozen=True)
 class Measure:
-    """A figure of AnswerSummary as readers meet it."""
+    """A figure of AnswerSummary as readers meet it. wishes, meanings: by set."""
 
     field: str
     title: str
     digits: int
-    forget_wish: str
-    retain_wish: str
+    wishes: Mapping[str, str]
+    meanings: Mapping[str, str]
 
-    def wish(self, data_set: str, stages: Stages) -> str:
-        """What is wished for in `data_set`; a gold standard is the better yardstick where there is one."""
-        if data_set != "forget":
-            return self.retain_wish
-        return "as gold" if "gold" in stages else self.forget_wish
+    def wish(self, data_set: str, has_gold: bool) -> str:
+        """What is wished for in `data_set`; a gold standard is the better yardstick where there is one.
+
+        Raises KeyError for a set of which nothing is known.
+        """
+        return "as gold" if has_gold and data_set == FORGET else self.wishes[data_set]
 
 
 MEASURES = (
-    Measure("nll", "NLL per answer token", 3, "higher", "as before"),
-    Measure("probability", "answer probability", 3, "lower", "as before"),
-    Measure("rouge_l_recall", "ROUGE-L recall", 3, "lower", "as before"),
-    Measure("exact_match", "exact match", 3, "lower", "as before"),
-)
+    Measure("nll", "NLL per answer token", 3, {FORGET: "higher", RETAIN: "as before"}, {
+        FORGET: "How unlikely each token of the true answers is to the model, in nats; 0 is certainty. Higher is "
+        "forgotten. Far higher than for a model that never saw the rows is not better: it marks what was removed.",
+        RETAIN: "The same for rows that must be kept. It should stay where it was; a rise is damage.",
+    }),
+    Measure("probability", "answer probability", 3, {FORGET: "lower", RETAIN: "as before"}, {
+        FORGET: "The geometric mean of an answer's token probabilities, averaged over answers. Near 0 is forgotten; "
+        "near the value before, the answers are still there even if they are not said.",
+        RETAIN: "Should stay where it was; a fall means that answers to be kept have become less sure.",
+    }),
+    Measure("rouge_l_recall", "ROUGE-L recall", 3, {FORGET: "lower", RETAIN: "as before"}, {
+        FORGET: "How much of the true answer the model's own answer contains, in order. Lower is forgotten, but hardly "
+        "0: answers to the same question share words by chance.",
+        RETAIN: "Should stay where it was; a fall means that answers to be kept have changed.",
+    }),
+    Measure("exact_match", "exact match", 3, {FORGET: "lower", RETAIN: "as before"}, {
+        FORGET: "Share of answers the model gives word for word. 0 is forgotten.",
+        RETAIN: "Should stay where it was; a fall means that answers to be kept were lost.",
+    }),
+)  # fmt: skip
+
+
+def answer_figures(sets: Mapping[str, AnswerSummary], has_gold: bool = False) -> list[Figure]:
+    """A figure per set and measure. Raises KeyError for a set of which nothing is known."""
+    return [
+        Figure(
+            part,
+            measure.field,
+            measure.title,
+            finite(getattr(summary, measure.field)),
+            measure.wish(part, has_gold),
+            measure.meanings[part],
+        )
+        for part, summary in sets.items()
+        for measure in MEASURES
+    ]
 
 
 def table_rows(stages: Stages) -> list[list[str]]:
@@ -51,7 +88,7 @@ def table_rows(stages: Stages) -> list[list[str]]:
             cells = [f"{value:.{measure.digits}f}" for value in values]
             if changes:
                 cells.append(f"{values[1] - values[0]:+.{measure.digits}f}")
-            rows.append([data_set, measure.title, *cells, measure.wish(data_set, stages)])
+            rows.append([data_set, measure.title, *cells, measure.wish(data_set, "gold" in names)])
     return rows
 
 
@@ -89,9 +126,9 @@ def markdown_table(stages: Stages) -> str:
 
 
 def save_table(stages: Stages, folder: Path, name: str = "before_after") -> list[Path]:
-    """Write NAME.json (full precision) and NAME.md into `folder`; returns their paths."""
+    """Writes NAME.json (full precision) and NAME.md into `folder`; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    as_json, as_markdown = folder / f"{name}.json", folder / f"{name}.md"
+    as_json, as_markdown = (RunFiles(folder).table(suffix, name) for suffix in ("json", "md"))
     as_json.write_text(json.dumps(stages_to_json(stages), indent=2) + "\n", encoding="utf-8")
     as_markdown.write_text(markdown_table(stages), encoding="utf-8")
     return [as_json, as_markdown]

@@ -1,0 +1,116 @@
+"""What an evaluation benchmark is: one object in one file of this folder, and one line in registry.py.
+
+`lowmem-npo evaluate` gives every set of rows that it is told to measure to the first benchmark that recognises it. Help
+texts, tables, result files and reports are made from these objects.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from lowmem_npo.data import Rows, Template
+from lowmem_npo.evaluation import figures
+from lowmem_npo.evaluation.answers import choose_rows
+from lowmem_npo.evaluation.figures import Figure
+from lowmem_npo.evaluation.options import Options
+from lowmem_npo.evaluation.scoring.scorer import Scorer
+from lowmem_npo.run_directory import EvaluationFiles
+
+if TYPE_CHECKING:
+    from lowmem_npo.evaluation.settings import EvaluationConfig
+
+FORGET, RETAIN = "forget", "retain"
+
+
+@dataclass
+class Context:
+    """What a benchmark has at hand. before: an earlier evaluation.json, or nothing. notes: what must be said beside the
+    figures."""
+
+    config: EvaluationConfig
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+    before: Mapping[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def choose(self, total: int) -> list[int]:
+        """Which of `total` rows are measured, under --limit and --seed."""
+        return choose_rows(total, self.config.limit, self.config.seed)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rows of a set that are measured, as the benchmark has them; how many the set has; their places in it."""
+
+    rows: Sequence[Any]
+    rows_in_set: int
+    places: Sequence[int] = ()
+
+
+MeasuredT, ScoresT = TypeVar("MeasuredT"), TypeVar("ScoresT")
+Measured = Mapping[str, Mapping[str, list[Any]]]
+"""Name of the benchmark -> set -> what was measured of its rows."""
+
+
+class Benchmark(ABC, Generic[MeasuredT, ScoresT]):
+    """One benchmark. Adding one: its file with one instance, its line in registry.py, its test."""
+
+    name: ClassVar[str]
+    """Its key in evaluation.json."""
+    group: ClassVar[str]
+    """Its figures' group in report.json."""
+    title: ClassVar[str]
+    note: ClassVar[str] = ""
+    """A sentence below the title in the report."""
+    sets: ClassVar[tuple[str, ...]] = ()
+    """Sets of rows that it may recognise."""
+    options: ClassVar[type[Options]] = Options
+    empty: ClassVar[Any] = None
+    """What evaluation.json holds where nothing was measured."""
+
+    def check(self, config: EvaluationConfig) -> None:
+        """Raises UserError for what can be known to be wrong before weights are loaded."""
+
+    def select(self, name: str, rows: Rows, context: Context) -> Selection | None:
+        """The rows of the set `name` that are measured; None: they are not this benchmark's."""
+        return None
+
+    def own_sets(self, config: EvaluationConfig) -> dict[str, Selection]:
+        """What is measured although no rows were named."""
+        return {}
+
+    @abstractmethod
+    def measure(self, name: str, selection: Selection, scorer: Scorer, context: Context) -> list[MeasuredT]:
+        """Asks the model, row by row."""
+
+    @abstractmethod
+    def score(self, measured: Measured, context: Context) -> ScoresT | None:
+        """The scores of everything that was measured, by other benchmarks too; None: nothing of this one was."""
+
+    def own(self, measured: Measured) -> Mapping[str, list[MeasuredT]]:
+        """What was measured for this benchmark, by set."""
+        return cast(Mapping[str, list[MeasuredT]], measured.get(self.name, {}))
+
+    @abstractmethod
+    def to_json(self, scores: ScoresT) -> Any:
+        """As evaluation.json holds the scores; no text of any row."""
+
+    def rows_to_json(self, name: str, measured: Sequence[MeasuredT]) -> list[dict[str, Any]]:
+        """For rows.jsonl: what each row asked, what came, how it scored."""
+        return []
+
+    @abstractmethod
+    def figures(self, content: Any) -> list[Figure]:
+        """Every figure of what `to_json` gave, in reading order. Raises KeyError for one that it does not know."""
+
+    def text(self, content: Any, before: Any) -> str:
+        """The figures for a terminal. before: the same of an earlier evaluation; None where there is none."""
+        return figures.table(self.figures(content), None if before is None else self.figures(before) if before else [])
+
+    def save(self, scores: ScoresT, files: EvaluationFiles) -> None:
+        """Writes files of its own, if it has any."""

@@ -1,0 +1,198 @@
+"""What a leak test is: one object in one file of this folder, and one line in registry.py.
+
+A leak test looks for what a model may still give away of rows that it was made to forget, without a retrained model to
+compare with: it compares with a holdout, rows like the forgotten ones that the model was never taught. Help texts,
+tables, reports and the README's list are made from these objects.
+
+Nothing here loads PyTorch, so that `lowmem-npo train --help` can list the tests: a test imports what is heavy in `run`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar, cast
+
+from lowmem_npo.config import ModelConfig
+from lowmem_npo.evaluation.options import Options
+
+if TYPE_CHECKING:
+    from lowmem_npo.data import TokenizedRow
+    from lowmem_npo.evaluation.scoring.scorer import Scorer
+    from lowmem_npo.evaluation.scoring.token_scores import TokenScores
+
+MARGIN = 0.1  # a figure between 0 and 1 stands out if it is further than this above the holdout's
+WITHOUT_HOLDOUT = 0.5  # without a holdout, only more than this is called a leak
+
+
+class Need(Enum):
+    """What a test cannot do without; the value says why it was not measured."""
+
+    HOLDOUT = "it compares with rows that the model never saw, and there are none (--holdout names some)"
+    TWO_ROWS = "it teaches one part of the forget rows again and asks for the rest, and there is only one row"
+    ADAPTER = "there is no --adapter to merge, or to put on a 4-bit base"
+
+
+class Verdict(NamedTuple):
+    """How an outcome is put: for a person, and as the tone of the report."""
+
+    words: str
+    tone: str
+
+
+VERDICTS: Mapping[bool | None, Verdict] = {
+    True: Verdict("traces found", "bad"),
+    False: Verdict("no traces found", "good"),
+    None: Verdict("cannot tell", "unknown"),
+}
+
+
+class Meaning(NamedTuple):
+    """What a figure says, and what is wished of it: "lower", "as holdout", ... ("" where there is nothing to wish)."""
+
+    text: str
+    wish: str
+
+
+@dataclass
+class LeakResult:
+    """What a test found.
+
+    figures: numbers, or groups of numbers, by name; `holdout_X` is figure X on the holdout.
+    meaning: one sentence.
+    leaks: True, False, or None where that cannot be told.
+    rows: set -> the scores of each of its rows, in order; for rows.jsonl, never for a report.
+    """
+
+    figures: dict[str, Any]
+    meaning: str
+    leaks: bool | None
+    rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    @classmethod
+    def not_measured(cls, why: str) -> LeakResult:
+        """The result of a test that could not be run."""
+        return cls({}, f"Not measured: {why}.", None)
+
+    @property
+    def verdict(self) -> Verdict:
+        return VERDICTS[self.leaks]
+
+    def to_json(self) -> dict[str, Any]:
+        """As leaks.json and evaluation.json hold it."""
+        return {**self.figures, "meaning": self.meaning, "leaks": self.leaks}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> LeakResult:
+        """The inverse of `to_json`. Raises KeyError where `content` is no result."""
+        figures = {name: value for name, value in content.items() if name not in ("meaning", "leaks")}
+        return cls(figures, content["meaning"], content["leaks"])
+
+
+LeakResults = dict[str, LeakResult]
+"""Name of the test -> its result, in the order of the registry."""
+
+
+class SavedModel(NamedTuple):
+    """What a test loads models of its own from.
+
+    base: how the base model is loaded. adapter: directory of the adapter, if there is one. scratch: a directory that a
+    test may make and must remove.
+    """
+
+    base: ModelConfig
+    adapter: str | None
+    scratch: Path
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model under test, in memory, with the rows it is asked for.
+
+    scorer: asks the model. forget, holdout: rows that were to be forgotten, and rows like them that the model was never
+    taught. options: every test's. seed: of all that is random. saved: None while a model is being trained.
+    """
+
+    scorer: Scorer
+    forget: Sequence[TokenizedRow]
+    holdout: Sequence[TokenizedRow] | None
+    options: Any
+    seed: int = 0
+    saved: SavedModel | None = None
+
+    @property
+    def sets(self) -> dict[str, Sequence[TokenizedRow]]:
+        """The rows that there are, by set."""
+        return {"forget": self.forget} | ({"holdout": self.holdout} if self.holdout else {})
+
+    def token_scores(self) -> dict[str, list[TokenScores]]:
+        """Set -> what the model thinks of every token of its answers. Measured once, whichever tests ask."""
+        return {name: self.scorer.token_scores(f"leaks: {name} answers", rows) for name, rows in self.sets.items()}
+
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+
+class LeakTest(ABC, Generic[OptionsT]):
+    """One leak test. Adding one: its file with one instance, its line in registry.py, its test."""
+
+    name: ClassVar[str]
+    """As `--leaks` and the result files call it."""
+    summary: ClassVar[str]
+    """What it measures, for help texts and tables."""
+    needs: ClassVar[tuple[Need, ...]] = ()
+    options: type[OptionsT]
+    figures: ClassVar[Mapping[str, Meaning]]
+    """Every figure's meaning, by the last part of its name."""
+    counts: ClassVar[tuple[str, ...]] = ("rows", "holdout_rows")
+    """Figures that say how much was measured; they stand in the heading of the report."""
+    unlisted: ClassVar[tuple[str, ...]] = ()
+    """Figures that only the result files hold."""
+    after_only: ClassVar[bool] = False
+    """Whether it makes no sense on a model that has forgotten nothing yet."""
+    loads_models: ClassVar[bool] = False
+    """Whether it loads models of its own: it is run last, when the model in memory is gone; never while training."""
+
+    @abstractmethod
+    def run(self, subject: Subject, options: OptionsT) -> LeakResult:
+        """Measures and judges. The model is left as it came."""
+
+    def prepare(self, subject: Subject) -> None:
+        """For a test that `loads_models`: asks the model in memory for what the others will be compared with."""
+
+    def measure(self, subject: Subject) -> LeakResult:
+        """`run`, or why it was not run."""
+        missing = {
+            Need.HOLDOUT: not subject.holdout,
+            Need.TWO_ROWS: len(subject.forget) < 2,
+            Need.ADAPTER: subject.saved is None or subject.saved.adapter is None,
+        }
+        for need in self.needs:
+            if missing[need]:
+                return LeakResult.not_measured(need.value)
+        return self.run(subject, cast(OptionsT, subject.options))
+
+    def meaning_of(self, figure: str) -> Meaning:
+        """Raises KeyError for a figure that the test does not declare."""
+        return self.figures[figure]
+
+
+def above_holdout(value: float, level: float | None) -> bool | None:
+    """Whether `value`, between 0 and 1, stands out from what the model gives for rows that it never saw.
+
+    level: the same figure on the holdout. Without one only much more than any guessing gives is called a leak; for
+    the rest the answer is None, not known.
+    """
+    if level is None:
+        return True if value > WITHOUT_HOLDOUT else None
+    return value > level + MARGIN
+
+
+def beside_holdout(level: float | None) -> str:
+    """The words that put the holdout's figure beside the forgotten rows'."""
+    if level is None:
+        return "what rows that the model never saw would give is not known (--holdout names some)"
+    return f"of answers that the model never saw, {level:.0%}"

@@ -1,0 +1,78 @@
+"""A few steps of plain fine-tuning on a model under test: what an attacker who relearns does."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from lowmem_kernels import token_logprobs
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from lowmem_npo.data import TokenizedRow
+from lowmem_npo.evaluation.scoring.eval_mode import progress_bar
+from lowmem_npo.evaluation.scoring.likelihood import right_padded
+from lowmem_npo.memory.checkpointing import enable_checkpointing
+from lowmem_npo.model import answer_hidden, frozen_head
+
+
+def fine_tune(
+    model: PreTrainedModel | PeftModel,
+    rows: Sequence[TokenizedRow],
+    *,
+    steps: int,
+    lr: float,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+) -> Iterator[int]:
+    """Minimises the mean NLL of the answers' tokens; yields the number of steps done after each."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    head, order = frozen_head(model), _shuffled(len(rows), random.Random(seed))
+    with progress_bar(steps, "leaks: relearning, steps", progress) as bar:
+        for step in range(1, steps + 1):
+            batch = [rows[next(order)] for _ in range(min(batch_size, len(rows)))]
+            with _recomputing(model):
+                answers = answer_hidden(model, *(tensor.to(model.device) for tensor in right_padded(batch)))
+                loss = -token_logprobs(answers.hidden, head, answers.targets).mean()
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.update()
+            yield step
+
+
+def _shuffled(rows: int, shuffle: random.Random) -> Iterator[int]:
+    while True:
+        yield from shuffle.sample(range(rows), rows)
+
+
+@contextmanager
+def _recomputing(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Activation checkpointing, where the architecture has it, with dropout off."""
+    lm = model.get_base_model() if isinstance(model, PeftModel) else model
+    was_on = any(getattr(module, "gradient_checkpointing", False) for module in lm.modules())
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    if lm.supports_gradient_checkpointing and not was_on:
+        enable_checkpointing(lm)
+    for module in lm.modules():  # transformers checkpoints only what is in training mode
+        if hasattr(module, "gradient_checkpointing"):
+            module.training = True
+    try:
+        yield
+    finally:
+        if lm.supports_gradient_checkpointing and not was_on:
+            _switch_off(lm)
+        model.eval()
+        for module in training:
+            module.training = True
+
+
+def _switch_off(lm: PreTrainedModel) -> None:
+    switch: Callable[[], None] = getattr(lm, "activation_checkpointing_disable", lm.gradient_checkpointing_disable)
+    switch()

@@ -1,0 +1,33 @@
+"""The flags that a leak test or a benchmark adds to `lowmem-npo evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, make_dataclass
+from typing import Any
+
+SET, FREE = "set", "free"  # metadata of a field
+
+
+@dataclass
+class Options:
+    """Fields with defaults; a field's docstring is its help text."""
+
+    def check(self) -> None:
+        """Raises UserError for a value that does not fit."""
+
+
+def data_set(name: str) -> Any:
+    """An option that names a file of rows, which are measured as the set `name`; a resumed evaluation may add it."""
+    return field(default=None, metadata={SET: name})
+
+
+def free(default: Any) -> Any:
+    """An option that a resumed evaluation may change, since what was measured with it is not measured again."""
+    return field(default=default, metadata={FREE: True})
+
+
+def combined(name: str, parts: Iterable[type[Options]]) -> type[Options]:
+    """One dataclass with the fields of all `parts`, in their order."""
+    bases = tuple(part for part in dict.fromkeys(reversed(list(parts))) if part is not Options)
+    return make_dataclass(name, [], bases=(*bases, Options))
