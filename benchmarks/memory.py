@@ -30,7 +30,7 @@ import torch
 from benchmarks.memory_parts.contenders import CONTENDERS, Contender, real_step, simulate
 from benchmarks.shared import record
 from benchmarks.shared.random_model import save_random_model
-from lowmem_npo.estimate import measured as meter
+from lowmem_npo.estimate.measured import measure, restart_peak
 from lowmem_npo.estimate.step import CONTEXT_BYTES
 from lowmem_npo.libraries import quiet_libraries
 from lowmem_npo.model.known_configs import known_config
@@ -129,7 +129,7 @@ def _measured(contender: Contender, tokens: int, options: argparse.Namespace) ->
     if options.cap:  # what a card of this size has beside CUDA's context
         room, total = parse_size(options.cap, "--cap") - CONTEXT_BYTES, torch.cuda.mem_get_info(device)[1]
         torch.cuda.set_per_process_memory_fraction(min(1.0, room / total), device)
-    meter.restart_peak(device)
+    restart_peak(device)
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
         step = real_step(contender, weights, tokens, Path(folder))
@@ -138,14 +138,14 @@ def _measured(contender: Contender, tokens: int, options: argparse.Namespace) ->
         for _ in range(WARM_UP):
             step()
         torch.cuda.synchronize()
-        meter.restart_peak(device)
+        restart_peak(device)
         times = []
         for _ in range(options.steps):
             before = time.perf_counter()
             step()
             torch.cuda.synchronize()
             times.append(time.perf_counter() - before)
-        peak = meter.measure(device)
+        peak = measure(device)
     return {
         "peak_bytes": peak.allocated,
         "reserved_bytes": peak.reserved,

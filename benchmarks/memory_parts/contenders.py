@@ -28,8 +28,8 @@ from lowmem_npo.estimate.step import (
     Estimate,
     estimate,
     first_optimizer_step,
-    tell_kinds,
     token_row,
+    track_kinds,
 )
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model
@@ -116,7 +116,7 @@ def simulate(contender: Contender, architecture: PretrainedConfig, tokens: int) 
         with gpu.allocating("cuBLAS"):
             workspaces = [torch.empty(CUBLAS_WORKSPACE, dtype=torch.uint8, device=GPU) for _ in ("forward", "backward")]
         for model in models:
-            tell_kinds(gpu, causal_lm(model))
+            track_kinds(gpu, causal_lm(model))
         gpu.kind = "adapter"
         first_optimizer_step(baseline.optimizer)
         gpu.kind = "batch"
@@ -125,7 +125,7 @@ def simulate(contender: Contender, architecture: PretrainedConfig, tokens: int) 
         gpu.restart_peak()
         baseline.step(forget, retain)
         del workspaces
-        return Estimate(gpu.peak, {kind: gpu.at_peak.get(kind, 0) for kind in KINDS}, gpu.elsewhere_peak)
+        return Estimate(gpu.peak, {kind: gpu.at_peak.get(kind, 0) for kind in KINDS}, gpu.off_device_peak)
 
 
 def real_step(contender: Contender, weights: Path, tokens: int, folder: Path) -> Callable[[], Any]:

@@ -1,1 +1,1 @@
-"""How much memory a run will take, and which settings make it fit, before anything is loaded."""
+"""Predicts, before anything is loaded, how much memory a run takes and which settings make it fit."""

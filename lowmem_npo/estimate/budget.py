@@ -1,6 +1,6 @@
-"""The fastest settings that keep a run within a memory budget, found by simulating its step.
+"""The fastest settings that keep a run within a memory budget, chosen by simulating its step.
 
-Only settings that leave the loss and its gradients alone are tried. Which is faster is assumed, not measured:
+Only settings that leave the loss and its gradients unchanged are tried. Their cost is assumed, not measured:
 
 | setting | lengthens the step by |
 |---|---|
@@ -16,6 +16,7 @@ import copy
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -33,7 +34,7 @@ FEW, MORE = 4, 6  # layers of the shallow models that bound a deep one from belo
 
 @dataclass(frozen=True)
 class Fit:
-    """Settings that fit, what they take, and what was added on the command line to get them."""
+    """Settings that fit, what they take, and the flags that lead to them."""
 
     config: RunConfig
     estimate: Estimate
@@ -47,25 +48,25 @@ def fit_budget(config: RunConfig, architecture: PretrainedConfig, budget: int, r
         rows: the step's. Default: of --max-length tokens.
 
     Raises:
-        UserError: there are none; it tells the smallest, and what takes the room.
+        UserError: nothing fits; the message gives the smallest possible budget and what takes the memory.
     """
     candidates = sorted(_candidates(config, architecture), key=_slowdown)
-    found = estimate(config, architecture, rows)
-    if found.fits(budget):
-        return Fit(config, found, [])
+    unchanged = estimate(config, architecture, rows)
+    if unchanged.fits(budget):
+        return Fit(config, unchanged, [])
     smallest = estimate(candidates[-1], architecture, rows)
     if not smallest.fits(budget):
         raise UserError(_impossible(config, candidates[-1], smallest, budget))
     for candidate in candidates[1:-1]:
         if _may_fit(candidate, architecture, budget, rows):
-            found = estimate(candidate, architecture, rows)
-            if found.fits(budget):
-                return Fit(candidate, found, _flags(config, candidate))
+            result = estimate(candidate, architecture, rows)
+            if result.fits(budget):
+                return Fit(candidate, result, _flags(config, candidate))
     return Fit(candidates[-1], smallest, _flags(config, candidates[-1]))
 
 
 def _candidates(config: RunConfig, architecture: PretrainedConfig) -> Iterator[RunConfig]:
-    """All settings that need no more memory than `config`'s own, which are among them."""
+    """All settings that need no more memory than those of `config`, which are included."""
     usable = [name for name in SWITCHES if not getattr(config.memory, name) and _suits(name, config, architecture)]
     training, rows = config.training, config.training.micro_batch_size or config.training.batch_size
     sizes = [rows, *itertools.takewhile(lambda size: size, (rows // 2**halvings for halvings in range(1, 32)))]
@@ -73,8 +74,8 @@ def _candidates(config: RunConfig, architecture: PretrainedConfig) -> Iterator[R
         micro = training if size == rows else replace(training, micro_batch_size=size)
         for count in range(len(usable) + 1):
             for names in itertools.combinations(usable, count):
-                memory = replace(config.memory, **{name: SWITCHES[name][0] for name in names})
-                yield replace(config, memory=memory, training=micro)
+                switches: dict[str, Any] = {name: SWITCHES[name][0] for name in names}
+                yield replace(config, memory=replace(config.memory, **switches), training=micro)
 
 
 def _suits(switch: str, config: RunConfig, architecture: PretrainedConfig) -> bool:
@@ -97,8 +98,8 @@ def _slowdown(config: RunConfig) -> float:
 
 
 def _may_fit(config: RunConfig, architecture: PretrainedConfig, budget: int, rows: StepRows | None) -> bool:
-    """False only if the step cannot fit. What lives at any one moment grows linearly with the number of layers, and the
-    peak is the most of all moments, a convex function: two shallow models bound every deeper one from below."""
+    """False only if the step cannot fit. The memory in use at any moment grows linearly with the number of layers; the
+    peak is the maximum over all moments, a convex function: two shallow models bound every deeper one from below."""
     layers = architecture.get_text_config().num_hidden_layers
     if config.adapter.layers is not None or layers <= MORE:
         return True
@@ -127,11 +128,12 @@ def _flags(before: RunConfig, after: RunConfig) -> list[str]:
     return flags
 
 
-def _impossible(config: RunConfig, smallest: RunConfig, found: Estimate, budget: int) -> str:
-    room = ", ".join(f"{kind} {gib(size)}" for kind, size in sorted(found.by_kind.items(), key=lambda k: -k[1])[:3])
+def _impossible(config: RunConfig, smallest: RunConfig, needed: Estimate, budget: int) -> str:
+    kinds = ", ".join(f"{kind} {gib(size)}" for kind, size in sorted(needed.by_kind.items(), key=lambda k: -k[1])[:3])
     flags = " ".join(_flags(config, smallest)) or "these options"
     advice = "" if config.model.qlora else "--qlora makes the frozen weights about a quarter as large; "
     return (
-        f"{gib(budget)} cannot be kept: the smallest that works is {gib(found.total_bytes)} (with {flags}), of which "
-        f"{room}, CUDA context {gib(found.context_bytes)}; {advice}a smaller --max-length or model takes less."
+        f"A budget of {gib(budget)} cannot be met: the smallest that works is {gib(needed.total_bytes)} (with "
+        f"{flags}), of which {kinds}, CUDA context {gib(needed.context_bytes)}; {advice}a smaller --max-length or "
+        "model takes less."
     )

@@ -1,4 +1,4 @@
-"""An estimate with what it was made for, told to people and to machines."""
+"""An estimate and the settings it is for, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lowmem_npo.sizes import gib
 
 @dataclass(frozen=True)
 class Report:
-    """An estimate with what it was made for."""
+    """An estimate and the settings it is for."""
 
     model: str
     config: RunConfig
@@ -29,29 +29,30 @@ class Report:
     flags: list[str]
 
     def as_json(self) -> dict[str, Any]:
-        found = self.estimate
+        result = self.estimate
         return {
             "model": self.model,
             "simulated": True,
-            "peak_bytes": found.peak_bytes,
-            "context_bytes": found.context_bytes,
-            "host_bytes": found.host_bytes,
-            "by_kind": {kind.replace(" ", "_"): size for kind, size in found.by_kind.items()},
+            "peak_bytes": result.peak_bytes,
+            "context_bytes": result.context_bytes,
+            "host_bytes": result.host_bytes,
+            "by_kind": {kind.replace(" ", "_"): size for kind, size in result.by_kind.items()},
             "budget_bytes": self.budget,
-            "fits": None if self.budget is None else found.fits(self.budget),
+            "fits": None if self.budget is None else result.fits(self.budget),
             "flags": self.flags,
             "rows": {"forget": list(self.rows.forget), "retain": list(self.rows.retain)},
         }
 
     def text(self) -> str:
-        found, weights = self.estimate, "4-bit NF4" if self.config.model.qlora else self.config.model.dtype
-        lines = [f"{self.model}, {weights}; at once {_told(self.rows.forget)} forget, {_told(self.rows.retain)} retain"]
-        lines += [_line("peak of a training step (simulated)", found.peak_bytes)]
-        lines += [_line(f"  {kind}", size) for kind, size in found.by_kind.items() if size]
-        lines += [_line("CUDA context (assumed, outside PyTorch)", found.context_bytes)]
-        lines += [_line("the GPU must have", found.total_bytes)]
-        if found.host_bytes >= 2**20:
-            lines += [_line("host memory for tensors", found.host_bytes)]
+        result, weights = self.estimate, "4-bit NF4" if self.config.model.qlora else self.config.model.dtype
+        rows = f"{_rows(self.rows.forget, 'forget')}, {_rows(self.rows.retain, 'retain')}"
+        lines = [f"{self.model}, {weights}; at once {rows}"]
+        lines += [_line("peak of a training step (simulated)", result.peak_bytes)]
+        lines += [_line(f"  {kind}", size) for kind, size in result.by_kind.items() if size]
+        lines += [_line("CUDA context (assumed, outside PyTorch)", result.context_bytes)]
+        lines += [_line("GPU memory needed", result.total_bytes)]
+        if result.host_bytes >= 2**20:
+            lines += [_line("host memory for tensors", result.host_bytes)]
         if self.budget is not None:
             flags = f"with {' '.join(self.flags)}" if self.flags else "with these options"
             lines += [f"fits {gib(self.budget)}: yes, {flags}"]
@@ -62,7 +63,7 @@ def report(config: RunConfig, rows: StepRows) -> Report:
     """The estimate of `config`, or of the fastest settings that fit its memory budget.
 
     Raises:
-        UserError: an unknown model, a budget that cannot be kept.
+        UserError: an unknown model, or a budget that cannot be met.
     """
     architecture = architecture_of(config.model)
     budget, name = config.memory.budget_bytes, resolve_name(config.model.model)[0]
@@ -73,10 +74,10 @@ def report(config: RunConfig, rows: StepRows) -> Report:
 
 
 def architecture_of(config: ModelConfig) -> PretrainedConfig:
-    """The model's configuration, bundled ones first: they need no network.
+    """The model's configuration; a bundled one, which needs no network, if there is one.
 
     Raises:
-        UserError: no such model, or it is not bundled and the hub cannot be reached.
+        UserError: there is no such model, or it is not bundled and the hub cannot be reached.
     """
     name = resolve_name(config.model)[0]
     bundled = known_config(name) if config.revision is None else None
@@ -85,13 +86,13 @@ def architecture_of(config: ModelConfig) -> PretrainedConfig:
     try:
         return load_config(config)
     except UserError as error:
-        raise UserError(f"{error} Known without a network: {', '.join(known_names())}.") from error
+        raise UserError(f"{error} Models known without a network: {', '.join(known_names())}.") from error
 
 
 def _line(what: str, size: int) -> str:
     return f"{what:<42}{gib(size):>12}"
 
 
-def _told(rows: tuple[tuple[int, int], ...]) -> str:
+def _rows(rows: tuple[tuple[int, int], ...], part: str) -> str:
     longest = f" of up to {max(length for length, _ in rows)} tokens" if rows else ""
-    return f"{len(rows)} x{longest}" if rows else "no"
+    return f"{len(rows)} {part} rows{longest}" if rows else f"no {part} rows"

@@ -1,7 +1,7 @@
 """How much memory a run takes, before it starts: one real training step on a GPU that has no memory but counts it.
 
-The model is built from its configuration alone, `NPOTrainer` runs its own `training_step` and its own optimiser, every
-storage that lives is counted. There is no formula: what the code does is what is counted.
+The model is built from its configuration alone, `NPOTrainer` runs its own `training_step` and its own optimiser, and
+every live storage is counted. There is no formula: what the code does is what is counted.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lowmem_kernels import IGNORE_INDEX
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_npo.config import RunConfig
 from lowmem_npo.data import TokenizedRow
@@ -30,8 +31,8 @@ from lowmem_npo.training.arguments import npo_config
 from lowmem_npo.training.trainer import NPOConfig, NPOTrainer
 
 CONTEXT_BYTES = 512 * 2**20
-"""What CUDA itself and the loaded kernels take of a GPU, outside every allocator: about this much on cards of compute
-capability 8.0 to 9.0. A run on a GPU measures its own."""
+"""What CUDA itself and the loaded kernels take of a GPU, outside of PyTorch's allocator: about this much on cards of
+compute capability 8.0 to 9.0. A run on a GPU measures its own."""
 CUBLAS_WORKSPACE = 8320 * 2**10  # PyTorch's default below compute capability 9.0, for each thread that multiplies
 
 KINDS = ("frozen weights", "adapter", "checkpoints", "layer work", "head", "reference", "batch", "cuBLAS")
@@ -39,16 +40,16 @@ KINDS = ("frozen weights", "adapter", "checkpoints", "layer work", "head", "refe
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one training step takes."""
+    """The memory that one training step takes."""
 
     peak_bytes: int  # on the GPU, from PyTorch's allocator
     by_kind: dict[str, int]  # what it consists of; sums to peak_bytes
-    host_bytes: int  # most that tensors took on the host
+    host_bytes: int  # the peak of tensors in host memory
     context_bytes: int = CONTEXT_BYTES
 
     @property
     def total_bytes(self) -> int:
-        """What the GPU must have."""
+        """The GPU memory needed."""
         return self.peak_bytes + self.context_bytes
 
     def fits(self, budget: int) -> bool:
@@ -57,14 +58,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class StepRows:
-    """The largest rows that can meet in one optimiser step, largest first: (tokens, answer tokens) of each."""
+    """The largest rows that can occur in one optimiser step, largest first: (tokens, answer tokens) of each."""
 
     forget: tuple[tuple[int, int], ...]
     retain: tuple[tuple[int, int], ...]
 
     @classmethod
     def of_length(cls, config: RunConfig) -> StepRows:
-        """Rows of --max-length tokens, all of them answer: nothing is known of the data, so the most it can be."""
+        """Rows of --max-length tokens, all of them answer: the worst case, for data that are not known."""
         row = (config.data.max_length, config.data.max_length - 1)
         return cls((row,) * config.training.batch_size, (row,) * config.training.retain_rows)
 
@@ -77,7 +78,7 @@ class StepRows:
         return cls(_largest(forget, training.batch_size), _largest(retain or (), training.retain_rows))
 
     def micro_batch(self, config: RunConfig) -> StepRows:
-        """The largest that go through the model at once."""
+        """The largest rows that go through the model at once."""
         micro_batches = config.training.micro_batches()
         retain = -(-config.training.retain_rows // micro_batches) if config.objective.needs_retain else 0
         return StepRows(self.forget[: -(-config.training.batch_size // micro_batches)], self.retain[:retain])
@@ -91,33 +92,33 @@ def estimate(config: RunConfig, architecture: PretrainedConfig, rows: StepRows |
     """
     rows = (rows or StepRows.of_length(config)).micro_batch(config)
     with fake_gpu("frozen weights") as gpu:
-        model = fake_model(architecture, config.model)
+        base = fake_model(architecture, config.model)
         with gpu.allocating("adapter"):
-            model = attach_lora(model, config.adapter)
+            model = attach_lora(base, config.adapter)
             apply_switches(model, config.memory)
         with gpu.allocating("cuBLAS"):
             workspaces = [torch.empty(CUBLAS_WORKSPACE, dtype=torch.uint8, device=GPU) for _ in ("forward", "backward")]
         gpu.kind = "layer work"
         with tempfile.TemporaryDirectory() as folder:
             trainer = _trainer(model, config, rows, folder)
-        tell_kinds(gpu, causal_lm(model))
+        track_kinds(gpu, causal_lm(model))
         for name in ("forget", "retain"):
             setattr(trainer.reference, name, _marking(gpu, getattr(trainer.reference, name)))
         gpu.kind = "adapter"
-        trainer.create_optimizer()
-        first_optimizer_step(trainer.optimizer)
-        if config.training.micro_batches() > 1:  # from the second one on, the gradients are there
-            _give_gradients(trainer.optimizer)
+        optimizer = trainer.create_optimizer()
+        first_optimizer_step(optimizer)
+        if config.training.micro_batches() > 1:  # from the second one on, there are gradients to add to
+            _give_gradients(optimizer)
         gpu.kind = "batch"
         batch, totals = _batch(trainer)
         gpu.kind = "layer work"
         gpu.restart_peak()
         trainer.training_step(model, batch, totals)
         gpu.kind = "adapter"
-        trainer.optimizer.step()
+        optimizer.step()
         del workspaces
         by_kind = {kind: gpu.at_peak.get(kind, 0) for kind in KINDS}
-        return Estimate(gpu.peak, by_kind, gpu.elsewhere_peak)
+        return Estimate(gpu.peak, by_kind, gpu.off_device_peak)
 
 
 class _Arguments(NPOConfig):
@@ -128,7 +129,7 @@ class _Arguments(NPOConfig):
         return GPU
 
 
-def _trainer(model: nn.Module, config: RunConfig, rows: StepRows, folder: str) -> NPOTrainer:
+def _trainer(model: PeftModel, config: RunConfig, rows: StepRows, folder: str) -> NPOTrainer:
     """The run's own trainer, for one micro-batch and one device."""
     step = replace(
         config,
@@ -148,7 +149,7 @@ def _trainer(model: nn.Module, config: RunConfig, rows: StepRows, folder: str) -
         npo_config(step, _Arguments),
         [token_row(*row) for row in rows.forget],
         [token_row(*row) for row in rows.retain],
-        processing_class=SimpleNamespace(pad_token_id=0),
+        processing_class=cast(PreTrainedTokenizerBase, SimpleNamespace(pad_token_id=0)),
     )
 
 
@@ -158,14 +159,14 @@ def token_row(length: int, answers: int) -> TokenizedRow:
 
 
 def _batch(trainer: NPOTrainer) -> tuple[dict[str, Any], Any]:
-    """The trainer's own first micro-batch and its totals: real values, then fake tensors that remember them."""
+    """The trainer's own first micro-batch, as fake tensors whose values are known, and its totals."""
     with _disable_current_modes():
         batches, totals = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
     return tree_map_only(Tensor, with_values, batches[0]), totals
 
 
 def first_optimizer_step(optimizer: torch.optim.Optimizer) -> None:
-    """Gives the optimiser its state, which lives through all later steps."""
+    """Makes the optimiser allocate its state, which lives through all later steps."""
     _give_gradients(optimizer)
     optimizer.step()
     optimizer.zero_grad()
@@ -176,8 +177,8 @@ def _give_gradients(optimizer: torch.optim.Optimizer) -> None:
         parameter.grad = torch.zeros_like(parameter)
 
 
-def tell_kinds(gpu: FakeGPU, model: PreTrainedModel) -> None:
-    """Tells `gpu` which kind of memory is about to be taken, by hooks at the borders of a pass through `model`."""
+def track_kinds(gpu: FakeGPU, model: PreTrainedModel) -> None:
+    """Sets the kind of what is allocated, by hooks where a pass enters and leaves the parts of `model`."""
 
     def enters_decoder(*_: Any) -> None:
         gpu.kind = "layer work"

@@ -1,4 +1,4 @@
-"""The process that `background.Simulation` starts: a run and its rows on stdin, its report or a mistake on stdout."""
+"""The process behind `background.Simulation`: reads a run and its rows from stdin, writes a report or an error."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ with quick_imports():
     from lowmem_npo.estimate.report import Report, report
 
 
-def answer(question: bytes) -> Report | UserError:
+def report_or_error(pickled: bytes) -> Report | UserError:
     """The report on a pickled (RunConfig, StepRows)."""
-    config, rows = pickle.loads(question)
+    config, rows = pickle.loads(pickled)
     try:
         return report(config, rows)
     except UserError as error:
@@ -24,6 +24,6 @@ def answer(question: bytes) -> Report | UserError:
 
 if __name__ == "__main__":
     quiet_libraries()
-    with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints must not get into the answer
-        result = answer(sys.stdin.buffer.read())
+    with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints must not get into the result
+        result = report_or_error(sys.stdin.buffer.read())
     sys.stdout.buffer.write(pickle.dumps(result))

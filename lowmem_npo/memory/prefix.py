@@ -10,8 +10,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from lowmem_npo.model.head import causal_lm
-from lowmem_npo.model.layers import decoder_layers
+from lowmem_npo.model.layers import causal_lm, decoder_layers
 
 
 class SharedPrefix:

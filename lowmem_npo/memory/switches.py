@@ -9,7 +9,7 @@ from lowmem_npo.memory.checkpointing import enable_checkpointing
 from lowmem_npo.memory.embedding import embedding_to_host
 from lowmem_npo.memory.float32 import slice_float32
 from lowmem_npo.memory.tiling import tile_mlps
-from lowmem_npo.model.head import causal_lm
+from lowmem_npo.model.layers import causal_lm
 
 
 def apply_switches(model: PeftModel, config: MemoryConfig) -> None:

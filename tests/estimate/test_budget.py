@@ -26,7 +26,7 @@ SAVING = MemoryConfig(offload_checkpoints=True, tile_mlp=1024, embedding_on_cpu=
 
 
 def run(tokens: int, memory: MemoryConfig | None = None, **sections) -> RunConfig:
-    """QLoRA of rank 5, NPO + retain + KL, 4 forget and 4 retain rows of so many tokens, all of them answer."""
+    """QLoRA of rank 5, NPO + retain + KL, 4 forget and 4 retain rows of `tokens` tokens, all of them answer."""
     model, memory = ModelConfig("known", qlora=True), memory or MemoryConfig()
     return RunConfig(model, DataConfig(max_length=tokens), memory=memory, **sections)
 
@@ -42,9 +42,9 @@ BUDGETS = {  # GiB without CUDA context
 
 @pytest.mark.parametrize(("name", "tokens", "memory", "budget"), BUDGETS.values(), ids=list(BUDGETS))
 def test_budget(name, tokens, memory, budget):
-    found = estimate(run(tokens, memory), known_config(name))
-    assert found.peak_bytes <= budget * GIB, f"{gib(found.peak_bytes)}: {found.by_kind}"
-    assert found.by_kind["frozen weights"] > found.peak_bytes / 3  # they are there
+    result = estimate(run(tokens, memory), known_config(name))
+    assert result.peak_bytes <= budget * GIB, f"{gib(result.peak_bytes)}: {result.by_kind}"
+    assert result.by_kind["frozen weights"] > result.peak_bytes / 3  # they are there
 
 
 def test_a_float32_copy_of_the_embedding_would_break_a_budget(monkeypatch):
@@ -98,10 +98,10 @@ def test_the_search_finds_the_fastest_switches_that_fit():
 
 
 def test_an_impossible_budget_says_the_smallest_and_what_takes_the_room():
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         fit_budget(run(64), shallow(), 300 * 2**20)
-    message = str(told.value)
-    assert "0.29 GiB cannot be kept: the smallest that works is" in message
+    message = str(error.value)
+    assert "A budget of 0.29 GiB cannot be met: the smallest that works is" in message
     assert "--micro-batch-size 1" in message and "frozen weights" in message and "CUDA context" in message
     assert "--qlora" not in message
     with pytest.raises(UserError, match="--qlora makes the frozen weights"):
@@ -117,28 +117,28 @@ def test_only_the_layers_above_the_lowest_adapter_keep_checkpoints():
 
 def test_estimate_on_the_command_line(capsys):
     assert main(["estimate", "--model", SMALL, "--qlora", "--max-length", "64", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert {"peak_bytes", "context_bytes", "by_kind", "fits", "flags"} <= set(found)
-    assert sum(found["by_kind"].values()) == found["peak_bytes"] and found["fits"] is None and found["flags"] == []
+    result = json.loads(capsys.readouterr().out)
+    assert {"peak_bytes", "context_bytes", "by_kind", "fits", "flags"} <= set(result)
+    assert sum(result["by_kind"].values()) == result["peak_bytes"] and result["fits"] is None and result["flags"] == []
     assert main(["estimate", "--model", SMALL, "--qlora", "--max-length", "64", "--budget", "24GiB"]) == 0
     text = capsys.readouterr().out
-    assert gib(found["peak_bytes"]) in text and "fits 24.00 GiB: yes, with these options" in text
+    assert gib(result["peak_bytes"]) in text and "fits 24.00 GiB: yes, with these options" in text
     assert "CUDA context" in text and "frozen weights" in text
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
-        (["--model", "nobody/nothing-7B"], "Known without a network: Qwen/Qwen3-32B"),
+        (["--model", "nobody/nothing-7B"], "Models known without a network: Qwen/Qwen3-32B"),
         (["--model", SMALL, "--budget", "plenty"], "--memory-budget plenty: give a positive number and a unit"),
         (["--model", SMALL, "--budget", "0GiB"], "give a positive number"),
         (["--model", SMALL, "--lora-layers", "14-99"], "layer"),
     ],
 )
-def test_mistakes_are_told_in_one_sentence(arguments, told, capsys, monkeypatch):
+def test_mistakes_are_reported_in_one_sentence(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main(["estimate", "--max-length", "32", *arguments]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The simulated step allocates what the real step allocates, to the byte; the GPU's own ways are counted."""
+"""The simulated step allocates what the real step allocates, to the byte; CUDA's own kernels are counted as such."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ CASES = {
 @pytest.mark.parametrize("config", CASES.values(), ids=list(CASES))
 def test_the_simulated_step_is_the_real_one_to_the_byte(config, torch_engine):
     rows = ROWS if config.objective.needs_retain else StepRows(ROWS.forget, ())
-    found = estimate(config, LLAMA, rows)
-    assert found.peak_bytes - found.by_kind["cuBLAS"] == real_peak(config, rows)
-    assert sum(found.by_kind.values()) == found.peak_bytes and set(found.by_kind) == set(KINDS)
+    result = estimate(config, LLAMA, rows)
+    assert result.peak_bytes - result.by_kind["cuBLAS"] == real_peak(config, rows)
+    assert sum(result.by_kind.values()) == result.peak_bytes and set(result.by_kind) == set(KINDS)
 
 
 def test_a_tensor_held_too_long_would_be_noticed(torch_engine, monkeypatch):
@@ -89,19 +89,19 @@ def test_a_tensor_held_too_long_would_be_noticed(torch_engine, monkeypatch):
     kept = []
     forward = torch.nn.functional.silu
     monkeypatch.setattr(torch.nn.functional, "silu", lambda x, **k: kept.append(forward(x, **k)) or kept[-1])
-    found = estimate(run(), LLAMA, ROWS)
-    assert kept and found.peak_bytes - found.by_kind["cuBLAS"] > real
+    result = estimate(run(), LLAMA, ROWS)
+    assert kept and result.peak_bytes - result.by_kind["cuBLAS"] > real
 
 
 def test_the_kinds_are_what_they_say(torch_engine):
-    found = estimate(run(), LLAMA, ROWS).by_kind
+    by_kind = estimate(run(), LLAMA, ROWS).by_kind
     checkpoints = len(ROWS.forget) * 48 * 64 * 4  # rows x width x hidden size x float32, of each layer
-    assert found["checkpoints"] == LLAMA.num_hidden_layers * checkpoints
+    assert by_kind["checkpoints"] == LLAMA.num_hidden_layers * checkpoints
     offloaded = estimate(run({"offload_checkpoints": True}), LLAMA, ROWS)
     assert offloaded.by_kind["checkpoints"] <= 2 * checkpoints
     assert offloaded.host_bytes >= LLAMA.num_hidden_layers * checkpoints
     on_host = estimate(run({"embedding_on_cpu": True}), LLAMA, ROWS)
-    assert found["frozen weights"] - on_host.by_kind["frozen weights"] == -(-997 * 64 * 4 // 512) * 512
+    assert by_kind["frozen weights"] - on_host.by_kind["frozen weights"] == -(-997 * 64 * 4 // 512) * 512
 
 
 def test_the_optimizer_is_the_runs_own(torch_engine):

@@ -1,4 +1,4 @@
-"""Which attention kernel PyTorch would run on a CUDA GPU, and what that kernel allocates.
+"""Which attention kernel PyTorch would run on a CUDA GPU, and what this kernel allocates.
 
 Without a GPU, `scaled_dot_product_attention` falls back to the form that materialises all scores, which no GPU would
 run. The choice and the workspaces below are those of PyTorch's `sdp_utils.cpp`, `flash_api.cpp` (FlashAttention 2, Dao
@@ -45,7 +45,7 @@ def scaled_dot_product_attention(
 
 
 def backward_workspace(func: Any, args: tuple) -> int:
-    """Bytes that an attention backward takes and gives back before it returns; 0 for every other operator."""
+    """Bytes that an attention backward allocates and frees before it returns; 0 for every other operator."""
     if func is aten._scaled_dot_product_flash_attention_backward.default:
         query, key = args[1], args[2]
         batch, heads, length, size = query.shape

@@ -1,20 +1,20 @@
 """A GPU without memory: code runs on it as on CUDA, on any machine, and every byte it would allocate is counted.
 
 Tensors are PyTorch's fake tensors (shapes and dtypes, no data) on the device `cuda:0`. Three things are added, so that
-what is counted is what CUDA would do:
+CUDA's allocations are what is counted:
 
 - PyTorch built for CPUs cannot index or differentiate fake CUDA tensors, because its C++ core has no CUDA device to
-  switch to. The core is told `cpu:0` (which it never needs to switch to) where Python sees `cuda:0`; autocast, which
-  goes by dispatch keys and not by devices, is CUDA's.
-- The values of small integer and boolean tensors are followed, so that steps whose shapes depend on values (picking the
-  answer tokens) have the shapes of the batch.
+  switch to. Where Python sees `cuda:0`, the core sees `cpu:0`, to which it never needs to switch; autocast, which goes
+  by dispatch keys and not by devices, is CUDA's.
+- The values of small integer and boolean tensors are tracked, so that operations whose shapes depend on values
+  (selecting the answer tokens) have the shapes of the batch.
 - Operators whose CUDA implementation differs from the portable one: attention, 4-bit matrix products.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -39,7 +39,7 @@ class FakeGPU(StorageCounter):
     operators: FakeOperators
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is prim.device.default:  # asked more often than everything else together
+        if func is prim.device.default:  # called more often than all others together
             return _device_for_core(args[0])
         return super().__torch_dispatch__(func, types, args, kwargs)
 
@@ -60,12 +60,13 @@ class FakeGPU(StorageCounter):
             result.known = known
         if size := cuda_attention.backward_workspace(func, args):
             for leaf in result:
-                self._see(leaf, func)
-            self.momentarily(size)
+                if leaf is not None:  # the gradient of a bias that there is not
+                    self._see(leaf, func)
+            self.transient(size)
         return result
 
     def _positions(self, indices: list[Tensor | None]) -> list[Tensor | None]:
-        """Boolean indices as the positions where they hold, as CUDA's own indexing turns them."""
+        """Boolean indices as the positions where they are true, as CUDA's own indexing converts them."""
         result: list[Tensor | None] = []
         for index in indices:
             if index is not None and index.dtype == torch.bool:
@@ -98,16 +99,16 @@ def fake_gpu(kind: str = "other") -> Iterator[FakeGPU]:
 
 
 def with_values(tensor: Tensor) -> FakeTensor:
-    """A fake copy, on the host, of a real integer tensor, whose values the fake GPU knows."""
-    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+    """A fake copy, on the host, of a real integer tensor; the fake GPU knows its values."""
+    fake: Any = torch.empty(tensor.shape, dtype=tensor.dtype)
     fake.known = tensor
     return fake
 
 
 class _FakeCuda(FakeTensorMode):
-    """Fake tensors that C++ takes for `cpu:0` tensors and everybody else for `cuda:0` tensors."""
+    """Fake tensors that C++ sees as `cpu:0` tensors, and Python as `cuda:0` tensors."""
 
-    def dispatch(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def dispatch(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         if func is prim.device.default:
             return _device_for_core(args[0])
         if kwargs and kwargs.get("device") == STAND_IN:  # C++ made it "on the same device"
@@ -122,9 +123,9 @@ def _device_for_core(tensor: FakeTensor) -> torch.device:
 
 
 def _to(tensor: FakeTensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
-    """`Tensor.to`, which would copy what is on the GPU already: its core takes that for another device."""
+    """`Tensor.to`, which would copy what is already on the GPU: the core sees another device."""
     device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
-    options = {"dtype": dtype or tensor.dtype, "non_blocking": non_blocking, "copy": copy}
+    options: dict[str, Any] = {"dtype": dtype or tensor.dtype, "non_blocking": non_blocking, "copy": copy}
     if device is not None and (device.type == "cuda" or device == STAND_IN):
         device = GPU
     if device is not None and device != tensor.device:
@@ -135,7 +136,7 @@ def _to(tensor: FakeTensor, *args: Any, copy: bool = False, **kwargs: Any) -> Te
 
 
 def _apply(module: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:
-    """`Module.to` by new parameters: the original swaps the contents of fake tensors, which fails."""
+    """`Module.to` with new parameters: the original swaps the contents of fake tensors, which fails."""
     for child in module.children() if recurse else ():
         child._apply(fn)
     for name, parameter in module._parameters.items():
@@ -153,7 +154,7 @@ def _apply(module: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.M
 
 @contextlib.contextmanager
 def _kernels_of_a_cuda_build() -> Iterator[None]:
-    """Keeps operators whole that have a kernel on CUDA but are taken apart into others where PyTorch has none."""
+    """Keeps operators whole that have a kernel of their own on CUDA, but are decomposed where PyTorch has none."""
     library = torch.library.Library("aten", "IMPL")
     if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::silu_backward", "CUDA"):
         library.impl("silu_backward", lambda *_: None, "CUDA")  # never called: fake tensors are caught above
@@ -164,7 +165,7 @@ def _kernels_of_a_cuda_build() -> Iterator[None]:
 
 
 def _known(func: Any, args: tuple, kwargs: dict) -> Any:
-    """What `func` gives on known values: a tensor, a number, or None where not everything is known."""
+    """The result of `func` on known values: a tensor, a number, or None where not everything is known."""
     if func in _FACTORIES:
         wanted = kwargs.get("dtype")
         if wanted is not None and (wanted.is_floating_point or wanted.is_complex):
@@ -204,9 +205,12 @@ _FACTORIES = {
     aten.zeros.default, aten.ones.default, aten.full.default,
 }  # fmt: skip
 
-_gemm_4bit = _gemm_4bit_of_many_rows = None
-with contextlib.suppress(ImportError, AttributeError):  # bitsandbytes before 0.50 dequantises in Python, in plain sight
-    import bitsandbytes  # noqa: F401
-    from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl as _gemm_4bit_of_many_rows
+_gemm_4bit: Any = None
+_gemm_4bit_of_many_rows: Any = None
+with contextlib.suppress(
+    ImportError, AttributeError
+):  # bitsandbytes before 0.50 dequantises in Python, where it is seen
+    from bitsandbytes.backends.default import ops as default_ops
 
+    _gemm_4bit_of_many_rows = default_ops._gemm_4bit_default_impl
     _gemm_4bit = torch.ops.bitsandbytes.gemm_4bit.default

@@ -1,7 +1,8 @@
-"""A model from its configuration alone, on the fake GPU: layers and storages of the loaded one, without data."""
+"""A model from its configuration alone, on the fake GPU: the layers and storages of a loaded one, without data."""
 
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import bitsandbytes as bnb
@@ -19,9 +20,9 @@ from lowmem_npo.model.quantization import nf4
 
 
 def fake_model(architecture: PretrainedConfig, config: ModelConfig) -> PreTrainedModel:
-    """What `load_model` gives. Call it inside `fake_gpu()`.
+    """The counterpart of `load_model`. Call it inside `fake_gpu()`.
 
-    A 4-bit layer is bitsandbytes' own, and its weight is made by bitsandbytes' own quantisation; only the class
+    A 4-bit layer is bitsandbytes' own, and its weight comes from bitsandbytes' own quantisation; only the class
     `Params4bit`, which cannot hold a fake tensor, is replaced by a plain parameter with the same attributes.
     """
     dtype = DTYPES[config.dtype]
@@ -36,7 +37,7 @@ def fake_model(architecture: PretrainedConfig, config: ModelConfig) -> PreTraine
         mock.patch.dict(name2qmap, {"dynamic": torch.empty(256, device=GPU)}),  # a table that all layers share
         mock.patch.object(
             bnb.functional, "get_4bit_type", lambda *_, **__: torch.empty(16, device=GPU)
-        ),  # each its own
+        ),  # one per layer
     ):
         _give_storages(model, dtype)
     model.requires_grad_(False)
@@ -51,9 +52,10 @@ def _give_storages(model: nn.Module, dtype: torch.dtype) -> None:
             if parameter is None:
                 continue
             if id(parameter) not in made:
-                four_bit = isinstance(module, bnb.nn.Linear4bit) and name == "weight"
-                new = _nf4(module, dtype) if four_bit else nn.Parameter(_on_gpu(parameter), requires_grad=False)
-                made[id(parameter)] = new
+                if isinstance(module, bnb.nn.Linear4bit) and name == "weight":
+                    made[id(parameter)] = _nf4(module, dtype)
+                else:
+                    made[id(parameter)] = nn.Parameter(_on_gpu(parameter), requires_grad=False)
             module._parameters[name] = made[id(parameter)]
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
@@ -65,12 +67,12 @@ def _on_gpu(tensor: Tensor) -> Tensor:
 
 
 def _nf4(layer: bnb.nn.Linear4bit, dtype: torch.dtype) -> nn.Parameter:
-    old = layer.weight
+    old: Any = layer.weight  # Params4bit
     dense = torch.empty(layer.out_features, layer.in_features, dtype=dtype, device=GPU)
     packed, layer.quant_state = quantize_4bit(
         dense, compress_statistics=old.compress_statistics, quant_type=old.quant_type, quant_storage=old.quant_storage
     )
-    weight = nn.Parameter(packed, requires_grad=False)
+    weight: Any = nn.Parameter(packed, requires_grad=False)
     for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage"):
         setattr(weight, name, getattr(old, name))
     weight.quant_state, weight.bnb_quantized, weight.module = layer.quant_state, True, layer

@@ -1,8 +1,8 @@
-"""Operators on fake tensors, fast: a step repeats each of them hundreds of times on tensors of the same shapes.
+"""Fast operators on fake tensors: a step repeats each of them hundreds of times on tensors of the same shapes.
 
 `FakeTensorMode` takes a few tenths of a millisecond per operator, which is most of an estimate's time. Here a view is
-made by its C++ kernel alone, an operator in place returns its tensor, and of every other operator the shapes of the
-results are remembered by those of its arguments.
+made by its C++ kernel alone, an in-place operator returns its tensor, and for every other operator the shapes of the
+results are cached by those of its arguments.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Shape(NamedTuple):
-    """What an operator's result depends on, of a tensor that has no values."""
+    """The properties of a tensor without values that an operator's result depends on."""
 
     dtype: torch.dtype
     size: tuple[int, ...]
@@ -24,32 +24,32 @@ class Shape(NamedTuple):
 
 
 class FakeOperators:
-    """Calls operators on the fake tensors of `mode`, all of which are on `device` or go the long way."""
+    """Calls operators on the fake tensors of `mode`; those on other devices than `device` take the slow path."""
 
     def __init__(self, mode: FakeTensorMode, device: torch.device) -> None:
         self.mode, self.device = mode, device
-        self._sorts: dict[Any, str] = {}
+        self._categories: dict[Any, str] = {}
         self._results: dict[tuple, Shape | tuple[Shape | None, ...] | None] = {}
         self._attributes = dict(vars(torch.empty(0, device=device)))  # those of any fresh fake tensor
 
     def __call__(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        sort = self._sorts.get(func) or self._sorts.setdefault(func, _sort(func))
-        if sort == "in place" and self._here(args[0]):
+        category = self._categories.get(func) or self._categories.setdefault(func, _category(func))
+        if category == "in place" and self._here(args[0]):
             return args[0]
-        if sort in ("view", "views") and self._here(args[0]):
+        if category in ("view", "views") and self._here(args[0]):
             with in_kernel_invocation_manager(self.mode):
                 result = func(*args, **kwargs)
-            if sort == "views":
+            if category == "views":
                 return [self._fake(view) for view in result]
             return result if result is args[0] else self._fake(result)
-        key = self._key(func, args, kwargs) if sort == "function" else None
+        key = self._key(func, args, kwargs) if category == "function" else None
         if key is None:
             return func(*args, **kwargs)
         known = self._results.get(key)
         if known is None:
             result = func(*args, **kwargs)
             if _shares_storage(result, args):  # a view whose schema does not say so: _unsafe_view
-                self._sorts[func] = "view"
+                self._categories[func] = "view"
             else:
                 self._results[key] = self._shapes(result)
             return result
@@ -61,21 +61,21 @@ class FakeOperators:
         return isinstance(x, FakeTensor) and x.fake_mode is self.mode and x.device == self.device
 
     def _key(self, func: Any, args: tuple, kwargs: dict) -> tuple | None:
-        """None where a result cannot be told from shapes: tensors elsewhere, or none at all."""
+        """None where shapes do not determine the result: tensors on other devices, or none at all."""
         parts: list[Any] = [func]
-        found = False
+        any_tensor = False
         for x in (*args, *kwargs.items()):
             if isinstance(x, Tensor):
                 if not self._here(x):
                     return None
-                found = True
+                any_tensor = True
                 parts.append(Shape(x.dtype, tuple(x.shape), x.stride()))
             elif isinstance(x, (list, tuple)):
                 for y in x:
                     if isinstance(y, Tensor):
                         if not self._here(y):
                             return None
-                        found = True
+                        any_tensor = True
                         parts.append(Shape(y.dtype, tuple(y.shape), y.stride()))
                     elif isinstance(y, (list, tuple)):
                         parts.append(tuple(y))
@@ -84,12 +84,15 @@ class FakeOperators:
                 parts.append(len(x))
             else:
                 parts.append((type(x), x))
-        return tuple(parts) if found else None
+        return tuple(parts) if any_tensor else None
 
     def _shapes(self, result: Any) -> Shape | tuple[Shape | None, ...] | None:
         if isinstance(result, tuple):
-            shapes = tuple(None if x is None else self._shapes(x) for x in result)
+            shapes = tuple(None if x is None else self._shape(x) for x in result)
             return None if any(s is None and x is not None for s, x in zip(shapes, result, strict=True)) else shapes
+        return self._shape(result)
+
+    def _shape(self, result: Any) -> Shape | None:
         if not self._here(result) or result.storage_offset():
             return None
         return Shape(result.dtype, tuple(result.shape), result.stride())
@@ -109,7 +112,7 @@ def _shares_storage(result: Any, args: tuple) -> bool:
     return any(x.untyped_storage()._cdata in of_args for x in tree_leaves(result) if isinstance(x, Tensor))
 
 
-def _sort(func: Any) -> str:
+def _category(func: Any) -> str:
     """view, views: one result or a list of them, in its first argument's storage; in place: its first argument;
     function: only new tensors."""
     schema = func._schema

@@ -1,4 +1,4 @@
-"""Counts the device memory that lives while code runs: every tensor storage once, rounded as CUDA's allocator does."""
+"""Counts the device memory in use while code runs: every tensor storage once, rounded as CUDA's allocator does."""
 
 from __future__ import annotations
 
@@ -16,37 +16,39 @@ BLOCK = 512  # bytes: the CUDA caching allocator gives every request a multiple 
 
 
 class Storage(NamedTuple):
-    """One living storage: what it holds, and since when."""
+    """One live storage."""
 
     bytes: int
     kind: str
     device: str
-    origin: tuple  # the operator that made it, and the type and shape of the first tensor seen in it
+    origin: tuple  # the operator that allocated it, and dtype and shape of the first tensor seen in it
     reference: weakref.ref
 
 
 class _Reference(weakref.ref):
-    """Knows which storage it referred to when that is gone: cheaper than a closure for each of them."""
+    """Remembers which storage it referred to, for when that is gone: cheaper than a closure for each of them."""
 
     __slots__ = ("key",)
+    key: int
 
 
 class StorageCounter(TorchDispatchMode):
-    """Sees every operator below autograd and knows every storage whose operator it saw, until the storage is freed.
+    """Sees every operator below autograd and tracks the storages of its results until they are freed.
 
-    A new storage is of the current `kind`; `mark` gives it another. `live` and `peak` are bytes on the counted
-    device type, `at_peak` how many of them were of which kind; `elsewhere_peak` is the most on any other device (pinned
-    host memory, when tensors are offloaded).
+    A new storage is of the current `kind`; `mark` gives it another. `live` and `peak` are bytes on the counted device
+    type, `at_peak` the bytes of each kind at the peak; `off_device_peak` is the peak on all other devices (pinned host
+    memory, when tensors are offloaded).
     """
 
     def __init__(self, device_type: str = "cuda", kind: str = "other") -> None:
         super().__init__()
         self.device_type, self.kind = device_type, kind
-        self.live = self.peak = self.elsewhere = self.elsewhere_peak = 0
+        self.live = self.peak = self.off_device = self.off_device_peak = 0
         self.by_kind: Counter[str] = Counter()
         self.at_peak: dict[str, int] = {}
         self._storages: dict[int, Storage] = {}
-        self._detailed, self._details = False, []
+        self._detailed = False
+        self._details: list[Storage] = []
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -60,11 +62,11 @@ class StorageCounter(TorchDispatchMode):
         return result
 
     def run(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        """The operator itself; a subclass says here what a device does that the operator's signature does not show."""
+        """Runs the operator; a subclass adds what a device does beyond the operator's signature."""
         return func(*args, **kwargs)
 
     def mark(self, tensors: Any, kind: str) -> None:
-        """The storages of `tensors` (any nesting) are of `kind` from now on, also those seen for the first time."""
+        """From now on the storages of `tensors` (any nesting) are of `kind`, also those seen for the first time."""
         for tensor in tree_leaves(tensors):
             if not isinstance(tensor, Tensor):
                 continue
@@ -87,22 +89,22 @@ class StorageCounter(TorchDispatchMode):
         finally:
             self.kind = before
 
-    def momentarily(self, size: int) -> None:
-        """Workspace that an operator takes from the allocator and gives back before it returns."""
+    def transient(self, size: int) -> None:
+        """Counts a workspace that an operator allocates and frees before it returns."""
         self._grow(_rounded(size), self.kind)
         self._shrink(_rounded(size), self.kind)
 
     def restart_peak(self) -> None:
-        """Forgets the peak: it is what lives now."""
-        self.peak, self.elsewhere_peak = self.live, self.elsewhere
+        """Resets the peak to what is in use now."""
+        self.peak, self.off_device_peak = self.live, self.off_device
         self.at_peak = dict(self.by_kind)
 
     def detail_peak(self) -> None:
-        """From now on keeps what lives at each new peak, for `largest`. Slow: for finding out where bytes go."""
+        """From now on records what is in use at each new peak, for `largest`. Slow: for debugging."""
         self._detailed = True
 
     def largest(self, count: int = 20) -> list[tuple[int, int, str, str]]:
-        """(bytes together, how many, kind, origin) of the storages that lived at the peak, largest first."""
+        """(total bytes, count, kind, origin) of the storages in use at the peak, largest first."""
         groups: dict[tuple[str, str], list[int]] = {}
         for storage in self._details:
             operator, dtype, shape = storage.origin
@@ -122,15 +124,15 @@ class StorageCounter(TorchDispatchMode):
         if device == self.device_type:
             self._grow(size, self.kind)
         else:
-            self.elsewhere += size
-            self.elsewhere_peak = max(self.elsewhere_peak, self.elsewhere)
+            self.off_device += size
+            self.off_device_peak = max(self.off_device_peak, self.off_device)
 
     def _freed(self, reference: _Reference) -> None:
         storage = self._storages.pop(reference.key)
         if storage.device == self.device_type:
             self._shrink(storage.bytes, storage.kind)
         else:
-            self.elsewhere -= storage.bytes
+            self.off_device -= storage.bytes
 
     def _grow(self, size: int, kind: str) -> None:
         self.live += size

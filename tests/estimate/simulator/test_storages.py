@@ -70,7 +70,7 @@ def test_what_existed_before_counts_once_it_is_marked():
 
 def test_workspace_counts_only_at_the_peak(counter):
     kept = torch.empty(KIB, dtype=torch.uint8)
-    counter.momentarily(4 * KIB)
+    counter.transient(4 * KIB)
     assert counter.live == KIB and counter.peak == 5 * KIB
     del kept
 
@@ -78,9 +78,9 @@ def test_workspace_counts_only_at_the_peak(counter):
 def test_other_devices_are_counted_apart():
     with StorageCounter("cuda") as counter:
         kept = torch.empty(KIB, dtype=torch.uint8)
-        assert counter.live == counter.peak == 0 and counter.elsewhere == counter.elsewhere_peak == KIB
+        assert counter.live == counter.peak == 0 and counter.off_device == counter.off_device_peak == KIB
         del kept
-        assert counter.elsewhere == 0 and counter.elsewhere_peak == KIB
+        assert counter.off_device == 0 and counter.off_device_peak == KIB
 
 
 def test_the_largest_at_the_peak_are_named(counter):
