@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from the JSON that the benchmarks wrote, so that no number in it is typed by hand.
+"""Writes the tables of docs/ from the JSON that the benchmarks wrote, so that no number in it is typed by hand.
 
     python benchmarks/tables.py            replaces what is between <!-- table:NAME --> and <!-- /table -->
     python benchmarks/tables.py --check    only reports whether anything would change; exit code 1 if so
@@ -18,21 +18,25 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = (ROOT / "docs" / "memory.md", ROOT / "docs" / "results.md")
 MARKED = re.compile(r"(<!-- table:([a-z-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("documents", type=Path, nargs="*", default=DOCUMENTS, help="default: those of docs/")
     options = parser.parse_args(arguments)
-    before = options.readme.read_text(encoding="utf-8")
-    after = written(before)
-    if options.check:
-        print("up to date" if after == before else f"{options.readme.name} differs: run python benchmarks/tables.py")
-        return int(after != before)
-    options.readme.write_text(after, encoding="utf-8")
-    return 0
+    different = False
+    for document in options.documents:
+        before = document.read_text(encoding="utf-8")
+        after = written(before)
+        if options.check and after != before:
+            print(f"{document.name} differs: run python benchmarks/tables.py")
+            different = True
+        elif not options.check:
+            document.write_text(after, encoding="utf-8")
+    return int(different)
 
 
 def written(text: str) -> str:

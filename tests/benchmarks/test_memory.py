@@ -192,16 +192,16 @@ def test_measurements_take_the_simulations_place_and_show_it_beside_them(simulat
     assert (folder / "memory.png").exists()
 
 
-def test_readme_shows_the_committed_numbers_and_a_changed_one_is_noticed(tmp_path):
+def test_the_page_shows_the_committed_numbers_and_a_changed_one_is_noticed(tmp_path):
     assert tables.main(["--check"]) == 0
-    readme = tables.ROOT.joinpath("README.md").read_text()
-    begin = readme.index("<!-- table:memory -->")
-    digit = next(i for i in range(begin, len(readme)) if readme[i - 1] == "." and readme[i].isdigit())
-    wrong = readme[:digit] + str((int(readme[digit]) + 1) % 10) + readme[digit + 1 :]
-    copy_of_it = tmp_path / "README.md"
+    page = tables.DOCUMENTS[0].read_text()
+    begin = page.index("<!-- table:memory -->")
+    digit = next(i for i in range(begin, len(page)) if page[i - 1] == "." and page[i].isdigit())
+    wrong = page[:digit] + str((int(page[digit]) + 1) % 10) + page[digit + 1 :]
+    copy_of_it = tmp_path / "memory.md"
     copy_of_it.write_text(wrong)
-    assert tables.main(["--check", "--readme", str(copy_of_it)]) == 1
-    assert tables.main(["--readme", str(copy_of_it)]) == 0 and copy_of_it.read_text() == readme
+    assert tables.main(["--check", str(copy_of_it)]) == 1
+    assert tables.main([str(copy_of_it)]) == 0 and copy_of_it.read_text() == page
 
 
 # -- what runs on a GPU, as far as it goes without --------------------------------------------------------------------
