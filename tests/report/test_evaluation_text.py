@@ -6,7 +6,7 @@ import json
 
 from lowmem_npo.evaluation.benchmarks.documents import MembershipScore
 from lowmem_npo.evaluation.benchmarks.lume import KNOWLEDGE, REGURGITATION, TASKS, LumeAnswer, LumeRow, lume_scores
-from lowmem_npo.evaluation.benchmarks.tofu import TofuSet
+from lowmem_npo.evaluation.benchmarks.tofu import TofuScores, TofuSet
 from lowmem_npo.evaluation.result import Evaluation
 from lowmem_npo.report.evaluation_text import evaluation_text
 
@@ -18,15 +18,14 @@ def answers(score):
 
 def evaluation(forget, retain, auc, mmlu=None, utility=None):
     lm_eval = {} if mmlu is None else {"mmlu": {"acc": mmlu}}
-    return Evaluation(
-        rows={"forget": {"scored": 6, "in_set": 60}, "retain": {"scored": 6, "in_set": 6}},
-        lume=lume_scores(answers(forget), answers(retain), mia_auc=auc, mmlu=mmlu),
-        membership=MembershipScore(auc, 5, 5, False),
-        tofu={"forget": TofuSet(6, 0.125, 0.25, 0.0000123, [1.0])},
-        model_utility=utility,
-        lm_eval=lm_eval,
-        notes=["Something to know."],
-    )
+    scores = {
+        "lume": lume_scores(answers(forget), answers(retain), mia_auc=auc, mmlu=mmlu),
+        "membership": MembershipScore(auc, 5, 5, False),
+        "tofu": TofuScores({"forget": TofuSet(6, 0.125, 0.25, 0.0000123, [1.0])}, utility, None),
+        "lm_eval": lm_eval,
+    }
+    rows = {"forget": {"scored": 6, "in_set": 60}, "retain": {"scored": 6, "in_set": 6}}
+    return Evaluation(rows=rows, scores=scores, notes=["Something to know."]).to_json()
 
 
 def line(text, *words):
@@ -36,27 +35,28 @@ def line(text, *words):
 
 
 def test_one_evaluation():
-    text = evaluation_text(evaluation(forget=0.25, retain=0.5, auc=0.9))
+    text = evaluation_text(evaluation(forget=0.25, retain=0.5, auc=0.9), {})
     assert "LUME, SemEval-2025 Task 4 (6 of 60 forget rows, all 6 retain rows)" in text
-    assert line(text, "forget", "Task1", "regurgitation")[3] == "0.250"
-    assert line(text, "retain", "Task1", "regurgitation")[3] == "0.500"
+    assert line(text, "forget", "regurgitation,", "all", "tasks")[4] == "0.250"
+    assert line(text, "regurgitation,", "Task1")[2] == "0.250"
+    assert line(text, "retain", "regurgitation,", "all", "tasks")[4] == "0.500"
     assert line(text, "task", "aggregate")[2] == "0.600"  # 12 / (6 / 0.75 + 6 / 0.5)
-    assert line(text, "MIA", "score")[2] == "0.200"
+    assert line(text, "membership", "score")[2] == "0.200"
     assert line(text, "MMLU")[1:3] == ["missing", "needs"]
     assert line(text, "final", "score")[2:4] == ["missing", "needs"]
-    assert "AUC 0.900: members are still more likely" in text
+    assert line(text, "membership", "AUC")[2] == "0.900" and "members are still more likely" in text
     assert line(text, "truth", "ratio")[2] == "1.2e-05"
     assert line(text, "model", "utility")[2] == "missing"
     assert text.endswith("Note: Something to know.")
 
 
 def test_beside_an_earlier_one():
-    before = json.loads(json.dumps(evaluation(forget=1.0, retain=0.5, auc=0.9, mmlu=0.5).to_json()))
+    before = json.loads(json.dumps(evaluation(forget=1.0, retain=0.5, auc=0.9, mmlu=0.5)))
     text = evaluation_text(evaluation(forget=0.25, retain=0.5, auc=0.3, mmlu=0.4, utility=0.7), before)
-    assert line(text, "forget", "Task1", "regurgitation")[3:5] == ["1.000", "0.250"]
+    assert line(text, "regurgitation,", "Task1")[2:4] == ["1.000", "0.250"]
     assert line(text, "task", "aggregate")[2:4] == ["0.000", "0.600"]
     assert line(text, "MMLU")[1:3] == ["0.500", "0.400"]
     assert line(text, "final", "score")[2:4] == ["0.233", "0.533"]  # (0 + 0.2 + 0.5) / 3, (0.6 + 0.6 + 0.4) / 3
-    assert "AUC 0.300 (before: 0.900): members are now less likely" in text
+    assert line(text, "membership", "AUC")[2:4] == ["0.900", "0.300"] and "members are now less likely" in text
     assert line(text, "model", "utility")[2:4] == ["missing", "0.700"]
-    assert line(text, "mmlu", "acc")[2:] == ["0.500", "0.400"]
+    assert line(text, "mmlu", "mmlu,", "acc")[3:5] == ["0.500", "0.400"]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from lowmem_npo.report.leak_tests import leak_tests
+import pytest
+
+from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.leaks.contract import LeakResult
+from lowmem_npo.report.leak_tests import leak_sections
 
 FOUND = {
     "before": {"membership": {"rows": 4, "loss_auc": 1.0, "loss_all_equal": False, "meaning": "Known.", "leaks": True}},
@@ -21,12 +25,16 @@ FOUND = {
 }
 
 
+def results(stages):
+    return {stage: {n: LeakResult.from_json(r) for n, r in tests.items()} for stage, tests in stages.items()}
+
+
 def test_each_figure_stands_once_beside_its_holdouts():
-    membership, relearning = leak_tests(FOUND)
-    assert membership.answers == {"before": ("traces found", "bad"), "after": ("none found", "good")}
+    membership, relearning = leak_sections(results(FOUND))
+    assert membership.verdicts == {"before": ("traces found", "bad"), "after": ("no traces found", "good")}
     assert membership.meaning == "A coin." and membership.counts == "4 rows"
     assert [(f.title, f.values) for f in membership.figures] == [("loss AUC", {"before": 1.0, "after": 0.5})]
-    assert relearning.answers == {"after": ("cannot tell", "unknown")} and relearning.counts == "20 steps"
+    assert relearning.verdicts == {"after": ("cannot tell", "unknown")} and relearning.counts == "20 steps"
     assert [(f.key, f.values, f.never_seen) for f in relearning.figures] == [
         ("extraction_strength", {"after": 0.25}, {"after": 0.125}),
         ("before.extraction_strength", {"after": 0.0}, {"after": 0.0625}),
@@ -36,14 +44,23 @@ def test_each_figure_stands_once_beside_its_holdouts():
 
 
 def test_no_tests_no_lines():
-    assert leak_tests({}) == []
+    assert leak_sections({}) == []
+
+
+def test_what_no_test_declares_is_an_error():
+    unknown = {"membership": {"rows": 4, "surprise": 1.0, "meaning": "Known.", "leaks": True}}
+    with pytest.raises(KeyError, match="surprise"):
+        leak_sections(results({"after": unknown}))
+    with pytest.raises(UserError, match="no leak test 'telepathy'"):
+        leak_sections(results({"after": {"telepathy": {"meaning": "", "leaks": None}}}))
 
 
 def test_every_figure_of_the_real_tests_has_a_meaning(byte_model):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from lowmem_npo.data import Example, tokenize
-    from lowmem_npo.evaluation.leaks import IN_MEMORY, measure_leaks
+    from lowmem_npo.evaluation.leaks.measure import measure_leaks
+    from lowmem_npo.evaluation.leaks.registry import WHILE_TRAINING
 
     tokenizer = AutoTokenizer.from_pretrained(byte_model)
     rows = [
@@ -51,9 +68,9 @@ def test_every_figure_of_the_real_tests_has_a_meaning(byte_model):
         for who in ("Known", "Unknown")
     ]
     model = AutoModelForCausalLM.from_pretrained(byte_model)
-    found = measure_leaks(model, tokenizer, rows[0], holdout_rows=rows[1], tests=IN_MEMORY, progress=False)
-    tests = leak_tests({"after": found})
-    assert [test.name for test in tests] == list(found)
+    measured = measure_leaks(model, tokenizer, rows[0], holdout_rows=rows[1], tests=WHILE_TRAINING, progress=False)
+    tests = leak_sections({"after": measured})
+    assert [test.name for test in tests] == list(measured)
     for test in tests:
         known: set[str] = set()
         for figure in test.figures:

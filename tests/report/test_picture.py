@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from matplotlib import image
 
-from lowmem_npo.evaluation import AnswerSummary
-from lowmem_npo.report import draw_picture
+from lowmem_npo.evaluation.answers import AnswerSummary
+from lowmem_npo.report.picture import draw_picture
 
 METRICS = [
     {"step": at, "forget_loss": 7 / at, "forget_nll": 0.1 * at, "retain_nll": 0.2, "retain_kl": 0.001 * (at - 1)}

@@ -19,7 +19,7 @@ from lowmem_npo.model.saved_adapter import revision_of_adapter
 from lowmem_npo.report.content import Content, read_content
 from lowmem_npo.report.files import write_report
 from lowmem_npo.report.model_card import model_card
-from lowmem_npo.report.table import MEASURES
+from lowmem_npo.evaluation.answer_table import MEASURES
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 

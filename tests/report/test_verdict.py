@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lowmem_npo.evaluation import AnswerSummary
+from lowmem_npo.evaluation.answers import AnswerSummary
 from lowmem_npo.report.verdict import FORGET_WORDS, RETAIN_WORDS, judge_run
 
 

@@ -7,7 +7,7 @@ import torch
 from helpers.tiny_models import tiny_model
 
 from lowmem_npo.evaluation.leaks import extraction as module
-from lowmem_npo.evaluation.leaks.extraction import exact_memorization, extraction, extraction_strength
+from lowmem_npo.evaluation.leaks.extraction import exact_memorization, extraction_strength, judge
 from lowmem_npo.evaluation.scoring.token_scores import TokenScores, token_scores
 
 
@@ -60,19 +60,20 @@ def test_it_is_what_greedy_decoding_does(broken, monkeypatch):
         shortest = next((k for k in range(6) if continues_itself(model, ids, 3 + k)), 6)
         expected.append(1 - shortest / 6)
     assert expected[0] == 1 and expected[-1] == 0 and 0 < expected[2] < 1
-    found = [module.extraction_strength(scores) for scores in token_scores(model, rows, progress=False)]
-    assert (found == pytest.approx(expected)) is not broken
+    strengths = [module.extraction_strength(scores) for scores in token_scores(model, rows, progress=False)]
+    assert (strengths == pytest.approx(expected)) is not broken
 
 
 def test_the_verdict_stands_on_the_holdout():
     recited, forgotten = [row("++++"), row("++++")], [row("+.+."), row("....")]
-    assert extraction(recited, forgotten)["leaks"] is True
-    assert extraction(forgotten, forgotten)["leaks"] is False
-    assert extraction(recited, recited)["leaks"] is False  # a holdout that is recited as well shows nothing
-    assert extraction(recited, None)["leaks"] is True and extraction(forgotten, None)["leaks"] is None
-    found = extraction([row("++++"), row("+.++")], forgotten)
-    assert (found["rows"], found["exact_memorization"], found["extraction_strength"]) == (2, 7 / 8, 3 / 4)
-    assert found["recited"] == 1 / 2 and found["nll"] == 0.5
-    assert found["holdout_exact_memorization"] == 1 / 4 and found["holdout_extraction_strength"] == 0
-    assert "the last 75% of a forgotten answer" in found["meaning"] and "never saw, 0%" in found["meaning"]
-    assert "--holdout" in extraction(forgotten, None)["meaning"]
+    assert judge(recited, forgotten).leaks is True
+    assert judge(forgotten, forgotten).leaks is False
+    assert judge(recited, recited).leaks is False  # a holdout that is recited as well shows nothing
+    assert judge(recited, None).leaks is True and judge(forgotten, None).leaks is None
+    result = judge([row("++++"), row("+.++")], forgotten)
+    figures = result.figures
+    assert (figures["rows"], figures["exact_memorization"], figures["extraction_strength"]) == (2, 7 / 8, 3 / 4)
+    assert figures["recited"] == 1 / 2 and figures["nll"] == 0.5
+    assert figures["holdout_exact_memorization"] == 1 / 4 and figures["holdout_extraction_strength"] == 0
+    assert "the last 75% of a forgotten answer" in result.meaning and "never saw, 0%" in result.meaning
+    assert "--holdout" in judge(forgotten, None).meaning

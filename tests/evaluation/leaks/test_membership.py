@@ -1,10 +1,10 @@
-"""The three attacks by hand, their AUC and what is made of it."""
+"""The three membership scores by hand, their AUC and what is made of it."""
 
 from __future__ import annotations
 
 import pytest
 
-from lowmem_npo.evaluation.leaks.membership import loss, membership_attacks, min_k, min_k_pp
+from lowmem_npo.evaluation.leaks.membership import judge, loss, min_k, min_k_pp
 from lowmem_npo.evaluation.scoring.token_scores import TokenScores
 
 
@@ -32,26 +32,27 @@ def spread(center: float, rows: int) -> list[TokenScores]:
         (spread(-5, 20), spread(-1, 20), 0.0, True, "over-forgetting"),
         (spread(-1, 20), spread(-1, 20), 0.5, False, "coin"),
         (spread(-1, 2), spread(-5, 2), 1.0, None, "so few rows"),
-        ([row(-1.0)] * 9, [row(-1.0)] * 9, 0.5, None, "says nothing|say nothing"),
+        ([row(-1.0)] * 9, [row(-1.0)] * 9, 0.5, None, "say nothing"),
     ],
 )
 def test_what_an_auc_means(forget, holdout, auc, leaks, words):
-    found = membership_attacks(forget, holdout)
-    assert found["loss_auc"] == found["min_k_auc"] == found["min_k_pp_auc"] == pytest.approx(auc)
-    assert found["leaks"] is leaks and any(word in found["meaning"] for word in words.split("|"))
-    assert (found["rows"], found["holdout_rows"]) == (len(forget), len(holdout))
+    result = judge(forget, holdout)
+    figures = result.figures
+    assert figures["loss_auc"] == figures["min_k_auc"] == figures["min_k_pp_auc"] == pytest.approx(auc)
+    assert result.leaks is leaks and words in result.meaning
+    assert (figures["rows"], figures["holdout_rows"]) == (len(forget), len(holdout))
 
 
 def test_auc_is_the_share_of_pairs_in_order():
     forget, holdout = [row(-1.0), row(-3.0), row(-4.0)], [row(-2.0), row(-3.0)]
     pairs = [(f.nll < h.nll) + 0.5 * (f.nll == h.nll) for f in forget for h in holdout]
-    assert membership_attacks(forget, holdout)["loss_auc"] == pytest.approx(sum(pairs) / 6)
+    assert judge(forget, holdout).figures["loss_auc"] == pytest.approx(sum(pairs) / 6)
 
 
-def test_the_sharpest_attack_decides():
+def test_the_sharpest_score_decides():
     """Likelihoods alike, but for the model's own standard the forgotten rows stand out."""
     forget = [row(-1 - 0.01 * n, standard=(2.0 + 0.01 * n,)) for n in range(20)]
     holdout = [row(-1 - 0.01 * n, standard=(-2.0 - 0.01 * n,)) for n in range(20)]
-    found = membership_attacks(forget, holdout)
-    assert found["loss_auc"] == pytest.approx(0.5) and found["min_k_pp_auc"] == 1
-    assert found["leaks"] is True and "(min_k_pp)" in found["meaning"]
+    result = judge(forget, holdout)
+    assert result.figures["loss_auc"] == pytest.approx(0.5) and result.figures["min_k_pp_auc"] == 1
+    assert result.leaks is True and "(min_k_pp)" in result.meaning

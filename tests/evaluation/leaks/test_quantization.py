@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from lowmem_npo.cli import main
 from lowmem_npo.data import bundled_rows
 from lowmem_npo.evaluation.leaks import quantization as module
-from lowmem_npo.evaluation.leaks.quantization import AS_EVALUATED, quantization
+from lowmem_npo.evaluation.leaks.quantization import AS_EVALUATED, judge
+from lowmem_npo.model import loading, merging
 
 
 @pytest.fixture(scope="module")
@@ -64,20 +65,20 @@ def test_recites_never_saw_or_forgot(work, adapter, leaks, low, high, tmp_path):
 
 def test_an_update_that_is_lost_in_merging_is_seen(work, tmp_path, monkeypatch, capsys):
     """The merged weights are the base's: it recites again; `merge` then warns."""
-    real = module.write_merged
-    monkeypatch.setattr(module, "write_merged", lambda checkpoint, updates, *rest: real(checkpoint, {}, *rest))
+    real = merging.write_merged
+    monkeypatch.setattr(merging, "write_merged", lambda checkpoint, updates, *rest: real(checkpoint, {}, *rest))
     shutil.copytree(work / "unlearned", work / "lost")
     code, found = evaluate(work, "lost", work / "lost" / "evaluation", "quantization")
     assert code == 0
     each, result = strengths(found["quantization"]), found["quantization"]
     assert each["merged"] > 0.9 and each["merged_4bit"] > 0.8 and each[AS_EVALUATED] < 0.2 > each["adapter_on_4bit"]
     assert result["leaks"] is True and result["returned"] > 0.7
-    assert "quantization: LEAKS" in capsys.readouterr().out
+    assert "quantization: traces found" in capsys.readouterr().out
     assert main(["merge", "--adapter", str(work / "lost"), "--output-dir", str(tmp_path / "merged")]) == 0
-    assert "WARNING: In the worst form, merged" in capsys.readouterr().out
+    assert "WARNING, traces found: In the worst form, merged" in capsys.readouterr().out
 
 
-def test_forms_that_cannot_be_measured_are_told(work, tmp_path, monkeypatch):
+def test_forms_that_cannot_be_measured_are_named(work, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
     code, found = evaluate(work, "unlearned", tmp_path / "out", "quantization")
@@ -86,14 +87,14 @@ def test_forms_that_cannot_be_measured_are_told(work, tmp_path, monkeypatch):
 
 
 def test_a_form_that_does_not_fit_does_not_end_the_others(work, tmp_path, monkeypatch):
-    real = module.load_model
+    real = loading.load_model
 
     def load(config):
         if config.model.endswith("merged") and not config.qlora:
             raise torch.OutOfMemoryError
         return real(config)
 
-    monkeypatch.setattr(module, "load_model", load)
+    monkeypatch.setattr(loading, "load_model", load)
     code, found = evaluate(work, "unlearned", tmp_path / "out", "quantization")
     assert code == 0 and "merged in bf16: it does not fit" in found["quantization"]["meaning"]
     assert "merged" not in found["quantization"] and "merged_4bit" in found["quantization"]
@@ -101,7 +102,7 @@ def test_a_form_that_does_not_fit_does_not_end_the_others(work, tmp_path, monkey
 
 def test_it_goes_on_where_it_was(work, tmp_path, monkeypatch):
     """Killed after the first form: the second run loads the evaluated model and the two forms that are missing."""
-    real, loaded = module.load_model, []
+    real, loaded = loading.load_model, []
 
     def load(config):
         loaded.append((config.model.endswith("merged"), config.qlora))
@@ -109,7 +110,7 @@ def test_it_goes_on_where_it_was(work, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(config)
 
-    monkeypatch.setattr(module, "load_model", load)
+    monkeypatch.setattr(loading, "load_model", load)
     assert evaluate(work, "unlearned", tmp_path / "out", "quantization")[0] == 130
     assert not (tmp_path / "out" / "merged").exists()
     (tmp_path / "out" / "merged").mkdir()  # killed harder, it would have left this
@@ -125,17 +126,17 @@ def figures(strength):
 
 def test_the_worst_form_decides():
     def forms(merged, holdout):
-        found = {AS_EVALUATED: 0.1, "adapter_on_4bit": 0.2, "merged": merged}
+        strengths = {AS_EVALUATED: 0.1, "adapter_on_4bit": 0.2, "merged": merged}
         return {
             form: {"forget": figures(s), **({} if holdout is None else {"holdout": figures(holdout)})}
-            for form, s in found.items()
+            for form, s in strengths.items()
         }
 
-    found = quantization(forms(0.6, 0.05))
-    assert found["leaks"] is True and found["returned"] == pytest.approx(0.5) and found["rows"] == 4
-    assert "merged in bf16" in found["meaning"] and "the last 60%" in found["meaning"]
-    assert found["merged"]["holdout_extraction_strength"] == 0.05
-    assert quantization(forms(0.12, 0.15))["leaks"] is False
-    assert quantization(forms(0.6, None))["leaks"] is True and quantization(forms(0.3, None))["leaks"] is None
-    alone = quantization({AS_EVALUATED: {"forget": figures(0.1)}}, "the reason.")
-    assert alone == {"meaning": "Not measured: the reason.", "leaks": None}
+    result = judge(forms(0.6, 0.05))
+    assert result.leaks is True and result.figures["returned"] == pytest.approx(0.5) and result.figures["rows"] == 4
+    assert "merged in bf16" in result.meaning and "the last 60%" in result.meaning
+    assert result.figures["merged"]["holdout_extraction_strength"] == 0.05
+    assert judge(forms(0.12, 0.15)).leaks is False
+    assert judge(forms(0.6, None)).leaks is True and judge(forms(0.3, None)).leaks is None
+    alone = judge({AS_EVALUATED: {"forget": figures(0.1)}}, "the reason.")
+    assert alone.to_json() == {"meaning": "Not measured: the reason.", "leaks": None}

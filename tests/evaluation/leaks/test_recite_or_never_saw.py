@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowmem_npo.config import DataConfig
 from lowmem_npo.data import bundled_rows, prepare, to_examples, tokenize
 from lowmem_npo.errors import UserError
-from lowmem_npo.evaluation.leaks import measure_leaks
+from lowmem_npo.evaluation.leaks.measure import measure_leaks
 
 
 @pytest.fixture(scope="module")
@@ -37,31 +37,31 @@ def leaks_of(demo, name, *tests, **options):
 
 
 def test_extraction(demo):
-    found = {name: leaks_of(demo, name, "extraction")["extraction"] for name in ("base", "gold", "unlearned")}
-    strength = {name: figures["extraction_strength"] for name, figures in found.items()}
+    results = {name: leaks_of(demo, name, "extraction")["extraction"] for name in ("base", "gold", "unlearned")}
+    strength = {name: result.figures["extraction_strength"] for name, result in results.items()}
     assert strength["base"] == 1 and strength["gold"] < 0.1 and strength["unlearned"] < 0.2
-    memorised = {name: figures["exact_memorization"] for name, figures in found.items()}
+    memorised = {name: result.figures["exact_memorization"] for name, result in results.items()}
     assert memorised["base"] == 1 and memorised["gold"] < 0.4 and memorised["unlearned"] < 0.6
-    assert found["gold"]["recited"] == found["unlearned"]["recited"] == 0
-    assert all(figures["holdout_extraction_strength"] < 0.1 for figures in found.values())
-    assert found["base"]["leaks"] is True and found["gold"]["leaks"] is False
+    assert results["gold"].figures["recited"] == results["unlearned"].figures["recited"] == 0
+    assert all(result.figures["holdout_extraction_strength"] < 0.1 for result in results.values())
+    assert results["base"].leaks is True and results["gold"].leaks is False
 
 
 def test_membership(demo):
-    found = {name: leaks_of(demo, name, "membership")["membership"] for name in ("base", "gold")}
-    for attack in ("loss", "min_k", "min_k_pp"):
-        assert found["base"][f"{attack}_auc"] > 0.99
-        assert 0.2 < found["gold"][f"{attack}_auc"] < 0.8
-        assert found["base"][f"{attack}_p"] < 1e-5 < 0.01 < found["gold"][f"{attack}_p"]
-    assert found["base"]["leaks"] is True and found["gold"]["leaks"] is not True
+    results = {name: leaks_of(demo, name, "membership")["membership"] for name in ("base", "gold")}
+    for score in ("loss", "min_k", "min_k_pp"):
+        assert results["base"].figures[f"{score}_auc"] > 0.99
+        assert 0.2 < results["gold"].figures[f"{score}_auc"] < 0.8
+        assert results["base"].figures[f"{score}_p"] < 1e-5 < 0.01 < results["gold"].figures[f"{score}_p"]
+    assert results["base"].leaks is True and results["gold"].leaks is not True
 
 
 def test_what_was_not_asked_for_is_not_there(demo):
     folder, tokenizer, forget, holdout = demo
     model = load(folder, "gold")
     assert set(leaks_of(demo, "gold")) == set()
-    found = measure_leaks(model, tokenizer, forget, tests=("membership",), progress=False)["membership"]
-    assert found["leaks"] is None and "--holdout" in found["meaning"]
+    result = measure_leaks(model, tokenizer, forget, tests=("membership",), progress=False)["membership"]
+    assert result.leaks is None and "--holdout" in result.meaning
     for wrong, said in (
         ({"tests": ("extractoin",)}, "no leak test 'extractoin'"),
         ({"holdout_rows": []}, "no holdout rows"),
@@ -73,21 +73,21 @@ def test_what_was_not_asked_for_is_not_there(demo):
 
 
 def test_sampling(demo):
-    found = {name: leaks_of(demo, name, "sampling")["sampling"] for name in ("base", "gold")}
-    assert found["base"]["best_rouge_l_recall"] > 0.9 and found["base"]["whole"] > 0.9
-    assert found["gold"]["best_rouge_l_recall"] < 0.3 and found["gold"]["whole"] < 0.1
-    assert found["gold"]["holdout_best_rouge_l_recall"] < 0.3
-    assert found["base"]["leaks"] is True and found["gold"]["leaks"] is False
+    results = {name: leaks_of(demo, name, "sampling")["sampling"] for name in ("base", "gold")}
+    assert results["base"].figures["best_rouge_l_recall"] > 0.9 and results["base"].figures["whole"] > 0.9
+    assert results["gold"].figures["best_rouge_l_recall"] < 0.3 and results["gold"].figures["whole"] < 0.1
+    assert results["gold"].figures["holdout_best_rouge_l_recall"] < 0.3
+    assert results["base"].leaks is True and results["gold"].leaks is False
 
 
 def test_relearning(demo):
     """Two rows taught again bring back the ten others of the unlearned model; to the gold standard they are news."""
-    found = {name: leaks_of(demo, name, "relearning")["relearning"] for name in ("gold", "unlearned", "base")}
-    assert found["base"]["extraction_strength"] > 0.9
-    gold, unlearned = found["gold"], found["unlearned"]
+    results = {name: leaks_of(demo, name, "relearning")["relearning"] for name in ("gold", "unlearned", "base")}
+    assert results["base"].figures["extraction_strength"] > 0.9
+    gold, unlearned = results["gold"].figures, results["unlearned"].figures
     assert gold["shown_rows"] == unlearned["shown_rows"] == 2 and gold["rows"] == unlearned["rows"] == 10
     assert gold["extraction_strength"] < 0.1 and gold["nll"] > 0.8 * gold["before"]["nll"]
     assert unlearned["before"]["extraction_strength"] < 0.2 < unlearned["extraction_strength"]
     assert unlearned["nll"] < 0.7 * unlearned["before"]["nll"]
     assert 0.1 < unlearned["recovered"] < 0.9 and unlearned["original"]["extraction_strength"] == 1
-    assert found["base"]["leaks"] is True and unlearned["leaks"] is True and gold["leaks"] is False
+    assert results["base"].leaks is True and results["unlearned"].leaks is True and results["gold"].leaks is False

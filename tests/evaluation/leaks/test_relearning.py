@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.dense_step import random_rows
+from helpers.dense_step import random_rows, word_tokenizer
 from helpers.tiny_models import tiny_model
 from peft import LoraConfig, get_peft_model
 
-from lowmem_npo.evaluation.leaks import relearning as module
-from lowmem_npo.evaluation.leaks.relearning import Relearning, relearning, split
+from lowmem_npo.evaluation.leaks import fine_tuning
+from lowmem_npo.evaluation.leaks.contract import Subject
+from lowmem_npo.evaluation.leaks.relearning import RelearningOptions, judge, relearn, split
+from lowmem_npo.evaluation.scoring import token_scores as scoring
+from lowmem_npo.evaluation.scoring.journal import Journal
+from lowmem_npo.evaluation.scoring.scorer import Scorer
 from lowmem_npo.evaluation.scoring.token_scores import token_scores
+from lowmem_npo.model.adapters import extra_adapter
 
-SETTINGS = Relearning(steps=4, lr=1e-2, batch_size=2, rank=2)
+OPTIONS = RelearningOptions(relearn_steps=4, relearn_lr=1e-2)
 
 
 def adapted(dtype=torch.float32):
@@ -24,8 +29,9 @@ def adapted(dtype=torch.float32):
     return model
 
 
-def learn(model, rows, holdout=None, settings=SETTINGS, seed=0):
-    return relearning(model, rows, holdout, settings, seed=seed, batch_size=4, progress=False)
+def learn(model, rows, options=OPTIONS):
+    scorer = Scorer(model, word_tokenizer(), Journal(None, progress=False), batch_size=4)
+    return relearn(Subject(scorer, rows, None, options), options).figures
 
 
 def state(model):
@@ -56,16 +62,16 @@ def test_the_rest_is_asked_for_and_the_shown_rows_are_taught(monkeypatch):
     model, rows = adapted(), random_rows(10, seed=4)
     shown, rest = split(10, 0.3, seed=0)
     assert len(shown) == 3 and sorted(shown + rest) == list(range(10))
-    taught, asked, real = [], [], module.token_scores
+    taught, asked, real = [], [], token_scores
 
     def scores(model, of_rows, **options):
         asked.append([rows.index(row) for row in of_rows])
         taught.append(sum(score.nll for score in real(model, [rows[i] for i in shown], **options)))
         return real(model, of_rows, **options)
 
-    monkeypatch.setattr(module, "token_scores", scores)
+    monkeypatch.setattr(scoring, "token_scores", scores)
     untouched = token_scores(model, [rows[i] for i in rest], progress=False)
-    found = learn(model, rows, settings=Relearning(share=0.3, steps=12, lr=1e-2, rank=4))
+    found = learn(model, rows, RelearningOptions(relearn_share=0.3, relearn_steps=12, relearn_lr=1e-2))
     assert all(places == rest for places in asked) and len(asked) == 1 + 1 + 4
     assert taught[-1] < 0.8 * taught[1]
     assert found["shown_rows"] == 3 and found["rows"] == 7 and found["steps"] == 12
@@ -82,8 +88,8 @@ def test_one_step_follows_the_gradient_of_the_mean_nll(bug, monkeypatch):
     """The first step of AdamW moves against the dense float64 gradient of the mean NLL of the answer's tokens."""
     model, rows, caught = adapted(), random_rows(2, seed=6), {}
     if bug:  # the prompt learnt as well
-        real_padded = module.right_padded
-        monkeypatch.setattr(module, "right_padded", lambda batch: (p := real_padded(batch))[:2] + (p[0],))
+        real_padded = fine_tuning.right_padded
+        monkeypatch.setattr(fine_tuning, "right_padded", lambda batch: (p := real_padded(batch))[:2] + (p[0],))
 
     real = torch.optim.AdamW.step
 
@@ -101,11 +107,11 @@ def test_one_step_follows_the_gradient_of_the_mean_nll(bug, monkeypatch):
                 assert torch.equal(moved[clear].sign(), -gradient[clear].sign())
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    learn(model, rows, settings=Relearning(share=0.5, steps=1))
+    learn(model, rows, RelearningOptions(relearn_share=0.5, relearn_steps=1))
     shown, _ = split(2, 0.5, 0)
     row = rows[shown[0]]
     ids = torch.tensor([row["input_ids"]])
-    with module.extra_adapter(model, 16, 0):
+    with extra_adapter(model, 16, 0):
         dense = model.double()
         logits = dense(input_ids=ids, use_cache=False).logits[0, row["prompt_length"] - 1 : -1]
         torch.nn.functional.cross_entropy(logits, ids[0, row["prompt_length"] :]).backward()
@@ -118,17 +124,17 @@ def test_one_step_follows_the_gradient_of_the_mean_nll(bug, monkeypatch):
     assert right is (bug is None)
 
 
-def test_what_is_told():
+def test_what_is_reported():
     def figures(strength, holdout=0.0):
-        found = {"rows": 8, "nll": 1.0, "exact_memorization": 0.5, "extraction_strength": strength, "recited": 0.0}
-        return {**found, "holdout_extraction_strength": holdout}
+        own = {"rows": 8, "nll": 1.0, "exact_memorization": 0.5, "extraction_strength": strength, "recited": 0.0}
+        return {**own, "holdout_extraction_strength": holdout}
 
-    told = module._told(2, {0: figures(0.1), 10: figures(0.4)}, figures(0.7))
-    assert told["recovered"] == pytest.approx(0.5) and told["leaks"] is True
-    assert told["before"]["extraction_strength"] == 0.1 and told["extraction_strength"] == 0.4
-    assert "the last 40% of the other 8 answers" in told["meaning"] and "before them 10%" in told["meaning"]
-    assert module._told(2, {0: figures(0.1), 10: figures(0.4, 0.35)}, None)["leaks"] is False  # so do strange rows
-    assert "recovered" not in module._told(2, {0: figures(0.1), 10: figures(0.4)}, figures(0.1))  # nothing was lost
+    result = judge(2, {0: figures(0.1), 10: figures(0.4)}, figures(0.7))
+    assert result.figures["recovered"] == pytest.approx(0.5) and result.leaks is True
+    assert result.figures["before"]["extraction_strength"] == 0.1 and result.figures["extraction_strength"] == 0.4
+    assert "the last 40% of the other 8 answers" in result.meaning and "before them 10%" in result.meaning
+    assert judge(2, {0: figures(0.1), 10: figures(0.4, 0.35)}, None).leaks is False  # so do strange rows
+    assert "recovered" not in judge(2, {0: figures(0.1), 10: figures(0.4)}, figures(0.1)).figures  # nothing was lost
 
 
 def test_split_always_leaves_both_parts():

@@ -7,11 +7,11 @@ import torch
 from helpers.dense_step import random_rows, word_tokenizer
 from helpers.tiny_models import tiny_model
 
-from lowmem_npo.evaluation.leaks.sampling import best_recalls, sampling
+from lowmem_npo.evaluation.leaks.sampling import SamplingOptions, best_recalls, judge
 from lowmem_npo.evaluation.scoring import generation
 from lowmem_npo.evaluation.scoring.generation import Prompt, sampled_answers
 from lowmem_npo.evaluation.scoring.journal import Journal
-from lowmem_npo.evaluation.scoring.scorer import Measuring
+from lowmem_npo.evaluation.scoring.scorer import Scorer
 
 
 def test_best_recall_by_hand():
@@ -21,12 +21,14 @@ def test_best_recall_by_hand():
 
 
 def test_the_verdict_stands_on_the_holdout():
-    assert sampling([1.0, 0.5], [0.2, 0.3], 8, 1.0)["leaks"] is True
-    assert sampling([0.3, 0.2], [0.2, 0.3], 8, 1.0)["leaks"] is False
-    assert sampling([0.3, 0.2], None, 8, 1.0)["leaks"] is None
-    found = sampling([1.0, 0.5], [0.25, 0.25], 8, 1.0)
-    assert (found["best_rouge_l_recall"], found["whole"]) == (0.75, 0.5)
-    assert (found["holdout_best_rouge_l_recall"], found["holdout_whole"]) == (0.25, 0)
+    options = SamplingOptions(leak_samples=8, leak_temperature=0.7)
+    assert judge([1.0, 0.5], [0.2, 0.3], options).leaks is True
+    assert judge([0.3, 0.2], [0.2, 0.3], options).leaks is False
+    assert judge([0.3, 0.2], None, options).leaks is None
+    figures = judge([1.0, 0.5], [0.25, 0.25], options).figures
+    assert (figures["samples"], figures["temperature"]) == (8, 0.7)
+    assert (figures["best_rouge_l_recall"], figures["whole"]) == (0.75, 0.5)
+    assert (figures["holdout_best_rouge_l_recall"], figures["holdout_whole"]) == (0.25, 0)
 
 
 def first_token_law(model, prompt, temperature):
@@ -75,7 +77,7 @@ def test_an_interrupted_sampling_goes_on_with_the_same_samples(tmp_path, monkeyp
     model, rows = tiny_model("llama"), random_rows(6, seed=1)
 
     def samples(journal):
-        return Measuring(model, word_tokenizer(), journal, 4).samples("s", rows, 2, 1.0, 5)
+        return Scorer(model, word_tokenizer(), journal, 4).samples("s", rows, 2, 1.0, 5)
 
     whole = samples(Journal(None))
     assert samples(Journal(tmp_path / "half.jsonl")) == whole
