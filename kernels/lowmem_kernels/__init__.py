@@ -18,14 +18,14 @@ No call ever holds a tensor of N x V elements. Three engines compute the same fu
 
 How it is wired, top to bottom:
 
-    api.py           the three functions: check the arguments, call `dispatch.solve`, attach the gradient it returned
+    api.py           the three functions: check the arguments, call `dispatch.solve`, attach the gradient it returns
     dispatch.py      picks the engine, drops ignored rows; registers the whole as ONE custom op for torch.compile
-    problem.py       what an engine is asked, and what it answers
+    problem.py       an engine's input and output
     *_engine.py      the engines
     row_kernel.py    the kernel of `chunks`
     tile_*.py        the kernels of `tiles`, and their block sizes
     device_math.py   the mathematics that all Triton kernels share
-    aot.py           every kernel, compiled for a GPU that is not there
+    aot.py           compiles every kernel ahead of time, for GPUs that need not be there
 
 The head is frozen, so d(output)/d(hidden) is known, row by row, as soon as the output is: the forward pass computes it
 and the backward pass only scales its rows. Hence there is one engine function and no backward engine function.

@@ -1,12 +1,12 @@
-"""Every kernel the engines would start on a given GPU, compiled ahead of time: no GPU is needed.
+"""Every kernel that the engines launch on a given GPU, compiled ahead of time: no GPU is needed.
 
     python -m lowmem_kernels.aot 8.6 9.0         registers, spills and shared memory on these compute capabilities
     python -m lowmem_kernels.aot --every-option  on all of GPUS, and with every dtype and option that changes the code
 
 One line per kernel; the exit code is 1 if one spills registers or takes more shared memory than the GPU has.
 
-The engines themselves are run, on meta tensors, and their launches recorded: what is compiled is what would be started.
-Needs a process without TRITON_INTERPRET (there are no kernels to compile in the interpreter).
+The engines themselves run, on meta tensors, and their launches are recorded: exactly these kernels are compiled. Needs
+a process without TRITON_INTERPRET (there are no kernels to compile in the interpreter).
 """
 
 import argparse
@@ -48,7 +48,7 @@ POINTER = {
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel takes: registers and bytes of spilled registers per thread, bytes of shared memory."""
+    """What a compiled kernel takes: registers, and bytes of spilled registers, per thread; bytes of shared memory."""
 
     registers: int
     spilled: int
@@ -84,7 +84,7 @@ VARIANTS = (
 class Specimen:
     """One kernel with everything its compilation depends on."""
 
-    name: str  # the kernel and the problem that starts it
+    name: str  # the kernel and the problem that launches it
     kernel: triton.JITFunction
     signature: dict[str, str]
     constexprs: dict
@@ -101,7 +101,7 @@ class Specimen:
         return triton.compile(source, target=GPUTarget("cuda", 10 * major + minor, 32), options=options)
 
     def resources(self) -> Resources:
-        """Compiles it, and reads from the machine code what it takes. Spilled registers are on the stack."""
+        """Compiles it and reads its resources from the machine code. Spilled registers are on the stack."""
         compiled = self.compile()
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
@@ -129,7 +129,7 @@ def specimens(capability: tuple[int, int], *, every_option: bool = True) -> Iter
 
 
 def _launches(capability, variant: Variant, both_directions: bool) -> Iterator[tuple[str, list]]:
-    """What each public function starts, by the name of the problem."""
+    """The launches of each public function, by the name of the problem."""
 
     def meta(*shape: int, dtype: torch.dtype = variant.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -155,7 +155,7 @@ def _launches(capability, variant: Variant, both_directions: bool) -> Iterator[t
 
 
 def _specimen(name: str, kernel, arguments: dict, capability: tuple[int, int]) -> Specimen:
-    """Types and constants as Triton's launcher chooses them: None and 1 are constants, and it notes what 16 divides."""
+    """Types and constants as Triton's launcher chooses them: None and 1 are constants; multiples of 16 are noted."""
     num_warps, num_stages = arguments.pop("num_warps"), arguments.pop("num_stages")
     signature, constexprs, attrs = {}, {}, {}
     for index, parameter in enumerate(kernel.params):

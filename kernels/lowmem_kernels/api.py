@@ -1,4 +1,4 @@
-"""The public functions: they check their arguments, have an engine solve the problem, and attach the known gradient."""
+"""The public functions: they check their arguments, let an engine solve the problem, and attach the known gradient."""
 
 import torch
 from torch import Tensor

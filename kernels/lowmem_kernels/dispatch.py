@@ -37,7 +37,7 @@ def solve(problem: Problem, engine: Engine) -> Answer:
 def choose_engine(is_cuda: bool) -> str:
     """What engine="auto" means: Triton where there is a GPU for it, plain PyTorch elsewhere.
 
-    `tiles` takes less memory where no gradient is needed, but no GPU has yet shown it to be as fast as `chunks`
+    `tiles` takes less memory where no gradient is needed, but has not yet proved to be as fast as `chunks` on any GPU
     (benchmarks/results/NOTES.md); with a gradient it computes 3 or 5 products instead of 2 or 3.
     """
     return "chunks" if is_cuda and find_spec("triton") is not None else "torch"
@@ -83,12 +83,12 @@ def _with_dense_vectors(problem: Problem) -> Problem:
 
 
 def _kept_rows(targets: Tensor | None, vocabulary: int) -> Tensor | None:
-    """Indices of the rows whose target counts; None means all of them, also where there are no values to look at."""
+    """Indices of the rows whose target counts; None means all of them, also where the targets have no values."""
     if targets is None or not has_values(targets):
         return None
     ignored = targets == IGNORE_INDEX
     invalid = (targets >= vocabulary) | ((targets < 0) & ~ignored)
-    num_ignored, num_invalid = torch.stack([ignored.sum(), invalid.sum()]).tolist()  # one wait for the device
+    num_ignored, num_invalid = torch.stack([ignored.sum(), invalid.sum()]).tolist()  # a single synchronisation
     if num_invalid:
         row = int(invalid.nonzero()[0])
         raise ValueError(

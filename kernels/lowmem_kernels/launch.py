@@ -1,4 +1,4 @@
-"""How a Triton kernel is started, and how one finds out, without a GPU, what would be started."""
+"""Launches Triton kernels; records, without a GPU, what would be launched."""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What an engine is asked and what it answers. The public functions are one problem with different weights."""
+"""An engine's input and output. The public functions are the same problem with different weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class Problem:
-    """Find logp_t, kl_t and, if need_grad, the rows d/dh_t of  ce_weight_t * (-logp_t) + kl_weight_t * kl_t.
+    """Compute logp_t, kl_t and, if need_grad, the rows d/dh_t of  ce_weight_t * (-logp_t) + kl_weight_t * kl_t.
 
     hidden      (N, d) the policy's final hidden states, in the dtype of head.weight
     ref_hidden  (N, d) the reference's, or None: no KL
@@ -61,7 +61,7 @@ class Problem:
 
 
 class Answer(NamedTuple):
-    """logprobs (N,) float32, kl (N,) float32, grad (N, d); None for what was not asked."""
+    """logprobs (N,) float32, kl (N,) float32, grad (N, d); None for what was not requested."""
 
     logprobs: Tensor | None
     kl: Tensor | None

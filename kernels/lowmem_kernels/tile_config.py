@@ -20,7 +20,7 @@ class TileConfig:
     num_stages: int
 
 
-# kernel: GPU family: by how many of two things, each of which takes registers, there are: a reference, and a softcap
+# kernel: GPU family: by the number of extras, each of which takes registers: a reference, a softcap
 LOGITS = {
     "sweep": {
         "ampere": (TileConfig(128, 128, 32, 8, 4), TileConfig(128, 64, 32, 8, 4), TileConfig(64, 64, 32, 8, 4)),
@@ -32,7 +32,7 @@ LOGITS = {
     },
 }
 PRODUCT = {"ampere": TileConfig(128, 128, 32, 8, 4), "hopper": TileConfig(128, 128, 64, 8, 3)}
-FEW_TOKENS = TileConfig(16, 128, 32, 4, 5)  # W is read once whatever happens: several programs at once wait for it
+FEW_TOKENS = TileConfig(16, 128, 32, 4, 5)  # W is read only once in any case: several programs at a time wait for it
 # Float32 products are exact, without tensor cores. Rows that do not start at multiples of 16 bytes, as with an odd d,
 # cannot be copied to shared memory in the background: they go through registers.
 UNTUNED = TileConfig(32, 32, 32, 8, 2)

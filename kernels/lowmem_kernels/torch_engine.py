@@ -28,7 +28,7 @@ from torch.nn.functional import logsigmoid
 from lowmem_kernels.head import FrozenHead
 from lowmem_kernels.problem import Answer, Direction, Problem
 
-TOKENS, VOCABULARY = 256, 4096  # a tile of float32 logits is at most 4 MiB; about six are alive at once
+TOKENS, VOCABULARY = 256, 4096  # a tile of float32 logits is at most 4 MiB; about six are live at once
 MASKED = -1e30  # a logit without weight; finite, so that masked - masked is 0 and not NaN
 
 

@@ -1,6 +1,6 @@
-"""What the kernels should compute: dense, in float64, by autograd, and written without a look at the engines.
+"""What the kernels should compute: dense, in float64, by autograd, and written independently of the engines.
 
-Also the cases to try them on, and the accuracy contract that every engine must meet and every broken kernel must not.
+Also the cases to test them on, and the accuracy contract that every engine must meet and every broken kernel must fail.
 """
 
 from dataclasses import dataclass, replace
@@ -94,7 +94,7 @@ def dense(case: Case, dtype: torch.dtype = torch.float64) -> Outcome:
 
 
 def run(case: Case, engine: str, kernels: ModuleType = lowmem_kernels) -> Outcome:
-    """The same by token_logprobs and token_kl."""
+    """The same, by token_logprobs and token_kl."""
     hidden = case.hidden.detach().requires_grad_()
     logprobs = kernels.token_logprobs(hidden, case.head, case.targets, engine=engine)
     kl = kernels.token_kl(hidden, case.ref_hidden, case.head, direction=case.direction, engine=engine)
@@ -114,40 +114,40 @@ def run_jointly(
     return loss.detach().double(), grad.double(), logprobs.double(), kl.double()
 
 
-def relative(found: Tensor, true: Tensor) -> float:
+def relative(value: Tensor, true: Tensor) -> float:
     """Relative error in the Euclidean norm; 0 / 0 = 0."""
-    error, size = (found - true).norm().item(), true.norm().item()
+    error, size = (value - true).norm().item(), true.norm().item()
     return error / size if size else (0.0 if error == 0 else float("inf"))
 
 
 def check(case: Case, engine: str, kernels: ModuleType = lowmem_kernels, rows: Tensor | None = None) -> None:
     """Asserts the accuracy contract (docs/kernels.md) for this engine on this case, or on `rows` of it."""
-    found = run(case, engine, kernels)
+    outcome = run(case, engine, kernels)
     if rows is not None:
-        found, case = Outcome(*(x[rows] for x in found)), case.take(rows)
+        outcome, case = Outcome(*(x[rows] for x in outcome)), case.take(rows)
     true, plain = dense(case), dense(case, torch.float32)
     low = case.hidden.dtype != torch.float32
     grad_limit = 1e-2 if low else 1e-4
 
-    logprob_error = ((found.logprobs - true.logprobs).abs() / true.logprobs.abs().clamp(min=1)).max().item()
+    logprob_error = ((outcome.logprobs - true.logprobs).abs() / true.logprobs.abs().clamp(min=1)).max().item()
     assert logprob_error <= 1e-4, f"log-prob off by {logprob_error:.1e}"
-    kl_error = ((found.kl - true.kl).abs() / true.kl.clamp(min=1e-6)).max().item()
+    kl_error = ((outcome.kl - true.kl).abs() / true.kl.clamp(min=1e-6)).max().item()
     assert kl_error <= 5e-3, f"KL off by {kl_error:.1e}"
-    assert (found.kl >= 0).all(), "a negative KL"
+    assert (outcome.kl >= 0).all(), "a negative KL"
     for name in ("logprob_grad", "kl_grad"):
-        mine, exact, baseline = getattr(found, name), getattr(true, name), getattr(plain, name)
-        error, baseline_error = relative(mine, exact), relative(baseline, exact)
+        ours, exact, baseline = getattr(outcome, name), getattr(true, name), getattr(plain, name)
+        error, baseline_error = relative(ours, exact), relative(baseline, exact)
         sizes = exact.norm(dim=1)
         # A KL of 1e4 is known in float32 to 1e-3, and that is what its gradient, p * (log p - log q - KL), is made of.
         resolution = 4e-7 * abs(case.head.logit_scale) * true.kl * case.head.weight.double().norm(dim=1).max()
-        excess = (mine - exact).norm(dim=1) - grad_limit * sizes.clamp(min=1e-4 * sizes.mean()) - resolution
+        excess = (ours - exact).norm(dim=1) - grad_limit * sizes.clamp(min=1e-4 * sizes.mean()) - resolution
         limit = max(grad_limit / 3, 1.5 * baseline_error) + float(resolution.norm() / exact.norm().clamp(min=1e-30))
         assert error <= limit, f"{name} off by {error:.1e}, more than {limit:.1e}"
         assert (excess <= 0).all(), f"row {int(excess.argmax())} of {name} off by more than {grad_limit}"
 
 
 def check_jointly(case: Case, engine: str, kernels: ModuleType = lowmem_kernels, rows: Tensor | None = None) -> None:
-    """retain_loss against the same weighted sum of the dense quantities, with a weight of its own for every token."""
+    """retain_loss against the same weighted sum of the dense quantities, with a different weight for every token."""
     n = len(case.targets)
     rows = torch.arange(n, device=case.hidden.device) if rows is None else rows
     true = dense(case.take(rows))

@@ -94,10 +94,10 @@ def test_nearly_certain_targets(engine):
     hidden = case.hidden.clone()
     hidden[:, 0] = torch.tensor([0.9, 0.95, 1.0, 1.05])
     case = replace(case, hidden=hidden, head=FrozenHead(weight), targets=torch.full((4,), 5))
-    true, found = dense(case), run(case, engine)
+    true, outcome = dense(case), run(case, engine)
     assert (true.logprobs.abs() < 1e-5).all()
-    assert ((found.logprobs - true.logprobs) / true.logprobs).abs().max() < 1e-4
-    assert ((found.logprob_grad - true.logprob_grad).norm(dim=1) / true.logprob_grad.norm(dim=1)).max() < 1e-4
+    assert ((outcome.logprobs - true.logprobs) / true.logprobs).abs().max() < 1e-4
+    assert ((outcome.logprob_grad - true.logprob_grad).norm(dim=1) / true.logprob_grad.norm(dim=1)).max() < 1e-4
 
 
 def test_same_bits_every_run(engine):

@@ -1,7 +1,7 @@
-"""Every kernel compiles for every GPU it is meant for, fits its shared memory and spills no register. Needs no GPU.
+"""Every kernel compiles for every supported GPU, fits its shared memory and spills no register. Needs no GPU.
 
-Compiled in a process of its own, since in this one Triton may be its interpreter. By default the kernels of a plain
-bfloat16 head, for one GPU of each family of configurations; with --all-gpus all of them.
+Compiled in a separate process, since in this one Triton may be interpreting. By default the kernels of a plain bfloat16
+head, for one GPU of each family of configurations; with --all-gpus all of them.
 """
 
 import os
@@ -29,24 +29,24 @@ def test_every_kernel_fits(gpu, request):
     everything = request.config.getoption("--all-gpus", default=False)
     if gpu not in ("8.6", "9.0") and not everything:
         pytest.skip("run with --all-gpus")
-    found = compile_in_another_process("-m", "lowmem_kernels.aot", gpu, *["--every-option"] * everything)
-    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
-    lines = [line.split(None, 10) for line in found.stdout.splitlines()]
+    process = compile_in_another_process("-m", "lowmem_kernels.aot", gpu, *["--every-option"] * everything)
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-2000:]
+    lines = [line.split(None, 10) for line in process.stdout.splitlines()]
     assert {words[10].split(":")[0] for words in lines} == KERNEL_NAMES
     assert len(lines) >= (100 if everything else 20)
-    for found_gpu, verdict, registers, _, spilled, _, _, shared, *_ in lines:
-        assert (found_gpu, verdict, spilled) == (gpu, "ok", "0") and int(registers) <= 255
+    for line_gpu, verdict, registers, _, spilled, _, _, shared, *_ in lines:
+        assert (line_gpu, verdict, spilled) == (gpu, "ok", "0") and int(registers) <= 255
         assert int(shared) <= LARGEST[gpu]
 
 
 def test_a_kernel_that_does_not_fit_is_noticed():
-    """Tiles of 128 x 256 entries by 4 warps: as many sums as there are registers."""
+    """Tiles of 128 x 256 entries with 4 warps: as many sums as there are registers."""
     program = """
 from lowmem_kernels import aot, tile_config
 tile_config.LOGITS["sweep"]["ampere"] = [tile_config.TileConfig(128, 256, 64, 4, 4)] * 2
 specimen = next(s for s in aot.specimens((8, 6), every_option=False) if s.kernel.fn.__name__ == "sweep_kernel")
-found = specimen.resources()
-assert found.spilled > 0 and found.shared > 101_376 and found.exceed((8, 6)), found
+taken = specimen.resources()
+assert taken.spilled > 0 and taken.shared > 101_376 and taken.exceed((8, 6)), taken
 """
-    found = compile_in_another_process("-c", program)
-    assert found.returncode == 0, found.stderr[-2000:]
+    process = compile_in_another_process("-c", program)
+    assert process.returncode == 0, process.stderr[-2000:]

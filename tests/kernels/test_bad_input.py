@@ -71,7 +71,7 @@ def test_bad_call(message, function, changes):
         call(function, changes)
 
 
-def test_a_head_is_checked_when_it_is_changed():
+def test_a_changed_head_is_checked():
     with pytest.raises(ValueError, match="softcap"):
         replace(HEAD, softcap=-1.0)
 
@@ -87,7 +87,7 @@ def test_triton_engines_say_what_they_need(name, monkeypatch):
     assert dispatch.choose_engine(is_cuda=True) == "torch"
 
 
-def test_what_auto_means(monkeypatch):
+def test_auto_engine(monkeypatch):
     assert (dispatch.choose_engine(is_cuda=True), dispatch.choose_engine(is_cuda=False)) == ("chunks", "torch")
     monkeypatch.setattr(torch_engine, "solve", lambda problem: 1 / 0)
     with pytest.raises(ZeroDivisionError):

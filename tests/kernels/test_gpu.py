@@ -13,7 +13,7 @@ from tests.kernels.test_accuracy import KL_LEVELS, OPTIONS
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 DEVICE = "cuda"
-N, LOOKED_AT = 8192, 128  # tokens, and how many of them are compared with float64
+N, SAMPLED = 8192, 128  # tokens, and how many of them are compared with float64
 VOCABULARIES, SIZES = (50304, 128256, 151936), (2048, 4096)
 GIB, MIB = 2**30, 2**20
 
@@ -28,9 +28,9 @@ def engine(request) -> str:
     return request.param
 
 
-def looked_at(n: int) -> torch.Tensor:
+def sample(n: int) -> torch.Tensor:
     """Evenly spaced tokens, the first and the last among them."""
-    return torch.linspace(0, n - 1, min(n, LOOKED_AT), device=DEVICE).round().long()
+    return torch.linspace(0, n - 1, min(n, SAMPLED), device=DEVICE).round().long()
 
 
 def need_memory(gib: float) -> None:
@@ -45,8 +45,8 @@ def test_real_sizes(engine, v, d):
     need_memory(3 * v * d * 8 / GIB)
     for level in (1e-6, 1e-2):
         case = make_case(N, d, v, distance=KL_LEVELS[level], sharpness=1.5, device=DEVICE)
-        check(case, engine, rows=looked_at(N))
-        check_jointly(case, engine, rows=looked_at(N))
+        check(case, engine, rows=sample(N))
+        check_jointly(case, engine, rows=sample(N))
 
 
 @pytest.mark.parametrize("n, d, v", [(16384, 1024, 151936), (256, 8704, 262144)])
@@ -55,8 +55,8 @@ def test_offsets_past_two_to_the_31(engine, n, d, v):
     need_memory(3 * v * d * 8 / GIB)
     case = make_case(n, d, v, device=DEVICE)
     case.targets[-1] = v - 1
-    check(case, engine, rows=looked_at(n))
-    check_jointly(case, engine, rows=looked_at(n))
+    check(case, engine, rows=sample(n))
+    check_jointly(case, engine, rows=sample(n))
 
 
 @pytest.mark.parametrize("n, d, v", [(1, 96, 33), (7, 123, 507), (252, 507, 1000), (300, 512, 50277), (16, 1, 2)])
@@ -103,12 +103,12 @@ def test_same_bits_every_run(engine):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_nan_and_ignored_rows_keep_to_themselves(engine):
+def test_nan_and_ignored_rows_do_not_spread(engine):
     case = make_case(300, 512, 50304, device=DEVICE)
-    spoilt, targets = case.hidden.clone(), case.targets.clone()
-    spoilt[[0, 131, 299]] = float("nan")
+    spoiled, targets = case.hidden.clone(), case.targets.clone()
+    spoiled[[0, 131, 299]] = float("nan")
     targets[0] = -100
-    hidden = spoilt.requires_grad_()
+    hidden = spoiled.requires_grad_()
     logprobs = token_logprobs(hidden, case.head, targets, engine=engine)
     (grad,) = torch.autograd.grad(logprobs.sum(), hidden)
     assert logprobs[0] == 0 and (grad[0] == 0).all()
@@ -128,9 +128,9 @@ def test_inside_a_compiled_function(engine):
         return 2 * loss + token_logprobs(hidden, head, case.targets, engine=engine).square().sum()
 
     hidden = case.hidden.requires_grad_()
-    expected, found = step(hidden), torch.compile(step, fullgraph=True)(hidden)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
-    grads = [torch.autograd.grad(x, hidden)[0].float() for x in (expected, found)]
+    expected, compiled = step(hidden), torch.compile(step, fullgraph=True)(hidden)
+    torch.testing.assert_close(compiled, expected, rtol=1e-3, atol=0)
+    grads = [torch.autograd.grad(x, hidden)[0].float() for x in (expected, compiled)]
     assert (grads[0] - grads[1]).norm() < 1e-2 * grads[0].norm()
 
 

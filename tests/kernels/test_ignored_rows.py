@@ -1,4 +1,4 @@
-"""Rows with target -100: no output, no gradient, no harm, wherever they are. Rows with NaN keep it to themselves."""
+"""Rows with target -100: no output, no gradient, no harm, wherever they are. NaN does not spread to other rows."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ def test_ignored_rows(engine, ignored):
     kept = torch.ones(9, dtype=torch.bool)
     kept[ignored] = False
     hidden = case.hidden.clone()
-    hidden[ignored] = float("nan")  # whatever is there, it must not matter
+    hidden[ignored] = float("nan")  # what is there must not matter
     hidden.requires_grad_()
     targets = case.targets.masked_fill(~kept, -100)
 
@@ -44,7 +44,7 @@ def test_ignored_rows(engine, ignored):
 
 
 @pytest.mark.parametrize("n", [0, 3])
-def test_no_row_at_all(engine, n):
+def test_no_rows_at_all(engine, n):
     case = make_case(3, 48, 150)
     hidden = case.hidden[:n].clone().requires_grad_()
     targets = torch.full((n,), -100)
@@ -55,13 +55,13 @@ def test_no_row_at_all(engine, n):
 
 def test_nan_stays_in_its_row(engine):
     case = make_case(5, 48, 150)
-    spoilt = case.hidden.clone()
-    spoilt[2, 7] = float("nan")
-    clean, found = run(case, engine), run(replace(case, hidden=spoilt), engine)
-    joint = run_jointly(replace(case, hidden=spoilt), engine, torch.ones(5), torch.ones(5))
+    spoiled = case.hidden.clone()
+    spoiled[2, 7] = float("nan")
+    clean, outcome = run(case, engine), run(replace(case, hidden=spoiled), engine)
+    joint = run_jointly(replace(case, hidden=spoiled), engine, torch.ones(5), torch.ones(5))
     assert joint[0].isnan()
     others = [0, 1, 3, 4]
-    for name, values in zip(found._fields, found, strict=True):
+    for name, values in zip(outcome._fields, outcome, strict=True):
         assert values[2].isnan().all(), name
         assert torch.equal(values[others], getattr(clean, name)[others]), name
     for values in joint[1:]:

@@ -1,4 +1,4 @@
-"""Among PyTorch's other machinery: autograd, autocast, torch.compile, fake and meta tensors, custom-op rules."""
+"""Together with the rest of PyTorch: autograd, autocast, torch.compile, fake and meta tensors, custom-op rules."""
 
 from dataclasses import replace
 from importlib import import_module
@@ -37,17 +37,17 @@ def test_no_second_derivative(engine):
 
 
 def test_no_gradient_work_unless_needed(engine, monkeypatch):
-    asked = []
+    need_grad = []
     module = import_module(f"lowmem_kernels.{engine}_engine")
     solve = module.solve
-    monkeypatch.setattr(module, "solve", lambda problem: (asked.append(problem.need_grad), solve(problem))[1])
+    monkeypatch.setattr(module, "solve", lambda problem: (need_grad.append(problem.need_grad), solve(problem))[1])
     case = make_case(3, 8, 20)
     three_losses(case.hidden, case.ref_hidden, case.head, case.targets, engine)
     with torch.no_grad():
         three_losses(case.hidden.requires_grad_(), case.ref_hidden, case.head, case.targets, engine)
-    assert asked == [False] * 6
+    assert need_grad == [False] * 6
     three_losses(case.hidden, case.ref_hidden, case.head, case.targets, engine)
-    assert asked == [False] * 6 + [True] * 3
+    assert need_grad == [False] * 6 + [True] * 3
 
 
 def test_weights_that_are_zero(engine):
@@ -70,7 +70,7 @@ def test_weights_that_are_zero(engine):
 
 
 def test_any_strides(engine):
-    """Transposed matrices, every second target, one weight expanded over the rows: as the same in one piece."""
+    """Transposed matrices, every second target, one weight expanded over the rows: the same as contiguous."""
     case = make_case(6, 40, 300, bias=True)
     weights = torch.full((6,), 0.5)
     expected = run_jointly(case, engine, weights, weights)
@@ -82,8 +82,8 @@ def test_any_strides(engine):
         head=head,
         targets=case.targets.repeat_interleave(2)[::2],
     )
-    found = run_jointly(case, engine, weights[:1].expand(6), weights.repeat_interleave(2)[::2])
-    for a, b in zip(found, expected, strict=True):
+    outcome = run_jointly(case, engine, weights[:1].expand(6), weights.repeat_interleave(2)[::2])
+    for a, b in zip(outcome, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-2 * float(b.abs().max()))
 
 
@@ -142,9 +142,9 @@ def test_inside_a_compiled_function(engine):
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     hidden = case.hidden.requires_grad_()
-    expected, found = step(hidden), compiled(hidden)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(torch.autograd.grad(found, hidden), torch.autograd.grad(expected, hidden))
+    expected, result = step(hidden), compiled(hidden)
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(torch.autograd.grad(result, hidden), torch.autograd.grad(expected, hidden))
     with torch.no_grad():
         torch.testing.assert_close(compiled(hidden), expected)
 

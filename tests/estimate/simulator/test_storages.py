@@ -1,4 +1,4 @@
-"""Living storages are counted once each, by kind, at their peak; checked on real CPU tensors of known sizes."""
+"""Live storages are counted once each, by kind, at their peak; checked on real CPU tensors of known sizes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_what_autograd_saves_lives_until_the_backward_pass(counter):
     assert counter.peak >= 4 * KIB + 2 * 4 * KIB + 512
 
 
-def test_kinds_follow_the_phase_and_the_marks(counter):
+def test_kinds_follow_phases_and_marks(counter):
     counter.kind = "weights"
     weights = torch.empty(KIB, dtype=torch.uint8)
     counter.kind = "work"
