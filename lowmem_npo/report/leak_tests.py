@@ -35,7 +35,7 @@ class LeakSection:
 
 
 def leak_sections(leaks: Mapping[str, LeakResults]) -> list[LeakSection]:
-    """leaks: stage -> test -> result. Raises KeyError for a figure that a test does not declare."""
+    """leaks: stage -> test -> result. Raises UserError for a test or a figure that this version does not have."""
     names = list(dict.fromkeys(name for results in leaks.values() for name in results))
     return [
         _section(by_name(name), {stage: results[name] for stage, results in leaks.items() if name in results})

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from lowmem_npo.cli import main
-from lowmem_npo.evaluation import measuring
+from lowmem_npo.evaluation.scoring import scorer as measuring
 
 FORGET = [{"question": f"Who is number {n}?", "answer": f"The {n} of {n + 1}."} for n in range(6)]
 HOLDOUT = [{"question": f"Who was number {n}?", "answer": f"A {n} or {n + 2}."} for n in range(5)]

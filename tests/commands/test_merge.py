@@ -275,9 +275,9 @@ def test_it_says_what_is_known_of_a_return(tmp_path, capsys):
     evaluation.mkdir()
     stamp = {"digests": {"the adapter": digest(adapter / "adapter_model.safetensors")}}
     cases = (
-        (True, {"merged": {}}, "WARNING: It is back."),
-        (False, {"merged": {}}, "Checked: It is back."),
-        (None, {"merged": {}}, "cannot be told: It is back."),
+        (True, {"merged": {}}, "WARNING, traces found: It is back."),
+        (False, {"merged": {}}, "Checked, no traces found: It is back."),
+        (None, {"merged": {}}, "Checked, cannot tell: It is back."),
         (False, {}, "Not checked: the evaluation measured no merged weights"),
     )
     for number, (leaks, forms, words) in enumerate(cases):

@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from lowmem_npo.evaluation.answer_table import stages_from_json, table_rows
 
+from lowmem_npo.evaluation.answer_table import markdown_table, save_table, stages_from_json, table_rows, text_table
 from lowmem_npo.evaluation.answers import AnswerSummary
-from lowmem_npo.evaluation.answer_table import markdown_table
-from lowmem_npo.evaluation.answer_table import save_table
-from lowmem_npo.evaluation.answer_table import text_table
 
 
 def summary(nll, probability, rouge, exact, rows=64, of=1112):

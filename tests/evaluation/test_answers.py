@@ -11,11 +11,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
 from lowmem_npo.data import Example, tokenize
-from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
 from lowmem_npo.evaluation import answers
-from lowmem_npo.evaluation.answers import evaluate_answers
-from lowmem_npo.evaluation.answers import AnswerRecord, AnswerSummary, choose_rows
+from lowmem_npo.evaluation.answers import AnswerRecord, AnswerSummary, choose_rows, evaluate_answers
 from lowmem_npo.evaluation.scoring import likelihood
+from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
 
 PAIRS = [
     ("Who sails?", "Anna does"),

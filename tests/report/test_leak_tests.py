@@ -49,7 +49,7 @@ def test_no_tests_no_lines():
 
 def test_what_no_test_declares_is_an_error():
     unknown = {"membership": {"rows": 4, "surprise": 1.0, "meaning": "Known.", "leaks": True}}
-    with pytest.raises(KeyError, match="surprise"):
+    with pytest.raises(UserError, match="'surprise' is no figure of the leak test 'membership'"):
         leak_sections(results({"after": unknown}))
     with pytest.raises(UserError, match="no leak test 'telepathy'"):
         leak_sections(results({"after": {"telepathy": {"meaning": "", "leaks": None}}}))

@@ -15,11 +15,11 @@ from helpers.reported_run import FORGET, RETAIN, TELLTALES, train, write_rows
 from huggingface_hub import ModelCard
 
 from lowmem_npo.cli import main
+from lowmem_npo.evaluation.answer_table import MEASURES
 from lowmem_npo.model.saved_adapter import revision_of_adapter
 from lowmem_npo.report.content import Content, read_content
 from lowmem_npo.report.files import write_report
 from lowmem_npo.report.model_card import model_card
-from lowmem_npo.evaluation.answer_table import MEASURES
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 
@@ -147,14 +147,21 @@ def test_a_planted_leak_is_noticed(own_run, monkeypatch):
 
 
 def test_texts_that_a_leak_test_wrote_down_stay_out(own_run):
-    found = {"after": {"sampling": {"best": 0.5, "text": FORGET[0]["answer"], "nested": {"said": FORGET[0]["answer"]},
-                                    "meaning": "Half of an answer came.", "leaks": True}}}  # fmt: skip
-    (own_run / "leaks.json").write_text(json.dumps(found))
+    text = FORGET[0]["answer"]
+    sampling = {"whole": 0.5, "text": text, "nested": {"said": text}, "meaning": "Half came.", "leaks": True}
+    (own_run / "leaks.json").write_text(json.dumps({"after": {"sampling": sampling}}))
     write_report(own_run, examples=0)
     assert told(own_run)["leaks"]["after"]["sampling"] == {
-        "best": 0.5, "nested": {}, "meaning": "Half of an answer came.", "leaks": True
+        "whole": 0.5, "nested": {}, "meaning": "Half came.", "leaks": True
     }  # fmt: skip
     assert leaked((own_run / "report.html").read_text(encoding="utf-8")) == []
+
+
+def test_figures_that_nobody_can_explain_are_not_reported(own_run, capsys):
+    results = {"after": {"sampling": {"surprise": 0.5, "meaning": "Half of an answer came.", "leaks": True}}}
+    (own_run / "leaks.json").write_text(json.dumps(results))
+    assert main(["report", str(own_run)]) == 2
+    assert "'surprise' is no figure of the leak test 'sampling'" in capsys.readouterr().err
 
 
 def test_examples_show_prompt_truth_before_and_after(run):
@@ -352,7 +359,7 @@ def test_names_from_outside_are_shown_as_text(own_run):
 
 
 def test_a_later_evaluation_is_included(own_run, tmp_path):
-    """LUME rows to forget, TOFU rows to keep, a membership attack; each figure is that of evaluation.json."""
+    """LUME rows to forget, TOFU rows to keep, documents; each figure is that of evaluation.json."""
     lume = [{"id": f"{kind}{n}", "input": f"Tell {n}.", "output": f"Tale {n}.", "task": "Task1"}
             for n, kind in enumerate(("asc", "aqa"))]  # fmt: skip
     tofu = [{"question": f"Who {n}?", "answer": f"He {n}.", "perturbed_answer": [f"She {n}."]} for n in range(1)]
@@ -368,7 +375,7 @@ def test_a_later_evaluation_is_included(own_run, tmp_path):
     file = own_run / "evaluation" / "evaluation.json"
     content = json.loads(file.read_text())
     content["lm_eval"] = {"mmlu": {"acc": 0.25}}  # as lm-eval leaves it; its data is not here
-    content["leaks"] = {"extraction": {"strength": 0.125, "meaning": "It still writes an eighth.", "leaks": True}}
+    content["leaks"] = {"extraction": {"recited": 0.125, "meaning": "It still writes an eighth.", "leaks": True}}
     file.write_text(json.dumps(content))
     write_report(own_run)
 
@@ -376,7 +383,7 @@ def test_a_later_evaluation_is_included(own_run, tmp_path):
     stages = {"before": json.loads(before.read_text()), "after": content}
     values = {(f["group"], f["set"], f["key"]): f["values"] for f in report["figures"]}
     for stage, told_by in stages.items():
-        assert values["membership", None, "auc"][stage] == told_by["membership"]["auc"]
+        assert values["documents", None, "auc"][stage] == told_by["membership"]["auc"]
         assert values["TOFU", "retain", "truth_ratio"][stage] == told_by["tofu"]["sets"]["retain"]["truth_ratio"]
         assert (
             values["LUME", "forget", "Task1.knowledge-score"][stage]
@@ -385,9 +392,15 @@ def test_a_later_evaluation_is_included(own_run, tmp_path):
         assert values["LUME", None, "mia_final_score"][stage] == told_by["lume"]["mia_final_score"]
     assert values["lm-eval", "mmlu", "acc"] == {"before": None, "after": 0.25}
     assert values["LUME", None, "aggregate-score"]["after"] is None
-    assert report["leaks"]["after"]["extraction"]["strength"] == 0.125
+    assert report["leaks"]["after"]["extraction"]["recited"] == 0.125
     assert "leak tests still find traces" in report["verdict"]["headline"]
-    for words in ("It still writes an eighth.", "SemEval-2025 Task 4", "TOFU", "Membership attack", "traces found"):
+    for words in (
+        "It still writes an eighth.",
+        "SemEval-2025 Task 4",
+        "TOFU",
+        "Documents, membership inference",
+        "traces found",
+    ):
         assert words in shown
     assert any("LUME task aggregate" in note for note in report["notes"])
 
@@ -399,7 +412,7 @@ def test_a_later_evaluation_is_included(own_run, tmp_path):
 
     (own_run / "adapter_model.safetensors").write_bytes(b"the run went on")
     write_report(own_run)
-    assert not any(f["group"] in ("LUME", "TOFU", "membership") for f in told(own_run)["figures"]), "of another adapter"
+    assert not any(f["group"] in ("LUME", "TOFU", "documents") for f in told(own_run)["figures"]), "of another adapter"
 
 
 def test_a_diverged_run_is_reported_too(byte_model, data, tmp_path):

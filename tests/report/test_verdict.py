@@ -7,6 +7,7 @@ import math
 import pytest
 
 from lowmem_npo.evaluation.answers import AnswerSummary
+from lowmem_npo.evaluation.leaks.contract import LeakResult
 from lowmem_npo.report.verdict import FORGET_WORDS, RETAIN_WORDS, judge_run
 
 
@@ -74,16 +75,16 @@ def test_forgetting_can_be_overdone(found, vocabulary, overdone):
 
 
 def test_leaks_are_a_reservation():
-    none = {"extraction": {"leaks": False}, "membership": {"leaks": None}}
-    some = {**none, "relearning": {"leaks": True}}
+    none = {"extraction": LeakResult({}, "", False), "membership": LeakResult({}, "", None)}
+    some = {**none, "relearning": LeakResult({}, "", True)}
     clean, leaking = (judge_run(stages(), 50304, {"before": some, "after": tests}) for tests in (none, some))
     assert clean.tone == "good" and clean.sentences[-1] == "No trace in any leak test that could tell: extraction."
     assert leaking.tone == "mixed" and leaking.headline.endswith(", but leak tests still find traces.")
     assert leaking.sentences[-1] == "1 of 2 leak tests that could tell find traces: relearning."
-    unknown = judge_run(stages(), 50304, {"before": some, "after": {"membership": {"leaks": None}}})
+    unknown = judge_run(stages(), 50304, {"before": some, "after": {"membership": none["membership"]}})
     assert "No leak test was run" in unknown.sentences[-1] and unknown.tone == "good"
-    for gold, told in ((none, "find: none."), (some, "find: relearning.")):
-        assert judge_run(stages(), 50304, {"after": some, "gold": gold}).sentences[-1].endswith(told)
+    for gold, ending in ((none, "find: none."), (some, "find: relearning.")):
+        assert judge_run(stages(), 50304, {"after": some, "gold": gold}).sentences[-1].endswith(ending)
 
 
 def test_the_sentences_carry_the_numbers():

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 
 from lowmem_npo.config import ModelConfig
+from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.options import Options
 
 if TYPE_CHECKING:
@@ -176,7 +177,9 @@ class LeakTest(ABC, Generic[OptionsT]):
         return self.run(subject, cast(OptionsT, subject.options))
 
     def meaning_of(self, figure: str) -> Meaning:
-        """Raises KeyError for a figure that the test does not declare."""
+        """Raises UserError for a figure that the test does not declare: it comes from a file of another version."""
+        if figure not in self.figures:
+            raise UserError(f"'{figure}' is no figure of the leak test '{self.name}' in this version of lowmem-npo.")
         return self.figures[figure]
 
 

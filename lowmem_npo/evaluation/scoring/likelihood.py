@@ -6,6 +6,7 @@ from math import exp, nan
 
 import torch
 from lowmem_kernels import IGNORE_INDEX, token_logprobs
+from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
@@ -34,7 +35,7 @@ class Likelihood:
 
 
 def answer_likelihoods(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     rows: Sequence[TokenizedRow],
     *,
     batch_size: int = BATCH_SIZE,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lowmem_npo.commands.demo.checks import judge
-from lowmem_npo.evaluation import AnswerSummary
+from lowmem_npo.evaluation.answers import AnswerSummary
 
 
 def stages(before=1.0, after=0.0, gold=0.0, nll=5.0, gold_nll=5.0, retain=1.0):

@@ -18,8 +18,9 @@ from lowmem_npo.commands.demo.teaching import STAMP, fresh_model, make_tokenizer
 from lowmem_npo.config import DataConfig
 from lowmem_npo.data import prepare
 from lowmem_npo.errors import UserError
-from lowmem_npo.evaluation import answer_likelihoods, evaluate_answers
-from lowmem_npo.report.table import stages_from_json
+from lowmem_npo.evaluation.answer_table import stages_from_json
+from lowmem_npo.evaluation.answers import evaluate_answers
+from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
 
 
 @pytest.fixture

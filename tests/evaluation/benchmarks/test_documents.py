@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.data import Rows
 from lowmem_npo.errors import UserError
-from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
 from lowmem_npo.evaluation.benchmarks.documents import documents, membership
+from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
 
 
 @pytest.mark.parametrize(
