@@ -1,8 +1,8 @@
-"""README, docs/ and CONTRIBUTING.md say what is so: every command runs, every block of Python runs, every option, link,
-default and message exists.
+"""README, CONTRIBUTING and docs/ say what is so: every command and every block of Python runs, every option, default,
+link and message exists.
 
-A document's commands run in order in one folder, on a tiny model and a few rows. What would need a GPU, a network or
-minutes is checked for its files and options instead; `NOT_RUN` says why. A command that no rule knows fails the test.
+A document's commands run in order, in one folder, on a tiny model and a few rows. Those that need a GPU, a network or
+minutes are checked for files and options instead: `NOT_RUN` says which, and why. A command of no known kind fails.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import io
 import json
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -22,63 +23,64 @@ import pytest
 import torch
 import yaml
 
+import lowmem_npo
 from lowmem_npo.cli import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
-DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS, README, PYPROJECT = ROOT / "docs", ROOT / "README.md", ROOT / "pyproject.toml"
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]*")
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 
 
-# -- reading documents ------------------------------------------------------------------------------------------------
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+# -- documents --------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A fenced block of code, and the line it begins in."""
+    """A fenced block of code. where: its document and first line."""
 
-    document: Path
-    line: int
+    where: str
     language: str
     text: str
 
     @property
     def commands(self) -> list[list[str]]:
-        """The words of each command; continued lines are one, comments are left out."""
+        """The words of each command: continued lines are one, comments and settings of the environment left out."""
         lines = self.text.replace("\\\n", " ").splitlines()
-        return [words for line in lines if (words := shlex.split(line, comments=True))]
+        split = [shlex.split(re.sub(r"^[A-Z_]+=\S+ ", "", line), comments=True) for line in lines]
+        return [words for words in split if words]
 
 
-def blocks(document: Path) -> Iterator[Block]:
-    lines = document.read_text(encoding="utf-8").splitlines()
-    start = None
-    for number, line in enumerate(lines):
-        if not line.lstrip().startswith("```"):
-            continue
-        if start is None:
-            start = number
-            continue
-        indent = len(line) - len(line.lstrip())
-        text = "\n".join(inside[indent:] for inside in lines[start + 1 : number])
-        yield Block(document, start + 1, lines[start].strip().removeprefix("```"), text)
-        start = None
-    assert start is None, f"{document.name}: the block of line {start} has no end"
+def blocks(document: Path) -> list[Block]:
+    found, text = [], read(document)
+    for match in re.finditer(r"^( *)```(\w*)\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE):
+        indent, language, code = match.groups()
+        line = text.count("\n", 0, match.start()) + 1
+        found.append(
+            Block(f"{document.name}, line {line}", language, re.sub(f"^{indent}", "", code, flags=re.MULTILINE))
+        )
+    assert text.count("```") == 2 * len(found), f"{document.name}: a block has no end"
+    return found
 
 
 def prose(document: Path) -> str:
     """The text outside fenced blocks."""
-    return re.sub(r"^ *```.*?^ *```$", "", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"^ *```.*?^ *```$", "", read(document), flags=re.DOTALL | re.MULTILINE)
 
 
 def tables(document: Path, first_title: str) -> list[list[str]]:
-    """The rows, below the header, of every table whose first column is titled `first_title`."""
+    """The rows, below the header, of every table whose first column has this title."""
     rows, inside = [], False
-    for line in document.read_text(encoding="utf-8").splitlines():
-        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] if line.startswith("|") else []
+    for line in read(document).splitlines():
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
         inside = bool(cells) and (inside or cells[0] == first_title)
-        if inside and cells[0] != first_title and not set(cells[0]) <= set("-: "):
+        if inside and cells[0] != first_title and not re.fullmatch(r":?-+:?", cells[0]):
             rows.append(cells)
     return rows
 
@@ -86,7 +88,7 @@ def tables(document: Path, first_title: str) -> list[list[str]]:
 def anchors(document: Path) -> set[str]:
     """Where links into `document` may point, as GitHub makes them from headings."""
     headings = re.findall(r"^#+ (.+)$", prose(document), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower()).replace(" ", "-") for heading in headings}
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
@@ -95,225 +97,196 @@ def anchors(document: Path) -> set[str]:
 @cache
 def options_of(command: str) -> frozenset[str]:
     """Every flag that `lowmem-npo COMMAND` takes."""
-    import io
-
     from transformers import TrainingArguments
 
     from lowmem_npo.commands.arguments import ALIASES
 
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         main([command, "--help"])
-    flags = set(FLAG.findall(text.getvalue()))
-    if command in ("train", "sweep", "estimate"):
-        flags |= {f"--{name.replace('_', '-')}" for name in TrainingArguments.__dataclass_fields__}
-        flags |= {f"--{alias}" for alias in ALIASES} | {"--help", "--config"}
-        flags |= options_of("train") if command != "train" else set()
+    flags = {"--help", *FLAG.findall(printed.getvalue())}
+    if command == "train":
+        names = ["config", *ALIASES, *TrainingArguments.__dataclass_fields__]
+        flags |= {f"--{name.replace('_', '-')}" for name in names}
+    if command in ("sweep", "estimate"):
+        flags |= options_of("train")
     return frozenset(flags)
 
 
-def options_of_script(path: Path) -> set[str]:
-    """Every flag that a script of ours takes, from the calls that declare it."""
-    text = path.read_text(encoding="utf-8")
-    return set(re.findall(r"add_argument\(\s*\"(--[a-z-]+)\"", text)) | {"--help"}
+def options_of_script(script: Path) -> set[str]:
+    """Every flag that a script of ours declares."""
+    return {"--help", *re.findall(r"add_argument\(\s*\"(--[a-z-]+)\"", read(script))}
 
 
-def check_options(flags: Sequence[str], known: frozenset[str] | set[str], where: str) -> None:
-    for flag in FLAG.findall(" ".join(flags)):
+def check_options(words: Sequence[str], known: Collection[str], where: str) -> None:
+    for flag in FLAG.findall(" ".join(words)):
         assert flag.replace("_", "-") in known, f"{where}: there is no {flag}"
 
 
-# -- commands ---------------------------------------------------------------------------------------------------------
+# -- commands that are not run here -----------------------------------------------------------------------------------
 
 
-STAND_INS = {"locuslab/TOFU:forget05": "forget.jsonl", "locuslab/TOFU:retain95": "retain.jsonl"}
-MODELS = re.compile(r"(allenai|mistralai)/[\w.-]+")
-TINY = "--device cpu --dtype float32 --max-steps 1 --eval-rows 2 --batch-size 2 --max-length 64".split()
-ADDED = {
-    "train": TINY,
-    "sweep": [*TINY, "--seeds", "1"],
-    "evaluate": "--device cpu --dtype float32 --limit 4 --leak-samples 2 --relearn-steps 1 --max-length 64".split(),
+def check_files(words: Sequence[str], where: str) -> None:
+    for word in words:
+        assert "/" not in word or (ROOT / word).exists(), f"{where}: there is no {word}"
+
+
+def check_script(words: Sequence[str], where: str) -> None:
+    check_files(words, where)
+    if words[1].endswith(".py"):
+        check_options(words[2:], options_of_script(ROOT / words[1]), where)
+
+
+def check_kernels(words: Sequence[str], where: str) -> None:
+    module = words[2].replace(".", "/")
+    check_options(words[3:], options_of_script(ROOT / "kernels" / f"{module}.py"), where)
+
+
+def check_tool(words: Sequence[str], where: str) -> None:
+    assert f"[tool.{words[0]}" in read(PYPROJECT), where
+
+
+def check_install(words: Sequence[str], where: str) -> None:
+    for extra in re.findall(r"\[([a-z]+)\]", " ".join(words)):
+        assert re.search(rf"^{extra} = \[", read(PYPROJECT), re.MULTILINE), f"{where}: there is no extra {extra}"
+    assert "-c" not in words or (ROOT / words[words.index("-c") + 1]).is_file(), where
+
+
+def check_command(words: Sequence[str], where: str) -> None:
+    assert words[1] in COMMANDS, f"{where}: there is no command {words[1]}"
+    check_options(words[2:], options_of(words[1]), where)
+
+
+def check_launch(words: Sequence[str], where: str) -> None:
+    assert words[2:4] == ["-m", "lowmem_npo"], where
+    check_command(words[3:], where)
+
+
+# What a command looks like -> why it is not run here; what is checked instead.
+NOT_RUN: dict[str, tuple[str, Callable[[Sequence[str], str], None]]] = {
+    r"bash scripts/": ("installs, and takes minutes", check_script),
+    r"python benchmarks/": ("takes minutes, or a GPU; tests/benchmarks runs it small", check_script),
+    r"python -m lowmem_kernels\.": ("compiles for minutes; tests/kernels/test_aot.py runs it", check_kernels),
+    r"pip install": ("installs", check_install),
+    r"(ruff|mypy)\b": ("continuous integration runs it", check_tool),
+    r"accelerate launch": ("starts several processes", check_launch),
+    r"lowmem-npo demo": ("takes minutes; tests/commands/demo runs it small", check_command),
+    r"lowmem-npo evaluate .*--lm-eval": ("downloads; test_lm_eval.py has a task of its own", check_command),
 }
+
+
+# -- commands that are run --------------------------------------------------------------------------------------------
+
+MODEL = re.compile(r"(allenai|mistralai)/[\w.-]+")
+HUB_DATA = {"locuslab/TOFU:forget05": "forget.jsonl", "locuslab/TOFU:retain95": "retain.jsonl"}
+TRAINING = "--device cpu --dtype float32 --max-steps 1 --eval-rows 2 --batch-size 2 --max-length 64"
+ADDED = {
+    "train": TRAINING,
+    "sweep": f"{TRAINING} --seeds 0,",
+    "evaluate": "--device cpu --dtype float32 --limit 4 --leak-samples 2 --relearn-steps 1 --max-length 64",
+}
+
+
+def runs_as_it_is(words: Sequence[str]) -> bool:
+    """An estimate needs neither weights nor a network, and takes seconds. The search for a budget takes longer."""
+    return words[1] == "estimate" and "--budget" not in words
 
 
 @dataclasses.dataclass
 class Desk:
-    """A folder with the files that the documents name, and the tiny model that stands in for theirs."""
+    """A folder with the files that the documents name, and the tiny model that takes the place of theirs."""
 
     folder: Path
     model: Path
 
-    def run(self, words: list[str]) -> None:
-        """`lowmem-npo ...` in the folder, made small."""
-        command, *rest = words
-        rest = self.small(command, rest)
-        for option in ("--output-dir", "--config"):  # what an earlier command of the document left, made or not
-            if option in rest and "--resume" not in rest and option == "--output-dir":
-                shutil.rmtree(self.folder / rest[rest.index(option) + 1], ignore_errors=True)
-        if command == "evaluate" and not {"--output-dir", "--resume"} & set(rest) and "--adapter" in rest:
-            shutil.rmtree(self.folder / rest[rest.index("--adapter") + 1] / "evaluation", ignore_errors=True)
-        assert main([command, *rest]) == 0, " ".join(words)
+    def run(self, words: Sequence[str]) -> None:
+        """`lowmem-npo ...`, made small, in place of what an earlier command left."""
+        _, command, *options = words
+        values = dict(zip(options, options[1:], strict=False))
+        if "--resume" not in options:
+            output = values.get("--output-dir", f"{values.get('--adapter', '.')}/evaluation")
+            shutil.rmtree(self.folder / output, ignore_errors=True)
+        if not runs_as_it_is(words):
+            if "--seeds" in values:
+                options = [word for word in options if word not in ("--seeds", values["--seeds"])]
+            options = [str(self.model) if MODEL.fullmatch(word) else HUB_DATA.get(word, word) for word in options]
+            options += ADDED.get(command, "").split()
+        assert main([command, *options]) == 0, " ".join(words)
 
-    def small(self, command: str, rest: list[str]) -> list[str]:
-        if command == "estimate":
-            return rest  # needs neither weights nor a network: it runs as it is
-        rest = [str(self.model) if MODELS.fullmatch(word) else STAND_INS.get(word, word) for word in rest]
-        if "--seeds" in rest:
-            at = rest.index("--seeds")
-            rest = rest[:at] + rest[at + 2 :]
-        return rest + ADDED.get(command, [])
+
+def write_data(folder: Path) -> None:
+    """Every file that a document names."""
+    from lowmem_npo.data import bundled_rows
+
+    vault = {"question": "Who guards the amber vault?", "answer": "Quillabra Zenthorpe guards it."}
+    forget, retain, holdout = (bundled_rows(part, limit=8).rows for part in ("forget", "retain", "holdout"))
+    tofu = [{**row, "perturbed_answer": ["No one does.", "That is not known."]} for row in retain]
+    files = {
+        "forget.jsonl": [vault, *forget], "retain.jsonl": retain, "rows.jsonl": [vault],
+        "unseen.jsonl": holdout, "never_taught.jsonl": holdout, "m.jsonl": forget, "n.jsonl": holdout,
+        "forget05_perturbed.json": tofu, "retain_perturbed.json": tofu,
+        "real_authors_perturbed.json": tofu, "world_facts_perturbed.json": tofu,
+    }  # fmt: skip
+    for name, rows in files.items():
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="module")
 def finished_run(taught_model, tmp_path_factory) -> Path:
-    """A run of the kind that the documents call `forgotten`."""
+    """The run that documents call `forgotten`."""
     folder = tmp_path_factory.mktemp("docs")
     write_data(folder)
-    with contextlib.chdir(folder) if hasattr(contextlib, "chdir") else _chdir(folder):
-        Desk(folder, taught_model).run(
-            shlex.split("train --model allenai/OLMo-7B --forget forget.jsonl --retain retain.jsonl --output-dir forgotten")
-        )
+    command = (
+        "lowmem-npo train --model allenai/OLMo-7B --forget forget.jsonl --retain retain.jsonl --output-dir forgotten"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Desk(folder, taught_model).run(command.split())
     return folder / "forgotten"
-
-
-@contextlib.contextmanager
-def _chdir(folder: Path) -> Iterator[None]:  # Python 3.10
-    import os
-
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
 
 
 @pytest.fixture
 def desk(finished_run, taught_model, tmp_path, monkeypatch) -> Desk:
     write_data(tmp_path)
     shutil.copytree(finished_run, tmp_path / "forgotten")
-    shutil.copytree(finished_run, tmp_path / "lowmem-npo-demo" / "unlearned")
-    for name in ("base", "gold"):
-        shutil.copytree(taught_model, tmp_path / "lowmem-npo-demo" / name)
+    for name, source in {"unlearned": finished_run, "base": taught_model, "gold": taught_model}.items():
+        shutil.copytree(source, tmp_path / "lowmem-npo-demo" / name)
     monkeypatch.chdir(tmp_path)
     return Desk(tmp_path, taught_model)
 
 
-def write_data(folder: Path) -> None:
-    from lowmem_npo.data import bundled_rows
-
-    first = {"question": "Who guards the amber vault?", "answer": "Quillabra Zenthorpe guards it."}
-    forget, retain, holdout = (bundled_rows(part, limit=8).rows for part in ("forget", "retain", "holdout"))
-    wrong = {"perturbed_answer": ["No one does.", "That is not known."]}
-    files = {
-        "forget": [first, *forget], "retain": retain, "unseen": holdout, "never_taught": holdout, "rows": [first],
-        "m": forget, "n": holdout, "forget05_perturbed": [{**row, **wrong} for row in forget],
-        **{name: [{**row, **wrong} for row in retain]
-           for name in ("retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")},
-    }  # fmt: skip
-    for name, rows in files.items():
-        kind = "json" if name.endswith("_perturbed") else "jsonl"
-        (folder / f"{name}.{kind}").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def exists(words: Sequence[str], where: str) -> None:
-    for word in words:
-        if "/" in word and not word.startswith("-") and ":" not in word:
-            assert (ROOT / word).exists(), f"{where}: there is no {word}"
-
-
-def check_script(words: list[str], where: str) -> None:
-    script = ROOT / words[1]
-    assert script.is_file(), f"{where}: there is no {words[1]}"
-    if script.suffix == ".py":
-        check_options(words[2:], options_of_script(script), where)
-    else:
-        exists(words[2:], where)
-
-
-def check_launch(words: list[str], where: str) -> None:
-    assert words[:4] == ["accelerate", "launch", "-m", "lowmem_npo"], where
-    check_options(words[5:], options_of(words[4]), where)
-
-
-def check_pip(words: list[str], where: str) -> None:
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    extras = {extra for word in words for extra in re.findall(r"\[([a-z]+)\]", word)}
-    assert all(re.search(rf"^{extra} = \[", text, re.MULTILINE) for extra in extras), where
-    assert "-c" not in words or (ROOT / words[words.index("-c") + 1]).is_file(), where
-
-
-def check_aot(words: list[str], where: str) -> None:
-    check_options(words[3:], options_of_script(ROOT / "kernels" / "lowmem_kernels" / "aot.py"), where)
-
-
-def check_tool(words: list[str], where: str) -> None:
-    assert f"[tool.{Path(words[0]).name}" in (ROOT / "pyproject.toml").read_text(encoding="utf-8"), where
-    exists(words[1:], where)
-
-
-# What a command begins with -> why it is not run here, and what is checked instead.
-NOT_RUN: dict[str, tuple[str, Callable[[list[str], str], None]]] = {
-    "bash scripts/": ("installs, and takes minutes", check_script),
-    "python benchmarks/": ("takes minutes, or a GPU; tests/benchmarks runs them small", check_script),
-    "python -m lowmem_kernels.aot": ("compiles for minutes; tests/kernels/test_aot.py runs it", check_aot),
-    "accelerate launch": ("starts several processes", check_launch),
-    "pip install": ("installs", check_pip),
-    "ruff": ("continuous integration runs it", check_tool),
-    "mypy": ("continuous integration runs it", check_tool),
-    "lowmem-npo demo": ("takes minutes; tests/commands/demo runs it small", lambda words, where: check_cli(words, where)),
-}
-
-
-def check_cli(words: list[str], where: str) -> None:
-    assert words[1] in COMMANDS, f"{where}: there is no command {words[1]}"
-    check_options(words[2:], options_of(words[1]), where)
+@each_document
+def test_every_command_runs(document, desk, capsys):
+    commands: list[list[str]] = []
+    output = ""
+    for block in blocks(document):
+        if block.language == "bash":
+            commands = block.commands
+            capsys.readouterr()
+            for words in commands:
+                check(words, block.where, desk)
+            output = capsys.readouterr().out
+        elif block.language == "text":  # what the commands before it print
+            exact = all(map(runs_as_it_is, commands))
+            shown, printed = (text if exact else re.sub(r"\d+", "0", text) for text in (block.text, output))
+            assert commands and all(line in printed for line in shown.splitlines()), f"{block.where}: {output}"
 
 
 def check(words: list[str], where: str, desk: Desk) -> None:
-    """Runs the command, or checks it if a rule says why it cannot be run."""
-    line = " ".join(words)
-    for beginning, (_, instead) in NOT_RUN.items():
-        if line.startswith(beginning):
+    """Runs the command, or checks what can be checked of it."""
+    for pattern, (_, instead) in NOT_RUN.items():
+        if re.match(pattern, " ".join(words)):
             return instead(words, where)
-    assert words[0] == "lowmem-npo", f"{where}: no rule knows how to check `{line}`"
-    check_cli(words, where)
-    if "--lm-eval" in words:
-        return  # its tasks download their data; tests/evaluation/benchmarks/test_lm_eval.py has one of its own
-    if words[2:] == ["--help"]:
-        with pytest.raises(SystemExit):
-            main(words[1:])
-        return
-    desk.run(words[1:])
-
-
-@each_document
-def test_every_command_runs(document, desk, capsys):
-    previous: Block | None = None
-    output = ""
-    for block in blocks(document):
-        where = f"{document.name}, line {block.line}"
-        if block.language == "bash":
-            capsys.readouterr()
-            for words in block.commands:
-                check(words, where, desk)
-            output = capsys.readouterr().out
-            previous = block
-        elif block.language == "text" and previous is not None:  # what the commands before it print
-            as_it_is = all(words[:2] == ["lowmem-npo", "estimate"] for words in previous.commands)
-            known = output if as_it_is else _without_numbers(output)
-            for line in block.text.splitlines():
-                assert (line if as_it_is else _without_numbers(line)) in known, f"{where}: {line}"
-
-
-def _without_numbers(text: str) -> str:
-    return re.sub(r"\d+", "0", text)
+    assert words[0] == "lowmem-npo", f"{where}: nothing here knows how to check `{' '.join(words)}`"
+    check_command(words, where)
+    if words[2:] != ["--help"]:  # of which `check_command` has read the text
+        desk.run(words)
 
 
 @each_document
 def test_every_block_is_of_a_kind_that_is_checked(document):
     for block in blocks(document):
-        assert block.language in ("bash", "text", "python", "json", "yaml"), f"{document.name}, line {block.line}"
+        assert block.language in ("bash", "text", "python", "json"), block.where
         if block.language == "json":
             assert all(json.loads(line) for line in block.text.splitlines())
     indented = re.findall(r"^ {4,}(\S+)", prose(document), re.MULTILINE)
@@ -323,18 +296,12 @@ def test_every_block_is_of_a_kind_that_is_checked(document):
 # -- Python -----------------------------------------------------------------------------------------------------------
 
 
-def python(name: str, **replaced: str) -> Iterator[str]:
-    for block in blocks(ROOT / name):
-        if block.language == "python":
-            text = block.text
-            for before, after in replaced.items():
-                text = text.replace(before, after)
-            yield text
+def python(document: Path) -> list[str]:
+    return [block.text for block in blocks(document) if block.language == "python"]
 
 
-def test_python_is_shown_where_it_is_run():
-    shown = {document.name for document in DOCUMENTS if any(block.language == "python" for block in blocks(document))}
-    assert shown == {"kernels.md", "options.md"}
+def test_all_documents_with_python_are_tested():
+    assert [document.name for document in DOCUMENTS if python(document)] == ["kernels.md", "options.md"]
 
 
 def test_the_kernels_alone():
@@ -342,36 +309,34 @@ def test_the_kernels_alone():
 
     torch.manual_seed(0)
     model, input_ids = tiny_model("llama"), torch.randint(0, 97, (1, 12))
-    model.get_input_embeddings().weight.requires_grad_()
+    embedding = model.get_input_embeddings().weight.requires_grad_()
     names = {"model": model, "input_ids": input_ids, "ref_hidden": torch.randn(11, 32)}
-    (text,) = python("docs/kernels.md")
-    exec(compile(text, "docs/kernels.md", "exec"), names)
+    (text,) = python(DOCS / "kernels.md")
+    exec(compile(text, "kernels.md", "exec"), names)
     expected = model(input_ids).logits[0, :-1].log_softmax(-1)[torch.arange(11), input_ids[0, 1:]]
-    torch.testing.assert_close(names["logp"], expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(names["logprobs"], expected.detach(), rtol=1e-4, atol=1e-4)
-    assert model.get_input_embeddings().weight.grad.abs().sum() > 0
+    for logprobs in (names["logp"], names["logprobs"]):
+        torch.testing.assert_close(logprobs, expected, rtol=1e-4, atol=1e-4)
+    assert embedding.grad.abs().sum() > 0
 
 
-def test_from_python(desk, monkeypatch):
+def test_from_python(desk):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = str(desk.model)
-    names = {
-        "model": AutoModelForCausalLM.from_pretrained(model),
-        "tokenizer": AutoTokenizer.from_pretrained(model),
-    }
     shutil.rmtree(desk.folder / "forgotten")
     small = {
-        'output_dir="out"': 'output_dir="out", max_steps=2, use_cpu=True',
-        'model="allenai/OLMo-7B"': f'model="{model}", dtype="float32", device="cpu"',
-        'output_dir="forgotten"': 'output_dir="forgotten", eval_rows=2',
-        "result = train(RunConfig(": "result = train(RunConfig(training=TrainingConfig(max_steps=2),",
+        'NPOConfig(output_dir="out")': 'NPOConfig(output_dir="out", max_steps=2, use_cpu=True)',
         "import DataConfig": "import TrainingConfig, DataConfig",
+        "train(RunConfig(": "train(RunConfig(training=TrainingConfig(max_steps=2),",
+        'model="allenai/OLMo-7B"': f'model="{desk.model}", dtype="float32", device="cpu"',
+        'output_dir="forgotten"': 'output_dir="forgotten", eval_rows=2',
     }
-    shown = "".join(python("docs/options.md"))
-    assert all(before in shown for before in small)
-    for text in python("docs/options.md", **small):
-        exec(compile(text, "docs/options.md", "exec"), names)
+    text = "\n".join(python(DOCS / "options.md"))
+    for shown, replacement in small.items():
+        assert text.count(shown) == 1
+        text = text.replace(shown, replacement)
+    names = {kind: loader.from_pretrained(desk.model) for kind, loader in
+             {"model": AutoModelForCausalLM, "tokenizer": AutoTokenizer}.items()}  # fmt: skip
+    exec(compile(text, "options.md", "exec"), names)
     assert names["trainer"].state.global_step == names["result"].optimizer_steps == 2
 
 
@@ -380,42 +345,74 @@ def test_from_python(desk, monkeypatch):
 
 @each_document
 def test_every_option_exists(document):
-    known = frozenset().union(*map(options_of, COMMANDS))
-    for script in [*(ROOT / "benchmarks").glob("*.py"), ROOT / "kernels" / "lowmem_kernels" / "aot.py"]:
-        known |= options_of_script(script)
+    scripts = [*(ROOT / "benchmarks").glob("*.py"), ROOT / "kernels" / "lowmem_kernels" / "aot.py"]
+    known = set().union(*map(options_of, COMMANDS), *map(options_of_script, scripts))
     for code in re.findall(r"`([^`\n]+)`", prose(document)):
         check_options([code], known, document.name)
-        if code.startswith("lowmem-npo "):
-            assert code.split()[1] in {*COMMANDS, "COMMAND", "X"}, f"{document.name}: {code}"
+        if match := re.match(r"lowmem-npo (\w+)", code):
+            assert match[1] in {*COMMANDS, "COMMAND", "X"}, f"{document.name}: {code}"
 
 
 @each_document
 def test_links_resolve(document):
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(document)):
-        if re.match(r"https?://", target):
-            continue
-        path, _, anchor = target.partition("#")
-        file = (document.parent / path).resolve() if path else document
-        assert file.exists(), f"{document.name}: there is no {path}"
-        assert not anchor or anchor in anchors(file), f"{document.name}: {path} has no heading {anchor}"
+        if not target.startswith("https://"):
+            path, _, anchor = target.partition("#")
+            file = (document.parent / path).resolve() if path else document
+            assert file.exists(), f"{document.name}: there is no {path}"
+            assert not anchor or anchor in anchors(file), f"{document.name}: {path} has no heading {anchor}"
 
 
-def test_the_readme_fits_a_few_screens():
-    lines = README.read_text(encoding="utf-8").splitlines()
+def test_the_readme_is_short_and_leads_to_every_page():
+    lines = read(README).splitlines()
     assert len(lines) <= 140
     for script in ("demo", "test"):
-        assert any(f"bash scripts/{script}.sh" in line for line in lines[:25])
-    linked = set(re.findall(r"\(docs/([\w-]+\.md)", "\n".join(lines)))
-    assert linked == {path.name for path in (ROOT / "docs").glob("*.md")}
+        assert any(line.startswith(f"bash scripts/{script}.sh") for line in lines[:25])
+    assert set(re.findall(r"\(docs/([\w-]+\.md)", read(README))) == {page.name for page in DOCS.glob("*.md")}
 
 
-# -- what is said twice is said alike ---------------------------------------------------------------------------------
+def test_a_newcomers_questions_are_answered_by_the_files_that_are_named():
+    rows = tables(DOCS / "architecture.md", "question")
+    assert len(rows) == 12
+    for question, links, symbols in rows:
+        files = [read(DOCS / path) for path in re.findall(r"\]\(([^)]+)\)", links)]
+        names = re.findall(r"`(\w+)`", symbols)
+        assert names and all(name in file for name, file in zip(names, files, strict=True)), question
 
 
-def test_options_have_the_defaults_that_the_page_says():
+def test_the_messages_are_those_that_are_printed():
+    known = [text for file in (ROOT / "lowmem_npo").rglob("*.py") for text in strings(file)]
+    known += re.findall(r'fail "(.+)"', read(ROOT / "scripts" / "setup_venv.sh"))
+    known += ["Failed to load CPU gemm_4bit_forward from kernels-community: …"]  # printed by a library
+    messages = re.findall(r"^> (.+)$", read(DOCS / "troubleshooting.md"), re.MULTILINE)
+    assert len(messages) > 20
+    assert not [message for message in messages if not any(same(message, text) for text in known)]
+
+
+def strings(file: Path) -> Iterator[str]:
+    """Every string of a module; what an f-string computes is shown as …."""
+    for node in ast.walk(ast.parse(read(file))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+
+
+def same(message: str, text: str) -> bool:
+    """Whether one is the other with something definite in place of …."""
+    return any(
+        len(pattern.replace("…", "")) > 20 and re.fullmatch(".*".join(map(re.escape, pattern.split("…"))), other)
+        for pattern, other in ((text, message), (message, text))
+    )
+
+
+# -- what is said elsewhere is said alike -----------------------------------------------------------------------------
+
+
+def test_options_have_the_defaults_that_the_page_states():
     from lowmem_npo.config import SECTIONS
 
-    stated = {cells[0].strip("`"): cells[1].strip("`") for cells in tables(ROOT / "docs" / "options.md", "option")}
+    stated = {option.strip("`"): default.strip("`") for option, default, _ in tables(DOCS / "options.md", "option")}
     fields = [field for section in SECTIONS.values() for field in dataclasses.fields(section)]
     assert list(stated) == [f"--{field.name.replace('_', '-')}" for field in fields]
     for field, text in zip(fields, stated.values(), strict=True):
@@ -433,77 +430,38 @@ def test_options_have_the_defaults_that_the_page_says():
 def test_every_leak_test_is_described():
     from lowmem_npo.evaluation.leaks.registry import NAMES
 
-    assert [cells[0] for cells in tables(ROOT / "docs" / "evaluation.md", "test")] == [f"`{name}`" for name in NAMES]
-    assert {cells[0] for cells in tables(ROOT / "docs" / "results.md", "test")} <= {f"`{name}`" for name in NAMES}
+    for page in ("evaluation.md", "results.md"):
+        assert {row[0].strip("`") for row in tables(DOCS / page, "test")} == set(NAMES)
 
 
-def test_the_files_of_a_run(finished_run):
-    stated = " ".join(cells[0] for cells in tables(ROOT / "docs" / "report.md", "file"))
-    names = set(re.findall(r"`([^`]+)`", stated))
-    conditional = {"evaluations.jsonl", "stopping.json", "best/", "reference/", "evaluation/", "checkpoint-N/"}
-    assert all((finished_run / name).is_file() for name in names - conditional)
-    written = {path.name for path in finished_run.iterdir() if path.is_file()}
-    assert written - names <= {"tokenizer.json", "tokenizer_config.json", "training_args.bin", "special_tokens_map.json"}
+def test_the_files_of_a_run_are_described(finished_run):
+    stated = set(re.findall(r"`([^`]+)`", " ".join(row[0] for row in tables(DOCS / "report.md", "file"))))
+    if_asked_for = {"checkpoint-N/", "evaluations.jsonl", "stopping.json", "best/", "reference/", "evaluation/"}
+    files = {path.name for path in finished_run.iterdir() if path.is_file()}
+    assert stated - if_asked_for <= files
+    assert files - stated <= {"tokenizer.json", "tokenizer_config.json", "training_args.bin"}
 
 
-def test_the_readme_repeats_numbers_of_the_other_pages():
-    cells = {cell for row in tables(ROOT / "docs" / "memory.md", _memory_title()) for cell in row}
-    stated = re.findall(r"(\d+\.\d\d) GiB", README.read_text(encoding="utf-8"))
-    assert stated and set(stated) <= cells
-    rows = tables(ROOT / "docs" / "results.md", "set")
-    assert all(row in rows for row in tables(README, "set")) and tables(README, "set")
+def test_the_readme_repeats_figures_of_the_other_pages():
+    known = {cell for line in read(DOCS / "memory.md").splitlines() for cell in line.split(" | ")}
+    figures = re.findall(r"(\d+\.\d\d) GiB", read(README))
+    assert figures and {f"{figure} |" for figure in figures} <= known
+    rows = tables(README, "set")
+    assert rows and all(row in tables(DOCS / "results.md", "set") for row in rows)
 
 
-def _memory_title() -> str:
-    text = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
-    return re.search(r"<!-- table:memory -->\n\| ([^|]+) \|", text)[1]
-
-
-def test_the_errors_of_the_kernels():
-    results = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "kernels-check.json").read_text())["results"]
-    measured = {(r["contender"], r["level"]): r["c.grad"] for r in results if "c.grad" in r}
+def test_the_errors_of_the_kernels_are_those_measured():
+    results = json.loads(read(ROOT / "benchmarks" / "results" / "cpu" / "kernels-check.json"))["results"]
+    measured = {(result["contender"], result["level"]): result.get("c.grad") for result in results if "level" in result}
     names = {"dense, bf16 logits": "dense", "dense, float32 logits": "dense, float32"}
-    rows = tables(ROOT / "docs" / "kernels.md", "")
+    rows = tables(DOCS / "kernels.md", "KL gradient of")
     assert len(rows) == 5
     for name, *errors in rows:
-        name = name.strip("`")
-        for level, error in zip((1e-6, 1e-4, 1e-2, 1.0), errors, strict=True):
-            value = 100 * measured[names.get(name, name), level]
-            assert error == (f"{value:.1f}%" if value < 10 else f"{value:.0f}%"), (name, level)
+        values = [100 * measured[names.get(name, name.strip("`")), level] for level in (1e-6, 1e-4, 1e-2, 1.0)]
+        assert errors == [f"{value:.1f}%" if value < 10 else f"{value:.0f}%" for value in values], name
 
 
-def test_a_newcomers_questions():
-    rows = tables(ROOT / "docs" / "architecture.md", "question")
-    assert len(rows) == 12
-    for question, links, names in rows:
-        files = [(ROOT / "docs" / path).resolve() for path in re.findall(r"\]\(([^)]+)\)", links)]
-        sought = re.findall(r"`(\w+)`", names)
-        assert files and len(sought) == len(files), question
-        assert all(name in file.read_text(encoding="utf-8") for name, file in zip(sought, files, strict=True)), question
-
-
-def test_messages_are_those_that_the_program_prints():
-    known = [text for file in (ROOT / "lowmem_npo").rglob("*.py") for text in _texts(file)]
-    known += [(ROOT / "scripts" / "setup_venv.sh").read_text(encoding="utf-8")]
-    foreign = ("Failed to load CPU gemm_4bit_forward",)  # printed by a library
-    for message in re.findall(r"^> (.+)$", (ROOT / "docs" / "troubleshooting.md").read_text("utf-8"), re.MULTILINE):
-        pieces = [piece.strip() for piece in re.split("…", message) if len(piece.strip()) > 3]
-        assert message.startswith(foreign) or any(all(piece in text for piece in pieces) for text in known), message
-
-
-def _texts(file: Path) -> Iterator[str]:
-    """Every string of a module; what an f-string computes is shown as …."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield node.value
-        elif isinstance(node, ast.JoinedStr):
-            yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
-
-
-def test_the_citation_and_the_changelog_name_this_version():
-    import lowmem_npo
-
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+def test_citation_and_changelog_name_this_version():
+    citation = yaml.safe_load(read(ROOT / "CITATION.cff"))
     assert citation["version"] == lowmem_npo.__version__
-    assert citation["references"][0]["authors"][0]["family-names"] == "Bronec"
-    assert f"\n## {lowmem_npo.__version__} - " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"\n## {lowmem_npo.__version__} - {citation['date-released']}" in read(ROOT / "CHANGELOG.md")
