@@ -1,4 +1,4 @@
-"""What a number depends on beside the data and the code: versions of the packages, and the machine's processors."""
+"""What results depend on besides data and code: the versions of packages, and the machine's processors."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ PACKAGES = ("lowmem-npo", "torch", "triton", "transformers", "peft", "accelerate
 
 
 def package_version(package: str) -> str | None:
-    """None: not installed."""
+    """The installed version; None: not installed."""
     if package == "lowmem-npo":
-        return lowmem_npo.__version__  # also where it runs from its source
+        return lowmem_npo.__version__  # also when it runs from its source
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -24,15 +24,15 @@ def package_version(package: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Python, CUDA (where PyTorch has it) and every one of PACKAGES that is installed."""
-    found = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    found |= {package: package_version(package) for package in PACKAGES}
-    return {name: version for name, version in found.items() if version is not None}
+    """Python, CUDA (where PyTorch has it) and each of PACKAGES that is installed."""
+    known = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    known |= {package: package_version(package) for package in PACKAGES}
+    return {name: version for name, version in known.items() if version is not None}
 
 
 def processors() -> list[str]:
     """The GPUs that PyTorch sees, as in "NVIDIA L4, sm_89, 22.0 GiB", or the CPU's architecture."""
     if not torch.cuda.is_available():
         return [f"CPU, {platform.machine()}"]
-    found = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
-    return [f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.1f} GiB" for p in found]
+    gpus = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+    return [f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.1f} GiB" for p in gpus]

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and hashes that say which file it was."""
+"""Files that are complete or absent, and hashes that identify them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ CHUNK = 2**20  # bytes read at a time
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Either the whole file or none of it, whenever the process is killed."""
+    """Writes the whole file or none of it, whenever the process is killed."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

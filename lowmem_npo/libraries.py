@@ -1,4 +1,4 @@
-"""The libraries that a command stands on, made quiet and quick: call these before a command does its work."""
+"""The libraries that a command uses, made quiet and quick: call these before the command does its work."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from unittest import mock
 
 
 def quiet_libraries() -> None:
-    """Switches off library chatter that tells a user nothing they can act on; what they can act on stays."""
+    """Switches off the libraries' messages that a user cannot act on; the others stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise a warning for every forked data loader
-    # PEFT still asks transformers by its former name.
+    # PEFT uses a name that transformers has replaced.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     import huggingface_hub
     import transformers
 
     huggingface_hub.logging.set_verbosity_error()  # its retries; the last failure is reported in one sentence
-
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
@@ -29,10 +28,10 @@ def quiet_libraries() -> None:
 def quick_imports() -> Iterator[None]:
     """For the imports of a process that estimates and then ends: most of its time is spent importing libraries.
 
-    bitsandbytes asks for compiled functions when it is imported, which loads PyTorch's whole compiler; they stay as
-    they are written, since on fake tensors nothing is compiled. transformers loads scipy for the losses of image
-    models, and `datasets` for its Trainer to recognise; nothing here needs either. Nor is garbage collected among what
-    is imported, now or later.
+    bitsandbytes compiles functions when it is imported, which loads all of PyTorch's compiler; they stay uncompiled,
+    since on fake tensors nothing is compiled. transformers loads scipy for the losses of image models, and `datasets`
+    for its Trainer to recognise; nothing here needs either. Nor is garbage collected among what is imported, now or
+    later.
     """
     import torch
     import transformers.utils
@@ -47,5 +46,5 @@ def quick_imports() -> Iterator[None]:
             yield
     finally:
         gc.freeze()
-        atexit.register(gc.unfreeze)  # or Triton, at the end, takes what is frozen for leaked
+        atexit.register(gc.unfreeze)  # or Triton, at exit, takes what is frozen for leaked
         gc.enable()

@@ -13,7 +13,7 @@ def parse_size(text: str, option: str) -> int:
     """Bytes in "24GiB", "24 GB" or "800MiB".
 
     Raises:
-        UserError: no number with a unit, or not positive; it names `option`.
+        UserError: not a positive number with a unit; the message names `option`.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text.lower())
     if match is None or match[2] not in UNITS or not float(match[1]):
@@ -22,5 +22,5 @@ def parse_size(text: str, option: str) -> int:
 
 
 def gib(size: int) -> str:
-    """As people read it, such as "5.43 GiB"."""
+    """For people, such as "5.43 GiB"."""
     return f"{size / 2**30:.2f} GiB"

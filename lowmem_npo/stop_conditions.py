@@ -1,8 +1,8 @@
-"""What `--stop-when` means: conditions on a run's evaluations, and which of the evaluated adapters was the best.
+"""What `--stop-when` means: conditions on a run's evaluations, and which of the evaluated adapters is the best.
 
-There are two kinds. A goal says that enough is forgotten; a limit says that too much was lost. Each is a gap that
-shrinks from above: at or below 0 the condition holds, and the run stops. A figure that is not a number holds as well,
-since nothing good comes after it.
+There are two kinds. A goal says that enough is forgotten; a limit says that too much is lost. Each is a gap that
+shrinks from above: at or below 0 the condition holds, and the run stops. It also holds when the gap is not a number,
+since the run will not recover from that.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class StopEvaluation:
 class ForgetAtHoldout:
     """Goal: the forget answers are as unlikely as never-taught answers are to the original model.
 
-    The original, since training moves the holdout's level too: a model that collapses would never be seen to reach it.
+    The original, since training moves the holdout's level too: a collapsing model would never reach its own.
     """
 
     kind: Literal["goal"] = "goal"
@@ -44,9 +44,9 @@ class ForgetAtHoldout:
     text: str = "forget-at-holdout"
 
     def gap(self, now: StopEvaluation, start: StopEvaluation) -> float:
-        return start.holdout_nll - now.forget_nll
+        return measured(start.holdout_nll) - now.forget_nll
 
-    def told(self, now: StopEvaluation, start: StopEvaluation) -> str:
+    def describe(self, now: StopEvaluation, start: StopEvaluation) -> str:
         return f"forget NLL {now.forget_nll:.3f}, the holdout's was {start.holdout_nll:.3f} before"
 
 
@@ -59,9 +59,9 @@ class MembershipCrosses:
     text: str = "mia-crosses"
 
     def gap(self, now: StopEvaluation, start: StopEvaluation) -> float:
-        return now.membership_auc - 0.5
+        return measured(now.membership_auc) - 0.5
 
-    def told(self, now: StopEvaluation, start: StopEvaluation) -> str:
+    def describe(self, now: StopEvaluation, start: StopEvaluation) -> str:
         return f"membership AUC {now.membership_auc:.3f}"
 
 
@@ -76,18 +76,24 @@ class RetainLoss:
     needs: Literal["retain"] = "retain"
 
     def gap(self, now: StopEvaluation, start: StopEvaluation) -> float:
-        allowed = start.retain_nll + self.rise * (start.retain_nll if self.relative else 1)
-        return allowed - now.retain_nll
+        before = measured(start.retain_nll)
+        return before + self.rise * (before if self.relative else 1) - measured(now.retain_nll)
 
-    def told(self, now: StopEvaluation, start: StopEvaluation) -> str:
+    def describe(self, now: StopEvaluation, start: StopEvaluation) -> str:
         return f"retain NLL {now.retain_nll:.3f}, before {start.retain_nll:.3f}"
+
+
+def measured(value: float | None) -> float:
+    """A figure that the condition needs, and that was therefore measured."""
+    assert value is not None
+    return value
 
 
 Condition = ForgetAtHoldout | MembershipCrosses | RetainLoss
 
 
 def parse_conditions(texts: Sequence[str]) -> tuple[Condition, ...]:
-    """The conditions of `--stop-when`. Raises a UserError for one that is none, or that is named twice."""
+    """The conditions of `--stop-when`. Raises UserError for one that does not exist or is given twice."""
     conditions = tuple(_parsed(text) for text in texts)
     if len({type(condition) for condition in conditions}) < len(conditions):
         raise UserError(f"--stop-when {' '.join(texts)}: give each condition once.")
@@ -98,16 +104,16 @@ def _parsed(text: str) -> Condition:
     for simple in (ForgetAtHoldout(), MembershipCrosses()):
         if text == simple.text:
             return simple
-    if (found := re.fullmatch(r"retain-loss\+(\d+\.?\d*|\.\d+)(%?)", text)) and float(found[1]) > 0:
-        relative = found[2] == "%"
-        return RetainLoss(text, float(found[1]) / (100 if relative else 1), relative)
+    if (match := re.fullmatch(r"retain-loss\+(\d+\.?\d*|\.\d+)(%?)", text)) and float(match[1]) > 0:
+        relative = match[2] == "%"
+        return RetainLoss(text, float(match[1]) / (100 if relative else 1), relative)
     near = difflib.get_close_matches(text, ["forget-at-holdout", "mia-crosses", "retain-loss+10%"], n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise UserError(f"--stop-when {text}: {hint}Conditions are {SYNTAX} (a share, or nats per token, above 0).")
 
 
 def holds(condition: Condition, now: StopEvaluation, start: StopEvaluation) -> bool:
-    """Whether it is met at `now`; `start` is the evaluation before training."""
+    """Whether `condition` is met at `now`; `start` is the evaluation before training."""
     return not condition.gap(now, start) > 0
 
 
@@ -121,8 +127,8 @@ def held(evaluations: Sequence[StopEvaluation], conditions: Sequence[Condition],
 def best(evaluations: Sequence[StopEvaluation], conditions: Sequence[Condition]) -> StopEvaluation | None:
     """The evaluation whose adapter is kept; None while nothing was evaluated after training began.
 
-    Of the adapters within all limits: with a goal, the one nearest to it (the earliest of equally near ones; of two
-    goals the one named first counts), without, the last one. If none is within the limits, the one that lost least.
+    Of the adapters within all limits: the one nearest to the goal (the earliest of equally near ones; of two goals the
+    first counts), or without a goal the last one. If none is within the limits, the one that lost least.
 
     evaluations: in the order of their steps; the first is that of step 0.
     """

@@ -58,7 +58,7 @@ CASES = {
     "nearest to an AUC of one half": ([at(1, 4, 0.2, 0.56), at(2, 5, 0.2, 0.4)], ["mia-crosses"], 1),
     "the goal named first": ([at(1, 4.9, 0.2, 0.6), at(2, 7, 0.2, 0.5)], ["mia-crosses", "forget-at-holdout"], 2),
     "the last before the damage": ([at(1, 1, 0.2), at(2, 2, 0.21), at(3, 5, 0.3)], ["retain-loss+10%"], 2),
-    "damaged, then mended": ([at(1, 1, 0.5), at(2, 2, 0.21), at(3, 3, 0.3)], ["retain-loss+10%"], 2),
+    "damaged, then recovered": ([at(1, 1, 0.5), at(2, 2, 0.21), at(3, 3, 0.3)], ["retain-loss+10%"], 2),
     "nearest of those within the limit": (
         [at(1, 3, 0.2), at(2, 4, 0.21), at(3, 5, 0.3)],
         ["forget-at-holdout", "retain-loss+10%"],
@@ -96,7 +96,7 @@ def test_nothing_is_best_before_training():
 
 
 @pytest.mark.parametrize(
-    "text, said",
+    "text, message",
     [
         ("forget-at-holdot", "did you mean forget-at-holdout"),
         ("mia", "Conditions are"),
@@ -108,14 +108,14 @@ def test_nothing_is_best_before_training():
         ("", "Conditions are"),
     ],
 )
-def test_malformed_conditions(text, said):
+def test_malformed_conditions(text, message):
     with pytest.raises(UserError, match="--stop-when") as error:
         StoppingConfig(stop_when=(text,))
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "stopping, data, output, said",
+    "stopping, data, output, message",
     [
         ({"stop_when": ("mia-crosses", "mia-crosses")}, {}, {}, "each condition once"),
         ({"stop_when": ("retain-loss+1%", "retain-loss+1")}, {}, {}, "each condition once"),
@@ -128,8 +128,8 @@ def test_malformed_conditions(text, said):
         ({"stop_when": ("mia-crosses",)}, {}, {"eval_rows": 0}, "--eval-rows"),
     ],
 )
-def test_what_does_not_go_together(stopping, data, output, said):
-    with pytest.raises(UserError, match=said):
+def test_what_does_not_go_together(stopping, data, output, message):
+    with pytest.raises(UserError, match=message):
         RunConfig(
             ModelConfig("m"),
             data=DataConfig(**data),

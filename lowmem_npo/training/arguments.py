@@ -1,4 +1,4 @@
-"""A run's configuration as the arguments of its trainer: assembled here for the run itself and for its estimate."""
+"""The trainer's arguments from a run's configuration, for the run itself and for its estimate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lowmem_npo.training.trainer import NPOConfig
 
 
 def npo_config(config: RunConfig, kind: type[NPOConfig] = NPOConfig) -> NPOConfig:
-    """The trainer's arguments for a run, in the class that is to hold them."""
+    """The trainer's arguments for a run, as an instance of `kind`."""
     training, on_cpu = config.training, resolve_device(config.model.device).type == "cpu"
     process, reference = PartialState(cpu=on_cpu), RunDirectory(config).reference_dir
     settings = {
@@ -30,6 +30,6 @@ def npo_config(config: RunConfig, kind: type[NPOConfig] = NPOConfig) -> NPOConfi
         "report_to": "none",
         "disable_tqdm": not process.is_main_process,
     }
-    if "save_steps" in config.trainer_args:  # asking for a number of steps means it
+    if "save_steps" in config.trainer_args:  # else the Trainer would ignore it
         settings["save_strategy"] = "steps"
     return kind(**{**settings, **config.trainer_args})

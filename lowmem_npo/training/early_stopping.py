@@ -31,7 +31,7 @@ class StopOutcome:
 
     conditions: list[str]
     held: list[str]
-    """The conditions that ended the run; none: it went on to its end."""
+    """The conditions that ended the run; none: it trained to its end."""
     last: StopEvaluation
     """The evaluation at which the run ended."""
     kept: StopEvaluation
@@ -42,14 +42,14 @@ class StopOutcome:
 
 
 class Stopping(TrainerCallback):
-    """Measures `sets` with `model`, ends the training when a condition holds, and knows the best adapter.
+    """Measures `sets` with `model`, ends training when a condition holds, and keeps the best adapter.
 
-    sets: "forget" and, where there are such rows, "retain" and "holdout": the rows that are measured.
+    sets: the rows to measure: "forget" and, where there are such rows, "retain" and "holdout".
     directory: gets evaluations.jsonl, a line per evaluation, and best/, the best adapter so far.
     every: optimiser steps between evaluations; None: one after each epoch. The last step is always followed by one.
-    patience: at how many evaluations in a row a condition must hold.
+    patience: how many evaluations in a row a condition must hold at.
 
-    The main process measures and decides for all.
+    The main process measures, and decides for all.
     """
 
     def __init__(
@@ -71,19 +71,19 @@ class Stopping(TrainerCallback):
     # -- before training ----------------------------------------------------------------------------------------------
 
     def resume(self, step: int) -> bool:
-        """Takes up a run that goes on from `step`, 0 if it begins. Returns whether it had stopped there already.
+        """Prepares a run that continues from `step`, 0 if it begins. Returns whether it had already stopped there.
 
         Raises:
-            UserError: the best adapter of the earlier part is gone.
+            UserError: the best adapter of the earlier part is missing.
         """
-        known = read_evaluations(self.files.stop_evaluations)
-        self.evaluations = [evaluation for evaluation in known if evaluation.step <= step]
+        earlier = read_evaluations(self.files.stop_evaluations)
+        self.evaluations = [evaluation for evaluation in earlier if evaluation.step <= step]
         if step == 0 or not self.evaluations or self.evaluations[0].step > 0:
-            self.evaluations = []  # nothing to go on from: the original is measured again
+            self.evaluations = []  # nothing to continue: the original is measured again
             return False
         kept = best(self.evaluations, self.conditions)
         if PartialState().is_main_process and kept is not None and not self._file(kept).exists():
-            raise UserError(f"--resume: the best adapter so far, '{self._file(kept)}', is gone: start the run anew.")
+            raise UserError(f"--resume: the best adapter so far, '{self._file(kept)}', is missing: start the run anew.")
         return bool(self._held())
 
     def on_train_begin(
@@ -120,14 +120,14 @@ class Stopping(TrainerCallback):
         control.should_training_stop |= broadcast_object_list(decision)[0]
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """From this checkpoint a killed run goes on, and needs no adapter but the best one of now."""
+        """A killed run continues from this checkpoint, and needs no adapter but the best one so far."""
         if state.is_world_process_zero:
             self._prune()
 
     # -- after training -----------------------------------------------------------------------------------------------
 
     def finish(self) -> StopOutcome | None:
-        """Puts the best adapter into the model, writes stopping.json, and says what was done. For the main process."""
+        """Loads the best adapter into the model, writes stopping.json, and reports. For the main process."""
         kept, last, ended_by = best(self.evaluations, self.conditions), self.evaluations[-1], self._held()
         if kept is None:
             return None
@@ -154,16 +154,16 @@ class Stopping(TrainerCallback):
         times = f" {self.patience} times in a row" if self.patience > 1 else ""
         if ended_by:
             why = " and ".join(f"{condition.text} ({condition.describe(last, start)})" for condition in ended_by)
-            told = f"Stopped at step {last.step}: {why}{times and ',' + times}."
+            sentence = f"Stopped at step {last.step}: {why}{times and ',' + times}."
         else:
             conditions = " and ".join(condition.text for condition in self.conditions)
-            told = f"Trained to its end, step {last.step}: {conditions} did not hold{times}."
-        told += f" The adapter of step {kept.step} is kept."
+            sentence = f"Trained to its end, step {last.step}: {conditions} did not hold{times}."
+        sentence += f" The adapter of step {kept.step} is kept."
         if not within:
-            told += " None was within the limit, this one lost least: try a lower --lr or --eval-every."
-        return told
+            sentence += " None was within the limit, this one lost least: try a lower --lr or --eval-every."
+        return sentence
 
-    # -- what is known, and where it lies -----------------------------------------------------------------------------
+    # -- evaluations and adapters, in memory and on disk --------------------------------------------------------------
 
     def _held(self) -> list[Condition]:
         return held(self.evaluations, self.conditions, self.patience)
@@ -176,8 +176,8 @@ class Stopping(TrainerCallback):
             "retain NLL": now.retain_nll,
             "membership AUC": now.membership_auc,
         }
-        shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.items() if value is not None)
-        self.say(f"{f'step {now.step}' if now.step else 'before'}: {shown}")
+        line = ", ".join(f"{name} {value:.3f}" for name, value in figures.items() if value is not None)
+        self.say(f"{f'step {now.step}' if now.step else 'before'}: {line}")
 
     def _write(self) -> None:
         lines = "".join(json.dumps(_line(evaluation)) + "\n" for evaluation in self.evaluations)
@@ -215,25 +215,25 @@ def measure(
     epoch: float,
     batch_size: int,
 ) -> StopEvaluation:
-    """The likelihood of every set's answers, no more: nothing is generated."""
-    found = {
+    """The likelihood of every set's answers; nothing is generated."""
+    scores = {
         name: answer_likelihoods(model, rows, batch_size=batch_size, description=f"step {step}, {name}")
         for name, rows in sets.items()
     }
-    levels = {f"{name}_nll": _nll(likelihoods) for name, likelihoods in found.items()}
-    if "holdout" in found:
-        rows = [[likelihood.nll for likelihood in found[name]] for name in ("forget", "holdout")]
+    levels = {f"{name}_nll": _nll(likelihoods) for name, likelihoods in scores.items()}
+    if "holdout" in scores:
+        rows = [[likelihood.nll for likelihood in scores[name]] for name in ("forget", "holdout")]
         finite = all(map(math.isfinite, [*rows[0], *rows[1]]))
         levels["membership_auc"] = membership(*rows).auc if finite else math.nan
     return StopEvaluation(step, epoch, **levels)
 
 
 def read_evaluations(path: Path) -> list[StopEvaluation]:
-    """What evaluations.jsonl says, in order; nothing if it does not exist."""
+    """The evaluations in evaluations.jsonl, in order; none if it does not exist."""
     if not path.exists():
         return []
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [StopEvaluation(**{k: math.nan if v is None else v for k, v in line.items()}) for line in lines]
+    return [StopEvaluation(**line | {k: math.nan for k, v in line.items() if v is None}) for line in lines]
 
 
 def _nll(likelihoods: Sequence[Likelihood]) -> float:

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line of numbers per logged step, for whoever wants to draw them."""
+"""metrics.jsonl: one line of numbers per logged step, to plot."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-Metrics = dict[str, float | int | None]
+Metrics = dict[str, Any]  # name -> number; None: not finite
 
 
 class MetricsWriter(TrainerCallback):
@@ -15,7 +15,7 @@ class MetricsWriter(TrainerCallback):
 
     A resumed run repeats the steps after its checkpoint: their old lines are dropped when it starts, as is a last line
     that a killed run left half-written. Two logs at one step (the last one, and the run's summary) share a line. A
-    number that is not finite becomes null, since JSON has no other word for it.
+    number that is not finite becomes null, since JSON cannot write it.
     """
 
     def __init__(self, path: Path):
@@ -50,7 +50,7 @@ class MetricsWriter(TrainerCallback):
         self._write(self._last | line if self._last.get("step") == line["step"] else line)
 
     def _write(self, line: Metrics) -> None:
-        """Append the line, or put it in the place of the last one if both are of the same step."""
+        """Appends the line, or replaces the last one if both are of the same step."""
         with self.path.open("r+", encoding="utf-8") as file:
             if self._last.get("step") == line["step"]:
                 file.truncate(self._last_at)
@@ -60,11 +60,11 @@ class MetricsWriter(TrainerCallback):
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    """The whole lines of a metrics file, in order; none if it does not exist yet."""
+    """The complete lines of a metrics file, in order; none if it does not exist yet."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
-    # A line counts once its newline is written; what follows the last newline is nothing, or a torn line.
+    # A line counts once its newline is written: what follows the last newline is nothing, or a torn line.
     return [json.loads(line) for line in lines[:-1]]
 
 

@@ -1,4 +1,4 @@
-"""The mathematics of unlearning, on per-token log-probabilities: the one place where the losses are written down.
+"""The mathematics of unlearning, on per-token log-probabilities: the only place where the losses are written down.
 
     L = L_forget + gamma * NLL(retain) + delta * KL(retain)
 
@@ -13,6 +13,7 @@ they are computed with their gradient by `lowmem_kernels.retain_loss`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from lowmem_npo.config import ObjectiveConfig
 
 @dataclass(frozen=True)
 class StepTotals:
-    """What one optimiser step holds, over all its micro-batches and processes."""
+    """Counts of one optimiser step, over all its micro-batches and processes."""
 
     forget_sequences: int
     forget_tokens: int  # answer tokens that are predicted
@@ -72,7 +73,7 @@ def forget_loss(
 
     Args:
         policy: log-probs of the forget answers (for `idk`: of the refusals) under the policy, with gradient.
-        reference: what `needs_reference` asks for: (B,) sums or (N,) per-token log-probs of the original model.
+        reference: what `needs_reference` says: (B,) sums or (N,) per-token log-probs of the original model, or None.
         totals: counts of the whole optimiser step.
 
     Returns:
@@ -85,6 +86,7 @@ def forget_loss(
         return -policy.token_logprobs.sum() / tokens
     if term == "simnpo":
         return simnpo(policy.sums() / policy.lengths(), objective.beta, objective.simnpo_margin).sum() / sequences
+    assert reference is not None
     if objective.normalization == "token":
         return npo(policy.token_logprobs - reference, objective.beta).sum() / tokens
     log_ratio = policy.sums() - reference
@@ -93,8 +95,8 @@ def forget_loss(
     return npo(log_ratio, objective.beta).sum() / sequences
 
 
-def needs_reference(objective: ObjectiveConfig) -> str | None:
-    """What the forget term needs of the original model: "sequence" (B,) sums, "token" (N,) log-probs, or nothing."""
+def needs_reference(objective: ObjectiveConfig) -> Literal["sequence", "token"] | None:
+    """What the forget term needs of the original model: "sequence" (B,) sums, "token" (N,) log-probs, or None."""
     if objective.forget_term != "npo":
         return None
     return "token" if objective.normalization == "token" else "sequence"

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: one bar with the quantities that matter, or plain lines in a log file."""
+"""What the user sees while a run trains: a bar with the quantities that matter, or plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-LINES = 20  # so many lines at most, in a log file
+LINES = 20  # about, in a log file
 
 # (name in the logs, title, format)
-SHOWN = (
+QUANTITIES = (
     ("forget_loss", "forget loss", "{:.3f}"),
     ("forget_nll", "forget NLL", "{:.2f}"),
     ("retain_nll", "retain NLL", "{:.3f}"),
@@ -24,7 +24,6 @@ class ConsoleProgress(TrainerCallback):
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
-        self._shown = ""
         self._next_line = 0
 
     def on_train_begin(
@@ -46,11 +45,11 @@ class ConsoleProgress(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
-        self._shown = ", ".join(f"{title} {how.format(logs[name])}" for name, title, how in SHOWN if name in logs)
+        line = ", ".join(f"{title} {form.format(logs[name])}" for name, title, form in QUANTITIES if name in logs)
         if self._bar is not None:
-            self._bar.set_postfix_str(self._shown)
+            self._bar.set_postfix_str(line)
         elif state.global_step >= self._next_line or state.global_step == state.max_steps:
-            print(f"step {state.global_step} of {state.max_steps}: {self._shown}", file=sys.stderr)
+            print(f"step {state.global_step} of {state.max_steps}: {line}", file=sys.stderr)
             self._next_line = state.global_step + max(1, state.max_steps // LINES)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

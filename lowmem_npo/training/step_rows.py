@@ -23,13 +23,13 @@ class StepBatches(Sampler[list[Pick]]):
 
     The forget set defines the epoch: ceil(num_forget / batch_size) optimiser steps, the last one perhaps short,
     shuffled anew each epoch. Every step also draws `retain_batch_size` retain rows, without replacement until all
-    are used, then shuffled anew, across epochs. Each step gives exactly `micro_batches` micro-batches on every rank,
-    sizes differing by one row at most; at a short last step some may be empty.
+    are used, then shuffled anew, across epochs. Each step has exactly `micro_batches` micro-batches on every rank,
+    whose sizes differ by one row at most; at a short last step some may be empty.
 
     num_forget, num_retain: rows of each part. No retain rows are drawn where num_retain or retain_batch_size is 0.
     batch_size, retain_batch_size: rows per optimiser step, over all micro-batches and ranks.
     seed: a non-negative integer; the only source of randomness.
-    rank, world_size: which data-parallel process this is, of how many.
+    rank, world_size: which data-parallel process this is, and of how many.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class StepBatches(Sampler[list[Pick]]):
         return self.steps_per_epoch * self.micro_batches
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch the next iteration gives, from 0."""
+        """Sets the epoch, from 0, that the next iteration yields."""
         self.epoch = epoch
 
     def step_rows(self, step: int) -> tuple[list[int], list[int]]:
@@ -83,8 +83,8 @@ class StepBatches(Sampler[list[Pick]]):
         retain = []
         if self.num_retain:
             for draw in range(step * self.retain_batch_size, (step + 1) * self.retain_batch_size):
-                turn, place = divmod(draw, self.num_retain)
-                retain.append(int(_order(self.seed, RETAIN, turn, self.num_retain)[place]))
+                turn, index = divmod(draw, self.num_retain)
+                retain.append(int(_order(self.seed, RETAIN, turn, self.num_retain)[index]))
         return forget.tolist(), retain
 
     def micro_batch(self, step: int, index: int) -> list[Pick]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from lowmem_npo.report import MetricsWriter, read_metrics
+from lowmem_npo.training.metrics import MetricsWriter, read_metrics
 
 
 class Line(torch.nn.Module):

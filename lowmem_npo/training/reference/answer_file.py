@@ -1,11 +1,11 @@
-"""A safetensors file that is filled row by row: what the reference says about each answer token of a data set.
+"""A safetensors file that is filled row by row: the reference's values for each answer token of a dataset.
 
     checksums  (rows,) I64  2^32 + CRC-32 of the row's values, or 0: not stored yet
     values     (T, width)   answer tokens of all rows, one row after the other
 
-Any program that reads safetensors can map it. Here it is read and written at offsets: on a full or failing disk that is
-an error that can be handled, where a mapping would be a signal that ends the process. A row counts as stored when its
-checksum is there and right, so a run that was killed, or a power cut, leaves nothing behind that could be mistaken.
+Any program that reads safetensors can map it. Here it is read and written at offsets: a full or failing disk then
+raises an error that can be handled, where a mapping would end the process by a signal. A row counts as stored when its
+checksum is there and right, so neither a killed run nor a power cut leaves values that could be mistaken for good ones.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class AnswerFile:
-    """One such file, existing or to be made by the first `write`. Several processes of one machine may share it.
+    """One such file, existing or created by the first `write`. Several processes of one machine may share it.
 
     Args:
-        lengths: answer tokens of each row of the data set.
+        lengths: answer tokens of each row of the dataset.
         width, dtype: of one token's values.
         metadata: what the values depend on, written into the header of a new file.
 
     Raises:
-        ValueError: the existing file is damaged or of another kind; the message says so, as in "it is cut off".
+        ValueError: the existing file is damaged or of another kind; the message is a clause such as "it is cut off".
     """
 
     def __init__(self, path: Path, lengths: Sequence[int], width: int, dtype: torch.dtype, metadata: dict[str, str]):
         self.path, self.lengths, self.width, self.dtype = path, list(lengths), width, dtype
         self.metadata = metadata  # of the existing file, if there is one
         self._starts = [0, *accumulate(self.lengths)]
-        self._checked: set[int] = set()  # rows whose values were found right, or written, by this process
-        self._file: int | None = None
+        self._checked: set[int] = set()  # rows whose values this process has verified or written
+        self._file = -1  # its descriptor, once it exists
         self.fits = True  # False: the existing file is for rows of other lengths, or for values of another size or type
         self._header = self._make_header()
         self._use_data_at(len(self._header))
@@ -51,7 +51,7 @@ class AnswerFile:
 
     @property
     def exists(self) -> bool:
-        return self._file is not None
+        return self._file >= 0
 
     @property
     def nbytes(self) -> int:
@@ -60,7 +60,7 @@ class AnswerFile:
 
     def read(self, rows: Sequence[int]) -> Tensor | None:
         """(N, width) values of `rows`, one after the other, on the host; None unless all of them are stored."""
-        if self._file is None:
+        if not self.exists:
             return None
         result = torch.empty(sum(self.lengths[row] for row in rows), self.width, dtype=self.dtype)
         at = 0
@@ -79,8 +79,8 @@ class AnswerFile:
 
     def write(self, rows: Sequence[int], values: Tensor) -> None:
         """Stores the (N, width) `values` of those `rows` that are not stored yet. Raises OSError, for example when the
-        disk is full; what was stored before stays right."""
-        if self._file is None:
+        disk is full; what was stored before stays valid."""
+        if not self.exists:
             self._create()
         for row, part in zip(rows, values.cpu().split([self.lengths[row] for row in rows]), strict=True):
             if row in self._checked:
@@ -91,7 +91,7 @@ class AnswerFile:
             self._checked.add(row)
 
     def _create(self) -> None:
-        """Reserves the whole file, so that space cannot run out later; leaves none if it cannot be had."""
+        """Reserves the whole file, so that space cannot run out later; leaves none behind if that fails."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
         file = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -99,7 +99,7 @@ class AnswerFile:
             os.posix_fallocate(file, 0, self.nbytes)
             _write_all(file, self._header, 0)
             try:
-                os.link(partial, self.path)  # unlike a renaming, never in place of what another process has made
+                os.link(partial, self.path)  # unlike renaming, never replaces what another process has created
             except FileExistsError:
                 os.close(file)
                 file = os.open(self.path, os.O_RDWR)
@@ -119,7 +119,7 @@ class AnswerFile:
             "values": {"dtype": DTYPES[self.dtype], "shape": [tokens, self.width], "data_offsets": list(ends)},
         }
         text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # the format aligns the values so
+        text += b" " * (-len(text) % 8)  # as the format aligns its values
         return struct.pack("<Q", len(text)) + text
 
     def _read_header(self) -> None:
@@ -158,13 +158,13 @@ class AnswerFile:
             buffer, at = buffer[count:], at + count
 
     def __del__(self) -> None:
-        if getattr(self, "_file", None) is not None:
+        if getattr(self, "_file", -1) >= 0:
             os.close(self._file)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the host."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _checksum_of(part: Tensor) -> int:

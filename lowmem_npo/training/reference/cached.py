@@ -1,10 +1,10 @@
-"""The reference, stored: each row goes through the original model once, in this run or in an earlier one.
+"""The reference, cached: each row goes through the original model once, in this run or in an earlier one.
 
 Stored are a log-prob for each forget answer token (4 bytes) and the final hidden state for each retain answer token
 (2 d bytes in bf16; the logits would take 2 V). A row's values are those of its first visit, and do not depend on the
-batch it shared: the losses are the live reference's bit for bit, on the CPU and for rows of some dozen tokens. Where
-the sizes of the matrix products decide how they round (shorter rows, a GPU), that holds for the first epoch and the
-rounding may differ later.
+rest of its batch: the losses are the live reference's bit for bit, on one thread of a CPU and for rows of some dozen
+tokens. Where the sizes of the matrix products decide how they round (shorter rows, more threads, a GPU), that holds for
+the first epoch, and the rounding may differ later.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class CachedReference(LiveReference):
-    """As `LiveReference`, but what it finds is stored in `directory`, and what is found there is not run again."""
+    """As `LiveReference`, but its results are stored in `files`, and what is stored there is not run again."""
 
-    files: dict[str, AnswerFile] | None = None
+    files: dict[str, AnswerFile]
 
     @classmethod
     def open(
@@ -47,10 +47,10 @@ class CachedReference(LiveReference):
         retain: Sequence[TokenizedRow] | None,
         tokenizer: PreTrainedTokenizerBase,
     ) -> CachedReference:
-        """The cache in `directory`, which need not exist yet: nothing is written before the first batch.
+        """The cache in `directory`, which need not exist: nothing is written before the first batch.
 
         Raises:
-            UserError: there is a cache of another model, of other rows or another tokenizer, or a damaged one.
+            UserError: the directory holds a cache of another model, other rows or another tokenizer, or a damaged one.
         """
         lm = causal_lm(live.model)
         model = {"model": lm.config.name_or_path or type(lm).__name__, "weights": weights_fingerprint(live.model)}
@@ -70,24 +70,25 @@ class CachedReference(LiveReference):
         return cls(live.model, live.head, live.objective, files)
 
     def answer_logprobs(self, batch: dict[str, Tensor]) -> Tensor:
-        found = self._stored("forget", batch, lambda: super(CachedReference, self).answer_logprobs(batch)[:, None])
-        return found.squeeze(1)
+        run = super().answer_logprobs
+        return self._stored("forget", batch, lambda: run(batch)[:, None]).squeeze(1)
 
     def answer_hidden(self, batch: dict[str, Tensor]) -> Tensor:
-        return self._stored("retain", batch, lambda: super(CachedReference, self).answer_hidden(batch))
+        run = super().answer_hidden
+        return self._stored("retain", batch, lambda: run(batch))
 
     def _stored(self, part: str, batch: dict[str, Tensor], run: Callable[[], Tensor]) -> Tensor:
         file, rows = self.files.get(part), batch["row"].tolist()
         if file is None:
             return run()
         try:
-            found = file.read(rows)
+            stored = file.read(rows)
         except OSError as error:
             self._go_on_live(part, error)
             return run()
-        if found is not None:
+        if stored is not None:
             device = batch["labels"].device
-            return (found.pin_memory() if device.type == "cuda" else found).to(device, non_blocking=True)
+            return (stored.pin_memory() if device.type == "cuda" else stored).to(device, non_blocking=True)
         values = run()
         try:
             file.write(rows, values)
@@ -98,7 +99,7 @@ class CachedReference(LiveReference):
     def _go_on_live(self, part: str, error: OSError) -> None:
         path = self.files.pop(part).path
         logger.warning(
-            "The reference cache '%s' cannot be used any more (%s): the run goes on with the live reference. "
+            "The reference cache '%s' cannot be used any more (%s): the run continues with the live reference. "
             "What is stored there stays valid.", path, error.strerror or error,
         )  # fmt: skip
 
@@ -111,7 +112,7 @@ def check_cache_space(
     dtype: torch.dtype,
     directory: Path,
 ) -> str:
-    """A line that says how large the cache of a run will be. Raises a UserError if its disk has no room for it."""
+    """A line on how large a run's cache will be. Raises UserError if its disk has no room for it."""
     sizes, missing = [], 0
     for name, (rows, width, part_dtype) in _parts(objective, forget, retain, config, dtype).items():
         size = sum(_answer_lengths(rows)) * width * part_dtype.itemsize + 8 * len(rows)
@@ -126,7 +127,7 @@ def check_cache_space(
             f"The reference cache takes {missing / 2**20:.0f} MiB, the disk of '{directory}' has "
             f"{free / 2**20:.0f} MiB free: give a --reference-dir on another disk, or use --reference live."
         )
-    return f"Reference cache in {directory}: {', '.join(sizes)}; {missing / 2**20:.1f} MiB of that are new."
+    return f"Reference cache in {directory}: {', '.join(sizes)}; {missing / 2**20:.1f} MiB of that is new."
 
 
 _REMEDY = "remove it, choose another --reference-dir, or use --reference live"
@@ -153,7 +154,7 @@ def _answer_lengths(rows: Sequence[TokenizedRow]) -> list[int]:
 
 
 def _stale(file: AnswerFile, identity: dict[str, str]) -> str | None:
-    """Why what is stored in `file` is not what the model of `identity` would give; None: it is."""
+    """Why what is stored in `file` is not what the model of `identity` would compute; None: it is."""
     made_by = file.metadata
     if made_by.get("weights") != identity["weights"]:
         before, now = made_by.get("model"), identity["model"]

@@ -1,9 +1,10 @@
-"""What reference quantities depend on, as hashes: a cache made by another model or from other rows must not be used."""
+"""What reference values depend on, as hashes: a cache made by another model or from other rows must not be used."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -11,16 +12,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_npo.data.tokenizing import TokenizedRow, TokenizedRows
+from lowmem_npo.model.layers import causal_lm
 
 CHUNK = 2**22  # elements summed at a time
 SAMPLES = 256
 
 
 def weights_fingerprint(model: PeftModel) -> str:
-    """A hash of the frozen weights as they lie in memory: names, shapes, types, quantisation, contents.
+    """A hash of the frozen weights as they are in memory: names, shapes, types, quantisation, contents.
 
     Of a tensor's contents, the sum of all its 32-bit words and `SAMPLES` of them: any training, merging or other
-    rounding changes it. Files and names are not looked at; the same weights from elsewhere are the same model.
+    rounding changes it. Where the weights were loaded from does not matter.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(_frozen(model), key=lambda named: named[0]):
@@ -41,10 +43,11 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _frozen(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
-    lm = model.get_base_model()
-    yield "input embedding", lm.get_input_embeddings().weight  # by this name, wherever it lies
+    lm = causal_lm(model)
+    embedding = cast(Tensor, lm.get_input_embeddings().weight)
+    yield "input embedding", embedding  # by this name, wherever it is
     for name, parameter in lm.named_parameters():
-        if "lora_" in name or parameter is lm.get_input_embeddings().weight:
+        if "lora_" in name or parameter is embedding:
             continue
         name = name.replace(".base_layer", "")
         yield name, parameter
