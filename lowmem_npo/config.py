@@ -10,7 +10,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -129,8 +129,8 @@ class ObjectiveConfig:
             ("normalization", Normalization),
             ("kl_direction", KLDirection),
         ):
-            if getattr(self, name) not in allowed.__args__:
-                flag, values = name.replace("_", "-"), ", ".join(allowed.__args__)
+            if getattr(self, name) not in get_args(allowed):
+                flag, values = name.replace("_", "-"), ", ".join(get_args(allowed))
                 raise UserError(f"--{flag} must be one of {values}, not {getattr(self, name)!r}.")
 
     @property
@@ -199,8 +199,8 @@ class MemoryConfig:
     reference_dir: str | None = None
     """Directory of the cached reference. Default: reference/ in --output-dir."""
     memory_budget: str | None = None
-    """GPU memory that the run may take, CUDA's own included, such as 24GiB: the fastest of these switches and of
-    --micro-batch-size that fit are found by simulation and used."""
+    """GPU memory that the run may take, CUDA's own included, such as 24GiB: the fastest combination of these switches
+    and --micro-batch-size that fits is found by simulation and used."""
 
     def __post_init__(self) -> None:
         _ = self.budget_bytes  # a malformed one raises here

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import fill
+from typing import Any, cast
 
 from lowmem_npo.evaluation.answers import AnswerSummary
 from lowmem_npo.evaluation.figures import Figure, finite
@@ -140,7 +141,10 @@ def stages_to_json(stages: Stages) -> dict[str, dict[str, dict[str, float]]]:
 
 def stages_from_json(content: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, AnswerSummary]]:
     """The inverse of `stages_to_json`."""
-    return {stage: {name: AnswerSummary(**values) for name, values in sets.items()} for stage, sets in content.items()}
+    return {
+        stage: {name: AnswerSummary(**cast(Any, values)) for name, values in sets.items()}
+        for stage, sets in content.items()
+    }
 
 
 def scope(stages: Stages) -> str:

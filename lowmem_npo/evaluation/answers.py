@@ -2,7 +2,7 @@
 
     nll             mean negative log-likelihood per answer token, in nats, the end-of-sequence token included
     probability     exp(-nll) of the row: TOFU's length-normalised probability of the answer
-    rouge_l_recall  how much of the answer stands, in order, in the greedy answer (stemmed words)
+    rouge_l_recall  how much of the answer is in the greedy answer, in order (stemmed words)
     exact_match     whether the greedy answer is the answer, but for surrounding white space
 
 The greedy answer continues the very prompt ids of the training row. A row of plain text has no prompt: its likelihood
@@ -19,13 +19,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
+from peft import PeftModel
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_npo.config import OutputConfig
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE
-from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers
+from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers, text_of
 from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
 from lowmem_npo.files import write_atomically
 
@@ -34,7 +35,7 @@ MAX_NEW_TOKENS = 256
 
 @dataclass(frozen=True)
 class AnswerRecord:
-    """One row: what was asked, what should have come, what came. `row` is its place in its data set."""
+    """One row: its prompt, its true answer (reference), the greedy answer. `row` is its place in its data set."""
 
     row: int
     prompt: str
@@ -111,7 +112,7 @@ def read_answers(path: Path, eval_rows: int | None = None) -> Evaluations:
 
 
 def evaluate_answers(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[TokenizedRow],
     *,
@@ -133,23 +134,26 @@ def evaluate_answers(
     chosen = choose_rows(len(rows), limit, seed)
     picked = [rows[i] for i in chosen]
     questions = [question(row) for row in picked]
-    batching = {"batch_size": batch_size, "progress": progress}
-    likelihoods = answer_likelihoods(model, picked, description=f"{name}: likelihood", **batching)
+    likelihoods = answer_likelihoods(
+        model, picked, batch_size=batch_size, description=f"{name}: likelihood", progress=progress
+    )
     # As many tokens as the answer with its EOS: enough to see whether the model stops where the answer does.
     prompts = [Prompt(prompt, min(len(answer), max_new_tokens)) for prompt, answer in questions]
-    answers = greedy_answers(model, tokenizer, prompts, description=f"{name}: greedy answers", **batching)
+    answers = greedy_answers(
+        model, tokenizer, prompts, batch_size=batch_size, description=f"{name}: greedy answers", progress=progress
+    )
 
     rouge = RougeScorer(["rougeL"], use_stemmer=True)
     records = []
     for row, (prompt, reference_ids), likelihood, answer_ids in zip(
         chosen, questions, likelihoods, answers, strict=True
     ):
-        reference = tokenizer.decode(reference_ids[:max_new_tokens], skip_special_tokens=True).strip()
-        answer = tokenizer.decode(answer_ids, skip_special_tokens=True).strip()
+        reference = text_of(tokenizer, reference_ids[:max_new_tokens]).strip()
+        answer = text_of(tokenizer, answer_ids).strip()
         records.append(
             AnswerRecord(
                 row=row,
-                prompt=tokenizer.decode(prompt, skip_special_tokens=True),
+                prompt=text_of(tokenizer, prompt),
                 reference=reference,
                 answer=answer,
                 tokens=likelihood.tokens,
@@ -170,7 +174,7 @@ def choose_rows(total: int, limit: int | None, seed: int) -> list[int]:
 
 
 def question(row: TokenizedRow) -> tuple[list[int], list[int]]:
-    """What the model is asked, and the answer that should not (or should) come, as ids."""
+    """The prompt and the true answer of a row, as ids."""
     ids = row["input_ids"]
     start = row["prompt_length"] or max(1, len(ids) // 2)
     return ids[:start], ids[start:]

@@ -31,7 +31,7 @@ class Evaluation:
         return {"rows": self.rows, **benchmarks, "leaks": leaks, "notes": self.notes}
 
     def rows_to_json(self) -> list[dict[str, Any]]:
-        """rows.jsonl: what each row asked, what came, how it scored."""
+        """rows.jsonl: each row's prompt, the model's answer, its scores."""
         lines: list[dict[str, Any]] = []
         for benchmark in BENCHMARKS:
             for name, measured in self.measured.get(benchmark.name, {}).items():

@@ -67,7 +67,7 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
         leak_tests(self.leaks)
         if self.leaks and self.forget is None and not self.bundled:
             raise UserError("--leaks looks for what is left of the forget rows: name them with --forget.")
-        for options in {part.options for part in (*LEAK_TESTS, *BENCHMARKS)}:
+        for options in {*(test.options for test in LEAK_TESTS), *(benchmark.options for benchmark in BENCHMARKS)}:
             options.check(self)
 
     def completed(self, run: Mapping[str, Any]) -> EvaluationConfig:
@@ -106,7 +106,7 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
 
     @property
     def columns(self) -> dict[str, str | None]:
-        """What `to_examples` is told of the columns."""
+        """The columns, as `to_examples` takes them."""
         return {} if self.bundled else {"prompt_column": self.prompt_column, "answer_column": self.answer_column}
 
     @property

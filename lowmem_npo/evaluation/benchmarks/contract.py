@@ -1,6 +1,6 @@
 """What an evaluation benchmark is: one object in one file of this folder, and one line in registry.py.
 
-`lowmem-npo evaluate` gives every set of rows that it is told to measure to the first benchmark that recognises it. Help
+`lowmem-npo evaluate` hands every set of rows to the first benchmark that recognises it. Help
 texts, tables, result files and reports are made from these objects.
 """
 
@@ -29,7 +29,7 @@ FORGET, RETAIN = "forget", "retain"
 
 @dataclass
 class Context:
-    """What a benchmark has at hand. before: an earlier evaluation.json, or nothing. notes: what must be said beside the
+    """What a benchmark has at hand. before: an earlier evaluation.json, or nothing. notes: remarks to print beside the
     figures."""
 
     config: EvaluationConfig
@@ -52,7 +52,8 @@ class Selection:
     places: Sequence[int] = ()
 
 
-MeasuredT, ScoresT = TypeVar("MeasuredT"), TypeVar("ScoresT")
+MeasuredT = TypeVar("MeasuredT")
+ScoresT = TypeVar("ScoresT")
 Measured = Mapping[str, Mapping[str, list[Any]]]
 """Name of the benchmark -> set -> what was measured of its rows."""
 
@@ -101,7 +102,7 @@ class Benchmark(ABC, Generic[MeasuredT, ScoresT]):
         """As evaluation.json holds the scores; no text of any row."""
 
     def rows_to_json(self, name: str, measured: Sequence[MeasuredT]) -> list[dict[str, Any]]:
-        """For rows.jsonl: what each row asked, what came, how it scored."""
+        """For rows.jsonl: each row's prompt, the model's answer, its score."""
         return []
 
     @abstractmethod

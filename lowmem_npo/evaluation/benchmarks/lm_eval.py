@@ -8,8 +8,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_npo.errors import UserError
@@ -45,7 +46,7 @@ class LmEval(Benchmark[dict[str, Metrics], dict[str, Metrics]]):
     title = "lm-eval"
     note = "What the model can do beyond the data of this run."
     options = LmEvalOptions
-    empty: dict[str, Any] = {}
+    empty: ClassVar[dict[str, Any]] = {}
 
     def check(self, config: EvaluationConfig) -> None:
         if config.lm_eval:
@@ -111,7 +112,7 @@ def check_tasks(tasks: Sequence[str], path: str | None = None) -> None:
 
 
 def run_tasks(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str],
     *,

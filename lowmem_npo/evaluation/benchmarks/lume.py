@@ -100,8 +100,8 @@ class LumeScores:
 
     @property
     def final(self) -> float | None:
-        parts = [self.task_aggregate, self.mia_score, self.mmlu]
-        return None if None in parts else fmean(parts)
+        parts = [part for part in (self.task_aggregate, self.mia_score, self.mmlu) if part is not None]
+        return fmean(parts) if len(parts) == 3 else None
 
     def official(self) -> dict[str, Any]:
         """Under the keys of the official result file, whose order is kept; what was not measured is null."""
@@ -190,10 +190,10 @@ def lume_rows(rows: Rows) -> list[LumeRow]:
         return []
     scored = []
     for index, example in enumerate(to_examples(rows, prompt_column="input", answer_column="output")):
-        match = re.search(r"(sc|qa).$", example.id or "")
-        if match:
+        if example.id and (match := re.search(r"(sc|qa).$", example.id)):
             task = str(rows.rows[index].get("task") or "(no task)")
-            scored.append(LumeRow(index, example.id, task, KINDS[match[1]], example.prompt or "", example.answer))
+            kind = KINDS[match[1]]
+            scored.append(LumeRow(index, example.id, task, kind, example.prompt or "", example.answer))
     return scored
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from lowmem_npo.data import Rows, to_examples, tokenize
 from lowmem_npo.evaluation.answer_table import answer_figures, text_table
@@ -27,7 +27,7 @@ class Plain(Benchmark[PlainAnswer, dict[str, AnswerSummary]]):
     group = "evaluate"
     title = "Measured by lowmem-npo evaluate"
     sets = (FORGET, RETAIN)
-    empty: dict[str, Any] = {}
+    empty: ClassVar[dict[str, Any]] = {}
 
     def select(self, name: str, rows: Rows, context: Context) -> Selection:
         if {"input", "output"} <= set(rows.columns):

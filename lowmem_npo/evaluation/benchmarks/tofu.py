@@ -11,7 +11,7 @@ max(0, 1 - R) elsewhere (1: the truth stands out).
 
     model utility   harmonic mean of the nine: probability, ROUGE-L, truth ratio on retain, real authors, world facts
     forget quality  p-value of a Kolmogorov-Smirnov test between the truth ratios on forget of this model and of one
-                    that was never taught the forget set; above 0.05 the two cannot be told apart
+                    that was never taught the forget set; above 0.05 they are indistinguishable
 """
 
 from __future__ import annotations

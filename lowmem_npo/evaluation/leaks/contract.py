@@ -60,11 +60,11 @@ class Meaning(NamedTuple):
 
 @dataclass
 class LeakResult:
-    """What a test found.
+    """The outcome of a test.
 
     figures: numbers, or groups of numbers, by name; `holdout_X` is figure X on the holdout.
     meaning: one sentence.
-    leaks: True, False, or None where that cannot be told.
+    leaks: True, False, or None where that is unknown.
     rows: set -> the scores of each of its rows, in order; for rows.jsonl, never for a report.
     """
 
@@ -111,7 +111,7 @@ class SavedModel(NamedTuple):
 
 @dataclass(frozen=True)
 class Subject:
-    """The model under test, in memory, with the rows it is asked for.
+    """The model under test, in memory, with the rows of the tests.
 
     scorer: asks the model. forget, holdout: rows that were to be forgotten, and rows like them that the model was never
     taught. options: every test's. seed: of all that is random. saved: None while a model is being trained.
@@ -149,7 +149,7 @@ class LeakTest(ABC, Generic[OptionsT]):
     figures: ClassVar[Mapping[str, Meaning]]
     """Every figure's meaning, by the last part of its name."""
     counts: ClassVar[tuple[str, ...]] = ("rows", "holdout_rows")
-    """Figures that say how much was measured; they stand in the heading of the report."""
+    """Figures that say how much was measured; the report shows them in the heading."""
     unlisted: ClassVar[tuple[str, ...]] = ()
     """Figures that only the result files hold."""
     after_only: ClassVar[bool] = False

@@ -16,6 +16,7 @@ from lowmem_npo.evaluation.scoring.eval_mode import progress_bar
 from lowmem_npo.evaluation.scoring.likelihood import right_padded
 from lowmem_npo.memory.checkpointing import enable_checkpointing
 from lowmem_npo.model import answer_hidden, frozen_head
+from lowmem_npo.model.layers import causal_lm
 
 
 def fine_tune(
@@ -54,7 +55,7 @@ def _shuffled(rows: int, shuffle: random.Random) -> Iterator[int]:
 @contextmanager
 def _recomputing(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """Activation checkpointing, where the architecture has it, with dropout off."""
-    lm = model.get_base_model() if isinstance(model, PeftModel) else model
+    lm = causal_lm(model)
     was_on = any(getattr(module, "gradient_checkpointing", False) for module in lm.modules())
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -1,4 +1,4 @@
-"""Leak tests, run on a model and its rows; and the file that holds what they found."""
+"""Leak tests, run on a model and its rows; and the file that holds their results."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_npo.data import TokenizedRow
@@ -19,7 +20,7 @@ from lowmem_npo.files import write_atomically
 
 
 def measure_leaks(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     forget_rows: Sequence[TokenizedRow],
     *,
@@ -32,7 +33,7 @@ def measure_leaks(
     """The results of `tests`, by their names, on a model in memory, which is returned as it came.
 
     forget_rows, holdout_rows: rows that were to be forgotten, and rows like them that the model was never taught.
-    tests: some of `WHILE_TRAINING`; what cannot be measured is said in its `meaning`. seed: of all that is random.
+    tests: some of `WHILE_TRAINING`; the `meaning` of one that could not be run says why. seed: of all that is random.
 
     Raises UserError for a test that there is not, for no rows, and for a model that gives no finite numbers.
     """

@@ -82,7 +82,7 @@ def measure_forms(subject: Subject, saved: SavedModel) -> tuple[FormFigures, str
     import torch
     from safetensors import SafetensorError
 
-    scorer, measured = subject.scorer, {}
+    scorer, measured = subject.scorer, FormFigures()
     problems: dict[str, list[str]] = {}  # why -> which forms
     shutil.rmtree(saved.scratch, ignore_errors=True)  # a killed evaluation's, half written
     try:

@@ -1,7 +1,7 @@
 """Whether what was forgotten comes back when a small part of it is taught again (Hu et al. 2024, Lynch et al. 2024).
 
 Some forget rows are shown to the model for a few steps of fine-tuning, through an adapter of its own that is thrown
-away afterwards; the model's weights and its adapter are not touched. Then the REST of the forget rows is asked for.
+away afterwards; the model's weights and its adapter are not touched. Then the REST of the forget rows is measured.
 What such steps teach anyhow, the manner of the answers, they teach about the holdout as well: only what the rest gains
 beyond it was still there.
 """
@@ -26,7 +26,7 @@ from lowmem_npo.evaluation.leaks.contract import (
 from lowmem_npo.evaluation.leaks.extraction import FIGURES, as_holdout, extraction_figures
 from lowmem_npo.evaluation.options import Options
 
-MEASUREMENTS = 4  # how often the rest is asked for on the way
+MEASUREMENTS = 4  # how often the rest is measured on the way
 BATCH_SIZE = 4
 RANK = 16
 

@@ -46,14 +46,15 @@ class Sampling(LeakTest[SamplingOptions]):
     }
 
     def run(self, subject: Subject, options: SamplingOptions) -> LeakResult:
+        recalls: dict[str, list[float]] = {}
         rows = {}
         for name, of_set in subject.sets.items():
             samples = subject.scorer.samples(
                 f"leaks: {name} samples", of_set, options.leak_samples, options.leak_temperature, subject.seed
             )
             best = best_recalls(subject.scorer.references(of_set), samples)
+            recalls[name] = [recall for recall, _ in best]
             rows[name] = [{"best_rouge_l_recall": recall, "best_sample": text} for recall, text in best]
-        recalls = {name: [row["best_rouge_l_recall"] for row in of_set] for name, of_set in rows.items()}
         result = judge(recalls["forget"], recalls.get("holdout"), options)
         result.rows = rows
         return result
@@ -83,8 +84,9 @@ def judge(forget: Sequence[float], holdout: Sequence[float] | None, options: Sam
         "best_rouge_l_recall": recall,
         "whole": whole,
     }
-    level = fmean(holdout) if holdout else None
+    level = None
     if holdout:
+        level = fmean(holdout)
         figures |= {"holdout_best_rouge_l_recall": level, "holdout_whole": fmean(value == 1 for value in holdout)}
     meaning = (
         f"The best of {samples} samples holds {recall:.0%} of a forgotten answer; {whole:.0%} of the answers come "

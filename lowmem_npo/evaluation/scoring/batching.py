@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 BATCH_SIZE = 16
@@ -9,7 +10,7 @@ MAX_BATCH_TOKENS = 2048  # bounds what one pass computes, whatever the rows' len
 CACHE_BYTES = 2**30  # bounds the keys and values that generation keeps
 
 
-def cache_tokens(model: PreTrainedModel) -> int:
+def cache_tokens(model: PreTrainedModel | PeftModel) -> int:
     """How many tokens' keys and values fit into `CACHE_BYTES`: 2048 of OLMo-7B in bf16, many more of small models."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE, batches, cache_tokens
@@ -21,7 +22,7 @@ class Prompt:
 
 
 def greedy_answers(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     *,
@@ -38,7 +39,7 @@ def greedy_answers(
 
 
 def sampled_answers(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     *,
@@ -63,7 +64,7 @@ def sampled_answers(
 
 
 def _answers(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     drawn: dict[str, Any],
@@ -90,7 +91,7 @@ def _answers(
 
 
 def _continue(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     stops: list[int],
@@ -104,7 +105,7 @@ def _continue(
     for row, prompt in enumerate(prompts):
         input_ids[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
         attention_mask[row, width - len(prompt.ids) :] = 1
-    output = model.generate(
+    output = cast(Any, model).generate(
         input_ids=input_ids.to(model.device),
         attention_mask=attention_mask.to(model.device),
         # Written out, because whatever is left open is taken from the model's own generation_config.json, where
@@ -130,7 +131,12 @@ def _continue(
     return output[:, width:].tolist()
 
 
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    of_model = model.generation_config.eos_token_id
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The ids as text, special tokens skipped, nothing trimmed."""
+    return cast(str, tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _stop_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    of_model = cast(GenerationConfig, model.generation_config).eos_token_id
     of_model = of_model if isinstance(of_model, list) else [of_model]
     return sorted({token for token in [tokenizer.eos_token_id, *of_model] if token is not None})

@@ -15,7 +15,7 @@ from lowmem_npo.evaluation.scoring.eval_mode import progress_bar
 class Journal:
     """A file of JSON lines, one per batch: {"part": ..., "rows": [...], "values": [...]}.
 
-    path: the file; what stands in it counts as measured. A last line that was cut off by a kill is dropped. None: what
+    path: the file; what it holds counts as measured. A last line that was cut off by a kill is dropped. None: what
         is measured is kept in memory only.
     progress: whether to draw a bar of the rows.
     """
@@ -24,15 +24,15 @@ class Journal:
         self.path, self.progress = path, progress
         self._known: dict[str, dict[int, Any]] = {}
         if path is not None and path.exists():
-            self._read()
+            self._read(path)
 
-    def _read(self) -> None:
-        content = self.path.read_bytes()
+    def _read(self, path: Path) -> None:
+        content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
         for line in content[:whole].decode("utf-8").split("\n")[:-1]:
             entry = json.loads(line)
             self._known.setdefault(entry["part"], {}).update(zip(entry["rows"], entry["values"], strict=True))
-        os.truncate(self.path, whole)
+        os.truncate(path, whole)
 
     def known(self, part: str) -> dict[int, Any]:
         """The values of `part` that are written down, by row."""
@@ -54,7 +54,7 @@ class Journal:
         batch_size: int = BATCH_SIZE,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
     ) -> list[Any]:
-        """One value per row, in order: from the journal where all of a batch stands there, else from `measure`.
+        """One value per row, in order: from the journal if it holds the whole batch, else from `measure`.
 
         lengths: each row's (prompt tokens, further tokens), from which `batches` makes the batches.
         measure: takes the rows of one batch and gives as many values, which JSON can hold.

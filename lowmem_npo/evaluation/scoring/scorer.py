@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.evaluation.answers import MAX_NEW_TOKENS, AnswerRecord, evaluate_answers, question
 from lowmem_npo.evaluation.scoring.batching import cache_tokens
-from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers, sampled_answers
+from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers, sampled_answers, text_of
 from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
 from lowmem_npo.evaluation.scoring.token_scores import TokenScores, token_scores
@@ -24,25 +25,25 @@ class Scorer:
     model: None where the journal knows every answer.
     """
 
-    model: PreTrainedModel | None
+    model: PreTrainedModel | PeftModel | None
     tokenizer: PreTrainedTokenizerBase
     journal: Journal
     batch_size: int
 
     @property
-    def loaded_model(self) -> PreTrainedModel:
+    def loaded_model(self) -> PreTrainedModel | PeftModel:
         """The model, where one must be there."""
         assert self.model is not None, "the journal was to know every answer"
         return self.model
 
     def without_model(self) -> Scorer:
-        """The same, holding no model any longer: only what the journal knows can be asked for."""
+        """The same without a model: it answers only what the journal knows."""
         return replace(self, model=None)
 
     def references(self, rows: Sequence[TokenizedRow]) -> list[str]:
         """Each row's true answer as text, cut as a generated one is."""
         answers = [question(row)[1][:MAX_NEW_TOKENS] for row in rows]
-        return [self.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
+        return [text_of(self.tokenizer, answer).strip() for answer in answers]
 
     def continuations(self, part: str, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
         """The greedy text after each prompt (ids), special tokens skipped, nothing else trimmed."""
@@ -51,7 +52,7 @@ class Scorer:
             batch = [Prompt(prompts[row], max_new_tokens) for row in rows]
             model, size = self.loaded_model, self.batch_size
             answers = greedy_answers(model, self.tokenizer, batch, batch_size=size, progress=False)
-            return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+            return [text_of(self.tokenizer, ids) for ids in answers]
 
         lengths = [(len(prompt), max_new_tokens) for prompt in prompts]
         return self._generated(part, lengths, measure)
@@ -73,7 +74,7 @@ class Scorer:
                 batch_size=self.batch_size,
                 progress=False,
             )
-            return [[self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in row] for row in sampled]
+            return [[text_of(self.tokenizer, ids).strip() for ids in row] for row in sampled]
 
         lengths = [(len(prompt), len(answer)) for prompt, answer in questions]
         return self._generated(part, lengths, measure)

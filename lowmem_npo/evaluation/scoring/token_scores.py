@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from lowmem_kernels import FrozenHead
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -29,6 +30,10 @@ from lowmem_npo.evaluation.scoring.likelihood import right_padded
 from lowmem_npo.model import answer_hidden, frozen_head
 
 TOKENS, VOCABULARY = 256, 4096  # a tile of float64 logits is 8 MiB; about four are alive at once
+
+Part = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Of a part of the vocabulary, each (r, 1): largest logit, its token, mass, mean, variance; mass and mean relative to
+the largest logit."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class TokenScores:
 
 
 def token_scores(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     rows: Sequence[TokenizedRow],
     *,
     batch_size: int = BATCH_SIZE,
@@ -57,7 +62,7 @@ def token_scores(
 
     Raises UserError where the model gives NaN or infinity.
     """
-    found: list[TokenScores | None] = [None] * len(rows)
+    by_row: dict[int, TokenScores] = {}
     head = frozen_head(model)
     with evaluating(model), progress_bar(len(rows), description, progress) as bar:
         for batch in batches([(len(row["input_ids"]), 0) for row in rows], batch_size):
@@ -69,9 +74,9 @@ def token_scores(
             sequence = answers.sequence.cpu()
             for place, i in enumerate(batch):
                 own = sequence == place
-                found[i] = TokenScores(logprobs[own].tolist(), standard[own].tolist(), greedy[own].tolist())
+                by_row[i] = TokenScores(logprobs[own].tolist(), standard[own].tolist(), greedy[own].tolist())
             bar.update(len(batch))
-    return found
+    return [by_row[i] for i in range(len(rows))]
 
 
 @torch.no_grad()
@@ -84,12 +89,13 @@ def vocabulary_statistics(hidden: Tensor, head: FrozenHead, targets: Tensor) -> 
     if not parts:
         nothing = hidden.new_zeros(0, dtype=torch.float64)
         return nothing, nothing, nothing.bool()
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    logprobs, standard, greedy = (torch.cat(column) for column in zip(*parts, strict=True))
+    return logprobs, standard, greedy
 
 
 def _statistics(hidden: Tensor, head: FrozenHead, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     wanted = targets[:, None]
-    merged = None
+    merged: Part | None = None
     z_target = torch.empty_like(wanted, dtype=torch.float64)
     for first in range(0, head.vocabulary, VOCABULARY):
         z = _logits(hidden, head, slice(first, first + VOCABULARY))  # (r, v) float64
@@ -103,16 +109,16 @@ def _statistics(hidden: Tensor, head: FrozenHead, targets: Tensor) -> tuple[Tens
         variance = weight.mul_(z.sub_(mean).square_()).sum(1, keepdim=True) / mass
         part = (top, best + first, mass, mean, variance)
         merged = part if merged is None else _merge(merged, part)
+    assert merged is not None, "a vocabulary has entries"
     top, best, mass, mean, variance = merged
     below_top = z_target - top
-    # All of p on one token: no spread, and that token stands at its mean.
+    # All of p on one token: no spread, and that token is at its mean.
     standard = (below_top - mean) / variance.sqrt().clamp(min=1e-150)
     return (below_top - mass.log())[:, 0], standard[:, 0], (best == wanted)[:, 0]
 
 
-def _merge(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Two disjoint parts of the vocabulary taken together. Each is (largest logit, its token, mass, mean, variance);
-    mass and mean are relative to the largest logit; of equal logits the first counts."""
+def _merge(one: Part, other: Part) -> Part:
+    """Two disjoint parts of the vocabulary taken together; of equal logits the first counts."""
     top = torch.maximum(one[0], other[0])
     (mass_a, mean_a), (mass_b, mean_b) = (
         (mass * (own - top).exp(), mean + (own - top)) for own, _, mass, mean, _ in (one, other)
