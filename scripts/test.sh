@@ -1,9 +1,21 @@
 #!/usr/bin/env bash
-# Installs into .venv and runs the tests, a file at a time on each core. Arguments go to pytest:
-# bash scripts/test.sh tests/kernels -k chunks
+# Installs into .venv and runs the tests, one file at a time on each core; at least 90% of the lines must be covered.
+# Arguments go to pytest, and coverage is then not measured: bash scripts/test.sh tests/kernels -k chunks
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 setup_venv test
 cd "$ROOT"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # tiny models gain nothing from threads, and the cores are taken
-"$PYTHON" -m pytest -n auto --dist loadfile "$@" || fail "tests failed (pytest's exit code $?)."
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # tiny models gain nothing from threads, and every core has a process
+
+run_tests() {
+    "$PYTHON" -m pytest -n auto --dist loadfile "$@" || fail "tests failed (pytest's exit code $?)."
+}
+
+if [ $# -gt 0 ]; then
+    run_tests "$@"
+    exit
+fi
+run_tests --cov --cov-report=
+echo "Line coverage, in total and of files below 90%:"
+"$PYTHON" -m coverage report --fail-under=90 | awk 'NR == 1 || $1 == "TOTAL" || ($2 ~ /^[0-9]+$/ && $NF + 0 < 90)' ||
+    fail "less than 90% of the lines are covered."
