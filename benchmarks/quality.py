@@ -56,7 +56,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answers import evaluate_answers
 from lowmem_npo.evaluation.benchmarks.documents import membership
 from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
-from lowmem_npo.training.early_stopping import OUTCOME
+from lowmem_npo.run_directory import RunFiles
 
 ROWS = ((1.0, 0.0), (1.0, 0.5), (1.0, 1.0), (0.0, 1.0))  # (gamma, delta)
 LUME_FILES = ("forget_validation", "retain_validation", "forget_train")  # forget, retain, holdout
@@ -251,7 +251,7 @@ def measure_seed(setting: Setting, models: Models, seed: int, root: Path) -> lis
             raise UserError(f"The run in {run.directory} failed: its log.txt and sweep.json say why.")
         row: dict[str, Any] = {"gamma": gamma, "delta": delta, "seed": seed}
         if stops:
-            outcome = json.loads((run.directory / OUTCOME).read_text())
+            outcome = json.loads(RunFiles(run.directory).stopping.read_text())
             row |= {"epochs": outcome["kept"]["step"] / steps_per_epoch, "stopped": bool(outcome["held"])}
             measured.append(models.figures("stopped", models.adapted(run.directory), **row))
             continue
