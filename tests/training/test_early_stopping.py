@@ -19,8 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.commands.train.run import train
 from lowmem_npo.config import DataConfig
+from lowmem_npo.console import silent
 from lowmem_npo.data import prepare
-from lowmem_npo.training.early_stopping import EVALUATIONS, KEPT, OUTCOME, Stopping, read_evaluations
+from lowmem_npo.run_directory import AdapterFiles, RunFiles
+from lowmem_npo.stop_conditions import StopEvaluation
+from lowmem_npo.training.early_stopping import Stopping, read_evaluations
 
 ROOT = Path(__file__).resolve().parents[2]
 CONDITIONS = {
@@ -31,7 +34,11 @@ CONDITIONS = {
 
 
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
+    return load_file(AdapterFiles(folder).weights)
+
+
+def evaluations(folder: Path) -> list[StopEvaluation]:
+    return read_evaluations(RunFiles(folder).stop_evaluations)
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -39,54 +46,49 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-def quiet(line: str) -> None:
-    pass
-
-
 @pytest.fixture(scope="module")
 def whole(taught_model, tmp_path_factory) -> Path:
     """The run to its end: measured after every second step, never stopped, every measured adapter in a checkpoint."""
     folder = tmp_path_factory.mktemp("stopping") / "whole"
-    result = train(unlearning_config(taught_model, folder, ("retain-loss+1000",)), say=quiet)
+    result = train(unlearning_config(taught_model, folder, ("retain-loss+1000",)), say=silent)
     assert result.optimizer_steps == 30 and result.stopping.held == []
     return folder
 
 
 def expected(whole: Path, text: str) -> tuple[int, int]:
     """Where the run must stop, and which step it must keep: by the definitions, on what the whole run measured."""
-    start, *trained = read_evaluations(whole / EVALUATIONS)
+    start, *trained = evaluations(whole)
     stop = next(now for now in trained if CONDITIONS[text](now, start))
-    seen = [now for now in trained if now.step <= stop.step]
+    earlier = [now for now in trained if now.step <= stop.step]
     if text == "forget-at-holdout":
-        kept = min(seen, key=lambda now: abs(now.forget_nll - start.holdout_nll))
+        kept = min(earlier, key=lambda now: abs(now.forget_nll - start.holdout_nll))
     elif text == "mia-crosses":
-        kept = min(seen, key=lambda now: abs(now.membership_auc - 0.5))
+        kept = min(earlier, key=lambda now: abs(now.membership_auc - 0.5))
     else:
-        kept = seen[-2]
+        kept = earlier[-2]
     return stop.step, kept.step
 
 
 def restored(folder: Path, checkpoints: Path) -> bool:
     """Whether the run in `folder` left the adapter that the whole run had at the step that was kept."""
-    kept = json.loads((folder / OUTCOME).read_text())["kept"]["step"]
+    kept = json.loads(RunFiles(folder).stopping.read_text())["kept"]["step"]
     return same(adapter(folder), adapter(checkpoints / f"checkpoint-{kept}"))
 
 
 @pytest.mark.parametrize("text", CONDITIONS)
 def test_it_stops_when_it_should_and_keeps_the_best(text, whole, taught_model, tmp_path):
     stop, kept = expected(whole, text)
-    said = []
-    result = train(unlearning_config(taught_model, tmp_path / "run", (text,)), say=said.append)
+    lines = []
+    result = train(unlearning_config(taught_model, tmp_path / "run", (text,)), say=lines.append)
     assert result.optimizer_steps == result.stopping.last.step == stop <= 30
     assert result.stopping.kept.step == kept
     assert result.stopping.held == [text] and result.stopping.within_limits
     assert restored(tmp_path / "run", whole)
-    evaluations = read_evaluations(whole / EVALUATIONS)
-    assert read_evaluations(tmp_path / "run" / EVALUATIONS) == [e for e in evaluations if e.step <= stop]
-    assert any(f"Stopped at step {stop}: {text}" in line and f"step {kept} is kept" in line for line in said)
-    assert [file.name for file in (tmp_path / "run" / KEPT).iterdir()] == [f"step-{kept}.safetensors"]
-    assert result.stopping.sentence in json.loads((tmp_path / "run" / "report.json").read_text())["notes"]
-    assert json.loads((tmp_path / "run" / "audit.json").read_text())["adapter"]["of_step"] == kept
+    assert evaluations(tmp_path / "run") == [e for e in evaluations(whole) if e.step <= stop]
+    assert any(f"Stopped at step {stop}: {text}" in line and f"step {kept} is kept" in line for line in lines)
+    assert [file.name for file in RunFiles(tmp_path / "run").best.iterdir()] == [f"step-{kept}.safetensors"]
+    assert result.stopping.sentence in json.loads(RunFiles(tmp_path / "run").report_json.read_text())["notes"]
+    assert json.loads(RunFiles(tmp_path / "run").audit.read_text())["adapter"]["of_step"] == kept
     assert result.after["forget"].summary.nll == pytest.approx(result.stopping.kept.forget_nll, rel=1e-6)
 
 
@@ -95,7 +97,7 @@ def test_a_run_that_does_not_restore_is_noticed(whole, taught_model, tmp_path, m
     stop, kept = expected(whole, "forget-at-holdout")
     assert kept < stop, "or last and best are the same"
     monkeypatch.setattr(Stopping, "_restore", lambda self, evaluation: None)
-    train(unlearning_config(taught_model, tmp_path / "run", ("forget-at-holdout",)), say=quiet)
+    train(unlearning_config(taught_model, tmp_path / "run", ("forget-at-holdout",)), say=silent)
     assert not restored(tmp_path / "run", whole)
 
 
@@ -107,17 +109,17 @@ def test_what_it_measures_is_the_models_own_likelihood(whole, taught_model):
     model = PeftModel.from_pretrained(base, str(whole / "checkpoint-30")).double().eval()
 
     def nlls(rows) -> list[tuple[float, int]]:
-        found = []
+        values = []
         for row in rows:
             ids, start = torch.tensor([row["input_ids"]]), row["prompt_length"]
             with torch.no_grad():
                 table = model(ids).logits[0].log_softmax(-1)
             answer = row["input_ids"][start:]
             picked = table[torch.arange(start - 1, start - 1 + len(answer)), torch.tensor(answer)]
-            found.append((-picked.sum().item(), len(answer)))
-        return found
+            values.append((-picked.sum().item(), len(answer)))
+        return values
 
-    last = read_evaluations(whole / EVALUATIONS)[-1]
+    last = evaluations(whole)[-1]
     sets = {name: nlls(getattr(data, name)) for name in ("forget", "retain", "holdout")}
     for name, values in sets.items():
         level = sum(total for total, _ in values) / sum(count for _, count in values)
@@ -131,26 +133,26 @@ def test_killed_and_resumed_it_keeps_the_same(whole, taught_model, tmp_path):
     """Cut off after the best step and before the stop; the evaluations after the checkpoint are made again."""
     stop, kept = expected(whole, "mia-crosses")
     config = unlearning_config(taught_model, tmp_path / "run", ("mia-crosses",), max_steps=stop - 4)
-    train(config, say=quiet)
-    (tmp_path / "run" / "adapter_model.safetensors").unlink()
-    ahead = read_evaluations(tmp_path / "run" / EVALUATIONS)[-1]
+    train(config, say=silent)
+    AdapterFiles(tmp_path / "run").weights.unlink()
+    ahead = evaluations(tmp_path / "run")[-1]
     torn = {"step": stop - 2, "epoch": 0.0, "forget_nll": 99.0, "retain_nll": 99.0, "membership_auc": 0.5}
-    with (tmp_path / "run" / EVALUATIONS).open("a") as file:
+    with RunFiles(tmp_path / "run").stop_evaluations.open("a") as file:
         file.write(json.dumps(torn) + "\n")  # of a step after the last checkpoint
     training, output = replace(config.training, max_steps=30), replace(config.output, resume=True)
     longer = replace(config, training=training, output=output)
-    result = train(longer, say=quiet)
+    result = train(longer, say=silent)
     assert ahead.step == stop - 4 and (result.stopping.last.step, result.stopping.kept.step) == (stop, kept)
     assert restored(tmp_path / "run", whole)
-    again = train(longer, say=quiet)  # a stopped run does not go on
+    again = train(longer, say=silent)  # a stopped run does not continue
     assert again.optimizer_steps == stop and restored(tmp_path / "run", whole)
     assert not (tmp_path / "run" / f"checkpoint-{stop + 2}").exists()
 
 
 def test_each_epoch_is_the_default(taught_model, tmp_path):
     config = unlearning_config(taught_model, tmp_path / "run", ("retain-loss+1000",), max_steps=6, eval_every=None)
-    result = train(config, say=quiet)
-    assert [e.step for e in read_evaluations(tmp_path / "run" / EVALUATIONS)] == [0, 4, 6]
+    result = train(config, say=silent)
+    assert [e.step for e in evaluations(tmp_path / "run")] == [0, 4, 6]
     assert result.stopping.kept.step == 6
 
 
@@ -173,7 +175,7 @@ def test_two_processes_stop_together(whole, taught_model, tmp_path):
         timeout=300,
     )
     assert launched.returncode == 0, launched.stderr[-3000:]
-    outcome = json.loads((tmp_path / "run" / OUTCOME).read_text())
+    outcome = json.loads(RunFiles(tmp_path / "run").stopping.read_text())
     assert (outcome["last"]["step"], outcome["kept"]["step"]) == (stop, kept)
     one, two = adapter(whole / f"checkpoint-{kept}"), adapter(tmp_path / "run")
     apart = math.sqrt(sum(float((one[n] - two[n]).double().square().sum()) for n in one))
