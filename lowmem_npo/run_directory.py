@@ -1,4 +1,4 @@
-"""The directory of a run: every file name in it, who may write there, and what a resumed run finds."""
+"""The directory of a run: the name of every file in it, what may be written there, and where a run resumes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lowmem_npo.files import write_atomically
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# A resumed run may be longer, lie elsewhere, or measure more; everything else would make it another run.
+# A resumed run may be longer, have moved, or measure more; any other change would make it a different run.
 MAY_CHANGE = (
     "output_dir", "epochs", "max_steps", "eval_rows", "eval_batch_size", "leaks", "report_examples", "micro_batch_size",
     "device",
@@ -37,20 +37,20 @@ class AdapterFiles:
 
 
 class EvaluationFiles:
-    """What `lowmem-npo evaluate` leaves in its directory."""
+    """The files that `lowmem-npo evaluate` writes into its directory."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.settings = path / "settings.json"
-        self.journal = path / "measured.jsonl"  # every measurement, as it comes
+        self.journal = path / "measured.jsonl"  # every measurement, written as soon as it is made
         self.result = path / "evaluation.json"
         self.rows = path / "rows.jsonl"
-        self.official = path / "evaluation_results.jsonl"  # of LUME, under the challenge's own keys
-        self.merged = path / "merged"  # a merged model, while a leak test measures it
+        self.official = path / "evaluation_results.jsonl"  # LUME's scores under the challenge's own keys
+        self.merged = path / "merged"  # the merged model, while a leak test evaluates it
 
 
 class RunFiles(AdapterFiles):
-    """What `lowmem-npo train` leaves in its --output-dir."""
+    """The files that `lowmem-npo train` writes into its --output-dir."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -61,15 +61,15 @@ class RunFiles(AdapterFiles):
         self.stop_evaluations = path / "evaluations.jsonl"
         self.stopping = path / "stopping.json"
         self.best = path / "best"  # the best adapter so far, under --stop-when
-        self.reference = path / "reference"  # the cached reference, unless --reference-dir puts it elsewhere
+        self.reference = path / "reference"  # the cached reference, unless --reference-dir names another place
         self.report_html = path / "report.html"
         self.report_json = path / "report.json"
         self.model_card = path / "README.md"
-        self.log = path / "log.txt"  # what a run of a sweep would have printed
+        self.log = path / "log.txt"  # what a run of a sweep would print
         self.evaluation = EvaluationFiles(path / "evaluation")
 
     def answers(self, stage: str) -> Path:
-        """The measured answers before or after training, or those of the gold standard, row by row."""
+        """Every measured row's answer: before or after training, or of the gold standard."""
         return self.path / f"{stage}.json"
 
     def table(self, suffix: str, stages: str = "before_after") -> Path:
@@ -82,7 +82,7 @@ class RunFiles(AdapterFiles):
 
 
 def run_of_adapter(folder: Path) -> RunFiles:
-    """The run that left the adapter in `folder`: the directory of the run itself, or of a checkpoint in it."""
+    """The run that wrote the adapter in `folder`, the run's own directory or one of its checkpoints."""
     return RunFiles(folder.parent if folder.name.startswith("checkpoint-") else folder)
 
 
@@ -95,23 +95,23 @@ class RunDirectory(RunFiles):
 
     @property
     def reference_dir(self) -> Path | None:
-        """Where the reference is cached; None: it is live."""
+        """Where the reference is cached; None if it is live."""
         memory = self.config.memory
         return None if memory.reference == "live" else Path(memory.reference_dir or self.reference)
 
     @property
     def is_trained(self) -> bool:
-        """Whether the run has written its adapter, which it does last but for the measurements after it."""
+        """Whether the run has written its adapter; only the measurements after training come later."""
         return self.weights.exists()
 
     @property
-    def is_to_be_longer(self) -> bool:
-        """Whether the run that is there was asked for fewer steps than this one."""
+    def needs_more_steps(self) -> bool:
+        """Whether the run in the directory was configured for fewer steps than this one."""
         began = yaml.safe_load(self.run_yaml.read_text(encoding="utf-8"))
-        training, most = self.config.training, began.get("max_steps")
+        training, limit = self.config.training, began.get("max_steps")
         if training.max_steps is None:
-            return most is not None or training.epochs > began["epochs"]
-        return most is not None and training.max_steps > most
+            return limit is not None or training.epochs > began["epochs"]
+        return limit is not None and training.max_steps > limit
 
     def check(self) -> None:
         """Raises a UserError unless this run may write here; writes nothing."""
@@ -120,10 +120,9 @@ class RunDirectory(RunFiles):
         if self.config.output.resume:
             return self._check_resume()
         if self.run_yaml.exists():
-            finished = self.weights.exists()
-            state, hint = (
-                ("a finished run", "") if finished else ("a run that did not finish", ", continue it with --resume")
-            )
+            state, hint = "an unfinished run", ", continue it with --resume"
+            if self.is_trained:
+                state, hint = "a finished run", ""
             raise UserError(f"--output-dir '{self.path}' holds {state}: choose another directory{hint}, or remove it.")
         if self.path.is_dir() and any(self.path.iterdir()):
             raise UserError(f"--output-dir '{self.path}' holds other files: choose an empty or a new directory.")
@@ -138,21 +137,21 @@ class RunDirectory(RunFiles):
         now = yaml.safe_load(self.config.to_yaml())
         changed = [name for name in {**began, **now} if began.get(name) != now.get(name) and name not in MAY_CHANGE]
         if changed:
-            told = "; ".join(f"{name} was {began.get(name)!r}, is {now.get(name)!r}" for name in changed)
+            changes = "; ".join(f"{name} was {began.get(name)!r}, is {now.get(name)!r}" for name in changed)
             raise UserError(
-                f"--resume: the run in '{self.path}' began with other settings ({told}): use those, or start anew."
+                f"--resume: the run in '{self.path}' began with other settings ({changes}): use those, or start anew."
             )
 
     def begin(self, main_process: bool) -> None:
-        """From here on the directory is this run's."""
+        """Makes the directory this run's."""
         if main_process:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.run_yaml, self.config.to_yaml())
 
     def last_checkpoint(self) -> str | None:
-        """The newest complete checkpoint, or None: then a resumed run starts from the beginning.
+        """The newest complete checkpoint; None if there is none, and a resumed run starts from the beginning.
 
-        The Trainer writes the state last, so a checkpoint without it was cut off while being written; it is removed.
+        The Trainer writes its state last, so a checkpoint without one is incomplete; it is removed.
         """
         for checkpoint in self.checkpoints():
             try:
@@ -169,17 +168,17 @@ def step_of(checkpoint: str | Path | None) -> int:
 
 
 def check_disk(config: RunConfig, model: PretrainedConfig) -> None:
-    """Raises a UserError if the output directory's disk cannot hold what the run writes at most.
+    """Raises a UserError if the disk of the output directory cannot hold the most that the run may write.
 
-    That is the adapter, and per kept checkpoint the adapter again with AdamW's two moments, all float32. The adapter's
-    size is bounded from the model's configuration: every target as if it were hidden x intermediate.
+    That is the adapter, and for each checkpoint kept the adapter with AdamW's two moments, all float32. The bound on the
+    adapter's size comes from the model's configuration: every target counts as a hidden x intermediate layer.
     """
     text = model.get_text_config()
     wide = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     targets = 7 if config.adapter.lora_targets == ("all-linear",) else len(config.adapter.lora_targets)
     adapter = 4 * config.adapter.lora_r * (text.hidden_size + wide) * targets * text.num_hidden_layers
     checkpoints = (config.trainer_args.get("save_total_limit") or 2) + 1  # one is written before the oldest is removed
-    best = 2 if config.stopping.stop_when else 0  # the best adapter so far, and the one before until a checkpoint
+    best = 2 if config.stopping.stop_when else 0  # the best adapter so far and its predecessor
     needed = adapter * (1 + best + 3 * checkpoints) + 64 * 2**20  # and tokenizer, metrics, configuration
     path = config.output_dir.absolute()
     free = shutil.disk_usage(next(p for p in [path, *path.parents] if p.exists())).free

@@ -1,8 +1,8 @@
-"""Flags and YAML become a `RunConfig`.
+"""From flags and YAML to a `RunConfig`.
 
-tyro parses our own flags, `transformers.HfArgumentParser` those of `TrainingArguments`. A configuration file is the
-same flags written as lines: it is turned into flags that stand before the ones typed, so both pass one parser and the
-typed ones win.
+tyro parses our own flags, `transformers.HfArgumentParser` those of `TrainingArguments`. A configuration file holds the
+same flags, one a line: they are put before those on the command line, so that one parser reads both and the command
+line wins.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, NoReturn, cast, get_type_hints
 
 import tyro
 import yaml
@@ -26,7 +26,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.contract import LeakTest
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
 
-# What fingers know from TRL and transformers, with our name for it.
+# Names that users know from TRL and transformers, and ours.
 ALIASES = {
     "model-name-or-path": "model",
     "model-revision": "revision",
@@ -42,23 +42,24 @@ ALIASES = {
     "activation-checkpointing": "gradient-checkpointing",
     "budget": "memory-budget",
 }
-# What a flag means that may stand without a value.
+# The value of a flag that is given without one.
 WITHOUT_VALUE = {"--tile-mlp": "1024"}
 TRUE, FALSE = ("true", "yes", "1"), ("false", "no", "0")
 
 
 def parse_run(arguments: Sequence[str], command: str) -> RunConfig:
-    """The run that `arguments` describe; prints help and exits where --help stands among them.
+    """The run that `arguments` describe; prints the help and exits if --help is among them.
 
     Raises:
-        UserError: an unreadable configuration file, an unknown flag (the nearest known one is named), a value that
-            does not fit. tyro itself exits with code 2 on a malformed value of one of our flags.
+        UserError: an unreadable configuration file, an unknown flag (the nearest known one is suggested), an invalid
+            value. tyro itself exits with code 2 on a malformed value of one of our flags.
     """
     typed = _canonical(arguments)
     path, typed = _take_config(typed)
     flags = (_flags_of_file(path) if path else []) + typed
     if any(flag in flags for flag in ("-h", "--help")):
         flags = ["--help"]
+    parsed: Any
     parsed, unknown = tyro.cli(
         _flat_config(),
         args=flags,
@@ -73,7 +74,7 @@ def parse_run(arguments: Sequence[str], command: str) -> RunConfig:
 
 
 def _flat_config() -> type:
-    """A dataclass with one field per section, for tyro: each section is one box of the help, flags have no prefix."""
+    """A dataclass with a field per section, for tyro: each section is a box of the help, flags have no prefix."""
     fields: list[tuple] = []
     tests = [test for test in LEAK_TESTS if not test.loads_models]
     for name, section in SECTIONS.items():
@@ -85,8 +86,8 @@ def _flat_config() -> type:
         fields.append((name, section) if required else (name, section, dataclasses.field(default_factory=section)))
     flat = dataclasses.make_dataclass("Run", fields)
     flat.__doc__ = (
-        "Make a model forget one data set and keep another; writes an adapter and the before/after table.\n\n"
-        "--config RUN.YAML reads the same names from a file; flags override it. Every field of "
+        "Make a model forget one dataset and keep another. Writes the adapter, a before/after table and a report.\n\n"
+        "--config RUN.YAML reads the same options from a file; flags override it. Every field of "
         "transformers.TrainingArguments is a flag too (--warmup-steps, --logging-steps, --lr-scheduler-type, "
         "--save-steps, ...). TRL's spellings are accepted: " + ", ".join(f"--{a}" for a in ALIASES) + "."
     )
@@ -94,7 +95,7 @@ def _flat_config() -> type:
 
 
 def with_help(config: type, leak_tests: Sequence[LeakTest]) -> Any:
-    """`config`, a dataclass, as tyro shows it: each field's docstring is its help, and that of --leaks lists the tests.
+    """The dataclass `config` for tyro: each field's docstring is its help text, and that of --leaks lists the tests.
 
     tyro reads docstrings by itself, but keeps their line breaks.
     """
@@ -113,11 +114,11 @@ def with_help(config: type, leak_tests: Sequence[LeakTest]) -> Any:
 
 
 def _like(field: dataclasses.Field) -> Any:
-    return dataclasses.field(default=field.default, default_factory=field.default_factory)  # type: ignore[call-overload]
+    return dataclasses.field(default=field.default, default_factory=field.default_factory)
 
 
 def field_docstrings(config: type) -> dict[str, str]:
-    """Field -> the docstring below it, on one line; an inherited field has that of its nearest definition."""
+    """Field -> the docstring below it, on one line; that of its nearest definition if it is inherited."""
     docstrings: dict[str, str] = {}
     for parent in reversed(config.__mro__):
         if not dataclasses.is_dataclass(parent) or parent.__module__ == "types":
@@ -132,8 +133,8 @@ def field_docstrings(config: type) -> dict[str, str]:
 
 
 def _canonical(arguments: Sequence[str]) -> list[str]:
-    """--some_flag=x becomes --some-flag x, aliases become our names, `--qlora true` becomes --qlora, and a flag that
-    may stand alone gets its value."""
+    """--some_flag=x becomes --some-flag x, aliases become our names, `--qlora true` becomes --qlora, and a flag of
+    `WITHOUT_VALUE` gets its value."""
     switches = {
         f.name.replace("_", "-") for s in SECTIONS.values() for f in dataclasses.fields(s) if f.type in (bool, "bool")
     }
@@ -173,7 +174,7 @@ def _flags_of_file(path: Path) -> list[str]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config: '{path}' is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
-        raise UserError(f"--config: '{path}' must hold lines of the form `name: value`, as run.yaml of a run does.")
+        raise UserError(f"--config: '{path}' must hold lines of the form `name: value`, as the run.yaml of a run does.")
     flags: list[str] = []
     for name, value in settings.items():
         if value is None:
@@ -188,54 +189,41 @@ def _flags_of_file(path: Path) -> list[str]:
     return _canonical(flags)
 
 
-class _TrainerArgumentsParser:
-    """`HfArgumentParser(TrainingArguments)`, made to return only what was given, and to fail in one sentence."""
+def _trainer_arguments(arguments: Sequence[str]) -> dict[str, Any]:
+    """The fields of `transformers.TrainingArguments` that `arguments` set. Raises UserError for an unknown flag, or an
+    invalid value."""
+    if not arguments:
+        return {}
+    from transformers import HfArgumentParser, TrainingArguments
 
-    def __init__(self) -> None:
-        from transformers import HfArgumentParser, TrainingArguments
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            source = "an option of transformers.TrainingArguments; `lowmem-npo train --help` lists ours"
+            raise UserError(f"{message} ({source}).")
 
-        self.parser = HfArgumentParser(TrainingArguments, allow_abbrev=False, add_help=False)
-        for action in self.parser._actions:
-            action.default = argparse.SUPPRESS
-        self.parser.error = self._fail
-        self.names = [name for name in self.parser._option_string_actions if name.startswith("--")]
-
-    def parse(self, unknown: list[str]) -> dict[str, Any]:
-        ours = [f"--{f.name.replace('_', '-')}" for s in SECTIONS.values() for f in dataclasses.fields(s)]
-        for argument in unknown:
-            if argument.startswith("--") and argument.replace("-", "_")[2:] not in {
-                n[2:].replace("-", "_") for n in self.names
-            }:
-                near = difflib.get_close_matches(argument, ours + self.names, n=1)
-                hint = f"did you mean {near[0]}? " if near else ""
-                raise UserError(f"There is no option {argument}: {hint}`lowmem-npo train --help` lists them.")
-        return vars(
-            self.parser.parse_args(
-                [a.replace("-", "_").replace("__", "--", 1) if a.startswith("--") else a for a in unknown]
-            )
-        )
-
-    @staticmethod
-    def _fail(message: str) -> None:
-        raise UserError(
-            f"{message} (an option of transformers.TrainingArguments; `lowmem-npo train --help` lists ours)."
-        )
-
-
-def _trainer_arguments(unknown: list[str]) -> dict[str, Any]:
-    return _TrainerArgumentsParser().parse(list(unknown)) if unknown else {}
+    parser = Parser(cast(Any, TrainingArguments), allow_abbrev=False, add_help=False)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS  # only what is given
+    theirs = [name for name in parser._option_string_actions if name.startswith("--")]
+    ours = [f"--{f.name.replace('_', '-')}" for s in SECTIONS.values() for f in dataclasses.fields(s)]
+    for argument in arguments:
+        if argument.startswith("--") and argument not in theirs:
+            near = difflib.get_close_matches(argument, ours + theirs, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UserError(f"There is no option {argument}: {hint}`lowmem-npo train --help` lists them.")
+    return vars(parser.parse_args(arguments))
 
 
 def _settle_accumulation(sections: dict[str, Any], trainer_args: dict[str, Any], explicit: bool) -> None:
-    """--gradient-accumulation-steps N in TRL's sense: N micro-batches of --per-device-train-batch-size rows a step."""
+    """--gradient-accumulation-steps N as in TRL: a step is N micro-batches of --per-device-train-batch-size rows."""
     steps = trainer_args.pop("gradient_accumulation_steps", None)
     if steps is None:
         return
     training = sections["training"]
     if training.micro_batch_size is None or explicit:
         raise UserError(
-            "--gradient-accumulation-steps goes with --per-device-train-batch-size (and without --batch-size); "
-            "or give --batch-size (forget rows per step) and --micro-batch-size (rows at once)."
+            "--gradient-accumulation-steps needs --per-device-train-batch-size, and no --batch-size; or give "
+            "--batch-size (forget rows per step) and --micro-batch-size (rows at once)."
         )
     from accelerate import PartialState
 

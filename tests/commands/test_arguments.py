@@ -1,4 +1,4 @@
-"""Flags, aliases, files and their order of precedence."""
+"""Flags, aliases, configuration files, and which of them wins."""
 
 import pytest
 
@@ -8,36 +8,19 @@ from lowmem_npo.config import SECTIONS
 from lowmem_npo.errors import UserError
 
 # Names other tools rely on.
-PROMISED = [
-    "model",
-    "qlora",
-    "forget",
-    "retain",
-    "output-dir",
-    "batch-size",
-    "retain-batch-size",
-    "max-length",
-    "max-steps",
-    "epochs",
-    "lr",
-    "beta",
-    "gamma",
-    "delta",
-    "lora-r",
-    "lora-alpha",
-    "lora-targets",
-    "seed",
-    "resume",
-]  # noqa: SIM905
+PROMISED = (
+    "model", "qlora", "forget", "retain", "output-dir", "batch-size", "retain-batch-size", "max-length", "max-steps",
+    "epochs", "lr", "beta", "gamma", "delta", "lora-r", "lora-alpha", "lora-targets", "seed", "resume",
+)  # fmt: skip
 
 
 def test_promised_flags_are_in_the_help(capsys):
     with pytest.raises(SystemExit) as stop:
         parse_run(["--help"], "train")
     assert stop.value.code == 0
-    shown = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for flag in [*PROMISED, "config", "preview", "dry-run", "attn"]:
-        assert f"--{flag}" in shown, flag
+        assert f"--{flag}" in printed, flag
 
 
 @pytest.mark.parametrize(
@@ -74,7 +57,7 @@ def test_every_alias_leads_to_a_flag():
     assert not ours & set(ALIASES), "an alias hides a flag"
 
 
-def test_a_file_gives_what_flags_give_and_flags_win(tmp_path):
+def test_a_file_holds_flags_and_the_command_line_wins(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(
         "model: m\nlearning_rate: 1e-3\nload_in_4bit: true\nlora_targets: [x, y]\nrevision: null\nwarmup_steps: 7\n"
@@ -93,7 +76,7 @@ def test_a_file_gives_what_flags_give_and_flags_win(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "typed, said",
+    "typed, message",
     [
         (["--model", "m", "--batchsize", "3"], "--batch-size"),
         (["--model", "m", "--warmup_steps", "many"], "warmup_steps"),
@@ -108,21 +91,21 @@ def test_a_file_gives_what_flags_give_and_flags_win(tmp_path):
         (["--model", "m", "--config"], "--config"),
     ],
 )
-def test_mistakes_end_in_one_sentence(typed, said, capsys):
+def test_mistakes_end_in_one_sentence(typed, message, capsys):
     assert main(["train", *typed]) == 2
-    shown = capsys.readouterr()
-    assert said in shown.err and shown.err.count("\n") == 1 and "Traceback" not in shown.err
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and "Traceback" not in error
 
 
 @pytest.mark.parametrize(
-    "text, said",
+    "text, message",
     [("- a\n- b\n", "name: value"), ("model: [m\n", "not valid YAML"), ("nonsense: 3\nmodel: m", "--nonsense")],
 )
-def test_a_bad_file_is_named(text, said, tmp_path, capsys):
+def test_a_bad_file_is_named(text, message, tmp_path, capsys):
     file = tmp_path / "bad.yaml"
     file.write_text(text)
     assert main(["train", "--config", str(file)]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("typed", [["--model", "m", "--max-steps", "x"], []])
@@ -134,8 +117,8 @@ def test_tyros_own_errors_exit_with_2(typed, capsys):
 
 def test_commands_are_listed(capsys):
     assert main(["--help"]) == 0
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in COMMANDS)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in COMMANDS)
     assert main([]) == 2
     assert main(["tarin"]) == 2
     assert "train" in capsys.readouterr().err
@@ -143,5 +126,5 @@ def test_commands_are_listed(capsys):
 
 def test_env_says_what_a_bug_report_needs(capsys):
     assert main(["env"]) == 0
-    shown = capsys.readouterr().out
-    assert all(word in shown for word in ("torch", "transformers", "bitsandbytes", "cuda", "host memory", "disk"))
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("torch", "transformers", "bitsandbytes", "cuda", "host memory", "disk"))

@@ -70,7 +70,7 @@ def is_finished(run: SweepRun) -> bool:
     files, eval_rows = RunDirectory(run.config), run.config.output.eval_rows
     measured = all(read_answers(files.answers(stage), eval_rows) for stage in ("before", "after"))
     complete = files.is_trained and measured and files.report_json.is_file()
-    return complete and files.run_yaml.is_file() and not files.is_to_be_longer
+    return complete and files.run_yaml.is_file() and not files.needs_more_steps
 
 
 def _do(run: SweepRun, bases: Bases, inputs: dict[str, Inputs], say: Say) -> None:
