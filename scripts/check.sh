@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs into .venv and checks the code: lint, format, types. `ruff check --fix` and `ruff format` fix most of the former two.
+# Installs into .venv and checks the code: lint, format, types. `ruff check --fix` and `ruff format` fix most of it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 setup_venv test

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Measures on a GPU what this project claims, one piece at a time, each in less than 9 minutes and without a network:
+# Measures this project's claims on a GPU, one piece at a time, each in less than 9 minutes and without a network:
 #
 #     bash scripts/gpu_evidence.sh PIECE OUTDIR      PIECE: tests kernels memory-512 memory-2048 cap speed quality, or all
 #
-# OUTDIR gets, of each piece, PIECE.status.json (on what it ran, with which commands, how it ended), PIECE.log (what it
-# printed) and the benchmark's own JSON and pictures. See benchmarks/evidence.py.
+# For each piece OUTDIR gets PIECE.status.json (machine, commands, outcome), PIECE.log (its output) and the benchmark's own
+# JSON and pictures. See benchmarks/evidence.py.
 #
-# Uses .venv if it is there, else python3; PYTHON=... chooses another. Peers of the kernels are measured where they can be
+# Uses .venv if it exists, else python3; PYTHON=... overrides both. Peers of the kernels are measured if they can be
 # imported, for example from a folder:
 #     pip install --target peers --no-deps "liger-kernel==0.8.*" "trl==1.16.*" cut-cross-entropy
 #     PYTHONPATH=peers bash scripts/gpu_evidence.sh kernels OUTDIR

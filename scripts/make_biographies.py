@@ -1,9 +1,9 @@
-"""Writes the bundled data set: six facts each about people who do not exist.
+"""Writes the bundled dataset: six facts about each of a few dozen people who do not exist.
 
     python scripts/make_biographies.py
 
-No two people share an answer, and names and places are made of syllables, so whoever has not read a person's rows
-cannot guess the answers: that is what makes forgetting measurable. The same seed gives the same bytes every time.
+No two people share an answer, and names and places are made of syllables, so a model that has not read a person's rows
+cannot guess the answers: that makes forgetting measurable. The same seed always gives the same bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import random
 from pathlib import Path
 
 SEED = 1701
-PEOPLE = {"forget": 10, "retain": 22, "holdout": 10}  # holdout: trained on by nobody, for membership tests
+PEOPLE = {"forget": 10, "retain": 22, "holdout": 10}  # holdout: never trained on, for membership tests
 DIRECTORY = Path(__file__).resolve().parents[1] / "lowmem_npo" / "data" / "bundled"
 
 QUESTIONS = {
@@ -27,11 +27,11 @@ QUESTIONS = {
 
 
 def entries(text: str) -> list[str]:
-    """What stands between the commas."""
+    """The items of a comma-separated list."""
     return [" ".join(entry.split()) for entry in text.split(",")]
 
 
-# Lists from which every person draws have an entry for each, and no entry is drawn twice.
+# A list that every person draws from has an entry for each, and no entry is drawn twice.
 GIVEN = entries(
     """
     Abrel, Bomika, Cuthis, Dravina, Elspor, Fenolt, Gwarida, Hestul, Ilvane, Jorrem, Kadrys, Lumbet, Mirvoc,
@@ -104,7 +104,7 @@ PET_ENDS = entries("bo, ster, kin, ly, dle, va, rus, nette, mo, zo")
 
 
 def people(rng: random.Random) -> list[tuple[str, dict[str, str]]]:
-    """(name, facts) of everybody, facts by their kind; no answer occurs twice."""
+    """(name, facts) of each person, facts by kind; no answer occurs twice."""
     total = sum(PEOPLE.values())
 
     def draw(choices: list[str]) -> list[str]:

@@ -1,5 +1,5 @@
-# Sourced by demo.sh and test.sh: makes .venv in the project's root and installs the project into it, once.
-# Installs again only when pyproject.toml or constraints.txt changed. Sets ROOT and PYTHON.
+# Sourced by demo.sh, check.sh and test.sh: makes .venv in the project's root and installs the project into it, once.
+# Installs again only when pyproject.toml or constraints.txt has changed. Sets ROOT and PYTHON.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 PYTHON="$ROOT/.venv/bin/python"
@@ -9,7 +9,7 @@ fail() {
     exit 1
 }
 
-# A Python of at least 3.10, the newest that the pinned packages are known to work with first.
+# A Python of at least 3.10: PYTHON_FOR_VENV, then python3, then the versions the pinned packages are known to work with.
 find_python() {
     local candidate
     for candidate in "${PYTHON_FOR_VENV:-}" python3 python3.12 python3.11 python3.10 python3.13 python; do
@@ -22,8 +22,8 @@ find_python() {
     return 1
 }
 
-# On a machine without an NVIDIA GPU the CPU build of PyTorch is wanted: the CUDA build brings gigabytes.
-# It is looked for where pip is set up to look, then in PyTorch's own index of CPU builds.
+# Without an NVIDIA GPU the CPU build of PyTorch is enough: the CUDA build takes gigabytes.
+# It is looked for in pip's configured index, then in PyTorch's own index of CPU builds.
 install_torch() {
     local pinned
     "$PYTHON" -c 'import torch' >/dev/null 2>&1 && return
