@@ -31,7 +31,7 @@ def watch():
 
 small, folder = ModelConfig(sys.argv[1], qlora=True, device="cpu"), sys.argv[2]
 load_model(small)  # what the libraries take at first use
-found = {}
+peaks = {}
 largest = torch.randn(2048, 512).bfloat16()
 for name, load in {
     "one tensor": lambda: bitsandbytes.nn.Params4bit(largest.clone(), quant_type="nf4").to("cpu"),
@@ -44,12 +44,12 @@ for name, load in {
     loaded = load()
     watching = False
     thread.join()
-    found[name] = peak[0] - before
+    peaks[name] = peak[0] - before
     if name == "ours":
         weights = [w for w in loaded.parameters() if w.dtype == torch.uint8]
-        found["4-bit"] = sum(w.nbytes + w.quant_state.absmax.nbytes for w in weights)
+        peaks["4-bit"] = sum(w.nbytes + w.quant_state.absmax.nbytes for w in weights)
     del loaded
-print(json.dumps(found))
+print(json.dumps(peaks))
 """
 
 
@@ -69,7 +69,7 @@ def test_the_peak_is_the_final_size_and_one_tensor(byte_model, tmp_path):
         [sys.executable, "-c", LOAD, byte_model, tmp_path], capture_output=True, text=True, env=environment
     )
     assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout.splitlines()[-1])
-    allowed = found["4-bit"] + found["one tensor"] + 8 * 2**20  # with what bitsandbytes takes to quantise it
-    assert found["ours"] < allowed, found
-    assert found["bf16 first"] > 0.9 * in_bf16 > allowed, found  # the other way is told apart
+    peaks = json.loads(result.stdout.splitlines()[-1])
+    allowed = peaks["4-bit"] + peaks["one tensor"] + 8 * 2**20  # with what bitsandbytes takes to quantise it
+    assert peaks["ours"] < allowed, peaks
+    assert peaks["bf16 first"] > 0.9 * in_bf16 > allowed, peaks  # the other way is recognised

@@ -1,0 +1,36 @@
+"""What leaves the decoder, and the heads of every architecture."""
+
+import dataclasses
+
+import pytest
+import torch
+from helpers.tiny_models import CONFIGS, tiny_model
+
+from lowmem_npo.errors import UserError
+from lowmem_npo.model import answer_hidden, check_head
+from lowmem_npo.model import head as head_module
+
+
+def test_answer_hidden_gives_what_predicts_labelled_tokens():
+    model = tiny_model()
+    ids = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    labels = torch.tensor([[-100, -100, 7, 8, 9], [-100, 11, 12, -100, -100]])
+    answers = answer_hidden(model, ids, mask, labels)
+    assert answers.targets.tolist() == [7, 8, 9, 11, 12] and answers.sequence.tolist() == [0, 0, 0, 1, 1]
+    alone = model.model(ids[1:, :3]).last_hidden_state[0, :2]
+    torch.testing.assert_close(answers.hidden[3:], alone)
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_every_head_is_supported(architecture):
+    check_head(tiny_model(architecture))
+    check_head(tiny_model(architecture, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("architecture, change", [("gemma2", {"softcap": None}), ("granite", {"logit_scale": 1.0})])
+def test_an_unsupported_head_is_refused(architecture, change, monkeypatch):
+    right = head_module.frozen_head
+    monkeypatch.setattr(head_module, "frozen_head", lambda model: dataclasses.replace(right(model), **change))
+    with pytest.raises(UserError, match="logits"):
+        check_head(tiny_model(architecture))
