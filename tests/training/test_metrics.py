@@ -71,7 +71,7 @@ def test_a_resumed_run_repeats_no_step(tmp_path):
 
 
 def test_appending_alone_would_repeat_steps(tmp_path, monkeypatch):
-    """The test above is sharp: a writer that only appends is caught by it."""
+    """The test above catches a writer that only appends."""
     monkeypatch.setattr(MetricsWriter, "on_train_begin", lambda self, *args, **kwargs: self.path.touch())
     with pytest.raises(Killed):
         trainer(tmp_path, KillAt(7)).train()
@@ -79,7 +79,7 @@ def test_appending_alone_would_repeat_steps(tmp_path, monkeypatch):
     assert steps(tmp_path) != list(range(1, 11))
 
 
-def test_a_longer_run_goes_on_behind_the_shorter_one(tmp_path):
+def test_a_longer_run_continues_after_the_shorter_one(tmp_path):
     trainer(tmp_path, steps=4).train()
     trainer(tmp_path, steps=6).train(resume_from_checkpoint=True)
     assert steps(tmp_path) == [1, 2, 3, 4, 5, 6]

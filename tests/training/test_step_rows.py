@@ -142,7 +142,7 @@ def test_every_turn_and_every_seed_has_an_order_of_its_own():
     assert orders(0) == orders(0)
 
 
-def test_any_step_can_be_asked_for():
+def test_the_rows_of_any_step_are_known():
     sampler = StepBatches(10, 7, 4, 3, micro_batches=2, seed=5)
     batches = [batch for epoch in range(3) for batch in epoch_of(sampler, epoch)]
     for step in range(9):
@@ -151,7 +151,7 @@ def test_any_step_can_be_asked_for():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_resumed_epoch_goes_on_where_it_stopped(workers):
+def test_a_resumed_epoch_continues_where_it_stopped(workers):
     """With the function by which `transformers.Trainer` skips what a checkpoint has seen."""
     forget, retain = [row(2 + index % 5) for index in range(10)], [row(2 + index % 3) for index in range(7)]
 
@@ -160,19 +160,19 @@ def test_a_resumed_epoch_goes_on_where_it_stopped(workers):
             ForgetRetain(forget, retain), batch_sampler=sampler, collate_fn=collator(0), num_workers=workers
         )
 
-    def seen(batches):
+    def rows_in(batches):
         return [(batch["forget"]["row"].tolist(), batch["retain"]["row"].tolist()) for batch in batches]
 
     sampler = StepBatches(10, 7, 4, 3, micro_batches=2, seed=5)
     sampler.set_epoch(2)
-    whole = seen(loader(sampler))
+    whole = rows_in(loader(sampler))
     fresh = StepBatches(10, 7, 4, 3, micro_batches=2, seed=5)
     rest = skip_first_batches(loader(fresh), 4)
     fresh.set_epoch(2)  # the Trainer announces the epoch after skipping
     assert len(rest) == len(whole) - 4
-    assert seen(rest) == whole[4:]
+    assert rows_in(rest) == whole[4:]
     fresh.set_epoch(1)
-    assert seen(rest) != whole[4:], "another epoch has another order"
+    assert rows_in(rest) != whole[4:], "another epoch has another order"
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,7 @@ def check_gradients(architecture, rows, folder, settings):
     trainer = make_trainer(tiny_model(architecture), folder, forget, retain, **settings)
     enable_checkpointing(trainer.model.get_base_model())
     loss, expected = dense_step(trainer, forget, retain if trainer.objective.needs_retain else None)
-    found = step_gradients(trainer)
-    assert relative_error(found, expected) < 2e-5
+    assert relative_error(step_gradients(trainer), expected) < 2e-5
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-5)
 
 
@@ -103,7 +102,7 @@ def test_no_tensor_is_as_large_as_the_logits(vocabulary, tmp_path):
     assert largest.elements < logits, f"{largest.shape} has as many elements as {tokens} x {vocabulary} logits"
     assert largest.elements > 0
 
-    with LargestTensor() as largest:  # the dense form is found out
+    with LargestTensor() as largest:  # the dense form is caught
         batch = trainer.data_collator([trainer.train_dataset[pick] for pick in next(iter(trainer.step_batches))])
         inputs = {name: batch["retain"][name] for name in ("input_ids", "attention_mask")}
         trainer.model(**inputs, use_cache=False).logits.log_softmax(-1)
@@ -113,7 +112,7 @@ def test_no_tensor_is_as_large_as_the_logits(vocabulary, tmp_path):
 @pytest.mark.parametrize("objective", ["default", "token", "ga"])
 def test_micro_batches_do_not_change_the_gradient(objective, tmp_path):
     forget, retain = random_rows(8, 5), random_rows(8, 6)
-    found = {}
+    steps = {}
     for size, count in ((8, 1), (4, 2), (2, 4), (3, 3)):
         trainer = make_trainer(
             tiny_model("olmo"),
@@ -125,9 +124,9 @@ def test_micro_batches_do_not_change_the_gradient(objective, tmp_path):
             gradient_accumulation_steps=count,
             **OBJECTIVES[objective],
         )
-        found[size] = step_gradients(trainer), trainer.state.log_history[0]
-    whole, log = found.pop(8)
-    for gradients, other in found.values():
+        steps[size] = step_gradients(trainer), trainer.state.log_history[0]
+    whole, log = steps.pop(8)
+    for gradients, other in steps.values():
         assert relative_error(gradients, whole) < 1e-5
         for name in ("loss", "forget_loss", "forget_nll", "retain_nll", "retain_kl"):
             assert other[name] == pytest.approx(log[name], rel=1e-5)
