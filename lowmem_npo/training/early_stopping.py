@@ -83,7 +83,7 @@ class Stopping(TrainerCallback):
             return False
         kept = best(self.evaluations, self.conditions)
         if PartialState().is_main_process and kept is not None and not self._file(kept).exists():
-            raise UserError(f"--resume: the best adapter so far, '{self._file(kept)}', is missing: start the run anew.")
+            raise UserError(f"--resume: the best adapter so far, '{self._file(kept)}', is missing: start a new run.")
         return bool(self._held())
 
     def on_train_begin(

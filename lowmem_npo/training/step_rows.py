@@ -22,8 +22,8 @@ class StepBatches(Sampler[list[Pick]]):
     """One epoch of micro-batches for one rank; a `batch_sampler` for `torch.utils.data.DataLoader`.
 
     The forget set defines the epoch: ceil(num_forget / batch_size) optimiser steps, the last one perhaps short,
-    shuffled anew each epoch. Every step also draws `retain_batch_size` retain rows, without replacement until all
-    are used, then shuffled anew, across epochs. Each step has exactly `micro_batches` micro-batches on every rank,
+    reshuffled each epoch. Every step also draws `retain_batch_size` retain rows, without replacement until all
+    are used, then reshuffled, across epochs. Each step has exactly `micro_batches` micro-batches on every rank,
     whose sizes differ by one row at most; at a short last step some may be empty.
 
     num_forget, num_retain: rows of each part. No retain rows are drawn where num_retain or retain_batch_size is 0.
