@@ -1,4 +1,4 @@
-"""A base model that is lent to one run after the other."""
+"""A base model that one run after another borrows."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 
 @contextmanager
-def lent(base: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """`base` for one run; on leaving, whatever the run did to it is undone: it is as it was loaded.
+def borrowed(base: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """`base` for one run; afterwards it is as it was loaded, whatever the run did to it.
 
     A run puts an adapter into the modules, replaces forwards (memory switches), sets flags and hooks, changes the
-    configuration, and may move the embedding. None of it touches the frozen weights' values. So every module gets back
-    the attributes that it had, and the adapter, which nothing refers to then, is freed.
+    configuration, and may move the embedding. None of it changes the values of the frozen weights. So every module gets
+    its attributes back, and the adapter, which nothing refers to any more, is freed.
     """
     device = base.device
     embedding = base.get_input_embeddings()
@@ -41,6 +41,7 @@ def lent(base: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 
 def _attributes(module: torch.nn.Module) -> dict[str, object]:
-    """The module's own attributes; its tables of submodules, parameters, buffers and hooks are copied, not their
-    contents."""
+    """The module's own attributes; the tables of its submodules, parameters, buffers and hooks are copied, but not what
+    is in them."""
+
     return {name: copy.copy(v) if isinstance(v, (dict, list, set)) else v for name, v in vars(module).items()}

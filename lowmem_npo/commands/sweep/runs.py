@@ -1,4 +1,4 @@
-"""The runs of a sweep, one after the other, on one loaded base model and one stored reference."""
+"""The runs of a sweep, one after another, on one loaded base model and one cached reference."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
-from lowmem_npo.commands.sweep.borrowed_base import lent
+from lowmem_npo.commands.sweep.borrowed_base import borrowed
 from lowmem_npo.commands.sweep.figures import SweepResult, collect, write_results
 from lowmem_npo.commands.sweep.grid import SweepRun
 from lowmem_npo.commands.sweep.picture import draw_sweep
-from lowmem_npo.commands.train.run import Inputs, plan_run, unlearn
+from lowmem_npo.commands.train.run import Inputs, plan_run, read_inputs, unlearn
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
@@ -29,18 +29,19 @@ STATE = "sweep_state.json"
 
 
 def sweep(runs: Sequence[SweepRun], root: Path, *, resume: bool, say: Say = print) -> SweepResult:
-    """Does every run that is not done yet, and writes sweep.csv, sweep.json, sweep.md and sweep.png into `root`.
+    """Makes every run that is not finished, and writes sweep.csv, sweep.json, sweep.md and sweep.png into `root`.
 
-    Each run is what `lowmem-npo train` with the same settings does, in `root`/configuration/seed-N. One that fails is
-    recorded with its reason, and the next one begins.
+    Each run is the one that `lowmem-npo train` makes with the same settings, in `root`/configuration/seed-N. If one
+    fails, the reason is recorded and the next one begins.
 
     Raises:
-        UserError: `root` holds something else, or runs with other settings; or not one run succeeded.
+        UserError: `root` holds other files, or runs with other settings; or no run succeeded.
     """
     _check(runs, root, resume)
     root.mkdir(parents=True, exist_ok=True)
     state = Ledger(root / STATE)
-    bases, inputs = Bases(), {}
+    bases = Bases()
+    inputs: dict[str, Inputs] = {}
     for number, run in enumerate(runs, 1):
         title = f"[{number}/{len(runs)}] {run.point.name}, seed {run.seed}"
         if is_finished(run):
@@ -49,11 +50,12 @@ def sweep(runs: Sequence[SweepRun], root: Path, *, resume: bool, say: Say = prin
         say(title)
         begin = time.monotonic()
         try:
-            _do(run, bases, inputs, say)
-        except Exception as error:  # whatever it is, it must not cost the other runs
+            _make(run, bases, inputs, say)
+        except Exception as error:  # no error of one run must end the others
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            state.record(run, error=" ".join(reason.split()))
-            say(f"    failed: {' '.join(reason.split())}")
+            reason = " ".join(reason.split())
+            state.record(run, error=reason)
+            say(f"    failed: {reason}")
         else:
             state.record(run, seconds=time.monotonic() - begin)
     result = collect(runs, state.entries)
@@ -65,59 +67,53 @@ def sweep(runs: Sequence[SweepRun], root: Path, *, resume: bool, say: Say = prin
 
 
 def is_finished(run: SweepRun) -> bool:
-    """Whether the run's directory holds its adapter, what was measured after it, and the report, written last; a run
-    that is to be longer now is not finished."""
+    """Whether the run's directory holds its adapter, its measurements and its report, which is written last; a run that
+    needs more steps now is not finished."""
     files, eval_rows = RunDirectory(run.config), run.config.output.eval_rows
     measured = all(read_answers(files.answers(stage), eval_rows) for stage in ("before", "after"))
     complete = files.is_trained and measured and files.report_json.is_file()
     return complete and files.run_yaml.is_file() and not files.needs_more_steps
 
 
-def _do(run: SweepRun, bases: Bases, inputs: dict[str, Inputs], say: Say) -> None:
+def _make(run: SweepRun, bases: Bases, inputs: dict[str, Inputs], say: Say) -> None:
     """One run. What `train` would print goes to log.txt in its directory."""
-    config = run.config
-    # A run that was killed before its first checkpoint, or even before it wrote anything, begins anew.
     files = RunFiles(run.directory)
-    resume = files.run_yaml.exists()
-    config = replace(config, output=replace(config.output, resume=resume))
+    # A run that was killed before its first checkpoint, or before it wrote anything, starts from the beginning.
+    config = replace(run.config, output=replace(run.config.output, resume=files.run_yaml.exists()))
     lines: list[str] = []
     key = repr((config.model, config.data, config.objective.forget_term == "idk"))
-    plan = plan_run(config, lines.append, inputs.get(key))
-    inputs[key] = plan.tokenizer, plan.data
-    files.report_json.unlink(missing_ok=True)  # of a shorter run: it would say that this one is done
+    inputs[key] = read_inputs(config, lines.append, inputs.get(key))
+    plan = plan_run(config, inputs[key], lines.append)
+    files.report_json.unlink(missing_ok=True)  # that of a shorter run would mark this one as finished
     try:
-        with lent(bases.loaded(config.model)) as base:
+        with borrowed(bases.loaded(config.model)) as base:
             result = unlearn(plan, base, lines.append)
             del base
     finally:
         if run.directory.is_dir():
             files.log.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    say(
-        "    "
-        + "; ".join(
-            f"{name} NLL {s.nll:.3f}, exact match {s.exact_match:.3f}" for name, s in summaries(result.after).items()
-        )
-    )
+    after = summaries(result.after)
+    say("    " + "; ".join(f"{name} NLL {s.nll:.3f}, exact match {s.exact_match:.3f}" for name, s in after.items()))
     if result.stopping is not None:
         say("    " + result.stopping.sentence)
 
 
 class Bases:
-    """The base model in use: loaded once for all runs in a row that have the same model options."""
+    """The base model in use, loaded once for consecutive runs with the same model options."""
 
     def __init__(self) -> None:
         self._config: ModelConfig | None = None
         self._model: PreTrainedModel | None = None
 
     def loaded(self, config: ModelConfig) -> PreTrainedModel:
-        if config != self._config:
-            self._config = self._model = None  # before the next one comes
+        if self._model is None or config != self._config:
+            self._model = None  # freed before the next one is loaded
             self._model, self._config = load_model(config), config
         return self._model
 
 
 class Ledger:
-    """How each run ended, as {directory: {"seconds": ...} or {"error": ...}}; on disk after every run."""
+    """How each run ended, as {directory: {"seconds": ...} or {"error": ...}}; saved after every run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -133,19 +129,22 @@ class Ledger:
 
 
 def _check(runs: Sequence[SweepRun], root: Path, resume: bool) -> None:
-    """Refuses before the first run what would be refused later, or would destroy something."""
+    """Raises UserError, before the first run, for what a later run would refuse or would destroy."""
     if PartialState().num_processes > 1:
         raise UserError("A sweep runs in one process: start one per GPU, with CUDA_VISIBLE_DEVICES and its own grid.")
     for run in runs:
         if run.config.output.eval_rows < 1:
-            raise UserError("A sweep compares what was measured: --eval-rows must be at least 1.")
+            raise UserError("A sweep compares what its runs measure: --eval-rows must be at least 1.")
         if run.config.output.preview is not None:
             raise UserError("--preview shows the rows of one run: use it with `lowmem-npo train`.")
     if resume and not (root / STATE).exists():
         raise UserError(f"--resume: there is no sweep in '{root}' (no {STATE}); start it without --resume.")
-    if not resume and root.exists() and (not root.is_dir() or any(root.iterdir())):
-        hint = ", continue it with --resume," if root.is_dir() and (root / STATE).exists() else ""
-        raise UserError(f"--output-dir '{root}' holds something already: choose another directory{hint} or remove it.")
+    if root.is_file():
+        raise UserError(f"--output-dir '{root}' is a file: choose a directory.")
+    if not resume and root.exists() and any(root.iterdir()):
+        is_sweep = (root / STATE).exists()
+        state, hint = ("a sweep", ", continue it with --resume") if is_sweep else ("other files", "")
+        raise UserError(f"--output-dir '{root}' holds {state}: choose another directory{hint}, or remove it.")
     for run in runs:
         if RunFiles(run.directory).run_yaml.exists():
             RunDirectory(replace(run.config, output=replace(run.config.output, resume=True))).check()

@@ -1,14 +1,22 @@
-"""One run of `lowmem-npo train`, from configuration to adapter and before/after table. Reads top to bottom."""
+"""One run of `lowmem-npo train`, from its configuration to adapter, table and report. Reads from top to bottom."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from accelerate import PartialState
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    set_seed,
+)
 
 from lowmem_npo.config import RunConfig
 from lowmem_npo.console import Say, silent
@@ -41,19 +49,15 @@ from lowmem_npo.training.progress import ConsoleProgress
 from lowmem_npo.training.reference import check_cache_space
 from lowmem_npo.training.trainer import NPOTrainer
 
-EVAL_SEED = 0  # the same rows are measured whatever --seed is, so that runs with several seeds can be compared
-Inputs = tuple[PreTrainedTokenizerBase, PreparedData]
+EVAL_SEED = 0  # the measured rows do not depend on --seed, so that runs with several seeds can be compared
 
 
-@dataclass
-class RunResult:
-    """What a run leaves in memory; the same stands in its directory."""
+class Inputs(NamedTuple):
+    """What a run reads before its weights."""
 
-    directory: Path
-    before: Evaluations
-    after: Evaluations
-    optimizer_steps: int
-    stopping: StopOutcome | None = None
+    model_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
 
 
 @dataclass
@@ -74,7 +78,7 @@ class RunPlan:
 
     @property
     def sentence(self) -> str:
-        """How many steps of how many rows."""
+        """The number of steps, and of rows in each."""
         training, data = self.config.training, self.data
         retain = f" and {training.retain_rows} of {len(data.retain)} retain rows" if data.retain is not None else ""
         return (
@@ -82,29 +86,47 @@ class RunPlan:
         )
 
 
+@dataclass
+class RunResult:
+    """A finished run; its directory holds the same."""
+
+    directory: Path
+    before: Evaluations
+    after: Evaluations
+    optimizer_steps: int
+    stopping: StopOutcome | None = None
+
+
 def train(config: RunConfig, say: Say = print) -> RunResult | None:
     """Makes the model forget. Returns None after --preview and --dry-run, which train nothing.
 
     Raises:
-        UserError: something the user can fix, said in one sentence.
+        UserError: something the user can fix, in one sentence.
     """
     say = say if is_main_process(config) else silent
-    plan = plan_run(config, say)
-    if plan is None:
+    inputs = read_inputs(config, say)
+    if config.output.preview is not None:
+        say(preview(inputs.data.forget, inputs.tokenizer, config.output.preview, title="forget"))
+        if inputs.data.retain is not None:
+            say(preview(inputs.data.retain, inputs.tokenizer, config.output.preview, title="retain"))
+        return None
+    plan = plan_run(config, inputs, say)
+    if config.output.dry_run:
+        say(plan.config.to_yaml().rstrip())
+        say(f"Dry run: data, model and disk are fine; {plan.sentence}. Nothing was trained or written.")
         return None
     return unlearn(plan, load_model(plan.config.model), say)
 
 
 def is_main_process(config: RunConfig) -> bool:
-    """Whether this process is the one that measures, writes and talks."""
+    """Whether this process is the one that measures, writes and prints."""
     return PartialState(cpu=resolve_device(config.model.device).type == "cpu").is_main_process
 
 
-def plan_run(config: RunConfig, say: Say, inputs: Inputs | None = None) -> RunPlan | None:
-    """Everything that can be wrong with data, options, model name and directory is found here, before the first byte is
-    written and before the weights are loaded. Returns None after --preview and --dry-run.
+def read_inputs(config: RunConfig, say: Say, known: Inputs | None = None) -> Inputs:
+    """Reads and checks all that a run reads before its weights, and reports on the data.
 
-    inputs: tokenizer and data of an earlier plan of the same model and data, which are then not read again.
+    known: inputs that a run with the same model and data has read; they are reported, but not read again.
 
     Raises:
         UserError: as for `train`.
@@ -112,18 +134,21 @@ def plan_run(config: RunConfig, say: Say, inputs: Inputs | None = None) -> RunPl
     if line := resolve_name(config.model.model)[1]:
         say(line)
     leak_tests(config.output.leaks, WHILE_TRAINING)
-    model_config = load_config(config.model)
-    if inputs is None:
-        tokenizer = load_tokenizer(config.model)
-        inputs = tokenizer, prepare(tokenizer, config.data, config.objective.forget_term)
-    tokenizer, data = inputs
-    for line in data.report:
+    if known is None:
+        model_config, tokenizer = load_config(config.model), load_tokenizer(config.model)
+        known = Inputs(model_config, tokenizer, prepare(tokenizer, config.data, config.objective.forget_term))
+    for line in known.data.report:
         say(line)
-    if config.output.preview is not None:
-        say(preview(data.forget, tokenizer, config.output.preview, title="forget"))
-        if data.retain is not None:
-            say(preview(data.retain, tokenizer, config.output.preview, title="retain"))
-        return None
+    return known
+
+
+def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
+    """Checks all that could fail after the weights are loaded, and finds the memory switches; writes nothing.
+
+    Raises:
+        UserError: as for `train`.
+    """
+    model_config, tokenizer, data = inputs
     directory = RunDirectory(config)
     directory.check()
     if config.output.resume:
@@ -133,77 +158,32 @@ def plan_run(config: RunConfig, say: Say, inputs: Inputs | None = None) -> RunPl
         dtype = DTYPES[config.model.dtype]
         say(check_cache_space(config.objective, data.forget, data.retain, model_config, dtype, directory.reference_dir))
     directory.config = config = keep_budget(config, data, say)
-    plan = RunPlan(config, directory, tokenizer, data)
-    if config.output.dry_run:
-        say(config.to_yaml().rstrip())
-        say(f"Dry run: data, model and disk are fine; {plan.sentence}. Nothing was trained or written.")
-        return None
-    return plan
+    return RunPlan(config, directory, tokenizer, data)
 
 
 def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
-    """The run itself. `base`, as `load_model` gives it, is left with its adapter and its memory switches thrown
+    """The run itself. `base`, as `load_model` returns it, is left with an adapter and its memory switches on
     (`lowmem_npo.commands.sweep.borrowed_base` undoes that)."""
-    config, directory, data, tokenizer = plan.config, plan.directory, plan.data, plan.tokenizer
+    config, directory = plan.config, plan.directory
     main_process = is_main_process(config)
+    measures = main_process and config.output.eval_rows != 0
     set_seed(config.training.seed)
     model = attach_lora(base, config.adapter)
     model.active_peft_config.revision = config.model.revision  # of the base: for those who load the adapter later
     apply_switches(model, config.memory)
-    trainer = NPOTrainer(
-        model,
-        npo_config(config),
-        data.forget_targets,
-        data.retain,
-        processing_class=tokenizer,
-        callbacks=[MetricsWriter(directory.metrics), ConsoleProgress()],
-    )
-    for default in (ProgressCallback, PrinterCallback):  # ours takes their place
-        trainer.remove_callback(default)
     stopping = _stopping(plan, model, say)
-    if stopping is not None:
-        trainer.add_callback(stopping)
+    trainer = _trainer(plan, model, stopping)
     directory.begin(main_process)
     say(f"{plan.sentence}; {model.get_nb_trainable_parameters()[0]:,} adapter parameters.")
     if main_process:
-        begin_audit(directory.path, config, data, model)
+        begin_audit(directory.path, config, plan.data, model)
 
-    before: Evaluations = {}
-    if config.output.eval_rows and main_process:
-        before = read_answers(directory.answers("before"), config.output.eval_rows)  # of a killed run
-        fresh = not before
-        if fresh:
-            with reference_mode(model):
-                before = _evaluate(plan, model, "before")
-            save_answers(directory.answers("before"), before)
-        wanted = set(_leak_tests(config, "before"))
-        if (fresh and wanted) or set(read_leaks(directory.leaks).get("before", {})) != wanted:
-            with reference_mode(model):
-                write_leaks(directory.leaks, {"before": _leaks(plan, model, "before")})
+    before = _measure_before(plan, model) if measures else {}
     PartialState().wait_for_everyone()
-
-    checkpoint = directory.last_checkpoint() if config.output.resume else None
-    stopped = stopping is not None and stopping.resume(step_of(checkpoint))
-    if step_of(checkpoint) >= plan.steps:
-        trainer.restore(checkpoint)
-    elif not stopped:
-        with watch_memory(config, data, trainer.args.device, say):
-            trainer.train(resume_from_checkpoint=checkpoint)
-    outcome = stopping.finish() if stopping is not None and main_process else None
+    outcome = _train(plan, trainer, stopping, say)
     trainer.save_model(str(directory.path))
+    after = _measure_after(plan, model, before, say) if measures else {}
 
-    after: Evaluations = {}
-    if config.output.eval_rows and main_process:
-        after = _evaluate(plan, model, "after")
-        save_answers(directory.answers("after"), after)
-        stages = {stage: summaries(sets) for stage, sets in {"before": before, "after": after}.items()}
-        save_table(stages, directory.path)
-        say("\n" + text_table(stages))
-        if config.output.leaks:
-            leaks_before = read_leaks(directory.leaks).get("before", {})
-            leaks_after = _leaks(plan, model, "after")
-            write_leaks(directory.leaks, {"before": leaks_before, "after": leaks_after})
-            say("\nWhat still leaks\n" + leaks_text(leaks_after, leaks_before))
     steps = trainer.state.global_step if outcome is None else outcome.last.step
     if main_process:
         finish_audit(directory.path, steps, adapter_step=steps if outcome is None else outcome.kept.step)
@@ -212,8 +192,64 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
     return RunResult(directory.path, before, after, steps, outcome)
 
 
+# -- the steps of a run -----------------------------------------------------------------------------------------------
+
+
+def _trainer(plan: RunPlan, model: PeftModel, stopping: Stopping | None) -> NPOTrainer:
+    args, data = npo_config(plan.config), plan.data
+    ours = [MetricsWriter(plan.directory.metrics), ConsoleProgress(), *([stopping] if stopping else [])]
+    trainer = NPOTrainer(model, args, data.forget_targets, data.retain, processing_class=plan.tokenizer, callbacks=ours)
+
+    for default in (ProgressCallback, PrinterCallback):  # replaced by ours
+        trainer.remove_callback(default)
+    return trainer
+
+
+def _measure_before(plan: RunPlan, model: PeftModel) -> Evaluations:
+    """The original model's answers and leaks, measured unless an interrupted run has done so."""
+    files, tests = plan.directory, set(_leak_tests(plan.config, "before"))
+    before = read_answers(files.answers("before"), plan.config.output.eval_rows)
+    fresh = not before
+    with reference_mode(model):
+        if fresh:
+            before = _answers(plan, model, "before")
+            save_answers(files.answers("before"), before)
+        if (fresh and tests) or set(read_leaks(files.leaks).get("before", {})) != tests:
+            write_leaks(files.leaks, {"before": _leaks(plan, model, "before")})
+    return before
+
+
+def _train(plan: RunPlan, trainer: NPOTrainer, stopping: Stopping | None, say: Say) -> StopOutcome | None:
+    """Trains from the last checkpoint or from the beginning. Under --stop-when the model is left with the best adapter
+    (in the main process, which saves it)."""
+    config, directory = plan.config, plan.directory
+    checkpoint = directory.last_checkpoint() if config.output.resume else None
+    stopped = stopping is not None and stopping.resume(step_of(checkpoint))
+    if checkpoint is not None and step_of(checkpoint) >= plan.steps:
+        trainer.restore(checkpoint)
+    elif not stopped:
+        with watch_memory(config, plan.data, trainer.args.device, say):
+            trainer.train(resume_from_checkpoint=checkpoint)
+    return stopping.finish() if stopping is not None and is_main_process(config) else None
+
+
+def _measure_after(plan: RunPlan, model: PeftModel, before: Evaluations, say: Say) -> Evaluations:
+    """The same of the trained model; both are saved and printed side by side."""
+    files = plan.directory
+    after = _answers(plan, model, "after")
+    save_answers(files.answers("after"), after)
+    stages = {"before": summaries(before), "after": summaries(after)}
+    save_table(stages, files.path)
+    say("\n" + text_table(stages))
+    if plan.config.output.leaks:
+        leaks = {"before": read_leaks(files.leaks).get("before", {}), "after": _leaks(plan, model, "after")}
+        write_leaks(files.leaks, leaks)
+        say("\nWhat still leaks\n" + leaks_text(leaks["after"], leaks["before"]))
+    return after
+
+
 def _stopping(plan: RunPlan, model: PeftModel, say: Say) -> Stopping | None:
-    """What --stop-when asks for; None if nothing. It measures the rows that are measured before and after, too."""
+    """What --stop-when asks for, if anything; it measures the same rows as before and after training."""
     config, data = plan.config, plan.data
     if not config.stopping.stop_when:
         return None
@@ -231,7 +267,7 @@ def _stopping(plan: RunPlan, model: PeftModel, say: Say) -> Stopping | None:
     )
 
 
-def _evaluate(plan: RunPlan, model: PeftModel, stage: str) -> Evaluations:
+def _answers(plan: RunPlan, model: PeftModel, stage: str) -> Evaluations:
     output, sets = plan.config.output, {"forget": plan.data.forget, "retain": plan.data.retain}
     return {
         name: evaluate_answers(
@@ -249,7 +285,7 @@ def _evaluate(plan: RunPlan, model: PeftModel, stage: str) -> Evaluations:
 
 
 def _leaks(plan: RunPlan, model: PeftModel, stage: str) -> LeakResults:
-    """The leak tests on the rows that are measured before and after, compared with as many of the holdout."""
+    """The leak tests on the rows whose answers are measured, compared with as many of the holdout."""
     config, data = plan.config, plan.data
     tests = _leak_tests(config, stage)
     if not tests:
@@ -264,7 +300,7 @@ def _leaks(plan: RunPlan, model: PeftModel, stage: str) -> LeakResults:
             seed=config.training.seed,
             batch_size=config.output.eval_batch_size,
         )
-    except UserError as error:  # a diverged adapter gives no numbers: the report must say so all the same
+    except UserError as error:  # of a diverged adapter, which is reported all the same
         return {test: LeakResult.not_measured(str(error).rstrip(".")) for test in tests}
 
 

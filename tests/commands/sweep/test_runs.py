@@ -1,4 +1,4 @@
-"""A sweep of real runs: each what `train` gives, to the bit; failures, resumption, figures and files."""
+"""A sweep of real runs: each is bit for bit that of `train`; failures, resumption, figures and files."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 import lowmem_npo.commands.sweep.runs as sweep_run
 from lowmem_npo.cli import main
 from lowmem_npo.commands.arguments import parse_run
-from lowmem_npo.commands.sweep.borrowed_base import lent
+from lowmem_npo.commands.sweep.borrowed_base import borrowed
 from lowmem_npo.commands.train.run import train
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.model import load_model
 
-# Different in what they do to the model: adapters elsewhere, tiled and checkpointed modules, an embedding that moves.
+# Runs that change the model in different ways: tiled MLPs or not; the embedding moves in all.
 SWITCHES = "tile-mlp=16,"
 
 
@@ -62,7 +62,7 @@ def live_sweep(taught_model, tmp_path_factory) -> Path:
 
 
 def alone(model: Path, folder: Path, place: str, *more: str) -> Path:
-    """The run of `place` in a sweep, made by `train`."""
+    """The sweep's run at `place`, made by `train`."""
     seed = place.rpartition("-")[2]
     tiled = ["--tile-mlp", "16"] if "tile-mlp=16" in place else []
     config = parse_run(options(model, folder, "--delta", "0.5", "--seed", seed, *tiled, *more), "train")
@@ -74,31 +74,31 @@ PLACES = [f"tile-mlp={tile}_delta=0.5/seed-{seed}" for tile in ("16", "default")
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_each_run_is_trains_to_the_bit(place, live_sweep, taught_model, tmp_path):
+def test_each_run_is_bit_for_bit_that_of_train(place, live_sweep, taught_model, tmp_path):
     assert same_run(live_sweep / place, alone(taught_model, tmp_path / "alone", place))
 
 
 def test_the_runs_differ_from_one_another(live_sweep):
-    """Or the test above could not see a mix-up."""
+    """Otherwise the test above could not detect a mix-up."""
     assert not same_run(live_sweep / PLACES[0], live_sweep / PLACES[1])
 
 
-def test_a_base_that_is_not_given_back_is_noticed(taught_model, tmp_path, monkeypatch):
-    """The bug planted: the first run's adapters stay in the model that the second one gets."""
+def test_a_base_that_is_not_restored_is_noticed(taught_model, tmp_path, monkeypatch):
+    """With a bug planted: the first run's adapters stay in the second run's model."""
     from contextlib import nullcontext
 
-    monkeypatch.setattr(sweep_run, "lent", nullcontext)
+    monkeypatch.setattr(sweep_run, "borrowed", nullcontext)
     grid = ["--grid", "lora-targets=all-linear,q_proj", "delta=0.5"]
     swept(taught_model, tmp_path / "o", "--reference", "live", "--seeds", "1", *grid)
     place = "lora-targets=q_proj_delta=0.5/seed-1"
     if (tmp_path / "o" / place / "after.json").exists():
         expected = alone(taught_model, tmp_path / "alone", place, "--lora-targets", "q_proj")
-        found, wanted = weights(tmp_path / "o" / place), weights(expected)
-        assert found.keys() != wanted.keys() or not same_run(tmp_path / "o" / place, expected)
+        adapters = weights(tmp_path / "o" / place), weights(expected)
+        assert adapters[0].keys() != adapters[1].keys() or not same_run(tmp_path / "o" / place, expected)
 
 
 @pytest.mark.parametrize("qlora", [False, True])
-def test_lent_gives_back_what_it_took(qlora, taught_model):
+def test_a_borrowed_base_is_restored(qlora, taught_model):
     from lowmem_npo.config import AdapterConfig, MemoryConfig
     from lowmem_npo.memory.switches import apply_switches
     from lowmem_npo.model import attach_lora
@@ -107,7 +107,7 @@ def test_lent_gives_back_what_it_took(qlora, taught_model):
     names, values = [n for n, _ in base.named_modules()], {n: p.clone() for n, p in base.named_parameters()}
     attributes = {n: set(vars(m)) for n, m in base.named_modules()}
     config = base.config.to_dict()
-    with lent(base):
+    with borrowed(base):
         everything = MemoryConfig(tile_mlp=8, embedding_on_cpu=True, offload_checkpoints=True)
         apply_switches(attach_lora(base, AdapterConfig(lora_targets=("all-linear",))), everything)
         base.config.use_cache = True
@@ -120,7 +120,7 @@ def test_lent_gives_back_what_it_took(qlora, taught_model):
 
 
 def test_one_reference_serves_all(taught_model, tmp_path):
-    """Stored by the first run, read by the second: as by two of `train` with the same --reference-dir."""
+    """Written by the first run, read by the second, as in two runs of `train` with the same --reference-dir."""
     assert swept(taught_model, tmp_path / "o", "--seeds", "1,2", "--grid", "delta=0.5") == 0
     stored = sorted(path.name for path in (tmp_path / "o" / "reference").iterdir())
     assert stored == ["forget.safetensors", "retain.safetensors"]
@@ -132,9 +132,9 @@ def test_one_reference_serves_all(taught_model, tmp_path):
 
 
 def test_the_figures(live_sweep):
-    found = json.loads((live_sweep / "sweep.json").read_text())
-    assert [c["name"] for c in found["configurations"]] == ["tile-mlp=16_delta=0.5", "tile-mlp=default_delta=0.5"]
-    for configuration in found["configurations"]:
+    result = json.loads((live_sweep / "sweep.json").read_text())
+    assert [c["name"] for c in result["configurations"]] == ["tile-mlp=16_delta=0.5", "tile-mlp=default_delta=0.5"]
+    for configuration in result["configurations"]:
         for part in ("forget", "retain"):
             values = [
                 json.loads((live_sweep / configuration["name"] / f"seed-{seed}" / "after.json").read_text())[part]
@@ -154,7 +154,7 @@ def test_the_figures(live_sweep):
     assert width > 1000 and height > 200
 
 
-def test_resume_skips_what_is_done_and_does_the_rest(live_sweep, taught_model, capsys):
+def test_resume_skips_finished_runs_and_makes_the_others(live_sweep, taught_model, capsys):
     arguments = ["--reference", "live", "--seeds", "1,2", "--grid", SWITCHES, "delta=0.5"]
     kept, again = live_sweep / PLACES[0], live_sweep / PLACES[3]
     before = weights(again)
@@ -171,7 +171,7 @@ def test_resume_skips_what_is_done_and_does_the_rest(live_sweep, taught_model, c
     assert "lr was 0.005" in capsys.readouterr().err
 
 
-def test_a_longer_sweep_lengthens_its_runs(taught_model, tmp_path, capsys):
+def test_a_longer_sweep_continues_its_runs(taught_model, tmp_path, capsys):
     arguments = ["--reference", "live", "--seeds", "1", "--grid", "per_device_train_batch_size=2,4"]
     arguments += ["--save-strategy", "steps", "--save-steps", "1"]
     assert swept(taught_model, tmp_path / "o", *arguments) == 0
@@ -190,24 +190,24 @@ def test_a_longer_sweep_lengthens_its_runs(taught_model, tmp_path, capsys):
     assert (tmp_path / "o" / "micro-batch-size=2" / "seed-42" / "checkpoint-4").is_dir()
 
 
-def test_a_diverged_run_is_told_and_kept_out_of_the_means(taught_model, tmp_path, capsys):
+def test_a_diverged_run_is_reported_and_left_out_of_the_means(taught_model, tmp_path, capsys):
     grid = ["--seeds", "1", "--reference", "live", "--grid", "lr=1e-3,1e30", "--max-grad-norm", "0"]
     assert swept(taught_model, tmp_path / "o", *grid) == 1
-    found = json.loads((tmp_path / "o" / "sweep.json").read_text())
-    assert [c["name"] for c in found["configurations"]] == ["lr=1e-3"]
-    assert [run["status"] for run in found["runs"]] == ["done", "failed"]
-    assert "diverged" in found["runs"][1]["error"] and "diverged" in capsys.readouterr().out
+    result = json.loads((tmp_path / "o" / "sweep.json").read_text())
+    assert [c["name"] for c in result["configurations"]] == ["lr=1e-3"]
+    assert [run["status"] for run in result["runs"]] == ["done", "failed"]
+    assert "diverged" in result["runs"][1]["error"] and "diverged" in capsys.readouterr().out
 
 
-def test_a_failed_run_costs_no_other(taught_model, tmp_path, capsys):
+def test_a_failed_run_does_not_end_the_others(taught_model, tmp_path, capsys):
     arguments = ["--reference", "live", "--seeds", "1,2", "--grid", "lora-targets=nonsense,q_proj"]
     assert swept(taught_model, tmp_path / "o", *arguments) == 1
-    shown = capsys.readouterr().out
-    assert "2 of 4 runs failed" in shown and shown.count("nonsense matches no layer") == 4
-    found = json.loads((tmp_path / "o" / "sweep.json").read_text())
-    assert [c["name"] for c in found["configurations"]] == ["lora-targets=q_proj"]
-    assert [run["status"] for run in found["runs"]] == ["failed", "failed", "done", "done"]
-    assert "nonsense" in found["runs"][0]["error"]
+    printed = capsys.readouterr().out
+    assert "2 of 4 runs failed" in printed and printed.count("nonsense matches no layer") == 4
+    result = json.loads((tmp_path / "o" / "sweep.json").read_text())
+    assert [c["name"] for c in result["configurations"]] == ["lora-targets=q_proj"]
+    assert [run["status"] for run in result["runs"]] == ["failed", "failed", "done", "done"]
+    assert "nonsense" in result["runs"][0]["error"]
     assert swept(taught_model, tmp_path / "none", *arguments[:-1], "lora-targets=nonsense") == 2
     assert "No run of the sweep succeeded" in capsys.readouterr().err
 
@@ -215,23 +215,24 @@ def test_a_failed_run_costs_no_other(taught_model, tmp_path, capsys):
 def test_what_a_sweep_refuses(taught_model, tmp_path, capsys):
     (tmp_path / "o").mkdir()
     (tmp_path / "o" / "mine.txt").write_text("mine")
-    for folder, more, said in (
-        ("o", [], "holds something already"),
+    for folder, more, message in (
+        ("o", [], "holds other files"),
         ("new", ["--resume"], "there is no sweep"),
         ("new", ["--eval-rows", "0"], "--eval-rows"),
         ("new", ["--preview", "1"], "--preview"),
+        ("o/mine.txt", [], "is a file"),
     ):
         assert swept(taught_model, tmp_path / folder, *more) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["o"]
 
 
-def test_stopping_in_a_sweep_is_told(taught_model, tmp_path):
+def test_stopping_in_a_sweep_is_reported(taught_model, tmp_path):
     grid = ["--grid", "stop-when=,retain-loss+1000", "delta=0.5", "--seeds", "1", "--reference", "live"]
     assert swept(taught_model, tmp_path / "o", *grid) == 0
     plain, stopped = json.loads((tmp_path / "o" / "sweep.json").read_text())["configurations"]
     assert "kept_step" not in plain["figures"] and stopped["figures"]["kept_step"]["values"] == [3]
-    assert plain["figures"]["forget_nll"] == stopped["figures"]["forget_nll"], "looking on changes nothing"
+    assert plain["figures"]["forget_nll"] == stopped["figures"]["forget_nll"], "measuring changes nothing"
 
 
 def test_runs_of_one_model_load_it_once(taught_model):
@@ -240,9 +241,9 @@ def test_runs_of_one_model_load_it_once(taught_model):
     class Counted(sweep_run.Bases):
         def loaded(self, config):
             before = self._model
-            found = super().loaded(config)
-            loads.append(found is not before)
-            return found
+            model = super().loaded(config)
+            loads.append(model is not before)
+            return model
 
     bases, config = Counted(), ModelConfig(str(taught_model), dtype="float32", device="cpu")
     for wanted in (config, replace(config), replace(config, dtype="bf16"), replace(config, dtype="bf16")):
