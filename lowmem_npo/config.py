@@ -22,6 +22,9 @@ ForgetTerm = Literal["npo", "ga", "simnpo", "idk"]
 Normalization = Literal["sequence", "token", "length"]
 KLDirection = Literal["policy-reference", "reference-policy"]
 
+TILE_ROWS = 1024  # tokens of a tile where --tile-mlp has no value
+KEPT_CHECKPOINTS = 2  # unless --save-total-limit says otherwise
+
 
 def check_at_least_one(options: Any, *names: str) -> None:
     """Raises UserError for an option that is given and below 1; it names the flag."""

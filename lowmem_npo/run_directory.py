@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from lowmem_npo.config import MemoryConfig, RunConfig
+from lowmem_npo.config import KEPT_CHECKPOINTS, MemoryConfig, RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.files import write_atomically
 
@@ -177,7 +177,7 @@ def check_disk(config: RunConfig, model: PretrainedConfig) -> None:
     wide = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     targets = 7 if config.adapter.lora_targets == ("all-linear",) else len(config.adapter.lora_targets)
     adapter = 4 * config.adapter.lora_r * (text.hidden_size + wide) * targets * text.num_hidden_layers
-    checkpoints = (config.trainer_args.get("save_total_limit") or 2) + 1  # one is written before the oldest is removed
+    checkpoints = (config.trainer_args.get("save_total_limit") or KEPT_CHECKPOINTS) + 1  # one is written before the oldest is removed
     best = 2 if config.stopping.stop_when else 0  # the best adapter so far and its predecessor
     needed = adapter * (1 + best + 3 * checkpoints) + 64 * 2**20  # and tokenizer, metrics, configuration
     path = config.output_dir.absolute()

@@ -21,7 +21,7 @@ from typing import Annotated, Any, NoReturn, cast, get_type_hints
 import tyro
 import yaml
 
-from lowmem_npo.config import SECTIONS, RunConfig
+from lowmem_npo.config import SECTIONS, TILE_ROWS, RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.contract import LeakTest
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
@@ -43,7 +43,7 @@ ALIASES = {
     "budget": "memory-budget",
 }
 # The value of a flag that is given without one.
-WITHOUT_VALUE = {"--tile-mlp": "1024"}
+WITHOUT_VALUE = {"--tile-mlp": str(TILE_ROWS)}
 TRUE, FALSE = ("true", "yes", "1"), ("false", "no", "0")
 
 

@@ -18,7 +18,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Selection
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.directory import THE_ADAPTER, EvaluationDirectory, digest
-from lowmem_npo.evaluation.leaks.contract import SavedModel, Subject
+from lowmem_npo.evaluation.leaks.contract import NO_HOLDOUT, SavedModel, Subject
 from lowmem_npo.evaluation.leaks.measure import run_leak_tests
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, leak_tests
 from lowmem_npo.evaluation.result import Evaluation
@@ -36,11 +36,6 @@ from lowmem_npo.model.saved_adapter import (
 )
 from lowmem_npo.report.evaluation_text import evaluation_text
 from lowmem_npo.run_directory import AdapterFiles, EvaluationFiles
-
-NO_HOLDOUT = (
-    "Leaks: without --holdout (rows like the forgotten ones that the model never saw) there is no membership test, "
-    "and what an untaught model would give is not known."
-)
 
 
 class LeakRows(NamedTuple):
@@ -118,7 +113,7 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
         if (scores := benchmark.score(result.measured, context)) is not None:
             result.scores[benchmark.name] = scores
     if leak_rows and "holdout" not in leak_rows:
-        context.notes.append(NO_HOLDOUT)
+        context.notes.append(f"Leak tests: {NO_HOLDOUT}.")
     directory.save(result)
     say("\n" + evaluation_text(result.to_json(), context.before))
     say(f"\nEvery figure is in {directory.result}, every scored row in {directory.rows.name} beside it.")

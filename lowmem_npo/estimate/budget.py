@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from lowmem_npo.config import RunConfig
+from lowmem_npo.config import TILE_ROWS, RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.step import Estimate, StepRows, estimate
 from lowmem_npo.memory.tiling import tile_mlps
 from lowmem_npo.sizes import gib
 
-SWITCHES = {"embedding_on_cpu": (True, 0.005), "tile_mlp": (1024, 0.02), "offload_checkpoints": (True, 0.05)}
+SWITCHES = {"embedding_on_cpu": (True, 0.005), "tile_mlp": (TILE_ROWS, 0.02), "offload_checkpoints": (True, 0.05)}
 MICRO_BATCH_COST = 0.04
 FEW, MORE = 4, 6  # layers of the shallow models that bound a deep one from below: more than are in flight at once
 

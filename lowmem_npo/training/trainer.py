@@ -26,7 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from lowmem_npo.config import AdapterConfig, ObjectiveConfig, TrainingConfig
+from lowmem_npo.config import KEPT_CHECKPOINTS, AdapterConfig, ObjectiveConfig, TrainingConfig
 from lowmem_npo.data.batching import Batch, ForgetRetain, collator
 from lowmem_npo.data.tokenizing import TokenizedRow
 from lowmem_npo.errors import UserError
@@ -54,7 +54,7 @@ class NPOConfig(ObjectiveConfig, TrainingArguments):
     max_grad_norm: float = 0.0  # the paper does not clip
     logging_steps: float = 1
     save_strategy: str = "epoch"
-    save_total_limit: int | None = 2
+    save_total_limit: int | None = KEPT_CHECKPOINTS
     step_batch_size: int | None = None
     """Forget rows per optimiser step over all micro-batches and processes. Default: the product of the fields above."""
     retain_batch_size: int | None = None

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MARGIN = 0.1  # a figure between 0 and 1 stands out if it is further than this above the holdout's
 WITHOUT_HOLDOUT = 0.5  # without a holdout, only more than this is called a leak
+NO_HOLDOUT = "what the model gives for rows that it never saw is not known (--holdout names some)"
 
 
 class Need(Enum):
@@ -197,5 +198,5 @@ def above_holdout(value: float, level: float | None) -> bool | None:
 def beside_holdout(level: float | None) -> str:
     """The words that put the holdout's figure beside the forgotten rows'."""
     if level is None:
-        return "what rows that the model never saw would give is not known (--holdout names some)"
+        return NO_HOLDOUT
     return f"of answers that the model never saw, {level:.0%}"

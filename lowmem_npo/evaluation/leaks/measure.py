@@ -9,6 +9,7 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lowmem_npo.config import OutputConfig
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakResults, LeakTest, Subject
@@ -25,7 +26,7 @@ def measure_leaks(
     forget_rows: Sequence[TokenizedRow],
     *,
     holdout_rows: Sequence[TokenizedRow] | None = None,
-    tests: Sequence[str] = ("extraction", "membership"),
+    tests: Sequence[str] = OutputConfig.leaks,
     seed: int = 0,
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
