@@ -1,4 +1,4 @@
-"""The figures of a sweep: of every run, and per configuration as mean and standard deviation over the seeds."""
+"""The figures of a sweep: those of every run, and each configuration's mean and standard deviation over the seeds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lowmem_npo.run_directory import RunDirectory
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure over the seeds. `sd` is the sample standard deviation (n - 1); None for one seed."""
+    """A figure over the seeds. `sd` is the sample standard deviation (n - 1), None for a single seed."""
 
     mean: float
     sd: float | None
@@ -35,7 +35,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Column:
-    """A figure as readers of the table meet it."""
+    """A figure as the table shows it."""
 
     key: str
     title: str
@@ -53,7 +53,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Configuration:
-    """One point of the grid, over the seeds whose runs are done."""
+    """One point of the grid, over the seeds whose runs are finished."""
 
     name: str
     settings: dict[str, str]
@@ -63,13 +63,13 @@ class Configuration:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """Everything a sweep found; sweep.json holds the same."""
+    """The result of a sweep; sweep.json holds the same."""
 
     configurations: list[Configuration]
     before: dict[str, float]
-    """The original model's figures, of the first run."""
+    """The original model's figures, from the first run."""
     runs: list[dict[str, Any]] = field(default_factory=list)
-    """One entry per run: its settings, seed, directory, figures before and after; or `error`."""
+    """An entry per run: its settings, seed, directory, and figures before and after or `error`."""
 
     @property
     def failed(self) -> list[dict[str, Any]]:
@@ -77,7 +77,7 @@ class SweepResult:
 
 
 def collect(runs: Sequence[SweepRun], ledger: Mapping[str, Mapping[str, Any]]) -> SweepResult:
-    """Reads what the runs left in their directories. `ledger`: seconds, or why a run failed, by directory."""
+    """Reads the results in the runs' directories. `ledger`: directory -> the run's seconds, or its error."""
     entries = [_entry(run, ledger) for run in runs]
     configurations = []
     for point in dict.fromkeys(run.point for run in runs):
@@ -87,7 +87,7 @@ def collect(runs: Sequence[SweepRun], ledger: Mapping[str, Mapping[str, Any]]) -
             keys += [key for key in done[0] if key.startswith(("forget_", "retain_")) and key not in keys]
             figures = {key: Spread.of([e[key] for e in done]) for key in keys}
             configurations.append(Configuration(point.name, dict(point.settings), [e["seed"] for e in done], figures))
-    before = next((e["before"] for e in entries if e["status"] == "done"), {})
+    before: dict[str, float] = next((e["before"] for e in entries if e["status"] == "done"), {})
     return SweepResult(configurations, before, entries)
 
 
@@ -121,7 +121,7 @@ def _figures(evaluations: Mapping[str, Any]) -> dict[str, float]:
 
 
 def table(result: SweepResult) -> list[list[str]]:
-    """Header, the original model, and a line per configuration: mean ± standard deviation."""
+    """The header, a line for the original model, and one per configuration: mean ± standard deviation."""
     columns = [c for c in COLUMNS if any(c.key in configuration.figures for configuration in result.configurations)]
     lines = [["configuration", "seeds", *(column.title for column in columns)]]
     original = [f"{result.before[c.key]:.{c.digits}f}" if c.key in result.before else "–" for c in columns]
@@ -137,12 +137,12 @@ def table(result: SweepResult) -> list[list[str]]:
 def text_table(result: SweepResult) -> str:
     lines = table(result)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    shown = [
+    header, *body = [
         "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
         for line in lines
     ]
     note = "Mean ± standard deviation (n - 1) over seeds. NLL: nats per answer token; exact: share of greedy answers."
-    return "\n".join([shown[0], "-" * len(shown[0]), *shown[1:], "", note])
+    return "\n".join([header, "-" * len(header), *body, "", note])
 
 
 def markdown_table(result: SweepResult) -> str:

@@ -1,4 +1,4 @@
-"""What a sweep runs: every point of a grid of train options, with every seed."""
+"""The runs of a sweep: every point of a grid of train options, with every seed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lowmem_npo.config import DataConfig, ModelConfig, RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.run_directory import RunFiles
 
-# Options that a sweep sets itself, or that say what one invocation does.
+# Options that a sweep sets itself, or that concern one invocation.
 NOT_IN_GRID = {
     "seed": "use --seeds",
-    "output-dir": "the sweep makes a directory for every run",
+    "output-dir": "every run gets its own directory",
     "reference-dir": "the runs share one",
     "config": "give --config once, for all runs",
     **dict.fromkeys(("resume", "preview", "dry-run"), "give it once, for all runs"),
@@ -26,14 +26,14 @@ NOT_IN_GRID = {
 
 @dataclass(frozen=True)
 class GridPoint:
-    """One configuration. `settings` are train options without their dashes, and their values as typed; "" leaves the
+    """One configuration. `settings`: train options without their dashes, and their values as typed; "" leaves the
     option out."""
 
     settings: tuple[tuple[str, str], ...]
 
     @property
     def name(self) -> str:
-        """For people, and for the file system."""
+        """For tables, and for the file system."""
         parts = (f"{option}={value or 'default'}" for option, value in self.settings)
         return re.sub(r"[^A-Za-z0-9.+%=_-]+", "-", "_".join(parts)) or "as-given"
 
@@ -56,12 +56,12 @@ class SweepRun:
 
 
 def parse_grid(texts: Sequence[str], aliases: Mapping[str, str] | None = None) -> list[GridPoint]:
-    """The points of `gamma=0,1 delta=0,0.5,1`: all combinations, the last option varying fastest.
+    """The points of a grid such as `gamma=0,1 delta=0,0.5,1`: all combinations, the last option varying fastest.
 
-    Values are separated by commas; a value of several words ("lora-targets=q_proj v_proj,all-linear") is quoted for the
-    shell; an empty one leaves the option out.
+    Values are separated by commas; a value may have several words ("lora-targets=q_proj v_proj,all-linear"); an empty
+    one leaves the option out.
 
-    aliases: other spellings of options, and ours.
+    aliases: another spelling of an option -> ours.
 
     Raises:
         UserError: not of this form, an option named twice, or one that cannot be in a grid.
@@ -72,22 +72,22 @@ def parse_grid(texts: Sequence[str], aliases: Mapping[str, str] | None = None) -
         option = option.strip().removeprefix("--").replace("_", "-")
         option = (aliases or {}).get(option, option)
         if not equals or not re.fullmatch(r"[a-z][a-z0-9-]*", option):
-            raise UserError(f"--grid {text}: write an option of `lowmem-npo train` and values, such as delta=0,0.5,1.")
+            raise UserError(f"--grid {text}: give an option of `lowmem-npo train` and values, such as delta=0,0.5,1.")
         if option in NOT_IN_GRID:
             raise UserError(f"--grid {text}: {option} cannot be in a grid; {NOT_IN_GRID[option]}.")
         if option in axes:
-            raise UserError(f"--grid names {option} twice: give all its values in one place.")
+            raise UserError(f"--grid names {option} twice: give all its values together.")
         axes[option] = [value.strip() for value in values.split(",")]
         if len(set(axes[option])) < len(axes[option]):
-            raise UserError(f"--grid {text}: a value stands there twice.")
+            raise UserError(f"--grid {text}: a value is repeated.")
     return [GridPoint(tuple(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
 
 
 def parse_seeds(words: Sequence[str], base: int) -> list[int]:
-    """`["5"]`: five seeds from `base` on; several words or commas: those seeds.
+    """`["5"]` is five seeds, from `base` on; several words, or words with commas, are the seeds themselves.
 
     Raises:
-        UserError: not whole numbers, none, or one twice.
+        UserError: no numbers, numbers that are not whole, or a repeated one.
     """
     parts = [part for word in words for part in word.split(",") if part]
     if not parts or not all(part.isdecimal() for part in parts):
@@ -98,20 +98,19 @@ def parse_seeds(words: Sequence[str], base: int) -> list[int]:
             raise UserError("--seeds 0: there would be no run.")
         return list(range(base, base + numbers[0]))
     if len(set(numbers)) < len(numbers):
-        raise UserError(f"--seeds {' '.join(words)}: a seed stands there twice.")
+        raise UserError(f"--seeds {' '.join(words)}: a seed is repeated.")
     return numbers
 
 
 def plan_sweep(
     points: Sequence[GridPoint], seeds: Sequence[int], parse: Callable[[Sequence[str]], RunConfig]
 ) -> list[SweepRun]:
-    """Every run, the configurations one after the other; runs of one model stand together.
+    """Every run, one configuration after another; the runs of a model are consecutive.
 
-    seeds: as `parse_seeds` gives them.
-    parse: the run that the sweep's own train options and some more flags describe.
+    parse: the run that the sweep's train options and some further flags describe.
 
     Raises:
-        UserError: an unknown option, a value that does not fit, two configurations of one name.
+        UserError: an unknown option, an invalid value, two configurations of one name.
     """
     runs = []
     for point in points:
@@ -120,31 +119,31 @@ def plan_sweep(
         for seed in seeds:
             runs.append(SweepRun(point, seed, _placed(config, point, root, seed)))
     if len({run.directory for run in runs}) < len(runs):
-        raise UserError("--grid: two configurations would have the same directory; write their values differently.")
+        raise UserError("--grid: two configurations would have the same directory: spell their values differently.")
     models = list({repr(run.config.model): None for run in runs})
     return sorted(runs, key=lambda run: models.index(repr(run.config.model)))
 
 
 def _parsed(point: GridPoint, parse: Callable[[Sequence[str]], RunConfig]) -> RunConfig:
-    complaint = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(complaint):
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
             return parse(point.flags)
     except UserError as error:
         raise UserError(f"--grid {point.name}: {error}") from error
-    except SystemExit as error:  # tyro's way: it prints a box and exits
-        words = " ".join(re.sub(r"[^\x20-\x7e]", " ", complaint.getvalue()).split())
+    except SystemExit as error:  # tyro prints a box and exits
+        words = " ".join(re.sub(r"[^\x20-\x7e]", " ", printed.getvalue()).split())
         raise UserError(f"--grid {point.name}: a value does not fit its option ({words[:200]}).") from error
 
 
 def _placed(config: RunConfig, point: GridPoint, root: Path, seed: int) -> RunConfig:
-    """`config` in its own directory, with its seed and the reference that it shares with the runs that may share it."""
+    """`config` with its own directory and seed, and with a reference that it shares with all runs that can share it."""
     memory = config.memory
     if memory.reference == "cached":
         names = {f.name.replace("_", "-") for section in (ModelConfig, DataConfig) for f in fields(section)}
-        makes_another = GridPoint(tuple(setting for setting in point.settings if setting[0] in names))
+        of_reference = GridPoint(tuple(setting for setting in point.settings if setting[0] in names))
         shared = Path(memory.reference_dir or RunFiles(root).reference)
-        memory = replace(memory, reference_dir=str(shared / makes_another.name if makes_another.settings else shared))
+        memory = replace(memory, reference_dir=str(shared / of_reference.name if of_reference.settings else shared))
     return replace(
         config,
         memory=memory,

@@ -1,4 +1,4 @@
-"""The picture of a sweep: how much was forgotten and what it cost, with the spread over the seeds."""
+"""The picture of a sweep: how much each configuration forgets and what it costs, with the spread over the seeds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PANELS = (
 
 
 def draw_sweep(path: Path, result: SweepResult) -> None:
-    """Write a PNG: a line per configuration, a dot per seed, mean and standard deviation; the original model dashed."""
+    """Writes a PNG: a row per configuration, a dot per seed, mean and standard deviation; the original model dashed."""
     count = len(result.configurations)
     names = [", ".join(f"{k} {v or 'default'}" for k, v in c.settings.items()) or c.name for c in result.configurations]
     longest = max(map(len, names))

@@ -1,4 +1,4 @@
-"""Which runs a sweep makes of its options."""
+"""The runs that a sweep plans from its options."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_any_train_option_by_its_name():
     runs = planned([*grid, "warmup_steps=3", "beta=.1"], seeds=[1])
     assert {r.config.adapter.lora_targets for r in runs} == {("q_proj", "v_proj"), ("all-linear",)}
     assert {r.config.stopping.stop_when for r in runs} == {(), ("mia-crosses",)}
-    assert [r.config.model.qlora for r in runs] == [True] * 4 + [False] * 4, "runs of one model stand together"
+    assert [r.config.model.qlora for r in runs] == [True] * 4 + [False] * 4, "the runs of a model are consecutive"
     assert all(r.config.trainer_args["warmup_steps"] == 3 for r in runs)
     assert runs[0].point.name.startswith("lora-targets=q_proj-v_proj_lr=1e-4_qlora=true_stop-when=default_warmup")
 
@@ -57,14 +57,14 @@ def test_runs_share_a_reference_where_it_is_the_same():
 
 
 @pytest.mark.parametrize(
-    "grid, said",
+    "grid, message",
     [
         (["gamma"], "--grid gamma"),
         (["=1"], "--grid =1"),
         (["gamma=0,1", "gamma=2"], "gamma twice"),
-        (["gamma=0,0"], "there twice"),
+        (["gamma=0,0"], "is repeated"),
         (["seed=1,2"], "use --seeds"),
-        (["output_dir=a,b"], "a directory for every run"),
+        (["output_dir=a,b"], "gets its own directory"),
         (["resume=true"], "once, for all runs"),
         (["gama=0,1"], "did you mean --gamma"),
         (["gamma=-1"], "--gamma must be 0 or a positive number"),
@@ -72,14 +72,14 @@ def test_runs_share_a_reference_where_it_is_the_same():
         (["epochs=0"], "--epochs must be positive"),
         (["forget-term=nop"], "a value does not fit"),
         (["stop-when=sometimes"], "--stop-when sometimes"),
-        (["lr=1e-4,1e-4 "], "there twice"),
+        (["lr=1e-4,1e-4 "], "is repeated"),
         (["forget=a/b.jsonl,a-b.jsonl", "retain=r.jsonl"], "same directory"),
     ],
 )
-def test_mistakes_in_the_grid(grid, said):
+def test_mistakes_in_the_grid(grid, message):
     with pytest.raises(UserError) as error:
         planned(grid)
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -96,14 +96,14 @@ def test_mistakes_in_the_seeds(words):
         parse_seeds(words, 42)
 
 
-def test_the_command_says_its_mistakes_in_a_sentence_and_lists_its_runs(capsys, tmp_path):
+def test_the_command_reports_mistakes_in_a_sentence_and_lists_its_runs(capsys, tmp_path):
     assert main(["sweep", "--grid", "gama=1", "--model", "m"]) == 2
     assert "did you mean --gamma" in capsys.readouterr().err
     assert main(["sweep", "--model", "m", "--grid"]) == 2
     assert "--grid needs a value" in capsys.readouterr().err
     options = ["--model", "m", "--output-dir", str(tmp_path / "o"), "--dry-run"]
     assert main(["sweep", "--seeds", "2", "--grid", "gamma=0,1", "delta=0", *options]) == 0
-    shown = capsys.readouterr().out
-    assert shown.count("seed-4") == 4 and "4 runs" in shown and not (tmp_path / "o").exists()
+    printed = capsys.readouterr().out
+    assert printed.count("seed-4") == 4 and "4 runs" in printed and not (tmp_path / "o").exists()
     assert main(["sweep", "--help"]) == 0
     assert "--grid" in capsys.readouterr().out
