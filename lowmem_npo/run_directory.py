@@ -177,7 +177,8 @@ def check_disk(config: RunConfig, model: PretrainedConfig) -> None:
     wide = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     targets = 7 if config.adapter.lora_targets == ("all-linear",) else len(config.adapter.lora_targets)
     adapter = 4 * config.adapter.lora_r * (text.hidden_size + wide) * targets * text.num_hidden_layers
-    checkpoints = (config.trainer_args.get("save_total_limit") or KEPT_CHECKPOINTS) + 1  # one is written before the oldest is removed
+    # One more than is kept: a checkpoint is written before the oldest is removed.
+    checkpoints = (config.trainer_args.get("save_total_limit") or KEPT_CHECKPOINTS) + 1
     best = 2 if config.stopping.stop_when else 0  # the best adapter so far and its predecessor
     needed = adapter * (1 + best + 3 * checkpoints) + 64 * 2**20  # and tokenizer, metrics, configuration
     path = config.output_dir.absolute()
