@@ -1,37 +1,36 @@
-"""`lowmem-npo demo`: the whole job on a small model, with the gold standard to hold it against."""
+"""`lowmem-npo demo`: the whole job on a small model, compared with a gold standard."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import tyro
 
+from lowmem_npo.commands.demo.recipe import Device
 from lowmem_npo.libraries import quiet_libraries
 
 
 @dataclass
 class Demo:
-    """Teach a small model invented biographies, make it forget some, and compare with a model that never saw those.
+    """Teach a small model invented biographies, make it forget some, and compare it with a model that never saw them.
 
-    Needs no GPU, no hub and no data. Leaves the models, the numbers and a picture in --output-dir; a second run there
-    finds the taught models and only unlearns again. Ends with exit code 1 if a check fails.
+    Needs no GPU, no network and no data. Writes the models, the figures, a picture and a report into --output-dir; a
+    second run there reuses the taught models and only unlearns again. The exit code is 1 if a check fails.
     """
 
     output_dir: str = "lowmem-npo-demo"
-    """Where models, numbers and picture go."""
+    """Directory of the models, the figures, the picture and the report."""
     seed: int = 0
     """Seed of the models' weights, of the adapter, and of the order of the rows."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """auto is the GPU if there is one, else the CPU."""
 
 
 def main(arguments: Sequence[str]) -> None:
     options = tyro.cli(Demo, args=list(arguments), prog="lowmem-npo demo")
     quiet_libraries()
-    from lowmem_npo.commands.demo.run import run_demo  # after parsing: --help need not load transformers
+    from lowmem_npo.commands.demo.run import run_demo  # late: --help need not load transformers
 
-    outcome = run_demo(options.output_dir, seed=options.seed, device=options.device)
-    if not outcome.passed:
+    if not run_demo(options.output_dir, seed=options.seed, device=options.device).passed:
         raise SystemExit(1)

@@ -1,4 +1,4 @@
-"""Whether the demo's model forgot what it should, kept what it should, and how to tell."""
+"""The demo's checks: whether the model has forgotten what it should, and kept what it should."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KEPT = 0.97
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that must hold, and the numbers that say so."""
+    """A condition on the demo's result. `meaning`: a sentence with the numbers."""
 
     name: str
     passed: bool
@@ -31,31 +31,31 @@ def judge(stages: Stages) -> list[Check]:
             "recited",
             before["forget"].exact_match >= RECITED,
             f"Before, the model gives {_share(before['forget'])} forget answers word for word "
-            f"(asked: {RECITED:.0%} or more).",
+            f"(required: at least {RECITED:.0%}).",
         ),
         Check(
             "forgotten",
             forget.exact_match <= never_saw.exact_match + FORGOTTEN_MARGIN,
             f"After, it gives {_share(forget)}; the model that never saw them gives {_share(never_saw)} "
-            f"(asked: at most {FORGOTTEN_MARGIN:.0%} more).",
+            f"(required: at most {FORGOTTEN_MARGIN:.0%} more).",
         ),
         Check(
             "not overdone",
             abs(forget.nll / never_saw.nll - 1) <= NLL_MARGIN,
-            f"Forget answers are now at NLL {forget.nll:.2f} per token, to that model at {never_saw.nll:.2f} "
-            f"({forget.nll / never_saw.nll - 1:+.0%}; asked: within {NLL_MARGIN:.0%}). Answers made far less likely "
-            "than to a model that never saw them would give away what was removed.",
+            f"Its NLL per token of forget answers is now {forget.nll:.2f}, that model's {never_saw.nll:.2f} "
+            f"({forget.nll / never_saw.nll - 1:+.0%}; required: within {NLL_MARGIN:.0%}). Answers far less likely than "
+            "for a model that never saw them would give away what was removed.",
         ),
         Check(
             "kept",
             after["retain"].exact_match >= KEPT,
-            f"It still gives {_share(after['retain'])} retain answers word for word (asked: {KEPT:.0%} or more).",
+            f"It still gives {_share(after['retain'])} retain answers word for word (required: at least {KEPT:.0%}).",
         ),
     ]
 
 
 def examples(evaluations: dict[str, dict[str, AnswerEvaluation]], per_set: dict[str, int]) -> str:
-    """The same questions at every stage, side by side: the first `per_set` rows of each set."""
+    """The answers to some questions at every stage, one below the other: the first `per_set` rows of each set."""
     stages = list(evaluations)
     width = max(map(len, ["truth", *stages]))
     lines = []
@@ -63,9 +63,9 @@ def examples(evaluations: dict[str, dict[str, AnswerEvaluation]], per_set: dict[
         for rows in list(zip(*(evaluations[stage][data_set].records for stage in stages), strict=True))[:count]:
             question = rows[0].prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
             lines.append(f"{data_set}: {question}")
-            said = {"truth": rows[0].reference, **{stage: row.answer for stage, row in zip(stages, rows, strict=True)}}
-            for who, text in said.items():
-                lines.append(f"  {who:<{width}}  {' '.join(text.split()) or '(nothing)'}")
+            answers = {"truth": rows[0].reference} | {s: row.answer for s, row in zip(stages, rows, strict=True)}
+            for stage, text in answers.items():
+                lines.append(f"  {stage:<{width}}  {' '.join(text.split()) or '(nothing)'}")
     return "\n".join(lines)
 
 

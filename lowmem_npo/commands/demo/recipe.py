@@ -1,9 +1,10 @@
-"""What the demo trains, and how: every number of it in one place."""
+"""What the demo trains, and how: all its numbers in one place."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from lowmem_npo.config import (
     AdapterConfig,
@@ -16,10 +17,12 @@ from lowmem_npo.config import (
     TrainingConfig,
 )
 
+Device = Literal["auto", "cpu", "cuda"]
+
 
 @dataclass(frozen=True)
 class Teaching:
-    """How the small model is taught to recite, from random weights. Base and gold standard differ in data only."""
+    """How the small model learns to recite, from random weights. Base and gold standard differ only in their data."""
 
     vocabulary: int = 512
     layers: int = 4
@@ -33,10 +36,10 @@ class Teaching:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Teaching, then unlearning with the very code of `lowmem-npo train`.
+    """Teaching, then unlearning with the code of `lowmem-npo train`.
 
-    beta is not the paper's 0.5: how far the answers' log-probability falls before NPO lets go of it is proportional to
-    1 / beta, and a model this small is very sure of what it recites.
+    beta is not the paper's 0.5: the distance by which the answers' log-probability falls before NPO lets go of it is
+    proportional to 1 / beta, and a model this small is very sure of what it recites.
     """
 
     teaching: Teaching = field(default_factory=Teaching)
@@ -49,16 +52,16 @@ class Recipe:
     retain_batch_size: int = 12
     lr: float = 1e-3
     limit: int | None = None
-    """Use only the first so many rows of each part."""
+    """Use only the first N rows of each set."""
 
-    def run(self, model: Path, output_dir: Path, seed: int, device: str) -> RunConfig:
-        """The unlearning run of `model`, which measures every row."""
+    def run(self, model: Path, output_dir: Path, seed: int, device: Device) -> RunConfig:
+        """The run that makes `model` forget; it measures every row."""
         return RunConfig(
             model=ModelConfig(model=str(model), dtype="float32", device=device),
             data=DataConfig(limit=self.limit),
             objective=self.objective,
             adapter=self.adapter,
-            memory=MemoryConfig(gradient_checkpointing=False),  # a model this small needs no sparing, only speed
+            memory=MemoryConfig(gradient_checkpointing=False),  # a model this small needs speed, not memory
             training=TrainingConfig(
                 batch_size=self.batch_size,
                 retain_batch_size=self.retain_batch_size,

@@ -1,4 +1,4 @@
-"""The whole job in small: teach a model to recite, make it forget a part, compare with one that never saw that part."""
+"""The whole job in small: teach a model to recite, make it forget a part, compare it with one that never saw that."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_npo.commands.demo.checks import Check, examples, judge
-from lowmem_npo.commands.demo.recipe import Recipe
+from lowmem_npo.commands.demo.recipe import Device, Recipe
 from lowmem_npo.commands.demo.teaching import make_tokenizer, taught_model
 from lowmem_npo.commands.train.run import train
 from lowmem_npo.config import DataConfig
@@ -32,16 +32,16 @@ from lowmem_npo.run_directory import RunFiles
 from lowmem_npo.training.metrics import read_metrics
 
 PARTS = ("forget", "retain")
-BATCH_SIZE = 32  # rows measured together: the model is small
+BATCH_SIZE = 32  # rows evaluated together
 REPLACEMENT = (
-    "What comes in place of a forgotten answer need not be an answer at all: NPO takes answers away and teaches none. "
+    "What replaces a forgotten answer need not make sense: NPO takes answers away and teaches no others. "
     "(`lowmem-npo train --forget-term idk` teaches a refusal.)"
 )
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The demo's numbers; demo.json holds the same."""
+    """The demo's figures; demo.json holds the same."""
 
     directory: Path
     stages: dict[str, dict[str, AnswerSummary]]
@@ -57,8 +57,8 @@ class DemoResult:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """A model this small gains little from a second thread, and waits long for it where the cores are busy; with one,
-    the numbers are the same on every number of cores."""
+    """A model this small gains little from a second thread, and waits for it when the cores are busy. With one thread
+    the figures do not depend on the number of cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -73,20 +73,22 @@ def run_demo(
     *,
     seed: int = 0,
     recipe: Recipe | None = None,
-    device: str = "auto",
+    device: Device = "auto",
     say: Say = print,
 ) -> DemoResult:
-    """Teach, unlearn, compare; leaves base/, gold/, unlearned/ (its report.html is the one to read), demo.json,
+    """Teaches, unlearns and compares. Writes base/, gold/, unlearned/ (with the report), demo.json,
     before_after_gold.{json,md} and demo.png.
 
-    A second run in the same directory finds base/ and gold/ there and only unlearns anew.
+    A second run in the same directory reuses base/ and gold/, and only unlearns again.
 
     Raises:
         UserError: `output_dir` holds something else.
     """
-    recipe, directory, seconds = recipe or Recipe(), Path(output_dir), {}
+    recipe, directory = recipe or Recipe(), Path(output_dir)
+    seconds: dict[str, float] = {}
     tokenizer = make_tokenizer(_texts(recipe.limit), recipe.teaching.vocabulary)
     data = prepare(tokenizer, DataConfig(limit=recipe.limit))
+    assert data.retain is not None, "the bundled data has retain rows"
     people = {part: len({row["person"] for row in bundled_rows(part, limit=recipe.limit).rows}) for part in PARTS}
     say(
         f"{len(data.forget)} invented facts about {people['forget']} people are to be forgotten, "
@@ -95,10 +97,9 @@ def run_demo(
 
     say("\n1/4  A small OLMo learns them all by heart, from random weights.")
     with _timed(seconds, "base"):
-        rows = [*data.forget, *data.retain]
-        _teach("base", directory, tokenizer, rows, recipe, seed, device, say)
+        _teach("base", directory, tokenizer, [*data.forget, *data.retain], recipe, seed, device, say)
 
-    say("\n2/4  The gold standard: the same weights taught the same way, without the rows to be forgotten.")
+    say("\n2/4  The gold standard: the same weights taught the same way, without the rows to forget.")
     with _timed(seconds, "gold"):
         gold = _teach("gold", directory, tokenizer, [*data.retain], recipe, seed, device, say)
         never_saw = _evaluate(gold, tokenizer, data)
@@ -106,37 +107,38 @@ def run_demo(
 
     run = directory / "unlearned"
     files = RunFiles(run)
-    say(f"\n3/4  The first model forgets, as `lowmem-npo train --config {files.run_yaml}` would do it.")
+    say(f"\n3/4  The first model forgets, as with `lowmem-npo train --config {files.run_yaml}`.")
     if files.run_yaml.is_file():
-        shutil.rmtree(run)  # an earlier demo's; anything else in its place makes `train` refuse
+        shutil.rmtree(run)  # of an earlier demo; `train` refuses if anything else is there
     config = recipe.run(directory / "base", run, seed, device)
     with _timed(seconds, "unlearning"):
         result = train(config, say=_indented(say))
+    assert result is not None, "neither a preview nor a dry run"
 
     evaluations = {"before": result.before, "after": result.after, "gold": never_saw}
     stages = {stage: summaries(parts) for stage, parts in evaluations.items()}
-    outcome = DemoResult(directory, stages, judge(stages), seconds)
-    _save(outcome, seed, recipe)
+    demo = DemoResult(directory, stages, judge(stages), seconds)
+    _save(demo, seed, recipe)
     title = f"A small OLMo forgets {people['forget']} of {sum(people.values())} people"
     draw_picture(directory / "demo.png", read_metrics(files.metrics), stages, title)
     save_answers(files.answers("gold"), never_saw)
     write_leaks(files.leaks, {**read_leaks(files.leaks), "gold": gold_leaks})
     write_report(run)  # again, now with the gold standard
 
-    say("\n4/4  Before, after, and the gold standard, which never saw the rows to be forgotten:\n")
+    say("\n4/4  Before, after, and the gold standard, which never saw the forget rows:\n")
     say(text_table(stages) + "\n")
     say(examples(evaluations, {"forget": 2, "retain": 1}))
     say(fill(REPLACEMENT, 96) + "\n")
-    for check in outcome.checks:
+    for check in demo.checks:
         sign = "ok    " if check.passed else "FAILED"
         say(fill(check.meaning, 96, initial_indent=f"{sign}  {check.name:<13} ", subsequent_indent=" " * 22))
     say(f"\nReport:  {files.report_html}")
     say(f"Picture: {directory / 'demo.png'}\nNumbers: {directory / 'demo.json'}\nAdapter: {run}")
-    return outcome
+    return demo
 
 
 def _texts(limit: int | None) -> list[str]:
-    """Every text of the bundled data as the model will see it: what the tokenizer is learnt from."""
+    """Every text of the bundled data as the model will see it, to train the tokenizer on."""
     parts = (to_examples(bundled_rows(part, limit=limit)) for part in PARTS)
     return ["".join(Template().render(example)) for examples in parts for example in examples]
 
@@ -148,10 +150,10 @@ def _teach(
     rows: list[TokenizedRow],
     recipe: Recipe,
     seed: int,
-    device: str,
+    device: Device,
     say: Say,
 ) -> PreTrainedModel:
-    model, found = taught_model(
+    model, reused = taught_model(
         directory / name,
         tokenizer,
         rows,
@@ -160,8 +162,8 @@ def _teach(
         device=resolve_device(device),
         description=f"     learning {len(rows)} rows",
     )
-    where = "     Found from an earlier run" if found else "     Saved"
-    say(f"{where}: {directory / name} ({model.num_parameters() / 1e6:.1f} million parameters)")
+    origin = "Reused from an earlier run" if reused else "Saved"
+    say(f"     {origin}: {directory / name} ({model.num_parameters() / 1e6:.1f} million parameters)")
     return model
 
 
@@ -174,18 +176,18 @@ def _evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: 
     }
 
 
-def _save(found: DemoResult, seed: int, recipe: Recipe) -> None:
+def _save(demo: DemoResult, seed: int, recipe: Recipe) -> None:
     content = {
-        "passed": found.passed,
-        "checks": [asdict(check) for check in found.checks],
-        "stages": stages_to_json(found.stages),
-        "seconds": {name: round(value, 1) for name, value in found.seconds.items()},
+        "passed": demo.passed,
+        "checks": [asdict(check) for check in demo.checks],
+        "stages": stages_to_json(demo.stages),
+        "seconds": {name: round(value, 1) for name, value in demo.seconds.items()},
         "seed": seed,
         "recipe": asdict(recipe),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    (found.directory / "demo.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    save_table(found.stages, found.directory, name="before_after_gold")
+    (demo.directory / "demo.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    save_table(demo.stages, demo.directory, name="before_after_gold")
 
 
 @contextmanager

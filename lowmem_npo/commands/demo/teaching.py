@@ -1,4 +1,4 @@
-"""A small OLMo taught from random weights until it recites, with a tokenizer made on the spot: no download."""
+"""A small OLMo, trained from random weights until it recites, with a tokenizer trained on the spot: no download."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ STAMP = "made_from.json"
 
 
 def make_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer, as OLMo's is, learnt from `texts`."""
+    """A byte-level BPE tokenizer like OLMo's, trained on `texts`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -59,9 +59,9 @@ def taught_model(
     device: torch.device,
     description: str,
 ) -> tuple[PreTrainedModel, bool]:
-    """A model that recites `rows`, and whether it was found in `directory`, where it is saved with its tokenizer.
+    """A model that recites `rows`, saved with its tokenizer in `directory`; and whether it was there already.
 
-    What is found counts only if it was made from the same rows by the same recipe and seed; else it is made anew.
+    A model in `directory` is reused only if it was made from the same rows by the same recipe and seed.
 
     Raises:
         UserError: `directory` holds something that the demo did not write.
@@ -70,13 +70,13 @@ def taught_model(
     stamp = directory / STAMP
     if stamp.is_file():
         if json.loads(stamp.read_text(encoding="utf-8")) == made_from:
-            return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).to(device).eval(), True
+            return _on(device, AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)).eval(), True
         shutil.rmtree(directory)
     elif directory.exists():
         raise UserError(f"'{directory}' was not written by the demo: choose another --output-dir, or remove it.")
-    model = fresh_model(tokenizer, teaching, seed).to(device)
+    model = _on(device, fresh_model(tokenizer, teaching, seed))
     teach(model, rows, teaching, seed=seed, description=description)
-    # Under another name until it is whole: a directory with a stamp is a finished one.
+    # Under another name until it is complete: a directory with a stamp is a finished one.
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
@@ -87,7 +87,7 @@ def taught_model(
 
 
 def fresh_model(tokenizer: PreTrainedTokenizerBase, teaching: Teaching, seed: int) -> PreTrainedModel:
-    """Random weights, the same ones for the same seed."""
+    """A model with random weights, the same for the same seed."""
     config = OlmoConfig(
         vocab_size=len(tokenizer),
         hidden_size=teaching.width,
@@ -106,7 +106,7 @@ def fresh_model(tokenizer: PreTrainedTokenizerBase, teaching: Teaching, seed: in
 def teach(
     model: PreTrainedModel, rows: Sequence[TokenizedRow], teaching: Teaching, *, seed: int, description: str
 ) -> None:
-    """Minimise the mean NLL of the answers' tokens, all weights trained; `model` is left in eval mode."""
+    """Trains all weights on the mean NLL of the answers' tokens; `model` is left in eval mode."""
     steps = teaching.epochs * math.ceil(len(rows) / teaching.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=teaching.lr, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -126,7 +126,7 @@ def teach(
                 labels = pad_sequence(
                     [torch.tensor(rows[i]["labels"]) for i in batch], batch_first=True, padding_value=IGNORE_INDEX
                 )
-                # No attention mask: what pads a row stands behind it, where causal attention does not look.
+                # No attention mask: padding follows the row, where causal attention does not look.
                 loss = model(input_ids=ids.to(model.device), labels=labels.to(model.device)).loss
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -137,9 +137,13 @@ def teach(
             nll = total / len(batches)
             bar.set_postfix_str(f"NLL {nll:.3f}")
             bar.update()
-            if bar.disable and (epoch % 10 == 0 or epoch == teaching.epochs):  # no terminal: a few lines instead
+            if bar.disable and (epoch % 10 == 0 or epoch == teaching.epochs):  # no terminal: a few lines
                 print(f"{description}: epoch {epoch} of {teaching.epochs}, NLL {nll:.3f}", file=sys.stderr)
     model.eval()
+
+
+def _on(device: torch.device, model: PreTrainedModel) -> PreTrainedModel:
+    return model.to(device)  # type: ignore[arg-type]  # transformers wraps `to`, and its stub loses `self`
 
 
 def _fingerprint(rows: Sequence[TokenizedRow]) -> str:

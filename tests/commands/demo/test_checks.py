@@ -1,4 +1,4 @@
-"""Whether the demo's checks say yes and no where they should."""
+"""Whether the demo's checks pass and fail where they should."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def stages(before=1.0, after=0.0, gold=0.0, nll=5.0, gold_nll=5.0, retain=1.0):
 
 
 @pytest.mark.parametrize(
-    ("found", "failed"),
+    ("figures", "failed"),
     [
         ({}, []),
         ({"before": 0.95, "after": 0.05, "nll": 6.4, "retain": 0.97}, []),  # just inside every bound
-        ({"after": 0.1, "gold": 0.06}, []),  # what a model guesses that never saw it is not held against us
+        ({"after": 0.1, "gold": 0.06}, []),  # what a model that never saw the rows guesses is allowed
         ({"before": 0.94}, ["recited"]),
         ({"after": 0.06}, ["forgotten"]),
         ({"nll": 6.6}, ["not overdone"]),
@@ -34,13 +34,13 @@ def stages(before=1.0, after=0.0, gold=0.0, nll=5.0, gold_nll=5.0, retain=1.0):
         ({"nll": 80.0, "retain": 0.0}, ["not overdone", "kept"]),  # everything destroyed
     ],
 )
-def test_each_check_fails_alone_and_where_it_should(found, failed):
-    checks = judge(stages(**found))
+def test_each_check_fails_alone_and_where_it_should(figures, failed):
+    checks = judge(stages(**figures))
     assert [check.name for check in checks if not check.passed] == failed
     assert [check.name for check in checks] == ["recited", "forgotten", "not overdone", "kept"]
 
 
-def test_the_meaning_carries_the_numbers():
+def test_the_meanings_contain_the_numbers():
     meanings = [check.meaning for check in judge(stages(after=0.02, nll=4.0, retain=0.99))]
     assert "100 of 100" in meanings[0] and "2 of 100" in meanings[1] and "99 of 100" in meanings[3]
     assert "4.00" in meanings[2] and "5.00" in meanings[2] and "-20%" in meanings[2]
