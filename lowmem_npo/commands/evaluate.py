@@ -1,4 +1,4 @@
-"""`lowmem-npo evaluate`, from configuration to tables and files. Reads top to bottom."""
+"""`lowmem-npo evaluate`, from its configuration to tables and files. Reads from top to bottom."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import tyro
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from lowmem_npo.commands.arguments import with_help
+from lowmem_npo.config import ModelConfig
 from lowmem_npo.console import Say
-from lowmem_npo.data import Rows, Template, TokenizedRows, bundled_rows, read_rows, to_examples, tokenize
+from lowmem_npo.data import Rows, Template, bundled_rows, read_rows, to_examples, tokenize
 from lowmem_npo.data.overlap import find_overlap
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Selection
@@ -38,14 +41,6 @@ from lowmem_npo.report.evaluation_text import evaluation_text
 from lowmem_npo.run_directory import AdapterFiles, EvaluationFiles
 
 
-class LeakRows(NamedTuple):
-    """Rows of the leak tests, their places in their set, and how many rows that has."""
-
-    rows: TokenizedRows
-    places: list[int]
-    rows_in_set: int
-
-
 def main(arguments: Sequence[str]) -> None:
     command_line = with_help(EvaluationConfig, LEAK_TESTS)
     parsed = tyro.cli(command_line, args=list(arguments), prog="lowmem-npo evaluate")
@@ -54,49 +49,41 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
-    """Measures the model, prints tables, writes evaluation.json and its companions into `config.path`.
+    """Evaluates the model, prints tables, and writes evaluation.json and its companions into `config.path`.
 
-    Data, adapter, tasks and directory are checked before the weights are loaded; every batch is written down as it is
-    measured, so that `resume` repeats nothing.
+    Data, adapter, tasks and directory are checked before the weights are loaded. Every batch is saved as soon as it is
+    measured, so that `resume` measures nothing twice.
 
     Raises:
-        UserError: something the user can fix, said in one sentence.
+        UserError: something the user can fix, in one sentence.
     """
-    name, line = resolve_name(config.model or base_of_adapter(config.adapter))
-    if line:
-        say(line)
+    model_config = _model_config(config, say)
     run = settings_of_run(config.adapter) if config.adapter else {}
-    first_rows = run.get("limit") if config.bundled else None  # nothing is named: the rows of the adapter's run
+    limit = run.get("limit") if config.bundled else None  # no data is named: the rows of the adapter's run
     config = config.completed(run)
-    model_config = config.model_config(name)
-    if config.adapter and not config.any_base:
-        check_base(config.adapter, name)
-        model_config.revision = config.revision or revision_of_adapter(config.adapter)
     load_config(model_config)
     tokenizer = load_tokenizer(model_config)
-    sources = _read(config, first_rows, say)
-    context = Context(config, tokenizer, Template(config.prompt_template), _read_before(config))
-    if run.get("qlora") and not config.qlora:
-        context.notes.append("The adapter was trained on the 4-bit base and is measured on the whole one (no --qlora).")
-    if difference := _asked_otherwise(config):
-        context.notes.append(difference)
+    sources = _read(config, limit, say)
+    before, notes = _read_before(config), _notes(config, run)
+    context = Context(config, tokenizer, Template(config.prompt_template), before, notes)
     for benchmark in BENCHMARKS:
         benchmark.check(config)
     selected = _select(sources, context)
-    leak_rows = _leak_rows(sources, context)
+    leak_rows = _select_for_leaks(sources, context)
     directory = EvaluationDirectory(config, _digests(config, sources))
     journal = directory.begin()
 
+    model: PreTrainedModel | PeftModel
     model = load_model(model_config)
     if config.adapter:
         model = load_adapter(model, config.adapter)
     scorer = Scorer(model, tokenizer, journal, config.batch_size)
-    result = Evaluation(rows=_counts(selected, sources, leak_rows), notes=context.notes)
+    result = Evaluation(rows=_counts(selected, sources, leak_rows), notes=notes)
     for benchmark, name, selection in selected:
         measured = benchmark.measure(name, selection, scorer, context)
         result.measured.setdefault(benchmark.name, {})[name] = measured
     if leak_rows:
-        rows = {part: of_part.rows for part, of_part in leak_rows.items()}
+        rows = {part: selection.rows for part, selection in leak_rows.items()}
         saved = SavedModel(model_config, config.adapter, directory.merged)
         subject = Subject(scorer, rows["forget"], rows.get("holdout"), config, config.seed, saved)
         tests = leak_tests(config.leaks)
@@ -105,35 +92,54 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
         result.leaks = run_leak_tests([test for test in tests if not test.loads_models], subject)
         if others := [test for test in tests if test.loads_models]:
             subject = replace(subject, scorer=scorer.without_model())
-            del model, scorer  # the others load models of their own
+            del model, scorer  # makes room for the models that these tests load
             result.leaks |= run_leak_tests(others, subject)
-        result.leak_rows = _rows_by_place(result, leak_rows)
+        result.leak_rows = _scores_by_row(result, leak_rows)
 
     for benchmark in BENCHMARKS:
         if (scores := benchmark.score(result.measured, context)) is not None:
             result.scores[benchmark.name] = scores
     if leak_rows and "holdout" not in leak_rows:
-        context.notes.append(f"Leak tests: {NO_HOLDOUT}.")
+        notes.append(f"Leak tests: {NO_HOLDOUT}.")
     directory.save(result)
-    say("\n" + evaluation_text(result.to_json(), context.before))
+    say("\n" + evaluation_text(result.to_json(), before))
     say(f"\nEvery figure is in {directory.result}, every scored row in {directory.rows.name} beside it.")
     return result
 
 
-def _read(config: EvaluationConfig, first_rows: int | None, say: Say) -> dict[str, Rows]:
-    """Each set's rows; first_rows: only the first N of each."""
+# -- what is evaluated, and on which rows -----------------------------------------------------------------------------
+
+
+def _model_config(config: EvaluationConfig, say: Say) -> ModelConfig:
+    """How the base model is loaded: the one of --model, or the one that the adapter was trained on."""
+    adapter, given = config.adapter, config.model
+    if given is None:
+        assert adapter is not None, "EvaluationConfig requires a model or an adapter"
+        given = base_of_adapter(adapter)
+    name, line = resolve_name(given)
+    if line:
+        say(line)
+    model_config = config.model_config(name)
+    if adapter and not config.any_base:
+        check_base(adapter, name)
+        model_config.revision = config.revision or revision_of_adapter(adapter)
+    return model_config
+
+
+def _read(config: EvaluationConfig, limit: int | None, say: Say) -> dict[str, Rows]:
+    """The rows of each set; limit: only the first N."""
     if config.bundled:
         say("No data named: using the bundled biographies of invented people.")
         parts = ("forget", "retain", "holdout") if config.leaks else ("forget", "retain")
-        return {part: bundled_rows(part, limit=first_rows) for part in parts}
+        return {part: bundled_rows(part, limit=limit) for part in parts}
     named = config.named_data
     if named:
         say("Data: " + ", ".join(f"{part} {source}" for part, source in named.items()))
-    return {part: read_rows(source, limit=first_rows) for part, source in named.items()}
+    return {part: read_rows(source, limit=limit) for part, source in named.items()}
 
 
 def _select(sources: Mapping[str, Rows], context: Context) -> list[tuple[Benchmark, str, Selection]]:
-    """What is measured, by which benchmark: each set by the first that recognises it."""
+    """What is measured by which benchmark: each set by the first benchmark that recognises it."""
     selected: list[tuple[Benchmark, str, Selection]] = []
     for name, rows in sources.items():
         for benchmark in BENCHMARKS:
@@ -146,10 +152,11 @@ def _select(sources: Mapping[str, Rows], context: Context) -> list[tuple[Benchma
     return selected
 
 
-def _leak_rows(sources: Mapping[str, Rows], context: Context) -> dict[str, LeakRows]:
-    """The rows of the leak tests, whatever their kind: "forget", and "holdout" where there is one; none, no tests.
+def _select_for_leaks(sources: Mapping[str, Rows], context: Context) -> dict[str, Selection]:
+    """The rows of the leak tests, whatever their benchmark: "forget", and "holdout" if there is one. Empty if there are
+    no leak tests.
 
-    Raises UserError for forget rows that are in the holdout as well.
+    Raises UserError if the holdout has rows of the forget set.
     """
     config = context.config
     if not config.leaks:
@@ -158,45 +165,43 @@ def _leak_rows(sources: Mapping[str, Rows], context: Context) -> dict[str, LeakR
     if "holdout" in examples and (pairs := find_overlap(examples["forget"], examples["holdout"])):
         where = " is ".join(example.where for example in pairs[0])
         raise UserError(
-            f"{len(pairs)} of the forget rows are in the holdout as well ({where}), which must hold only what the "
+            f"{len(pairs)} of the forget rows are in the holdout as well ({where}), which must hold only rows that the "
             "model was never taught: remove them from one of the two."
         )
-    leak_rows = {}
+    selected = {}
     for part, of_part in examples.items():
         places = context.choose(len(of_part))
         chosen = [of_part[i] for i in places]
         rows = tokenize(chosen, context.tokenizer, max_length=config.tokens_per_row, template=context.template)
-        leak_rows[part] = LeakRows(rows, places, len(of_part))
-    return leak_rows
+        selected[part] = Selection(rows, len(of_part), places)
+    return selected
 
 
 def _counts(
     selected: Sequence[tuple[Benchmark, str, Selection]],
     sources: Mapping[str, Rows],
-    leak_rows: Mapping[str, LeakRows],
+    leak_rows: Mapping[str, Selection],
 ) -> dict[str, dict[str, int]]:
-    """Set -> how many of its rows are scored."""
-    of_leaks = {part: {"scored": len(rows.rows), "in_set": rows.rows_in_set} for part, rows in leak_rows.items()}
-    of_benchmarks = {
-        name: {"scored": len(selection.rows), "in_set": selection.rows_in_set}
-        for _, name, selection in selected
-        if name in sources
-    }
-    return of_leaks | of_benchmarks
+    """Set -> the number of its rows that are scored, and of all."""
+    selections = dict(leak_rows) | {name: selection for _, name, selection in selected if name in sources}
+    return {name: {"scored": len(s.rows), "in_set": s.rows_in_set} for name, s in selections.items()}
 
 
-def _rows_by_place(result: Evaluation, leak_rows: Mapping[str, LeakRows]) -> dict[str, dict[int, dict[str, Any]]]:
-    """Set -> place of the row in it -> what the leak tests found of it."""
-    by_place: dict[str, dict[int, dict[str, Any]]] = {}
+def _scores_by_row(result: Evaluation, leak_rows: Mapping[str, Selection]) -> dict[str, dict[int, dict[str, Any]]]:
+    """Set -> the row's place in it -> its scores in the leak tests."""
+    by_row: dict[str, dict[int, dict[str, Any]]] = {}
     for test in result.leaks.values():
         for part, rows in test.rows.items():
             for place, scores in zip(leak_rows[part].places, rows, strict=True):
-                by_place.setdefault(part, {}).setdefault(place, {}).update(scores)
-    return by_place
+                by_row.setdefault(part, {}).setdefault(place, {}).update(scores)
+    return by_row
+
+
+# -- the earlier evaluation, and what qualifies a comparison ----------------------------------------------------------
 
 
 def _read_before(config: EvaluationConfig) -> Mapping[str, Any]:
-    """The evaluation that --before names, or nothing."""
+    """The evaluation that --before names; empty without one."""
     path = config.before
     if path is None:
         return {}
@@ -209,21 +214,27 @@ def _read_before(config: EvaluationConfig) -> Mapping[str, Any]:
     return content
 
 
-def _asked_otherwise(config: EvaluationConfig) -> str | None:
-    """What must be said where the evaluation before wrote its prompts, or cut its rows, otherwise."""
-    if config.before is None:
-        return None
-    settings = EvaluationFiles(Path(config.before).expanduser().parent).settings
-    try:
-        then = json.loads(settings.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
-        return None
-    names = ("prompt_template", "max_length")
-    other = [f"{name} {then[name]!r}" for name in names if name in then and then[name] != getattr(config, name)]
-    return f"The evaluation before had {' and '.join(other)}: the two are not comparable." if other else None
+def _notes(config: EvaluationConfig, run: Mapping[str, Any]) -> list[str]:
+    """What qualifies the figures: another base than the adapter was trained on, or an earlier evaluation that wrote its
+    prompts, or cut its rows, in another way."""
+    notes = []
+    if run.get("qlora") and not config.qlora:
+        notes.append("The adapter was trained on the 4-bit base and is measured on the unquantised one (no --qlora).")
+    if config.before is not None:
+        settings = EvaluationFiles(Path(config.before).expanduser().parent).settings
+        try:
+            earlier = json.loads(settings.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+            return notes
+        names = ("prompt_template", "max_length")
+        differing = [name for name in names if name in earlier and earlier[name] != getattr(config, name)]
+        if other := " and ".join(f"{name} {earlier[name]!r}" for name in differing):
+            notes.append(f"The earlier evaluation had {other}: the two are not comparable.")
+    return notes
 
 
 def _digests(config: EvaluationConfig, sources: Mapping[str, Rows]) -> dict[str, str]:
+    """A hash of each set, and of the adapter."""
     digests = {part: digest(json.loads(json.dumps(rows.rows, default=str))) for part, rows in sources.items()}
     if config.adapter:
         digests[THE_ADAPTER] = digest(AdapterFiles(Path(config.adapter).expanduser()).weights)

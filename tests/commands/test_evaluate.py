@@ -1,4 +1,4 @@
-"""`lowmem-npo evaluate` as its user meets it: real models, real files; interrupted, resumed, and given bad input."""
+"""`lowmem-npo evaluate` as a user runs it: real models and files; interrupted, resumed, and with bad input."""
 
 from __future__ import annotations
 
@@ -51,18 +51,17 @@ def result(files, output="out", name="evaluation.json"):
     return json.loads((files / output / name).read_text())
 
 
-def fails(capsys, code, *said):
-    shown = capsys.readouterr()
-    assert code == 2, shown.out
-    line = shown.err.strip().splitlines()[-1]
-    assert line.startswith("lowmem-npo evaluate: ") and "Traceback" not in shown.err
-    for words in said:
-        assert words in line, line
+def fails(capsys, code, *messages):
+    out, err = capsys.readouterr()
+    assert code == 2, out
+    line = err.strip().splitlines()[-1]
+    assert line.startswith("lowmem-npo evaluate: ") and "Traceback" not in err
+    assert all(message in line for message in messages), line
 
 
 @pytest.fixture(scope="module")
 def brief_model(byte_model, tmp_path_factory):
-    """A byte model that likes a few letters, the space and the end of the sequence: short answers with words."""
+    """A byte model that prefers a few letters, the space and the end of the sequence: short answers with words."""
     tokenizer = AutoTokenizer.from_pretrained(byte_model)
     model = tiny_model("olmo", len(tokenizer), seed=1)
     liked = [tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(letter) for letter in "aotĠ")]
@@ -85,7 +84,7 @@ def continuation(folder, prompt):
 
 
 def scores_by_the_official_steps(folder, path):
-    """Row -> score, one prompt at a time."""
+    """Id of the row -> its score, one prompt at a time."""
     rouge, scores = RougeScorer(["rougeL"], use_stemmer=True), {}
     for row in map(json.loads, path.read_text().splitlines()):
         text = continuation(folder, row["input"])
@@ -102,9 +101,9 @@ def test_lume_from_files_to_official_result(brief_model, files, capsys):
     write(files / "retain.jsonl", rows)
     assert evaluate(files, brief_model, "--members", str(files / "members.jsonl"),
                     "--nonmembers", str(files / "others.jsonl")) == 0  # fmt: skip
-    shown, found = capsys.readouterr().out, result(files)
+    printed, content = capsys.readouterr().out, result(files)
     official = result(files, name="evaluation_results.jsonl")
-    assert official == found["lume"]
+    assert official == content["lume"]
     for part in ("forget", "retain"):
         wanted = scores_by_the_official_steps(brief_model, files / f"{part}.jsonl")
         rows = [json.loads(line) for line in (files / "out" / "rows.jsonl").read_text().splitlines()]
@@ -118,9 +117,9 @@ def test_lume_from_files_to_official_result(brief_model, files, capsys):
     assert official["retain-set"]["Task1"]["knowledge-score"] == 1
     assert official["harmonic-mean-task-aggregate"] == 0  # the other questions of retain are not answered
     assert official["mia_final_score"] == pytest.approx(1 - 2 * abs(official["mia_loss_acc"] - 0.5))
-    assert found["membership"]["members"] == 4 and found["membership"]["nonmembers"] == 3
+    assert content["membership"]["members"] == 4 and content["membership"]["nonmembers"] == 3
     assert official["mmlu_average"] is None and official["aggregate-score"] is None
-    assert "all 6 forget rows" in shown and "missing  needs --lm-eval mmlu" in shown
+    assert "all 6 forget rows" in printed and "missing  needs --lm-eval mmlu" in printed
     assert "Miss Ada" not in (files / "out" / "evaluation.json").read_text()
 
 
@@ -142,7 +141,7 @@ class Killed(KeyboardInterrupt):
     pass
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_was(brief_model, files, monkeypatch):
+def test_an_interrupted_evaluation_continues(brief_model, files, monkeypatch):
     whole = ["--batch-size", "2"]
     assert evaluate(files, brief_model, *whole, output="whole") == 0
     real, generated = measuring.greedy_answers, []
@@ -187,7 +186,7 @@ def test_a_directory_belongs_to_one_evaluation(byte_model, files, capsys):
     fails(capsys, evaluate(files, byte_model, output="forget.jsonl"), "is a file")
 
 
-def test_rows_that_are_not_lumes_are_scored_without_its_aggregate(byte_model, files, capsys):
+def test_rows_that_are_not_of_lume_are_scored_without_its_aggregate(byte_model, files, capsys):
     rows = [{"input": "Who went", "output": "Me."}, {"input": "Who is", "output": "You."}]
     rows.append({"input": "x", "output": "y"})
     write(files / "noid.jsonl", rows)
@@ -195,14 +194,14 @@ def test_rows_that_are_not_lumes_are_scored_without_its_aggregate(byte_model, fi
     out = ["--output-dir", str(files / "out"), "--device", "cpu", "--limit", "2"]
     assert main(["evaluate", "--model", str(byte_model), "--forget", str(files / "noid.jsonl"),
                  "--retain", str(files / "strange.jsonl"), *out]) == 0  # fmt: skip
-    shown, found = capsys.readouterr().out, result(files)
-    assert found["answers"]["forget"]["rows"] == 2 and found["answers"]["forget"]["nll"] > 0
-    assert found["lume"]["harmonic-mean-task-aggregate"] is None
-    assert found["lume"]["retain-set"]["Task7"] == {"regurgitation-score": None, "knowledge-score": 0.0}
-    for said in ("forget: no row has a LUME id", "retain: 1 rows without a LUME id",
+    printed, content = capsys.readouterr().out, result(files)
+    assert content["answers"]["forget"]["rows"] == 2 and content["answers"]["forget"]["nll"] > 0
+    assert content["lume"]["harmonic-mean-task-aggregate"] is None
+    assert content["lume"]["retain-set"]["Task7"] == {"regurgitation-score": None, "knowledge-score": 0.0}
+    for note in ("forget: no row has a LUME id", "retain: 1 rows without a LUME id",
                  "No LUME task aggregate", "retain has rows of Task7, which LUME does not know"):  # fmt: skip
-        assert said in shown
-    assert "2 of 3 forget rows" in shown
+        assert note in printed
+    assert "2 of 3 forget rows" in printed
 
 
 def adapter(base, folder, seed=0):
@@ -229,16 +228,16 @@ def test_an_adapter_and_a_comparison_with_before(byte_model, files, capsys):
     assert main(["evaluate", "--adapter", folder, *options]) == 0  # base model and directory follow from the adapter
     old, new = result(files, "before"), result(files, "adapter/evaluation")
     assert abs(new["answers"]["forget"]["nll"] - old["answers"]["forget"]["nll"]) > 0.01
-    shown = capsys.readouterr().out
-    assert "before" in shown and f"{new['answers']['forget']['nll']:.3f}" in shown
+    printed = capsys.readouterr().out
+    assert "before" in printed and f"{new['answers']['forget']['nll']:.3f}" in printed
     adapter(byte_model, files / "adapter", seed=1)
     fails(capsys, main(["evaluate", "--adapter", folder, *options, "--resume"]), "the adapter has changed")
     write(files / "list.json", [])
     fails(capsys, main(["evaluate", "--adapter", folder, "--before", str(files / "list.json")]), "--before")
 
 
-def test_what_is_left_open_is_as_the_run_had_it(byte_model, files, capsys):
-    """Rows, columns, template and length of run.yaml: else the adapter would be asked what it was not trained on."""
+def test_options_not_given_are_those_of_the_run(byte_model, files, capsys):
+    """Rows, columns, template and length come from run.yaml: the adapter is evaluated on what it was trained on."""
     for part, answer in (("forget", "Rome"), ("retain", "Oslo")):
         write(files / f"{part}.jsonl", [{"ask": f"Where {n}?", "say": answer * (n + 1)} for n in range(3)])
     folder, device = str(files / "run"), ["--dtype", "float32", "--device", "cpu"]
@@ -248,17 +247,17 @@ def test_what_is_left_open_is_as_the_run_had_it(byte_model, files, capsys):
     assert main(["train", "--model", str(byte_model), *device, *data, *form, "--max-steps", "1", "--leaks", "none",
                  "--output-dir", folder]) == 0  # fmt: skip
     assert main(["evaluate", "--adapter", folder, *device]) == 0
-    found, trained = result(files, "run/evaluation"), json.loads((files / "run" / "after.json").read_text())
+    content, trained = result(files, "run/evaluation"), json.loads((files / "run" / "after.json").read_text())
     for part in ("forget", "retain"):
-        assert found["answers"][part]["nll"] == pytest.approx(trained[part]["summary"]["nll"], rel=1e-5)
+        assert content["answers"][part]["nll"] == pytest.approx(trained[part]["summary"]["nll"], rel=1e-5)
     other = ["--output-dir", str(files / "other"), "--prompt-template", "{prompt}"]
     assert main(["evaluate", "--adapter", folder, *device, *other]) == 0
-    assert result(files, "other")["answers"]["forget"]["nll"] != pytest.approx(found["answers"]["forget"]["nll"])
+    assert result(files, "other")["answers"]["forget"]["nll"] != pytest.approx(content["answers"]["forget"]["nll"])
     capsys.readouterr()
 
     (checkpoint,) = (files / "run").glob("checkpoint-*")
     assert main(["evaluate", "--adapter", str(checkpoint), *device]) == 0
-    assert result(files, f"run/{checkpoint.name}/evaluation")["answers"] == found["answers"]
+    assert result(files, f"run/{checkpoint.name}/evaluation")["answers"] == content["answers"]
     before = ["--before", str(files / "run" / "evaluation" / "evaluation.json")]
     again = ["--output-dir", str(files / "again"), "--prompt-template", "{prompt}", "--max-length", "30"]
     assert main(["evaluate", "--adapter", folder, *device, *before, *again]) == 0
@@ -271,19 +270,19 @@ def test_what_is_left_open_is_as_the_run_had_it(byte_model, files, capsys):
     fails(capsys, main(["evaluate", "--adapter", folder, *device, "--max-length", "0"]), "--max-length is 0")
 
 
-def test_the_base_is_loaded_by_the_adapters_revision(byte_model, files, monkeypatch):
+def test_the_base_is_loaded_in_the_adapters_revision(byte_model, files, monkeypatch):
     from lowmem_npo.commands import evaluate as module
 
-    folder, asked = adapter(byte_model, files / "adapter"), []
+    folder, revisions = adapter(byte_model, files / "adapter"), []
     path = files / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "revision": "step1000"}))
     real = module.load_model
-    monkeypatch.setattr(module, "load_model", lambda config: asked.append(config.revision) or real(config))
+    monkeypatch.setattr(module, "load_model", lambda config: revisions.append(config.revision) or real(config))
     write(files / "forget.jsonl", [{"question": "Who?", "answer": "Me."}])
     options = ["--adapter", folder, "--device", "cpu", "--forget", str(files / "forget.jsonl"), "--output-dir"]
     assert main(["evaluate", *options, str(files / "a")]) == 0
     assert main(["evaluate", *options, str(files / "b"), "--revision", "main"]) == 0
-    assert asked == ["step1000", "main"]
+    assert revisions == ["step1000", "main"]
 
 
 def test_an_adapter_of_another_model(byte_model, files, capsys, tmp_path):
@@ -295,7 +294,7 @@ def test_an_adapter_of_another_model(byte_model, files, capsys, tmp_path):
     for config in (
         OlmoConfig(vocab_size=258, eos_token_id=1, **{**SIZES, "hidden_size": 64}),  # other shapes
         OlmoConfig(vocab_size=258, eos_token_id=1, **{**SIZES, "num_hidden_layers": 1}),  # a layer that is not there
-        OlmoConfig(vocab_size=258, eos_token_id=1, **{**SIZES, "num_hidden_layers": 3}),  # one the adapter knows not
+        OlmoConfig(vocab_size=258, eos_token_id=1, **{**SIZES, "num_hidden_layers": 3}),  # one that the adapter lacks
     ):
         AutoModelForCausalLM.from_config(config).save_pretrained(other)
         fails(capsys, evaluate(files, other, "--adapter", folder, "--any-base", output="x"), "another model")
@@ -326,7 +325,7 @@ def test_bad_member_files(byte_model, files, capsys):
     assert result(files)["membership"]["auc"] == 0.5
 
 
-def test_lm_eval_that_is_not_installed(byte_model, files, capsys, monkeypatch):
+def test_lm_eval_not_installed(byte_model, files, capsys, monkeypatch):
     monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
     fails(capsys, evaluate(files, byte_model, "--lm-eval", "mmlu"), "pip install 'lowmem-npo[eval]'")
     assert not (files / "out").exists()
@@ -336,5 +335,5 @@ def test_help_and_flags(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["evaluate", "--help"])
     assert stopped.value.code == 0
-    shown = capsys.readouterr().out
-    assert "--members" in shown and "--lm-eval" in shown and "Hub name or local directory" in shown
+    printed = capsys.readouterr().out
+    assert "--members" in printed and "--lm-eval" in printed and "Hub name or local directory" in printed

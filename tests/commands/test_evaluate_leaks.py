@@ -1,4 +1,4 @@
-"""`lowmem-npo evaluate --leaks` as its user meets it: files, tables, resuming, bad input."""
+"""`lowmem-npo evaluate --leaks` as a user runs it: files, tables, resuming, bad input."""
 
 from __future__ import annotations
 
@@ -36,11 +36,10 @@ def content(files, out="out"):
     return json.loads((files / out / "evaluation.json").read_text())
 
 
-def fails(capsys, code, *said):
+def fails(capsys, code, *messages):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert code == 2 and error.startswith("lowmem-npo evaluate: ")
-    for words in said:
-        assert words in error, error
+    assert all(message in error for message in messages), error
 
 
 QUICK = ("--leak-samples", "2", "--relearn-steps", "2", "--limit", "4")
@@ -48,22 +47,22 @@ QUICK = ("--leak-samples", "2", "--relearn-steps", "2", "--limit", "4")
 
 def test_files_and_tables(byte_model, files, capsys):
     assert evaluate(byte_model, files, "--leaks", "all", *QUICK) == 0
-    shown, found = capsys.readouterr().out, content(files)
-    assert list(found["leaks"]) == ["extraction", "sampling", "membership", "relearning", "quantization"]
-    for test, figures in found["leaks"].items():
+    printed, leaks = capsys.readouterr().out, content(files)["leaks"]
+    assert list(leaks) == ["extraction", "sampling", "membership", "relearning", "quantization"]
+    for test, figures in leaks.items():
         assert figures["leaks"] in (True, False, None) and figures["meaning"].endswith(".")
-        assert f"{test}: " in shown
-    assert "no --adapter" in found["leaks"]["quantization"]["meaning"]
-    assert found["leaks"]["relearning"]["shown_rows"] + found["leaks"]["relearning"]["rows"] == 4
-    assert "4 of 6 forget rows, 4 of 5 holdout rows" in shown
+        assert f"{test}: " in printed
+    assert "no --adapter" in leaks["quantization"]["meaning"]
+    assert leaks["relearning"]["shown_rows"] + leaks["relearning"]["rows"] == 4
+    assert "4 of 6 forget rows, 4 of 5 holdout rows" in printed
     rows = [json.loads(line) for line in (files / "out" / "rows.jsonl").read_text().splitlines()]
-    leaks = [row for row in rows if "leaks" in row]
-    assert [row["set"] for row in leaks] == ["forget"] * 4 + ["holdout"] * 4
-    assert [row["row"] for row in leaks[:4]] == [row["row"] for row in rows if "prompt" in row]  # the same rows
-    assert set(leaks[0]["leaks"]) == {
+    scored = [row for row in rows if "leaks" in row]
+    assert [row["set"] for row in scored] == ["forget"] * 4 + ["holdout"] * 4
+    assert [row["row"] for row in scored[:4]] == [row["row"] for row in rows if "prompt" in row]  # the same rows
+    assert set(scored[0]["leaks"]) == {
         "exact_memorization", "extraction_strength", "loss", "min_k", "min_k_pp", "best_rouge_l_recall", "best_sample"
     }  # fmt: skip
-    assert "The 0 of 1" not in json.dumps(found)
+    assert "The 0 of 1" not in json.dumps(content(files))
     again = files / "again"
     before = ["--before", str(files / "out" / "evaluation.json"), "--leaks", "extraction"]
     assert evaluate(byte_model, files, *before, *QUICK, out=again.name) == 0
@@ -72,16 +71,16 @@ def test_files_and_tables(byte_model, files, capsys):
 
 def test_without_a_holdout(byte_model, files, capsys):
     assert evaluate(byte_model, files, "--leaks", "extraction", "membership", *QUICK, holdout=False) == 0
-    found = content(files)
-    assert found["leaks"]["membership"]["leaks"] is None and "--holdout" in found["leaks"]["membership"]["meaning"]
-    assert "rows" not in found["leaks"]["membership"] and found["leaks"]["extraction"]["leaks"] is None
-    assert any("--holdout" in note for note in found["notes"])
+    leaks = content(files)["leaks"]
+    assert leaks["membership"]["leaks"] is None and "--holdout" in leaks["membership"]["meaning"]
+    assert "rows" not in leaks["membership"] and leaks["extraction"]["leaks"] is None
+    assert any("--holdout" in note for note in content(files)["notes"])
     # added later, without measuring the forget rows again
     assert evaluate(byte_model, files, "--leaks", "extraction", "membership", *QUICK, "--resume") == 0
     assert content(files)["leaks"]["membership"]["loss_auc"] >= 0
 
 
-def test_interrupted_it_goes_on(byte_model, files, monkeypatch):
+def test_an_interrupted_evaluation_continues(byte_model, files, monkeypatch):
     tests = ("--leaks", "extraction", "membership", "sampling", "relearning", *QUICK, "--batch-size", "2")
     assert evaluate(byte_model, files, *tests, out="whole") == 0
     real, calls = measuring.token_scores, []
@@ -118,7 +117,7 @@ def test_bad_input(byte_model, files, capsys):
     assert not (files / "out").exists()
 
 
-def test_one_row_and_rows_that_are_all_alike(byte_model, files):
+def test_one_row_and_identical_rows(byte_model, files):
     write(files / "forget.jsonl", FORGET[:1])
     assert evaluate(byte_model, files, "--leaks", "relearning", holdout=False) == 0
     relearning = content(files)["leaks"]["relearning"]
