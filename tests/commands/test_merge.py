@@ -1,4 +1,4 @@
-"""`lowmem-npo merge` against PEFT's merge in float64, on real files: shards, types, tied heads, what it must refuse."""
+"""`lowmem-npo merge` against PEFT's merge in float64, on real files: shards, types, tied heads, refusals."""
 
 from __future__ import annotations
 
@@ -56,12 +56,11 @@ def run(adapter, out, *more):
     return main(["merge", "--adapter", str(adapter), "--output-dir", str(out), *more])
 
 
-def fails(capsys, code, *said):
-    shown = capsys.readouterr()
-    assert code == 2, shown.out
-    assert shown.err.startswith("lowmem-npo merge: ") and len(shown.err.splitlines()) == 1
-    for words in said:
-        assert words in shown.err, shown.err
+def fails(capsys, code, *messages):
+    out, err = capsys.readouterr()
+    assert code == 2, out
+    assert err.startswith("lowmem-npo merge: ") and len(err.splitlines()) == 1
+    assert all(message in err for message in messages), err
 
 
 @pytest.mark.parametrize("bug", [None, "scale", "transposed", "twice"])
@@ -74,15 +73,15 @@ def test_weights_are_the_exact_sum_rounded_once(architecture, dtype, bug, tmp_pa
     exact, real = merged_by_peft(base, adapter), merging.Update.added_to
     if bug:
         broken = {
-            "scale": lambda u, w, t: real(merging.Update(u.a, u.b, u.scale / 2, False), w, t),  # alpha / r forgotten
+            "scale": lambda u, w, t: real(merging.Update(u.a, u.b, u.scale / 2, False), w, t),  # without alpha / r
             "transposed": lambda u, w, t: real(merging.Update(u.a, u.b, u.scale, True), w, t),
             "twice": lambda u, w, t: w + real(u, torch.zeros_like(w), t),  # the update rounded before the sum
         }[bug]
         monkeypatch.setattr(merging.Update, "added_to", broken)
     assert run(adapter, out, "--dtype", "stored") == 0
-    found = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
-    assert found.dtype == dtype
-    wanted, got = exact.state_dict(), found.state_dict()
+    merged = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert merged.dtype == dtype
+    wanted, got = exact.state_dict(), merged.state_dict()
     assert wanted.keys() == got.keys()
     # Rounded once: equal to float64's sum, rounded, but for ties that float32's own rounding decides.
     unequal = sum((wanted[name].to(dtype) != got[name]).sum().item() for name in wanted)
@@ -92,7 +91,7 @@ def test_weights_are_the_exact_sum_rounded_once(architecture, dtype, bug, tmp_pa
         assert close is (bug in (None, "twice"))  # in float32 rounding twice is within its own rounding
     else:
         assert (unequal <= 1e-3 * total) is (bug is None)
-        near = torch.allclose(logits(found), logits(exact), rtol=0.05, atol=0.05 * logits(exact).std().item())
+        near = torch.allclose(logits(merged), logits(exact), rtol=0.05, atol=0.05 * logits(exact).std().item())
         assert near or bug
 
 
@@ -108,7 +107,7 @@ def test_shards_keep_their_names_and_one_is_in_memory_at_a_time(tmp_path, monkey
     written, alive, real = {}, [], merging.save_file
 
     def save(tensors, path, **options):
-        assert not [one for one in alive if one() is not None]  # nothing is left of the shards before
+        assert not [one for one in alive if one() is not None]  # the shards before are freed
         alive.extend(weakref.ref(tensor) for tensor in tensors.values())
         written[path.name] = set(tensors)
         real(tensors, path, **options)
@@ -125,9 +124,9 @@ def test_shards_keep_their_names_and_one_is_in_memory_at_a_time(tmp_path, monkey
     present = {path.name for path in out.iterdir()}
     assert present >= {"config.json", "generation_config.json", "tokenizer_config.json", "merges.txt"}
     assert "thesis.txt" not in present
-    found = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    merged = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
     exact = merged_by_peft(base, adapter)
-    assert torch.allclose(logits(found), logits(exact), atol=0.05 * logits(exact).std().item(), rtol=0.05)
+    assert torch.allclose(logits(merged), logits(exact), atol=0.05 * logits(exact).std().item(), rtol=0.05)
 
 
 def test_the_tokenizer_comes_along(byte_model, tmp_path):
@@ -146,11 +145,11 @@ def test_rank_stabilised_scale(tmp_path):
     adapter = saved_adapter(tmp_path / "base", tmp_path / "adapter", use_rslora=True)
     assert run(adapter, tmp_path / "out", "--dtype", "stored") == 0
     exact = merged_by_peft(tmp_path / "base", adapter)
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    assert torch.allclose(logits(found), logits(exact), rtol=1e-4, atol=1e-4)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.allclose(logits(merged), logits(exact), rtol=1e-4, atol=1e-4)
 
 
-def test_layers_that_store_their_weights_the_other_way_round(tmp_path):
+def test_layers_with_transposed_weights(tmp_path):
     """GPT-2: (inputs, outputs), and tensor names without "transformer."."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=1)
@@ -162,13 +161,13 @@ def test_layers_that_store_their_weights_the_other_way_round(tmp_path):
     adapter = saved_adapter(tmp_path / "base", tmp_path / "adapter", target_modules=["c_attn"], fan_in_fan_out=True)
     assert run(adapter, tmp_path / "out", "--dtype", "stored") == 0
     exact = merged_by_peft(tmp_path / "base", adapter)
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    assert torch.allclose(logits(found), logits(exact), rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(logits(found), logits(model), rtol=1e-2, atol=1e-2)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.allclose(logits(merged), logits(exact), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(merged), logits(model), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize(
-    "options, said",
+    "options, message",
     [
         ({"use_dora": True}, "DoRA magnitudes"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
@@ -178,10 +177,10 @@ def test_layers_that_store_their_weights_the_other_way_round(tmp_path):
         ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
     ],
 )
-def test_what_is_more_than_lora_is_refused(options, said, tmp_path, capsys):
+def test_what_is_more_than_lora_is_refused(options, message, tmp_path, capsys):
     saved_base(tmp_path / "base", dtype=torch.float32)
     adapter = saved_adapter(tmp_path / "base", tmp_path / "adapter", **options)
-    fails(capsys, run(adapter, tmp_path / "out"), said)
+    fails(capsys, run(adapter, tmp_path / "out"), message)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
@@ -223,12 +222,12 @@ def test_other_bases_and_damaged_files(tmp_path, capsys):
 def test_an_adapter_of_other_shapes_or_layers(tmp_path, capsys):
     saved_base(tmp_path / "base")
     adapter = saved_adapter(tmp_path / "base", tmp_path / "adapter")
-    for change, said in (({"hidden_size": 16}, "does not fit"), ({"num_hidden_layers": 1}, "but the base has no")):
+    for change, message in (({"hidden_size": 16}, "does not fit"), ({"num_hidden_layers": 1}, "but the base has no")):
         config = tiny_model("olmo").config
         for name, value in change.items():
             setattr(config, name, value)
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
-        fails(capsys, run(adapter, tmp_path / "out", "--model", str(tmp_path / "other"), "--any-base"), said)
+        fails(capsys, run(adapter, tmp_path / "out", "--model", str(tmp_path / "other"), "--any-base"), message)
         shutil.rmtree(tmp_path / "other")
 
 
@@ -263,13 +262,13 @@ def test_bytes_are_counted_before_they_are_written(tmp_path):
         assert not math.isclose(checkpoint.bytes_as(torch.bfloat16), checkpoint.bytes_as(None))
 
 
-def test_it_says_what_is_known_of_a_return(tmp_path, capsys):
+def test_it_reports_whether_forgotten_text_returns(tmp_path, capsys):
     saved_base(tmp_path / "base")
     adapter = tmp_path / "adapter"
     saved_adapter(tmp_path / "base", adapter)
     assert run(adapter, tmp_path / "out") == 0
-    assert "Not checked" in (said := capsys.readouterr().out) and "--leaks quantization" in said
-    assert "4-bit base" not in said
+    assert "Not checked" in (printed := capsys.readouterr().out) and "--leaks quantization" in printed
+    assert "4-bit base" not in printed
     (adapter / "run.yaml").write_text("qlora: true\n")
     evaluation = adapter / "evaluation"
     evaluation.mkdir()
@@ -281,11 +280,11 @@ def test_it_says_what_is_known_of_a_return(tmp_path, capsys):
         (False, {}, "Not checked: the evaluation measured no merged weights"),
     )
     for number, (leaks, forms, words) in enumerate(cases):
-        found = {"leaks": {"quantization": {**forms, "leaks": leaks, "meaning": "It is back."}}}
-        (evaluation / "evaluation.json").write_text(json.dumps(found))
+        content = {"leaks": {"quantization": {**forms, "leaks": leaks, "meaning": "It is back."}}}
+        (evaluation / "evaluation.json").write_text(json.dumps(content))
         (evaluation / "settings.json").write_text(json.dumps(stamp))
         assert run(adapter, tmp_path / f"out{number}") == 0
         assert words in capsys.readouterr().out
     saved_adapter(tmp_path / "base", adapter, seed=5)
     assert run(adapter, tmp_path / "out9") == 0
-    assert "earlier state of this adapter" in (said := capsys.readouterr().out) and "4-bit base" in said
+    assert "earlier state of this adapter" in (printed := capsys.readouterr().out) and "4-bit base" in printed

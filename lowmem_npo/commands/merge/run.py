@@ -1,79 +1,53 @@
-"""`lowmem-npo merge`: an adapter becomes part of the weights, which then load with plain transformers."""
+"""One merge, from its configuration to the merged model. Reads from top to bottom."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import torch
-import tyro
 
 from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.directory import is_of_adapter
 from lowmem_npo.evaluation.leaks.contract import LeakResult
 from lowmem_npo.evaluation.leaks.quantization import MERGED, QUANTIZATION
-from lowmem_npo.libraries import quiet_libraries
 from lowmem_npo.model.merging import check_space, find_checkpoint, find_updates, write_merged
 from lowmem_npo.model.names import resolve_name
 from lowmem_npo.model.saved_adapter import base_of_adapter, check_base, revision_of_adapter, settings_of_run
 from lowmem_npo.run_directory import RunFiles
 
+if TYPE_CHECKING:
+    from lowmem_npo.commands.merge import MergeConfig
+
 DTYPES = {"bf16": torch.bfloat16, "stored": None}
 
 
-@dataclass
-class MergeConfig:
-    """Work an adapter into the weights of its base model, on the CPU, one file of the checkpoint after the other."""
-
-    adapter: str
-    """Directory of the adapter, as `lowmem-npo train` wrote it."""
-    output_dir: str
-    """Directory of the merged model; new or empty."""
-    model: str | None = None
-    """Hub name or local directory of the base model. Default: the model that the adapter was trained on."""
-    revision: str | None = None
-    """Branch, tag or commit of the base model on the hub. Default: the one that the adapter was trained on."""
-    any_base: bool = False
-    """Accept an adapter that names another base model (the same weights in another place)."""
-    dtype: Literal["bf16", "stored"] = "bf16"
-    """Type of the merged weights: bf16, or the one that the base is stored in."""
-
-
-def main(arguments: Sequence[str]) -> None:
-    config = tyro.cli(MergeConfig, args=list(arguments), prog="lowmem-npo merge")
-    quiet_libraries()
-    merge(config)
-
-
 def merge(config: MergeConfig, say: Say = print) -> Path:
-    """Writes the merged model and says what is known of forgotten text returning in it.
+    """Writes the merged model, and reports what is known of forgotten text returning in it.
 
     Raises:
-        UserError: something the user can fix, said in one sentence.
+        UserError: something the user can fix, in one sentence.
     """
     name, line = resolve_name(config.model or base_of_adapter(config.adapter))
     if line:
         say(line)
     if config.any_base:
-        base_of_adapter(config.adapter)  # it must hold an adapter all the same
+        base_of_adapter(config.adapter)  # raises if there is no adapter
     else:
         check_base(config.adapter, name)
     out = Path(config.output_dir).expanduser().absolute()
     check_empty(out)
-    checkpoint = find_checkpoint(
-        name, config.revision or (None if config.any_base else revision_of_adapter(config.adapter))
-    )
+    revision = config.revision or (None if config.any_base else revision_of_adapter(config.adapter))
+    checkpoint = find_checkpoint(name, revision)
     updates = find_updates(config.adapter, checkpoint)
     dtype = DTYPES[config.dtype]
     needed = checkpoint.bytes_as(dtype)
     check_space(out, needed)
-    partial = out.with_name(out.name + ".partial")  # under another name until it is whole
+    partial = out.with_name(out.name + ".partial")  # under another name until it is complete
     try:
         partial.mkdir(parents=True)
     except FileExistsError as error:
@@ -85,11 +59,9 @@ def merge(config: MergeConfig, say: Say = print) -> Path:
         os.replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    say(
-        f"{len(updates)} of {sum(1 for _ in checkpoint.tensors())} weights carry the adapter; "
-        f"the merged model ({needed / 2**20:,.1f} MiB) is in {out}"
-    )
-    say(returning(config.adapter))
+    changed = f"{len(updates)} of {sum(1 for _ in checkpoint.tensors())} weights"
+    say(f"The adapter changes {changed}; the merged model ({needed / 2**20:,.1f} MiB) is in {out}.")
+    say(return_of_text(config.adapter))
     return out
 
 
@@ -101,8 +73,8 @@ def check_empty(out: Path) -> None:
         raise UserError(f"--output-dir '{out}' holds other files: choose an empty or a new directory.")
 
 
-def returning(adapter: str) -> str:
-    """What the adapter's evaluation says of forgotten text returning in merged weights, or how to find out.
+def return_of_text(adapter: str) -> str:
+    """What the adapter's evaluation says about forgotten text returning in merged weights, or how to find out.
 
     Rounding can undo an update that is small beside the weights (Zhang et al. 2025, "Catastrophic failure of LLM
     unlearning via quantization"); the adapter by itself is not rounded.
@@ -110,7 +82,7 @@ def returning(adapter: str) -> str:
     files = RunFiles(Path(adapter).expanduser())
     how = f"`lowmem-npo evaluate --adapter {adapter} --forget … --leaks quantization` checks it"
     if settings_of_run(adapter).get("qlora"):
-        how += "; this adapter was trained on the 4-bit base, the merged weights are those of the whole one"
+        how += "; this adapter was trained on the 4-bit base, but is merged into the unquantised one"
     evaluation = files.evaluation
     try:
         leaks = json.loads(evaluation.result.read_text(encoding="utf-8"))["leaks"]
