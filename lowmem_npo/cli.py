@@ -1,4 +1,4 @@
-"""The command line: a table of commands, and what its exit codes mean."""
+"""The command line: the table of commands, and the exit codes."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from collections.abc import Sequence
 import lowmem_npo
 from lowmem_npo.errors import UserError
 
-# Command -> one line of help. `lowmem-npo X` is `main(arguments)` of lowmem_npo/commands/X.py (or X/), imported only
-# when it runs, so that `--help` answers at once.
+# Command -> a line of help. `lowmem-npo X` is `main(arguments)` of lowmem_npo/commands/X.py (or X/), which is imported
+# only when it runs, so that `--help` answers at once.
 COMMANDS = {
-    "train": "make a model forget: adapter, metrics, before/after table",
-    "sweep": "train over a grid of settings and seeds: mean and standard deviation as table and picture",
-    "demo": "the whole job on a small model trained here, with the gold standard (about 3 minutes on 2 cores)",
-    "evaluate": "what a model has forgotten and kept: LUME and TOFU scores, leak tests, MMLU",
-    "merge": "work an adapter into its base model's weights, file by file on the CPU",
-    "report": "write a run's report again, with what was evaluated since; prove that rows were forgotten",
-    "estimate": "the memory a run takes, before it starts; with --budget the switches that make it fit",
-    "env": "versions, GPU and memory, for bug reports",
+    "train": "make a model forget: writes an adapter, a before/after table and a report",
+    "sweep": "train over a grid of settings and seeds: mean and standard deviation, as a table and a picture",
+    "demo": "do the whole job on a small model, and compare with a gold standard (about 3 minutes on 2 cores)",
+    "evaluate": "measure what a model has forgotten and kept: LUME and TOFU scores, leak tests, MMLU",
+    "merge": "merge an adapter into its base model's weights, on the CPU, one file at a time",
+    "report": "rewrite a run's report, with later evaluations; prove that rows were among those forgotten",
+    "estimate": "predict the memory of a run before it starts; with --budget, find the switches that make it fit",
+    "env": "print versions, GPU and memory, for bug reports",
 }
 
 
 def usage() -> str:
     lines = ["usage: lowmem-npo COMMAND [OPTIONS]", "", "Make a language model forget chosen data, on one GPU.", ""]
-    lines += [f"  {name:<10} {what}" for name, what in COMMANDS.items()]
+    lines += [f"  {name:<10} {line}" for name, line in COMMANDS.items()]
     lines += ["", "lowmem-npo COMMAND --help explains a command; lowmem-npo --version prints the version."]
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Exit codes: 0 done, 1 a check of the command failed (it exits by itself), 2 something the user
-    can fix (said in one sentence), 130 interrupted."""
+    """Runs one command. Exit codes: 0 success, 1 a check of the command failed (it exits by itself), 2 something that
+    the user can fix (reported in one sentence), 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     command, *rest = arguments
     if command not in COMMANDS:
-        print(f"lowmem-npo: there is no command '{command}'; there are {', '.join(COMMANDS)}.", file=sys.stderr)
+        print(f"lowmem-npo: there is no command '{command}'; the commands are {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     try:
         importlib.import_module(f"lowmem_npo.commands.{command}").main(rest)

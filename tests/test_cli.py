@@ -1,4 +1,4 @@
-"""Every mistake a user can make ends in one clear sentence, exit code 2, and nothing written."""
+"""A mistake in the command line or the data ends in one clear sentence and exit code 2, with nothing written."""
 
 from __future__ import annotations
 
@@ -25,17 +25,16 @@ def run(byte_model, files, *more, forget="forget.jsonl", retain="retain.jsonl"):
                  "--output-dir", str(files / "out"), "--eval-rows", "0", "--max-steps", "1", *more])  # fmt: skip
 
 
-def fails(capsys, code, *said):
-    shown = capsys.readouterr()
-    assert code == 2, shown.out
-    line = shown.err.strip().splitlines()[-1]
-    assert line.startswith("lowmem-npo train: ") and "Traceback" not in shown.err
-    for words in said:
-        assert words in line, line
+def fails(capsys, code, *messages):
+    out, err = capsys.readouterr()
+    assert code == 2, out
+    line = err.strip().splitlines()[-1]
+    assert line.startswith("lowmem-npo train: ") and "Traceback" not in err
+    assert all(message in line for message in messages), line
 
 
 @pytest.mark.parametrize(
-    "content, said",
+    "content, message",
     [
         ("", "empty"),
         (GOOD + '{"question": "Who", "answer"\n', "2"),
@@ -45,9 +44,9 @@ def fails(capsys, code, *said):
         ('{"a": "x", "b": "y"}\n', "a, b"),
     ],
 )
-def test_bad_rows(content, said, byte_model, files, capsys):
+def test_bad_rows(content, message, byte_model, files, capsys):
     (files / "bad.jsonl").write_text(content)
-    fails(capsys, run(byte_model, files, forget="bad.jsonl"), "bad.jsonl", said)
+    fails(capsys, run(byte_model, files, forget="bad.jsonl"), "bad.jsonl", message)
     assert not (files / "out").exists()
 
 
@@ -55,12 +54,12 @@ def test_missing_file(byte_model, files, capsys):
     fails(capsys, run(byte_model, files, forget="absent.jsonl"), "absent.jsonl")
 
 
-def test_an_answer_cut_away_entirely(byte_model, files, capsys):
+def test_an_answer_truncated_to_nothing(byte_model, files, capsys):
     (files / "long.jsonl").write_text(json.dumps({"input": "x" * 50, "output": "y"}) + "\n")
     fails(capsys, run(byte_model, files, "--max-length", "40", forget="long.jsonl"), "long.jsonl", "--max-length")
 
 
-def test_overlap_is_named_and_can_be_allowed(byte_model, files, capsys):
+def test_overlap_is_reported_and_can_be_allowed(byte_model, files, capsys):
     (files / "both.jsonl").write_text(KEPT + GOOD)
     fails(capsys, run(byte_model, files, retain="both.jsonl"), "forget.jsonl", "both.jsonl", "--allow-overlap")
     assert run(byte_model, files, "--allow-overlap", retain="both.jsonl") == 0
@@ -81,13 +80,13 @@ def test_an_output_directory_in_use(byte_model, files, capsys):
     fails(capsys, run(byte_model, files), "is a file")
 
 
-def test_no_such_target_lists_the_candidates(byte_model, files, capsys):
+def test_an_unknown_target_lists_the_candidates(byte_model, files, capsys):
     fails(capsys, run(byte_model, files, "--lora-targets", "query"), "query", "q_proj", "down_proj")
     fails(capsys, run(byte_model, files, "--lora-targets", "lm_head"), "lm_head", "frozen")
     assert not (files / "out").exists()
 
 
-def test_what_is_no_causal_model(byte_model, files, capsys, tmp_path):
+def test_models_that_are_not_causal(byte_model, files, capsys, tmp_path):
     from transformers import BertConfig, T5Config
 
     for config in (
@@ -121,15 +120,15 @@ def test_remote_code_is_never_run(byte_model, files, capsys, tmp_path):
     )
     marker = tmp_path / "ran"
     (folder / "mine.py").write_text(f"open({str(marker)!r}, 'w')\n")
-    fails(capsys, run(folder, files), "never runs")
+    fails(capsys, run(folder, files), "never run here")
     assert not marker.exists()
 
 
-def test_flash_attention_that_is_not_there(byte_model, files, capsys):
+def test_flash_attention_not_installed(byte_model, files, capsys):
     fails(capsys, run(byte_model, files, "--attn", "flash_attention_2"), "flash-attn is not installed", "sdpa")
 
 
-def test_a_gpu_that_is_not_there(byte_model, files, capsys):
+def test_no_gpu(byte_model, files, capsys):
     import torch
 
     if torch.cuda.is_available():
@@ -137,7 +136,7 @@ def test_a_gpu_that_is_not_there(byte_model, files, capsys):
     fails(capsys, run(byte_model, files, "--device", "cuda"), "no CUDA GPU")
 
 
-def test_a_disk_too_small(byte_model, files, capsys, monkeypatch):
+def test_a_full_disk(byte_model, files, capsys, monkeypatch):
     import collections
 
     import lowmem_npo.run_directory

@@ -94,7 +94,7 @@ def _flat_config() -> type:
     return flat
 
 
-def with_help(config: type, leak_tests: Sequence[LeakTest]) -> Any:
+def with_help(config: type, leak_tests: Sequence[LeakTest] = ()) -> Any:
     """The dataclass `config` for tyro: each field's docstring is its help text, and that of --leaks lists the tests.
 
     tyro reads docstrings by itself, but keeps their line breaks.

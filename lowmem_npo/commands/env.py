@@ -1,4 +1,4 @@
-"""`lowmem-npo env`: what a bug report needs."""
+"""`lowmem-npo env`: what a bug report should include."""
 
 from __future__ import annotations
 
@@ -27,18 +27,15 @@ def main(arguments: Sequence[str]) -> None:
 
 def _gpus() -> list[tuple[str, str]]:
     if not torch.cuda.is_available():
-        return [
-            (
-                "cuda",
-                f"no GPU visible (PyTorch built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'CPU'})",
-            )
-        ]
+        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
+        return [("cuda", f"no GPU visible (PyTorch built for {build})")]
     rows = [("cuda", str(torch.version.cuda))]
     for index in range(torch.cuda.device_count()):
-        p = torch.cuda.get_device_properties(index)
+        gpu = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
-        bf16 = "bf16" if p.major >= 8 else "no bf16"
-        rows.append((f"gpu {index}", f"{p.name}, sm_{p.major}{p.minor}, {bf16}, {_gib(free)} of {_gib(total)} free"))
+        bf16 = "bf16" if gpu.major >= 8 else "no bf16"
+        memory = f"{_gib(free)} of {_gib(total)} free"
+        rows.append((f"gpu {index}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {bf16}, {memory}"))
     return rows
 
 

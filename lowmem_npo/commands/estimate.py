@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 USAGE = """usage: lowmem-npo estimate --model NAME_OR_DIR [the options of `lowmem-npo train`] [--budget 24GiB] [--json]
 
-Runs one training step on a GPU that has no memory but counts it, and prints what the step takes. Needs no GPU and no
-weights, and for well-known models no network. Rows have --max-length tokens; with --forget and --retain they are as
-long as the longest of the data. With --budget, finds the fastest switches that fit and prints them as flags.
+Simulates one training step, counting every allocation, and prints the GPU memory that the step takes. Needs no GPU, no
+weights and, for well-known models, no network. Rows have --max-length tokens; with --forget and --retain they are as
+long as the longest rows of the data. With --budget, finds the fastest switches that fit and prints them as flags.
 
 `lowmem-npo train --help` explains the options."""
 
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     as_json = "--json" in arguments
     config = parse_run([a for a in arguments if a != "--json"], "estimate")
-    with quick_imports():  # after parsing: mistakes are reported at once
+    with quick_imports():  # late: mistakes in the options are reported at once
         quiet_libraries()
         from lowmem_npo.estimate.report import report
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def rows_of_step(config: RunConfig) -> StepRows:
-    """The longest rows that can meet in a step: the data's, or rows of --max-length tokens where no data is named.
+    """The longest rows that a step can have: those of the data, or rows of --max-length tokens if no data is named.
 
     Raises:
         UserError: data that cannot be read.

@@ -8,47 +8,52 @@ from pathlib import Path
 
 import tyro
 
+from lowmem_npo.commands.arguments import with_help
 from lowmem_npo.libraries import quiet_libraries
+from lowmem_npo.run_directory import RunFiles
 
 
 @dataclass
 class Report:
-    """Write the report of a run anew: report.html (one page), report.json and README.md, the model card.
+    """Rewrite the report of a run: report.html (one page), report.json and README.md, the model card.
 
-    `lowmem-npo train` writes it at its end. Written again, it includes what `lowmem-npo evaluate --adapter RUN` has
-    measured since, into the run's own `evaluation` directory.
+    `lowmem-npo train` writes the report when it ends. Rewritten, it includes what `lowmem-npo evaluate --adapter RUN`
+    has measured since, if that is in the run's own `evaluation` directory.
     """
 
     run: tyro.conf.Positional[Path]
-    """The --output-dir of `lowmem-npo train`."""
+    """The --output-dir of the run."""
     examples: int | None = None
-    """Rows of each set whose text report.html shows; 0 shows none. Default: the run's --report-examples."""
+    """Rows of each set whose text is in report.html; 0 for none. Default: the run's --report-examples."""
     prove: str | None = None
-    """Write nothing; say which rows of this file (read as the run read its forget rows) were among those forgotten,
-    from the salted hashes in audit.json. Ends with exit code 1 if one was not."""
+    """Write nothing; print which rows of this file (read as the run read its forget rows) were among those forgotten,
+    by the salted hashes in audit.json. The exit code is 1 if any was not."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    options = tyro.cli(Report, args=list(arguments), prog="lowmem-npo report")
+    options: Report = tyro.cli(with_help(Report), args=list(arguments), prog="lowmem-npo report")
     quiet_libraries()
     if options.prove is not None:
         _prove(options.run, options.prove)
         return
-    from lowmem_npo.report.files import write_report  # after parsing: --help need not load transformers
+    from lowmem_npo.report.files import write_report  # late: --help need not load transformers
 
     content = write_report(options.run, options.examples)
     print(content.verdict.headline)
     print("\n".join(content.verdict.sentences))
-    print(f"\nReport: {options.run / 'report.html'}, report.json and the model card README.md beside it.")
+    files = RunFiles(options.run)
+    print(
+        f"\nReport: {files.report_html}; beside it {files.report_json.name} and the model card {files.model_card.name}."
+    )
 
 
 def _prove(run: Path, source: str) -> None:
     from lowmem_npo.report.audit import find_rows
 
-    found = find_rows(run, source)
-    for where, place in found:
+    rows = find_rows(run, source)
+    for where, place in rows:
         print(f"{where}: {'not among the forget rows' if place is None else f'forget row {place}'}")
-    missing = sum(place is None for _, place in found)
-    print(f"{len(found) - missing} of {len(found)} rows were among those that the run in {run} was to forget.")
+    missing = sum(place is None for _, place in rows)
+    print(f"{len(rows) - missing} of {len(rows)} rows are among the forget rows of the run in {run}.")
     if missing:
         raise SystemExit(1)

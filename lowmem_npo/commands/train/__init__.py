@@ -11,6 +11,6 @@ from lowmem_npo.libraries import quiet_libraries
 def main(arguments: Sequence[str]) -> None:
     config = parse_run(arguments, "train")
     quiet_libraries()
-    from lowmem_npo.commands.train.run import train  # after parsing: --help need not load transformers
+    from lowmem_npo.commands.train.run import train  # late: --help need not load transformers
 
     train(config)
