@@ -1,8 +1,8 @@
-"""audit.json: what a run was made of and when, so that others can check it; no text of any row stands in it.
+"""audit.json: what went into a run and when, so that others can check it. It contains no text of any row.
 
-A row is known by SHA-256(salt + its canonical form), the salt drawn once per run. Whoever holds a row can show that it
-was among the forgotten ones (`find_rows`); whoever does not would have to guess it letter by letter. The salt is stored
-beside the hashes, so very short or stereotyped rows can be guessed: that is what a check needs, and its price.
+A row is recorded as SHA-256(salt + its canonical form), with one salt per run. Whoever holds a row can show that it was
+among the forgotten ones (`find_rows`); anybody else would have to guess all of it. A check needs the salt, so it is
+stored with the hashes; the price is that very short or stereotyped rows can be guessed.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
+from torch import Tensor
 
 from lowmem_npo.config import RunConfig
 from lowmem_npo.data import Example, PreparedData, TokenizedRows, bundled_rows, read_rows, to_examples
@@ -24,6 +25,7 @@ from lowmem_npo.environment import processors, versions
 from lowmem_npo.errors import UserError
 from lowmem_npo.files import file_sha256, write_atomically
 from lowmem_npo.model import resolve_name
+from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.run_directory import RunFiles
 from lowmem_npo.training.reference.identity import weights_fingerprint
 
@@ -32,15 +34,15 @@ ALGORITHM = (
     '{"answer":...,"prompt":...} (prompt null for plain text), or {"messages":[...]} for conversations'
 )
 FINGERPRINT = (
-    "hash of the frozen weights as they lay in memory: per tensor its name, shape, type, the sum of all its 32-bit "
-    "words and 256 of them; it tells other weights, but is no hash of every bit"
+    "hash of the frozen weights as they were in memory: each tensor's name, shape, type, the sum of all its 32-bit "
+    "words and 256 of them; it detects other weights, but does not hash every bit"
 )
 
 Audit = dict[str, Any]
 
 
 def row_hash(example: Example, salt: str) -> str:
-    """The row's hash. salt: hexadecimal."""
+    """The row's hash; `salt` is hexadecimal."""
     if example.messages is not None:
         content: dict[str, Any] = {"messages": list(example.messages)}
     else:
@@ -50,10 +52,10 @@ def row_hash(example: Example, salt: str) -> str:
 
 
 def begin_audit(directory: Path, config: RunConfig, data: PreparedData, model: PeftModel) -> None:
-    """Writes what is known when training starts. A resumed run keeps its salt and adds a session."""
+    """Writes what is known when training starts; a resumed run keeps its salt and adds a session."""
     known = read_audit(directory) if config.output.resume else None
     salt = known["forget_rows"]["salt"] if known else secrets.token_hex(16)
-    base = model.get_base_model()
+    base = causal_lm(model)
     parts = {part: (getattr(config.data, part), getattr(data, part)) for part in ("forget", "retain", "holdout")}
     audit = {
         "configuration": config.flat(),
@@ -64,7 +66,7 @@ def begin_audit(directory: Path, config: RunConfig, data: PreparedData, model: P
             "revision": config.model.revision,
             "commit": getattr(base.config, "_commit_hash", None),
             "class": type(base).__name__,
-            "vocabulary": base.get_input_embeddings().weight.shape[0],
+            "vocabulary": cast(Tensor, base.get_input_embeddings().weight).shape[0],
             "weights": "4-bit NF4" if config.model.qlora else config.model.dtype,
             "weights_fingerprint": weights_fingerprint(model),
             "weights_fingerprint_is": FINGERPRINT,
@@ -83,11 +85,12 @@ def begin_audit(directory: Path, config: RunConfig, data: PreparedData, model: P
 
 
 def finish_audit(directory: Path, optimizer_steps: int, adapter_step: int) -> None:
-    """Adds the end of the session and the hash of the adapter, which must be written already.
+    """Adds the end of the session and the hash of the adapter, which must be saved already.
 
-    adapter_step: the step whose adapter was kept, under --stop-when not always the last.
+    adapter_step: the step whose adapter was kept; under --stop-when that need not be the last.
     """
     audit, weights = read_audit(directory), RunFiles(directory).weights
+    assert audit is not None, "begin_audit has written one"
     session = audit["sessions"][-1]
     session["ended"] = _now()
     session["last_step"] = audit["optimizer_steps"] = optimizer_steps
@@ -101,20 +104,18 @@ def finish_audit(directory: Path, optimizer_steps: int, adapter_step: int) -> No
 
 
 def read_audit(directory: Path) -> Audit | None:
-    """The audit record of the run in `directory`; None if it has none. Raises UserError for a damaged one."""
+    """The audit record of the run in `directory`, None if it has none. Raises UserError if it is damaged."""
     path = RunFiles(directory).audit
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"'{RunFiles(directory).audit}' cannot be read as the audit record of a run: {error}."
-        ) from error
+        raise UserError(f"'{path}' cannot be read as the audit record of a run: {error}.") from error
 
 
 def check_same_rows(directory: Path, data: PreparedData) -> None:
-    """Raises UserError if the run in `directory`, about to be resumed, began with other forget rows."""
+    """Raises UserError if the run in `directory`, which is to be resumed, began with other forget rows."""
     audit = read_audit(directory)
     if audit is None:
         return
@@ -124,10 +125,10 @@ def check_same_rows(directory: Path, data: PreparedData) -> None:
 
 
 def find_rows(directory: Path, source: str) -> list[tuple[str, int | None]]:
-    """For every row of `source`, read as the run in `directory` read its forget rows: where it stands, and its place
-    (from 1) among those rows, or None.
+    """Where each row of `source` is, and its place (from 1) among the forget rows of the run in `directory`, or None.
+    `source` is read as the run read its forget rows.
 
-    Raises UserError where there is no audit record, or where `source` cannot be read.
+    Raises UserError if there is no audit record, or if `source` cannot be read.
     """
     audit = read_audit(directory)
     if audit is None:
@@ -136,7 +137,7 @@ def find_rows(directory: Path, source: str) -> list[tuple[str, int | None]]:
         )
     configuration, known = audit["configuration"], audit["forget_rows"]
     columns = {}
-    if configuration["forget"] is not None:  # the bundled rows need no names
+    if configuration["forget"] is not None:  # the columns of the bundled rows are known
         columns = {name: configuration[name] for name in ("prompt_column", "answer_column")}
     places = {digest: place for place, digest in reversed(list(enumerate(known["sha256"], 1)))}
     examples = to_examples(read_rows(source), **columns)
@@ -144,7 +145,7 @@ def find_rows(directory: Path, source: str) -> list[tuple[str, int | None]]:
 
 
 def seconds(sessions: Sequence[Mapping[str, Any]]) -> float | None:
-    """Duration of all sessions together, from start to end; None if one has no end, because it was killed."""
+    """The duration of all sessions together; None if one has no end, because it was killed."""
     if any(session["ended"] is None for session in sessions):
         return None
     spans = [(datetime.fromisoformat(s["ended"]) - datetime.fromisoformat(s["started"])) for s in sessions]
@@ -157,7 +158,7 @@ def _data_record(part: str, source: str | None, rows: TokenizedRows) -> dict[str
         bundled = resources.files("lowmem_npo.data.bundled") / f"{part}.jsonl"
         return {**record, "source": bundled_rows(part, limit=1).name, "sha256": _sha256(bundled.read_bytes())}
     path = Path(source).expanduser()
-    return {**record, "sha256": file_sha256(path) if path.is_file() else None}  # a hub name has no one file
+    return {**record, "sha256": file_sha256(path) if path.is_file() else None}  # a hub name is not a single file
 
 
 def _session() -> dict[str, Any]:

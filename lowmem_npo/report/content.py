@@ -1,4 +1,4 @@
-"""What a report says, gathered from the files that a run (and `lowmem-npo evaluate`) left in its directory."""
+"""The content of a report, read from the files that a run (and `lowmem-npo evaluate`) has written."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ STAGES = ("before", "after", "gold")
 
 @dataclass(frozen=True)
 class ExampleRow:
-    """One measured row at every stage. `said` and `figures` are by stage."""
+    """One measured row at every stage. answers, figures: by stage."""
 
     set: str
     prompt: str
     truth: str
-    said: dict[str, str]
+    answers: dict[str, str]
     figures: dict[str, AnswerRecord]
 
 
 @dataclass(frozen=True)
 class Content:
-    """The whole report of the run in `directory`. `settings` is its run.yaml."""
+    """The content of the report of the run in `directory`. settings: those of its run.yaml."""
 
     directory: Path
     settings: dict[str, Any]
@@ -67,25 +67,24 @@ class Content:
             },
             "figures": [asdict(figure) for figure in self.figures],
             "leaks": {stage: {n: r.to_json() for n, r in tests.items()} for stage, tests in self.leaks.items()},
-            "training": {"logged_steps": len(self.metrics), "first": (self.metrics or [None])[0],
-                         "last": (self.metrics or [None])[-1]},
+            "training": {"logged_steps": len(self.metrics), "first": self.metrics[0] if self.metrics else None,
+                         "last": self.metrics[-1] if self.metrics else None},
             "notes": self.notes,
             "audit": self.audit,
         }  # fmt: skip
 
     def examples(self, count: int) -> list[ExampleRow]:
-        """`count` rows of each set, those that speak most against success: forget answers that survive best, retain
-        answers that changed most."""
+        """The `count` rows of each set that speak most against success: the forget answers that survive best, and the
+        retain answers that changed most."""
         stages = [stage for stage in STAGES if stage in self.evaluations]
         if "after" not in stages or "before" not in stages:
             return []
         examples = []
         for part in self.evaluations["after"]:
             by_row = {s: {r.row: r for r in self.evaluations[s][part].records} for s in stages}
-            rows = [{stage: by_row[stage].get(row) for stage in stages} for row in by_row["after"]]
+            rows = [{stage: by_row[stage][row] for stage in stages if row in by_row[stage]} for row in by_row["after"]]
             worst_first = _survival if part == "forget" else _damage
-            for row in sorted((row for row in rows if row["before"]), key=worst_first)[:count]:
-                records = {stage: record for stage, record in row.items() if record is not None}
+            for records in sorted((row for row in rows if "before" in row), key=worst_first)[:count]:
                 first = records["before"]
                 answers = {stage: record.answer for stage, record in records.items()}
                 examples.append(ExampleRow(part, first.prompt, first.reference, answers, records))
@@ -93,7 +92,7 @@ class Content:
 
 
 def read_content(directory: Path) -> Content:
-    """Raises UserError where `directory` holds no run, or a file of it is damaged."""
+    """Raises UserError if `directory` holds no run, or if a file is damaged."""
     files = RunFiles(directory)
     if not files.run_yaml.is_file():
         raise UserError(f"There is no run in '{directory}' (no run.yaml): give the --output-dir of `lowmem-npo train`.")
@@ -115,14 +114,14 @@ def read_content(directory: Path) -> Content:
 
 
 def _read_evaluation(files: RunFiles) -> dict[str, dict[str, Any]]:
-    """Stage -> evaluation.json: of this very adapter, and of what it was compared with if that is still there."""
+    """Stage -> the content of evaluation.json: of this adapter, and of what it was compared with, if still there."""
     evaluation = files.evaluation
     if not evaluation.result.is_file():
         return {}
-    known = evaluation.settings.is_file()
-    if files.weights.is_file() and not (known and is_of_adapter(evaluation, files.weights)):
-        return {}  # the run went on since: those figures are of another adapter
-    settings = json.loads(evaluation.settings.read_text(encoding="utf-8")) if known else {}
+    has_settings = evaluation.settings.is_file()
+    if files.weights.is_file() and not (has_settings and is_of_adapter(evaluation, files.weights)):
+        return {}  # the run was continued: these figures are of another adapter
+    settings = json.loads(evaluation.settings.read_text(encoding="utf-8")) if has_settings else {}
     before = settings.get("before")
     earlier = Path(before).expanduser() if before else None
     contents = {"before": json.loads(earlier.read_text(encoding="utf-8"))} if earlier and earlier.is_file() else {}
@@ -132,15 +131,15 @@ def _read_evaluation(files: RunFiles) -> dict[str, dict[str, Any]]:
 def _merged_leaks(
     of_run: Mapping[str, LeakResults], evaluated: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, LeakResults]:
-    """Stage -> test -> result. What `evaluate` measured later takes the place of the same test of the run, unless it
-    could not tell (no holdout) and the run could."""
+    """Stage -> test -> result. A later result of `evaluate` replaces the run's own, unless only the run's is conclusive
+    (it had a holdout)."""
     merged = {stage: dict(results) for stage, results in of_run.items()}
     for stage, content in evaluated.items():
-        known = merged.setdefault(stage, {})
+        results = merged.setdefault(stage, {})
         for name, of_test in (content.get("leaks") or {}).items():
             result = LeakResult.from_json(of_test)
-            if result.leaks is not None or name not in known or known[name].leaks is None:
-                known[name] = result
+            if result.leaks is not None or name not in results or results[name].leaks is None:
+                results[name] = result
     for results in merged.values():
         for result in results.values():
             result.figures = _numbers_only(result.figures)
@@ -148,7 +147,7 @@ def _merged_leaks(
 
 
 def _numbers_only(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers and truth values: whatever else a test may have written down could be text of a row."""
+    """Numbers and truth values only: anything else in a result could be text of a row."""
     kept: dict[str, Any] = {}
     for key, value in figures.items():
         if isinstance(value, Mapping):
@@ -163,7 +162,7 @@ def _numbers_only(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_stopping(files: RunFiles) -> list[str]:
-    """What ended a run under --stop-when, and which step's adapter was kept: not the last one's, as a rule."""
+    """What ended a run under --stop-when, and the step whose adapter was kept, as a rule not the last."""
     return [json.loads(files.stopping.read_text(encoding="utf-8"))["sentence"]] if files.stopping.is_file() else []
 
 

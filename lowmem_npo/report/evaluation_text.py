@@ -1,4 +1,4 @@
-"""What `lowmem-npo evaluate` prints: a small table per benchmark and what the leak tests found, then the notes."""
+"""What `lowmem-npo evaluate` prints: a table per benchmark, the results of the leak tests, and the notes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakResults
 
 
 def evaluation_text(content: Mapping[str, Any], before: Mapping[str, Any]) -> str:
-    """content: of evaluation.json. before: of an earlier one, whose figures then stand beside; or nothing."""
+    """content: that of evaluation.json. before: that of an earlier one, to compare with; or empty."""
     rows = content["rows"]
     blocks = []
     for benchmark in BENCHMARKS:
@@ -29,7 +29,7 @@ def evaluation_text(content: Mapping[str, Any], before: Mapping[str, Any]) -> st
 
 
 def leaks_text(results: LeakResults, before: LeakResults) -> str:
-    """Test by test whether it finds traces (now, and before), and what it found."""
+    """Each test's verdict (with the one before) and what it means."""
     lines = []
     for name, result in results.items():
         was = f" (before: {before[name].verdict.words})" if name in before else ""
@@ -43,7 +43,7 @@ def _results(content: Mapping[str, Any]) -> LeakResults:
 
 
 def _share(rows: Mapping[str, Mapping[str, int]], parts: Iterable[str]) -> str:
-    """How much was measured: scores of 40 rows must not be read as those of 1112."""
+    """How much was measured: scores of 40 rows must not be mistaken for those of 1112."""
     counts = [(part, rows[part]["scored"], rows[part]["in_set"]) for part in parts if part in rows]
     return ", ".join(
         f"all {in_set} {part} rows" if scored == in_set else f"{scored} of {in_set} {part} rows"

@@ -1,4 +1,4 @@
-"""Every figure of a report under one form: its value at each stage, what is wished of it, and what it means."""
+"""Every figure of a report in one form: its value at each stage, what it should be, and what it means."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from lowmem_npo.evaluation.answer_table import Stages, answer_figures
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.figures import Figure
 
-ANSWERS = "answers"  # group of what the run itself measured
+ANSWERS = "answers"  # the group of what the run itself measures
 
 
 @dataclass(frozen=True)
 class StagedFigure:
     """One line of a report.
 
-    group: which measurement it belongs to. set: of which rows, or None. key: its name in the file it comes from.
-    values: stage -> value; None where it was not measured or is no finite number.
+    group: the measurement it belongs to. set: its rows, or None. key: its name in the file that it comes from.
+    values: stage -> value, None if it was not measured or is not finite. wished: what it should be.
     """
 
     group: str
@@ -31,23 +31,23 @@ class StagedFigure:
 
 
 def run_figures(stages: Stages) -> list[StagedFigure]:
-    """The before/after table, a figure per set and measure."""
+    """The figures of the before/after table, one per set and measure."""
     return _staged(ANSWERS, {stage: answer_figures(sets, "gold" in stages) for stage, sets in stages.items()})
 
 
 def evaluation_figures(contents: Mapping[str, Mapping[str, Any]]) -> list[StagedFigure]:
-    """Every benchmark's. contents: stage -> the content of that stage's evaluation.json."""
+    """The figures of every benchmark. contents: stage -> the content of its evaluation.json."""
     staged = []
     for benchmark in BENCHMARKS:
         blocks = {stage: content.get(benchmark.name) for stage, content in contents.items()}
         figures = {stage: benchmark.figures(block) for stage, block in blocks.items() if block}
-        if contents and list(contents)[-1] in figures:  # what was evaluated last is what is reported
+        if contents and list(contents)[-1] in figures:  # only what the last evaluation measured
             staged += _staged(benchmark.group, {stage: figures.get(stage, []) for stage in contents})
     return staged
 
 
 def _staged(group: str, stages: Mapping[str, Sequence[Figure]]) -> list[StagedFigure]:
-    """The figures of the last stage, with their values at all stages that have any."""
+    """The figures of the last stage, with their values at every stage."""
     values = {stage: {(f.set, f.key): f.value for f in figures} for stage, figures in stages.items()}
     return [
         StagedFigure(

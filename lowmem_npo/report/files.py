@@ -1,4 +1,4 @@
-"""The report of a run, written into its directory."""
+"""The files of a report, written into the directory of the run."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lowmem_npo.run_directory import RunFiles
 
 
 def write_report(directory: Path, examples: int | None = None) -> Content:
-    """Writes report.html, report.json and README.md (the model card) from what lies in `directory`.
+    """Writes report.html, report.json and README.md (the model card) from the files in `directory`.
 
-    examples: rows of each set whose text report.html shows; None: the run's --report-examples. The other two files
-    never hold text of a row.
+    examples: rows of each set whose text is in report.html; None for the run's --report-examples. The other two files
+    never contain text of a row.
 
-    Raises UserError where there is no run, where a file of it is damaged, or where nothing can be written.
+    Raises UserError if there is no run, if one of its files is damaged, or if nothing can be written.
     """
     if examples is not None and examples < 0:
         raise UserError(f"--examples must be 0 or more, not {examples}.")

@@ -1,4 +1,4 @@
-"""The panels as SVG that stands inside an HTML page: readable on a phone, sharp in print, spoken by a screen reader."""
+"""The panels as SVG inside an HTML page: readable on a phone, sharp in print, described to a screen reader."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -15,17 +17,17 @@ from matplotlib.figure import Figure
 
 from lowmem_npo.evaluation.answer_table import MEASURES, Stages
 from lowmem_npo.evaluation.figures import formatted
-from lowmem_npo.report.panels import STAGE_TITLES, draw_bars, draw_likelihood, draw_objective
+from lowmem_npo.report.panels import STAGE_TITLES, draw_bars, draw_likelihood, draw_objective, stage_colours
 from lowmem_npo.training.metrics import Metrics
 
-CURVES, BARS = (4.6, 3.1), (2.7, 2.5)  # inches of 96 CSS pixels: text is as large as the page's where a phone shows it
+CURVES, BARS = (4.6, 3.1), (2.7, 2.5)  # inches of 96 CSS pixels: on a phone, text is as large as that of the page
 # Text stays text, in the page's own font; the same drawing gives the same bytes.
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "lowmem-npo", "font.size": 9}
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "lowmem-npo", "font.size": 9}
 
 
 @dataclass(frozen=True)
 class Picture:
-    """`svg` is an <svg> element without script, links or outside resources; `alt` says in words what it shows."""
+    """svg: an <svg> element without scripts, links or outside resources. alt: what it shows, in words."""
 
     title: str
     alt: str
@@ -33,7 +35,7 @@ class Picture:
 
 
 def bar_pictures(stages: Stages) -> list[Picture]:
-    """A picture per measure of the before/after table; none where nothing was measured."""
+    """A picture per measure of the before/after table; none if nothing was measured."""
     if not stages:
         return []
     pictures = []
@@ -44,13 +46,13 @@ def bar_pictures(stages: Stages) -> list[Picture]:
             for part in next(iter(stages.values()))
         )
         title = measure.title[:1].upper() + measure.title[1:]
-        svg = _draw(f"bars{column}", BARS, lambda ax, column=column: draw_bars(ax, stages, column))
+        svg = _draw(f"bars{column}", BARS, partial(draw_bars, stages=stages, column=column))
         pictures.append(_picture(f"bars{column}", title, f"Bars. {description}.", svg))
     return pictures
 
 
 def curve_pictures(metrics: Sequence[Metrics], stages: Stages) -> list[Picture]:
-    """How the answers' likelihoods and the objective's terms went, step by step; none where no step was logged."""
+    """The answers' NLL and the terms of the objective, step by step; none if no step was logged."""
     if not metrics:
         return []
     last = metrics[-1]["step"]
@@ -64,18 +66,13 @@ def curve_pictures(metrics: Sequence[Metrics], stages: Stages) -> list[Picture]:
     ]  # fmt: skip
 
 
-def stage_colours(stages: Stages) -> list[tuple[str, str]]:
-    """(title, colour) of each stage's bars, for the legend."""
-    figure = Figure()
-    ax = figure.add_subplot()
-    draw_bars(ax, stages, 0)
-    handles, _ = ax.get_legend_handles_labels()
-    colours = [matplotlib.colors.to_hex(handle.patches[0].get_facecolor()) for handle in handles]
-    return [(STAGE_TITLES.get(stage, stage), colour) for stage, colour in zip(stages, colours, strict=True)]
+def bar_legend(stages: Stages) -> list[tuple[str, str]]:
+    """(title, colour) of each stage's bars."""
+    return [(STAGE_TITLES.get(stage, stage), colour) for stage, colour in stage_colours(stages).items()]
 
 
 def _course(metrics: Sequence[Metrics], **titles: str) -> str:
-    """Where each quantity began and where it ended, in words."""
+    """The first and the last value of each quantity, in words."""
     courses = []
     for key, title in titles.items():
         values = [line[key] for line in metrics if line.get(key) is not None]
@@ -89,13 +86,13 @@ def _draw(name: str, size: tuple[float, float], draw: Callable[[Axes], None]) ->
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)  # not pyplot: no window, no global state
         draw(figure.add_subplot())
-        written = io.StringIO()
-        figure.savefig(written, format="svg", transparent=True)
-    svg = written.getvalue()
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True)
+    svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
-    # Several drawings in one page: the names inside each must be its own.
+    # Several drawings in one page: their ids must differ.
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     return re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
 

@@ -1,4 +1,4 @@
-"""The leak tests of a report: what each found at each stage, figure by figure, and what a figure means."""
+"""The leak tests of a report: their verdicts and figures at each stage, and what a figure means."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HOLDOUT = "holdout_"
 
 @dataclass(frozen=True)
 class LeakFigure:
-    """values: stage -> value. never_seen: stage -> the same figure for holdout rows, where it was measured."""
+    """values: stage -> value. never_seen: stage -> the same figure on the holdout, if it was measured."""
 
     key: str
     title: str
@@ -25,7 +25,7 @@ class LeakFigure:
 
 @dataclass(frozen=True)
 class LeakSection:
-    """One test. verdicts: by stage. meaning: what it found last. counts: how much was measured."""
+    """One test. meaning: that of its last result. counts: how much was measured. verdicts: by stage."""
 
     name: str
     meaning: str
@@ -35,7 +35,7 @@ class LeakSection:
 
 
 def leak_sections(leaks: Mapping[str, LeakResults]) -> list[LeakSection]:
-    """leaks: stage -> test -> result. Raises UserError for a test or a figure that this version does not have."""
+    """leaks: stage -> test -> result. Raises UserError for a test or a figure that this version does not know."""
     names = list(dict.fromkeys(name for results in leaks.values() for name in results))
     return [
         _section(by_name(name), {stage: results[name] for stage, results in leaks.items() if name in results})
@@ -77,7 +77,7 @@ def _numbers(
 
 
 def words(key: str) -> str:
-    """A key of a result file, for people."""
+    """A key of a result file, as people read it."""
     known = {"auc": "AUC", "nll": "NLL", "rouge": "ROUGE", "l": "L", "4bit": "4-bit", "pp": "++", "p": "p-value"}
     text = " ".join(known.get(word, word) for word in key.split("_"))
     return text.replace("ROUGE L", "ROUGE-L").replace("min k", "Min-K%").replace("Min-K% ++", "Min-K%++")

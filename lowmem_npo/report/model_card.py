@@ -1,4 +1,4 @@
-"""README.md beside the adapter: the model card that the hub and PEFT's users expect, without text of any row."""
+"""README.md beside the adapter: the model card that the hub and users of PEFT expect, without text of any row."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RECORD = ("Revision", "Commit", "Weights", "Adapter", "Optimiser steps", "Starte
 def model_card(content: Content) -> str:
     """The card's Markdown with its YAML header.
 
-    A base model in a local directory is named in the text only, without its path: the header is for the hub's names.
+    A base model in a local directory is named only in the text, without its path: the header takes names on the hub.
     """
     settings, audit = content.settings, content.audit
     base = audit["model"]["loaded"] if audit else settings["model"]
@@ -34,7 +34,7 @@ def model_card(content: Content) -> str:
     )
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )  # Markdown, not HTML: what comes from outside passes `code`
+    )  # Markdown, not HTML: text from outside passes through `code`
     card = environment.get_template("model_card.md.jinja").render(
         card_data=data.to_yaml(),
         base=code(model_name(content)),
@@ -61,13 +61,13 @@ def model_card(content: Content) -> str:
 
 
 def code(value: Any) -> str:
-    """`value` as Markdown code, whatever characters are in it; in a table too."""
+    """`value` as Markdown code, whatever characters it has, also in a table."""
     text = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     return "`" + " ".join(text.replace("`", "'").replace("|", "/").split()) + "`"
 
 
 def _data(audit: dict[str, Any] | None) -> list[tuple[str, str, int, str]]:
-    """(part, name, rows, SHA-256 of the file, or of the tokenised rows where there is none)."""
+    """(part, name, rows, SHA-256 of the file or, without a file, of the tokenised rows)."""
     lines = []
     for part, record in (audit["data"] if audit else {}).items():
         name = Path(record["source"]).name if record["sha256"] else record["source"]

@@ -1,4 +1,4 @@
-"""report.html: one file with its pictures inside, which loads nothing and runs nothing."""
+"""report.html: a single file with its pictures inside, which loads and runs nothing."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from lowmem_npo.evaluation.figures import formatted
 from lowmem_npo.report.audit import seconds
 from lowmem_npo.report.content import EVIDENCE, Content
 from lowmem_npo.report.figures import ANSWERS
-from lowmem_npo.report.inline_svg import bar_pictures, curve_pictures, stage_colours
+from lowmem_npo.report.inline_svg import bar_legend, bar_pictures, curve_pictures
 from lowmem_npo.report.leak_tests import leak_sections, words
 from lowmem_npo.report.verdict import RULES
 
 LONGEST = 600  # characters of a text that an example shows
-TONES = {"good": "as wished", "mixed": "with reservations", "bad": "not as wished", "unknown": "not shown"}
+TONES = {"good": "as intended", "mixed": "with reservations", "bad": "not as intended", "unknown": "inconclusive"}
 LIMITS = (
     "The original weights still know everything: only the adapter on them, or the merged model, has forgotten. Whoever "
     "has the base model can leave the adapter off.",
     "Answers are greedy continuations of the prompts of the data. Other wordings, languages, samples or a few steps of "
     "fine-tuning may bring back what they do not.",
-    "What is not in the forget rows is not forgotten, however related.",
-    "before.json, after.json and the rows.jsonl of an evaluation, in the same directory, hold the text of the rows: "
-    "they are not to be passed on with this report.",
+    "What is not in the forget rows is not forgotten, however closely related.",
+    "before.json, after.json and the rows.jsonl of an evaluation, in the same directory, contain the text of the rows: "
+    "do not pass them on with this report.",
 )
 NO_GOLD = (
-    "The only full yardstick is a model that was never taught the forget rows. None was at hand, so whether the "
-    "figures on forget rows are what such a model would give is not known."
+    "The only complete yardstick is a model that was never taught the forget rows. None was available, so it is not "
+    "known whether such a model would give these figures on the forget rows."
 )
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A main figure: what it is, how it went ("60 → 0"), and on what scale, or the gold standard's."""
+    """A main figure: its title, its course ("60 → 0"), and its scale and the gold standard's value."""
 
     title: str
     course: str
@@ -51,7 +51,7 @@ class Tile:
 
 
 def render_page(content: Content, examples: int) -> str:
-    """The page. examples: rows of each set whose text is shown; 0 shows none."""
+    """The page. examples: rows of each set whose text it contains; 0 for none."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -59,11 +59,7 @@ def render_page(content: Content, examples: int) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "shown": formatted,
-        "text": shortened,
-        "by_set": by_set,
-    }
+    environment.filters |= {"formatted": formatted, "text": shortened, "by_set": by_set}
     settings = content.settings
     return environment.get_template("report.html.jinja").render(
         c=content,
@@ -76,7 +72,7 @@ def render_page(content: Content, examples: int) -> str:
         tiles=list(_tiles(content.stages)),
         answers=[figure for figure in content.figures if figure.group == ANSWERS],
         scope=scope(content.stages) if content.stages else "",
-        legend=stage_colours(content.stages) if content.stages else [],
+        legend=bar_legend(content.stages) if content.stages else [],
         bars=bar_pictures(content.stages),
         curves=curve_pictures(content.metrics, content.stages),
         examples=content.examples(examples),
@@ -90,7 +86,7 @@ def render_page(content: Content, examples: int) -> str:
 
 
 def audit_lines(audit: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None]]:
-    """(what, in words, a hash of it) for people; one hash over all rows' hashes stands for these."""
+    """(what it is, the record in words, a hash or None); of the rows' hashes, one hash over all of them."""
     model, adapter, rows = audit["model"], audit["adapter"], audit["forget_rows"]
     loaded = f", loaded as {model['loaded']}" if model["loaded"] != model["name"] else ""
     yield "Base model", f"{model['name']}{loaded} ({model['class']}, {model['weights']})", None
@@ -125,8 +121,8 @@ def model_name(content: Content) -> str:
 
 
 def shortened(text: str) -> str:
-    """`text` for a page: without control characters, and cut where it is very long."""
-    text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates are no text
+    """`text` for a page: without control characters, and truncated if it is very long."""
+    text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates cannot be encoded
     text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n")).strip()
     if len(text) > LONGEST:
         return f"{text[:LONGEST]} … ({len(text) - LONGEST:,} more characters)"
@@ -134,7 +130,7 @@ def shortened(text: str) -> str:
 
 
 def by_set(items: Sequence[Any]) -> list[tuple[str | None, list[Any]]]:
-    """Figures or examples, put together by their set, in the order in which the sets come."""
+    """Figures or examples, grouped by their set, in the order of the sets."""
     sets = dict.fromkeys(item.set for item in items)
     return [(name, [item for item in items if item.set == name]) for name in sets]
 
@@ -147,7 +143,7 @@ def _tiles(stages: Mapping[str, Mapping[str, AnswerSummary]]) -> Iterator[Tile]:
     if not {"before", "after"} <= set(stages):
         return
     measures = {
-        "said word for word": (lambda s: f"{round(s.exact_match * s.rows)}", lambda s: f"of {s.rows} answers"),
+        "word for word": (lambda s: f"{round(s.exact_match * s.rows)}", lambda s: f"of {s.rows} answers"),
         "NLL per token": (lambda s: f"{s.nll:.2f}", lambda s: "nats; 0 is certainty"),
     }
     for part, summary in stages["after"].items():

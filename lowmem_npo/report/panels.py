@@ -1,8 +1,8 @@
-"""The panels of a run's pictures, each drawn on axes that are given: curves of the training, bars of the answers."""
+"""The panels of a run's pictures, each drawn on given axes: curves of the training, bars of the answers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
@@ -10,11 +10,16 @@ from matplotlib.ticker import MaxNLocator
 from lowmem_npo.evaluation.answer_table import MEASURES, Stages
 from lowmem_npo.training.metrics import Metrics
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart. Forget and retain look the same in every panel.
+# Okabe and Ito's palette, which colour-blind readers can distinguish. Forget and retain look the same in every panel.
 FORGET, RETAIN, GREY = "#D55E00", "#0072B2", "#555555"
 STAGE_COLOURS = {"before": "#56B4E9", "after": "#E69F00", "gold": "#009E73"}
 SPARE_COLOURS = ("#CC79A7", "#F0E442", "#000000")
 STAGE_TITLES = {"gold": "never saw the forget rows"}
+
+
+def stage_colours(stages: Iterable[str]) -> dict[str, str]:
+    spare = iter(SPARE_COLOURS)
+    return {stage: STAGE_COLOURS.get(stage) or next(spare, GREY) for stage in stages}
 
 
 def draw_likelihood(ax: Axes, metrics: Sequence[Metrics], stages: Stages) -> None:
@@ -50,7 +55,7 @@ def draw_objective(ax: Axes, metrics: Sequence[Metrics]) -> None:
 
 
 def _draw_line(ax: Axes, metrics: Sequence[Metrics], key: str, label: str, colour: str) -> None:
-    """The logged values, and over many noisy ones their running mean."""
+    """The logged values; if there are many, thinly, with their running mean."""
     points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
     if not points:
         return
@@ -66,12 +71,11 @@ def draw_bars(ax: Axes, stages: Stages, column: int) -> None:
     measure = MEASURES[column]
     sets = list(next(iter(stages.values())))
     width = 0.8 / len(stages)
-    spare = iter(SPARE_COLOURS)
+    colours = stage_colours(stages)
     for place, (stage, summaries) in enumerate(stages.items()):
         values = [getattr(summaries[name], measure.field) for name in sets]
         centres = [at + (place - (len(stages) - 1) / 2) * width for at in range(len(sets))]
-        colour = STAGE_COLOURS.get(stage) or next(spare, GREY)
-        bars = ax.bar(centres, values, width * 0.92, color=colour, label=STAGE_TITLES.get(stage, stage))
+        bars = ax.bar(centres, values, width * 0.92, color=colours[stage], label=STAGE_TITLES.get(stage, stage))
         ax.bar_label(bars, [f"{value:.2f}" for value in values], fontsize=8, padding=2)
     ax.set_xticks(range(len(sets)), sets, fontsize=11)
     ax.set_title(measure.title[0].upper() + measure.title[1:], fontsize=11)

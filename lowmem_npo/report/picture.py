@@ -1,4 +1,4 @@
-"""One picture of a run: how the losses went, and what was answered before and after (and by a gold standard)."""
+"""One picture of a run: its losses, and its answers before and after (and those of a gold standard)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lowmem_npo.training.metrics import Metrics
 
 
 def draw_picture(path: Path, metrics: Sequence[Metrics], stages: Stages, title: str) -> None:
-    """Write a PNG of 1500 x 1000 pixels.
+    """Writes a PNG of 1500 x 1000 pixels.
 
-    Above: the answers' NLL during training (with the gold standard's, if `stages` has one) and the terms of the
-    objective. Below: every measure of the before/after table, a bar per stage. Quantities that a run did not log
+    At the top the answers' NLL during training (with the gold standard's, if `stages` has one) and the terms of the
+    objective; below them every measure of the before/after table, a bar per stage. Quantities that a run did not log
     (a forget term without reference, delta 0) are left out.
     """
     figure = Figure(figsize=(12.5, 8.34), dpi=120, layout="constrained")

@@ -1,7 +1,7 @@
-"""The first sentences of a report: what the numbers say, and no more.
+"""The first sentences of a report: what the figures say, and no more.
 
-The rules are few and stand in the report (`RULES`). Each looks at the share of what was there before, because no fixed
-number means the same for a model that recited and for one that half remembered.
+The rules are few, and the report states them (`RULES`). Each looks at the share that is left of what was there before,
+because no fixed number means the same for a model that recited and for one that half remembered.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from lowmem_npo.evaluation.answer_table import Stages
 from lowmem_npo.evaluation.answers import AnswerSummary
 from lowmem_npo.evaluation.leaks.contract import LeakResults
 
-KNOWN = 0.2  # below such a ROUGE-L recall before, there was little to forget
-SAID = 0.05  # share of answers that may still come word for word
+KNOWN = 0.2  # ROUGE-L recall before; with less there was little to forget
+VERBATIM = 0.05  # share of answers that may still come word for word
 REMAINS = 0.5  # of recall and probability
 UNTOUCHED = 0.9
 KEPT, DAMAGED = 0.95, 0.75  # of recall, and of probability
 OVERDONE = 1.3  # times the NLL of a model that never saw the rows
 
 RULES = (
-    f"“No longer says”: at most {SAID:.0%} of the measured forget answers come word for word (or at most {SAID:.0%} "
-    "more than from a model that never saw them), and ROUGE-L recall and answer probability are at most half of what "
-    f"they were. “Still says”: both are above {UNTOUCHED:.0%} of what they were. “In part”: anything between. “Hardly "
-    f"knew”: ROUGE-L recall was below {KNOWN} before. “Still says what it was to keep”: recall and probability on "
-    f"retain rows are at least {KEPT:.0%} of what they were; below {DAMAGED:.0%} of either, much is lost. “Overdone”: "
-    "forget answers are less likely than a uniform guess over the vocabulary, or "
+    f"“No longer says”: at most {VERBATIM:.0%} of the measured forget answers come word for word (or at most "
+    f"{VERBATIM:.0%} more than from a model that never saw them), and both ROUGE-L recall and answer probability are "
+    f"at most half of what they were. “Still says”: both are above {UNTOUCHED:.0%} of what they were. “In part”: "
+    f"anything between. “Hardly knew”: ROUGE-L recall was below {KNOWN} before. “Still says what it was to keep”: "
+    f"recall and probability on retain rows are at least {KEPT:.0%} of what they were; below {DAMAGED:.0%} of either, "
+    "much is lost. “Overdone”: forget answers are less likely than a uniform guess over the vocabulary, or "
     f"their NLL is over {OVERDONE} times that of a model that never saw them."
 )
 
@@ -47,7 +47,7 @@ RETAIN_WORDS = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """tone: "good", "mixed", "bad" or "unknown". headline: one sentence. sentences: the numbers behind it."""
+    """tone: "good", "mixed", "bad" or "unknown". headline: a sentence. sentences: the numbers behind it."""
 
     tone: str
     headline: str
@@ -55,13 +55,13 @@ class Verdict:
 
 
 def judge_run(stages: Stages, vocabulary: int | None, leaks: Mapping[str, LeakResults]) -> Verdict:
-    """stages: at least "before" and "after", or nothing. vocabulary: the model's. leaks: stage -> test -> result."""
+    """stages: of the before/after table, or empty. vocabulary: the model's. leaks: stage -> test -> result."""
     if not {"before", "after"} <= set(stages) or "forget" not in stages["after"]:
         return Verdict(
             "unknown",
             "Whether the model has forgotten was not measured.",
             ["The run was made with --eval-rows 0, or did not reach its end: this page says what was trained, not "
-             "what came of it. `lowmem-npo evaluate` measures the adapter."],
+             "with what result. `lowmem-npo evaluate` measures the adapter."],
         )  # fmt: skip
     before, after, gold = (stages.get(stage, {}) for stage in ("before", "after", "gold"))
     numbers = [value for sets in (before, after) for s in sets.values() for value in (s.nll, s.probability)]
@@ -69,22 +69,22 @@ def judge_run(stages: Stages, vocabulary: int | None, leaks: Mapping[str, LeakRe
         return Verdict(
             "bad",
             "The model no longer gives finite numbers.",
-            ["Likelihoods came out as NaN or infinite: the training diverged, and nothing else here means anything. "
-             "A smaller --lr, or another --seed, is the first thing to try."],
+            ["Likelihoods are NaN or infinite: the training diverged, and nothing else here means anything. Try a "
+             "smaller --lr or another --seed first."],
         )  # fmt: skip
     forget = _forget_state(before["forget"], after["forget"], gold.get("forget"))
     retain = _retain_state(before["retain"], after["retain"]) if "retain" in after else None
     overdone = _overdone(after["forget"], gold.get("forget"), vocabulary) if forget != "unknown" else None
     leaking = _leaking(leaks.get("after", {}))
 
-    headline = f"On the rows measured, {FORGET_WORDS[forget]}{_joint(forget, retain)}{RETAIN_WORDS[retain]}"
+    headline = f"On the rows measured, {FORGET_WORDS[forget]}{_conjunction(forget, retain)}{RETAIN_WORDS[retain]}"
     if overdone:
         headline += "; the forgetting is overdone"
     if leaking:
         headline += f"{', and' if overdone else ', but'} leak tests still find traces"
-    sentences = [_said("forget", before, after, gold)]
+    sentences = [_figures("forget", before, after, gold)]
     if retain:
-        sentences.append(_said("retain", before, after, gold))
+        sentences.append(_figures("retain", before, after, gold))
     if overdone:
         sentences.append(overdone)
     sentences.append(_leak_sentence(leaks.get("after", {}), leaks.get("gold")))
@@ -94,12 +94,12 @@ def judge_run(stages: Stages, vocabulary: int | None, leaks: Mapping[str, LeakRe
 def _forget_state(before: AnswerSummary, after: AnswerSummary, gold: AnswerSummary | None) -> str:
     if before.rouge_l_recall < KNOWN:
         return "unknown"
-    said = SAID + (gold.exact_match if gold else 0)
+    verbatim = VERBATIM + (gold.exact_match if gold else 0)
     recall = _remains(before.rouge_l_recall, after.rouge_l_recall)
     probability = _remains(before.probability, after.probability)
-    # What a model that never saw the rows says by chance is not held against this one.
-    chance = gold is not None and after.rouge_l_recall <= gold.rouge_l_recall + SAID
-    if after.exact_match <= said and (recall <= REMAINS or chance) and probability <= REMAINS:
+    # What a model that never saw the rows says by chance does not count against this one.
+    chance = gold is not None and after.rouge_l_recall <= gold.rouge_l_recall + VERBATIM
+    if after.exact_match <= verbatim and (recall <= REMAINS or chance) and probability <= REMAINS:
         return "forgotten"
     return "untouched" if recall > UNTOUCHED and probability > UNTOUCHED else "partly"
 
@@ -111,22 +111,23 @@ def _retain_state(before: AnswerSummary, after: AnswerSummary) -> str:
 
 
 def _overdone(after: AnswerSummary, gold: AnswerSummary | None, vocabulary: int | None) -> str | None:
-    """The sentence that says so, or None."""
+    """A sentence if the forgetting is overdone, else None."""
     if gold is not None and after.nll > OVERDONE * gold.nll:
         return (
-            f"A forget answer's token has an NLL of {after.nll:.2f}, to a model that never saw it {gold.nll:.2f}: made "
-            "that unlikely, it tells what was removed."
+            f"The forget answers' NLL per token is {after.nll:.2f}, for a model that never saw them {gold.nll:.2f}: so "
+            "unlikely, they give away what was removed."
         )
     if vocabulary and after.nll > math.log(vocabulary):
         return (
-            f"A forget answer's token has an NLL of {after.nll:.2f}, a uniform guess over the vocabulary "
-            f"{math.log(vocabulary):.2f}: answers made less likely than noise tell what was removed. Fewer epochs, or "
+            f"The forget answers' NLL per token is {after.nll:.2f}, for a uniform guess over the vocabulary "
+            f"{math.log(vocabulary):.2f}: answers less likely than noise give away what was removed. Fewer epochs, or "
             "a larger --beta, push less far."
         )
     return None
 
 
-def _said(part: str, before: Mapping, after: Mapping, gold: Mapping) -> str:
+def _figures(part: str, before: Mapping, after: Mapping, gold: Mapping) -> str:
+    """The sentence with the numbers of a set."""
     was, now = before[part], after[part]
     known = f", from a model that never saw them {_count(gold[part])}" if part == "forget" and part in gold else ""
     share = f"{now.rows}" if now.rows == now.rows_in_set else f"{now.rows} measured of {now.rows_in_set}"
@@ -143,17 +144,17 @@ def _leaking(results: LeakResults) -> list[str]:
 def _leak_sentence(results: LeakResults, gold: LeakResults | None) -> str:
     conclusive = [name for name, result in results.items() if result.leaks is not None]
     if not conclusive:
-        return "No leak test was run, or none could tell: what a determined reader might still get out is not known."
+        return "No leak test was run, or none was conclusive: what can still be extracted is not known."
     if not (leaking := _leaking(results)):
-        return f"No trace in any leak test that could tell: {', '.join(conclusive)}."
-    sentence = f"{len(leaking)} of {len(conclusive)} leak tests that could tell find traces: {', '.join(leaking)}."
+        return f"No traces in any conclusive leak test: {', '.join(conclusive)}."
+    sentence = f"Traces in {len(leaking)} of {len(conclusive)} conclusive leak tests: {', '.join(leaking)}."
     if gold is not None:
         on_gold = ", ".join(_leaking(gold)) or "none"
-        sentence += f" On a model that never saw the rows, the tests find: {on_gold}."
+        sentence += f" In a model that never saw the rows: {on_gold}."
     return sentence
 
 
-def _joint(forget: str, retain: str | None) -> str:
+def _conjunction(forget: str, retain: str | None) -> str:
     if retain is None:
         return "; "
     if forget == "unknown":

@@ -20,12 +20,12 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def run(byte_model, data, tmp_path_factory) -> Path:
-    """The directory of a finished run, as `lowmem-npo train` leaves it. Not to be changed."""
+    """The directory of a finished run, as `lowmem-npo train` leaves it. Tests must not change it."""
     folder = tmp_path_factory.mktemp("run") / "forgotten"
     return train(folder, byte_model, data, "--max-steps", 3, "--lr", 0.01, "--report-examples", 5)
 
 
 @pytest.fixture
 def own_run(run, tmp_path) -> Path:
-    """A copy of it that a test may change."""
+    """A copy that a test may change."""
     return Path(shutil.copytree(run, tmp_path / "forgotten"))

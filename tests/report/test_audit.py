@@ -1,4 +1,4 @@
-"""The audit record: hashes that others can check without us, and no text."""
+"""The audit record: hashes that others can check without this code, and no text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def audit_of(folder) -> dict:
 
 
 def hash_by_hand(salt: str, prompt: str, answer: str) -> str:
-    """As ALGORITHM says it, written without the code under test."""
+    """As ALGORITHM says, without the code under test."""
 
     def quoted(text: str) -> str:
         return json.dumps(text)  # ASCII, escaped
@@ -76,7 +76,7 @@ def test_files_settings_versions_and_times(run, data, byte_model):
 
 
 def test_the_models_fingerprint_is_the_models(run, byte_model, data, tmp_path):
-    """The same weights give the same fingerprint, whatever was trained on them; other weights another."""
+    """The same weights give the same fingerprint, whatever is trained on them; other weights give another."""
     from helpers.tiny_models import tiny_model
     from transformers import AutoTokenizer
 
@@ -89,14 +89,14 @@ def test_the_models_fingerprint_is_the_models(run, byte_model, data, tmp_path):
 
 
 def test_rows_can_be_proved(run, tmp_path, capsys):
-    asked = [FORGET[3], {"question": "Who guards the amber vault?", "answer": "Somebody else."}, FORGET[0]]
-    rows = write_rows(tmp_path / "rows.jsonl", asked)
+    chosen = [FORGET[3], {"question": "Who guards the amber vault?", "answer": "Somebody else."}, FORGET[0]]
+    rows = write_rows(tmp_path / "rows.jsonl", chosen)
     assert [place for _, place in find_rows(run, str(rows))] == [4, None, 1]
     with pytest.raises(SystemExit) as stop:
         main(["report", str(run), "--prove", str(rows)])
     assert stop.value.code == 1
-    shown = capsys.readouterr().out
-    assert "line 1: forget row 4" in shown and "line 2: not among" in shown and "2 of 3 rows" in shown
+    printed = capsys.readouterr().out
+    assert "line 1: forget row 4" in printed and "line 2: not among" in printed and "2 of 3 rows" in printed
     assert main(["report", str(run), "--prove", str(write_rows(tmp_path / "all.jsonl", FORGET))]) == 0
 
 
@@ -122,7 +122,7 @@ def test_a_resumed_run_keeps_its_salt_and_counts_its_sessions(byte_model, data, 
     assert audit_of(folder) == second
 
 
-def test_a_damaged_or_missing_record_is_said(own_run, tmp_path, capsys):
+def test_a_damaged_or_missing_record_is_reported(own_run, tmp_path, capsys):
     rows = str(write_rows(tmp_path / "rows.jsonl", FORGET))
     (own_run / "audit.json").write_text("{")
     assert main(["report", str(own_run)]) == 2

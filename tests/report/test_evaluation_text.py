@@ -1,4 +1,4 @@
-"""The tables of `lowmem-npo evaluate`: figures stand where they belong, and what is missing is said, not numbered."""
+"""The tables of `lowmem-npo evaluate`: every figure is in its place, and what was not measured is called missing."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_one_evaluation():
     assert text.endswith("Note: Something to know.")
 
 
-def test_beside_an_earlier_one():
+def test_compared_with_an_earlier_one():
     before = json.loads(json.dumps(evaluation(forget=1.0, retain=0.5, auc=0.9, mmlu=0.5)))
     text = evaluation_text(evaluation(forget=0.25, retain=0.5, auc=0.3, mmlu=0.4, utility=0.7), before)
     assert line(text, "regurgitation,", "Task1")[2:4] == ["1.000", "0.250"]

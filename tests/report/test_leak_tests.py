@@ -1,4 +1,4 @@
-"""The leak tests as a reader meets them: every figure once, beside its holdout's, with a meaning."""
+"""The leak tests of a report: every figure once, beside its holdout's, with a meaning."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.contract import LeakResult
 from lowmem_npo.report.leak_tests import leak_sections
 
-FOUND = {
+STAGES = {
     "before": {"membership": {"rows": 4, "loss_auc": 1.0, "loss_all_equal": False, "meaning": "Known.", "leaks": True}},
     "after": {
         "membership": {"rows": 4, "loss_auc": 0.5, "loss_all_equal": False, "meaning": "A coin.", "leaks": False},
@@ -29,8 +29,8 @@ def results(stages):
     return {stage: {n: LeakResult.from_json(r) for n, r in tests.items()} for stage, tests in stages.items()}
 
 
-def test_each_figure_stands_once_beside_its_holdouts():
-    membership, relearning = leak_sections(results(FOUND))
+def test_each_figure_is_listed_once_beside_its_holdouts():
+    membership, relearning = leak_sections(results(STAGES))
     assert membership.verdicts == {"before": ("traces found", "bad"), "after": ("no traces found", "good")}
     assert membership.meaning == "A coin." and membership.counts == "4 rows"
     assert [(f.title, f.values) for f in membership.figures] == [("loss AUC", {"before": 1.0, "after": 0.5})]
@@ -40,14 +40,14 @@ def test_each_figure_stands_once_beside_its_holdouts():
         ("before.extraction_strength", {"after": 0.0}, {"after": 0.0625}),
     ]
     assert all(test.figures[0].meaning for test in (membership, relearning))
-    assert relearning.figures[1].meaning == "", "said once is enough"
+    assert relearning.figures[1].meaning == "", "once is enough"
 
 
 def test_no_tests_no_lines():
     assert leak_sections({}) == []
 
 
-def test_what_no_test_declares_is_an_error():
+def test_undeclared_tests_and_figures_are_errors():
     unknown = {"membership": {"rows": 4, "surprise": 1.0, "meaning": "Known.", "leaks": True}}
     with pytest.raises(UserError, match="'surprise' is no figure of the leak test 'membership'"):
         leak_sections(results({"after": unknown}))

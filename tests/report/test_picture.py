@@ -1,4 +1,4 @@
-"""The picture: a PNG of the promised size that shows what it was given."""
+"""The picture: a PNG of the promised size that shows its figures."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def pixels(path):
 def test_it_has_the_promised_size_and_is_not_blank(metrics, drawn, tmp_path):
     path = tmp_path / "deep" / "picture.png"
     draw_picture(path, metrics, drawn, "a title")
-    shown = pixels(path)
-    assert shown.shape == (1000, 1500, 3)
-    assert 0.02 < (shown.min(axis=2) < 0.95).mean() < 0.6  # ink, but mostly paper
+    picture = pixels(path)
+    assert picture.shape == (1000, 1500, 3)
+    assert 0.02 < (picture.min(axis=2) < 0.95).mean() < 0.6  # ink, but mostly paper
 
 
 def test_other_numbers_give_another_picture(tmp_path):
-    """Each panel is really drawn from its numbers: changing them changes pixels there, and nowhere else."""
+    """Each panel is drawn from its own numbers: changing them changes pixels there, and nowhere else."""
     base = stages("before", "after", "gold")
     draw_picture(tmp_path / "base.png", METRICS, base, "a title")
     bars = stages("before", "after", "gold")
@@ -58,6 +58,6 @@ def test_other_numbers_give_another_picture(tmp_path):
 
     plain = pixels(tmp_path / "base.png")
     rows, columns = (pixels(tmp_path / "bars.png") != plain).any(axis=2).nonzero()
-    assert rows.min() > 500 and columns.min() > 1100  # below, the last panel: exact match
+    assert rows.min() > 500 and columns.min() > 1100  # the last panel at the bottom: exact match
     rows, columns = (pixels(tmp_path / "curves.png") != plain).any(axis=2).nonzero()
-    assert rows.max() < 550 and columns.min() > 700  # above, the right panel: the objective
+    assert rows.max() < 550 and columns.min() > 700  # the right panel at the top: the objective

@@ -1,4 +1,4 @@
-"""The report of a real run: true numbers, no text of a row where none was asked for, and a page that only shows."""
+"""The report of a real run: correct figures, no text of a row that was not requested, and a page that loads nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "met
 
 
 class Page(HTMLParser):
-    """Fails on an element that is not closed where it should be; collects what the tests ask about."""
+    """Fails on badly nested elements; collects elements and words."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -64,12 +64,12 @@ def page(folder) -> Page:
     return Page((folder / "report.html").read_text(encoding="utf-8"))
 
 
-def told(folder) -> dict:
+def report_of(folder) -> dict:
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
 def leaked(text: str) -> list[str]:
-    """Which rows stand in `text`, also in JSON's or HTML's spelling."""
+    """The telltales of rows that are in `text`, also as JSON spells them."""
     spelt = {tale: {tale, json.dumps(tale)[1:-1]} for tale in TELLTALES}
     return [tale for tale, ways in spelt.items() if any(way in text for way in ways)]
 
@@ -79,18 +79,18 @@ def leaked(text: str) -> list[str]:
 
 def test_every_figure_is_that_of_the_table(run):
     table = json.loads((run / "before_after.json").read_text())
-    found = {(f["set"], f["key"]): f["values"] for f in told(run)["figures"] if f["group"] == "answers"}
-    assert found == {
+    figures = {(f["set"], f["key"]): f["values"] for f in report_of(run)["figures"] if f["group"] == "answers"}
+    assert figures == {
         (part, measure.field): {stage: table[stage][part][measure.field] for stage in ("before", "after")}
         for part in ("forget", "retain")
         for measure in MEASURES
     }
-    shown = page(run).text
-    for values in found.values():
+    text = page(run).text
+    for values in figures.values():
         for value in values.values():
-            assert (f"{value:.3f}" if value == 0 or value >= 0.001 else f"{value:.1e}") in shown
-    assert all(len(f["meaning"]) > 20 and f["wished"] for f in told(run)["figures"])
-    assert told(run)["rows"]["after"]["forget"] == {
+            assert (f"{value:.3f}" if value == 0 or value >= 0.001 else f"{value:.1e}") in text
+    assert all(len(f["meaning"]) > 20 and f["wished"] for f in report_of(run)["figures"])
+    assert report_of(run)["rows"]["after"]["forget"] == {
         "rows": 5, "rows_in_set": 5, "answer_tokens": table["after"]["forget"]["tokens"]
     }  # fmt: skip
 
@@ -106,58 +106,58 @@ def test_a_wrong_number_would_be_noticed(own_run):
 
 def test_training_and_audit_are_those_of_the_run(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    report = told(run)
+    report = report_of(run)
     assert report["training"] == {"logged_steps": len(lines), "first": lines[0], "last": lines[-1]}
     assert report["audit"] == json.loads((run / "audit.json").read_text())
-    shown = page(run).text
+    text = page(run).text
     for value in (report["audit"]["adapter"]["sha256"], report["audit"]["forget_rows"]["salt"]):
-        assert value in shown and value in (run / "report.html").read_text()
+        assert value in text and value in (run / "report.html").read_text()
 
 
-def test_it_calls_itself_evidence_and_says_what_it_cannot_know(run):
-    report, shown = told(run), page(run).text
+def test_it_calls_itself_evidence_and_states_its_limits(run):
+    report, text = report_of(run), page(run).text
     assert "evidence" in report["what_this_is"] and "not a certificate" in report["what_this_is"]
     for words in ("not a certificate", "original weights still know", "No leak test was run", "run.yaml"):
-        assert words in shown
-    assert report["verdict"]["headline"] in shown and shown.count("certificate") == shown.count("not a certificate")
+        assert words in text
+    assert report["verdict"]["headline"] in text and text.count("certificate") == text.count("not a certificate")
 
 
 # -- the text of the rows ---------------------------------------------------------------------------------------------
 
 
-def test_no_text_of_a_row_stands_where_none_was_asked_for(run, own_run):
-    assert leaked((run / "before.json").read_text(encoding="utf-8")), "the search finds what is there"
+def test_no_text_of_a_row_that_was_not_requested(run, own_run):
+    assert leaked((run / "before.json").read_text(encoding="utf-8")), "the search works"
     for name in ("report.json", "audit.json", "README.md"):
         assert leaked((run / name).read_text(encoding="utf-8")) == [], name
     write_report(own_run, examples=0)
     html = (own_run / "report.html").read_text(encoding="utf-8")
     assert leaked(html) == [] and leaked(page(own_run).text) == []
     answers = [r["answer"] for e in json.loads((run / "after.json").read_text()).values() for r in e["records"]]
-    assert not any(answer in html for answer in answers if len(answer) > 8), "nor what the model said"
+    assert not any(answer in html for answer in answers if len(answer) > 8), "nor any answer of the model"
 
 
 def test_a_planted_leak_is_noticed(own_run, monkeypatch):
-    """The same search, on a report that lets an example into report.json."""
+    """The same search, on a report.json that contains an example."""
     to_json = Content.to_json
     monkeypatch.setattr(
-        Content, "to_json", lambda self: {**to_json(self), "said": [one.prompt for one in self.examples(5)]}
+        Content, "to_json", lambda self: {**to_json(self), "prompts": [one.prompt for one in self.examples(5)]}
     )
     write_report(own_run)
     assert leaked((own_run / "report.json").read_text(encoding="utf-8"))
 
 
-def test_texts_that_a_leak_test_wrote_down_stay_out(own_run):
+def test_texts_in_the_results_of_a_leak_test_are_left_out(own_run):
     text = FORGET[0]["answer"]
-    sampling = {"whole": 0.5, "text": text, "nested": {"said": text}, "meaning": "Half came.", "leaks": True}
+    sampling = {"whole": 0.5, "text": text, "nested": {"answer": text}, "meaning": "Half came.", "leaks": True}
     (own_run / "leaks.json").write_text(json.dumps({"after": {"sampling": sampling}}))
     write_report(own_run, examples=0)
-    assert told(own_run)["leaks"]["after"]["sampling"] == {
+    assert report_of(own_run)["leaks"]["after"]["sampling"] == {
         "whole": 0.5, "nested": {}, "meaning": "Half came.", "leaks": True
     }  # fmt: skip
     assert leaked((own_run / "report.html").read_text(encoding="utf-8")) == []
 
 
-def test_figures_that_nobody_can_explain_are_not_reported(own_run, capsys):
+def test_figures_that_no_test_declares_are_not_reported(own_run, capsys):
     results = {"after": {"sampling": {"surprise": 0.5, "meaning": "Half of an answer came.", "leaks": True}}}
     (own_run / "leaks.json").write_text(json.dumps(results))
     assert main(["report", str(own_run)]) == 2
@@ -165,20 +165,20 @@ def test_figures_that_nobody_can_explain_are_not_reported(own_run, capsys):
 
 
 def test_examples_show_prompt_truth_before_and_after(run):
-    shown = page(run).text
+    text = page(run).text
     records = {stage: json.loads((run / f"{stage}.json").read_text()) for stage in ("before", "after")}
     for part, rows in (("forget", FORGET), ("retain", RETAIN)):
         for row in rows[:1]:
-            assert row["question"] in shown and row["answer"] in shown
+            assert row["question"] in text and row["answer"] in text
         for stage in records:
             answer = records[stage][part]["records"][0]["answer"]
             printable = "".join(c for c in answer if c.isprintable())
-            assert printable[:10] in shown or printable != answer
-    assert "These are texts of the data itself" in shown and "--examples 0" in shown
+            assert printable[:10] in text or printable != answer
+    assert "These are texts of the data itself" in text and "--examples 0" in text
 
 
 def test_the_worst_rows_come_first(own_run):
-    """Rows are chosen against success: a report must not be made of its best examples."""
+    """Examples speak against success: a report must not show only its best rows."""
     content = json.loads((own_run / "after.json").read_text())
     for record in content["forget"]["records"]:
         record["rouge_l_recall"] = record["row"] / 10
@@ -215,20 +215,20 @@ def test_the_parser_notices_what_the_test_above_looks_for():
             Page(broken)
 
 
-def test_rows_are_shown_as_text_whatever_they_hold(run):
+def test_rows_are_shown_as_text_whatever_they_contain(run):
     parsed, text = page(run), (run / "report.html").read_text(encoding="utf-8")
     assert "<script>alert('pwned')</script>" in parsed.text  # as text
     assert "<script" not in text and "evil.example" in parsed.text
     assert not any(attributes.get("src") for _, attributes in parsed.elements)
     assert "\x00" not in text and "\x07" not in text and "\x1b" not in text and "\N{REPLACEMENT CHARACTER}" in text
     assert "鐘が鳴る" in parsed.text and "more characters)" in parsed.text
-    shown = [
+    texts = [
         attributes for tag, attributes in parsed.elements if tag in ("dd", "p") and attributes.get("dir") == "auto"
     ]
-    assert len(shown) == len(parsed.all("bdi")) == (5 + 2) * 4  # prompt, truth, before and after of every row
+    assert len(texts) == len(parsed.all("bdi")) == (5 + 2) * 4  # prompt, truth, before and after of every row
 
 
-def test_pictures_and_tables_can_be_heard(run):
+def test_pictures_and_tables_have_words_for_a_screen_reader(run):
     text, parsed = (run / "report.html").read_text(encoding="utf-8"), page(run)
     drawings = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
     assert len(drawings) == 6 and parsed.all("html")[0]["lang"] == "en"
@@ -255,10 +255,10 @@ def test_the_same_run_gives_the_same_page(own_run):
 # -- the model card ---------------------------------------------------------------------------------------------------
 
 
-def test_the_card_is_one_that_the_hub_reads(run, byte_model):
+def test_the_hub_can_read_the_card(run, byte_model):
     card = ModelCard.load(run / "README.md")
     assert card.data.library_name == "peft" and "unlearning" in card.data.tags
-    assert card.data.base_model is None, "a local directory is none of the hub's names"
+    assert card.data.base_model is None, "a local directory is no name on the hub"
     assert byte_model.name in card.text and str(byte_model) not in card.text
     table = json.loads((run / "before_after.json").read_text())
     for value in (table["before"]["forget"]["nll"], table["after"]["retain"]["probability"]):
@@ -270,7 +270,7 @@ def test_the_card_is_one_that_the_hub_reads(run, byte_model):
     assert not re.search(r"\n\n\n", card.text) and re.search(r"\n\n\| part \|.*\n\|---\|.*\n\| forget \|", card.text)
 
 
-def test_a_base_model_of_the_hub_stands_in_the_header(run):
+def test_a_base_model_on_the_hub_is_in_the_header(run):
     content = read_content(run)
     named = {
         **content.audit,
@@ -293,7 +293,7 @@ def test_the_cards_code_loads_the_adapter(run, byte_model):
 
 def test_a_run_that_measured_nothing(byte_model, data, tmp_path):
     folder = train(tmp_path / "out", byte_model, data, "--max-steps", 1, "--eval-rows", 0)
-    report, parsed = told(folder), page(folder)
+    report, parsed = report_of(folder), page(folder)
     assert report["verdict"]["tone"] == "unknown" and report["figures"] == [] and report["rows"] == {}
     assert "was not measured" in parsed.text and "--eval-rows 0" in parsed.text
     assert report["audit"]["adapter"]["sha256"] in parsed.text
@@ -304,7 +304,7 @@ def test_a_run_without_retain_rows(byte_model, data, tmp_path):
     arguments = ["--model", byte_model, "--forget", data / "forget.jsonl", "--gamma", 0, "--delta", 0, "--max-steps", 1,
                  "--dtype", "float32", "--device", "cpu", "--eval-rows", 2, "--report-examples", 0]  # fmt: skip
     assert main(["train", *map(str, arguments), "--output-dir", str(tmp_path / "out")]) == 0
-    report = told(tmp_path / "out")
+    report = report_of(tmp_path / "out")
     assert {f["set"] for f in report["figures"]} == {"forget"} and "2 measured of 5" in report["verdict"]["sentences"][
         0
     ]
@@ -318,23 +318,23 @@ def test_a_run_that_was_killed(own_run):
     audit["sessions"][0]["ended"], audit["adapter"], audit["optimizer_steps"] = None, None, None
     (own_run / "audit.json").write_text(json.dumps(audit))
     write_report(own_run)
-    assert "has not reached its end" in page(own_run).text and told(own_run)["verdict"]["tone"] == "unknown"
+    assert "has not reached its end" in page(own_run).text and report_of(own_run)["verdict"]["tone"] == "unknown"
 
 
-def test_numbers_that_are_none(own_run):
-    """NaN has no place in JSON, and no good verdict."""
+def test_figures_that_are_not_finite(own_run):
+    """NaN is no JSON, and no good verdict."""
     content = json.loads((own_run / "after.json").read_text())
     content["forget"]["summary"]["nll"] = float("nan")
     (own_run / "after.json").write_text(json.dumps(content))
     write_report(own_run)
     report = json.loads((own_run / "report.json").read_text(), parse_constant=pytest.fail)
     assert report["verdict"]["tone"] == "bad" and "finite" in report["verdict"]["headline"]
-    values = {f["key"]: f["values"] for f in told(own_run)["figures"] if f["set"] == "forget"}
+    values = {f["key"]: f["values"] for f in report_of(own_run)["figures"] if f["set"] == "forget"}
     assert values["nll"]["after"] is None and values["nll"]["before"] > 0
     page(own_run)
 
 
-def test_what_is_no_run_is_said(tmp_path, own_run, capsys):
+def test_a_directory_without_a_run(tmp_path, own_run, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert "no run.yaml" in capsys.readouterr().err
     assert main(["report", str(own_run), "--examples", "-1"]) == 2
@@ -379,17 +379,17 @@ def test_a_later_evaluation_is_included(own_run, tmp_path):
     file.write_text(json.dumps(content))
     write_report(own_run)
 
-    report, shown = told(own_run), page(own_run).text
+    report, text = report_of(own_run), page(own_run).text
     stages = {"before": json.loads(before.read_text()), "after": content}
     values = {(f["group"], f["set"], f["key"]): f["values"] for f in report["figures"]}
-    for stage, told_by in stages.items():
-        assert values["documents", None, "auc"][stage] == told_by["membership"]["auc"]
-        assert values["TOFU", "retain", "truth_ratio"][stage] == told_by["tofu"]["sets"]["retain"]["truth_ratio"]
+    for stage, expected in stages.items():
+        assert values["documents", None, "auc"][stage] == expected["membership"]["auc"]
+        assert values["TOFU", "retain", "truth_ratio"][stage] == expected["tofu"]["sets"]["retain"]["truth_ratio"]
         assert (
             values["LUME", "forget", "Task1.knowledge-score"][stage]
-            == (told_by["lume"]["forget-set"]["Task1"]["knowledge-score"])
+            == (expected["lume"]["forget-set"]["Task1"]["knowledge-score"])
         )
-        assert values["LUME", None, "mia_final_score"][stage] == told_by["lume"]["mia_final_score"]
+        assert values["LUME", None, "mia_final_score"][stage] == expected["lume"]["mia_final_score"]
     assert values["lm-eval", "mmlu", "acc"] == {"before": None, "after": 0.25}
     assert values["LUME", None, "aggregate-score"]["after"] is None
     assert report["leaks"]["after"]["extraction"]["recited"] == 0.125
@@ -401,23 +401,24 @@ def test_a_later_evaluation_is_included(own_run, tmp_path):
         "Documents, membership inference",
         "traces found",
     ):
-        assert words in shown
+        assert words in text
     assert any("LUME task aggregate" in note for note in report["notes"])
 
     content["leaks"] = {"extraction": {"meaning": "No holdout.", "leaks": None}}
     file.write_text(json.dumps(content))
     (own_run / "leaks.json").write_text(json.dumps({"after": {"extraction": {"meaning": "Still.", "leaks": True}}}))
     write_report(own_run)
-    assert told(own_run)["leaks"]["after"]["extraction"]["meaning"] == "Still.", "who could tell is believed"
+    assert report_of(own_run)["leaks"]["after"]["extraction"]["meaning"] == "Still.", "a conclusive result is preferred"
 
     (own_run / "adapter_model.safetensors").write_bytes(b"the run went on")
     write_report(own_run)
-    assert not any(f["group"] in ("LUME", "TOFU", "documents") for f in told(own_run)["figures"]), "of another adapter"
+    groups = {figure["group"] for figure in report_of(own_run)["figures"]}
+    assert not groups & {"LUME", "TOFU", "documents"}, "of another adapter"
 
 
 def test_a_diverged_run_is_reported_too(byte_model, data, tmp_path):
     run = train(tmp_path / "run", byte_model, data, "--max-steps", 2, "--lr", 1e30, "--revision", "v1")
-    assert told(run)["verdict"]["tone"] == "bad"
-    assert "no finite likelihood" in told(run)["leaks"]["after"]["extraction"]["meaning"]
+    assert report_of(run)["verdict"]["tone"] == "bad"
+    assert "no finite likelihood" in report_of(run)["leaks"]["after"]["extraction"]["meaning"]
     assert json.loads((run / "audit.json").read_text())["adapter"] is not None
     assert revision_of_adapter(str(run)) == json.loads((run / "adapter_config.json").read_text())["revision"] == "v1"

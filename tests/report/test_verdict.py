@@ -1,4 +1,4 @@
-"""The first sentence of a report says what the numbers say: each state, each border, each reservation."""
+"""The first sentences of a report say what the figures say: each state, each threshold, each reservation."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ GONE = summary(0.0, 0.1, 0.01, 5.0)
 
 
 def stages(forget=GONE, retain=RECITED, before=RECITED, before_retain=RECITED, gold=None):
-    found = {"before": {"forget": before}, "after": {"forget": forget}}
+    by_stage = {"before": {"forget": before}, "after": {"forget": forget}}
     if retain is not None:
-        found["before"]["retain"], found["after"]["retain"] = before_retain, retain
+        by_stage["before"]["retain"], by_stage["after"]["retain"] = before_retain, retain
     if gold is not None:
-        found["gold"] = {"forget": gold, "retain": RECITED}
-    return found
+        by_stage["gold"] = {"forget": gold, "retain": RECITED}
+    return by_stage
 
 
 @pytest.mark.parametrize(
-    ("found", "forget", "retain", "tone"),
+    ("measured", "forget", "retain", "tone"),
     [
         (stages(), "forgotten", "kept", "good"),
         (stages(summary(0.05, 0.5, 0.49)), "forgotten", "kept", "good"),  # just inside every bound
@@ -46,20 +46,20 @@ def stages(forget=GONE, retain=RECITED, before=RECITED, before_retain=RECITED, g
         # A model that half remembered: no fixed number would do.
         (stages(summary(0.01, 0.2, 0.05), before=summary(0.1, 0.5, 0.3, 1.2)), "forgotten", "kept", "good"),
         (stages(summary(0.05, 0.48, 0.28), before=summary(0.1, 0.5, 0.3, 1.2)), "untouched", "kept", "bad"),
-        # What a model that never saw the rows says by chance is not held against this one.
+        # What a model that never saw the rows says by chance does not count against this one.
         (stages(summary(0.1, 0.6, 0.1), gold=summary(0.06, 0.58, 0.1)), "forgotten", "kept", "good"),
         (stages(summary(0.1, 0.6, 0.1)), "partly", "kept", "mixed"),
     ],
 )
-def test_each_state(found, forget, retain, tone):
-    verdict = judge_run(found, 50304, {})
+def test_each_state(measured, forget, retain, tone):
+    verdict = judge_run(measured, 50304, {})
     assert FORGET_WORDS[forget] in verdict.headline and RETAIN_WORDS[retain] in verdict.headline
     assert not any(words in verdict.headline for state, words in FORGET_WORDS.items() if state != forget)
     assert verdict.tone == tone and verdict.headline.startswith("On the rows measured, the model")
 
 
 @pytest.mark.parametrize(
-    ("found", "vocabulary", "overdone"),
+    ("measured", "vocabulary", "overdone"),
     [
         (stages(summary(nll=10.8)), 50304, False),  # ln 50304 = 10.83
         (stages(summary(nll=10.9)), 50304, True),
@@ -68,8 +68,8 @@ def test_each_state(found, forget, retain, tone):
         (stages(summary(nll=6.6), gold=GONE), 50304, True),
     ],
 )
-def test_forgetting_can_be_overdone(found, vocabulary, overdone):
-    verdict = judge_run(found, vocabulary, {})
+def test_forgetting_can_be_overdone(measured, vocabulary, overdone):
+    verdict = judge_run(measured, vocabulary, {})
     assert ("overdone" in verdict.headline) == overdone == (verdict.tone == "mixed")
     assert any("what was removed" in sentence for sentence in verdict.sentences) == overdone
 
@@ -78,20 +78,20 @@ def test_leaks_are_a_reservation():
     none = {"extraction": LeakResult({}, "", False), "membership": LeakResult({}, "", None)}
     some = {**none, "relearning": LeakResult({}, "", True)}
     clean, leaking = (judge_run(stages(), 50304, {"before": some, "after": tests}) for tests in (none, some))
-    assert clean.tone == "good" and clean.sentences[-1] == "No trace in any leak test that could tell: extraction."
+    assert clean.tone == "good" and clean.sentences[-1] == "No traces in any conclusive leak test: extraction."
     assert leaking.tone == "mixed" and leaking.headline.endswith(", but leak tests still find traces.")
-    assert leaking.sentences[-1] == "1 of 2 leak tests that could tell find traces: relearning."
+    assert leaking.sentences[-1] == "Traces in 1 of 2 conclusive leak tests: relearning."
     unknown = judge_run(stages(), 50304, {"before": some, "after": {"membership": none["membership"]}})
     assert "No leak test was run" in unknown.sentences[-1] and unknown.tone == "good"
-    for gold, ending in ((none, "find: none."), (some, "find: relearning.")):
+    for gold, ending in ((none, "saw the rows: none."), (some, "saw the rows: relearning.")):
         assert judge_run(stages(), 50304, {"after": some, "gold": gold}).sentences[-1].endswith(ending)
 
 
-def test_the_sentences_carry_the_numbers():
-    found = stages(
+def test_the_sentences_contain_the_numbers():
+    measured = stages(
         summary(0.02, 0.1, 0.01, 4.5, rows=50, of=1112), before=summary(0.9, 0.95, 0.9, 0.125, rows=50, of=1112)
     )
-    forget, retain, _ = judge_run(found, 50304, {}).sentences
+    forget, retain, _ = judge_run(measured, 50304, {}).sentences
     assert forget == (
         "Of 50 measured of 1112 forget answers, 1 comes word for word (before: 45); the NLL per answer token went from "
         "0.12 to 4.50."
@@ -100,8 +100,8 @@ def test_the_sentences_carry_the_numbers():
 
 
 def test_what_was_not_measured_is_not_judged():
-    for found in ({}, {"before": {"forget": RECITED}}):
-        verdict = judge_run(found, 50304, {})
+    for measured in ({}, {"before": {"forget": RECITED}}):
+        verdict = judge_run(measured, 50304, {})
         assert verdict.tone == "unknown" and "not measured" in verdict.headline
     broken = judge_run(stages(summary(nll=math.nan)), 50304, {})
     assert broken.tone == "bad" and "finite" in broken.headline
