@@ -74,7 +74,7 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
     journal = directory.begin()
 
     model: PreTrainedModel | PeftModel
-    model = load_model(model_config)
+    model = load_model(model_config, say)
     if config.adapter:
         model = load_adapter(model, config.adapter)
     scorer = Scorer(model, tokenizer, journal, config.batch_size)

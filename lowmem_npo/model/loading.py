@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import is_flash_attn_2_available
 
 from lowmem_npo.config import ModelConfig
+from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.names import resolve_name
 from lowmem_npo.model.quantization import nf4
@@ -52,8 +54,8 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
     return loaded
 
 
-def load_model(config: ModelConfig) -> PreTrainedModel:
-    """The frozen base model on its device, in eval mode.
+def load_model(config: ModelConfig, say: Say = print) -> PreTrainedModel:
+    """The frozen base model on its device, in eval mode. Weights of the checkpoint that it does not use are reported.
 
     With `qlora`, transformers reads, moves and quantises one tensor at a time straight from the mapped files, so that
     host and device never hold more than the final model and one tensor (tests/model/test_loading_memory.py).
@@ -62,14 +64,15 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         config: `qlora` quantises every linear layer but the head to NF4; embeddings, norms and head stay in `dtype`.
 
     Raises:
-        UserError: not a causal LM, not found, no network, bf16 or flash-attention where they cannot run.
+        UserError: not a causal LM, not found, no network, bf16 or flash-attention where they cannot run, weights that
+            the checkpoint lacks.
     """
     device, dtype = resolve_device(config.device), DTYPES[config.dtype]
     _check_can_run(config, device)
     name, _ = resolve_name(config.model)
     loaded_config = load_config(config)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loaded_weights = AutoModelForCausalLM.from_pretrained(
             name,
             config=loaded_config,
             revision=config.revision,
@@ -78,11 +81,14 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
             quantization_config=nf4(dtype) if config.qlora else None,
             device_map={"": device},
             trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # which `_check_weights` refuses by name
         )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         raise UserError(_why_not_loaded(name, config.revision, error)) from error
+    _check_weights(model, name, loaded_weights, say)
     layer: Any
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):  # a 4-bit layer of bitsandbytes: on such CPUs it would be
@@ -105,6 +111,28 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _check_weights(model: PreTrainedModel, name: str, info: Mapping[str, Any], say: Say) -> None:
+    """Raises UserError for weights that the checkpoint lacks, which are random now; says which ones are not used.
+
+    info: what `from_pretrained` reports; tied and derived weights are not among the missing.
+    """
+    kind, unused = type(model).__name__, info["unexpected_keys"]
+    others = f" (it has others: {_first(unused)})" if unused else ""
+    if missing := info["missing_keys"]:
+        raise UserError(f"The model '{name}' is not a whole {kind}: its files lack {_first(missing)}{others}.")
+    shapes = [f"{key} {tuple(stored)} instead of {tuple(own)}" for key, stored, own in info["mismatched_keys"]]
+    if shapes:
+        raise UserError(f"The weights of '{name}' do not have the shapes of its configuration: {_first(shapes)}.")
+    if unused:
+        say(f"Not used by {kind}: {_first(unused)} of '{name}'.")
+
+
+def _first(names: Collection[str]) -> str:
+    """Three of them in full, the others counted."""
+    first, more = ", ".join(sorted(names)[:3]), len(names) - 3
+    return f"{first} and {more} more" if more > 0 else first
 
 
 def _check_can_run(config: ModelConfig, device: torch.device) -> None:
@@ -157,6 +185,8 @@ def _why_not_loaded(name: str, revision: str | None, error: Exception, what: str
             f"The {where} is not on this machine and the hub cannot be reached: check the network, "
             f"or give a local directory. ({reason[:200]})"
         )
+    if "automatic conversion of the weights" in lowered:  # of experts, which are stored one by one, into one tensor
+        return f"The {where} cannot be loaded: the weights of some of its experts are missing or damaged."
     if isinstance(error, ImportError):
         return f"The {where} needs a package that is missing: {reason[:300]}"
     return f"The {where} cannot be loaded: {reason[:400]}"

@@ -1,11 +1,16 @@
 """A model from its directory, in 4 bits and as it was saved."""
 
+import re
+
 import bitsandbytes
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, OlmoConfig
+from helpers.tiny_models import tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, MixtralConfig, OlmoConfig
 
 from lowmem_npo.config import ModelConfig
+from lowmem_npo.errors import UserError
 from lowmem_npo.model import answer_hidden, load_model
 
 
@@ -53,3 +58,56 @@ def test_without_qlora_weights_are_what_was_saved(saved):
     expected = original()
     for (name, one), other in zip(model.named_parameters(), expected.parameters(), strict=True):
         assert torch.equal(one, other), name
+
+
+def rewritten(folder, model, change):
+    """The directory of `model`, its weights changed."""
+    model.save_pretrained(folder)
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def mixtral():
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return AutoModelForCausalLM.from_config(
+        MixtralConfig(vocab_size=97, num_local_experts=2, num_key_value_heads=2, **sizes)
+    )
+
+
+def original_format(weights):
+    """Names of the format in which AllenAI published OLMo."""
+    return {f"model.transformer.{name.removeprefix('model.')}": tensor for name, tensor in weights.items()}
+
+
+@pytest.mark.parametrize("qlora", [False, True])
+@pytest.mark.parametrize(
+    "make, change, message",
+    [
+        (original, lambda w: without(w, "layers.1.mlp.up_proj"), "lack model.layers.1.mlp.up_proj.weight."),
+        (original, lambda w: without(w, "lm_head"), "lack lm_head.weight."),
+        (original, lambda w: {f"module.{n}": t for n, t in w.items()}, "it has others: module.lm_head.weight"),
+        (original, original_format, "it has others: model.transformer.embed_tokens.weight"),
+        (original, lambda w: {**w, "lm_head.weight": w["lm_head.weight"][1:]}, "(129, 64) instead of (130, 64)"),
+        (mixtral, lambda w: without(w, "experts.1.w2"), "model.layers.0.mlp.experts.down_proj (1, 32, 32) instead of"),
+        (mixtral, lambda w: without(w, "experts.1.w1"), "some of its experts are missing"),
+    ],
+    ids=["a layer", "head", "prefix", "original OLMo", "shape", "expert", "half an expert"],
+)  # fmt: skip
+def test_weights_that_would_be_random_are_refused(make, change, message, qlora, tmp_path):
+    folder = rewritten(tmp_path, make(), change)
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_model(ModelConfig(str(folder), qlora=qlora, device="cpu"))
+
+
+def without(weights, part):
+    return {name: tensor for name, tensor in weights.items() if part not in name}
+
+
+def test_tied_weights_are_not_missed_and_unused_ones_are_reported(tmp_path):
+    lines = []
+    tied = rewritten(tmp_path / "tied", tiny_model("gemma2"), dict)
+    load_model(ModelConfig(str(tied), device="cpu", attn="eager"), lines.append)
+    assert lines == []
+    more = rewritten(tmp_path / "more", original(), lambda w: {**w, "value_head.weight": torch.ones(3)})
+    load_model(ModelConfig(str(more), device="cpu"), lines.append)
+    assert lines == [f"Not used by OlmoForCausalLM: value_head.weight of '{more}'."]

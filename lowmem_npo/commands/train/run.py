@@ -115,7 +115,7 @@ def train(config: RunConfig, say: Say = print) -> RunResult | None:
         say(plan.config.to_yaml().rstrip())
         say(f"Dry run: data, model and disk are fine; {plan.sentence}. Nothing was trained or written.")
         return None
-    return unlearn(plan, load_model(plan.config.model), say)
+    return unlearn(plan, load_model(plan.config.model, say), say)
 
 
 def is_main_process(config: RunConfig) -> bool:
