@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -71,8 +71,9 @@ def load_model(config: ModelConfig, say: Say = print) -> PreTrainedModel:
     _check_can_run(config, device)
     name, _ = resolve_name(config.model)
     loaded_config = load_config(config)
+    model: PreTrainedModel
     try:
-        model, loaded_weights = AutoModelForCausalLM.from_pretrained(
+        model, loaded_weights = cast(Any, AutoModelForCausalLM).from_pretrained(  # its type forgets the loading info
             name,
             config=loaded_config,
             revision=config.revision,

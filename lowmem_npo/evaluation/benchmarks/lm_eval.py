@@ -18,6 +18,7 @@ from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measur
 from lowmem_npo.evaluation.figures import Figure, at
 from lowmem_npo.evaluation.options import Options, free
 from lowmem_npo.evaluation.scoring.eval_mode import evaluating
+from lowmem_npo.evaluation.scoring.generation import plain_generation
 from lowmem_npo.evaluation.scoring.scorer import Scorer
 from lowmem_npo.model import compute_autocast
 
@@ -129,7 +130,7 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    with evaluating(model), compute_autocast(model):
+    with evaluating(model), compute_autocast(model), plain_generation(model, tokenizer):
         try:
             evaluated = simple_evaluate(
                 model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),

@@ -1,6 +1,7 @@
 """Answers, greedy or sampled, many prompts at a time: left padding, KV cache; greedy text as of one at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE, batches, cache_tokens
 from lowmem_npo.evaluation.scoring.eval_mode import evaluating, progress_bar
 from lowmem_npo.model import compute_autocast
+from lowmem_npo.model.layers import causal_lm
 
 
 @dataclass(frozen=True)
@@ -67,20 +69,20 @@ def _answers(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
-    drawn: dict[str, Any],
+    settings: Mapping[str, Any],
     samples: int,
     batch_size: int,
     description: str,
     progress: bool,
 ) -> list[list[list[int]]]:
-    """For each prompt its `samples` answers, cut as `greedy_answers` says. drawn: settings of generation."""
+    """For each prompt its `samples` answers, cut as `greedy_answers` says."""
     stops = _stop_ids(model, tokenizer)
     answers: list[list[list[int]]] = [[] for _ in prompts]
     lengths = [(len(prompt.ids), prompt.max_new_tokens) for prompt in prompts]
     room = max(1, cache_tokens(model) // samples)
     with evaluating(model), compute_autocast(model), progress_bar(len(prompts), description, progress) as bar:
         for batch in batches(lengths, batch_size, room):
-            continuations = _continue(model, tokenizer, [prompts[i] for i in batch], stops, drawn)
+            continuations = _continue(model, tokenizer, [prompts[i] for i in batch], settings)
             for place, ids in enumerate(continuations):
                 i = batch[place // samples]
                 ids = ids[: prompts[i].max_new_tokens]
@@ -94,41 +96,43 @@ def _continue(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
-    stops: list[int],
-    drawn: dict[str, Any],
+    settings: Mapping[str, Any],
 ) -> list[list[int]]:
     width = max(len(prompt.ids) for prompt in prompts)
+    longest = max(prompt.max_new_tokens for prompt in prompts)
+    with plain_generation(model, tokenizer, max_new_tokens=longest, **settings) as generation_config:
+        input_ids = torch.full((len(prompts), width), cast(int, generation_config.pad_token_id), dtype=torch.long)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, prompt in enumerate(prompts):
+            input_ids[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
+            attention_mask[row, width - len(prompt.ids) :] = 1
+        output = cast(Any, model).generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            generation_config=generation_config,
+        )
+    return output[:, width:].tolist()
+
+
+@contextmanager
+def plain_generation(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, **settings: Any
+) -> Iterator[GenerationConfig]:
+    """Inside, `model` generates from its own distribution: greedily, with these settings, and until a stop token.
+
+    `generate` takes whatever its configuration leaves open from the model's generation_config.json, where published
+    models keep sampling settings, penalties, suppressed tokens, watermarks: all that would change what is measured.
+    """
+    lm, stops = causal_lm(model), _stop_ids(model, tokenizer)
     # Padding is masked, so any id would do; not every tokenizer has one of its own.
     pad = next((token for token in [tokenizer.pad_token_id, *stops] if token is not None), 0)
-    input_ids = torch.full((len(prompts), width), pad, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
-        attention_mask[row, width - len(prompt.ids) :] = 1
-    output = cast(Any, model).generate(
-        input_ids=input_ids.to(model.device),
-        attention_mask=attention_mask.to(model.device),
-        # Written out, because whatever is left open is taken from the model's own generation_config.json, where
-        # published models keep sampling settings and repetition penalties.
-        generation_config=GenerationConfig(
-            **{
-                "do_sample": False,
-                "num_beams": 1,
-                "temperature": 1.0,
-                "top_p": 1.0,
-                "top_k": 50,
-                "repetition_penalty": 1.0,
-                "no_repeat_ngram_size": 0,
-                "min_length": 0,
-                "max_new_tokens": max(prompt.max_new_tokens for prompt in prompts),
-                "eos_token_id": stops,
-                "pad_token_id": pad,
-                "use_cache": True,
-                **drawn,
-            }
-        ),
-    )
-    return output[:, width:].tolist()
+    published = lm.generation_config
+    defaults = {"do_sample": False, "use_cache": True, "eos_token_id": stops, "pad_token_id": pad}
+    lm.generation_config = plain = GenerationConfig(**{**defaults, **settings})
+    try:
+        yield plain
+    finally:
+        lm.generation_config = published
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -137,6 +141,7 @@ def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def _stop_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    of_model = cast(GenerationConfig, model.generation_config).eos_token_id
+    published = cast("GenerationConfig | None", model.generation_config)
+    of_model = published.eos_token_id if published is not None else None
     of_model = of_model if isinstance(of_model, list) else [of_model]
     return sorted({token for token in [tokenizer.eos_token_id, *of_model] if token is not None})

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.tiny_models import tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, OlmoConfig
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, OlmoConfig
 
 from lowmem_npo.evaluation.scoring.batching import batches, cache_tokens
-from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers
+from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers, sampled_answers
 
 EOS = 1
 
@@ -79,13 +80,63 @@ def test_answers_end_before_the_end_of_sequence(tokenizer, prompts):
     assert all(stop not in answer for answer in stopped)
 
 
-def test_published_sampling_settings_do_not_leak_in(tokenizer, prompts):
-    """Chat models ship generation_config.json with temperature and repetition penalty; greedy means greedy."""
+# What published models' generation_config.json holds, and what else it can hold.
+PUBLISHED = {
+    "sampling": {"do_sample": True, "temperature": 0.3, "top_p": 0.5, "repetition_penalty": 5.0, "max_length": 3},
+    "lengths": {"no_repeat_ngram_size": 1, "min_length": 40, "min_new_tokens": 9, "num_beams": 3, "max_time": 1e-9},
+    "suppressed": {"suppress_tokens": [5, 6], "begin_suppress_tokens": [7], "bad_words_ids": [[8]]},
+    "forced": {"forced_bos_token_id": 5, "forced_eos_token_id": 6, "exponential_decay_length_penalty": [1, 9.0]},
+    "biases": {"sequence_bias": [[[5], -50.0]], "encoder_repetition_penalty": 4.0, "guidance_scale": 3.0},
+    "watermark": {"watermarking_config": {"bias": 9.0, "seeding_scheme": "lefthash", "greenlist_ratio": 0.1}},
+    "truncation": {"do_sample": True, "min_p": 0.5, "typical_p": 0.2, "epsilon_cutoff": 0.3, "eta_cutoff": 0.3},
+    "other ways": {"penalty_alpha": 0.6, "prompt_lookup_num_tokens": 3, "cache_implementation": "static"},
+    "other results": {
+        "do_sample": True,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "num_return_sequences": 2,
+    },
+    "stop strings": {"stop_strings": ["e", "</s>"], "use_cache": False},
+}
+
+
+@pytest.mark.parametrize("settings", [*PUBLISHED.values(), None], ids=[*PUBLISHED, "no settings at all"])
+@pytest.mark.parametrize("adapted", [False, True], ids=["base", "adapter"])
+def test_published_settings_do_not_change_what_is_measured(settings, adapted, tokenizer, prompts):
+    """Greedy answers are the most likely ones, and samples those of the whole distribution."""
     model = tiny_model()
-    plain = greedy_answers(model, tokenizer, prompts, progress=False)
-    settings = {"do_sample": True, "temperature": 0.3, "top_p": 0.5, "repetition_penalty": 5.0, "max_length": 3}
-    model.generation_config.update(**settings, no_repeat_ngram_size=1, min_length=40, num_beams=3)
-    assert greedy_answers(model, tokenizer, prompts, progress=False) == plain
+    subject = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])) if adapted else model
+    model.generation_config = GenerationConfig(eos_token_id=EOS)
+    sampling = {"samples": 3, "temperature": 0.7, "progress": False}
+    plain = (
+        greedy_answers(model, tokenizer, prompts, progress=False),
+        sampled_answers(model, tokenizer, prompts, **sampling),
+    )
+    if settings is None:
+        model.generation_config = published = None
+    else:
+        model.generation_config = published = GenerationConfig(eos_token_id=EOS, **settings)
+        before = published.to_dict()
+    assert greedy_answers(subject, tokenizer, prompts, progress=False) == plain[0]
+    assert sampled_answers(subject, tokenizer, prompts, **sampling) == plain[1]
+    assert model.generation_config is published
+    assert published is None or published.to_dict() == before
+
+
+def test_samples_are_of_the_whole_distribution(tokenizer):
+    """The shares of the first token are the model's probabilities, whatever cut-offs the model was published with."""
+    model, count = tiny_model(), 4000
+    model.generation_config = GenerationConfig(eos_token_id=EOS, do_sample=True, min_p=0.5, top_k=3, top_p=0.3)
+    with torch.no_grad():
+        expected = model.double()(torch.tensor([[5, 6, 7]])).logits[0, -1].softmax(-1)
+    model.float()
+    (answers,) = sampled_answers(
+        model, tokenizer, [Prompt([5, 6, 7], 1)], samples=count, batch_size=count, progress=False
+    )
+    tokens = torch.tensor([answer[0] if answer else EOS for answer in answers])
+    shares = tokens.bincount(minlength=97) / count
+    assert (shares - expected).abs().max() < 4 * 0.5 / count**0.5
+    assert (shares > 0).sum() > 0.9 * (expected > 5 / count).sum() > 3
 
 
 def test_the_model_is_given_back_as_it_came(tokenizer, prompts):
