@@ -1,4 +1,4 @@
-"""`lowmem-npo train` as a user meets it: real files, a real tokenizer, real 4-bit layers, real processes."""
+"""`lowmem-npo train` as a user runs it: real files, a real tokenizer, real 4-bit layers, real processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lowmem_npo.cli import main
 from lowmem_npo.commands.arguments import parse_run
 from lowmem_npo.training.metrics import read_metrics
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
 
 
@@ -32,23 +32,13 @@ def command(*arguments) -> list[str]:
 
 @pytest.fixture(scope="module")
 def lume_run(lume_model, shared_data, tmp_path_factory):
-    """The issue's own command, on real LUME rows."""
+    """(directory, output) of a QLoRA run on real LUME rows."""
     folder = tmp_path_factory.mktemp("run") / "out"
     result = subprocess.run(
         command(
-            "--model",
-            lume_model,
-            "--qlora",
-            "--forget",
-            shared_data / "lume/forget_train.jsonl",
-            "--retain",
-            shared_data / "lume/retain_train.jsonl",
-            "--max-steps",
-            20,
-            "--eval-rows",
-            2,
-            "--output-dir",
-            folder,
+            *("--model", lume_model, "--qlora", "--forget", shared_data / "lume/forget_train.jsonl"),
+            *("--retain", shared_data / "lume/retain_train.jsonl", "--max-steps", 20, "--eval-rows", 2),
+            *("--output-dir", folder),
         ),
         capture_output=True,
         text=True,
@@ -59,7 +49,7 @@ def lume_run(lume_model, shared_data, tmp_path_factory):
 
 
 def test_the_first_loss_is_that_of_an_identity_adapter(lume_run):
-    """L = (2/beta) ln 2 + gamma * NLL + delta * 0: any mismatch of policy and reference, or of rows, would show."""
+    """L = (2/beta) ln 2 + gamma * NLL + delta * 0; any mismatch of policy and reference, or of rows, would show."""
     folder, _ = lume_run
     metrics = [line for line in read_metrics(folder / "metrics.jsonl") if "retain_nll" in line]
     assert [line["step"] for line in metrics] == list(range(1, 21))
@@ -69,8 +59,8 @@ def test_the_first_loss_is_that_of_an_identity_adapter(lume_run):
     assert metrics[-1]["retain_kl"] > 0 and metrics[-1]["forget_log_ratio"] != 0
 
 
-def test_the_first_retain_nll_is_the_models_own(lume_run, lume_model, shared_data):
-    """The logged NLL, from the model's own logits on the rows of the first step."""
+def test_the_first_retain_nll_is_that_of_the_model(lume_run, lume_model, shared_data):
+    """The logged NLL is that of the model's logits on the rows of the first step."""
     from lowmem_npo.config import ModelConfig
     from lowmem_npo.data import read_rows, to_examples, tokenize
     from lowmem_npo.model import load_model
@@ -93,7 +83,7 @@ def test_the_first_retain_nll_is_the_models_own(lume_run, lume_model, shared_dat
     assert logged == pytest.approx(nll / count, rel=1e-3)
 
 
-def test_what_a_run_leaves(lume_run, lume_model):
+def test_what_a_run_writes(lume_run, lume_model):
     folder, printed = lume_run
     assert "NLL per answer token" in printed and "exact match" in printed
     table = json.loads((folder / "before_after.json").read_text())
@@ -122,28 +112,10 @@ def test_run_yaml_is_accepted_back(lume_run, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
-def test_killed_and_resumed_ends_in_the_same_bits(byte_model, tmp_path):
+def test_a_killed_and_resumed_run_ends_in_the_same_bits(byte_model, tmp_path):
     settings = [
-        "--model",
-        byte_model,
-        "--dtype",
-        "float32",
-        "--max-steps",
-        9,
-        "--save-steps",
-        3,
-        "--eval-rows",
-        0,
-        "--batch-size",
-        5,
-        "--micro-batch-size",
-        2,
-        "--lora-dropout",
-        0.1,
-        "--lr",
-        1e-2,
-        "--limit",
-        12,
+        *("--model", byte_model, "--dtype", "float32", "--max-steps", 9, "--save-steps", 3, "--eval-rows", 0),
+        *("--batch-size", 5, "--micro-batch-size", 2, "--lora-dropout", 0.1, "--lr", 1e-2, "--limit", 12),
     ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(command(*settings, "--output-dir", whole), check=True, env=ENVIRONMENT, capture_output=True)
@@ -155,7 +127,7 @@ def test_killed_and_resumed_ends_in_the_same_bits(byte_model, tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (killed / "adapter_model.safetensors").exists(), "it was to be killed before its end"
+    assert not (killed / "adapter_model.safetensors").exists(), "it ended before it could be killed"
     again = subprocess.run(command(*settings, "--output-dir", killed), env=ENVIRONMENT, capture_output=True, text=True)
     assert again.returncode == 2 and "--resume" in again.stderr
 
@@ -173,7 +145,7 @@ def test_killed_and_resumed_ends_in_the_same_bits(byte_model, tmp_path):
 
 
 def test_a_finished_run_resumed_is_measured_but_not_trained(byte_model, tmp_path):
-    """Three steps end inside an epoch of 15: the Trainer itself would take a fourth."""
+    """Three steps end within an epoch of 15: the Trainer by itself would take a fourth."""
     arguments = ["--model", str(byte_model), "--dtype", "float32", "--device", "cpu", "--max-steps", "3"]
     arguments += ["--save-steps", "1", "--leaks", "none", "--output-dir", str(tmp_path / "o")]
     assert main(["train", *arguments, "--eval-rows", "2"]) == 0
@@ -187,46 +159,15 @@ def test_a_finished_run_resumed_is_measured_but_not_trained(byte_model, tmp_path
 def test_two_processes_give_the_gradient_of_one(byte_model, tmp_path):
     """Five rows do not divide over two processes, and answers differ in length: a mean of means would differ."""
     settings = [
-        "--model",
-        str(byte_model),
-        "--dtype",
-        "float32",
-        "--max-steps",
-        "3",
-        "--eval-rows",
-        "0",
-        "--batch-size",
-        "5",
-        "--retain-batch-size",
-        "3",
-        "--limit",
-        "12",
-        "--optim",
-        "sgd",
-        "--lr",
-        "0.1",
-        "--device",
-        "cpu",
+        *("--model", str(byte_model), "--dtype", "float32", "--max-steps", "3", "--eval-rows", "0", "--limit", "12"),
+        *("--batch-size", "5", "--retain-batch-size", "3", "--optim", "sgd", "--lr", "0.1", "--device", "cpu"),
     ]
     one, two = tmp_path / "one", tmp_path / "two"
     subprocess.run(command(*settings, "--output-dir", one), check=True, env=ENVIRONMENT, capture_output=True)
     launched = subprocess.run(
         [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            "2",
-            "--master-port",
-            "29517",
-            "-m",
-            "lowmem_npo",
-            "train",
-            *settings,
-            "--ddp-backend",
-            "gloo",
-            "--output-dir",
-            str(two),
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"),
+            *("-m", "lowmem_npo", "train", *settings, "--ddp-backend", "gloo", "--output-dir", str(two)),
         ],
         env=ENVIRONMENT,
         capture_output=True,
@@ -251,24 +192,9 @@ def test_bundled_data_is_announced(byte_model, tmp_path, capsys):
 
 def test_preview_shows_and_trains_nothing(lume_model, shared_data, tmp_path, capsys):
     lume = shared_data / "lume"
-    assert (
-        main(
-            [
-                "train",
-                "--model",
-                str(lume_model),
-                "--forget",
-                str(lume / "forget_train.jsonl"),
-                "--retain",
-                str(lume / "retain_train.jsonl"),
-                "--preview",
-                "2",
-                "--output-dir",
-                str(tmp_path / "o"),
-            ]
-        )
-        == 0
-    )
-    shown = capsys.readouterr().out
-    assert "<|endoftext|>⟧" in shown and "forget 2 of 1112" in shown and "retain 2 of 1136" in shown
+    data = ["--forget", str(lume / "forget_train.jsonl"), "--retain", str(lume / "retain_train.jsonl")]
+    options = ["--model", str(lume_model), "--preview", "2", "--output-dir", str(tmp_path / "o")]
+    assert main(["train", *data, *options]) == 0
+    printed = capsys.readouterr().out
+    assert "<|endoftext|>⟧" in printed and "forget 2 of 1112" in printed and "retain 2 of 1136" in printed
     assert not (tmp_path / "o").exists()

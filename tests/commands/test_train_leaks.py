@@ -1,4 +1,4 @@
-"""`train` measures leaks before and after, writes them down, and measures only what it was asked for."""
+"""`train` runs the requested leak tests, and only those, before and after, and saves their results."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import yaml
 from lowmem_npo.cli import main
 
 
-def test_the_demo_leaves_its_leaks(small_demo):
-    found, said = small_demo
-    leaks = json.loads((found.directory / "unlearned" / "leaks.json").read_text())
+def test_the_demo_saves_its_leaks(small_demo):
+    result, printed = small_demo
+    leaks = json.loads((result.directory / "unlearned" / "leaks.json").read_text())
     assert all(list(leaks[stage]) == ["extraction", "membership"] for stage in ("before", "after"))
     before, after = leaks["before"], leaks["after"]
     assert before["extraction"]["extraction_strength"] == 1 and before["extraction"]["leaks"] is True
     assert after["extraction"]["extraction_strength"] < 0.2
     assert before["membership"]["loss_auc"] > 0.99 and before["membership"]["rows"] == 12
     assert after["extraction"]["nll"] > 20 * before["extraction"]["nll"]
-    assert "(before: traces found)" in said
+    assert "(before: traces found)" in printed
 
 
 def train(model, folder, *more):
@@ -26,7 +26,7 @@ def train(model, folder, *more):
                  "--limit", "4", "--eval-rows", "3", "--output-dir", str(folder), *more])  # fmt: skip
 
 
-def test_only_what_was_asked_for(byte_model, tmp_path, capsys):
+def test_only_what_was_requested(byte_model, tmp_path, capsys):
     assert train(byte_model, tmp_path / "none", "--leaks", "none") == 0
     assert not (tmp_path / "none" / "leaks.json").exists()
     config = tmp_path / "none" / "run.yaml"
