@@ -166,7 +166,7 @@ def test_two_processes_give_the_gradient_of_one(byte_model, tmp_path):
     subprocess.run(command(*settings, "--output-dir", one), check=True, env=ENVIRONMENT, capture_output=True)
     launched = subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"),
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"),
             *("-m", "lowmem_npo", "train", *settings, "--ddp-backend", "gloo", "--output-dir", str(two)),
         ],
         env=ENVIRONMENT,
