@@ -24,6 +24,7 @@ from lowmem_npo.config import RunConfig
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.estimate.simulator.gpu import GPU, FakeGPU, fake_gpu, with_values
 from lowmem_npo.estimate.simulator.model import fake_model
+from lowmem_npo.memory.checkpointing import is_checkpointed
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora
 from lowmem_npo.model.layers import causal_lm, decoder_layers
@@ -189,7 +190,7 @@ def track_kinds(gpu: FakeGPU, model: PreTrainedModel) -> None:
             output.last_hidden_state.register_hook(enters_decoder)
 
     def enters_layer(layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        if torch.is_grad_enabled() and getattr(layer, "gradient_checkpointing", False):
+        if torch.is_grad_enabled() and is_checkpointed(layer):
             gpu.mark(args[0] if args else kwargs["hidden_states"], "checkpoints")
 
     model.base_model.register_forward_pre_hook(enters_decoder)

@@ -2,28 +2,60 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from lowmem_npo.errors import UserError
 from lowmem_npo.memory.offload import CheckpointOffload
+from lowmem_npo.model.layers import decoder_layers
+from lowmem_npo.model.modes import draws_random_numbers
 
 
 def enable_checkpointing(model: PreTrainedModel, offload: bool = False) -> None:
     """Checkpoints every decoder layer, non-reentrant: works with frozen inputs, keeps autocast, allows no_grad.
 
-    Transformers also makes the embedding's output require grad, which only reentrant checkpointing needs; this is
-    undone, so that no gradient is computed below the lowest adapter.
-
     Args:
         offload: keep the layers' inputs in host memory until the backward pass (`CheckpointOffload`).
     """
-    if not model.supports_gradient_checkpointing:
-        raise UserError(f"{type(model).__name__} cannot recompute its layers: use --no-gradient-checkpointing.")
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
-    model.disable_input_require_grads()
-    if offload:
-        checkpoint = CheckpointOffload().checkpoint
-        for module in model.modules():
-            if hasattr(module, "_gradient_checkpointing_func"):
-                vars(module)["_gradient_checkpointing_func"] = checkpoint
+    run = CheckpointOffload().checkpoint if offload else partial(checkpoint, use_reentrant=False)
+    for layer in decoder_layers(model):
+        if not is_checkpointed(layer):
+            layer.forward = CheckpointedForward(layer, run)
+
+
+@contextmanager
+def checkpointing(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, every decoder layer is checkpointed; on leaving, only those that were before."""
+    added = [layer for layer in decoder_layers(model) if not is_checkpointed(layer)]
+    enable_checkpointing(model)
+    try:
+        yield
+    finally:
+        for layer in added:
+            del layer.forward
+
+
+def is_checkpointed(layer: nn.Module) -> bool:
+    return isinstance(vars(layer).get("forward"), CheckpointedForward)
+
+
+class CheckpointedForward:
+    """Replaces a layer's `forward`. Transformers' own checkpointing works in training mode only, with all that this
+    mode changes in the frozen base."""
+
+    def __init__(self, layer: nn.Module, run: Callable[..., Any]) -> None:
+        self.layer, self.forward, self.run = layer, layer.forward, run
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.forward(*args, **options)
+        if not args:  # the hidden states by name
+            args = (options.pop(next(iter(inspect.signature(self.forward).parameters))),)
+        return self.run(partial(self.forward, **options), *args, preserve_rng_state=draws_random_numbers(self.layer))

@@ -38,14 +38,14 @@ class CheckpointOffload:
         self._newest: Callable[[], HostCopy | None] = lambda: None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def checkpoint(self, function: Callable[..., Any], hidden: Tensor, *others: Any, **_: Any) -> Any:
+    def checkpoint(self, function: Callable[..., Any], hidden: Tensor, *others: Any, preserve_rng_state: bool) -> Any:
         """Runs `function(hidden, *others)` and keeps `hidden` on the host to run it again; `others`, which the layers
-        share, stay where they are. The options that transformers would pass on to PyTorch's checkpoint are ignored."""
-        if not torch.is_grad_enabled():
-            return function(hidden, *others)
+        share, stay where they are."""
         # Only the checkpoint's own arguments are saved under these hooks: inside, its own hooks take their place.
         with saved_tensors_hooks(self._pack, self._unpack):
-            return checkpoint(lambda x: function(x, *others), hidden, use_reentrant=False)
+            return checkpoint(
+                lambda x: function(x, *others), hidden, use_reentrant=False, preserve_rng_state=preserve_rng_state
+            )
 
     def _pack(self, tensor: Tensor) -> Tensor | HostCopy:
         if tensor.numel() == 0:  # PyTorch's placeholder

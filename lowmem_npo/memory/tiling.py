@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.layers import decoder_layers
+from lowmem_npo.model.modes import draws_random_numbers
 
 MLP_NAMES = ("mlp", "feed_forward", "ffn")
 POST_NORM_NAMES = ("post_feedforward_layernorm", "post_mlp_layernorm")
@@ -105,8 +106,7 @@ class Slices:
         self.size = math.ceil(count / max(1, math.ceil(count / tiled.rows)))  # equal slices, no small remainder
         self.grad: Tensor | None = None
         self._autocast = _autocast_now(x.device.type)
-        dropouts = (m for top in tiled.modules for m in top.modules() if isinstance(m, nn.Dropout))
-        random = any(m.p > 0 and m.training for m in dropouts)
+        random = any(draws_random_numbers(module) for module in tiled.modules)
         self._random = (torch.get_rng_state(), *get_device_states(x)) if random else None
 
     def forward(self, x: Tensor) -> Tensor:

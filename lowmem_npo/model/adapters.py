@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from lowmem_npo.config import AdapterConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.layers import causal_lm, decoder_layers
+from lowmem_npo.model.modes import eval_mode
 
 EXTRA = "extra"  # name of the temporary adapter
 
@@ -53,13 +54,8 @@ def attach_lora(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
 @contextmanager
 def reference_mode(model: PeftModel) -> Iterator[None]:
     """Inside, `model` is the original model: adapters off, eval mode, no gradients; all is restored on leaving."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), model.disable_adapter():
-            yield
-    finally:
-        model.train(was_training)
+    with eval_mode(model), torch.no_grad(), model.disable_adapter():
+        yield
 
 
 @contextmanager

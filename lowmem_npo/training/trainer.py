@@ -32,6 +32,7 @@ from lowmem_npo.data.tokenizing import TokenizedRow
 from lowmem_npo.errors import UserError
 from lowmem_npo.memory.prefix import SharedPrefix
 from lowmem_npo.model import answer_hidden, attach_lora, check_head, frozen_head
+from lowmem_npo.model.modes import train_adapter
 from lowmem_npo.run_directory import AdapterFiles
 from lowmem_npo.training.objective import SequenceLogprobs, StepTotals, forget_loss, needs_reference, retain_weights
 from lowmem_npo.training.reference import CachedReference, LiveReference
@@ -191,7 +192,7 @@ class NPOTrainer(Trainer):
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Adds the gradients of one micro-batch to the adapter's; returns its share of the step's loss, detached."""
         totals: StepTotals = num_items_in_batch  # which the Trainer passes on from `get_batch_samples`
-        self.model.train()
+        train_adapter(self.model)
         inputs = self._prepare_inputs(inputs)
         forget, retain = inputs["forget"], inputs["retain"]
         # Part by part, the reference first: it runs before any graph exists, and the two parts' graphs never meet.

@@ -10,6 +10,7 @@ from transformers import (
     LlamaConfig,
     Olmo2Config,
     OlmoConfig,
+    PretrainedConfig,
     PreTrainedModel,
 )
 
@@ -35,11 +36,14 @@ CONFIGS = {
 
 
 def tiny_model(
-    architecture: str = "olmo", vocabulary: int = 97, dtype: torch.dtype = torch.float32, seed: int = 0
+    architecture: str | PretrainedConfig = "olmo",
+    vocabulary: int = 97,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> PreTrainedModel:
-    """A frozen random model of `architecture`, its weights large enough for logits far from uniform."""
+    """A frozen random model of `architecture` (a name in CONFIGS, or a configuration), its weights large enough for logits far from uniform."""
     torch.manual_seed(seed)
-    config = CONFIGS[architecture](vocabulary)
+    config = CONFIGS[architecture](vocabulary) if isinstance(architecture, str) else architecture
     config.bos_token_id, config.eos_token_id, config.pad_token_id = None, 1, 0
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 
 import torch
 from lowmem_kernels import token_logprobs
@@ -14,9 +13,10 @@ from transformers import PreTrainedModel
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.evaluation.scoring.eval_mode import progress_bar
 from lowmem_npo.evaluation.scoring.likelihood import right_padded
-from lowmem_npo.memory.checkpointing import enable_checkpointing
+from lowmem_npo.memory.checkpointing import checkpointing
 from lowmem_npo.model import answer_hidden, frozen_head
 from lowmem_npo.model.layers import causal_lm
+from lowmem_npo.model.modes import eval_mode
 
 
 def fine_tune(
@@ -36,7 +36,7 @@ def fine_tune(
     with progress_bar(steps, "leaks: relearning, steps", progress) as bar:
         for step in range(1, steps + 1):
             batch = [rows[next(order)] for _ in range(min(batch_size, len(rows)))]
-            with _recomputing(model):
+            with eval_mode(model), checkpointing(causal_lm(model)):
                 answers = answer_hidden(model, *(tensor.to(model.device) for tensor in right_padded(batch)))
                 loss = -token_logprobs(answers.hidden, head, answers.targets).mean()
                 loss.backward()
@@ -50,30 +50,3 @@ def fine_tune(
 def _shuffled(rows: int, shuffle: random.Random) -> Iterator[int]:
     while True:
         yield from shuffle.sample(range(rows), rows)
-
-
-@contextmanager
-def _recomputing(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Activation checkpointing, where the architecture has it, with dropout off."""
-    lm = causal_lm(model)
-    was_on = any(getattr(module, "gradient_checkpointing", False) for module in lm.modules())
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    if lm.supports_gradient_checkpointing and not was_on:
-        enable_checkpointing(lm)
-    for module in lm.modules():  # transformers checkpoints only what is in training mode
-        if hasattr(module, "gradient_checkpointing"):
-            module.training = True
-    try:
-        yield
-    finally:
-        if lm.supports_gradient_checkpointing and not was_on:
-            _switch_off(lm)
-        model.eval()
-        for module in training:
-            module.training = True
-
-
-def _switch_off(lm: PreTrainedModel) -> None:
-    switch: Callable[[], None] = getattr(lm, "activation_checkpointing_disable", lm.gradient_checkpointing_disable)
-    switch()

@@ -7,22 +7,17 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from lowmem_npo.model.modes import eval_mode
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients inside; every module's own train/eval flag is put back on leaving.
 
-    Gradient checkpointing needs no switch of its own: transformers checkpoints only modules in training mode, so in
-    eval mode the KV cache works and nothing is recomputed.
+    Gradient checkpointing needs no switch of its own: without gradients nothing is recomputed, and the KV cache works.
     """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with eval_mode(model), torch.no_grad():
+        yield
 
 
 def progress_bar(rows: int, description: str, wanted: bool) -> tqdm:
