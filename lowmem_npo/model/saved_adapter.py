@@ -19,9 +19,12 @@ from lowmem_npo.run_directory import AdapterFiles, run_of_adapter
 def base_of_adapter(folder: str) -> str:
     """The name or directory of the model that the adapter in `folder` was trained on.
 
-    Raises UserError if `folder` holds no adapter.
+    Raises UserError if `folder` holds no adapter, or one that names no model.
     """
-    return _configuration(folder)["base_model_name_or_path"]
+    base = _named_base(folder)
+    if base is None:
+        raise UserError(f"The adapter in '{folder}' does not name the model that it was trained on: give --model.")
+    return base
 
 
 def revision_of_adapter(folder: str) -> str | None:
@@ -41,8 +44,9 @@ def settings_of_run(folder: str) -> dict[str, Any]:
 
 
 def check_base(folder: str, model_name: str) -> None:
-    """Raises UserError unless the adapter in `folder` was trained on `model_name` (original OLMo names resolved)."""
-    base, given = resolve_name(base_of_adapter(folder))[0], resolve_name(model_name)[0]
+    """Raises UserError if the adapter in `folder` names another model than `model_name` (original OLMo names resolved)
+    as the one that it was trained on."""
+    base, given = resolve_name(_named_base(folder) or model_name)[0], resolve_name(model_name)[0]
     if _place(base) != _place(given):
         raise UserError(
             f"The adapter in '{folder}' was trained on '{base}', not on '{given}': give --model {base}, "
@@ -57,6 +61,7 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
         adapted = PeftModel.from_pretrained(model, folder)
     except (RuntimeError, ValueError) as error:  # other shapes; no layer of the adapter's names
         raise UserError(f"{misfit} ({' '.join(str(error).split())[:200]}).") from error
+    adapted.active_peft_config.base_model_name_or_path = model.name_or_path  # PEFT would look for the named one
     with safe_open(AdapterFiles(Path(folder).expanduser()).weights, framework="pt") as file:
         unmatched = set(file.keys()) ^ set(get_peft_model_state_dict(adapted))
     if unmatched:
@@ -64,8 +69,14 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
     return adapted.eval()
 
 
+def _named_base(folder: str) -> str | None:
+    """PEFT leaves null or "" where the model was built from a configuration; "" as a path is the working directory."""
+    base = _configuration(folder).get("base_model_name_or_path")
+    return base if isinstance(base, str) and base.strip() else None
+
+
 def _configuration(folder: str) -> dict[str, Any]:
-    """adapter_config.json, with the name of the base model in it."""
+    """The content of adapter_config.json."""
     files = AdapterFiles(Path(folder).expanduser())
     if not files.path.is_dir():
         raise UserError(f"There is no directory '{folder}': --adapter is the output directory of a training run.")
@@ -74,9 +85,10 @@ def _configuration(folder: str) -> dict[str, Any]:
             raise UserError(f"The directory '{folder}' holds no adapter: there is no {file.name} in it.")
     try:
         content = json.loads(files.adapter_config.read_text(encoding="utf-8"))
-        content["base_model_name_or_path"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"'{files.adapter_config}' is no adapter configuration that names its base model.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"'{files.adapter_config}' is not valid JSON: {error}.") from error
+    if not isinstance(content, dict) or "peft_type" not in content:
+        raise UserError(f"'{files.adapter_config}' is not the configuration of a PEFT adapter.")
     return content
 
 

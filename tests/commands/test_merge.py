@@ -219,6 +219,21 @@ def test_other_bases_and_damaged_files(tmp_path, capsys):
     fails(capsys, run(adapter, tmp_path / "new2"), "IA3")
 
 
+@pytest.mark.parametrize("base_name", ["", " ", None, 7])
+def test_an_adapter_that_names_no_base(base_name, byte_model, tmp_path, capsys, monkeypatch):
+    """ "" as a path is the working directory: whatever model is there is not the adapter's."""
+    adapter = saved_adapter(byte_model, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": base_name}))
+    monkeypatch.chdir(byte_model)
+    for command, more in (("merge", ()), ("evaluate", ("--limit", "1", "--device", "cpu"))):
+        out = str(tmp_path / command)
+        assert main([command, "--adapter", adapter, "--output-dir", out, *more]) == 2
+        assert "does not name the model that it was trained on: give --model" in capsys.readouterr().err
+        assert main([command, "--adapter", adapter, "--output-dir", out, "--model", str(byte_model), *more]) == 0
+    assert run(adapter, tmp_path / "any", "--model", str(byte_model), "--any-base") == 0
+
+
 def test_an_adapter_of_other_shapes_or_layers(tmp_path, capsys):
     saved_base(tmp_path / "base")
     adapter = saved_adapter(tmp_path / "base", tmp_path / "adapter")

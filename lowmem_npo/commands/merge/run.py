@@ -35,14 +35,12 @@ def merge(config: MergeConfig, say: Say = print) -> Path:
     name, line = resolve_name(config.model or base_of_adapter(config.adapter))
     if line:
         say(line)
-    if config.any_base:
-        base_of_adapter(config.adapter)  # raises if there is no adapter
-    else:
+    revision = revision_of_adapter(config.adapter)  # raises if there is no adapter
+    if not config.any_base:
         check_base(config.adapter, name)
     out = Path(config.output_dir).expanduser().absolute()
     check_empty(out)
-    revision = config.revision or (None if config.any_base else revision_of_adapter(config.adapter))
-    checkpoint = find_checkpoint(name, revision)
+    checkpoint = find_checkpoint(name, config.revision or (None if config.any_base else revision))
     updates = find_updates(config.adapter, checkpoint)
     dtype = DTYPES[config.dtype]
     needed = checkpoint.bytes_as(dtype)
