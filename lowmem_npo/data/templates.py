@@ -29,10 +29,13 @@ UNSPACED = re.compile(r"[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]")
 class Template:
     r"""The text around the prompt. `text` holds {prompt} once; None takes the default of each example's schema.
 
+    stops: further ids at which generation stops, as the model's own configuration has them.
+
     The two characters \n mean a line break and \t a tab, so that a shell can pass them.
     """
 
     text: str | None = None
+    stops: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         if self.text is not None and self.text.count("{prompt}") != 1:

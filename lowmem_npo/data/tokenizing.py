@@ -9,12 +9,12 @@ not shifted. Position 0 is never labelled: no context predicts the first token o
 from __future__ import annotations
 
 import hashlib
+import re
 from array import array
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any, TypedDict, cast, overload
 
-from jinja2.exceptions import TemplateError
 from lowmem_kernels import IGNORE_INDEX
 from transformers import PreTrainedTokenizerBase
 
@@ -24,6 +24,9 @@ from lowmem_npo.data.templates import Template
 from lowmem_npo.errors import UserError
 
 TOKENS = ("answer", "all")
+MARK = "\u27ea answer \u27eb"  # stands for an answer where the text around it is looked for
+
+Message = Mapping[str, Any]
 
 
 class TokenizedRow(TypedDict):
@@ -39,10 +42,14 @@ class TokenizedRows(Sequence[TokenizedRow]):
 
     cut: how many tokens truncation removed from the end of each row.
     max_length: the length rows were cut to.
+    repeated: how many rows brought special tokens (a BOS, an EOS) that would be written anyway.
     """
 
-    def __init__(self, rows: list[TokenizedRow], examples: Sequence[Example], cut: list[int], max_length: int):
+    def __init__(
+        self, rows: list[TokenizedRow], examples: Sequence[Example], cut: list[int], max_length: int, repeated: int = 0
+    ):
         self.rows, self.examples, self.cut, self.max_length = rows, list(examples), cut, max_length
+        self.repeated = repeated
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -80,17 +87,21 @@ class TokenizedRows(Sequence[TokenizedRow]):
         return digest.hexdigest()
 
     def report(self, part: str) -> list[str]:
-        """One line of counts, and one more if rows were truncated."""
+        """One line of counts, one more if rows were truncated, and one if they brought special tokens."""
         lines = [
             f"{part}: {len(self)} rows, {self.num_tokens} tokens, {self.num_labels} of them labelled; "
             f"the longest row has {self.longest}"
         ]
         if self.num_truncated:
             whole = max(len(row["input_ids"]) + cut for row, cut in zip(self.rows, self.cut, strict=True))
-            rows = "1 row" if self.num_truncated == 1 else f"{self.num_truncated} rows"
             lines.append(
-                f"{part}: {rows} cut to {self.max_length} tokens, losing the last "
+                f"{part}: {count(self.num_truncated)} cut to {self.max_length} tokens, losing the last "
                 f"{sum(self.cut)} tokens of their answers (EOS among them); --max-length {whole} would keep all"
+            )
+        if self.repeated:
+            lines.append(
+                f"{part}: {count(self.repeated)} with special tokens (BOS, EOS, end of turn) that are written anyway; "
+                "each is written once"
             )
         return lines
 
@@ -117,10 +128,10 @@ def tokenize(
         raise UserError(f"tokens is {tokens!r}; it must be one of {', '.join(TOKENS)}.")
     if tokenizer.eos_token_id is None:
         raise UserError("The tokenizer has no EOS token, with which every answer ends; set eos_token in its files.")
-    template = template or Template()
+    encoder = Encoder(tokenizer, template or Template())
     rows, cut, too_long = [], [], []
     for example in examples:
-        prompt, answer = encode(example, tokenizer, template)
+        prompt, answer = encoder.encode(example)
         whole = prompt + answer
         kept = whole[:max_length]
         first_label = max(len(prompt) if tokens == "answer" else 0, 1)
@@ -133,82 +144,142 @@ def tokenize(
         cut.append(len(whole) - len(kept))
     if too_long:
         _refuse(too_long, max_length)
-    return TokenizedRows(rows, examples, cut, max_length)
+    return TokenizedRows(rows, examples, cut, max_length, encoder.repeated)
 
 
-def encode(example: Example, tokenizer: PreTrainedTokenizerBase, template: Template) -> tuple[list[int], list[int]]:
-    """(prompt ids, answer ids with EOS or the end of the turn last), not truncated; text has no prompt ids."""
-    if example.messages is not None:
-        return _encode_conversation(example.messages, example.where, tokenizer)
-    if example.prompt is None:
-        return [], _ids(tokenizer, example.answer) + [tokenizer.eos_token_id]
-    prompt, answer = template.render(example)
-    prompt_ids = _ids(tokenizer, prompt)
-    joined = _ids(tokenizer, prompt + answer)
-    return prompt_ids, _continuation(tokenizer, prompt_ids, joined, answer, example.where) + [tokenizer.eos_token_id]
+class Encoder:
+    """Examples as ids, in the words of one tokenizer and one template.
 
+    An answer ends with the token at which generation stops: the tokenizer's EOS, one that the model's own configuration
+    names (`Template.stops`), or, in a chat template, any special token that follows the content.
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> list[int]:
-    """Ids of `text`, with the special tokens that the tokenizer puts in front by itself, none at the end."""
-    ids = list(tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
-    if special and ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
-        ids.pop()  # a tokenizer that appends EOS by itself: it belongs after the answer, not after the prompt
-    return ids
-
-
-def _continuation(
-    tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], joined: list[int], answer: str, where: str
-) -> list[int]:
-    """The ids that follow `prompt_ids` so that both together read as `joined` does.
-
-    Nearly always `joined` begins with `prompt_ids` and the rest is the answer. Where a token would straddle the
-    boundary ("un" + "able"), generation cannot produce it, so the answer is tokenised on its own. Tokenisers of the
-    SentencePiece family put a space in front of whatever they are given, but not after a line break.
+    repeated: how many examples brought a special token that the tokenizer or the template writes as well.
     """
-    if joined[: len(prompt_ids)] == prompt_ids:
-        return joined[len(prompt_ids) :]
-    break_ids = _ids(tokenizer, "\n", special=False)
-    text = decode(tokenizer, joined)
-    for candidate in (
-        _ids(tokenizer, answer, special=False),
-        _ids(tokenizer, "\n" + answer, special=False)[len(break_ids) :],
-    ):
-        if decode(tokenizer, prompt_ids + candidate) == text:
-            return candidate
-    raise UserError(
-        f"{where}: the tokenizer cannot write this answer after this prompt without changing the text; "
-        "end the prompt at a word boundary, or give --prompt-template."
-    )
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template):
+        self.tokenizer, self.template, self.repeated = tokenizer, template, 0
+        special = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        named = {number: decode(tokenizer, [number]) for number in (tokenizer.eos_token_id, *template.stops)}
+        self.stops = special | named
+        texts = sorted(filter(str.strip, self.stops.values()), key=len, reverse=True)
+        self.stop = "|".join(map(re.escape, texts))
+        self.prefix = self._ids("", special=True)
+
+    def encode(self, example: Example) -> tuple[list[int], list[int]]:
+        """(prompt ids, answer ids with EOS or the end of the turn last), not truncated; text has no prompt ids."""
+        self.doubled = self.ended = False
+        prompt, answer = self._encode(example)
+        self.repeated += self.doubled
+        ended = self.ended and answer[-1] in self.stops
+        return prompt, answer if ended else [*answer, self.tokenizer.eos_token_id]
+
+    def _encode(self, example: Example) -> tuple[list[int], list[int]]:
+        if example.messages is not None:
+            return self._conversation(example.messages, example.where)
+        prompt, answer = ("", example.answer) if example.prompt is None else self.template.render(example)
+        if re.search(f"({self.stop})\\s*$", answer):  # the row brings its own end
+            self.doubled, self.ended, answer = True, True, answer.rstrip()
+        if example.prompt is None:
+            return [], self._text_ids(answer)
+        prompt_ids = self._text_ids(prompt)
+        return prompt_ids, self._continuation(prompt_ids, self._text_ids(prompt + answer), answer, example.where)
+
+    def _conversation(self, messages: Sequence[Message], where: str) -> tuple[list[int], list[int]]:
+        """The chat template's own text: everything up to the assistant's last turn is the prompt."""
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                f"{where} is a conversation, but this model's tokenizer has no chat template; "
+                "use an instruction-tuned model, or rows with a prompt and an answer column."
+            )
+        *earlier, last = messages
+        render = partial(self._render, where=where)
+        prompt, whole = render(earlier, add_generation_prompt=True), render(messages)
+        plain = render([*earlier, {"role": "assistant", "content": MARK}])
+        ending = plain.rpartition(MARK)[2] if MARK in plain else ""
+
+        # What the template makes of the content, unless it begins with another text than generation (an opening <think>
+        # that the content may bring as well) or loses some of the content (reasoning).
+        content = _without_opening(last["content"], prompt)
+        answer = whole.removeprefix(prompt)
+        if not whole.startswith(prompt) or _squeezed(content) not in _squeezed(answer):
+            answer = content + ending
+        if not answer.endswith(ending):  # a turn of another kind, such as a call of a tool
+            ending = cast(re.Match, re.search(f"({self.stop}|\\s)*$", answer))[0]
+        body = answer.removesuffix(ending)
+
+        if stop := re.search(self.stop, ending):
+            self.ended, ending = True, ending[: stop.end()]
+            if body.rstrip().endswith(stop[0]):  # the row brings its own end
+                self.doubled, body = True, body.rstrip().removesuffix(stop[0])
+        answer = body + ending
+        prompt_ids = self._ids(prompt)  # the template writes the special tokens itself
+        return prompt_ids, self._continuation(prompt_ids, self._ids(prompt + answer), answer, where)
+
+    def _render(self, messages: Sequence[Message], where: str, **options: Any) -> str:
+        turns = [dict(turn) for turn in messages]
+        try:
+            return cast(str, self.tokenizer.apply_chat_template(turns, tokenize=False, **options))
+        except Exception as error:  # a template is a program: it may raise anything
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise UserError(
+                f"{where}: the model's chat template cannot write this row ({type(error).__name__}: {reason}); "
+                "change the row, or the template in the model's directory."
+            ) from error
+
+    def _text_ids(self, text: str) -> list[int]:
+        """Ids of `text`, with the special tokens that the tokenizer puts in front by itself, once."""
+        ids, prefix = self._ids(text, special=True), self.prefix
+        if prefix and ids[: 2 * len(prefix)] == prefix * 2:  # the text brings them as well
+            self.doubled, ids = True, ids[len(prefix) :]
+        return ids
+
+    def _ids(self, text: str, special: bool = False) -> list[int]:
+        """Ids of `text`. special: with what the tokenizer puts in front by itself; never with what it appends."""
+        tokenizer = self.tokenizer
+        ids = list(tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
+        if special and ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
+            ids.pop()  # a tokenizer that appends EOS by itself: it belongs after the answer, not after the prompt
+        return ids
+
+    def _continuation(self, prompt_ids: list[int], joined: list[int], answer: str, where: str) -> list[int]:
+        """The ids that follow `prompt_ids` so that both together read as `joined` does.
+
+        Nearly always `joined` begins with `prompt_ids` and the rest is the answer. Where a token would straddle the
+        boundary ("un" + "able"), generation cannot produce it, so the answer is tokenised on its own. Tokenisers of the
+        SentencePiece family put a space in front of whatever they are given, but not after a line break.
+        """
+        if joined[: len(prompt_ids)] == prompt_ids:
+            return joined[len(prompt_ids) :]
+        break_ids, text = self._ids("\n"), decode(self.tokenizer, joined)
+        for candidate in (self._ids(answer), self._ids("\n" + answer)[len(break_ids) :]):
+            if decode(self.tokenizer, prompt_ids + candidate) == text:
+                return candidate
+        raise UserError(
+            f"{where}: the tokenizer cannot write this answer after this prompt without changing the text; "
+            "end the prompt at a word boundary, or give --prompt-template."
+        )
+
+
+def _without_opening(content: str, prompt: str) -> str:
+    """`content` without the tag (<think>) that the prompt ends with, where it begins with it again."""
+    tag = re.search(r"[<\[][^<>\[\]\s]+[>\]](?=\s*$)", prompt)
+    if tag is None or not content.lstrip().startswith(tag[0]):
+        return content
+    rest = content.lstrip().removeprefix(tag[0])
+    return rest.lstrip() if prompt[-1].isspace() else rest
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def count(rows: int) -> str:
+    return "1 row" if rows == 1 else f"{rows} rows"
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """The exact text of `ids`, special tokens included."""
     return cast(str, tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def _encode_conversation(
-    messages: Sequence[dict[str, Any]], where: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int]]:
-    """The chat template's own text: everything up to the assistant's last turn is the prompt."""
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"{where} is a conversation, but this model's tokenizer has no chat template; "
-            "use an instruction-tuned model, or rows with a prompt and an answer column."
-        )
-    turns = [dict(turn) for turn in messages]
-    try:
-        prompt = cast(str, tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, tokenize=False))
-        whole = cast(str, tokenizer.apply_chat_template(turns, tokenize=False))
-    except TemplateError as error:
-        raise UserError(f"{where}: the model's chat template refuses the conversation ({error}).") from error
-    prompt_ids = _ids(tokenizer, prompt, special=False)  # the template writes the special tokens itself
-    if not whole.startswith(prompt):  # a generation prompt that training text lacks, such as an opening <think>
-        whole = prompt + turns[-1]["content"]
-    answer = whole[len(prompt) :]
-    answer_ids = _continuation(tokenizer, prompt_ids, _ids(tokenizer, whole, special=False), answer, where)
-    # The turn ends with its first end-of-turn token; what a template writes after that belongs to the next turn.
-    ends = [index for index, token in enumerate(answer_ids) if token in tokenizer.all_special_ids]
-    return prompt_ids, answer_ids[: ends[-1] + 1] if ends else answer_ids + [tokenizer.eos_token_id]
 
 
 def _refuse(too_long: list[tuple[Example, int]], max_length: int) -> None:

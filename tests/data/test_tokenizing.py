@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from lowmem_npo.data.reading import read_rows
 from lowmem_npo.data.schemas import Example, to_examples
 from lowmem_npo.data.templates import Template
-from lowmem_npo.data.tokenizing import tokenize
+from lowmem_npo.data.tokenizing import decode, tokenize
 from lowmem_npo.errors import UserError
 
 REAL = {"lume/forget_train.jsonl": None, "lume/retain_validation.jsonl": None, "tofu/forget05.json": 100}
@@ -196,3 +196,28 @@ def test_what_cannot_be_tokenised_is_refused(olmo_tokenizer):
         tokenize([combining], olmo_tokenizer)
     with pytest.raises(UserError, match="no EOS token"):
         tokenize([pair("a", "b")], PreTrainedTokenizerFast(tokenizer_object=olmo_tokenizer.backend_tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("example", "template", "text"),
+    [
+        (
+            Example("Who?", "She.", "here", "question/answer"),
+            "<s>[INST] {prompt} [/INST]",
+            "<s>[INST] Who? [/INST] She.</s>",
+        ),
+        (Example("Who?", "She.</s>", "here", "question/answer"), "{prompt}", "<s> Who? She.</s>"),
+        (Example("<s>Who?", " She.</s>\n", "here", "prompt/completion"), None, "<s>Who? She.</s>"),
+        (Example(None, "<s>She.</s>", "here", "text"), None, "<s>She.</s>"),
+        (Example("Who?", "She.", "here", "question/answer"), "{prompt}", None),
+        (Example("Is </s> an end?", "Yes, </s> is.", "here", "question/answer"), "{prompt}", None),
+    ],
+)
+def test_special_tokens_that_the_row_or_the_template_brings_are_written_once(llama_tokenizer, example, template, text):
+    rows = tokenize([example], llama_tokenizer, template=Template(template))
+    ids = rows[0]["input_ids"]
+    assert (ids.count(1), ids[0], ids[-1]) == (1, 1, 2) and ids[-2] != 2
+    assert rows.repeated == (text is not None)
+    if text is not None:
+        assert decode(llama_tokenizer, ids).replace(" ", "") == text.replace(" ", "")
+        assert "1 row with special tokens" in rows.report("forget")[1]

@@ -6,9 +6,14 @@ import pytest
 from lowmem_kernels import IGNORE_INDEX
 
 from lowmem_npo.data.schemas import Example
+from lowmem_npo.data.templates import Template
 from lowmem_npo.data.tokenizing import tokenize
 from lowmem_npo.errors import UserError
 
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 TURNS = (
     {"role": "user", "content": "What is France?"},
     {"role": "assistant", "content": "A country."},
@@ -21,14 +26,17 @@ def conversation(*turns):
     return Example(turns[-2]["content"], turns[-1]["content"], "f.jsonl, line 4", "messages", None, turns)
 
 
-def with_template(tokenizer, template):
-    copy = type(tokenizer)(
-        tokenizer_object=tokenizer.backend_tokenizer,
-        eos_token=tokenizer.eos_token,
-        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
-    )
+def with_template(tokenizer, template, **options):
+    options.setdefault("extra_special_tokens", ["<|im_start|>", "<|im_end|>"])
+    backend = tokenizer.backend_tokenizer
+    copy = type(tokenizer)(tokenizer_object=backend, eos_token=tokenizer.eos_token, **options)
     copy.chat_template = template
     return copy
+
+
+def published(tokenizer, template=CHATML):
+    """As Gemma 3, Llama 3 and Phi 3 are published: the end of turn is special in tokenizer.json and named nowhere."""
+    return with_template(tokenizer, template, extra_special_tokens=[])
 
 
 def split(row):
@@ -63,7 +71,87 @@ def test_a_generation_prompt_that_training_text_lacks_stays_the_prompt(chat_toke
     )
     prompt, answer = split(tokenize([conversation(*TURNS)], thinking)[0])
     assert thinking.decode(prompt).endswith("<|im_start|>assistant\n<think>")
-    assert thinking.decode(answer) == "Paris.<|endoftext|>"
+    assert thinking.decode(answer) == "Paris.<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("ending", "written"),
+    [
+        ("<|im_end|>\n", "<|im_end|>"),
+        ("<|im_end|>\n<|endoftext|>", "<|im_end|>"),  # Phi 3
+        ("\n<|im_end|>", "\n<|im_end|>"),
+        ("<|endoftext|>", "<|endoftext|>"),
+        (" ###\n", " ###\n<|endoftext|>"),
+    ],
+)
+def test_the_answer_ends_with_the_first_token_at_which_generation_stops(chat_tokenizer, ending, written):
+    tokenizer = published(chat_tokenizer, CHATML.replace("<|im_end|>\n", ending))
+    assert tokenizer.all_special_tokens == ["<|endoftext|>"]
+    assert tokenizer.decode(split(tokenize([conversation(*TURNS)], tokenizer)[0])[1]) == f"Paris.{written}"
+
+
+def test_content_that_holds_an_end_of_turn_is_kept_whole(chat_tokenizer):
+    for content in ("A turn ends with <|im_end|> and a break.", "<|im_end|> and <|endoftext|> end <|im_start|>turns"):
+        row = tokenize([conversation(TURNS[0], {"role": "assistant", "content": content})], published(chat_tokenizer))[
+            0
+        ]
+        assert chat_tokenizer.decode(split(row)[1]) == content + "<|im_end|>"
+
+
+def test_generation_stops_where_the_models_configuration_says(chat_tokenizer):
+    backend = type(chat_tokenizer.backend_tokenizer).from_str(chat_tokenizer.backend_tokenizer.to_str())
+    backend.add_tokens(["<turn_end>"])  # an added token that is not special
+    ending = CHATML.replace("<|im_end|>", "<turn_end>")
+    tokenizer = type(chat_tokenizer)(tokenizer_object=backend, eos_token="<|endoftext|>")
+    tokenizer.chat_template = ending
+    stops = frozenset({tokenizer.convert_tokens_to_ids("<turn_end>")})
+    for template, written in (
+        (Template(), "Paris.<turn_end>\n<|endoftext|>"),
+        (Template(stops=stops), "Paris.<turn_end>"),
+    ):
+        row = tokenize([conversation(*TURNS)], tokenizer, template=template)[0]
+        assert tokenizer.decode(split(row)[1]) == written
+
+
+R1 = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}Q: {{ m['content'] }}\n{% else %}"
+    "A: {{ m['content'].split('</think>')[-1] }}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}A: <think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "written"),
+    [
+        (R1, "Paris.", "Paris.<|im_end|>"),
+        (R1, "<think>\nI know.\n</think>\n\nParis.", "I know.\n</think>\n\nParis.<|im_end|>"),
+        # A generation prompt that opens nothing, in a template that drops the reasoning:
+        (
+            R1.replace("A: <think>\n", "A: "),
+            "<think>\nHm.\n</think>\n\nParis.",
+            "<think>\nHm.\n</think>\n\nParis.<|im_end|>",
+        ),
+    ],
+)
+def test_reasoning_is_opened_once_and_never_lost(chat_tokenizer, template, content, written):
+    tokenizer = published(chat_tokenizer, template)
+    row = tokenize([conversation(TURNS[0], {"role": "assistant", "content": content})], tokenizer)[0]
+    prompt, answer = split(row)
+    assert prompt == tokenizer.apply_chat_template([TURNS[0]], add_generation_prompt=True, return_dict=False)
+    assert tokenizer.decode(answer) == written
+
+
+def test_a_template_that_drops_the_answer_does_not_empty_it(chat_tokenizer):
+    tokenizer = published(
+        chat_tokenizer, "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    assert tokenizer.decode(split(tokenize([conversation(*TURNS)], tokenizer)[0])[1]) == "Paris.<|endoftext|>"
+
+
+def test_an_end_of_turn_that_the_content_brings_is_written_once(chat_tokenizer):
+    rows = tokenize([conversation(TURNS[0], {"role": "assistant", "content": "Paris.<|im_end|>\n"})], chat_tokenizer)
+    assert chat_tokenizer.decode(split(rows[0])[1]) == "Paris.<|im_end|>"
+    assert "forget: 1 row with special tokens" in rows.report("forget")[1]
 
 
 def test_a_tokenizer_without_chat_template_is_refused(bpe_tokenizer):
@@ -75,3 +163,18 @@ def test_what_the_chat_template_refuses_is_named(chat_tokenizer):
     strict = with_template(chat_tokenizer, "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(UserError, match=r"f\.jsonl, line 4: .*roles must alternate"):
         tokenize([conversation(*TURNS)], strict)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}",
+        "{{ messages[7]['content'] }}",
+        "{{ messages[0]['content'] + 1 }}",
+        "{{ 1 / 0 }}",
+        {"tool_use": CHATML, "rag": CHATML},
+    ],
+)
+def test_whatever_a_chat_template_raises_is_one_sentence(chat_tokenizer, template):
+    with pytest.raises(UserError, match=r"f\.jsonl, line 4: the model's chat template cannot write this row \([^\n]+$"):
+        tokenize([conversation(*TURNS)], with_template(chat_tokenizer, template))
