@@ -58,12 +58,12 @@ class ModelOptions:
     dtype: Literal["bf16", "float32"] = "bf16"
     """Compute type, and type of the frozen weights that are not 4-bit."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto is the GPU if there is one, else the CPU. Which of several GPUs: CUDA_VISIBLE_DEVICES."""
+    """auto is the GPU if there is one, else the CPU. CUDA_VISIBLE_DEVICES selects one of several GPUs."""
 
 
 @dataclass
 class ModelConfig(ModelOptions):
-    """Model: which one is to forget, and how it is loaded."""
+    """Model: the one that is to forget, and how it is loaded."""
 
     model: str = field()
 
@@ -76,10 +76,10 @@ class DataOptions:
     """What to forget: a .jsonl, .json, .csv or .parquet file, or a hub name such as locuslab/TOFU:forget05. Without
     any data a small bundled set of invented biographies is used."""
     retain: str | None = None
-    """The same, for what must be kept. `train` can do without it only with --gamma 0 --delta 0."""
+    """What to keep, given in the same way. `train` can do without it only with --gamma 0 --delta 0."""
     holdout: str | None = None
-    """The same, for rows like those to forget that the model was never taught: what forgotten rows are compared with by
-    --stop-when and the leak tests. Nothing is trained on them. The bundled data has its own."""
+    """Rows like those to forget that the model was never taught, given in the same way: --stop-when and the leak tests
+    compare the forget rows with them. They are never trained on. The bundled data has its own."""
     prompt_column: str | None = None
     """Column of the prompt. Not needed for input/output, question/answer, prompt/completion, messages and text."""
     answer_column: str | None = None
@@ -94,13 +94,13 @@ class DataConfig(DataOptions):
     """Data: what to forget, what to keep, and how it is tokenised."""
 
     max_length: int = 1024
-    """Tokens per row, prompt and answer together; what is cut is counted and reported."""
+    """Tokens per row, prompt and answer together; truncated rows are counted and reported."""
     tokens: Literal["answer", "all"] = "answer"
     """Which tokens count in the loss: the answer's (EOS included), or every non-padding token."""
     refusal: str = "I don't know."
     """The answer taught in place of the forgotten one by --forget-term idk."""
     allow_overlap: bool = False
-    """Go on although rows of the forget set are in the retain set as well."""
+    """Continue even if rows of the forget set are in the retain set as well."""
     limit: int | None = None
     """Use only the first N rows of each set."""
 
@@ -114,13 +114,13 @@ class ObjectiveConfig:
     beta: float = 0.5
     """Inverse temperature of npo and simnpo: smaller is closer to gradient ascent."""
     gamma: float = 1.0
-    """Weight of the retain cross-entropy. 0 skips its work."""
+    """Weight of the retain cross-entropy. 0: not computed."""
     delta: float = 0.5
-    """Weight of the KL to the original model on retain answers, over the whole vocabulary. 0 skips its work."""
+    """Weight of the KL to the original model on retain answers, over the whole vocabulary. 0: not computed."""
     normalization: Normalization = "sequence"
     """npo on the sum over the answer's tokens (sequence), on each token (token), or on its mean (length)."""
     kl_direction: KLDirection = "policy-reference"
-    """KL(policy || reference), or the other way round as in TOFU and open-unlearning."""
+    """KL(policy || reference), or the reverse as in TOFU and open-unlearning."""
     simnpo_margin: float = 0.0
     """Reward margin of simnpo (its paper's gamma)."""
 
@@ -155,8 +155,8 @@ class AdapterConfig:
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
     """Names of the linear layers that get an adapter, or all-linear."""
     lora_layers: tuple[str, ...] = ()
-    """Decoder layers, from 0, that get an adapter, as in 16-31 or 0 4 8-11. Default: all. What lies below the lowest of
-    them has no gradient and runs once for policy and reference together."""
+    """Decoder layers, counted from 0, that get an adapter, such as 16-31 or 0 4 8-11. Default: all. Layers below the
+    lowest of them need no gradient and run once for policy and reference together."""
 
     def __post_init__(self) -> None:
         self.lora_targets = (self.lora_targets,) if isinstance(self.lora_targets, str) else tuple(self.lora_targets)
@@ -197,8 +197,8 @@ class MemoryConfig:
     embedding_on_cpu: bool = False
     """Keep the input embedding in the host's memory and copy the rows that a batch needs."""
     reference: Literal["live", "cached"] = "live"
-    """live: the reference pass is run at every step. cached: its results are stored when a row is first seen, and read
-    from then on, by later runs too."""
+    """live: run the reference pass in every step. cached: store its results when a row is first seen and read them from
+    then on, in later runs too."""
     reference_dir: str | None = None
     """Directory of the cached reference. Default: reference/ in --output-dir."""
     memory_budget: str | None = None
@@ -233,12 +233,12 @@ class TrainingConfig:
     retain_batch_size: int | None = None
     """Retain rows per optimiser step. Default: as many as forget rows."""
     micro_batch_size: int | None = None
-    """Forget rows that go through the model at once. Smaller needs less memory and gives the same gradient.
+    """Forget rows that go through the model at once. A smaller value needs less memory and gives the same gradient.
     Default: the whole batch."""
     epochs: float = 20.0
     """Passes over the forget set."""
     max_steps: int | None = None
-    """Stop after N optimiser steps, whatever --epochs says."""
+    """Stop after N optimiser steps, regardless of --epochs."""
     lr: float = 1e-4
     """Learning rate of AdamW, constant unless --lr-scheduler-type says otherwise."""
     seed: int = 42
@@ -266,16 +266,16 @@ class StoppingConfig:
     """Stopping: measure while training, stop in time, keep the best adapter."""
 
     stop_when: tuple[str, ...] = ()
-    """Stop as soon as one of these holds. forget-at-holdout: the forget answers are as unlikely as the
-    holdout's were before. mia-crosses: the loss no longer tells forget rows from the holdout's (AUC 0.5).
-    retain-loss+10%: the retain answers' NLL has risen by 10% over before (retain-loss+0.05: by 0.05 nats per token).
-    Kept is the adapter nearest to the first of the former two, of those within the limit on the retain loss; with that
-    limit alone, the last such."""
+    """Stop as soon as one of these holds. forget-at-holdout: the forget answers are as unlikely as the holdout's were
+    before training. mia-crosses: the loss no longer distinguishes forget rows from the holdout's (AUC 0.5).
+    retain-loss+10%: the retain answers' NLL is 10% above that before training (retain-loss+0.05: 0.05 nats per token
+    above). Of the adapters within the limit on the retain loss, the one nearest to the first of the former two is kept;
+    with that limit alone, the last one."""
     stop_patience: int = 1
-    """How many measurements in a row must find a condition met. More than 1 lets a run go through the rise of the
-    retain loss that NPO may begin with and the retain terms undo."""
+    """Consecutive measurements at which a condition must hold. With more than 1 a run gets past the rise of the retain
+    loss that NPO may begin with, and that the retain terms undo."""
     eval_every: int | None = None
-    """Measure for --stop-when every N optimiser steps. Default: after every epoch."""
+    """Optimiser steps between the measurements for --stop-when. Default: one after every epoch."""
 
     def __post_init__(self) -> None:
         self.stop_when = (self.stop_when,) if isinstance(self.stop_when, str) else tuple(self.stop_when)
@@ -299,20 +299,20 @@ class OutputConfig:
     """Output: where results go and how much is measured."""
 
     output_dir: str = "lowmem-npo-output"
-    """Directory of the adapter, the configuration, the metrics and the before/after table."""
+    """Directory of the adapter, the configuration, the metrics, the before/after table and the report."""
     resume: bool = False
     """Continue the run in --output-dir from its last checkpoint."""
     eval_rows: int = 64
     """Rows of each set measured before and after (the same ones for every --seed); 0 measures nothing."""
     eval_batch_size: int = 8
-    """Rows that are generated together when measuring."""
+    """Rows per batch when measuring."""
     leaks: tuple[str, ...] = ("extraction", "membership")
-    """Leak tests of what the forget rows may still give away, before and after, on --eval-rows rows; or none."""
+    """Tests of what the model still gives away of the forget rows, before and after, on --eval-rows rows; or none."""
     preview: int | None = None
-    """Print N tokenised examples of each set, with what is labelled, and stop."""
+    """Print N tokenised examples of each set, with the labelled tokens marked, and stop."""
     report_examples: int = 3
-    """Rows of each set whose text report.html shows, beside what the model made of them; 0 shows none. No other part of
-    the report ever holds text of a row."""
+    """Rows of each set whose text is in report.html, with the model's answers; 0 for none. No other part of the report
+    ever contains text of a row."""
     dry_run: bool = False
     """Print the resolved configuration, check data, model and disk, and stop."""
 

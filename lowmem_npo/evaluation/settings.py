@@ -30,22 +30,22 @@ class EvaluationOptions(DataOptions, ModelOptions):
     any_base: bool = False
     """Accept an adapter that names another base model (the same weights in another place)."""
     max_length: int | None = None
-    """Tokens per row whose likelihood is measured, prompt and answer together. Default: those of the run of --adapter,
+    """Tokens per row, prompt and answer together, whose likelihood is measured. Default: as in the run of --adapter,
     else 1024."""
     limit: int | None = None
-    """Measure N rows of each set, drawn with the seed (LUME: equally many of every task and kind)."""
+    """Measure N rows of each set, drawn with --seed (of LUME, equally many of every task and kind)."""
     seed: int = 42
-    """Seed of that draw, of the samples and of relearning: of all that is random."""
+    """Seed of all that is random: the rows of --limit, the samples, relearning."""
     leaks: tuple[str, ...] = ()
-    """Leak tests of what the forget rows may still give away; or all. They compare with --holdout."""
+    """Tests of what the model still gives away of the forget rows; or all. They compare with --holdout."""
     before: str | None = None
-    """evaluation.json of the model before unlearning: the tables then compare, and MMLU is checked against it."""
+    """evaluation.json of the model before unlearning: the tables then show both, and MMLU is checked against it."""
     output_dir: str | None = None
     """Directory of the results. Default: `evaluation` inside --adapter, else lowmem-npo-evaluation."""
     resume: bool = False
     """Continue the evaluation in --output-dir, or add to it (members, lm-eval tasks, leak tests)."""
     batch_size: int = BATCH_SIZE
-    """Rows that go through the model together (fewer where they are long)."""
+    """Rows per batch (fewer if they are long)."""
 
 
 @dataclass
@@ -53,8 +53,8 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
     """Measure what a model (with an adapter) has forgotten and what it has kept.
 
     LUME rows (id, input, output, task) get the scores of SemEval-2025 Task 4; TOFU rows (question, answer,
-    perturbed_answer) get TOFU's; all others the likelihood of their answers and greedy answers. Where no data is named,
-    what the run of --adapter forgot and kept is measured, read and written as prompts as it was there.
+    perturbed_answer) get TOFU's; of all others the likelihood of the answers and the greedy answers are measured. If no
+    data is named, that of the run of --adapter is evaluated, read and written as prompts as in the run.
     """
 
     def __post_init__(self) -> None:
