@@ -170,8 +170,8 @@ def step_of(checkpoint: str | Path | None) -> int:
 def check_disk(config: RunConfig, model: PretrainedConfig) -> None:
     """Raises a UserError if the disk of the output directory cannot hold the most that the run may write.
 
-    That is the adapter, and for each checkpoint kept the adapter with AdamW's two moments, all float32. The bound on the
-    adapter's size comes from the model's configuration: every target counts as a hidden x intermediate layer.
+    That is the adapter, and for each checkpoint kept the adapter with AdamW's two moments, all float32. The bound on
+    the adapter's size comes from the model's configuration: every target counts as a hidden x intermediate layer.
     """
     text = model.get_text_config()
     wide = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
