@@ -1,12 +1,8 @@
-"""Rows from a file or from the Hugging Face hub, read through `datasets`, each with a location for messages.
+"""Rows from a file or from the Hugging Face hub, each with a location for messages.
 
-Two traps are avoided here, because both change text silently:
-
-- `datasets` reads JSON with pyarrow, which guesses types: a column whose every value looks like "1969-12-21" becomes
-  timestamps. JSON is therefore read as lines (the `text` builder) and parsed by the standard library, which also
-  reports the line of a mistake;
-- pandas guesses types in CSV: "0042" becomes 42 and the answer "NA" becomes a missing value. Every CSV column is
-  therefore declared to be text.
+JSON and CSV are read by the standard library, which guesses no types: `datasets` would make timestamps of a column
+whose every value looks like "1969-12-21", 42 of "0042" and a missing value of the answer "NA". It also knows the line of a
+mistake. Parquet, Arrow and the hub go through `datasets`.
 
 Local files leave no copy behind in the `datasets` cache: what is to be forgotten should not linger there.
 `datasets` is imported where it is used: an estimate without data would spend much of its time on that import.
@@ -16,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import glob
+import gzip
 import json
 import re
 import tempfile
@@ -23,11 +20,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from lowmem_npo.errors import UserError
 
-FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
+TEXT_KINDS = (".jsonl", ".json", ".csv")
+FILE_KINDS = (*TEXT_KINDS, ".parquet", ".arrow", *(f"{kind}.gz" for kind in TEXT_KINDS))
 # owner/name, then optionally :configuration, /split and @revision
 HUB_NAME = re.compile(
     r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+)(/(?P<split>[\w.-]+))?)?(@(?P<revision>[\w./-]+))?"
@@ -61,7 +59,7 @@ class Rows:
 
 
 def read_rows(source: str, *, limit: int | None = None) -> Rows:
-    """The rows of `source`: a .jsonl, .json, .csv, .parquet or .arrow file, or a hub name.
+    """The rows of `source`: a .jsonl, .json, .csv (also .gz of them), .parquet or .arrow file, or a hub name.
 
     A hub name is `owner/name`, `owner/name:configuration` or `owner/name:configuration/split`, each optionally
     followed by `@revision`. Unless named, the split is `train`, or the only one there is.
@@ -74,7 +72,7 @@ def read_rows(source: str, *, limit: int | None = None) -> Rows:
         raise UserError(f"{source} is a folder; name one file in it ({', '.join(FILE_KINDS)}).")
     if path.exists():
         rows = _read_file(source, path)
-    elif path.suffix.lower() in FILE_KINDS:
+    elif _kind(path) in FILE_KINDS:
         raise UserError(f"There is no file {source}; check the path.")
     elif match := HUB_NAME.fullmatch(source):
         rows = _read_hub(source, **match.groupdict())
@@ -88,17 +86,26 @@ def read_rows(source: str, *, limit: int | None = None) -> Rows:
     return Rows(rows.name, rows.rows[:limit], rows.lines and rows.lines[:limit])
 
 
+def _kind(path: Path) -> str:
+    """The suffix that says how the file is read; two where the file is compressed."""
+    suffixes = path.name.lower().split(".")[1:]
+    return "".join(f".{suffix}" for suffix in (suffixes[-2:] if suffixes[-1:] == ["gz"] else suffixes[-1:]))
+
+
 def _read_file(name: str, path: Path) -> Rows:
-    kind = path.suffix.lower()
+    kind = _kind(path)
+    if kind in (".xlsx", ".xls", ".ods"):
+        raise UserError(f"{name} is a spreadsheet; save the sheet with the rows as CSV (UTF-8) and name that file.")
     if kind not in FILE_KINDS:
         raise UserError(f"{name} is of an unsupported file type; convert it to one of {', '.join(FILE_KINDS)}.")
     if path.stat().st_size == 0:
         return Rows(name, [])
+    read = _read_csv if kind.startswith(".csv") else _read_json if kind.startswith(".json") else _read_table
     try:
-        return {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv}.get(kind, _read_table)(name, path)
+        return read(name, path)
     except UserError:
         raise
-    except Exception as error:  # datasets, pyarrow and pandas each have exceptions of their own
+    except Exception as error:  # datasets, pyarrow, gzip and csv each have exceptions of their own
         cause = error.__cause__ or error
         if isinstance(cause, UnicodeDecodeError):
             place = f"{name}, line {_undecodable_line(path)}"
@@ -107,9 +114,15 @@ def _read_file(name: str, path: Path) -> Rows:
         raise UserError(f"{name} cannot be read as {kind[1:]} ({reason}); check the file.") from error
 
 
+def _open(path: Path, newline: str | None = None, errors: str = "strict") -> TextIO:
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
+    return cast(TextIO, opener(path, "rt", encoding="utf-8-sig", newline=newline, errors=errors))
+
+
 def _read_json(name: str, path: Path) -> Rows:
     """JSON Lines (one object per line, empty lines allowed), or one array of objects; the suffix does not matter."""
-    lines = [row["text"] for row in _load("text", path, encoding="utf-8-sig")]
+    with _open(path) as file:
+        lines = [line.rstrip("\n") for line in file]
     filled = [number for number, line in enumerate(lines, 1) if line.strip()]
     if filled and lines[filled[0] - 1].lstrip().startswith("["):
         rows = Rows(name, _parse(name, "\n".join(lines), 1))
@@ -121,7 +134,20 @@ def _read_json(name: str, path: Path) -> Rows:
                 f"{rows.where(index)} is not a JSON object; "
                 'every row must be an object such as {"question": "...", "answer": "..."}.'
             )
+        if column := next((column for column, value in row.items() if not _is_text(value)), None):
+            raise UserError(
+                f"{rows.where(index)}: {column} holds half of a surrogate pair (an escape such as \\ud83d without its "
+                "partner), which is no character; repair the text or remove the row."
+            )
     return rows
+
+
+def _is_text(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parse(name: str, text: str, first_line: int) -> Any:
@@ -135,45 +161,38 @@ def _parse(name: str, text: str, first_line: int) -> Any:
 
 
 def _read_csv(name: str, path: Path) -> Rows:
-    import datasets
-    import pandas
-
-    header = pandas.read_csv(path, nrows=0, encoding="utf-8-sig").columns
-    as_text = datasets.Features({column: datasets.Value("string") for column in header})
-    try:
-        rows = _load("csv", path, features=as_text, keep_default_na=False, encoding="utf-8-sig")
-    except ValueError as error:
-        if "corresponds to no data" in str(error):  # a header and nothing else
-            return Rows(name, [])
-        raise
-    return Rows(name, rows, _csv_lines(path, len(rows)))
-
-
-def _csv_lines(path: Path, num_rows: int) -> list[int] | None:
-    """The line each record begins in; None if the standard library counts other records than pandas did."""
-    lines, end = [], 0
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file)
-        for record in reader:
-            if record:
-                lines.append(end + 1)
-            end = reader.line_num
-    return lines[1:] if len(lines) == num_rows + 1 else None
+    """Every cell as text. A record may be shorter than the header: what it lacks is missing."""
+    csv.field_size_limit(2**31 - 1)  # a document may well be one cell
+    records, lines, end = [], [], 0
+    with _open(path, newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            for record in reader:
+                if len(record) > 1 or "".join(record).strip():
+                    records.append(record)
+                    lines.append(end + 1)
+                end = reader.line_num
+        except csv.Error as error:
+            raise UserError(f"{name}, line {end + 1} cannot be read as csv ({error}); check its quotes.") from error
+    header = records[0] if records else []
+    if twice := next((column for column in header if column and header.count(column) > 1), None):
+        raise UserError(f"{name}, line {lines[0]} names the column {twice} twice; rename one of the two.")
+    for record, line in zip(records, lines, strict=True):
+        if len(record) > len(header):
+            raise UserError(
+                f"{name}, line {line} has {len(record)} fields but the header has {len(header)}; "
+                "put text that holds a comma in double quotes."
+            )
+    return Rows(name, [dict(zip(header, record, strict=False)) for record in records[1:]], lines[1:])
 
 
 def _read_table(name: str, path: Path) -> Rows:
-    return Rows(name, _load(path.suffix.lower()[1:], path))
-
-
-def _load(builder: str, path: Path, **options: Any) -> list[dict[str, Any]]:
-    """All rows of a local file, through a cache that is removed afterwards. The path is not a glob pattern."""
+    """Parquet or Arrow, through a cache that is removed afterwards. The path is not a glob pattern."""
     import datasets
 
+    builder, files = path.suffix.lower()[1:], glob.escape(str(path.resolve()))
     with tempfile.TemporaryDirectory(prefix="lowmem-npo-") as cache, _quietly():
-        table = datasets.load_dataset(
-            builder, data_files=glob.escape(str(path.resolve())), split="train", cache_dir=cache, **options
-        )
-        return table.to_list()
+        return Rows(name, datasets.load_dataset(builder, data_files=files, split="train", cache_dir=cache).to_list())
 
 
 @contextmanager
@@ -224,9 +243,5 @@ def _read_hub(name: str, repo: str, config: str | None, split: str | None, revis
 
 def _undecodable_line(path: Path) -> int:
     """The first line (from 1) that is not UTF-8."""
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        try:
-            line.decode("utf-8")
-        except UnicodeDecodeError:
-            return number
-    return 1
+    with _open(path, errors="surrogateescape") as file:
+        return next((number for number, line in enumerate(file, 1) if not _is_text(line)), 1)

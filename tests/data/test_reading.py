@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import datasets
@@ -25,6 +26,10 @@ def write(path, content) -> str:
 
 
 def write_rows(path, rows) -> str:
+    if path.suffix == ".gz":
+        plain = path.with_suffix("")
+        write_rows(plain, rows)
+        return write(path, gzip.compress(plain.read_bytes()))
     table = datasets.Dataset.from_list(rows)
     if path.suffix == ".jsonl":
         return write(path, "".join(json.dumps(row) + "\n" for row in rows))
@@ -41,13 +46,15 @@ def write_rows(path, rows) -> str:
 
 
 @pytest.mark.parametrize("rows", [ROWS, CODES, NUMBERS], ids=["dates", "codes", "numbers"])
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", ".arrow"])
+@pytest.mark.parametrize(
+    "suffix", [".jsonl", ".json", ".csv", ".parquet", ".arrow", ".jsonl.gz", ".json.gz", ".csv.gz"]
+)
 def test_every_kind_of_file_gives_the_same_text(tmp_path, suffix, rows):
     assert read_rows(write_rows(tmp_path / f"rows{suffix}", rows)).rows == rows
 
 
 def test_the_readers_that_guess_types_would_change_the_text(tmp_path):
-    """Why JSON is read as lines and CSV columns are declared: `datasets` left to itself changes these answers."""
+    """Why `datasets` reads neither JSON nor CSV here: it would change these answers."""
     options = {"split": "train", "cache_dir": str(tmp_path)}
     dates = datasets.load_dataset("json", data_files=write_rows(tmp_path / "a.jsonl", ROWS), **options)
     codes = datasets.load_dataset("csv", data_files=write_rows(tmp_path / "a.csv", CODES[:2]), **options)
@@ -72,6 +79,15 @@ def test_rows_know_their_lines(tmp_path):
     assert csv.lines == [3, 4, 7]
     array = read_rows(write(tmp_path / "a.json", '[{"a": "x"},\n {"a": "y"}]'))
     assert array.where(1).endswith("a.json, row 2")
+
+
+def test_csv_cells_of_any_length_and_records_that_are_too_short(tmp_path):
+    rows = read_rows(write(tmp_path / "a.csv", f"a,b\n{'x' * 200_000},1\nshort\n"))
+    assert rows.rows == [{"a": "x" * 200_000, "b": "1"}, {"a": "short"}]
+
+
+def test_surrogate_pairs_are_text(tmp_path):
+    assert read_rows(write(tmp_path / "a.jsonl", '{"a": "\\ud83d\\ude00"}')).rows == [{"a": "\U0001f600"}]
 
 
 def test_line_separators_inside_json_strings_are_text(tmp_path):
@@ -111,7 +127,19 @@ def test_local_files_leave_nothing_in_the_cache(tmp_path, monkeypatch):
         ("a.json", '[{"a": "x"}, 5]', ["a.json, row 2", "is not a JSON object"]),
         ("a.jsonl", '{"a": "x"}\n{"a": "café"}\n'.encode("latin-1"), ["a.jsonl, line 2", "not UTF-8"]),
         ("a.csv", "a,b\nx,y\ncafé,z\n".encode("latin-1"), ["a.csv, line 3", "not UTF-8"]),
-        ("a.csv", "a,b\n1,2\n1,2,3\n", ["a.csv", "line 3", "check the file"]),
+        ("a.csv", "a,b\n1,2\n1,2,3\n", ["a.csv, line 3 has 3 fields but the header has 2"]),
+        ("a.csv", "a,b\n1,2,3\n1,2,4\n", ["a.csv, line 2 has 3 fields but the header has 2"]),
+        ("a.csv", 'a,b\n"two\nlines",2\n1,2,\n', ["a.csv, line 4 has 3 fields"]),
+        ("a.csv", "\na,b,a\n1,2,3\n", ["a.csv, line 2 names the column a twice"]),
+        ("a.csv", 'a,b\n1,2\n1,"never closed\n', ["a.csv, line 3 cannot be read as csv", "check its quotes"]),
+        ("a.csv.gz", gzip.compress(b"a,b\n1,2,3\n"), ["a.csv.gz, line 2 has 3 fields"]),
+        ("a.jsonl.gz", gzip.compress(b'{"a": "x"}\n{"a": }\n'), ["a.jsonl.gz, line 2", "not valid JSON"]),
+        ("a.jsonl.gz", gzip.compress('{"a": "x"}\n{"a": "é"}'.encode("latin-1")), ["a.jsonl.gz, line 2 is not UTF-8"]),
+        ("a.jsonl.gz", b'{"a": "x"}', ["a.jsonl.gz cannot be read as jsonl.gz", "gzip"]),
+        ("a.jsonl", '{"a": "fine"}\n{"b": "\\ud83d"}\n', ["a.jsonl, line 2: b holds half of a surrogate pair"]),
+        ("a.json", '[{"a": [{"b": "\\udc00"}]}]', ["a.json, row 1: a holds half of a surrogate pair"]),
+        ("a.xlsx", "PK", ["a.xlsx is a spreadsheet", "CSV"]),
+        ("a.jsonl.bz2", "BZ", ["a.jsonl.bz2 is of an unsupported file type", ".jsonl.gz"]),
         ("a.jsonl", "", ["a.jsonl holds no rows"]),
         ("a.jsonl", "\n \n", ["a.jsonl holds no rows"]),
         ("a.json", "[]", ["a.json holds no rows"]),
