@@ -61,7 +61,7 @@ def prepare(
             rows = read_rows(source, limit=data.limit)
             columns = {"prompt_column": data.prompt_column, "answer_column": data.answer_column}
         result = to_examples(rows, **columns)
-        report.append(_origin(part, rows, result[0], template))
+        report.append(_origin(part, rows, result, template))
         return result
 
     def tokenized(part: str, rows: list[Example]) -> TokenizedRows:
@@ -96,8 +96,12 @@ def bundled_rows(part: str, *, limit: int | None = None) -> Rows:
     return Rows(f"bundled {part}.jsonl", rows[:limit], list(range(1, len(rows) + 1))[:limit])
 
 
-def _origin(part: str, rows: Rows, first: Example, template: Template) -> str:
+def _origin(part: str, rows: Rows, examples: list[Example], template: Template) -> str:
+    first = examples[0]
     line = f"{part}: {rows.name}, columns {first.schema}"
     if first.messages is None and first.prompt is not None:
         line += f", written as {template.for_schema(first.schema)!r}"
+    read = set[str]().union(*(example.columns for example in examples))
+    if unread := [column for column in rows.columns if column not in read]:
+        line += f"; not read: {', '.join(unread)}"
     return line

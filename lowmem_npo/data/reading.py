@@ -1,8 +1,8 @@
 """Rows from a file or from the Hugging Face hub, each with a location for messages.
 
 JSON and CSV are read by the standard library, which guesses no types: `datasets` would make timestamps of a column
-whose every value looks like "1969-12-21", 42 of "0042" and a missing value of the answer "NA". It also knows the line of a
-mistake. Parquet, Arrow and the hub go through `datasets`.
+whose every value looks like "1969-12-21", 42 of "0042" and a missing value of the answer "NA". It also knows the
+line of a mistake. Parquet, Arrow and the hub go through `datasets`.
 
 Local files leave no copy behind in the `datasets` cache: what is to be forgotten should not linger there.
 `datasets` is imported where it is used: an estimate without data would spend much of its time on that import.

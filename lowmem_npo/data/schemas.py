@@ -4,7 +4,9 @@ Recognised by their columns, in this order:
 
 | columns | known from | an example is |
 |---|---|---|
-| `messages` | chat data | a conversation; its last turn, the assistant's, is the answer |
+| `messages` or `conversations` | chat data, ShareGPT | a conversation; its last turn, the assistant's, is the answer |
+| `instruction`, `input`, `output` | Alpaca | prompt (the instruction, then the input if there is any) and answer |
+| `instruction`, `context`, `response` | Dolly | the same |
 | `input`, `output` | LUME, SemEval-2025 Task 4 | prompt and answer |
 | `question`, `answer` | TOFU | prompt and answer |
 | `prompt`, `completion` | TRL | prompt and answer, or both as lists of messages |
@@ -13,14 +15,21 @@ Recognised by their columns, in this order:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lowmem_npo.data.reading import Rows
 from lowmem_npo.errors import UserError
 
-PAIRS = (("input", "output"), ("question", "answer"), ("prompt", "completion"))
+CHAT = ("messages", "conversations")
+INSTRUCTIONS = {"output": "input", "response": "context"}  # answer -> what may follow the instruction
+PAIRS = (*(("instruction", answer) for answer in INSTRUCTIONS), ("input", "output"), ("question", "answer"),
+         ("prompt", "completion"))  # fmt: skip
+# What ShareGPT and its kin call the roles of a chat template.
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+         "model": "assistant", "observation": "tool", "function_response": "tool"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,9 @@ class Example:
     where: file and line, or source and row, for messages.
     schema: the columns it came from, such as "question/answer"; decides the default template.
     id: the row's `id` column, where it has one.
-    messages: the whole conversation, answer included, where the row is one: dictionaries with `role` and `content`.
+    messages: the whole conversation, answer included, where the row is one: dictionaries with `role`, `content` (text)
+        and whatever else a turn has, such as `tool_calls` or `reasoning_content`.
+    options: what the chat template gets beside the conversation: `tools`, and the row's `chat_template_kwargs`.
     """
 
     prompt: str | None
@@ -42,6 +53,13 @@ class Example:
     schema: str
     id: str | None = None
     messages: tuple[dict[str, Any], ...] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> set[str]:
+        """The columns that are read."""
+        beside = {"id", *(("system", "history", "tools", "chat_template_kwargs") if self.messages else ())}
+        return beside | set(self.schema.split("/"))
 
 
 def to_examples(rows: Rows, *, prompt_column: str | None = None, answer_column: str | None = None) -> list[Example]:
@@ -75,7 +93,7 @@ def _with_last_turn(messages: tuple[dict[str, Any], ...] | None, content: str) -
 
 
 def _choose_columns(rows: Rows, prompt_column: str | None, answer_column: str | None) -> tuple[str | None, str]:
-    """The prompt column (None for text) and the answer column; ("messages", "messages") for conversations."""
+    """The prompt column (None for text) and the answer column; the same one twice for conversations."""
     columns = rows.columns
     if prompt_column and not answer_column:
         raise UserError(f"The answer column of {rows.name} is missing; name it with --answer-column.")
@@ -84,8 +102,9 @@ def _choose_columns(rows: Rows, prompt_column: str | None, answer_column: str | 
             if column not in columns:
                 raise UserError(f"{rows.name} has no column {column}; it has {', '.join(columns)}.")
         return prompt_column, answer_column
-    if "messages" in columns:
-        return "messages", "messages"
+    for column in CHAT:
+        if column in columns:
+            return column, column
     for prompt, answer in PAIRS:
         if prompt in columns and answer in columns:
             return prompt, answer
@@ -93,22 +112,44 @@ def _choose_columns(rows: Rows, prompt_column: str | None, answer_column: str | 
         return None, "text"
     raise UserError(
         f"{rows.name} has the columns {', '.join(columns) or '(none)'}, none of which is a recognised pair "
-        f"({'; '.join('/'.join(pair) for pair in PAIRS)}; messages; text); "
+        f"({'; '.join('/'.join(pair) for pair in PAIRS)}; {'; '.join(CHAT)}; text); "
         "name yours with --prompt-column and --answer-column."
     )
 
 
 def _example(row: dict[str, Any], where: str, prompt_column: str | None, answer_column: str) -> Example:
     identity = str(row["id"]) if row.get("id") is not None else None
-    if answer_column == "messages":
-        return _conversation(row.get("messages"), where, "messages", identity)
     if prompt_column is None:
-        return Example(None, _text(row, answer_column, where), where, "text", identity)
-    schema = f"{prompt_column}/{answer_column}"
+        return Example(None, _text(row, answer_column, where), where, answer_column, identity)
+    if prompt_column == answer_column and prompt_column in CHAT:
+        return _conversation(row.get(prompt_column), row, where, prompt_column, identity)
     prompt, answer = row.get(prompt_column), row.get(answer_column)
-    if isinstance(prompt, list) and isinstance(answer, list):  # TRL's conversational form
-        return _conversation([*prompt, *answer], where, schema, identity)
-    return Example(_text(row, prompt_column, where), _text(row, answer_column, where), where, schema, identity)
+    schema = f"{prompt_column}/{answer_column}"
+    if _is_turns(prompt) or _is_turns(answer):  # TRL's conversational form
+        turns = prompt if _is_turns(prompt) else [_turn("user", _text(row, prompt_column, where))]
+        last = answer if _is_turns(answer) else [_turn("assistant", _text(row, answer_column, where))]
+        return _conversation([*turns, *last], row, where, schema, identity)
+    prompt, answer = _text(row, prompt_column, where), _text(row, answer_column, where)
+    if prompt_column != "instruction":
+        return Example(prompt, answer, where, schema, identity)
+    more = INSTRUCTIONS.get(answer_column, "input")
+    if row.get(more):
+        prompt, schema = f"{prompt}\n{_text(row, more, where)}", f"instruction/{more}/{answer_column}"
+    if not (row.get("system") or row.get("history")):
+        return Example(prompt, answer, where, schema, identity)
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in history):
+        raise UserError(f"{where}: history is not a list of [question, answer]; write it as one.")
+    turns = [_turn(role, text) for pair in history for role, text in zip(("user", "assistant"), pair, strict=True)]
+    return _conversation([*turns, _turn("user", prompt), _turn("assistant", answer)], row, where, schema, identity)
+
+
+def _is_turns(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
+
+
+def _turn(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
 
 
 def _text(row: dict[str, Any], field: str, where: str) -> str:
@@ -122,21 +163,64 @@ def _text(row: dict[str, Any], field: str, where: str) -> str:
     return value
 
 
-def _conversation(messages: Any, where: str, schema: str, identity: str | None) -> Example:
+def _conversation(messages: Any, row: dict[str, Any], where: str, schema: str, identity: str | None) -> Example:
+    messages = _parsed(messages)
     if messages is None or messages == []:
         raise UserError(f"{where} has no {schema}; fill the field or remove the row.")
-    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
+    if not _is_turns(messages):
         raise UserError(f'{where}: {schema} is not a list of {{"role": ..., "content": ...}}; write it as one.')
-    for number, turn in enumerate(messages, 1):
-        _text(turn, "role", f"{where}, message {number}")
-        _text(turn, "content", f"{where}, message {number}")
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+    turns = [_message(turn, f"{where}, message {number}") for number, turn in enumerate(messages, 1)]
+    if row.get("system") and turns[0]["role"] != "system":
+        turns.insert(0, _turn("system", _text(row, "system", where)))
+    if len(turns) < 2 or turns[-1]["role"] != "assistant":
         raise UserError(
             f"{where}: the conversation does not end with an assistant's answer to an earlier message; "
             "remove the row, or what follows the answer."
         )
-    turns = tuple({"role": turn["role"], "content": turn["content"]} for turn in messages)
-    return Example(turns[-2]["content"], turns[-1]["content"], where, schema, identity, turns)
+    options = _without_none(_parsed(row.get("chat_template_kwargs")) or {})
+    if not isinstance(options, dict):
+        raise UserError(f"{where}: chat_template_kwargs is not an object; write it as one.")
+    if tools := _without_none(_parsed(row.get("tools"))):
+        if not isinstance(tools, list):
+            raise UserError(f"{where}: tools is not a list; write it as one.")
+        options = {**options, "tools": tools}
+    answer = turns[-1]["content"] or json.dumps(turns[-1].get("tool_calls"))
+    return Example(turns[-2]["content"], answer, where, schema, identity, tuple(turns), options)
+
+
+def _message(turn: dict[str, Any], where: str) -> dict[str, Any]:
+    """A turn with `role` and `content`, whatever else it has, and nothing that is null."""
+    turn = _without_none(turn)
+    if "role" not in turn and "from" in turn:  # ShareGPT
+        turn = {"role": turn.pop("from"), "content": turn.pop("value", None), **turn}
+    role = ROLES.get(role := _text(turn, "role", where), role)
+    if role not in ("system", "developer", "user", "assistant", "tool", "ipython", "function"):
+        raise UserError(f"{where} is from {role!r}; a turn is from system, user, assistant or tool.")
+    if isinstance(parts := turn.get("content"), list):
+        if other := next((p for p in parts if not (isinstance(p, dict) and isinstance(p.get("text"), str))), None):
+            kind = other.get("type") if isinstance(other, dict) else None
+            raise UserError(f"{where}: content has a part of type {kind}, not text; only text can be forgotten.")
+        turn["content"] = "".join(part["text"] for part in parts)
+    if role in ("system", "developer", "tool", "ipython", "function") or turn.get("tool_calls"):
+        turn.setdefault("content", "")
+    if turn.get("content") != "" or role in ("user", "assistant") and not turn.get("tool_calls"):
+        _text(turn, "content", where)
+    return {**turn, "role": role}
+
+
+def _parsed(value: Any) -> Any:
+    """`value`, read as JSON where it is JSON in a string, as tables without nested columns have it."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        return value
+
+
+def _without_none(value: Any) -> Any:
+    """`value` without the nulls that a table adds for keys that other rows have."""
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def _kind(value: Any) -> str:

@@ -25,6 +25,8 @@ from lowmem_npo.errors import UserError
 
 TOKENS = ("answer", "all")
 MARK = "\u27ea answer \u27eb"  # stands for an answer where the text around it is looked for
+# Parts of a conversation that not every chat template knows.
+READ = ("tools", "tool_calls", "reasoning_content", "reasoning", "thinking")
 
 Message = Mapping[str, Any]
 
@@ -175,7 +177,7 @@ class Encoder:
 
     def _encode(self, example: Example) -> tuple[list[int], list[int]]:
         if example.messages is not None:
-            return self._conversation(example.messages, example.where)
+            return self._conversation(example.messages, example.where, example.options)
         prompt, answer = ("", example.answer) if example.prompt is None else self.template.render(example)
         if re.search(f"({self.stop})\\s*$", answer):  # the row brings its own end
             self.doubled, self.ended, answer = True, True, answer.rstrip()
@@ -184,7 +186,9 @@ class Encoder:
         prompt_ids = self._text_ids(prompt)
         return prompt_ids, self._continuation(prompt_ids, self._text_ids(prompt + answer), answer, example.where)
 
-    def _conversation(self, messages: Sequence[Message], where: str) -> tuple[list[int], list[int]]:
+    def _conversation(
+        self, messages: Sequence[Message], where: str, options: Mapping[str, Any]
+    ) -> tuple[list[int], list[int]]:
         """The chat template's own text: everything up to the assistant's last turn is the prompt."""
         if not self.tokenizer.chat_template:
             raise UserError(
@@ -192,8 +196,20 @@ class Encoder:
                 "use an instruction-tuned model, or rows with a prompt and an answer column."
             )
         *earlier, last = messages
-        render = partial(self._render, where=where)
+        render = partial(self._render, where=where, **options)
         prompt, whole = render(earlier, add_generation_prompt=True), render(messages)
+        for name in READ:  # what the row has must reach the model
+            if name == "tools" and name in options:
+                unread = self._render(messages, where, **{**options, name: None})
+            elif name in last or (name == "tool_calls" and any(name in turn for turn in messages)):
+                unread = render([{key: turn[key] for key in turn if key != name} for turn in messages])
+            else:
+                continue
+            if unread == whole:
+                raise UserError(
+                    f"{where}: the model's chat template does not write {name}; write it into the content of a turn, "
+                    f"or remove it from the row."
+                )
         plain = render([*earlier, {"role": "assistant", "content": MARK}])
         ending = plain.rpartition(MARK)[2] if MARK in plain else ""
 

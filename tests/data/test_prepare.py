@@ -38,7 +38,7 @@ def test_lume_and_tofu_are_read_with_their_own_templates(shared_data, olmo_token
     lume, tofu = shared_data / "lume" / "forget_train.jsonl", shared_data / "tofu" / "retain95.json"
     data = prepare(olmo_tokenizer, DataConfig(forget=str(lume), retain=str(tofu), limit=20))
     assert (len(data.forget), len(data.retain)) == (20, 20)
-    assert f"forget: {lume}, columns input/output, written as '{{prompt}}'" in data.report
+    assert f"forget: {lume}, columns input/output, written as '{{prompt}}'; not read: task" in data.report
     assert rf"retain: {tofu}, columns question/answer, written as 'Question: {{prompt}}\nAnswer:'" in data.report
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from lowmem_npo.data.reading import Rows
@@ -34,6 +36,53 @@ def test_conversations_are_recognised(row):
     example = one(row)
     assert (example.prompt, example.answer) == ("Q", "A")
     assert example.messages == (QUESTION, ANSWER)
+
+
+TURNS = (QUESTION, ANSWER)
+CALL = [{"type": "function", "function": {"name": "find", "arguments": {"of": "Q"}}}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+        {"messages": [{"from": "user", "value": "Q", "weight": None}, {"from": "assistant", "value": "A"}]},
+        {"messages": json.dumps(TURNS)},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, ANSWER]},
+        {"prompt": [QUESTION], "completion": "A"},
+        {"prompt": "Q", "completion": [ANSWER]},
+        {"messages": [{**QUESTION, "tool_calls": None, "reasoning_content": None}, {**ANSWER, "tool_calls": None}]},
+    ],
+)
+def test_every_spelling_of_a_conversation_is_read(row):
+    assert one(row).messages == TURNS
+
+
+def test_what_a_conversation_has_beside_its_text_is_kept():
+    turns = [
+        {"role": "system", "content": ""},
+        QUESTION,
+        {"role": "assistant", "content": None, "tool_calls": CALL},
+        {"role": "tool", "name": "find", "content": "A"},
+        {**ANSWER, "reasoning_content": "It was found."},
+    ]
+    options = {"enable_thinking": False}
+    for tools in (CALL, json.dumps(CALL)):
+        example = one({"messages": turns, "tools": tools, "chat_template_kwargs": options})
+        assert example.messages == (*turns[:2], {**turns[2], "content": ""}, *turns[3:])
+        assert example.options == {"enable_thinking": False, "tools": CALL}
+
+
+def test_alpaca_and_dolly():
+    for answer, more in (("output", "input"), ("response", "context")):
+        assert one({"instruction": "Translate.", more: "Q", answer: "A"}).prompt == "Translate.\nQ"
+        assert one({"instruction": "Say A.", more: "", answer: "A"}).prompt == "Say A."
+        assert one({"instruction": "Say A.", answer: "A"}).schema == f"instruction/{answer}"
+    row = {"instruction": "Q", "input": "", "output": "A", "system": "Be brief.", "history": [["1", "2"]]}
+    assert [turn["content"] for turn in one(row).messages] == ["Be brief.", "1", "2", "Q", "A"]
+    assert one({**row, "system": "", "history": []}).messages is None
+    with pytest.raises(UserError, match="line 7: history is not a list of"):
+        one({**row, "history": ["1"]})
 
 
 def test_named_columns_take_precedence():
@@ -82,9 +131,15 @@ def test_fields_that_do_not_fit_are_named(row, message):
         ([QUESTION], "does not end with an assistant's answer"),
         ([ANSWER], "does not end with an assistant's answer"),
         ([QUESTION, ANSWER, QUESTION], "does not end with an assistant's answer"),
-        ([QUESTION, {"role": "assistant", "content": [{"type": "image"}]}], "message 2: content is a list, not text"),
+        (
+            [QUESTION, {"role": "assistant", "content": [{"type": "image"}]}],
+            "message 2: content has a part of type image, not text",
+        ),
         ([{"role": "user"}, ANSWER], "message 1 has no content"),
         ([{"content": "Q"}, ANSWER], "message 1 has no role"),
+        ([{"from": "narrator", "value": "Q"}, ANSWER], "message 1 is from 'narrator'"),
+        ([QUESTION, {"role": "assistant", "content": None}], "message 2 has no content"),
+        ([QUESTION, {"role": "assistant", "content": ""}], "message 2 has an empty content"),
     ],
 )
 def test_conversations_that_do_not_fit_are_named(messages, message):

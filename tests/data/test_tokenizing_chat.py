@@ -178,3 +178,38 @@ def test_what_the_chat_template_refuses_is_named(chat_tokenizer):
 def test_whatever_a_chat_template_raises_is_one_sentence(chat_tokenizer, template):
     with pytest.raises(UserError, match=r"f\.jsonl, line 4: the model's chat template cannot write this row \([^\n]+$"):
         tokenize([conversation(*TURNS)], with_template(chat_tokenizer, template))
+
+
+TOOLS = [{"type": "function", "function": {"name": "find"}}]
+KNOWS_TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML.replace(
+    "{{ message['content'] }}",
+    "{% if message['reasoning_content'] %}<think>{{ message['reasoning_content'] }}</think>{% endif %}"
+    "{{ message['content'] }}{% if message['tool_calls'] %}<call>{{ message['tool_calls'] | tojson }}{% endif %}",
+)
+USED = ({"role": "assistant", "content": "", "tool_calls": TOOLS}, {"role": "tool", "name": "find", "content": "F"})
+
+
+@pytest.mark.parametrize(
+    ("name", "turns", "options"),
+    [
+        ("tools", TURNS, {"tools": TOOLS}),
+        ("tool_calls", (TURNS[0], *USED, TURNS[1]), {}),
+        ("tool_calls", (TURNS[0], USED[0]), {}),
+        ("reasoning_content", (TURNS[0], {**TURNS[1], "reasoning_content": "R"}), {}),
+    ],
+)
+def test_all_of_a_conversation_reaches_the_model_or_is_refused_by_name(chat_tokenizer, name, turns, options):
+    example = Example("Q", "A", "f.jsonl, line 4", "messages", None, turns, options)
+    with pytest.raises(UserError, match=f"line 4: the model's chat template does not write {name};"):
+        tokenize([example], chat_tokenizer)
+    tokenizer = published(chat_tokenizer, KNOWS_TOOLS)
+    row, dicts = tokenize([example], tokenizer)[0], [dict(turn) for turn in turns]
+    prompt = tokenizer.apply_chat_template(dicts[:-1], add_generation_prompt=True, tokenize=False, **options)
+    assert tokenizer.decode(split(row)[0]) == prompt
+    whole = tokenizer.apply_chat_template(dicts, tokenize=False, **options)
+    assert tokenizer.decode(row["input_ids"]) == whole.removesuffix("\n")
+
+
+def test_reasoning_of_earlier_turns_may_be_dropped(chat_tokenizer):
+    turns = (TURNS[0], {**TURNS[1], "reasoning_content": "R"}, *TURNS[2:])
+    assert tokenize([conversation(*turns)], chat_tokenizer)[0] == tokenize([conversation(*TURNS)], chat_tokenizer)[0]
