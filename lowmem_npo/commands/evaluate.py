@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tyro
 from peft import PeftModel
@@ -158,7 +158,7 @@ def _select_for_leaks(sources: Mapping[str, Rows], context: Context) -> dict[str
 
     Raises UserError if the holdout has rows of the forget set.
     """
-    config = context.config
+    config = cast(EvaluationConfig, context.config)
     if not config.leaks:
         return {}
     examples = {part: to_examples(sources[part], **config.columns) for part in ("forget", "holdout") if part in sources}

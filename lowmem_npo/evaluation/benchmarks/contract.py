@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,10 +21,21 @@ from lowmem_npo.evaluation.options import Options
 from lowmem_npo.evaluation.scoring.scorer import Scorer
 from lowmem_npo.run_directory import EvaluationFiles
 
-if TYPE_CHECKING:
-    from lowmem_npo.evaluation.settings import EvaluationConfig
-
 FORGET, RETAIN = "forget", "retain"
+
+
+class Settings(Protocol):
+    """What every benchmark may ask of the configuration, which holds its own options as well."""
+
+    limit: int | None
+    seed: int
+    batch_size: int
+
+    @property
+    def columns(self) -> dict[str, str | None]: ...
+
+    @property
+    def tokens_per_row(self) -> int: ...
 
 
 @dataclass
@@ -32,7 +43,7 @@ class Context:
     """What a benchmark has at hand. before: an earlier evaluation.json, or nothing. notes: remarks to print beside the
     figures."""
 
-    config: EvaluationConfig
+    config: Settings
     tokenizer: PreTrainedTokenizerBase
     template: Template
     before: Mapping[str, Any] = field(default_factory=dict)
@@ -74,14 +85,14 @@ class Benchmark(ABC, Generic[MeasuredT, ScoresT]):
     empty: ClassVar[Any] = None
     """What evaluation.json holds where nothing was measured."""
 
-    def check(self, config: EvaluationConfig) -> None:
+    def check(self, options: Any) -> None:
         """Raises UserError for what can be known to be wrong before weights are loaded."""
 
     def select(self, name: str, rows: Rows, context: Context) -> Selection | None:
         """The rows of the set `name` that are measured; None: they are not this benchmark's."""
         return None
 
-    def own_sets(self, config: EvaluationConfig) -> dict[str, Selection]:
+    def own_sets(self, options: Any) -> dict[str, Selection]:
         """What is measured although no rows were named."""
         return {}
 

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,9 +21,6 @@ from lowmem_npo.evaluation.scoring.eval_mode import evaluating
 from lowmem_npo.evaluation.scoring.generation import plain_generation
 from lowmem_npo.evaluation.scoring.scorer import Scorer
 from lowmem_npo.model import compute_autocast
-
-if TYPE_CHECKING:
-    from lowmem_npo.evaluation.settings import EvaluationConfig
 
 INSTALL = "pip install 'lowmem-npo[eval]'"
 MMLU_SHARE = 0.75  # of the accuracy before unlearning; below it SemEval-2025 Task 4 does not rank a model
@@ -49,24 +46,24 @@ class LmEval(Benchmark[dict[str, Metrics], dict[str, Metrics]]):
     options = LmEvalOptions
     empty: ClassVar[dict[str, Any]] = {}
 
-    def check(self, config: EvaluationConfig) -> None:
-        if config.lm_eval:
-            check_tasks(config.lm_eval, config.lm_eval_path)
+    def check(self, options: LmEvalOptions) -> None:
+        if options.lm_eval:
+            check_tasks(options.lm_eval, options.lm_eval_path)
 
-    def own_sets(self, config: EvaluationConfig) -> dict[str, Selection]:
-        return {task: Selection([task], 1) for task in config.lm_eval}
+    def own_sets(self, options: LmEvalOptions) -> dict[str, Selection]:
+        return {task: Selection([task], 1) for task in options.lm_eval}
 
     def measure(self, name: str, selection: Selection, scorer: Scorer, context: Context) -> list[dict[str, Metrics]]:
-        part, config = f"lm-eval: {name}", context.config
+        part, options = f"lm-eval: {name}", cast(LmEvalOptions, context.config)
         if 0 not in scorer.journal.known(part):
             metrics = run_tasks(
                 scorer.loaded_model,
                 scorer.tokenizer,
                 [name],
-                path=config.lm_eval_path,
-                shots=config.lm_eval_shots,
-                limit=config.limit,
-                batch_size=config.batch_size,
+                path=options.lm_eval_path,
+                shots=options.lm_eval_shots,
+                limit=context.config.limit,
+                batch_size=context.config.batch_size,
             )
             scorer.journal.write(part, [0], [metrics])
         return [scorer.journal.known(part)[0]]

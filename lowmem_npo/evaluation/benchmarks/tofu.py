@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import hmean, ks_2samp
@@ -41,9 +41,6 @@ from lowmem_npo.evaluation.benchmarks.contract import (
 from lowmem_npo.evaluation.figures import Figure, at
 from lowmem_npo.evaluation.options import Options, data_set, free
 from lowmem_npo.evaluation.scoring.scorer import Scorer
-
-if TYPE_CHECKING:
-    from lowmem_npo.evaluation.settings import EvaluationConfig
 
 MAX_NEW_TOKENS = 200
 REAL_AUTHORS, WORLD_FACTS = "real authors", "world facts"
@@ -130,9 +127,9 @@ class Tofu(Benchmark[TofuAnswer, TofuScores]):
     sets = (FORGET, RETAIN, REAL_AUTHORS, WORLD_FACTS)
     options = TofuOptions
 
-    def check(self, config: EvaluationConfig) -> None:
-        if config.retained_log:
-            retained_truth_ratios(config.retained_log)
+    def check(self, options: TofuOptions) -> None:
+        if options.retained_log:
+            retained_truth_ratios(options.retained_log)
 
     def select(self, name: str, rows: Rows, context: Context) -> Selection | None:
         tofu = tofu_rows(rows)
@@ -146,7 +143,7 @@ class Tofu(Benchmark[TofuAnswer, TofuScores]):
     def score(self, measured: Measured, context: Context) -> TofuScores | None:
         sets = {name: score_tofu(name, answers) for name, answers in self.own(measured).items()}
         quality = None
-        if (log := context.config.retained_log) and FORGET in sets:
+        if (log := cast(TofuOptions, context.config).retained_log) and FORGET in sets:
             quality = forget_quality(sets[FORGET].truth_ratios, retained_truth_ratios(log))
         return TofuScores(sets, model_utility(sets), quality) if sets else None
 
