@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from lowmem_kernels.dispatch import has_values
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from lowmem_npo.model.head import answer_hidden, few_tokens
 from lowmem_npo.model.layers import causal_lm, decoder_layers
+from lowmem_npo.model.modes import eval_mode
+
+logger = logging.getLogger(__name__)
 
 
 class SharedPrefix:
     """The input embedding and the decoder layers below the lowest one that is trained.
 
     Nothing in them depends on the adapter, so for one batch the policy's pass and the reference's enter the lowest
-    adapted layer with the same hidden states, which need no gradient.
+    adapted layer with the same hidden states, which need no gradient. An architecture whose upper layers read anything
+    else from below (Zamba's: the embedding again) shares nothing; that is tried out on a few tokens.
     """
 
     def __init__(self, model: PeftModel) -> None:
@@ -29,6 +37,12 @@ class SharedPrefix:
             below.append(layer)
         trained = any(p.requires_grad for module in below for p in module.parameters())
         self.modules = [] if trained else below
+        if has_values(lm.get_output_embeddings().weight) and not self._suffices(model):
+            self.modules = []
+            logger.warning(
+                "The layers below the adapters run for the policy and again for the reference: "
+                "in %s the layers above them read more than their result.", type(lm).__name__,
+            )  # fmt: skip
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
@@ -46,6 +60,18 @@ class SharedPrefix:
                 else:
                     module.forward = forward
 
+    @torch.no_grad()
+    def _suffices(self, model: PeftModel) -> bool:
+        """Whether a pass that reuses the prefix's result gives what the pass before it gave, which ran the prefix."""
+        ids = few_tokens(causal_lm(model))
+        with eval_mode(model), self.shared():
+            whole = answer_hidden(model, ids, torch.ones_like(ids), ids).hidden
+            try:
+                shared = answer_hidden(model, ids, torch.ones_like(ids), ids).hidden
+            except RuntimeError:  # a stand-in was written to
+                return False
+        return torch.allclose(shared, whole, rtol=0.0, atol=0.01 * float(whole.abs().max()))
+
 
 class _Memory:
     """The output of the prefix's last module: hidden states, or a tuple that begins with them."""
@@ -54,13 +80,23 @@ class _Memory:
         self.result: Any = None
 
     def in_place_of(self, forward: Callable[..., Any], keeps: bool) -> Callable[..., Any]:
+        stand_in: Any = None
+
         def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal stand_in
             if self.result is not None:
-                return self.result  # only the last module's output is used: the others ignore their input
+                return self.result if keeps else stand_in
             with torch.no_grad():
                 result = forward(*args, **kwargs)
             if keeps:
                 self.result = result
+            else:
+                stand_in = tree_map_only(Tensor, _stand_in, result)
             return result
 
         return run
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    """Takes the place of a result that is not needed again, without its memory; a pass that used it would give NaN."""
+    return tensor.new_full((), torch.nan if tensor.is_floating_point() else 0).expand(tensor.shape)

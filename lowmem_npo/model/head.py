@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.layers import causal_lm
+from lowmem_npo.model.modes import eval_mode
 from lowmem_npo.model.precision import compute_autocast
 
 
@@ -68,10 +69,15 @@ def answer_hidden(
         states = lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
     counts = labels[:, 1:] != IGNORE_INDEX
     return AnswerHidden(
-        hidden=states[:, :-1][counts],
+        hidden=states[:, :-1][counts].to(lm.get_output_embeddings().weight.dtype),  # on CUDA, float32 after a LayerNorm
         targets=labels[:, 1:][counts],
         sequence=counts.nonzero(as_tuple=True)[0],
     )
+
+
+def few_tokens(lm: PreTrainedModel) -> Tensor:
+    """(1, 8) int64: ids on which to try how a model computes."""
+    return torch.arange(1, 9, device=lm.device).remainder(lm.config.get_text_config().vocab_size)[None]
 
 
 @torch.no_grad()
@@ -85,15 +91,14 @@ def check_head(model: PreTrainedModel | PeftModel) -> None:
     lm = causal_lm(model)
     if not has_values(lm.get_output_embeddings().weight):
         return  # simulated: there are no logits to compare
-    ids = torch.arange(1, 9, device=lm.device).remainder(lm.config.get_text_config().vocab_size)[None]
-    mask, was_training = torch.ones_like(ids), lm.training
-    lm.eval()
-    answers = answer_hidden(lm, ids, mask, ids)
-    ours = token_logprobs(answers.hidden, frozen_head(lm), answers.targets)
-    with compute_autocast(lm):
-        logits = lm(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    ids = few_tokens(lm)
+    mask = torch.ones_like(ids)
+    with eval_mode(lm):
+        answers = answer_hidden(lm, ids, mask, ids)
+        ours = token_logprobs(answers.hidden, frozen_head(lm), answers.targets)
+        with compute_autocast(lm):
+            logits = lm(input_ids=ids, attention_mask=mask, use_cache=False).logits
     theirs = logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-    lm.train(was_training)
     # The model rounds its logits to bf16, so agreement is within a few of bf16's steps of the logits' size.
     if not torch.allclose(ours, theirs, rtol=0.05, atol=0.05):
         raise UserError(

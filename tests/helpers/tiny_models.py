@@ -41,7 +41,11 @@ def tiny_model(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """A frozen random model of `architecture` (a name in CONFIGS, or a configuration), its weights large enough for logits far from uniform."""
+    """A frozen random model, its weights large enough for logits far from uniform.
+
+    Args:
+        architecture: a name in CONFIGS, or a configuration.
+    """
     torch.manual_seed(seed)
     config = CONFIGS[architecture](vocabulary) if isinstance(architecture, str) else architecture
     config.bos_token_id, config.eos_token_id, config.pad_token_id = None, 1, 0

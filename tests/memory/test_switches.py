@@ -95,17 +95,22 @@ def _not_undone(function, q, k, slices, right=float32._by_heads):
     return (q.clone(), k.clone()) if function.__name__ == "pull_back" else right(function, q, k, slices)
 
 
-class _KeepsTheFirst(prefix._Memory):
+class _RowsChangePlaces(prefix._Memory):
     def in_place_of(self, forward, keeps):
-        self.first = getattr(self, "first", forward)
-        return super().in_place_of(forward, keeps=forward is self.first)
+        run = super().in_place_of(forward, keeps)
+
+        def flipped(*args, **kwargs):
+            reused = self.result is not None
+            return run(*args, **kwargs).flip(0) if reused else run(*args, **kwargs)
+
+        return flipped
 
 
 PLANTED = {
     "rows of a slice change places": (tiling.Slices, "_cut", _rows_change_places),
     "another layer's input comes back": (offload.HostCopy, "fetch", _fetch_zeros),
     "a rotation is not undone": (float32, "_by_heads", _not_undone),
-    "the prefix ends below its last layer": (prefix, "_Memory", _KeepsTheFirst),
+    "rows of the prefix change places": (prefix, "_Memory", _RowsChangePlaces),
 }
 
 

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from helpers.tiny_models import CONFIGS, tiny_model
+from helpers.tiny_models import CONFIGS, SIZES, tiny_model
+from transformers import GPTNeoXConfig
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.model import answer_hidden, check_head
@@ -20,6 +21,19 @@ def test_answer_hidden_gives_what_predicts_labelled_tokens():
     assert answers.targets.tolist() == [7, 8, 9, 11, 12] and answers.sequence.tolist() == [0, 0, 0, 1, 1]
     alone = model.model(ids[1:, :3]).last_hidden_state[0, :2]
     torch.testing.assert_close(answers.hidden[3:], alone)
+
+
+def test_hidden_states_have_the_type_of_the_head_where_autocast_norms_in_float32():
+    """As on CUDA, where it does this to every nn.LayerNorm."""
+    model = tiny_model(GPTNeoXConfig(vocab_size=97, **SIZES), dtype=torch.bfloat16)
+    plain = answer_hidden(model, *[torch.arange(3, 15)[None]] * 3).hidden
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.register_forward_hook(lambda module, args, output: output.float())
+    hidden = answer_hidden(model, *[torch.arange(3, 15)[None]] * 3).hidden
+    assert hidden.dtype == torch.bfloat16
+    torch.testing.assert_close(hidden, plain, rtol=0.05, atol=0.05)
+    check_head(model)
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
