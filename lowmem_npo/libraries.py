@@ -5,10 +5,22 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import io
+import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from unittest import mock
+
+
+def prepare_console() -> None:
+    """For every command, before it imports a library: what the terminal's encoding lacks is printed as an escape, and
+    bitsandbytes, which PEFT imports, does not report an optional CPU kernel missing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def quiet_libraries() -> None:
@@ -16,6 +28,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise a warning for every forked data loader
     # PEFT uses a name that transformers has replaced.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Setting `save_embedding_layers` to `True`", category=UserWarning)
     import huggingface_hub
     import transformers
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -145,3 +150,25 @@ def test_a_full_disk(byte_model, files, capsys, monkeypatch):
     monkeypatch.setattr(lowmem_npo.run_directory.shutil, "disk_usage", lambda path: usage)
     fails(capsys, run(byte_model, files), "MiB free")
     assert not (files / "out").exists()
+
+
+def test_a_terminal_that_cannot_show_the_text(byte_model, files, monkeypatch):
+    """It never ends a command: merge used to fail after writing, over one "…"."""
+    (files / "forget.jsonl").write_text(json.dumps({"question": "Zoë 鐘\u202e", "answer": "…"}) + "\n")
+    for encoding, shown in (("ascii", "Zo\\xeb \\u9418"), ("latin-1", "Zoë \\u9418"), ("utf-8", "Zoë 鐘")):
+        with monkeypatch.context() as terminal:
+            terminal.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+            assert run(byte_model, files, "--preview", "1") == 0
+            sys.stdout.flush()
+            assert shown in sys.stdout.buffer.getvalue().decode(encoding)
+
+
+def test_no_library_writes_to_the_terminal(byte_model, files):
+    data = ["--forget", files / "forget.jsonl", "--retain", files / "retain.jsonl"]
+    settings = ["--device", "cpu", "--max-steps", 1, "--eval-rows", 1, "--output-dir", files / "out"]
+    result = subprocess.run(
+        [sys.executable, "-m", "lowmem_npo", *map(str, ["train", "--model", byte_model, *data, *settings])],
+        capture_output=True, text=True, cwd=Path(__file__).parents[1], env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert not [line for line in result.stderr.splitlines() if line and not line.startswith("step 1 of 1")]
