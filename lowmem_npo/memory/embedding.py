@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -12,10 +13,11 @@ from lowmem_npo.errors import UserError
 
 
 def embedding_to_host(model: PreTrainedModel) -> None:
-    """Moves the input embedding to host memory; the rows a batch needs are copied to the device that uses them.
+    """Moves the input embedding to host memory; the rows a batch needs are copied to the device that uses them. An
+    adapter on it stays on the device.
 
     Raises:
-        UserError: the embedding is tied to the output head, which must stay on the device.
+        UserError: the embedding is tied to the output head, which must stay on the device, or is itself trained.
     """
     embedding, head = cast(nn.Embedding, model.get_input_embeddings()), model.get_output_embeddings()
     if head is not None and head.weight is embedding.weight:
@@ -23,7 +25,14 @@ def embedding_to_host(model: PreTrainedModel) -> None:
             f"--embedding-on-cpu: {type(model).__name__} shares its input embedding with the output head, which must "
             "stay on the GPU: leave the option out."
         )
-    model.set_input_embeddings(HostEmbedding(embedding))
+    layer: Any = embedding
+    frozen: Any = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    if any(parameter.requires_grad for parameter in frozen.parameters()):
+        raise UserError("--embedding-on-cpu keeps a frozen embedding, but this one is trained: leave the option out.")
+    if frozen is layer:
+        model.set_input_embeddings(HostEmbedding(frozen))
+    else:
+        layer.base_layer = HostEmbedding(frozen)
 
 
 class HostEmbedding(nn.Module):
@@ -40,9 +49,9 @@ class HostEmbedding(nn.Module):
         self.device = embedding.weight.device
         vars(self)["embedding"] = embedding.to("cpu")
 
-    @property
-    def weight(self) -> Tensor:
-        return self.embedding.weight
+    def __getattr__(self, name: str) -> Any:
+        """Its weight and settings, which adapters and transformers look at, are the embedding's."""
+        return getattr(vars(self)["embedding"], name)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """(B, S) int64 -> (B, S, d) on the device of `input_ids`."""

@@ -62,8 +62,10 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
     except (RuntimeError, ValueError) as error:  # other shapes; no layer of the adapter's names
         raise UserError(f"{misfit} ({' '.join(str(error).split())[:200]}).") from error
     adapted.active_peft_config.base_model_name_or_path = model.name_or_path  # PEFT would look for the named one
+    own = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     with safe_open(AdapterFiles(Path(folder).expanduser()).weights, framework="pt") as file:
-        unmatched = set(file.keys()) ^ set(get_peft_model_state_dict(adapted))
+        stored = set(file.keys())
+    unmatched = own ^ stored - set(adapted.state_dict())  # PEFT stores an embedding with an adapter on it as well
     if unmatched:
         raise UserError(f"{misfit} ({len(unmatched)} weights have no counterpart, {min(unmatched)} among them).")
     return adapted.eval()
