@@ -27,7 +27,7 @@ from lowmem_npo.estimate.simulator.model import fake_model
 from lowmem_npo.memory.checkpointing import is_checkpointed
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora
-from lowmem_npo.model.layers import causal_lm, decoder_layers
+from lowmem_npo.model.layers import causal_lm, decoder, decoder_layers
 from lowmem_npo.training.arguments import npo_config
 from lowmem_npo.training.trainer import NPOConfig, NPOTrainer
 
@@ -193,8 +193,8 @@ def track_kinds(gpu: FakeGPU, model: PreTrainedModel) -> None:
         if torch.is_grad_enabled() and is_checkpointed(layer):
             gpu.mark(args[0] if args else kwargs["hidden_states"], "checkpoints")
 
-    model.base_model.register_forward_pre_hook(enters_decoder)
-    model.base_model.register_forward_hook(leaves_decoder)
+    decoder(model).register_forward_pre_hook(enters_decoder)
+    decoder(model).register_forward_hook(leaves_decoder)
     for layer in decoder_layers(model):
         layer.register_forward_pre_hook(enters_layer, with_kwargs=True)
     for parameter in model.parameters():

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from lowmem_npo.memory.tiling import tile
-from lowmem_npo.model.layers import decoder_layers
+from lowmem_npo.model.layers import decoder, decoder_layers
 
 ROWS = 2048  # as float32, at hidden size 4096: 32 MiB
 HEAD_SLICES = 4
@@ -31,15 +31,24 @@ def slice_float32(model: PreTrainedModel, rows: int = ROWS) -> None:
     Args:
         rows: tokens per slice; a smaller batch is not sliced.
     """
-    for module in model.base_model.modules():
-        if type(module).__name__.endswith("Norm") and "forward" not in vars(module):  # not already in a tiled MLP
-            tile(module, rows)
+    for module in decoder(model).modules():
+        if _is_norm(module) and "forward" not in vars(module):  # not already in a tiled MLP
+            tile(module, rows, width=next((p.numel() for p in module.parameters()), None))
     for layer in decoder_layers(model):
         for module in layer.children():
             namespace = _forward_globals(module)
             rotary = namespace.get("apply_rotary_pos_emb")
             if rotary is not None and list(inspect.signature(rotary).parameters)[:4] == ["q", "k", "cos", "sin"]:
                 module.forward = WithSlicedRotary(module.forward, namespace, rows)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether it is called a norm, and treats rows alike and each by itself: one input, and one weight per column."""
+    if not type(module).__name__.endswith("Norm") or isinstance(module, nn.GroupNorm):
+        return False
+    needed = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
+    no_parts = next(module.children(), None) is None
+    return no_parts and len(needed) == 1 and all(p.ndim == 1 for p in module.parameters())
 
 
 def _forward_globals(module: nn.Module) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import inspect
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,24 +55,37 @@ def _first_module(layer: nn.Module, names: Sequence[str]) -> nn.Module | None:
     return next((child for name in names if isinstance(child := getattr(layer, name, None), nn.Module)), None)
 
 
-def tile(module: nn.Module, rows: int, followed_by: nn.Module | None = None) -> None:
-    """Replaces `module.forward` with its tiled form, which includes `followed_by`, the module called on its output."""
-    tiled = TiledForward(module, rows, followed_by)
+def tile(module: nn.Module, rows: int, followed_by: nn.Module | None = None, width: int | None = None) -> None:
+    """Replaces `module.forward` with its tiled form, which includes `followed_by`, the module called on its output.
+
+    Args:
+        width: of a row, if it must be this one: inputs of another are not sliced.
+    """
+    tiled = TiledForward(module, rows, followed_by, width)
     module.forward = tiled
     if followed_by is not None:
         followed_by.forward = tiled.already_done
 
 
 class TiledForward:
-    """Replaces the `forward` of a module that maps (..., d) to (..., e), each row by itself."""
+    """Replaces the `forward` of a module that maps (..., d) to (..., e), each row by itself.
 
-    def __init__(self, module: nn.Module, rows: int, followed_by: nn.Module | None = None) -> None:
+    Of a module that returns a tuple (an MLP with experts, and its router's scores), only the first element is computed;
+    the others, which no decoder layer reads, are None. Called in any other way, the module runs as it is.
+    """
+
+    def __init__(
+        self, module: nn.Module, rows: int, followed_by: nn.Module | None = None, width: int | None = None
+    ) -> None:
         self.modules = [module] if followed_by is None else [module, followed_by]
         self.forwards = [m.forward for m in self.modules]  # bound methods: a deep copy of the model is tiled by itself
-        self.rows = rows
+        self.rows, self.width = rows, width
+        self.others: tuple[None, ...] = ()  # in place of what a tuple holds beyond its first element
         self._last: Callable[[], Tensor | None] = lambda: None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, *args: Any, **options: Any) -> Any:
+        if args or options or self.width not in (None, x.shape[-1]):
+            return self._plain(x, *args, **options)
         parameters = [p for m in self.modules for p in m.parameters() if p.requires_grad]
         slices = Slices(self, x)
         if torch.is_grad_enabled() and (x.requires_grad or parameters):
@@ -81,6 +95,13 @@ class TiledForward:
             with torch.no_grad():
                 result = slices.forward(x)
         self._last = weakref.ref(result)
+        return (result, *self.others) if self.others else result
+
+    def _plain(self, x: Tensor, *args: Any, **options: Any) -> Any:
+        result = self.forwards[0](x, *args, **options)
+        for forward in self.forwards[1:]:
+            result = forward(result)
+            self._last = weakref.ref(result)
         return result
 
     def already_done(self, x: Tensor) -> Tensor:
@@ -92,9 +113,15 @@ class TiledForward:
 
     def rowwise(self, rows: Tensor) -> Tensor:
         """The untiled computation, on some rows: (1, n, d) -> (1, n, e)."""
+        result: Any = rows
+        if next(self.modules[0].children(), None) is not None:
+            result = rows.clone()  # an MLP may write to its input
         for forward in self.forwards:
-            rows = forward(rows)
-        return rows
+            result = forward(result)
+            if isinstance(result, tuple):
+                result, *others = result
+                self.others = (None,) * len(others)
+        return result.reshape(*rows.shape[:-1], -1)
 
 
 class Slices:
@@ -122,7 +149,8 @@ class Slices:
                     result = done.new_empty(1, x.numel() // x.shape[-1], done.shape[-1])
                 result[:, at] = done
         assert result is not None
-        return result.view(*x.shape[:-1], -1)
+        # Not a view for autograd, so that the layer may add to it in place.
+        return torch.ops.aten._unsafe_view(result, [*x.shape[:-1], result.shape[-1]])
 
     def backward(
         self, x: Tensor, wanted: Sequence[Tensor], x_wanted: bool

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowmem_npo.errors import UserError
-from lowmem_npo.model.layers import causal_lm
+from lowmem_npo.model.layers import causal_lm, decoder
 from lowmem_npo.model.modes import eval_mode
 from lowmem_npo.model.precision import compute_autocast
 
@@ -37,6 +37,8 @@ def frozen_head(model: PreTrainedModel | PeftModel) -> FrozenHead:
     layer = lm.get_output_embeddings()
     if layer is None or not hasattr(layer, "weight"):
         raise UserError(f"{type(lm).__name__} has no linear output head.")
+    if not layer.weight.is_floating_point():
+        raise UserError(f"The output head of this {type(lm).__name__} is stored quantised: the losses need it whole.")
     if isinstance(layer, (BaseTunerLayer, ModulesToSaveWrapper)):
         raise UserError("The output head has an adapter, but must stay frozen: leave it out of the LoRA targets.")
     config = lm.config.get_text_config()
@@ -66,7 +68,7 @@ def answer_hidden(
     """
     lm = causal_lm(model)
     with compute_autocast(lm):
-        states = lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        states = decoder(lm)(input_ids=input_ids, use_cache=False).last_hidden_state
     counts = labels[:, 1:] != IGNORE_INDEX
     return AnswerHidden(
         hidden=states[:, :-1][counts].to(lm.get_output_embeddings().weight.dtype),  # on CUDA, float32 after a LayerNorm

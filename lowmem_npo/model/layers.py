@@ -16,6 +16,12 @@ def causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
+def decoder(lm: PreTrainedModel) -> PreTrainedModel:
+    """The model without its head. `base_model` is the model itself where a text model is named as a part of a larger
+    one (Llama 4)."""
+    return cast(PreTrainedModel, lm.base_model if lm.base_model is not lm else lm.model)
+
+
 def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
     """The list of transformer layers, lowest first.
 
@@ -24,7 +30,7 @@ def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
     """
     lm = causal_lm(model)
     count = lm.config.get_text_config().num_hidden_layers
-    for module in lm.base_model.modules():
+    for module in decoder(lm).modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise UserError(f"The decoder layers of {type(lm).__name__} were not found ({count} in its configuration).")
