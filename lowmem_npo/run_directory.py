@@ -115,8 +115,6 @@ class RunDirectory(RunFiles):
 
     def check(self) -> None:
         """Raises a UserError unless this run may write here; writes nothing."""
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--output-dir '{self.path}' is a file: choose a directory.")
         if self.config.output.resume:
             return self._check_resume()
         if self.run_yaml.exists():
@@ -124,8 +122,7 @@ class RunDirectory(RunFiles):
             if self.is_trained:
                 state, hint = "a finished run", ""
             raise UserError(f"--output-dir '{self.path}' holds {state}: choose another directory{hint}, or remove it.")
-        if self.path.is_dir() and any(self.path.iterdir()):
-            raise UserError(f"--output-dir '{self.path}' holds other files: choose an empty or a new directory.")
+        check_empty(self.path)
         parent = next(p for p in [self.path.absolute(), *self.path.absolute().parents] if p.exists())
         if not os.access(parent, os.W_OK):
             raise UserError(f"--output-dir '{self.path}' cannot be written: no permission in '{parent}'.")
@@ -160,6 +157,14 @@ class RunDirectory(RunFiles):
             except (OSError, json.JSONDecodeError):
                 shutil.rmtree(checkpoint)
         return None
+
+
+def check_empty(path: Path) -> None:
+    """Raises a UserError if the --output-dir `path` is a file, or a directory that is not empty."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--output-dir '{path}' is a file: choose a directory.")
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"--output-dir '{path}' holds other files: choose an empty or a new directory.")
 
 
 def step_of(checkpoint: str | Path | None) -> int:

@@ -18,7 +18,7 @@ from lowmem_npo.evaluation.leaks.quantization import MERGED, QUANTIZATION
 from lowmem_npo.model.merging import check_space, find_checkpoint, find_updates, write_merged
 from lowmem_npo.model.names import resolve_name
 from lowmem_npo.model.saved_adapter import base_of_adapter, check_base, revision_of_adapter, settings_of_run
-from lowmem_npo.run_directory import RunFiles
+from lowmem_npo.run_directory import RunFiles, check_empty
 
 if TYPE_CHECKING:
     from lowmem_npo.commands.merge import MergeConfig
@@ -61,14 +61,6 @@ def merge(config: MergeConfig, say: Say = print) -> Path:
     say(f"The adapter changes {changed}; the merged model ({needed / 2**20:,.1f} MiB) is in {out}.")
     say(return_of_text(config.adapter))
     return out
-
-
-def check_empty(out: Path) -> None:
-    """Raises UserError unless a model may be written to `out`."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--output-dir '{out}' is a file: choose a directory.")
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"--output-dir '{out}' holds other files: choose an empty or a new directory.")
 
 
 def return_of_text(adapter: str) -> str:

@@ -23,7 +23,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answers import read_answers, summaries
 from lowmem_npo.files import write_atomically
 from lowmem_npo.model import load_model
-from lowmem_npo.run_directory import RunDirectory, RunFiles
+from lowmem_npo.run_directory import RunDirectory, RunFiles, check_empty
 
 STATE = "sweep_state.json"
 
@@ -139,12 +139,12 @@ def _check(runs: Sequence[SweepRun], root: Path, resume: bool) -> None:
             raise UserError("--preview shows the rows of one run: use it with `lowmem-npo train`.")
     if resume and not (root / STATE).exists():
         raise UserError(f"--resume: there is no sweep in '{root}' (no {STATE}); start it without --resume.")
-    if root.is_file():
-        raise UserError(f"--output-dir '{root}' is a file: choose a directory.")
-    if not resume and root.exists() and any(root.iterdir()):
-        is_sweep = (root / STATE).exists()
-        state, hint = ("a sweep", ", continue it with --resume") if is_sweep else ("other files", "")
-        raise UserError(f"--output-dir '{root}' holds {state}: choose another directory{hint}, or remove it.")
+    if not resume and (root / STATE).exists():
+        raise UserError(
+            f"--output-dir '{root}' holds a sweep: choose another directory, continue it with --resume, or remove it."
+        )
+    if not resume:
+        check_empty(root)
     for run in runs:
         if RunFiles(run.directory).run_yaml.exists():
             RunDirectory(replace(run.config, output=replace(run.config.output, resume=True))).check()
