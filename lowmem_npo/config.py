@@ -84,15 +84,21 @@ class DataOptions:
     """Column of the prompt. Not needed for input/output, question/answer, prompt/completion, messages and text."""
     answer_column: str | None = None
     """Column of the answer."""
+    template: str | None = None
+    """How a prompt is written before its answer. chat: with the model's chat template. plain: 'Question:
+    {prompt}\\nAnswer:' for question/answer columns, else the prompt as it is. auto: chat where the model has a chat
+    template, but plain for input/output and prompt/completion columns. Or a text such as '[INST] {prompt} [/INST]'."""
     prompt_template: str | None = None
-    """How a prompt is written before its answer, e.g. '[INST] {prompt} [/INST]'. Default:
-    'Question: {prompt}\\nAnswer:' for question/answer columns, else the prompt as it is."""
+    """Another spelling of --template with a text."""
+    system: str | None = None
+    """System prompt of rows that the chat template writes and that bring none."""
 
 
 @dataclass
 class DataConfig(DataOptions):
     """Data: what to forget, what to keep, and how it is tokenised."""
 
+    template: str = "auto"
     max_length: int = 1024
     """Tokens per row, prompt and answer together; truncated rows are counted and reported."""
     tokens: Literal["answer", "all"] = "answer"

@@ -25,6 +25,15 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def instruct_model() -> Path:
+    """The directory of SmolLM2-135M-Instruct; without it the tests that need it are skipped."""
+    folder = os.environ.get("LOWMEM_NPO_TEST_MODEL")
+    if not folder or not (Path(folder) / "config.json").is_file():
+        pytest.skip("needs SmolLM2-135M-Instruct: see LOWMEM_NPO_TEST_MODEL in CONTRIBUTING.md")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
 def olmo_tokenizer(shared_data):
     """The real tokenizer of OLMo-7B: byte-level BPE, EOS, no BOS."""
     from transformers import PreTrainedTokenizerFast

@@ -48,6 +48,9 @@ def rows_of_step(config: RunConfig) -> StepRows:
         return StepRows.of_length(config)
     from lowmem_npo.data import prepare
     from lowmem_npo.model import load_tokenizer
+    from lowmem_npo.model.loading import load_config
+    from lowmem_npo.model.stop_tokens import stop_tokens
 
-    data = prepare(load_tokenizer(config.model), config.data, config.objective.forget_term)
+    stops = stop_tokens(config.model, load_config(config.model))
+    data = prepare(load_tokenizer(config.model), config.data, config.objective.forget_term, stops)
     return StepRows.of_data(config, data.forget_targets, data.retain)

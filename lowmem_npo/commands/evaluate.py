@@ -19,7 +19,9 @@ from lowmem_npo.data import Rows, Template, bundled_rows, read_rows, to_examples
 from lowmem_npo.data.overlap import find_overlap
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Selection
+from lowmem_npo.evaluation.benchmarks.plain import PLAIN
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
+from lowmem_npo.evaluation.benchmarks.tofu import TOFU
 from lowmem_npo.evaluation.directory import THE_ADAPTER, EvaluationDirectory, digest
 from lowmem_npo.evaluation.leaks.contract import NO_HOLDOUT, SavedModel, Subject
 from lowmem_npo.evaluation.leaks.measure import run_leak_tests
@@ -37,6 +39,7 @@ from lowmem_npo.model.saved_adapter import (
     revision_of_adapter,
     settings_of_run,
 )
+from lowmem_npo.model.stop_tokens import stop_tokens
 from lowmem_npo.report.evaluation_text import evaluation_text
 from lowmem_npo.run_directory import AdapterFiles, EvaluationFiles
 
@@ -61,15 +64,17 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
     run = settings_of_run(config.adapter) if config.adapter else {}
     limit = run.get("limit") if config.bundled else None  # no data is named: the rows of the adapter's run
     config = config.completed(run)
-    load_config(model_config)
+    stops = stop_tokens(model_config, load_config(model_config))
     tokenizer = load_tokenizer(model_config)
     sources = _read(config, limit, say)
     before, notes = _read_before(config), _notes(config, run)
-    context = Context(config, tokenizer, Template(config.prompt_template), before, notes)
+    context = Context(config, tokenizer, Template.of(config, stops), before, notes)
     for benchmark in BENCHMARKS:
         benchmark.check(config)
     selected = _select(sources, context)
     leak_rows = _select_for_leaks(sources, context)
+    for line in _forms(selected, sources, leak_rows, context):
+        say(line)
     directory = EvaluationDirectory(config, _digests(config, sources))
     journal = directory.begin()
 
@@ -177,6 +182,22 @@ def _select_for_leaks(sources: Mapping[str, Rows], context: Context) -> dict[str
     return selected
 
 
+def _forms(
+    selected: Sequence[tuple[Benchmark, str, Selection]],
+    sources: Mapping[str, Rows],
+    leak_rows: Mapping[str, Selection],
+    context: Context,
+) -> list[str]:
+    """How the rows of each set are written, where no benchmark has a form of its own."""
+    named = {name for benchmark, name, _ in selected if benchmark.name in (PLAIN.name, TOFU.name)}
+    columns = cast(EvaluationConfig, context.config).columns
+    return [
+        f"{name}: {context.template.describe(to_examples(rows, **columns)[0], context.tokenizer)}"
+        for name, rows in sources.items()
+        if name in named | set(leak_rows)
+    ]
+
+
 def _counts(
     selected: Sequence[tuple[Benchmark, str, Selection]],
     sources: Mapping[str, Rows],
@@ -226,7 +247,7 @@ def _notes(config: EvaluationConfig, run: Mapping[str, Any]) -> list[str]:
             earlier = json.loads(settings.read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError, UnicodeDecodeError):
             return notes
-        names = ("prompt_template", "max_length")
+        names = ("template", "prompt_template", "system", "max_length")
         differing = [name for name in names if name in earlier and earlier[name] != getattr(config, name)]
         if other := " and ".join(f"{name} {earlier[name]!r}" for name in differing):
             notes.append(f"The earlier evaluation had {other}: the two are not comparable.")

@@ -36,12 +36,16 @@ class PreparedData:
 
 
 def prepare(
-    tokenizer: PreTrainedTokenizerBase, data: DataConfig, forget_term: ForgetTerm = ObjectiveConfig.forget_term
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataConfig,
+    forget_term: ForgetTerm = ObjectiveConfig.forget_term,
+    stops: frozenset[int] = frozenset(),
 ) -> PreparedData:
     """Reads, checks and tokenises the rows of a run. Nothing is written.
 
     Without `data.forget` and `data.retain` these are the bundled biographies and, unless `data.holdout` names others,
-    their holdout. `forget_term` decides what `forget_targets` are: for `idk`, refusals.
+    their holdout. `forget_term` decides what `forget_targets` are: for `idk`, refusals. `stops` are ids at which the
+    model stops generating, beside its tokenizer's own.
 
     Raises UserError for everything the user can fix.
     """
@@ -51,7 +55,7 @@ def prepare(
         raise UserError(f"--max-length is {data.max_length}; it must be at least 2.")
     if data.forget is None and data.retain is not None:
         raise UserError(f"There are rows to retain ({data.retain}) but none to forget; name them with --forget.")
-    template = Template(data.prompt_template)
+    template = Template.of(data, stops)
     report: list[str] = []
 
     def examples(part: str, source: str | None) -> list[Example]:
@@ -61,7 +65,7 @@ def prepare(
             rows = read_rows(source, limit=data.limit)
             columns = {"prompt_column": data.prompt_column, "answer_column": data.answer_column}
         result = to_examples(rows, **columns)
-        report.append(_origin(part, rows, result, template))
+        report.append(_origin(part, rows, result, template.describe(result[0], tokenizer)))
         return result
 
     def tokenized(part: str, rows: list[Example]) -> TokenizedRows:
@@ -96,11 +100,8 @@ def bundled_rows(part: str, *, limit: int | None = None) -> Rows:
     return Rows(f"bundled {part}.jsonl", rows[:limit], list(range(1, len(rows) + 1))[:limit])
 
 
-def _origin(part: str, rows: Rows, examples: list[Example], template: Template) -> str:
-    first = examples[0]
-    line = f"{part}: {rows.name}, columns {first.schema}"
-    if first.messages is None and first.prompt is not None:
-        line += f", written as {template.for_schema(first.schema)!r}"
+def _origin(part: str, rows: Rows, examples: list[Example], form: str) -> str:
+    line = f"{part}: {rows.name}, columns {examples[0].schema}, {form}"
     read = set[str]().union(*(example.columns for example in examples))
     if unread := [column for column in rows.columns if column not in read]:
         line += f"; not read: {', '.join(unread)}"

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from lowmem_npo.data.reading import Rows
 from lowmem_npo.errors import UserError
@@ -144,7 +144,7 @@ def _example(row: dict[str, Any], where: str, prompt_column: str | None, answer_
     return _conversation([*turns, _turn("user", prompt), _turn("assistant", answer)], row, where, schema, identity)
 
 
-def _is_turns(value: Any) -> bool:
+def _is_turns(value: Any) -> TypeGuard[list[dict[str, Any]]]:
     return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
 
 

@@ -1,25 +1,33 @@
 """How prompt and answer are joined into the text that the model sees.
 
-The default template belongs to the schema, because the rows of a schema were made for it:
+A model is asked as it was taught. One with a chat template is asked through it, except for rows that are passages cut
+in two, as many of LUME's input/output rows are, or completions (prompt/completion). Otherwise the plain form belongs to
+the schema, because the rows of a schema were made for it:
 
 - `question/answer` (TOFU and the bundled biographies): "Question: {prompt}\\nAnswer:", as TOFU's authors wrote the rows
   for the base model they fine-tuned (Phi-1.5).
-- everything else: the bare prompt. LUME's official evaluation feeds the raw `input`, and many of its rows are passages
-  cut in two, which any template would spoil.
+- everything else: the bare prompt, as LUME's official evaluation feeds the raw `input`.
 
-A model fine-tuned in another form needs that form: `--prompt-template "[INST] {prompt} [/INST]"`.
+A model fine-tuned in another form needs that form: `--template "[INST] {prompt} [/INST]"`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from lowmem_npo.config import DataOptions
 from lowmem_npo.data.schemas import Example
 from lowmem_npo.errors import UserError
 
 BARE = "{prompt}"
 DEFAULTS = {"question/answer": "Question: {prompt}\nAnswer:"}
+RAW = ("input/output", "prompt/completion")  # passages and completions: no questions to a chat model
+FORMS = ("auto", "chat", "plain")
 
 # Chinese and Japanese writing, full-width punctuation included, puts no space between sentences.
 UNSPACED = re.compile(r"[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]")
@@ -27,26 +35,68 @@ UNSPACED = re.compile(r"[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]")
 
 @dataclass(frozen=True)
 class Template:
-    r"""The text around the prompt. `text` holds {prompt} once; None takes the default of each example's schema.
+    r"""How examples are written.
 
+    text: a text that holds {prompt} once, or one of `FORMS`. The two characters \n mean a line break and \t a tab, so
+        that a shell can pass them.
+    system: the system prompt of conversations that have none.
     stops: further ids at which generation stops, as the model's own configuration has them.
-
-    The two characters \n mean a line break and \t a tab, so that a shell can pass them.
     """
 
-    text: str | None = None
+    text: str = "auto"
+    system: str | None = None
     stops: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        if self.text is not None and self.text.count("{prompt}") != 1:
+        if self.text not in FORMS and self.text.count("{prompt}") != 1:
             raise UserError(
-                f"The prompt template {self.text!r} must hold {{prompt}} exactly once, "
+                f"The template {self.text!r} must be {', '.join(FORMS)} or hold {{prompt}} exactly once, "
                 'as in "Question: {prompt}\\nAnswer:"; the answer is appended to it.'
             )
 
+    @classmethod
+    def of(cls, options: DataOptions, stops: frozenset[int] = frozenset()) -> Template:
+        """The template that the options name."""
+        text = options.template or "auto"
+        if options.prompt_template is not None:
+            if text != "auto":
+                raise UserError("--prompt-template is another spelling of --template: give one of the two.")
+            text = options.prompt_template
+        return cls(text, options.system, stops)
+
+    def messages(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[Mapping[str, Any], ...] | None:
+        """The conversation that the tokenizer's chat template is to write; None for an example in a plain form."""
+        turns = example.messages
+        if turns is None:
+            if example.prompt is None:
+                return None
+            has_template = bool(tokenizer.chat_template)
+            if self.text == "chat" and not has_template:
+                raise UserError(
+                    "--template chat: this model's tokenizer has no chat template; give --template plain, or use an "
+                    "instruction-tuned model."
+                )
+            if self.text != "chat" and not (self.text == "auto" and has_template and example.schema not in RAW):
+                if self.system is not None:
+                    raise UserError(
+                        f"{example.where}: --system is for rows that a chat template writes, and this one is written "
+                        "plain; give --template chat, or leave out --system."
+                    )
+                return None
+            turns = ({"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.answer})
+        if self.system is not None and turns[0]["role"] != "system":
+            return ({"role": "system", "content": self.system}, *turns)
+        return turns
+
+    def describe(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The form of an example, for the user."""
+        if self.messages(example, tokenizer) is not None:
+            return "written with the model's chat template"
+        return "whole texts" if example.prompt is None else f"written as {self.for_schema(example.schema)!r}"
+
     def for_schema(self, schema: str) -> str:
-        """The template that examples of `schema` are written in, line breaks resolved."""
-        if self.text is None:
+        """The plain form that examples of `schema` are written in, line breaks resolved."""
+        if self.text in FORMS:
             return DEFAULTS.get(schema, BARE)
         return self.text.replace("\\n", "\n").replace("\\t", "\t")
 
@@ -62,7 +112,7 @@ class Template:
         prompt = self.for_schema(example.schema).replace("{prompt}", example.prompt)
         bare = prompt.rstrip(" \t")
         brought = prompt[len(bare) :]
-        if example.schema == "prompt/completion" and self.text is None:
+        if example.schema == "prompt/completion" and self.text in FORMS:
             return bare, brought + example.answer
         if example.answer[0].isspace():
             return bare, example.answer

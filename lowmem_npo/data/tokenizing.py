@@ -12,7 +12,7 @@ import hashlib
 import re
 from array import array
 from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, TypedDict, cast, overload
 
 from lowmem_kernels import IGNORE_INDEX
@@ -176,8 +176,8 @@ class Encoder:
         return prompt, answer if ended else [*answer, self.tokenizer.eos_token_id]
 
     def _encode(self, example: Example) -> tuple[list[int], list[int]]:
-        if example.messages is not None:
-            return self._conversation(example.messages, example.where, example.options)
+        if (messages := self.template.messages(example, self.tokenizer)) is not None:
+            return self._conversation(messages, example)
         prompt, answer = ("", example.answer) if example.prompt is None else self.template.render(example)
         if re.search(f"({self.stop})\\s*$", answer):  # the row brings its own end
             self.doubled, self.ended, answer = True, True, answer.rstrip()
@@ -186,29 +186,30 @@ class Encoder:
         prompt_ids = self._text_ids(prompt)
         return prompt_ids, self._continuation(prompt_ids, self._text_ids(prompt + answer), answer, example.where)
 
-    def _conversation(
-        self, messages: Sequence[Message], where: str, options: Mapping[str, Any]
-    ) -> tuple[list[int], list[int]]:
+    def _conversation(self, messages: Sequence[Message], example: Example) -> tuple[list[int], list[int]]:
         """The chat template's own text: everything up to the assistant's last turn is the prompt."""
         if not self.tokenizer.chat_template:
             raise UserError(
-                f"{where} is a conversation, but this model's tokenizer has no chat template; "
+                f"{example.where} is a conversation, but this model's tokenizer has no chat template; "
                 "use an instruction-tuned model, or rows with a prompt and an answer column."
             )
         *earlier, last = messages
-        render = partial(self._render, where=where, **options)
+
+        def render(turns: Sequence[Message], **more: Any) -> str:
+            return self._render(turns, example, {**example.options, **more})
+
         prompt, whole = render(earlier, add_generation_prompt=True), render(messages)
         for name in READ:  # what the row has must reach the model
-            if name == "tools" and name in options:
-                unread = self._render(messages, where, **{**options, name: None})
+            if name == "tools" and name in example.options:
+                unread = render(messages, tools=None)
             elif name in last or (name == "tool_calls" and any(name in turn for turn in messages)):
                 unread = render([{key: turn[key] for key in turn if key != name} for turn in messages])
             else:
                 continue
             if unread == whole:
                 raise UserError(
-                    f"{where}: the model's chat template does not write {name}; write it into the content of a turn, "
-                    f"or remove it from the row."
+                    f"{example.where}: the model's chat template does not write {name}; write it into the content of "
+                    "a turn, or remove it from the row."
                 )
         plain = render([*earlier, {"role": "assistant", "content": MARK}])
         ending = plain.rpartition(MARK)[2] if MARK in plain else ""
@@ -229,17 +230,18 @@ class Encoder:
                 self.doubled, body = True, body.rstrip().removesuffix(stop[0])
         answer = body + ending
         prompt_ids = self._ids(prompt)  # the template writes the special tokens itself
-        return prompt_ids, self._continuation(prompt_ids, self._ids(prompt + answer), answer, where)
+        return prompt_ids, self._continuation(prompt_ids, self._ids(prompt + answer), answer, example.where)
 
-    def _render(self, messages: Sequence[Message], where: str, **options: Any) -> str:
+    def _render(self, messages: Sequence[Message], example: Example, options: Mapping[str, Any]) -> str:
         turns = [dict(turn) for turn in messages]
         try:
             return cast(str, self.tokenizer.apply_chat_template(turns, tokenize=False, **options))
         except Exception as error:  # a template is a program: it may raise anything
             reason = " ".join(str(error).split()).rstrip(".")
+            instead = "" if example.messages else ", or give --template plain"
             raise UserError(
-                f"{where}: the model's chat template cannot write this row ({type(error).__name__}: {reason}); "
-                "change the row, or the template in the model's directory."
+                f"{example.where}: the model's chat template cannot write this row ({type(error).__name__}: {reason}); "
+                f"change the row or the template{instead}."
             ) from error
 
     def _text_ids(self, text: str) -> list[int]:
@@ -272,7 +274,7 @@ class Encoder:
                 return candidate
         raise UserError(
             f"{where}: the tokenizer cannot write this answer after this prompt without changing the text; "
-            "end the prompt at a word boundary, or give --prompt-template."
+            "end the prompt at a word boundary, or give --template."
         )
 
 

@@ -72,10 +72,12 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
 
     def completed(self, run: Mapping[str, Any]) -> EvaluationConfig:
         """What was left open, as `run` had it (run.yaml of the adapter's run, or nothing)."""
-        known: dict[str, Any] = {
-            "prompt_template": run.get("prompt_template") if self.prompt_template is None else self.prompt_template,
-            "max_length": self.max_length or run.get("max_length") or DataConfig.max_length,
-        }
+        known: dict[str, Any] = {"max_length": self.max_length or run.get("max_length") or DataConfig.max_length}
+        if self.template is None and self.prompt_template is None:
+            known["prompt_template"] = text = run.get("prompt_template")
+            plain = "plain" if run and text is None else "auto"  # a run of a version without --template
+            known["template"] = run.get("template", plain)
+            known["system"] = run.get("system") if self.system is None else self.system
         if self.bundled and run.get("forget"):
             names = ("forget", "retain", *(["holdout"] if self.leaks else []))
             known |= {name: run.get(name) for name in names}

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoConfig
 from lowmem_npo.cli import main
 from lowmem_npo.evaluation.benchmarks import lm_eval as harness
 from lowmem_npo.evaluation.scoring import scorer as measuring
+from lowmem_npo.evaluation.settings import EvaluationConfig
 
 NAMES = ("Ada", "Bo", "Cy")
 
@@ -268,6 +269,42 @@ def test_options_not_given_are_those_of_the_run(byte_model, files, capsys):
     assert main(["evaluate", "--adapter", folder, *device, "--output-dir", str(files / "first")]) == 0
     assert result(files, "first")["rows"]["forget"] == {"scored": 2, "in_set": 2}
     fails(capsys, main(["evaluate", "--adapter", folder, *device, "--max-length", "0"]), "--max-length is 0")
+
+
+def test_a_chat_model_is_asked_in_one_form_by_train_evaluate_and_leak_tests(byte_model, files, capsys):
+    chat = files / "chat"
+    shutil.copytree(byte_model, chat)
+    (chat / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    for part, answer in (("forget", "Rome"), ("retain", "Oslo")):
+        write(files / f"{part}.jsonl", [{"question": f"Where {n}?", "answer": answer * (n + 1)} for n in range(3)])
+    folder, device = str(files / "run"), ["--dtype", "float32", "--device", "cpu"]
+    data = [word for part in ("forget", "retain") for word in (f"--{part}", str(files / f"{part}.jsonl"))]
+    assert main(["train", "--model", str(chat), *device, *data, "--system", "Be brief.", "--max-steps", "1",
+                 "--output-dir", folder]) == 0  # fmt: skip
+    assert "columns question/answer, written with the model's chat template" in capsys.readouterr().out
+    assert main(["evaluate", "--adapter", folder, "--leaks", "extraction", *device]) == 0
+    assert "forget: written with the model's chat template" in capsys.readouterr().out
+    content, trained = result(files, "run/evaluation"), json.loads((files / "run" / "after.json").read_text())
+    leaks = json.loads((files / "run" / "leaks.json").read_text())["after"]["extraction"]
+    for part in ("forget", "retain"):
+        assert content["answers"][part]["nll"] == pytest.approx(trained[part]["summary"]["nll"], rel=1e-5)
+    assert content["leaks"]["extraction"]["nll"] == pytest.approx(leaks["nll"], rel=1e-5)
+    for form in (["--template", "plain"], ["--system", "Be long."]):
+        assert main(["evaluate", "--adapter", folder, *device, "--output-dir", str(files / form[1]), *form]) == 0
+        assert result(files, form[1])["answers"]["forget"]["nll"] != pytest.approx(content["answers"]["forget"]["nll"])
+
+
+def test_the_form_of_a_run_made_before_there_was_a_choice_is_plain():
+    config = EvaluationConfig(adapter="run")
+    assert config.completed({"prompt_template": None}).template == "plain"
+    assert config.completed({}).template == "auto"
+    completed = config.completed({"prompt_template": "Q: {prompt}"})
+    assert (completed.template, completed.prompt_template) == ("auto", "Q: {prompt}")
+    given = EvaluationConfig(adapter="run", template="chat").completed({"prompt_template": "Q: {prompt}"})
+    assert (given.template, given.prompt_template) == ("chat", None)
 
 
 def test_the_base_is_loaded_in_the_adapters_revision(byte_model, files, monkeypatch):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from lowmem_npo.config import DataConfig
 from lowmem_npo.data.schemas import Example
 from lowmem_npo.data.templates import Template
+from lowmem_npo.data.tokenizing import tokenize
 from lowmem_npo.errors import UserError
 
 
-def render(prompt, answer, schema="input/output", template=None):
+def render(prompt, answer, schema="input/output", template="auto"):
     return Template(template).render(Example(prompt, answer, "f, line 1", schema))
 
 
@@ -54,6 +56,77 @@ def test_a_template_serves_every_schema():
 
 
 @pytest.mark.parametrize("template", ["Question:", "{prompt} {prompt}", "{question}", ""])
-def test_a_template_holds_the_prompt_once(template):
+def test_a_text_holds_the_prompt_once(template):
     with pytest.raises(UserError, match="exactly once"):
         Template(template)
+
+
+@pytest.mark.parametrize(
+    ("text", "schema", "chat"),
+    [
+        ("auto", "question/answer", True),
+        ("auto", "ask/say", True),
+        ("auto", "instruction/output", True),
+        ("auto", "input/output", False),
+        ("auto", "prompt/completion", False),
+        ("chat", "input/output", True),
+        ("plain", "question/answer", False),
+        ("Q: {prompt}", "question/answer", False),
+    ],
+)
+def test_a_chat_model_is_asked_through_its_template_where_rows_are_questions(
+    chat_tokenizer, bpe_tokenizer, text, schema, chat
+):
+    example = Example("Who?", "She.", "f, line 1", schema)
+    row = tokenize([example], chat_tokenizer, template=Template(text))[0]
+    prompt = chat_tokenizer.decode(row["input_ids"][: row["prompt_length"]])
+    if chat:
+        asked = [{"role": "user", "content": "Who?"}]
+        assert prompt == chat_tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        assert chat_tokenizer.decode(row["input_ids"][row["prompt_length"] :]) == "She.<|im_end|>"
+        assert Template(text).describe(example, chat_tokenizer) == "written with the model's chat template"
+    else:
+        assert prompt == Template(text).render(example)[0]
+        assert Template(text).describe(example, chat_tokenizer).startswith("written as ")
+    if text != "chat":  # a base model has no chat template
+        assert "<|im_start|>" not in bpe_tokenizer.decode(
+            tokenize([example], bpe_tokenizer, template=Template(text))[0]["input_ids"]
+        )
+
+
+def test_chat_needs_a_chat_template(bpe_tokenizer):
+    with pytest.raises(UserError, match="--template chat: this model's tokenizer has no chat template"):
+        tokenize([Example("Who?", "She.", "f, line 1", "question/answer")], bpe_tokenizer, template=Template("chat"))
+
+
+def test_documents_stay_documents(chat_tokenizer):
+    for text in ("auto", "chat"):
+        row = tokenize([Example(None, "She.", "f, line 1", "text")], chat_tokenizer, template=Template(text))[0]
+        assert chat_tokenizer.decode(row["input_ids"]) == "She.<|endoftext|>"
+
+
+def test_a_system_prompt_stands_before_rows_that_have_none(chat_tokenizer):
+    template = Template(system="Be brief.")
+    user, answer = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "She."}
+    own = {"role": "system", "content": "Be long."}
+    for example, system in (
+        (Example("Who?", "She.", "f, line 1", "question/answer"), "Be brief."),
+        (Example("Who?", "She.", "f, line 1", "messages", None, (user, answer)), "Be brief."),
+        (Example("Who?", "She.", "f, line 1", "messages", None, (own, user, answer)), "Be long."),
+    ):
+        row = tokenize([example], chat_tokenizer, template=template)[0]
+        turns = [{"role": "system", "content": system}, user]
+        assert row["input_ids"][: row["prompt_length"]] == chat_tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_dict=False
+        )
+    with pytest.raises(UserError, match="f, line 1: --system is for rows that a chat template writes"):
+        tokenize([Example("Who?", "She.", "f, line 1", "input/output")], chat_tokenizer, template=template)
+
+
+def test_both_spellings_of_a_text():
+    text = "Q: {prompt}"
+    for options in (DataConfig(template=text), DataConfig(prompt_template=text)):
+        assert Template.of(options) == Template(text)
+    assert Template.of(DataConfig(system="S"), frozenset({3})) == Template("auto", "S", frozenset({3}))
+    with pytest.raises(UserError, match="--prompt-template is another spelling of --template"):
+        Template.of(DataConfig(template="chat", prompt_template=text))

@@ -214,7 +214,7 @@ def test_what_cannot_be_tokenised_is_refused(olmo_tokenizer):
     ],
 )
 def test_special_tokens_that_the_row_or_the_template_brings_are_written_once(llama_tokenizer, example, template, text):
-    rows = tokenize([example], llama_tokenizer, template=Template(template))
+    rows = tokenize([example], llama_tokenizer, template=Template(template or "auto"))
     ids = rows[0]["input_ids"]
     assert (ids.count(1), ids[0], ids[-1]) == (1, 1, 2) and ids[-2] != 2
     assert rows.repeated == (text is not None)

@@ -38,6 +38,8 @@ from lowmem_npo.evaluation.leaks.registry import WHILE_TRAINING, leak_tests
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model, load_tokenizer, reference_mode, resolve_name
 from lowmem_npo.model.loading import DTYPES, load_config, resolve_device
+from lowmem_npo.model.notes import model_notes
+from lowmem_npo.model.stop_tokens import stop_tokens
 from lowmem_npo.report.audit import begin_audit, check_same_rows, finish_audit
 from lowmem_npo.report.evaluation_text import leaks_text
 from lowmem_npo.report.files import write_report
@@ -136,8 +138,9 @@ def read_inputs(config: RunConfig, say: Say, known: Inputs | None = None) -> Inp
     leak_tests(config.output.leaks, WHILE_TRAINING)
     if known is None:
         model_config, tokenizer = load_config(config.model), load_tokenizer(config.model)
-        known = Inputs(model_config, tokenizer, prepare(tokenizer, config.data, config.objective.forget_term))
-    for line in known.data.report:
+        data = prepare(tokenizer, config.data, config.objective.forget_term, stop_tokens(config.model, model_config))
+        known = Inputs(model_config, tokenizer, data)
+    for line in [*model_notes(known.model_config, config.model), *known.data.report]:
         say(line)
     return known
 
