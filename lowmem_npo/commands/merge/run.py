@@ -6,10 +6,10 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from lowmem_npo.commands.merge.options import MergeConfig
 from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.directory import is_of_adapter
@@ -19,9 +19,6 @@ from lowmem_npo.model.merging import check_space, find_checkpoint, find_updates,
 from lowmem_npo.model.names import resolve_name
 from lowmem_npo.model.saved_adapter import base_of_adapter, check_base, revision_of_adapter, settings_of_run
 from lowmem_npo.run_directory import RunFiles, check_empty
-
-if TYPE_CHECKING:
-    from lowmem_npo.commands.merge import MergeConfig
 
 DTYPES = {"bf16": torch.bfloat16, "stored": None}
 

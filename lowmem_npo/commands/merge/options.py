@@ -1,0 +1,24 @@
+"""What `lowmem-npo merge` can be asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class MergeConfig:
+    """Merge an adapter into the weights of its base model, on the CPU, one file of the checkpoint at a time."""
+
+    adapter: str
+    """Directory of the adapter, as `lowmem-npo train` wrote it."""
+    output_dir: str
+    """Directory of the merged model; new or empty."""
+    model: str | None = None
+    """Hub name or local directory of the base model. Default: the model that the adapter was trained on."""
+    revision: str | None = None
+    """Branch, tag or commit of the base model on the hub. Default: the one that the adapter was trained on."""
+    any_base: bool = False
+    """Accept an adapter that names another base model (the same weights in another place)."""
+    dtype: Literal["bf16", "stored"] = "bf16"
+    """Type of the merged weights: bf16, or the type in which the base model is stored."""
