@@ -15,7 +15,7 @@ from lowmem_npo.evaluation.result import Evaluation
 from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.files import file_sha256, write_atomically
-from lowmem_npo.run_directory import EvaluationFiles
+from lowmem_npo.run_directory import EvaluationFiles, check_empty
 
 THE_ADAPTER = "the adapter"  # among the digests of settings.json
 
@@ -35,8 +35,6 @@ class EvaluationDirectory(EvaluationFiles):
 
         Raises UserError where it holds another evaluation or other files.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--output-dir '{self.path}' is a file: choose a directory.")
         if self.config.resume:
             self._check_resume()
         elif self.settings.exists():
@@ -44,8 +42,8 @@ class EvaluationDirectory(EvaluationFiles):
                 f"--output-dir '{self.path}' holds an evaluation: continue it with --resume, "
                 "choose another directory, or remove it."
             )
-        elif self.path.is_dir() and any(self.path.iterdir()):
-            raise UserError(f"--output-dir '{self.path}' holds other files: choose an empty or a new directory.")
+        else:
+            check_empty(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.settings, json.dumps(self._now(), indent=2, ensure_ascii=False) + "\n")
