@@ -32,6 +32,7 @@ from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.libraries import quiet_libraries
 from lowmem_npo.model import load_model, load_tokenizer, resolve_name
 from lowmem_npo.model.loading import load_config
+from lowmem_npo.model.notes import model_notes
 from lowmem_npo.model.saved_adapter import (
     base_of_adapter,
     check_base,
@@ -64,7 +65,10 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
     run = settings_of_run(config.adapter) if config.adapter else {}
     limit = run.get("limit") if config.bundled else None  # no data is named: the rows of the adapter's run
     config = config.completed(run)
-    stops = stop_tokens(model_config, load_config(model_config))
+    architecture = load_config(model_config)
+    for line in model_notes(architecture, model_config):
+        say(line)
+    stops = stop_tokens(model_config, architecture)
     tokenizer = load_tokenizer(model_config)
     sources = _read(config, limit, say)
     before, notes = _read_before(config), _notes(config, run)

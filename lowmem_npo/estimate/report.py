@@ -9,11 +9,13 @@ from transformers import PretrainedConfig
 
 from lowmem_npo.config import ModelConfig, RunConfig
 from lowmem_npo.errors import UserError
-from lowmem_npo.estimate.budget import fit_budget
+from lowmem_npo.estimate.budget import Fit, fit_budget
 from lowmem_npo.estimate.step import Estimate, StepRows, estimate
 from lowmem_npo.model import resolve_name
 from lowmem_npo.model.known_configs import known_config, known_names
-from lowmem_npo.model.loading import load_config
+from lowmem_npo.model.loading import DTYPES, load_config
+from lowmem_npo.model.notes import model_notes
+from lowmem_npo.model.quantization import quantization_of
 from lowmem_npo.sizes import gib
 
 
@@ -22,11 +24,13 @@ class Report:
     """An estimate and the settings it is for."""
 
     model: str
+    weights: str
     config: RunConfig
     rows: StepRows
     estimate: Estimate
     budget: int | None
     flags: list[str]
+    notes: list[str]
 
     def as_json(self) -> dict[str, Any]:
         result = self.estimate
@@ -40,13 +44,14 @@ class Report:
             "budget_bytes": self.budget,
             "fits": None if self.budget is None else result.fits(self.budget),
             "flags": self.flags,
+            "notes": self.notes,
             "rows": {"forget": list(self.rows.forget), "retain": list(self.rows.retain)},
         }
 
     def text(self) -> str:
-        result, weights = self.estimate, "4-bit NF4" if self.config.model.qlora else self.config.model.dtype
+        result = self.estimate
         rows = f"{_rows(self.rows.forget, 'forget')}, {_rows(self.rows.retain, 'retain')}"
-        lines = [f"{self.model}, {weights}; at once {rows}"]
+        lines = [*self.notes, f"{self.model}, {self.weights}; at once {rows}"]
         lines += [_line("peak of a training step (simulated)", result.peak_bytes)]
         lines += [_line(f"  {kind}", size) for kind, size in result.by_kind.items() if size]
         lines += [_line("CUDA context (assumed, outside PyTorch)", result.context_bytes)]
@@ -67,10 +72,14 @@ def report(config: RunConfig, rows: StepRows) -> Report:
     """
     architecture = architecture_of(config.model)
     budget, name = config.memory.budget_bytes, resolve_name(config.model.model)[0]
+    notes = model_notes(architecture, config.model)
+    quantization = quantization_of(architecture, config.model.qlora, DTYPES[config.model.dtype])
+    weights = f"4-bit {quantization.bnb_4bit_quant_type.upper()}" if quantization else config.model.dtype
     if budget is None:
-        return Report(name, config, rows.micro_batch(config), estimate(config, architecture, rows), None, [])
-    fit = fit_budget(config, architecture, budget, rows)
-    return Report(name, fit.config, rows.micro_batch(fit.config), fit.estimate, budget, fit.flags)
+        fit = Fit(config, estimate(config, architecture, rows), [])
+    else:
+        fit = fit_budget(config, architecture, budget, rows)
+    return Report(name, weights, fit.config, rows.micro_batch(fit.config), fit.estimate, budget, fit.flags, notes)
 
 
 def architecture_of(config: ModelConfig) -> PretrainedConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +25,7 @@ from lowmem_npo.config import ModelConfig
 from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.names import resolve_name
-from lowmem_npo.model.quantization import nf4
+from lowmem_npo.model.quantization import one_tensor_at_a_time, quantization_of, stored_quantization
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 
@@ -51,7 +52,20 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
     if type(loaded) not in MODEL_FOR_CAUSAL_LM_MAPPING or not causal:
         kind = ", ".join(architectures) or loaded.model_type
         raise UserError(f"'{name}' is not a causal language model but {kind}: give an ...ForCausalLM model.")
+    stored_quantization(loaded)  # raises if it cannot be trained on
     return loaded
+
+
+def attention_of(architecture: PretrainedConfig, wanted: str) -> str:
+    """The attention implementation: `wanted`, or eager in place of SDPA where transformers has none.
+
+    Raises:
+        UserError: flash attention, where transformers has none.
+    """
+    kind = cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(architecture)])
+    if wanted == "flash_attention_2" and not kind._supports_flash_attn:
+        raise UserError(f"--attn flash_attention_2: transformers has none for {kind.__name__}; use --attn sdpa.")
+    return "eager" if wanted == "sdpa" and not kind._supports_sdpa else wanted
 
 
 def load_model(config: ModelConfig, say: Say = print) -> PreTrainedModel:
@@ -71,20 +85,25 @@ def load_model(config: ModelConfig, say: Say = print) -> PreTrainedModel:
     _check_can_run(config, device)
     name, _ = resolve_name(config.model)
     loaded_config = load_config(config)
+    quantization = quantization_of(loaded_config, config.qlora, dtype)
+    if quantization and stored_quantization(loaded_config):  # its own recipe, but for the type that it computes in
+        loaded_config.quantization_config, quantization = quantization.to_dict(), None
     model: PreTrainedModel
+    auto_model: Any = AutoModelForCausalLM  # whose type has no loading info
     try:
-        model, loaded_weights = cast(Any, AutoModelForCausalLM).from_pretrained(  # its type forgets the loading info
-            name,
-            config=loaded_config,
-            revision=config.revision,
-            dtype=dtype,
-            attn_implementation=config.attn,
-            quantization_config=nf4(dtype) if config.qlora else None,
-            device_map={"": device},
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # which `_check_weights` refuses by name
-        )
+        with one_tensor_at_a_time() if quantization else nullcontext():
+            model, loaded_weights = auto_model.from_pretrained(
+                name,
+                config=loaded_config,
+                revision=config.revision,
+                dtype=dtype,
+                attn_implementation=attention_of(loaded_config, config.attn),
+                quantization_config=quantization,
+                device_map={"": device},
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # which `_check_weights` refuses by name
+            )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

@@ -1,9 +1,15 @@
-"""The 4-bit recipe of QLoRA (Dettmers et al. 2023)."""
+"""Four-bit weights: the recipe of QLoRA (Dettmers et al. 2023), and checkpoints that are stored so already."""
 
 from __future__ import annotations
 
+import os
+from contextlib import AbstractContextManager
+from unittest import mock
+
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PretrainedConfig
+
+from lowmem_npo.errors import UserError
 
 
 def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -14,3 +20,38 @@ def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def quantization_of(architecture: PretrainedConfig, qlora: bool, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """How the linear layers are held in memory: as the checkpoint stores them, else in NF4 with `qlora`."""
+    stored = stored_quantization(architecture)
+    if stored is None:
+        return nf4(dtype) if qlora else None
+    stored.bnb_4bit_compute_dtype = dtype
+    return stored
+
+
+def stored_quantization(architecture: PretrainedConfig) -> BitsAndBytesConfig | None:
+    """How the checkpoint itself is quantised, if it is.
+
+    Raises:
+        UserError: in a way that cannot be trained on here.
+    """
+    holders = (architecture, architecture.get_text_config())
+    stored = next((found for holder in holders if (found := getattr(holder, "quantization_config", None))), None)
+    if stored is None:
+        return None
+    settings = dict(stored if isinstance(stored, dict) else stored.to_dict())
+    if settings.get("load_in_4bit"):
+        return BitsAndBytesConfig.from_dict(settings)
+    method = str(settings.get("quant_method", "8 bits"))
+    raise UserError(
+        f"The weights of '{architecture.name_or_path}' are stored quantised ({method.lower()}), and cannot be trained "
+        "on here: give the model that they were made from, with --qlora."
+    )
+
+
+def one_tensor_at_a_time() -> AbstractContextManager:
+    """Inside, transformers reads a tensor when the one before is quantised. The first releases of version 5 read
+    ahead, and hold most of the model unquantised."""
+    return mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"})

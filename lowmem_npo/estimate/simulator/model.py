@@ -15,8 +15,8 @@ from transformers.quantizers import AutoHfQuantizer
 
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.estimate.simulator.gpu import GPU
-from lowmem_npo.model.loading import DTYPES
-from lowmem_npo.model.quantization import nf4
+from lowmem_npo.model.loading import DTYPES, attention_of
+from lowmem_npo.model.quantization import quantization_of
 
 
 def fake_model(architecture: PretrainedConfig, config: ModelConfig) -> PreTrainedModel:
@@ -25,11 +25,11 @@ def fake_model(architecture: PretrainedConfig, config: ModelConfig) -> PreTraine
     A 4-bit layer is bitsandbytes' own, and its weight comes from bitsandbytes' own quantisation; only the class
     `Params4bit`, which cannot hold a fake tensor, is replaced by a plain parameter with the same attributes.
     """
-    dtype = DTYPES[config.dtype]
+    dtype, attention = DTYPES[config.dtype], attention_of(architecture, config.attn)
     with _disable_current_modes(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(architecture, attn_implementation=config.attn, dtype=dtype)
-        if config.qlora:
-            quantizer = AutoHfQuantizer.from_config(nf4(dtype), pre_quantized=False)
+        model = AutoModelForCausalLM.from_config(architecture, attn_implementation=attention, dtype=dtype)
+        if quantization := quantization_of(architecture, config.qlora, dtype):
+            quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
             quantizer.preprocess_model(model=model, device_map=None)
             quantizer.postprocess_model(model)
             model.hf_quantizer = quantizer

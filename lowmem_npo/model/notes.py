@@ -1,0 +1,40 @@
+"""What a model's configuration alone says about a run, known before any weight is loaded."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from lowmem_npo.config import ModelConfig
+from lowmem_npo.model.loading import DTYPES, attention_of
+from lowmem_npo.model.quantization import stored_quantization
+from lowmem_npo.sizes import gib
+
+
+def model_notes(architecture: PretrainedConfig, config: ModelConfig) -> list[str]:
+    """A line for each thing that is not as the options say.
+
+    Raises:
+        UserError: the options and this architecture do not go together.
+    """
+    lines, kind = [], architecture.model_type
+    if attention_of(architecture, config.attn) != config.attn:
+        lines.append(f"transformers has no SDPA attention for {kind}: --attn eager is used, which takes more memory.")
+    if stored := stored_quantization(architecture):
+        lines.append(f"The weights are stored in 4 bits ({stored.bnb_4bit_quant_type}) and stay so.")
+    if config.qlora and (size := _unquantised_experts(architecture, DTYPES[config.dtype])):
+        lines.append(
+            f"--qlora leaves the experts in {config.dtype} ({gib(size)}): bitsandbytes quantises linear layers, and "
+            f"{kind} keeps all experts of a layer in one tensor."
+        )
+    return lines
+
+
+def _unquantised_experts(architecture: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of weights that are neither matrices nor those of a convolution."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architecture, attn_implementation="eager", dtype=dtype)
+    convolutions = (nn.Conv1d, nn.Conv2d)
+    modules = [module for module in model.modules() if not isinstance(module, convolutions)]
+    return sum(p.nbytes for module in modules for p in module.parameters(recurse=False) if p.ndim > 2)
