@@ -155,12 +155,13 @@ def _launches(capability, variant: Variant, both_directions: bool) -> Iterator[t
 
 
 def _specimen(name: str, kernel, arguments: dict, capability: tuple[int, int]) -> Specimen:
-    """Types and constants as Triton's launcher chooses them: None and 1 are constants; multiples of 16 are noted."""
+    """Types and constants as Triton's launcher chooses them: None and 1 are constants; multiples of 16 are noted. Neither
+    1 nor those of a parameter that the kernel does not specialise on."""
     num_warps, num_stages = arguments.pop("num_warps"), arguments.pop("num_stages")
     signature, constexprs, attrs = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        value, fixed = arguments[parameter.name], parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not fixed):
             signature[parameter.name] = "constexpr"
             constexprs[parameter.name] = value
         elif isinstance(value, Tensor):
@@ -169,7 +170,7 @@ def _specimen(name: str, kernel, arguments: dict, capability: tuple[int, int]) -
                 attrs[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not fixed:
                 attrs[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32"

@@ -102,8 +102,11 @@ def _kept_rows(targets: Tensor | None, vocabulary: int) -> Tensor | None:
 def _full_precision(device_type: str) -> Iterator[None]:
     """Products are exact to their dtype whatever the caller's settings: no autocast, TF32 or sums kept in 16 bits."""
     cuda, cpu = torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)
-    settings: list[tuple[Any, str, bool | str]]
-    settings = [(cuda, f"allow_{dtype}_reduced_precision_reduction", False) for dtype in ("bf16", "fp16")]
+    settings: list[tuple[Any, str, Any]] = []
+    reductions = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+    split_k = {name: getattr(cuda, f"{name}_split_k", None) for name in reductions}  # None: torch has no such setting
+    for name in reductions:
+        settings.append((cuda, name, False if split_k[name] is None else (False, split_k[name])))
     if hasattr(cuda, "fp32_precision"):
         settings += [(cuda, "fp32_precision", "ieee"), (cpu, "fp32_precision", "ieee")]
     else:  # torch < 2.9
@@ -118,7 +121,7 @@ def _full_precision(device_type: str) -> Iterator[None]:
             yield
     finally:
         for (backend, name, _), value in zip(settings, before, strict=True):
-            setattr(backend, name, value)
+            setattr(backend, name, value if split_k.get(name) is None else (value, split_k[name]))
 
 
 @torch.library.custom_op("lowmem_kernels::solve", mutates_args=())

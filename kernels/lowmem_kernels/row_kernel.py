@@ -27,7 +27,7 @@ def row_config(capability: tuple[int, int]) -> RowConfig:
     return RowConfig(ROWS=1, BLOCK=4096, num_warps=8 if capability[0] == 10 else 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # compiled once, however many tokens a batch has
 def row_kernel(
     z_ptr,  # (r, stride) float32: h W^T; on return its first V entries of dtype GRAD_DTYPE are the gradient
     ref_z_ptr,  # (r, stride) float32: h_ref W^T, or None

@@ -13,7 +13,7 @@ from lowmem_kernels.device_math import dot, loss_slope, rounded
 from lowmem_kernels.tile_statistics import load_statistics, tile_logits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def slope_kernel(
     hidden_ptr,  # (N, D)
     ref_hidden_ptr,  # (N, D) or None
@@ -80,7 +80,7 @@ def slope_kernel(
     tl.store(slope_ptr + row[:, None] * slope_stride + place[None, :], slope, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def product_kernel(
     slope_ptr,  # (N, slope_stride): d loss / d product of the entries first_column, first_column + 1, ...
     weight_ptr,  # (V, D)

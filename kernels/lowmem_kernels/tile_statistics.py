@@ -20,7 +20,7 @@ from lowmem_kernels.device_math import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "tiles_per_share"])  # compiled once, however many tokens a batch has
 def sweep_kernel(
     hidden_ptr,  # (N, D)
     ref_hidden_ptr,  # (N, D) or None
@@ -78,7 +78,7 @@ def sweep_kernel(
     store_statistics(statistics_ptr + share.to(tl.int64) * count * N + row, N, is_row, whole, WITH_REF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "shares"])
 def finalise_kernel(
     hidden_ptr,  # (N, D)
     ref_hidden_ptr,  # (N, D) or None

@@ -115,6 +115,9 @@ class NPOTrainer(Trainer):
                 "gamma or delta is positive but there are no retain rows: give retain_dataset, or set both to 0."
             )
         check_head(model)
+        # cuDNN's attention, PyTorch's choice on Hopper and Blackwell, plans anew for every length of a batch: about a
+        # second each. For the whole process: a layer's recomputation must choose as its first pass did.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         args._n_gpu = min(args.n_gpu, 1)  # several GPUs are used by several processes, never by DataParallel
         self.head = frozen_head(model)
         self.reference = LiveReference(model, self.head, self.objective)

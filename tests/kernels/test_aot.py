@@ -50,3 +50,25 @@ assert taken.spilled > 0 and taken.shared > 101_376 and taken.exceed((8, 6)), ta
 """
     process = compile_in_another_process("-c", program)
     assert process.returncode == 0, process.stderr[-2000:]
+
+
+def test_the_number_of_tokens_compiles_nothing_anew():
+    """Batches of 300, 304 and 305 tokens, of which one is a multiple of 16, and chunks of a single token."""
+    program = """
+import torch
+from lowmem_kernels import FrozenHead, aot, chunks_engine, retain_loss
+from lowmem_kernels.launch import recording
+meta = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="meta")
+chunks_engine.tokens_per_chunk = lambda n, bytes_each: 304
+for engine in ("chunks", "tiles"):
+    compiled = set()
+    for n in (300, 304, 305):
+        with recording((8, 6)) as record:
+            hidden, targets = meta(n, 256).requires_grad_(), meta(n, dtype=torch.int64)
+            retain_loss(hidden, meta(n, 256), FrozenHead(meta(50304, 256)), targets, 1.0, 1.0, engine=engine)
+        keys = [str(aot._specimen(k.fn.__name__, k, dict(a), (8, 6))) for k, a in record.launches]
+        compiled.add(tuple(sorted(set(keys))))
+    assert len(compiled) == 1, compiled
+"""
+    process = compile_in_another_process("-c", program)
+    assert process.returncode == 0, process.stderr[-2000:]

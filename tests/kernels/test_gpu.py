@@ -89,11 +89,13 @@ def test_kl_levels(engine, level, direction):
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_identical_hidden_is_exactly_zero(engine, softcap):
+def test_identical_hidden_is_zero(engine, softcap):
+    """To the bit where the kernel is ours; cuBLAS may sum the rows of one product in different orders (split-K)."""
     case = make_case(1000, 2048, 50304, bias=True, softcap=softcap, device=DEVICE)
-    outcome = run(replace(case, ref_hidden=case.hidden.clone()), engine)
-    assert (outcome.kl == 0).all() and (outcome.kl_grad == 0).all()
-    assert (run(case, engine).kl > 0).all()
+    apart, same = run(case, engine), run(replace(case, ref_hidden=case.hidden.clone()), engine)
+    kl, grad = (0.0, 0.0) if engine == "tiles" else (1e-6 * apart.kl.min(), 1e-3 * apart.kl_grad.abs().max())
+    assert (apart.kl > 0).all()
+    assert (same.kl <= kl).all() and (same.kl_grad.abs() <= grad).all()
 
 
 def test_same_bits_every_run(engine):

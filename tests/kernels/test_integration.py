@@ -5,7 +5,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from lowmem_kernels import FrozenHead, retain_loss, token_kl, token_logprobs
+from lowmem_kernels import FrozenHead, dispatch, retain_loss, token_kl, token_logprobs
 
 from tests.kernels.reference import Case, make_case, relative, run, run_jointly
 
@@ -130,6 +130,28 @@ def test_precision_settings_are_restored(engine):
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction_split_k"),
+    reason="this torch has no setting for split-K",
+)
+@pytest.mark.parametrize("setting", [(False, False), (True, True), (False, True)])
+def test_the_setting_for_split_k_is_left_alone(setting):
+    cuda = torch.backends.cuda.matmul
+    name = "allow_bf16_reduced_precision_reduction"
+
+    def current():
+        return getattr(cuda, name), getattr(cuda, f"{name}_split_k")
+
+    before = current()
+    try:
+        setattr(cuda, name, setting)
+        with dispatch._full_precision("cpu"):
+            assert current() == (False, setting[1])
+        assert current() == setting
+    finally:
+        setattr(cuda, name, before)
 
 
 def test_inside_a_compiled_function(engine):

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from helpers.tiny_models import CONFIGS, SIZES, tiny_model
-from transformers import GPTNeoXConfig
+from transformers import GPTNeoXConfig, PhiConfig
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.model import answer_hidden, check_head
@@ -36,6 +36,13 @@ def test_hidden_states_have_the_type_of_the_head_where_autocast_norms_in_float32
     check_head(model)
 
 
+def test_a_large_offset_of_all_logits_is_no_other_head():
+    """The model's bf16 logits of 1000 and more are rounded to multiples of 4 or 8; the kernels' are not."""
+    model = tiny_model(PhiConfig(vocab_size=97, **SIZES), dtype=torch.bfloat16)
+    model.lm_head.bias.data.fill_(1000)
+    check_head(model)
+
+
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_every_head_is_supported(architecture):
     check_head(tiny_model(architecture))
@@ -43,8 +50,9 @@ def test_every_head_is_supported(architecture):
 
 
 @pytest.mark.parametrize("architecture, change", [("gemma2", {"softcap": None}), ("granite", {"logit_scale": 1.0})])
-def test_an_unsupported_head_is_refused(architecture, change, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_unsupported_head_is_refused(architecture, change, dtype, monkeypatch):
     right = head_module.frozen_head
     monkeypatch.setattr(head_module, "frozen_head", lambda model: dataclasses.replace(right(model), **change))
     with pytest.raises(UserError, match="logits"):
-        check_head(tiny_model(architecture))
+        check_head(tiny_model(architecture, dtype=dtype))

@@ -176,3 +176,10 @@ def test_no_gradient_below_the_lowest_adapter(rows, tmp_path):
     model.get_input_embeddings().register_forward_hook(lambda m, a, output: embedded.append(output.requires_grad))
     make_trainer(model, tmp_path, *rows).train()
     assert embedded and not any(embedded)
+
+
+def test_attention_does_not_plan_anew_for_every_length(rows, tmp_path):
+    """As cuDNN's would on a GPU."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    make_trainer(tiny_model("olmo"), tmp_path, *rows).train()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
