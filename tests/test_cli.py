@@ -88,6 +88,11 @@ def test_an_output_directory_in_use(byte_model, files, capsys):
 def test_an_unknown_target_lists_the_candidates(byte_model, files, capsys):
     fails(capsys, run(byte_model, files, "--lora-targets", "query"), "query", "q_proj", "down_proj")
     fails(capsys, run(byte_model, files, "--lora-targets", "lm_head"), "lm_head", "frozen")
+    for other in ("norm", "self_attn", "act_fn", "embed_tokens --lora-layers 0"):  # PEFT adapts none of these
+        options = ["--dry-run", "--lora-targets", *other.split()]
+        fails(
+            capsys, run(byte_model, files, *options), "PEFT cannot adapt these (Target module", "down_proj, gate_proj"
+        )
     assert not (files / "out").exists()
 
 

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lowmem_npo.config import AdapterConfig
 from lowmem_npo.errors import UserError
@@ -45,10 +45,23 @@ def attach_lora(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
         layers_to_transform=config.layers,
         bias="none",
     )
-    adapted = get_peft_model(model, lora)
+    candidates = _candidates(model)
+    try:
+        adapted = get_peft_model(model, lora)
+    except ValueError as error:  # a norm, a whole block; a layer that `lora_layers` leaves out
+        reason = str(error).splitlines()[0].split(". ")[0].rstrip("(")
+        raise UserError(
+            f"--lora-targets {' '.join(config.lora_targets)}: PEFT cannot adapt these ({reason}); {candidates}."
+        ) from error
     model.disable_input_require_grads()  # they serve reentrant checkpointing, and cost gradients below the adapters
     _keep_input_dtype(adapted)
     return adapted
+
+
+def check_lora(architecture: PretrainedConfig, config: AdapterConfig) -> None:
+    """Raises, before any weight is loaded, what `attach_lora` would raise."""
+    with torch.device("meta"):
+        attach_lora(AutoModelForCausalLM.from_config(architecture, attn_implementation="eager"), config)
 
 
 @contextmanager
@@ -123,7 +136,6 @@ def _conv1d() -> type:
 def _checked_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> str | list[str]:
     if targets == ("all-linear",):
         return "all-linear"
-    candidates = linear_layer_names(model)
     head = model.get_output_embeddings()
     for target in targets:
         matches = [m for name, m in model.named_modules() if name == target or name.endswith("." + target)]
@@ -133,7 +145,10 @@ def _checked_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> str | 
             )
         if not matches:
             raise UserError(
-                f"--lora-targets {target} matches no layer of this {type(model).__name__}; "
-                f"its linear layers are: {', '.join(candidates)} (or all-linear)."
+                f"--lora-targets {target} matches no layer of this {type(model).__name__}; {_candidates(model)}."
             )
     return list(targets)
+
+
+def _candidates(model: PreTrainedModel) -> str:
+    return f"its linear layers are: {', '.join(linear_layer_names(model))} (or all-linear)"

@@ -38,6 +38,7 @@ from lowmem_npo.evaluation.leaks.registry import WHILE_TRAINING, leak_tests
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model, load_tokenizer, reference_mode, resolve_name
 from lowmem_npo.model.loading import DTYPES, load_config, resolve_device
+from lowmem_npo.model.adapters import check_lora
 from lowmem_npo.model.notes import model_notes
 from lowmem_npo.model.stop_tokens import stop_tokens
 from lowmem_npo.report.audit import begin_audit, check_same_rows, finish_audit
@@ -158,6 +159,7 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
         check_same_rows(directory.path, data)
     check_disk(config, model_config)
     if directory.reference_dir is not None:
+    check_lora(model_config, config.adapter)
         dtype = DTYPES[config.model.dtype]
         say(check_cache_space(config.objective, data.forget, data.retain, model_config, dtype, directory.reference_dir))
     directory.config = config = keep_budget(config, data, say)
