@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from lowmem_npo.commands.arguments import with_help
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.console import Say
-from lowmem_npo.data import Rows, Template, bundled_rows, read_rows, to_examples, tokenize
+from lowmem_npo.data import Rows, Template, TokenizedRows, bundled_rows, read_rows, to_examples, tokenize
+from lowmem_npo.data.fit import check_fit
 from lowmem_npo.data.overlap import find_overlap
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Selection
@@ -77,6 +78,8 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
         benchmark.check(config)
     selected = _select(sources, context)
     leak_rows = _select_for_leaks(sources, context)
+    chosen = [*(selection.rows for _, _, selection in selected), *(selection.rows for selection in leak_rows.values())]
+    check_fit(architecture, tokenizer, [rows for rows in chosen if isinstance(rows, TokenizedRows)])
     for line in _forms(selected, sources, leak_rows, context):
         say(line)
     directory = EvaluationDirectory(config, _digests(config, sources))

@@ -21,6 +21,7 @@ from transformers import (
 from lowmem_npo.config import RunConfig
 from lowmem_npo.console import Say, silent
 from lowmem_npo.data import PreparedData, TokenizedRow, TokenizedRows, prepare, preview
+from lowmem_npo.data.fit import check_fit
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.background import keep_budget, watch_memory
 from lowmem_npo.evaluation.answer_table import save_table, text_table
@@ -153,6 +154,7 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
         UserError: as for `train`.
     """
     model_config, tokenizer, data = inputs
+    check_fit(model_config, tokenizer, [data.forget, data.forget_targets, data.retain, data.holdout])
     directory = RunDirectory(config)
     directory.check()
     if config.output.resume:

@@ -1,0 +1,88 @@
+"""Rows that the model cannot take are named before its weights are loaded."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
+
+from lowmem_npo.cli import main
+from lowmem_npo.data.fit import check_fit
+from lowmem_npo.data.schemas import Example
+from lowmem_npo.data.tokenizing import tokenize
+from lowmem_npo.errors import UserError
+
+SMALL = {
+    **{"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32},
+    **{"num_key_value_heads": 4, "head_dim": 8, "rotary_dim": 8, "word_embed_proj_dim": 32, "pad_token_id": None},
+    **{"attention_types": [[["global"], 1]], "attention_layers": ["global"]},
+}
+POSITIONS = 24
+LEARNT = ["gpt2", "gpt_neo", "gpt_bigcode", "openai-gpt", "opt", "biogpt", "gptj", "codegen"]
+ENDLESS = ["llama", "bloom", "gpt_neox"]
+
+
+def architecture(kind, vocabulary):
+    config = CONFIG_MAPPING[kind](vocab_size=vocabulary, max_position_embeddings=POSITIONS)
+    for name, value in SMALL.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    return config
+
+
+def row_of(length, tokenizer):
+    return tokenize([Example(None, "a" * (length + 50), "f.jsonl, line 3", "text")], tokenizer, max_length=length)
+
+
+@pytest.mark.parametrize("kind", LEARNT + ENDLESS)
+def test_rows_are_as_long_as_the_positions_at_most(bpe_tokenizer, kind):
+    config = architecture(kind, len(bpe_tokenizer))
+    model = AutoModelForCausalLM.from_config(config).eval()
+    fits, exceeds = (row_of(length, bpe_tokenizer) for length in (POSITIONS, POSITIONS + 1))
+    check_fit(config, bpe_tokenizer, [fits, None])
+    model(input_ids=torch.tensor([fits[0]["input_ids"]]))
+    if kind in ENDLESS:
+        check_fit(config, bpe_tokenizer, [fits, exceeds])
+        model(input_ids=torch.tensor([exceeds[0]["input_ids"]]))
+        return
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.tensor([exceeds[0]["input_ids"]]))
+    with pytest.raises(
+        UserError, match=f"line 3 has 25 tokens, but .* only 24 positions: give --max-length {POSITIONS}"
+    ):
+        check_fit(config, bpe_tokenizer, [fits, exceeds])
+
+
+def test_tokens_beyond_the_embedding_are_named(bpe_tokenizer):
+    config, grown = architecture("llama", len(bpe_tokenizer)), copy.deepcopy(bpe_tokenizer)
+    grown.add_tokens(["<unlearn>"])
+    plain, special = (
+        tokenize([Example(text, "a", "f.jsonl, line 3", "input/output")], grown) for text in ("b", "<unlearn> b")
+    )
+    check_fit(config, grown, [plain])
+    with pytest.raises(
+        UserError, match=r"line 3 has the token '<unlearn>' of id \d+, but the model's embedding has only"
+    ):
+        check_fit(config, grown, [plain, special])
+    grown.add_special_tokens({"pad_token": "[PAD]"})
+    with pytest.raises(UserError, match=r"The padding token '\[PAD\]' has id"):
+        check_fit(config, grown, [plain])
+
+
+def test_the_dry_run_says_so(byte_model, tmp_path, capsys):
+    grown = tmp_path / "grown"
+    shutil.copytree(byte_model, grown)
+    tokenizer = AutoTokenizer.from_pretrained(grown)
+    tokenizer.add_tokens(["<unlearn>"])
+    tokenizer.save_pretrained(grown)
+    (grown / "model.safetensors").unlink()  # no weights are needed
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"input": "<unlearn> Who?", "output": "She."}\n')
+    data = ["--forget", str(rows), "--gamma", "0", "--delta", "0", "--output-dir", str(tmp_path / "run")]
+    assert main(["train", "--model", str(grown), *data, "--dry-run"]) == 2
+    assert "rows.jsonl, line 1 has the token '<unlearn>'" in capsys.readouterr().err
+    assert main(["evaluate", "--model", str(grown), "--forget", str(rows)]) == 2
+    assert "rows.jsonl, line 1 has the token '<unlearn>'" in capsys.readouterr().err
