@@ -87,9 +87,11 @@ def _flat_config() -> type:
     flat = dataclasses.make_dataclass("Run", fields)
     flat.__doc__ = (
         "Make a model forget one dataset and keep another. Writes the adapter, a before/after table and a report.\n\n"
-        "--config RUN.YAML reads the same options from a file; flags override it. Every field of "
-        "transformers.TrainingArguments is a flag too (--warmup-steps, --logging-steps, --lr-scheduler-type, "
-        "--save-steps, ...). TRL's spellings are accepted: " + ", ".join(f"--{a}" for a in ALIASES) + "."
+        "--config RUN.YAML reads the same options from a file; flags override it. The fields of "
+        "transformers.TrainingArguments that have an effect are flags too (--warmup-steps or --warmup-ratio, "
+        "--logging-steps, --lr-scheduler-type, --save-steps, ...). TRL's spellings are accepted: "
+        + ", ".join(f"--{a}" for a in ALIASES)
+        + "."
     )
     return flat
 
@@ -201,9 +203,11 @@ def _trainer_arguments(arguments: Sequence[str]) -> dict[str, Any]:
             source = "an option of transformers.TrainingArguments; `lowmem-npo train --help` lists ours"
             raise UserError(f"{message} ({source}).")
 
-    parser = Parser(cast(Any, TrainingArguments), allow_abbrev=False, add_help=False)
+    parser = Parser(cast(Any, TrainingArguments), allow_abbrev=False, add_help=False, conflict_handler="resolve")
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # only what is given
+    # transformers 5 takes the ratio as --warmup-steps.
+    parser.add_argument("--warmup-ratio", "--warmup_ratio", dest="warmup_steps", type=_ratio, default=argparse.SUPPRESS)
     theirs = [name for name in parser._option_string_actions if name.startswith("--")]
     ours = [f"--{f.name.replace('_', '-')}" for s in SECTIONS.values() for f in dataclasses.fields(s)]
     for argument in arguments:
@@ -212,6 +216,12 @@ def _trainer_arguments(arguments: Sequence[str]) -> dict[str, Any]:
             hint = f"did you mean {near[0]}? " if near else ""
             raise UserError(f"There is no option {argument}: {hint}`lowmem-npo train --help` lists them.")
     return vars(parser.parse_args(arguments))
+
+
+def _ratio(text: str) -> float:
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return float(text)
 
 
 def _settle_accumulation(sections: dict[str, Any], trainer_args: dict[str, Any], explicit: bool) -> None:

@@ -31,7 +31,9 @@ def main(arguments: Sequence[str]) -> None:
     with quick_imports():  # late: mistakes in the options are reported at once
         quiet_libraries()
         from lowmem_npo.estimate.report import report
+        from lowmem_npo.training.arguments import honoured_args
 
+    honoured_args(config)
     estimated = report(config, rows_of_step(config))
     print(json.dumps(estimated.as_json(), indent=1) if as_json else estimated.text())
 

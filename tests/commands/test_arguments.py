@@ -1,11 +1,16 @@
 """Flags, aliases, configuration files, and which of them wins."""
 
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
+from transformers import TrainingArguments
 
 from lowmem_npo.cli import COMMANDS, main
 from lowmem_npo.commands.arguments import ALIASES, parse_run
 from lowmem_npo.config import SECTIONS
 from lowmem_npo.errors import UserError
+from lowmem_npo.training.arguments import HONOURED, check_trainer_args, npo_config
 
 # Names other tools rely on.
 PROMISED = (
@@ -37,6 +42,7 @@ def test_promised_flags_are_in_the_help(capsys):
         (["--model", "m", "--num_train_epochs", "3"], "epochs", 3),
         (["--model", "m", "--warmup_steps", "5"], "warmup_steps", 5),
         (["--model", "m", "--lr-scheduler-type", "cosine"], "lr_scheduler_type", "cosine"),
+        (["--model", "m", "--warmup_ratio", "0.1"], "warmup_steps", 0.1),
     ],
 )
 def test_spellings(typed, name, value):
@@ -80,6 +86,7 @@ def test_a_file_holds_flags_and_the_command_line_wins(tmp_path):
     [
         (["--model", "m", "--batchsize", "3"], "--batch-size"),
         (["--model", "m", "--warmup_steps", "many"], "warmup_steps"),
+        (["--model", "m", "--warmup-ratio", "5"], "warmup-ratio"),
         (["--model", "m", "--config", "absent.yaml"], "absent.yaml"),
         (["--model", "m", "--beta", "0"], "--beta"),
         (["--model", "m", "--gamma", "-1"], "--gamma"),
@@ -95,6 +102,86 @@ def test_mistakes_end_in_one_sentence(typed, message, capsys):
     assert main(["train", *typed]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and "Traceback" not in error
+
+
+def planned(*typed):
+    run = parse_run(["--model", "m", "--device", "cpu", *typed], "train")
+    check_trainer_args(run)
+    return npo_config(run)
+
+
+@pytest.mark.parametrize("given", [["--warmup-steps", "4"], ["--warmup-ratio", "0.4"]])
+@pytest.mark.parametrize("schedule", [[], ["--lr-scheduler-type", "constant"]])
+def test_a_warm_up_warms_up(given, schedule):
+    """The default schedule, `constant`, would ignore it."""
+    args = planned("--max-steps", "10", *given, *schedule)
+    assert args.lr_scheduler_type == "constant_with_warmup" and args.get_warmup_steps(10) == 4
+    assert planned(*given, "--lr-scheduler-type", "cosine").lr_scheduler_type == "cosine"
+    assert planned("--warmup-steps", "0").lr_scheduler_type == "constant"
+
+
+@pytest.mark.parametrize(
+    "typed, message",
+    [
+        (["--label-smoothing-factor", "0.3"], "--label-smoothing-factor 0.3 would have no effect: leave it out"),
+        (["--neftune-noise-alpha", "5"], "no effect"),
+        (["--train-sampling-strategy", "group_by_length"], "no effect"),
+        (["--group-by-length", "true"], "There is no option"),
+        (["--fp16"], "--dtype"),
+        (["--bf16", "false"], "--dtype"),
+        (["--bf16", "--dtype", "float32"], "--dtype"),
+        (["--torch-compile"], "no effect"),
+        (["--use-liger-kernel"], "no effect"),
+        (["--eval-strategy", "epoch"], "--stop-when"),
+        (["--load-best-model-at-end"], "--stop-when"),
+        (["--per-device-eval-batch-size", "2"], "--eval-batch-size"),
+        (["--deepspeed", "ds.json"], "no effect"),
+        (["--fsdp", "full_shard"], "no effect"),
+        (["--push-to-hub"], "no effect"),
+        (["--use-cpu"], "--device cpu"),
+        (["--torch-empty-cache-steps", "2"], "no effect"),
+        (["--average-tokens-across-devices", "false"], "no effect"),
+        (["--save-strategy", "best"], "not supported"),
+        (["--save-strategy", "epoch", "--save-steps", "3"], "--save-strategy epoch"),
+        (["--logging-strategy", "epoch", "--logging-steps", "3"], "--logging-strategy epoch"),
+        (["--save-steps", "0"], "must be positive"),
+        (["--logging-steps", "1.5"], "logging_steps must be an integer"),
+        (["--lr-scheduler-type", "reduce_lr_on_plateau"], "not supported"),
+        (["--lr-scheduler-type", "cosine_with_min_lr"], "min_lr"),
+        (["--lr-scheduler-kwargs", "{no json"], "not valid"),
+        (["--lr-scheduler-kwargs", '{"no": 1}', "--lr-scheduler-type", "cosine"], "'no'"),
+        (["--optim", "schedule_free_adamw"], "not supported"),
+        (["--optim", "galore_adamw"], "not supported"),
+        (["--optim", "adamw_anyprecision"], "torchdistx"),
+        (["--adam-beta1", "2"], "beta"),
+        (["--warmup-steps", "-1"], "warmup_steps"),
+        (["--report-to", "notebook"], "--report-to notebook"),
+    ],
+)
+def test_no_argument_of_the_trainer_is_ignored_silently(typed, message):
+    with pytest.raises(UserError) as error:
+        planned(*typed)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_is_done_anyway_may_be_said():
+    args = planned("--bf16", "--eval-strategy", "no", "--push-to-hub", "false", "--report-to", "none")
+    assert not args.bf16  # the weights are: no autocast around them
+    assert planned("--dtype", "float32", "--bf16", "false", "--fp16", "false").save_strategy == "epoch"
+    assert planned("--save-steps", "3").save_strategy == "steps"
+
+
+def test_the_list_of_honoured_arguments_is_documented_and_exists():
+    options = (Path(__file__).parents[2] / "docs" / "options.md").read_text()
+    assert not [name for name in HONOURED if f"`--{name.replace('_', '-')}`" not in options]
+    assert {field.name for field in fields(TrainingArguments)} >= HONOURED
+
+
+def test_a_dry_run_refuses_what_has_no_effect(byte_model, tmp_path, capsys):
+    code = main(["train", "--model", str(byte_model), "--dry-run", "--output-dir", str(tmp_path / "out"), "--fp16"])
+    error = capsys.readouterr().err
+    assert code == 2 and "--dtype" in error and "Traceback" not in error
+    assert main(["estimate", "--model", str(byte_model), "--fp16"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -38,15 +38,15 @@ from lowmem_npo.evaluation.leaks.measure import measure_leaks, read_leaks, write
 from lowmem_npo.evaluation.leaks.registry import WHILE_TRAINING, leak_tests
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model, load_tokenizer, reference_mode, resolve_name
-from lowmem_npo.model.loading import DTYPES, load_config, resolve_device
 from lowmem_npo.model.adapters import check_lora
+from lowmem_npo.model.loading import DTYPES, load_config, resolve_device
 from lowmem_npo.model.notes import model_notes
 from lowmem_npo.model.stop_tokens import stop_tokens
 from lowmem_npo.report.audit import begin_audit, check_same_rows, finish_audit
 from lowmem_npo.report.evaluation_text import leaks_text
 from lowmem_npo.report.files import write_report
 from lowmem_npo.run_directory import RunDirectory, check_disk, step_of
-from lowmem_npo.training.arguments import npo_config
+from lowmem_npo.training.arguments import check_trainer_args, npo_config
 from lowmem_npo.training.early_stopping import StopOutcome, Stopping
 from lowmem_npo.training.metrics import MetricsWriter
 from lowmem_npo.training.progress import ConsoleProgress
@@ -157,11 +157,12 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
     check_fit(model_config, tokenizer, [data.forget, data.forget_targets, data.retain, data.holdout])
     directory = RunDirectory(config)
     directory.check()
+    check_trainer_args(config)
     if config.output.resume:
         check_same_rows(directory.path, data)
+    check_lora(model_config, config.adapter)
     check_disk(config, model_config)
     if directory.reference_dir is not None:
-    check_lora(model_config, config.adapter)
         dtype = DTYPES[config.model.dtype]
         say(check_cache_space(config.objective, data.forget, data.retain, model_config, dtype, directory.reference_dir))
     directory.config = config = keep_budget(config, data, say)
