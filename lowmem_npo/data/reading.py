@@ -150,9 +150,20 @@ def _is_text(value: Any) -> bool:
     return True
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise LookupError(next(key for key in keys if keys.count(key) > 1))
+    return values
+
+
 def _parse(name: str, text: str, first_line: int) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
+    except LookupError as error:
+        place = name if "\n" in text else f"{name}, line {first_line}"
+        raise UserError(f"{place} has the key {error.args[0]!r} twice in one object; remove one of the two.") from error
     except json.JSONDecodeError as error:
         raise UserError(
             f"{name}, line {first_line + error.lineno - 1} is not valid JSON ({error.msg}, column {error.colno}); "
@@ -175,6 +186,10 @@ def _read_csv(name: str, path: Path) -> Rows:
         except csv.Error as error:
             raise UserError(f"{name}, line {end + 1} cannot be read as csv ({error}); check its quotes.") from error
     header = records[0] if records else []
+    if len(header) == 1 and (separator := re.search(r"[;\t]", header[0])):
+        raise UserError(
+            f"{name}, line {lines[0]} has one field, {header[0]!r}; separate fields with commas, not {separator[0]!r}."
+        )
     if twice := next((column for column in header if column and header.count(column) > 1), None):
         raise UserError(f"{name}, line {lines[0]} names the column {twice} twice; rename one of the two.")
     for record, line in zip(records, lines, strict=True):

@@ -24,6 +24,7 @@ from lowmem_npo.data.templates import Template
 from lowmem_npo.errors import UserError
 
 TOKENS = ("answer", "all")
+MAX_OPENING = 200  # characters at the end of a prompt that may already open its answer
 MARK = "\u27ea answer \u27eb"  # stands for an answer where the text around it is looked for
 # Parts of a conversation that not every chat template knows.
 READ = ("tools", "tool_calls", "reasoning_content", "reasoning", "thinking")
@@ -279,11 +280,14 @@ class Encoder:
 
 
 def _without_opening(content: str, prompt: str) -> str:
-    """`content` without the tag (<think>) that the prompt ends with, where it begins with it again."""
-    tag = re.search(r"[<\[][^<>\[\]\s]+[>\]](?=\s*$)", prompt)
-    if tag is None or not content.lstrip().startswith(tag[0]):
+    """`content` without the tags, such as <think>, that it begins with and that the prompt ends with."""
+    tag = re.match(r"\s*([<\[][^<>\[\]\s]+[>\]])", content)
+    at = prompt.rfind(tag[1], max(0, len(prompt) - MAX_OPENING)) if tag else -1
+    opening = r"\s*".join(map(re.escape, _squeezed(prompt[at:])))
+    written = re.match(rf"\s*{opening}", content) if at >= 0 else None
+    if written is None:
         return content
-    rest = content.lstrip().removeprefix(tag[0])
+    rest = content[written.end() :]
     return rest.lstrip() if prompt[-1].isspace() else rest
 
 

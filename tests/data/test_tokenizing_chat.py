@@ -141,6 +141,16 @@ def test_reasoning_is_opened_once_and_never_lost(chat_tokenizer, template, conte
     assert tokenizer.decode(answer) == written
 
 
+def test_an_empty_block_of_reasoning_is_written_once(chat_tokenizer):
+    """Qwen 3 with enable_thinking=False."""
+    block = "<think>\n\n</think>\n\n"
+    template = CHATML.replace("assistant\n{% endif %}", f"assistant\n{block}{{% endif %}}")
+    turns = (TURNS[0], {"role": "assistant", "content": block + "Paris."})
+    prompt, answer = split(tokenize([conversation(*turns)], published(chat_tokenizer, template))[0])
+    assert chat_tokenizer.decode(prompt).endswith(f"assistant\n{block}")
+    assert chat_tokenizer.decode(answer) == "Paris.<|im_end|>"
+
+
 def test_a_template_that_drops_the_answer_does_not_empty_it(chat_tokenizer):
     tokenizer = published(
         chat_tokenizer, "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
