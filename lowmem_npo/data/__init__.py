@@ -9,9 +9,10 @@ from lowmem_npo.data.preview import preview
 from lowmem_npo.data.reading import Rows, read_rows
 from lowmem_npo.data.schemas import Example, to_examples, with_answer
 from lowmem_npo.data.templates import Template
-from lowmem_npo.data.tokenizing import TokenizedRow, TokenizedRows, tokenize
+from lowmem_npo.data.tokenizing import Encoder, TokenizedRow, TokenizedRows, tokenize
 
 __all__ = [
+    "Encoder",
     "Example",
     "ForgetRetain",
     "Pick",

@@ -131,7 +131,7 @@ def tokenize(
         raise UserError(f"tokens is {tokens!r}; it must be one of {', '.join(TOKENS)}.")
     if tokenizer.eos_token_id is None:
         raise UserError("The tokenizer has no EOS token, with which every answer ends; set eos_token in its files.")
-    encoder = Encoder(tokenizer, template or Template())
+    encoder = Encoder(tokenizer, template)
     rows, cut, too_long = [], [], []
     for example in examples:
         prompt, answer = encoder.encode(example)
@@ -159,8 +159,10 @@ class Encoder:
     repeated: how many examples brought a special token that the tokenizer or the template writes as well.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template):
-        self.tokenizer, self.template, self.repeated = tokenizer, template, 0
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template | None = None):
+        template = template or Template()
+        self.tokenizer, self.template = tokenizer, template
+        self.repeated, self.doubled, self.ended = 0, False, False
         special = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         named = {number: decode(tokenizer, [number]) for number in (tokenizer.eos_token_id, *template.stops)}
         self.stops = special | named
@@ -183,9 +185,9 @@ class Encoder:
         if re.search(f"({self.stop})\\s*$", answer):  # the row brings its own end
             self.doubled, self.ended, answer = True, True, answer.rstrip()
         if example.prompt is None:
-            return [], self._text_ids(answer)
-        prompt_ids = self._text_ids(prompt)
-        return prompt_ids, self._continuation(prompt_ids, self._text_ids(prompt + answer), answer, example.where)
+            return [], self.text_ids(answer)
+        prompt_ids = self.text_ids(prompt)
+        return prompt_ids, self._continuation(prompt_ids, self.text_ids(prompt + answer), answer, example.where)
 
     def _conversation(self, messages: Sequence[Message], example: Example) -> tuple[list[int], list[int]]:
         """The chat template's own text: everything up to the assistant's last turn is the prompt."""
@@ -245,8 +247,8 @@ class Encoder:
                 f"change the row or the template{instead}."
             ) from error
 
-    def _text_ids(self, text: str) -> list[int]:
-        """Ids of `text`, with the special tokens that the tokenizer puts in front by itself, once."""
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of `text`, with the special tokens that the tokenizer puts in front by itself, once; none at the end."""
         ids, prefix = self._ids(text, special=True), self.prefix
         if prefix and ids[: 2 * len(prefix)] == prefix * 2:  # the text brings them as well
             self.doubled, ids = True, ids[len(prefix) :]

@@ -17,7 +17,7 @@ from typing import Any
 from sklearn.metrics import roc_auc_score
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_npo.data import Rows, Template, TokenizedRow, to_examples
+from lowmem_npo.data import Encoder, Rows, Template, TokenizedRow, to_examples
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measured, Selection
 from lowmem_npo.evaluation.figures import Figure, at
@@ -111,7 +111,7 @@ def documents(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[TokenizedR
     """
     column = "document" if "document" in rows.columns else None
     examples = to_examples(rows, answer_column=column)
-    tokenized = []
+    encoder, tokenized = Encoder(tokenizer), []
     for example in examples:
         if example.messages is not None:
             text = "\n".join(turn["content"] for turn in example.messages)
@@ -119,7 +119,7 @@ def documents(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[TokenizedR
             text = example.answer
         else:
             text = "".join(Template("{prompt}").render(example))
-        ids = list(tokenizer(text, verbose=False).input_ids)
+        ids = encoder.text_ids(text)
         if len(ids) < 2:
             raise UserError(f"{example.where} is a document of one token, which has no loss; remove the row.")
         tokenized.append(TokenizedRow(input_ids=ids, labels=ids, prompt_length=0))

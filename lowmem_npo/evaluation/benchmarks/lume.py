@@ -25,7 +25,7 @@ from typing import Any
 
 from rouge_score.rouge_scorer import RougeScorer
 
-from lowmem_npo.data import Rows, to_examples
+from lowmem_npo.data import Encoder, Rows, to_examples
 from lowmem_npo.evaluation.benchmarks.contract import FORGET, RETAIN, Benchmark, Context, Measured, Selection
 from lowmem_npo.evaluation.benchmarks.documents import AUC_MEANING, DOCUMENTS
 from lowmem_npo.evaluation.benchmarks.lm_eval import LM_EVAL, MMLU_SHARE, mmlu_accuracy
@@ -134,7 +134,8 @@ class Lume(Benchmark[LumeAnswer, LumeScores]):
 
     def measure(self, name: str, selection: Selection, scorer: Scorer, context: Context) -> list[LumeAnswer]:
         # LUME's prompts are always given as they are, without a template.
-        prompts = [list(scorer.tokenizer(row.input, verbose=False).input_ids) for row in selection.rows]
+        encoder = Encoder(scorer.tokenizer)
+        prompts = [encoder.text_ids(row.input) for row in selection.rows]
         texts = scorer.continuations(f"{name}: LUME generations", prompts, MAX_NEW_TOKENS)
         # transformers 4, with which the official scores were made, cleans spaces up when decoding; 5 leaves it to us.
         texts = [scorer.tokenizer.clean_up_tokenization(text) for text in texts]

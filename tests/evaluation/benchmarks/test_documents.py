@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.data import Rows
@@ -76,6 +77,16 @@ def test_which_text_is_the_document(byte_model):
     assert text({"id": "1sc1", "input": "She was born", "output": "in Rome."}) == "She was born in Rome."
     turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody."}]
     assert text({"messages": turns}) == "Who?\nNobody."
+
+
+def test_a_document_begins_once_and_has_no_end(byte_model):
+    tokenizer = AutoTokenizer.from_pretrained(byte_model, bos_token="<pad>")
+    around = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<pad>", "<eos>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<pad> $A <eos>", special_tokens=around)
+    assert tokenizer.decode(tokenizer("She.").input_ids) == "<pad>She.<eos>"
+    for text in ("She.", "<pad>She."):
+        (row,) = documents(Rows("m.jsonl", [{"document": text}]), tokenizer)
+        assert tokenizer.decode(row["input_ids"]) == "<pad>She."
 
 
 def test_a_document_of_one_token(byte_model):
