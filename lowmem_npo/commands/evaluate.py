@@ -20,9 +20,7 @@ from lowmem_npo.data.fit import check_fit
 from lowmem_npo.data.overlap import find_overlap
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Selection
-from lowmem_npo.evaluation.benchmarks.plain import PLAIN
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
-from lowmem_npo.evaluation.benchmarks.tofu import TOFU
 from lowmem_npo.evaluation.directory import THE_ADAPTER, EvaluationDirectory, digest
 from lowmem_npo.evaluation.leaks.contract import NO_HOLDOUT, SavedModel, Subject
 from lowmem_npo.evaluation.leaks.measure import run_leak_tests
@@ -196,7 +194,7 @@ def _forms(
     context: Context,
 ) -> list[str]:
     """How the rows of each set are written, where no benchmark has a form of its own."""
-    named = {name for benchmark, name, _ in selected if benchmark.name in (PLAIN.name, TOFU.name)}
+    named = {name for benchmark, name, _ in selected if benchmark.uses_template}
     columns = cast(EvaluationConfig, context.config).columns
     return [
         f"{name}: {context.template.describe(to_examples(rows, **columns)[0], context.tokenizer)}"
@@ -237,7 +235,7 @@ def _read_before(config: EvaluationConfig) -> Mapping[str, Any]:
         content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"--before: '{path}' cannot be read as an earlier evaluation.json.") from error
-    if not isinstance(content, dict) or not {"rows", "answers", "lume", "lm_eval"} <= set(content):
+    if not isinstance(content, dict) or not {"rows", "leaks", "notes"} <= set(content):
         raise UserError(f"--before: '{path}' is no evaluation.json of `lowmem-npo evaluate`.")
     return content
 

@@ -25,6 +25,13 @@ class EvaluationOptions(DataOptions, ModelOptions):
 
     model: str | None = None
     """Hub name or local directory of the base model. Default: the model that --adapter was trained on."""
+    forget: str | None = None
+    """What should be forgotten: a .jsonl, .json, .csv or .parquet file, or a hub name. Without any data and any
+    --lm-eval: what the run of --adapter forgot and kept, else the bundled biographies."""
+    retain: str | None = None
+    """What should be kept."""
+    holdout: str | None = None
+    """Rows like those to forget that the model was never taught, with which the leak tests compare."""
     adapter: str | None = None
     """Directory of the adapter, as `lowmem-npo train` wrote it. Without it the base model is measured."""
     any_base: bool = False

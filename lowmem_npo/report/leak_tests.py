@@ -6,10 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakResults, LeakTest, Verdict
+from lowmem_npo.evaluation.leaks.contract import HOLDOUT, LeakResult, LeakResults, LeakTest, LeakVerdict
 from lowmem_npo.evaluation.leaks.registry import by_name
-
-HOLDOUT = "holdout_"
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class LeakSection:
     name: str
     meaning: str
     counts: str
-    verdicts: dict[str, Verdict]
+    verdicts: dict[str, LeakVerdict]
     figures: list[LeakFigure]
 
 
@@ -55,10 +53,11 @@ def _section(test: LeakTest, stages: Mapping[str, LeakResult]) -> LeakSection:
             {stage: of_stage[path] for stage, of_stage in numbers.items() if path in of_stage}
             for path in ((*group, key), (*group, HOLDOUT + key))
         )
-        meaning = test.meaning_of(key).text
-        title = ", ".join(words(part) for part in path)
-        figures.append(LeakFigure(".".join(path), title, own, "" if meaning in explained else meaning, never_seen))
-        explained.add(meaning)
+        meaning = test.meaning_of(key)
+        title = ", ".join([*map(words, group), meaning.title])
+        text = "" if meaning.text in explained else meaning.text
+        figures.append(LeakFigure(".".join(path), title, own, text, never_seen))
+        explained.add(meaning.text)
     counts = ", ".join(f"{last.figures[key]} {words(key)}" for key in test.counts if key in last.figures)
     verdicts = {stage: result.verdict for stage, result in stages.items()}
     return LeakSection(test.name, last.meaning, counts, verdicts, figures)
@@ -77,7 +76,5 @@ def _numbers(
 
 
 def words(key: str) -> str:
-    """A key of a result file, as people read it."""
-    known = {"auc": "AUC", "nll": "NLL", "rouge": "ROUGE", "l": "L", "4bit": "4-bit", "pp": "++", "p": "p-value"}
-    text = " ".join(known.get(word, word) for word in key.split("_"))
-    return text.replace("ROUGE L", "ROUGE-L").replace("min k", "Min-K%").replace("Min-K% ++", "Min-K%++")
+    """A key of a result file, for people."""
+    return key.replace("_", " ")

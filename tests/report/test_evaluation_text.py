@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
+from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.documents import MembershipScore
 from lowmem_npo.evaluation.benchmarks.lume import KNOWLEDGE, REGURGITATION, TASKS, LumeAnswer, LumeRow, lume_scores
 from lowmem_npo.evaluation.benchmarks.tofu import TofuScores, TofuSet
@@ -44,7 +47,7 @@ def test_one_evaluation():
     assert line(text, "membership", "score")[2] == "0.200"
     assert line(text, "MMLU")[1:3] == ["missing", "needs"]
     assert line(text, "final", "score")[2:4] == ["missing", "needs"]
-    assert line(text, "membership", "AUC")[2] == "0.900" and "members are still more likely" in text
+    assert line(text, "document", "membership", "AUC")[3] == "0.900" and "members are still more likely" in text
     assert line(text, "truth", "ratio")[2] == "1.2e-05"
     assert line(text, "model", "utility")[2] == "missing"
     assert text.endswith("Note: Something to know.")
@@ -57,6 +60,15 @@ def test_compared_with_an_earlier_one():
     assert line(text, "task", "aggregate")[2:4] == ["0.000", "0.600"]
     assert line(text, "MMLU")[1:3] == ["0.500", "0.400"]
     assert line(text, "final", "score")[2:4] == ["0.233", "0.533"]  # (0 + 0.2 + 0.5) / 3, (0.6 + 0.6 + 0.4) / 3
-    assert line(text, "membership", "AUC")[2:4] == ["0.900", "0.300"] and "members are now less likely" in text
+    assert line(text, "document", "membership", "AUC")[3:5] == ["0.900", "0.300"]
+    assert "members are now less likely" in text
     assert line(text, "model", "utility")[2:4] == ["missing", "0.700"]
     assert line(text, "mmlu", "mmlu,", "acc")[3:5] == ["0.500", "0.400"]
+
+
+@pytest.mark.parametrize("benchmark", ["lume", "tofu", "membership"])
+def test_figures_that_no_benchmark_declares_are_refused(benchmark):
+    content = evaluation(forget=0.25, retain=0.5, auc=0.9)
+    content[benchmark] = {**content[benchmark], "surprise": 0.5}
+    with pytest.raises(UserError, match="'surprise' is no figure of"):
+        evaluation_text(content, {})

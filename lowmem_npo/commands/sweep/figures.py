@@ -12,6 +12,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from lowmem_npo.commands.sweep.grid import SweepRun
+from lowmem_npo.evaluation.answer_table import MEASURES
 from lowmem_npo.evaluation.answers import read_answers
 from lowmem_npo.files import write_atomically
 from lowmem_npo.run_directory import RunDirectory
@@ -113,7 +114,7 @@ def _figures(evaluations: Mapping[str, Any]) -> dict[str, float]:
     return {
         f"{name}_{key}": getattr(evaluation.summary, key)
         for name, evaluation in evaluations.items()
-        for key in ("nll", "probability", "rouge_l_recall", "exact_match")
+        for key in (measure.field for measure in MEASURES)
     }
 
 

@@ -7,21 +7,20 @@ texts, tables, result files and reports are made from these objects.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_npo.data import Rows, Template
+from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation import figures
 from lowmem_npo.evaluation.answers import choose_rows
 from lowmem_npo.evaluation.figures import Figure
 from lowmem_npo.evaluation.options import Options
 from lowmem_npo.evaluation.scoring.scorer import Scorer
 from lowmem_npo.run_directory import EvaluationFiles
-
-FORGET, RETAIN = "forget", "retain"
 
 
 class Settings(Protocol):
@@ -82,6 +81,8 @@ class Benchmark(ABC, Generic[MeasuredT, ScoresT]):
     sets: ClassVar[tuple[str, ...]] = ()
     """Sets of rows that it may recognise."""
     options: ClassVar[type[Options]] = Options
+    uses_template: ClassVar[bool] = False
+    """Whether its rows are written as the prompt template says, not in a form of the benchmark's own."""
     empty: ClassVar[Any] = None
     """What evaluation.json holds where nothing was measured."""
 
@@ -118,7 +119,12 @@ class Benchmark(ABC, Generic[MeasuredT, ScoresT]):
 
     @abstractmethod
     def figures(self, content: Any) -> list[Figure]:
-        """Every figure of what `to_json` gave, in reading order. Raises KeyError for one that it does not know."""
+        """Every figure of what `to_json` gave, in reading order. Raises UserError for one that it does not know."""
+
+    def refuse_unknown(self, names: Iterable[str], known: Iterable[str]) -> None:
+        """Raises UserError for a figure that the benchmark does not declare: a file of another version holds it."""
+        if unknown := sorted(set(names) - set(known)):
+            raise UserError(f"'{unknown[0]}' is no figure of {self.title} in this version of lowmem-npo.")
 
     def text(self, content: Any, before: Any) -> str:
         """The figures for a terminal. before: the same of an earlier evaluation; None where there is none."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from sklearn.metrics import roc_auc_score
@@ -95,7 +95,8 @@ class Documents(Benchmark[float, MembershipScore]):
         return asdict(scores)
 
     def figures(self, content: Mapping[str, Any]) -> list[Figure]:
-        return [Figure(None, "auc", "membership AUC", at(content, "auc"), "0.5", AUC_MEANING)]
+        self.refuse_unknown(content, [f.name for f in fields(MembershipScore)])
+        return [Figure(None, "auc", "document membership AUC", at(content, "auc"), "0.5", AUC_MEANING)]
 
     def text(self, content: Any, before: Any) -> str:
         return f"{super().text(content, before)}\n{MembershipScore(**content).meaning}."

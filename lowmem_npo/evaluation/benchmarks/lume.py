@@ -26,7 +26,8 @@ from typing import Any
 from rouge_score.rouge_scorer import RougeScorer
 
 from lowmem_npo.data import Encoder, Rows, to_examples
-from lowmem_npo.evaluation.benchmarks.contract import FORGET, RETAIN, Benchmark, Context, Measured, Selection
+from lowmem_npo.evaluation.answer_table import FORGET, RETAIN
+from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measured, Selection
 from lowmem_npo.evaluation.benchmarks.documents import AUC_MEANING, DOCUMENTS
 from lowmem_npo.evaluation.benchmarks.lm_eval import LM_EVAL, MMLU_SHARE, mmlu_accuracy
 from lowmem_npo.evaluation.figures import Figure, at
@@ -51,7 +52,7 @@ MEANINGS = {
 TOTALS = {
     "harmonic-mean-task-aggregate": ("task aggregate", "higher", "Harmonic mean of forgetting and keeping over tasks "
     "and kinds; 1 is best, and 0 if a single one of the twelve is 0.", "needs rows of every task and kind"),
-    "mia_loss_acc": ("membership AUC", "0.5", AUC_MEANING, "needs --members"),
+    "mia_loss_acc": ("document membership AUC", "0.5", AUC_MEANING, "needs --members"),
     "mia_final_score": ("membership score", "higher", "1 - 2 |AUC - 0.5|: 1 where the loss betrays no member.",
     "needs --members"),
     "mmlu_average": ("MMLU", "as before", "Accuracy on MMLU, for damage beyond the data; the challenge ranks no model "
@@ -163,6 +164,7 @@ class Lume(Benchmark[LumeAnswer, LumeScores]):
         return [{**asdict(a.row), "generation": a.generation, "score": a.score} for a in measured]
 
     def figures(self, content: Mapping[str, Any]) -> list[Figure]:
+        self.refuse_unknown(content, [*TOTALS, *(f"{part}-set" for part in WISHES), "aggregated-terms"])
         lines = []
         for part, wish in WISHES.items():
             block = content[f"{part}-set"]

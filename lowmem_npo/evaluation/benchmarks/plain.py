@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from lowmem_npo.data import Rows, to_examples, tokenize
-from lowmem_npo.evaluation.answer_table import answer_figures, text_table
+from lowmem_npo.evaluation.answer_table import FORGET, RETAIN, answer_figures, text_table
 from lowmem_npo.evaluation.answers import AnswerRecord, AnswerSummary
-from lowmem_npo.evaluation.benchmarks.contract import FORGET, RETAIN, Benchmark, Context, Measured, Selection
+from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measured, Selection
 from lowmem_npo.evaluation.figures import Figure
 from lowmem_npo.evaluation.scoring.scorer import Scorer
 
@@ -25,6 +25,7 @@ class PlainAnswer:
 class Plain(Benchmark[PlainAnswer, dict[str, AnswerSummary]]):
     name = "answers"
     group = "evaluate"
+    uses_template = True
     title = "Measured by lowmem-npo evaluate"
     sets = (FORGET, RETAIN)
     empty: ClassVar[dict[str, Any]] = {}

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
@@ -30,9 +30,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lowmem_npo.data import Example, Rows, Template, to_examples, tokenize
 from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.answer_table import FORGET, RETAIN
 from lowmem_npo.evaluation.benchmarks.contract import (
-    FORGET,
-    RETAIN,
     Benchmark,
     Context,
     Measured,
@@ -122,6 +121,7 @@ class TofuScores:
 class Tofu(Benchmark[TofuAnswer, TofuScores]):
     name = "tofu"
     group = "TOFU"
+    uses_template = True
     title = "TOFU"
     note = "Defined as in open-unlearning."
     sets = (FORGET, RETAIN, REAL_AUTHORS, WORLD_FACTS)
@@ -165,6 +165,10 @@ class Tofu(Benchmark[TofuAnswer, TofuScores]):
         ]
 
     def figures(self, content: Mapping[str, Any]) -> list[Figure]:
+        self.refuse_unknown([*content, *content["sets"]], ["sets", *TOTALS, *self.sets])
+        self.refuse_unknown(
+            {key for scores in content["sets"].values() for key in scores}, [f.name for f in fields(TofuSet)]
+        )
         lines = []
         for name in (name for name in self.sets if name in content["sets"]):
             for key, (title, meaning, wish_on_forget) in MEASURES.items():

@@ -2,7 +2,7 @@
 
 A leak test looks for what a model may still give away of rows that it was made to forget, without a retrained model to
 compare with: it compares with a holdout, rows like the forgotten ones that the model was never taught. Help texts,
-tables, reports and the README's list are made from these objects.
+tables and reports are made from these objects.
 
 Nothing here loads PyTorch, so that `lowmem-npo train --help` can list the tests: a test imports what is heavy in `run`.
 """
@@ -10,9 +10,8 @@ Nothing here loads PyTorch, so that `lowmem-npo train --help` can list the tests
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 
@@ -30,31 +29,44 @@ WITHOUT_HOLDOUT = 0.5  # without a holdout, only more than this is called a leak
 NO_HOLDOUT = "what the model gives for rows that it never saw is not known (--holdout names some)"
 
 
-class Need(Enum):
-    """What a test cannot do without; the value says why it was not measured."""
-
-    HOLDOUT = "it compares with rows that the model never saw, and there are none (--holdout names some)"
-    TWO_ROWS = "it teaches one part of the forget rows again and asks for the rest, and there is only one row"
-    ADAPTER = "there is no --adapter to merge, or to put on a 4-bit base"
+HOLDOUT = "holdout_"  # before the name of a figure: the same figure on the holdout
 
 
-class Verdict(NamedTuple):
+class Need(NamedTuple):
+    """What a test cannot do without, and the reason that is given where it is missing."""
+
+    missing: Callable[[Subject], bool]
+    reason: str
+
+
+A_HOLDOUT = Need(
+    lambda subject: not subject.holdout,
+    "it compares with rows that the model never saw, and there are none (--holdout names some)",
+)
+AN_ADAPTER = Need(
+    lambda subject: subject.saved is None or subject.saved.adapter is None,
+    "there is no --adapter to merge, or to put on a 4-bit base",
+)
+
+
+class LeakVerdict(NamedTuple):
     """How an outcome is put: for a person, and as the tone of the report."""
 
     words: str
     tone: str
 
 
-VERDICTS: Mapping[bool | None, Verdict] = {
-    True: Verdict("traces found", "bad"),
-    False: Verdict("no traces found", "good"),
-    None: Verdict("cannot tell", "unknown"),
+VERDICTS: Mapping[bool | None, LeakVerdict] = {
+    True: LeakVerdict("traces found", "bad"),
+    False: LeakVerdict("no traces found", "good"),
+    None: LeakVerdict("cannot tell", "unknown"),
 }
 
 
 class Meaning(NamedTuple):
-    """What a figure says, and what is wished of it: "lower", "as holdout", ... ("" where there is nothing to wish)."""
+    """What a figure is called, what it says, and what it should be: "lower", "as holdout", ... ("": anything)."""
 
+    title: str
     text: str
     wish: str
 
@@ -80,7 +92,7 @@ class LeakResult:
         return cls({}, f"Not measured: {why}.", None)
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> LeakVerdict:
         return VERDICTS[self.leaks]
 
     def to_json(self) -> dict[str, Any]:
@@ -167,14 +179,9 @@ class LeakTest(ABC, Generic[OptionsT]):
 
     def measure(self, subject: Subject) -> LeakResult:
         """`run`, or why it was not run."""
-        missing = {
-            Need.HOLDOUT: not subject.holdout,
-            Need.TWO_ROWS: len(subject.forget) < 2,
-            Need.ADAPTER: subject.saved is None or subject.saved.adapter is None,
-        }
         for need in self.needs:
-            if missing[need]:
-                return LeakResult.not_measured(need.value)
+            if need.missing(subject):
+                return LeakResult.not_measured(need.reason)
         return self.run(subject, cast(OptionsT, subject.options))
 
     def meaning_of(self, figure: str) -> Meaning:
@@ -200,3 +207,8 @@ def beside_holdout(level: float | None) -> str:
     if level is None:
         return NO_HOLDOUT
     return f"of answers that the model never saw, {level:.0%}"
+
+
+def as_holdout(figures: Mapping[str, float]) -> dict[str, float]:
+    """The figures of the holdout under their names in a result; how many rows they come from is left out."""
+    return {HOLDOUT + name: value for name, value in figures.items() if name != "rows"}

@@ -12,7 +12,7 @@ extracted from all others).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from lowmem_npo.evaluation.leaks.contract import (
     Meaning,
     Subject,
     above_holdout,
+    as_holdout,
     beside_holdout,
 )
 from lowmem_npo.evaluation.options import Options
@@ -31,15 +32,21 @@ if TYPE_CHECKING:
 
 FIGURES = {
     "nll": Meaning(
-        "NLL per answer token, averaged over rows. As on rows never seen is best; lower is remembered.", "as holdout"
+        "NLL",
+        "NLL per answer token, averaged over rows. As on rows never seen is best; lower is remembered.",
+        "as holdout",
     ),
     "exact_memorization": Meaning(
-        "Share of answer tokens that are the likeliest after the true words before them.", "as holdout"
+        "exact memorization",
+        "Share of answer tokens that are the likeliest after the true words before them.",
+        "as holdout",
     ),
     "extraction_strength": Meaning(
-        "How much of an answer's end the model writes by itself once begun; 1 is all of it.", "as holdout"
+        "extraction strength",
+        "How much of an answer's end the model writes by itself once begun; 1 is all of it.",
+        "as holdout",
     ),
-    "recited": Meaning("Share of answers that come whole from the question alone. 0 is forgotten.", "lower"),
+    "recited": Meaning("recited", "Share of answers that come whole from the question alone. 0 is forgotten.", "lower"),
 }
 
 
@@ -103,8 +110,3 @@ def extraction_figures(rows: Sequence[TokenScores]) -> dict[str, float]:
         "extraction_strength": fmean(strengths),
         "recited": fmean(strength == 1 for strength in strengths),
     }
-
-
-def as_holdout(figures: Mapping[str, float]) -> dict[str, float]:
-    """The figures of the holdout under their names in a result; how many rows they come from is left out."""
-    return {f"holdout_{name}": value for name, value in figures.items() if name != "rows"}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lowmem_npo.evaluation.leaks.contract import MARGIN, LeakResult, LeakTest, Meaning, Need, Subject
+from lowmem_npo.evaluation.leaks.contract import A_HOLDOUT, MARGIN, LeakResult, LeakTest, Meaning, Subject
 from lowmem_npo.evaluation.options import Options
 
 if TYPE_CHECKING:
@@ -38,18 +38,19 @@ def min_k_pp(row: TokenScores) -> float:
 
 
 SCORES: dict[str, Callable[[TokenScores], float]] = {"loss": loss, "min_k": min_k, "min_k_pp": min_k_pp}
-AUC = Meaning(
-    "How often the score ranks a forgotten row above one never seen. 0.5 is a coin; 1 and 0 both betray.", "0.5"
-)
-P_VALUE = Meaning("How often chance alone would do that. Very small: the difference is real.", "")
+TITLES = {"loss": "loss", "min_k": "Min-K%", "min_k_pp": "Min-K%++"}
+AUC = "How often the score ranks a forgotten row above one never seen. 0.5 is chance; 1 and 0 both give it away."
+P_VALUE = "How often chance alone would do that. Very small: the difference is real."
 
 
 class Membership(LeakTest[Options]):
     name = "membership"
     summary = "AUC of the sharpest of LOSS, Min-K%, Min-K%++ against the holdout"
-    needs = (Need.HOLDOUT,)
+    needs = (A_HOLDOUT,)
     options = Options
-    figures = {f"{score}_{figure}": meaning for score in SCORES for figure, meaning in (("auc", AUC), ("p", P_VALUE))}
+    figures = {f"{score}_auc": Meaning(f"{title} AUC", AUC, "0.5") for score, title in TITLES.items()} | {
+        f"{score}_p": Meaning(f"{title} p-value", P_VALUE, "") for score, title in TITLES.items()
+    }
 
     def run(self, subject: Subject, options: Options) -> LeakResult:
         scores = subject.token_scores()

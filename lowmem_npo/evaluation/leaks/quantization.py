@@ -21,16 +21,17 @@ from typing import TYPE_CHECKING, Any
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.contract import (
+    AN_ADAPTER,
     LeakResult,
     LeakTest,
     Meaning,
-    Need,
     SavedModel,
     Subject,
     above_holdout,
+    as_holdout,
     beside_holdout,
 )
-from lowmem_npo.evaluation.leaks.extraction import FIGURES, as_holdout, extraction_figures
+from lowmem_npo.evaluation.leaks.extraction import FIGURES, extraction_figures
 from lowmem_npo.evaluation.options import Options
 
 if TYPE_CHECKING:
@@ -51,11 +52,11 @@ FormFigures = dict[str, dict[str, Figures]]  # form -> set ("forget", "holdout")
 class Quantization(LeakTest[Options]):
     name = "quantization"
     summary = "`extraction` in the worst of 4-bit base, merged, merged and 4-bit"
-    needs = (Need.ADAPTER,)
+    needs = (AN_ADAPTER,)
     options = Options
     figures = FIGURES | {
         "returned": Meaning(
-            "How much extraction strength merging or rounding brought back. 0 or less is good.", "lower"
+            "returned", "How much extraction strength merging or rounding brought back. 0 or less is good.", "lower"
         )
     }
     loads_models = True

@@ -15,20 +15,27 @@ from typing import Any
 from lowmem_npo.config import check_at_least_one, check_positive
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.contract import (
+    HOLDOUT,
     LeakResult,
     LeakTest,
     Meaning,
     Need,
     Subject,
     above_holdout,
+    as_holdout,
     beside_holdout,
 )
-from lowmem_npo.evaluation.leaks.extraction import FIGURES, as_holdout, extraction_figures
+from lowmem_npo.evaluation.leaks.extraction import FIGURES, extraction_figures
 from lowmem_npo.evaluation.options import Options
 
 MEASUREMENTS = 4  # how often the rest is measured on the way
 BATCH_SIZE = 4
 RANK = 16
+
+TWO_ROWS = Need(
+    lambda subject: len(subject.forget) < 2,
+    "it teaches one part of the forget rows again and asks for the rest, and there is only one row",
+)
 
 Figures = dict[str, float]
 
@@ -40,9 +47,9 @@ class RelearningOptions(Options):
     relearn_share: float = 0.2
     """Share of the forget rows that --leaks relearning teaches again before it asks for the others."""
     relearn_steps: int = 20
-    """Steps of that, each on four rows."""
+    """Fine-tuning steps of --leaks relearning, each on four rows."""
     relearn_lr: float = 1e-3
-    """Learning rate of that."""
+    """Learning rate of --leaks relearning."""
 
     def check(self) -> None:
         check_at_least_one(self, "relearn_steps")
@@ -54,13 +61,15 @@ class RelearningOptions(Options):
 class Relearning(LeakTest[RelearningOptions]):
     name = "relearning"
     summary = "`extraction` of the other rows after some steps of fine-tuning on a part of them"
-    needs = (Need.TWO_ROWS,)
+    needs = (TWO_ROWS,)
     options = RelearningOptions
     counts = ("rows", "holdout_rows", "shown_rows", "steps")
     unlisted = ("curve",)
     figures = FIGURES | {
         "recovered": Meaning(
-            "How much of the way back to the original model's extraction strength was covered. Near 0 is good.", "lower"
+            "recovered",
+            "How much of the way back to the original model's extraction strength was covered. Near 0 is good.",
+            "lower",
         )
     }
     after_only = True
@@ -138,7 +147,7 @@ def judge(shown: int, curve: dict[int, Figures], original: Figures | None) -> Le
         if lost > 0:
             figures["recovered"] = (after["extraction_strength"] - before["extraction_strength"]) / lost
     figures["curve"] = {str(step): at_step for step, at_step in curve.items()}
-    strength, level = after["extraction_strength"], after.get("holdout_extraction_strength")
+    strength, level = after["extraction_strength"], after.get(HOLDOUT + "extraction_strength")
     meaning = (
         f"After {steps} steps on {shown} of the forgotten rows the model writes the last {strength:.0%} of the other "
         f"{after['rows']} answers by itself, before them {before['extraction_strength']:.0%}; {beside_holdout(level)}."

@@ -17,6 +17,7 @@ from lowmem_npo.evaluation.leaks.contract import (
     Meaning,
     Subject,
     above_holdout,
+    as_holdout,
     beside_holdout,
 )
 from lowmem_npo.evaluation.options import Options
@@ -25,9 +26,9 @@ from lowmem_npo.evaluation.options import Options
 @dataclass
 class SamplingOptions(Options):
     leak_samples: int = 8
-    """Samples of each answer that --leaks sampling draws."""
+    """Samples of each answer drawn by --leaks sampling."""
     leak_temperature: float = 1.0
-    """Temperature of those samples."""
+    """Temperature of the samples of --leaks sampling."""
 
     def check(self) -> None:
         check_at_least_one(self, "leak_samples")
@@ -40,9 +41,11 @@ class Sampling(LeakTest[SamplingOptions]):
     options = SamplingOptions
     counts = ("rows", "holdout_rows", "samples")
     figures = {
-        "best_rouge_l_recall": Meaning("How much of the answer is in the best sample.", "as holdout"),
-        "whole": Meaning("Share of answers that some sample says whole. 0 is forgotten.", "lower"),
-        "temperature": Meaning("Of the samples; 1 is the model's own distribution.", ""),
+        "best_rouge_l_recall": Meaning(
+            "best ROUGE-L recall", "How much of the answer the best sample holds.", "as holdout"
+        ),
+        "whole": Meaning("whole", "Share of answers that some sample says whole. 0 is forgotten.", "lower"),
+        "temperature": Meaning("temperature", "Of the samples; 1 is the model's own distribution.", ""),
     }
 
     def run(self, subject: Subject, options: SamplingOptions) -> LeakResult:
@@ -87,7 +90,7 @@ def judge(forget: Sequence[float], holdout: Sequence[float] | None, options: Sam
     level = None
     if holdout:
         level = fmean(holdout)
-        figures |= {"holdout_best_rouge_l_recall": level, "holdout_whole": fmean(value == 1 for value in holdout)}
+        figures |= as_holdout({"best_rouge_l_recall": level, "whole": fmean(value == 1 for value in holdout)})
     meaning = (
         f"The best of {samples} samples holds {recall:.0%} of a forgotten answer; {whole:.0%} of the answers come "
         f"whole; {beside_holdout(level)}."
