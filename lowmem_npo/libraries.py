@@ -28,7 +28,12 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise a warning for every forked data loader
     # PEFT uses a name that transformers has replaced.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-    warnings.filterwarnings("ignore", message="Setting `save_embedding_layers` to `True`", category=UserWarning)
+    for peft in (
+        "Setting `save_embedding_layers`",
+        "fan_in_fan_out is set to",
+        "The following .*_pattern keys did not",
+    ):
+        warnings.filterwarnings("ignore", message=peft)
     import huggingface_hub
     import transformers
 

@@ -2,35 +2,42 @@
 
     W' = W + scale * B A        scale = alpha / r  (rank-stabilised LoRA: alpha / sqrt(r))
 
-The product and the sum are float32 and rounded once, to the type the weights are stored in. PEFT's `merge_and_unload`
-needs the whole model in memory, and rounds twice: the product to the weights' type, then the sum.
+PEFT computes the product from the factors, on a model without weights; transformers renames and splits it as it does
+the model's own weights (a layer's experts are one parameter, but many tensors of a checkpoint). Product and sum are
+float32 and rounded once, to the type the weights are stored in; PEFT's `merge_and_unload` needs the whole model in
+memory, and rounds twice.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
+from unittest import mock
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.run_directory import AdapterFiles
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+OLD_WHOLE, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 BESIDE_WEIGHTS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
@@ -42,10 +49,7 @@ MORE_THAN_LORA = {
     "modules_to_save": "whole modules (modules_to_save)",
     "lora_bias": "biases (lora_bias)",
     "trainable_token_indices": "trained embedding rows (trainable_token_indices)",
-    "target_parameters": "parameters that are no linear layer (target_parameters)",
     "layer_replication": "repeated layers (layer_replication)",
-    "rank_pattern": "ranks that differ by layer (rank_pattern)",
-    "alpha_pattern": "scales that differ by layer (alpha_pattern)",
     "alora_invocation_tokens": "an activation by tokens (aLoRA)",
     "arrow_config": "a routing between adapters (Arrow)",
     "use_qalora": "pooled inputs (QALoRA)",
@@ -55,23 +59,54 @@ MORE_THAN_LORA = {
 
 @dataclass(frozen=True)
 class Update:
-    """scale * B A of one linear layer."""
+    """What an adapter adds to one tensor of a checkpoint."""
 
-    a: Tensor  # (r, inputs)
-    b: Tensor  # (outputs, r)
-    scale: float
-    transposed: bool  # the layer stores (inputs, outputs), as GPT-2's does
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        outputs, inputs = self.b.shape[0], self.a.shape[1]
-        return (inputs, outputs) if self.transposed else (outputs, inputs)
+    model: PreTrainedModel  # without weights
+    layer: LoraLayer  # with its factors
+    parameter: str  # of the model, to which the layer's product is added
+    part: str | None  # the tensor as transformers names it, if it is a part of the parameter
 
     def added_to(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """`weight` + scale * B A, rounded once, to `dtype`."""
-        product = (self.b.float() @ self.a.float()).mul_(self.scale)
-        product = product.T.contiguous() if self.transposed else product
-        return product.add_(weight).to(dtype)
+        update = (
+            _product(self.layer) if self.part is None else _parts(self.model, self.parameter, self.layer)[self.part]
+        )
+        return (update + weight).to(dtype)
+
+
+@torch.no_grad()
+def _product(layer: LoraLayer) -> Tensor:
+    own: Any = layer
+    with mock.patch.object(own, "get_param", lambda: torch.empty(0), create=True):  # experts ask for device and type
+        return own.get_delta_weight("default")
+
+
+@lru_cache(maxsize=2)  # the two parameters of a layer's experts, whose tensors alternate in the checkpoint
+def _parts(model: PreTrainedModel, parameter: str, layer: LoraLayer) -> dict[str, Tensor]:
+    return revert_weight_conversion(model, {parameter: _product(layer)})
+
+
+class Shard:
+    """One file of a checkpoint; a tensor is read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._safe: Any = safe_open(path, framework="pt") if path.suffix == ".safetensors" else None
+        self._loaded: dict[str, Tensor] = {}
+        if self._safe is None:
+            self._loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
+    def names(self) -> list[str]:
+        return list(self._loaded if self._safe is None else self._safe.keys())
+
+    def tensor(self, name: str) -> Tensor:
+        return self._loaded[name] if self._safe is None else self._safe.get_tensor(name)
+
+    def stored(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and type, without reading it."""
+        if self._safe is None:
+            return tuple(self._loaded[name].shape), self._loaded[name].dtype
+        part = self._safe.get_slice(name)
+        return tuple(part.get_shape()), _TYPES[part.get_dtype()]
 
 
 @dataclass(frozen=True)
@@ -84,16 +119,25 @@ class Checkpoint:
     def tensors(self) -> Iterator[str]:
         return (name for names in self.shards.values() for name in names)
 
+    def tensor(self, name: str) -> Tensor:
+        return Shard(self.folder / next(file for file, names in self.shards.items() if name in names)).tensor(name)
+
+    def name_of(self, parameter: str) -> str | None:
+        """A parameter's name here: some checkpoints leave out a prefix, such as GPT-2's "transformer."."""
+        names = set(self.tensors())
+        return next((name for name in (parameter, parameter.partition(".")[2]) if name in names), None)
+
+    def stored(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Tensor -> shape and type."""
+        shards = {file: Shard(self.folder / file) for file in self.shards}
+        return {name: shards[file].stored(name) for file, names in self.shards.items() for name in names}
+
     def bytes_as(self, dtype: torch.dtype | None) -> int:
         """What its weights take on disk in `dtype` (None: as they are stored)."""
         total = 0
-        for file in self.shards:
-            with safe_open(self.folder / file, framework="pt") as shard:
-                for name in self.shards[file]:
-                    part = shard.get_slice(name)
-                    stored = _TYPES[part.get_dtype()]
-                    kept = dtype if dtype is not None and stored.is_floating_point else stored
-                    total += math.prod(part.get_shape()) * kept.itemsize
+        for shape, stored in self.stored().values():
+            kept = dtype if dtype is not None and stored.is_floating_point else stored
+            total += math.prod(shape) * kept.itemsize
         return total
 
 
@@ -104,71 +148,101 @@ _TYPES = {
 
 
 def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
-    """The safetensors files of a directory, or of a hub repository, which is downloaded unless it is in the cache.
+    """The weights in a directory, or in a hub repository, which is downloaded unless it is in the cache.
 
-    Raises UserError if there are none, or the weights in them are quantised.
+    Raises UserError if there are none, or they are quantised.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        try:
-            patterns = ["*.safetensors", INDEX, *BESIDE_WEIGHTS]
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"The weights of '{name}' are not here and cannot be downloaded ({reason}).") from error
+        folder = _download(name, revision, ["*.safetensors", INDEX])
+        if not any((folder / file).is_file() for file in (INDEX, WHOLE)):
+            folder = _download(name, revision, ["pytorch_model*.bin", OLD_INDEX])
     if _read_json(folder / "config.json").get("quantization_config"):
-        raise UserError(f"The weights of '{name}' are quantised: merge into the model they were made from.")
-    if (folder / INDEX).is_file():
-        shards: dict[str, list[str]] = {}
-        for tensor, file in _read_json(folder / INDEX)["weight_map"].items():
-            shards.setdefault(file, []).append(tensor)
-        if missing := [file for file in shards if not (folder / file).is_file()]:
-            raise UserError(f"'{name}' is incomplete: {missing[0]} is missing.")
-    elif (folder / WHOLE).is_file():
-        with safe_open(folder / WHOLE, framework="pt") as file:
-            shards = {WHOLE: list(file.keys())}
-    else:
-        raise UserError(f"'{name}' has no safetensors weights: load it with transformers, save_pretrained, use that.")
-    return Checkpoint(folder, shards)
+        raise UserError(
+            f"The weights of '{name}' are quantised: give --model the model they were made from, with --any-base."
+        )
+    for index, whole in ((INDEX, WHOLE), (OLD_INDEX, OLD_WHOLE)):
+        if (folder / index).is_file():
+            shards: dict[str, list[str]] = {}
+            for tensor, file in _read_json(folder / index)["weight_map"].items():
+                shards.setdefault(file, []).append(tensor)
+            if missing := [file for file in shards if not (folder / file).is_file()]:
+                raise UserError(f"'{name}' is incomplete: {missing[0]} is missing.")
+            return Checkpoint(folder, shards)
+        if (folder / whole).is_file():
+            return Checkpoint(folder, {whole: Shard(folder / whole).names()})
+    raise UserError(f"'{name}' has no weights in safetensors or pytorch_model.bin.")
+
+
+def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[*patterns, *BESIDE_WEIGHTS]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"The weights of '{name}' are not here and cannot be downloaded ({reason}).") from error
 
 
 def find_updates(adapter: str, checkpoint: Checkpoint) -> dict[str, Update]:
     """Tensor of the checkpoint -> what the adapter in the directory `adapter` adds to it.
 
-    Raises UserError for an adapter that holds more than the two factors of linear layers, or does not fit.
+    Raises UserError for an adapter that holds more than the two factors of its layers, or does not fit.
     """
-    config = _lora_config(adapter)
-    folder = Path(adapter).expanduser()
-    with safe_open(AdapterFiles(folder).weights, framework="pt") as file:
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    named = set(checkpoint.tensors())
-    prefix = _inner_name(checkpoint.folder)
-    tied = _read_json(checkpoint.folder / "config.json").get("tie_word_embeddings", False)
-    updates = {}
-    for name, a in weights.items():
-        module, mark, _ = name.removeprefix("base_model.model.").rpartition(".lora_A.weight")
-        if not mark:
-            if not name.endswith(".lora_B.weight"):
-                raise UserError(f"The adapter in '{adapter}' holds {name}, which is not a factor of a linear layer.")
-            continue
-        tensor = next((n for n in (f"{module}.weight", f"{module}.weight".removeprefix(prefix)) if n in named), None)
-        b = weights.get(name.replace(".lora_A.", ".lora_B."))
-        if tensor is None or b is None:
-            raise UserError(f"The adapter in '{adapter}' changes {module}, but the base has no {module}.weight.")
-        if tied and module.rpartition(".")[2] in ("lm_head", "embed_tokens", "wte"):
-            raise UserError(f"The adapter in '{adapter}' changes {module}, which this base shares with another layer.")
-        rank = math.sqrt(config.r) if config.use_rslora else config.r
-        updates[tensor] = Update(a, b, config.lora_alpha / rank, bool(config.fan_in_fan_out))
-    for file, names in checkpoint.shards.items():
-        with safe_open(checkpoint.folder / file, framework="pt") as shard:
-            for name in set(names) & set(updates):
-                stored = tuple(shard.get_slice(name).get_shape())
-                if stored != updates[name].shape:
-                    raise UserError(
-                        f"The adapter in '{adapter}' does not fit: {name} is {stored} in the base, and "
-                        f"{updates[name].shape} in the adapter."
-                    )
+    config, stored = _lora_config(adapter), checkpoint.stored()
+    misfit = f"The adapter in '{adapter}' does not fit"
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint.folder), dtype=torch.float32)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        shared = [model.get_input_embeddings(), model.get_output_embeddings()]
+        if shared[0].weight is not shared[1].weight:
+            shared = []
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as error:  # no layer of its names
+            raise UserError(f"{misfit}: {' '.join(str(error).split())[:200]}.") from error
+    _give_factors(adapted, adapter, checkpoint, misfit)
+    updates: dict[str, Update] = {}
+    for layer in (module for module in adapted.modules() if isinstance(module, LoraLayer)):
+        base: Any = layer.get_base_layer()
+        weight = getattr(base, getattr(layer, "parameter_name", "weight"))
+        parameter = names[id(weight)]
+        if any(base is one for one in shared):
+            raise UserError(
+                f"The adapter in '{adapter}' changes {parameter}, which the base shares with another layer."
+            )
+        whole = checkpoint.name_of(parameter)
+        parts = {parameter: weight} if whole else revert_weight_conversion(model, {parameter: weight})
+        for part, like in parts.items():
+            tensor = checkpoint.name_of(part)
+            if tensor is None:
+                raise UserError(f"The adapter in '{adapter}' changes {parameter}, but the base has no {part}.")
+            if stored[tensor][0] != like.shape:
+                raise UserError(f"{misfit}: {tensor} is {stored[tensor][0]} in the base, not {tuple(like.shape)}.")
+            updates[tensor] = Update(model, layer, parameter, None if whole else part)
     return updates
+
+
+def _give_factors(adapted: PeftModel, adapter: str, checkpoint: Checkpoint, misfit: str) -> None:
+    """Puts the adapter's weights in place of those without data."""
+    with safe_open(AdapterFiles(Path(adapter).expanduser()).weights, framework="pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    factors = {
+        re.sub(r"(\.lora_(embedding_)?[AB])(\.weight)?$", r"\1.default\3", name): weights.pop(name).float()
+        for name in list(weights)
+        if ".lora_" in name
+    }
+    for name, copied in weights.items():  # PEFT stores an embedding beside the adapter on it
+        base = checkpoint.name_of(name.removeprefix("base_model.model.").replace(".base_layer.", "."))
+        if base is None or not torch.equal(checkpoint.tensor(base).to(copied.dtype), copied):
+            raise UserError(f"The adapter in '{adapter}' holds {name}, which is not a factor of a linear layer.")
+    try:
+        result = adapted.load_state_dict(factors, strict=False, assign=True)
+    except RuntimeError as error:  # other shapes
+        raise UserError(f"{misfit}: {' '.join(str(error).split())[:200]}.") from error
+    for name in result.unexpected_keys:
+        module = name.removeprefix("base_model.model.").partition(".lora_")[0]
+        raise UserError(f"The adapter in '{adapter}' changes {module}, but the base has no {module}.weight.")
+    for name in (name for name in result.missing_keys if ".lora_" in name):
+        raise UserError(f"The adapter in '{adapter}' is not whole: it lacks {name}.")
 
 
 def check_space(out: Path, needed: int) -> None:
@@ -195,15 +269,16 @@ def write_merged(
                disable=None if progress else True)  # fmt: skip
     with bar:
         for file, names in checkpoint.shards.items():
-            with safe_open(checkpoint.folder / file, framework="pt") as shard:
-                merged = dict(_merged(shard, names, updates, dtype, bar))
+            merged = dict(_merged(Shard(checkpoint.folder / file), names, updates, dtype, bar))
             total += sum(tensor.numel() * tensor.itemsize for tensor in merged.values())
-            save_file(merged, out / file, metadata={"format": "pt"})
+            save_file(merged, out / _as_safetensors(file), metadata={"format": "pt"})
             del merged
-    if (checkpoint.folder / INDEX).is_file():
-        index = _read_json(checkpoint.folder / INDEX)
-        index.setdefault("metadata", {})["total_size"] = total
-        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for name in (INDEX, OLD_INDEX):
+        if (checkpoint.folder / name).is_file() and not (out / INDEX).exists():
+            index = _read_json(checkpoint.folder / name)
+            index["weight_map"] = {tensor: _as_safetensors(file) for tensor, file in index["weight_map"].items()}
+            index.setdefault("metadata", {})["total_size"] = total
+            (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for name in BESIDE_WEIGHTS:
         if (checkpoint.folder / name).is_file():
             shutil.copyfile(checkpoint.folder / name, out / name)
@@ -214,13 +289,21 @@ def write_merged(
 
 
 def _merged(
-    shard: Any, names: Iterable[str], updates: dict[str, Update], dtype: torch.dtype | None, bar: tqdm
+    shard: Shard, names: Iterable[str], updates: dict[str, Update], dtype: torch.dtype | None, bar: tqdm
 ) -> Iterator[tuple[str, Tensor]]:
     for name in names:
-        stored = shard.get_tensor(name)
+        stored = shard.tensor(name)
         kept = dtype if dtype is not None and stored.is_floating_point() else stored.dtype
-        yield name, updates[name].added_to(stored, kept) if name in updates else stored.to(kept)
+        merged = updates[name].added_to(stored, kept) if name in updates else stored.to(kept, copy=True)
+        yield name, merged.contiguous()
         bar.update()
+
+
+def _as_safetensors(file: str) -> str:
+    """pytorch_model-00001-of-00002.bin -> model-00001-of-00002.safetensors"""
+    return (
+        file if file.endswith(".safetensors") else f"{file.removeprefix('pytorch_').removesuffix('.bin')}.safetensors"
+    )
 
 
 def _lora_config(adapter: str) -> LoraConfig:
@@ -231,17 +314,13 @@ def _lora_config(adapter: str) -> LoraConfig:
     extras = [description for field, description in MORE_THAN_LORA.items() if content.get(field)]
     if content.get("bias", "none") != "none":
         extras.append(f"biases (bias: {content['bias']})")
+    if str(start := content.get("init_lora_weights")).split("_")[0] in ("pissa", "olora", "corda", "loftq"):
+        extras.append(f"a base that its start has changed (init_lora_weights: {start})")
     if extras:
         raise UserError(
             f"The adapter in '{adapter}' has {extras[0]}, which cannot be merged here: use PEFT's merge_and_unload."
         )
     return LoraConfig.from_pretrained(str(folder))
-
-
-def _inner_name(folder: Path) -> str:
-    """The prefix that some checkpoints leave out of their tensors' names, such as GPT-2's "transformer."."""
-    config = AutoConfig.from_pretrained(folder)
-    return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]).base_model_prefix + "."
 
 
 def _read_json(path: Path) -> dict[str, Any]:

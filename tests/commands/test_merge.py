@@ -12,11 +12,14 @@ import torch
 from helpers.tiny_models import tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, MixtralConfig
 
 from lowmem_npo.cli import main
+from lowmem_npo.config import ModelConfig
 from lowmem_npo.evaluation.directory import digest
-from lowmem_npo.model import merging
+from lowmem_npo.model import load_model, merging
+from lowmem_npo.model.saved_adapter import load_adapter
 
 IDS = torch.arange(2, 30)[None]
 
@@ -46,6 +49,11 @@ def logits(model):
         return model.double()(input_ids=IDS, use_cache=False).logits[0]
 
 
+def in_float32(model):
+    with torch.no_grad():
+        return model.float()(input_ids=IDS, use_cache=False).logits[0]
+
+
 def merged_by_peft(base, adapter):
     """The base's stored weights with the adapter, merged by PEFT in float64."""
     model = AutoModelForCausalLM.from_pretrained(base).double()
@@ -70,14 +78,18 @@ def test_weights_are_the_exact_sum_rounded_once(architecture, dtype, bug, tmp_pa
     base, out = tmp_path / "base", tmp_path / "out"
     saved_base(base, architecture, dtype)
     adapter = saved_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "v_proj"])  # square: 32 x 32
-    exact, real = merged_by_peft(base, adapter), merging.Update.added_to
+    exact, added, product = merged_by_peft(base, adapter), merging.Update.added_to, merging._product
     if bug:
-        broken = {
-            "scale": lambda u, w, t: real(merging.Update(u.a, u.b, u.scale / 2, False), w, t),  # without alpha / r
-            "transposed": lambda u, w, t: real(merging.Update(u.a, u.b, u.scale, True), w, t),
-            "twice": lambda u, w, t: w + real(u, torch.zeros_like(w), t),  # the update rounded before the sum
+        target, name, broken = {
+            "scale": (merging, "_product", lambda layer: product(layer) / 2),  # without alpha / r
+            "transposed": (merging, "_product", lambda layer: product(layer).T),
+            "twice": (
+                merging.Update,
+                "added_to",
+                lambda u, w, t: w + added(u, torch.zeros_like(w), t),
+            ),  # rounded twice
         }[bug]
-        monkeypatch.setattr(merging.Update, "added_to", broken)
+        monkeypatch.setattr(target, name, broken)
     assert run(adapter, out, "--dtype", "stored") == 0
     merged = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
     assert merged.dtype == dtype
@@ -172,9 +184,7 @@ def test_layers_with_transposed_weights(tmp_path):
         ({"use_dora": True}, "DoRA magnitudes"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "lora_only"}, "bias: lora_only"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
-        ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
+        ({"init_lora_weights": "pissa"}, "a base that its start has changed"),
     ],
 )
 def test_what_is_more_than_lora_is_refused(options, message, tmp_path, capsys):
@@ -182,6 +192,85 @@ def test_what_is_more_than_lora_is_refused(options, message, tmp_path, capsys):
     adapter = saved_adapter(tmp_path / "base", tmp_path / "adapter", **options)
     fails(capsys, run(adapter, tmp_path / "out"), message)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+MIXTRAL = MixtralConfig(
+    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, num_local_experts=3, bos_token_id=None, eos_token_id=1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config, options",
+    [
+        (None, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 32}}),
+        (None, {"target_modules": ["embed_tokens", "q_proj"]}),  # PEFT stores the embedding as well
+        (None, {"target_modules": r".*layers\.1\.self_attn\.(q|v)_proj"}),
+        (MIXTRAL, {"target_modules": "all-linear"}),  # experts: one parameter, stored one by one
+        (MIXTRAL, {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}),
+    ],
+    ids=["patterns", "embedding", "regex", "experts", "some experts"],
+)
+def test_whatever_is_a_product_of_two_factors(config, options, tmp_path):
+    """Ranks by layer, embeddings and experts: PEFT's own merge, and the base's own files."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    torch.manual_seed(0)
+    model = tiny_model() if config is None else AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(base)
+    adapter = saved_adapter(base, tmp_path / "adapter", **options)
+    assert run(adapter, out, "--dtype", "stored") == 0
+    exact = in_float32(merged_by_peft(base, adapter))  # PyTorch multiplies experts in float32 at most
+    merged = in_float32(AutoModelForCausalLM.from_pretrained(out))
+    assert torch.allclose(merged, exact, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(merged, in_float32(model), rtol=1e-2, atol=1e-2)
+    with safe_open(base / "model.safetensors", "pt") as before, safe_open(out / "model.safetensors", "pt") as after:
+        assert set(before.keys()) == set(after.keys())
+        changed = {name for name in before.keys() if not torch.equal(before.get_tensor(name), after.get_tensor(name))}  # noqa: SIM118
+    if options.get("target_modules") == "all-linear":
+        assert sum("experts" in name for name in changed) == 2 * 3 * 3
+    loaded = load_adapter(load_model(ModelConfig(str(base), dtype="float32", device="cpu")), adapter)
+    assert torch.allclose(in_float32(loaded), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_an_embedding_beside_its_adapter_must_be_the_bases(tmp_path, capsys):
+    saved_base(tmp_path / "base", dtype=torch.float32)
+    adapter = tmp_path / "adapter"
+    saved_adapter(tmp_path / "base", adapter, target_modules=["embed_tokens"])
+    weights = load_file(adapter / "adapter_model.safetensors")
+    weights["base_model.model.model.embed_tokens.base_layer.weight"][3] += 1
+    merging.save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    fails(capsys, run(adapter, tmp_path / "out"), "embed_tokens.base_layer.weight, which is not a factor")
+    del weights["base_model.model.model.embed_tokens.lora_embedding_B"]
+    del weights["base_model.model.model.embed_tokens.base_layer.weight"]
+    merging.save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    fails(capsys, run(adapter, tmp_path / "out"), "is not whole: it lacks", "lora_embedding_B")
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("architecture", ["olmo", "gemma2"])  # the head of gemma2 is its embedding, and stored twice
+def test_checkpoints_of_pytorch_itself(architecture, shards, tmp_path):
+    base, old, out = tmp_path / "base", tmp_path / "old", tmp_path / "out"
+    model = saved_base(base, architecture, torch.bfloat16)
+    adapter = saved_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
+    old.mkdir()
+    shutil.copyfile(base / "config.json", old / "config.json")
+    weights = model.state_dict()
+    if shards:
+        files = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(weights)}
+        for file in set(files.values()):
+            torch.save({name: weight for name, weight in weights.items() if files[name] == file}, old / file)
+        index = {"metadata": {"total_size": 1}, "weight_map": files}
+        (old / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    else:
+        torch.save(weights, old / "pytorch_model.bin")
+    assert run(adapter, out, "--model", str(old), "--any-base", "--dtype", "stored") == 0
+    assert run(adapter, tmp_path / "expected", "--dtype", "stored") == 0
+    merged, expected = (AutoModelForCausalLM.from_pretrained(f, dtype="auto") for f in (out, tmp_path / "expected"))
+    assert merged.state_dict().keys() == expected.state_dict().keys()
+    assert all(torch.equal(w, expected.state_dict()[name]) for name, w in merged.state_dict().items())
+    written = sorted(path.name for path in out.iterdir() if "model" in path.name)
+    assert written == (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", merging.INDEX]
+                       if shards else ["model.safetensors"])  # fmt: skip
 
 
 def test_a_head_shared_with_the_embedding_is_refused(tmp_path, capsys):
@@ -212,7 +301,7 @@ def test_other_bases_and_damaged_files(tmp_path, capsys):
     fails(capsys, run(adapter, tmp_path / "new2", "--model", str(wide), "--any-base"), "is incomplete")
     for file in wide.glob("model*"):
         file.unlink()
-    fails(capsys, run(adapter, tmp_path / "new2", "--model", str(wide), "--any-base"), "no safetensors weights")
+    fails(capsys, run(adapter, tmp_path / "new2", "--model", str(wide), "--any-base"), "has no weights in safetensors")
     (adapter / "adapter_config.json").write_text(
         json.dumps({**json.loads((adapter / "adapter_config.json").read_text()), "peft_type": "IA3"})
     )
