@@ -134,7 +134,7 @@ def _read_json(name: str, path: Path) -> Rows:
                 f"{rows.where(index)} is not a JSON object; "
                 'every row must be an object such as {"question": "...", "answer": "..."}.'
             )
-        if column := next((column for column, value in row.items() if not _is_text(value)), None):
+        if column := next((column for column, value in row.items() if not is_text(value)), None):
             raise UserError(
                 f"{rows.where(index)}: {column} holds half of a surrogate pair (an escape such as \\ud83d without its "
                 "partner), which is no character; repair the text or remove the row."
@@ -142,7 +142,8 @@ def _read_json(name: str, path: Path) -> Rows:
     return rows
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
+    """Whether all strings in `value` can be written as UTF-8, which half a surrogate pair cannot."""
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
@@ -259,4 +260,4 @@ def _read_hub(name: str, repo: str, config: str | None, split: str | None, revis
 def _undecodable_line(path: Path) -> int:
     """The first line (from 1) that is not UTF-8."""
     with _open(path, errors="surrogateescape") as file:
-        return next((number for number, line in enumerate(file, 1) if not _is_text(line)), 1)
+        return next((number for number, line in enumerate(file, 1) if not is_text(line)), 1)

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
-from lowmem_npo.data.reading import Rows
+from lowmem_npo.data.reading import Rows, is_text
 from lowmem_npo.errors import UserError
 
 CHAT = ("messages", "conversations")
@@ -77,6 +77,8 @@ def with_answer(examples: Sequence[Example], refusal: str) -> list[Example]:
 
     Raises UserError for a row without a prompt: there is no question to refuse.
     """
+    if not is_text(refusal):
+        raise UserError("--refusal is not UTF-8 text; write it as UTF-8.")
     if not refusal.strip():
         raise UserError("The refusal is empty; give --refusal the sentence that the model is to answer instead.")
     for example in examples:

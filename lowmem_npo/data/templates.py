@@ -21,6 +21,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_npo.config import DataOptions
+from lowmem_npo.data.reading import is_text
 from lowmem_npo.data.schemas import Example
 from lowmem_npo.errors import UserError
 
@@ -57,6 +58,9 @@ class Template:
     @classmethod
     def of(cls, options: DataOptions, stops: frozenset[int] = frozenset()) -> Template:
         """The template that the options name."""
+        for name in ("template", "prompt_template", "system"):
+            if not is_text(getattr(options, name)):
+                raise UserError(f"--{name.replace('_', '-')} is not UTF-8 text; write it as UTF-8.")
         text = options.template or "auto"
         if options.prompt_template is not None:
             if text != "auto":

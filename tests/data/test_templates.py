@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lowmem_npo.config import DataConfig
+from lowmem_npo.data.prepare import prepare
 from lowmem_npo.data.schemas import Example
 from lowmem_npo.data.templates import Template
 from lowmem_npo.data.tokenizing import tokenize
@@ -121,6 +122,13 @@ def test_a_system_prompt_stands_before_rows_that_have_none(chat_tokenizer):
         )
     with pytest.raises(UserError, match="f, line 1: --system is for rows that a chat template writes"):
         tokenize([Example("Who?", "She.", "f, line 1", "input/output")], chat_tokenizer, template=template)
+
+
+@pytest.mark.parametrize("option", ["template", "prompt_template", "system", "refusal"])
+def test_options_are_text(bpe_tokenizer, option):
+    data = DataConfig(**{option: "{prompt} caf\udce9"})  # as Python has an argument in Latin-1
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} is not UTF-8 text"):
+        prepare(bpe_tokenizer, data, "idk")
 
 
 def test_both_spellings_of_a_text():

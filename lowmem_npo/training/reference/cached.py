@@ -163,5 +163,5 @@ def _stale(file: AnswerFile, identity: dict[str, str]) -> str | None:
     if made_by.get("rows") != identity["rows"]:
         if made_by.get("tokenizer") != identity["tokenizer"]:
             return "was made with another tokenizer"
-        return "was made from other rows (other data, --limit, --prompt-template, --max-length or --tokens)"
+        return "was made from other rows (other data, --limit, --template, --max-length or --tokens)"
     return None if file.fits else "holds values of another size or type"
