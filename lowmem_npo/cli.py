@@ -11,7 +11,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.libraries import prepare_console
 
 # Command -> a line of help. `lowmem-npo X` is `main(arguments)` of lowmem_npo/commands/X.py (or X/), which is imported
-# only when it runs, so that `--help` answers at once.
+# only when it runs, so that `lowmem-npo --help` answers at once.
 COMMANDS = {
     "train": "make a model forget: writes an adapter, a before/after table and a report",
     "sweep": "train over a grid of settings and seeds: mean and standard deviation, as a table and a picture",

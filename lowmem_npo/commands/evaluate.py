@@ -46,6 +46,8 @@ from lowmem_npo.run_directory import AdapterFiles, EvaluationFiles
 
 def main(arguments: Sequence[str]) -> None:
     command_line = with_help(EvaluationConfig, LEAK_TESTS)
+    benchmarks = "; ".join(benchmark.summary for benchmark in BENCHMARKS)
+    command_line.__doc__ = f"{EvaluationConfig.__doc__}\n\n{benchmarks}."
     parsed = tyro.cli(command_line, args=list(arguments), prog="lowmem-npo evaluate")
     quiet_libraries()
     evaluate(EvaluationConfig(**vars(parsed)))

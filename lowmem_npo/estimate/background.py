@@ -7,12 +7,13 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 
 from lowmem_npo.config import RunConfig
+from lowmem_npo.console import Say
 from lowmem_npo.data import PreparedData
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.measured import compare, measure, restart_peak
@@ -52,7 +53,7 @@ class Simulation:
         return result
 
 
-def keep_budget(config: RunConfig, data: PreparedData, say: Callable[[str], None]) -> RunConfig:
+def keep_budget(config: RunConfig, data: PreparedData, say: Say) -> RunConfig:
     """`config` with the fastest switches that fit its memory budget; unchanged without a budget.
 
     Raises:
@@ -70,9 +71,7 @@ def keep_budget(config: RunConfig, data: PreparedData, say: Callable[[str], None
 
 
 @contextlib.contextmanager
-def watch_memory(
-    config: RunConfig, data: PreparedData, device: torch.device, say: Callable[[str], None]
-) -> Iterator[None]:
+def watch_memory(config: RunConfig, data: PreparedData, device: torch.device, say: Say) -> Iterator[None]:
     """On a GPU, compares the measured with the predicted peak afterwards; when memory runs out, says what would fit.
 
     Raises:

@@ -59,9 +59,7 @@ class EvaluationOptions(DataOptions, ModelOptions):
 class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # type: ignore[valid-type, misc]
     """Measure what a model (with an adapter) has forgotten and what it has kept.
 
-    LUME rows (id, input, output, task) get the scores of SemEval-2025 Task 4; TOFU rows (question, answer,
-    perturbed_answer) get TOFU's; of all others the likelihood of the answers and the greedy answers are measured. If no
-    data is named, that of the run of --adapter is evaluated, read and written as prompts as in the run.
+    Without any data, that of the run of --adapter is evaluated, with its columns and its prompt template.
     """
 
     def __post_init__(self) -> None:

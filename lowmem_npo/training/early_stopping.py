@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lowmem_npo.console import Say
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.documents import membership
@@ -62,7 +63,7 @@ class Stopping(TrainerCallback):
         every: int | None = None,
         patience: int = 1,
         batch_size: int = 8,
-        say: Callable[[str], None] = print,
+        say: Say = print,
     ) -> None:
         self.conditions, self.model, self.sets, self.files = conditions, model, sets, RunFiles(directory)
         self.every, self.patience, self.batch_size, self.say = every, patience, batch_size, say

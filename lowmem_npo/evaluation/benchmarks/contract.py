@@ -76,6 +76,8 @@ class Benchmark(ABC, Generic[MeasuredT, ScoresT]):
     group: ClassVar[str]
     """Its figures' group in report.json."""
     title: ClassVar[str]
+    summary: ClassVar[str]
+    """Which rows are its own and what they get, for help texts."""
     note: ClassVar[str] = ""
     """A sentence below the title in the report."""
     sets: ClassVar[tuple[str, ...]] = ()

@@ -70,6 +70,7 @@ class Documents(Benchmark[float, MembershipScore]):
     name = "membership"
     group = "documents"
     title = "Documents, membership inference by LOSS"
+    summary = "documents (--members, --nonmembers) the AUC of their loss"
     sets = (MEMBERS, NONMEMBERS)
     options = DocumentOptions
 

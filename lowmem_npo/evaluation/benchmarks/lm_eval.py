@@ -42,6 +42,7 @@ class LmEval(Benchmark[dict[str, Metrics], dict[str, Metrics]]):
     name = "lm_eval"
     group = "lm-eval"
     title = "lm-eval"
+    summary = "--lm-eval runs tasks of lm-eval such as MMLU"
     note = "What the model can do beyond the data of this run."
     options = LmEvalOptions
     empty: ClassVar[dict[str, Any]] = {}

@@ -122,6 +122,7 @@ class Lume(Benchmark[LumeAnswer, LumeScores]):
     name = "lume"
     group = "LUME"
     title = "LUME, SemEval-2025 Task 4"
+    summary = "LUME rows (id, input, output, task) get the scores of SemEval-2025 Task 4"
     note = "Scored as the challenge's official script does, from greedy generations."
     sets = (FORGET, RETAIN)
 

@@ -27,6 +27,7 @@ class Plain(Benchmark[PlainAnswer, dict[str, AnswerSummary]]):
     group = "evaluate"
     uses_template = True
     title = "Measured by lowmem-npo evaluate"
+    summary = "all other rows get the likelihood of their answers and greedy answers"
     sets = (FORGET, RETAIN)
     empty: ClassVar[dict[str, Any]] = {}
 

@@ -123,6 +123,7 @@ class Tofu(Benchmark[TofuAnswer, TofuScores]):
     group = "TOFU"
     uses_template = True
     title = "TOFU"
+    summary = "TOFU rows (question, answer, perturbed_answer) get TOFU's"
     note = "Defined as in open-unlearning."
     sets = (FORGET, RETAIN, REAL_AUTHORS, WORLD_FACTS)
     options = TofuOptions
