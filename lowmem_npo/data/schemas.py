@@ -27,6 +27,7 @@ CHAT = ("messages", "conversations")
 INSTRUCTIONS = {"output": "input", "response": "context"}  # answer -> what may follow the instruction
 PAIRS = (*(("instruction", answer) for answer in INSTRUCTIONS), ("input", "output"), ("question", "answer"),
          ("prompt", "completion"))  # fmt: skip
+CALLS = ("tool_calls", "function_call")  # what an assistant may say instead of text
 # What ShareGPT and its kin call the roles of a chat template.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
          "model": "assistant", "observation": "tool", "function_response": "tool"}  # fmt: skip
@@ -186,7 +187,7 @@ def _conversation(messages: Any, row: dict[str, Any], where: str, schema: str, i
         if not isinstance(tools, list):
             raise UserError(f"{where}: tools is not a list; write it as one.")
         options = {**options, "tools": tools}
-    answer = turns[-1]["content"] or json.dumps(turns[-1].get("tool_calls"))
+    answer = turns[-1]["content"] or json.dumps([turns[-1].get(call) for call in CALLS])
     return Example(turns[-2]["content"], answer, where, schema, identity, tuple(turns), options)
 
 
@@ -199,13 +200,18 @@ def _message(turn: dict[str, Any], where: str) -> dict[str, Any]:
     if role not in ("system", "developer", "user", "assistant", "tool", "ipython", "function"):
         raise UserError(f"{where} is from {role!r}; a turn is from system, user, assistant or tool.")
     if isinstance(parts := turn.get("content"), list):
-        if other := next((p for p in parts if not (isinstance(p, dict) and isinstance(p.get("text"), str))), None):
-            kind = other.get("type") if isinstance(other, dict) else None
-            raise UserError(f"{where}: content has a part of type {kind}, not text; only text can be forgotten.")
+        for part in parts:
+            if not (isinstance(part, dict) and isinstance(part.get("text"), str)):
+                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+                raise UserError(
+                    f"{where}: content has a part of type {kind}, which is no {{'type': 'text', 'text': ...}}; only text "
+                    "can be forgotten."
+                )
         turn["content"] = "".join(part["text"] for part in parts)
-    if role in ("system", "developer", "tool", "ipython", "function") or turn.get("tool_calls"):
+    may_be_empty = role not in ("user", "assistant") or any(turn.get(call) for call in CALLS)
+    if may_be_empty:
         turn.setdefault("content", "")
-    if turn.get("content") != "" or role in ("user", "assistant") and not turn.get("tool_calls"):
+    if not (may_be_empty and turn["content"] == ""):
         _text(turn, "content", where)
     return {**turn, "role": role}
 

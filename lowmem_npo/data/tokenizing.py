@@ -19,7 +19,7 @@ from lowmem_kernels import IGNORE_INDEX
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_npo.config import DataConfig
-from lowmem_npo.data.schemas import Example
+from lowmem_npo.data.schemas import CALLS, Example
 from lowmem_npo.data.templates import Template
 from lowmem_npo.errors import UserError
 
@@ -27,7 +27,7 @@ TOKENS = ("answer", "all")
 MAX_OPENING = 200  # characters at the end of a prompt that may already open its answer
 MARK = "\u27ea answer \u27eb"  # stands for an answer where the text around it is looked for
 # Parts of a conversation that not every chat template knows.
-READ = ("tools", "tool_calls", "reasoning_content", "reasoning", "thinking")
+READ = ("tools", *CALLS, "reasoning_content", "reasoning", "thinking")
 
 Message = Mapping[str, Any]
 
@@ -205,7 +205,7 @@ class Encoder:
         for name in READ:  # what the row has must reach the model
             if name == "tools" and name in example.options:
                 unread = render(messages, tools=None)
-            elif name in last or (name == "tool_calls" and any(name in turn for turn in messages)):
+            elif name in last or (name in CALLS and any(name in turn for turn in messages)):
                 unread = render([{key: turn[key] for key in turn if key != name} for turn in messages])
             else:
                 continue

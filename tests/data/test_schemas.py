@@ -133,10 +133,12 @@ def test_fields_that_do_not_fit_are_named(row, message):
         ([QUESTION, ANSWER, QUESTION], "does not end with an assistant's answer"),
         (
             [QUESTION, {"role": "assistant", "content": [{"type": "image"}]}],
-            "message 2: content has a part of type image, not text",
+            "message 2: content has a part of type image, which is no",
         ),
         ([{"role": "user"}, ANSWER], "message 1 has no content"),
         ([{"content": "Q"}, ANSWER], "message 1 has no role"),
+        ([{"role": "user", "content": ["Q", ""]}, ANSWER], "message 1: content has a part of type str, which is no"),
+        ([{"role": "user", "content": [{}]}, ANSWER], "message 1: content has"),
         ([{"from": "narrator", "value": "Q"}, ANSWER], "message 1 is from 'narrator'"),
         ([QUESTION, {"role": "assistant", "content": None}], "message 2 has no content"),
         ([QUESTION, {"role": "assistant", "content": ""}], "message 2 has an empty content"),

@@ -194,7 +194,8 @@ TOOLS = [{"type": "function", "function": {"name": "find"}}]
 KNOWS_TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML.replace(
     "{{ message['content'] }}",
     "{% if message['reasoning_content'] %}<think>{{ message['reasoning_content'] }}</think>{% endif %}"
-    "{{ message['content'] }}{% if message['tool_calls'] %}<call>{{ message['tool_calls'] | tojson }}{% endif %}",
+    "{{ message['content'] }}{% if message['tool_calls'] %}<call>{{ message['tool_calls'] | tojson }}{% endif %}"
+    "{% if message['function_call'] %}<call>{{ message['function_call'] | tojson }}{% endif %}",
 )
 USED = ({"role": "assistant", "content": "", "tool_calls": TOOLS}, {"role": "tool", "name": "find", "content": "F"})
 
@@ -205,6 +206,7 @@ USED = ({"role": "assistant", "content": "", "tool_calls": TOOLS}, {"role": "too
         ("tools", TURNS, {"tools": TOOLS}),
         ("tool_calls", (TURNS[0], *USED, TURNS[1]), {}),
         ("tool_calls", (TURNS[0], USED[0]), {}),
+        ("function_call", (TURNS[0], {"role": "assistant", "content": "", "function_call": TOOLS[0]}), {}),
         ("reasoning_content", (TURNS[0], {**TURNS[1], "reasoning_content": "R"}), {}),
     ],
 )
