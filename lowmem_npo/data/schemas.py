@@ -204,8 +204,8 @@ def _message(turn: dict[str, Any], where: str) -> dict[str, Any]:
             if not (isinstance(part, dict) and isinstance(part.get("text"), str)):
                 kind = part.get("type") if isinstance(part, dict) else type(part).__name__
                 raise UserError(
-                    f"{where}: content has a part of type {kind}, which is no {{'type': 'text', 'text': ...}}; only text "
-                    "can be forgotten."
+                    f"{where}: content has a part of type {kind}, which is no {{'type': 'text', 'text': ...}}; only "
+                    "text can be forgotten."
                 )
         turn["content"] = "".join(part["text"] for part in parts)
     may_be_empty = role not in ("user", "assistant") or any(turn.get(call) for call in CALLS)
