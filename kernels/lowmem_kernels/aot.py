@@ -155,8 +155,8 @@ def _launches(capability, variant: Variant, both_directions: bool) -> Iterator[t
 
 
 def _specimen(name: str, kernel, arguments: dict, capability: tuple[int, int]) -> Specimen:
-    """Types and constants as Triton's launcher chooses them: None and 1 are constants, multiples of 16 are noted; but not
-    1 and multiples of 16 of a parameter that the kernel does not specialise on."""
+    """Types and constants as Triton's launcher chooses them: None and 1 are constants, multiples of 16 are noted;
+    neither where the kernel does not specialise on the parameter."""
     num_warps, num_stages = arguments.pop("num_warps"), arguments.pop("num_stages")
     signature, constexprs, attrs = {}, {}, {}
     for index, parameter in enumerate(kernel.params):

@@ -20,10 +20,16 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.simulator import attention as cuda_attention
 from lowmem_npo.estimate.simulator.operators import FakeOperators
 from lowmem_npo.estimate.simulator.storages import StorageCounter
@@ -50,14 +56,17 @@ class FakeGPU(StorageCounter):
         if func is aten.index.Tensor:
             args = (args[0], self._positions(args[1]), *args[2:])
         known = _known(func, args, kwargs)
-        if known is not None and not isinstance(known, Tensor):
+        if isinstance(known, (bool, int)):
             return known
         if func is aten.nonzero.default and known is not None:
             result = args[0].new_empty(known.shape, dtype=torch.int64)
         else:
             result = self.operators(func, args, kwargs)
         if known is not None:
-            result.known = known
+            for part, values in zip(tree_leaves(result), tree_leaves(known), strict=True):
+                part.known = values
+        if func is aten.topk.default:
+            result[1].known = _evenly(result[1].shape, choices=args[0].shape[-1])
         if size := cuda_attention.backward_workspace(func, args):
             for leaf in result:
                 if leaf is not None:  # the gradient of a bias that there is not
@@ -87,6 +96,7 @@ def fake_gpu(kind: str = "other") -> Iterator[FakeGPU]:
             (FakeTensor, "to", _to),
             (torch.cuda, "_initialized", False),  # no random state of a real GPU to save and restore
             (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
+            (torch.cuda, "get_device_capability", lambda *_: (8, 6)),  # a card of 24 GB
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
             (torch.nn.Module, "_apply", _apply),
             (torch.nn.functional, "scaled_dot_product_attention", cuda_attention.scaled_dot_product_attention),
@@ -95,7 +105,13 @@ def fake_gpu(kind: str = "other") -> Iterator[FakeGPU]:
         stack.enter_context(mock.patch("transformers.masking_utils.is_tracing", lambda tensor=None: False))
         stack.enter_context(_kernels_of_a_cuda_build())
         counter.operators = FakeOperators(stack.enter_context(_FakeCuda()), GPU)
-        yield stack.enter_context(counter)
+        try:
+            yield stack.enter_context(counter)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise UserError(
+                "The memory of a step of this architecture cannot be estimated: it depends on what the model computes "
+                f"({error.func})."
+            ) from error
 
 
 def with_values(tensor: Tensor) -> FakeTensor:
@@ -165,7 +181,7 @@ def _kernels_of_a_cuda_build() -> Iterator[None]:
 
 
 def _known(func: Any, args: tuple, kwargs: dict) -> Any:
-    """The result of `func` on known values: a tensor, a number, or None where not everything is known."""
+    """The result of `func` on known values: tensors, a number, or None where not everything is known."""
     if func in _FACTORIES:
         wanted = kwargs.get("dtype")
         if wanted is not None and (wanted.is_floating_point or wanted.is_complex):
@@ -189,10 +205,21 @@ def _known(func: Any, args: tuple, kwargs: dict) -> Any:
         args, kwargs = tree_map_only(Tensor, lambda t: t.known, (args, dict(kwargs)))
         for name in ("device", "pin_memory"):
             kwargs.pop(name, None)
-        known = func(*args, **kwargs)
-    if isinstance(known, Tensor):
-        return None if known.is_floating_point() else known
-    return known if isinstance(known, (bool, int)) else None
+        try:
+            known = func(*args, **kwargs)
+        except NotImplementedError:  # histc of integers, which CUDA has
+            return None
+    whole = all(
+        isinstance(x, (bool, int)) or isinstance(x, Tensor) and not x.is_floating_point() for x in tree_leaves(known)
+    )
+    return known if whole else None
+
+
+def _evenly(shape: torch.Size, choices: int) -> Tensor:
+    """(..., k) int64: what a router would choose that uses its experts evenly. How many tokens each has to compute
+    decides how large its tensors are."""
+    with _disable_current_modes():
+        return torch.arange(shape.numel()).remainder(choices).view(shape)
 
 
 def _forget(args: tuple) -> None:
