@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -32,6 +32,7 @@ class AdapterFiles:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.weights = path / "adapter_model.safetensors"  # written last
+        self.digest = path / "adapter_model.sha256"  # of a checkpoint
         self.adapter_config = path / "adapter_config.json"
         self.trainer_state = path / "trainer_state.json"  # of a checkpoint
 
@@ -78,7 +79,8 @@ class RunFiles(AdapterFiles):
 
     def checkpoints(self) -> list[Path]:
         """checkpoint-N directories, the newest first."""
-        return sorted(self.path.glob("checkpoint-*"), key=step_of, reverse=True)
+        numbered = [p for p in self.path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
+        return sorted(numbered, key=step_of, reverse=True)
 
 
 def run_of_adapter(folder: Path) -> RunFiles:
@@ -144,19 +146,6 @@ class RunDirectory(RunFiles):
         if main_process:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.run_yaml, self.config.to_yaml())
-
-    def last_checkpoint(self) -> str | None:
-        """The newest complete checkpoint; None if there is none, and a resumed run starts from the beginning.
-
-        The Trainer writes its state last, so a checkpoint without one is incomplete; it is removed.
-        """
-        for checkpoint in self.checkpoints():
-            try:
-                json.loads(AdapterFiles(checkpoint).trainer_state.read_text(encoding="utf-8"))
-                return str(checkpoint)
-            except (OSError, json.JSONDecodeError):
-                shutil.rmtree(checkpoint)
-        return None
 
 
 def check_empty(path: Path) -> None:

@@ -34,6 +34,7 @@ from lowmem_npo.memory.prefix import SharedPrefix
 from lowmem_npo.model import answer_hidden, attach_lora, check_head, frozen_head
 from lowmem_npo.model.modes import train_adapter
 from lowmem_npo.run_directory import AdapterFiles
+from lowmem_npo.training.checkpoints import write_digest
 from lowmem_npo.training.objective import SequenceLogprobs, StepTotals, forget_loss, needs_reference, retain_weights
 from lowmem_npo.training.reference import CachedReference, LiveReference
 from lowmem_npo.training.step_rows import StepBatches
@@ -139,6 +140,11 @@ class NPOTrainer(Trainer):
         )
         self.step_batches = self._step_batches(len(forget_dataset), len(retain_dataset or ()))
         self.add_callback(_EpochOfSampler(self.step_batches))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is not None and self.args.should_save:  # a checkpoint
+            write_digest(AdapterFiles(Path(output_dir)))
 
     def restore(self, checkpoint: str) -> None:
         """Restores the adapter and the state of `checkpoint` without training: `train` would take at least one step."""

@@ -47,6 +47,7 @@ from lowmem_npo.report.evaluation_text import leaks_text
 from lowmem_npo.report.files import write_report
 from lowmem_npo.run_directory import RunDirectory, check_disk, step_of
 from lowmem_npo.training.arguments import check_trainer_args, npo_config
+from lowmem_npo.training.checkpoints import resume_point
 from lowmem_npo.training.early_stopping import StopOutcome, Stopping
 from lowmem_npo.training.metrics import MetricsWriter
 from lowmem_npo.training.progress import ConsoleProgress
@@ -231,7 +232,7 @@ def _train(plan: RunPlan, trainer: NPOTrainer, stopping: Stopping | None, say: S
     """Trains from the last checkpoint or from the beginning. Under --stop-when the model is left with the best adapter
     (in the main process, which saves it)."""
     config, directory = plan.config, plan.directory
-    checkpoint = directory.last_checkpoint() if config.output.resume else None
+    checkpoint = resume_point(directory, trainer, plan.steps, say) if config.output.resume else None
     stopped = stopping is not None and stopping.resume(step_of(checkpoint))
     if checkpoint is not None and step_of(checkpoint) >= plan.steps:
         trainer.restore(checkpoint)

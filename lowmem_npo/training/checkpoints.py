@@ -1,0 +1,95 @@
+"""Where a run resumes: at its newest checkpoint of which all loads.
+
+The Trainer itself continues without what is missing, with fresh moments, another schedule or other random numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerState
+from transformers.trainer_pt_utils import safe_globals
+
+from lowmem_npo.console import Say
+from lowmem_npo.files import file_sha256, write_atomically
+from lowmem_npo.run_directory import AdapterFiles, RunFiles, step_of
+
+
+def resume_point(run: RunFiles, trainer: Trainer, steps: int, say: Say) -> str | None:
+    """The newest whole checkpoint of `run`; None if there is none, and the run of `steps` steps starts from its
+    beginning. What is passed over is reported, and kept."""
+    checkpoints = run.checkpoints()
+    for checkpoint in checkpoints:
+        damage = _damage(AdapterFiles(checkpoint), trainer, to_train=step_of(checkpoint) < steps)
+        if damage is None:
+            if checkpoint != checkpoints[0]:
+                say(f"--resume: continues from {checkpoint.name}.")
+            return str(checkpoint)
+        say(f"--resume: {checkpoint.name} is not whole: {damage}.")
+    say("--resume: there is no whole checkpoint, so the run starts from its beginning.")
+    return None
+
+
+def write_digest(files: AdapterFiles) -> None:
+    """Writes the hash of the adapter's weights: the format has none, unlike that of the other files."""
+    write_atomically(files.digest, f"{file_sha256(files.weights)}  {files.weights.name}\n")
+
+
+def _damage(files: AdapterFiles, trainer: Trainer, to_train: bool) -> str | None:
+    """What of a checkpoint is missing or damaged.
+
+    to_train: training continues from it; else only its adapter and its state are needed.
+    """
+    checks: dict[Path, Callable[[Path], bool]] = {
+        files.trainer_state: lambda file: TrainerState.load_from_json(str(file)).global_step == step_of(files.path),
+        files.adapter_config: lambda file: isinstance(json.loads(file.read_text(encoding="utf-8")), dict),
+        files.weights: lambda file: _is_adapter(files, trainer.model),
+    }
+    if to_train:
+        assert trainer.model is not None
+        parameters = sum(p.requires_grad for p in trainer.model.parameters())
+        checks[files.path / "optimizer.pt"] = lambda file: (
+            sum(len(group["params"]) for group in _load(file)["param_groups"]) == parameters
+        )
+        checks[files.path / "scheduler.pt"] = lambda file: "last_epoch" in _load(file)
+        processes = trainer.args.world_size
+        names = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+        states = [files.path / name for name in names]
+        if not any(state.exists() for state in states):  # saved by another number of processes
+            states = sorted(files.path.glob("rng_state*.pth")) or states
+        checks |= {state: lambda file: {"python", "numpy", "cpu"} <= _load(file).keys() for state in states}
+    for file, is_whole in checks.items():
+        if not file.is_file():
+            return f"{file.name} is missing"
+        try:
+            if is_whole(file):
+                continue
+        except Exception:  # every format and reader has errors of its own
+            pass
+        return f"{file.name} is damaged or of another run"
+    return None
+
+
+def _is_adapter(files: AdapterFiles, model: Any) -> bool:
+    """Whether the weights are those of the model's adapter, as they were written."""
+    weights = load_file(files.weights)
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    fits = all(name in weights and weights[name].shape == tensor.shape for name, tensor in expected.items())
+    digest = files.digest.read_text(encoding="utf-8").split()[0] if files.digest.exists() else None
+    return fits and digest in (None, file_sha256(files.weights))
+
+
+def _load(file: Path) -> Any:
+    """What torch.save wrote, its checksums verified, which torch.load does not do."""
+    with zipfile.ZipFile(file) as archive:
+        if archive.testzip() is not None:
+            raise ValueError(f"{file} is damaged")
+    with safe_globals():
+        return torch.load(file, map_location="cpu", weights_only=True)

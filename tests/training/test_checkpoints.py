@@ -1,0 +1,137 @@
+"""A run resumes from what is whole: whatever is damaged, its adapter is the uninterrupted run's, bit by bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lowmem_npo.cli import main
+from lowmem_npo.run_directory import AdapterFiles, RunFiles
+
+FILES = ("trainer_state.json", "adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt",
+         "rng_state.pth")  # fmt: skip
+
+
+Run = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def run(byte_model, tmp_path_factory) -> Run:
+    """Four steps; dropout and a schedule, so that random numbers, moments and schedule all count."""
+    data = tmp_path_factory.mktemp("data")
+    for part in ("forget", "retain"):
+        rows = [{"question": f"{part} {i}?", "answer": f"No {i * i}."} for i in range(6)]
+        (data / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [
+        "--model", byte_model, "--dtype", "float32", "--device", "cpu", "--forget", data / "forget.jsonl",
+        "--retain", data / "retain.jsonl", "--batch-size", 3, "--eval-rows", 0, "--lr", 1e-2, "--lora-dropout", 0.3,
+        "--max-steps", 4, "--lr-scheduler-type", "cosine", "--warmup-steps", 2, "--save-steps", 1,
+        "--save-total-limit", 9,
+    ]  # fmt: skip
+    return lambda folder, *more: main(["train", *map(str, settings), "--output-dir", str(folder), *more])
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert run(folder) == 0
+    return folder
+
+
+@pytest.fixture
+def cut(whole, tmp_path):
+    """The run as it was when it was killed after its third checkpoint."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    RunFiles(folder).weights.unlink()
+    shutil.rmtree(folder / "checkpoint-4")
+    return folder
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = (load_file(RunFiles(folder).weights) for folder in (one, other))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def missing(file: Path) -> None:
+    file.unlink()
+
+
+def truncated(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def garbled(file: Path) -> None:
+    """One bit of the content, which no format's structure shows; nor does torch.load look at its file's checksums."""
+    content = bytearray(file.read_bytes())
+    at = len(content) - 100
+    if file.suffix != ".safetensors":
+        with zipfile.ZipFile(file) as archive:
+            largest = max(archive.infolist(), key=lambda record: record.file_size)
+        lengths = struct.unpack_from("<HH", content, largest.header_offset + 26)  # of the record's name and extra field
+        at = largest.header_offset + 30 + sum(lengths) + largest.file_size // 2
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+DAMAGES = [(name, missing) for name in FILES] + [(name, truncated) for name in FILES[:4]]
+DAMAGES += [(name, garbled) for name in FILES[2:]] + [("optimizer.pt", empty)]
+
+
+@pytest.mark.parametrize("name, damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(name, damage, whole, cut, run, capsys):
+    damage(cut / "checkpoint-3" / name)
+    assert run(cut, "--resume") == 0
+    printed = capsys.readouterr()
+    assert f"checkpoint-3 is not whole: {name} is " in printed.out
+    assert "continues from checkpoint-2" in printed.out and "Traceback" not in printed.err
+    assert same(cut, whole)
+    assert {p.name for p in cut.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (1, 2, 3, 4)}
+
+
+def test_without_a_whole_checkpoint_it_starts_from_the_beginning(whole, cut, run, capsys):
+    for checkpoint in cut.glob("checkpoint-*"):
+        missing(checkpoint / "optimizer.pt")
+    (cut / "checkpoint-2-copy").mkdir()
+    (cut / "checkpoint-9").write_text("a file")
+    assert run(cut, "--resume") == 0
+    assert "no whole checkpoint, so the run starts from its beginning" in capsys.readouterr().out
+    assert same(cut, whole)
+
+
+def test_the_weights_of_another_adapter_do_not_count(whole, cut, run, capsys):
+    """As of an older version, without a digest: other names, which PEFT would pass over, and other shapes."""
+    for step, change in ((3, lambda name, weight: (f"x{name}", weight)), (2, lambda name, weight: (name, weight[:1]))):
+        files = AdapterFiles(cut / f"checkpoint-{step}")
+        save_file(dict(change(*item) for item in load_file(files.weights).items()), files.weights)
+        missing(files.digest)
+    missing(AdapterFiles(cut / "checkpoint-1").digest)
+    assert run(cut, "--resume") == 0
+    assert "continues from checkpoint-1" in capsys.readouterr().out
+    assert same(cut, whole)
+
+
+def test_checkpoints_without_state_end_a_run_but_do_not_continue_one(whole, tmp_path, run, capsys):
+    """--save-only-model; the weights are kept, whether they can be resumed or not."""
+    folder = tmp_path / "run"
+    assert run(folder, "--save-only-model", "true") == 0
+    (folder / "adapter_model.safetensors").unlink()
+    capsys.readouterr()
+    assert run(folder, "--save-only-model", "true", "--resume") == 0
+    assert "--resume:" not in capsys.readouterr().out and same(folder, whole)
+    (folder / "adapter_model.safetensors").unlink()
+    missing(folder / "checkpoint-4" / "trainer_state.json")
+    assert run(folder, "--save-only-model", "true", "--resume") == 0
+    assert "optimizer.pt is missing" in capsys.readouterr().out and same(folder, whole)
