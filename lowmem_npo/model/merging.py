@@ -16,7 +16,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -124,8 +124,11 @@ class Checkpoint:
 
     def name_of(self, parameter: str) -> str | None:
         """A parameter's name here: some checkpoints leave out a prefix, such as GPT-2's "transformer."."""
-        names = set(self.tensors())
-        return next((name for name in (parameter, parameter.partition(".")[2]) if name in names), None)
+        return next((name for name in (parameter, parameter.partition(".")[2]) if name in self._names), None)
+
+    @cached_property
+    def _names(self) -> set[str]:
+        return set(self.tensors())
 
     def stored(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Tensor -> shape and type."""
@@ -199,16 +202,16 @@ def find_updates(adapter: str, checkpoint: Checkpoint) -> dict[str, Update]:
             adapted = get_peft_model(model, config)
         except ValueError as error:  # no layer of its names
             raise UserError(f"{misfit}: {' '.join(str(error).split())[:200]}.") from error
+    layers: dict[str, Any] = {name: module for name, module in adapted.named_modules() if isinstance(module, LoraLayer)}
+    for name, layer in layers.items():
+        if any(layer.get_base_layer() is one for one in shared):
+            module = name.removeprefix("base_model.model.")
+            raise UserError(f"The adapter in '{adapter}' changes {module}, which the base shares with another layer.")
     _give_factors(adapted, adapter, checkpoint, misfit)
     updates: dict[str, Update] = {}
-    for layer in (module for module in adapted.modules() if isinstance(module, LoraLayer)):
-        base: Any = layer.get_base_layer()
-        weight = getattr(base, getattr(layer, "parameter_name", "weight"))
+    for layer in layers.values():
+        weight = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
         parameter = names[id(weight)]
-        if any(base is one for one in shared):
-            raise UserError(
-                f"The adapter in '{adapter}' changes {parameter}, which the base shares with another layer."
-            )
         whole = checkpoint.name_of(parameter)
         parts = {parameter: weight} if whole else revert_weight_conversion(model, {parameter: weight})
         for part, like in parts.items():
