@@ -4,8 +4,8 @@ Tensors are PyTorch's fake tensors (shapes and dtypes, no data) on the device `c
 CUDA's allocations are what is counted:
 
 - PyTorch built for CPUs cannot index or differentiate fake CUDA tensors, because its C++ core has no CUDA device to
-  switch to. Where Python sees `cuda:0`, the core sees `cpu:0`, to which it never needs to switch; autocast, which goes
-  by dispatch keys and not by devices, is CUDA's.
+  switch to. Where Python sees `cuda:0`, the core sees `cpu:0`, to which it never needs to switch; autocast casts as
+  CUDA's does.
 - The values of small integer and boolean tensors are tracked, so that operations whose shapes depend on values
   (selecting the answer tokens) have the shapes of the batch.
 - Operators whose CUDA implementation differs from the portable one: attention, 4-bit matrix products.
@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.simulator import attention as cuda_attention
+from lowmem_npo.estimate.simulator.autocast import cuda_autocast
 from lowmem_npo.estimate.simulator.operators import FakeOperators
 from lowmem_npo.estimate.simulator.storages import StorageCounter
 
@@ -104,6 +105,7 @@ def fake_gpu(kind: str = "other") -> Iterator[FakeGPU]:
             stack.enter_context(mock.patch.object(target, name, value))
         stack.enter_context(mock.patch("transformers.masking_utils.is_tracing", lambda tensor=None: False))
         stack.enter_context(_kernels_of_a_cuda_build())
+        stack.enter_context(cuda_autocast())
         counter.operators = FakeOperators(stack.enter_context(_FakeCuda()), GPU)
         try:
             yield stack.enter_context(counter)

@@ -9,7 +9,10 @@ import transformers
 from lowmem_npo.config import AdapterConfig, DataConfig, ModelConfig, RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.simulator.gpu import GPU, fake_gpu
+from lowmem_npo.estimate.simulator.model import fake_model
 from lowmem_npo.estimate.step import estimate
+from lowmem_npo.model import answer_hidden, compute_autocast
+from lowmem_npo.model.layers import decoder
 
 SIZES = {
     "vocab_size": 128,
@@ -23,6 +26,11 @@ EXPERTS = {**SIZES, "num_local_experts": 8}
 ARCHITECTURES = {
     "gemma3": ("Gemma3TextConfig", {**SIZES, "head_dim": 16, "sliding_window": 64}),
     "mistral": ("MistralConfig", {**SIZES, "sliding_window": 64}),
+    "gpt_neox, nn.LayerNorm": ("GPTNeoXConfig", SIZES),
+    "gpt2, nn.LayerNorm": (
+        "GPT2Config",
+        {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "eos_token_id": 1, "bos_token_id": 1},
+    ),
     "mixtral": ("MixtralConfig", EXPERTS),
     "olmoe": ("OlmoeConfig", {**SIZES, "num_experts": 8, "num_experts_per_tok": 2, "eos_token_id": 1}),
     "dbrx": (
@@ -60,3 +68,35 @@ def test_a_router_uses_its_experts_evenly():
 def test_an_architecture_whose_memory_depends_on_values_is_refused():
     with pytest.raises(UserError, match="cannot be estimated: it depends on what the model computes"):
         peak("JetMoeConfig", {**EXPERTS, "kv_channels": 16})
+
+
+def test_autocast_casts_as_on_cuda():
+    functional, half = torch.nn.functional, torch.bfloat16
+    before = torch._C._dispatch_dump("aten::linear")
+    with fake_gpu() as gpu:
+        x, wide = torch.empty(4, 8, device=GPU, dtype=half), torch.empty(8, 8, device=GPU).requires_grad_()
+        with torch.autocast("cuda", dtype=half):
+            for result in (functional.linear(wide, wide), x @ wide, torch.mm(wide, wide)):
+                assert result.dtype == half
+            for result in (functional.layer_norm(x, (8,)), x.softmax(-1), x.pow(2), x.sum(-1)):
+                assert result.dtype == torch.float32
+            for result in (functional.gelu(x), x + x, x.softmax(-1, dtype=half)):
+                assert result.dtype == half
+            attended = functional.scaled_dot_product_attention(*[wide[None, None]] * 3)
+            assert attended.dtype == half
+            live = gpu.live
+            functional.linear(x, wide)  # the weight's copy is there already
+            assert gpu.live == live
+        assert gpu.live < live  # and gone now
+        assert functional.layer_norm(x, (8,)).dtype == half
+    assert torch._C._dispatch_dump("aten::linear") == before
+
+
+def test_hidden_states_after_a_layer_norm_reach_the_head_in_its_own_type():
+    config = transformers.GPTNeoXConfig(**SIZES)
+    with fake_gpu():
+        model = fake_model(config, ModelConfig("x"))
+        ids = torch.zeros(1, 8, dtype=torch.int64, device=GPU)
+        with compute_autocast(model):
+            assert decoder(model)(ids).last_hidden_state.dtype == torch.float32
+        assert answer_hidden(model, ids, ids, ids).hidden.dtype == torch.bfloat16
