@@ -103,6 +103,8 @@ def honoured_args(config: RunConfig) -> dict[str, Any]:
     args, honoured = config.trainer_args, dict[str, Any]()
     as_is = {f.name: None if f.default is MISSING else f.default for f in fields(TrainingArguments)}
     as_is["bf16"] = config.model.dtype == "bf16"
+    if "ddp_backend" in args:
+        as_is["ddp_backend"] = PartialState().backend or args["ddp_backend"]
     for name, value in args.items():
         flag = f"--{name.replace('_', '-')}"
         if name in HONOURED:

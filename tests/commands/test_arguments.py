@@ -165,7 +165,9 @@ def test_no_argument_of_the_trainer_is_ignored_silently(typed, message):
 
 
 def test_what_is_done_anyway_may_be_said():
-    args = planned("--bf16", "--eval-strategy", "no", "--push-to-hub", "false", "--report-to", "none")
+    args = planned(
+        "--bf16", "--eval-strategy", "no", "--push-to-hub", "false", "--report-to", "none", "--ddp-backend", "gloo"
+    )
     assert not args.bf16  # the weights are: no autocast around them
     assert planned("--dtype", "float32", "--bf16", "false", "--fp16", "false").save_strategy == "epoch"
     assert planned("--save-steps", "3").save_strategy == "steps"
