@@ -7,7 +7,7 @@ import re
 import shutil
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -109,7 +109,7 @@ class RunDirectory(RunFiles):
     @property
     def needs_more_steps(self) -> bool:
         """Whether the run in the directory was configured for fewer steps than this one."""
-        began = yaml.safe_load(self.run_yaml.read_text(encoding="utf-8"))
+        began = self._began()
         training, limit = self.config.training, began.get("max_steps")
         if training.max_steps is None:
             return limit is not None or training.epochs > began["epochs"]
@@ -132,7 +132,7 @@ class RunDirectory(RunFiles):
     def _check_resume(self) -> None:
         if not self.run_yaml.exists():
             raise UserError(f"--resume: there is no run in '{self.path}' (no run.yaml); start it without --resume.")
-        began = yaml.safe_load(self.run_yaml.read_text(encoding="utf-8"))
+        began = self._began()
         now = yaml.safe_load(self.config.to_yaml())
         changed = [name for name in {**began, **now} if began.get(name) != now.get(name) and name not in MAY_CHANGE]
         if changed:
@@ -140,6 +140,16 @@ class RunDirectory(RunFiles):
             raise UserError(
                 f"--resume: the run in '{self.path}' began with other settings ({changes}): use those, or start anew."
             )
+
+    def _began(self) -> dict[str, Any]:
+        """The configuration that the run in the directory began with."""
+        try:
+            began = yaml.safe_load(self.run_yaml.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            began = None
+        if not isinstance(began, dict) or not {"model", "epochs"} <= began.keys():
+            raise UserError(f"'{self.run_yaml}' is damaged: write the run's options into it, or start a new run.")
+        return began
 
     def begin(self, main_process: bool) -> None:
         """Makes the directory this run's."""

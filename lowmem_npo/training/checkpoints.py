@@ -22,12 +22,15 @@ from lowmem_npo.files import file_sha256, write_atomically
 from lowmem_npo.run_directory import AdapterFiles, RunFiles, step_of
 
 
-def resume_point(run: RunFiles, trainer: Trainer, steps: int, say: Say) -> str | None:
+def resume_point(
+    run: RunFiles, trainer: Trainer, steps: int, say: Say, also: Callable[[int], str | None] = lambda step: None
+) -> str | None:
     """The newest whole checkpoint of `run`; None if there is none, and the run of `steps` steps starts from its
-    beginning. What is passed over is reported, and kept."""
+    beginning. `also` reports what else a step lacks. What is passed over is reported, and kept."""
     checkpoints = run.checkpoints()
     for checkpoint in checkpoints:
-        damage = _damage(AdapterFiles(checkpoint), trainer, to_train=step_of(checkpoint) < steps)
+        step = step_of(checkpoint)
+        damage = _damage(AdapterFiles(checkpoint), trainer, to_train=step < steps) or also(step)
         if damage is None:
             if checkpoint != checkpoints[0]:
                 say(f"--resume: continues from {checkpoint.name}.")

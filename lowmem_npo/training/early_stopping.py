@@ -12,12 +12,12 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lowmem_npo.console import Say
 from lowmem_npo.data import TokenizedRow
-from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.documents import membership
 from lowmem_npo.evaluation.scoring.likelihood import Likelihood, answer_likelihoods
 from lowmem_npo.files import write_atomically
@@ -72,20 +72,30 @@ class Stopping(TrainerCallback):
     # -- before training ----------------------------------------------------------------------------------------------
 
     def resume(self, step: int) -> bool:
-        """Prepares a run that continues from `step`, 0 if it begins. Returns whether it had already stopped there.
-
-        Raises:
-            UserError: the best adapter of the earlier part is missing.
-        """
-        earlier = read_evaluations(self.files.stop_evaluations)
-        self.evaluations = [evaluation for evaluation in earlier if evaluation.step <= step]
-        if step == 0 or not self.evaluations or self.evaluations[0].step > 0:
+        """Prepares a run that continues from `step`, 0 if it begins. Returns whether it had already stopped there."""
+        self.evaluations = self._until(step) if step > 0 else []
+        if not self.evaluations or self.evaluations[0].step > 0:
             self.evaluations = []  # nothing to continue: the original is measured again
             return False
-        kept = best(self.evaluations, self.conditions)
-        if PartialState().is_main_process and kept is not None and not self._file(kept).exists():
-            raise UserError(f"--resume: the best adapter so far, '{self._file(kept)}', is missing: start a new run.")
         return bool(self._held())
+
+    def damage(self, step: int) -> str | None:
+        """Why the run cannot continue from `step`: the best adapter until then is missing or damaged. None: it can."""
+        try:
+            evaluations = self._until(step)
+        except (ValueError, TypeError):
+            return f"{self.files.stop_evaluations.name} is damaged"
+        kept = best(evaluations, self.conditions) if evaluations else None
+        if kept is None:
+            return None
+        try:
+            whole = load_file(self._file(kept)).keys() >= self._trained().keys()
+        except (OSError, SafetensorError):
+            whole = False
+        return None if whole else f"{self._file(kept).name}, the best adapter until then, is missing or damaged"
+
+    def _until(self, step: int) -> list[StopEvaluation]:
+        return [e for e in read_evaluations(self.files.stop_evaluations) if e.step <= step]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -135,3 +135,45 @@ def test_checkpoints_without_state_end_a_run_but_do_not_continue_one(whole, tmp_
     missing(folder / "checkpoint-4" / "trainer_state.json")
     assert run(folder, "--save-only-model", "true", "--resume") == 0
     assert "optimizer.pt is missing" in capsys.readouterr().out and same(folder, whole)
+
+
+MEASURES = ("--stop-when", "retain-loss+1000", "--eval-every", "1", "--eval-rows", "2", "--leaks", "extraction")
+
+
+@pytest.fixture(scope="module")
+def measured(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("measured") / "run"
+    assert run(folder, *MEASURES) == 0
+    return folder
+
+
+def test_the_best_adapter_so_far_belongs_to_a_checkpoint(run, measured, tmp_path, capsys):
+    """Under --stop-when; the later checkpoint's best adapter has replaced the earlier one's."""
+    folder = tmp_path / "run"
+    shutil.copytree(measured, folder)
+    RunFiles(folder).weights.unlink()
+    (best,) = RunFiles(folder).best.iterdir()
+    truncated(best)
+    assert run(folder, *MEASURES, "--resume") == 0
+    printed = capsys.readouterr().out
+    assert f"checkpoint-4 is not whole: {best.name}, the best adapter until then" in printed
+    assert "starts from its beginning" in printed and same(folder, measured)
+
+
+@pytest.mark.parametrize("content", ["", "model: [m", "- a", "\x00"])
+def test_a_damaged_run_yaml_is_named(content, cut, run, capsys):
+    RunFiles(cut).run_yaml.write_text(content)
+    assert run(cut, "--resume") == 2
+    error = capsys.readouterr().err
+    assert "run.yaml' is damaged" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("name", ["before.json", "leaks.json", "evaluations.jsonl"])
+def test_damaged_measurements_are_made_again(name, run, measured, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(measured, folder)
+    RunFiles(folder).weights.unlink()
+    truncated(folder / name)
+    assert run(folder, *MEASURES, "--resume") == 0
+    assert "Traceback" not in capsys.readouterr().err
+    assert (folder / name).read_text() == (measured / name).read_text()

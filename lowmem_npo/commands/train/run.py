@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from accelerate import PartialState
 from peft import PeftModel
@@ -217,22 +218,33 @@ def _trainer(plan: RunPlan, model: PeftModel, stopping: Stopping | None) -> NPOT
 def _measure_before(plan: RunPlan, model: PeftModel) -> Evaluations:
     """The original model's answers and leaks, measured unless an interrupted run has done so."""
     files, tests = plan.directory, set(_leak_tests(plan.config, "before"))
-    before = read_answers(files.answers("before"), plan.config.output.eval_rows)
+    before = _unless_damaged(read_answers, files.answers("before"), plan.config.output.eval_rows)
     fresh = not before
     with reference_mode(model):
         if fresh:
             before = _answers(plan, model, "before")
             save_answers(files.answers("before"), before)
-        if (fresh and tests) or set(read_leaks(files.leaks).get("before", {})) != tests:
+        if (fresh and tests) or set(_unless_damaged(read_leaks, files.leaks).get("before", {})) != tests:
             write_leaks(files.leaks, {"before": _leaks(plan, model, "before")})
     return before
+
+
+def _unless_damaged(read: Callable[..., dict[str, Any]], *where: Any) -> dict[str, Any]:
+    """What an interrupted run measured; nothing if its file is damaged, and it is measured again."""
+    try:
+        return read(*where)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return {}
 
 
 def _train(plan: RunPlan, trainer: NPOTrainer, stopping: Stopping | None, say: Say) -> StopOutcome | None:
     """Trains from the last checkpoint or from the beginning. Under --stop-when the model is left with the best adapter
     (in the main process, which saves it)."""
     config, directory = plan.config, plan.directory
-    checkpoint = resume_point(directory, trainer, plan.steps, say) if config.output.resume else None
+    checkpoint = None
+    if config.output.resume:
+        also = {} if stopping is None else {"also": stopping.damage}
+        checkpoint = resume_point(directory, trainer, plan.steps, say, **also)
     stopped = stopping is not None and stopping.resume(step_of(checkpoint))
     if checkpoint is not None and step_of(checkpoint) >= plan.steps:
         trainer.restore(checkpoint)
