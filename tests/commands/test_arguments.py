@@ -58,7 +58,7 @@ def test_trl_accumulation_means_a_step_of_all_micro_batches():
 
 
 def test_every_alias_leads_to_a_flag():
-    ours = {field.replace("_", "-") for section in SECTIONS.values() for field in section.__dataclass_fields__}
+    ours = {field.name.replace("_", "-") for section in SECTIONS.values() for field in fields(section)}
     assert set(ALIASES.values()) <= ours
     assert not ours & set(ALIASES), "an alias hides a flag"
 
