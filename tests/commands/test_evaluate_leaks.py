@@ -7,6 +7,7 @@ import json
 import pytest
 
 from lowmem_npo.cli import main
+from lowmem_npo.evaluation.leaks.registry import NAMES
 from lowmem_npo.evaluation.scoring import scorer as measuring
 
 FORGET = [{"question": f"Who is number {n}?", "answer": f"The {n} of {n + 1}."} for n in range(6)]
@@ -48,7 +49,7 @@ QUICK = ("--leak-samples", "2", "--relearn-steps", "2", "--limit", "4")
 def test_files_and_tables(byte_model, files, capsys):
     assert evaluate(byte_model, files, "--leaks", "all", *QUICK) == 0
     printed, leaks = capsys.readouterr().out, content(files)["leaks"]
-    assert list(leaks) == ["extraction", "sampling", "membership", "relearning", "quantization"]
+    assert tuple(leaks) == NAMES and {"extraction", "relearning", "quantization"} <= set(NAMES)
     for test, figures in leaks.items():
         assert figures["leaks"] in (True, False, None) and figures["meaning"].endswith(".")
         assert f"{test}: " in printed
@@ -59,7 +60,7 @@ def test_files_and_tables(byte_model, files, capsys):
     scored = [row for row in rows if "leaks" in row]
     assert [row["set"] for row in scored] == ["forget"] * 4 + ["holdout"] * 4
     assert [row["row"] for row in scored[:4]] == [row["row"] for row in rows if "prompt" in row]  # the same rows
-    assert set(scored[0]["leaks"]) == {
+    assert set(scored[0]["leaks"]) >= {
         "exact_memorization", "extraction_strength", "loss", "min_k", "min_k_pp", "best_rouge_l_recall", "best_sample"
     }  # fmt: skip
     assert "The 0 of 1" not in json.dumps(content(files))
