@@ -83,6 +83,8 @@ def _suits(switch: str, config: RunConfig, architecture: PretrainedConfig) -> bo
         return config.memory.gradient_checkpointing
     if switch == "embedding_on_cpu":
         return not architecture.get_text_config().tie_word_embeddings
+    if switch != "tile_mlp":
+        raise KeyError(f"_suits does not know the switch {switch}")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(_of_depth(architecture, 1))
     try:
