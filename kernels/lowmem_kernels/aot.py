@@ -39,12 +39,7 @@ GPUS = {  # compute capability: the most shared memory of one program, in bytes
     (10, 0): 227 * 1024,  # B200
     (12, 0): 99 * 1024,  # RTX 5090
 }
-POINTER = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.int64: "*i64",
-}
+POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
 
 
 class Resources(NamedTuple):

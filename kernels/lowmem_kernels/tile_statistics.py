@@ -9,15 +9,7 @@ the shares, always in the same order, adds the target, and writes the results.
 import triton
 import triton.language as tl
 
-from lowmem_kernels.device_math import (
-    MASKED,
-    dot,
-    largest_slope,
-    logits,
-    merge,
-    softplus,
-    statistics,
-)
+from lowmem_kernels.device_math import MASKED, dot, largest_slope, logits, merge, softplus, statistics
 
 
 @triton.jit(do_not_specialize=["N", "tiles_per_share"])  # compiled once, however many tokens a batch has

@@ -15,10 +15,7 @@ from lowmem_npo.errors import UserError
 def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
     """NF4 weights whose scales are quantised in turn, dequantised to `dtype` to compute."""
     return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
 
 

@@ -162,13 +162,7 @@ def _data_record(part: str, source: str | None, rows: TokenizedRows) -> dict[str
 
 
 def _session() -> dict[str, Any]:
-    return {
-        "started": _now(),
-        "ended": None,
-        "last_step": None,
-        "processors": processors(),
-        "versions": versions(),
-    }
+    return {"started": _now(), "ended": None, "last_step": None, "processors": processors(), "versions": versions()}
 
 
 def _now() -> str:

@@ -40,10 +40,7 @@ def test_truth_agrees_with_autograd_in_dense_float64():
     kl = (p * (p / torch.softmax(z_ref, 1)).log()).sum(1)
     logprobs = -torch.nn.functional.cross_entropy(z, case.targets, reduction="none")
     exact = truth(case)
-    for ours, value, gradient in (
-        (exact.logprobs, logprobs, exact.logprob_grad),
-        (exact.kl, kl, exact.kl_grad),
-    ):
+    for ours, value, gradient in ((exact.logprobs, logprobs, exact.logprob_grad), (exact.kl, kl, exact.kl_grad)):
         assert torch.allclose(ours, value.detach(), rtol=1e-9)
         assert torch.allclose(gradient, torch.autograd.grad(value.sum(), hidden, retain_graph=True)[0], atol=1e-12)
     some = truth(case, rows=3)

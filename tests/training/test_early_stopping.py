@@ -165,11 +165,7 @@ def test_two_processes_stop_together(whole, taught_model, tmp_path):
     launched = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29531"]
         + ["-m", "lowmem_npo", "train", "--config", str(file), "--ddp-backend", "gloo"],
-        env={
-            **os.environ,
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
-            "OMP_NUM_THREADS": "1",
-        },
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -69,12 +69,7 @@ def _one_thread() -> Iterator[None]:
 
 @_one_thread()
 def run_demo(
-    output_dir: str | Path,
-    *,
-    seed: int = 0,
-    recipe: Recipe | None = None,
-    device: Device = "auto",
-    say: Say = print,
+    output_dir: str | Path, *, seed: int = 0, recipe: Recipe | None = None, device: Device = "auto", say: Say = print
 ) -> DemoResult:
     """Teaches, unlearns and compares. Writes base/, gold/, unlearned/ (with the report), demo.json,
     before_after_gold.{json,md} and demo.png.

@@ -31,12 +31,7 @@ from transformers import PreTrainedTokenizerBase
 from lowmem_npo.data import Example, Rows, Template, to_examples, tokenize
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answer_table import FORGET, RETAIN
-from lowmem_npo.evaluation.benchmarks.contract import (
-    Benchmark,
-    Context,
-    Measured,
-    Selection,
-)
+from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measured, Selection
 from lowmem_npo.evaluation.figures import Figure, at
 from lowmem_npo.evaluation.options import Options, data_set, free
 from lowmem_npo.evaluation.scoring.scorer import Scorer

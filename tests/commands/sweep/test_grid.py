@@ -83,8 +83,7 @@ def test_mistakes_in_the_grid(grid, message):
 
 
 @pytest.mark.parametrize(
-    "words, seeds",
-    [(["3"], [42, 43, 44]), (["1", "5", "9"], [1, 5, 9]), (["4,2"], [4, 2]), (["7,"], [7])],
+    "words, seeds", [(["3"], [42, 43, 44]), (["1", "5", "9"], [1, 5, 9]), (["4,2"], [4, 2]), (["7,"], [7])]
 )
 def test_seeds(words, seeds):
     assert parse_seeds(words, 42) == seeds

@@ -37,10 +37,7 @@ def answer(probability, paraphrased, perturbed, text="the big cat", generation="
 
 
 # Truth ratios: sqrt(0.1 * 0.4) / 0.8 = 1/4 and sqrt(0.2 * 0.8) / 0.2 = 2
-ANSWERS = [
-    answer(0.5, 0.8, [0.1, 0.4]),
-    answer(0.25, 0.2, [0.2, 0.8], text="one two", generation=""),
-]
+ANSWERS = [answer(0.5, 0.8, [0.1, 0.4]), answer(0.25, 0.2, [0.2, 0.8], text="one two", generation="")]
 
 
 @pytest.mark.parametrize(

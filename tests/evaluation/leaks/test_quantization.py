@@ -46,8 +46,7 @@ def strengths(found):
 
 
 @pytest.mark.parametrize(
-    "adapter, leaks, low, high",
-    [("base", True, 0.8, 1.0), ("gold", False, 0.0, 0.12), ("unlearned", False, 0.0, 0.2)],
+    "adapter, leaks, low, high", [("base", True, 0.8, 1.0), ("gold", False, 0.0, 0.12), ("unlearned", False, 0.0, 0.2)]
 )
 def test_recites_never_saw_or_forgot(work, adapter, leaks, low, high, tmp_path):
     code, found = evaluate(work, adapter, tmp_path / "out", "quantization")
