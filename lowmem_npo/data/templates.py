@@ -29,6 +29,7 @@ BARE = "{prompt}"
 DEFAULTS = {"question/answer": "Question: {prompt}\nAnswer:"}
 RAW = ("input/output", "prompt/completion")  # passages and completions: no questions to a chat model
 FORMS = ("auto", "chat", "plain")
+MARK = "\u27ea answer \u27eb"  # stands for an answer where the text around it is looked for
 
 # Chinese and Japanese writing, full-width punctuation included, puts no space between sentences.
 UNSPACED = re.compile(r"[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]")
@@ -123,3 +124,25 @@ class Template:
         if brought or bare.endswith("\n") or (UNSPACED.match(bare[-1]) and UNSPACED.match(example.answer[0])):
             return bare, brought + example.answer
         return bare, " " + example.answer
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Id -> text of every token that the tokenizer holds to be special, also where only tokenizer.json says so."""
+    return {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template writes after an assistant's turn; None where it writes none.
+
+    Where it is neither the tokenizer's EOS nor in generation_config.json, a model that was taught with the template
+    ends its answers with it all the same.
+    """
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
+    try:
+        ending = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(MARK)[2]
+    except Exception:  # a template is a program: it may raise anything
+        return None
+    written = [(ending.find(text), -len(text), i) for i, text in special_tokens(tokenizer).items() if text in ending]
+    return min(written)[2] if written else None

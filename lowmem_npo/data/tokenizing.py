@@ -20,12 +20,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lowmem_npo.config import DataConfig
 from lowmem_npo.data.schemas import CALLS, Example
-from lowmem_npo.data.templates import Template
+from lowmem_npo.data.templates import MARK, Template, special_tokens
 from lowmem_npo.errors import UserError
 
 TOKENS = ("answer", "all")
 MAX_OPENING = 200  # characters at the end of a prompt that may already open its answer
-MARK = "\u27ea answer \u27eb"  # stands for an answer where the text around it is looked for
 # Parts of a conversation that not every chat template knows.
 READ = ("tools", *CALLS, "reasoning_content", "reasoning", "thinking")
 
@@ -163,9 +162,8 @@ class Encoder:
         template = template or Template()
         self.tokenizer, self.template = tokenizer, template
         self.repeated, self.doubled, self.ended = 0, False, False
-        special = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         named = {number: decode(tokenizer, [number]) for number in (tokenizer.eos_token_id, *template.stops)}
-        self.stops = special | named
+        self.stops = special_tokens(tokenizer) | named
         texts = sorted(filter(str.strip, self.stops.values()), key=len, reverse=True)
         self.stop = "|".join(map(re.escape, texts))
         self.prefix = self._ids("", special=True)

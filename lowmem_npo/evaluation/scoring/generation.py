@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lowmem_npo.data.templates import end_of_turn
 from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE, batches, cache_tokens
 from lowmem_npo.evaluation.scoring.eval_mode import evaluating, progress_bar
 from lowmem_npo.model import compute_autocast
@@ -34,8 +35,9 @@ def greedy_answers(
 ) -> list[list[int]]:
     """The most likely continuation of each prompt, token by token, in the order of `prompts`.
 
-    Answers end before the first end-of-sequence token (the tokenizer's, or any the model itself names) or after their
-    own `max_new_tokens`. At most `batch_size` prompts are continued together, fewer when they are long.
+    Answers end before the first end-of-sequence token (the tokenizer's, any the model itself names, or the one that
+    ends a turn in the chat template) or after their own `max_new_tokens`. At most `batch_size` prompts are continued
+    together, fewer when they are long.
     """
     return [rows[0] for rows in _answers(model, tokenizer, prompts, {}, 1, batch_size, description, progress)]
 
@@ -144,4 +146,5 @@ def _stop_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizer
     published = cast("GenerationConfig | None", model.generation_config)
     of_model = published.eos_token_id if published is not None else None
     of_model = of_model if isinstance(of_model, list) else [of_model]
-    return sorted({token for token in [tokenizer.eos_token_id, *of_model] if token is not None})
+    stops = [tokenizer.eos_token_id, end_of_turn(tokenizer), *of_model]
+    return sorted({token for token in stops if token is not None})

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from helpers.tiny_models import tiny_model
 from peft import LoraConfig, get_peft_model
+from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, OlmoConfig
 
 from lowmem_npo.evaluation.scoring.batching import batches, cache_tokens
@@ -78,6 +81,29 @@ def test_answers_end_before_the_end_of_sequence(tokenizer, prompts):
     stopped = greedy_answers(model, tokenizer, prompts, progress=False)
     assert stopped[1] == spoken[: spoken.index(stop)]
     assert all(stop not in answer for answer in stopped)
+
+
+@pytest.mark.parametrize(
+    "template, ends",
+    [
+        ("{% for m in messages %}{{ m['content'] }}<|end|>\n{% endfor %}", True),
+        ("{% for m in messages %}<|end|>{{ m['content'] }}\n{% endfor %}", False),  # opens turns, ends none
+        ("{{ raise_exception('no such conversation') }}", False),
+        (None, False),
+    ],
+)
+def test_answers_end_with_the_turn(template, ends, byte_model, prompts):
+    """An end of turn that is special in tokenizer.json alone, as in Gemma, Llama 3 and Phi 3."""
+    tokenizer, model = AutoTokenizer.from_pretrained(byte_model), tiny_model()
+    spoken = greedy_answers(model, tokenizer, prompts, progress=False)[1]
+    stop, cut = spoken[3], spoken[: spoken.index(spoken[3])]
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    (text,) = (text for text, number in backend["model"]["vocab"].items() if number == stop)
+    tokenizer.backend_tokenizer.add_special_tokens([AddedToken(text, special=True)])
+    tokenizer.chat_template = template and template.replace("<|end|>", text)
+    assert stop not in tokenizer.all_special_ids  # which tokenizer.json alone does not fill
+    answer = greedy_answers(model, tokenizer, prompts, progress=False)[1]
+    assert answer == (cut if ends else spoken)
 
 
 # What published models' generation_config.json holds, and what else it can hold.
