@@ -35,6 +35,7 @@ from lowmem_npo.model import answer_hidden, attach_lora, check_head, frozen_head
 from lowmem_npo.model.modes import train_adapter
 from lowmem_npo.run_directory import AdapterFiles
 from lowmem_npo.training.checkpoints import write_digest
+from lowmem_npo.training.honoured import AS_IS, FROM_PYTHON, check_effect
 from lowmem_npo.training.objective import SequenceLogprobs, StepTotals, forget_loss, needs_reference, retain_weights
 from lowmem_npo.training.reference import CachedReference, LiveReference
 from lowmem_npo.training.step_rows import StepBatches
@@ -47,6 +48,9 @@ class NPOConfig(ObjectiveConfig, TrainingArguments):
     As in TRL, `per_device_train_batch_size` is how many forget rows one process puts through the model at once, and an
     optimiser step takes `gradient_accumulation_steps` times as many on each process. `step_batch_size` sets the step's
     forget rows directly, for numbers that do not divide evenly.
+
+    Raises:
+        UserError: an argument of `TrainingArguments` would have no effect here.
     """
 
     learning_rate: float = TrainingConfig.lr
@@ -67,6 +71,10 @@ class NPOConfig(ObjectiveConfig, TrainingArguments):
 
     def __post_init__(self) -> None:
         ObjectiveConfig.__post_init__(self)
+        args = {name: getattr(self, name) for name in AS_IS if name not in FROM_PYTHON}
+        check_effect(args, AS_IS, lambda name, value: f"{name}={value!r}")
+        if self.warmup_steps and self.lr_scheduler_type == "constant":
+            self.lr_scheduler_type = "constant_with_warmup"  # `constant` ignores a warm-up
         TrainingArguments.__post_init__(self)
 
     @property

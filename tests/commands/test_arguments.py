@@ -1,6 +1,6 @@
 """Flags, aliases, configuration files, and which of them wins."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,9 @@ from lowmem_npo.cli import COMMANDS, main
 from lowmem_npo.commands.arguments import ALIASES, parse_run
 from lowmem_npo.config import SECTIONS
 from lowmem_npo.errors import UserError
-from lowmem_npo.training.arguments import HONOURED, check_trainer_args, npo_config
+from lowmem_npo.training.arguments import check_trainer_args, npo_config
+from lowmem_npo.training.honoured import FROM_PYTHON, HONOURED
+from lowmem_npo.training.trainer import NPOConfig
 
 # Names other tools rely on.
 PROMISED = (
@@ -164,6 +166,22 @@ def test_no_argument_of_the_trainer_is_ignored_silently(typed, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [{"label_smoothing_factor": 0.3}, {"fp16": True}, {"eval_strategy": "epoch"}, {"torch_compile": True},
+     {"neftune_noise_alpha": 5.0}, {"deepspeed": "ds.json"}, {"optim": "galore_adamw"}],
+)  # fmt: skip
+def test_a_script_is_refused_what_has_no_effect(given, tmp_path):
+    with pytest.raises(UserError, match=f"{next(iter(given))}='?[\\w.]+'? (would have no effect|is not supported)"):
+        NPOConfig(output_dir=str(tmp_path), use_cpu=True, **given)
+
+
+def test_a_script_may_say_what_has_an_effect_and_change_it(tmp_path):
+    args = NPOConfig(output_dir=str(tmp_path), use_cpu=True, warmup_steps=3, gradient_checkpointing=True, fp16=False)
+    assert args.lr_scheduler_type == "constant_with_warmup"
+    assert replace(args, learning_rate=2e-4, beta=0.1).warmup_steps == 3
+
+
 def test_what_is_done_anyway_may_be_said():
     args = planned(
         "--bf16", "--eval-strategy", "no", "--push-to-hub", "false", "--report-to", "none", "--ddp-backend", "gloo"
@@ -176,7 +194,7 @@ def test_what_is_done_anyway_may_be_said():
 def test_the_list_of_honoured_arguments_is_documented_and_exists():
     options = (Path(__file__).parents[2] / "docs" / "options.md").read_text()
     assert not [name for name in HONOURED if f"`--{name.replace('_', '-')}`" not in options]
-    assert {field.name for field in fields(TrainingArguments)} >= HONOURED
+    assert {field.name for field in fields(TrainingArguments)} >= HONOURED | FROM_PYTHON
 
 
 def test_a_dry_run_refuses_what_has_no_effect(byte_model, tmp_path, capsys):

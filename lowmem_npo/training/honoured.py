@@ -1,0 +1,67 @@
+"""Which of `transformers.TrainingArguments` this trainer honours; the others are refused instead of ignored."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+from lowmem_npo.errors import UserError
+
+# The fields that have an effect here, besides those that our own options set.
+HONOURED = frozenset({
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "max_grad_norm", "tf32", "full_determinism", "data_seed", "dataloader_num_workers",
+    "dataloader_pin_memory", "save_strategy", "save_steps", "save_total_limit", "save_only_model", "logging_strategy",
+    "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_level", "log_level_replica", "disable_tqdm",
+    "report_to", "run_name", "project", "trackio_space_id",
+})  # fmt: skip
+# Those that our own options set, and what a script of its own may set beside them.
+FROM_PYTHON = frozenset({
+    "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
+    "learning_rate", "seed", "use_cpu", "gradient_checkpointing", "gradient_checkpointing_kwargs",
+    "activation_checkpointing", "activation_checkpointing_kwargs", "ddp_backend", "ddp_timeout", "accelerator_config",
+    "push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision",
+})  # fmt: skip
+INSTEAD = {
+    "bf16|fp16": "the compute type is --dtype, bf16 or float32",
+    "use_cpu": "give --device cpu",
+    "per_device_eval_batch_size": "give --eval-batch-size",
+    "eval_.*|do_eval|load_best_.*|metric_for_.*": "--stop-when measures while training and keeps the best adapter",
+    "activation_checkpointing": "give --gradient-checkpointing",
+}
+# Values that ask for an evaluation by the Trainer, or for its own training step.
+NOT_SUPPORTED = {
+    "save_strategy": "best",
+    "lr_scheduler_type": "reduce_lr_on_plateau|greedy",
+    "optim": "schedule_free_.*|lomo|adalomo|galore_.*|apollo_.*",
+}
+AS_IS = {f.name: None if f.default is MISSING else f.default for f in fields(TrainingArguments)}
+"""What is done without an argument: its default."""
+
+
+def check_effect(args: Mapping[str, Any], as_is: Mapping[str, Any], spelled: Callable[[str, Any], str]) -> None:
+    """Checks that all of `args` are honoured.
+
+    Args:
+        args: the arguments by name.
+        as_is: values that ask for what is done anyway.
+        spelled: an argument and its value as the user gave them, for messages.
+
+    Raises:
+        UserError: an argument would have no effect, or its value is not supported.
+    """
+    for name, value in args.items():
+        if name in HONOURED:
+            if re.fullmatch(NOT_SUPPORTED.get(name, ""), str(value)):
+                raise UserError(
+                    f"{spelled(name, value)} is not supported by this trainer: choose another, or leave it out."
+                )
+        elif (value or None) != (as_is.get(name) or None):  # nothing, false and an empty list are one
+            hint = next((hint for names, hint in INSTEAD.items() if re.fullmatch(names, name)), "leave it out")
+            raise UserError(
+                f"{spelled(name, value)} would have no effect: {hint} (docs/options.md lists what is honoured)."
+            )
