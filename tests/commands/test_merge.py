@@ -19,6 +19,7 @@ from lowmem_npo.cli import main
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.evaluation.directory import digest
 from lowmem_npo.model import load_model, merging
+from lowmem_npo.model.checkpoint import INDEX, WHOLE, find_checkpoint
 from lowmem_npo.model.saved_adapter import load_adapter
 
 IDS = torch.arange(2, 30)[None]
@@ -131,8 +132,8 @@ def test_shards_keep_their_names_and_one_is_in_memory_at_a_time(tmp_path, monkey
         with safe_open(base / file, framework="pt") as before, safe_open(out / file, framework="pt") as after:
             assert set(before.keys()) == set(after.keys()) == names
             assert after.metadata() == {"format": "pt"}
-    index = json.loads((out / merging.INDEX).read_text())
-    assert index == json.loads((base / merging.INDEX).read_text())
+    index = json.loads((out / INDEX).read_text())
+    assert index == json.loads((base / INDEX).read_text())
     present = {path.name for path in out.iterdir()}
     assert present >= {"config.json", "generation_config.json", "tokenizer_config.json", "merges.txt"}
     assert "thesis.txt" not in present
@@ -169,7 +170,7 @@ def test_layers_with_transposed_weights(tmp_path):
     model.save_pretrained(tmp_path / "base")
     short = {name.removeprefix("transformer."): value for name, value in model.state_dict().items()}
     short.pop("lm_head.weight")
-    merging.save_file(short, tmp_path / "base" / merging.WHOLE, metadata={"format": "pt"})
+    merging.save_file(short, tmp_path / "base" / WHOLE, metadata={"format": "pt"})
     adapter = saved_adapter(tmp_path / "base", tmp_path / "adapter", target_modules=["c_attn"], fan_in_fan_out=True)
     assert run(adapter, tmp_path / "out", "--dtype", "stored") == 0
     exact = merged_by_peft(tmp_path / "base", adapter)
@@ -269,7 +270,7 @@ def test_checkpoints_of_pytorch_itself(architecture, shards, tmp_path):
     assert merged.state_dict().keys() == expected.state_dict().keys()
     assert all(torch.equal(w, expected.state_dict()[name]) for name, w in merged.state_dict().items())
     written = sorted(path.name for path in out.iterdir() if "model" in path.name)
-    assert written == (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", merging.INDEX]
+    assert written == (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", INDEX]
                        if shards else ["model.safetensors"])  # fmt: skip
 
 
@@ -356,7 +357,7 @@ def test_a_full_disk_and_an_interruption(tmp_path, capsys, monkeypatch):
 
 def test_bytes_are_counted_before_they_are_written(tmp_path):
     saved_base(tmp_path / "base", dtype=torch.float32, max_shard_size="12KB")
-    checkpoint = merging.find_checkpoint(str(tmp_path / "base"))
+    checkpoint = find_checkpoint(str(tmp_path / "base"))
     for dtype in (torch.bfloat16, None):
         out = tmp_path / str(dtype)
         out.mkdir()

@@ -15,7 +15,8 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.directory import is_of_adapter
 from lowmem_npo.evaluation.leaks.contract import LeakResult
 from lowmem_npo.evaluation.leaks.quantization import MERGED, QUANTIZATION
-from lowmem_npo.model.merging import check_space, find_checkpoint, find_updates, write_merged
+from lowmem_npo.model.checkpoint import find_checkpoint
+from lowmem_npo.model.merging import check_space, find_updates, write_merged
 from lowmem_npo.model.names import resolve_name
 from lowmem_npo.model.saved_adapter import base_of_adapter, check_base, revision_of_adapter, settings_of_run
 from lowmem_npo.run_directory import RunFiles, check_empty

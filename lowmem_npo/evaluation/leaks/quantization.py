@@ -142,7 +142,8 @@ def _load(form: str, saved: SavedModel) -> PreTrainedModel | Any:
 def _merge(base: ModelConfig, adapter: str, scratch: Path) -> None:
     import torch
 
-    from lowmem_npo.model.merging import check_space, find_checkpoint, find_updates, write_merged
+    from lowmem_npo.model.checkpoint import find_checkpoint
+    from lowmem_npo.model.merging import check_space, find_updates, write_merged
 
     checkpoint = find_checkpoint(base.model, base.revision)
     updates = find_updates(adapter, checkpoint)
