@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lowmem_npo.commands.arguments import parse_run
 from lowmem_npo.config import RunConfig
+from lowmem_npo.errors import UserError
 from lowmem_npo.libraries import quick_imports, quiet_libraries
 
 if TYPE_CHECKING:
@@ -42,17 +43,26 @@ def rows_of_step(config: RunConfig) -> StepRows:
     """The longest rows that a step can have: those of the data, or rows of --max-length tokens if no data is named.
 
     Raises:
-        UserError: data that cannot be read.
+        UserError: data that cannot be read, rows that the model cannot take.
     """
+    from lowmem_npo.data.fit import check_fit, known_fit
     from lowmem_npo.estimate.step import StepRows
+    from lowmem_npo.model.loading import load_config
 
+    architecture = load_config(config.model)
     if config.data.forget is None:
+        fit, length = known_fit(architecture), config.data.max_length
+        if fit and fit.positions and length > fit.positions:
+            raise UserError(
+                f"--max-length is {length}, but the model has learnt only {fit.positions} positions: give "
+                f"--max-length {fit.positions}."
+            )
         return StepRows.of_length(config)
     from lowmem_npo.data import prepare
     from lowmem_npo.model import load_tokenizer
-    from lowmem_npo.model.loading import load_config
     from lowmem_npo.model.stop_tokens import stop_tokens
 
-    stops = stop_tokens(config.model, load_config(config.model))
-    data = prepare(load_tokenizer(config.model), config.data, config.objective.forget_term, stops)
+    tokenizer = load_tokenizer(config.model)
+    data = prepare(tokenizer, config.data, config.objective.forget_term, stop_tokens(config.model, architecture))
+    check_fit(architecture, tokenizer, [data.forget_targets, data.retain])
     return StepRows.of_data(config, data.forget_targets, data.retain)

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from lowmem_npo.commands.arguments import with_help
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.console import Say
-from lowmem_npo.data import Rows, Template, TokenizedRows, bundled_rows, read_rows, to_examples, tokenize
-from lowmem_npo.data.fit import check_fit
+from lowmem_npo.data import Rows, Template, bundled_rows, read_rows, to_examples, tokenize
+from lowmem_npo.data.fit import known_fit
 from lowmem_npo.data.overlap import find_overlap
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Selection
@@ -73,13 +73,13 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
     tokenizer = load_tokenizer(model_config)
     sources = _read(config, limit, say)
     before, notes = _read_before(config), _notes(config, run)
-    context = Context(config, tokenizer, Template.of(config, stops), before, notes)
+    context = Context(config, tokenizer, Template.of(config, stops), before, notes, known_fit(architecture))
+    if context.fit is not None:
+        context.fit.check_padding(tokenizer)
     for benchmark in BENCHMARKS:
         benchmark.check(config)
     selected = _select(sources, context)
     leak_rows = _select_for_leaks(sources, context)
-    chosen = [*(selection.rows for _, _, selection in selected), *(selection.rows for selection in leak_rows.values())]
-    check_fit(architecture, tokenizer, [rows for rows in chosen if isinstance(rows, TokenizedRows)])
     for line in _forms(selected, sources, leak_rows, context):
         say(line)
     directory = EvaluationDirectory(config, _digests(config, sources))
@@ -185,6 +185,8 @@ def _select_for_leaks(sources: Mapping[str, Rows], context: Context) -> dict[str
         places = context.choose(len(of_part))
         chosen = [of_part[i] for i in places]
         rows = tokenize(chosen, context.tokenizer, max_length=config.tokens_per_row, template=context.template)
+        for example, row in zip(chosen, rows, strict=True):
+            context.check(example.where, row["input_ids"])
         selected[part] = Selection(rows, len(of_part), places)
     return selected
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -15,46 +17,74 @@ from lowmem_npo.errors import UserError
 POSITIONS = re.compile(r"(^|\.)(wpe|positions_embed|embed_positions|position_embeddings)$")
 
 
+@dataclass(frozen=True)
+class Fit:
+    """What a model can take: ids below `vocabulary`, and rows of at most `positions` tokens (None: of any length)."""
+
+    vocabulary: int
+    positions: int | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Fit:
+        """Read from the modules, whose weights may be on the meta device."""
+        embedding = cast(nn.Embedding, model.get_input_embeddings())
+        return cls(embedding.num_embeddings, min(_positions(model), default=None))
+
+    def check(self, where: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises UserError for a row, from the place `where`, that the model cannot take."""
+        if (highest := max(ids)) >= self.vocabulary:
+            raise UserError(f"{where} has the token {self._beyond(tokenizer.convert_ids_to_tokens(highest), highest)}")
+        if self.positions is not None and len(ids) > self.positions:
+            raise UserError(
+                f"{where} has {len(ids)} tokens, but the model has learnt only {self.positions} positions: give "
+                f"--max-length {self.positions}, or remove the row."
+            )
+
+    def check_padding(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises UserError for a padding token beyond the embedding."""
+        if (pad := tokenizer.pad_token_id) is not None and pad >= self.vocabulary:
+            raise UserError(f"The tokenizer has the padding token {self._beyond(tokenizer.pad_token, pad)}")
+
+    def _beyond(self, token: str, number: int) -> str:
+        return (
+            f"{token!r} of id {number}, but the model's embedding has only {self.vocabulary} tokens: give the model "
+            "the tokenizer that it came with, or resize its embedding to this one."
+        )
+
+
+def known_fit(architecture: PretrainedConfig) -> Fit | None:
+    """From the configuration alone; None for one that only loading completes."""
+    try:
+        with torch.device("meta"):
+            return Fit.of(AutoModelForCausalLM.from_config(architecture))
+    except Exception:  # whatever the architecture's own code raises
+        return None
+
+
 def check_fit(
     architecture: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, parts: Iterable[TokenizedRows | None]
 ) -> None:
     """Raises UserError for a row that is longer than the positions that the model has learnt, and for a token or a
     padding token beyond its embedding."""
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(architecture)
-    except Exception:  # a configuration that only loading completes
+    if (fit := known_fit(architecture)) is None:
         return
-    limit = min(_positions(model), default=None)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if (pad := tokenizer.pad_token_id) is not None and pad >= vocabulary:
-        raise UserError(
-            f"The padding token {tokenizer.pad_token!r} has id {pad}, but the model's embedding has only {vocabulary} "
-            "tokens: give the model the tokenizer that it came with, or resize its embedding to this one."
-        )
+    fit.check_padding(tokenizer)
     for rows in filter(None, parts):
         for row, example in zip(rows, rows.examples, strict=True):
-            length, highest = len(row["input_ids"]), max(row["input_ids"])
-            if highest >= vocabulary:
-                raise UserError(
-                    f"{example.where} has the token {tokenizer.convert_ids_to_tokens(highest)!r} of id {highest}, but "
-                    f"the model's embedding has only {vocabulary} tokens: give the model the tokenizer that it came "
-                    "with, or resize its embedding to this one."
-                )
-            if limit is not None and length > limit:
-                raise UserError(
-                    f"{example.where} has {length} tokens, but the model has learnt only {limit} positions: give "
-                    f"--max-length {limit}, or remove the row."
-                )
+            fit.check(example.where, row["input_ids"], tokenizer)
 
 
 def _positions(model: PreTrainedModel) -> Iterator[int]:
     """How many positions each table of them has, if there are any: rotary and relative ones know no end."""
-    named = getattr(model.config, "max_position_embeddings", None)
+    config = model.config
+    named = getattr(config, "max_position_embeddings", None)
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and POSITIONS.search(name) and not re.search("vision|image|audio", name):
             first = 0 if module.padding_idx is None else module.padding_idx + 1
             yield min(module.num_embeddings - first, named or module.num_embeddings)
-    for name, table in model.named_buffers():
-        if name.endswith(".embed_positions"):  # GPT-J and CodeGen look their rotary angles up
-            yield len(table)
+        # Sines and rotary angles that CTRL, GPT-J and CodeGen look up.
+        for table in (getattr(module, kind, None) for kind in ("pos_encoding", "embed_positions")):
+            if isinstance(table, torch.Tensor):
+                yield len(table)
+    if config.model_type == "mpt":  # its linear biases are made for so many
+        yield config.max_seq_len

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 
 import pytest
@@ -21,12 +22,13 @@ SMALL = {
     **{"attention_types": [[["global"], 1]], "attention_layers": ["global"]},
 }
 POSITIONS = 24
-LEARNT = ["gpt2", "gpt_neo", "gpt_bigcode", "openai-gpt", "opt", "biogpt", "gptj", "codegen"]
+LEARNT = ["gpt2", "gpt_neo", "gpt_bigcode", "openai-gpt", "opt", "biogpt", "gptj", "codegen", "mpt", "ctrl"]
 ENDLESS = ["llama", "bloom", "gpt_neox"]
 
 
 def architecture(kind, vocabulary):
-    config = CONFIG_MAPPING[kind](vocab_size=vocabulary, max_position_embeddings=POSITIONS)
+    longest = {"mpt": "max_seq_len", "ctrl": "n_positions"}.get(kind, "max_position_embeddings")
+    config = CONFIG_MAPPING[kind](vocab_size=vocabulary, **{longest: POSITIONS})
     for name, value in SMALL.items():
         if hasattr(config, name):
             setattr(config, name, value)
@@ -68,8 +70,36 @@ def test_tokens_beyond_the_embedding_are_named(bpe_tokenizer):
     ):
         check_fit(config, grown, [plain, special])
     grown.add_special_tokens({"pad_token": "[PAD]"})
-    with pytest.raises(UserError, match=r"The padding token '\[PAD\]' has id"):
+    with pytest.raises(UserError, match=r"the padding token '\[PAD\]' of id"):
         check_fit(config, grown, [plain])
+
+
+def test_the_estimate_of_rows_that_the_model_cannot_take(byte_model, tmp_path, capsys):
+    config = architecture("gpt2", 512)
+    config.save_pretrained(tmp_path)
+    run = ["estimate", "--model", str(tmp_path), "--lora-targets", "c_attn", "--max-length"]
+    assert main([*run, "25"]) == 2
+    assert "--max-length is 25, but the model has learnt only 24 positions" in capsys.readouterr().err
+    assert main([*run, "24"]) == 0
+
+
+def test_every_benchmark_says_so_before_weights_load(byte_model, tmp_path, capsys):
+    model = tmp_path / "model"
+    architecture("gpt2", 512).save_pretrained(model)
+    AutoTokenizer.from_pretrained(byte_model).save_pretrained(model)
+    question, file = "Who wrote these words, and where?", tmp_path / "rows.jsonl"
+    rows = {
+        "lume": {"id": "x-qa0", "input": question, "output": "She.", "task": "Task1"},
+        "tofu": {"question": question, "answer": "She.", "perturbed_answer": ["He.", "It."]},
+        "documents": {"document": question},
+        "plain": {"input": question, "output": "She."},
+    }
+    for kind, row in rows.items():
+        file.write_text(json.dumps(row) + "\n")
+        sets = ["--members", str(file), "--nonmembers", str(file)] if kind == "documents" else ["--forget", str(file)]
+        assert main(["evaluate", "--model", str(model), *sets]) == 2
+        error = capsys.readouterr().err
+        assert "rows.jsonl, line 1 has" in error and "only 24 positions" in error, kind
 
 
 def test_the_dry_run_says_so(byte_model, tmp_path, capsys):

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_npo.data import Rows, Template
+from lowmem_npo.data.fit import Fit
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation import figures
 from lowmem_npo.evaluation.answers import choose_rows
@@ -40,13 +41,19 @@ class Settings(Protocol):
 @dataclass
 class Context:
     """What a benchmark has at hand. before: an earlier evaluation.json, or nothing. notes: remarks to print beside the
-    figures."""
+    figures. fit: what the model can take, where it is known."""
 
     config: Settings
     tokenizer: PreTrainedTokenizerBase
     template: Template
     before: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    fit: Fit | None = None
+
+    def check(self, where: str, ids: Sequence[int]) -> None:
+        """Raises UserError for a row, from the place `where`, that the model cannot take."""
+        if self.fit is not None:
+            self.fit.check(where, ids, self.tokenizer)
 
     def choose(self, total: int) -> list[int]:
         """Which of `total` rows are measured, under --limit and --seed."""

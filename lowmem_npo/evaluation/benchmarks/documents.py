@@ -76,7 +76,10 @@ class Documents(Benchmark[float, MembershipScore]):
 
     def select(self, name: str, rows: Rows, context: Context) -> Selection:
         tokenized = documents(rows, context.tokenizer)
-        return Selection([tokenized[i] for i in context.choose(len(tokenized))], len(tokenized))
+        places = context.choose(len(tokenized))
+        for place in places:
+            context.check(rows.where(place), tokenized[place]["input_ids"])
+        return Selection([tokenized[place] for place in places], len(tokenized))
 
     def measure(self, name: str, selection: Selection, scorer: Scorer, context: Context) -> list[float]:
         return scorer.nll(f"{name}: loss of documents", selection.rows)

@@ -24,6 +24,7 @@ from statistics import fmean, harmonic_mean
 from typing import Any
 
 from rouge_score.rouge_scorer import RougeScorer
+from transformers import PreTrainedTokenizerBase
 
 from lowmem_npo.data import Encoder, Rows, to_examples
 from lowmem_npo.evaluation.answer_table import FORGET, RETAIN
@@ -132,12 +133,13 @@ class Lume(Benchmark[LumeAnswer, LumeScores]):
             return None
         if left_out := len(rows) - len(lume):
             context.notes.append(f"{name}: {left_out} rows without a LUME id (…sc1, …qa0) are left out.")
-        return Selection(choose_lume_rows(lume, context.config.limit, context.config.seed), len(lume))
+        chosen = choose_lume_rows(lume, context.config.limit, context.config.seed)
+        for row, prompt in zip(chosen, _prompts(chosen, context.tokenizer), strict=True):
+            context.check(rows.where(row.row), prompt)
+        return Selection(chosen, len(lume))
 
     def measure(self, name: str, selection: Selection, scorer: Scorer, context: Context) -> list[LumeAnswer]:
-        # LUME's prompts are always given as they are, without a template.
-        encoder = Encoder(scorer.tokenizer)
-        prompts = [encoder.text_ids(row.input) for row in selection.rows]
+        prompts = _prompts(selection.rows, scorer.tokenizer)
         texts = scorer.continuations(f"{name}: LUME generations", prompts, MAX_NEW_TOKENS)
         # transformers 4, with which the official scores were made, cleans spaces up when decoding; 5 leaves it to us.
         texts = [scorer.tokenizer.clean_up_tokenization(text) for text in texts]
@@ -199,6 +201,12 @@ def lume_rows(rows: Rows) -> list[LumeRow]:
             kind = KINDS[match[1]]
             scored.append(LumeRow(index, example.id, task, kind, example.prompt or "", example.answer))
     return scored
+
+
+def _prompts(rows: Sequence[LumeRow], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """LUME's prompts as ids: always as they are, without a template."""
+    encoder = Encoder(tokenizer)
+    return [encoder.text_ids(row.input) for row in rows]
 
 
 def choose_lume_rows(rows: Sequence[LumeRow], limit: int | None, seed: int) -> list[LumeRow]:

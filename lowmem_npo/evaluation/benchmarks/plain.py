@@ -45,6 +45,8 @@ class Plain(Benchmark[PlainAnswer, dict[str, AnswerSummary]]):
             max_length=context.config.tokens_per_row,
             template=context.template,
         )
+        for example, row in zip(tokenized.examples, tokenized, strict=True):
+            context.check(example.where, row["input_ids"])
         return Selection(tokenized, len(rows), places)
 
     def measure(self, name: str, selection: Selection, scorer: Scorer, context: Context) -> list[PlainAnswer]:

@@ -131,7 +131,14 @@ class Tofu(Benchmark[TofuAnswer, TofuScores]):
         tofu = tofu_rows(rows)
         if not tofu and name in (REAL_AUTHORS, WORLD_FACTS):
             raise UserError(f"{rows.name} has no column perturbed_answer, which TOFU's {name} need.")
-        return Selection([tofu[i] for i in context.choose(len(tofu))], len(tofu)) if tofu else None
+        if not tofu:
+            return None
+        chosen = [tofu[i] for i in context.choose(len(tofu))]
+        length, template = context.config.tokens_per_row, context.template
+        tokenized = tokenize([row.example for row in chosen], context.tokenizer, max_length=length, template=template)
+        for row, ids in zip(chosen, tokenized, strict=True):
+            context.check(row.example.where, ids["input_ids"])
+        return Selection(chosen, len(tofu))
 
     def measure(self, name: str, selection: Selection, scorer: Scorer, context: Context) -> list[TofuAnswer]:
         return measure_tofu(scorer, name, selection.rows, context.template, context.config.tokens_per_row)

@@ -20,18 +20,24 @@ def cache_tokens(model: PreTrainedModel | PeftModel) -> int:
 
 
 def batches(
-    lengths: Sequence[tuple[int, int]], batch_size: int = BATCH_SIZE, max_batch_tokens: int = MAX_BATCH_TOKENS
+    lengths: Sequence[tuple[int, int]],
+    batch_size: int = BATCH_SIZE,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
+    positions: int | None = None,
 ) -> Iterator[list[int]]:
     """Indices of rows, every row once, those of like length together so that little padding is paid for.
 
     `lengths` holds each row's (prompt tokens, further tokens); both are padded to the longest of the batch. A batch has
-    at most `batch_size` rows and, unless it is a single row, at most `max_batch_tokens` tokens, padding included.
+    at most `batch_size` rows and, unless it is a single row, at most `max_batch_tokens` tokens, padding included, and
+    none that is longer than `positions`.
     """
     batch: list[int] = []
     prompt = further = 0
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i][::-1]):
         prompt, further = max(prompt, lengths[i][0]), max(further, lengths[i][1])
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * (prompt + further) > max_batch_tokens):
+        width = prompt + further
+        full = len(batch) == batch_size or (len(batch) + 1) * width > max_batch_tokens
+        if batch and (full or (positions is not None and width > positions)):
             yield batch
             batch, (prompt, further) = [], lengths[i]
         batch.append(i)

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lowmem_npo.data.fit import Fit
 from lowmem_npo.data.templates import end_of_turn
 from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE, batches, cache_tokens
 from lowmem_npo.evaluation.scoring.eval_mode import evaluating, progress_bar
@@ -37,7 +38,7 @@ def greedy_answers(
 
     Answers end before the first end-of-sequence token (the tokenizer's, any the model itself names, or the one that
     ends a turn in the chat template) or after their own `max_new_tokens`. At most `batch_size` prompts are continued
-    together, fewer when they are long.
+    together, fewer when they are long. A model that has learnt only so many positions says no more than they hold.
     """
     return [rows[0] for rows in _answers(model, tokenizer, prompts, {}, 1, batch_size, description, progress)]
 
@@ -78,12 +79,16 @@ def _answers(
     progress: bool,
 ) -> list[list[list[int]]]:
     """For each prompt its `samples` answers, cut as `greedy_answers` says."""
-    stops = _stop_ids(model, tokenizer)
+    stops, fit = _stop_ids(model, tokenizer), Fit.of(causal_lm(model))
+    if fit.positions is not None:
+        for prompt in prompts:
+            fit.check("A prompt", prompt.ids, tokenizer)
+        prompts = [replace(p, max_new_tokens=min(p.max_new_tokens, fit.positions - len(p.ids) + 1)) for p in prompts]
     answers: list[list[list[int]]] = [[] for _ in prompts]
     lengths = [(len(prompt.ids), prompt.max_new_tokens) for prompt in prompts]
     room = max(1, cache_tokens(model) // samples)
     with evaluating(model), compute_autocast(model), progress_bar(len(prompts), description, progress) as bar:
-        for batch in batches(lengths, batch_size, room):
+        for batch in batches(lengths, batch_size, room, fit.positions and fit.positions + 1):
             continuations = _continue(model, tokenizer, [prompts[i] for i in batch], settings)
             for place, ids in enumerate(continuations):
                 i = batch[place // samples]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers.tiny_models import tiny_model
 from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, OlmoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, OlmoConfig
 
+from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.scoring.batching import batches, cache_tokens
 from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers, sampled_answers
 
@@ -50,6 +52,23 @@ def test_a_batch_says_what_each_prompt_says_alone(architecture, batch_size, toke
     alone = [one_at_a_time(model, prompt) for prompt in prompts]
     assert len({tuple(answer) for answer in alone}) > 4  # not all the same, or any mix-up would pass
     assert greedy_answers(model, tokenizer, prompts, batch_size=batch_size, progress=False) == alone
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "mpt"])
+def test_no_answer_goes_beyond_the_learnt_positions(architecture, tokenizer, prompts):
+    """The longest prompts have room for fewer tokens than they may take; none may make another's answer fail."""
+    torch.manual_seed(0)
+    sizes = {"n_positions": 34, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    if architecture == "mpt":
+        sizes = {"max_seq_len": 34, "d_model": 32, "n_layers": 2, "n_heads": 2}
+    config = AutoConfig.for_model(architecture, vocab_size=97, bos_token_id=0, eos_token_id=EOS, **sizes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    room = [replace(prompt, max_new_tokens=min(prompt.max_new_tokens, 35 - len(prompt.ids))) for prompt in prompts]
+    assert room != prompts
+    alone = [one_at_a_time(model, prompt) for prompt in room]
+    assert greedy_answers(model, tokenizer, prompts, batch_size=8, progress=False) == alone
+    with pytest.raises(UserError, match="A prompt has 35 tokens, but the model has learnt only 34 positions"):
+        greedy_answers(model, tokenizer, [Prompt([5] * 35, 1)], progress=False)
 
 
 def test_padding_on_the_wrong_side_is_noticed(tokenizer, prompts, monkeypatch):
