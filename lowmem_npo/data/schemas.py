@@ -28,6 +28,7 @@ INSTRUCTIONS = {"output": "input", "response": "context"}  # answer -> what may 
 PAIRS = (*(("instruction", answer) for answer in INSTRUCTIONS), ("input", "output"), ("question", "answer"),
          ("prompt", "completion"))  # fmt: skip
 CALLS = ("tool_calls", "function_call")  # what an assistant may say instead of text
+UNTRAINED = ("weight", "train", "training")  # how fine-tuning formats leave a turn out: OpenAI's 0, Axolotl's false
 # What ShareGPT and its kin call the roles of a chat template.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
          "model": "assistant", "observation": "tool", "function_response": "tool"}  # fmt: skip
@@ -180,6 +181,11 @@ def _conversation(messages: Any, row: dict[str, Any], where: str, schema: str, i
             f"{where}: the conversation does not end with an assistant's answer to an earlier message; "
             "remove the row, or what follows the answer."
         )
+    for mark in UNTRAINED:
+        if (value := turns[-1].get(mark, 1)) != 1:
+            raise UserError(
+                f"{where}: the answer has {mark} {value!r}, which keeps it out of training; remove the row, or the {mark}."
+            )
     options = _without_none(_parsed(row.get("chat_template_kwargs")) or {})
     if not isinstance(options, dict):
         raise UserError(f"{where}: chat_template_kwargs is not an object; write it as one.")

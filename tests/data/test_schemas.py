@@ -142,6 +142,8 @@ def test_fields_that_do_not_fit_are_named(row, message):
         ([{"from": "narrator", "value": "Q"}, ANSWER], "message 1 is from 'narrator'"),
         ([QUESTION, {"role": "assistant", "content": None}], "message 2 has no content"),
         ([QUESTION, {"role": "assistant", "content": ""}], "message 2 has an empty content"),
+        ([QUESTION, {**ANSWER, "weight": 0}], "the answer has weight 0, which keeps it out of training"),
+        ([QUESTION, {**ANSWER, "train": False}], "the answer has train False, which keeps it out of training"),
     ],
 )
 def test_conversations_that_do_not_fit_are_named(messages, message):
@@ -149,6 +151,11 @@ def test_conversations_that_do_not_fit_are_named(messages, message):
         one({"messages": messages})
     assert message in str(error.value)
     assert "line 7" in str(error.value)
+
+
+def test_a_weight_that_changes_nothing_is_taken():
+    turns = [QUESTION, {**ANSWER, "weight": 0}, QUESTION, {**ANSWER, "weight": 1}]
+    assert one({"messages": turns}).answer == ANSWER["content"]
 
 
 def test_refusals_replace_every_answer():
