@@ -1,11 +1,14 @@
-"""A model's files: which tensor is in which of them, read when it is asked for."""
+"""A model's files: which tensor is in which of them, read when it is asked for. A checkpoint in OLMo's original format
+is seen as its native form."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,12 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
 
 from lowmem_npo.errors import UserError
+from lowmem_npo.model.original_olmo import Rows, is_original, is_original_tensor, native_config, native_tensors
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 OLD_WHOLE, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -28,30 +33,61 @@ BESIDE_WEIGHTS = (
 _TYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 
 
 class Shard:
     """One file of a checkpoint; a tensor is read when it is asked for."""
 
-    def __init__(self, path: Path) -> None:
-        self._safe: Any = safe_open(path, framework="pt") if path.suffix == ".safetensors" else None
-        self._loaded: dict[str, Tensor] = {}
-        if self._safe is None:
-            self._loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    def __init__(self, path: Path, rows: Mapping[str, Rows] | None = None) -> None:
+        """rows: tensors that are rows of a stored one.
 
-    def names(self) -> list[str]:
+        Raises UserError for a file that cannot be read.
+        """
+        self._rows = rows or {}
+        self._safe: Any = None
+        self._loaded: dict[str, Tensor] = {}
+        try:
+            if path.suffix == ".safetensors":
+                self._safe = safe_open(path, framework="pt")
+            else:  # the format of PyTorch before 1.6 cannot be mapped
+                self._loaded = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+        except (SafetensorError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"The weights in '{path}' are damaged: {reason}.") from error
+
+    def stored_names(self) -> list[str]:
         return list(self._loaded if self._safe is None else self._safe.keys())
 
     def tensor(self, name: str) -> Tensor:
-        return self._loaded[name] if self._safe is None else self._safe.get_tensor(name)
+        if (rows := self._rows.get(name)) is None:
+            return self._loaded[name] if self._safe is None else self._safe.get_tensor(name)
+        if self._safe is None:
+            return self._loaded[rows.stored][rows.start : rows.stop].clone()
+        return self._safe.get_slice(rows.stored)[rows.start : rows.stop]
 
     def stored(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and type, without reading it."""
+        rows = self._rows.get(name)
+        whole = name if rows is None else rows.stored
         if self._safe is None:
-            return tuple(self._loaded[name].shape), self._loaded[name].dtype
-        part = self._safe.get_slice(name)
-        return tuple(part.get_shape()), _TYPES[part.get_dtype()]
+            shape, dtype = tuple(self._loaded[whole].shape), self._loaded[whole].dtype
+        else:
+            part = self._safe.get_slice(whole)
+            shape, dtype = tuple(part.get_shape()), _TYPES[part.get_dtype()]
+        return (shape if rows is None else (rows.stop - rows.start, *shape[1:])), dtype
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A tensor of a shard, to be read with `[...]`, as transformers does."""
+
+    shard: Shard
+    name: str
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.shard.tensor(self.name)[index]
 
 
 @dataclass(frozen=True)
@@ -60,6 +96,8 @@ class Checkpoint:
 
     folder: Path
     shards: dict[str, list[str]]  # file -> tensors
+    rows: Mapping[str, Rows] = field(default_factory=dict)  # tensors that are rows of a stored one
+    converted: PretrainedConfig | None = None  # its configuration, where config.json is in OLMo's original format
 
     def tensors(self) -> Iterator[str]:
         return (name for names in self.shards.values() for name in names)
@@ -68,7 +106,12 @@ class Checkpoint:
         return self.shard(next(file for file, names in self.shards.items() if name in names)).tensor(name)
 
     def shard(self, file: str) -> Shard:
-        return Shard(self.folder / file)
+        return Shard(self.folder / file, self.rows)
+
+    def unread(self) -> dict[str, Unread]:
+        """All tensors, none of them read."""
+        shards = {file: self.shard(file) for file in self.shards}
+        return {name: Unread(shards[file], name) for file, names in self.shards.items() for name in names}
 
     def name_of(self, parameter: str) -> str | None:
         """A parameter's name here: some checkpoints leave out a prefix, such as GPT-2's "transformer."."""
@@ -80,8 +123,7 @@ class Checkpoint:
 
     def stored(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Tensor -> shape and type."""
-        shards = {file: self.shard(file) for file in self.shards}
-        return {name: shards[file].stored(name) for file, names in self.shards.items() for name in names}
+        return {name: tensor.shard.stored(name) for name, tensor in self.unread().items()}
 
     def bytes_as(self, dtype: torch.dtype | None) -> int:
         """What its weights take on disk in `dtype` (None: as they are stored)."""
@@ -90,6 +132,9 @@ class Checkpoint:
             kept = dtype if dtype is not None and stored.is_floating_point else stored
             total += math.prod(shape) * kept.itemsize
         return total
+
+    def configuration(self) -> PretrainedConfig:
+        return self.converted or AutoConfig.from_pretrained(self.folder)
 
 
 def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
@@ -102,21 +147,53 @@ def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
         folder = _download(name, revision, ["*.safetensors", INDEX])
         if not any((folder / file).is_file() for file in (INDEX, WHOLE)):
             folder = _download(name, revision, ["pytorch_model*.bin", OLD_INDEX])
-    if read_json(folder / "config.json").get("quantization_config"):
+    content = read_json(folder / "config.json")
+    if content.get("quantization_config"):
         raise UserError(
             f"The weights of '{name}' are quantised: give --model the model they were made from, with --any-base."
         )
-    for index, whole in ((INDEX, WHOLE), (OLD_INDEX, OLD_WHOLE)):
-        if (folder / index).is_file():
-            shards: dict[str, list[str]] = {}
-            for tensor, file in read_json(folder / index)["weight_map"].items():
-                shards.setdefault(file, []).append(tensor)
-            if missing := [file for file in shards if not (folder / file).is_file()]:
-                raise UserError(f"'{name}' is incomplete: {missing[0]} is missing.")
-            return Checkpoint(folder, shards)
+    checkpoint = Checkpoint(
+        folder,
+        {file: Shard(folder / file).stored_names() for file in _files(folder, name)},
+        converted=native_config(content, name) if is_original(content) else None,
+    )
+    may_be_original = content.get("model_type") in ("hf_olmo", "olmo")
+    if may_be_original and any(is_original_tensor(tensor) for tensor in checkpoint.tensors()):
+        return _in_native_form(checkpoint, name)
+    return checkpoint
+
+
+def lists_tensors(folder: Path) -> bool:
+    """Whether it holds weights whose names and shapes can be read without them, as they can since PyTorch 1.6."""
+    if any((folder / file).is_file() for file in (WHOLE, INDEX)):
+        return True
+    old = list(folder.glob("pytorch_model*.bin*"))
+    return bool(old) and all(zipfile.is_zipfile(file) for file in old if file.suffix == ".bin")
+
+
+def _files(folder: Path, name: str) -> list[str]:
+    """Those that hold the weights; where there are several kinds, the kind that transformers takes."""
+    for whole, index in ((WHOLE, INDEX), (OLD_WHOLE, OLD_INDEX)):
         if (folder / whole).is_file():
-            return Checkpoint(folder, {whole: Shard(folder / whole).names()})
+            return [whole]
+        if (folder / index).is_file():
+            files = sorted(set(read_json(folder / index)["weight_map"].values()))
+            if missing := [file for file in files if not (folder / file).is_file()]:
+                raise UserError(f"'{name}' is incomplete: {missing[0]} is missing.")
+            return files
     raise UserError(f"'{name}' has no weights in safetensors or pytorch_model.bin.")
+
+
+def _in_native_form(checkpoint: Checkpoint, name: str) -> Checkpoint:
+    """A checkpoint in OLMo's original format, each tensor with its native name and in the file that it is in."""
+    shapes = {tensor: shape for tensor, (shape, _) in checkpoint.stored().items()}
+    rows = native_tensors(shapes, checkpoint.configuration(), name)
+    shards = {
+        file: [native for native, part in rows.items() if part.stored in tensors]
+        for file, names in checkpoint.shards.items()
+        if (tensors := set(names))
+    }
+    return replace(checkpoint, shards=shards, rows=rows)
 
 
 def _download(name: str, revision: str | None, patterns: list[str]) -> Path:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,14 +17,18 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import is_flash_attn_2_available
+from transformers.utils import logging as transformers_logging
 
 from lowmem_npo.config import ModelConfig
-from lowmem_npo.console import Say
+from lowmem_npo.console import Say, silent
 from lowmem_npo.errors import UserError
+from lowmem_npo.model.checkpoint import Checkpoint, find_checkpoint, lists_tensors
 from lowmem_npo.model.names import resolve_name
+from lowmem_npo.model.original_olmo import is_original, native_config
 from lowmem_npo.model.quantization import one_tensor_at_a_time, quantization_of, stored_quantization
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
@@ -41,12 +45,24 @@ def resolve_device(device: str) -> torch.device:
 
 def load_config(config: ModelConfig) -> PretrainedConfig:
     """The model's configuration, after checking that it is a causal language model that can be loaded natively."""
-    name, _ = resolve_name(config.model)
+    name, _ = resolve_name(config.model, config.revision)
+    loaded = _read_config(name, config.revision)
+    if not stored_quantization(loaded):
+        _check_files(name, loaded)
+    return loaded
+
+
+def _read_config(name: str, revision: str | None) -> PretrainedConfig:
     _check_directory(name)
     try:
-        loaded = AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=False)
+        content, _ = PretrainedConfig.get_config_dict(name, revision=revision)
+        if is_original(content):
+            return native_config(content, name)
+        loaded = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except UserError:
+        raise
     except Exception as error:
-        raise UserError(_why_not_loaded(name, config.revision, error)) from error
+        raise UserError(_why_not_loaded(name, revision, error)) from error
     architectures = loaded.architectures or []
     causal = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures) or not architectures
     if type(loaded) not in MODEL_FOR_CAUSAL_LM_MAPPING or not causal:
@@ -54,6 +70,58 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
         raise UserError(f"'{name}' is not a causal language model but {kind}: give an ...ForCausalLM model.")
     stored_quantization(loaded)  # raises if it cannot be trained on
     return loaded
+
+
+def _check_files(name: str, architecture: PretrainedConfig) -> None:
+    """Raises UserError for a directory whose weights are not those of its architecture: transformers loads their names
+    and shapes as it will load the weights, on the device that has no data. Nothing else is read."""
+    folder = Path(name).expanduser()
+    if not (folder.is_dir() and lists_tensors(folder)):
+        return
+    stored = find_checkpoint(name).stored()
+    tensors = {tensor: torch.empty(shape, dtype=dtype, device="meta") for tensor, (shape, dtype) in stored.items()}
+    try:
+        with _no_progress_bar():
+            model, loaded_weights = _load_tensors(architecture, tensors, device_map={"": "meta"})
+    except Exception:  # a conversion that needs data says nothing about the weights
+        return
+    _check_weights(model, name, loaded_weights, silent)
+
+
+def _load_tensors(architecture: PretrainedConfig, tensors: Mapping[str, Any], **options: Any) -> tuple[Any, Any]:
+    """The model of `tensors`, anything that gives a tensor for `[...]`, and what `from_pretrained` reports."""
+    with torch.device("meta"):
+        like = AutoModelForCausalLM.from_config(architecture)
+    kind: Any = type(like)
+    return kind.from_pretrained(
+        None,
+        config=like.config,  # of a part, where the architecture is a larger model's
+        state_dict=dict(tensors),
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # which `_check_weights` refuses by name
+        **options,
+    )
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _original_weights(name: str, architecture: PretrainedConfig, revision: str | None) -> Checkpoint | None:
+    """The files, if their tensors are in OLMo's original format, whatever config.json says of them."""
+    if architecture.model_type not in ("olmo", "llama") or stored_quantization(architecture):
+        return None
+    content, _ = PretrainedConfig.get_config_dict(name, revision=revision)
+    local = Path(name).expanduser().is_dir() and content.get("model_type") == "olmo"
+    checkpoint = find_checkpoint(name, revision) if local or is_original(content) else None
+    return checkpoint if checkpoint is not None and checkpoint.rows else None
 
 
 def attention_of(architecture: PretrainedConfig, wanted: str) -> str:
@@ -83,28 +151,36 @@ def load_model(config: ModelConfig, say: Say = print) -> PreTrainedModel:
     """
     device, dtype = resolve_device(config.device), DTYPES[config.dtype]
     _check_can_run(config, device)
-    name, _ = resolve_name(config.model)
-    loaded_config = load_config(config)
+    name, _ = resolve_name(config.model, config.revision)
+    loaded_config = _read_config(name, config.revision)
     quantization = quantization_of(loaded_config, config.qlora, dtype)
     if quantization and stored_quantization(loaded_config):  # its own recipe, but for the type that it computes in
         loaded_config.quantization_config, quantization = quantization.to_dict(), None
     model: PreTrainedModel
     auto_model: Any = AutoModelForCausalLM  # whose type has no loading info
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": attention_of(loaded_config, config.attn),
+        "quantization_config": quantization,
+        "device_map": {"": device},
+    }
     try:
+        original = _original_weights(name, loaded_config, config.revision)
         with one_tensor_at_a_time() if quantization else nullcontext():
-            model, loaded_weights = auto_model.from_pretrained(
-                name,
-                config=loaded_config,
-                revision=config.revision,
-                dtype=dtype,
-                attn_implementation=attention_of(loaded_config, config.attn),
-                quantization_config=quantization,
-                device_map={"": device},
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # which `_check_weights` refuses by name
-            )
-    except torch.OutOfMemoryError:
+            if original is not None:
+                model, loaded_weights = _load_tensors(loaded_config, original.unread(), **options)
+                model.name_or_path = model.config.name_or_path = name
+            else:
+                model, loaded_weights = auto_model.from_pretrained(
+                    name,
+                    config=loaded_config,
+                    revision=config.revision,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # which `_check_weights` refuses by name
+                    **options,
+                )
+    except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:
         raise UserError(_why_not_loaded(name, config.revision, error)) from error
@@ -120,10 +196,13 @@ def load_model(config: ModelConfig, say: Say = print) -> PreTrainedModel:
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's own tokenizer, with a padding token (its EOS if it has none)."""
-    name, _ = resolve_name(config.model)
+    name, _ = resolve_name(config.model, config.revision)
     _check_directory(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=config.revision, trust_remote_code=False)
+        content, _ = PretrainedConfig.get_config_dict(name, revision=config.revision)
+        # the original format names a class of its own, which is this one
+        auto_tokenizer: Any = PreTrainedTokenizerFast if is_original(content) else AutoTokenizer
+        tokenizer = auto_tokenizer.from_pretrained(name, revision=config.revision, trust_remote_code=False)
     except Exception as error:
         raise UserError(_why_not_loaded(name, config.revision, error, what="tokenizer")) from error
     if tokenizer.eos_token_id is None:
@@ -176,14 +255,9 @@ def _check_directory(name: str) -> None:
         if not config_file.is_file():
             raise UserError(f"The directory '{name}' holds no model: there is no config.json in it.")
         try:
-            model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+            json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
             raise UserError(f"'{config_file}' is not valid JSON: {error}.") from error
-        if model_type == "hf_olmo":
-            raise UserError(
-                f"'{name}' is in OLMo's original format, which transformers no longer loads: use the native conversion "
-                "(hub names that end in -hf), or convert it with transformers' convert_olmo_weights_to_hf.py."
-            )
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(
             f"There is no directory '{name}': give a model directory, or a hub name such as allenai/OLMo-1B-hf."

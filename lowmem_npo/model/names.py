@@ -1,7 +1,8 @@
 """From the names people type to the repositories that current transformers can load.
 
-The first OLMo releases were published in AllenAI's own format (`hf_olmo`, remote code). Each has a native conversion
-whose name ends in `-hf`; remote code is never run here, so the original names are resolved to those.
+The first OLMo releases were published in AllenAI's own format (`hf_olmo`). Each has a native conversion whose name ends
+in `-hf`, to which the original name is resolved. A revision of the original (an intermediate checkpoint) is none of the
+conversion's: it is loaded from the original (original_olmo.py).
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ ORIGINAL_FORMAT_OLMO = (
 )
 
 
-def resolve_name(name: str) -> tuple[str, str | None]:
-    """The repository or directory to load for `name`, and a line to print if it differs."""
+def resolve_name(name: str, revision: str | None = None) -> tuple[str, str | None]:
+    """The repository or directory to load for `name` at `revision`, and a line to print if it differs."""
     original = {repo.lower(): repo for repo in ORIGINAL_FORMAT_OLMO}.get(name.strip().rstrip("/").lower())
-    if original is None:
+    if original is None or revision not in (None, "main"):
         return name, None
     native = f"{original}-hf"
     return native, f"{name} is in OLMo's original format; using its native conversion {native}."
