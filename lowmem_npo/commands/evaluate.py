@@ -128,14 +128,15 @@ def _model_config(config: EvaluationConfig, say: Say) -> ModelConfig:
     if given is None:
         assert adapter is not None, "EvaluationConfig requires a model or an adapter"
         given = base_of_adapter(adapter)
-    name, line = resolve_name(given)
+    revision = config.revision
+    if adapter and not config.any_base:
+        revision = revision or revision_of_adapter(adapter)
+    name, line = resolve_name(given, revision)
     if line:
         say(line)
-    model_config = config.model_config(name)
     if adapter and not config.any_base:
         check_base(adapter, name)
-        model_config.revision = config.revision or revision_of_adapter(adapter)
-    return model_config
+    return replace(config.model_config(name), revision=revision)
 
 
 def _read(config: EvaluationConfig, limit: int | None, say: Say) -> dict[str, Rows]:

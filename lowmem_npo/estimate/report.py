@@ -71,7 +71,7 @@ def report(config: RunConfig, rows: StepRows) -> Report:
         UserError: an unknown model, or a budget that cannot be met.
     """
     architecture = architecture_of(config.model)
-    budget, name = config.memory.budget_bytes, resolve_name(config.model.model)[0]
+    budget, name = config.memory.budget_bytes, resolve_name(config.model.model, config.model.revision)[0]
     notes = model_notes(architecture, config.model)
     quantization = quantization_of(architecture, config.model.qlora, DTYPES[config.model.dtype])
     weights = f"4-bit {quantization.bnb_4bit_quant_type.upper()}" if quantization else config.model.dtype
@@ -88,7 +88,7 @@ def architecture_of(config: ModelConfig) -> PretrainedConfig:
     Raises:
         UserError: there is no such model, or it is not bundled and the hub cannot be reached.
     """
-    name = resolve_name(config.model)[0]
+    name = resolve_name(config.model, config.revision)[0]
     bundled = known_config(name) if config.revision is None else None
     if bundled is not None:
         return bundled

@@ -62,7 +62,7 @@ def begin_audit(directory: Path, config: RunConfig, data: PreparedData, model: P
         "seed": config.training.seed,
         "model": {
             "name": config.model.model,
-            "loaded": resolve_name(config.model.model)[0],
+            "loaded": resolve_name(config.model.model, config.model.revision)[0],
             "revision": config.model.revision,
             "commit": getattr(base.config, "_commit_hash", None),
             "class": type(base).__name__,

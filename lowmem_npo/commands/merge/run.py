@@ -30,15 +30,16 @@ def merge(config: MergeConfig, say: Say = print) -> Path:
     Raises:
         UserError: something the user can fix, in one sentence.
     """
-    name, line = resolve_name(config.model or base_of_adapter(config.adapter))
+    of_adapter = revision_of_adapter(config.adapter)  # raises if there is no adapter
+    revision = config.revision or (None if config.any_base else of_adapter)
+    name, line = resolve_name(config.model or base_of_adapter(config.adapter), revision)
     if line:
         say(line)
-    revision = revision_of_adapter(config.adapter)  # raises if there is no adapter
     if not config.any_base:
         check_base(config.adapter, name)
     out = Path(config.output_dir).expanduser().absolute()
     check_empty(out)
-    checkpoint = find_checkpoint(name, config.revision or (None if config.any_base else revision))
+    checkpoint = find_checkpoint(name, revision)
     updates = find_updates(config.adapter, checkpoint)
     dtype = DTYPES[config.dtype]
     needed = checkpoint.bytes_as(dtype)

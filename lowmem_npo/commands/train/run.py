@@ -137,7 +137,7 @@ def read_inputs(config: RunConfig, say: Say, known: Inputs | None = None) -> Inp
     Raises:
         UserError: as for `train`.
     """
-    if line := resolve_name(config.model.model)[1]:
+    if line := resolve_name(config.model.model, config.model.revision)[1]:
         say(line)
     leak_tests(config.output.leaks, WHILE_TRAINING)
     if known is None:
