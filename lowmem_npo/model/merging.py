@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from lowmem_npo.errors import UserError
@@ -85,7 +85,7 @@ def find_updates(adapter: str, checkpoint: Checkpoint) -> dict[str, Update]:
     config, stored = _lora_config(adapter), checkpoint.stored()
     misfit = f"The adapter in '{adapter}' does not fit"
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint.folder), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(checkpoint.configuration(), dtype=torch.float32)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         shared = [model.get_input_embeddings(), model.get_output_embeddings()]
         if shared[0].weight is not shared[1].weight:
@@ -171,12 +171,16 @@ def write_merged(
     for name in (INDEX, OLD_INDEX):
         if (checkpoint.folder / name).is_file() and not (out / INDEX).exists():
             index = read_json(checkpoint.folder / name)
-            index["weight_map"] = {tensor: _as_safetensors(file) for tensor, file in index["weight_map"].items()}
+            index["weight_map"] = {
+                tensor: _as_safetensors(file) for file, names in checkpoint.shards.items() for tensor in names
+            }
             index.setdefault("metadata", {})["total_size"] = total
             (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for name in BESIDE_WEIGHTS:
         if (checkpoint.folder / name).is_file():
             shutil.copyfile(checkpoint.folder / name, out / name)
+    if checkpoint.converted is not None:
+        _write_native(checkpoint.converted, out)
     if dtype is not None:
         config = read_json(out / "config.json")
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
@@ -192,6 +196,16 @@ def _merged(
         merged = updates[name].added_to(stored, kept) if name in updates else stored.to(kept, copy=True)
         yield name, merged.contiguous()
         bar.update()
+
+
+def _write_native(config: PretrainedConfig, out: Path) -> None:
+    """The configuration of a base in OLMo's original format, and its tokenizer without the class of that format."""
+    config.save_pretrained(out)
+    settings = out / "tokenizer_config.json"
+    if settings.is_file():
+        content = {**read_json(settings), "tokenizer_class": "PreTrainedTokenizerFast"}
+        content.pop("auto_map", None)
+        settings.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _as_safetensors(file: str) -> str:
