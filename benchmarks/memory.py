@@ -31,6 +31,7 @@ from benchmarks.memory_parts.contenders import CONTENDERS, Contender, real_step,
 from benchmarks.shared import record
 from benchmarks.shared.random_model import save_random_model
 from lowmem_npo.estimate.measured import measure, restart_peak
+from lowmem_npo.estimate.simulator.gpu import CAPABILITY
 from lowmem_npo.estimate.step import CONTEXT_BYTES
 from lowmem_npo.libraries import quiet_libraries
 from lowmem_npo.model.known_configs import known_config
@@ -79,8 +80,8 @@ def _simulated(contender: Contender, tokens: int, options: argparse.Namespace) -
     architecture = known_config(name := contender.model or options.model)
     if architecture is None:
         raise ValueError(f"no configuration of {name} is bundled")
-    step = simulate(contender, architecture, tokens)
-    return {"peak_bytes": step.peak_bytes, "by_kind": step.by_kind, "host_bytes": step.host_bytes}
+    step = simulate(contender, architecture, tokens, tuple(options.capability))
+    return {name: getattr(step, name) for name in ("peak_bytes", "needed_bytes", "by_kind", "host_bytes")}
 
 
 def _on_gpu(contender: Contender, tokens: int, options: argparse.Namespace, deadline: float) -> dict[str, Any]:
@@ -92,11 +93,13 @@ def _on_gpu(contender: Contender, tokens: int, options: argparse.Namespace, dead
     command += ["--weights", str(options.weights)] if options.weights else []
     command += ["--cap", options.cap] if options.cap else []
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    simulation = _begin([*command, "--simulate"], {**environment, "CUDA_VISIBLE_DEVICES": ""})
+    simulate = [*command, "--simulate", "--capability", *map(str, torch.cuda.get_device_capability())]
+    simulation = _begin(simulate, {**environment, "CUDA_VISIBLE_DEVICES": ""})
     measured = _end(_begin(command, environment), deadline)
     predicted = _end(simulation, deadline)
     return {
         "predicted_peak_bytes": predicted.get("peak_bytes"),
+        "predicted_needed_bytes": predicted.get("needed_bytes"),
         "by_kind": predicted.get("by_kind", {}),
         "host_bytes": predicted.get("host_bytes"),
         **measured,
@@ -178,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/simulated/memory.json, or the GPU's")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # the process of one contender on a GPU
     parser.add_argument("--simulate", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--capability", type=int, nargs=2, default=CAPABILITY, help=argparse.SUPPRESS)
     return parser
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import lowmem_npo
 from lowmem_npo.errors import UserError
-from lowmem_npo.libraries import prepare_console
+from lowmem_npo.libraries import expand_segments, prepare_console
 
 # Command -> a line of help. `lowmem-npo X` is `main(arguments)` of lowmem_npo/commands/X.py (or X/), which is imported
 # only when it runs, so that `lowmem-npo --help` answers at once.
@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Exit codes: 0 success, 1 a check of the command failed (it exits by itself), 2 something that
     the user can fix (reported in one sentence), 130 interrupted."""
     prepare_console()
+    expand_segments()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())

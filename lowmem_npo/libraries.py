@@ -13,6 +13,8 @@ import warnings
 from collections.abc import Iterator
 from unittest import mock
 
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second one: PyTorch before 2.9
+
 
 def prepare_console() -> None:
     """For every command, before it imports a library: what the terminal's encoding lacks is printed as an escape, and
@@ -21,6 +23,19 @@ def prepare_console() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def expand_segments() -> None:
+    """PyTorch allocates GPU memory in expandable segments, which waste less of it, unless the user has configured its
+    allocator. To be called before PyTorch is imported."""
+    if sys.platform == "linux" and not any(os.environ.get(name) for name in ALLOCATOR_SETTINGS):
+        os.environ.update(dict.fromkeys(ALLOCATOR_SETTINGS, "expandable_segments:True"))
+
+
+def segments_expand() -> bool:
+    """Whether PyTorch, as it is configured, allocates GPU memory in expandable segments."""
+    settings = next(filter(None, map(os.environ.get, ALLOCATOR_SETTINGS)), "")
+    return "expandable_segments:True" in settings.replace(" ", "")
 
 
 def quiet_libraries() -> None:

@@ -20,17 +20,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from benchmarks.shared.baselines import Baseline
 from lowmem_npo.commands.arguments import parse_run
 from lowmem_npo.config import RunConfig
-from lowmem_npo.estimate.simulator.gpu import GPU, fake_gpu, with_values
+from lowmem_npo.estimate.simulator.gpu import CAPABILITY, GPU, fake_gpu, with_values
 from lowmem_npo.estimate.simulator.model import fake_model
-from lowmem_npo.estimate.step import (
-    CUBLAS_WORKSPACE,
-    KINDS,
-    Estimate,
-    estimate,
-    first_optimizer_step,
-    token_row,
-    track_kinds,
-)
+from lowmem_npo.estimate.step import Estimate, cublas_workspaces, estimate, first_optimizer_step, token_row, track_kinds
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model
 from lowmem_npo.model.layers import causal_lm
@@ -95,12 +87,14 @@ CONTENDERS = (
 )
 
 
-def simulate(contender: Contender, architecture: PretrainedConfig, tokens: int) -> Estimate:
+def simulate(
+    contender: Contender, architecture: PretrainedConfig, tokens: int, capability: tuple[int, int] = CAPABILITY
+) -> Estimate:
     """The memory of the contender's step on a GPU, simulated without one."""
     if not contender.is_baseline:
-        return estimate(contender.run(tokens), architecture)
+        return estimate(contender.run(tokens), architecture, capability=capability)
     rows = batch(tokens)
-    with fake_gpu("frozen weights") as gpu:
+    with fake_gpu("frozen weights", capability) as gpu:
 
         def load() -> PreTrainedModel:
             if models:
@@ -113,8 +107,7 @@ def simulate(contender: Contender, architecture: PretrainedConfig, tokens: int) 
         baseline = Baseline.build(load, **contender.baseline)
         if not contender.baseline["lora"]:
             gpu.mark(list(baseline.policy.parameters()), "adapter")  # all of them are trained
-        with gpu.allocating("cuBLAS"):
-            workspaces = [torch.empty(CUBLAS_WORKSPACE, dtype=torch.uint8, device=GPU) for _ in ("forward", "backward")]
+        workspaces = cublas_workspaces(gpu)
         for model in models:
             track_kinds(gpu, causal_lm(model))
         gpu.kind = "adapter"
@@ -125,7 +118,7 @@ def simulate(contender: Contender, architecture: PretrainedConfig, tokens: int) 
         gpu.restart_peak()
         baseline.step(forget, retain)
         del workspaces
-        return Estimate(gpu.peak, {kind: gpu.at_peak.get(kind, 0) for kind in KINDS}, gpu.off_device_peak)
+        return Estimate.of(gpu)
 
 
 def real_step(contender: Contender, weights: Path, tokens: int, folder: Path) -> Callable[[], Any]:

@@ -17,7 +17,7 @@ from lowmem_npo.console import Say
 from lowmem_npo.data import PreparedData
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.measured import compare, measure, restart_peak
-from lowmem_npo.estimate.report import Report
+from lowmem_npo.estimate.report import Report, own_capability
 from lowmem_npo.estimate.step import StepRows
 from lowmem_npo.sizes import gib
 
@@ -34,7 +34,7 @@ class Simulation:
         )  # fmt: skip
         assert self._process.stdin is not None
         with self._process.stdin as stdin:
-            stdin.write(pickle.dumps((config, rows)))
+            stdin.write(pickle.dumps((config, rows, own_capability())))
         self._process.stdin = None  # `communicate` would flush it
 
     def report(self) -> Report:
@@ -64,7 +64,7 @@ def keep_budget(config: RunConfig, data: PreparedData, say: Say) -> RunConfig:
     report = Simulation(config, _rows(config, data)).report()
     flags = f"with {' '.join(report.flags)}" if report.flags else "as configured"
     say(
-        f"Memory budget {config.memory.memory_budget}: a step takes {gib(report.estimate.peak_bytes)} and CUDA about "
+        f"Memory budget {config.memory.memory_budget}: a step needs {gib(report.estimate.needed_bytes)} and CUDA about "
         f"{gib(report.estimate.context_bytes)}, {flags}."
     )
     return replace(report.config, memory=replace(report.config.memory, memory_budget=None))
@@ -87,7 +87,7 @@ def watch_memory(config: RunConfig, data: PreparedData, device: torch.device, sa
     except torch.OutOfMemoryError as error:
         raise UserError(_what_would_fit(config, data, device, prediction)) from error
     with contextlib.suppress(UserError):
-        for line in compare(prediction.report().estimate.peak_bytes, measure(device)):
+        for line in compare(prediction.report().estimate, measure(device)):
             say(line)
 
 
@@ -96,7 +96,7 @@ def _what_would_fit(config: RunConfig, data: PreparedData, device: torch.device,
     room = free + torch.cuda.memory_reserved(device)  # what other processes on this GPU leave
     message = f"The GPU ran out of memory: {gib(room)} of its {gib(total)} were available to this run"
     with contextlib.suppress(UserError):
-        message += f", the estimate was {gib(prediction.report().estimate.peak_bytes)}"
+        message += f", the estimate was {gib(prediction.report().estimate.needed_bytes)}"
     smaller = replace(config, memory=replace(config.memory, memory_budget=f"{int(room * 0.95) / 2**20:.0f}MiB"))
     try:
         flags = Simulation(smaller, _rows(config, data)).report().flags

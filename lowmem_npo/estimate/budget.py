@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from lowmem_npo.config import TILE_ROWS, RunConfig
 from lowmem_npo.errors import UserError
+from lowmem_npo.estimate.simulator.gpu import CAPABILITY
 from lowmem_npo.estimate.step import Estimate, StepRows, estimate
 from lowmem_npo.memory.tiling import tile_mlps
 from lowmem_npo.sizes import gib
@@ -41,25 +43,33 @@ class Fit:
     flags: list[str]
 
 
-def fit_budget(config: RunConfig, architecture: PretrainedConfig, budget: int, rows: StepRows | None = None) -> Fit:
+def fit_budget(
+    config: RunConfig,
+    architecture: PretrainedConfig,
+    budget: int,
+    rows: StepRows | None = None,
+    capability: tuple[int, int] = CAPABILITY,
+) -> Fit:
     """The fastest settings with which `config`'s step and the CUDA context take at most `budget` bytes.
 
     Args:
         rows: the step's. Default: of --max-length tokens.
+        capability: the GPU's compute capability.
 
     Raises:
         UserError: nothing fits; the message gives the smallest possible budget and what takes the memory.
     """
+    simulate = partial(estimate, rows=rows, capability=capability)
     candidates = sorted(_candidates(config, architecture), key=_slowdown)
-    unchanged = estimate(config, architecture, rows)
+    unchanged = simulate(config, architecture)
     if unchanged.fits(budget):
         return Fit(config, unchanged, [])
-    smallest = estimate(candidates[-1], architecture, rows)
+    smallest = simulate(candidates[-1], architecture)
     if not smallest.fits(budget):
         raise UserError(_impossible(config, candidates[-1], smallest, budget))
     for candidate in candidates[1:-1]:
-        if _may_fit(candidate, architecture, budget, rows):
-            result = estimate(candidate, architecture, rows)
+        if _may_fit(candidate, architecture, budget, simulate):
+            result = simulate(candidate, architecture)
             if result.fits(budget):
                 return Fit(candidate, result, _flags(config, candidate))
     return Fit(candidates[-1], smallest, _flags(config, candidates[-1]))
@@ -99,15 +109,20 @@ def _slowdown(config: RunConfig) -> float:
     return (1 + switched) * (1 + MICRO_BATCH_COST * (config.training.micro_batches() - 1))
 
 
-def _may_fit(config: RunConfig, architecture: PretrainedConfig, budget: int, rows: StepRows | None) -> bool:
+def _may_fit(
+    config: RunConfig,
+    architecture: PretrainedConfig,
+    budget: int,
+    simulate: Callable[[RunConfig, PretrainedConfig], Estimate] = estimate,
+) -> bool:
     """False only if the step cannot fit. The memory in use at any moment grows linearly with the number of layers; the
     peak is the maximum over all moments, a convex function: two shallow models bound every deeper one from below."""
     layers = architecture.get_text_config().num_hidden_layers
     if config.adapter.layers is not None or layers <= MORE:
         return True
-    few, more = (estimate(config, _of_depth(architecture, depth), rows) for depth in (FEW, MORE))
+    few, more = (simulate(config, _of_depth(architecture, depth)) for depth in (FEW, MORE))
     slope = (more.peak_bytes - few.peak_bytes) / (MORE - FEW)
-    return replace(few, peak_bytes=int(few.peak_bytes + slope * (layers - FEW))).fits(budget)
+    return replace(few, needed_bytes=int(few.peak_bytes + slope * (layers - FEW))).fits(budget)
 
 
 def _of_depth(architecture: PretrainedConfig, layers: int) -> PretrainedConfig:

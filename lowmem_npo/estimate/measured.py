@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lowmem_npo.estimate.step import Estimate
 from lowmem_npo.sizes import gib
 
 TOLERANCE = 0.05  # relative; a prediction that is further off is reported
@@ -48,13 +49,14 @@ def process_bytes(pid: int) -> int | None:
         return None
 
 
-def compare(predicted: int, measured: Measurement) -> list[str]:
+def compare(predicted: Estimate, measured: Measurement) -> list[str]:
     """The measured peak beside the predicted one, as lines to print; a warning if they are more than 5% apart."""
     process = "unknown" if measured.process is None else gib(measured.process)
-    error = measured.allocated / predicted - 1
+    error = measured.allocated / predicted.peak_bytes - 1
     lines = [
-        f"GPU memory: peak {gib(measured.allocated)}, predicted {gib(predicted)} ({error:+.1%}); "
-        f"reserved {gib(measured.reserved)}, the whole process {process}."
+        f"GPU memory: peak {gib(measured.allocated)}, predicted {gib(predicted.peak_bytes)} ({error:+.1%}); "
+        f"reserved {gib(measured.reserved)}, predicted to need {gib(predicted.needed_bytes)}; "
+        f"the whole process {process}."
     ]
     if abs(error) > TOLERANCE:
         lines.append(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 
 from lowmem_npo.config import ModelConfig, RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.budget import Fit, fit_budget
+from lowmem_npo.estimate.simulator.gpu import CAPABILITY
 from lowmem_npo.estimate.step import Estimate, StepRows, estimate
 from lowmem_npo.model import resolve_name
 from lowmem_npo.model.known_configs import known_config, known_names
@@ -27,6 +29,7 @@ class Report:
     weights: str
     config: RunConfig
     rows: StepRows
+    capability: tuple[int, int]
     estimate: Estimate
     budget: int | None
     flags: list[str]
@@ -37,7 +40,9 @@ class Report:
         return {
             "model": self.model,
             "simulated": True,
+            "compute_capability": list(self.capability),
             "peak_bytes": result.peak_bytes,
+            "needed_bytes": result.needed_bytes,
             "context_bytes": result.context_bytes,
             "host_bytes": result.host_bytes,
             "by_kind": {kind.replace(" ", "_"): size for kind, size in result.by_kind.items()},
@@ -52,8 +57,9 @@ class Report:
         result = self.estimate
         rows = f"{_rows(self.rows.forget, 'forget')}, {_rows(self.rows.retain, 'retain')}"
         lines = [*self.notes, f"{self.model}, {self.weights}; at once {rows}"]
-        lines += [_line("peak of a training step (simulated)", result.peak_bytes)]
+        lines += [_line("allocated at the peak of a step (simulated)", result.peak_bytes)]
         lines += [_line(f"  {kind}", size) for kind, size in result.by_kind.items() if size]
+        lines += [_line("needed by PyTorch's allocator for it", result.needed_bytes)]
         lines += [_line("CUDA context (assumed, outside PyTorch)", result.context_bytes)]
         lines += [_line("GPU memory needed", result.total_bytes)]
         if result.host_bytes >= 2**20:
@@ -64,22 +70,31 @@ class Report:
         return "\n".join(lines)
 
 
-def report(config: RunConfig, rows: StepRows) -> Report:
+def report(config: RunConfig, rows: StepRows, capability: tuple[int, int] | None = None) -> Report:
     """The estimate of `config`, or of the fastest settings that fit its memory budget.
+
+    Args:
+        capability: the compute capability of the GPU. Default: that of this machine's, or of a card of 24 GB.
 
     Raises:
         UserError: an unknown model, or a budget that cannot be met.
     """
-    architecture = architecture_of(config.model)
+    architecture, capability = architecture_of(config.model), capability or own_capability() or CAPABILITY
     budget, name = config.memory.budget_bytes, resolve_name(config.model.model, config.model.revision)[0]
     notes = model_notes(architecture, config.model)
     quantization = quantization_of(architecture, config.model.qlora, DTYPES[config.model.dtype])
     weights = f"4-bit {quantization.bnb_4bit_quant_type.upper()}" if quantization else config.model.dtype
     if budget is None:
-        fit = Fit(config, estimate(config, architecture, rows), [])
+        fit = Fit(config, estimate(config, architecture, rows, capability), [])
     else:
-        fit = fit_budget(config, architecture, budget, rows)
-    return Report(name, weights, fit.config, rows.micro_batch(fit.config), fit.estimate, budget, fit.flags, notes)
+        fit = fit_budget(config, architecture, budget, rows, capability)
+    at_once = rows.micro_batch(fit.config)
+    return Report(name, weights, fit.config, at_once, capability, fit.estimate, budget, fit.flags, notes)
+
+
+def own_capability() -> tuple[int, int] | None:
+    """The compute capability of this process's GPU; None if it sees none."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
 def architecture_of(config: ModelConfig) -> PretrainedConfig:
@@ -99,7 +114,7 @@ def architecture_of(config: ModelConfig) -> PretrainedConfig:
 
 
 def _line(what: str, size: int) -> str:
-    return f"{what:<42}{gib(size):>12}"
+    return f"{what:<44}{gib(size):>12}"
 
 
 def _rows(rows: tuple[tuple[int, int], ...], part: str) -> str:

@@ -6,6 +6,8 @@ every live storage is counted. There is no formula: what the code does is what i
 
 from __future__ import annotations
 
+import os
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,8 +24,10 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lowmem_npo.config import RunConfig
 from lowmem_npo.data import TokenizedRow
-from lowmem_npo.estimate.simulator.gpu import GPU, FakeGPU, fake_gpu, with_values
+from lowmem_npo.estimate.simulator.allocator import needed
+from lowmem_npo.estimate.simulator.gpu import CAPABILITY, GPU, FakeGPU, fake_gpu, with_values
 from lowmem_npo.estimate.simulator.model import fake_model
+from lowmem_npo.libraries import segments_expand
 from lowmem_npo.memory.checkpointing import is_checkpointed
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora
@@ -34,7 +38,6 @@ from lowmem_npo.training.trainer import NPOConfig, NPOTrainer
 CONTEXT_BYTES = 512 * 2**20
 """What CUDA itself and the loaded kernels take of a GPU, outside of PyTorch's allocator: about this much on cards of
 compute capability 8.0 to 9.0. A run on a GPU measures its own."""
-CUBLAS_WORKSPACE = 8320 * 2**10  # PyTorch's default below compute capability 9.0, for each thread that multiplies
 
 KINDS = ("frozen weights", "adapter", "checkpoints", "layer work", "head", "reference", "batch", "cuBLAS")
 
@@ -43,15 +46,26 @@ KINDS = ("frozen weights", "adapter", "checkpoints", "layer work", "head", "refe
 class Estimate:
     """The memory that one training step takes."""
 
-    peak_bytes: int  # on the GPU, from PyTorch's allocator
-    by_kind: dict[str, int]  # what it consists of; sums to peak_bytes
+    peak_bytes: int  # of what is allocated on the GPU
+    needed_bytes: int  # what PyTorch's allocator must have to serve that: it cannot use all of what is free
+    by_kind: dict[str, int]  # what peak_bytes consists of
     host_bytes: int  # the peak of tensors in host memory
     context_bytes: int = CONTEXT_BYTES
+
+    @classmethod
+    def of(cls, gpu: FakeGPU) -> Estimate:
+        """What the simulated GPU has counted."""
+        return cls(
+            peak_bytes=gpu.peak,
+            needed_bytes=needed(gpu.trace, gpu.peak, segments_expand()),
+            by_kind={kind: gpu.at_peak.get(kind, 0) for kind in KINDS},
+            host_bytes=gpu.off_device_peak,
+        )
 
     @property
     def total_bytes(self) -> int:
         """The GPU memory needed."""
-        return self.peak_bytes + self.context_bytes
+        return self.needed_bytes + self.context_bytes
 
     def fits(self, budget: int) -> bool:
         return self.total_bytes <= budget
@@ -85,20 +99,25 @@ class StepRows:
         return StepRows(self.forget[: -(-config.training.batch_size // micro_batches)], self.retain[:retain])
 
 
-def estimate(config: RunConfig, architecture: PretrainedConfig, rows: StepRows | None = None) -> Estimate:
+def estimate(
+    config: RunConfig,
+    architecture: PretrainedConfig,
+    rows: StepRows | None = None,
+    capability: tuple[int, int] = CAPABILITY,
+) -> Estimate:
     """Simulates the step that `config` describes on a model of `architecture`.
 
     Args:
         rows: the step's. Default: of --max-length tokens.
+        capability: the compute capability of the GPU.
     """
     rows = (rows or StepRows.of_length(config)).micro_batch(config)
-    with fake_gpu("frozen weights") as gpu:
+    with fake_gpu("frozen weights", capability) as gpu:
         base = fake_model(architecture, config.model)
         with gpu.allocating("adapter"):
             model = attach_lora(base, config.adapter)
             apply_switches(model, config.memory)
-        with gpu.allocating("cuBLAS"):
-            workspaces = [torch.empty(CUBLAS_WORKSPACE, dtype=torch.uint8, device=GPU) for _ in ("forward", "backward")]
+        workspaces = cublas_workspaces(gpu)
         gpu.kind = "layer work"
         with tempfile.TemporaryDirectory() as folder:
             trainer = _trainer(model, config, rows, folder)
@@ -118,8 +137,17 @@ def estimate(config: RunConfig, architecture: PretrainedConfig, rows: StepRows |
         gpu.kind = "adapter"
         optimizer.step()
         del workspaces
-        by_kind = {kind: gpu.at_peak.get(kind, 0) for kind in KINDS}
-        return Estimate(gpu.peak, by_kind, gpu.off_device_peak)
+        return Estimate.of(gpu)
+
+
+def cublas_workspaces(gpu: FakeGPU) -> list[Tensor]:
+    """What cuBLAS keeps for each thread that multiplies, in the forward pass and in the backward pass: of PyTorch's
+    size (`CublasHandlePool.cpp`), or of the user's."""
+    large = torch.cuda.get_device_capability() >= (9, 0)
+    settings = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
+    kib = sum(int(size) * int(count) for size, count in settings) or (32768 if large else 8320)
+    with gpu.allocating("cuBLAS"):
+        return [torch.empty(kib * 2**10, dtype=torch.uint8, device=GPU) for _ in ("forward", "backward")]
 
 
 class _Arguments(NPOConfig):

@@ -14,10 +14,9 @@ with quick_imports():
 
 
 def report_or_error(pickled: bytes) -> Report | UserError:
-    """The report on a pickled (RunConfig, StepRows)."""
-    config, rows = pickle.loads(pickled)
+    """The report on a pickled (RunConfig, StepRows, compute capability or None)."""
     try:
-        return report(config, rows)
+        return report(*pickle.loads(pickled))
     except UserError as error:
         return error
 

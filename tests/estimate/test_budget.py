@@ -78,8 +78,8 @@ def test_remembered_operators_change_nothing(monkeypatch):
 def test_shallow_models_bound_a_deep_one_from_below(memory):
     config, architecture = run(256, memory), shallow(9)
     peak = estimate(config, architecture).total_bytes
-    assert _may_fit(config, architecture, peak, None)
-    assert not _may_fit(config, architecture, int(peak * 0.9), None)
+    assert _may_fit(config, architecture, peak)
+    assert not _may_fit(config, architecture, int(peak * 0.9))
 
 
 def test_the_search_finds_the_fastest_switches_that_fit():
@@ -108,6 +108,28 @@ def test_an_impossible_budget_says_the_smallest_and_what_takes_the_room():
         fit_budget(RunConfig(ModelConfig("known"), DataConfig(max_length=64)), shallow(1), 300 * 2**20)
 
 
+def test_what_the_allocator_cannot_use_counts_and_more_of_it_without_expandable_segments(monkeypatch):
+    def needed(setting: str) -> int:
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", setting)
+        result = estimate(run(512, SAVING), shallow(6))
+        assert result.fits(result.needed_bytes + result.context_bytes)
+        assert not result.fits(result.needed_bytes + result.context_bytes - 1)
+        assert result.needed_bytes >= result.peak_bytes
+        return result.needed_bytes
+
+    assert needed("expandable_segments:True") < needed("max_split_size_mb:128")
+
+
+@pytest.mark.parametrize(
+    ("capability", "mib"), [((8, 6), 8.125), ((8, 9), 8.125), ((9, 0), 32), ((10, 0), 32), ((12, 0), 32)]
+)
+def test_cublas_keeps_a_workspace_for_each_pass_as_large_as_the_gpu_has_it(capability, mib, monkeypatch):
+    kept = estimate(run(64), shallow(1), capability=capability).by_kind["cuBLAS"]
+    assert kept == 2 * mib * 2**20
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8:16:8")
+    assert estimate(run(64), shallow(1), capability=capability).by_kind["cuBLAS"] == 2 * 8 * (4096 + 16) * 2**10
+
+
 def test_only_the_layers_above_the_lowest_adapter_keep_checkpoints():
     architecture = shallow(4)
     every = estimate(run(256), architecture).by_kind["checkpoints"]
@@ -118,11 +140,14 @@ def test_only_the_layers_above_the_lowest_adapter_keep_checkpoints():
 def test_estimate_on_the_command_line(capsys):
     assert main(["estimate", "--model", SMALL, "--qlora", "--max-length", "64", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert {"peak_bytes", "context_bytes", "by_kind", "fits", "flags"} <= set(result)
-    assert sum(result["by_kind"].values()) == result["peak_bytes"] and result["fits"] is None and result["flags"] == []
+    assert {"context_bytes", "by_kind", "fits", "flags"} <= set(result) and result["compute_capability"] == [8, 6]
+    assert sum(result["by_kind"].values()) == result["peak_bytes"] < result["needed_bytes"]
+    assert result["fits"] is None and result["flags"] == []
     assert main(["estimate", "--model", SMALL, "--qlora", "--max-length", "64", "--budget", "24GiB"]) == 0
     text = capsys.readouterr().out
-    assert gib(result["peak_bytes"]) in text and "fits 24.00 GiB: yes, with these options" in text
+    assert gib(result["peak_bytes"]) in text and gib(result["needed_bytes"]) in text
+    assert gib(result["needed_bytes"] + result["context_bytes"]) in text
+    assert "fits 24.00 GiB: yes, with these options" in text
     assert "CUDA context" in text and "frozen weights" in text
 
 

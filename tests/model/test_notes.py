@@ -64,7 +64,7 @@ def test_models_without_sdpa_use_eager(kind, byte_model, tmp_path, capsys, monke
         ("train", [*data, "--dry-run"]), ("train", [*data, "--batch-size", 1]), ("estimate", ["--max-length", 32]),
     ):  # fmt: skip
         if (kind, command) == ("gpt_oss", "estimate"):
-            monkeypatch.setattr(report, "estimate", lambda *_: Estimate(0, {}, 0))  # of experts needs CUDA's operators
+            monkeypatch.setattr(report, "estimate", lambda *_: Estimate(0, 0, {}, 0))  # of experts needs CUDA's operators
         code, out, err = output(capsys, command, model, *options, "--lora-targets", *targets)
         assert code == 0 and out.count(line) == 1, (command, options, err)
     _, out, _ = output(capsys, "train", model, *data, "--dry-run", "--attn", "eager")
@@ -83,7 +83,7 @@ def test_experts_stay_in_bf16_and_it_is_said(byte_model, tmp_path, capsys, monke
     loaded = load_model(ModelConfig(str(model), qlora=True, device="cpu"))
     experts = [p for name, p in loaded.named_parameters() if "experts" in name]
     assert {p.dtype for p in experts} == {torch.bfloat16} and sum(p.nbytes for p in experts) == 2 * 4 * 3 * 64 * 64 * 2
-    monkeypatch.setattr(report, "estimate", lambda *_: Estimate(0, {}, 0))
+    monkeypatch.setattr(report, "estimate", lambda *_: Estimate(0, 0, {}, 0))
     for command, more in (
         ("train", ["--device", "cpu", "--output-dir", tmp_path / "out", "--dry-run"]),
         ("estimate", []),

@@ -37,6 +37,7 @@ from lowmem_npo.estimate.simulator.storages import StorageCounter
 
 GPU = torch.device("cuda", 0)
 STAND_IN = torch.device("cpu", 0)  # tensors on the host are on torch.device("cpu"), without an index
+CAPABILITY = (8, 6)  # of the GPU where nothing else is said: a card of 24 GB
 aten, prim = torch.ops.aten, torch.ops.prim
 
 
@@ -88,7 +89,7 @@ class FakeGPU(StorageCounter):
 
 
 @contextlib.contextmanager
-def fake_gpu(kind: str = "other") -> Iterator[FakeGPU]:
+def fake_gpu(kind: str = "other", capability: tuple[int, int] = CAPABILITY) -> Iterator[FakeGPU]:
     """Inside, `cuda` is a GPU without memory whose use is counted, and new tensors have no data."""
     counter = FakeGPU("cuda", kind)
     with contextlib.ExitStack() as stack:
@@ -97,7 +98,7 @@ def fake_gpu(kind: str = "other") -> Iterator[FakeGPU]:
             (FakeTensor, "to", _to),
             (torch.cuda, "_initialized", False),  # no random state of a real GPU to save and restore
             (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
-            (torch.cuda, "get_device_capability", lambda *_: (8, 6)),  # a card of 24 GB
+            (torch.cuda, "get_device_capability", lambda *_: capability),
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
             (torch.nn.Module, "_apply", _apply),
             (torch.nn.functional, "scaled_dot_product_attention", cuda_attention.scaled_dot_product_attention),

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 BLOCK = 512  # bytes: the CUDA caching allocator gives every request a multiple of this
+Event = tuple[int, int | None]  # a storage, and the bytes that are allocated for it; None: it is freed
 
 
 class Storage(NamedTuple):
@@ -37,7 +38,7 @@ class StorageCounter(TorchDispatchMode):
 
     A new storage is of the current `kind`; `mark` gives it another. `live` and `peak` are bytes on the counted device
     type, `at_peak` the bytes of each kind at the peak; `off_device_peak` is the peak on all other devices (pinned host
-    memory, when tensors are offloaded).
+    memory, when tensors are offloaded). `trace` is every allocation and free on the counted device type, in order.
     """
 
     def __init__(self, device_type: str = "cuda", kind: str = "other") -> None:
@@ -46,6 +47,7 @@ class StorageCounter(TorchDispatchMode):
         self.live = self.peak = self.off_device = self.off_device_peak = 0
         self.by_kind: Counter[str] = Counter()
         self.at_peak: dict[str, int] = {}
+        self.trace: list[Event] = []
         self._storages: dict[int, Storage] = {}
         self._detailed = False
         self._details: list[Storage] = []
@@ -91,6 +93,7 @@ class StorageCounter(TorchDispatchMode):
 
     def transient(self, size: int) -> None:
         """Counts a workspace that an operator allocates and frees before it returns."""
+        self.trace += [(0, size), (0, None)]
         self._grow(_rounded(size), self.kind)
         self._shrink(_rounded(size), self.kind)
 
@@ -122,6 +125,8 @@ class StorageCounter(TorchDispatchMode):
         reference.key = key
         self._storages[key] = Storage(size, self.kind, device, (func, tensor.dtype, tensor.shape), reference)
         if device == self.device_type:
+            if size:
+                self.trace.append((key, size))
             self._grow(size, self.kind)
         else:
             self.off_device += size
@@ -130,6 +135,8 @@ class StorageCounter(TorchDispatchMode):
     def _freed(self, reference: _Reference) -> None:
         storage = self._storages.pop(reference.key)
         if storage.device == self.device_type:
+            if storage.bytes:
+                self.trace.append((reference.key, None))
             self._shrink(storage.bytes, storage.kind)
         else:
             self.off_device -= storage.bytes
