@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
@@ -53,6 +54,7 @@ def attach_lora(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
         raise UserError(
             f"--lora-targets {' '.join(config.lora_targets)}: PEFT cannot adapt these ({reason}); {candidates}."
         ) from error
+    _save_no_embedding(adapted)
     model.disable_input_require_grads()  # they serve reentrant checkpointing, and cost gradients below the adapters
     _keep_input_dtype(adapted)
     return adapted
@@ -111,6 +113,13 @@ def linear_layer_names(model: PreTrainedModel) -> list[str]:
     return sorted(
         {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, kinds) and m is not head}
     )
+
+
+def _save_no_embedding(model: PeftModel) -> None:
+    """PEFT saves a copy of the embedding where config.json, which it reads for that, has another vocabulary than the
+    model, as it has in OLMo's original format: there the embedding is longer than the vocabulary."""
+    own: Any = model
+    own.save_pretrained = partial(own.save_pretrained, save_embedding_layers=False)
 
 
 def _keep_input_dtype(adapted: PeftModel) -> None:
