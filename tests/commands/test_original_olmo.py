@@ -63,7 +63,7 @@ def test_train_evaluate_and_merge(bases, tmp_path, capsys):
     assert any(ours[key].any() for key in ours if "lora_B" in key)
     assert torch.equal(logits["original"], logits["native"])
     scores = [json.loads((tmp_path / name / "eval" / "evaluation.json").read_text()) for name in adapters]
-    assert scores[0]["forget"] == scores[1]["forget"]
+    assert scores[0]["answers"] == scores[1]["answers"]
     merged = tmp_path / "original merged"
     assert sorted(path.name for path in merged.glob("*model*")) == [
         "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"
