@@ -46,10 +46,10 @@ def rows_of_step(config: RunConfig) -> StepRows:
         UserError: data that cannot be read, rows that the model cannot take.
     """
     from lowmem_npo.data.fit import check_fit, known_fit
+    from lowmem_npo.estimate.report import architecture_of
     from lowmem_npo.estimate.step import StepRows
-    from lowmem_npo.model.loading import load_config
 
-    architecture = load_config(config.model)
+    architecture = architecture_of(config.model)
     if config.data.forget is None:
         fit, length = known_fit(architecture), config.data.max_length
         if fit and fit.positions and length > fit.positions:
