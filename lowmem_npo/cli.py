@@ -17,6 +17,7 @@ COMMANDS = {
     "sweep": "train over a grid of settings and seeds: mean and standard deviation, as a table and a picture",
     "demo": "do the whole job on a small model, and compare with a gold standard (about 3 minutes on 2 cores)",
     "evaluate": "measure what a model has forgotten and kept: LUME and TOFU scores, leak tests, MMLU",
+    "ask": "ask the original model and the one that has forgotten, and see both answers",
     "merge": "merge an adapter into its base model's weights, on the CPU, one file at a time",
     "report": "rewrite a run's report, with later evaluations; prove that rows were among those forgotten",
     "estimate": "predict the memory of a run before it starts; with --budget, find the switches that make it fit",

@@ -33,7 +33,8 @@ class Fit:
     def check(self, where: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises UserError for a row, from the place `where`, that the model cannot take."""
         if (highest := max(ids)) >= self.vocabulary:
-            raise UserError(f"{where} has the token {self._beyond(tokenizer.convert_ids_to_tokens(highest), highest)}")
+            token = str(tokenizer.convert_ids_to_tokens(highest))
+            raise UserError(f"{where} has the token {self._beyond(token, highest)}")
         if self.positions is not None and len(ids) > self.positions:
             raise UserError(
                 f"{where} has {len(ids)} tokens, but the model has learnt only {self.positions} positions: give "

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from lowmem_npo.data.fit import Fit
 from lowmem_npo.data.templates import end_of_turn
@@ -33,14 +34,17 @@ def greedy_answers(
     batch_size: int = BATCH_SIZE,
     description: str = "greedy answers",
     progress: bool = True,
+    streamer: BaseStreamer | None = None,
 ) -> list[list[int]]:
     """The most likely continuation of each prompt, token by token, in the order of `prompts`.
 
     Answers end before the first end-of-sequence token (the tokenizer's, any the model itself names, or the one that
     ends a turn in the chat template) or after their own `max_new_tokens`. At most `batch_size` prompts are continued
     together, fewer when they are long. A model that has learnt only so many positions says no more than they hold.
+    streamer: gets the tokens as they come, of a single prompt.
     """
-    return [rows[0] for rows in _answers(model, tokenizer, prompts, {}, 1, batch_size, description, progress)]
+    settings = {"streamer": streamer}
+    return [rows[0] for rows in _answers(model, tokenizer, prompts, settings, 1, batch_size, description, progress)]
 
 
 def sampled_answers(
@@ -54,6 +58,7 @@ def sampled_answers(
     batch_size: int = BATCH_SIZE,
     description: str = "sampled answers",
     progress: bool = True,
+    streamer: BaseStreamer | None = None,
 ) -> list[list[list[int]]]:
     """`samples` continuations of each prompt, drawn from the whole distribution at `temperature`.
 
@@ -61,11 +66,12 @@ def sampled_answers(
     `batch_size` samples, or those of one prompt, are drawn together.
     """
     drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "num_return_sequences": samples}
+    settings = {**drawn, "streamer": streamer}
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         rows_at_once = max(1, batch_size // samples)
-        return _answers(model, tokenizer, prompts, drawn, samples, rows_at_once, description, progress)
+        return _answers(model, tokenizer, prompts, settings, samples, rows_at_once, description, progress)
 
 
 def _answers(
@@ -107,6 +113,7 @@ def _continue(
 ) -> list[list[int]]:
     width = max(len(prompt.ids) for prompt in prompts)
     longest = max(prompt.max_new_tokens for prompt in prompts)
+    streamer, settings = settings.get("streamer"), {k: v for k, v in settings.items() if k != "streamer"}
     with plain_generation(model, tokenizer, max_new_tokens=longest, **settings) as generation_config:
         input_ids = torch.full((len(prompts), width), cast(int, generation_config.pad_token_id), dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)
@@ -117,6 +124,7 @@ def _continue(
             input_ids=input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
             generation_config=generation_config,
+            streamer=streamer,
         )
     return output[:, width:].tolist()
 

@@ -1,0 +1,285 @@
+"""`lowmem-npo ask`: what the original model answers, and what the one that has forgotten does."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import tyro
+
+from lowmem_npo.commands.arguments import with_help
+from lowmem_npo.config import ModelConfig, ModelOptions, check_at_least_one, check_positive
+from lowmem_npo.console import Say
+from lowmem_npo.errors import UserError
+from lowmem_npo.libraries import quiet_libraries
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lowmem_npo.data import Template
+
+ORIGINAL, UNLEARNED, MERGED = "original", "unlearned", "answer"
+BATCH_SIZE = 16  # questions of a file that are answered together
+BEGIN_ANEW = "/new"
+
+Turn = dict[str, str]
+
+
+@dataclass
+class AskOptions(ModelOptions):
+    """Ask the original model and the one that has forgotten, and see both answers.
+
+    Questions are written as the run wrote its rows: in the model's chat form where it has one, else as 'Question: ...
+    Answer:', unless --template says otherwise. Without a question you are asked for them; a chat model then remembers
+    the conversation.
+    """
+
+    model: str | None = None
+    """Hub name or local directory of the base model. Default: the model that the adapter was trained on."""
+    qlora: bool = False
+    """Load the base as 4-bit NF4; a run with --qlora is asked so anyway."""
+    run: tyro.conf.Positional[str] = field(kw_only=True)
+    """Directory of a run or of an adapter; or a merged model, which has one answer to each question."""
+    questions: tyro.conf.Positional[tuple[str, ...]] = ()
+    """What to ask."""
+    file: str | None = None
+    """A file of questions, one on each line."""
+    json: bool = False
+    """Print an object with question and answers on each line, for programs."""
+    template: str | None = None
+    """How a question is written: chat, plain, or a text such as '{prompt}'. Default: as in the run, else auto."""
+    system: str | None = None
+    """System prompt of a chat model. Default: as in the run."""
+    max_new_tokens: int = 256
+    """The most tokens of an answer."""
+    temperature: float = 0.0
+    """0: the most likely answer; above, answers are drawn from the model's distribution at this temperature."""
+    seed: int = 0
+    """Of the answers that are drawn."""
+    any_base: bool = False
+    """Accept an adapter that names another base model (the same weights in another place)."""
+
+    def __post_init__(self) -> None:
+        check_at_least_one(self, "max_new_tokens")
+        check_positive(self, "temperature", or_zero=True)
+        if self.file is not None and self.questions:
+            raise UserError("The questions are given twice: on the command line, and with --file.")
+
+
+def main(arguments: Sequence[str]) -> None:
+    parsed = tyro.cli(with_help(AskOptions), args=list(arguments), prog="lowmem-npo ask")
+    ask(AskOptions(**vars(parsed)))
+
+
+def ask(options: AskOptions, say: Say = print) -> None:
+    """Answers the questions of `options`, or those that are typed.
+
+    Raises:
+        UserError: something the user can fix, in one sentence.
+    """
+    questions = _questions(options)
+    quiet_libraries()
+    note = (lambda line: print(line, file=sys.stderr)) if options.json else say  # stdout is for programs
+    asked = load(options, note)
+    if options.file is not None or options.json:
+        if not questions:
+            raise UserError("There is nothing to ask: give a question, or --file.")
+        for answers in asked.answer_all(questions):
+            say(json.dumps(answers, ensure_ascii=False) if options.json else as_text(answers))
+    elif questions:
+        for question in questions:
+            say(f"\n{question}")
+            asked.converse(question, [])
+    else:
+        _interactive(asked, say)
+
+
+@dataclass
+class Asked:
+    """A model in one or two states, and how it is asked.
+
+    sides: name of the state -> what the model is put into it by. temperature, seed, max_new_tokens: as in `AskOptions`.
+    """
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+    sides: dict[str, Callable[[], AbstractContextManager[Any]]]
+    max_new_tokens: int
+    temperature: float
+    seed: int
+
+    @property
+    def remembers(self) -> bool:
+        """Whether questions are turns of a conversation."""
+        return self.template.messages(self._example("?", []), self.tokenizer) is not None
+
+    def prompt(self, question: str, history: Sequence[Turn]) -> list[int]:
+        """The ids that generation starts from. history: earlier turns; only for a model that remembers."""
+        from lowmem_npo.data import Encoder
+
+        return Encoder(self.tokenizer, self.template).encode(self._example(question, history))[0]
+
+    def _example(self, question: str, history: Sequence[Turn]) -> Any:
+        from lowmem_npo.data import Example
+
+        answer = "."  # any: only what precedes it is used
+        turns = (*history, {"role": "user", "content": question}, {"role": "assistant", "content": answer})
+        return Example(question, answer, "The question", "question/answer", messages=turns if history else None)
+
+    def converse(self, question: str, histories: Sequence[list[Turn]]) -> None:
+        """Prints the answer of every side as it is written, and adds it to the side's history, if there are any."""
+        for number, (side, state) in enumerate(self.sides.items()):
+            history = histories[number] if histories else []
+            print(f"{side + ':':<11}", end="", flush=True)
+            with state():
+                answer = self._written(self.prompt(question, history))
+            if histories:
+                history += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    def _written(self, prompt: list[int]) -> str:
+        """The answer to `prompt`, printed while it is generated."""
+        from transformers import TextStreamer
+
+        from lowmem_npo.evaluation.scoring.generation import text_of
+
+        class Trimmed(TextStreamer):
+            begun = False
+
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                text = text if self.begun else text.lstrip()
+                self.begun = self.begun or bool(text)
+                super().on_finalized_text(text, stream_end)
+
+        streamer = Trimmed(cast(Any, self.tokenizer), skip_prompt=True, skip_special_tokens=True)
+        return text_of(self.tokenizer, self._generated([prompt], streamer)[0]).strip()
+
+    def answer_all(self, questions: Sequence[str]) -> Iterator[dict[str, str]]:
+        """Each question with the answers of every side, some questions at a time."""
+        from lowmem_npo.evaluation.scoring.generation import text_of
+
+        for start in range(0, len(questions), BATCH_SIZE):
+            batch = questions[start : start + BATCH_SIZE]
+            prompts = [self.prompt(question, []) for question in batch]
+            answers = {}
+            for side, state in self.sides.items():
+                with state():
+                    answers[side] = [text_of(self.tokenizer, ids).strip() for ids in self._generated(prompts)]
+            for number, question in enumerate(batch):
+                yield {"question": question, **{side: texts[number] for side, texts in answers.items()}}
+
+    def _generated(self, prompts: Sequence[list[int]], streamer: Any = None) -> list[list[int]]:
+        from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers, sampled_answers
+
+        of_length = [Prompt(prompt, self.max_new_tokens) for prompt in prompts]
+        if self.temperature == 0:
+            return greedy_answers(self.model, self.tokenizer, of_length, progress=False, streamer=streamer)
+        sampled = sampled_answers(
+            self.model,
+            self.tokenizer,
+            of_length,
+            samples=1,
+            temperature=self.temperature,
+            seed=self.seed,
+            progress=False,
+            streamer=streamer,
+        )
+        return [answers[0] for answers in sampled]
+
+
+def load(options: AskOptions, say: Say) -> Asked:
+    """The model of `options.run`, with its adapter if it is one.
+
+    Raises:
+        UserError: no model and no adapter there, or an adapter that does not fit.
+    """
+    from lowmem_npo.data import Template
+    from lowmem_npo.model import load_model, load_tokenizer, resolve_name
+    from lowmem_npo.model.loading import load_config
+    from lowmem_npo.model.saved_adapter import (
+        base_of_adapter,
+        check_base,
+        load_adapter,
+        revision_of_adapter,
+        settings_of_run,
+    )
+    from lowmem_npo.model.stop_tokens import stop_tokens
+
+    folder, run = Path(options.run).expanduser(), dict[str, Any]()
+    is_adapter = folder.is_dir() and not (folder / "config.json").is_file()
+    settings = {f.name: getattr(options, f.name) for f in fields(ModelOptions)}
+    if is_adapter:
+        run = settings_of_run(str(folder))
+        name, line = resolve_name(options.model or base_of_adapter(str(folder)))
+        if not options.any_base:
+            check_base(str(folder), name)
+            settings["revision"] = options.revision or revision_of_adapter(str(folder))
+        settings |= {"model": name, "qlora": options.qlora or bool(run.get("qlora"))}
+    else:
+        name, line = resolve_name(options.run)
+        settings["model"] = name
+    if line:
+        say(line)
+    config = ModelConfig(**settings)
+    tokenizer = load_tokenizer(config)
+    text = options.template or run.get("prompt_template") or run.get("template") or "auto"
+    system = run.get("system") if options.system is None else options.system
+    template = Template(text, system, stop_tokens(config, load_config(config)))
+    base = load_model(config, say)
+    model: PreTrainedModel | PeftModel = base
+    sides: dict[str, Callable[[], AbstractContextManager[Any]]] = {MERGED: nullcontext}
+    if is_adapter:
+        model = adapted = load_adapter(base, str(folder))
+        sides = {ORIGINAL: adapted.disable_adapter, UNLEARNED: nullcontext}
+    asked = Asked(model, tokenizer, template, sides, options.max_new_tokens, options.temperature, options.seed)
+    say(f"Questions are {template.describe(asked._example('?', []), tokenizer)}.")
+    return asked
+
+
+def as_text(answers: dict[str, str]) -> str:
+    """A question with its answers, for a terminal."""
+    question, *sides = answers.items()
+    return "\n".join(["", question[1], *(f"{side + ':':<11}{text}" for side, text in sides)])
+
+
+def _questions(options: AskOptions) -> list[str]:
+    if options.file is None:
+        questions = list(options.questions)
+    else:
+        path = Path(options.file).expanduser()
+        try:
+            questions = path.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--file: '{path}' cannot be read as UTF-8 text: {error}.") from error
+    return [question.strip() for question in questions if question.strip()]
+
+
+def _interactive(asked: Asked, say: Say) -> None:
+    """Questions typed at the terminal, until its end (Ctrl-D)."""
+    import readline  # noqa: F401 - with which `input` edits lines and remembers them
+
+    if asked.remembers:
+        say(f"The conversation is remembered; {BEGIN_ANEW} begins another. Ctrl-D ends.")
+    else:
+        say("Every question stands alone: the model has no chat form. Ctrl-D ends.")
+    histories: list[list[Turn]] = [[] for _ in asked.sides] if asked.remembers else []
+    while True:
+        try:
+            question = input("\n> ").strip()
+        except EOFError:
+            say("")
+            return
+        if question == BEGIN_ANEW:
+            for history in histories:
+                history.clear()
+        elif question:
+            try:
+                asked.converse(question, histories)
+            except KeyboardInterrupt:  # ends the answer, not the conversation
+                say("")

@@ -1,0 +1,168 @@
+"""`lowmem-npo ask`: both answers of one loaded model, as generation gives them one by one."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowmem_npo.cli import main
+from lowmem_npo.commands.merge.options import MergeConfig
+from lowmem_npo.commands.merge.run import merge
+
+CHATML = (
+    "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def run(small_demo):
+    """The directory of a run that has forgotten facts which its base recites."""
+    result, _ = small_demo
+    return result.directory / "unlearned"
+
+
+@pytest.fixture(scope="module")
+def facts(run):
+    records = json.loads((run / "before.json").read_text())["forget"]["records"]
+    known = [record for record in records if record["exact_match"]]
+    assert len(known) >= 3
+    return known[:3]
+
+
+def question_of(record):
+    return record["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")
+
+
+def asked(*arguments, capsys):
+    assert main(["ask", *map(str, arguments)]) == 0
+    return capsys.readouterr()
+
+
+def greedy(model, tokenizer, text, new=48):
+    """The definition: one token after another, without a cache."""
+    ids, answer = tokenizer(text).input_ids, []
+    with torch.no_grad():
+        while len(answer) < new:
+            token = model(input_ids=torch.tensor([ids + answer])).logits[0, -1].argmax().item()
+            if token == tokenizer.eos_token_id:
+                break
+            answer.append(token)
+    return tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+def test_the_original_still_knows_what_the_other_has_forgotten(run, facts, capsys):
+    questions = [question_of(record) for record in facts]
+    printed = asked(run, *questions, "--json", "--max-new-tokens", 48, capsys=capsys)
+    answers = [json.loads(line) for line in printed.out.splitlines()]
+    base = AutoModelForCausalLM.from_pretrained(run.parent / "base")
+    tokenizer = AutoTokenizer.from_pretrained(run.parent / "base")
+    texts = [f"Question: {question}\nAnswer:" for question in questions]
+    original = [greedy(base, tokenizer, text) for text in texts]
+    unlearned = [greedy(PeftModel.from_pretrained(base, run), tokenizer, text) for text in texts]
+    assert [answer["question"] for answer in answers] == questions
+    assert [answer["original"] for answer in answers] == original == [record["reference"] for record in facts]
+    assert [answer["unlearned"] for answer in answers] == unlearned != original
+    assert "written as 'Question: {prompt}" in printed.err  # the remark is not among the objects
+
+
+def test_in_a_terminal_and_from_a_file(run, facts, tmp_path, capsys):
+    question, file = question_of(facts[0]), tmp_path / "questions.txt"
+    typed = asked(run, question, "--max-new-tokens", 48, capsys=capsys).out
+    assert f"original:  {facts[0]['reference']}\n" in typed and "unlearned: " in typed
+    file.write_text(f"{question}\n\n{question_of(facts[1])}\n", encoding="utf-8")
+    listed = asked(run, "--file", file, "--max-new-tokens", 48, capsys=capsys).out
+    for record in facts[:2]:
+        assert f"{question_of(record)}\noriginal:  {record['reference']}\nunlearned: " in listed
+
+
+def test_a_merged_model_has_one_answer(run, facts, tmp_path, capsys):
+    merge(MergeConfig(str(run), str(tmp_path / "merged"), dtype="stored"), say=lambda line: None)
+    question = [question_of(facts[0]), "--json", "--max-new-tokens", 48]
+    both, one = (json.loads(asked(m, *question, capsys=capsys).out) for m in (run, tmp_path / "merged"))
+    assert one == {"question": both["question"], "answer": both["unlearned"]}
+
+
+@pytest.fixture(scope="module")
+def chat_run(run, tmp_path_factory):
+    """The run as if its base were a chat model."""
+    base, copy = (tmp_path_factory.mktemp(name) / name for name in ("base", "unlearned"))
+    shutil.copytree(run.parent / "base", base)
+    shutil.copytree(run, copy)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = CHATML.replace("<eos>", tokenizer.eos_token)
+    tokenizer.save_pretrained(base)
+    settings = (copy / "adapter_config.json").read_text()
+    (copy / "adapter_config.json").write_text(settings.replace(str(run.parent / "base"), str(base)))
+    return copy, base, tokenizer
+
+
+def test_a_conversation_is_remembered(chat_run, monkeypatch, capsys):
+    """Each side has its own history; /new begins another."""
+    copy, folder, tokenizer = chat_run
+    monkeypatch.setattr("sys.stdin", io.StringIO("Who is he?\nAnd she?\n/new\nAnd she?\n"))
+    printed = asked(copy, "--max-new-tokens", 12, "--system", "Be kind.", capsys=capsys).out
+    assert "written with the model's chat template" in printed and "remembered" in printed
+
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    system, expected = {"role": "system", "content": "Be kind."}, []
+    for conversation in (["Who is he?", "And she?"], ["And she?"]):
+        histories = {"original": [system], "unlearned": [system]}
+        for question in conversation:
+            for side, turns in histories.items():
+                model = base if side == "original" else PeftModel.from_pretrained(base, copy)
+                turns.append({"role": "user", "content": question})
+                text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+                answer = greedy(model, tokenizer, text, 12)
+                turns.append({"role": "assistant", "content": answer})
+                expected.append(f"{side}:".ljust(11) + answer)
+                if side == "unlearned":
+                    base = model.unload()
+    lines = [line.removeprefix("> ").rstrip() for line in printed.splitlines()]  # after `input`'s own words
+    lines = [line for line in lines if line.startswith(("original", "unlearned"))]
+    assert lines == [line.splitlines()[0].rstrip() for line in expected]
+
+
+def test_drawn_answers_follow_their_seed(run, facts, capsys):
+    def drawn(seed):
+        options = ["--temperature", 1.5, "--seed", seed, "--json", "--max-new-tokens", 12]
+        return asked(run, question_of(facts[0]), *options, capsys=capsys).out
+
+    assert drawn(1) == drawn(1) != drawn(2)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["nowhere", "Who?"], "nowhere"),
+        (["{empty}", "Who?"], "holds no adapter"),
+        (["{run}", "Who?", "--file", "q.txt"], "given twice"),
+        (["{run}", "--file", "nowhere.txt"], "nowhere.txt' cannot be read"),
+        (["{run}", "--json"], "nothing to ask"),
+        (["{run}", "Who?", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["{run}", "Who?", "--temperature", "-1"], "--temperature"),
+        (["{run}", "Who?", "--template", "chat"], "has no chat template"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(arguments, message, run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["ask", *(a.format(run=run, empty=tmp_path) for a in arguments)]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert message in error[-1] and "Traceback" not in "".join(error)
+
+
+def test_typed_in_a_real_terminal(run, facts):
+    """Standard input that ends is the end of the conversation."""
+    question = question_of(facts[0])
+    command = [sys.executable, "-m", "lowmem_npo", "ask", str(run), "--max-new-tokens", "48"]
+    process = subprocess.run(command, input=f"{question}\n", capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    assert f"original:  {facts[0]['reference']}\n" in process.stdout
