@@ -19,6 +19,9 @@ from lowmem_npo.model.modes import eval_mode
 from lowmem_npo.model.precision import compute_autocast
 
 
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # as configurations name it
+
+
 class AnswerHidden(NamedTuple):
     """The predictions that count, one row per labelled token, in the order of the batch."""
 
@@ -30,8 +33,8 @@ class AnswerHidden(NamedTuple):
 def frozen_head(model: PreTrainedModel | PeftModel) -> FrozenHead:
     """The model's output head as the kernels take it: a view of its weights, with softcap and logit scale.
 
-    Supports `final_logit_softcapping` (Gemma), `logit_scale` (Cohere) and `logits_scaling` (Granite); `check_head`
-    detects whether a model does something else.
+    Supports a softcap (Gemma, RecurrentGemma, xLSTM), `logit_scale` (Cohere) and `logits_scaling` (Granite);
+    `check_head` detects whether a model does something else.
     """
     lm = causal_lm(model)
     layer = lm.get_output_embeddings()
@@ -49,7 +52,7 @@ def frozen_head(model: PreTrainedModel | PeftModel) -> FrozenHead:
     return FrozenHead(
         layer.weight.detach(),
         bias=None if bias is None else bias.detach(),
-        softcap=getattr(config, "final_logit_softcapping", None),
+        softcap=next((cap for name in SOFTCAPS if (cap := getattr(config, name, None))), None),
         logit_scale=float(scale),
     )
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -87,22 +88,20 @@ def find_updates(adapter: str, checkpoint: Checkpoint) -> dict[str, Update]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(checkpoint.configuration(), dtype=torch.float32)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        shared = [model.get_input_embeddings(), model.get_output_embeddings()]
-        if shared[0].weight is not shared[1].weight:
-            shared = []
+        places = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
         try:
             adapted = get_peft_model(model, config)
         except ValueError as error:  # no layer of its names
             raise UserError(f"{misfit}: {' '.join(str(error).split())[:200]}.") from error
     layers: dict[str, Any] = {name: module for name, module in adapted.named_modules() if isinstance(module, LoraLayer)}
     for name, layer in layers.items():
-        if any(layer.get_base_layer() is one for one in shared):
+        if places[id(_weight(layer))] > 1:  # a tied embedding; Zamba's attention, which several layers have in common
             module = name.removeprefix("base_model.model.")
             raise UserError(f"The adapter in '{adapter}' changes {module}, which the base shares with another layer.")
     _give_factors(adapted, adapter, checkpoint, misfit)
     updates: dict[str, Update] = {}
     for layer in layers.values():
-        weight = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
+        weight = _weight(layer)
         parameter = names[id(weight)]
         whole = checkpoint.name_of(parameter)
         parts = {parameter: weight} if whole else revert_weight_conversion(model, {parameter: weight})
@@ -114,6 +113,11 @@ def find_updates(adapter: str, checkpoint: Checkpoint) -> dict[str, Update]:
                 raise UserError(f"{misfit}: {tensor} is {stored[tensor][0]} in the base, not {tuple(like.shape)}.")
             updates[tensor] = Update(model, layer, parameter, None if whole else part)
     return updates
+
+
+def _weight(layer: Any) -> torch.nn.Parameter:
+    """What the factors of `layer` are added to."""
+    return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
 
 
 def _give_factors(adapted: PeftModel, adapter: str, checkpoint: Checkpoint, misfit: str) -> None:
