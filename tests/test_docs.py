@@ -183,6 +183,7 @@ TRAINING = "--device cpu --dtype float32 --max-steps 1 --eval-rows 2 --batch-siz
 ADDED = {
     "train": TRAINING,
     "sweep": f"{TRAINING} --seeds 0,",
+    "ask": "--device cpu --dtype float32 --max-new-tokens 8",
     "evaluate": "--device cpu --dtype float32 --limit 4 --leak-samples 2 --relearn-steps 1 --max-length 64",
 }
 
@@ -222,13 +223,14 @@ def write_data(folder: Path) -> None:
     forget, retain, holdout = (bundled_rows(part, limit=8).rows for part in ("forget", "retain", "holdout"))
     tofu = [{**row, "perturbed_answer": ["No one does.", "That is not known."]} for row in retain]
     files = {
-        "forget.jsonl": [vault, *forget], "retain.jsonl": retain, "rows.jsonl": [vault],
+        "forget.jsonl": [vault, *forget], "retain.jsonl": retain, "rows.jsonl": [vault], "second.jsonl": [vault],
         "unseen.jsonl": holdout, "never_taught.jsonl": holdout, "m.jsonl": forget, "n.jsonl": holdout,
         "forget05_perturbed.json": tofu, "retain_perturbed.json": tofu,
         "real_authors_perturbed.json": tofu, "world_facts_perturbed.json": tofu,
     }  # fmt: skip
     for name, rows in files.items():
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "questions.txt").write_text("Who guards the amber vault?\n")
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +254,7 @@ def desk(finished_run, taught_model, tmp_path, monkeypatch) -> Desk:
     for name, source in {"unlearned": finished_run, "base": taught_model, "gold": taught_model}.items():
         shutil.copytree(source, tmp_path / "lowmem-npo-demo" / name)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Who guards the amber vault?\n"))
     return Desk(tmp_path, taught_model)
 
 
