@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -152,6 +153,11 @@ class ObjectiveConfig:
 class AdapterConfig:
     """Adapter: the LoRA weights, the only ones that are trained."""
 
+    adapter: str | None = None
+    """Directory of an adapter to go on from: a second request to forget. The original model is then the base with that
+    adapter, and the one that is saved holds both. Without --model, the base is the one that it was trained on."""
+    any_base: bool = False
+    """Accept an --adapter that names another base model (the same weights in another place)."""
     lora_r: int = 5
     """Rank."""
     lora_alpha: float = 5.0
@@ -159,19 +165,51 @@ class AdapterConfig:
     lora_dropout: float = 0.0
     """Dropout on the adapter's input."""
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
-    """Names of the linear layers that get an adapter, or all-linear."""
+    """Names of the linear layers that get an adapter, or all-linear, or one regular expression that the full names
+    match, such as '.*layers\\.[0-7]\\..*_proj'."""
     lora_layers: tuple[str, ...] = ()
     """Decoder layers, counted from 0, that get an adapter, such as 16-31 or 0 4 8-11. Default: all. Layers below the
     lowest of them need no gradient and run once for policy and reference together."""
+    use_rslora: bool = False
+    """Rank-stabilised LoRA: the update is multiplied by alpha / sqrt(r)."""
+    use_dora: bool = False
+    """DoRA: the magnitude of each row of a weight is trained beside its direction. Takes more memory."""
+    modules_to_save: tuple[str, ...] = ()
+    """Names of modules that are trained whole, in float32, such as norm; any but the output head."""
 
     def __post_init__(self) -> None:
         self.lora_targets = (self.lora_targets,) if isinstance(self.lora_targets, str) else tuple(self.lora_targets)
         layers = (self.lora_layers,) if isinstance(self.lora_layers, (str, int)) else self.lora_layers
         self.lora_layers = tuple(str(layer) for layer in layers)
+        saved = self.modules_to_save
+        self.modules_to_save = (saved,) if isinstance(saved, str) else tuple(saved)
         _ = self.layers  # malformed ones raise here
         check_at_least_one(self, "lora_r")
         if not self.lora_targets:
             raise UserError("--lora-targets is empty: name at least one linear layer, or all-linear.")
+        if self.target_pattern is not None and self.lora_layers:
+            raise UserError("--lora-layers goes with names: write the layers into the pattern of --lora-targets.")
+        if self.adapter is not None and self.use_dora:
+            raise UserError(
+                "--use-dora scales the base's own weights, to which --adapter has added: merge that adapter "
+                "(`lowmem-npo merge`), and train on the merged model."
+            )
+        if self.any_base and self.adapter is None:
+            raise UserError("--any-base is about the base of an --adapter: give both, or none.")
+
+    @property
+    def target_pattern(self) -> str | None:
+        """`lora_targets`, if it is a regular expression: what no name of a module can be."""
+        patterns = [target for target in self.lora_targets if not re.fullmatch(r"[\w.-]+", target)]
+        if not patterns:
+            return None
+        if len(self.lora_targets) > 1:
+            raise UserError(f"--lora-targets {patterns[0]}: a regular expression stands alone; alternatives are (a|b).")
+        try:
+            re.compile(patterns[0])
+        except re.error as error:
+            raise UserError(f"--lora-targets {patterns[0]} is no regular expression: {error}.") from error
+        return patterns[0]
 
     @property
     def layers(self) -> list[int] | None:
@@ -384,6 +422,7 @@ class RunConfig:
         settings = {name: value for name, value in settings.items() if name not in INVOCATION_ONLY}
         settings["lora_targets"] = list(settings["lora_targets"])
         settings["lora_layers"] = list(settings["lora_layers"]) or None
+        settings["modules_to_save"] = list(settings["modules_to_save"]) or None
         settings["stop_when"] = list(settings["stop_when"]) or None
         settings["leaks"] = list(settings["leaks"]) or ["none"]
         return {**settings, **self.trainer_args}

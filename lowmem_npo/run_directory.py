@@ -7,16 +7,13 @@ import re
 import shutil
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from lowmem_npo.config import KEPT_CHECKPOINTS, MemoryConfig, RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.files import write_atomically
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 # A resumed run may be longer, have moved, or measure more; any other change would make it a different run.
 MAY_CHANGE = (
@@ -171,20 +168,19 @@ def step_of(checkpoint: str | Path | None) -> int:
     return 0 if checkpoint is None else int(Path(checkpoint).name.rpartition("-")[2])
 
 
-def check_disk(config: RunConfig, model: PretrainedConfig) -> None:
+def check_disk(config: RunConfig, trained: int, saved: int) -> None:
     """Raises a UserError if the disk of the output directory cannot hold the most that the run may write.
 
-    That is the adapter, and for each checkpoint kept the adapter with AdamW's two moments, all float32. The bound on
-    the adapter's size comes from the model's configuration: every target counts as a hidden x intermediate layer.
+    That is the adapter, and for each checkpoint kept the adapter with AdamW's two moments, all float32.
+
+    Args:
+        trained, saved: how many weights the adapter trains, and how many it holds (with those that it continues).
     """
-    text = model.get_text_config()
-    wide = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    targets = 7 if config.adapter.lora_targets == ("all-linear",) else len(config.adapter.lora_targets)
-    adapter = 4 * config.adapter.lora_r * (text.hidden_size + wide) * targets * text.num_hidden_layers
     # One more than is kept: a checkpoint is written before the oldest is removed.
     checkpoints = (config.trainer_args.get("save_total_limit") or KEPT_CHECKPOINTS) + 1
     best = 2 if config.stopping.stop_when else 0  # the best adapter so far and its predecessor
-    needed = adapter * (1 + best + 3 * checkpoints) + 64 * 2**20  # and tokenizer, metrics, configuration
+    needed = 4 * (saved * (1 + checkpoints) + trained * (best + 2 * checkpoints))
+    needed += 64 * 2**20  # tokenizer, metrics, configuration
     path = config.output_dir.absolute()
     free = shutil.disk_usage(next(p for p in [path, *path.parents] if p.exists())).free
     if free < needed:

@@ -37,6 +37,7 @@ ALIASES = {
     "num-train-epochs": "epochs",
     "per-device-train-batch-size": "micro-batch-size",
     "lora-target-modules": "lora-targets",
+    "lora-modules-to-save": "modules-to-save",
     "resume-from-checkpoint": "resume",
     "max-seq-length": "max-length",
     "activation-checkpointing": "gradient-checkpointing",
@@ -59,6 +60,7 @@ def parse_run(arguments: Sequence[str], command: str) -> RunConfig:
     flags = (_flags_of_file(path) if path else []) + typed
     if any(flag in flags for flag in ("-h", "--help")):
         flags = ["--help"]
+    flags += _base_of_adapter(flags)
     parsed: Any
     parsed, unknown = tyro.cli(
         _flat_config(),
@@ -71,6 +73,18 @@ def parse_run(arguments: Sequence[str], command: str) -> RunConfig:
     sections = {name: section(**vars(getattr(parsed, name))) for name, section in SECTIONS.items()}
     _settle_accumulation(sections, trainer_args, explicit="--batch-size" in flags)
     return RunConfig(**sections, trainer_args=trainer_args)
+
+
+def _base_of_adapter(flags: Sequence[str]) -> list[str]:
+    """The model and the revision that the adapter of --adapter was trained on, where the flags name none."""
+    if "--adapter" not in flags[:-1]:
+        return []
+    from lowmem_npo.model.saved_adapter import base_of_adapter, revision_of_adapter  # late: --help need not load PEFT
+
+    folder = flags[len(flags) - 1 - flags[::-1].index("--adapter") + 1]
+    base = [] if "--model" in flags else ["--model", base_of_adapter(folder)]
+    revision = None if {"--revision", "--any-base"} & set(flags) else revision_of_adapter(folder)
+    return [*base, *(["--revision", revision] if revision else [])]
 
 
 def _flat_config() -> type:
@@ -116,7 +130,7 @@ def with_help(config: type, leak_tests: Sequence[LeakTest] = ()) -> Any:
 
 
 def _like(field: dataclasses.Field) -> Any:
-    return dataclasses.field(default=field.default, default_factory=field.default_factory)
+    return dataclasses.field(default=field.default, default_factory=field.default_factory, kw_only=field.kw_only)
 
 
 def field_docstrings(config: type) -> dict[str, str]:

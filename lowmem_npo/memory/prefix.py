@@ -11,7 +11,7 @@ import torch
 from lowmem_kernels.dispatch import has_values
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lowmem_npo.model.head import answer_hidden, few_tokens
 from lowmem_npo.model.layers import causal_lm, decoder_layers
@@ -35,8 +35,7 @@ class SharedPrefix:
             if any(p.requires_grad for p in layer.parameters()):
                 break
             below.append(layer)
-        trained = any(p.requires_grad for module in below for p in module.parameters())
-        self.modules = [] if trained else below
+        self.modules = [] if _needs_gradient(model, below) else below
         if has_values(lm.get_output_embeddings().weight) and not self._suffices(model):
             self.modules = []
             logger.warning(
@@ -71,6 +70,29 @@ class SharedPrefix:
             except RuntimeError:  # a stand-in was written to
                 return False
         return torch.allclose(shared, whole, rtol=0.0, atol=0.01 * float(whole.abs().max()))
+
+
+def _needs_gradient(model: PeftModel, below: list[nn.Module]) -> bool:
+    """Whether anything is trained in `below`, or between its modules, such as an embedding of positions."""
+    if any(p.requires_grad for module in below for p in module.parameters()):
+        return True
+    lm = causal_lm(model)
+    in_layers = {id(p) for p in decoder_layers(lm).parameters()}
+    if all(id(p) in in_layers for p in lm.parameters() if p.requires_grad):
+        return False
+    depends = False
+
+    def look(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal depends
+        depends = any(isinstance(part, Tensor) and part.requires_grad for part in tree_leaves(output))
+
+    ids, handle = few_tokens(lm), below[-1].register_forward_hook(look)
+    try:
+        with eval_mode(model), torch.enable_grad():
+            answer_hidden(model, ids, torch.ones_like(ids), ids)
+    finally:
+        handle.remove()
+    return depends
 
 
 class _Memory:

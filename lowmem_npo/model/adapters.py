@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lowmem_npo.config import AdapterConfig
 from lowmem_npo.errors import UserError
+from lowmem_npo.model.continued import ContinuedModel, continued
 from lowmem_npo.model.layers import causal_lm, decoder_layers
 from lowmem_npo.model.modes import eval_mode
+from lowmem_npo.model.saved_modules import check_saved_modules, train_in_float32
 
 EXTRA = "extra"  # name of the temporary adapter
 
@@ -24,31 +29,20 @@ def attach_lora(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
     """Adds a LoRA adapter (Hu et al. 2021) that starts as the identity; only its weights, in float32, require grad.
 
     Its layers take their input as it is, without PEFT's float32 copy of it: a bf16 model runs inside
-    `compute_autocast`, which casts the adapter's small matrices instead.
+    `compute_autocast`, which casts the adapter's small matrices instead. DoRA (Liu et al. 2024) needs that copy.
 
     Raises:
-        UserError: a target matches no linear layer (the candidates are listed) or the output head, or there are fewer
-            decoder layers than `lora_layers` names.
+        UserError: a target matches no linear layer (the candidates are listed) or the output head, there are fewer
+            decoder layers than `lora_layers` names, a module to save cannot be trained, or `config.adapter` cannot be
+            continued on this model.
     """
-    targets = _checked_targets(model, config.lora_targets)
-    if config.layers is not None:
-        count = len(decoder_layers(model))
-        if config.layers[-1] >= count:
-            raise UserError(f"--lora-layers names layer {config.layers[-1]}, but the model's layers are 0-{count - 1}.")
-        if targets == "all-linear":  # PEFT takes layer numbers only with names
-            targets = linear_layer_names(model)
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT takes floats, whatever its annotation says
-        lora_dropout=config.lora_dropout,
-        target_modules=targets,
-        layers_to_transform=config.layers,
-        bias="none",
-    )
+    lora = _lora_config(model, config)
     candidates = _candidates(model)
     try:
-        adapted = get_peft_model(model, lora)
+        if config.adapter is None:
+            adapted = cast(PeftModel, get_peft_model(model, lora))
+        else:
+            adapted = continued(model, config.adapter, lora)
     except ValueError as error:  # a norm, a whole block; a layer that `lora_layers` leaves out
         reason = str(error).splitlines()[0].split(". ")[0].rstrip("(")
         raise UserError(
@@ -57,20 +51,61 @@ def attach_lora(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
     _save_no_embedding(adapted)
     model.disable_input_require_grads()  # they serve reentrant checkpointing, and cost gradients below the adapters
     _keep_input_dtype(adapted)
+    _exact_magnitudes(adapted)
+    train_in_float32(adapted)
     return adapted
 
 
-def check_lora(architecture: PretrainedConfig, config: AdapterConfig) -> None:
-    """Raises, before any weight is loaded, what `attach_lora` would raise."""
+def check_lora(architecture: PretrainedConfig, config: AdapterConfig, quantized: bool = False) -> tuple[int, int]:
+    """Raises, before any weight is loaded, what `attach_lora` would raise; returns how many weights are trained, and
+    how many the saved adapter holds.
+
+    quantized: the linear layers will be held in 4 bits.
+    """
     with torch.device("meta"):
-        attach_lora(AutoModelForCausalLM.from_config(architecture, attn_implementation="eager"), config)
+        model = AutoModelForCausalLM.from_config(architecture, attn_implementation="eager")
+        if quantized:
+            check_saved_modules(model, config.modules_to_save, quantized=True)
+        of_base = sum(parameter.numel() for parameter in model.parameters())
+        adapted = attach_lora(model, config)
+    trained, total = adapted.get_nb_trainable_parameters()
+    return trained, total - of_base
+
+
+@contextmanager
+def original_model(model: PeftModel) -> Iterator[None]:
+    """Inside, `model` is what training began with: the base, with the adapter that was continued if there is one."""
+    if not isinstance(model, ContinuedModel):
+        with model.disable_adapter():
+            yield
+        return
+    model.first_alone()
+    try:
+        yield
+    finally:
+        model.both()
 
 
 @contextmanager
 def reference_mode(model: PeftModel) -> Iterator[None]:
-    """Inside, `model` is the original model: adapters off, eval mode, no gradients; all is restored on leaving."""
-    with eval_mode(model), torch.no_grad(), model.disable_adapter():
+    """Inside, `model` is the original model, in eval mode and without gradients; all is restored on leaving."""
+    with eval_mode(model), torch.no_grad(), original_model(model):
         yield
+
+
+def adapter_weights(model: PeftModel) -> dict[str, Tensor]:
+    """The adapter as it is saved, under PEFT's names."""
+    if isinstance(model, ContinuedModel):
+        return model.joined_weights()
+    return get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+def restore_adapter(model: PeftModel, weights: dict[str, Tensor]) -> None:
+    """Gives the adapter the `weights` that were saved of it."""
+    if isinstance(model, ContinuedModel):
+        model.restore(weights)
+    else:
+        set_peft_model_state_dict(model, weights)
 
 
 @contextmanager
@@ -125,7 +160,20 @@ def _save_no_embedding(model: PeftModel) -> None:
 def _keep_input_dtype(adapted: PeftModel) -> None:
     for module in adapted.modules():
         if isinstance(module, LoraLayer):
-            module.cast_input_dtype_enabled = False
+            module.cast_input_dtype_enabled = bool(module.lora_magnitude_vector)
+
+
+@torch.no_grad()
+def _exact_magnitudes(adapted: PeftModel) -> None:
+    """DoRA's magnitudes as the float32 norms that they are divided by: PEFT rounds them to the type of the base, so
+    that the adapter would not start as the identity."""
+    magnitude: Any
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            for magnitude in module.lora_magnitude_vector.values():
+                weight = dequantize_module_weight(module.get_base_layer()).float()
+                zero = weight.new_zeros(())
+                magnitude.weight.copy_(magnitude.get_weight_norm(weight, zero, scaling=1).view_as(magnitude.weight))
 
 
 def _unwrap(lm: PreTrainedModel) -> None:
@@ -142,12 +190,40 @@ def _conv1d() -> type:
     return Conv1D
 
 
-def _checked_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> str | list[str]:
-    if targets == ("all-linear",):
+def _lora_config(model: PreTrainedModel, config: AdapterConfig) -> LoraConfig:
+    check_saved_modules(model, config.modules_to_save)
+    targets = _checked_targets(model, config)
+    if config.layers is not None:
+        count = len(decoder_layers(model))
+        if config.layers[-1] >= count:
+            raise UserError(f"--lora-layers names layer {config.layers[-1]}, but the model's layers are 0-{count - 1}.")
+        if targets == "all-linear":  # PEFT takes layer numbers only with names
+            targets = linear_layer_names(model)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT takes floats, whatever its annotation says
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        layers_to_transform=config.layers,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        modules_to_save=list(config.modules_to_save) or None,
+        bias="none",
+    )
+
+
+def _checked_targets(model: PreTrainedModel, config: AdapterConfig) -> str | list[str]:
+    if config.lora_targets == ("all-linear",):
         return "all-linear"
     head = model.get_output_embeddings()
-    for target in targets:
-        matches = [m for name, m in model.named_modules() if name == target or name.endswith("." + target)]
+    pattern = config.target_pattern
+    for target in config.lora_targets:
+        matches = [
+            m
+            for name, m in model.named_modules()
+            if (re.fullmatch(pattern, name) if pattern else name == target or name.endswith("." + target))
+        ]
         if any(m is head for m in matches):
             raise UserError(
                 f"--lora-targets {target}: that is the output head, which must stay frozen for the fused losses."
@@ -156,7 +232,7 @@ def _checked_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> str | 
             raise UserError(
                 f"--lora-targets {target} matches no layer of this {type(model).__name__}; {_candidates(model)}."
             )
-    return list(targets)
+    return pattern or list(config.lora_targets)
 
 
 def _candidates(model: PreTrainedModel) -> str:

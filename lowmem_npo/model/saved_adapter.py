@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import yaml
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.names import resolve_name
 from lowmem_npo.run_directory import AdapterFiles, run_of_adapter
+
+# What an adapter may hold beside the two factors of its layers: configuration field -> description.
+EXTRAS = {
+    "use_dora": "DoRA magnitudes",
+    "modules_to_save": "whole modules (modules_to_save)",
+    "lora_bias": "biases (lora_bias)",
+    "trainable_token_indices": "trained embedding rows (trainable_token_indices)",
+    "layer_replication": "repeated layers (layer_replication)",
+    "alora_invocation_tokens": "an activation by tokens (aLoRA)",
+    "arrow_config": "a routing between adapters (Arrow)",
+    "use_qalora": "pooled inputs (QALoRA)",
+    "use_bdlora": "block-diagonal factors (BD-LoRA)",
+}
 
 
 def base_of_adapter(folder: str) -> str:
@@ -30,6 +44,26 @@ def base_of_adapter(folder: str) -> str:
 def revision_of_adapter(folder: str) -> str | None:
     """The branch, tag or commit of the base model that the adapter in `folder` was trained on, if one was named."""
     return _configuration(folder).get("revision")
+
+
+def stored_lora(folder: str) -> LoraConfig:
+    """The configuration of the LoRA adapter in `folder`. Raises UserError if there is none, or one of another kind."""
+    kind = _configuration(folder)["peft_type"]
+    if kind != "LORA":
+        raise UserError(f"The adapter in '{folder}' is {kind}, not LoRA: nothing else is supported here.")
+    return LoraConfig.from_pretrained(str(Path(folder).expanduser()))
+
+
+def more_than_lora(folder: str, allowed: Collection[str] = ()) -> list[str]:
+    """What the LoRA adapter in `folder` holds beside the two factors of its layers, described; `EXTRAS` that are
+    `allowed` are left out."""
+    content = _configuration(folder)
+    extras = [text for field, text in EXTRAS.items() if content.get(field) and field not in allowed]
+    if content.get("bias", "none") != "none":
+        extras.append(f"biases (bias: {content['bias']})")
+    if str(start := content.get("init_lora_weights")).split("_")[0] in ("pissa", "olora", "corda", "loftq"):
+        extras.append(f"a base that its start has changed (init_lora_weights: {start})")
+    return extras
 
 
 def settings_of_run(folder: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.files import file_sha256, write_atomically
 from lowmem_npo.model import resolve_name
 from lowmem_npo.model.layers import causal_lm
-from lowmem_npo.run_directory import RunFiles
+from lowmem_npo.run_directory import AdapterFiles, RunFiles
 from lowmem_npo.training.reference.identity import weights_fingerprint
 
 ALGORITHM = (
@@ -70,6 +70,7 @@ def begin_audit(directory: Path, config: RunConfig, data: PreparedData, model: P
             "weights": "4-bit NF4" if config.model.qlora else config.model.dtype,
             "weights_fingerprint": weights_fingerprint(model),
             "weights_fingerprint_is": FINGERPRINT,
+            "adapter": _continued(config),
         },
         "data": {part: _data_record(part, *used) for part, used in parts.items() if used[1] is not None},
         "forget_rows": {
@@ -124,6 +125,16 @@ def check_same_rows(directory: Path, data: PreparedData) -> None:
         raise UserError(f"--resume: the forget rows have changed since the run in '{directory}' began; start anew.")
 
 
+def check_same_adapter(directory: Path, config: RunConfig) -> None:
+    """Raises UserError if the run in `directory`, which is to be resumed, went on from another adapter."""
+    audit, now = read_audit(directory), _continued(config)
+    if audit is not None and now is not None and (audit["model"].get("adapter") or now)["sha256"] != now["sha256"]:
+        raise UserError(
+            f"--resume: the adapter in '{config.adapter.adapter}' has changed since the run in '{directory}' began; "
+            "start anew."
+        )
+
+
 def find_rows(directory: Path, source: str) -> list[tuple[str, int | None]]:
     """Where each row of `source` is, and its place (from 1) among the forget rows of the run in `directory`, or None.
     `source` is read as the run read its forget rows.
@@ -150,6 +161,14 @@ def seconds(sessions: Sequence[Mapping[str, Any]]) -> float | None:
         return None
     spans = [(datetime.fromisoformat(s["ended"]) - datetime.fromisoformat(s["started"])) for s in sessions]
     return sum(span.total_seconds() for span in spans)
+
+
+def _continued(config: RunConfig) -> dict[str, Any] | None:
+    """The adapter that the run goes on from, as it is now."""
+    if config.adapter.adapter is None:
+        return None
+    files = AdapterFiles(Path(config.adapter.adapter).expanduser())
+    return {"directory": str(files.path), "sha256": file_sha256(files.weights)}
 
 
 def _data_record(part: str, source: str | None, rows: TokenizedRows) -> dict[str, Any]:

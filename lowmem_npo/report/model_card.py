@@ -15,8 +15,8 @@ from lowmem_npo.report.page import LIMITS, audit_lines, model_name
 
 TAGS = ("unlearning", "machine-unlearning", "npo", "lora", "lowmem-npo")
 METHOD = ("forget_term", "beta", "gamma", "delta", "normalization", "kl_direction", "lora_r", "lora_alpha",
-          "lora_targets", "lora_layers", "batch_size", "epochs", "max_steps", "lr", "seed", "max_length", "qlora",
-          "dtype")  # fmt: skip
+          "lora_targets", "lora_layers", "use_rslora", "use_dora", "modules_to_save", "batch_size", "epochs",
+          "max_steps", "lr", "seed", "max_length", "qlora", "dtype")  # fmt: skip
 RECORD = ("Revision", "Commit", "Weights", "Adapter", "Optimiser steps", "Started, ended", "Processors", "Versions",
           "Duration")  # fmt: skip
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
 from lowmem_npo.console import Say
 from lowmem_npo.files import file_sha256, write_atomically
+from lowmem_npo.model.adapters import adapter_weights
 from lowmem_npo.run_directory import AdapterFiles, RunFiles, step_of
 
 
@@ -83,7 +83,7 @@ def _damage(files: AdapterFiles, trainer: Trainer, to_train: bool) -> str | None
 def _is_adapter(files: AdapterFiles, model: Any) -> bool:
     """Whether the weights are those of the model's adapter, as they were written."""
     weights = load_file(files.weights)
-    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected = adapter_weights(model)
     fits = all(name in weights and weights[name].shape == tensor.shape for name, tensor in expected.items())
     digest = files.digest.read_text(encoding="utf-8").split()[0] if files.digest.exists() else None
     return fits and digest in (None, file_sha256(files.weights))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from lowmem_kernels import IGNORE_INDEX, retain_loss, token_logprobs
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -32,6 +32,7 @@ from lowmem_npo.data.tokenizing import TokenizedRow
 from lowmem_npo.errors import UserError
 from lowmem_npo.memory.prefix import SharedPrefix
 from lowmem_npo.model import answer_hidden, attach_lora, check_head, frozen_head
+from lowmem_npo.model.adapters import restore_adapter
 from lowmem_npo.model.modes import train_adapter
 from lowmem_npo.run_directory import AdapterFiles
 from lowmem_npo.training.checkpoints import write_digest
@@ -156,10 +157,11 @@ class NPOTrainer(Trainer):
 
     def restore(self, checkpoint: str) -> None:
         """Restores the adapter and the state of `checkpoint` without training: `train` would take at least one step."""
-        files = AdapterFiles(Path(checkpoint))
-        weights = load_file(files.weights)
-        set_peft_model_state_dict(self.model, weights)
-        self.state = TrainerState.load_from_json(str(files.trainer_state))
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(str(AdapterFiles(Path(checkpoint)).trainer_state))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        restore_adapter(self.model, load_file(AdapterFiles(Path(resume_from_checkpoint)).weights))
 
     # -- data: one forget and one retain batch per step -------------------------------------------------------------
 

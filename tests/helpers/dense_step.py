@@ -57,7 +57,7 @@ def make_trainer(model, folder: Path, forget: list[dict], retain: list[dict] | N
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in sorted(trainer.model.named_parameters()):
-            if "lora_B" in name:
+            if "lora_B" in name and parameter.requires_grad:
                 parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
     return trainer
 
@@ -70,7 +70,7 @@ def step_gradients(trainer: NPOTrainer) -> dict[str, torch.Tensor]:
 
     class Recorder(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            gradients.update({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.requires_grad})
+            gradients.update({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
 
     trainer.add_callback(Recorder())
     trainer.train()
@@ -80,8 +80,15 @@ def step_gradients(trainer: NPOTrainer) -> dict[str, torch.Tensor]:
 def dense_step(
     trainer: NPOTrainer, forget: list[dict], retain: list[dict] | None
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """The step's loss and gradients from full float64 logits, after the formulas in docs/architecture.md."""
+    """The step's loss and gradients from full float64 logits, after the formulas in docs/architecture.md.
+
+    Row by row, without padding, with the plainest implementations of attention and experts that transformers has.
+    """
     model = copy.deepcopy(trainer.model).double().eval()
+    lm = model.get_base_model()
+    lm.set_attn_implementation("eager")
+    if lm._can_set_experts_implementation():
+        lm.set_experts_implementation("eager")
     o = trainer.objective
 
     def logprobs(row):  # (answer tokens, V)
@@ -126,7 +133,7 @@ def dense_step(
         loss = loss + o.gamma * nll / tokens + o.delta * kl / tokens
     loss.backward()
     assert math.isfinite(loss.item())
-    return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
 def relative_error(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:

@@ -141,6 +141,7 @@ def _placed(config: RunConfig, point: GridPoint, root: Path, seed: int) -> RunCo
     memory = config.memory
     if memory.reference == "cached":
         names = {f.name.replace("_", "-") for section in (ModelConfig, DataConfig) for f in fields(section)}
+        names.add("adapter")
         of_reference = GridPoint(tuple(setting for setting in point.settings if setting[0] in names))
         shared = Path(memory.reference_dir or RunFiles(root).reference)
         memory = replace(memory, reference_dir=str(shared / of_reference.name if of_reference.settings else shared))

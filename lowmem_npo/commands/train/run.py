@@ -42,8 +42,10 @@ from lowmem_npo.model import attach_lora, load_model, load_tokenizer, reference_
 from lowmem_npo.model.adapters import check_lora
 from lowmem_npo.model.loading import DTYPES, load_config, resolve_device
 from lowmem_npo.model.notes import model_notes
+from lowmem_npo.model.quantization import quantization_of
+from lowmem_npo.model.saved_adapter import check_base
 from lowmem_npo.model.stop_tokens import stop_tokens
-from lowmem_npo.report.audit import begin_audit, check_same_rows, finish_audit
+from lowmem_npo.report.audit import begin_audit, check_same_adapter, check_same_rows, finish_audit
 from lowmem_npo.report.evaluation_text import leaks_text
 from lowmem_npo.report.files import write_report
 from lowmem_npo.run_directory import RunDirectory, check_disk, step_of
@@ -162,8 +164,11 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
     check_trainer_args(config)
     if config.output.resume:
         check_same_rows(directory.path, data)
-    check_lora(model_config, config.adapter)
-    check_disk(config, model_config)
+        check_same_adapter(directory.path, config)
+    if config.adapter.adapter is not None and not config.adapter.any_base:
+        check_base(config.adapter.adapter, config.model.model)
+    quantized = quantization_of(model_config, config.model.qlora, DTYPES[config.model.dtype]) is not None
+    check_disk(config, *check_lora(model_config, config.adapter, quantized))
     if directory.reference_dir is not None:
         dtype = DTYPES[config.model.dtype]
         say(check_cache_space(config.objective, data.forget, data.retain, model_config, dtype, directory.reference_dir))

@@ -95,7 +95,7 @@ def relearn(subject: Subject, options: RelearningOptions) -> LeakResult:
 
     from lowmem_npo.evaluation.leaks.fine_tuning import fine_tune
     from lowmem_npo.evaluation.scoring.token_scores import token_scores
-    from lowmem_npo.model.adapters import extra_adapter
+    from lowmem_npo.model.adapters import extra_adapter, original_model
 
     scorer, seed = subject.scorer, subject.seed
     model = scorer.loaded_model
@@ -110,7 +110,7 @@ def relearn(subject: Subject, options: RelearningOptions) -> LeakResult:
 
     original = None
     if isinstance(model, PeftModel):
-        with model.disable_adapter():
+        with original_model(model):
             original = figures_of(rest_rows)
     curve = {0: measure()}
     measured_after = {max(1, round(options.relearn_steps * (n + 1) / MEASUREMENTS)) for n in range(MEASUREMENTS)}

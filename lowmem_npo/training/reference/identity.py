@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_npo.data.tokenizing import TokenizedRow, TokenizedRows
+from lowmem_npo.model.continued import FIRST, SECOND
 from lowmem_npo.model.layers import causal_lm
 
+# What the reference does not have: a parameter of the adapter that is trained, or a module that is trained whole.
+_TRAINED = re.compile(rf"\.(lora_\w+|modules_to_save)\.{SECOND}(\.|$)")
 CHUNK = 2**22  # elements summed at a time
 SAMPLES = 256
 
 
 def weights_fingerprint(model: PeftModel) -> str:
-    """A hash of the frozen weights as they are in memory: names, shapes, types, quantisation, contents.
+    """A hash of the frozen weights as they are in memory, those of an adapter that is continued among them: names,
+    shapes, types, quantisation, contents.
 
     Of a tensor's contents, the sum of all its 32-bit words and `SAMPLES` of them: any training, merging or other
     rounding changes it. Where the weights were loaded from does not matter.
@@ -47,16 +53,20 @@ def _frozen(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
     embedding = cast(Tensor, lm.get_input_embeddings().weight)
     yield "input embedding", embedding  # by this name, wherever it is
     for name, parameter in lm.named_parameters():
-        if "lora_" in name or parameter is embedding:
+        if _TRAINED.search(name) or parameter is embedding:
             continue
-        name = name.replace(".base_layer", "")
+        name = name.replace(".base_layer", "").replace(".original_module", "")
         yield name, parameter
         state = getattr(parameter, "quant_state", None)  # bitsandbytes keeps the scales of 4-bit weights here
         if state is not None:
             for key, value in state.as_dict().items():
                 yield f"{name} {key}", value if isinstance(value, Tensor) else torch.tensor(list(repr(value).encode()))
     for name, buffer in lm.named_buffers():
-        yield name, buffer
+        if not _TRAINED.search(name):
+            yield name.replace(".original_module", ""), buffer
+    for name, module in lm.named_modules():
+        if isinstance(module, LoraLayer) and FIRST in module.scaling:
+            yield f"{name} scale", torch.tensor(float(module.scaling[FIRST]))
 
 
 def _contents(tensor: Tensor) -> bytes:

@@ -1,0 +1,177 @@
+"""A second adapter on a first, which is frozen: the model to forget from is the base with the first adapter.
+
+Both are active in the policy, the first alone in the reference. What is saved is one adapter that any PEFT program
+loads, their factors side by side, which is exact:
+
+    s1 B1 A1 + s2 B2 A2 = s2 (s1/s2 B1 | B2) (A1 ; A2)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lowmem_kernels.dispatch import has_values
+from peft import LoraConfig, LoraModel, PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lowmem_npo.errors import UserError
+from lowmem_npo.model.saved_adapter import more_than_lora, stored_lora
+from lowmem_npo.run_directory import AdapterFiles
+
+FIRST, SECOND = "first", "default"  # the second is the one that others know: it is trained
+
+
+class ContinuedModel(PeftModelForCausalLM):
+    """A model with two LoRA adapters, saved as one."""
+
+    def first_alone(self) -> None:
+        """The second adapter is switched off."""
+        self._tuner.set_adapter([FIRST], inference_mode=True)
+
+    def both(self) -> None:
+        """Both adapters are active; the second one requires grad."""
+        self._tuner.set_adapter([SECOND, FIRST])  # in this order: the second adds exactly 0 at first
+        for name, parameter in self.named_parameters():
+            if f".{FIRST}" in name:
+                parameter.requires_grad_(False)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside, the model is the base alone, as in every `PeftModel`."""
+        try:
+            with super().disable_adapter():
+                yield
+        finally:
+            self.both()
+
+    def save_pretrained(self, save_directory: str, is_main_process: bool = True, **options: Any) -> None:  # type: ignore[override]
+        """Writes both adapters as one, in PEFT's format."""
+        if not is_main_process:
+            return
+        files = AdapterFiles(Path(save_directory))
+        files.path.mkdir(parents=True, exist_ok=True)
+        self.joined_config().save_pretrained(str(files.path))
+        save_file(self.joined_weights(), files.weights, metadata={"format": "pt"})
+
+    def joined_weights(self) -> dict[str, Tensor]:
+        """Both adapters as one, on the CPU, under PEFT's names."""
+        first, second = self._weights(FIRST), self._weights(SECOND)
+        joined = {}
+        for name in sorted({**first, **second}):
+            parts = [weights[name].detach().cpu() for weights in (first, second) if name in weights]
+            if (rank_dim := _rank_dim(name)) == 1 and name in first:
+                layer = _layer_name(name)
+                parts[0] = parts[0].float() * (self._layers[layer].scaling[FIRST] / self._scale)
+            joined[name] = (parts[0] if rank_dim is None else torch.cat(parts, rank_dim)).contiguous()
+        return joined
+
+    def joined_config(self) -> LoraConfig:
+        """The configuration of both adapters as one: each layer's rank is the sum of theirs, all scales are equal."""
+        ranks = {name: sum(layer.r.values()) for name, layer in self._layers.items()}
+        ((common, _),) = Counter(ranks.values()).most_common(1)
+        own = cast(LoraConfig, self.peft_config[SECOND])
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=cast(str, self.get_base_model().name_or_path),
+            revision=own.revision,
+            inference_mode=True,
+            target_modules=sorted(ranks),
+            r=common,
+            lora_alpha=self._scale * common,
+            lora_dropout=own.lora_dropout,
+            rank_pattern={name: rank for name, rank in ranks.items() if rank != common},
+            alpha_pattern={name: self._scale * rank for name, rank in ranks.items() if rank != common},
+            fan_in_fan_out=any(getattr(layer, "fan_in_fan_out", False) for layer in self._layers.values()),
+            modules_to_save=own.modules_to_save,
+        )
+
+    def restore(self, joined: dict[str, Tensor]) -> None:
+        """Gives the second adapter its part of what `joined_weights` returned, bit for bit."""
+        weights = {}
+        for name, own in self._weights(SECOND).items():
+            dim, whole = _rank_dim(name), joined[name]
+            if dim is not None:  # the last ranks
+                whole = whole.narrow(dim, whole.shape[dim] - own.shape[dim], own.shape[dim])
+            weights[name] = whole
+        set_peft_model_state_dict(self, weights, adapter_name=SECOND)
+
+    @property
+    def _tuner(self) -> LoraModel:
+        return cast(LoraModel, self.base_model)
+
+    @property
+    def _layers(self) -> dict[str, Any]:
+        return {name: m for name, m in self.get_base_model().named_modules() if isinstance(m, LoraLayer)}
+
+    @property
+    def _scale(self) -> float:
+        return next(layer.scaling[SECOND] for layer in self._layers.values() if SECOND in layer.scaling)
+
+    def _weights(self, adapter: str) -> dict[str, Tensor]:
+        return get_peft_model_state_dict(self, adapter_name=adapter, save_embedding_layers=False)
+
+
+def continued(model: PreTrainedModel, folder: str, second: LoraConfig) -> ContinuedModel:
+    """`model` with the frozen adapter of `folder` and a new one, `second`, which starts as the identity.
+
+    Raises:
+        UserError: the adapter in `folder` is more than LoRA, or does not fit the model.
+        ValueError: from PEFT, about `second`.
+    """
+    misfit = f"The adapter in '{folder}' does not fit this {type(model).__name__}: it belongs to another model"
+    try:
+        adapted = ContinuedModel(model, first_config(folder), adapter_name=FIRST)
+    except (ValueError, TypeError) as error:  # no layer of its names
+        raise UserError(f"{misfit} ({' '.join(str(error).split())[:200]}).") from error
+    own = get_peft_model_state_dict(adapted, adapter_name=FIRST, save_embedding_layers=False)
+    file = AdapterFiles(Path(folder).expanduser()).weights
+    with safe_open(file, framework="pt") as stored:
+        shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+    differing = [name for name, weight in own.items() if shapes.get(name) != tuple(weight.shape)]
+    differing += [name for name in shapes if ".lora_" in name and name not in own]
+    if differing:
+        raise UserError(f"{misfit} ({len(differing)} weights differ, {min(differing)} among them).")
+    if has_values(next(iter(own.values()))):
+        weights = load_file(file)
+        set_peft_model_state_dict(adapted, {name: weights[name] for name in own}, adapter_name=FIRST)
+    adapted.add_adapter(SECOND, second)
+    adapted.set_adapter(SECOND)  # the one that PeftModel itself asks about
+    adapted.both()
+    return adapted
+
+
+def first_config(folder: str) -> LoraConfig:
+    """The configuration of the adapter in `folder`, which is to be continued.
+
+    Raises UserError if it is more than the two factors of each layer, so that a second adapter does not add to it.
+    """
+    config, extras = stored_lora(folder), more_than_lora(folder)
+    if config.target_parameters:
+        extras.append("factors of experts (target_parameters)")
+    if extras:
+        raise UserError(
+            f"The adapter in '{folder}' has {extras[0]}, to which no other adapter can add: merge it into its base "
+            "(`lowmem-npo merge`, or PEFT's merge_and_unload), and train on the merged model without --adapter."
+        )
+    return dataclasses.replace(config, lora_dropout=0.0, init_lora_weights=True, inference_mode=True)
+
+
+def _rank_dim(name: str) -> int | None:
+    """Along which dimension of this weight its ranks are."""
+    if ".lora_A" in name or ".lora_embedding_A" in name:
+        return 0
+    return 1 if ".lora_B" in name or ".lora_embedding_B" in name else None
+
+
+def _layer_name(weight: str) -> str:
+    return weight.removeprefix("base_model.model.").partition(".lora_")[0]
