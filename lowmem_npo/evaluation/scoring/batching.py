@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 BATCH_SIZE = 16
 MAX_BATCH_TOKENS = 2048  # bounds what one pass computes, whatever the rows' length
@@ -13,10 +13,14 @@ CACHE_BYTES = 2**30  # bounds the keys and values that generation keeps
 def cache_tokens(model: PreTrainedModel | PeftModel) -> int:
     """How many tokens' keys and values fit into `CACHE_BYTES`: 2048 of OLMo-7B in bf16, many more of small models."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers  # Gemma 4's differ
     itemsize = model.get_output_embeddings().weight.element_size()
-    return max(1, CACHE_BYTES // (2 * config.num_hidden_layers * heads * width * itemsize))
+    return max(1, CACHE_BYTES // (2 * sum(map(_cache_width, layers)) * itemsize))
+
+
+def _cache_width(layer: PretrainedConfig) -> int:
+    heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+    return heads * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
 
 
 def batches(

@@ -15,6 +15,7 @@ from lowmem_npo.data.templates import end_of_turn
 from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE, batches, cache_tokens
 from lowmem_npo.evaluation.scoring.eval_mode import evaluating, progress_bar
 from lowmem_npo.model import compute_autocast
+from lowmem_npo.model.head import few_tokens
 from lowmem_npo.model.layers import causal_lm
 
 
@@ -94,7 +95,12 @@ def _answers(
     lengths = [(len(prompt.ids), prompt.max_new_tokens) for prompt in prompts]
     room = max(1, cache_tokens(model) // samples)
     with evaluating(model), compute_autocast(model), progress_bar(len(prompts), description, progress) as bar:
-        for batch in batches(lengths, batch_size, room, fit.positions and fit.positions + 1):
+        together = [list(range(len(prompts)))]
+        widths = sorted({len(prompt.ids) for prompt in prompts})
+        if batch_size > 1 and len(widths) > 1 and _is_recurrent(model) and not _masks_padding(model, tokenizer):
+            together = [[i for i, prompt in enumerate(prompts) if len(prompt.ids) == width] for width in widths]
+        bounds = (batch_size, room, fit.positions and fit.positions + 1)
+        for batch in ([part[i] for i in b] for part in together for b in batches([lengths[i] for i in part], *bounds)):
             continuations = _continue(model, tokenizer, [prompts[i] for i in batch], settings)
             for place, ids in enumerate(continuations):
                 i = batch[place // samples]
@@ -112,6 +118,35 @@ def _continue(
     settings: Mapping[str, Any],
 ) -> list[list[int]]:
     width = max(len(prompt.ids) for prompt in prompts)
+    return _generate(model, tokenizer, prompts, settings)[:, width:].tolist()
+
+
+def _is_recurrent(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether some layers hand on a state, where others attend to tokens that a mask can leave out."""
+    lm = causal_lm(model)
+    kinds = getattr(lm.config.get_text_config(), "layer_types", None) or ()
+    return bool(lm._is_stateful) or "linear_attention" in kinds
+
+
+def _masks_padding(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a prompt that is padded on the left is continued as without padding. The linear attention of RWKV takes
+    the padding in, whatever the mask says; that of MiniMax from the second new token on."""
+    few = Prompt(few_tokens(causal_lm(model))[0].tolist(), 4)
+    wanted = {"output_logits": True, "return_dict_in_generate": True, "eos_token_id": None}
+    together = [[few], [few, Prompt([*few.ids, *few.ids], 4)]]
+    outputs = [_generate(model, tokenizer, prompts, wanted).logits for prompts in together]
+    alone, padded = (torch.stack([logits[0] for logits in of_tokens]) for of_tokens in outputs)
+    return torch.allclose(padded, alone, rtol=0.0, atol=0.05 * float(alone.abs().max()))  # but for rounding
+
+
+def _generate(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    settings: Mapping[str, Any],
+) -> Any:
+    """What `model.generate` returns for `prompts`, padded on the left."""
+    width = max(len(prompt.ids) for prompt in prompts)
     longest = max(prompt.max_new_tokens for prompt in prompts)
     streamer, settings = settings.get("streamer"), {k: v for k, v in settings.items() if k != "streamer"}
     with plain_generation(model, tokenizer, max_new_tokens=longest, **settings) as generation_config:
@@ -120,13 +155,12 @@ def _continue(
         for row, prompt in enumerate(prompts):
             input_ids[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
             attention_mask[row, width - len(prompt.ids) :] = 1
-        output = cast(Any, model).generate(
+        return cast(Any, model).generate(
             input_ids=input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
             generation_config=generation_config,
             streamer=streamer,
         )
-    return output[:, width:].tolist()
 
 
 @contextmanager

@@ -7,12 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.architectures import random_model, tiny_config
 from helpers.tiny_models import tiny_model
 from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, OlmoConfig
 
 from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.scoring import generation
 from lowmem_npo.evaluation.scoring.batching import batches, cache_tokens
 from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers, sampled_answers
 
@@ -69,6 +71,15 @@ def test_no_answer_goes_beyond_the_learnt_positions(architecture, tokenizer, pro
     assert greedy_answers(model, tokenizer, prompts, batch_size=8, progress=False) == alone
     with pytest.raises(UserError, match="A prompt has 35 tokens, but the model has learnt only 34 positions"):
         greedy_answers(model, tokenizer, [Prompt([5] * 35, 1)], progress=False)
+
+
+@pytest.mark.parametrize("architecture", ["minimax", "rwkv", "bamba"])
+def test_prompts_are_padded_only_where_a_recurrent_model_masks_it(architecture, tokenizer, prompts, monkeypatch):
+    model = random_model(tiny_config(architecture, 97))
+    alone = [one_at_a_time(model, prompt) for prompt in prompts]
+    assert greedy_answers(model, tokenizer, prompts, progress=False) == alone
+    monkeypatch.setattr(generation, "_masks_padding", lambda *_: True)
+    assert (greedy_answers(model, tokenizer, prompts, progress=False) == alone) == (architecture == "bamba")
 
 
 def test_padding_on_the_wrong_side_is_noticed(tokenizer, prompts, monkeypatch):
@@ -246,3 +257,6 @@ def test_the_cache_bounds_a_batch():
     assert cache_tokens(olmo) == 2048
     assert cache_tokens(grouped) == 2048 * 32 // 8 // 2
     assert cache_tokens(tiny_model("gemma2")) == 2**30 // (2 * 2 * 4 * 8 * 4)
+    mixed = random_model(tiny_config("gemma4_text", 97))  # whose layers differ
+    heads = [layer.num_key_value_heads * layer.head_dim for layer in mixed.config.per_layer_config]
+    assert heads[0] != heads[1] and cache_tokens(mixed) == 2**30 // (2 * sum(heads) * 4)
