@@ -18,7 +18,6 @@ from lowmem_npo.model.layers import causal_lm, decoder
 from lowmem_npo.model.modes import eval_mode
 from lowmem_npo.model.precision import compute_autocast
 
-
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # as configurations name it
 
 

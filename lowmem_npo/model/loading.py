@@ -26,10 +26,11 @@ from transformers.utils import logging as transformers_logging
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.console import Say, silent
 from lowmem_npo.errors import UserError
+from lowmem_npo.libraries import hub_problem
 from lowmem_npo.model.checkpoint import Checkpoint, find_checkpoint, lists_tensors
 from lowmem_npo.model.names import resolve_name
 from lowmem_npo.model.original_olmo import is_original, native_config
-from lowmem_npo.model.quantization import one_tensor_at_a_time, quantization_of, stored_quantization
+from lowmem_npo.model.quantization import quantising, quantization_of, stored_quantization
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 
@@ -154,6 +155,7 @@ def load_model(config: ModelConfig, say: Say = print) -> PreTrainedModel:
     name, _ = resolve_name(config.model, config.revision)
     loaded_config = _read_config(name, config.revision)
     quantization = quantization_of(loaded_config, config.qlora, dtype)
+    loading = quantising() if quantization else nullcontext()
     if quantization and stored_quantization(loaded_config):  # its own recipe, but for the type that it computes in
         loaded_config.quantization_config, quantization = quantization.to_dict(), None
     model: PreTrainedModel
@@ -166,7 +168,7 @@ def load_model(config: ModelConfig, say: Say = print) -> PreTrainedModel:
     }
     try:
         original = _original_weights(name, loaded_config, config.revision)
-        with one_tensor_at_a_time() if quantization else nullcontext():
+        with loading:
             if original is not None:
                 model, loaded_weights = _load_tensors(loaded_config, original.unread(), **options)
                 model.name_or_path = model.config.name_or_path = name
@@ -262,6 +264,8 @@ def _check_directory(name: str) -> None:
         raise UserError(
             f"There is no directory '{name}': give a model directory, or a hub name such as allenai/OLMo-1B-hf."
         )
+    else:
+        hub_problem()
 
 
 def _why_not_loaded(name: str, revision: str | None, error: Exception, what: str = "model") -> str:
@@ -277,7 +281,7 @@ def _why_not_loaded(name: str, revision: str | None, error: Exception, what: str
     if any(sign in lowered for sign in offline) and not Path(name).is_dir():
         return (
             f"The {where} is not on this machine and the hub cannot be reached: check the network, "
-            f"or give a local directory. ({reason[:200]})"
+            f"or give a local directory. ({hub_problem() or reason})"
         )
     if "automatic conversion of the weights" in lowered:  # of experts, which are stored one by one, into one tensor
         return f"The {where} cannot be loaded: the weights of some of its experts are missing or damaged."

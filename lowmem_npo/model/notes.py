@@ -23,18 +23,25 @@ def model_notes(architecture: PretrainedConfig, config: ModelConfig) -> list[str
         lines.append(f"transformers has no SDPA attention for {kind}: --attn eager is used, which takes more memory.")
     if stored := stored_quantization(architecture):
         lines.append(f"The weights are stored in 4 bits ({stored.bnb_4bit_quant_type}) and stay so.")
-    if config.qlora and (size := _unquantised_experts(architecture, DTYPES[config.dtype])):
-        lines.append(
-            f"--qlora leaves the experts in {config.dtype} ({gib(size)}): bitsandbytes quantises linear layers, and "
-            f"{kind} keeps all experts of a layer in one tensor."
-        )
+    if config.qlora:
+        left = _unquantised(architecture, DTYPES[config.dtype])
+        what = "the experts" if all("expert" in name for name in left) else "some weights"
+        if size := sum(left.values()):
+            lines.append(
+                f"--qlora leaves {what} in {config.dtype} ({gib(size)}): bitsandbytes quantises linear layers, and "
+                f"{kind} keeps several of them in one tensor."
+            )
     return lines
 
 
-def _unquantised_experts(architecture: PretrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes of weights that are neither matrices nor those of a convolution."""
+def _unquantised(architecture: PretrainedConfig, dtype: torch.dtype) -> dict[str, int]:
+    """The bytes of each weight that is neither a matrix nor that of a convolution."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture, attn_implementation="eager", dtype=dtype)
     convolutions = (nn.Conv1d, nn.Conv2d)
-    modules = [module for module in model.modules() if not isinstance(module, convolutions)]
-    return sum(p.nbytes for module in modules for p in module.parameters(recurse=False) if p.ndim > 2)
+    return {
+        f"{name}.{parameter}": p.nbytes
+        for name, module in model.named_modules()
+        for parameter, p in module.named_parameters(recurse=False)
+        if p.ndim > 2 and not isinstance(module, convolutions)
+    }

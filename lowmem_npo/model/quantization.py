@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from unittest import mock
 
 import torch
+from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from lowmem_npo.errors import UserError
@@ -48,7 +50,15 @@ def stored_quantization(architecture: PretrainedConfig) -> BitsAndBytesConfig | 
     )
 
 
-def one_tensor_at_a_time() -> AbstractContextManager:
-    """Inside, transformers reads a tensor when the one before is quantised. The first releases of version 5 read
-    ahead, and hold most of the model unquantised."""
-    return mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"})
+@contextmanager
+def quantising() -> Iterator[None]:
+    """Inside, transformers builds and loads models so that all their linear layers are quantised, one at a time.
+
+    It replaces `nn.Linear` only: Falcon's own class, which computes the same, would stay as it is. The first releases
+    of version 5 read ahead, and hold most of the model unquantised.
+    """
+    with (
+        mock.patch("transformers.models.falcon.modeling_falcon.FalconLinear", nn.Linear),
+        mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}),
+    ):
+        yield

@@ -14,6 +14,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     BloomConfig,
+    FalconConfig,
     Gemma2Config,
     GPTJConfig,
     GptOssConfig,
@@ -64,7 +65,8 @@ def test_models_without_sdpa_use_eager(kind, byte_model, tmp_path, capsys, monke
         ("train", [*data, "--dry-run"]), ("train", [*data, "--batch-size", 1]), ("estimate", ["--max-length", 32]),
     ):  # fmt: skip
         if (kind, command) == ("gpt_oss", "estimate"):
-            monkeypatch.setattr(report, "estimate", lambda *_: Estimate(0, 0, {}, 0))  # of experts needs CUDA's operators
+            # Of experts it needs CUDA's operators.
+            monkeypatch.setattr(report, "estimate", lambda *_: Estimate(0, 0, {}, 0))
         code, out, err = output(capsys, command, model, *options, "--lora-targets", *targets)
         assert code == 0 and out.count(line) == 1, (command, options, err)
     _, out, _ = output(capsys, "train", model, *data, "--dry-run", "--attn", "eager")
@@ -91,6 +93,20 @@ def test_experts_stay_in_bf16_and_it_is_said(byte_model, tmp_path, capsys, monke
         code, out, err = output(capsys, command, model, *more, "--qlora")
         assert code == 0 and "--qlora leaves the experts in bf16 (0.00 GiB)" in out, err
         assert "leaves the experts" not in output(capsys, command, model, *more)[1]
+
+
+def test_linear_layers_of_a_class_of_their_own_are_quantised(byte_model, tmp_path, capsys):
+    """Falcon's, which transformers leaves as they are: four in each of two layers."""
+    falcon = FalconConfig(vocab_size=258, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    model, frozen = save(falcon, tmp_path / "model", byte_model), []
+    loaded = load_model(ModelConfig(str(model), qlora=True, device="cpu"))
+    assert sum(isinstance(module, Linear4bit) for module in loaded.modules()) == 8
+    for more in ([], ["--qlora"]):
+        options = ["--lora-targets", "all-linear", "--max-length", 16, "--json", *more]
+        code, out, err = output(capsys, "estimate", model, *options)
+        assert code == 0, err
+        frozen.append(json.loads(out)["by_kind"]["frozen_weights"])
+    assert frozen[1] < 0.6 * frozen[0]
 
 
 @pytest.mark.parametrize("double", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -16,7 +17,7 @@ from transformers.quantizers import AutoHfQuantizer
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.estimate.simulator.gpu import GPU
 from lowmem_npo.model.loading import DTYPES, attention_of
-from lowmem_npo.model.quantization import quantization_of
+from lowmem_npo.model.quantization import quantising, quantization_of
 
 
 def fake_model(architecture: PretrainedConfig, config: ModelConfig) -> PreTrainedModel:
@@ -26,9 +27,10 @@ def fake_model(architecture: PretrainedConfig, config: ModelConfig) -> PreTraine
     `Params4bit`, which cannot hold a fake tensor, is replaced by a plain parameter with the same attributes.
     """
     dtype, attention = DTYPES[config.dtype], attention_of(architecture, config.attn)
-    with _disable_current_modes(), torch.device("meta"):
+    quantization = quantization_of(architecture, config.qlora, dtype)
+    with _disable_current_modes(), torch.device("meta"), quantising() if quantization else nullcontext():
         model = AutoModelForCausalLM.from_config(architecture, attn_implementation=attention, dtype=dtype)
-        if quantization := quantization_of(architecture, config.qlora, dtype):
+        if quantization:
             quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
             quantizer.preprocess_model(model=model, device_map=None)
             quantizer.postprocess_model(model)
