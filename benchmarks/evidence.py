@@ -2,12 +2,14 @@
 
 OUTDIR gets PIECE.status.json, PIECE.log and what the benchmarks write; copy it into benchmarks/results. A piece that
 fails or takes too long is recorded as "failed", the next one still runs, and the exit code is 1. A piece whose
-benchmark this version lacks is "missing". Without a GPU each piece is "skipped" in one line, and the exit code is 0.
+benchmark this version lacks is "missing". Without a GPU, or a package that it needs, a piece is "skipped" in one line,
+and the exit code is 0.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import signal
 import subprocess
@@ -16,52 +18,105 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 if __name__ == "__main__":
     import checkout  # noqa: F401
 
-import torch
-
-from benchmarks.shared import record
-from benchmarks.shared.record import ROOT
-
+ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 530  # seconds per piece
-PIECES: dict[str, list[str]] = {  # arguments to python; OUTDIR is replaced
-    "tests": ["-m pytest -m gpu -q -p no:cacheprovider tests"],
-    "kernels": [
-        "benchmarks/kernels.py --check --out OUTDIR/kernels-check.json",
-        "benchmarks/kernels.py --minutes 6.5 --out OUTDIR/kernels.json",
-    ],
-    "memory-512": ["benchmarks/memory.py --tokens 512 --out OUTDIR/memory-512.json"],
-    "memory-2048": ["benchmarks/memory.py --tokens 2048 --out OUTDIR/memory-2048.json"],
-    "cap": ["benchmarks/memory.py --tokens 2048 --cap 24GiB --only qlora offload 32B LoRA --out OUTDIR/cap.json"],
-    "speed": ["benchmarks/speed.py --out OUTDIR/speed.json"],
-    "quality": ["benchmarks/quality.py --quick --minutes 5 --out OUTDIR/quality.json"],
+
+
+class Piece(NamedTuple):
+    """Commands, as arguments to python (OUTDIR is replaced), and the modules that they need beside the checkout."""
+
+    about: str
+    needs: tuple[str, ...]
+    commands: tuple[str, ...]
+
+
+KERNELS = ("torch", "triton")
+RUN = (*KERNELS, "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors", "tyro", "yaml")
+PICTURE = ("numpy", "matplotlib")
+PIECES = {
+    "tests": Piece(
+        "the kernels against float64 at real sizes",
+        (*KERNELS, "pytest", "hypothesis"),
+        ("-m pytest -m gpu -q -p no:cacheprovider tests/kernels/test_gpu.py",),
+    ),
+    "kernels": Piece(
+        "time and memory of the kernels and, where they can be imported, of their peers",
+        (*KERNELS, *PICTURE),
+        (
+            "benchmarks/kernels.py --check --out OUTDIR/kernels-check.json",
+            "benchmarks/kernels.py --minutes 6.5 --out OUTDIR/kernels.json",
+        ),
+    ),
+    "memory-512": Piece(
+        "peak and time of a 7B step of 512 tokens, switch by switch",
+        (*RUN, *PICTURE),
+        ("benchmarks/memory.py --tokens 512 --out OUTDIR/memory-512.json",),
+    ),
+    "memory-2048": Piece(
+        "the same with 2048 tokens",
+        (*RUN, *PICTURE),
+        ("benchmarks/memory.py --tokens 2048 --out OUTDIR/memory-2048.json",),
+    ),
+    "cap": Piece(
+        "what runs in 24 GiB",
+        RUN,
+        ("benchmarks/memory.py --tokens 2048 --cap 24GiB --only qlora offload 32B LoRA --out OUTDIR/cap.json",),
+    ),
+    "speed": Piece("where the time of a 7B step goes", RUN, ("benchmarks/speed.py --out OUTDIR/speed.json",)),
+    "quality": Piece(
+        "the paper's rows on a small model, in brief",
+        (*RUN, "datasets", "rouge_score", "sklearn", *PICTURE),
+        ("benchmarks/quality.py --quick --minutes 5 --out OUTDIR/quality.json",),
+    ),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="gpu_evidence.sh", description="Measures on a GPU what this project claims.")
-    parser.add_argument("piece", choices=[*PIECES, "all"], metavar="PIECE", help=", ".join([*PIECES, "all"]))
-    parser.add_argument("folder", type=Path, metavar="OUTDIR")
+    lines = [f"  {name:<12} {piece.about} (needs {', '.join(piece.needs)})" for name, piece in PIECES.items()]
+    parser = argparse.ArgumentParser(
+        prog="gpu_evidence.sh",
+        description="Measures on a GPU what this project claims, a piece at a time, each in less than 9 minutes.",
+        epilog="\n".join(["pieces:", *lines, f"  {'all':<12} one after the other"]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("piece", choices=[*PIECES, "all"], metavar="PIECE", help="one of those below")
+    parser.add_argument("folder", type=Path, metavar="OUTDIR", help="gets PIECE.status.json, PIECE.log and results")
+    if not (sys.argv[1:] if arguments is None else arguments):
+        parser.print_help()
+        return 0
     options = parser.parse_args(arguments)
+    import torch  # late: --help need not load it
+
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     pieces = PIECES if options.piece == "all" else [options.piece]
-    statuses = [run_piece(piece, PIECES[piece], folder, torch.cuda.is_available()) for piece in pieces]
+    statuses = [run_piece(name, PIECES[name], folder, torch.cuda.is_available()) for name in pieces]
     return 1 if "failed" in statuses else 0
 
 
-def run_piece(piece: str, commands: Sequence[str], folder: Path, gpu: bool, limit: float = LIMIT) -> str:
+def run_piece(name: str, piece: Piece, folder: Path, gpu: bool, limit: float = LIMIT) -> str:
     """Runs all commands, whether or not one fails; writes PIECE.status.json and PIECE.log. Returns the status."""
-    begin, log = time.monotonic(), folder / f"{piece}.log"
+    from benchmarks.shared import record
+
+    begin, log = time.monotonic(), folder / f"{name}.log"
     ran: list[dict] = []
     log.write_text("")
+    missing = [module for module in piece.needs if importlib.util.find_spec(module) is None]
     if not gpu:
         status = "skipped"
-        _log(log, f"{piece}: skipped, there is no GPU here that PyTorch can use")
+        _log(log, f"{name}: skipped, there is no GPU here that PyTorch can use")
+    elif missing:
+        status = "skipped"
+        _log(
+            log, f"{name}: skipped, it needs {', '.join(missing)}: carry {'it' if len(missing) == 1 else 'them'} along"
+        )
     else:
-        for command in commands:
+        for command in piece.commands:
             script = command.split()[0]
             if script.endswith(".py") and not (ROOT / script).is_file():
                 _log(log, f"{piece}: missing, this version has no {script}")
@@ -79,9 +134,9 @@ def run_piece(piece: str, commands: Sequence[str], folder: Path, gpu: bool, limi
         "commands": ran,
         "last_line": printed[-1] if printed else "",
     }
-    record.write(folder / f"{piece}.status.json", f"gpu_evidence {piece}", results)
+    record.write(folder / f"{name}.status.json", f"gpu_evidence {name}", results)
     if status in ("ok", "failed"):
-        print(f"{piece}: {status}")
+        print(f"{name}: {status}")
     return status
 
 

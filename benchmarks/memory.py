@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.memory_parts.contenders import CONTENDERS, Contender, real_step, simulate
 from benchmarks.shared import record
-from benchmarks.shared.random_model import save_random_model
+from benchmarks.shared.random_model import SAVED, save_random_model
 from lowmem_npo.estimate.measured import measure, restart_peak
 from lowmem_npo.estimate.simulator.gpu import CAPABILITY
 from lowmem_npo.estimate.step import CONTEXT_BYTES
@@ -126,8 +126,7 @@ def _end(process: subprocess.Popen, deadline: float) -> dict[str, Any]:
 
 def _measured(contender: Contender, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
     device, name = torch.device("cuda", 0), contender.model or options.model
-    models = options.weights or Path(tempfile.gettempdir()) / "random-models"
-    weights = save_random_model(name, models, FILLED if contender.model else None)
+    weights = save_random_model(name, options.weights or SAVED, FILLED if contender.model else None)
     torch.cuda.empty_cache()
     if options.cap:  # what a card of this size has beside CUDA's context
         room, total = parse_size(options.cap, "--cap") - CONTEXT_BYTES, torch.cuda.mem_get_info(device)[1]
@@ -177,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cap", help="on a GPU: use at most this much memory, such as 24GiB, CUDA's own included")
     parser.add_argument("--steps", type=int, default=3, help="on a GPU: measured steps (3)")
     parser.add_argument("--minutes", type=float, default=8, help="on a GPU: skip whatever is not done by then (8)")
-    parser.add_argument("--weights", type=Path, help="on a GPU: folder of the random weights, written if missing")
+    parser.add_argument("--weights", type=Path, help="on a GPU: folder of the random weights, written if missing, kept")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/simulated/memory.json, or the GPU's")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # the process of one contender on a GPU
     parser.add_argument("--simulate", action="store_true", help=argparse.SUPPRESS)

@@ -35,7 +35,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallba
 
 from benchmarks.shared import record
 from benchmarks.shared.baselines import Baseline
-from benchmarks.shared.random_model import save_random_model
+from benchmarks.shared.random_model import SAVED, save_random_model
 from benchmarks.shared.record import reason
 from benchmarks.speed_parts.step_profile import Sizes, breakdown, marked, profiled
 from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig
@@ -45,15 +45,15 @@ from lowmem_npo.model import attach_lora, load_model
 from lowmem_npo.training.trainer import NPOConfig, NPOTrainer
 
 DENSE = "one model, LoRA, dense logits"
-SWITCHES: dict[str, dict] = {
+SWITCHES: dict[str, dict] = {  # what says most comes first: time may run out
     "defaults": {},
+    "+ cached reference": {"reference": "cached"},
+    "+ all three": {"offload_checkpoints": True, "tile_mlp": 1024, "embedding_on_cpu": True},
+    "without gradient_checkpointing": {"gradient_checkpointing": False},
     "+ offload_checkpoints": {"offload_checkpoints": True},
     "+ tile_mlp": {"tile_mlp": 1024},
     "+ embedding_on_cpu": {"embedding_on_cpu": True},
-    "+ all three": {"offload_checkpoints": True, "tile_mlp": 1024, "embedding_on_cpu": True},
-    "+ cached reference": {"reference": "cached"},
     "without sliced_float32": {"sliced_float32": False},
-    "without gradient_checkpointing": {"gradient_checkpointing": False},
 }
 Rows = list[TokenizedRow]
 ROWS, WARM_UP = 4, 3  # forget rows and retain rows of a step; steps before the measured ones
@@ -71,9 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = Path(tempfile.mkdtemp(prefix="speed-"))
     about = {"model": name, "rows": [ROWS, ROWS], "tokens": tokens, "steps": options.steps, "qlora": gpu}
     try:
-        model = ModelConfig(str(save_random_model(name, options.models or folder)), qlora=gpu)
+        model = ModelConfig(
+            str(save_random_model(name, options.models or (folder if options.quick else SAVED))), qlora=gpu
+        )
         runs = []
-        for label in (DENSE, *SWITCHES):
+        first, *others = SWITCHES
+        for label in (first, DENSE, *others):
             if time.monotonic() > deadline:
                 run = {"missing": "not measured: the time limit was reached"}
             else:
@@ -235,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=512, help="per row (512)")
     parser.add_argument("--steps", type=int, default=8, help="measured steps of each configuration (8)")
     parser.add_argument("--minutes", type=float, default=7, help="skip whatever is not begun by then (7)")
-    parser.add_argument("--models", type=Path, help="folder for the random model, kept; default: a temporary one")
+    parser.add_argument("--models", type=Path, help="folder for the random model, kept; default: that of memory.py")
     parser.add_argument("--out", type=Path, help="the JSON file (default: benchmarks/results/<gpu>/speed.json)")
     return parser
 

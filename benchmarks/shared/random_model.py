@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import tempfile
 from itertools import accumulate
 from pathlib import Path
 
@@ -17,6 +18,7 @@ SMALL = OlmoConfig(  # to try a benchmark on a CPU
     vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
     max_position_embeddings=256, tie_word_embeddings=False, bos_token_id=None, eos_token_id=1, pad_token_id=0,
 )  # fmt: skip
+SAVED = Path(tempfile.gettempdir()) / "random-models"  # kept, for all benchmarks that need the same model
 SHARD = 4 * 2**30  # bytes per file
 
 

@@ -3,7 +3,6 @@
 import os
 from importlib import import_module
 
-import numpy as np
 import pytest
 import torch
 
@@ -52,5 +51,10 @@ def use_blocks(monkeypatch, rows: int, columns: int, depth: int, chunk: int, pac
 @pytest.fixture(autouse=True)
 def quiet_interpreter():
     """The interpreter computes with NumPy, which warns of the overflows and 0 / 0 that `tl.where` then leaves out."""
-    with np.errstate(all="ignore"):
+    if os.environ.get("TRITON_INTERPRET") != "1":  # on a GPU, where NumPy may be missing
+        yield
+        return
+    import numpy
+
+    with numpy.errstate(all="ignore"):
         yield
