@@ -1,6 +1,8 @@
 """An adapter merged into its base model's weights, one shard of the checkpoint at a time, on the CPU.
 
     W' = W + scale * B A        scale = alpha / r  (rank-stabilised LoRA: alpha / sqrt(r))
+    W' = m / ‖W + scale * B A‖ * (W + scale * B A)      DoRA, with a norm and a magnitude for each output
+    W' = the trained weight                             of modules that were trained whole (modules_to_save)
 
 PEFT computes the product from the factors, on a model without weights; transformers renames and splits it as it does
 the model's own weights (a layer's experts are one parameter, but many tensors of a checkpoint). Product and sum are
@@ -14,7 +16,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,29 +26,18 @@ from unittest import mock
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.checkpoint import BESIDE_WEIGHTS, INDEX, OLD_INDEX, Checkpoint, Shard, read_json
+from lowmem_npo.model.saved_adapter import more_than_lora, stored_lora
 from lowmem_npo.run_directory import AdapterFiles
-
-# What an adapter may also hold, so that W + scale * B A would be only a part: configuration field -> description.
-MORE_THAN_LORA = {
-    "use_dora": "DoRA magnitudes",
-    "modules_to_save": "whole modules (modules_to_save)",
-    "lora_bias": "biases (lora_bias)",
-    "trainable_token_indices": "trained embedding rows (trainable_token_indices)",
-    "layer_replication": "repeated layers (layer_replication)",
-    "alora_invocation_tokens": "an activation by tokens (aLoRA)",
-    "arrow_config": "a routing between adapters (Arrow)",
-    "use_qalora": "pooled inputs (QALoRA)",
-    "use_bdlora": "block-diagonal factors (BD-LoRA)",
-}
 
 
 @dataclass(frozen=True)
@@ -58,12 +49,34 @@ class Update:
     parameter: str  # of the model, to which the layer's product is added
     part: str | None  # the tensor as transformers names it, if it is a part of the parameter
 
-    def added_to(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """`weight` + scale * B A, rounded once, to `dtype`."""
+    def applied_to(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """`weight` + scale * B A, rescaled by DoRA, rounded once, to `dtype`."""
         update = (
             _product(self.layer) if self.part is None else _parts(self.model, self.parameter, self.layer)[self.part]
         )
-        return (update + weight).to(dtype)
+        return _rescaled(update + weight, self.layer).to(dtype)
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What an adapter has in place of one tensor of a checkpoint."""
+
+    model: PreTrainedModel  # without weights
+    file: Path
+    name: str  # of the trained weight in the file
+    parameter: str  # of the model, whose value it is
+    part: str | None  # the tensor as transformers names it, if it is a part of the parameter
+
+    def applied_to(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The trained weight, in `dtype`, in place of `weight`."""
+        with safe_open(self.file, framework="pt") as file:
+            trained = file.get_tensor(self.name)
+        if self.part is not None:
+            trained = revert_weight_conversion(self.model, {self.parameter: trained})[self.part]
+        return trained.to(dtype)
+
+
+Updates = dict[str, Update | Replacement]
 
 
 @torch.no_grad()
@@ -73,15 +86,27 @@ def _product(layer: LoraLayer) -> Tensor:
         return own.get_delta_weight("default")
 
 
+@torch.no_grad()
+def _rescaled(merged: Tensor, layer: Any) -> Tensor:
+    """DoRA's magnitudes in place of the norms of `merged`, if `layer` has any."""
+    if not layer.lora_magnitude_vector:
+        return merged
+    magnitude = layer.lora_magnitude_vector["default"]
+    norm = magnitude.get_weight_norm(merged, merged.new_zeros(()), scaling=1)
+    outputs_last = isinstance(layer.get_base_layer(), nn.Embedding) or getattr(layer, "fan_in_fan_out", False)
+    shape = [-1 if dim == (merged.ndim - 1 if outputs_last else 0) else 1 for dim in range(merged.ndim)]
+    return merged * (magnitude.weight / norm).reshape(shape)
+
+
 @lru_cache(maxsize=2)  # the two parameters of a layer's experts, whose tensors alternate in the checkpoint
 def _parts(model: PreTrainedModel, parameter: str, layer: LoraLayer) -> dict[str, Tensor]:
     return revert_weight_conversion(model, {parameter: _product(layer)})
 
 
-def find_updates(adapter: str, checkpoint: Checkpoint) -> dict[str, Update]:
-    """Tensor of the checkpoint -> what the adapter in the directory `adapter` adds to it.
+def find_updates(adapter: str, checkpoint: Checkpoint) -> Updates:
+    """Tensor of the checkpoint -> what the adapter in the directory `adapter` does to it.
 
-    Raises UserError for an adapter that holds more than the two factors of its layers, or does not fit.
+    Raises UserError for an adapter that holds what cannot be merged tensor by tensor, or does not fit.
     """
     config, stored = _lora_config(adapter), checkpoint.stored()
     misfit = f"The adapter in '{adapter}' does not fit"
@@ -93,25 +118,48 @@ def find_updates(adapter: str, checkpoint: Checkpoint) -> dict[str, Update]:
             adapted = get_peft_model(model, config)
         except ValueError as error:  # no layer of its names
             raise UserError(f"{misfit}: {' '.join(str(error).split())[:200]}.") from error
-    layers: dict[str, Any] = {name: module for name, module in adapted.named_modules() if isinstance(module, LoraLayer)}
-    for name, layer in layers.items():
-        if places[id(_weight(layer))] > 1:  # a tied embedding; Zamba's attention, which several layers have in common
-            module = name.removeprefix("base_model.model.")
-            raise UserError(f"The adapter in '{adapter}' changes {module}, which the base shares with another layer.")
-    _give_factors(adapted, adapter, checkpoint, misfit)
-    updates: dict[str, Update] = {}
-    for layer in layers.values():
-        weight = _weight(layer)
-        parameter = names[id(weight)]
+    layers: dict[str, Any] = {}
+    wholes: dict[str, Tensor] = {}
+    for name, module in adapted.named_modules():
+        own = name.removeprefix("base_model.model.")
+        if isinstance(module, LoraLayer):
+            layers[own] = module
+        elif isinstance(module, ModulesToSaveWrapper):
+            wholes |= {f"{own}.{part}": weight for part, weight in module.original_module.named_parameters()}
+    for name, weight in ({name: _weight(layer) for name, layer in layers.items()} | wholes).items():
+        if places[id(weight)] > 1:  # a tied embedding; Zamba's attention, which several layers have in common
+            module_name = name.removesuffix(".weight")
+            raise UserError(
+                f"The adapter in '{adapter}' changes {module_name}, which the base shares with another layer."
+            )
+    _give_factors(adapted, adapter, checkpoint, wholes, misfit)
+
+    def stored_parts(parameter: str, like: Tensor) -> Iterator[tuple[str, str | None]]:
+        """The tensors of the checkpoint that `parameter` is stored in, and which part of it each is."""
         whole = checkpoint.name_of(parameter)
-        parts = {parameter: weight} if whole else revert_weight_conversion(model, {parameter: weight})
-        for part, like in parts.items():
+        parts = {parameter: like} if whole else revert_weight_conversion(model, {parameter: like})
+        for part, of_shape in parts.items():
             tensor = checkpoint.name_of(part)
             if tensor is None:
                 raise UserError(f"The adapter in '{adapter}' changes {parameter}, but the base has no {part}.")
-            if stored[tensor][0] != like.shape:
-                raise UserError(f"{misfit}: {tensor} is {stored[tensor][0]} in the base, not {tuple(like.shape)}.")
-            updates[tensor] = Update(model, layer, parameter, None if whole else part)
+            if stored[tensor][0] != of_shape.shape:
+                raise UserError(f"{misfit}: {tensor} is {stored[tensor][0]} in the base, not {tuple(of_shape.shape)}.")
+            yield tensor, None if whole else part
+
+    updates: Updates = {}
+    for layer in layers.values():
+        weight = _weight(layer)
+        parts = dict(stored_parts(names[id(weight)], weight))
+        if len(parts) > 1 and layer.lora_magnitude_vector:  # whose norms are of the whole
+            raise UserError(
+                f"The adapter in '{adapter}' has DoRA magnitudes of {names[id(weight)]}, which the base stores in "
+                "parts: use PEFT's merge_and_unload."
+            )
+        updates |= {tensor: Update(model, layer, names[id(weight)], part) for tensor, part in parts.items()}
+    file = AdapterFiles(Path(adapter).expanduser()).weights
+    for parameter, weight in wholes.items():
+        for tensor, part in stored_parts(parameter, weight):
+            updates[tensor] = Replacement(model, file, f"base_model.model.{parameter}", parameter, part)
     return updates
 
 
@@ -120,15 +168,24 @@ def _weight(layer: Any) -> torch.nn.Parameter:
     return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
 
 
-def _give_factors(adapted: PeftModel, adapter: str, checkpoint: Checkpoint, misfit: str) -> None:
-    """Puts the adapter's weights in place of those without data."""
+def _give_factors(
+    adapted: PeftModel, adapter: str, checkpoint: Checkpoint, wholes: Mapping[str, Tensor], misfit: str
+) -> None:
+    """Puts the adapter's factors in place of those without data; checks that all of `wholes` are there."""
     with safe_open(AdapterFiles(Path(adapter).expanduser()).weights, framework="pt") as file:
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    factors = {
-        re.sub(r"(\.lora_(embedding_)?[AB])(\.weight)?$", r"\1.default\3", name): weights.pop(name).float()
-        for name in list(weights)
-        if ".lora_" in name
-    }
+        stored = {name.removeprefix("base_model.model."): name for name in file.keys()}  # noqa: SIM118
+        for parameter, like in wholes.items():
+            if parameter not in stored:
+                raise UserError(f"The adapter in '{adapter}' is not whole: it lacks {parameter}.")
+            shape = tuple(file.get_slice(stored.pop(parameter)).get_shape())
+            if shape != like.shape:
+                raise UserError(f"{misfit}: {parameter} is {tuple(like.shape)} in the base, not {shape}.")
+        weights = {name: file.get_tensor(name) for name in stored.values()}
+    factors = {}
+    for name in [name for name in weights if ".lora_" in name]:
+        factor = re.sub(r"(\.lora_(embedding_)?[AB])(\.weight)?$", r"\1.default\3", name)
+        factor = re.sub(r"\.lora_magnitude_vector$", ".lora_magnitude_vector.default.weight", factor)
+        factors[factor] = weights.pop(name).float()
     for name, copied in weights.items():  # PEFT stores an embedding beside the adapter on it
         base = checkpoint.name_of(name.removeprefix("base_model.model.").replace(".base_layer.", "."))
         if base is None or not torch.equal(checkpoint.tensor(base).to(copied.dtype), copied):
@@ -157,7 +214,7 @@ def check_space(out: Path, needed: int) -> None:
 
 
 def write_merged(
-    checkpoint: Checkpoint, updates: dict[str, Update], out: Path, dtype: torch.dtype | None, *, progress: bool = True
+    checkpoint: Checkpoint, updates: Updates, out: Path, dtype: torch.dtype | None, *, progress: bool = True
 ) -> None:
     """Writes the merged model into the existing directory `out`: the same shards, index, configuration, tokenizer.
 
@@ -192,12 +249,12 @@ def write_merged(
 
 
 def _merged(
-    shard: Shard, names: Iterable[str], updates: dict[str, Update], dtype: torch.dtype | None, bar: tqdm
+    shard: Shard, names: Iterable[str], updates: Updates, dtype: torch.dtype | None, bar: tqdm
 ) -> Iterator[tuple[str, Tensor]]:
     for name in names:
         stored = shard.tensor(name)
         kept = dtype if dtype is not None and stored.is_floating_point() else stored.dtype
-        merged = updates[name].added_to(stored, kept) if name in updates else stored.to(kept, copy=True)
+        merged = updates[name].applied_to(stored, kept) if name in updates else stored.to(kept, copy=True)
         yield name, merged.contiguous()
         bar.update()
 
@@ -220,17 +277,9 @@ def _as_safetensors(file: str) -> str:
 
 
 def _lora_config(adapter: str) -> LoraConfig:
-    folder = Path(adapter).expanduser()
-    content = read_json(AdapterFiles(folder).adapter_config)
-    if content.get("peft_type") != "LORA":
-        raise UserError(f"The adapter in '{adapter}' is {content.get('peft_type')}, not LoRA: it cannot be merged so.")
-    extras = [description for field, description in MORE_THAN_LORA.items() if content.get(field)]
-    if content.get("bias", "none") != "none":
-        extras.append(f"biases (bias: {content['bias']})")
-    if str(start := content.get("init_lora_weights")).split("_")[0] in ("pissa", "olora", "corda", "loftq"):
-        extras.append(f"a base that its start has changed (init_lora_weights: {start})")
-    if extras:
+    config = stored_lora(adapter)
+    if extras := more_than_lora(adapter, allowed=("use_dora", "modules_to_save")):
         raise UserError(
             f"The adapter in '{adapter}' has {extras[0]}, which cannot be merged here: use PEFT's merge_and_unload."
         )
-    return LoraConfig.from_pretrained(str(folder))
+    return config

@@ -52,10 +52,9 @@ def train_in_float32(adapted: PeftModel) -> None:
 
     Raises UserError if there is an adapter within a copy.
     """
-    wrapper: Any
-    for name, wrapper in adapted.named_modules():
-        if not isinstance(wrapper, ModulesToSaveWrapper):
-            continue
+    wrappers: dict[str, Any]
+    wrappers = {name: module for name, module in adapted.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    for name, wrapper in wrappers.items():
         if any(isinstance(part, LoraLayer) for part in wrapper.modules()):
             module = name.removeprefix("base_model.model.")
             raise UserError(f"--modules-to-save: {module} is trained whole, so no layer in it can be a LoRA target.")

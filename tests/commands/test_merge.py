@@ -39,7 +39,9 @@ def saved_adapter(base, folder, seed=0, scale=0.1, dtype=torch.float32, **option
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in sorted(adapted.named_parameters()):
-            if "lora_" in name:
+            if "lora_magnitude" in name or "modules_to_save" in name:
+                weight.add_(scale * torch.randn(weight.shape, generator=generator))
+            elif "lora_" in name:
                 weight.copy_(scale * torch.randn(weight.shape, generator=generator))
     adapted.save_pretrained(folder)
     return str(folder)
@@ -79,14 +81,14 @@ def test_weights_are_the_exact_sum_rounded_once(architecture, dtype, bug, tmp_pa
     base, out = tmp_path / "base", tmp_path / "out"
     saved_base(base, architecture, dtype)
     adapter = saved_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "v_proj"])  # square: 32 x 32
-    exact, added, product = merged_by_peft(base, adapter), merging.Update.added_to, merging._product
+    exact, added, product = merged_by_peft(base, adapter), merging.Update.applied_to, merging._product
     if bug:
         target, name, broken = {
             "scale": (merging, "_product", lambda layer: product(layer) / 2),  # without alpha / r
             "transposed": (merging, "_product", lambda layer: product(layer).T),
             "twice": (
                 merging.Update,
-                "added_to",
+                "applied_to",
                 lambda u, w, t: w + added(u, torch.zeros_like(w), t),
             ),  # rounded twice
         }[bug]
@@ -179,14 +181,57 @@ def test_layers_with_transposed_weights(tmp_path):
     assert not torch.allclose(logits(merged), logits(model), rtol=1e-2, atol=1e-2)
 
 
+GPT2 = GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=1)
+
+
+@pytest.mark.parametrize(
+    "architecture, options",
+    [
+        ("llama", {"use_dora": True}),
+        ("llama", {"use_dora": True, "use_rslora": True, "target_modules": ["embed_tokens", "o_proj", "up_proj"]}),
+        (GPT2, {"use_dora": True, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+        ("llama", {"modules_to_save": ["norm"]}),
+        ("llama", {"modules_to_save": ["lm_head", "embed_tokens"], "use_dora": True}),
+        ("gemma2", {"modules_to_save": ["layers.0.mlp"], "target_modules": ["q_proj"]}),
+        (GPT2, {"modules_to_save": ["wpe", "ln_f"], "target_modules": ["c_attn"], "fan_in_fan_out": True}),
+        (None, {"modules_to_save": ["layers.0.mlp"], "target_modules": ["q_proj"]}),
+    ],
+    ids=["dora", "dora, embedding", "dora, transposed", "norms", "head, embedding", "mlp", "positions", "experts"],
+)
+def test_dora_and_modules_trained_whole_as_peft_merges_them(architecture, options, tmp_path, capsys):
+    torch.manual_seed(0)
+    saved_base(tmp_path / "base", architecture or MIXTRAL, torch.float32, max_shard_size="20KB")
+    adapter = saved_adapter(tmp_path / "base", tmp_path / "adapter", **options)
+    assert run(adapter, tmp_path / "out", "--dtype", "stored") == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    wanted = merged_by_peft(tmp_path / "base", adapter).state_dict()
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").state_dict()
+    assert merged.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(merged[name].double(), wanted[name], rtol=1e-5, atol=1e-6)
+    changed = [name for name in merged if not torch.equal(merged[name], base[name])]
+    assert f"The adapter changes {len(changed)} of" in capsys.readouterr().out or architecture is None
+    if "modules_to_save" in options:  # the trained weights themselves, and not a rounding of them
+        stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        for name, weight in stored.items():
+            if ".lora_" not in name and architecture is not None:
+                assert torch.equal(merged[name.removeprefix("base_model.model.")], weight)
+
+
+def test_a_trained_module_that_is_tied_or_missing(tmp_path, capsys):
+    saved_base(tmp_path / "base", "gemma2", torch.float32)
+    adapter = saved_adapter(tmp_path / "base", tmp_path / "adapter", modules_to_save=["embed_tokens"])
+    fails(capsys, run(adapter, tmp_path / "out"), "changes model.embed_tokens, which the base shares")
+    adapter = saved_adapter(tmp_path / "base", tmp_path / "adapter", modules_to_save=["model.norm"])
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    stored.pop("base_model.model.model.norm.weight")
+    merging.save_file(stored, tmp_path / "adapter" / "adapter_model.safetensors")
+    fails(capsys, run(adapter, tmp_path / "out"), "is not whole: it lacks model.norm.weight")
+
+
 @pytest.mark.parametrize(
     "options, message",
-    [
-        ({"use_dora": True}, "DoRA magnitudes"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"bias": "lora_only"}, "bias: lora_only"),
-        ({"init_lora_weights": "pissa"}, "a base that its start has changed"),
-    ],
+    [({"bias": "lora_only"}, "bias: lora_only"), ({"init_lora_weights": "pissa"}, "a base that its start has changed")],
 )
 def test_what_is_more_than_lora_is_refused(options, message, tmp_path, capsys):
     saved_base(tmp_path / "base", dtype=torch.float32)
