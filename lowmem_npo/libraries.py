@@ -8,11 +8,14 @@ import gc
 import io
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from unittest import mock
 
+HUB_SECONDS = 5  # within which the hub answers
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second one: PyTorch before 2.9
 
 
@@ -55,6 +58,33 @@ def quiet_libraries() -> None:
     huggingface_hub.logging.set_verbosity_error()  # its retries; the last failure is reported in one sentence
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def hub_problem() -> str | None:
+    """Why the hub cannot be reached; None where it can. To be called before anything is looked up there: the libraries
+    then go by their local copies, and do not try again for half a minute, file by file."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE and not _no_answer.cache_info().currsize:
+        return "HF_HUB_OFFLINE is set"
+    if problem := _no_answer():
+        constants.HF_HUB_OFFLINE = True
+        if datasets := sys.modules.get("datasets"):
+            datasets.config.HF_HUB_OFFLINE = True
+    return problem
+
+
+@cache
+def _no_answer() -> str | None:
+    import huggingface_hub
+
+    endpoint = huggingface_hub.constants.ENDPOINT
+    try:
+        huggingface_hub.get_session().head(endpoint, timeout=HUB_SECONDS)
+    except Exception as error:  # of whichever HTTP library there is; what is no lack of a connection, others report
+        if isinstance(error, OSError) or re.search("Connect|Timeout", type(error).__name__):
+            return f"{endpoint}: {str(error) or type(error).__name__}"
+    return None
 
 
 @contextlib.contextmanager

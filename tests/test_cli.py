@@ -6,8 +6,11 @@ import io
 import json
 import os
 import shutil
+import socketserver
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -119,6 +122,33 @@ def test_no_network_and_no_copy(files, capsys, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     fails(capsys, run("allenai/OLMo-7B", files), "allenai/OLMo-7B-hf", "hub")
+
+
+@pytest.mark.parametrize("source", ["--model", "--forget"])
+def test_a_hub_that_does_not_answer_is_asked_once(source, byte_model, files, tmp_path):
+    """The libraries would ask for every file, five times, and wait in between."""
+    asked = []
+
+    class Hub(socketserver.BaseRequestHandler):
+        def handle(self):
+            asked.append(self.request.recv(1000))
+            time.sleep(1)  # longer than the command waits
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{hub.server_address[1]}"
+        rows = {"--forget": str(files / "forget.jsonl"), "--retain": str(files / "retain.jsonl")}
+        options = {"--model": str(byte_model), **rows, source: "someone/something"}
+        words = ["train", *(word for option in options.items() for word in option)]
+        start = "import sys, lowmem_npo.libraries as l, lowmem_npo.cli as c; l.HUB_SECONDS = 0.1; sys.exit(c.main())"
+        environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        process = subprocess.run(
+            [sys.executable, "-c", start, *words], env=environment, capture_output=True, text=True, timeout=300
+        )
+        hub.shutdown()
+    assert process.returncode == 2 and "the hub cannot be reached" in process.stderr, process.stderr
+    assert source == "--forget" or f"({address}: " in process.stderr
+    assert len(asked) == 1
 
 
 def test_remote_code_is_never_run(byte_model, files, capsys, tmp_path):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from lowmem_npo.errors import UserError
+from lowmem_npo.libraries import hub_problem
 
 TEXT_KINDS = (".jsonl", ".json", ".csv")
 FILE_KINDS = (*TEXT_KINDS, ".parquet", ".arrow", *(f"{kind}.gz" for kind in TEXT_KINDS))
@@ -231,6 +232,7 @@ def _read_hub(name: str, repo: str, config: str | None, split: str | None, revis
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
+    hub_problem()
     try:
         splits = datasets.load_dataset(repo, config, revision=revision)
     except DatasetNotFoundError as error:
