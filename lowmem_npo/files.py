@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 
 CHUNK = 2**20  # bytes read at a time
@@ -13,6 +14,12 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def free_bytes(path: Path) -> int:
+    """Room on the disk where `path` is, or will be."""
+    path = path.absolute()
+    return shutil.disk_usage(next(p for p in [path, *path.parents] if p.exists())).free
 
 
 def file_sha256(path: Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,13 @@ import yaml
 
 from lowmem_npo.config import KEPT_CHECKPOINTS, MemoryConfig, RunConfig
 from lowmem_npo.errors import UserError
-from lowmem_npo.files import write_atomically
+from lowmem_npo.files import free_bytes, write_atomically
+from lowmem_npo.sizes import amount
 
 # A resumed run may be longer, have moved, or measure more; any other change would make it a different run.
 MAY_CHANGE = (
-    "output_dir", "epochs", "max_steps", "eval_rows", "eval_batch_size", "leaks", "report_examples", "micro_batch_size",
-    "device",
+    "output_dir", "epochs", "max_steps", "eval_rows", "eval_batch_size", "max_new_tokens", "forms", "leaks",
+    "report_examples", "micro_batch_size", "device",
     *(f.name for f in fields(MemoryConfig)),
 )  # fmt: skip
 
@@ -181,10 +181,8 @@ def check_disk(config: RunConfig, trained: int, saved: int) -> None:
     best = 2 if config.stopping.stop_when else 0  # the best adapter so far and its predecessor
     needed = 4 * (saved * (1 + checkpoints) + trained * (best + 2 * checkpoints))
     needed += 64 * 2**20  # tokenizer, metrics, configuration
-    path = config.output_dir.absolute()
-    free = shutil.disk_usage(next(p for p in [path, *path.parents] if p.exists())).free
-    if free < needed:
+    if (free := free_bytes(config.output_dir)) < needed:
         raise UserError(
-            f"The disk of --output-dir '{config.output_dir}' has {free / 2**20:.0f} MiB free, the run writes up to "
-            f"{needed / 2**20:.0f} MiB: free some, or choose another --output-dir."
+            f"The disk of --output-dir '{config.output_dir}' has {amount(free)} free, the run writes up to "
+            f"{amount(needed)}: free some, or choose another --output-dir."
         )

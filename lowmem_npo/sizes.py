@@ -21,6 +21,12 @@ def parse_size(text: str, option: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
+def amount(size: int) -> str:
+    """For people, in the largest unit of which there is one: "5.4 GiB", "64.0 MiB"."""
+    unit = next((unit for unit in ("GiB", "MiB", "KiB") if size >= UNITS[unit.lower()]), None)
+    return f"{size / UNITS[unit.lower()]:.1f} {unit}" if unit else f"{size} bytes"
+
+
 def gib(size: int) -> str:
     """For people, such as "5.43 GiB"."""
     return f"{size / 2**30:.2f} GiB"

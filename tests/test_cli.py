@@ -177,13 +177,9 @@ def test_no_gpu(byte_model, files, capsys):
 
 
 def test_a_full_disk(byte_model, files, capsys, monkeypatch):
-    import collections
-
-    import lowmem_npo.run_directory
-
-    usage = collections.namedtuple("usage", "total used free")(10, 9, 2**20)
-    monkeypatch.setattr(lowmem_npo.run_directory.shutil, "disk_usage", lambda path: usage)
-    fails(capsys, run(byte_model, files), "MiB free")
+    usage = shutil.disk_usage(files)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=300_000))
+    fails(capsys, run(byte_model, files), "has 293.0 KiB free, the run writes up to 64.")
     assert not (files / "out").exists()
 
 

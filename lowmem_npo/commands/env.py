@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from lowmem_npo.environment import PACKAGES, package_version
+from lowmem_npo.libraries import hub_problem
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -45,7 +46,7 @@ def _memory() -> list[tuple[str, str]]:
         ("cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"),
         ("host memory", f"{_gib(memory.available)} of {_gib(memory.total)} available"),
         ("disk here", f"{_gib(disk.free)} of {_gib(disk.total)} free"),
-        ("hub", "offline (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") else "online"),
+        ("hub", f"cannot be reached ({problem})" if (problem := hub_problem()) else "can be reached"),
     ]
 
 

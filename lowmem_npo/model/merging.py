@@ -35,9 +35,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from lowmem_npo.errors import UserError
+from lowmem_npo.files import free_bytes
 from lowmem_npo.model.checkpoint import BESIDE_WEIGHTS, INDEX, OLD_INDEX, Checkpoint, Shard, read_json
 from lowmem_npo.model.saved_adapter import more_than_lora, stored_lora
 from lowmem_npo.run_directory import AdapterFiles
+from lowmem_npo.sizes import amount
 
 
 @dataclass(frozen=True)
@@ -203,12 +205,10 @@ def _give_factors(
 
 def check_space(out: Path, needed: int) -> None:
     """Raises UserError if the disk of `out` cannot hold `needed` bytes of weights, and 64 MiB of everything else."""
-    path = out.absolute()
-    free = shutil.disk_usage(next(p for p in [path, *path.parents] if p.exists())).free
     needed += 64 * 2**20
-    if free < needed:
+    if (free := free_bytes(out)) < needed:
         raise UserError(
-            f"The disk of '{out}' has {free / 2**30:.1f} GiB free, the merged model takes {needed / 2**30:.1f} GiB: "
+            f"The disk of '{out}' has {amount(free)} free, the merged model takes {amount(needed)}: "
             "free some, or choose a directory on another disk."
         )
 

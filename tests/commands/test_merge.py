@@ -387,7 +387,7 @@ def test_a_full_disk_and_an_interruption(tmp_path, capsys, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as small:
         small.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
-        fails(capsys, run(adapter, tmp_path / "out"), "GiB free")
+        fails(capsys, run(adapter, tmp_path / "out"), "has 1.0 MiB free")
     assert not (tmp_path / "out").exists()
 
     def interrupted(*args, **options):

@@ -10,7 +10,6 @@ the first epoch, and the rounding may differ later.
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from lowmem_npo.config import ObjectiveConfig
 from lowmem_npo.data.tokenizing import TokenizedRow
 from lowmem_npo.errors import UserError
+from lowmem_npo.files import free_bytes
 from lowmem_npo.model.layers import causal_lm
+from lowmem_npo.sizes import amount
 from lowmem_npo.training.objective import needs_reference
 from lowmem_npo.training.reference.answer_file import AnswerFile
 from lowmem_npo.training.reference.identity import rows_fingerprint, tokenizer_fingerprint, weights_fingerprint
@@ -116,18 +117,16 @@ def check_cache_space(
     sizes, missing = [], 0
     for name, (rows, width, part_dtype) in _parts(objective, forget, retain, config, dtype).items():
         size = sum(_answer_lengths(rows)) * width * part_dtype.itemsize + 8 * len(rows)
-        sizes.append(f"{name} {size / 2**20:.1f} MiB")
+        sizes.append(f"{name} {amount(size)}")
         missing += 0 if (directory / f"{name}.safetensors").exists() else size
     if not sizes:
         return "Reference cache: this objective needs no reference, so nothing is stored."
-    existing = next(path for path in [directory.absolute(), *directory.absolute().parents] if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < missing:
+    if (free := free_bytes(directory)) < missing:
         raise UserError(
-            f"The reference cache takes {missing / 2**20:.0f} MiB, the disk of '{directory}' has "
-            f"{free / 2**20:.0f} MiB free: give a --reference-dir on another disk, or use --reference live."
+            f"The reference cache takes {amount(missing)}, the disk of '{directory}' has {amount(free)} free: give "
+            "a --reference-dir on another disk, or use --reference live."
         )
-    return f"Reference cache in {directory}: {', '.join(sizes)}; {missing / 2**20:.1f} MiB of that is new."
+    return f"Reference cache in {directory}: {', '.join(sizes)}; {amount(missing)} of that is new."
 
 
 _REMEDY = "remove it, choose another --reference-dir, or use --reference live"
