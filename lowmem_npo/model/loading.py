@@ -69,6 +69,8 @@ def _read_config(name: str, revision: str | None) -> PretrainedConfig:
     if type(loaded) not in MODEL_FOR_CAUSAL_LM_MAPPING or not causal:
         kind = ", ".join(architectures) or loaded.model_type
         raise UserError(f"'{name}' is not a causal language model but {kind}: give an ...ForCausalLM model.")
+    if loaded.model_type == "rwkv":
+        raise UserError(f"'{name}' is an RWKV, which rescales its weights, but no adapter on them: give another model.")
     stored_quantization(loaded)  # raises if it cannot be trained on
     return loaded
 

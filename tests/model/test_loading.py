@@ -1,5 +1,6 @@
 """A model from its directory, in 4 bits and as it was saved."""
 
+import json
 import os
 import re
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, OlmoConfig
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.model import answer_hidden, load_model
+from lowmem_npo.model.loading import load_config
 
 
 def states(model):
@@ -126,3 +128,10 @@ def test_4_bit_loading_reads_one_tensor_at_a_time(saved, monkeypatch):
     for qlora in (True, False):
         load_model(ModelConfig(str(saved), qlora=qlora, device="cpu"))
     assert seen == ["1", None] and "HF_DEACTIVATE_ASYNC_LOAD" not in os.environ
+
+
+def test_an_rwkv_is_refused(tmp_path):
+    """Its layers are rescaled in eval mode, in place and without their adapters."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "rwkv", "architectures": ["RwkvForCausalLM"]}))
+    with pytest.raises(UserError, match="is an RWKV, which rescales its weights"):
+        load_config(ModelConfig(str(tmp_path)))
