@@ -3,14 +3,17 @@
 import json
 import os
 import re
+import shutil
 
 import bitsandbytes
 import pytest
 import torch
+from helpers.architectures import random_model, tiny_config
 from helpers.tiny_models import tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, OlmoConfig
 
+from lowmem_npo.cli import main
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.model import answer_hidden, load_model
@@ -77,33 +80,85 @@ def mixtral():
     )
 
 
-def original_format(weights):
-    """Names of the format in which AllenAI published OLMo."""
+def other_format(weights):
     return {f"model.transformer.{name.removeprefix('model.')}": tensor for name, tensor in weights.items()}
 
 
+def without(weights, part):
+    return {name: tensor for name, tensor in weights.items() if part not in name}
+
+
+WRONG = [
+    ("a layer", original, lambda w: without(w, "layers.1.mlp.up_proj"), "lack model.layers.1.mlp.up_proj.weight."),
+    ("head", original, lambda w: without(w, "lm_head"), "lack lm_head.weight."),
+    ("prefix", original, lambda w: {f"module.{n}": t for n, t in w.items()}, "it has others: module.lm_head.weight"),
+    ("other format", original, other_format, "it has others: model.transformer.embed_tokens.weight"),
+    ("shape", original, lambda w: {**w, "lm_head.weight": w["lm_head.weight"][1:]}, "(129, 64) instead of (130, 64)"),
+    ("expert", mixtral, lambda w: without(w, "experts.1.w2"),
+     "model.layers.0.mlp.experts.down_proj (1, 32, 32) instead of"),
+    ("half an expert", mixtral, lambda w: without(w, "experts.1.w1"), "some of its experts are missing"),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("qlora", [False, True])
-@pytest.mark.parametrize(
-    "make, change, message",
-    [
-        (original, lambda w: without(w, "layers.1.mlp.up_proj"), "lack model.layers.1.mlp.up_proj.weight."),
-        (original, lambda w: without(w, "lm_head"), "lack lm_head.weight."),
-        (original, lambda w: {f"module.{n}": t for n, t in w.items()}, "it has others: module.lm_head.weight"),
-        (original, original_format, "it has others: model.transformer.embed_tokens.weight"),
-        (original, lambda w: {**w, "lm_head.weight": w["lm_head.weight"][1:]}, "(129, 64) instead of (130, 64)"),
-        (mixtral, lambda w: without(w, "experts.1.w2"), "model.layers.0.mlp.experts.down_proj (1, 32, 32) instead of"),
-        (mixtral, lambda w: without(w, "experts.1.w1"), "some of its experts are missing"),
-    ],
-    ids=["a layer", "head", "prefix", "original OLMo", "shape", "expert", "half an expert"],
-)  # fmt: skip
-def test_weights_that_would_be_random_are_refused(make, change, message, qlora, tmp_path):
+@pytest.mark.parametrize("name, make, change, message", WRONG)
+def test_weights_that_would_be_random_are_refused(name, make, change, message, qlora, tmp_path):
     folder = rewritten(tmp_path, make(), change)
     with pytest.raises(UserError, match=re.escape(message)):
         load_model(ModelConfig(str(folder), qlora=qlora, device="cpu"))
 
 
-def without(weights, part):
-    return {name: tensor for name, tensor in weights.items() if part not in name}
+def in_old_files(folder):
+    """The same weights as PyTorch saved them before there was safetensors, in two files."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    files = {f"pytorch_model-0000{n + 1}-of-00002.bin": names[n::2] for n in range(2)}
+    for file, of_file in files.items():
+        torch.save({name: weights[name] for name in of_file}, folder / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, of_file in files.items() for name in of_file}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("name, make, change, message", [case for case in WRONG if case[0] != "half an expert"])
+def test_they_are_refused_before_weights_are_read(name, make, change, message, old, tmp_path):
+    folder = rewritten(tmp_path, make(), change)
+    if old:
+        in_old_files(folder)
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_config(ModelConfig(str(folder)))
+
+
+@pytest.mark.parametrize("command", ["train", "estimate"])
+def test_a_dry_run_and_an_estimate_refuse_them(command, saved, byte_model, tmp_path, capsys):
+    folder = shutil.copytree(byte_model, tmp_path / "model")
+    options = ["--dry-run", "--output-dir", str(tmp_path / "out")] if command == "train" else []
+    assert main([command, "--model", str(folder), *options]) == 0
+    weights = without(load_file(folder / "model.safetensors"), "layers.1.mlp.up_proj")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert main([command, "--model", str(folder), *options]) == 2
+    assert "its files lack model.layers.1.mlp.up_proj.weight." in capsys.readouterr().err
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
+    assert main([command, "--model", str(folder), *options]) == 2
+    assert f"The weights in '{folder / 'model.safetensors'}' are damaged: " in capsys.readouterr().err
+    (folder / "model.safetensors").unlink()
+    assert main(["estimate", "--model", str(folder)]) == 0  # which needs no weights
+
+
+@pytest.mark.parametrize("with_prefix", [True, False])
+@pytest.mark.parametrize(
+    "architecture",
+    ["bloom", "deepseek_v3", "falcon_h1", "gemma3n_text", "gpt2", "gpt_neo", "gpt_oss", "jamba", "llama4_text",
+     "mamba2", "minimax", "mixtral", "olmo", "opt", "phimoe", "qwen3_next", "recurrent_gemma", "zamba2"],
+)  # fmt: skip
+def test_whole_checkpoints_are_not_refused(architecture, with_prefix, tmp_path):
+    """Shared weights, experts in many tensors, a base model's names."""
+    model = random_model(tiny_config(architecture, 97))
+    prefix = "" if with_prefix else f"{model.base_model_prefix}."
+    folder = rewritten(tmp_path, model, lambda weights: {name.removeprefix(prefix): w for name, w in weights.items()})
+    load_config(ModelConfig(str(folder)))
+    load_model(ModelConfig(str(folder), device="cpu", attn="eager"))
 
 
 def test_tied_weights_are_not_missed_and_unused_ones_are_reported(tmp_path):

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from helpers.original_olmo import random_weights, settings, write
 from transformers import AutoModelForCausalLM, OlmoConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,9 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 LOAD = """
 import json, sys, threading, time
 import torch, bitsandbytes
-from transformers import AutoModelForCausalLM
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.model import load_model
+from lowmem_npo.model.checkpoint import find_checkpoint
 
 def used():
     lines = open("/proc/self/status").read().splitlines()
@@ -36,14 +38,16 @@ largest = torch.randn(2048, 512).bfloat16()
 for name, load in {
     "one tensor": lambda: bitsandbytes.nn.Params4bit(largest.clone(), quant_type="nf4").to("cpu"),
     "ours": lambda: load_model(ModelConfig(folder, qlora=True, device="cpu")),
-    "bf16 first": lambda: {k: v.clone() for k, v in AutoModelForCausalLM.from_pretrained(folder).state_dict().items()},
+    "bf16 first": lambda: [tensor[...].bfloat16().clone() for tensor in find_checkpoint(folder).unread().values()],
 }.items():
     before, peak, watching = used(), [0], True
     thread = threading.Thread(target=watch)
     thread.start()
-    loaded = load()
-    watching = False
-    thread.join()
+    try:
+        loaded = load()
+    finally:
+        watching = False
+        thread.join()
     peaks[name] = peak[0] - before
     if name == "ours":
         weights = [w for w in loaded.parameters() if w.dtype == torch.uint8]
@@ -53,14 +57,25 @@ print(json.dumps(peaks))
 """
 
 
-def test_the_peak_is_the_final_size_and_one_tensor(byte_model, tmp_path):
+def native(folder):
     config = OlmoConfig(vocab_size=1000, hidden_size=512, intermediate_size=2048, num_hidden_layers=10,
                         num_attention_heads=8, pad_token_id=0, eos_token_id=1)  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, dtype="bfloat16")
-    model.save_pretrained(tmp_path, max_shard_size="16MB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 4
-    in_bf16 = sum(p.nbytes for p in model.parameters())
-    del model
+    model.save_pretrained(folder, max_shard_size="16MB")
+    assert len(list(folder.glob("*.safetensors"))) > 4
+    return sum(p.nbytes for p in model.parameters())
+
+
+def original_olmo(folder):
+    config = settings(vocab_size=1000, embedding_size=1000, d_model=512, mlp_hidden_size=4096, n_layers=10, n_heads=8)
+    weights = random_weights(config)
+    write(folder, config, weights)
+    return sum(tensor.numel() * 2 for tensor in weights.values())
+
+
+@pytest.mark.parametrize("make", [native, original_olmo], ids=["native", "original OLMo in one float32 file"])
+def test_the_peak_is_the_final_size_and_one_tensor(make, byte_model, tmp_path):
+    in_bf16 = make(tmp_path)
     environment = {
         **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1",
         "MALLOC_MMAP_THRESHOLD_": "65536",  # what is freed goes back to the system at once
