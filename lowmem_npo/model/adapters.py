@@ -10,8 +10,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
+from peft.tuners.lora import LoraLayer, dora
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -171,7 +170,7 @@ def _exact_magnitudes(adapted: PeftModel) -> None:
     for module in adapted.modules():
         if isinstance(module, LoraLayer):
             for magnitude in module.lora_magnitude_vector.values():
-                weight = dequantize_module_weight(module.get_base_layer()).float()
+                weight = dora.dequantize_module_weight(module.get_base_layer()).float()
                 zero = weight.new_zeros(())
                 magnitude.weight.copy_(magnitude.get_weight_norm(weight, zero, scaling=1).view_as(magnitude.weight))
 

@@ -63,9 +63,14 @@ class ContinuedModel(PeftModelForCausalLM):
         self.joined_config().save_pretrained(str(files.path))
         save_file(self.joined_weights(), files.weights, metadata={"format": "pt"})
 
+    def weights(self, adapter: str) -> dict[str, Tensor]:
+        """Those of one adapter, under PEFT's names."""
+        own = {name: parameter for name, parameter in self.named_parameters() if f".{adapter}" in name}
+        return get_peft_model_state_dict(self, own, adapter_name=adapter, save_embedding_layers=False)
+
     def joined_weights(self) -> dict[str, Tensor]:
         """Both adapters as one, on the CPU, under PEFT's names."""
-        first, second = self._weights(FIRST), self._weights(SECOND)
+        first, second = self.weights(FIRST), self.weights(SECOND)
         joined = {}
         for name in sorted({**first, **second}):
             parts = [weights[name].detach().cpu() for weights in (first, second) if name in weights]
@@ -98,7 +103,7 @@ class ContinuedModel(PeftModelForCausalLM):
     def restore(self, joined: dict[str, Tensor]) -> None:
         """Gives the second adapter its part of what `joined_weights` returned, bit for bit."""
         weights = {}
-        for name, own in self._weights(SECOND).items():
+        for name, own in self.weights(SECOND).items():
             dim, whole = _rank_dim(name), joined[name]
             if dim is not None:  # the last ranks
                 whole = whole.narrow(dim, whole.shape[dim] - own.shape[dim], own.shape[dim])
@@ -117,9 +122,6 @@ class ContinuedModel(PeftModelForCausalLM):
     def _scale(self) -> float:
         return next(layer.scaling[SECOND] for layer in self._layers.values() if SECOND in layer.scaling)
 
-    def _weights(self, adapter: str) -> dict[str, Tensor]:
-        return get_peft_model_state_dict(self, adapter_name=adapter, save_embedding_layers=False)
-
 
 def continued(model: PreTrainedModel, folder: str, second: LoraConfig) -> ContinuedModel:
     """`model` with the frozen adapter of `folder` and a new one, `second`, which starts as the identity.
@@ -133,7 +135,7 @@ def continued(model: PreTrainedModel, folder: str, second: LoraConfig) -> Contin
         adapted = ContinuedModel(model, first_config(folder), adapter_name=FIRST)
     except (ValueError, TypeError) as error:  # no layer of its names
         raise UserError(f"{misfit} ({' '.join(str(error).split())[:200]}).") from error
-    own = get_peft_model_state_dict(adapted, adapter_name=FIRST, save_embedding_layers=False)
+    own = adapted.weights(FIRST)
     file = AdapterFiles(Path(folder).expanduser()).weights
     with safe_open(file, framework="pt") as stored:
         shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from lowmem_npo.errors import UserError
+
+COLLECTIONS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 def check_saved_modules(model: PreTrainedModel, names: Collection[str], quantized: bool = False) -> None:
@@ -28,6 +29,8 @@ def check_saved_modules(model: PreTrainedModel, names: Collection[str], quantize
         matches = [module for full, module in model.named_modules() if full.endswith(name)]
         if not matches:
             raise UserError(f"--modules-to-save {name} matches no module of this {type(model).__name__}.")
+        if any(isinstance(module, COLLECTIONS) for module in matches):
+            raise UserError(f"--modules-to-save {name} is a list of modules, not one: name what is in it.")
         parts = [part for module in matches for part in module.modules()]
         parameters = [parameter for module in matches for parameter in module.parameters()]
         if any(part is head for part in parts):
@@ -48,16 +51,9 @@ def check_saved_modules(model: PreTrainedModel, names: Collection[str], quantize
 
 
 def train_in_float32(adapted: PeftModel) -> None:
-    """Holds the trained copies in float32, as the adapter is; they compute in the type of their originals.
-
-    Raises UserError if there is an adapter within a copy.
-    """
-    wrappers: dict[str, Any]
-    wrappers = {name: module for name, module in adapted.named_modules() if isinstance(module, ModulesToSaveWrapper)}
-    for name, wrapper in wrappers.items():
-        if any(isinstance(part, LoraLayer) for part in wrapper.modules()):
-            module = name.removeprefix("base_model.model.")
-            raise UserError(f"--modules-to-save: {module} is trained whole, so no layer in it can be a LoRA target.")
+    """Holds the trained copies in float32, as the adapter is; they compute in the type of their originals."""
+    wrapper: Any
+    for wrapper in [module for module in adapted.modules() if isinstance(module, ModulesToSaveWrapper)]:
         dtype = next((p.dtype for p in wrapper.original_module.parameters()), torch.float32)
         for copy in wrapper.modules_to_save.values():
             copy.float()

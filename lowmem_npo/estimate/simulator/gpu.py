@@ -14,11 +14,13 @@ CUDA's allocations are what is counted:
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -105,6 +107,9 @@ def fake_gpu(kind: str = "other", capability: tuple[int, int] = CAPABILITY) -> I
         ):
             stack.enter_context(mock.patch.object(target, name, value))
         stack.enter_context(mock.patch("transformers.masking_utils.is_tracing", lambda tensor=None: False))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="Accessing the data pointer")  # as the copy of a fake tensor does
+        stack.enter_context(mock.patch("peft.tuners.lora.dora.dequantize_module_weight", _whole_weight))
         stack.enter_context(_kernels_of_a_cuda_build())
         stack.enter_context(cuda_autocast())
         counter.operators = FakeOperators(stack.enter_context(_FakeCuda()), GPU)
@@ -117,6 +122,12 @@ def fake_gpu(kind: str = "other", capability: tuple[int, int] = CAPABILITY) -> I
             ) from error
 
 
+def _whole_weight(layer: Any) -> Tensor:
+    """The weight of a layer as DoRA needs it. PEFT knows one in 4 bits by its class, which no fake tensor can have."""
+    state = getattr(layer.weight, "quant_state", None)
+    return layer.weight if state is None else dequantize_4bit(layer.weight.data, state)
+
+
 def with_values(tensor: Tensor) -> FakeTensor:
     """A fake copy, on the host, of a real integer tensor; the fake GPU knows its values."""
     fake: Any = torch.empty(tensor.shape, dtype=tensor.dtype)
@@ -126,6 +137,10 @@ def with_values(tensor: Tensor) -> FakeTensor:
 
 class _FakeCuda(FakeTensorMode):
     """Fake tensors that C++ sees as `cpu:0` tensors, and Python as `cuda:0` tensors."""
+
+    def __deepcopy__(self, memo: dict) -> _FakeCuda:
+        """The copy of a tensor is of the same mode."""
+        return self
 
     def dispatch(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         if func is prim.device.default:

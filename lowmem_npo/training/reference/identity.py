@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -50,7 +50,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _frozen(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
     lm = causal_lm(model)
-    embedding = cast(Tensor, lm.get_input_embeddings().weight)
+    module: Any = lm.get_input_embeddings()
+    embedding = getattr(module, "original_module", module).weight  # not the copy that is trained whole
     yield "input embedding", embedding  # by this name, wherever it is
     for name, parameter in lm.named_parameters():
         if _TRAINED.search(name) or parameter is embedding:
