@@ -144,7 +144,7 @@ def test_a_killed_and_resumed_run_ends_in_the_same_bits(byte_model, tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_a_finished_run_resumed_is_measured_but_not_trained(byte_model, tmp_path):
+def test_a_finished_run_resumed_is_measured_but_not_trained(byte_model, tmp_path, capsys):
     """Three steps end within an epoch of 15: the Trainer by itself would take a fourth."""
     arguments = ["--model", str(byte_model), "--dtype", "float32", "--device", "cpu", "--max-steps", "3"]
     arguments += ["--save-steps", "1", "--leaks", "none", "--output-dir", str(tmp_path / "o")]
@@ -154,6 +154,9 @@ def test_a_finished_run_resumed_is_measured_but_not_trained(byte_model, tmp_path
     assert (tmp_path / "o" / "adapter_model.safetensors").read_bytes() == adapter
     assert json.loads((tmp_path / "o" / "after.json").read_text())["forget"]["summary"]["rows"] == 3
     assert json.loads((tmp_path / "o" / "audit.json").read_text())["adapter"]["of_step"] == 3
+    capsys.readouterr()
+    assert main(["train", *arguments, "--resume", "--max-steps", "2"]) == 2
+    assert "has trained 3 steps, and these settings ask for 2" in capsys.readouterr().err
 
 
 def test_two_processes_give_the_gradient_of_one(byte_model, tmp_path):

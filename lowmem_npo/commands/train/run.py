@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,27 +19,33 @@ from transformers import (
     set_seed,
 )
 
+from lowmem_npo.commands.train.own_texts import own_texts, write_own_texts
 from lowmem_npo.config import RunConfig
 from lowmem_npo.console import Say, silent
-from lowmem_npo.data import PreparedData, TokenizedRow, TokenizedRows, prepare, preview
-from lowmem_npo.data.fit import check_fit
+from lowmem_npo.data import PreparedData, Template, TokenizedRow, TokenizedRows, prepare, preview
+from lowmem_npo.data.fit import Fit, check_fit
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.background import keep_budget, watch_memory
 from lowmem_npo.evaluation.answer_table import save_table, text_table
 from lowmem_npo.evaluation.answers import (
     Evaluations,
+    answer_length,
     choose_rows,
     evaluate_answers,
+    part_of,
     read_answers,
     save_answers,
     summaries,
 )
+from lowmem_npo.evaluation.asking import Asked, in_form, other_forms
 from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakResults
 from lowmem_npo.evaluation.leaks.measure import measure_leaks, read_leaks, write_leaks
 from lowmem_npo.evaluation.leaks.registry import WHILE_TRAINING, leak_tests
+from lowmem_npo.files import write_atomically
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model, load_tokenizer, reference_mode, resolve_name
 from lowmem_npo.model.adapters import check_lora
+from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.loading import DTYPES, load_config, resolve_device
 from lowmem_npo.model.notes import model_notes
 from lowmem_npo.model.quantization import quantization_of
@@ -88,7 +94,12 @@ class RunPlan:
     def sentence(self) -> str:
         """The number of steps, and of rows in each."""
         training, data = self.config.training, self.data
-        retain = f" and {training.retain_rows} of {len(data.retain)} retain rows" if data.retain is not None else ""
+        retain = ""
+        if data.retain is not None:
+            drawn, rows = training.retain_rows, len(data.retain)
+            retain = f" and {drawn} of {rows} retain rows"
+            if drawn > rows:
+                retain = f" and {drawn} retain rows (the {rows} there are, repeatedly)"
         return (
             f"{self.steps} steps of {min(training.batch_size, len(data.forget))} of {len(data.forget)} forget{retain}"
         )
@@ -144,11 +155,16 @@ def read_inputs(config: RunConfig, say: Say, known: Inputs | None = None) -> Inp
     leak_tests(config.output.leaks, WHILE_TRAINING)
     if known is None:
         model_config, tokenizer = load_config(config.model), load_tokenizer(config.model)
-        data = prepare(tokenizer, config.data, config.objective.forget_term, stop_tokens(config.model, model_config))
+        data = _prepare(config, tokenizer, model_config)
         known = Inputs(model_config, tokenizer, data)
     for line in [*model_notes(known.model_config, config.model), *known.data.report]:
         say(line)
     return known
+
+
+def _prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> PreparedData:
+    stops, texts = stop_tokens(config.model, model_config), own_texts(config, model_config)
+    return prepare(tokenizer, config.data, config.objective.forget_term, stops, texts)
 
 
 def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
@@ -173,7 +189,14 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
         dtype = DTYPES[config.model.dtype]
         say(check_cache_space(config.objective, data.forget, data.retain, model_config, dtype, directory.reference_dir))
     directory.config = config = keep_budget(config, data, say)
-    return RunPlan(config, directory, tokenizer, data)
+    plan = RunPlan(config, directory, tokenizer, data)
+    trained = step_of(next(iter(directory.checkpoints()), None)) if config.output.resume else 0
+    if trained > plan.steps:
+        raise UserError(
+            f"--resume: the run in '{directory.path}' has trained {trained} steps, and these settings ask for "
+            f"{plan.steps}: give --max-steps {trained} or more, or start anew."
+        )
+    return plan
 
 
 def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
@@ -186,9 +209,13 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
     model = attach_lora(base, config.adapter)
     model.active_peft_config.revision = config.model.revision  # of the base: for those who load the adapter later
     apply_switches(model, config.memory)
+    if plan.data.retain_is_unwritten:
+        plan = _with_own_texts(plan, model, say)
     stopping = _stopping(plan, model, say)
     trainer = _trainer(plan, model, stopping)
     directory.begin(main_process)
+    if main_process and (texts := own_texts(config, causal_lm(model).config)) not in (None, directory.self_written):
+        write_atomically(directory.self_written, texts.read_text(encoding="utf-8"))
     say(f"{plan.sentence}; {model.get_nb_trainable_parameters()[0]:,} adapter parameters.")
     if main_process:
         begin_audit(directory.path, config, plan.data, model)
@@ -202,9 +229,27 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
     steps = trainer.state.global_step if outcome is None else outcome.last.step
     if main_process:
         finish_audit(directory.path, steps, adapter_step=steps if outcome is None else outcome.kept.step)
-        write_report(directory.path)
-    say(f"\nThe adapter and the measurements are in {directory.path}; what they mean is in its report.html.")
+        report = write_report(directory.path)
+        say(f"\nThe adapter and the measurements are in {directory.path}; what they mean is in its report.html.")
+        say(report.verdict.headline)
     return RunResult(directory.path, before, after, steps, outcome)
+
+
+def _with_own_texts(plan: RunPlan, model: PeftModel, say: Say) -> RunPlan:
+    """The plan with the texts that the original model writes, unless an earlier run let it."""
+    config, model_config = plan.config, causal_lm(model).config
+    path = own_texts(config, model_config)
+    assert path is not None
+    if is_main_process(config) and not path.exists():
+        with reference_mode(model):
+            write_own_texts(path, model, plan.tokenizer, config, say)
+    PartialState().wait_for_everyone()
+    data = _prepare(config, plan.tokenizer, model_config)
+    for line in data.report:
+        if line.startswith("retain"):
+            say(line)
+    check_fit(model_config, plan.tokenizer, [data.retain])
+    return replace(plan, data=data)
 
 
 # -- the steps of a run -----------------------------------------------------------------------------------------------
@@ -223,8 +268,8 @@ def _trainer(plan: RunPlan, model: PeftModel, stopping: Stopping | None) -> NPOT
 def _measure_before(plan: RunPlan, model: PeftModel) -> Evaluations:
     """The original model's answers and leaks, measured unless an interrupted run has done so."""
     files, tests = plan.directory, set(_leak_tests(plan.config, "before"))
-    before = _unless_damaged(read_answers, files.answers("before"), plan.config.output.eval_rows)
-    fresh = not before
+    before = _unless_damaged(read_answers, files.answers("before"))
+    fresh = not _measured_as_asked(before, _asked(plan, model), plan)
     with reference_mode(model):
         if fresh:
             before = _answers(plan, model, "before")
@@ -294,20 +339,49 @@ def _stopping(plan: RunPlan, model: PeftModel, say: Say) -> Stopping | None:
 
 
 def _answers(plan: RunPlan, model: PeftModel, stage: str) -> Evaluations:
-    output, sets = plan.config.output, {"forget": plan.data.forget, "retain": plan.data.retain}
+    asked = _asked(plan, model)
     return {
         name: evaluate_answers(
             model,
             plan.tokenizer,
-            rows,
+            of_set.rows,
             name=f"{stage}, {name}",
-            limit=output.eval_rows,
-            seed=EVAL_SEED,
-            batch_size=output.eval_batch_size,
-        )
-        for name, rows in sets.items()
-        if rows is not None
+            limit=None,
+            max_new_tokens=_answer_length(plan, asked, name),
+            batch_size=plan.config.output.eval_batch_size,
+        ).placed(of_set.places, len(getattr(plan.data, part_of(name))))
+        for name, of_set in asked.items()
     }
+
+
+def _asked(plan: RunPlan, model: PeftModel) -> dict[str, Asked]:
+    """The rows of each set whose answers are measured; those to forget in every form."""
+    output, options, asked = plan.config.output, plan.config.data, dict[str, Asked]()
+    for name, rows in {"forget": plan.data.forget, "retain": plan.data.retain}.items():
+        if rows is None:
+            continue
+        places = choose_rows(len(rows), output.eval_rows, EVAL_SEED)
+        asked[name] = Asked([rows[i] for i in places], places)
+        if name == "forget" and output.forms == "all":
+            examples, how = [rows.examples[i] for i in places], (plan.tokenizer, Template.of(options))
+            fit = Fit.of(causal_lm(model))
+            forms = other_forms(asked[name].rows, examples, places, *how, options.max_length, fit)
+            asked |= {in_form(name, form): of_form for form, of_form in forms.items()}
+    return asked
+
+
+def _answer_length(plan: RunPlan, asked: dict[str, Asked], name: str) -> int:
+    """How many tokens an answer may have, the same in every form."""
+    return answer_length(asked[part_of(name)].rows, plan.config.output.max_new_tokens)
+
+
+def _measured_as_asked(evaluations: Evaluations, asked: dict[str, Asked], plan: RunPlan) -> bool:
+    """Whether an interrupted run measured the same: these rows in these forms, with answers as long."""
+    return evaluations.keys() == asked.keys() and all(
+        [record.row for record in of_set.records] == asked[name].places
+        and of_set.summary.max_new_tokens == _answer_length(plan, asked, name)
+        for name, of_set in evaluations.items()
+    )
 
 
 def _leaks(plan: RunPlan, model: PeftModel, stage: str) -> LeakResults:
@@ -324,6 +398,9 @@ def _leaks(plan: RunPlan, model: PeftModel, stage: str) -> LeakResults:
             holdout_rows=None if data.holdout is None else _measured_rows(config, data.holdout),
             tests=tests,
             seed=config.training.seed,
+            max_new_tokens=config.output.max_new_tokens,
+            earlier=read_leaks(plan.directory.leaks).get("before", {}) if stage == "after" else {},
+            unlearned=stage == "after",
             batch_size=config.output.eval_batch_size,
         )
     except UserError as error:  # of a diverged adapter, which is reported all the same
