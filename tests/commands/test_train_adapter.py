@@ -153,6 +153,59 @@ def test_what_is_refused_in_a_dry_run(train, first, byte_model, lume_model, tmp_
     assert f"adapter: {first}" in capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
+KINDS = ("--use-dora", "--use-rslora", "--modules-to-save", "norm", "embed_tokens")
+PATTERN = ("--lora-targets", r".*layers\.1\..*(q|up)_proj")
+
+
+@pytest.fixture(scope="module")
+def of_all_kinds(train, byte_model, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("kinds") / "run", "--model", byte_model, *KINDS, *PATTERN)
+
+
+def test_dora_rslora_pattern_and_whole_modules(of_all_kinds, train, byte_model, tmp_path, capsys):
+    """Trained, described, resumed from what run.yaml says, evaluated and merged."""
+    began = next(line for line in read_metrics(RunFiles(of_all_kinds).metrics) if "retain_kl" in line)
+    assert began["forget_log_ratio"] == pytest.approx(0, abs=1e-5) and began["retain_kl"] == pytest.approx(0, abs=1e-6)
+    config = json.loads((of_all_kinds / "adapter_config.json").read_text())
+    assert config["use_dora"] and config["use_rslora"] and config["target_modules"] == PATTERN[1]
+    assert config["modules_to_save"] == ["norm", "embed_tokens"]
+    stored = load_file(RunFiles(of_all_kinds).weights)
+    assert len([name for name in stored if "lora_A" in name]) == 2 and len(stored) == 2 * 3 + 1  # OLMo's norms are bare
+
+    cut = tmp_path / "run"
+    shutil.copytree(of_all_kinds, cut)
+    RunFiles(cut).weights.unlink()
+    for step in (3, 4):
+        shutil.rmtree(cut / f"checkpoint-{step}")
+    run_yaml = yaml.safe_load(RunFiles(cut).run_yaml.read_text()) | {"output_dir": str(cut), "resume": True}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_yaml))
+    assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 0
+    resumed = load_file(RunFiles(cut).weights)
+    assert all(torch.equal(stored[name], resumed[name]) for name in {**stored, **resumed})
+
+    assert main(["evaluate", "--adapter", str(of_all_kinds), "--dtype", "float32", "--device", "cpu"]) == 0
+    merge = ["merge", "--adapter", str(of_all_kinds), "--output-dir", str(tmp_path / "m"), "--dtype", "stored"]
+    assert main(merge) == 0
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(byte_model), of_all_kinds)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(logits(merged), logits(AutoModelForCausalLM.from_pretrained(byte_model)))
+    capsys.readouterr()
+
+
+def test_what_a_module_cannot_be_is_refused_in_a_dry_run(train, byte_model, tmp_path, capsys):
+    for options, message in (
+        (("--modules-to-save", "lm_head"), "the output head is in it"),
+        (("--modules-to-save", "down_proj", "--qlora"), "held in 4 bits"),
+        (("--lora-targets", "(q_proj"), "is no regular expression"),
+        ((*PATTERN, "--lora-layers", "1"), "goes with names"),
+    ):
+        train(tmp_path / "out", "--model", byte_model, *options, "--dry-run", code=2)
+        assert message in capsys.readouterr().err
+    train(tmp_path / "out", "--model", byte_model, *KINDS, *PATTERN, "--dry-run")
+    assert "use_dora: true" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
 def test_a_changed_first_adapter_is_noticed_on_resume(second, train, first, tmp_path, capsys):
     cut, moved = tmp_path / "run", tmp_path / "first"
     shutil.copytree(second, cut)
