@@ -246,6 +246,8 @@ def write_merged(
         config = read_json(out / "config.json")
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for file in checkpoint.shards:  # safetensors lets nobody else read its files; a server may run as somebody else
+        shutil.copymode(out / "config.json", out / _as_safetensors(file))
 
 
 def _merged(

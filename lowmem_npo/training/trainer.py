@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -152,6 +153,9 @@ class NPOTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
+        if self.args.should_save:  # safetensors lets nobody else read its files; a server may run as somebody else
+            files = AdapterFiles(Path(output_dir or self.args.output_dir))
+            shutil.copymode(files.adapter_config, files.weights)
         if _internal_call and output_dir is not None and self.args.should_save:  # a checkpoint
             write_digest(AdapterFiles(Path(output_dir)))
 

@@ -153,6 +153,7 @@ def test_the_tokenizer_comes_along(byte_model, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"  # stored as float32, merged as bf16
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+    assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1  # whoever reads one reads all
 
 
 def test_rank_stabilised_scale(tmp_path):
