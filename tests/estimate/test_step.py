@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import bitsandbytes as bnb
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig, ObjectiveConfig, RunConfig
@@ -71,6 +72,8 @@ CASES = {
     "no checkpointing": run({"gradient_checkpointing": False}),
     "upper layers": run(adapter=AdapterConfig(lora_layers=("2-3",), lora_r=8, lora_targets=("all-linear",))),
     "only forget": run(objective=ObjectiveConfig(gamma=0, delta=0)),
+    "dora": run(adapter=AdapterConfig(use_dora=True, use_rslora=True, lora_targets=("all-linear",))),
+    "modules trained whole": run(adapter=AdapterConfig(modules_to_save=("norm", "embed_tokens"))),
     "other objective": run(objective=ObjectiveConfig(normalization="token", kl_direction="reference-policy")),
 }
 
@@ -81,6 +84,30 @@ def test_the_simulated_step_is_the_real_one_to_the_byte(config, torch_engine):
     result = estimate(config, LLAMA, rows)
     assert result.peak_bytes - result.by_kind["cuBLAS"] == real_peak(config, rows)
     assert sum(result.by_kind.values()) == result.peak_bytes and set(result.by_kind) == set(KINDS)
+
+
+def test_a_second_adapter_is_counted_with_the_first(torch_engine, tmp_path):
+    """The first is frozen: its weights, without gradients and moments."""
+    base = AutoModelForCausalLM.from_config(LLAMA)
+    first = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=16, target_modules=["v_proj", "down_proj"]))
+    first.save_pretrained(tmp_path)
+    config = run(adapter=AdapterConfig(adapter=str(tmp_path), lora_targets=("q_proj", "down_proj")))
+    result = estimate(config, LLAMA, ROWS)
+    assert result.peak_bytes - result.by_kind["cuBLAS"] == real_peak(config, ROWS)
+    alone = estimate(run(adapter=AdapterConfig(lora_targets=("q_proj", "down_proj"))), LLAMA, ROWS)
+    frozen = sum(parameter.nbytes for parameter in first.parameters() if parameter.requires_grad)
+    assert 0.9 * frozen <= result.by_kind["adapter"] - alone.by_kind["adapter"] <= 1.1 * frozen
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"modules_to_save": ("norm", "embed_tokens")}])
+def test_other_kinds_of_adapter_on_four_bit_layers(options):
+    with fake_gpu():
+        model = attach_lora(fake_model(LLAMA, ModelConfig("tiny", qlora=True)), AdapterConfig(**options))
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    lora = 4 * 5 * (64 + 64 + 64 + 32)
+    assert trained == lora + (4 * (64 + 32) if "use_dora" in options else (2 * 4 + 1) * 64 + 997 * 64)
+    config = RunConfig(ModelConfig("tiny", qlora=True), adapter=AdapterConfig(**options))
+    assert estimate(config, LLAMA, ROWS).by_kind["adapter"] >= 4 * 4 * trained  # with gradients and moments
 
 
 def test_a_tensor_held_too_long_would_be_noticed(torch_engine, monkeypatch):

@@ -47,13 +47,20 @@ def test_no_grid_is_one_configuration():
     assert [str(run.directory) for run in planned([])] == ["o/as-given/seed-1", "o/as-given/seed-2"]
 
 
-def test_runs_share_a_reference_where_it_is_the_same():
+def test_runs_share_a_reference_where_it_is_the_same(tmp_path):
     def places(grid):
         return {r.config.memory.reference_dir for r in planned(grid)}
 
     assert places(["gamma=0,1", "lora-r=2,4"]) == {"o/reference"}
     assert places(["gamma=0,1", "max-length=64,128"]) == {f"o/reference/max-length={n}" for n in (64, 128)}
     assert places(["reference=live"]) == {None}
+    whole = ["use-dora=false,true", "modules-to-save=,norm", r"lora-targets=q_proj,.*[vk]_proj"]
+    assert places(whole) == {"o/reference"}
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+        (tmp_path / name / "adapter_model.safetensors").touch()
+    assert len(places([f"adapter={tmp_path / 'a'},{tmp_path / 'b'}"])) == 2
 
 
 @pytest.mark.parametrize(
