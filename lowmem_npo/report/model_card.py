@@ -9,9 +9,12 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import lowmem_npo
+from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answer_table import markdown_table
-from lowmem_npo.report.content import EVIDENCE, Content
+from lowmem_npo.files import file_sha256
+from lowmem_npo.report.content import EVIDENCE, Content, read_content
 from lowmem_npo.report.page import LIMITS, audit_lines, model_name
+from lowmem_npo.run_directory import RunFiles
 
 TAGS = ("unlearning", "machine-unlearning", "npo", "lora", "lowmem-npo")
 METHOD = ("forget_term", "beta", "gamma", "delta", "normalization", "kl_direction", "lora_r", "lora_alpha",
@@ -32,10 +35,8 @@ def model_card(content: Content) -> str:
     data = ModelCardData(
         base_model=None if local else base, library_name="peft", pipeline_tag="text-generation", tags=list(TAGS)
     )
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )  # Markdown, not HTML: text from outside passes through `code`
-    card = environment.get_template("model_card.md.jinja").render(
+    return _rendered(
+        "model_card.md.jinja",
         card_data=data.to_yaml(),
         base=code(model_name(content)),
         base_to_load=f"path/to/{model_name(content)}" if local else base,
@@ -57,6 +58,45 @@ def model_card(content: Content) -> str:
         ],
         version=lowmem_npo.__version__,
     )
+
+
+def merged_card(adapter: Path, base: str, revision: str | None, dtype: str, finding: str) -> str:
+    """The card of a merged model: what it was made of, and what the run that trained the adapter found.
+
+    finding: what is known of the merged weights themselves.
+    """
+    try:
+        verdict = read_content(adapter).verdict
+    except UserError:  # no run, or a damaged one
+        verdict = None
+    local = Path(base).expanduser().is_dir()
+    data = ModelCardData(
+        base_model=None if local else base, library_name="transformers", pipeline_tag="text-generation",
+        tags=[tag for tag in TAGS if tag != "lora"],
+    )  # fmt: skip
+    provenance = [
+        ("Base", code(Path(base).name if local else base)),
+        ("Revision", code(revision or "the default")),
+        ("Adapter, SHA-256", code(file_sha256(RunFiles(adapter).weights))),
+        ("Weights", dtype),
+        ("Merged by", f"lowmem-npo {lowmem_npo.__version__}"),
+    ]
+    return _rendered(
+        "merged_card.md.jinja",
+        card_data=data.to_yaml(),
+        base=provenance[0][1],
+        verdict=verdict,
+        evidence=EVIDENCE,
+        finding=finding,
+        provenance=provenance,
+    )
+
+
+def _rendered(template: str, **values: Any) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )  # Markdown, not HTML: text from outside passes through `code`
+    card = environment.get_template(template).render(values)
     return str(ModelCard(card))  # refuses a header that the hub would refuse
 
 

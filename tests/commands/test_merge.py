@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -10,6 +11,7 @@ import weakref
 import pytest
 import torch
 from helpers.tiny_models import tiny_model
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -411,6 +413,25 @@ def test_bytes_are_counted_before_they_are_written(tmp_path):
         files = sum(path.stat().st_size for path in out.glob("*.safetensors"))
         assert 0 <= files - checkpoint.bytes_as(dtype) < 2000 * len(checkpoint.shards)
         assert not math.isclose(checkpoint.bytes_as(torch.bfloat16), checkpoint.bytes_as(None))
+
+
+def test_the_card_names_base_and_adapter_and_what_was_found(small_demo, tmp_path):
+    run_directory = small_demo[0].directory / "unlearned"
+    assert run(run_directory, tmp_path / "out") == 0
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    weights = (run_directory / "adapter_model.safetensors").read_bytes()
+    headline = json.loads((run_directory / "report.json").read_text())["verdict"]["headline"]
+    assert headline in card.content and hashlib.sha256(weights).hexdigest() in card.content
+    assert card.data.library_name == "transformers" and "`base`" in card.content
+    assert "Not checked: whether forgotten text returns" in card.content
+    assert str(run_directory.parent) not in card.content
+
+
+def test_an_adapter_of_no_run_gets_a_card_as_well(tmp_path):
+    saved_base(tmp_path / "base")
+    adapter = saved_adapter(tmp_path / "base", tmp_path / "adapter")
+    assert run(adapter, tmp_path / "out") == 0
+    assert "Nothing is known of what the adapter forgets" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_it_reports_whether_forgotten_text_returns(tmp_path, capsys):

@@ -19,6 +19,7 @@ from lowmem_npo.model.checkpoint import find_checkpoint
 from lowmem_npo.model.merging import check_space, find_updates, write_merged
 from lowmem_npo.model.names import resolve_name
 from lowmem_npo.model.saved_adapter import base_of_adapter, check_base, revision_of_adapter, settings_of_run
+from lowmem_npo.report.model_card import merged_card
 from lowmem_npo.run_directory import RunFiles, check_empty
 
 DTYPES = {"bf16": torch.bfloat16, "stored": None}
@@ -53,12 +54,16 @@ def merge(config: MergeConfig, say: Say = print) -> Path:
         raise UserError(f"--output-dir '{out}' cannot be written: {error.strerror}.") from error
     try:
         write_merged(checkpoint, updates, partial, dtype)
+        finding, weights = return_of_text(config.adapter), "as the base's" if dtype is None else config.dtype
+        adapter = Path(config.adapter).expanduser()
+        card = merged_card(adapter, name, revision, weights, finding.replace(config.adapter, adapter.resolve().name))
+        RunFiles(partial).model_card.write_text(card, encoding="utf-8")
         os.replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     changed = f"{len(updates)} of {sum(1 for _ in checkpoint.tensors())} weights"
     say(f"The adapter changes {changed}; the merged model ({needed / 2**20:,.1f} MiB) is in {out}.")
-    say(return_of_text(config.adapter))
+    say(finding)
     return out
 
 
