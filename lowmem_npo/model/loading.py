@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,16 +21,15 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import is_flash_attn_2_available
-from transformers.utils import logging as transformers_logging
 
 from lowmem_npo.config import ModelConfig
-from lowmem_npo.console import Say, silent
+from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
 from lowmem_npo.libraries import hub_problem
-from lowmem_npo.model.checkpoint import Checkpoint, find_checkpoint, lists_tensors
 from lowmem_npo.model.names import resolve_name
 from lowmem_npo.model.original_olmo import is_original, native_config
 from lowmem_npo.model.quantization import quantising, quantization_of, stored_quantization
+from lowmem_npo.model.weights import check_directory_weights, check_weights, load_tensors, original_weights
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 
@@ -45,15 +44,15 @@ def resolve_device(device: str) -> torch.device:
 
 
 def load_config(config: ModelConfig) -> PretrainedConfig:
-    """The model's configuration, after checking that it is a causal language model that can be loaded natively."""
+    """The model's configuration, after checking that it is a causal language model that can be loaded natively, and, of
+    a directory, that its files hold the weights of that model, of which only names and shapes are read."""
     name, _ = resolve_name(config.model, config.revision)
-    loaded = _read_config(name, config.revision)
-    if not stored_quantization(loaded):
-        _check_files(name, loaded)
-    return loaded
+    architecture = _architecture(name, config.revision)
+    check_directory_weights(name, architecture)
+    return architecture
 
 
-def _read_config(name: str, revision: str | None) -> PretrainedConfig:
+def _architecture(name: str, revision: str | None) -> PretrainedConfig:
     _check_directory(name)
     try:
         content, _ = PretrainedConfig.get_config_dict(name, revision=revision)
@@ -73,58 +72,6 @@ def _read_config(name: str, revision: str | None) -> PretrainedConfig:
         raise UserError(f"'{name}' is an RWKV, which rescales its weights, but no adapter on them: give another model.")
     stored_quantization(loaded)  # raises if it cannot be trained on
     return loaded
-
-
-def _check_files(name: str, architecture: PretrainedConfig) -> None:
-    """Raises UserError for a directory whose weights are not those of its architecture: transformers loads their names
-    and shapes as it will load the weights, on the device that has no data. Nothing else is read."""
-    folder = Path(name).expanduser()
-    if not (folder.is_dir() and lists_tensors(folder)):
-        return
-    stored = find_checkpoint(name).stored()
-    tensors = {tensor: torch.empty(shape, dtype=dtype, device="meta") for tensor, (shape, dtype) in stored.items()}
-    try:
-        with _no_progress_bar():
-            model, loaded_weights = _load_tensors(architecture, tensors, device_map={"": "meta"})
-    except Exception:  # a conversion that needs data says nothing about the weights
-        return
-    _check_weights(model, name, loaded_weights, silent)
-
-
-def _load_tensors(architecture: PretrainedConfig, tensors: Mapping[str, Any], **options: Any) -> tuple[Any, Any]:
-    """The model of `tensors`, anything that gives a tensor for `[...]`, and what `from_pretrained` reports."""
-    with torch.device("meta"):
-        like = AutoModelForCausalLM.from_config(architecture)
-    kind: Any = type(like)
-    return kind.from_pretrained(
-        None,
-        config=like.config,  # of a part, where the architecture is a larger model's
-        state_dict=dict(tensors),
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # which `_check_weights` refuses by name
-        **options,
-    )
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
-def _original_weights(name: str, architecture: PretrainedConfig, revision: str | None) -> Checkpoint | None:
-    """The files, if their tensors are in OLMo's original format, whatever config.json says of them."""
-    if architecture.model_type not in ("olmo", "llama") or stored_quantization(architecture):
-        return None
-    content, _ = PretrainedConfig.get_config_dict(name, revision=revision)
-    local = Path(name).expanduser().is_dir() and content.get("model_type") == "olmo"
-    checkpoint = find_checkpoint(name, revision) if local or is_original(content) else None
-    return checkpoint if checkpoint is not None and checkpoint.rows else None
 
 
 def attention_of(architecture: PretrainedConfig, wanted: str) -> str:
@@ -155,7 +102,7 @@ def load_model(config: ModelConfig, say: Say = print) -> PreTrainedModel:
     device, dtype = resolve_device(config.device), DTYPES[config.dtype]
     _check_can_run(config, device)
     name, _ = resolve_name(config.model, config.revision)
-    loaded_config = _read_config(name, config.revision)
+    loaded_config = load_config(config)
     quantization = quantization_of(loaded_config, config.qlora, dtype)
     loading = quantising() if quantization else nullcontext()
     if quantization and stored_quantization(loaded_config):  # its own recipe, but for the type that it computes in
@@ -169,11 +116,14 @@ def load_model(config: ModelConfig, say: Say = print) -> PreTrainedModel:
         "device_map": {"": device},
     }
     try:
-        original = _original_weights(name, loaded_config, config.revision)
+        original = original_weights(name, config.revision, loaded_config)
         with loading:
             if original is not None:
-                model, loaded_weights = _load_tensors(loaded_config, original.unread(), **options)
+                model, loaded_weights = load_tensors(loaded_config, original.unread(), **options)
                 model.name_or_path = model.config.name_or_path = name
+                with suppress(OSError):  # there is none
+                    revision = config.revision or "main"
+                    model.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
             else:
                 model, loaded_weights = auto_model.from_pretrained(
                     name,
@@ -181,14 +131,14 @@ def load_model(config: ModelConfig, say: Say = print) -> PreTrainedModel:
                     revision=config.revision,
                     trust_remote_code=False,
                     output_loading_info=True,
-                    ignore_mismatched_sizes=True,  # which `_check_weights` refuses by name
+                    ignore_mismatched_sizes=True,  # which `check_weights` refuses by name
                     **options,
                 )
     except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:
         raise UserError(_why_not_loaded(name, config.revision, error)) from error
-    _check_weights(model, name, loaded_weights, say)
+    check_weights(model, name, loaded_weights, say)
     layer: Any
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):  # a 4-bit layer of bitsandbytes: on such CPUs it would be
@@ -214,28 +164,6 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _check_weights(model: PreTrainedModel, name: str, info: Mapping[str, Any], say: Say) -> None:
-    """Raises UserError for weights that the checkpoint lacks, which are random now; says which ones are not used.
-
-    info: what `from_pretrained` reports; tied and derived weights are not among the missing.
-    """
-    kind, unused = type(model).__name__, info["unexpected_keys"]
-    others = f" (it has others: {_first(unused)})" if unused else ""
-    if missing := info["missing_keys"]:
-        raise UserError(f"The model '{name}' is not a whole {kind}: its files lack {_first(missing)}{others}.")
-    shapes = [f"{key} {tuple(stored)} instead of {tuple(own)}" for key, stored, own in info["mismatched_keys"]]
-    if shapes:
-        raise UserError(f"The weights of '{name}' do not have the shapes of its configuration: {_first(shapes)}.")
-    if unused:
-        say(f"Not used by {kind}: {_first(unused)} of '{name}'.")
-
-
-def _first(names: Collection[str]) -> str:
-    """Three of them in full, the others counted."""
-    first, more = ", ".join(sorted(names)[:3]), len(names) - 3
-    return f"{first} and {more} more" if more > 0 else first
 
 
 def _check_can_run(config: ModelConfig, device: torch.device) -> None:

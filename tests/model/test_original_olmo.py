@@ -92,6 +92,13 @@ def test_4_bit_weights_are_those_of_the_native_form(form, shards, tmp_path):
     assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
 
 
+def test_the_tokens_that_end_its_generation(tmp_path):
+    folder = write(tmp_path, settings(), random_weights(settings()))
+    assert load(folder).generation_config.eos_token_id == 1
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 7]}))
+    assert load(folder).generation_config.eos_token_id == [1, 7]
+
+
 def test_a_native_configuration_beside_original_weights(tmp_path):
     """Relabelled: it was loaded as random weights once."""
     config = settings()

@@ -1,0 +1,102 @@
+"""Whether a checkpoint's weights are those of its architecture, and weights that transformers cannot read by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from lowmem_npo.console import Say, silent
+from lowmem_npo.errors import UserError
+from lowmem_npo.model.checkpoint import Checkpoint, find_checkpoint, lists_tensors
+from lowmem_npo.model.original_olmo import is_original
+from lowmem_npo.model.quantization import stored_quantization
+
+
+def check_directory_weights(name: str, architecture: PretrainedConfig) -> None:
+    """Raises UserError if `name` is a directory with other weights than those of `architecture`.
+
+    transformers loads names and shapes as it will load the weights, on the device that has no data; nothing else is
+    read. What cannot be judged so is judged when the weights are loaded: those that are stored quantised, and a
+    conversion that needs data.
+    """
+    folder = Path(name).expanduser()
+    if not (folder.is_dir() and lists_tensors(folder)) or stored_quantization(architecture):
+        return
+    checkpoint = find_checkpoint(name)
+    try:
+        stored = checkpoint.stored().items()
+        tensors = {tensor: torch.empty(shape, dtype=dtype, device="meta") for tensor, (shape, dtype) in stored}
+        with _no_progress_bar():
+            model, loaded = load_tensors(architecture, tensors, device_map={"": "meta"})
+    except Exception:
+        return
+    check_weights(model, name, loaded, silent)
+
+
+def check_weights(model: PreTrainedModel, name: str, loaded: Mapping[str, Any], say: Say) -> None:
+    """Raises UserError for weights that the checkpoint lacks, which are random now; says which ones are not used.
+
+    loaded: what `from_pretrained` reports; tied and derived weights are not among the missing.
+    """
+    kind, unused = type(model).__name__, loaded["unexpected_keys"]
+    others = f" (it has others: {_first(unused)})" if unused else ""
+    if missing := loaded["missing_keys"]:
+        raise UserError(f"The model '{name}' is not a whole {kind}: its files lack {_first(missing)}{others}.")
+    shapes = [f"{key} {tuple(stored)} instead of {tuple(own)}" for key, stored, own in loaded["mismatched_keys"]]
+    if shapes:
+        raise UserError(f"The weights of '{name}' do not have the shapes of its configuration: {_first(shapes)}.")
+    if unused:
+        say(f"Not used by {kind}: {_first(unused)} of '{name}'.")
+
+
+def load_tensors(architecture: PretrainedConfig, tensors: Mapping[str, Any], **options: Any) -> tuple[Any, Any]:
+    """The model of `tensors`, and what `from_pretrained` reports.
+
+    Args:
+        tensors: name -> a tensor, or whatever gives one for `[...]`: it is read when its turn comes.
+        options: of `from_pretrained`.
+    """
+    with torch.device("meta"):
+        like = AutoModelForCausalLM.from_config(architecture)
+    kind: Any = type(like)
+    return kind.from_pretrained(
+        None,
+        config=like.config,  # of a part, where the architecture is a larger model's
+        state_dict=dict(tensors),
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # which `check_weights` refuses by name
+        **options,
+    )
+
+
+def original_weights(name: str, revision: str | None, architecture: PretrainedConfig) -> Checkpoint | None:
+    """The checkpoint, if its tensors are in OLMo's original format, whatever config.json says of them."""
+    if architecture.model_type not in ("olmo", "llama") or stored_quantization(architecture):
+        return None
+    content, _ = PretrainedConfig.get_config_dict(name, revision=revision)
+    relabelled = content.get("model_type") == "olmo" and Path(name).expanduser().is_dir()
+    checkpoint = find_checkpoint(name, revision) if relabelled or is_original(content) else None
+    return checkpoint if checkpoint is not None and checkpoint.rows else None
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _first(names: Collection[str]) -> str:
+    """Three of them in full, the others counted."""
+    first, more = ", ".join(sorted(names)[:3]), len(names) - 3
+    return f"{first} and {more} more" if more > 0 else first
