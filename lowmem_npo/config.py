@@ -63,6 +63,25 @@ class ModelOptions:
 
 
 @dataclass
+class AnswerOptions:
+    """How a model is asked for its own answers: for every command that measures them."""
+
+    max_new_tokens: int | None = None
+    """Tokens that a generated answer may have, where the model does not end it before. Default: 64, or 16 more than the
+    longest true answer if that is more, but at most 256. The scores of LUME and TOFU have their own."""
+    forms: Literal["all", "trained"] = "all"
+    """How the forget rows are asked for. all: as they were trained, and, for a model with a chat template, in the chat
+    form or the plain form, whichever was not trained, and in other words where a row has them (paraphrased_question).
+    The report goes by the form in which most is left. trained: as they were trained only."""
+
+    def check_answers(self) -> None:
+        """Raises UserError for a value that does not fit."""
+        check_at_least_one(self, "max_new_tokens")
+        if self.forms not in ("all", "trained"):
+            raise UserError(f"--forms must be one of all, trained, not {self.forms!r}.")
+
+
+@dataclass
 class ModelConfig(ModelOptions):
     """Model: the one that is to forget, and how it is loaded."""
 
@@ -339,7 +358,7 @@ class StoppingConfig:
 
 
 @dataclass
-class OutputConfig:
+class OutputConfig(AnswerOptions):
     """Output: where results go and how much is measured."""
 
     output_dir: str = "lowmem-npo-output"
@@ -363,6 +382,7 @@ class OutputConfig:
     def __post_init__(self) -> None:
         self.leaks = (self.leaks,) if isinstance(self.leaks, str) else tuple(self.leaks)
         self.leaks = () if self.leaks == ("none",) else self.leaks
+        self.check_answers()
         if self.report_examples < 0:
             raise UserError(f"--report-examples must be 0 or more, not {self.report_examples}.")
 

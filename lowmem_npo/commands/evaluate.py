@@ -18,11 +18,14 @@ from lowmem_npo.console import Say
 from lowmem_npo.data import Rows, Template, bundled_rows, read_rows, to_examples, tokenize
 from lowmem_npo.data.fit import known_fit
 from lowmem_npo.data.overlap import find_overlap
+from lowmem_npo.data.passages import Passages
+from lowmem_npo.data.prepare import is_general, without_related
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Selection
+from lowmem_npo.evaluation.benchmarks.plain import PLAIN, summaries_of
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.directory import THE_ADAPTER, EvaluationDirectory, digest
-from lowmem_npo.evaluation.leaks.contract import NO_HOLDOUT, SavedModel, Subject
+from lowmem_npo.evaluation.leaks.contract import NO_HOLDOUT, LeakResult, SavedModel, Subject
 from lowmem_npo.evaluation.leaks.measure import run_leak_tests
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, leak_tests
 from lowmem_npo.evaluation.result import Evaluation
@@ -40,8 +43,10 @@ from lowmem_npo.model.saved_adapter import (
     settings_of_run,
 )
 from lowmem_npo.model.stop_tokens import stop_tokens
+from lowmem_npo.report.content import read_content
 from lowmem_npo.report.evaluation_text import evaluation_text
-from lowmem_npo.run_directory import AdapterFiles, EvaluationFiles
+from lowmem_npo.report.verdict import judge_evaluation
+from lowmem_npo.run_directory import AdapterFiles, EvaluationFiles, RunFiles
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -71,7 +76,7 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
         say(line)
     stops = stop_tokens(model_config, architecture)
     tokenizer = load_tokenizer(model_config)
-    sources = _read(config, limit, say)
+    sources = _read(config, limit, Passages.of(config, tokenizer), say)
     before, notes = _read_before(config), _notes(config, run)
     context = Context(config, tokenizer, Template.of(config, stops), before, notes, known_fit(architecture))
     if context.fit is not None:
@@ -97,7 +102,9 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
     if leak_rows:
         rows = {part: selection.rows for part, selection in leak_rows.items()}
         saved = SavedModel(model_config, config.adapter, directory.merged)
-        subject = Subject(scorer, rows["forget"], rows.get("holdout"), config, config.seed, saved)
+        earlier = {name: LeakResult.from_json(of_test) for name, of_test in (before.get("leaks") or {}).items()}
+        sets = (rows["forget"], rows.get("holdout"))
+        subject = Subject(scorer, *sets, config, config.seed, saved, config.max_new_tokens, earlier)
         tests = leak_tests(config.leaks)
         for test in tests:
             test.prepare(subject)
@@ -116,7 +123,21 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
     directory.save(result)
     say("\n" + evaluation_text(result.to_json(), before))
     say(f"\nEvery figure is in {directory.result}, every scored row in {directory.rows.name} beside it.")
+    say(_headline(config, result, context))
     return result
+
+
+def _headline(config: EvaluationConfig, result: Evaluation, context: Context) -> str:
+    """The first sentence of the run's report, which these figures are part of; for any other model the same of these
+    figures alone."""
+    run = RunFiles(Path(config.adapter).expanduser()) if config.adapter else None
+    if run is not None and run.run_yaml.is_file() and config.path == run.evaluation.path:
+        content = read_content(run.path)
+        if content.stages:
+            return content.verdict.headline
+    before = summaries_of(context.before.get(PLAIN.name) or {})
+    vocabulary = context.fit.vocabulary if context.fit else None
+    return judge_evaluation(result.scores.get(PLAIN.name, {}), before, vocabulary, result.leaks).headline
 
 
 # -- what is evaluated, and on which rows -----------------------------------------------------------------------------
@@ -139,7 +160,7 @@ def _model_config(config: EvaluationConfig, say: Say) -> ModelConfig:
     return replace(config.model_config(name), revision=revision)
 
 
-def _read(config: EvaluationConfig, limit: int | None, say: Say) -> dict[str, Rows]:
+def _read(config: EvaluationConfig, limit: int | None, passages: Passages, say: Say) -> dict[str, Rows]:
     """The rows of each set; limit: only the first N."""
     if config.bundled:
         say("No data named: using the bundled biographies of invented people.")
@@ -148,7 +169,15 @@ def _read(config: EvaluationConfig, limit: int | None, say: Say) -> dict[str, Ro
     named = config.named_data
     if named:
         say("Data: " + ", ".join(f"{part} {source}" for part, source in named.items()))
-    return {part: read_rows(source, limit=limit) for part, source in named.items()}
+    sources = {part: read_rows(source, limit=limit, passages=passages) for part, source in named.items()}
+    for part, rows in sources.items():
+        for note in rows.notes:
+            say(f"{part}: {note}")
+    if "forget" in sources and is_general(named.get("retain")):  # as in training
+        sources["retain"], line = without_related(to_examples(sources["forget"], **config.columns), sources["retain"])
+        if line:
+            say(line)
+    return sources
 
 
 def _select(sources: Mapping[str, Rows], context: Context) -> list[tuple[Benchmark, str, Selection]]:

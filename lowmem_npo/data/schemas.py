@@ -27,6 +27,7 @@ CHAT = ("messages", "conversations")
 INSTRUCTIONS = {"output": "input", "response": "context"}  # answer -> what may follow the instruction
 PAIRS = (*(("instruction", answer) for answer in INSTRUCTIONS), ("input", "output"), ("question", "answer"),
          ("prompt", "completion"))  # fmt: skip
+PARAPHRASED = "paraphrased_"  # before the name of the prompt's column: the prompt in other words
 CALLS = ("tool_calls", "function_call")  # what an assistant may say instead of text
 UNTRAINED = ("weight", "train", "training")  # how fine-tuning formats leave a turn out: OpenAI's 0, Axolotl's false
 # What ShareGPT and its kin call the roles of a chat template.
@@ -47,6 +48,7 @@ class Example:
     messages: the whole conversation, answer included, where the row is one: dictionaries with `role`, `content` (text)
         and whatever else a turn has, such as `tool_calls` or `reasoning_content`.
     options: what the chat template gets beside the conversation: `tools`, and the row's `chat_template_kwargs`.
+    paraphrases: the prompt in other words, with which evaluation asks as well (column `paraphrased_question`).
     """
 
     prompt: str | None
@@ -56,12 +58,14 @@ class Example:
     id: str | None = None
     messages: tuple[dict[str, Any], ...] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    paraphrases: tuple[str, ...] = ()
 
     @property
     def columns(self) -> set[str]:
         """The columns that are read."""
         beside = {"id", *(("system", "history", "tools", "chat_template_kwargs") if self.messages else ())}
-        return beside | set(self.schema.split("/"))
+        own = self.schema.split("/")
+        return beside | set(own) | ({PARAPHRASED + own[0]} if self.paraphrases else set())
 
 
 def to_examples(rows: Rows, *, prompt_column: str | None = None, answer_column: str | None = None) -> list[Example]:
@@ -135,7 +139,7 @@ def _example(row: dict[str, Any], where: str, prompt_column: str | None, answer_
         return _conversation([*turns, *last], row, where, schema, identity)
     prompt, answer = _text(row, prompt_column, where), _text(row, answer_column, where)
     if prompt_column != "instruction":
-        return Example(prompt, answer, where, schema, identity)
+        return Example(prompt, answer, where, schema, identity, paraphrases=_paraphrases(row, prompt_column, where))
     more = INSTRUCTIONS.get(answer_column, "input")
     if row.get(more):
         prompt, schema = f"{prompt}\n{_text(row, more, where)}", f"instruction/{more}/{answer_column}"
@@ -150,6 +154,16 @@ def _example(row: dict[str, Any], where: str, prompt_column: str | None, answer_
 
 def _is_turns(value: Any) -> TypeGuard[list[dict[str, Any]]]:
     return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
+
+
+def _paraphrases(row: dict[str, Any], prompt_column: str, where: str) -> tuple[str, ...]:
+    """A text, or a list of texts; empty ones do not count."""
+    column = PARAPHRASED + prompt_column
+    texts = row.get(column)
+    texts = texts if isinstance(texts, list) else [texts]
+    if unlike := next((text for text in texts if not isinstance(text, str | None)), None):
+        raise UserError(f"{where}: {column} is {_kind(unlike)}, not text; write it as a string or a list of strings.")
+    return tuple(text for text in texts if text and text.strip())
 
 
 def _turn(role: str, content: Any) -> dict[str, Any]:

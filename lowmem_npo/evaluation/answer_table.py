@@ -1,4 +1,7 @@
-"""The before/after table: for people in a terminal and in Markdown, for machines as JSON."""
+"""The before/after table: for people in a terminal and in Markdown, for machines as JSON.
+
+A set may stand in it more than once: "forget, plain" are the forget rows, asked in another form than they were trained.
+"""
 
 import json
 from collections.abc import Mapping
@@ -7,8 +10,8 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any, cast
 
-from lowmem_npo.evaluation.answers import AnswerSummary
-from lowmem_npo.evaluation.figures import Figure, finite
+from lowmem_npo.evaluation.answers import AnswerSummary, part_of
+from lowmem_npo.evaluation.figures import Figure, finite, side_by_side
 from lowmem_npo.run_directory import RunFiles
 
 Stages = Mapping[str, Mapping[str, AnswerSummary]]
@@ -33,7 +36,21 @@ class Measure:
 
         Raises KeyError for a set of which nothing is known.
         """
-        return "as gold" if has_gold and data_set == FORGET else self.wishes[data_set]
+        part = part_of(data_set)
+        return "as gold" if has_gold and part == FORGET else self.wishes[part]
+
+    def meaning(self, data_set: str) -> str:
+        """Raises KeyError for a set of which nothing is known."""
+        return self.meanings[part_of(data_set)]
+
+    def value(self, summary: AnswerSummary | None) -> float | None:
+        """None where it was not measured."""
+        return None if summary is None else getattr(summary, self.field)
+
+    @property
+    def heading(self) -> str:
+        """The title as it begins a line."""
+        return self.title[0].upper() + self.title[1:]
 
 
 MEASURES = (
@@ -48,13 +65,17 @@ MEASURES = (
         RETAIN: "Should stay where it was; a fall means that answers to be kept have become less sure.",
     }),
     Measure("rouge_l_recall", "ROUGE-L recall", 3, {FORGET: "lower", RETAIN: "as before"}, {
-        FORGET: "How much of the true answer the model's own answer contains, in order. Lower is forgotten, but hardly "
+        FORGET: "How much of the true answer is anywhere in the model's own, in order. Lower is forgotten, but hardly "
         "0: answers to the same question share words by chance.",
         RETAIN: "Should stay where it was; a fall means that answers to be kept have changed.",
     }),
-    Measure("exact_match", "exact match", 3, {FORGET: "lower", RETAIN: "as before"}, {
-        FORGET: "Share of answers the model gives word for word. 0 is forgotten.",
+    Measure("appears", "answer appears", 3, {FORGET: "lower", RETAIN: "as before"}, {
+        FORGET: "Share of true answers that come in one piece somewhere in what the model says. 0 is forgotten.",
         RETAIN: "Should stay where it was; a fall means that answers to be kept were lost.",
+    }),
+    Measure("exact_match", "exact match", 3, {FORGET: "lower", RETAIN: "as before"}, {
+        FORGET: "Share of true answers that are all the model says, word for word. 0 is forgotten.",
+        RETAIN: "The same for rows that must be kept. It should stay where it was.",
     }),
 )  # fmt: skip
 
@@ -66,9 +87,9 @@ def answer_figures(sets: Mapping[str, AnswerSummary], has_gold: bool = False) ->
             part,
             measure.field,
             measure.title,
-            finite(getattr(summary, measure.field)),
+            finite(measure.value(summary)),
             measure.wish(part, has_gold),
-            measure.meanings[part],
+            measure.meaning(part),
         )
         for part, summary in sets.items()
         for measure in MEASURES
@@ -78,19 +99,27 @@ def answer_figures(sets: Mapping[str, AnswerSummary], has_gold: bool = False) ->
 def table_rows(stages: Stages) -> list[list[str]]:
     """Header and cells of the table: a line per set and measure, a column per stage, and what is wished for.
 
-    With exactly two stages there is a column for the change; with a gold standard the wish for forget is its value.
+    With exactly two stages there is a column for the change; with a gold standard the wish for forget is its value. A
+    dash is a figure that was not measured.
     """
     names = list(stages)
     changes = len(names) == 2
     rows = [["set", "measure", *names, *(["change"] if changes else []), "wished"]]
-    for data_set in stages[names[0]]:
+    for data_set in dict.fromkeys(name for sets in stages.values() for name in sets):
         for measure in MEASURES:
-            values = [getattr(stages[name][data_set], measure.field) for name in names]
-            cells = [f"{value:.{measure.digits}f}" for value in values]
+            values = [measure.value(stages[name].get(data_set)) for name in names]
+            cells = side_by_side(values, decimals=measure.digits)
             if changes:
-                cells.append(f"{values[1] - values[0]:+.{measure.digits}f}")
+                cells.append(_change(values, measure.digits))
             rows.append([data_set, measure.title, *cells, measure.wish(data_set, "gold" in names)])
     return rows
+
+
+def _change(values: list[float | None], decimals: int) -> str:
+    if None in values:
+        return "–"
+    difference = cast(float, values[1]) - cast(float, values[0])
+    return ("" if difference < 0 else "+") + side_by_side([difference], decimals=decimals)[0]
 
 
 def text_table(stages: Stages) -> str:
@@ -152,7 +181,11 @@ def scope(stages: Stages) -> str:
     first = next(iter(stages.values()))
     parts = []
     for name, summary in first.items():
+        if part_of(name) != name:
+            continue
         rows, rows_in_set = summary.rows, summary.rows_in_set
         share = f"all {rows}" if rows == rows_in_set else f"{rows} of {rows_in_set}"
         parts.append(f"{share} {name} rows ({summary.tokens:,} answer tokens)")
-    return "Measured on " + " and ".join(parts) + ", greedy answers."
+    text = "Measured on " + " and ".join(parts) + ", greedy answers"
+    lengths = sorted({summary.max_new_tokens for summary in first.values() if summary.max_new_tokens})
+    return text + (f" of up to {' and '.join(map(str, lengths))} tokens." if lengths else ".")

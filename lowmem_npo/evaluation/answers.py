@@ -1,13 +1,15 @@
-"""What a model answers: four numbers per row and per set, the same before and after unlearning.
+"""What a model answers: five numbers per row and per set, the same before and after unlearning.
 
     nll             mean negative log-likelihood per answer token, in nats, the end-of-sequence token included
     probability     exp(-nll) of the row: TOFU's length-normalised probability of the answer
-    rouge_l_recall  how much of the answer is in the greedy answer, in order (stemmed words)
-    exact_match     whether the greedy answer is the answer, but for surrounding white space
+    rouge_l_recall  how much of the true answer is anywhere in the greedy answer, in order
+    appears         whether the greedy answer has the true answer in one piece, but for case and punctuation
+    exact_match     whether the greedy answer is the true answer, but for surrounding white space
 
-The greedy answer continues the very prompt ids of the training row. A row of plain text has no prompt: its likelihood
-is that of the whole text, and its greedy answer is what the model makes of the first half of its tokens, compared with
-the second half.
+The greedy answer continues the very prompt ids of the training row, for as long as the model likes: until it ends the
+answer by itself, or to `answer_length`, since what it knows may come after a sentence of introduction. A row of plain
+text has no prompt: its likelihood is that of the whole text, and its greedy answer is what the model makes of the first
+half of its tokens, compared with the second half.
 """
 
 from __future__ import annotations
@@ -15,12 +17,12 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from peft import PeftModel
-from rouge_score.rouge_scorer import RougeScorer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_npo.config import OutputConfig
@@ -28,9 +30,11 @@ from lowmem_npo.data import TokenizedRow
 from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE
 from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers, text_of
 from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
+from lowmem_npo.evaluation.wording import appears, rouge_l_recall
 from lowmem_npo.files import write_atomically
 
-MAX_NEW_TOKENS = 256
+MIN_NEW_TOKENS, MAX_NEW_TOKENS = 64, 256
+MARGIN = 16  # tokens beyond the longest true answer
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,32 @@ class AnswerRecord:
     probability: float
     rouge_l_recall: float
     exact_match: bool
+    appears: bool
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> AnswerRecord:
+        """A record as it was saved; one of a version that compared otherwise is compared anew."""
+        if "appears" in content:
+            return cls(**content)
+        return cls(**{**content, **compared(content["reference"], content["answer"])})
+
+
+def compared(reference: str, answer: str) -> dict[str, Any]:
+    """The figures of an `AnswerRecord` that come from its texts, both without white space around them."""
+    return {
+        "rouge_l_recall": rouge_l_recall(reference, answer),
+        "exact_match": answer == reference,
+        "appears": appears(reference, answer),
+    }
 
 
 @dataclass(frozen=True)
 class AnswerSummary:
-    """A set in one line. `nll` is a mean over answer tokens, the other figures are means over rows."""
+    """A set in one line. `nll` is a mean over answer tokens, the other figures are means over rows.
+
+    appears: None in an evaluation.json of a version that did not measure it. max_new_tokens: how many an answer could
+    have; None if each ended where the true one does, as older versions measured.
+    """
 
     rows: int
     rows_in_set: int
@@ -59,9 +84,11 @@ class AnswerSummary:
     probability: float
     rouge_l_recall: float
     exact_match: float
+    appears: float | None = None
+    max_new_tokens: int | None = None
 
     @classmethod
-    def of(cls, records: Sequence[AnswerRecord], rows_in_set: int) -> AnswerSummary:
+    def of(cls, records: Sequence[AnswerRecord], rows_in_set: int, max_new_tokens: int | None = None) -> AnswerSummary:
         tokens = sum(record.tokens for record in records)
         return cls(
             rows=len(records),
@@ -71,6 +98,8 @@ class AnswerSummary:
             probability=fmean(record.probability for record in records),
             rouge_l_recall=fmean(record.rouge_l_recall for record in records),
             exact_match=fmean(record.exact_match for record in records),
+            appears=fmean(record.appears for record in records),
+            max_new_tokens=max_new_tokens,
         )
 
 
@@ -81,9 +110,22 @@ class AnswerEvaluation:
     summary: AnswerSummary
     records: list[AnswerRecord]
 
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> AnswerEvaluation:
+        """The inverse of `asdict`, also of what an older version saved."""
+        summary, records = content["summary"], [AnswerRecord.read(record) for record in content["records"]]
+        if "max_new_tokens" in summary:
+            return cls(AnswerSummary(**summary), records)
+        return cls(AnswerSummary.of(records, summary["rows_in_set"]), records)
+
+    def placed(self, places: Sequence[int], rows_in_set: int) -> AnswerEvaluation:
+        """The same of rows that are at `places` of a larger set."""
+        records = [replace(record, row=place) for record, place in zip(self.records, places, strict=True)]
+        return AnswerEvaluation(replace(self.summary, rows_in_set=rows_in_set), records)
+
 
 Evaluations = dict[str, AnswerEvaluation]
-"""Set ("forget", "retain") -> what its answers are."""
+"""Set ("forget", "retain", or "forget, plain": in another form) -> what its answers are."""
 
 
 def summaries(evaluations: Mapping[str, AnswerEvaluation]) -> dict[str, AnswerSummary]:
@@ -97,18 +139,26 @@ def save_answers(path: Path, evaluations: Mapping[str, AnswerEvaluation]) -> Non
     write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_answers(path: Path, eval_rows: int | None = None) -> Evaluations:
-    """The inverse of `save_answers`; empty where there is no such file, or where not `eval_rows` rows were measured."""
+def read_answers(path: Path, output: OutputConfig | None = None) -> Evaluations:
+    """The inverse of `save_answers`; empty where there is no such file, or where it was not measured as `output` says:
+    on as many rows, with answers as long."""
     if not path.exists():
         return {}
-    evaluations = {
-        name: AnswerEvaluation(AnswerSummary(**e["summary"]), [AnswerRecord(**r) for r in e["records"]])
-        for name, e in json.loads(path.read_text(encoding="utf-8")).items()
-    }
-    complete = eval_rows is None or all(
-        s.rows == min(eval_rows, s.rows_in_set) for s in summaries(evaluations).values()
-    )
-    return evaluations if complete else {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    evaluations = {name: AnswerEvaluation.read(evaluation) for name, evaluation in content.items()}
+    if output is None or all(_measured_as(output, name, e.summary) for name, e in evaluations.items()):
+        return evaluations
+    return {}
+
+
+def _measured_as(output: OutputConfig, name: str, summary: AnswerSummary) -> bool:
+    whole = part_of(name) != name or summary.rows == min(output.eval_rows, summary.rows_in_set)
+    return whole and summary.max_new_tokens is not None and output.max_new_tokens in (None, summary.max_new_tokens)
+
+
+def part_of(name: str) -> str:
+    """The set whose rows are asked: "forget" of "forget, plain", which asks them in another form."""
+    return name.partition(", ")[0]
 
 
 def evaluate_answers(
@@ -119,15 +169,16 @@ def evaluate_answers(
     name: str = "answers",
     limit: int | None = OutputConfig.eval_rows,
     seed: int = 0,
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_new_tokens: int | None = None,
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> AnswerEvaluation:
     """Score the answers of `rows`, or of `limit` rows drawn from them by `seed` (None: all).
 
-    Greedy answers, and the references they are compared with, are cut at `max_new_tokens`. `name` labels the progress
-    bar; `batch_size` rows go through the model together. The model, with or without adapters, is returned in the mode
-    it came in. Raises ValueError where there is no row to score.
+    Greedy answers end where the model ends them, or at `max_new_tokens` (None: `answer_length`), where the references
+    that they are compared with are cut, too. `name` labels the progress bar; `batch_size` rows go through the model
+    together. The model, with or without adapters, is returned in the mode it came in. Raises ValueError where there is
+    no row to score.
     """
     if not rows or limit == 0:
         raise ValueError("there is no row to score")
@@ -137,18 +188,17 @@ def evaluate_answers(
     likelihoods = answer_likelihoods(
         model, picked, batch_size=batch_size, description=f"{name}: likelihood", progress=progress
     )
-    # As many tokens as the answer with its EOS: enough to see whether the model stops where the answer does.
-    prompts = [Prompt(prompt, min(len(answer), max_new_tokens)) for prompt, answer in questions]
+    length = answer_length(picked, max_new_tokens)
+    prompts = [Prompt(prompt, length) for prompt, _ in questions]
     answers = greedy_answers(
         model, tokenizer, prompts, batch_size=batch_size, description=f"{name}: greedy answers", progress=progress
     )
 
-    rouge = RougeScorer(["rougeL"], use_stemmer=True)
     records = []
     for row, (prompt, reference_ids), likelihood, answer_ids in zip(
         chosen, questions, likelihoods, answers, strict=True
     ):
-        reference = text_of(tokenizer, reference_ids[:max_new_tokens]).strip()
+        reference = text_of(tokenizer, reference_ids[:length]).strip()
         answer = text_of(tokenizer, answer_ids).strip()
         records.append(
             AnswerRecord(
@@ -159,11 +209,19 @@ def evaluate_answers(
                 tokens=likelihood.tokens,
                 nll=likelihood.nll,
                 probability=likelihood.probability,
-                rouge_l_recall=rouge.score(reference, answer)["rougeL"].recall,
-                exact_match=answer == reference,
+                **compared(reference, answer),
             )
         )
-    return AnswerEvaluation(AnswerSummary.of(records, rows_in_set=len(rows)), records)
+    return AnswerEvaluation(AnswerSummary.of(records, len(rows), length), records)
+
+
+def answer_length(rows: Sequence[TokenizedRow], wanted: int | None) -> int:
+    """How many tokens a generated answer to any of `rows` may have, its end included: as many as `wanted`, by default
+    enough for the longest true answer after some introduction."""
+    if wanted is not None:
+        return wanted
+    longest = max(len(question(row)[1]) for row in rows)
+    return min(MAX_NEW_TOKENS, max(MIN_NEW_TOKENS, longest + MARGIN))
 
 
 def choose_rows(total: int, limit: int | None, seed: int) -> list[int]:

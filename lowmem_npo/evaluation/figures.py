@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 
@@ -34,11 +35,44 @@ def finite(value: Any) -> float | None:
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def formatted(value: float | None, missing: str = "–") -> str:
-    """A figure for people: three decimals, or two digits and a power of ten where those would show nothing."""
+def formatted(value: float | None, missing: str = "–", decimals: int = 3) -> str:
+    """A figure for people: with so many `decimals`, or two digits where those would show nothing."""
     if value is None:
         return missing
-    return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.1e}"
+    if value == 0 or not abs(value) < 10**-decimals:
+        return f"{value:.{decimals}f}"
+    return f"{value:.2g}" if abs(value) >= 0.001 else f"{value:.1e}"
+
+
+def side_by_side(values: Sequence[float | None], missing: str = "–", decimals: int = 3) -> list[str]:
+    """Figures that are read beside each other: with more than `decimals` where others would print different ones alike,
+    or one far from what it is.
+
+    >>> side_by_side([0.008, 0.013], decimals=2)
+    ['0.008', '0.013']
+    """
+    ways = [partial(formatted, missing=missing, decimals=count) for count in range(decimals, decimals + 4)]
+    return _apart(ways, values)
+
+
+def shares(*values: float) -> list[str]:
+    """The same of numbers between 0 and 1, in per cent."""
+    return _apart([f"{{:.{decimals}%}}".format for decimals in range(4)], values)
+
+
+def _apart(ways: Sequence[Callable[[Any], str]], values: Sequence[float | None]) -> list[str]:
+    """`values`, written in the first way that keeps them apart; in the first if none does."""
+    different = {value for value in values if value is not None and math.isfinite(value)}
+    for write in ways:
+        texts = {value: write(value) for value in different}
+        if len(set(texts.values())) == len(different) and all(map(_close, texts, texts.values())):
+            return [write(value) for value in values]
+    return [ways[0](value) for value in values]
+
+
+def _close(value: float, text: str) -> bool:
+    number = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    return math.isclose(value, number, rel_tol=0.1)
 
 
 def aligned(header: Sequence[str], lines: Sequence[Sequence[str]], numeric: Sequence[str]) -> str:
@@ -65,7 +99,7 @@ def table(now: Sequence[Figure], before: Sequence[Figure] | None = None) -> str:
     lines = []
     for figure in now:
         values = [figure.value] if before is None else [earlier.get((figure.set, figure.key)), figure.value]
-        cells = [formatted(value, "missing") for value in values]
+        cells = side_by_side(values, "missing") if len(values) > 1 else [formatted(values[0], "missing")]
         wish = figure.needs if figure.value is None and figure.needs else figure.wish
         lines.append([*([figure.set or ""] if has_sets else []), figure.title, *cells, wish])
     return aligned([*(["set"] if has_sets else []), "figure", *stages, "wished"], lines, stages)

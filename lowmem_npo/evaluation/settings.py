@@ -7,20 +7,21 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lowmem_npo.config import DataConfig, DataOptions, ModelConfig, ModelOptions, check_at_least_one
+from lowmem_npo.config import AnswerOptions, DataConfig, DataOptions, ModelConfig, ModelOptions, check_at_least_one
+from lowmem_npo.data.self_written import self_rows
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS, BenchmarkOptions
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, NAMES, LeakOptions, leak_tests
 from lowmem_npo.evaluation.options import FREE, SET
 from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE
-from lowmem_npo.run_directory import RunFiles
+from lowmem_npo.run_directory import RunFiles, run_of_adapter
 
 DATA_SETS = ("forget", "retain", "holdout")
 DEFAULT_DIRECTORY = "lowmem-npo-evaluation"
 
 
 @dataclass
-class EvaluationOptions(DataOptions, ModelOptions):
+class EvaluationOptions(AnswerOptions, DataOptions, ModelOptions):
     """What `evaluate` shares with `train`, and its own options; each benchmark and each leak test adds some."""
 
     model: str | None = None
@@ -68,6 +69,7 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
         if self.max_length is not None and self.max_length < 2:
             raise UserError(f"--max-length is {self.max_length}; a prompt and an answer need at least 2 tokens.")
         check_at_least_one(self, "limit", "batch_size")
+        self.check_answers()
         self.leaks = NAMES if "all" in self.leaks else tuple(self.leaks)
         leak_tests(self.leaks)
         if self.leaks and self.forget is None and not self.bundled:
@@ -78,14 +80,19 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
     def completed(self, run: Mapping[str, Any]) -> EvaluationConfig:
         """What was left open, as `run` had it (run.yaml of the adapter's run, or nothing)."""
         known: dict[str, Any] = {"max_length": self.max_length or run.get("max_length") or DataConfig.max_length}
+        known["max_new_tokens"] = self.max_new_tokens or run.get("max_new_tokens")
         if self.template is None and self.prompt_template is None:
             known["prompt_template"] = text = run.get("prompt_template")
             plain = "plain" if run and text is None else "auto"  # a run of a version without --template
             known["template"] = run.get("template", plain)
             known["system"] = run.get("system") if self.system is None else self.system
+        for name in ("passage_tokens", "passages"):
+            known[name] = getattr(self, name) or run.get(name) or getattr(DataConfig, name)
         if self.bundled and run.get("forget"):
             names = ("forget", "retain", *(["holdout"] if self.leaks else []))
             known |= {name: run.get(name) for name in names}
+            if self_rows(known["retain"]) is not None and self.adapter is not None:
+                known["retain"] = str(run_of_adapter(Path(self.adapter).expanduser()).self_written)
             known |= {name: getattr(self, name) or run.get(name) for name in ("prompt_column", "answer_column")}
         return replace(self, **known)
 
@@ -99,7 +106,7 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
     def may_change(cls) -> set[str]:
         """Options that a resumed evaluation may change; what would change a figure must stay as it was."""
         own = {f.name for f in fields(cls) if FREE in f.metadata}
-        return {"output_dir", "resume", "batch_size", "device", "before", "any_base", "leaks"} | own
+        return {"output_dir", "resume", "batch_size", "device", "before", "any_base", "leaks", "forms"} | own
 
     @property
     def named_data(self) -> dict[str, str]:

@@ -11,7 +11,14 @@ from typing import Any
 import yaml
 
 from lowmem_npo.errors import UserError
-from lowmem_npo.evaluation.answers import AnswerEvaluation, AnswerRecord, AnswerSummary, read_answers, summaries
+from lowmem_npo.evaluation.answers import (
+    AnswerEvaluation,
+    AnswerRecord,
+    AnswerSummary,
+    part_of,
+    read_answers,
+    summaries,
+)
 from lowmem_npo.evaluation.directory import is_of_adapter
 from lowmem_npo.evaluation.figures import finite
 from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakResults
@@ -81,9 +88,10 @@ class Content:
             return []
         examples = []
         for part in self.evaluations["after"]:
-            by_row = {s: {r.row: r for r in self.evaluations[s][part].records} for s in stages}
+            measured = {stage: self.evaluations[stage].get(part) for stage in stages}
+            by_row = {stage: {r.row: r for r in e.records} if e else {} for stage, e in measured.items()}
             rows = [{stage: by_row[stage][row] for stage in stages if row in by_row[stage]} for row in by_row["after"]]
-            worst_first = _survival if part == "forget" else _damage
+            worst_first = _survival if part_of(part) == "forget" else _damage
             for records in sorted((row for row in rows if "before" in row), key=worst_first)[:count]:
                 first = records["before"]
                 answers = {stage: record.answer for stage, record in records.items()}

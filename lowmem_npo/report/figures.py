@@ -29,6 +29,10 @@ class StagedFigure:
     wished: str
     meaning: str
 
+    def row(self, stages: Sequence[str]) -> list[float | None]:
+        """The values at these stages."""
+        return [self.values.get(stage) for stage in stages]
+
 
 def run_figures(stages: Stages) -> list[StagedFigure]:
     """The figures of the before/after table, one per set and measure."""

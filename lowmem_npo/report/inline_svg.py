@@ -16,7 +16,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from lowmem_npo.evaluation.answer_table import MEASURES, Stages
-from lowmem_npo.evaluation.figures import formatted
+from lowmem_npo.evaluation.figures import side_by_side
 from lowmem_npo.report.panels import STAGE_TITLES, draw_bars, draw_likelihood, draw_objective, stage_colours
 from lowmem_npo.training.metrics import Metrics
 
@@ -42,10 +42,15 @@ def bar_pictures(stages: Stages) -> list[Picture]:
     for column, measure in enumerate(MEASURES):
         description = "; ".join(
             f"{part}: "
-            + ", ".join(f"{stage} {formatted(getattr(stages[stage][part], measure.field))}" for stage in stages)
+            + ", ".join(
+                f"{stage} {value}"
+                for stage, value in zip(
+                    stages, side_by_side([measure.value(sets.get(part)) for sets in stages.values()]), strict=True
+                )
+            )
             for part in next(iter(stages.values()))
         )
-        title = measure.title[:1].upper() + measure.title[1:]
+        title = measure.heading
         svg = _draw(f"bars{column}", BARS, partial(draw_bars, stages=stages, column=column))
         pictures.append(_picture(f"bars{column}", title, f"Bars. {description}.", svg))
     return pictures
@@ -77,7 +82,8 @@ def _course(metrics: Sequence[Metrics], **titles: str) -> str:
     for key, title in titles.items():
         values = [line[key] for line in metrics if line.get(key) is not None]
         if values:
-            courses.append(f"{title} from {formatted(values[0])} to {formatted(values[-1])}")
+            first, last = side_by_side([values[0], values[-1]])
+            courses.append(f"{title} from {first} to {last}")
     return "; ".join(courses) + "."
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lowmem_npo.evaluation.figures import side_by_side
 from lowmem_npo.evaluation.leaks.contract import HOLDOUT, LeakResult, LeakResults, LeakTest, LeakVerdict
 from lowmem_npo.evaluation.leaks.registry import by_name
 
@@ -19,6 +20,14 @@ class LeakFigure:
     values: dict[str, float | None]
     meaning: str
     never_seen: dict[str, float | None]
+
+    @property
+    def shown(self) -> dict[str, tuple[str, str | None]]:
+        """Stage -> the value, and the holdout's if it was measured, as they are read beside each other."""
+        written = iter(side_by_side([*self.values.values(), *self.never_seen.values()]))
+        values = {stage: next(written) for stage in self.values}
+        never_seen = {stage: next(written) for stage in self.never_seen}
+        return {stage: (value, never_seen.get(stage)) for stage, value in values.items()}
 
 
 @dataclass(frozen=True)

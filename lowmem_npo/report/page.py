@@ -14,23 +14,23 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import lowmem_npo
 from lowmem_npo.evaluation.answer_table import scope
-from lowmem_npo.evaluation.answers import AnswerSummary
+from lowmem_npo.evaluation.answers import AnswerSummary, part_of
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
-from lowmem_npo.evaluation.figures import formatted
+from lowmem_npo.evaluation.figures import side_by_side
 from lowmem_npo.report.audit import seconds
 from lowmem_npo.report.content import EVIDENCE, Content
 from lowmem_npo.report.figures import ANSWERS
 from lowmem_npo.report.inline_svg import bar_legend, bar_pictures, curve_pictures
 from lowmem_npo.report.leak_tests import leak_sections, words
-from lowmem_npo.report.verdict import RULES
+from lowmem_npo.report.verdict import RULES, said_count
 
 LONGEST = 600  # characters of a text that an example shows
 TONES = {"good": "as intended", "mixed": "with reservations", "bad": "not as intended", "unknown": "inconclusive"}
 LIMITS = (
     "The original weights still know everything: only the adapter on them, or the merged model, has forgotten. Whoever "
     "has the base model can leave the adapter off.",
-    "Answers are greedy continuations of the prompts of the data. Other wordings, languages, samples or a few steps of "
-    "fine-tuning may bring back what they do not.",
+    "Answers are greedy, to the prompts of the data and to those forms of them that are listed. Other wordings, "
+    "languages, samples or a few steps of fine-tuning may bring back what they do not.",
     "What is not in the forget rows is not forgotten, however closely related.",
     "before.json, after.json and the rows.jsonl of an evaluation, in the same directory, contain the text of the rows: "
     "do not pass them on with this report.",
@@ -59,7 +59,7 @@ def render_page(content: Content, examples: int) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"formatted": formatted, "text": shortened, "by_set": by_set}
+    environment.filters |= {"side_by_side": side_by_side, "text": shortened, "by_set": by_set}
     settings = content.settings
     return environment.get_template("report.html.jinja").render(
         c=content,
@@ -144,16 +144,19 @@ def _as_yaml(settings: Mapping[str, Any]) -> str:
 def _tiles(stages: Mapping[str, Mapping[str, AnswerSummary]]) -> Iterator[Tile]:
     if not {"before", "after"} <= set(stages):
         return
-    measures = {
-        "word for word": (lambda s: f"{round(s.exact_match * s.rows)}", lambda s: f"of {s.rows} answers"),
-        "NLL per token": (lambda s: f"{s.nll:.2f}", lambda s: "nats; 0 is certainty"),
-    }
     for part, summary in stages["after"].items():
-        for title, (value, scale) in measures.items():
-            gold = stages.get("gold", {}).get(part)
-            note = scale(summary) + (f"; gold standard: {value(gold)}" if gold else "")
-            course = f"{value(stages['before'][part])} → {value(summary)}"
-            yield Tile(f"{part.capitalize()} answers, {title}", course, note)
+        if part_of(part) != part or part not in stages["before"]:
+            continue
+        gold = stages.get("gold", {}).get(part)
+        measured = [stages["before"][part], summary, *([gold] if gold else [])]
+        for title, values, scale in (
+            ("that the model says", [str(said_count(s)) for s in measured], f"of {summary.rows} answers"),
+            ("NLL per token", side_by_side([s.nll for s in measured], decimals=2), "nats; 0 is certainty"),
+        ):
+            note = scale + (f"; gold standard: {values[2]}" if gold else "")
+            yield Tile(
+                f"{part.capitalize()} answers{'' if title[0] == 't' else ','} {title}", " → ".join(values[:2]), note
+            )
 
 
 def _groups(content: Content) -> Iterator[dict[str, Any]]:

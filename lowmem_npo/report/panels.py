@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from lowmem_npo.evaluation.answer_table import MEASURES, Stages
+from lowmem_npo.evaluation.answer_table import MEASURES, Measure, Stages
+from lowmem_npo.evaluation.figures import side_by_side
 from lowmem_npo.training.metrics import Metrics
 
 # Okabe and Ito's palette, which colour-blind readers can distinguish. Forget and retain look the same in every panel.
@@ -72,15 +74,22 @@ def draw_bars(ax: Axes, stages: Stages, column: int) -> None:
     sets = list(next(iter(stages.values())))
     width = 0.8 / len(stages)
     colours = stage_colours(stages)
+    labels = _labels(stages, sets, measure)
     for place, (stage, summaries) in enumerate(stages.items()):
-        values = [getattr(summaries[name], measure.field) for name in sets]
+        values = [value if (value := measure.value(summaries.get(name))) is not None else math.nan for name in sets]
         centres = [at + (place - (len(stages) - 1) / 2) * width for at in range(len(sets))]
         bars = ax.bar(centres, values, width * 0.92, color=colours[stage], label=STAGE_TITLES.get(stage, stage))
-        ax.bar_label(bars, [f"{value:.2f}" for value in values], fontsize=8, padding=2)
-    ax.set_xticks(range(len(sets)), sets, fontsize=11)
-    ax.set_title(measure.title[0].upper() + measure.title[1:], fontsize=11)
+        ax.bar_label(bars, labels[stage], fontsize=8, padding=2)
+    ax.set_xticks(range(len(sets)), [name.replace(", ", ",\n") for name in sets], fontsize=11)
+    ax.set_title(measure.heading, fontsize=11)
     ax.set_ylim(0, 1.12 if measure.field != "nll" else 1.12 * max(ax.get_ylim()[1], 0.1))
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def _labels(stages: Stages, sets: Sequence[str], measure: Measure) -> dict[str, list[str]]:
+    """Stage -> what is written on its bars; figures of a set that differ are not written alike."""
+    by_set = [side_by_side([measure.value(of.get(name)) for of in stages.values()], "", decimals=2) for name in sets]
+    return {stage: [labels[place] for labels in by_set] for place, stage in enumerate(stages)}
 
 
 def _finish(ax: Axes, title: str, ylabel: str) -> None:

@@ -23,10 +23,11 @@ def draw_picture(path: Path, metrics: Sequence[Metrics], stages: Stages, title: 
     figure = Figure(figsize=(12.5, 8.34), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)  # not pyplot: no window, no global state
     figure.suptitle(title, fontsize=14)
-    grid = figure.add_gridspec(2, len(MEASURES), height_ratios=(1.15, 1), hspace=0.06)
-    draw_likelihood(figure.add_subplot(grid[0, :2]), metrics, stages)
-    draw_objective(figure.add_subplot(grid[0, 2:]), metrics)
-    axes = [figure.add_subplot(grid[1, column]) for column in range(len(MEASURES))]
+    half = len(MEASURES)
+    grid = figure.add_gridspec(2, 2 * half, height_ratios=(1.15, 1), hspace=0.06)
+    draw_likelihood(figure.add_subplot(grid[0, :half]), metrics, stages)
+    draw_objective(figure.add_subplot(grid[0, half:]), metrics)
+    axes = [figure.add_subplot(grid[1, 2 * column : 2 * column + 2]) for column in range(len(MEASURES))]
     for column, ax in enumerate(axes):
         draw_bars(ax, stages, column)
     handles, labels = axes[0].get_legend_handles_labels()

@@ -10,25 +10,28 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lowmem_npo.evaluation.answer_table import Stages
-from lowmem_npo.evaluation.answers import AnswerSummary
+from lowmem_npo.evaluation.answer_table import FORGET, RETAIN, Stages
+from lowmem_npo.evaluation.answers import AnswerSummary, part_of
+from lowmem_npo.evaluation.asking import CHAT, PLAIN, REWORDED, in_form
+from lowmem_npo.evaluation.figures import side_by_side
 from lowmem_npo.evaluation.leaks.contract import LeakResults
 
-KNOWN = 0.2  # ROUGE-L recall before; with less there was little to forget
-VERBATIM = 0.05  # share of answers that may still come word for word
+KNOWN = 0.5  # ROUGE-L recall before; with less, and hardly an answer said, there was little to forget
+SAID = 0.05  # share of answers that may still appear
 REMAINS = 0.5  # of recall and probability
 UNTOUCHED = 0.9
 KEPT, DAMAGED = 0.95, 0.75  # of recall, and of probability
 OVERDONE = 1.3  # times the NLL of a model that never saw the rows
 
 RULES = (
-    f"“No longer says”: at most {VERBATIM:.0%} of the measured forget answers come word for word (or at most "
-    f"{VERBATIM:.0%} more than from a model that never saw them), and both ROUGE-L recall and answer probability are "
+    f"“No longer says”: at most {SAID:.0%} of the measured forget answers appear in what the model says (or at most "
+    f"{SAID:.0%} more than from a model that never saw them), and both ROUGE-L recall and answer probability are "
     f"at most half of what they were. “Still says”: both are above {UNTOUCHED:.0%} of what they were. “In part”: "
-    f"anything between. “Hardly knew”: ROUGE-L recall was below {KNOWN} before. “Still says what it was to keep”: "
-    f"recall and probability on retain rows are at least {KEPT:.0%} of what they were; below {DAMAGED:.0%} of either, "
-    "much is lost. “Overdone”: forget answers are less likely than a uniform guess over the vocabulary, or "
-    f"their NLL is over {OVERDONE} times that of a model that never saw them."
+    f"anything between. “Hardly knew”: before, ROUGE-L recall was below {KNOWN} and at most {SAID:.0%} of the answers "
+    "appeared. Where the forget rows are asked in several forms, the one counts in which the most is left. “Still says "
+    f"what it was to keep”: recall and probability on retain rows are at least {KEPT:.0%} of what they were; below "
+    f"{DAMAGED:.0%} of either, much is lost. “Overdone”: forget answers are less likely than a uniform guess over the "
+    f"vocabulary, or their NLL is over {OVERDONE} times that of a model that never saw them."
 )
 
 FORGET_WORDS = {
@@ -37,6 +40,8 @@ FORGET_WORDS = {
     "untouched": "the model still says what it was to forget",
     "unknown": "the model hardly knew what it was to forget, so forgetting cannot be seen",
 }
+SEVERITY = ("unknown", "forgotten", "partly", "untouched")
+FORM_WORDS = {CHAT: "through its chat template", PLAIN: "without its chat template", REWORDED: "in other words"}
 RETAIN_WORDS = {
     "kept": "still says what it was to keep",
     "worse": "has lost some of what it was to keep",
@@ -72,34 +77,54 @@ def judge_run(stages: Stages, vocabulary: int | None, leaks: Mapping[str, LeakRe
             ["Likelihoods are NaN or infinite: the training diverged, and nothing else here means anything. Try a "
              "smaller --lr or another --seed first."],
         )  # fmt: skip
-    forget = _forget_state(before["forget"], after["forget"], gold.get("forget"))
+    asked = [name for name in after if part_of(name) == FORGET and name in before]
+    states = {name: _forget_state(before[name], after[name], gold.get(name)) for name in asked}
+    worst = max(asked, key=lambda name: (SEVERITY.index(states[name]), name == FORGET, after[name].rouge_l_recall))
+    forget = states[worst]
     retain = _retain_state(before["retain"], after["retain"]) if "retain" in after else None
     overdone = _overdone(after["forget"], gold.get("forget"), vocabulary) if forget != "unknown" else None
     leaking = _leaking(leaks.get("after", {}))
 
-    headline = f"On the rows measured, {FORGET_WORDS[forget]}{_conjunction(forget, retain)}{RETAIN_WORDS[retain]}"
+    where = "" if worst == FORGET else f" when asked {_form_words(worst)}"
+    headline = (
+        f"On the rows measured, {FORGET_WORDS[forget]}{where}{_conjunction(forget, retain)}{RETAIN_WORDS[retain]}"
+    )
     if overdone:
         headline += "; the forgetting is overdone"
     if leaking:
         headline += f"{', and' if overdone else ', but'} leak tests still find traces"
-    sentences = [_figures("forget", before, after, gold)]
+    sentences = [_figures(name, before, after, gold) for name in asked]
     if retain:
-        sentences.append(_figures("retain", before, after, gold))
+        sentences.append(_figures(RETAIN, before, after, gold))
     if overdone:
         sentences.append(overdone)
     sentences.append(_leak_sentence(leaks.get("after", {}), leaks.get("gold")))
     return Verdict(_tone(forget, retain, bool(overdone or leaking)), headline + ".", sentences)
 
 
+def judge_evaluation(
+    now: Mapping[str, AnswerSummary], before: Mapping[str, AnswerSummary], vocabulary: int | None, leaks: LeakResults
+) -> Verdict:
+    """The same of answers measured by `evaluate`, without a run. before: those of an earlier evaluation, or none."""
+    if FORGET not in now or FORGET in before:
+        known = {name: before[name] for name in now if name in before}
+        stages = {"before": known, "after": {name: now[name] for name in known}} if known else {}
+        return judge_run(stages, vocabulary, {"after": leaks})
+    said = [f"{said_count(now[part])} of {now[part].rows} {part} answers" for part in (FORGET, RETAIN) if part in now]
+    traces = "; leak tests find traces" if _leaking(leaks) else ""
+    headline = f"On the rows measured, the model says {' and '.join(said)}{traces}."
+    return Verdict("unknown", headline, ["What it said before is not known (--before)."])
+
+
 def _forget_state(before: AnswerSummary, after: AnswerSummary, gold: AnswerSummary | None) -> str:
-    if before.rouge_l_recall < KNOWN:
+    if before.rouge_l_recall < KNOWN and _said(before) <= SAID:
         return "unknown"
-    verbatim = VERBATIM + (gold.exact_match if gold else 0)
+    by_chance = _said(gold) if gold else 0
     recall = _remains(before.rouge_l_recall, after.rouge_l_recall)
     probability = _remains(before.probability, after.probability)
     # What a model that never saw the rows says by chance does not count against this one.
-    chance = gold is not None and after.rouge_l_recall <= gold.rouge_l_recall + VERBATIM
-    if after.exact_match <= verbatim and (recall <= REMAINS or chance) and probability <= REMAINS:
+    chance = gold is not None and after.rouge_l_recall <= gold.rouge_l_recall + SAID
+    if _said(after) <= SAID + by_chance and (recall <= REMAINS or chance) and probability <= REMAINS:
         return "forgotten"
     return "untouched" if recall > UNTOUCHED and probability > UNTOUCHED else "partly"
 
@@ -126,15 +151,33 @@ def _overdone(after: AnswerSummary, gold: AnswerSummary | None, vocabulary: int 
     return None
 
 
-def _figures(part: str, before: Mapping, after: Mapping, gold: Mapping) -> str:
-    """The sentence with the numbers of a set."""
-    was, now = before[part], after[part]
-    known = f", from a model that never saw them {_count(gold[part])}" if part == "forget" and part in gold else ""
+def _figures(name: str, before: Mapping, after: Mapping, gold: Mapping) -> str:
+    """The sentence with the numbers of a set, or of one in another form."""
+    part, was, now = part_of(name), before[name], after[name]
     share = f"{now.rows}" if now.rows == now.rows_in_set else f"{now.rows} measured of {now.rows_in_set}"
+    start = f"Of {share} {part} answers, " if name == part else f"Asked {_form_words(name)}, of {share} "
+    nll_was, nll_now = side_by_side([was.nll, now.nll], decimals=2)
     return (
-        f"Of {share} {part} answers, {_count(now)} {'comes' if _count(now) == 1 else 'come'} word for word "
-        f"(before: {_count(was)}{known}); the NLL per answer token went from {was.nll:.2f} to {now.nll:.2f}."
+        f"{start}{_counts(was, now, gold.get(name) if part == FORGET else None)}; the NLL per answer token went from "
+        f"{nll_was} to {nll_now}."
     )
+
+
+def _counts(was: AnswerSummary, now: AnswerSummary, gold: AnswerSummary | None) -> str:
+    """How many answers the model says, and how many it said."""
+    never_saw = f", from a model that never saw them {said_count(gold)}" if gold else ""
+    earlier = f"(before: {said_count(was)}{never_saw})"
+    if now.appears is None:
+        return f"{said_count(now)} {'comes' if said_count(now) == 1 else 'come'} word for word {earlier}"
+    appear = "appears" if said_count(now) == 1 else "appear"
+    return (
+        f"{said_count(now)} {appear} in what the model says {earlier}, {_exact(now)} word for word "
+        f"(before: {_exact(was)})"
+    )
+
+
+def _form_words(name: str) -> str:
+    return next(words for form, words in FORM_WORDS.items() if name == in_form(part_of(name), form))
 
 
 def _leaking(results: LeakResults) -> list[str]:
@@ -142,16 +185,30 @@ def _leaking(results: LeakResults) -> list[str]:
 
 
 def _leak_sentence(results: LeakResults, gold: LeakResults | None) -> str:
-    conclusive = [name for name, result in results.items() if result.leaks is not None]
-    if not conclusive:
+    against_holdout = {name: r for name, r in results.items() if r.leaks is not None and not r.against_before}
+    against_before = {name: r for name, r in results.items() if r.leaks is not None and r.against_before}
+    if not against_holdout and not against_before:
         return "No leak test was run, or none was conclusive: what can still be extracted is not known."
-    if not (leaking := _leaking(results)):
-        return f"No traces in any conclusive leak test: {', '.join(conclusive)}."
-    sentence = f"Traces in {len(leaking)} of {len(conclusive)} conclusive leak tests: {', '.join(leaking)}."
-    if gold is not None:
-        on_gold = ", ".join(_leaking(gold)) or "none"
-        sentence += f" In a model that never saw the rows: {on_gold}."
-    return sentence
+    sentences = []
+    if against_holdout:
+        if leaking := _leaking(against_holdout):
+            count = f"{len(leaking)} of {len(against_holdout)}"
+            sentences.append(f"Traces in {count} conclusive leak tests: {', '.join(leaking)}.")
+        else:
+            sentences.append(f"No traces in any conclusive leak test: {', '.join(against_holdout)}.")
+        if leaking and gold is not None:
+            on_gold = ", ".join(_leaking(gold)) or "none"
+            sentences.append(f"In a model that never saw the rows: {on_gold}.")
+    if against_before:
+        left = _leaking(against_before)
+        less = [name for name in against_before if name not in left]
+        said = [*([f"much is left by {', '.join(left)}"] if left else []),
+                *([f"much less by {', '.join(less)}"] if less else [])]  # fmt: skip
+        sentences.append(
+            f"Compared with the model before, {'; '.join(said)}; without a holdout it is not known whether that is "
+            "more than a model gives that never saw the rows."
+        )
+    return " ".join(sentences)
 
 
 def _conjunction(forget: str, retain: str | None) -> str:
@@ -174,5 +231,15 @@ def _remains(before: float, after: float) -> float:
     return after / before if before > 0 else 1.0
 
 
-def _count(summary: AnswerSummary) -> int:
+def _said(summary: AnswerSummary) -> float:
+    """The share of answers that the model says: anywhere, or, where only that was measured, as all it says."""
+    return summary.exact_match if summary.appears is None else summary.appears
+
+
+def said_count(summary: AnswerSummary) -> int:
+    """How many answers the model says."""
+    return round(_said(summary) * summary.rows)
+
+
+def _exact(summary: AnswerSummary) -> int:
     return round(summary.exact_match * summary.rows)

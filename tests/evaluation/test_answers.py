@@ -1,8 +1,10 @@
-"""The four numbers per row, against dense float64 logits and against values worked out by hand."""
+"""The five numbers per row, against dense float64 logits and against values worked out by hand."""
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +12,17 @@ from helpers.tiny_models import tiny_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
+from lowmem_npo.config import OutputConfig
 from lowmem_npo.data import Example, tokenize
 from lowmem_npo.evaluation import answers
-from lowmem_npo.evaluation.answers import AnswerRecord, AnswerSummary, choose_rows, evaluate_answers
+from lowmem_npo.evaluation.answers import (
+    AnswerRecord,
+    AnswerSummary,
+    choose_rows,
+    evaluate_answers,
+    read_answers,
+    save_answers,
+)
 from lowmem_npo.evaluation.scoring import likelihood
 from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
 
@@ -121,6 +131,7 @@ def test_rouge_and_exact_match_by_hand(evaluated):
         ]
     )
     assert [record.exact_match for record in records] == [True, False, False, False]
+    assert [record.appears for record in records] == [True, False, True, False]
     assert [record.rouge_l_recall for record in records] == pytest.approx([1, 3 / 7, 1, 0])
     assert [record.reference for record in records] == [answer for _, answer in PAIRS]
     assert records[0].prompt == "Question: Who sails?\nAnswer:"
@@ -130,6 +141,9 @@ def test_recall_not_precision(evaluated):
     """A long-winded answer that holds the whole truth has recited it."""
     records = evaluated(["well I think Anna surely does all of that"] * 4)
     assert records[0].rouge_l_recall == 1 and records[0].exact_match is False
+    assert records[0].appears is False  # in order, but not in one piece
+    records = evaluated(["Well, as far as I know, ANNA does all of that."] * 4)
+    assert records[0].appears and not records[0].exact_match
 
 
 def test_prompts_are_the_training_rows_own_ids(evaluated, rows):
@@ -137,8 +151,25 @@ def test_prompts_are_the_training_rows_own_ids(evaluated, rows):
     for prompt, row in zip(evaluated.prompts, rows, strict=True):
         length = row["labels"].count(-100)
         assert list(prompt.ids) == row["input_ids"][:length] == row["input_ids"][: row["prompt_length"]]
-        # Its answer and EOS: a model that says one word more than the answer is caught.
-        assert prompt.max_new_tokens == len(row["input_ids"]) - length
+        assert prompt.max_new_tokens == 64  # enough for some introduction, whatever the answer's own length
+
+
+def test_how_long_an_answer_may_be():
+    def rows_of(*lengths):
+        return [{"input_ids": [5] * (3 + n), "labels": [5] * (3 + n), "prompt_length": 3} for n in lengths]
+
+    for lengths, wanted, expected in (
+        ((2,), None, 64),
+        ((2, 48), None, 64),
+        ((2, 49), None, 65),  # 16 more than the longest
+        ((2, 239), None, 255),
+        ((2, 900), None, 256),
+        ((2, 900), 7, 7),
+        ((2,), 900, 900),
+    ):
+        assert answers.answer_length(rows_of(*lengths), wanted) == expected
+    text = [{"input_ids": [5] * 200, "labels": [5] * 200, "prompt_length": 0}]  # its second half is asked for
+    assert answers.answer_length(text, None) == 116
 
 
 def test_a_model_that_recites_has_nothing_left_to_win(tokenizer, rows):
@@ -146,18 +177,29 @@ def test_a_model_that_recites_has_nothing_left_to_win(tokenizer, rows):
     records = evaluate_answers(Reciter(rows, tokenizer), tokenizer, rows, limit=None, progress=False).records
     assert all(record.exact_match and record.rouge_l_recall == 1 for record in records)
     babbler = evaluate_answers(Reciter(rows, tokenizer, stops=False), tokenizer, rows, limit=None, progress=False)
-    assert babbler.summary.exact_match == 0 and babbler.summary.rouge_l_recall == 1
+    assert babbler.summary.exact_match == 0 and babbler.summary.rouge_l_recall == babbler.summary.appears == 1
 
 
-def Reciter(rows, tokenizer, stops: bool = True):
-    """A real model whose `generate` continues every prompt with its row's answer; with or without the EOS."""
+def test_an_answer_after_an_introduction_counts(tokenizer, rows):
+    """With as many tokens as the true answer has, only the introduction would come."""
+    model = Reciter(rows, tokenizer, introduction="As far as I know:")
+    free = evaluate_answers(model, tokenizer, rows, limit=None, progress=False)
+    assert free.summary.appears == free.summary.rouge_l_recall == 1 and free.summary.exact_match == 0
+    assert free.summary.max_new_tokens == 64
+    short = evaluate_answers(model, tokenizer, rows, limit=None, max_new_tokens=10, progress=False)
+    assert short.summary.appears == 0 and short.summary.max_new_tokens == 10
+
+
+def Reciter(rows, tokenizer, stops: bool = True, introduction: str = ""):
+    """A real model whose `generate` continues every prompt with its row's answer; with or without the EOS, and after
+    some introduction."""
     model = tiny_model("olmo", 258)
     after = {tuple(row["input_ids"][: row["prompt_length"]]): row["input_ids"][row["prompt_length"] :] for row in rows}
 
     def generate(input_ids, attention_mask, generation_config, **kwargs):
         tails = []
         for ids, mask in zip(input_ids, attention_mask, strict=True):
-            answer = list(after[tuple(ids[mask.bool()].tolist())])
+            answer = tokenizer(introduction)["input_ids"] + after[tuple(ids[mask.bool()].tolist())]
             if not stops:
                 answer[-1] = tokenizer("!")["input_ids"][0]
             tails.append((answer + [tokenizer.pad_token_id] * 99)[: generation_config.max_new_tokens])
@@ -187,12 +229,13 @@ def test_long_answers_are_compared_up_to_the_cap(tokenizer, rows):
 
 def test_the_summary_by_hand():
     def record(tokens, nll, rouge, exact):
-        return AnswerRecord(0, "", "", "", tokens, nll, math.exp(-nll), rouge, exact)
+        return AnswerRecord(0, "", "", "", tokens, nll, math.exp(-nll), rouge, exact, appears=True)
 
-    summary = AnswerSummary.of([record(1, 2.0, 0.5, True), record(3, 4.0, 0.0, False)], rows_in_set=9)
+    summary = AnswerSummary.of([record(1, 2.0, 0.5, True), record(3, 4.0, 0.0, False)], 9, max_new_tokens=64)
     assert summary.nll == pytest.approx((1 * 2 + 3 * 4) / 4)  # a mean over tokens
     assert summary.probability == pytest.approx((math.exp(-2) + math.exp(-4)) / 2)  # over rows
-    assert (summary.rouge_l_recall, summary.exact_match) == (0.25, 0.5)
+    assert (summary.rouge_l_recall, summary.exact_match, summary.appears) == (0.25, 0.5, 1)
+    assert summary.max_new_tokens == 64
     assert (summary.rows, summary.rows_in_set, summary.tokens) == (2, 9, 4)
 
 
@@ -214,3 +257,28 @@ def test_nothing_to_score_is_an_error(tokenizer, rows):
     for nothing, limit in ((rows.rows[:0], None), (rows, 0)):
         with pytest.raises(ValueError, match="no row"):
             evaluate_answers(tiny_model("olmo", 258), tokenizer, nothing, limit=limit, progress=False)
+
+
+def test_what_an_older_version_saved_is_read_and_measured_again(tokenizer, rows, tmp_path):
+    """It had neither `appears` nor `max_new_tokens`, and its ROUGE knew only a-z."""
+    before = {"forget": evaluate_answers(Reciter(rows, tokenizer), tokenizer, rows, limit=None, progress=False)}
+    save_answers(path := tmp_path / "before.json", before)
+    assert read_answers(path) == before
+    output = OutputConfig(eval_rows=4)
+    assert read_answers(path, output) == before
+    assert not read_answers(path, OutputConfig(eval_rows=3)) and not read_answers(
+        path, replace(output, max_new_tokens=9)
+    )
+    assert read_answers(path, replace(output, max_new_tokens=64)) == before
+
+    content = json.loads(path.read_text())
+    for name in ("appears", "max_new_tokens"):
+        content["forget"]["summary"].pop(name)
+    for record in content["forget"]["records"]:
+        del record["appears"]
+        record |= {"reference": "Москва", "answer": "Это Москва.", "rouge_l_recall": 0.0}
+    path.write_text(json.dumps(content))
+    assert not read_answers(path, output)
+    summary = read_answers(path)["forget"].summary
+    assert (summary.appears, summary.rouge_l_recall, summary.max_new_tokens) == (1, 1, None)
+    assert summary.nll == pytest.approx(before["forget"].summary.nll)

@@ -93,8 +93,8 @@ def collect(runs: Sequence[SweepRun], ledger: Mapping[str, Mapping[str, Any]]) -
 
 
 def _entry(run: SweepRun, ledger: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    files, eval_rows = RunDirectory(run.config), run.config.output.eval_rows
-    before, after = (read_answers(files.answers(stage), eval_rows) for stage in ("before", "after"))
+    files, output = RunDirectory(run.config), run.config.output
+    before, after = (read_answers(files.answers(stage), output) for stage in ("before", "after"))
     place = f"{run.directory.parent.name}/{run.directory.name}"
     entry = {"configuration": run.point.name, **dict(run.point.settings), "seed": run.seed, "directory": place}
     error = ledger.get(place, {}).get("error")

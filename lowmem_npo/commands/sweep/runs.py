@@ -69,8 +69,8 @@ def sweep(runs: Sequence[SweepRun], root: Path, *, resume: bool, say: Say = prin
 def is_finished(run: SweepRun) -> bool:
     """Whether the run's directory holds its adapter, its measurements and its report, which is written last; a run that
     needs more steps now is not finished."""
-    files, eval_rows = RunDirectory(run.config), run.config.output.eval_rows
-    measured = all(read_answers(files.answers(stage), eval_rows) for stage in ("before", "after"))
+    files, output = RunDirectory(run.config), run.config.output
+    measured = all(read_answers(files.answers(stage), output) for stage in ("before", "after"))
     complete = files.is_trained and measured and files.report_json.is_file()
     return complete and files.run_yaml.is_file() and not files.needs_more_steps
 

@@ -30,6 +30,8 @@ class Settings(Protocol):
     limit: int | None
     seed: int
     batch_size: int
+    max_new_tokens: int | None
+    forms: str
 
     @property
     def columns(self) -> dict[str, str | None]: ...

@@ -1,14 +1,18 @@
-"""Any rows with answers: how likely the answers are, and how much of them comes in greedy answers."""
+"""Any rows with answers: how likely the answers are, and how much of them comes in greedy answers.
+
+Rows to forget are asked in other forms as well (`asking`): each form is a set of figures of its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
-from lowmem_npo.data import Rows, to_examples, tokenize
+from lowmem_npo.data import Rows, TokenizedRows, to_examples, tokenize
 from lowmem_npo.evaluation.answer_table import FORGET, RETAIN, answer_figures, text_table
-from lowmem_npo.evaluation.answers import AnswerRecord, AnswerSummary
+from lowmem_npo.evaluation.answers import AnswerRecord, AnswerSummary, answer_length, part_of
+from lowmem_npo.evaluation.asking import in_form, other_forms
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measured, Selection
 from lowmem_npo.evaluation.figures import Figure
 from lowmem_npo.evaluation.scoring.scorer import Scorer
@@ -16,10 +20,13 @@ from lowmem_npo.evaluation.scoring.scorer import Scorer
 
 @dataclass(frozen=True)
 class PlainAnswer:
-    """A measured row, and how many rows its set has."""
+    """A measured row, how many rows its set has, how long an answer could be, and the form that was asked in (None: the
+    trained one)."""
 
     record: AnswerRecord
     rows_in_set: int
+    max_new_tokens: int
+    form: str | None = None
 
 
 class Plain(Benchmark[PlainAnswer, dict[str, AnswerSummary]]):
@@ -50,33 +57,59 @@ class Plain(Benchmark[PlainAnswer, dict[str, AnswerSummary]]):
         return Selection(tokenized, len(rows), places)
 
     def measure(self, name: str, selection: Selection, scorer: Scorer, context: Context) -> list[PlainAnswer]:
-        records = scorer.answers(f"{name}: answers", selection.rows, selection.places)
-        return [PlainAnswer(record, selection.rows_in_set) for record in records]
+        rows, config = cast(TokenizedRows, selection.rows), context.config
+        length = answer_length(rows, config.max_new_tokens)
+        records = scorer.answers(f"{name}: answers", rows, selection.places, length)
+        measured = [PlainAnswer(record, selection.rows_in_set, length) for record in records]
+        if name == FORGET and config.forms == "all":
+            form_of = (scorer.tokenizer, context.template, config.tokens_per_row, context.fit)
+            for form, asked in other_forms(rows, rows.examples, selection.places, *form_of).items():
+                records = scorer.answers(f"{in_form(name, form)}: answers", asked.rows, asked.places, length)
+                measured += [PlainAnswer(record, selection.rows_in_set, length, form) for record in records]
+        return measured
 
     def score(self, measured: Measured, context: Context) -> dict[str, AnswerSummary] | None:
-        return {
-            name: AnswerSummary.of([answer.record for answer in answers], answers[0].rows_in_set)
-            for name, answers in self.own(measured).items()
-        } or None
+        by_set: dict[str, list[PlainAnswer]] = {}
+        for name, answers in self.own(measured).items():
+            for answer in answers:
+                by_set.setdefault(in_form(name, answer.form) if answer.form else name, []).append(answer)
+        scores = {
+            name: AnswerSummary.of([a.record for a in answers], answers[0].rows_in_set, answers[0].max_new_tokens)
+            for name, answers in by_set.items()
+        }
+        before = summaries_of(context.before.get(self.name) or {})
+        if other := [name for name in scores if name in before and _length(scores[name]) != _length(before[name])]:
+            now, earlier = (_length(of[other[0]]) for of in (scores, before))
+            context.notes.append(
+                f"{other[0]}: the earlier evaluation let answers have {earlier}, this one {now}: the figures of greedy "
+                "answers are not comparable."
+            )
+        return scores or None
 
     def to_json(self, scores: dict[str, AnswerSummary]) -> dict[str, Any]:
         return {name: asdict(summary) for name, summary in scores.items()}
 
     def rows_to_json(self, name: str, measured: Sequence[PlainAnswer]) -> list[dict[str, Any]]:
-        return [asdict(answer.record) for answer in measured]
+        return [{**asdict(a.record), **({"form": a.form} if a.form else {})} for a in measured]
 
     def figures(self, content: Mapping[str, Mapping[str, Any]]) -> list[Figure]:
-        return answer_figures(_summaries(content))
+        return answer_figures(summaries_of(content))
 
     def text(self, content: Any, before: Any) -> str:
-        now, earlier = _summaries(content), _summaries(before or {})
-        if set(now) <= set(earlier):
-            return text_table({"before": {name: earlier[name] for name in now}, "after": now})
+        now, earlier = summaries_of(content), summaries_of(before or {})
+        if {name for name in now if part_of(name) == name} <= set(earlier):
+            return text_table({"before": {name: earlier[name] for name in now if name in earlier}, "after": now})
         return text_table({"now": now})
 
 
 PLAIN = Plain()
 
 
-def _summaries(content: Mapping[str, Mapping[str, Any]]) -> dict[str, AnswerSummary]:
+def _length(summary: AnswerSummary) -> str:
+    length = summary.max_new_tokens
+    return "as many tokens as the true ones have" if length is None else f"up to {length} tokens"
+
+
+def summaries_of(content: Mapping[str, Mapping[str, Any]]) -> dict[str, AnswerSummary]:
+    """The inverse of `to_json`."""
     return {name: AnswerSummary(**summary) for name, summary in content.items()}

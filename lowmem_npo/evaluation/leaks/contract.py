@@ -1,8 +1,9 @@
 """What a leak test is: one object in one file of this folder, and one line in registry.py.
 
 A leak test looks for what a model may still give away of rows that it was made to forget, without a retrained model to
-compare with: it compares with a holdout, rows like the forgotten ones that the model was never taught. Help texts,
-tables and reports are made from these objects.
+compare with: it compares with a holdout, rows like the forgotten ones that the model was never taught. Where there is
+none it compares with the model before it forgot, which says less: how much is left, not whether that is more than a
+model would give that never saw the rows. Help texts, tables and reports are made from these objects.
 
 Nothing here loads PyTorch, so that `lowmem-npo train --help` can list the tests: a test imports what is heavy in `run`.
 """
@@ -17,15 +18,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar, c
 
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.figures import shares
 from lowmem_npo.evaluation.options import Options
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from lowmem_npo.data import TokenizedRow
     from lowmem_npo.evaluation.scoring.scorer import Scorer
     from lowmem_npo.evaluation.scoring.token_scores import TokenScores
 
 MARGIN = 0.1  # a figure between 0 and 1 stands out if it is further than this above the holdout's
-WITHOUT_HOLDOUT = 0.5  # without a holdout, only more than this is called a leak
+WITHOUT_HOLDOUT = 0.5  # without a holdout, and without the model before, only more than this is called a leak
+MUCH = 0.5  # of what there was before
 NO_HOLDOUT = "what the model gives for rows that it never saw is not known (--holdout names some)"
 
 
@@ -39,8 +44,8 @@ class Need(NamedTuple):
     reason: str
 
 
-A_HOLDOUT = Need(
-    lambda subject: not subject.holdout,
+A_YARDSTICK = Need(
+    lambda subject: not subject.holdout and subject.original is None,
     "it compares with rows that the model never saw, and there are none (--holdout names some)",
 )
 AN_ADAPTER = Need(
@@ -61,6 +66,12 @@ VERDICTS: Mapping[bool | None, LeakVerdict] = {
     False: LeakVerdict("no traces found", "good"),
     None: LeakVerdict("cannot tell", "unknown"),
 }
+# The smaller claim, where there is no holdout.
+VERDICTS_AGAINST_BEFORE: Mapping[bool | None, LeakVerdict] = {
+    **VERDICTS,
+    True: LeakVerdict("much is left", "bad"),
+    False: LeakVerdict("much less than before", "good"),
+}
 
 
 class Meaning(NamedTuple):
@@ -78,12 +89,14 @@ class LeakResult:
     figures: numbers, or groups of numbers, by name; `holdout_X` is figure X on the holdout.
     meaning: one sentence.
     leaks: True, False, or None where that is unknown.
+    against_before: whether that was judged by the model before it forgot, because there is no holdout.
     rows: set -> the scores of each of its rows, in order; for rows.jsonl, never for a report.
     """
 
     figures: dict[str, Any]
     meaning: str
     leaks: bool | None
+    against_before: bool = False
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     @classmethod
@@ -93,17 +106,18 @@ class LeakResult:
 
     @property
     def verdict(self) -> LeakVerdict:
-        return VERDICTS[self.leaks]
+        return (VERDICTS_AGAINST_BEFORE if self.against_before else VERDICTS)[self.leaks]
 
     def to_json(self) -> dict[str, Any]:
         """As leaks.json and evaluation.json hold it."""
-        return {**self.figures, "meaning": self.meaning, "leaks": self.leaks}
+        against = {"against_before": True} if self.against_before else {}
+        return {**self.figures, "meaning": self.meaning, "leaks": self.leaks, **against}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> LeakResult:
         """The inverse of `to_json`. Raises KeyError where `content` is no result."""
-        figures = {name: value for name, value in content.items() if name not in ("meaning", "leaks")}
-        return cls(figures, content["meaning"], content["leaks"])
+        figures = {k: v for k, v in content.items() if k not in ("meaning", "leaks", "against_before")}
+        return cls(figures, content["meaning"], content["leaks"], content.get("against_before", False))
 
 
 LeakResults = dict[str, LeakResult]
@@ -128,6 +142,8 @@ class Subject:
 
     scorer: asks the model. forget, holdout: rows that were to be forgotten, and rows like them that the model was never
     taught. options: every test's. seed: of all that is random. saved: None while a model is being trained.
+    max_new_tokens: of a generated answer, at most; None: `answer_length`. earlier: results of the model before it
+    forgot, where they are known. unlearned: False for that model itself.
     """
 
     scorer: Scorer
@@ -136,6 +152,35 @@ class Subject:
     options: Any
     seed: int = 0
     saved: SavedModel | None = None
+    max_new_tokens: int | None = None
+    earlier: LeakResults = field(default_factory=dict)
+    unlearned: bool = True
+
+    @property
+    def original(self) -> PeftModel | None:
+        """The model in memory if it can be asked without its adapter: what it was before it forgot."""
+        from peft import PeftModel
+
+        return self.scorer.model if self.unlearned and isinstance(self.scorer.model, PeftModel) else None
+
+    def of_original(self, ask: Callable[[Scorer], T]) -> T | None:
+        """What `ask` gives of the model before it forgot, for a test that has no holdout; None where it has one, and
+        where that model cannot be asked."""
+        from lowmem_npo.model.adapters import original_model
+
+        if self.holdout or not self.unlearned:
+            return None
+        if self.scorer.model is None:  # it has been asked in `prepare`
+            return ask(self.scorer)
+        if self.original is None:
+            return None
+        with original_model(self.original):
+            return ask(self.scorer)
+
+    def earlier_figure(self, test: str, figure: str) -> float | None:
+        """A figure of the model before it forgot, of a test that has no holdout; None where it is not known."""
+        value = self.earlier[test].figures.get(figure) if test in self.earlier else None
+        return value if not self.holdout and isinstance(value, int | float) else None
 
     @property
     def sets(self) -> dict[str, Sequence[TokenizedRow]]:
@@ -148,6 +193,7 @@ class Subject:
 
 
 OptionsT = TypeVar("OptionsT", bound=Options)
+T = TypeVar("T")
 
 
 class LeakTest(ABC, Generic[OptionsT]):
@@ -191,22 +237,29 @@ class LeakTest(ABC, Generic[OptionsT]):
         return self.figures[figure]
 
 
-def above_holdout(value: float, level: float | None) -> bool | None:
+def above_holdout(value: float, level: float | None, before: float | None = None) -> bool | None:
     """Whether `value`, between 0 and 1, stands out from what the model gives for rows that it never saw.
 
-    level: the same figure on the holdout. Without one only much more than any guessing gives is called a leak; for
-    the rest the answer is None, not known.
+    level: the same figure on the holdout. Without one, whether much is left of `before`, the figure of the model before
+    it forgot; without that, too, only much more than any guessing gives is called a leak. Else None: not known.
     """
-    if level is None:
-        return True if value > WITHOUT_HOLDOUT else None
-    return value > level + MARGIN
+    if level is not None:
+        return value > level + MARGIN
+    if before is not None and before > MARGIN:
+        return value > max(MUCH * before, MARGIN)
+    return True if value > WITHOUT_HOLDOUT else None
 
 
-def beside_holdout(level: float | None) -> str:
-    """The words that put the holdout's figure beside the forgotten rows'."""
-    if level is None:
-        return NO_HOLDOUT
-    return f"of answers that the model never saw, {level:.0%}"
+def beside_holdout(value: float, level: float | None, before: float | None = None) -> tuple[str, str]:
+    """`value` in per cent, and the words that put the holdout's figure, or that of the model before it forgot, beside
+    it."""
+    if level is not None:
+        own, never_seen = shares(value, level)
+        return own, f"of answers that the model never saw, {never_seen}"
+    if before is not None:
+        own, earlier = shares(value, before)
+        return own, f"before it forgot, {earlier}; {NO_HOLDOUT}"
+    return shares(value)[0], NO_HOLDOUT
 
 
 def as_holdout(figures: Mapping[str, float]) -> dict[str, float]:

@@ -60,7 +60,7 @@ class Extraction(LeakTest[Options]):
 
     def run(self, subject: Subject, options: Options) -> LeakResult:
         scores = subject.token_scores()
-        result = judge(scores["forget"], scores.get("holdout"))
+        result = judge(scores["forget"], scores.get("holdout"), strength_before(subject))
         result.rows = {
             name: [
                 {"exact_memorization": exact_memorization(row), "extraction_strength": extraction_strength(row)}
@@ -74,19 +74,37 @@ class Extraction(LeakTest[Options]):
 EXTRACTION = Extraction()
 
 
-def judge(forget: Sequence[TokenScores], holdout: Sequence[TokenScores] | None) -> LeakResult:
-    """The figures of both sets, and what they say."""
+def judge(
+    forget: Sequence[TokenScores], holdout: Sequence[TokenScores] | None, before: float | None = None
+) -> LeakResult:
+    """The figures of both sets, and what they say. before: the extraction strength of the model before it forgot."""
     figures, level = extraction_figures(forget), None
     if holdout:
         on_holdout = extraction_figures(holdout)
         level = on_holdout["extraction_strength"]
         figures |= as_holdout(on_holdout)
     strength = figures["extraction_strength"]
+    own, beside = beside_holdout(strength, level, before)
     meaning = (
-        f"Once begun, the model writes the last {strength:.0%} of a forgotten answer by itself, token for token "
-        f"({figures['recited']:.0%} of the answers from the question alone); {beside_holdout(level)}."
+        f"Once begun, the model writes the last {own} of a forgotten answer by itself, token for token "
+        f"({figures['recited']:.0%} of the answers from the question alone); {beside}."
     )
-    return LeakResult(figures, meaning, above_holdout(strength, level))
+    leaks = above_holdout(strength, level, before)
+    return LeakResult(figures, meaning, leaks, against_before=level is None and before is not None)
+
+
+def original_scores(subject: Subject) -> list[TokenScores] | None:
+    """What the model before it forgot thinks of the forget answers; None where there is a holdout, or no such model."""
+    return subject.of_original(
+        lambda scorer: scorer.token_scores("leaks: forget answers, original model", subject.forget)
+    )
+
+
+def strength_before(subject: Subject) -> float | None:
+    """The extraction strength of the model before it forgot; None with a holdout, or where it is not known."""
+    if (scores := original_scores(subject)) is not None:
+        return extraction_figures(scores)["extraction_strength"]
+    return subject.earlier_figure(EXTRACTION.name, "extraction_strength")
 
 
 def exact_memorization(row: TokenScores) -> float:

@@ -28,6 +28,9 @@ def measure_leaks(
     holdout_rows: Sequence[TokenizedRow] | None = None,
     tests: Sequence[str] = OutputConfig.leaks,
     seed: int = 0,
+    max_new_tokens: int | None = None,
+    earlier: LeakResults | None = None,
+    unlearned: bool = True,
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> LeakResults:
@@ -35,11 +38,23 @@ def measure_leaks(
 
     forget_rows, holdout_rows: rows that were to be forgotten, and rows like them that the model was never taught.
     tests: some of `WHILE_TRAINING`; the `meaning` of one that could not be run says why. seed: of all that is random.
+    max_new_tokens: of a sampled answer; None: `answer_length`. earlier: results of the model before it forgot, which
+    are compared with where there is no holdout; a model with an adapter is asked for what else is needed, without it.
+    unlearned: False for that model itself.
 
     Raises UserError for a test that there is not, for no rows, and for a model that gives no finite numbers.
     """
     scorer = Scorer(model, tokenizer, Journal(None, progress=progress), batch_size)
-    subject = Subject(scorer, forget_rows, holdout_rows, LeakOptions(), seed)
+    subject = Subject(
+        scorer,
+        forget_rows,
+        holdout_rows,
+        LeakOptions(),
+        seed,
+        max_new_tokens=max_new_tokens,
+        earlier=earlier or {},
+        unlearned=unlearned,
+    )
     return run_leak_tests(leak_tests(tests, WHILE_TRAINING), subject)
 
 

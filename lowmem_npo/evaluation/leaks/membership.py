@@ -7,6 +7,9 @@
 The AUC of a score is the probability that a forgotten answer scores above one of the holdout. 0.5 is what a model gives
 that saw neither; towards 1 the forgotten answers are still known; towards 0 they are less likely than answers that were
 never seen, which gives them away as well. Forget and holdout rows must be alike in all but what the model was taught.
+
+Without a holdout there is no such test; what is said then is how far the scores fell: the AUC of the forgotten answers
+before against the same answers now. 0.5: nothing has changed; 1: every one is less likely than any was.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lowmem_npo.evaluation.leaks.contract import A_HOLDOUT, MARGIN, LeakResult, LeakTest, Meaning, Subject
+from lowmem_npo.evaluation.leaks.contract import A_YARDSTICK, MARGIN, NO_HOLDOUT, LeakResult, LeakTest, Meaning, Subject
+from lowmem_npo.evaluation.leaks.extraction import original_scores
 from lowmem_npo.evaluation.options import Options
 
 if TYPE_CHECKING:
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
 
 K = 0.2  # share of the tokens that Min-K% looks at
 SIGNIFICANT = 0.01
+FALLEN = 0.75  # half of the way from 0.5, no change, to 1
 
 
 def loss(row: TokenScores) -> float:
@@ -41,20 +46,29 @@ SCORES: dict[str, Callable[[TokenScores], float]] = {"loss": loss, "min_k": min_
 TITLES = {"loss": "loss", "min_k": "Min-K%", "min_k_pp": "Min-K%++"}
 AUC = "How often the score ranks a forgotten row above one never seen. 0.5 is chance; 1 and 0 both give it away."
 P_VALUE = "How often chance alone would do that. Very small: the difference is real."
+FELL = (
+    "How often the score ranks a forgotten answer as it was before above one as it is now. 0.5: nothing has changed; "
+    "1: every one is less likely than any was."
+)
 
 
 class Membership(LeakTest[Options]):
     name = "membership"
     summary = "AUC of the sharpest of LOSS, Min-K%, Min-K%++ against the holdout"
-    needs = (A_HOLDOUT,)
+    needs = (A_YARDSTICK,)
     options = Options
-    figures = {f"{score}_auc": Meaning(f"{title} AUC", AUC, "0.5") for score, title in TITLES.items()} | {
-        f"{score}_p": Meaning(f"{title} p-value", P_VALUE, "") for score, title in TITLES.items()
-    }
+    figures = (
+        {f"{score}_auc": Meaning(f"{title} AUC", AUC, "0.5") for score, title in TITLES.items()}
+        | {f"{score}_p": Meaning(f"{title} p-value", P_VALUE, "") for score, title in TITLES.items()}
+        | {f"{score}_fell": Meaning(f"{title}, before against now", FELL, "higher") for score, title in TITLES.items()}
+    )
 
     def run(self, subject: Subject, options: Options) -> LeakResult:
         scores = subject.token_scores()
-        result = judge(scores["forget"], scores["holdout"])
+        if (before := original_scores(subject)) is not None:
+            result = judge_against_before(scores["forget"], before)
+        else:
+            result = judge(scores["forget"], scores["holdout"])
         result.rows = {
             name: [{key: score(row) for key, score in SCORES.items()} for row in rows] for name, rows in scores.items()
         }
@@ -80,6 +94,22 @@ def judge(forget: Sequence[TokenScores], holdout: Sequence[TokenScores]) -> Leak
     auc, p = figures[f"{sharpest}_auc"], figures[f"{sharpest}_p"]
     leaks, words = _verdict(auc, p, all_equal=all(figures[f"{name}_all_equal"] for name in SCORES))
     return LeakResult(figures, f"The sharpest of three scores ({sharpest}) has an AUC of {auc:.2f}: {words}.", leaks)
+
+
+def judge_against_before(forget: Sequence[TokenScores], before: Sequence[TokenScores]) -> LeakResult:
+    """How far the score that has changed least has fallen. before: of the same answers, before the model forgot."""
+    from sklearn.metrics import roc_auc_score
+
+    labels, fell = [1] * len(before) + [0] * len(forget), {}
+    for name, score in SCORES.items():
+        fell[name] = float(roc_auc_score(labels, [*map(score, before), *map(score, forget)]))
+    least = min(fell, key=lambda name: fell[name])
+    meaning = (
+        f"In {fell[least]:.0%} of pairs of a forgotten answer before and one now, the former is the likelier, by the "
+        f"score of three that changed least ({least}); membership itself is not tested, since {NO_HOLDOUT}."
+    )
+    figures = {"rows": len(forget), **{f"{name}_fell": auc for name, auc in fell.items()}}
+    return LeakResult(figures, meaning, fell[least] <= FALLEN, against_before=True)
 
 
 def _verdict(auc: float, p: float, all_equal: bool) -> tuple[bool | None, str]:

@@ -31,7 +31,7 @@ from lowmem_npo.evaluation.leaks.contract import (
     as_holdout,
     beside_holdout,
 )
-from lowmem_npo.evaluation.leaks.extraction import FIGURES, extraction_figures
+from lowmem_npo.evaluation.leaks.extraction import FIGURES, extraction_figures, original_scores, strength_before
 from lowmem_npo.evaluation.options import Options
 
 if TYPE_CHECKING:
@@ -63,12 +63,13 @@ class Quantization(LeakTest[Options]):
 
     def prepare(self, subject: Subject) -> None:
         subject.token_scores()
+        original_scores(subject)
 
     def run(self, subject: Subject, options: Options) -> LeakResult:
         assert subject.saved is not None
         forms, problem = measure_forms(subject, subject.saved)
         evaluated = {name: extraction_figures(scores) for name, scores in subject.token_scores().items()}
-        return judge({AS_EVALUATED: evaluated, **forms}, problem)
+        return judge({AS_EVALUATED: evaluated, **forms}, problem, strength_before(subject))
 
 
 QUANTIZATION = Quantization()
@@ -108,23 +109,30 @@ def measure_forms(subject: Subject, saved: SavedModel) -> tuple[FormFigures, str
     return measured, " ".join(f"{', '.join(forms)}: {why}" for why, forms in problems.items()) or None
 
 
-def judge(forms: Mapping[str, Mapping[str, Figures]], problem: str | None = None) -> LeakResult:
-    """What `forms` say: AS_EVALUATED and those measured, each with the figures of forget (and holdout) rows."""
-    before = forms[AS_EVALUATED]["forget"]["extraction_strength"]
+def judge(
+    forms: Mapping[str, Mapping[str, Figures]], problem: str | None = None, before: float | None = None
+) -> LeakResult:
+    """What `forms` say: AS_EVALUATED and those measured, each with the figures of forget (and holdout) rows.
+
+    before: the extraction strength of the model before it forgot.
+    """
+    as_evaluated = forms[AS_EVALUATED]["forget"]["extraction_strength"]
     others = {form: figures for form, figures in forms.items() if form != AS_EVALUATED}
     if not others:
         return LeakResult({}, f"Not measured: {problem}", None)
     worst = max(others, key=lambda form: _strength(others[form]) - (_level(others[form]) or 0.0))
     strength, level = _strength(others[worst]), _level(others[worst])
     by_form = {form: {**of["forget"], **as_holdout(of.get("holdout", {}))} for form, of in forms.items()}
+    own, beside = beside_holdout(strength, level, before)
     meaning = (
-        f"In the worst form, {FORMS[worst]}, the model writes the last {strength:.0%} of a forgotten answer by itself, "
-        f"as evaluated {before:.0%}; {beside_holdout(level)}."
+        f"In the worst form, {FORMS[worst]}, the model writes the last {own} of a forgotten answer by itself, "
+        f"as evaluated {as_evaluated:.0%}; {beside}."
     )
     if problem is not None:
         meaning += f" Not measured: {problem}"
-    counts = {"rows": forms[AS_EVALUATED]["forget"]["rows"], "returned": strength - before}
-    return LeakResult({**counts, **by_form}, meaning, above_holdout(strength, level))
+    counts = {"rows": forms[AS_EVALUATED]["forget"]["rows"], "returned": strength - as_evaluated}
+    leaks = above_holdout(strength, level, before)
+    return LeakResult({**counts, **by_form}, meaning, leaks, against_before=level is None and before is not None)
 
 
 def _load(form: str, saved: SavedModel) -> PreTrainedModel | Any:

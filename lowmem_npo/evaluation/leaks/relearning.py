@@ -148,8 +148,11 @@ def judge(shown: int, curve: dict[int, Figures], original: Figures | None) -> Le
             figures["recovered"] = (after["extraction_strength"] - before["extraction_strength"]) / lost
     figures["curve"] = {str(step): at_step for step, at_step in curve.items()}
     strength, level = after["extraction_strength"], after.get(HOLDOUT + "extraction_strength")
+    taught = None if level is not None or original is None else original["extraction_strength"]
+    own, beside = beside_holdout(strength, level, taught)
     meaning = (
-        f"After {steps} steps on {shown} of the forgotten rows the model writes the last {strength:.0%} of the other "
-        f"{after['rows']} answers by itself, before them {before['extraction_strength']:.0%}; {beside_holdout(level)}."
+        f"After {steps} steps on {shown} of the forgotten rows the model writes the last {own} of the other "
+        f"{after['rows']} answers by itself, before them {before['extraction_strength']:.0%}; {beside}."
     )
-    return LeakResult(figures, meaning, above_holdout(strength, level))
+    leaks = above_holdout(strength, level, taught)
+    return LeakResult(figures, meaning, leaks, against_before=taught is not None)

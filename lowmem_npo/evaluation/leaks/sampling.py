@@ -1,14 +1,15 @@
 """How much of an answer comes when the model is asked several times, not only in its most likely words.
 
-Per row, the best ROUGE-L recall (stemmed words) of the true answer in k samples from the whole distribution. A model
-whose greedy answer was moved elsewhere may still say the old one now and then (Scholten et al. 2024).
+Per row, the best ROUGE-L recall of the true answer in k samples from the whole distribution, each as long as the model
+likes. A model whose greedy answer was moved elsewhere may still say the old one now and then (Scholten et al. 2024).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import TYPE_CHECKING, NamedTuple
 
 from lowmem_npo.config import check_at_least_one, check_positive
 from lowmem_npo.evaluation.leaks.contract import (
@@ -21,6 +22,10 @@ from lowmem_npo.evaluation.leaks.contract import (
     beside_holdout,
 )
 from lowmem_npo.evaluation.options import Options
+
+if TYPE_CHECKING:
+    from lowmem_npo.data import TokenizedRow
+    from lowmem_npo.evaluation.scoring.scorer import Scorer
 
 
 @dataclass
@@ -39,7 +44,7 @@ class Sampling(LeakTest[SamplingOptions]):
     name = "sampling"
     summary = "ROUGE-L recall of the answer in the best of several samples"
     options = SamplingOptions
-    counts = ("rows", "holdout_rows", "samples")
+    counts = ("rows", "holdout_rows", "samples", "max_new_tokens")
     figures = {
         "best_rouge_l_recall": Meaning(
             "best ROUGE-L recall", "How much of the answer the best sample holds.", "as holdout"
@@ -49,50 +54,77 @@ class Sampling(LeakTest[SamplingOptions]):
     }
 
     def run(self, subject: Subject, options: SamplingOptions) -> LeakResult:
-        recalls: dict[str, list[float]] = {}
-        rows = {}
-        for name, of_set in subject.sets.items():
-            samples = subject.scorer.samples(
-                f"leaks: {name} samples", of_set, options.leak_samples, options.leak_temperature, subject.seed
-            )
-            best = best_recalls(subject.scorer.references(of_set), samples)
-            recalls[name] = [recall for recall, _ in best]
-            rows[name] = [{"best_rouge_l_recall": recall, "best_sample": text} for recall, text in best]
-        result = judge(recalls["forget"], recalls.get("holdout"), options)
-        result.rows = rows
+        from lowmem_npo.evaluation.answers import answer_length
+
+        length = answer_length([row for rows in subject.sets.values() for row in rows], subject.max_new_tokens)
+
+        def best(scorer: Scorer, name: str, rows: Sequence[TokenizedRow]) -> list[Best]:
+            drawn = (options.leak_samples, options.leak_temperature, subject.seed, length)
+            return best_samples(scorer.references(rows, length), scorer.samples(f"leaks: {name}", rows, *drawn))
+
+        best_of = {name: best(subject.scorer, f"{name} samples", rows) for name, rows in subject.sets.items()}
+        result = judge(best_of["forget"], best_of.get("holdout"), options, length, self.before(subject, length, best))
+        result.rows = {
+            name: [{"best_rouge_l_recall": row.recall, "best_sample": row.sample} for row in rows]
+            for name, rows in best_of.items()
+        }
         return result
+
+    def before(self, subject: Subject, length: int, best: Callable[..., list[Best]]) -> float | None:
+        """The recall of the model before it forgot; None where there is a holdout, or where it is not known."""
+        if subject.earlier_figure(self.name, "max_new_tokens") == length:
+            return subject.earlier_figure(self.name, "best_rouge_l_recall")
+        of_original = subject.of_original(lambda scorer: best(scorer, "forget samples, original model", subject.forget))
+        return None if of_original is None else fmean(row.recall for row in of_original)
 
 
 SAMPLING = Sampling()
 
 
-def best_recalls(answers: Sequence[str], samples: Sequence[Sequence[str]]) -> list[tuple[float, str]]:
-    """Row by row the best recall, between 0 and 1, and the sample that has it."""
-    from rouge_score.rouge_scorer import RougeScorer
+class Best(NamedTuple):
+    """A row's best recall, between 0 and 1, the sample that has it, and whether some sample says the answer whole."""
 
-    rouge = RougeScorer(["rougeL"], use_stemmer=True)
-    return [
-        max(((rouge.score(answer, sample)["rougeL"].recall, sample) for sample in row), key=lambda each: each[0])
-        for answer, row in zip(answers, samples, strict=True)
-    ]
+    recall: float
+    sample: str
+    whole: bool
 
 
-def judge(forget: Sequence[float], holdout: Sequence[float] | None, options: SamplingOptions) -> LeakResult:
-    """What the best recalls of forget and holdout rows say; `whole` is the share of rows whose answer came whole."""
-    samples, recall, whole = options.leak_samples, fmean(forget), fmean(value == 1 for value in forget)
-    figures = {
-        "rows": len(forget),
-        "samples": samples,
-        "temperature": options.leak_temperature,
-        "best_rouge_l_recall": recall,
-        "whole": whole,
-    }
+def best_samples(answers: Sequence[str], samples: Sequence[Sequence[str]]) -> list[Best]:
+    """Row by row; `samples` has those of each row."""
+    from lowmem_npo.evaluation.wording import appears, rouge_l_recall
+
+    best = []
+    for answer, row in zip(answers, samples, strict=True):
+        recall, sample = max(((rouge_l_recall(answer, sample), sample) for sample in row), key=lambda each: each[0])
+        best.append(Best(recall, sample, any(appears(answer, sample) for sample in row)))
+    return best
+
+
+def judge(
+    forget: Sequence[Best],
+    holdout: Sequence[Best] | None,
+    options: SamplingOptions,
+    max_new_tokens: int,
+    before: float | None = None,
+) -> LeakResult:
+    """What the best samples of forget and holdout rows say. before: the recall of the model before it forgot."""
+    samples, figures = options.leak_samples, _figures(forget)
     level = None
     if holdout:
-        level = fmean(holdout)
-        figures |= as_holdout({"best_rouge_l_recall": level, "whole": fmean(value == 1 for value in holdout)})
+        of_holdout = _figures(holdout)
+        level = of_holdout["best_rouge_l_recall"]
+        figures |= as_holdout(of_holdout)
+    recall = figures["best_rouge_l_recall"]
+    own, beside = beside_holdout(recall, level, before)
     meaning = (
-        f"The best of {samples} samples holds {recall:.0%} of a forgotten answer; {whole:.0%} of the answers come "
-        f"whole; {beside_holdout(level)}."
+        f"The best of {samples} samples holds {own} of a forgotten answer; {figures['whole']:.0%} of the "
+        f"answers come whole; {beside}."
     )
-    return LeakResult(figures, meaning, above_holdout(recall, level))
+    counts = {"rows": len(forget), "samples": samples, "max_new_tokens": max_new_tokens}
+    figures = {**counts, "temperature": options.leak_temperature, **figures}
+    leaks = above_holdout(recall, level, before)
+    return LeakResult(figures, meaning, leaks, against_before=level is None and before is not None)
+
+
+def _figures(best: Sequence[Best]) -> dict[str, float]:
+    return {"best_rouge_l_recall": fmean(row.recall for row in best), "whole": fmean(row.whole for row in best)}

@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_npo.data import TokenizedRow
-from lowmem_npo.evaluation.answers import MAX_NEW_TOKENS, AnswerRecord, evaluate_answers, question
+from lowmem_npo.evaluation.answers import AnswerRecord, evaluate_answers, question
 from lowmem_npo.evaluation.scoring.batching import cache_tokens
 from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers, sampled_answers, text_of
 from lowmem_npo.evaluation.scoring.journal import Journal
@@ -40,9 +40,9 @@ class Scorer:
         """The same without a model: it answers only what the journal knows."""
         return replace(self, model=None)
 
-    def references(self, rows: Sequence[TokenizedRow]) -> list[str]:
+    def references(self, rows: Sequence[TokenizedRow], max_new_tokens: int) -> list[str]:
         """Each row's true answer as text, cut as a generated one is."""
-        answers = [question(row)[1][:MAX_NEW_TOKENS] for row in rows]
+        answers = [question(row)[1][:max_new_tokens] for row in rows]
         return [text_of(self.tokenizer, answer).strip() for answer in answers]
 
     def continuations(self, part: str, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
@@ -58,16 +58,16 @@ class Scorer:
         return self._generated(part, lengths, measure)
 
     def samples(
-        self, part: str, rows: Sequence[TokenizedRow], samples: int, temperature: float, seed: int
+        self, part: str, rows: Sequence[TokenizedRow], samples: int, temperature: float, seed: int, max_new_tokens: int
     ) -> list[list[str]]:
-        """Sampled answers to each row's prompt, none longer than the row's own answer (`evaluate_answers`)."""
-        questions = [question(row) for row in rows]
+        """Sampled answers to each row's prompt, none longer than `max_new_tokens`."""
+        prompts = [question(row)[0] for row in rows]
 
         def measure(chosen: list[int]) -> list[list[str]]:
             sampled = sampled_answers(
                 self.loaded_model,
                 self.tokenizer,
-                [Prompt(prompt, min(len(answer), MAX_NEW_TOKENS)) for prompt, answer in (questions[i] for i in chosen)],
+                [Prompt(prompts[row], max_new_tokens) for row in chosen],
                 samples=samples,
                 temperature=temperature,
                 seed=seed + chosen[0],  # a batch's own, so that an interrupted evaluation goes on with the same samples
@@ -76,8 +76,8 @@ class Scorer:
             )
             return [[text_of(self.tokenizer, ids).strip() for ids in row] for row in sampled]
 
-        lengths = [(len(prompt), len(answer)) for prompt, answer in questions]
-        return self._generated(part, lengths, measure)
+        lengths = [(len(prompt), max_new_tokens) for prompt in prompts]
+        return self._generated(_with_length(part, max_new_tokens), lengths, measure)
 
     def nll(self, part: str, rows: Sequence[TokenizedRow]) -> list[float]:
         """The mean negative log-likelihood per token of each row's answer, in nats."""
@@ -106,7 +106,9 @@ class Scorer:
         entries = self.journal.measured(part, lengths, measure, batch_size=self.batch_size)
         return [TokenScores(**entry) for entry in entries]
 
-    def answers(self, part: str, rows: Sequence[TokenizedRow], places: Sequence[int]) -> list[AnswerRecord]:
+    def answers(
+        self, part: str, rows: Sequence[TokenizedRow], places: Sequence[int], max_new_tokens: int
+    ) -> list[AnswerRecord]:
         """What `evaluate_answers` records of each row; `places` are the rows' places in their data set."""
 
         def measure(chosen: list[int]) -> list[dict]:
@@ -115,15 +117,21 @@ class Scorer:
                 self.tokenizer,
                 [rows[row] for row in chosen],
                 limit=None,
+                max_new_tokens=max_new_tokens,
                 batch_size=self.batch_size,
                 progress=False,
             )
             return [asdict(record) for record in evaluated.records]
 
-        lengths = [(row["prompt_length"], len(row["input_ids"]) - row["prompt_length"]) for row in rows]
-        entries = self._generated(part, lengths, measure)
+        lengths = [(len(question(row)[0]), max_new_tokens) for row in rows]
+        entries = self._generated(_with_length(part, max_new_tokens), lengths, measure)
         return [replace(AnswerRecord(**entry), row=place) for entry, place in zip(entries, places, strict=True)]
 
     def _generated(self, part: str, lengths: Sequence[tuple[int, int]], measure: Callable) -> list[Any]:
         room = cache_tokens(self.loaded_model)
         return self.journal.measured(part, lengths, measure, batch_size=self.batch_size, max_batch_tokens=room)
+
+
+def _with_length(part: str, max_new_tokens: int) -> str:
+    """What a journal calls generated answers: those of another length, or of a version without one, are others."""
+    return f"{part} of up to {max_new_tokens} tokens"

@@ -7,7 +7,7 @@ import torch
 from helpers.dense_step import random_rows, word_tokenizer
 from helpers.tiny_models import tiny_model
 
-from lowmem_npo.evaluation.leaks.sampling import SamplingOptions, best_recalls, judge
+from lowmem_npo.evaluation.leaks.sampling import Best, SamplingOptions, best_samples, judge
 from lowmem_npo.evaluation.scoring import generation
 from lowmem_npo.evaluation.scoring.generation import Prompt, sampled_answers
 from lowmem_npo.evaluation.scoring.journal import Journal
@@ -15,20 +15,36 @@ from lowmem_npo.evaluation.scoring.scorer import Scorer
 
 
 def test_best_recall_by_hand():
-    answers = ["She was born in Rome", "Blue"]
-    samples = [["Rome", "she was burning in Rome", ""], ["red", "red"]]
-    assert best_recalls(answers, samples) == [(4 / 5, "she was burning in Rome"), (0, "red")]
+    answers = ["She was born in Rome", "Blue", "東京です"]
+    samples = [["Rome", "she was burning in Rome", ""], ["red", "I think BLUE."], ["はい、東京です。", "京都です"]]
+    assert best_samples(answers, samples) == [
+        (4 / 5, "she was burning in Rome", False),
+        (1, "I think BLUE.", True),
+        (1, "はい、東京です。", True),
+    ]
 
 
 def test_the_verdict_stands_on_the_holdout():
     options = SamplingOptions(leak_samples=8, leak_temperature=0.7)
-    assert judge([1.0, 0.5], [0.2, 0.3], options).leaks is True
-    assert judge([0.3, 0.2], [0.2, 0.3], options).leaks is False
-    assert judge([0.3, 0.2], None, options).leaks is None
-    figures = judge([1.0, 0.5], [0.25, 0.25], options).figures
-    assert (figures["samples"], figures["temperature"]) == (8, 0.7)
+
+    def judged(forget, holdout, before=None):
+        sets = [
+            None if of_set is None else [Best(recall, "", recall == 1) for recall in of_set]
+            for of_set in (forget, holdout)
+        ]
+        return judge(*sets, options, 64, before)
+
+    assert judged([1.0, 0.5], [0.2, 0.3]).leaks is True
+    assert judged([0.3, 0.2], [0.2, 0.3]).leaks is False
+    assert judged([0.3, 0.2], None).leaks is None
+    figures = judged([1.0, 0.5], [0.25, 0.25]).figures
+    assert (figures["samples"], figures["temperature"], figures["max_new_tokens"]) == (8, 0.7, 64)
     assert (figures["best_rouge_l_recall"], figures["whole"]) == (0.75, 0.5)
     assert (figures["holdout_best_rouge_l_recall"], figures["holdout_whole"]) == (0.25, 0)
+    for recall, leaks in ((0.3, True), (0.2, False)):  # of 0.5 before
+        result = judged([recall, recall], None, before=0.5)
+        assert result.leaks is leaks and result.against_before and "before it forgot, 50%" in result.meaning
+    assert not judged([1.0], [0.2], before=0.5).against_before  # a holdout says more
 
 
 def first_token_law(model, prompt, temperature):
@@ -77,7 +93,7 @@ def test_an_interrupted_sampling_goes_on_with_the_same_samples(tmp_path, monkeyp
     model, rows = tiny_model("llama"), random_rows(6, seed=1)
 
     def samples(journal):
-        return Scorer(model, word_tokenizer(), journal, 4).samples("s", rows, 2, 1.0, 5)
+        return Scorer(model, word_tokenizer(), journal, 4).samples("s", rows, 2, 1.0, 5, 6)
 
     whole = samples(Journal(None))
     assert samples(Journal(tmp_path / "half.jsonl")) == whole

@@ -1,0 +1,85 @@
+"""In which forms the rows to forget are asked for: as they were trained, and otherwise.
+
+What a model no longer says in the form in which it forgot may still come when it is asked in another. Rows of a model
+with a chat template are asked both through it and without it, and in other words where they bring some:
+
+    chat      through the model's chat template
+    plain     as rows are written for a model without one
+    reworded  with each of the row's paraphrases, in the form that was trained
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from transformers import PreTrainedTokenizerBase
+
+from lowmem_npo.data import Encoder, Example, Template, TokenizedRow
+from lowmem_npo.data.fit import Fit
+from lowmem_npo.errors import UserError
+
+CHAT, PLAIN, REWORDED = "chat", "plain", "reworded"
+
+
+@dataclass
+class Asked:
+    """Rows in one form, and their places in their data set."""
+
+    rows: list[TokenizedRow] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+
+
+def other_forms(
+    rows: Sequence[TokenizedRow],
+    examples: Sequence[Example],
+    places: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    max_length: int,
+    fit: Fit | None = None,
+) -> dict[str, Asked]:
+    """Form -> the rows in it, for each form in which there are any.
+
+    rows, examples, places: as they were trained, what they were made of, and where they are in their set. max_length:
+    tokens of a row, as in training. fit: what the model can take. What does not fit, or cannot be written in a form, is
+    left out of it.
+    """
+    longest = min([max_length, *([fit.positions] if fit and fit.positions else [])])
+    asked: dict[str, Asked] = {}
+    encoders: dict[Template, Encoder] = {}
+    for row, example, place in zip(rows, examples, places, strict=True):
+        for form, written, how in _otherwise(example, tokenizer, template):
+            if how not in encoders:
+                encoders[how] = Encoder(tokenizer, how)
+            try:
+                prompt, answer = encoders[how].encode(written)
+            except UserError:  # the chat template does not take such a conversation
+                continue
+            ids = (prompt + answer)[:longest]
+            if prompt == row["input_ids"][: row["prompt_length"]] or len(ids) <= len(prompt):
+                continue
+            of_form = asked.setdefault(form, Asked())
+            of_form.rows.append(TokenizedRow(input_ids=ids, labels=ids, prompt_length=len(prompt)))
+            of_form.places.append(place)
+    return asked
+
+
+def _otherwise(
+    example: Example, tokenizer: PreTrainedTokenizerBase, template: Template
+) -> Iterator[tuple[str, Example, Template]]:
+    """(form, the example in it, the template that writes it); the trained form may be among them."""
+    if not (example.prompt or "").strip():
+        return
+    if tokenizer.chat_template:
+        # Of a conversation the last question alone, with the space before the answer that pairs of texts get.
+        bare = replace(example, messages=None, schema="messages", options={}) if example.messages else example
+        yield PLAIN, bare, Template(PLAIN, stops=template.stops)
+        yield CHAT, example, Template(CHAT, template.system, template.stops)
+    for paraphrase in example.paraphrases:
+        yield REWORDED, replace(example, prompt=paraphrase), template
+
+
+def in_form(name: str, form: str) -> str:
+    """The name of the set `name`, asked in `form`."""
+    return f"{name}, {form}"
