@@ -170,6 +170,7 @@ NOT_RUN: dict[str, tuple[str, Callable[[Sequence[str], str], None]]] = {
     r"pip install": ("installs", check_install),
     r"pre-commit": ("writes into .git", check_pre_commit),
     r"accelerate launch": ("starts several processes", check_launch),
+    r"vllm |python convert_hf_to_gguf|llama-quantize": ("other people's programs, not installed", lambda *_: None),
     r"lowmem-npo demo": ("takes minutes; tests/commands/demo runs it small", check_command),
     r"lowmem-npo evaluate .*--lm-eval": ("downloads; test_lm_eval.py has a task of its own", check_command),
 }
@@ -304,7 +305,14 @@ def python(document: Path) -> list[str]:
 
 
 def test_all_documents_with_python_are_tested():
-    assert [document.name for document in DOCUMENTS if python(document)] == ["kernels.md", "options.md"]
+    assert [document.name for document in DOCUMENTS if python(document)] == ["deploy.md", "kernels.md", "options.md"]
+
+
+def test_a_merged_model_loads(desk):
+    desk.run("lowmem-npo merge --adapter forgotten --output-dir merged".split())
+    (text,), names = python(DOCS / "deploy.md"), {}
+    exec(compile(text, "deploy.md", "exec"), names)
+    assert names["model"](input_ids=torch.tensor([names["tokenizer"]("Who?").input_ids])).logits.isfinite().all()
 
 
 def test_the_kernels_alone():
