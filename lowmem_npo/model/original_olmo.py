@@ -38,7 +38,6 @@ NATIVE = {
     "alibi": False,
     "include_bias": False,
     "include_qkv_bias": False,
-    "bias_for_layer_norm": False,
     "attention_layer_norm": False,
     "embedding_layer_norm": False,
     "norm_after": False,
@@ -57,8 +56,8 @@ class Rows(NamedTuple):
 
 
 def is_original(configuration: Mapping[str, Any]) -> bool:
-    """Whether the content of a config.json is in the original format. Before there was a native one, it was called
-    `olmo`, too: most of the intermediate checkpoints say so."""
+    """Whether the content of a config.json is in the original format, which was called `olmo`, too, before there was a
+    native one."""
     kind = configuration.get("model_type")
     return kind == "hf_olmo" or (kind == "olmo" and "d_model" in configuration and "hidden_size" not in configuration)
 

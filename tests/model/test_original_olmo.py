@@ -19,7 +19,7 @@ IDS = torch.tensor([[5, 17, 3, 99, 110, 8, 42, 64, 2, 119, 77, 31]])
 RMS = {"layer_norm_type": "rms", "layer_norm_with_affine": True, "layer_norm_eps": 1e-6}
 VARIANTS = {
     "as OLMo-7B": {},
-    "tied, clipped": {"weight_tying": True, "clip_qkv": 1.5},
+    "tied, clipped": {"weight_tying": True, "clip_qkv": 1.5, "bias_for_layer_norm": True},  # of norms without weights
     "grouped queries": {"n_kv_heads": 2, "rope_theta": 500.0},
     "multi-query": {"multi_query_attention": True, "mlp_hidden_size": None, "mlp_ratio": 6},
     "no padding rows": {"embedding_size": None},
