@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lowmem_npo.config import AdapterConfig
 from lowmem_npo.errors import UserError
-from lowmem_npo.model.continued import ContinuedModel, continued
-from lowmem_npo.model.layers import causal_lm, decoder_layers
+from lowmem_npo.model.continued import FIRST, ContinuedModel, continued
+from lowmem_npo.model.layers import causal_lm, decoder_layers, linear_layers
 from lowmem_npo.model.modes import eval_mode
 from lowmem_npo.model.saved_modules import check_saved_modules, train_in_float32
 
@@ -55,9 +55,9 @@ def attach_lora(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
     return adapted
 
 
-def check_lora(architecture: PretrainedConfig, config: AdapterConfig, quantized: bool = False) -> tuple[int, int]:
-    """Raises, before any weight is loaded, what `attach_lora` would raise; returns how many weights are trained, and
-    how many the saved adapter holds.
+def check_lora(architecture: PretrainedConfig, config: AdapterConfig, quantized: bool = False) -> PeftModel:
+    """Raises, before any weight is loaded, what `attach_lora` would raise; returns the model that it would, without
+    data.
 
     quantized: the linear layers will be held in 4 bits.
     """
@@ -65,10 +65,14 @@ def check_lora(architecture: PretrainedConfig, config: AdapterConfig, quantized:
         model = AutoModelForCausalLM.from_config(architecture, attn_implementation="eager")
         if quantized:
             check_saved_modules(model, config.modules_to_save, quantized=True)
-        of_base = sum(parameter.numel() for parameter in model.parameters())
-        adapted = attach_lora(model, config)
-    trained, total = adapted.get_nb_trainable_parameters()
-    return trained, total - of_base
+        return attach_lora(model, config)
+
+
+def adapter_size(model: PeftModel) -> tuple[int, int]:
+    """How many weights of the adapter are trained, and how many are saved, with those that it goes on from."""
+    trained, _ = model.get_nb_trainable_parameters()
+    first = [p.numel() for name, p in model.named_parameters() if f".{FIRST}" in name]
+    return trained, trained + sum(first)
 
 
 @contextmanager
@@ -112,7 +116,8 @@ def extra_adapter(model: PreTrainedModel | PeftModel, rank: int, seed: int) -> I
     """Inside, every linear layer but the head has one more LoRA adapter, which starts as the identity and alone
     requires grad. On leaving it is removed and everything is restored."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules="all-linear")
+    targets = list(linear_layers(causal_lm(model)))
+    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules=targets)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if isinstance(model, PeftModel):
@@ -142,11 +147,7 @@ def extra_adapter(model: PreTrainedModel | PeftModel, rank: int, seed: int) -> I
 
 def linear_layer_names(model: PreTrainedModel) -> list[str]:
     """Last name parts of the linear layers that can have an adapter: q_proj, down_proj, ...; never the head."""
-    head = model.get_output_embeddings()
-    kinds = (torch.nn.Linear, _conv1d())
-    return sorted(
-        {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, kinds) and m is not head}
-    )
+    return sorted({name.rpartition(".")[2] for name in linear_layers(model)})
 
 
 def _save_no_embedding(model: PeftModel) -> None:
@@ -183,28 +184,25 @@ def _unwrap(lm: PreTrainedModel) -> None:
             setattr(lm.get_submodule(parent), child, module.get_base_layer())
 
 
-def _conv1d() -> type:
-    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
-
-    return Conv1D
-
-
 def _lora_config(model: PreTrainedModel, config: AdapterConfig) -> LoraConfig:
     check_saved_modules(model, config.modules_to_save)
     targets = _checked_targets(model, config)
-    if config.layers is not None:
-        count = len(decoder_layers(model))
-        if config.layers[-1] >= count:
-            raise UserError(f"--lora-layers names layer {config.layers[-1]}, but the model's layers are 0-{count - 1}.")
-        if targets == "all-linear":  # PEFT takes layer numbers only with names
-            targets = linear_layer_names(model)
+    layers = config.layers
+    if layers is not None:
+        own = decoder_layers(model)
+        if layers[-1] >= len(own):
+            raise UserError(f"--lora-layers names layer {layers[-1]}, but the model's layers are 0-{len(own) - 1}.")
+        if config.lora_targets == ("all-linear",):
+            inside = {module for layer in layers for module in own[layer].modules()}
+            targets = [name for name, module in linear_layers(model).items() if module in inside]
+            layers = None
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT takes floats, whatever its annotation says
         lora_dropout=config.lora_dropout,
         target_modules=targets,
-        layers_to_transform=config.layers,
+        layers_to_transform=layers,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         modules_to_save=list(config.modules_to_save) or None,
@@ -214,8 +212,8 @@ def _lora_config(model: PreTrainedModel, config: AdapterConfig) -> LoraConfig:
 
 def _checked_targets(model: PreTrainedModel, config: AdapterConfig) -> str | list[str]:
     if config.lora_targets == ("all-linear",):
-        return "all-linear"
-    head = model.get_output_embeddings()
+        return list(linear_layers(model))
+    head, adaptable = model.get_output_embeddings(), linear_layers(model).values()
     pattern = config.target_pattern
     for target in config.lora_targets:
         matches = [
@@ -226,6 +224,11 @@ def _checked_targets(model: PreTrainedModel, config: AdapterConfig) -> str | lis
         if any(m is head for m in matches):
             raise UserError(
                 f"--lora-targets {target}: that is the output head, which must stay frozen for the fused losses."
+            )
+        if any(isinstance(m, torch.nn.Linear) and m not in adaptable for m in matches):
+            raise UserError(
+                f"--lora-targets {target}: no adapter can be there, since {type(model).__name__} reads the weights of "
+                f"these layers itself, or chooses experts by them; {_candidates(model)}."
             )
         if not matches:
             raise UserError(

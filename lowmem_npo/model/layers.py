@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
+from collections.abc import Iterator
 from typing import cast
 
+import torch
 from peft import PeftModel
-from torch import nn
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lowmem_npo.errors import UserError
+
+# Layers of this name, in models of these types, get no adapter from PEFT: fused kernels read their weights.
+REFUSED_BY_PEFT = {kind: "out_proj" for kind in ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")}
 
 
 def causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -34,3 +44,66 @@ def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise UserError(f"The decoder layers of {type(lm).__name__} were not found ({count} in its configuration).")
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Name -> linear layer that can have an adapter, whether or not it has one already.
+
+    Not the head, which is frozen; not a layer derived from `nn.Linear` that computes something else (routers of Llama 4
+    and PhiMoE); none that is read instead of run, nor one that PEFT refuses.
+    """
+    head, read = model.get_output_embeddings(), set(read_as_weights(model))
+    refused = REFUSED_BY_PEFT.get(model.config.model_type)
+    return {
+        name: module
+        for name, module in _linears(model)
+        if module is not head and name not in read and name.rpartition(".")[2] != refused and _is_affine(module)
+    }
+
+
+def read_as_weights(model: nn.Module) -> list[str]:
+    """The names of linear layers whose module multiplies with their weight itself (Mamba's `dt_proj`): they must not be
+    quantised, and an adapter on them would have no effect."""
+    modules, names = dict(model.named_modules()), []
+    for name, _ in _linears(model):
+        parent, _, child = name.rpartition(".")
+        source = _source(type(modules[parent]))
+        if re.search(rf"self\.{child}\.weight @|linear\([^\n]*self\.{child}\.weight", source):
+            names.append(name)
+    return names
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Linear layers as the architecture has them; an adapter's own belong to it."""
+    adapted: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{layer}.") for layer in adapted[-1:]):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            adapted.append(name)
+            base = module.get_base_layer()
+            if isinstance(base, (nn.Linear, Conv1D)):
+                yield name, module
+        elif isinstance(module, (nn.Linear, Conv1D)):
+            yield name, module
+
+
+def _is_affine(layer: nn.Module) -> bool:
+    """Whether it returns what `nn.Linear` would; an architecture's own class is tried."""
+    if not type(layer).__module__.startswith("transformers.models."):
+        return True
+    inputs = torch.empty(1, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
+    try:
+        with torch.no_grad():
+            result = layer(inputs)
+    except (RuntimeError, ValueError, IndexError):
+        return False
+    return isinstance(result, Tensor) and result.shape == (1, layer.out_features)
+
+
+@functools.cache
+def _source(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, PretrainedConfig
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.quantizers.base import HfQuantizer
 
 from lowmem_npo.errors import UserError
+from lowmem_npo.model.layers import read_as_weights
 
 
 def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -54,10 +57,17 @@ def stored_quantization(architecture: PretrainedConfig) -> BitsAndBytesConfig | 
 def quantising() -> Iterator[None]:
     """Inside, transformers builds and loads models so that all their linear layers are quantised, one at a time.
 
-    It replaces `nn.Linear` only: Falcon's own class, which computes the same, would stay as it is. The first releases
-    of version 5 read ahead, and hold most of the model unquantised.
+    It replaces `nn.Linear` only: Falcon's own class, which computes the same, would stay as it is. It replaces layers
+    whose weight the model multiplies itself, which 4-bit weights cannot be. The first releases of version 5 read ahead,
+    and hold most of the model unquantised.
     """
+    left_as_they_are = HfQuantizer.get_modules_to_not_convert
+
+    def left(model: PreTrainedModel, *args: Any, **kwargs: Any) -> list[str]:
+        return [*left_as_they_are(model, *args, **kwargs), *read_as_weights(model)]
+
     with (
+        mock.patch.object(HfQuantizer, "get_modules_to_not_convert", staticmethod(left)),
         mock.patch("transformers.models.falcon.modeling_falcon.FalconLinear", nn.Linear),
         mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}),
     ):
