@@ -22,7 +22,9 @@ from lowmem_npo.stop_conditions import Condition, parse_conditions
 ForgetTerm = Literal["npo", "ga", "simnpo", "idk"]
 Normalization = Literal["sequence", "token", "length"]
 KLDirection = Literal["policy-reference", "reference-policy"]
+PassageForm = Literal["both", "completion", "text"]
 
+BUILTIN = "builtin"  # the bundled general set, as --retain
 TILE_ROWS = 1024  # tokens of a tile where --tile-mlp has no value
 KEPT_CHECKPOINTS = 2  # unless --save-total-limit says otherwise
 
@@ -93,10 +95,12 @@ class DataOptions:
     """Which rows, and how they are read and written as prompts: for every command that reads any."""
 
     forget: str | None = None
-    """What to forget: a .jsonl, .json, .csv or .parquet file, or a hub name such as locuslab/TOFU:forget05. Without
-    any data a small bundled set of invented biographies is used."""
+    """What to forget: rows in a .jsonl, .json, .csv, .tsv or .parquet file, documents (.txt, .md, .html, .pdf, or a
+    folder of them), several files, or a hub name such as locuslab/TOFU:forget05. Without any data a small bundled set
+    of invented biographies is used."""
     retain: str | None = None
-    """What to keep, given in the same way. `train` can do without it only with --gamma 0 --delta 0."""
+    """What to keep, given in the same way. builtin: a bundled set of general questions and texts, which is the default
+    where only --forget is given. self or self:N: N texts (64) that the original model writes itself."""
     holdout: str | None = None
     """Rows like those to forget that the model was never taught, given in the same way: --stop-when and the leak tests
     compare the forget rows with them. They are never trained on. The bundled data has its own."""
@@ -112,6 +116,11 @@ class DataOptions:
     """Another spelling of --template with a text."""
     system: str | None = None
     """System prompt of rows that the chat template writes and that bring none."""
+    passage_tokens: int | None = None
+    """Tokens of a passage, of those into which documents are cut; each overlaps the next by half. Default: 128."""
+    passages: PassageForm | None = None
+    """What a passage of a document becomes: its second half as the completion of its first (completion), a text
+    (text), or both."""
 
 
 @dataclass
@@ -119,6 +128,8 @@ class DataConfig(DataOptions):
     """Data: what to forget, what to keep, and how it is tokenised."""
 
     template: str = "auto"
+    passage_tokens: int = 128
+    passages: PassageForm = "both"
     max_length: int = 1024
     """Tokens per row, prompt and answer together; truncated rows are counted and reported."""
     tokens: Literal["answer", "all"] = "answer"
@@ -417,12 +428,13 @@ class RunConfig:
     """Further fields of `transformers.TrainingArguments`, by their own names (warmup_steps, logging_steps, ...)."""
 
     def __post_init__(self) -> None:
-        if (self.data.forget is None) != (self.data.retain is None) and self.objective.needs_retain:
-            missing, given = ("--retain", "--forget") if self.data.retain is None else ("--forget", "--retain")
+        if self.data.retain is not None and self.data.forget is None:
             raise UserError(
-                f"{given} is given but {missing} is not: give both, give neither (then the bundled biographies are "
-                "used), or switch the retain terms off with --gamma 0 --delta 0."
+                "--retain is given but --forget is not: give both, only --forget (then a bundled general set is kept), "
+                "or neither (then the bundled biographies are used)."
             )
+        if self.data.forget is not None and self.data.retain is None and self.objective.needs_retain:
+            self.data = dataclasses.replace(self.data, retain=BUILTIN)
         for condition in self.stopping.conditions:
             needed = condition.needs
             if self.data.forget is not None and getattr(self.data, needed) is None:

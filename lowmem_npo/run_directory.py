@@ -15,6 +15,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.files import free_bytes, write_atomically
 from lowmem_npo.sizes import amount
 
+SELF_WRITTEN = "self_written.jsonl"  # the texts of --retain self
 # A resumed run may be longer, have moved, or measure more; any other change would make it a different run.
 MAY_CHANGE = (
     "output_dir", "epochs", "max_steps", "eval_rows", "eval_batch_size", "max_new_tokens", "forms", "leaks",
@@ -59,6 +60,7 @@ class RunFiles(AdapterFiles):
         self.stop_evaluations = path / "evaluations.jsonl"
         self.stopping = path / "stopping.json"
         self.best = path / "best"  # the best adapter so far, under --stop-when
+        self.self_written = path / SELF_WRITTEN  # the retain texts of --retain self
         self.reference = path / "reference"  # the cached reference, unless --reference-dir names another place
         self.report_html = path / "report.html"
         self.report_json = path / "report.json"

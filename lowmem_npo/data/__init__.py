@@ -4,9 +4,9 @@ reading -> schemas -> templates -> tokenizing -> batching; `prepare` runs all bu
 """
 
 from lowmem_npo.data.batching import ForgetRetain, Pick, collator
-from lowmem_npo.data.prepare import PreparedData, bundled_rows, prepare
+from lowmem_npo.data.prepare import PreparedData, prepare
 from lowmem_npo.data.preview import preview
-from lowmem_npo.data.reading import Rows, read_rows
+from lowmem_npo.data.reading import Rows, bundled_rows, read_rows
 from lowmem_npo.data.schemas import Example, to_examples, with_answer
 from lowmem_npo.data.templates import Template
 from lowmem_npo.data.tokenizing import Encoder, TokenizedRow, TokenizedRows, tokenize

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 
@@ -9,6 +10,13 @@ from lowmem_npo.data.schemas import Example
 from lowmem_npo.errors import UserError
 
 MAX_LISTED = 5
+SHORT_ANSWER = 4  # content words of an answer that a general row must not have all of
+MIN_SHARED, RELATED = 2, 0.6  # content words that rows share, at least, and as a part of the shorter one
+_WORDS = """
+a an and are as at be been but by can did do does for from had has have he her his how i in into is it its may me
+more most my no not of on one or our she so some than that the their them then there these they this to two was we
+were what when where which who whose why will with would yes you your"""
+FUNCTION_WORDS = frozenset(_WORDS.split())
 
 
 def find_overlap(forget: Sequence[Example], retain: Sequence[Example]) -> list[tuple[Example, Example]]:
@@ -42,3 +50,25 @@ def _normalised(example: Example) -> str:
     else:
         parts = [example.prompt or "", example.answer]
     return " ".join(unicodedata.normalize("NFKC", " ".join(parts)).casefold().split())
+
+
+def find_related(forget: Sequence[Example], general: Sequence[Example]) -> list[int]:
+    """Which general examples may say what is to be forgotten: those that hold all words of a short answer, or most of
+    the words of a longer row, or whose own words are mostly those of a row; function words do not count."""
+    of_forget = [(_content_words(one.answer), _content_words(_normalised(one))) for one in forget]
+    return [index for index, one in enumerate(general) if _is_related(_content_words(_normalised(one)), of_forget)]
+
+
+def _is_related(words: frozenset[str], of_forget: Sequence[tuple[frozenset[str], frozenset[str]]]) -> bool:
+    for answer, row in of_forget:
+        if answer and len(answer) <= SHORT_ANSWER and answer <= words:
+            return True
+        if len(shared := words & row) >= MIN_SHARED and len(shared) >= RELATED * min(len(words), len(row)):
+            return True
+    return False
+
+
+def _content_words(text: str) -> frozenset[str]:
+    """The words of a text that say something, without the endings of plurals."""
+    words = re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|\w+", unicodedata.normalize("NFKC", text).casefold())
+    return frozenset(re.sub(r"(?<=\w\w\w)s$", "", word) for word in words if word not in FUNCTION_WORDS)

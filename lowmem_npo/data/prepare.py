@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from importlib import resources
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_npo.config import DataConfig, ForgetTerm, ObjectiveConfig
-from lowmem_npo.data.overlap import refuse_overlap
-from lowmem_npo.data.reading import Rows, read_rows
-from lowmem_npo.data.schemas import Example, to_examples, with_answer
+from lowmem_npo.data.overlap import MAX_LISTED, find_related, refuse_overlap
+from lowmem_npo.data.passages import Passages
+from lowmem_npo.data.reading import BUILTIN, Rows, bundled_rows, read_rows
+from lowmem_npo.data.schemas import Example, canonical, to_examples, with_answer
+from lowmem_npo.data.self_written import beginnings, self_rows, stand_in
 from lowmem_npo.data.templates import Template
-from lowmem_npo.data.tokenizing import TokenizedRows, tokenize
+from lowmem_npo.data.tokenizing import TokenizedRows, count, tokenize
 from lowmem_npo.errors import UserError
+from lowmem_npo.run_directory import SELF_WRITTEN
+
+# What the rows of a mixed source are, by their columns.
+SCHEMAS = {"question/answer": "questions with answers", "input/output": "completions", "text": "texts"}
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,8 @@ class PreparedData:
     forget_targets: what the forget term trains on: `forget`, or the same prompts answered by a refusal.
     report: lines for the user: what was read, and what was truncated.
     holdout: rows like those to forget that the model was never taught, or None: what forgotten rows are compared with.
+    retain_is_unwritten: whether `retain` only stands in, by rows of the greatest length, for texts that the original
+        model is yet to write.
     """
 
     forget: TokenizedRows
@@ -33,6 +42,7 @@ class PreparedData:
     forget_targets: TokenizedRows
     report: list[str]
     holdout: TokenizedRows | None = None
+    retain_is_unwritten: bool = False
 
 
 def prepare(
@@ -40,12 +50,14 @@ def prepare(
     data: DataConfig,
     forget_term: ForgetTerm = ObjectiveConfig.forget_term,
     stops: frozenset[int] = frozenset(),
+    own_texts: Path | None = None,
 ) -> PreparedData:
     """Reads, checks and tokenises the rows of a run. Nothing is written.
 
     Without `data.forget` and `data.retain` these are the bundled biographies and, unless `data.holdout` names others,
     their holdout. `forget_term` decides what `forget_targets` are: for `idk`, refusals. `stops` are ids at which the
-    model stops generating, beside its tokenizer's own.
+    model stops generating, beside its tokenizer's own. `own_texts` is where the texts of `--retain self` are, or will
+    be. Of general rows, bundled or self-written, those that say what is to be forgotten are left out.
 
     Raises UserError for everything the user can fix.
     """
@@ -56,20 +68,30 @@ def prepare(
     if data.forget is None and data.retain is not None:
         raise UserError(f"There are rows to retain ({data.retain}) but none to forget; name them with --forget.")
     template = Template.of(data, stops)
+    passages = Passages.of(data, tokenizer)
     report: list[str] = []
 
     def examples(part: str, source: str | None) -> list[Example]:
         if source is None:
             rows, columns = bundled_rows(part, limit=data.limit), {}
         else:
-            rows = read_rows(source, limit=data.limit)
+            rows = read_rows(source, limit=data.limit, passages=passages)
+            if part == "retain" and is_general(source):
+                rows, line = without_related(to_forget, rows)
+                report.extend([line] if line else [])
             columns = {"prompt_column": data.prompt_column, "answer_column": data.answer_column}
         result = to_examples(rows, **columns)
-        report.append(_origin(part, rows, result, template.describe(result[0], tokenizer)))
+        forms = dict.fromkeys(template.describe(example, tokenizer) for example in _kinds(result))
+        report.append(_origin(part, rows, result, ", or ".join(forms)))
+        report.extend(f"{part}: {note}" for note in rows.notes)
         return result
 
-    def tokenized(part: str, rows: list[Example]) -> TokenizedRows:
-        result = tokenize(rows, tokenizer, max_length=data.max_length, template=template, tokens=data.tokens)
+    def tokenized(part: str, rows: list[Example], general: bool = False) -> TokenizedRows:
+        result = tokenize(
+            rows, tokenizer, max_length=data.max_length, template=template, tokens=data.tokens, drop_too_long=general
+        )
+        if left_out := len(rows) - len(result):
+            report.append(f"{part}: {count(left_out)} left out, too long for --max-length {data.max_length}")
         report.extend(result.report(part))
         return result
 
@@ -77,7 +99,17 @@ def prepare(
     if bundled:
         report.append("No --forget and no --retain: using the bundled biographies of invented people.")
     to_forget = examples("forget", data.forget)
-    to_retain = examples("retain", data.retain) if bundled or data.retain is not None else None
+    to_retain, unwritten = None, None
+    if (own := self_rows(data.retain)) is not None:
+        if own_texts is not None and own_texts.exists():
+            to_retain = examples("retain", str(own_texts))
+            report.append(f"retain: {len(to_retain)} texts that the original model wrote ({data.retain})")
+        else:
+            begun = beginnings(min(own, data.limit or own), tokenizer, template)
+            unwritten = stand_in(begun, tokenizer, template, data.max_length)
+            report.append(f"retain: {data.retain}, {own} texts that the original model will write once it is loaded")
+    elif bundled or data.retain is not None:
+        to_retain = examples("retain", data.retain)
     if to_retain is not None and not data.allow_overlap:
         refuse_overlap(to_forget, to_retain)
     to_hold_out = examples("holdout", data.holdout) if bundled or data.holdout is not None else None
@@ -88,19 +120,47 @@ def prepare(
     forget_rows = targets = tokenized("forget", to_forget)
     if forget_term == "idk":
         targets = tokenized("forget, refusing", with_answer(to_forget, data.refusal))
-    retain_rows = None if to_retain is None else tokenized("retain", to_retain)
+    general = own is not None or is_general(data.retain)
+    retain_rows = unwritten if to_retain is None else tokenized("retain", to_retain, general)
     holdout_rows = None if to_hold_out is None else tokenized("holdout", to_hold_out)
-    return PreparedData(forget_rows, retain_rows, targets, report, holdout_rows)
+    return PreparedData(forget_rows, retain_rows, targets, report, holdout_rows, unwritten is not None)
 
 
-def bundled_rows(part: str, *, limit: int | None = None) -> Rows:
-    """The bundled biographies: part "forget", "retain", or "holdout", people whom nothing is trained on."""
-    file = resources.files("lowmem_npo.data.bundled") / f"{part}.jsonl"
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return Rows(f"bundled {part}.jsonl", rows[:limit], list(range(1, len(rows) + 1))[:limit])
+def is_general(source: str | None) -> bool:
+    """Whether `source` holds general rows, bundled or written by the model: nothing that the user chose."""
+    return source is not None and (source in BUILTIN or Path(source).name == SELF_WRITTEN)
+
+
+def without_related(forget: Sequence[Example], general: Rows) -> tuple[Rows, str | None]:
+    """The general rows that do not say what is to be forgotten, and a line on those that may.
+
+    Raises UserError where all of them may.
+    """
+    related = find_related(forget, to_examples(general))
+    if not related:
+        return general, None
+    if len(related) == len(general):
+        raise UserError("All general rows may say what is to be forgotten, so none are left to retain: name --retain.")
+    listed = "; ".join(general.where(index) for index in related[:MAX_LISTED])
+    more = f" and {len(related) - MAX_LISTED} more" if len(related) > MAX_LISTED else ""
+    rows = "1 general row" if len(related) == 1 else f"{len(related)} general rows"
+    kept = [index for index in range(len(general)) if index not in set(related)]
+    places = [general.where(index) for index in kept]
+    line = f"retain: {rows} left out, which may say what is to be forgotten ({listed}{more})"
+    return replace(general, rows=[general.rows[index] for index in kept], lines=None, places=places), line
+
+
+def _kinds(examples: list[Example]) -> list[Example]:
+    """One example of each schema."""
+    return list({example.schema: example for example in reversed(examples)}.values())[::-1]
 
 
 def _origin(part: str, rows: Rows, examples: list[Example], form: str) -> str:
+    if rows.mixed:
+        counts = Counter(SCHEMAS.get(example.schema, example.schema) for example in examples)
+        what = " and ".join(f"{number} {name}" for name, number in counts.items())
+        return f"{part}: {rows.name}, {what}; {form}"
+    rows = canonical(rows)
     line = f"{part}: {rows.name}, columns {examples[0].schema}, {form}"
     read = set[str]().union(*(example.columns for example in examples))
     if unread := [column for column in rows.columns if column not in read]:

@@ -1,4 +1,4 @@
-"""Rows from a file or from the Hugging Face hub, each with a location for messages.
+"""Rows from files or from the Hugging Face hub, each with a location for messages.
 
 JSON and CSV are read by the standard library, which guesses no types: `datasets` would make timestamps of a column
 whose every value looks like "1969-12-21", 42 of "0042" and a missing value of the answer "NA". It also knows the
@@ -16,17 +16,30 @@ import gzip
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+from lowmem_npo.data.documents import DOCUMENT_KINDS, read_document
+from lowmem_npo.data.passages import Passages
 from lowmem_npo.errors import UserError
 from lowmem_npo.libraries import hub_problem
+from lowmem_npo.run_directory import SELF_WRITTEN
 
-TEXT_KINDS = (".jsonl", ".json", ".csv")
-FILE_KINDS = (*TEXT_KINDS, ".parquet", ".arrow", *(f"{kind}.gz" for kind in TEXT_KINDS))
+TEXT_KINDS = (".jsonl", ".json", ".csv", ".tsv")
+TABLE_KINDS = (*TEXT_KINDS, ".parquet", ".arrow", *(f"{kind}.gz" for kind in TEXT_KINDS))
+FILE_KINDS = (*TABLE_KINDS, *DOCUMENT_KINDS)
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+# Columns by which a header is recognised, and with it its separator.
+HEADERS = {"question", "answer", "input", "output", "instruction", "response", "context", "prompt", "completion",
+           "messages", "conversations", "text", "document", "id", "task"}  # fmt: skip
+# What --retain takes beside files: the bundled general set, of which a part is held out, and the model's own texts.
+BUILTIN = {"builtin": "general", "builtin:holdout": "general_holdout"}
+GENERAL = (*BUILTIN.values(), "openings")  # questions with answers, and texts
+SELF = re.compile(r"self(:(?P<rows>\d+))?")
 # owner/name, then optionally :configuration, /split and @revision
 HUB_NAME = re.compile(
     r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+)(/(?P<split>[\w.-]+))?)?(@(?P<revision>[\w./-]+))?"
@@ -40,11 +53,18 @@ class Rows:
     name: what messages call the source (the path or hub name as the user wrote it).
     rows: one dictionary per row, column name to value.
     lines: the line (from 1) each row begins in, or None for sources without lines.
+    places: where each row is, for sources whose rows have neither lines nor numbers.
+    mixed: whether each row has columns of its own, among them `continues` where its text goes on after the row: so in
+        what this package makes of documents, and in its general texts.
+    notes: remarks on how the source was read.
     """
 
     name: str
     rows: list[dict[str, Any]]
     lines: list[int] | None = None
+    places: list[str] | None = None
+    mixed: bool = False
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -56,23 +76,53 @@ class Rows:
 
     def where(self, index: int) -> str:
         """The location of row `index` (from 0), counted from 1: "forget.jsonl, line 3" or "forget.parquet, row 3"."""
+        if self.places is not None:
+            return self.places[index]
         return f"{self.name}, row {index + 1}" if self.lines is None else f"{self.name}, line {self.lines[index]}"
 
 
-def read_rows(source: str, *, limit: int | None = None) -> Rows:
-    """The rows of `source`: a .jsonl, .json, .csv (also .gz of them), .parquet or .arrow file, or a hub name.
+def read_rows(source: str, *, limit: int | None = None, passages: Passages | None = None) -> Rows:
+    """The rows of `source`: a table (.jsonl, .json, .csv, .tsv, also .gz of them, .parquet, .arrow), a document (.txt,
+    .md, .html, .pdf), a folder of documents, a hub name, or several of these with commas between them.
 
-    A hub name is `owner/name`, `owner/name:configuration` or `owner/name:configuration/split`, each optionally
-    followed by `@revision`. Unless named, the split is `train`, or the only one there is.
+    A document is cut into `passages` (default: counted in words). A hub name is `owner/name`,
+    `owner/name:configuration` or `owner/name:configuration/split`, each optionally followed by `@revision`. Unless
+    named, the split is `train`, or the only one there is. `builtin` is the bundled general set.
     Only the first `limit` rows are kept.
 
     Raises UserError for a source that is missing, unreadable, malformed or empty.
     """
+    names = [source]
+    if "," in source and not Path(source).expanduser().exists():
+        names = [name for part in source.split(",") if (name := part.strip())]
+    parts = [_read_source(name, passages or Passages()) for name in names]
+    if len({part.mixed for part in parts}) > 1:
+        table, document = (next(part.name for part in parts if part.mixed is mixed) for mixed in (False, True))
+        raise UserError(f"{document} is a document and {table} holds rows: name files of one of the two kinds.")
+    rows = parts[0] if len(parts) == 1 else joined(source, parts)
+    lines, places = rows.lines and rows.lines[:limit], rows.places and rows.places[:limit]
+    return Rows(rows.name, rows.rows[:limit], lines, places, rows.mixed, rows.notes)
+
+
+def joined(name: str, parts: Sequence[Rows]) -> Rows:
+    """The rows of all `parts`, one after the other."""
+    rows, notes = [row for part in parts for row in part.rows], tuple(note for part in parts for note in part.notes)
+    places = [part.where(index) for part in parts for index in range(len(part))]
+    return Rows(name, rows, places=places, mixed=any(part.mixed for part in parts), notes=notes)
+
+
+def _read_source(source: str, passages: Passages) -> Rows:
     path = Path(source).expanduser()
     if path.is_dir():
-        raise UserError(f"{source} is a folder; name one file in it ({', '.join(FILE_KINDS)}).")
-    if path.exists():
-        rows = _read_file(source, path)
+        rows = _read_folder(source, path, passages)
+    elif path.exists():
+        rows = _read_document(source, path, passages) if _kind(path) in DOCUMENT_KINDS else _read_file(source, path)
+    elif source in BUILTIN:
+        rows = bundled_rows(BUILTIN[source])
+    elif SELF.fullmatch(source):
+        raise UserError(
+            f"{source} are texts that the original model writes for --retain of a training run; name files."
+        )
     elif _kind(path) in FILE_KINDS:
         raise UserError(f"There is no file {source}; check the path.")
     elif match := HUB_NAME.fullmatch(source):
@@ -84,7 +134,47 @@ def read_rows(source: str, *, limit: int | None = None) -> Rows:
         )
     if not rows.rows:
         raise UserError(f"{source} holds no rows; give a file with at least one.")
-    return Rows(rows.name, rows.rows[:limit], rows.lines and rows.lines[:limit])
+    return rows
+
+
+def bundled_rows(part: str, *, limit: int | None = None) -> Rows:
+    """A bundled set. The biographies: part "forget", "retain", or "holdout", people whom nothing is trained on. General
+    questions, answers and texts: part "general", and "general_holdout", which nothing is trained on either; "openings"
+    are first words to go on from."""
+    file = resources.files("lowmem_npo.data.bundled") / f"{part}.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = list(range(1, len(rows) + 1))
+    return Rows(f"bundled {part}.jsonl", rows[:limit], lines[:limit], mixed=part in GENERAL)
+
+
+def _read_folder(source: str, folder: Path, passages: Passages) -> Rows:
+    """All documents in a folder and the folders in it, by name."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_hidden(path.relative_to(folder))]
+    documents = [path for path in files if _kind(path) in DOCUMENT_KINDS]
+    tables = [path for path in files if _kind(path) in TABLE_KINDS]
+    if not documents or tables:
+        what = f"a folder with both documents ({documents[0].name}) and tables" if documents else "a folder"
+        kinds = "" if tables else f" ({', '.join(FILE_KINDS)})"
+        listed = f", such as {tables[0].relative_to(folder)}" if tables else ""
+        raise UserError(f"{source} is {what}; name one file in it{listed}{kinds}.")
+    names = [str(Path(source) / path.relative_to(folder)) for path in documents]
+    parts = [_read_document(name, path, passages) for name, path in zip(names, documents, strict=True)]
+    rows = joined(source, parts)
+    notes = [f"{source} has {len(documents)} documents"]
+    if others := [path.name for path in files if path not in documents]:
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        notes.append(f"not read, being of other kinds: {', '.join(others[:5])}{more}")
+    return Rows(rows.name, rows.rows, places=rows.places, mixed=True, notes=(*notes, *rows.notes))
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _read_document(name: str, path: Path, passages: Passages) -> Rows:
+    document = read_document(name, path, _kind(path))
+    rows, places = passages.rows(document.text)
+    return Rows(name, rows, places=[f"{name}, {place}" for place in places], mixed=True, notes=document.notes)
 
 
 def _kind(path: Path) -> str:
@@ -97,11 +187,13 @@ def _read_file(name: str, path: Path) -> Rows:
     kind = _kind(path)
     if kind in (".xlsx", ".xls", ".ods"):
         raise UserError(f"{name} is a spreadsheet; save the sheet with the rows as CSV (UTF-8) and name that file.")
+    if kind in (".docx", ".doc", ".odt", ".rtf", ".pages", ".epub"):
+        raise UserError(f"{name} is a word processor's document or a book; save it as .txt, .html or .pdf.")
     if kind not in FILE_KINDS:
         raise UserError(f"{name} is of an unsupported file type; convert it to one of {', '.join(FILE_KINDS)}.")
     if path.stat().st_size == 0:
         return Rows(name, [])
-    read = _read_csv if kind.startswith(".csv") else _read_json if kind.startswith(".json") else _read_table
+    read = _read_csv if kind.startswith((".csv", ".tsv")) else _read_json if kind.startswith(".json") else _read_table
     try:
         return read(name, path)
     except UserError:
@@ -140,7 +232,7 @@ def _read_json(name: str, path: Path) -> Rows:
                 f"{rows.where(index)}: {column} holds half of a surrogate pair (an escape such as \\ud83d without its "
                 "partner), which is no character; repair the text or remove the row."
             )
-    return rows
+    return Rows(rows.name, rows.rows, rows.lines, mixed=path.name == SELF_WRITTEN)
 
 
 def is_text(value: Any) -> bool:
@@ -176,9 +268,10 @@ def _parse(name: str, text: str, first_line: int) -> Any:
 def _read_csv(name: str, path: Path) -> Rows:
     """Every cell as text. A record may be shorter than the header: what it lacks is missing."""
     csv.field_size_limit(2**31 - 1)  # a document may well be one cell
+    separator = _separator(path)
     records, lines, end = [], [], 0
     with _open(path, newline="") as file:
-        reader = csv.reader(file, strict=True)
+        reader = csv.reader(file, strict=True, delimiter=separator)
         try:
             for record in reader:
                 if len(record) > 1 or "".join(record).strip():
@@ -188,19 +281,36 @@ def _read_csv(name: str, path: Path) -> Rows:
         except csv.Error as error:
             raise UserError(f"{name}, line {end + 1} cannot be read as csv ({error}); check its quotes.") from error
     header = records[0] if records else []
-    if len(header) == 1 and (separator := re.search(r"[;\t]", header[0])):
-        raise UserError(
-            f"{name}, line {lines[0]} has one field, {header[0]!r}; separate fields with commas, not {separator[0]!r}."
-        )
     if twice := next((column for column in header if column and header.count(column) > 1), None):
         raise UserError(f"{name}, line {lines[0]} names the column {twice} twice; rename one of the two.")
     for record, line in zip(records, lines, strict=True):
         if len(record) > len(header):
             raise UserError(
-                f"{name}, line {line} has {len(record)} fields but the header has {len(header)}; "
-                "put text that holds a comma in double quotes."
+                f"{name}, line {line} has {len(record)} fields but the header has {len(header)}, separated by "
+                f"{SEPARATORS[separator]}; put text that holds one in double quotes."
             )
-    return Rows(name, [dict(zip(header, record, strict=False)) for record in records[1:]], lines[1:])
+    rows = [dict(zip(header, record, strict=False)) for record in records[1:]]
+    notes = () if separator == "," else (f"{name} is separated by {SEPARATORS[separator]}",)
+    return Rows(name, rows, lines[1:], notes=notes)
+
+
+def _separator(path: Path) -> str:
+    """What separates the fields of the header: of the characters that divide it, the one that gives most known columns,
+    the comma if in doubt."""
+    if _kind(path).startswith(".tsv"):
+        return "\t"
+    with _open(path, newline="") as file:
+        header = next((line for line in file if line.strip()), "")
+    fields = {separator: next(csv.reader([header], delimiter=separator), []) for separator in SEPARATORS}
+
+    def fitness(separator: str) -> tuple[int, bool]:
+        names = fields[separator]
+        return sum(name.strip().casefold() in HEADERS for name in names) if len(names) > 1 else -1, separator == ","
+
+    best = max(SEPARATORS, key=fitness)
+    if fitness(best)[0] <= 0 and len(fields[","]) == 1:  # no known column: what divides it into most
+        best = max(SEPARATORS, key=lambda separator: (len(fields[separator]), separator == ","))
+    return best
 
 
 def _read_table(name: str, path: Path) -> Rows:

@@ -16,7 +16,7 @@ Recognised by their columns, in this order:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
@@ -27,7 +27,9 @@ CHAT = ("messages", "conversations")
 INSTRUCTIONS = {"output": "input", "response": "context"}  # answer -> what may follow the instruction
 PAIRS = (*(("instruction", answer) for answer in INSTRUCTIONS), ("input", "output"), ("question", "answer"),
          ("prompt", "completion"))  # fmt: skip
+READ = ("id", "system", "history", "tools", "chat_template_kwargs", "text", "context")  # beside those above
 PARAPHRASED = "paraphrased_"  # before the name of the prompt's column: the prompt in other words
+TEXT = (None, "text")
 CALLS = ("tool_calls", "function_call")  # what an assistant may say instead of text
 UNTRAINED = ("weight", "train", "training")  # how fine-tuning formats leave a turn out: OpenAI's 0, Axolotl's false
 # What ShareGPT and its kin call the roles of a chat template.
@@ -49,6 +51,7 @@ class Example:
         and whatever else a turn has, such as `tool_calls` or `reasoning_content`.
     options: what the chat template gets beside the conversation: `tools`, and the row's `chat_template_kwargs`.
     paraphrases: the prompt in other words, with which evaluation asks as well (column `paraphrased_question`).
+    continues: whether the text goes on after the answer, which then has no EOS: most passages of a document do.
     """
 
     prompt: str | None
@@ -59,6 +62,7 @@ class Example:
     messages: tuple[dict[str, Any], ...] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     paraphrases: tuple[str, ...] = ()
+    continues: bool = False
 
     @property
     def columns(self) -> set[str]:
@@ -69,13 +73,39 @@ class Example:
 
 
 def to_examples(rows: Rows, *, prompt_column: str | None = None, answer_column: str | None = None) -> list[Example]:
-    """One Example per row. Named columns take precedence; an answer column alone means text without a prompt.
+    """One Example per row. Named columns take precedence; an answer column alone means text without a prompt. Columns
+    are known whatever their case. The rows of a mixed source have columns of their own, which need no names.
 
     Raises UserError, naming the columns, when no schema fits, and with file and line for a missing, empty or non-text
     field.
     """
+    if rows.mixed:
+        return [
+            replace(_example(row, rows.where(index), *_recognised(row) or TEXT), continues=bool(row.get("continues")))
+            for index, row in enumerate(rows.rows)
+        ]
+    rows = canonical(rows)
     columns = _choose_columns(rows, prompt_column, answer_column)
     return [_example(row, rows.where(index), *columns) for index, row in enumerate(rows.rows)]
+
+
+def canonical(rows: Rows) -> Rows:
+    """The same rows, with known columns spelled as they are known: `Question` and ` ANSWER` become question and answer.
+
+    Raises UserError where two columns would become one.
+    """
+    known = {*CHAT, *INSTRUCTIONS.values(), *(column for pair in PAIRS for column in pair), *READ}
+    columns = rows.columns
+    spelled: dict[str, str] = {}
+    for column in columns:
+        name = column.strip().casefold()
+        if name in known and name not in columns:
+            if twice := next((other for other, as_ in spelled.items() if as_ == name), None):
+                raise UserError(f"{rows.name} has the columns {twice!r} and {column!r}; rename one of the two.")
+            spelled[column] = name
+    if not spelled:
+        return rows
+    return replace(rows, rows=[{spelled.get(column, column): row[column] for column in row} for row in rows.rows])
 
 
 def with_answer(examples: Sequence[Example], refusal: str) -> list[Example]:
@@ -106,23 +136,35 @@ def _choose_columns(rows: Rows, prompt_column: str | None, answer_column: str | 
     if prompt_column and not answer_column:
         raise UserError(f"The answer column of {rows.name} is missing; name it with --answer-column.")
     if answer_column:
-        for column in filter(None, (prompt_column, answer_column)):
-            if column not in columns:
-                raise UserError(f"{rows.name} has no column {column}; it has {', '.join(columns)}.")
-        return prompt_column, answer_column
+        return prompt_column and _named(prompt_column, rows), _named(answer_column, rows)
+    if chosen := _recognised(columns):
+        return chosen
+    raise UserError(
+        f"{rows.name} has the columns {', '.join(columns) or '(none)'}, none of which is a recognised pair "
+        f"({'; '.join('/'.join(pair) for pair in PAIRS)}; {'; '.join(CHAT)}; text); "
+        "name yours with --prompt-column and --answer-column."
+    )
+
+
+def _named(column: str, rows: Rows) -> str:
+    """The column as the rows spell it: as named, else the only one that differs in case."""
+    alike = [other for other in rows.columns if other.strip().casefold() == column.strip().casefold()]
+    if column in alike:
+        return column
+    if len(alike) != 1:
+        raise UserError(f"{rows.name} has no column {column}; it has {', '.join(rows.columns)}.")
+    return alike[0]
+
+
+def _recognised(columns: Container[str]) -> tuple[str | None, str] | None:
+    """The columns of a known schema, if there is one."""
     for column in CHAT:
         if column in columns:
             return column, column
     for prompt, answer in PAIRS:
         if prompt in columns and answer in columns:
             return prompt, answer
-    if "text" in columns:
-        return None, "text"
-    raise UserError(
-        f"{rows.name} has the columns {', '.join(columns) or '(none)'}, none of which is a recognised pair "
-        f"({'; '.join('/'.join(pair) for pair in PAIRS)}; {'; '.join(CHAT)}; text); "
-        "name yours with --prompt-column and --answer-column."
-    )
+    return TEXT if "text" in columns else None
 
 
 def _example(row: dict[str, Any], where: str, prompt_column: str | None, answer_column: str) -> Example:
@@ -198,7 +240,8 @@ def _conversation(messages: Any, row: dict[str, Any], where: str, schema: str, i
     for mark in UNTRAINED:
         if (value := turns[-1].get(mark, 1)) != 1:
             raise UserError(
-                f"{where}: the answer has {mark} {value!r}, which keeps it out of training; remove the row, or the {mark}."
+                f"{where}: the answer has {mark} {value!r}, which keeps it out of training; remove the row, or the "
+                f"{mark}."
             )
     options = _without_none(_parsed(row.get("chat_template_kwargs")) or {})
     if not isinstance(options, dict):

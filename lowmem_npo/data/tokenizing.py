@@ -115,6 +115,7 @@ def tokenize(
     max_length: int = DataConfig.max_length,
     template: Template | None = None,
     tokens: str = DataConfig.tokens,
+    drop_too_long: bool = False,
 ) -> TokenizedRows:
     """Tokenises every example.
 
@@ -122,16 +123,17 @@ def tokenize(
         so the answer loses its tail and its EOS; the prompt is never cut, since evaluation would then ask something
         else.
     tokens: "answer" labels the answer and EOS, "all" the prompt too (padding never).
+    drop_too_long: leave out a row without room for any of its answer, unless that is all of them.
 
-    Raises UserError when a row has no room for any of its answer, when the tokenizer has no EOS token, or for a
-    conversation when the tokenizer has no chat template.
+    Raises UserError when a row has no room for any of its answer and is not left out, when the tokenizer has no EOS
+    token, or for a conversation when the tokenizer has no chat template.
     """
     if tokens not in TOKENS:
         raise UserError(f"tokens is {tokens!r}; it must be one of {', '.join(TOKENS)}.")
     if tokenizer.eos_token_id is None:
         raise UserError("The tokenizer has no EOS token, with which every answer ends; set eos_token in its files.")
     encoder = Encoder(tokenizer, template)
-    rows, cut, too_long = [], [], []
+    rows, kept_examples, cut, too_long = [], [], [], []
     for example in examples:
         prompt, answer = encoder.encode(example)
         whole = prompt + answer
@@ -143,10 +145,11 @@ def tokenize(
             continue
         labels = [IGNORE_INDEX] * first_label + kept[first_label:]
         rows.append(TokenizedRow(input_ids=kept, labels=labels, prompt_length=len(prompt)))
+        kept_examples.append(example)
         cut.append(len(whole) - len(kept))
-    if too_long:
+    if too_long and not (drop_too_long and rows):
         _refuse(too_long, max_length)
-    return TokenizedRows(rows, examples, cut, max_length, encoder.repeated)
+    return TokenizedRows(rows, kept_examples, cut, max_length, encoder.repeated)
 
 
 class Encoder:
@@ -169,10 +172,13 @@ class Encoder:
         self.prefix = self._ids("", special=True)
 
     def encode(self, example: Example) -> tuple[list[int], list[int]]:
-        """(prompt ids, answer ids with EOS or the end of the turn last), not truncated; text has no prompt ids."""
+        """(prompt ids, answer ids with EOS or the end of the turn last unless the text continues), not truncated; text
+        has no prompt ids."""
         self.doubled = self.ended = False
         prompt, answer = self._encode(example)
         self.repeated += self.doubled
+        if example.continues:
+            return prompt, answer
         ended = self.ended and answer[-1] in self.stops
         return prompt, answer if ended else [*answer, self.tokenizer.eos_token_id]
 
@@ -225,7 +231,9 @@ class Encoder:
             ending = cast(re.Match, re.search(f"({self.stop}|\\s)*$", answer))[0]
         body = answer.removesuffix(ending)
 
-        if stop := re.search(self.stop, ending):
+        if example.continues:
+            ending = ""
+        elif stop := re.search(self.stop, ending):
             self.ended, ending = True, ending[: stop.end()]
             if body.rstrip().endswith(stop[0]):  # the row brings its own end
                 self.doubled, body = True, body.rstrip().removesuffix(stop[0])

@@ -95,7 +95,6 @@ def test_a_file_holds_flags_and_the_command_line_wins(tmp_path):
         (["--model", "m", "--batch-size", "0"], "--batch-size"),
         (["--model", "m", "--lora-r", "0"], "--lora-r"),
         (["--model", "m", "--epochs", "0"], "--epochs"),
-        (["--model", "m", "--forget", "f.jsonl"], "--retain"),
         (["--model", "m", "--retain", "f.jsonl"], "--forget"),
         (["--model", "m", "--config"], "--config"),
     ],

@@ -101,6 +101,43 @@ def test_a_path_is_not_a_pattern(tmp_path):
     assert read_rows(write(tmp_path / "a*.csv", "a\nx\n")).rows == [{"a": "x"}]
 
 
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+@pytest.mark.parametrize("suffix", [".csv", ".csv.gz"])
+def test_a_separator_other_than_a_comma_is_recognised(tmp_path, separator, suffix):
+    text = (
+        separator.join(["id", "Question", "ANSWER"]) + "\n" + separator.join(["1", "Born, when?", '"a; b|c\td"']) + "\n"
+    )
+    content = text.encode() if suffix == ".csv" else gzip.compress(text.encode())
+    rows = read_rows(write(tmp_path / f"a{suffix}", content))
+    assert rows.rows == [{"id": "1", "Question": "Born, when?", "ANSWER": "a; b|c\td"}]
+    assert len(rows.notes) == 1 and "is separated by" in rows.notes[0]
+
+
+def test_commas_stay_the_separator_where_they_are(tmp_path):
+    """A semicolon in a header does not make it one, nor do fields of other names."""
+    for header, row in (("question,answer;really", "a;b,c"), ("frage,antwort", "wer;wie,was"), ("text", "a;b|c")):
+        rows = read_rows(write(tmp_path / "a.csv", f"{header}\n{row}\n"))
+        assert rows.rows == [dict(zip(header.split(","), row.split(","), strict=True))] and not rows.notes
+
+
+def test_tabs_separate_the_fields_of_tsv(tmp_path):
+    text = "text\nOne, two; three\n"
+    assert read_rows(write(tmp_path / "a.tsv", text)).rows == [{"text": "One, two; three"}]
+    rows = read_rows(write(tmp_path / "b.tsv.gz", gzip.compress(b"question\tanswer\na,b\tc\n"))).rows
+    assert rows == [{"question": "a,b", "answer": "c"}]
+
+
+def test_several_files_are_one_set(tmp_path):
+    one = write(tmp_path / "one.jsonl", '{"question": "a", "answer": "b"}\n')
+    two = write(tmp_path / "two.csv", "question;answer\nc;d\n")
+    rows = read_rows(f"{one}, {two}")
+    assert rows.rows == [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}]
+    assert [rows.where(i) for i in (0, 1)] == [f"{one}, line 1", f"{two}, line 2"]
+    assert read_rows(write(tmp_path / "a, b.jsonl", '{"text": "x"}')).rows == [{"text": "x"}], "a comma in a name"
+    with pytest.raises(UserError, match="There is no file none.csv"):
+        read_rows(f"{one},none.csv")
+
+
 def test_limit_keeps_the_first_rows(tmp_path):
     rows = read_rows(write(tmp_path / "a.jsonl", '{"a": "1"}\n\n{"a": "2"}\n{"a": "3"}\n'), limit=2)
     assert rows.rows == [{"a": "1"}, {"a": "2"}]
@@ -139,8 +176,8 @@ def test_local_files_leave_nothing_in_the_cache(tmp_path, monkeypatch):
         ("a.jsonl", '{"a": "fine"}\n{"b": "\\ud83d"}\n', ["a.jsonl, line 2: b holds half of a surrogate pair"]),
         ("a.json", '[{"a": [{"b": "\\udc00"}]}]', ["a.json, row 1: a holds half of a surrogate pair"]),
         ("a.jsonl", '{"a": "x"}\n{"a": "y", "a": "z"}\n', ["a.jsonl, line 2 has the key 'a' twice"]),
-        ("a.csv", "question;answer\nq;a\n", ["a.csv, line 1 has one field", "commas, not ';'"]),
-        ("a.csv", "question\tanswer\nq\ta\n", ["a.csv, line 1 has one field", "commas"]),
+        ("a.csv", "question;answer\n1;2;3\n", ["a.csv, line 2 has 3 fields but the header has 2", "semicolons"]),
+        ("a.tsv", "question\tanswer\n1\t2\t3\n", ["a.tsv, line 2 has 3 fields but the header has 2", "tabs"]),
         ("a.xlsx", "PK", ["a.xlsx is a spreadsheet", "CSV"]),
         ("a.jsonl.bz2", "BZ", ["a.jsonl.bz2 is of an unsupported file type", ".jsonl.gz"]),
         ("a.jsonl", "", ["a.jsonl holds no rows"]),
@@ -150,7 +187,8 @@ def test_local_files_leave_nothing_in_the_cache(tmp_path, monkeypatch):
         ("a.csv", "question,answer\n", ["a.csv holds no rows"]),
         ("a.parquet", "not parquet", ["a.parquet cannot be read as parquet"]),
         ("a.arrow", "not arrow", ["a.arrow cannot be read as arrow"]),
-        ("a.txt", "text", ["a.txt is of an unsupported file type", ".jsonl"]),
+        ("a.py", "text", ["a.py is of an unsupported file type", ".jsonl", ".txt"]),
+        ("a.docx", "PK", ["a.docx is a word processor's document", ".pdf"]),
     ],
 )
 def test_mistakes_are_named_with_their_place(tmp_path, name, content, parts):
@@ -164,7 +202,7 @@ def test_mistakes_are_named_with_their_place(tmp_path, name, content, parts):
 def test_missing_files_and_folders(tmp_path):
     with pytest.raises(UserError, match=r"There is no file .*none\.jsonl"):
         read_rows(str(tmp_path / "none.jsonl"))
-    with pytest.raises(UserError, match="is a folder; name one file"):
+    with pytest.raises(UserError, match="is a folder; name one file in it"):
         read_rows(str(tmp_path))
     with pytest.raises(UserError, match="neither a file nor a hub name"):
         read_rows("tofu")

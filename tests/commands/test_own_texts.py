@@ -1,0 +1,147 @@
+"""`--retain self` and `--retain builtin`: what is kept where there is no retain set."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.taught_model import unlearning_config
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowmem_npo.commands.train.own_texts import own_texts
+from lowmem_npo.commands.train.run import train
+from lowmem_npo.config import DataConfig, ObjectiveConfig, RunConfig
+from lowmem_npo.data import bundled_rows
+from lowmem_npo.data.reading import read_rows
+from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.settings import EvaluationConfig
+from lowmem_npo.model.loading import load_config
+from lowmem_npo.model.saved_adapter import settings_of_run
+from lowmem_npo.report.audit import read_audit
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def forget(tmp_path) -> str:
+    path = tmp_path / "forget.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in bundled_rows("forget", limit=6).rows))
+    return str(path)
+
+
+def run_of(model, output, forget, retain: str | None, **changes) -> RunConfig:
+    config = unlearning_config(model, output, max_steps=2, **changes)
+    return replace(config, data=DataConfig(forget=forget, retain=retain, max_length=64))
+
+
+def test_the_original_model_writes_texts_once(taught_model, tmp_path, forget, cache):
+    lines: list[str] = []
+    config = run_of(taught_model, tmp_path / "one", forget, "self:5")
+    assert train(config, lines.append).optimizer_steps == 2
+    assert "retain: self:5, 5 texts that the original model will write once it is loaded" in lines
+    assert any(line.startswith("The original model writes 5 texts") for line in lines)
+    (written,) = cache.rglob("self_written.jsonl")
+    of_run = tmp_path / "one" / "self_written.jsonl"
+    assert written.read_text() == of_run.read_text()
+    texts = [json.loads(line)["text"] for line in of_run.read_text().splitlines()]
+    assert len(texts) == 5
+    openings = [row["text"] for row in bundled_rows("openings").rows]
+    assert all(text.startswith(opening) and text != opening for text, opening in zip(texts, openings, strict=False))
+
+    before = written.stat().st_mtime_ns
+    lines.clear()
+    train(run_of(taught_model, tmp_path / "two", forget, "self:5", seed=7), lines.append)  # another --seed
+    assert written.stat().st_mtime_ns == before and len(list(cache.rglob("*.jsonl"))) == 1
+    assert "retain: 5 texts that the original model wrote (self:5)" in lines
+    assert (tmp_path / "two" / "self_written.jsonl").read_text() == of_run.read_text()
+
+    record = read_audit(tmp_path / "one")["data"]["retain"]
+    assert (record["source"], record["rows"]) == ("self:5", 5)
+    completed = EvaluationConfig(adapter=str(tmp_path / "one")).completed(settings_of_run(str(tmp_path / "one")))
+    assert completed.retain == str(of_run)
+    assert len(read_rows(completed.retain)) == 5
+
+
+def test_texts_are_those_of_the_untrained_model(taught_model, tmp_path, forget):
+    """Under the original model they are far more likely than the same tokens in another order."""
+    train(run_of(taught_model, tmp_path / "run", forget, "self:8"), lambda line: None)
+    model, tokenizer = (kind.from_pretrained(taught_model) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    texts = [json.loads(line)["text"] for line in (tmp_path / "run" / "self_written.jsonl").read_text().splitlines()]
+
+    def nll(ids: torch.Tensor) -> float:
+        with torch.no_grad():
+            return float(model(ids[None], labels=ids[None]).loss)
+
+    torch.manual_seed(0)
+    rows = [tokenizer(text, return_tensors="pt").input_ids[0] for text in texts]
+    shuffled = [nll(ids[torch.randperm(len(ids))]) for ids in rows]
+    assert sum(map(nll, rows)) < sum(shuffled) - 0.5 * len(rows)
+
+
+def test_a_resumed_run_keeps_its_texts(taught_model, tmp_path, forget, cache):
+    config = run_of(taught_model, tmp_path / "run", forget, "self:4")
+    train(config, lambda line: None)
+    of_run = tmp_path / "run" / "self_written.jsonl"
+    texts = of_run.read_text()
+    for file in cache.rglob("*.jsonl"):
+        file.unlink()
+    resumed = replace(
+        config, training=replace(config.training, max_steps=4), output=replace(config.output, resume=True)
+    )
+    assert own_texts(resumed, load_config(config.model)) == of_run
+    assert train(resumed, lambda line: None).optimizer_steps == 4
+    assert of_run.read_text() == texts and not list(cache.rglob("*.jsonl"))
+
+
+def test_a_dry_run_writes_nothing(taught_model, tmp_path, forget, cache):
+    config = run_of(taught_model, tmp_path / "run", forget, "self:12")
+    lines: list[str] = []
+    assert train(replace(config, output=replace(config.output, dry_run=True)), lines.append) is None
+    assert not cache.exists() and not (tmp_path / "run").exists()
+    assert "6 of 12 retain rows" in lines[-1]
+
+
+def test_the_key_tells_models_and_forms_apart(taught_model, tmp_path, forget):
+    config = run_of(taught_model, tmp_path / "run", forget, "self:4")
+    architecture = load_config(config.model)
+
+    def path(**changes):
+        return own_texts(replace(config, **changes), architecture)
+
+    known = path()
+    assert path(training=replace(config.training, seed=3)) == known == path(objective=ObjectiveConfig(beta=0.3))
+    for changes in (
+        {"data": replace(config.data, retain="self:5")},
+        {"data": replace(config.data, template="{prompt} ->")},
+        {"model": replace(config.model, dtype="bf16")},
+        {"model": replace(config.model, qlora=True)},
+    ):
+        assert path(**changes) != known
+    assert path(data=replace(config.data, retain="builtin")) is None
+
+
+def test_forget_alone_keeps_the_builtin_set(taught_model, tmp_path, forget):
+    lines: list[str] = []
+    config = run_of(taught_model, tmp_path / "run", forget, None)
+    assert config.data.retain == "builtin"
+    train(config, lines.append)
+    (line,) = [line for line in lines if line.startswith("retain: bundled general.jsonl")]
+    assert "202 questions with answers and 32 texts" in line
+    assert any(line.startswith("retain: ") and line.endswith("too long for --max-length 64") for line in lines)
+    assert read_audit(tmp_path / "run")["data"]["retain"]["source"] == "builtin"
+    no_terms = RunConfig(
+        model=config.model, data=DataConfig(forget=forget), objective=ObjectiveConfig(gamma=0, delta=0)
+    )
+    assert no_terms.data.retain is None
+
+
+@pytest.mark.parametrize("retain", ["self:0", "self:x", "selfish"])
+def test_malformed_names_are_refused(taught_model, tmp_path, forget, retain):
+    with pytest.raises(UserError, match="at least 1 text|neither a file nor a hub name"):
+        train(run_of(taught_model, tmp_path / "run", forget, retain), lambda line: None)
