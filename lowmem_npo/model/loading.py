@@ -56,9 +56,11 @@ def _architecture(name: str, revision: str | None) -> PretrainedConfig:
     _check_directory(name)
     try:
         content, _ = PretrainedConfig.get_config_dict(name, revision=revision)
-        if is_original(content):
-            return native_config(content, name)
-        loaded = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        loaded = (
+            native_config(content, name)
+            if is_original(content)
+            else AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        )
     except UserError:
         raise
     except Exception as error:

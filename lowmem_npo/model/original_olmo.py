@@ -95,6 +95,8 @@ def native_config(configuration: Mapping[str, Any], where: str) -> PretrainedCon
         pad_token_id=given.get("pad_token_id"),
         bos_token_id=None,
         eos_token_id=_eos(given),
+        name_or_path=where,
+        **({"quantization_config": given["quantization_config"]} if "quantization_config" in given else {}),
         **own,
     )
 

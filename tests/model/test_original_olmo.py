@@ -143,6 +143,14 @@ def test_what_has_no_native_form_is_refused_before_weights_are_read(changes, rea
     assert str(tmp_path) in str(caught.value) and "original format" in str(caught.value)
 
 
+@pytest.mark.parametrize("method", [{"quant_method": "gptq", "bits": 4}, {"load_in_8bit": True}])
+def test_stored_quantised_it_is_refused_as_others_are(method, tmp_path):
+    config = settings(quantization_config=method)
+    write(tmp_path, config, random_weights(config))
+    with pytest.raises(UserError, match=f"The weights of '{tmp_path}' are stored quantised"):
+        load_config(ModelConfig(str(tmp_path)))
+
+
 def changed(weights, name, tensor):
     return {
         **{key: value for key, value in weights.items() if key != name},
