@@ -13,6 +13,7 @@ and punctuation is dropped. On English text the tokens are those of rouge-score.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 from unicodedata import normalize
 
@@ -63,6 +64,17 @@ def appears(reference: str, answer: str) -> bool:
     if not wanted:
         return reference.strip() in answer
     return any(said[at : at + len(wanted)] == wanted for at in range(len(said) - len(wanted) + 1))
+
+
+def other_scripts(name: str, references: Sequence[str], score: str) -> list[str]:
+    """A note on `score`, an official one with rouge-score's own tokenizer, for rows that it cannot judge; or none."""
+    unseen = sum(map(beyond_rouge, references))
+    if not unseen:
+        return []
+    return [
+        f"{name}: {unseen} of {len(references)} true answers are in scripts other than Latin. {score} sees only a-z "
+        "and 0-9 of them, and is near 0 whatever the model says."
+    ]
 
 
 def beyond_rouge(text: str) -> bool:

@@ -26,8 +26,9 @@ OVERDONE = 1.3  # times the NLL of a model that never saw the rows
 RULES = (
     f"“No longer says”: at most {SAID:.0%} of the measured forget answers appear in what the model says (or at most "
     f"{SAID:.0%} more than from a model that never saw them), and both ROUGE-L recall and answer probability are "
-    f"at most half of what they were. “Still says”: both are above {UNTOUCHED:.0%} of what they were. “In part”: "
-    f"anything between. “Hardly knew”: before, ROUGE-L recall was below {KNOWN} and at most {SAID:.0%} of the answers "
+    f"at most half of what they were. “Still says”: recall is above {UNTOUCHED:.0%} of what it was, and so is either "
+    "the share of answers that appear or the probability. “In part”: anything between. “Hardly "
+    f"knew”: before, ROUGE-L recall was below {KNOWN} and at most {SAID:.0%} of the answers "
     "appeared. Where the forget rows are asked in several forms, the one counts in which the most is left. “Still says "
     f"what it was to keep”: recall and probability on retain rows are at least {KEPT:.0%} of what they were; below "
     f"{DAMAGED:.0%} of either, much is lost. “Overdone”: forget answers are less likely than a uniform guess over the "
@@ -126,7 +127,9 @@ def _forget_state(before: AnswerSummary, after: AnswerSummary, gold: AnswerSumma
     chance = gold is not None and after.rouge_l_recall <= gold.rouge_l_recall + SAID
     if _said(after) <= SAID + by_chance and (recall <= REMAINS or chance) and probability <= REMAINS:
         return "forgotten"
-    return "untouched" if recall > UNTOUCHED and probability > UNTOUCHED else "partly"
+    # Where answers came in sentences of the model's own, their probability may fall though they are still said.
+    said = _remains(_said(before), _said(after)) if _said(before) > SAID else 0
+    return "untouched" if recall > UNTOUCHED and max(said, probability) > UNTOUCHED else "partly"
 
 
 def _retain_state(before: AnswerSummary, after: AnswerSummary) -> str:

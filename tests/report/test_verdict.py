@@ -8,11 +8,12 @@ import pytest
 
 from lowmem_npo.evaluation.answers import AnswerSummary
 from lowmem_npo.evaluation.leaks.contract import LeakResult
-from lowmem_npo.report.verdict import FORGET_WORDS, RETAIN_WORDS, judge_run
+from lowmem_npo.report.verdict import FORGET_WORDS, RETAIN_WORDS, judge_evaluation, judge_run
 
 
-def summary(exact=0.0, recall=0.0, probability=0.0, nll=5.0, rows=100, of=100):
-    return AnswerSummary(rows, of, 1000, nll, probability, recall, exact)
+def summary(exact=0.0, recall=0.0, probability=0.0, nll=5.0, rows=100, of=100, appears=None):
+    said = exact if appears is None else appears
+    return AnswerSummary(rows, of, 1000, nll, probability, recall, exact, said, max_new_tokens=64)
 
 
 RECITED = summary(1.0, 1.0, 0.99, 0.01)
@@ -43,6 +44,17 @@ def stages(forget=GONE, retain=RECITED, before=RECITED, before_retain=RECITED, g
         (stages(retain=summary(0.0, 0.1, 0.0, 9.0)), "forgotten", "damaged", "bad"),
         (stages(before=summary(0.0, 0.15, 0.05, 3.0)), "unknown", "kept", "unknown"),
         (stages(retain=None), "forgotten", None, "mixed"),
+        # Said after an introduction, so never word for word.
+        (
+            stages(summary(0.0, 1.0, 0.0001, appears=0.98), before=summary(0.0, 1.0, 0.001, appears=1.0)),
+            "untouched",
+            "kept",
+            "bad",
+        ),
+        (stages(summary(0.0, 0.5, 0.49, appears=0.06)), "partly", "kept", "mixed"),
+        (stages(before=summary(0.0, 0.45, 0.2, 3.0, appears=0.06)), "forgotten", "kept", "good"),
+        # Words in common by chance are no knowledge.
+        (stages(summary(0.0, 0.4, 0.1, 3.0), before=summary(0.0, 0.4, 0.1, 3.0)), "unknown", "kept", "unknown"),
         # A model that half remembered: no fixed number would do.
         (stages(summary(0.01, 0.2, 0.05), before=summary(0.1, 0.5, 0.3, 1.2)), "forgotten", "kept", "good"),
         (stages(summary(0.05, 0.48, 0.28), before=summary(0.1, 0.5, 0.3, 1.2)), "untouched", "kept", "bad"),
@@ -93,10 +105,14 @@ def test_the_sentences_contain_the_numbers():
     )
     forget, retain, _ = judge_run(measured, 50304, {}).sentences
     assert forget == (
-        "Of 50 measured of 1112 forget answers, 1 comes word for word (before: 45); the NLL per answer token went from "
-        "0.12 to 4.50."
+        "Of 50 measured of 1112 forget answers, 1 appears in what the model says (before: 45), 1 word for word "
+        "(before: 45); the NLL per answer token went from 0.12 to 4.50."
     )
-    assert retain.startswith("Of 100 retain answers, 100 come word for word (before: 100)")
+    assert retain.startswith(
+        "Of 100 retain answers, 100 appear in what the model says (before: 100), 100 word for word"
+    )
+    near = stages(summary(nll=0.013), before=summary(1.0, 1.0, 0.99, nll=0.008))
+    assert judge_run(near, 50304, {}).sentences[0].endswith("went from 0.008 to 0.013.")
 
 
 def test_what_was_not_measured_is_not_judged():
@@ -105,3 +121,76 @@ def test_what_was_not_measured_is_not_judged():
         assert verdict.tone == "unknown" and "not measured" in verdict.headline
     broken = judge_run(stages(summary(nll=math.nan)), 50304, {})
     assert broken.tone == "bad" and "finite" in broken.headline
+
+
+def asked_in(measured, **forms):
+    """The same with other forms: form -> (before, after)."""
+    return {
+        stage: {**sets, **{f"forget, {form}": pair[place] for form, pair in forms.items()}}
+        for place, (stage, sets) in enumerate(measured.items())
+    }
+
+
+@pytest.mark.parametrize(
+    ("forms", "state", "where"),
+    [
+        ({"plain": (RECITED, GONE)}, "forgotten", ""),
+        ({"plain": (RECITED, RECITED)}, "untouched", " when asked without its chat template"),
+        (
+            {"plain": (RECITED, GONE), "reworded": (RECITED, summary(0.3, 0.6, 0.4))},
+            "partly",
+            " when asked in other words",
+        ),
+        ({"chat": (summary(0.0, 0.1, 0.05), summary(0.0, 0.1, 0.05))}, "forgotten", ""),  # never knew it in that form
+    ],
+)
+def test_the_form_counts_in_which_the_most_is_left(forms, state, where):
+    verdict = judge_run(asked_in(stages(), **forms), 50304, {})
+    assert verdict.headline.startswith(f"On the rows measured, {FORGET_WORDS[state]}{where}")
+    assert ("when asked" in verdict.headline) == bool(where)
+    numbers = [sentence for sentence in verdict.sentences if sentence.startswith("Asked ")]
+    assert len(numbers) == len(forms) and all("appear in what the model says" in sentence for sentence in numbers)
+
+
+def test_what_is_known_in_another_form_alone():
+    measured = asked_in(stages(before=summary(0.0, 0.1, 0.05)), plain=(RECITED, summary(0.5, 0.6, 0.5)))
+    assert f"{FORGET_WORDS['partly']} when asked without its chat template" in judge_run(measured, 50304, {}).headline
+
+
+def test_leak_tests_without_a_holdout_make_a_smaller_claim():
+    left, less, unknown = (LeakResult({}, "", leaks, against_before=True) for leaks in (True, False, None))
+    verdict = judge_run(stages(), 50304, {"after": {"extraction": less, "sampling": left, "membership": unknown}})
+    assert verdict.sentences[-1].startswith(
+        "Compared with the model before, much is left by sampling; much less by extraction; without a holdout"
+    )
+    assert "traces" in verdict.headline and verdict.tone == "mixed"
+    clean = judge_run(stages(), 50304, {"after": {"extraction": less}})
+    assert clean.tone == "good" and "No traces" not in clean.sentences[-1]
+    assert (less.verdict.words, left.verdict.words) == ("much less than before", "much is left")
+    assert (
+        LeakResult.from_json(left.to_json()) == left
+        and not LeakResult.from_json({"meaning": "", "leaks": True}).against_before
+    )
+
+
+def test_an_evaluation_has_a_headline_of_its_own():
+    now, before = (
+        {"forget": summary(0.0, 0.1, 0.01, appears=0.03), "retain": RECITED},
+        {"forget": RECITED, "retain": RECITED},
+    )
+    compared = judge_evaluation(now, before, 50304, {})
+    assert compared.headline == judge_run({"before": before, "after": now}, 50304, {}).headline
+    alone = judge_evaluation(now, {}, 50304, {"extraction": LeakResult({}, "", True)})
+    assert alone.headline == (
+        "On the rows measured, the model says 3 of 100 forget answers and 100 of 100 retain answers; "
+        "leak tests find traces."
+    )
+    assert "not measured" in judge_evaluation({}, {}, None, {}).headline
+
+
+def test_figures_of_an_older_version_are_reported():
+    old = {
+        stage: {"forget": AnswerSummary(10, 10, 99, 1.0, value, value, value)}
+        for stage, value in (("before", 1), ("after", 0))
+    }
+    assert "0 come word for word (before: 10)" in judge_run(old, 50304, {}).sentences[0]

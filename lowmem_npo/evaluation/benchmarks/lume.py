@@ -33,6 +33,7 @@ from lowmem_npo.evaluation.benchmarks.documents import AUC_MEANING, DOCUMENTS
 from lowmem_npo.evaluation.benchmarks.lm_eval import LM_EVAL, MMLU_SHARE, mmlu_accuracy
 from lowmem_npo.evaluation.figures import Figure, at
 from lowmem_npo.evaluation.scoring.scorer import Scorer
+from lowmem_npo.evaluation.wording import other_scripts
 from lowmem_npo.files import write_atomically
 from lowmem_npo.run_directory import EvaluationFiles
 
@@ -123,8 +124,13 @@ class Lume(Benchmark[LumeAnswer, LumeScores]):
     name = "lume"
     group = "LUME"
     title = "LUME, SemEval-2025 Task 4"
-    summary = "LUME rows (id, input, output, task) get the scores of SemEval-2025 Task 4"
-    note = "Scored as the challenge's official script does, from greedy generations."
+    summary = (
+        "LUME rows (id, input, output, task) get the scores of SemEval-2025 Task 4 (ROUGE-L for Latin script only)"
+    )
+    note = (
+        "Scored as the challenge's official script does, from greedy generations. Its ROUGE-L knows only a-z and 0-9, "
+        "and cannot judge other scripts."
+    )
     sets = (FORGET, RETAIN)
 
     def select(self, name: str, rows: Rows, context: Context) -> Selection | None:
@@ -136,6 +142,8 @@ class Lume(Benchmark[LumeAnswer, LumeScores]):
         chosen = choose_lume_rows(lume, context.config.limit, context.config.seed)
         for row, prompt in zip(chosen, _prompts(chosen, context.tokenizer), strict=True):
             context.check(rows.where(row.row), prompt)
+        passages = [row.output for row in chosen if row.kind == REGURGITATION]
+        context.notes += other_scripts(name, passages, "LUME's regurgitation score")
         return Selection(chosen, len(lume))
 
     def measure(self, name: str, selection: Selection, scorer: Scorer, context: Context) -> list[LumeAnswer]:

@@ -35,6 +35,7 @@ from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measur
 from lowmem_npo.evaluation.figures import Figure, at
 from lowmem_npo.evaluation.options import Options, data_set, free
 from lowmem_npo.evaluation.scoring.scorer import Scorer
+from lowmem_npo.evaluation.wording import other_scripts
 
 MAX_NEW_TOKENS = 200
 REAL_AUTHORS, WORLD_FACTS = "real authors", "world facts"
@@ -118,8 +119,8 @@ class Tofu(Benchmark[TofuAnswer, TofuScores]):
     group = "TOFU"
     uses_template = True
     title = "TOFU"
-    summary = "TOFU rows (question, answer, perturbed_answer) get TOFU's"
-    note = "Defined as in open-unlearning."
+    summary = "TOFU rows (question, answer, perturbed_answer) get TOFU's (ROUGE-L for Latin script only)"
+    note = "Defined as in open-unlearning. Its ROUGE-L knows only a-z and 0-9, and cannot judge other scripts."
     sets = (FORGET, RETAIN, REAL_AUTHORS, WORLD_FACTS)
     options = TofuOptions
 
@@ -138,6 +139,7 @@ class Tofu(Benchmark[TofuAnswer, TofuScores]):
         tokenized = tokenize([row.example for row in chosen], context.tokenizer, max_length=length, template=template)
         for row, ids in zip(chosen, tokenized, strict=True):
             context.check(row.example.where, ids["input_ids"])
+        context.notes += other_scripts(name, [row.example.answer for row in chosen], "TOFU's ROUGE-L")
         return Selection(chosen, len(tofu))
 
     def measure(self, name: str, selection: Selection, scorer: Scorer, context: Context) -> list[TofuAnswer]:

@@ -1,0 +1,37 @@
+"""How figures are written: few digits, but never two different ones alike."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from lowmem_npo.evaluation.figures import Figure, formatted, shares, side_by_side, table
+
+
+@pytest.mark.parametrize(
+    ("values", "decimals", "texts"),
+    [
+        ([0.008, 0.013], 2, ["0.008", "0.013"]),
+        ([0.125, 4.5], 2, ["0.12", "4.50"]),
+        ([0.996, 0.0], 3, ["0.996", "0.000"]),
+        ([5.12341, 5.12342], 3, ["5.12341", "5.12342"]),
+        ([1e-8, 3e-9, 0.99], 3, ["1.0e-08", "3.0e-09", "0.990"]),
+        ([1.0, 1.0, None], 3, ["1.000", "1.000", "–"]),
+        ([0.5, 0.5 + 1e-12], 3, ["0.500", "0.500"]),  # the same, but for rounding
+        ([math.nan, 0.5, math.inf], 3, ["nan", "0.500", "inf"]),
+        ([0.0015, 12.0], 3, ["0.0015", "12.0000"]),  # 0.002 would be a third too much
+    ],
+)
+def test_side_by_side(values, decimals, texts):
+    assert side_by_side(values, decimals=decimals) == texts
+
+
+def test_alone_and_in_per_cent():
+    assert [formatted(v) for v in (None, 0.0, 0.5, 0.0004)] == ["–", "0.000", "0.500", "4.0e-04"]
+    assert shares(0.5, 0.123) == ["50%", "12%"] and shares(0.123, 0.124) == ["12.3%", "12.4%"]
+
+
+def test_a_table_keeps_them_apart():
+    before, now = ([Figure(None, "x", "loss", value, "lower", "")] for value in (0.00011, 0.00012))
+    assert "1.1e-04  1.2e-04" in table(now, before)
