@@ -25,8 +25,6 @@ from lowmem_npo.console import Say, silent
 from lowmem_npo.data import PreparedData, Template, TokenizedRow, TokenizedRows, prepare, preview
 from lowmem_npo.data.fit import Fit, check_fit
 from lowmem_npo.errors import UserError
-from lowmem_npo.files import write_atomically
-from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.estimate.background import keep_budget, watch_memory
 from lowmem_npo.evaluation.answer_table import save_table, text_table
 from lowmem_npo.evaluation.answers import (
