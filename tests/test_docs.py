@@ -103,8 +103,8 @@ def options_of(command: str) -> frozenset[str]:
 
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-        main([command, "--help"])
-    flags = {"--help", *FLAG.findall(printed.getvalue())}
+        main([command, "--help-all" if command == "train" else "--help"])
+    flags = {"--help", "--help-all", *FLAG.findall(printed.getvalue())}
     if command == "train":
         names = ["config", *ALIASES, *TrainingArguments.__dataclass_fields__]
         flags |= {f"--{name.replace('_', '-')}" for name in names}
@@ -283,7 +283,7 @@ def check(words: list[str], where: str, desk: Desk) -> None:
             return instead(words, where)
     assert words[0] == "lowmem-npo", f"{where}: nothing here knows how to check `{' '.join(words)}`"
     check_command(words, where)
-    if words[2:] != ["--help"]:  # of which `check_command` has read the text
+    if words[2:] not in (["--help"], ["--help-all"]):  # of which `check_command` has read the text
         desk.run(words)
 
 

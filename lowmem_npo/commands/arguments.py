@@ -13,10 +13,11 @@ import dataclasses
 import difflib
 import inspect
 import json
+import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, cast, get_type_hints
+from typing import Annotated, Any, NoReturn, cast, get_args, get_type_hints
 
 import tyro
 import yaml
@@ -26,6 +27,16 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.contract import LeakTest
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
 
+# The options of the short help.
+COMMON = {
+    "Model and data": ("model", "qlora", "forget", "retain", "holdout", "output_dir"),
+    "Training": (
+        *("forget_term", "beta", "gamma", "delta", "epochs", "lr", "batch_size"),
+        *("lora_r", "lora_targets", "seed"),
+    ),
+    "Memory": ("max_length", "micro_batch_size", "memory_budget"),
+    "Before and after": ("preview", "dry_run", "resume", "stop_when", "eval_rows", "leaks"),
+}
 # Names that users know from TRL and transformers, and ours.
 ALIASES = {
     "model-name-or-path": "model",
@@ -59,6 +70,9 @@ def parse_run(arguments: Sequence[str], command: str) -> RunConfig:
     path, typed = _take_config(typed)
     flags = (_flags_of_file(path) if path else []) + typed
     if any(flag in flags for flag in ("-h", "--help")):
+        print(short_help(command))
+        raise SystemExit(0)
+    if "--help-all" in flags:
         flags = ["--help"]
     flags += _base_of_adapter(flags)
     parsed: Any
@@ -85,6 +99,28 @@ def _base_of_adapter(flags: Sequence[str]) -> list[str]:
     base = [] if "--model" in flags else ["--model", base_of_adapter(folder)]
     revision = None if {"--revision", "--any-base"} & set(flags) else revision_of_adapter(folder)
     return [*base, *(["--revision", revision] if revision else [])]
+
+
+def short_help(command: str) -> str:
+    """The options that most runs need, a sentence each."""
+    lines = [
+        f"usage: lowmem-npo {command} --model NAME_OR_DIR [--forget FILE --retain FILE] [--output-dir DIR] [OPTIONS]",
+        "",
+        "Make a model forget one dataset and keep another. Writes the adapter, a before/after table and a report.",
+    ]
+    for title, names in COMMON.items():
+        lines += ["", title]
+        for section in SECTIONS.values():
+            texts = field_docstrings(section)
+            for f in dataclasses.fields(section):
+                if f.name in names:
+                    sentence = re.split(r"(?<!al)[.;]\s", texts[f.name])[0].rstrip(".")
+                    default = (
+                        f" (default: {f.default})" if isinstance(f.default, (str, float, int)) and f.default else ""
+                    )
+                    flag = f"  --{f.name.replace('_', '-')}"
+                    lines += textwrap.wrap(f"{flag:<20} {sentence}{default}", 96, subsequent_indent=" " * 21)
+    return "\n".join([*lines, "", f"lowmem-npo {command} --help-all explains every option; so does docs/options.md."])
 
 
 def _flat_config() -> type:
@@ -121,12 +157,24 @@ def with_help(config: type, leak_tests: Sequence[LeakTest] = ()) -> Any:
         help_texts["leaks"] += f" The tests are {'; '.join(listed)}."
     hints = get_type_hints(config, include_extras=True)
     fields = [
-        (f.name, Annotated[hints[f.name], tyro.conf.arg(help=help_texts.get(f.name))], _like(f))
+        (f.name, Annotated[hints[f.name], _shown(f, hints[f.name], help_texts.get(f.name))], _like(f))
         for f in dataclasses.fields(config)
     ]
     described = dataclasses.make_dataclass(config.__name__, fields)
     described.__doc__ = config.__doc__
     return described
+
+
+def _shown(field: dataclasses.Field, hint: Any, text: str | None) -> Any:
+    """An option in the help: a value that may be left out is shown as its type alone, without a default of None."""
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+    optional = type(None) in get_args(hint) and len(kinds) == 1 and kinds[0] in (str, int, float)
+    positional = hasattr(hint, "__metadata__")
+    return tyro.conf.arg(
+        help=text,
+        metavar=field.name.upper() if positional else kinds[0].__name__.upper() if optional else None,
+        help_behavior_hint="" if field.default is None else None,
+    )
 
 
 def _like(field: dataclasses.Field) -> Any:
@@ -214,7 +262,7 @@ def _trainer_arguments(arguments: Sequence[str]) -> dict[str, Any]:
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> NoReturn:
-            source = "an option of transformers.TrainingArguments; `lowmem-npo train --help` lists ours"
+            source = "an option of transformers.TrainingArguments; `lowmem-npo train --help-all` lists ours"
             raise UserError(f"{message} ({source}).")
 
     parser = Parser(cast(Any, TrainingArguments), allow_abbrev=False, add_help=False, conflict_handler="resolve")
@@ -228,7 +276,7 @@ def _trainer_arguments(arguments: Sequence[str]) -> dict[str, Any]:
         if argument.startswith("--") and argument not in theirs:
             near = difflib.get_close_matches(argument, ours + theirs, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise UserError(f"There is no option {argument}: {hint}`lowmem-npo train --help` lists them.")
+            raise UserError(f"There is no option {argument}: {hint}`lowmem-npo train --help-all` lists them.")
     return vars(parser.parse_args(arguments))
 
 

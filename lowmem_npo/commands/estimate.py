@@ -20,7 +20,7 @@ Simulates one training step, counting every allocation, and prints the GPU memor
 weights and, for well-known models, no network. Rows have --max-length tokens; with --forget and --retain they are as
 long as the longest rows of the data. With --budget, finds the fastest switches that fit and prints them as flags.
 
-`lowmem-npo train --help` explains the options."""
+`lowmem-npo train --help-all` explains the options."""
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ import pytest
 from transformers import TrainingArguments
 
 from lowmem_npo.cli import COMMANDS, main
-from lowmem_npo.commands.arguments import ALIASES, parse_run
+from lowmem_npo.commands.arguments import ALIASES, COMMON, parse_run
 from lowmem_npo.config import SECTIONS
 from lowmem_npo.errors import UserError
 from lowmem_npo.training.arguments import check_trainer_args, npo_config
@@ -23,11 +23,21 @@ PROMISED = (
 
 def test_promised_flags_are_in_the_help(capsys):
     with pytest.raises(SystemExit) as stop:
-        parse_run(["--help"], "train")
+        parse_run(["--help-all"], "train")
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     for flag in [*PROMISED, "config", "preview", "dry-run", "attn"]:
         assert f"--{flag}" in printed, flag
+
+
+def test_the_short_help_fits_a_screen_and_has_what_most_runs_need(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_run(["--help"], "train")
+    assert stop.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 60 and max(map(len, lines)) <= 104
+    flags = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert sorted(flags) == sorted(f"--{name.replace('_', '-')}" for names in COMMON.values() for name in names)
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,8 @@ def test_what_a_run_writes(lume_run, lume_model):
     assert any(w.abs().max() > 0 for name, w in weights.items() if "lora_B" in name)
     assert sorted(folder.glob("checkpoint-*"))
     assert not list(folder.glob("*.partial"))
-    assert len({file.stat().st_mode for file in folder.rglob("*") if file.is_file()}) == 1  # whoever reads one reads all
+    modes = {file.stat().st_mode for file in folder.rglob("*") if file.is_file()}
+    assert len(modes) == 1  # whoever reads one reads all
 
 
 def test_run_yaml_is_accepted_back(lume_run, tmp_path, capsys):

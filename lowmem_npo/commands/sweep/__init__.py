@@ -31,7 +31,7 @@ that needs it, and the results are those of a single run but for rounding. With 
 every step, and on a CPU each run is then bit for bit that of `train`. A failed run does not end the sweep; the exit
 code is then 1.
 
-`lowmem-npo train --help` explains the options."""
+`lowmem-npo train --help-all` explains the options."""
 
 
 def main(arguments: Sequence[str]) -> None:
