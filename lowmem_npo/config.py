@@ -1,6 +1,6 @@
 """What a run is: typed, documented and validated once, whether it comes from flags, from YAML or from Python.
 
-Each section below is one dataclass and one box of `lowmem-npo train --help`; a field's docstring is its help text.
+Each section below is one dataclass and one box of `lowmem-npo train --help-all`; a field's docstring is its help text.
 `RunConfig` puts the sections together. The file that `--config` reads holds the same names as the flags, flat.
 """
 
@@ -226,6 +226,11 @@ class AdapterConfig:
             )
         if self.any_base and self.adapter is None:
             raise UserError("--any-base is about the base of an --adapter: give both, or none.")
+
+    @property
+    def may_name_layers(self) -> bool:
+        """Whether what is adapted may depend on the number of layers."""
+        return bool(self.lora_layers or self.target_pattern or self.modules_to_save or self.adapter)
 
     @property
     def target_pattern(self) -> str | None:

@@ -19,14 +19,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from lowmem_npo.config import TILE_ROWS, RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.simulator.gpu import CAPABILITY
 from lowmem_npo.estimate.step import Estimate, StepRows, estimate
-from lowmem_npo.memory.tiling import tile_mlps
+from lowmem_npo.memory.switches import apply_switches
+from lowmem_npo.model.adapters import check_lora
 from lowmem_npo.sizes import gib
 
 SWITCHES = {"embedding_on_cpu": (True, 0.005), "tile_mlp": (TILE_ROWS, 0.02), "offload_checkpoints": (True, 0.05)}
@@ -89,16 +89,9 @@ def _candidates(config: RunConfig, architecture: PretrainedConfig) -> Iterator[R
 
 
 def _suits(switch: str, config: RunConfig, architecture: PretrainedConfig) -> bool:
-    if switch == "offload_checkpoints":
-        return config.memory.gradient_checkpointing
-    if switch == "embedding_on_cpu":
-        return not architecture.get_text_config().tie_word_embeddings
-    if switch != "tile_mlp":
-        raise KeyError(f"_suits does not know the switch {switch}")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_of_depth(architecture, 1))
+    switched: dict[str, Any] = {switch: SWITCHES[switch][0]}
     try:
-        tile_mlps(model, SWITCHES[switch][0])
+        apply_switches(check_lora(architecture, config.adapter), replace(config.memory, **switched))
     except UserError:
         return False
     return True
@@ -118,7 +111,7 @@ def _may_fit(
     """False only if the step cannot fit. The memory in use at any moment grows linearly with the number of layers; the
     peak is the maximum over all moments, a convex function: two shallow models bound every deeper one from below."""
     layers = architecture.get_text_config().num_hidden_layers
-    if config.adapter.layers is not None or layers <= MORE:
+    if config.adapter.may_name_layers or layers <= MORE:
         return True
     few, more = (simulate(config, _of_depth(architecture, depth)) for depth in (FEW, MORE))
     slope = (more.peak_bytes - few.peak_bytes) / (MORE - FEW)

@@ -47,7 +47,7 @@ class HostEmbedding(nn.Module):
     def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__()
         self.device = embedding.weight.device
-        vars(self)["embedding"] = embedding.to("cpu")
+        vars(self)["embedding"] = embedding if embedding.weight.is_meta else embedding.to("cpu")
 
     def __getattr__(self, name: str) -> Any:
         """Its weight and settings, which adapters and transformers look at, are the embedding's."""

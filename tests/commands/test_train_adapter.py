@@ -197,6 +197,7 @@ def test_what_a_module_cannot_be_is_refused_in_a_dry_run(train, byte_model, tmp_
     for options, message in (
         (("--modules-to-save", "lm_head"), "the output head is in it"),
         (("--modules-to-save", "down_proj", "--qlora"), "held in 4 bits"),
+        (("--modules-to-save", "embed_tokens", "--embedding-on-cpu"), "keeps a frozen embedding"),
         (("--lora-targets", "(q_proj"), "is no regular expression"),
         ((*PATTERN, "--lora-layers", "1"), "goes with names"),
     ):

@@ -13,7 +13,7 @@ from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import answer_hidden, attach_lora, load_model, reference_mode
-from lowmem_npo.model.adapters import check_lora, extra_adapter
+from lowmem_npo.model.adapters import adapter_size, check_lora, extra_adapter
 from lowmem_npo.training.reference.identity import weights_fingerprint
 
 FORGET, RETAIN = random_rows(3, seed=1), random_rows(3, seed=2)
@@ -142,10 +142,11 @@ def test_what_is_refused_before_weights_are_loaded(architecture, options, quanti
 def test_how_many_weights_there_are():
     config = CONFIGS["llama"](97)
     lora = 2 * 2 * 5 * (32 + 32)
-    assert check_lora(config, AdapterConfig()) == (lora, lora)
+    assert adapter_size(check_lora(config, AdapterConfig())) == (lora, lora)
     dora = lora + 2 * 2 * 32
-    assert check_lora(config, AdapterConfig(use_dora=True)) == (dora, dora)
+    assert adapter_size(check_lora(config, AdapterConfig(use_dora=True))) == (dora, dora)
     within = AdapterConfig(modules_to_save=("mlp", "q_proj"), lora_targets=("all-linear",))  # which get no LoRA
-    assert check_lora(config, within)[0] == 2 * (3 * 5 * 64 + 32 * 32 + 3 * 32 * 48)
+    assert adapter_size(check_lora(config, within))[0] == 2 * (3 * 5 * 64 + 32 * 32 + 3 * 32 * 48)
     whole = lora + 97 * 32
-    assert check_lora(config, AdapterConfig(modules_to_save=("embed_tokens",))) == (whole, whole)
+    embedding = AdapterConfig(modules_to_save=("embed_tokens",))
+    assert adapter_size(check_lora(config, embedding)) == (whole, whole)

@@ -44,7 +44,7 @@ from lowmem_npo.evaluation.leaks.registry import WHILE_TRAINING, leak_tests
 from lowmem_npo.files import write_atomically
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model, load_tokenizer, reference_mode, resolve_name
-from lowmem_npo.model.adapters import check_lora
+from lowmem_npo.model.adapters import adapter_size, check_lora
 from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.loading import DTYPES, load_config, resolve_device
 from lowmem_npo.model.notes import model_notes
@@ -184,7 +184,9 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
     if config.adapter.adapter is not None and not config.adapter.any_base:
         check_base(config.adapter.adapter, config.model.model)
     quantized = quantization_of(model_config, config.model.qlora, DTYPES[config.model.dtype]) is not None
-    check_disk(config, *check_lora(model_config, config.adapter, quantized))
+    adapted = check_lora(model_config, config.adapter, quantized)
+    check_disk(config, *adapter_size(adapted))
+    apply_switches(adapted, config.memory)  # raises if one does not fit
     if directory.reference_dir is not None:
         dtype = DTYPES[config.model.dtype]
         say(check_cache_space(config.objective, data.forget, data.retain, model_config, dtype, directory.reference_dir))
