@@ -40,6 +40,7 @@ PAGE_NUMBER = re.compile(
 LIST_ITEM = re.compile(r"\s*(?:[-*+•‣◦–—]\s|\(?\d{1,3}[.)]\s|\(?[a-z][.)]\s|#{1,6}\s|>|\||```|~~~)")
 UNSPACED = re.compile(r"[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]")  # Chinese and Japanese, full-width punctuation
 HYPHEN = re.compile(r"(\w+)[-\u2010]\n[ \t]*(\w+)")
+ENDINGS = ".!?…:;\"'”’»)"
 MIN_WIDTH, MAX_WIDTH = 30, 200  # characters of a line that was broken to fit a page
 
 SKIPPED = {"script", "style", "noscript", "template", "nav", "head", "svg", "form", "button", "select", "iframe"}
@@ -167,19 +168,22 @@ class _Text(HTMLParser):
             while self.skipping.pop() != tag:
                 pass
         elif not self.skipping:
-            self._break(tag)
+            if tag in BLOCKS:
+                self._break(tag)
             self.verbatim = max(0, self.verbatim - (tag == "pre"))
 
     def handle_data(self, data: str) -> None:
         if not self.skipping:
-            self.pieces.append(data if self.verbatim else re.sub(r"\s+", " ", data))
+            text = data if self.verbatim else re.sub(r"\s+", " ", data)
+            begins_line = self.pieces and self.pieces[-1].endswith(("\n", "\t", " "))
+            self.pieces.append(text.lstrip(" ") if begins_line and not self.verbatim else text)
 
     def _break(self, tag: str) -> None:
         if tag in BLOCKS:
             self.pieces.append("\n\n")
         elif tag in LINES:
             self.pieces.append("\n")
-        elif tag in ("td", "th"):
+        elif tag in ("td", "th") and self.pieces and not self.pieces[-1].endswith("\n"):
             self.pieces.append("\t")
 
 
@@ -249,7 +253,7 @@ def _unwrapped(text: str) -> str:
         return text
     width = lengths[len(lengths) * 9 // 10]
     capitals = sum(line.lstrip()[:1].isupper() for line in lines if line.strip())
-    if not MIN_WIDTH <= width <= MAX_WIDTH or (len(lengths) > 4 and capitals > 0.8 * len(lengths)):
+    if not MIN_WIDTH <= width <= MAX_WIDTH or (len(lengths) > 2 and capitals > 0.8 * len(lengths)):
         return text  # one line a paragraph; or verses, lists, names
     joined, verbatim = [lines[0]], lines[0].lstrip().startswith(("```", "~~~"))
     for before, line in zip(lines, lines[1:], strict=False):
@@ -270,8 +274,11 @@ def _continues(before: str, line: str, width: int) -> bool:
         return False
     if HYPHEN.search(f"{before.rstrip()}\n{line}") and line.lstrip()[:1].islower():
         return True
+    before = before.rstrip()
+    if line.lstrip()[0].islower() and before[-1] not in ENDINGS and len(before) > 0.5 * width:
+        return True
     first = 1 if UNSPACED.match(line.lstrip()) else len(line.split()[0]) + 1
-    return len(before.rstrip()) + first > 0.85 * width
+    return len(before) + first > 0.85 * width
 
 
 def _join(before: str, line: str, text: str) -> str:

@@ -71,7 +71,8 @@ class Passages:
         pieces = self.pieces(document)
         if len(pieces) == 1:
             whole: list[dict[str, Any]] = [{"text": document.strip()}]
-            halves = self._cut(document, max(1, (self.count(document) + 1) // 2), 1)
+            size = self.count(document)
+            halves = self._cut(document, (size + 1) // 2, 1) if size >= MIN_TOKENS else []
             if self.form != "text" and len(halves) > 1:
                 half = {"input": halves[0].strip(), "output": "".join(halves[1:])}
                 return ([half, *whole], ["second half", "whole"]) if self.form == "both" else ([half], ["second half"])
