@@ -12,8 +12,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from lowmem_npo.commands.sweep.grid import SweepRun
-from lowmem_npo.evaluation.answer_table import MEASURES
-from lowmem_npo.evaluation.answers import read_answers
+from lowmem_npo.evaluation.answer_table import FORGET, MEASURES
+from lowmem_npo.evaluation.answers import AnswerEvaluation, part_of, read_answers
 from lowmem_npo.files import write_atomically
 from lowmem_npo.run_directory import RunDirectory
 
@@ -45,8 +45,11 @@ class Column:
 
 COLUMNS = (
     Column("forget_nll", "forget NLL"),
+    Column("forget_appears", "forget says"),
+    Column("forget_worst_appears", "in any form"),
     Column("forget_exact_match", "forget exact"),
     Column("retain_nll", "retain NLL"),
+    Column("retain_appears", "retain says"),
     Column("retain_exact_match", "retain exact"),
     Column("kept_step", "kept step", 0),
 )
@@ -110,12 +113,16 @@ def _entry(run: SweepRun, ledger: Mapping[str, Mapping[str, Any]]) -> dict[str, 
     return {**entry, "before": _figures(before)}
 
 
-def _figures(evaluations: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        f"{name}_{key}": getattr(evaluation.summary, key)
+def _figures(evaluations: Mapping[str, AnswerEvaluation]) -> dict[str, float]:
+    """`forget_nll` and the like; `forget_plain_nll` of the forget rows in another form, `forget_worst_appears` of the
+    form in which the model says most."""
+    figures: dict[str, float] = {
+        f"{name.replace(', ', '_')}_{measure.field}": getattr(evaluation.summary, measure.field)
         for name, evaluation in evaluations.items()
-        for key in (measure.field for measure in MEASURES)
+        for measure in MEASURES
     }
+    forms = [figures[f"{name.replace(', ', '_')}_appears"] for name in evaluations if part_of(name) == FORGET]
+    return figures | ({"forget_worst_appears": max(forms)} if len(forms) > 1 else {})
 
 
 # -- tables and files -------------------------------------------------------------------------------------------------
@@ -125,14 +132,25 @@ def table(result: SweepResult) -> list[list[str]]:
     """The header, a line for the original model, and one per configuration: mean ± standard deviation."""
     columns = [c for c in COLUMNS if any(c.key in configuration.figures for configuration in result.configurations)]
     lines = [["configuration", "seeds", *(column.title for column in columns)]]
-    original = [f"{result.before[c.key]:.{c.digits}f}" if c.key in result.before else "–" for c in columns]
+    decimals = {column.key: _decimals(column, result) for column in columns}
+    original = [f"{result.before[c.key]:.{decimals[c.key]}f}" if c.key in result.before else "–" for c in columns]
     lines.append(["before", "–", *original])
     for configuration in result.configurations:
-        cells = [
-            configuration.figures[c.key].text(c.digits) if c.key in configuration.figures else "–" for c in columns
-        ]
+        figures = configuration.figures
+        cells = [figures[c.key].text(decimals[c.key]) if c.key in figures else "–" for c in columns]
         lines.append([configuration.name, str(len(configuration.seeds)), *cells])
     return lines
+
+
+def _decimals(column: Column, result: SweepResult) -> int:
+    """The column's, or as many more as keep means that differ apart."""
+    means = {c.figures[column.key].mean for c in result.configurations if column.key in c.figures}
+    if column.key in result.before:
+        means.add(result.before[column.key])
+    enough = (
+        n for n in range(column.digits, column.digits + 4) if len({f"{mean:.{n}f}" for mean in means}) == len(means)
+    )
+    return next(enough, column.digits)
 
 
 def text_table(result: SweepResult) -> str:
@@ -142,7 +160,10 @@ def text_table(result: SweepResult) -> str:
         "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
         for line in lines
     ]
-    note = "Mean ± standard deviation (n - 1) over seeds. NLL: nats per answer token; exact: share of greedy answers."
+    note = (
+        "Mean ± standard deviation (n - 1) over seeds. NLL: nats per answer token; says: share of true answers that "
+        "appear in greedy ones; exact: share that are all of them."
+    )
     return "\n".join([header, "-" * len(header), *body, "", note])
 
 
