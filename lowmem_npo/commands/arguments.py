@@ -54,6 +54,7 @@ ALIASES = {
     "activation-checkpointing": "gradient-checkpointing",
     "budget": "memory-budget",
 }
+SOURCES = ("--forget", "--retain", "--holdout", "--members", "--nonmembers")  # which take several files
 # The value of a flag that is given without one.
 WITHOUT_VALUE = {"--tile-mlp": str(TILE_ROWS)}
 TRUE, FALSE = ("true", "yes", "1"), ("false", "no", "0")
@@ -66,7 +67,7 @@ def parse_run(arguments: Sequence[str], command: str) -> RunConfig:
         UserError: an unreadable configuration file, an unknown flag (the nearest known one is suggested), an invalid
             value. tyro itself exits with code 2 on a malformed value of one of our flags.
     """
-    typed = _canonical(arguments)
+    typed = join_sources(_canonical(arguments))
     path, typed = _take_config(typed)
     flags = (_flags_of_file(path) if path else []) + typed
     if any(flag in flags for flag in ("-h", "--help")):
@@ -250,7 +251,19 @@ def _flags_of_file(path: Path) -> list[str]:
             flags.append(json.dumps(value))
         else:
             flags.append(str(value))
-    return _canonical(flags)
+    return join_sources(_canonical(flags))
+
+
+def join_sources(arguments: Sequence[str]) -> list[str]:
+    """`--forget a.txt b.txt`, which a shell makes of `--forget *.txt`, becomes `--forget a.txt,b.txt`."""
+    result: list[str] = []
+    for argument in arguments:
+        value = not argument.startswith("--")
+        if value and len(result) > 1 and result[-2] in SOURCES and not result[-1].startswith("--"):
+            result[-1] += f",{argument}"
+        else:
+            result.append(argument)
+    return result
 
 
 def _trainer_arguments(arguments: Sequence[str]) -> dict[str, Any]:

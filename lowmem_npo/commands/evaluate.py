@@ -12,7 +12,7 @@ import tyro
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from lowmem_npo.commands.arguments import with_help
+from lowmem_npo.commands.arguments import join_sources, with_help
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.console import Say
 from lowmem_npo.data import Rows, Template, bundled_rows, read_rows, to_examples, tokenize
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
     command_line = with_help(EvaluationConfig, LEAK_TESTS)
     benchmarks = "; ".join(benchmark.summary for benchmark in BENCHMARKS)
     command_line.__doc__ = f"{EvaluationConfig.__doc__}\n\n{benchmarks}."
-    parsed = tyro.cli(command_line, args=list(arguments), prog="lowmem-npo evaluate")
+    parsed = tyro.cli(command_line, args=join_sources(arguments), prog="lowmem-npo evaluate")
     quiet_libraries()
     evaluate(EvaluationConfig(**vars(parsed)))
 

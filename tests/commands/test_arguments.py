@@ -244,3 +244,9 @@ def test_env_says_what_a_bug_report_needs(capsys):
     assert main(["env"]) == 0
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("torch", "transformers", "bitsandbytes", "cuda", "host memory", "disk"))
+
+
+def test_several_files_are_one_source():
+    typed = ["--model", "m", "--forget", "a.txt", "b.txt", "c,d.txt", "--retain=r.jsonl", "--holdout", "h", "--qlora"]
+    data = parse_run(typed, "train").data
+    assert (data.forget, data.retain, data.holdout) == ("a.txt,b.txt,c,d.txt", "r.jsonl", "h")
