@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: the datasets outside the repository, tiny models, and the demo in small."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -12,6 +13,24 @@ if not torch.cuda.is_available():
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = (ROOT / (os.environ.get("LOWMEM_NPO_TEST_DATA") or "../shared/data")).resolve()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--matrix", choices=["sample", "full", "write"], default="sample",
+        help="columns of docs/architectures.md: some for each architecture, all, or all, written anew",
+    )  # fmt: skip
+
+
+def pytest_collection_finish():
+    """What is imported by now is never garbage, but looked through at the start of every run of transformers' Trainer,
+    which takes half a second."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -167,7 +167,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "stablelm": {},
     "starcoder2": WINDOW,
     "vaultgemma": {**HEADS, **MIXED, "query_pre_attn_scalar": 8},
-    "xlstm": {"num_heads": 4},
     "zamba": {
         "num_hidden_layers": 4,
         "attention_head_dim": 16,

@@ -14,6 +14,7 @@ from lowmem_npo.config import AdapterConfig
 from lowmem_npo.training.trainer import NPOConfig, NPOTrainer
 
 VOCABULARY = 97
+ROUND_THEIR_LOGITS = ("mamba", "mamba2", "falcon_mamba", "nemotron_h")  # to float32, but nothing before
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -96,8 +97,8 @@ def dense_step(
         labels = torch.tensor(row["labels"])
         positions = [t for t in range(1, len(labels)) if labels[t] != -100]
         logits = model(input_ids=ids, use_cache=False).logits[0]
-        assert logits.dtype == torch.float64
-        return torch.stack([logits[t - 1] for t in positions]).log_softmax(-1), labels[positions]
+        assert logits.dtype == torch.float64 or lm.config.model_type in ROUND_THEIR_LOGITS
+        return torch.stack([logits[t - 1] for t in positions]).double().log_softmax(-1), labels[positions]
 
     def picked(row):
         table, targets = logprobs(row)
