@@ -132,25 +132,14 @@ def table(result: SweepResult) -> list[list[str]]:
     """The header, a line for the original model, and one per configuration: mean ± standard deviation."""
     columns = [c for c in COLUMNS if any(c.key in configuration.figures for configuration in result.configurations)]
     lines = [["configuration", "seeds", *(column.title for column in columns)]]
-    decimals = {column.key: _decimals(column, result) for column in columns}
-    original = [f"{result.before[c.key]:.{decimals[c.key]}f}" if c.key in result.before else "–" for c in columns]
+    original = [f"{result.before[c.key]:.{c.digits}f}" if c.key in result.before else "–" for c in columns]
     lines.append(["before", "–", *original])
     for configuration in result.configurations:
-        figures = configuration.figures
-        cells = [figures[c.key].text(decimals[c.key]) if c.key in figures else "–" for c in columns]
+        cells = [
+            configuration.figures[c.key].text(c.digits) if c.key in configuration.figures else "–" for c in columns
+        ]
         lines.append([configuration.name, str(len(configuration.seeds)), *cells])
     return lines
-
-
-def _decimals(column: Column, result: SweepResult) -> int:
-    """The column's, or as many more as keep means that differ apart."""
-    means = {c.figures[column.key].mean for c in result.configurations if column.key in c.figures}
-    if column.key in result.before:
-        means.add(result.before[column.key])
-    enough = (
-        n for n in range(column.digits, column.digits + 4) if len({f"{mean:.{n}f}" for mean in means}) == len(means)
-    )
-    return next(enough, column.digits)
 
 
 def text_table(result: SweepResult) -> str:
