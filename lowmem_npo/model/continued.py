@@ -135,6 +135,11 @@ def continued(model: PreTrainedModel, folder: str, second: LoraConfig) -> Contin
         adapted = ContinuedModel(model, first_config(folder), adapter_name=FIRST)
     except (ValueError, TypeError) as error:  # no layer of its names
         raise UserError(f"{misfit} ({' '.join(str(error).split())[:200]}).") from error
+    if isinstance(model.get_output_embeddings(), LoraLayer):
+        raise UserError(
+            f"The adapter in '{folder}' changes the output head, which must stay frozen for the fused losses: merge it "
+            "(`lowmem-npo merge`), and train on the merged model without --adapter."
+        )
     own = adapted.weights(FIRST)
     file = AdapterFiles(Path(folder).expanduser()).weights
     with safe_open(file, framework="pt") as stored:

@@ -20,8 +20,8 @@ TAGS = ("unlearning", "machine-unlearning", "npo", "lora", "lowmem-npo")
 METHOD = ("forget_term", "beta", "gamma", "delta", "normalization", "kl_direction", "lora_r", "lora_alpha",
           "lora_targets", "lora_layers", "use_rslora", "use_dora", "modules_to_save", "batch_size", "epochs",
           "max_steps", "lr", "seed", "max_length", "qlora", "dtype")  # fmt: skip
-RECORD = ("Revision", "Commit", "Weights", "Adapter", "Optimiser steps", "Started, ended", "Processors", "Versions",
-          "Duration")  # fmt: skip
+RECORD = ("Revision", "Commit", "Weights", "Went on from", "Adapter", "Optimiser steps", "Started, ended",
+          "Processors", "Versions", "Duration")  # fmt: skip
 
 
 def model_card(content: Content) -> str:

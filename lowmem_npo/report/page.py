@@ -96,7 +96,7 @@ def audit_lines(audit: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None
         yield "Commit", "of the repository on the hub", model["commit"]
     yield "Weights", model["weights_fingerprint_is"], model["weights_fingerprint"]
     if continued := model.get("adapter"):
-        yield "Went on from", f"the adapter in {continued['directory']}; SHA-256:", continued["sha256"]
+        yield "Went on from", f"the adapter in {Path(continued['directory']).name}; SHA-256:", continued["sha256"]
     if adapter:
         yield "Adapter", f"{adapter['file']}, {adapter['bytes']:,} bytes; SHA-256:", adapter["sha256"]
     for part, data in audit["data"].items():

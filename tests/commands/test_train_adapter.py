@@ -69,6 +69,8 @@ def test_the_second_run_begins_where_the_first_one_ended(first, second, train, b
     assert stages[0]["nll"] == pytest.approx(stages[1]["nll"], rel=1e-5) != pytest.approx(stages[2]["nll"], rel=1e-3)
     run_yaml = yaml.safe_load(RunFiles(second).run_yaml.read_text())
     assert run_yaml["adapter"] == str(first) and run_yaml["model"] == str(byte_model)
+    assert "Went on from" in RunFiles(second).report_html.read_text()
+    assert f"the adapter in {first.name}; SHA-256:" in RunFiles(second).model_card.read_text()
 
     def independent_nll(adapter):
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(byte_model), adapter).double()
@@ -149,6 +151,11 @@ def test_what_is_refused_in_a_dry_run(train, first, byte_model, lume_model, tmp_
     assert "was trained on" in refused("--adapter", first, "--model", lume_model)
     assert "--any-base is about" in refused("--model", byte_model, "--any-base")
     assert "merge that adapter" in refused("--adapter", first, "--use-dora")
+    four_bit = tmp_path / "four_bit"
+    shutil.copytree(first, four_bit)
+    (four_bit / "run.yaml").write_text("qlora: true\n")
+    train(tmp_path / "out", "--adapter", four_bit, "--dry-run")
+    assert "was trained on the 4-bit base, and goes on on the unquantised one" in capsys.readouterr().out
     train(tmp_path / "out", "--adapter", first, "--dry-run")
     assert f"adapter: {first}" in capsys.readouterr().out and not (tmp_path / "out").exists()
 

@@ -10,6 +10,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from lowmem_npo.cli import main
 from lowmem_npo.config import AdapterConfig, DataConfig, MemoryConfig, ModelConfig, RunConfig, TrainingConfig
@@ -64,6 +68,24 @@ def shallow(layers: int = 3, name: str = SMALL):
     architecture = known_config(name)
     architecture.num_hidden_layers = layers
     return architecture
+
+
+def test_the_search_knows_what_the_adapter_rules_out(tmp_path):
+    """A trained embedding is not moved to the host, and a first adapter is not for fewer layers than it has."""
+    trained = run(64, adapter=AdapterConfig(modules_to_save=("embed_tokens",)))
+    with pytest.raises(UserError, match="A budget of .* cannot be met") as refusal:
+        fit_budget(trained, shallow(), 2**29)
+    assert "--tile-mlp" in str(refusal.value) and "--embedding-on-cpu" not in str(refusal.value)
+    architecture = shallow(layers=8)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(architecture)
+        first = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["v_proj"]))
+    weights = {name: torch.zeros(weight.shape) for name, weight in get_peft_model_state_dict(first).items()}
+    first.peft_config["default"].save_pretrained(tmp_path)
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    config = run(64, adapter=AdapterConfig(adapter=str(tmp_path)))
+    needed = estimate(config, architecture).total_bytes
+    assert fit_budget(config, architecture, needed - 2**20).flags
 
 
 def test_remembered_operators_change_nothing(monkeypatch):

@@ -239,6 +239,13 @@ def test_what_cannot_be_continued_is_refused_before_weights_are_loaded(options, 
         check_lora(config, lora)
 
 
+def test_an_adapter_on_the_head_is_refused(tmp_path):
+    with pytest.raises(UserError, match="changes the output head, which must stay frozen"):
+        check_lora(
+            CONFIGS["llama"](97), continuing(saved_first(tmp_path / "first", target_modules=["lm_head", "q_proj"]))
+        )
+
+
 def test_an_adapter_for_another_model_is_refused(tmp_path):
     other = CONFIGS["llama"](97)
     other.intermediate_size = 64

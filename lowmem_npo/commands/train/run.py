@@ -49,7 +49,7 @@ from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.loading import DTYPES, load_config, resolve_device
 from lowmem_npo.model.notes import model_notes
 from lowmem_npo.model.quantization import quantization_of
-from lowmem_npo.model.saved_adapter import check_base
+from lowmem_npo.model.saved_adapter import check_base, settings_of_run
 from lowmem_npo.model.stop_tokens import stop_tokens
 from lowmem_npo.report.audit import begin_audit, check_same_adapter, check_same_rows, finish_audit
 from lowmem_npo.report.evaluation_text import leaks_text
@@ -181,8 +181,11 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
     if config.output.resume:
         check_same_rows(directory.path, data)
         check_same_adapter(directory.path, config)
-    if config.adapter.adapter is not None and not config.adapter.any_base:
-        check_base(config.adapter.adapter, config.model.model)
+    if config.adapter.adapter is not None:
+        if not config.adapter.any_base:
+            check_base(config.adapter.adapter, config.model.model)
+        if settings_of_run(config.adapter.adapter).get("qlora") and not config.model.qlora:
+            say("The adapter was trained on the 4-bit base, and goes on on the unquantised one (no --qlora).")
     quantized = quantization_of(model_config, config.model.qlora, DTYPES[config.model.dtype]) is not None
     adapted = check_lora(model_config, config.adapter, quantized)
     check_disk(config, *adapter_size(adapted))
@@ -359,14 +362,19 @@ def _answers(plan: RunPlan, model: PeftModel, stage: str) -> Evaluations:
 def _asked(plan: RunPlan, model: PeftModel) -> dict[str, Asked]:
     """The rows of each set whose answers are measured; those to forget in every form."""
     output, options, asked = plan.config.output, plan.config.data, dict[str, Asked]()
-    for name, rows in {"forget": plan.data.forget, "retain": plan.data.retain}.items():
+    fit = Fit.of(causal_lm(model))
+    for name in ("forget", "retain", "general"):
+        rows: TokenizedRows | None = getattr(plan.data, name)
         if rows is None:
             continue
         places = choose_rows(len(rows), output.eval_rows, EVAL_SEED)
+        if name == "general" and fit.positions:  # of no other set is a row too long by now
+            places = [i for i in places if len(rows[i]["input_ids"]) <= fit.positions]
+            if not places:
+                continue
         asked[name] = Asked([rows[i] for i in places], places)
         if name == "forget" and output.forms == "all":
             examples, how = [rows.examples[i] for i in places], (plan.tokenizer, Template.of(options))
-            fit = Fit.of(causal_lm(model))
             forms = other_forms(asked[name].rows, examples, places, *how, options.max_length, fit)
             asked |= {in_form(name, form): of_form for form, of_form in forms.items()}
     return asked
