@@ -48,7 +48,12 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
     a directory, that its files hold the weights of that model, of which only names and shapes are read."""
     name, _ = resolve_name(config.model, config.revision)
     architecture = _architecture(name, config.revision)
-    check_directory_weights(name, architecture)
+    try:
+        check_directory_weights(name, architecture)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(_why_not_loaded(name, config.revision, error)) from error
     return architecture
 
 

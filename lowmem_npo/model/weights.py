@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 from lowmem_npo.console import Say, silent
@@ -19,7 +20,8 @@ from lowmem_npo.model.quantization import stored_quantization
 
 
 def check_directory_weights(name: str, architecture: PretrainedConfig) -> None:
-    """Raises UserError if `name` is a directory with other weights than those of `architecture`.
+    """Raises UserError if `name` is a directory with other weights than those of `architecture`, or what transformers
+    raises where it cannot convert them.
 
     transformers loads names and shapes as it will load the weights, on the device that has no data; nothing else is
     read. What cannot be judged so is judged when the weights are loaded: those that are stored quantised, and a
@@ -28,13 +30,13 @@ def check_directory_weights(name: str, architecture: PretrainedConfig) -> None:
     folder = Path(name).expanduser()
     if not (folder.is_dir() and lists_tensors(folder)) or stored_quantization(architecture):
         return
-    checkpoint = find_checkpoint(name)
+    stored = find_checkpoint(name).stored().items()
+    tensors = {tensor: torch.empty(shape, dtype=dtype, device="meta") for tensor, (shape, dtype) in stored}
     try:
-        stored = checkpoint.stored().items()
-        tensors = {tensor: torch.empty(shape, dtype=dtype, device="meta") for tensor, (shape, dtype) in stored}
-        with _no_progress_bar():
-            model, loaded = load_tensors(architecture, tensors, device_map={"": "meta"})
+        model, loaded = _load_without_data(architecture, tensors)
     except Exception:
+        if _converts_without_data(architecture):
+            raise
         return
     check_weights(model, name, loaded, silent)
 
@@ -83,6 +85,22 @@ def original_weights(name: str, revision: str | None, architecture: PretrainedCo
     relabelled = content.get("model_type") == "olmo" and Path(name).expanduser().is_dir()
     checkpoint = find_checkpoint(name, revision) if relabelled or is_original(content) else None
     return checkpoint if checkpoint is not None and checkpoint.rows else None
+
+
+def _load_without_data(architecture: PretrainedConfig, tensors: Mapping[str, Any]) -> tuple[Any, Any]:
+    with _no_progress_bar():
+        return load_tensors(architecture, tensors, device_map={"": "meta"})
+
+
+def _converts_without_data(architecture: PretrainedConfig) -> bool:
+    """Whether the names and shapes of a whole checkpoint, as transformers itself would save it, can be loaded so."""
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(architecture)
+    try:
+        _load_without_data(architecture, revert_weight_conversion(whole, whole.state_dict()))
+    except Exception:
+        return False
+    return True
 
 
 @contextmanager
