@@ -149,7 +149,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "olmo3": MIXED,
     "olmo_hybrid": {**LINEAR, "linear_num_key_heads": 4},
     "olmoe": EXPERTS,
-    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},  # as OPT-350m
     "persimmon": {},
     "phi": {},
     "phi3": {},
