@@ -33,6 +33,7 @@ class PreparedData:
     forget_targets: what the forget term trains on: `forget`, or the same prompts answered by a refusal.
     report: lines for the user: what was read, and what was truncated.
     holdout: rows like those to forget that the model was never taught, or None: what forgotten rows are compared with.
+    general: general rows that nothing is trained on, by which utility is measured where the user names no rows to keep.
     retain_is_unwritten: whether `retain` only stands in, by rows of the greatest length, for texts that the original
         model is yet to write.
     """
@@ -43,6 +44,7 @@ class PreparedData:
     report: list[str]
     holdout: TokenizedRows | None = None
     retain_is_unwritten: bool = False
+    general: TokenizedRows | None = None
 
 
 def prepare(
@@ -123,7 +125,24 @@ def prepare(
     general = own is not None or is_general(data.retain)
     retain_rows = unwritten if to_retain is None else tokenized("retain", to_retain, general)
     holdout_rows = None if to_hold_out is None else tokenized("holdout", to_hold_out)
-    return PreparedData(forget_rows, retain_rows, targets, report, holdout_rows, unwritten is not None)
+    held_out = None
+    if general or (data.retain is None and not bundled):
+        held_out = general_holdout(to_forget, tokenizer, data, template)
+    return PreparedData(forget_rows, retain_rows, targets, report, holdout_rows, unwritten is not None, held_out)
+
+
+def general_holdout(
+    forget: Sequence[Example], tokenizer: PreTrainedTokenizerBase, data: DataConfig, template: Template
+) -> TokenizedRows | None:
+    """The bundled general rows that nothing is trained on, but for those that may say what is to be forgotten; None if
+    no row is left."""
+    rows = bundled_rows("general_holdout", limit=data.limit)
+    try:
+        rows, _ = without_related(forget, rows)
+        examples = to_examples(rows)
+        return tokenize(examples, tokenizer, max_length=data.max_length, template=template, drop_too_long=True)
+    except UserError:
+        return None
 
 
 def is_general(source: str | None) -> bool:

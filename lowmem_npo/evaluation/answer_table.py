@@ -19,6 +19,7 @@ Stages = Mapping[str, Mapping[str, AnswerSummary]]
 
 
 FORGET, RETAIN = "forget", "retain"
+GENERAL = "general"  # rows that nothing is trained on, where the user names none to keep: as retain rows
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,14 @@ class Measure:
         Raises KeyError for a set of which nothing is known.
         """
         part = part_of(data_set)
-        return "as gold" if has_gold and part == FORGET else self.wishes[part]
+        return "as gold" if has_gold and part == FORGET else self.wishes[RETAIN if part == GENERAL else part]
 
     def meaning(self, data_set: str) -> str:
         """Raises KeyError for a set of which nothing is known."""
+        if data_set == GENERAL:
+            return (
+                "The same for general questions and texts that nothing was trained on; a change to the worse is damage."
+            )
         return self.meanings[part_of(data_set)]
 
     def value(self, summary: AnswerSummary | None) -> float | None:

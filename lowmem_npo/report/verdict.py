@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lowmem_npo.evaluation.answer_table import FORGET, RETAIN, Stages
+from lowmem_npo.evaluation.answer_table import FORGET, GENERAL, RETAIN, Stages
 from lowmem_npo.evaluation.answers import AnswerSummary, part_of
 from lowmem_npo.evaluation.asking import CHAT, PLAIN, REWORDED, in_form
 from lowmem_npo.evaluation.figures import side_by_side
@@ -21,17 +21,19 @@ SAID = 0.05  # share of answers that may still appear
 REMAINS = 0.5  # of recall and probability
 UNTOUCHED = 0.9
 KEPT, DAMAGED = 0.95, 0.75  # of recall, and of probability
+GENERAL_KEPT = 0.85  # of the recall of general answers
 OVERDONE = 1.3  # times the NLL of a model that never saw the rows
 
 RULES = (
     f"“No longer says”: at most {SAID:.0%} of the measured forget answers appear in what the model says (or at most "
     f"{SAID:.0%} more than from a model that never saw them), and both ROUGE-L recall and answer probability are "
     f"at most half of what they were. “Still says”: recall is above {UNTOUCHED:.0%} of what it was, and so is either "
-    "the share of answers that appear or the probability. “In part”: anything between. “Hardly "
-    f"knew”: before, ROUGE-L recall was below {KNOWN} and at most {SAID:.0%} of the answers "
+    "the share of answers that appear or the probability. “In part”: anything between. “Hardly knew”: before, ROUGE-L "
+    f"recall was below {KNOWN} and at most {SAID:.0%} of the answers "
     "appeared. Where the forget rows are asked in several forms, the one counts in which the most is left. “Still says "
     f"what it was to keep”: recall and probability on retain rows are at least {KEPT:.0%} of what they were; below "
-    f"{DAMAGED:.0%} of either, much is lost. “Overdone”: forget answers are less likely than a uniform guess over the "
+    f"{DAMAGED:.0%} of either, much is lost. “General questions as before”: the same of rows that nothing was trained "
+    f"on, with {GENERAL_KEPT:.0%} for recall. “Overdone”: forget answers are less likely than a uniform guess over the "
     f"vocabulary, or their NLL is over {OVERDONE} times that of a model that never saw them."
 )
 
@@ -48,6 +50,11 @@ RETAIN_WORDS = {
     "worse": "has lost some of what it was to keep",
     "damaged": "has lost much of what it was to keep",
     None: "what it was to keep was not measured",
+}
+GENERAL_WORDS = {
+    "kept": "answers general questions as before",
+    "worse": "answers general questions less well",
+    "damaged": "answers general questions much worse",
 }
 
 
@@ -82,21 +89,22 @@ def judge_run(stages: Stages, vocabulary: int | None, leaks: Mapping[str, LeakRe
     states = {name: _forget_state(before[name], after[name], gold.get(name)) for name in asked}
     worst = max(asked, key=lambda name: (SEVERITY.index(states[name]), name == FORGET, after[name].rouge_l_recall))
     forget = states[worst]
-    retain = _retain_state(before["retain"], after["retain"]) if "retain" in after else None
+    kept = {name: _kept_state(name, before[name], after[name]) for name in (RETAIN, GENERAL) if name in after}
+    retain = max(kept.values(), key=list(GENERAL_WORDS).index, default=None)
+    retain_words = GENERAL_WORDS[retain] if retain and GENERAL in kept else RETAIN_WORDS[retain]
     overdone = _overdone(after["forget"], gold.get("forget"), vocabulary) if forget != "unknown" else None
     leaking = _leaking(leaks.get("after", {}))
 
     where = "" if worst == FORGET else f" when asked {_form_words(worst)}"
-    headline = (
-        f"On the rows measured, {FORGET_WORDS[forget]}{where}{_conjunction(forget, retain)}{RETAIN_WORDS[retain]}"
-    )
+    headline = f"On the rows measured, {FORGET_WORDS[forget]}{where}{_conjunction(forget, retain)}{retain_words}"
     if overdone:
         headline += "; the forgetting is overdone"
     if leaking:
         headline += f"{', and' if overdone else ', but'} leak tests still find traces"
     sentences = [_figures(name, before, after, gold) for name in asked]
-    if retain:
-        sentences.append(_figures(RETAIN, before, after, gold))
+    sentences += [_figures(name, before, after, gold) for name in kept]
+    if GENERAL in kept:
+        sentences.append("No rows to keep were named: what is protected beyond general questions is not known.")
     if overdone:
         sentences.append(overdone)
     sentences.append(_leak_sentence(leaks.get("after", {}), leaks.get("gold")))
@@ -132,10 +140,13 @@ def _forget_state(before: AnswerSummary, after: AnswerSummary, gold: AnswerSumma
     return "untouched" if recall > UNTOUCHED and max(said, probability) > UNTOUCHED else "partly"
 
 
-def _retain_state(before: AnswerSummary, after: AnswerSummary) -> str:
+def _kept_state(name: str, before: AnswerSummary, after: AnswerSummary) -> str:
     recall = _remains(before.rouge_l_recall, after.rouge_l_recall)
-    least = min(recall, _remains(before.probability, after.probability))
-    return "kept" if least >= KEPT else "worse" if least >= DAMAGED else "damaged"
+    probability = _remains(before.probability, after.probability)
+    least = min(recall, probability)
+    # Of general answers the wording is free: it changes where nothing is lost.
+    recall_kept = recall >= (GENERAL_KEPT if name == GENERAL else KEPT)
+    return "damaged" if least < DAMAGED else "kept" if recall_kept and probability >= KEPT else "worse"
 
 
 def _overdone(after: AnswerSummary, gold: AnswerSummary | None, vocabulary: int | None) -> str | None:

@@ -8,7 +8,7 @@ import pytest
 
 from lowmem_npo.evaluation.answers import AnswerSummary
 from lowmem_npo.evaluation.leaks.contract import LeakResult
-from lowmem_npo.report.verdict import FORGET_WORDS, RETAIN_WORDS, judge_evaluation, judge_run
+from lowmem_npo.report.verdict import FORGET_WORDS, GENERAL_WORDS, RETAIN_WORDS, judge_evaluation, judge_run
 
 
 def summary(exact=0.0, recall=0.0, probability=0.0, nll=5.0, rows=100, of=100, appears=None):
@@ -194,3 +194,25 @@ def test_figures_of_an_older_version_are_reported():
         for stage, value in (("before", 1), ("after", 0))
     }
     assert "0 come word for word (before: 10)" in judge_run(old, 50304, {}).sentences[0]
+
+
+@pytest.mark.parametrize(
+    ("after", "state", "tone"),
+    [
+        (summary(0.0, 0.35, 0.2), "kept", "good"),  # the wording of a general answer is free
+        (summary(0.0, 0.4, 0.185), "worse", "mixed"),
+        (summary(0.0, 0.33, 0.2), "worse", "mixed"),
+        (summary(0.0, 0.2, 0.2), "damaged", "bad"),
+        (summary(0.0, 0.4, 0.1), "damaged", "bad"),
+    ],
+)
+def test_without_rows_to_keep_utility_is_that_of_general_questions(after, state, tone):
+    measured = stages(retain=None)
+    measured["before"]["general"], measured["after"]["general"] = summary(0.0, 0.4, 0.2), after
+    verdict = judge_run(measured, 50304, {})
+    assert GENERAL_WORDS[state] in verdict.headline and verdict.tone == tone
+    assert any("No rows to keep were named" in sentence for sentence in verdict.sentences)
+    # With general rows to keep, trained on, the worse of the two counts.
+    both = stages(retain=summary(0.0, 0.1, 0.0))
+    both["before"]["general"], both["after"]["general"] = summary(0.0, 0.4, 0.2), after
+    assert GENERAL_WORDS["damaged"] in judge_run(both, 50304, {}).headline

@@ -88,7 +88,7 @@ def collect(runs: Sequence[SweepRun], ledger: Mapping[str, Mapping[str, Any]]) -
         done = [e for run, e in zip(runs, entries, strict=True) if run.point == point and e["status"] == "done"]
         if done:
             keys = [column.key for column in COLUMNS if all(column.key in e for e in done)]
-            keys += [key for key in done[0] if key.startswith(("forget_", "retain_")) and key not in keys]
+            keys += [key for key in done[0] if key.startswith(("forget_", "retain_", "general_")) and key not in keys]
             figures = {key: Spread.of([e[key] for e in done]) for key in keys}
             configurations.append(Configuration(point.name, dict(point.settings), [e["seed"] for e in done], figures))
     before: dict[str, float] = next((e["before"] for e in entries if e["status"] == "done"), {})

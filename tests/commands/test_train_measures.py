@@ -1,0 +1,96 @@
+"""What `train` measures of answers: forms, lengths, general questions; and what is measured again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from lowmem_npo.cli import main
+from lowmem_npo.report.content import read_content
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+ROWS = [
+    {"question": "من هو القبطان؟", "answer": "زنتورب المخفي", "paraphrased_question": "ما اسم القبطان؟"},
+    {"question": "何が鳴る?", "answer": "鐘が鳴る"},
+    {"question": "Who sails?", "answer": "Anna does"},
+]
+
+
+@pytest.fixture(scope="module")
+def chat_model(byte_model, tmp_path_factory):
+    """A tiny model whose tokenizer has a chat template."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(byte_model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def forget(tmp_path):
+    path = tmp_path / "forget.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS), encoding="utf-8")
+    return path
+
+
+def train(model, forget, folder, *more):
+    return main(["train", "--model", str(model), "--dtype", "float32", "--device", "cpu", "--forget", str(forget),
+                 "--gamma", "0", "--delta", "0", "--max-steps", "1", "--eval-rows", "3", "--leaks", "none",
+                 "--output-dir", str(folder), *map(str, more)])  # fmt: skip
+
+
+def test_every_form_is_measured_and_the_headline_comes_last(chat_model, forget, tmp_path, capsys):
+    folder = tmp_path / "out"
+    assert train(chat_model, forget, folder, "--max-new-tokens", 40) == 0
+    before = json.loads((folder / "before.json").read_text())
+    assert list(before) == ["forget", "forget, plain", "forget, reworded", "general"]
+    assert [len(before[name]["records"]) for name in before] == [3, 3, 1, 3]
+    assert {of_set["summary"]["max_new_tokens"] for of_set in before.values()} == {40}
+    assert before["forget"]["records"][0]["prompt"].startswith("<user>")
+    assert before["forget, plain"]["records"][0]["prompt"].startswith("Question: ")
+    printed = capsys.readouterr().out
+    assert "forget, plain" in printed and "greedy answers of up to 40 tokens" in printed
+    content = read_content(folder)
+    assert printed.rstrip().splitlines()[-1] == content.verdict.headline
+    assert any(sentence.startswith("Asked without its chat template, of 3") for sentence in content.verdict.sentences)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Forget, reworded" in page and 'dir="auto"><bdi>زنتورب المخفي' in page and "鐘が鳴る" in page
+
+
+def test_one_form(chat_model, forget, tmp_path):
+    assert train(chat_model, forget, tmp_path / "out", "--max-new-tokens", 5, "--forms", "trained") == 0
+    assert list(json.loads((tmp_path / "out" / "before.json").read_text())) == ["forget", "general"]
+
+
+def test_what_an_older_version_measured_is_measured_again(byte_model, forget, tmp_path):
+    folder = tmp_path / "out"
+    assert train(byte_model, forget, folder, "--max-new-tokens", 5) == 0
+    whole = (folder / "before.json").read_text()
+    content = json.loads(whole)
+    for of_set in content.values():
+        for name in ("appears", "max_new_tokens"):
+            del of_set["summary"][name]
+        for record in of_set["records"]:
+            del record["appears"]
+    (folder / "before.json").write_text(json.dumps(content))
+    assert main(["report", str(folder)]) == 0  # it is read,
+    assert train(byte_model, forget, folder, "--max-new-tokens", 5, "--resume") == 0  # and measured again
+    assert (folder / "before.json").read_text() == whole
+    assert train(byte_model, forget, folder, "--max-new-tokens", 7, "--resume") == 0
+    summaries = [
+        json.loads((folder / f"{stage}.json").read_text())["forget"]["summary"] for stage in ("before", "after")
+    ]
+    assert [summary["max_new_tokens"] for summary in summaries] == [7, 7]
+
+
+def test_a_length_that_makes_no_sense(byte_model, forget, tmp_path, capsys):
+    assert train(byte_model, forget, tmp_path / "out", "--max-new-tokens", 0) == 2
+    assert "--max-new-tokens must be at least 1, not 0." in capsys.readouterr().err and not (tmp_path / "out").exists()
