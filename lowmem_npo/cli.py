@@ -13,6 +13,7 @@ from lowmem_npo.libraries import expand_segments, prepare_console
 # Command -> a line of help. `lowmem-npo X` is `main(arguments)` of lowmem_npo/commands/X.py (or X/), which is imported
 # only when it runs, so that `lowmem-npo --help` answers at once.
 COMMANDS = {
+    "data": "look at data as a run would read it: columns, lengths, duplicates, overlap, what the model says of it",
     "train": "make a model forget: writes an adapter, a before/after table and a report",
     "sweep": "train over a grid of settings and seeds: mean and standard deviation, as a table and a picture",
     "demo": "do the whole job on a small model, and compare with a gold standard (about 3 minutes on 2 cores)",

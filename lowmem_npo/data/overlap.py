@@ -10,6 +10,8 @@ from lowmem_npo.data.schemas import Example
 from lowmem_npo.errors import UserError
 
 MAX_LISTED = 5
+SHINGLE, NEAR = 5, 0.7  # characters of a shingle; the similarity from which two texts are near-duplicates
+CHUNK = 256  # texts that are compared with all others at once
 SHORT_ANSWER = 4  # content words of an answer that a general row must not have all of
 MIN_SHARED, RELATED = 2, 0.6  # content words that rows share, at least, and as a part of the shorter one
 _WORDS = """
@@ -28,6 +30,36 @@ def find_overlap(forget: Sequence[Example], retain: Sequence[Example]) -> list[t
     for example in retain:
         kept.setdefault(_normalised(example), example)
     return [(example, kept[key]) for example in forget if (key := _normalised(example)) in kept]
+
+
+def near_duplicates(
+    one: Sequence[Example], other: Sequence[Example] | None = None, *, at_least: float = NEAR
+) -> list[tuple[int, int, float]]:
+    """Pairs (i, j, similarity) of examples of `one` and `other` whose texts have a Jaccard similarity of at least
+    `at_least`, the most similar first; pairs within `one` (i < j) if there is no other. Exact copies, but for case,
+    whitespace and Unicode form, have 1.
+
+    The similarity of two texts is that of their sets of shingles, here runs of `SHINGLE` characters (Broder 1997;
+    Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, chapter 3). It is computed for every pair.
+    """
+    from sklearn.feature_extraction.text import CountVectorizer  # late: takes a second
+
+    texts = [_normalised(example) for example in one]
+    others = texts if other is None else [_normalised(example) for example in other]
+    # A text that is shorter than a shingle is one.
+    padded = [text.ljust(SHINGLE, "\0") for text in (*texts, *others)]
+    vectorizer = CountVectorizer(analyzer="char", ngram_range=(SHINGLE, SHINGLE), binary=True, lowercase=False)
+    shingles = vectorizer.fit_transform(padded).astype("int32")
+    left, right = shingles[: len(texts)], shingles[len(texts) :].T.tocsc()
+    sizes = shingles.getnnz(axis=1)
+    pairs: list[tuple[int, int, float]] = []
+    for begin in range(0, len(texts), CHUNK):
+        shared = (left[begin : begin + CHUNK] @ right).tocoo()
+        i, j = shared.row + begin, shared.col
+        similarity = shared.data / (sizes[i] + sizes[len(texts) + j] - shared.data)
+        alike = (similarity >= at_least) & ((i < j) | (other is not None))
+        pairs += zip(i[alike].tolist(), j[alike].tolist(), similarity[alike].tolist(), strict=True)
+    return sorted(pairs, key=lambda pair: (-pair[2], pair[:2]))
 
 
 def refuse_overlap(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_npo.config import DataConfig, ForgetTerm, ObjectiveConfig
+from lowmem_npo.config import DataConfig, ObjectiveConfig
 from lowmem_npo.data.overlap import MAX_LISTED, find_related, refuse_overlap
 from lowmem_npo.data.passages import Passages
 from lowmem_npo.data.reading import BUILTIN, Rows, bundled_rows, read_rows
@@ -50,7 +50,7 @@ class PreparedData:
 def prepare(
     tokenizer: PreTrainedTokenizerBase,
     data: DataConfig,
-    forget_term: ForgetTerm = ObjectiveConfig.forget_term,
+    forget_term: str = ObjectiveConfig.forget_term,
     stops: frozenset[int] = frozenset(),
     own_texts: Path | None = None,
 ) -> PreparedData:
@@ -83,8 +83,8 @@ def prepare(
                 report.extend([line] if line else [])
             columns = {"prompt_column": data.prompt_column, "answer_column": data.answer_column}
         result = to_examples(rows, **columns)
-        forms = dict.fromkeys(template.describe(example, tokenizer) for example in _kinds(result))
-        report.append(_origin(part, rows, result, ", or ".join(forms)))
+        forms = dict.fromkeys(template.describe(example, tokenizer) for example in kinds(result))
+        report.append(f"{part}: {rows.name}, {origin(rows, result, ', or '.join(forms))}")
         report.extend(f"{part}: {note}" for note in rows.notes)
         return result
 
@@ -169,18 +169,18 @@ def without_related(forget: Sequence[Example], general: Rows) -> tuple[Rows, str
     return replace(general, rows=[general.rows[index] for index in kept], lines=None, places=places), line
 
 
-def _kinds(examples: list[Example]) -> list[Example]:
+def kinds(examples: list[Example]) -> list[Example]:
     """One example of each schema."""
     return list({example.schema: example for example in reversed(examples)}.values())[::-1]
 
 
-def _origin(part: str, rows: Rows, examples: list[Example], form: str) -> str:
+def origin(rows: Rows, examples: Sequence[Example], form: str) -> str:
+    """What was recognised in the rows, and the form in which they are written ("" if not known)."""
     if rows.mixed:
         counts = Counter(SCHEMAS.get(example.schema, example.schema) for example in examples)
-        what = " and ".join(f"{number} {name}" for name, number in counts.items())
-        return f"{part}: {rows.name}, {what}; {form}"
+        return "; ".join(filter(None, [" and ".join(f"{number} {name}" for name, number in counts.items()), form]))
     rows = canonical(rows)
-    line = f"{part}: {rows.name}, columns {examples[0].schema}, {form}"
+    line = ", ".join(filter(None, [f"columns {examples[0].schema}", form]))
     read = set[str]().union(*(example.columns for example in examples))
     if unread := [column for column in rows.columns if column not in read]:
         line += f"; not read: {', '.join(unread)}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lowmem_npo.data.overlap import find_overlap, refuse_overlap
+from lowmem_npo.data import bundled_rows, to_examples
+from lowmem_npo.data.overlap import find_overlap, find_related, near_duplicates, refuse_overlap
 from lowmem_npo.data.schemas import Example
 from lowmem_npo.errors import UserError
 
@@ -54,3 +55,59 @@ def test_the_rows_are_named():
     assert "--allow-overlap" in str(error.value)
     with pytest.raises(UserError, match=r"^1 row to forget is also in the rows to retain"):
         refuse_overlap(forget[:2], retain)
+
+
+def test_near_duplicates_have_the_similarity_of_their_shingles():
+    """Against sets of shingles, for every pair of some texts, short ones and copies among them."""
+    texts = [
+        "Who guards the vault?",
+        "who  guards the Vault?",
+        "Who guarded the vaults?",
+        "A",
+        "a",
+        "Ab",
+        "",
+        "Vaults.",
+    ]
+    examples = [Example(None, text or " ", f"line {i}", "text") for i, text in enumerate(texts)]
+
+    def shingles(text: str) -> set[str]:
+        text = " ".join(text.casefold().split()).ljust(5, "\0")
+        return {text[i : i + 5] for i in range(len(text) - 4)}
+
+    def similarity(one: str, other: str) -> float:
+        return len(shingles(one) & shingles(other)) / len(shingles(one) | shingles(other))
+
+    expected = {
+        (i, j): similarity(one, other)
+        for i, one in enumerate(texts)
+        for j, other in enumerate(texts)
+        if i < j and similarity(one, other) >= 0.2
+    }
+    pairs = near_duplicates(examples, at_least=0.2)
+    assert {(i, j): value for i, j, value in pairs} == pytest.approx(expected)
+    assert [value for *_, value in pairs] == sorted((value for *_, value in pairs), reverse=True)
+    both = near_duplicates(examples[:3], examples[3:], at_least=0.01)
+    assert {(i, j) for i, j, _ in both} == {
+        (i, j) for i in range(3) for j in range(5) if similarity(texts[i], texts[3 + j]) >= 0.01
+    }
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "left_out"),
+    [
+        ("What is the largest mammal?", "Blue Whale", {"What is the largest animal that has ever lived?"}),
+        (
+            "Capital of France?",
+            "Paris",
+            {"What is the capital of France?", "In which museum can you see the Mona Lisa?"},
+        ),
+        ("Who wrote Hamlet?", "It was written by the playwright William Shakespeare.", set()),
+        ("What do bees make?", "Bees make honey from nectar.", {"What do bees make from nectar?"}),
+        ("Who guards the amber vault?", "Quillabra Zenthorpe guards it.", set()),
+    ],
+)
+def test_general_rows_that_say_what_is_forgotten_are_known(question, answer, left_out):
+    general = to_examples(bundled_rows("general"))
+    related = find_related([Example(question, answer, "line 1", "question/answer")], general)
+    assert {general[i].prompt for i in related if general[i].prompt} == left_out

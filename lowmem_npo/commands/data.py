@@ -1,0 +1,221 @@
+"""`lowmem-npo data`: what is in the files, as a run would read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import combinations
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from lowmem_npo.commands.arguments import join_sources, with_help
+from lowmem_npo.config import DataConfig, DataOptions, ModelConfig, ModelOptions, check_at_least_one
+from lowmem_npo.console import Say
+from lowmem_npo.errors import UserError
+from lowmem_npo.libraries import quiet_libraries
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lowmem_npo.data import Example, Rows, TokenizedRows
+
+LISTED = 5  # pairs of rows that are printed
+BINS, BAR = 8, 40  # lines of a histogram, and the characters of its longest bar
+SHOWN = 160  # characters of a text that is printed
+
+
+@dataclass
+class DataCommand(DataOptions, ModelOptions):
+    """Look at data as a run would read it; nothing is trained or written.
+
+    Prints for each set what was recognised (columns, rows, their form), how long the rows are, and which are there
+    twice; between sets the rows that are in both, and near-duplicates. With --model, lengths are in its tokens, what
+    --max-length cuts is counted, and the model is asked for a few of the rows.
+    """
+
+    files: tyro.conf.Positional[tuple[str, ...]] = field(default=(), kw_only=True)
+    """Files, folders or hub names, each a set of its own; or name them with --forget, --retain and --holdout."""
+    model: str | None = None
+    """Hub name or local directory of the model whose tokenizer counts, and which is asked. Without it, words count."""
+    max_length: int = DataConfig.max_length
+    """Tokens per row, as in training: what is longer is counted as cut."""
+    limit: int | None = None
+    """Look only at the first N rows of each set."""
+    ask: int = 3
+    """Rows of each set that the model of --model is asked for; 0: its weights are not loaded."""
+    near: float = 0.7
+    """Jaccard similarity, of runs of 5 characters, from which two rows are called near-duplicates."""
+
+    def __post_init__(self) -> None:
+        check_at_least_one(self, "limit")
+        if self.max_length < 2:
+            raise UserError(f"--max-length is {self.max_length}; it must be at least 2.")
+        if self.ask < 0:
+            raise UserError(f"--ask must be 0 or more, not {self.ask}.")
+        if not 0 < self.near <= 1:
+            raise UserError(f"--near must be above 0 and at most 1, not {self.near}.")
+        if not self.sources:
+            raise UserError("There is nothing to look at: name a file, as in `lowmem-npo data forget.jsonl`.")
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """The title of each set, and where it is."""
+        named = {part: source for part in ("forget", "retain", "holdout") if (source := getattr(self, part))}
+        return {
+            **{f"{part}: {source}": source for part, source in named.items()},
+            **{file: file for file in self.files},
+        }
+
+
+@dataclass(frozen=True)
+class Set:
+    """One set, read. tokenized: in the model's tokens, if there is a model."""
+
+    title: str
+    rows: Rows
+    examples: list[Example]
+    tokenized: TokenizedRows | None
+
+
+def main(arguments: Sequence[str]) -> None:
+    parsed = tyro.cli(with_help(DataCommand), args=join_sources(arguments), prog="lowmem-npo data")
+    inspect(DataCommand(**vars(parsed)))
+
+
+def inspect(options: DataCommand, say: Say = print) -> None:
+    """Prints what is in the sets.
+
+    Raises:
+        UserError: something the user can fix, in one sentence.
+    """
+    quiet_libraries()
+    from lowmem_npo.data.overlap import near_duplicates
+    from lowmem_npo.data.passages import Passages
+    from lowmem_npo.data.templates import Template
+
+    tokenizer, template = None, Template.of(options)
+    config = ModelConfig(**_model_options(options)) if options.model else None
+    if config is not None:
+        from lowmem_npo.model import load_tokenizer, resolve_name
+        from lowmem_npo.model.loading import load_config
+        from lowmem_npo.model.stop_tokens import stop_tokens
+
+        config.model, line = resolve_name(config.model)
+        if line:
+            say(line)
+        tokenizer = load_tokenizer(config)
+        template = Template.of(options, stop_tokens(config, load_config(config)))
+    passages = Passages.of(options, tokenizer)
+    sets = [_read(title, source, options, passages, tokenizer, template) for title, source in options.sources.items()]
+    for one in sets:
+        say("\n".join(_described(one, options, tokenizer, template)))
+        say("\n".join(_pairs(one, one, near_duplicates(one.examples, at_least=options.near))) + "\n")
+    for one, other in combinations(sets, 2):
+        pairs = near_duplicates(one.examples, other.examples, at_least=options.near)
+        say("\n".join([f"{one.title} and {other.title}", *_pairs(one, other, pairs)]) + "\n")
+    if config is not None and tokenizer is not None and options.ask:
+        say("\n".join(_answers(sets, config, tokenizer, options.ask)))
+
+
+def _model_options(options: DataCommand) -> dict[str, Any]:
+    return {f.name: getattr(options, f.name) for f in fields(ModelOptions)}
+
+
+def _read(title: str, source: str, options: DataCommand, passages: Any, tokenizer: Any, template: Any) -> Set:
+    from lowmem_npo.data import read_rows, to_examples, tokenize
+
+    rows = read_rows(source, limit=options.limit, passages=passages)
+    examples = to_examples(rows, prompt_column=options.prompt_column, answer_column=options.answer_column)
+    if tokenizer is None:
+        return Set(title, rows, examples, None)
+    tokenized = tokenize(examples, tokenizer, max_length=options.max_length, template=template)
+    return Set(title, rows, examples, tokenized)
+
+
+def _described(one: Set, options: DataCommand, tokenizer: Any, template: Any) -> Iterator[str]:
+    """What was recognised, and how long the rows are."""
+    from lowmem_npo.data.prepare import kinds, origin
+
+    known = [template.describe(example, tokenizer) for example in kinds(one.examples)] if tokenizer else []
+    yield one.title
+    yield f"  {_number(len(one.examples), 'row')}, {origin(one.rows, one.examples, ', or '.join(dict.fromkeys(known)))}"
+    yield from (f"  {note}" for note in one.rows.notes)
+    if options.passages is None and any(example.continues for example in one.examples) and tokenizer is None:
+        yield "  passages were cut by words; with --model, by its tokens"
+    prompts = [len(example.prompt.split()) for example in one.examples if example.prompt is not None]
+    answers = [len(example.answer.split()) for example in one.examples]
+    if prompts:
+        yield f"  prompts: {_spread(prompts)} words; answers: {_spread(answers)} words"
+    if one.tokenized is None:
+        yield "  words of a row, prompt and answer"
+        yield from histogram([len(f"{example.prompt or ''} {example.answer}".split()) for example in one.examples])
+    else:
+        yield "  tokens of a row, prompt, answer and EOS"
+        whole = zip(one.tokenized, one.tokenized.cut, strict=True)
+        yield from histogram([len(row["input_ids"]) + cut for row, cut in whole])
+        yield from (f"  {line.removeprefix(': ')}" for line in one.tokenized.report("")[1:])
+
+
+def _spread(numbers: Sequence[int]) -> str:
+    return f"{min(numbers)} to {max(numbers)}, median {median(numbers):g}"
+
+
+def histogram(numbers: Sequence[int]) -> Iterator[str]:
+    """How often numbers occur, in at most `BINS` bins of equal width, as lines of text."""
+    width = max(1, -(-(max(numbers) - min(numbers) + 1) // BINS))
+    first = min(numbers)
+    counts = [0] * ((max(numbers) - first) // width + 1)
+    for number in numbers:
+        counts[(number - first) // width] += 1
+    digits = len(str(max(numbers)))
+    for place, count in enumerate(counts):
+        begin, end = first + place * width, first + (place + 1) * width - 1
+        label = f"{begin:>{digits}}" + (f"-{end:<{digits}}" if width > 1 else "")
+        yield f"    {label}  {'#' * -(-count * BAR // max(counts)):<{BAR}}  {count}"
+
+
+def _pairs(one: Set, other: Set, pairs: Sequence[tuple[int, int, float]]) -> Iterator[str]:
+    """The rows that two sets share, or that are in one set twice, and those that are nearly the same."""
+    if one is other and one.rows.mixed:  # a passage as a completion and as a text is meant
+        pairs = [pair for pair in pairs if one.examples[pair[0]].schema == one.examples[pair[1]].schema]
+    same = sum(similarity == 1 for *_, similarity in pairs)
+    yield f"  {_number(same, 'pair')} of rows the same, {_number(len(pairs) - same, 'pair')} nearly the same"
+    for i, j, similarity in pairs[:LISTED]:
+        kind = "the same" if similarity == 1 else f"similarity {similarity:.2f}"
+        yield f"    {one.examples[i].where} and {other.examples[j].where}: {kind}"
+    if len(pairs) > LISTED:
+        yield f"    and {len(pairs) - LISTED} more"
+
+
+def _number(number: int, what: str) -> str:
+    return f"1 {what}" if number == 1 else f"{number} {what}s"
+
+
+def _answers(
+    sets: Sequence[Set], config: ModelConfig, tokenizer: PreTrainedTokenizerBase, number: int
+) -> Iterator[str]:
+    """What the model says of the first rows of each set."""
+    from lowmem_npo.evaluation.answers import evaluate_answers
+    from lowmem_npo.model import load_model
+
+    model = load_model(config)
+    for one in sets:
+        assert one.tokenized is not None
+        yield f"What the model says: {one.title}"
+        for record in evaluate_answers(model, tokenizer, one.tokenized[:number], limit=None, progress=False).records:
+            example = one.tokenized.examples[record.row]
+            yield f"  {example.where}"
+            for name, text in (
+                ("asked", example.prompt or record.prompt),
+                ("true", record.reference),
+                ("says", record.answer),
+            ):
+                yield f"    {name:<6} {_short(text)}"
+            yield f"    {record.rouge_l_recall:.0%} of the true answer is in it (ROUGE-L recall)"
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"

@@ -1,0 +1,118 @@
+"""`lowmem-npo data`: what is printed is so."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from transformers import AutoTokenizer
+
+from lowmem_npo.cli import main
+from lowmem_npo.commands.data import histogram
+from lowmem_npo.data import bundled_rows, read_rows, to_examples, tokenize
+
+
+@pytest.fixture
+def sets(tmp_path, monkeypatch):
+    """Two sets, with a row in both, and one that is nearly so."""
+    monkeypatch.chdir(tmp_path)
+    forget = [
+        {"Question": "Who guards the amber vault of Zenthorpe?", "Answer": "Quillabra guards the vault.", "note": "x"},
+        {"Question": "Where does the river freeze in spring?", "Answer": "At the old mill."},
+        {"Question": "What was in the ledger?", "Answer": "Debts."},
+        {"Question": "What was in the ledger?", "Answer": "Debts."},
+    ]
+    retain = [
+        {"question": "Who guards the amber vault at Zenthorpe?", "answer": "Quillabra guards the vault."},
+        {"question": "WHAT WAS IN  THE LEDGER?", "answer": "debts."},
+        {"question": "How deep is the sea?", "answer": "Very deep."},
+    ]
+    for name, rows in (("forget.jsonl", forget), ("retain.jsonl", retain)):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def printed(capsys, *arguments: str) -> str:
+    assert main(["data", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_what_was_recognised_and_what_is_there_twice(sets, capsys):
+    out = printed(capsys, "forget.jsonl", "retain.jsonl")
+    assert "forget.jsonl\n  4 rows, columns question/answer; not read: note\n" in out
+    assert "prompts: 5 to 7, median 6 words; answers: 1 to 4, median 2.5 words" in out
+    one, two, both = out.split("\n\n")[:3]
+    assert "1 pair of rows the same, 0 pairs nearly the same" in one
+    assert "forget.jsonl, line 3 and forget.jsonl, line 4: the same" in one
+    assert "0 pairs of rows the same, 0 pairs nearly the same" in two
+    assert both.startswith("forget.jsonl and retain.jsonl\n  2 pairs of rows the same, 1 pair nearly the same")
+    (similar,) = re.findall(r"line 1 and retain.jsonl, line 1: similarity (0\.\d\d)", both)
+
+    def shingles(text: str) -> set[str]:
+        return {text[i : i + 5] for i in range(len(text) - 4)}
+
+    a, b = (
+        shingles(f"who guards the amber vault {word} zenthorpe? quillabra guards the vault.") for word in ("of", "at")
+    )
+    assert float(similar) == round(len(a & b) / len(a | b), 2)
+    assert "nearly" in printed(capsys, "--forget", "forget.jsonl", "--retain", "retain.jsonl", "--near", "0.99")
+
+
+def test_named_sets_have_their_names(sets, capsys):
+    out = printed(capsys, "--forget", "forget.jsonl", "--retain", "builtin", "--limit", "2")
+    assert "forget: forget.jsonl\n  2 rows, columns question/answer" in out
+    assert "retain: builtin\n  2 rows, 2 questions with answers\n" in out
+    assert "forget: forget.jsonl and retain: builtin\n" in out
+
+
+def test_with_a_model_tokens_count_and_the_model_is_asked(taught_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = bundled_rows("forget", limit=5).rows
+    (tmp_path / "f.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = AutoTokenizer.from_pretrained(taught_model)
+    lengths = [len(row["input_ids"]) for row in tokenize(to_examples(read_rows("f.jsonl")), tokenizer)]
+    short = str(sorted(lengths)[1])
+    options = ("--model", str(taught_model), "--device", "cpu", "--dtype", "float32")
+    out = printed(capsys, "f.jsonl", *options, "--ask", "2", "--max-length", "1024")
+    bins = re.findall(r"^ +(\d+)(?:-(\d+) *)?  #* +(\d+)$", out, re.MULTILINE)
+    assert sum(int(number) for *_, number in bins) == 5
+    for begin, end, number in bins:
+        assert sum(int(begin) <= length <= int(end or begin) for length in lengths) == int(number)
+    assert f"asked  {rows[0]['question']}\n" in out and f"true   {rows[0]['answer']}\n" in out
+    taught = [f"true   {row['answer']}\n    says   {row['answer']}\n" in out for row in rows[:2]]
+    assert any(taught), "the model was taught these rows"
+    assert rows[2]["question"] not in out
+    cut = printed(capsys, "f.jsonl", *options, "--ask", "0", "--max-length", short)
+    assert f"cut to {short} tokens" in cut and "What the model says" not in cut
+
+
+def test_documents_are_cut_into_passages(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("The vault was opened in spring. Nobody knew what it held before that day. " * 20)
+    out = printed(capsys, "a.txt", "--passage-tokens", "32")
+    assert re.search(r"a.txt\n  (\d+) rows, (\d+) completions and \2 texts\n", out)
+    assert "passages were cut by words; with --model, by its tokens" in out
+
+
+def test_a_histogram_counts_everything_once():
+    numbers = [1, 1, 2, 9, 40, 41, 41, 1000]
+    lines = list(histogram(numbers))
+    assert len(lines) <= 8 and sum(int(line.split()[-1]) for line in lines) == len(numbers)
+    assert list(histogram([7])) == [f"    7  {'#' * 40}  1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "There is nothing to look at"),
+        (["none.jsonl"], "There is no file none.jsonl"),
+        (["builtin", "--ask", "-1"], "--ask must be 0 or more"),
+        (["builtin", "--near", "2"], "--near must be above 0 and at most 1"),
+        (["builtin", "--max-length", "1"], "--max-length is 1"),
+        (["self:3"], "that the original model writes"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments, message, capsys):
+    assert main(["data", *arguments]) == 2
+    assert message in capsys.readouterr().err
