@@ -185,6 +185,17 @@ def test_other_tensors_than_the_configuration_says(name, tensor, message, form, 
             check(ModelConfig(str(folder), device="cpu"))
 
 
+def test_settings_that_are_absent_are_judged_by_the_tensors(tmp_path):
+    config, sizes = settings(), ("model_type", "d_model", "n_heads", "n_layers", "mlp_hidden_size", "vocab_size")
+    short = {name: config[name] for name in (*sizes, "embedding_size", "weight_tying")}
+    weights = random_weights(config)
+    model = load(write(tmp_path, short, weights), dtype="float32")
+    assert torch.allclose(model(IDS).logits.double(), original_olmo.logits(config, weights, IDS), rtol=1e-4, atol=1e-4)
+    norm = {"model.transformer.ln_f.weight": torch.ones(64)}
+    with pytest.raises(UserError, match="holds model.transformer.ln_f.weight"):
+        load(write(tmp_path, short, weights | norm))
+
+
 def test_a_head_beside_a_shared_one_is_refused(tmp_path):
     weights = random_weights(settings())
     with pytest.raises(UserError, match="shares the embedding with the head"):
