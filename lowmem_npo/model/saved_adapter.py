@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.names import resolve_name
+from lowmem_npo.model.saved_modules import in_four_bits
 from lowmem_npo.run_directory import AdapterFiles, run_of_adapter
 
 # What an adapter may hold beside the two factors of its layers: configuration field -> description.
@@ -91,6 +92,11 @@ def check_base(folder: str, model_name: str) -> None:
 def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
     """`model` with the frozen adapter of `folder`. Raises UserError if a weight has no counterpart or another shape."""
     misfit = f"The adapter in '{folder}' does not fit this {type(model).__name__}: it belongs to another model"
+    if names := in_four_bits(model, _configuration(folder).get("modules_to_save") or ()):
+        raise UserError(
+            f"The adapter in '{folder}' has whole modules ({', '.join(names)}) that this {type(model).__name__} holds "
+            "in 4 bits: use it without --qlora, or merge it."
+        )
     try:
         adapted = PeftModel.from_pretrained(model, folder)
     except (RuntimeError, ValueError) as error:  # other shapes; no layer of the adapter's names

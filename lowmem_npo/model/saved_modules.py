@@ -43,11 +43,25 @@ def check_saved_modules(model: PreTrainedModel, names: Collection[str], quantize
                 "head, which must stay frozen for the fused losses."
             )
         linear = quantized and any(isinstance(part, nn.Linear) for part in parts)
-        if linear or not all(parameter.is_floating_point() for parameter in parameters):
+        if linear or in_four_bits(model, [name]):
             raise UserError(
                 f"--modules-to-save {name}: its layers are held in 4 bits, which cannot be trained; leave it out, or "
                 "--qlora."
             )
+
+
+def in_four_bits(model: PreTrainedModel, names: Collection[str]) -> list[str]:
+    """Those of `names` that match modules whose weights are held quantised."""
+    return [
+        name
+        for name in names
+        if not all(
+            parameter.is_floating_point()
+            for full, module in model.named_modules()
+            if full.endswith(name)
+            for parameter in module.parameters()
+        )
+    ]
 
 
 def train_in_float32(adapted: PeftModel) -> None:

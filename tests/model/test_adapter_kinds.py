@@ -14,6 +14,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import answer_hidden, attach_lora, load_model, reference_mode
 from lowmem_npo.model.adapters import adapter_size, check_lora, extra_adapter
+from lowmem_npo.model.saved_adapter import load_adapter
 from lowmem_npo.training.reference.identity import weights_fingerprint
 
 FORGET, RETAIN = random_rows(3, seed=1), random_rows(3, seed=2)
@@ -137,6 +138,18 @@ def test_four_bit_layers(options, tmp_path):
 def test_what_is_refused_before_weights_are_loaded(architecture, options, quantized, message):
     with pytest.raises(UserError, match=message):
         check_lora(CONFIGS[architecture](97), AdapterConfig(**options), quantized)
+
+
+def test_whole_modules_on_a_base_in_four_bits(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    attach_lora(tiny_model("llama"), AdapterConfig(modules_to_save=("down_proj", "norm"))).save_pretrained(
+        str(tmp_path / "adapter")
+    )
+    base = ModelConfig(str(tmp_path / "base"), qlora=True, device="cpu")
+    with pytest.raises(UserError, match=r"whole modules \(down_proj\) that this LlamaForCausalLM holds in 4 bits"):
+        load_adapter(load_model(base), str(tmp_path / "adapter"))
+    attach_lora(tiny_model("llama"), AdapterConfig(modules_to_save=("norm",))).save_pretrained(str(tmp_path / "norms"))
+    assert load_adapter(load_model(base), str(tmp_path / "norms"))
 
 
 def test_how_many_weights_there_are():
