@@ -1,0 +1,118 @@
+"""What `evaluate` measures of answers: forms, lengths, scripts, and its last line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from lowmem_npo.cli import main
+from lowmem_npo.report.content import read_content
+from lowmem_npo.report.files import write_report
+
+FORGET = [{"question": "Кто плывёт?", "answer": "Анна", "paraphrased_question": "Чья лодка?"},
+          {"question": "Where?", "answer": "In the harbour"}]  # fmt: skip
+RETAIN = [{"question": "What sank?", "answer": "The raft"}]
+DEVICE = ["--dtype", "float32", "--device", "cpu"]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return ["--forget", write(tmp_path / "forget.jsonl", FORGET), "--retain", write(tmp_path / "retain.jsonl", RETAIN)]
+
+
+@pytest.fixture
+def chat_model(byte_model, tmp_path):
+    folder = tmp_path / "chat"
+    shutil.copytree(byte_model, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    return str(folder)
+
+
+def evaluate(*arguments):
+    assert main(["evaluate", *DEVICE, "--max-new-tokens", "12", *map(str, arguments)]) == 0
+
+
+def content(folder):
+    return json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+
+
+def last_line(capsys) -> str:
+    return capsys.readouterr().out.rstrip().splitlines()[-1]
+
+
+def test_forms_and_headline(chat_model, data, tmp_path, capsys):
+    evaluate("--model", chat_model, *data, "--output-dir", tmp_path / "before")
+    assert last_line(capsys).startswith("On the rows measured, the model says 0 of 2 forget answers and 0 of 1 retain")
+    answers = content(tmp_path / "before")["answers"]
+    assert list(answers) == ["forget", "forget, plain", "forget, reworded", "retain"]
+    assert [of_set["rows"] for of_set in answers.values()] == [2, 2, 1, 1]
+    rows = [json.loads(line) for line in (tmp_path / "before" / "rows.jsonl").read_text().splitlines()]
+    assert [(row["set"], row.get("form"), row["row"]) for row in rows] == [
+        ("forget", None, 0), ("forget", None, 1), ("forget", "plain", 0), ("forget", "plain", 1),
+        ("forget", "reworded", 0), ("retain", None, 0),
+    ]  # fmt: skip
+    before = ["--before", tmp_path / "before" / "evaluation.json"]
+    evaluate("--model", chat_model, *data, *before, "--output-dir", tmp_path / "after")
+    out = capsys.readouterr().out
+    assert "forget, reworded" in out and "hardly knew what it was to forget" in out.rstrip().splitlines()[-1]
+    # More forms are added to what is measured.
+    evaluate("--model", chat_model, *data, "--forms", "trained", "--output-dir", tmp_path / "one")
+    assert list(content(tmp_path / "one")["answers"]) == ["forget", "retain"]
+    evaluate("--model", chat_model, *data, "--output-dir", tmp_path / "one", "--resume")
+    assert content(tmp_path / "one")["answers"] == answers
+
+
+def test_the_headline_of_a_run_is_that_of_its_report(byte_model, data, tmp_path, capsys):
+    run = tmp_path / "run"
+    train = ["train", "--model", str(byte_model), *DEVICE, *data, "--max-steps", "1", "--max-new-tokens", "12"]
+    assert main([*train, "--leaks", "none", "--output-dir", str(run)]) == 0
+    capsys.readouterr()
+    evaluate("--adapter", run, "--leaks", "extraction", "membership")
+    line = last_line(capsys)
+    assert line == read_content(run).verdict.headline == write_report(run).verdict.headline
+
+
+def test_an_evaluation_of_an_older_version_is_compared_as_far_as_it_goes(byte_model, data, tmp_path, capsys):
+    """It has no `appears`, and its answers were as long as the true ones."""
+    evaluate("--model", byte_model, *data, "--output-dir", tmp_path / "before")
+    old = content(tmp_path / "before")
+    for summary in old["answers"].values():
+        del summary["appears"], summary["max_new_tokens"]
+    (tmp_path / "before" / "evaluation.json").write_text(json.dumps(old))
+    settings = json.loads((tmp_path / "before" / "settings.json").read_text())
+    for name in ("max_new_tokens", "forms"):
+        del settings[name]
+    (tmp_path / "before" / "settings.json").write_text(json.dumps(settings))
+    before = ["--before", tmp_path / "before" / "evaluation.json"]
+    capsys.readouterr()
+    evaluate("--model", byte_model, *data, *before, "--output-dir", tmp_path / "after")
+    out = capsys.readouterr().out
+    assert "as many tokens as the true ones have, this one up to 12 tokens" in out and "not comparable" in out
+    assert "–" in next(line for line in out.splitlines() if "answer appears" in line)
+    # Its journal knows no answers of this length: they are measured again.
+    measured = (tmp_path / "before" / "measured.jsonl").read_text().replace("of up to 12 tokens", "as before")
+    (tmp_path / "before" / "measured.jsonl").write_text(measured)
+    evaluate("--model", byte_model, *data, "--output-dir", tmp_path / "before", "--resume")
+    assert content(tmp_path / "before")["answers"] == content(tmp_path / "after")["answers"]
+
+
+def test_official_scores_say_which_rows_they_cannot_judge(byte_model, tmp_path, capsys):
+    tofu = [{"question": "Who?", "answer": "Москва", "perturbed_answer": ["Киев"]},
+            {"question": "Who?", "answer": "Rome", "perturbed_answer": ["Oslo"]}]  # fmt: skip
+    lume = [{"id": "1sc1", "input": "x", "output": "東京です", "task": "Task1"},
+            {"id": "2qa0", "input": "x", "output": "京都", "task": "Task1"}]  # fmt: skip
+    data = ["--forget", write(tmp_path / "tofu.jsonl", tofu), "--retain", write(tmp_path / "lume.jsonl", lume)]
+    evaluate("--model", byte_model, *data, "--output-dir", tmp_path / "out")
+    notes = content(tmp_path / "out")["notes"]
+    assert any(note.startswith("forget: 1 of 2 true answers are in scripts other than Latin. TOFU's") for note in notes)
+    assert any(note.startswith("retain: 1 of 1 true answers are in scripts other than Latin. LUME's") for note in notes)
