@@ -16,10 +16,11 @@ from typing import Any, Literal, get_args
 import yaml
 
 from lowmem_npo.errors import UserError
+from lowmem_npo.forget_terms import custom_term
 from lowmem_npo.sizes import parse_size
 from lowmem_npo.stop_conditions import Condition, parse_conditions
 
-ForgetTerm = Literal["npo", "ga", "simnpo", "idk"]
+FORGET_TERMS = ("npo", "ga", "simnpo", "idk")  # beside those that others bring
 Normalization = Literal["sequence", "token", "length"]
 KLDirection = Literal["policy-reference", "reference-policy"]
 PassageForm = Literal["both", "completion", "text"]
@@ -146,8 +147,9 @@ class DataConfig(DataOptions):
 class ObjectiveConfig:
     """Objective: L = L_forget + gamma * NLL(retain) + delta * KL(retain)."""
 
-    forget_term: ForgetTerm = "npo"
-    """npo (Zhang et al. 2024), ga (gradient ascent), simnpo (Fan et al. 2024), idk (NLL of a refusal)."""
+    forget_term: str = "npo"
+    """npo (Zhang et al. 2024), ga (gradient ascent), simnpo (Fan et al. 2024), idk (NLL of a refusal), or one that an
+    installed package brings."""
     beta: float = 0.5
     """Inverse temperature of npo and simnpo: smaller is closer to gradient ascent."""
     gamma: float = 1.0
@@ -164,11 +166,8 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         check_positive(self, "beta")
         check_positive(self, "gamma", "delta", or_zero=True)
-        for name, allowed in (
-            ("forget_term", ForgetTerm),
-            ("normalization", Normalization),
-            ("kl_direction", KLDirection),
-        ):
+        custom_term(self.forget_term, FORGET_TERMS)  # raises if there is none
+        for name, allowed in (("normalization", Normalization), ("kl_direction", KLDirection)):
             if getattr(self, name) not in get_args(allowed):
                 flag, values = name.replace("_", "-"), ", ".join(get_args(allowed))
                 raise UserError(f"--{flag} must be one of {values}, not {getattr(self, name)!r}.")

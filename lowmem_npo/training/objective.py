@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowmem_npo.config import ObjectiveConfig
+from lowmem_npo.config import FORGET_TERMS, ObjectiveConfig
+from lowmem_npo.errors import UserError
+from lowmem_npo.forget_terms import custom_term, reference_of
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,11 @@ def forget_loss(
         Scalar float32.
     """
     term, sequences, tokens = objective.forget_term, totals.forget_sequences, totals.forget_tokens
+    if (custom := custom_term(term, FORGET_TERMS)) is not None:
+        loss = custom(objective, policy, reference, totals)
+        if not (isinstance(loss, Tensor) and loss.ndim == 0 and loss.requires_grad):
+            raise UserError(f"The forget term {term} returned {loss!r}, which is no scalar tensor with a gradient.")
+        return loss
     if term == "ga":  # ascent on the NLL, a mean over answer tokens as in TOFU (Maini et al. 2024)
         return policy.token_logprobs.sum() / tokens
     if term == "idk":
@@ -97,6 +104,8 @@ def forget_loss(
 
 def needs_reference(objective: ObjectiveConfig) -> Literal["sequence", "token"] | None:
     """What the forget term needs of the original model: "sequence" (B,) sums, "token" (N,) log-probs, or None."""
+    if (custom := custom_term(objective.forget_term, FORGET_TERMS)) is not None:
+        return reference_of(custom)
     if objective.forget_term != "npo":
         return None
     return "token" if objective.normalization == "token" else "sequence"

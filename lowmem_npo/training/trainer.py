@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,21 @@ from transformers import (
     TrainingArguments,
 )
 
-from lowmem_npo.config import KEPT_CHECKPOINTS, AdapterConfig, ObjectiveConfig, TrainingConfig
+from lowmem_npo.config import FORGET_TERMS, KEPT_CHECKPOINTS, AdapterConfig, DataConfig, ObjectiveConfig, TrainingConfig
 from lowmem_npo.data.batching import Batch, ForgetRetain, collator
-from lowmem_npo.data.tokenizing import TokenizedRow
 from lowmem_npo.errors import UserError
+from lowmem_npo.forget_terms import Term, register
 from lowmem_npo.memory.prefix import SharedPrefix
 from lowmem_npo.model import answer_hidden, attach_lora, check_head, frozen_head
 from lowmem_npo.model.adapters import restore_adapter
+from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.modes import train_adapter
 from lowmem_npo.run_directory import AdapterFiles
 from lowmem_npo.training.checkpoints import write_digest
 from lowmem_npo.training.honoured import AS_IS, FROM_PYTHON, check_effect
 from lowmem_npo.training.objective import SequenceLogprobs, StepTotals, forget_loss, needs_reference, retain_weights
 from lowmem_npo.training.reference import CachedReference, LiveReference
+from lowmem_npo.training.script_rows import script_rows
 from lowmem_npo.training.step_rows import StepBatches
 
 
@@ -67,6 +70,10 @@ class NPOConfig(ObjectiveConfig, TrainingArguments):
     """Forget rows per optimiser step over all micro-batches and processes. Default: the product of the fields above."""
     retain_batch_size: int | None = None
     """Retain rows per optimiser step over all micro-batches and processes. Default: as many as forget rows."""
+    max_length: int = DataConfig.max_length
+    """Tokens per row, prompt and answer together, of rows that are not tokenised."""
+    refusal: str = DataConfig.refusal
+    """The answer that `idk` teaches in place of those of rows that are not tokenised."""
     reference_dir: str | None = None
     """Directory in which the reference's results are cached (`CachedReference`). Default: the reference pass is run at
     every step."""
@@ -90,15 +97,18 @@ class NPOTrainer(Trainer):
     Args:
         model: a causal LM whose base is frozen: a `PeftModel`, or a plain model together with `peft_config`.
         args: `NPOConfig`.
-        forget_dataset: tokenised rows, as `lowmem_npo.data.tokenize` makes them. For the `idk` term their answers are
-            the refusals (`lowmem_npo.data.with_answer`).
+        forget_dataset: a `datasets.Dataset` or a list of rows, with the columns that files may have, tokenised here as
+            the command line does; or tokenised rows, as `lowmem_npo.data.tokenize` makes them. For the `idk` term the
+            answers of those are the refusals (`lowmem_npo.data.with_answer`).
         retain_dataset: the same for what must be kept; None if gamma and delta are both 0.
+        forget_term: a forget term of your own in place of `args.forget_term`; `lowmem_npo.forget_terms` says what it is
+            given.
         peft_config: `AdapterConfig` of the LoRA adapter to attach if `model` has none yet.
         processing_class: tokenizer; saved with the adapter, and its padding token fills short rows.
 
     Raises:
-        UserError: no adapter to train, an output head that is not supported, retain rows missing, a reference cache
-            of another model or of other rows.
+        UserError: no adapter to train, an output head that is not supported, no rows or retain rows missing, a
+            reference cache of another model or of other rows.
     """
 
     args: NPOConfig
@@ -109,22 +119,29 @@ class NPOTrainer(Trainer):
         self,
         model: PreTrainedModel | PeftModel,
         args: NPOConfig,
-        forget_dataset: Sequence[TokenizedRow],
-        retain_dataset: Sequence[TokenizedRow] | None = None,
+        forget_dataset: Any,
+        retain_dataset: Any = None,
         *,
         processing_class: PreTrainedTokenizerBase,
         peft_config: AdapterConfig | None = None,
+        forget_term: Term | None = None,
         **trainer_kwargs: Any,
     ) -> None:
+        if forget_term is not None:
+            args.forget_term = register(forget_term, FORGET_TERMS)
         self.objective: ObjectiveConfig = args.objective
-        if not isinstance(model, PeftModel):
-            if peft_config is None:
-                raise UserError("NPOTrainer trains an adapter: give a PeftModel, or peft_config=AdapterConfig(...).")
-            model = attach_lora(model, peft_config)
         if self.objective.needs_retain and not retain_dataset:
             raise UserError(
                 "gamma or delta is positive but there are no retain rows: give retain_dataset, or set both to 0."
             )
+        tokenized = partial(script_rows, model=causal_lm(model), tokenizer=processing_class, max_length=args.max_length)
+        refusal = args.refusal if args.forget_term == "idk" else None
+        forget_dataset = tokenized(forget_dataset, "forget_dataset", refusal=refusal)
+        retain_dataset = tokenized(retain_dataset, "retain_dataset") if self.objective.needs_retain else None
+        if not isinstance(model, PeftModel):
+            if peft_config is None:
+                raise UserError("NPOTrainer trains an adapter: give a PeftModel, or peft_config=AdapterConfig(...).")
+            model = attach_lora(model, peft_config)
         check_head(model)
         # cuDNN's attention, PyTorch's choice on Hopper and Blackwell, plans anew for every length of a batch: about a
         # second each. For the whole process: a layer's recomputation must choose as its first pass did.
@@ -134,7 +151,6 @@ class NPOTrainer(Trainer):
         self.reference = LiveReference(model, self.head, self.objective)
         self.prefix = SharedPrefix(model)
         self._metrics = StepMetrics(self.objective)
-        retain_dataset = retain_dataset if self.objective.needs_retain else None
         if args.reference_dir is not None:
             directory = Path(args.reference_dir)
             self.reference = CachedReference.open(
@@ -154,7 +170,7 @@ class NPOTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:  # safetensors lets nobody else read its files; a server may run as somebody else
-            files = AdapterFiles(Path(output_dir or self.args.output_dir))
+            files = AdapterFiles(Path(output_dir or str(self.args.output_dir)))
             shutil.copymode(files.adapter_config, files.weights)
         if _internal_call and output_dir is not None and self.args.should_save:  # a checkpoint
             write_digest(AdapterFiles(Path(output_dir)))

@@ -1,0 +1,55 @@
+"""The rows that a script gives to the trainer: tokenised, or raw as on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowmem_npo.data import Rows, Template, TokenizedRow, to_examples, tokenize, with_answer
+from lowmem_npo.errors import UserError
+
+
+def script_rows(
+    rows: Any,
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    refusal: str | None = None,
+) -> Sequence[TokenizedRow]:
+    """`rows` as they are if they are tokenised; raw ones, of any schema that files may have, are tokenised.
+
+    Args:
+        rows: a `datasets.Dataset`, or another sequence of dictionaries.
+        name: the argument that they came as, for messages.
+        max_length: tokens per raw row.
+        refusal: what takes the place of raw rows' answers.
+
+    Raises:
+        UserError: no rows, or rows that cannot be read.
+    """
+    is_rows = not isinstance(rows, str | bytes | Mapping) and hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
+    first = rows[0] if is_rows and len(rows) else None
+    if not isinstance(first, Mapping):
+        raise UserError(
+            f"{name} is {_described(rows)}: give a datasets.Dataset, a list of dictionaries, or what "
+            "lowmem_npo.data.tokenize returns."
+        )
+    if {"input_ids", "labels"} <= set(first):
+        return rows
+    if "input_ids" in first:
+        raise UserError(f"{name} has input_ids without labels, so nothing says what is the answer: give raw rows.")
+    examples = to_examples(Rows(name, [dict(rows[i]) for i in range(len(rows))]))
+    if refusal is not None:
+        examples = with_answer(examples, refusal)
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    stops = frozenset(i for i in (ids if isinstance(ids, list) else [ids]) if i is not None)
+    return tokenize(examples, tokenizer, max_length=max_length, template=Template(stops=stops))
+
+
+def _described(rows: Any) -> str:
+    empty = hasattr(rows, "__len__") and len(rows) == 0
+    return "empty" if empty else f"of type {type(rows).__name__}"

@@ -1,0 +1,158 @@
+"""What a script gives the trainer: raw rows as the command line reads them, and forget terms of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset, DatasetDict
+from helpers.dense_step import step_gradients
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowmem_npo.cli import main
+from lowmem_npo.config import AdapterConfig
+from lowmem_npo.data import Rows, bundled_rows, to_examples, tokenize, with_answer
+from lowmem_npo.errors import UserError
+from lowmem_npo.training.trainer import NPOConfig, NPOTrainer
+
+FORGET, RETAIN = (bundled_rows(part, limit=4).rows for part in ("forget", "retain"))
+
+
+def trainer_of(byte_model, folder, forget=FORGET, retain=RETAIN, own=None, **settings):
+    """A trainer whose adapter already changes the model, so that KL and log-ratios are not 0."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(byte_model, dtype=torch.float32)
+    defaults = {"output_dir": str(folder), "max_steps": 1, "use_cpu": True, "save_strategy": "no", "report_to": "none"}
+    trainer = NPOTrainer(
+        model,
+        NPOConfig(**defaults, **settings),
+        forget,
+        retain,
+        processing_class=AutoTokenizer.from_pretrained(byte_model),
+        peft_config=AdapterConfig(lora_r=2),
+        forget_term=own,
+    )
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in sorted(trainer.model.named_parameters()):
+            if "lora_B" in name:
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return trainer
+
+
+def equal(one, other, rtol=0.0):
+    assert one.keys() == other.keys()
+    return all(torch.allclose(one[name], other[name], rtol=rtol, atol=rtol * 1e-3) for name in one)
+
+
+@pytest.mark.parametrize("kind", [Dataset.from_list, list])
+@pytest.mark.parametrize("term", ["npo", "idk"])
+def test_raw_rows_are_those_of_the_command_line(kind, term, byte_model, tmp_path):
+    settings = {"forget_term": term, "max_length": 72, "refusal": "No idea."}
+    raw = trainer_of(byte_model, tmp_path, kind(FORGET), kind(RETAIN), **settings)
+    tokenizer = AutoTokenizer.from_pretrained(byte_model)
+    forget, retain = (to_examples(Rows("rows", rows)) for rows in (FORGET, RETAIN))
+    forget = with_answer(forget, "No idea.") if term == "idk" else forget
+    tokenized = [tokenize(examples, tokenizer, max_length=72) for examples in (forget, retain)]
+    expected = step_gradients(trainer_of(byte_model, tmp_path, *tokenized, **settings))
+    assert equal(step_gradients(raw), expected)
+    whole = step_gradients(trainer_of(byte_model, tmp_path, **{**settings, "max_length": 66}))
+    assert not equal(whole, expected)  # the length counts
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ("forget.jsonl", "forget_dataset is of type str"),
+        (DatasetDict(train=Dataset.from_list(FORGET)), "forget_dataset is of type DatasetDict"),
+        (Dataset.from_list(FORGET).to_iterable_dataset(), "forget_dataset is of type IterableDataset"),
+        (["Who?"], "forget_dataset is of type list"),
+        ([], "forget_dataset is empty"),
+        ([{"who": "a", "what": "b"}], "forget_dataset has the columns who, what"),
+        ([{"question": "a", "answer": ""}], "forget_dataset, row 1 has an empty answer"),
+        ([{"input_ids": [1, 2]}], "input_ids without labels"),
+    ],
+)
+def test_what_is_no_rows_is_refused_at_once(rows, message, byte_model, tmp_path):
+    with pytest.raises(UserError) as error:
+        trainer_of(byte_model, tmp_path, rows)
+    assert message in str(error.value)
+
+
+def by_hand(objective, policy, reference, totals):
+    """NPO with beta 0.5, as its paper writes it."""
+    ratio = (policy.sums() - reference).exp()
+    return (2 / 0.5 * (1 + ratio**0.5).log()).sum() / totals.forget_sequences
+
+
+def token_by_hand(objective, policy, reference, totals):
+    return (4 * F.softplus(0.5 * (policy.token_logprobs - reference))).sum() / totals.forget_tokens
+
+
+token_by_hand.needs_reference = "token"
+
+
+def ascent(objective, policy, reference, totals):
+    assert reference is None
+    return policy.token_logprobs.sum() / totals.forget_tokens
+
+
+ascent.needs_reference = None
+
+
+@pytest.mark.parametrize(
+    "own, built_in",
+    [(by_hand, {}), (token_by_hand, {"normalization": "token"}), (ascent, {"forget_term": "ga"})],
+    ids=["sequence", "token", "none"],
+)
+@pytest.mark.parametrize("split", [{}, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}])
+def test_a_term_of_a_script_is_a_term_like_others(own, built_in, split, byte_model, tmp_path):
+    expected = step_gradients(trainer_of(byte_model, tmp_path, **built_in))
+    trainer = trainer_of(byte_model, tmp_path, own=own, **split)
+    assert equal(step_gradients(trainer), expected, rtol=1e-4)
+    assert trainer.args.forget_term == own.__name__
+
+
+def test_terms_that_cannot_be_used(byte_model, tmp_path):
+    def nothing(objective, policy, reference, totals):
+        return policy.token_logprobs
+
+    def strange(objective, policy, reference, totals):
+        return policy.sums().sum()
+
+    strange.needs_reference = "logits"
+    for term, message in ((lambda *_: None, "a name of its own"), (strange, "needs_reference is 'logits'")):
+        with pytest.raises(UserError, match=message):
+            trainer_of(byte_model, tmp_path, own=term)
+    with pytest.raises(UserError, match="The forget term nothing returned"):
+        trainer_of(byte_model, tmp_path, own=nothing).train()
+
+
+def test_an_installed_package_brings_a_term_by_name(byte_model, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "def half(objective, policy, reference, totals):\n"
+        "    return 0.5 * policy.token_logprobs.sum() / totals.forget_tokens\n"
+        "half.needs_reference = None\n"
+    )
+    installed = tmp_path / "mine-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (installed / "entry_points.txt").write_text("[lowmem_npo.forget_terms]\nhalf = mine:half\nbroken = nowhere:term\n")
+    options = ["--device", "cpu", "--dtype", "float32", "--max-steps", "1", "--limit", "4", "--eval-rows", "0"]
+    command = [sys.executable, "-m", "lowmem_npo", "train", "--model", str(byte_model), *options, "--forget-term"]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    losses = {}
+    for name in ("half", "ga"):
+        folder = tmp_path / name
+        subprocess.run([*command, name, "--output-dir", str(folder)], check=True, env=environment, capture_output=True)
+        losses[name] = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["forget_loss"]
+    assert losses["half"] == pytest.approx(losses["ga"] / 2, rel=1e-6)
+    process = subprocess.run([*command, "broken"], env=environment, capture_output=True, text=True)
+    assert process.returncode == 2 and "--forget-term broken: nowhere:term cannot be imported" in process.stderr
+    assert main(["train", "--model", str(byte_model), "--forget-term", "nposs"]) == 2
+    assert "--forget-term must be one of npo, ga, simnpo, idk" in capsys.readouterr().err
