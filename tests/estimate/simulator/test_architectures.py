@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from helpers.architectures import tiny_config
 
 from lowmem_npo.config import AdapterConfig, DataConfig, ModelConfig, RunConfig
 from lowmem_npo.errors import UserError
@@ -56,6 +57,26 @@ def peak(architecture: str, settings: dict, length: int = 128) -> int:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_step_is_estimated(architecture):
     assert peak(*ARCHITECTURES[architecture], length=64) < peak(*ARCHITECTURES[architecture], length=256) < 2**26
+
+
+WINDOWS = {  # each with a window, or chunks, of 16 tokens
+    **{name: {} for name in ("cohere2", "gemma2", "gpt_oss", "llama4_text", "olmo3", "starcoder2")},
+    "phi3": {"sliding_window": 16},
+    "qwen2": {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+}
+
+
+@pytest.mark.parametrize("architecture", WINDOWS)
+def test_rows_as_long_as_the_window_and_longer_are_estimated(architecture):
+    config, adapter = tiny_config(architecture, 128), AdapterConfig(lora_targets=("all-linear",))
+    for name, value in WINDOWS[architecture].items():
+        setattr(config, name, value)
+
+    def peak(length: int, attn: str) -> int:
+        model = ModelConfig("x", attn=attn, qlora=attn == "eager")
+        return estimate(RunConfig(model, DataConfig(max_length=length), adapter=adapter), config).peak_bytes
+
+    assert peak(16, "sdpa") < peak(96, "sdpa") and peak(17, "eager") > 0
 
 
 def test_a_router_uses_its_experts_evenly():
