@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from lowmem_kernels.dispatch import has_values
 from peft import LoraConfig, LoraModel, PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -127,7 +127,7 @@ def continued(model: PreTrainedModel, folder: str, second: LoraConfig) -> Contin
     """`model` with the frozen adapter of `folder` and a new one, `second`, which starts as the identity.
 
     Raises:
-        UserError: the adapter in `folder` is more than LoRA, or does not fit the model.
+        UserError: the adapter in `folder` is more than LoRA, or does not fit the model; `second` adapts experts.
         ValueError: from PEFT, about `second`.
     """
     misfit = f"The adapter in '{folder}' does not fit this {type(model).__name__}: it belongs to another model"
@@ -152,6 +152,11 @@ def continued(model: PreTrainedModel, folder: str, second: LoraConfig) -> Contin
         weights = load_file(file)
         set_peft_model_state_dict(adapted, {name: weights[name] for name in own}, adapter_name=FIRST)
     adapted.add_adapter(SECOND, second)
+    if any(isinstance(module, ParamWrapper) for module in adapted.modules()):
+        raise UserError(
+            f"--adapter: the experts of this {type(model).__name__} cannot have an adapter beside another one: name "
+            "other layers with --lora-targets, or merge the adapter (`lowmem-npo merge`) and train on the merged model."
+        )
     adapted.set_adapter(SECOND)  # the one that PeftModel itself asks about
     adapted.both()
     return adapted
