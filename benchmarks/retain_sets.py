@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="directory of an instruct model")
     parser.add_argument("--real", help="a real retain set (question/answer): half of it trains, half measures")
-    parser.add_argument("--steps", type=int, default=24, help="optimiser steps of each run")
+    parser.add_argument("--steps", type=int, default=12, help="optimiser steps of each run")
     parser.add_argument("--rows", type=int, default=48, help="rows that are measured of each set, and written by self")
     parser.add_argument("--minutes", type=float, help="begin no further piece after this many minutes")
     parser.add_argument("--work", type=Path, default=Path("retain-sets"), help="directory of the runs; resumed")
@@ -104,7 +104,7 @@ def run_of(kind: str, options: argparse.Namespace, forget: Path, resume: bool) -
         objective=ObjectiveConfig(gamma=0, delta=0) if kind == "none" else ObjectiveConfig(),
         training=TrainingConfig(max_steps=options.steps, lr=1e-3, retain_batch_size=None if kind == "none" else 4),
         output=OutputConfig(output_dir=str(options.work / kind), eval_rows=0, leaks=(), resume=resume),
-        trainer_args={"save_strategy": "steps", "save_steps": 8},
+        trainer_args={"save_strategy": "steps", "save_steps": 4},
     )
 
 

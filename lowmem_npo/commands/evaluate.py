@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import tyro
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_npo.commands.arguments import join_sources, with_help
 from lowmem_npo.config import ModelConfig
@@ -19,7 +19,7 @@ from lowmem_npo.data import Rows, Template, bundled_rows, read_rows, to_examples
 from lowmem_npo.data.fit import known_fit
 from lowmem_npo.data.overlap import find_overlap
 from lowmem_npo.data.passages import Passages
-from lowmem_npo.data.prepare import is_general, without_related
+from lowmem_npo.data.prepare import general_rows, is_general
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Selection
 from lowmem_npo.evaluation.benchmarks.plain import PLAIN, summaries_of
@@ -76,9 +76,10 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
         say(line)
     stops = stop_tokens(model_config, architecture)
     tokenizer = load_tokenizer(model_config)
-    sources = _read(config, limit, Passages.of(config, tokenizer), say)
+    template = Template.of(config, stops)
+    sources = _read(config, limit, tokenizer, template, say)
     before, notes = _read_before(config), _notes(config, run)
-    context = Context(config, tokenizer, Template.of(config, stops), before, notes, known_fit(architecture))
+    context = Context(config, tokenizer, template, before, notes, known_fit(architecture))
     if context.fit is not None:
         context.fit.check_padding(tokenizer)
     for benchmark in BENCHMARKS:
@@ -160,7 +161,9 @@ def _model_config(config: EvaluationConfig, say: Say) -> ModelConfig:
     return replace(config.model_config(name), revision=revision)
 
 
-def _read(config: EvaluationConfig, limit: int | None, passages: Passages, say: Say) -> dict[str, Rows]:
+def _read(
+    config: EvaluationConfig, limit: int | None, tokenizer: PreTrainedTokenizerBase, template: Template, say: Say
+) -> dict[str, Rows]:
     """The rows of each set; limit: only the first N."""
     if config.bundled:
         say("No data named: using the bundled biographies of invented people.")
@@ -169,13 +172,15 @@ def _read(config: EvaluationConfig, limit: int | None, passages: Passages, say: 
     named = config.named_data
     if named:
         say("Data: " + ", ".join(f"{part} {source}" for part, source in named.items()))
+    passages = Passages.of(config, tokenizer)
     sources = {part: read_rows(source, limit=limit, passages=passages) for part, source in named.items()}
     for part, rows in sources.items():
         for note in rows.notes:
             say(f"{part}: {note}")
     if "forget" in sources and is_general(named.get("retain")):  # as in training
-        sources["retain"], line = without_related(to_examples(sources["forget"], **config.columns), sources["retain"])
-        if line:
+        forget = to_examples(sources["forget"], **config.columns)
+        sources["retain"], lines = general_rows(sources["retain"], forget, tokenizer, template, config.tokens_per_row)
+        for line in lines:
             say(line)
     return sources
 

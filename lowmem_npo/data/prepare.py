@@ -79,8 +79,8 @@ def prepare(
         else:
             rows = read_rows(source, limit=data.limit, passages=passages)
             if part == "retain" and is_general(source):
-                rows, line = without_related(to_forget, rows)
-                report.extend([line] if line else [])
+                rows, lines = general_rows(rows, to_forget, tokenizer, template, data.max_length)
+                report.extend(lines)
             columns = {"prompt_column": data.prompt_column, "answer_column": data.answer_column}
         result = to_examples(rows, **columns)
         forms = dict.fromkeys(template.describe(example, tokenizer) for example in kinds(result))
@@ -88,12 +88,8 @@ def prepare(
         report.extend(f"{part}: {note}" for note in rows.notes)
         return result
 
-    def tokenized(part: str, rows: list[Example], general: bool = False) -> TokenizedRows:
-        result = tokenize(
-            rows, tokenizer, max_length=data.max_length, template=template, tokens=data.tokens, drop_too_long=general
-        )
-        if left_out := len(rows) - len(result):
-            report.append(f"{part}: {count(left_out)} left out, too long for --max-length {data.max_length}")
+    def tokenized(part: str, rows: list[Example]) -> TokenizedRows:
+        result = tokenize(rows, tokenizer, max_length=data.max_length, template=template, tokens=data.tokens)
         report.extend(result.report(part))
         return result
 
@@ -122,11 +118,10 @@ def prepare(
     forget_rows = targets = tokenized("forget", to_forget)
     if forget_term == "idk":
         targets = tokenized("forget, refusing", with_answer(to_forget, data.refusal))
-    general = own is not None or is_general(data.retain)
-    retain_rows = unwritten if to_retain is None else tokenized("retain", to_retain, general)
+    retain_rows = unwritten if to_retain is None else tokenized("retain", to_retain)
     holdout_rows = None if to_hold_out is None else tokenized("holdout", to_hold_out)
     held_out = None
-    if general or (data.retain is None and not bundled):
+    if own is not None or is_general(data.retain) or (data.retain is None and not bundled):
         held_out = general_holdout(to_forget, tokenizer, data, template)
     return PreparedData(forget_rows, retain_rows, targets, report, holdout_rows, unwritten is not None, held_out)
 
@@ -138,9 +133,8 @@ def general_holdout(
     no row is left."""
     rows = bundled_rows("general_holdout", limit=data.limit)
     try:
-        rows, _ = without_related(forget, rows)
-        examples = to_examples(rows)
-        return tokenize(examples, tokenizer, max_length=data.max_length, template=template, drop_too_long=True)
+        rows, _ = general_rows(rows, forget, tokenizer, template, data.max_length)
+        return tokenize(to_examples(rows), tokenizer, max_length=data.max_length, template=template)
     except UserError:
         return None
 
@@ -150,23 +144,33 @@ def is_general(source: str | None) -> bool:
     return source is not None and (source in BUILTIN or Path(source).name == SELF_WRITTEN)
 
 
-def without_related(forget: Sequence[Example], general: Rows) -> tuple[Rows, str | None]:
-    """The general rows that do not say what is to be forgotten, and a line on those that may.
+def general_rows(
+    general: Rows, forget: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: Template, max_length: int
+) -> tuple[Rows, list[str]]:
+    """The general rows that do not say what is to be forgotten and have room in `max_length` tokens, as nobody chose
+    them; and a line on each kind of the others.
 
-    Raises UserError where all of them may.
+    Raises UserError where none are left.
     """
-    related = find_related(forget, to_examples(general))
-    if not related:
-        return general, None
-    if len(related) == len(general):
+    examples = to_examples(general)
+    related = find_related(forget, examples)
+    if len(related) == len(examples):
         raise UserError("All general rows may say what is to be forgotten, so none are left to retain: name --retain.")
-    listed = "; ".join(general.where(index) for index in related[:MAX_LISTED])
-    more = f" and {len(related) - MAX_LISTED} more" if len(related) > MAX_LISTED else ""
-    rows = "1 general row" if len(related) == 1 else f"{len(related)} general rows"
-    kept = [index for index in range(len(general)) if index not in set(related)]
+    lines, kept = [], sorted(set(range(len(examples))) - set(related))
+    if related:
+        listed = "; ".join(examples[index].where for index in related[:MAX_LISTED])
+        more = f" and {len(related) - MAX_LISTED} more" if len(related) > MAX_LISTED else ""
+        of = "1 general row" if len(related) == 1 else f"{len(related)} general rows"
+        lines.append(f"retain: {of} left out, which may say what is to be forgotten ({listed}{more})")
+    tokenized = tokenize(
+        [examples[index] for index in kept], tokenizer, max_length=max_length, template=template, drop_too_long=True
+    )
+    fitting = {example.where for example in tokenized.examples}
+    if long := len(kept) - len(fitting):
+        lines.append(f"retain: {count(long)} left out, too long for --max-length {max_length}")
+    kept = [index for index in kept if examples[index].where in fitting]
     places = [general.where(index) for index in kept]
-    line = f"retain: {rows} left out, which may say what is to be forgotten ({listed}{more})"
-    return replace(general, rows=[general.rows[index] for index in kept], lines=None, places=places), line
+    return replace(general, rows=[general.rows[index] for index in kept], lines=None, places=places), lines
 
 
 def kinds(examples: list[Example]) -> list[Example]:

@@ -104,6 +104,13 @@ def read_rows(source: str, *, limit: int | None = None, passages: Passages | Non
     return Rows(rows.name, rows.rows[:limit], lines, places, rows.mixed, rows.notes)
 
 
+def described(source: str) -> str:
+    """A source as a report names it: what `builtin` and `self` are is not known to its readers."""
+    if source in BUILTIN:
+        return f"{source}, a bundled set of general questions, answers and texts"
+    return f"{source}, texts that the original model wrote itself" if SELF.fullmatch(source) else source
+
+
 def joined(name: str, parts: Sequence[Rows]) -> Rows:
     """The rows of all `parts`, one after the other."""
     rows, notes = [row for part in parts for row in part.rows], tuple(note for part in parts for note in part.notes)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from datetime import datetime, timezone
 from importlib import resources
 from pathlib import Path
@@ -18,9 +19,11 @@ from typing import Any, cast
 
 from peft import PeftModel
 from torch import Tensor
+from transformers import AutoTokenizer
 
-from lowmem_npo.config import RunConfig
+from lowmem_npo.config import DataConfig, RunConfig
 from lowmem_npo.data import Example, PreparedData, TokenizedRows, bundled_rows, read_rows, to_examples
+from lowmem_npo.data.passages import Passages
 from lowmem_npo.environment import processors, versions
 from lowmem_npo.errors import UserError
 from lowmem_npo.files import file_sha256, write_atomically
@@ -151,7 +154,9 @@ def find_rows(directory: Path, source: str) -> list[tuple[str, int | None]]:
     if configuration["forget"] is not None:  # the columns of the bundled rows are known
         columns = {name: configuration[name] for name in ("prompt_column", "answer_column")}
     places = {digest: place for place, digest in reversed(list(enumerate(known["sha256"], 1)))}
-    examples = to_examples(read_rows(source), **columns)
+    data = DataConfig(**{f.name: configuration[f.name] for f in fields(DataConfig) if f.name in configuration})
+    passages = Passages.of(data, AutoTokenizer.from_pretrained(directory))  # the run has saved its tokenizer
+    examples = to_examples(read_rows(source, passages=passages), **columns)
     return [(example.where, places.get(row_hash(example, known["salt"]))) for example in examples]
 
 

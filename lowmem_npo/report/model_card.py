@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import lowmem_npo
+from lowmem_npo.data.reading import described
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answer_table import markdown_table
 from lowmem_npo.files import file_sha256
@@ -110,6 +111,6 @@ def _data(audit: dict[str, Any] | None) -> list[tuple[str, str, int, str]]:
     """(part, name, rows, SHA-256 of the file or, without a file, of the tokenised rows)."""
     lines = []
     for part, record in (audit["data"] if audit else {}).items():
-        name = Path(record["source"]).name if record["sha256"] else record["source"]
+        name = Path(record["source"]).name if record["sha256"] else described(record["source"])
         lines.append((part, code(name), record["rows"], code(record["sha256"] or record["tokenised"])))
     return lines

@@ -13,6 +13,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import lowmem_npo
+from lowmem_npo.data.reading import described
 from lowmem_npo.evaluation.answer_table import scope
 from lowmem_npo.evaluation.answers import AnswerSummary, part_of
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
@@ -101,7 +102,7 @@ def audit_lines(audit: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None
         yield "Adapter", f"{adapter['file']}, {adapter['bytes']:,} bytes; SHA-256:", adapter["sha256"]
     for part, data in audit["data"].items():
         what = "SHA-256 of the file:" if data["sha256"] else "SHA-256 of the rows as tokenised:"
-        source = f"{data['source']}, {data['rows']:,} rows; {what}"
+        source = f"{described(data['source'])}, {data['rows']:,} rows; {what}"
         yield f"{part.capitalize()} data", source, data["sha256"] or data["tokenised"]
     over_all = hashlib.sha256("".join(rows["sha256"]).encode()).hexdigest()
     yield "Forget rows", f"{len(rows['sha256']):,} salted hashes in audit.json; SHA-256 over all of them:", over_all

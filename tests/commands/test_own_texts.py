@@ -10,6 +10,7 @@ import torch
 from helpers.taught_model import unlearning_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lowmem_npo.cli import main
 from lowmem_npo.commands.train.own_texts import own_texts
 from lowmem_npo.commands.train.run import train
 from lowmem_npo.config import DataConfig, ObjectiveConfig, RunConfig
@@ -132,7 +133,7 @@ def test_forget_alone_keeps_the_builtin_set(taught_model, tmp_path, forget):
     assert config.data.retain == "builtin"
     train(config, lines.append)
     (line,) = [line for line in lines if line.startswith("retain: bundled general.jsonl")]
-    assert "202 questions with answers and 32 texts" in line
+    assert "questions with answers and 32 texts" in line
     assert any(line.startswith("retain: ") and line.endswith("too long for --max-length 64") for line in lines)
     assert read_audit(tmp_path / "run")["data"]["retain"]["source"] == "builtin"
     no_terms = RunConfig(
@@ -145,3 +146,43 @@ def test_forget_alone_keeps_the_builtin_set(taught_model, tmp_path, forget):
 def test_malformed_names_are_refused(taught_model, tmp_path, forget, retain):
     with pytest.raises(UserError, match="at least 1 text|neither a file nor a hub name"):
         train(run_of(taught_model, tmp_path / "run", forget, retain), lambda line: None)
+
+
+def test_the_report_says_what_was_protected(taught_model, tmp_path, forget):
+    for retain, words in (("builtin", "a bundled set of general"), ("self:3", "texts that the original model wrote")):
+        folder = tmp_path / retain.partition(":")[0]
+        train(run_of(taught_model, folder, forget, retain), lambda line: None)
+        for file in ("report.html", "README.md"):
+            assert words in (folder / file).read_text()
+        assert any(words in note for note in json.loads((folder / "report.json").read_text())["notes"])
+
+
+def test_a_document_is_forgotten_measured_and_proved(taught_model, tmp_path, capsys):
+    """From a .txt alone: passages to forget, the bundled general set to keep; evaluate and report cut it alike."""
+    document = tmp_path / "letter.txt"
+    document.write_text("The vault was opened in spring. Nobody knew what it held before. " * 6)
+    config = run_of(taught_model, tmp_path / "run", str(document), None)
+    config.data.passage_tokens = 48
+    train(config, lambda line: None)
+    rows = len(read_audit(tmp_path / "run")["forget_rows"]["sha256"])
+    assert main(["report", str(tmp_path / "run"), "--prove", str(document)]) == 0
+    assert f"{rows} of {rows} rows are among the forget rows" in capsys.readouterr().out
+    options = ["--device", "cpu", "--dtype", "float32", "--batch-size", "64"]
+    assert main(["evaluate", "--adapter", str(tmp_path / "run"), *options]) == 0
+    counts = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())["rows"]
+    assert counts["forget"]["in_set"] == rows
+
+
+def test_a_sweep_shares_the_texts(taught_model, tmp_path, forget, cache):
+    options = ["--model", str(taught_model), "--forget", forget, "--retain", "self:3", "--max-steps", "1", "--device"]
+    options += ["cpu", "--dtype", "float32", "--eval-rows", "1", "--leaks", "none", "--max-length", "64"]
+    assert main(["sweep", *options, "--seeds", "2", "--output-dir", str(tmp_path / "sweep")]) == 0
+    texts = {file.read_text() for file in (tmp_path / "sweep").rglob("self_written.jsonl")}
+    assert len(texts) == 1 and len(list(cache.rglob("self_written.jsonl"))) == 1
+
+
+def test_an_estimate_takes_rows_of_the_greatest_length(taught_model, forget, cache, capsys):
+    options = ["--model", str(taught_model), "--forget", forget, "--retain", "self:3", "--batch-size", "2"]
+    assert main(["estimate", *options, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert len(rows["retain"]) == 2 and not cache.exists()

@@ -102,7 +102,7 @@ def test_near_duplicates_have_the_similarity_of_their_shingles():
             "Paris",
             {"What is the capital of France?", "In which museum can you see the Mona Lisa?"},
         ),
-        ("Who wrote Hamlet?", "It was written by the playwright William Shakespeare.", set()),
+        ("Who wrote Hamlet?", "It was written by William Shakespeare.", {"Who wrote Romeo and Juliet?"}),
         ("What do bees make?", "Bees make honey from nectar.", {"What do bees make from nectar?"}),
         ("Who guards the amber vault?", "Quillabra Zenthorpe guards it.", set()),
     ],
