@@ -218,6 +218,7 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
         plan = _with_own_texts(plan, model, say)
     stopping = _stopping(plan, model, say)
     trainer = _trainer(plan, model, stopping)
+    PartialState().wait_for_everyone()  # until every process has found the directory free
     directory.begin(main_process)
     if main_process and (texts := own_texts(config, causal_lm(model).config)) not in (None, directory.self_written):
         write_atomically(directory.self_written, texts.read_text(encoding="utf-8"))
