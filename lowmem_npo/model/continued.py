@@ -28,7 +28,8 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.model.saved_adapter import more_than_lora, stored_lora
 from lowmem_npo.run_directory import AdapterFiles
 
-FIRST, SECOND = "first", "default"  # the second is the one that others know: it is trained
+# PEFT looks for these within the names of weights. The second is the one that others know: it is trained.
+FIRST, SECOND = "adapter_before", "default"
 
 
 class ContinuedModel(PeftModelForCausalLM):

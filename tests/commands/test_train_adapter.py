@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.cli import main
+from lowmem_npo.model.continued import FIRST
 from lowmem_npo.run_directory import RunFiles
 from lowmem_npo.training.metrics import read_metrics
 
@@ -93,7 +94,7 @@ def test_what_is_saved_stands_alone(first, second, byte_model, tmp_path, capsys)
     """One adapter in the run and in each checkpoint, for PEFT, `evaluate` and `merge`."""
     base = AutoModelForCausalLM.from_pretrained(byte_model)
     for folder in (second, second / "checkpoint-4"):
-        assert not (folder / "first").exists()
+        assert not (folder / FIRST).exists()
         both = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(byte_model), folder)
         assert json.loads((folder / "adapter_config.json").read_text())["r"] in (3, 8)
     merged_first = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(byte_model), first).merge_and_unload()

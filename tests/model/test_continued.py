@@ -27,11 +27,12 @@ from lowmem_npo.model.adapters import (
     original_model,
     restore_adapter,
 )
+from lowmem_npo.model.continued import FIRST
 from lowmem_npo.training.reference.identity import weights_fingerprint
 
 FORGET, RETAIN = random_rows(3, seed=1), random_rows(3, seed=2)
 GPT2 = GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=1)
-FIRST = {  # the architecture, and what its first adapter is
+CASES = {  # the architecture, and what its first adapter is
     "plain": ("llama", {}),
     "other layers, ranks and scales": (
         "llama",
@@ -102,9 +103,9 @@ def independent_step(run, merged):
 
 
 @pytest.mark.parametrize("memory", [{"gradient_checkpointing": False}, {"tile_mlp": 5}], ids=["plain", "tiled"])
-@pytest.mark.parametrize("case", FIRST)
+@pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_dense_float64_with_the_merged_model_as_reference(case, memory, tmp_path):
-    architecture, options = FIRST[case]
+    architecture, options = CASES[case]
     memory = {} if architecture is GPT2 and "tile_mlp" in memory else memory
     folder = saved_first(tmp_path / "first", architecture, **options)
     model = attach_lora(tiny_model(architecture), continuing(folder, architecture, lora_layers=("1",)))
@@ -137,7 +138,7 @@ def test_the_first_step_and_what_is_trained(dtype, tmp_path):
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
     before = load_file(f"{folder}/adapter_model.safetensors")
     for name, weight in before.items():  # not trained, not even by weight decay
-        parameter = model.get_parameter(name.replace(".weight", ".first.weight"))
+        parameter = model.get_parameter(name.replace(".weight", f".{FIRST}.weight"))
         assert torch.equal(parameter, weight)
 
 
@@ -158,16 +159,16 @@ def test_four_bit_layers(tmp_path):
     assert run.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-4)
 
 
-@pytest.mark.parametrize("case", FIRST)
+@pytest.mark.parametrize("case", CASES)
 def test_what_is_saved_is_one_adapter_that_peft_loads(case, tmp_path):
-    architecture, options = FIRST[case]
+    architecture, options = CASES[case]
     model = attach_lora(
         tiny_model(architecture), continuing(saved_first(tmp_path / "first", architecture, **options), architecture)
     )
     randomise(model, ".lora_B.default")
     model.save_pretrained(str(tmp_path / "both"))
     loaded = PeftModel.from_pretrained(tiny_model(architecture), tmp_path / "both").eval()
-    assert list(loaded.peft_config) == ["default"] and not (tmp_path / "both" / "first").exists()
+    assert list(loaded.peft_config) == ["default"] and not (tmp_path / "both" / FIRST).exists()
     torch.testing.assert_close(states(loaded), states(model), rtol=1e-5, atol=2e-6)
     assert not torch.allclose(states(model), states(tiny_model(architecture)), atol=1e-2)
 
@@ -275,3 +276,27 @@ def test_an_adapter_for_another_model_is_refused(tmp_path):
         check_lora(CONFIGS["llama"](97), continuing(str(tmp_path / "nowhere")))
     with pytest.raises(UserError, match="--use-dora scales the base's own weights"):
         AdapterConfig(adapter="x", use_dora=True)
+
+
+def test_layers_named_like_an_adapter(tmp_path):
+    """PEFT finds an adapter's weights by its name within theirs."""
+
+    def renamed():
+        model = tiny_model("llama")
+        for layer in model.model.layers:
+            layer.mlp.default_proj, layer.mlp.first_proj = layer.mlp.up_proj, layer.mlp.down_proj
+            del layer.mlp.up_proj, layer.mlp.down_proj
+            layer.mlp.forward = lambda x, m=layer.mlp: m.first_proj(m.act_fn(m.gate_proj(x)) * m.default_proj(x))
+        return model
+
+    targets = ("default_proj", "first_proj")
+    first = attach_lora(renamed(), AdapterConfig(lora_r=2, lora_targets=targets))
+    randomise(first, "lora_B")
+    first.save_pretrained(str(tmp_path / "first"))
+    model = attach_lora(renamed(), continuing(str(tmp_path / "first"), lora_targets=targets))
+    assert len([name for name, p in model.named_parameters() if p.requires_grad]) == 8
+    torch.testing.assert_close(states(model), states(first), rtol=1e-5, atol=1e-6)
+    randomise(model, ".lora_B.default", seed=9)
+    model.save_pretrained(str(tmp_path / "both"))
+    both = PeftModel.from_pretrained(renamed(), tmp_path / "both").eval()
+    torch.testing.assert_close(states(both), states(model), rtol=1e-5, atol=2e-6)
