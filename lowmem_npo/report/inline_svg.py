@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from lowmem_npo.evaluation.answer_table import MEASURES, Stages
 from lowmem_npo.evaluation.figures import side_by_side
-from lowmem_npo.report.panels import STAGE_TITLES, draw_bars, draw_likelihood, draw_objective, stage_colours
+from lowmem_npo.report.panels import STAGE_TITLES, draw_bars, draw_likelihood, draw_objective, drawn_sets, stage_colours
 from lowmem_npo.training.metrics import Metrics
 
 CURVES, BARS = (4.6, 3.1), (2.7, 2.5)  # inches of 96 CSS pixels: on a phone, text is as large as that of the page
@@ -48,7 +48,7 @@ def bar_pictures(stages: Stages) -> list[Picture]:
                     stages, side_by_side([measure.value(sets.get(part)) for sets in stages.values()]), strict=True
                 )
             )
-            for part in next(iter(stages.values()))
+            for part in drawn_sets(stages)
         )
         title = measure.heading
         svg = _draw(f"bars{column}", BARS, partial(draw_bars, stages=stages, column=column))

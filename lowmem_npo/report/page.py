@@ -23,7 +23,7 @@ from lowmem_npo.report.content import EVIDENCE, Content
 from lowmem_npo.report.figures import ANSWERS
 from lowmem_npo.report.inline_svg import bar_legend, bar_pictures, curve_pictures
 from lowmem_npo.report.leak_tests import leak_sections, words
-from lowmem_npo.report.verdict import RULES, said_count
+from lowmem_npo.report.verdict import RULES, form_words, said_count
 
 LONGEST = 600  # characters of a text that an example shows
 TONES = {"good": "as intended", "mixed": "with reservations", "bad": "not as intended", "unknown": "inconclusive"}
@@ -61,6 +61,7 @@ def render_page(content: Content, examples: int) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"side_by_side": side_by_side, "text": shortened, "by_set": by_set}
+    environment.filters |= {"part_of": part_of, "set_title": set_title}
     settings = content.settings
     return environment.get_template("report.html.jinja").render(
         c=content,
@@ -130,6 +131,12 @@ def shortened(text: str) -> str:
     if len(text) > LONGEST:
         return f"{text[:LONGEST]} … ({len(text) - LONGEST:,} more characters)"
     return text or "(nothing)"
+
+
+def set_title(name: str) -> str:
+    """The heading over the figures or examples of a set."""
+    part = part_of(name)
+    return part.capitalize() if name == part else f"{part.capitalize()}, asked {form_words(name)}"
 
 
 def by_set(items: Sequence[Any]) -> list[tuple[str | None, list[Any]]]:

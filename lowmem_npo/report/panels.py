@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from lowmem_npo.evaluation.answer_table import MEASURES, Measure, Stages
+from lowmem_npo.evaluation.answers import part_of
 from lowmem_npo.evaluation.figures import side_by_side
 from lowmem_npo.training.metrics import Metrics
 
@@ -69,9 +70,14 @@ def _draw_line(ax: Axes, metrics: Sequence[Metrics], key: str, label: str, colou
     ax.plot(steps, means, color=colour, linewidth=2, label=label, marker="o" if len(values) == 1 else None)
 
 
+def drawn_sets(stages: Stages) -> list[str]:
+    """The sets that have bars: each once, in the form that was trained. The others are in the table."""
+    return [name for name in next(iter(stages.values())) if part_of(name) == name]
+
+
 def draw_bars(ax: Axes, stages: Stages, column: int) -> None:
     measure = MEASURES[column]
-    sets = list(next(iter(stages.values())))
+    sets = drawn_sets(stages)
     width = 0.8 / len(stages)
     colours = stage_colours(stages)
     labels = _labels(stages, sets, measure)
@@ -80,7 +86,7 @@ def draw_bars(ax: Axes, stages: Stages, column: int) -> None:
         centres = [at + (place - (len(stages) - 1) / 2) * width for at in range(len(sets))]
         bars = ax.bar(centres, values, width * 0.92, color=colours[stage], label=STAGE_TITLES.get(stage, stage))
         ax.bar_label(bars, labels[stage], fontsize=8, padding=2)
-    ax.set_xticks(range(len(sets)), [name.replace(", ", ",\n") for name in sets], fontsize=11)
+    ax.set_xticks(range(len(sets)), sets, fontsize=11)
     ax.set_title(measure.heading, fontsize=11)
     ax.set_ylim(0, 1.12 if measure.field != "nll" else 1.12 * max(ax.get_ylim()[1], 0.1))
     ax.spines[["top", "right"]].set_visible(False)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from lowmem_npo.evaluation.answer_table import FORGET, GENERAL, RETAIN, Stages
 from lowmem_npo.evaluation.answers import AnswerSummary, part_of
-from lowmem_npo.evaluation.asking import CHAT, PLAIN, REWORDED, in_form
+from lowmem_npo.evaluation.asking import CHAT, PLAIN, REWORDED
 from lowmem_npo.evaluation.figures import side_by_side
 from lowmem_npo.evaluation.leaks.contract import LeakResults
 
@@ -95,7 +95,7 @@ def judge_run(stages: Stages, vocabulary: int | None, leaks: Mapping[str, LeakRe
     overdone = _overdone(after["forget"], gold.get("forget"), vocabulary) if forget != "unknown" else None
     leaking = _leaking(leaks.get("after", {}))
 
-    where = "" if worst == FORGET else f" when asked {_form_words(worst)}"
+    where = "" if worst == FORGET else f" when asked {form_words(worst)}"
     headline = f"On the rows measured, {FORGET_WORDS[forget]}{where}{_conjunction(forget, retain)}{retain_words}"
     if overdone:
         headline += "; the forgetting is overdone"
@@ -169,7 +169,7 @@ def _figures(name: str, before: Mapping, after: Mapping, gold: Mapping) -> str:
     """The sentence with the numbers of a set, or of one in another form."""
     part, was, now = part_of(name), before[name], after[name]
     share = f"{now.rows}" if now.rows == now.rows_in_set else f"{now.rows} measured of {now.rows_in_set}"
-    start = f"Of {share} {part} answers, " if name == part else f"Asked {_form_words(name)}, of {share} "
+    start = f"Of {share} {part} answers, " if name == part else f"Asked {form_words(name)}, of {now.rows} answers "
     nll_was, nll_now = side_by_side([was.nll, now.nll], decimals=2)
     return (
         f"{start}{_counts(was, now, gold.get(name) if part == FORGET else None)}; the NLL per answer token went from "
@@ -190,8 +190,10 @@ def _counts(was: AnswerSummary, now: AnswerSummary, gold: AnswerSummary | None) 
     )
 
 
-def _form_words(name: str) -> str:
-    return next(words for form, words in FORM_WORDS.items() if name == in_form(part_of(name), form))
+def form_words(name: str) -> str:
+    """How the rows of the set `name` are asked, where that is another form than the trained one."""
+    form = name.partition(", ")[2]
+    return FORM_WORDS.get(form, form)
 
 
 def _leaking(results: LeakResults) -> list[str]:

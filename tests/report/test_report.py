@@ -305,10 +305,9 @@ def test_a_run_without_retain_rows(byte_model, data, tmp_path):
                  "--dtype", "float32", "--device", "cpu", "--eval-rows", 2, "--report-examples", 0]  # fmt: skip
     assert main(["train", *map(str, arguments), "--output-dir", str(tmp_path / "out")]) == 0
     report = report_of(tmp_path / "out")
-    assert {f["set"] for f in report["figures"]} == {"forget"} and "2 measured of 5" in report["verdict"]["sentences"][
-        0
-    ]
-    assert "was not measured" in report["verdict"]["headline"] and leaked(page(tmp_path / "out").text) == []
+    assert {figure["set"] for figure in report["figures"]} == {"forget", "general"}
+    assert "2 measured of 5" in report["verdict"]["sentences"][0]
+    assert "general questions" in report["verdict"]["headline"] and leaked(page(tmp_path / "out").text) == []
 
 
 def test_a_run_that_was_killed(own_run):
