@@ -6,7 +6,7 @@ import functools
 import inspect
 import re
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -88,7 +88,7 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _is_affine(layer: nn.Module) -> bool:
+def _is_affine(layer: Any) -> bool:
     """Whether it returns what `nn.Linear` would; an architecture's own class is tried."""
     if not type(layer).__module__.startswith("transformers.models."):
         return True
