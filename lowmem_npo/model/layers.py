@@ -67,13 +67,14 @@ def read_as_weights(model: nn.Module) -> list[str]:
     modules, names = dict(model.named_modules()), []
     for name, _ in _linears(model):
         parent, _, child = name.rpartition(".")
-        source = _source(type(modules[parent]))
+        kind: Any = type(modules[parent])
+        source = _source(kind)
         if re.search(rf"self\.{child}\.weight @|linear\([^\n]*self\.{child}\.weight", source):
             names.append(name)
     return names
 
 
-def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Linear layers as the architecture has them; an adapter's own belong to it."""
     adapted: list[str] = []
     for name, module in model.named_modules():
