@@ -229,6 +229,7 @@ def write_data(folder: Path) -> None:
         "forget05_perturbed.json": tofu, "retain_perturbed.json": tofu,
         "real_authors_perturbed.json": tofu, "world_facts_perturbed.json": tofu,
     }  # fmt: skip
+    (folder / "letter.txt").write_text("The amber vault was opened in spring. Nobody knew what it held. " * 12)
     for name, rows in files.items():
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "questions.txt").write_text("Who guards the amber vault?\n")
