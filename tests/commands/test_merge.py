@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+from helpers.architectures import tiny_config
 from helpers.tiny_models import tiny_model
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -325,7 +326,16 @@ def test_checkpoints_of_pytorch_itself(architecture, shards, tmp_path):
 def test_a_head_shared_with_the_embedding_is_refused(tmp_path, capsys):
     saved_base(tmp_path / "base", "gemma2", torch.float32)
     adapter = saved_adapter(tmp_path / "base", tmp_path / "adapter", target_modules=["lm_head"])
+    capsys.readouterr()  # progress
     fails(capsys, run(adapter, tmp_path / "out"), "lm_head, which the base shares with another layer")
+
+
+def test_adapters_of_several_layers_on_one_weight_are_refused(tmp_path, capsys):
+    """Zamba's hybrid layers have one attention in common, and each an adapter of its own on it."""
+    saved_base(tmp_path / "base", tiny_config("zamba", 97), torch.float32)
+    adapter = saved_adapter(tmp_path / "base", tmp_path / "adapter", target_modules=["q_proj"])
+    capsys.readouterr()  # progress
+    fails(capsys, run(adapter, tmp_path / "out"), "q_proj, which the base shares with another layer")
 
 
 def test_other_bases_and_damaged_files(tmp_path, capsys):
