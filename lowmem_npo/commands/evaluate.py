@@ -22,6 +22,7 @@ from lowmem_npo.data.passages import Passages
 from lowmem_npo.data.prepare import general_rows, is_general
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Selection
+from lowmem_npo.evaluation.benchmarks.documents import DOCUMENTS
 from lowmem_npo.evaluation.benchmarks.plain import PLAIN, summaries_of
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.directory import THE_ADAPTER, EvaluationDirectory, digest
@@ -173,7 +174,11 @@ def _read(
     if named:
         say("Data: " + ", ".join(f"{part} {source}" for part, source in named.items()))
     passages = Passages.of(config, tokenizer)
-    sources = {part: read_rows(source, limit=limit, passages=passages) for part, source in named.items()}
+    whole = replace(passages, form="text")  # of a document whose loss is measured, each passage once
+    sources = {
+        part: read_rows(source, limit=limit, passages=whole if part in DOCUMENTS.sets else passages)
+        for part, source in named.items()
+    }
     for part, rows in sources.items():
         for note in rows.notes:
             say(f"{part}: {note}")

@@ -12,16 +12,13 @@ import io
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
 from lowmem_npo.errors import UserError
-
-PLAIN_KINDS = (".txt", ".text", ".md", ".markdown")
-HTML_KINDS = (".html", ".htm", ".xhtml")
-DOCUMENT_KINDS = (*PLAIN_KINDS, *HTML_KINDS, ".pdf", *(f"{kind}.gz" for kind in (*PLAIN_KINDS, *HTML_KINDS)))
+from lowmem_npo.sources import DOCUMENT_KINDS, HTML_KINDS
 
 MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
          (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))  # fmt: skip
@@ -255,11 +252,12 @@ def _unwrapped(text: str) -> str:
     capitals = sum(line.lstrip()[:1].isupper() for line in lines if line.strip())
     if not MIN_WIDTH <= width <= MAX_WIDTH or (len(lengths) > 2 and capitals > 0.8 * len(lengths)):
         return text  # one line a paragraph; or verses, lists, names
+    compounds = set(re.findall(r"\w+-\w+", text.casefold()))
     joined, verbatim = [lines[0]], lines[0].lstrip().startswith(("```", "~~~"))
     for before, line in zip(lines, lines[1:], strict=False):
         fence = line.lstrip().startswith(("```", "~~~"))
         if not (verbatim or fence) and _continues(before, line, width):
-            joined[-1] = _join(joined[-1], line, text)
+            joined[-1] = _join(joined[-1], line, compounds)
         else:
             joined.append(line)
         verbatim ^= fence
@@ -281,14 +279,14 @@ def _continues(before: str, line: str, width: int) -> bool:
     return len(before) + first > 0.85 * width
 
 
-def _join(before: str, line: str, text: str) -> str:
-    """Both lines as one. A word that was divided at the line's end is whole again, unless it is written with a hyphen
-    elsewhere, or the second part begins with a capital or a digit."""
+def _join(before: str, line: str, compounds: Container[str]) -> str:
+    """Both lines as one. A word that was divided at the line's end is whole again, unless it is among the `compounds`
+    that are written with a hyphen elsewhere, or its second part begins with a capital or a digit."""
     before, line = before.rstrip(), line.lstrip()
     if divided := re.search(r"(\w+)[-\u2010]$", before):
         rest = re.match(r"\w+", line)
         compound = rest is None or not (rest[0][0].islower() and divided[1][-1].isalpha())
-        compound = compound or re.search(rf"\b{divided[1]}-{rest and rest[0]}\b", text, re.IGNORECASE) is not None
+        compound = compound or f"{divided[1]}-{rest and rest[0]}".casefold() in compounds
         return before + line if compound else before[:-1] + line
     space = "" if UNSPACED.match(before[-1:]) and UNSPACED.match(line) else " "
     return before + space + line

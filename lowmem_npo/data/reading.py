@@ -23,15 +23,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from lowmem_npo.data.documents import DOCUMENT_KINDS, read_document
+from lowmem_npo.data.documents import read_document
 from lowmem_npo.data.passages import Passages
 from lowmem_npo.errors import UserError
 from lowmem_npo.libraries import hub_problem
 from lowmem_npo.run_directory import SELF_WRITTEN
+from lowmem_npo.sources import DOCUMENT_KINDS, FILE_KINDS, HUB_NAME, TABLE_KINDS, check_data_name, data_names, kind_of
 
-TEXT_KINDS = (".jsonl", ".json", ".csv", ".tsv")
-TABLE_KINDS = (*TEXT_KINDS, ".parquet", ".arrow", *(f"{kind}.gz" for kind in TEXT_KINDS))
-FILE_KINDS = (*TABLE_KINDS, *DOCUMENT_KINDS)
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 # Columns by which a header is recognised, and with it its separator.
 HEADERS = {"question", "answer", "input", "output", "instruction", "response", "context", "prompt", "completion",
@@ -40,10 +38,6 @@ HEADERS = {"question", "answer", "input", "output", "instruction", "response", "
 BUILTIN = {"builtin": "general", "builtin:holdout": "general_holdout"}
 GENERAL = (*BUILTIN.values(), "openings")  # questions with answers, and texts
 SELF = re.compile(r"self(:(?P<rows>\d+))?")
-# owner/name, then optionally :configuration, /split and @revision
-HUB_NAME = re.compile(
-    r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+)(/(?P<split>[\w.-]+))?)?(@(?P<revision>[\w./-]+))?"
-)
 
 
 @dataclass(frozen=True)
@@ -92,10 +86,7 @@ def read_rows(source: str, *, limit: int | None = None, passages: Passages | Non
 
     Raises UserError for a source that is missing, unreadable, malformed or empty.
     """
-    names = [source]
-    if "," in source and not Path(source).expanduser().exists():
-        names = [name for part in source.split(",") if (name := part.strip())]
-    parts = [_read_source(name, passages or Passages()) for name in names]
+    parts = [_read_source(name, passages or Passages()) for name in data_names(source)]
     if len({part.mixed for part in parts}) > 1:
         table, document = (next(part.name for part in parts if part.mixed is mixed) for mixed in (False, True))
         raise UserError(f"{document} is a document and {table} holds rows: name files of one of the two kinds.")
@@ -123,22 +114,18 @@ def _read_source(source: str, passages: Passages) -> Rows:
     if path.is_dir():
         rows = _read_folder(source, path, passages)
     elif path.exists():
-        rows = _read_document(source, path, passages) if _kind(path) in DOCUMENT_KINDS else _read_file(source, path)
+        rows = _read_document(source, path, passages) if kind_of(path) in DOCUMENT_KINDS else _read_file(source, path)
     elif source in BUILTIN:
         rows = bundled_rows(BUILTIN[source])
     elif SELF.fullmatch(source):
         raise UserError(
             f"{source} are texts that the original model writes for --retain of a training run; name files."
         )
-    elif _kind(path) in FILE_KINDS:
-        raise UserError(f"There is no file {source}; check the path.")
-    elif match := HUB_NAME.fullmatch(source):
-        rows = _read_hub(source, **match.groupdict())
     else:
-        raise UserError(
-            f"{source} is neither a file nor a hub name; give a path ({', '.join(FILE_KINDS)}) "
-            "or owner/name:configuration."
-        )
+        check_data_name(source)
+        match = HUB_NAME.fullmatch(source)
+        assert match is not None, "it is neither a file nor anything else"
+        rows = _read_hub(source, **match.groupdict())
     if not rows.rows:
         raise UserError(f"{source} holds no rows; give a file with at least one.")
     return rows
@@ -157,8 +144,8 @@ def bundled_rows(part: str, *, limit: int | None = None) -> Rows:
 def _read_folder(source: str, folder: Path, passages: Passages) -> Rows:
     """All documents in a folder and the folders in it, by name."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_hidden(path.relative_to(folder))]
-    documents = [path for path in files if _kind(path) in DOCUMENT_KINDS]
-    tables = [path for path in files if _kind(path) in TABLE_KINDS]
+    documents = [path for path in files if kind_of(path) in DOCUMENT_KINDS]
+    tables = [path for path in files if kind_of(path) in TABLE_KINDS]
     if not documents or tables:
         what = f"a folder with both documents ({documents[0].name}) and tables" if documents else "a folder"
         kinds = "" if tables else f" ({', '.join(FILE_KINDS)})"
@@ -179,19 +166,13 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _read_document(name: str, path: Path, passages: Passages) -> Rows:
-    document = read_document(name, path, _kind(path))
+    document = read_document(name, path, kind_of(path))
     rows, places = passages.rows(document.text)
     return Rows(name, rows, places=[f"{name}, {place}" for place in places], mixed=True, notes=document.notes)
 
 
-def _kind(path: Path) -> str:
-    """The suffix that says how the file is read; two where the file is compressed."""
-    suffixes = path.name.lower().split(".")[1:]
-    return "".join(f".{suffix}" for suffix in (suffixes[-2:] if suffixes[-1:] == ["gz"] else suffixes[-1:]))
-
-
 def _read_file(name: str, path: Path) -> Rows:
-    kind = _kind(path)
+    kind = kind_of(path)
     if kind in (".xlsx", ".xls", ".ods"):
         raise UserError(f"{name} is a spreadsheet; save the sheet with the rows as CSV (UTF-8) and name that file.")
     if kind in (".docx", ".doc", ".odt", ".rtf", ".pages", ".epub"):
@@ -304,7 +285,7 @@ def _read_csv(name: str, path: Path) -> Rows:
 def _separator(path: Path) -> str:
     """What separates the fields of the header: of the characters that divide it, the one that gives most known columns,
     the comma if in doubt."""
-    if _kind(path).startswith(".tsv"):
+    if kind_of(path).startswith(".tsv"):
         return "\t"
     with _open(path, newline="") as file:
         header = next((line for line in file if line.strip()), "")

@@ -197,6 +197,12 @@ def test_passages_end_where_sentences_do():
     assert not any(piece.endswith("Dr.") for piece in Passages(16, "both", count).pieces("We saw Dr. Lee there. " * 9))
 
 
+def test_chinese_is_cut_after_its_full_stops():
+    text = "琥珀金库在春天被打开了。没有人知道里面有什么。看守它的人从不问起。" * 3
+    pieces = Passages(48, "text", len).pieces(text)
+    assert "".join(pieces) == text and all(piece.endswith("。") for piece in pieces)
+
+
 def test_a_word_that_is_too_long_is_cut_all_the_same():
     passages = Passages(8, "text", len)
     pieces = passages.pieces("abcdefghijklmnop qr")
