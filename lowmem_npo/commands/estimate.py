@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lowmem_npo.commands.arguments import parse_run
+from lowmem_npo.commands.arguments import check_names, parse_run
 from lowmem_npo.config import RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.libraries import quick_imports, quiet_libraries
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 USAGE = """usage: lowmem-npo estimate --model NAME_OR_DIR [the options of `lowmem-npo train`] [--budget 24GiB] [--json]
 
-Simulates one training step, counting every allocation, and prints the GPU memory that the step takes. Needs no GPU, no
-weights and, for well-known models, no network. Rows have --max-length tokens; with --forget and --retain they are as
-long as the longest rows of the data. With --budget, finds the fastest switches that fit and prints them as flags.
+Simulates one training step, counting every allocation, and prints what is allocated at its peak and the GPU memory that
+this needs. Needs no GPU, no weights and, for well-known models, no network. Rows have --max-length tokens; with --forget
+and --retain they are as long as the longest rows of the data. With --budget, finds the fastest switches that fit and
+prints them as flags.
 
 `lowmem-npo train --help-all` explains the options."""
 
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     as_json = "--json" in arguments
     config = parse_run([a for a in arguments if a != "--json"], "estimate")
+    check_names(config.model.model, config.data.forget, config.data.retain, config.data.holdout)
     with quick_imports():  # late: mistakes in the options are reported at once
         quiet_libraries()
         from lowmem_npo.estimate.report import report
