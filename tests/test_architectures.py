@@ -115,11 +115,9 @@ def desks(tmp_path_factory, byte_model):
     made, tokenizer = {}, AutoTokenizer.from_pretrained(byte_model)
 
     def desk(architecture):
+        if architecture not in transformers.CONFIG_MAPPING:
+            pytest.skip(f"transformers {transformers.__version__} has no {architecture}")
         if architecture not in made:
-            try:
-                tiny_config(architecture, VOCABULARY)
-            except (KeyError, ValueError):
-                pytest.skip(f"transformers {transformers.__version__} has no {architecture}")
             made[architecture] = Desk(architecture, tmp_path_factory.mktemp(architecture), tokenizer)
         return made[architecture]
 

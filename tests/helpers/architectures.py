@@ -191,11 +191,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(architecture: str, vocabulary: int) -> PretrainedConfig:
-    """The configuration of a model of `architecture`, a `model_type` in ARCHITECTURES.
-
-    Raises:
-        KeyError, ValueError: the installed transformers does not know it.
-    """
+    """The configuration of a model of `architecture`, a `model_type` in ARCHITECTURES."""
     ids = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
     return AutoConfig.for_model(architecture, vocab_size=vocabulary, **ids, **{**SIZES, **ARCHITECTURES[architecture]})
 
