@@ -26,6 +26,7 @@ from lowmem_npo.config import SECTIONS, TILE_ROWS, RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.contract import LeakTest
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
+from lowmem_npo.sources import check_data_name, check_model_name, data_names
 
 # The options of the short help.
 COMMON = {
@@ -37,6 +38,7 @@ COMMON = {
     "Memory": ("max_length", "micro_batch_size", "memory_budget"),
     "Before and after": ("preview", "dry_run", "resume", "stop_when", "eval_rows", "leaks"),
 }
+OWN_TEXTS = r"builtin(:holdout)?|self(:\d+)?"  # what --retain takes beside files
 # Names that users know from TRL and transformers, and ours.
 ALIASES = {
     "model-name-or-path": "model",
@@ -88,6 +90,19 @@ def parse_run(arguments: Sequence[str], command: str) -> RunConfig:
     sections = {name: section(**vars(getattr(parsed, name))) for name, section in SECTIONS.items()}
     _settle_accumulation(sections, trainer_args, explicit="--batch-size" in flags)
     return RunConfig(**sections, trainer_args=trainer_args)
+
+
+def check_names(model: str | None, *sources: str | None) -> None:
+    """Raises UserError for a model or data that cannot be meant, before the libraries are loaded that would find out.
+
+    sources: of data; those that are not named are None.
+    """
+    if model is not None:
+        check_model_name(model)
+    for source in filter(None, sources):
+        for name in data_names(source):
+            if not re.fullmatch(OWN_TEXTS, name):
+                check_data_name(name)
 
 
 def _base_of_adapter(flags: Sequence[str]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from lowmem_npo.commands.arguments import join_sources, with_help
+from lowmem_npo.commands.arguments import check_names, join_sources, with_help
 from lowmem_npo.config import DataConfig, DataOptions, ModelConfig, ModelOptions, check_at_least_one
 from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
@@ -81,7 +81,9 @@ class Set:
 
 def main(arguments: Sequence[str]) -> None:
     parsed = tyro.cli(with_help(DataCommand), args=join_sources(arguments), prog="lowmem-npo data")
-    inspect(DataCommand(**vars(parsed)))
+    options = DataCommand(**vars(parsed))
+    check_names(options.model, *options.sources.values())
+    inspect(options)
 
 
 def inspect(options: DataCommand, say: Say = print) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +29,7 @@ from lowmem_npo.model.names import resolve_name
 from lowmem_npo.model.original_olmo import is_original, native_config
 from lowmem_npo.model.quantization import quantising, quantization_of, stored_quantization
 from lowmem_npo.model.weights import check_directory_weights, check_weights, load_tensors, original_weights
+from lowmem_npo.sources import check_model_name
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 
@@ -58,7 +58,7 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
 
 
 def _architecture(name: str, revision: str | None) -> PretrainedConfig:
-    _check_directory(name)
+    _check_name(name)
     try:
         content, _ = PretrainedConfig.get_config_dict(name, revision=revision)
         loaded = (
@@ -158,7 +158,7 @@ def load_model(config: ModelConfig, say: Say = print) -> PreTrainedModel:
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's own tokenizer, with a padding token (its EOS if it has none)."""
     name, _ = resolve_name(config.model, config.revision)
-    _check_directory(name)
+    _check_name(name)
     try:
         content, _ = PretrainedConfig.get_config_dict(name, revision=config.revision)
         # the original format names a class of its own, which is this one
@@ -186,23 +186,9 @@ def _check_can_run(config: ModelConfig, device: torch.device) -> None:
                 raise UserError(f"{gpu} has no bf16 arithmetic (it needs compute capability 8.0): use --dtype float32.")
 
 
-def _check_directory(name: str) -> None:
-    """What looks like a path must be a model directory: a typo should not be looked up on the hub."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        config_file = path / "config.json"
-        if not config_file.is_file():
-            raise UserError(f"The directory '{name}' holds no model: there is no config.json in it.")
-        try:
-            json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-            raise UserError(f"'{config_file}' is not valid JSON: {error}.") from error
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(
-            f"There is no directory '{name}': give a model directory, or a hub name such as allenai/OLMo-1B-hf."
-        )
-    else:
-        hub_problem()
+def _check_name(name: str) -> None:
+    if not check_model_name(name):
+        hub_problem()  # before anything is looked up there
 
 
 def _why_not_loaded(name: str, revision: str | None, error: Exception, what: str = "model") -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lowmem_npo.commands.arguments import ALIASES, parse_run
+from lowmem_npo.commands.arguments import ALIASES, check_names, parse_run
 from lowmem_npo.commands.sweep.grid import parse_grid, parse_seeds, plan_sweep
 from lowmem_npo.config import RunConfig
 from lowmem_npo.errors import UserError
@@ -46,6 +46,7 @@ def main(arguments: Sequence[str]) -> None:
         return parse_run([*options, *flags], "sweep")
 
     config = parse([])
+    check_names(config.model.model, config.data.forget, config.data.retain, config.data.holdout)
     runs = plan_sweep(parse_grid(grid or [], ALIASES), parse_seeds(seeds or ["5"], config.training.seed), parse)
     if config.output.dry_run:
         print("\n".join(str(run.directory) for run in runs))
