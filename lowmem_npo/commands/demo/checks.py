@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from textwrap import shorten
 
 from lowmem_npo.evaluation.answer_table import Stages
 from lowmem_npo.evaluation.answers import AnswerEvaluation, AnswerSummary
@@ -65,7 +66,7 @@ def examples(evaluations: dict[str, dict[str, AnswerEvaluation]], per_set: dict[
             lines.append(f"{data_set}: {question}")
             answers = {"truth": rows[0].reference} | {s: row.answer for s, row in zip(stages, rows, strict=True)}
             for stage, text in answers.items():
-                lines.append(f"  {stage:<{width}}  {' '.join(text.split()) or '(nothing)'}")
+                lines.append(f"  {stage:<{width}}  {shorten(text, 96 - width, placeholder=' …') or '(nothing)'}")
     return "\n".join(lines)
 
 
