@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 USAGE = """usage: lowmem-npo estimate --model NAME_OR_DIR [the options of `lowmem-npo train`] [--budget 24GiB] [--json]
 
 Simulates one training step, counting every allocation, and prints what is allocated at its peak and the GPU memory that
-this needs. Needs no GPU, no weights and, for well-known models, no network. Rows have --max-length tokens; with --forget
-and --retain they are as long as the longest rows of the data. With --budget, finds the fastest switches that fit and
-prints them as flags.
+this needs. Needs no GPU, no weights and, for well-known models, no network. Rows have --max-length tokens; with
+--forget and --retain they are as long as the longest rows of the data. With --budget, finds the fastest switches that
+fit and prints them as flags.
 
 `lowmem-npo train --help-all` explains the options."""
 
