@@ -43,7 +43,8 @@ def tile_mlps(model: PreTrainedModel, rows: int) -> None:
     """
     mlps = [(mlp, layer) for layer in decoder_layers(model) if (mlp := _first_module(layer, MLP_NAMES)) is not None]
     for mlp, layer in mlps:
-        needed = [p for p in inspect.signature(getattr(mlp, "original_module", mlp).forward).parameters.values() if p.default is p.empty]
+        own = getattr(mlp, "original_module", mlp)
+        needed = [p for p in inspect.signature(own.forward).parameters.values() if p.default is p.empty]
         if len(needed) != 1:
             raise UserError(f"--tile-mlp: {type(mlp).__name__} takes more than hidden states; leave --tile-mlp out.")
         tile(mlp, rows, followed_by=_first_module(layer, POST_NORM_NAMES))
