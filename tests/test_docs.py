@@ -310,7 +310,7 @@ def test_all_documents_with_python_are_tested():
 
 
 def test_a_merged_model_loads(desk):
-    desk.run("lowmem-npo merge --adapter forgotten --output-dir merged".split())
+    desk.run(["lowmem-npo", "merge", "--adapter", "forgotten", "--output-dir", "merged"])
     (text,), names = python(DOCS / "deploy.md"), {}
     exec(compile(text, "deploy.md", "exec"), names)
     assert names["model"](input_ids=torch.tensor([names["tokenizer"]("Who?").input_ids])).logits.isfinite().all()
