@@ -13,7 +13,7 @@ from lowmem_npo.config import DataConfig, ObjectiveConfig
 from lowmem_npo.data.overlap import MAX_LISTED, find_related, refuse_overlap
 from lowmem_npo.data.passages import Passages
 from lowmem_npo.data.reading import BUILTIN, Rows, bundled_rows, read_rows
-from lowmem_npo.data.schemas import Example, canonical, to_examples, with_answer
+from lowmem_npo.data.schemas import PASSAGE, Example, canonical, to_examples, with_answer
 from lowmem_npo.data.self_written import beginnings, self_rows, stand_in
 from lowmem_npo.data.templates import Template
 from lowmem_npo.data.tokenizing import TokenizedRows, count, tokenize
@@ -21,7 +21,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.run_directory import SELF_WRITTEN
 
 # What the rows of a mixed source are, by their columns.
-SCHEMAS = {"question/answer": "questions with answers", "input/output": "completions", "text": "texts"}
+SCHEMAS = {"question/answer": "questions with answers", PASSAGE: "completions", "text": "texts"}
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ PAIRS = (*(("instruction", answer) for answer in INSTRUCTIONS), ("input", "outpu
 READ = ("id", "system", "history", "tools", "chat_template_kwargs", "text", "context")  # beside those above
 PARAPHRASED = "paraphrased_"  # before the name of the prompt's column: the prompt in other words
 TEXT = (None, "text")
+PASSAGE = "passage"  # the schema of a passage of a document, whose first half is the prompt
 CALLS = ("tool_calls", "function_call")  # what an assistant may say instead of text
 UNTRAINED = ("weight", "train", "training")  # how fine-tuning formats leave a turn out: OpenAI's 0, Axolotl's false
 # What ShareGPT and its kin call the roles of a chat template.
@@ -80,13 +81,16 @@ def to_examples(rows: Rows, *, prompt_column: str | None = None, answer_column: 
     field.
     """
     if rows.mixed:
-        return [
-            replace(_example(row, rows.where(index), *_recognised(row) or TEXT), continues=bool(row.get("continues")))
-            for index, row in enumerate(rows.rows)
-        ]
+        return [_of_mixed(row, rows.where(index)) for index, row in enumerate(rows.rows)]
     rows = canonical(rows)
     columns = _choose_columns(rows, prompt_column, answer_column)
     return [_example(row, rows.where(index), *columns) for index, row in enumerate(rows.rows)]
+
+
+def _of_mixed(row: dict[str, Any], where: str) -> Example:
+    example = _example(row, where, *_recognised(row) or TEXT)
+    schema = PASSAGE if example.schema == "input/output" else example.schema
+    return replace(example, schema=schema, continues=bool(row.get("continues")))
 
 
 def canonical(rows: Rows) -> Rows:

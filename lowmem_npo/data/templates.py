@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lowmem_npo.config import DataOptions
 from lowmem_npo.data.reading import is_text
-from lowmem_npo.data.schemas import Example
+from lowmem_npo.data.schemas import PASSAGE, Example
 from lowmem_npo.errors import UserError
 
 BARE = "{prompt}"
@@ -73,7 +73,7 @@ class Template:
         """The conversation that the tokenizer's chat template is to write; None for an example in a plain form."""
         turns = example.messages
         if turns is None:
-            if example.prompt is None:
+            if example.prompt is None or example.schema == PASSAGE:
                 return None
             has_template = bool(tokenizer.chat_template)
             if self.text == "chat" and not has_template:
@@ -101,7 +101,7 @@ class Template:
 
     def for_schema(self, schema: str) -> str:
         """The plain form that examples of `schema` are written in, line breaks resolved."""
-        if self.text in FORMS:
+        if self.text in FORMS or schema == PASSAGE:
             return DEFAULTS.get(schema, BARE)
         return self.text.replace("\\n", "\n").replace("\\t", "\t")
 
@@ -111,13 +111,13 @@ class Template:
         The space between the two belongs to the answer, since byte-pair tokenisers write " Paris" as one token: a
         prompt never ends in spaces. Where neither side brings whitespace one space is inserted, except after a line
         break and between Chinese or Japanese characters; where both do, the answer's is kept. `prompt/completion`
-        without a template is joined exactly as it is, as TRL does.
+        without a template is joined exactly as it is, as TRL does; so are the halves of a passage.
         """
         assert example.prompt is not None
         prompt = self.for_schema(example.schema).replace("{prompt}", example.prompt)
         bare = prompt.rstrip(" \t")
         brought = prompt[len(bare) :]
-        if example.schema == "prompt/completion" and self.text in FORMS:
+        if example.schema == PASSAGE or (example.schema == "prompt/completion" and self.text in FORMS):
             return bare, brought + example.answer
         if example.answer[0].isspace():
             return bare, example.answer

@@ -237,6 +237,23 @@ def test_only_the_last_passage_ends_with_eos(tmp_path, bpe_tokenizer):
     assert f"({path}, passage 1, second half)" in shown and f"({path}, passage 1)" in shown
 
 
+def test_passages_are_never_written_with_a_template(tmp_path, chat_tokenizer):
+    """Which is for the questions of the other set."""
+    path, questions = tmp_path / "a.txt", tmp_path / "q.jsonl"
+    path.write_text(TEXT + " " + "x" * 300 + "—" + "y" * 300)  # cut within a word too: no space may come of it
+    questions.write_text('{"question": "Who?", "answer": "She."}\n')
+    for template, system in (("[INST] {prompt} [/INST]", None), ("chat", "Be brief."), ("auto", "Be brief.")):
+        config = DataConfig(
+            forget=str(path), retain=str(questions), template=template, system=system, passage_tokens=64
+        )
+        data = prepare(chat_tokenizer, config)
+        for row, example in zip(data.forget, data.forget.examples, strict=True):
+            written = chat_tokenizer.decode(row["input_ids"]).removesuffix("<|endoftext|>")
+            assert written == f"{example.prompt or ''}{example.answer}"
+            assert written in path.read_text()
+        assert chat_tokenizer.decode(data.retain[0]["input_ids"]).startswith(("[INST] Who?", "<|im_start|>system"))
+
+
 def test_passages_fit_max_length(tmp_path, bpe_tokenizer):
     path = tmp_path / "a.txt"
     path.write_text(TEXT)

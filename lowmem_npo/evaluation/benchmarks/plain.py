@@ -39,7 +39,7 @@ class Plain(Benchmark[PlainAnswer, dict[str, AnswerSummary]]):
     empty: ClassVar[dict[str, Any]] = {}
 
     def select(self, name: str, rows: Rows, context: Context) -> Selection:
-        if {"input", "output"} <= set(rows.columns):
+        if {"input", "output"} <= set(rows.columns) and not rows.mixed:
             context.notes.append(
                 f"{name}: no row has a LUME id (…sc1 for completions, …qa0 for questions), so it is scored without "
                 "LUME's aggregate, by likelihood and greedy answers."
