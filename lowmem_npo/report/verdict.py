@@ -115,12 +115,14 @@ def judge_evaluation(
     now: Mapping[str, AnswerSummary], before: Mapping[str, AnswerSummary], vocabulary: int | None, leaks: LeakResults
 ) -> Verdict:
     """The same of answers measured by `evaluate`, without a run. before: those of an earlier evaluation, or none."""
-    if FORGET not in now or FORGET in before:
-        known = {name: before[name] for name in now if name in before}
-        stages = {"before": known, "after": {name: now[name] for name in known}} if known else {}
-        return judge_run(stages, vocabulary, {"after": leaks})
-    said = [f"{said_count(now[part])} of {now[part].rows} {part} answers" for part in (FORGET, RETAIN) if part in now]
     traces = "; leak tests find traces" if _leaking(leaks) else ""
+    if FORGET not in now:
+        headline = f"What was measured are benchmarks' own figures, which make no headline{traces}."
+        return Verdict("unknown", headline, [])
+    if FORGET in before:
+        known = {name: before[name] for name in now if name in before}
+        return judge_run({"before": known, "after": {name: now[name] for name in known}}, vocabulary, {"after": leaks})
+    said = [f"{said_count(now[part])} of {now[part].rows} {part} answers" for part in (FORGET, RETAIN) if part in now]
     headline = f"On the rows measured, the model says {' and '.join(said)}{traces}."
     return Verdict("unknown", headline, ["What it said before is not known (--before)."])
 

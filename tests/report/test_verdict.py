@@ -185,7 +185,9 @@ def test_an_evaluation_has_a_headline_of_its_own():
         "On the rows measured, the model says 3 of 100 forget answers and 100 of 100 retain answers; "
         "leak tests find traces."
     )
-    assert "not measured" in judge_evaluation({}, {}, None, {}).headline
+    traces = {"extraction": LeakResult({}, "", True)}
+    assert "no headline." in judge_evaluation({}, before, None, {}).headline  # TOFU's or LUME's rows alone
+    assert "no headline; leak tests find traces." in judge_evaluation({}, {}, None, traces).headline
 
 
 def test_figures_of_an_older_version_are_reported():
