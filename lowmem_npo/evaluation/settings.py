@@ -27,7 +27,7 @@ class EvaluationOptions(AnswerOptions, DataOptions, ModelOptions):
     model: str | None = None
     """Hub name or local directory of the base model. Default: the model that --adapter was trained on."""
     forget: str | None = None
-    """What should be forgotten: a .jsonl, .json, .csv or .parquet file, or a hub name. Without any data and any
+    """What should be forgotten: rows or documents, in files, a folder or on the hub. Without any data and any
     --lm-eval: what the run of --adapter forgot and kept, else the bundled biographies."""
     retain: str | None = None
     """What should be kept."""
