@@ -1,0 +1,31 @@
+"""benchmarks/retain_sets.py, small: every kind of retain set is trained with once, and measured once."""
+
+from __future__ import annotations
+
+import json
+
+from benchmarks.retain_sets import main
+
+
+def test_each_kind_is_measured_once(taught_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
+    real = tmp_path / "real.jsonl"
+    rows = [{"question": f"Who lives in house {n}?", "answer": f"Person {n}."} for n in range(4)]
+    paris = {"question": "What is the capital of France?", "answer": "Paris."}
+    real.write_text("".join(json.dumps(row) + "\n" for row in [*rows, paris]))
+    options = ["--model", str(taught_model), "--real", str(real), "--steps", "1", "--rows", "3"]
+    options += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out.json")]
+    assert main([*options, "--minutes", "0"]) == 0
+    assert (
+        "goes on with before" in capsys.readouterr().out
+        and not json.loads((tmp_path / "out.json").read_text())["results"]
+    )
+    assert main(options) == 0
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert list(results) == ["before", "none", "self", "builtin", "real"]
+    assert all(set(figures) == {"facts", "general holdout", "real rows"} for figures in results.values())
+    assert all(results[kind] != results["before"] for kind in list(results)[1:])
+    assert "Paris" not in (tmp_path / "work" / "real_train.jsonl").read_text(), "it is one of the facts"
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "work" / "measured").iterdir()}
+    assert main(options) == 0
+    assert files == {file: file.stat().st_mtime_ns for file in (tmp_path / "work" / "measured").iterdir()}
