@@ -54,7 +54,7 @@ class Contender:
 def _ours() -> Iterator[Contender]:
     """Each with one switch more than the one before. * marks switches that are on by default."""
     plain = ("--no-gradient-checkpointing", "--no-sliced-float32")
-    yield Contender("lowmem-npo, bf16, no switches", plain, turn=3)
+    yield Contender("lowmem-npo, bf16, no layer recomputed", plain, turn=3)
     yield Contender("+ --gradient-checkpointing *", plain[1:], turn=2)
     yield Contender("+ --sliced-float32 *", turn=2)
     flags: tuple[str, ...] = ()
