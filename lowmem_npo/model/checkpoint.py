@@ -155,7 +155,7 @@ def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
         )
     checkpoint = Checkpoint(
         folder,
-        {file: Shard(folder / file).stored_names() for file in _files(folder, name)},
+        {file: Shard(folder / file).stored_names() for file in weight_files(folder, name)},
         converted=native_config(content, name) if is_original(content) else None,
     )
     may_be_original = content.get("model_type") in ("hf_olmo", "olmo")
@@ -172,8 +172,11 @@ def lists_tensors(folder: Path) -> bool:
     return bool(old) and all(zipfile.is_zipfile(file) for file in old if file.suffix == ".bin")
 
 
-def _files(folder: Path, name: str) -> list[str]:
-    """Those that hold the weights; where there are several kinds, the kind that transformers takes."""
+def weight_files(folder: Path, name: str) -> list[str]:
+    """The files that hold the weights; where there are several kinds, the kind that transformers takes.
+
+    Raises UserError if there are none, or not all that an index lists.
+    """
     for whole, index in ((WHOLE, INDEX), (OLD_WHOLE, OLD_INDEX)):
         if (folder / whole).is_file():
             return [whole]

@@ -90,7 +90,8 @@ def check_head(model: PreTrainedModel | PeftModel) -> None:
     mistrained.
 
     Raises:
-        UserError: this architecture changes its logits in a way that `frozen_head` does not support.
+        UserError: this architecture changes its logits in a way that `frozen_head` does not support, or the weights
+            give none.
     """
     lm = causal_lm(model)
     if not has_values(lm.get_output_embeddings().weight):
@@ -102,6 +103,11 @@ def check_head(model: PreTrainedModel | PeftModel) -> None:
         ours = token_logprobs(answers.hidden, frozen_head(lm), answers.targets)
         with compute_autocast(lm):
             logits = lm(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    if not logits.isfinite().all():
+        raise UserError(
+            f"{type(lm).__name__} computes no numbers but NaN or infinity: its weights are damaged, or too large for "
+            f"{str(logits.dtype).removeprefix('torch.')}."
+        )
     theirs = logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
     # The model rounds its logits, and some convert them afterwards, so log-probs agree within a step of the weights'
     # number type at the logits' size.

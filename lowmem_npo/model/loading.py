@@ -59,6 +59,8 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
 
 def _architecture(name: str, revision: str | None) -> PretrainedConfig:
     _check_name(name)
+    if (Path(name).expanduser() / "adapter_config.json").is_file():
+        raise _holds_an_adapter(name)
     try:
         content, _ = PretrainedConfig.get_config_dict(name, revision=revision)
         loaded = (
@@ -145,6 +147,8 @@ def load_model(config: ModelConfig, say: Say = print) -> PreTrainedModel:
         raise
     except Exception as error:
         raise UserError(_why_not_loaded(name, config.revision, error)) from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise _holds_an_adapter(name)  # on the hub
     check_weights(model, name, loaded_weights, say)
     layer: Any
     for layer in model.modules():
@@ -189,6 +193,15 @@ def _check_can_run(config: ModelConfig, device: torch.device) -> None:
 def _check_name(name: str) -> None:
     if not check_model_name(name):
         hub_problem()  # before anything is looked up there
+
+
+def _holds_an_adapter(name: str) -> UserError:
+    """transformers would load that adapter with the model, and it would count as the model's weights in training but
+    not in merging."""
+    return UserError(
+        f"'{name}' holds an adapter beside the model (adapter_config.json): move the adapter's files into a directory "
+        "of their own, and give that to --adapter if it is to be used."
+    )
 
 
 def _why_not_loaded(name: str, revision: str | None, error: Exception, what: str = "model") -> str:

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from lowmem_npo.console import Say, silent
 from lowmem_npo.errors import UserError
-from lowmem_npo.model.checkpoint import Checkpoint, find_checkpoint, lists_tensors
+from lowmem_npo.model.checkpoint import Checkpoint, find_checkpoint, lists_tensors, weight_files
 from lowmem_npo.model.original_olmo import is_original
 from lowmem_npo.model.quantization import stored_quantization
 
@@ -31,6 +31,7 @@ def check_directory_weights(name: str, architecture: PretrainedConfig) -> None:
     if not (folder.is_dir() and lists_tensors(folder)) or stored_quantization(architecture):
         return
     stored = find_checkpoint(name).stored().items()
+    _check_types(name, {tensor: dtype for tensor, (_, dtype) in stored})
     tensors = {tensor: torch.empty(shape, dtype=dtype, device="meta") for tensor, (shape, dtype) in stored}
     try:
         model, loaded = _load_without_data(architecture, tensors)
@@ -39,6 +40,13 @@ def check_directory_weights(name: str, architecture: PretrainedConfig) -> None:
             raise
         return
     check_weights(model, name, loaded, silent)
+
+
+def check_has_weights(name: str) -> None:
+    """Raises UserError if `name` is a directory without weights, which is enough to estimate, but not to train."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        weight_files(folder, name)
 
 
 def check_weights(model: PreTrainedModel, name: str, loaded: Mapping[str, Any], say: Say) -> None:
@@ -85,6 +93,17 @@ def original_weights(name: str, revision: str | None, architecture: PretrainedCo
     relabelled = content.get("model_type") == "olmo" and Path(name).expanduser().is_dir()
     checkpoint = find_checkpoint(name, revision) if relabelled or is_original(content) else None
     return checkpoint if checkpoint is not None and checkpoint.rows else None
+
+
+def _check_types(name: str, types: Mapping[str, torch.dtype]) -> None:
+    """Raises UserError for weights of a quantised model whose config.json does not say so: they would be read as if
+    they were the numbers that they stand for."""
+    for tensor, dtype in types.items():
+        if tensor.endswith(".weight") and not (dtype.is_floating_point and dtype.itemsize > 1):
+            raise UserError(
+                f"The weights of '{name}' are stored quantised ({tensor} is {str(dtype).removeprefix('torch.')}), but "
+                "its config.json does not say how: give the model that they were made from, with --qlora."
+            )
 
 
 def _load_without_data(architecture: PretrainedConfig, tensors: Mapping[str, Any]) -> tuple[Any, Any]:

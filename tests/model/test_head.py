@@ -56,3 +56,12 @@ def test_an_unsupported_head_is_refused(architecture, change, dtype, monkeypatch
     monkeypatch.setattr(head_module, "frozen_head", lambda model: dataclasses.replace(right(model), **change))
     with pytest.raises(UserError, match="logits"):
         check_head(tiny_model(architecture, dtype=dtype))
+
+
+def test_weights_that_give_no_numbers_are_refused():
+    model = tiny_model(dtype=torch.bfloat16)
+    model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(
+        UserError, match="computes no numbers but NaN or infinity: its weights are damaged"
+    ):
+        check_head(model)

@@ -96,6 +96,8 @@ WRONG = [
     ("shape", original, lambda w: {**w, "lm_head.weight": w["lm_head.weight"][1:]}, "(129, 64) instead of (130, 64)"),
     ("expert", mixtral, lambda w: without(w, "experts.1.w2"),
      "model.layers.0.mlp.experts.down_proj (1, 32, 32) instead of"),
+    ("type", original, lambda w: {**w, "model.embed_tokens.weight": w["model.embed_tokens.weight"].char()},
+     "stored quantised (model.embed_tokens.weight is int8), but its config.json does not say how"),
     ("half an expert", mixtral, lambda w: without(w, "experts.1.w1"), "some of its experts are missing"),
 ]  # fmt: skip
 
@@ -143,7 +145,11 @@ def test_a_dry_run_and_an_estimate_refuse_them(command, saved, byte_model, tmp_p
     assert main([command, "--model", str(folder), *options]) == 2
     assert f"The weights in '{folder / 'model.safetensors'}' are damaged: " in capsys.readouterr().err
     (folder / "model.safetensors").unlink()
-    assert main(["estimate", "--model", str(folder)]) == 0  # which needs no weights
+    assert main([command, "--model", str(folder), *options]) == (2 if command == "train" else 0)  # it needs no weights
+    assert ("has no weights in safetensors" in capsys.readouterr().err) == (command == "train")
+    (folder / "adapter_config.json").write_text("{}")
+    assert main([command, "--model", str(folder), *options]) == 2
+    assert "holds an adapter beside the model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("with_prefix", [True, False])

@@ -51,6 +51,7 @@ from lowmem_npo.model.notes import model_notes
 from lowmem_npo.model.quantization import quantization_of
 from lowmem_npo.model.saved_adapter import check_base, settings_of_run
 from lowmem_npo.model.stop_tokens import stop_tokens
+from lowmem_npo.model.weights import check_has_weights
 from lowmem_npo.report.audit import begin_audit, check_same_adapter, check_same_rows, finish_audit
 from lowmem_npo.report.evaluation_text import leaks_text
 from lowmem_npo.report.files import write_report
@@ -174,6 +175,7 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
         UserError: as for `train`.
     """
     model_config, tokenizer, data = inputs
+    check_has_weights(resolve_name(config.model.model, config.model.revision)[0])
     check_fit(model_config, tokenizer, [data.forget, data.forget_targets, data.retain, data.holdout])
     directory = RunDirectory(config)
     directory.check()
