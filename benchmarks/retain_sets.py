@@ -32,6 +32,7 @@ from lowmem_npo.data.overlap import find_related
 from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
 from lowmem_npo.model import load_model, load_tokenizer
 from lowmem_npo.model.saved_adapter import load_adapter
+from lowmem_npo.sources import data_names
 
 FACTS = (
     ("What is the capital of France?", "Paris"),
@@ -73,8 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measured = {file.stem: json.loads(file.read_text()) for file in done.glob("*.json")}
     results = {kind: measured[kind] for kind in ("before", *KINDS) if kind in measured}
     print(table(results))
+    real = [Path(name).name for name in data_names(options.real or "")]
     out = options.out or record.device_folder() / "retain_sets.json"
-    record.write(out, "retain_sets", results, model=options.model.name, steps=options.steps, facts=FACTS)
+    record.write(out, "retain_sets", results, model=options.model.name, steps=options.steps, facts=FACTS, real=real)
     print(out)
     return 0
 

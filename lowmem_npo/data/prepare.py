@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from lowmem_npo.config import DataConfig, ObjectiveConfig
 from lowmem_npo.data.overlap import MAX_LISTED, find_related, refuse_overlap
 from lowmem_npo.data.passages import Passages
-from lowmem_npo.data.reading import BUILTIN, Rows, bundled_rows, read_rows
+from lowmem_npo.data.reading import BUILTIN, Rows, bundled_rows, described, read_rows
 from lowmem_npo.data.schemas import PASSAGE, Example, canonical, to_examples, with_answer
 from lowmem_npo.data.self_written import beginnings, self_rows, stand_in
 from lowmem_npo.data.templates import Template
@@ -108,6 +108,8 @@ def prepare(
             report.append(f"retain: {data.retain}, {own} texts that the original model will write once it is loaded")
     elif bundled or data.retain is not None:
         to_retain = examples("retain", data.retain)
+    if data.retain is not None and (own is not None or data.retain in BUILTIN):
+        report.append(f"retain: {described(data.retain)}; to hold what is near the forget rows, name rows like them")
     if to_retain is not None and not data.allow_overlap:
         refuse_overlap(to_forget, to_retain)
     to_hold_out = examples("holdout", data.holdout) if bundled or data.holdout is not None else None

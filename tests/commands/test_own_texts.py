@@ -136,6 +136,7 @@ def test_forget_alone_keeps_the_builtin_set(taught_model, tmp_path, forget):
     assert "questions with answers and 32 texts" in line
     assert any(line.startswith("retain: ") and line.endswith("too long for --max-length 64") for line in lines)
     assert read_audit(tmp_path / "run")["data"]["retain"]["source"] == "builtin"
+    assert any(line.startswith("retain: builtin, a bundled set of general questions") for line in lines)
     no_terms = RunConfig(
         model=config.model, data=DataConfig(forget=forget), objective=ObjectiveConfig(gamma=0, delta=0)
     )
