@@ -176,7 +176,7 @@ def train(desk, architecture, qlora):
     out = desk.trained(qlora)
     first, second = map(json.loads, (out / "metrics.jsonl").read_text().splitlines()[:2])
     expected = {"forget_loss": 4 * math.log(2), "forget_log_ratio": 0, "retain_kl": 0}  # (2 / beta) ln 2
-    allowed = ROUNDING.get(architecture, {"forget_loss": 1e-4, "forget_log_ratio": 1e-4, "retain_kl": 1e-6})
+    allowed = ROUNDING.get(architecture, {"forget_loss": 1e-3, "forget_log_ratio": 1e-3, "retain_kl": 1e-6})
     for name, value in expected.items():
         assert first[name] == pytest.approx(value, abs=allowed[name]), name
     assert abs(second["forget_log_ratio"]) > 1e-3 and second["retain_kl"] > 0  # it learns
