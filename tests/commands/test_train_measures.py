@@ -60,7 +60,8 @@ def test_every_form_is_measured_and_the_headline_comes_last(chat_model, forget, 
     assert "forget, plain" in printed and "greedy answers of up to 40 tokens" in printed
     content = read_content(folder)
     assert printed.rstrip().splitlines()[-1] == content.verdict.headline
-    assert any(sentence.startswith("Asked without its chat template, of 3 answers 0 appear") for sentence in content.verdict.sentences)
+    without = "Asked without its chat template, of 3 answers 0 appear"
+    assert any(sentence.startswith(without) for sentence in content.verdict.sentences)
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "Forget, asked in other words" in page and 'dir="auto"><bdi>زنتورب المخفي' in page and "鐘が鳴る" in page
 
