@@ -118,3 +118,26 @@ def check_head(model: PreTrainedModel | PeftModel) -> None:
             f"{type(lm).__name__} changes its logits in a way that is not supported (log-probs differ by "
             f"{(ours - theirs).abs().max().item():.2g}): please report this architecture."
         )
+
+
+@torch.no_grad()
+def check_causal(model: PreTrainedModel | PeftModel) -> None:
+    """Compares the states of two rows that differ in their last token alone.
+
+    Raises:
+        UserError: each token sees those after it, so that the tokens to predict are given, and padding is read.
+    """
+    lm = causal_lm(model)
+    weight = lm.get_output_embeddings().weight
+    if not has_values(weight):
+        return
+    ids = few_tokens(lm).repeat(2, 1)
+    ids[1, -1] = ids[1, 0]
+    with eval_mode(lm), compute_autocast(lm):
+        one, other = decoder(lm)(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].float()
+    changed = ((one - other).norm(dim=-1) / one.norm(dim=-1)).mean()  # one token's rounding is no refusal
+    if changed > 8 * max(torch.finfo(weight.dtype).eps, 1e-4):
+        raise UserError(
+            f"{type(lm).__name__} is not causal here: each token sees those after it. Give a model that generates text "
+            "(in its config.json, is_causal is not false and use_bidirectional_attention not true)."
+        )

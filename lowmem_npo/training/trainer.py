@@ -33,7 +33,7 @@ from lowmem_npo.data.batching import Batch, ForgetRetain, collator
 from lowmem_npo.errors import UserError
 from lowmem_npo.forget_terms import Term, register
 from lowmem_npo.memory.prefix import SharedPrefix
-from lowmem_npo.model import answer_hidden, attach_lora, check_head, frozen_head
+from lowmem_npo.model import answer_hidden, attach_lora, check_causal, check_head, frozen_head
 from lowmem_npo.model.adapters import restore_adapter
 from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.modes import train_adapter
@@ -143,6 +143,7 @@ class NPOTrainer(Trainer):
                 raise UserError("NPOTrainer trains an adapter: give a PeftModel, or peft_config=AdapterConfig(...).")
             model = attach_lora(model, peft_config)
         check_head(model)
+        check_causal(model)
         # cuDNN's attention, PyTorch's choice on Hopper and Blackwell, plans anew for every length of a batch: about a
         # second each. For the whole process: a layer's recomputation must choose as its first pass did.
         torch.backends.cuda.enable_cudnn_sdp(False)

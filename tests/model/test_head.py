@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 from helpers.tiny_models import CONFIGS, SIZES, tiny_model
-from transformers import GPTNeoXConfig, PhiConfig
+from transformers import Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, PhiConfig, XLNetConfig
 
 from lowmem_npo.errors import UserError
-from lowmem_npo.model import answer_hidden, check_head
+from lowmem_npo.model import answer_hidden, check_causal, check_head
 from lowmem_npo.model import head as head_module
 
 
@@ -61,7 +61,24 @@ def test_an_unsupported_head_is_refused(architecture, change, dtype, monkeypatch
 def test_weights_that_give_no_numbers_are_refused():
     model = tiny_model(dtype=torch.bfloat16)
     model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
-    with pytest.raises(
-        UserError, match="computes no numbers but NaN or infinity: its weights are damaged"
-    ):
+    with pytest.raises(UserError, match="computes no numbers but NaN or infinity: its weights are damaged"):
         check_head(model)
+
+
+BIDIRECTIONAL = [
+    (LlamaConfig(vocab_size=97, is_causal=False, **SIZES), torch.bfloat16),
+    (Gemma3TextConfig(vocab_size=97, head_dim=8, use_bidirectional_attention=True, **SIZES), torch.bfloat16),
+    (XLNetConfig(vocab_size=97, d_model=32, n_layer=2, n_head=4, d_inner=48), torch.float32),
+]
+
+
+@pytest.mark.parametrize("config, dtype", BIDIRECTIONAL)
+def test_a_model_in_which_tokens_see_those_after_them_is_refused(config, dtype):
+    with pytest.raises(UserError, match="is not causal here"):
+        check_causal(tiny_model(config, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_causal_models_are(architecture, dtype):
+    check_causal(tiny_model(architecture, dtype=dtype))
