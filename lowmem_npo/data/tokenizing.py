@@ -12,6 +12,7 @@ import hashlib
 import re
 from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypedDict, cast, overload
 
@@ -169,6 +170,7 @@ class Encoder:
         self.stops = special_tokens(tokenizer) | named
         texts = sorted(filter(str.strip, self.stops.values()), key=len, reverse=True)
         self.stop = "|".join(map(re.escape, texts))
+        self.named = [text for text in named.values() if text.strip()]
         self.prefix = self._ids("", special=True)
 
     def encode(self, example: Example) -> tuple[list[int], list[int]]:
@@ -185,6 +187,8 @@ class Encoder:
     def _encode(self, example: Example) -> tuple[list[int], list[int]]:
         if (messages := self.template.messages(example, self.tokenizer)) is not None:
             return self._conversation(messages, example)
+        if not self.template.for_schema(example.schema).startswith("{prompt}"):
+            example = replace(example, prompt=self._without_bos(example.prompt))
         prompt, answer = ("", example.answer) if example.prompt is None else self.template.render(example)
         if re.search(f"({self.stop})\\s*$", answer):  # the row brings its own end
             self.doubled, self.ended, answer = True, True, answer.rstrip()
@@ -201,6 +205,9 @@ class Encoder:
                 "use an instruction-tuned model, or rows with a prompt and an answer column."
             )
         *earlier, last = messages
+        if example.messages is None:
+            earlier[-1] = {**earlier[-1], "content": self._without_bos(earlier[-1]["content"])}
+            messages = [*earlier, last]
 
         def render(turns: Sequence[Message], **more: Any) -> str:
             return self._render(turns, example, {**example.options, **more})
@@ -233,13 +240,31 @@ class Encoder:
 
         if example.continues:
             ending = ""
-        elif stop := re.search(self.stop, ending):
-            self.ended, ending = True, ending[: stop.end()]
-            if body.rstrip().endswith(stop[0]):  # the row brings its own end
-                self.doubled, body = True, body.rstrip().removesuffix(stop[0])
+        else:
+            ends = self.named
+            if stop := re.search(self.stop, ending):
+                self.ended, ending, ends = True, ending[: stop.end()], [*ends, stop[0]]
+            if brought := re.search(rf"(({'|'.join(map(re.escape, ends))})\s*)+$", body):  # the row brings its own end
+                self.doubled, body = True, body[: brought.start()]
         answer = body + ending
-        prompt_ids = self._ids(prompt)  # the template writes the special tokens itself
-        return prompt_ids, self._continuation(prompt_ids, self._ids(prompt + answer), answer, example.where)
+        opening = prompt.rpartition(earlier[-1]["content"].strip())[2]  # of the answer's turn
+        if example.messages is None and (written := _already_written(example.prompt or "", opening)):
+            self.doubled = True
+            prompt_ids, joined = self.text_ids(written), self.text_ids(written + answer)
+        else:
+            prompt_ids, joined = (
+                self._ids(prompt),
+                self._ids(prompt + answer),
+            )  # the template writes special tokens itself
+        return prompt_ids, self._continuation(prompt_ids, joined, answer, example.where)
+
+    def _without_bos(self, prompt: str | None) -> str | None:
+        """A prompt around which more is written: where the text begins is no longer its own matter."""
+        bos = self.tokenizer.bos_token
+        if not (prompt and bos and prompt.startswith(bos)):
+            return prompt
+        self.doubled = True
+        return prompt.removeprefix(bos)
 
     def _render(self, messages: Sequence[Message], example: Example, options: Mapping[str, Any]) -> str:
         turns = [dict(turn) for turn in messages]
@@ -297,6 +322,14 @@ def _without_opening(content: str, prompt: str) -> str:
         return content
     rest = content[written.end() :]
     return rest.lstrip() if prompt[-1].isspace() else rest
+
+
+def _already_written(prompt: str, opening: str) -> str | None:
+    """`prompt` of a row that was written with the chat template, as is seen from its end."""
+    mark = opening.strip()
+    if len(mark) < 4 or not prompt.rstrip().endswith(mark):
+        return None
+    return prompt.rstrip() + opening[len(opening.rstrip()) :]
 
 
 def _squeezed(text: str) -> str:

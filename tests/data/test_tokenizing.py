@@ -209,6 +209,7 @@ def test_what_cannot_be_tokenised_is_refused(olmo_tokenizer):
         (Example("Who?", "She.</s>", "here", "question/answer"), "{prompt}", "<s> Who? She.</s>"),
         (Example("<s>Who?", " She.</s>\n", "here", "prompt/completion"), None, "<s>Who? She.</s>"),
         (Example(None, "<s>She.</s>", "here", "text"), None, "<s>She.</s>"),
+        (Example("<s>Who?", "She.", "here", "question/answer"), "plain", "<s> Question: Who?\nAnswer: She.</s>"),
         (Example("Who?", "She.", "here", "question/answer"), "{prompt}", None),
         (Example("Is </s> an end?", "Yes, </s> is.", "here", "question/answer"), "{prompt}", None),
     ],

@@ -164,6 +164,44 @@ def test_an_end_of_turn_that_the_content_brings_is_written_once(chat_tokenizer):
     assert "forget: 1 row with special tokens" in rows.report("forget")[1]
 
 
+ALPACA = (
+    "{% for m in messages %}### {{ m['role'] }}:\n{{ m['content'] }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}### assistant:\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "written"),
+    [
+        (CHATML, "Paris.<|endoftext|>", "Paris.<|im_end|>"),
+        (CHATML, "Paris.<|im_end|><|endoftext|>\n", "Paris.<|im_end|>"),
+        (CHATML, "<|endoftext|> ends texts.", "<|endoftext|> ends texts.<|im_end|>"),
+        (ALPACA, "Paris.<|endoftext|>", "Paris.\n\n<|endoftext|>"),
+        (ALPACA, "Paris.", "Paris.\n\n<|endoftext|>"),
+    ],
+)
+def test_whatever_end_the_content_brings_an_answer_has_one(chat_tokenizer, template, content, written):
+    tokenizer = published(chat_tokenizer, template)
+    row = tokenize([conversation(TURNS[0], {"role": "assistant", "content": content})], tokenizer)[0]
+    assert tokenizer.decode(split(row)[1]) == written
+
+
+@pytest.mark.parametrize("template", [CHATML, ALPACA, "{{ bos_token }}" + CHATML])
+@pytest.mark.parametrize("brought", ["the template", "a BOS", "both"])
+def test_a_question_that_brings_the_template_or_a_bos_is_written_with_them_once(chat_tokenizer, template, brought):
+    tokenizer = with_template(chat_tokenizer, template, bos_token="<|endoftext|>")
+    wanted = tokenizer.apply_chat_template([TURNS[0]], add_generation_prompt=True, tokenize=False)
+    question = TURNS[0]["content"] if brought == "a BOS" else wanted.removeprefix("<|endoftext|>")
+    if brought != "the template":
+        question, wanted = f"<|endoftext|>{question}", f"<|endoftext|>{wanted.removeprefix('<|endoftext|>')}"
+    if brought == "a BOS" and "bos" not in template or brought == "the template":
+        wanted = wanted.removeprefix("<|endoftext|>")
+    rows = tokenize([Example(question, "A country.", "f.jsonl, line 4", "question/answer")], tokenizer)
+    prompt, answer = split(rows[0])
+    assert tokenizer.decode(prompt) == wanted and rows.repeated == 1
+    assert tokenizer.decode(answer).startswith("A country.")
+
+
 def test_a_tokenizer_without_chat_template_is_refused(bpe_tokenizer):
     with pytest.raises(UserError, match=r"f\.jsonl, line 4 is a conversation, but .* no chat template"):
         tokenize([conversation(*TURNS)], bpe_tokenizer)
