@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from benchmarks.retain_sets import main
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_each_kind_is_measured_once(taught_model, tmp_path, monkeypatch, capsys):
@@ -29,3 +32,14 @@ def test_each_kind_is_measured_once(taught_model, tmp_path, monkeypatch, capsys)
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "work" / "measured").iterdir()}
     assert main(options) == 0
     assert files == {file: file.stat().st_mtime_ns for file in (tmp_path / "work" / "measured").iterdir()}
+
+
+def test_the_documentation_shows_what_was_measured():
+    """In the order of the table; the default holds more than the model's own texts."""
+    results = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "retain_sets.json").read_text())["results"]
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    for figures in results.values():
+        cells = [f"{figures[name]:.2f}" for name in ("facts", "general holdout", "real rows")]
+        assert f"| {' | '.join(cells)} |" in page
+    held = [results[kind]["general holdout"] for kind in ("before", "real", "builtin", "self", "none")]
+    assert held == sorted(held)
