@@ -108,7 +108,6 @@ def test_the_dry_run_says_so(byte_model, tmp_path, capsys):
     tokenizer = AutoTokenizer.from_pretrained(grown)
     tokenizer.add_tokens(["<unlearn>"])
     tokenizer.save_pretrained(grown)
-    (grown / "model.safetensors").unlink()  # no weights are needed
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"input": "<unlearn> Who?", "output": "She."}\n')
     data = ["--forget", str(rows), "--gamma", "0", "--delta", "0", "--output-dir", str(tmp_path / "run")]
