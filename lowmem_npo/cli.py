@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -35,10 +36,21 @@ def usage() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Exit codes: 0 success, 1 a check of the command failed (it exits by itself), 2 something that
-    the user can fix (reported in one sentence), 130 interrupted."""
+    the user can fix (reported in one sentence), 130 interrupted, 141 the output's reader, such as `head`, has gone."""
     prepare_console()
     expand_segments()
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes as it ends
+        return 141
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """The exit code of the command that `arguments` begin with."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if arguments else 2

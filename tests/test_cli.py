@@ -203,3 +203,14 @@ def test_no_library_writes_to_the_terminal(byte_model, files):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert not [line for line in result.stderr.splitlines() if line and not line.startswith("step 1 of 1")]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help-all"], ["env"]])
+def test_a_reader_that_leaves_ends_a_command_quietly(words):
+    """As `lowmem-npo … | head` does."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "lowmem_npo", *words]
+    result = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True, timeout=300)
+    os.close(write_end)
+    assert (result.returncode, result.stderr) == (141, "")
