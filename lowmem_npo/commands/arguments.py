@@ -17,7 +17,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, cast, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, cast, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
@@ -184,13 +184,14 @@ def with_help(config: type, leak_tests: Sequence[LeakTest] = ()) -> Any:
 def _shown(field: dataclasses.Field, hint: Any, text: str | None) -> Any:
     """An option in the help: a value that may be left out is shown as its type alone, without a default of None."""
     kinds = [kind for kind in get_args(hint) if kind is not type(None)]
-    optional = type(None) in get_args(hint) and len(kinds) == 1 and kinds[0] in (str, int, float)
+    optional = type(None) in get_args(hint) and len(kinds) == 1
     positional = hasattr(hint, "__metadata__")
-    return tyro.conf.arg(
-        help=text,
-        metavar=field.name.upper() if positional else kinds[0].__name__.upper() if optional else None,
-        help_behavior_hint="" if field.default is None else None,
-    )
+    metavar = field.name.upper() if positional else None
+    if optional and kinds[0] in (str, int, float):
+        metavar = kinds[0].__name__.upper()
+    elif optional and get_origin(kinds[0]) is Literal:
+        metavar = f"{{{','.join(get_args(kinds[0]))}}}"
+    return tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint="" if field.default is None else None)
 
 
 def _like(field: dataclasses.Field) -> Any:

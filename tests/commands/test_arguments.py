@@ -1,5 +1,6 @@
 """Flags, aliases, configuration files, and which of them wins."""
 
+import contextlib
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -238,6 +239,14 @@ def test_commands_are_listed(capsys):
     assert main([]) == 2
     assert main(["tarin"]) == 2
     assert "train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_no_help_speaks_of_none(command, capsys):
+    """An option that may be left out is shown by its type or its choices."""
+    with contextlib.suppress(SystemExit):
+        main([command, "--help-all" if command == "train" else "--help"])
+    assert "None" not in capsys.readouterr().out
 
 
 def test_env_says_what_a_bug_report_needs(capsys):

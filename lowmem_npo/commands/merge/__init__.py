@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 import tyro
 
+from lowmem_npo.commands.arguments import with_help
 from lowmem_npo.commands.merge.options import MergeConfig
 from lowmem_npo.libraries import quiet_libraries
 
 
 def main(arguments: Sequence[str]) -> None:
-    config = tyro.cli(MergeConfig, args=list(arguments), prog="lowmem-npo merge")
+    parsed = tyro.cli(with_help(MergeConfig), args=list(arguments), prog="lowmem-npo merge")
+    config = MergeConfig(**vars(parsed))
     quiet_libraries()
     from lowmem_npo.commands.merge.run import merge  # late: --help need not load transformers
 
