@@ -100,8 +100,8 @@ class DataOptions:
     folder of them), several files, or a hub name such as locuslab/TOFU:forget05. Without any data a small bundled set
     of invented biographies is used."""
     retain: str | None = None
-    """What to keep, given in the same way. builtin: a bundled set of general questions and texts, which is the default
-    where only --forget is given. self or self:N: N texts (64) that the original model writes itself."""
+    """What to keep, given in the same way, or builtin (general questions and texts, the default where only --forget is
+    given), or self:N (N texts that the original model writes itself). self alone: 64 texts."""
     holdout: str | None = None
     """Rows like those to forget that the model was never taught, given in the same way: --stop-when and the leak tests
     compare the forget rows with them. They are never trained on. The bundled data has its own."""
@@ -121,7 +121,7 @@ class DataOptions:
     """Tokens of a passage, of those into which documents are cut; each overlaps the next by half. Default: 128."""
     passages: PassageForm | None = None
     """What a passage of a document becomes: its second half as the completion of its first (completion), a text
-    (text), or both."""
+    (text), or both, the default."""
 
 
 @dataclass

@@ -120,7 +120,7 @@ def _base_of_adapter(flags: Sequence[str]) -> list[str]:
 def short_help(command: str) -> str:
     """The options that most runs need, a sentence each."""
     lines = [
-        f"usage: lowmem-npo {command} --model NAME_OR_DIR [--forget FILE --retain FILE] [--output-dir DIR] [OPTIONS]",
+        f"usage: lowmem-npo {command} --model NAME_OR_DIR [--forget FILE] [--retain FILE] [--output-dir DIR] [OPTIONS]",
         "",
         "Make a model forget one dataset and keep another. Writes the adapter, a before/after table and a report.",
     ]

@@ -45,7 +45,8 @@ class AskOptions(ModelOptions):
     qlora: bool = False
     """Load the base as 4-bit NF4; a run with --qlora is asked so anyway."""
     run: tyro.conf.Positional[str] = field(kw_only=True)
-    """Directory of a run or of an adapter; or a merged model, which has one answer to each question."""
+    """Directory of a run or of an adapter; or any model, merged or not yet trained, which has one answer to each
+    question."""
     questions: tyro.conf.Positional[tuple[str, ...]] = ()
     """What to ask."""
     file: str | None = None
