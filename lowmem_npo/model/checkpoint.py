@@ -22,6 +22,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.original_olmo import Rows, is_original, is_original_tensor, native_config, native_tensors
+from lowmem_npo.sources import check_model_name
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 OLD_WHOLE, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -144,7 +145,7 @@ def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     Raises UserError if there are none, or they are quantised.
     """
     folder = Path(name).expanduser()
-    if not folder.is_dir():
+    if not check_model_name(name):
         folder = _download(name, revision, ["*.safetensors", INDEX])
         if not any((folder / file).is_file() for file in (INDEX, WHOLE)):
             folder = _download(name, revision, ["pytorch_model*.bin", OLD_INDEX])

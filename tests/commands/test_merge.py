@@ -361,6 +361,9 @@ def test_other_bases_and_damaged_files(tmp_path, capsys):
     for file in wide.glob("model*"):
         file.unlink()
     fails(capsys, run(adapter, tmp_path / "new2", "--model", str(wide), "--any-base"), "has no weights in safetensors")
+    gone, empty = str(tmp_path / "gone"), str(tmp_path / "new.partial")
+    fails(capsys, run(adapter, tmp_path / "new2", "--model", gone, "--any-base"), f"There is no directory '{gone}'")
+    fails(capsys, run(adapter, tmp_path / "new2", "--model", empty, "--any-base"), "holds no model: there is no config")
     (adapter / "adapter_config.json").write_text(
         json.dumps({**json.loads((adapter / "adapter_config.json").read_text()), "peft_type": "IA3"})
     )
