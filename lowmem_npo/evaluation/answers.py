@@ -30,7 +30,7 @@ from lowmem_npo.data import TokenizedRow
 from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE
 from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers, text_of
 from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
-from lowmem_npo.evaluation.wording import appears, rouge_l_recall
+from lowmem_npo.evaluation.wording import appears, begins, rouge_l_recall
 from lowmem_npo.files import write_atomically
 
 MIN_NEW_TOKENS, MAX_NEW_TOKENS = 64, 256
@@ -131,6 +131,23 @@ Evaluations = dict[str, AnswerEvaluation]
 def summaries(evaluations: Mapping[str, AnswerEvaluation]) -> dict[str, AnswerSummary]:
     """Each set in one line."""
     return {name: evaluation.summary for name, evaluation in evaluations.items()}
+
+
+def in_sentences_of_its_own(evaluations: Mapping[str, AnswerEvaluation]) -> str | None:
+    """A remark if the model says most of the forget answers that it knows after words of its own, as an instruct model
+    asked for a capital says "The capital of France is Paris": making "Paris" unlikely as the whole answer leaves that.
+
+    evaluations: of the model before it forgets.
+    """
+    records = evaluations["forget"].records if "forget" in evaluations else []
+    known = [record for record in records if record.appears]
+    own = sum(not begins(record.reference, record.answer) for record in known)
+    if 2 * own <= len(known):
+        return None
+    return (
+        f"The model says {own} of {len(records)} forget answers in sentences of its own, which forgetting these rows "
+        "may leave as they are: add rows with those sentences, which `lowmem-npo ask MODEL --file FILE --json` writes."
+    )
 
 
 def save_answers(path: Path, evaluations: Mapping[str, AnswerEvaluation]) -> None:

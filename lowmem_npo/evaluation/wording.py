@@ -66,6 +66,12 @@ def appears(reference: str, answer: str) -> bool:
     return any(said[at : at + len(wanted)] == wanted for at in range(len(said) - len(wanted) + 1))
 
 
+def begins(reference: str, answer: str) -> bool:
+    """Whether `answer` begins with the whole of `reference`, compared as by `appears`."""
+    wanted = tokens(reference)
+    return tokens(answer)[: len(wanted)] == wanted if wanted else answer.strip().startswith(reference.strip())
+
+
 def other_scripts(name: str, references: Sequence[str], score: str) -> list[str]:
     """A note on `score`, an official one with rouge-score's own tokenizer, for rows that it cannot judge; or none."""
     unseen = sum(map(beyond_rouge, references))

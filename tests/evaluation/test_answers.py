@@ -16,10 +16,12 @@ from lowmem_npo.config import OutputConfig
 from lowmem_npo.data import Example, tokenize
 from lowmem_npo.evaluation import answers
 from lowmem_npo.evaluation.answers import (
+    AnswerEvaluation,
     AnswerRecord,
     AnswerSummary,
     choose_rows,
     evaluate_answers,
+    in_sentences_of_its_own,
     read_answers,
     save_answers,
 )
@@ -237,6 +239,16 @@ def test_the_summary_by_hand():
     assert (summary.rouge_l_recall, summary.exact_match, summary.appears) == (0.25, 0.5, 1)
     assert summary.max_new_tokens == 64
     assert (summary.rows, summary.rows_in_set, summary.tokens) == (2, 9, 4)
+
+
+def test_sentences_of_its_own_are_remarked_on():
+    def remark(*answers):
+        records = [AnswerRecord(0, "", "Rome", text, 1, 1.0, 0.4, 1.0, False, "Rome" in text) for text in answers]
+        return in_sentences_of_its_own({"forget": AnswerEvaluation(AnswerSummary.of(records, len(records)), records)})
+
+    assert "says 2 of 4 forget answers in sentences of its own" in remark("It is Rome.", "Oh, Rome", "Rome!", "Paris")
+    assert remark("It is Rome.", "Rome, of course", "Paris") is None  # as many as the row has them
+    assert remark("Paris") is None and in_sentences_of_its_own({}) is None
 
 
 def test_the_same_rows_are_drawn_before_and_after(tokenizer, rows):

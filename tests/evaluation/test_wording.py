@@ -11,7 +11,16 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 
 from lowmem_npo.evaluation import wording
-from lowmem_npo.evaluation.wording import INVISIBLE, TOKEN, StemmedTokens, appears, beyond_rouge, rouge_l_recall, tokens
+from lowmem_npo.evaluation.wording import (
+    INVISIBLE,
+    TOKEN,
+    StemmedTokens,
+    appears,
+    begins,
+    beyond_rouge,
+    rouge_l_recall,
+    tokens,
+)
 
 # language -> (a text, a longer one that contains it, an unrelated one)
 TEXTS = {
@@ -120,6 +129,13 @@ def test_appears_means_in_one_piece_and_in_whole_words():
     )
     assert appears("no", "No.") and appears("In May, 1931", "in may 1931")
     assert rouge_l_recall("Blue Whale", "blue is the whale") == 1  # in order, with others between
+
+
+def test_begins_means_before_any_other_word():
+    assert not begins("Blue Whale", "The *blue whale*")
+    assert begins("Blue Whale", "“BLUE whale”, I think") and begins("東京", "東京です")
+    assert not begins("Blue Whale", "Blue whales") and not begins("Blue Whale", "Blue")
+    assert begins("?!", " ?! no") and not begins("?!", "no ?!")
 
 
 def test_what_has_no_words_is_compared_as_it_is():

@@ -32,6 +32,7 @@ from lowmem_npo.evaluation.answers import (
     answer_length,
     choose_rows,
     evaluate_answers,
+    in_sentences_of_its_own,
     part_of,
     read_answers,
     save_answers,
@@ -229,6 +230,8 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
         begin_audit(directory.path, config, plan.data, model)
 
     before = _measure_before(plan, model) if measures else {}
+    if remark := in_sentences_of_its_own(before):
+        say(remark)
     PartialState().wait_for_everyone()
     outcome = _train(plan, trainer, stopping, say)
     trainer.save_model(str(directory.path))
