@@ -30,7 +30,7 @@ class AdapterFiles:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.weights = path / "adapter_model.safetensors"  # written last
-        self.digest = path / "adapter_model.sha256"  # of a checkpoint
+        self.digest = path / "checkpoint.sha256"  # of a checkpoint's files
         self.adapter_config = path / "adapter_config.json"
         self.trainer_state = path / "trainer_state.json"  # of a checkpoint
 

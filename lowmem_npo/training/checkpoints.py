@@ -21,6 +21,8 @@ from lowmem_npo.files import file_sha256, write_atomically
 from lowmem_npo.model.adapters import adapter_weights
 from lowmem_npo.run_directory import AdapterFiles, RunFiles, step_of
 
+STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth")  # of one process, beside the weights
+
 
 def resume_point(
     run: RunFiles, trainer: Trainer, steps: int, say: Say, also: Callable[[int], str | None] = lambda step: None
@@ -41,8 +43,10 @@ def resume_point(
 
 
 def write_digest(files: AdapterFiles) -> None:
-    """Writes the hash of the adapter's weights: the format has none, unlike that of the other files."""
-    write_atomically(files.digest, f"{file_sha256(files.weights)}  {files.weights.name}\n")
+    """Writes the hashes of a checkpoint's files so far: what a format checks by itself, if anything, is that a file is
+    one of its kind, not that it belongs to this step."""
+    there = [file for file in (files.weights, *(files.path / name for name in STATE)) if file.exists()]
+    write_atomically(files.digest, "".join(f"{file_sha256(file)}  {file.name}\n" for file in there))
 
 
 def _damage(files: AdapterFiles, trainer: Trainer, to_train: bool) -> str | None:
@@ -50,10 +54,11 @@ def _damage(files: AdapterFiles, trainer: Trainer, to_train: bool) -> str | None
 
     to_train: training continues from it; else only its adapter and its state are needed.
     """
+    hashes = _hashes(files.digest)
     checks: dict[Path, Callable[[Path], bool]] = {
         files.trainer_state: lambda file: TrainerState.load_from_json(str(file)).global_step == step_of(files.path),
         files.adapter_config: lambda file: isinstance(json.loads(file.read_text(encoding="utf-8")), dict),
-        files.weights: lambda file: _is_adapter(files, trainer.model),
+        files.weights: lambda file: _is_adapter(file, trainer.model),
     }
     if to_train:
         assert trainer.model is not None
@@ -72,7 +77,7 @@ def _damage(files: AdapterFiles, trainer: Trainer, to_train: bool) -> str | None
         if not file.is_file():
             return f"{file.name} is missing"
         try:
-            if is_whole(file):
+            if is_whole(file) and hashes.get(file.name) in (None, file_sha256(file)):
                 continue
         except Exception:  # every format and reader has errors of its own
             pass
@@ -80,13 +85,20 @@ def _damage(files: AdapterFiles, trainer: Trainer, to_train: bool) -> str | None
     return None
 
 
-def _is_adapter(files: AdapterFiles, model: Any) -> bool:
-    """Whether the weights are those of the model's adapter, as they were written."""
-    weights = load_file(files.weights)
-    expected = adapter_weights(model)
-    fits = all(name in weights and weights[name].shape == tensor.shape for name, tensor in expected.items())
-    digest = files.digest.read_text(encoding="utf-8").split()[0] if files.digest.exists() else None
-    return fits and digest in (None, file_sha256(files.weights))
+def _is_adapter(file: Path, model: Any) -> bool:
+    """Whether the weights are those of the model's adapter, by names and shapes."""
+    weights = load_file(file)
+    return all(
+        name in weights and weights[name].shape == tensor.shape for name, tensor in adapter_weights(model).items()
+    )
+
+
+def _hashes(digest: Path) -> dict[str, str]:
+    """File name -> hash, of the files that `write_digest` knew."""
+    if not digest.exists():
+        return {}
+    lines = digest.read_text(encoding="utf-8", errors="replace").splitlines()
+    return {name: sha256 for sha256, _, name in (line.partition("  ") for line in lines)}
 
 
 def _load(file: Path) -> Any:

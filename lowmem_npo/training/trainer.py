@@ -176,6 +176,11 @@ class NPOTrainer(Trainer):
         if _internal_call and output_dir is not None and self.args.should_save:  # a checkpoint
             write_digest(AdapterFiles(Path(output_dir)))
 
+    def _save_rng_state(self, output_dir: str) -> None:  # a checkpoint's last file but trainer_state.json
+        super()._save_rng_state(output_dir)
+        if self.args.should_save:
+            write_digest(AdapterFiles(Path(output_dir)))
+
     def restore(self, checkpoint: str) -> None:
         """Restores the adapter and the state of `checkpoint` without training: `train` would take at least one step."""
         self._load_from_checkpoint(checkpoint)

@@ -86,8 +86,17 @@ def empty(file: Path) -> None:
     file.write_bytes(b"")
 
 
+def of_another_step(file: Path) -> None:
+    shutil.copy(file.parents[1] / "checkpoint-1" / file.name, file)
+
+
+def without_moments(file: Path) -> None:
+    torch.save({**torch.load(file), "state": {}}, file)
+
+
 DAMAGES = [(name, missing) for name in FILES] + [(name, truncated) for name in FILES[:4]]
-DAMAGES += [(name, garbled) for name in FILES[2:]] + [("optimizer.pt", empty)]
+DAMAGES += [(name, garbled) for name in FILES[2:]] + [("optimizer.pt", empty), ("optimizer.pt", without_moments)]
+DAMAGES += [(name, of_another_step) for name in FILES[2:]]
 
 
 @pytest.mark.parametrize("name, damage", DAMAGES)
