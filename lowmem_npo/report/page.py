@@ -21,25 +21,14 @@ from lowmem_npo.evaluation.figures import side_by_side
 from lowmem_npo.report.audit import seconds
 from lowmem_npo.report.content import EVIDENCE, Content
 from lowmem_npo.report.figures import ANSWERS
+from lowmem_npo.report.glossary import GLOSSARY, anchor, linked
 from lowmem_npo.report.inline_svg import bar_legend, bar_pictures, curve_pictures
 from lowmem_npo.report.leak_tests import leak_sections, words
+from lowmem_npo.report.plain_words import first_page
 from lowmem_npo.report.verdict import RULES, form_words, said_count
 
 LONGEST = 600  # characters of a text that an example shows
 TONES = {"good": "as intended", "mixed": "with reservations", "bad": "not as intended", "unknown": "inconclusive"}
-LIMITS = (
-    "The original weights still know everything: only the adapter on them, or the merged model, has forgotten. Whoever "
-    "has the base model can leave the adapter off.",
-    "Answers are greedy, to the prompts of the data and to those forms of them that are listed. Other wordings, "
-    "languages, samples or a few steps of fine-tuning may bring back what they do not.",
-    "What is not in the forget rows is not forgotten, however closely related.",
-    "before.json, after.json and the rows.jsonl of an evaluation, in the same directory, contain the text of the rows: "
-    "do not pass them on with this report.",
-)
-NO_GOLD = (
-    "The only complete yardstick is a model that was never taught the forget rows. None was available, so it is not "
-    "known whether such a model would give these figures on the forget rows."
-)
 
 
 @dataclass(frozen=True)
@@ -61,12 +50,13 @@ def render_page(content: Content, examples: int) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"side_by_side": side_by_side, "text": shortened, "by_set": by_set}
-    environment.filters |= {"part_of": part_of, "set_title": set_title}
-    settings = content.settings
+    environment.filters |= {"part_of": part_of, "set_title": set_title, "linked": linked, "anchor": anchor}
+    settings, model = content.settings, model_name(content)
     return environment.get_template("report.html.jinja").render(
         c=content,
         directory=content.directory,
-        model_name=model_name(content),
+        model_name=model,
+        first_page=first_page(content, model),
         teaches_refusal=settings.get("forget_term") == "idk",
         tone=TONES[content.verdict.tone],
         evidence=EVIDENCE,
@@ -80,7 +70,7 @@ def render_page(content: Content, examples: int) -> str:
         examples=content.examples(examples),
         leak_tests=[(test, words(test.name)) for test in leak_sections(content.leaks)],
         groups=list(_groups(content)),
-        limits=[*LIMITS, *([] if "gold" in content.stages else [NO_GOLD])],
+        glossary=GLOSSARY,
         audit_lines=list(audit_lines(content.audit)) if content.audit else [],
         configuration=_as_yaml({name: value for name, value in settings.items() if value is not None}),
         version=lowmem_npo.__version__,

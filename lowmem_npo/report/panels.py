@@ -81,11 +81,14 @@ def draw_bars(ax: Axes, stages: Stages, column: int) -> None:
     width = 0.8 / len(stages)
     colours = stage_colours(stages)
     labels = _labels(stages, sets, measure)
+    size = min(
+        8, 36 / max(len(text) for texts in labels.values() for text in [*texts, "0.00"])
+    )  # none over its neighbour
     for place, (stage, summaries) in enumerate(stages.items()):
         values = [value if (value := measure.value(summaries.get(name))) is not None else math.nan for name in sets]
         centres = [at + (place - (len(stages) - 1) / 2) * width for at in range(len(sets))]
         bars = ax.bar(centres, values, width * 0.92, color=colours[stage], label=STAGE_TITLES.get(stage, stage))
-        ax.bar_label(bars, labels[stage], fontsize=8, padding=2)
+        ax.bar_label(bars, labels[stage], fontsize=size, padding=2)
     ax.set_xticks(range(len(sets)), sets, fontsize=11)
     ax.set_title(measure.heading, fontsize=11)
     ax.set_ylim(0, 1.12 if measure.field != "nll" else 1.12 * max(ax.get_ylim()[1], 0.1))

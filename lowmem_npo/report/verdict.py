@@ -77,8 +77,7 @@ def judge_run(stages: Stages, vocabulary: int | None, leaks: Mapping[str, LeakRe
              "with what result. `lowmem-npo evaluate` measures the adapter."],
         )  # fmt: skip
     before, after, gold = (stages.get(stage, {}) for stage in ("before", "after", "gold"))
-    numbers = [value for sets in (before, after) for s in sets.values() for value in (s.nll, s.probability)]
-    if not all(map(math.isfinite, numbers)):
+    if not gives_numbers(before, after):
         return Verdict(
             "bad",
             "The model no longer gives finite numbers.",
@@ -125,6 +124,11 @@ def judge_evaluation(
     said = [f"{said_count(now[part])} of {now[part].rows} {part} answers" for part in (FORGET, RETAIN) if part in now]
     headline = f"On the rows measured, the model says {' and '.join(said)}{traces}."
     return Verdict("unknown", headline, ["What it said before is not known (--before)."])
+
+
+def gives_numbers(*stages: Mapping[str, AnswerSummary]) -> bool:
+    """Whether every likelihood is finite."""
+    return all(math.isfinite(value) for sets in stages for s in sets.values() for value in (s.nll, s.probability))
 
 
 def _forget_state(before: AnswerSummary, after: AnswerSummary, gold: AnswerSummary | None) -> str:

@@ -203,6 +203,8 @@ class LeakTest(ABC, Generic[OptionsT]):
     """As `--leaks` and the result files call it."""
     summary: ClassVar[str]
     """What it measures, for help texts and tables."""
+    in_words: ClassVar[str] = ""
+    """What it does to find traces, for a reader who is not an engineer: completes "Traces are found by …"."""
     needs: ClassVar[tuple[Need, ...]] = ()
     options: type[OptionsT]
     figures: ClassVar[Mapping[str, Meaning]]

@@ -55,6 +55,7 @@ class Extraction(LeakTest[Options]):
 
     name = "extraction"
     summary = "share of an answer that greedy decoding finishes by itself"
+    in_words = "giving the model the question and the beginning of the answer, and letting it go on"
     options = Options
     figures = FIGURES
 

@@ -55,6 +55,7 @@ FELL = (
 class Membership(LeakTest[Options]):
     name = "membership"
     summary = "AUC of the sharpest of LOSS, Min-K%, Min-K%++ against the holdout"
+    in_words = "looking at how likely the answers are to the model, without letting it say them"
     needs = (A_YARDSTICK,)
     options = Options
     figures = (

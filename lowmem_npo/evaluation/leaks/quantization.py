@@ -52,6 +52,7 @@ FormFigures = dict[str, dict[str, Figures]]  # form -> set ("forget", "holdout")
 class Quantization(LeakTest[Options]):
     name = "quantization"
     summary = "`extraction` in the worst of 4-bit base, merged, merged and 4-bit"
+    in_words = "rounding the model to 4 bits, as many do to save memory, and letting it complete the answers"
     needs = (AN_ADAPTER,)
     options = Options
     figures = FIGURES | {

@@ -43,6 +43,7 @@ class SamplingOptions(Options):
 class Sampling(LeakTest[SamplingOptions]):
     name = "sampling"
     summary = "ROUGE-L recall of the answer in the best of several samples"
+    in_words = "asking several times for random answers instead of the likeliest one"
     options = SamplingOptions
     counts = ("rows", "holdout_rows", "samples", "max_new_tokens")
     figures = {

@@ -1,0 +1,174 @@
+"""The first page of a report: for a reader who is not an engineer, without abbreviations or figures but counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowmem_npo.data.reading import described
+from lowmem_npo.evaluation.answer_table import FORGET, GENERAL, RETAIN
+from lowmem_npo.evaluation.answers import AnswerSummary, part_of
+from lowmem_npo.evaluation.figures import shares
+from lowmem_npo.evaluation.leaks.registry import by_name
+from lowmem_npo.report.audit import seconds
+from lowmem_npo.report.content import Content
+from lowmem_npo.report.verdict import form_words, gives_numbers, said_count
+
+ORIGINAL = (
+    "The original weights still know everything: only the adapter on them, or the merged model, has forgotten. Whoever "
+    "has the base model can leave the adapter off."
+)
+FILES = (
+    "before.json, after.json and the rows.jsonl of an evaluation, in the same directory, contain the text of the rows: "
+    "do not pass them on with this report."
+)
+LIMITS = (
+    "The model was asked in the words of the data, and in those other forms that are listed, and its likeliest answer "
+    "was taken (greedy). Other wordings, other languages, random answers or a little further training may bring back "
+    "what these do not.",
+    "What is not in the examples to forget is not forgotten, however closely related.",
+)
+NO_GOLD = (
+    "The only complete yardstick is a model that was never taught the examples to forget. None was available, so it is "
+    "not known what such a model would have said."
+)
+WHAT_COUNTS = {
+    True: "An answer counts as given if it is in one piece anywhere in what the model says.",
+    False: "An answer counts as given if it is all that the model says, word for word.",
+}
+
+
+# By whether a test finds traces, and whether it compared with the model before instead of with a holdout.
+FINDS = {
+    (True, False): "Traces are found by",
+    (False, False): "No traces are found by",
+    (True, True): "Much of what there was is still found by",
+    (False, True): "Much less than before is found by",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A heading of the first page and what is below it."""
+
+    title: str
+    sentences: list[str]
+
+
+def first_page(content: Content, model: str) -> list[Part]:
+    """What was asked, done and found, what remains, and what the report does not show. model: its name."""
+    parts = {
+        "What was asked": _asked(content, model),
+        "What was done": _done(content),
+        "What was found": _found(content),
+        "What remains": _remains(content),
+        "What this does not show": [*LIMITS, *([] if "gold" in content.stages else [NO_GOLD])],
+    }
+    return [Part(title, list(sentences)) for title, sentences in parts.items()]
+
+
+def _asked(content: Content, model: str) -> Iterator[str]:
+    data: Mapping[str, Any] = content.audit["data"] if content.audit else {}
+    forget, retain = data.get(FORGET), data.get(RETAIN)
+    examples = f"{_examples(forget)} (“{_source(forget)}”)" if forget else "the examples given"
+    yield f"The language model “{model}” was to forget what is in {examples}. Below they are called forget rows."
+    if retain is None:
+        yield "It was to keep what it knows otherwise, but no examples of that were used in the training."
+        return
+    source = retain["source"] or ""
+    if (general := described(source)) != source:
+        yield (
+            f"It was to keep what it knows otherwise. No examples of that were named, so {retain['rows']:,} of "
+            f"{general.partition(', ')[2]} were used, below called retain rows."
+        )
+    else:
+        yield (
+            f"It was to keep what it knows otherwise, for which {_examples(retain)} to protect (“{_source(retain)}”) "
+            "stand. Below they are called retain rows."
+        )
+
+
+def _done(content: Content) -> Iterator[str]:
+    audit, stages = content.audit, content.stages
+    if audit is None or audit["adapter"] is None:
+        yield "An adapter, a small addition to the model, was trained, but no record says that it was finished."
+    else:
+        aim = "to refuse the questions" if content.settings.get("forget_term") == "idk" else "to unlearn the answers"
+        time = f" It took {_duration(span)}." if (span := seconds(audit["sessions"])) is not None else ""
+        yield (
+            f"An adapter, a small addition to the model, was trained {aim} in {audit['optimizer_steps']:,} steps. The "
+            f"model's own weights were not changed.{time}"
+        )
+    if {"before", "after"} <= set(stages):
+        yield (
+            "Before and after, the model was given the same questions or beginnings of texts. What it said was "
+            "compared with the true answers."
+        )
+    if "gold" in stages:
+        yield (
+            "So was a second model, taught in the same way but without the examples to forget: it shows what a model "
+            "says that never saw them."
+        )
+
+
+def _found(content: Content) -> Iterator[str]:
+    before, after, gold = (content.stages.get(stage, {}) for stage in ("before", "after", "gold"))
+    asked = [name for name in after if name in before and part_of(name) in (FORGET, RETAIN, GENERAL)]
+    if FORGET not in asked or not gives_numbers(before, after):
+        yield from content.verdict.sentences
+        return
+    for name in asked:
+        never_saw = f"; a model that never saw them gives {said_count(gold[name])}" if name in gold else ""
+        yield _course(name, before[name], after[name], never_saw if part_of(name) == FORGET else "")
+    yield WHAT_COUNTS[after[FORGET].appears is not None]
+
+
+def _course(name: str, was: AnswerSummary, now: AnswerSummary, never_saw: str) -> str:
+    kind = {FORGET: "answers to forget", RETAIN: "answers to protect", GENERAL: "answers to general questions"}
+    of = f"{now.rows:,}" if now.rows == now.rows_in_set else f"{now.rows:,} (measured, of {now.rows_in_set:,})"
+    start = f"Of {of} {kind[part_of(name)]}, " + ("" if name == part_of(name) else f"asked {form_words(name)}, ")
+    words_were, words_are = shares(was.rouge_l_recall, now.rouge_l_recall)
+    return (
+        f"{start}the model gave {said_count(was):,} before and gives {said_count(now):,} now{never_saw}. Of their "
+        f"words, {words_were} came before and {words_are} come now."
+    )
+
+
+def _remains(content: Content) -> Iterator[str]:
+    results = {name: result for name, result in content.leaks.get("after", {}).items() if result.leaks is not None}
+    if not results:
+        yield "No test could tell what comes in other ways than by asking. It is not known."
+    outcomes = {name: (bool(result.leaks), result.against_before) for name, result in results.items()}
+    for outcome, start in FINDS.items():
+        tests = [name for name in outcomes if outcomes[name] == outcome]
+        if tests:
+            yield f"{start} {'; by '.join(map(_way, tests))}."
+        if tests and outcome == (True, False) and (gold := content.leaks.get("gold")):
+            too = sum(name in gold and gold[name].leaks is True for name in tests)
+            yield f"In a model that never saw the examples, the same is found by {too or 'none'} of these tests."
+    yield ORIGINAL
+    yield FILES
+
+
+def _way(name: str) -> str:
+    """What the leak test `name` tries, after "by"."""
+    return by_name(name).in_words or f"the test “{name}”"
+
+
+def _examples(data: Mapping[str, Any]) -> str:
+    return "1 example" if data["rows"] == 1 else f"{data['rows']:,} examples"
+
+
+def _source(data: Mapping[str, Any]) -> str:
+    """A file by its name, without its folders."""
+    source = data["source"] or "bundled"
+    return Path(source).name if Path(source).is_absolute() else source
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds"

@@ -1,0 +1,130 @@
+"""The first page: the run's own counts and names, in words that need no explanation."""
+
+import json
+import math
+import re
+from dataclasses import replace
+
+import pytest
+
+from lowmem_npo.evaluation.answers import AnswerSummary
+from lowmem_npo.evaluation.leaks.contract import LeakResult
+from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
+from lowmem_npo.report.content import read_content
+from lowmem_npo.report.plain_words import FILES, NO_GOLD, ORIGINAL, first_page
+
+TITLES = ["What was asked", "What was done", "What was found", "What remains", "What this does not show"]
+
+
+def summary(said=0.0, recall=0.0, rows=20, of=None, nll=3.0, appears=True) -> AnswerSummary:
+    return AnswerSummary(
+        rows=rows, rows_in_set=of or rows, tokens=100, nll=nll, probability=0.1, rouge_l_recall=recall,
+        exact_match=said, appears=said if appears else None,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def content(run):
+    return read_content(run)
+
+
+def part(content, title: str) -> list[str]:
+    return {part.title: part.sentences for part in first_page(content, "Tiny")}[title]
+
+
+def test_it_comes_first_and_has_five_parts(run, content):
+    html = (run / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r'<h2 id="plain\d">(.*?)</h2>', html) == TITLES
+    first, _, rest = html.partition('id="figures"')
+    assert all(title in first for title in TITLES) and "<svg" not in first and "<table" not in first
+    assert content.verdict.sentences[0].split(";")[0] in re.sub("<[^>]+>", "", rest), "the figures follow"
+    words = re.sub("<[^>]+>", " ", first.partition("<body>")[2])
+    assert re.findall(r"\b(?!AI\b)[A-Z]{2,}\b", words.replace("lowmem-npo", "")) == []
+
+
+def test_it_names_the_data_without_its_folder(run, content):
+    asked = " ".join(part(content, "What was asked"))
+    assert "The language model “Tiny” was to forget what is in 5 examples (“forget.jsonl”)" in asked
+    assert "2 examples to protect (“retain.jsonl”)" in asked and str(run.parent) not in asked
+    assert "in 3 steps" in part(content, "What was done")[0]
+
+
+def test_its_counts_are_those_of_the_table(run, content):
+    table = json.loads((run / "before_after.json").read_text())
+    found = part(content, "What was found")
+    for sentence, name in zip(found, table["after"], strict=False):
+        was, now = (table[stage][name] for stage in ("before", "after"))
+        counts = [round(stage["appears"] * stage["rows"]) for stage in (was, now)]
+        assert f"the model gave {counts[0]} before and gives {counts[1]} now" in sentence
+    assert len(found) == len(table["after"]) + 1
+
+
+def test_every_form_and_part_has_its_sentence(content):
+    stages = {
+        "before": {"forget": summary(0.9, 0.95, of=1112), "forget, plain": summary(0.8, 0.9),
+                   "retain": summary(1.0, 1.0), "general": summary(0.5, 0.5)},
+        "after": {"forget": summary(0.05, 0.125, of=1112), "forget, plain": summary(0.1, 0.2),
+                  "retain": summary(0.95, 0.98), "general": summary(0.5, 0.5)},
+        "gold": {"forget": summary(0, 0.1), "retain": summary(1.0, 1.0)},
+    }  # fmt: skip
+    content = replace(content, stages=stages)
+    assert part(content, "What was found") == [
+        "Of 20 (measured, of 1,112) answers to forget, the model gave 18 before and gives 1 now; a model that never "
+        "saw them gives 0. Of their words, 95% came before and 12% come now.",
+        "Of 20 answers to forget, asked without its chat template, the model gave 16 before and gives 2 now. Of their "
+        "words, 90% came before and 20% come now.",
+        "Of 20 answers to protect, the model gave 20 before and gives 19 now. Of their words, 100% came before and 98% "
+        "come now.",
+        "Of 20 answers to general questions, the model gave 10 before and gives 10 now. Of their words, 50% came "
+        "before and 50% come now.",
+        "An answer counts as given if it is in one piece anywhere in what the model says.",
+    ]
+    assert "second model" in part(content, "What was done")[-1]
+    assert NO_GOLD not in part(content, "What this does not show")
+
+
+def test_answers_of_earlier_versions_count_word_for_word(content):
+    stages = {stage: {"forget": summary(0.5, 0.5, appears=False)} for stage in ("before", "after")}
+    assert part(replace(content, stages=stages), "What was found")[-1].endswith("word for word.")
+
+
+def test_what_the_leak_tests_found(content):
+    result = {leaks: LeakResult({}, "", leaks) for leaks in (True, False, None)}
+    smaller = {leaks: LeakResult({}, "", leaks, against_before=True) for leaks in (True, False)}
+    after = {"extraction": result[True], "membership": result[False], "sampling": smaller[True],
+             "quantization": smaller[False], "relearning": result[None]}  # fmt: skip
+    gold = {"extraction": result[False]}
+    assert part(replace(content, leaks={"after": after, "gold": gold}), "What remains") == [
+        "Traces are found by giving the model the question and the beginning of the answer, and letting it go on.",
+        "In a model that never saw the examples, the same is found by none of these tests.",
+        "No traces are found by looking at how likely the answers are to the model, without letting it say them.",
+        "Much of what there was is still found by asking several times for random answers instead of the "
+        "likeliest one.",
+        "Much less than before is found by rounding the model to 4 bits, as many do to save memory, and letting it "
+        "complete the answers.",
+        ORIGINAL,
+        FILES,
+    ]
+    for none in ({}, {"after": {"relearning": result[None]}}):
+        assert "not known" in part(replace(content, leaks=none), "What remains")[0]
+
+
+def test_every_leak_test_can_be_told_in_plain_words():
+    for test in LEAK_TESTS:
+        assert test.in_words[0].islower() and not test.in_words.endswith("."), test.name
+        assert not re.search("[A-Z]{2,}|`", test.in_words), test.name
+
+
+def test_runs_without_an_end_a_retain_set_or_finite_numbers(content):
+    assert content.audit is not None
+    audit = {**content.audit, "adapter": None, "data": {"forget": content.audit["data"]["forget"]}}
+    killed = replace(content, audit=audit, stages={})
+    assert "no record says that it was finished" in part(killed, "What was done")[0]
+    assert "no examples of that were used" in part(killed, "What was asked")[1]
+    assert part(killed, "What was found") == killed.verdict.sentences
+    assert part(replace(content, audit=None), "What was asked")[0].startswith("The language model “Tiny”")
+    general = {"source": "builtin", "rows": 64}
+    protected = replace(content, audit={**audit, "data": {**audit["data"], "retain": general}})
+    assert "so 64 of a bundled set of general questions" in part(protected, "What was asked")[1]
+    broken = replace(content, stages={stage: {"forget": summary(nll=math.nan)} for stage in ("before", "after")})
+    assert part(broken, "What was found") == broken.verdict.sentences
