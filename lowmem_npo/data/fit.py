@@ -27,8 +27,9 @@ class Fit:
     @classmethod
     def of(cls, model: PreTrainedModel) -> Fit:
         """Read from the modules, whose weights may be on the meta device."""
-        embedding = cast(nn.Embedding, model.get_input_embeddings())
-        return cls(embedding.num_embeddings, min(_positions(model), default=None))
+        embedding = model.get_input_embeddings()
+        inside = next((m for m in embedding.modules() if isinstance(m, nn.Embedding)), embedding)  # of an adapter
+        return cls(cast(nn.Embedding, inside).num_embeddings, min(_positions(model), default=None))
 
     def check(self, where: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises UserError for a row, from the place `where`, that the model cannot take."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from copy import copy
+from functools import partial
 from typing import Any, cast
 
 import torch
 from accelerate import PartialState
 from transformers import Trainer, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from lowmem_npo.config import RunConfig
 from lowmem_npo.errors import UserError
@@ -55,15 +59,23 @@ def check_trainer_args(config: RunConfig) -> None:
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args)
         optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(1))], **options)
         steps = 1000  # any number does
-        get_scheduler(
-            args.lr_scheduler_type,
-            optimizer,
-            args.get_warmup_steps(steps),
-            steps,
-            cast(dict | None, args.lr_scheduler_kwargs) or None,
-        )
+        schedule = partial(get_scheduler, args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps)
+        schedule(cast(dict | None, args.lr_scheduler_kwargs) or None)
     except Exception as error:  # each optimiser and schedule has errors of its own
         raise _refused(error) from error
+    if args.optim_args:
+        without = copy(args)
+        without.optim_args = None
+        if Trainer.get_optimizer_cls_and_kwargs(without) == (optimizer_class, options):
+            raise _takes_none("--optim-args", args.optim_args, f"--optim {OptimizerNames(args.optim).value}")
+    if args.lr_scheduler_kwargs:
+        try:
+            schedule({"no schedule has this": None})
+        except Exception:  # it reads them
+            pass
+        else:
+            name = f"--lr-scheduler-type {SchedulerType(args.lr_scheduler_type).value}"
+            raise _takes_none("--lr-scheduler-kwargs", args.lr_scheduler_kwargs, name)
     available = get_available_reporting_integrations()
     for name in args.report_to or []:
         if name not in available:
@@ -95,6 +107,10 @@ def honoured_args(config: RunConfig) -> dict[str, Any]:
             )
         honoured[f"{what}_strategy"] = "steps"
     return honoured
+
+
+def _takes_none(option: str, value: Any, by: str) -> UserError:
+    return UserError(f"{option} {value} would have no effect: {by} takes none.")
 
 
 def _refused(error: Exception) -> UserError:

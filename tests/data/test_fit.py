@@ -8,10 +8,11 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.cli import main
-from lowmem_npo.data.fit import check_fit
+from lowmem_npo.data.fit import Fit, check_fit
 from lowmem_npo.data.schemas import Example
 from lowmem_npo.data.tokenizing import tokenize
 from lowmem_npo.errors import UserError
@@ -115,3 +116,9 @@ def test_the_dry_run_says_so(byte_model, tmp_path, capsys):
     assert "rows.jsonl, line 1 has the token '<unlearn>'" in capsys.readouterr().err
     assert main(["evaluate", "--model", str(grown), "--forget", str(rows)]) == 2
     assert "rows.jsonl, line 1 has the token '<unlearn>'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("adapter", [{"target_modules": ["embed_tokens"]}, {"trainable_token_indices": [3]}])
+def test_an_embedding_is_known_through_an_adapter(adapter):
+    model = AutoModelForCausalLM.from_config(architecture("llama", 97))
+    assert Fit.of(get_peft_model(model, LoraConfig(**adapter)).get_base_model()) == Fit(97, None)
