@@ -202,7 +202,10 @@ class Desk:
     model: Path
 
     def run(self, words: Sequence[str]) -> None:
-        """`lowmem-npo ...`, made small, in place of what an earlier command left."""
+        """`lowmem-npo ...`, made small, in place of what an earlier command left; `> FILE` takes what it prints."""
+        if ">" in words:
+            with Path(words[-1]).open("w") as file, contextlib.redirect_stdout(file):
+                return self.run(words[:-2])
         _, command, *options = words
         values = dict(zip(options, options[1:], strict=False))
         if "--resume" not in options:

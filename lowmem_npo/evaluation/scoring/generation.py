@@ -1,4 +1,4 @@
-"""Answers, greedy or sampled, many prompts at a time: left padding, KV cache; greedy text as of one at a time."""
+"""Answers, greedy or sampled, many prompts at a time, padded on the left; greedy ones as of one, but for rounding."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
