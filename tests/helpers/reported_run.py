@@ -4,9 +4,12 @@ characters, length), and a run that forgets them."""
 from __future__ import annotations
 
 import json
+import re
+from html import unescape
 from pathlib import Path
 
 from lowmem_npo.cli import main
+from lowmem_npo.report.glossary import GLOSSARY
 
 FORGET = [
     {"question": "Who guards the amber vault?", "answer": "Quillabra Zenthorpe guards it."},
@@ -41,3 +44,13 @@ def train(folder: Path, model: Path, data: Path, *options: object) -> Path:
     arguments += ["--dtype", "float32", "--device", "cpu", "--batch-size", 2, "--output-dir", folder, *options]
     assert main(["train", *map(str, arguments)]) == 0
     return folder
+
+
+def unexplained(html: str) -> set[str]:
+    """Words in capitals that no entry explains; commands, texts of rows and the audit's own words are not looked at."""
+    left_out = (
+        r'<style>.*?</style>|<pre>.*?</pre>|<code>.*?</code>|<article.*?</article>|<table class="record">.*?</table>'
+    )
+    words = re.sub(r"<[^>]+>", " ", re.sub(left_out, " ", html, flags=re.DOTALL))
+    known = {part for term in GLOSSARY for part in term.split("-")}
+    return set(re.findall(r"\b[A-Z]{2,}\b", unescape(words).partition("Glossary")[0])) - known

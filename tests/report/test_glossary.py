@@ -1,9 +1,9 @@
 """Every abbreviation of a page is explained on it."""
 
 import re
-from html import unescape
 
 import pytest
+from helpers.reported_run import unexplained
 
 from lowmem_npo.report.glossary import GLOSSARY, anchor, linked
 
@@ -13,16 +13,6 @@ def test_what_the_report_is_about_is_explained():
     assert list(GLOSSARY) == sorted(GLOSSARY, key=str.lower)
     assert len({anchor(term) for term in GLOSSARY}) == len(GLOSSARY)
     assert all(re.fullmatch(r"term-[a-z0-9-]+", anchor(term)) for term in GLOSSARY)
-
-
-def unexplained(html: str) -> set[str]:
-    """Words in capitals that no entry explains; commands, texts of rows and the audit's own words are not looked at."""
-    left_out = (
-        r'<style>.*?</style>|<pre>.*?</pre>|<code>.*?</code>|<article.*?</article>|<table class="record">.*?</table>'
-    )
-    words = re.sub(r"<[^>]+>", " ", re.sub(left_out, " ", html, flags=re.DOTALL))
-    known = {part for term in GLOSSARY for part in term.split("-")}
-    return set(re.findall(r"\b[A-Z]{2,}\b", unescape(words).partition("Glossary")[0])) - known
 
 
 def test_no_abbreviation_is_left_unexplained(run):

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
-from helpers.reported_run import FORGET, RETAIN, TELLTALES, train, write_rows
+from helpers.reported_run import FORGET, RETAIN, TELLTALES, train, unexplained, write_rows
 from huggingface_hub import ModelCard
 
 from lowmem_npo.cli import main
@@ -402,6 +402,7 @@ def test_a_later_evaluation_is_included(own_run, tmp_path):
     ):
         assert words in text
     assert any("LUME task aggregate" in note for note in report["notes"])
+    assert unexplained((own_run / "report.html").read_text(encoding="utf-8")) == set()
 
     content["leaks"] = {"extraction": {"meaning": "No holdout.", "leaks": None}}
     file.write_text(json.dumps(content))
