@@ -196,3 +196,11 @@ def test_an_rwkv_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "rwkv", "architectures": ["RwkvForCausalLM"]}))
     with pytest.raises(UserError, match="is an RWKV, which rescales its weights"):
         load_config(ModelConfig(str(tmp_path)))
+
+
+@pytest.mark.parametrize("setting", [{"is_causal": False}, {"use_bidirectional_attention": True}])
+def test_a_model_that_is_not_causal_is_refused_by_its_configuration(setting, saved, tmp_path):
+    config = json.loads((saved / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **setting}))
+    with pytest.raises(UserError, match="is not causal: its config.json has each token see those after it"):
+        load_config(ModelConfig(str(tmp_path)))
