@@ -15,7 +15,7 @@ from lowmem_npo.evaluation.answer_table import markdown_table
 from lowmem_npo.files import file_sha256
 from lowmem_npo.report.content import EVIDENCE, Content, read_content
 from lowmem_npo.report.page import audit_lines, model_name
-from lowmem_npo.report.plain_words import LIMITS, ORIGINAL
+from lowmem_npo.report.plain_words import ASKED, ORIGINAL, RELATED
 from lowmem_npo.run_directory import RunFiles
 
 TAGS = ("unlearning", "machine-unlearning", "npo", "lora", "lowmem-npo")
@@ -51,7 +51,7 @@ def model_card(content: Content) -> str:
         data=_data(audit),
         table=markdown_table(content.stages).rstrip() if content.stages else "",
         leaks={name: result.meaning for name, result in content.leaks.get("after", {}).items()},
-        limits=[ORIGINAL, *LIMITS],
+        limits=[ORIGINAL, ASKED, RELATED],
         notes=content.notes,
         audit=[
             (what, code(value) if digest is None else f"{value} {code(digest)}")

@@ -15,6 +15,7 @@ from lowmem_npo.evaluation.leaks.registry import by_name
 from lowmem_npo.report.audit import seconds
 from lowmem_npo.report.content import Content
 from lowmem_npo.report.verdict import form_words, gives_numbers, said_count
+from lowmem_npo.sources import data_names
 
 ORIGINAL = (
     "The original weights still know everything: only the adapter on them, or the merged model, has forgotten. Whoever "
@@ -24,12 +25,12 @@ FILES = (
     "before.json, after.json and the rows.jsonl of an evaluation, in the same directory, contain the text of the rows: "
     "do not pass them on with this report."
 )
-LIMITS = (
+ASKED = (
     "The model was asked in the words of the data, and in those other forms that are listed, and its likeliest answer "
     "was taken (greedy). Other wordings, other languages, random answers or a little further training may bring back "
-    "what these do not.",
-    "What is not in the examples to forget is not forgotten, however closely related.",
+    "what these do not."
 )
+RELATED = "What is not in the examples to forget is not forgotten, however closely related."
 NO_GOLD = (
     "The only complete yardstick is a model that was never taught the examples to forget. None was available, so it is "
     "not known what such a model would have said."
@@ -64,7 +65,7 @@ def first_page(content: Content, model: str) -> list[Part]:
         "What was done": _done(content),
         "What was found": _found(content),
         "What remains": _remains(content),
-        "What this does not show": [*LIMITS, *([] if "gold" in content.stages else [NO_GOLD])],
+        "What this does not show": _limits(content),
     }
     return [Part(title, list(sentences)) for title, sentences in parts.items()]
 
@@ -139,7 +140,10 @@ def _course(name: str, was: AnswerSummary, now: AnswerSummary, never_saw: str) -
 def _remains(content: Content) -> Iterator[str]:
     results = {name: result for name, result in content.leaks.get("after", {}).items() if result.leaks is not None}
     if not results:
-        yield "No test could tell what comes in other ways than by asking. It is not known."
+        yield (
+            "Whether the answers come in other ways than by asking is not known: no such test was run, or none could "
+            "tell."
+        )
     outcomes = {name: (bool(result.leaks), result.against_before) for name, result in results.items()}
     for outcome, start in FINDS.items():
         tests = [name for name in outcomes if outcomes[name] == outcome]
@@ -157,14 +161,24 @@ def _way(name: str) -> str:
     return by_name(name).in_words or f"the test “{name}”"
 
 
+def _limits(content: Content) -> Iterator[str]:
+    if {"before", "after"} <= set(content.stages):
+        yield ASKED
+        if "gold" not in content.stages:
+            yield NO_GOLD
+    else:
+        yield "Whether anything was forgotten, and whether anything else was lost."
+    yield RELATED
+
+
 def _examples(data: Mapping[str, Any]) -> str:
     return "1 example" if data["rows"] == 1 else f"{data['rows']:,} examples"
 
 
 def _source(data: Mapping[str, Any]) -> str:
-    """A file by its name, without its folders."""
-    source = data["source"] or "bundled"
-    return Path(source).name if Path(source).is_absolute() else source
+    """Files by their names, without their folders."""
+    names = data_names(data["source"] or "bundled")
+    return ", ".join(Path(name).name if Path(name).is_absolute() else name for name in names)
 
 
 def _duration(seconds: float) -> str:

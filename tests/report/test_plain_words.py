@@ -122,9 +122,13 @@ def test_runs_without_an_end_a_retain_set_or_finite_numbers(content):
     assert "no record says that it was finished" in part(killed, "What was done")[0]
     assert "no examples of that were used" in part(killed, "What was asked")[1]
     assert part(killed, "What was found") == killed.verdict.sentences
+    assert part(killed, "What this does not show")[0].startswith("Whether anything was forgotten")
     assert part(replace(content, audit=None), "What was asked")[0].startswith("The language model “Tiny”")
     general = {"source": "builtin", "rows": 64}
     protected = replace(content, audit={**audit, "data": {**audit["data"], "retain": general}})
     assert "so 64 of a bundled set of general questions" in part(protected, "What was asked")[1]
+    several = {"source": "/home/me/a.txt,folder/b.txt,owner/name:split", "rows": 1}
+    named = replace(content, audit={**audit, "data": {"forget": several}})
+    assert "in 1 example (“a.txt, folder/b.txt, owner/name:split”)" in part(named, "What was asked")[0]
     broken = replace(content, stages={stage: {"forget": summary(nll=math.nan)} for stage in ("before", "after")})
     assert part(broken, "What was found") == broken.verdict.sentences
