@@ -61,7 +61,7 @@ def test_it_ends_with_a_report_that_includes_the_gold_standard(demo):
             assert figures[part, "nll"][stage] == result.stages[stage][part].nll
     assert report["verdict"]["headline"].startswith("On the rows measured, the model no longer says")
     html = (run / "report.html").read_text(encoding="utf-8")
-    assert "gold standard" in html and "never saw the forget rows" in html and html.count("<svg") == 6
+    assert "gold standard" in html and "never saw the forget rows" in html and html.count("<svg") == 7
     assert printed.rstrip().splitlines()[-4] == f"Report:  {run / 'report.html'}"
 
 
