@@ -73,3 +73,9 @@ def check_model_name(name: str) -> bool:
             f"There is no directory '{name}': give a model directory, or a hub name such as allenai/OLMo-1B-hf."
         )
     return False
+
+
+def check_adapter_name(name: str) -> None:
+    """Raises UserError for what is no directory."""
+    if not Path(name).expanduser().is_dir():
+        raise UserError(f"There is no directory '{name}': --adapter is the output directory of a training run.")

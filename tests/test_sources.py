@@ -24,6 +24,8 @@ RETAIN = ["--retain", "builtin"]
         (["estimate", "--model", "/nowhere/at/all"], "There is no directory"),
         (["sweep", "--model", "~/nowhere"], "There is no directory"),
         (["data", "nowhere.csv"], "There is no file nowhere.csv"),
+        (["ask", "./nowhere", "Who?"], "There is no directory './nowhere'"),
+        (["merge", "--adapter", "nowhere", "--output-dir", "m"], "There is no directory 'nowhere': --adapter"),
     ],
 )
 def test_no_library_is_loaded_for_a_typo(arguments, message, tmp_path):

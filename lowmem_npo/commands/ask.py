@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import tyro
 
-from lowmem_npo.commands.arguments import with_help
+from lowmem_npo.commands.arguments import check_names, with_help
 from lowmem_npo.config import ModelConfig, ModelOptions, check_at_least_one, check_positive
 from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
@@ -85,6 +85,9 @@ def ask(options: AskOptions, say: Say = print) -> None:
         UserError: something the user can fix, in one sentence.
     """
     questions = _questions(options)
+    check_names(options.model)
+    if not Path(options.run).expanduser().is_dir():
+        check_names(options.run)
     quiet_libraries()
     note = (lambda line: print(line, file=sys.stderr)) if options.json else say  # stdout is for programs
     asked = load(options, note)

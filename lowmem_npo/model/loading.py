@@ -166,13 +166,15 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's own tokenizer, with a padding token (its EOS if it has none)."""
     name, _ = resolve_name(config.model, config.revision)
     _check_name(name)
+    what = "model"  # as which a name is unknown
     try:
         content, _ = PretrainedConfig.get_config_dict(name, revision=config.revision)
+        what = "tokenizer"
         # the original format names a class of its own, which is this one
         auto_tokenizer: Any = PreTrainedTokenizerFast if is_original(content) else AutoTokenizer
         tokenizer = auto_tokenizer.from_pretrained(name, revision=config.revision, trust_remote_code=False)
     except Exception as error:
-        raise UserError(_why_not_loaded(name, config.revision, error, what="tokenizer")) from error
+        raise UserError(_why_not_loaded(name, config.revision, error, what)) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"The tokenizer of '{name}' has no end-of-sequence token, so answers could not end.")
     if tokenizer.pad_token_id is None:

@@ -16,6 +16,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.model.names import resolve_name
 from lowmem_npo.model.saved_modules import in_four_bits
 from lowmem_npo.run_directory import AdapterFiles, run_of_adapter
+from lowmem_npo.sources import check_adapter_name
 
 # What an adapter may hold beside the two factors of its layers: configuration field -> description.
 EXTRAS = {
@@ -119,9 +120,8 @@ def _named_base(folder: str) -> str | None:
 
 def _configuration(folder: str) -> dict[str, Any]:
     """The content of adapter_config.json."""
+    check_adapter_name(folder)
     files = AdapterFiles(Path(folder).expanduser())
-    if not files.path.is_dir():
-        raise UserError(f"There is no directory '{folder}': --adapter is the output directory of a training run.")
     for file in (files.adapter_config, files.weights):
         if not file.is_file():
             raise UserError(f"The directory '{folder}' holds no adapter: there is no {file.name} in it.")

@@ -6,14 +6,17 @@ from collections.abc import Sequence
 
 import tyro
 
-from lowmem_npo.commands.arguments import with_help
+from lowmem_npo.commands.arguments import check_names, with_help
 from lowmem_npo.commands.merge.options import MergeConfig
 from lowmem_npo.libraries import quiet_libraries
+from lowmem_npo.sources import check_adapter_name
 
 
 def main(arguments: Sequence[str]) -> None:
     parsed = tyro.cli(with_help(MergeConfig), args=list(arguments), prog="lowmem-npo merge")
     config = MergeConfig(**vars(parsed))
+    check_adapter_name(config.adapter)
+    check_names(config.model)
     quiet_libraries()
     from lowmem_npo.commands.merge.run import merge  # late: --help need not load transformers
 
