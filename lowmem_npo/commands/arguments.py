@@ -191,7 +191,7 @@ def _shown(field: dataclasses.Field, hint: Any, text: str | None) -> Any:
         metavar = kinds[0].__name__.upper()
     elif optional and get_origin(kinds[0]) is Literal:
         metavar = f"{{{','.join(get_args(kinds[0]))}}}"
-    return tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint="" if field.default is None else None)
+    return tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint="" if field.default in (None, ()) else None)
 
 
 def _like(field: dataclasses.Field) -> Any:
