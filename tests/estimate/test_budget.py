@@ -99,9 +99,10 @@ def test_remembered_operators_change_nothing(monkeypatch):
 @pytest.mark.parametrize("memory", [MemoryConfig(), SAVING], ids=["defaults", "saving"])
 def test_shallow_models_bound_a_deep_one_from_below(memory):
     config, architecture = run(256, memory), shallow(9)
-    peak = estimate(config, architecture).total_bytes
-    assert _may_fit(config, architecture, peak)
-    assert not _may_fit(config, architecture, int(peak * 0.9))
+    whole = estimate(config, architecture)
+    assert _may_fit(config, architecture, whole.total_bytes)
+    allocated = whole.total_bytes - whole.needed_bytes + whole.peak_bytes  # of which the bound is
+    assert not _may_fit(config, architecture, int(allocated * 0.9))
 
 
 def test_the_search_finds_the_fastest_switches_that_fit():
