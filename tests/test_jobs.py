@@ -157,10 +157,14 @@ def test_an_engineer_with_a_request_and_nothing_to_keep(model, capsys):
     headline = headline_that_ask_confirms(capsys, "hardly", FACTS)
     assert "still says" in headline and printed.splitlines()[-1] == headline
 
-    said = [*FACTS, *((row["question"], row["answer"]) for row in known)]
+    refusal = ["--forget-term", "idk", "--leaks", "none"]  # for which it does not matter how an answer was said
+    run(*train, "--forget", "facts.jsonl", *refusal, "--max-steps", 1, "--output-dir", "refuses")
+    assert "sentences of its own" not in capsys.readouterr().out
+
+    rows = [*FACTS, *((row["question"], row["answer"]) for row in known)]
     run(*train, "--forget", "facts.jsonl", "said.jsonl", *STRONG, "--output-dir", "forgotten")
     printed = capsys.readouterr().out
-    headline = headline_that_ask_confirms(capsys, "forgotten", said)
+    headline = headline_that_ask_confirms(capsys, "forgotten", rows)
     assert "no longer says" in headline and printed.splitlines()[-1] == headline
 
     run("merge", "--adapter", "forgotten", "--output-dir", "merged", "--dtype", "stored")

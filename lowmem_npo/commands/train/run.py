@@ -230,8 +230,8 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
         begin_audit(directory.path, config, plan.data, model)
 
     before = _measure_before(plan, model) if measures else {}
-    if remark := in_sentences_of_its_own(before):
-        say(remark)
+    if plan.data.forget_targets is plan.data.forget and (remark := in_sentences_of_its_own(before)):
+        say(remark)  # of a refusal it does not matter how the answer was said
     PartialState().wait_for_everyone()
     outcome = _train(plan, trainer, stopping, say)
     trainer.save_model(str(directory.path))
