@@ -177,6 +177,8 @@ def test_an_engineer_with_a_request_and_nothing_to_keep(model, capsys):
 
 def test_an_engineer_with_a_document(model, capsys):
     Path("letter.txt").write_text(LETTER, encoding="utf-8")
+    run("data", "letter.txt")
+    assert "2 rows, 1 completion and 1 text\n" in capsys.readouterr().out
     train = ["train", "--model", model, "--forget", "letter.txt", "--passage-tokens", 32, *TRAINING]
     run(*train, "--preview", 1)
     assert "forget 1 of" in capsys.readouterr().out

@@ -20,8 +20,12 @@ from lowmem_npo.data.tokenizing import TokenizedRows, count, tokenize
 from lowmem_npo.errors import UserError
 from lowmem_npo.run_directory import SELF_WRITTEN
 
-# What the rows of a mixed source are, by their columns.
-SCHEMAS = {"question/answer": "questions with answers", PASSAGE: "completions", "text": "texts"}
+# What a row of a mixed source is, and what several are, by their columns.
+SCHEMAS = {
+    "question/answer": ("question with its answer", "questions with answers"),
+    PASSAGE: ("completion", "completions"),
+    "text": ("text", "texts"),
+}
 
 
 @dataclass(frozen=True)
@@ -183,8 +187,9 @@ def kinds(examples: list[Example]) -> list[Example]:
 def origin(rows: Rows, examples: Sequence[Example], form: str) -> str:
     """What was recognised in the rows, and the form in which they are written ("" if not known)."""
     if rows.mixed:
-        counts = Counter(SCHEMAS.get(example.schema, example.schema) for example in examples)
-        return "; ".join(filter(None, [" and ".join(f"{number} {name}" for name, number in counts.items()), form]))
+        counts = Counter(example.schema for example in examples)
+        kinds = [f"{number} {SCHEMAS.get(name, (name, name))[number > 1]}" for name, number in counts.items()]
+        return "; ".join(filter(None, [" and ".join(kinds), form]))
     rows = canonical(rows)
     line = ", ".join(filter(None, [f"columns {examples[0].schema}", form]))
     read = set[str]().union(*(example.columns for example in examples))
