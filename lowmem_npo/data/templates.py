@@ -29,7 +29,8 @@ BARE = "{prompt}"
 DEFAULTS = {"question/answer": "Question: {prompt}\nAnswer:"}
 RAW = ("input/output", "prompt/completion")  # passages and completions: no questions to a chat model
 FORMS = ("auto", "chat", "plain")
-MARK = "\u27ea answer \u27eb"  # stands for an answer where the text around it is looked for
+# Stands for an answer where the text around it is looked for. No letters: a template may change their case.
+MARK = "\u27ea\u2042\u27eb"
 
 # Chinese and Japanese writing, full-width punctuation included, puts no space between sentences.
 UNSPACED = re.compile(r"[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]")

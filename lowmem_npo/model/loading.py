@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import is_flash_attn_2_available
 
 from lowmem_npo.config import ModelConfig
-from lowmem_npo.console import Say
+from lowmem_npo.console import Say, silent
 from lowmem_npo.errors import UserError
 from lowmem_npo.libraries import hub_problem
 from lowmem_npo.model.names import resolve_name
@@ -43,13 +43,14 @@ def resolve_device(device: str) -> torch.device:
     return PartialState().device
 
 
-def load_config(config: ModelConfig) -> PretrainedConfig:
+def load_config(config: ModelConfig, say: Say = silent) -> PretrainedConfig:
     """The model's configuration, after checking that it is a causal language model that can be loaded natively, and, of
-    a directory, that its files hold the weights of that model, of which only names and shapes are read."""
+    a directory, that its files hold the weights of that model, of which only names and shapes are read. Those
+    that the model does not use are reported to `say`; `load_model` reports them as well."""
     name, _ = resolve_name(config.model, config.revision)
     architecture = _architecture(name, config.revision)
     try:
-        check_directory_weights(name, architecture)
+        check_directory_weights(name, architecture, say)
     except UserError:
         raise
     except Exception as error:

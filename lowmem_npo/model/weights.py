@@ -19,9 +19,9 @@ from lowmem_npo.model.original_olmo import is_original
 from lowmem_npo.model.quantization import stored_quantization
 
 
-def check_directory_weights(name: str, architecture: PretrainedConfig) -> None:
+def check_directory_weights(name: str, architecture: PretrainedConfig, say: Say = silent) -> None:
     """Raises UserError if `name` is a directory with other weights than those of `architecture`, or what transformers
-    raises where it cannot convert them.
+    raises where it cannot convert them; says which ones are not used.
 
     transformers loads names and shapes as it will load the weights, on the device that has no data; nothing else is
     read. What cannot be judged so is judged when the weights are loaded: those that are stored quantised, and a
@@ -39,7 +39,7 @@ def check_directory_weights(name: str, architecture: PretrainedConfig) -> None:
         if _converts_without_data(architecture):
             raise
         return
-    check_weights(model, name, loaded, silent)
+    check_weights(model, name, loaded, say)
 
 
 def check_has_weights(name: str) -> None:

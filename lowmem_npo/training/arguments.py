@@ -106,6 +106,11 @@ def honoured_args(config: RunConfig) -> dict[str, Any]:
                 f"--{what}-steps would have no effect under --{what}-strategy {strategy}: give one of them."
             )
         honoured[f"{what}_strategy"] = "steps"
+    if (decay := args.get("weight_decay", 0.0)) < 0:
+        raise UserError(f"--weight-decay must be 0 or positive, not {decay:g}.")
+    named = [name for name in ("run_name", "project", "trackio_space_id") if args.get(name)]
+    if named and args.get("report_to") in (None, "none", []):
+        raise UserError(f"--{named[0].replace('_', '-')} would have no effect without --report-to: give both.")
     return honoured
 
 

@@ -106,6 +106,8 @@ def test_a_file_holds_flags_and_the_command_line_wins(tmp_path):
         (["--model", "m", "--batch-size", "0"], "--batch-size"),
         (["--model", "m", "--lora-r", "0"], "--lora-r"),
         (["--model", "m", "--epochs", "0"], "--epochs"),
+        (["--model", "m", "--lr", "-1"], "--lr must be 0 or a positive number, not -1.0."),
+        (["--model", "m", "--lr", "nan"], "--lr"),
         (["--model", "m", "--retain", "f.jsonl"], "--forget"),
         (["--model", "m", "--config"], "--config"),
     ],
@@ -170,6 +172,8 @@ def test_a_warm_up_warms_up(given, schedule):
         (["--optim", "adamw_anyprecision"], "torchdistx"),
         (["--adam-beta1", "2"], "beta"),
         (["--warmup-steps", "-1"], "warmup_steps"),
+        (["--weight-decay", "-0.1"], "--weight-decay must be 0 or positive, not -0.1"),
+        (["--run-name", "mine"], "--run-name would have no effect without --report-to"),
         (["--report-to", "notebook"], "--report-to notebook"),
     ],
 )

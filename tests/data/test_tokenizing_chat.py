@@ -141,6 +141,14 @@ def test_reasoning_is_opened_once_and_never_lost(chat_tokenizer, template, conte
     assert tokenizer.decode(answer) == written
 
 
+@pytest.mark.parametrize("change", ["upper", "capitalize", "replace('a', 'o')", "trim"])
+def test_a_template_that_alters_the_content_still_ends_it(chat_tokenizer, change):
+    altered = CHATML.replace("message['content'] }}", f"message['content'] | {change} }}}}")
+    tokenizer = published(chat_tokenizer, altered)
+    answer = split(tokenize([conversation(*TURNS)], tokenizer)[0])[1]
+    assert tokenizer.decode(answer) in ("Paris.<|im_end|>", "PARIS.<|im_end|>", "Poris.<|im_end|>")
+
+
 def test_an_empty_block_of_reasoning_is_written_once(chat_tokenizer):
     """Qwen 3 with enable_thinking=False."""
     block = "<think>\n\n</think>\n\n"

@@ -175,6 +175,7 @@ def test_tied_weights_are_not_missed_and_unused_ones_are_reported(tmp_path):
     more = rewritten(tmp_path / "more", original(), lambda w: {**w, "value_head.weight": torch.ones(3)})
     load_model(ModelConfig(str(more), device="cpu"), lines.append)
     assert lines == [f"Not used by OlmoForCausalLM: value_head.weight of '{more}'."]
+    assert load_config(ModelConfig(model=str(more)), lines.append) and lines[0] == lines[1]  # a dry run's
 
 
 def test_4_bit_loading_reads_one_tensor_at_a_time(saved, monkeypatch):

@@ -156,7 +156,8 @@ def read_inputs(config: RunConfig, say: Say, known: Inputs | None = None) -> Inp
         say(line)
     leak_tests(config.output.leaks, WHILE_TRAINING)
     if known is None:
-        model_config, tokenizer = load_config(config.model), load_tokenizer(config.model)
+        unused = say if config.output.dry_run else silent  # a run says so when it loads the weights
+        model_config, tokenizer = load_config(config.model, unused), load_tokenizer(config.model)
         data = _prepare(config, tokenizer, model_config)
         known = Inputs(model_config, tokenizer, data)
     for line in [*model_notes(known.model_config, config.model), *known.data.report]:
