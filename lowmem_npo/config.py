@@ -324,8 +324,8 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_at_least_one(self, "batch_size", "retain_batch_size", "micro_batch_size", "max_steps")
-        if self.epochs <= 0:
-            raise UserError(f"--epochs must be positive, not {self.epochs}.")
+        check_positive(self, "epochs")
+        check_positive(self, "lr", or_zero=True)
         if self.micro_batch_size is not None:
             self.micro_batch_size = min(self.micro_batch_size, self.batch_size)
 

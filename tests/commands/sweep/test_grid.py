@@ -76,7 +76,7 @@ def test_runs_share_a_reference_where_it_is_the_same(tmp_path):
         (["gama=0,1"], "did you mean --gamma"),
         (["gamma=-1"], "--gamma must be 0 or a positive number"),
         (["gamma=zero"], "a value does not fit"),
-        (["epochs=0"], "--epochs must be positive"),
+        (["epochs=0"], "--epochs must be a positive number"),
         (["kl-direction=nop"], "a value does not fit"),
         (["forget-term=nop"], "--forget-term must be one of npo, ga, simnpo, idk"),
         (["stop-when=sometimes"], "--stop-when sometimes"),
