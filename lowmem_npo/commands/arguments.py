@@ -289,6 +289,8 @@ def _trainer_arguments(arguments: Sequence[str]) -> dict[str, Any]:
         return {}
     from transformers import HfArgumentParser, TrainingArguments
 
+    from lowmem_npo.training.honoured import HONOURED
+
     class Parser(HfArgumentParser):
         def error(self, message: str) -> NoReturn:
             source = "an option of transformers.TrainingArguments; `lowmem-npo train --help-all` lists ours"
@@ -300,10 +302,11 @@ def _trainer_arguments(arguments: Sequence[str]) -> dict[str, Any]:
     # transformers 5 takes the ratio as --warmup-steps.
     parser.add_argument("--warmup-ratio", "--warmup_ratio", dest="warmup_steps", type=_ratio, default=argparse.SUPPRESS)
     theirs = [name for name in parser._option_string_actions if name.startswith("--")]
+    honoured = [f"--{name.replace('_', '-')}" for name in HONOURED]
     ours = [f"--{f.name.replace('_', '-')}" for s in SECTIONS.values() for f in dataclasses.fields(s)]
     for argument in arguments:
         if argument.startswith("--") and argument not in theirs:
-            near = difflib.get_close_matches(argument, ours + theirs, n=1)
+            near = difflib.get_close_matches(argument, ours + honoured, n=1, cutoff=0.75)
             hint = f"did you mean {near[0]}? " if near else ""
             raise UserError(f"There is no option {argument}: {hint}`lowmem-npo train --help-all` lists them.")
     return vars(parser.parse_args(arguments))

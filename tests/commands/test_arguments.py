@@ -98,6 +98,8 @@ def test_a_file_holds_flags_and_the_command_line_wins(tmp_path):
     "typed, message",
     [
         (["--model", "m", "--batchsize", "3"], "--batch-size"),
+        (["--model", "m", "--evaluate", "tofu"], "There is no option --evaluate: `lowmem-npo"),  # not --eval-steps
+        (["--model", "m", "--weight-decoy", "1"], "did you mean --weight-decay?"),
         (["--model", "m", "--warmup_steps", "many"], "warmup_steps"),
         (["--model", "m", "--warmup-ratio", "5"], "warmup-ratio"),
         (["--model", "m", "--config", "absent.yaml"], "absent.yaml"),
