@@ -33,8 +33,8 @@ RULES = (
     "appeared. Where the forget rows are asked in several forms, the one counts in which the most is left. “Still says "
     f"what it was to keep”: recall and probability on retain rows are at least {KEPT:.0%} of what they were; below "
     f"{DAMAGED:.0%} of either, much is lost. “General questions as before”: the same of rows that nothing was trained "
-    f"on, with {GENERAL_KEPT:.0%} for recall. “Overdone”: forget answers are less likely than a uniform guess over the "
-    f"vocabulary, or their NLL is over {OVERDONE} times that of a model that never saw them."
+    f"on, with {GENERAL_KEPT:.0%} for recall. “Overdone”: no longer said, and less likely than a uniform guess over "
+    f"the vocabulary, or their NLL is over {OVERDONE} times that of a model that never saw them."
 )
 
 FORGET_WORDS = {
@@ -56,6 +56,12 @@ GENERAL_WORDS = {
     "worse": "answers general questions less well",
     "damaged": "answers general questions much worse",
 }
+
+
+OTHER_WORDS = (
+    "The forget answers as they are written are less likely than noise, and the model says them all the same, in "
+    "sentences of its own: rows with those sentences forget more (`lowmem-npo ask MODEL --json` writes them)."
+)
 
 
 @dataclass(frozen=True)
@@ -91,11 +97,11 @@ def judge_run(stages: Stages, vocabulary: int | None, leaks: Mapping[str, LeakRe
     kept = {name: _kept_state(name, before[name], after[name]) for name in (RETAIN, GENERAL) if name in after}
     retain = max(kept.values(), key=list(GENERAL_WORDS).index, default=None)
     retain_words = GENERAL_WORDS[retain] if retain and GENERAL in kept else RETAIN_WORDS[retain]
-    overdone = _overdone(after["forget"], gold.get("forget"), vocabulary) if forget != "unknown" else None
+    excess = _overdone(after[FORGET], gold.get(FORGET), vocabulary) if forget != "unknown" else None
+    overdone = excess if states[FORGET] == "forgotten" else None
     leaking = _leaking(leaks.get("after", {}))
 
-    where = "" if worst == FORGET else f" when asked {form_words(worst)}"
-    headline = f"On the rows measured, {FORGET_WORDS[forget]}{where}{_conjunction(forget, retain)}{retain_words}"
+    headline = f"On the rows measured, {_forget_words(states, worst)}{_conjunction(forget, retain)}{retain_words}"
     if overdone:
         headline += "; the forgetting is overdone"
     if leaking:
@@ -104,8 +110,8 @@ def judge_run(stages: Stages, vocabulary: int | None, leaks: Mapping[str, LeakRe
     sentences += [_figures(name, before, after, gold) for name in kept]
     if GENERAL in kept:
         sentences.append("No rows to keep were named: what is protected beyond general questions is not known.")
-    if overdone:
-        sentences.append(overdone)
+    if excess:
+        sentences.append(overdone or OTHER_WORDS)
     sentences.append(_leak_sentence(leaks.get("after", {}), leaks.get("gold")))
     return Verdict(_tone(forget, retain, bool(overdone or leaking)), headline + ".", sentences)
 
@@ -144,6 +150,14 @@ def _forget_state(before: AnswerSummary, after: AnswerSummary, gold: AnswerSumma
     # Where answers came in sentences of the model's own, their probability may fall though they are still said.
     said = _remains(_said(before), _said(after)) if _said(before) > SAID else 0
     return "untouched" if recall > UNTOUCHED and max(said, probability) > UNTOUCHED else "partly"
+
+
+def _forget_words(states: Mapping[str, str], worst: str) -> str:
+    """What became of the forget rows: in the form in which the most is left, beside the trained one if that differs."""
+    words = FORGET_WORDS[states[worst]]
+    if states[worst] != states[FORGET]:
+        return f"asked as it was trained, {FORGET_WORDS[states[FORGET]]}; asked {form_words(worst)}, {words}"
+    return words + (", in every form asked" if len(states) > 1 and len(set(states.values())) == 1 else "")
 
 
 def _kept_state(name: str, before: AnswerSummary, after: AnswerSummary) -> str:

@@ -132,29 +132,35 @@ def asked_in(measured, **forms):
 
 
 @pytest.mark.parametrize(
-    ("forms", "state", "where"),
+    ("forms", "state", "asked"),
     [
         ({"plain": (RECITED, GONE)}, "forgotten", ""),
-        ({"plain": (RECITED, RECITED)}, "untouched", " when asked without its chat template"),
-        (
-            {"plain": (RECITED, GONE), "reworded": (RECITED, summary(0.3, 0.6, 0.4))},
-            "partly",
-            " when asked in other words",
-        ),
+        ({"plain": (RECITED, RECITED)}, "untouched", "without its chat template"),
+        ({"plain": (RECITED, GONE), "reworded": (RECITED, summary(0.3, 0.6, 0.4))}, "partly", "in other words"),
         ({"chat": (summary(0.0, 0.1, 0.05), summary(0.0, 0.1, 0.05))}, "forgotten", ""),  # never knew it in that form
     ],
 )
-def test_the_form_counts_in_which_the_most_is_left(forms, state, where):
+def test_the_form_counts_in_which_the_most_is_left(forms, state, asked):
+    """What became of the form that was trained is said beside it."""
     verdict = judge_run(asked_in(stages(), **forms), 50304, {})
-    assert verdict.headline.startswith(f"On the rows measured, {FORGET_WORDS[state]}{where}")
-    assert ("when asked" in verdict.headline) == bool(where)
+    trained = FORGET_WORDS["forgotten"]
+    told = f"asked as it was trained, {trained}; asked {asked}, {FORGET_WORDS[state]}" if asked else trained
+    assert verdict.headline.startswith(f"On the rows measured, {told}")
+    assert ("in every form asked" in verdict.headline) == (list(forms) == ["plain"] and not asked)
     numbers = [sentence for sentence in verdict.sentences if sentence.startswith("Asked ")]
     assert len(numbers) == len(forms) and all("appear in what the model says" in sentence for sentence in numbers)
 
 
 def test_what_is_known_in_another_form_alone():
     measured = asked_in(stages(before=summary(0.0, 0.1, 0.05)), plain=(RECITED, summary(0.5, 0.6, 0.5)))
-    assert f"{FORGET_WORDS['partly']} when asked without its chat template" in judge_run(measured, 50304, {}).headline
+    assert f"asked without its chat template, {FORGET_WORDS['partly']}" in judge_run(measured, 50304, {}).headline
+
+
+def test_answers_that_are_still_said_are_not_overdone():
+    """Short answers may become less likely than noise while the model says them in sentences of its own."""
+    measured = stages(summary(0.9, 0.9, 0.0, 13.0))
+    verdict = judge_run(measured, 50304, {})
+    assert "overdone" not in verdict.headline and any("of its own" in sentence for sentence in verdict.sentences)
 
 
 def test_leak_tests_without_a_holdout_make_a_smaller_claim():
