@@ -118,6 +118,7 @@ PLANTED = {
 def test_planted_bugs_are_noticed(bug, tmp_path, monkeypatch):
     where, name, broken = PLANTED[bug]
     monkeypatch.setattr(where, name, broken)
+    monkeypatch.setattr("lowmem_npo.training.trainer.check_causal", lambda model: None)  # notices some by itself
     monkeypatch.setattr(offload, "IN_FLIGHT", 1)  # two layers: otherwise both inputs would stay on the device
     layers = ("1",) if "prefix" in bug else ()
     _, expected = dense("olmo", layers)
