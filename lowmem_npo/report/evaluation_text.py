@@ -1,4 +1,4 @@
-"""What `lowmem-npo evaluate` prints: a table per benchmark, the results of the leak tests, and the notes."""
+"""What `lowmem-npo evaluate` prints: notes that qualify the figures, a table per benchmark, the leak tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakResults
 def evaluation_text(content: Mapping[str, Any], before: Mapping[str, Any]) -> str:
     """content: that of evaluation.json. before: that of an earlier one, to compare with; or empty."""
     rows = content["rows"]
-    blocks = []
+    blocks = ["\n".join(f"Note: {note}" for note in content["notes"])] if content["notes"] else []
     for benchmark in BENCHMARKS:
         if now := content[benchmark.name]:
             share = _share(rows, benchmark.sets)
@@ -23,8 +23,6 @@ def evaluation_text(content: Mapping[str, Any], before: Mapping[str, Any]) -> st
     if content["leaks"]:
         heading = f"What still leaks ({_share(rows, ('forget', 'holdout'))})"
         blocks.append(f"{heading}\n{leaks_text(_results(content), _results(before))}")
-    if content["notes"]:
-        blocks.append("\n".join(f"Note: {note}" for note in content["notes"]))
     return "\n\n".join(blocks)
 
 

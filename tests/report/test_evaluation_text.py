@@ -50,7 +50,7 @@ def test_one_evaluation():
     assert line(text, "document", "membership", "AUC")[3] == "0.900" and "members are still more likely" in text
     assert line(text, "truth", "ratio")[2] == "1.2e-05"
     assert line(text, "model", "utility")[2] == "missing"
-    assert text.endswith("Note: Something to know.")
+    assert text.startswith("Note: Something to know.\n\n")  # before the figures that it qualifies
 
 
 def test_compared_with_an_earlier_one():
