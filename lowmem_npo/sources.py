@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from lowmem_npo.errors import UserError
@@ -24,6 +23,11 @@ HUB_NAME = re.compile(
 )
 
 
+# What --retain takes beside files: the bundled general set, of which a part is held out, and the model's own texts.
+BUILTIN = {"builtin": "general", "builtin:holdout": "general_holdout"}
+SELF = re.compile(r"self(:(?P<rows>\d+))?")
+
+
 def kind_of(path: Path) -> str:
     """The suffix that says how the file is read; two where the file is compressed."""
     suffixes = path.name.lower().split(".")[1:]
@@ -37,10 +41,10 @@ def data_names(source: str) -> list[str]:
     return [source]
 
 
-def check_data_name(name: str, others: Sequence[str] = ()) -> None:
-    """Raises UserError for what is neither a file or folder here, nor a name on the hub, nor one of `others`."""
+def check_data_name(name: str) -> None:
+    """Raises UserError for what is neither a file or folder here, nor a name on the hub, nor `BUILTIN` or `SELF`."""
     path = Path(name).expanduser()
-    if path.exists() or name in others:
+    if path.exists() or name in BUILTIN or SELF.fullmatch(name):
         return
     if kind_of(path) in FILE_KINDS:
         raise UserError(f"There is no file {name}; check the path.")

@@ -38,7 +38,6 @@ COMMON = {
     "Memory": ("max_length", "micro_batch_size", "memory_budget"),
     "Before and after": ("preview", "dry_run", "resume", "stop_when", "eval_rows", "leaks"),
 }
-OWN_TEXTS = r"builtin(:holdout)?|self(:\d+)?"  # what --retain takes beside files
 # Names that users know from TRL and transformers, and ours.
 ALIASES = {
     "model-name-or-path": "model",
@@ -101,8 +100,7 @@ def check_names(model: str | None, *sources: str | None) -> None:
         check_model_name(model)
     for source in filter(None, sources):
         for name in data_names(source):
-            if not re.fullmatch(OWN_TEXTS, name):
-                check_data_name(name)
+            check_data_name(name)
 
 
 def _base_of_adapter(flags: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -206,13 +206,7 @@ def load(options: AskOptions, say: Say) -> Asked:
     from lowmem_npo.data import Template
     from lowmem_npo.model import load_model, load_tokenizer, resolve_name
     from lowmem_npo.model.loading import load_config
-    from lowmem_npo.model.saved_adapter import (
-        base_of_adapter,
-        check_base,
-        load_adapter,
-        revision_of_adapter,
-        settings_of_run,
-    )
+    from lowmem_npo.model.saved_adapter import load_adapter, resolve_base, settings_of_run
     from lowmem_npo.model.stop_tokens import stop_tokens
 
     folder, run = Path(options.run).expanduser(), dict[str, Any]()
@@ -220,16 +214,12 @@ def load(options: AskOptions, say: Say) -> Asked:
     settings = {f.name: getattr(options, f.name) for f in fields(ModelOptions)}
     if is_adapter:
         run = settings_of_run(str(folder))
-        name, line = resolve_name(options.model or base_of_adapter(str(folder)))
-        if not options.any_base:
-            check_base(str(folder), name)
-            settings["revision"] = options.revision or revision_of_adapter(str(folder))
-        settings |= {"model": name, "qlora": options.qlora or bool(run.get("qlora"))}
+        name, revision = resolve_base(str(folder), options.model, options.revision, options.any_base, say)
+        settings |= {"model": name, "revision": revision, "qlora": options.qlora or bool(run.get("qlora"))}
     else:
-        name, line = resolve_name(options.run)
-        settings["model"] = name
-    if line:
-        say(line)
+        settings["model"], line = resolve_name(options.run, options.revision)
+        if line:
+            say(line)
     config = ModelConfig(**settings)
     tokenizer = load_tokenizer(config)
     text = options.template or run.get("prompt_template") or run.get("template") or "auto"
@@ -266,7 +256,8 @@ def _questions(options: AskOptions) -> list[str]:
 
 def _interactive(asked: Asked, say: Say) -> None:
     """Questions typed at the terminal, until its end (Ctrl-D)."""
-    import readline  # noqa: F401 - with which `input` edits lines and remembers them
+    with suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401 - with which `input` edits lines and remembers them
 
     if asked.remembers:
         say(f"The conversation is remembered; {BEGIN_ANEW} begins another. Ctrl-D ends.")

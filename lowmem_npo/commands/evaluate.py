@@ -36,13 +36,7 @@ from lowmem_npo.libraries import quiet_libraries
 from lowmem_npo.model import load_model, load_tokenizer, resolve_name
 from lowmem_npo.model.loading import load_config
 from lowmem_npo.model.notes import model_notes
-from lowmem_npo.model.saved_adapter import (
-    base_of_adapter,
-    check_base,
-    load_adapter,
-    revision_of_adapter,
-    settings_of_run,
-)
+from lowmem_npo.model.saved_adapter import load_adapter, resolve_base, settings_of_run
 from lowmem_npo.model.stop_tokens import stop_tokens
 from lowmem_npo.report.content import read_content
 from lowmem_npo.report.evaluation_text import evaluation_text
@@ -147,19 +141,14 @@ def _headline(config: EvaluationConfig, result: Evaluation, context: Context) ->
 
 def _model_config(config: EvaluationConfig, say: Say) -> ModelConfig:
     """How the base model is loaded: the one of --model, or the one that the adapter was trained on."""
-    adapter, given = config.adapter, config.model
-    if given is None:
-        assert adapter is not None, "EvaluationConfig requires a model or an adapter"
-        given = base_of_adapter(adapter)
-    revision = config.revision
-    if adapter and not config.any_base:
-        revision = revision or revision_of_adapter(adapter)
-    name, line = resolve_name(given, revision)
+    if config.adapter:
+        name, revision = resolve_base(config.adapter, config.model, config.revision, config.any_base, say)
+        return replace(config.model_config(name), revision=revision)
+    assert config.model is not None, "EvaluationConfig requires a model or an adapter"
+    name, line = resolve_name(config.model, config.revision)
     if line:
         say(line)
-    if adapter and not config.any_base:
-        check_base(adapter, name)
-    return replace(config.model_config(name), revision=revision)
+    return config.model_config(name)
 
 
 def _read(

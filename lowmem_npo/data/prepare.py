@@ -12,13 +12,14 @@ from transformers import PreTrainedTokenizerBase
 from lowmem_npo.config import DataConfig, ObjectiveConfig
 from lowmem_npo.data.overlap import MAX_LISTED, find_related, refuse_overlap
 from lowmem_npo.data.passages import Passages
-from lowmem_npo.data.reading import BUILTIN, Rows, bundled_rows, described, read_rows
+from lowmem_npo.data.reading import Rows, bundled_rows, described, read_rows
 from lowmem_npo.data.schemas import PASSAGE, Example, canonical, to_examples, with_answer
 from lowmem_npo.data.self_written import beginnings, self_rows, stand_in
 from lowmem_npo.data.templates import Template
 from lowmem_npo.data.tokenizing import TokenizedRows, count, tokenize
 from lowmem_npo.errors import UserError
 from lowmem_npo.run_directory import SELF_WRITTEN
+from lowmem_npo.sources import BUILTIN
 
 # What a row of a mixed source is, and what several are, by their columns.
 SCHEMAS = {

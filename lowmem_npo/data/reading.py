@@ -14,7 +14,6 @@ import csv
 import glob
 import gzip
 import json
-import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,16 +27,23 @@ from lowmem_npo.data.passages import Passages
 from lowmem_npo.errors import UserError
 from lowmem_npo.libraries import hub_problem
 from lowmem_npo.run_directory import SELF_WRITTEN
-from lowmem_npo.sources import DOCUMENT_KINDS, FILE_KINDS, HUB_NAME, TABLE_KINDS, check_data_name, data_names, kind_of
+from lowmem_npo.sources import (
+    BUILTIN,
+    DOCUMENT_KINDS,
+    FILE_KINDS,
+    HUB_NAME,
+    SELF,
+    TABLE_KINDS,
+    check_data_name,
+    data_names,
+    kind_of,
+)
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 # Columns by which a header is recognised, and with it its separator.
 HEADERS = {"question", "answer", "input", "output", "instruction", "response", "context", "prompt", "completion",
            "messages", "conversations", "text", "document", "id", "task"}  # fmt: skip
-# What --retain takes beside files: the bundled general set, of which a part is held out, and the model's own texts.
-BUILTIN = {"builtin": "general", "builtin:holdout": "general_holdout"}
 GENERAL = (*BUILTIN.values(), "openings")  # questions with answers, and texts
-SELF = re.compile(r"self(:(?P<rows>\d+))?")
 
 
 @dataclass(frozen=True)

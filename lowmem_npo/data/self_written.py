@@ -12,11 +12,12 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_npo.data.reading import SELF, bundled_rows
+from lowmem_npo.data.reading import bundled_rows
 from lowmem_npo.data.schemas import Example, to_examples
 from lowmem_npo.data.templates import FORMS, Template
 from lowmem_npo.data.tokenizing import Encoder, TokenizedRow, TokenizedRows
 from lowmem_npo.errors import UserError
+from lowmem_npo.sources import SELF
 
 ROWS = 64
 TOKENS = 96  # that a text may have beside its question or first words

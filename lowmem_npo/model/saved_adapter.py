@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
+from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.names import resolve_name
 from lowmem_npo.model.saved_modules import in_four_bits
@@ -46,6 +47,26 @@ def base_of_adapter(folder: str) -> str:
 def revision_of_adapter(folder: str) -> str | None:
     """The branch, tag or commit of the base model that the adapter in `folder` was trained on, if one was named."""
     return _configuration(folder).get("revision")
+
+
+def resolve_base(
+    adapter: str, model: str | None, revision: str | None, any_base: bool, say: Say
+) -> tuple[str, str | None]:
+    """The name and the revision of the base that `adapter` is put on: what is given, or what it was trained on.
+
+    any_base: accept another base than the one that it was trained on.
+
+    Raises:
+        UserError: no adapter there, no base named, or another one.
+    """
+    of_adapter = revision_of_adapter(adapter)  # raises if there is no adapter
+    revision = revision or (None if any_base else of_adapter)
+    name, line = resolve_name(model or base_of_adapter(adapter), revision)
+    if line:
+        say(line)
+    if not any_base:
+        check_base(adapter, name)
+    return name, revision
 
 
 def stored_lora(folder: str) -> LoraConfig:

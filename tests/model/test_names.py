@@ -1,8 +1,12 @@
 """Names of OLMo's original format, and those that stay."""
 
+import json
+
 import pytest
 
+from lowmem_npo.errors import UserError
 from lowmem_npo.model.names import resolve_name
+from lowmem_npo.model.saved_adapter import resolve_base
 
 
 @pytest.mark.parametrize(
@@ -30,3 +34,33 @@ def test_a_revision_is_of_the_original():
 @pytest.mark.parametrize("typed", ["allenai/OLMo-7B-hf", "allenai/OLMo-2-1124-7B", "./OLMo-7B", "me/OLMo-7B"])
 def test_other_names_stay(typed):
     assert resolve_name(typed) == (typed, None)
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "given", "expected"),
+    [
+        ((None, None), {}, ("allenai/OLMo-7B-hf", None)),
+        (("step1000-tokens4B", None), {}, ("allenai/OLMo-7B", "step1000-tokens4B")),  # none of the conversion's
+        (("step1000-tokens4B", None), {"revision": "step2000-tokens8B"}, ("allenai/OLMo-7B", "step2000-tokens8B")),
+        (("step1000-tokens4B", None), {"model": "mine/copy", "any_base": True}, ("mine/copy", None)),
+        (("step1000-tokens4B", "mine/copy"), {}, ("mine/copy", "step1000-tokens4B")),
+    ],
+)
+def test_the_base_of_an_adapter(trained_on, given, expected, tmp_path):
+    """As evaluate, ask and merge find it."""
+    revision, base = trained_on
+    content = {"peft_type": "LORA", "base_model_name_or_path": base or "allenai/OLMo-7B", "revision": revision}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+    (tmp_path / "adapter_model.safetensors").touch()
+    options = {"model": None, "revision": None, "any_base": False} | given
+    lines: list[str] = []
+    assert resolve_base(str(tmp_path), **options, say=lines.append) == expected
+    assert bool(lines) == expected[0].endswith("-hf")
+
+
+def test_another_base_than_the_adapters_is_refused(tmp_path):
+    content = {"peft_type": "LORA", "base_model_name_or_path": "mine/model"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(UserError, match="was trained on 'mine/model', not on 'mine/other'"):
+        resolve_base(str(tmp_path), "mine/other", None, False, print)

@@ -17,8 +17,7 @@ from lowmem_npo.evaluation.leaks.contract import LeakResult
 from lowmem_npo.evaluation.leaks.quantization import MERGED, QUANTIZATION
 from lowmem_npo.model.checkpoint import find_checkpoint
 from lowmem_npo.model.merging import check_space, find_updates, write_merged
-from lowmem_npo.model.names import resolve_name
-from lowmem_npo.model.saved_adapter import base_of_adapter, check_base, revision_of_adapter, settings_of_run
+from lowmem_npo.model.saved_adapter import resolve_base, settings_of_run
 from lowmem_npo.report.model_card import merged_card
 from lowmem_npo.run_directory import RunFiles, check_empty
 
@@ -31,13 +30,7 @@ def merge(config: MergeConfig, say: Say = print) -> Path:
     Raises:
         UserError: something the user can fix, in one sentence.
     """
-    of_adapter = revision_of_adapter(config.adapter)  # raises if there is no adapter
-    revision = config.revision or (None if config.any_base else of_adapter)
-    name, line = resolve_name(config.model or base_of_adapter(config.adapter), revision)
-    if line:
-        say(line)
-    if not config.any_base:
-        check_base(config.adapter, name)
+    name, revision = resolve_base(config.adapter, config.model, config.revision, config.any_base, say)
     out = Path(config.output_dir).expanduser().absolute()
     check_empty(out)
     checkpoint = find_checkpoint(name, revision)
