@@ -18,6 +18,7 @@ import yaml
 from lowmem_npo.errors import UserError
 from lowmem_npo.forget_terms import custom_term
 from lowmem_npo.sizes import parse_size
+from lowmem_npo.sources import GENERAL_SET
 from lowmem_npo.stop_conditions import Condition, parse_conditions
 
 FORGET_TERMS = ("npo", "ga", "simnpo", "idk")  # beside those that others bring
@@ -25,7 +26,6 @@ Normalization = Literal["sequence", "token", "length"]
 KLDirection = Literal["policy-reference", "reference-policy"]
 PassageForm = Literal["both", "completion", "text"]
 
-BUILTIN = "builtin"  # the bundled general set, as --retain
 TILE_ROWS = 1024  # tokens of a tile where --tile-mlp has no value
 KEPT_CHECKPOINTS = 2  # unless --save-total-limit says otherwise
 
@@ -438,7 +438,7 @@ class RunConfig:
                 "or neither (then the bundled biographies are used)."
             )
         if self.data.forget is not None and self.data.retain is None and self.objective.needs_retain:
-            self.data = dataclasses.replace(self.data, retain=BUILTIN)
+            self.data = dataclasses.replace(self.data, retain=GENERAL_SET)
         for condition in self.stopping.conditions:
             needed = condition.needs
             if self.data.forget is not None and getattr(self.data, needed) is None:

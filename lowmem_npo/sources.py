@@ -24,7 +24,8 @@ HUB_NAME = re.compile(
 
 
 # What --retain takes beside files: the bundled general set, of which a part is held out, and the model's own texts.
-BUILTIN = {"builtin": "general", "builtin:holdout": "general_holdout"}
+GENERAL_SET = "builtin"
+BUILTIN = {GENERAL_SET: "general", f"{GENERAL_SET}:holdout": "general_holdout"}
 SELF = re.compile(r"self(:(?P<rows>\d+))?")
 
 

@@ -104,7 +104,7 @@ def inspect(options: DataCommand, say: Say = print) -> None:
         from lowmem_npo.model.loading import load_config
         from lowmem_npo.model.stop_tokens import stop_tokens
 
-        config.model, line = resolve_name(config.model)
+        config.model, line = resolve_name(config.model, config.revision)
         if line:
             say(line)
         tokenizer = load_tokenizer(config)

@@ -37,7 +37,7 @@ def own_texts(config: RunConfig, model_config: PretrainedConfig) -> Path | None:
     of_run = RunDirectory(config).self_written
     if config.output.resume and of_run.exists():
         return of_run
-    name, data = resolve_name(config.model.model)[0], config.data
+    name, data = resolve_name(config.model.model, config.model.revision)[0], config.data
     key = {
         "model": _stamp(name),
         "commit": getattr(model_config, "_commit_hash", None),
