@@ -20,6 +20,20 @@ def pytest_addoption(parser):
         "--matrix", choices=["sample", "full", "write"], default="sample",
         help="columns of docs/architectures.md: some for each architecture, all, or all, written anew",
     )  # fmt: skip
+    parser.addoption("--full", action="store_true", help="the long forms of tests, and those marked full")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--full"):
+        for item in items:
+            if item.get_closest_marker("full"):
+                item.add_marker(pytest.mark.skip(reason="takes long: bash scripts/test.sh --full"))
+
+
+@pytest.fixture(scope="session")
+def full(pytestconfig) -> bool:
+    """Whether a test that has a long form runs it: bash scripts/test.sh --full."""
+    return pytestconfig.getoption("--full")
 
 
 def pytest_collection_finish():
