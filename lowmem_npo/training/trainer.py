@@ -64,6 +64,7 @@ class NPOConfig(ObjectiveConfig, TrainingArguments):
     lr_scheduler_type: str = "constant"
     max_grad_norm: float = 0.0  # the paper does not clip
     logging_steps: float = 1
+    logging_nan_inf_filter: bool = False  # it waits for the GPU twice a step, and hides that a run diverges
     save_strategy: str = "epoch"
     save_total_limit: int | None = KEPT_CHECKPOINTS
     step_batch_size: int | None = None
@@ -231,6 +232,12 @@ class NPOTrainer(Trainer):
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts.to(device), reduction="sum")
         return batches, StepTotals(*counts.tolist())
+    def _prepare_input(self, data: Any) -> Any:
+        """As the Trainer's, but tensors in pinned memory (the loader's) are copied while the GPU goes on."""
+        if isinstance(data, Tensor):
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
@@ -342,7 +349,10 @@ class StepMetrics:
             self._sums[name] = self._sums.get(name, 0.0) + value.detach()
 
     def means_and_reset(self) -> Tensor:
-        """(len(names),) float32, in the order of `names` on every process; 0 where this process had no rows."""
-        means = torch.stack([torch.as_tensor(self._sums.get(name, 0.0)).float().cpu() for name in self.names])
+        """(len(names),) float32 on the CPU, in the order of `names` on every process; 0 where this process had no rows.
+        One transfer for all of them: each waits for the GPU."""
+        on_device = [value.float() for value in self._sums.values()]
+        values = dict(zip(self._sums, torch.stack(on_device).tolist() if on_device else (), strict=True))
+        means = torch.tensor([values.get(name, 0.0) for name in self.names])
         means, self.steps, self._sums = means / self.steps, 0, {}
         return means
