@@ -232,12 +232,12 @@ class NPOTrainer(Trainer):
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts.to(device), reduction="sum")
         return batches, StepTotals(*counts.tolist())
+
     def _prepare_input(self, data: Any) -> Any:
         """As the Trainer's, but tensors in pinned memory (the loader's) are copied while the GPU goes on."""
         if isinstance(data, Tensor):
             return data.to(self.args.device, non_blocking=True)
         return super()._prepare_input(data)
-
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
