@@ -21,7 +21,8 @@ from lowmem_npo.sizes import parse_size
 from lowmem_npo.sources import GENERAL_SET
 from lowmem_npo.stop_conditions import Condition, parse_conditions
 
-FORGET_TERMS = ("npo", "ga", "simnpo", "idk")  # beside those that others bring
+FORGET_TERMS = ("npo", "ga", "simnpo", "idk", "wga", "satimp", "jensun")  # beside those that others bring
+REFUSING_TERMS = ("idk", "jensun")  # which teach --refusal
 Normalization = Literal["sequence", "token", "length"]
 KLDirection = Literal["policy-reference", "reference-policy"]
 PassageForm = Literal["both", "completion", "text"]
@@ -136,7 +137,7 @@ class DataConfig(DataOptions):
     tokens: Literal["answer", "all"] = "answer"
     """Which tokens count in the loss: the answer's (EOS included), or every non-padding token."""
     refusal: str = "I don't know."
-    """The answer taught in place of the forgotten one by --forget-term idk."""
+    """The answer taught in place of the forgotten one by --forget-term idk and jensun."""
     allow_overlap: bool = False
     """Continue even if rows of the forget set are in the retain set as well."""
     limit: int | None = None
@@ -148,8 +149,9 @@ class ObjectiveConfig:
     """Objective: L = L_forget + gamma * NLL(retain) + delta * KL(retain)."""
 
     forget_term: str = "npo"
-    """npo (Zhang et al. 2024), ga (gradient ascent), simnpo (Fan et al. 2024), idk (NLL of a refusal), or one that an
-    installed package brings."""
+    """npo (Zhang et al. 2024), ga (gradient ascent), simnpo (Fan et al. 2024), idk (NLL of a refusal), wga (weighted
+    gradient ascent, Wang et al. 2025), satimp (Yang et al. 2025), jensun (Jensen-Shannon divergence to a refusal, Singh
+    et al. 2025), or one that an installed package brings."""
     beta: float = 0.5
     """Inverse temperature of npo and simnpo: smaller is closer to gradient ascent."""
     gamma: float = 1.0
@@ -162,10 +164,16 @@ class ObjectiveConfig:
     """KL(policy || reference), or the reverse as in TOFU and open-unlearning."""
     simnpo_margin: float = 0.0
     """Reward margin of simnpo (its paper's gamma)."""
+    wga_beta: float = 1.0
+    """wga weighs each token's ascent by its probability to this power: larger spares what is unlikely already."""
+    satimp_beta1: float = 5.0
+    """satimp weighs each token's ascent by p^beta1 (1 - p)^beta2: how much it spares what is unlikely already."""
+    satimp_beta2: float = 1.0
+    """How much satimp spares what the model is sure of: words that any answer would have there."""
 
     def __post_init__(self) -> None:
         check_positive(self, "beta")
-        check_positive(self, "gamma", "delta", or_zero=True)
+        check_positive(self, "gamma", "delta", "wga_beta", "satimp_beta1", "satimp_beta2", or_zero=True)
         custom_term(self.forget_term, FORGET_TERMS)  # raises if there is none
         for name, allowed in (("normalization", Normalization), ("kl_direction", KLDirection)):
             if getattr(self, name) not in get_args(allowed):

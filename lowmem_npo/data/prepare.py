@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -13,8 +14,9 @@ from lowmem_npo.config import DataConfig, ObjectiveConfig
 from lowmem_npo.data.overlap import MAX_LISTED, find_related, refuse_overlap
 from lowmem_npo.data.passages import Passages
 from lowmem_npo.data.reading import Rows, bundled_rows, described, read_rows
-from lowmem_npo.data.schemas import PASSAGE, Example, canonical, to_examples, with_answer
+from lowmem_npo.data.schemas import PASSAGE, Example, canonical, to_examples
 from lowmem_npo.data.self_written import beginnings, self_rows, stand_in
+from lowmem_npo.data.targets import forget_targets
 from lowmem_npo.data.templates import Template
 from lowmem_npo.data.tokenizing import TokenizedRows, count, tokenize
 from lowmem_npo.errors import UserError
@@ -35,7 +37,7 @@ class PreparedData:
 
     forget: the rows to forget, with their true answers.
     retain: the rows to keep, or None.
-    forget_targets: what the forget term trains on: `forget`, or the same prompts answered by a refusal.
+    forget_targets: what the forget term trains on: `forget`, or the same prompts with a refusal (`targets`).
     report: lines for the user: what was read, and what was truncated.
     holdout: rows like those to forget that the model was never taught, or None: what forgotten rows are compared with.
     general: general rows that nothing is trained on, by which utility is measured where the user names no rows to keep.
@@ -62,7 +64,7 @@ def prepare(
     """Reads, checks and tokenises the rows of a run. Nothing is written.
 
     Without `data.forget` and `data.retain` these are the bundled biographies and, unless `data.holdout` names others,
-    their holdout. `forget_term` decides what `forget_targets` are: for `idk`, refusals. `stops` are ids at which the
+    their holdout. `forget_term` decides what `forget_targets` are. `stops` are ids at which the
     model stops generating, beside its tokenizer's own. `own_texts` is where the texts of `--retain self` are, or will
     be. Of general rows, bundled or self-written, those that say what is to be forgotten are left out.
 
@@ -93,7 +95,7 @@ def prepare(
         report.extend(f"{part}: {note}" for note in rows.notes)
         return result
 
-    def tokenized(part: str, rows: list[Example]) -> TokenizedRows:
+    def tokenized(part: str, rows: Sequence[Example]) -> TokenizedRows:
         result = tokenize(rows, tokenizer, max_length=data.max_length, template=template, tokens=data.tokens)
         report.extend(result.report(part))
         return result
@@ -122,9 +124,8 @@ def prepare(
         refuse_overlap(to_forget, to_hold_out, part="holdout")
         if to_retain is not None:
             refuse_overlap(to_retain, to_hold_out, part="holdout", of="retain")
-    forget_rows = targets = tokenized("forget", to_forget)
-    if forget_term == "idk":
-        targets = tokenized("forget, refusing", with_answer(to_forget, data.refusal))
+    forget_rows = tokenized("forget", to_forget)
+    targets = forget_targets(forget_term, forget_rows, data.refusal, partial(tokenized, "forget, refusing"))
     retain_rows = unwritten if to_retain is None else tokenized("retain", to_retain)
     holdout_rows = None if to_hold_out is None else tokenized("holdout", to_hold_out)
     held_out = None

@@ -13,6 +13,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import lowmem_npo
+from lowmem_npo.config import REFUSING_TERMS
 from lowmem_npo.data.reading import described
 from lowmem_npo.evaluation.answer_table import scope
 from lowmem_npo.evaluation.answers import AnswerSummary, part_of
@@ -57,7 +58,7 @@ def render_page(content: Content, examples: int) -> str:
         directory=content.directory,
         model_name=model,
         first_page=first_page(content, model),
-        teaches_refusal=settings.get("forget_term") == "idk",
+        teaches_refusal=settings.get("forget_term") in REFUSING_TERMS,
         tone=TONES[content.verdict.tone],
         evidence=EVIDENCE,
         rules=RULES,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowmem_npo.config import REFUSING_TERMS
 from lowmem_npo.data.reading import described
 from lowmem_npo.evaluation.answer_table import FORGET, GENERAL, RETAIN
 from lowmem_npo.evaluation.answers import AnswerSummary, part_of
@@ -96,7 +97,8 @@ def _done(content: Content) -> Iterator[str]:
     if audit is None or audit["adapter"] is None:
         yield "An adapter, a small addition to the model, was trained, but no record says that it was finished."
     else:
-        aim = "to refuse the questions" if content.settings.get("forget_term") == "idk" else "to unlearn the answers"
+        refuses = content.settings.get("forget_term") in REFUSING_TERMS
+        aim = "to refuse the questions" if refuses else "to unlearn the answers"
         time = f" It took {_duration(span)}." if (span := seconds(audit["sessions"])) is not None else ""
         yield (
             f"An adapter, a small addition to the model, was trained {aim} in {audit['optimizer_steps']:,} steps. The "

@@ -12,6 +12,7 @@ they are computed with their gradient by `lowmem_kernels.retain_loss`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,13 +69,44 @@ def simnpo(mean_logprob: Tensor, beta: float, margin: float) -> Tensor:
     return (2.0 / beta) * F.softplus(beta * mean_logprob + margin)
 
 
+def wga(logprob: Tensor, beta: float) -> Tensor:
+    """Weighted gradient ascent, elementwise on token log-probs: p^beta * log p, the weight a constant to the gradient.
+
+    Wang et al. 2025, "Rethinking LLM Unlearning Objectives: A Gradient Perspective and Go Beyond" (WGA, alpha there).
+    Gradient ascent at beta 0; with a larger beta, tokens that are unlikely already are left alone.
+    """
+    return (beta * logprob).detach().exp() * logprob
+
+
+def satimp(logprob: Tensor, beta1: float, beta2: float) -> Tensor:
+    """Ascent weighted by saturation and importance, elementwise on token log-probs: p^beta1 * (1 - p)^beta2 * log p,
+    the weight a constant to the gradient.
+
+    Yang et al. 2025, "Exploring Criteria of Loss Reweighting to Enhance LLM Unlearning" (SatImp).
+    """
+    doubt = -torch.expm1(logprob.detach())  # 1 - p, precise near p = 1
+    return (beta1 * logprob).detach().exp() * doubt.clamp(min=0) ** beta2 * logprob
+
+
+def jensun(logprob: Tensor) -> Tensor:
+    """Jensen-Shannon divergence, in nats, of the model's distribution and all of its mass on one token, elementwise on
+    that token's log-probs: log 2 + (p log p - (1 + p) log(1 + p)) / 2.
+
+    Singh et al. 2025, "Unlearning That Lasts" (JensUn), where the token is the refusal's. Of the distribution it takes
+    the token's probability alone: where the other side is 0, each p_i contributes p_i * log 2. At most log 2.
+    """
+    p = logprob.exp()
+    return math.log(2) + (p * logprob - (1 + p) * torch.log1p(p)) / 2
+
+
 def forget_loss(
     objective: ObjectiveConfig, policy: SequenceLogprobs, reference: Tensor | None, totals: StepTotals
 ) -> Tensor:
     """The forget term's share of the step's loss from one micro-batch.
 
     Args:
-        policy: log-probs of the forget answers (for `idk`: of the refusals) under the policy, with gradient.
+        policy: log-probs of the forget answers (for `idk` and `jensun`: of the refusals) under the policy, with
+            gradient.
         reference: what `needs_reference` says: (B,) sums or (N,) per-token log-probs of the original model, or None.
         totals: counts of the whole optimiser step.
 
@@ -91,6 +123,12 @@ def forget_loss(
         return policy.token_logprobs.sum() / tokens
     if term == "idk":
         return -policy.token_logprobs.sum() / tokens
+    if term == "wga":
+        return wga(policy.token_logprobs, objective.wga_beta).sum() / tokens
+    if term == "satimp":
+        return satimp(policy.token_logprobs, objective.satimp_beta1, objective.satimp_beta2).sum() / tokens
+    if term == "jensun":
+        return jensun(policy.token_logprobs).sum() / tokens
     if term == "simnpo":
         return simnpo(policy.sums() / policy.lengths(), objective.beta, objective.simnpo_margin).sum() / sequences
     assert reference is not None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowmem_npo.data import Rows, Template, TokenizedRow, to_examples, tokenize, with_answer
+from lowmem_npo.data import Rows, Template, TokenizedRow, to_examples, tokenize
+from lowmem_npo.data.targets import forget_targets
 from lowmem_npo.errors import UserError
 
 
@@ -18,7 +20,8 @@ def script_rows(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
-    refusal: str | None = None,
+    term: str = "",
+    refusal: str = "",
 ) -> Sequence[TokenizedRow]:
     """`rows` as they are if they are tokenised; raw ones, of any schema that files may have, are tokenised.
 
@@ -26,7 +29,7 @@ def script_rows(
         rows: a `datasets.Dataset`, or another sequence of dictionaries.
         name: the argument that they came as, for messages.
         max_length: tokens per raw row.
-        refusal: what takes the place of raw rows' answers.
+        term, refusal: of rows to forget, the forget term that trains on them, and the refusal that it may teach.
 
     Raises:
         UserError: no rows, or rows that cannot be read.
@@ -43,11 +46,10 @@ def script_rows(
     if "input_ids" in first:
         raise UserError(f"{name} has input_ids without labels, so nothing says what is the answer: give raw rows.")
     examples = to_examples(Rows(name, [dict(rows[i]) for i in range(len(rows))]))
-    if refusal is not None:
-        examples = with_answer(examples, refusal)
     ids = getattr(model.generation_config, "eos_token_id", None)
     stops = frozenset(i for i in (ids if isinstance(ids, list) else [ids]) if i is not None)
-    return tokenize(examples, tokenizer, max_length=max_length, template=Template(stops=stops))
+    tokenized = partial(tokenize, tokenizer=tokenizer, max_length=max_length, template=Template(stops=stops))
+    return forget_targets(term, tokenized(examples), refusal, tokenized)
 
 
 def _described(rows: Any) -> str:

@@ -74,7 +74,7 @@ class NPOConfig(ObjectiveConfig, TrainingArguments):
     max_length: int = DataConfig.max_length
     """Tokens per row, prompt and answer together, of rows that are not tokenised."""
     refusal: str = DataConfig.refusal
-    """The answer that `idk` teaches in place of those of rows that are not tokenised."""
+    """The answer that `idk` and `jensun` teach in place of those of rows that are not tokenised."""
     reference_dir: str | None = None
     """Directory in which the reference's results are cached (`CachedReference`). Default: the reference pass is run at
     every step."""
@@ -99,8 +99,8 @@ class NPOTrainer(Trainer):
         model: a causal LM whose base is frozen: a `PeftModel`, or a plain model together with `peft_config`.
         args: `NPOConfig`.
         forget_dataset: a `datasets.Dataset` or a list of rows, with the columns that files may have, tokenised here as
-            the command line does; or tokenised rows, as `lowmem_npo.data.tokenize` makes them. For the `idk` term the
-            answers of those are the refusals (`lowmem_npo.data.with_answer`).
+            the command line does; or tokenised rows, as `lowmem_npo.data.tokenize` makes them. For the terms `idk` and
+            `jensun` those teach the refusal already (`lowmem_npo.data.targets`).
         retain_dataset: the same for what must be kept; None if gamma and delta are both 0.
         forget_term: a forget term of your own in place of `args.forget_term`; `lowmem_npo.forget_terms` says what it is
             given.
@@ -136,8 +136,7 @@ class NPOTrainer(Trainer):
                 "gamma or delta is positive but there are no retain rows: give retain_dataset, or set both to 0."
             )
         tokenized = partial(script_rows, model=causal_lm(model), tokenizer=processing_class, max_length=args.max_length)
-        refusal = args.refusal if args.forget_term == "idk" else None
-        forget_dataset = tokenized(forget_dataset, "forget_dataset", refusal=refusal)
+        forget_dataset = tokenized(forget_dataset, "forget_dataset", term=args.forget_term, refusal=args.refusal)
         retain_dataset = tokenized(retain_dataset, "retain_dataset") if self.objective.needs_retain else None
         if not isinstance(model, PeftModel):
             if peft_config is None:

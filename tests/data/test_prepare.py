@@ -74,6 +74,23 @@ def test_refusals_are_targets_and_true_answers_stay(files, bpe_tokenizer):
         assert bpe_tokenizer.decode(true["input_ids"][prompt:]).startswith(" Number")
 
 
+@pytest.mark.parametrize("tokens", ["answer", "all"])
+def test_jensun_wants_the_refusal_after_every_beginning_of_the_answer(files, tokens, bpe_tokenizer):
+    forget, retain = files
+    settings = DataConfig(forget=forget, retain=retain, refusal="No idea.", tokens=tokens)
+    data = prepare(bpe_tokenizer, settings, "jensun")
+    said = bpe_tokenizer(" No idea.").input_ids  # without an end, which would follow every few tokens
+    for true, target in zip(data.forget, data.forget_targets, strict=True):
+        prompt = true["prompt_length"]
+        wanted = target["labels"][prompt:]
+        assert target["input_ids"] == true["input_ids"] and target["labels"][:prompt] == true["labels"][:prompt]
+        assert wanted == [said[place % len(said)] for place in range(len(wanted))]
+        assert len(wanted) > len(said)
+    least = max(row["prompt_length"] for row in data.forget) + 1  # for a row with any of its answer
+    cut = prepare(bpe_tokenizer, DataConfig(forget=forget, refusal="No idea.", max_length=least), "jensun")
+    assert [label for label in cut.forget_targets[-1]["labels"] if label != -100] == said[:1]
+
+
 def test_forget_alone_is_possible_retain_alone_is_not(files, bpe_tokenizer):
     forget, retain = files
     assert prepare(bpe_tokenizer, DataConfig(forget=forget)).retain is None

@@ -115,10 +115,22 @@ def dense_step(
             loss = loss + (-2 / o.beta * torch.nn.functional.logsigmoid(-o.beta * ratio)).sum()
         elif o.forget_term == "simnpo":
             loss = loss - 2 / o.beta * torch.nn.functional.logsigmoid(-o.beta * own.mean() - o.simnpo_margin)
+        elif o.forget_term == "wga":
+            loss = loss + (own.detach().exp() ** o.wga_beta * own).sum()
+        elif o.forget_term == "satimp":
+            p = own.detach().exp()
+            loss = loss + (p**o.satimp_beta1 * (1 - p) ** o.satimp_beta2 * own).sum()
+        elif o.forget_term == "jensun":
+            table, targets = logprobs(row)
+            one_hot = torch.nn.functional.one_hot(targets, table.shape[1]).double()
+            middle = ((table.exp() + one_hot) / 2).log()
+            loss = loss + (table.exp() * (table - middle)).sum() / 2 - (one_hot * middle).sum() / 2
         else:
             loss = loss + own.sum() * (1 if o.forget_term == "ga" else -1)
         tokens += len(own)
-    per_token = o.forget_term in ("ga", "idk") or (o.forget_term == "npo" and o.normalization == "token")
+    per_token = o.forget_term in ("ga", "idk", "wga", "satimp", "jensun") or (
+        o.forget_term == "npo" and o.normalization == "token"
+    )
     loss = loss / (tokens if per_token else len(forget))
 
     nll, kl, tokens = 0.0, 0.0, 0

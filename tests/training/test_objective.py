@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from lowmem_npo.config import ObjectiveConfig
-from lowmem_npo.training.objective import SequenceLogprobs, StepTotals, forget_loss, needs_reference, retain_weights
+from lowmem_npo.training.objective import (
+    SequenceLogprobs,
+    StepTotals,
+    forget_loss,
+    jensun,
+    needs_reference,
+    retain_weights,
+)
 
 LENGTHS = (3, 1, 7, 4)
 
@@ -34,6 +41,26 @@ def batch(tokens, reference, objective):
     return policy, given[needed]
 
 
+def weight(objective, logprobs):
+    """The weights of the two reweighted ascents, which are constants to the gradient."""
+    p = logprobs.detach().exp()
+    if objective.forget_term == "wga":
+        return p**objective.wga_beta
+    return p**objective.satimp_beta1 * (1 - p) ** objective.satimp_beta2
+
+
+def jensen_shannon(logprobs, others=6):
+    """(N,) the divergence of two whole distributions: one that gives a token `logprobs` and spreads the rest unevenly
+    over the others, and one that gives that token everything."""
+    p = logprobs.exp()[:, None]
+    shares = torch.arange(1, others + 1, dtype=torch.float64)
+    model = torch.cat([p, (1 - p) * shares / shares.sum()], dim=1)
+    target = torch.zeros_like(model)
+    target[:, 0] = 1
+    middle = (model + target) / 2
+    return (model * (model / middle).log()).sum(1) / 2 + torch.log(1 / middle[:, 0]) / 2
+
+
 def by_hand(objective, tokens, reference):
     """One number, from the paper's formulas."""
     beta, pairs = objective.beta, list(zip(tokens, reference, strict=True))
@@ -41,6 +68,10 @@ def by_hand(objective, tokens, reference):
         return sum(t.sum() for t in tokens) / sum(LENGTHS)
     if objective.forget_term == "idk":
         return -sum(t.sum() for t in tokens) / sum(LENGTHS)
+    if objective.forget_term in ("wga", "satimp"):
+        return sum((weight(objective, t) * t).sum() for t in tokens) / sum(LENGTHS)
+    if objective.forget_term == "jensun":
+        return sum(jensen_shannon(t).sum() for t in tokens) / sum(LENGTHS)
     if objective.forget_term == "simnpo":
         sigmoids = [1 / (1 + math.exp(beta / len(t) * t.sum() + objective.simnpo_margin)) for t in tokens]
         return sum(-2 / beta * math.log(s) for s in sigmoids) / len(tokens)
@@ -57,12 +88,16 @@ OBJECTIVES = [
     ObjectiveConfig(forget_term="ga"),
     ObjectiveConfig(forget_term="idk"),
     ObjectiveConfig(forget_term="simnpo", beta=2.5, simnpo_margin=0.3),
+    *(ObjectiveConfig(forget_term="wga", wga_beta=b) for b in (0.0, 1.0, 3.0)),
+    *(ObjectiveConfig(forget_term="satimp", satimp_beta1=b, satimp_beta2=c) for b, c in ((5.0, 1.0), (0.5, 2.5))),
+    ObjectiveConfig(forget_term="jensun"),
 ]
 TOTALS = StepTotals(len(LENGTHS), sum(LENGTHS), 0)
 
 
 def name(o):
-    return f"{o.forget_term}-{o.normalization}-{o.beta}"
+    own = {"wga": o.wga_beta, "satimp": f"{o.satimp_beta1}-{o.satimp_beta2}"}.get(o.forget_term, o.beta)
+    return f"{o.forget_term}-{o.normalization}-{own}"
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=name)
@@ -138,6 +173,25 @@ def test_extreme_ratios_stay_finite():
         loss.backward()
         assert loss.item() == pytest.approx(expected, abs=1e-6)
         assert torch.isfinite(policy.token_logprobs.grad).all()
+
+
+@pytest.mark.parametrize("term", ["ga", "wga", "satimp", "jensun"])
+def test_certain_and_impossible_tokens_have_finite_gradients(term):
+    """Also a log-prob that rounding put above 0, which has no power of 1 - p."""
+    objective = ObjectiveConfig(forget_term=term, satimp_beta2=0.5)
+    policy = SequenceLogprobs(torch.tensor([0.0, 1e-7, -1e-7, -5000.0], requires_grad=True), torch.zeros(4).long(), 1)
+    loss = forget_loss(objective, policy, None, StepTotals(1, 4, 0))
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(policy.token_logprobs.grad).all()
+
+
+def test_jensun_is_bounded_and_points_to_the_refusal():
+    logprobs = torch.tensor([0.0, -0.7, -3.0, -40.0], requires_grad=True)
+    divergence = jensun(logprobs)
+    assert divergence[0].item() == pytest.approx(0, abs=1e-6) and divergence[-1].item() == pytest.approx(math.log(2))
+    assert (divergence.diff() > 0).all()  # the less likely the refusal, the further away
+    divergence.sum().backward()
+    assert (logprobs.grad <= 0).all()  # descent makes it likelier
 
 
 def test_retain_weights_share_the_steps_tokens():

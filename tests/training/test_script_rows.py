@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.cli import main
 from lowmem_npo.config import AdapterConfig
-from lowmem_npo.data import Rows, bundled_rows, to_examples, tokenize, with_answer
+from lowmem_npo.data import Rows, bundled_rows, to_examples, tokenize
+from lowmem_npo.data.targets import forget_targets
 from lowmem_npo.errors import UserError
 from lowmem_npo.training.trainer import NPOConfig, NPOTrainer
 
@@ -51,14 +53,14 @@ def equal(one, other, rtol=0.0):
 
 
 @pytest.mark.parametrize("kind", [Dataset.from_list, list])
-@pytest.mark.parametrize("term", ["npo", "idk"])
+@pytest.mark.parametrize("term", ["npo", "idk", "jensun"])
 def test_raw_rows_are_those_of_the_command_line(kind, term, byte_model, tmp_path):
     settings = {"forget_term": term, "max_length": 72, "refusal": "No idea."}
     raw = trainer_of(byte_model, tmp_path, kind(FORGET), kind(RETAIN), **settings)
     tokenizer = AutoTokenizer.from_pretrained(byte_model)
     forget, retain = (to_examples(Rows("rows", rows)) for rows in (FORGET, RETAIN))
-    forget = with_answer(forget, "No idea.") if term == "idk" else forget
-    tokenized = [tokenize(examples, tokenizer, max_length=72) for examples in (forget, retain)]
+    cut = partial(tokenize, tokenizer=tokenizer, max_length=72)
+    tokenized = [forget_targets(term, cut(forget), "No idea.", cut), cut(retain)]
     expected = step_gradients(trainer_of(byte_model, tmp_path, *tokenized, **settings))
     assert equal(step_gradients(raw), expected)
     whole = step_gradients(trainer_of(byte_model, tmp_path, **{**settings, "max_length": 66}))

@@ -21,6 +21,9 @@ OBJECTIVES = {
     "ga": {"forget_term": "ga"},
     "simnpo": {"forget_term": "simnpo", "beta": 2.5, "simnpo_margin": 0.1},
     "idk": {"forget_term": "idk"},
+    "wga": {"forget_term": "wga", "wga_beta": 0.3},
+    "satimp": {"forget_term": "satimp", "satimp_beta1": 0.3, "satimp_beta2": 2.0},
+    "jensun": {"forget_term": "jensun", "gamma": 0.0, "delta": 0.0},
 }
 
 

@@ -17,7 +17,7 @@ from lowmem_npo.commands.sweep.figures import SweepResult, collect, write_result
 from lowmem_npo.commands.sweep.grid import SweepRun
 from lowmem_npo.commands.sweep.picture import draw_sweep
 from lowmem_npo.commands.train.run import Inputs, plan_run, read_inputs, unlearn
-from lowmem_npo.config import ModelConfig
+from lowmem_npo.config import REFUSING_TERMS, ModelConfig
 from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answers import read_answers, summaries
@@ -81,7 +81,8 @@ def _make(run: SweepRun, bases: Bases, inputs: dict[str, Inputs], say: Say) -> N
     # A run that was killed before its first checkpoint, or before it wrote anything, starts from the beginning.
     config = replace(run.config, output=replace(run.config.output, resume=files.run_yaml.exists()))
     lines: list[str] = []
-    key = repr((config.model, config.data, config.objective.forget_term == "idk"))
+    taught = config.objective.forget_term if config.objective.forget_term in REFUSING_TERMS else None
+    key = repr((config.model, config.data, taught))
     inputs[key] = read_inputs(config, lines.append, inputs.get(key))
     plan = plan_run(config, inputs[key], lines.append)
     files.report_json.unlink(missing_ok=True)  # that of a shorter run would mark this one as finished
