@@ -28,6 +28,9 @@ class StepBatches(Sampler[list[Pick]]):
 
     num_forget, num_retain: rows of each part. No retain rows are drawn where num_retain or retain_batch_size is 0.
     batch_size, retain_batch_size: rows per optimiser step, over all micro-batches and ranks.
+    alternatives: how many other answers each forget row has; they are the forget rows from num_forget on, first one of
+        every row, then the next of every row. A micro-batch has each of its rows followed by one of them, another one
+        in every epoch. Rows and sizes above are without them.
     seed: a non-negative integer; the only source of randomness.
     rank, world_size: which data-parallel process this is, and of how many.
     """
@@ -42,6 +45,7 @@ class StepBatches(Sampler[list[Pick]]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        alternatives: int = 0,
     ):
         for name, value, least in (
             ("num_forget", num_forget, 1),
@@ -52,6 +56,7 @@ class StepBatches(Sampler[list[Pick]]):
             ("seed", seed, 0),
             ("world_size", world_size, 1),
             ("rank", rank, 0),
+            ("alternatives", alternatives, 0),
         ):
             if value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
@@ -61,6 +66,7 @@ class StepBatches(Sampler[list[Pick]]):
         self.batch_size, self.retain_batch_size = batch_size, retain_batch_size
         self.micro_batches, self.seed = micro_batches, seed
         self.rank, self.world_size = rank, world_size
+        self.alternatives = alternatives
         self.epoch = 0
 
     @property
@@ -91,6 +97,9 @@ class StepBatches(Sampler[list[Pick]]):
         """This rank's micro-batch `index` of global step `step`."""
         share, shares = index * self.world_size + self.rank, self.micro_batches * self.world_size
         forget, retain = (np.array_split(rows, shares)[share].tolist() for rows in self.step_rows(step))
+        if self.alternatives:
+            answers = self.num_forget * (1 + step // self.steps_per_epoch % self.alternatives)
+            forget = [row for one in forget for row in (one, answers + one)]
         return [Pick("forget", int(row)) for row in forget] + [Pick("retain", int(row)) for row in retain]
 
     def __iter__(self) -> Iterator[list[Pick]]:

@@ -183,3 +183,15 @@ def test_impossible_sizes_are_named(name, value):
     sizes = {"num_forget": 4, "num_retain": 4, "batch_size": 2, "retain_batch_size": 2, "world_size": 2, name: value}
     with pytest.raises(ValueError, match=f"^{name} is {value}"):
         StepBatches(**sizes)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_each_row_is_followed_by_another_answer_in_every_epoch(micro_batches):
+    plain = StepBatches(5, 3, 2, 2, micro_batches, seed=4)
+    sampler = StepBatches(5, 3, 2, 2, micro_batches, seed=4, alternatives=3)
+    for epoch in range(4):
+        for alone, both in zip(epoch_of(plain, epoch), epoch_of(sampler, epoch), strict=True):
+            rows, pairs = rows_of(alone, "forget"), rows_of(both, "forget")
+            assert pairs[::2] == rows and rows_of(alone, "retain") == rows_of(both, "retain")
+            offset = 5 * (1 + epoch % 3)
+            assert pairs[1::2] == [row + offset for row in rows]

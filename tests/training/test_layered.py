@@ -1,0 +1,137 @@
+"""Which rows a layered run trains on: who is forgotten and who is held in each stage, how often, in any split."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowmem_npo.errors import UserError
+from lowmem_npo.training.layered import LATER_COPIES, LayeredBatches, check_folds, divide
+
+SIZES = {"num_retain": 9, "batch_size": 3, "retain_batch_size": 3, "seed": 5}
+
+
+def batches(rows=12, folds=3, steps=120, weight=0.25, **sizes) -> LayeredBatches:
+    sizes = {**SIZES, **sizes}
+    return LayeredBatches(divide(rows, folds, sizes["seed"]), steps, weight, **sizes)
+
+
+def drawn(sampler: LayeredBatches, stage: int) -> tuple[Counter, Counter]:
+    """How often each forget row and each retain row comes in a stage."""
+    ends = [*sampler.starts, sampler.steps]
+    forget, retain = Counter(), Counter()
+    for step in range(ends[stage], ends[stage + 1]):
+        rows = sampler.step_rows(step)
+        forget.update(rows[0])
+        retain.update(rows[1])
+    return forget, retain
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(2, 40),
+    folds=st.integers(2, 6),
+    groups=st.one_of(st.none(), st.lists(st.integers(0, 7), min_size=40, max_size=40)),
+    seed=st.integers(0, 3),
+)
+def test_folds_are_a_division_and_keep_groups_together(rows, folds, groups, seed):
+    groups = None if groups is None else groups[:rows]
+    if folds > (rows if groups is None else len(set(groups))):
+        with pytest.raises(UserError, match=f"--layered {folds} "):
+            divide(rows, folds, seed, groups)
+        return
+    result = divide(rows, folds, seed, groups)
+    assert sorted(row for fold in result for row in fold) == list(range(rows)) and all(result)
+    assert result == divide(rows, folds, seed, groups)
+    if groups is None:
+        assert max(map(len, result)) - min(map(len, result)) <= 1
+    else:
+        for group in set(groups):
+            assert sum(any(groups[row] == group for row in fold) for fold in result) == 1
+
+
+def test_what_cannot_be_divided_is_refused():
+    for rows, folds, groups, message in (
+        (4, 5, None, "--layered 5 needs at least as many rows to forget; there are 4"),
+        (4, 2, ["a"] * 4, "by --group-column, which names one group"),
+        (4, 3, ["a", "a", "b", "b"], "by --group-column, which names 2 groups"),
+    ):
+        with pytest.raises(UserError, match=message):
+            divide(rows, folds, 0, groups)
+    with pytest.raises(UserError, match="--layered 3 leaves a fold of 3 rows, and a step takes --batch-size 4"):
+        check_folds(divide(11, 3, 0), 4, 100)
+    with pytest.raises(UserError, match="--layered 3 needs a step for every stage; this run has 2"):
+        check_folds(divide(12, 3, 0), 4, 2)
+    check_folds(divide(12, 3, 0), 4, 3)
+
+
+def test_rows_without_a_group_are_groups_of_their_own():
+    folds = divide(6, 3, 0, ["a", "a", None, None, None, None])
+    assert sorted(map(len, folds)) == [2, 2, 2]
+
+
+def test_a_stage_forgets_its_fold_most_and_the_earlier_ones_at_the_weight():
+    sampler = batches()
+    folds = sampler.folds
+    assert sampler.starts == [0, 40, 80]
+    for stage in range(2):
+        forget, _ = drawn(sampler, stage)
+        assert set(forget) == {row for fold in folds[: stage + 1] for row in fold}
+    forget, _ = drawn(sampler, 1)
+    newest, earlier = (sum(forget[row] for row in fold) / 4 for fold in (folds[1], folds[0]))
+    assert earlier / newest == pytest.approx(0.25, rel=0.05)
+    for fold in folds[:2]:  # as often as its fellows
+        counts = [forget[row] for row in fold]
+        assert max(counts) - min(counts) <= 1
+    forget, _ = drawn(sampler, 2)
+    assert max(forget.values()) - min(forget.values()) <= 1 and len(forget) == 12  # all alike in the end
+
+
+def test_later_folds_are_held_twice_until_their_turn():
+    sampler = batches()
+    for stage in range(3):
+        _, retain = drawn(sampler, stage)
+        later = {9 + row for fold in sampler.folds[stage + 1 :] for row in fold}
+        assert set(retain) == later | set(range(9))
+        if later:
+            twice, once = (sum(retain[row] for row in rows) / len(rows) for rows in (later, range(9)))
+            assert twice / once == pytest.approx(LATER_COPIES, rel=0.1)
+
+
+def test_a_large_retain_set_does_not_drown_the_later_folds():
+    sampler = batches(num_retain=900)
+    _, retain = drawn(sampler, 0)
+    later = sum(count for row, count in retain.items() if row >= 900)
+    assert later / retain.total() == pytest.approx(2 * 8 / (2 * 8 + 24), abs=0.05)
+    assert max(count for row, count in retain.items() if row < 900) == 1
+
+
+def test_a_stage_that_ends_early_hands_over_at_that_step():
+    sampler = batches()
+    before = [sampler.step_rows(step) for step in range(25)]
+    sampler.end_stage(25)
+    assert sampler.starts == [0, 25, 65]
+    assert [sampler.step_rows(step) for step in range(25)] == before
+    assert {sampler.stage(step) for step in range(25, 65)} == {1}
+    sampler.end_stage(70)  # the last one goes on to the end
+    assert sampler.starts == [0, 25, 65] and sampler.stage(119) == 2
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(9, 23),
+    weight=st.sampled_from([0.0, 0.2, 1.0]),
+    micro_batches=st.integers(1, 4),
+    world_size=st.integers(1, 3),
+    step=st.integers(0, 59),
+)
+def test_a_step_has_the_same_full_batch_however_it_is_split(rows, weight, micro_batches, world_size, step):
+    split = {"micro_batches": micro_batches, "world_size": world_size}
+    ranks = [batches(rows, 3, 60, weight, **split, rank=rank) for rank in range(world_size)]
+    picks = [pick for rank in ranks for index in range(micro_batches) for pick in rank.micro_batch(step, index)]
+    forget, retain = batches(rows, 3, 60, weight).step_rows(step)
+    assert len(forget) == len(retain) == 3
+    assert Counter(picks) == Counter([("forget", row) for row in forget] + [("retain", row) for row in retain])
