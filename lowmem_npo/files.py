@@ -3,17 +3,56 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 CHUNK = 2**20  # bytes read at a time
+PARTIAL = ".partial"  # at the end of a name: being written, or left by a process that was killed then
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes the whole file or none of it, whenever the process is killed."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+def write_atomically(path: Path, text: str, *, private: bool = False) -> None:
+    """Writes the whole file or none of it, whenever the process is killed or the machine goes down.
+
+    private: nobody but its owner can read it.
+    """
+    with complete(path) as partial:
+        partial.touch(mode=0o600 if private else 0o666)
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def complete(path: Path) -> Iterator[Path]:
+    """Yields the name under which to write the file that is to be at `path`; it gets there once it is on the disk. If
+    it cannot be written, nothing is left of it."""
+    partial = path.with_name(path.name + PARTIAL)
+    partial.unlink(missing_ok=True)  # of a killed process, perhaps with other permissions
+    try:
+        yield partial
+        put_in_place(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Renames a complete file, or a directory of such, once all of it is on the disk: after a power cut it is still
+    whole, or not there."""
+    for written in [*partial.rglob("*"), partial]:
+        _flush(written)
     partial.replace(path)
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    """Has the disk hold what is written of a file, or the names in a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def free_bytes(path: Path) -> int:

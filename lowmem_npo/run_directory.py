@@ -10,9 +10,10 @@ from typing import Any
 
 import yaml
 
+from lowmem_npo.claim import LOCK, check_unclaimed
 from lowmem_npo.config import KEPT_CHECKPOINTS, MemoryConfig, RunConfig
 from lowmem_npo.errors import UserError
-from lowmem_npo.files import free_bytes, write_atomically
+from lowmem_npo.files import PARTIAL, free_bytes, write_atomically
 from lowmem_npo.sizes import amount
 
 SELF_WRITTEN = "self_written.jsonl"  # the texts of --retain self
@@ -63,7 +64,7 @@ class RunFiles(AdapterFiles):
         self.self_written = path / SELF_WRITTEN  # the retain texts of --retain self
         self.reference = path / "reference"  # the cached reference, unless --reference-dir names another place
         self.report_html = path / "report.html"
-        self.report_json = path / "report.json"
+        self.report_json = path / "report.json"  # a run's last file
         self.model_card = path / "README.md"
         self.log = path / "log.txt"  # what a run of a sweep would print
         self.evaluation = EvaluationFiles(path / "evaluation")
@@ -116,14 +117,16 @@ class RunDirectory(RunFiles):
 
     def check(self) -> None:
         """Raises a UserError unless this run may write here; writes nothing."""
+        if self.config.output.dry_run:
+            check_unclaimed(self.path)  # a run that is no dry one has claimed it
         if self.config.output.resume:
             return self._check_resume()
         if self.run_yaml.exists():
             state, hint = "an unfinished run", ", continue it with --resume"
-            if self.is_trained:
+            if self.is_trained and self.report_json.exists():
                 state, hint = "a finished run", ""
             raise UserError(f"--output-dir '{self.path}' holds {state}: choose another directory{hint}, or remove it.")
-        check_empty(self.path)
+        check_empty(self.path, self.run_yaml.name)
         parent = next(p for p in [self.path.absolute(), *self.path.absolute().parents] if p.exists())
         if not os.access(parent, os.W_OK):
             raise UserError(f"--output-dir '{self.path}' cannot be written: no permission in '{parent}'.")
@@ -157,11 +160,14 @@ class RunDirectory(RunFiles):
             write_atomically(self.run_yaml, self.config.to_yaml())
 
 
-def check_empty(path: Path) -> None:
-    """Raises a UserError if the --output-dir `path` is a file, or a directory that is not empty."""
+def check_empty(path: Path, first: str | None = None) -> None:
+    """Raises a UserError if the --output-dir `path` is a file, or a directory that is not empty.
+
+    first: the file that is written before all others. A killed process may have left it half-written, with its lock.
+    """
     if path.exists() and not path.is_dir():
         raise UserError(f"--output-dir '{path}' is a file: choose a directory.")
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and {file.name for file in path.iterdir()} - {LOCK, f"{first}{PARTIAL}"}:
         raise UserError(f"--output-dir '{path}' holds other files: choose an empty or a new directory.")
 
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from lowmem_npo.evaluation.answers import AnswerSummary, part_of
 from lowmem_npo.evaluation.figures import Figure, finite, side_by_side
+from lowmem_npo.files import write_atomically
 from lowmem_npo.run_directory import RunFiles
 
 Stages = Mapping[str, Mapping[str, AnswerSummary]]
@@ -164,8 +165,8 @@ def save_table(stages: Stages, folder: Path, name: str = "before_after") -> list
     """Writes NAME.json (full precision) and NAME.md into `folder`; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     as_json, as_markdown = (RunFiles(folder).table(suffix, name) for suffix in ("json", "md"))
-    as_json.write_text(json.dumps(stages_to_json(stages), indent=2) + "\n", encoding="utf-8")
-    as_markdown.write_text(markdown_table(stages), encoding="utf-8")
+    write_atomically(as_json, json.dumps(stages_to_json(stages), indent=2) + "\n")
+    write_atomically(as_markdown, markdown_table(stages))
     return [as_json, as_markdown]
 
 

@@ -43,7 +43,7 @@ class EvaluationDirectory(EvaluationFiles):
                 "choose another directory, or remove it."
             )
         else:
-            check_empty(self.path)
+            check_empty(self.path, self.settings.name)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.settings, json.dumps(self._now(), indent=2, ensure_ascii=False) + "\n")

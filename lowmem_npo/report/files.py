@@ -30,8 +30,8 @@ def write_report(directory: Path, examples: int | None = None) -> Content:
     files = RunFiles(directory)
     texts = {
         files.report_html: render_page(content, examples),
-        files.report_json: json.dumps(content.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         files.model_card: model_card(content),
+        files.report_json: json.dumps(content.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n",  # last
     }
     try:
         for path, text in texts.items():

@@ -20,7 +20,7 @@ from lowmem_npo.console import Say
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.evaluation.benchmarks.documents import membership
 from lowmem_npo.evaluation.scoring.likelihood import Likelihood, answer_likelihoods
-from lowmem_npo.files import write_atomically
+from lowmem_npo.files import complete, write_atomically
 from lowmem_npo.model import reference_mode
 from lowmem_npo.run_directory import RunFiles
 from lowmem_npo.stop_conditions import Condition, StopEvaluation, best, held, holds
@@ -203,9 +203,8 @@ class Stopping(TrainerCallback):
     def _save(self, evaluation: StopEvaluation) -> None:
         file = self._file(evaluation)
         file.parent.mkdir(exist_ok=True)
-        partial = file.with_suffix(".partial")
-        save_file({name: weight.detach().cpu().contiguous() for name, weight in self._trained().items()}, partial)
-        partial.replace(file)
+        with complete(file) as partial:
+            save_file({name: weight.detach().cpu().contiguous() for name, weight in self._trained().items()}, partial)
 
     def _restore(self, evaluation: StopEvaluation) -> None:
         weights = load_file(self._file(evaluation))

@@ -15,6 +15,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lowmem_npo.claim import claimed
 from lowmem_npo.commands.demo.checks import Check, examples, judge
 from lowmem_npo.commands.demo.recipe import Device, Recipe
 from lowmem_npo.commands.demo.teaching import make_tokenizer, taught_model
@@ -25,6 +26,7 @@ from lowmem_npo.data import PreparedData, Template, TokenizedRow, bundled_rows, 
 from lowmem_npo.evaluation.answer_table import save_table, stages_to_json, text_table
 from lowmem_npo.evaluation.answers import AnswerSummary, Evaluations, evaluate_answers, save_answers, summaries
 from lowmem_npo.evaluation.leaks.measure import measure_leaks, read_leaks, write_leaks
+from lowmem_npo.files import write_atomically
 from lowmem_npo.model.loading import resolve_device
 from lowmem_npo.report.files import write_report
 from lowmem_npo.report.picture import draw_picture
@@ -79,7 +81,11 @@ def run_demo(
     Raises:
         UserError: `output_dir` holds something else.
     """
-    recipe, directory = recipe or Recipe(), Path(output_dir)
+    with claimed(Path(output_dir), say):
+        return _demo(Path(output_dir), recipe or Recipe(), seed, device, say)
+
+
+def _demo(directory: Path, recipe: Recipe, seed: int, device: Device, say: Say) -> DemoResult:
     seconds: dict[str, float] = {}
     tokenizer = make_tokenizer(_texts(recipe.limit), recipe.teaching.vocabulary)
     data = prepare(tokenizer, DataConfig(limit=recipe.limit))
@@ -181,7 +187,7 @@ def _save(demo: DemoResult, seed: int, recipe: Recipe) -> None:
         "recipe": asdict(recipe),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    (demo.directory / "demo.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_atomically(demo.directory / "demo.json", json.dumps(content, indent=1) + "\n")
     save_table(demo.stages, demo.directory, name="before_after_gold")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
+from lowmem_npo.claim import claimed
 from lowmem_npo.commands.sweep.borrowed_base import borrowed
 from lowmem_npo.commands.sweep.figures import SweepResult, collect, write_results
 from lowmem_npo.commands.sweep.grid import SweepRun
@@ -37,8 +38,12 @@ def sweep(runs: Sequence[SweepRun], root: Path, *, resume: bool, say: Say = prin
     Raises:
         UserError: `root` holds other files, or runs with other settings; or no run succeeded.
     """
+    with claimed(root, say):
+        return _sweep_claimed(runs, root, resume, say)
+
+
+def _sweep_claimed(runs: Sequence[SweepRun], root: Path, resume: bool, say: Say) -> SweepResult:
     _check(runs, root, resume)
-    root.mkdir(parents=True, exist_ok=True)
     state = Ledger(root / STATE)
     bases = Bases()
     inputs: dict[str, Inputs] = {}
@@ -50,7 +55,8 @@ def sweep(runs: Sequence[SweepRun], root: Path, *, resume: bool, say: Say = prin
         say(title)
         begin = time.monotonic()
         try:
-            _make(run, bases, inputs, say)
+            with claimed(run.directory, say):
+                _make(run, bases, inputs, say)
         except Exception as error:  # no error of one run must end the others
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             reason = " ".join(reason.split())
@@ -145,7 +151,7 @@ def _check(runs: Sequence[SweepRun], root: Path, resume: bool) -> None:
             f"--output-dir '{root}' holds a sweep: choose another directory, continue it with --resume, or remove it."
         )
     if not resume:
-        check_empty(root)
+        check_empty(root, STATE)
     for run in runs:
         if RunFiles(run.directory).run_yaml.exists():
             RunDirectory(replace(run.config, output=replace(run.config.output, resume=True))).check()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from transformers import (
     set_seed,
 )
 
+from lowmem_npo.claim import claimed
 from lowmem_npo.commands.train.own_texts import own_texts, write_own_texts
 from lowmem_npo.config import RunConfig
 from lowmem_npo.console import Say, silent
@@ -42,7 +44,7 @@ from lowmem_npo.evaluation.asking import Asked, in_form, other_forms
 from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakResults
 from lowmem_npo.evaluation.leaks.measure import measure_leaks, read_leaks, write_leaks
 from lowmem_npo.evaluation.leaks.registry import WHILE_TRAINING, leak_tests
-from lowmem_npo.files import write_atomically
+from lowmem_npo.files import PARTIAL, put_in_place, write_atomically
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model, load_tokenizer, reference_mode, resolve_name
 from lowmem_npo.model.adapters import adapter_size, check_lora
@@ -124,7 +126,14 @@ def train(config: RunConfig, say: Say = print) -> RunResult | None:
     Raises:
         UserError: something the user can fix, in one sentence.
     """
-    say = say if is_main_process(config) else silent
+    main_process, output = is_main_process(config), config.output
+    say = say if main_process else silent
+    trains = output.preview is None and not output.dry_run
+    with claimed(config.output_dir, say) if main_process and trains else nullcontext():
+        return _train_claimed(config, say)
+
+
+def _train_claimed(config: RunConfig, say: Say) -> RunResult | None:
     inputs = read_inputs(config, say)
     if config.output.preview is not None:
         say(preview(inputs.data.forget, inputs.tokenizer, config.output.preview, title="forget"))
@@ -235,7 +244,7 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
         say(remark)  # of a refusal it does not matter how the answer was said
     PartialState().wait_for_everyone()
     outcome = _train(plan, trainer, stopping, say)
-    trainer.save_model(str(directory.path))
+    _save_adapter(trainer, directory)
     after = _measure_after(plan, model, before, say) if measures else {}
 
     steps = trainer.state.global_step if outcome is None else outcome.last.step
@@ -314,6 +323,16 @@ def _train(plan: RunPlan, trainer: NPOTrainer, stopping: Stopping | None, say: S
         with watch_memory(config, plan.data, trainer.args.device, say):
             trainer.train(resume_from_checkpoint=checkpoint)
     return stopping.finish() if stopping is not None and is_main_process(config) else None
+
+
+def _save_adapter(trainer: NPOTrainer, directory: RunDirectory) -> None:
+    """Writes the adapter and its tokenizer file by file, the weights last: they say that the run is trained."""
+    staging = directory.path / f"adapter{PARTIAL}"
+    trainer.save_model(str(staging))
+    if trainer.args.should_save:
+        for file in sorted(staging.iterdir(), key=lambda file: file.name == directory.weights.name):
+            put_in_place(file, directory.path / file.name)
+        staging.rmdir()
 
 
 def _measure_after(plan: RunPlan, model: PeftModel, before: Evaluations, say: Say) -> Evaluations:

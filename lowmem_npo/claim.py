@@ -1,0 +1,118 @@
+"""One output directory, one process: a lock that the kernel drops when its holder ends, however it ends."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lowmem_npo.console import Say
+from lowmem_npo.errors import UserError
+
+LOCK = "lowmem-npo.lock"  # in the directory: two names of one directory are one
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # of some network file systems
+LINGER = 10.0  # seconds in which the data loaders of a killed process end, which hold its lock until then
+
+
+@contextmanager
+def claimed(directory: Path, say: Say = print) -> Iterator[None]:
+    """Makes `directory`, if there is none, and holds it for this process alone. What was made and is still empty in the
+    end is removed.
+
+    Raises UserError if another process holds it (with that one's id and start), or if it cannot be written.
+    """
+    made = [path for path in [directory, *directory.parents] if not path.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = _locked(directory, say)
+    except FileExistsError as error:
+        raise UserError(f"--output-dir '{directory}' is a file: choose a directory.") from error
+    except OSError as error:
+        raise UserError(f"--output-dir '{directory}' cannot be written: {error.strerror}.") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # it may be gone by now, or renamed
+            (directory / LOCK).unlink()  # before it is released: who waits for it sees that it is another's no more
+        os.close(lock)
+        with suppress(OSError):  # of one that is not empty
+            for path in made:
+                path.rmdir()
+
+
+def check_unclaimed(directory: Path) -> None:
+    """Raises UserError if another process holds `directory`; writes nothing."""
+    with suppress(OSError):
+        lock = os.open(directory / LOCK, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise _held(directory) from error
+        finally:
+            os.close(lock)
+
+
+def _locked(directory: Path, say: Say) -> int:
+    """The descriptor of the lock's file, locked."""
+    path, deadline = directory / LOCK, time.monotonic() + LINGER
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_at(lock, path):  # its holder has ended, and removed it, since it was opened
+                os.close(lock)
+                continue
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                say(f"The file system of '{directory}' has no locks: start nothing else there.")
+            else:
+                os.close(lock)
+                if not isinstance(error, BlockingIOError):
+                    raise
+                if _may_live(_holder(directory)) or time.monotonic() > deadline:
+                    raise _held(directory) from error
+                time.sleep(0.1)
+                continue
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "began": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, json.dumps(holder).encode(), 0)
+        return lock
+
+
+def _is_at(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _holder(directory: Path) -> dict[str, Any]:
+    """Who wrote the lock last: pid, host, began; empty if it cannot be read (it is just being written)."""
+    try:
+        holder = json.loads((directory / LOCK).read_bytes())
+        return holder if holder.keys() >= {"pid", "host", "began"} else {}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _may_live(holder: dict[str, Any]) -> bool:
+    """Whether the process may still run; of one on another host that is not known."""
+    return not holder or holder["host"] != socket.gethostname() or os.path.exists(f"/proc/{holder['pid']}")
+
+
+def _held(directory: Path) -> UserError:
+    holder = _holder(directory)
+    by = "another process"
+    if holder:
+        by = f"process {holder['pid']} on {holder['host']}, begun {holder['began']}"
+    return UserError(
+        f"--output-dir '{directory}' is in use by {by}: wait until it has ended, or choose another directory."
+    )

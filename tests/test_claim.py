@@ -1,0 +1,119 @@
+"""One output directory, one process."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from lowmem_npo.claim import LOCK, check_unclaimed, claimed
+from lowmem_npo.cli import main
+from lowmem_npo.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+HOLDS = """
+import sys, time
+from pathlib import Path
+from lowmem_npo.claim import claimed
+with claimed(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds tmp_path/out."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDS, tmp_path / "out"], cwd=ROOT, stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_the_second_is_refused_with_the_first_ones_id_and_start(holder, tmp_path):
+    (tmp_path / "link").symlink_to("out")
+    for name in ("out", "link", "../" + tmp_path.name + "/out"):
+        with pytest.raises(UserError, match=rf"in use by process {holder.pid} on .+, begun 20\d\d-\d\d-\d\d \d\d:"):  # noqa: SIM117
+            with claimed(tmp_path / name):
+                pass
+        with pytest.raises(UserError, match=f"in use by process {holder.pid}"):
+            check_unclaimed(tmp_path / name)
+    assert (tmp_path / "out" / LOCK).exists()
+
+
+def test_what_a_killed_process_leaves_is_no_claim(holder, tmp_path):
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    assert (tmp_path / "out" / LOCK).exists()
+    check_unclaimed(tmp_path / "out")
+    with claimed(tmp_path / "out"):
+        assert re.search(f'"pid": {os.getpid()},', (tmp_path / "out" / LOCK).read_text())
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff{", b"[1, 2]", b'{"pid": "x"}'])
+def test_a_garbled_lock_is_no_claim(content, tmp_path):
+    (tmp_path / LOCK).write_bytes(content)
+    check_unclaimed(tmp_path)
+    with claimed(tmp_path):
+        pass
+
+
+def test_a_refusal_leaves_nothing(tmp_path):
+    with pytest.raises(UserError, match="mine"), claimed(tmp_path / "a" / "b"):
+        raise UserError("mine")
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "kept").mkdir()
+    with claimed(tmp_path / "kept"), claimed(tmp_path / "kept" / "seed"):  # as a sweep and its run
+        (tmp_path / "kept" / "seed" / "run.yaml").write_text("")
+    assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == [
+        "kept", "kept/seed", "kept/seed/run.yaml"
+    ]  # fmt: skip
+
+
+def test_a_directory_that_vanishes_ends_in_silence(tmp_path):
+    with claimed(tmp_path / "out"):
+        (tmp_path / "out").rename(tmp_path / "away")
+    (tmp_path / "other").write_text("")
+    for place, message in (("other", "is a file"), ("other/out", "cannot be written: Not a directory")):
+        with pytest.raises(UserError, match=message), claimed(tmp_path / place):
+            pass
+
+
+def test_of_many_at_once_one_is_let_in(tmp_path):
+    """Also while holders come and go: the file that is locked is the one that is there."""
+    inside, most, entered = [0], [0], [0]
+
+    def worker():
+        for _ in range(100):
+            try:
+                with claimed(tmp_path / "out"):
+                    inside[0] += 1
+                    most[0], entered[0] = max(most[0], inside[0]), entered[0] + 1
+                    inside[0] -= 1
+            except UserError:
+                pass
+
+    threads = [threading.Thread(target=worker) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] and entered[0] >= 4
+
+
+@pytest.mark.parametrize(
+    "command", ["train", "train --dry-run", "train --resume", "sweep --seeds 1", "evaluate", "demo"]
+)
+def test_every_command_that_writes_refuses(command, holder, byte_model, tmp_path, capsys):  # merge: test_merge.py
+    name, *options = command.split()
+    out, model = tmp_path / "out", [] if name == "demo" else ["--model", str(byte_model)]
+    assert main([name, *model, *options, "--output-dir", str(out)]) == 2
+    assert f"in use by process {holder.pid}" in capsys.readouterr().err
+    assert [p.name for p in out.iterdir()] == [LOCK]
