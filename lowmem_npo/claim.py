@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -46,6 +47,32 @@ def claimed(directory: Path, say: Say = print) -> Iterator[None]:
         with suppress(OSError):  # of one that is not empty
             for path in made:
                 path.rmdir()
+
+
+@contextmanager
+def workspace(directory: Path, say: Say = print) -> Iterator[None]:
+    """`directory`, claimed and empty, to make something in that is renamed when it is complete. What a killed process
+    has left there is removed first, and the directory itself in the end.
+
+    Raises UserError as `claimed` does, and if the directory holds what no such process has left.
+    """
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / LOCK).exists():
+        raise UserError(f"'{directory}' is in the way, and no interrupted command has left it: rename it.")
+
+    def clear() -> None:
+        for path in directory.iterdir():
+            if path.name != LOCK:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    with claimed(directory, say):
+        try:
+            clear()
+            yield
+        finally:
+            with suppress(OSError):
+                clear()
+    with suppress(OSError):
+        directory.rmdir()
 
 
 def check_unclaimed(directory: Path) -> None:

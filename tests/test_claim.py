@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_npo.claim import LOCK, check_unclaimed, claimed
+from lowmem_npo.claim import LOCK, check_unclaimed, claimed, workspace
 from lowmem_npo.cli import main
 from lowmem_npo.errors import UserError
 
@@ -86,6 +86,23 @@ def test_a_directory_that_vanishes_ends_in_silence(tmp_path):
             pass
 
 
+def test_a_workspace_is_empty_and_leaves_nothing(tmp_path):
+    place = tmp_path / "out.partial"
+    (place / "nested").mkdir(parents=True)
+    with pytest.raises(UserError, match="in the way"), workspace(place):
+        pass
+    (place / LOCK).write_text("")  # now it is what a killed process left
+    with workspace(place):
+        assert [path.name for path in place.iterdir()] == [LOCK]
+        (place / "file").write_text("")
+        with pytest.raises(UserError, match="in use by process"), workspace(place):
+            pass
+        assert (place / "file").exists()
+    with pytest.raises(ZeroDivisionError), workspace(place):
+        (place / "file").write_text(str(1 / 0))
+    assert not any(tmp_path.iterdir())
+
+
 def test_of_many_at_once_one_is_let_in(tmp_path):
     """Also while holders come and go: the file that is locked is the one that is there."""
     inside, most, entered = [0], [0], [0]
@@ -108,9 +125,7 @@ def test_of_many_at_once_one_is_let_in(tmp_path):
     assert most == [1] and entered[0] >= 4
 
 
-@pytest.mark.parametrize(
-    "command", ["train", "train --dry-run", "train --resume", "sweep --seeds 1", "evaluate", "demo"]
-)
+@pytest.mark.parametrize("command", ["train", "train --dry-run", "train --resume", "sweep --seeds 1", "demo"])
 def test_every_command_that_writes_refuses(command, holder, byte_model, tmp_path, capsys):  # merge: test_merge.py
     name, *options = command.split()
     out, model = tmp_path / "out", [] if name == "demo" else ["--model", str(byte_model)]
