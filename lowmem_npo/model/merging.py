@@ -16,7 +16,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -214,18 +214,25 @@ def check_space(out: Path, needed: int) -> None:
 
 
 def write_merged(
-    checkpoint: Checkpoint, updates: Updates, out: Path, dtype: torch.dtype | None, *, progress: bool = True
+    checkpoint: Checkpoint,
+    updates: Updates,
+    out: Path,
+    dtype: torch.dtype | None,
+    base: Callable[[str, Tensor], Tensor] = lambda name, stored: stored,
+    *,
+    progress: bool = True,
 ) -> None:
     """Writes the merged model into the existing directory `out`: the same shards, index, configuration, tokenizer.
 
-    dtype: of the floating-point tensors; None keeps what is stored. At most one shard is in memory.
+    dtype: of the floating-point tensors; None keeps what is stored. base: the tensor of that name to add to, of the one
+    that is stored (`DequantizedBase`). At most one shard is in memory.
     """
     total = 0
     bar = tqdm(total=sum(1 for _ in checkpoint.tensors()), desc="merging", unit="tensor", leave=False,
                disable=None if progress else True)  # fmt: skip
     with bar:
         for file, names in checkpoint.shards.items():
-            merged = dict(_merged(checkpoint.shard(file), names, updates, dtype, bar))
+            merged = dict(_merged(checkpoint.shard(file), names, updates, dtype, base, bar))
             total += sum(tensor.numel() * tensor.itemsize for tensor in merged.values())
             save_file(merged, out / _as_safetensors(file), metadata={"format": "pt"})
             del merged
@@ -251,12 +258,18 @@ def write_merged(
 
 
 def _merged(
-    shard: Shard, names: Iterable[str], updates: Updates, dtype: torch.dtype | None, bar: tqdm
+    shard: Shard,
+    names: Iterable[str],
+    updates: Updates,
+    dtype: torch.dtype | None,
+    base: Callable[[str, Tensor], Tensor],
+    bar: tqdm,
 ) -> Iterator[tuple[str, Tensor]]:
     for name in names:
         stored = shard.tensor(name)
         kept = dtype if dtype is not None and stored.is_floating_point() else stored.dtype
-        merged = updates[name].applied_to(stored, kept) if name in updates else stored.to(kept, copy=True)
+        weight = base(name, stored)
+        merged = updates[name].applied_to(weight, kept) if name in updates else weight.to(kept, copy=True)
         yield name, merged.contiguous()
         bar.update()
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -24,6 +25,15 @@ METHOD = ("forget_term", "beta", "gamma", "delta", "normalization", "kl_directio
           "max_steps", "lr", "seed", "max_length", "qlora", "dtype")  # fmt: skip
 RECORD = ("Revision", "Commit", "Weights", "Went on from", "Adapter", "Optimiser steps", "Started, ended",
           "Processors", "Versions", "Duration")  # fmt: skip
+
+
+class Measurements(NamedTuple):
+    """What was measured of merged weights: a table, how many rows of each set, and what it says."""
+
+    header: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    counts: str
+    sentences: Sequence[str]
 
 
 def model_card(content: Content) -> str:
@@ -62,10 +72,17 @@ def model_card(content: Content) -> str:
     )
 
 
-def merged_card(adapter: Path, base: str, revision: str | None, dtype: str, finding: str) -> str:
+def merged_card(
+    adapter: Path,
+    base: str,
+    revision: str | None,
+    weights: str,
+    findings: Sequence[str],
+    measurements: Measurements | None = None,
+) -> str:
     """The card of a merged model: what it was made of, and what the run that trained the adapter found.
 
-    finding: what is known of the merged weights themselves.
+    weights: their type. findings: what leak tests know of the merged weights. measurements: of these weights.
     """
     try:
         verdict = read_content(adapter).verdict
@@ -80,7 +97,7 @@ def merged_card(adapter: Path, base: str, revision: str | None, dtype: str, find
         ("Base", code(Path(base).name if local else base)),
         ("Revision", code(revision or "the default")),
         ("Adapter, SHA-256", code(file_sha256(RunFiles(adapter).weights))),
-        ("Weights", dtype),
+        ("Weights", weights),
         ("Merged by", f"lowmem-npo {lowmem_npo.__version__}"),
     ]
     return _rendered(
@@ -89,7 +106,8 @@ def merged_card(adapter: Path, base: str, revision: str | None, dtype: str, find
         base=provenance[0][1],
         verdict=verdict,
         evidence=EVIDENCE,
-        finding=finding,
+        findings=findings,
+        measurements=measurements,
         provenance=provenance,
     )
 

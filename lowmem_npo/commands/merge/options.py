@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+WHOLE, DEQUANTIZED, AUTO = "whole", "dequantized", "auto"
+
 
 @dataclass
 class MergeConfig:
@@ -22,3 +24,12 @@ class MergeConfig:
     """Accept an adapter that names another base model (the same weights in another place)."""
     dtype: Literal["bf16", "stored"] = "bf16"
     """Type of the merged weights: bf16, or the type in which the base model is stored."""
+    base_weights: Literal["auto", "whole", "dequantized"] = "auto"
+    """What an adapter of a run with --qlora is merged into: the base's whole weights, or those that it was fitted to,
+    quantised to NF4 and dequantised. auto: into both; each is measured on the rows of the adapter's run, and the better
+    one is kept. Any other adapter is merged into the whole weights."""
+    quantize_check: bool = False
+    """Measure the merged model on the rows of the adapter's run, as it is and rounded to 4 bits (NF4): whether the
+    forgetting survives such serving."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the merged model is measured: auto is the GPU if there is one, else the CPU."""

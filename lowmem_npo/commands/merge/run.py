@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from lowmem_npo.commands.merge.options import MergeConfig
+from lowmem_npo.claim import workspace
+from lowmem_npo.commands.merge.findings import findings
+from lowmem_npo.commands.merge.measuring import (
+    MERGED_INTO,
+    RowFigures,
+    RunRows,
+    as_text,
+    better,
+    measure,
+    rows_of_run,
+    survival,
+    table,
+)
+from lowmem_npo.commands.merge.options import AUTO, DEQUANTIZED, WHOLE, MergeConfig
 from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
-from lowmem_npo.evaluation.directory import is_of_adapter
-from lowmem_npo.evaluation.leaks.contract import LeakResult
-from lowmem_npo.evaluation.leaks.quantization import MERGED, QUANTIZATION
-from lowmem_npo.model.checkpoint import find_checkpoint
-from lowmem_npo.model.merging import check_space, find_updates, write_merged
+from lowmem_npo.files import PARTIAL, put_in_place
+from lowmem_npo.model.checkpoint import Checkpoint, find_checkpoint
+from lowmem_npo.model.dequantized import DequantizedBase
+from lowmem_npo.model.loading import DTYPES as COMPUTE_TYPES
+from lowmem_npo.model.merging import Updates, check_space, find_updates, write_merged
 from lowmem_npo.model.saved_adapter import resolve_base, settings_of_run
-from lowmem_npo.report.model_card import merged_card
+from lowmem_npo.report.model_card import Measurements, merged_card
 from lowmem_npo.run_directory import RunFiles, check_empty
 
 DTYPES = {"bf16": torch.bfloat16, "stored": None}
 
 
 def merge(config: MergeConfig, say: Say = print) -> Path:
-    """Writes the merged model, and reports what is known of forgotten text returning in it.
+    """Writes the merged model, measures it if that is asked for, and reports what is known of forgotten text returning.
 
     Raises:
         UserError: something the user can fix, in one sentence.
@@ -36,49 +48,110 @@ def merge(config: MergeConfig, say: Say = print) -> Path:
     checkpoint = find_checkpoint(name, revision)
     updates = find_updates(config.adapter, checkpoint)
     dtype = DTYPES[config.dtype]
+    plan = _plan(config, name, revision)
     needed = checkpoint.bytes_as(dtype)
-    check_space(out, needed)
-    partial = out.with_name(out.name + ".partial")  # under another name until it is complete
-    try:
-        partial.mkdir(parents=True)
-    except FileExistsError as error:
-        raise UserError(f"'{partial}' is in the way, perhaps left by an interrupted merge: remove it.") from error
-    except OSError as error:
-        raise UserError(f"--output-dir '{out}' cannot be written: {error.strerror}.") from error
-    try:
-        write_merged(checkpoint, updates, partial, dtype)
-        finding, weights = return_of_text(config.adapter), "as the base's" if dtype is None else config.dtype
-        adapter = Path(config.adapter).expanduser()
-        card = merged_card(adapter, name, revision, weights, finding.replace(config.adapter, adapter.resolve().name))
-        RunFiles(partial).model_card.write_text(card, encoding="utf-8")
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    check_space(out, needed * len(plan.bases))
+    partial = out.with_name(out.name + PARTIAL)  # until it is complete
+    with workspace(partial, say):
+        for base in plan.bases:
+            (partial / base).mkdir()
+            _write(config, checkpoint, updates, partial / base, base)
+        chosen = _measure(plan, partial)
+        known = findings(config.adapter, chosen)
+        kind = "as the base's" if dtype is None else config.dtype
+        weights = f"{kind}, on the base's NF4 weights, dequantised" if chosen == DEQUANTIZED else kind
+        card = merged_card(
+            Path(config.adapter).expanduser(), name, revision, weights, _without_path(known, config), plan.measurements
+        )
+        RunFiles(partial / chosen).model_card.write_text(card, encoding="utf-8")
+        put_in_place(partial / chosen, out)
     changed = f"{len(updates)} of {sum(1 for _ in checkpoint.tensors())} weights"
     say(f"The adapter changes {changed}; the merged model ({needed / 2**20:,.1f} MiB) is in {out}.")
-    say(finding)
+    if plan.rows is not None and plan.measured:
+        say("\n" + as_text(plan.rows, plan.measured))
+    for sentence in [*plan.sentences, *known]:
+        say(sentence)
     return out
 
 
-def return_of_text(adapter: str) -> str:
-    """What the adapter's evaluation says about forgotten text returning in merged weights, or how to find out.
+@dataclass
+class Plan:
+    """What is merged into which base weights, and what is measured of it.
 
-    Rounding can undo an update that is small beside the weights (Zhang et al. 2025, "Catastrophic failure of LLM
-    unlearning via quantization"); the adapter by itself is not rounded.
+    bases: the last of them is kept unless a measurement says otherwise. rows: those measured, if any. measured: what
+    weights are called -> their figures. sentences: what these say.
     """
-    files = RunFiles(Path(adapter).expanduser())
-    how = f"`lowmem-npo evaluate --adapter {adapter} --forget … --leaks quantization` checks it"
-    if settings_of_run(adapter).get("qlora"):
-        how += "; this adapter was trained on the 4-bit base, but is merged into the unquantised one"
-    evaluation = files.evaluation
+
+    bases: list[str]
+    rows: RunRows | None = None
+    choose: bool = False
+    four_bits: bool = False
+    measured: dict[str, RowFigures] = field(default_factory=dict)
+    sentences: list[str] = field(default_factory=list)
+
+    @property
+    def measurements(self) -> Measurements | None:
+        """For the model card."""
+        if self.rows is None or not self.measured:
+            return None
+        counts = ", ".join(f"{len(rows)} {part} rows" for part, rows in self.rows.sets.items())
+        return Measurements(*table(self.rows, self.measured), counts, self.sentences)
+
+
+def _plan(config: MergeConfig, name: str, revision: str | None) -> Plan:
+    """Raises UserError for base weights that the adapter was not fitted to, and where --quantize-check lacks rows."""
+    run = settings_of_run(config.adapter)
+    qlora = bool(run.get("qlora"))
+    if config.base_weights == DEQUANTIZED and run and not qlora:
+        raise UserError("--base-weights dequantized: the adapter was trained on whole weights, not with --qlora.")
+    kept = WHOLE if config.base_weights == AUTO else config.base_weights
+    compared = qlora and (config.base_weights == AUTO or config.quantize_check)
+    if not (compared or config.quantize_check):
+        return Plan([kept])
     try:
-        leaks = json.loads(evaluation.result.read_text(encoding="utf-8"))["leaks"]
-        result = LeakResult.from_json(leaks[QUANTIZATION.name])
-        of_this_adapter = is_of_adapter(evaluation, files.weights)
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        return f"Not checked: whether forgotten text returns when the adapter is rounded with the weights. {how}."
-    if not of_this_adapter:
-        return f"Not checked: the evaluation in '{evaluation.path}' is of an earlier state of this adapter. {how}."
-    if MERGED not in result.figures:
-        return f"Not checked: the evaluation measured no merged weights. {how}."
-    return f"{'WARNING' if result.leaks else 'Checked'}, {result.verdict.words}: {result.meaning}"
+        rows = rows_of_run(config, name, revision)
+    except UserError as error:
+        if config.quantize_check:
+            raise UserError(f"--quantize-check measures the rows of the adapter's run: {error}") from error
+        return Plan([kept], sentences=[_not_compared(str(error))])
+    bases = [base for base in MERGED_INTO if base != kept] if compared else []
+    return Plan([*bases, kept], rows, choose=config.base_weights == AUTO, four_bits=config.quantize_check)
+
+
+def _write(config: MergeConfig, checkpoint: Checkpoint, updates: Updates, out: Path, base: str) -> None:
+    if base == WHOLE:
+        return write_merged(checkpoint, updates, out, DTYPES[config.dtype])
+    compute = COMPUTE_TYPES[settings_of_run(config.adapter).get("dtype", "bf16")]
+    write_merged(checkpoint, updates, out, DTYPES[config.dtype], DequantizedBase.of(checkpoint, compute))
+
+
+def _measure(plan: Plan, partial: Path) -> str:
+    """Measures what the plan says, and returns which base weights are kept."""
+    kept = plan.bases[-1]
+    if plan.rows is None:
+        return kept
+    try:
+        forms = {base: measure(partial / base, plan.rows) for base in plan.bases}
+        plan.measured |= {MERGED_INTO[base]: forms[base] for base in MERGED_INTO if base in forms}
+        if len(forms) > 1:
+            best, sentence = better(forms, plan.rows.before)
+            kept = best if plan.choose else kept
+            plan.sentences.append(sentence + (" That is what was written." if kept == best else ""))
+        if plan.four_bits:
+            rounded = measure(partial / kept, plan.rows, four_bits=True)
+            plan.measured[f"{MERGED_INTO[kept]}, then 4-bit"] = rounded
+            plan.sentences.append(survival(forms[kept], rounded, plan.rows.before))
+    except UserError as error:
+        why = str(error).rstrip(".")
+        plan.sentences.append(_not_compared(why) if plan.choose and kept == WHOLE else f"Not measured: {why}.")
+    return kept
+
+
+def _not_compared(why: str) -> str:
+    return f"Not measured, so merged into the whole weights, although it was trained on 4-bit ones: {why.rstrip('.')}."
+
+
+def _without_path(sentences: Sequence[str], config: MergeConfig) -> list[str]:
+    """For a card that others read: without the place of the adapter on this machine."""
+    folder = Path(config.adapter).expanduser().resolve()
+    return [text.replace(str(folder), folder.name).replace(config.adapter, folder.name) for text in sentences]

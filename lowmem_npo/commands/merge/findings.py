@@ -1,0 +1,85 @@
+"""What leak tests have found of exactly the adapter that is merged: whether forgotten text returns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from lowmem_npo.commands.merge.options import DEQUANTIZED
+from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.directory import is_of_adapter
+from lowmem_npo.evaluation.leaks.contract import LeakResult
+from lowmem_npo.evaluation.leaks.measure import read_leaks
+from lowmem_npo.evaluation.leaks.quantization import MERGED, QUANTIZATION
+from lowmem_npo.evaluation.leaks.relearning import RELEARNING
+from lowmem_npo.files import file_sha256
+from lowmem_npo.model.saved_adapter import settings_of_run
+from lowmem_npo.report.audit import read_audit
+from lowmem_npo.run_directory import RunFiles, run_of_adapter
+
+# Test -> when it is that forgotten text may return.
+RETURNING = {
+    QUANTIZATION.name: "when the adapter is rounded with the weights",
+    RELEARNING.name: "after a little fine-tuning on a part of it",
+}
+
+
+class Finding(NamedTuple):
+    """A result of a leak test. current: whether it is of the adapter as it is now. file: that holds it."""
+
+    result: LeakResult
+    current: bool
+    file: Path
+
+
+def findings(adapter: str, base_weights: str) -> list[str]:
+    """A sentence per test that looks for forgotten text returning: what it found, or that it was not run and what runs
+    it.
+
+    Rounding can undo an update that is small beside the weights (Zhang et al. 2025, "Catastrophic failure of LLM
+    unlearning via quantization"), and fine-tuning one that only hides (Hu et al. 2024). base_weights: that the adapter
+    is merged into.
+    """
+    return [_sentence(test, adapter, base_weights) for test in RETURNING]
+
+
+def _sentence(test: str, adapter: str, base_weights: str) -> str:
+    forget = "" if settings_of_run(adapter) else " --forget …"  # evaluate knows the rows of a run
+    how = f"`lowmem-npo evaluate --adapter {adapter}{forget} --leaks {test}` checks it"
+    known = list(_known(test, adapter))
+    current = [finding for finding in known if finding.current]
+    if not known:
+        return f"Not checked: whether forgotten text returns {RETURNING[test]}. {how}."
+    if not current:
+        return f"Not checked: the {test} test in '{known[0].file}' is of another state of this adapter. {how}."
+    result = current[-1].result
+    if not result.figures:
+        return f"Not checked, {test} test: {result.meaning}"
+    if test == QUANTIZATION.name and MERGED not in result.figures:
+        return f"Not checked: the {test} test measured no merged weights. {how}."
+    if test == QUANTIZATION.name and base_weights == DEQUANTIZED:
+        return (
+            f"Not checked: the {test} test is of this adapter merged into whole weights, and these are dequantised "
+            "ones. --quantize-check measures them."
+        )
+    return f"{'WARNING' if result.leaks else 'Checked'}, {test} test: {result.verdict.words}. {result.meaning}"
+
+
+def _known(test: str, adapter: str) -> Iterator[Finding]:
+    """The results that the run and its evaluation have, where their files can be read; the evaluation's last."""
+    folder = Path(adapter).expanduser().resolve()
+    weights, run = RunFiles(folder).weights, run_of_adapter(folder)
+    try:
+        audit = read_audit(run.path)
+        current = ((audit or {}).get("adapter") or {}).get("sha256") == file_sha256(weights)
+        yield Finding(read_leaks(run.leaks)["after"][test], current, run.leaks)
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    evaluation = RunFiles(folder).evaluation
+    try:
+        content = json.loads(evaluation.result.read_text(encoding="utf-8"))["leaks"][test]
+        yield Finding(LeakResult.from_json(content), is_of_adapter(evaluation, weights), evaluation.result)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass

@@ -1,0 +1,246 @@
+"""What merged weights say of the rows of the adapter's run, as they are and rounded to 4 bits."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from lowmem_npo.commands.arguments import parse_run
+from lowmem_npo.commands.merge.options import DEQUANTIZED, WHOLE, MergeConfig
+from lowmem_npo.commands.train.run import EVAL_SEED, read_inputs
+from lowmem_npo.config import ModelConfig, OutputConfig
+from lowmem_npo.console import silent
+from lowmem_npo.data import TokenizedRow
+from lowmem_npo.data.self_written import self_rows
+from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.answers import choose_rows, read_answers, summaries
+from lowmem_npo.evaluation.figures import aligned, shares, side_by_side
+from lowmem_npo.evaluation.leaks.contract import MARGIN, MUCH, above_holdout, beside_holdout
+from lowmem_npo.evaluation.leaks.extraction import EXTRACTION, extraction_figures
+from lowmem_npo.evaluation.leaks.measure import read_leaks
+from lowmem_npo.evaluation.scoring.token_scores import token_scores
+from lowmem_npo.files import file_sha256
+from lowmem_npo.model import load_model
+from lowmem_npo.model.loading import resolve_device
+from lowmem_npo.report.audit import read_audit
+from lowmem_npo.run_directory import RunFiles, run_of_adapter
+from lowmem_npo.sizes import amount
+
+MERGED_INTO = {WHOLE: "merged into whole weights", DEQUANTIZED: "merged into dequantised weights"}
+WEIGHTS = {WHOLE: "the whole weights", DEQUANTIZED: "the dequantised weights"}
+COLUMNS = ("forget NLL", "forget extraction", "retain NLL")
+AS_FORGOTTEN = 0.1  # of what was forgotten: so much less counts as the same
+
+
+@dataclass(frozen=True)
+class RowFigures:
+    """forget_nll, retain_nll, holdout_nll: nats per answer token. extraction, holdout_extraction:
+    `extraction_strength` of the rows to forget, and of the holdout. None where it is not known."""
+
+    forget_nll: float | None = None
+    extraction: float | None = None
+    retain_nll: float | None = None
+    holdout_nll: float | None = None
+    holdout_extraction: float | None = None
+
+    @property
+    def forgotten_nll(self) -> float:
+        """How unlikely the forget answers are, up to what the model gives answers that it never saw: more than that is
+        not better."""
+        return min(_number(self.forget_nll), _number(self.holdout_nll))
+
+    @property
+    def standing_out(self) -> float:
+        """How much more of the forget answers is extracted than of answers that the model never saw."""
+        return max(0.0, _number(self.extraction) - (self.holdout_extraction or 0.0))
+
+    @property
+    def cells(self) -> list[float | None]:
+        """In the order of `COLUMNS`."""
+        return [self.forget_nll, self.extraction, self.retain_nll]
+
+
+@dataclass(frozen=True)
+class RunRows:
+    """The rows that a run measured, and what it found of them.
+
+    sets: "forget", and "retain" and "holdout" where there are any. model: how it is loaded to be asked. before, after:
+    the original model, and the adapter beside it, as the run measured them.
+    """
+
+    sets: Mapping[str, Sequence[TokenizedRow]]
+    model: ModelConfig
+    batch_size: int
+    before: RowFigures
+    after: RowFigures
+
+
+def rows_of_run(config: MergeConfig, name: str, revision: str | None) -> RunRows:
+    """The rows of the run that trained the adapter. name, revision: of its base.
+
+    Raises UserError if there is no run, or its data cannot be read as it was.
+    """
+    run = run_of_adapter(Path(config.adapter).expanduser().resolve())
+    if not run.run_yaml.is_file():
+        raise UserError(f"there is no run.yaml in '{run.path}', which would name the rows to measure")
+    flags = ["--config", str(run.run_yaml), "--model", name, "--device", config.device]
+    settings = parse_run([*flags, *(["--revision", revision] if revision else [])], "merge")
+    if self_rows(settings.data.retain) is not None:
+        settings.data = replace(settings.data, retain=str(run.self_written))
+    data = read_inputs(settings, silent).data
+    sets = {
+        "forget": data.forget,
+        "retain": data.retain if data.retain is not None else data.general,
+        "holdout": data.holdout,
+    }
+    limit = settings.output.eval_rows or OutputConfig.eval_rows
+    chosen = {
+        part: [rows[i] for i in choose_rows(len(rows), limit, EVAL_SEED)]
+        for part, rows in sets.items()
+        if rows is not None
+    }
+    stages = {stage: _of_run(run, stage, RunFiles(Path(config.adapter)).weights) for stage in ("before", "after")}
+    return RunRows(chosen, settings.model, settings.output.eval_batch_size, stages["before"], stages["after"])
+
+
+def measure(folder: Path, rows: RunRows, four_bits: bool = False) -> RowFigures:
+    """What the merged model in `folder` says of them; four_bits: rounded to NF4 as it is loaded.
+
+    Raises UserError if it does not fit into memory, or gives no finite numbers.
+    """
+    _check_memory(folder, rows, four_bits)
+    loaded = replace(rows.model, model=str(folder), revision=None, qlora=four_bits, attn="sdpa")
+    try:
+        model = load_model(loaded, silent)
+        scores = {
+            part: token_scores(model, of_set, batch_size=rows.batch_size, description=f"{part} rows, merged")
+            for part, of_set in rows.sets.items()
+        }
+    except torch.OutOfMemoryError as error:
+        raise UserError("the merged model does not fit into the GPU's memory (--device cpu)") from error
+    finally:
+        model = None  # type: ignore[assignment]
+        gc.collect()
+
+    def nll(part: str) -> float | None:
+        own = [logprob for row in scores.get(part, ()) for logprob in row.logprobs]
+        return -math.fsum(own) / len(own) if own else None
+
+    def strength(part: str) -> float | None:
+        return extraction_figures(scores[part])["extraction_strength"] if scores.get(part) else None
+
+    return RowFigures(nll("forget"), strength("forget"), nll("retain"), nll("holdout"), strength("holdout"))
+
+
+def table(rows: RunRows, measured: Mapping[str, RowFigures]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: the run's own figures, and those of merged weights by what they are called."""
+    by_name = {"before forgetting, by the run": rows.before, "after, by the run": rows.after}
+    by_name = {name: of for name, of in by_name.items() if of.forget_nll is not None} | dict(measured)
+    columns = [side_by_side(column) for column in zip(*(of.cells for of in by_name.values()), strict=True)]
+    return ["weights", *COLUMNS], [list(line) for line in zip(by_name, *columns, strict=True)]
+
+
+def as_text(rows: RunRows, measured: Mapping[str, RowFigures]) -> str:
+    """The table for a terminal."""
+    return aligned(*table(rows, measured), COLUMNS)
+
+
+def better(forms: Mapping[str, RowFigures], before: RowFigures) -> tuple[str, str]:
+    """The base weights that an adapter is better merged into, and a sentence that says why.
+
+    Of forms that forget as well, but for a tenth, the one whose retain rows are likelier; the whole weights if that
+    decides nothing.
+    """
+    most, least = max(of.forgotten_nll for of in forms.values()), min(of.standing_out for of in forms.values())
+    start = min(before.forget_nll or 0.0, most)
+    forgetful = [
+        name
+        for name in MERGED_INTO
+        if most - forms[name].forgotten_nll <= AS_FORGOTTEN * (most - start)
+        and forms[name].standing_out <= least + MARGIN
+    ]
+    if not forgetful:  # one is better by the one figure, the other by the other
+        forgetful = [min(MERGED_INTO, key=lambda name: forms[name].standing_out)]
+    best = min(forgetful, key=lambda name: _number(forms[name].retain_nll))  # the first of equal ones
+    other = next(name for name in MERGED_INTO if name != best)
+    advice = f"Advised: {WEIGHTS[best]} (--base-weights {best})"
+    if other in forgetful:
+        own, others = side_by_side([forms[best].retain_nll, forms[other].retain_nll])
+        keeps = "" if forms[best].retain_nll is None else f", and the answers to keep have NLL {own}, not {others}"
+        return best, f"{advice}: as much is forgotten in them as in {WEIGHTS[other]}{keeps}."
+    own, others = side_by_side([forms[best].forget_nll, forms[other].forget_nll])
+    share, more = shares(_number(forms[best].extraction), _number(forms[other].extraction))
+    return best, (
+        f"{advice}: more is forgotten in them than in {WEIGHTS[other]}; the forget answers have NLL {own}, not "
+        f"{others}, and the model finishes {share} of them by itself, not {more}."
+    )
+
+
+def survival(merged: RowFigures, rounded: RowFigures, before: RowFigures) -> str:
+    """Whether what the merged weights have forgotten stays so in 4 bits, in words and figures."""
+    from_merged, from_rounded = (_holds(of, before, merged) for of in (merged, rounded))
+    verdict = {
+        True: "WARNING: forgetting does not survive 4 bits",
+        False: "Forgetting survives 4 bits",
+        None: "It cannot be told whether forgetting survives 4 bits",
+    }[from_rounded]
+    if from_merged:
+        verdict = "WARNING: forgotten text is in the merged weights already, whether or not they are rounded"
+    own, whole = shares(_number(rounded.extraction), _number(merged.extraction))
+    beside = beside_holdout(_number(rounded.extraction), rounded.holdout_extraction, before.extraction)[1]
+    parts = {"forget": (merged.forget_nll, rounded.forget_nll), "retain": (merged.retain_nll, rounded.retain_nll)}
+    courses = [
+        f"of the {part} answers from {' to '.join(side_by_side(course))}"
+        for part, course in parts.items()
+        if None not in course
+    ]
+    return (
+        f"{verdict}. Rounded to NF4, the merged model writes the last {own} of a forgotten answer by itself, unrounded "
+        f"{whole}; {beside}. Rounding takes the NLL {', '.join(courses)}."
+    )
+
+
+def _holds(figures: RowFigures, before: RowFigures, merged: RowFigures) -> bool | None:
+    """Whether much of what was to be forgotten can be had from `figures`: by extraction, or since the answers are more
+    than half as likely again as before."""
+    signs = [above_holdout(_number(figures.extraction), figures.holdout_extraction, before.extraction)]
+    if before.forget_nll is not None and before.forget_nll < _number(merged.forget_nll):
+        lost = _number(merged.forget_nll) - before.forget_nll
+        signs.append(_number(merged.forget_nll) - _number(figures.forget_nll) > MUCH * lost)
+    return True if True in signs else (False if False in signs else None)
+
+
+def _number(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def _of_run(run: RunFiles, stage: str, weights: Path) -> RowFigures:
+    """The run's own figures; of after only if they are of the adapter in the file `weights`."""
+    try:
+        if stage == "after":
+            audit = read_audit(run.path)
+            if ((audit or {}).get("adapter") or {}).get("sha256") != file_sha256(weights.expanduser()):
+                return RowFigures()
+        sets: Any = summaries(read_answers(run.answers(stage)))
+        leaks = read_leaks(run.leaks).get(stage, {})
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return RowFigures()
+    kept = sets.get("retain") or sets.get("general")
+    strength = leaks[EXTRACTION.name].figures.get("extraction_strength") if EXTRACTION.name in leaks else None
+    return RowFigures(sets["forget"].nll if "forget" in sets else None, strength, kept.nll if kept else None)
+
+
+def _check_memory(folder: Path, rows: RunRows, four_bits: bool) -> None:
+    """Raises UserError if the host has no room for the model: it would end the process."""
+    if resolve_device(rows.model.device).type != "cpu":
+        return
+    needed = sum(file.stat().st_size for file in folder.glob("*.safetensors")) // (3 if four_bits else 1)
+    if (free := psutil.virtual_memory().available) < needed:
+        raise UserError(f"the merged model takes {amount(needed)} of memory, and {amount(free)} are free")

@@ -1,0 +1,129 @@
+"""The last lines of `lowmem-npo merge`, and its card, say what leak tests have found of exactly these weights."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers.tiny_models import tiny_model
+from peft import LoraConfig, get_peft_model
+
+from lowmem_npo.cli import main
+from lowmem_npo.files import file_sha256
+
+FOUND = {"leaks": True, "meaning": "It is back.", "merged": {}, "rows": 3}
+
+
+def write_adapter(base, folder, seed=0):
+    model = tiny_model()
+    torch.manual_seed(seed)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapted.active_peft_config.base_model_name_or_path = str(base)
+    adapted.save_pretrained(folder)
+
+
+def write_evaluation(folder, tests, weights=None):
+    evaluation = folder / "evaluation"
+    evaluation.mkdir(exist_ok=True)
+    digest = weights or file_sha256(folder / "adapter_model.safetensors")
+    (evaluation / "settings.json").write_text(json.dumps({"digests": {"the adapter": digest}}))
+    (evaluation / "evaluation.json").write_text(json.dumps({"leaks": tests}))
+
+
+def write_run(folder, tests, weights=None):
+    digest = weights or file_sha256(folder / "adapter_model.safetensors")
+    (folder / "audit.json").write_text(json.dumps({"adapter": {"sha256": digest}}))
+    (folder / "leaks.json").write_text(json.dumps({"before": {}, "after": tests}))
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    write_adapter(tmp_path / "base", tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def last_lines(adapter, tmp_path, capsys):
+    """Merges, and returns the last lines: of the quantisation test, and of the relearning test. The card has both."""
+    count = iter(range(100))
+
+    def merged():
+        out = tmp_path / f"out{next(count)}"
+        assert main(["merge", "--adapter", str(adapter), "--output-dir", str(out)]) == 0
+        lines = capsys.readouterr().out.splitlines()[-2:]
+        card = (out / "README.md").read_text()
+        assert all(f"- {line.replace(str(adapter), 'adapter')}\n" in card for line in lines)
+        assert str(tmp_path) not in card
+        return lines
+
+    return merged
+
+
+def test_there_are_none(last_lines, adapter):
+    rounding, relearning = last_lines()
+    assert rounding.startswith("Not checked: whether forgotten text returns when the adapter is rounded")
+    assert f"`lowmem-npo evaluate --adapter {adapter} --forget … --leaks quantization` checks it" in rounding
+    assert relearning.startswith("Not checked: whether forgotten text returns after a little fine-tuning")
+    assert "--leaks relearning` checks it" in relearning
+
+
+@pytest.mark.parametrize(
+    "leaks, merged, words",
+    [
+        (True, {"merged": {}}, "WARNING, quantization test: traces found. It is back."),
+        (False, {"merged": {}}, "Checked, quantization test: no traces found. It is back."),
+        (None, {"merged": {}}, "Checked, quantization test: cannot tell. It is back."),
+        (False, {"rows": 3}, "Not checked: the quantization test measured no merged weights."),
+        (None, {}, "Not checked, quantization test: It is back."),
+    ],
+)
+def test_of_the_evaluation(last_lines, adapter, leaks, merged, words):
+    write_evaluation(adapter, {"quantization": {**merged, "leaks": leaks, "meaning": "It is back."}})
+    rounding, relearning = last_lines()
+    assert rounding.startswith(words)
+    assert relearning.startswith("Not checked: whether")
+
+
+def test_of_the_run(last_lines, adapter):
+    write_run(adapter, {"relearning": FOUND})
+    rounding, relearning = last_lines()
+    assert rounding.startswith("Not checked: whether")
+    assert relearning == "WARNING, relearning test: traces found. It is back."
+
+
+def test_of_both_the_evaluation_is_the_later(last_lines, adapter):
+    write_run(adapter, {"relearning": FOUND})
+    write_evaluation(adapter, {"relearning": {**FOUND, "leaks": False, "meaning": "It is not."}})
+    assert last_lines()[1] == "Checked, relearning test: no traces found. It is not."
+    write_evaluation(adapter, {"relearning": {**FOUND, "leaks": False, "meaning": "It is not."}}, weights="another")
+    assert last_lines()[1] == "WARNING, relearning test: traces found. It is back."
+
+
+def test_of_another_state_of_the_adapter(last_lines, adapter, tmp_path):
+    write_run(adapter, {"relearning": FOUND})
+    write_evaluation(adapter, {"quantization": FOUND})
+    write_adapter(tmp_path / "base", adapter, seed=1)
+    rounding, relearning = last_lines()
+    assert "evaluation.json' is of another state of this adapter" in rounding
+    assert "leaks.json' is of another state of this adapter" in relearning
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"leaks": []}', '{"leaks": {"quantization": 7}}', "\xff"])
+def test_damaged_files_hold_nothing(last_lines, adapter, damage):
+    write_evaluation(adapter, {})
+    for file in (adapter / "evaluation" / "evaluation.json", adapter / "leaks.json", adapter / "audit.json"):
+        file.write_text(damage, encoding="latin-1")
+    assert all(line.startswith("Not checked: whether") for line in last_lines())
+
+
+def test_a_checkpoint_of_a_run(adapter, tmp_path, capsys):
+    """The run's tests are of its last adapter, which a checkpoint may be or not."""
+    write_run(adapter, {"relearning": FOUND})
+    for number, seed in ((7, 0), (3, 1)):
+        write_adapter(tmp_path / "base", adapter / f"checkpoint-{number}", seed)
+        out = tmp_path / f"merged-{number}"
+        assert main(["merge", "--adapter", str(adapter / f"checkpoint-{number}"), "--output-dir", str(out)]) == 0
+    printed = [line for line in capsys.readouterr().out.splitlines() if "relearning" in line]
+    assert printed[0].startswith("WARNING, relearning") and "is of another state" in printed[1]
