@@ -25,10 +25,13 @@ from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Select
 from lowmem_npo.evaluation.benchmarks.documents import DOCUMENTS
 from lowmem_npo.evaluation.benchmarks.plain import PLAIN, summaries_of
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
+from lowmem_npo.evaluation.benchmarks.tofu import TOFU, TofuOptions
 from lowmem_npo.evaluation.directory import THE_ADAPTER, EvaluationDirectory, digest
+from lowmem_npo.evaluation.fluency import fluency
 from lowmem_npo.evaluation.leaks.contract import NO_HOLDOUT, LeakResult, SavedModel, Subject
 from lowmem_npo.evaluation.leaks.measure import run_leak_tests
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, leak_tests
+from lowmem_npo.evaluation.open_unlearning import retained_min_k, token_figures, tofu_figures
 from lowmem_npo.evaluation.result import Evaluation
 from lowmem_npo.evaluation.scoring.scorer import Scorer
 from lowmem_npo.evaluation.settings import EvaluationConfig
@@ -95,6 +98,9 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
     for benchmark, name, selection in selected:
         measured = benchmark.measure(name, selection, scorer, context)
         result.measured.setdefault(benchmark.name, {})[name] = measured
+        said = benchmark.said(selection, measured, context)
+        if (figures := fluency(scorer, name, said)) is not None:
+            result.fluency[name] = figures
     if leak_rows:
         rows = {part: selection.rows for part, selection in leak_rows.items()}
         saved = SavedModel(model_config, config.adapter, directory.merged)
@@ -105,6 +111,8 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
         for test in tests:
             test.prepare(subject)
         result.leaks = run_leak_tests([test for test in tests if not test.loads_models], subject)
+        reference = retained_min_k(cast(TofuOptions, config).retained_log)
+        result.open_unlearning = token_figures(subject.token_scores(), rows, context.tokenizer, reference)
         if others := [test for test in tests if test.loads_models]:
             subject = replace(subject, scorer=scorer.without_model())
             del model, scorer  # makes room for the models that these tests load
@@ -114,6 +122,7 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
     for benchmark in BENCHMARKS:
         if (scores := benchmark.score(result.measured, context)) is not None:
             result.scores[benchmark.name] = scores
+    result.open_unlearning |= tofu_figures(result.scores.get(TOFU.name))
     if leak_rows and "holdout" not in leak_rows:
         notes.append(f"Leak tests: {NO_HOLDOUT}.")
     directory.save(result)

@@ -14,7 +14,8 @@ class Evaluation:
     """Everything that was measured. What is absent was not measured, and `notes` say why where it was expected.
 
     rows: set -> how many were "scored" of how many "in_set". measured: benchmark -> set -> its measured rows. scores:
-    benchmark -> its scores. leak_rows: set -> row -> its scores in the leak tests.
+    benchmark -> its scores. leak_rows: set -> row -> its scores in the leak tests. fluency: set -> of what is said.
+    open_unlearning: figures under its names.
     """
 
     rows: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -23,12 +24,15 @@ class Evaluation:
     leaks: LeakResults = field(default_factory=dict)
     leak_rows: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    fluency: dict[str, dict[str, Any]] = field(default_factory=dict)
+    open_unlearning: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """evaluation.json: every figure, no text of any row."""
         benchmarks = {b.name: b.to_json(self.scores[b.name]) if b.name in self.scores else b.empty for b in BENCHMARKS}
         leaks = {name: result.to_json() for name, result in self.leaks.items()}
-        return {"rows": self.rows, **benchmarks, "leaks": leaks, "notes": self.notes}
+        ours = {"fluency": self.fluency, "open_unlearning": self.open_unlearning}
+        return {"rows": self.rows, **benchmarks, "leaks": leaks, **ours, "notes": self.notes}
 
     def rows_to_json(self) -> list[dict[str, Any]]:
         """rows.jsonl: each row's prompt, the model's answer, its scores."""

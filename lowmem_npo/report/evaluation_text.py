@@ -7,6 +7,7 @@ from textwrap import fill
 from typing import Any
 
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
+from lowmem_npo.evaluation.fluency import fluency_text
 from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakResults
 
 
@@ -20,6 +21,8 @@ def evaluation_text(content: Mapping[str, Any], before: Mapping[str, Any]) -> st
             heading = f"{benchmark.title} ({share})" if share else benchmark.title
             earlier = (before.get(benchmark.name) or benchmark.empty or {}) if before else None
             blocks.append(f"{heading}\n{benchmark.text(now, earlier)}")
+    if figures := content.get("fluency"):
+        blocks.append(f"What is said, to the original model\n{fluency_text(figures)}")
     if content["leaks"]:
         heading = f"What still leaks ({_share(rows, ('forget', 'holdout'))})"
         blocks.append(f"{heading}\n{leaks_text(_results(content), _results(before))}")

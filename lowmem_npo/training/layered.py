@@ -1,8 +1,8 @@
 """Layered unlearning: the rows to forget are divided into folds, and each stage forgets one fold more.
 
-Qian et al. 2025, "Layered Unlearning for Adversarial Relearning", section 3: stage i of K forgets folds 1 to i and still
-retains folds i+1 to K. Each stage must find a way to forget that spares the later folds, so teaching the model a few of
-the rows again undoes one of the ways, and not all. It costs no pass and no memory of its own.
+Qian et al. 2025, "Layered Unlearning for Adversarial Relearning", section 3: stage i of K forgets folds 1 to i and
+still retains folds i+1 to K. Each stage must find a way to forget that spares the later folds, so teaching the model a
+few of the rows again undoes one of the ways, and not all. It costs no pass and no memory of its own.
 
 Here a fold's rows are shown as often as they count: earlier folds at `weight` times the rate of the newest one, until
 the last stage shows all rows alike; later folds are retain rows, each of them twice.

@@ -231,6 +231,9 @@ def test_an_adapter_and_a_comparison_with_before(byte_model, files, capsys):
     assert abs(new["answers"]["forget"]["nll"] - old["answers"]["forget"]["nll"]) > 0.01
     printed = capsys.readouterr().out
     assert "before" in printed and f"{new['answers']['forget']['nll']:.3f}" in printed
+    said = new["fluency"]["forget"]  # of what the adapter says, without it
+    assert said["rows"] + said["silent"] == 1 and old["fluency"] == {}
+    assert "What is said, to the original model\nforget: NLL" in printed
     adapter(byte_model, files / "adapter", seed=1)
     fails(capsys, main(["evaluate", "--adapter", folder, *options, "--resume"]), "the adapter has changed")
     write(files / "list.json", [])

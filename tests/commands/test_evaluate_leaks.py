@@ -56,6 +56,10 @@ def test_files_and_tables(byte_model, files, capsys):
     assert "no --adapter" in leaks["quantization"]["meaning"]
     assert leaks["relearning"]["shown_rows"] + leaks["relearning"]["rows"] == 4
     assert "4 of 6 forget rows, 4 of 5 holdout rows" in printed
+    named = content(files)["open_unlearning"]
+    assert list(named) == ["exact_memorization", "extraction_strength", "mia_loss", "mia_min_k", "mia_min_k_plus_plus",
+                           "mia_zlib", "privleak"]  # fmt: skip
+    assert named["mia_loss"] == leaks["membership"]["loss_auc"]
     rows = [json.loads(line) for line in (files / "out" / "rows.jsonl").read_text().splitlines()]
     scored = [row for row in rows if "leaks" in row]
     assert [row["set"] for row in scored] == ["forget"] * 4 + ["holdout"] * 4

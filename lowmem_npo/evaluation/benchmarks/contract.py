@@ -124,6 +124,12 @@ class Benchmark(ABC, Generic[MeasuredT, ScoresT]):
     def to_json(self, scores: ScoresT) -> Any:
         """As evaluation.json holds the scores; no text of any row."""
 
+    def said(
+        self, selection: Selection, measured: Sequence[MeasuredT], context: Context
+    ) -> list[tuple[list[int], str]]:
+        """The prompt, as ids, and the greedy answer of each row that was asked as it was trained; for `fluency`."""
+        return []
+
     def rows_to_json(self, name: str, measured: Sequence[MeasuredT]) -> list[dict[str, Any]]:
         """For rows.jsonl: each row's prompt, the model's answer, its score."""
         return []

@@ -171,6 +171,12 @@ class Lume(Benchmark[LumeAnswer, LumeScores]):
     def to_json(self, scores: LumeScores) -> dict[str, Any]:
         return scores.official()
 
+    def said(
+        self, selection: Selection, measured: Sequence[LumeAnswer], context: Context
+    ) -> list[tuple[list[int], str]]:
+        prompts = _prompts(selection.rows, context.tokenizer)
+        return [(prompt, a.generation) for prompt, a in zip(prompts, measured, strict=True)]
+
     def rows_to_json(self, name: str, measured: Sequence[LumeAnswer]) -> list[dict[str, Any]]:
         return [{**asdict(a.row), "generation": a.generation, "score": a.score} for a in measured]
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, cast
 
 from lowmem_npo.data import Rows, TokenizedRows, to_examples, tokenize
 from lowmem_npo.evaluation.answer_table import FORGET, RETAIN, answer_figures, text_table
-from lowmem_npo.evaluation.answers import AnswerRecord, AnswerSummary, answer_length, part_of
+from lowmem_npo.evaluation.answers import AnswerRecord, AnswerSummary, answer_length, part_of, question
 from lowmem_npo.evaluation.asking import in_form, other_forms
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measured, Selection
 from lowmem_npo.evaluation.figures import Figure
@@ -88,6 +88,12 @@ class Plain(Benchmark[PlainAnswer, dict[str, AnswerSummary]]):
 
     def to_json(self, scores: dict[str, AnswerSummary]) -> dict[str, Any]:
         return {name: asdict(summary) for name, summary in scores.items()}
+
+    def said(
+        self, selection: Selection, measured: Sequence[PlainAnswer], context: Context
+    ) -> list[tuple[list[int], str]]:
+        trained = [a for a in measured if a.form is None]
+        return [(question(row)[0], a.record.answer) for row, a in zip(selection.rows, trained, strict=True)]
 
     def rows_to_json(self, name: str, measured: Sequence[PlainAnswer]) -> list[dict[str, Any]]:
         return [{**asdict(a.record), **({"form": a.form} if a.form else {})} for a in measured]

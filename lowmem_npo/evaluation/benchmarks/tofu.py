@@ -33,6 +33,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answer_table import FORGET, RETAIN
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measured, Selection
 from lowmem_npo.evaluation.figures import Figure, at
+from lowmem_npo.evaluation.open_unlearning import retained_min_k
 from lowmem_npo.evaluation.options import Options, data_set, free
 from lowmem_npo.evaluation.scoring.scorer import Scorer
 from lowmem_npo.evaluation.wording import other_scripts
@@ -66,7 +67,7 @@ class TofuOptions(Options):
     """TOFU's world_facts_perturbed rows; model utility needs them."""
     retained_log: str | None = free(None)
     """evaluation.json of a model that was never taught the forget set (or open-unlearning's TOFU_EVAL.json); TOFU's
-    forget quality needs it."""
+    forget quality and open-unlearning's privleak need it."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class Tofu(Benchmark[TofuAnswer, TofuScores]):
     options = TofuOptions
 
     def check(self, options: TofuOptions) -> None:
-        if options.retained_log:
+        if options.retained_log and retained_min_k(options.retained_log) is None:
             retained_truth_ratios(options.retained_log)
 
     def select(self, name: str, rows: Rows, context: Context) -> Selection | None:
@@ -134,6 +135,8 @@ class Tofu(Benchmark[TofuAnswer, TofuScores]):
             raise UserError(f"{rows.name} has no column perturbed_answer, which TOFU's {name} need.")
         if not tofu:
             return None
+        if name == FORGET and (log := cast(TofuOptions, context.config).retained_log):
+            retained_truth_ratios(log)  # raises now if it has none
         chosen = [tofu[i] for i in context.choose(len(tofu))]
         length, template = context.config.tokens_per_row, context.template
         tokenized = tokenize([row.example for row in chosen], context.tokenizer, max_length=length, template=template)
@@ -154,6 +157,12 @@ class Tofu(Benchmark[TofuAnswer, TofuScores]):
 
     def to_json(self, scores: TofuScores) -> dict[str, Any]:
         return asdict(scores)
+
+    def said(
+        self, selection: Selection, measured: Sequence[TofuAnswer], context: Context
+    ) -> list[tuple[list[int], str]]:
+        prompts = prompt_ids(context.tokenizer, selection.rows, context.template)
+        return [(prompt, a.generation) for prompt, a in zip(prompts, measured, strict=True)]
 
     def rows_to_json(self, name: str, measured: Sequence[TofuAnswer]) -> list[dict[str, Any]]:
         return [

@@ -1,9 +1,10 @@
 """What the model thinks of every token of an answer, given the true tokens before it: the ground of the leak tests.
 
-Three figures per token, from one walk over the vocabulary in chunks, so that no tensor of tokens x vocabulary exists:
+Four figures per token, from one walk over the vocabulary in chunks, so that no tensor of tokens x vocabulary exists:
 
     logprob   log p(token)
     standard  (log p(token) - mean) / std of log p(w) where w is drawn from p: Min-K%++ (Zhang et al. 2024)
+    deviation that std
     greedy    whether the token is the most likely one, so that greedy decoding would have written it
 
 A model that recites is nearly certain; there both sides of `standard` are differences of nearly equal numbers. So all
@@ -38,11 +39,15 @@ the largest logit."""
 
 @dataclass(frozen=True)
 class TokenScores:
-    """One row: a figure per answer token (all tokens but the first, if it has no prompt), EOS included, in order."""
+    """One row: a figure per answer token (all tokens but the first, if it has no prompt), EOS included, in order.
+
+    deviation: None in the journal of a version that did not keep it.
+    """
 
     logprobs: list[float]
     standard: list[float]
     greedy: list[bool]
+    deviation: list[float] | None = None
 
     @property
     def nll(self) -> float:
@@ -68,32 +73,33 @@ def token_scores(
         for batch in batches([(len(row["input_ids"]), 0) for row in rows], batch_size):
             tensors = (tensor.to(model.device) for tensor in right_padded([rows[i] for i in batch]))
             answers = answer_hidden(model, *tensors)
-            logprobs, standard, greedy = (x.cpu() for x in vocabulary_statistics(answers.hidden, head, answers.targets))
-            if not (logprobs.isfinite().all() and standard.isfinite().all()):
+            figures = [x.cpu() for x in vocabulary_statistics(answers.hidden, head, answers.targets)]
+            if not all(x.isfinite().all() for x in figures):
                 raise UserError("The model gives answers no finite likelihood; the weights or the adapter are damaged.")
             sequence = answers.sequence.cpu()
             for place, i in enumerate(batch):
                 own = sequence == place
-                by_row[i] = TokenScores(logprobs[own].tolist(), standard[own].tolist(), greedy[own].tolist())
+                by_row[i] = TokenScores(*(x[own].tolist() for x in figures))
             bar.update(len(batch))
     return [by_row[i] for i in range(len(rows))]
 
 
 @torch.no_grad()
-def vocabulary_statistics(hidden: Tensor, head: FrozenHead, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """logprob (N,) float64, standard (N,) float64, greedy (N,) bool of `targets` (N,) after `hidden` (N, d)."""
+def vocabulary_statistics(hidden: Tensor, head: FrozenHead, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logprob (N,) float64, standard (N,) float64, greedy (N,) bool and deviation (N,) float64 of `targets` (N,) after
+    `hidden` (N, d)."""
     parts = [
         _statistics(hidden[start : start + TOKENS].float(), head, targets[start : start + TOKENS])
         for start in range(0, len(targets), TOKENS)
     ]
     if not parts:
         nothing = hidden.new_zeros(0, dtype=torch.float64)
-        return nothing, nothing, nothing.bool()
-    logprobs, standard, greedy = (torch.cat(column) for column in zip(*parts, strict=True))
-    return logprobs, standard, greedy
+        return nothing, nothing, nothing.bool(), nothing
+    logprobs, standard, greedy, deviation = (torch.cat(column) for column in zip(*parts, strict=True))
+    return logprobs, standard, greedy, deviation
 
 
-def _statistics(hidden: Tensor, head: FrozenHead, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _statistics(hidden: Tensor, head: FrozenHead, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wanted = targets[:, None]
     merged: Part | None = None
     z_target = torch.empty_like(wanted, dtype=torch.float64)
@@ -113,8 +119,9 @@ def _statistics(hidden: Tensor, head: FrozenHead, targets: Tensor) -> tuple[Tens
     top, best, mass, mean, variance = merged
     below_top = z_target - top
     # All of p on one token: no spread, and that token is at its mean.
-    standard = (below_top - mean) / variance.sqrt().clamp(min=1e-150)
-    return (below_top - mass.log())[:, 0], standard[:, 0], (best == wanted)[:, 0]
+    deviation = variance.sqrt()
+    standard = (below_top - mean) / deviation.clamp(min=1e-150)
+    return (below_top - mass.log())[:, 0], standard[:, 0], (best == wanted)[:, 0], deviation[:, 0]
 
 
 def _merge(one: Part, other: Part) -> Part:

@@ -17,12 +17,12 @@ from lowmem_npo.evaluation.scoring.token_scores import token_scores, vocabulary_
 
 
 def dense(logits, targets):
-    """logprob, standard, greedy from full float64 logits (N, V), by their definitions."""
+    """logprob, standard, greedy, deviation from full float64 logits (N, V), by their definitions."""
     logp = logits.double().log_softmax(-1)
     p, own = logp.exp(), logp[torch.arange(len(targets)), targets]
     mean = (p * logp).sum(-1)
     spread = (p * (logp - mean[:, None]).square()).sum(-1).sqrt()
-    return own, (own - mean) / spread, logits.argmax(-1) == targets
+    return own, (own - mean) / spread, logits.argmax(-1) == targets, spread
 
 
 @pytest.mark.parametrize("chunk", [7, 97, 4096])
@@ -38,9 +38,10 @@ def test_rows_against_dense_logits(architecture, chunk, monkeypatch):
     for row, scores in zip(rows, found, strict=True):
         ids, start = torch.tensor(row["input_ids"]), max(1, row["prompt_length"])
         logits = reference(input_ids=ids[None], use_cache=False).logits[0, start - 1 : -1]
-        own, standard, greedy = dense(logits, ids[start:])
+        own, standard, greedy, deviation = dense(logits, ids[start:])
         torch.testing.assert_close(torch.tensor(scores.logprobs).double(), own, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(torch.tensor(scores.standard).double(), standard, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(torch.tensor(scores.deviation).double(), deviation, rtol=1e-3, atol=1e-5)
         assert scores.greedy == greedy.tolist()
         assert scores.nll == pytest.approx(-float(own.mean()), rel=1e-4)
 
@@ -78,8 +79,8 @@ def exactly(logits, targets):
             p = [(value - log_sum).exp() for value in z]
             mean = sum(share * value for share, value in zip(p, z, strict=True))
             variance = sum(share * (value - mean) ** 2 for share, value in zip(p, z, strict=True))
-            spread = variance.sqrt() or Decimal(1)
-            found.append((z[target] - log_sum, (z[target] - mean) / spread, row.index(max(row)) == target))
+            spread, greedy = variance.sqrt(), row.index(max(row)) == target
+            found.append((z[target] - log_sum, (z[target] - mean) / (spread or Decimal(1)), greedy, spread))
     columns = zip(*found, strict=True)
     return [torch.tensor([float(value) for value in column], dtype=torch.float64) for column in columns]
 
@@ -89,19 +90,19 @@ def exactly(logits, targets):
 def test_numbers_to_many_digits(scale, bug, monkeypatch):
     hidden, head, targets = small_problem(scale)
     hidden[0], targets[0] = 0, 0  # all logits equal: the first token is the greedy one, and there is no spread
-    own, standard, greedy = exactly(hidden.double() @ head.weight.double().T, targets)
+    expected = exactly(hidden.double() @ head.weight.double().T, targets)
     monkeypatch.setattr(module, "VOCABULARY", 16)
     if bug:
         monkeypatch.setattr(module, "_merge", BUGS[bug])
     found = vocabulary_statistics(hidden, head, targets)
-    pairs = zip(found, (own, standard, greedy), strict=True)
+    pairs = zip(found, expected, strict=True)
     assert all(torch.allclose(x.double(), y, rtol=1e-9, atol=1e-13) for x, y in pairs) is (bug is None)
 
 
 def test_certainty_does_not_cancel():
     """p of the token 1 - 1e-12, where the textbook E[z^2] - E[z]^2 of the logits has no digits left."""
     weight = torch.tensor([[28.0], [0.0], [0.0]])
-    _, standard, greedy = vocabulary_statistics(torch.ones(1, 1), FrozenHead(weight), torch.tensor([0]))
+    _, standard, greedy, _ = vocabulary_statistics(torch.ones(1, 1), FrozenHead(weight), torch.tensor([0]))
     rest = 2 * torch.tensor(-28.0, dtype=torch.float64).exp()  # odds of the others; both 28 below
     wanted = (rest / (1 + rest)) * 28 / (28 * rest.sqrt() / (1 + rest))
     assert greedy.item() and standard.item() == pytest.approx(float(wanted), rel=1e-9)

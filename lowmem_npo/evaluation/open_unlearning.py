@@ -1,0 +1,137 @@
+"""Our measurements under the names, and by the definitions, of open-unlearning (https://github.com/locuslab/open-unlearning).
+
+So that a table of a paper and one of ours can stand side by side. What differs from our own figures of like names:
+
+    tokens   theirs leave out an answer's last token, its EOS, except in losses and probabilities
+    extraction_strength   1 / tokens, not 0, where not even the last token would be written
+    mia_min_k, mia_min_k_plus_plus   of the 40% least likely tokens; ours look at 20%
+    mia_min_k_plus_plus   the variance of log p over the vocabulary is taken as 1e-6 where it is smaller
+    mia_*    AUC, 1 where every forgotten answer is likelier than all of the holdout; mia_zlib: the loss divided by the
+             bytes of the answer, compressed with zlib
+    privleak ((1 - mia_min_k) - (1 - r)) / (1 - r) in per cent, r being mia_min_k of a model that was never taught the
+             forget set, or 0.5 where there is none (Shi et al. 2024, MUSE, section 3.1)
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lowmem_npo.data import TokenizedRow
+from lowmem_npo.evaluation.figures import at
+from lowmem_npo.evaluation.scoring.generation import text_of
+from lowmem_npo.evaluation.scoring.token_scores import TokenScores
+
+if TYPE_CHECKING:
+    from lowmem_npo.evaluation.benchmarks.tofu import TofuScores
+
+K = 0.4
+LEAST_DEVIATION = 1e-3  # the root of their least variance
+TINY = 1e-10  # they add it to denominators
+CHANCE = 0.5  # the AUC of a model that was never taught the rows, where none is known
+
+
+def token_figures(
+    scores: Mapping[str, Sequence[TokenScores]],
+    rows: Mapping[str, Sequence[TokenizedRow]],
+    tokenizer: PreTrainedTokenizerBase,
+    retained: float | None = None,
+) -> dict[str, float]:
+    """What comes from the likelihood of every token: memorisation of "forget" and, with a "holdout", membership.
+
+    scores, rows: by set. retained: mia_min_k of a model that was never taught the forget set.
+    """
+    forget = scores["forget"]
+    memorized = [value for one in forget if (value := exact_memorization(one)) is not None]
+    figures = {"exact_memorization": fmean(memorized)} if memorized else {}
+    figures["extraction_strength"] = fmean(map(extraction_strength, forget))
+    if "holdout" not in scores:
+        return figures
+    figures["mia_loss"] = _auc(scores, lambda one: one.nll)
+    figures["mia_min_k"] = min_k_auc = _auc(scores, lambda one: -_lowest(one.logprobs[:-1]))
+    if all(one.deviation is not None for of_set in scores.values() for one in of_set):  # an older journal has none
+        figures["mia_min_k_plus_plus"] = _auc(scores, lambda one: -_lowest(_standard(one)[:-1]))
+    sizes: dict[int, int] = {}
+    for name, of_set in scores.items():
+        sizes |= {id(one): _compressed(row, tokenizer) for one, row in zip(of_set, rows[name], strict=True)}
+    figures["mia_zlib"] = _auc(scores, lambda one: one.nll / sizes[id(one)])
+    figures["privleak"] = privleak(min_k_auc, CHANCE if retained is None else retained)
+    return figures
+
+
+def exact_memorization(row: TokenScores) -> float | None:
+    """Share of the answer's tokens that are the likeliest after the true ones before them; None for EOS alone."""
+    return fmean(row.greedy[:-1]) if row.greedy[:-1] else None
+
+
+def extraction_strength(row: TokenScores) -> float:
+    """1 - k / tokens, after k of which the rest is the likeliest; they stop looking at the last token."""
+    greedy = row.greedy[:-1]
+    missed = [place for place, is_greedy in enumerate(greedy[:-1]) if not is_greedy]
+    return 0.0 if not greedy else 1 - (missed[-1] + 1 if missed else 0) / len(greedy) if greedy[-1] else 1 / len(greedy)
+
+
+def privleak(auc: float, retained: float) -> float:
+    """In per cent; 0: as the model that was never taught the rows, -100: all are recognised."""
+    score, reference = 1 - auc, 1 - retained
+    return (score - reference) / (reference + TINY) * 100
+
+
+def tofu_figures(scores: TofuScores | None) -> dict[str, float]:
+    """TOFU's, of the sets that were measured."""
+    if scores is None:
+        return {}
+    figures = {}
+    for name, prefix in (("forget", "forget"), ("retain", "retain"), ("real authors", "ra"), ("world facts", "wf")):
+        if (of_set := scores.sets.get(name)) is not None:
+            normalised = "" if prefix in ("forget", "retain") else "_normalised"  # among the wrong answers
+            figures[f"{prefix}_Q_A_Prob{normalised}"] = of_set.probability
+            figures[f"{prefix}_Q_A_ROUGE"] = of_set.rouge_l_recall
+            ratio = "forget_truth_ratio" if prefix == "forget" else f"{prefix}_Truth_Ratio"
+            figures[ratio] = of_set.truth_ratio
+    totals = {"model_utility": scores.model_utility, "forget_quality": scores.forget_quality}
+    return figures | {name: value for name, value in totals.items() if value is not None}
+
+
+def retained_min_k(path: str | None) -> float | None:
+    """mia_min_k in a retained model's evaluation.json or in open-unlearning's TOFU_EVAL.json; None if it has none."""
+    if path is None:
+        return None
+    try:
+        content: Any = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # TOFU's own check says what is wrong with it
+        return None
+    ours, theirs = at(content, "open_unlearning", "mia_min_k"), at(content, "mia_min_k", "agg_value")
+    return theirs if ours is None else ours
+
+
+def _auc(scores: Mapping[str, Sequence[TokenScores]], score: Callable[[TokenScores], float]) -> float:
+    """How often a forgotten answer has the lower `score` of a pair: the likelier."""
+    from sklearn.metrics import roc_auc_score
+
+    forget, holdout = scores["forget"], scores["holdout"]
+    return float(roc_auc_score([0] * len(forget) + [1] * len(holdout), [*map(score, forget), *map(score, holdout)]))
+
+
+def _lowest(values: Sequence[float]) -> float:
+    return fmean(sorted(values)[: max(1, int(len(values) * K))]) if values else 0.0
+
+
+def _standard(row: TokenScores) -> list[float]:
+    assert row.deviation is not None
+    return [
+        standard * deviation / max(deviation, LEAST_DEVIATION)
+        for standard, deviation in zip(row.standard, row.deviation, strict=True)
+    ]
+
+
+def _compressed(row: TokenizedRow, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Bytes of the answer's text, compressed."""
+    answer = text_of(tokenizer, row["input_ids"][row["prompt_length"] :])
+    return len(zlib.compress(answer.encode("utf-8")))

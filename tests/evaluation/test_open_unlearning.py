@@ -1,0 +1,141 @@
+"""Figures under open-unlearning's names, against its definitions written out on dense float64 logits."""
+
+from __future__ import annotations
+
+import json
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from helpers.dense_step import random_rows, word_tokenizer
+from helpers.tiny_models import tiny_model
+from sklearn.metrics import roc_auc_score
+
+from lowmem_npo.evaluation.benchmarks.tofu import TofuScores, TofuSet
+from lowmem_npo.evaluation.open_unlearning import (
+    exact_memorization,
+    extraction_strength,
+    privleak,
+    retained_min_k,
+    tofu_figures,
+    token_figures,
+)
+from lowmem_npo.evaluation.scoring.token_scores import TokenScores, token_scores
+
+
+def reciting_model(rows):
+    """A tiny model that has learnt some of `rows`, so that memorisation is neither nothing nor everything."""
+    torch.manual_seed(0)
+    model = tiny_model("llama")
+    model.requires_grad_(True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(12):
+        for row in rows:
+            labels = torch.tensor([row["labels"]])
+            model(input_ids=torch.tensor([row["input_ids"]]), labels=labels, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.requires_grad_(False).eval()
+
+
+def by_hand(model, sets, tokenizer):
+    """The functions of its src/evals/metrics, on full float64 logits."""
+    model, found = model.double(), {}
+    attacks = {name: {part: [] for part in sets} for name in ("loss", "min_k", "min_k_plus_plus", "zlib")}
+    memorized, strengths = [], []
+    for part, rows in sets.items():
+        for row in rows:
+            ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
+            logp = model(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)[:-1]
+            own = logp.gather(1, ids[1:, None])[:, 0]
+            loss = -own[labels[1:] != -100].mean().item()
+            places = (labels != -100).nonzero()[:, 0][:-1] - 1  # the prediction of EOS is left out
+            vocabulary, tokens = logp[places], own[places].numpy()
+            mu = (vocabulary.exp() * vocabulary).sum(-1)
+            sigma = ((vocabulary.exp() * vocabulary.square()).sum(-1) - mu.square()).clamp(min=1e-6)
+            standard = ((torch.tensor(tokens) - mu) / sigma.sqrt()).numpy()
+            k = max(1, int(len(tokens) * 0.4))
+            text = tokenizer.decode(ids[labels != -100].tolist(), skip_special_tokens=True)
+            attacks["loss"][part].append(loss)
+            attacks["zlib"][part].append(loss / len(zlib.compress(text.encode("utf-8"))))
+            attacks["min_k"][part].append(-np.mean(np.sort(tokens)[:k]) if len(tokens) else 0)
+            attacks["min_k_plus_plus"][part].append(-np.mean(np.sort(standard)[:k]) if len(tokens) else 0)
+            if part == "forget":
+                predicted, true = vocabulary.argmax(-1), ids[places + 1]
+                if len(true):
+                    memorized.append((predicted == true).double().mean().item())
+                k = 0
+                for k in range(len(true)):
+                    if torch.equal(predicted[k:], true[k:]):
+                        break
+                strengths.append(1 - k / len(true) if len(true) else 0)
+    for name, scores in attacks.items():
+        labels = [0] * len(scores["forget"]) + [1] * len(scores["holdout"])
+        found[f"mia_{name}"] = roc_auc_score(labels, scores["forget"] + scores["holdout"])
+    return found | {"exact_memorization": np.mean(memorized), "extraction_strength": np.mean(strengths)}
+
+
+def test_figures_are_those_of_its_definitions():
+    rows = random_rows(16, seed=4)
+    tokenizer = word_tokenizer()
+    for row in rows:  # as rows are: the last token is EOS
+        row["input_ids"], row["labels"] = [*row["input_ids"], 1], [*row["labels"], 1]
+    only_eos = {"input_ids": [5, 6, 1], "labels": [-100, -100, 1], "prompt_length": 2}
+    sets = {"forget": [*rows[:8], only_eos], "holdout": rows[8:]}
+    model = reciting_model(rows[:5])
+    scores = {name: token_scores(model, of_set, progress=False) for name, of_set in sets.items()}
+    figures = token_figures(scores, sets, tokenizer)
+    expected = by_hand(model, sets, tokenizer)
+    assert figures.pop("privleak") == pytest.approx(((1 - expected["mia_min_k"]) - 0.5) / 0.5 * 100)
+    assert figures == pytest.approx(expected, rel=1e-4)
+    assert 0.2 < figures["extraction_strength"] < 0.9 and figures["mia_min_k"] > 0.6  # nothing is trivial
+    with_eos = {name: [_doubled(one) for one in of_set] for name, of_set in scores.items()}
+    assert token_figures(with_eos, sets, tokenizer) != pytest.approx(figures, rel=1e-4)  # EOS counted: noticed
+    forget_alone = token_figures({"forget": scores["forget"]}, sets, tokenizer)
+    assert set(forget_alone) == {"exact_memorization", "extraction_strength"}
+
+
+def _doubled(row: TokenScores) -> TokenScores:
+    """The row with its last token twice, of which only one is then left out."""
+    return TokenScores(*([*column, column[-1]] for column in (row.logprobs, row.standard, row.greedy, row.deviation)))
+
+
+def row(*greedy: bool) -> TokenScores:
+    return TokenScores([-1.0] * len(greedy), [0.0] * len(greedy), list(greedy))
+
+
+def test_memorisation_by_hand():
+    """The last of each is EOS, which does not count."""
+    assert extraction_strength(row(True, True, False)) == 1
+    assert extraction_strength(row(True, False, True, True, False)) == 0.5
+    assert extraction_strength(row(True, False, True)) == 0.5  # theirs: not even the last token, and still 1 / tokens
+    assert extraction_strength(row(True)) == 0
+    assert exact_memorization(row(True, False, True, True)) == pytest.approx(2 / 3)
+    assert exact_memorization(row(True)) is None
+
+
+def test_privleak_by_hand():
+    assert privleak(0.5, 0.5) == 0
+    assert privleak(1.0, 0.5) == pytest.approx(-100)  # all are recognised
+    assert privleak(0.0, 0.6) == pytest.approx((1 - 0.4) / 0.4 * 100)
+
+
+def test_tofu_under_its_names():
+    of_set = TofuSet(2, 0.1, 0.2, 0.3, [1.0, 2.0])
+    scores = TofuScores({"forget": of_set, "real authors": of_set}, None, 0.7)
+    assert tofu_figures(scores) == {
+        "forget_Q_A_Prob": 0.1, "forget_Q_A_ROUGE": 0.2, "forget_truth_ratio": 0.3,
+        "ra_Q_A_Prob_normalised": 0.1, "ra_Q_A_ROUGE": 0.2, "ra_Truth_Ratio": 0.3,
+        "forget_quality": 0.7,
+    }  # fmt: skip
+    assert tofu_figures(None) == {}
+
+
+def test_the_retained_models_auc_is_read_from_either_file(tmp_path):
+    ours, theirs, neither = (tmp_path / name for name in ("evaluation.json", "TOFU_EVAL.json", "other.json"))
+    ours.write_text(json.dumps({"open_unlearning": {"mia_min_k": 0.45}}))
+    theirs.write_text(json.dumps({"mia_min_k": {"auc": 0.4, "agg_value": 0.4}}))
+    neither.write_text(json.dumps({"rows": {}}))
+    assert [retained_min_k(str(path)) for path in (ours, theirs, neither)] == [0.45, 0.4, None]
+    assert retained_min_k(None) is None
