@@ -12,7 +12,6 @@ Only settings that leave the loss and its gradients unchanged are tried. Their c
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from lowmem_npo.estimate.simulator.gpu import CAPABILITY
 from lowmem_npo.estimate.step import Estimate, StepRows, estimate
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model.adapters import check_lora
+from lowmem_npo.model.trial import of_depth
 from lowmem_npo.sizes import gib
 
 SWITCHES = {"embedding_on_cpu": (True, 0.005), "tile_mlp": (TILE_ROWS, 0.02), "offload_checkpoints": (True, 0.05)}
@@ -113,18 +113,9 @@ def _may_fit(
     layers = architecture.get_text_config().num_hidden_layers
     if config.adapter.may_name_layers or layers <= MORE:
         return True
-    few, more = (simulate(config, _of_depth(architecture, depth)) for depth in (FEW, MORE))
+    few, more = (simulate(config, of_depth(architecture, depth)) for depth in (FEW, MORE))
     slope = (more.peak_bytes - few.peak_bytes) / (MORE - FEW)
     return replace(few, needed_bytes=int(few.peak_bytes + slope * (layers - FEW))).fits(budget)
-
-
-def _of_depth(architecture: PretrainedConfig, layers: int) -> PretrainedConfig:
-    shallow = copy.deepcopy(architecture)
-    text = shallow.get_text_config()
-    text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
-    return shallow
 
 
 def _flags(before: RunConfig, after: RunConfig) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -11,14 +12,17 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.layers import causal_lm, decoder
 from lowmem_npo.model.modes import eval_mode
 from lowmem_npo.model.precision import compute_autocast
 
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # as configurations name it
+# As configurations name them.
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+FACTORS = ("logit_scale", "lm_head_multiplier")
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 
 
 class AnswerHidden(NamedTuple):
@@ -32,8 +36,8 @@ class AnswerHidden(NamedTuple):
 def frozen_head(model: PreTrainedModel | PeftModel) -> FrozenHead:
     """The model's output head as the kernels take it: a view of its weights, with softcap and logit scale.
 
-    Supports a softcap (Gemma, RecurrentGemma, xLSTM), `logit_scale` (Cohere) and `logits_scaling` (Granite);
-    `check_head` detects whether a model does something else.
+    Supports a softcap (Gemma, RecurrentGemma, xLSTM), a scale (Cohere, Falcon H1, Granite, Inkling) and rows that stand
+    for no token (Inkling); `check_head` detects whether a model does something else.
     """
     lm = causal_lm(model)
     layer = lm.get_output_embeddings()
@@ -44,16 +48,21 @@ def frozen_head(model: PreTrainedModel | PeftModel) -> FrozenHead:
     if isinstance(layer, (BaseTunerLayer, ModulesToSaveWrapper)):
         raise UserError("The output head has an adapter, but must stay frozen: leave it out of the LoRA targets.")
     config = lm.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0
-    if divisor := getattr(config, "logits_scaling", None):
-        scale = scale / divisor
-    bias = getattr(layer, "bias", None)
+    bias, tokens = getattr(layer, "bias", None), getattr(config, "unpadded_vocab_size", None)
     return FrozenHead(
-        layer.weight.detach(),
-        bias=None if bias is None else bias.detach(),
+        layer.weight.detach()[:tokens],
+        bias=None if bias is None else bias.detach()[:tokens],
         softcap=next((cap for name in SOFTCAPS if (cap := getattr(config, name, None))), None),
-        logit_scale=float(scale),
+        logit_scale=_logit_scale(config),
     )
+
+
+def _logit_scale(config: PretrainedConfig) -> float:
+    factors = [float(getattr(config, name, None) or 1) for name in FACTORS]
+    divisors = [float(getattr(config, name, None) or 1) for name in DIVISORS]
+    if config.model_type == "hyperclovax":  # whose logits_scaling is a factor
+        return math.prod(factors + divisors)
+    return math.prod(factors) / math.prod(divisors)
 
 
 def answer_hidden(
@@ -99,8 +108,13 @@ def check_head(model: PreTrainedModel | PeftModel) -> None:
     ids = few_tokens(lm)
     mask = torch.ones_like(ids)
     with eval_mode(lm):
-        answers = answer_hidden(lm, ids, mask, ids)
-        ours = token_logprobs(answers.hidden, frozen_head(lm), answers.targets)
+        answers, head = answer_hidden(lm, ids, mask, ids), frozen_head(lm)
+        if answers.hidden.shape[1] != head.weight.shape[1]:
+            raise UserError(
+                f"{type(lm).__name__} has layers between its decoder and its output head, which is not supported: "
+                "please report this architecture."
+            )
+        ours = token_logprobs(answers.hidden, head, answers.targets)
         with compute_autocast(lm):
             logits = lm(input_ids=ids, attention_mask=mask, use_cache=False).logits
     if not logits.isfinite().all():

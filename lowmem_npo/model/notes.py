@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.model.loading import DTYPES, attention_of
 from lowmem_npo.model.quantization import stored_quantization
+from lowmem_npo.model.trial import check_architecture
 from lowmem_npo.sizes import gib
 
 
@@ -16,8 +17,9 @@ def model_notes(architecture: PretrainedConfig, config: ModelConfig) -> list[str
     """A line for each thing that is not as the options say.
 
     Raises:
-        UserError: the options and this architecture do not go together.
+        UserError: the architecture, or what the options ask of it, is not supported.
     """
+    check_architecture(architecture)
     lines, kind = [], architecture.model_type
     if attention_of(architecture, config.attn) != config.attn:
         lines.append(f"transformers has no SDPA attention for {kind}: --attn eager is used, which takes more memory.")

@@ -4,8 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+import transformers
+from helpers.architectures import ARCHITECTURES
 from helpers.tiny_models import CONFIGS, SIZES, tiny_model
-from transformers import Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, PhiConfig, XLNetConfig
+from transformers import AutoConfig, ElectraConfig, Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, PhiConfig, XLNetConfig
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.model import answer_hidden, check_causal, check_head
@@ -47,6 +49,28 @@ def test_a_large_offset_of_all_logits_is_no_other_head():
 def test_every_head_is_supported(architecture):
     check_head(tiny_model(architecture))
     check_head(tiny_model(architecture, dtype=torch.bfloat16))
+
+
+SCALES = {
+    "cohere": {"logit_scale": 0.25},
+    "falcon_h1": {"lm_head_multiplier": 0.25},
+    "hyperclovax": {"logits_scaling": 0.25},  # a factor; Granite's is a divisor
+    "inkling_text": {"logits_mup_width_multiplier": 4.0, "unpadded_vocab_size": 90},
+}
+
+
+@pytest.mark.parametrize("architecture", SCALES)
+def test_every_scale_is_supported(architecture):
+    if architecture not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {architecture}")
+    options = {**SIZES, **ARCHITECTURES.get(architecture, {}), **SCALES[architecture]}
+    check_head(tiny_model(AutoConfig.for_model(architecture, vocab_size=97, **options)))
+
+
+def test_layers_between_decoder_and_head_are_refused():
+    config = ElectraConfig(vocab_size=97, embedding_size=16, is_decoder=True, **SIZES)
+    with pytest.raises(UserError, match="has layers between its decoder and its output head"):
+        check_head(tiny_model(config))
 
 
 @pytest.mark.parametrize("architecture, change", [("gemma2", {"softcap": None}), ("granite", {"logit_scale": 1.0})])
