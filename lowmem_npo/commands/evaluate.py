@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ import tyro
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lowmem_npo.claim import claimed
 from lowmem_npo.commands.arguments import join_sources, with_help
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.console import Say
@@ -31,7 +32,7 @@ from lowmem_npo.evaluation.fluency import fluency
 from lowmem_npo.evaluation.leaks.contract import NO_HOLDOUT, LeakResult, SavedModel, Subject
 from lowmem_npo.evaluation.leaks.measure import run_leak_tests
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, leak_tests
-from lowmem_npo.evaluation.open_unlearning import retained_min_k, token_figures, tofu_figures
+from lowmem_npo.evaluation.open_unlearning import retained_min_k, tofu_figures, token_figures
 from lowmem_npo.evaluation.result import Evaluation
 from lowmem_npo.evaluation.scoring.scorer import Scorer
 from lowmem_npo.evaluation.settings import EvaluationConfig
@@ -65,9 +66,37 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
     Raises:
         UserError: something the user can fix, in one sentence.
     """
+    plan = plan_evaluation(config, say)
+    with claimed(plan.config.path, say):
+        return measure(plan, say)
+
+
+@dataclass
+class EvaluationPlan:
+    """A validated evaluation. selected: what each benchmark measures. leak_rows: set -> rows of the leak tests."""
+
+    config: EvaluationConfig
+    model_config: ModelConfig
+    context: Context
+    sources: dict[str, Rows]
+    selected: list[tuple[Benchmark, str, Selection]]
+    leak_rows: dict[str, Selection]
+
+
+def plan_evaluation(
+    config: EvaluationConfig, say: Say, *, first: int | None = None, only: Collection[str] | None = None
+) -> EvaluationPlan:
+    """Reads and checks all but the weights; writes nothing.
+
+    first: read only so many rows of each set; None: where no data is named, as many as the adapter's run did, else all.
+    only: names of the benchmarks that are measured; None: all whose rows there are.
+
+    Raises:
+        UserError: as for `evaluate`.
+    """
     model_config = _model_config(config, say)
     run = settings_of_run(config.adapter) if config.adapter else {}
-    limit = run.get("limit") if config.bundled else None  # no data is named: the rows of the adapter's run
+    limit = first or (run.get("limit") if config.bundled else None)
     config = config.completed(run)
     architecture = load_config(model_config)
     for line in model_notes(architecture, model_config):
@@ -82,19 +111,27 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
         context.fit.check_padding(tokenizer)
     for benchmark in BENCHMARKS:
         benchmark.check(config)
-    selected = _select(sources, context)
+    selected = [chosen for chosen in _select(sources, context) if only is None or chosen[0].name in only]
     leak_rows = _select_for_leaks(sources, context)
     for line in _forms(selected, sources, leak_rows, context):
         say(line)
-    directory = EvaluationDirectory(config, _digests(config, sources))
+    return EvaluationPlan(config, model_config, context, sources, selected, leak_rows)
+
+
+def measure(
+    plan: EvaluationPlan, say: Say, load: Callable[[ModelConfig, Say], PreTrainedModel] | None = None
+) -> Evaluation:
+    """The evaluation itself. load: gives the base model, which is left with the adapter on it; None: from its files."""
+    config, context, selected, leak_rows = plan.config, plan.context, plan.selected, plan.leak_rows
+    directory = EvaluationDirectory(config, _digests(config, plan.sources))
     journal = directory.begin()
 
     model: PreTrainedModel | PeftModel
-    model = load_model(model_config, say)
+    model = (load or load_model)(plan.model_config, say)
     if config.adapter:
         model = load_adapter(model, config.adapter)
-    scorer = Scorer(model, tokenizer, journal, config.batch_size)
-    result = Evaluation(rows=_counts(selected, sources, leak_rows), notes=notes)
+    scorer = Scorer(model, context.tokenizer, journal, config.batch_size)
+    result = Evaluation(rows=_counts(selected, plan.sources, leak_rows), notes=context.notes)
     for benchmark, name, selection in selected:
         measured = benchmark.measure(name, selection, scorer, context)
         result.measured.setdefault(benchmark.name, {})[name] = measured
@@ -103,8 +140,9 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
             result.fluency[name] = figures
     if leak_rows:
         rows = {part: selection.rows for part, selection in leak_rows.items()}
-        saved = SavedModel(model_config, config.adapter, directory.merged)
-        earlier = {name: LeakResult.from_json(of_test) for name, of_test in (before.get("leaks") or {}).items()}
+        saved = SavedModel(plan.model_config, config.adapter, directory.merged)
+        before = context.before.get("leaks") or {}
+        earlier = {name: LeakResult.from_json(of_test) for name, of_test in before.items()}
         sets = (rows["forget"], rows.get("holdout"))
         subject = Subject(scorer, *sets, config, config.seed, saved, config.max_new_tokens, earlier)
         tests = leak_tests(config.leaks)
@@ -124,9 +162,9 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
             result.scores[benchmark.name] = scores
     result.open_unlearning |= tofu_figures(result.scores.get(TOFU.name))
     if leak_rows and "holdout" not in leak_rows:
-        notes.append(f"Leak tests: {NO_HOLDOUT}.")
+        result.notes.append(f"Leak tests: {NO_HOLDOUT}.")
     directory.save(result)
-    say("\n" + evaluation_text(result.to_json(), before))
+    say("\n" + evaluation_text(result.to_json(), context.before))
     say(f"\nEvery figure is in {directory.result}, every scored row in {directory.rows.name} beside it.")
     say(_headline(config, result, context))
     return result

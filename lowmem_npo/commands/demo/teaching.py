@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import random
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from lowmem_kernels import IGNORE_INDEX
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     OlmoConfig,
@@ -29,9 +23,9 @@ from transformers import (
 from lowmem_npo.commands.demo.recipe import Teaching
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.errors import UserError
+from lowmem_npo.training.teaching import made_from, making, teach
 
 END, PADDING = "<|endoftext|>", "<|padding|>"  # as OLMo calls them
-STAMP = "made_from.json"
 
 
 def make_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerBase:
@@ -66,23 +60,27 @@ def taught_model(
     Raises:
         UserError: `directory` holds something that the demo did not write.
     """
-    made_from = {**asdict(teaching), "seed": seed, "rows": _fingerprint(rows), "torch": torch.__version__}
-    stamp = directory / STAMP
-    if stamp.is_file():
-        if json.loads(stamp.read_text(encoding="utf-8")) == made_from:
-            return _on(device, AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)).eval(), True
+    wanted = {**asdict(teaching), "seed": seed, "rows": _fingerprint(rows), "torch": torch.__version__}
+    earlier = made_from(directory)
+    if earlier == wanted:
+        return _on(device, AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)).eval(), True
+    if earlier is not None:
         shutil.rmtree(directory)
     elif directory.exists():
         raise UserError(f"'{directory}' was not written by the demo: choose another --output-dir, or remove it.")
     model = _on(device, fresh_model(tokenizer, teaching, seed))
-    teach(model, rows, teaching, seed=seed, description=description)
-    # Under another name until it is complete: a directory with a stamp is a finished one.
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / STAMP).write_text(json.dumps(made_from, indent=1) + "\n", encoding="utf-8")
-    partial.rename(directory)
+    teach(
+        model,
+        rows,
+        epochs=teaching.epochs,
+        batch_size=teaching.batch_size,
+        lr=teaching.lr,
+        seed=seed,
+        description=description,
+    )
+    with making(directory, wanted) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
     return model, False
 
 
@@ -101,45 +99,6 @@ def fresh_model(tokenizer: PreTrainedTokenizerBase, teaching: Teaching, seed: in
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return OlmoForCausalLM(config)
-
-
-def teach(
-    model: PreTrainedModel, rows: Sequence[TokenizedRow], teaching: Teaching, *, seed: int, description: str
-) -> None:
-    """Trains all weights on the mean NLL of the answers' tokens; `model` is left in eval mode."""
-    steps = teaching.epochs * math.ceil(len(rows) / teaching.batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=teaching.lr, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=teaching.lr, total_steps=steps, pct_start=0.05, cycle_momentum=False
-    )
-    shuffle = random.Random(seed)
-    model.train()
-    with tqdm(total=teaching.epochs, desc=description, unit="epoch", disable=None) as bar:
-        for epoch in range(1, teaching.epochs + 1):
-            total = 0.0
-            order = shuffle.sample(range(len(rows)), len(rows))
-            batches = [
-                order[start : start + teaching.batch_size] for start in range(0, len(order), teaching.batch_size)
-            ]
-            for batch in batches:
-                ids = pad_sequence([torch.tensor(rows[i]["input_ids"]) for i in batch], batch_first=True)
-                labels = pad_sequence(
-                    [torch.tensor(rows[i]["labels"]) for i in batch], batch_first=True, padding_value=IGNORE_INDEX
-                )
-                # No attention mask: padding follows the row, where causal attention does not look.
-                loss = model(input_ids=ids.to(model.device), labels=labels.to(model.device)).loss
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
-                total += loss.item()
-            nll = total / len(batches)
-            bar.set_postfix_str(f"NLL {nll:.3f}")
-            bar.update()
-            if bar.disable and (epoch % 10 == 0 or epoch == teaching.epochs):  # no terminal: a few lines
-                print(f"{description}: epoch {epoch} of {teaching.epochs}, NLL {nll:.3f}", file=sys.stderr)
-    model.eval()
 
 
 def _on(device: torch.device, model: PreTrainedModel) -> PreTrainedModel:

@@ -293,7 +293,7 @@ def _measure_before(plan: RunPlan, model: PeftModel) -> Evaluations:
     fresh = not _measured_as_asked(before, _asked(plan, model), plan)
     with reference_mode(model):
         if fresh:
-            before = _answers(plan, model, "before")
+            before = measure_answers(plan, model, "before")
             save_answers(files.answers("before"), before)
         if (fresh and tests) or set(_unless_damaged(read_leaks, files.leaks).get("before", {})) != tests:
             write_leaks(files.leaks, {"before": _leaks(plan, model, "before")})
@@ -338,7 +338,7 @@ def _save_adapter(trainer: NPOTrainer, directory: RunDirectory) -> None:
 def _measure_after(plan: RunPlan, model: PeftModel, before: Evaluations, say: Say) -> Evaluations:
     """The same of the trained model; both are saved and printed side by side."""
     files = plan.directory
-    after = _answers(plan, model, "after")
+    after = measure_answers(plan, model, "after")
     save_answers(files.answers("after"), after)
     stages = {"before": summaries(before), "after": summaries(after)}
     save_table(stages, files.path)
@@ -369,7 +369,8 @@ def _stopping(plan: RunPlan, model: PeftModel, say: Say) -> Stopping | None:
     )
 
 
-def _answers(plan: RunPlan, model: PeftModel, stage: str) -> Evaluations:
+def measure_answers(plan: RunPlan, model: PreTrainedModel | PeftModel, stage: str) -> Evaluations:
+    """The model's answers to rows of each set; stage: what progress bars call it."""
     asked = _asked(plan, model)
     return {
         name: evaluate_answers(
@@ -385,7 +386,7 @@ def _answers(plan: RunPlan, model: PeftModel, stage: str) -> Evaluations:
     }
 
 
-def _asked(plan: RunPlan, model: PeftModel) -> dict[str, Asked]:
+def _asked(plan: RunPlan, model: PreTrainedModel | PeftModel) -> dict[str, Asked]:
     """The rows of each set whose answers are measured; those to forget in every form."""
     output, options, asked = plan.config.output, plan.config.data, dict[str, Asked]()
     fit = Fit.of(causal_lm(model))

@@ -209,6 +209,8 @@ class LeakTest(ABC, Generic[OptionsT]):
     options: type[OptionsT]
     figures: ClassVar[Mapping[str, Meaning]]
     """Every figure's meaning, by the last part of its name."""
+    main: ClassVar[str] = ""
+    """The figure that pictures show."""
     counts: ClassVar[tuple[str, ...]] = ("rows", "holdout_rows")
     """Figures that say how much was measured; the report shows them in the heading."""
     unlisted: ClassVar[tuple[str, ...]] = ()

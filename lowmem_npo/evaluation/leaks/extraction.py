@@ -58,6 +58,7 @@ class Extraction(LeakTest[Options]):
     in_words = "giving the model the question and the beginning of the answer, and letting it go on"
     options = Options
     figures = FIGURES
+    main = "extraction_strength"
 
     def run(self, subject: Subject, options: Options) -> LeakResult:
         scores = subject.token_scores()

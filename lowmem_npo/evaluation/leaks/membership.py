@@ -58,6 +58,7 @@ class Membership(LeakTest[Options]):
     in_words = "looking at how likely the answers are to the model, without letting it say them"
     needs = (A_YARDSTICK,)
     options = Options
+    main = "loss_auc"
     figures = (
         {f"{score}_auc": Meaning(f"{title} AUC", AUC, "0.5") for score, title in TITLES.items()}
         | {f"{score}_p": Meaning(f"{title} p-value", P_VALUE, "") for score, title in TITLES.items()}

@@ -55,6 +55,7 @@ class Quantization(LeakTest[Options]):
     in_words = "rounding the model to 4 bits, as many do to save memory, and letting it complete the answers"
     needs = (AN_ADAPTER,)
     options = Options
+    main = "returned"
     figures = FIGURES | {
         "returned": Meaning(
             "returned", "How much extraction strength merging or rounding brought back. 0 or less is good.", "lower"

@@ -66,6 +66,7 @@ class Relearning(LeakTest[RelearningOptions]):
     options = RelearningOptions
     counts = ("rows", "holdout_rows", "shown_rows", "steps")
     unlisted = ("curve",)
+    main = "extraction_strength"
     figures = FIGURES | {
         "recovered": Meaning(
             "recovered",

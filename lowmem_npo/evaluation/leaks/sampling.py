@@ -46,6 +46,7 @@ class Sampling(LeakTest[SamplingOptions]):
     in_words = "asking several times for random answers instead of the likeliest one"
     options = SamplingOptions
     counts = ("rows", "holdout_rows", "samples", "max_new_tokens")
+    main = "best_rouge_l_recall"
     figures = {
         "best_rouge_l_recall": Meaning(
             "best ROUGE-L recall", "How much of the answer the best sample holds.", "as holdout"

@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.commands.demo.recipe import Teaching
 from lowmem_npo.commands.demo.run import run_demo
-from lowmem_npo.commands.demo.teaching import STAMP, fresh_model, make_tokenizer, taught_model
+from lowmem_npo.commands.demo.teaching import fresh_model, make_tokenizer, taught_model
 from lowmem_npo.config import DataConfig
 from lowmem_npo.data import prepare
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answer_table import stages_from_json
 from lowmem_npo.evaluation.answers import evaluate_answers
 from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
+from lowmem_npo.training.teaching import made_from
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_it_leaves_an_ordinary_model_and_adapter(demo):
 def test_gold_and_base_differ_in_data_only(demo):
     """Both start from the same weights; their stamps differ only in the rows."""
     result, _ = demo
-    stamps = [json.loads((result.directory / name / STAMP).read_text()) for name in ("base", "gold")]
+    stamps = [made_from(result.directory / name) for name in ("base", "gold")]
     assert [key for key in stamps[0] if stamps[0][key] != stamps[1][key]] == ["rows"]
     tokenizer = make_tokenizer(["one text"], 300)
     one, two, other = (fresh_model(tokenizer, SMALL.teaching, seed).state_dict() for seed in (0, 0, 1))

@@ -1,0 +1,119 @@
+"""Teaching: fine-tuning on the answers of rows, for models that are to forget and those that never saw; and where they
+are kept, so that they are made once."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lowmem_kernels import IGNORE_INDEX
+from peft import PeftModel
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from lowmem_npo.data import TokenizedRow
+from lowmem_npo.files import PARTIAL, put_in_place, write_atomically
+
+STAMP = "made_from.json"  # in the directory of a finished model: what it was made from
+
+
+def teach(
+    model: PreTrainedModel | PeftModel,
+    rows: Sequence[TokenizedRow],
+    *,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    description: str,
+    micro_batch_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> float:
+    """Trains the weights that require grad on the mean NLL of the answers' tokens; `model` is left in eval mode.
+
+    AdamW, gradients clipped to norm 1; the learning rate rises to `lr` over the first twentieth of the steps and falls
+    with a cosine. A batch goes through the model in parts of `micro_batch_size` rows (None: whole), for the same
+    gradient. dtype: of the matrix products.
+
+    Returns:
+        The mean NLL of the last epoch's batches, in nats per token.
+    """
+    steps = epochs * math.ceil(len(rows) / batch_size)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=lr, total_steps=steps, pct_start=0.05, cycle_momentum=False
+    )
+    shuffle = random.Random(seed)
+    nll = math.nan
+    model.train()
+    with tqdm(total=epochs, desc=description, unit="epoch", disable=None) as bar:
+        for epoch in range(1, epochs + 1):
+            total = 0.0
+            order = shuffle.sample(range(len(rows)), len(rows))
+            batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+            for batch in batches:
+                total += _backward(model, [rows[i] for i in batch], micro_batch_size or batch_size, dtype)
+                torch.nn.utils.clip_grad_norm_(trained, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+            nll = total / len(batches)
+            bar.set_postfix_str(f"NLL {nll:.3f}")
+            bar.update()
+            if bar.disable and (epochs <= 10 or epoch % 10 == 0 or epoch == epochs):  # no terminal: a few lines
+                print(f"{description}: epoch {epoch} of {epochs}, NLL {nll:.3f}", file=sys.stderr)
+    model.eval()
+    return nll
+
+
+def _backward(
+    model: PreTrainedModel | PeftModel, batch: Sequence[TokenizedRow], at_once: int, dtype: torch.dtype
+) -> float:
+    """Adds the gradient of the batch's mean NLL, which is returned."""
+    total, labelled = 0.0, sum(map(_labelled, batch))
+    for start in range(0, len(batch), at_once):
+        part = batch[start : start + at_once]
+        ids = pad_sequence([torch.tensor(row["input_ids"]) for row in part], batch_first=True)
+        labels = pad_sequence(
+            [torch.tensor(row["labels"]) for row in part], batch_first=True, padding_value=IGNORE_INDEX
+        )
+        # Entered for each pass: autocast keeps its copies of the weights until it is left.
+        with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            # No attention mask: padding follows the row, where causal attention does not look.
+            loss = model(input_ids=ids.to(model.device), labels=labels.to(model.device)).loss
+        loss = loss * (sum(map(_labelled, part)) / labelled)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def _labelled(row: TokenizedRow) -> int:
+    """Tokens whose loss counts: the first has no predecessor."""
+    return sum(label != IGNORE_INDEX for label in row["labels"][1:])
+
+
+def made_from(directory: Path) -> dict[str, Any] | None:
+    """What the model in `directory` was made from; None: there is no finished one."""
+    stamp = directory / STAMP
+    return json.loads(stamp.read_text(encoding="utf-8")) if stamp.is_file() else None
+
+
+@contextmanager
+def making(directory: Path, made_from: dict[str, Any]) -> Iterator[Path]:
+    """Gives an empty directory to write a model into, which becomes `directory` when it is complete."""
+    partial = directory.with_name(directory.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    write_atomically(partial / STAMP, json.dumps(made_from, indent=1) + "\n")
+    put_in_place(partial, directory)
