@@ -1,13 +1,19 @@
-"""Log-probabilities, cross-entropy and KL divergence of a frozen language-model head, without its logits.
+"""Log-probabilities, cross-entropy and KL divergence of a frozen language-model head, without its logits. Norms with
+frozen weights, rotary embeddings and gated activations without float32 copies.
 
-    from lowmem_kernels import FrozenHead, token_logprobs, token_kl, retain_loss
+    from lowmem_kernels import FrozenHead, token_logprobs, token_kl, retain_loss, rms_norm, layer_norm, rotary, glu
 
     head = FrozenHead(model.lm_head.weight)                       # (V, d), frozen
     logprobs = token_logprobs(hidden, head, targets)              # (N,) float32, differentiable in hidden (N, d)
     kl = token_kl(hidden, reference_hidden, head)                 # (N,) float32, KL(policy || reference)
     loss, logprobs, kl = retain_loss(hidden, reference_hidden, head, targets, ce_weight=1 / N, kl_weight=0.5 / N)
 
-No call ever holds a tensor of N x V elements. Three engines compute the same function; `engine=` chooses one:
+    y = rms_norm(x, weight, eps=1e-5)                             # and layer_norm; keeps x, no float32 copy of it
+    q, k = rotary(q, k, cos, sin)
+    h = glu(gate, up, "silu")                                     # act(gate) * up
+
+No call of the first three functions ever holds a tensor of N x V elements. Three engines compute them alike; `engine=`
+chooses one:
 
     torch    any device, and the readable statement of the algorithm
     chunks   CUDA: float32 logits of a few hundred tokens at a time by cuBLAS, a Triton kernel on their rows. The fewest
@@ -15,6 +21,8 @@ No call ever holds a tensor of N x V elements. Three engines compute the same fu
     tiles    CUDA: Triton kernels that keep the logits on the chip. Almost no workspace without a gradient, about 50 MiB
              with one, and then 3 or 5 products
     auto     chunks on CUDA, torch elsewhere
+
+The others have two engines, triton (one kernel each way) and torch; auto is triton on CUDA, torch elsewhere.
 
 How it is wired, top to bottom:
 
@@ -25,6 +33,9 @@ How it is wired, top to bottom:
     row_kernel.py    the kernel of `chunks`
     tile_*.py        the kernels of `tiles`, and their block sizes
     device_math.py   the mathematics that all Triton kernels share
+    norm.py, rotary_embedding.py, gated_activation.py
+                     the parts of a layer that are no products; each kernel in *_kernel.py beside it
+    rowwise.py       what these have in common
     aot.py           compiles every kernel ahead of time, for GPUs that need not be there
 
 The head is frozen, so d(output)/d(hidden) is known, row by row, as soon as the output is: the forward pass computes it
@@ -39,7 +50,20 @@ outputs.
 """
 
 from lowmem_kernels.api import retain_loss, token_kl, token_logprobs
+from lowmem_kernels.gated_activation import glu
 from lowmem_kernels.head import FrozenHead
+from lowmem_kernels.norm import layer_norm, rms_norm
 from lowmem_kernels.problem import IGNORE_INDEX
+from lowmem_kernels.rotary_embedding import rotary
 
-__all__ = ["IGNORE_INDEX", "FrozenHead", "retain_loss", "token_kl", "token_logprobs"]
+__all__ = [
+    "IGNORE_INDEX",
+    "FrozenHead",
+    "glu",
+    "layer_norm",
+    "retain_loss",
+    "rms_norm",
+    "rotary",
+    "token_kl",
+    "token_logprobs",
+]

@@ -26,10 +26,13 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lowmem_kernels import FrozenHead, retain_loss, token_kl, token_logprobs
+from lowmem_kernels import FrozenHead, glu, layer_norm, retain_loss, rms_norm, rotary, token_kl, token_logprobs
 from lowmem_kernels.dispatch import Engine
+from lowmem_kernels.gated_activation import ACTIVATIONS
 from lowmem_kernels.launch import recording
+from lowmem_kernels.norm import LONGEST_ROW
 from lowmem_kernels.problem import Direction
+from lowmem_kernels.rotary_embedding import LAYOUTS
 
 GPUS = {  # compute capability: the most shared memory of one program, in bytes
     (8, 0): 163 * 1024,  # A100
@@ -109,22 +112,24 @@ class Specimen:
 
 
 def specimens(capability: tuple[int, int], *, every_option: bool = True) -> Iterator[Specimen]:
-    """Every distinct kernel for this capability; with every_option=False those of a plain bfloat16 head only."""
+    """Every distinct kernel for this capability; with every_option=False those of a plain bfloat16 model only."""
     seen = set()
-    for variant in VARIANTS if every_option else (PLAIN,):
-        for problem, launches in _launches(capability, variant, every_option):
-            for kernel, arguments in launches:
-                name = f"{kernel.fn.__name__}: {problem}, {variant}"
-                specimen = _specimen(name, kernel, dict(arguments), capability)
-                options = specimen.num_warps, specimen.num_stages
-                key = str((kernel.fn.__name__, specimen.signature, specimen.constexprs, specimen.attrs, options))
-                if key not in seen:
-                    seen.add(key)
-                    yield specimen
+    for problem, launches in itertools.chain(
+        *(_head_launches(capability, variant, every_option) for variant in (VARIANTS if every_option else (PLAIN,))),
+        *(_rowwise_launches(capability, dtype, every_option) for dtype in (DTYPES if every_option else DTYPES[:1])),
+    ):
+        for kernel, arguments in launches:
+            name = f"{kernel.fn.__name__}: {problem}"
+            specimen = _specimen(name, kernel, dict(arguments), capability)
+            options = specimen.num_warps, specimen.num_stages
+            key = str((kernel.fn.__name__, specimen.signature, specimen.constexprs, specimen.attrs, options))
+            if key not in seen:
+                seen.add(key)
+                yield specimen
 
 
-def _launches(capability, variant: Variant, both_directions: bool) -> Iterator[tuple[str, list]]:
-    """The launches of each public function, by the name of the problem."""
+def _head_launches(capability, variant: Variant, both_directions: bool) -> Iterator[tuple[str, list]]:
+    """The launches of each function of a head, by the name of the problem."""
 
     def meta(*shape: int, dtype: torch.dtype = variant.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -139,14 +144,67 @@ def _launches(capability, variant: Variant, both_directions: bool) -> Iterator[t
         where = f"{engine} {'with' if need_grad else 'without'} gradient, {n} tokens"
         with recording(capability) as record:
             token_logprobs(hidden, head, targets, engine=engine)
-        yield f"logprobs, {where}", record.launches
+        yield f"logprobs, {where}, {variant}", record.launches
         for direction in directions[: 1 + both_directions]:
             with recording(capability) as record:
                 token_kl(hidden, ref_hidden, head, direction=direction, engine=engine)
-            yield f"kl {direction}, {where}", record.launches
+            yield f"kl {direction}, {where}, {variant}", record.launches
             with recording(capability) as record:
                 retain_loss(hidden, ref_hidden, head, targets, 1.0, 1.0, direction=direction, engine=engine)
-            yield f"both {direction}, {where}", record.launches
+            yield f"both {direction}, {where}, {variant}", record.launches
+
+
+def _rowwise_launches(capability, dtype: torch.dtype, every_option: bool) -> Iterator[tuple[str, list]]:
+    """The launches, forward and backward, of norms, rotary embeddings and gated activations."""
+    name = str(dtype).removeprefix("torch.")
+
+    def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+
+    def launches(function, *inputs: Tensor) -> list:
+        with recording(capability) as record:
+            outputs = function(*inputs)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            torch.autograd.grad(outputs, inputs, [torch.empty_like(y) for y in outputs])
+        return record.launches
+
+    for d in (128, 4096, LONGEST_ROW, 5000, 123) if every_option else (128, 4096, LONGEST_ROW):
+        weight = meta(d).detach()
+        for offset, first in ((0.0, True), (1.0, False))[: 1 + every_option]:
+            yield (
+                f"rms_norm, {d}, {name}",
+                launches(
+                    lambda x: rms_norm(x, weight, eps=1e-5, offset=offset, round_first=first, engine="triton"),  # noqa: B023
+                    meta(300, d),
+                ),
+            )
+        for parts in ((), (weight, weight), (weight,))[: 1 + 2 * every_option]:
+            yield (
+                f"layer_norm, {d}, {name}",
+                launches(
+                    lambda x: layer_norm(x, *parts, eps=1e-5, engine="triton"),  # noqa: B023
+                    meta(300, d),
+                ),
+            )
+    for layout, size, rotated, table in itertools.product(
+        LAYOUTS if every_option else LAYOUTS[:1],
+        (128, 256, 80) if every_option else (128,),
+        (1.0, 0.25),
+        (dtype, torch.float32) if every_option else (dtype,),
+    ):
+        cos = meta(1, 300, int(size * rotated), dtype=table).detach()
+        yield (
+            f"rotary {layout}, {int(size * rotated)} of {size}, {name}",
+            launches(
+                lambda q, k: rotary(q, k, cos, cos, layout=layout, engine="triton"),  # noqa: B023
+                *(meta(4, 300, heads, size).transpose(1, 2) for heads in (32, 8)),
+            ),
+        )
+    for activation, d in itertools.product(ACTIVATIONS if every_option else ("silu",), (11008, 123)):
+        yield f"glu {activation}, {d}, {name}", launches(
+            lambda gate, up: glu(gate, up, activation, engine="triton"),  # noqa: B023
+            meta(300, d), meta(300, d),
+        )  # fmt: skip
 
 
 def _specimen(name: str, kernel, arguments: dict, capability: tuple[int, int]) -> Specimen:

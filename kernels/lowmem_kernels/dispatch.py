@@ -48,11 +48,11 @@ def _solver(engine: Engine, problem: Problem) -> Callable[[Problem], Answer]:
     if name not in ("torch", "chunks", "tiles"):
         raise ValueError(f"engine must be 'auto', 'chunks', 'tiles' or 'torch', not {engine!r}")
     if name != "torch":
-        _check_triton(name, problem.hidden)
+        check_triton(name, problem.hidden)
     return import_module(f"lowmem_kernels.{name}_engine").solve
 
 
-def _check_triton(engine: str, hidden: Tensor) -> None:
+def check_triton(engine: str, hidden: Tensor) -> None:
     if find_spec("triton") is None:
         raise ValueError(f"engine {engine!r} needs triton, which is not installed; use engine='torch'")
     if has_values(hidden) and not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":

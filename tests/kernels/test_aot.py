@@ -1,7 +1,7 @@
 """Every kernel compiles for every supported GPU, fits its shared memory and spills no register. Needs no GPU.
 
 Compiled in a separate process, since in this one Triton may be interpreting. By default the kernels of a plain bfloat16
-head, for one GPU of each family of configurations; with --all-gpus all of them.
+model, for one GPU of each family of configurations; with --all-gpus all of them.
 """
 
 import os
@@ -13,7 +13,10 @@ import pytest
 
 pytest.importorskip("triton")
 KERNELS = Path(__file__).parents[2] / "kernels"
-KERNEL_NAMES = {"row_kernel", "sweep_kernel", "finalise_kernel", "slope_kernel", "product_kernel"}
+KERNEL_NAMES = {
+    "row_kernel", "sweep_kernel", "finalise_kernel", "slope_kernel", "product_kernel",
+    "norm_kernel", "rotary_kernel", "glu_kernel",
+}  # fmt: skip
 # compute capability: bytes of shared memory a program may take. 8.6 and 8.9 are the 24 GB cards
 LARGEST = {"8.0": 166_912, "8.6": 101_376, "8.9": 101_376, "9.0": 232_448, "10.0": 232_448, "12.0": 101_376}
 

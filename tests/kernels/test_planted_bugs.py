@@ -14,9 +14,11 @@ from typing import NamedTuple
 
 import lowmem_kernels
 import pytest
+import torch
 
 from tests.kernels.conftest import use_blocks
 from tests.kernels.reference import check, check_jointly, make_case
+from tests.kernels.rowwise_reference import check_glu, check_norms, check_rotary
 
 numbers = itertools.count()
 
@@ -74,6 +76,45 @@ BUGS = [
         "kl = kl_term(p_a, q_a, ell_a, POLICY_FIRST) + kl_term(p_b, q_b, ell_b, POLICY_FIRST)",
         "kl = tl.zeros_like(kl_a)"),
 ]  # fmt: skip
+BUGS_OF_ROWS = [  # of norms, rotary embeddings and gated activations
+    Bug("torch", "no eps", "norm.py", "keepdim=True) + norm.eps)", "keepdim=True))"),
+    Bug("torch", "the mean of the gradient is kept", "norm.py",
+        "grad = grad - grad.mean(-1, keepdim=True)", "grad = grad + 0"),
+    Bug("triton", "the last entry of a row lost", "norm_kernel.py",
+        "inside = (row < num_rows)[:, None] & (column < D)", "inside = (row < num_rows)[:, None] & (column < D - 1)"),
+    Bug("triton", "the mean over the block, not the row", "norm_kernel.py",
+        "tl.sum(x * x, 1) / D", "tl.sum(x * x, 1) / BLOCK"),
+    Bug("triton", "the mean's padding counted", "norm_kernel.py",
+        "x = tl.where(inside, x - (tl.sum(x, 1) / D)[:, None], 0.0)", "x = x - (tl.sum(x, 1) / D)[:, None]"),
+    Bug("triton", "rounded once, not twice", "norm_kernel.py", "        if ROUND_FIRST:", "        if False:"),
+    Bug("triton", "Gemma's offset left out", "norm_kernel.py", ".to(tl.float32) + offset", ".to(tl.float32)"),
+    Bug("triton", "the gradient is not projected", "norm_kernel.py", "(grad - y * along) * scale", "grad * scale"),
+    Bug("triton", "the gradient without the weight", "norm_kernel.py", "grad *= weight", "grad *= 1"),
+    Bug("triton", "only the first rows written", "norm.py",
+        "(-(-rows // config.ROWS),)", "(rows // config.ROWS,)"),
+    Bug("torch", "the angle is not negated", "rotary_embedding.py",
+        "turned = -partner(", "turned = partner("),
+    Bug("triton", "the angle is not negated", "rotary_embedding_kernel.py",
+        "sin_1, sin_2 = -sin_2, -sin_1", "sin_1, sin_2 = sin_2, sin_1"),
+    Bug("triton", "the last pair lost", "rotary_embedding_kernel.py",
+        "is_pair = pair < R // 2", "is_pair = pair < R // 2 - 1"),
+    Bug("triton", "rows share the first one's positions", "rotary_embedding_kernel.py",
+        "table = batch * table_batch + position * R", "table = position * R"),
+    Bug("triton", "products not rounded", "rotary_embedding_kernel.py", "        if ROUND_EACH:", "        if False:"),
+    Bug("triton", "the rest is not copied", "rotary_embedding_kernel.py", "        if REST > 0:", "        if False:"),
+    Bug("triton", "keys are turned as often as there are queries", "rotary_embedding_kernel.py",
+        "turn(k_ptr, k_out_ptr, k_heads, ", "turn(k_ptr, k_out_ptr, k_heads - 1, "),
+    Bug("torch", "up's gradient with the gate", "gated_activation.py",
+        "(grad * activated(gate, activation)).to", "(grad * gate).to"),
+    Bug("triton", "the last entries lost", "gated_activation_kernel.py",
+        "inside = column < D", "inside = column < D - 1"),
+    Bug("triton", "a wrong slope", "gated_activation_kernel.py",
+        "share * (1.0 + x * (1.0 - share))", "share * (1.0 + (1.0 - share))"),
+    Bug("triton", "the activation is not rounded", "gated_activation_kernel.py",
+        "value = rounded(value, dtype).to(tl.float32)", "value = value * 1.0"),
+    Bug("triton", "the gradients are exchanged", "gated_activation.py",
+        "return out, up_grad", "return (out, None) if up_grad is None else (up_grad, out)"),
+]  # fmt: skip
 DISTANCE = {1e-2: 0.14, 1e-6: 1.5e-3}  # of the logits, for a KL
 
 
@@ -117,3 +158,22 @@ def test_a_planted_bug_is_noticed(bug, package_with):
     package = package_with(bug)
     with pytest.raises(AssertionError):
         check_everything(bug.engine, package, bug.kl)
+
+
+def check_rows(engine: str, package: ModuleType) -> None:
+    check_norms(engine, package, n=3, d=70)
+    check_rotary(engine, package, heads=(3, 2), tokens=2)
+    check_rotary(engine, package, layout="pairs-first", table=torch.float32)
+    check_glu(engine, package, n=3, d=70)
+
+
+@pytest.mark.parametrize("engine", ["torch", "triton"])
+def test_rows_of_a_copy_without_a_bug_pass(engine, package_with):
+    check_rows(engine, package_with(None))
+
+
+@pytest.mark.parametrize("bug", BUGS_OF_ROWS, ids=lambda bug: f"{bug.engine}: {bug.name}")
+def test_a_planted_bug_in_rows_is_noticed(bug, package_with):
+    package = package_with(bug)
+    with pytest.raises(AssertionError):
+        check_rows(bug.engine, package)
