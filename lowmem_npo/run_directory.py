@@ -186,7 +186,7 @@ def check_disk(config: RunConfig, trained: int, saved: int) -> None:
     """
     # One more than is kept: a checkpoint is written before the oldest is removed.
     checkpoints = (config.trainer_args.get("save_total_limit") or KEPT_CHECKPOINTS) + 1
-    best = 2 if config.stopping.stop_when else 0  # the best adapter so far and its predecessor
+    best = 1 + checkpoints if config.stopping.stop_when else 0  # the best adapter so far, and that at each checkpoint
     needed = 4 * (saved * (1 + checkpoints) + trained * (best + 2 * checkpoints))
     needed += 64 * 2**20  # tokenizer, metrics, configuration
     if (free := free_bytes(config.output_dir)) < needed:

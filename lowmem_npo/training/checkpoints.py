@@ -6,6 +6,7 @@ The Trainer itself continues without what is missing, with fresh moments, anothe
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,18 +29,26 @@ def resume_point(
     run: RunFiles, trainer: Trainer, steps: int, say: Say, also: Callable[[int], str | None] = lambda step: None
 ) -> str | None:
     """The newest whole checkpoint of `run`; None if there is none, and the run of `steps` steps starts from its
-    beginning. `also` reports what else a step lacks. What is passed over is reported, and kept."""
-    checkpoints = run.checkpoints()
-    for checkpoint in checkpoints:
+    beginning. `also` reports what else a step lacks. What is not whole is reported and renamed: the Trainer, which
+    removes the oldest checkpoints by their dates, would keep it in place of a whole one. For the main process."""
+    whole: list[Path] = []
+    for checkpoint in run.checkpoints():
         step = step_of(checkpoint)
-        damage = _damage(AdapterFiles(checkpoint), trainer, to_train=step < steps) or also(step)
+        # Of those before, which may have been saved without their state, only what is kept of them counts.
+        to_train = step < steps if not whole else not trainer.args.save_only_model
+        damage = _damage(AdapterFiles(checkpoint), trainer, to_train) or (None if whole else also(step))
         if damage is None:
-            if checkpoint != checkpoints[0]:
-                say(f"--resume: continues from {checkpoint.name}.")
-            return str(checkpoint)
-        say(f"--resume: {checkpoint.name} is not whole: {damage}.")
-    say("--resume: there is no whole checkpoint, so the run starts from its beginning.")
-    return None
+            whole.append(checkpoint)
+        else:
+            aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+            shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+            checkpoint.rename(aside)
+            say(f"--resume: {checkpoint.name} is not whole: {damage}. It is {aside.name} now.")
+    if not whole:
+        say("--resume: there is no whole checkpoint, so the run starts from its beginning.")
+        return None
+    say(f"--resume: continues from {whole[0].name}.")
+    return str(whole[0])
 
 
 def write_digest(files: AdapterFiles) -> None:

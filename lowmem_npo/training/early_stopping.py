@@ -15,6 +15,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from lowmem_npo.console import Say
 from lowmem_npo.data import TokenizedRow
@@ -22,7 +23,7 @@ from lowmem_npo.evaluation.benchmarks.documents import membership
 from lowmem_npo.evaluation.scoring.likelihood import Likelihood, answer_likelihoods
 from lowmem_npo.files import complete, write_atomically
 from lowmem_npo.model import reference_mode
-from lowmem_npo.run_directory import RunFiles
+from lowmem_npo.run_directory import RunFiles, step_of
 from lowmem_npo.stop_conditions import Condition, StopEvaluation, best, held, holds
 
 
@@ -111,15 +112,15 @@ class Stopping(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.every is not None and (state.global_step % self.every == 0 or state.global_step == state.max_steps):
-            self._evaluate(state, control)
+            self._evaluate(args, state, control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.every is None:
-            self._evaluate(state, control)
+            self._evaluate(args, state, control)
 
-    def _evaluate(self, state: TrainerState, control: TrainerControl) -> None:
+    def _evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         decision = [False]
         if state.is_world_process_zero:
             now = measure(self.model, self.sets, state.global_step, state.epoch, self.batch_size)
@@ -128,10 +129,12 @@ class Stopping(TrainerCallback):
                 self._save(now)
             self._write()
             decision = [bool(self._held())]
-        control.should_training_stop |= broadcast_object_list(decision)[0]
+        if broadcast_object_list(decision)[0]:
+            control.should_training_stop = True
+            control.should_save |= args.save_strategy != SaveStrategy.NO  # or it could not be resumed
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """A killed run continues from this checkpoint, and needs no adapter but the best one so far."""
+        """A killed run continues from a checkpoint, and needs no adapter but the best one until then."""
         if state.is_world_process_zero:
             self._prune()
 
@@ -212,9 +215,14 @@ class Stopping(TrainerCallback):
             parameter.data.copy_(weights[name])
 
     def _prune(self) -> None:
-        kept = best(self.evaluations, self.conditions)
+        """Removes the adapters that are the best neither now nor at any checkpoint."""
+        kept = [best(self.evaluations, self.conditions)]
+        for step in map(step_of, self.files.checkpoints()):
+            if until := [evaluation for evaluation in self.evaluations if evaluation.step <= step]:
+                kept.append(best(until, self.conditions))
+        files = {self._file(evaluation) for evaluation in kept if evaluation is not None}
         for file in self.files.best.glob("step-*"):
-            if kept is None or file != self._file(kept):
+            if file not in files:
                 file.unlink()
 
 

@@ -7,6 +7,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lowmem_npo.console import Say
+from lowmem_npo.files import write_atomically
+
 Metrics = dict[str, Any]  # name -> number; None: not finite
 
 
@@ -15,11 +18,13 @@ class MetricsWriter(TrainerCallback):
 
     A resumed run repeats the steps after its checkpoint: their old lines are dropped when it starts, as is a last line
     that a killed run left half-written. Two logs at one step (the last one, and the run's summary) share a line. A
-    number that is not finite becomes null, since JSON cannot write it.
+    number that is not finite becomes null, since JSON cannot write it. What cannot be written, or is damaged, is
+    reported once; training goes on.
     """
 
-    def __init__(self, path: Path):
-        self.path = Path(path)
+    def __init__(self, path: Path, say: Say = print):
+        self.path, self.say = Path(path), say
+        self._writes = True
         self._last: Metrics = {}
         self._last_at = 0
 
@@ -28,12 +33,18 @@ class MetricsWriter(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
-        kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
         self._last, self._last_at = {}, 0
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("")
-        for line in kept:
-            self._write(line)
+        try:
+            whole, damaged = _read(self.path)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path, "")
+        except OSError as error:
+            return self._give_up(error)
+        if damaged:
+            self.say(f"{self.path.name} is damaged: of {len(whole) + len(damaged)} lines {len(damaged)} are lost.")
+        for line in whole:
+            if line["step"] <= state.global_step:
+                self._write(line)
 
     def on_log(
         self,
@@ -51,21 +62,52 @@ class MetricsWriter(TrainerCallback):
 
     def _write(self, line: Metrics) -> None:
         """Appends the line, or replaces the last one if both are of the same step."""
-        with self.path.open("r+", encoding="utf-8") as file:
-            if self._last.get("step") == line["step"]:
-                file.truncate(self._last_at)
-            self._last_at = file.seek(0, 2)
-            file.write(json.dumps(line) + "\n")
+        if not self._writes:
+            return
+        try:
+            with self.path.open("r+", encoding="utf-8") as file:
+                if self._last.get("step") == line["step"]:
+                    file.truncate(self._last_at)
+                self._last_at = file.seek(0, 2)
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            self._give_up(error)
         self._last = line
+
+    def _give_up(self, error: OSError) -> None:
+        self._writes = False
+        self.say(
+            f"{self.path.name} cannot be written ({error.strerror}), so no more of its lines are; training goes on."
+        )
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    """The complete lines of a metrics file, in order; none if it does not exist yet."""
+    """The complete lines of a metrics file, in order; none if it does not exist yet.
+
+    Raises ValueError for a damaged line.
+    """
+    whole, damaged = _read(path)
+    if damaged:
+        raise ValueError(f"{path.name}, line {damaged[0]} is not one of metrics")
+    return whole
+
+
+def _read(path: Path) -> tuple[list[Metrics], list[int]]:
+    """The lines of metrics, and the numbers of those that are damaged."""
     if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+        return [], []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    whole, damaged = [], []
     # A line counts once its newline is written: what follows the last newline is nothing, or a torn line.
-    return [json.loads(line) for line in lines[:-1]]
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            metrics = json.loads(line)
+            if not isinstance(metrics["step"], int):
+                raise TypeError
+            whole.append(metrics)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            damaged.append(number)
+    return whole, damaged
 
 
 def _finite(value: float | int) -> float | int | None:

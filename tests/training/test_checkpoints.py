@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.trainer_utils import rotate_checkpoints
 
 from lowmem_npo.cli import main
 from lowmem_npo.run_directory import AdapterFiles, RunFiles
@@ -108,6 +109,17 @@ def test_a_damaged_checkpoint_is_passed_over(name, damage, whole, cut, run, caps
     assert "continues from checkpoint-2" in printed.out and "Traceback" not in printed.err
     assert same(cut, whole)
     assert {p.name for p in cut.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (1, 2, 3, 4)}
+    assert (cut / "damaged-checkpoint-3").is_dir()
+
+
+def test_half_a_checkpoint_costs_no_whole_one(whole, cut, run, capsys):
+    """The Trainer was killed while it removed the oldest, whose date is then the latest."""
+    missing(cut / "checkpoint-1" / "optimizer.pt")
+    assert run(cut, "--resume") == 0
+    printed = capsys.readouterr().out
+    assert "checkpoint-1 is not whole: optimizer.pt is missing" in printed and "continues from checkpoint-3" in printed
+    rotate_checkpoints(cut, 2, use_mtime=True)
+    assert {path.name for path in cut.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-4"}
 
 
 def test_without_a_whole_checkpoint_it_starts_from_the_beginning(whole, cut, run, capsys):
@@ -139,7 +151,7 @@ def test_checkpoints_without_state_end_a_run_but_do_not_continue_one(whole, tmp_
     (folder / "adapter_model.safetensors").unlink()
     capsys.readouterr()
     assert run(folder, "--save-only-model", "true", "--resume") == 0
-    assert "--resume:" not in capsys.readouterr().out and same(folder, whole)
+    assert "is not whole" not in capsys.readouterr().out and same(folder, whole)
     (folder / "adapter_model.safetensors").unlink()
     missing(folder / "checkpoint-4" / "trainer_state.json")
     assert run(folder, "--save-only-model", "true", "--resume") == 0
@@ -157,16 +169,19 @@ def measured(run, tmp_path_factory):
 
 
 def test_the_best_adapter_so_far_belongs_to_a_checkpoint(run, measured, tmp_path, capsys):
-    """Under --stop-when; the later checkpoint's best adapter has replaced the earlier one's."""
+    """Under --stop-when; each checkpoint has its own."""
     folder = tmp_path / "run"
     shutil.copytree(measured, folder)
     RunFiles(folder).weights.unlink()
-    (best,) = RunFiles(folder).best.iterdir()
-    truncated(best)
+    best = RunFiles(folder).best
+    assert {file.name for file in best.iterdir()} == {f"step-{step}.safetensors" for step in (1, 2, 3, 4)}
+    truncated(best / "step-4.safetensors")
+    missing(best / "step-3.safetensors")
     assert run(folder, *MEASURES, "--resume") == 0
     printed = capsys.readouterr().out
-    assert f"checkpoint-4 is not whole: {best.name}, the best adapter until then" in printed
-    assert "starts from its beginning" in printed and same(folder, measured)
+    for step in (4, 3):
+        assert f"checkpoint-{step} is not whole: step-{step}.safetensors, the best adapter until then" in printed
+    assert "continues from checkpoint-2" in printed and same(folder, measured)
 
 
 @pytest.mark.parametrize("content", ["", "model: [m", "- a", "\x00"])

@@ -86,7 +86,7 @@ def test_it_stops_when_it_should_and_keeps_the_best(text, whole, taught_model, t
     assert restored(tmp_path / "run", whole)
     assert evaluations(tmp_path / "run") == [e for e in evaluations(whole) if e.step <= stop]
     assert any(f"Stopped at step {stop}: {text}" in line and f"step {kept} is kept" in line for line in lines)
-    assert [file.name for file in RunFiles(tmp_path / "run").best.iterdir()] == [f"step-{kept}.safetensors"]
+    assert f"step-{kept}.safetensors" in {file.name for file in RunFiles(tmp_path / "run").best.iterdir()}
     assert result.stopping.sentence in json.loads(RunFiles(tmp_path / "run").report_json.read_text())["notes"]
     assert json.loads(RunFiles(tmp_path / "run").audit.read_text())["adapter"]["of_step"] == kept
     assert result.after["forget"].summary.nll == pytest.approx(result.stopping.kept.forget_nll, rel=1e-6)
@@ -147,6 +147,19 @@ def test_killed_and_resumed_it_keeps_the_same(whole, taught_model, tmp_path):
     again = train(longer, say=silent)  # a stopped run does not continue
     assert again.optimizer_steps == stop and restored(tmp_path / "run", whole)
     assert not (tmp_path / "run" / f"checkpoint-{stop + 2}").exists()
+
+
+def test_stopped_between_two_checkpoints_it_can_be_resumed(whole, taught_model, tmp_path):
+    stop, kept = expected(whole, "mia-crosses")
+    saves = {"save_steps": stop - 1, "save_total_limit": 1}
+    config = replace(unlearning_config(taught_model, tmp_path / "run", ("mia-crosses",)), trainer_args=saves)
+    assert train(config, say=silent).stopping.kept.step == kept
+    AdapterFiles(tmp_path / "run").weights.unlink()  # and killed before it was saved
+    assert [file.name for file in RunFiles(tmp_path / "run").checkpoints()] == [f"checkpoint-{stop}"]
+    lines = []
+    result = train(replace(config, output=replace(config.output, resume=True)), say=lines.append)
+    assert f"--resume: continues from checkpoint-{stop}." in lines
+    assert (result.stopping.last.step, result.stopping.kept.step) == (stop, kept) and restored(tmp_path / "run", whole)
 
 
 def test_each_epoch_is_the_default(taught_model, tmp_path):

@@ -102,5 +102,27 @@ def test_a_loss_that_blows_up_is_still_json(tmp_path):
     assert json.loads(raw.splitlines()[-1])["loss"] is None
 
 
+@pytest.mark.parametrize("line", ["{", "3", '{"loss": 1}', '{"step": "x"}', "[" * 100_000, "\x00\ufffd", ""])
+def test_a_damaged_line_is_named_and_costs_only_itself(line, tmp_path, capsys):
+    with pytest.raises(Killed):
+        trainer(tmp_path, KillAt(6)).train()
+    lines = (tmp_path / "m.jsonl").read_text().splitlines()
+    (tmp_path / "m.jsonl").write_text("\n".join([lines[0], line, *lines[2:]]) + "\n")
+    with pytest.raises(ValueError, match="m.jsonl, line 2 is not one of metrics"):
+        read_metrics(tmp_path / "m.jsonl")
+    trainer(tmp_path).train(resume_from_checkpoint=True)
+    assert "m.jsonl is damaged: of 6 lines 1 are lost." in capsys.readouterr().out
+    assert steps(tmp_path) == [1, *range(3, 11)]
+
+
+def test_lines_that_cannot_be_written_do_not_end_training(tmp_path, capsys):
+    """The disk is full, or the file has become something else."""
+    (tmp_path / "m.jsonl").mkdir()
+    done = trainer(tmp_path, steps=3)
+    done.train()
+    assert done.state.global_step == 3
+    assert capsys.readouterr().out.count("m.jsonl cannot be written") == 1
+
+
 def test_no_file_no_lines(tmp_path):
     assert read_metrics(tmp_path / "none.jsonl") == []

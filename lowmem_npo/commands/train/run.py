@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import (
     PretrainedConfig,
@@ -230,7 +231,7 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
     if plan.data.retain_is_unwritten:
         plan = _with_own_texts(plan, model, say)
     stopping = _stopping(plan, model, say)
-    trainer = _trainer(plan, model, stopping)
+    trainer = _trainer(plan, model, stopping, say)
     PartialState().wait_for_everyone()  # until every process has found the directory free
     directory.begin(main_process)
     if main_process and (texts := own_texts(config, causal_lm(model).config)) not in (None, directory.self_written):
@@ -276,9 +277,9 @@ def _with_own_texts(plan: RunPlan, model: PeftModel, say: Say) -> RunPlan:
 # -- the steps of a run -----------------------------------------------------------------------------------------------
 
 
-def _trainer(plan: RunPlan, model: PeftModel, stopping: Stopping | None) -> NPOTrainer:
+def _trainer(plan: RunPlan, model: PeftModel, stopping: Stopping | None, say: Say) -> NPOTrainer:
     args, data = npo_config(plan.config), plan.data
-    ours = [MetricsWriter(plan.directory.metrics), ConsoleProgress(), *([stopping] if stopping else [])]
+    ours = [MetricsWriter(plan.directory.metrics, say), ConsoleProgress(), *([stopping] if stopping else [])]
     trainer = NPOTrainer(model, args, data.forget_targets, data.retain, processing_class=plan.tokenizer, callbacks=ours)
 
     for default in (ProgressCallback, PrinterCallback):  # replaced by ours
@@ -315,7 +316,9 @@ def _train(plan: RunPlan, trainer: NPOTrainer, stopping: Stopping | None, say: S
     checkpoint = None
     if config.output.resume:
         also = {} if stopping is None else {"also": stopping.damage}
-        checkpoint = resume_point(directory, trainer, plan.steps, say, **also)
+        main_process = is_main_process(config)
+        point = resume_point(directory, trainer, plan.steps, say, **also) if main_process else None
+        (checkpoint,) = broadcast_object_list([point])
     stopped = stopping is not None and stopping.resume(step_of(checkpoint))
     if checkpoint is not None and step_of(checkpoint) >= plan.steps:
         trainer.restore(checkpoint)
