@@ -3,7 +3,7 @@
 reading -> schemas -> templates -> tokenizing -> batching; `prepare` runs all but the last.
 """
 
-from lowmem_npo.data.batching import ForgetRetain, Pick, collator
+from lowmem_npo.data.batching import ForgetRetain, Pick, RowBatch, collator
 from lowmem_npo.data.prepare import PreparedData, prepare
 from lowmem_npo.data.preview import preview
 from lowmem_npo.data.reading import Rows, bundled_rows, read_rows
@@ -17,6 +17,7 @@ __all__ = [
     "ForgetRetain",
     "Pick",
     "PreparedData",
+    "RowBatch",
     "Rows",
     "Template",
     "TokenizedRow",

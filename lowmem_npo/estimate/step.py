@@ -19,11 +19,11 @@ from lowmem_kernels import IGNORE_INDEX
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_map_only
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_npo.config import RunConfig
-from lowmem_npo.data import TokenizedRow
+from lowmem_npo.data import RowBatch, TokenizedRow
+from lowmem_npo.data.batching import Batch
 from lowmem_npo.estimate.simulator.allocator import needed
 from lowmem_npo.estimate.simulator.gpu import CAPABILITY, GPU, FakeGPU, fake_gpu, with_values
 from lowmem_npo.estimate.simulator.model import fake_model
@@ -32,6 +32,7 @@ from lowmem_npo.memory.checkpointing import is_checkpointed
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora
 from lowmem_npo.model.layers import causal_lm, decoder, decoder_layers
+from lowmem_npo.model.packable import packable
 from lowmem_npo.training.arguments import npo_config
 from lowmem_npo.training.trainer import NPOConfig, NPOTrainer
 
@@ -112,6 +113,7 @@ def estimate(
         capability: the compute capability of the GPU.
     """
     rows = (rows or StepRows.of_length(config)).micro_batch(config)
+    padding_free = packable(architecture, config.model.attn)
     with fake_gpu("frozen weights", capability) as gpu:
         base = fake_model(architecture, config.model)
         with gpu.allocating("adapter"):
@@ -120,7 +122,7 @@ def estimate(
         workspaces = cublas_workspaces(gpu)
         gpu.kind = "layer work"
         with tempfile.TemporaryDirectory() as folder:
-            trainer = _trainer(model, config, rows, folder)
+            trainer = _trainer(model, config, rows, folder, padding_free)
         track_kinds(gpu, causal_lm(model))
         for name in ("forget", "retain"):
             setattr(trainer.reference, name, _marking(gpu, getattr(trainer.reference, name)))
@@ -158,7 +160,7 @@ class _Arguments(NPOConfig):
         return GPU
 
 
-def _trainer(model: PeftModel, config: RunConfig, rows: StepRows, folder: str) -> NPOTrainer:
+def _trainer(model: PeftModel, config: RunConfig, rows: StepRows, folder: str, padding_free: bool) -> NPOTrainer:
     """The run's own trainer, for one micro-batch and one device."""
     step = replace(
         config,
@@ -173,9 +175,11 @@ def _trainer(model: PeftModel, config: RunConfig, rows: StepRows, folder: str) -
         output=replace(config.output, output_dir=folder),
         trainer_args={name: value for name, value in config.trainer_args.items() if name.startswith("optim")},
     )
+    arguments = npo_config(step, _Arguments)
+    arguments.padding_free = padding_free
     return NPOTrainer(
         model,
-        npo_config(step, _Arguments),
+        arguments,
         [token_row(*row) for row in rows.forget],
         [token_row(*row) for row in rows.retain],
         processing_class=cast(PreTrainedTokenizerBase, SimpleNamespace(pad_token_id=0)),
@@ -187,11 +191,11 @@ def token_row(length: int, answers: int) -> TokenizedRow:
     return {"input_ids": [0] * length, "labels": [IGNORE_INDEX] * prompt + [0] * answers, "prompt_length": prompt}
 
 
-def _batch(trainer: NPOTrainer) -> tuple[dict[str, Any], Any]:
+def _batch(trainer: NPOTrainer) -> tuple[Batch, Any]:
     """The trainer's own first micro-batch, as fake tensors whose values are known, and its totals."""
     with _disable_current_modes():
         batches, totals = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
-    return tree_map_only(Tensor, with_values, batches[0]), totals
+    return {part: rows and replace(rows, data=with_values(rows.data)) for part, rows in batches[0].items()}, totals
 
 
 def first_optimizer_step(optimizer: torch.optim.Optimizer) -> None:
@@ -231,7 +235,7 @@ def track_kinds(gpu: FakeGPU, model: PreTrainedModel) -> None:
 
 
 def _marking(gpu: FakeGPU, method: Any) -> Any:
-    def run(batch: dict[str, Tensor]) -> Any:
+    def run(batch: RowBatch) -> Any:
         result = method(batch)
         gpu.mark(result, "reference")
         return result

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lowmem_npo.data.batching import RowBatch
 from lowmem_npo.model.head import answer_hidden, few_tokens
 from lowmem_npo.model.layers import causal_lm, decoder_layers
 from lowmem_npo.model.modes import eval_mode
@@ -64,9 +65,9 @@ class SharedPrefix:
         """Whether a pass that reuses the prefix's result gives what the pass before it gave, which ran the prefix."""
         ids = few_tokens(causal_lm(model))
         with eval_mode(model), self.shared():
-            whole = answer_hidden(model, ids, torch.ones_like(ids), ids).hidden
+            whole = answer_hidden(model, RowBatch.whole(ids)).hidden
             try:
-                shared = answer_hidden(model, ids, torch.ones_like(ids), ids).hidden
+                shared = answer_hidden(model, RowBatch.whole(ids)).hidden
             except RuntimeError:  # a stand-in was written to
                 return False
         return torch.allclose(shared, whole, rtol=0.0, atol=0.01 * float(whole.abs().max()))
@@ -89,7 +90,7 @@ def _needs_gradient(model: PeftModel, below: list[nn.Module]) -> bool:
     ids, handle = few_tokens(lm), below[-1].register_forward_hook(look)
     try:
         with eval_mode(model), torch.enable_grad():
-            answer_hidden(model, ids, torch.ones_like(ids), ids)
+            answer_hidden(model, RowBatch.whole(ids))
     finally:
         handle.remove()
     return depends

@@ -4,6 +4,7 @@ from lowmem_npo.model.adapters import attach_lora, reference_mode
 from lowmem_npo.model.head import AnswerHidden, answer_hidden, check_causal, check_head, frozen_head
 from lowmem_npo.model.loading import load_model, load_tokenizer
 from lowmem_npo.model.names import resolve_name
+from lowmem_npo.model.packable import packs_rows
 from lowmem_npo.model.precision import compute_autocast
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "frozen_head",
     "load_model",
     "load_tokenizer",
+    "packs_rows",
     "reference_mode",
     "resolve_name",
 ]

@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from lowmem_kernels import IGNORE_INDEX, FrozenHead, token_logprobs
+from lowmem_kernels import FrozenHead, token_logprobs
 from lowmem_kernels.dispatch import has_values
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -14,9 +14,11 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from lowmem_npo.data.batching import RowBatch
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.layers import causal_lm, decoder
 from lowmem_npo.model.modes import eval_mode
+from lowmem_npo.model.packing import final_states
 from lowmem_npo.model.precision import compute_autocast
 
 # As configurations name them.
@@ -65,27 +67,14 @@ def _logit_scale(config: PretrainedConfig) -> float:
     return math.prod(factors) / math.prod(divisors)
 
 
-def answer_hidden(
-    model: PreTrainedModel | PeftModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
-) -> AnswerHidden:
-    """One pass through the decoder, without its head; only the states that predict a labelled token leave it.
-
-    Args:
-        input_ids, attention_mask: (B, S) int64, padded on the right.
-        labels: (B, S) int64, -100 where a token does not count; position t is predicted from position t - 1.
-
-    The decoder gets no mask: in causal attention no token sees the padding to its right, and without a mask attention
-    takes its fused causal path and no (B, 1, S, S) mask is made.
-    """
+def answer_hidden(model: PreTrainedModel | PeftModel, batch: RowBatch) -> AnswerHidden:
+    """One pass through the decoder, without its head; only the states that predict an answer's tokens leave it."""
     lm = causal_lm(model)
     with compute_autocast(lm):
-        states = decoder(lm)(input_ids=input_ids, use_cache=False).last_hidden_state
-    counts = labels[:, 1:] != IGNORE_INDEX
-    return AnswerHidden(
-        hidden=states[:, :-1][counts].to(lm.get_output_embeddings().weight.dtype),  # on CUDA, float32 after a LayerNorm
-        targets=labels[:, 1:][counts],
-        sequence=counts.nonzero(as_tuple=True)[0],
-    )
+        states = final_states(lm, batch)
+    hidden = states.flatten(0, 1).index_select(0, batch.answer_index)
+    hidden = hidden.to(lm.get_output_embeddings().weight.dtype)  # on CUDA, float32 after a LayerNorm
+    return AnswerHidden(hidden, batch.targets, batch.sequence)
 
 
 def few_tokens(lm: PreTrainedModel) -> Tensor:
@@ -106,9 +95,8 @@ def check_head(model: PreTrainedModel | PeftModel) -> None:
     if not has_values(lm.get_output_embeddings().weight):
         return  # simulated: there are no logits to compare
     ids = few_tokens(lm)
-    mask = torch.ones_like(ids)
     with eval_mode(lm):
-        answers, head = answer_hidden(lm, ids, mask, ids), frozen_head(lm)
+        answers, head = answer_hidden(lm, RowBatch.whole(ids)), frozen_head(lm)
         if answers.hidden.shape[1] != head.weight.shape[1]:
             raise UserError(
                 f"{type(lm).__name__} has layers between its decoder and its output head, which is not supported: "
@@ -116,7 +104,7 @@ def check_head(model: PreTrainedModel | PeftModel) -> None:
             )
         ours = token_logprobs(answers.hidden, head, answers.targets)
         with compute_autocast(lm):
-            logits = lm(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            logits = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     if not logits.isfinite().all():
         raise UserError(
             f"{type(lm).__name__} computes no numbers but NaN or infinity: its weights are damaged, or too large for "

@@ -49,7 +49,8 @@ class SequenceLogprobs:
 
     def lengths(self) -> Tensor:
         """(B,) answer tokens of each sequence, at least 1 so that it can divide."""
-        return torch.bincount(self.sequence, minlength=self.num_sequences).clamp(min=1)
+        zeros = self.sequence.new_zeros(self.num_sequences)  # a bincount would wait for the GPU
+        return zeros.index_add(0, self.sequence, torch.ones_like(self.sequence)).clamp(min=1)
 
 
 def npo(log_ratio: Tensor, beta: float) -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lowmem_kernels import IGNORE_INDEX, retain_loss, token_logprobs
+from lowmem_kernels import retain_loss, token_logprobs
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -29,11 +29,11 @@ from transformers import (
 )
 
 from lowmem_npo.config import FORGET_TERMS, KEPT_CHECKPOINTS, AdapterConfig, DataConfig, ObjectiveConfig, TrainingConfig
-from lowmem_npo.data.batching import Batch, ForgetRetain, collator
+from lowmem_npo.data.batching import Batch, ForgetRetain, RowBatch, collator
 from lowmem_npo.errors import UserError
 from lowmem_npo.forget_terms import Term, register
 from lowmem_npo.memory.prefix import SharedPrefix
-from lowmem_npo.model import answer_hidden, attach_lora, check_causal, check_head, frozen_head
+from lowmem_npo.model import answer_hidden, attach_lora, check_causal, check_head, frozen_head, packs_rows
 from lowmem_npo.model.adapters import restore_adapter
 from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.modes import train_adapter
@@ -75,6 +75,9 @@ class NPOConfig(ObjectiveConfig, TrainingArguments):
     """Tokens per row, prompt and answer together, of rows that are not tokenised."""
     refusal: str = DataConfig.refusal
     """The answer that `idk` and `jensun` teach in place of those of rows that are not tokenised."""
+    padding_free: bool = True
+    """Put rows of unequal length through the model one after the other, without padding, where its architecture keeps
+    them apart (`lowmem_npo.model.packs_rows`). Padded, the results are the same up to rounding."""
     reference_dir: str | None = None
     """Directory in which the reference's results are cached (`CachedReference`). Default: the reference pass is run at
     every step."""
@@ -161,7 +164,11 @@ class NPOTrainer(Trainer):
             model=model,
             args=args,
             train_dataset=ForgetRetain(forget_dataset, retain_dataset),
-            data_collator=collator(processing_class.pad_token_id, with_retain=self.objective.needs_retain),
+            data_collator=collator(
+                processing_class.pad_token_id,
+                with_retain=self.objective.needs_retain,
+                pack=args.padding_free and packs_rows(model),
+            ),
             processing_class=processing_class,
             **trainer_kwargs,
         )
@@ -221,40 +228,30 @@ class NPOTrainer(Trainer):
     ) -> tuple[list[Batch], Any]:
         """The micro-batches of one optimiser step, and its `StepTotals` over all of them and all processes."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        counts = torch.zeros(3, dtype=torch.int64)
-        for batch in batches:
-            forget, retain = batch["forget"], batch["retain"]
-            counts[0] += len(forget["labels"])
-            counts[1] += (forget["labels"][:, 1:] != IGNORE_INDEX).sum()
-            if retain is not None:
-                counts[2] += (retain["labels"][:, 1:] != IGNORE_INDEX).sum()
+        forget, retain = ([batch[part] for batch in batches if batch[part]] for part in ("forget", "retain"))
+        counts = sum(map(len, forget)), sum(b.num_answers for b in forget), sum(b.num_answers for b in retain)
         if self.args.world_size > 1:
-            counts = self.accelerator.reduce(counts.to(device), reduction="sum")
-        return batches, StepTotals(*counts.tolist())
-
-    def _prepare_input(self, data: Any) -> Any:
-        """As the Trainer's, but tensors in pinned memory (the loader's) are copied while the GPU goes on."""
-        if isinstance(data, Tensor):
-            return data.to(self.args.device, non_blocking=True)
-        return super()._prepare_input(data)
+            counts = self.accelerator.reduce(torch.tensor(counts, device=device), reduction="sum").tolist()
+        return batches, StepTotals(*counts)
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
-    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Adds the gradients of one micro-batch to the adapter's; returns its share of the step's loss, detached."""
+        batch: Batch = inputs
         totals: StepTotals = num_items_in_batch  # which the Trainer passes on from `get_batch_samples`
         train_adapter(self.model)
-        inputs = self._prepare_inputs(inputs)
-        forget, retain = inputs["forget"], inputs["retain"]
+        device = self.args.device
+        forget, retain = (rows and rows.to(device) for rows in (batch["forget"], batch["retain"]))
         # Part by part, the reference first: it runs before any graph exists, and the two parts' graphs never meet.
-        loss = torch.zeros((), device=self.args.device)
-        if len(forget["labels"]) > 0:
+        loss = torch.zeros((), device=device)
+        if forget:
             with self.prefix.shared():
                 forget_part = self._forget_loss(forget, self.reference.forget(forget), totals)
             self.accelerator.backward(forget_part)
             loss += forget_part.detach()
             del forget_part
-        if retain is not None and len(retain["labels"]) > 0:
+        if retain:
             with self.prefix.shared():
                 retain_part = self._retain_loss(retain, self.reference.retain(retain), totals)
             self.accelerator.backward(retain_part)
@@ -267,10 +264,10 @@ class NPOTrainer(Trainer):
                 self._sum_gradients()
         return loss * self.args.world_size  # the Trainer reports the mean over processes; ours are shares of a sum
 
-    def _forget_loss(self, batch: dict[str, Tensor], reference: Tensor | None, totals: StepTotals) -> Tensor:
-        answers = answer_hidden(self.model, batch["input_ids"], batch["attention_mask"], batch["labels"])
+    def _forget_loss(self, batch: RowBatch, reference: Tensor | None, totals: StepTotals) -> Tensor:
+        answers = answer_hidden(self.model, batch)
         logprobs = token_logprobs(answers.hidden, self.head, answers.targets)
-        policy = SequenceLogprobs(logprobs, answers.sequence, len(batch["labels"]))
+        policy = SequenceLogprobs(logprobs, answers.sequence, len(batch))
         loss = forget_loss(self.objective, policy, reference, totals)
         self._metrics.add(forget_loss=loss, forget_nll=-logprobs.sum() / totals.forget_tokens)
         if reference is not None:
@@ -278,8 +275,8 @@ class NPOTrainer(Trainer):
             self._metrics.add(forget_log_ratio=ratio / totals.forget_sequences)
         return loss
 
-    def _retain_loss(self, batch: dict[str, Tensor], reference_hidden: Tensor | None, totals: StepTotals) -> Tensor:
-        answers = answer_hidden(self.model, batch["input_ids"], batch["attention_mask"], batch["labels"])
+    def _retain_loss(self, batch: RowBatch, reference_hidden: Tensor | None, totals: StepTotals) -> Tensor:
+        answers = answer_hidden(self.model, batch)
         ce_weight, kl_weight = retain_weights(self.objective, totals)
         loss, logprobs, kl = retain_loss(
             answers.hidden,

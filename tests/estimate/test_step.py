@@ -122,7 +122,7 @@ def test_a_tensor_held_too_long_would_be_noticed(torch_engine, monkeypatch):
 
 def test_the_kinds_are_what_they_say(torch_engine):
     by_kind = estimate(run(), LLAMA, ROWS).by_kind
-    checkpoints = len(ROWS.forget) * 48 * 64 * 4  # rows x width x hidden size x float32, of each layer
+    checkpoints = sum(tokens for tokens, _ in ROWS.forget) * 64 * 4  # tokens x hidden size x float32, of each layer
     assert by_kind["checkpoints"] == LLAMA.num_hidden_layers * checkpoints
     offloaded = estimate(run({"offload_checkpoints": True}), LLAMA, ROWS)
     assert offloaded.by_kind["checkpoints"] <= 2 * checkpoints

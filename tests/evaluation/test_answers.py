@@ -71,18 +71,15 @@ def test_nll_and_probability_equal_dense_float64(architecture, batch_size, rows)
 
 @pytest.mark.parametrize("bug", ["eos left out", "prompt counted", "shifted by one"])
 def test_wrong_labels_would_be_noticed(bug, rows, monkeypatch):
-    right = likelihood.right_padded
+    right = likelihood.after_prompt
 
-    def wrong(batch):
-        input_ids, mask, labels = right(batch)
-        for place, row in enumerate(batch):
-            if bug == "eos left out":
-                labels[place, len(row["input_ids"]) - 1] = -100
-            elif bug == "prompt counted":
-                labels[place] = torch.where(mask[place].bool(), input_ids[place], -100)
-        return input_ids, mask, labels.roll(1, 1) if bug == "shifted by one" else labels
+    def wrong(row):
+        labels = right(row)
+        if bug == "eos left out":
+            return [*labels[:-1], -100]
+        return row["input_ids"] if bug == "prompt counted" else labels[-1:] + labels[:-1]
 
-    monkeypatch.setattr(likelihood, "right_padded", wrong)
+    monkeypatch.setattr(likelihood, "after_prompt", wrong)
     found = [score.nll for score in answer_likelihoods(tiny_model("olmo", 258), rows, progress=False)]
     assert found != pytest.approx(dense_nlls(tiny_model("olmo", 258), rows), rel=1e-3)
 

@@ -10,6 +10,7 @@ from helpers.tiny_models import CONFIGS, tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig
+from lowmem_npo.data import RowBatch
 from lowmem_npo.errors import UserError
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import answer_hidden, attach_lora, load_model, reference_mode
@@ -38,7 +39,7 @@ KINDS = {  # the architecture, what is given, and how many modules run once for 
 
 def states(model):
     ids = torch.arange(3, 15)[None]
-    return answer_hidden(model, ids, torch.ones_like(ids), ids).hidden.detach()
+    return answer_hidden(model, RowBatch.whole(ids)).hidden.detach()
 
 
 def disturb(model):

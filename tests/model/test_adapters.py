@@ -5,6 +5,7 @@ import torch
 from helpers.tiny_models import tiny_model
 
 from lowmem_npo.config import AdapterConfig
+from lowmem_npo.data import RowBatch
 from lowmem_npo.model import answer_hidden, attach_lora, reference_mode
 from lowmem_npo.model.adapters import extra_adapter, linear_layer_names
 
@@ -20,7 +21,7 @@ def adapted(architecture="olmo", **settings):
 
 def states(model):
     ids = torch.arange(3, 15)[None]
-    return answer_hidden(model, ids, torch.ones_like(ids), ids).hidden
+    return answer_hidden(model, RowBatch.whole(ids)).hidden
 
 
 def test_reference_mode_is_the_original_and_restores_everything():

@@ -16,6 +16,7 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig
+from lowmem_npo.data import RowBatch
 from lowmem_npo.errors import UserError
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import answer_hidden, attach_lora, load_model, reference_mode
@@ -67,7 +68,7 @@ def continuing(folder, architecture="llama", **options):
 
 def states(model):
     ids = torch.arange(3, 15)[None]
-    return answer_hidden(model, ids, torch.ones_like(ids), ids).hidden.detach()
+    return answer_hidden(model, RowBatch.whole(ids)).hidden.detach()
 
 
 def independent_step(run, merged):

@@ -9,30 +9,33 @@ from helpers.architectures import ARCHITECTURES
 from helpers.tiny_models import CONFIGS, SIZES, tiny_model
 from transformers import AutoConfig, ElectraConfig, Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, PhiConfig, XLNetConfig
 
+from lowmem_npo.data import RowBatch, TokenizedRow
 from lowmem_npo.errors import UserError
-from lowmem_npo.model import answer_hidden, check_causal, check_head
+from lowmem_npo.model import answer_hidden, check_causal, check_head, packs_rows
 from lowmem_npo.model import head as head_module
 
 
 def test_answer_hidden_gives_what_predicts_labelled_tokens():
     model = tiny_model()
-    ids = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 0, 0]])
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    labels = torch.tensor([[-100, -100, 7, 8, 9], [-100, 11, 12, -100, -100]])
-    answers = answer_hidden(model, ids, mask, labels)
-    assert answers.targets.tolist() == [7, 8, 9, 11, 12] and answers.sequence.tolist() == [0, 0, 0, 1, 1]
-    alone = model.model(ids[1:, :3]).last_hidden_state[0, :2]
-    torch.testing.assert_close(answers.hidden[3:], alone)
+    rows = [
+        TokenizedRow(input_ids=[5, 6, 7, 8, 9], labels=[-100, -100, 7, 8, 9], prompt_length=2),
+        TokenizedRow(input_ids=[10, 11, 12], labels=[-100, 11, 12], prompt_length=1),
+    ]
+    alone = model.model(torch.tensor([rows[1]["input_ids"]])).last_hidden_state[0, :2]
+    for pack in (False, packs_rows(model)):
+        answers = answer_hidden(model, RowBatch.of(rows, pack=pack))
+        assert answers.targets.tolist() == [7, 8, 9, 11, 12] and answers.sequence.tolist() == [0, 0, 0, 1, 1]
+        torch.testing.assert_close(answers.hidden[3:], alone)
 
 
 def test_hidden_states_have_the_type_of_the_head_where_autocast_norms_in_float32():
     """As on CUDA, where it does this to every nn.LayerNorm."""
     model = tiny_model(GPTNeoXConfig(vocab_size=97, **SIZES), dtype=torch.bfloat16)
-    plain = answer_hidden(model, *[torch.arange(3, 15)[None]] * 3).hidden
+    plain = answer_hidden(model, RowBatch.whole(torch.arange(3, 15)[None])).hidden
     for module in model.modules():
         if isinstance(module, torch.nn.LayerNorm):
             module.register_forward_hook(lambda module, args, output: output.float())
-    hidden = answer_hidden(model, *[torch.arange(3, 15)[None]] * 3).hidden
+    hidden = answer_hidden(model, RowBatch.whole(torch.arange(3, 15)[None])).hidden
     assert hidden.dtype == torch.bfloat16
     torch.testing.assert_close(hidden, plain, rtol=0.05, atol=0.05)
     check_head(model)

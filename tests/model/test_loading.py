@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, OlmoConfig
 
 from lowmem_npo.cli import main
 from lowmem_npo.config import ModelConfig
+from lowmem_npo.data import RowBatch
 from lowmem_npo.errors import UserError
 from lowmem_npo.model import answer_hidden, load_model
 from lowmem_npo.model.loading import load_config
@@ -22,7 +23,7 @@ from lowmem_npo.model.loading import load_config
 
 def states(model):
     ids = torch.arange(3, 15)[None]
-    return answer_hidden(model, ids, torch.ones_like(ids), ids).hidden
+    return answer_hidden(model, RowBatch.whole(ids)).hidden
 
 
 def original():

@@ -7,8 +7,8 @@ import torch
 from helpers.architectures import random_model, tiny_config
 from helpers.dense_step import random_rows
 
-from lowmem_npo.data import Pick, collator
-from lowmem_npo.model import answer_hidden
+from lowmem_npo.data import RowBatch
+from lowmem_npo.model import answer_hidden, packs_rows
 
 RECURRENT = (
     "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "lfm2", "mamba", "mamba2", "minimax",
@@ -21,10 +21,8 @@ RECURRENT = (
 def test_a_row_in_a_batch_is_the_row_alone(architecture):
     model = random_model(tiny_config(architecture, 97))
     rows = random_rows(5, seed=4)
-    batch = collator(0, with_retain=False)([(Pick("forget", i), row) for i, row in enumerate(rows)])["forget"]
-    together = answer_hidden(model, batch["input_ids"], batch["attention_mask"], batch["labels"])
+    together = answer_hidden(model, RowBatch.of(rows, pack=packs_rows(model)))
     for index, row in enumerate(rows):
-        ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
-        alone = answer_hidden(model, ids, torch.ones_like(ids), labels).hidden
+        alone = answer_hidden(model, RowBatch.of([row], pack=False)).hidden
         difference = together.hidden[together.sequence == index] - alone
         assert difference.norm() < 1e-5 * alone.norm()

@@ -161,7 +161,7 @@ def test_a_resumed_epoch_continues_where_it_stopped(workers):
         )
 
     def rows_in(batches):
-        return [(batch["forget"]["row"].tolist(), batch["retain"]["row"].tolist()) for batch in batches]
+        return [(batch["forget"].rows, batch["retain"].rows) for batch in batches]
 
     sampler = StepBatches(10, 7, 4, 3, micro_batches=2, seed=5)
     sampler.set_epoch(2)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.evaluation.scoring.eval_mode import progress_bar
-from lowmem_npo.evaluation.scoring.likelihood import right_padded
+from lowmem_npo.evaluation.scoring.likelihood import answer_batch
 from lowmem_npo.memory.checkpointing import checkpointing
 from lowmem_npo.model import answer_hidden, frozen_head
 from lowmem_npo.model.layers import causal_lm
@@ -37,7 +37,7 @@ def fine_tune(
         for step in range(1, steps + 1):
             batch = [rows[next(order)] for _ in range(min(batch_size, len(rows)))]
             with eval_mode(model), checkpointing(causal_lm(model)):
-                answers = answer_hidden(model, *(tensor.to(model.device) for tensor in right_padded(batch)))
+                answers = answer_hidden(model, answer_batch(model, batch))
                 loss = -token_logprobs(answers.hidden, head, answers.targets).mean()
                 loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)

@@ -7,13 +7,12 @@ from math import exp, nan
 import torch
 from lowmem_kernels import IGNORE_INDEX, token_logprobs
 from peft import PeftModel
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from lowmem_npo.data import TokenizedRow
+from lowmem_npo.data import RowBatch, TokenizedRow
 from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE, batches
 from lowmem_npo.evaluation.scoring.eval_mode import evaluating, progress_bar
-from lowmem_npo.model import answer_hidden, frozen_head
+from lowmem_npo.model import answer_hidden, frozen_head, packs_rows
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,7 @@ def answer_likelihoods(
     head = frozen_head(model)
     with evaluating(model), progress_bar(len(rows), description, progress) as bar:
         for batch in batches([(len(row["input_ids"]), 0) for row in rows], batch_size):
-            tensors = (tensor.to(model.device) for tensor in right_padded([rows[i] for i in batch]))
-            answers = answer_hidden(model, *tensors)
+            answers = answer_hidden(model, answer_batch(model, [rows[i] for i in batch]))
             logprobs = token_logprobs(answers.hidden, head, answers.targets).double().cpu()
             sequence = answers.sequence.cpu()
             sums = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, sequence, logprobs)
@@ -62,17 +60,13 @@ def answer_likelihoods(
     return scores
 
 
-def right_padded(rows: Sequence[TokenizedRow]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """input_ids, attention_mask and labels, each (rows, longest row) int64; what pads the ids is masked.
+def answer_batch(model: PreTrainedModel | PeftModel, rows: Sequence[TokenizedRow]) -> RowBatch:
+    """One pass over `rows`, on the model's device. What follows the prompt counts, also where training
+    (`--tokens all`) labels the prompt too."""
+    answers = [TokenizedRow(**{**row, "labels": after_prompt(row)}) for row in rows]
+    return RowBatch.of(answers, pack=packs_rows(model)).to(model.device)
 
-    Labelled is what follows the prompt, also where training (`--tokens all`) labels the prompt too.
-    """
-    ids = [torch.tensor(row["input_ids"]) for row in rows]
-    labels = [row_ids.clone() for row_ids in ids]
-    for row, row_labels in zip(rows, labels, strict=True):
-        row_labels[: row["prompt_length"]] = IGNORE_INDEX
-    return (
-        pad_sequence(ids, batch_first=True),
-        pad_sequence([torch.ones_like(row_ids) for row_ids in ids], batch_first=True),
-        pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
-    )
+
+def after_prompt(row: TokenizedRow) -> list[int]:
+    prompt = row["prompt_length"]
+    return [IGNORE_INDEX] * prompt + row["input_ids"][prompt:]

@@ -27,7 +27,7 @@ from lowmem_npo.data import TokenizedRow
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE, batches
 from lowmem_npo.evaluation.scoring.eval_mode import evaluating, progress_bar
-from lowmem_npo.evaluation.scoring.likelihood import right_padded
+from lowmem_npo.evaluation.scoring.likelihood import answer_batch
 from lowmem_npo.model import answer_hidden, frozen_head
 
 TOKENS, VOCABULARY = 256, 4096  # a tile of float64 logits is 8 MiB; about four are alive at once
@@ -71,8 +71,7 @@ def token_scores(
     head = frozen_head(model)
     with evaluating(model), progress_bar(len(rows), description, progress) as bar:
         for batch in batches([(len(row["input_ids"]), 0) for row in rows], batch_size):
-            tensors = (tensor.to(model.device) for tensor in right_padded([rows[i] for i in batch]))
-            answers = answer_hidden(model, *tensors)
+            answers = answer_hidden(model, answer_batch(model, [rows[i] for i in batch]))
             figures = [x.cpu() for x in vocabulary_statistics(answers.hidden, head, answers.targets)]
             if not all(x.isfinite().all() for x in figures):
                 raise UserError("The model gives answers no finite likelihood; the weights or the adapter are damaged.")

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lowmem_npo.config import ObjectiveConfig
+from lowmem_npo.data.batching import RowBatch
 from lowmem_npo.data.tokenizing import TokenizedRow
 from lowmem_npo.errors import UserError
 from lowmem_npo.files import free_bytes
@@ -70,16 +71,16 @@ class CachedReference(LiveReference):
             files[name] = file
         return cls(live.model, live.head, live.objective, files)
 
-    def answer_logprobs(self, batch: dict[str, Tensor]) -> Tensor:
+    def answer_logprobs(self, batch: RowBatch) -> Tensor:
         run = super().answer_logprobs
         return self._stored("forget", batch, lambda: run(batch)[:, None]).squeeze(1)
 
-    def answer_hidden(self, batch: dict[str, Tensor]) -> Tensor:
+    def answer_hidden(self, batch: RowBatch) -> Tensor:
         run = super().answer_hidden
         return self._stored("retain", batch, lambda: run(batch))
 
-    def _stored(self, part: str, batch: dict[str, Tensor], run: Callable[[], Tensor]) -> Tensor:
-        file, rows = self.files.get(part), batch["row"].tolist()
+    def _stored(self, part: str, batch: RowBatch, run: Callable[[], Tensor]) -> Tensor:
+        file, rows = self.files.get(part), batch.rows
         if file is None:
             return run()
         try:
@@ -88,7 +89,7 @@ class CachedReference(LiveReference):
             self._go_on_live(part, error)
             return run()
         if stored is not None:
-            device = batch["labels"].device
+            device = batch.data.device
             return (stored.pin_memory() if device.type == "cuda" else stored).to(device, non_blocking=True)
         values = run()
         try:

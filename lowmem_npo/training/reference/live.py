@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowmem_kernels import IGNORE_INDEX, FrozenHead, token_logprobs
+from lowmem_kernels import FrozenHead, token_logprobs
 from peft import PeftModel
 from torch import Tensor
 
 from lowmem_npo.config import ObjectiveConfig
+from lowmem_npo.data.batching import RowBatch
 from lowmem_npo.model import answer_hidden, reference_mode
 from lowmem_npo.training.objective import SequenceLogprobs, needs_reference
 
@@ -21,7 +22,7 @@ class LiveReference:
     head: FrozenHead
     objective: ObjectiveConfig
 
-    def forget(self, batch: dict[str, Tensor]) -> Tensor | None:
+    def forget(self, batch: RowBatch) -> Tensor | None:
         """Log-probs of the forget answers: (B,) sums or (N,) per token, float32; None if the forget term needs none."""
         needed = needs_reference(self.objective)
         if needed is None:
@@ -29,20 +30,19 @@ class LiveReference:
         logprobs = self.answer_logprobs(batch)
         if needed == "token":
             return logprobs
-        sequence = (batch["labels"][:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)[0]
-        return SequenceLogprobs(logprobs, sequence, len(batch["labels"])).sums()
+        return SequenceLogprobs(logprobs, batch.sequence, len(batch)).sums()
 
-    def retain(self, batch: dict[str, Tensor]) -> Tensor | None:
+    def retain(self, batch: RowBatch) -> Tensor | None:
         """(N, d) final hidden states that predict the retain answers; None if delta is 0."""
         return None if self.objective.delta == 0 else self.answer_hidden(batch)
 
-    def answer_logprobs(self, batch: dict[str, Tensor]) -> Tensor:
+    def answer_logprobs(self, batch: RowBatch) -> Tensor:
         """(N,) float32, one for each answer token."""
         with reference_mode(self.model):
-            answers = answer_hidden(self.model, batch["input_ids"], batch["attention_mask"], batch["labels"])
+            answers = answer_hidden(self.model, batch)
             return token_logprobs(answers.hidden, self.head, answers.targets)
 
-    def answer_hidden(self, batch: dict[str, Tensor]) -> Tensor:
+    def answer_hidden(self, batch: RowBatch) -> Tensor:
         """(N, d), one row for each answer token."""
         with reference_mode(self.model):
-            return answer_hidden(self.model, batch["input_ids"], batch["attention_mask"], batch["labels"]).hidden
+            return answer_hidden(self.model, batch).hidden

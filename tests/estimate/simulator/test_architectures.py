@@ -8,6 +8,7 @@ import transformers
 from helpers.architectures import tiny_config
 
 from lowmem_npo.config import AdapterConfig, DataConfig, ModelConfig, RunConfig
+from lowmem_npo.data import RowBatch
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.simulator.gpu import GPU, fake_gpu
 from lowmem_npo.estimate.simulator.model import fake_model
@@ -120,4 +121,4 @@ def test_hidden_states_after_a_layer_norm_reach_the_head_in_its_own_type():
         ids = torch.zeros(1, 8, dtype=torch.int64, device=GPU)
         with compute_autocast(model):
             assert decoder(model)(ids).last_hidden_state.dtype == torch.float32
-        assert answer_hidden(model, ids, ids, ids).hidden.dtype == torch.bfloat16
+        assert answer_hidden(model, RowBatch.whole(ids)).hidden.dtype == torch.bfloat16

@@ -8,9 +8,9 @@ from helpers.dense_step import random_rows, word_tokenizer
 from helpers.tiny_models import tiny_model
 from peft import LoraConfig, get_peft_model
 
-from lowmem_npo.evaluation.leaks import fine_tuning
 from lowmem_npo.evaluation.leaks.contract import Subject
 from lowmem_npo.evaluation.leaks.relearning import RelearningOptions, judge, relearn, split
+from lowmem_npo.evaluation.scoring import likelihood
 from lowmem_npo.evaluation.scoring import token_scores as scoring
 from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.scoring.scorer import Scorer
@@ -88,8 +88,7 @@ def test_one_step_follows_the_gradient_of_the_mean_nll(bug, monkeypatch):
     """The first step of AdamW moves against the dense float64 gradient of the mean NLL of the answer's tokens."""
     model, rows, caught = adapted(), random_rows(2, seed=6), {}
     if bug:  # the prompt learnt as well
-        real_padded = fine_tuning.right_padded
-        monkeypatch.setattr(fine_tuning, "right_padded", lambda batch: (p := real_padded(batch))[:2] + (p[0],))
+        monkeypatch.setattr(likelihood, "after_prompt", lambda row: row["input_ids"])
 
     real = torch.optim.AdamW.step
 
