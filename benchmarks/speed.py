@@ -2,6 +2,8 @@
 
     python benchmarks/speed.py             on a GPU: QLoRA on OLMo-7B (random weights), 4 + 4 rows of 512 tokens
     python benchmarks/speed.py --quick     anywhere: a small model, to check that it runs; the times mean nothing
+    python benchmarks/speed.py --cpu DIR --data lume|tofu
+                                           a real model on real rows, side by side with the plain ways, on the processor
 
 "dense logits" is benchmarks/shared/baselines.py: the same 4-bit model, one model with LoRA, all logits. Ours is timed
 inside `NPOTrainer.train`, from one optimiser step to the next, with everything a run does there. Rows are random
@@ -14,6 +16,7 @@ import argparse
 import contextlib
 import gc
 import itertools
+import os
 import shutil
 import statistics
 import sys
@@ -37,6 +40,8 @@ from benchmarks.shared import record
 from benchmarks.shared.baselines import Baseline
 from benchmarks.shared.random_model import SAVED, save_random_model
 from benchmarks.shared.record import reason
+from benchmarks.speed_parts.side_by_side import FILES, table
+from benchmarks.speed_parts.side_by_side import measure as measure_on_cpu
 from benchmarks.speed_parts.step_profile import Sizes, breakdown, marked, profiled
 from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig
 from lowmem_npo.data import TokenizedRow
@@ -56,11 +61,14 @@ SWITCHES: dict[str, dict] = {  # what says most comes first: time may run out
     "without sliced_float32": {"sliced_float32": False},
 }
 Rows = list[TokenizedRow]
+DATA = Path(os.environ.get("LOWMEM_NPO_TEST_DATA") or "../shared/data")
 ROWS, WARM_UP = 4, 3  # forget rows and retain rows of a step; steps before the measured ones
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    if options.cpu:
+        return main_on_cpu(options)
     gpu = torch.cuda.is_available()
     if not (gpu or options.quick):
         print("No GPU here: the times of a step need one. With --quick everything runs once on a small model.")
@@ -86,6 +94,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             record.write(path, "speed", runs, **about)
     finally:
         shutil.rmtree(folder)
+    print(f"Written to {path}")
+    return 0
+
+
+def main_on_cpu(options: argparse.Namespace) -> int:
+    torch.set_num_threads(options.threads)
+    folder = Path(tempfile.mkdtemp(prefix="speed-"))
+    files = options.files or [options.folder / file for file in FILES[options.data]]
+    try:
+        result = measure_on_cpu(options.cpu, files, options.steps, folder, say=lambda line: print(line, flush=True))
+    finally:
+        shutil.rmtree(folder)
+    path = options.out or record.RESULTS / "cpu" / f"speed-{options.data}.json"
+    about = {"model": options.cpu.name, "rows": [ROWS, ROWS], "steps": options.steps, "threads": options.threads}
+    record.write(path, "speed on a processor", result, data=options.data, **about)
+    print(table(result))
     print(f"Written to {path}")
     return 0
 
@@ -239,6 +263,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=8, help="measured steps of each configuration (8)")
     parser.add_argument("--minutes", type=float, default=7, help="skip whatever is not begun by then (7)")
     parser.add_argument("--models", type=Path, help="folder for the random model, kept; default: that of memory.py")
+    parser.add_argument("--cpu", type=Path, metavar="DIR", help="a real model: measure side by side on the processor")
+    parser.add_argument("--data", choices=FILES, default="lume", help="with --cpu: which rows (lume)")
+    parser.add_argument("--folder", type=Path, default=DATA, help="with --cpu: where LUME and TOFU are")
+    parser.add_argument("--files", type=Path, nargs=2, help="with --cpu: other rows, to forget and to retain")
+    parser.add_argument("--threads", type=int, default=1, help="with --cpu: threads of a step (1)")
     parser.add_argument("--out", type=Path, help="the JSON file (default: benchmarks/results/<gpu>/speed.json)")
     return parser
 

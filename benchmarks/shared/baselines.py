@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
+from typing_extensions import Self
 
 Batch = dict[str, Tensor]  # input_ids, attention_mask, labels: (B, S)
 
@@ -35,11 +36,20 @@ class Baseline:
     delta: float = 0.5
 
     @classmethod
-    def build(cls, load: Callable[[], PreTrainedModel], *, two_models: bool, lora: bool, r: int = 5) -> Baseline:
+    def build(
+        cls,
+        load: Callable[[], PreTrainedModel],
+        *,
+        two_models: bool,
+        lora: bool,
+        r: int = 5,
+        checkpointing: bool = True,
+    ) -> Self:
         """Loads one or two models and makes the policy trainable."""
         base = load()
         enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        if checkpointing:
+            enable({"use_reentrant": False})
         if lora:
             config = LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=r, target_modules=["q_proj", "v_proj"])
             policy: PreTrainedModel | PeftModel = get_peft_model(base, config)

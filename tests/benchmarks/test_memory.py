@@ -20,6 +20,7 @@ from benchmarks.memory_parts import contenders
 from benchmarks.memory_parts.contenders import CONTENDERS, simulate
 from benchmarks.memory_parts.picture import draw
 from benchmarks.shared.baselines import Baseline
+from benchmarks.shared.peers import LikeOpenUnlearning, LikeTRL
 from benchmarks.shared.random_model import save_random_model
 
 FORGET, RETAIN = random_rows(4, seed=1), random_rows(4, seed=2)
@@ -44,12 +45,12 @@ def in_float32(monkeypatch):
     monkeypatch.setattr("benchmarks.shared.baselines.torch.autocast", lambda *_, **__: autocast("cpu", enabled=False))
 
 
-def lora_gradients(folder, two_models: bool) -> tuple[float, dict, float, dict]:
+def lora_gradients(folder, two_models: bool, way=Baseline) -> tuple[float, dict, float, dict]:
     """Loss and gradients of a baseline, and of the exact step, of the same adapter on the same model."""
     ours = make_trainer(tiny_model("olmo"), folder, FORGET, RETAIN)
     expected_loss, expected = dense_step(ours, FORGET, RETAIN)
     adapter = {name: p for name, p in ours.model.named_parameters() if p.requires_grad}
-    baseline = Baseline.build(lambda: tiny_model("olmo"), two_models=two_models, lora=True, r=3)
+    baseline = way.build(lambda: tiny_model("olmo"), two_models=two_models, lora=True, r=3)
     own = {name: p for name, p in baseline.policy.named_parameters() if p.requires_grad}
     assert own.keys() == adapter.keys()
     with torch.no_grad():
@@ -65,9 +66,11 @@ def lora_gradients(folder, two_models: bool) -> tuple[float, dict, float, dict]:
     return loss, {name: p.grad for name, p in own.items()}, expected_loss, expected
 
 
-@pytest.mark.parametrize("two_models", [True, False], ids=["two models", "one model"])
-def test_a_lora_baseline_does_the_same_step_as_ours(two_models, tmp_path, in_float32):
-    loss, gradients, expected_loss, expected = lora_gradients(tmp_path, two_models)
+@pytest.mark.parametrize(
+    "way, two_models", [(Baseline, True), (Baseline, False), (LikeTRL, False), (LikeOpenUnlearning, True)]
+)
+def test_a_lora_baseline_does_the_same_step_as_ours(way, two_models, tmp_path, in_float32):
+    loss, gradients, expected_loss, expected = lora_gradients(tmp_path, two_models, way)
     assert loss == pytest.approx(expected_loss, rel=1e-5) and relative_error(gradients, expected) < 1e-4
 
 

@@ -83,3 +83,20 @@ def test_quick_measures_ours_and_the_dense_form_on_a_small_model(tmp_path, monke
 def test_an_unknown_model_is_named(tmp_path):
     with pytest.raises(ValueError, match="no configuration of nobody/nothing is bundled"):
         save_random_model("nobody/nothing", tmp_path)
+
+
+def test_side_by_side_the_ways_do_the_same_step_and_ours_needs_fewer_operations(byte_model, tmp_path, capsys):
+    """On 4 + 4 rows of unequal length; `LikeTRL` and the others are baselines only if their loss is the same."""
+    rows = [{"question": f"Question {i}?", "answer": "An answer. " * (1 + i % 4)} for i in range(8)]
+    files = [tmp_path / "forget.jsonl", tmp_path / "retain.jsonl"]
+    for file, name in zip(files, ("f", "r"), strict=True):
+        file.write_text("".join(json.dumps({**row, "answer": name + row["answer"]}) + "\n" for row in rows))
+    out = tmp_path / "speed.json"
+    arguments = ["--cpu", str(byte_model), "--files", *map(str, files), "--steps", "1", "--out", str(out)]
+    assert speed.main(arguments) == 0
+    result = json.loads(out.read_text())["results"]
+    flops = {name: [way[epoch]["flops"] for epoch in ("first", "second")] for name, way in result["ways"].items()}
+    dense, ours, live = flops["dense logits, padded, checkpointed"], flops["ours"], flops["ours, live reference"]
+    assert dense[0] == dense[1] and ours[0] > ours[1] and ours[0] == live[0] == live[1]
+    assert ours[1] < 0.6 * dense[1] and flops["ours, padded"][1] > ours[1] and flops["ours, checkpointed"][1] > ours[1]
+    assert "padded tokens per real one" in capsys.readouterr().out
