@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 from accelerate import PartialState
 from transformers import Trainer, get_scheduler
-from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -18,6 +17,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.model.loading import resolve_device
 from lowmem_npo.run_directory import RunDirectory
 from lowmem_npo.training.honoured import AS_IS, HONOURED, check_effect
+from lowmem_npo.training.reporting import check_reporting
 from lowmem_npo.training.trainer import NPOConfig
 
 
@@ -76,11 +76,7 @@ def check_trainer_args(config: RunConfig) -> None:
         else:
             name = f"--lr-scheduler-type {SchedulerType(args.lr_scheduler_type).value}"
             raise _takes_none("--lr-scheduler-kwargs", args.lr_scheduler_kwargs, name)
-    available = get_available_reporting_integrations()
-    for name in args.report_to or []:
-        if name not in available:
-            names = ", ".join(available) or "none"
-            raise UserError(f"--report-to {name}: its package is not installed, or there is none (installed: {names}).")
+    check_reporting(args.report_to or [])
 
 
 def honoured_args(config: RunConfig) -> dict[str, Any]:
