@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 
-import torch
-
 import lowmem_npo
 
 PACKAGES = ("lowmem-npo", "torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "datasets",
@@ -25,6 +23,8 @@ def package_version(package: str) -> str | None:
 
 def versions() -> dict[str, str]:
     """Python, CUDA (where PyTorch has it) and each of PACKAGES that is installed."""
+    import torch  # late: help and mistakes need not load it
+
     known = {"python": platform.python_version(), "cuda": torch.version.cuda}
     known |= {package: package_version(package) for package in PACKAGES}
     return {name: version for name, version in known.items() if version is not None}
@@ -32,6 +32,8 @@ def versions() -> dict[str, str]:
 
 def processors() -> list[str]:
     """The GPUs that PyTorch sees, as in "NVIDIA L4, sm_89, 22.0 GiB", or the CPU's architecture."""
+    import torch
+
     if not torch.cuda.is_available():
         return [f"CPU, {platform.machine()}"]
     gpus = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))

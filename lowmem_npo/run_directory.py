@@ -83,6 +83,12 @@ class RunFiles(AdapterFiles):
         return sorted(numbered, key=step_of, reverse=True)
 
 
+def check_is_run(directory: Path) -> None:
+    """Raises UserError for what is no --output-dir of a run."""
+    if not RunFiles(directory).run_yaml.is_file():
+        raise UserError(f"There is no run in '{directory}' (no run.yaml): give the --output-dir of `lowmem-npo train`.")
+
+
 def run_of_adapter(folder: Path) -> RunFiles:
     """The run that wrote the adapter in `folder`, the run's own directory or one of its checkpoints."""
     return RunFiles(folder.parent if folder.name.startswith("checkpoint-") else folder)

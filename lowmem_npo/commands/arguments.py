@@ -11,6 +11,7 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import importlib.util
 import inspect
 import json
 import re
@@ -26,7 +27,8 @@ from lowmem_npo.config import SECTIONS, TILE_ROWS, RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.contract import LeakTest
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
-from lowmem_npo.sources import check_data_name, check_model_name, data_names
+from lowmem_npo.sources import check_adapter_name, check_data_name, check_model_name, data_names
+from lowmem_npo.training.honoured import HONOURED
 
 # The options of the short help.
 COMMON = {
@@ -85,8 +87,12 @@ def parse_run(arguments: Sequence[str], command: str) -> RunConfig:
         return_unknown_args=True,
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    sections: Any = {name: section(**vars(getattr(parsed, name))) for name, section in SECTIONS.items()}
+    if unknown:  # transformers parses them: first what is answered without it
+        _check_flags(unknown)
+        data = sections["data"]
+        check_names(sections["model"].model, data.forget, data.retain, data.holdout)
     trainer_args = _trainer_arguments(unknown)
-    sections = {name: section(**vars(getattr(parsed, name))) for name, section in SECTIONS.items()}
     _settle_accumulation(sections, trainer_args, explicit="--batch-size" in flags)
     return RunConfig(**sections, trainer_args=trainer_args)
 
@@ -107,9 +113,10 @@ def _base_of_adapter(flags: Sequence[str]) -> list[str]:
     """The model and the revision that the adapter of --adapter was trained on, where the flags name none."""
     if "--adapter" not in flags[:-1]:
         return []
+    folder = flags[len(flags) - 1 - flags[::-1].index("--adapter") + 1]
+    check_adapter_name(folder)
     from lowmem_npo.model.saved_adapter import base_of_adapter, revision_of_adapter  # late: --help need not load PEFT
 
-    folder = flags[len(flags) - 1 - flags[::-1].index("--adapter") + 1]
     base = [] if "--model" in flags else ["--model", base_of_adapter(folder)]
     revision = None if {"--revision", "--any-base"} & set(flags) else revision_of_adapter(folder)
     return [*base, *(["--revision", revision] if revision else [])]
@@ -280,14 +287,27 @@ def join_sources(arguments: Sequence[str]) -> list[str]:
     return result
 
 
+def _check_flags(arguments: Sequence[str]) -> None:
+    """Raises UserError for a flag that is not one of `transformers.TrainingArguments`, whose fields are read from its
+    source: importing it takes seconds."""
+    package = importlib.util.find_spec("transformers")
+    assert package is not None and package.submodule_search_locations
+    source = Path(package.submodule_search_locations[0], "training_args.py").read_text(encoding="utf-8")
+    names = {"warmup_ratio", *re.findall(r"^    (\w+): ", source, re.MULTILINE)}
+    honoured = [f"--{name.replace('_', '-')}" for name in HONOURED]
+    ours = [f"--{f.name.replace('_', '-')}" for s in SECTIONS.values() for f in dataclasses.fields(s)]
+    for argument in arguments:
+        if argument.startswith("--") and argument[2:].replace("-", "_").removeprefix("no_") not in names:
+            near = difflib.get_close_matches(argument, ours + honoured, n=1, cutoff=0.75)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UserError(f"There is no option {argument}: {hint}`lowmem-npo train --help-all` lists them.")
+
+
 def _trainer_arguments(arguments: Sequence[str]) -> dict[str, Any]:
-    """The fields of `transformers.TrainingArguments` that `arguments` set. Raises UserError for an unknown flag, or an
-    invalid value."""
+    """The fields of `transformers.TrainingArguments` that `arguments` set. Raises UserError for an invalid value."""
     if not arguments:
         return {}
     from transformers import HfArgumentParser, TrainingArguments
-
-    from lowmem_npo.training.honoured import HONOURED
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> NoReturn:
@@ -299,14 +319,6 @@ def _trainer_arguments(arguments: Sequence[str]) -> dict[str, Any]:
         action.default = argparse.SUPPRESS  # only what is given
     # transformers 5 takes the ratio as --warmup-steps.
     parser.add_argument("--warmup-ratio", "--warmup_ratio", dest="warmup_steps", type=_ratio, default=argparse.SUPPRESS)
-    theirs = [name for name in parser._option_string_actions if name.startswith("--")]
-    honoured = [f"--{name.replace('_', '-')}" for name in HONOURED]
-    ours = [f"--{f.name.replace('_', '-')}" for s in SECTIONS.values() for f in dataclasses.fields(s)]
-    for argument in arguments:
-        if argument.startswith("--") and argument not in theirs:
-            near = difflib.get_close_matches(argument, ours + honoured, n=1, cutoff=0.75)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise UserError(f"There is no option {argument}: {hint}`lowmem-npo train --help-all` lists them.")
     return vars(parser.parse_args(arguments))
 
 

@@ -7,17 +7,17 @@ import platform
 import shutil
 from collections.abc import Sequence
 
-import psutil
-import torch
-
 from lowmem_npo.environment import PACKAGES, package_version
+from lowmem_npo.errors import UserError
 from lowmem_npo.libraries import hub_problem
 
 
 def main(arguments: Sequence[str]) -> None:
-    if arguments:
+    if any(argument in ("-h", "--help") for argument in arguments):
         print("usage: lowmem-npo env\n\nPrints versions, GPU and memory; takes no options.")
         return
+    if arguments:
+        raise UserError(f"There is no option {arguments[0]}: env takes none.")
     rows = [("python", platform.python_version()), ("platform", platform.platform())]
     rows += [(name, package_version(name) or "not installed") for name in PACKAGES]
     rows += [*_gpus(), *_memory()]
@@ -27,6 +27,8 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _gpus() -> list[tuple[str, str]]:
+    import torch  # late: --help need not load it
+
     if not torch.cuda.is_available():
         build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
         return [("cuda", f"no GPU visible (PyTorch built for {build})")]
@@ -41,6 +43,9 @@ def _gpus() -> list[tuple[str, str]]:
 
 
 def _memory() -> list[tuple[str, str]]:
+    import psutil
+    import torch
+
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(os.getcwd())
     return [
         ("cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"),

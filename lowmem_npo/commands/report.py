@@ -8,9 +8,9 @@ from pathlib import Path
 
 import tyro
 
-from lowmem_npo.commands.arguments import with_help
+from lowmem_npo.commands.arguments import check_names, with_help
 from lowmem_npo.libraries import quiet_libraries
-from lowmem_npo.run_directory import RunFiles
+from lowmem_npo.run_directory import RunFiles, check_is_run
 
 
 @dataclass
@@ -32,6 +32,9 @@ class Report:
 
 def main(arguments: Sequence[str]) -> None:
     options: Report = tyro.cli(with_help(Report), args=list(arguments), prog="lowmem-npo report")
+    check_is_run(options.run)
+    if options.prove is not None:
+        check_names(None, options.prove)
     quiet_libraries()
     if options.prove is not None:
         _prove(options.run, options.prove)

@@ -3,13 +3,19 @@
 reading -> schemas -> templates -> tokenizing -> batching; `prepare` runs all but the last.
 """
 
-from lowmem_npo.data.batching import ForgetRetain, Pick, RowBatch, collator
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from lowmem_npo.data.prepare import PreparedData, prepare
 from lowmem_npo.data.preview import preview
 from lowmem_npo.data.reading import Rows, bundled_rows, read_rows
 from lowmem_npo.data.schemas import Example, to_examples, with_answer
 from lowmem_npo.data.templates import Template
 from lowmem_npo.data.tokenizing import Encoder, TokenizedRow, TokenizedRows, tokenize
+
+if TYPE_CHECKING:
+    from lowmem_npo.data.batching import ForgetRetain, Pick, RowBatch, collator
 
 __all__ = [
     "Encoder",
@@ -31,3 +37,12 @@ __all__ = [
     "tokenize",
     "with_answer",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Batches are tensors: PyTorch is imported when they are made, not when a command prints its help."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lowmem_npo.data import batching
+
+    return getattr(batching, name)

@@ -11,12 +11,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, get_args
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, get_args
 
 from lowmem_npo.config import DataConfig, DataOptions, PassageForm
 from lowmem_npo.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MIN_TOKENS = 8
 SPECIAL_TOKENS = 4  # that a tokenizer may add to a passage: BOS, EOS

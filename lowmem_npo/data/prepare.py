@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from lowmem_npo.config import DataConfig, ObjectiveConfig
 from lowmem_npo.data.overlap import MAX_LISTED, find_related, refuse_overlap
@@ -22,6 +21,9 @@ from lowmem_npo.data.tokenizing import TokenizedRows, count, tokenize
 from lowmem_npo.errors import UserError
 from lowmem_npo.run_directory import SELF_WRITTEN
 from lowmem_npo.sources import BUILTIN
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # What a row of a mixed source is, and what several are, by their columns.
 SCHEMAS = {

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from itertools import groupby
+from typing import TYPE_CHECKING
 
-from lowmem_kernels import IGNORE_INDEX
-from transformers import PreTrainedTokenizerBase
+from lowmem_npo.data.tokenizing import IGNORE_INDEX, TokenizedRows, decode
 
-from lowmem_npo.data.tokenizing import TokenizedRows, decode
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 OPEN, CLOSE = "⟦", "⟧"
 GREEN, DIM, RESET = "\033[32m", "\033[2m", "\033[0m"

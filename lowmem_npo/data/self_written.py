@@ -9,8 +9,7 @@ of the greatest length; `lowmem_npo.commands.train.own_texts` lets the model wri
 from __future__ import annotations
 
 from dataclasses import replace
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from lowmem_npo.data.reading import bundled_rows
 from lowmem_npo.data.schemas import Example, to_examples
@@ -18,6 +17,9 @@ from lowmem_npo.data.templates import FORMS, Template
 from lowmem_npo.data.tokenizing import Encoder, TokenizedRow, TokenizedRows
 from lowmem_npo.errors import UserError
 from lowmem_npo.sources import SELF
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ROWS = 64
 TOKENS = 96  # that a text may have beside its question or first words

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from lowmem_kernels import IGNORE_INDEX
-
 from lowmem_npo.data.schemas import Example, with_answer
-from lowmem_npo.data.tokenizing import TokenizedRow, TokenizedRows
+from lowmem_npo.data.tokenizing import IGNORE_INDEX, TokenizedRow, TokenizedRows
 
 
 def forget_targets(

@@ -16,14 +16,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.config import DataOptions
 from lowmem_npo.data.reading import is_text
 from lowmem_npo.data.schemas import PASSAGE, Example
 from lowmem_npo.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BARE = "{prompt}"
 DEFAULTS = {"question/answer": "Question: {prompt}\nAnswer:"}

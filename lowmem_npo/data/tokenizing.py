@@ -14,16 +14,17 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, TypedDict, cast, overload
-
-from lowmem_kernels import IGNORE_INDEX
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, TypedDict, cast, overload
 
 from lowmem_npo.config import DataConfig
 from lowmem_npo.data.schemas import CALLS, Example
 from lowmem_npo.data.templates import MARK, Template, special_tokens
 from lowmem_npo.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE_INDEX = -100  # that of lowmem_kernels, which imports PyTorch
 TOKENS = ("answer", "all")
 MAX_OPENING = 200  # characters at the end of a prompt that may already open its answer
 # Parts of a conversation that not every chat template knows.

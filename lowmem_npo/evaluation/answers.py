@@ -20,18 +20,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
-
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.config import OutputConfig
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE
-from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers, text_of
-from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
 from lowmem_npo.evaluation.wording import appears, begins, rouge_l_recall
 from lowmem_npo.files import write_atomically
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MIN_NEW_TOKENS, MAX_NEW_TOKENS = 64, 256
 MARGIN = 16  # tokens beyond the longest true answer
@@ -197,6 +196,9 @@ def evaluate_answers(
     together. The model, with or without adapters, is returned in the mode it came in. Raises ValueError where there is
     no row to score.
     """
+    from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers, text_of
+    from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
+
     if not rows or limit == 0:
         raise ValueError("there is no row to score")
     chosen = choose_rows(len(rows), limit, seed)

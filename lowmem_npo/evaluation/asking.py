@@ -12,12 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from lowmem_npo.data import Encoder, Example, Template, TokenizedRow
-from lowmem_npo.data.fit import Fit
 from lowmem_npo.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lowmem_npo.data.fit import Fit
 
 CHAT, PLAIN, REWORDED = "chat", "plain", "reworded"
 

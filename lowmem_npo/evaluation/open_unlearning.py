@@ -21,15 +21,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
-
-from lowmem_npo.data import TokenizedRow
 from lowmem_npo.evaluation.figures import at
-from lowmem_npo.evaluation.scoring.generation import text_of
-from lowmem_npo.evaluation.scoring.token_scores import TokenScores
 
 if TYPE_CHECKING:
-    from lowmem_npo.evaluation.benchmarks.tofu import TofuScores
+    from transformers import PreTrainedTokenizerBase
+
+    from lowmem_npo.data import TokenizedRow
+    from lowmem_npo.evaluation.scoring.token_scores import TokenScores
 
 K = 0.4
 LEAST_DEVIATION = 1e-3  # the root of their least variance
@@ -83,8 +81,8 @@ def privleak(auc: float, retained: float) -> float:
     return (score - reference) / (reference + TINY) * 100
 
 
-def tofu_figures(scores: TofuScores | None) -> dict[str, float]:
-    """TOFU's, of the sets that were measured."""
+def tofu_figures(scores: Any) -> dict[str, float]:
+    """TOFU's, of the sets that were measured. scores: `TofuScores`, or None."""
     if scores is None:
         return {}
     figures = {}
@@ -133,5 +131,7 @@ def _standard(row: TokenScores) -> list[float]:
 
 def _compressed(row: TokenizedRow, tokenizer: PreTrainedTokenizerBase) -> int:
     """Bytes of the answer's text, compressed."""
+    from lowmem_npo.evaluation.scoring.generation import text_of
+
     answer = text_of(tokenizer, row["input_ids"][row["prompt_length"] :])
     return len(zlib.compress(answer.encode("utf-8")))

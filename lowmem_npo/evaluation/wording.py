@@ -14,12 +14,15 @@ and punctuation is dropped. On English text the tokens are those of rouge-score.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import chain
+from typing import TYPE_CHECKING
 from unicodedata import normalize
 
 import regex
-from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
+
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
 
 INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}+")
 # Unicode's line breaking names the scripts that need a dictionary (SA: Thai, Lao, Khmer, Burmese, ...) and ideographs.
@@ -37,10 +40,12 @@ def tokens(text: str) -> list[str]:
     return TOKEN.findall(INVISIBLE.sub("", folded))
 
 
-class StemmedTokens(Tokenizer):
+class StemmedTokens:
     """`tokens`, those of a-z and 0-9 stemmed (Porter), for `RougeScorer`."""
 
     def __init__(self) -> None:
+        from rouge_score.tokenizers import DefaultTokenizer
+
         self.english = DefaultTokenizer(use_stemmer=True)
 
     def tokenize(self, text: str) -> list[str]:
@@ -48,14 +53,18 @@ class StemmedTokens(Tokenizer):
         return list(chain.from_iterable(cut))
 
 
-ROUGE_L = RougeScorer(["rougeL"], tokenizer=StemmedTokens())
+@cache
+def _rouge() -> RougeScorer:
+    from rouge_score.rouge_scorer import RougeScorer  # which imports nltk and scipy
+
+    return RougeScorer(["rougeL"], tokenizer=StemmedTokens())
 
 
 def rouge_l_recall(reference: str, answer: str) -> float:
     """Between 0 and 1: how much of `reference` is anywhere in `answer`, in order (Lin 2004)."""
     if not tokens(reference):  # nothing but punctuation
         return float(appears(reference, answer))
-    return ROUGE_L.score(reference, answer)["rougeL"].recall
+    return _rouge().score(reference, answer)["rougeL"].recall
 
 
 def appears(reference: str, answer: str) -> bool:

@@ -27,7 +27,7 @@ from lowmem_npo.evaluation.leaks.measure import read_leaks
 from lowmem_npo.report.audit import Audit, read_audit
 from lowmem_npo.report.figures import StagedFigure, evaluation_figures, run_figures
 from lowmem_npo.report.verdict import RULES, Verdict, judge_run
-from lowmem_npo.run_directory import RunFiles
+from lowmem_npo.run_directory import RunFiles, check_is_run
 from lowmem_npo.training.metrics import Metrics, read_metrics
 
 EVIDENCE = (
@@ -103,8 +103,7 @@ class Content:
 def read_content(directory: Path) -> Content:
     """Raises UserError if `directory` holds no run, or if a file is damaged."""
     files = RunFiles(directory)
-    if not files.run_yaml.is_file():
-        raise UserError(f"There is no run in '{directory}' (no run.yaml): give the --output-dir of `lowmem-npo train`.")
+    check_is_run(directory)
     try:
         settings = yaml.safe_load(files.run_yaml.read_text(encoding="utf-8"))
         evaluations = {stage: sets for stage in STAGES if (sets := read_answers(files.answers(stage)))}

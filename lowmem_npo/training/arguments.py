@@ -16,7 +16,7 @@ from lowmem_npo.config import RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.loading import resolve_device
 from lowmem_npo.run_directory import RunDirectory
-from lowmem_npo.training.honoured import AS_IS, HONOURED, check_effect
+from lowmem_npo.training.honoured import HONOURED, as_is, check_effect
 from lowmem_npo.training.reporting import check_reporting
 from lowmem_npo.training.trainer import NPOConfig
 
@@ -86,10 +86,10 @@ def honoured_args(config: RunConfig) -> dict[str, Any]:
         UserError: an argument that would have no effect.
     """
     args = config.trainer_args
-    as_is = AS_IS | {"bf16": config.model.dtype == "bf16"}
+    defaults = as_is() | {"bf16": config.model.dtype == "bf16"}
     if "ddp_backend" in args:
-        as_is["ddp_backend"] = PartialState().backend or args["ddp_backend"]
-    check_effect(args, as_is, lambda name, value: f"--{name.replace('_', '-')} {value}")
+        defaults["ddp_backend"] = PartialState().backend or args["ddp_backend"]
+    check_effect(args, defaults, lambda name, value: f"--{name.replace('_', '-')} {value}")
     honoured = {name: value for name, value in args.items() if name in HONOURED}
     for what in ("save", "logging"):
         steps, strategy = args.get(f"{what}_steps"), args.get(f"{what}_strategy", "steps")

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
-from transformers import TrainingArguments
-
 from lowmem_npo.errors import UserError
 
 # The fields that have an effect here, besides those that our own options set.
@@ -39,8 +37,13 @@ NOT_SUPPORTED = {
     "lr_scheduler_type": "reduce_lr_on_plateau|greedy",
     "optim": "schedule_free_.*|lomo|adalomo|galore_.*|apollo_.*",
 }
-AS_IS = {f.name: None if f.default is MISSING else f.default for f in fields(TrainingArguments)}
-"""What is done without an argument: its default."""
+
+
+def as_is() -> dict[str, Any]:
+    """What is done without an argument: its default."""
+    from transformers import TrainingArguments  # late: the command line needs the names above
+
+    return {f.name: None if f.default is MISSING else f.default for f in fields(TrainingArguments)}
 
 
 def check_effect(args: Mapping[str, Any], as_is: Mapping[str, Any], spelled: Callable[[str, Any], str]) -> None:

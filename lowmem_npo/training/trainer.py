@@ -39,7 +39,7 @@ from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.modes import train_adapter
 from lowmem_npo.run_directory import AdapterFiles
 from lowmem_npo.training.checkpoints import write_digest
-from lowmem_npo.training.honoured import AS_IS, FROM_PYTHON, check_effect
+from lowmem_npo.training.honoured import FROM_PYTHON, as_is, check_effect
 from lowmem_npo.training.objective import SequenceLogprobs, StepTotals, forget_loss, needs_reference, retain_weights
 from lowmem_npo.training.reference import CachedReference, LiveReference
 from lowmem_npo.training.script_rows import script_rows
@@ -84,8 +84,9 @@ class NPOConfig(ObjectiveConfig, TrainingArguments):
 
     def __post_init__(self) -> None:
         ObjectiveConfig.__post_init__(self)
-        args = {name: getattr(self, name) for name in AS_IS if name not in FROM_PYTHON}
-        check_effect(args, AS_IS, lambda name, value: f"{name}={value!r}")
+        defaults = as_is()
+        args = {name: getattr(self, name) for name in defaults if name not in FROM_PYTHON}
+        check_effect(args, defaults, lambda name, value: f"{name}={value!r}")
         if self.warmup_steps and self.lr_scheduler_type == "constant":
             self.lr_scheduler_type = "constant_with_warmup"  # `constant` ignores a warm-up
         TrainingArguments.__post_init__(self)

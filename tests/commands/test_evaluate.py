@@ -311,7 +311,7 @@ def test_the_form_of_a_run_made_before_there_was_a_choice_is_plain():
 
 
 def test_the_base_is_loaded_in_the_adapters_revision(byte_model, files, monkeypatch):
-    from lowmem_npo.commands import evaluate as module
+    from lowmem_npo.commands.evaluate import run as module
 
     folder, revisions = adapter(byte_model, files / "adapter"), []
     path = files / "adapter" / "adapter_config.json"

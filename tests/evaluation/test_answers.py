@@ -14,18 +14,18 @@ from transformers import AutoTokenizer
 
 from lowmem_npo.config import OutputConfig
 from lowmem_npo.data import Example, tokenize
-from lowmem_npo.evaluation import answers
 from lowmem_npo.evaluation.answers import (
     AnswerEvaluation,
     AnswerRecord,
     AnswerSummary,
+    answer_length,
     choose_rows,
     evaluate_answers,
     in_sentences_of_its_own,
     read_answers,
     save_answers,
 )
-from lowmem_npo.evaluation.scoring import likelihood
+from lowmem_npo.evaluation.scoring import generation, likelihood
 from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
 
 PAIRS = [
@@ -112,7 +112,7 @@ def evaluated(tokenizer, rows, monkeypatch):
             given["prompts"] = prompts
             return [tokenizer(text)["input_ids"] for text in said]
 
-        monkeypatch.setattr(answers, "greedy_answers", scripted)
+        monkeypatch.setattr(generation, "greedy_answers", scripted)
         found = evaluate_answers(tiny_model("olmo", 258), tokenizer, rows, limit=None, progress=False)
         evaluate.prompts = given["prompts"]
         return found.records
@@ -166,9 +166,9 @@ def test_how_long_an_answer_may_be():
         ((2, 900), 7, 7),
         ((2,), 900, 900),
     ):
-        assert answers.answer_length(rows_of(*lengths), wanted) == expected
+        assert answer_length(rows_of(*lengths), wanted) == expected
     text = [{"input_ids": [5] * 200, "labels": [5] * 200, "prompt_length": 0}]  # its second half is asked for
-    assert answers.answer_length(text, None) == 116
+    assert answer_length(text, None) == 116
 
 
 def test_a_model_that_recites_has_nothing_left_to_win(tokenizer, rows):
@@ -212,7 +212,7 @@ def test_plain_text_is_continued_from_its_middle(tokenizer, monkeypatch):
     texts = ["The tide comes in twice a day", "Gulls"]
     rows = tokenize([Example(None, text, "here", "text") for text in texts], tokenizer)
     given = []
-    monkeypatch.setattr(answers, "greedy_answers", lambda m, t, prompts, **k: given.extend(prompts) or [[]] * 2)
+    monkeypatch.setattr(generation, "greedy_answers", lambda m, t, prompts, **k: given.extend(prompts) or [[]] * 2)
     found = evaluate_answers(tiny_model("olmo", 258), tokenizer, rows, limit=None, progress=False)
     assert [tokenizer.decode(prompt.ids) for prompt in given] == ["The tide comes ", "Gul"]
     assert [record.reference for record in found.records] == ["in twice a day", "ls"]

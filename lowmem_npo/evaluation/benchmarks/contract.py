@@ -9,19 +9,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, cast
 
-from transformers import PreTrainedTokenizerBase
-
-from lowmem_npo.data import Rows, Template
-from lowmem_npo.data.fit import Fit
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation import figures
 from lowmem_npo.evaluation.answers import choose_rows
 from lowmem_npo.evaluation.figures import Figure
 from lowmem_npo.evaluation.options import Options
-from lowmem_npo.evaluation.scoring.scorer import Scorer
 from lowmem_npo.run_directory import EvaluationFiles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lowmem_npo.data import Rows, Template
+    from lowmem_npo.data.fit import Fit
+    from lowmem_npo.evaluation.scoring.scorer import Scorer
 
 
 class Settings(Protocol):

@@ -12,17 +12,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
-
-from sklearn.metrics import roc_auc_score
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.data import Encoder, Rows, Template, TokenizedRow, to_examples
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measured, Selection
 from lowmem_npo.evaluation.figures import Figure, at
 from lowmem_npo.evaluation.options import Options, data_set
-from lowmem_npo.evaluation.scoring.scorer import Scorer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lowmem_npo.evaluation.scoring.scorer import Scorer
 
 MEMBERS, NONMEMBERS = "members", "nonmembers"
 AUC_MEANING = (
@@ -136,6 +137,8 @@ def membership(member_nll: Sequence[float], nonmember_nll: Sequence[float]) -> M
 
     Raises UserError where a document has none: the model gives NaN or infinity.
     """
+    from sklearn.metrics import roc_auc_score
+
     scores = [-nll for nll in (*member_nll, *nonmember_nll)]
     if not all(math.isfinite(score) for score in scores):
         raise UserError("The loss on a document is not a finite number; the weights or the adapter are damaged.")

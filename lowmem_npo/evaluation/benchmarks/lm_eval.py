@@ -8,19 +8,18 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, cast
-
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measured, Selection
 from lowmem_npo.evaluation.figures import Figure, at
 from lowmem_npo.evaluation.options import Options, free
-from lowmem_npo.evaluation.scoring.eval_mode import evaluating
-from lowmem_npo.evaluation.scoring.generation import plain_generation
-from lowmem_npo.evaluation.scoring.scorer import Scorer
-from lowmem_npo.model import compute_autocast
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lowmem_npo.evaluation.scoring.scorer import Scorer
 
 INSTALL = "pip install 'lowmem-npo[eval]'"
 MMLU_SHARE = 0.75  # of the accuracy before unlearning; below it SemEval-2025 Task 4 does not rank a model
@@ -126,6 +125,10 @@ def run_tasks(
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+
+    from lowmem_npo.evaluation.scoring.eval_mode import evaluating
+    from lowmem_npo.evaluation.scoring.generation import plain_generation
+    from lowmem_npo.model import compute_autocast
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with evaluating(model), compute_autocast(model), plain_generation(model, tokenizer):

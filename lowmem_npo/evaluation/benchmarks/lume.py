@@ -21,10 +21,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, harmonic_mean
-from typing import Any
-
-from rouge_score.rouge_scorer import RougeScorer
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.data import Encoder, Rows, to_examples
 from lowmem_npo.evaluation.answer_table import FORGET, RETAIN
@@ -32,10 +29,14 @@ from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measur
 from lowmem_npo.evaluation.benchmarks.documents import AUC_MEANING, DOCUMENTS
 from lowmem_npo.evaluation.benchmarks.lm_eval import LM_EVAL, MMLU_SHARE, mmlu_accuracy
 from lowmem_npo.evaluation.figures import Figure, at
-from lowmem_npo.evaluation.scoring.scorer import Scorer
 from lowmem_npo.evaluation.wording import other_scripts
 from lowmem_npo.files import write_atomically
 from lowmem_npo.run_directory import EvaluationFiles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lowmem_npo.evaluation.scoring.scorer import Scorer
 
 TASKS = ("Task1", "Task2", "Task3")
 REGURGITATION, KNOWLEDGE = "regurgitation-score", "knowledge-score"
@@ -239,6 +240,8 @@ def choose_lume_rows(rows: Sequence[LumeRow], limit: int | None, seed: int) -> l
 
 def score_generations(rows: Sequence[LumeRow], generations: Sequence[str]) -> list[LumeAnswer]:
     """Each row with its score. A generation is what follows the input, special tokens skipped."""
+    from rouge_score.rouge_scorer import RougeScorer
+
     rouge = RougeScorer(["rougeL"], use_stemmer=True)
     answers = []
     for row, text in zip(rows, generations, strict=True):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from lowmem_npo.data import Rows, TokenizedRows, to_examples, tokenize
 from lowmem_npo.evaluation.answer_table import FORGET, RETAIN, answer_figures, text_table
@@ -15,7 +15,9 @@ from lowmem_npo.evaluation.answers import AnswerRecord, AnswerSummary, answer_le
 from lowmem_npo.evaluation.asking import in_form, other_forms
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measured, Selection
 from lowmem_npo.evaluation.figures import Figure
-from lowmem_npo.evaluation.scoring.scorer import Scorer
+
+if TYPE_CHECKING:
+    from lowmem_npo.evaluation.scoring.scorer import Scorer
 
 
 @dataclass(frozen=True)

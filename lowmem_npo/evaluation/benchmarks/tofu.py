@@ -21,12 +21,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from statistics import fmean
-from typing import Any, cast
-
-from rouge_score.rouge_scorer import RougeScorer
-from scipy.stats import hmean, ks_2samp
-from transformers import PreTrainedTokenizerBase
+from statistics import fmean, harmonic_mean
+from typing import TYPE_CHECKING, Any, cast
 
 from lowmem_npo.data import Example, Rows, Template, to_examples, tokenize
 from lowmem_npo.errors import UserError
@@ -35,8 +31,12 @@ from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measur
 from lowmem_npo.evaluation.figures import Figure, at
 from lowmem_npo.evaluation.open_unlearning import retained_min_k
 from lowmem_npo.evaluation.options import Options, data_set, free
-from lowmem_npo.evaluation.scoring.scorer import Scorer
 from lowmem_npo.evaluation.wording import other_scripts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lowmem_npo.evaluation.scoring.scorer import Scorer
 
 MAX_NEW_TOKENS = 200
 REAL_AUTHORS, WORLD_FACTS = "real authors", "world facts"
@@ -242,6 +242,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, rows: Sequence[TofuRow], temp
 
 def score_tofu(name: str, answers: Sequence[TofuAnswer]) -> TofuSet:
     """The scores of the set called `name`, which decides how probability and truth ratio are read."""
+    from rouge_score.rouge_scorer import RougeScorer
+
     rouge = RougeScorer(["rougeL"], use_stemmer=True)
     recall = [rouge.score(a.row.example.answer.strip(), a.generation)["rougeL"].recall for a in answers]
     ratios = [answer.truth_ratio for answer in answers]
@@ -268,11 +270,13 @@ def model_utility(sets: Mapping[str, TofuSet]) -> float | None:
         return None
     nine = [value for name in UTILITY_SETS for value in
             (sets[name].probability, sets[name].rouge_l_recall, sets[name].truth_ratio)]  # fmt: skip
-    return float(hmean(nine))
+    return harmonic_mean(nine)
 
 
 def forget_quality(truth_ratios: Sequence[float], of_retained: Sequence[float]) -> float:
     """The p-value of the two-sample Kolmogorov-Smirnov test, between 0 and 1."""
+    from scipy.stats import ks_2samp
+
     return float(ks_2samp(truth_ratios, of_retained).pvalue)
 
 

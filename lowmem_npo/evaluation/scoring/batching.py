@@ -1,9 +1,13 @@
 """Which rows are scored together."""
 
-from collections.abc import Iterator, Sequence
+from __future__ import annotations
 
-from peft import PeftModel
-from transformers import PretrainedConfig, PreTrainedModel
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 BATCH_SIZE = 16
 MAX_BATCH_TOKENS = 2048  # bounds what one pass computes, whatever the rows' length

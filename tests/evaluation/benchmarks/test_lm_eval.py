@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.cli import main
-from lowmem_npo.evaluation.benchmarks.lm_eval import mmlu_accuracy
+from lowmem_npo.evaluation.benchmarks.lm_eval import LM_EVAL, mmlu_accuracy
 
 TaskManager = pytest.importorskip("lm_eval.tasks", reason="needs: pip install 'lowmem-npo[eval]'").TaskManager
 
@@ -97,12 +98,9 @@ def test_tasks_that_cannot_run(byte_model, tasks, tmp_path, capsys, monkeypatch)
 
 @pytest.mark.parametrize("after, warned", [(0.36, True), (0.38, False)])
 def test_mmlu_below_three_quarters_of_before(after, warned):
-    from lowmem_npo.commands.evaluate import _combine
-    from lowmem_npo.evaluation.result import Evaluation
-
-    result = Evaluation(lm_eval={"mmlu": {"acc": after}})
-    _combine(result, None, {"lm_eval": {"mmlu": {"acc": 0.5}}})
-    assert any("MMLU fell from 0.500" in note for note in result.notes) is warned
+    context = SimpleNamespace(before={"lm_eval": {"mmlu": {"acc": 0.5}}}, notes=[])
+    LM_EVAL.score({"lm_eval": {"mmlu": [{"mmlu": {"acc": after}}]}}, context)
+    assert any("MMLU fell from 0.500" in note for note in context.notes) is warned
 
 
 def test_only_mmlu_itself_is_the_mmlu_average():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from rouge_score import rouge_scorer
+from rouge_score.rouge_scorer import RougeScorer
 
 from lowmem_npo.data import Rows, read_rows
 from lowmem_npo.errors import UserError
@@ -110,23 +112,23 @@ def test_official_file_layout():
     assert official["mia_loss_acc"] == 0.6 and official["mia_final_score"] == pytest.approx(0.8)
 
 
-class Precision(lume.RougeScorer):
+class Precision(RougeScorer):
     def score(self, target, prediction):
         return super().score(prediction, target)
 
 
 @pytest.mark.parametrize(
-    "name, broken",
+    "module, name, broken",
     [
-        ("RougeScorer", Precision),
-        ("RougeScorer", lambda kinds, use_stemmer: Precision.__base__(kinds, use_stemmer=False)),
-        ("KINDS", {"sc": lume.KNOWLEDGE, "qa": lume.REGURGITATION}),
-        ("harmonic_mean", lume.fmean),
-        ("fmean", lambda values: sorted(values)[len(values) // 2]),
+        (rouge_scorer, "RougeScorer", Precision),
+        (rouge_scorer, "RougeScorer", lambda kinds, use_stemmer: RougeScorer(kinds, use_stemmer=False)),
+        (lume, "KINDS", {"sc": lume.KNOWLEDGE, "qa": lume.REGURGITATION}),
+        (lume, "harmonic_mean", lume.fmean),
+        (lume, "fmean", lambda values: sorted(values)[len(values) // 2]),
     ],
 )
-def test_a_planted_bug_is_noticed(monkeypatch, name, broken):
-    monkeypatch.setattr(lume, name, broken)
+def test_a_planted_bug_is_noticed(monkeypatch, module, name, broken):
+    monkeypatch.setattr(module, name, broken)
     assert scores().task_aggregate != pytest.approx(HARMONIC_MEAN, rel=1e-3)
 
 

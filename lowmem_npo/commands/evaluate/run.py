@@ -1,4 +1,4 @@
-"""`lowmem-npo evaluate`, from its configuration to tables and files. Reads from top to bottom."""
+"""An evaluation, from its configuration to tables and files. Reads from top to bottom."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import tyro
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_npo.claim import claimed
-from lowmem_npo.commands.arguments import join_sources, with_help
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.console import Say
 from lowmem_npo.data import Rows, Template, bundled_rows, read_rows, to_examples, tokenize
@@ -31,13 +29,12 @@ from lowmem_npo.evaluation.directory import THE_ADAPTER, EvaluationDirectory, di
 from lowmem_npo.evaluation.fluency import fluency
 from lowmem_npo.evaluation.leaks.contract import NO_HOLDOUT, LeakResult, SavedModel, Subject
 from lowmem_npo.evaluation.leaks.measure import run_leak_tests
-from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, leak_tests
+from lowmem_npo.evaluation.leaks.registry import leak_tests
 from lowmem_npo.evaluation.open_unlearning import retained_min_k, tofu_figures, token_figures
 from lowmem_npo.evaluation.result import Evaluation
 from lowmem_npo.evaluation.scoring.scorer import Scorer
 from lowmem_npo.evaluation.settings import EvaluationConfig
-from lowmem_npo.libraries import quiet_libraries
-from lowmem_npo.model import load_model, load_tokenizer, resolve_name
+from lowmem_npo.model import check_causal, check_head, load_model, load_tokenizer, resolve_name
 from lowmem_npo.model.loading import load_config
 from lowmem_npo.model.notes import model_notes
 from lowmem_npo.model.saved_adapter import load_adapter, resolve_base, settings_of_run
@@ -46,15 +43,6 @@ from lowmem_npo.report.content import read_content
 from lowmem_npo.report.evaluation_text import evaluation_text
 from lowmem_npo.report.verdict import judge_evaluation
 from lowmem_npo.run_directory import AdapterFiles, EvaluationFiles, RunFiles
-
-
-def main(arguments: Sequence[str]) -> None:
-    command_line = with_help(EvaluationConfig, LEAK_TESTS)
-    benchmarks = "; ".join(benchmark.summary for benchmark in BENCHMARKS)
-    command_line.__doc__ = f"{EvaluationConfig.__doc__}\n\n{benchmarks}."
-    parsed = tyro.cli(command_line, args=join_sources(arguments), prog="lowmem-npo evaluate")
-    quiet_libraries()
-    evaluate(EvaluationConfig(**vars(parsed)))
 
 
 def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
@@ -128,6 +116,8 @@ def measure(
 
     model: PreTrainedModel | PeftModel
     model = (load or load_model)(plan.model_config, say)
+    check_head(model)
+    check_causal(model)
     if config.adapter:
         model = load_adapter(model, config.adapter)
     scorer = Scorer(model, context.tokenizer, journal, config.batch_size)

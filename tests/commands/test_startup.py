@@ -1,0 +1,88 @@
+"""Help, and mistakes in options and paths, are answered without the libraries that take seconds to import."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lowmem_npo.cli import COMMANDS
+
+# What importing any of these takes is most of a second, or several.
+HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "scipy", "sklearn", "nltk", "pandas", "matplotlib")
+TRAIN = ["--model", "m", "--forget", "builtin", "--retain", "builtin"]
+MISTAKES = [
+    (["train", "--model", "./nowhere"], "There is no directory './nowhere'"),
+    (["train", "--model", "a/b/c", "--forget", "builtin"], "There is no directory 'a/b/c'"),
+    (["train", "--model", "m", "--forget", "nowhere.jsonl", "--retain", "builtin"], "There is no file nowhere.jsonl"),
+    (["train", "--model", "m", "--forget", "a.txt,b.txt", "--retain", "builtin"], "There is no file a.txt"),
+    (["train", "--model", "m", "--forget", "o/d", "--retain", "no where"], "is neither a file nor a hub name"),
+    (["train", "--adapter", "./nowhere"], "There is no directory './nowhere'"),
+    (["train", *TRAIN, "--weight-decoy", "1"], "did you mean --weight-decay?"),
+    (["train", *TRAIN, "--lr", "-1"], "--lr must be 0 or a positive number"),
+    (["train", *TRAIN, "--batch-size", "many"], "invalid"),
+    (["train", *TRAIN, "--config", "nowhere.yaml"], "cannot read 'nowhere.yaml'"),
+    (["train", "--model", "./nowhere", "--weight-decay", "0.1"], "There is no directory './nowhere'"),
+    (["estimate", "--model", "/nowhere/at/all"], "There is no directory"),
+    (["estimate", "--model", "m", "--max-lenght", "3"], "did you mean --max-length?"),
+    (["sweep", "--model", "~/nowhere"], "There is no directory"),
+    (["sweep", *TRAIN, "--grid", "gama=1"], "gama"),
+    (["data", "nowhere.csv"], "There is no file nowhere.csv"),
+    (["data", "--nera", "1", "builtin"], "--nera"),
+    (["ask", "./nowhere", "Who?"], "There is no directory './nowhere'"),
+    (["ask", "m", "--temprature", "1"], "--temprature"),
+    (["merge", "--adapter", "nowhere", "--output-dir", "m"], "There is no directory 'nowhere': --adapter"),
+    (["merge", "--adapter", ".", "--ouput-dir", "m"], "--ouput-dir"),
+    (["evaluate", "--model", "./nowhere"], "There is no directory './nowhere'"),
+    (["evaluate", "--adapter", "nowhere"], "There is no directory 'nowhere': --adapter"),
+    (["evaluate", "--model", "m", "--members", "a.jsonl", "--nonmembers", "b.jsonl"], "There is no file a.jsonl"),
+    (["evaluate", "--model", "m", "--before", "nowhere.json"], "--before: there is no file 'nowhere.json'"),
+    (["evaluate", "--model", "m", "--forget", "builtin", "--leaks", "extration"], "extration"),
+    (["evaluate", "--model", "m", "--limt", "3"], "--limt"),
+    (["evaluate"], "Nothing to evaluate"),
+    (["report", "nowhere"], "There is no run in 'nowhere'"),
+    (["report", "nowhere", "--exmples", "3"], "--exmples"),
+    (["env", "--gpu"], "There is no option --gpu"),
+    (["demo", "--device", "tpu"], "tpu"),
+    (["tarin"], "there is no command 'tarin'"),
+]
+ASKED = [*([name, "--help"] for name in COMMANDS), ["train", "--help-all"], ["--help"], ["--version"]]
+
+# Runs every command line and prints [exit code, what it printed on both streams, the heavy modules that it imported].
+PROGRAM = """
+import contextlib, io, json, sys
+from lowmem_npo.cli import main
+heavy, results = set(json.loads(sys.argv[1])), []
+for arguments in json.loads(sys.argv[2]):
+    printed, before = io.StringIO(), set(sys.modules)
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        try:
+            code = main(arguments)
+        except SystemExit as stopped:
+            code = stopped.code
+    results.append([code, printed.getvalue(), sorted(heavy & set(sys.modules) - before)])
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """Command line -> what came of it."""
+    lines = [arguments for arguments, _ in MISTAKES] + ASKED
+    command = [sys.executable, "-c", PROGRAM, json.dumps(HEAVY), json.dumps(lines)]
+    ran = subprocess.run(command, cwd=tmp_path_factory.mktemp("nowhere"), capture_output=True, text=True, check=True)
+    return {tuple(line): answer for line, answer in zip(lines, json.loads(ran.stdout), strict=True)}
+
+
+@pytest.mark.parametrize("arguments, message", MISTAKES, ids=[" ".join(line) for line, _ in MISTAKES])
+def test_a_mistake_is_answered_at_once(arguments, message, answers):
+    code, printed, imported = answers[tuple(arguments)]
+    assert code == 2 and message in printed and imported == []
+
+
+@pytest.mark.parametrize("arguments", ASKED, ids=" ".join)
+def test_help_is_answered_at_once(arguments, answers):
+    code, printed, imported = answers[tuple(arguments)]
+    assert code in (0, None) and "lowmem-npo" in printed and imported == []
