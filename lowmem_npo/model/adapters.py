@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, dora
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -73,6 +75,25 @@ def adapter_size(model: PeftModel) -> tuple[int, int]:
     trained, _ = model.get_nb_trainable_parameters()
     first = [p.numel() for name, p in model.named_parameters() if f".{FIRST}" in name]
     return trained, trained + sum(first)
+
+
+def shared_layers(model: PeftModel) -> list[str]:
+    """The names of layers that the adapter changes and whose weights another layer of the base has as well: a tied
+    embedding, Zamba's attention. Beside its base such an adapter works, but it cannot be merged into those weights."""
+    places = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    changed: dict[str, list[Any]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            changed[name] = [adapted_weight(module)]
+        elif isinstance(module, ModulesToSaveWrapper):
+            changed[name] = list(module.original_module.parameters())
+    shared = [name for name, weights in changed.items() if any(places[id(weight)] > 1 for weight in weights)]
+    return [name.removeprefix("base_model.model.") for name in shared]
+
+
+def adapted_weight(layer: Any) -> torch.nn.Parameter:
+    """What the factors of a `LoraLayer` are added to."""
+    return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -36,6 +35,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.files import free_bytes
+from lowmem_npo.model.adapters import adapted_weight, shared_layers
 from lowmem_npo.model.checkpoint import BESIDE_WEIGHTS, INDEX, OLD_INDEX, Checkpoint, Shard, read_json
 from lowmem_npo.model.saved_adapter import more_than_lora, stored_lora
 from lowmem_npo.run_directory import AdapterFiles
@@ -115,7 +115,6 @@ def find_updates(adapter: str, checkpoint: Checkpoint) -> Updates:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(checkpoint.configuration(), dtype=torch.float32)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        places = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
         try:
             adapted = get_peft_model(model, config)
         except ValueError as error:  # no layer of its names
@@ -128,12 +127,8 @@ def find_updates(adapter: str, checkpoint: Checkpoint) -> Updates:
             layers[own] = module
         elif isinstance(module, ModulesToSaveWrapper):
             wholes |= {f"{own}.{part}": weight for part, weight in module.original_module.named_parameters()}
-    for name, weight in ({name: _weight(layer) for name, layer in layers.items()} | wholes).items():
-        if places[id(weight)] > 1:  # a tied embedding; Zamba's attention, which several layers have in common
-            module_name = name.removesuffix(".weight")
-            raise UserError(
-                f"The adapter in '{adapter}' changes {module_name}, which the base shares with another layer."
-            )
+    if shared := shared_layers(adapted):
+        raise UserError(f"The adapter in '{adapter}' changes {shared[0]}, which the base shares with another layer.")
     _give_factors(adapted, adapter, checkpoint, wholes, misfit)
 
     def stored_parts(parameter: str, like: Tensor) -> Iterator[tuple[str, str | None]]:
@@ -150,7 +145,7 @@ def find_updates(adapter: str, checkpoint: Checkpoint) -> Updates:
 
     updates: Updates = {}
     for layer in layers.values():
-        weight = _weight(layer)
+        weight = adapted_weight(layer)
         parts = dict(stored_parts(names[id(weight)], weight))
         if len(parts) > 1 and layer.lora_magnitude_vector:  # whose norms are of the whole
             raise UserError(
@@ -163,11 +158,6 @@ def find_updates(adapter: str, checkpoint: Checkpoint) -> Updates:
         for tensor, part in stored_parts(parameter, weight):
             updates[tensor] = Replacement(model, file, f"base_model.model.{parameter}", parameter, part)
     return updates
-
-
-def _weight(layer: Any) -> torch.nn.Parameter:
-    """What the factors of `layer` are added to."""
-    return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
 
 
 def _give_factors(

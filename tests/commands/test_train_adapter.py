@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from helpers.tiny_models import tiny_model
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -213,6 +214,20 @@ def test_what_a_module_cannot_be_is_refused_in_a_dry_run(train, byte_model, tmp_
         assert message in capsys.readouterr().err
     train(tmp_path / "out", "--model", byte_model, *KINDS, *PATTERN, "--dry-run")
     assert "use_dora: true" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_says_that_an_adapter_cannot_be_merged(train, byte_model, tmp_path, capsys):
+    """Its weights are those of the output head, too."""
+    tied = tmp_path / "tied"
+    tiny_model("gemma2", 258).save_pretrained(tied)
+    AutoTokenizer.from_pretrained(byte_model).save_pretrained(tied)
+    options = ("--lora-targets", "embed_tokens", "q_proj", "--max-steps", 1)
+    train(tmp_path / "out", "--model", byte_model, *options, "--dry-run")
+    assert "shares" not in capsys.readouterr().out
+    run = train(tmp_path / "out", "--model", tied, *options)
+    assert "shares model.embed_tokens with another layer" in capsys.readouterr().out
+    assert main(["merge", "--adapter", str(run), "--output-dir", str(tmp_path / "merged")]) == 2
+    assert "changes model.embed_tokens, which the base shares" in capsys.readouterr().err
 
 
 def test_a_changed_first_adapter_is_noticed_on_resume(second, train, first, tmp_path, capsys):

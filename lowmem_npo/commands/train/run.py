@@ -48,7 +48,7 @@ from lowmem_npo.evaluation.leaks.registry import WHILE_TRAINING, leak_tests
 from lowmem_npo.files import PARTIAL, put_in_place, write_atomically
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model, load_tokenizer, reference_mode, resolve_name
-from lowmem_npo.model.adapters import adapter_size, check_lora
+from lowmem_npo.model.adapters import adapter_size, check_lora, shared_layers
 from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.loading import DTYPES, load_config, resolve_device
 from lowmem_npo.model.notes import model_notes
@@ -203,6 +203,8 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
     quantized = quantization_of(model_config, config.model.qlora, DTYPES[config.model.dtype]) is not None
     adapted = check_lora(model_config, config.adapter, quantized)
     check_disk(config, *adapter_size(adapted))
+    if shared := shared_layers(adapted):
+        say(f"The base shares {shared[0]} with another layer: the adapter works beside its base, but cannot be merged.")
     apply_switches(adapted, config.memory)  # raises if one does not fit
     if directory.reference_dir is not None:
         dtype = DTYPES[config.model.dtype]
