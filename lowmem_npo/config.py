@@ -21,7 +21,7 @@ from lowmem_npo.sizes import parse_size
 from lowmem_npo.sources import GENERAL_SET
 from lowmem_npo.stop_conditions import Condition, parse_conditions
 
-FORGET_TERMS = ("npo", "ga", "simnpo", "idk", "wga", "satimp", "jensun")  # beside those that others bring
+FORGET_TERMS = ("npo", "ga", "simnpo", "idk", "wga", "satimp", "jensun", "dpo")  # beside those that others bring
 REFUSING_TERMS = ("idk", "jensun")  # which teach --refusal
 Normalization = Literal["sequence", "token", "length"]
 KLDirection = Literal["policy-reference", "reference-policy"]
@@ -138,6 +138,12 @@ class DataConfig(DataOptions):
     """Which tokens count in the loss: the answer's (EOS included), or every non-padding token."""
     refusal: str = "I don't know."
     """The answer taught in place of the forgotten one by --forget-term idk and jensun."""
+    alternative_column: str | None = None
+    """Column of the forget rows with another answer, or a list of them, which --forget-term dpo prefers to the
+    forgotten one."""
+    group_column: str | None = None
+    """Column of the forget rows that says what each is about, such as a person: --layered keeps those of a group
+    together. Default: every row by itself."""
     allow_overlap: bool = False
     """Continue even if rows of the forget set are in the retain set as well."""
     limit: int | None = None
@@ -151,9 +157,10 @@ class ObjectiveConfig:
     forget_term: str = "npo"
     """npo (Zhang et al. 2024), ga (gradient ascent), simnpo (Fan et al. 2024), idk (NLL of a refusal), wga (weighted
     gradient ascent, Wang et al. 2025), satimp (Yang et al. 2025), jensun (Jensen-Shannon divergence to a refusal, Singh
-    et al. 2025), or one that an installed package brings."""
+    et al. 2025), dpo (another answer is preferred, see --alternative-column), or one that an installed package
+    brings."""
     beta: float = 0.5
-    """Inverse temperature of npo and simnpo: smaller is closer to gradient ascent."""
+    """Inverse temperature of npo, simnpo and dpo: smaller is closer to gradient ascent."""
     gamma: float = 1.0
     """Weight of the retain cross-entropy. 0: not computed."""
     delta: float = 0.5
@@ -325,6 +332,13 @@ class TrainingConfig:
     """Passes over the forget set."""
     max_steps: int | None = None
     """Stop after N optimiser steps, regardless of --epochs."""
+    layered: int | None = None
+    """Layered unlearning (Qian et al. 2025): the forget rows are divided into N folds and forgotten in N stages of
+    equal length, the first one fold, then two, while the folds to come are still retained. What is forgotten so comes
+    back far less when some of it is taught again."""
+    layered_weight: float = 0.2
+    """How often --layered shows the rows of earlier folds, for one showing of the newest fold's, until the last stage
+    shows all alike; 0 to 1."""
     lr: float = 1e-4
     """Learning rate of AdamW, constant unless --lr-scheduler-type says otherwise."""
     seed: int = 42
@@ -333,7 +347,11 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         check_at_least_one(self, "batch_size", "retain_batch_size", "micro_batch_size", "max_steps")
         check_positive(self, "epochs")
-        check_positive(self, "lr", or_zero=True)
+        check_positive(self, "lr", "layered_weight", or_zero=True)
+        if self.layered is not None and self.layered < 2:
+            raise UserError(f"--layered must be at least 2 folds, not {self.layered}: leave it out to forget at once.")
+        if self.layered_weight > 1:
+            raise UserError(f"--layered-weight must be between 0 and 1, not {self.layered_weight}.")
         if self.micro_batch_size is not None:
             self.micro_batch_size = min(self.micro_batch_size, self.batch_size)
 
@@ -447,6 +465,15 @@ class RunConfig:
             )
         if self.data.forget is not None and self.data.retain is None and self.objective.needs_retain:
             self.data = dataclasses.replace(self.data, retain=GENERAL_SET)
+        if self.objective.forget_term == "dpo" and self.data.alternative_column is None:
+            raise UserError(
+                "--forget-term dpo prefers another answer to the forgotten one: name its column, --alternative-column."
+            )
+        if self.training.layered is not None and not self.objective.needs_retain:
+            raise UserError(
+                "--layered holds the folds whose turn has not come with the retain terms: give a positive --gamma or "
+                "--delta."
+            )
         for condition in self.stopping.conditions:
             needed = condition.needs
             if self.data.forget is not None and getattr(self.data, needed) is None:

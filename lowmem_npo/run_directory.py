@@ -142,7 +142,10 @@ class RunDirectory(RunFiles):
             raise UserError(f"--resume: there is no run in '{self.path}' (no run.yaml); start it without --resume.")
         began = self._began()
         now = yaml.safe_load(self.config.to_yaml())
-        changed = [name for name in {**began, **now} if began.get(name) != now.get(name) and name not in MAY_CHANGE]
+        may_change = set(MAY_CHANGE)
+        if self.config.training.layered is not None:  # the stages are shares of the whole run
+            may_change -= {"epochs", "max_steps"}
+        changed = [name for name in {**began, **now} if began.get(name) != now.get(name) and name not in may_change]
         if changed:
             changes = "; ".join(f"{name} was {began.get(name)!r}, is {now.get(name)!r}" for name in changed)
             raise UserError(

@@ -30,6 +30,8 @@ class StopEvaluation:
     holdout_nll: float | None = None
     membership_auc: float | None = None
     """Chance that a forget row's answer is likelier than a holdout row's: the LOSS attack (Yeom et al. 2018)."""
+    stage: int | None = None
+    """Under --layered, the stage in which it was made, from 1: until the last one, of its newest fold's rows alone."""
 
 
 @dataclass(frozen=True)

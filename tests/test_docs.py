@@ -216,6 +216,8 @@ class Desk:
                 options = [word for word in options if word not in ("--seeds", values["--seeds"])]
             options = [str(self.model) if MODEL.fullmatch(word) else HUB_DATA.get(word, word) for word in options]
             options += ADDED.get(command, "").split()
+            if "--layered" in values:
+                options += ["--max-steps", values["--layered"]]  # one in each stage
         assert main([command, *options]) == 0, " ".join(words)
 
 

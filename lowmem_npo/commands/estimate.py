@@ -63,8 +63,9 @@ def rows_of_step(config: RunConfig) -> StepRows:
     from lowmem_npo.data import prepare
     from lowmem_npo.model import load_tokenizer
     from lowmem_npo.model.stop_tokens import stop_tokens
+    from lowmem_npo.training.training_rows import planned_rows
 
     tokenizer = load_tokenizer(config.model)
     data = prepare(tokenizer, config.data, config.objective.forget_term, stop_tokens(config.model, architecture))
     check_fit(architecture, tokenizer, [data.forget_targets, data.retain])
-    return StepRows.of_data(config, data.forget_targets, data.retain)
+    return StepRows.of_data(config, *planned_rows(config, data).parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from lowmem_npo.config import DataConfig, ObjectiveConfig
 from lowmem_npo.data.overlap import MAX_LISTED, find_related, refuse_overlap
 from lowmem_npo.data.passages import Passages
 from lowmem_npo.data.reading import Rows, bundled_rows, described, read_rows
-from lowmem_npo.data.schemas import PASSAGE, Example, canonical, to_examples
+from lowmem_npo.data.schemas import PASSAGE, Example, canonical, to_examples, with_alternatives
 from lowmem_npo.data.self_written import beginnings, self_rows, stand_in
 from lowmem_npo.data.targets import forget_targets
 from lowmem_npo.data.templates import Template
@@ -43,6 +43,7 @@ class PreparedData:
     report: lines for the user: what was read, and what was truncated.
     holdout: rows like those to forget that the model was never taught, or None: what forgotten rows are compared with.
     general: general rows that nothing is trained on, by which utility is measured where the user names no rows to keep.
+    alternatives: other answers to the forget rows' prompts (`with_alternatives`), where a column has them.
     retain_is_unwritten: whether `retain` only stands in, by rows of the greatest length, for texts that the original
         model is yet to write.
     """
@@ -54,6 +55,7 @@ class PreparedData:
     holdout: TokenizedRows | None = None
     retain_is_unwritten: bool = False
     general: TokenizedRows | None = None
+    alternatives: TokenizedRows | None = None
 
 
 def prepare(
@@ -91,9 +93,11 @@ def prepare(
                 rows, lines = general_rows(rows, to_forget, tokenizer, template, data.max_length)
                 report.extend(lines)
             columns = {"prompt_column": data.prompt_column, "answer_column": data.answer_column}
-        result = to_examples(rows, **columns)
+        own = {"alternative_column": data.alternative_column, "group_column": data.group_column}
+        result = to_examples(rows, **columns, **(own if part == "forget" else {}))
         forms = dict.fromkeys(template.describe(example, tokenizer) for example in kinds(result))
-        report.append(f"{part}: {rows.name}, {origin(rows, result, ', or '.join(forms))}")
+        read = filter(None, own.values() if part == "forget" else ())
+        report.append(f"{part}: {rows.name}, {origin(rows, result, ', or '.join(forms), set(read))}")
         report.extend(f"{part}: {note}" for note in rows.notes)
         return result
 
@@ -128,12 +132,16 @@ def prepare(
             refuse_overlap(to_retain, to_hold_out, part="holdout", of="retain")
     forget_rows = tokenized("forget", to_forget)
     targets = forget_targets(forget_term, forget_rows, data.refusal, partial(tokenized, "forget, refusing"))
+    alternatives = None
+    if data.alternative_column is not None:
+        alternatives = tokenized("forget, alternatives", with_alternatives(to_forget))
     retain_rows = unwritten if to_retain is None else tokenized("retain", to_retain)
     holdout_rows = None if to_hold_out is None else tokenized("holdout", to_hold_out)
     held_out = None
     if own is not None or is_general(data.retain) or (data.retain is None and not bundled):
         held_out = general_holdout(to_forget, tokenizer, data, template)
-    return PreparedData(forget_rows, retain_rows, targets, report, holdout_rows, unwritten is not None, held_out)
+    written = unwritten is not None
+    return PreparedData(forget_rows, retain_rows, targets, report, holdout_rows, written, held_out, alternatives)
 
 
 def general_holdout(
@@ -188,15 +196,16 @@ def kinds(examples: list[Example]) -> list[Example]:
     return list({example.schema: example for example in reversed(examples)}.values())[::-1]
 
 
-def origin(rows: Rows, examples: Sequence[Example], form: str) -> str:
-    """What was recognised in the rows, and the form in which they are written ("" if not known)."""
+def origin(rows: Rows, examples: Sequence[Example], form: str, also: Collection[str] = ()) -> str:
+    """What was recognised in the rows, and the form in which they are written ("" if not known). also: columns that
+    are read beside those of the schema."""
     if rows.mixed:
         counts = Counter(example.schema for example in examples)
         kinds = [f"{number} {SCHEMAS.get(name, (name, name))[number > 1]}" for name, number in counts.items()]
         return "; ".join(filter(None, [" and ".join(kinds), form]))
     rows = canonical(rows)
     line = ", ".join(filter(None, [f"columns {examples[0].schema}", form]))
-    read = set[str]().union(*(example.columns for example in examples))
+    read = set(also).union(*(example.columns for example in examples))
     if unread := [column for column in rows.columns if column not in read]:
         line += f"; not read: {', '.join(unread)}"
     return line

@@ -52,6 +52,8 @@ class Example:
         and whatever else a turn has, such as `tool_calls` or `reasoning_content`.
     options: what the chat template gets beside the conversation: `tools`, and the row's `chat_template_kwargs`.
     paraphrases: the prompt in other words, with which evaluation asks as well (column `paraphrased_question`).
+    alternatives: other answers, to be preferred to this one (`--alternative-column`).
+    group: what the row is about, such as a person, where a column says so (`--group-column`); None: it stands alone.
     continues: whether the text goes on after the answer, which then has no EOS: most passages of a document do.
     """
 
@@ -64,6 +66,8 @@ class Example:
     options: Mapping[str, Any] = field(default_factory=dict)
     paraphrases: tuple[str, ...] = ()
     continues: bool = False
+    alternatives: tuple[str, ...] = ()
+    group: str | None = None
 
     @property
     def columns(self) -> set[str]:
@@ -73,18 +77,51 @@ class Example:
         return beside | set(own) | ({PARAPHRASED + own[0]} if self.paraphrases else set())
 
 
-def to_examples(rows: Rows, *, prompt_column: str | None = None, answer_column: str | None = None) -> list[Example]:
+def to_examples(
+    rows: Rows,
+    *,
+    prompt_column: str | None = None,
+    answer_column: str | None = None,
+    alternative_column: str | None = None,
+    group_column: str | None = None,
+) -> list[Example]:
     """One Example per row. Named columns take precedence; an answer column alone means text without a prompt. Columns
     are known whatever their case. The rows of a mixed source have columns of their own, which need no names.
 
     Raises UserError, naming the columns, when no schema fits, and with file and line for a missing, empty or non-text
     field.
     """
+    alternative = alternative_column and _named(alternative_column, rows)
+    group = group_column and _named(group_column, rows)
     if rows.mixed:
-        return [_of_mixed(row, rows.where(index)) for index, row in enumerate(rows.rows)]
-    rows = canonical(rows)
-    columns = _choose_columns(rows, prompt_column, answer_column)
-    return [_example(row, rows.where(index), *columns) for index, row in enumerate(rows.rows)]
+        examples = [_of_mixed(row, rows.where(index)) for index, row in enumerate(rows.rows)]
+    else:
+        spelled = canonical(rows)
+        columns = _choose_columns(spelled, prompt_column, answer_column)
+        examples = [_example(row, rows.where(index), *columns) for index, row in enumerate(spelled.rows)]
+    if alternative:
+        pairs = zip(examples, rows.rows, strict=True)
+        examples = [replace(one, alternatives=_alternatives(row, alternative, one)) for one, row in pairs]
+    if group:
+        pairs = zip(examples, rows.rows, strict=True)
+        examples = [replace(one, group=_group(row.get(group))) for one, row in pairs]
+    return examples
+
+
+def _alternatives(row: dict[str, Any], column: str, example: Example) -> tuple[str, ...]:
+    """A text, or a list of texts, none of which is the answer."""
+    value = row.get(column)
+    if isinstance(value, list) and value:
+        texts = tuple(_text({column: text}, column, example.where) for text in value)
+    else:
+        texts = (_text(row, column, example.where),)
+    if example.answer in texts:
+        raise UserError(f"{example.where}: {column} holds the answer itself; write another one into it.")
+    return texts
+
+
+def _group(value: Any) -> str | None:
+    return str(value).strip() or None if value is not None else None
 
 
 def _of_mixed(row: dict[str, Any], where: str) -> Example:
@@ -127,7 +164,18 @@ def with_answer(examples: Sequence[Example], refusal: str) -> list[Example]:
                 f"{example.where} is text without a question, so there is nothing to refuse; "
                 "use a forget term other than idk, or rows with a prompt."
             )
-    return [replace(one, answer=refusal, messages=_with_last_turn(one.messages, refusal)) for one in examples]
+    return [_answered(one, refusal) for one in examples]
+
+
+def with_alternatives(examples: Sequence[Example]) -> list[Example]:
+    """The same prompts answered by the first alternative of each, then by the second of each, and so on; a row with
+    fewer than another begins anew. Every example must have one."""
+    most = max(len(one.alternatives) for one in examples)
+    return [_answered(one, one.alternatives[n % len(one.alternatives)]) for n in range(most) for one in examples]
+
+
+def _answered(example: Example, answer: str) -> Example:
+    return replace(example, answer=answer, messages=_with_last_turn(example.messages, answer))
 
 
 def _with_last_turn(messages: tuple[dict[str, Any], ...] | None, content: str) -> tuple[dict[str, Any], ...] | None:

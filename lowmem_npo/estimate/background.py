@@ -20,6 +20,7 @@ from lowmem_npo.estimate.measured import compare, measure, restart_peak
 from lowmem_npo.estimate.report import Report, own_capability
 from lowmem_npo.estimate.step import StepRows
 from lowmem_npo.sizes import gib
+from lowmem_npo.training.training_rows import planned_rows
 
 
 class Simulation:
@@ -108,4 +109,4 @@ def _what_would_fit(config: RunConfig, data: PreparedData, device: torch.device,
 
 
 def _rows(config: RunConfig, data: PreparedData) -> StepRows:
-    return StepRows.of_data(config, data.forget_targets, data.retain)
+    return StepRows.of_data(config, *planned_rows(config, data).parts)

@@ -78,26 +78,33 @@ class StepRows:
 
     forget: tuple[tuple[int, int], ...]
     retain: tuple[tuple[int, int], ...]
+    alternatives: tuple[tuple[int, int], ...] = ()  # one of which goes with each of `forget`, if there are any
 
     @classmethod
     def of_length(cls, config: RunConfig) -> StepRows:
         """Rows of --max-length tokens, all of them answer: the worst case, for data that are not known."""
         row = (config.data.max_length, config.data.max_length - 1)
-        return cls((row,) * config.training.batch_size, (row,) * config.training.retain_rows)
+        forget, paired = (row,) * config.training.batch_size, config.objective.forget_term == "dpo"
+        return cls(forget, (row,) * config.training.retain_rows, forget if paired else ())
 
     @classmethod
     def of_data(
-        cls, config: RunConfig, forget: Sequence[TokenizedRow], retain: Sequence[TokenizedRow] | None
+        cls,
+        config: RunConfig,
+        forget: Sequence[TokenizedRow],
+        retain: Sequence[TokenizedRow] | None,
+        alternatives: Sequence[TokenizedRow] = (),
     ) -> StepRows:
         """The longest rows, with the longest answers."""
-        training = config.training
-        return cls(_largest(forget, training.batch_size), _largest(retain or (), training.retain_rows))
+        size, retain_size = config.training.batch_size, config.training.retain_rows
+        return cls(_largest(forget, size), _largest(retain or (), retain_size), _largest(alternatives, size))
 
     def micro_batch(self, config: RunConfig) -> StepRows:
         """The largest rows that go through the model at once."""
         micro_batches = config.training.micro_batches()
         retain = -(-config.training.retain_rows // micro_batches) if config.objective.needs_retain else 0
-        return StepRows(self.forget[: -(-config.training.batch_size // micro_batches)], self.retain[:retain])
+        forget = -(-config.training.batch_size // micro_batches)
+        return StepRows(self.forget[:forget], self.retain[:retain], self.alternatives[:forget])
 
 
 def estimate(
@@ -171,6 +178,7 @@ def _trainer(model: PeftModel, config: RunConfig, rows: StepRows, folder: str, p
             batch_size=len(rows.forget),
             micro_batch_size=None,
             retain_batch_size=len(rows.retain) or None,
+            layered=None,  # its steps are those of any run, of rows that `StepRows` knows
         ),
         output=replace(config.output, output_dir=folder),
         trainer_args={name: value for name, value in config.trainer_args.items() if name.startswith("optim")},
@@ -182,6 +190,7 @@ def _trainer(model: PeftModel, config: RunConfig, rows: StepRows, folder: str, p
         arguments,
         [token_row(*row) for row in rows.forget],
         [token_row(*row) for row in rows.retain],
+        alternative_dataset=[token_row(*row) for row in rows.alternatives] or None,
         processing_class=cast(PreTrainedTokenizerBase, SimpleNamespace(pad_token_id=0)),
     )
 

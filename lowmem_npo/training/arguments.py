@@ -36,6 +36,8 @@ def npo_config(config: RunConfig, kind: type[NPOConfig] = NPOConfig) -> NPOConfi
         "gradient_accumulation_steps": training.micro_batches(process.num_processes),
         "step_batch_size": training.batch_size,
         "retain_batch_size": training.retain_rows,
+        "layered": training.layered,
+        "layered_weight": training.layered_weight,
         "num_train_epochs": training.epochs,
         "max_steps": training.max_steps or -1,
         "learning_rate": training.lr,

@@ -25,6 +25,7 @@ from lowmem_npo.files import complete, write_atomically
 from lowmem_npo.model import reference_mode
 from lowmem_npo.run_directory import RunFiles, step_of
 from lowmem_npo.stop_conditions import Condition, StopEvaluation, best, held, holds
+from lowmem_npo.training.layered import LayeredBatches
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Stopping(TrainerCallback):
     directory: gets evaluations.jsonl, a line per evaluation, and best/, the best adapter so far.
     every: optimiser steps between evaluations; None: one after each epoch. The last step is always followed by one.
     patience: how many evaluations in a row a condition must hold at.
+    folds: under layered unlearning, the rows of each fold that are measured in its stage; a goal that they reach ends
+        the stage. All else is decided in the last stage, on `sets`. The caller gives the trainer's rows to `stages`.
 
     The main process measures, and decides for all.
     """
@@ -64,8 +67,11 @@ class Stopping(TrainerCallback):
         every: int | None = None,
         patience: int = 1,
         batch_size: int = 8,
+        folds: Sequence[Sequence[TokenizedRow]] = (),
         say: Say = print,
     ) -> None:
+        self.folds = folds
+        self.stages: LayeredBatches | None = None
         self.conditions, self.model, self.sets, self.files = conditions, model, sets, RunFiles(directory)
         self.every, self.patience, self.batch_size, self.say = every, patience, batch_size, say
         self.evaluations: list[StopEvaluation] = []
@@ -78,6 +84,8 @@ class Stopping(TrainerCallback):
         if not self.evaluations or self.evaluations[0].step > 0:
             self.evaluations = []  # nothing to continue: the original is measured again
             return False
+        for last in range(2, len(self.evaluations) + 1):
+            self._end_stage(self._stage_ended(self.evaluations[:last]), self.evaluations[last - 1].step)
         return bool(self._held())
 
     def damage(self, step: int) -> str | None:
@@ -86,7 +94,7 @@ class Stopping(TrainerCallback):
             evaluations = self._until(step)
         except (ValueError, TypeError):
             return f"{self.files.stop_evaluations.name} is damaged"
-        kept = best(evaluations, self.conditions) if evaluations else None
+        kept = self._best(evaluations) if evaluations else None
         if kept is None:
             return None
         try:
@@ -121,15 +129,21 @@ class Stopping(TrainerCallback):
             self._evaluate(args, state, control)
 
     def _evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-        decision = [False]
+        decision: list[Any] = [False, None]
         if state.is_world_process_zero:
-            now = measure(self.model, self.sets, state.global_step, state.epoch, self.batch_size)
+            stage, sets = None, dict(self.sets)
+            if self.stages is not None:
+                stage = self.stages.stage(state.global_step - 1) + 1
+                sets |= {} if stage == len(self.folds) else {"forget": self.folds[stage - 1]}
+            now = measure(self.model, sets, state.global_step, state.epoch, self.batch_size, stage)
             self._add(now)
-            if best(self.evaluations, self.conditions) is now:
+            if self._best(self.evaluations) is now:
                 self._save(now)
             self._write()
-            decision = [bool(self._held())]
-        if broadcast_object_list(decision)[0]:
+            decision = [bool(self._held()), self._stage_ended(self.evaluations)]
+        stop, ended = broadcast_object_list(decision)
+        self._end_stage(ended, state.global_step)
+        if stop:
             control.should_training_stop = True
             control.should_save |= args.save_strategy != SaveStrategy.NO  # or it could not be resumed
 
@@ -142,7 +156,7 @@ class Stopping(TrainerCallback):
 
     def finish(self) -> StopOutcome | None:
         """Loads the best adapter into the model, writes stopping.json, and reports. For the main process."""
-        kept, last, ended_by = best(self.evaluations, self.conditions), self.evaluations[-1], self._held()
+        kept, last, ended_by = self._best(self.evaluations), self.evaluations[-1], self._held()
         if kept is None:
             return None
         self._restore(kept)
@@ -180,7 +194,28 @@ class Stopping(TrainerCallback):
     # -- evaluations and adapters, in memory and on disk --------------------------------------------------------------
 
     def _held(self) -> list[Condition]:
-        return held(self.evaluations, self.conditions, self.patience)
+        return held(self._counting(self.evaluations), self.conditions, self.patience)
+
+    def _best(self, evaluations: Sequence[StopEvaluation]) -> StopEvaluation | None:
+        return best(self._counting(evaluations), self.conditions)
+
+    def _counting(self, evaluations: Sequence[StopEvaluation]) -> list[StopEvaluation]:
+        """The first one, and those by which the run is judged: all, or the last stage's."""
+        last = len(self.folds) or None
+        return [evaluations[0], *(e for e in evaluations[1:] if e.stage == last)]
+
+    def _stage_ended(self, evaluations: Sequence[StopEvaluation]) -> int | None:
+        """The stage, from 0, that the last of the evaluations ends; None: none, or the last stage."""
+        stage = evaluations[-1].stage
+        if stage is None or stage == len(self.folds):
+            return None
+        of_stage = [evaluations[0], *(e for e in evaluations[1:] if e.stage == stage)]
+        goals = [condition for condition in self.conditions if condition.kind == "goal"]
+        return stage - 1 if held(of_stage, goals, self.patience) else None
+
+    def _end_stage(self, ended: int | None, step: int) -> None:
+        if ended is not None and self.stages is not None:
+            self.stages.end_stage(ended, step)
 
     def _add(self, now: StopEvaluation) -> None:
         self.evaluations.append(now)
@@ -191,7 +226,8 @@ class Stopping(TrainerCallback):
             "membership AUC": now.membership_auc,
         }
         line = ", ".join(f"{name} {value:.3f}" for name, value in figures.items() if value is not None)
-        self.say(f"{f'step {now.step}' if now.step else 'before'}: {line}")
+        stage = f", stage {now.stage} of {len(self.folds)}" if now.stage else ""
+        self.say(f"{f'step {now.step}{stage}' if now.step else 'before'}: {line}")
 
     def _write(self) -> None:
         lines = "".join(json.dumps(_line(evaluation)) + "\n" for evaluation in self.evaluations)
@@ -216,10 +252,10 @@ class Stopping(TrainerCallback):
 
     def _prune(self) -> None:
         """Removes the adapters that are the best neither now nor at any checkpoint."""
-        kept = [best(self.evaluations, self.conditions)]
+        kept = [self._best(self.evaluations)]
         for step in map(step_of, self.files.checkpoints()):
             if until := [evaluation for evaluation in self.evaluations if evaluation.step <= step]:
-                kept.append(best(until, self.conditions))
+                kept.append(self._best(until))
         files = {self._file(evaluation) for evaluation in kept if evaluation is not None}
         for file in self.files.best.glob("step-*"):
             if file not in files:
@@ -232,18 +268,19 @@ def measure(
     step: int,
     epoch: float,
     batch_size: int,
+    stage: int | None = None,
 ) -> StopEvaluation:
     """The likelihood of every set's answers; nothing is generated."""
     scores = {
         name: answer_likelihoods(model, rows, batch_size=batch_size, description=f"step {step}, {name}")
         for name, rows in sets.items()
     }
-    levels = {f"{name}_nll": _nll(likelihoods) for name, likelihoods in scores.items()}
+    levels: dict[str, Any] = {f"{name}_nll": _nll(likelihoods) for name, likelihoods in scores.items()}
     if "holdout" in scores:
         rows = [[likelihood.nll for likelihood in scores[name]] for name in ("forget", "holdout")]
         finite = all(map(math.isfinite, [*rows[0], *rows[1]]))
         levels["membership_auc"] = membership(*rows).auc if finite else math.nan
-    return StopEvaluation(step, epoch, **levels)
+    return StopEvaluation(step, epoch, **levels, stage=stage)
 
 
 def read_evaluations(path: Path) -> list[StopEvaluation]:

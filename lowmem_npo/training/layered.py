@@ -10,6 +10,7 @@ the last stage shows all rows alike; later folds are retain rows, each of them t
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
@@ -81,11 +82,15 @@ class LayeredBatches(StepBatches):
         """The stage, from 0, that global step `step` (from 0) belongs to."""
         return bisect_right(self.starts, step) - 1
 
-    def end_stage(self, step: int) -> None:
-        """Lets the next stage begin at `step`, before its time; those after it keep their lengths."""
-        now, share = self.stage(step - 1), self.steps // len(self.folds)
-        for stage in range(now + 1, len(self.folds)):
-            self.starts[stage] = min(self.starts[stage], step + (stage - now - 1) * share)
+    def end_stage(self, stage: int, step: int) -> None:
+        """Ends `stage` with the epoch in which `step` steps are done, before its time; but for the last one, those
+        after it keep their lengths."""
+        first = (
+            math.ceil(step / self.steps_per_epoch) * self.steps_per_epoch
+        )  # the rows of this epoch may be on the way
+        for later in range(stage + 1, len(self.folds)):
+            begin = first + (later - stage - 1) * (self.steps // len(self.folds))
+            self.starts[later] = min(self.starts[later], begin)
 
     def step_rows(self, step: int) -> tuple[list[int], list[int]]:
         stage = self.stage(step)

@@ -27,7 +27,7 @@ from lowmem_npo.forget_terms import custom_term, reference_of
 
 @dataclass(frozen=True)
 class StepTotals:
-    """Counts of one optimiser step, over all its micro-batches and processes."""
+    """Counts of one optimiser step, over all its micro-batches and processes. Alternative answers do not count."""
 
     forget_sequences: int
     forget_tokens: int  # answer tokens that are predicted
@@ -70,6 +70,16 @@ def simnpo(mean_logprob: Tensor, beta: float, margin: float) -> Tensor:
     return (2.0 / beta) * F.softplus(beta * mean_logprob + margin)
 
 
+def dpo(log_ratio: Tensor, alternative: Tensor, beta: float) -> Tensor:
+    """Direct preference optimisation of an alternative answer over the forgotten one, elementwise on their log-ratios
+    log(pi / pi_ref): -(2/beta) * logsigmoid(beta * (alternative - log_ratio)).
+
+    Rafailov et al. 2023, "Direct Preference Optimization", eq. 7, times 2/beta as in NPO, which is this with the
+    alternative left out (Zhang et al. 2024). AltPO (Mekala et al. 2025) where the alternatives are the model's own.
+    """
+    return npo(log_ratio - alternative, beta)
+
+
 def wga(logprob: Tensor, beta: float) -> Tensor:
     """Weighted gradient ascent, elementwise on token log-probs: p^beta * log p, the weight a constant to the gradient.
 
@@ -107,7 +117,7 @@ def forget_loss(
 
     Args:
         policy: log-probs of the forget answers (for `idk` and `jensun`: of the refusals) under the policy, with
-            gradient.
+            gradient; each followed by its alternative, where there are any.
         reference: what `needs_reference` says: (B,) sums or (N,) per-token log-probs of the original model, or None.
         totals: counts of the whole optimiser step.
 
@@ -133,6 +143,9 @@ def forget_loss(
     if term == "simnpo":
         return simnpo(policy.sums() / policy.lengths(), objective.beta, objective.simnpo_margin).sum() / sequences
     assert reference is not None
+    if term == "dpo":  # an alternative follows each answer
+        forgotten, alternative = (policy.sums() - reference).view(-1, 2).unbind(1)
+        return dpo(forgotten, alternative, objective.beta).sum() / sequences
     if objective.normalization == "token":
         return npo(policy.token_logprobs - reference, objective.beta).sum() / tokens
     log_ratio = policy.sums() - reference
@@ -145,9 +158,9 @@ def needs_reference(objective: ObjectiveConfig) -> Literal["sequence", "token"] 
     """What the forget term needs of the original model: "sequence" (B,) sums, "token" (N,) log-probs, or None."""
     if (custom := custom_term(objective.forget_term, FORGET_TERMS)) is not None:
         return reference_of(custom)
-    if objective.forget_term != "npo":
+    if objective.forget_term not in ("npo", "dpo"):
         return None
-    return "token" if objective.normalization == "token" else "sequence"
+    return "token" if (objective.forget_term, objective.normalization) == ("npo", "token") else "sequence"
 
 
 def retain_weights(objective: ObjectiveConfig, totals: StepTotals) -> tuple[float, float]:

@@ -22,6 +22,7 @@ def script_rows(
     max_length: int,
     term: str = "",
     refusal: str = "",
+    group_column: str | None = None,
 ) -> Sequence[TokenizedRow]:
     """`rows` as they are if they are tokenised; raw ones, of any schema that files may have, are tokenised.
 
@@ -30,6 +31,7 @@ def script_rows(
         name: the argument that they came as, for messages.
         max_length: tokens per raw row.
         term, refusal: of rows to forget, the forget term that trains on them, and the refusal that it may teach.
+        group_column: of raw rows, the column that says what each is about.
 
     Raises:
         UserError: no rows, or rows that cannot be read.
@@ -45,7 +47,7 @@ def script_rows(
         return rows
     if "input_ids" in first:
         raise UserError(f"{name} has input_ids without labels, so nothing says what is the answer: give raw rows.")
-    examples = to_examples(Rows(name, [dict(rows[i]) for i in range(len(rows))]))
+    examples = to_examples(Rows(name, [dict(rows[i]) for i in range(len(rows))]), group_column=group_column)
     ids = getattr(model.generation_config, "eos_token_id", None)
     stops = frozenset(i for i in (ids if isinstance(ids, list) else [ids]) if i is not None)
     tokenized = partial(tokenize, tokenizer=tokenizer, max_length=max_length, template=Template(stops=stops))

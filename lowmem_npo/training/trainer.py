@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -40,10 +41,12 @@ from lowmem_npo.model.modes import train_adapter
 from lowmem_npo.run_directory import AdapterFiles
 from lowmem_npo.training.checkpoints import write_digest
 from lowmem_npo.training.honoured import FROM_PYTHON, as_is, check_effect
+from lowmem_npo.training.layered import LayeredBatches, check_folds
 from lowmem_npo.training.objective import SequenceLogprobs, StepTotals, forget_loss, needs_reference, retain_weights
 from lowmem_npo.training.reference import CachedReference, LiveReference
 from lowmem_npo.training.script_rows import script_rows
 from lowmem_npo.training.step_rows import StepBatches
+from lowmem_npo.training.training_rows import TrainingRows, training_rows
 
 
 @dataclass
@@ -71,6 +74,12 @@ class NPOConfig(ObjectiveConfig, TrainingArguments):
     """Forget rows per optimiser step over all micro-batches and processes. Default: the product of the fields above."""
     retain_batch_size: int | None = None
     """Retain rows per optimiser step over all micro-batches and processes. Default: as many as forget rows."""
+    layered: int | None = None
+    """Folds of layered unlearning, forgotten one stage after another (`lowmem_npo.training.layered`)."""
+    layered_weight: float = TrainingConfig.layered_weight
+    """How often the rows of earlier folds are shown, until the last stage; 1: as often as those of the newest."""
+    group_column: str | None = None
+    """Column of forget rows that are not tokenised which says what each is about; a group stays in one fold."""
     max_length: int = DataConfig.max_length
     """Tokens per row, prompt and answer together, of rows that are not tokenised."""
     refusal: str = DataConfig.refusal
@@ -106,6 +115,10 @@ class NPOTrainer(Trainer):
             the command line does; or tokenised rows, as `lowmem_npo.data.tokenize` makes them. For the terms `idk` and
             `jensun` those teach the refusal already (`lowmem_npo.data.targets`).
         retain_dataset: the same for what must be kept; None if gamma and delta are both 0.
+        alternative_dataset: other answers to the same prompts, which `dpo` prefers: as many rows as forget_dataset, in
+            its order, or several times as many, of which another part is taken in every epoch.
+        true_dataset: under `layered`, rows with the true answers where forget_dataset is tokenised and teaches a
+            refusal: what is held until its turn.
         forget_term: a forget term of your own in place of `args.forget_term`; `lowmem_npo.forget_terms` says what it is
             given.
         peft_config: `AdapterConfig` of the LoRA adapter to attach if `model` has none yet.
@@ -130,6 +143,8 @@ class NPOTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase,
         peft_config: AdapterConfig | None = None,
         forget_term: Term | None = None,
+        alternative_dataset: Any = None,
+        true_dataset: Any = None,
         **trainer_kwargs: Any,
     ) -> None:
         if forget_term is not None:
@@ -140,8 +155,17 @@ class NPOTrainer(Trainer):
                 "gamma or delta is positive but there are no retain rows: give retain_dataset, or set both to 0."
             )
         tokenized = partial(script_rows, model=causal_lm(model), tokenizer=processing_class, max_length=args.max_length)
-        forget_dataset = tokenized(forget_dataset, "forget_dataset", term=args.forget_term, refusal=args.refusal)
-        retain_dataset = tokenized(retain_dataset, "retain_dataset") if self.objective.needs_retain else None
+        rows = training_rows(
+            forget_dataset,
+            retain_dataset if self.objective.needs_retain else None,
+            alternative_dataset,
+            true_dataset,
+            tokenized,
+            term=args.forget_term,
+            layered=args.layered,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            teaching={"term": args.forget_term, "refusal": args.refusal, "group_column": args.group_column},
+        )
         if not isinstance(model, PeftModel):
             if peft_config is None:
                 raise UserError("NPOTrainer trains an adapter: give a PeftModel, or peft_config=AdapterConfig(...).")
@@ -158,13 +182,14 @@ class NPOTrainer(Trainer):
         self._metrics = StepMetrics(self.objective)
         if args.reference_dir is not None:
             directory = Path(args.reference_dir)
+            names = rows.cache_names
             self.reference = CachedReference.open(
-                self.reference, directory, forget_dataset, retain_dataset, processing_class
+                self.reference, directory, rows.forget, rows.retain, processing_class, names
             )
         super().__init__(
             model=model,
             args=args,
-            train_dataset=ForgetRetain(forget_dataset, retain_dataset),
+            train_dataset=ForgetRetain(rows.forget, rows.retain),
             data_collator=collator(
                 processing_class.pad_token_id,
                 with_retain=self.objective.needs_retain,
@@ -173,7 +198,7 @@ class NPOTrainer(Trainer):
             processing_class=processing_class,
             **trainer_kwargs,
         )
-        self.step_batches = self._step_batches(len(forget_dataset), len(retain_dataset or ()))
+        self.step_batches = self._step_batches(rows)
         self.add_callback(_EpochOfSampler(self.step_batches))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -199,20 +224,26 @@ class NPOTrainer(Trainer):
 
     # -- data: one forget and one retain batch per step -------------------------------------------------------------
 
-    def _step_batches(self, num_forget: int, num_retain: int) -> StepBatches:
+    def _step_batches(self, rows: TrainingRows) -> StepBatches:
         args = self.args
         micro_batches, processes = args.gradient_accumulation_steps, args.world_size
         batch_size = args.step_batch_size or args.per_device_train_batch_size * micro_batches * processes
-        return StepBatches(
-            num_forget=num_forget,
-            num_retain=num_retain,
-            batch_size=batch_size,
-            retain_batch_size=args.retain_batch_size or batch_size,
-            micro_batches=micro_batches,
-            seed=args.data_seed if args.data_seed is not None else args.seed,
-            rank=args.process_index,
-            world_size=processes,
-        )
+        sizes = {
+            "num_retain": rows.num_retain,
+            "batch_size": batch_size,
+            "retain_batch_size": args.retain_batch_size or batch_size,
+            "micro_batches": micro_batches,
+            "seed": args.data_seed if args.data_seed is not None else args.seed,
+            "rank": args.process_index,
+            "world_size": processes,
+            "alternatives": rows.alternatives,
+        }
+        if rows.folds is None:
+            return StepBatches(rows.num_forget, **sizes)
+        per_epoch = math.ceil(rows.num_forget / batch_size)
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+        check_folds(rows.folds, batch_size, steps)
+        return LayeredBatches(rows.folds, steps, args.layered_weight, **sizes)
 
     def get_train_dataloader(self) -> DataLoader:
         """Plain, not sharded by accelerate: `StepBatches` already yields this process's share of every step."""
@@ -230,7 +261,12 @@ class NPOTrainer(Trainer):
         """The micro-batches of one optimiser step, and its `StepTotals` over all of them and all processes."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         forget, retain = ([batch[part] for batch in batches if batch[part]] for part in ("forget", "retain"))
-        counts = sum(map(len, forget)), sum(b.num_answers for b in forget), sum(b.num_answers for b in retain)
+        every = self._answers_per_row
+        counts = (
+            sum(len(b) for b in forget) // every,
+            sum(sum(b.answers[::every]) for b in forget),
+            sum(b.num_answers for b in retain),
+        )
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(torch.tensor(counts, device=device), reduction="sum").tolist()
         return batches, StepTotals(*counts)
@@ -270,11 +306,23 @@ class NPOTrainer(Trainer):
         logprobs = token_logprobs(answers.hidden, self.head, answers.targets)
         policy = SequenceLogprobs(logprobs, answers.sequence, len(batch))
         loss = forget_loss(self.objective, policy, reference, totals)
-        self._metrics.add(forget_loss=loss, forget_nll=-logprobs.sum() / totals.forget_tokens)
-        if reference is not None:
-            ratio = logprobs.sum() - reference.sum()
-            self._metrics.add(forget_log_ratio=ratio / totals.forget_sequences)
+        with torch.no_grad():  # the figures are of the answers to forget alone
+            every = self._answers_per_row
+            if every > 1:
+                forgotten = answers.sequence % every == 0
+                logprobs = logprobs * forgotten
+                if reference is not None:
+                    reference = reference[::every] if len(reference) == len(batch) else reference * forgotten
+            self._metrics.add(forget_loss=loss, forget_nll=-logprobs.sum() / totals.forget_tokens)
+            if reference is not None:
+                ratio = logprobs.sum() - reference.sum()
+                self._metrics.add(forget_log_ratio=ratio / totals.forget_sequences)
         return loss
+
+    @property
+    def _answers_per_row(self) -> int:
+        """How many rows of a forget batch belong to one row to forget: itself, and the other answer if it has any."""
+        return 2 if self.step_batches.alternatives else 1
 
     def _retain_loss(self, batch: RowBatch, reference_hidden: Tensor | None, totals: StepTotals) -> Tensor:
         answers = answer_hidden(self.model, batch)
@@ -313,6 +361,8 @@ class NPOTrainer(Trainer):
             if self.args.world_size > 1:
                 values = self.accelerator.reduce(values.to(self.args.device), reduction="sum")
             logs.update(zip(self._metrics.names, values.tolist(), strict=True))
+            if isinstance(self.step_batches, LayeredBatches):
+                logs["stage"] = self.step_batches.stage(self.state.global_step - 1) + 1
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

@@ -25,18 +25,25 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def random_rows(count: int, seed: int, vocabulary: int = VOCABULARY) -> list[dict]:
-    """Rows of unequal prompt and answer lengths."""
+def random_rows(count: int, seed: int, vocabulary: int = VOCABULARY, longest: int = 8) -> list[dict]:
+    """Rows of unequal prompt and answer lengths, each up to `longest`."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for _ in range(count):
-        prompt, answer = (int(torch.randint(1, 9, (1,), generator=generator)) for _ in range(2))
+        prompt, answer = (int(torch.randint(1, longest + 1, (1,), generator=generator)) for _ in range(2))
         ids = torch.randint(3, vocabulary, (prompt + answer,), generator=generator).tolist()
         rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:], "prompt_length": prompt})
     return rows
 
 
-def make_trainer(model, folder: Path, forget: list[dict], retain: list[dict] | None, **settings) -> NPOTrainer:
+def make_trainer(
+    model,
+    folder: Path,
+    forget: list[dict],
+    retain: list[dict] | None,
+    alternatives: list[dict] | None = None,
+    **settings,
+) -> NPOTrainer:
     """An NPOTrainer whose adapter already changes the model, so that KL and log-ratios are not 0."""
     defaults = {
         "output_dir": str(folder),
@@ -54,6 +61,7 @@ def make_trainer(model, folder: Path, forget: list[dict], retain: list[dict] | N
         retain,
         processing_class=word_tokenizer(),
         peft_config=AdapterConfig(lora_r=3),
+        alternative_dataset=alternatives,
     )
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -79,7 +87,7 @@ def step_gradients(trainer: NPOTrainer) -> dict[str, torch.Tensor]:
 
 
 def dense_step(
-    trainer: NPOTrainer, forget: list[dict], retain: list[dict] | None
+    trainer: NPOTrainer, forget: list[dict], retain: list[dict] | None, alternatives: list[dict] | None = None
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """The step's loss and gradients from full float64 logits, after the formulas in docs/architecture.md.
 
@@ -105,11 +113,17 @@ def dense_step(
         return table[torch.arange(len(targets)), targets]
 
     loss, tokens = 0.0, 0
-    for row in forget:
+    for place, row in enumerate(forget):
         own = picked(row)
         with torch.no_grad(), model.disable_adapter():
             original = picked(row)
-        if o.forget_term == "npo":
+        if o.forget_term == "dpo":
+            other = picked(alternatives[place])
+            with torch.no_grad(), model.disable_adapter():
+                its_original = picked(alternatives[place])
+            margin = (other - its_original).sum() - (own - original).sum()
+            loss = loss - 2 / o.beta * torch.sigmoid(o.beta * margin).log()
+        elif o.forget_term == "npo":
             ratio = own - original
             ratio = {"sequence": ratio.sum()[None], "length": ratio.mean()[None], "token": ratio}[o.normalization]
             loss = loss + (-2 / o.beta * torch.nn.functional.logsigmoid(-o.beta * ratio)).sum()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,6 +25,7 @@ from lowmem_npo.data import prepare
 from lowmem_npo.run_directory import AdapterFiles, RunFiles
 from lowmem_npo.stop_conditions import StopEvaluation
 from lowmem_npo.training.early_stopping import Stopping, read_evaluations
+from lowmem_npo.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 CONDITIONS = {
@@ -160,6 +162,33 @@ def test_stopped_between_two_checkpoints_it_can_be_resumed(whole, taught_model, 
     result = train(replace(config, output=replace(config.output, resume=True)), say=lines.append)
     assert f"--resume: continues from checkpoint-{stop}." in lines
     assert (result.stopping.last.step, result.stopping.kept.step) == (stop, kept) and restored(tmp_path / "run", whole)
+
+
+def test_a_goal_that_a_fold_reaches_ends_its_stage(taught_model, tmp_path):
+    """Each stage's own rows decide, the next one begins with the next epoch, and only the last stage ends the run or is
+    kept. Resumed from the second stage, it is the same."""
+    config = unlearning_config(taught_model, tmp_path / "run", ("forget-at-holdout",), layered=2)
+    config = replace(config, data=replace(config.data, group_column="person"))
+    result = train(config, say=silent)
+    start, *measured = evaluations(tmp_path / "run")
+    first = [e for e in measured if e.stage == 1]
+    assert first[-1].forget_nll >= start.holdout_nll and first[-1].step < 15  # before half of the steps
+    assert all(e.forget_nll < start.holdout_nll for e in first if e.step <= 4 * ((first[-1].step - 1) // 4))
+    second = [e for e in measured if e.stage == 2]
+    assert second[0].step == 4 * math.ceil(first[-1].step / 4) + 2 and second[0].forget_nll < first[-1].forget_nll
+    assert result.stopping.kept in second and result.stopping.last.step == measured[-1].step
+    stages = [line["stage"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "stage" in line]
+    assert stages == [1] * (second[0].step - 2) + [2] * (len(stages) - second[0].step + 2)
+
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "run", again)
+    AdapterFiles(again).weights.unlink()
+    for checkpoint in RunFiles(again).checkpoints():
+        if int(checkpoint.name.rpartition("-")[2]) > second[0].step:
+            shutil.rmtree(checkpoint)
+    output = replace(config.output, output_dir=str(again), resume=True)
+    assert train(replace(config, output=output), say=silent).stopping.last == result.stopping.last
+    assert evaluations(again) == evaluations(tmp_path / "run") and same(adapter(again), adapter(tmp_path / "run"))
 
 
 def test_each_epoch_is_the_default(taught_model, tmp_path):

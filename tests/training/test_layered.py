@@ -109,15 +109,21 @@ def test_a_large_retain_set_does_not_drown_the_later_folds():
     assert max(count for row, count in retain.items() if row < 900) == 1
 
 
-def test_a_stage_that_ends_early_hands_over_at_that_step():
+def test_a_stage_that_ends_early_hands_over_after_the_epoch():
     sampler = batches()
-    before = [sampler.step_rows(step) for step in range(25)]
-    sampler.end_stage(25)
-    assert sampler.starts == [0, 25, 65]
-    assert [sampler.step_rows(step) for step in range(25)] == before
-    assert {sampler.stage(step) for step in range(25, 65)} == {1}
-    sampler.end_stage(70)  # the last one goes on to the end
-    assert sampler.starts == [0, 25, 65] and sampler.stage(119) == 2
+    before = [sampler.step_rows(step) for step in range(28)]
+    sampler.end_stage(0, 25)
+    assert sampler.starts == [0, 28, 68]  # at the end of the epoch of four steps
+    assert [sampler.step_rows(step) for step in range(28)] == before
+    assert {sampler.stage(step) for step in range(28, 68)} == {1}
+    for _ in range(2):
+        sampler.end_stage(1, 44)
+        assert sampler.starts == [0, 28, 44]
+    sampler.end_stage(2, 70)  # the last one goes on to the end
+    assert sampler.starts == [0, 28, 44] and sampler.stage(119) == 2
+    late = batches()
+    late.end_stage(0, 39)  # it would have ended anyway
+    assert late.starts == [0, 40, 80]
 
 
 @settings(max_examples=40, deadline=None)

@@ -194,5 +194,23 @@ def test_jensun_is_bounded_and_points_to_the_refusal():
     assert (logprobs.grad <= 0).all()  # descent makes it likelier
 
 
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_dpo_is_the_formula(beta, answers):
+    """-(2 / beta) log sigma(beta (log-ratio of the alternative - that of the forgotten answer)), and its gradient."""
+    tokens, reference = answers
+    objective = ObjectiveConfig(forget_term="dpo", beta=beta, normalization="token")  # which is npo's, not its own
+    exact = [t.clone().requires_grad_() for t in tokens]
+    ratios = [t.sum() - r.sum() for t, r in zip(exact, reference, strict=True)]
+    loss = sum(-2 / beta * torch.sigmoid(beta * (other - own)).log() for own, other in (ratios[:2], ratios[2:])) / 2
+    loss.backward()
+    policy, given = batch(tokens, reference, objective)
+    policy.token_logprobs.requires_grad_()
+    ours = forget_loss(objective, policy, given, StepTotals(2, LENGTHS[0] + LENGTHS[2], 0))  # two pairs
+    ours.backward()
+    assert ours.item() == pytest.approx(loss.item(), rel=1e-5)
+    expected = torch.cat([t.grad for t in exact])
+    torch.testing.assert_close(policy.token_logprobs.grad.double(), expected, rtol=1e-5, atol=1e-8)
+
+
 def test_retain_weights_share_the_steps_tokens():
     assert retain_weights(ObjectiveConfig(gamma=2.0, delta=0.5), StepTotals(1, 1, 40)) == (0.05, 0.0125)

@@ -42,6 +42,31 @@ def test_gradients_of_every_objective_are_the_dense_float64_ones(objective, rows
     check_gradients("olmo", rows, tmp_path, objective)
 
 
+@pytest.mark.parametrize("split", [{}, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}])
+def test_gradients_of_a_preferred_answer_are_the_dense_float64_ones(split, rows, tmp_path):
+    """Each forget row with an answer of its own, which is longer or shorter; a mix-up of pairs is noticed."""
+    forget, retain = rows
+    others = random_rows(4, seed=3)
+    settings = {"forget_term": "dpo", "beta": 0.3}
+    trainer = make_trainer(tiny_model("olmo"), tmp_path, forget, retain, others, **settings, **split)
+    loss, expected = dense_step(trainer, forget, retain, others)
+    with torch.no_grad():
+        tables = [trainer.model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1) for row in forget]
+    of_answers = [
+        -table[t - 1, row["labels"][t]].item()
+        for table, row in zip(tables, forget, strict=True)
+        for t in range(1, len(row["labels"]))
+        if row["labels"][t] != -100
+    ]
+    gradients = step_gradients(trainer)
+    assert relative_error(gradients, expected) < 2e-5
+    logged = trainer.state.log_history[0]
+    assert logged["loss"] == pytest.approx(loss, rel=1e-5)
+    assert logged["forget_nll"] == pytest.approx(sum(of_answers) / len(of_answers), rel=1e-4)  # of no other answers
+    _, mixed = dense_step(trainer, forget, retain, others[1:] + others[:1])
+    assert relative_error(gradients, mixed) > 1e-3
+
+
 @pytest.mark.parametrize("term", ["forget", "retain", "kl"])
 def test_gradients_of_each_term_alone(term, rows, tmp_path):
     """Alone, so that a wrong small term cannot hide behind a large one: a near-zero NPO weight leaves the other two."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,10 +63,12 @@ from lowmem_npo.run_directory import RunDirectory, check_disk, step_of
 from lowmem_npo.training.arguments import check_trainer_args, npo_config
 from lowmem_npo.training.checkpoints import resume_point
 from lowmem_npo.training.early_stopping import StopOutcome, Stopping
+from lowmem_npo.training.layered import LayeredBatches, check_folds
 from lowmem_npo.training.metrics import MetricsWriter
 from lowmem_npo.training.progress import ConsoleProgress
 from lowmem_npo.training.reference import check_cache_space
 from lowmem_npo.training.trainer import NPOTrainer
+from lowmem_npo.training.training_rows import planned_rows, used_alternatives
 
 EVAL_SEED = 0  # the measured rows do not depend on --seed, so that runs with several seeds can be compared
 
@@ -107,6 +109,7 @@ class RunPlan:
                 retain = f" and {drawn} retain rows (the {rows} there are, repeatedly)"
         return (
             f"{self.steps} steps of {min(training.batch_size, len(data.forget))} of {len(data.forget)} forget{retain}"
+            f"{f', in {training.layered} stages' if training.layered else ''}"
         )
 
 
@@ -206,11 +209,14 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
     if shared := shared_layers(adapted):
         say(f"The base shares {shared[0]} with another layer: the adapter works beside its base, but cannot be merged.")
     apply_switches(adapted, config.memory)  # raises if one does not fit
+    rows = planned_rows(config, data)
     if directory.reference_dir is not None:
-        dtype = DTYPES[config.model.dtype]
-        say(check_cache_space(config.objective, data.forget, data.retain, model_config, dtype, directory.reference_dir))
+        where = (model_config, DTYPES[config.model.dtype], directory.reference_dir, rows.cache_names)
+        say(check_cache_space(config.objective, rows.forget, rows.retain, *where))
     directory.config = config = keep_budget(config, data, say)
     plan = RunPlan(config, directory, tokenizer, data)
+    if rows.folds is not None:
+        check_folds(rows.folds, config.training.batch_size, plan.steps)
     trained = step_of(next(iter(directory.checkpoints()), None)) if config.output.resume else 0
     if trained > plan.steps:
         raise UserError(
@@ -282,8 +288,19 @@ def _with_own_texts(plan: RunPlan, model: PeftModel, say: Say) -> RunPlan:
 def _trainer(plan: RunPlan, model: PeftModel, stopping: Stopping | None, say: Say) -> NPOTrainer:
     args, data = npo_config(plan.config), plan.data
     ours = [MetricsWriter(plan.directory.metrics, say), ConsoleProgress(), *([stopping] if stopping else [])]
-    trainer = NPOTrainer(model, args, data.forget_targets, data.retain, processing_class=plan.tokenizer, callbacks=ours)
+    trainer = NPOTrainer(
+        model,
+        args,
+        data.forget_targets,
+        data.retain,
+        processing_class=plan.tokenizer,
+        alternative_dataset=used_alternatives(plan.config, data),
+        true_dataset=data.forget,
+        callbacks=ours,
+    )
 
+    if stopping is not None and isinstance(trainer.step_batches, LayeredBatches):
+        stopping.stages = trainer.step_batches
     for default in (ProgressCallback, PrinterCallback):  # replaced by ours
         trainer.remove_callback(default)
     return trainer
@@ -362,6 +379,7 @@ def _stopping(plan: RunPlan, model: PeftModel, say: Say) -> Stopping | None:
         return None
     sets = {"forget": data.forget, "retain": data.retain, "holdout": data.holdout}
     chosen = {name: _measured_rows(config, rows) for name, rows in sets.items() if rows is not None}
+    folds = [[data.forget[i] for i in fold] for fold in planned_rows(config, data).folds or ()]
     return Stopping(
         config.stopping.conditions,
         model,
@@ -370,6 +388,7 @@ def _stopping(plan: RunPlan, model: PeftModel, say: Say) -> Stopping | None:
         every=config.stopping.eval_every,
         patience=config.stopping.stop_patience,
         batch_size=config.output.eval_batch_size,
+        folds=[_measured_rows(config, rows) for rows in folds],
         say=say,
     )
 
@@ -454,5 +473,5 @@ def _leak_tests(config: RunConfig, stage: str) -> list[str]:
     return [test.name for test in tests if stage == "after" or not test.after_only]
 
 
-def _measured_rows(config: RunConfig, rows: TokenizedRows) -> list[TokenizedRow]:
+def _measured_rows(config: RunConfig, rows: Sequence[TokenizedRow]) -> list[TokenizedRow]:
     return [rows[i] for i in choose_rows(len(rows), config.output.eval_rows, EVAL_SEED)]

@@ -10,9 +10,10 @@ the first epoch, and the rounding may differ later.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from lowmem_kernels import IGNORE_INDEX
@@ -48,8 +49,10 @@ class CachedReference(LiveReference):
         forget: Sequence[TokenizedRow],
         retain: Sequence[TokenizedRow] | None,
         tokenizer: PreTrainedTokenizerBase,
+        names: Mapping[str, str] = MappingProxyType({}),
     ) -> CachedReference:
-        """The cache in `directory`, which need not exist: nothing is written before the first batch.
+        """The cache in `directory`, which need not exist: nothing is written before the first batch. names: what the
+        files of a part are called if not as it is.
 
         Raises:
             UserError: the directory holds a cache of another model, other rows or another tokenizer, or a damaged one.
@@ -60,7 +63,7 @@ class CachedReference(LiveReference):
         parts = _parts(live.objective, forget, retain, lm.config, lm.get_output_embeddings().weight.dtype)
         files = {}
         for name, (rows, width, dtype) in parts.items():
-            path, identity = directory / f"{name}.safetensors", {**model, "rows": rows_fingerprint(rows)}
+            path, identity = _path(directory, name, names), {**model, "rows": rows_fingerprint(rows)}
             try:
                 file = AnswerFile(path, _answer_lengths(rows), width, dtype, identity)
             except (ValueError, OSError) as error:
@@ -113,13 +116,15 @@ def check_cache_space(
     config: PretrainedConfig,
     dtype: torch.dtype,
     directory: Path,
+    names: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
-    """A line on how large a run's cache will be. Raises UserError if its disk has no room for it."""
+    """A line on how large a run's cache will be. Raises UserError if its disk has no room for it. names: as of
+    `CachedReference.open`."""
     sizes, missing = [], 0
     for name, (rows, width, part_dtype) in _parts(objective, forget, retain, config, dtype).items():
         size = sum(_answer_lengths(rows)) * width * part_dtype.itemsize + 8 * len(rows)
         sizes.append(f"{name} {amount(size)}")
-        missing += 0 if (directory / f"{name}.safetensors").exists() else size
+        missing += 0 if _path(directory, name, names).exists() else size
     if not sizes:
         return "Reference cache: this objective needs no reference, so nothing is stored."
     if (free := free_bytes(directory)) < missing:
@@ -131,6 +136,10 @@ def check_cache_space(
 
 
 _REMEDY = "remove it, choose another --reference-dir, or use --reference live"
+
+
+def _path(directory: Path, part: str, names: Mapping[str, str]) -> Path:
+    return directory / f"{names.get(part, part)}.safetensors"
 
 
 def _parts(

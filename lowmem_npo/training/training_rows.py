@@ -1,0 +1,119 @@
+"""All rows that a trainer draws from: those to forget with other answers to them, those to keep with what is held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lowmem_npo.config import FORGET_TERMS, REFUSING_TERMS, RunConfig
+from lowmem_npo.data import PreparedData, TokenizedRow, TokenizedRows
+from lowmem_npo.errors import UserError
+from lowmem_npo.training.layered import divide
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """What `ForgetRetain` holds.
+
+    forget: the rows to forget, then `alternatives` times as many other answers to them.
+    retain: the rows to keep; under layered unlearning, the true forget rows after them. None: no term looks at any.
+    num_forget, num_retain: without what comes after them.
+    folds: the places in `forget` of each fold, in the order in which they are forgotten; None: all at once.
+    """
+
+    forget: Sequence[TokenizedRow]
+    retain: Sequence[TokenizedRow] | None
+    num_forget: int
+    num_retain: int
+    alternatives: int = 0
+    folds: list[list[int]] | None = None
+
+    @property
+    def parts(self) -> tuple[Sequence[TokenizedRow], Sequence[TokenizedRow] | None, Sequence[TokenizedRow]]:
+        """The rows to forget, those to retain with what is held, and the other answers."""
+        return self.forget[: self.num_forget], self.retain, self.forget[self.num_forget :]
+
+    @property
+    def cache_names(self) -> dict[str, str]:
+        """What the files of a cached reference are called: runs with other rows, such as those of a sweep, may share
+        its directory."""
+        names = {"forget": "preferences"} if self.alternatives else {}
+        return names | ({"retain": "layered"} if self.folds else {})
+
+
+def training_rows(
+    forget: Any,
+    retain: Any,
+    alternatives: Any,
+    true: Any,
+    tokenized: Callable[..., Sequence[TokenizedRow]],
+    *,
+    term: str,
+    layered: int | None,
+    seed: int,
+    teaching: dict[str, Any],
+) -> TrainingRows:
+    """The rows of `NPOTrainer`'s arguments.
+
+    tokenized: makes tokenised rows of what may be raw, by name. teaching: its further arguments for rows to forget.
+
+    Raises:
+        UserError: no rows where there must be some, other answers that do not fit, or rows that cannot be divided.
+    """
+    to_forget = tokenized(forget, "forget_dataset", **teaching)
+    to_keep = None if retain is None else tokenized(retain, "retain_dataset")
+    number, kept = len(to_forget), len(to_keep or ())
+    if alternatives is None and term == "dpo":
+        raise UserError("dpo prefers another answer to the forgotten one: give alternative_dataset.")
+    others = () if alternatives is None else tokenized(alternatives, "alternative_dataset")
+    if others and term in FORGET_TERMS and term != "dpo":
+        raise UserError(f"{term} has no use for alternative_dataset: leave it out, or take dpo.")
+    if len(others) % number:
+        raise UserError(f"alternative_dataset has {len(others)} rows: give one for each of {number} forget rows.")
+    folds = None
+    if layered is not None:
+        if to_keep is None:
+            raise UserError("layered holds what is not yet forgotten with the retain terms: give gamma or delta.")
+        folds = divide(number, layered, seed, groups_of(to_forget))
+        held = to_forget
+        if term in REFUSING_TERMS:
+            held = tokenized(forget if true is None else true, "true_dataset")
+            if true is None and held is forget:
+                raise UserError(f"layered holds the true answers, and {term} has refusals: give true_dataset.")
+        to_keep = [*to_keep, *held]
+    rows = [*to_forget, *others] if others else to_forget
+    return TrainingRows(rows, to_keep, number, kept, len(others) // number, folds)
+
+
+def planned_rows(config: RunConfig, data: PreparedData) -> TrainingRows:
+    """The rows of the run that `config` describes, as its trainer will have them.
+
+    Raises:
+        UserError: rows that cannot be divided into the folds of --layered.
+    """
+    term, keeps = config.objective.forget_term, config.objective.needs_retain
+    return training_rows(
+        data.forget_targets,
+        data.retain if keeps else None,
+        used_alternatives(config, data),
+        data.forget,
+        lambda rows, name, **teaching: rows,
+        term=term,
+        layered=config.training.layered,
+        seed=config.training.seed if (seed := config.trainer_args.get("data_seed")) is None else seed,
+        teaching={},
+    )
+
+
+def used_alternatives(config: RunConfig, data: PreparedData) -> TokenizedRows | None:
+    """The other answers, if the forget term looks at any: dpo does, and one that is not ours may."""
+    term = config.objective.forget_term
+    return data.alternatives if term == "dpo" or term not in FORGET_TERMS else None
+
+
+def groups_of(rows: Sequence[TokenizedRow]) -> list[Hashable] | None:
+    """What each row is about; None where no column was named that says so."""
+    if not isinstance(rows, TokenizedRows) or all(example.group is None for example in rows.examples):
+        return None
+    return [example.group for example in rows.examples]

@@ -1,0 +1,151 @@
+"""`lowmem-npo train --layered` and `--forget-term dpo` as a user runs them: stages, resuming in each, bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lowmem_npo.cli import main
+from lowmem_npo.training.metrics import read_metrics
+
+STEPS = 6  # two in each stage
+
+
+def train(model, folder, *more):
+    options = ["--device", "cpu", "--dtype", "float32", "--limit", "18", "--batch-size", "6", "--lr", "1e-2"]
+    if "--eval-rows" not in more:
+        options += ["--eval-rows", "0"]
+    return main(["train", "--model", str(model), *options, "--output-dir", str(folder), *map(str, more)])
+
+
+LAYERED = ("--layered", 3, "--group-column", "person", "--epochs", 2)
+
+
+@pytest.fixture(scope="module")
+def whole(byte_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("layered") / "whole"
+    assert train(byte_model, folder, *LAYERED, "--save-steps", 1, "--save-total-limit", 9, "--eval-rows", 2) == 0
+    return folder
+
+
+def adapter(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def same(one, other, **tolerance):
+    assert one.keys() == other.keys()
+    close = torch.equal if not tolerance else lambda a, b: torch.allclose(a, b, **tolerance)
+    return all(close(one[name], other[name]) for name in one)
+
+
+def steps(folder):
+    return [line for line in read_metrics(folder / "metrics.jsonl") if "forget_nll" in line]
+
+
+def test_metrics_show_the_stages_and_differ_from_a_run_without(whole, byte_model, tmp_path):
+    assert [line["stage"] for line in steps(whole)] == [1, 1, 2, 2, 3, 3]
+    assert train(byte_model, tmp_path / "plain", "--epochs", 2) == 0
+    assert not same(adapter(whole), adapter(tmp_path / "plain"))
+    assert all("stage" not in line for line in steps(tmp_path / "plain"))
+
+
+@pytest.mark.parametrize("after", [1, 2, 5])  # within the first stage, at its end, within the others
+def test_resumed_in_any_stage_it_ends_in_the_same_bits(after, whole, byte_model, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    for file in ("adapter_model.safetensors", "report.json", "after.json"):
+        (folder / file).unlink()
+    for step in range(after + 1, STEPS + 1):
+        shutil.rmtree(folder / f"checkpoint-{step}")
+    assert train(byte_model, folder, *LAYERED, "--save-steps", 1, "--save-total-limit", 9, "--resume") == 0
+    assert same(adapter(folder), adapter(whole))
+    assert [line["forget_nll"] for line in steps(folder)] == [line["forget_nll"] for line in steps(whole)]
+
+
+def test_a_resumed_run_keeps_its_stages(whole, byte_model, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    assert (
+        train(byte_model, tmp_path / "run", *LAYERED[:-1], 4, "--save-steps", 1, "--save-total-limit", 9, "--resume")
+        == 2
+    )
+    assert "epochs was 2.0, is 4.0" in capsys.readouterr().err
+
+
+def test_the_cached_reference_is_the_live_one_and_may_be_shared_with_a_run_without(whole, byte_model, tmp_path):
+    cached = ("--reference", "cached", "--reference-dir", tmp_path / "reference")
+    assert train(byte_model, tmp_path / "first", *LAYERED, *cached) == 0
+    assert train(byte_model, tmp_path / "plain", "--epochs", 1, *cached) == 0
+    assert train(byte_model, tmp_path / "second", *LAYERED, *cached) == 0
+    for folder in ("first", "second"):
+        assert same(adapter(tmp_path / folder), adapter(whole), rtol=1e-4, atol=1e-6)
+    files = {file.name for file in (tmp_path / "reference").iterdir()}
+    assert files == {"forget.safetensors", "layered.safetensors", "retain.safetensors"}
+
+
+def test_micro_batches_change_nothing(whole, byte_model, tmp_path):
+    assert train(byte_model, tmp_path / "run", *LAYERED, "--micro-batch-size", 1) == 0
+    assert same(adapter(tmp_path / "run"), adapter(whole), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--layered", 19), "--layered 19 needs at least as many rows to forget; there are 18"),
+        (("--layered", 4), "--layered 4 leaves a fold of 4 rows, and a step takes --batch-size 6"),
+        (("--layered", 12, "--batch-size", 1, "--max-steps", 3), "--layered 12 needs a step for every stage"),
+        (("--layered", 1), "--layered must be at least 2 folds, not 1"),
+        (("--layered", 5, "--group-column", "person"), "by --group-column, which names 3 groups"),
+        (("--layered", 2, "--group-column", "people"), "has no column people; it has id, person, question, answer"),
+        (("--layered", 2, "--layered-weight", 1.5), "--layered-weight must be between 0 and 1, not 1.5"),
+        (("--layered", 2, "--layered-weight", -1), "--layered-weight must be 0 or a positive number, not -1.0"),
+        (("--layered", 2, "--gamma", 0, "--delta", 0), "give a positive --gamma or --delta"),
+        (("--forget-term", "dpo"), "name its column, --alternative-column"),
+        (("--forget-term", "dpo", "--alternative-column", "other"), "has no column other"),
+        (("--forget-term", "dpo", "--alternative-column", "answer"), "answer holds the answer itself"),
+    ],
+)
+def test_bad_input_is_found_before_the_weights(options, message, byte_model, tmp_path, capsys):
+    assert train(byte_model, tmp_path / "run", "--dry-run", *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def rows_with(folder, alternatives):
+    rows = [{"question": f"Who is {n}?", "answer": f"The {n}.", "other": other} for n, other in enumerate(alternatives)]
+    path = folder / "forget.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_another_answer_is_preferred(byte_model, tmp_path, capsys):
+    forget = rows_with(tmp_path, ["No one.", ["A dog.", "A very large cat."], "Nobody at all.", "I forgot."])
+    retain = tmp_path / "retain.jsonl"
+    retain.write_text("".join(json.dumps({"question": f"Where is {n}?", "answer": f"In {n}."}) + "\n" for n in "abcd"))
+    options = ("--forget", forget, "--forget-term", "dpo", "--alternative-column", "other", "--retain", retain)
+    cached = ("--reference", "cached", "--reference-dir", tmp_path / "reference", "--micro-batch-size", 2)
+    for folder, more in (("live", ()), ("cached", cached)):
+        assert train(byte_model, tmp_path / folder, *options, "--epochs", 3, "--beta", 0.1, *more) == 0
+    assert "forget, alternatives: 8 rows" in capsys.readouterr().out  # two each
+    assert same(adapter(tmp_path / "cached"), adapter(tmp_path / "live"), rtol=1e-3, atol=1e-5)
+    lines = steps(tmp_path / "live")
+    assert lines[0]["forget_loss"] == pytest.approx(2 / 0.1 * 0.6931472, rel=1e-5)  # both as the original has them
+    assert lines[-1]["forget_loss"] < lines[0]["forget_loss"]
+
+
+@pytest.mark.parametrize(
+    "missing, message",
+    [
+        (None, "line 2 has no other"),
+        (" ", "line 2 has an empty other"),
+        ([], "line 2: other is a list, not text"),
+        ([1], "line 2: other is a number, not text"),
+    ],
+)
+def test_a_row_without_another_answer_is_named(missing, message, byte_model, tmp_path, capsys):
+    forget = rows_with(tmp_path, ["Nobody.", missing, "Someone.", "Anyone."])
+    options = ("--forget", forget, "--forget-term", "dpo", "--alternative-column", "other", "--retain", "builtin")
+    assert train(byte_model, tmp_path / "run", "--dry-run", *options) == 2
+    assert message in capsys.readouterr().err
