@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -185,7 +186,7 @@ def _tokens(forget: Rows, retain: Rows, steps: list[tuple[list[int], list[int]]]
 
 
 def _flops(step: Step, forget_rows: list[int], retain_rows: list[int]) -> int:
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
+    with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter:
         step(forget_rows, retain_rows)
     return counter.get_total_flops()
 
@@ -201,7 +202,12 @@ def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any,
     return 5 * _attention(query, key, value) // 2
 
 
-ATTENTION_ON_CPU = {
+def _linear(rows: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * prod(rows) * weight[0]
+
+
+ON_CPU = {
+    torch.ops.mkldnn._linear_pointwise: _linear,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
