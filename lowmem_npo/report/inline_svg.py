@@ -17,7 +17,15 @@ from matplotlib.figure import Figure
 
 from lowmem_npo.evaluation.answer_table import MEASURES, Stages
 from lowmem_npo.evaluation.figures import side_by_side
-from lowmem_npo.report.panels import STAGE_TITLES, draw_bars, draw_likelihood, draw_objective, drawn_sets, stage_colours
+from lowmem_npo.report.panels import (
+    STAGE_TITLES,
+    draw_bars,
+    draw_likelihood,
+    draw_objective,
+    drawn_sets,
+    stage_colours,
+    stage_starts,
+)
 from lowmem_npo.training.metrics import Metrics
 
 CURVES, BARS = (4.6, 3.1), (2.7, 2.5)  # inches of 96 CSS pixels: on a phone, text is as large as that of the page
@@ -84,6 +92,7 @@ def _course(metrics: Sequence[Metrics], **titles: str) -> str:
         if values:
             first, last = side_by_side([values[0], values[-1]])
             courses.append(f"{title} from {first} to {last}")
+    courses += [f"stage {stage} from step {step}" for stage, step in stage_starts(metrics)]
     return "; ".join(courses) + "."
 
 

@@ -44,6 +44,7 @@ def draw_likelihood(ax: Axes, metrics: Sequence[Metrics], stages: Stages) -> Non
     ax.set_ylim(
         bottom=0, top=1.12 * max([*_values(metrics, "forget_nll"), *_values(metrics, "retain_nll"), ax.get_ylim()[1]])
     )
+    _mark_stages(ax, metrics)
 
 
 def draw_objective(ax: Axes, metrics: Sequence[Metrics]) -> None:
@@ -55,6 +56,30 @@ def draw_objective(ax: Axes, metrics: Sequence[Metrics]) -> None:
     if positive and metrics:
         ax.set_yscale("log", nonpositive="mask")  # the KL of the first step is 0
     _finish(ax, "The terms of the objective", "nats, unweighted")
+    _mark_stages(ax, metrics)
+
+
+def stage_starts(metrics: Sequence[Metrics]) -> list[tuple[int, int]]:
+    """(stage, the first step that was logged in it) of a layered run; empty for others."""
+    first: dict[int, int] = {}
+    for line in metrics:
+        if line.get("stage") is not None:
+            first.setdefault(int(line["stage"]), line["step"])
+    return list(first.items())
+
+
+def _mark_stages(ax: Axes, metrics: Sequence[Metrics]) -> None:
+    for stage, step in stage_starts(metrics):
+        ax.axvline(step, color=GREY, linestyle=":", linewidth=1)
+        ax.annotate(
+            f"stage {stage}",
+            (step, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, -9),
+            textcoords="offset points",
+            color=GREY,
+            fontsize=8,
+        )
 
 
 def _draw_line(ax: Axes, metrics: Sequence[Metrics], key: str, label: str, colour: str) -> None:

@@ -51,6 +51,9 @@ def test_metrics_show_the_stages_and_differ_from_a_run_without(whole, byte_model
     assert train(byte_model, tmp_path / "plain", "--epochs", 2) == 0
     assert not same(adapter(whole), adapter(tmp_path / "plain"))
     assert all("stage" not in line for line in steps(tmp_path / "plain"))
+    report = (whole / "report.html").read_text()
+    assert "stage 1 from step 1; stage 2 from step 3; stage 3 from step 5" in report  # of the pictures, in words
+    assert report.count(">stage 3<") == 2
 
 
 @pytest.mark.parametrize("after", [1, 2, 5])  # within the first stage, at its end, within the others
