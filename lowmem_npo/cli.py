@@ -23,6 +23,8 @@ COMMANDS = {
     "merge": "merge an adapter into its base model's weights, on the CPU, one file at a time",
     "report": "rewrite a run's report, with later evaluations; prove that rows were among those forgotten",
     "estimate": "predict the memory of a run before it starts; with --budget, find the switches that make it fit",
+    "schema": "print the JSON Schema of a configuration file, by which editors complete and check it",
+    "completion": "print a script that completes commands and options in bash, zsh or fish",
     "env": "print versions, GPU and memory, for bug reports",
 }
 

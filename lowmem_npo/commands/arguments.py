@@ -81,7 +81,7 @@ def parse_run(arguments: Sequence[str], command: str) -> RunConfig:
     flags += _base_of_adapter(flags)
     parsed: Any
     parsed, unknown = tyro.cli(
-        _flat_config(),
+        run_options(),
         args=flags,
         prog=f"lowmem-npo {command}",
         return_unknown_args=True,
@@ -144,7 +144,7 @@ def short_help(command: str) -> str:
     return "\n".join([*lines, "", f"lowmem-npo {command} --help-all explains every option; so does docs/options.md."])
 
 
-def _flat_config() -> type:
+def run_options() -> type:
     """A dataclass with a field per section, for tyro: each section is a box of the help, flags have no prefix."""
     fields: list[tuple] = []
     tests = [test for test in LEAK_TESTS if not test.loads_models]

@@ -156,10 +156,11 @@ def test_to_what_records(name, prefix, byte_model, tmp_path, stand_in, requests)
 
 
 def test_wandb_itself_offline(byte_model, tmp_path, requests, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     assert train(byte_model, tmp_path / "run", "--report-to", "wandb") == 0
+    wandb.finish()  # which otherwise the end of the process does
     (record,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     content = record.read_bytes()
     assert all(f"train/{name}".encode() in content for name in OURS) and not requests

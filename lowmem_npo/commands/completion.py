@@ -1,0 +1,83 @@
+"""`lowmem-npo completion`: a script with which a shell completes commands, options, their choices and file names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from lowmem_npo.cli import COMMANDS
+from lowmem_npo.commands.arguments import run_options, with_help
+from lowmem_npo.libraries import quiet_libraries
+
+Shell = Literal["bash", "zsh", "fish"]
+
+
+@dataclasses.dataclass
+class Completion:
+    """Print a script that completes commands, options, their choices and file names in a shell.
+
+    bash: lowmem-npo completion bash > ~/.local/share/bash-completion/completions/lowmem-npo. zsh: the same into a file
+    _lowmem-npo in a directory of fpath. fish: into ~/.config/fish/completions/lowmem-npo.fish. Print it again after an
+    update.
+    """
+
+    shell: tyro.conf.Positional[Shell]
+    """Which shell."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    options = tyro.cli(with_help(Completion), args=list(arguments), prog="lowmem-npo completion")
+    quiet_libraries()
+    with suppress(SystemExit):  # with which tyro ends, as after --help
+        tyro.extras.subcommand_cli_from_dict(
+            command_lines(),
+            prog="lowmem-npo",
+            args=["--tyro-write-completion", options.shell, "-"],
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+
+
+def command_lines() -> dict[str, Callable[..., Any]]:
+    """Command -> a dataclass with its options."""
+    from lowmem_npo.commands.ask import AskOptions
+    from lowmem_npo.commands.data import DataCommand
+    from lowmem_npo.commands.demo import Demo
+    from lowmem_npo.commands.merge.options import MergeConfig
+    from lowmem_npo.commands.report import Report
+    from lowmem_npo.evaluation.settings import EvaluationConfig
+    from lowmem_npo.training.honoured import HONOURED
+
+    theirs = {name: "Of transformers.TrainingArguments." for name in sorted(HONOURED | {"warmup_ratio"})}
+    training = {"config": "YAML file with options, as run.yaml.", **theirs}
+    known = {
+        "data": with_help(DataCommand),
+        "train": _and_more(run_options(), training),
+        "sweep": _and_more(run_options(), {"grid": "Options and values.", "seeds": "How many, or which.", **training}),
+        "demo": with_help(Demo),
+        "evaluate": with_help(EvaluationConfig),
+        "ask": with_help(AskOptions),
+        "merge": with_help(MergeConfig),
+        "report": with_help(Report),
+        "estimate": _and_more(
+            run_options(), {"budget": "GPU memory, such as 24GiB.", "json": "For programs.", **training}
+        ),
+        "completion": with_help(Completion),
+    }
+    without = {name: dataclasses.make_dataclass(name, []) for name in COMMANDS if name not in known}
+    lines = {name: (known | without)[name] for name in COMMANDS}
+    for name, line in lines.items():
+        line.__doc__ = COMMANDS[name]
+    return lines
+
+
+def _and_more(options: type, added: dict[str, str]) -> type:
+    """`options` with further ones that take a word, by name and help text."""
+    fields = [
+        (name, Annotated[str | None, tyro.conf.arg(help=text)], dataclasses.field(default=None))
+        for name, text in added.items()
+    ]
+    return dataclasses.make_dataclass(options.__name__, fields, bases=(options,))
