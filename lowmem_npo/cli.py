@@ -28,6 +28,8 @@ COMMANDS = {
     "env": "print versions, GPU and memory, for bug reports",
 }
 
+RESUMABLE = ("train", "sweep", "evaluate")  # from any moment, the measurements included
+
 
 def usage() -> str:
     lines = ["usage: lowmem-npo COMMAND [OPTIONS]", "", "Make a language model forget chosen data, on one GPU.", ""]
@@ -69,6 +71,7 @@ def _run(arguments: Sequence[str]) -> int:
         print(f"lowmem-npo {command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"lowmem-npo {command}: interrupted; `--resume` continues a training run.", file=sys.stderr)
+        hint = "; the same command with --resume goes on from what it has written" if command in RESUMABLE else ""
+        print(f"lowmem-npo {command}: interrupted{hint}.", file=sys.stderr)
         return 130
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -194,6 +195,17 @@ def test_a_terminal_that_cannot_show_the_text(byte_model, files, monkeypatch):
             assert shown in sys.stdout.buffer.getvalue().decode(encoding)
 
 
+@pytest.mark.parametrize("command", ["evaluate", "merge"])
+def test_an_interrupted_command_says_whether_it_can_go_on(command, monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module(f"lowmem_npo.commands.{command}"), "main", interrupted)
+    assert main([command]) == 130
+    hint = "; the same command with --resume goes on from what it has written" if command == "evaluate" else ""
+    assert capsys.readouterr().err == f"lowmem-npo {command}: interrupted{hint}.\n"
+
+
 def test_no_library_writes_to_the_terminal(byte_model, files):
     data = ["--forget", files / "forget.jsonl", "--retain", files / "retain.jsonl"]
     settings = ["--device", "cpu", "--max-steps", 1, "--eval-rows", 1, "--output-dir", files / "out"]
@@ -202,7 +214,7 @@ def test_no_library_writes_to_the_terminal(byte_model, files):
         capture_output=True, text=True, cwd=Path(__file__).parents[1], env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert not [line for line in result.stderr.splitlines() if line and not line.startswith("step 1 of 1")]
+    assert all(line.startswith("unlearning, step 1 of 1: forget loss") for line in result.stderr.splitlines() if line)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help-all"], ["env"]])

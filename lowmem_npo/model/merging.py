@@ -29,7 +29,6 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -38,6 +37,7 @@ from lowmem_npo.files import free_bytes
 from lowmem_npo.model.adapters import adapted_weight, shared_layers
 from lowmem_npo.model.checkpoint import BESIDE_WEIGHTS, INDEX, OLD_INDEX, Checkpoint, Shard, read_json
 from lowmem_npo.model.saved_adapter import more_than_lora, stored_lora
+from lowmem_npo.progress import Progress
 from lowmem_npo.run_directory import AdapterFiles
 from lowmem_npo.sizes import amount
 
@@ -145,7 +145,7 @@ def find_updates(adapter: str, checkpoint: Checkpoint) -> Updates:
 
     updates: Updates = {}
     for layer in layers.values():
-        weight = adapted_weight(layer)
+        weight: Tensor = adapted_weight(layer)
         parts = dict(stored_parts(names[id(weight)], weight))
         if len(parts) > 1 and layer.lora_magnitude_vector:  # whose norms are of the whole
             raise UserError(
@@ -218,9 +218,7 @@ def write_merged(
     that is stored (`DequantizedBase`). At most one shard is in memory.
     """
     total = 0
-    bar = tqdm(total=sum(1 for _ in checkpoint.tensors()), desc="merging", unit="tensor", leave=False,
-               disable=None if progress else True)  # fmt: skip
-    with bar:
+    with Progress(sum(1 for _ in checkpoint.tensors()), "merging", "tensor", wanted=progress) as bar:
         for file, names in checkpoint.shards.items():
             merged = dict(_merged(checkpoint.shard(file), names, updates, dtype, base, bar))
             total += sum(tensor.numel() * tensor.itemsize for tensor in merged.values())
@@ -253,7 +251,7 @@ def _merged(
     updates: Updates,
     dtype: torch.dtype | None,
     base: Callable[[str, Tensor], Tensor],
-    bar: tqdm,
+    bar: Progress,
 ) -> Iterator[tuple[str, Tensor]]:
     for name in names:
         stored = shard.tensor(name)

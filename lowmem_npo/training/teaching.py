@@ -7,7 +7,6 @@ import json
 import math
 import random
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +16,11 @@ import torch
 from lowmem_kernels import IGNORE_INDEX
 from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.files import PARTIAL, put_in_place, write_atomically
+from lowmem_npo.progress import Progress
 
 STAMP = "made_from.json"  # in the directory of a finished model: what it was made from
 
@@ -56,7 +55,7 @@ def teach(
     shuffle = random.Random(seed)
     nll = math.nan
     model.train()
-    with tqdm(total=epochs, desc=description, unit="epoch", disable=None) as bar:
+    with Progress(epochs, description, "epoch", leave=True) as bar:
         for epoch in range(1, epochs + 1):
             total = 0.0
             order = shuffle.sample(range(len(rows)), len(rows))
@@ -70,8 +69,8 @@ def teach(
             nll = total / len(batches)
             bar.set_postfix_str(f"NLL {nll:.3f}")
             bar.update()
-            if bar.disable and (epochs <= 10 or epoch % 10 == 0 or epoch == epochs):  # no terminal: a few lines
-                print(f"{description}: epoch {epoch} of {epochs}, NLL {nll:.3f}", file=sys.stderr)
+            if epoch == epochs:
+                bar.print_line()
     model.eval()
     return nll
 

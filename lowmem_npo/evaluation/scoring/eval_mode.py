@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from lowmem_npo.model.modes import eval_mode
+from lowmem_npo.progress import Progress
 
 
 @contextmanager
@@ -20,6 +20,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def progress_bar(rows: int, description: str, wanted: bool) -> tqdm:
-    """A bar of rows while measuring, gone when it is done; none where there is no terminal to draw it on."""
-    return tqdm(total=rows, desc=description, unit="row", leave=False, disable=None if wanted else True)
+def progress_bar(rows: int, description: str, wanted: bool) -> Progress:
+    """How many rows have been measured; on a terminal it is gone when it is done."""
+    return Progress(rows, description, "row", wanted=wanted)

@@ -1,0 +1,77 @@
+"""What is seen of how far something is."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+
+import pytest
+
+from lowmem_npo import progress
+from lowmem_npo.progress import Progress
+
+
+@pytest.fixture
+def minutes(monkeypatch):
+    """A function that lets seconds pass; none pass by themselves."""
+    now = [1000.0]
+    monkeypatch.setattr(Progress, "printed", 1000.0)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def wait(seconds):
+        now[0] += seconds
+
+    return wait
+
+
+def test_a_log_file_has_a_line_a_minute(minutes, capsys):
+    with Progress(total=40, description="before, forget: likelihood", unit="row") as bar:
+        for _ in range(40):
+            minutes(10)
+            bar.update()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "before, forget: likelihood, row 6 of 40: ETA 05:40"
+    assert len(lines) == 6 and lines[-1] == "before, forget: likelihood, row 36 of 40: ETA 00:40"
+
+
+def test_the_minute_is_that_of_all_parts(minutes, capsys):
+    """Parts of less than a minute each are no silence of an hour."""
+    for part in range(8):
+        with Progress(2, f"part {part}", "row") as bar:
+            for _ in range(2):
+                minutes(20)
+                bar.update()
+    assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == [
+        *("part 1", "part 2", "part 4", "part 5", "part 7")
+    ]
+
+
+def test_a_slow_step_has_its_line_and_a_resumed_run_counts_its_own_steps(minutes, capsys):
+    with Progress(100, "unlearning", "step", initial=50) as bar:
+        bar.set_postfix_str("loss 1.2")
+        minutes(90)
+        bar.update(5)
+        bar.print_line()  # there has been one of this step
+    assert capsys.readouterr().err == "unlearning, step 55 of 100: loss 1.2, ETA 13:30\n"
+
+
+def test_none_is_printed_of_what_is_not_wanted(minutes, capsys):
+    with Progress(2, "rows", "row", wanted=False) as bar:
+        minutes(300)
+        bar.update()
+        bar.print_line()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_has_a_bar(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setattr(progress, "SECONDS", 0)
+    with Progress(3, "rows", "row", leave=True) as bar:
+        for _ in range(3):
+            bar.update()
+    assert "rows: 100%" in terminal.getvalue() and "row 3 of 3" not in terminal.getvalue()
