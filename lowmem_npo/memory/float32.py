@@ -1,9 +1,12 @@
-"""Norms and rotary embeddings in slices: they compute in float32, and whole would be the largest tensors of a layer.
+"""Norms and rotary embeddings, which compute in float32: whole, they would be the largest tensors of a layer.
 
 A norm converts the hidden states to float32 and keeps that copy for its backward pass: twice the size of the bf16
-states, which are kept anyhow. In slices of rows it keeps only those, and recomputes each slice. The rotary embedding of
-the OLMo family makes several float32 copies of queries and keys; it treats every head by itself, so it is done a few
-heads at a time. The arithmetic is the model's own, slice by slice, so the results are the same.
+states, which are kept anyhow. The rotary embedding of the OLMo family makes several float32 copies of queries and keys.
+
+On a GPU the fused kernels of `lowmem_kernels` do the work of those that they know (fused.py), without any copy, and
+that of a gated MLP between its products, too. The others work on slices: a norm on rows, of which it keeps only the
+states and recomputes each slice; a rotary embedding, which treats every head by itself, on a few heads at a time. The
+arithmetic is the model's own, slice by slice, so the results are the same.
 """
 
 from __future__ import annotations
@@ -18,28 +21,64 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from lowmem_npo.memory.tiling import tile
+from lowmem_npo.memory.fused import GatedForm, fuses, gated_form, norm_form, rotary_form
+from lowmem_npo.memory.tiling import TiledForward
 from lowmem_npo.model.layers import decoder, decoder_layers
 
 ROWS = 2048  # as float32, at hidden size 4096: 32 MiB
 HEAD_SLICES = 4
+ROTARY = "apply_rotary_pos_emb"  # as transformers calls the function
 
 
 def slice_float32(model: PreTrainedModel, rows: int = ROWS) -> None:
-    """Makes every norm, and every rotary embedding written in transformers' usual way, work on slices.
+    """Makes every norm, every gated MLP and every rotary embedding written in transformers' usual way run as a fused
+    kernel or, norms and rotary embeddings that have none, on slices.
 
     Args:
-        rows: tokens per slice; a smaller batch is not sliced.
+        rows: tokens per slice; a smaller batch is not sliced on a CPU.
     """
     for module in decoder(model).modules():
-        if _is_norm(module) and "forward" not in vars(module):  # not already in a tiled MLP
-            tile(module, rows, width=next((p.numel() for p in module.parameters()), None))
+        if _is_norm(module):
+            module.forward = LeanNorm(module, rows)
+        elif (form := gated_form(module)) is not None:
+            module.forward = LeanMLP(module, form)
     for layer in decoder_layers(model):
         for module in layer.children():
             namespace = _forward_globals(module)
-            rotary = namespace.get("apply_rotary_pos_emb")
+            rotary = namespace.get(ROTARY) if _names(module, ROTARY) else None
             if rotary is not None and list(inspect.signature(rotary).parameters)[:4] == ["q", "k", "cos", "sin"]:
-                module.forward = WithSlicedRotary(module.forward, namespace, rows)
+                module.forward = WithLeanRotary(module.forward, namespace, rows)
+
+
+class LeanNorm:
+    """Replaces the `forward` of a norm with frozen weights: fused on a GPU, else on slices of rows.
+
+    A slice or less is whole on a CPU, where the time of one more operator is dearer than a copy of a few rows.
+    """
+
+    def __init__(self, norm: nn.Module, rows: int) -> None:
+        self.norm, self.rows, self.form = norm, rows, norm_form(norm)
+        self.plain = norm.forward
+        self.tiled = TiledForward(norm, rows, width=next((p.numel() for p in norm.parameters()), None))
+
+    def __call__(self, x: Tensor, *args: Any, **options: Any) -> Any:
+        if args or options:
+            return self.plain(x, *args, **options)
+        if fuses(x):
+            if self.form is not None and self.form.takes(x, self.norm):
+                return self.form(x, self.norm)
+            return self.tiled(x)
+        return self.plain(x) if x.numel() <= self.rows * x.shape[-1] else self.tiled(x)
+
+
+class LeanMLP:
+    """Replaces the `forward` of a gated MLP: the activation and its product with `up` are fused on a GPU."""
+
+    def __init__(self, mlp: nn.Module, form: GatedForm) -> None:
+        self.mlp, self.form, self.plain = mlp, form, mlp.forward
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.form(x, self.mlp) if fuses(x) else self.plain(x)
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -55,8 +94,14 @@ def _forward_globals(module: nn.Module) -> dict[str, Any]:
     return getattr(inspect.unwrap(type(module).forward), "__globals__", {})
 
 
-class WithSlicedRotary:
-    """Replaces an attention module's `forward`, which then calls a sliced `apply_rotary_pos_emb`.
+def _names(module: nn.Module, name: str) -> bool:
+    """Whether a method of the module's class uses this global name."""
+    methods = (inspect.unwrap(method) for _, method in inspect.getmembers(type(module), inspect.isfunction))
+    return any(name in method.__code__.co_names for method in methods if inspect.isfunction(method))
+
+
+class WithLeanRotary:
+    """Replaces an attention module's `forward`, which then calls a fused or sliced rotary embedding.
 
     A global name of the Python module is the only place where transformers' attention lets its rotary embedding be
     replaced; it is restored when the forward returns, so nothing else ever sees it.
@@ -68,19 +113,21 @@ class WithSlicedRotary:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         namespace = self._namespace.value
-        plain = namespace["apply_rotary_pos_emb"]
+        plain = namespace[ROTARY]
 
-        def sliced(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **options: Any) -> Any:
+        def lean(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **options: Any) -> Any:
+            if not (others or options) and fuses(q) and (form := rotary_form(plain, q, k, cos, sin)) is not None:
+                return form(q, k, cos, sin)
             slices = math.gcd(HEAD_SLICES, math.gcd(q.shape[1], k.shape[1]))
             if slices == 1 or q.ndim != 4 or q.shape[0] * q.shape[2] <= self.rows:
                 return plain(q, k, cos, sin, *others, **options)
             return SlicedRotary.apply(q, k, lambda q, k: plain(q, k, cos, sin, *others, **options), slices)
 
-        namespace["apply_rotary_pos_emb"] = sliced
+        namespace[ROTARY] = lean
         try:
             return self.forward(*args, **kwargs)
         finally:
-            namespace["apply_rotary_pos_emb"] = plain
+            namespace[ROTARY] = plain
 
 
 class Shared:

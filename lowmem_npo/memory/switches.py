@@ -21,9 +21,9 @@ def apply_switches(model: PeftModel, config: MemoryConfig) -> None:
     lm = causal_lm(model)
     if config.embedding_on_cpu:
         embedding_to_host(lm)
+    if config.sliced_float32:  # before the MLPs, whose tiles run what is inside them and the norms that follow
+        slice_float32(lm)
     if config.tile_mlp is not None:
         tile_mlps(lm, config.tile_mlp)
-    if config.sliced_float32:  # after the MLPs, which take the norms that follow them into their tiles
-        slice_float32(lm)
     if config.gradient_checkpointing:
         enable_checkpointing(lm, offload=config.offload_checkpoints)
