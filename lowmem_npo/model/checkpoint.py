@@ -25,6 +25,7 @@ from lowmem_npo.model.original_olmo import Rows, is_original, is_original_tensor
 from lowmem_npo.sources import check_model_name
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+BEFORE_1_6 = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)  # with which PyTorch's files began
 OLD_WHOLE, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 BESIDE_WEIGHTS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
@@ -166,11 +167,19 @@ def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
 
 
 def lists_tensors(folder: Path) -> bool:
-    """Whether it holds weights whose names and shapes can be read without them, as they can since PyTorch 1.6."""
+    """Whether it holds weights whose names and shapes can be read without them, as they can since PyTorch 1.6.
+
+    Raises UserError for a file in neither format of PyTorch.
+    """
     if any((folder / file).is_file() for file in (WHOLE, INDEX)):
         return True
     old = list(folder.glob("pytorch_model*.bin*"))
-    return bool(old) and all(zipfile.is_zipfile(file) for file in old if file.suffix == ".bin")
+    before = [file for file in old if file.suffix == ".bin" and not zipfile.is_zipfile(file)]
+    for file in before:
+        with file.open("rb") as content:
+            if content.read(len(BEFORE_1_6)) != BEFORE_1_6:
+                raise UserError(f"The weights in '{file}' are damaged: it is in none of PyTorch's formats.")
+    return bool(old) and not before
 
 
 def weight_files(folder: Path, name: str) -> list[str]:

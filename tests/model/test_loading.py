@@ -206,3 +206,18 @@ def test_a_model_that_is_not_causal_is_refused_by_its_configuration(setting, sav
     (tmp_path / "config.json").write_text(json.dumps({**config, **setting}))
     with pytest.raises(UserError, match="is not causal: its config.json has each token see those after it"):
         load_config(ModelConfig(str(tmp_path)))
+
+
+@pytest.mark.parametrize("content", ["cut", "", "<html>Not found</html>"])
+def test_old_files_that_pytorch_did_not_write_are_refused_before_they_are_loaded(content, byte_model, tmp_path):
+    """They were "cannot be loaded: 101" after a dry run that had found nothing."""
+    folder = shutil.copytree(byte_model, tmp_path / "model")
+    file, weights = folder / "pytorch_model.bin", load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, file, _use_new_zipfile_serialization=False)  # as PyTorch did before 1.6
+    load_config(ModelConfig(str(folder)))
+    torch.save(weights, file)
+    load_config(ModelConfig(str(folder)))
+    file.write_bytes(file.read_bytes()[:5000] if content == "cut" else content.encode())
+    with pytest.raises(UserError, match="pytorch_model.bin' are damaged: it is in none of PyTorch's formats"):
+        load_config(ModelConfig(str(folder)))
