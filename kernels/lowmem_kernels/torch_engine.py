@@ -124,8 +124,10 @@ def _vocabulary_chunk(
 
 
 def product(rows: Tensor, weight: Tensor) -> Tensor:
-    """(r, n), (m, n) -> (r, m) float32: rows @ weight.T. On a CPU by oneDNN: what PyTorch would call, MKL, takes twice as
-    long on AMD's processors."""
+    """(r, n), (m, n) -> (r, m) float32: rows @ weight.T.
+
+    On a CPU by oneDNN: MKL, which PyTorch would call, takes twice as long on AMD's processors.
+    """
     if rows.device.type == "cpu" and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
     return rows @ weight.T
