@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from lowmem_npo.environment import PACKAGES, package_version
 from lowmem_npo.errors import UserError
 from lowmem_npo.libraries import hub_problem
+from lowmem_npo.sizes import amount
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -37,7 +38,7 @@ def _gpus() -> list[tuple[str, str]]:
         gpu = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
         bf16 = "bf16" if gpu.major >= 8 else "no bf16"
-        memory = f"{_gib(free)} of {_gib(total)} free"
+        memory = f"{amount(free)} of {amount(total)} free"
         rows.append((f"gpu {index}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {bf16}, {memory}"))
     return rows
 
@@ -49,11 +50,7 @@ def _memory() -> list[tuple[str, str]]:
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(os.getcwd())
     return [
         ("cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"),
-        ("host memory", f"{_gib(memory.available)} of {_gib(memory.total)} available"),
-        ("disk here", f"{_gib(disk.free)} of {_gib(disk.total)} free"),
+        ("host memory", f"{amount(memory.available)} of {amount(memory.total)} available"),
+        ("disk here", f"{amount(disk.free)} of {amount(disk.total)} free"),
         ("hub", f"cannot be reached ({problem})" if (problem := hub_problem()) else "can be reached"),
     ]
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"

@@ -108,6 +108,15 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
         own = {f.name for f in fields(cls) if FREE in f.metadata}
         return {"output_dir", "resume", "batch_size", "device", "before", "any_base", "leaks", "forms"} | own
 
+    @classmethod
+    def compared(cls, leaks: bool) -> list[str]:
+        """Options that must be the same in two evaluations whose figures are compared, besides the rows themselves;
+        --max-new-tokens is compared set by set. leaks: there are leak tests in both."""
+        of_rows = {*cls.sources(), "passages", "passage_tokens", "max_new_tokens"}
+        of_model = {"model", "revision", "adapter", "attn", "dtype"}
+        of_leaks = set() if leaks else {f.name for f in fields(LeakOptions)}
+        return [f.name for f in fields(cls) if f.name not in cls.may_change() | of_rows | of_model | of_leaks]
+
     @property
     def named_data(self) -> dict[str, str]:
         """Set -> the file or hub name of its rows, for those that are named."""

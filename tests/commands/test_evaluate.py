@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoConfig
 
 from lowmem_npo.cli import main
+from lowmem_npo.commands.evaluate.run import _digests, _notes
+from lowmem_npo.data import Rows
 from lowmem_npo.evaluation.benchmarks import lm_eval as harness
+from lowmem_npo.evaluation.directory import EvaluationDirectory
 from lowmem_npo.evaluation.scoring import scorer as measuring
 from lowmem_npo.evaluation.settings import EvaluationConfig
 
@@ -265,7 +269,8 @@ def test_options_not_given_are_those_of_the_run(byte_model, files, capsys):
     before = ["--before", str(files / "run" / "evaluation" / "evaluation.json")]
     again = ["--output-dir", str(files / "again"), "--prompt-template", "{prompt}", "--max-length", "30"]
     assert main(["evaluate", "--adapter", folder, *device, *before, *again]) == 0
-    assert "not comparable" in capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "and max_length 24: the two are not comparable" in printed, printed[-3000:]
 
     settings = (files / "run" / "run.yaml").read_text()
     (files / "run" / "run.yaml").write_text(settings.replace("limit: null", "limit: 2"))
@@ -377,3 +382,25 @@ def test_help_and_flags(capsys):
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
     assert "--members" in printed and "--lm-eval" in printed and "Hub name or local directory" in printed
+
+
+def test_what_is_not_comparable_with_the_evaluation_of_before(tmp_path):
+    rows = {"forget": Rows("f.jsonl", [{"question": "a", "answer": "b"}])}
+
+    def notes(*, earlier, now):
+        for name, options in (("before", earlier), ("after", now)):
+            config = EvaluationConfig(model="m", forget="f.jsonl", output_dir=str(tmp_path / name), **options)
+            shutil.rmtree(tmp_path / name, ignore_errors=True)
+            EvaluationDirectory(config, _digests(config, rows)).begin()
+        return _notes(replace(config, before=str(tmp_path / "before" / "evaluation.json")), {}, rows)
+
+    assert notes(earlier={"batch_size": 3, "dtype": "float32"}, now={"leaks": ("all",), "relearn_steps": 3}) == []
+    (note,) = notes(earlier={"limit": 8, "qlora": True}, now={"limit": 9})
+    assert note == "The earlier evaluation had qlora True and limit 8: the two are not comparable."
+    (note,) = notes(earlier={"leaks": ("all",)}, now={"leaks": ("all",), "relearn_steps": 3})
+    assert note.startswith("The earlier evaluation had relearn_steps ")
+    before = json.loads((tmp_path / "before" / "settings.json").read_text())
+    before["digests"]["forget"] = "other"
+    (tmp_path / "before" / "settings.json").write_text(json.dumps(before))
+    config = EvaluationConfig(model="m", leaks=("all",), forget="f.jsonl", before=str(tmp_path / "before" / "x.json"))
+    assert "had other forget rows: the two" in _notes(config, {}, rows)[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -93,7 +93,7 @@ def plan_evaluation(
     tokenizer = load_tokenizer(model_config)
     template = Template.of(config, stops)
     sources = _read(config, limit, tokenizer, template, say)
-    before, notes = _read_before(config), _notes(config, run)
+    before, notes = _read_before(config), _notes(config, run, sources)
     context = Context(config, tokenizer, template, before, notes, known_fit(architecture))
     if context.fit is not None:
         context.fit.check_padding(tokenizer)
@@ -310,9 +310,9 @@ def _read_before(config: EvaluationConfig) -> Mapping[str, Any]:
     return content
 
 
-def _notes(config: EvaluationConfig, run: Mapping[str, Any]) -> list[str]:
-    """What qualifies the figures: another base than the adapter was trained on, or an earlier evaluation that wrote its
-    prompts, or cut its rows, in another way."""
+def _notes(config: EvaluationConfig, run: Mapping[str, Any], sources: Mapping[str, Rows]) -> list[str]:
+    """What qualifies the figures: another base than the adapter was trained on, or an earlier evaluation with other
+    rows or other settings."""
     notes = []
     if run.get("qlora") and not config.qlora:
         notes.append("The adapter was trained on the 4-bit base and is measured on the unquantised one (no --qlora).")
@@ -322,10 +322,13 @@ def _notes(config: EvaluationConfig, run: Mapping[str, Any]) -> list[str]:
             earlier = json.loads(settings.read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError, UnicodeDecodeError):
             return notes
-        names = ("template", "prompt_template", "system", "max_length")
-        differing = [name for name in names if name in earlier and earlier[name] != getattr(config, name)]
-        if other := " and ".join(f"{name} {earlier[name]!r}" for name in differing):
-            notes.append(f"The earlier evaluation had {other}: the two are not comparable.")
+        now = json.loads(json.dumps(asdict(config)))
+        names = config.compared(leaks=bool(config.leaks and earlier.get("leaks")))
+        others = [f"{name} {earlier[name]!r}" for name in names if earlier.get(name, now[name]) != now[name]]
+        digests, known = _digests(config, sources), earlier.get("digests", {})
+        others += [f"other {part} rows" for part in sources if known.get(part, digests[part]) != digests[part]]
+        if others:
+            notes.append(f"The earlier evaluation had {' and '.join(others)}: the two are not comparable.")
     return notes
 
 
