@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import fill
-from typing import Any, cast
+from typing import cast
 
 from lowmem_npo.evaluation.answers import AnswerSummary, part_of
 from lowmem_npo.evaluation.figures import Figure, finite, side_by_side
@@ -172,14 +172,6 @@ def save_table(stages: Stages, folder: Path, name: str = "before_after") -> list
 
 def stages_to_json(stages: Stages) -> dict[str, dict[str, dict[str, float]]]:
     return {stage: {name: asdict(summary) for name, summary in sets.items()} for stage, sets in stages.items()}
-
-
-def stages_from_json(content: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, AnswerSummary]]:
-    """The inverse of `stages_to_json`."""
-    return {
-        stage: {name: AnswerSummary(**cast(Any, values)) for name, values in sets.items()}
-        for stage, sets in content.items()
-    }
 
 
 def scope(stages: Stages) -> str:

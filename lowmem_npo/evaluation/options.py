@@ -17,6 +17,13 @@ class Options:
         """Raises UserError for a value that does not fit."""
 
 
+def check_declared(contract: type, kind: type) -> None:
+    """Raises TypeError for a subclass of `contract` that leaves one of its attributes open: one that is annotated there
+    and has no value."""
+    if missing := [name for name in contract.__annotations__ if not hasattr(kind, name)]:
+        raise TypeError(f"{kind.__name__} has no {' and no '.join(missing)}, which {contract.__name__} requires")
+
+
 def data_set(name: str) -> Any:
     """An option that names a file of rows, which are measured as the set `name`; a resumed evaluation may add it."""
     return field(default=None, metadata={SET: name})

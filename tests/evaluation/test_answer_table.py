@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from lowmem_npo.evaluation.answer_table import markdown_table, save_table, stages_from_json, table_rows, text_table
+from lowmem_npo.evaluation.answer_table import markdown_table, save_table, stages_to_json, table_rows, text_table
 from lowmem_npo.evaluation.answers import AnswerSummary
 
 
@@ -74,7 +74,7 @@ def test_markdown_has_a_cell_for_every_heading(stages):
 def test_the_files_hold_full_precision(stages, tmp_path):
     paths = save_table(stages, tmp_path / "new" / "folder")
     assert [path.name for path in paths] == ["before_after.json", "before_after.md"]
-    assert stages_from_json(json.loads(paths[0].read_text())) == stages
+    assert json.loads(paths[0].read_text()) == stages_to_json(stages)
     assert paths[1].read_text() == markdown_table(stages)
 
 

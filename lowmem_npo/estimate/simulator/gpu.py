@@ -74,7 +74,7 @@ class FakeGPU(StorageCounter):
         if size := cuda_attention.backward_workspace(func, args):
             for leaf in result:
                 if leaf is not None:  # the gradient of a bias that there is not
-                    self._see(leaf, func)
+                    self._see(leaf)
             self.transient(size)
         return result
 

@@ -22,7 +22,6 @@ class Storage(NamedTuple):
     bytes: int
     kind: str
     device: str
-    origin: tuple  # the operator that allocated it, and dtype and shape of the first tensor seen in it
     reference: weakref.ref
 
 
@@ -49,8 +48,6 @@ class StorageCounter(TorchDispatchMode):
         self.at_peak: dict[str, int] = {}
         self.trace: list[Event] = []
         self._storages: dict[int, Storage] = {}
-        self._detailed = False
-        self._details: list[Storage] = []
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -60,7 +57,7 @@ class StorageCounter(TorchDispatchMode):
         result = self.run(func, args, kwargs or {})
         for leaf in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(leaf, Tensor):
-                self._see(leaf, func)
+                self._see(leaf)
         return result
 
     def run(self, func: Any, args: tuple, kwargs: dict) -> Any:
@@ -72,7 +69,7 @@ class StorageCounter(TorchDispatchMode):
         for tensor in tree_leaves(tensors):
             if not isinstance(tensor, Tensor):
                 continue
-            self._see(tensor, "marked")
+            self._see(tensor)
             key = tensor.untyped_storage()._cdata
             storage = self._storages.get(key)
             if storage is None or storage.kind == kind:
@@ -102,19 +99,7 @@ class StorageCounter(TorchDispatchMode):
         self.peak, self.off_device_peak = self.live, self.off_device
         self.at_peak = dict(self.by_kind)
 
-    def detail_peak(self) -> None:
-        """From now on records what is in use at each new peak, for `largest`. Slow: for debugging."""
-        self._detailed = True
-
-    def largest(self, count: int = 20) -> list[tuple[int, int, str, str]]:
-        """(total bytes, count, kind, origin) of the storages in use at the peak, largest first."""
-        groups: dict[tuple[str, str], list[int]] = {}
-        for storage in self._details:
-            operator, dtype, shape = storage.origin
-            groups.setdefault((storage.kind, f"{operator} {dtype} {tuple(shape)}"), []).append(storage.bytes)
-        return sorted(((sum(b), len(b), *key) for key, b in groups.items()), reverse=True)[:count]
-
-    def _see(self, tensor: Tensor, func: Any) -> None:
+    def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._storages:
@@ -123,7 +108,7 @@ class StorageCounter(TorchDispatchMode):
         size = _rounded(storage.nbytes())
         reference = _Reference(storage, self._freed)
         reference.key = key
-        self._storages[key] = Storage(size, self.kind, device, (func, tensor.dtype, tensor.shape), reference)
+        self._storages[key] = Storage(size, self.kind, device, reference)
         if device == self.device_type:
             if size:
                 self.trace.append((key, size))
@@ -146,8 +131,6 @@ class StorageCounter(TorchDispatchMode):
         self.by_kind[kind] += size
         if self.live > self.peak:
             self.peak, self.at_peak = self.live, dict(self.by_kind)
-            if self._detailed:
-                self._details = [s for s in self._storages.values() if s.device == self.device_type]
 
     def _shrink(self, size: int, kind: str) -> None:
         self.live -= size

@@ -15,7 +15,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation import figures
 from lowmem_npo.evaluation.answers import choose_rows
 from lowmem_npo.evaluation.figures import Figure
-from lowmem_npo.evaluation.options import Options
+from lowmem_npo.evaluation.options import Options, check_declared
 from lowmem_npo.run_directory import EvaluationFiles
 
 if TYPE_CHECKING:
@@ -98,6 +98,10 @@ class Benchmark(ABC, Generic[MeasuredT, ScoresT]):
     """Whether its rows are written as the prompt template says, not in a form of the benchmark's own."""
     empty: ClassVar[Any] = None
     """What evaluation.json holds where nothing was measured."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_declared(Benchmark, cls)
 
     def check(self, options: Any) -> None:
         """Raises UserError for what can be known to be wrong before weights are loaded."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar, c
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.figures import shares
-from lowmem_npo.evaluation.options import Options
+from lowmem_npo.evaluation.options import Options, check_declared
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -219,6 +219,10 @@ class LeakTest(ABC, Generic[OptionsT]):
     """Whether it makes no sense on a model that has forgotten nothing yet."""
     loads_models: ClassVar[bool] = False
     """Whether it loads models of its own: it is run last, when the model in memory is gone; never while training."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_declared(LeakTest, cls)
 
     @abstractmethod
     def run(self, subject: Subject, options: OptionsT) -> LeakResult:

@@ -18,7 +18,7 @@ from lowmem_npo.commands.demo.teaching import fresh_model, make_tokenizer, taugh
 from lowmem_npo.config import DataConfig
 from lowmem_npo.data import prepare
 from lowmem_npo.errors import UserError
-from lowmem_npo.evaluation.answer_table import stages_from_json
+from lowmem_npo.evaluation.answer_table import stages_to_json
 from lowmem_npo.evaluation.answers import evaluate_answers
 from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
 from lowmem_npo.training.teaching import made_from
@@ -45,10 +45,10 @@ def test_it_forgets_and_keeps(demo):
 def test_it_writes_figures_and_a_picture(demo):
     result, _ = demo
     saved = json.loads((result.directory / "demo.json").read_text())
-    assert stages_from_json(saved["stages"]) == result.stages
+    assert saved["stages"] == stages_to_json(result.stages)
     assert saved["passed"] == result.passed == all(check["passed"] for check in saved["checks"])
     assert set(saved["seconds"]) == {"base", "gold", "unlearning"} and saved["seed"] == 0
-    assert stages_from_json(json.loads((result.directory / "before_after_gold.json").read_text())) == result.stages
+    assert json.loads((result.directory / "before_after_gold.json").read_text()) == saved["stages"]
     assert image.imread(result.directory / "demo.png").shape[:2] == (1000, 1500)
 
 

@@ -81,11 +81,3 @@ def test_other_devices_are_counted_apart():
         assert counter.live == counter.peak == 0 and counter.off_device == counter.off_device_peak == KIB
         del kept
         assert counter.off_device == 0 and counter.off_device_peak == KIB
-
-
-def test_the_largest_at_the_peak_are_named(counter):
-    counter.detail_peak()
-    kept = [torch.zeros(3 * KIB, dtype=torch.uint8), torch.zeros(3 * KIB, dtype=torch.uint8)]
-    (size, count, kind, origin), *_ = counter.largest()
-    assert (size, count, kind) == (6 * KIB, 2, "other") and "zeros" in origin and "3072" in origin
-    del kept
