@@ -58,6 +58,7 @@ def test_commands(completions):
         ("train", "--conf", {"--config"}),
         ("train", "--warmup-", {"--warmup-steps", "--warmup-ratio"}),
         ("sweep", "--see", {"--seed", "--seeds"}),
+        ("sweep", "--teach-", {"--teach-epochs", "--teach-lr", "--teach-batch-size"}),
         ("estimate", "--bud", {"--budget"}),
         ("evaluate", "--hold", {"--holdout"}),
         ("merge", "--quant", {"--quantize-check"}),
@@ -77,6 +78,7 @@ def test_choices_and_files(completions):
     assert completions("lowmem-npo", "train", "--qlora", "--forget", "forget_") == ["forget_me.jsonl"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("shell, word", [("zsh", "#compdef lowmem-npo"), ("fish", "function _tyro_lowmem_npo")])
 def test_other_shells(shell, word, capsys):
     assert main(["completion", shell]) == 0
