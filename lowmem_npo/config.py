@@ -25,6 +25,7 @@ FORGET_TERMS = ("npo", "ga", "simnpo", "idk", "wga", "satimp", "jensun", "dpo") 
 REFUSING_TERMS = ("idk", "jensun")  # which teach --refusal
 Normalization = Literal["sequence", "token", "length"]
 KLDirection = Literal["policy-reference", "reference-policy"]
+ForgetLevel = Literal["none", "holdout"]
 PassageForm = Literal["both", "completion", "text"]
 
 TILE_ROWS = 1024  # tokens of a tile where --tile-mlp has no value
@@ -169,6 +170,9 @@ class ObjectiveConfig:
     """npo on the sum over the answer's tokens (sequence), on each token (token), or on its mean (length)."""
     kl_direction: KLDirection = "policy-reference"
     """KL(policy || reference), or the reverse as in TOFU and open-unlearning."""
+    forget_level: ForgetLevel = "none"
+    """holdout: a forget row is pushed no further than a row of the holdout of its rank, by NLL per token under the
+    original model. Half of the holdout sets the levels, the other half is what the run is measured by."""
     simnpo_margin: float = 0.0
     """Reward margin of simnpo (its paper's gamma)."""
     wga_beta: float = 1.0
@@ -182,7 +186,16 @@ class ObjectiveConfig:
         check_positive(self, "beta")
         check_positive(self, "gamma", "delta", "wga_beta", "satimp_beta1", "satimp_beta2", or_zero=True)
         custom_term(self.forget_term, FORGET_TERMS)  # raises if there is none
-        for name, allowed in (("normalization", Normalization), ("kl_direction", KLDirection)):
+        if self.forget_level != "none" and self.forget_term in REFUSING_TERMS:
+            raise UserError(
+                f"--forget-level is a level of the forgotten answers, and {self.forget_term} trains on a refusal: "
+                "leave one of them out."
+            )
+        for name, allowed in (
+            ("normalization", Normalization),
+            ("kl_direction", KLDirection),
+            ("forget_level", ForgetLevel),
+        ):
             if getattr(self, name) not in get_args(allowed):
                 flag, values = name.replace("_", "-"), ", ".join(get_args(allowed))
                 raise UserError(f"--{flag} must be one of {values}, not {getattr(self, name)!r}.")
@@ -469,6 +482,10 @@ class RunConfig:
             raise UserError(
                 "--forget-term dpo prefers another answer to the forgotten one: name its column, --alternative-column."
             )
+        if self.objective.forget_level == "holdout" and self.data.forget is not None and self.data.holdout is None:
+            raise UserError("--forget-level holdout pushes rows to where rows never taught are: name some, --holdout.")
+        if self.objective.forget_level == "holdout" and self.data.tokens == "all":
+            raise UserError("--forget-level is a level of answers, and --tokens all takes prompts too: leave one out.")
         if self.training.layered is not None and not self.objective.needs_retain:
             raise UserError(
                 "--layered holds the folds whose turn has not come with the retain terms: give a positive --gamma or "

@@ -60,6 +60,7 @@ class RunFiles(AdapterFiles):
         self.leaks = path / "leaks.json"
         self.stop_evaluations = path / "evaluations.jsonl"
         self.stopping = path / "stopping.json"
+        self.forget_levels = path / "forget_levels.json"  # of --forget-level, one for each forget row
         self.best = path / "best"  # the best adapter so far, under --stop-when
         self.self_written = path / SELF_WRITTEN  # the retain texts of --retain self
         self.reference = path / "reference"  # the cached reference, unless --reference-dir names another place

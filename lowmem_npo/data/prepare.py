@@ -44,6 +44,7 @@ class PreparedData:
     holdout: rows like those to forget that the model was never taught, or None: what forgotten rows are compared with.
     general: general rows that nothing is trained on, by which utility is measured where the user names no rows to keep.
     alternatives: other answers to the forget rows' prompts (`with_alternatives`), where a column has them.
+    level_rows: rows of the holdout that set how far the forget rows are pushed, where any do; not among `holdout`.
     retain_is_unwritten: whether `retain` only stands in, by rows of the greatest length, for texts that the original
         model is yet to write.
     """
@@ -56,6 +57,7 @@ class PreparedData:
     retain_is_unwritten: bool = False
     general: TokenizedRows | None = None
     alternatives: TokenizedRows | None = None
+    level_rows: TokenizedRows | None = None
 
 
 def prepare(

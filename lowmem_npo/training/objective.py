@@ -13,7 +13,7 @@ they are computed with their gradient by `lowmem_kernels.retain_loss`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -23,6 +23,8 @@ from torch import Tensor
 from lowmem_npo.config import FORGET_TERMS, ObjectiveConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.forget_terms import custom_term, reference_of
+
+LET_GO = 0.5  # nats per token: an optimiser with momentum goes on for some steps after the gradient has ended
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,17 @@ class SequenceLogprobs:
     token_logprobs: Tensor  # (N,) float32
     sequence: Tensor  # (N,) int64, in [0, num_sequences)
     num_sequences: int
+
+    def up_to(self, levels: Tensor) -> SequenceLogprobs:
+        """The same numbers, with a gradient that lets each answer go as its mean NLL per token nears its level.
+
+        levels: (B,) nats per token. The gradient fades over the last `LET_GO` nats and is 0 from the level on, so what
+        is further away than that is never pulled back.
+        """
+        nll = -self.sums().detach() / self.lengths()
+        push = ((levels - nll) / LET_GO).clamp(0, 1)[self.sequence]
+        held = self.token_logprobs.detach()
+        return replace(self, token_logprobs=held + push * (self.token_logprobs - held))
 
     def sums(self) -> Tensor:
         """(B,) log-prob of each whole answer: log pi(y|x) = sum over its tokens."""

@@ -63,6 +63,7 @@ from lowmem_npo.run_directory import RunDirectory, check_disk, step_of
 from lowmem_npo.training.arguments import check_trainer_args, npo_config
 from lowmem_npo.training.checkpoints import resume_point
 from lowmem_npo.training.early_stopping import StopOutcome, Stopping
+from lowmem_npo.training.forget_level import halved, run_levels
 from lowmem_npo.training.layered import LayeredBatches, check_folds
 from lowmem_npo.training.metrics import MetricsWriter
 from lowmem_npo.training.progress import ConsoleProgress
@@ -190,6 +191,8 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
         UserError: as for `train`.
     """
     model_config, tokenizer, data = inputs
+    if config.objective.forget_level == "holdout":
+        data = halved(data)
     check_has_weights(resolve_name(config.model.model, config.model.revision)[0])
     check_fit(model_config, tokenizer, [data.forget, data.forget_targets, data.retain, data.holdout])
     directory = RunDirectory(config)
@@ -248,6 +251,9 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
     if main_process:
         begin_audit(directory.path, config, plan.data, model)
 
+    if (levels := _levels(plan, model)) is not None:
+        trainer.push_up_to(levels)
+        say(f"Each forget row is pushed up to its level, {min(levels):.2f} to {max(levels):.2f} nats per token.")
     before = _measure_before(plan, model) if measures else {}
     if plan.data.forget_targets is plan.data.forget and (remark := in_sentences_of_its_own(before)):
         say(remark)  # of a refusal it does not matter how the answer was said
@@ -279,7 +285,7 @@ def _with_own_texts(plan: RunPlan, model: PeftModel, say: Say) -> RunPlan:
         if line.startswith("retain"):
             say(line)
     check_fit(model_config, plan.tokenizer, [data.retain])
-    return replace(plan, data=data)
+    return replace(plan, data=data if plan.data.level_rows is None else halved(data))
 
 
 # -- the steps of a run -----------------------------------------------------------------------------------------------
@@ -304,6 +310,18 @@ def _trainer(plan: RunPlan, model: PeftModel, stopping: Stopping | None, say: Sa
     for default in (ProgressCallback, PrinterCallback):  # replaced by ours
         trainer.remove_callback(default)
     return trainer
+
+
+def _levels(plan: RunPlan, model: PeftModel) -> list[float] | None:
+    """How far each forget row is pushed, if --forget-level says so; the main process measures for all."""
+    config, directory = plan.config, plan.directory
+    if plan.data.level_rows is None:
+        return None
+    levels: list[Any] = [None]
+    if is_main_process(config):
+        fresh, size = not config.output.resume, config.output.eval_batch_size
+        levels = [run_levels(directory.forget_levels, model, plan.data, size, fresh=fresh)]
+    return broadcast_object_list(levels)[0]
 
 
 def _measure_before(plan: RunPlan, model: PeftModel) -> Evaluations:

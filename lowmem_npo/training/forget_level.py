@@ -1,0 +1,83 @@
+"""`--forget-level holdout`: how far each row to forget is pushed, and no further.
+
+NPO slows down but never ends, and answers less likely than any that was never taught give themselves away. Here a row
+has a level, a mean NLL per token at which it is let go: that of a row which the model was never taught, in whose place
+it stands. Rows to forget and rows of the holdout are ranked by their NLL under the original model, and a row's level is
+the quantile of the holdout that belongs to its rank, so that the forgotten rows end as spread out as unseen ones are.
+
+One half of the holdout sets the levels, the other is what the run is judged by.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from peft import PeftModel
+
+from lowmem_npo.data import PreparedData, TokenizedRows
+from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
+from lowmem_npo.files import write_atomically
+from lowmem_npo.model import reference_mode
+
+SEED = 0  # the halves do not depend on --seed, so that runs with several seeds can be compared
+
+
+def halved(data: PreparedData) -> PreparedData:
+    """`data` with half of its holdout in `level_rows`, and the other half as its holdout.
+
+    Raises:
+        UserError: fewer than two rows.
+    """
+    rows = data.holdout
+    if rows is None or len(rows) < 2:
+        number = "none" if rows is None else "one"
+        raise UserError(
+            f"--forget-level holdout needs rows for its levels and others to be judged by; there is {number}."
+        )
+    order = np.random.default_rng(SEED).permutation(len(rows))
+    sets_levels, judges = sorted(order[: len(rows) // 2]), sorted(order[len(rows) // 2 :])
+    return replace(data, level_rows=_of(rows, sets_levels), holdout=_of(rows, judges))
+
+
+def _of(rows: TokenizedRows, places: Sequence[int]) -> TokenizedRows:
+    return TokenizedRows(
+        [rows[i] for i in places], [rows.examples[i] for i in places], [rows.cut[i] for i in places], rows.max_length
+    )
+
+
+def levels_of(forget_nll: Sequence[float], unseen_nll: Sequence[float]) -> list[float]:
+    """The level of each row to forget, in nats per token.
+
+    forget_nll, unseen_nll: mean NLL per token of each row, under the original model.
+    """
+    ranks = np.argsort(np.argsort(forget_nll, kind="stable"), kind="stable")
+    return np.quantile(unseen_nll, (ranks + 0.5) / len(ranks)).tolist()
+
+
+def run_levels(path: Path, model: PeftModel, data: PreparedData, batch_size: int, *, fresh: bool) -> list[float]:
+    """The levels of a run, measured once and kept in `path`, from which a resumed run reads them.
+
+    Raises:
+        UserError: the model gives no finite numbers.
+    """
+    if not fresh and path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))["levels"]
+    assert data.level_rows is not None
+    with reference_mode(model):
+        sets = {"forget": data.forget, "holdout": data.level_rows}
+        nll = {
+            name: [
+                one.nll for one in answer_likelihoods(model, rows, batch_size=batch_size, description=f"{name} level")
+            ]
+            for name, rows in sets.items()
+        }
+    if not np.isfinite([*nll["forget"], *nll["holdout"]]).all():
+        raise UserError("The model gives answers no finite likelihood; its weights are damaged.")
+    levels = levels_of(nll["forget"], nll["holdout"])
+    write_atomically(path, json.dumps({"levels": levels}) + "\n")
+    return levels

@@ -1,0 +1,119 @@
+"""`--forget-level holdout`: where a row's push ends, by hand and in real runs of a tiny model that recites."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers.taught_model import unlearning_config
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from lowmem_npo.commands.train.run import train
+from lowmem_npo.config import DataConfig, ObjectiveConfig
+from lowmem_npo.console import silent
+from lowmem_npo.data import prepare
+from lowmem_npo.errors import UserError
+from lowmem_npo.training.forget_level import halved, levels_of
+from lowmem_npo.training.objective import LET_GO, SequenceLogprobs, StepTotals, forget_loss
+
+
+def test_the_gradient_fades_towards_the_level_and_never_turns():
+    """Three answers of two tokens: far below their level, within the last stretch, and beyond it."""
+    levels = torch.tensor([5.0, 5.0, 5.0])
+    nll = [1.0, 5.0 - 0.3 * LET_GO, 7.0]
+    tokens = torch.tensor([-v for v in nll for _ in range(2)], requires_grad=True)
+    policy = SequenceLogprobs(tokens, torch.tensor([0, 0, 1, 1, 2, 2]), 3)
+    objective, reference, totals = ObjectiveConfig(beta=0.3), torch.tensor([-2.0, -2.0, -2.0]), StepTotals(3, 6, 0)
+    plain = forget_loss(objective, policy, reference, totals)
+    (whole,) = torch.autograd.grad(plain, tokens)
+    ended = forget_loss(objective, policy.up_to(levels), reference, totals)
+    (faded,) = torch.autograd.grad(ended, tokens)
+    assert ended.item() == pytest.approx(plain.item())  # the figures stay
+    torch.testing.assert_close(faded, whole * torch.tensor([1, 1, 0.3, 0.3, 0, 0]), rtol=1e-4, atol=1e-9)
+
+
+def test_levels_are_the_holdouts_quantiles_by_rank():
+    unseen = [2.0, 3.0, 4.0, 5.0]
+    assert levels_of([0.03, 0.01, 0.02, 0.04], unseen) == pytest.approx(
+        np.quantile(unseen, [5 / 8, 1 / 8, 3 / 8, 7 / 8])
+    )
+    assert levels_of([0.5], unseen) == [3.5]
+    assert levels_of([1.0, 1.0], unseen) == pytest.approx(np.quantile(unseen, [1 / 4, 3 / 4]))  # equal: in their order
+
+
+def test_the_halves_share_no_row(taught_model):
+    tokenizer = AutoTokenizer.from_pretrained(taught_model)
+    data = prepare(tokenizer, DataConfig(limit=7))
+    split = halved(data)
+    where = [{example.where for example in rows.examples} for rows in (split.level_rows, split.holdout)]
+    assert (len(split.level_rows), len(split.holdout)) == (3, 4) and not where[0] & where[1]
+    assert where[0] | where[1] == {example.where for example in data.holdout.examples}
+    for rows, message in ((None, "there is none"), (data.holdout, "there is one")):
+        few = replace(data, holdout=rows) if rows is None else prepare(tokenizer, DataConfig(limit=1))
+        with pytest.raises(UserError, match=message):
+            halved(few)
+
+
+@pytest.fixture(scope="module")
+def runs(taught_model, tmp_path_factory):
+    """(without a level, with one): the same run."""
+    folder, results = tmp_path_factory.mktemp("levels"), []
+    for level in ("none", "holdout"):
+        config = unlearning_config(taught_model, folder / level, max_steps=40)
+        config = replace(config, objective=replace(config.objective, forget_level=level))
+        results.append((config, train(config, say=silent)))
+    return results
+
+
+def nll(result):
+    return np.array([record.nll for record in result.after["forget"].records])
+
+
+def test_rows_end_near_their_levels_and_what_is_kept_is_no_worse(runs):
+    (_, free), (config, held) = runs
+    levels = np.array(json.loads((config.output_dir / "forget_levels.json").read_text())["levels"])
+    beyond, without = np.maximum(nll(held) - levels, 0).mean(), np.maximum(nll(free) - levels, 0).mean()
+    assert without > 1 and beyond < without / 2, (without, beyond)
+    assert held.after["retain"].summary.nll <= free.after["retain"].summary.nll * 1.1
+    assert nll(held).mean() > 3 * held.before["forget"].summary.nll + 1  # and they are forgotten
+
+
+def test_resumed_it_has_the_same_levels_and_ends_in_the_same_bits(runs, tmp_path):
+    _, (config, held) = runs
+    folder = tmp_path / "again"
+    shutil.copytree(config.output_dir, folder)
+    (folder / "adapter_model.safetensors").unlink()
+    for checkpoint in folder.glob("checkpoint-*"):
+        if int(checkpoint.name.rpartition("-")[2]) > 20:
+            shutil.rmtree(checkpoint)
+    train(replace(config, output=replace(config.output, output_dir=str(folder), resume=True)), say=silent)
+    one, other = (load_file(path / "adapter_model.safetensors") for path in (config.output_dir, folder))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert (folder / "forget_levels.json").read_text() == (config.output_dir / "forget_levels.json").read_text()
+
+
+def test_half_of_the_holdout_is_what_the_run_is_judged_by(runs):
+    _, (config, _) = runs
+    audit = json.loads((config.output_dir / "audit.json").read_text())
+    assert audit["data"]["holdout"]["rows"] == 6
+
+
+@pytest.mark.parametrize(
+    "objective, data, message",
+    [
+        ({}, {"forget": "f.jsonl", "retain": "r.jsonl"}, "name some, --holdout"),
+        ({}, {"tokens": "all"}, "--tokens all takes prompts too"),
+        ({"forget_term": "idk"}, {}, "idk trains on a refusal"),
+        ({"forget_level": "gold"}, {}, "--forget-level must be one of none, holdout, not 'gold'"),
+    ],
+)
+def test_bad_input(objective, data, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        config = unlearning_config(tmp_path, tmp_path)
+        settings = {"forget_level": "holdout", **objective}
+        replace(config, data=replace(config.data, **data), objective=replace(config.objective, **settings))
