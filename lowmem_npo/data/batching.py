@@ -1,4 +1,4 @@
-"""Forget and retain rows in one micro-batch: the dataset that holds both, and the collator that makes passes of them."""
+"""Forget and retain rows in one micro-batch: the dataset of both, and the collator that makes passes of them."""
 
 from __future__ import annotations
 
@@ -147,25 +147,33 @@ Batch = dict[str, RowBatch | None]
 
 
 def collator(
-    pad_token_id: int | None, *, with_retain: bool = True, pack: bool = False
+    pad_token_id: int | None, *, with_retain: bool = True, pack: bool = False, joint_tokens: int = 0
 ) -> Callable[[list[tuple[Pick, TokenizedRow]]], Batch]:
     """A function that makes a `RowBatch` of each part of a micro-batch.
 
-    It takes what `ForgetRetain` gives and returns {"forget": RowBatch, "retain": RowBatch}, each without rows where the
-    micro-batch has none; None for "retain" where with_retain is False.
+    It takes what `ForgetRetain` gives and returns {"forget": RowBatch, "retain": RowBatch, "both": RowBatch}, the first
+    two without rows where the micro-batch has none. None for "retain" where with_retain is False; None for "both",
+    which holds the rows of the former and then those of the latter, unless they are to go through the model together.
 
     Args:
         pad_token_id: fills short rows that are not packed; None: 0 does, since no token of a row sees what follows it.
         pack: whether the model can take rows packed (`lowmem_npo.model.packs_rows`).
+        joint_tokens: the parts go through the model together if they have no more tokens than that.
     """
     # A partial, not a closure: worker processes must be able to unpickle it.
-    return partial(_collate, pad_token_id or 0, with_retain, pack)
+    return partial(_collate, pad_token_id or 0, with_retain, pack, joint_tokens)
 
 
-def _collate(pad_token_id: int, with_retain: bool, pack: bool, items: list[tuple[Pick, TokenizedRow]]) -> Batch:
-    batch: Batch = {"forget": None, "retain": None}
-    for part in ("forget", "retain") if with_retain else ("forget",):
-        own = [(pick.row, row) for pick, row in items if pick.part == part]
+def _collate(
+    pad_token_id: int, with_retain: bool, pack: bool, joint_tokens: int, items: list[tuple[Pick, TokenizedRow]]
+) -> Batch:
+    def batch_of(*parts: str) -> RowBatch:
+        own = [(pick.row, row) for part in parts for pick, row in items if pick.part == part]
         indices, rows = [index for index, _ in own], [row for _, row in own]
-        batch[part] = RowBatch.of(rows, pack=pack, pad_token_id=pad_token_id, indices=indices)
+        return RowBatch.of(rows, pack=pack, pad_token_id=pad_token_id, indices=indices)
+
+    batch: Batch = {"forget": batch_of("forget"), "retain": batch_of("retain") if with_retain else None, "both": None}
+    if batch["forget"] and batch["retain"]:
+        both = batch_of("forget", "retain")
+        batch["both"] = both if both.input_ids.numel() <= joint_tokens else None
     return batch

@@ -131,7 +131,7 @@ def estimate(
         with tempfile.TemporaryDirectory() as folder:
             trainer = _trainer(model, config, rows, folder, padding_free)
         track_kinds(gpu, causal_lm(model))
-        for name in ("forget", "retain"):
+        for name in ("forget", "retain", "both"):
             setattr(trainer.reference, name, _marking(gpu, getattr(trainer.reference, name)))
         gpu.kind = "adapter"
         optimizer = trainer.create_optimizer()
@@ -244,8 +244,8 @@ def track_kinds(gpu: FakeGPU, model: PreTrainedModel) -> None:
 
 
 def _marking(gpu: FakeGPU, method: Any) -> Any:
-    def run(batch: RowBatch) -> Any:
-        result = method(batch)
+    def run(batch: RowBatch, *forget_rows: int) -> Any:
+        result = method(batch, *forget_rows)
         gpu.mark(result, "reference")
         return result
 

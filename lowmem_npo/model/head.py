@@ -34,6 +34,12 @@ class AnswerHidden(NamedTuple):
     targets: Tensor  # (N,) int64 the token
     sequence: Tensor  # (N,) int64 its row in the batch
 
+    def split(self, count: int) -> tuple[AnswerHidden, AnswerHidden]:
+        """The first `count` predictions, and the others."""
+        sizes = [count, len(self.targets) - count]
+        first, second = zip(*(part.split(sizes) for part in self), strict=True)
+        return AnswerHidden(*first), AnswerHidden(*second)
+
 
 def frozen_head(model: PreTrainedModel | PeftModel) -> FrozenHead:
     """The model's output head as the kernels take it: a view of its weights, with softcap and logit scale.

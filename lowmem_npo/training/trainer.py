@@ -34,7 +34,7 @@ from lowmem_npo.data.batching import Batch, ForgetRetain, RowBatch, collator
 from lowmem_npo.errors import UserError
 from lowmem_npo.forget_terms import Term, register
 from lowmem_npo.memory.prefix import SharedPrefix
-from lowmem_npo.model import answer_hidden, attach_lora, check_causal, check_head, frozen_head, packs_rows
+from lowmem_npo.model import AnswerHidden, answer_hidden, attach_lora, check_causal, check_head, frozen_head, packs_rows
 from lowmem_npo.model.adapters import restore_adapter
 from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.modes import train_adapter
@@ -47,6 +47,8 @@ from lowmem_npo.training.reference import CachedReference, LiveReference
 from lowmem_npo.training.script_rows import script_rows
 from lowmem_npo.training.step_rows import StepBatches
 from lowmem_npo.training.training_rows import TrainingRows, training_rows
+
+PARTS = ("forget", "retain", "both")  # of a micro-batch
 
 
 @dataclass
@@ -87,6 +89,9 @@ class NPOConfig(ObjectiveConfig, TrainingArguments):
     padding_free: bool = True
     """Put rows of unequal length through the model one after the other, without padding, where its architecture keeps
     them apart (`lowmem_npo.model.packs_rows`). Padded, the results are the same up to rounding."""
+    joint_pass_tokens: int = 0
+    """Forget and retain rows of a micro-batch share one pass if together they have no more tokens than that: half of
+    the passes, but both parts' graphs are alive at once. The gradients are the same. 0: never."""
     reference_dir: str | None = None
     """Directory in which the reference's results are cached (`CachedReference`). Default: the reference pass is run at
     every step."""
@@ -117,8 +122,6 @@ class NPOTrainer(Trainer):
         retain_dataset: the same for what must be kept; None if gamma and delta are both 0.
         alternative_dataset: other answers to the same prompts, which `dpo` prefers: as many rows as forget_dataset, in
             its order, or several times as many, of which another part is taken in every epoch.
-        forget_levels: how far each row of forget_dataset is pushed, as a mean NLL per answer token in nats
-            (`lowmem_npo.training.forget_level`). Default: without end.
         true_dataset: under `layered`, rows with the true answers where forget_dataset is tokenised and teaches a
             refusal: what is held until its turn.
         forget_term: a forget term of your own in place of `args.forget_term`; `lowmem_npo.forget_terms` says what it is
@@ -147,7 +150,6 @@ class NPOTrainer(Trainer):
         forget_term: Term | None = None,
         alternative_dataset: Any = None,
         true_dataset: Any = None,
-        forget_levels: Sequence[float] | None = None,
         **trainer_kwargs: Any,
     ) -> None:
         if forget_term is not None:
@@ -182,10 +184,6 @@ class NPOTrainer(Trainer):
         self.head = frozen_head(model)
         self.reference = LiveReference(model, self.head, self.objective)
         self.prefix = SharedPrefix(model)
-        self._rows = rows
-        self._levels: Tensor | None = None
-        if forget_levels is not None:
-            self.push_up_to(forget_levels)
         self._metrics = StepMetrics(self.objective)
         if args.reference_dir is not None:
             directory = Path(args.reference_dir)
@@ -201,6 +199,7 @@ class NPOTrainer(Trainer):
                 processing_class.pad_token_id,
                 with_retain=self.objective.needs_retain,
                 pack=args.padding_free and packs_rows(model),
+                joint_tokens=args.joint_pass_tokens,
             ),
             processing_class=processing_class,
             **trainer_kwargs,
@@ -228,22 +227,6 @@ class NPOTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         restore_adapter(self.model, load_file(AdapterFiles(Path(resume_from_checkpoint)).weights))
-
-    def push_up_to(self, levels: Sequence[float]) -> None:
-        """Sets the mean NLL per answer token, in nats, up to which each forget row is pushed.
-
-        Raises:
-            UserError: not one for each row.
-        """
-        number, answers = self._rows.num_forget, len(self._rows.forget)
-        if len(levels) != number:
-            raise UserError(f"There are {len(levels)} forget_levels for {number} rows to forget: give one for each.")
-        self._levels = torch.tensor([*levels, *[math.inf] * (answers - number)])  # another answer has no end
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        if self.objective.forget_level != "none" and self._levels is None:
-            raise UserError("forget_level holdout needs forget_levels: lowmem_npo.training.forget_level makes them.")
-        return super().train(*args, **kwargs)
 
     # -- data: one forget and one retain batch per step -------------------------------------------------------------
 
@@ -301,22 +284,18 @@ class NPOTrainer(Trainer):
         batch: Batch = inputs
         totals: StepTotals = num_items_in_batch  # which the Trainer passes on from `get_batch_samples`
         train_adapter(self.model)
-        device = self.args.device
-        forget, retain = (rows and rows.to(device) for rows in (batch["forget"], batch["retain"]))
-        # Part by part, the reference first: it runs before any graph exists, and the two parts' graphs never meet.
-        loss = torch.zeros((), device=device)
-        if forget:
+        forget, retain, both = (rows and rows.to(self.args.device) for rows in map(batch.get, PARTS))
+        loss = torch.zeros((), device=self.args.device)
+        parts = ((forget, self._forget_pass), (retain, self._retain_pass))
+        passes = [partial(run, rows) for rows, run in parts if rows]
+        if forget and both and self.reference.comes_together(both, len(forget)):
+            passes = [partial(self._joint_pass, both, len(forget))]
+        for run in passes:  # one after the other: the graphs of two passes never meet
             with self.prefix.shared():
-                forget_part = self._forget_loss(forget, self.reference.forget(forget), totals)
-            self.accelerator.backward(forget_part)
-            loss += forget_part.detach()
-            del forget_part
-        if retain:
-            with self.prefix.shared():
-                retain_part = self._retain_loss(retain, self.reference.retain(retain), totals)
-            self.accelerator.backward(retain_part)
-            loss += retain_part.detach()
-            del retain_part
+                part = run(totals)
+            self.accelerator.backward(part)
+            loss += part.detach()
+            del part
 
         if self.accelerator.sync_gradients:
             self._metrics.steps += 1
@@ -324,12 +303,28 @@ class NPOTrainer(Trainer):
                 self._sum_gradients()
         return loss * self.args.world_size  # the Trainer reports the mean over processes; ours are shares of a sum
 
-    def _forget_loss(self, batch: RowBatch, reference: Tensor | None, totals: StepTotals) -> Tensor:
-        answers = answer_hidden(self.model, batch)
+    # In each pass the reference comes first: it runs before any graph exists.
+
+    def _forget_pass(self, batch: RowBatch, totals: StepTotals) -> Tensor:
+        reference = self.reference.forget(batch)
+        return self._forget_loss(answer_hidden(self.model, batch), batch.rows, reference, totals)
+
+    def _retain_pass(self, batch: RowBatch, totals: StepTotals) -> Tensor:
+        reference = self.reference.retain(batch)
+        return self._retain_loss(answer_hidden(self.model, batch), reference, totals)
+
+    def _joint_pass(self, batch: RowBatch, forget_rows: int, totals: StepTotals) -> Tensor:
+        references = self.reference.both(batch, forget_rows)
+        forget, retain = answer_hidden(self.model, batch).split(sum(batch.answers[:forget_rows]))
+        loss = self._forget_loss(forget, batch.rows[:forget_rows], references[0], totals)
+        return loss + self._retain_loss(retain, references[1], totals)
+
+    def _forget_loss(
+        self, answers: AnswerHidden, rows: Sequence[int], reference: Tensor | None, totals: StepTotals
+    ) -> Tensor:
+        """rows: (B,) places in the forget dataset of the rows that the answers belong to."""
         logprobs = token_logprobs(answers.hidden, self.head, answers.targets)
-        policy = SequenceLogprobs(logprobs, answers.sequence, len(batch))
-        if self._levels is not None:
-            policy = policy.up_to(self._levels[list(batch.rows)].to(logprobs.device, non_blocking=True))
+        policy = SequenceLogprobs(logprobs, answers.sequence, len(rows))
         loss = forget_loss(self.objective, policy, reference, totals)
         with torch.no_grad():  # the figures are of the answers to forget alone
             every = self._answers_per_row
@@ -337,7 +332,7 @@ class NPOTrainer(Trainer):
                 forgotten = answers.sequence % every == 0
                 logprobs = logprobs * forgotten
                 if reference is not None:
-                    reference = reference[::every] if len(reference) == len(batch) else reference * forgotten
+                    reference = reference[::every] if len(reference) == len(rows) else reference * forgotten
             self._metrics.add(forget_loss=loss, forget_nll=-logprobs.sum() / totals.forget_tokens)
             if reference is not None:
                 ratio = logprobs.sum() - reference.sum()
@@ -349,8 +344,7 @@ class NPOTrainer(Trainer):
         """How many rows of a forget batch belong to one row to forget: itself, and the other answer if it has any."""
         return 2 if self.step_batches.alternatives else 1
 
-    def _retain_loss(self, batch: RowBatch, reference_hidden: Tensor | None, totals: StepTotals) -> Tensor:
-        answers = answer_hidden(self.model, batch)
+    def _retain_loss(self, answers: AnswerHidden, reference_hidden: Tensor | None, totals: StepTotals) -> Tensor:
         ce_weight, kl_weight = retain_weights(self.objective, totals)
         loss, logprobs, kl = retain_loss(
             answers.hidden,

@@ -58,6 +58,10 @@ class AnswerFile:
         """Size of the whole file."""
         return self._values_at + self._bytes_of(self._starts[-1])
 
+    def holds(self, rows: Sequence[int]) -> bool:
+        """Whether all of `rows` are stored; that their values are right is not looked at."""
+        return self.exists and all(row in self._checked or self._checksum(row) for row in rows)
+
     def read(self, rows: Sequence[int]) -> Tensor | None:
         """(N, width) values of `rows`, one after the other, on the host; None unless all of them are stored."""
         if not self.exists:

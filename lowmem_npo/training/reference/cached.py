@@ -82,24 +82,48 @@ class CachedReference(LiveReference):
         run = super().answer_hidden
         return self._stored("retain", batch, lambda: run(batch))
 
+    def comes_together(self, batch: RowBatch, forget_rows: int) -> bool:
+        """Nor where one part is stored and the other is not."""
+        parts = zip(("forget", "retain"), (batch.rows[:forget_rows], batch.rows[forget_rows:]), strict=True)
+        stored = {part in self.files and self.files[part].holds(rows) for part, rows in parts}
+        return super().comes_together(batch, forget_rows) and len(stored) == 1
+
+    def answers_of_both(self, batch: RowBatch, forget_rows: int) -> tuple[Tensor, Tensor]:
+        forget, retain = batch.rows[:forget_rows], batch.rows[forget_rows:]
+        logprobs, hidden = (self._read(*part, batch.data.device) for part in (("forget", forget), ("retain", retain)))
+        if logprobs is not None and hidden is not None:
+            return logprobs.squeeze(1), hidden
+        logprobs, hidden = super().answers_of_both(batch, forget_rows)
+        self._write("forget", forget, logprobs[:, None])
+        self._write("retain", retain, hidden)
+        return logprobs, hidden
+
     def _stored(self, part: str, batch: RowBatch, run: Callable[[], Tensor]) -> Tensor:
-        file, rows = self.files.get(part), batch.rows
-        if file is None:
-            return run()
+        if (stored := self._read(part, batch.rows, batch.data.device)) is not None:
+            return stored
+        values = run()
+        self._write(part, batch.rows, values)
+        return values
+
+    def _read(self, part: str, rows: Sequence[int], device: torch.device) -> Tensor | None:
+        if (file := self.files.get(part)) is None:
+            return None
         try:
             stored = file.read(rows)
         except OSError as error:
             self._go_on_live(part, error)
-            return run()
-        if stored is not None:
-            device = batch.data.device
-            return (stored.pin_memory() if device.type == "cuda" else stored).to(device, non_blocking=True)
-        values = run()
+            return None
+        if stored is None:
+            return None
+        return (stored.pin_memory() if device.type == "cuda" else stored).to(device, non_blocking=True)
+
+    def _write(self, part: str, rows: Sequence[int], values: Tensor) -> None:
+        if (file := self.files.get(part)) is None:
+            return
         try:
             file.write(rows, values)
         except OSError as error:
             self._go_on_live(part, error)
-        return values
 
     def _go_on_live(self, part: str, error: OSError) -> None:
         path = self.files.pop(part).path

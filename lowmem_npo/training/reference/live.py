@@ -36,6 +36,26 @@ class LiveReference:
         """(N, d) final hidden states that predict the retain answers; None if delta is 0."""
         return None if self.objective.delta == 0 else self.answer_hidden(batch)
 
+    def comes_together(self, batch: RowBatch, forget_rows: int) -> bool:
+        """Whether `both` is not more work than the two of them: both parts need a pass, or none does."""
+        return (needs_reference(self.objective) is None) == (self.objective.delta == 0)
+
+    def both(self, batch: RowBatch, forget_rows: int) -> tuple[Tensor | None, Tensor | None]:
+        """`forget` and `retain` in one pass, of a batch whose first `forget_rows` rows are to be forgotten."""
+        needed = needs_reference(self.objective)
+        if needed is None and self.objective.delta == 0:
+            return None, None
+        logprobs, hidden = self.answers_of_both(batch, forget_rows)
+        if needed == "sequence":
+            logprobs = SequenceLogprobs(logprobs, batch.sequence[: len(logprobs)], forget_rows).sums()
+        return logprobs, hidden
+
+    def answers_of_both(self, batch: RowBatch, forget_rows: int) -> tuple[Tensor, Tensor]:
+        """As the two below: (N,) of the forget rows, (N', d) of the others."""
+        with reference_mode(self.model):
+            forget, retain = answer_hidden(self.model, batch).split(sum(batch.answers[:forget_rows]))
+            return token_logprobs(forget.hidden, self.head, forget.targets), retain.hidden
+
     def answer_logprobs(self, batch: RowBatch) -> Tensor:
         """(N,) float32, one for each answer token."""
         with reference_mode(self.model):
