@@ -80,7 +80,14 @@ def _architecture(name: str, revision: str | None) -> PretrainedConfig:
         raise UserError(f"'{name}' is not a causal language model but {kind}: give an ...ForCausalLM model.")
     if loaded.model_type == "rwkv":
         raise UserError(f"'{name}' is an RWKV, which rescales its weights, but no adapter on them: give another model.")
-    text = loaded.get_text_config()
+    try:
+        text = loaded.get_text_config()
+        text.num_hidden_layers  # noqa: B018
+    except (ValueError, AttributeError) as error:  # several decoders (Musicgen), or none of plain layers (BLT)
+        raise UserError(
+            f"'{name}' is not supported: the configuration of a {loaded.model_type} does not name one decoder and the "
+            "number of its layers."
+        ) from error
     if getattr(text, "is_causal", None) is False or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         raise UserError(f"'{name}' is not causal: its config.json has each token see those after it.")
     stored_quantization(loaded)  # raises if it cannot be trained on

@@ -200,6 +200,13 @@ def test_an_rwkv_is_refused(tmp_path):
         load_config(ModelConfig(str(tmp_path)))
 
 
+@pytest.mark.parametrize("kind", ["blt", "musicgen"])
+def test_a_model_without_one_decoder_is_refused(kind, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "architectures": ["AForCausalLM"]}))
+    with pytest.raises(UserError, match=f"the configuration of a {kind} does not name one decoder"):
+        load_config(ModelConfig(str(tmp_path)))
+
+
 @pytest.mark.parametrize("setting", [{"is_causal": False}, {"use_bidirectional_attention": True}])
 def test_a_model_that_is_not_causal_is_refused_by_its_configuration(setting, saved, tmp_path):
     config = json.loads((saved / "config.json").read_text())
