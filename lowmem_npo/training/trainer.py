@@ -122,6 +122,8 @@ class NPOTrainer(Trainer):
         retain_dataset: the same for what must be kept; None if gamma and delta are both 0.
         alternative_dataset: other answers to the same prompts, which `dpo` prefers: as many rows as forget_dataset, in
             its order, or several times as many, of which another part is taken in every epoch.
+        forget_levels: how far each row of forget_dataset is pushed, as a mean NLL per answer token in nats
+            (`lowmem_npo.training.forget_level`). Default: without end.
         true_dataset: under `layered`, rows with the true answers where forget_dataset is tokenised and teaches a
             refusal: what is held until its turn.
         forget_term: a forget term of your own in place of `args.forget_term`; `lowmem_npo.forget_terms` says what it is
@@ -150,6 +152,7 @@ class NPOTrainer(Trainer):
         forget_term: Term | None = None,
         alternative_dataset: Any = None,
         true_dataset: Any = None,
+        forget_levels: Sequence[float] | None = None,
         **trainer_kwargs: Any,
     ) -> None:
         if forget_term is not None:
@@ -184,6 +187,10 @@ class NPOTrainer(Trainer):
         self.head = frozen_head(model)
         self.reference = LiveReference(model, self.head, self.objective)
         self.prefix = SharedPrefix(model)
+        self._rows = rows
+        self._levels: Tensor | None = None
+        if forget_levels is not None:
+            self.push_up_to(forget_levels)
         self._metrics = StepMetrics(self.objective)
         if args.reference_dir is not None:
             directory = Path(args.reference_dir)
@@ -227,6 +234,22 @@ class NPOTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         restore_adapter(self.model, load_file(AdapterFiles(Path(resume_from_checkpoint)).weights))
+
+    def push_up_to(self, levels: Sequence[float]) -> None:
+        """Sets the mean NLL per answer token, in nats, up to which each forget row is pushed.
+
+        Raises:
+            UserError: not one for each row.
+        """
+        number, answers = self._rows.num_forget, len(self._rows.forget)
+        if len(levels) != number:
+            raise UserError(f"There are {len(levels)} forget_levels for {number} rows to forget: give one for each.")
+        self._levels = torch.tensor([*levels, *[math.inf] * (answers - number)])  # another answer has no end
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self.objective.forget_level != "none" and self._levels is None:
+            raise UserError("forget_level holdout needs forget_levels: lowmem_npo.training.forget_level makes them.")
+        return super().train(*args, **kwargs)
 
     # -- data: one forget and one retain batch per step -------------------------------------------------------------
 
@@ -325,6 +348,8 @@ class NPOTrainer(Trainer):
         """rows: (B,) places in the forget dataset of the rows that the answers belong to."""
         logprobs = token_logprobs(answers.hidden, self.head, answers.targets)
         policy = SequenceLogprobs(logprobs, answers.sequence, len(rows))
+        if self._levels is not None:
+            policy = policy.up_to(self._levels[list(rows)].to(logprobs.device, non_blocking=True))
         loss = forget_loss(self.objective, policy, reference, totals)
         with torch.no_grad():  # the figures are of the answers to forget alone
             every = self._answers_per_row
