@@ -51,6 +51,11 @@ def merge(config: MergeConfig, say: Say = print) -> Path:
     plan = _plan(config, name, revision)
     needed = checkpoint.bytes_as(dtype)
     check_space(out, needed * len(plan.bases))
+    if plan.choose:
+        say(
+            "The adapter was trained on the 4-bit base: it is merged into the whole and into the dequantised weights, "
+            "and both are measured. --base-weights whole, or dequantized, leaves that out."
+        )
     partial = out.with_name(out.name + PARTIAL)  # until it is complete
     with workspace(partial, say):
         for base in plan.bases:
@@ -115,7 +120,9 @@ def _plan(config: MergeConfig, name: str, revision: str | None) -> Plan:
             raise UserError(f"--quantize-check measures the rows of the adapter's run: {error}") from error
         return Plan([kept], sentences=[_not_compared(str(error))])
     bases = [base for base in MERGED_INTO if base != kept] if compared else []
-    return Plan([*bases, kept], rows, choose=config.base_weights == AUTO, four_bits=config.quantize_check)
+    return Plan(
+        [*bases, kept], rows, choose=bool(bases) and config.base_weights == AUTO, four_bits=config.quantize_check
+    )
 
 
 def _write(config: MergeConfig, checkpoint: Checkpoint, updates: Updates, out: Path, base: str) -> None:

@@ -75,6 +75,7 @@ def test_both_bases_are_measured_and_the_better_one_is_written(runs, tmp_path, c
     assert math.isclose(dequantized[0], after["forget"]["summary"]["nll"], rel_tol=0.02)
     assert math.isclose(dequantized[2], after["retain"]["summary"]["nll"], rel_tol=0.02)
     assert not math.isclose(whole[0], dequantized[0], rel_tol=0.05)
+    assert printed.startswith("The adapter was trained on the 4-bit base: it is merged into the whole and into the")
     assert measured["after, by the run"][0] == pytest.approx(after["forget"]["summary"]["nll"], abs=1e-3)
     kept = re.search(r"Advised: .*\(--base-weights (\w+)\).* That is what was written\.", printed)[1]
     for base in ("whole", "dequantized"):
@@ -106,7 +107,8 @@ def test_of_a_plain_adapter_nothing_is_measured_unless_that_is_asked_for(runs, t
     assert list(measured) == ["before forgetting, by the run", "after, by the run", "merged into whole weights",
                               "merged into whole weights, then 4-bit"]  # fmt: skip
     assert measured["merged into whole weights"][0] == pytest.approx(measured["after, by the run"][0], rel=0.02)
-    assert "Rounded to NF4, the merged model writes" in printed and "Advised" not in printed
+    assert "Rounded to NF4, the merged model writes" in printed
+    assert "Advised" not in printed and "4-bit base" not in printed
     assert merge(runs / "lora", tmp_path / "no", "--base-weights", "dequantized") == 2
     assert "was trained on whole weights, not with --qlora" in capsys.readouterr().err
 
