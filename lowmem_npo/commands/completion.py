@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from lowmem_npo.cli import COMMANDS
-from lowmem_npo.commands.arguments import run_options, with_help
+from lowmem_npo.commands.arguments import field_docstrings, run_options, with_help
 from lowmem_npo.libraries import quiet_libraries
 
 Shell = Literal["bash", "zsh", "fish"]
@@ -48,15 +48,19 @@ def command_lines() -> dict[str, Callable[..., Any]]:
     from lowmem_npo.commands.demo import Demo
     from lowmem_npo.commands.merge.options import MergeConfig
     from lowmem_npo.commands.report import Report
+    from lowmem_npo.commands.sweep.evaluation import SweepEvaluationOptions
+    from lowmem_npo.commands.sweep.options import TeachingOptions
     from lowmem_npo.evaluation.settings import EvaluationConfig
     from lowmem_npo.training.honoured import HONOURED
 
     theirs = {name: "Of transformers.TrainingArguments." for name in sorted(HONOURED | {"warmup_ratio"})}
     training = {"config": "YAML file with options, as run.yaml.", **theirs}
+    swept = {"grid": "Options and values.", "seeds": "How many, or which."}
+    swept |= field_docstrings(TeachingOptions) | field_docstrings(SweepEvaluationOptions)
     known = {
         "data": with_help(DataCommand),
         "train": _and_more(run_options(), training),
-        "sweep": _and_more(run_options(), {"grid": "Options and values.", "seeds": "How many, or which.", **training}),
+        "sweep": _and_more(run_options(), {**swept, **training}),
         "demo": with_help(Demo),
         "evaluate": with_help(EvaluationConfig),
         "ask": with_help(AskOptions),

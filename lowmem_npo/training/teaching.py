@@ -39,18 +39,18 @@ def teach(
 ) -> float:
     """Trains the weights that require grad on the mean NLL of the answers' tokens; `model` is left in eval mode.
 
-    AdamW, gradients clipped to norm 1; the learning rate rises to `lr` over the first twentieth of the steps and falls
+    AdamW, gradients clipped to norm 1; the learning rate rises to `lr` over the first twentieth of the steps, and falls
     with a cosine. A batch goes through the model in parts of `micro_batch_size` rows (None: whole), for the same
     gradient. dtype: of the matrix products.
 
     Returns:
         The mean NLL of the last epoch's batches, in nats per token.
     """
-    steps = epochs * math.ceil(len(rows) / batch_size)
+    steps = max(3, epochs * math.ceil(len(rows) / batch_size))  # fewer have no rise and fall
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=lr, total_steps=steps, pct_start=0.05, cycle_momentum=False
+        optimizer, max_lr=lr, total_steps=steps, pct_start=max(0.05, 2 / steps), cycle_momentum=False
     )
     shuffle = random.Random(seed)
     nll = math.nan

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 
 from lowmem_npo.commands.arguments import ALIASES, check_names, parse_run
 from lowmem_npo.commands.sweep.grid import parse_grid, parse_seeds, plan_sweep
+from lowmem_npo.commands.sweep.options import TeachingOptions, take_options
 from lowmem_npo.config import RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.libraries import quiet_libraries
@@ -14,7 +16,7 @@ USAGE = """usage: lowmem-npo sweep --seeds 5 --grid gamma=0,1 delta=0,0.5,1 --mo
 
 Trains with every combination of the grid and every seed, each run as `lowmem-npo train` makes it, in
 OUTPUT-DIR/gamma=0_delta=0.5/seed-42 and so on. Prints each configuration's mean and standard deviation, and writes them
-as sweep.md, sweep.csv, sweep.json and sweep.png.
+as sweep.md, sweep.csv (a line per run), sweep_means.csv, sweep.json and sweep.png.
 
   --grid NAME=V,V,... ...   options of train and their values; quote values of several words:
                             'lora-targets=q_proj v_proj,all-linear'. An empty value leaves the option out:
@@ -23,7 +25,22 @@ as sweep.md, sweep.csv, sweep.json and sweep.png.
   --output-dir DIR          directory of the whole sweep. Default: lowmem-npo-output
   --resume                  skip finished runs, continue an interrupted one, retry failed ones; the grid and the seeds
                             may have grown
-  --dry-run                 print the runs and stop
+  --dry-run                 print the runs, what would be taught and evaluated, and stop
+
+  --teach full|lora         first fine-tune the model on the forget and retain rows, with all weights or with a LoRA of
+                            rank 64 that is merged, and a gold model on the retain rows alone; once per sweep, with
+                            --seed, in OUTPUT-DIR/taught and gold. The runs forget from the taught model
+  --teach-epochs N          passes over the rows taught. Default: 5
+  --teach-lr LR             peak of the learning rate. Default: 1e-5 (full), 1e-4 (lora)
+  --teach-batch-size N      rows of a step. Default: 32; --micro-batch-size of them at once
+
+  --evaluate NAME,NAME,...  after each run, and once of the model before and of the gold model: lume, tofu, documents,
+                            lm_eval, answers; leaks, or leak tests by their names (extraction, sampling, membership,
+                            relearning, quantization). The options of `lowmem-npo evaluate` that benchmarks and leak
+                            tests have are taken, too (--real-authors, --world-facts, --members, --lm-eval, ...)
+  --evaluate-forget FILE, --evaluate-retain FILE
+                            the rows evaluated, where they are not those trained on
+  --evaluate-limit N        N rows of each set, the same ones for every run
 
 The runs share one loaded model: each gets a fresh adapter, which is removed when it ends. They also share one cached
 reference (--reference cached, in OUTPUT-DIR/reference): a row goes through the original model once, in the first run
@@ -40,6 +57,15 @@ def main(arguments: Sequence[str]) -> None:
         return
     rest, grid = _take(list(arguments), "--grid")
     rest, seeds = _take(rest, "--seeds")
+    teaching, rest = take_options(TeachingOptions, rest)
+    evaluation = None
+    if any(a.split("=")[0] == "--evaluate" for a in rest):
+        quiet_libraries()
+        from lowmem_npo.commands.sweep.evaluation import SweepEvaluation  # late: it loads transformers
+
+        evaluation, rest = SweepEvaluation.parse(rest)
+    elif alone := next((a for a in rest if a.startswith("--evaluate")), None):
+        raise UserError(f"{alone} says how --evaluate measures: give both, or none.")
     options = ["--reference", "cached", *rest]
 
     def parse(flags: Sequence[str]) -> RunConfig:
@@ -48,18 +74,23 @@ def main(arguments: Sequence[str]) -> None:
     config = parse([])
     check_names(config.model.model, config.data.forget, config.data.retain, config.data.holdout)
     runs = plan_sweep(parse_grid(grid or [], ALIASES), parse_seeds(seeds or ["5"], config.training.seed), parse)
+    root, taught = config.output_dir, teaching if teaching.teach else None
     if config.output.dry_run:
         print("\n".join(str(run.directory) for run in runs))
+        if taught or evaluation:
+            quiet_libraries()
+            from lowmem_npo.commands.sweep.runs import check_more
+
+            print("\n".join(check_more(runs, root, taught, evaluation)))
         print(f"Dry run: {len(runs)} runs. Nothing was trained or written.")
         return
     quiet_libraries()
-    from lowmem_npo.commands.sweep.figures import text_table  # late: --help need not load transformers
+    from lowmem_npo.commands.sweep.figures import text_tables  # late: --help need not load transformers
     from lowmem_npo.commands.sweep.runs import sweep
 
-    root = config.output_dir
-    result = sweep(runs, root, resume=config.output.resume)
-    print("\n" + text_table(result))
-    print(f"\nTable, figures and picture: {root / 'sweep'}.md, .csv, .json, .png")
+    result = sweep(runs, root, resume=config.output.resume, teaching=taught, evaluation=evaluation)
+    print("\n" + text_tables(result, shutil.get_terminal_size((120, 24)).columns))
+    print(f"\nTables, figures and picture: {root / 'sweep'}.md, .csv, _means.csv, .json, .png")
     if result.failed:
         print(f"{len(result.failed)} of {len(runs)} runs failed; --resume retries those that did not finish:")
         print("\n".join(f"  {run['directory']}: {run['error']}" for run in result.failed))

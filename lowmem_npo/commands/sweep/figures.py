@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
+from textwrap import fill
 from typing import Any
 
 from lowmem_npo.commands.sweep.grid import SweepRun
 from lowmem_npo.evaluation.answer_table import FORGET, MEASURES
 from lowmem_npo.evaluation.answers import AnswerEvaluation, part_of, read_answers
 from lowmem_npo.files import write_atomically
-from lowmem_npo.run_directory import RunDirectory
+from lowmem_npo.run_directory import EvaluationFiles, RunDirectory, RunFiles
 
 
 @dataclass(frozen=True)
@@ -30,29 +32,42 @@ class Spread:
     def of(cls, values: Sequence[float]) -> Spread:
         return cls(fmean(values), stdev(values) if len(values) > 1 else None, list(values))
 
-    def text(self, digits: int = 3) -> str:
-        return f"{self.mean:.{digits}f}" + ("" if self.sd is None else f" ± {self.sd:.{digits}f}")
+    def text(self, digits: int | None = 3) -> str:
+        """digits: None: of values that are 0 or 1, how many are 1."""
+        if digits is None:
+            return f"{sum(self.values):.0f} of {len(self.values)}"
+        small = 0 < abs(self.mean) < 10**-digits
+        write = "{:.1e}".format if small else f"{{:.{digits}f}}".format
+        return write(self.mean) + ("" if self.sd is None else f" ± {write(self.sd)}")
 
 
 @dataclass(frozen=True)
 class Column:
-    """A figure as the table shows it."""
+    """A figure as the tables show it.
+
+    group: what measured it, "" for the runs themselves; the figures of a group are a table. None: for files only.
+    main: whether pictures show it.
+    """
 
     key: str
     title: str
-    digits: int = 3
+    digits: int | None = 3
+    group: str | None = ""
+    main: bool = False
 
 
 COLUMNS = (
-    Column("forget_nll", "forget NLL"),
+    Column("forget_nll", "forget NLL", main=True),
     Column("forget_appears", "forget says"),
     Column("forget_worst_appears", "in any form"),
     Column("forget_exact_match", "forget exact"),
-    Column("retain_nll", "retain NLL"),
+    Column("retain_nll", "retain NLL", main=True),
     Column("retain_appears", "retain says"),
     Column("retain_exact_match", "retain exact"),
     Column("kept_step", "kept step", 0),
 )
+BEFORE, GOLD = "before", "gold"
+GAP = "  "  # between the columns of a table
 
 
 @dataclass(frozen=True)
@@ -70,29 +85,68 @@ class SweepResult:
     """The result of a sweep; sweep.json holds the same."""
 
     configurations: list[Configuration]
-    before: dict[str, float]
-    """The original model's figures, from the first run."""
+    baselines: dict[str, dict[str, float]]
+    """The figures of the models that the runs are compared with: "before" (one for each model and data of the grid),
+    and "gold", which was never taught the forget rows."""
     runs: list[dict[str, Any]] = field(default_factory=list)
-    """An entry per run: its settings, seed, directory, and figures before and after or `error`."""
+    """An entry per run: its settings, seed, directory, and figures or `error`."""
+    columns: list[Column] = field(default_factory=lambda: list(COLUMNS))
+    """What the figures are called."""
 
     @property
     def failed(self) -> list[dict[str, Any]]:
         return [run for run in self.runs if run["status"] != "done"]
 
 
-def collect(runs: Sequence[SweepRun], ledger: Mapping[str, Mapping[str, Any]]) -> SweepResult:
-    """Reads the results in the runs' directories. `ledger`: directory -> the run's seconds, or its error."""
-    entries = [_entry(run, ledger) for run in runs]
+def collect(
+    runs: Sequence[SweepRun],
+    ledger: Mapping[str, Mapping[str, Any]],
+    root: Path,
+    evaluated: Callable[[EvaluationFiles], Mapping[Column, float]] = lambda files: {},
+) -> SweepResult:
+    """Reads the results in the runs' directories, and those of the baselines in `root`.
+
+    ledger: directory -> the run's seconds, or its error. evaluated: the figures in the directory of an evaluation.
+    """
+    entries, baselines = [], dict[str, dict[str, float]]()
+    columns = {column.key: column for column in COLUMNS}
+
+    def add_evaluated(figures: dict[str, Any], files: EvaluationFiles) -> None:
+        measured = evaluated(files)
+        for column, value in measured.items():
+            columns.setdefault(column.key, column)
+            figures[column.key] = value
+
+    for run in runs:
+        entry = _entry(run, ledger)
+        if entry["status"] == "done":
+            baselines.setdefault(before_of(run), entry.pop("before"))
+            add_evaluated(entry, RunFiles(run.directory).evaluation)
+        entries.append(entry)
+    if gold := read_answers(baseline(root, GOLD).answers(GOLD)):
+        baselines[GOLD] = answer_figures(gold)
+    for name, figures in baselines.items():
+        add_evaluated(figures, baseline(root, name).evaluation)
     configurations = []
     for point in dict.fromkeys(run.point for run in runs):
         done = [e for run, e in zip(runs, entries, strict=True) if run.point == point and e["status"] == "done"]
         if done:
-            keys = [column.key for column in COLUMNS if all(column.key in e for e in done)]
-            keys += [key for key in done[0] if key.startswith(("forget_", "retain_", "general_")) and key not in keys]
-            figures = {key: Spread.of([e[key] for e in done]) for key in keys}
-            configurations.append(Configuration(point.name, dict(point.settings), [e["seed"] for e in done], figures))
-    before: dict[str, float] = next((e["before"] for e in entries if e["status"] == "done"), {})
-    return SweepResult(configurations, before, entries)
+            more = [k for k in done[0] if k.startswith(("forget_", "retain_", "general_")) and k not in columns]
+            keys = [*columns, *more]
+            spreads = {key: Spread.of([e[key] for e in done]) for key in keys if all(key in e for e in done)}
+            configurations.append(Configuration(point.name, dict(point.settings), [e["seed"] for e in done], spreads))
+    return SweepResult(configurations, baselines, entries, list(columns.values()))
+
+
+def before_of(run: SweepRun) -> str:
+    """The name of the baseline that the run begins with: a model, measured on the run's rows."""
+    start = run.point.start
+    return f"{BEFORE}, {start.name}" if start.settings else BEFORE
+
+
+def baseline(root: Path, name: str) -> RunFiles:
+    """Where the measurements of a baseline are."""
+    return RunFiles(root / "baselines" / name.replace(", ", "_"))
 
 
 def _entry(run: SweepRun, ledger: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -103,17 +157,17 @@ def _entry(run: SweepRun, ledger: Mapping[str, Mapping[str, Any]]) -> dict[str, 
     error = ledger.get(place, {}).get("error")
     if error or not (files.is_trained and before and after):
         return {**entry, "status": "failed", "error": error or "not finished"}
-    if not all(map(math.isfinite, _figures(after).values())):
+    if not all(map(math.isfinite, answer_figures(after).values())):
         return {**entry, "status": "failed", "error": "the training diverged: its figures are not finite numbers"}
     entry |= {"status": "done", "seconds": ledger.get(place, {}).get("seconds")}
-    entry |= _figures(after)
+    entry |= answer_figures(after)
     if files.stopping.exists():
         outcome = json.loads(files.stopping.read_text(encoding="utf-8"))
         entry |= {"kept_step": outcome["kept"]["step"], "stopped_by": " ".join(outcome["held"])}
-    return {**entry, "before": _figures(before)}
+    return {**entry, "before": answer_figures(before)}
 
 
-def _figures(evaluations: Mapping[str, AnswerEvaluation]) -> dict[str, float]:
+def answer_figures(evaluations: Mapping[str, AnswerEvaluation]) -> dict[str, float]:
     """`forget_nll` and the like; `forget_plain_nll` of the forget rows in another form, `forget_worst_appears` of the
     form in which the model says most."""
     figures: dict[str, float] = {
@@ -128,47 +182,88 @@ def _figures(evaluations: Mapping[str, AnswerEvaluation]) -> dict[str, float]:
 # -- tables and files -------------------------------------------------------------------------------------------------
 
 
-def table(result: SweepResult) -> list[list[str]]:
-    """The header, a line for the original model, and one per configuration: mean ± standard deviation."""
-    columns = [c for c in COLUMNS if any(c.key in configuration.figures for configuration in result.configurations)]
+def tables(result: SweepResult) -> dict[str, list[list[str]]]:
+    """Group -> its table: a header, a line for each baseline, and one per configuration, mean ± standard deviation.
+    The runs' own figures, whose group is "", come first."""
+    measured = {key for configuration in result.configurations for key in configuration.figures}
+    measured |= {key for figures in result.baselines.values() for key in figures}
+    groups: dict[str, list[Column]] = {}
+    for column in result.columns:
+        if column.group is not None and column.key in measured:
+            groups.setdefault(column.group, []).append(column)
+    return {group: _table(result, columns) for group, columns in groups.items()}
+
+
+def _table(result: SweepResult, columns: Sequence[Column]) -> list[list[str]]:
     lines = [["configuration", "seeds", *(column.title for column in columns)]]
-    original = [f"{result.before[c.key]:.{c.digits}f}" if c.key in result.before else "–" for c in columns]
-    lines.append(["before", "–", *original])
+    for name, figures in result.baselines.items():
+        cells = [Spread.of([figures[c.key]]).text(c.digits) if c.key in figures else "–" for c in columns]
+        lines.append([name, "–", *cells])
     for configuration in result.configurations:
-        cells = [
-            configuration.figures[c.key].text(c.digits) if c.key in configuration.figures else "–" for c in columns
-        ]
+        spreads = [configuration.figures.get(column.key) for column in columns]
+        cells = ["–" if s is None else s.text(c.digits) for s, c in zip(spreads, columns, strict=True)]
         lines.append([configuration.name, str(len(configuration.seeds)), *cells])
     return lines
 
 
-def text_table(result: SweepResult) -> str:
-    lines = table(result)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    header, *body = [
-        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    ]
+def text_tables(result: SweepResult, width: int) -> str:
+    """All tables; one that is wider than `width` characters goes on below, with its first column again."""
+    parts = []
+    for group, lines in tables(result).items():
+        blocks = "\n\n".join(map(_aligned, _narrow(lines, width)))
+        parts.append(f"{group}\n{blocks}" if group else blocks)
     note = (
         "Mean ± standard deviation (n - 1) over seeds. NLL: nats per answer token; says: share of true answers that "
         "appear in greedy ones; exact: share that are all of them."
     )
-    return "\n".join([header, "-" * len(header), *body, "", note])
+    return "\n\n".join([*parts, fill(note, width)])
 
 
-def markdown_table(result: SweepResult) -> str:
-    header, *lines = table(result)
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *lines])
+def _narrow(lines: list[list[str]], width: int) -> list[list[list[str]]]:
+    """The table, cut into some that fit where that is possible."""
+    widths = [max(map(len, column)) + len(GAP) for column in zip(*lines, strict=True)]
+    blocks: list[list[int]] = [[]]
+    for column in range(1, len(widths)):
+        if blocks[-1] and widths[0] + sum(widths[i] for i in blocks[-1]) + widths[column] > width + len(GAP):
+            blocks.append([])
+        blocks[-1].append(column)
+    return [[[line[0], *(line[i] for i in block)] for line in lines] for block in blocks]
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    header, *body = [
+        GAP.join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    ]
+    return "\n".join([header, "-" * len(header), *body])
+
+
+def markdown_tables(result: SweepResult) -> str:
+    parts = []
+    for group, (header, *lines) in tables(result).items():
+        rule = ["---", *["---:"] * (len(header) - 1)]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *lines])
+        parts.append(f"**{group}**\n\n{table}" if group else table)
+    return "\n\n".join(parts)
 
 
 def write_results(result: SweepResult, root: Path) -> None:
-    """sweep.json (everything), sweep.csv (a line per run), sweep.md (the table)."""
+    """sweep.json (everything), sweep.csv (a line per run), sweep_means.csv (a line per baseline and configuration),
+    sweep.md (the tables)."""
     write_atomically(root / "sweep.json", json.dumps(asdict(result), indent=1) + "\n")
-    write_atomically(root / "sweep.md", markdown_table(result) + "\n")
-    flat = [{k: v for k, v in run.items() if k != "before"} for run in result.runs]
-    names = list(dict.fromkeys(name for run in flat for name in run))
-    with (root / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(flat)
+    write_atomically(root / "sweep.md", markdown_tables(result) + "\n")
+    _write_csv(root / "sweep.csv", result.runs)
+    lines: list[dict[str, Any]] = [{"configuration": name, **figures} for name, figures in result.baselines.items()]
+    for c in result.configurations:
+        means = {name: value for key, s in c.figures.items() for name, value in ((key, s.mean), (f"{key}_sd", s.sd))}
+        lines.append({"configuration": c.name, **c.settings, "seeds": len(c.seeds), **means})
+    _write_csv(root / "sweep_means.csv", lines)
+
+
+def _write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_atomically(path, text.getvalue())

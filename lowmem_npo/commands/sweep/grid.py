@@ -38,6 +38,12 @@ class GridPoint:
         return re.sub(r"[^A-Za-z0-9.+%=_-]+", "-", "_".join(parts)) or "as-given"
 
     @property
+    def start(self) -> GridPoint:
+        """What of it decides the model before and the rows."""
+        names = {f.name.replace("_", "-") for section in (ModelConfig, DataConfig) for f in fields(section)}
+        return GridPoint(tuple(setting for setting in self.settings if setting[0] in {*names, "adapter"}))
+
+    @property
     def flags(self) -> list[str]:
         return [word for option, value in self.settings if value for word in (f"--{option}", *value.split())]
 
@@ -140,11 +146,8 @@ def _placed(config: RunConfig, point: GridPoint, root: Path, seed: int) -> RunCo
     """`config` with its own directory and seed, and with a reference that it shares with all runs that can share it."""
     memory = config.memory
     if memory.reference == "cached":
-        names = {f.name.replace("_", "-") for section in (ModelConfig, DataConfig) for f in fields(section)}
-        names.add("adapter")
-        of_reference = GridPoint(tuple(setting for setting in point.settings if setting[0] in names))
         shared = Path(memory.reference_dir or RunFiles(root).reference)
-        memory = replace(memory, reference_dir=str(shared / of_reference.name if of_reference.settings else shared))
+        memory = replace(memory, reference_dir=str(shared / point.start.name if point.start.settings else shared))
     return replace(
         config,
         memory=memory,

@@ -14,62 +14,123 @@ from transformers import PreTrainedModel
 
 from lowmem_npo.claim import claimed
 from lowmem_npo.commands.sweep.borrowed_base import borrowed
-from lowmem_npo.commands.sweep.figures import SweepResult, collect, write_results
+from lowmem_npo.commands.sweep.evaluation import SweepEvaluation
+from lowmem_npo.commands.sweep.figures import BEFORE, GOLD, SweepResult, baseline, before_of, collect, write_results
 from lowmem_npo.commands.sweep.grid import SweepRun
+from lowmem_npo.commands.sweep.options import TeachingOptions
 from lowmem_npo.commands.sweep.picture import draw_sweep
-from lowmem_npo.commands.train.run import Inputs, plan_run, read_inputs, unlearn
+from lowmem_npo.commands.sweep.taught_models import TAUGHT, check_teaching, teach_models
+from lowmem_npo.commands.train.run import Inputs, RunPlan, measure_answers, plan_run, read_inputs, unlearn
 from lowmem_npo.config import REFUSING_TERMS, ModelConfig
-from lowmem_npo.console import Say
+from lowmem_npo.console import Say, silent
 from lowmem_npo.errors import UserError
-from lowmem_npo.evaluation.answers import read_answers, summaries
+from lowmem_npo.evaluation.answers import read_answers, save_answers, summaries
+from lowmem_npo.evaluation.leaks.registry import leak_tests
+from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.files import write_atomically
 from lowmem_npo.model import load_model
-from lowmem_npo.run_directory import RunDirectory, RunFiles, check_empty
+from lowmem_npo.run_directory import EvaluationFiles, RunDirectory, RunFiles, check_empty
 
 STATE = "sweep_state.json"
+NOT_TAUGHT: dict[str, Any] = {"refusal": "", "alternative_column": None, "group_column": None, "holdout": None}
 
 
-def sweep(runs: Sequence[SweepRun], root: Path, *, resume: bool, say: Say = print) -> SweepResult:
+def sweep(
+    runs: Sequence[SweepRun],
+    root: Path,
+    *,
+    resume: bool,
+    say: Say = print,
+    teaching: TeachingOptions | None = None,
+    evaluation: SweepEvaluation | None = None,
+) -> SweepResult:
     """Makes every run that is not finished, and writes sweep.csv, sweep.json, sweep.md and sweep.png into `root`.
 
     Each run is the one that `lowmem-npo train` makes with the same settings, in `root`/configuration/seed-N. If one
-    fails, the reason is recorded and the next one begins.
+    fails, the reason is recorded and the next one begins. With `teaching` the runs begin with a model that is taught
+    first; with `evaluation` they are evaluated, and so are the models that they are compared with, once.
 
     Raises:
         UserError: `root` holds other files, or runs with other settings; or no run succeeded.
     """
     with claimed(root, say):
-        return _sweep_claimed(runs, root, resume, say)
+        return _sweep_claimed(runs, root, resume, say, teaching, evaluation)
 
 
-def _sweep_claimed(runs: Sequence[SweepRun], root: Path, resume: bool, say: Say) -> SweepResult:
+def _sweep_claimed(
+    runs: Sequence[SweepRun],
+    root: Path,
+    resume: bool,
+    say: Say,
+    teaching: TeachingOptions | None,
+    evaluation: SweepEvaluation | None,
+) -> SweepResult:
+    untaught = runs
+    if teaching is not None:
+        runs = [_of_model(run, root / TAUGHT) for run in runs]
     _check(runs, root, resume)
+    for line in check_more(untaught, root, teaching, evaluation):
+        say(line)
     state = Ledger(root / STATE)
     bases = Bases()
     inputs: dict[str, Inputs] = {}
+    gold = None
+    if teaching is not None:
+        config = untaught[0].config
+        teach_models(config, teaching, read_inputs(config, silent), root, say)
+        gold = _measure_gold(runs[0], root, bases, evaluation, state, say)
     for number, run in enumerate(runs, 1):
         title = f"[{number}/{len(runs)}] {run.point.name}, seed {run.seed}"
-        if is_finished(run):
-            say(f"{title}: done before")
-            continue
-        say(title)
+        finished = is_finished(run)
+        say(f"{title}: done before" if finished else title)
         begin = time.monotonic()
         try:
-            with claimed(run.directory, say):
-                _make(run, bases, inputs, say)
+            if not finished:
+                with claimed(run.directory, say):
+                    _make(run, bases, inputs, say)
+                state.record(run, seconds=time.monotonic() - begin)
+            if evaluation is not None:
+                before = _before(run, root)
+                _evaluate(evaluation, evaluation.of_before(run.config, before, gold), run, bases, state, say)
+                result_before = before.evaluation.result
+                _evaluate(evaluation, evaluation.of_run(run.config, result_before, gold), run, bases, state, say)
+            state.clear_error(run)
         except Exception as error:  # no error of one run must end the others
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             reason = " ".join(reason.split())
             state.record(run, error=reason)
             say(f"    failed: {reason}")
-        else:
-            state.record(run, seconds=time.monotonic() - begin)
-    result = collect(runs, state.entries)
+    result = collect(runs, state.entries, root, *([evaluation.figures] if evaluation else []))
     if not result.configurations:
         raise UserError(f"No run of the sweep succeeded. {result.failed[0]['directory']}: {result.failed[0]['error']}")
     write_results(result, root)
     draw_sweep(root / "sweep.png", result)
     return result
+
+
+def check_more(
+    runs: Sequence[SweepRun], root: Path, teaching: TeachingOptions | None, evaluation: SweepEvaluation | None
+) -> list[str]:
+    """What will be taught and evaluated, in lines; `runs` are those of the model that is yet to be taught.
+
+    Raises:
+        UserError: what can be known to be wrong with it.
+    """
+    lines = []
+    if teaching is not None:
+        config = runs[0].config
+        if any(run.config.adapter.adapter for run in runs):
+            raise UserError("--teach makes the model that the runs begin with: --adapter goes on from another.")
+        if len({repr((run.config.model, replace(run.config.data, **NOT_TAUGHT))) for run in runs}) > 1:
+            raise UserError(
+                "--teach makes one model for the sweep: --grid cannot vary options of the model or the data."
+            )
+        lines.append("Teach: " + check_teaching(config, teaching, read_inputs(config, silent), root))
+    if evaluation is not None:
+        for name, run in {before_of(run): run for run in reversed(runs)}.items():
+            rows = evaluation.check(run.config)
+            lines += [f"Evaluate{name.removeprefix(BEFORE)}: {'; '.join(rows)}."]
+    return lines
 
 
 def is_finished(run: SweepRun) -> bool:
@@ -105,6 +166,61 @@ def _make(run: SweepRun, bases: Bases, inputs: dict[str, Inputs], say: Say) -> N
         say("    " + result.stopping.sentence)
 
 
+def _of_model(run: SweepRun, model: Path) -> SweepRun:
+    """The run, beginning with another model."""
+    return replace(run, config=replace(run.config, model=replace(run.config.model, model=str(model), revision=None)))
+
+
+def _measure_gold(
+    run: SweepRun, root: Path, bases: Bases, evaluation: SweepEvaluation | None, state: Ledger, say: Say
+) -> Path | None:
+    """Measures the gold model as the runs are, once; its evaluation.json, if there is an evaluation."""
+    files, of_gold = baseline(root, GOLD), _of_model(run, root / GOLD)
+    if not read_answers(files.answers(GOLD), run.config.output):
+        inputs = read_inputs(of_gold.config, silent)
+        plan = RunPlan(of_gold.config, RunDirectory(of_gold.config), inputs.tokenizer, inputs.data)
+        files.path.mkdir(parents=True, exist_ok=True)
+        with borrowed(bases.loaded(of_gold.config.model)) as model:
+            save_answers(files.answers(GOLD), measure_answers(plan, model, GOLD))
+    if evaluation is None:
+        return None
+    config = evaluation.of_gold(of_gold.config, files)
+    _evaluate(evaluation, config, of_gold, bases, state, say)
+    return files.evaluation.result
+
+
+def _before(run: SweepRun, root: Path) -> RunFiles:
+    """Where the run's model is measured as it was before; with the texts that it wrote itself to be kept, if it did."""
+    files, texts = baseline(root, before_of(run)), RunFiles(run.directory).self_written
+    if texts.exists() and not files.self_written.exists():
+        write_atomically(files.self_written, texts.read_text(encoding="utf-8"))
+    return files
+
+
+def _evaluate(
+    evaluation: SweepEvaluation, config: EvaluationConfig, run: SweepRun, bases: Bases, state: Ledger, say: Say
+) -> None:
+    """One evaluation, of the run's model or adapter, unless it was made before."""
+    files = EvaluationFiles(config.path)
+    key = evaluation.key(config)
+    if files.result.exists() and state.is_evaluated(files.path, key):
+        return
+    begin = time.monotonic()
+    config = evaluation.without_outdated(config)
+    lines: list[str] = []
+    with claimed(files.path, say):
+        if any(test.loads_models for test in leak_tests(config.leaks)):
+            bases.free()  # makes room for theirs
+            evaluation.measure(config, run.config, None, lines.append)
+        else:
+            with borrowed(bases.loaded(run.config.model)) as base:
+                evaluation.measure(config, run.config, lambda config, say: base, lines.append)
+    (files.path / "log.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    state.record_evaluation(files.path, key)
+    what = "the run" if files.path.parent == run.directory else files.path.parent.name
+    say(f"    evaluated: {what}, in {time.monotonic() - begin:.0f} s")
+
+
 class Bases:
     """The base model in use, loaded once for consecutive runs with the same model options."""
 
@@ -114,13 +230,17 @@ class Bases:
 
     def loaded(self, config: ModelConfig) -> PreTrainedModel:
         if self._model is None or config != self._config:
-            self._model = None  # freed before the next one is loaded
+            self.free()  # before the next one is loaded
             self._model, self._config = load_model(config), config
         return self._model
 
+    def free(self) -> None:
+        self._model = None
+
 
 class Ledger:
-    """How each run ended, as {directory: {"seconds": ...} or {"error": ...}}; saved after every run."""
+    """How each run ended, as {directory: {"seconds": ...} or {"error": ...}}, and what was evaluated; saved after every
+    change."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -128,8 +248,24 @@ class Ledger:
         self._write()
 
     def record(self, run: SweepRun, **entry: Any) -> None:
-        self.entries[str(run.directory.relative_to(self.path.parent))] = entry
+        self.entries[self._place(run.directory)] = entry
         self._write()
+
+    def clear_error(self, run: SweepRun) -> None:
+        """After a run that is trained has been evaluated in a second try."""
+        if self.entries.get(self._place(run.directory), {}).pop("error", None):
+            self._write()
+
+    def is_evaluated(self, directory: Path, key: str) -> bool:
+        """Whether the evaluation in `directory` is the one that `key` stands for."""
+        return self.entries.get(self._place(directory), {}).get("evaluated") == key
+
+    def record_evaluation(self, directory: Path, key: str) -> None:
+        self.entries[self._place(directory)] = {"evaluated": key}
+        self._write()
+
+    def _place(self, directory: Path) -> str:
+        return str(directory.relative_to(self.path.parent))
 
     def _write(self) -> None:
         write_atomically(self.path, json.dumps(self.entries, indent=1) + "\n")

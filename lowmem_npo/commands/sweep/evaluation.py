@@ -1,0 +1,226 @@
+"""What a sweep evaluates: after each run, and once of the models that the runs are compared with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, make_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lowmem_npo.commands.arguments import join_sources
+from lowmem_npo.commands.evaluate.run import EvaluationPlan, measure, plan_evaluation
+from lowmem_npo.commands.sweep.figures import Column
+from lowmem_npo.commands.sweep.options import EvaluationSources, take_options
+from lowmem_npo.config import ModelConfig, RunConfig
+from lowmem_npo.console import Say, silent
+from lowmem_npo.data.self_written import self_rows
+from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.answer_table import FORGET
+from lowmem_npo.evaluation.benchmarks.contract import Benchmark
+from lowmem_npo.evaluation.benchmarks.plain import PLAIN
+from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS, BenchmarkOptions
+from lowmem_npo.evaluation.benchmarks.tofu import TOFU
+from lowmem_npo.evaluation.directory import digest, is_of_adapter
+from lowmem_npo.evaluation.leaks.contract import AN_ADAPTER, LeakResult, LeakTest
+from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, LeakOptions, leak_tests
+from lowmem_npo.evaluation.leaks.registry import NAMES as LEAK_NAMES
+from lowmem_npo.evaluation.settings import EvaluationConfig, EvaluationOptions
+from lowmem_npo.run_directory import AdapterFiles, EvaluationFiles, RunFiles
+
+ALL_LEAKS = "leaks"
+# Of each benchmark and leak test; a benchmark with the name of a leak test goes by its group.
+NAMES: dict[str, Benchmark] = {(b.group if b.name in LEAK_NAMES else b.name): b for b in BENCHMARKS}
+# Options of an evaluation that are not those of the runs.
+OWN = ("model", "adapter", "any_base", "limit", "seed", "leaks", "before", "output_dir", "resume", "batch_size")
+Load = Callable[[ModelConfig, Say], PreTrainedModel]
+
+SweepEvaluationOptions = make_dataclass(
+    "SweepEvaluationOptions", [], bases=(LeakOptions, BenchmarkOptions, EvaluationSources)
+)
+
+
+@dataclass(frozen=True)
+class SweepEvaluation:
+    """benchmarks, leaks: what is measured. sources: --evaluate-forget and its like. options: those of the benchmarks
+    and the leak tests."""
+
+    benchmarks: Mapping[str, Benchmark]
+    leaks: Sequence[LeakTest]
+    sources: EvaluationSources
+    options: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, arguments: Sequence[str]) -> tuple[SweepEvaluation, list[str]]:
+        """The evaluation that `arguments` describe, and the other arguments.
+
+        Raises:
+            UserError: a benchmark or leak test that there is not.
+        """
+        parsed, rest = take_options(SweepEvaluationOptions, join_sources(arguments))
+        names = [name.replace("-", "_") for name in parsed.evaluate]
+        known = [*NAMES, ALL_LEAKS, *LEAK_NAMES]
+        if not names or (unknown := [name for name in names if name not in known]):
+            problem = f"there is no '{unknown[0]}'" if names else "name what to evaluate"
+            raise UserError(f"--evaluate: {problem}; there are {', '.join(known)}.")
+        leaks = LEAK_TESTS if ALL_LEAKS in names else leak_tests([name for name in names if name in LEAK_NAMES])
+        sources = EvaluationSources(**{f.name: getattr(parsed, f.name) for f in fields(EvaluationSources)})
+        own = {f.name for f in fields(EvaluationSources)}
+        options = {f.name: getattr(parsed, f.name) for f in fields(parsed) if f.name not in own}
+        return cls({name: NAMES[name] for name in NAMES if name in names}, leaks, sources, options), rest
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.benchmarks, *(f"leak test {test.name}" for test in self.leaks)]
+
+    def of_run(self, run: RunConfig, before: Path, gold: Path | None) -> EvaluationConfig:
+        """What is measured of the run's adapter. before, gold: evaluation.json of the model before, and of the one that
+        never saw the forget rows."""
+        files = RunFiles(run.output_dir)
+        more = {"adapter": str(files.path), "before": str(before)}
+        return self._config(run, self.leaks, gold, files, **more)
+
+    def of_before(self, run: RunConfig, files: RunFiles, gold: Path | None) -> EvaluationConfig:
+        """The same of the model that the run begins with. files: where."""
+        leaks = [test for test in self.leaks if AN_ADAPTER not in test.needs and not test.after_only]
+        return self._config(run, leaks, gold, files, adapter=run.adapter.adapter)
+
+    def of_gold(self, run: RunConfig, files: RunFiles) -> EvaluationConfig:
+        """The same of the model that never saw the forget rows, with which `run` would begin."""
+        return self._config(run, [test for test in self.leaks if AN_ADAPTER not in test.needs], None, files)
+
+    def _config(
+        self, run: RunConfig, leaks: Sequence[LeakTest], gold: Path | None, files: RunFiles, **more: Any
+    ) -> EvaluationConfig:
+        flat = run.flat()
+        settings = {f.name: flat[f.name] for f in fields(EvaluationOptions) if f.name in flat and f.name not in OWN}
+        if self_rows(flat["retain"]) is not None:
+            settings["retain"] = str(files.self_written)
+        settings["forget"] = self.sources.evaluate_forget or settings["forget"]
+        settings["retain"] = self.sources.evaluate_retain or settings["retain"]
+        settings |= self.options
+        if gold is not None and (TOFU in self.benchmarks.values() or (self.leaks and settings["holdout"])):
+            settings["retained_log"] = settings["retained_log"] or str(gold)
+        config = EvaluationConfig(
+            **settings,
+            **more,
+            model=run.model.model,
+            any_base=True,  # the run's own, wherever it lies by now
+            limit=self.sources.evaluate_limit,
+            leaks=tuple(test.name for test in leaks),
+            batch_size=run.output.eval_batch_size,
+            output_dir=str(files.evaluation.path),
+            resume=files.evaluation.settings.exists(),
+        )
+        if flat["forget"] is None and not config.bundled:
+            raise UserError("--evaluate: the bundled rows are evaluated without others; name rows with --forget.")
+        return config
+
+    def plan(self, config: EvaluationConfig, run: RunConfig, say: Say) -> EvaluationPlan:
+        """Reads and checks the rows; no weights.
+
+        Raises:
+            UserError: as in `evaluate`, or a benchmark of which there are no rows.
+        """
+        chosen = {benchmark.name for benchmark in self.benchmarks.values()}
+        plan = plan_evaluation(config, say, first=run.data.limit, only=chosen)
+        measured = {benchmark.name for benchmark, _, _ in plan.selected}
+        for name, benchmark in self.benchmarks.items():
+            if benchmark.name not in measured:
+                raise UserError(f"--evaluate {name}: no set has its rows ({benchmark.summary}).")
+        return plan
+
+    def check(self, run: RunConfig) -> list[str]:
+        """What will be measured on how many rows, in lines. Raises UserError for what can be known to be wrong."""
+        config = self.of_before(run, RunFiles(run.output_dir), None)
+        if self_rows(run.data.retain) is not None and self.sources.evaluate_retain is None:
+            config = replace(config, retain=None)  # not written yet
+        plan = self.plan(config, run, silent)
+        rows: dict[str, list[str]] = {}
+        for benchmark, name, selection in plan.selected:
+            rows.setdefault(benchmark.title, []).append(f"{len(selection.rows)} {name}")
+        for name, selection in plan.leak_rows.items():
+            tests = ", ".join(test.name for test in self.leaks)
+            rows.setdefault(f"leak tests ({tests})", []).append(f"{len(selection.rows)} {name}")
+        return [f"{what}: {', '.join(counts)} rows" for what, counts in rows.items()]
+
+    def measure(self, config: EvaluationConfig, run: RunConfig, load: Load | None, say: Say) -> None:
+        """Writes the evaluation into `config.path`; what was measured there already is not measured again."""
+        measure(self.plan(config, run, say), say, load)
+
+    def without_outdated(self, config: EvaluationConfig) -> EvaluationConfig:
+        """`config`, after what was measured of an adapter that is gone, a shorter run's, has been removed."""
+        files = EvaluationFiles(config.path)
+        if config.adapter and files.settings.exists() and not is_of_adapter(files, _weights(config.adapter)):
+            shutil.rmtree(files.path)
+            return replace(config, resume=False)
+        return config
+
+    def key(self, config: EvaluationConfig) -> str:
+        """A hash of all that the figures depend on."""
+        settings = {name: value for name, value in asdict(config).items() if name != "resume"}
+        weights = digest(_weights(config.adapter)) if config.adapter else None
+        return digest([settings, sorted(self.benchmarks), weights])
+
+    def figures(self, files: EvaluationFiles) -> dict[Column, float]:
+        """Every figure that is in the directory."""
+        if not files.result.exists():
+            return {}
+        content = json.loads(files.result.read_text(encoding="utf-8"))
+        measured: dict[Column, float] = {}
+        for name, benchmark in self.benchmarks.items():
+            if content[benchmark.name]:
+                measured |= _benchmark_figures(name, benchmark, content[benchmark.name])
+        for test in self.leaks:
+            if test.name in content["leaks"]:
+                measured |= _leak_figures(test, LeakResult.from_json(content["leaks"][test.name]))
+        for name, value in _numbers(content.get("open_unlearning", {})):
+            measured[Column(f"open_unlearning.{name}", name, group="under open-unlearning's names")] = value
+        return measured
+
+
+def _benchmark_figures(name: str, benchmark: Benchmark, content: Any) -> dict[Column, float]:
+    figures = [figure for figure in benchmark.figures(content) if figure.value is not None]
+    total = any(figure.set is None for figure in figures)
+    measured = {}
+    for figure in figures:
+        key = ".".join(filter(None, [name, figure.set, figure.key])).replace(", ", "_").replace(" ", "_")
+        named = figure.set is None or figure.set in figure.title
+        title = figure.title if named else f"{figure.set} {figure.title}"
+        if benchmark is PLAIN:  # which train measures, too
+            main = False
+        elif benchmark.sets:
+            main = figure.set == (None if total else FORGET)
+        else:
+            main = True
+        assert figure.value is not None
+        measured[Column(key, title, group=benchmark.title, main=main)] = figure.value
+    return measured
+
+
+def _weights(adapter: str) -> Path:
+    return AdapterFiles(Path(adapter)).weights
+
+
+def _leak_figures(test: LeakTest, result: LeakResult) -> dict[Column, float]:
+    """The verdict as 1, 0 or nothing, and the figures; those that are not declared by themselves are for files only."""
+    group, measured = f"leak test {test.name}", {}
+    if result.leaks is not None:
+        measured[Column(f"leaks.{test.name}.leaks", "traces found", None, group)] = float(result.leaks)
+    for name, value in _numbers(result.figures):
+        if name.rpartition(".")[2] not in (*test.counts, *test.unlisted):
+            shown = name in test.figures and bool(test.figures[name].wish)
+            title, of = (test.figures[name].title, group) if shown else (name, None)
+            measured[Column(f"leaks.{test.name}.{name}", title, group=of, main=name == test.main)] = value
+    return measured
+
+
+def _numbers(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield prefix + name, float(value)

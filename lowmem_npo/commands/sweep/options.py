@@ -1,0 +1,67 @@
+"""The options of a sweep beside those of `train`: a field's docstring is its help text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import tyro
+
+from lowmem_npo.config import check_at_least_one, check_positive
+from lowmem_npo.errors import UserError
+
+
+@dataclass
+class TeachingOptions:
+    """Fine-tuning before the runs: the base on forget and retain rows, and a gold model on the retain rows alone."""
+
+    teach: Literal["full", "lora"] | None = None
+    """Teach the base all rows first, with all weights or with a LoRA of rank 64 on all linear layers that is then
+    merged, and a gold model the retain rows alone; the runs forget from the taught one."""
+    teach_epochs: int = 5
+    """Passes over the rows that are taught."""
+    teach_lr: float | None = None
+    """Peak of the learning rate. Default: 1e-5 with full, 1e-4 with lora."""
+    teach_batch_size: int = 32
+    """Rows of a step."""
+
+    def __post_init__(self) -> None:
+        check_at_least_one(self, "teach_epochs", "teach_batch_size")
+        if self.teach_lr is not None:
+            check_positive(self, "teach_lr")
+        changed = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        if self.teach is None and changed:
+            raise UserError(f"--{changed[0].replace('_', '-')} says how --teach teaches: give both, or none.")
+
+    @property
+    def lr(self) -> float:
+        return self.teach_lr or (1e-5 if self.teach == "full" else 1e-4)
+
+
+@dataclass
+class EvaluationSources:
+    """What is evaluated after each run, and on which rows."""
+
+    evaluate: tuple[str, ...] = ()
+    """Benchmarks and leak tests to measure after each run, and once of the model before and of the gold model."""
+    evaluate_forget: str | None = None
+    """Rows of forget to evaluate, where they are not those trained on. Default: --forget."""
+    evaluate_retain: str | None = None
+    """Rows of retain to evaluate. Default: --retain."""
+    evaluate_limit: int | None = None
+    """Evaluate N rows of each set, drawn once for the whole sweep."""
+
+    def __post_init__(self) -> None:
+        check_at_least_one(self, "evaluate_limit")
+        self.evaluate = tuple(name for given in self.evaluate for name in given.split(",") if name)
+
+
+def take_options(section: Any, arguments: Sequence[str]) -> tuple[Any, list[str]]:
+    """`section` with the values that `arguments` give its fields, and the other arguments.
+
+    Raises:
+        UserError: a value that does not fit. tyro itself exits with code 2 on a malformed one.
+    """
+    return tyro.cli(section, args=list(arguments), prog="lowmem-npo sweep", return_unknown_args=True)

@@ -1,0 +1,240 @@
+"""A sweep that teaches, unlearns and evaluates: whose figures they are, what is measured again, what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from statistics import fmean, stdev
+
+import pytest
+import torch
+from helpers.taught_model import LIMIT, TEACHING
+from scipy.stats import ks_2samp
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from lowmem_npo.cli import main
+from lowmem_npo.commands.demo.teaching import fresh_model, make_tokenizer
+from lowmem_npo.commands.sweep.options import TeachingOptions
+from lowmem_npo.commands.sweep.taught_models import check_teaching, lessons, teach_models
+from lowmem_npo.commands.train.run import Inputs, read_inputs
+from lowmem_npo.config import DataConfig, ModelConfig, RunConfig
+from lowmem_npo.console import silent
+from lowmem_npo.data import Template, bundled_rows, prepare, to_examples
+from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.answers import evaluate_answers
+
+GRID = ["--seeds", "1,2", "--grid", "forget-term=npo,ga"]
+TEACH = ["--teach", "full", "--teach-epochs", "30", "--teach-lr", "1e-2", "--teach-batch-size", "8"]
+EVALUATE = ["--evaluate", "tofu,extraction"]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory) -> Path:
+    """base: an untaught model; forget, retain and holdout rows with TOFU's columns."""
+    folder = tmp_path_factory.mktemp("desk")
+    texts = []
+    for part in ("forget", "retain", "holdout"):
+        rows = bundled_rows(part, limit=LIMIT).rows[:4]
+        texts += ["".join(Template().render(e)) for e in to_examples(bundled_rows(part, limit=LIMIT))]
+        answers = [row["answer"] for row in rows]
+        lines = [
+            {"question": row["question"], "answer": row["answer"], "perturbed_answer": answers[:i] + answers[i + 1 :]}
+            for i, row in enumerate(rows)
+        ]
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tokenizer = make_tokenizer(texts, TEACHING.vocabulary)
+    tokenizer.save_pretrained(folder / "base")
+    fresh_model(tokenizer, TEACHING, 0).save_pretrained(folder / "base")
+    return folder
+
+
+def swept(desk: Path, out: Path, *more: str, teach=TEACH, grid=GRID, evaluate=EVALUATE) -> int:
+    data = [word for part in ("forget", "retain", "holdout") for word in (f"--{part}", str(desk / f"{part}.jsonl"))]
+    given = [
+        *("--model", str(desk / "base"), "--dtype", "float32", "--device", "cpu", *data, "--max-steps", "2"),
+        *("--lora-targets", "all-linear", "--lr", "5e-3", "--save-strategy", "no", "--eval-rows", "3"),
+        *("--max-new-tokens", "16", "--leaks", "none", "--output-dir", str(out)),
+    ]
+    try:
+        return main(["sweep", *given, *teach, *grid, *evaluate, *more])
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.fixture(scope="module")
+def whole(desk) -> Path:
+    assert swept(desk, desk / "swept") == 0
+    return desk / "swept"
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def evaluation(place: Path) -> dict:
+    return read(place / "evaluation" / "evaluation.json")
+
+
+def runs(whole: Path) -> dict[str, list[Path]]:
+    return {term: [whole / f"forget-term={term}" / f"seed-{seed}" for seed in (1, 2)] for term in ("npo", "ga")}
+
+
+def test_the_base_is_taught_forget_and_retain_and_gold_retain_alone(whole, desk):
+    nll = {}
+    for name, folder in (("base", desk / "base"), ("taught", whole / "taught"), ("gold", whole / "gold")):
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        sources = {part: str(desk / f"{part}.jsonl") for part in ("forget", "retain", "holdout")}
+        data = prepare(tokenizer, DataConfig(**sources))
+        sets = {"forget": data.forget, "retain": data.retain, "holdout": data.holdout}
+        nll[name] = {part: evaluate_answers(model, tokenizer, rows).summary.nll for part, rows in sets.items()}
+        if name == "base":
+            taught = lessons(Inputs(model.config, tokenizer, data))
+            assert [len(rows) for rows in taught.values()] == [8, 4]
+            ids = [row["input_ids"] for rows in taught.values() for row in rows]
+            assert not any(row["input_ids"] in ids for row in data.holdout)
+    for name, part in (("taught", "forget"), ("taught", "retain"), ("gold", "retain")):
+        assert nll[name][part] < 0.5 * nll["base"][part]
+        assert nll[name][part] < 0.7 * nll[name]["holdout"]
+    assert nll["taught"]["forget"] < 0.7 * nll["gold"]["forget"]
+    baselines = read(whole / "sweep.json")["baselines"]
+    for name, part in (("before", "forget"), ("gold", "retain")):  # of 3 of the 4 rows
+        assert 0.3 < baselines[name][f"{part}_nll"] / nll[{"before": "taught", "gold": "gold"}[name]][part] < 3
+
+
+def test_means_and_deviations_are_over_the_seeds_evaluations(whole):
+    result = read(whole / "sweep.json")
+    assert list(result["baselines"]) == ["before", "gold"]
+    table = (whole / "sweep.md").read_text()
+    means = {line["configuration"]: line for line in csv.DictReader((whole / "sweep_means.csv").open())}
+    for configuration in result["configurations"]:
+        places = runs(whole)[configuration["settings"]["forget-term"]]
+        for key, path in {
+            "tofu.forget.truth_ratio": ("tofu", "sets", "forget", "truth_ratio"),
+            "tofu.retain.probability": ("tofu", "sets", "retain", "probability"),
+            "tofu.forget_quality": ("tofu", "forget_quality"),
+            "leaks.extraction.extraction_strength": ("leaks", "extraction", "extraction_strength"),
+        }.items():
+            values = [evaluation(place) for place in places]
+            for step in path:
+                values = [value[step] for value in values]
+            figure = configuration["figures"][key]
+            assert figure["values"] == values and figure["mean"] == pytest.approx(fmean(values))
+            assert figure["sd"] == pytest.approx(stdev(values))
+            assert f"{fmean(values):.3f} ± {stdev(values):.3f}" in table
+            assert float(means[configuration["name"]][key]) == pytest.approx(fmean(values))
+            assert float(means[configuration["name"]][f"{key}_sd"]) == pytest.approx(stdev(values))
+    ratios = [c["figures"]["tofu.forget.truth_ratio"]["values"] for c in result["configurations"]]
+    assert ratios[0] != ratios[1], "otherwise a mix-up of the two would not be noticed"
+    assert "2 of 2" in table and (whole / "sweep.png").stat().st_size > 10_000
+
+
+def test_forget_quality_compares_with_the_gold_model(whole):
+    ratios = evaluation(whole / "baselines" / "gold")["tofu"]["sets"]["forget"]["truth_ratios"]
+    for place in [*sum(runs(whole).values(), []), whole / "baselines" / "before"]:
+        tofu = evaluation(place)["tofu"]
+        expected = ks_2samp(tofu["sets"]["forget"]["truth_ratios"], ratios).pvalue
+        assert tofu["forget_quality"] == pytest.approx(expected)
+    assert evaluation(whole / "baselines" / "gold")["tofu"]["forget_quality"] is None
+
+
+def test_a_runs_evaluation_is_that_of_evaluate(whole, desk):
+    """On one borrowed model after three others, and on one that is loaded for it alone."""
+    place = runs(whole)["ga"][1]
+    data = [word for part in ("forget", "retain", "holdout") for word in (f"--{part}", str(desk / f"{part}.jsonl"))]
+    given = [
+        "--adapter",
+        str(place),
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        *data,
+        "--leaks",
+        "extraction",
+        "--batch-size",
+        "8",
+    ]
+    given += ["--retained-log", str(whole / "baselines" / "gold" / "evaluation" / "evaluation.json")]
+    assert main(["evaluate", *given, "--output-dir", str(desk / "alone")]) == 0
+    alone, ours = read(desk / "alone" / "evaluation.json"), evaluation(place)
+    assert alone["tofu"] == ours["tofu"] and alone["leaks"] == ours["leaks"]
+
+
+def stamps(whole: Path) -> dict[str, int]:
+    files = [*whole.rglob("evaluation.json"), *whole.rglob("*.safetensors")]
+    return {str(path.relative_to(whole)): path.stat().st_mtime_ns for path in files}
+
+
+def test_resume_measures_and_teaches_only_what_is_missing(whole, desk, capsys):
+    before, expected = stamps(whole), read(whole / "sweep.json")
+    assert len(before) == 6 + 8  # evaluations; adapters, two models, the reference's two files
+    shutil.rmtree(runs(whole)["npo"][1] / "evaluation")
+    shutil.rmtree(whole / "gold")
+    assert swept(desk, whole, "--resume") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("done before") == 4 and "taught: taught before" in printed and "gold: full" in printed
+    after = stamps(whole)
+    assert {name for name in after if after[name] != before[name]} == {
+        "forget-term=npo/seed-2/evaluation/evaluation.json",
+        "gold/model.safetensors",
+    }
+    again = read(whole / "sweep.json")
+    assert again["configurations"] == expected["configurations"] and again["baselines"] == expected["baselines"]
+    assert swept(desk, whole, "--resume", teach=[*TEACH[:3], "2", *TEACH[4:]]) == 2
+    error = capsys.readouterr().err
+    assert "was made with other settings (epochs)" in error and "\n" not in error.strip()
+
+
+def test_a_dry_run_shows_all_of_it_and_writes_nothing(desk, capsys):
+    assert swept(desk, desk / "dry", "--dry-run", "--evaluate-limit", "2") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("/seed-") == 4 and "taught on 8 rows" in printed and "gold on 4" in printed
+    assert "TOFU: 2 forget, 2 retain rows" in printed and "leak tests (extraction): 2 forget, 2 holdout" in printed
+    assert not (desk / "dry").exists()
+
+
+@pytest.mark.parametrize(
+    "teach, evaluate, more, message",
+    [
+        ([], ["--evaluate", "tofuu"], [], "--evaluate: there is no 'tofuu'; there are lume, tofu, documents"),
+        ([], ["--evaluate", "lume"], [], "--evaluate lume: no set has its rows"),
+        ([], ["--evaluate-limit", "2"], [], "--evaluate-limit says how --evaluate measures"),
+        ([], EVALUATE, ["--evaluate-limit", "0"], "--evaluate-limit must be at least 1"),
+        ([], EVALUATE, ["--evaluate-forget", "missing.jsonl"], "missing.jsonl"),
+        ([], ["--evaluate", "documents"], ["--members", "x.jsonl"], "--nonmembers is not"),
+        (["--teach-epochs", "3"], [], [], "--teach-epochs says how --teach teaches"),
+        (["--teach", "full", "--teach-epochs", "0"], [], [], "--teach-epochs must be at least 1"),
+        (TEACH, [], ["--retain", "self:4"], "--teach teaches forget and retain rows"),
+        (TEACH, [], ["--grid", "max-length=64,128"], "--grid cannot vary options of the model or the data"),
+    ],
+)
+def test_what_is_refused_before_anything_runs(teach, evaluate, more, message, desk, capsys):
+    out, grid = desk / "refused", [] if "--grid" in more else GRID
+    assert swept(desk, out, *more, teach=teach, grid=grid, evaluate=evaluate) == 2
+    error = capsys.readouterr().err
+    assert message in error and "\n" not in error.strip() and not out.exists()
+
+
+def test_full_teaching_that_cannot_fit_is_refused_by_what_it_takes(desk, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(desk / "base")
+    config = RunConfig(model=ModelConfig(model="m", device="cpu"))
+    large = LlamaConfig(hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128)
+    inputs = Inputs(large, tokenizer, prepare(tokenizer, DataConfig(limit=4)))
+    with pytest.raises(UserError, match=r"--teach full takes at least \d+\.\d GiB, and the machine has .* lora takes"):
+        check_teaching(config, TeachingOptions(teach="full"), inputs, tmp_path)
+
+
+def test_lora_teaching_leaves_a_whole_model(desk, tmp_path):
+    sources = {part: str(desk / f"{part}.jsonl") for part in ("forget", "retain")}
+    config = RunConfig(ModelConfig(str(desk / "base"), dtype="float32", device="cpu"), DataConfig(**sources))
+    inputs = read_inputs(config, silent)
+    teach_models(config, TeachingOptions("lora", 10, 1e-2, 4), inputs, tmp_path, silent)
+    base, taught = (AutoModelForCausalLM.from_pretrained(folder) for folder in (desk / "base", tmp_path / "taught"))
+    weights = dict(base.named_parameters())
+    changed = {name for name, weight in taught.named_parameters() if not torch.equal(weight, weights[name])}
+    assert len(changed) == 7 * TEACHING.layers and all("_proj" in name for name in changed)
+    nll = [evaluate_answers(model, inputs.tokenizer, inputs.data.forget).summary.nll for model in (base, taught)]
+    assert nll[1] < nll[0] - 0.3
+    assert not (tmp_path / "taught" / "adapter").exists() and (tmp_path / "taught" / "tokenizer.json").exists()
