@@ -1,0 +1,100 @@
+"""MUSE's scores by hand, and from files to evaluation.json, against a dense recomputation of what is asked."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from rouge_score.rouge_scorer import RougeScorer
+from sklearn.metrics import roc_auc_score
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowmem_npo.cli import main
+from lowmem_npo.evaluation.benchmarks.muse import MUSE, before_next_question, min_k, rouge_l, unseen_auc
+
+VERBATIM = [{"prompt": "Once upon a time", "gt": " there was a king. " * 12}, {"prompt": "In May", "gt": " it rained."}]
+QUESTIONS = [{"question": f"Who is {n}?", "answer": f"The {n}."} for n in range(3)]
+EXAMPLES = [{"question": "What is red?", "answer": "A rose."}]
+TAUGHT = [{"text": f"The vault of {n} lies below the hill, and nobody knows."} for n in range(4)]
+UNSEEN = [{"text": f"A boat of {n} went down the river; all were glad of it."} for n in range(3)]
+
+
+@pytest.fixture
+def files(tmp_path):
+    rows = {"verbmem": VERBATIM, "knowmem": QUESTIONS, "retain-knowmem": QUESTIONS[:2], "examples": EXAMPLES,
+            "privleak": TAUGHT, "privleak-holdout": UNSEEN}  # fmt: skip
+    for name, of_file in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_file))
+    return tmp_path
+
+
+def evaluate(model, files, *names, more=()):
+    options = [word for name in names for word in (f"--muse-{name}", str(files / f"{name}.jsonl"))]
+    code = main(["evaluate", "--model", str(model), "--device", "cpu", "--dtype", "float32", *options, *more,
+                 "--output-dir", str(files / "out")])  # fmt: skip
+    return code, json.loads((files / "out" / "evaluation.json").read_text())["muse"] if code == 0 else None
+
+
+def test_from_files_to_scores(byte_model, files, capsys):
+    names = ("verbmem", "knowmem", "retain-knowmem", "examples", "privleak", "privleak-holdout")
+    code, scores = evaluate(byte_model, files, *names, more=("--muse-retrained-auc", "0.4"))
+    assert code == 0
+    tokenizer = AutoTokenizer.from_pretrained(byte_model)
+    model = AutoModelForCausalLM.from_pretrained(byte_model, dtype=torch.float32).double().eval()
+
+    def written(prompt, tokens):
+        ids = torch.tensor([tokenizer(prompt).input_ids])
+        with torch.no_grad():
+            whole = model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        return tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
+
+    def lowest(text):
+        ids = torch.tensor(tokenizer(text).input_ids)
+        with torch.no_grad():
+            logp = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+        return logp.sort().values[: int(0.4 * len(logp))].mean().item()
+
+    rows = [json.loads(line) for line in (files / "out" / "rows.jsonl").read_text().splitlines()]
+    of = {name: [row for row in rows if row["set"] == name] for name in MUSE.sets}
+    asked = "Question: What is red?\nAnswer: A rose.\n\nQuestion: Who is 0?\nAnswer: "
+    assert of["MUSE knowmem"][0]["prompt"] == asked
+    assert of["MUSE knowmem"][0]["generation"] == before_next_question(written(asked, 32))
+    assert of["MUSE verbmem"][1]["generation"] == written("In May", 128)
+    reference = tokenizer.decode(tokenizer(VERBATIM[0]["gt"], add_special_tokens=False).input_ids[:128])
+    assert of["MUSE verbmem"][0]["reference"] == reference and len(reference) < len(VERBATIM[0]["gt"])
+    rouge = RougeScorer(["rougeL"], use_stemmer=False)
+    for key, name in (
+        ("verbmem_f", "MUSE verbmem"),
+        ("knowmem_f", "MUSE knowmem"),
+        ("knowmem_r", "MUSE knowmem, retain"),
+    ):
+        expected = [rouge.score(row["reference"], row["generation"])["rougeL"].fmeasure for row in of[name]]
+        assert scores[key] == pytest.approx(100 * sum(expected) / len(expected))
+    taught, unseen = ([lowest(row["text"]) for row in part] for part in (TAUGHT, UNSEEN))
+    auc = roc_auc_score([0] * 4 + [1] * 3, taught + unseen)
+    assert scores["auc"] == pytest.approx(auc) and scores["privleak"] == pytest.approx((auc - 0.4) / 0.4 * 100)
+    printed = capsys.readouterr().out
+    assert "privacy leakage" in printed and "MUSE (" in printed
+
+
+def test_scores_by_hand():
+    assert before_next_question(" Red.\n\nQuestion: And blue?") == " Red."
+    assert before_next_question("Red.\nQuestion: x") == "Red." and before_next_question("Red") == "Red"
+    assert rouge_l("the cats sat", "the cat sat") == pytest.approx(2 / 3)  # stemmed it would be 1
+    assert min_k([-1.0, -5.0, -3.0, -2.0, -4.0]) == -4.5 and min_k([-2.0]) == -2
+    assert unseen_auc([-1.0, -2.0], [-3.0, -4.0]) == 0  # all are recognised: a leakage of -100
+    assert unseen_auc([-3.0], [-3.0, -1.0]) == 0.75
+
+
+def test_parts_alone_and_bad_input(byte_model, files, capsys):
+    code, scores = evaluate(byte_model, files, "knowmem", more=("--limit", "1"))
+    assert code == 0 and scores["knowmem_f"] is not None
+    assert [scores[name] for name in ("verbmem_f", "knowmem_r", "privleak", "auc")] == [None] * 4
+    for names, more, message in (
+        (("privleak",), (), "--muse-privleak and --muse-privleak-holdout are compared: give both, or none"),
+        (("knowmem",), ("--muse-retrained-auc", "0"), "--muse-retrained-auc must be above 0"),
+        (("examples", "verbmem"), ("--muse-knowmem", str(files / "verbmem.jsonl")), "has no column"),
+    ):
+        assert evaluate(byte_model, files, *names, more=(*more, "--resume"))[0] == 2
+        assert message in capsys.readouterr().err
