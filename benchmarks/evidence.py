@@ -49,7 +49,8 @@ PIECES = {
         (*KERNELS, *PICTURE),
         (
             "benchmarks/kernels.py --check --out OUTDIR/kernels-check.json",
-            "benchmarks/kernels.py --minutes 6.5 --out OUTDIR/kernels.json",
+            "benchmarks/kernels.py --layers --out OUTDIR/kernels-layers.json",
+            "benchmarks/kernels.py --minutes 6 --out OUTDIR/kernels.json",
         ),
     ),
     "memory-512": Piece(

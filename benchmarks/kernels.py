@@ -2,6 +2,8 @@
 
     python benchmarks/kernels.py             on a GPU: everything; writes results/<gpu>/kernels.json and kernels.png
     python benchmarks/kernels.py --check     anywhere: errors against float64 at four sizes of the KL
+    python benchmarks/kernels.py --layers    the kernels of the layers instead: norms, rotary embeddings, gated
+                                             activations; timed on a GPU, simulated elsewhere
 
 Four tasks, those of an unlearning step, with a frozen LM head and bfloat16 inputs:
 
@@ -31,7 +33,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from benchmarks.kernels_parts import check, picture
+from benchmarks.kernels_parts import check, layers, picture
 from benchmarks.kernels_parts.cases import Case, Shape, make_cases, truth
 from benchmarks.kernels_parts.peers import contenders
 from benchmarks.kernels_parts.tasks import TASKS, Floor, Task, errors, offers
@@ -47,6 +49,10 @@ KL = 1e-4
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     gpu = torch.cuda.is_available()
+    if options.layers:
+        folder = record.device_folder() if gpu else record.RESULTS / "simulated"
+        path = options.out or folder / "kernels-layers.json"
+        return layers.main(path, layers.QUICK if options.quick else layers.FULL, options.seconds)
     if not gpu:
         os.environ.setdefault("TRITON_INTERPRET", "1")
         print("No GPU here: only errors and memory are checked. Times, and contenders that need a GPU, are left out.")
@@ -179,7 +185,9 @@ def _show(task: Task, runs: list[dict]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only the errors, at KL 1e-6, 1e-4, 1e-2 and 1")
-    parser.add_argument("--quick", action="store_true", help="with --check: d 256, V 2000 instead of d 1024, V 16000")
+    parser.add_argument("--layers", action="store_true", help="only norms, rotary embeddings and gated activations")
+    parser.add_argument("--quick", action="store_true", help="with --check: d 256, V 2000 instead of d 1024, V 16000;"
+                        " with --layers: 512 tokens instead of 8192")  # fmt: skip
     parser.add_argument("--kl", type=float, nargs="+", default=[1e-6, 1e-4, 1e-2, 1.0], help="with --check: the levels")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 1024])
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[128256, 50304, 151936])

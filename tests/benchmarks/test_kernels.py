@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks import kernels
-from benchmarks.kernels_parts import check, peers, picture
+from benchmarks.kernels_parts import check, layers, peers, picture
 from benchmarks.kernels_parts.cases import CE_WEIGHT, KL_WEIGHT, Shape, make_cases, truth
 from benchmarks.kernels_parts.tasks import TASKS, errors
 from benchmarks.kernels_parts.timing import take_turns
@@ -176,3 +176,25 @@ def test_turns_are_taken_and_a_failure_stays_with_its_own():
     turns = results["works"]["count"]
     assert turns >= 5 and calls[2:] == ["x", "y"] * (turns // 2) + ["x"] * (turns % 2)
     assert take_turns({"slow": lambda argument: time.sleep(0.05)}, ["x"], 1e-4, "cpu")["slow"]["count"] == 2
+
+
+def test_layers_without_a_gpu(tmp_path, capsys):
+    """Simulated: fewer operators, one for each result, and less kept."""
+    path = tmp_path / "layers.json"
+    assert kernels.main(["--layers", "--quick", "--out", str(path)]) == 0
+    assert "simulated, nothing is timed" in capsys.readouterr().out
+    rows = {(row["part"], row["form"]): row for row in json.loads(path.read_text())["results"]}
+    results = {"RMSNorm": 3, "LayerNorm": 3, "rotary": 6, "SwiGLU": 4}  # and the upstream gradients, detached
+    assert {part for part, _ in rows} == set(results)
+    for part, count in results.items():
+        ours, plain = rows[part, "ours"], rows[part, "plain"]
+        assert ours["operators"] == count < plain["operators"] and ours["peak_bytes"] < plain["peak_bytes"]
+        assert ours["kept_bytes"] <= plain["kept_bytes"]
+
+
+def test_the_plain_layers_are_the_same_functions():
+    for part in layers.PARTS:
+        inputs, constants = layers.make_inputs(part, 3, "cpu")
+        ours, plain = (layers.both_ways(form, inputs, constants) for form in (part.ours, part.plain))
+        for a, b in zip(ours, plain, strict=True):
+            assert layers.relative(a.double(), b.double()) < 1e-2

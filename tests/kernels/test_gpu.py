@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lowmem_kernels import FrozenHead, chunks_engine, retain_loss, token_kl, token_logprobs
+from lowmem_kernels import FrozenHead, chunks_engine, glu, retain_loss, rms_norm, rotary, token_kl, token_logprobs
 
 from tests.kernels.reference import DIRECTIONS, check, check_jointly, dense, make_case, run, run_jointly
+from tests.kernels.rowwise_reference import check_glu, check_norms, check_rotary, normal
 from tests.kernels.test_accuracy import KL_LEVELS, OPTIONS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -168,3 +169,49 @@ def test_workspace(v, d):
     with torch.no_grad():
         assert workspace(lambda: (token_logprobs(hidden, case.head, case.targets, engine="tiles"),)) <= 4 * MIB
         assert workspace(lambda: (token_kl(hidden, case.ref_hidden, case.head, engine="tiles"),)) <= 4 * MIB
+
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n, d", [(8192, 4096), (131072, 128), (2048, 8192), (252, 507), (3, 5000)])
+def test_norms(n, d, dtype):
+    check_norms("triton", n=n, d=d, dtype=dtype, device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["halves", "pairs", "pairs-first"])
+def test_rotary(layout, dtype):
+    for table in {dtype, torch.float32}:
+        check_rotary(
+            "triton", layout=layout, batch=4, tokens=507, heads=(32, 8), size=128, rotated=128, dtype=dtype,
+            table=table, device=DEVICE,
+        )  # fmt: skip
+    check_rotary("triton", layout=layout, tokens=252, size=123, rotated=80, dtype=dtype, table=dtype, device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu-tanh"])
+def test_glu(activation, dtype):
+    check_glu("triton", activation=activation, n=8192, d=11008, dtype=dtype, device=DEVICE)
+    check_glu("triton", activation=activation, n=252, d=507, dtype=dtype, device=DEVICE)
+
+
+def test_rows_past_two_to_the_31():
+    need_memory(20)
+    x = torch.ones(2**19 + 3, 4104, dtype=torch.bfloat16, device=DEVICE)
+    x[-1] = torch.linspace(-1, 1, 4104, device=DEVICE)
+    assert x.numel() > 2**31
+    torch.testing.assert_close(rms_norm(x, eps=0.0)[-1:], rms_norm(x[-1:], eps=0.0, engine="torch"), rtol=2**-7, atol=0)
+    y = glu(x, x)
+    torch.testing.assert_close(y[-1:], glu(x[-1:], x[-1:], engine="torch"), rtol=2**-6, atol=1e-6)
+
+
+def test_the_layers_kernels_keep_no_copy():
+    x, weight = normal(8192, 4096, device=DEVICE).requires_grad_(), normal(4096, device=DEVICE)
+    assert workspace(lambda: (rms_norm(x, weight, eps=1e-5),)) <= MIB
+    q = normal(4, 32, 2048, 128, device=DEVICE).requires_grad_()
+    table = torch.ones(1, 2048, 128, device=DEVICE)
+    assert workspace(lambda: rotary(q, q, table, table)) <= MIB
+    assert workspace(lambda: (glu(x, x),)) <= MIB
