@@ -11,12 +11,24 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
+from annotated_types import Interval
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.forget_terms import custom_term
+from lowmem_npo.ranges import (
+    MOST,
+    Count,
+    CountOrNone,
+    Finite,
+    Positive,
+    PositiveOrZero,
+    Probability,
+    Seed,
+    check_fields,
+)
 from lowmem_npo.sizes import parse_size
 from lowmem_npo.sources import GENERAL_SET
 from lowmem_npo.stop_conditions import Condition, parse_conditions
@@ -32,25 +44,16 @@ TILE_ROWS = 1024  # tokens of a tile where --tile-mlp has no value
 KEPT_CHECKPOINTS = 2  # unless --save-total-limit says otherwise
 
 
-def check_at_least_one(options: Any, *names: str) -> None:
-    """Raises UserError for an option that is given and below 1; it names the flag."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
+@dataclass
+class Checked:
+    """Options whose values are checked against their types when they are made."""
 
-
-def check_positive(options: Any, *names: str, or_zero: bool = False) -> None:
-    """Raises UserError for an option that is not a positive (finite) number; it names the flag."""
-    for name in names:
-        value = getattr(options, name)
-        if not (math.isfinite(value) and (value > 0 or (or_zero and value == 0))):
-            wanted = "0 or a positive number" if or_zero else "a positive number"
-            raise UserError(f"--{name.replace('_', '-')} must be {wanted}, not {value}.")
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass
-class ModelOptions:
+class ModelOptions(Checked):
     """Which model, and how it is loaded: for every command that loads one."""
 
     model: str | None = None
@@ -68,22 +71,16 @@ class ModelOptions:
 
 
 @dataclass
-class AnswerOptions:
+class AnswerOptions(Checked):
     """How a model is asked for its own answers: for every command that measures them."""
 
-    max_new_tokens: int | None = None
+    max_new_tokens: Count | None = None
     """Tokens that a generated answer may have, where the model does not end it before. Default: 64, or 16 more than the
     longest true answer if that is more, but at most 256. The scores of LUME and TOFU have their own."""
     forms: Literal["all", "trained"] = "all"
     """How the forget rows are asked for. all: as they were trained, and, for a model with a chat template, in the chat
     form or the plain form, whichever was not trained, and in other words where a row has them (paraphrased_question).
     The report goes by the form in which most is left. trained: as they were trained only."""
-
-    def check_answers(self) -> None:
-        """Raises UserError for a value that does not fit."""
-        check_at_least_one(self, "max_new_tokens")
-        if self.forms not in ("all", "trained"):
-            raise UserError(f"--forms must be one of all, trained, not {self.forms!r}.")
 
 
 @dataclass
@@ -94,7 +91,7 @@ class ModelConfig(ModelOptions):
 
 
 @dataclass
-class DataOptions:
+class DataOptions(Checked):
     """Which rows, and how they are read and written as prompts: for every command that reads any."""
 
     forget: str | None = None
@@ -119,7 +116,7 @@ class DataOptions:
     """Another spelling of --template with a text."""
     system: str | None = None
     """System prompt of rows that the chat template writes and that bring none."""
-    passage_tokens: int | None = None
+    passage_tokens: Annotated[int, Interval(ge=8, le=MOST)] | None = None
     """Tokens of a passage, of those into which documents are cut; each overlaps the next by half. Default: 128."""
     passages: PassageForm | None = None
     """What a passage of a document becomes: its second half as the completion of its first (completion), a text
@@ -131,9 +128,9 @@ class DataConfig(DataOptions):
     """Data: what to forget, what to keep, and how it is tokenised."""
 
     template: str = "auto"
-    passage_tokens: int = 128
+    passage_tokens: Annotated[int, Interval(ge=8, le=MOST)] = 128
     passages: PassageForm = "both"
-    max_length: int = 1024
+    max_length: Annotated[int, Interval(ge=2, le=MOST)] = 1024
     """Tokens per row, prompt and answer together; truncated rows are counted and reported."""
     tokens: Literal["answer", "all"] = "answer"
     """Which tokens count in the loss: the answer's (EOS included), or every non-padding token."""
@@ -147,12 +144,12 @@ class DataConfig(DataOptions):
     together. Default: every row by itself."""
     allow_overlap: bool = False
     """Continue even if rows of the forget set are in the retain set as well."""
-    limit: int | None = None
+    limit: Count | None = None
     """Use only the first N rows of each set."""
 
 
 @dataclass
-class ObjectiveConfig:
+class ObjectiveConfig(Checked):
     """Objective: L = L_forget + gamma * NLL(retain) + delta * KL(retain)."""
 
     forget_term: str = "npo"
@@ -160,11 +157,11 @@ class ObjectiveConfig:
     gradient ascent, Wang et al. 2025), satimp (Yang et al. 2025), jensun (Jensen-Shannon divergence to a refusal, Singh
     et al. 2025), dpo (another answer is preferred, see --alternative-column), or one that an installed package
     brings."""
-    beta: float = 0.5
+    beta: Annotated[float, Interval(ge=1e-6, le=1e6)] = 0.5
     """Inverse temperature of npo, simnpo and dpo: smaller is closer to gradient ascent."""
-    gamma: float = 1.0
+    gamma: PositiveOrZero = 1.0
     """Weight of the retain cross-entropy. 0: not computed."""
-    delta: float = 0.5
+    delta: PositiveOrZero = 0.5
     """Weight of the KL to the original model on retain answers, over the whole vocabulary. 0: not computed."""
     normalization: Normalization = "sequence"
     """npo on the sum over the answer's tokens (sequence), on each token (token), or on its mean (length)."""
@@ -173,32 +170,23 @@ class ObjectiveConfig:
     forget_level: ForgetLevel = "none"
     """holdout: a forget row is pushed no further than a row of the holdout of its rank, by NLL per token under the
     original model. Half of the holdout sets the levels, the other half is what the run is measured by."""
-    simnpo_margin: float = 0.0
+    simnpo_margin: Finite = 0.0
     """Reward margin of simnpo (its paper's gamma)."""
-    wga_beta: float = 1.0
+    wga_beta: PositiveOrZero = 1.0
     """wga weighs each token's ascent by its probability to this power: larger spares what is unlikely already."""
-    satimp_beta1: float = 5.0
+    satimp_beta1: PositiveOrZero = 5.0
     """satimp weighs each token's ascent by p^beta1 (1 - p)^beta2: how much it spares what is unlikely already."""
-    satimp_beta2: float = 1.0
+    satimp_beta2: PositiveOrZero = 1.0
     """How much satimp spares what the model is sure of: words that any answer would have there."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "beta")
-        check_positive(self, "gamma", "delta", "wga_beta", "satimp_beta1", "satimp_beta2", or_zero=True)
+        check_fields(self, ObjectiveConfig)
         custom_term(self.forget_term, FORGET_TERMS)  # raises if there is none
         if self.forget_level != "none" and self.forget_term in REFUSING_TERMS:
             raise UserError(
                 f"--forget-level is a level of the forgotten answers, and {self.forget_term} trains on a refusal: "
                 "leave one of them out."
             )
-        for name, allowed in (
-            ("normalization", Normalization),
-            ("kl_direction", KLDirection),
-            ("forget_level", ForgetLevel),
-        ):
-            if getattr(self, name) not in get_args(allowed):
-                flag, values = name.replace("_", "-"), ", ".join(get_args(allowed))
-                raise UserError(f"--{flag} must be one of {values}, not {getattr(self, name)!r}.")
 
     @property
     def needs_retain(self) -> bool:
@@ -207,7 +195,7 @@ class ObjectiveConfig:
 
 
 @dataclass
-class AdapterConfig:
+class AdapterConfig(Checked):
     """Adapter: the LoRA weights, the only ones that are trained."""
 
     adapter: str | None = None
@@ -215,11 +203,11 @@ class AdapterConfig:
     adapter, and the one that is saved holds both. Without --model, the base is the one that it was trained on."""
     any_base: bool = False
     """Accept an --adapter that names another base model (the same weights in another place)."""
-    lora_r: int = 5
+    lora_r: Annotated[int, Interval(ge=1, le=2**16)] = 5
     """Rank."""
-    lora_alpha: float = 5.0
+    lora_alpha: Positive = 5.0
     """Scale: the update is multiplied by alpha / r."""
-    lora_dropout: float = 0.0
+    lora_dropout: Probability = 0.0
     """Dropout on the adapter's input."""
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
     """Names of the linear layers that get an adapter, or all-linear, or one regular expression that the full names
@@ -240,8 +228,8 @@ class AdapterConfig:
         self.lora_layers = tuple(str(layer) for layer in layers)
         saved = self.modules_to_save
         self.modules_to_save = (saved,) if isinstance(saved, str) else tuple(saved)
+        super().__post_init__()
         _ = self.layers  # malformed ones raise here
-        check_at_least_one(self, "lora_r")
         if not self.lora_targets:
             raise UserError("--lora-targets is empty: name at least one linear layer, or all-linear.")
         if self.target_pattern is not None and self.lora_layers:
@@ -280,14 +268,14 @@ class AdapterConfig:
         for spec in (part for given in self.lora_layers for part in given.replace(",", " ").split()):
             first, dash, last = spec.partition("-")
             last = last if dash else first
-            if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+            if not (re.fullmatch(r"\d{1,4}", first) and re.fullmatch(r"\d{1,4}", last) and int(first) <= int(last)):
                 raise UserError(f"--lora-layers {spec}: give layer numbers from 0, or ranges such as 16-31.")
             numbers.update(range(int(first), int(last) + 1))
         return sorted(numbers) or None
 
 
 @dataclass
-class MemoryConfig:
+class MemoryConfig(Checked):
     """Memory: what keeps the step small. The loss and its gradients stay the same, but for rounding."""
 
     gradient_checkpointing: bool = True
@@ -297,7 +285,7 @@ class MemoryConfig:
     hidden states for the backward pass."""
     offload_checkpoints: bool = False
     """Keep the layers' inputs, from which they are recomputed, in the host's memory; copied while the GPU computes."""
-    tile_mlp: int | None = None
+    tile_mlp: Count | None = None
     """Run each MLP on N tokens at a time, forward and backward (--tile-mlp alone: 1024). More tokens are faster, fewer
     take less memory."""
     embedding_on_cpu: bool = False
@@ -312,15 +300,12 @@ class MemoryConfig:
     and --micro-batch-size that fits is found by simulation and used."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _ = self.budget_bytes  # a malformed one raises here
-        if self.tile_mlp is not None and self.tile_mlp < 1:
-            raise UserError(f"--tile-mlp must be at least 1 token, not {self.tile_mlp}.")
         if self.offload_checkpoints and not self.gradient_checkpointing:
             raise UserError(
                 "--offload-checkpoints moves what gradient checkpointing keeps: leave out --no-gradient-checkpointing."
             )
-        if self.reference not in ("live", "cached"):
-            raise UserError(f"--reference must be live or cached, not {self.reference!r}.")
         if self.reference_dir is not None and self.reference != "cached":
             raise UserError("--reference-dir is where --reference cached keeps its files: give both, or none.")
 
@@ -331,40 +316,34 @@ class MemoryConfig:
 
 
 @dataclass
-class TrainingConfig:
+class TrainingConfig(Checked):
     """Training: one optimiser step takes --batch-size forget rows and --retain-batch-size retain rows."""
 
-    batch_size: int = 4
+    batch_size: Count = 4
     """Forget rows per optimiser step, over all micro-batches and processes."""
-    retain_batch_size: int | None = None
+    retain_batch_size: Count | None = None
     """Retain rows per optimiser step. Default: as many as forget rows."""
-    micro_batch_size: int | None = None
+    micro_batch_size: Count | None = None
     """Forget rows that go through the model at once. A smaller value needs less memory and gives the same gradient.
     Default: the whole batch."""
-    epochs: float = 20.0
+    epochs: Positive = 20.0
     """Passes over the forget set."""
-    max_steps: int | None = None
+    max_steps: Count | None = None
     """Stop after N optimiser steps, regardless of --epochs."""
-    layered: int | None = None
+    layered: Annotated[int, Interval(ge=2, le=MOST)] | None = None
     """Layered unlearning (Qian et al. 2025): the forget rows are divided into N folds and forgotten in N stages of
     equal length, the first one fold, then two, while the folds to come are still retained. What is forgotten so comes
     back far less when some of it is taught again."""
-    layered_weight: float = 0.2
+    layered_weight: Annotated[float, Interval(ge=0, le=1)] = 0.2
     """How often --layered shows the rows of earlier folds, for one showing of the newest fold's, until the last stage
     shows all alike; 0 to 1."""
-    lr: float = 1e-4
+    lr: PositiveOrZero = 1e-4
     """Learning rate of AdamW, constant unless --lr-scheduler-type says otherwise."""
-    seed: int = 42
+    seed: Seed = 42
     """Seed of the adapter, of the order of the rows, and of everything else that is random."""
 
     def __post_init__(self) -> None:
-        check_at_least_one(self, "batch_size", "retain_batch_size", "micro_batch_size", "max_steps")
-        check_positive(self, "epochs")
-        check_positive(self, "lr", "layered_weight", or_zero=True)
-        if self.layered is not None and self.layered < 2:
-            raise UserError(f"--layered must be at least 2 folds, not {self.layered}: leave it out to forget at once.")
-        if self.layered_weight > 1:
-            raise UserError(f"--layered-weight must be between 0 and 1, not {self.layered_weight}.")
+        super().__post_init__()
         if self.micro_batch_size is not None:
             self.micro_batch_size = min(self.micro_batch_size, self.batch_size)
 
@@ -379,7 +358,7 @@ class TrainingConfig:
 
 
 @dataclass
-class StoppingConfig:
+class StoppingConfig(Checked):
     """Stopping: measure while training, stop in time, keep the best adapter."""
 
     stop_when: tuple[str, ...] = ()
@@ -388,19 +367,16 @@ class StoppingConfig:
     retain-loss+10%: the retain answers' NLL is 10% above that before training (retain-loss+0.05: 0.05 nats per token
     above). Of the adapters within the limit on the retain loss, the one nearest to the first of the former two is kept;
     with that limit alone, the last one."""
-    stop_patience: int = 1
+    stop_patience: Count = 1
     """Consecutive measurements at which a condition must hold. With more than 1 a run gets past the rise of the retain
     loss that NPO may begin with, and that the retain terms undo."""
-    eval_every: int | None = None
+    eval_every: Count | None = None
     """Optimiser steps between the measurements for --stop-when. Default: one after every epoch."""
 
     def __post_init__(self) -> None:
         self.stop_when = (self.stop_when,) if isinstance(self.stop_when, str) else tuple(self.stop_when)
+        super().__post_init__()
         _ = self.conditions  # malformed ones raise here
-        if self.eval_every is not None and self.eval_every < 1:
-            raise UserError(f"--eval-every must be at least 1 step, not {self.eval_every}.")
-        if self.stop_patience < 1:
-            raise UserError(f"--stop-patience must be at least 1 measurement, not {self.stop_patience}.")
         if (self.eval_every is not None or self.stop_patience > 1) and not self.stop_when:
             given = "--stop-patience" if self.eval_every is None else "--eval-every"
             raise UserError(f"{given} says how --stop-when measures: give both, or none.")
@@ -419,15 +395,15 @@ class OutputConfig(AnswerOptions):
     """Directory of the adapter, the configuration, the metrics, the before/after table and the report."""
     resume: bool = False
     """Continue the run in --output-dir from its last checkpoint."""
-    eval_rows: int = 64
+    eval_rows: CountOrNone = 64
     """Rows of each set measured before and after (the same ones for every --seed); 0 measures nothing."""
-    eval_batch_size: int = 8
+    eval_batch_size: Count = 8
     """Rows per batch when measuring."""
     leaks: tuple[str, ...] = ("extraction", "membership")
     """Tests of what the model still gives away of the forget rows, before and after, on --eval-rows rows; or none."""
-    preview: int | None = None
+    preview: Count | None = None
     """Print N tokenised examples of each set, with the labelled tokens marked, and stop."""
-    report_examples: int = 3
+    report_examples: CountOrNone = 3
     """Rows of each set whose text is in report.html, with the model's answers; 0 for none. No other part of the report
     ever contains text of a row."""
     dry_run: bool = False
@@ -436,9 +412,7 @@ class OutputConfig(AnswerOptions):
     def __post_init__(self) -> None:
         self.leaks = (self.leaks,) if isinstance(self.leaks, str) else tuple(self.leaks)
         self.leaks = () if self.leaks == ("none",) else self.leaks
-        self.check_answers()
-        if self.report_examples < 0:
-            raise UserError(f"--report-examples must be 0 or more, not {self.report_examples}.")
+        super().__post_init__()
 
 
 SECTIONS: dict[str, type] = {

@@ -14,6 +14,7 @@ from lowmem_npo.claim import LOCK, check_unclaimed
 from lowmem_npo.config import KEPT_CHECKPOINTS, MemoryConfig, RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.files import PARTIAL, free_bytes, write_atomically
+from lowmem_npo.settings_file import read_settings
 from lowmem_npo.sizes import amount
 
 SELF_WRITTEN = "self_written.jsonl"  # the texts of --retain self
@@ -156,10 +157,10 @@ class RunDirectory(RunFiles):
     def _began(self) -> dict[str, Any]:
         """The configuration that the run in the directory began with."""
         try:
-            began = yaml.safe_load(self.run_yaml.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
-            began = None
-        if not isinstance(began, dict) or not {"model", "epochs"} <= began.keys():
+            began = read_settings(self.run_yaml)
+        except (OSError, ValueError):
+            began = {}
+        if not {"model", "epochs"} <= began.keys():
             raise UserError(f"'{self.run_yaml}' is damaged: write the run's options into it, or start a new run.")
         return began
 

@@ -106,7 +106,7 @@ def _parsed(text: str) -> Condition:
     for simple in (ForgetAtHoldout(), MembershipCrosses()):
         if text == simple.text:
             return simple
-    if (match := re.fullmatch(r"retain-loss\+(\d+\.?\d*|\.\d+)(%?)", text)) and float(match[1]) > 0:
+    if (match := re.fullmatch(r"retain-loss\+(\d+\.?\d*|\.\d+)(%?)", text)) and 0 < float(match[1]) < 1e6:
         relative = match[2] == "%"
         return RetainLoss(text, float(match[1]) / (100 if relative else 1), relative)
     near = difflib.get_close_matches(text, ["forget-at-holdout", "mia-crosses", "retain-loss+10%"], n=1)

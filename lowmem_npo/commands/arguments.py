@@ -13,20 +13,23 @@ import dataclasses
 import difflib
 import importlib.util
 import inspect
+import io
 import json
 import re
 import textwrap
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, cast, get_args, get_origin, get_type_hints
 
 import tyro
-import yaml
 
 from lowmem_npo.config import SECTIONS, TILE_ROWS, RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.contract import LeakTest
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
+from lowmem_npo.ranges import shortened
+from lowmem_npo.settings_file import read_settings
 from lowmem_npo.sources import check_adapter_name, check_data_name, check_model_name, data_names
 from lowmem_npo.training.honoured import HONOURED
 
@@ -79,13 +82,8 @@ def parse_run(arguments: Sequence[str], command: str) -> RunConfig:
     if "--help-all" in flags:
         flags = ["--help"]
     flags += _base_of_adapter(flags)
-    parsed: Any
-    parsed, unknown = tyro.cli(
-        run_options(),
-        args=flags,
-        prog=f"lowmem-npo {command}",
-        return_unknown_args=True,
-        config=(tyro.conf.OmitArgPrefixes,),
+    parsed, unknown = parse(
+        run_options(), flags, command, return_unknown_args=True, config=(tyro.conf.OmitArgPrefixes,)
     )
     sections: Any = {name: section(**vars(getattr(parsed, name))) for name, section in SECTIONS.items()}
     if unknown:  # transformers parses them: first what is answered without it
@@ -95,6 +93,21 @@ def parse_run(arguments: Sequence[str], command: str) -> RunConfig:
     trainer_args = _trainer_arguments(unknown)
     _settle_accumulation(sections, trainer_args, explicit="--batch-size" in flags)
     return RunConfig(**sections, trainer_args=trainer_args)
+
+
+def parse(kind: type, arguments: Sequence[str], command: str, **options: Any) -> Any:
+    """What tyro makes of the command line; a mistake in it, which tyro explains in a box, is a UserError."""
+    messages = io.StringIO()
+    try:
+        with redirect_stderr(messages):
+            return tyro.cli(kind, args=list(arguments), prog=f"lowmem-npo {command}", **options)
+    except SystemExit as ended:
+        if not ended.code:
+            raise
+    lines = [line.strip("│ ") for line in messages.getvalue().splitlines()[1:]]  # below the box's title
+    rules = [at for at, line in enumerate(lines) if re.match("[─╰-]{2}", line) and at > 0]
+    sentence = " ".join(lines[: rules[0] if rules else None]).lstrip("- ")
+    raise UserError(f"{shortened(sentence.rstrip('.'))}; `lowmem-npo {command} --help` explains the options.")
 
 
 def check_names(model: str | None, *sources: str | None) -> None:
@@ -188,15 +201,20 @@ def with_help(config: type, leak_tests: Sequence[LeakTest] = ()) -> Any:
 
 def _shown(field: dataclasses.Field, hint: Any, text: str | None) -> Any:
     """An option in the help: a value that may be left out is shown as its type alone, without a default of None."""
-    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+    positional = get_origin(hint) is Annotated and tyro.conf.Positional in hint.__metadata__
+    kinds = [_bare(kind) for kind in get_args(hint) if kind is not type(None)]
     optional = type(None) in get_args(hint) and len(kinds) == 1
-    positional = hasattr(hint, "__metadata__")
     metavar = field.name.upper() if positional else None
     if optional and kinds[0] in (str, int, float):
         metavar = kinds[0].__name__.upper()
     elif optional and get_origin(kinds[0]) is Literal:
         metavar = f"{{{','.join(get_args(kinds[0]))}}}"
     return tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint="" if field.default in (None, ()) else None)
+
+
+def _bare(kind: Any) -> Any:
+    """A type without its range."""
+    return kind.__origin__ if get_origin(kind) is Annotated else kind
 
 
 def _like(field: dataclasses.Field) -> Any:
@@ -254,13 +272,11 @@ def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
 
 def _flags_of_file(path: Path) -> list[str]:
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = read_settings(path)
     except OSError as error:
         raise UserError(f"--config: cannot read '{path}': {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config: '{path}' is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"--config: '{path}' must hold lines of the form `name: value`, as the run.yaml of a run does.")
+    except ValueError as error:
+        raise UserError(f"--config: '{path}' cannot be used: {error}.") from error
     flags: list[str] = []
     for name, value in settings.items():
         if value is None:

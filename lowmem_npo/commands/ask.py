@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import tyro
 
-from lowmem_npo.commands.arguments import check_names, with_help
-from lowmem_npo.config import ModelConfig, ModelOptions, check_at_least_one, check_positive
+from lowmem_npo.commands.arguments import check_names, parse, with_help
+from lowmem_npo.config import ModelConfig, ModelOptions
 from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
 from lowmem_npo.libraries import quiet_libraries
+from lowmem_npo.ranges import Count, PositiveOrZero, Seed
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -57,24 +58,23 @@ class AskOptions(ModelOptions):
     """How a question is written: chat, plain, or a text such as '{prompt}'. Default: as in the run, else auto."""
     system: str | None = None
     """System prompt of a chat model. Default: as in the run."""
-    max_new_tokens: int = 256
+    max_new_tokens: Count = 256
     """The most tokens of an answer."""
-    temperature: float = 0.0
+    temperature: PositiveOrZero = 0.0
     """0: the most likely answer; above, answers are drawn from the model's distribution at this temperature."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the answers that are drawn."""
     any_base: bool = False
     """Accept an adapter that names another base model (the same weights in another place)."""
 
     def __post_init__(self) -> None:
-        check_at_least_one(self, "max_new_tokens")
-        check_positive(self, "temperature", or_zero=True)
+        super().__post_init__()
         if self.file is not None and self.questions:
             raise UserError("The questions are given twice: on the command line, and with --file.")
 
 
 def main(arguments: Sequence[str]) -> None:
-    parsed = tyro.cli(with_help(AskOptions), args=list(arguments), prog="lowmem-npo ask")
+    parsed = parse(with_help(AskOptions), arguments, "ask")
     ask(AskOptions(**vars(parsed)))
 
 

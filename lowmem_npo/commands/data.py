@@ -6,15 +6,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import combinations
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+from annotated_types import Interval
 
-from lowmem_npo.commands.arguments import check_names, join_sources, with_help
-from lowmem_npo.config import DataConfig, DataOptions, ModelConfig, ModelOptions, check_at_least_one
+from lowmem_npo.commands.arguments import check_names, join_sources, parse, with_help
+from lowmem_npo.config import DataConfig, DataOptions, ModelConfig, ModelOptions
 from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
 from lowmem_npo.libraries import quiet_libraries
+from lowmem_npo.ranges import MOST, Count, CountOrNone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,23 +41,17 @@ class DataCommand(DataOptions, ModelOptions):
     """Files, folders or hub names, each a set of its own; or name them with --forget, --retain and --holdout."""
     model: str | None = None
     """Hub name or local directory of the model whose tokenizer counts, and which is asked. Without it, words count."""
-    max_length: int = DataConfig.max_length
+    max_length: Annotated[int, Interval(ge=2, le=MOST)] = DataConfig.max_length
     """Tokens per row, as in training: what is longer is counted as cut."""
-    limit: int | None = None
+    limit: Count | None = None
     """Look only at the first N rows of each set."""
-    ask: int = 3
+    ask: CountOrNone = 3
     """Rows of each set that the model of --model is asked for; 0: its weights are not loaded."""
-    near: float = 0.7
+    near: Annotated[float, Interval(gt=0, le=1)] = 0.7
     """Jaccard similarity, of runs of 5 characters, from which two rows are called near-duplicates."""
 
     def __post_init__(self) -> None:
-        check_at_least_one(self, "limit")
-        if self.max_length < 2:
-            raise UserError(f"--max-length is {self.max_length}; it must be at least 2.")
-        if self.ask < 0:
-            raise UserError(f"--ask must be 0 or more, not {self.ask}.")
-        if not 0 < self.near <= 1:
-            raise UserError(f"--near must be above 0 and at most 1, not {self.near}.")
+        super().__post_init__()
         if not self.sources:
             raise UserError("There is nothing to look at: name a file, as in `lowmem-npo data forget.jsonl`.")
 
@@ -80,7 +76,7 @@ class Set:
 
 
 def main(arguments: Sequence[str]) -> None:
-    parsed = tyro.cli(with_help(DataCommand), args=join_sources(arguments), prog="lowmem-npo data")
+    parsed = parse(with_help(DataCommand), join_sources(arguments), "data")
     options = DataCommand(**vars(parsed))
     check_names(options.model, *options.sources.values())
     inspect(options)

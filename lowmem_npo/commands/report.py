@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from lowmem_npo.commands.arguments import check_names, with_help
+from lowmem_npo.commands.arguments import check_names, parse, with_help
 from lowmem_npo.libraries import quiet_libraries
 from lowmem_npo.run_directory import RunFiles, check_is_run
 
@@ -31,7 +31,7 @@ class Report:
 
 
 def main(arguments: Sequence[str]) -> None:
-    options: Report = tyro.cli(with_help(Report), args=list(arguments), prog="lowmem-npo report")
+    options: Report = parse(with_help(Report), arguments, "report")
     check_is_run(options.run)
     if options.prove is not None:
         check_names(None, options.prove)

@@ -11,10 +11,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.config import DataConfig, DataOptions, PassageForm
-from lowmem_npo.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,16 +50,9 @@ class Passages:
 
     @classmethod
     def of(cls, options: DataOptions, tokenizer: PreTrainedTokenizerBase | None = None) -> Passages:
-        """As the options say, in the tokens of `tokenizer`; None: in words.
-
-        Raises UserError for passages that are too short.
-        """
+        """As the options say, in the tokens of `tokenizer`; None: in words."""
         tokens = DataConfig.passage_tokens if options.passage_tokens is None else options.passage_tokens
         form = options.passages or DataConfig.passages
-        if form not in get_args(PassageForm):
-            raise UserError(f"--passages must be one of {', '.join(get_args(PassageForm))}, not {form!r}.")
-        if tokens < MIN_TOKENS:
-            raise UserError(f"--passage-tokens is {tokens}; it must be at least {MIN_TOKENS}.")
         if tokenizer is None:
             return cls(tokens, form)
         if (most := getattr(options, "max_length", None)) is not None:

@@ -76,10 +76,6 @@ def prepare(
 
     Raises UserError for everything the user can fix.
     """
-    if data.limit is not None and data.limit < 1:
-        raise UserError(f"--limit is {data.limit}; it must be at least 1.")
-    if data.max_length < 2:
-        raise UserError(f"--max-length is {data.max_length}; it must be at least 2.")
     if data.forget is None and data.retain is not None:
         raise UserError(f"There are rows to retain ({data.retain}) but none to forget; name them with --forget.")
     template = Template.of(data, stops)

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from lowmem_npo.config import AnswerOptions, DataConfig, DataOptions, ModelConfig, ModelOptions, check_at_least_one
+from annotated_types import Interval
+
+from lowmem_npo.config import AnswerOptions, DataConfig, DataOptions, ModelConfig, ModelOptions
 from lowmem_npo.data.self_written import self_rows
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS, BenchmarkOptions
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, NAMES, LeakOptions, leak_tests
 from lowmem_npo.evaluation.options import FREE, SET
 from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE
+from lowmem_npo.ranges import MOST, Count, Seed
 from lowmem_npo.run_directory import RunFiles, run_of_adapter
 
 DATA_SETS = ("forget", "retain", "holdout")
@@ -37,12 +40,12 @@ class EvaluationOptions(AnswerOptions, DataOptions, ModelOptions):
     """Directory of the adapter, as `lowmem-npo train` wrote it. Without it the base model is measured."""
     any_base: bool = False
     """Accept an adapter that names another base model (the same weights in another place)."""
-    max_length: int | None = None
+    max_length: Annotated[int, Interval(ge=2, le=MOST)] | None = None
     """Tokens per row, prompt and answer together, whose likelihood is measured. Default: as in the run of --adapter,
     else 1024."""
-    limit: int | None = None
+    limit: Count | None = None
     """Measure N rows of each set, drawn with --seed (of LUME, equally many of every task and kind)."""
-    seed: int = 42
+    seed: Seed = 42
     """Seed of all that is random: the rows of --limit, the samples, relearning."""
     leaks: tuple[str, ...] = ()
     """Tests of what the model still gives away of the forget rows; or all. They compare with --holdout."""
@@ -52,7 +55,7 @@ class EvaluationOptions(AnswerOptions, DataOptions, ModelOptions):
     """Directory of the results. Default: `evaluation` inside --adapter, else lowmem-npo-evaluation."""
     resume: bool = False
     """Continue the evaluation in --output-dir, or add to it (members, lm-eval tasks, leak tests)."""
-    batch_size: int = BATCH_SIZE
+    batch_size: Count = BATCH_SIZE
     """Rows per batch (fewer if they are long)."""
 
 
@@ -66,11 +69,8 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
     def __post_init__(self) -> None:
         if self.model is None and self.adapter is None:
             raise UserError("Nothing to evaluate: name a model with --model, or an adapter with --adapter.")
-        if self.max_length is not None and self.max_length < 2:
-            raise UserError(f"--max-length is {self.max_length}; a prompt and an answer need at least 2 tokens.")
-        check_at_least_one(self, "limit", "batch_size")
-        self.check_answers()
         self.leaks = NAMES if "all" in self.leaks else tuple(self.leaks)
+        super().__post_init__()
         leak_tests(self.leaks)
         if self.leaks and self.forget is None and not self.bundled:
             raise UserError("--leaks looks for what is left of the forget rows: name them with --forget.")

@@ -7,7 +7,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import yaml
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import PreTrainedModel
@@ -17,6 +16,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.model.names import resolve_name
 from lowmem_npo.model.saved_modules import in_four_bits
 from lowmem_npo.run_directory import AdapterFiles, run_of_adapter
+from lowmem_npo.settings_file import read_settings
 from lowmem_npo.sources import check_adapter_name
 
 # What an adapter may hold beside the two factors of its layers: configuration field -> description.
@@ -94,10 +94,9 @@ def settings_of_run(folder: str) -> dict[str, Any]:
     there is none that can be read."""
     try:
         run = run_of_adapter(Path(folder).expanduser().resolve())
-        settings = yaml.safe_load(run.run_yaml.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return read_settings(run.run_yaml)
+    except (OSError, ValueError):
         return {}
-    return settings if isinstance(settings, dict) else {}
 
 
 def check_base(folder: str, model_name: str) -> None:

@@ -111,11 +111,17 @@ def read_audit(directory: Path) -> Audit | None:
     """The audit record of the run in `directory`, None if it has none. Raises UserError if it is damaged."""
     path = RunFiles(directory).audit
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        audit = json.loads(path.read_text(encoding="utf-8"))
+        if not {"configuration", "model", "forget_rows", "sessions"} <= audit.keys():
+            raise ValueError("it lacks what a run records")
     except FileNotFoundError:
         return None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"'{path}' cannot be read as the audit record of a run: {error}.") from error
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"'{path}' cannot be read as the audit record of a run ({error}): restore it, or go on without one by "
+            "removing it."
+        ) from error
+    return audit
 
 
 def check_same_rows(directory: Path, data: PreparedData) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from lowmem_npo.data.reading import described
 from lowmem_npo.errors import UserError
@@ -24,10 +23,12 @@ from lowmem_npo.evaluation.directory import is_of_adapter
 from lowmem_npo.evaluation.figures import finite
 from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakResults
 from lowmem_npo.evaluation.leaks.measure import read_leaks
+from lowmem_npo.ranges import shortened
 from lowmem_npo.report.audit import Audit, read_audit
 from lowmem_npo.report.figures import StagedFigure, evaluation_figures, run_figures
 from lowmem_npo.report.verdict import RULES, Verdict, judge_run
 from lowmem_npo.run_directory import RunFiles, check_is_run
+from lowmem_npo.settings_file import read_settings
 from lowmem_npo.training.metrics import Metrics, read_metrics
 
 EVIDENCE = (
@@ -104,21 +105,38 @@ def read_content(directory: Path) -> Content:
     """Raises UserError if `directory` holds no run, or if a file is damaged."""
     files = RunFiles(directory)
     check_is_run(directory)
-    try:
-        settings = yaml.safe_load(files.run_yaml.read_text(encoding="utf-8"))
-        evaluations = {stage: sets for stage in STAGES if (sets := read_answers(files.answers(stage)))}
+    with _named(files.run_yaml):
+        settings = read_settings(files.run_yaml)
+    evaluations = {}
+    for stage in STAGES:
+        with _named(files.answers(stage)):
+            if sets := read_answers(files.answers(stage)):
+                evaluations[stage] = sets
+    with _named(files.evaluation.result):
         evaluated = _read_evaluation(files)
+        figures = evaluation_figures(evaluated)
+    with _named(files.leaks):
         leaks = _merged_leaks(read_leaks(files.leaks), evaluated)
+    with _named(files.metrics):
         metrics = read_metrics(files.metrics)
+    with _named(files.stopping):
         stopped = _read_stopping(files)
-        stages = {stage: summaries(sets) for stage, sets in evaluations.items()}
-        figures = [*run_figures(stages), *evaluation_figures(evaluated)]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"A file in '{directory}' is damaged and cannot be reported on: {error}.") from error
+    stages = {stage: summaries(sets) for stage, sets in evaluations.items()}
+    figures = [*run_figures(stages), *figures]
     audit = read_audit(directory)
     verdict = judge_run(stages, audit["model"]["vocabulary"] if audit else None, leaks)
     notes = [*stopped, *_notes(metrics, audit), *(evaluated.get("after", {}).get("notes", []))]
     return Content(directory, settings, verdict, stages, figures, leaks, metrics, evaluations, notes, audit)
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Names the file that turns out to be damaged."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        why = shortened(str(error))
+        raise UserError(f"'{file}' is damaged and cannot be reported on ({why}): restore or remove it.") from error
 
 
 def _read_evaluation(files: RunFiles) -> dict[str, dict[str, Any]]:

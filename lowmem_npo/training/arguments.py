@@ -15,8 +15,9 @@ from transformers.training_args import OptimizerNames
 from lowmem_npo.config import RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.loading import resolve_device
+from lowmem_npo.ranges import check_values
 from lowmem_npo.run_directory import RunDirectory
-from lowmem_npo.training.honoured import HONOURED, as_is, check_effect
+from lowmem_npo.training.honoured import HONOURED, RANGES, as_is, check_effect
 from lowmem_npo.training.reporting import check_reporting
 from lowmem_npo.training.trainer import NPOConfig
 
@@ -93,19 +94,16 @@ def honoured_args(config: RunConfig) -> dict[str, Any]:
         defaults["ddp_backend"] = PartialState().backend or args["ddp_backend"]
     check_effect(args, defaults, lambda name, value: f"--{name.replace('_', '-')} {value}")
     honoured = {name: value for name, value in args.items() if name in HONOURED}
+    check_values(honoured, RANGES)
     for what in ("save", "logging"):
         steps, strategy = args.get(f"{what}_steps"), args.get(f"{what}_strategy", "steps")
         if steps is None:
             continue
-        if steps <= 0:
-            raise UserError(f"--{what}-steps must be positive, not {steps:g}.")
         if strategy != "steps":
             raise UserError(
                 f"--{what}-steps would have no effect under --{what}-strategy {strategy}: give one of them."
             )
         honoured[f"{what}_strategy"] = "steps"
-    if (decay := args.get("weight_decay", 0.0)) < 0:
-        raise UserError(f"--weight-decay must be 0 or positive, not {decay:g}.")
     named = [name for name in ("run_name", "project", "trackio_space_id") if args.get(name)]
     if named and args.get("report_to") in (None, "none", []):
         raise UserError(f"--{named[0].replace('_', '-')} would have no effect without --report-to: give both.")

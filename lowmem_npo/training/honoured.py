@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Interval
 
 from lowmem_npo.errors import UserError
+from lowmem_npo.ranges import MOST, Count, PositiveOrZero, Probability, Seed
 
 # The fields that have an effect here, besides those that our own options set.
 HONOURED = frozenset({
@@ -24,6 +27,15 @@ FROM_PYTHON = frozenset({
     "activation_checkpointing", "activation_checkpointing_kwargs", "ddp_backend", "ddp_timeout", "accelerator_config",
     "push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision",
 })  # fmt: skip
+# The values that they may have, where `TrainingArguments` takes any.
+RANGES = {
+    "warmup_steps": Annotated[float, Interval(ge=0, le=MOST)], "weight_decay": PositiveOrZero,
+    "adam_beta1": Probability, "adam_beta2": Probability, "adam_epsilon": PositiveOrZero,
+    "max_grad_norm": PositiveOrZero, "data_seed": Seed | None,
+    "dataloader_num_workers": Annotated[int, Interval(ge=0, le=1024)],
+    "logging_steps": Annotated[float, Interval(gt=0, le=MOST)], "save_steps": Annotated[float, Interval(gt=0, le=MOST)],
+    "save_total_limit": Count | None,
+}  # fmt: skip
 INSTEAD = {
     "bf16|fp16": "the compute type is --dtype, bf16 or float32",
     "use_cpu": "give --device cpu",

@@ -107,9 +107,9 @@ def test_a_histogram_counts_everything_once():
     [
         ([], "There is nothing to look at"),
         (["none.jsonl"], "There is no file none.jsonl"),
-        (["builtin", "--ask", "-1"], "--ask must be 0 or more"),
-        (["builtin", "--near", "2"], "--near must be above 0 and at most 1"),
-        (["builtin", "--max-length", "1"], "--max-length is 1"),
+        (["builtin", "--ask", "-1"], "--ask must be at least 0, not -1"),
+        (["builtin", "--near", "2"], "--near must be at most 1, not 2.0"),
+        (["builtin", "--max-length", "1"], "--max-length must be at least 2, not 1"),
         (["self:3"], "that the original model writes"),
     ],
 )

@@ -259,7 +259,7 @@ def test_passages_fit_max_length(tmp_path, bpe_tokenizer):
     path.write_text(TEXT)
     data = prepare(bpe_tokenizer, DataConfig(forget=str(path), max_length=40))
     assert data.forget.num_truncated == 0 and data.forget.longest <= 40
-    with pytest.raises(UserError, match="--passage-tokens is 4; it must be at least 8"):
+    with pytest.raises(UserError, match="--passage-tokens must be at least 8, not 4"):
         prepare(bpe_tokenizer, DataConfig(forget=str(path), passage_tokens=4))
     with pytest.raises(UserError, match="--passages must be one of both, completion, text"):
         prepare(bpe_tokenizer, DataConfig(forget=str(path), passages="half"))

@@ -107,7 +107,7 @@ def test_overlap_is_refused_unless_allowed(files, bpe_tokenizer):
 
 @pytest.mark.parametrize(("option", "value"), [("limit", 0), ("max_length", 1)])
 def test_impossible_numbers_are_refused(bpe_tokenizer, option, value):
-    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} is {value}"):
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} must be at least {value + 1}, not {value}"):
         prepare(bpe_tokenizer, DataConfig(**{option: value}))
 
 

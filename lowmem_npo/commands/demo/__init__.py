@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import tyro
-
+from lowmem_npo.commands.arguments import parse
 from lowmem_npo.commands.demo.recipe import Device
 from lowmem_npo.libraries import quiet_libraries
+from lowmem_npo.ranges import Seed, check_fields
 
 
 @dataclass
@@ -21,14 +21,15 @@ class Demo:
 
     output_dir: str = "lowmem-npo-demo"
     """Directory of the models, the figures, the picture and the report."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the models' weights, of the adapter, and of the order of the rows."""
     device: Device = "auto"
     """auto is the GPU if there is one, else the CPU."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    options = tyro.cli(Demo, args=list(arguments), prog="lowmem-npo demo")
+    options = parse(Demo, arguments, "demo")
+    check_fields(options)
     quiet_libraries()
     from lowmem_npo.commands.demo.run import run_demo  # late: --help need not load transformers
 

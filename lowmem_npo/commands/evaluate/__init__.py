@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
-
-from lowmem_npo.commands.arguments import check_names, join_sources, with_help
+from lowmem_npo.commands.arguments import check_names, join_sources, parse, with_help
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
@@ -20,7 +18,7 @@ def main(arguments: Sequence[str]) -> None:
     command_line = with_help(EvaluationConfig, LEAK_TESTS)
     benchmarks = "; ".join(benchmark.summary for benchmark in BENCHMARKS)
     command_line.__doc__ = f"{EvaluationConfig.__doc__}\n\n{benchmarks}."
-    parsed = tyro.cli(command_line, args=join_sources(arguments), prog="lowmem-npo evaluate")
+    parsed = parse(command_line, join_sources(arguments), "evaluate")
     config = EvaluationConfig(**vars(parsed))
     if config.adapter is not None:
         check_adapter_name(config.adapter)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import tyro
-
-from lowmem_npo.commands.arguments import check_names, with_help
+from lowmem_npo.commands.arguments import check_names, parse, with_help
 from lowmem_npo.commands.merge.options import MergeConfig
 from lowmem_npo.libraries import quiet_libraries
 from lowmem_npo.sources import check_adapter_name
 
 
 def main(arguments: Sequence[str]) -> None:
-    parsed = tyro.cli(with_help(MergeConfig), args=list(arguments), prog="lowmem-npo merge")
+    parsed = parse(with_help(MergeConfig), arguments, "merge")
     config = MergeConfig(**vars(parsed))
     check_adapter_name(config.adapter)
     check_names(config.model)

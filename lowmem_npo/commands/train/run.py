@@ -342,7 +342,7 @@ def _unless_damaged(read: Callable[..., dict[str, Any]], *where: Any) -> dict[st
     """What an interrupted run measured; nothing if its file is damaged, and it is measured again."""
     try:
         return read(*where)
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
 
 

@@ -14,6 +14,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measured, Selection
 from lowmem_npo.evaluation.figures import Figure, at
 from lowmem_npo.evaluation.options import Options, free
+from lowmem_npo.ranges import CountOrNone
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -33,7 +34,7 @@ class LmEvalOptions(Options):
     """Tasks of lm-eval, such as mmlu; they download their data. Needs: pip install 'lowmem-npo[eval]'"""
     lm_eval_path: str | None = free(None)
     """Folder of further task files for lm-eval."""
-    lm_eval_shots: int | None = None
+    lm_eval_shots: CountOrNone | None = None
     """Examples before each lm-eval question. Default: the task's own number."""
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from lowmem_npo.config import check_at_least_one, check_positive
-from lowmem_npo.errors import UserError
+from annotated_types import Interval
+
 from lowmem_npo.evaluation.leaks.contract import (
     HOLDOUT,
     LeakResult,
@@ -27,6 +27,7 @@ from lowmem_npo.evaluation.leaks.contract import (
 )
 from lowmem_npo.evaluation.leaks.extraction import FIGURES, extraction_figures
 from lowmem_npo.evaluation.options import Options
+from lowmem_npo.ranges import Count, Positive
 
 MEASUREMENTS = 4  # how often the rest is measured on the way
 BATCH_SIZE = 4
@@ -44,18 +45,12 @@ Figures = dict[str, float]
 class RelearningOptions(Options):
     """How much is taught again, and how. Few steps at a high rate: what is new to a model is not learnt by them."""
 
-    relearn_share: float = 0.2
+    relearn_share: Annotated[float, Interval(gt=0, lt=1)] = 0.2
     """Share of the forget rows that --leaks relearning teaches again before it asks for the others."""
-    relearn_steps: int = 20
+    relearn_steps: Count = 20
     """Fine-tuning steps of --leaks relearning, each on four rows."""
-    relearn_lr: float = 1e-3
+    relearn_lr: Positive = 1e-3
     """Learning rate of --leaks relearning."""
-
-    def check(self) -> None:
-        check_at_least_one(self, "relearn_steps")
-        check_positive(self, "relearn_share", "relearn_lr")
-        if self.relearn_share >= 1:
-            raise UserError(f"--relearn-share is {self.relearn_share}: below 1, so that there are rows to ask for.")
 
 
 class Relearning(LeakTest[RelearningOptions]):

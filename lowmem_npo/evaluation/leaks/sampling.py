@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
-from lowmem_npo.config import check_at_least_one, check_positive
 from lowmem_npo.evaluation.leaks.contract import (
     LeakResult,
     LeakTest,
@@ -22,6 +21,7 @@ from lowmem_npo.evaluation.leaks.contract import (
     beside_holdout,
 )
 from lowmem_npo.evaluation.options import Options
+from lowmem_npo.ranges import Count, Positive
 
 if TYPE_CHECKING:
     from lowmem_npo.data import TokenizedRow
@@ -30,14 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class SamplingOptions(Options):
-    leak_samples: int = 8
+    leak_samples: Count = 8
     """Samples of each answer drawn by --leaks sampling."""
-    leak_temperature: float = 1.0
+    leak_temperature: Positive = 1.0
     """Temperature of the samples of --leaks sampling."""
-
-    def check(self) -> None:
-        check_at_least_one(self, "leak_samples")
-        check_positive(self, "leak_temperature")
 
 
 class Sampling(LeakTest[SamplingOptions]):

@@ -1,0 +1,100 @@
+"""Every option has a range, and what is out of it is one sentence, before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Annotated, get_args, get_origin, get_type_hints
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lowmem_npo.cli import main
+from lowmem_npo.config import SECTIONS, ObjectiveConfig, RunConfig, TrainingConfig
+from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.settings import EvaluationConfig
+from lowmem_npo.training.honoured import HONOURED, RANGES
+
+OUT_OF_RANGE = [
+    "--seed -1", "--seed 4294967296", "--lr nan", "--lr inf", "--lr 1e308", "--epochs inf", "--epochs nan",
+    "--epochs 1e300", "--lora-dropout 1.0", "--lora-dropout -0.1", "--lora-dropout nan", "--lora-alpha 0",
+    "--lora-alpha nan", "--lora-r 100000000", "--lora-layers 0-99999999999", "--eval-batch-size 0", "--eval-rows -1",
+    "--gamma 1e308", "--delta inf", "--beta 1e-320", "--beta 1e308", "--simnpo-margin nan", "--preview -1",
+    "--batch-size 99999999999999999999", "--max-steps 99999999999999999999", "--max-new-tokens 99999999999999",
+    "--tile-mlp 99999999999999", "--memory-budget nan", "--fsdp full_shard", "--deepspeed x.json", "--push-to-hub",
+    "--hub-token x", "--warmup-steps nan", "--warmup-ratio nan", "--weight-decay inf", "--adam-beta1 1.0",
+    "--adam-beta2 nan", "--adam-epsilon -1", "--max-grad-norm nan", "--max-grad-norm -1", "--logging-steps nan",
+    "--logging-steps inf", "--save-steps nan", "--save-steps 1.5", "--save-total-limit 0", "--data-seed -1",
+    "--dataloader-num-workers -1", "--dataloader-num-workers 100000", "--stop-when retain-loss+" + "9" * 400,
+    "--report-examples -1", "--report-examples 99999999999999999999", "--seed " + "9" * 5000, "--layered 1",
+    "--layered-weight 1.5", "--lr abc", "--forms x", "--batch-size",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("option", OUT_OF_RANGE, ids=[option[:40] for option in OUT_OF_RANGE])
+def test_what_is_out_of_range_is_one_sentence(option, byte_model, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["train", "--model", str(byte_model), "--device", "cpu", "--output-dir", str(out), "--dry-run"]
+    assert main([*command, *option.split()]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1 and len(printed.err) < 700 and not out.exists()
+    assert option.split()[0][2:].split("-")[0] in printed.err
+
+
+def numbers(hint) -> list:
+    """The bare numbers among the kinds of a field."""
+    kinds = [hint] if get_origin(hint) is Annotated else get_args(hint) or [hint]
+    return [kind for kind in kinds if kind in (int, float)]
+
+
+def test_every_number_has_a_range():
+    for section in (*SECTIONS.values(), EvaluationConfig):
+        hints = get_type_hints(section, include_extras=True)
+        for field in dataclasses.fields(section):
+            assert not numbers(hints[field.name]), f"{section.__name__}.{field.name} has no range"
+    assert RANGES.keys() <= HONOURED
+
+
+@pytest.mark.parametrize("section", [s for s in SECTIONS.values() if s is not SECTIONS["model"]])
+def test_defaults_are_in_range(section):
+    section()
+
+
+@pytest.mark.parametrize("value", ["4", 4.0, None, True, [4]])
+def test_from_python_a_value_has_its_type(value):
+    with pytest.raises(UserError, match="^--batch-size must be a whole number, not "):
+        TrainingConfig(batch_size=value)
+
+
+def test_an_integer_is_a_number():
+    assert ObjectiveConfig(gamma=2).gamma == 2
+
+
+def test_any_number_is_taken_or_refused(full):
+    """Taken: what float32 and the machine can do; refused: in a sentence of one line."""
+    fields = [
+        (kind, field.name) for kind in SECTIONS.values() if kind is not SECTIONS["model"]
+        for field in dataclasses.fields(kind) if isinstance(field.default, (int, float)) or field.default is None
+    ]  # fmt: skip
+    value = st.one_of(
+        st.integers(), st.floats(), st.text(max_size=20), st.none(), st.booleans(), st.lists(st.integers(), max_size=2)
+    )
+
+    @settings(max_examples=20_000 if full else 300, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.sampled_from(fields), value)
+    def check(field, value):
+        kind, name = field
+        try:
+            options = kind(**{name: value})
+        except UserError as error:
+            assert "\n" not in str(error) and len(str(error)) < 500
+        else:
+            taken = getattr(options, name)
+            assert not isinstance(taken, float) or (math.isfinite(taken) and abs(taken) <= 1e6)
+
+    check()
+
+
+def test_a_run_is_still_made_of_its_sections(byte_model):
+    assert RunConfig(model=SECTIONS["model"](model=str(byte_model))).training.batch_size == 4
