@@ -149,6 +149,7 @@ def short_help(command: str) -> str:
             for f in dataclasses.fields(section):
                 if f.name in names:
                     sentence = re.split(r"(?<!al)[.;]\s", texts[f.name])[0].rstrip(".")
+                    sentence = re.sub(r" \([^()]* et al\. \d+\)", "", sentence)  # sources are in the long one
                     default = (
                         f" (default: {f.default})" if isinstance(f.default, (str, float, int)) and f.default else ""
                     )
