@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import tyro
-
-from lowmem_npo.config import check_at_least_one, check_positive
+from lowmem_npo.commands.arguments import parse
 from lowmem_npo.errors import UserError
+from lowmem_npo.ranges import Count, Positive, check_fields
 
 
 @dataclass
@@ -20,17 +19,15 @@ class TeachingOptions:
     teach: Literal["full", "lora"] | None = None
     """Teach the base all rows first, with all weights or with a LoRA of rank 64 on all linear layers that is then
     merged, and a gold model the retain rows alone; the runs forget from the taught one."""
-    teach_epochs: int = 5
+    teach_epochs: Count = 5
     """Passes over the rows that are taught."""
-    teach_lr: float | None = None
+    teach_lr: Positive | None = None
     """Peak of the learning rate. Default: 1e-5 with full, 1e-4 with lora."""
-    teach_batch_size: int = 32
+    teach_batch_size: Count = 32
     """Rows of a step."""
 
     def __post_init__(self) -> None:
-        check_at_least_one(self, "teach_epochs", "teach_batch_size")
-        if self.teach_lr is not None:
-            check_positive(self, "teach_lr")
+        check_fields(self)
         changed = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
         if self.teach is None and changed:
             raise UserError(f"--{changed[0].replace('_', '-')} says how --teach teaches: give both, or none.")
@@ -50,11 +47,11 @@ class EvaluationSources:
     """Rows of forget to evaluate, where they are not those trained on. Default: --forget."""
     evaluate_retain: str | None = None
     """Rows of retain to evaluate. Default: --retain."""
-    evaluate_limit: int | None = None
+    evaluate_limit: Count | None = None
     """Evaluate N rows of each set, drawn once for the whole sweep."""
 
     def __post_init__(self) -> None:
-        check_at_least_one(self, "evaluate_limit")
+        check_fields(self, EvaluationSources)
         self.evaluate = tuple(name for given in self.evaluate for name in given.split(",") if name)
 
 
@@ -62,6 +59,6 @@ def take_options(section: Any, arguments: Sequence[str]) -> tuple[Any, list[str]
     """`section` with the values that `arguments` give its fields, and the other arguments.
 
     Raises:
-        UserError: a value that does not fit. tyro itself exits with code 2 on a malformed one.
+        UserError: a value that does not fit.
     """
-    return tyro.cli(section, args=list(arguments), prog="lowmem-npo sweep", return_unknown_args=True)
+    return parse(section, arguments, "sweep", return_unknown_args=True)
