@@ -198,7 +198,7 @@ def test_a_dry_run_shows_all_of_it_and_writes_nothing(desk, capsys):
 @pytest.mark.parametrize(
     "teach, evaluate, more, message",
     [
-        ([], ["--evaluate", "tofuu"], [], "--evaluate: there is no 'tofuu'; there are lume, tofu, documents"),
+        ([], ["--evaluate", "tofuu"], [], "--evaluate: there is no 'tofuu'; there are lume, tofu, "),
         ([], ["--evaluate", "lume"], [], "--evaluate lume: no set has its rows"),
         ([], ["--evaluate-limit", "2"], [], "--evaluate-limit says how --evaluate measures"),
         ([], EVALUATE, ["--evaluate-limit", "0"], "--evaluate-limit must be at least 1"),
