@@ -170,6 +170,9 @@ class ObjectiveConfig(Checked):
     forget_level: ForgetLevel = "none"
     """holdout: a forget row is pushed no further than a row of the holdout of its rank, by NLL per token under the
     original model. Half of the holdout sets the levels, the other half is what the run is measured by."""
+    sam: Positive | None = None
+    """Sharpness-aware forgetting (Fan et al. 2025): take the forget gradient at the distance RHO from the weights where
+    the forget loss is worst, such as 0.05. A second pass over the forget rows in every step."""
     simnpo_margin: Finite = 0.0
     """Reward margin of simnpo (its paper's gamma)."""
     wga_beta: PositiveOrZero = 1.0

@@ -204,7 +204,9 @@ def _batch(trainer: NPOTrainer) -> tuple[Batch, Any]:
     """The trainer's own first micro-batch, as fake tensors whose values are known, and its totals."""
     with _disable_current_modes():
         batches, totals = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
-    return {part: rows and replace(rows, data=with_values(rows.data)) for part, rows in batches[0].items()}, totals
+    batch = {part: rows and replace(rows, data=with_values(rows.data)) for part, rows in batches[0].items()}
+    trainer.ahead = [batch] if trainer.ahead else []
+    return batch, totals
 
 
 def first_optimizer_step(optimizer: torch.optim.Optimizer) -> None:

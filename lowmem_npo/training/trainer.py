@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,7 @@ from lowmem_npo.training.layered import LayeredBatches, check_folds
 from lowmem_npo.training.objective import SequenceLogprobs, StepTotals, forget_loss, needs_reference, retain_weights
 from lowmem_npo.training.reference import CachedReference, LiveReference
 from lowmem_npo.training.script_rows import script_rows
+from lowmem_npo.training.sharpness import Neighbour
 from lowmem_npo.training.step_rows import StepBatches
 from lowmem_npo.training.training_rows import TrainingRows, training_rows
 
@@ -187,6 +189,8 @@ class NPOTrainer(Trainer):
         self.head = frozen_head(model)
         self.reference = LiveReference(model, self.head, self.objective)
         self.prefix = SharedPrefix(model)
+        self._neighbour = None if self.objective.sam is None else Neighbour(model, self.objective.sam)
+        self.ahead: list[Batch] = []  # a step's micro-batches, until the neighbour has been found
         self._rows = rows
         self._levels: Tensor | None = None
         if forget_levels is not None:
@@ -298,6 +302,7 @@ class NPOTrainer(Trainer):
         )
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(torch.tensor(counts, device=device), reduction="sum").tolist()
+        self.ahead = batches if self._neighbour is not None else []
         return batches, StepTotals(*counts)
 
     # -- the step ---------------------------------------------------------------------------------------------------
@@ -309,14 +314,20 @@ class NPOTrainer(Trainer):
         train_adapter(self.model)
         forget, retain, both = (rows and rows.to(self.args.device) for rows in map(batch.get, PARTS))
         loss = torch.zeros((), device=self.args.device)
-        parts = ((forget, self._forget_pass), (retain, self._retain_pass))
-        passes = [partial(run, rows) for rows, run in parts if rows]
-        if forget and both and self.reference.comes_together(both, len(forget)):
-            passes = [partial(self._joint_pass, both, len(forget))]
-        for run in passes:  # one after the other: the graphs of two passes never meet
-            with self.prefix.shared():
-                part = run(totals)
-            self.accelerator.backward(part)
+        if self._neighbour is not None and self.ahead:
+            self._neighbour.find(partial(self._add_forget_gradients, self.ahead, totals))
+            self.ahead = []
+        forgetting = nullcontext() if self._neighbour is None else self._neighbour.there()
+        parts = ((forget, self._forget_pass, forgetting), (retain, self._retain_pass, nullcontext()))
+        passes = [(partial(run, rows), where) for rows, run, where in parts if rows]
+        alone = self._neighbour is not None  # at other weights than the retain rows
+        if forget and both and not alone and self.reference.comes_together(both, len(forget)):
+            passes = [(partial(self._joint_pass, both, len(forget)), nullcontext())]
+        for run, where in passes:  # one after the other: the graphs of two passes never meet
+            with where:
+                with self.prefix.shared():
+                    part = run(totals)
+                self.accelerator.backward(part)
             loss += part.detach()
             del part
 
@@ -325,6 +336,19 @@ class NPOTrainer(Trainer):
             if self.args.world_size > 1:
                 self._sum_gradients()
         return loss * self.args.world_size  # the Trainer reports the mean over processes; ours are shares of a sum
+
+    def _add_forget_gradients(self, batches: Sequence[Batch], totals: StepTotals) -> None:
+        """The forget gradient of the whole step; what it measures on the way does not count."""
+        counted, self._metrics = self._metrics, StepMetrics(self.objective)
+        for rows in (batch["forget"] for batch in batches):
+            if rows:
+                with self.prefix.shared():
+                    part = self._forget_pass(rows.to(self.args.device), totals)
+                self.accelerator.backward(part)
+                del part
+        self._metrics = counted
+        if self.args.world_size > 1:
+            self._sum_gradients()
 
     # In each pass the reference comes first: it runs before any graph exists.
 

@@ -83,6 +83,7 @@ CASES = {
     "whole float32": run({"sliced_float32": False}),
     "no checkpointing": run({"gradient_checkpointing": False}),
     "upper layers": run(adapter=AdapterConfig(lora_layers=("2-3",), lora_r=8, lora_targets=("all-linear",))),
+    "sharpness-aware": run(objective=ObjectiveConfig(sam=0.05)),
     "only forget": run(objective=ObjectiveConfig(gamma=0, delta=0)),
     "dora": run(adapter=AdapterConfig(use_dora=True, use_rslora=True, lora_targets=("all-linear",))),
     "modules trained whole": run(adapter=AdapterConfig(modules_to_save=("norm", "embed_tokens"))),

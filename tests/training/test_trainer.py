@@ -67,6 +67,32 @@ def test_gradients_of_a_preferred_answer_are_the_dense_float64_ones(split, rows,
     assert relative_error(gradients, mixed) > 1e-3
 
 
+@pytest.mark.parametrize("split", [{}, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}])
+def test_the_forget_gradient_of_sam_is_the_neighbours(split, rows, tmp_path):
+    """In dense float64: the whole step's forget gradient finds the neighbour, at which it is taken anew; the retain
+    terms' is of the weights themselves, which are left where they were."""
+    forget, retain = rows
+    trainer = make_trainer(tiny_model("olmo"), tmp_path, forget, retain, sam=0.05, learning_rate=0.0, **split)
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    own = {name: p.detach().clone() for name, p in trained.items()}
+    _, whole = dense_step(trainer, forget, retain)
+    _, here = dense_step(trainer, forget, None)
+    norm = sum(g.square().sum() for g in here.values()).sqrt()
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.add_(0.05 * here[name] / norm)
+    _, there = dense_step(trainer, forget, None)
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(own[name])
+    expected = {name: whole[name] - here[name] + there[name] for name in whole}
+    gradients = step_gradients(trainer)
+    assert relative_error(gradients, expected) < 1e-4
+    assert relative_error(gradients, whole) > 1e-2  # without it they are others
+    assert all(torch.equal(p, own[name]) for name, p in trained.items())
+    assert trainer.state.log_history[0]["forget_nll"] > 0
+
+
 @pytest.mark.parametrize("term", ["forget", "retain", "kl"])
 def test_gradients_of_each_term_alone(term, rows, tmp_path):
     """Alone, so that a wrong small term cannot hide behind a large one: a near-zero NPO weight leaves the other two."""
