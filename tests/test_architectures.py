@@ -41,16 +41,18 @@ from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers
 from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
 from lowmem_npo.memory import float32, switches
 from lowmem_npo.memory.switches import apply_switches
-from lowmem_npo.model import attach_lora, load_model
+from lowmem_npo.model import attach_lora, load_model, packs_rows
 from lowmem_npo.model.loading import load_config
 from lowmem_npo.model.notes import model_notes
+from lowmem_npo.model.packable import padding_note
 from lowmem_npo.model.saved_adapter import load_adapter
 
-COLUMNS = ["gradients", "bf16", "QLoRA", "switches", "estimate", "evaluate", "merge"]
+COLUMNS = ["gradients", "packed", "bf16", "QLoRA", "switches", "estimate", "evaluate", "merge"]
 ALWAYS = ["gradients", "switches"]
-SAMPLES = [["bf16", "evaluate"], ["QLoRA"], ["bf16", "merge"], ["QLoRA", "estimate"]]  # one after another
+SAMPLES = [["bf16", "evaluate"], ["QLoRA", "packed"], ["bf16", "merge"], ["packed", "estimate"]]  # one after another
 VOCABULARY = 258  # of the byte tokenizer
 FORGET, RETAIN = random_rows(3, 1, VOCABULARY), random_rows(3, 2, VOCABULARY)
+LONG = [random_rows(3, seed, VOCABULARY, longest=24) for seed in (4, 5)]  # some beyond every window of 16 tokens
 ADAPTER = {"lora_r": 3, "lora_alpha": 3, "lora_targets": ("all-linear",)}
 EXACT = 5e-5  # some norms compute in float32 even in the dense float64 step
 # Doge's attention takes another kernel where its mask needs a gradient: the policy rounds otherwise than the reference.
@@ -170,6 +172,24 @@ def test_gradients(desk, cell, tmp_path):
         assert run.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-4)
 
     cell("gradients", check)
+
+
+def test_packed(desk, cell, tmp_path):
+    """Packed rows against padded ones, some of them longer than a window."""
+
+    def check():
+        model = attach_lora(desk.loaded(), AdapterConfig(**ADAPTER))
+        steps = {}
+        for padding_free in (False, True):
+            run = make_trainer(model, tmp_path / str(padding_free), *LONG, padding_free=padding_free, learning_rate=0.0)
+            steps[padding_free] = step_gradients(run), run.state.log_history[0]
+        (expected, logged), (gradients, other) = steps[False], steps[True]
+        assert relative_error(gradients, expected) < EXACT
+        for name in ("loss", "forget_loss", "forget_log_ratio", "retain_nll", "retain_kl"):
+            assert other[name] == pytest.approx(logged[name], rel=1e-4, abs=1e-4), name
+        return [] if packs_rows(model) else [padding_note(desk.config.model_type)]
+
+    cell("packed", check)
 
 
 def train(desk, architecture, qlora):

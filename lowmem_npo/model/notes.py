@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.model.loading import DTYPES, attention_of
+from lowmem_npo.model.packable import packable, padding_note
 from lowmem_npo.model.quantization import stored_quantization
 from lowmem_npo.model.trial import check_architecture
 from lowmem_npo.sizes import gib
@@ -23,6 +24,8 @@ def model_notes(architecture: PretrainedConfig, config: ModelConfig) -> list[str
     lines, kind = [], architecture.model_type
     if attention_of(architecture, config.attn) != config.attn:
         lines.append(f"transformers has no SDPA attention for {kind}: --attn eager is used, which takes more memory.")
+    if not packable(architecture, config.attn):
+        lines.append(padding_note(kind))
     if stored := stored_quantization(architecture):
         lines.append(f"The weights are stored in 4 bits ({stored.bnb_4bit_quant_type}) and stay so.")
     if config.qlora:

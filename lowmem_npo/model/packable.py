@@ -30,9 +30,9 @@ _judged: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDicti
 def packs_rows(model: PreTrainedModel | PeftModel) -> bool:
     """Whether `model` can take packed rows. If so, its attention can from now on (`take_rows`).
 
-    A small random copy of its architecture is tried, in float32, and then the model itself. Not every architecture keeps
-    rows apart: a state runs on from token to token (Mamba, linear attention, short convolutions), or positions are
-    counted elsewhere (ALiBi). Of a simulated model there are no numbers to judge: ask `packable` before.
+    A small random copy of its architecture is tried, in float32, and then the model itself. Not every architecture
+    keeps rows apart: a state runs on from token to token (Mamba, linear attention, short convolutions), or positions
+    are counted elsewhere (ALiBi). Of a simulated model there are no numbers to judge: ask `packable` before.
     """
     lm = causal_lm(model)
     if not has_values(lm.get_output_embeddings().weight):
@@ -87,7 +87,8 @@ def _keeps_rows_apart(lm: PreTrainedModel) -> bool:
             packed = _states(lm, rows)
         except Exception:  # whatever an architecture's own code raises for a mask that it does not know
             return False
-    changed = (packed - alone).norm(dim=-1) / alone.norm(dim=-1)
+    size = alone.norm(dim=-1)  # 0 of OLMo's padding token at the start of a row, whose embedding is 0
+    changed = (packed - alone).norm(dim=-1) / torch.maximum(size, size.median())
     if head.dtype == torch.float32:
         return bool(changed.max() < EXACT)
     return bool(changed.mean() < 8 * torch.finfo(head.dtype).eps)

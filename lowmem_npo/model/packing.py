@@ -4,8 +4,8 @@ Everything in a decoder but attention treats tokens one by one, and needs to kno
 Attention is computed row by row (`by_rows`): the model's own function, fused SDPA or eager, on slices of the packed
 queries, keys and values. That is as much work as the rows by themselves would be. One call with a block-diagonal mask,
 which transformers makes when it finds rows in `position_ids`, computes every row against every other, without the
-kernels that need no mask, and not every architecture heeds it (docs/memory.md has the measurements). Flash attention has
-kernels for packed rows, which transformers uses if it is given their boundaries.
+kernels that need no mask, and not every architecture heeds it. Flash attention has kernels for packed rows, which
+transformers uses if it is given their boundaries.
 
 `by_rows` is an attention implementation as transformers lets them be registered, with a mask of its own, as that of
 flex attention is: a `RowMask` goes through the model in place of a tensor, and tells each layer, also when it is
@@ -69,8 +69,8 @@ def final_states(lm: PreTrainedModel, batch: RowBatch) -> Tensor:
 
 
 def take_rows(lm: PreTrainedModel) -> bool:
-    """Makes the attention of `lm` take packed rows; all else is computed as before. False, and nothing is changed, where
-    it is not transformers' to replace."""
+    """Makes the attention of `lm` take packed rows; all else is computed as before. False, and nothing is changed,
+    where it is not transformers' to replace."""
     implementation = lm.config._attn_implementation
     if _is_flash(lm) or implementation in BY_ROWS.values():
         return True
