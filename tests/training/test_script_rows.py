@@ -25,19 +25,20 @@ from lowmem_npo.training.trainer import NPOConfig, NPOTrainer
 FORGET, RETAIN = (bundled_rows(part, limit=4).rows for part in ("forget", "retain"))
 
 
-def trainer_of(byte_model, folder, forget=FORGET, retain=RETAIN, own=None, **settings):
+def trainer_of(byte_model, folder, forget=FORGET, retain=RETAIN, own=None, more=None, **settings):
     """A trainer whose adapter already changes the model, so that KL and log-ratios are not 0."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(byte_model, dtype=torch.float32)
     defaults = {"output_dir": str(folder), "max_steps": 1, "use_cpu": True, "save_strategy": "no", "report_to": "none"}
     trainer = NPOTrainer(
         model,
-        NPOConfig(**defaults, **settings),
+        NPOConfig(**{**defaults, **settings}),
         forget,
         retain,
         processing_class=AutoTokenizer.from_pretrained(byte_model),
         peft_config=AdapterConfig(lora_r=2),
         forget_term=own,
+        **(more or {}),
     )
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -158,3 +159,43 @@ def test_an_installed_package_brings_a_term_by_name(byte_model, tmp_path, capsys
     assert process.returncode == 2 and "--forget-term broken: nowhere:term cannot be imported" in process.stderr
     assert main(["train", "--model", str(byte_model), "--forget-term", "nposs"]) == 2
     assert "--forget-term must be one of npo, ga, simnpo, idk" in capsys.readouterr().err
+
+
+def test_a_script_can_forget_in_stages(byte_model, tmp_path):
+    """Raw rows, divided by person; what is held has the true answers, also where a refusal is taught."""
+    rows = bundled_rows("forget", limit=12).rows  # of two people, six each
+    settings = {"layered": 2, "group_column": "person", "max_steps": 4, "per_device_train_batch_size": 4}
+    trainer = trainer_of(byte_model, tmp_path, rows, forget_term="jensun", save_strategy="no", **settings)
+    assert sorted(trainer.step_batches.folds) == [list(range(6)), list(range(6, 12))]
+    held = trainer.train_dataset.retain[len(RETAIN) :]
+    assert all(row["labels"][-3:] == row["input_ids"][-3:] for row in held) and len(held) == 12
+    assert any(row["labels"][-3:] != row["input_ids"][-3:] for row in trainer.train_dataset.forget)
+    trainer.train()
+    assert [line["stage"] for line in trainer.state.log_history if "stage" in line] == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "settings, more, message",
+    [
+        ({"forget_term": "jensun", "layered": 2}, {}, "layered holds the true answers, and jensun has refusals"),
+        (
+            {"layered": 2, "gamma": 0.0, "delta": 0.0},
+            {},
+            "layered holds what is not yet forgotten with the retain terms",
+        ),
+        ({"forget_term": "dpo"}, {}, "dpo prefers another answer to the forgotten one: give alternative_dataset"),
+        (
+            {"forget_term": "dpo"},
+            {"alternative_dataset": FORGET[:3]},
+            "alternative_dataset has 3 rows: give one for each",
+        ),
+        ({}, {"alternative_dataset": FORGET}, "npo has no use for alternative_dataset"),
+        ({}, {"forget_levels": [1.0]}, "There are 1 forget_levels for 4 rows to forget"),
+        ({"forget_level": "holdout"}, {}, "forget_level holdout needs forget_levels"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(settings, more, message, byte_model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(byte_model)
+    forget, retain = (tokenize(to_examples(Rows("rows", rows)), tokenizer) for rows in (FORGET, RETAIN))
+    with pytest.raises(UserError, match=message):
+        trainer_of(byte_model, tmp_path, forget, retain, more=more, **settings).train()
