@@ -36,6 +36,7 @@ ALL_LEAKS = "leaks"
 NAMES: dict[str, Benchmark] = {(b.group if b.name in LEAK_NAMES else b.name): b for b in BENCHMARKS}
 # Options of an evaluation that are not those of the runs.
 OWN = ("model", "adapter", "any_base", "limit", "seed", "leaks", "before", "output_dir", "resume", "batch_size")
+OF_TOKENS = ("exact_", "extraction_", "mia_", "privleak")  # of open-unlearning's figures
 Load = Callable[[ModelConfig, Say], PreTrainedModel]
 
 SweepEvaluationOptions = make_dataclass(
@@ -178,7 +179,9 @@ class SweepEvaluation:
             if test.name in content["leaks"]:
                 measured |= _leak_figures(test, LeakResult.from_json(content["leaks"][test.name]))
         for name, value in _numbers(content.get("open_unlearning", {})):
-            measured[Column(f"open_unlearning.{name}", name, group="under open-unlearning's names")] = value
+            shown = name.startswith(OF_TOKENS)  # the others repeat TOFU's: for files only
+            group = "under open-unlearning's names" if shown else None
+            measured[Column(f"open_unlearning.{name}", name, group=group)] = value
         return measured
 
 
