@@ -105,7 +105,7 @@ def run_of(work: Path, form: PassageForm, tokens: int, steps: int) -> RunConfig:
         data=DataConfig(forget=forget, retain=retain, passages=form, passage_tokens=tokens, max_length=160),
         objective=ObjectiveConfig(beta=0.2),
         adapter=AdapterConfig(lora_r=8, lora_alpha=8, lora_targets=("all-linear",)),
-        memory=MemoryConfig(gradient_checkpointing=False),
+        memory=MemoryConfig(gradient_checkpointing="off"),
         training=TrainingConfig(batch_size=TOKENS_OF_A_STEP // tokens, max_steps=steps, lr=5e-3),
         output=OutputConfig(output_dir=str(work / f"{form}-{tokens}"), eval_rows=0, leaks=()),
         trainer_args={"save_strategy": "no"},

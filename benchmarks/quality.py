@@ -85,7 +85,7 @@ class Setting:
             objective=ObjectiveConfig(beta=self.beta, gamma=gamma, delta=delta),
             adapter=AdapterConfig(lora_r=self.lora_r, lora_alpha=self.lora_r, lora_targets=("all-linear",)),
             memory=MemoryConfig(
-                gradient_checkpointing=False, reference="cached", reference_dir=str(directory / "reference")
+                gradient_checkpointing="off", reference="cached", reference_dir=str(directory / "reference")
             ),
             training=TrainingConfig(batch_size=self.batch_size, epochs=self.epochs[1], lr=self.lr, seed=seed),
             stopping=StoppingConfig(STOP_WHEN, PATIENCE) if stops else StoppingConfig(),

@@ -54,7 +54,7 @@ SWITCHES: dict[str, dict] = {  # what says most comes first: time may run out
     "defaults": {},
     "+ cached reference": {"reference": "cached"},
     "+ all three": {"offload_checkpoints": True, "tile_mlp": 1024, "embedding_on_cpu": True},
-    "without gradient_checkpointing": {"gradient_checkpointing": False},
+    "without gradient_checkpointing": {"gradient_checkpointing": "off"},
     "+ offload_checkpoints": {"offload_checkpoints": True},
     "+ tile_mlp": {"tile_mlp": 1024},
     "+ embedding_on_cpu": {"embedding_on_cpu": True},

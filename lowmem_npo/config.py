@@ -39,6 +39,7 @@ Normalization = Literal["sequence", "token", "length"]
 KLDirection = Literal["policy-reference", "reference-policy"]
 ForgetLevel = Literal["none", "holdout"]
 PassageForm = Literal["both", "completion", "text"]
+Automatic = Literal["auto", "on", "off"]  # auto is decided before the model is loaded, and recorded as what it became
 
 TILE_ROWS = 1024  # tokens of a tile where --tile-mlp has no value
 KEPT_CHECKPOINTS = 2  # unless --save-total-limit says otherwise
@@ -52,6 +53,11 @@ class Checked:
         check_fields(self)
 
 
+def on_or_off(value: Any) -> Any:
+    """True and False, as YAML reads on and off, in words; any other value as it is."""
+    return ("on" if value else "off") if isinstance(value, bool) else value
+
+
 @dataclass
 class ModelOptions(Checked):
     """Which model, and how it is loaded: for every command that loads one."""
@@ -61,7 +67,10 @@ class ModelOptions(Checked):
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     qlora: bool = False
-    """Load the frozen weights as 4-bit NF4 with double quantisation (bitsandbytes); without it they stay bf16."""
+    """Load the frozen weights as 4-bit NF4 (bitsandbytes); without it they stay bf16."""
+    double_quant: Automatic = "auto"
+    """Whether the scales of 4-bit weights are quantised, too: 0.4 bits less per weight, and more work in every pass.
+    auto: on, unless the run's GPU, or --memory-budget, has room without it."""
     attn: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
     """Attention implementation. flash_attention_2 needs the extra: pip install 'lowmem-npo[flash]'."""
     dtype: Literal["bf16", "float32"] = "bf16"
@@ -88,6 +97,10 @@ class ModelConfig(ModelOptions):
     """Model: the one that is to forget, and how it is loaded."""
 
     model: str = field()
+
+    def __post_init__(self) -> None:
+        self.double_quant = on_or_off(self.double_quant)
+        super().__post_init__()
 
 
 @dataclass
@@ -281,8 +294,9 @@ class AdapterConfig(Checked):
 class MemoryConfig(Checked):
     """Memory: what keeps the step small. The loss and its gradients stay the same, but for rounding."""
 
-    gradient_checkpointing: bool = True
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    gradient_checkpointing: Automatic = "auto"
+    """Whether each layer is recomputed in the backward pass instead of keeping its activations. auto: unless they fit
+    into the memory that is free, or into --memory-budget."""
     sliced_float32: bool = True
     """Compute norms and rotary embeddings, which work in float32, a slice at a time, and keep no float32 copy of the
     hidden states for the backward pass."""
@@ -293,9 +307,9 @@ class MemoryConfig(Checked):
     take less memory."""
     embedding_on_cpu: bool = False
     """Keep the input embedding in the host's memory and copy the rows that a batch needs."""
-    reference: Literal["live", "cached"] = "live"
+    reference: Literal["auto", "live", "cached"] = "auto"
     """live: run the reference pass in every step. cached: store its results when a row is first seen and read them from
-    then on, in later runs too."""
+    then on, in later runs too. auto: cached if there is more than one epoch and the disk has room."""
     reference_dir: str | None = None
     """Directory of the cached reference. Default: reference/ in --output-dir."""
     memory_budget: str | None = None
@@ -303,14 +317,20 @@ class MemoryConfig(Checked):
     and --micro-batch-size that fits is found by simulation and used."""
 
     def __post_init__(self) -> None:
+        self.gradient_checkpointing = on_or_off(self.gradient_checkpointing)
         super().__post_init__()
         _ = self.budget_bytes  # a malformed one raises here
-        if self.offload_checkpoints and not self.gradient_checkpointing:
+        if self.offload_checkpoints and not self.recomputes_layers:
             raise UserError(
                 "--offload-checkpoints moves what gradient checkpointing keeps: leave out --no-gradient-checkpointing."
             )
-        if self.reference_dir is not None and self.reference != "cached":
-            raise UserError("--reference-dir is where --reference cached keeps its files: give both, or none.")
+        if self.reference_dir is not None and self.reference == "live":
+            raise UserError("--reference-dir is where the cached reference is kept: leave out --reference live, or it.")
+
+    @property
+    def recomputes_layers(self) -> bool:
+        """Whether layers are checkpointed: what is not decided is counted, and done, as if it were."""
+        return self.gradient_checkpointing != "off"
 
     @property
     def budget_bytes(self) -> int | None:

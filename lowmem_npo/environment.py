@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from contextlib import suppress
+from pathlib import Path
 
 import lowmem_npo
 
@@ -38,3 +40,17 @@ def processors() -> list[str]:
         return [f"CPU, {platform.machine()}"]
     gpus = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
     return [f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.1f} GiB" for p in gpus]
+
+
+def available_memory() -> int:
+    """Bytes of host memory that a process can still take, within the limit of its container if it has one."""
+    import psutil
+
+    available = psutil.virtual_memory().available
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            available = min(available, int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return max(available, 0)

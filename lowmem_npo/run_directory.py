@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "report_examples", "micro_batch_size", "device",
     *(f.name for f in fields(MemoryConfig)),
 )  # fmt: skip
+DECIDED = ("double_quant", "gradient_checkpointing", "reference")  # auto is recorded as what it became, and stays so
 
 
 class AdapterFiles:
@@ -107,7 +108,7 @@ class RunDirectory(RunFiles):
     def reference_dir(self) -> Path | None:
         """Where the reference is cached; None if it is live."""
         memory = self.config.memory
-        return None if memory.reference == "live" else Path(memory.reference_dir or self.reference)
+        return None if memory.reference != "cached" else Path(memory.reference_dir or self.reference)
 
     @property
     def is_trained(self) -> bool:
@@ -144,7 +145,7 @@ class RunDirectory(RunFiles):
             raise UserError(f"--resume: there is no run in '{self.path}' (no run.yaml); start it without --resume.")
         began = self._began()
         now = yaml.safe_load(self.config.to_yaml())
-        may_change = set(MAY_CHANGE)
+        may_change = {*MAY_CHANGE, *(name for name in DECIDED if now[name] == "auto")}
         if self.config.training.layered is not None:  # the stages are shares of the whole run
             may_change -= {"epochs", "max_steps"}
         changed = [name for name in {**began, **now} if began.get(name) != now.get(name) and name not in may_change]

@@ -8,12 +8,16 @@ from lowmem_kernels.head import FrozenHead
 from lowmem_kernels.problem import IGNORE_INDEX, Direction, Problem
 
 
-def token_logprobs(hidden: Tensor, head: FrozenHead, targets: Tensor, *, engine: Engine = "auto") -> Tensor:
+def token_logprobs(
+    hidden: Tensor, head: FrozenHead, targets: Tensor, *, engine: Engine = "auto", checked: bool = False
+) -> Tensor:
     """log softmax(z_t)[targets_t] for every token t, with z the head's logits.
 
     hidden   (N, d) in the dtype of head.weight
     targets  (N,) int64 in [0, V), or -100: that row is ignored, its output is 0 and its gradient zero
     engine   auto, torch, or one of the Triton engines chunks and tiles (CUDA; on a CPU only under TRITON_INTERPRET=1)
+    checked  the targets are known to be in [0, V), and none to be -100: they are not looked at, for which the host
+             would wait for the GPU
 
     Returns (N,) float32, differentiable (once) in hidden. Raises ValueError, naming the argument.
     """
@@ -22,7 +26,7 @@ def token_logprobs(hidden: Tensor, head: FrozenHead, targets: Tensor, *, engine:
     need_grad = torch.is_grad_enabled() and hidden.requires_grad
     ce_weight = hidden.new_full(hidden.shape[:1], -1.0, dtype=torch.float32) if need_grad else None
     problem = Problem(hidden.detach(), None, head, targets, ce_weight, None, "policy-reference", need_grad)
-    answer = solve(problem, engine)
+    answer = solve(problem, engine, checked)
     assert answer.logprobs is not None
     return _with_gradient(hidden, answer.logprobs, answer.grad)
 
@@ -64,6 +68,7 @@ def retain_loss(
     *,
     direction: Direction = "policy-reference",
     engine: Engine = "auto",
+    checked: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sum over tokens with targets_t != -100 of  ce_weight_t * (-logprob_t) + kl_weight_t * kl_t,  in one pass.
 
@@ -88,7 +93,7 @@ def retain_loss(
         ref_hidden = ref_hidden.detach()
     need_grad = torch.is_grad_enabled() and hidden.requires_grad
     problem = Problem(hidden.detach(), ref_hidden, head, targets, ce_weights, kl_weights, direction, need_grad)
-    answer = solve(problem, engine)
+    answer = solve(problem, engine, checked)
     assert answer.logprobs is not None
 
     kl = torch.zeros_like(answer.logprobs) if answer.kl is None else answer.kl

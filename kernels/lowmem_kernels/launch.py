@@ -18,11 +18,15 @@ class Recording:
     capability: tuple[int, int]
     launches: list[tuple[object, dict]]  # (kernel, arguments by name, with num_warps and num_stages)
 
+    def add(self, kernel: object, arguments: dict) -> None:
+        """Called with every launch; a subclass may keep less of it than the tensors themselves."""
+        self.launches.append((kernel, arguments))
+
 
 @contextlib.contextmanager
-def recording(capability: tuple[int, int]) -> Iterator[Recording]:
+def recording(capability: tuple[int, int], into: Recording | None = None) -> Iterator[Recording]:
     """Collects launches. Give the engines meta tensors: then nothing is computed, and no GPU is needed."""
-    _recordings.append(Recording(capability, []))
+    _recordings.append(into or Recording(capability, []))
     try:
         yield _recordings[-1]
     finally:
@@ -32,7 +36,7 @@ def recording(capability: tuple[int, int]) -> Iterator[Recording]:
 def launch(kernel, grid: tuple[int, ...], **arguments) -> None:
     """kernel[grid](**arguments), unless the tensors have no values or the grid is empty."""
     if _recordings:
-        _recordings[-1].launches.append((kernel, arguments))
+        _recordings[-1].add(kernel, arguments)
     if all(has_values(x) for x in arguments.values() if isinstance(x, Tensor)) and 0 not in grid:
         kernel[grid](**arguments)
 

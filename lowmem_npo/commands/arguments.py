@@ -62,8 +62,9 @@ ALIASES = {
 }
 SOURCES = ("--forget", "--retain", "--holdout", "--members", "--nonmembers")  # which take several files
 # The value of a flag that is given without one.
-WITHOUT_VALUE = {"--tile-mlp": str(TILE_ROWS)}
+WITHOUT_VALUE = {"--tile-mlp": str(TILE_ROWS), "--gradient-checkpointing": "on", "--double-quant": "on"}
 TRUE, FALSE = ("true", "yes", "1"), ("false", "no", "0")
+AUTOMATIC = ("--gradient-checkpointing", "--double-quant")  # auto, on or off; also spelled as switches are
 
 
 def parse_run(arguments: Sequence[str], command: str) -> RunConfig:
@@ -253,6 +254,10 @@ def _canonical(arguments: Sequence[str]) -> list[str]:
         else:
             result.append(argument)
         last = result[-1].lower()
+        if (switch := last.replace("--no-", "--", 1)) in AUTOMATIC and switch != last:
+            result[-1:] = [switch, "off"]
+        if len(result) > 1 and result[-2] in AUTOMATIC and last in TRUE + FALSE:
+            result[-1] = "on" if last in TRUE else "off"
         if len(result) > 1 and result[-2][2:] in switches and result[-2].startswith("--") and last in TRUE + FALSE:
             switch = result[-2][2:]
             result[-2:] = [f"--{switch}" if last in TRUE else f"--no-{switch}"]

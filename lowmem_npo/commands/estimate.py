@@ -9,17 +9,21 @@ from typing import TYPE_CHECKING
 from lowmem_npo.commands.arguments import check_names, parse_run
 from lowmem_npo.config import RunConfig
 from lowmem_npo.errors import UserError
+from lowmem_npo.estimate.gpus import check_number_type, named
 from lowmem_npo.libraries import quick_imports, quiet_libraries
 
 if TYPE_CHECKING:
-    from lowmem_npo.estimate.step import StepRows
+    from lowmem_npo.estimate.report import Workload
 
-USAGE = """usage: lowmem-npo estimate --model NAME_OR_DIR [the options of `lowmem-npo train`] [--budget 24GiB] [--json]
+USAGE = """usage: lowmem-npo estimate --model NAME_OR_DIR [--gpu NAME] [--budget 24GiB] [--json] [options of train]
 
 Simulates one training step, counting every allocation, and prints what is allocated at its peak and the GPU memory that
 this needs. Needs no GPU, no weights and, for well-known models, no network. Rows have --max-length tokens; with
 --forget and --retain they are as long as the longest rows of the data. With --budget, finds the fastest switches that
 fit and prints them as flags.
+
+--gpu NAME (default: the GPU of this machine) predicts the time as well, and decides by that GPU's memory what is left
+to be decided: rtx-3090, rtx-4090, rtx-5090, a100-40gb, a100-80gb, h100-sxm, h100-pcie, h200, l4, t4.
 
 `lowmem-npo train --help-all` explains the options."""
 
@@ -29,27 +33,44 @@ def main(arguments: Sequence[str]) -> None:
         print(USAGE)
         return
     as_json = "--json" in arguments
-    config = parse_run([a for a in arguments if a != "--json"], "estimate")
+    gpu, others = _take_gpu([a for a in arguments if a != "--json"])
+    config = parse_run(others, "estimate")
+    device = None if gpu is None else named(gpu)
     check_names(config.model.model, config.data.forget, config.data.retain, config.data.holdout)
     with quick_imports():  # late: mistakes in the options are reported at once
         quiet_libraries()
+        from lowmem_npo.estimate.gpus import own_device
         from lowmem_npo.estimate.report import report
         from lowmem_npo.training.arguments import honoured_args
 
     honoured_args(config)
-    estimated = report(config, rows_of_step(config))
+    device = device or own_device()
+    if device is not None:
+        check_number_type(device, config.model.dtype)
+    estimated = report(config, workload(config), device)
     print(json.dumps(estimated.as_json(), indent=1) if as_json else estimated.text())
 
 
-def rows_of_step(config: RunConfig) -> StepRows:
-    """The longest rows that a step can have: those of the data, or rows of --max-length tokens if no data is named.
+def _take_gpu(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The value of --gpu, and the other arguments."""
+    for at, argument in enumerate(arguments):
+        if argument.startswith("--gpu="):
+            return argument.partition("=")[2], arguments[:at] + arguments[at + 1 :]
+        if argument == "--gpu":
+            if at + 1 >= len(arguments) or arguments[at + 1].startswith("--"):
+                raise UserError("--gpu needs the name of a GPU, such as rtx-4090.")
+            return arguments[at + 1], arguments[:at] + arguments[at + 2 :]
+    return None, arguments
+
+
+def workload(config: RunConfig) -> Workload:
+    """What the run's steps do: on the rows of the data, or on rows of --max-length tokens if no data is named.
 
     Raises:
         UserError: data that cannot be read, rows that the model cannot take.
     """
     from lowmem_npo.data.fit import check_fit, known_fit
-    from lowmem_npo.estimate.report import architecture_of
-    from lowmem_npo.estimate.step import StepRows
+    from lowmem_npo.estimate.report import Workload, architecture_of
 
     architecture = architecture_of(config.model)
     if config.data.forget is None:
@@ -59,7 +80,7 @@ def rows_of_step(config: RunConfig) -> StepRows:
                 f"--max-length is {length}, but the model has learnt only {fit.positions} positions: give "
                 f"--max-length {fit.positions}."
             )
-        return StepRows.of_length(config)
+        return Workload.of_length(config)
     from lowmem_npo.data import prepare
     from lowmem_npo.model import load_tokenizer
     from lowmem_npo.model.stop_tokens import stop_tokens
@@ -68,4 +89,4 @@ def rows_of_step(config: RunConfig) -> StepRows:
     tokenizer = load_tokenizer(config.model)
     data = prepare(tokenizer, config.data, config.objective.forget_term, stop_tokens(config.model, architecture))
     check_fit(architecture, tokenizer, [data.forget_targets, data.retain])
-    return StepRows.of_data(config, *planned_rows(config, data).parts)
+    return Workload.of_data(config, *planned_rows(config, data).parts)

@@ -7,8 +7,10 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -16,17 +18,18 @@ from lowmem_npo.config import RunConfig
 from lowmem_npo.console import Say
 from lowmem_npo.data import PreparedData
 from lowmem_npo.errors import UserError
-from lowmem_npo.estimate.measured import compare, measure, restart_peak
-from lowmem_npo.estimate.report import Report, own_capability
-from lowmem_npo.estimate.step import StepRows
+from lowmem_npo.estimate.gpus import Device, own_device
+from lowmem_npo.estimate.measured import Measurement, compare, measure, restart_peak
+from lowmem_npo.estimate.report import Report, Workload
+from lowmem_npo.estimate.time import duration
 from lowmem_npo.sizes import gib
 from lowmem_npo.training.training_rows import planned_rows
 
 
 class Simulation:
-    """An estimate that starts at once; `report` waits for it."""
+    """An estimate that starts at once; `report` waits for it. The process cannot ask for the GPU, which is `device`."""
 
-    def __init__(self, config: RunConfig, rows: StepRows) -> None:
+    def __init__(self, config: RunConfig, workload: Workload, device: Device | None) -> None:
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "lowmem_npo.estimate.worker"],
@@ -35,11 +38,11 @@ class Simulation:
         )  # fmt: skip
         assert self._process.stdin is not None
         with self._process.stdin as stdin:
-            stdin.write(pickle.dumps((config, rows, own_capability())))
+            stdin.write(pickle.dumps((config, workload, device)))
         self._process.stdin = None  # `communicate` would flush it
 
     def report(self) -> Report:
-        """The estimate, or the fastest settings that fit the run's memory budget if it has one.
+        """The estimate, or the fastest settings that fit the run's memory.
 
         Raises:
             UserError: the budget cannot be met, or the estimate failed.
@@ -54,53 +57,73 @@ class Simulation:
         return result
 
 
-def keep_budget(config: RunConfig, data: PreparedData, say: Say) -> RunConfig:
-    """`config` with the fastest switches that fit its memory budget; unchanged without a budget.
+@dataclass
+class Watched:
+    """What training took."""
 
-    Raises:
-        UserError: the budget cannot be met; the message gives the smallest that can.
-    """
-    if config.memory.memory_budget is None:
-        return config
-    report = Simulation(config, _rows(config, data)).report()
-    flags = f"with {' '.join(report.flags)}" if report.flags else "as configured"
-    say(
-        f"Memory budget {config.memory.memory_budget}: a step needs {gib(report.estimate.needed_bytes)} and CUDA about "
-        f"{gib(report.estimate.context_bytes)}, {flags}."
-    )
-    return replace(report.config, memory=replace(report.config.memory, memory_budget=None))
+    seconds: float = 0.0
+    steps: int = 0
+    memory: Measurement | None = None  # None: on the CPU
+
+    @property
+    def step_seconds(self) -> float | None:
+        return self.seconds / self.steps if self.steps else None
+
+    def line(self, predicted: Report | None) -> str:
+        """The measured time beside the predicted one."""
+        text = f"Training took {duration(self.seconds / 3600)}, {self.seconds / max(self.steps, 1):.3g} s a step"
+        return f"{text}; predicted: {predicted.time.mean:.3g} s." if predicted and predicted.time else f"{text}."
+
+
+def record(watched: Watched, predicted: Report | None) -> dict[str, Any]:
+    """What training took and what was predicted of it, for the record of a run; None where that is not known."""
+    memory, time_ = watched.memory, predicted.time if predicted else None
+    return {
+        "steps": watched.steps,
+        "seconds_per_step": watched.step_seconds,
+        "predicted_seconds_per_step": time_.mean if time_ else None,
+        "peak_bytes": memory.allocated if memory else None,
+        "predicted_peak_bytes": predicted.estimate.peak_bytes if predicted and memory else None,
+        "gpu": predicted.device.name if predicted and predicted.device and memory else None,
+    }
 
 
 @contextlib.contextmanager
-def watch_memory(config: RunConfig, data: PreparedData, device: torch.device, say: Say) -> Iterator[None]:
-    """On a GPU, compares the measured with the predicted peak afterwards; when memory runs out, says what would fit.
+def watch(
+    config: RunConfig, data: PreparedData, device: torch.device, predicted: Report | None, say: Say
+) -> Iterator[Watched]:
+    """Measures the time and, on a GPU, the memory, which is compared with the predicted one; when memory runs out, says
+    what would fit.
 
     Raises:
         UserError: in place of PyTorch's error, when the GPU runs out of memory.
     """
-    if device.type != "cuda":
-        yield
-        return
-    prediction = Simulation(config, _rows(config, data))
-    restart_peak(device)
+    watched, begin = Watched(), time.monotonic()
+    if device.type == "cuda":
+        restart_peak(device)
     try:
-        yield
+        yield watched
     except torch.OutOfMemoryError as error:
-        raise UserError(_what_would_fit(config, data, device, prediction)) from error
-    with contextlib.suppress(UserError):
-        for line in compare(prediction.report().estimate, measure(device)):
+        raise UserError(_what_would_fit(config, data, device, predicted)) from error
+    watched.seconds = time.monotonic() - begin
+    if device.type == "cuda":
+        watched.memory = measure(device)
+        for line in compare(predicted.estimate, watched.memory) if predicted else ():
             say(line)
 
 
-def _what_would_fit(config: RunConfig, data: PreparedData, device: torch.device, prediction: Simulation) -> str:
+def _what_would_fit(config: RunConfig, data: PreparedData, device: torch.device, predicted: Report | None) -> str:
     free, total = torch.cuda.mem_get_info(device)
     room = free + torch.cuda.memory_reserved(device)  # what other processes on this GPU leave
     message = f"The GPU ran out of memory: {gib(room)} of its {gib(total)} were available to this run"
-    with contextlib.suppress(UserError):
-        message += f", the estimate was {gib(prediction.report().estimate.needed_bytes)}"
-    smaller = replace(config, memory=replace(config.memory, memory_budget=f"{int(room * 0.95) / 2**20:.0f}MiB"))
+    if predicted is not None:
+        message += f", the estimate was {gib(predicted.estimate.needed_bytes)}"
+    budget, undecided = f"{int(room * 0.95) / 2**20:.0f}MiB", config.memory.gradient_checkpointing
+    memory = replace(config.memory, memory_budget=budget, gradient_checkpointing="auto")
+    if config.memory.offload_checkpoints:
+        memory = replace(memory, gradient_checkpointing=undecided)
     try:
-        flags = Simulation(smaller, _rows(config, data)).report().flags
+        flags = Simulation(replace(config, memory=memory), workload_of(config, data), own_device()).report().flags
     except UserError as error:
         return f"{message}. {error}"
     if not flags:
@@ -108,5 +131,6 @@ def _what_would_fit(config: RunConfig, data: PreparedData, device: torch.device,
     return f"{message}. This would fit: {' '.join(flags)}."
 
 
-def _rows(config: RunConfig, data: PreparedData) -> StepRows:
-    return StepRows.of_data(config, *planned_rows(config, data).parts)
+def workload_of(config: RunConfig, data: PreparedData) -> Workload:
+    """Of a run with these rows."""
+    return Workload.of_data(config, *planned_rows(config, data).parts)

@@ -1,37 +1,69 @@
-"""The fastest settings that keep a run within a memory budget, chosen by simulating its step.
+"""The fastest settings that keep a run within its memory, chosen by simulating its step.
 
-Only settings that leave the loss and its gradients unchanged are tried. Their cost is assumed, not measured:
+Only settings that leave the loss and its gradients unchanged are tried (without double quantisation, the frozen weights
+are rounded once instead of twice):
 
-| setting | lengthens the step by |
-|---|---|
-| input embedding on the CPU | 0.5% |
-| tiled MLP | 2% |
-| checkpoints offloaded | 5% |
-| each further micro-batch | 4% (the weights are dequantised again, for fewer rows) |
+| setting | when | what it does to the time |
+|---|---|---|
+| scales of 4-bit weights not quantised in turn | `--double-quant auto` | shortens every dequantisation |
+| layers not recomputed | `--gradient-checkpointing auto` | saves a forward pass |
+| input embedding on the CPU | for a budget | copies rows |
+| tiled MLP | for a budget | dequantises 4-bit weights for every tile; more launches |
+| checkpoints offloaded | for a budget | copies them over the bus |
+| further micro-batches | for a budget | dequantises 4-bit weights again, for fewer rows |
+
+Their order is that of the time which `lowmem_npo.estimate.time` predicts for a model of a few layers.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
 
-from lowmem_npo.config import TILE_ROWS, RunConfig
+from lowmem_npo.config import TILE_ROWS, AdapterConfig, RunConfig
 from lowmem_npo.errors import UserError
+from lowmem_npo.estimate.gpus import GPUS, Device
 from lowmem_npo.estimate.simulator.gpu import CAPABILITY
 from lowmem_npo.estimate.step import Estimate, StepRows, estimate
+from lowmem_npo.estimate.time import step_seconds
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model.adapters import check_lora
+from lowmem_npo.model.quantization import stored_quantization
 from lowmem_npo.model.trial import of_depth
 from lowmem_npo.sizes import gib
 
-SWITCHES = {"embedding_on_cpu": (True, 0.005), "tile_mlp": (TILE_ROWS, 0.02), "offload_checkpoints": (True, 0.05)}
-MICRO_BATCH_COST = 0.04
+
+class Switch(NamedTuple):
+    """A setting that the search may make: `value` of field `name` of the configuration's `section`."""
+
+    section: str
+    name: str
+    value: Any
+
+    def on(self, config: RunConfig) -> RunConfig:
+        return replace(config, **{self.section: replace(getattr(config, self.section), **{self.name: self.value})})
+
+    def is_on(self, config: RunConfig) -> bool:
+        return getattr(getattr(config, self.section), self.name) == self.value
+
+
+AUTOMATIC = (Switch("model", "double_quant", "off"), Switch("memory", "gradient_checkpointing", "off"))
+SAVING = (
+    Switch("memory", "embedding_on_cpu", True),
+    Switch("memory", "tile_mlp", 4 * TILE_ROWS),
+    Switch("memory", "tile_mlp", TILE_ROWS),
+    Switch("memory", "offload_checkpoints", True),
+)
 FEW, MORE = 4, 6  # layers of the shallow models that bound a deep one from below: more than are in flight at once
+TIMED = 1  # layers of the models whose times are compared
+MARGIN = 0.05  # of the memory that is free, which stays so: predictions may be off by as much
+
+Simulate = Callable[[RunConfig, PretrainedConfig], Estimate]
 
 
 @dataclass(frozen=True)
@@ -43,71 +75,191 @@ class Fit:
     flags: list[str]
 
 
+def undecided(config: RunConfig) -> bool:
+    """Whether the search has anything to decide without a budget."""
+    return config.memory.gradient_checkpointing == "auto" or _may_quantise_once(config)
+
+
+def cautious(config: RunConfig) -> RunConfig:
+    """`config` with what is undecided decided for the least memory."""
+    for section, name in (switch[:2] for switch in AUTOMATIC):
+        if getattr(getattr(config, section), name) == "auto":
+            config = Switch(section, name, "on").on(config)
+    return config
+
+
+def fit_free(
+    config: RunConfig,
+    architecture: PretrainedConfig,
+    free: int,
+    rows: StepRows | None = None,
+    device: Device | None = None,
+) -> Fit:
+    """The fastest of what is left open with `auto` that fits into `free` bytes; the smallest if nothing does."""
+    search = _Search(config, architecture, AUTOMATIC, rows, device)
+    room = int(free * (1 - MARGIN))
+    return search.fastest(room) or Fit(search.start, search.simulate(search.start, architecture), [])
+
+
 def fit_budget(
     config: RunConfig,
     architecture: PretrainedConfig,
     budget: int,
     rows: StepRows | None = None,
-    capability: tuple[int, int] = CAPABILITY,
+    device: Device | None = None,
 ) -> Fit:
     """The fastest settings with which `config`'s step and the CUDA context take at most `budget` bytes.
 
     Args:
         rows: the step's. Default: of --max-length tokens.
-        capability: the GPU's compute capability.
+        device: the GPU. Default: a card of 24 GB.
 
     Raises:
         UserError: nothing fits; the message gives the smallest possible budget and what takes the memory.
     """
-    simulate = partial(estimate, rows=rows, capability=capability)
-    candidates = sorted(_candidates(config, architecture), key=_slowdown)
-    unchanged = simulate(config, architecture)
-    if unchanged.fits(budget):
-        return Fit(config, unchanged, [])
-    smallest = simulate(candidates[-1], architecture)
-    if not smallest.fits(budget):
-        raise UserError(_impossible(config, candidates[-1], smallest, budget))
-    for candidate in candidates[1:-1]:
-        if _may_fit(candidate, architecture, budget, simulate):
-            result = simulate(candidate, architecture)
-            if result.fits(budget):
-                return Fit(candidate, result, _flags(config, candidate))
-    return Fit(candidates[-1], smallest, _flags(config, candidates[-1]))
+    search = _Search(config, architecture, (*AUTOMATIC, *SAVING), rows, device)
+    fit = search.fastest(budget)
+    if fit is None:
+        smallest = search.smallest(search.candidates)
+        needed = search.simulate(smallest, architecture)
+        raise UserError(_impossible(search.start, smallest, needed, budget))
+    return fit
 
 
-def _candidates(config: RunConfig, architecture: PretrainedConfig) -> Iterator[RunConfig]:
-    """All settings that need no more memory than those of `config`, which are included."""
-    usable = [name for name in SWITCHES if not getattr(config.memory, name) and _suits(name, config, architecture)]
-    training, rows = config.training, config.training.micro_batch_size or config.training.batch_size
-    sizes = [rows, *itertools.takewhile(lambda size: size, (rows // 2**halvings for halvings in range(1, 32)))]
-    for size in sizes:
-        micro = training if size == rows else replace(training, micro_batch_size=size)
-        for count in range(len(usable) + 1):
-            for names in itertools.combinations(usable, count):
-                switches: dict[str, Any] = {name: SWITCHES[name][0] for name in names}
-                yield replace(config, memory=replace(config.memory, **switches), training=micro)
+class _Search:
+    """All settings that change no gradient, from the most cautious of `config`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        architecture: PretrainedConfig,
+        switches: Sequence[Switch],
+        rows: StepRows | None,
+        device: Device | None,
+    ) -> None:
+        self.architecture, self.rows = architecture, rows or StepRows.of_length(config)
+        self.gpu = (device.model if device else None) or GPUS[0]
+        self.start = cautious(config)
+        capability = device.capability if device else CAPABILITY
+        self.simulate: Simulate = cache_by_repr(partial(estimate, rows=self.rows, capability=capability))
+        self.usable = [switch for switch in switches if self._suits(switch, config)]
+        sizes = any(switch in SAVING for switch in switches)
+        self.candidates = list(self._candidates(sizes))
+
+    def fastest(self, room: int) -> Fit | None:
+        """The first candidate that fits into `room`; None if none does."""
+        hopeless: set[bool] = set()  # layers recomputed or not: not even the smallest of these fits
+        for recomputes in (True, False):
+            alike = [c for c in self.candidates if c.memory.recomputes_layers == recomputes]
+            if not alike or not self._may_fit(self.smallest(alike), room):
+                hopeless.add(recomputes)
+        hopeful = [c for c in self.candidates if c.memory.recomputes_layers not in hopeless]
+        for candidate in sorted(hopeful, key=lambda c: (self._seconds(c), len(self._on(c)))):
+            if self._may_fit(candidate, room):
+                result = self.simulate(candidate, self.architecture)
+                if result.fits(room):
+                    return Fit(candidate, result, _flags(self.start, candidate))
+        return None
+
+    @staticmethod
+    def smallest(candidates: Sequence[RunConfig]) -> RunConfig:
+        """The one that takes the least memory."""
+
+        def saving(config: RunConfig) -> tuple:
+            on = [switch.is_on(config) for switch in (*SAVING[:1], *SAVING[2:])]
+            double = config.model.double_quant != "off"
+            return sum(on), config.memory.recomputes_layers, double, config.training.micro_batches()
+
+        return max(candidates, key=saving)
+
+    def _candidates(self, sizes: bool) -> Iterator[RunConfig]:
+        training = self.start.training
+        rows = training.micro_batch_size or training.batch_size
+        halved = itertools.takewhile(lambda size: size, (rows // 2**halvings for halvings in range(1, 32)))
+        for size in [rows, *(halved if sizes else ())]:
+            micro = training if size == rows else replace(training, micro_batch_size=size)
+            sized = replace(self.start, training=micro)
+            for count in range(len(self.usable) + 1):
+                for switches in itertools.combinations(self.usable, count):
+                    candidate = _with(sized, switches)
+                    if candidate is not None and not self._has_one_tile(candidate):
+                        yield candidate
+
+    def _suits(self, switch: Switch, config: RunConfig) -> bool:
+        now = getattr(getattr(config, switch.section), switch.name)
+        if switch.name == "double_quant":
+            return _may_quantise_once(config) and stored_quantization(self.architecture) is None
+        if switch.name == "gradient_checkpointing":
+            return now == "auto" and not config.memory.offload_checkpoints
+        if now:
+            return False
+        if switch.name == "offload_checkpoints" and not config.memory.recomputes_layers:
+            return False
+        switched = cautious(switch.on(config))
+        try:
+            apply_switches(check_lora(self.architecture, config.adapter), switched.memory)
+        except UserError:
+            return False
+        return True
+
+    def _has_one_tile(self, candidate: RunConfig) -> bool:
+        """Whether its tiles, which the start has not, hold a whole micro-batch."""
+        at_once = self.rows.micro_batch(candidate)
+        tokens = max(sum(length for length, _ in part) for part in (at_once.forget, at_once.retain))
+        return self.start.memory.tile_mlp is None and (candidate.memory.tile_mlp or 0) >= tokens
+
+    def _on(self, config: RunConfig) -> list[Switch]:
+        return [switch for switch in self.usable if switch.is_on(config)]
+
+    def _seconds(self, candidate: RunConfig) -> float:
+        """Of a step on a model of few layers. Recomputation and tiles, which depend on each other, are timed together;
+        what they, the other switches and smaller micro-batches cost is added."""
+        together = ("gradient_checkpointing", "tile_mlp")
+        joint = [switch for switch in self._on(candidate) if switch.name in together]
+        others = [switch for switch in self._on(candidate) if switch.name not in together]
+        start = self._timed(self.start)
+        changes = [_with(self.start, joint), replace(self.start, training=candidate.training)]
+        changes += [switch.on(self.start) for switch in others]
+        return start + sum(self._timed(change) - start for change in changes if change is not None)
+
+    def _timed(self, config: RunConfig) -> float:
+        if config.adapter.may_name_layers:
+            config = replace(config, adapter=AdapterConfig())
+        work = self.simulate(config, of_depth(self.architecture, TIMED)).work
+        return step_seconds(work, config.training.micro_batches(), self.gpu).total
+
+    def _may_fit(self, config: RunConfig, room: int) -> bool:
+        return may_fit(config, self.architecture, room, self.simulate)
 
 
-def _suits(switch: str, config: RunConfig, architecture: PretrainedConfig) -> bool:
-    switched: dict[str, Any] = {switch: SWITCHES[switch][0]}
-    try:
-        apply_switches(check_lora(architecture, config.adapter), replace(config.memory, **switched))
-    except UserError:
-        return False
-    return True
+def _with(config: RunConfig, switches: Sequence[Switch]) -> RunConfig | None:
+    """`config` with all `switches`; None where they contradict each other."""
+    names = [switch.name for switch in switches]
+    if len(set(names)) < len(names) or {"gradient_checkpointing", "offload_checkpoints"} <= set(names):
+        return None
+    for switch in switches:
+        config = switch.on(config)
+    return config
 
 
-def _slowdown(config: RunConfig) -> float:
-    switched = sum(cost for name, (_, cost) in SWITCHES.items() if getattr(config.memory, name))
-    return (1 + switched) * (1 + MICRO_BATCH_COST * (config.training.micro_batches() - 1))
+def _may_quantise_once(config: RunConfig) -> bool:
+    return config.model.qlora and config.model.double_quant == "auto"
 
 
-def _may_fit(
-    config: RunConfig,
-    architecture: PretrainedConfig,
-    budget: int,
-    simulate: Callable[[RunConfig, PretrainedConfig], Estimate] = estimate,
-) -> bool:
+def cache_by_repr(simulate: Simulate) -> Simulate:
+    """`simulate`, called once for equal arguments."""
+    known: dict[tuple[str, int], Estimate] = {}
+
+    def call(config: RunConfig, architecture: PretrainedConfig) -> Estimate:
+        key = repr(config), architecture.get_text_config().num_hidden_layers
+        if key not in known:
+            known[key] = simulate(config, architecture)
+        return known[key]
+
+    return call
+
+
+def may_fit(config: RunConfig, architecture: PretrainedConfig, room: int, simulate: Simulate = estimate) -> bool:
     """False only if the step cannot fit. The memory in use at any moment grows linearly with the number of layers; the
     peak is the maximum over all moments, a convex function: two shallow models bound every deeper one from below."""
     layers = architecture.get_text_config().num_hidden_layers
@@ -115,17 +267,16 @@ def _may_fit(
         return True
     few, more = (simulate(config, of_depth(architecture, depth)) for depth in (FEW, MORE))
     slope = (more.peak_bytes - few.peak_bytes) / (MORE - FEW)
-    return replace(few, needed_bytes=int(few.peak_bytes + slope * (layers - FEW))).fits(budget)
+    return replace(few, needed_bytes=int(few.peak_bytes + slope * (layers - FEW))).fits(room)
 
 
 def _flags(before: RunConfig, after: RunConfig) -> list[str]:
     flags = []
     if after.training.micro_batch_size != before.training.micro_batch_size:
         flags += ["--micro-batch-size", str(after.training.micro_batch_size)]
-    for name in SWITCHES:
-        value = getattr(after.memory, name)
-        if value != getattr(before.memory, name):
-            flags += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    for switch in (*AUTOMATIC, *SAVING):
+        if switch.is_on(after) and not switch.is_on(before):
+            flags += [f"--{switch.name.replace('_', '-')}"] + ([] if switch.value is True else [str(switch.value)])
     return flags
 
 

@@ -2,23 +2,56 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
-import torch
 from transformers import PretrainedConfig
 
 from lowmem_npo.config import ModelConfig, RunConfig
+from lowmem_npo.data import TokenizedRow
 from lowmem_npo.errors import UserError
-from lowmem_npo.estimate.budget import Fit, fit_budget
+from lowmem_npo.estimate.budget import Fit, cautious, fit_budget, fit_free, undecided
+from lowmem_npo.estimate.gpus import Device
 from lowmem_npo.estimate.simulator.gpu import CAPABILITY
 from lowmem_npo.estimate.step import Estimate, StepRows, estimate
+from lowmem_npo.estimate.time import RunTime, step_seconds
 from lowmem_npo.model import resolve_name
 from lowmem_npo.model.known_configs import known_config, known_names
 from lowmem_npo.model.loading import DTYPES, load_config
 from lowmem_npo.model.notes import model_notes
 from lowmem_npo.model.quantization import quantization_of
 from lowmem_npo.sizes import gib
+
+
+class Workload(NamedTuple):
+    """What a run's steps have to do."""
+
+    largest: StepRows  # which decide how much memory is needed
+    typical: StepRows  # which decide how long a step takes
+    steps: int | None = None  # of the run, if known
+    epoch_steps: int | None = None  # of its first epoch
+
+    @classmethod
+    def of_length(cls, config: RunConfig) -> Workload:
+        """Rows of --max-length tokens, and as many steps as --max-steps says."""
+        rows, steps = StepRows.of_length(config), config.training.max_steps
+        return cls(rows, rows, steps, steps)
+
+    @classmethod
+    def of_data(
+        cls,
+        config: RunConfig,
+        forget: Sequence[TokenizedRow],
+        retain: Sequence[TokenizedRow] | None,
+        alternatives: Sequence[TokenizedRow] = (),
+    ) -> Workload:
+        training, epoch_steps = config.training, math.ceil(len(forget) / config.training.batch_size)
+        steps = training.max_steps or math.ceil(training.epochs * epoch_steps)
+        parts = (forget, retain, alternatives)
+        largest, typical = StepRows.of_data(config, *parts), StepRows.typical(config, *parts)
+        return cls(largest, typical, steps, min(epoch_steps, steps))
 
 
 @dataclass(frozen=True)
@@ -28,18 +61,24 @@ class Report:
     model: str
     weights: str
     config: RunConfig
-    rows: StepRows
-    capability: tuple[int, int]
+    rows: StepRows  # at once
+    device: Device | None
     estimate: Estimate
+    time: RunTime | None  # None: no GPU is named or here, or nothing is known of it
     budget: int | None
     flags: list[str]
     notes: list[str]
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        return self.device.capability if self.device else CAPABILITY
 
     def as_json(self) -> dict[str, Any]:
         result = self.estimate
         return {
             "model": self.model,
             "simulated": True,
+            "gpu": None if self.device is None else self.device.name,
             "compute_capability": list(self.capability),
             "peak_bytes": result.peak_bytes,
             "needed_bytes": result.needed_bytes,
@@ -51,6 +90,7 @@ class Report:
             "flags": self.flags,
             "notes": self.notes,
             "rows": {"forget": list(self.rows.forget), "retain": list(self.rows.retain)},
+            "time": None if self.time is None else self.time.as_json(),
         }
 
     def text(self) -> str:
@@ -64,37 +104,70 @@ class Report:
         lines += [_line("GPU memory needed", result.total_bytes)]
         if result.host_bytes >= 2**20:
             lines += [_line("host memory for tensors", result.host_bytes)]
+        flags = f"with {' '.join(self.flags)}" if self.flags else "with these options"
         if self.budget is not None:
-            flags = f"with {' '.join(self.flags)}" if self.flags else "with these options"
             lines += [f"fits {gib(self.budget)}: yes, {flags}"]
-        return "\n".join(lines)
+        elif self.device is not None and self.device.available is not None:
+            fits = "yes" if result.fits(self.device.available) else "no"
+            lines += [f"fits the {gib(self.device.available)} of {self.device.name}: {fits}, {flags}"]
+        return "\n".join([*lines, *self.time_lines()])
+
+    def time_lines(self) -> list[str]:
+        """How long a step and the run take, or why that is not known."""
+        if self.time is not None and self.device is not None:
+            return self.time.lines(self.device.name)
+        if self.device is None:
+            return ["time: no GPU here; --gpu NAME predicts that of one, such as rtx-4090"]
+        return [f"time: nothing is known of '{self.device.name}', so none is predicted"]
 
 
-def report(config: RunConfig, rows: StepRows, capability: tuple[int, int] | None = None) -> Report:
-    """The estimate of `config`, or of the fastest settings that fit its memory budget.
+def report(config: RunConfig, workload: Workload, device: Device | None = None) -> Report:
+    """The estimate of `config`, or of the fastest settings that fit its memory budget. What it leaves to be decided is
+    decided by the device's memory.
 
     Args:
-        capability: the compute capability of the GPU. Default: that of this machine's, or of a card of 24 GB.
+        device: the GPU. Default: a card of 24 GB, whose time is not predicted.
 
     Raises:
         UserError: an unknown model, or a budget that cannot be met.
     """
-    architecture, capability = architecture_of(config.model), capability or own_capability() or CAPABILITY
-    budget, name = config.memory.budget_bytes, resolve_name(config.model.model, config.model.revision)[0]
+    architecture, name = architecture_of(config.model), resolve_name(config.model.model, config.model.revision)[0]
     notes = model_notes(architecture, config.model)
-    quantization = quantization_of(architecture, config.model.qlora, DTYPES[config.model.dtype])
-    weights = f"4-bit {quantization.bnb_4bit_quant_type.upper()}" if quantization else config.model.dtype
-    if budget is None:
-        fit = Fit(config, estimate(config, architecture, rows, capability), [])
+    budget, rows = config.memory.budget_bytes, workload.largest
+    if budget is not None:
+        fit = fit_budget(config, architecture, budget, rows, device)
+    elif device is not None and device.available is not None and undecided(config):
+        fit = fit_free(config, architecture, device.available, rows, device)
     else:
-        fit = fit_budget(config, architecture, budget, rows, capability)
+        capability = device.capability if device else CAPABILITY
+        fit = Fit(cautious(config), estimate(cautious(config), architecture, rows, capability), [])
+    model = fit.config.model
+    quantization = quantization_of(architecture, model.qlora, DTYPES[model.dtype], model.double_quant != "off")
+    weights = f"4-bit {quantization.bnb_4bit_quant_type.upper()}" if quantization else model.dtype
     at_once = rows.micro_batch(fit.config)
-    return Report(name, weights, fit.config, at_once, capability, fit.estimate, budget, fit.flags, notes)
+    time = run_time(fit.config, architecture, workload, device)
+    return Report(name, weights, fit.config, at_once, device, _small(fit.estimate), time, budget, fit.flags, notes)
 
 
-def own_capability() -> tuple[int, int] | None:
-    """The compute capability of this process's GPU; None if it sees none."""
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+def run_time(
+    config: RunConfig, architecture: PretrainedConfig, workload: Workload, device: Device | None
+) -> RunTime | None:
+    """The predicted time of a run with `config`; None where nothing is known of the GPU."""
+    if device is None or device.model is None:
+        return None
+    cached = config.memory.reference != "live"
+    timed = estimate(config, architecture, workload.typical, device.capability, later=cached)
+    micro_batches = config.training.micro_batches()
+    first = step_seconds(timed.work, micro_batches, device.model)
+    later = step_seconds(timed.later_work, micro_batches, device.model) if cached else first
+    steps, epoch_steps = workload.steps, workload.epoch_steps
+    counts = None if steps is None or epoch_steps is None else (epoch_steps, steps - epoch_steps)
+    return RunTime(first, later, counts)
+
+
+def _small(result: Estimate) -> Estimate:
+    """Without the list of operations, which a report does not need."""
+    return replace(result, work=[], later_work=[])
 
 
 def architecture_of(config: ModelConfig) -> PretrainedConfig:

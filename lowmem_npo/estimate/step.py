@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -19,14 +20,16 @@ from lowmem_kernels import IGNORE_INDEX
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map, tree_map_only
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_npo.config import RunConfig
-from lowmem_npo.data import RowBatch, TokenizedRow
+from lowmem_npo.data import TokenizedRow
 from lowmem_npo.data.batching import Batch
 from lowmem_npo.estimate.simulator.allocator import needed
 from lowmem_npo.estimate.simulator.gpu import CAPABILITY, GPU, FakeGPU, fake_gpu, with_values
 from lowmem_npo.estimate.simulator.model import fake_model
+from lowmem_npo.estimate.simulator.work import Operation
 from lowmem_npo.libraries import segments_expand
 from lowmem_npo.memory.checkpointing import is_checkpointed
 from lowmem_npo.memory.switches import apply_switches
@@ -43,15 +46,23 @@ compute capability 8.0 to 9.0. A run on a GPU measures its own."""
 KINDS = ("frozen weights", "adapter", "checkpoints", "layer work", "head", "reference", "batch", "cuBLAS")
 
 
+Work = list[tuple[str, list[Operation]]]
+"""What a step does, in order: its sections ("reference", "policy", "optimizer") and the operations of each."""
+
+
 @dataclass(frozen=True)
 class Estimate:
-    """The memory that one training step takes."""
+    """The memory that one training step takes, and what it does."""
 
     peak_bytes: int  # of what is allocated on the GPU
     needed_bytes: int  # what PyTorch's allocator must have to serve that: it cannot use all of what is free
     by_kind: dict[str, int]  # what peak_bytes consists of
     host_bytes: int  # the peak of tensors in host memory
     context_bytes: int = CONTEXT_BYTES
+    work: Work = field(default_factory=list, compare=False, repr=False)  # of one micro-batch, and the optimiser's
+    later_work: Work = field(
+        default_factory=list, compare=False, repr=False
+    )  # the same with a reference that is cached
 
     @classmethod
     def of(cls, gpu: FakeGPU) -> Estimate:
@@ -61,6 +72,7 @@ class Estimate:
             needed_bytes=needed(gpu.trace, gpu.peak, segments_expand()),
             by_kind={kind: gpu.at_peak.get(kind, 0) for kind in KINDS},
             host_bytes=gpu.off_device_peak,
+            work=list(gpu.work.sections),
         )
 
     @property
@@ -99,6 +111,19 @@ class StepRows:
         size, retain_size = config.training.batch_size, config.training.retain_rows
         return cls(_largest(forget, size), _largest(retain or (), retain_size), _largest(alternatives, size))
 
+    @classmethod
+    def typical(
+        cls,
+        config: RunConfig,
+        forget: Sequence[TokenizedRow],
+        retain: Sequence[TokenizedRow] | None,
+        alternatives: Sequence[TokenizedRow] = (),
+    ) -> StepRows:
+        """Rows of all lengths that there are, evenly: as many tokens as a step has on average. Those of about the mean
+        length come first, so that a micro-batch has its share."""
+        size, retain_size = config.training.batch_size, config.training.retain_rows
+        return cls(_spread(forget, size), _spread(retain or (), retain_size), _spread(alternatives, size))
+
     def micro_batch(self, config: RunConfig) -> StepRows:
         """The largest rows that go through the model at once."""
         micro_batches = config.training.micro_batches()
@@ -112,12 +137,14 @@ def estimate(
     architecture: PretrainedConfig,
     rows: StepRows | None = None,
     capability: tuple[int, int] = CAPABILITY,
+    later: bool = False,
 ) -> Estimate:
     """Simulates the step that `config` describes on a model of `architecture`.
 
     Args:
         rows: the step's. Default: of --max-length tokens.
         capability: the compute capability of the GPU.
+        later: whether to simulate a second step, which reads its reference from a cache, for `later_work`.
     """
     rows = (rows or StepRows.of_length(config)).micro_batch(config)
     padding_free = packable(architecture, config.model.attn)
@@ -131,8 +158,8 @@ def estimate(
         with tempfile.TemporaryDirectory() as folder:
             trainer = _trainer(model, config, rows, folder, padding_free)
         track_kinds(gpu, causal_lm(model))
-        for name in ("forget", "retain", "both"):
-            setattr(trainer.reference, name, _marking(gpu, getattr(trainer.reference, name)))
+        references = {name: _Reference(gpu, getattr(trainer.reference, name)) for name in ("forget", "retain", "both")}
+        vars(trainer.reference).update(references)
         gpu.kind = "adapter"
         optimizer = trainer.create_optimizer()
         first_optimizer_step(optimizer)
@@ -142,11 +169,22 @@ def estimate(
         batch, totals = _batch(trainer)
         gpu.kind = "layer work"
         gpu.restart_peak()
+        gpu.work.restart()
         trainer.training_step(model, batch, totals)
         gpu.kind = "adapter"
+        gpu.work.begin("optimizer")
         optimizer.step()
+        result = Estimate.of(gpu)
+        if later:
+            for reference in references.values():
+                reference.stored = True
+            gpu.work.restart("policy")
+            trainer.training_step(model, batch, totals)
+            gpu.work.begin("optimizer")
+            optimizer.step()
+            result = replace(result, later_work=list(gpu.work.sections))
         del workspaces
-        return Estimate.of(gpu)
+        return result
 
 
 def cublas_workspaces(gpu: FakeGPU) -> list[Tensor]:
@@ -245,13 +283,41 @@ def track_kinds(gpu: FakeGPU, model: PreTrainedModel) -> None:
             parameter.register_post_accumulate_grad_hook(lambda p: gpu.mark(p.grad, "adapter"))
 
 
-def _marking(gpu: FakeGPU, method: Any) -> Any:
-    def run(batch: RowBatch, *forget_rows: int) -> Any:
-        result = method(batch, *forget_rows)
-        gpu.mark(result, "reference")
+class _Reference:
+    """A method of the reference: what it does is a section of its own, and its result is of a kind of its own."""
+
+    def __init__(self, gpu: FakeGPU, method: Any) -> None:
+        self.gpu, self.method = gpu, method
+        self.stored = False  # whether the result comes from the host, as that of a cached reference does
+        self._on_host: Any = None  # what makes tensors like those of the result
+
+    def __call__(self, *batch: Any) -> Any:
+        before = self.gpu.work.sections[-1][0]
+        self.gpu.work.begin("reference")
+        if self.stored:
+            result = tree_map(lambda make: make and make().to(GPU, non_blocking=True), self._on_host)
+        else:
+            result = self.method(*batch)
+            self._on_host = tree_map_only(Tensor, _like, result)
+        self.gpu.work.begin(before)
+        self.gpu.mark(result, "reference")
         return result
 
-    return run
+
+def _like(tensor: Tensor) -> Callable[[], Tensor]:
+    """Makes tensors of the same size and type, in host memory."""
+    return partial(torch.empty, tensor.shape, dtype=tensor.dtype, device="cpu")
+
+
+def _spread(rows: Sequence[TokenizedRow], count: int) -> tuple[tuple[int, int], ...]:
+    sizes = sorted((len(row["input_ids"]), _answer_tokens(row)) for row in rows)
+    chosen = [sizes[(2 * i + 1) * len(sizes) // (2 * count)] for i in range(count if sizes else 0)]
+    mean = sum(length for length, _ in chosen) / max(len(chosen), 1)
+    return tuple(sorted(chosen, key=lambda row: (abs(row[0] - mean), row)))
+
+
+def _answer_tokens(row: TokenizedRow) -> int:
+    return min(sum(label != IGNORE_INDEX for label in row["labels"]), len(row["input_ids"]) - 1)
 
 
 def _largest(rows: Sequence[TokenizedRow], count: int) -> tuple[tuple[int, int], ...]:

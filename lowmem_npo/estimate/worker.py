@@ -14,7 +14,7 @@ with quick_imports():
 
 
 def report_or_error(pickled: bytes) -> Report | UserError:
-    """The report on a pickled (RunConfig, StepRows, compute capability or None)."""
+    """The report on a pickled (RunConfig, Workload, Device or None)."""
     try:
         return report(*pickle.loads(pickled))
     except UserError as error:

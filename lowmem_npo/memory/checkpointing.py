@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,20 +20,31 @@ from lowmem_npo.model.modes import draws_random_numbers
 
 
 def enable_checkpointing(model: PreTrainedModel, offload: bool = False) -> None:
-    """Checkpoints every decoder layer, non-reentrant: works with frozen inputs, keeps autocast, allows no_grad.
+    """Checkpoints the decoder layers, non-reentrant: works with frozen inputs, keeps autocast, allows no_grad. Those
+    below the lowest trained one have no gradient, and nothing to recompute.
 
     Args:
         offload: keep the layers' inputs in host memory until the backward pass (`CheckpointOffload`).
     """
     run = CheckpointOffload().checkpoint if offload else partial(checkpoint, use_reentrant=False)
-    for layer in decoder_layers(model):
+    for layer in _differentiated_layers(model):
         if not is_checkpointed(layer):
             layer.forward = CheckpointedForward(layer, run)
 
 
+def _differentiated_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
+    """The decoder layers from the lowest trained one up; all of them if anything outside the layers is trained, too,
+    such as an embedding, or nothing is."""
+    layers = list(decoder_layers(model))
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    below = list(itertools.takewhile(lambda layer: not any(id(p) in trained for p in layer.parameters()), layers))
+    in_layers = {id(p) for layer in layers for p in layer.parameters()}
+    return layers[len(below) :] if trained and trained <= in_layers else layers
+
+
 @contextmanager
 def checkpointing(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, every decoder layer is checkpointed; on leaving, only those that were before."""
+    """Inside, the decoder layers are checkpointed; on leaving, only those that were before."""
     added = [layer for layer in decoder_layers(model) if not is_checkpointed(layer)]
     enable_checkpointing(model)
     try:

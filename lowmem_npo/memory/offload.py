@@ -84,7 +84,7 @@ class Copying:
     def start(self, source: Tensor, target: Tensor) -> torch.cuda.Event | None:
         """Copies after all work enqueued so far; the event marks the end of the copy."""
         if self.stream is None:
-            target.copy_(source)
+            target.copy_(source, non_blocking=True)  # which only a simulated GPU can tell
             return None
         self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         with torch.cuda.stream(self.stream):

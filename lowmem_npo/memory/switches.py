@@ -25,5 +25,5 @@ def apply_switches(model: PeftModel, config: MemoryConfig) -> None:
         slice_float32(lm)
     if config.tile_mlp is not None:
         tile_mlps(lm, config.tile_mlp)
-    if config.gradient_checkpointing:
+    if config.recomputes_layers:
         enable_checkpointing(lm, offload=config.offload_checkpoints)

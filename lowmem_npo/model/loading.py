@@ -123,7 +123,7 @@ def load_model(config: ModelConfig, say: Say = print) -> PreTrainedModel:
     _check_can_run(config, device)
     name, _ = resolve_name(config.model, config.revision)
     loaded_config = load_config(config)
-    quantization = quantization_of(loaded_config, config.qlora, dtype)
+    quantization = quantization_of(loaded_config, config.qlora, dtype, config.double_quant != "off")
     loading = quantising() if quantization else nullcontext()
     if quantization and stored_quantization(loaded_config):  # its own recipe, but for the type that it computes in
         loaded_config.quantization_config, quantization = quantization.to_dict(), None

@@ -19,10 +19,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
@@ -52,7 +53,8 @@ def final_states(lm: PreTrainedModel, batch: RowBatch) -> Tensor:
         ValueError: the batch is packed, and `lm` cannot take packed rows (`take_rows`).
     """
     if not batch.packed:
-        return decoder(lm)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        with _no_search():
+            return decoder(lm)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     if not take_rows(lm):
         raise ValueError(f"{type(lm).__name__} cannot take packed rows")
     options: dict[str, Any]
@@ -82,6 +84,13 @@ def take_rows(lm: PreTrainedModel) -> bool:
 
 def _is_flash(lm: PreTrainedModel) -> bool:
     return "flash" in str(lm.config._attn_implementation)
+
+
+@contextmanager
+def _no_search() -> Iterator[None]:
+    """Inside, transformers does not look for packed rows in the positions, which waits for the GPU: there are none."""
+    with mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None):
+        yield
 
 
 @contextmanager

@@ -17,18 +17,23 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.model.layers import read_as_weights
 
 
-def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """NF4 weights whose scales are quantised in turn, dequantised to `dtype` to compute."""
+def nf4(dtype: torch.dtype, double_quant: bool = True) -> BitsAndBytesConfig:
+    """NF4 weights, with `double_quant` of scales that are quantised in turn, dequantised to `dtype` to compute."""
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=dtype,
     )
 
 
-def quantization_of(architecture: PretrainedConfig, qlora: bool, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def quantization_of(
+    architecture: PretrainedConfig, qlora: bool, dtype: torch.dtype, double_quant: bool = True
+) -> BitsAndBytesConfig | None:
     """How the linear layers are held in memory: as the checkpoint stores them, else in NF4 with `qlora`."""
     stored = stored_quantization(architecture)
     if stored is None:
-        return nf4(dtype) if qlora else None
+        return nf4(dtype, double_quant) if qlora else None
     stored.bnb_4bit_compute_dtype = dtype
     return stored
 

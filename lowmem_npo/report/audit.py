@@ -88,15 +88,19 @@ def begin_audit(directory: Path, config: RunConfig, data: PreparedData, model: P
     _write(directory, audit)
 
 
-def finish_audit(directory: Path, optimizer_steps: int, adapter_step: int) -> None:
+def finish_audit(
+    directory: Path, optimizer_steps: int, adapter_step: int, training: Mapping[str, Any] | None = None
+) -> None:
     """Adds the end of the session and the hash of the adapter, which must be saved already.
 
     adapter_step: the step whose adapter was kept; under --stop-when that need not be the last.
+    training: what its steps took, beside what was predicted.
     """
     audit, weights = read_audit(directory), RunFiles(directory).weights
     assert audit is not None, "begin_audit has written one"
     session = audit["sessions"][-1]
     session["ended"] = _now()
+    session["training"] = dict(training or {})
     session["last_step"] = audit["optimizer_steps"] = optimizer_steps
     audit["adapter"] = {
         "file": weights.name,

@@ -370,7 +370,7 @@ class NPOTrainer(Trainer):
         self, answers: AnswerHidden, rows: Sequence[int], reference: Tensor | None, totals: StepTotals
     ) -> Tensor:
         """rows: (B,) places in the forget dataset of the rows that the answers belong to."""
-        logprobs = token_logprobs(answers.hidden, self.head, answers.targets)
+        logprobs = token_logprobs(answers.hidden, self.head, answers.targets, checked=True)
         policy = SequenceLogprobs(logprobs, answers.sequence, len(rows))
         if self._levels is not None:
             policy = policy.up_to(self._levels[list(rows)].to(logprobs.device, non_blocking=True))
@@ -403,6 +403,7 @@ class NPOTrainer(Trainer):
             ce_weight,
             kl_weight,
             direction=self.objective.kl_direction,
+            checked=True,
         )
         tokens = max(totals.retain_tokens, 1)
         self._metrics.add(retain_nll=-logprobs.sum() / tokens)

@@ -18,9 +18,11 @@ from transformers import AutoModelForCausalLM
 from lowmem_npo.cli import main
 from lowmem_npo.config import AdapterConfig, DataConfig, MemoryConfig, ModelConfig, RunConfig, TrainingConfig
 from lowmem_npo.errors import UserError
-from lowmem_npo.estimate.budget import _may_fit, _slowdown, fit_budget
+from lowmem_npo.estimate.budget import MARGIN, fit_budget, fit_free, may_fit
+from lowmem_npo.estimate.gpus import named
 from lowmem_npo.estimate.simulator.operators import FakeOperators
 from lowmem_npo.estimate.step import estimate
+from lowmem_npo.estimate.time import step_seconds
 from lowmem_npo.model.known_configs import known_config
 from lowmem_npo.sizes import gib, parse_size
 
@@ -75,7 +77,7 @@ def test_the_search_knows_what_the_adapter_rules_out(tmp_path):
     trained = run(64, adapter=AdapterConfig(modules_to_save=("embed_tokens",)))
     with pytest.raises(UserError, match="A budget of .* cannot be met") as refusal:
         fit_budget(trained, shallow(), 2**29)
-    assert "--tile-mlp" in str(refusal.value) and "--embedding-on-cpu" not in str(refusal.value)
+    assert "--offload-checkpoints" in str(refusal.value) and "--embedding-on-cpu" not in str(refusal.value)
     architecture = shallow(layers=8)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(architecture)
@@ -100,24 +102,79 @@ def test_remembered_operators_change_nothing(monkeypatch):
 def test_shallow_models_bound_a_deep_one_from_below(memory):
     config, architecture = run(256, memory), shallow(9)
     whole = estimate(config, architecture)
-    assert _may_fit(config, architecture, whole.total_bytes)
+    assert may_fit(config, architecture, whole.total_bytes)
     allocated = whole.total_bytes - whole.needed_bytes + whole.peak_bytes  # of which the bound is
-    assert not _may_fit(config, architecture, int(allocated * 0.9))
+    assert not may_fit(config, architecture, int(allocated * 0.9))
+
+
+ON = MemoryConfig(gradient_checkpointing="on")
 
 
 def test_the_search_finds_the_fastest_switches_that_fit():
-    architecture, config = shallow(6), run(512, training=TrainingConfig(batch_size=2))
-    whole = estimate(config, architecture)
-    assert fit_budget(config, architecture, whole.total_bytes).flags == []
-    less = fit_budget(config, architecture, whole.total_bytes - 2**20)
-    assert less.flags and less.estimate.total_bytes <= whole.total_bytes - 2**20
-    assert estimate(less.config, architecture) == less.estimate
-    # whatever is assumed to be faster does not fit
-    on_host = dataclasses.replace(config, memory=MemoryConfig(embedding_on_cpu=True))
-    fits = estimate(on_host, architecture).total_bytes <= whole.total_bytes - 2**20
-    assert fits and less.flags == ["--embedding-on-cpu"]
-    others = MemoryConfig(tile_mlp=1024), MemoryConfig(offload_checkpoints=True)
-    assert all(_slowdown(on_host) < _slowdown(dataclasses.replace(config, memory=memory)) for memory in others)
+    """Of what is predicted: every switch that was not taken is slower, or does not fit."""
+    architecture, config = shallow(3), run(512, ON, training=TrainingConfig(batch_size=2))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, double_quant="on"))
+    gpu = named("rtx-4090")
+
+    def taken(config: RunConfig) -> int:
+        return estimate(config, architecture, capability=gpu.capability).total_bytes
+
+    def seconds(config: RunConfig) -> float:
+        work = estimate(config, architecture, capability=gpu.capability).work
+        return step_seconds(work, config.training.micro_batches(), gpu.model).total
+
+    whole = taken(config)
+    assert fit_budget(config, architecture, whole, device=gpu).flags == []
+    less = fit_budget(config, architecture, whole - 2**20, device=gpu)
+    assert less.flags and less.estimate.total_bytes == taken(less.config) <= whole - 2**20
+    alone = [
+        dataclasses.replace(config, memory=dataclasses.replace(ON, **switch))
+        for switch in ({"embedding_on_cpu": True}, {"tile_mlp": 256}, {"offload_checkpoints": True})
+    ]
+    assert all(seconds(less.config) <= seconds(other) * 1.001 for other in alone if taken(other) <= whole - 2**20)
+
+
+@pytest.mark.parametrize("switch", ["double_quant", "gradient_checkpointing"])
+def test_what_is_left_open_is_off_where_that_fits_with_a_margin(switch):
+    architecture, config = shallow(10), run(256, training=TrainingConfig(batch_size=2))
+    gpu = named("rtx-4090")
+    section, other = ("model", "memory") if switch == "double_quant" else ("memory", "model")
+    fixed = {"memory": ON, "model": dataclasses.replace(config.model, double_quant="on")}
+    config = dataclasses.replace(config, **{other: fixed[other]})
+    needed = {}
+    for value in ("on", "off"):
+        options = dataclasses.replace(getattr(config, section), **{switch: value})
+        variant = dataclasses.replace(config, **{section: options})
+        needed[value] = estimate(variant, architecture, capability=gpu.capability).total_bytes
+    assert needed["on"] < needed["off"]
+    room = int(needed["off"] / (1 - MARGIN)) + 1
+    for free, expected in ((room, "off"), (needed["off"] - 1, "on"), (room - 2, "on"), (2**20, "on")):
+        fit = fit_free(config, architecture, free, device=gpu)
+        assert getattr(getattr(fit.config, section), switch) == expected, free
+        assert fit.flags == ([f"--{switch.replace('_', '-')}", "off"] if expected == "off" else [])
+        assert fit.estimate.total_bytes == needed[expected]
+    asked = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{switch: "on"})})
+    assert fit_free(asked, architecture, room, device=gpu).config == asked
+
+
+def test_a_tile_as_large_as_a_micro_batch_is_none():
+    config = run(64, ON, training=TrainingConfig(batch_size=2))
+    with pytest.raises(UserError) as refusal:
+        fit_budget(config, shallow(2), 2**29)
+    assert "--tile-mlp" not in str(refusal.value) and "--offload-checkpoints" in str(refusal.value)
+
+
+def test_tiles_of_many_rows_are_tried_before_those_of_few():
+    """Of 4-bit layers each tile dequantises the weights again."""
+    config, architecture = run(2048, dataclasses.replace(ON, offload_checkpoints=True)), shallow(2)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, double_quant="on"))
+    gpu = named("rtx-4090")
+    whole, times = estimate(config, architecture, capability=gpu.capability), {}
+    for rows in (4096, 1024):
+        tiled = dataclasses.replace(config, memory=dataclasses.replace(config.memory, tile_mlp=rows))
+        work = estimate(tiled, architecture, capability=gpu.capability).work
+        times[rows] = step_seconds(work, 1, gpu.model).total
+    assert step_seconds(whole.work, 1, gpu.model).total < times[4096] < times[1024]
 
 
 def test_an_impossible_budget_says_the_smallest_and_what_takes_the_room():
@@ -166,7 +223,8 @@ def test_estimate_on_the_command_line(capsys):
     assert {"context_bytes", "by_kind", "fits", "flags"} <= set(result) and result["compute_capability"] == [8, 6]
     assert sum(result["by_kind"].values()) == result["peak_bytes"] < result["needed_bytes"]
     assert result["fits"] is None and result["flags"] == []
-    assert main(["estimate", "--model", SMALL, "--qlora", "--max-length", "64", "--budget", "24GiB"]) == 0
+    decided = ["--gradient-checkpointing", "--double-quant", "on", "--budget", "24GiB"]
+    assert main(["estimate", "--model", SMALL, "--qlora", "--max-length", "64", *decided]) == 0
     text = capsys.readouterr().out
     assert gib(result["peak_bytes"]) in text and gib(result["needed_bytes"]) in text
     assert gib(result["needed_bytes"] + result["context_bytes"]) in text

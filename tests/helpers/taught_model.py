@@ -48,7 +48,7 @@ def unlearning_config(model: Path, output_dir: Path, stop_when: tuple[str, ...] 
         data=DataConfig(limit=LIMIT),
         objective=ObjectiveConfig(beta=0.06),
         adapter=AdapterConfig(lora_r=8, lora_alpha=8, lora_targets=("all-linear",)),
-        memory=MemoryConfig(gradient_checkpointing=False),
+        memory=MemoryConfig(gradient_checkpointing="off"),
         training=TrainingConfig(**training),
         stopping=StoppingConfig(stop_when=stop_when, eval_every=eval_every),
         output=OutputConfig(output_dir=str(output_dir), eval_rows=LIMIT, eval_batch_size=12, leaks=()),

@@ -330,8 +330,9 @@ def test_a_norm_that_does_not_follow_its_mlp_is_noticed():
     [
         ({"tile_mlp": 0}, "--tile-mlp must be at least 1"),
         ({"offload_checkpoints": True, "gradient_checkpointing": False}, "--offload-checkpoints"),
-        ({"reference_dir": "x"}, "--reference-dir"),
+        ({"reference_dir": "x", "reference": "live"}, "--reference-dir"),
         ({"reference": "warm"}, "--reference must be"),
+        ({"gradient_checkpointing": "sometimes"}, "--gradient-checkpointing must be auto, on or off"),
     ],
 )
 def test_contradictory_switches(memory, message):

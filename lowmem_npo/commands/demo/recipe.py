@@ -61,7 +61,7 @@ class Recipe:
             data=DataConfig(limit=self.limit),
             objective=self.objective,
             adapter=self.adapter,
-            memory=MemoryConfig(gradient_checkpointing=False),  # a model this small needs speed, not memory
+            memory=MemoryConfig(gradient_checkpointing="off", reference="live"),  # it is small
             training=TrainingConfig(
                 batch_size=self.batch_size,
                 retain_batch_size=self.retain_batch_size,

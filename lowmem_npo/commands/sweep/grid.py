@@ -138,7 +138,7 @@ def _parsed(point: GridPoint, parse: Callable[[Sequence[str]], RunConfig]) -> Ru
 def _placed(config: RunConfig, point: GridPoint, root: Path, seed: int) -> RunConfig:
     """`config` with its own directory and seed, and with a reference that it shares with all runs that can share it."""
     memory = config.memory
-    if memory.reference == "cached":
+    if memory.reference != "live":
         shared = Path(memory.reference_dir or RunFiles(root).reference)
         memory = replace(memory, reference_dir=str(shared / point.start.name if point.start.settings else shared))
     return replace(

@@ -154,7 +154,7 @@ def _make(run: SweepRun, bases: Bases, inputs: dict[str, Inputs], say: Say) -> N
     plan = plan_run(config, inputs[key], lines.append)
     files.report_json.unlink(missing_ok=True)  # that of a shorter run would mark this one as finished
     try:
-        with borrowed(bases.loaded(config.model)) as base:
+        with borrowed(bases.loaded(plan.config.model)) as base:
             result = unlearn(plan, base, lines.append)
             del base
     finally:

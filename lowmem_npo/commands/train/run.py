@@ -28,7 +28,9 @@ from lowmem_npo.console import Say, silent
 from lowmem_npo.data import PreparedData, Template, TokenizedRow, TokenizedRows, prepare, preview
 from lowmem_npo.data.fit import Fit, check_fit
 from lowmem_npo.errors import UserError
-from lowmem_npo.estimate.background import keep_budget, watch_memory
+from lowmem_npo.estimate.automatic import as_begun, decide
+from lowmem_npo.estimate.background import Watched, record, watch
+from lowmem_npo.estimate.report import Report
 from lowmem_npo.evaluation.answer_table import save_table, text_table
 from lowmem_npo.evaluation.answers import (
     Evaluations,
@@ -67,7 +69,6 @@ from lowmem_npo.training.forget_level import halved, run_levels
 from lowmem_npo.training.layered import LayeredBatches, check_folds
 from lowmem_npo.training.metrics import MetricsWriter
 from lowmem_npo.training.progress import ConsoleProgress
-from lowmem_npo.training.reference import check_cache_space
 from lowmem_npo.training.trainer import NPOTrainer
 from lowmem_npo.training.training_rows import planned_rows, used_alternatives
 
@@ -84,12 +85,13 @@ class Inputs(NamedTuple):
 
 @dataclass
 class RunPlan:
-    """A validated run. `config` has its memory budget resolved."""
+    """A validated run. `config` has its memory budget, and what `auto` left open, resolved."""
 
     config: RunConfig
     directory: RunDirectory
     tokenizer: PreTrainedTokenizerBase
     data: PreparedData
+    predicted: Report | None = None  # on a GPU, or with a budget
 
     @property
     def steps(self) -> int:
@@ -193,6 +195,7 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
     model_config, tokenizer, data = inputs
     if config.objective.forget_level == "holdout":
         data = halved(data)
+    config = as_begun(config)
     check_has_weights(resolve_name(config.model.model, config.model.revision)[0])
     check_fit(model_config, tokenizer, [data.forget, data.forget_targets, data.retain, data.holdout])
     directory = RunDirectory(config)
@@ -213,11 +216,9 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
         say(f"The base shares {shared[0]} with another layer: the adapter works beside its base, but cannot be merged.")
     apply_switches(adapted, config.memory)  # raises if one does not fit
     rows = planned_rows(config, data)
-    if directory.reference_dir is not None:
-        where = (model_config, DTYPES[config.model.dtype], directory.reference_dir, rows.cache_names)
-        say(check_cache_space(config.objective, rows.forget, rows.retain, *where))
-    directory.config = config = keep_budget(config, data, say)
-    plan = RunPlan(config, directory, tokenizer, data)
+    config, predicted = decide(config, data, model_config, say)
+    directory.config = config
+    plan = RunPlan(config, directory, tokenizer, data, predicted)
     if rows.folds is not None:
         check_folds(rows.folds, config.training.batch_size, plan.steps)
     trained = step_of(next(iter(directory.checkpoints()), None)) if config.output.resume else 0
@@ -258,13 +259,14 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
     if plan.data.forget_targets is plan.data.forget and (remark := in_sentences_of_its_own(before)):
         say(remark)  # of a refusal it does not matter how the answer was said
     PartialState().wait_for_everyone()
-    outcome = _train(plan, trainer, stopping, say)
+    outcome, watched = _train(plan, trainer, stopping, say)
     _save_adapter(trainer, directory)
     after = _measure_after(plan, model, before, say) if measures else {}
 
     steps = trainer.state.global_step if outcome is None else outcome.last.step
     if main_process:
-        finish_audit(directory.path, steps, adapter_step=steps if outcome is None else outcome.kept.step)
+        kept = steps if outcome is None else outcome.kept.step
+        finish_audit(directory.path, steps, adapter_step=kept, training=record(watched, plan.predicted))
         report = write_report(directory.path)
         say(f"\nThe adapter and the measurements are in {directory.path}; what they mean is in its report.html.")
         say(report.verdict.headline)
@@ -346,11 +348,13 @@ def _unless_damaged(read: Callable[..., dict[str, Any]], *where: Any) -> dict[st
         return {}
 
 
-def _train(plan: RunPlan, trainer: NPOTrainer, stopping: Stopping | None, say: Say) -> StopOutcome | None:
+def _train(
+    plan: RunPlan, trainer: NPOTrainer, stopping: Stopping | None, say: Say
+) -> tuple[StopOutcome | None, Watched]:
     """Trains from the last checkpoint or from the beginning. Under --stop-when the model is left with the best adapter
     (in the main process, which saves it)."""
     config, directory = plan.config, plan.directory
-    checkpoint = None
+    checkpoint, watched = None, Watched()
     if config.output.resume:
         also = {} if stopping is None else {"also": stopping.damage}
         main_process = is_main_process(config)
@@ -360,9 +364,11 @@ def _train(plan: RunPlan, trainer: NPOTrainer, stopping: Stopping | None, say: S
     if checkpoint is not None and step_of(checkpoint) >= plan.steps:
         trainer.restore(checkpoint)
     elif not stopped:
-        with watch_memory(config, plan.data, trainer.args.device, say):
+        with watch(config, plan.data, trainer.args.device, plan.predicted, say) as watched:
             trainer.train(resume_from_checkpoint=checkpoint)
-    return stopping.finish() if stopping is not None and is_main_process(config) else None
+        watched.steps = trainer.state.global_step - step_of(checkpoint)
+        say(watched.line(plan.predicted))
+    return stopping.finish() if stopping is not None and is_main_process(config) else None, watched
 
 
 def _save_adapter(trainer: NPOTrainer, directory: RunDirectory) -> None:

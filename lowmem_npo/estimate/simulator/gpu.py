@@ -16,11 +16,13 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from typing import Any
 from unittest import mock
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from lowmem_kernels.launch import Recording, recording
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -36,6 +38,7 @@ from lowmem_npo.estimate.simulator import attention as cuda_attention
 from lowmem_npo.estimate.simulator.autocast import cuda_autocast
 from lowmem_npo.estimate.simulator.operators import FakeOperators
 from lowmem_npo.estimate.simulator.storages import StorageCounter
+from lowmem_npo.estimate.simulator.work import VIEW, Operation, WorkCounter, describe, launch, product
 
 GPU = torch.device("cuda", 0)
 STAND_IN = torch.device("cpu", 0)  # tensors on the host are on torch.device("cpu"), without an index
@@ -47,6 +50,11 @@ class FakeGPU(StorageCounter):
     """Counts storages on the fake GPU; enter it with `fake_gpu()`."""
 
     operators: FakeOperators
+
+    def __init__(self, device_type: str = "cuda", kind: str = "other") -> None:
+        super().__init__(device_type, kind)
+        self.work = WorkCounter()
+        self._described: dict[tuple, Operation | None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is prim.device.default:  # called more often than all others together
@@ -61,6 +69,7 @@ class FakeGPU(StorageCounter):
             args = (args[0], self._positions(args[1]), *args[2:])
         known = _known(func, args, kwargs)
         if isinstance(known, (bool, int)):
+            self._count(func, args, kwargs, known)
             return known
         if func is aten.nonzero.default and known is not None:
             result = args[0].new_empty(known.shape, dtype=torch.int64)
@@ -76,7 +85,25 @@ class FakeGPU(StorageCounter):
                 if leaf is not None:  # the gradient of a bias that there is not
                     self._see(leaf)
             self.transient(size)
+        self._count(func, args, kwargs, result)
         return result
+
+    def _count(self, func: Any, args: tuple, kwargs: dict, result: Any) -> None:
+        if self.operators.is_view(func):
+            self.work.add(VIEW)
+            return
+        key = self.operators.key(func, args, kwargs)
+        operation = self._described.get(key, ...) if key is not None else ...
+        if operation is ...:
+            operation = describe(func, args, kwargs, result, self.operators.here)
+            if key is not None:
+                self._described[key] = operation
+        if operation is not None:
+            self.work.add(operation)
+
+    def product(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+        """The chunks engine's product, in whose form only CUDA has it."""
+        self.work.add(product(a, b, out))
 
     def _positions(self, indices: list[Tensor | None]) -> list[Tensor | None]:
         """Boolean indices as the positions where they are true, as CUDA's own indexing converts them."""
@@ -88,6 +115,17 @@ class FakeGPU(StorageCounter):
             else:
                 result.append(index)
         return result
+
+
+class _Launches(Recording):
+    """Counts the launches of our own kernels, and keeps none of their tensors."""
+
+    def __init__(self, capability: tuple[int, int], work: WorkCounter) -> None:
+        super().__init__(capability, [])
+        self._work = work
+
+    def add(self, kernel: object, arguments: dict) -> None:
+        self._work.add(launch(arguments.values()))
 
 
 @contextlib.contextmanager
@@ -111,6 +149,9 @@ def fake_gpu(kind: str = "other", capability: tuple[int, int] = CAPABILITY) -> I
         warnings.filterwarnings("ignore", message="Accessing the data pointer")  # as the copy of a fake tensor does
         stack.enter_context(mock.patch("peft.tuners.lora.dora.dequantize_module_weight", _whole_weight))
         stack.enter_context(_kernels_of_a_cuda_build())
+        stack.enter_context(recording(capability, _Launches(capability, counter.work)))
+        if find_spec("triton") is not None:
+            stack.enter_context(mock.patch("lowmem_kernels.chunks_engine.product", counter.product))
         stack.enter_context(cuda_autocast())
         counter.operators = FakeOperators(stack.enter_context(_FakeCuda()), GPU)
         try:

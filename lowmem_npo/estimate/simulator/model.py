@@ -27,7 +27,7 @@ def fake_model(architecture: PretrainedConfig, config: ModelConfig) -> PreTraine
     `Params4bit`, which cannot hold a fake tensor, is replaced by a plain parameter with the same attributes.
     """
     dtype, attention = DTYPES[config.dtype], attention_of(architecture, config.attn)
-    quantization = quantization_of(architecture, config.qlora, dtype)
+    quantization = quantization_of(architecture, config.qlora, dtype, config.double_quant != "off")
     with _disable_current_modes(), torch.device("meta"), quantising() if quantization else nullcontext():
         model = AutoModelForCausalLM.from_config(architecture, attn_implementation=attention, dtype=dtype)
         if quantization:

@@ -34,15 +34,15 @@ class FakeOperators:
 
     def __call__(self, func: Any, args: tuple, kwargs: dict) -> Any:
         category = self._categories.get(func) or self._categories.setdefault(func, _category(func))
-        if category == "in place" and self._here(args[0]):
+        if category == "in place" and self.here(args[0]):
             return args[0]
-        if category in ("view", "views") and self._here(args[0]):
+        if category in ("view", "views") and self.here(args[0]):
             with in_kernel_invocation_manager(self.mode):
                 result = func(*args, **kwargs)
             if category == "views":
                 return [self._fake(view) for view in result]
             return result if result is args[0] else self._fake(result)
-        key = self._key(func, args, kwargs) if category == "function" else None
+        key = self.key(func, args, kwargs) if category == "function" else None
         if key is None:
             return func(*args, **kwargs)
         known = self._results.get(key)
@@ -57,23 +57,30 @@ class FakeOperators:
             return self._new(known)
         return tuple(None if shape is None else self._new(shape) for shape in known)
 
-    def _here(self, x: Any) -> bool:
+    def is_view(self, func: Any) -> bool:
+        """Whether the operator gives views of its first argument."""
+        return (self._categories.get(func) or _category(func)) in ("view", "views")
+
+    def here(self, x: Any) -> bool:
+        """Whether `x` is a fake tensor on the device."""
         return isinstance(x, FakeTensor) and x.fake_mode is self.mode and x.device == self.device
 
-    def _key(self, func: Any, args: tuple, kwargs: dict) -> tuple | None:
-        """None where shapes do not determine the result: tensors on other devices, or none at all."""
+    def key(self, func: Any, args: tuple, kwargs: dict) -> tuple | None:
+        """What the shapes of the result and the work depend on.
+
+        None where shapes do not determine the result: tensors on other devices, or none at all."""
         parts: list[Any] = [func]
         any_tensor = False
         for x in (*args, *kwargs.items()):
             if isinstance(x, Tensor):
-                if not self._here(x):
+                if not self.here(x):
                     return None
                 any_tensor = True
                 parts.append(Shape(x.dtype, tuple(x.shape), x.stride()))
             elif isinstance(x, (list, tuple)):
                 for y in x:
                     if isinstance(y, Tensor):
-                        if not self._here(y):
+                        if not self.here(y):
                             return None
                         any_tensor = True
                         parts.append(Shape(y.dtype, tuple(y.shape), y.stride()))
@@ -93,7 +100,7 @@ class FakeOperators:
         return self._shape(result)
 
     def _shape(self, result: Any) -> Shape | None:
-        if not self._here(result) or result.storage_offset():
+        if not self.here(result) or result.storage_offset():
             return None
         return Shape(result.dtype, tuple(result.shape), result.stride())
 

@@ -60,7 +60,7 @@ class LiveReference:
         """(N,) float32, one for each answer token."""
         with reference_mode(self.model):
             answers = answer_hidden(self.model, batch)
-            return token_logprobs(answers.hidden, self.head, answers.targets)
+            return token_logprobs(answers.hidden, self.head, answers.targets, checked=True)
 
     def answer_hidden(self, batch: RowBatch) -> Tensor:
         """(N, d), one row for each answer token."""

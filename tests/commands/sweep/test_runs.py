@@ -65,7 +65,8 @@ def alone(model: Path, folder: Path, place: str, *more: str) -> Path:
     """The sweep's run at `place`, made by `train`."""
     seed = place.rpartition("-")[2]
     tiled = ["--tile-mlp", "16"] if "tile-mlp=16" in place else []
-    config = parse_run(options(model, folder, "--delta", "0.5", "--seed", seed, *tiled, *more), "train")
+    settings = ("--delta", "0.5", "--seed", seed, "--reference", "live", *tiled, *more)
+    config = parse_run(options(model, folder, *settings), "train")
     train(config, say=lambda line: None)
     return folder
 

@@ -1,0 +1,134 @@
+"""How long a step takes on a GPU, from what it does: a prediction that no measurement on a GPU has checked yet.
+
+The host calls one operator after the other; the GPU runs their kernels in that order, each no earlier than it is called
+and no earlier than the one before it is done. For each kernel
+
+    seconds = max(FLOPs / (0.9 * reached * peak), bytes / (0.8 * bandwidth), 2e-6)
+
+with `peak`, `reached` and `bandwidth` of the table of GPUs. The parts of the formula and where they come from:
+
+- 0.9: most products of a step have not the shape at which `reached` was measured. Attention runs at 0.4 of the peak:
+  FlashAttention-2 at 0.5-0.7 on an A100, 0.35 on an H100 (Dao 2023).
+- 0.8 of the bandwidth: between BabelStream's (0.85-0.9 on these cards) and what kernels with several operands reach.
+- An operator takes 20 microseconds of the host, a view 4. With these, an eager Llama-7B on an A100, bound by the host,
+  makes the 25.5 tokens a second that its authors measured (PyTorch blog, Accelerating Generative AI II, 2023; about 52
+  kernels and 35 views in each of 32 layers). A slower CPU takes longer.
+- Copies between host and GPU run beside the kernels, at 0.8 of the bus. Where the host waits, it goes on when the GPU
+  is done.
+
+Loading, measuring before and after, and checkpoints come on top of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from lowmem_npo.estimate.gpus import GPUModel
+from lowmem_npo.estimate.simulator.work import Operation
+from lowmem_npo.estimate.step import Work
+
+PRODUCTS, ATTENTION, MEMORY, BUS = 0.9, 0.4, 0.8, 0.8  # of what the table says
+SHORTEST = 2e-6  # seconds of a kernel
+CALL, VIEW = 20e-6, 4e-6  # seconds of the host
+ERROR = "not checked on a GPU; the truth may be half of it or twice"
+
+
+class Seconds(NamedTuple):
+    """Of one step, or a part of it."""
+
+    total: float
+    gpu: float  # in which kernels run
+    host: float  # that the host needs to call them
+
+
+@dataclass(frozen=True)
+class RunTime:
+    """A step of a run's first epoch, one of the epochs that follow, and how many there are of each, if known."""
+
+    first: Seconds
+    later: Seconds
+    steps: tuple[int, int] | None
+
+    @property
+    def hours(self) -> float | None:
+        """Of all steps."""
+        if self.steps is None:
+            return None
+        return (self.first.total * self.steps[0] + self.later.total * self.steps[1]) / 3600
+
+    @property
+    def mean(self) -> float:
+        """Seconds of a step, over all of them."""
+        return self.hours * 3600 / sum(self.steps) if self.hours is not None and self.steps else self.first.total
+
+    def lines(self, gpu: str) -> list[str]:
+        """For people."""
+        first, later = self.first, self.later
+        bound = "the GPU computes all the time" if first.gpu > first.host else "the GPU waits for the host"
+        lines = [f"time of a step on {gpu} (predicted): {first.total:.2f} s; {bound}"]
+        if later != first:
+            lines[0] = f"time of a step on {gpu} (predicted): {first.total:.2f} s, {later.total:.2f} s once the "
+            lines[0] += f"reference is cached; {bound}"
+        if self.hours is not None and self.steps is not None:
+            lines += [f"time of all {sum(self.steps)} steps: {duration(self.hours)}"]
+        return [*lines, f"  ({ERROR})"]
+
+    def as_json(self) -> dict[str, Any]:
+        """For machines."""
+        return {
+            "predicted": True,
+            "seconds_per_step": self.first.total,
+            "seconds_per_step_cached": self.later.total,
+            "gpu_seconds": self.first.gpu,
+            "host_seconds": self.first.host,
+            "steps": None if self.steps is None else sum(self.steps),
+            "hours": self.hours,
+            "error": ERROR,
+        }
+
+
+def duration(hours: float) -> str:
+    """For people: seconds, minutes or hours."""
+    for unit, size in (("hours", 1.0), ("minutes", 1 / 60)):
+        if hours >= size:
+            return f"{hours / size:.1f} {unit}"
+    return f"{hours * 3600:.0f} seconds"
+
+
+def kernel_seconds(operation: Operation, gpu: GPUModel) -> float:
+    """Of one kernel on `gpu`."""
+    peak = 1e12 * (gpu.half * gpu.reached if operation.half else gpu.single)
+    share = ATTENTION / gpu.reached if operation.part == "attention" else PRODUCTS
+    work = operation.flops / (share * peak) if operation.flops else 0.0
+    return max(work, operation.bytes / (MEMORY * 1e9 * gpu.bandwidth), SHORTEST)
+
+
+def seconds(operations: Iterable[Operation], gpu: GPUModel) -> Seconds:
+    """Of `operations`, one after the other."""
+    known: dict[Operation, float] = {}
+    host = waited = busy = gpu_free = bus_free = 0.0
+    for operation in operations:
+        host += VIEW if operation.kind == "view" else CALL
+        if operation.kind == "kernel":
+            duration = known.get(operation)
+            if duration is None:
+                duration = known[operation] = kernel_seconds(operation, gpu)
+            gpu_free = max(gpu_free, host + waited) + duration
+            busy += duration
+        elif operation.kind == "copy":
+            bus_free = max(bus_free, gpu_free) + operation.bytes / (BUS * 1e9 * gpu.bus)
+            if operation.waits:
+                gpu_free = max(gpu_free, bus_free)
+        if operation.waits:
+            waited = max(waited, gpu_free - host)
+    return Seconds(max(host + waited, gpu_free, bus_free), busy, host)
+
+
+def step_seconds(work: Work, micro_batches: int, gpu: GPUModel) -> Seconds:
+    """Of an optimiser step: `work` is that of one of its micro-batches, and the optimiser's."""
+    by_micro_batch = [operation for part, some in work if part != "optimizer" for operation in some]
+    optimizer = [operation for part, some in work if part == "optimizer" for operation in some]
+    one, last = seconds(by_micro_batch, gpu), seconds(optimizer, gpu)
+    return Seconds(*(micro_batches * a + b for a, b in zip(one, last, strict=True)))
