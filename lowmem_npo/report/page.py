@@ -55,6 +55,7 @@ def render_page(content: Content, examples: int) -> str:
     settings, model = content.settings, model_name(content)
     return environment.get_template("report.html.jinja").render(
         c=content,
+        cost=cost(content),
         directory=content.directory,
         model_name=model,
         first_page=first_page(content, model),
@@ -107,6 +108,22 @@ def audit_lines(audit: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None
         yield "Versions", ", ".join(f"{name} {version}" for name, version in session["versions"].items()), None
     if (duration := seconds(audit["sessions"])) is not None:
         yield "Duration", f"{duration:.0f} seconds, measuring included", None
+
+
+def cost(content: Content) -> str | None:
+    """What a step of the last session took beside what was predicted of it; None where that was not recorded."""
+    took = (content.audit["sessions"][-1].get("training") or {}) if content.audit else {}
+    if not took.get("seconds_per_step"):
+        return None
+    parts = [f"{took['seconds_per_step']:.3g} s" + _predicted(took.get("predicted_seconds_per_step"), "{:.3g} s")]
+    if took.get("peak_bytes"):
+        peak, predicted = took["peak_bytes"] / 2**30, took.get("predicted_peak_bytes")
+        parts.append(f"{peak:.2f} GiB" + _predicted(predicted and predicted / 2**30, "{:.2f} GiB"))
+    return f"A step took {' and '.join(parts)}."
+
+
+def _predicted(value: float | None, form: str) -> str:
+    return f" (predicted: {form.format(value)})" if value else ""
 
 
 def model_name(content: Content) -> str:
