@@ -298,8 +298,8 @@ class MemoryConfig(Checked):
     """Whether each layer is recomputed in the backward pass instead of keeping its activations. auto: unless they fit
     into the memory that is free, or into --memory-budget."""
     sliced_float32: bool = True
-    """Compute norms and rotary embeddings, which work in float32, a slice at a time, and keep no float32 copy of the
-    hidden states for the backward pass."""
+    """Keep no float32 copy of hidden states: norms, rotary embeddings and gated activations are fused kernels on a GPU;
+    where no kernel does it, norms and rotary embeddings work on a slice of the tokens at a time."""
     offload_checkpoints: bool = False
     """Keep the layers' inputs, from which they are recomputed, in the host's memory; copied while the GPU computes."""
     tile_mlp: Count | None = None

@@ -329,12 +329,19 @@ def test_the_kernels_alone():
     model, input_ids = tiny_model("llama"), torch.randint(0, 97, (1, 12))
     embedding = model.get_input_embeddings().weight.requires_grad_()
     names = {"model": model, "input_ids": input_ids, "ref_hidden": torch.randn(11, 32)}
-    (text,) = python(DOCS / "kernels.md")
-    exec(compile(text, "kernels.md", "exec"), names)
+    head, layers = python(DOCS / "kernels.md")
+    exec(compile(head, "kernels.md", "exec"), names)
     expected = model(input_ids).logits[0, :-1].log_softmax(-1)[torch.arange(11), input_ids[0, 1:]]
     for logprobs in (names["logp"], names["logprobs"]):
         torch.testing.assert_close(logprobs, expected, rtol=1e-4, atol=1e-4)
     assert embedding.grad.abs().sum() > 0
+    q, k = torch.randn(1, 4, 11, 8), torch.randn(1, 2, 11, 8)
+    table = {"cos": torch.ones(1, 11, 8), "sin": torch.zeros(1, 11, 8)}
+    names = {"x": torch.randn(11, 32), "weight": torch.ones(32), "q": q, "k": k, **table}
+    names |= {"gate": torch.zeros(11, 48), "up": torch.ones(11, 48)}
+    exec(compile(layers, "kernels.md", "exec"), names)
+    torch.testing.assert_close(names["y"].var(1, correction=0), torch.ones(11), rtol=1e-4, atol=1e-4)
+    assert torch.equal(names["q"], q) and torch.equal(names["k"], k) and not names["h"].any()
 
 
 def test_from_python(desk):
