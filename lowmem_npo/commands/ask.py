@@ -216,6 +216,8 @@ def load(options: AskOptions, say: Say) -> Asked:
         run = settings_of_run(str(folder))
         name, revision = resolve_base(str(folder), options.model, options.revision, options.any_base, say)
         settings |= {"model": name, "revision": revision, "qlora": options.qlora or bool(run.get("qlora"))}
+        if options.double_quant == "auto":
+            settings["double_quant"] = run.get("double_quant", "auto")
     else:
         settings["model"], line = resolve_name(options.run, options.revision)
         if line:

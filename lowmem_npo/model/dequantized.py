@@ -32,12 +32,12 @@ class DequantizedBase:
     rounded: Mapping[str, bool]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, dtype: torch.dtype) -> DequantizedBase:
-        """dtype: in which the weights were quantised, and are dequantised: the run's own.
+    def of(cls, checkpoint: Checkpoint, dtype: torch.dtype, double_quant: bool = True) -> DequantizedBase:
+        """dtype: in which the weights were quantised, and are dequantised: the run's own, as `double_quant` is.
 
         Raises UserError for a layer that the checkpoint stores in parts.
         """
-        architecture, recipe = checkpoint.configuration(), nf4(dtype)
+        architecture, recipe = checkpoint.configuration(), nf4(dtype, double_quant)
         with torch.device("meta"), quantising():
             whole = AutoModelForCausalLM.from_config(architecture)
             model: Any = AutoModelForCausalLM.from_config(architecture)

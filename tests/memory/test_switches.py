@@ -21,8 +21,10 @@ from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig
 from lowmem_npo.data import RowBatch
 from lowmem_npo.errors import UserError
 from lowmem_npo.memory import float32, offload, prefix, switches, tiling
+from lowmem_npo.memory.checkpointing import is_checkpointed
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import answer_hidden, attach_lora, load_model
+from lowmem_npo.model.layers import decoder_layers
 
 FORGET, RETAIN = random_rows(4, seed=1), random_rows(4, seed=2)
 PLAIN = {"sliced_float32": False, "gradient_checkpointing": False}
@@ -332,7 +334,7 @@ def test_a_norm_that_does_not_follow_its_mlp_is_noticed():
         ({"offload_checkpoints": True, "gradient_checkpointing": False}, "--offload-checkpoints"),
         ({"reference_dir": "x", "reference": "live"}, "--reference-dir"),
         ({"reference": "warm"}, "--reference must be"),
-        ({"gradient_checkpointing": "sometimes"}, "--gradient-checkpointing must be auto, on or off"),
+        ({"gradient_checkpointing": "sometimes"}, "--gradient-checkpointing must be one of auto, on, off"),
     ],
 )
 def test_contradictory_switches(memory, message):
@@ -391,3 +393,18 @@ def test_only_the_named_layers_get_adapters(targets):
 )
 def test_tile_mlp_needs_no_value(flags, rows):
     assert parse_run(["--model", "x", *flags], "train").memory.tile_mlp == rows
+
+
+@pytest.mark.parametrize(
+    ("adapter", "recomputed"),
+    [
+        ({"lora_layers": ("1",)}, [False, True]),
+        ({}, [True, True]),
+        ({"lora_layers": ("1",), "modules_to_save": ("embed_tokens",)}, [True, True]),
+    ],
+    ids=["upper", "both", "with the embedding"],
+)
+def test_layers_are_recomputed_from_the_lowest_adapter_up(adapter, recomputed):
+    model = attach_lora(tiny_model("llama"), AdapterConfig(**{**ADAPTER, **adapter}))
+    apply_switches(model, MemoryConfig(gradient_checkpointing="on"))
+    assert [is_checkpointed(layer) for layer in decoder_layers(model)] == recomputed

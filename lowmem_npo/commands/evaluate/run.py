@@ -84,6 +84,8 @@ def plan_evaluation(
     """
     model_config = _model_config(config, say)
     run = settings_of_run(config.adapter) if config.adapter else {}
+    if model_config.double_quant == "auto":  # the base is quantised as the adapter's run had it
+        model_config = replace(model_config, double_quant=run.get("double_quant", "auto"))
     limit = first or (run.get("limit") if config.bundled else None)
     config = config.completed(run)
     architecture = load_config(model_config)

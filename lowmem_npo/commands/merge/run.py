@@ -128,8 +128,10 @@ def _plan(config: MergeConfig, name: str, revision: str | None) -> Plan:
 def _write(config: MergeConfig, checkpoint: Checkpoint, updates: Updates, out: Path, base: str) -> None:
     if base == WHOLE:
         return write_merged(checkpoint, updates, out, DTYPES[config.dtype])
-    compute = COMPUTE_TYPES[settings_of_run(config.adapter).get("dtype", "bf16")]
-    write_merged(checkpoint, updates, out, DTYPES[config.dtype], DequantizedBase.of(checkpoint, compute))
+    run = settings_of_run(config.adapter)
+    compute, double_quant = COMPUTE_TYPES[run.get("dtype", "bf16")], run.get("double_quant") != "off"
+    rounded = DequantizedBase.of(checkpoint, compute, double_quant)
+    write_merged(checkpoint, updates, out, DTYPES[config.dtype], rounded)
 
 
 def _measure(plan: Plan, partial: Path) -> str:
