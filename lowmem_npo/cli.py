@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 import lowmem_npo
+from lowmem_npo.endings import Interrupted, failure, handled, interrupt
 from lowmem_npo.errors import UserError
 from lowmem_npo.libraries import expand_segments, prepare_console
 
@@ -40,7 +42,8 @@ def usage() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Exit codes: 0 success, 1 a check of the command failed (it exits by itself), 2 something that
-    the user can fix (reported in one sentence), 130 interrupted, 141 the output's reader, such as `head`, has gone."""
+    the user can fix (reported in one sentence), 130 interrupted (143 by SIGTERM, 129 by SIGHUP), 141 the output's
+    reader, such as `head`, has gone."""
     prepare_console()
     expand_segments()
     try:
@@ -65,13 +68,23 @@ def _run(arguments: Sequence[str]) -> int:
     if command not in COMMANDS:
         print(f"lowmem-npo: there is no command '{command}'; the commands are {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
+
+    def ended(why: object, code: int) -> int:
+        print(f"lowmem-npo {command}: {why}", file=sys.stderr)
+        return code
+
+    hint = "the same command with --resume goes on from what it has written" if command in RESUMABLE else ""
     try:
-        importlib.import_module(f"lowmem_npo.commands.{command}").main(rest)
+        with handled(interrupt):
+            importlib.import_module(f"lowmem_npo.commands.{command}").main(rest)
     except UserError as error:
-        print(f"lowmem-npo {command}: {error}", file=sys.stderr)
-        return 2
+        return ended(error, 2)
     except KeyboardInterrupt:
-        hint = "; the same command with --resume goes on from what it has written" if command in RESUMABLE else ""
-        print(f"lowmem-npo {command}: interrupted{hint}.", file=sys.stderr)
-        return 130
+        return ended(Interrupted(signal.SIGINT, hint), 130)
+    except Interrupted as error:
+        return ended(error if error.left else Interrupted(error.number, hint), error.code)
+    except Exception as error:
+        if (what := failure(error)) is None:
+            raise
+        return ended(f"{what}.", 2)
     return 0

@@ -15,13 +15,17 @@ from collections.abc import Iterator
 from functools import cache
 from unittest import mock
 
+REPORTS_HOME = ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK")  # what switches that off
 HUB_SECONDS = 5  # within which the hub answers
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second one: PyTorch before 2.9
 
 
 def prepare_console() -> None:
-    """For every command, before it imports a library: what the terminal's encoding lacks is printed as an escape, and
-    bitsandbytes, which PEFT imports, does not report an optional CPU kernel missing."""
+    """For every command, before it imports a library: what the terminal's encoding lacks is printed as an escape, no
+    library reports to anybody what is done here, and bitsandbytes, which PEFT imports, does not report an optional CPU
+    kernel missing."""
+    os.environ.update(dict.fromkeys(REPORTS_HOME, "1"))
+    os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # of `datasets`, which counts local files, too
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -97,6 +97,14 @@ def run_of_adapter(folder: Path) -> RunFiles:
     return RunFiles(folder.parent if folder.name.startswith("checkpoint-") else folder)
 
 
+def what_is_left(run: RunFiles) -> str:
+    """Of a run that has ended before its end: what `--resume` does."""
+    if not run.run_yaml.exists():
+        return "nothing was written"
+    newest = next(iter(run.checkpoints()), None)
+    return "the same command with --resume " + (f"goes on from '{newest}'" if newest else "starts it again")
+
+
 class RunDirectory(RunFiles):
     """The directory of the run that `config` describes."""
 

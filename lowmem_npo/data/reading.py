@@ -2,7 +2,7 @@
 
 JSON and CSV are read by the standard library, which guesses no types: `datasets` would make timestamps of a column
 whose every value looks like "1969-12-21", 42 of "0042" and a missing value of the answer "NA". It also knows the
-line of a mistake. Parquet, Arrow and the hub go through `datasets`.
+line of a mistake. Parquet and Arrow are read by pyarrow, the hub through `datasets`.
 
 Local files leave no copy behind in the `datasets` cache: what is to be forgotten should not linger there.
 `datasets` is imported where it is used: an estimate without data would spend much of its time on that import.
@@ -11,12 +11,9 @@ Local files leave no copy behind in the `datasets` cache: what is to be forgotte
 from __future__ import annotations
 
 import csv
-import glob
 import gzip
 import json
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -308,28 +305,18 @@ def _separator(path: Path) -> str:
 
 
 def _read_table(name: str, path: Path) -> Rows:
-    """Parquet or Arrow, through a cache that is removed afterwards. The path is not a glob pattern."""
-    import datasets
+    """Parquet or Arrow, without the copy on the disk that `datasets` would make, and leave behind if it is killed."""
+    import pyarrow
+    import pyarrow.parquet
 
-    builder, files = path.suffix.lower()[1:], glob.escape(str(path.resolve()))
-    with tempfile.TemporaryDirectory(prefix="lowmem-npo-") as cache, _quietly():
-        return Rows(name, datasets.load_dataset(builder, data_files=files, split="train", cache_dir=cache).to_list())
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """No progress bars or logged errors from `datasets`: a local file is quick, and its errors are reported once."""
-    import datasets
-
-    bars, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        if not bars:
-            datasets.enable_progress_bars()
+    if kind_of(path) == ".parquet":
+        return Rows(name, pyarrow.parquet.ParquetFile(path).read().to_pylist())
+    with path.open("rb") as file:
+        try:
+            return Rows(name, pyarrow.ipc.open_stream(file).read_all().to_pylist())
+        except pyarrow.ArrowInvalid:  # the other of Arrow's two formats
+            file.seek(0)
+            return Rows(name, pyarrow.ipc.open_file(file).read_all().to_pylist())
 
 
 def _read_hub(name: str, repo: str, config: str | None, split: str | None, revision: str | None) -> Rows:

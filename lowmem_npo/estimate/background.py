@@ -104,6 +104,8 @@ def watch(
     try:
         yield watched
     except torch.OutOfMemoryError as error:
+        if device.type != "cuda":
+            raise
         raise UserError(_what_would_fit(config, data, device, predicted)) from error
     watched.seconds = time.monotonic() - begin
     if device.type == "cuda":

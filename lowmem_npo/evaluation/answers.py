@@ -152,7 +152,7 @@ def in_sentences_of_its_own(evaluations: Mapping[str, AnswerEvaluation]) -> str 
 def save_answers(path: Path, evaluations: Mapping[str, AnswerEvaluation]) -> None:
     """before.json and its like: every set with its summary and its rows."""
     content = {name: asdict(evaluation) for name, evaluation in evaluations.items()}
-    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n", private=True)
 
 
 def read_answers(path: Path, output: OutputConfig | None = None) -> Evaluations:

@@ -76,7 +76,8 @@ class EvaluationDirectory(EvaluationFiles):
     def save(self, evaluation: Evaluation) -> None:
         """evaluation.json, the scored rows, and what benchmarks write by themselves."""
         rows = evaluation.rows_to_json()
-        write_atomically(self.rows, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_atomically(self.rows, lines, private=True)
         for benchmark in BENCHMARKS:
             if benchmark.name in evaluation.scores:
                 benchmark.save(evaluation.scores[benchmark.name], self)

@@ -35,7 +35,7 @@ def write_report(directory: Path, examples: int | None = None) -> Content:
     }
     try:
         for path, text in texts.items():
-            write_atomically(path, text)
+            write_atomically(path, text, private=path == files.report_html and examples > 0)
     except OSError as error:
         raise UserError(f"The report cannot be written into '{directory}': {error.strerror}.") from error
     return content

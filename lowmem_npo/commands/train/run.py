@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from lowmem_npo.config import RunConfig
 from lowmem_npo.console import Say, silent
 from lowmem_npo.data import PreparedData, Template, TokenizedRow, TokenizedRows, prepare, preview
 from lowmem_npo.data.fit import Fit, check_fit
+from lowmem_npo.endings import Interrupted, failure, handled
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.automatic import as_begun, decide
 from lowmem_npo.estimate.background import Watched, record, watch
@@ -61,13 +63,14 @@ from lowmem_npo.model.weights import check_has_weights
 from lowmem_npo.report.audit import begin_audit, check_same_adapter, check_same_rows, finish_audit
 from lowmem_npo.report.evaluation_text import leaks_text
 from lowmem_npo.report.files import write_report
-from lowmem_npo.run_directory import RunDirectory, check_disk, step_of
+from lowmem_npo.run_directory import RunDirectory, RunFiles, check_disk, step_of, what_is_left
 from lowmem_npo.training.arguments import check_trainer_args, npo_config
 from lowmem_npo.training.checkpoints import resume_point
 from lowmem_npo.training.early_stopping import StopOutcome, Stopping
 from lowmem_npo.training.forget_level import halved, run_levels
 from lowmem_npo.training.layered import LayeredBatches, check_folds
 from lowmem_npo.training.metrics import MetricsWriter
+from lowmem_npo.training.preemption import Preemption
 from lowmem_npo.training.progress import ConsoleProgress
 from lowmem_npo.training.trainer import NPOTrainer
 from lowmem_npo.training.training_rows import planned_rows, used_alternatives
@@ -137,7 +140,15 @@ def train(config: RunConfig, say: Say = print) -> RunResult | None:
     say = say if main_process else silent
     trains = output.preview is None and not output.dry_run
     with claimed(config.output_dir, say) if main_process and trains else nullcontext():
-        return _train_claimed(config, say)
+        try:
+            return _train_claimed(config, say)
+        except (KeyboardInterrupt, Interrupted) as error:
+            number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+            raise Interrupted(number, what_is_left(RunFiles(config.output_dir))) from None
+        except Exception as error:
+            if (what := failure(error)) is None:
+                raise
+            raise UserError(f"{what}; {what_is_left(RunFiles(config.output_dir))}.") from error
 
 
 def _train_claimed(config: RunConfig, say: Say) -> RunResult | None:
@@ -259,7 +270,10 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
     if plan.data.forget_targets is plan.data.forget and (remark := in_sentences_of_its_own(before)):
         say(remark)  # of a refusal it does not matter how the answer was said
     PartialState().wait_for_everyone()
-    outcome, watched = _train(plan, trainer, stopping, say)
+    preemption = Preemption()
+    trainer.add_callback(preemption)
+    with handled(preemption.hear):
+        outcome, watched = _train(plan, trainer, stopping, say, preemption)
     _save_adapter(trainer, directory)
     after = _measure_after(plan, model, before, say) if measures else {}
 
@@ -349,7 +363,7 @@ def _unless_damaged(read: Callable[..., dict[str, Any]], *where: Any) -> dict[st
 
 
 def _train(
-    plan: RunPlan, trainer: NPOTrainer, stopping: Stopping | None, say: Say
+    plan: RunPlan, trainer: NPOTrainer, stopping: Stopping | None, say: Say, preemption: Preemption
 ) -> tuple[StopOutcome | None, Watched]:
     """Trains from the last checkpoint or from the beginning. Under --stop-when the model is left with the best adapter
     (in the main process, which saves it)."""
@@ -366,6 +380,7 @@ def _train(
     elif not stopped:
         with watch(config, plan.data, trainer.args.device, plan.predicted, say) as watched:
             trainer.train(resume_from_checkpoint=checkpoint)
+        preemption.check()
         watched.steps = trainer.state.global_step - step_of(checkpoint)
         say(watched.line(plan.predicted))
     return stopping.finish() if stopping is not None and is_main_process(config) else None, watched

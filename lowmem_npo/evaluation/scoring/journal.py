@@ -40,7 +40,7 @@ class Journal:
 
     def write(self, part: str, rows: Sequence[int], values: Sequence[Any]) -> None:
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
+            with open(self.path, "a", encoding="utf-8", opener=_private) as file:
                 entry = {"part": part, "rows": list(rows), "values": list(values)}
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         self._known.setdefault(part, {}).update(zip(rows, values, strict=True))
@@ -68,3 +68,8 @@ class Journal:
                     self.write(part, rows, measure(rows))
                 bar.update(len(rows))
         return [self.known(part)[row] for row in range(len(lengths))]
+
+
+def _private(path: str, flags: int) -> int:
+    """It may hold text of rows, in answers: nobody else reads it."""
+    return os.open(path, flags, 0o600)

@@ -1,0 +1,61 @@
+"""How a command ends before its end: by a signal, or because the machine fails it. Each is a sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+MOST = 200  # characters of an error's own text
+SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # what ends a job on a shared machine
+UNWRITTEN = ("PytorchStreamWriter failed", "unexpected pos", "basic_ios::clear")  # of torch.save
+UNALLOCATED = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+
+
+class Interrupted(BaseException):
+    """A signal ended the command. The message says what is left of it; `code` is the exit code."""
+
+    def __init__(self, number: int, left: str = "") -> None:
+        name = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+        super().__init__(f"{name}; {left}." if left else f"{name}.")
+        self.number, self.left, self.code = number, left, 128 + number
+
+
+@contextlib.contextmanager
+def handled(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Calls `handler` for each of SIGNALS, but for those that the process was started to ignore (nohup)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    heard = [number for number in SIGNALS if before[number] is not signal.SIG_IGN]
+    for number in heard:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number in heard:
+            signal.signal(number, before[number])
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(number)
+
+
+def failure(error: BaseException) -> str | None:
+    """What of the machine failed, as a clause, if `error` is of that kind: its disk, its memory, its GPU's memory."""
+    kind, text = type(error).__name__, " ".join(str(error).split())[:MOST]
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+        reason = (os.strerror(error.errno) if error.errno else "") or text
+        return f"'{error.filename}': {reason}" if error.filename else reason
+    if kind == "OutOfMemoryError":
+        return "the GPU ran out of memory: give a smaller batch, or for a run --memory-budget, which finds what fits"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(t in text for t in UNALLOCATED)):
+        return "the machine ran out of memory"
+    if kind == "SafetensorError" or (isinstance(error, RuntimeError) and any(t in text for t in UNWRITTEN)):
+        return f"a file of weights could not be read or written ({text}): is the disk full?"
+    return None

@@ -1,0 +1,133 @@
+"""Runs that end before their end: what they say, and that they go on to the same bits."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from lowmem_npo.cli import main
+from lowmem_npo.endings import failure
+from lowmem_npo.run_directory import RunFiles
+from lowmem_npo.training.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+SETTINGS = ("--dtype", "float32", "--device", "cpu", "--eval-rows", "0", "--batch-size", "3", "--limit", "9",
+            "--max-steps", "12", "--lr", "1e-2", "--lora-dropout", "0.1")  # fmt: skip
+
+
+def arguments(model: Path, folder: Path, *more: str) -> list[str]:
+    return ["train", "--model", str(model), *SETTINGS, "--output-dir", str(folder), *more]
+
+
+def start(model: Path, folder: Path, *more: str, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "lowmem_npo", *arguments(model, folder, *more)]
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(byte_model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert main(arguments(byte_model, folder)) == 0
+    return folder
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = (load_file(RunFiles(folder).weights) for folder in (one, other))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_job_that_is_ended_saves_first(number, code, byte_model, whole, tmp_path):
+    run = start(byte_model, tmp_path / "run", "--save-strategy", "no")
+    deadline = time.monotonic() + 300
+    metrics = RunFiles(tmp_path / "run").metrics
+    while not (metrics.exists() and len(read_metrics(metrics)) >= 2):
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    run.send_signal(number)
+    _, error = run.communicate(timeout=300)
+    (checkpoint,) = RunFiles(tmp_path / "run").checkpoints()
+    last = error.splitlines()[-1]
+    assert run.returncode == code and f"ended by {number.name}" in last and f"goes on from '{checkpoint}'" in last
+    assert "Traceback" not in error and not RunFiles(tmp_path / "run").weights.exists()
+    assert main(arguments(byte_model, tmp_path / "run", "--save-strategy", "no", "--resume")) == 0
+    assert same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize(
+    "where, left", [("read_inputs", "nothing was written"), ("_train", "--resume starts it again")]
+)
+def test_an_interrupted_run_says_what_is_left(where, left, byte_model, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"lowmem_npo.commands.train.run.{where}", interrupted)
+    assert main(arguments(byte_model, tmp_path / "run")) == 130
+    error = capsys.readouterr().err
+    assert "lowmem-npo train: interrupted; " in error and left in error
+    assert (tmp_path / "run").exists() == (where == "_train")
+
+
+FAILURES = [
+    (OSError(errno.ENOSPC, "No space left on device", "/x/y"), "'/x/y': No space left on device"),
+    (SafetensorError("I/O error: No space left"), "a file of weights could not be read or written (I/O error"),
+    (
+        RuntimeError("[enforce fail at inline_container.cc:603] . PytorchStreamWriter failed writing"),
+        "is the disk full?",
+    ),
+    (MemoryError(), "the machine ran out of memory"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "the machine ran out of memory"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "the GPU ran out of memory"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(FAILURES)))
+def test_what_the_machine_fails_is_a_sentence(number, byte_model, tmp_path, capsys, monkeypatch):
+    error, words = FAILURES[number]
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr("lowmem_npo.training.trainer.NPOTrainer.training_step", fails)
+    assert main(arguments(byte_model, tmp_path / "run")) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("lowmem-npo train: ") and words in last and "--resume starts it again" in last
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("x"), RuntimeError("shape"), BrokenPipeError(errno.EPIPE, "x"), KeyError(1)]
+)
+def test_a_bug_is_not_taken_for_the_machine(error):
+    assert failure(error) is None
+
+
+@pytest.mark.parametrize("size", [4000, 100])
+def test_a_disk_that_takes_no_more(size, byte_model, whole, tmp_path, full):
+    """Here every file of more than `size` bytes fails, as on a full disk: the weights, or the first file already."""
+    if size == 100 and not full:
+        pytest.skip("takes long: bash scripts/test.sh --full")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    run = start(
+        byte_model, tmp_path / "run", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit))
+    )
+    _, error = run.communicate(timeout=300)
+    assert run.returncode == 2 and "Traceback" not in error
+    last = error.splitlines()[-1]
+    assert last.startswith("lowmem-npo train: ") and ("--resume" in last or "nothing was written" in last)
+    again = ("--resume",) if RunFiles(tmp_path / "run").run_yaml.exists() else ()
+    assert main(arguments(byte_model, tmp_path / "run", *again)) == 0
+    assert same(tmp_path / "run", whole)
