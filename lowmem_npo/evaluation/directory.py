@@ -57,8 +57,12 @@ class EvaluationDirectory(EvaluationFiles):
     def _check_resume(self) -> None:
         if not self.settings.exists():
             raise UserError(f"--resume: there is no evaluation in '{self.path}'; start it without --resume.")
-        began, now = json.loads(self.settings.read_text(encoding="utf-8")), self._now()
-        for name, value in began.pop("digests").items():
+        try:
+            began, now = json.loads(self.settings.read_text(encoding="utf-8")), self._now()
+            digests = dict(began.pop("digests"))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise UserError(f"--resume: '{self.settings}' is damaged: start the evaluation anew.") from error
+        for name, value in digests.items():
             if name in self.digests and self.digests[name] != value:
                 raise UserError(f"--resume: {name} has changed since '{self.path}' was begun; start anew.")
         may_change, may_be_added = self.config.may_change(), self.config.sources()

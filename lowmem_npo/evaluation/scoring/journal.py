@@ -29,9 +29,13 @@ class Journal:
     def _read(self, path: Path) -> None:
         content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
-        for line in content[:whole].decode("utf-8").split("\n")[:-1]:
-            entry = json.loads(line)
-            self._known.setdefault(entry["part"], {}).update(zip(entry["rows"], entry["values"], strict=True))
+        for line in content[:whole].split(b"\n")[:-1]:
+            try:
+                entry = json.loads(line)
+                values = dict(zip(entry["rows"], entry["values"], strict=True))
+                self._known.setdefault(entry["part"], {}).update(values)
+            except (ValueError, TypeError, KeyError, RecursionError):
+                continue  # damaged: measured again
         os.truncate(path, whole)
 
     def known(self, part: str) -> dict[int, Any]:
