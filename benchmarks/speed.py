@@ -40,9 +40,10 @@ from benchmarks.shared import record
 from benchmarks.shared.baselines import Baseline
 from benchmarks.shared.random_model import SAVED, save_random_model
 from benchmarks.shared.record import reason
-from benchmarks.speed_parts.side_by_side import FILES, table
+from benchmarks.speed_parts.side_by_side import FILES
 from benchmarks.speed_parts.side_by_side import measure as measure_on_cpu
 from benchmarks.speed_parts.step_profile import Sizes, breakdown, marked, profiled
+from benchmarks.speed_parts.table import markdown
 from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.memory.switches import apply_switches
@@ -109,7 +110,7 @@ def main_on_cpu(options: argparse.Namespace) -> int:
     path = options.out or record.RESULTS / "cpu" / f"speed-{options.data}.json"
     about = {"model": options.cpu.name, "rows": [ROWS, ROWS], "steps": options.steps, "threads": options.threads}
     record.write(path, "speed on a processor", result, data=options.data, **about)
-    print(table(result))
+    print(markdown(result))
     print(f"Written to {path}")
     return 0
 

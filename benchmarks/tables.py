@@ -16,6 +16,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    import checkout  # noqa: F401
+
+from benchmarks.speed_parts.table import markdown
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "docs" / "memory.md", ROOT / "docs" / "results.md")
@@ -64,6 +69,20 @@ def quality(results: Path = RESULTS) -> str:
     return (results / "cpu" / "quality.md").read_text(encoding="utf-8").strip()
 
 
+def speed(results: Path = RESULTS) -> str:
+    """A step on the rows of LUME and of TOFU, on a processor, side by side."""
+    parts = []
+    for path in sorted((results / "cpu").glob("speed-*.json")):
+        record = json.loads(path.read_text())
+        if record["benchmark"] != "speed on a processor":
+            continue
+        kind, model = record["data"].upper(), record["model"]
+        parts.append(
+            f"{kind}, {model}, 4 + 4 rows, medians of {record['steps']} steps:\n\n{markdown(record['results'])}"
+        )
+    return "\n\n".join(parts)
+
+
 def _with_code(name: str) -> str:
     """Marks flags as code."""
     return re.sub(r"--[a-z0-9-]+( (?!\*)[a-z0-9-]+)?", lambda flag: f"`{flag[0]}`", name).replace("*", r"\*")
@@ -81,7 +100,7 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"memory": memory, "quality": quality}
+TABLES: dict[str, Callable[[], str]] = {"memory": memory, "quality": quality, "speed": speed}
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.shared.baselines import Baseline, Batch
 from benchmarks.shared.peers import LikeOpenUnlearning, LikeTRL
+from benchmarks.speed_parts.table import EPOCHS
 from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig
 from lowmem_npo.data import TokenizedRow, read_rows, to_examples, tokenize
 from lowmem_npo.data.batching import Pick
@@ -32,7 +33,6 @@ from lowmem_npo.training.step_rows import StepBatches
 from lowmem_npo.training.trainer import NPOConfig, NPOTrainer
 
 ROWS = 4  # forget rows and retain rows of a step
-EPOCHS = ("first", "second")
 DENSE, DENSE_KEPT = "dense logits, padded, checkpointed", "dense logits, padded"
 PLAIN: dict[str, tuple[type[Baseline], dict[str, Any]]] = {
     DENSE: (Baseline, {"two_models": False}),
@@ -107,24 +107,6 @@ def measure(model: Path, files: Sequence[Path], steps: int, folder: Path, say: C
                 taken = "; ".join(f"{name} {way.seconds[epoch][-1]:.2f}" for name, way in ways.items())
                 say(f"{epoch} epoch, step {number} of {steps}: {taken}")
     return {"tokens": _tokens(forget, retain, rows), "ways": {name: way.summary() for name, way in ways.items()}}
-
-
-def table(result: dict) -> str:
-    """Medians, as ratios of the padded, checkpointed step with dense logits, which is given in seconds and FLOPs."""
-    ways, tokens = result["ways"], result["tokens"]
-    dense = ways[DENSE]
-    cells = [["", *(f"{epoch} epoch" for epoch in EPOCHS), *(f"FLOPs, {epoch}" for epoch in EPOCHS)]]
-    for name, way in ways.items():
-        seconds = [f"{way[e]['median'] / dense[e]['median']:.2f}" for e in EPOCHS]
-        flops = [f"{way[e]['flops'] / dense[e]['flops']:.2f}" for e in EPOCHS]
-        if name == DENSE:
-            seconds = [f"{dense[e]['median']:.2f} s" for e in EPOCHS]
-            flops = [f"{dense[e]['flops'] / 1e12:.2f} T" for e in EPOCHS]
-        cells.append([name, *seconds, *flops])
-    lines = ["| " + " | ".join(row) + " |" for row in cells]
-    lines.insert(1, "|---" + "|---:" * (len(cells[0]) - 1) + "|")
-    note = f"{tokens['padded'] / tokens['real']:.2f} padded tokens per real one, {tokens['real']:.0f} real ones a step."
-    return "\n".join([*lines, "", note])
 
 
 def _sample(file: Path, count: int) -> list[Example]:
