@@ -341,6 +341,7 @@ def test_adapters_of_several_layers_on_one_weight_are_refused(tmp_path, capsys):
 def test_what_an_interrupted_merge_leaves_is_in_nobodys_way(tmp_path, capsys, monkeypatch):
     saved_base(tmp_path / "base")
     adapter, partial = saved_adapter(tmp_path / "base", tmp_path / "adapter"), tmp_path / "out.partial"
+    capsys.readouterr()  # progress
     with claimed(partial):
         fails(capsys, run(adapter, tmp_path / "out"), "in use by process")
     (partial / "nested").mkdir(parents=True)
