@@ -125,9 +125,11 @@ def _what_would_fit(config: RunConfig, data: PreparedData, device: torch.device,
     if config.memory.offload_checkpoints:
         memory = replace(memory, gradient_checkpointing=undecided)
     try:
-        flags = Simulation(replace(config, memory=memory), workload_of(config, data), own_device()).report().flags
+        report = Simulation(replace(config, memory=memory), workload_of(config, data), own_device()).report()
     except UserError as error:
         return f"{message}. {error}"
+    again = report.config.memory.recomputes_layers and not config.memory.recomputes_layers
+    flags = [*(["--gradient-checkpointing", "on"] if again else []), *report.flags]
     if not flags:
         return f"{message}, which should fit; is another process using this GPU?"
     return f"{message}. This would fit: {' '.join(flags)}."

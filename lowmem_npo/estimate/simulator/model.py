@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from typing import Any
 from unittest import mock
@@ -27,6 +28,7 @@ def fake_model(architecture: PretrainedConfig, config: ModelConfig) -> PreTraine
     `Params4bit`, which cannot hold a fake tensor, is replaced by a plain parameter with the same attributes.
     """
     dtype, attention = DTYPES[config.dtype], attention_of(architecture, config.attn)
+    architecture = copy.deepcopy(architecture)  # the quantiser writes its recipe into it
     quantization = quantization_of(architecture, config.qlora, dtype, config.double_quant != "off")
     with _disable_current_modes(), torch.device("meta"), quantising() if quantization else nullcontext():
         model = AutoModelForCausalLM.from_config(architecture, attn_implementation=attention, dtype=dtype)
