@@ -67,8 +67,10 @@ TRUE, FALSE = ("true", "yes", "1"), ("false", "no", "0")
 AUTOMATIC = ("--gradient-checkpointing", "--double-quant")  # auto, on or off; also spelled as switches are
 
 
-def parse_run(arguments: Sequence[str], command: str) -> RunConfig:
+def parse_run(arguments: Sequence[str], command: str, more_flags: Sequence[str] = ()) -> RunConfig:
     """The run that `arguments` describe; prints the help and exits if --help is among them.
+
+    more_flags: those of the command itself, which are not among `arguments`; a misspelled one is recognised.
 
     Raises:
         UserError: an unreadable configuration file, an unknown flag (the nearest known one is suggested), an invalid
@@ -82,13 +84,13 @@ def parse_run(arguments: Sequence[str], command: str) -> RunConfig:
         raise SystemExit(0)
     if "--help-all" in flags:
         flags = ["--help"]
+    _check_flags(flags, more_flags)
     flags += _base_of_adapter(flags)
     parsed, unknown = parse(
         run_options(), flags, command, return_unknown_args=True, config=(tyro.conf.OmitArgPrefixes,)
     )
     sections: Any = {name: section(**vars(getattr(parsed, name))) for name, section in SECTIONS.items()}
     if unknown:  # transformers parses them: first what is answered without it
-        _check_flags(unknown)
         data = sections["data"]
         check_names(sections["model"].model, data.forget, data.retain, data.holdout)
     trainer_args = _trainer_arguments(unknown)
@@ -105,10 +107,50 @@ def parse(kind: type, arguments: Sequence[str], command: str, **options: Any) ->
     except SystemExit as ended:
         if not ended.code:
             raise
-    lines = [line.strip("│ ") for line in messages.getvalue().splitlines()[1:]]  # below the box's title
-    rules = [at for at, line in enumerate(lines) if re.match("[─╰-]{2}", line) and at > 0]
-    sentence = " ".join(lines[: rules[0] if rules else None]).lstrip("- ")
-    raise UserError(f"{shortened(sentence.rstrip('.'))}; `lowmem-npo {command} --help` explains the options.")
+    known = [] if options.get("return_unknown_args") else flags_of(kind)
+    raise UserError(_explained(messages.getvalue(), known, command))
+
+
+def _explained(box: str, flags: Sequence[str], command: str) -> str:
+    """What tyro says in a box (a title, then parts between rules), as a sentence.
+
+    flags: all that there are; none if others may be given.
+    """
+    parts = re.split(r"^[│| ]*(?:[─-]{4,}|╰).*$", box.partition("\n")[2], flags=re.MULTILINE)
+    parts = [part for part in parts if part.strip("│| \n")]
+    texts = [" ".join(line.strip("│| ") for line in part.splitlines()).strip() for part in parts]
+    for text in texts:
+        if flags and text.startswith("Unrecognized options:"):
+            words = re.split("[ ,]+", text.partition(": ")[2])
+            if wrong := [word for word in words if word.startswith("--")]:
+                return _no_such_option(wrong[0], flags, f"{command} --help")
+            return f"'{shortened(words[0])}' belongs to no option; `lowmem-npo {command} --help` lists them."
+    sentence = texts[0] if texts else "the options cannot be read"
+    if sentence.startswith("Missing from"):
+        names = re.findall(r"^[│|]? {5,6}(?! )(\S+)", parts[0], re.MULTILINE)
+        sentence = f"{' and '.join(names)} must be given"
+    elif match := re.match(r"Missing value for argument '(\S+)'", sentence):
+        sentence = f"{match[1]} needs a value"
+    elif match := re.match(r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*)\)", sentence):
+        choices = match[3].replace("'", "").rstrip(",")
+        sentence = f"{match[2]} must be one of {choices}, not '{match[1]}'"
+    elif match := re.match(r"Error parsing (\S+): .*\b(int|float)\b[^']*'(.*)'$", sentence):
+        sentence = f"{match[1]} must be {'a whole number' if match[2] == 'int' else 'a number'}, not '{match[3]}'"
+    return f"{shortened(sentence.rstrip('.'))}; `lowmem-npo {command} --help` explains the options."
+
+
+def flags_of(kind: Any) -> list[str]:
+    """The flags of a dataclass, and of its sections."""
+    flags: list[str] = []
+    for f in dataclasses.fields(kind):
+        flags += flags_of(f.type) if dataclasses.is_dataclass(f.type) else [f"--{f.name.replace('_', '-')}"]
+    return flags
+
+
+def _no_such_option(flag: str, known: Sequence[str], listing: str) -> str:
+    near = difflib.get_close_matches(flag, known, n=1, cutoff=0.75)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"There is no option {flag}: {hint}`lowmem-npo {listing}` lists them."
 
 
 def check_names(model: str | None, *sources: str | None) -> None:
@@ -309,20 +351,19 @@ def join_sources(arguments: Sequence[str]) -> list[str]:
     return result
 
 
-def _check_flags(arguments: Sequence[str]) -> None:
-    """Raises UserError for a flag that is not one of `transformers.TrainingArguments`, whose fields are read from its
-    source: importing it takes seconds."""
+def _check_flags(arguments: Sequence[str], more: Sequence[str]) -> None:
+    """Raises UserError for a flag that is neither ours nor one of `transformers.TrainingArguments`, whose fields are
+    read from its source: importing it takes seconds."""
     package = importlib.util.find_spec("transformers")
     assert package is not None and package.submodule_search_locations
     source = Path(package.submodule_search_locations[0], "training_args.py").read_text(encoding="utf-8")
-    names = {"warmup_ratio", *re.findall(r"^    (\w+): ", source, re.MULTILINE)}
+    theirs = {"help", "warmup_ratio", *re.findall(r"^    (\w+): ", source, re.MULTILINE)}
     honoured = [f"--{name.replace('_', '-')}" for name in HONOURED]
-    ours = [f"--{f.name.replace('_', '-')}" for s in SECTIONS.values() for f in dataclasses.fields(s)]
+    ours = [flag for section in SECTIONS.values() for flag in flags_of(section)] + [*more]
     for argument in arguments:
-        if argument.startswith("--") and argument[2:].replace("-", "_").removeprefix("no_") not in names:
-            near = difflib.get_close_matches(argument, ours + honoured, n=1, cutoff=0.75)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise UserError(f"There is no option {argument}: {hint}`lowmem-npo train --help-all` lists them.")
+        flag = argument.replace("--no-", "--", 1)
+        if re.match("--[a-zA-Z]", flag) and flag not in ours and flag[2:].replace("-", "_") not in theirs:
+            raise UserError(_no_such_option(argument, ours + honoured, "train --help-all"))
 
 
 def _trainer_arguments(arguments: Sequence[str]) -> dict[str, Any]:
@@ -334,6 +375,8 @@ def _trainer_arguments(arguments: Sequence[str]) -> dict[str, Any]:
     class Parser(HfArgumentParser):
         def error(self, message: str) -> NoReturn:
             source = "an option of transformers.TrainingArguments; `lowmem-npo train --help-all` lists ours"
+            if stray := re.match("unrecognized arguments: (.*)", message):
+                raise UserError(f"'{stray[1]}' belongs to no option; `lowmem-npo train --help-all` lists them.")
             raise UserError(f"{message} ({source}).")
 
     parser = Parser(cast(Any, TrainingArguments), allow_abbrev=False, add_help=False, conflict_handler="resolve")

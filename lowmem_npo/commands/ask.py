@@ -208,6 +208,7 @@ def load(options: AskOptions, say: Say) -> Asked:
     from lowmem_npo.model.loading import load_config
     from lowmem_npo.model.saved_adapter import load_adapter, resolve_base, settings_of_run
     from lowmem_npo.model.stop_tokens import stop_tokens
+    from lowmem_npo.model.trial import check_architecture
 
     folder, run = Path(options.run).expanduser(), dict[str, Any]()
     is_adapter = folder.is_dir() and not (folder / "config.json").is_file()
@@ -226,7 +227,9 @@ def load(options: AskOptions, say: Say) -> Asked:
     tokenizer = load_tokenizer(config)
     text = options.template or run.get("prompt_template") or run.get("template") or "auto"
     system = run.get("system") if options.system is None else options.system
-    template = Template(text, system, stop_tokens(config, load_config(config)))
+    architecture = load_config(config)
+    check_architecture(architecture)
+    template = Template(text, system, stop_tokens(config, architecture))
     base = load_model(config, say)
     model: PreTrainedModel | PeftModel = base
     sides: dict[str, Callable[[], AbstractContextManager[Any]]] = {MERGED: nullcontext}
@@ -251,7 +254,9 @@ def _questions(options: AskOptions) -> list[str]:
         path = Path(options.file).expanduser()
         try:
             questions = path.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise UserError(f"--file: '{path}' cannot be read: {error.strerror}.") from error
+        except UnicodeDecodeError as error:
             raise UserError(f"--file: '{path}' cannot be read as UTF-8 text: {error}.") from error
     return [question.strip() for question in questions if question.strip()]
 

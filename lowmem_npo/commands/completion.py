@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from lowmem_npo.cli import COMMANDS
-from lowmem_npo.commands.arguments import field_docstrings, run_options, with_help
+from lowmem_npo.commands.arguments import field_docstrings, parse, run_options, with_help
 from lowmem_npo.libraries import quiet_libraries
 
 Shell = Literal["bash", "zsh", "fish"]
@@ -30,7 +30,7 @@ class Completion:
 
 
 def main(arguments: Sequence[str]) -> None:
-    options = tyro.cli(with_help(Completion), args=list(arguments), prog="lowmem-npo completion")
+    options = parse(with_help(Completion), arguments, "completion")
     quiet_libraries()
     with suppress(SystemExit):  # with which tyro ends, as after --help
         tyro.extras.subcommand_cli_from_dict(

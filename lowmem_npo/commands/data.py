@@ -99,12 +99,16 @@ def inspect(options: DataCommand, say: Say = print) -> None:
         from lowmem_npo.model import load_tokenizer, resolve_name
         from lowmem_npo.model.loading import load_config
         from lowmem_npo.model.stop_tokens import stop_tokens
+        from lowmem_npo.model.trial import check_architecture
 
         config.model, line = resolve_name(config.model, config.revision)
         if line:
             say(line)
         tokenizer = load_tokenizer(config)
-        template = Template.of(options, stop_tokens(config, load_config(config)))
+        architecture = load_config(config)
+        if options.ask:
+            check_architecture(architecture)
+        template = Template.of(options, stop_tokens(config, architecture))
     passages = Passages.of(options, tokenizer)
     sets = [_read(title, source, options, passages, tokenizer, template) for title, source in options.sources.items()]
     for one in sets:

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     as_json = "--json" in arguments
     gpu, others = _take_gpu([a for a in arguments if a != "--json"])
-    config = parse_run(others, "estimate")
+    config = parse_run(others, "estimate", more_flags=("--gpu", "--json"))
     device = None if gpu is None else named(gpu)
     check_names(config.model.model, config.data.forget, config.data.retain, config.data.holdout)
     with quick_imports():  # late: mistakes in the options are reported at once

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from lowmem_npo.commands.arguments import ALIASES, SOURCES, field_docstrings
+from lowmem_npo.commands.arguments import ALIASES, AUTOMATIC, SOURCES, field_docstrings
 from lowmem_npo.config import FORGET_TERMS, SECTIONS
 from lowmem_npo.errors import UserError
 from lowmem_npo.libraries import quiet_libraries
@@ -34,9 +34,11 @@ Schema = dict[str, Any]
 
 
 def main(arguments: Sequence[str]) -> None:
-    if arguments:
+    if any(argument in ("-h", "--help") for argument in arguments):
         print(USAGE)
-        raise SystemExit(0 if set(arguments) <= {"-h", "--help"} else 2)
+        return
+    if arguments:
+        raise UserError(f"There is no option {arguments[0]}: schema takes none.")
     quiet_libraries()
     print(json.dumps(run_schema(), indent=2, ensure_ascii=False))
 
@@ -67,6 +69,8 @@ def _section(section: type) -> dict[str, Schema]:
         schema = _of_type(hints[field.name], partial(_range, section, field.name))
         if f"--{field.name}" in SOURCES:  # several files
             schema["anyOf"].append({"type": "array", "items": {"type": "string"}})
+        if f"--{field.name.replace('_', '-')}" in AUTOMATIC:
+            schema["enum"] += [True, False]  # as YAML reads on and off
         if field.name == "forget_term":
             schema = {"anyOf": [{"enum": list(FORGET_TERMS)}, schema]}  # or one that a package brings
         schema["description"] = texts[field.name]

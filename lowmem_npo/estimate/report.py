@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
@@ -183,6 +184,8 @@ def architecture_of(config: ModelConfig) -> PretrainedConfig:
     try:
         return load_config(config)
     except UserError as error:
+        if Path(name).is_dir():
+            raise
         raise UserError(f"{error} Models known without a network: {', '.join(known_names())}.") from error
 
 

@@ -22,7 +22,7 @@ MISTAKES = [
     (["train", "--adapter", "./nowhere"], "There is no directory './nowhere'"),
     (["train", *TRAIN, "--weight-decoy", "1"], "did you mean --weight-decay?"),
     (["train", *TRAIN, "--lr", "-1"], "--lr must be 0 or a positive number"),
-    (["train", *TRAIN, "--batch-size", "many"], "invalid"),
+    (["train", *TRAIN, "--batch-size", "many"], "must be a whole number, not 'many'"),
     (["train", *TRAIN, "--config", "nowhere.yaml"], "cannot read 'nowhere.yaml'"),
     (["train", "--model", "./nowhere", "--weight-decay", "0.1"], "There is no directory './nowhere'"),
     (["estimate", "--model", "/nowhere/at/all"], "There is no directory"),
@@ -46,6 +46,8 @@ MISTAKES = [
     (["report", "nowhere", "--exmples", "3"], "--exmples"),
     (["env", "--gpu"], "There is no option --gpu"),
     (["demo", "--device", "tpu"], "tpu"),
+    (["completion", "csh"], "must be one of"),
+    (["schema", "--jsn"], "There is no option --jsn"),
     (["tarin"], "there is no command 'tarin'"),
 ]
 ASKED = [*([name, "--help"] for name in COMMANDS), ["train", "--help-all"], ["--help"], ["--version"]]

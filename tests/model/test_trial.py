@@ -122,3 +122,10 @@ def dry_run(tmp_path, byte_model):
 def test_a_dry_run_refuses_what_loading_would(architecture, dry_run, capsys):
     assert main(dry_run(architecture)) == 2
     assert REFUSED[architecture][2] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["ask", "MODEL", "ab"], ["data", "MODEL/rows.jsonl", "--model", "MODEL"]])
+def test_so_does_whatever_asks_the_model(command, dry_run, tmp_path, capsys):
+    dry_run("xlnet")
+    assert main([word.replace("MODEL", str(tmp_path)) for word in command]) == 2
+    assert capsys.readouterr().err.count("is not causal here") == 1

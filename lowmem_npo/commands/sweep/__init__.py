@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 
-from lowmem_npo.commands.arguments import ALIASES, check_names, parse_run
+from lowmem_npo.commands.arguments import ALIASES, check_names, flags_of, parse_run
 from lowmem_npo.commands.sweep.grid import parse_grid, parse_seeds, plan_sweep
-from lowmem_npo.commands.sweep.options import TeachingOptions, take_options
+from lowmem_npo.commands.sweep.options import EvaluationSources, TeachingOptions, take_options
 from lowmem_npo.config import RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.libraries import quiet_libraries
@@ -50,6 +50,8 @@ code is then 1.
 
 `lowmem-npo train --help-all` explains the options."""
 
+OWN_FLAGS = ("--grid", "--seeds", *flags_of(TeachingOptions), *flags_of(EvaluationSources))
+
 
 def main(arguments: Sequence[str]) -> None:
     if not arguments or any(a in ("-h", "--help") for a in arguments):
@@ -69,7 +71,7 @@ def main(arguments: Sequence[str]) -> None:
     options = ["--reference", "cached", *rest]
 
     def parse(flags: Sequence[str]) -> RunConfig:
-        return parse_run([*options, *flags], "sweep")
+        return parse_run([*options, *flags], "sweep", more_flags=OWN_FLAGS)
 
     config = parse([])
     check_names(config.model.model, config.data.forget, config.data.retain, config.data.holdout)
