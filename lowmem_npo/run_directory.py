@@ -181,12 +181,13 @@ class RunDirectory(RunFiles):
 
 
 def check_empty(path: Path, first: str | None = None) -> None:
-    """Raises a UserError if the --output-dir `path` is a file, or a directory that is not empty.
+    """Raises a UserError if the --output-dir `path` is a file, or below one, or a directory that is not empty.
 
     first: the file that is written before all others. A killed process may have left it half-written, with its lock.
     """
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--output-dir '{path}' is a file: choose a directory.")
+    if file := next((part for part in (path, *path.parents) if part.exists() and not part.is_dir()), None):
+        what = "" if file == path else f" cannot be made: '{file}'"
+        raise UserError(f"--output-dir '{path}'{what} is a file: choose a directory.")
     if path.is_dir() and {file.name for file in path.iterdir()} - {LOCK, f"{first}{PARTIAL}"}:
         raise UserError(f"--output-dir '{path}' holds other files: choose an empty or a new directory.")
 

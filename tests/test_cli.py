@@ -87,6 +87,13 @@ def test_an_output_directory_in_use(byte_model, files, capsys):
     fails(capsys, run(byte_model, files, "--resume"), "no run")
     (files / "out").write_text("")
     fails(capsys, run(byte_model, files), "is a file")
+    below = ["--dry-run", "--output-dir", str(files / "out" / "mine")]
+    fails(capsys, run(byte_model, files, *below), f"mine' cannot be made: '{files / 'out'}' is a file")
+
+
+def test_a_dry_run_knows_that_flash_attention_is_not_installed(byte_model, files, capsys):
+    flash = ["--attn", "flash_attention_2", "--device", "cpu"]
+    fails(capsys, run(byte_model, files, "--dry-run", *flash), "flash-attn is not installed")
 
 
 def test_an_unknown_target_lists_the_candidates(byte_model, files, capsys):

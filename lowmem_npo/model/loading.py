@@ -120,7 +120,7 @@ def load_model(config: ModelConfig, say: Say = print) -> PreTrainedModel:
             the checkpoint lacks.
     """
     device, dtype = resolve_device(config.device), DTYPES[config.dtype]
-    _check_can_run(config, device)
+    check_can_run(config, device)
     name, _ = resolve_name(config.model, config.revision)
     loaded_config = load_config(config)
     quantization = quantization_of(loaded_config, config.qlora, dtype, config.double_quant != "off")
@@ -190,7 +190,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _check_can_run(config: ModelConfig, device: torch.device) -> None:
+def check_can_run(config: ModelConfig, device: torch.device) -> None:
+    """Raises UserError for flash attention that is not installed, or bf16 on a GPU that has none."""
     if config.attn == "flash_attention_2" and not is_flash_attn_2_available():
         raise UserError(
             "--attn flash_attention_2: flash-attn is not installed for this GPU; "

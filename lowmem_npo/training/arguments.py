@@ -14,7 +14,7 @@ from transformers.training_args import OptimizerNames
 
 from lowmem_npo.config import RunConfig
 from lowmem_npo.errors import UserError
-from lowmem_npo.model.loading import resolve_device
+from lowmem_npo.model.loading import check_can_run, resolve_device
 from lowmem_npo.ranges import check_values
 from lowmem_npo.run_directory import RunDirectory
 from lowmem_npo.training.honoured import HONOURED, RANGES, as_is, check_effect
@@ -56,7 +56,8 @@ def npo_config(config: RunConfig, kind: type[NPOConfig] = NPOConfig) -> NPOConfi
 
 
 def check_trainer_args(config: RunConfig) -> None:
-    """Raises a UserError for what the Trainer would refuse with the model loaded: optimiser, schedule, reports."""
+    """Raises a UserError for what loading or the Trainer would refuse: attention, optimiser, schedule, reports."""
+    check_can_run(config.model, resolve_device(config.model.device))
     args = npo_config(config)
     try:
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args)

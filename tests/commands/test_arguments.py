@@ -257,6 +257,7 @@ def test_a_bad_file_is_named(text, message, tmp_path, capsys):
         ("train --model m --max-steps x", "--max-steps must be a whole number, not 'x'"),
         ("demo --seed 1.5", "--seed must be a whole number, not '1.5'"),
         ("train --model m --attn sdp", "--attn must be one of sdpa, flash_attention_2, eager, not 'sdp'"),
+        ("sweep --model m --teach ful", "--teach must be one of full, lora, not 'ful'"),
         ("completion csh", "shell must be one of bash, zsh, fish, not 'csh'"),
     ],
 )

@@ -191,6 +191,9 @@ def survival(merged: RowFigures, rounded: RowFigures, before: RowFigures) -> str
         False: "Forgetting survives 4 bits",
         None: "It cannot be told whether forgetting survives 4 bits",
     }[from_rounded]
+    known = before.forget_nll
+    if known is not None and _number(merged.forget_nll) - known < AS_FORGOTTEN * known:
+        verdict = "So little is forgotten that it cannot be told whether it survives 4 bits"
     if from_merged:
         verdict = "WARNING: forgotten text is in the merged weights already, whether or not they are rounded"
     own, whole = shares(_number(rounded.extraction), _number(merged.extraction))

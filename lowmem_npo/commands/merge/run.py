@@ -32,6 +32,7 @@ from lowmem_npo.model.merging import Updates, check_space, find_updates, write_m
 from lowmem_npo.model.saved_adapter import resolve_base, settings_of_run
 from lowmem_npo.report.model_card import Measurements, merged_card
 from lowmem_npo.run_directory import RunFiles, check_empty
+from lowmem_npo.sizes import amount
 
 DTYPES = {"bf16": torch.bfloat16, "stored": None}
 
@@ -71,7 +72,7 @@ def merge(config: MergeConfig, say: Say = print) -> Path:
         RunFiles(partial / chosen).model_card.write_text(card, encoding="utf-8")
         put_in_place(partial / chosen, out)
     changed = f"{len(updates)} of {sum(1 for _ in checkpoint.tensors())} weights"
-    say(f"The adapter changes {changed}; the merged model ({needed / 2**20:,.1f} MiB) is in {out}.")
+    say(f"The adapter changes {changed}; the merged model ({amount(needed)}) is in {out}.")
     if plan.rows is not None and plan.measured:
         say("\n" + as_text(plan.rows, plan.measured))
     for sentence in [*plan.sentences, *known]:

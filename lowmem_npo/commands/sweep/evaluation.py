@@ -131,7 +131,7 @@ class SweepEvaluation:
         measured = {benchmark.name for benchmark, _, _ in plan.selected}
         for name, benchmark in self.benchmarks.items():
             if benchmark.name not in measured:
-                raise UserError(f"--evaluate {name}: no set has its rows ({benchmark.summary}).")
+                raise UserError(f"--evaluate {name}: no set has its rows: {benchmark.summary}.")
         return plan
 
     def check(self, run: RunConfig) -> list[str]:

@@ -181,6 +181,13 @@ def test_whether_forgetting_survives(rounded, before, verdict):
     assert sentence.startswith(verdict) and "of the retain answers from 0.550 to 0.600" in sentence
 
 
+def test_forgetting_of_next_to_nothing_survives_nothing():
+    """Its NLL has risen by less than rounding alone takes it up, and neither model says any of it."""
+    before = RowFigures(4.692, 0.0, 4.678)
+    sentence = survival(RowFigures(4.695, 0.0, 4.681), RowFigures(4.712, 0.0, 4.695), before)
+    assert sentence.startswith("So little is forgotten that it cannot be told whether it survives 4 bits.")
+
+
 def test_what_was_never_forgotten_is_not_blamed_on_rounding():
     sentence = survival(RowFigures(1.1, 0.9, 0.5), RowFigures(1.2, 0.9, 0.5), BEFORE)
     assert sentence.startswith("WARNING: forgotten text is in the merged weights already")
