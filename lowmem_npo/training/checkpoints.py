@@ -40,15 +40,20 @@ def resume_point(
         if damage is None:
             whole.append(checkpoint)
         else:
-            aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
-            shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
-            checkpoint.rename(aside)
+            aside = set_aside(checkpoint)
             say(f"--resume: {checkpoint.name} is not whole: {damage}. It is {aside.name} now.")
     if not whole:
         say("--resume: there is no whole checkpoint, so the run starts from its beginning.")
         return None
     say(f"--resume: continues from {whole[0].name}.")
     return str(whole[0])
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Renames a checkpoint from which no run can go on; returns its new place."""
+    aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+    return checkpoint.rename(aside)
 
 
 def write_digest(files: AdapterFiles) -> None:

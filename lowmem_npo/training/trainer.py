@@ -13,13 +13,16 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from lowmem_kernels import retain_loss, token_logprobs
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
@@ -31,6 +34,7 @@ from transformers import (
 )
 
 from lowmem_npo.config import FORGET_TERMS, KEPT_CHECKPOINTS, AdapterConfig, DataConfig, ObjectiveConfig, TrainingConfig
+from lowmem_npo.console import Say
 from lowmem_npo.data.batching import Batch, ForgetRetain, RowBatch, collator
 from lowmem_npo.errors import UserError
 from lowmem_npo.forget_terms import Term, register
@@ -38,9 +42,10 @@ from lowmem_npo.memory.prefix import SharedPrefix
 from lowmem_npo.model import AnswerHidden, answer_hidden, attach_lora, check_causal, check_head, frozen_head, packs_rows
 from lowmem_npo.model.adapters import restore_adapter
 from lowmem_npo.model.layers import causal_lm
-from lowmem_npo.model.modes import train_adapter
+from lowmem_npo.model.modes import eval_mode, train_adapter
 from lowmem_npo.run_directory import AdapterFiles
 from lowmem_npo.training.checkpoints import write_digest
+from lowmem_npo.training.finite import FiniteSteps
 from lowmem_npo.training.honoured import FROM_PYTHON, as_is, check_effect
 from lowmem_npo.training.layered import LayeredBatches, check_folds
 from lowmem_npo.training.objective import SequenceLogprobs, StepTotals, forget_loss, needs_reference, retain_weights
@@ -130,6 +135,7 @@ class NPOTrainer(Trainer):
             refusal: what is held until its turn.
         forget_term: a forget term of your own in place of `args.forget_term`; `lowmem_npo.forget_terms` says what it is
             given.
+        say: where a step that cannot be taken is reported.
         peft_config: `AdapterConfig` of the LoRA adapter to attach if `model` has none yet.
         processing_class: tokenizer; saved with the adapter, and its padding token fills short rows.
 
@@ -155,6 +161,7 @@ class NPOTrainer(Trainer):
         alternative_dataset: Any = None,
         true_dataset: Any = None,
         forget_levels: Sequence[float] | None = None,
+        say: Say = print,
         **trainer_kwargs: Any,
     ) -> None:
         if forget_term is not None:
@@ -191,6 +198,7 @@ class NPOTrainer(Trainer):
         self.prefix = SharedPrefix(model)
         self._neighbour = None if self.objective.sam is None else Neighbour(model, self.objective.sam)
         self.ahead: list[Batch] = []  # a step's micro-batches, until the neighbour has been found
+        self._step_rows: list[Batch] = []  # its micro-batches
         self._rows = rows
         self._levels: Tensor | None = None
         if forget_levels is not None:
@@ -217,6 +225,7 @@ class NPOTrainer(Trainer):
         )
         self.step_batches = self._step_batches(rows)
         self.add_callback(_EpochOfSampler(self.step_batches))
+        self.add_callback(FiniteSteps(self._step_is_finite, self._rows_not_finite, say))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
@@ -253,7 +262,8 @@ class NPOTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self.objective.forget_level != "none" and self._levels is None:
             raise UserError("forget_level holdout needs forget_levels: lowmem_npo.training.forget_level makes them.")
-        return super().train(*args, **kwargs)
+        output = super().train(*args, **kwargs)
+        return output._replace(training_loss=output.metrics.get("train_loss", output.training_loss))  # see `log`
 
     # -- data: one forget and one retain batch per step -------------------------------------------------------------
 
@@ -302,6 +312,7 @@ class NPOTrainer(Trainer):
         )
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(torch.tensor(counts, device=device), reduction="sum").tolist()
+        self._step_rows = batches
         self.ahead = batches if self._neighbour is not None else []
         return batches, StepTotals(*counts)
 
@@ -331,11 +342,10 @@ class NPOTrainer(Trainer):
             loss += part.detach()
             del part
 
-        if self.accelerator.sync_gradients:
-            self._metrics.steps += 1
-            if self.args.world_size > 1:
-                self._sum_gradients()
-        return loss * self.args.world_size  # the Trainer reports the mean over processes; ours are shares of a sum
+        if self.accelerator.sync_gradients and self.args.world_size > 1:
+            self._sum_gradients()
+        # The Trainer reports the mean over processes; ours are shares of a sum. Its sum would never be finite again.
+        return torch.where(loss.isfinite(), loss * self.args.world_size, 0.0)
 
     def _add_forget_gradients(self, batches: Sequence[Batch], totals: StepTotals) -> None:
         """The forget gradient of the whole step; what it measures on the way does not count."""
@@ -421,6 +431,33 @@ class NPOTrainer(Trainer):
         for p, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.grad = total.view_as(p)
 
+    def _step_is_finite(self) -> bool:
+        """Whether the step's figures and its gradient are finite, in every process; ends the step for its figures."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        is_finite = self._metrics.end_step(get_total_norm(gradients))
+        if self.args.world_size > 1:
+            bad = torch.tensor(int(not is_finite), device=self.args.device)
+            is_finite = int(self.accelerator.reduce(bad, reduction="sum")) == 0
+        return is_finite
+
+    def _rows_not_finite(self) -> dict[str, list[int]]:
+        """The rows of the step, by part, that have no finite log-probs when each is alone, or all of them if none is at
+        fault by itself."""
+        parts = PARTS[:2]
+        passes = [(part, batch[part]) for part in parts for batch in self._step_rows]
+        rows = [(part, i) for part, of_part in passes if of_part for i in of_part.rows]
+        with torch.no_grad(), eval_mode(self.model):
+            damaged = [row for row in rows if not self._is_finite(*row)]
+        if self.args.world_size > 1:
+            rows, damaged = gather_object(rows), gather_object(damaged)
+        places = {self._rows.place(*row) for row in damaged or rows}
+        return {part: sorted(i for of_part, i in places if of_part == part) for part in parts}
+
+    def _is_finite(self, part: str, row: int) -> bool:
+        alone = RowBatch.of([getattr(self.train_dataset, part)[row]], pack=False).to(self.args.device)
+        answers = answer_hidden(self.model, alone)
+        return bool(token_logprobs(answers.hidden, self.head, answers.targets).isfinite().all())
+
     # -- logging ----------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -430,8 +467,13 @@ class NPOTrainer(Trainer):
             if self.args.world_size > 1:
                 values = self.accelerator.reduce(values.to(self.args.device), reduction="sum")
             logs.update(zip(self._metrics.names, values.tolist(), strict=True))
+            if not values.isfinite().all():
+                logs["loss"] = math.nan
             if isinstance(self.step_batches, LayeredBatches):
                 logs["stage"] = self.step_batches.stage(self.state.global_step - 1) + 1
+        losses = [line["loss"] for line in self.state.log_history if math.isfinite(line.get("loss", math.nan))]
+        if "train_loss" in logs and losses:  # the Trainer's is of the steps since the run was resumed
+            logs["train_loss"] = fmean(losses)
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -450,7 +492,8 @@ class _EpochOfSampler(TrainerCallback):
 
 
 class StepMetrics:
-    """Sums of a step's detached quantities, on the device; each is this process's share of a mean over the step."""
+    """A step's detached quantities, each of them this process's share of a mean over the step, and their sums over
+    steps. They are on the device until the step ends."""
 
     def __init__(self, objective: ObjectiveConfig) -> None:
         names = ["forget_loss", "forget_nll"]
@@ -458,17 +501,25 @@ class StepMetrics:
         names += ["retain_nll"] if objective.needs_retain else []
         names += ["retain_kl"] if objective.delta > 0 else []
         self.names, self.steps = names, 0
-        self._sums: dict[str, Tensor] = {}
+        self._step: dict[str, Tensor] = {}
+        self._sums: dict[str, float] = {}
 
     def add(self, **values: Tensor) -> None:
         for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach()
+            self._step[name] = self._step.get(name, 0.0) + value.detach()
+
+    def end_step(self, norm: Tensor) -> bool:
+        """Adds the step to the sums. Returns whether its quantities and the `norm` of its gradient are finite. One
+        transfer for all of them: each waits for the GPU."""
+        own, *values = torch.stack([value.to(norm.device).float() for value in (norm, *self._step.values())]).tolist()
+        for name, value in zip(self._step, values, strict=True):
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._step, self.steps = {}, self.steps + 1
+        return all(map(math.isfinite, (own, *values)))
 
     def means_and_reset(self) -> Tensor:
-        """(len(names),) float32 on the CPU, in the order of `names` on every process; 0 where this process had no rows.
-        One transfer for all of them: each waits for the GPU."""
-        on_device = [value.float() for value in self._sums.values()]
-        values = dict(zip(self._sums, torch.stack(on_device).tolist() if on_device else (), strict=True))
-        means = torch.tensor([values.get(name, 0.0) for name in self.names])
+        """(len(names),) float32 on the CPU, in the order of `names` on every process; 0 where this process had no
+        rows."""
+        means = torch.tensor([self._sums.get(name, 0.0) for name in self.names])
         means, self.steps, self._sums = means / self.steps, 0, {}
         return means

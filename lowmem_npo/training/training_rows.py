@@ -34,6 +34,13 @@ class TrainingRows:
         """The rows to forget, those to retain with what is held, and the other answers."""
         return self.forget[: self.num_forget], self.retain, self.forget[self.num_forget :]
 
+    def place(self, part: str, row: int) -> tuple[str, int]:
+        """Where the user gave what is in `row` of `part`: another answer belongs to a row to forget, and what is held
+        under layered unlearning is one."""
+        if part == "retain" and row >= self.num_retain:
+            return "forget", row - self.num_retain
+        return part, row % self.num_forget if part == "forget" else row
+
     @property
     def cache_names(self) -> dict[str, str]:
         """What the files of a cached reference are called: runs with other rows, such as those of a sweep, may share

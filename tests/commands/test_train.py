@@ -97,8 +97,9 @@ def test_what_a_run_writes(lume_run, lume_model):
     assert any(w.abs().max() > 0 for name, w in weights.items() if "lora_B" in name)
     assert sorted(folder.glob("checkpoint-*"))
     assert not list(folder.glob("*.partial"))
-    modes = {file.stat().st_mode for file in folder.rglob("*") if file.is_file()}
-    assert len(modes) == 1  # whoever reads one reads all
+    to_deploy = ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md", "run.yaml")
+    assert len({(folder / name).stat().st_mode for name in to_deploy}) == 1  # whoever reads one reads all
+    assert (folder / "before.json").stat().st_mode & 0o077 == 0  # it holds text of rows
 
 
 def test_run_yaml_is_accepted_back(lume_run, tmp_path, capsys):

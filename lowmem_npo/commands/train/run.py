@@ -66,7 +66,9 @@ from lowmem_npo.report.files import write_report
 from lowmem_npo.run_directory import RunDirectory, RunFiles, check_disk, step_of, what_is_left
 from lowmem_npo.training.arguments import check_trainer_args, npo_config
 from lowmem_npo.training.checkpoints import resume_point
+from lowmem_npo.training.divergence import Divergence
 from lowmem_npo.training.early_stopping import StopOutcome, Stopping
+from lowmem_npo.training.finite import NotFinite
 from lowmem_npo.training.forget_level import halved, run_levels
 from lowmem_npo.training.layered import LayeredBatches, check_folds
 from lowmem_npo.training.metrics import MetricsWriter
@@ -145,6 +147,8 @@ def train(config: RunConfig, say: Say = print) -> RunResult | None:
         except (KeyboardInterrupt, Interrupted) as error:
             number = error.number if isinstance(error, Interrupted) else signal.SIGINT
             raise Interrupted(number, what_is_left(RunFiles(config.output_dir))) from None
+        except NotFinite as error:
+            raise UserError(f"{error}; {what_is_left(RunFiles(config.output_dir))}.") from None
         except Exception as error:
             if (what := failure(error)) is None:
                 raise
@@ -272,6 +276,9 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
     PartialState().wait_for_everyone()
     preemption = Preemption()
     trainer.add_callback(preemption)
+    divergence = Divergence(summaries(before)["retain"].nll if "retain" in before else None, say)
+    if not any(condition.kind == "limit" for condition in config.stopping.conditions):
+        trainer.add_callback(divergence)
     with handled(preemption.hear):
         outcome, watched = _train(plan, trainer, stopping, say, preemption)
     _save_adapter(trainer, directory)
@@ -284,6 +291,8 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
         report = write_report(directory.path)
         say(f"\nThe adapter and the measurements are in {directory.path}; what they mean is in its report.html.")
         say(report.verdict.headline)
+        if divergence.sentence is not None:
+            say(divergence.sentence)
     return RunResult(directory.path, before, after, steps, outcome)
 
 
@@ -319,6 +328,7 @@ def _trainer(plan: RunPlan, model: PeftModel, stopping: Stopping | None, say: Sa
         alternative_dataset=used_alternatives(plan.config, data),
         true_dataset=data.forget,
         callbacks=ours,
+        say=say,
     )
 
     if stopping is not None and isinstance(trainer.step_batches, LayeredBatches):
