@@ -6,6 +6,7 @@ is used; those that are log where their own settings say, and may ask the networ
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import os
 import re
@@ -14,8 +15,11 @@ from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from lowmem_npo.errors import UserError
+
+OF_THAT_NAME = "tensorboard", "wandb", "mlflow", "trackio"  # loggers whose package is called as they are
 
 
 def check_reporting(names: Sequence[str]) -> None:
@@ -24,11 +28,13 @@ def check_reporting(names: Sequence[str]) -> None:
         return
     available = get_available_reporting_integrations()
     for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            near = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1)
+            meant = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(INTEGRATION_TO_CALLBACK))}."
+            raise UserError(f"--report-to {name}: there is no such logger; {meant}")
         if name not in available:
-            installed = ", ".join(available) or "none"
-            raise UserError(
-                f"--report-to {name}: its package is not installed, or there is none (installed: {installed})."
-            )
+            how = f": pip install {name}" if name in OF_THAT_NAME else ""
+            raise UserError(f"--report-to {name}: its package is not installed{how}.")
         if name == "wandb":
             _check_wandb()
         elif name == "mlflow":
