@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowmem_npo.errors import UserError
-from lowmem_npo.model.saved_adapter import more_than_lora, stored_lora
+from lowmem_npo.model.saved_adapter import check_finite, more_than_lora, stored_lora
 from lowmem_npo.run_directory import AdapterFiles
 
 # PEFT looks for these within the names of weights. The second is the one that others know: it is trained.
@@ -169,6 +169,7 @@ def first_config(folder: str) -> LoraConfig:
     Raises UserError if it is more than the two factors of each layer, so that a second adapter does not add to it.
     """
     config, extras = stored_lora(folder), more_than_lora(folder)
+    check_finite(folder)
     if config.target_parameters:
         extras.append("factors of experts (target_parameters)")
     if extras:

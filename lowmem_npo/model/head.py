@@ -20,6 +20,7 @@ from lowmem_npo.model.layers import causal_lm, decoder
 from lowmem_npo.model.modes import eval_mode
 from lowmem_npo.model.packing import final_states
 from lowmem_npo.model.precision import compute_autocast
+from lowmem_npo.model.weights import not_finite
 
 # As configurations name them.
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -112,10 +113,10 @@ def check_head(model: PreTrainedModel | PeftModel) -> None:
         with compute_autocast(lm):
             logits = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     if not logits.isfinite().all():
-        raise UserError(
-            f"{type(lm).__name__} computes no numbers but NaN or infinity: its weights are damaged, or too large for "
-            f"{str(logits.dtype).removeprefix('torch.')}."
-        )
+        dtype = str(logits.dtype).removeprefix("torch.")
+        damaged = not_finite(lm)
+        why = f"its weights are damaged ({damaged[0]})" if damaged else f"its weights are too large for {dtype}"
+        raise UserError(f"{type(lm).__name__} computes no numbers but NaN or infinity: {why}.")
     theirs = logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
     # The model rounds its logits, and some convert them afterwards, so log-probs agree within a step of the weights'
     # number type at the logits' size.

@@ -28,7 +28,13 @@ from lowmem_npo.libraries import hub_problem
 from lowmem_npo.model.names import resolve_name
 from lowmem_npo.model.original_olmo import is_original, native_config
 from lowmem_npo.model.quantization import quantising, quantization_of, stored_quantization
-from lowmem_npo.model.weights import check_directory_weights, check_weights, load_tensors, original_weights
+from lowmem_npo.model.weights import (
+    check_directory_weights,
+    check_finite,
+    check_weights,
+    load_tensors,
+    original_weights,
+)
 from lowmem_npo.sources import check_model_name
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
@@ -161,6 +167,7 @@ def load_model(config: ModelConfig, say: Say = print) -> PreTrainedModel:
     if getattr(model, "_hf_peft_config_loaded", False):
         raise _holds_an_adapter(name)  # on the hub
     check_weights(model, name, loaded_weights, say)
+    check_finite(model, name)
     layer: Any
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):  # a 4-bit layer of bitsandbytes: on such CPUs it would be

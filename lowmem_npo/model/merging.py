@@ -36,7 +36,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.files import free_bytes
 from lowmem_npo.model.adapters import adapted_weight, shared_layers
 from lowmem_npo.model.checkpoint import BESIDE_WEIGHTS, INDEX, OLD_INDEX, Checkpoint, Shard, read_json
-from lowmem_npo.model.saved_adapter import more_than_lora, stored_lora
+from lowmem_npo.model.saved_adapter import check_finite, more_than_lora, stored_lora
 from lowmem_npo.progress import Progress
 from lowmem_npo.run_directory import AdapterFiles
 from lowmem_npo.sizes import amount
@@ -111,6 +111,7 @@ def find_updates(adapter: str, checkpoint: Checkpoint) -> Updates:
     Raises UserError for an adapter that holds what cannot be merged tensor by tensor, or does not fit.
     """
     config, stored = _lora_config(adapter), checkpoint.stored()
+    check_finite(adapter)
     misfit = f"The adapter in '{adapter}' does not fit"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(checkpoint.configuration(), dtype=torch.float32)
@@ -258,6 +259,8 @@ def _merged(
         kept = dtype if dtype is not None and stored.is_floating_point() else stored.dtype
         weight = base(name, stored)
         merged = updates[name].applied_to(weight, kept) if name in updates else weight.to(kept, copy=True)
+        if merged.is_floating_point() and not merged.isfinite().all():
+            raise UserError(f"{name} would hold NaN or infinity in the merged model: base or adapter are damaged.")
         yield name, merged.contiguous()
         bar.update()
 

@@ -112,6 +112,7 @@ def check_base(folder: str, model_name: str) -> None:
 
 def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
     """`model` with the frozen adapter of `folder`. Raises UserError if a weight has no counterpart or another shape."""
+    check_finite(folder)
     misfit = f"The adapter in '{folder}' does not fit this {type(model).__name__}: it belongs to another model"
     if names := in_four_bits(model, _configuration(folder).get("modules_to_save") or ()):
         raise UserError(
@@ -130,6 +131,18 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
     if unmatched:
         raise UserError(f"{misfit} ({len(unmatched)} weights have no counterpart, {min(unmatched)} among them).")
     return adapted.eval()
+
+
+def check_finite(folder: str) -> None:
+    """Raises UserError if a weight of the adapter in `folder` is no finite number."""
+    with safe_open(AdapterFiles(Path(folder).expanduser()).weights, framework="pt") as file:
+        names = list(file.keys())
+        damaged = [name for name in names if not file.get_tensor(name).isfinite().all()]
+    if damaged:
+        raise UserError(
+            f"The adapter in '{folder}' is damaged: {len(damaged)} of its {len(names)} weights hold NaN or infinity, "
+            f"{min(damaged)} among them."
+        )
 
 
 def _named_base(folder: str) -> str | None:

@@ -65,6 +65,23 @@ def check_weights(model: PreTrainedModel, name: str, loaded: Mapping[str, Any], 
         say(f"Not used by {kind}: {_first(unused)} of '{name}'.")
 
 
+def check_finite(model: PreTrainedModel, name: str) -> None:
+    """Raises UserError for weights that hold NaN or infinity, on whatever device they are."""
+    if damaged := not_finite(model):
+        raise UserError(f"The weights of '{name}' are damaged: {_first(damaged)} hold NaN or infinity.")
+
+
+def not_finite(model: PreTrainedModel) -> list[str]:
+    """The names of weights that hold NaN or infinity; those in 4 bits cannot."""
+    weights = {n: w for n, w in model.named_parameters() if w.is_floating_point() and not w.is_meta and w.numel()}
+    if not weights:
+        return []
+    # A sum needs no copy of the weight, as `isfinite` does. One that is too large is no proof.
+    sums = [weight.detach().sum(dtype=torch.float32).cpu() for weight in weights.values()]
+    suspect = [name for name, is_finite in zip(weights, torch.stack(sums).isfinite(), strict=True) if not is_finite]
+    return [name for name in suspect if not weights[name].isfinite().all()]
+
+
 def load_tensors(architecture: PretrainedConfig, tensors: Mapping[str, Any], **options: Any) -> tuple[Any, Any]:
     """The model of `tensors`, and what `from_pretrained` reports.
 

@@ -23,6 +23,7 @@ from lowmem_npo.evaluation.directory import is_of_adapter
 from lowmem_npo.evaluation.figures import finite
 from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakResults
 from lowmem_npo.evaluation.leaks.measure import read_leaks
+from lowmem_npo.files import file_sha256
 from lowmem_npo.ranges import shortened
 from lowmem_npo.report.audit import Audit, read_audit
 from lowmem_npo.report.figures import StagedFigure, evaluation_figures, run_figures
@@ -125,7 +126,8 @@ def read_content(directory: Path) -> Content:
     figures = [*run_figures(stages), *figures]
     audit = read_audit(directory)
     verdict = judge_run(stages, audit["model"]["vocabulary"] if audit else None, leaks)
-    notes = [*stopped, *_notes(metrics, audit), *(evaluated.get("after", {}).get("notes", []))]
+    notes = [*stopped, *_notes(metrics, audit), *_of_another_adapter(files, audit)]
+    notes += evaluated.get("after", {}).get("notes", [])
     return Content(directory, settings, verdict, stages, figures, leaks, metrics, evaluations, notes, audit)
 
 
@@ -209,6 +211,17 @@ def _notes(metrics: list[Metrics], audit: Audit | None) -> list[str]:
     if (sessions := len(audit["sessions"])) > 1:
         notes.append(f"The run was resumed: it took {sessions} sessions.")
     return notes
+
+
+def _of_another_adapter(files: RunFiles, audit: Audit | None) -> list[str]:
+    if audit is None or audit["adapter"] is None or not files.weights.is_file():
+        return []
+    if file_sha256(files.weights) == audit["adapter"]["sha256"]:
+        return []
+    return [
+        f"{files.weights.name} is not the file that this run wrote: its hash is not the one in {files.audit.name}, so "
+        "these figures are of another adapter."
+    ]
 
 
 def _survival(row: Mapping[str, AnswerRecord]) -> tuple[float, ...]:

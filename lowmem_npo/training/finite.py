@@ -57,8 +57,8 @@ class FiniteSteps(TrainerCallback):
                 self._set_aside(RunFiles(Path(str(args.output_dir))))
             first, last = self._skipped[0], self._skipped[-1]
             raise NotFinite(
-                f"Training ended: the loss or the gradient of steps {first} to {last} is no finite number, the last "
-                f"time of {rows}; try a lower --lr or --max-grad-norm 1"
+                f"The training diverged: the loss or the gradient of steps {first} to {last} is no finite number, the "
+                f"last time of {rows}; try a lower --lr or --max-grad-norm 1"
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

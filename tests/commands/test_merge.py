@@ -15,14 +15,16 @@ from helpers.tiny_models import tiny_model
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, MixtralConfig
 
 from lowmem_npo.claim import LOCK, claimed
 from lowmem_npo.cli import main
 from lowmem_npo.config import ModelConfig
+from lowmem_npo.errors import UserError
 from lowmem_npo.model import load_model, merging
 from lowmem_npo.model.checkpoint import INDEX, WHOLE, find_checkpoint
+from lowmem_npo.model.continued import first_config
 from lowmem_npo.model.saved_adapter import load_adapter
 
 IDS = torch.arange(2, 30)[None]
@@ -463,3 +465,30 @@ def test_an_adapter_of_no_run_gets_a_card_as_well(tmp_path):
     adapter = saved_adapter(tmp_path / "base", tmp_path / "adapter")
     assert run(adapter, tmp_path / "out") == 0
     assert "Nothing is known of what the adapter forgets" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_an_adapter_that_is_no_numbers_is_refused(tmp_path, capsys):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    saved_base(base)
+    saved_adapter(base, adapter)
+    file = adapter / "adapter_model.safetensors"
+    weights = load_file(file)
+    damaged = sorted(weights)[3]
+    weights[damaged][0, 0] = torch.nan
+    save_file(weights, file)
+    message = f"1 of its {len(weights)} weights hold NaN or infinity, {damaged} among them"
+    fails(capsys, run(adapter, tmp_path / "out"), message)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="hold NaN or infinity"):
+        load_adapter(AutoModelForCausalLM.from_pretrained(base), str(adapter))
+    with pytest.raises(UserError, match="hold NaN or infinity"):
+        first_config(str(adapter))
+
+
+def test_a_sum_that_is_no_number_is_refused(tmp_path, capsys):
+    """Both factors are finite, their product is not."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    saved_base(base)
+    saved_adapter(base, adapter, scale=1e25)
+    fails(capsys, run(adapter, tmp_path / "out"), "would hold NaN or infinity in the merged model")
+    assert not (tmp_path / "out").exists()

@@ -19,6 +19,7 @@ from lowmem_npo.data import RowBatch
 from lowmem_npo.errors import UserError
 from lowmem_npo.model import answer_hidden, load_model
 from lowmem_npo.model.loading import load_config
+from lowmem_npo.model.weights import not_finite
 
 
 def states(model):
@@ -228,3 +229,31 @@ def test_old_files_that_pytorch_did_not_write_are_refused_before_they_are_loaded
     file.write_bytes(file.read_bytes()[:5000] if content == "cut" else content.encode())
     with pytest.raises(UserError, match="pytorch_model.bin' are damaged: it is in none of PyTorch's formats"):
         load_config(ModelConfig(str(folder)))
+
+
+def test_weights_that_are_no_numbers_are_named_before_anything_is_measured(byte_model, tmp_path, capsys):
+    """Of a token that no check looks at: the rows that have it were measured, and gave no likelihood."""
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def damage(weights):
+        weights["model.embed_tokens.weight"][200, 3] = torch.nan
+        weights[name][0, 0] = torch.inf
+        return weights
+
+    folder = shutil.copytree(byte_model, tmp_path / "model")
+    rewritten(folder, AutoModelForCausalLM.from_pretrained(byte_model), damage)
+    where = ["--model", str(folder), "--dtype", "float32", "--output-dir", str(tmp_path / "run")]
+    assert main(["train", *where, "--max-steps", "1", "--limit", "4"]) == 2
+    message = f"are damaged: model.embed_tokens.weight, {name} hold NaN or infinity"
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run" / "before.json").exists()
+
+
+def test_large_weights_are_numbers():
+    """Their sum is not."""
+    model = tiny_model("olmo")
+    with torch.no_grad():
+        model.lm_head.weight.fill_(3e38)
+    assert not_finite(model) == []
+    model.lm_head.weight.data[5, 5] = -torch.inf
+    assert not_finite(model) == ["lm_head.weight"]

@@ -10,9 +10,11 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+import torch
 import yaml
 from helpers.reported_run import FORGET, RETAIN, TELLTALES, train, unexplained, write_rows
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 
 from lowmem_npo.cli import main
 from lowmem_npo.evaluation.answer_table import MEASURES
@@ -416,8 +418,21 @@ def test_a_later_evaluation_is_included(own_run, tmp_path):
     assert not groups & {"LUME", "TOFU", "documents"}, "of another adapter"
 
 
+def test_another_adapter_in_the_place_of_the_runs_is_reported(own_run):
+    note = "adapter_model.safetensors is not the file that this run wrote"
+    write_report(own_run)
+    assert note not in (own_run / "report.html").read_text(encoding="utf-8")
+    file = own_run / "adapter_model.safetensors"
+    weights = {name: torch.full_like(weight, torch.nan) for name, weight in load_file(file).items()}
+    save_file(weights, file)
+    write_report(own_run)
+    assert note in (own_run / "report.html").read_text(encoding="utf-8")
+    assert any(note in one for one in report_of(own_run)["notes"])
+
+
 def test_a_diverged_run_is_reported_too(byte_model, data, tmp_path):
-    run = train(tmp_path / "run", byte_model, data, "--max-steps", 2, "--lr", 1e30, "--revision", "v1")
+    huge = ("--lr", 1e6, "--lora-alpha", 1e6, "--use-rslora", "--lora-targets", "all-linear")
+    run = train(tmp_path / "run", byte_model, data, "--max-steps", 2, *huge, "--revision", "v1")
     assert report_of(run)["verdict"]["tone"] == "bad"
     assert "no finite likelihood" in report_of(run)["leaks"]["after"]["extraction"]["meaning"]
     assert json.loads((run / "audit.json").read_text())["adapter"] is not None

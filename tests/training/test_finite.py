@@ -103,7 +103,7 @@ def test_the_command_ends_with_an_error(byte_model, tmp_path, capsys):
         raise SystemExit(main(["train", *where, *run, *huge]))
     assert ended.value.code == 2
     printed = capsys.readouterr()
-    assert "Training ended: the loss or the gradient of steps 2 to 4 is no finite number" in printed.err
+    assert "The training diverged: the loss or the gradient of steps 2 to 4 is no finite number" in printed.err
     assert "the same command with --resume starts it again." in printed.err
     assert not list((tmp_path / "run").glob("checkpoint-*"))
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()

@@ -244,7 +244,7 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.entries: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+        self.entries: dict[str, dict[str, Any]] = _read(path) if path.exists() else {}
         self._write()
 
     def record(self, run: SweepRun, **entry: Any) -> None:
@@ -269,6 +269,19 @@ class Ledger:
 
     def _write(self) -> None:
         write_atomically(self.path, json.dumps(self.entries, indent=1) + "\n")
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(entry, dict) for entry in entries.values()):
+            raise ValueError("a run is no object")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"--resume: '{path}' is damaged: write {{}} into it, and finished runs stay finished; their durations are "
+            "lost, and evaluations are made again."
+        ) from error
+    return entries
 
 
 def _check(runs: Sequence[SweepRun], root: Path, resume: bool) -> None:

@@ -172,6 +172,14 @@ def test_resume_skips_finished_runs_and_makes_the_others(live_sweep, taught_mode
     assert "lr was 0.005" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"a": 3}', "[" * 100_000])
+def test_a_damaged_record_of_a_sweep_is_a_sentence(content, taught_model, tmp_path, capsys):
+    (tmp_path / "sweep_state.json").write_text(content)
+    assert swept(taught_model, tmp_path, "--reference", "live", "--seeds", "1", "--resume") == 2
+    error = capsys.readouterr().err
+    assert "sweep_state.json' is damaged: write {} into it" in error and "Traceback" not in error
+
+
 def test_a_longer_sweep_continues_its_runs(taught_model, tmp_path, capsys):
     arguments = ["--reference", "live", "--seeds", "1", "--grid", "per_device_train_batch_size=2,4"]
     arguments += ["--save-strategy", "steps", "--save-steps", "1"]
@@ -192,7 +200,8 @@ def test_a_longer_sweep_continues_its_runs(taught_model, tmp_path, capsys):
 
 
 def test_a_diverged_run_is_reported_and_left_out_of_the_means(taught_model, tmp_path, capsys):
-    grid = ["--seeds", "1", "--reference", "live", "--grid", "lr=1e-3,1e30", "--max-grad-norm", "0"]
+    huge = ["--lora-alpha", "1e6", "--max-grad-norm", "0"]
+    grid = ["--seeds", "1", "--reference", "live", "--grid", "lr=1e-3,1e6", *huge]
     assert swept(taught_model, tmp_path / "o", *grid) == 1
     result = json.loads((tmp_path / "o" / "sweep.json").read_text())
     assert [c["name"] for c in result["configurations"]] == ["lr=1e-3"]
