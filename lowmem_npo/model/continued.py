@@ -150,6 +150,7 @@ def continued(model: PreTrainedModel, folder: str, second: LoraConfig) -> Contin
     if differing:
         raise UserError(f"{misfit} ({len(differing)} weights differ, {min(differing)} among them).")
     if has_values(next(iter(own.values()))):
+        check_finite(folder)
         weights = load_file(file)
         set_peft_model_state_dict(adapted, {name: weights[name] for name in own}, adapter_name=FIRST)
     adapted.add_adapter(SECOND, second)
@@ -169,7 +170,6 @@ def first_config(folder: str) -> LoraConfig:
     Raises UserError if it is more than the two factors of each layer, so that a second adapter does not add to it.
     """
     config, extras = stored_lora(folder), more_than_lora(folder)
-    check_finite(folder)
     if config.target_parameters:
         extras.append("factors of experts (target_parameters)")
     if extras:

@@ -24,7 +24,7 @@ from lowmem_npo.config import ModelConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.model import load_model, merging
 from lowmem_npo.model.checkpoint import INDEX, WHOLE, find_checkpoint
-from lowmem_npo.model.continued import first_config
+from lowmem_npo.model.continued import continued
 from lowmem_npo.model.saved_adapter import load_adapter
 
 IDS = torch.arange(2, 30)[None]
@@ -482,7 +482,7 @@ def test_an_adapter_that_is_no_numbers_is_refused(tmp_path, capsys):
     with pytest.raises(UserError, match="hold NaN or infinity"):
         load_adapter(AutoModelForCausalLM.from_pretrained(base), str(adapter))
     with pytest.raises(UserError, match="hold NaN or infinity"):
-        first_config(str(adapter))
+        continued(AutoModelForCausalLM.from_pretrained(base), str(adapter), LoraConfig(target_modules=["q_proj"]))
 
 
 def test_a_sum_that_is_no_number_is_refused(tmp_path, capsys):

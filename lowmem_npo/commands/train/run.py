@@ -57,7 +57,7 @@ from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.loading import DTYPES, load_config, resolve_device
 from lowmem_npo.model.notes import model_notes
 from lowmem_npo.model.quantization import quantization_of
-from lowmem_npo.model.saved_adapter import check_base, settings_of_run
+from lowmem_npo.model.saved_adapter import check_base, check_finite, settings_of_run
 from lowmem_npo.model.stop_tokens import stop_tokens
 from lowmem_npo.model.weights import check_has_weights
 from lowmem_npo.report.audit import begin_audit, check_same_adapter, check_same_rows, finish_audit
@@ -226,6 +226,8 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
             say("The adapter was trained on the 4-bit base, and goes on on the unquantised one (no --qlora).")
     quantized = quantization_of(model_config, config.model.qlora, DTYPES[config.model.dtype]) is not None
     adapted = check_lora(model_config, config.adapter, quantized)
+    if config.adapter.adapter is not None:
+        check_finite(config.adapter.adapter)
     check_disk(config, *adapter_size(adapted))
     if shared := shared_layers(adapted):
         say(f"The base shares {shared[0]} with another layer: the adapter works beside its base, but cannot be merged.")
