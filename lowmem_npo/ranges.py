@@ -22,6 +22,7 @@ Seed = Annotated[int, Interval(ge=0, le=2**32 - 1)]  # as NumPy takes it
 Positive = Annotated[float, Interval(gt=0, le=LARGEST)]
 PositiveOrZero = Annotated[float, Interval(ge=0, le=LARGEST)]
 Finite = Annotated[float, Interval(ge=-LARGEST, le=LARGEST)]
+PositiveShare = Annotated[float, Interval(gt=0, le=1)]
 Probability = Annotated[float, Interval(ge=0, lt=1)]
 
 KINDS = {"int": "a whole number", "float": "a number", "string": "text", "bool": "true or false", "tuple": "a list"}

@@ -276,7 +276,8 @@ def test_options_not_given_are_those_of_the_run(byte_model, files, capsys):
     (files / "run" / "run.yaml").write_text(settings.replace("limit: null", "limit: 2"))
     assert main(["evaluate", "--adapter", folder, *device, "--output-dir", str(files / "first")]) == 0
     assert result(files, "first")["rows"]["forget"] == {"scored": 2, "in_set": 2}
-    fails(capsys, main(["evaluate", "--adapter", folder, *device, "--max-length", "0"]), "--max-length is 0")
+    code = main(["evaluate", "--adapter", folder, *device, "--max-length", "0"])
+    fails(capsys, code, "--max-length must be at least 2, not 0")
 
 
 def test_a_chat_model_is_asked_in_one_form_by_train_evaluate_and_leak_tests(byte_model, files, capsys):

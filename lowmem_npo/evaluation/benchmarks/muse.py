@@ -24,6 +24,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measured, Selection
 from lowmem_npo.evaluation.figures import Figure, at
 from lowmem_npo.evaluation.options import Options, data_set
+from lowmem_npo.ranges import PositiveShare
 
 if TYPE_CHECKING:
     from lowmem_npo.evaluation.scoring.scorer import Scorer
@@ -62,15 +63,13 @@ class MuseOptions(Options):
     """MUSE's privleak texts (column text) that were to be forgotten."""
     muse_privleak_holdout: str | None = data_set(UNSEEN)
     """MUSE's privleak texts that the model never saw."""
-    muse_retrained_auc: float = CHANCE
+    muse_retrained_auc: PositiveShare = CHANCE
     """The AUC of a model retrained without the forget set, with which privleak compares; MUSE's own: 0.4772 on News,
     0.5393 on Books."""
 
     def check(self) -> None:
         if (self.muse_privleak is None) != (self.muse_privleak_holdout is None):
             raise UserError("--muse-privleak and --muse-privleak-holdout are compared: give both, or none.")
-        if not 0 < self.muse_retrained_auc <= 1:
-            raise UserError(f"--muse-retrained-auc must be above 0 and at most 1, not {self.muse_retrained_auc}.")
 
 
 @dataclass(frozen=True)

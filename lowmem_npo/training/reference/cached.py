@@ -178,7 +178,9 @@ def _parts(
     if needs_reference(objective) is not None:
         parts["forget"] = forget, 1, torch.float32
     if objective.delta > 0 and retain is not None:
-        parts["retain"] = retain, config.get_text_config().hidden_size, dtype
+        text = config.get_text_config()
+        width = getattr(text, "word_embed_proj_dim", None) or text.hidden_size  # OPT's head is narrower than its layers
+        parts["retain"] = retain, width, dtype
     return parts
 
 

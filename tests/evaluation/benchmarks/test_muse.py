@@ -93,7 +93,7 @@ def test_parts_alone_and_bad_input(byte_model, files, capsys):
     assert [scores[name] for name in ("verbmem_f", "knowmem_r", "privleak", "auc")] == [None] * 4
     for names, more, message in (
         (("privleak",), (), "--muse-privleak and --muse-privleak-holdout are compared: give both, or none"),
-        (("knowmem",), ("--muse-retrained-auc", "0"), "--muse-retrained-auc must be above 0"),
+        (("knowmem",), ("--muse-retrained-auc", "0"), "--muse-retrained-auc must be a positive number, not 0"),
         (("examples", "verbmem"), ("--muse-knowmem", str(files / "verbmem.jsonl")), "has no column"),
     ):
         assert evaluate(byte_model, files, *names, more=(*more, "--resume"))[0] == 2

@@ -74,7 +74,7 @@ def test_an_update_that_is_lost_in_merging_is_seen(work, tmp_path, monkeypatch, 
     assert result["leaks"] is True and result["returned"] > 0.7
     assert "quantization: traces found" in capsys.readouterr().out
     assert main(["merge", "--adapter", str(work / "lost"), "--output-dir", str(tmp_path / "merged")]) == 0
-    assert "WARNING, traces found: In the worst form, merged" in capsys.readouterr().out
+    assert "WARNING, quantization test: traces found. In the worst form, merged" in capsys.readouterr().out
 
 
 def test_forms_that_cannot_be_measured_are_named(work, tmp_path, monkeypatch):
