@@ -46,6 +46,7 @@ from benchmarks.speed_parts.step_profile import Sizes, breakdown, marked, profil
 from benchmarks.speed_parts.table import markdown
 from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig
 from lowmem_npo.data import TokenizedRow
+from lowmem_npo.libraries import quiet_libraries
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model
 from lowmem_npo.training.trainer import NPOConfig, NPOTrainer
@@ -100,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def main_on_cpu(options: argparse.Namespace) -> int:
+    quiet_libraries()
     torch.set_num_threads(options.threads)
     folder = Path(tempfile.mkdtemp(prefix="speed-"))
     files = options.files or [options.folder / file for file in FILES[options.data]]

@@ -22,7 +22,8 @@ from lowmem_npo.run_directory import RunFiles
 from lowmem_npo.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
+ENVIRONMENT |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
 SETTINGS = ("--dtype", "float32", "--device", "cpu", "--eval-rows", "0", "--batch-size", "3", "--limit", "9",
             "--max-steps", "12", "--lr", "1e-2", "--lora-dropout", "0.1")  # fmt: skip
 
@@ -32,6 +33,7 @@ def arguments(model: Path, folder: Path, *more: str) -> list[str]:
 
 
 def start(model: Path, folder: Path, *more: str, **options) -> subprocess.Popen:
+    """Not measured by coverage, which would write its file under whatever limit the process is to meet."""
     command = [sys.executable, "-m", "lowmem_npo", *arguments(model, folder, *more)]
     return subprocess.Popen(
         command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
@@ -52,20 +54,24 @@ def same(one: Path, other: Path) -> bool:
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_job_that_is_ended_saves_first(number, code, byte_model, whole, tmp_path):
-    run = start(byte_model, tmp_path / "run", "--save-strategy", "no")
-    deadline = time.monotonic() + 300
-    metrics = RunFiles(tmp_path / "run").metrics
-    while not (metrics.exists() and len(read_metrics(metrics)) >= 2):
-        assert run.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    run.send_signal(number)
-    _, error = run.communicate(timeout=300)
-    (checkpoint,) = RunFiles(tmp_path / "run").checkpoints()
+    for attempt in range(5):  # on a busy machine a run may be over before the signal meets it
+        folder = tmp_path / f"run{attempt}"
+        run = start(byte_model, folder, "--save-strategy", "no")
+        deadline = time.monotonic() + 300
+        metrics = RunFiles(folder).metrics
+        while not (metrics.exists() and len(read_metrics(metrics)) >= 2) and run.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        run.send_signal(number)
+        _, error = run.communicate(timeout=300)
+        if RunFiles(folder).checkpoints():
+            break
+    (checkpoint,) = RunFiles(folder).checkpoints()
     last = error.splitlines()[-1]
     assert run.returncode == code and f"ended by {number.name}" in last and f"goes on from '{checkpoint}'" in last
-    assert "Traceback" not in error and not RunFiles(tmp_path / "run").weights.exists()
-    assert main(arguments(byte_model, tmp_path / "run", "--save-strategy", "no", "--resume")) == 0
-    assert same(tmp_path / "run", whole)
+    assert "Traceback" not in error and not RunFiles(folder).weights.exists()
+    assert main(arguments(byte_model, folder, "--save-strategy", "no", "--resume")) == 0
+    assert same(folder, whole)
 
 
 @pytest.mark.parametrize(

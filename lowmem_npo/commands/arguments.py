@@ -132,8 +132,10 @@ def _explained(box: str, flags: Sequence[str], command: str) -> str:
     elif match := re.match(r"Missing value for argument '(\S+)'", sentence):
         sentence = f"{match[1]} needs a value"
     elif match := re.match(r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*)\)", sentence):
-        choices = match[3].replace("'", "").removesuffix(", None").rstrip(",")
-        sentence = f"{match[2]} must be one of {choices}, not '{match[1]}'"
+        choices = match[3].replace("'", "").rstrip(",").split(", ")
+        if "None" in choices:  # of an option that may be left out, in no order
+            choices = sorted({*choices} - {"None"})
+        sentence = f"{match[2]} must be one of {', '.join(choices)}, not '{match[1]}'"
     elif match := re.match(r"Error parsing (\S+): .*\b(int|float)\b[^']*'(.*)'$", sentence):
         sentence = f"{match[1]} must be {'a whole number' if match[2] == 'int' else 'a number'}, not '{match[3]}'"
     return f"{shortened(sentence.rstrip('.'))}; `lowmem-npo {command} --help` explains the options."

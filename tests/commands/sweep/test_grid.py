@@ -77,7 +77,7 @@ def test_runs_share_a_reference_where_it_is_the_same(tmp_path):
         (["gamma=-1"], "--gamma must be 0 or a positive number"),
         (["gamma=zero"], "--grid gamma=zero: --gamma must be a number, not 'zero'"),
         (["epochs=0"], "--epochs must be a positive number"),
-        (["kl-direction=nop"], "--kl-direction must be one of forward, reverse, not 'nop'"),
+        (["kl-direction=nop"], "--kl-direction must be one of policy-reference, reference-policy, not 'nop'"),
         (["forget-term=nop"], "--forget-term must be one of npo, ga, simnpo, idk"),
         (["stop-when=sometimes"], "--stop-when sometimes"),
         (["lr=1e-4,1e-4 "], "is repeated"),
