@@ -4,8 +4,12 @@ import gc
 import os
 from pathlib import Path
 
-import pytest
-import torch
+# One thread, here and in the processes that tests start: tiny models gain nothing from more, and the number decides how
+# sums round. PyTorch reads it when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 # Without a GPU, Triton kernels run in Triton's interpreter, which must be chosen before anything imports Triton.
 if not torch.cuda.is_available():
