@@ -24,7 +24,8 @@ from transformers import AutoTokenizer
 
 from lowmem_npo.commands.merge.options import MergeConfig
 from lowmem_npo.commands.merge.run import merge
-from lowmem_npo.commands.train.run import plan_run, read_inputs, unlearn
+from lowmem_npo.commands.train.plan import plan_run, read_inputs
+from lowmem_npo.commands.train.run import unlearn
 from lowmem_npo.config import (
     AdapterConfig,
     DataConfig,

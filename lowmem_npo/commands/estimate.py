@@ -89,4 +89,4 @@ def workload(config: RunConfig) -> Workload:
     tokenizer = load_tokenizer(config.model)
     data = prepare(tokenizer, config.data, config.objective.forget_term, stop_tokens(config.model, architecture))
     check_fit(architecture, tokenizer, [data.forget_targets, data.retain])
-    return Workload.of_data(config, *planned_rows(config, data).parts)
+    return Workload.of_data(config, planned_rows(config, data).parts)

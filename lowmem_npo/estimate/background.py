@@ -137,4 +137,4 @@ def _what_would_fit(config: RunConfig, data: PreparedData, device: torch.device,
 
 def workload_of(config: RunConfig, data: PreparedData) -> Workload:
     """Of a run with these rows."""
-    return Workload.of_data(config, *planned_rows(config, data).parts)
+    return Workload.of_data(config, planned_rows(config, data).parts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,6 @@ from typing import Any, NamedTuple
 from transformers import PretrainedConfig
 
 from lowmem_npo.config import ModelConfig, RunConfig
-from lowmem_npo.data import TokenizedRow
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.budget import Fit, cautious, fit_budget, fit_free, undecided
 from lowmem_npo.estimate.gpus import Device
@@ -24,6 +22,7 @@ from lowmem_npo.model.loading import DTYPES, load_config
 from lowmem_npo.model.notes import model_notes
 from lowmem_npo.model.quantization import quantization_of
 from lowmem_npo.sizes import gib
+from lowmem_npo.training.training_rows import Parts
 
 
 class Workload(NamedTuple):
@@ -41,17 +40,10 @@ class Workload(NamedTuple):
         return cls(rows, rows, steps, steps)
 
     @classmethod
-    def of_data(
-        cls,
-        config: RunConfig,
-        forget: Sequence[TokenizedRow],
-        retain: Sequence[TokenizedRow] | None,
-        alternatives: Sequence[TokenizedRow] = (),
-    ) -> Workload:
-        training, epoch_steps = config.training, math.ceil(len(forget) / config.training.batch_size)
+    def of_data(cls, config: RunConfig, rows: Parts) -> Workload:
+        training, epoch_steps = config.training, math.ceil(len(rows.forget) / config.training.batch_size)
         steps = training.max_steps or math.ceil(training.epochs * epoch_steps)
-        parts = (forget, retain, alternatives)
-        largest, typical = StepRows.of_data(config, *parts), StepRows.typical(config, *parts)
+        largest, typical = (StepRows.of_data(config, rows, typical=typical) for typical in (False, True))
         return cls(largest, typical, steps, min(epoch_steps, steps))
 
 

@@ -38,6 +38,7 @@ from lowmem_npo.model.layers import causal_lm, decoder, decoder_layers
 from lowmem_npo.model.packable import packable
 from lowmem_npo.training.arguments import npo_config
 from lowmem_npo.training.trainer import NPOConfig, NPOTrainer
+from lowmem_npo.training.training_rows import Parts
 
 CONTEXT_BYTES = 512 * 2**20
 """What CUDA itself and the loaded kernels take of a GPU, outside of PyTorch's allocator: about this much on cards of
@@ -100,29 +101,15 @@ class StepRows:
         return cls(forget, (row,) * config.training.retain_rows, forget if paired else ())
 
     @classmethod
-    def of_data(
-        cls,
-        config: RunConfig,
-        forget: Sequence[TokenizedRow],
-        retain: Sequence[TokenizedRow] | None,
-        alternatives: Sequence[TokenizedRow] = (),
-    ) -> StepRows:
-        """The longest rows, with the longest answers."""
-        size, retain_size = config.training.batch_size, config.training.retain_rows
-        return cls(_largest(forget, size), _largest(retain or (), retain_size), _largest(alternatives, size))
+    def of_data(cls, config: RunConfig, rows: Parts, typical: bool = False) -> StepRows:
+        """The longest rows, with the longest answers.
 
-    @classmethod
-    def typical(
-        cls,
-        config: RunConfig,
-        forget: Sequence[TokenizedRow],
-        retain: Sequence[TokenizedRow] | None,
-        alternatives: Sequence[TokenizedRow] = (),
-    ) -> StepRows:
-        """Rows of all lengths that there are, evenly: as many tokens as a step has on average. Those of about the mean
-        length come first, so that a micro-batch has its share."""
+        typical: rows of all lengths that there are instead, evenly, as many tokens as a step has on average. Those of
+        about the mean length come first, so that a micro-batch has its share.
+        """
         size, retain_size = config.training.batch_size, config.training.retain_rows
-        return cls(_spread(forget, size), _spread(retain or (), retain_size), _spread(alternatives, size))
+        chosen = _spread if typical else _largest
+        return cls(chosen(rows.forget, size), chosen(rows.retain or (), retain_size), chosen(rows.alternatives, size))
 
     def micro_batch(self, config: RunConfig) -> StepRows:
         """The largest rows that go through the model at once."""

@@ -48,10 +48,11 @@ from lowmem_npo.training.checkpoints import write_digest
 from lowmem_npo.training.finite import FiniteSteps
 from lowmem_npo.training.honoured import FROM_PYTHON, as_is, check_effect
 from lowmem_npo.training.layered import LayeredBatches, check_folds
-from lowmem_npo.training.objective import SequenceLogprobs, StepTotals, forget_loss, needs_reference, retain_weights
+from lowmem_npo.training.objective import SequenceLogprobs, StepTotals, forget_loss, retain_weights
 from lowmem_npo.training.reference import CachedReference, LiveReference
 from lowmem_npo.training.script_rows import script_rows
 from lowmem_npo.training.sharpness import Neighbour
+from lowmem_npo.training.step_metrics import StepMetrics
 from lowmem_npo.training.step_rows import StepBatches
 from lowmem_npo.training.training_rows import TrainingRows, training_rows
 
@@ -489,37 +490,3 @@ class _EpochOfSampler(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
         self.step_batches.set_epoch(state.global_step // self.step_batches.steps_per_epoch)
-
-
-class StepMetrics:
-    """A step's detached quantities, each of them this process's share of a mean over the step, and their sums over
-    steps. They are on the device until the step ends."""
-
-    def __init__(self, objective: ObjectiveConfig) -> None:
-        names = ["forget_loss", "forget_nll"]
-        names += ["forget_log_ratio"] if needs_reference(objective) else []
-        names += ["retain_nll"] if objective.needs_retain else []
-        names += ["retain_kl"] if objective.delta > 0 else []
-        self.names, self.steps = names, 0
-        self._step: dict[str, Tensor] = {}
-        self._sums: dict[str, float] = {}
-
-    def add(self, **values: Tensor) -> None:
-        for name, value in values.items():
-            self._step[name] = self._step.get(name, 0.0) + value.detach()
-
-    def end_step(self, norm: Tensor) -> bool:
-        """Adds the step to the sums. Returns whether its quantities and the `norm` of its gradient are finite. One
-        transfer for all of them: each waits for the GPU."""
-        own, *values = torch.stack([value.to(norm.device).float() for value in (norm, *self._step.values())]).tolist()
-        for name, value in zip(self._step, values, strict=True):
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        self._step, self.steps = {}, self.steps + 1
-        return all(map(math.isfinite, (own, *values)))
-
-    def means_and_reset(self) -> Tensor:
-        """(len(names),) float32 on the CPU, in the order of `names` on every process; 0 where this process had no
-        rows."""
-        means = torch.tensor([self._sums.get(name, 0.0) for name in self.names])
-        means, self.steps, self._sums = means / self.steps, 0, {}
-        return means

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from lowmem_npo.config import FORGET_TERMS, REFUSING_TERMS, RunConfig
 from lowmem_npo.data import PreparedData, TokenizedRow, TokenizedRows
 from lowmem_npo.errors import UserError
 from lowmem_npo.training.layered import divide
+
+
+class Parts(NamedTuple):
+    """The rows to forget, those to retain with what is held, and the other answers."""
+
+    forget: Sequence[TokenizedRow]
+    retain: Sequence[TokenizedRow] | None
+    alternatives: Sequence[TokenizedRow] = ()
 
 
 @dataclass(frozen=True)
@@ -30,9 +38,8 @@ class TrainingRows:
     folds: list[list[int]] | None = None
 
     @property
-    def parts(self) -> tuple[Sequence[TokenizedRow], Sequence[TokenizedRow] | None, Sequence[TokenizedRow]]:
-        """The rows to forget, those to retain with what is held, and the other answers."""
-        return self.forget[: self.num_forget], self.retain, self.forget[self.num_forget :]
+    def parts(self) -> Parts:
+        return Parts(self.forget[: self.num_forget], self.retain, self.forget[self.num_forget :])
 
     def place(self, part: str, row: int) -> tuple[str, int]:
         """Where the user gave what is in `row` of `part`: another answer belongs to a row to forget, and what is held

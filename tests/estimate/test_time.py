@@ -16,6 +16,7 @@ from lowmem_npo.estimate.step import Estimate, StepRows, estimate, token_row
 from lowmem_npo.estimate.time import CALL, SHORTEST, RunTime, Seconds, seconds, step_seconds
 from lowmem_npo.estimate.time import VIEW as VIEW_SECONDS
 from lowmem_npo.model.known_configs import known_config
+from lowmem_npo.training.training_rows import Parts
 
 A100 = named("a100-40gb").model
 LINEAR = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)  # parameters of OLMo-7B's linear layers, without the head
@@ -146,7 +147,7 @@ def test_a_typical_step_has_as_many_tokens_as_steps_have_on_average():
     config = RunConfig(ModelConfig("known"), training=TrainingConfig(batch_size=4, epochs=3))
     lengths = [8, 10, 12, 14, 16, 18, 20, 200]
     rows = [token_row(length, length // 2) for length in lengths]
-    load = Workload.of_data(config, rows, rows[:2])
+    load = Workload.of_data(config, Parts(rows, rows[:2]))
     assert load.largest.forget == ((200, 100), (20, 10), (18, 9), (16, 8))
     assert sum(length for length, _ in load.typical.forget) / 4 == pytest.approx(sum(lengths) / 8, rel=0.8)
     assert len(load.typical.retain) == 4 and (load.steps, load.epoch_steps) == (6, 2)

@@ -14,7 +14,8 @@ import torch
 
 from lowmem_npo.commands.arguments import parse_run
 from lowmem_npo.commands.merge.options import DEQUANTIZED, WHOLE, MergeConfig
-from lowmem_npo.commands.train.run import EVAL_SEED, read_inputs
+from lowmem_npo.commands.train.measuring import EVAL_SEED
+from lowmem_npo.commands.train.plan import read_inputs
 from lowmem_npo.config import ModelConfig, OutputConfig
 from lowmem_npo.console import silent
 from lowmem_npo.data import TokenizedRow

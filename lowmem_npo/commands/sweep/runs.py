@@ -20,7 +20,9 @@ from lowmem_npo.commands.sweep.grid import SweepRun
 from lowmem_npo.commands.sweep.options import TeachingOptions
 from lowmem_npo.commands.sweep.picture import draw_sweep
 from lowmem_npo.commands.sweep.taught_models import TAUGHT, check_teaching, teach_models
-from lowmem_npo.commands.train.run import Inputs, RunPlan, measure_answers, plan_run, read_inputs, unlearn
+from lowmem_npo.commands.train.measuring import measure_answers
+from lowmem_npo.commands.train.plan import Inputs, RunPlan, plan_run, read_inputs
+from lowmem_npo.commands.train.run import unlearn
 from lowmem_npo.config import REFUSING_TERMS, ModelConfig
 from lowmem_npo.console import Say, silent
 from lowmem_npo.errors import UserError

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lowmem_npo.commands.sweep.figures import GOLD
 from lowmem_npo.commands.sweep.options import TeachingOptions
-from lowmem_npo.commands.train.run import Inputs
+from lowmem_npo.commands.train.plan import Inputs
 from lowmem_npo.config import AdapterConfig, RunConfig
 from lowmem_npo.console import Say, silent
 from lowmem_npo.data import TokenizedRow

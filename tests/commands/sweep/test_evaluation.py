@@ -18,7 +18,7 @@ from lowmem_npo.cli import main
 from lowmem_npo.commands.demo.teaching import fresh_model, make_tokenizer
 from lowmem_npo.commands.sweep.options import TeachingOptions
 from lowmem_npo.commands.sweep.taught_models import check_teaching, lessons, teach_models
-from lowmem_npo.commands.train.run import Inputs, read_inputs
+from lowmem_npo.commands.train.plan import Inputs, read_inputs
 from lowmem_npo.config import DataConfig, ModelConfig, RunConfig
 from lowmem_npo.console import silent
 from lowmem_npo.data import Template, bundled_rows, prepare, to_examples

@@ -1,0 +1,153 @@
+"""What a run reads before its weights, and what it will do: all that could fail is checked here, nothing is written."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from accelerate import PartialState
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from lowmem_npo.commands.train.own_texts import own_texts
+from lowmem_npo.config import RunConfig
+from lowmem_npo.console import Say, silent
+from lowmem_npo.data import PreparedData, prepare
+from lowmem_npo.data.fit import check_fit
+from lowmem_npo.errors import UserError
+from lowmem_npo.estimate.automatic import as_begun, decide
+from lowmem_npo.estimate.report import Report
+from lowmem_npo.evaluation.leaks.registry import WHILE_TRAINING, leak_tests
+from lowmem_npo.memory.switches import apply_switches
+from lowmem_npo.model import load_tokenizer, resolve_name
+from lowmem_npo.model.adapters import adapter_size, check_lora, shared_layers
+from lowmem_npo.model.loading import DTYPES, load_config, resolve_device
+from lowmem_npo.model.notes import model_notes
+from lowmem_npo.model.quantization import quantization_of
+from lowmem_npo.model.saved_adapter import check_base, check_finite, settings_of_run
+from lowmem_npo.model.stop_tokens import stop_tokens
+from lowmem_npo.model.weights import check_has_weights
+from lowmem_npo.report.audit import check_same_adapter, check_same_rows
+from lowmem_npo.run_directory import RunDirectory, check_disk, step_of
+from lowmem_npo.training.arguments import check_trainer_args
+from lowmem_npo.training.forget_level import halved
+from lowmem_npo.training.layered import check_folds
+from lowmem_npo.training.training_rows import planned_rows
+
+
+class Inputs(NamedTuple):
+    """What a run reads before its weights."""
+
+    model_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+
+
+@dataclass
+class RunPlan:
+    """A validated run. `config` has its memory budget, and what `auto` left open, resolved."""
+
+    config: RunConfig
+    directory: RunDirectory
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+    predicted: Report | None = None  # on a GPU, or with a budget
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps, as the Trainer counts them."""
+        training = self.config.training
+        per_epoch = math.ceil(len(self.data.forget) / training.batch_size)
+        return training.max_steps or math.ceil(training.epochs * per_epoch)
+
+    @property
+    def sentence(self) -> str:
+        """The number of steps, and of rows in each."""
+        training, data = self.config.training, self.data
+        retain = ""
+        if data.retain is not None:
+            drawn, rows = training.retain_rows, len(data.retain)
+            retain = f" and {drawn} of {rows} retain rows"
+            if drawn > rows:
+                retain = f" and {drawn} retain rows (the {rows} there are, repeatedly)"
+        return (
+            f"{self.steps} steps of {min(training.batch_size, len(data.forget))} of {len(data.forget)} forget{retain}"
+            f"{f', in {training.layered} stages' if training.layered else ''}"
+        )
+
+
+def is_main_process(config: RunConfig) -> bool:
+    """Whether this process is the one that measures, writes and prints."""
+    return PartialState(cpu=resolve_device(config.model.device).type == "cpu").is_main_process
+
+
+def read_inputs(config: RunConfig, say: Say, known: Inputs | None = None) -> Inputs:
+    """Reads and checks all that a run reads before its weights, and reports on the data.
+
+    known: inputs that a run with the same model and data has read; they are reported, but not read again.
+
+    Raises:
+        UserError: as for `train`.
+    """
+    if line := resolve_name(config.model.model, config.model.revision)[1]:
+        say(line)
+    leak_tests(config.output.leaks, WHILE_TRAINING)
+    if known is None:
+        unused = say if config.output.dry_run else silent  # a run says so when it loads the weights
+        model_config, tokenizer = load_config(config.model, unused), load_tokenizer(config.model)
+        data = read_data(config, tokenizer, model_config)
+        known = Inputs(model_config, tokenizer, data)
+    for line in [*model_notes(known.model_config, config.model), *known.data.report]:
+        say(line)
+    return known
+
+
+def read_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> PreparedData:
+    stops, texts = stop_tokens(config.model, model_config), own_texts(config, model_config)
+    return prepare(tokenizer, config.data, config.objective.forget_term, stops, texts)
+
+
+def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
+    """Checks all that could fail after the weights are loaded, and finds the memory switches; writes nothing.
+
+    Raises:
+        UserError: as for `train`.
+    """
+    model_config, tokenizer, data = inputs
+    if config.objective.forget_level == "holdout":
+        data = halved(data)
+    config = as_begun(config)
+    check_has_weights(resolve_name(config.model.model, config.model.revision)[0])
+    check_fit(model_config, tokenizer, [data.forget, data.forget_targets, data.retain, data.holdout])
+    directory = RunDirectory(config)
+    directory.check()
+    check_trainer_args(config)
+    if config.output.resume:
+        check_same_rows(directory.path, data)
+        check_same_adapter(directory.path, config)
+    if config.adapter.adapter is not None:
+        if not config.adapter.any_base:
+            check_base(config.adapter.adapter, config.model.model)
+        if settings_of_run(config.adapter.adapter).get("qlora") and not config.model.qlora:
+            say("The adapter was trained on the 4-bit base, and goes on on the unquantised one (no --qlora).")
+    quantized = quantization_of(model_config, config.model.qlora, DTYPES[config.model.dtype]) is not None
+    adapted = check_lora(model_config, config.adapter, quantized)
+    if config.adapter.adapter is not None:
+        check_finite(config.adapter.adapter)
+    check_disk(config, *adapter_size(adapted))
+    if shared := shared_layers(adapted):
+        say(f"The base shares {shared[0]} with another layer: the adapter works beside its base, but cannot be merged.")
+    apply_switches(adapted, config.memory)  # raises if one does not fit
+    rows = planned_rows(config, data)
+    config, predicted = decide(config, data, model_config, say)
+    directory.config = config
+    plan = RunPlan(config, directory, tokenizer, data, predicted)
+    if rows.folds is not None:
+        check_folds(rows.folds, config.training.batch_size, plan.steps)
+    trained = step_of(next(iter(directory.checkpoints()), None)) if config.output.resume else 0
+    if trained > plan.steps:
+        raise UserError(
+            f"--resume: the run in '{directory.path}' has trained {trained} steps, and these settings ask for "
+            f"{plan.steps}: give --max-steps {trained} or more, or start anew."
+        )
+    return plan
