@@ -68,7 +68,14 @@ PIECES = {
         RUN,
         ("benchmarks/memory.py --tokens 2048 --cap 24GiB --only qlora offload 32B LoRA --out OUTDIR/cap.json",),
     ),
-    "speed": Piece("where the time of a 7B step goes", RUN, ("benchmarks/speed.py --out OUTDIR/speed.json",)),
+    "speed": Piece(
+        "a 7B step on rows as long as real ones, beside the predicted time; and where the time goes",
+        RUN,
+        (
+            "benchmarks/speed.py --rows --minutes 2 --out OUTDIR/speed-rows.json",
+            "benchmarks/speed.py --minutes 4 --out OUTDIR/speed.json",
+        ),
+    ),
     "quality": Piece(
         "the paper's rows on a small model, in brief",
         (*RUN, "datasets", "rouge_score", "sklearn", *PICTURE),

@@ -1,51 +1,48 @@
 """How long a training step takes: by default, with each memory switch, and done the plain way; and where time goes.
 
     python benchmarks/speed.py             on a GPU: QLoRA on OLMo-7B (random weights), 4 + 4 rows of 512 tokens
-    python benchmarks/speed.py --quick     anywhere: a small model, to check that it runs; the times mean nothing
+    python benchmarks/speed.py --rows      on a GPU: the same model on rows as long as LUME's and TOFU's, as a run would
+                                           train on them and in other ways, beside the predicted seconds
+    python benchmarks/speed.py --quick     anywhere: a small model, to check that it (or --rows) runs; times mean nothing
     python benchmarks/speed.py --cpu DIR --data lume|tofu
                                            a real model on real rows, side by side with the plain ways, on the processor
 
 "dense logits" is benchmarks/shared/baselines.py: the same 4-bit model, one model with LoRA, all logits. Ours is timed
-inside `NPOTrainer.train`, from one optimiser step to the next, with everything a run does there. Rows are random
-answer tokens throughout: the most work the head can get.
+inside `NPOTrainer.train`, from one optimiser step to the next, with everything a run does there. Without real rows they
+are random answer tokens throughout: the most work the head can get.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
-import itertools
 import os
 import shutil
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 if __name__ == "__main__":
     import checkout  # noqa: F401
 
 import torch
 from lowmem_kernels import IGNORE_INDEX
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback
 
 from benchmarks.shared import record
 from benchmarks.shared.baselines import Baseline
 from benchmarks.shared.random_model import SAVED, save_random_model
 from benchmarks.shared.record import reason
+from benchmarks.speed_parts.clock import WARM_UP, Clock, Rows, Watch, blank_tokenizer
+from benchmarks.speed_parts.real_rows import line, measure_real_rows
 from benchmarks.speed_parts.side_by_side import FILES
 from benchmarks.speed_parts.side_by_side import measure as measure_on_cpu
 from benchmarks.speed_parts.step_profile import Sizes, breakdown, marked, profiled
 from benchmarks.speed_parts.table import markdown
 from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig
-from lowmem_npo.data import TokenizedRow
 from lowmem_npo.libraries import quiet_libraries
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model
@@ -62,9 +59,8 @@ SWITCHES: dict[str, dict] = {  # what says most comes first: time may run out
     "+ embedding_on_cpu": {"embedding_on_cpu": True},
     "without sliced_float32": {"sliced_float32": False},
 }
-Rows = list[TokenizedRow]
 DATA = Path(os.environ.get("LOWMEM_NPO_TEST_DATA") or "../shared/data")
-ROWS, WARM_UP = 4, 3  # forget rows and retain rows of a step; steps before the measured ones
+ROWS = 4  # forget rows and retain rows of a step
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (gpu or options.quick):
         print("No GPU here: the times of a step need one. With --quick everything runs once on a small model.")
         return 0
+    if options.rows:
+        return main_on_real_rows(options)
     name, tokens = ("small", 24) if options.quick else (options.model, options.tokens)
     path = options.out or record.device_folder() / ("speed-quick.json" if options.quick else "speed.json")
     deadline = time.monotonic() + 60 * options.minutes
@@ -94,6 +92,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             runs.append({"configuration": label, **run})
             show(runs)
             record.write(path, "speed", runs, **about)
+    finally:
+        shutil.rmtree(folder)
+    print(f"Written to {path}")
+    return 0
+
+
+def main_on_real_rows(options: argparse.Namespace) -> int:
+    name, qlora = ("small", False) if options.quick else (options.model, True)
+    path = options.out or record.device_folder() / f"speed-rows{'-quick' if options.quick else ''}.json"
+    folder = Path(tempfile.mkdtemp(prefix="speed-"))
+    try:
+        directory = save_random_model(name, options.models or (folder if options.quick else SAVED))
+        model = ModelConfig(str(directory), qlora=qlora, double_quant="off")
+        results = []
+        for result in measure_real_rows(model, options.steps, folder, 60 * options.minutes):
+            results.append(result)
+            print(line(result), flush=True)
+            record.write(path, "speed on real rows", results, model=name, rows=[ROWS, ROWS], steps=options.steps)
     finally:
         shutil.rmtree(folder)
     print(f"Written to {path}")
@@ -171,65 +187,14 @@ def _measure_ours(
         use_cpu=model.device.type == "cpu",
         reference_dir=str(folder / "reference") if memory.reference == "cached" else None,
     )
-    trainer = NPOTrainer(adapted, arguments, forget, retain, processing_class=_tokenizer())
+    trainer = NPOTrainer(adapted, arguments, forget, retain, processing_class=blank_tokenizer())
     trainer.remove_callback(PrinterCallback)
-    watch = _Watch(Clock(model.device), steps)
+    watch = Watch(Clock(model.device), WARM_UP + steps)
     trainer.add_callback(watch)
     with marked(trainer):
         trainer.train()
     profile = breakdown(watch.trace, Sizes.of(model.config, adapter.lora_r))
     return watch.clock.summary(forget + retain) | {"profile": profile}
-
-
-class Clock:
-    """Wall-clock seconds between ticks, each of which synchronises the device; the first WARM_UP are not counted."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._gpu, self._ticks = device.type == "cuda", list[float]()
-
-    def tick(self) -> None:
-        if self._gpu:
-            torch.cuda.synchronize()
-            if len(self._ticks) == WARM_UP:
-                torch.cuda.reset_peak_memory_stats()
-        self._ticks.append(time.perf_counter())
-
-    def summary(self, rows: Rows) -> dict:
-        """Seconds per step, tokens per second of a step on `rows`, peak bytes on the GPU."""
-        steps = [after - before for before, after in itertools.pairwise(self._ticks[WARM_UP:])]
-        median = statistics.median(steps)
-        return {
-            "seconds_per_step": median,
-            "fastest": min(steps),
-            "slowest": max(steps),
-            "tokens_per_second": sum(len(row["input_ids"]) for row in rows) / median,
-            "peak_bytes": torch.cuda.max_memory_allocated() if self._gpu else None,
-        }
-
-
-class _Watch(TrainerCallback):
-    """Ticks when training begins and after each step; profiles the step after the last measured one."""
-
-    def __init__(self, clock: Clock, steps: int) -> None:
-        self.clock, self.trace = clock, dict[str, Any]()
-        self._last, self._profile = WARM_UP + steps, contextlib.ExitStack()
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.clock.tick()
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        if state.global_step <= self._last:
-            self.clock.tick()
-        if state.global_step == self._last:
-            self.trace = self._profile.enter_context(profiled())
-        elif state.global_step > self._last:
-            self._profile.close()
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """Nothing is tokenised: the trainer needs the padding token, the cached reference a vocabulary to identify."""
-    words = {f"t{i}": i for i in range(500)}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="t0")), pad_token="t0")
 
 
 def _batch(rows: Rows, device: torch.device) -> dict[str, Tensor]:
@@ -261,6 +226,7 @@ def show(runs: list[dict]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small model, also without a GPU")
+    parser.add_argument("--rows", action="store_true", help="rows as long as real ones, beside the predicted seconds")
     parser.add_argument("--model", default="allenai/OLMo-7B-hf", help="a model whose configuration is bundled")
     parser.add_argument("--tokens", type=int, default=512, help="per row (512)")
     parser.add_argument("--steps", type=int, default=8, help="measured steps of each configuration (8)")

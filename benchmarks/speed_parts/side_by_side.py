@@ -116,7 +116,7 @@ def _sample(file: Path, count: int) -> list[Example]:
 
 def _plain_step(way: Baseline, forget: Rows, retain: Rows) -> Step:
     def step(forget_rows: list[int], retain_rows: list[int]) -> None:
-        way.step(_padded([forget[i] for i in forget_rows]), _padded([retain[i] for i in retain_rows]))
+        way.step(padded([forget[i] for i in forget_rows]), padded([retain[i] for i in retain_rows]))
 
     return step
 
@@ -147,7 +147,7 @@ def _our_step(
     return step
 
 
-def _padded(rows: Rows) -> Batch:
+def padded(rows: Rows) -> Batch:
     """Padded on the right, as the plain ways take it."""
     width = max(len(row["input_ids"]) for row in rows)
     ids, labels = torch.zeros(len(rows), width, dtype=torch.int64), torch.full((len(rows), width), IGNORE_INDEX)

@@ -297,14 +297,16 @@ def _like(tensor: Tensor) -> Callable[[], Tensor]:
 
 
 def _spread(rows: Sequence[TokenizedRow], count: int) -> tuple[tuple[int, int], ...]:
-    sizes = sorted((len(row["input_ids"]), _answer_tokens(row)) for row in rows)
+    sizes = sorted(map(row_size, rows))
     chosen = [sizes[(2 * i + 1) * len(sizes) // (2 * count)] for i in range(count if sizes else 0)]
     mean = sum(length for length, _ in chosen) / max(len(chosen), 1)
     return tuple(sorted(chosen, key=lambda row: (abs(row[0] - mean), row)))
 
 
-def _answer_tokens(row: TokenizedRow) -> int:
-    return min(sum(label != IGNORE_INDEX for label in row["labels"]), len(row["input_ids"]) - 1)
+def row_size(row: TokenizedRow) -> tuple[int, int]:
+    """Its tokens, and how many of them are predicted answer tokens."""
+    length = len(row["input_ids"])
+    return length, min(sum(label != IGNORE_INDEX for label in row["labels"]), length - 1)
 
 
 def _largest(rows: Sequence[TokenizedRow], count: int) -> tuple[tuple[int, int], ...]:

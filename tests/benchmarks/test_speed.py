@@ -8,7 +8,10 @@ import pytest
 
 from benchmarks import speed
 from benchmarks.shared.random_model import save_random_model
+from benchmarks.speed_parts import real_rows
+from benchmarks.speed_parts.row_lengths import FILE
 from benchmarks.speed_parts.step_profile import PARTS, REFERENCE, Sizes, breakdown, part_of
+from lowmem_npo.estimate.gpus import named
 
 SIZES = Sizes(vocabulary=50304, hidden=4096, intermediate=11008, rank=5)
 
@@ -78,6 +81,25 @@ def test_quick_measures_ours_and_the_dense_form_on_a_small_model(tmp_path, monke
     live, cached = runs["defaults"]["profile"], runs["+ cached reference"]["profile"]
     assert cached["reference"] < live["reference"] / 2  # only read back
     assert written["model"] == "small"
+
+
+def test_rows_as_long_as_real_ones_are_timed_beside_the_prediction(tmp_path, monkeypatch, capsys):
+    first, dense = list(real_rows.WAYS)[:2]
+    ways = {name: real_rows.WAYS[name]._replace(data=("lume",)) for name in (first, dense)}
+    impossible = real_rows.Way({"tile_mlp": 0}, {"padding_free": False}, ("lume",))
+    monkeypatch.setattr(real_rows, "WAYS", {**ways, "impossible": impossible})
+    monkeypatch.setattr(real_rows, "own_device", lambda: named("rtx-4090"))
+    path = tmp_path / "rows.json"
+    assert speed.main(["--rows", "--quick", "--steps", "2", "--out", str(path)]) == 0
+    ours, plain, wrong = json.loads(path.read_text())["results"]
+    assert "--tile-mlp must be at least 1" in wrong["missing"]
+    rows = [size for part in json.loads(FILE.read_text())["lume"].values() for size in part[:8]]
+    assert ours["tokens"] == plain["tokens"] == sum(length for length, _ in rows) / 2
+    for run in (ours, plain):
+        assert all(0 < low <= s <= high for low, s, high in
+                   zip(run["fastest"], run["seconds_per_step"], run["slowest"], strict=True))  # fmt: skip
+    assert ours["predicted"][0] > ours["predicted"][1] > 0 and plain["predicted"] is None
+    assert ours["predicted_peak_bytes"] > 0 and "(predicted 0." in capsys.readouterr().out
 
 
 def test_an_unknown_model_is_named(tmp_path):
