@@ -3,7 +3,7 @@
     python benchmarks/speed.py             on a GPU: QLoRA on OLMo-7B (random weights), 4 + 4 rows of 512 tokens
     python benchmarks/speed.py --rows      on a GPU: the same model on rows as long as LUME's and TOFU's, as a run would
                                            train on them and in other ways, beside the predicted seconds
-    python benchmarks/speed.py --quick     anywhere: a small model, to check that it (or --rows) runs; times mean nothing
+    python benchmarks/speed.py --quick     anywhere: a small model, to see that it (or --rows) runs; times mean nothing
     python benchmarks/speed.py --cpu DIR --data lume|tofu
                                            a real model on real rows, side by side with the plain ways, on the processor
 
