@@ -63,6 +63,7 @@ class Watched:
 
     seconds: float = 0.0
     steps: int = 0
+    micro_batch_parts: int = 1  # more once memory has run out
     memory: Measurement | None = None  # None: on the CPU
 
     @property
@@ -84,6 +85,7 @@ def record(watched: Watched, predicted: Report | None) -> dict[str, Any]:
         "predicted_seconds_per_step": time_.mean if time_ else None,
         "peak_bytes": memory.allocated if memory else None,
         "predicted_peak_bytes": predicted.estimate.peak_bytes if predicted and memory else None,
+        "micro_batch_parts": watched.micro_batch_parts,
         "gpu": predicted.device.name if predicted and predicted.device and memory else None,
     }
 

@@ -119,7 +119,9 @@ def cost(content: Content) -> str | None:
     if took.get("peak_bytes"):
         peak, predicted = took["peak_bytes"] / 2**30, took.get("predicted_peak_bytes")
         parts.append(f"{peak:.2f} GiB" + _predicted(predicted and predicted / 2**30, "{:.2f} GiB"))
-    return f"A step took {' and '.join(parts)}."
+    divided = took.get("micro_batch_parts") or 1
+    ran_out = f" Memory ran out, so each micro-batch went through the model in {divided} parts." if divided > 1 else ""
+    return f"A step took {' and '.join(parts)}.{ran_out}"
 
 
 def _predicted(value: float | None, form: str) -> str:

@@ -28,6 +28,10 @@ class StepMetrics:
         for name, value in values.items():
             self._step[name] = self._step.get(name, 0.0) + value.detach()
 
+    def drop_step(self) -> None:
+        """Forgets the quantities of a step that is repeated."""
+        self._step = {}
+
     def end_step(self, norm: Tensor) -> bool:
         """Adds the step to the sums. Returns whether its quantities and the `norm` of its gradient are finite. One
         transfer for all of them: each waits for the GPU."""

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from collections.abc import Iterator, Sequence
@@ -35,7 +36,7 @@ from transformers import (
 
 from lowmem_npo.config import FORGET_TERMS, KEPT_CHECKPOINTS, AdapterConfig, DataConfig, ObjectiveConfig, TrainingConfig
 from lowmem_npo.console import Say
-from lowmem_npo.data.batching import Batch, ForgetRetain, RowBatch, collator
+from lowmem_npo.data.batching import Batch, ForgetRetain, Pick, RowBatch, collator
 from lowmem_npo.errors import UserError
 from lowmem_npo.forget_terms import Term, register
 from lowmem_npo.memory.prefix import SharedPrefix
@@ -49,6 +50,7 @@ from lowmem_npo.training.finite import FiniteSteps
 from lowmem_npo.training.honoured import FROM_PYTHON, as_is, check_effect
 from lowmem_npo.training.layered import LayeredBatches, check_folds
 from lowmem_npo.training.objective import SequenceLogprobs, StepTotals, forget_loss, retain_weights
+from lowmem_npo.training.out_of_memory import DividedSteps
 from lowmem_npo.training.reference import CachedReference, LiveReference
 from lowmem_npo.training.script_rows import script_rows
 from lowmem_npo.training.sharpness import Neighbour
@@ -56,6 +58,7 @@ from lowmem_npo.training.step_metrics import StepMetrics
 from lowmem_npo.training.step_rows import StepBatches
 from lowmem_npo.training.training_rows import TrainingRows, training_rows
 
+logger = logging.getLogger(__name__)
 PARTS = ("forget", "retain", "both")  # of a micro-batch
 
 
@@ -227,6 +230,8 @@ class NPOTrainer(Trainer):
         self.step_batches = self._step_batches(rows)
         self.add_callback(_EpochOfSampler(self.step_batches))
         self.add_callback(FiniteSteps(self._step_is_finite, self._rows_not_finite, say))
+        heard = say if args.process_index == 0 else logger.warning  # what happens to one process alone
+        self.divided = DividedSteps(self._collated, self._answers_per_row, heard)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
@@ -314,6 +319,7 @@ class NPOTrainer(Trainer):
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(torch.tensor(counts, device=device), reduction="sum").tolist()
         self._step_rows = batches
+        self.divided.begin()
         self.ahead = batches if self._neighbour is not None else []
         return batches, StepTotals(*counts)
 
@@ -321,9 +327,17 @@ class NPOTrainer(Trainer):
 
     def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Adds the gradients of one micro-batch to the adapter's; returns its share of the step's loss, detached."""
-        batch: Batch = inputs
         totals: StepTotals = num_items_in_batch  # which the Trainer passes on from `get_batch_samples`
         train_adapter(self.model)
+        passes = partial(self._add_gradients, totals=totals)
+        loss = self.divided.run(inputs, passes, self._restart_step, self.state.global_step + 1)
+        if self.accelerator.sync_gradients and self.args.world_size > 1:
+            self._sum_gradients()
+        # The Trainer reports the mean over processes; ours are shares of a sum. Its sum would never be finite again.
+        return torch.where(loss.isfinite(), loss * self.args.world_size, 0.0)
+
+    def _add_gradients(self, batch: Batch, totals: StepTotals) -> Tensor:
+        """Those of a micro-batch or of a part of one; returns its loss, detached."""
         forget, retain, both = (rows and rows.to(self.args.device) for rows in map(batch.get, PARTS))
         loss = torch.zeros((), device=self.args.device)
         if self._neighbour is not None and self.ahead:
@@ -342,22 +356,29 @@ class NPOTrainer(Trainer):
                 self.accelerator.backward(part)
             loss += part.detach()
             del part
+        return loss
 
-        if self.accelerator.sync_gradients and self.args.world_size > 1:
-            self._sum_gradients()
-        # The Trainer reports the mean over processes; ours are shares of a sum. Its sum would never be finite again.
-        return torch.where(loss.isfinite(), loss * self.args.world_size, 0.0)
+    def _restart_step(self) -> None:
+        """Drops what the step has added to gradients and figures."""
+        self.model.zero_grad()
+        self._metrics.drop_step()
+
+    def _collated(self, picks: list[Pick]) -> Batch:
+        rows: list[Any] = [self.train_dataset[pick] for pick in picks]
+        return self.data_collator(rows)
 
     def _add_forget_gradients(self, batches: Sequence[Batch], totals: StepTotals) -> None:
         """The forget gradient of the whole step; what it measures on the way does not count."""
         counted, self._metrics = self._metrics, StepMetrics(self.objective)
-        for rows in (batch["forget"] for batch in batches):
-            if rows:
-                with self.prefix.shared():
-                    part = self._forget_pass(rows.to(self.args.device), totals)
-                self.accelerator.backward(part)
-                del part
-        self._metrics = counted
+        try:
+            for rows in (part["forget"] for batch in batches for part in self.divided.divided(batch)):
+                if rows:
+                    with self.prefix.shared():
+                        part = self._forget_pass(rows.to(self.args.device), totals)
+                    self.accelerator.backward(part)
+                    del part
+        finally:
+            self._metrics = counted
         if self.args.world_size > 1:
             self._sum_gradients()
 
@@ -470,6 +491,8 @@ class NPOTrainer(Trainer):
             logs.update(zip(self._metrics.names, values.tolist(), strict=True))
             if not values.isfinite().all():
                 logs["loss"] = math.nan
+            if self.divided.parts > 1:
+                logs["micro_batch_parts"] = self.divided.parts
             if isinstance(self.step_batches, LayeredBatches):
                 logs["stage"] = self.step_batches.stage(self.state.global_step - 1) + 1
         losses = [line["loss"] for line in self.state.log_history if math.isfinite(line.get("loss", math.nan))]

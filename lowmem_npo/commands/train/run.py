@@ -182,6 +182,7 @@ def _train(
         with watch(config, plan.data, trainer.args.device, plan.predicted, say) as watched:
             trainer.train(resume_from_checkpoint=checkpoint)
         preemption.check()
+        watched.micro_batch_parts = trainer.divided.parts
         watched.steps = trainer.state.global_step - step_of(checkpoint)
         say(watched.line(plan.predicted))
     return stopping.finish() if stopping is not None and is_main_process(config) else None, watched

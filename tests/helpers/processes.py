@@ -1,0 +1,56 @@
+"""A function in several processes, as torchrun starts them, but forked: nothing is imported anew."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+LONGEST = 120  # seconds
+
+
+def in_processes(function: Callable[[int], Any], folder: Path, count: int = 2) -> list[Any]:
+    """What `function` returns in each of `count` processes, by their numbers, with which it is called."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [_start(function, folder, rank, count, port) for rank in range(count)]
+    deadline, failed = time.monotonic() + LONGEST, []
+    while children and time.monotonic() < deadline and not failed:
+        for child in list(children):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                children.remove(child)
+                failed += [status] if status else []
+        time.sleep(0.01)
+    for child in children:  # it would wait for the one that has failed
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    errors = "".join(file.read_text() for file in sorted(folder.glob("error-*.txt")))
+    assert not failed and not children, errors or "the processes wait for each other"
+    return [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(count)]
+
+
+def _start(function: Callable[[int], Any], folder: Path, rank: int, count: int, port: int) -> int:
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._shared_state.clear()
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in names.items()})
+        torch.save(function(rank), folder / f"result-{rank}.pt")
+        code = 0
+    except BaseException:
+        (folder / f"error-{rank}.txt").write_text(traceback.format_exc())
+    finally:
+        os._exit(code)
