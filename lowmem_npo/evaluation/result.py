@@ -7,6 +7,7 @@ from typing import Any
 
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.leaks.contract import LeakResults
+from lowmem_npo.evaluation.leaks.worst import WORST_ATTACK, WorstAttack, worst_attack
 
 
 @dataclass
@@ -15,7 +16,7 @@ class Evaluation:
 
     rows: set -> how many were "scored" of how many "in_set". measured: benchmark -> set -> its measured rows. scores:
     benchmark -> its scores. leak_rows: set -> row -> its scores in the leak tests. fluency: set -> of what is said.
-    open_unlearning: figures under its names.
+    open_unlearning: figures under its names. gold_leaks: what the leak tests gave of a model that never saw the rows.
     """
 
     rows: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -26,13 +27,20 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)
     fluency: dict[str, dict[str, Any]] = field(default_factory=dict)
     open_unlearning: dict[str, float] = field(default_factory=dict)
+    gold_leaks: LeakResults = field(default_factory=dict)
+
+    @property
+    def worst_attack(self) -> WorstAttack | None:
+        """Of all that the leak tests tried, beside the gold model's figure."""
+        return worst_attack(self.leaks, self.gold_leaks)
 
     def to_json(self) -> dict[str, Any]:
         """evaluation.json: every figure, no text of any row."""
         benchmarks = {b.name: b.to_json(self.scores[b.name]) if b.name in self.scores else b.empty for b in BENCHMARKS}
         leaks = {name: result.to_json() for name, result in self.leaks.items()}
         ours = {"fluency": self.fluency, "open_unlearning": self.open_unlearning}
-        return {"rows": self.rows, **benchmarks, "leaks": leaks, **ours, "notes": self.notes}
+        worst = {WORST_ATTACK: self.worst_attack.to_json()} if self.worst_attack else {}
+        return {"rows": self.rows, **benchmarks, "leaks": leaks, **worst, **ours, "notes": self.notes}
 
     def rows_to_json(self) -> list[dict[str, Any]]:
         """rows.jsonl: each row's prompt, the model's answer, its scores."""

@@ -23,6 +23,7 @@ from lowmem_npo.evaluation.directory import is_of_adapter
 from lowmem_npo.evaluation.figures import finite
 from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakResults
 from lowmem_npo.evaluation.leaks.measure import read_leaks
+from lowmem_npo.evaluation.leaks.worst import WORST_ATTACK, WorstAttack, retained_leaks, worst_attacks
 from lowmem_npo.files import file_sha256
 from lowmem_npo.ranges import shortened
 from lowmem_npo.report.audit import Audit, read_audit
@@ -65,6 +66,11 @@ class Content:
     notes: list[str]
     audit: Audit | None
 
+    @property
+    def worst_attacks(self) -> dict[str, WorstAttack]:
+        """Stage -> the attack that brings back most, where there was any."""
+        return worst_attacks(self.leaks)
+
     def to_json(self) -> dict[str, Any]:
         """report.json: every figure with its meaning and the audit record; no text of any row."""
         return {
@@ -77,6 +83,7 @@ class Content:
             },
             "figures": [asdict(figure) for figure in self.figures],
             "leaks": {stage: {n: r.to_json() for n, r in tests.items()} for stage, tests in self.leaks.items()},
+            WORST_ATTACK: {stage: attack.to_json() for stage, attack in self.worst_attacks.items()},
             "training": {"logged_steps": len(self.metrics), "first": self.metrics[0] if self.metrics else None,
                          "last": self.metrics[-1] if self.metrics else None},
             "notes": self.notes,
@@ -117,7 +124,7 @@ def read_content(directory: Path) -> Content:
         evaluated = _read_evaluation(files)
         figures = evaluation_figures(evaluated)
     with _named(files.leaks):
-        leaks = _merged_leaks(read_leaks(files.leaks), evaluated)
+        leaks = _merged_leaks(read_leaks(files.leaks), evaluated, _gold_leaks(files) if evaluated else {})
     with _named(files.metrics):
         metrics = read_metrics(files.metrics)
     with _named(files.stopping):
@@ -156,11 +163,21 @@ def _read_evaluation(files: RunFiles) -> dict[str, dict[str, Any]]:
     return {**contents, "after": json.loads(evaluation.result.read_text(encoding="utf-8"))}
 
 
+def _gold_leaks(files: RunFiles) -> LeakResults:
+    """What the leak tests gave of the model that the evaluation compared with, if it did."""
+    settings = files.evaluation.settings
+    return (
+        retained_leaks(json.loads(settings.read_text(encoding="utf-8")).get("retained_log"))
+        if settings.is_file()
+        else {}
+    )
+
+
 def _merged_leaks(
-    of_run: Mapping[str, LeakResults], evaluated: Mapping[str, Mapping[str, Any]]
+    of_run: Mapping[str, LeakResults], evaluated: Mapping[str, Mapping[str, Any]], gold: LeakResults
 ) -> dict[str, LeakResults]:
     """Stage -> test -> result. A later result of `evaluate` replaces the run's own, unless only the run's is conclusive
-    (it had a holdout)."""
+    (it had a holdout). gold: those that `evaluate` compared with."""
     merged = {stage: dict(results) for stage, results in of_run.items()}
     for stage, content in evaluated.items():
         results = merged.setdefault(stage, {})
@@ -168,6 +185,7 @@ def _merged_leaks(
             result = LeakResult.from_json(of_test)
             if result.leaks is not None or name not in results or results[name].leaks is None:
                 results[name] = result
+    merged["gold"] = {**merged.pop("gold", {}), **gold}
     for results in merged.values():
         for result in results.values():
             result.figures = _numbers_only(result.figures)

@@ -9,6 +9,7 @@ from typing import Any
 from lowmem_npo.evaluation.figures import side_by_side
 from lowmem_npo.evaluation.leaks.contract import HOLDOUT, LeakResult, LeakResults, LeakTest, LeakVerdict
 from lowmem_npo.evaluation.leaks.registry import by_name
+from lowmem_npo.evaluation.leaks.worst import WorstAttack
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,12 @@ def leak_sections(leaks: Mapping[str, LeakResults]) -> list[LeakSection]:
         _section(by_name(name), {stage: results[name] for stage, results in leaks.items() if name in results})
         for name in names
     ]
+
+
+def shown_beside(attack: WorstAttack) -> tuple[str, str | None, str | None]:
+    """The worst attack's figure, the holdout's and the gold model's, as they are read beside each other."""
+    value, holdout, gold = side_by_side([attack.value, attack.holdout, attack.gold])
+    return value, None if attack.holdout is None else holdout, None if attack.gold is None else gold
 
 
 def _section(test: LeakTest, stages: Mapping[str, LeakResult]) -> LeakSection:

@@ -24,7 +24,7 @@ from lowmem_npo.report.content import EVIDENCE, Content
 from lowmem_npo.report.figures import ANSWERS
 from lowmem_npo.report.glossary import GLOSSARY, anchor, linked
 from lowmem_npo.report.inline_svg import bar_legend, bar_pictures, curve_pictures
-from lowmem_npo.report.leak_tests import leak_sections, words
+from lowmem_npo.report.leak_tests import leak_sections, shown_beside, words
 from lowmem_npo.report.plain_words import first_page
 from lowmem_npo.report.verdict import RULES, form_words, said_count
 
@@ -71,6 +71,7 @@ def render_page(content: Content, examples: int) -> str:
         curves=curve_pictures(content.metrics, content.stages),
         examples=content.examples(examples),
         leak_tests=[(test, words(test.name)) for test in leak_sections(content.leaks)],
+        worst={stage: (attack, *shown_beside(attack)) for stage, attack in content.worst_attacks.items()},
         groups=list(_groups(content)),
         glossary=GLOSSARY,
         audit_lines=list(audit_lines(content.audit)) if content.audit else [],

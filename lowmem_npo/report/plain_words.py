@@ -13,6 +13,8 @@ from lowmem_npo.evaluation.answer_table import FORGET, GENERAL, RETAIN
 from lowmem_npo.evaluation.answers import AnswerSummary, part_of
 from lowmem_npo.evaluation.figures import shares
 from lowmem_npo.evaluation.leaks.registry import by_name
+from lowmem_npo.evaluation.leaks.sampling import WHOLE
+from lowmem_npo.evaluation.leaks.worst import WorstAttack
 from lowmem_npo.report.audit import seconds
 from lowmem_npo.report.content import Content
 from lowmem_npo.report.verdict import form_words, gives_numbers, said_count
@@ -154,8 +156,24 @@ def _remains(content: Content) -> Iterator[str]:
         if tests and outcome == (True, False) and (gold := content.leaks.get("gold")):
             too = sum(name in gold and gold[name].leaks is True for name in tests)
             yield f"In a model that never saw the examples, the same is found by {too or 'none'} of these tests."
+    if (worst := content.worst_attacks.get("after")) is not None:
+        yield _worst(worst)
     yield ORIGINAL
     yield FILES
+
+
+def _worst(worst: WorstAttack) -> str:
+    """The attack that brings back most, and what stands beside it."""
+    own, *others = shares(*(value for value in (worst.value, worst.holdout, worst.gold) if value is not None))
+    beside = []
+    if worst.holdout is not None:
+        beside.append(f"of answers that the model never saw, the same brings forth {others.pop(0)}")
+    if worst.gold is not None:
+        beside.append(f"from a model that never saw the examples, it brings {others.pop(0)}")
+    what = "of the answers" if worst.figure == WHOLE else "of an answer"
+    how = f" ({worst.attack})" if worst.attack else ""
+    levels = "; ".join(["", *beside]) or "; what it brings forth of answers that the model never saw is not known"
+    return f"The most comes back by {_way(worst.test)}{how}: {own} {what}{levels}."
 
 
 def _way(name: str) -> str:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from lowmem_npo.evaluation.answer_table import FORGET, GENERAL, RETAIN, Stages
 from lowmem_npo.evaluation.answers import AnswerSummary, part_of
 from lowmem_npo.evaluation.asking import CHAT, PLAIN, REWORDED
-from lowmem_npo.evaluation.figures import side_by_side
-from lowmem_npo.evaluation.leaks.contract import LeakResults
+from lowmem_npo.evaluation.figures import shares, side_by_side
+from lowmem_npo.evaluation.leaks.contract import MARGIN, LeakResults
+from lowmem_npo.evaluation.leaks.worst import worst_attacks
 
 KNOWN = 0.5  # ROUGE-L recall before; with less, and hardly an answer said, there was little to forget
 SAID = 0.05  # share of answers that may still appear
@@ -34,7 +35,9 @@ RULES = (
     f"what it was to keep”: recall and probability on retain rows are at least {KEPT:.0%} of what they were; below "
     f"{DAMAGED:.0%} of either, much is lost. “General questions as before”: the same of rows that nothing was trained "
     f"on, with {GENERAL_KEPT:.0%} for recall. “Overdone”: no longer said, and less likely than a uniform guess over "
-    f"the vocabulary, or their NLL is over {OVERDONE} times that of a model that never saw them."
+    f"the vocabulary, or their NLL is over {OVERDONE} times that of a model that never saw them. “Worst attack”: what "
+    "brings back most of all that the leak tests try, beyond what it gives for rows that the model never saw; a trace, "
+    f"if it is more than {MARGIN} above that, or above what it brings from a model that never saw the forget rows."
 )
 
 FORGET_WORDS = {
@@ -99,13 +102,16 @@ def judge_run(stages: Stages, vocabulary: int | None, leaks: Mapping[str, LeakRe
     retain_words = GENERAL_WORDS[retain] if retain and GENERAL in kept else RETAIN_WORDS[retain]
     excess = _overdone(after[FORGET], gold.get(FORGET), vocabulary) if forget != "unknown" else None
     overdone = excess if states[FORGET] == "forgotten" else None
-    leaking = _leaking(leaks.get("after", {}))
+    attack = worst_attacks(leaks).get("after")
+    leaking = bool(_leaking(leaks.get("after", {})) or (attack and attack.stands_out))
 
     headline = f"On the rows measured, {_forget_words(states, worst)}{_conjunction(forget, retain)}{retain_words}"
     if overdone:
         headline += "; the forgetting is overdone"
     if leaking:
         headline += f"{', and' if overdone else ', but'} leak tests still find traces"
+        if attack and attack.stands_out is not False:
+            headline += f" (the worst attack, {attack.test}, brings {shares(attack.value)[0]} back)"
     sentences = [_figures(name, before, after, gold) for name in asked]
     sentences += [_figures(name, before, after, gold) for name in kept]
     if GENERAL in kept:
@@ -113,20 +119,28 @@ def judge_run(stages: Stages, vocabulary: int | None, leaks: Mapping[str, LeakRe
     if excess:
         sentences.append(overdone or OTHER_WORDS)
     sentences.append(_leak_sentence(leaks.get("after", {}), leaks.get("gold")))
+    if attack:
+        sentences.append(attack.sentence)
     return Verdict(_tone(forget, retain, bool(overdone or leaking)), headline + ".", sentences)
 
 
 def judge_evaluation(
-    now: Mapping[str, AnswerSummary], before: Mapping[str, AnswerSummary], vocabulary: int | None, leaks: LeakResults
+    now: Mapping[str, AnswerSummary],
+    before: Mapping[str, AnswerSummary],
+    vocabulary: int | None,
+    leaks: LeakResults,
+    gold_leaks: LeakResults | None = None,
 ) -> Verdict:
-    """The same of answers measured by `evaluate`, without a run. before: those of an earlier evaluation, or none."""
+    """The same of answers measured by `evaluate`, without a run. before: those of an earlier evaluation, or none.
+    gold_leaks: results of a model that never saw the rows."""
+    stages = {"after": leaks, **({"gold": gold_leaks} if gold_leaks else {})}
     traces = "; leak tests find traces" if _leaking(leaks) else ""
     if FORGET not in now:
         headline = f"What was measured are benchmarks' own figures, which make no headline{traces}."
         return Verdict("unknown", headline, [])
     if FORGET in before:
         known = {name: before[name] for name in now if name in before}
-        return judge_run({"before": known, "after": {name: now[name] for name in known}}, vocabulary, {"after": leaks})
+        return judge_run({"before": known, "after": {name: now[name] for name in known}}, vocabulary, stages)
     said = [f"{said_count(now[part])} of {now[part].rows} {part} answers" for part in (FORGET, RETAIN) if part in now]
     headline = f"On the rows measured, the model says {' and '.join(said)}{traces}."
     return Verdict("unknown", headline, ["What it said before is not known (--before)."])

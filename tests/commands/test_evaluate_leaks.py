@@ -56,6 +56,18 @@ def test_files_and_tables(byte_model, files, capsys):
     assert "no --adapter" in leaks["quantization"]["meaning"]
     assert leaks["relearning"]["shown_rows"] + leaks["relearning"]["rows"] == 4
     assert "4 of 6 forget rows, 4 of 5 holdout rows" in printed
+    worst, lessons = content(files)["worst_attack"], [v for k, v in leaks["relearning"].items() if " steps, " in k]
+    assert len(lessons) == 3 and worst["value"] - worst["holdout"] == max(
+        of[key] - of["holdout_" + key]
+        for of in (
+            leaks["extraction"],
+            leaks["sampling"],
+            *[v for k, v in leaks["relearning"].items() if " steps" in k],
+        )
+        for key in ("extraction_strength", "best_rouge_l_recall")
+        if key in of
+    )
+    assert f"\nThe worst of {worst['attacks']} attacks, {worst['test']}" in printed
     named = content(files)["open_unlearning"]
     assert list(named) == ["exact_memorization", "extraction_strength", "mia_loss", "mia_min_k", "mia_min_k_plus_plus",
                            "mia_zlib", "privleak"]  # fmt: skip
@@ -69,9 +81,13 @@ def test_files_and_tables(byte_model, files, capsys):
     }  # fmt: skip
     assert "The 0 of 1" not in json.dumps(content(files))
     again = files / "again"
-    before = ["--before", str(files / "out" / "evaluation.json"), "--leaks", "extraction"]
+    earlier = str(files / "out" / "evaluation.json")
+    before = ["--before", earlier, "--retained-log", earlier, "--leaks", "extraction"]
     assert evaluate(byte_model, files, *before, *QUICK, out=again.name) == 0
-    assert "(before: " in capsys.readouterr().out
+    assert "(before: " in (printed := capsys.readouterr().out)
+    worst = content(files, "again")["worst_attack"]
+    assert worst["gold"] == worst["value"] == leaks["extraction"]["extraction_strength"]
+    assert "of a model that never saw the rows, " in printed.splitlines()[-2]
 
 
 def test_without_a_holdout(byte_model, files, capsys):
@@ -117,8 +133,11 @@ def test_bad_input(byte_model, files, capsys):
     write(files / "holdout.jsonl", [*HOLDOUT, FORGET[2]])
     fails(capsys, evaluate(byte_model, files, *leaks), "forget.jsonl, line 3", "in the holdout")
     for flag, value in (("--relearn-share", "1"), ("--relearn-lr", "nan"), ("--leak-temperature", "0"),
-                        ("--leak-samples", "0"), ("--relearn-steps", "0")):  # fmt: skip
+                        ("--leak-samples", "0"), ("--relearn-steps", "0"), ("--relearn-attacks", "hard")):  # fmt: skip
         fails(capsys, evaluate(byte_model, files, *leaks, flag, value), flag)
+    write(files / "holdout.jsonl", HOLDOUT)
+    many = ("--leaks", "relearning", "--relearn-attacks", "4:20:1e-3", "--limit", "4")
+    fails(capsys, evaluate(byte_model, files, *many), "4 rows are to be shown again", "only 4")
     assert not (files / "out").exists()
 
 

@@ -19,6 +19,13 @@ def test_the_demo_saves_its_leaks(small_demo):
     assert before["membership"]["loss_auc"] > 0.99 and before["membership"]["rows"] == 12
     assert after["extraction"]["nll"] > 20 * before["extraction"]["nll"]
     assert "(before: traces found)" in printed
+    worst = leaks["worst_attack"]
+    assert [(stage, of["test"]) for stage, of in worst.items()] == [
+        (s, "extraction") for s in ("before", "after", "gold")
+    ]
+    assert worst["after"]["gold"] == worst["gold"]["value"] < 0.1 and worst["before"]["value"] == 1
+    page = (result.directory / "unlearned" / "report.html").read_text()
+    assert "Worst attack" in page and "<small>gold 0.0" in page and "The most comes back by giving" in page
 
 
 def train(model, folder, *more):

@@ -109,6 +109,22 @@ def test_what_the_leak_tests_found(content):
         assert "not known" in part(replace(content, leaks=none), "What remains")[0]
 
 
+def test_the_worst_attack_is_told_without_its_terms(content):
+    def relearnt(strength, holdout):
+        figures = {"extraction_strength": strength, "holdout_extraction_strength": holdout}
+        return {"relearning": LeakResult({"20 steps, 20% shown, lr 0.001": figures}, "", True)}
+
+    leaks = {"after": relearnt(0.45, 0.12), "gold": relearnt(0.11, 0.1)}
+    (line,) = [line for line in part(replace(content, leaks=leaks), "What remains") if "The most comes back" in line]
+    assert line == (
+        "The most comes back by teaching the model some of the examples again, and letting it complete the others (20 "
+        "steps, 20% shown, lr 0.001): 45% of an answer; of answers that the model never saw, the same brings forth "
+        "12%; from a model that never saw the examples, it brings 11%."
+    )
+    whole = {"after": {"sampling": LeakResult({"whole": 0.25}, "", None)}}
+    assert any("25% of the answers; what it" in line for line in part(replace(content, leaks=whole), "What remains"))
+
+
 def test_every_leak_test_can_be_told_in_plain_words():
     for test in LEAK_TESTS:
         assert test.in_words[0].islower() and not test.in_words.endswith("."), test.name

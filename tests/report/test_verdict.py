@@ -99,6 +99,27 @@ def test_leaks_are_a_reservation():
         assert judge_run(stages(), 50304, {"after": some, "gold": gold}).sentences[-1].endswith(ending)
 
 
+def test_the_worst_attack_is_a_reservation_where_it_stands_out():
+    def tried(strength, holdout=None):
+        figures = {"extraction_strength": strength}
+        return {
+            "extraction": LeakResult(figures | ({"holdout_extraction_strength": holdout} if holdout else {}), "", None)
+        }
+
+    for leaks, tone in (
+        ({"after": tried(0.3, 0.1)}, "mixed"),
+        ({"after": tried(0.3, 0.25)}, "good"),
+        ({"after": tried(0.3)}, "good"),  # nothing to compare with
+        ({"after": tried(0.3), "gold": tried(0.1)}, "mixed"),
+        ({"after": tried(0.3), "gold": tried(0.25)}, "good"),
+    ):
+        verdict = judge_run(stages(), 50304, leaks)
+        assert verdict.tone == tone and "30% of an answer" in verdict.sentences[-1], leaks
+        assert ("(the worst attack, extraction, brings 30% back)" in verdict.headline) == (tone == "mixed")
+    evaluated = judge_evaluation({"forget": GONE}, {"forget": RECITED}, None, tried(0.3), gold_leaks=tried(0.1))
+    assert "of a model that never saw the rows, 10%" in evaluated.sentences[-1] and evaluated.tone == "mixed"
+
+
 def test_the_sentences_contain_the_numbers():
     measured = stages(
         summary(0.02, 0.1, 0.01, 4.5, rows=50, of=1112), before=summary(0.9, 0.95, 0.9, 0.125, rows=50, of=1112)

@@ -28,8 +28,9 @@ from lowmem_npo.evaluation.benchmarks.tofu import TOFU, TofuOptions
 from lowmem_npo.evaluation.directory import THE_ADAPTER, EvaluationDirectory, digest
 from lowmem_npo.evaluation.fluency import fluency
 from lowmem_npo.evaluation.leaks.contract import NO_HOLDOUT, LeakResult, SavedModel, Subject
-from lowmem_npo.evaluation.leaks.measure import run_leak_tests
+from lowmem_npo.evaluation.leaks.measure import run_leak_tests, time_of_tuning
 from lowmem_npo.evaluation.leaks.registry import leak_tests
+from lowmem_npo.evaluation.leaks.worst import retained_leaks
 from lowmem_npo.evaluation.open_unlearning import retained_min_k, tofu_figures, token_figures
 from lowmem_npo.evaluation.result import Evaluation
 from lowmem_npo.evaluation.scoring.scorer import Scorer
@@ -103,6 +104,9 @@ def plan_evaluation(
         benchmark.check(config)
     selected = [chosen for chosen in _select(sources, context) if only is None or chosen[0].name in only]
     leak_rows = _select_for_leaks(sources, context)
+    if leak_rows:
+        for test in leak_tests(config.leaks):
+            test.check_rows(config, {part: len(selection.rows) for part, selection in leak_rows.items()})
     for line in _forms(selected, sources, leak_rows, context):
         say(line)
     return EvaluationPlan(config, model_config, context, sources, selected, leak_rows)
@@ -123,7 +127,8 @@ def measure(
     if config.adapter:
         model = load_adapter(model, config.adapter)
     scorer = Scorer(model, context.tokenizer, journal, config.batch_size)
-    result = Evaluation(rows=_counts(selected, plan.sources, leak_rows), notes=context.notes)
+    gold_leaks = retained_leaks(cast(TofuOptions, config).retained_log)
+    result = Evaluation(rows=_counts(selected, plan.sources, leak_rows), notes=context.notes, gold_leaks=gold_leaks)
     for benchmark, name, selection in selected:
         measured = benchmark.measure(name, selection, scorer, context)
         result.measured.setdefault(benchmark.name, {})[name] = measured
@@ -140,6 +145,8 @@ def measure(
         tests = leak_tests(config.leaks)
         for test in tests:
             test.prepare(subject)
+        for line in time_of_tuning(tests, subject):
+            say(line)
         result.leaks = run_leak_tests([test for test in tests if not test.loads_models], subject)
         reference = retained_min_k(cast(TofuOptions, config).retained_log)
         result.open_unlearning = token_figures(subject.token_scores(), rows, context.tokenizer, reference)
@@ -158,6 +165,8 @@ def measure(
     directory.save(result)
     say("\n" + evaluation_text(result.to_json(), context.before))
     say(f"\nEvery figure is in {directory.result}, every scored row in {directory.rows.name} beside it.")
+    if (worst := result.worst_attack) is not None:
+        say(worst.sentence)
     say(_headline(config, result, context))
     return result
 
@@ -172,7 +181,9 @@ def _headline(config: EvaluationConfig, result: Evaluation, context: Context) ->
             return content.verdict.headline
     before = summaries_of(context.before.get(PLAIN.name) or {})
     vocabulary = context.fit.vocabulary if context.fit else None
-    return judge_evaluation(result.scores.get(PLAIN.name, {}), before, vocabulary, result.leaks).headline
+    return judge_evaluation(
+        result.scores.get(PLAIN.name, {}), before, vocabulary, result.leaks, gold_leaks=result.gold_leaks
+    ).headline
 
 
 # -- what is evaluated, and on which rows -----------------------------------------------------------------------------

@@ -140,6 +140,8 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
         finish_audit(directory.path, steps, adapter_step=kept, training=record(watched, plan.predicted))
         report = write_report(directory.path)
         say(f"\nThe adapter and the measurements are in {directory.path}; what they mean is in its report.html.")
+        if (worst := report.worst_attacks.get("after")) is not None:
+            say(worst.sentence)
         say(report.verdict.headline)
         if divergence.sentence is not None:
             say(divergence.sentence)

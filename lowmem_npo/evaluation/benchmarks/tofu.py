@@ -29,6 +29,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answer_table import FORGET, RETAIN
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measured, Selection
 from lowmem_npo.evaluation.figures import Figure, at
+from lowmem_npo.evaluation.leaks.worst import retained_leaks
 from lowmem_npo.evaluation.open_unlearning import retained_min_k
 from lowmem_npo.evaluation.options import Options, data_set, free
 from lowmem_npo.evaluation.wording import other_scripts
@@ -126,8 +127,9 @@ class Tofu(Benchmark[TofuAnswer, TofuScores]):
     options = TofuOptions
 
     def check(self, options: TofuOptions) -> None:
-        if options.retained_log and retained_min_k(options.retained_log) is None:
-            retained_truth_ratios(options.retained_log)
+        log = options.retained_log
+        if log and retained_min_k(log) is None and not retained_leaks(log):
+            retained_truth_ratios(log)
 
     def select(self, name: str, rows: Rows, context: Context) -> Selection | None:
         tofu = tofu_rows(rows)

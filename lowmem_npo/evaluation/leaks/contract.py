@@ -74,6 +74,15 @@ VERDICTS_AGAINST_BEFORE: Mapping[bool | None, LeakVerdict] = {
 }
 
 
+class Attack(NamedTuple):
+    """What one attack of a test brought back: the share of an answer, or of the answers, between 0 and 1, by the figure
+    of this title; level: the same on the holdout, if there is one."""
+
+    figure: str
+    value: float
+    level: float | None
+
+
 class Meaning(NamedTuple):
     """What a figure is called, what it says, and what it should be: "lower", "as holdout", ... ("": anything)."""
 
@@ -156,6 +165,11 @@ class Subject:
     earlier: LeakResults = field(default_factory=dict)
     unlearned: bool = True
 
+    def part(self, name: str) -> str:
+        """What the journal calls a measurement of this model."""
+        compared = ", with a holdout" if self.holdout else ""
+        return f"leaks: {name}{compared}"
+
     @property
     def original(self) -> PeftModel | None:
         """The model in memory if it can be asked without its adapter: what it was before it forgot."""
@@ -230,6 +244,18 @@ class LeakTest(ABC, Generic[OptionsT]):
 
     def prepare(self, subject: Subject) -> None:
         """For a test that `loads_models`: asks the model in memory for what the others will be compared with."""
+
+    def check_rows(self, options: OptionsT, rows: Mapping[str, int]) -> None:
+        """Raises UserError for options that do not fit the number of rows of each set."""
+
+    def tuning_steps(self, options: OptionsT) -> int:
+        """How many steps of fine-tuning it takes: what it costs beside asking."""
+        return 0
+
+    def attacks(self, figures: Mapping[str, Any]) -> dict[str, Attack]:
+        """What each attack of the test brought back, by its name ("" if there is one only); figures: of a result, also
+        of one that was not measured. A test that brings no answer back has none."""
+        return {}
 
     def measure(self, subject: Subject) -> LeakResult:
         """`run`, or why it was not run."""

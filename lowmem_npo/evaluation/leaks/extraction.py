@@ -12,11 +12,13 @@ extracted from all others).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.evaluation.leaks.contract import (
+    HOLDOUT,
+    Attack,
     LeakResult,
     LeakTest,
     Meaning,
@@ -72,6 +74,9 @@ class Extraction(LeakTest[Options]):
         }
         return result
 
+    def attacks(self, figures: Mapping[str, Any]) -> dict[str, Attack]:
+        return {"": written} if (written := attack_of(figures)) else {}
+
 
 EXTRACTION = Extraction()
 
@@ -107,6 +112,13 @@ def strength_before(subject: Subject) -> float | None:
     if (scores := original_scores(subject)) is not None:
         return extraction_figures(scores)["extraction_strength"]
     return subject.earlier_figure(EXTRACTION.name, "extraction_strength")
+
+
+def attack_of(figures: Mapping[str, Any]) -> Attack | None:
+    """The extraction strength among `figures`, as what an attack brought back; None where it was not measured."""
+    if (strength := figures.get("extraction_strength")) is None:
+        return None
+    return Attack(FIGURES["extraction_strength"].title, strength, figures.get(HOLDOUT + "extraction_strength"))
 
 
 def exact_memorization(row: TokenScores) -> float:

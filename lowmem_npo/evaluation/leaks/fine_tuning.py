@@ -1,9 +1,16 @@
-"""A few steps of plain fine-tuning on a model under test: what an attacker who relearns does."""
+"""Fine-tuning as an attack: a model under test is taught something for a few steps, and asked what it should not know.
+
+The weights that are trained are those of an adapter of its own, which is thrown away afterwards; the model's weights,
+its adapter and the caller's random numbers are left as they were.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from time import monotonic
+from typing import Any
 
 import torch
 from lowmem_kernels import token_logprobs
@@ -11,12 +18,91 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from lowmem_npo.data import TokenizedRow
+from lowmem_npo.evaluation.leaks.contract import Subject, as_holdout
+from lowmem_npo.evaluation.leaks.extraction import extraction_figures
 from lowmem_npo.evaluation.scoring.eval_mode import progress_bar
 from lowmem_npo.evaluation.scoring.likelihood import answer_batch
+from lowmem_npo.evaluation.scoring.token_scores import token_scores
 from lowmem_npo.memory.checkpointing import checkpointing
 from lowmem_npo.model import answer_hidden, frozen_head
+from lowmem_npo.model.adapters import extra_adapter, original_model
 from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.modes import eval_mode
+
+BATCH_SIZE = 4
+RANK = 16
+
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What fine-tuning did to the rows that were asked for.
+
+    taught: rows shown. steps: on `BATCH_SIZE` of them each. before, after: `extraction_figures` of forget (and holdout)
+    rows, without any step and after all. original: of the model before it forgot, where it can be asked.
+    """
+
+    taught: int
+    steps: int
+    before: Figures
+    after: Figures
+    original: Figures | None
+
+    @property
+    def strength(self) -> float:
+        """The extraction strength afterwards."""
+        return self.after["extraction_strength"]
+
+
+def tune(
+    subject: Subject,
+    part: str,
+    taught: Sequence[TokenizedRow],
+    asked: Sequence[TokenizedRow],
+    steps: Sequence[int],
+    lr: float,
+) -> dict[int, Tuned]:
+    """What rows `asked` (and the holdout) give after some `steps` of fine-tuning on `taught`: one run of as many as the
+    most, measured after each number of them. part: its name in the journal, which knows what was measured before."""
+    journal, key = subject.scorer.journal, subject.part(f"{part}, {'+'.join(map(str, steps))} steps")
+    if 0 not in journal.known(key):
+        curve = {step: asdict(tuned) for step, tuned in _tune(subject, taught, asked, steps, lr).items()}
+        journal.write(key, [0], [{str(step): tuned for step, tuned in curve.items()}])
+    return {int(step): Tuned(**tuned) for step, tuned in journal.known(key)[0].items()}
+
+
+def _tune(
+    subject: Subject, taught: Sequence[TokenizedRow], asked: Sequence[TokenizedRow], steps: Sequence[int], lr: float
+) -> dict[int, Tuned]:
+    scorer = subject.scorer
+    model = scorer.loaded_model
+
+    def figures_of(rows: Sequence[TokenizedRow]) -> Figures:
+        return extraction_figures(token_scores(model, rows, batch_size=scorer.batch_size, progress=False))
+
+    def measure() -> Figures:
+        return figures_of(asked) | (as_holdout(figures_of(subject.holdout)) if subject.holdout else {})
+
+    original = None
+    if isinstance(model, PeftModel):
+        with original_model(model):
+            original = figures_of(asked)
+    none = Tuned(len(taught), 0, before := measure(), before, original)
+    tuned = {}
+    with extra_adapter(model, RANK, subject.seed):
+        for step in fine_tune(
+            model,
+            taught,
+            steps=max(steps),
+            lr=lr,
+            batch_size=BATCH_SIZE,
+            seed=subject.seed,
+            progress=scorer.journal.progress,
+        ):
+            if step in steps:
+                tuned[step] = replace(none, steps=step, after=measure())
+    return tuned
 
 
 def fine_tune(
@@ -33,7 +119,7 @@ def fine_tune(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
     head, order = frozen_head(model), _shuffled(len(rows), random.Random(seed))
-    with progress_bar(steps, "leaks: relearning, steps", progress) as bar:
+    with progress_bar(steps, "leaks: fine-tuning, steps", progress) as bar:
         for step in range(1, steps + 1):
             batch = [rows[next(order)] for _ in range(min(batch_size, len(rows)))]
             with eval_mode(model), checkpointing(causal_lm(model)):
@@ -45,6 +131,31 @@ def fine_tune(
             optimizer.zero_grad()
             bar.update()
             yield step
+
+
+def seconds_per_step(model: PreTrainedModel | PeftModel, rows: Sequence[TokenizedRow]) -> float:
+    """What a step on `rows` takes here: the second of two, which are thrown away."""
+    with extra_adapter(model, RANK, seed=0):
+        steps = fine_tune(model, rows, steps=2, lr=1e-6, batch_size=BATCH_SIZE, seed=0, progress=False)
+        next(steps)
+        began = monotonic()
+        _ = [
+            *steps,
+            float(next(p for p in model.parameters() if p.requires_grad).detach().sum()),
+        ]  # the GPU is done, too
+        return monotonic() - began
+
+
+def spread(attacks: Mapping[str, Tuned]) -> dict[str, Any]:
+    """Each attack's figures by which attacks are compared, for a result."""
+    kept = ("rows", "nll", "extraction_strength", "holdout_nll", "holdout_extraction_strength")
+    return {name: {key: tuned.after[key] for key in kept if key in tuned.after} for name, tuned in attacks.items()}
+
+
+def worst_of(attacks: Mapping[str, Tuned]) -> str:
+    """The attack that brings back most, beyond what the holdout gives."""
+    level = "holdout_extraction_strength"
+    return max(attacks, key=lambda name: attacks[name].strength - attacks[name].after.get(level, 0.0))
 
 
 def _shuffled(rows: int, shuffle: random.Random) -> Iterator[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,11 +14,15 @@ from lowmem_npo.config import OutputConfig
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakResults, LeakTest, Subject
+from lowmem_npo.evaluation.leaks.fine_tuning import seconds_per_step
 from lowmem_npo.evaluation.leaks.registry import WHILE_TRAINING, LeakOptions, leak_tests
+from lowmem_npo.evaluation.leaks.worst import WORST_ATTACK, worst_attacks
 from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE
 from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.scoring.scorer import Scorer
 from lowmem_npo.files import write_atomically
+
+FEW_STEPS = 20
 
 
 def measure_leaks(
@@ -27,6 +32,7 @@ def measure_leaks(
     *,
     holdout_rows: Sequence[TokenizedRow] | None = None,
     tests: Sequence[str] = OutputConfig.leaks,
+    options: Any = None,
     seed: int = 0,
     max_new_tokens: int | None = None,
     earlier: LeakResults | None = None,
@@ -37,7 +43,8 @@ def measure_leaks(
     """The results of `tests`, by their names, on a model in memory, which is returned as it came.
 
     forget_rows, holdout_rows: rows that were to be forgotten, and rows like them that the model was never taught.
-    tests: some of `WHILE_TRAINING`; the `meaning` of one that could not be run says why. seed: of all that is random.
+    tests: some of `WHILE_TRAINING`; the `meaning` of one that could not be run says why. options: `LeakOptions`, if not
+    its defaults. seed: of all that is random.
     max_new_tokens: of a sampled answer; None: `answer_length`. earlier: results of the model before it forgot, which
     are compared with where there is no holdout; a model with an adapter is asked for what else is needed, without it.
     unlearned: False for that model itself.
@@ -49,7 +56,7 @@ def measure_leaks(
         scorer,
         forget_rows,
         holdout_rows,
-        LeakOptions(),
+        options or LeakOptions(),
         seed,
         max_new_tokens=max_new_tokens,
         earlier=earlier or {},
@@ -65,10 +72,22 @@ def run_leak_tests(tests: Iterable[LeakTest], subject: Subject) -> LeakResults:
     return {test.name: test.measure(subject) for test in tests}
 
 
+def time_of_tuning(tests: Iterable[LeakTest], subject: Subject) -> list[str]:
+    """How many steps of fine-tuning the tests take, and how long here, in a line; none where there are only a few.
+    What a step takes is measured, on an adapter that is thrown away."""
+    steps = sum(test.tuning_steps(subject.options) for test in tests)
+    if steps < FEW_STEPS:
+        return []
+    took = steps * seconds_per_step(subject.scorer.loaded_model, subject.forget)
+    time = f"{took / 3600:.1f} hours" if took >= 5400 else f"{took / 60:.0f} minutes" if took >= 90 else f"{took:.0f} s"
+    return [f"Leak tests: {steps} steps of fine-tuning, about {time} here, besides asking after each attack."]
+
+
 def write_leaks(path: Path, stages: dict[str, LeakResults]) -> None:
-    """leaks.json: stage ("before", "after", "gold") -> test -> result."""
+    """leaks.json: stage ("before", "after", "gold") -> test -> result; "worst_attack" -> stage -> the worst attack."""
     content = {stage: {name: result.to_json() for name, result in tests.items()} for stage, tests in stages.items()}
-    write_atomically(path, json.dumps(content, indent=1) + "\n")
+    worst = {stage: attack.to_json() for stage, attack in worst_attacks(stages).items()}
+    write_atomically(path, json.dumps({**content, **({WORST_ATTACK: worst} if worst else {})}, indent=1) + "\n")
 
 
 def read_leaks(path: Path) -> dict[str, LeakResults]:
@@ -76,4 +95,5 @@ def read_leaks(path: Path) -> dict[str, LeakResults]:
     if not path.exists():
         return {}
     content = json.loads(path.read_text(encoding="utf-8"))
-    return {stage: {n: LeakResult.from_json(r) for n, r in tests.items()} for stage, tests in content.items()}
+    stages = {stage: tests for stage, tests in content.items() if stage != WORST_ATTACK}  # which follows from them
+    return {stage: {n: LeakResult.from_json(r) for n, r in tests.items()} for stage, tests in stages.items()}

@@ -22,6 +22,7 @@ from lowmem_npo.config import ModelConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.contract import (
     AN_ADAPTER,
+    Attack,
     LeakResult,
     LeakTest,
     Meaning,
@@ -31,7 +32,13 @@ from lowmem_npo.evaluation.leaks.contract import (
     as_holdout,
     beside_holdout,
 )
-from lowmem_npo.evaluation.leaks.extraction import FIGURES, extraction_figures, original_scores, strength_before
+from lowmem_npo.evaluation.leaks.extraction import (
+    FIGURES,
+    attack_of,
+    extraction_figures,
+    original_scores,
+    strength_before,
+)
 from lowmem_npo.evaluation.options import Options
 
 if TYPE_CHECKING:
@@ -72,6 +79,10 @@ class Quantization(LeakTest[Options]):
         forms, problem = measure_forms(subject, subject.saved)
         evaluated = {name: extraction_figures(scores) for name, scores in subject.token_scores().items()}
         return judge({AS_EVALUATED: evaluated, **forms}, problem, strength_before(subject))
+
+    def attacks(self, figures: Mapping[str, Any]) -> dict[str, Attack]:
+        tried = {words: attack_of(figures.get(form, {})) for form, words in FORMS.items()}
+        return {words: attack for words, attack in tried.items() if attack is not None}
 
 
 QUANTIZATION = Quantization()

@@ -1,44 +1,85 @@
-"""Whether what was forgotten comes back when a small part of it is taught again (Hu et al. 2024, Lynch et al. 2024).
+"""Whether what was forgotten comes back when a part of it is taught again (Hu et al. 2024, Lynch et al. 2024).
 
-Some forget rows are shown to the model for a few steps of fine-tuning, through an adapter of its own that is thrown
-away afterwards; the model's weights and its adapter are not touched. Then the REST of the forget rows is measured.
-What such steps teach anyhow, the manner of the answers, they teach about the holdout as well: only what the rest gains
-beyond it was still there.
+Some forget rows are shown to the model for some steps of fine-tuning, and the REST of the forget rows is measured. What
+such steps teach anyhow, the manner of the answers, they teach about the holdout as well: only what the rest gains
+beyond it was still there. How much comes back depends on how hard an attacker tries, so there is a family of attacks,
+and the worst counts.
 """
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from annotated_types import Interval
 
+from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.contract import (
     HOLDOUT,
+    Attack,
     LeakResult,
     LeakTest,
     Meaning,
     Need,
     Subject,
     above_holdout,
-    as_holdout,
     beside_holdout,
 )
-from lowmem_npo.evaluation.leaks.extraction import FIGURES, extraction_figures
+from lowmem_npo.evaluation.leaks.extraction import FIGURES, attack_of
 from lowmem_npo.evaluation.options import Options
-from lowmem_npo.ranges import Count, Positive
+from lowmem_npo.ranges import LARGEST, MOST, Count, Positive
 
-MEASUREMENTS = 4  # how often the rest is measured on the way
-BATCH_SIZE = 4
-RANK = 16
+if TYPE_CHECKING:
+    from lowmem_npo.evaluation.leaks.fine_tuning import Tuned
 
 TWO_ROWS = Need(
     lambda subject: len(subject.forget) < 2,
     "it teaches one part of the forget rows again and asks for the rest, and there is only one row",
 )
+HALF = 0.5
+# What the words of --relearn-attacks stand for: share of the rows (None: --relearn-share), and multiples of
+# --relearn-steps and --relearn-lr.
+ONE = ((None, 1, 1),)
+SHORT = (*ONE, (None, 5, 1), (HALF, 3, 1))
+FAMILY = (*ONE, (None, 5, 1), (None, 5, 3), (HALF, 3, 1), (HALF, 10, 3))
+FAMILIES: Mapping[str, tuple[tuple[float | None, int, int], ...]] = {"one": ONE, "short": SHORT, "family": FAMILY}
 
-Figures = dict[str, float]
+
+class Lesson(NamedTuple):
+    """An attack: rows shown (a share of them, or how many if it is 1 or more), steps, learning rate."""
+
+    share: float
+    steps: int
+    lr: float
+
+    @property
+    def name(self) -> str:
+        shown = f"{self.share:.0f} rows" if self.share >= 1 else f"{100 * self.share:g}%"
+        return f"{self.steps} steps, {shown} shown, lr {self.lr:g}"
+
+    @classmethod
+    def parse(cls, text: str) -> Lesson:
+        """SHARE:STEPS:LR. Raises UserError for anything else."""
+        try:
+            share, steps, lr = text.split(":")
+            lesson = cls(float(share), int(steps), float(lr))
+        except ValueError:
+            raise UserError(
+                f"--relearn-attacks: '{text}' is no attack; write {', '.join(FAMILIES)}, or SHARE:STEPS:LR as in "
+                "0.5:60:1e-3."
+            ) from None
+        if not (0 < lesson.share < 1 or (1 <= lesson.share <= MOST and lesson.share == int(lesson.share))):
+            raise UserError(
+                f"--relearn-attacks {text}: {share} is neither a share between 0 and 1 nor a number of rows."
+            )
+        if not 1 <= lesson.steps <= MOST:
+            raise UserError(f"--relearn-attacks {text}: the number of steps must be at least 1, and at most {MOST:,}.")
+        if not (math.isfinite(lesson.lr) and 0 < lesson.lr <= LARGEST):
+            raise UserError(f"--relearn-attacks {text}: the learning rate must be a positive number.")
+        return lesson
 
 
 @dataclass
@@ -51,16 +92,25 @@ class RelearningOptions(Options):
     """Fine-tuning steps of --leaks relearning, each on four rows."""
     relearn_lr: Positive = 1e-3
     """Learning rate of --leaks relearning."""
+    relearn_attacks: tuple[str, ...] = ("short",)
+    """Attacks of --leaks relearning, of which the worst counts: one, with these options; short, also five times the
+    steps, and three times on half of the rows; family, also five times at three times the rate, and ten times on half
+    of the rows at three times the rate; or any SHARE:STEPS:LR, as 0.5:60:1e-3 (12:60:1e-3 shows 12 rows)."""
+
+    def check(self) -> None:
+        lessons(self)
 
 
 class Relearning(LeakTest[RelearningOptions]):
     name = "relearning"
-    summary = "`extraction` of the other rows after some steps of fine-tuning on a part of them"
+    summary = (
+        "`extraction` of the other rows after some steps of fine-tuning on a part of them, in the worst of several"
+    )
     in_words = "teaching the model some of the examples again, and letting it complete the others"
     needs = (TWO_ROWS,)
     options = RelearningOptions
     counts = ("rows", "holdout_rows", "shown_rows", "steps")
-    unlisted = ("curve",)
+    unlisted = ("curve",)  # of an older version
     main = "extraction_strength"
     figures = FIGURES | {
         "recovered": Meaning(
@@ -71,85 +121,86 @@ class Relearning(LeakTest[RelearningOptions]):
     }
     after_only = True
 
+    def check_rows(self, options: RelearningOptions, rows: Mapping[str, int]) -> None:
+        for lesson in lessons(options):
+            if lesson.share >= rows["forget"] > 1:
+                raise UserError(
+                    f"--relearn-attacks: {lesson.share:.0f} rows are to be shown again, and there are only "
+                    f"{rows['forget']}; one at least must be left to ask for."
+                )
+
+    def tuning_steps(self, options: RelearningOptions) -> int:
+        return sum(max(steps) for steps in _runs(lessons(options)).values())
+
     def run(self, subject: Subject, options: RelearningOptions) -> LeakResult:
-        journal = subject.scorer.journal
-        part = "leaks: relearning, with a holdout" if subject.holdout else "leaks: relearning"
-        if 0 not in journal.known(part):
-            journal.write(part, [0], [relearn(subject, options).to_json()])
-        return LeakResult.from_json(journal.known(part)[0])
+        from lowmem_npo.evaluation.leaks.fine_tuning import tune
+
+        wanted = lessons(options)
+        attacks: dict[str, Tuned] = {}
+        for (share, lr), steps in _runs(wanted).items():
+            shown, rest = split(len(subject.forget), share, subject.seed)
+            taught, asked = ([subject.forget[i] for i in places] for places in (shown, rest))
+            tuned = tune(subject, f"relearning, {share:g} shown, lr {lr:g}", taught, asked, steps, lr)
+            attacks |= {Lesson(share, count, lr).name: of for count, of in tuned.items()}
+        return judge({lesson.name: attacks[lesson.name] for lesson in wanted})
+
+    def attacks(self, figures: Mapping[str, Any]) -> dict[str, Attack]:
+        groups = {name: of for name, of in figures.items() if isinstance(of, Mapping) and " steps, " in name}
+        tried = {name: attack_of(of) for name, of in (groups or {"": figures}).items()}  # one, of an older version
+        return {name: attack for name, attack in tried.items() if attack is not None}
 
 
 RELEARNING = Relearning()
 
 
-def relearn(subject: Subject, options: RelearningOptions) -> LeakResult:
-    """Figures of the rest of the forget rows (and of the holdout) after 0, some, and all steps.
+def lessons(options: RelearningOptions) -> list[Lesson]:
+    """The attacks that the options name, each once. Raises UserError for none, and for one that cannot be read."""
+    if not options.relearn_attacks:
+        raise UserError(f"--relearn-attacks names no attack; write {', '.join(FAMILIES)}, or SHARE:STEPS:LR.")
+    named: list[Lesson] = []
+    for text in options.relearn_attacks:
+        named += [
+            Lesson(share or options.relearn_share, steps * options.relearn_steps, lr * options.relearn_lr)
+            for share, steps, lr in FAMILIES.get(text, ())
+        ] or [Lesson.parse(text)]
+    return list(dict.fromkeys(named))
 
-    `recovered` is how much of the way from the forgotten state back to the original model's extraction strength was
-    covered; only for a model with an adapter, which can be switched off.
-    """
-    from peft import PeftModel
 
-    from lowmem_npo.evaluation.leaks.fine_tuning import fine_tune
-    from lowmem_npo.evaluation.scoring.token_scores import token_scores
-    from lowmem_npo.model.adapters import extra_adapter, original_model
-
-    scorer, seed = subject.scorer, subject.seed
-    model = scorer.loaded_model
-    shown, rest = split(len(subject.forget), options.relearn_share, seed)
-    rest_rows = [subject.forget[i] for i in rest]
-
-    def figures_of(rows: Any) -> Figures:
-        return extraction_figures(token_scores(model, rows, batch_size=scorer.batch_size, progress=False))
-
-    def measure() -> Figures:
-        return figures_of(rest_rows) | (as_holdout(figures_of(subject.holdout)) if subject.holdout else {})
-
-    original = None
-    if isinstance(model, PeftModel):
-        with original_model(model):
-            original = figures_of(rest_rows)
-    curve = {0: measure()}
-    measured_after = {max(1, round(options.relearn_steps * (n + 1) / MEASUREMENTS)) for n in range(MEASUREMENTS)}
-    with extra_adapter(model, RANK, seed):
-        for step in fine_tune(
-            model,
-            [subject.forget[i] for i in shown],
-            steps=options.relearn_steps,
-            lr=options.relearn_lr,
-            batch_size=BATCH_SIZE,
-            seed=seed,
-            progress=scorer.journal.progress,
-        ):
-            if step in measured_after:
-                curve[step] = measure()
-    return judge(len(shown), curve, original)
+def _runs(wanted: list[Lesson]) -> dict[tuple[float, float], list[int]]:
+    """(share, learning rate) -> the numbers of steps: a longer attack begins as a shorter one does."""
+    runs: dict[tuple[float, float], list[int]] = {}
+    for lesson in wanted:
+        runs.setdefault((lesson.share, lesson.lr), []).append(lesson.steps)
+    return {key: sorted(steps) for key, steps in runs.items()}
 
 
 def split(rows: int, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Which rows are shown again (one at least), and which are the rest (one at least)."""
-    count = min(rows - 1, max(1, round(share * rows)))
+    """Which rows are shown again (one at least), and which are the rest (one at least). share: from 1 on, how many."""
+    count = min(rows - 1, max(1, int(share) if share >= 1 else round(share * rows)))
     shown = sorted(random.Random(seed).sample(range(rows), count))
     return shown, [i for i in range(rows) if i not in set(shown)]
 
 
-def judge(shown: int, curve: dict[int, Figures], original: Figures | None) -> LeakResult:
-    """curve: steps -> figures of the rows that were not shown. original: those of the model before it forgot."""
-    steps = max(curve)
-    before, after = curve[0], curve[steps]
-    figures: dict[str, Any] = {"shown_rows": shown, "steps": steps, "before": before, **after}
-    if original is not None:
-        figures["original"] = original
-        lost = original["extraction_strength"] - before["extraction_strength"]
-        if lost > 0:
-            figures["recovered"] = (after["extraction_strength"] - before["extraction_strength"]) / lost
-    figures["curve"] = {str(step): at_step for step, at_step in curve.items()}
-    strength, level = after["extraction_strength"], after.get(HOLDOUT + "extraction_strength")
-    taught = None if level is not None or original is None else original["extraction_strength"]
-    own, beside = beside_holdout(strength, level, taught)
+def judge(attacks: Mapping[str, Tuned]) -> LeakResult:
+    """What the rows that were not shown say, in the worst of the attacks."""
+    from lowmem_npo.evaluation.leaks.fine_tuning import spread, worst_of
+
+    worst = attacks[worst_of(attacks)]
+    figures: dict[str, Any] = {"shown_rows": worst.taught, "steps": worst.steps, "before": worst.before, **worst.after}
+    taught, before = None, worst.before["extraction_strength"]
+    if worst.original is not None:
+        figures["original"] = worst.original
+        taught = worst.original["extraction_strength"]
+        if taught > before:
+            figures["recovered"] = (worst.strength - before) / (taught - before)
+    figures |= spread(attacks)
+    level = worst.after.get(HOLDOUT + "extraction_strength")
+    taught = None if level is not None else taught
+    own, beside = beside_holdout(worst.strength, level, taught)
+    which = f", the worst of {len(attacks)} attacks ({worst_of(attacks)})," if len(attacks) > 1 else ""
     meaning = (
-        f"After {steps} steps on {shown} of the forgotten rows the model writes the last {own} of the other "
-        f"{after['rows']} answers by itself, before them {before['extraction_strength']:.0%}; {beside}."
+        f"After {worst.steps} steps on {worst.taught} of the forgotten rows{which} the model writes the last {own} of "
+        f"the other {worst.after['rows']} answers by itself, before them {before:.0%}; {beside}."
     )
-    leaks = above_holdout(strength, level, taught)
+    leaks = above_holdout(worst.strength, level, taught)
     return LeakResult(figures, meaning, leaks, against_before=taught is not None)

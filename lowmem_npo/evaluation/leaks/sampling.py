@@ -6,12 +6,14 @@ likes. A model whose greedy answer was moved elsewhere may still say the old one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lowmem_npo.evaluation.leaks.contract import (
+    HOLDOUT,
+    Attack,
     LeakResult,
     LeakTest,
     Meaning,
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
     from lowmem_npo.evaluation.scoring.scorer import Scorer
 
 
+BEST = "best_rouge_l_recall"
+RECALL, WHOLE = "ROUGE-L recall", "answers said whole"  # of what an attack brings back
+
+
 @dataclass
 class SamplingOptions(Options):
     leak_samples: Count = 8
@@ -42,11 +48,9 @@ class Sampling(LeakTest[SamplingOptions]):
     in_words = "asking several times for random answers instead of the likeliest one"
     options = SamplingOptions
     counts = ("rows", "holdout_rows", "samples", "max_new_tokens")
-    main = "best_rouge_l_recall"
+    main = BEST
     figures = {
-        "best_rouge_l_recall": Meaning(
-            "best ROUGE-L recall", "How much of the answer the best sample holds.", "as holdout"
-        ),
+        BEST: Meaning("best ROUGE-L recall", "How much of the answer the best sample holds.", "as holdout"),
         "whole": Meaning("whole", "Share of answers that some sample says whole. 0 is forgotten.", "lower"),
         "temperature": Meaning("temperature", "Of the samples; 1 is the model's own distribution.", ""),
     }
@@ -63,20 +67,32 @@ class Sampling(LeakTest[SamplingOptions]):
         best_of = {name: best(subject.scorer, f"{name} samples", rows) for name, rows in subject.sets.items()}
         result = judge(best_of["forget"], best_of.get("holdout"), options, length, self.before(subject, length, best))
         result.rows = {
-            name: [{"best_rouge_l_recall": row.recall, "best_sample": row.sample} for row in rows]
-            for name, rows in best_of.items()
+            name: [{BEST: row.recall, "best_sample": row.sample} for row in rows] for name, rows in best_of.items()
         }
         return result
 
     def before(self, subject: Subject, length: int, best: Callable[..., list[Best]]) -> float | None:
         """The recall of the model before it forgot; None where there is a holdout, or where it is not known."""
         if subject.earlier_figure(self.name, "max_new_tokens") == length:
-            return subject.earlier_figure(self.name, "best_rouge_l_recall")
+            return subject.earlier_figure(self.name, BEST)
         of_original = subject.of_original(lambda scorer: best(scorer, "forget samples, original model", subject.forget))
         return None if of_original is None else fmean(row.recall for row in of_original)
 
+    def attacks(self, figures: Mapping[str, Any]) -> dict[str, Attack]:
+        return {"": said} if (said := attack_of(figures)) else {}
+
 
 SAMPLING = Sampling()
+
+
+def attack_of(figures: Mapping[str, Any]) -> Attack | None:
+    """What the best of several answers hold, as what an attack brought back; None where it was not measured.
+
+    Answers to one question share words by chance: where no holdout says how many, only whole answers count.
+    """
+    if (level := figures.get(HOLDOUT + BEST)) is not None and figures.get(BEST) is not None:
+        return Attack(RECALL, figures[BEST], level)
+    return None if figures.get("whole") is None else Attack(WHOLE, figures["whole"], None)
 
 
 class Best(NamedTuple):
@@ -110,9 +126,9 @@ def judge(
     level = None
     if holdout:
         of_holdout = _figures(holdout)
-        level = of_holdout["best_rouge_l_recall"]
+        level = of_holdout[BEST]
         figures |= as_holdout(of_holdout)
-    recall = figures["best_rouge_l_recall"]
+    recall = figures[BEST]
     own, beside = beside_holdout(recall, level, before)
     meaning = (
         f"The best of {samples} samples holds {own} of a forgotten answer; {figures['whole']:.0%} of the "
@@ -125,4 +141,4 @@ def judge(
 
 
 def _figures(best: Sequence[Best]) -> dict[str, float]:
-    return {"best_rouge_l_recall": fmean(row.recall for row in best), "whole": fmean(row.whole for row in best)}
+    return {BEST: fmean(row.recall for row in best), "whole": fmean(row.whole for row in best)}

@@ -15,9 +15,13 @@ from lowmem_npo.data import prepare
 from lowmem_npo.evaluation.leaks import extraction, membership
 from lowmem_npo.evaluation.leaks.contract import above_holdout, beside_holdout
 from lowmem_npo.evaluation.leaks.measure import measure_leaks
+from lowmem_npo.evaluation.leaks.registry import LeakOptions
 from lowmem_npo.evaluation.scoring.token_scores import TokenScores
 
 TESTS = ("extraction", "sampling", "membership", "relearning")
+
+
+ONE = LeakOptions(relearn_attacks=("one",))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +42,9 @@ def load(folder, name):
 
 def leaks_of(demo, name, *tests, **options):
     folder, tokenizer, data = demo
-    return measure_leaks(load(folder, name), tokenizer, data.forget, tests=tests, progress=False, **options)
+    return measure_leaks(
+        load(folder, name), tokenizer, data.forget, tests=tests, options=ONE, progress=False, **options
+    )
 
 
 def test_a_model_that_forgot_and_one_that_did_not(demo):

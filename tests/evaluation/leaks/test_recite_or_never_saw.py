@@ -12,6 +12,9 @@ from lowmem_npo.config import DataConfig
 from lowmem_npo.data import bundled_rows, prepare, to_examples, tokenize
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.measure import measure_leaks
+from lowmem_npo.evaluation.leaks.registry import LeakOptions
+
+ONE = LeakOptions(relearn_attacks=("one",))
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,7 @@ def load(folder, name):
 def leaks_of(demo, name, *tests, **options):
     folder, tokenizer, forget, holdout = demo
     return measure_leaks(
-        load(folder, name), tokenizer, forget, holdout_rows=holdout, tests=tests, progress=False, **options
+        load(folder, name), tokenizer, forget, holdout_rows=holdout, tests=tests, options=ONE, progress=False, **options
     )
 
 

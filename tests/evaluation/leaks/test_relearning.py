@@ -1,4 +1,4 @@
-"""Relearning leaves no trace, trains what it says on what it says, and tells figures that can be added up."""
+"""Relearning leaves no trace, trains what it says on what it says, and tells the worst of a family of attacks."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from helpers.dense_step import random_rows, word_tokenizer
 from helpers.tiny_models import tiny_model
 from peft import LoraConfig, get_peft_model
 
+from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.leaks import fine_tuning
 from lowmem_npo.evaluation.leaks.contract import Subject
-from lowmem_npo.evaluation.leaks.relearning import RelearningOptions, judge, relearn, split
+from lowmem_npo.evaluation.leaks.fine_tuning import Tuned
+from lowmem_npo.evaluation.leaks.relearning import RELEARNING, RelearningOptions, judge, lessons, split
 from lowmem_npo.evaluation.scoring import likelihood
-from lowmem_npo.evaluation.scoring import token_scores as scoring
 from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.scoring.scorer import Scorer
 from lowmem_npo.evaluation.scoring.token_scores import token_scores
 from lowmem_npo.model.adapters import extra_adapter
 
-OPTIONS = RelearningOptions(relearn_steps=4, relearn_lr=1e-2)
+OPTIONS = RelearningOptions(relearn_steps=2, relearn_lr=1e-2)
 
 
 def adapted(dtype=torch.float32):
@@ -29,9 +31,13 @@ def adapted(dtype=torch.float32):
     return model
 
 
-def learn(model, rows, options=OPTIONS):
-    scorer = Scorer(model, word_tokenizer(), Journal(None, progress=False), batch_size=4)
-    return relearn(Subject(scorer, rows, None, options), options).figures
+def learn(model, rows, options=OPTIONS, journal=None):
+    scorer = Scorer(model, word_tokenizer(), journal or Journal(None, progress=False), batch_size=4)
+    return RELEARNING.run(Subject(scorer, rows, None, options), options).figures
+
+
+def one(**options):
+    return RelearningOptions(relearn_attacks=("one",), **options)
 
 
 def state(model):
@@ -47,7 +53,7 @@ def test_nothing_is_left_of_it(make):
     before = state(model)
     random = torch.random.get_rng_state()
     found = learn(model, rows)
-    assert found["curve"]["4"]["nll"] != found["curve"]["0"]["nll"]
+    assert len({found["before"]["nll"], *(found[lesson.name]["nll"] for lesson in lessons(OPTIONS))}) == 4
     after = state(model)
     assert before[0].keys() == after[0].keys()
     assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
@@ -69,18 +75,72 @@ def test_the_rest_is_asked_for_and_the_shown_rows_are_taught(monkeypatch):
         taught.append(sum(score.nll for score in real(model, [rows[i] for i in shown], **options)))
         return real(model, of_rows, **options)
 
-    monkeypatch.setattr(scoring, "token_scores", scores)
+    monkeypatch.setattr(fine_tuning, "token_scores", scores)
     untouched = token_scores(model, [rows[i] for i in rest], progress=False)
-    found = learn(model, rows, RelearningOptions(relearn_share=0.3, relearn_steps=12, relearn_lr=1e-2))
-    assert all(places == rest for places in asked) and len(asked) == 1 + 1 + 4
+    found = learn(model, rows, one(relearn_share=0.3, relearn_steps=12, relearn_lr=1e-2))
+    assert asked == [rest] * 3  # the original, before, after
     assert taught[-1] < 0.8 * taught[1]
     assert found["shown_rows"] == 3 and found["rows"] == 7 and found["steps"] == 12
-    assert list(found["curve"]) == ["0", "3", "6", "9", "12"]
     assert found["before"]["nll"] == pytest.approx(sum(s.nll for s in untouched) / 7)
     with model.disable_adapter():
         original = token_scores(model, [rows[i] for i in rest], progress=False)
     assert found["original"]["nll"] == pytest.approx(sum(s.nll for s in original) / 7)
-    assert found["nll"] == found["curve"]["12"]["nll"]
+    assert found["nll"] == found["12 steps, 30% shown, lr 0.01"]["nll"] != found["before"]["nll"]
+
+
+def test_a_longer_attack_goes_on_from_a_shorter_one():
+    """What is measured on the way is what an attack of so many steps gives by itself."""
+    rows = random_rows(6, seed=2)
+    family = learn(adapted(), rows)
+    assert [name for name in family if " steps, " in name] == [
+        "2 steps, 20% shown, lr 0.01", "10 steps, 20% shown, lr 0.01", "6 steps, 50% shown, lr 0.01"
+    ]  # fmt: skip
+    for name, given in (("2 steps, 20%", "0.2:2:1e-2"), ("10 steps, 20%", "1:10:0.01"), ("6 steps, 50%", "0.5:6:1e-2")):
+        alone = learn(adapted(), rows, RelearningOptions(relearn_attacks=(given,)))
+        assert alone["nll"] == family[f"{name} shown, lr 0.01"]["nll"], name
+
+
+def test_the_words_for_families():
+    table = [(0.2, 20, 1e-3), (0.2, 100, 1e-3), (0.2, 100, 3e-3), (0.5, 60, 1e-3), (0.5, 200, 3e-3)]
+    assert lessons(RelearningOptions(relearn_attacks=("family",))) == table
+    assert lessons(RelearningOptions()) == [table[0], table[1], table[3]]
+    assert lessons(RelearningOptions(relearn_attacks=("one", "short", "12:7:1"))) == [*table[:2], table[3], (12, 7, 1)]
+    assert RELEARNING.tuning_steps(RelearningOptions(relearn_attacks=("family",))) == 100 + 100 + 60 + 200
+
+
+@pytest.mark.parametrize(
+    "given", ["", "many", "0.5:60", "0:60:1", "1.5:60:1", "nan:60:1", "-1:6:1", "0.5:0:1", "0.5:6.5:1", "0.5:6:0",
+              "0.5:6:nan", "0.5:6:inf"]
+)  # fmt: skip
+def test_what_is_no_attack(given):
+    with pytest.raises(UserError, match="--relearn-attacks"):
+        RelearningOptions(relearn_attacks=(given,) if given else ()).check()
+
+
+def test_no_more_rows_are_shown_than_there_are():
+    options = RelearningOptions(relearn_attacks=("6:10:1e-3",))
+    RELEARNING.check_rows(options, {"forget": 7})
+    with pytest.raises(
+        UserError, match="6 rows are to be shown again, and there are only 6; one at least must be left"
+    ):
+        RELEARNING.check_rows(options, {"forget": 6})
+
+
+def test_it_goes_on_where_it_was(tmp_path, monkeypatch):
+    rows = random_rows(6, seed=2)
+    whole, real, runs = learn(adapted(), rows), fine_tuning.fine_tune, []
+
+    def killed(model, taught, **options):
+        runs.append(len(taught))
+        if len(runs) == 2:
+            raise KeyboardInterrupt
+        return real(model, taught, **options)
+
+    monkeypatch.setattr(fine_tuning, "fine_tune", killed)
+    with pytest.raises(KeyboardInterrupt):
+        learn(adapted(), rows, journal=Journal(tmp_path / "measured.jsonl", progress=False))
+    assert learn(adapted(), rows, journal=Journal(tmp_path / "measured.jsonl", progress=False)) == whole
+    assert runs == [1, 3, 3]
 
 
 @pytest.mark.parametrize("bug", [None, "prompt"])
@@ -106,7 +166,7 @@ def test_one_step_follows_the_gradient_of_the_mean_nll(bug, monkeypatch):
                 assert torch.equal(moved[clear].sign(), -gradient[clear].sign())
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    learn(model, rows, RelearningOptions(relearn_share=0.5, relearn_steps=1))
+    learn(model, rows, one(relearn_share=0.5, relearn_steps=1))
     shown, _ = split(2, 0.5, 0)
     row = rows[shown[0]]
     ids = torch.tensor([row["input_ids"]])
@@ -124,16 +184,25 @@ def test_one_step_follows_the_gradient_of_the_mean_nll(bug, monkeypatch):
 
 
 def test_what_is_reported():
-    def figures(strength, holdout=0.0):
-        own = {"rows": 8, "nll": 1.0, "exact_memorization": 0.5, "extraction_strength": strength, "recited": 0.0}
-        return {**own, "holdout_extraction_strength": holdout}
+    def tuned(strength, holdout=None, original=None, steps=10):
+        def figures(strength, holdout=None):
+            own = {"rows": 8, "nll": 1.0, "exact_memorization": 0.5, "extraction_strength": strength, "recited": 0.0}
+            return own if holdout is None else {**own, "holdout_extraction_strength": holdout}
 
-    result = judge(2, {0: figures(0.1), 10: figures(0.4)}, figures(0.7))
+        return Tuned(2, steps, figures(0.1), figures(strength, holdout), original and figures(original))
+
+    result = judge({"mild": tuned(0.2, 0.0, 0.7), "hard": tuned(0.4, 0.0, 0.7, steps=30)})
     assert result.figures["recovered"] == pytest.approx(0.5) and result.leaks is True
     assert result.figures["before"]["extraction_strength"] == 0.1 and result.figures["extraction_strength"] == 0.4
+    assert result.meaning.startswith("After 30 steps on 2 of the forgotten rows, the worst of 2 attacks (hard), the ")
     assert "the last 40% of the other 8 answers" in result.meaning and "before them 10%" in result.meaning
-    assert judge(2, {0: figures(0.1), 10: figures(0.4, 0.35)}, None).leaks is False  # so do strange rows
-    assert "recovered" not in judge(2, {0: figures(0.1), 10: figures(0.4)}, figures(0.1)).figures  # nothing was lost
+    assert result.figures["mild"] == {
+        "rows": 8, "nll": 1.0, "extraction_strength": 0.2, "holdout_extraction_strength": 0.0
+    }  # fmt: skip
+    assert judge({"": tuned(0.4, 0.35)}).leaks is False  # so do strange rows
+    # What counts is what is beyond the holdout.
+    assert judge({"mild": tuned(0.3, 0.0), "hard": tuned(0.4, 0.35)}).figures["extraction_strength"] == 0.3
+    assert "recovered" not in judge({"": tuned(0.4, original=0.1)}).figures  # nothing was lost
 
 
 def test_split_always_leaves_both_parts():

@@ -1,0 +1,112 @@
+"""Of all attacks of all leak tests the one that brings back most: the figure by which two models are compared.
+
+What an attack brings back is a share, of an answer or of the answers. Beside it stands what the same attack brings
+forth of rows that were never taught, the holdout, and what it brings back from a gold model, which was never taught the
+forget rows, where there is one. The worst is the one that is furthest above the holdout.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lowmem_npo.evaluation.figures import shares
+from lowmem_npo.evaluation.leaks.contract import MARGIN, NO_HOLDOUT, Attack, LeakResult, LeakResults
+from lowmem_npo.evaluation.leaks.extraction import FIGURES
+from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
+from lowmem_npo.evaluation.leaks.sampling import RECALL, WHOLE
+
+WORST_ATTACK = "worst_attack"  # its key in result files
+WORDS = {
+    FIGURES["extraction_strength"].title: "the model then writes the last {} of an answer by itself",
+    RECALL: "what the model then says holds {} of an answer",
+    WHOLE: "{} of the answers then come whole",
+}
+
+
+@dataclass(frozen=True)
+class WorstAttack:
+    """test, attack: its names, the latter "" where the test has only one. figure: what was measured. value: between 0
+    and 1. holdout, gold: the same on the holdout, and of a model that never saw the forget rows; None where there is
+    none. attacks: how many were made."""
+
+    test: str
+    attack: str
+    figure: str
+    value: float
+    holdout: float | None
+    attacks: int
+    gold: float | None = None
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.test}: {self.attack}" if self.attack else self.test
+
+    @property
+    def level(self) -> float | None:
+        """What a model gives that never saw the rows."""
+        return self.holdout if self.gold is None else self.gold
+
+    @property
+    def stands_out(self) -> bool | None:
+        """Whether it brings back more than such a model gives; None where that is not known."""
+        return None if self.level is None else self.value > self.level + MARGIN
+
+    @property
+    def sentence(self) -> str:
+        """What it brought back, and what stands beside it."""
+        beside = {"of answers that the model never saw": self.holdout, "of a model that never saw the rows": self.gold}
+        known = {words: value for words, value in beside.items() if value is not None}
+        own, *others = shares(self.value, *known.values())
+        levels = "".join(f"; {words}, {share}" for words, share in zip(known, others, strict=True))
+        of = f"The worst of {self.attacks} attacks" if self.attacks > 1 else "The only attack"
+        words = WORDS[self.figure].format(own)
+        return f"{of}, {self.name}: {words}{levels or f'; {NO_HOLDOUT}'}."
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def attacks_of(results: LeakResults) -> dict[tuple[str, str], Attack]:
+    """(test, attack) -> what it brought back, of every attack that was measured."""
+    return {
+        (test.name, name): attack
+        for test in LEAK_TESTS
+        if test.name in results
+        for name, attack in test.attacks(results[test.name].figures).items()
+    }
+
+
+def worst_attack(results: LeakResults, gold: LeakResults | None = None) -> WorstAttack | None:
+    """The worst attack among `results`; None where there was none. gold: those of a model that never saw the rows."""
+    attacks = attacks_of(results)
+    if not attacks:
+        return None
+    test, name = max(attacks, key=lambda key: attacks[key].value - (attacks[key].level or 0.0))
+    worst = attacks[test, name]
+    same = attacks_of(gold or {}).get((test, name))
+    level = same.value if same is not None and same.figure == worst.figure else None
+    return WorstAttack(test, name, worst.figure, worst.value, worst.level, len(attacks), level)
+
+
+def retained_leaks(path: str | None) -> LeakResults:
+    """The results in the evaluation.json of a model that never saw the forget rows; none where there are none."""
+    if path is None:
+        return {}
+    try:
+        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        results = {name: LeakResult.from_json(result) for name, result in content["leaks"].items()}
+        return {test.name: results[test.name] for test in LEAK_TESTS if test.name in results}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # TOFU's own check says why
+        return {}
+
+
+def worst_attacks(stages: Mapping[str, LeakResults]) -> dict[str, WorstAttack]:
+    """Stage -> its worst attack, where there was one; beside it the gold model's figure under the same attack."""
+    found = {stage: worst_attack(results, stages.get("gold")) for stage, results in stages.items()}
+    known = {stage: worst for stage, worst in found.items() if worst is not None}
+    return {stage: replace(worst, gold=None) if stage == "gold" else worst for stage, worst in known.items()}

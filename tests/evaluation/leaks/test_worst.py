@@ -1,0 +1,94 @@
+"""The worst attack: which of all it is, what stands beside it, and every place that it is told in."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lowmem_npo.evaluation.leaks.contract import LeakResult
+from lowmem_npo.evaluation.leaks.measure import read_leaks, write_leaks
+from lowmem_npo.evaluation.leaks.worst import attacks_of, retained_leaks, worst_attack, worst_attacks
+from lowmem_npo.evaluation.result import Evaluation
+
+
+def written(strength, holdout=None):
+    return {"extraction_strength": strength} | ({} if holdout is None else {"holdout_extraction_strength": holdout})
+
+
+def said(recall, whole, holdout=None):
+    own = {"best_rouge_l_recall": recall, "whole": whole}
+    return own if holdout is None else {**own, "holdout_best_rouge_l_recall": holdout}
+
+
+def results(**figures):
+    return {name: LeakResult(of_test, "", None) for name, of_test in figures.items()}
+
+
+RELEARNING = {"20 steps, 20% shown, lr 0.001": written(0.3, 0.1), "100 steps, 20% shown, lr 0.001": written(0.5, 0.4)}
+RESULTS = results(
+    extraction=written(0.05, 0.02),
+    sampling=said(0.6, 0.1, 0.45),
+    membership={"loss_auc": 1.0},
+    relearning={"before": written(0.9), "original": written(1.0), **written(0.3, 0.1), **RELEARNING},
+    quantization={"as_evaluated": written(0.9), "merged": written(0.2, 0.02), "merged_4bit": written(0.21, 0.02)},
+)
+
+
+def test_what_is_furthest_above_the_holdout():
+    worst = worst_attack(RESULTS)
+    assert (worst.test, worst.attack) == ("relearning", "20 steps, 20% shown, lr 0.001")
+    assert (worst.value, worst.holdout, worst.gold, worst.attacks) == (0.3, 0.1, None, 6)
+    assert worst.stands_out is True and worst.figure == "extraction strength"
+    assert worst.sentence == (
+        "The worst of 6 attacks, relearning: 20 steps, 20% shown, lr 0.001: the model then writes the last 30% of an "
+        "answer by itself; of answers that the model never saw, 10%."
+    )
+    # By the value alone it would have been another, and by the order of the tests, too.
+    assert max(attacks_of(RESULTS), key=lambda key: attacks_of(RESULTS)[key].value) == ("sampling", "")
+
+
+def test_a_gold_model_stands_beside_it_under_the_same_attack():
+    gold = results(relearning={**RELEARNING, "20 steps, 20% shown, lr 0.001": written(0.25, 0.1)})
+    worst = worst_attack(RESULTS, gold)
+    assert worst.gold == 0.25 and worst.stands_out is False
+    assert worst.sentence.endswith("of a model that never saw the rows, 25%.")
+    assert worst_attack(RESULTS, results(extraction=written(0.01))).gold is None  # not attacked so
+    stages = worst_attacks({"before": RESULTS, "after": RESULTS, "gold": gold, "other": results(membership={})})
+    assert list(stages) == ["before", "after", "gold"] and stages["after"].gold == 0.25 and stages["gold"].gold is None
+
+
+def test_without_a_holdout_shared_words_are_no_trace():
+    """Answers to one question share words by chance; only whole ones are compared with what is written."""
+    worst = worst_attack(results(extraction=written(0.15), sampling=said(0.6, 0.1)))
+    assert worst.test == "extraction" and worst.stands_out is None and "--holdout" in worst.sentence
+    worst = worst_attack(results(extraction=written(0.15), sampling=said(0.6, 0.2)))
+    assert worst.test == "sampling" and worst.value == 0.2 and "20% of the answers then come whole" in worst.sentence
+
+
+def test_nothing_was_tried():
+    for none in ({}, results(membership={"loss_auc": 1.0}), results(extraction={}, sampling={}, quantization={})):
+        assert worst_attack(none) is None and worst_attacks({"after": none}) == {}
+    assert "worst_attack" not in Evaluation(leaks=results(membership={})).to_json()
+
+
+def test_it_is_in_the_files(tmp_path):
+    stages = {"before": results(extraction=written(1.0)), "after": RESULTS}
+    write_leaks(tmp_path / "leaks.json", stages)
+    content = json.loads((tmp_path / "leaks.json").read_text())
+    assert content["worst_attack"]["after"] == {
+        "test": "relearning", "attack": "20 steps, 20% shown, lr 0.001", "figure": "extraction strength", "value": 0.3,
+        "holdout": 0.1, "attacks": 6, "gold": None,
+    }  # fmt: skip
+    assert content["worst_attack"]["before"]["value"] == 1.0
+    assert read_leaks(tmp_path / "leaks.json") == stages
+    evaluation = Evaluation(leaks=RESULTS, gold_leaks=results(relearning=RELEARNING)).to_json()
+    assert evaluation["worst_attack"]["gold"] == 0.3
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    assert retained_leaks(str(tmp_path / "evaluation.json")) == RESULTS
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"leaks": 3}', '{"leaks": {"extraction": {}}}', "{}"])
+def test_a_gold_file_without_leak_tests_gives_nothing(content, tmp_path):
+    (tmp_path / "x.json").write_text(content)
+    assert retained_leaks(str(tmp_path / "x.json")) == {} == retained_leaks(None) == retained_leaks("missing.json")
