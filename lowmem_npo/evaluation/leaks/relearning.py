@@ -103,9 +103,7 @@ class RelearningOptions(Options):
 
 class Relearning(LeakTest[RelearningOptions]):
     name = "relearning"
-    summary = (
-        "`extraction` of the other rows after some steps of fine-tuning on a part of them, in the worst of several"
-    )
+    summary = "`extraction` of the other rows after fine-tuning on a part of them, by the worst of several attacks"
     in_words = "teaching the model some of the examples again, and letting it complete the others"
     needs = (TWO_ROWS,)
     options = RelearningOptions
