@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast, overload
 
 from lowmem_npo.config import DataConfig
 from lowmem_npo.data.schemas import CALLS, Example
+from lowmem_npo.data.special_texts import INSIDE, SpecialTexts
 from lowmem_npo.data.templates import MARK, Template, special_tokens
 from lowmem_npo.errors import UserError
 
@@ -47,13 +48,20 @@ class TokenizedRows(Sequence[TokenizedRow]):
     cut: how many tokens truncation removed from the end of each row.
     max_length: the length rows were cut to.
     repeated: how many rows brought special tokens (a BOS, an EOS) that would be written anyway.
+    literal: how many rows hold the text of a special token as text.
     """
 
     def __init__(
-        self, rows: list[TokenizedRow], examples: Sequence[Example], cut: list[int], max_length: int, repeated: int = 0
+        self,
+        rows: list[TokenizedRow],
+        examples: Sequence[Example],
+        cut: list[int],
+        max_length: int,
+        repeated: int = 0,
+        literal: int = 0,
     ):
         self.rows, self.examples, self.cut, self.max_length = rows, list(examples), cut, max_length
-        self.repeated = repeated
+        self.repeated, self.literal = repeated, literal
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -91,7 +99,7 @@ class TokenizedRows(Sequence[TokenizedRow]):
         return digest.hexdigest()
 
     def report(self, part: str) -> list[str]:
-        """One line of counts, one more if rows were truncated, and one if they brought special tokens."""
+        """A line of counts, and one each if rows were truncated, brought special tokens or hold the text of some."""
         lines = [
             f"{part}: {len(self)} rows, {self.num_tokens} tokens, {self.num_labels} of them labelled; "
             f"the longest row has {self.longest}"
@@ -106,6 +114,11 @@ class TokenizedRows(Sequence[TokenizedRow]):
             lines.append(
                 f"{part}: {count(self.repeated)} with special tokens (BOS, EOS, end of turn) that are written anyway; "
                 "each is written once"
+            )
+        if self.literal:
+            lines.append(
+                f"{part}: {count(self.literal)} with the text of special tokens inside, such as <|endoftext|>; it is "
+                "text there, not the token"
             )
         return lines
 
@@ -151,7 +164,7 @@ def tokenize(
         cut.append(len(whole) - len(kept))
     if too_long and not (drop_too_long and rows):
         _refuse(too_long, max_length)
-    return TokenizedRows(rows, kept_examples, cut, max_length, encoder.repeated)
+    return TokenizedRows(rows, kept_examples, cut, max_length, encoder.repeated, encoder.literal)
 
 
 class Encoder:
@@ -161,17 +174,20 @@ class Encoder:
     names (`Template.stops`), or, in a chat template, any special token that follows the content.
 
     repeated: how many examples brought a special token that the tokenizer or the template writes as well.
+    literal: how many hold the text of one as text (`lowmem_npo.data.special_texts`).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template | None = None):
         template = template or Template()
         self.tokenizer, self.template = tokenizer, template
         self.repeated, self.doubled, self.ended = 0, False, False
+        self.literal = 0
         named = {number: decode(tokenizer, [number]) for number in (tokenizer.eos_token_id, *template.stops)}
         self.stops = special_tokens(tokenizer) | named
         texts = sorted(filter(str.strip, self.stops.values()), key=len, reverse=True)
         self.stop = "|".join(map(re.escape, texts))
         self.named = [text for text in named.values() if text.strip()]
+        self.special = SpecialTexts(tokenizer, self.stops)
         self.prefix = self._ids("", special=True)
 
     def encode(self, example: Example) -> tuple[list[int], list[int]]:
@@ -188,15 +204,37 @@ class Encoder:
     def _encode(self, example: Example) -> tuple[list[int], list[int]]:
         if (messages := self.template.messages(example, self.tokenizer)) is not None:
             return self._conversation(messages, example)
+        example = self._marked(example)
         if not self.template.for_schema(example.schema).startswith("{prompt}"):
             example = replace(example, prompt=self._without_bos(example.prompt))
         prompt, answer = ("", example.answer) if example.prompt is None else self.template.render(example)
         if re.search(f"({self.stop})\\s*$", answer):  # the row brings its own end
             self.doubled, self.ended, answer = True, True, answer.rstrip()
         if example.prompt is None:
-            return [], self.text_ids(answer)
-        prompt_ids = self.text_ids(prompt)
-        return prompt_ids, self._continuation(prompt_ids, self.text_ids(prompt + answer), answer, example.where)
+            return [], self._begun(answer)
+        prompt_ids = self._begun(prompt)
+        return prompt_ids, self._continuation(prompt_ids, self._begun(prompt + answer), answer, example.where)
+
+    def _marked(self, example: Example) -> Example:
+        """The example for a plain form, with marks in the texts of special tokens that are its own."""
+        special, prompt, answer = self.special, example.prompt, example.answer
+        whole = example.prompt is None  # text, which has nothing before it
+        if not (whole and special.is_written_out(answer)):
+            answer = special.marked(answer, keep_bos=whole, keep_end=True)
+        if prompt is not None and not special.is_written_out(prompt):
+            prompt = special.marked(prompt, keep_bos=True)
+        marked = replace(example, prompt=prompt, answer=answer)
+        if marked != example:
+            self._count_literal(example, not special.are_separable)
+        return marked
+
+    def _count_literal(self, example: Example, is_refused: bool) -> None:
+        self.literal += 1
+        if is_refused:
+            raise UserError(
+                f"{example.where} holds the text of a special token, which this model's tokenizer or chat template "
+                "reads as its own: remove it, or write it otherwise."
+            )
 
     def _conversation(self, messages: Sequence[Message], example: Example) -> tuple[list[int], list[int]]:
         """The chat template's own text: everything up to the assistant's last turn is the prompt."""
@@ -209,10 +247,17 @@ class Encoder:
         if example.messages is None:
             earlier[-1] = {**earlier[-1], "content": self._without_bos(earlier[-1]["content"])}
             messages = [*earlier, last]
+        options, special, refused = example.options, self.special, False
 
         def render(turns: Sequence[Message], **more: Any) -> str:
-            return self._render(turns, example, {**example.options, **more})
+            return self._render(turns, example, {**options, **more})
 
+        own = special.marked(last["content"], keep_end=True)
+        marked = [*special.marked_all(earlier), {**special.marked_all(last), "content": own}]
+        if marked != [*messages] or special.marked_all(options) != options:
+            unmarked = render(messages)
+            (*earlier, last), messages, options = marked, marked, special.marked_all(options)
+            refused = not special.are_separable or render(messages).replace(INSIDE, "") != unmarked
         prompt, whole = render(earlier, add_generation_prompt=True), render(messages)
         for name in READ:  # what the row has must reach the model
             if name == "tools" and name in example.options:
@@ -249,14 +294,14 @@ class Encoder:
                 self.doubled, body = True, body[: brought.start()]
         answer = body + ending
         opening = prompt.rpartition(earlier[-1]["content"].strip())[2]  # of the answer's turn
-        if example.messages is None and (written := _already_written(example.prompt or "", opening)):
+        written = None if example.messages else _already_written(example.prompt or "", opening)
+        if INSIDE in (written or prompt) + answer:
+            self._count_literal(example, refused)
+        if written:
             self.doubled = True
-            prompt_ids, joined = self.text_ids(written), self.text_ids(written + answer)
-        else:
-            prompt_ids, joined = (
-                self._ids(prompt),
-                self._ids(prompt + answer),
-            )  # the template writes special tokens itself
+            prompt_ids, joined = self._begun(written), self._begun(written + answer)
+        else:  # the template writes special tokens itself
+            prompt_ids, joined = self._ids(prompt), self._ids(prompt + answer)
         return prompt_ids, self._continuation(prompt_ids, joined, answer, example.where)
 
     def _without_bos(self, prompt: str | None) -> str | None:
@@ -280,7 +325,15 @@ class Encoder:
             ) from error
 
     def text_ids(self, text: str) -> list[int]:
-        """Ids of `text`, with the special tokens that the tokenizer puts in front by itself, once; none at the end."""
+        """Ids of a row's text, with the special tokens that the tokenizer puts in front by itself, once; none at the
+        end."""
+        marked = text
+        if not self.special.is_written_out(text):
+            marked = self.special.marked(text, keep_bos=True, keep_end=True)
+        return self._begun(marked if marked == text or self.special.are_separable else text)
+
+    def _begun(self, text: str) -> list[int]:
+        """As `text_ids`, of a text in which what is no special token is marked."""
         ids, prefix = self._ids(text, special=True), self.prefix
         if prefix and ids[: 2 * len(prefix)] == prefix * 2:  # the text brings them as well
             self.doubled, ids = True, ids[len(prefix) :]
@@ -289,7 +342,10 @@ class Encoder:
     def _ids(self, text: str, special: bool = False) -> list[int]:
         """Ids of `text`. special: with what the tokenizer puts in front by itself; never with what it appends."""
         tokenizer = self.tokenizer
-        ids = list(tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
+        if INSIDE in text:
+            ids = self.special.ids(text, special)
+        else:
+            ids = list(tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
         if special and ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
             ids.pop()  # a tokenizer that appends EOS by itself: it belongs after the answer, not after the prompt
         return ids
