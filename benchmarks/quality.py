@@ -1,165 +1,84 @@
-"""Is unlearning stable across seeds, and does long training spoil it? The paper's four rows, on a small scale.
+"""How well forgetting works: is it stable over seeds, does it last, and how do other ways compare? On a small scale.
 
-    python benchmarks/quality.py                          the full table: 4 rows x 5 seeds, into benchmarks/results/cpu
-    python benchmarks/quality.py --quick                  fewer rows of data, seeds and epochs: a few minutes on 2 cores
-    python benchmarks/quality.py --lume ../shared/data    a larger model, taught LUME; meant for a GPU
+    python benchmarks/quality.py                   the paper's four rows of (gamma, delta) on a small model, 5 seeds
+    python benchmarks/quality.py --lasting         ways to forget that are to last, on the demo's model, 5 seeds
+    python benchmarks/quality.py --baselines       GA, GD, KL-min, two-model NPO, SimNPO, IDK, DPO and ours, likewise
+    python benchmarks/quality.py --real tofu|lume --model DIR --data FOLDER
+                                                   both on a real model (SmolLM2-135M-Instruct), 3 seeds
 
-A small OLMo is taught invented biographies until it recites them (as `lowmem-npo demo` does), and a second one, the
-gold standard, the same without the rows to be forgotten. Then `lowmem-npo sweep` makes the first forget, with each row
-of (gamma, delta) and every seed, twice: for 20 epochs, its adapter measured after 10 and after 20, and with
---stop-when forget-at-holdout retain-loss+0.1 --stop-patience 10. The rows are those of Bronec and Helcl (SemEval-2025
-Task 4) and their code: retain cross-entropy alone (1, 0), with a KL (1, 0.5) and (1, 1), and the KL alone (0, 1).
+The first is described in quality_parts/paper_rows.py. --quick is the same with less of everything, to see that it runs;
+--lume FOLDER a larger model, taught LUME; meant for a GPU.
 
-The demo's setting is gentle; this one is harder, for all rows alike: as many retain rows as forget rows, in the data
-and in a step (as in the paper; the demo has twice as many), and beta 0.1, which pushes the answers further.
+The others teach a model the rows to forget and to retain until it recites them, and a gold model the rows to retain
+alone; `lowmem-npo train` then makes the former forget, in each way with every seed. Measured: what it says, membership,
+and what comes back of the rows not shown when a part is taught again, in five ways. They run in pieces, each written
+into the results as soon as it is made: --minutes begins none after that time, --pieces names some, and the same command
+goes on with what is missing. --work keeps the taught models and the adapters.
+
+The commands that made the results of this repository name a model by its directory: LOWMEM_NPO_TEST_MODEL and
+LOWMEM_NPO_TEST_DATA stand for --model and --data.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 if __name__ == "__main__":
     import checkout  # noqa: F401
 
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from benchmarks.quality_parts import lasting, paper_rows
 from benchmarks.quality_parts.picture import draw_quality
+from benchmarks.quality_parts.real_rows import KINDS
 from benchmarks.quality_parts.table import summarise, table
 from benchmarks.shared import record
-from lowmem_npo.commands.demo.recipe import Teaching
-from lowmem_npo.commands.demo.teaching import make_tokenizer, taught_model
-from lowmem_npo.commands.sweep.grid import GridPoint, SweepRun
-from lowmem_npo.commands.sweep.runs import is_finished, sweep
-from lowmem_npo.config import (
-    AdapterConfig,
-    DataConfig,
-    MemoryConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OutputConfig,
-    RunConfig,
-    StoppingConfig,
-    TrainingConfig,
-)
-from lowmem_npo.data import PreparedData, Template, bundled_rows, prepare, read_rows, to_examples
 from lowmem_npo.errors import UserError
-from lowmem_npo.evaluation.answers import evaluate_answers
-from lowmem_npo.evaluation.benchmarks.documents import membership
-from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
-from lowmem_npo.run_directory import RunFiles
-
-ROWS = ((1.0, 0.0), (1.0, 0.5), (1.0, 1.0), (0.0, 1.0))  # (gamma, delta)
-LUME_FILES = ("forget_validation", "retain_validation", "forget_train")  # forget, retain, holdout
-STOP_WHEN, PATIENCE = ("forget-at-holdout", "retain-loss+0.1"), 10
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is taught and how it is unlearned; the same for every row and seed."""
-
-    teaching: Teaching
-    data: DataConfig
-    epochs: tuple[int, int] = (10, 20)
-    batch_size: int = 6
-    beta: float = 0.1
-    lr: float = 1e-3
-    lora_r: int = 16
-    eval_batch_size: int = 36
-
-    def config(self, model: Path, gamma: float, delta: float, seed: int, directory: Path, stops: bool) -> RunConfig:
-        assert self.data.limit is not None
-        steps_per_epoch = -(-self.data.limit // self.batch_size)
-        return RunConfig(
-            model=ModelConfig(model=str(model), dtype="float32"),
-            data=self.data,
-            objective=ObjectiveConfig(beta=self.beta, gamma=gamma, delta=delta),
-            adapter=AdapterConfig(lora_r=self.lora_r, lora_alpha=self.lora_r, lora_targets=("all-linear",)),
-            memory=MemoryConfig(
-                gradient_checkpointing="off", reference="cached", reference_dir=str(directory / "reference")
-            ),
-            training=TrainingConfig(batch_size=self.batch_size, epochs=self.epochs[1], lr=self.lr, seed=seed),
-            stopping=StoppingConfig(STOP_WHEN, PATIENCE) if stops else StoppingConfig(),
-            output=OutputConfig(
-                output_dir=str(directory / _name(gamma, delta, stops) / f"seed-{seed}"),
-                eval_rows=self.data.limit if stops else 1,  # every adapter is measured here, all alike
-                eval_batch_size=self.eval_batch_size,
-                leaks=(),
-            ),
-            trainer_args={"save_steps": self.epochs[0] * steps_per_epoch, "save_only_model": True}
-            if not stops
-            else {"save_strategy": "no"},
-        )
-
-
-BUNDLED = Setting(Teaching(), DataConfig(limit=36))
-QUICK = Setting(
-    Teaching(vocabulary=384, layers=2, width=64, heads=2, epochs=40, batch_size=8, lr=4e-3),
-    DataConfig(limit=24),
-    epochs=(5, 10),
-    lr=3e-3,
-)
-
-
-def lume(folder: Path, quick: bool) -> Setting:
-    """LUME's validation rows, taught to a model of 30 million parameters; its training rows, never taught, are the
-    holdout. With `quick` a small model and few rows, only to check that it runs."""
-    forget, retain, holdout = (str(folder / "lume" / f"{name}.jsonl") for name in LUME_FILES)
-    if missing := [file for file in (forget, retain, holdout) if not Path(file).is_file()]:
-        raise UserError(f"--lume: there is no {missing[0]}.")
-    data = DataConfig(forget=forget, retain=retain, holdout=holdout, max_length=512)
-    if quick:
-        teaching = Teaching(vocabulary=4096, layers=2, width=48, heads=2, epochs=10, batch_size=2)
-        return Setting(teaching, replace(data, limit=6), epochs=(1, 2))
-    return Setting(
-        Teaching(vocabulary=8192, layers=8, width=512, heads=8, epochs=60, batch_size=32, lr=1e-3),
-        replace(data, limit=240),
-        batch_size=24,
-        lr=5e-4,
-        eval_batch_size=48,
-    )
+from lowmem_npo.libraries import quiet_libraries
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--lume", type=Path, metavar="FOLDER", help="the folder that holds lume/")
-    parser.add_argument("--seeds", type=int, help="number of seeds; default 5, with --quick 2")
-    parser.add_argument("--minutes", type=float, help="begin no further seed after this many minutes")
-    parser.add_argument("--out", type=Path, help="the JSON file; picture and table are written beside it")
-    parser.add_argument("--work", type=Path, help="directory of models and runs; what is there is resumed")
-    options = parser.parse_args(arguments)
-    begin = time.monotonic()
+    options = _parser().parse_args(arguments)
+    quiet_libraries()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # a model this small gains little from a second one
     try:
-        setting = lume(options.lume, options.quick) if options.lume else QUICK if options.quick else BUNDLED
+        with tempfile.TemporaryDirectory() as scratch:
+            work = options.work or Path(scratch)
+            if options.lasting or options.baselines or options.real:
+                return lasting.main(options, work)
+            return _paper_rows(options, work)
+    except UserError as error:
+        print(f"quality: {error}")
+        return 2
+
+
+def _paper_rows(options: argparse.Namespace, work: Path) -> int:
+    begin = time.monotonic()
+    try:
+        setting = paper_rows.QUICK if options.quick else paper_rows.BUNDLED
+        if options.lume:
+            setting = paper_rows.lume(options.lume, options.quick)
     except UserError as error:
         print(f"quality: skipped, {error}")
         return 0
-    out = options.out or (None if options.quick else record.device_folder() / "quality.json")
-    with tempfile.TemporaryDirectory() as scratch:
-        work = options.work or Path(scratch)
-        models = Models.taught(setting, work)
-        measured = [models.figures("before", models.base), models.figures("gold", models.gold)]
-        for seed in range(options.seeds or (2 if options.quick else 5)):
-            if options.minutes is not None and time.monotonic() - begin > 60 * options.minutes:
-                print(f"{options.minutes:g} minutes are over: {seed} seeds were measured")
-                break
-            measured += measure_seed(setting, models, seed, work / "runs")
+    measured = paper_rows.measure_rows(
+        setting, work, options.seeds or (2 if options.quick else 5), _within(options.minutes, begin)
+    )
     results = summarise(measured)
     print("\n" + table(results))
+    out = options.out or (None if options.quick else record.device_folder() / "quality.json")
     if out is not None:
-        more = {"setting": asdict(setting), "stop_when": STOP_WHEN, "patience": PATIENCE, "measured": measured}
+        stopping = {"stop_when": paper_rows.STOP_WHEN, "patience": paper_rows.PATIENCE}
+        more: dict[str, Any] = {"setting": asdict(setting), **stopping, "measured": measured}
         record.write(out, "quality", results, seconds=round(time.monotonic() - begin), **more)
         out.with_suffix(".md").write_text(table(results) + "\n", encoding="utf-8")
         draw_quality(out.with_suffix(".png"), results)
@@ -167,105 +86,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-# -- the models -------------------------------------------------------------------------------------------------------
+def _within(minutes: float | None, begin: float) -> Callable[[int], bool]:
+    """Whether there is time for another seed; says so if not."""
+
+    def goes_on(seed: int) -> bool:
+        over = minutes is not None and time.monotonic() - begin > 60 * minutes
+        if over:
+            print(f"{minutes:g} minutes are over: {seed} seeds were measured")
+        return not over
+
+    return goes_on
 
 
-@dataclass
-class Models:
-    """The model that recites, the one that never saw the forget rows, and how they and every adapter are measured."""
-
-    setting: Setting
-    directory: Path
-    tokenizer: PreTrainedTokenizerBase
-    data: PreparedData
-    base: PreTrainedModel
-    gold: PreTrainedModel
-
-    @classmethod
-    def taught(cls, setting: Setting, work: Path) -> Models:
-        data, device = setting.data, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        sources = [getattr(data, part) for part in ("forget", "retain")]
-        rows = [
-            bundled_rows(part, limit=data.limit) if source is None else read_rows(source, limit=data.limit)
-            for part, source in zip(("forget", "retain"), sources, strict=True)
-        ]
-        texts = ["".join(Template().render(example)) for part in rows for example in to_examples(part)]
-        tokenizer = make_tokenizer(texts, setting.teaching.vocabulary)
-        prepared = prepare(tokenizer, data)
-        assert prepared.retain is not None
-        (work / "models").mkdir(parents=True, exist_ok=True)
-
-        def teach(name: str, rows: list) -> PreTrainedModel:
-            print(f"teaching the {name} model {len(rows)} rows", flush=True)
-            model, _ = taught_model(
-                work / "models" / name, tokenizer, rows, setting.teaching, seed=0, device=device, description=name
-            )
-            return model
-
-        base = teach("base", [*prepared.forget, *prepared.retain])
-        gold = teach("gold", [*prepared.retain])
-        return cls(setting, work / "models" / "base", tokenizer, prepared, base, gold)
-
-    def adapted(self, folder: Path) -> PreTrainedModel:
-        base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.directory, dtype=torch.float32)
-        return cast(PreTrainedModel, PeftModel.from_pretrained(base, str(folder)).to(self.base.device).eval())
-
-    def figures(self, when: str, model: PreTrainedModel, **more: Any) -> dict[str, Any]:
-        """All forget and retain rows are answered and scored, the holdout rows only scored."""
-        assert self.data.holdout is not None
-        figures: dict[str, Any] = {"when": when, **more}
-        size, nlls = self.setting.eval_batch_size, {}
-        for part in ("forget", "retain"):
-            rows = getattr(self.data, part)
-            answers = evaluate_answers(
-                model, self.tokenizer, rows, limit=None, batch_size=size, max_new_tokens=64, progress=False
-            )
-            nlls[part] = [answer.nll for answer in answers.records]
-            figures |= {f"{part}_nll": answers.summary.nll, f"{part}_exact_match": answers.summary.exact_match}
-        holdout = answer_likelihoods(model, self.data.holdout, batch_size=size, progress=False)
-        figures["holdout_nll"] = sum(row.nll_sum for row in holdout) / sum(row.tokens for row in holdout)
-        figures["membership_auc"] = membership(nlls["forget"], [row.nll for row in holdout]).auc
-        return figures
-
-
-# -- the runs ---------------------------------------------------------------------------------------------------------
-
-
-def measure_seed(setting: Setting, models: Models, seed: int, root: Path) -> list[dict[str, Any]]:
-    """The figures of one seed: per row of (gamma, delta) after the shorter and the longer training, and stopped."""
-    runs = {
-        (gamma, delta, stops): SweepRun(
-            GridPoint((("gamma", f"{gamma:g}"), ("delta", f"{delta:g}"), ("stop-when", " ".join(STOP_WHEN) * stops))),
-            seed,
-            setting.config(models.directory, gamma, delta, seed, root, stops),
-        )
-        for gamma, delta in ROWS
-        for stops in (False, True)
-    }
-    sweep(list(runs.values()), root, resume=root.exists(), say=_flushed)
-    measured, steps_per_epoch = [], -(-len(models.data.forget) // setting.batch_size)
-    for (gamma, delta, stops), run in runs.items():
-        if not is_finished(run):
-            raise UserError(f"The run in {run.directory} failed: its log.txt and sweep.json say why.")
-        row: dict[str, Any] = {"gamma": gamma, "delta": delta, "seed": seed}
-        if stops:
-            outcome = json.loads(RunFiles(run.directory).stopping.read_text())
-            row |= {"epochs": outcome["kept"]["step"] / steps_per_epoch, "stopped": bool(outcome["held"])}
-            measured.append(models.figures("stopped", models.adapted(run.directory), **row))
-            continue
-        short, long = setting.epochs
-        checkpoint = run.directory / f"checkpoint-{short * steps_per_epoch}"
-        for epochs, folder in ((short, checkpoint), (long, run.directory)):
-            measured.append(models.figures(f"{epochs} epochs", models.adapted(folder), **row, epochs=epochs))
-    return measured
-
-
-def _name(gamma: float, delta: float, stops: bool) -> str:
-    return f"gamma={gamma:g}_delta={delta:g}" + ("_stopped" if stops else "")
-
-
-def _flushed(line: str) -> None:
-    print(line, flush=True)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--lasting", action="store_true")
+    what.add_argument("--baselines", action="store_true")
+    what.add_argument("--real", choices=KINDS)
+    what.add_argument("--lume", type=Path, metavar="FOLDER", help="the folder that holds lume/")
+    parser.add_argument("--quick", action="store_true")
+    model, data = os.environ.get("LOWMEM_NPO_TEST_MODEL"), os.environ.get("LOWMEM_NPO_TEST_DATA", "../shared/data")
+    parser.add_argument("--model", type=Path, default=model, help="with --real: directory of the model")
+    parser.add_argument(
+        "--data", type=Path, default=Path(data), help="with --real: the folder that holds lume/ and tofu/"
+    )
+    parser.add_argument("--seeds", type=int, help="number of seeds; default 5, with --real 3, with --quick 2")
+    parser.add_argument("--minutes", type=float, help="begin no further piece (or seed) after this many minutes")
+    parser.add_argument(
+        "--pieces", nargs="+", default=(), metavar="PATTERN", help="only pieces such as 'npo/*/answers'"
+    )
+    parser.add_argument("--list", action="store_true", help="list the pieces, and which of them are made, and stop")
+    parser.add_argument(
+        "--method", action="append", default=[], metavar="NAME=FLAGS", help="one more way: flags of lowmem-npo train"
+    )
+    parser.add_argument("--out", type=Path, help="the JSON file; picture and table are written beside it")
+    parser.add_argument("--work", type=Path, help="directory of models and runs; what is there is resumed")
+    return parser
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pytest
 from matplotlib import image
 
 from benchmarks import quality
+from benchmarks.quality_parts import paper_rows
 from benchmarks.quality_parts.picture import draw_quality
 from benchmarks.quality_parts.table import summarise, table
 from lowmem_npo.commands.demo.recipe import Teaching
@@ -58,15 +59,15 @@ def test_the_picture(tmp_path):
 
 def test_a_whole_run_in_small(tmp_path, monkeypatch):
     """Two seeds of one row, on a model taught for seconds: the measurements agree with the files of the runs."""
-    small = quality.Setting(
+    small = paper_rows.Setting(
         Teaching(vocabulary=300, layers=2, width=32, heads=2, epochs=30, batch_size=6, lr=5e-3),
         DataConfig(limit=6),
         epochs=(1, 2),
         batch_size=3,
         lora_r=4,
     )
-    monkeypatch.setattr(quality, "QUICK", small)
-    monkeypatch.setattr(quality, "ROWS", ((1.0, 0.5),))
+    monkeypatch.setattr(paper_rows, "QUICK", small)
+    monkeypatch.setattr(paper_rows, "ROWS", ((1.0, 0.5),))
     out, work = tmp_path / "quality.json", tmp_path / "work"
     assert quality.main(["--quick", "--seeds", "2", "--out", str(out), "--work", str(work)]) == 0
     record = json.loads(out.read_text())
@@ -83,7 +84,7 @@ def test_a_whole_run_in_small(tmp_path, monkeypatch):
 
 
 def test_lume_runs_and_its_absence_is_reported(shared_data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(quality, "ROWS", ((1.0, 0.5),))
+    monkeypatch.setattr(paper_rows, "ROWS", ((1.0, 0.5),))
     out = tmp_path / "q.json"
     assert quality.main(["--quick", "--lume", str(shared_data), "--seeds", "1", "--out", str(out)]) == 0
     assert len(json.loads(out.read_text())["results"]["rows"]) == 3

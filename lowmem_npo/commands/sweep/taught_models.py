@@ -139,7 +139,7 @@ def _taught_whole(
     """All weights, in float32; saved in the type of the runs."""
     model: PreTrainedModel = load_model(replace(config.model, dtype="float32", qlora=False), silent)
     model.requires_grad_(True)
-    if config.memory.gradient_checkpointing:
+    if config.memory.recomputes_layers:
         enable_checkpointing(model)
     nll = _teach(model, config, how, rows, name)
     cast(Any, model).to(DTYPES[config.model.dtype]).save_pretrained(into)
