@@ -17,7 +17,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.checkpoint import Checkpoint
-from lowmem_npo.model.quantization import nf4, quantising
+from lowmem_npo.model.quantization import is_finite, nf4, quantising
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class DequantizedBase:
 
     def __call__(self, name: str, stored: Tensor) -> Tensor:
         """The tensor `name`, which is `stored` so, as the run computed with it."""
-        if name not in self.rounded:
+        if name not in self.rounded or not is_finite(stored):  # 4 bits would make a number of what is none
             return stored
         weight = stored.T if self.rounded[name] else stored
         packed, state = quantize_4bit(

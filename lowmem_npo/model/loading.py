@@ -130,7 +130,7 @@ def load_model(config: ModelConfig, say: Say = print) -> PreTrainedModel:
     name, _ = resolve_name(config.model, config.revision)
     loaded_config = load_config(config)
     quantization = quantization_of(loaded_config, config.qlora, dtype, config.double_quant != "off")
-    loading = quantising() if quantization else nullcontext()
+    loading: Any = quantising() if quantization else nullcontext([])
     if quantization and stored_quantization(loaded_config):  # its own recipe, but for the type that it computes in
         loaded_config.quantization_config, quantization = quantization.to_dict(), None
     model: PreTrainedModel
@@ -143,7 +143,7 @@ def load_model(config: ModelConfig, say: Say = print) -> PreTrainedModel:
     }
     try:
         original = original_weights(name, config.revision, loaded_config)
-        with loading:
+        with loading as damaged:
             if original is not None:
                 model, loaded_weights = load_tensors(loaded_config, original.unread(), **options)
                 model.name_or_path = model.config.name_or_path = name
@@ -167,7 +167,7 @@ def load_model(config: ModelConfig, say: Say = print) -> PreTrainedModel:
     if getattr(model, "_hf_peft_config_loaded", False):
         raise _holds_an_adapter(name)  # on the hub
     check_weights(model, name, loaded_weights, say)
-    check_finite(model, name)
+    check_finite(model, name, damaged)
     layer: Any
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):  # a 4-bit layer of bitsandbytes: on such CPUs it would be

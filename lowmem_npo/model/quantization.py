@@ -9,8 +9,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.quantizers.base import HfQuantizer
 
 from lowmem_npo.errors import UserError
@@ -59,21 +60,43 @@ def stored_quantization(architecture: PretrainedConfig) -> BitsAndBytesConfig | 
 
 
 @contextmanager
-def quantising() -> Iterator[None]:
-    """Inside, transformers builds and loads models so that all their linear layers are quantised, one at a time.
+def quantising() -> Iterator[list[str]]:
+    """Inside, transformers builds and loads models so that all their linear layers are quantised, one at a time. Yields
+    the names of those that held NaN or infinity: of 4 bits each is some number.
 
     It replaces `nn.Linear` only: Falcon's own class, which computes the same, would stay as it is. It replaces layers
     whose weight the model multiplies itself, which 4-bit weights cannot be. The first releases of version 5 read ahead,
     and hold most of the model unquantised.
     """
-    left_as_they_are = HfQuantizer.get_modules_to_not_convert
+    left_as_they_are, quantise = HfQuantizer.get_modules_to_not_convert, Bnb4bitQuantize.convert
+    damaged: list[str] = []
 
     def left(model: PreTrainedModel, *args: Any, **kwargs: Any) -> list[str]:
         return [*left_as_they_are(model, *args, **kwargs), *read_as_weights(model)]
 
+    def checked(self: Bnb4bitQuantize, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        for name, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            if not (weight.is_meta or is_finite(weight)):
+                damaged.append(name)
+        return quantise(self, input_dict, *args, **kwargs)
+
     with (
+        mock.patch.object(Bnb4bitQuantize, "convert", checked),
         mock.patch.object(HfQuantizer, "get_modules_to_not_convert", staticmethod(left)),
         mock.patch("transformers.models.falcon.modeling_falcon.FalconLinear", nn.Linear),
         mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}),
     ):
-        yield
+        yield damaged
+
+
+def is_finite(weight: Tensor) -> bool:
+    """Whether it holds neither NaN nor infinity. A sum needs no copy of it; one that is too large is no proof."""
+    return bool(weight.detach().sum(dtype=torch.float32).isfinite()) or bool(weight.isfinite().all())
+
+
+def statistics(weight: Any) -> list[Tensor]:
+    """The scales of a 4-bit weight, which are of no finite numbers if it is damaged; none of another one."""
+    state = getattr(weight, "quant_state", None)
+    parts = [] if state is None else [state.absmax, state.offset, getattr(state.state2, "absmax", None)]
+    return [part for part in parts if isinstance(part, Tensor) and part.is_floating_point()]

@@ -16,7 +16,7 @@ from lowmem_npo.console import Say, silent
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.checkpoint import Checkpoint, find_checkpoint, lists_tensors, weight_files
 from lowmem_npo.model.original_olmo import is_original
-from lowmem_npo.model.quantization import stored_quantization
+from lowmem_npo.model.quantization import statistics, stored_quantization
 
 
 def check_directory_weights(name: str, architecture: PretrainedConfig, say: Say = silent) -> None:
@@ -65,21 +65,25 @@ def check_weights(model: PreTrainedModel, name: str, loaded: Mapping[str, Any], 
         say(f"Not used by {kind}: {_first(unused)} of '{name}'.")
 
 
-def check_finite(model: PreTrainedModel, name: str) -> None:
-    """Raises UserError for weights that hold NaN or infinity, on whatever device they are."""
-    if damaged := not_finite(model):
+def check_finite(model: PreTrainedModel, name: str, quantised: Collection[str] = ()) -> None:
+    """Raises UserError for weights that hold NaN or infinity, on whatever device they are.
+
+    quantised: names of those that did so before they were quantised.
+    """
+    if damaged := {*quantised, *not_finite(model)}:
         raise UserError(f"The weights of '{name}' are damaged: {_first(damaged)} hold NaN or infinity.")
 
 
 def not_finite(model: PreTrainedModel) -> list[str]:
-    """The names of weights that hold NaN or infinity; those in 4 bits cannot."""
-    weights = {n: w for n, w in model.named_parameters() if w.is_floating_point() and not w.is_meta and w.numel()}
-    if not weights:
+    """The names of weights that hold NaN or infinity; of those in 4 bits, whose scales do."""
+    parts = [(n, part) for n, w in model.named_parameters() for part in (w, *statistics(w)) if part.is_floating_point()]
+    parts = [(name, part) for name, part in parts if not part.is_meta and part.numel()]
+    if not parts:
         return []
     # A sum needs no copy of the weight, as `isfinite` does. One that is too large is no proof.
-    sums = [weight.detach().sum(dtype=torch.float32).cpu() for weight in weights.values()]
-    suspect = [name for name, is_finite in zip(weights, torch.stack(sums).isfinite(), strict=True) if not is_finite]
-    return [name for name in suspect if not weights[name].isfinite().all()]
+    sums = torch.stack([part.detach().sum(dtype=torch.float32).cpu() for _, part in parts])
+    suspect = [part for part, is_finite in zip(parts, sums.isfinite(), strict=True) if not is_finite]
+    return list(dict.fromkeys(name for name, part in suspect if not part.isfinite().all()))
 
 
 def load_tensors(architecture: PretrainedConfig, tensors: Mapping[str, Any], **options: Any) -> tuple[Any, Any]:

@@ -17,6 +17,7 @@ from lowmem_npo.model.checkpoint import find_checkpoint
 from lowmem_npo.model.dequantized import DequantizedBase
 from lowmem_npo.model.loading import DTYPES
 from lowmem_npo.model.merging import write_merged
+from lowmem_npo.model.quantization import nf4
 
 IDS = torch.arange(2, 30)[None]
 DTYPE = ["bf16", "float32"]
@@ -79,3 +80,11 @@ def test_a_layer_that_is_stored_in_parts_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(type(checkpoint), "name_of", lambda self, name: None)
     with pytest.raises(UserError, match="stores model.layers.0.self_attn.q_proj.weight in parts"):
         DequantizedBase.of(checkpoint, torch.float32)
+
+
+def test_what_is_no_number_stays_none():
+    """A merge refuses it; 4 bits would have made one of it."""
+    weight = torch.ones(4, 64)
+    weight[2, 3] = torch.nan
+    base = DequantizedBase(nf4(torch.float32), {"w": False})
+    assert base("w", torch.ones(4, 64)).isfinite().all() and base("w", weight).isnan().any()

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, OlmoConfig
 
 from lowmem_npo.cli import main
 from lowmem_npo.config import ModelConfig
+from lowmem_npo.console import silent
 from lowmem_npo.data import RowBatch
 from lowmem_npo.errors import UserError
 from lowmem_npo.model import answer_hidden, load_model
@@ -247,6 +248,35 @@ def test_weights_that_are_no_numbers_are_named_before_anything_is_measured(byte_
     message = f"are damaged: model.embed_tokens.weight, {name} hold NaN or infinity"
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run" / "before.json").exists()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_were_no_numbers_before_they_got_four_bits_are_named(value, byte_model, tmp_path):
+    """Of 4 bits every one is a number, whatever it was."""
+    names = {"model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"}
+
+    def damage(weights):
+        for name in names:
+            weights[name][3, 5] = value
+        return weights
+
+    folder = shutil.copytree(byte_model, tmp_path / "model")
+    rewritten(folder, AutoModelForCausalLM.from_pretrained(byte_model), damage)
+    with pytest.raises(UserError, match=f"are damaged: {', '.join(sorted(names))} hold NaN or infinity"):
+        load_model(ModelConfig(str(folder), qlora=True, device="cpu"), silent)
+
+
+@pytest.mark.parametrize("double_quant", ["on", "off"])
+def test_four_bits_with_scales_that_are_no_numbers_are_named(double_quant, byte_model, tmp_path):
+    config = ModelConfig(str(byte_model), qlora=True, device="cpu", double_quant=double_quant)
+    load_model(config, silent).save_pretrained(tmp_path)
+    load_model(ModelConfig(str(tmp_path), device="cpu"), silent)
+    file, name = tmp_path / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    weights = load_file(file)
+    weights[f"{name}.{'nested_absmax' if double_quant == 'on' else 'absmax'}"][0] = torch.nan
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(UserError, match=f"are damaged: {name} hold NaN or infinity"):
+        load_model(ModelConfig(str(tmp_path), device="cpu"), silent)
 
 
 def test_large_weights_are_numbers():
