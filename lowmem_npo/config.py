@@ -88,7 +88,7 @@ class AnswerOptions(Checked):
     longest true answer if that is more, but at most 256. The scores of LUME and TOFU have their own."""
     forms: Literal["all", "trained"] = "all"
     """How the forget rows are asked for. all: as they were trained, and, for a model with a chat template, in the chat
-    form or the plain form, whichever was not trained, and in other words where a row has them (paraphrased_question).
+    form or the plain form, whichever was not trained, and in other words where a row has them (--paraphrase-column).
     The report goes by the form in which most is left. trained: as they were trained only."""
 
 
@@ -121,6 +121,10 @@ class DataOptions(Checked):
     """Column of the prompt. Not needed for input/output, question/answer, prompt/completion, messages and text."""
     answer_column: str | None = None
     """Column of the answer."""
+    paraphrase_column: str | None = None
+    """Column of the forget rows with the prompt in other words or another language, or a list of them, in which the
+    rows are asked for as well (--forms). Default: paraphrased_question, or the like of another prompt column, if there
+    is one."""
     template: str | None = None
     """How a prompt is written before its answer. chat: with the model's chat template. plain: 'Question:
     {prompt}\\nAnswer:' for question/answer columns, else the prompt as it is. auto: chat where the model has a chat

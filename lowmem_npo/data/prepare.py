@@ -91,7 +91,7 @@ def prepare(
                 rows, lines = general_rows(rows, to_forget, tokenizer, template, data.max_length)
                 report.extend(lines)
             columns = {"prompt_column": data.prompt_column, "answer_column": data.answer_column}
-        own = {"alternative_column": data.alternative_column, "group_column": data.group_column}
+        own = {name: getattr(data, name) for name in ("alternative_column", "group_column", "paraphrase_column")}
         result = to_examples(rows, **columns, **(own if part == "forget" else {}))
         forms = dict.fromkeys(template.describe(example, tokenizer) for example in kinds(result))
         read = filter(None, own.values() if part == "forget" else ())
@@ -147,10 +147,22 @@ def general_holdout(
 ) -> TokenizedRows | None:
     """The bundled general rows that nothing is trained on, but for those that may say what is to be forgotten; None if
     no row is left."""
-    rows = bundled_rows("general_holdout", limit=data.limit)
+    return bundled_general("general_holdout", forget, tokenizer, template, data.max_length, data.limit)
+
+
+def bundled_general(
+    name: str,
+    forget: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    max_length: int,
+    limit: int | None = None,
+) -> TokenizedRows | None:
+    """The bundled set `name` of general rows, but for those that may say what is to be forgotten; None if no row is
+    left."""
     try:
-        rows, _ = general_rows(rows, forget, tokenizer, template, data.max_length)
-        return tokenize(to_examples(rows), tokenizer, max_length=data.max_length, template=template)
+        rows, _ = general_rows(bundled_rows(name, limit=limit), forget, tokenizer, template, max_length)
+        return tokenize(to_examples(rows), tokenizer, max_length=max_length, template=template)
     except UserError:
         return None
 

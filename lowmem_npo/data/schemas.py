@@ -51,7 +51,8 @@ class Example:
     messages: the whole conversation, answer included, where the row is one: dictionaries with `role`, `content` (text)
         and whatever else a turn has, such as `tool_calls` or `reasoning_content`.
     options: what the chat template gets beside the conversation: `tools`, and the row's `chat_template_kwargs`.
-    paraphrases: the prompt in other words, with which evaluation asks as well (column `paraphrased_question`).
+    paraphrases: the prompt in other words or another language, with which evaluation asks as well (the column
+        `paraphrased_question`, or `--paraphrase-column`).
     alternatives: other answers, to be preferred to this one (`--alternative-column`).
     group: what the row is about, such as a person, where a column says so (`--group-column`); None: it stands alone.
     continues: whether the text goes on after the answer, which then has no EOS: most passages of a document do.
@@ -84,6 +85,7 @@ def to_examples(
     answer_column: str | None = None,
     alternative_column: str | None = None,
     group_column: str | None = None,
+    paraphrase_column: str | None = None,
 ) -> list[Example]:
     """One Example per row. Named columns take precedence; an answer column alone means text without a prompt. Columns
     are known whatever their case. The rows of a mixed source have columns of their own, which need no names.
@@ -93,6 +95,7 @@ def to_examples(
     """
     alternative = alternative_column and _named(alternative_column, rows)
     group = group_column and _named(group_column, rows)
+    paraphrase = paraphrase_column and _named(paraphrase_column, rows)
     if rows.mixed:
         examples = [_of_mixed(row, rows.where(index)) for index, row in enumerate(rows.rows)]
     else:
@@ -102,6 +105,9 @@ def to_examples(
     if alternative:
         pairs = zip(examples, rows.rows, strict=True)
         examples = [replace(one, alternatives=_alternatives(row, alternative, one)) for one, row in pairs]
+    if paraphrase:
+        pairs = zip(examples, rows.rows, strict=True)
+        examples = [replace(one, paraphrases=_named_paraphrases(row, paraphrase, one)) for one, row in pairs]
     if group:
         pairs = zip(examples, rows.rows, strict=True)
         examples = [replace(one, group=_group(row.get(group))) for one, row in pairs]
@@ -118,6 +124,15 @@ def _alternatives(row: dict[str, Any], column: str, example: Example) -> tuple[s
     if example.answer in texts:
         raise UserError(f"{example.where}: {column} holds the answer itself; write another one into it.")
     return texts
+
+
+def _named_paraphrases(row: dict[str, Any], column: str, example: Example) -> tuple[str, ...]:
+    """One at least, as the column was named, and of a row that has a prompt."""
+    if not (example.prompt or "").strip():
+        raise UserError(f"{example.where} is text without a question, so {column} cannot hold it in other words.")
+    value = row.get(column)
+    texts = value if isinstance(value, list) and value else [value]
+    return tuple(_text({column: text}, column, example.where) for text in texts)
 
 
 def _group(value: Any) -> str | None:

@@ -5,12 +5,12 @@ with a chat template are asked both through it and without it, and in other word
 
     chat      through the model's chat template
     plain     as rows are written for a model without one
-    reworded  with each of the row's paraphrases, in the form that was trained
+    reworded  with each of the row's paraphrases or translations, in the form that was trained
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,25 @@ class Asked:
     places: list[int] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Wording:
+    """How the rows of each set were written, so that they can be written otherwise.
+
+    examples: set -> what its rows were made of, in their order. max_length: tokens of a row, as in training. fit: what
+    the model can take.
+    """
+
+    examples: Mapping[str, Sequence[Example]]
+    template: Template
+    max_length: int
+    fit: Fit | None = None
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that a row may have."""
+        return min([self.max_length, *([self.fit.positions] if self.fit and self.fit.positions else [])])
+
+
 def other_forms(
     rows: Sequence[TokenizedRow],
     examples: Sequence[Example],
@@ -48,7 +67,7 @@ def other_forms(
     tokens of a row, as in training. fit: what the model can take. What does not fit, or cannot be written in a form, is
     left out of it.
     """
-    longest = min([max_length, *([fit.positions] if fit and fit.positions else [])])
+    longest = Wording({}, template, max_length, fit).longest
     asked: dict[str, Asked] = {}
     encoders: dict[Template, Encoder] = {}
     for row, example, place in zip(rows, examples, places, strict=True):
@@ -80,7 +99,15 @@ def _otherwise(
         yield PLAIN, bare, Template(PLAIN, stops=template.stops)
         yield CHAT, example, Template(CHAT, template.system, template.stops)
     for paraphrase in example.paraphrases:
-        yield REWORDED, replace(example, prompt=paraphrase), template
+        yield REWORDED, with_question(example, paraphrase), template
+
+
+def with_question(example: Example, text: str) -> Example:
+    """The example with another prompt; in a conversation, another last question."""
+    if example.messages is None:
+        return replace(example, prompt=text)
+    *earlier, last, answer = example.messages
+    return replace(example, prompt=text, messages=(*earlier, {**last, "content": text}, answer))
 
 
 def in_form(name: str, form: str) -> str:

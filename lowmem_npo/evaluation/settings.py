@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from annotated_types import Interval
 
 from lowmem_npo.config import AnswerOptions, DataConfig, DataOptions, ModelConfig, ModelOptions
+from lowmem_npo.data.reading import Rows
 from lowmem_npo.data.self_written import self_rows
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS, BenchmarkOptions
@@ -94,6 +95,7 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
             if self_rows(known["retain"]) is not None and self.adapter is not None:
                 known["retain"] = str(run_of_adapter(Path(self.adapter).expanduser()).self_written)
             known |= {name: getattr(self, name) or run.get(name) for name in ("prompt_column", "answer_column")}
+            known["paraphrase_column"] = self.paraphrase_column or run.get("paraphrase_column")
         return replace(self, **known)
 
     @classmethod
@@ -131,6 +133,12 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
     def columns(self) -> dict[str, str | None]:
         """The columns, as `to_examples` takes them."""
         return {} if self.bundled else {"prompt_column": self.prompt_column, "answer_column": self.answer_column}
+
+    def columns_of(self, name: str, rows: Rows) -> dict[str, str | None]:
+        """The columns of the set `name`: the forget rows must have that of --paraphrase-column, the holdout may."""
+        column = self.paraphrase_column
+        named = column is not None and (name == "forget" or (name == "holdout" and column in rows.columns))
+        return {**self.columns, **({"paraphrase_column": column} if named else {})}
 
     @property
     def tokens_per_row(self) -> int:

@@ -72,6 +72,27 @@ def test_forms_and_headline(chat_model, data, tmp_path, capsys):
     assert content(tmp_path / "one")["answers"] == answers
 
 
+def test_a_named_paraphrase_column(byte_model, data, tmp_path, capsys):
+    """Of the forget rows, which must have it; the holdout may do without. A run's column is evaluated with its rows."""
+    rows = [{"question": f"Who {n}?", "answer": f"Nobody {n}", "german": f"Wer {n}?"} for n in range(2)]
+    forget, holdout = write(tmp_path / "german.jsonl", rows), write(tmp_path / "holdout.jsonl", FORGET[1:])
+    sets = ["--forget", forget, *data[2:], "--holdout", holdout, "--paraphrase-column", "german"]
+    evaluate("--model", byte_model, *sets, "--leaks", "extraction", "--output-dir", tmp_path / "out")
+    answers = content(tmp_path / "out")["answers"]
+    assert list(answers) == ["forget", "forget, reworded", "retain"] and answers["forget, reworded"]["rows"] == 2
+    train = ["train", "--model", str(byte_model), *DEVICE, *sets, "--max-steps", "1", "--max-new-tokens", "12"]
+    assert main([*train, "--leaks", "none", "--output-dir", str(tmp_path / "run")]) == 0
+    evaluate("--adapter", tmp_path / "run")
+    assert content(tmp_path / "run" / "evaluation")["answers"]["forget, reworded"]["rows"] == 2
+    capsys.readouterr()
+    for bad in (["--paraphrase-column", "polish"], ["--forget", data[1]]):
+        for command in ([*train, "--dry-run"], ["evaluate", "--model", str(byte_model), *DEVICE, *sets]):
+            assert main([*command, *bad, "--output-dir", str(tmp_path / "bad")]) == 2
+            error = capsys.readouterr().err
+            assert "has no column" in error and len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "bad").exists()
+
+
 def test_the_headline_of_a_run_is_that_of_its_report(byte_model, data, tmp_path, capsys):
     run = tmp_path / "run"
     train = ["train", "--model", str(byte_model), *DEVICE, *data, "--max-steps", "1", "--max-new-tokens", "12"]

@@ -31,9 +31,9 @@ def chat_tokenizer(byte_model):
     return tokenizer
 
 
-def asked(rows, tokenizer, template=None, max_length=1024, fit=None):
+def asked(rows, tokenizer, template=None, max_length=1024, fit=None, column=None):
     """Form -> [(place, prompt, answer)], as texts."""
-    examples = to_examples(Rows("rows", rows, list(range(1, len(rows) + 1))))
+    examples = to_examples(Rows("rows", rows, list(range(1, len(rows) + 1))), paraphrase_column=column)
     template = template or Template()
     tokenized = tokenize(examples, tokenizer, template=template)
     places = [10 + i for i in range(len(rows))]
@@ -80,6 +80,37 @@ def test_paraphrases_are_asked_in_the_trained_form(plain_tokenizer, chat_tokeniz
     ]
     forms = asked(rows, chat_tokenizer)
     assert forms["reworded"][0][1] == "<user>Whose is the boat?</user><assistant>" and len(forms["plain"]) == 3
+
+
+def test_a_named_column_is_asked_in_its_words(plain_tokenizer, chat_tokenizer):
+    """Of a conversation the last question is replaced; the column's case does not matter."""
+    rows = [PAIR | {"Auf Deutsch": "Wer segelt?"}, PAIR | {"Auf Deutsch": ["Qui navigue?", "Wer ist auf See?"]}]
+    assert [row[:2] for row in asked(rows, plain_tokenizer, column="auf deutsch")["reworded"]] == [
+        (10, "Question: Wer segelt?\nAnswer:"),
+        (11, "Question: Qui navigue?\nAnswer:"),
+        (11, "Question: Wer ist auf See?\nAnswer:"),
+    ]
+    assert asked(rows, plain_tokenizer) == {}
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"},
+             {"role": "user", "content": "Who sails?"}, {"role": "assistant", "content": "Anna"}]  # fmt: skip
+    [(_, prompt, answer)] = asked([{"messages": turns, "other": "Wer?"}], chat_tokenizer, column="other")["reworded"]
+    assert prompt == "<user>Hi</user><assistant>Hello</assistant><user>Wer?</user><assistant>" and "Anna" in answer
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([PAIR], "rows has no column other; it has question, answer"),
+        ([PAIR | {"other": "Who?"}, PAIR], "line 2 has no other; fill the field or remove the row"),
+        ([PAIR | {"other": "Who?"}, PAIR | {"other": " "}], "line 2 has an empty other"),
+        ([PAIR | {"other": []}], "line 1: other is .* not text"),
+        ([PAIR | {"other": ["Who?", 7]}], "line 1: other is .* not text"),
+        ([{"text": "The tide", "other": "Who?"}], "line 1 is text without a question, so other cannot hold it"),
+    ],
+)
+def test_a_named_column_must_hold_paraphrases(rows, message, plain_tokenizer):
+    with pytest.raises(UserError, match=message):
+        asked(rows, plain_tokenizer, column="other")
 
 
 def test_a_paraphrase_that_is_no_text_is_refused(plain_tokenizer):

@@ -252,7 +252,8 @@ def _select_for_leaks(sources: Mapping[str, Rows], context: Context) -> dict[str
     config = cast(EvaluationConfig, context.config)
     if not config.leaks:
         return {}
-    examples = {part: to_examples(sources[part], **config.columns) for part in ("forget", "holdout") if part in sources}
+    given = {part: sources[part] for part in ("forget", "holdout") if part in sources}
+    examples = {part: to_examples(rows, **config.columns_of(part, rows)) for part, rows in given.items()}
     if "holdout" in examples and (pairs := find_overlap(examples["forget"], examples["holdout"])):
         where = " is ".join(example.where for example in pairs[0])
         raise UserError(

@@ -34,7 +34,13 @@ from lowmem_npo.model import load_model
 from lowmem_npo.run_directory import EvaluationFiles, RunDirectory, RunFiles, check_empty
 
 STATE = "sweep_state.json"
-NOT_TAUGHT: dict[str, Any] = {"refusal": "", "alternative_column": None, "group_column": None, "holdout": None}
+NOT_TAUGHT: dict[str, Any] = {
+    "refusal": "",
+    "alternative_column": None,
+    "group_column": None,
+    "paraphrase_column": None,
+    "holdout": None,
+}
 
 
 def sweep(

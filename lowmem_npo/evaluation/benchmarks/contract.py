@@ -41,6 +41,8 @@ class Settings(Protocol):
     @property
     def tokens_per_row(self) -> int: ...
 
+    def columns_of(self, name: str, rows: Rows) -> dict[str, str | None]: ...
+
 
 @dataclass
 class Context:

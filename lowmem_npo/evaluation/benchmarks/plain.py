@@ -46,7 +46,7 @@ class Plain(Benchmark[PlainAnswer, dict[str, AnswerSummary]]):
                 f"{name}: no row has a LUME id (…sc1 for completions, …qa0 for questions), so it is scored without "
                 "LUME's aggregate, by likelihood and greedy answers."
             )
-        examples = to_examples(rows, **context.config.columns)
+        examples = to_examples(rows, **context.config.columns_of(name, rows))
         places = context.choose(len(rows))
         tokenized = tokenize(
             [examples[i] for i in places],
