@@ -15,8 +15,9 @@ from lowmem_npo.evaluation.answers import evaluate_answers
 from lowmem_npo.evaluation.leaks import membership
 from lowmem_npo.evaluation.leaks.contract import Subject as LeakSubject
 from lowmem_npo.evaluation.leaks.extraction import extraction_figures
+from lowmem_npo.evaluation.leaks.fine_tuning import tune
 from lowmem_npo.evaluation.leaks.registry import LeakOptions
-from lowmem_npo.evaluation.leaks.relearning import RelearningOptions, relearn
+from lowmem_npo.evaluation.leaks.relearning import RelearningOptions, split
 from lowmem_npo.evaluation.open_unlearning import token_figures
 from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
@@ -31,8 +32,8 @@ GENERAL = "builtin:holdout"  # questions, answers and texts of no particular sub
 
 @dataclass(frozen=True)
 class Attack:
-    """Fine-tuning of a fresh LoRA of rank 16 on a share of the forgotten rows, four in a step, after which the others
-    are measured. rate: of learning, in units of that of `--leaks relearning`."""
+    """One of `--relearn-attacks family`: a fresh LoRA of rank 16 is taught a share of the forgotten rows, four a step,
+    and the others are measured. rate: of learning, in units of that of `--leaks relearning`."""
 
     share: float
     steps: int
@@ -87,10 +88,12 @@ def attacked(
     model: Model, tokenizer: Any, forget: Sequence[TokenizedRow], seed: int, attack: Attack, batch_size: int
 ) -> Figures:
     scorer = Scorer(model, tokenizer, Journal(None, progress=False), batch_size)
-    options = RelearningOptions(attack.share, attack.steps, attack.rate * RelearningOptions.relearn_lr)
-    result = relearn(LeakSubject(scorer, forget, None, LeakOptions(), seed), options).figures
+    subject = LeakSubject(scorer, forget, None, LeakOptions(), seed)
+    taught, asked = ([forget[place] for place in places] for places in split(len(forget), attack.share, seed))
+    lr = attack.rate * RelearningOptions.relearn_lr
+    tuned = tune(subject, "relearning", taught, asked, [attack.steps], lr)[attack.steps]
     kept = ("extraction_strength", "nll")
-    return {key: result[key] for key in kept} | {"before": {key: result["before"][key] for key in kept}}
+    return {key: tuned.after[key] for key in kept} | {"before": {key: tuned.before[key] for key in kept}}
 
 
 def measure_scores(subject: Subject, name: str, method: Method | None, seed: int) -> Figures:
