@@ -277,8 +277,8 @@ class AdapterConfig(Checked):
             raise UserError(f"--lora-targets {patterns[0]}: a regular expression stands alone; alternatives are (a|b).")
         try:
             re.compile(patterns[0])
-        except re.error as error:
-            raise UserError(f"--lora-targets {patterns[0]} is no regular expression: {error}.") from error
+        except (re.error, OverflowError, RecursionError) as error:
+            raise UserError(f"--lora-targets {patterns[0][:200]} is no regular expression: {error}.") from error
         return patterns[0]
 
     @property

@@ -21,6 +21,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.model.continued import FIRST, ContinuedModel, continued
 from lowmem_npo.model.layers import causal_lm, decoder_layers, linear_layers
 from lowmem_npo.model.modes import eval_mode
+from lowmem_npo.model.patterns import check_patterns
 from lowmem_npo.model.saved_modules import check_saved_modules, train_in_float32
 
 EXTRA = "extra"  # name of the temporary adapter
@@ -236,6 +237,7 @@ def _checked_targets(model: PreTrainedModel, config: AdapterConfig) -> str | lis
         return list(linear_layers(model))
     head, adaptable = model.get_output_embeddings(), linear_layers(model).values()
     pattern = config.target_pattern
+    check_patterns([pattern or ""], [name for name, _ in model.named_modules()], "--lora-targets")
     for target in config.lora_targets:
         matches = [
             m

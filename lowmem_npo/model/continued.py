@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowmem_npo.errors import UserError
-from lowmem_npo.model.saved_adapter import check_finite, more_than_lora, stored_lora
+from lowmem_npo.model.saved_adapter import check_finite, check_stored_patterns, more_than_lora, stored_lora
 from lowmem_npo.run_directory import AdapterFiles
 
 # PEFT looks for these within the names of weights. The second is the one that others know: it is trained.
@@ -132,8 +132,10 @@ def continued(model: PreTrainedModel, folder: str, second: LoraConfig) -> Contin
         ValueError: from PEFT, about `second`.
     """
     misfit = f"The adapter in '{folder}' does not fit this {type(model).__name__}: it belongs to another model"
+    first = first_config(folder)
+    check_stored_patterns(folder, model)
     try:
-        adapted = ContinuedModel(model, first_config(folder), adapter_name=FIRST)
+        adapted = ContinuedModel(model, first, adapter_name=FIRST)
     except (ValueError, TypeError) as error:  # no layer of its names
         raise UserError(f"{misfit} ({' '.join(str(error).split())[:200]}).") from error
     if isinstance(model.get_output_embeddings(), LoraLayer):

@@ -36,7 +36,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.files import free_bytes
 from lowmem_npo.model.adapters import adapted_weight, shared_layers
 from lowmem_npo.model.checkpoint import BESIDE_WEIGHTS, INDEX, OLD_INDEX, Checkpoint, Shard, read_json
-from lowmem_npo.model.saved_adapter import check_finite, more_than_lora, stored_lora
+from lowmem_npo.model.saved_adapter import check_finite, check_stored_patterns, more_than_lora, stored_lora
 from lowmem_npo.progress import Progress
 from lowmem_npo.run_directory import AdapterFiles
 from lowmem_npo.sizes import amount
@@ -116,6 +116,7 @@ def find_updates(adapter: str, checkpoint: Checkpoint) -> Updates:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(checkpoint.configuration(), dtype=torch.float32)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
+        check_stored_patterns(adapter, model)
         try:
             adapted = get_peft_model(model, config)
         except ValueError as error:  # no layer of its names

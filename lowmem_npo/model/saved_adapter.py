@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.names import resolve_name
+from lowmem_npo.model.patterns import check_patterns
 from lowmem_npo.model.saved_modules import in_four_bits
 from lowmem_npo.run_directory import AdapterFiles, run_of_adapter
 from lowmem_npo.settings_file import read_settings
@@ -77,6 +78,17 @@ def stored_lora(folder: str) -> LoraConfig:
     return LoraConfig.from_pretrained(str(Path(folder).expanduser()))
 
 
+def check_stored_patterns(folder: str, model: PreTrainedModel) -> None:
+    """Raises UserError if the adapter in `folder` names its layers, their ranks or scales by a regular expression that
+    takes too long on those of `model`."""
+    content = _configuration(folder)
+    named = [content.get(field) for field in ("target_modules", "exclude_modules", "layers_pattern")]
+    named += [list(content.get(field) or ()) for field in ("rank_pattern", "alpha_pattern")]
+    patterns = [text for one in named for text in ([one] if isinstance(one, str) else one or ())]
+    names = [name for name, _ in model.named_modules()]
+    check_patterns(map(str, patterns), names, f"The adapter in '{folder}' has the pattern")
+
+
 def more_than_lora(folder: str, allowed: Collection[str] = ()) -> list[str]:
     """What the LoRA adapter in `folder` holds beside the two factors of its layers, described; `EXTRAS` that are
     `allowed` are left out."""
@@ -119,6 +131,7 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
             f"The adapter in '{folder}' has whole modules ({', '.join(names)}) that this {type(model).__name__} holds "
             "in 4 bits: use it without --qlora, or merge it."
         )
+    check_stored_patterns(folder, model)
     try:
         adapted = PeftModel.from_pretrained(model, folder)
     except (RuntimeError, ValueError) as error:  # other shapes; no layer of the adapter's names

@@ -22,6 +22,7 @@ from lowmem_npo.files import file_sha256, write_atomically
 from lowmem_npo.model.adapters import adapter_weights
 from lowmem_npo.run_directory import AdapterFiles, RunFiles, step_of
 
+DAMAGED = "damaged-"  # before the name of a checkpoint from which no run can go on
 STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth")  # of one process, beside the weights
 
 
@@ -41,7 +42,7 @@ def resume_point(
             whole.append(checkpoint)
         else:
             aside = set_aside(checkpoint)
-            say(f"--resume: {checkpoint.name} is not whole: {damage}. It is {aside.name} now.")
+            say(f"--resume: {checkpoint.name} is not whole: {damage}. It is {aside.name} now, until the run has ended.")
     if not whole:
         say("--resume: there is no whole checkpoint, so the run starts from its beginning.")
         return None
@@ -50,10 +51,19 @@ def resume_point(
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Renames a checkpoint from which no run can go on; returns its new place."""
-    aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+    """Renames a checkpoint from which no run can go on; returns its new place, where it is until the run has ended."""
+    aside = checkpoint.with_name(f"{DAMAGED}{checkpoint.name}")
     shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
     return checkpoint.rename(aside)
+
+
+def remove_damaged(run: RunFiles, say: Say) -> None:
+    """Removes what was set aside, and says so: of a run that is complete nothing in it is needed."""
+    aside = sorted(path for path in run.path.glob(f"{DAMAGED}checkpoint-*") if path.is_dir())
+    for path in aside:
+        shutil.rmtree(path, ignore_errors=True)
+    if aside:
+        say(f"{', '.join(path.name for path in aside)} removed: the run is complete without.")
 
 
 def write_digest(files: AdapterFiles) -> None:

@@ -109,7 +109,8 @@ def test_a_damaged_checkpoint_is_passed_over(name, damage, whole, cut, run, caps
     assert "continues from checkpoint-2" in printed.out and "Traceback" not in printed.err
     assert same(cut, whole)
     assert {p.name for p in cut.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (1, 2, 3, 4)}
-    assert (cut / "damaged-checkpoint-3").is_dir()
+    assert "damaged-checkpoint-3 removed: the run is complete without." in printed.out
+    assert not (cut / "damaged-checkpoint-3").exists()
 
 
 def test_half_a_checkpoint_costs_no_whole_one(whole, cut, run, capsys):

@@ -33,7 +33,7 @@ from lowmem_npo.report.audit import begin_audit, finish_audit
 from lowmem_npo.report.files import write_report
 from lowmem_npo.run_directory import RunDirectory, RunFiles, step_of, what_is_left
 from lowmem_npo.training.arguments import npo_config
-from lowmem_npo.training.checkpoints import resume_point
+from lowmem_npo.training.checkpoints import remove_damaged, resume_point
 from lowmem_npo.training.divergence import Divergence
 from lowmem_npo.training.early_stopping import StopOutcome, Stopping
 from lowmem_npo.training.finite import NotFinite
@@ -138,6 +138,7 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
     if main_process:
         kept = steps if outcome is None else outcome.kept.step
         finish_audit(directory.path, steps, adapter_step=kept, training=record(watched, plan.predicted))
+        remove_damaged(directory, say)
         report = write_report(directory.path)
         say(f"\nThe adapter and the measurements are in {directory.path}; what they mean is in its report.html.")
         if (worst := report.worst_attacks.get("after")) is not None:

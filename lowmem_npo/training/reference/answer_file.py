@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lowmem_npo.files import PARTIAL
+
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -45,6 +47,7 @@ class AnswerFile:
         self.fits = True  # False: the existing file is for rows of other lengths, or for values of another size or type
         self._header = self._make_header()
         self._use_data_at(len(self._header))
+        self._clear()
         if path.exists():
             self._file = os.open(path, os.O_RDWR)
             self._read_header()
@@ -94,10 +97,20 @@ class AnswerFile:
             _write_all(self._file, struct.pack("<q", _checksum_of(part)), self._checksums_at + 8 * row)
             self._checked.add(row)
 
+    def _partial(self, process: int | str) -> Path:
+        return self.path.with_name(f"{self.path.name}.{process}{PARTIAL}")
+
+    def _clear(self) -> None:
+        """Removes what processes of this machine have left that were killed while they created the file."""
+        for left in self.path.parent.glob(self._partial("*").name):
+            process = left.name.split(".")[-2]
+            if process == str(os.getpid()) or not os.path.exists(f"/proc/{process}"):
+                left.unlink(missing_ok=True)
+
     def _create(self) -> None:
         """Reserves the whole file, so that space cannot run out later; leaves none behind if that fails."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
+        partial = self._partial(os.getpid())
         file = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
             os.posix_fallocate(file, 0, self.nbytes)

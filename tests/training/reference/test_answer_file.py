@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -19,3 +23,15 @@ def test_a_disk_that_fills_up_later_leaves_valid_rows(files_no_larger_than, tmp_
     again.write([0, 1], values)
     assert torch.equal(AnswerFile(tmp_path / "x.safetensors", [4, 6], 8, torch.float32, {}).read([1, 0]),
                        torch.cat([values[4:], values[:4]]))  # fmt: skip
+
+
+def test_what_a_killed_process_left_is_removed_at_the_next_start(tmp_path):
+    """Nothing of one that runs, and nothing else."""
+    ended = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    ended.wait()
+    left, own, others = (tmp_path / f"x.safetensors.{pid}.partial" for pid in (ended.pid, os.getpid(), os.getppid()))
+    beside = tmp_path / "y.safetensors.1.partial"
+    for file in (left, own, others, beside):
+        file.write_bytes(b"half")
+    AnswerFile(tmp_path / "x.safetensors", [4, 6], 8, torch.float32, {})
+    assert sorted(tmp_path.iterdir()) == sorted([others, beside])
