@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 from helpers.dense_step import make_trainer, random_rows
+from helpers.processes import in_processes
 from helpers.tiny_models import tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -31,15 +32,15 @@ class States(TrainerCallback):
         self.after.append((weights, copy.deepcopy(optimizer.state_dict()["state"])))
 
 
-def damaged_trainer(folder, part, optim="adamw_torch_fused"):
+def damaged_trainer(folder, part, optim="adamw_torch_fused", settings=None):
     """One row a step, six in an epoch; the third of `part` has a token that gives no numbers."""
     rows = {"forget": random_rows(6, seed=1, vocabulary=90), "retain": random_rows(6, seed=2, vocabulary=90)}
     rows[part][2]["input_ids"][0] = DAMAGED
     model = tiny_model("olmo")
     with torch.no_grad():
         model.get_input_embeddings().weight[DAMAGED] = torch.nan
-    settings = {"per_device_train_batch_size": 1, "max_steps": 6, "learning_rate": 1e-2, "optim": optim}
-    return make_trainer(model, folder, rows["forget"], rows["retain"], **settings)
+    usual = {"per_device_train_batch_size": 1, "max_steps": 6, "learning_rate": 1e-2, "optim": optim}
+    return make_trainer(model, folder, rows["forget"], rows["retain"], **(usual | (settings or {})))
 
 
 def same(one, other):
@@ -62,6 +63,29 @@ def test_a_step_that_is_not_finite_is_not_taken(part, optim, tmp_path, capsys):
     if optim != "sgd":
         (_, before), (_, after) = states.after[bad - 1 : bad + 1]
         assert all(same(before[i], after[i]) for i in before)  # moments and count of steps
+
+
+@pytest.mark.parametrize("part", ["forget", "retain"])
+def test_no_process_takes_a_step_that_is_not_finite_in_one(part, tmp_path):
+    """Two processes with a row each: only one of them has the row that gives no numbers."""
+
+    def run(rank: int):
+        trainer, states = damaged_trainer(tmp_path, part, settings={"ddp_backend": "gloo", "max_steps": 3}), States()
+        trainer.add_callback(states)
+        said: list[str] = []
+        next(c for c in trainer.callback_handler.callbacks if isinstance(c, FiniteSteps)).say = said.append
+        trainer.train()
+        return states.after, said, [trainer.step_batches.step_rows(step) for step in range(3)]
+
+    (first, said, rows), (second, silent, _) = in_processes(run, tmp_path)
+    (bad,) = [step for step, of_step in enumerate(rows) if 2 in of_step[part == "retain"]]
+    assert said == [f"Step {bad + 1} is not taken: its loss or its gradient is no finite number ({part} row 3)."]
+    assert silent == [] and len(first) == len(second) == 3
+    for step, ((weights, moments), (other, others)) in enumerate(zip(first, second, strict=True)):
+        assert same(weights, other) and all(torch.isfinite(weight).all() for weight in weights.values())
+        assert all(same(moments[i], others[i]) for i in moments) and moments.keys() == others.keys()
+        if step > 0:
+            assert same(weights, first[step - 1][0]) == (step == bad)
 
 
 def test_without_the_check_the_adapter_would_be_lost(tmp_path, monkeypatch):
