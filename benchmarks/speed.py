@@ -15,6 +15,7 @@ are random answer tokens throughout: the most work the head can get.
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import os
 import shutil
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -79,18 +81,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = Path(tempfile.mkdtemp(prefix="speed-"))
     about = {"model": name, "rows": [ROWS, ROWS], "tokens": tokens, "steps": options.steps, "qlora": gpu}
     try:
-        model = ModelConfig(
-            str(save_random_model(name, options.models or (folder if options.quick else SAVED))), qlora=gpu
-        )
-        runs = []
+        directory = save_random_model(name, options.models or (folder if options.quick else SAVED))
+        base = load_model(ModelConfig(str(directory), qlora=gpu))
+        runs: list[dict] = []
         first, *others = SWITCHES
         for label in (first, DENSE, *others):
             if time.monotonic() > deadline:
                 run = {"missing": "not measured: the time limit was reached"}
             else:
-                run = measure(label, model, tokens, options.steps, folder)
+                run = measure(label, base, tokens, options.steps, folder)
             runs.append({"configuration": label, **run})
             show(runs)
+            record.write(path, "speed", runs, **about)
+        for run in runs[:3]:  # last: once used, the profiler slows down what follows
+            run |= measure(run["configuration"], base, tokens, 0, folder)
+            show_profile(run)
             record.write(path, "speed", runs, **about)
     finally:
         shutil.rmtree(folder)
@@ -133,14 +138,15 @@ def main_on_cpu(options: argparse.Namespace) -> int:
     return 0
 
 
-def measure(label: str, model: ModelConfig, tokens: int, steps: int, folder: Path) -> dict:
-    """Seconds per step, tokens per second, peak bytes on the GPU and a profile; or under "missing" why not."""
+def measure(label: str, base: PreTrainedModel, tokens: int, steps: int, folder: Path) -> dict:
+    """Seconds per step, tokens per second and peak bytes on the GPU; of 0 steps a profile of one after the warm-up; or
+    under "missing" why not."""
     try:
-        forget, retain = random_rows(tokens, seed=1), random_rows(tokens, seed=2)
+        model, forget, retain = copy.deepcopy(base), random_rows(tokens, seed=1), random_rows(tokens, seed=2)
         if label == DENSE:
-            return _measure_dense(load_model(model), forget, retain, steps)
+            return _measure_dense(model, forget, retain, steps)
         memory = MemoryConfig(**SWITCHES[label])
-        return _measure_ours(load_model(model), memory, forget, retain, steps, folder / label.replace(" ", "-"))
+        return _measure_ours(model, memory, forget, retain, steps, folder / label.replace(" ", "-") / str(steps))
     except Exception as error:
         return {"missing": reason(error)}
     finally:
@@ -165,10 +171,11 @@ def _measure_dense(model: PreTrainedModel, forget: Rows, retain: Rows, steps: in
     for _ in range(WARM_UP + steps):
         baseline.step(*batches)
         clock.tick()
-    summary = clock.summary(forget + retain)
+    if steps:
+        return clock.summary(forget + retain)
     with profiled() as trace:
         baseline.step(*batches)
-    return summary | {"profile": breakdown(trace, Sizes.of(model.config, rank))}
+    return {"profile": breakdown(trace, Sizes.of(model.config, rank))}
 
 
 def _measure_ours(
@@ -180,7 +187,7 @@ def _measure_ours(
     arguments = NPOConfig(
         output_dir=str(folder),
         per_device_train_batch_size=ROWS,
-        max_steps=WARM_UP + steps + 1,
+        max_steps=WARM_UP + (steps or 1),
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -191,10 +198,11 @@ def _measure_ours(
     trainer.remove_callback(PrinterCallback)
     watch = Watch(Clock(model.device), WARM_UP + steps)
     trainer.add_callback(watch)
-    with marked(trainer):
+    with nullcontext() if steps else marked(trainer):
         trainer.train()
-    profile = breakdown(watch.trace, Sizes.of(model.config, adapter.lora_r))
-    return watch.clock.summary(forget + retain) | {"profile": profile}
+    if steps:
+        return watch.clock.summary(forget + retain)
+    return {"profile": breakdown(watch.trace, Sizes.of(model.config, adapter.lora_r))}
 
 
 def _batch(rows: Rows, device: torch.device) -> dict[str, Tensor]:
@@ -204,7 +212,7 @@ def _batch(rows: Rows, device: torch.device) -> dict[str, Tensor]:
 
 
 def show(runs: list[dict]) -> None:
-    """Prints the last run, and where its time goes if it is one of the two that matter most."""
+    """Prints the last run."""
     run = runs[-1]
     if "missing" in run:
         print(f"{run['configuration']:<34} {run['missing']}", flush=True)
@@ -214,13 +222,20 @@ def show(runs: list[dict]) -> None:
     line += f"  {run['seconds_per_step'] / dense['seconds_per_step']:5.2f} x dense" if dense else ""
     line += f"  {run['peak_bytes'] / 2**30:6.2f} GiB" if run["peak_bytes"] else ""
     print(line, flush=True)
-    if run["configuration"] in (DENSE, "defaults"):
-        profile = run["profile"]
-        parts = sorted(profile["parts"].items(), key=lambda part: -part[1])
-        for name, seconds in (*parts, ("idle between kernels", profile["idle"])):
-            print(f"    {name:<36} {1e3 * seconds:9.1f} ms {seconds / profile['span']:7.1%}")
-        if profile["reference"]:
-            print(f"    {'of all this, the reference pass':<36} {1e3 * profile['reference']:9.1f} ms", flush=True)
+
+
+def show_profile(run: dict) -> None:
+    """Prints where the time of a step goes."""
+    if "profile" not in run:
+        print(f"{run['configuration']:<34} {run['missing']}", flush=True)
+        return
+    print(run["configuration"])
+    profile = run["profile"]
+    parts = sorted(profile["parts"].items(), key=lambda part: -part[1])
+    for name, seconds in (*parts, ("idle between kernels", profile["idle"])):
+        print(f"    {name:<36} {1e3 * seconds:9.1f} ms {seconds / profile['span']:7.1%}")
+    if profile["reference"]:
+        print(f"    {'of all this, the reference pass':<36} {1e3 * profile['reference']:9.1f} ms", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

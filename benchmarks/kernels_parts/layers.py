@@ -42,13 +42,13 @@ class Part:
 
 def _plain_rms(x: Tensor, weight: Tensor) -> Tensor:
     """As LlamaRMSNorm."""
-    y = x.float()
+    y = x if x.dtype == torch.float64 else x.float()
     return weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
 
 
 def _plain_layer_norm(x: Tensor) -> Tensor:
     """As OlmoLayerNorm."""
-    return F.layer_norm(x.float(), x.shape[-1:], None, None, 1e-5).to(x.dtype)
+    return F.layer_norm(x if x.dtype == torch.float64 else x.float(), x.shape[-1:], None, None, 1e-5).to(x.dtype)
 
 
 def _plain_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,10 +97,11 @@ def make_inputs(part: Part, tokens: int, device: str) -> tuple[list[Tensor], lis
 
 
 def both_ways(function: Callable[..., Any], inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> list[Tensor]:
-    """Results and gradients; a result is its own upstream gradient."""
+    """Results and gradients; upstream of a result comes the input of its shape, or the first of them."""
     results = function(*inputs, *constants)
     results = results if isinstance(results, tuple) else (results,)
-    return [*results, *torch.autograd.grad(results, inputs, [y.detach() for y in results])]
+    upstream = [next(x.detach() for x in inputs if x.shape == y.shape) for y in results]
+    return [*results, *torch.autograd.grad(results, inputs, upstream)]
 
 
 def measure(part: Part, tokens: int, seconds: float) -> list[dict]:

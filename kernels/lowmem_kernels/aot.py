@@ -29,7 +29,7 @@ from triton.compiler import ASTSource
 from lowmem_kernels import FrozenHead, glu, layer_norm, retain_loss, rms_norm, rotary, token_kl, token_logprobs
 from lowmem_kernels.dispatch import Engine
 from lowmem_kernels.gated_activation import ACTIVATIONS
-from lowmem_kernels.launch import recording
+from lowmem_kernels.launch import OPTIONS, recording
 from lowmem_kernels.norm import LONGEST_ROW
 from lowmem_kernels.problem import Direction
 from lowmem_kernels.rotary_embedding import LAYOUTS
@@ -87,16 +87,14 @@ class Specimen:
     signature: dict[str, str]
     constexprs: dict
     attrs: dict
-    num_warps: int
-    num_stages: int
+    options: dict  # of the compiler
     capability: tuple[int, int]
 
     def compile(self):
         """The CompiledKernel; `asm["cubin"]` is its machine code."""
         major, minor = self.capability
         source = ASTSource(self.kernel, self.signature, self.constexprs, self.attrs)
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return triton.compile(source, target=GPUTarget("cuda", 10 * major + minor, 32), options=options)
+        return triton.compile(source, target=GPUTarget("cuda", 10 * major + minor, 32), options=self.options)
 
     def resources(self) -> Resources:
         """Compiles it and reads its resources from the machine code. Spilled registers are on the stack."""
@@ -121,8 +119,7 @@ def specimens(capability: tuple[int, int], *, every_option: bool = True) -> Iter
         for kernel, arguments in launches:
             name = f"{kernel.fn.__name__}: {problem}"
             specimen = _specimen(name, kernel, dict(arguments), capability)
-            options = specimen.num_warps, specimen.num_stages
-            key = str((kernel.fn.__name__, specimen.signature, specimen.constexprs, specimen.attrs, options))
+            key = str((kernel.fn.__name__, specimen.signature, specimen.constexprs, specimen.attrs, specimen.options))
             if key not in seen:
                 seen.add(key)
                 yield specimen
@@ -210,7 +207,7 @@ def _rowwise_launches(capability, dtype: torch.dtype, every_option: bool) -> Ite
 def _specimen(name: str, kernel, arguments: dict, capability: tuple[int, int]) -> Specimen:
     """Types and constants as Triton's launcher chooses them: None and 1 are constants, multiples of 16 are noted;
     neither where the kernel does not specialise on the parameter."""
-    num_warps, num_stages = arguments.pop("num_warps"), arguments.pop("num_stages")
+    options = {name: arguments.pop(name) for name in OPTIONS}
     signature, constexprs, attrs = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value, fixed = arguments[parameter.name], parameter.do_not_specialize
@@ -227,7 +224,7 @@ def _specimen(name: str, kernel, arguments: dict, capability: tuple[int, int]) -
                 attrs[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32"
-    return Specimen(name, kernel, signature, constexprs, attrs, num_warps, num_stages, capability)
+    return Specimen(name, kernel, signature, constexprs, attrs, options, capability)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

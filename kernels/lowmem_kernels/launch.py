@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+"""What `launch` takes for the compiler, beside a kernel's own arguments."""
+
 _recordings: list["Recording"] = []
 
 
@@ -16,7 +19,7 @@ class Recording:
     """The launches made while recording, and the CUDA capability, such as (8, 6), for which they were configured."""
 
     capability: tuple[int, int]
-    launches: list[tuple[object, dict]]  # (kernel, arguments by name, with num_warps and num_stages)
+    launches: list[tuple[object, dict]]  # (kernel, arguments by name, with those of OPTIONS)
 
     def add(self, kernel: object, arguments: dict) -> None:
         """Called with every launch; a subclass may keep less of it than the tensors themselves."""
@@ -34,7 +37,12 @@ def recording(capability: tuple[int, int], into: Recording | None = None) -> Ite
 
 
 def launch(kernel, grid: tuple[int, ...], **arguments) -> None:
-    """kernel[grid](**arguments), unless the tensors have no values or the grid is empty."""
+    """kernel[grid](**arguments), unless the tensors have no values or the grid is empty.
+
+    `enable_fp_fusion`, by default true: a product that is added to something need not be rounded first. It is always
+    given, since Triton's own default is to change.
+    """
+    arguments.setdefault("enable_fp_fusion", True)
     if _recordings:
         _recordings[-1].add(kernel, arguments)
     if all(has_values(x) for x in arguments.values() if isinstance(x, Tensor)) and 0 not in grid:

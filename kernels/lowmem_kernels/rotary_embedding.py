@@ -151,6 +151,7 @@ def _launch(q: Tensor, k: Tensor, rotation: Rotation, back: bool) -> tuple[Tenso
         PAIRED=rotation.layout != "halves",
         FIRST_HALF=rotation.layout == "pairs-first",
         ROUND_EACH=rotation.round_each,
+        enable_fp_fusion=False,  # on bfloat16 units it would leave the rounding of a product out
         BACKWARD=back,
         **asdict(rotary_config(size, rotated, heads)),
     )

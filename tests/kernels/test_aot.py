@@ -42,6 +42,19 @@ def test_every_kernel_fits(gpu, request):
         assert int(shared) <= LARGEST[gpu]
 
 
+def test_no_product_of_a_rotary_embedding_is_fused_with_the_sum():
+    """Its rounding would be left out, on GPUs with bfloat16 arithmetic: the bits would not be the plain form's."""
+    program = """
+from dataclasses import replace
+from lowmem_kernels import aot
+specimen = next(s for s in aot.specimens((9, 0), every_option=False) if s.kernel.fn.__name__ == "rotary_kernel")
+fusing = replace(specimen, options=specimen.options | {"enable_fp_fusion": True})
+assert ["fma" in s.compile().asm["ptx"] for s in (specimen, fusing)] == [False, True]
+"""
+    process = compile_in_another_process("-c", program)
+    assert process.returncode == 0, process.stderr[-2000:]
+
+
 def test_a_kernel_that_does_not_fit_is_noticed():
     """Tiles of 128 x 256 entries with 4 warps: as many sums as there are registers."""
     program = """
