@@ -5,6 +5,7 @@ from __future__ import annotations
 from peft import PeftModel
 
 from lowmem_npo.config import MemoryConfig
+from lowmem_npo.memory.adapted_linear import join_adapters
 from lowmem_npo.memory.checkpointing import enable_checkpointing
 from lowmem_npo.memory.embedding import embedding_to_host
 from lowmem_npo.memory.float32 import slice_float32
@@ -19,6 +20,7 @@ def apply_switches(model: PeftModel, config: MemoryConfig) -> None:
         UserError: a switch does not fit this architecture; the message names it.
     """
     lm = causal_lm(model)
+    join_adapters(lm)
     if config.embedding_on_cpu:
         embedding_to_host(lm)
     if config.sliced_float32:  # before the MLPs, whose tiles run what is inside them and the norms that follow

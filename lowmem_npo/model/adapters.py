@@ -12,7 +12,8 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, dora
-from peft.utils import ModulesToSaveWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -100,15 +101,23 @@ def adapted_weight(layer: Any) -> torch.nn.Parameter:
 @contextmanager
 def original_model(model: PeftModel) -> Iterator[None]:
     """Inside, `model` is what training began with: the base, with the adapter that was continued if there is one."""
-    if not isinstance(model, ContinuedModel):
-        with model.disable_adapter():
+    if isinstance(model, ContinuedModel):
+        model.first_alone()
+        try:
             yield
+        finally:
+            model.both()
         return
-    model.first_alone()
+    # PEFT's own `disable_adapter` looks through the model five times and prints every layer, in each step.
+    adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    adapted = [module for module in adapted if not module.disable_adapters]
+    for module in adapted:
+        module._disable_adapters = True
     try:
         yield
     finally:
-        model.both()
+        for module in adapted:
+            module._disable_adapters = False
 
 
 @contextmanager

@@ -15,12 +15,13 @@ def train_adapter(model: nn.Module) -> None:
     Published configurations have dropout, or noise in a router, from pretraining. Neither belongs to the adapter, and
     the reference would be another model than the policy, each micro-batch yet another.
     """
-    model.eval()
+    with_dropout = set[nn.Module]()
     for module in model.modules():
         if isinstance(module, LoraLayer):
             dropouts = [m for m in module.lora_dropout.values() if not isinstance(m, nn.Identity)]
-            for part in [module, *dropouts] if dropouts else ():  # DoRA asks the adapted layer
-                part.training = True
+            with_dropout.update([module, *dropouts] if dropouts else ())  # DoRA asks the adapted layer
+        if module.training != (module in with_dropout):  # to set it everywhere, as `eval` does, takes ten times as long
+            module.training = module in with_dropout
 
 
 def draws_random_numbers(module: nn.Module) -> bool:
@@ -32,7 +33,8 @@ def draws_random_numbers(module: nn.Module) -> bool:
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Inside, all of `model` is in eval mode; on leaving, every module's own mode is restored."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
