@@ -190,6 +190,10 @@ class ObjectiveConfig(Checked):
     sam: Positive | None = None
     """Sharpness-aware forgetting (Fan et al. 2025): take the forget gradient at the distance RHO from the weights where
     the forget loss is worst, such as 0.05. A second pass over the forget rows in every step."""
+    adversary: Positive | None = None
+    """Adversarial forgetting: before each step an attacker, a LoRA of rank 16 on every linear layer, takes one step of
+    length RHO, such as 1, to learn six other forget rows again, and the forget term is computed with it in place. A
+    pass over six more rows in every step."""
     simnpo_margin: Finite = 0.0
     """Reward margin of simnpo (its paper's gamma)."""
     wga_beta: PositiveOrZero = 1.0

@@ -149,4 +149,4 @@ def activations_at_most(architecture: PretrainedConfig, rows: StepRows) -> int:
         of_token = 256 * (hidden + wide * experts) + 16 * heads * width
         return len(part) * width * text.num_hidden_layers * of_token
 
-    return max(of(rows.forget), of(rows.retain))
+    return max(of(rows.forget), of(rows.retain), of(rows.taught_again[: len(rows.forget)]))

@@ -36,6 +36,7 @@ from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora
 from lowmem_npo.model.layers import causal_lm, decoder, decoder_layers
 from lowmem_npo.model.packable import packable
+from lowmem_npo.training.adversary import ROWS, Factors
 from lowmem_npo.training.arguments import npo_config
 from lowmem_npo.training.trainer import NPOConfig, NPOTrainer
 from lowmem_npo.training.training_rows import Parts
@@ -44,11 +45,12 @@ CONTEXT_BYTES = 512 * 2**20
 """What CUDA itself and the loaded kernels take of a GPU, outside of PyTorch's allocator: about this much on cards of
 compute capability 8.0 to 9.0. A run on a GPU measures its own."""
 
-KINDS = ("frozen weights", "adapter", "checkpoints", "layer work", "head", "reference", "batch", "cuBLAS")
+KINDS = ("frozen weights", "adapter", "adversary", "checkpoints", "layer work", "head", "reference", "batch", "cuBLAS")
 
 
 Work = list[tuple[str, list[Operation]]]
-"""What a step does, in order: its sections ("reference", "policy", "optimizer") and the operations of each."""
+"""What a step does, in order: its sections ("adversary", "reference", "policy", "optimizer") and the operations of
+each."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Estimate:
     by_kind: dict[str, int]  # what peak_bytes consists of
     host_bytes: int  # the peak of tensors in host memory
     context_bytes: int = CONTEXT_BYTES
-    work: Work = field(default_factory=list, compare=False, repr=False)  # of one micro-batch, and the optimiser's
+    work: Work = field(default_factory=list, compare=False, repr=False)  # of one micro-batch, and what comes once
     later_work: Work = field(
         default_factory=list, compare=False, repr=False
     )  # the same with a reference that is cached
@@ -92,13 +94,15 @@ class StepRows:
     forget: tuple[tuple[int, int], ...]
     retain: tuple[tuple[int, int], ...]
     alternatives: tuple[tuple[int, int], ...] = ()  # one of which goes with each of `forget`, if there are any
+    taught_again: tuple[tuple[int, int], ...] = ()  # what the adversary learns before the step, if there is one
 
     @classmethod
     def of_length(cls, config: RunConfig) -> StepRows:
         """Rows of --max-length tokens, all of them answer: the worst case, for data that are not known."""
         row = (config.data.max_length, config.data.max_length - 1)
         forget, paired = (row,) * config.training.batch_size, config.objective.forget_term == "dpo"
-        return cls(forget, (row,) * config.training.retain_rows, forget if paired else ())
+        taught_again = (row,) * ROWS if config.objective.adversary is not None else ()
+        return cls(forget, (row,) * config.training.retain_rows, forget if paired else (), taught_again)
 
     @classmethod
     def of_data(cls, config: RunConfig, rows: Parts, typical: bool = False) -> StepRows:
@@ -107,16 +111,20 @@ class StepRows:
         typical: rows of all lengths that there are instead, evenly, as many tokens as a step has on average. Those of
         about the mean length come first, so that a micro-batch has its share.
         """
-        size, retain_size = config.training.batch_size, config.training.retain_rows
-        chosen = _spread if typical else _largest
-        return cls(chosen(rows.forget, size), chosen(rows.retain or (), retain_size), chosen(rows.alternatives, size))
+        size, chosen = config.training.batch_size, _spread if typical else _largest
+        return cls(
+            chosen(rows.forget, size),
+            chosen(rows.retain or (), config.training.retain_rows),
+            chosen(rows.alternatives, size),
+            chosen(rows.taught_again, min(ROWS, max(len(rows.taught_again) - size, 0))),
+        )
 
     def micro_batch(self, config: RunConfig) -> StepRows:
         """The largest rows that go through the model at once."""
         micro_batches = config.training.micro_batches()
         retain = -(-config.training.retain_rows // micro_batches) if config.objective.needs_retain else 0
         forget = -(-config.training.batch_size // micro_batches)
-        return StepRows(self.forget[:forget], self.retain[:retain], self.alternatives[:forget])
+        return StepRows(self.forget[:forget], self.retain[:retain], self.alternatives[:forget], self.taught_again)
 
 
 def estimate(
@@ -154,6 +162,7 @@ def estimate(
             _give_gradients(optimizer)
         gpu.kind = "batch"
         batch, totals = _batch(trainer)
+        _track_adversary(gpu, trainer)
         gpu.kind = "layer work"
         gpu.restart_peak()
         gpu.work.restart()
@@ -166,6 +175,7 @@ def estimate(
             for reference in references.values():
                 reference.stored = True
             gpu.work.restart("policy")
+            _batch(trainer)  # what comes before a step does so again
             trainer.training_step(model, batch, totals)
             gpu.work.begin("optimizer")
             optimizer.step()
@@ -210,14 +220,20 @@ def _trainer(model: PeftModel, config: RunConfig, rows: StepRows, folder: str, p
     )
     arguments = npo_config(step, _Arguments)
     arguments.padding_free = padding_free
-    return NPOTrainer(
+    others = [token_row(*row) for row in rows.taught_again]  # forget rows, too, with the true answers
+    alternatives = [token_row(*row) for row in rows.alternatives]
+    trainer = NPOTrainer(
         model,
         arguments,
-        [token_row(*row) for row in rows.forget],
+        [token_row(*row) for row in rows.forget] + others,
         [token_row(*row) for row in rows.retain],
-        alternative_dataset=[token_row(*row) for row in rows.alternatives] or None,
+        alternative_dataset=alternatives + others if alternatives else None,
+        true_dataset=[token_row(*row) for row in rows.forget] + others,
         processing_class=cast(PreTrainedTokenizerBase, SimpleNamespace(pad_token_id=0)),
     )
+    in_step = list(range(len(rows.forget))), list(range(len(rows.retain)))
+    vars(trainer.step_batches)["step_rows"] = lambda step: in_step  # the others are those that are taught
+    return trainer
 
 
 def token_row(length: int, answers: int) -> TokenizedRow:
@@ -231,6 +247,9 @@ def _batch(trainer: NPOTrainer) -> tuple[Batch, Any]:
         batches, totals = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
     batch = {part: rows and replace(rows, data=with_values(rows.data)) for part, rows in batches[0].items()}
     trainer.ahead = [batch] if trainer.ahead else []
+    if (lesson := trainer.lesson) is not None:
+        passes = [replace(rows, data=with_values(rows.data)) for rows in lesson.passes]
+        trainer.lesson = lesson._replace(passes=passes)
     return batch, totals
 
 
@@ -268,6 +287,30 @@ def track_kinds(gpu: FakeGPU, model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: gpu.mark(p.grad, "adapter"))
+
+
+def _track_adversary(gpu: FakeGPU, trainer: NPOTrainer) -> None:
+    """The adversary's step is a section of its own, and what it consists of is of a kind of its own."""
+    if (adversary := trainer.adversary) is None:
+        return
+    fresh, relearn = adversary.fresh, adversary.relearn
+
+    def tracked_fresh(step: int) -> list[Factors]:
+        with gpu.allocating("adversary"):
+            factors = fresh(step)
+        for factor in factors:
+            factor.b.register_post_accumulate_grad_hook(lambda b: gpu.mark(b.grad, "adversary"))
+        return factors
+
+    def tracked_relearn(step: int, add_gradients: Callable[[], None]) -> Tensor:
+        before = gpu.work.sections[-1][0]
+        gpu.work.begin("adversary")
+        gain = relearn(step, add_gradients)
+        gpu.work.begin(before)
+        gpu.mark([(factor.a, factor.b) for factor in adversary.factors], "adversary")
+        return gain
+
+    vars(adversary).update(fresh=tracked_fresh, relearn=tracked_relearn)
 
 
 class _Reference:

@@ -32,6 +32,7 @@ from lowmem_npo.estimate.step import Work
 PRODUCTS, ATTENTION, MEMORY, BUS = 0.9, 0.4, 0.8, 0.8  # of what the table says
 SHORTEST = 2e-6  # seconds of a kernel
 CALL, VIEW = 20e-6, 4e-6  # seconds of the host
+ONCE = ("adversary", "optimizer")  # sections of a step that do not come again with every micro-batch
 ERROR = "not checked on a GPU; the truth may be half of it or twice"
 
 
@@ -127,8 +128,9 @@ def seconds(operations: Iterable[Operation], gpu: GPUModel) -> Seconds:
 
 
 def step_seconds(work: Work, micro_batches: int, gpu: GPUModel) -> Seconds:
-    """Of an optimiser step: `work` is that of one of its micro-batches, and the optimiser's."""
-    by_micro_batch = [operation for part, some in work if part != "optimizer" for operation in some]
-    optimizer = [operation for part, some in work if part == "optimizer" for operation in some]
-    one, last = seconds(by_micro_batch, gpu), seconds(optimizer, gpu)
-    return Seconds(*(micro_batches * a + b for a, b in zip(one, last, strict=True)))
+    """Of an optimiser step: `work` is that of one of its micro-batches, and what there is once in a step, the
+    adversary's and the optimiser's."""
+    by_micro_batch = [operation for part, some in work if part not in ONCE for operation in some]
+    once = [[operation for part, some in work if part == name for operation in some] for name in ONCE]
+    one, *others = (seconds(operations, gpu) for operations in (by_micro_batch, *once))
+    return Seconds(*(micro_batches * a + sum(more) for a, *more in zip(one, *others, strict=True)))

@@ -71,9 +71,11 @@ def curve_pictures(metrics: Sequence[Metrics], stages: Stages) -> list[Picture]:
     last = metrics[-1]["step"]
     likelihood = _draw("likelihood", CURVES, lambda ax: draw_likelihood(ax, metrics, stages))
     objective = _draw("objective", CURVES, lambda ax: draw_objective(ax, metrics))
+    nll = {"forget_nll": "forget answers' NLL", "adversary_nll": "that of others, without the adversary",
+           "retain_nll": "retain answers' NLL"}  # fmt: skip
     return [
         _picture("likelihood", "How unlikely the answers are", f"Curves over {last} optimiser steps. "
-                 + _course(metrics, forget_nll="forget answers' NLL", retain_nll="retain answers' NLL"), likelihood),
+                 + _course(metrics, **nll), likelihood),
         _picture("objective", "The terms of the objective", f"Curves over {last} optimiser steps. "
                  + _course(metrics, forget_loss="forget loss", retain_kl="retain KL"), objective),
     ]  # fmt: skip

@@ -106,6 +106,11 @@ def _done(content: Content) -> Iterator[str]:
             f"An adapter, a small addition to the model, was trained {aim} in {audit['optimizer_steps']:,} steps. The "
             f"model's own weights were not changed.{time}"
         )
+        if content.settings.get("adversary") is not None:
+            yield (
+                "Before each step an attacker was trained to bring back some of the answers, and others were unlearned "
+                "against it."
+            )
     if {"before", "after"} <= set(stages):
         yield (
             "Before and after, the model was given the same questions or beginnings of texts. What it said was "

@@ -92,6 +92,10 @@ class LayeredBatches(StepBatches):
             begin = first + (later - stage - 1) * (self.steps // len(self.folds))
             self.starts[later] = min(self.starts[later], begin)
 
+    def forgotten(self, step: int) -> list[int]:
+        """Those of the folds whose turn has come."""
+        return sorted(row for fold in self.folds[: self.stage(step) + 1] for row in fold)
+
     def step_rows(self, step: int) -> tuple[list[int], list[int]]:
         stage = self.stage(step)
         first = step - self.starts[stage]

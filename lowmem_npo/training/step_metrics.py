@@ -18,6 +18,7 @@ class StepMetrics:
     def __init__(self, objective: ObjectiveConfig) -> None:
         names = ["forget_loss", "forget_nll"]
         names += ["forget_log_ratio"] if needs_reference(objective) else []
+        names += ["adversary_nll", "adversary_gain"] if objective.adversary is not None else []
         names += ["retain_nll"] if objective.needs_retain else []
         names += ["retain_kl"] if objective.delta > 0 else []
         self.names, self.steps = names, 0

@@ -7,7 +7,7 @@ over micro-batches and ranks is the same however a step is split.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -80,6 +80,10 @@ class StepBatches(Sampler[list[Pick]]):
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch, from 0, that the next iteration yields."""
         self.epoch = epoch
+
+    def forgotten(self, step: int) -> Sequence[int]:
+        """The forget rows that are being forgotten at global step `step`: all of them."""
+        return range(self.num_forget)
 
     def step_rows(self, step: int) -> tuple[list[int], list[int]]:
         """The forget and the retain rows of global step `step` (from 0), over all micro-batches and ranks."""

@@ -10,12 +10,12 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -45,6 +45,7 @@ from lowmem_npo.model.adapters import restore_adapter
 from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.modes import eval_mode, train_adapter
 from lowmem_npo.run_directory import AdapterFiles
+from lowmem_npo.training.adversary import Adversary, Collate, Lesson, check_others
 from lowmem_npo.training.checkpoints import write_digest
 from lowmem_npo.training.finite import FiniteSteps
 from lowmem_npo.training.honoured import FROM_PYTHON, as_is, check_effect
@@ -135,8 +136,8 @@ class NPOTrainer(Trainer):
             its order, or several times as many, of which another part is taken in every epoch.
         forget_levels: how far each row of forget_dataset is pushed, as a mean NLL per answer token in nats
             (`lowmem_npo.training.forget_level`). Default: without end.
-        true_dataset: under `layered`, rows with the true answers where forget_dataset is tokenised and teaches a
-            refusal: what is held until its turn.
+        true_dataset: under `layered` and `adversary`, rows with the true answers where forget_dataset is tokenised and
+            teaches a refusal: what is held until its turn, what is taught again.
         forget_term: a forget term of your own in place of `args.forget_term`; `lowmem_npo.forget_terms` says what it is
             given.
         say: where a step that cannot be taken is reported.
@@ -184,6 +185,7 @@ class NPOTrainer(Trainer):
             tokenized,
             term=args.forget_term,
             layered=args.layered,
+            adversary=args.adversary is not None,
             seed=args.seed if args.data_seed is None else args.data_seed,
             teaching={"term": args.forget_term, "refusal": args.refusal, "group_column": args.group_column},
         )
@@ -202,6 +204,11 @@ class NPOTrainer(Trainer):
         self.prefix = SharedPrefix(model)
         self._neighbour = None if self.objective.sam is None else Neighbour(model, self.objective.sam)
         self.ahead: list[Batch] = []  # a step's micro-batches, until the neighbour has been found
+        self.adversary: Adversary | None = None
+        if (rho := self.objective.adversary) is not None:
+            self.adversary = Adversary(model, rho, args.seed, args.device)
+        self.lesson: Lesson | None = None  # what the adversary is taught before a step, until it has been
+        self._adversary_figures: dict[str, Tensor] = {}  # of the step, once it has
         self._step_rows: list[Batch] = []  # its micro-batches
         self._rows = rows
         self._levels: Tensor | None = None
@@ -287,6 +294,8 @@ class NPOTrainer(Trainer):
             "world_size": processes,
             "alternatives": rows.alternatives,
         }
+        if self.adversary is not None:
+            check_others(rows.num_forget, rows.folds, batch_size)
         if rows.folds is None:
             return StepBatches(rows.num_forget, **sizes)
         per_epoch = math.ceil(rows.num_forget / batch_size)
@@ -321,7 +330,15 @@ class NPOTrainer(Trainer):
         self._step_rows = batches
         self.divided.begin()
         self.ahead = batches if self._neighbour is not None else []
+        self.lesson, self._adversary_figures = self._next_lesson(), {}
         return batches, StepTotals(*counts)
+
+    def _next_lesson(self) -> Lesson | None:
+        """What the adversary is taught before the step that comes, in passes no larger than the step's."""
+        if self.adversary is None:
+            return None
+        where = (self.step_batches, self.state.global_step, self.divided.parts)
+        return Lesson.of(*where, self._rows.taught_again, cast(Collate, self.data_collator))
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
@@ -340,32 +357,56 @@ class NPOTrainer(Trainer):
         """Those of a micro-batch or of a part of one; returns its loss, detached."""
         forget, retain, both = (rows and rows.to(self.args.device) for rows in map(batch.get, PARTS))
         loss = torch.zeros((), device=self.args.device)
-        if self._neighbour is not None and self.ahead:
-            self._neighbour.find(partial(self._add_forget_gradients, self.ahead, totals))
-            self.ahead = []
-        forgetting = nullcontext() if self._neighbour is None else self._neighbour.there()
-        parts = ((forget, self._forget_pass, forgetting), (retain, self._retain_pass, nullcontext()))
+        self._prepare_forgetting(totals)
+        parts = ((forget, self._forget_pass, self._forgetting()), (retain, self._retain_pass, nullcontext()))
         passes = [(partial(run, rows), where) for rows, run, where in parts if rows]
-        alone = self._neighbour is not None  # at other weights than the retain rows
+        alone = self._neighbour is not None or self.adversary is not None  # at other weights than the retain rows
         if forget and both and not alone and self.reference.comes_together(both, len(forget)):
             passes = [(partial(self._joint_pass, both, len(forget)), nullcontext())]
         for run, where in passes:  # one after the other: the graphs of two passes never meet
             with where:
-                with self.prefix.shared():
-                    part = run(totals)
+                part = run(totals)
                 self.accelerator.backward(part)
             loss += part.detach()
             del part
         return loss
 
     def _restart_step(self) -> None:
-        """Drops what the step has added to gradients and figures."""
+        """Drops what the step has added to gradients and figures. The adversary and the neighbour, once there, stay."""
         self.model.zero_grad()
         self._metrics.drop_step()
+        self._metrics.add(**self._adversary_figures)
+        if self.lesson is not None:
+            self.lesson = self._next_lesson()
 
     def _collated(self, picks: list[Pick]) -> Batch:
         rows: list[Any] = [self.train_dataset[pick] for pick in picks]
         return self.data_collator(rows)
+
+    # -- where the forget term is computed: --adversary, --sam ------------------------------------------------------
+
+    def _prepare_forgetting(self, totals: StepTotals) -> None:
+        """Before the first micro-batch of a step: the adversary's step, and the neighbour of the weights under it."""
+        if self.adversary is not None and self.lesson is not None:
+            figures: dict[str, Tensor] = {}
+            teach = partial(self._add_lesson_gradients, self.lesson, figures)
+            figures["adversary_gain"] = self.adversary.relearn(self.state.global_step, teach) / self.args.world_size
+            self._metrics.add(**figures)
+            self.lesson, self._adversary_figures = None, figures
+        if self._neighbour is not None and self.ahead:
+            with nullcontext() if self.adversary is None else self.adversary.in_place():
+                self._neighbour.find(partial(self._add_forget_gradients, self.ahead, totals))
+            self.ahead = []
+
+    @contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        """Where the forget pass runs and is differentiated."""
+        with ExitStack() as stack:
+            if self._neighbour is not None:
+                stack.enter_context(self._neighbour.there())
+            if self.adversary is not None:
+                stack.enter_context(self.adversary.in_place())
+            yield
 
     def _add_forget_gradients(self, batches: Sequence[Batch], totals: StepTotals) -> None:
         """The forget gradient of the whole step; what it measures on the way does not count."""
@@ -373,8 +414,7 @@ class NPOTrainer(Trainer):
         try:
             for rows in (part["forget"] for batch in batches for part in self.divided.divided(batch)):
                 if rows:
-                    with self.prefix.shared():
-                        part = self._forget_pass(rows.to(self.args.device), totals)
+                    part = self._forget_pass(rows.to(self.args.device), totals)
                     self.accelerator.backward(part)
                     del part
         finally:
@@ -382,19 +422,44 @@ class NPOTrainer(Trainer):
         if self.args.world_size > 1:
             self._sum_gradients()
 
-    # In each pass the reference comes first: it runs before any graph exists.
+    def _add_lesson_gradients(self, lesson: Lesson, figures: dict[str, Tensor]) -> None:
+        """The gradient of what the adversary lowers: the mean NLL per answer token of its rows, without dropout."""
+        total = torch.zeros((), device=self.args.device)
+        with eval_mode(self.model):
+            for rows in lesson.passes:
+                answers = answer_hidden(self.model, rows.to(self.args.device))
+                nll = -token_logprobs(answers.hidden, self.head, answers.targets, checked=True).sum() / lesson.tokens
+                self.accelerator.backward(nll)
+                total += nll.detach()
+                del answers, nll
+        figures["adversary_nll"] = total
+        if self.args.world_size > 1:
+            self._sum_gradients()
+
+    # -- its passes: in each the reference comes first, before any graph exists --------------------------------------
 
     def _forget_pass(self, batch: RowBatch, totals: StepTotals) -> Tensor:
-        reference = self.reference.forget(batch)
-        return self._forget_loss(answer_hidden(self.model, batch), batch.rows, reference, totals)
+        if self.adversary is None:
+            with self.prefix.shared():
+                reference = self.reference.forget(batch)
+                answers = answer_hidden(self.model, batch)
+        else:  # which is in the prefix, too
+            with self.adversary.away():
+                reference = self.reference.forget(batch)
+            answers = answer_hidden(self.model, batch)
+        return self._forget_loss(answers, batch.rows, reference, totals)
 
     def _retain_pass(self, batch: RowBatch, totals: StepTotals) -> Tensor:
-        reference = self.reference.retain(batch)
-        return self._retain_loss(answer_hidden(self.model, batch), reference, totals)
+        with self.prefix.shared():
+            reference = self.reference.retain(batch)
+            answers = answer_hidden(self.model, batch)
+        return self._retain_loss(answers, reference, totals)
 
     def _joint_pass(self, batch: RowBatch, forget_rows: int, totals: StepTotals) -> Tensor:
-        references = self.reference.both(batch, forget_rows)
-        forget, retain = answer_hidden(self.model, batch).split(sum(batch.answers[:forget_rows]))
+        with self.prefix.shared():
+            references = self.reference.both(batch, forget_rows)
+            answers = answer_hidden(self.model, batch)
+        forget, retain = answers.split(sum(batch.answers[:forget_rows]))
         loss = self._forget_loss(forget, batch.rows[:forget_rows], references[0], totals)
         return loss + self._retain_loss(retain, references[1], totals)
 

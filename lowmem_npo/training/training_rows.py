@@ -13,11 +13,12 @@ from lowmem_npo.training.layered import divide
 
 
 class Parts(NamedTuple):
-    """The rows to forget, those to retain with what is held, and the other answers."""
+    """The rows to forget, those to retain with what is held, the other answers, and what an adversary teaches."""
 
     forget: Sequence[TokenizedRow]
     retain: Sequence[TokenizedRow] | None
     alternatives: Sequence[TokenizedRow] = ()
+    taught_again: Sequence[TokenizedRow] = ()
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class TrainingRows:
     retain: the rows to keep; under layered unlearning, the true forget rows after them. None: no term looks at any.
     num_forget, num_retain: without what comes after them.
     folds: the places in `forget` of each fold, in the order in which they are forgotten; None: all at once.
+    taught_again: the forget rows with their true answers, if there is an adversary that teaches them.
     """
 
     forget: Sequence[TokenizedRow]
@@ -36,10 +38,12 @@ class TrainingRows:
     num_retain: int
     alternatives: int = 0
     folds: list[list[int]] | None = None
+    taught_again: Sequence[TokenizedRow] = ()
 
     @property
     def parts(self) -> Parts:
-        return Parts(self.forget[: self.num_forget], self.retain, self.forget[self.num_forget :])
+        number = self.num_forget
+        return Parts(self.forget[:number], self.retain, self.forget[number:], self.taught_again)
 
     def place(self, part: str, row: int) -> tuple[str, int]:
         """Where the user gave what is in `row` of `part`: another answer belongs to a row to forget, and what is held
@@ -65,6 +69,7 @@ def training_rows(
     *,
     term: str,
     layered: int | None,
+    adversary: bool,
     seed: int,
     teaching: dict[str, Any],
 ) -> TrainingRows:
@@ -85,19 +90,23 @@ def training_rows(
         raise UserError(f"{term} has no use for alternative_dataset: leave it out, or take dpo.")
     if len(others) % number:
         raise UserError(f"alternative_dataset has {len(others)} rows: give one for each of {number} forget rows.")
+    known = to_forget  # with the true answers
+    if term in REFUSING_TERMS and (layered is not None or adversary):
+        known = tokenized(forget if true is None else true, "true_dataset")
+        if true is None and known is forget:
+            reader = "layered holds" if layered is not None else "adversary teaches"
+            raise UserError(f"{reader} the true answers, and {term} has refusals: give true_dataset.")
+        if len(known) != number:
+            raise UserError(f"true_dataset has {len(known)} rows: give one for each of {number} forget rows.")
     folds = None
     if layered is not None:
         if to_keep is None:
             raise UserError("layered holds what is not yet forgotten with the retain terms: give gamma or delta.")
         folds = divide(number, layered, seed, groups_of(to_forget))
-        held = to_forget
-        if term in REFUSING_TERMS:
-            held = tokenized(forget if true is None else true, "true_dataset")
-            if true is None and held is forget:
-                raise UserError(f"layered holds the true answers, and {term} has refusals: give true_dataset.")
-        to_keep = [*to_keep, *held]
+        to_keep = [*to_keep, *known]
     rows = [*to_forget, *others] if others else to_forget
-    return TrainingRows(rows, to_keep, number, kept, len(others) // number, folds)
+    taught_again = known if adversary else ()
+    return TrainingRows(rows, to_keep, number, kept, len(others) // number, folds, taught_again)
 
 
 def planned_rows(config: RunConfig, data: PreparedData) -> TrainingRows:
@@ -115,6 +124,7 @@ def planned_rows(config: RunConfig, data: PreparedData) -> TrainingRows:
         lambda rows, name, **teaching: rows,
         term=term,
         layered=config.training.layered,
+        adversary=config.objective.adversary is not None,
         seed=config.training.seed if (seed := config.trainer_args.get("data_seed")) is None else seed,
         teaching={},
     )

@@ -167,6 +167,7 @@ def test_two_processes_give_the_gradient_of_one(byte_model, tmp_path):
     settings = [
         *("--model", str(byte_model), "--dtype", "float32", "--max-steps", "3", "--eval-rows", "0", "--limit", "12"),
         *("--batch-size", "5", "--retain-batch-size", "3", "--optim", "sgd", "--lr", "0.1", "--device", "cpu"),
+        *("--adversary", "1"),
     ]
     one, two = tmp_path / "one", tmp_path / "two"
     subprocess.run(command(*settings, "--output-dir", one), check=True, env=ENVIRONMENT, capture_output=True)
@@ -182,7 +183,8 @@ def test_two_processes_give_the_gradient_of_one(byte_model, tmp_path):
     assert launched.returncode == 0, launched.stderr[-3000:]
     logs = [read_metrics(folder / "metrics.jsonl")[:3] for folder in (one, two)]
     for alone, shared in zip(*logs, strict=True):
-        for name in ("loss", "grad_norm", "forget_loss", "forget_nll", "retain_nll", "retain_kl"):
+        names = ("loss", "grad_norm", "forget_loss", "forget_nll", "retain_nll", "retain_kl")
+        for name in (*names, "adversary_nll", "adversary_gain"):
             assert shared[name] == pytest.approx(alone[name], rel=1e-5, abs=1e-9), name
     adapters = [load_file(folder / "adapter_model.safetensors") for folder in (one, two)]
     # SGD from the same start: the sum of three steps' gradients, so their difference is the gradients'.

@@ -1,4 +1,5 @@
-"""`lowmem-npo train --layered` and `--forget-term dpo` as a user runs them: stages, resuming in each, bad input."""
+"""`lowmem-npo train --layered`, `--adversary` and `--forget-term dpo` as a user runs them: stages, resuming in each,
+bad input."""
 
 from __future__ import annotations
 
@@ -107,6 +108,12 @@ def test_micro_batches_change_nothing(whole, byte_model, tmp_path):
         (("--layered", 2, "--layered-weight", -1), "--layered-weight must be 0 or a positive number, not -1.0"),
         (("--layered", 2, "--gamma", 0, "--delta", 0), "give a positive --gamma or --delta"),
         (("--sam", 0), "--sam must be a positive number, not 0.0"),
+        (("--adversary", 0), "--adversary must be a positive number, not 0.0"),
+        (("--adversary", -1), "--adversary must be a positive number, not -1.0"),
+        (("--adversary", "nan"), "--adversary must be"),
+        (("--adversary", "strong"), "--adversary"),
+        (("--adversary", 1, "--batch-size", 18), "a step takes all 18 (--batch-size 18): lower --batch-size"),
+        (("--adversary", 1, "--layered", 3), "takes all 6 of the first fold of --layered 3 (--batch-size 6): lower"),
         (("--forget-term", "dpo"), "name its column, --alternative-column"),
         (("--forget-term", "dpo", "--alternative-column", "other"), "has no column other"),
         (("--forget-term", "dpo", "--alternative-column", "answer"), "answer holds the answer itself"),
@@ -122,6 +129,40 @@ def rows_with(folder, alternatives):
     path = folder / "forget.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+ATTACKED = ("--layered", 2, "--adversary", 1, "--max-steps", 4, "--save-steps", 1, "--save-total-limit", 9)
+
+
+@pytest.fixture(scope="module")
+def attacked(byte_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("attacked") / "whole"
+    assert train(byte_model, folder, *ATTACKED, "--eval-rows", 2) == 0
+    return folder
+
+
+def test_a_run_against_an_adversary_records_it(attacked, byte_model, tmp_path):
+    assert "adversary: 1.0" in (attacked / "run.yaml").read_text()
+    assert all(line["adversary_nll"] > 0 and line["adversary_gain"] > 0 for line in steps(attacked))
+    report = (attacked / "report.html").read_text()
+    assert "an attacker was trained to bring back some of the answers" in report
+    assert "others of them, without it" in report and "| adversary | `1.0` |" in (attacked / "README.md").read_text()
+    assert train(byte_model, tmp_path / "plain", *ATTACKED[:2], *ATTACKED[4:]) == 0
+    assert not same(adapter(attacked), adapter(tmp_path / "plain"))
+    assert "adversary_nll" not in steps(tmp_path / "plain")[0]
+
+
+@pytest.mark.parametrize("after", [1, 3])  # in each stage
+def test_a_resumed_run_meets_the_same_adversary(after, attacked, byte_model, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(attacked, folder)
+    for file in ("adapter_model.safetensors", "report.json", "after.json"):
+        (folder / file).unlink()
+    for step in range(after + 1, 5):
+        shutil.rmtree(folder / f"checkpoint-{step}")
+    assert train(byte_model, folder, *ATTACKED, "--resume") == 0
+    assert same(adapter(folder), adapter(attacked))
+    assert [line["adversary_gain"] for line in steps(folder)] == [line["adversary_gain"] for line in steps(attacked)]
 
 
 def test_another_answer_is_preferred(byte_model, tmp_path, capsys):

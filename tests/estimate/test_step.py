@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from types import SimpleNamespace
 
 import bitsandbytes as bnb
@@ -64,13 +65,14 @@ def real_peak(config: RunConfig, rows: StepRows, architecture=LLAMA) -> int:
             retain_batch_size=len(rows.retain),
         )  # fmt: skip
         trainer = NPOTrainer(
-            model, arguments, [token_row(*row) for row in rows.forget], [token_row(*row) for row in rows.retain],
-            processing_class=SimpleNamespace(pad_token_id=0),
+            model, arguments, [token_row(*row) for row in rows.forget + rows.taught_again],
+            [token_row(*row) for row in rows.retain], processing_class=SimpleNamespace(pad_token_id=0),
         )  # fmt: skip
+        trainer.step_batches.step_rows = lambda step: (range(len(rows.forget)), range(len(rows.retain)))
         trainer.create_optimizer()
         first_optimizer_step(trainer.optimizer)
         batches, totals = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
-        counter.mark([batches, *model.parameters(), *model.buffers()], "before")
+        counter.mark([batches, trainer.lesson, *model.parameters(), *model.buffers()], "before")
         counter.restart_peak()
         trainer.training_step(model, batches[0], totals)
         trainer.optimizer.step()
@@ -84,6 +86,10 @@ CASES = {
     "no checkpointing": run({"gradient_checkpointing": False}),
     "upper layers": run(adapter=AdapterConfig(lora_layers=("2-3",), lora_r=8, lora_targets=("all-linear",))),
     "sharpness-aware": run(objective=ObjectiveConfig(sam=0.05)),
+    "adversary": run(objective=ObjectiveConfig(adversary=1.0)),
+    "adversary below the adapter": run(
+        objective=ObjectiveConfig(adversary=1.0, sam=0.05), adapter=AdapterConfig(lora_layers=("2-3",))
+    ),
     "only forget": run(objective=ObjectiveConfig(gamma=0, delta=0)),
     "dora": run(adapter=AdapterConfig(use_dora=True, use_rslora=True, lora_targets=("all-linear",))),
     "modules trained whole": run(adapter=AdapterConfig(modules_to_save=("norm", "embed_tokens"))),
@@ -94,6 +100,8 @@ CASES = {
 @pytest.mark.parametrize("config", CASES.values(), ids=list(CASES))
 def test_the_simulated_step_is_the_real_one_to_the_byte(config, torch_engine):
     rows = ROWS if config.objective.needs_retain else StepRows(ROWS.forget, ())
+    if config.objective.adversary is not None:
+        rows = replace(rows, taught_again=((48, 47), (48, 20), (30, 10), (20, 5)))  # in one pass
     result = estimate(config, LLAMA, rows)
     assert result.peak_bytes - result.by_kind["cuBLAS"] == real_peak(config, rows)
     assert sum(result.by_kind.values()) == result.peak_bytes and set(result.by_kind) == set(KINDS)

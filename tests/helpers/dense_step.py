@@ -42,6 +42,7 @@ def make_trainer(
     forget: list[dict],
     retain: list[dict] | None,
     alternatives: list[dict] | None = None,
+    true_dataset: list[dict] | None = None,
     **settings,
 ) -> NPOTrainer:
     """An NPOTrainer whose adapter already changes the model, so that KL and log-ratios are not 0."""
@@ -62,6 +63,7 @@ def make_trainer(
         processing_class=word_tokenizer(),
         peft_config=AdapterConfig(lora_r=3),
         alternative_dataset=alternatives,
+        true_dataset=true_dataset,
     )
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():

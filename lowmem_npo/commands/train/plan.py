@@ -29,6 +29,7 @@ from lowmem_npo.model.stop_tokens import stop_tokens
 from lowmem_npo.model.weights import check_has_weights
 from lowmem_npo.report.audit import check_same_adapter, check_same_rows
 from lowmem_npo.run_directory import RunDirectory, check_disk, step_of
+from lowmem_npo.training.adversary import check_others
 from lowmem_npo.training.arguments import check_trainer_args
 from lowmem_npo.training.forget_level import halved
 from lowmem_npo.training.layered import check_folds
@@ -139,6 +140,8 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
         say(f"The base shares {shared[0]} with another layer: the adapter works beside its base, but cannot be merged.")
     apply_switches(adapted, config.memory)  # raises if one does not fit
     rows = planned_rows(config, data)
+    if config.objective.adversary is not None:
+        check_others(rows.num_forget, rows.folds, config.training.batch_size)
     config, predicted = decide(config, data, model_config, say)
     directory.config = config
     plan = RunPlan(config, directory, tokenizer, data, predicted)

@@ -34,7 +34,7 @@ VIEW = Operation("view")
 
 
 class WorkCounter:
-    """The operations of a step in order, in sections: "policy", "reference", "optimizer"."""
+    """The operations of a step in order, in sections: "policy", "reference", "adversary", "optimizer"."""
 
     def __init__(self) -> None:
         self.sections: list[tuple[str, list[Operation]]] = []

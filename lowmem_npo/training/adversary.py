@@ -1,0 +1,201 @@
+"""`--adversary RHO`: the forget term is computed against an attacker who teaches the model other forget rows again.
+
+    min over w of  L_forget(w + a)  +  the retain terms at w,        a = -rho * g / |g|
+
+The attacker is a LoRA adapter of rank `RANK` on every linear layer, with a random A and B = 0, which takes one step: g
+is the gradient, with respect to all B together, of the NLL of `ROWS` forget rows that are not in the optimiser step,
+and a its step of length rho. What is forgotten only as long as nobody teaches any of it again is no minimum. The
+reference of the forget term, and the retain terms, are the model's without the attacker.
+
+Meta-learning against an attacker's fine-tuning steps is that of Tamirisa et al. 2024, "Tamper-Resistant Safeguards for
+Open-Weight LLMs", to first order and with one step, whose length is fixed as in sharpness-aware minimisation (Foret et
+al. 2021). It costs a forward and backward pass of `ROWS` rows in every step, and rank `RANK` more of memory: A and B in
+the type in which the model computes, and in that pass B and its gradient in float32.
+
+The attacker is a function of the seed, the step and the weights: a resumed run meets the same, however a step is split.
+It stands on the layers in hooks, so that whatever runs a layer again (checkpointing, tiles) runs it with the attacker.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lowmem_kernels.dispatch import has_values
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lowmem_npo.data.batching import Batch, Pick, RowBatch
+from lowmem_npo.data.tokenizing import TokenizedRow
+from lowmem_npo.errors import UserError
+from lowmem_npo.memory.checkpointing import checkpointing, is_checkpointed
+from lowmem_npo.model.layers import causal_lm, decoder_layers, linear_layers
+from lowmem_npo.training.step_rows import StepBatches
+
+RANK, ROWS = 16, 6
+CHOICE, FACTORS = 7, 8  # streams of random numbers, beside those of layered.py
+PARAMETER = "relearning"  # what B is called in a layer while it is learnt
+
+
+Collate = Callable[[list[tuple[Pick, TokenizedRow]]], Batch]
+
+
+class Factors(NamedTuple):
+    """The attacker's part in one linear layer: B A is added to its weight."""
+
+    layer: nn.Module
+    a: Tensor  # (RANK, in) in the type in which the model computes
+    b: Tensor  # (out, RANK) likewise; float32 while it is learnt
+
+
+class Lesson(NamedTuple):
+    """The rows that the attacker is taught before a step."""
+
+    passes: list[RowBatch]  # this process's share, each no larger than a pass of the step
+    tokens: int  # answer tokens of all of them, over all processes
+
+    @classmethod
+    def of(
+        cls, step_batches: StepBatches, step: int, parts: int, rows: Sequence[TokenizedRow], collate: Collate
+    ) -> Lesson:
+        """parts: into which a micro-batch is divided. rows: all forget rows, with their true answers. collate: makes a
+        batch of some."""
+        chosen, processes = other_rows(step_batches, step), step_batches.world_size
+        size = processes * math.ceil(step_batches.batch_size / (step_batches.micro_batches * parts * processes))
+        shares = np.array_split(chosen, processes * math.ceil(len(chosen) / size))[step_batches.rank :: processes]
+        batches = [collate([(Pick("forget", row), rows[row]) for row in share.tolist()])["forget"] for share in shares]
+        tokens = RowBatch.of([rows[row] for row in chosen], pack=False).num_answers
+        return cls([batch for batch in batches if batch], tokens)
+
+
+class Adversary:
+    """An attacker on `model`, whose step has the length `rho`.
+
+    device: where the model computes.
+    """
+
+    def __init__(self, model: PeftModel, rho: float, seed: int, device: torch.device) -> None:
+        self.model, self.rho, self.seed, self.device = model, rho, seed, device
+        self.factors: list[Factors] = []
+        self._layers = list(linear_layers(causal_lm(model)).values())
+        self._is_away = False
+
+    def relearn(self, step: int, add_gradients: Callable[[], None]) -> Tensor:
+        """Takes the attacker's step, before global step `step` of the run.
+
+        add_gradients: adds the gradients of the loss that the attacker lowers, over all processes, to those of the
+            model's parameters: of these, only the attacker's require any.
+
+        Returns:
+            () float32: how much lower that loss is at the end of the step, to first order.
+        """
+        self.factors = []
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        factors = self.fresh(step)
+        for p in trained:
+            p.requires_grad_(False)
+        for layer, _, b in factors:
+            layer.register_parameter(PARAMETER, cast(nn.Parameter, b))  # tiles ask a module for its parameters
+        try:
+            with self._acting(factors), _checkpointed_throughout(self.model):
+                add_gradients()
+        finally:
+            for layer, _, _ in factors:
+                delattr(layer, PARAMETER)
+            for p in trained:
+                p.requires_grad_(True)
+        norm = torch.stack([b.grad.square().sum() for _, _, b in factors if b.grad is not None]).sum().sqrt()
+        while factors:  # what is used up is freed
+            layer, a, b = factors.pop()
+            if b.grad is not None:  # none in a layer that did not run, such as an expert's: it stays as it is
+                # Where there is no slope, no direction is the worst.
+                self.factors.append(Factors(layer, a, b.grad.mul_(-self.rho / norm.clamp(min=1e-30)).to(a.dtype)))
+        return self.rho * norm
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the attacker is at work in the passes of the model, and has no gradient."""
+        with self._acting(self.factors):
+            yield
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Inside, even within `in_place`, it is not."""
+        self._is_away = True
+        try:
+            yield
+        finally:
+            self._is_away = False
+
+    def fresh(self, step: int) -> list[Factors]:
+        """One that has learnt nothing: A as PEFT draws it, uniform within 1 / sqrt(in); B = 0."""
+        head = causal_lm(self.model).get_output_embeddings().weight
+        random, factors = None, []
+        if has_values(head):
+            seeds = np.random.SeedSequence([self.seed, FACTORS, step]).generate_state(2)
+            random = torch.Generator(self.device).manual_seed(int(seeds[0]) << 31 ^ int(seeds[1]))
+        for layer in self._layers:
+            inputs, outputs = _sizes(layer)
+            a = torch.empty(RANK, inputs, dtype=head.dtype, device=self.device)
+            a.uniform_(-1 / math.sqrt(inputs), 1 / math.sqrt(inputs), generator=random)
+            b = nn.Parameter(torch.zeros(outputs, RANK, dtype=torch.float32, device=self.device))
+            factors.append(Factors(layer, a, b))
+        return factors
+
+    @contextmanager
+    def _acting(self, factors: Sequence[Factors]) -> Iterator[None]:
+        handles = [layer.register_forward_hook(partial(self._add, a, b)) for layer, a, b in factors]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _add(self, a: Tensor, b: Tensor, layer: nn.Module, args: tuple[Any, ...], result: Tensor) -> Tensor | None:
+        if self._is_away:
+            return None
+        x: Tensor = args[0]
+        return result + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)).to(result.dtype)
+
+
+def other_rows(step_batches: StepBatches, step: int) -> list[int]:
+    """The forget rows that the attacker is taught before global step `step`: at most `ROWS`, ascending, of those that
+    are being forgotten at that time, none of which is in the step."""
+    in_step = set(step_batches.step_rows(step)[0])
+    others = [row for row in step_batches.forgotten(step) if row not in in_step]
+    random = np.random.default_rng([step_batches.seed, CHOICE, step])
+    return sorted(random.permutation(others)[:ROWS].tolist())
+
+
+def check_others(forget_rows: int, folds: Sequence[Sequence[int]] | None, batch_size: int) -> None:
+    """Raises a UserError where a step takes all rows that are being forgotten, so that none is left to be taught."""
+    if folds is None and forget_rows <= batch_size:
+        raise UserError(
+            f"--adversary teaches rows that a step does not forget, and a step takes all {forget_rows} (--batch-size "
+            f"{batch_size}): lower --batch-size, or leave --adversary out."
+        )
+    if folds is not None and (first := len(folds[0])) <= batch_size:
+        raise UserError(
+            f"--adversary teaches rows that a step does not forget, and a step takes all {first} of the first fold of "
+            f"--layered {len(folds)} (--batch-size {batch_size}): lower one of them, or leave --adversary out."
+        )
+
+
+def _sizes(layer: Any) -> tuple[int, int]:
+    """The inputs and outputs of a linear layer, with or without an adapter, whatever its weight is stored as."""
+    base: Any = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    return (base.nx, base.nf) if isinstance(base, Conv1D) else (base.in_features, base.out_features)
+
+
+def _checkpointed_throughout(model: PeftModel) -> Any:
+    """Inside, where layers are recomputed, so are those below the lowest adapter: the attacker needs their gradient."""
+    lm = causal_lm(model)
+    return checkpointing(lm) if any(map(is_checkpointed, decoder_layers(lm))) else nullcontext()

@@ -1,0 +1,300 @@
+"""The attacker of `--adversary`: what it learns, what the forget gradient under it is, and that every pass meets it."""
+
+from __future__ import annotations
+
+import copy
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from helpers.dense_step import dense_step, make_trainer, random_rows, relative_error, step_gradients
+from helpers.small_gpu import SmallGPU
+from helpers.tiny_models import tiny_model
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
+from transformers.pytorch_utils import Conv1D
+
+from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig
+from lowmem_npo.data.batching import collator
+from lowmem_npo.errors import UserError
+from lowmem_npo.memory.switches import apply_switches
+from lowmem_npo.model import attach_lora, load_model
+from lowmem_npo.model.layers import causal_lm, linear_layers
+from lowmem_npo.training.adversary import RANK, ROWS, Adversary, Lesson, other_rows
+from lowmem_npo.training.layered import LayeredBatches, divide
+from lowmem_npo.training.step_rows import StepBatches
+
+FORGET, RETAIN = random_rows(12, seed=1), random_rows(12, seed=2)
+RHO = 2.0
+PLAIN = {"sliced_float32": False, "gradient_checkpointing": False}
+FOUR = {"per_device_train_batch_size": 4}
+SPLIT = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def trainer_of(folder, architecture="olmo", memory=PLAIN, adapter=None, model=None, **settings):
+    adapter = {"lora_r": 3, **(adapter or {})}
+    model = attach_lora(model or tiny_model(architecture), AdapterConfig(**adapter))
+    apply_switches(model, MemoryConfig(**memory))
+    sizes = {"per_device_train_batch_size": 4, "learning_rate": 0.0, "adversary": RHO}
+    return make_trainer(model, folder, FORGET, RETAIN, **{**sizes, **settings})
+
+
+class Dense:
+    """The attacker and the gradient under it in float64, from full logits. The attacker is added to the weights
+    themselves: that of B is then the gradient of the weight times A."""
+
+    def __init__(self, trainer, rows=None):
+        self.trainer, self.objective = trainer, trainer.objective
+        self.model = _dense_copy(trainer.model)
+        taught = other_rows(trainer.step_batches, 0) if rows is None else rows
+        names = linear_layers(causal_lm(trainer.model))
+        factors = trainer.adversary.fresh(0)
+        self.a = {name: factor.a.double() for name, factor in zip(names, factors, strict=True)}
+        with torch.enable_grad():
+            weights = {name: self.weight(self.model, name).requires_grad_() for name in self.a}
+            logprobs = [self.logprobs(self.model, FORGET[row]) for row in taught]
+            self.nll = -torch.cat(logprobs).mean()
+            gradients = torch.autograd.grad(self.nll, list(weights.values()), allow_unused=True)
+        slopes = {n: _as_linear(self.model, n, g) @ self.a[n].T for n, g in zip(weights, gradients, strict=True)
+                  if g is not None}  # fmt: skip
+        norm = sum(slope.square().sum() for slope in slopes.values()).sqrt()
+        self.gain = float(RHO * norm)
+        self.b = {name: -RHO * slope / norm for name, slope in slopes.items()}
+        self.model.zero_grad()
+
+        rows, kept = trainer.step_batches.step_rows(0)
+        self.forget, self.retain = [FORGET[row] for row in rows], [RETAIN[row] for row in kept]
+
+    def without(self):
+        """The gradients of the step if there were no attacker."""
+        return dense_step(self.trainer, self.forget, self.retain)[1]
+
+    def expected(self, sign=1.0, reference_under_attack=False):
+        """The gradients of the step: the forget term's under the attacker, the retain terms' without it."""
+        whole, (_, here) = self.without(), dense_step(self.trainer, self.forget, None)
+        attacked = copy.deepcopy(self.model).requires_grad_(False)
+        with torch.no_grad():
+            for name, b in self.b.items():
+                self.weight(attacked, name).add_(_as_linear(attacked, name, sign * b @ self.a[name]))
+        for name, p in attacked.named_parameters():
+            p.requires_grad_(name in whole)
+        beta, loss = self.objective.beta, 0.0
+        for row in self.forget:
+            original = attacked if reference_under_attack else self.model
+            with torch.no_grad(), original.disable_adapter():
+                before = self.logprobs(original, row).sum()
+            ratio = self.logprobs(attacked, row).sum() - before
+            loss = loss - 2 / beta * torch.nn.functional.logsigmoid(-beta * ratio) / len(self.forget)
+        loss.backward()
+        there = {name: p.grad for name, p in attacked.named_parameters() if p.grad is not None}
+        return {name: whole[name] - here[name] + there[name] for name in whole}
+
+    @staticmethod
+    def weight(model, name):
+        layer = causal_lm(model).get_submodule(name)
+        return getattr(layer, "base_layer", layer).weight
+
+    @staticmethod
+    def logprobs(model, row):
+        logits = model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits[0].double()
+        places = [t for t in range(1, len(row["labels"])) if row["labels"][t] != -100]
+        return torch.stack([logits[t - 1].log_softmax(-1)[row["labels"][t]] for t in places])
+
+
+def _dense_copy(model):
+    model = copy.deepcopy(model).double().eval()
+    lm = model.get_base_model()
+    lm.set_attn_implementation("eager")
+    if lm._can_set_experts_implementation():
+        lm.set_experts_implementation("eager")
+    return model
+
+
+def _as_linear(model, name, weight):
+    """(out, in) of what a Conv1D has as (in, out), and back."""
+    layer = causal_lm(model).get_submodule(name)
+    return weight.T if isinstance(getattr(layer, "base_layer", layer), Conv1D) else weight
+
+
+RUNS = {
+    "plain": {"joint_pass_tokens": 10_000},  # which is for what it would not be under
+    "checkpointing": {"memory": {"sliced_float32": False}},
+    "everything": {"memory": {"tile_mlp": 5, "offload_checkpoints": True, "embedding_on_cpu": True}, **SPLIT},
+    "upper layers": {"adapter": {"lora_layers": ("1",)}, "memory": {}},
+    "all linear": {"adapter": {"lora_targets": ("all-linear",)}, "padding_free": False},
+    "gemma2": {"architecture": "gemma2", "memory": {}},
+    "conv1d": {
+        "architecture": GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+        "adapter": {"lora_targets": ("c_attn",)},
+    },
+    "experts": {"architecture": MixtralConfig(num_local_experts=4, num_key_value_heads=2, **SIZES)},
+}
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=list(RUNS))
+def test_the_forget_gradient_is_taken_under_an_attacker_who_learnt_other_rows(run, tmp_path):
+    dense = Dense(trainer_of(tmp_path / "dense", **{**run, "memory": PLAIN}))
+    expected, without = dense.expected(), dense.without()
+    trainer = trainer_of(tmp_path, **run)
+    gradients = step_gradients(trainer)
+    assert relative_error(gradients, expected) < 1e-4
+    assert relative_error(gradients, without) > 1e-2  # without it they are others
+    logged = trainer.state.log_history[0]
+    assert logged["adversary_nll"] == pytest.approx(dense.nll.item(), rel=1e-4)
+    assert logged["adversary_gain"] == pytest.approx(dense.gain, rel=1e-4)
+    hooks = [m for m in trainer.model.modules() if m._forward_hooks or "relearning" in m._parameters]
+    assert not hooks  # nothing of it stays on the model
+    assert all(p.requires_grad == ("lora_" in name) for name, p in trainer.model.named_parameters())
+
+
+def test_mistakes_would_be_noticed(tmp_path, monkeypatch):
+    """An attacker who goes the other way, one in the reference, one who learns the step's own rows, and layers that are
+    recomputed under another."""
+    checkpointed = {"memory": {"sliced_float32": False}}
+    dense = Dense(trainer_of(tmp_path / "dense"))
+    own = Dense(dense.trainer, rows=dense.trainer.step_batches.step_rows(0)[0])
+    gradients = step_gradients(trainer_of(tmp_path / "right", **checkpointed))
+    for wrong in (dense.expected(sign=-1.0), dense.expected(reference_under_attack=True), own.expected()):
+        assert relative_error(gradients, wrong) > 1e-2
+    trainer = trainer_of(tmp_path / "wrong", **checkpointed)
+
+    def weaker_when_recomputed(loss):
+        for factors in trainer.adversary.factors:
+            factors.b.data.mul_(0.5)
+        loss.backward()
+
+    monkeypatch.setattr(trainer.accelerator, "backward", weaker_when_recomputed)
+    assert relative_error(step_gradients(trainer), dense.expected()) > 1e-2
+
+
+def test_with_sam_the_neighbour_is_that_of_the_attacked_loss(tmp_path):
+    alone = {"gamma": 0.0, "delta": 0.0}
+    dense = Dense(trainer_of(tmp_path / "dense", **alone))
+    here = dense.expected()
+    norm = sum(g.square().sum() for g in here.values()).sqrt()
+    with torch.no_grad():
+        for name, p in dense.model.named_parameters():
+            if name in here:
+                p.add_(0.05 * here[name] / norm)  # the attacker stays that of the weights themselves
+    gradients = step_gradients(trainer_of(tmp_path, sam=0.05, **alone))
+    assert relative_error(gradients, dense.expected()) < 1e-4
+    assert relative_error(gradients, here) > 1e-2
+
+
+def test_what_a_refusing_term_is_attacked_with_is_the_true_answers(tmp_path):
+    refusals = random_rows(12, seed=9)
+    tokens = {"forget_term": "idk", "adversary": RHO, "gamma": 0.0, "delta": 0.0}
+    with pytest.raises(UserError, match="adversary teaches the true answers, and idk has refusals: give true_dataset"):
+        make_trainer(tiny_model(), tmp_path, refusals, None, **tokens)
+    trainer = make_trainer(tiny_model(), tmp_path, refusals, None, true_dataset=FORGET, **tokens, **FOUR)
+    lesson = Lesson.of(trainer.step_batches, 0, 1, trainer._rows.taught_again, trainer.data_collator)
+    taught = [row for batch in lesson.passes for row in batch.rows]
+    assert taught == other_rows(trainer.step_batches, 0)
+    assert lesson.tokens == sum(len(FORGET[row]["input_ids"]) - FORGET[row]["prompt_length"] for row in taught)
+
+
+def test_real_four_bit_layers(tmp_path):
+    """The attacker on bitsandbytes' own layers is that on their dequantised weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(tie_word_embeddings=False, num_key_value_heads=2, **{**SIZES, "hidden_size": 64})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    model = load_model(ModelConfig(str(tmp_path / "model"), qlora=True, dtype="float32", device="cpu"))
+    trainer = trainer_of(tmp_path, model=model, memory={"tile_mlp": 5})
+    plain = load_model(ModelConfig(str(tmp_path / "model"), dtype="float32", device="cpu"))
+    four_bit = {name: m for name, m in causal_lm(trainer.model).named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+    assert len(four_bit) == 2 * 7
+    for name, layer in four_bit.items():
+        weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        plain.get_submodule(name.replace(".base_layer", "")).weight.data.copy_(weight)
+    torch.manual_seed(5)
+    dense_trainer = trainer_of(tmp_path / "dense", model=plain)
+    weights = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for name, p in dense_trainer.model.named_parameters():
+            if name in weights:
+                p.copy_(weights[name])
+    dense = Dense(dense_trainer)
+    gradients = step_gradients(trainer)
+    assert relative_error(gradients, dense.expected()) < 1e-4
+    assert relative_error(gradients, dense.without()) > 1e-3
+
+
+def test_a_step_that_runs_out_of_memory_is_repeated_under_the_same_attacker(tmp_path):
+    """In its lesson, and then in its forget pass: the figures of both are those of the whole step."""
+    whole = trainer_of(tmp_path / "whole")
+    passes = SmallGPU(whole, 10**9).passes
+    expected = step_gradients(whole)
+    *lesson, forget, _ = passes
+    assert len(lesson) == 2 and forget != max(lesson)
+    for most, first in ((max(lesson) - 1, 0), (forget - 1, 2)):
+        trainer = trainer_of(tmp_path / str(first))
+        SmallGPU(trainer, most, first=first)
+        assert relative_error(step_gradients(trainer), expected) < 1e-5 and trainer.divided.parts > 1
+        logged, once = trainer.state.log_history[0], whole.state.log_history[0]
+        for name in ("loss", "forget_nll", "adversary_nll", "adversary_gain"):
+            assert logged[name] == pytest.approx(once[name], rel=1e-5), name
+
+
+def batches(rows=12, layered=None, **sizes):
+    sizes = {"num_retain": 5, "batch_size": 4, "retain_batch_size": 4, "seed": 3, **sizes}
+    if layered is None:
+        return StepBatches(rows, **sizes)
+    return LayeredBatches(divide(rows, layered, sizes["seed"]), 60, 0.2, **sizes)
+
+
+def test_the_attacker_learns_rows_that_are_being_forgotten_and_not_in_the_step():
+    for sampler in (batches(), batches(23, layered=3), batches(5), batches(9, layered=2, batch_size=3)):
+        drawn = set()
+        for step in range(60):
+            in_step, chosen = set(sampler.step_rows(step)[0]), other_rows(sampler, step)
+            others = set(sampler.forgotten(step)) - in_step
+            assert len(chosen) == len(set(chosen)) == min(ROWS, len(others)) > 0 and set(chosen) <= others
+            assert in_step <= set(sampler.forgotten(step)) and chosen == other_rows(sampler, step)
+            drawn |= set(chosen)
+        assert len(drawn) == sampler.num_forget  # each of them at some time
+    layered = batches(23, layered=3)
+    for stage, start in enumerate(layered.starts):
+        assert sorted(layered.forgotten(start)) == sorted(row for fold in layered.folds[: stage + 1] for row in fold)
+
+
+@pytest.mark.parametrize("split", [(1, 1, 1), (4, 1, 1), (1, 3, 1), (2, 2, 1), (1, 1, 2), (2, 4, 4)])
+def test_a_lesson_is_the_same_however_a_step_is_split(split):
+    """(micro-batches, processes, parts): together the processes teach its rows once, none in larger passes."""
+    micro_batches, processes, parts = split
+    collate = collator(0, pack=True)
+    lessons = [
+        Lesson.of(batches(micro_batches=micro_batches, world_size=processes, rank=rank), 7, parts, FORGET, collate)
+        for rank in range(processes)
+    ]
+    taught = sorted(row for lesson in lessons for batch in lesson.passes for row in batch.rows)
+    assert taught == other_rows(batches(), 7)
+    largest = -(-4 // (micro_batches * parts * processes))
+    assert all(len(batch) <= largest for lesson in lessons for batch in lesson.passes)
+    assert {lesson.tokens for lesson in lessons} == {sum(sum(FORGET[row]["labels"][t] != -100
+        for t in range(1, len(FORGET[row]["labels"]))) for row in taught)}  # fmt: skip
+
+
+def test_each_step_has_a_fresh_attacker_of_the_seed(tmp_path):
+    model = attach_lora(tiny_model(), AdapterConfig())
+    before = torch.get_rng_state()
+    one, again, later = (Adversary(model, RHO, 1, torch.device("cpu")).fresh(step) for step in (0, 0, 1))
+    (other,) = (Adversary(model, RHO, 2, torch.device("cpu")).fresh(0),)
+    assert torch.equal(torch.get_rng_state(), before)  # it draws from numbers of its own
+    for factors in zip(one, again, later, other, strict=True):
+        a = [factor.a for factor in factors]
+        assert torch.equal(a[0], a[1]) and not torch.equal(a[0], a[2]) and not torch.equal(a[0], a[3])
+        assert a[0].shape[0] == RANK and a[0].abs().max() <= a[0].shape[1] ** -0.5 and not factors[0].b.any()
+
+
+@pytest.mark.parametrize(
+    "rows, layered, message",
+    [
+        (4, None, r"a step takes all 4 \(--batch-size 4\): lower --batch-size"),
+        (8, 2, r"takes all 4 of the first fold of --layered 2 \(--batch-size 4\): lower one of them"),
+    ],
+)
+def test_an_attacker_without_other_rows_is_refused(rows, layered, message, tmp_path):
+    sizes = {"per_device_train_batch_size": 4, "adversary": 1.0, "layered": layered, "max_steps": 6}
+    with pytest.raises(UserError, match=message):
+        make_trainer(tiny_model(), tmp_path, FORGET[:rows], RETAIN, **sizes)
+    make_trainer(tiny_model(), tmp_path, FORGET[: rows + 2], RETAIN, **sizes)
