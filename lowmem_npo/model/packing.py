@@ -4,7 +4,8 @@ Everything in a decoder but attention treats tokens one by one, and needs to kno
 Attention is computed row by row (`by_rows`): the model's own function, fused SDPA or eager, on slices of the packed
 queries, keys and values. That is as much work as the rows by themselves would be. One call with a block-diagonal mask,
 which transformers makes when it finds rows in `position_ids`, computes every row against every other, without the
-kernels that need no mask, and not every architecture heeds it. Flash attention has kernels for packed rows, which
+kernels that need no mask, and not every architecture heeds it. Flash attention has kernels for packed rows: PyTorch's
+own, which does the work of `by_rows` in one call where attention is just causal, and that of the package, which
 transformers uses if it is given their boundaries.
 
 `by_rows` is an attention implementation as transformers lets them be registered, with a mask of its own, as that of
@@ -14,14 +15,16 @@ recomputed, where rows end. `lowmem_npo.model.packable` tries whether an archite
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from lowmem_kernels.launch import capability, has_values
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -30,16 +33,28 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from lowmem_npo.data.batching import RowBatch
 from lowmem_npo.model.layers import decoder
 
+varlen_attn: Any = None  # before PyTorch 2.10
+with suppress(ImportError):
+    from torch.nn.attention.varlen import varlen_attn
+
 BY_ROWS = {"sdpa": "rows_sdpa", "eager": "rows_eager"}
 """An attention implementation of transformers, and its name here."""
 
-_lengths: ContextVar[tuple[int, ...] | None] = ContextVar("lengths of packed rows", default=None)
+
+class Rows(NamedTuple):
+    """The rows of a pass."""
+
+    lengths: tuple[int, ...]  # T together
+    ends: Tensor  # (B + 1,) int32: where they begin, and the last one ends
+
+
+_rows: ContextVar[Rows | None] = ContextVar("packed rows", default=None)
 
 
 class RowMask(NamedTuple):
     """What attention to packed rows needs to know, in place of a (1, 1, T, T) mask."""
 
-    lengths: tuple[int, ...]  # of the rows, T together
+    rows: Rows
     mask: Tensor | None  # (1, 1, S, S) of the longest row, whose corner is that of a shorter one; None: just causal
 
 
@@ -58,13 +73,13 @@ def final_states(lm: PreTrainedModel, batch: RowBatch) -> Tensor:
     if not take_rows(lm):
         raise ValueError(f"{type(lm).__name__} cannot take packed rows")
     options: dict[str, Any]
+    assert batch.boundaries is not None
+    ends, longest = batch.boundaries.to(torch.int32), max(batch.lengths)
     if _is_flash(lm):
-        assert batch.boundaries is not None
-        ends, longest = batch.boundaries.to(torch.int32), max(batch.lengths)
         options = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
     else:  # with a mask, transformers does not look for rows in the positions, which waits for the GPU
         options = {"attention_mask": torch.ones_like(batch.input_ids, dtype=torch.bool)}
-    with _packed(batch.lengths):
+    with _packed(Rows(batch.lengths, ends)):
         return decoder(lm)(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **options
         ).last_hidden_state
@@ -94,23 +109,24 @@ def _no_search() -> Iterator[None]:
 
 
 @contextmanager
-def _packed(lengths: tuple[int, ...]) -> Iterator[None]:
-    """Inside, masks are made for rows of these lengths."""
-    token = _lengths.set(lengths)
+def _packed(rows: Rows) -> Iterator[None]:
+    """Inside, masks are made for these rows."""
+    token = _rows.set(rows)
     try:
         yield
     finally:
-        _lengths.reset(token)
+        _rows.reset(token)
 
 
 def _masks_by_rows(make: Callable[..., Any]) -> Callable[..., Any]:
     """`make`, a mask function of transformers, except where rows are packed."""
 
     def mask(*, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **how: Any) -> Any:
-        lengths = _lengths.get()
-        if lengths is None:
+        rows = _rows.get()
+        if rows is None:
             return make(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **how)
-        return RowMask(lengths, make(q_length=max(lengths), kv_length=max(lengths), **how))
+        longest = max(rows.lengths)
+        return RowMask(rows, make(q_length=longest, kv_length=longest, **how))
 
     return mask
 
@@ -129,13 +145,47 @@ def by_rows(attend_with: Callable[[nn.Module], Callable[..., Any]]) -> Callable[
         attention = attend_with(module)
         if not isinstance(attention_mask, RowMask):
             return attention(module, query, key, value, attention_mask, **how)
-        lengths, mask = attention_mask
+        (lengths, ends), mask = attention_mask
+        if mask is None and attention is sdpa_attention_forward and _in_one_call(module, query, value, how):
+            return _attend_at_once(query, key, value, ends, max(lengths), how.get("scaling")), None
         rows = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
         masks = [mask if mask is None else mask[..., :length, :length] for length in lengths]
         done = [attention(module, *row, own, **how)[0] for row, own in zip(rows, masks, strict=True)]
         return torch.cat(done, dim=1), None
 
     return attend
+
+
+def _in_one_call(module: nn.Module, query: Tensor, value: Tensor, how: dict[str, Any]) -> bool:
+    """Whether PyTorch's flash attention to rows of any length does what fused SDPA would."""
+    return (
+        varlen_attn is not None
+        and query.is_cuda
+        and has_values(query)  # the estimate counts what row by row takes, which is no less
+        and capability(query.device) >= (8, 0)
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] == value.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
+        and how.get("dropout", 0.0) == 0.0
+        and (getattr(module, "is_causal", True) if (causal := how.get("is_causal")) is None else causal)
+        and all(how.get(name) is None for name in ("position_bias", "softcap", "s_aux", "cache"))
+    )
+
+
+def _attend_at_once(
+    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scale: float | None
+) -> Tensor:
+    """(1, H, T, D) queries, and keys and values of as many heads or some that divide them; (1, T, H, D)."""
+    how: dict[str, Any] = {}
+    if key.shape[1] != query.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            how["enable_gqa"] = True
+        else:
+            key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+    return varlen_attn(
+        query, key, value, ends, ends, longest, longest, scale=scale, window_size=(-1, 0), **how
+    ).unsqueeze(0)
 
 
 def _eager(module: nn.Module) -> Callable[..., Any]:

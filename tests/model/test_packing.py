@@ -68,6 +68,55 @@ def test_what_a_layer_keeps_is_as_large_as_the_real_tokens():
     assert seen == 2 * [*of_rows, torch.Size([1, sum(PACKED.lengths), 32])]
 
 
+@pytest.mark.parametrize("architecture", ["olmo", "qwen3"])
+def test_where_pytorch_has_one_call_for_all_rows_it_gets_what_they_are(architecture, monkeypatch):
+    """With a stand-in for the call, which needs a GPU; fewer key heads in Qwen3, with and without support for them."""
+    calls = []
+
+    def one_call(query, key, value, ends, key_ends, longest, longest_key, *, scale, window_size, enable_gqa=False):
+        assert window_size == (-1, 0) and ends is key_ends and longest == longest_key == max(PACKED.lengths)
+        assert ends.dtype == torch.int32 and enable_gqa == (key.shape[1] != query.shape[1])
+        calls.append(query.shape)
+        rows = zip(
+            *(t.transpose(0, 1).tensor_split(ends[1:-1].long(), dim=1) for t in (query, key, value)), strict=True
+        )
+        done = [scaled_dot_product_attention(*row, is_causal=True, scale=scale, enable_gqa=enable_gqa) for row in rows]
+        return torch.cat(done, dim=1).transpose(0, 1)
+
+    def without_gqa(*args, scale, window_size):
+        return one_call(*args, scale=scale, window_size=window_size)
+
+    model = model_of(architecture)
+    expected = alone(model)
+    assert packs_rows(model)
+    monkeypatch.setattr(packing, "_in_one_call", lambda *args: True)
+    for function in (one_call, without_gqa):
+        monkeypatch.setattr(packing, "varlen_attn", function)
+        assert error(answer_hidden(model, PACKED).hidden, expected) < 1e-5
+    assert calls == 4 * [torch.Size([sum(PACKED.lengths), 4, 8])]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("architecture", ["olmo", "qwen3"])
+def test_one_call_for_all_rows_on_a_gpu(architecture, monkeypatch):
+    """States and gradients are those of row by row, to bfloat16's rounding."""
+    model = model_of(architecture).to("cuda", torch.bfloat16)
+    assert packs_rows(model)
+    results, calls, one_call = [], [], packing.varlen_attn
+    monkeypatch.setattr(packing, "varlen_attn", lambda *args, **how: calls.append(args) or one_call(*args, **how))
+    for at_once in (True, False):
+        if not at_once:
+            monkeypatch.setattr(packing, "_in_one_call", lambda *args: False)
+        model.zero_grad()
+        states = answer_hidden(model, PACKED.to("cuda")).hidden.float()
+        states.square().sum().backward()
+        results.append((states.detach(), model.model.layers[0].self_attn.q_proj.weight.grad.float()))
+    assert len(calls) == 2
+    for one, other in zip(*results, strict=True):
+        assert (one - other).norm() < 2e-2 * other.norm()
+
+
 def test_recomputed_layers_know_their_rows():
     model = model_of("mistral")
     assert packs_rows(model)
