@@ -24,7 +24,8 @@ MAY_CHANGE = (
     "report_examples", "micro_batch_size", "device",
     *(f.name for f in fields(MemoryConfig)),
 )  # fmt: skip
-DECIDED = ("double_quant", "gradient_checkpointing", "reference")  # auto is recorded as what it became, and stays so
+# Where auto is recorded as what it became, and stays so.
+DECIDED = ("double_quant", "gradient_checkpointing", "joint_pass_tokens", "reference")
 
 
 class AdapterFiles:

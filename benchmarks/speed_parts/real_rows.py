@@ -41,11 +41,13 @@ class Way(NamedTuple):
     data: tuple[str, ...] = tuple(FILES)
 
 
-KEPT = {"gradient_checkpointing": "off", "reference": "cached"}
+KEPT = {"gradient_checkpointing": "off", "reference": "cached", "joint_pass_tokens": 10**6}
+APART = {**KEPT, "joint_pass_tokens": 0}
 WAYS = {  # what says most comes first: time may run out
     "as a run decides where memory is plenty": Way(KEPT, {}),
     DENSE: Way(None, {}),
-    "layers recomputed, live reference": Way({"gradient_checkpointing": "on", "reference": "live"}, {}),
+    "layers recomputed, live reference": Way({**APART, "gradient_checkpointing": "on", "reference": "live"}, {}),
+    "forget and retain rows apart": Way(APART, {}, ("lume",)),
     "padded": Way(KEPT, {"padding_free": False}, ("lume",)),
 }
 
@@ -120,7 +122,7 @@ def _train(model: PreTrainedModel, way: Way, forget: Rows, retain: Rows, steps: 
         cache = str(folder / part / "reference") if way.memory["reference"] == "cached" else None
         arguments = NPOConfig(
             output_dir=str(folder / part), per_device_train_batch_size=ROWS, max_steps=count, reference_dir=cache,
-            save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=model.device.type == "cpu",
+            joint_pass_tokens=way.memory.get("joint_pass_tokens", 0), save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=model.device.type == "cpu",
             **way.arguments,
         )  # fmt: skip
         trainer = NPOTrainer(adapted, arguments, forget, retain, processing_class=blank_tokenizer())

@@ -37,7 +37,7 @@ def as_begun(config: RunConfig) -> RunConfig:
     """`config` of a run that is to be resumed, with what was decided when it began."""
     began = settings_of_run(config.output.output_dir) if config.output.resume else {}
     if began:
-        began = {"double_quant": "on", **began}  # before there was a choice
+        began = {"double_quant": "on", "joint_pass_tokens": 0, **began}  # before there was a choice
     for name in DECIDED:
         section = "model" if hasattr(config.model, name) else "memory"
         options: Any = getattr(config, section)
@@ -117,7 +117,10 @@ def _with_reference(config: RunConfig, data: PreparedData, architecture: Pretrai
 
 
 def _on_cpu(config: RunConfig, data: PreparedData, architecture: PretrainedConfig, say: Say) -> RunConfig:
-    """Without a GPU the scales of 4-bit weights are quantised, and layers are recomputed only if they must be."""
+    """Without a GPU the scales of 4-bit weights are quantised, each part has its own passes, since there are no kernels
+    to launch, and layers are recomputed only if they must be."""
+    if config.memory.joint_pass_tokens == "auto":
+        config = replace(config, memory=replace(config.memory, joint_pass_tokens=0))
     if config.model.double_quant == "auto":
         config = replace(config, model=replace(config.model, double_quant="on"))
     if config.memory.gradient_checkpointing != "auto":

@@ -7,12 +7,14 @@ are rounded once instead of twice):
 |---|---|---|
 | scales of 4-bit weights not quantised in turn | `--double-quant auto` | shortens every dequantisation |
 | layers not recomputed | `--gradient-checkpointing auto` | saves a forward pass |
+| forget and retain rows in one pass | `--joint-pass-tokens auto` | half of the launches and dequantisations |
 | input embedding on the CPU | for a budget | copies rows |
 | tiled MLP | for a budget | dequantises 4-bit weights for every tile; more launches |
 | checkpoints offloaded | for a budget | copies them over the bus |
 | further micro-batches | for a budget | dequantises 4-bit weights again, for fewer rows |
 
-Their order is that of the time which `lowmem_npo.estimate.time` predicts for a model of a few layers.
+Their order is that of the time which `lowmem_npo.estimate.time` predicts for a model of a few layers. Joint passes are
+decided last, for the fastest of the others that fits: they take as many tokens as then fit, if they are worth it.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from lowmem_npo.estimate.step import Estimate, StepRows, estimate
 from lowmem_npo.estimate.time import step_seconds
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model.adapters import check_lora
+from lowmem_npo.model.packable import packable
 from lowmem_npo.model.quantization import stored_quantization
 from lowmem_npo.model.trial import of_depth
 from lowmem_npo.sizes import gib
@@ -53,6 +56,7 @@ class Switch(NamedTuple):
 
 
 AUTOMATIC = (Switch("model", "double_quant", "off"), Switch("memory", "gradient_checkpointing", "off"))
+JOINT = Switch("memory", "joint_pass_tokens", None)  # whose value is decided by the rows
 SAVING = (
     Switch("memory", "embedding_on_cpu", True),
     Switch("memory", "tile_mlp", 4 * TILE_ROWS),
@@ -61,6 +65,8 @@ SAVING = (
 )
 FEW, MORE = 4, 6  # layers of the shallow models that bound a deep one from below: more than are in flight at once
 TIMED = 1  # layers of the models whose times are compared
+JOINT_SHARES = (1.0, 0.5, 0.25)  # of the largest micro-batch's tokens that one pass may take
+WORTH = 0.03  # of a step's time, which joint passes must save
 MARGIN = 0.05  # of the memory that is free, which stays so: predictions may be off by as much
 
 Simulate = Callable[[RunConfig, PretrainedConfig], Estimate]
@@ -77,11 +83,14 @@ class Fit:
 
 def undecided(config: RunConfig) -> bool:
     """Whether the search has anything to decide without a budget."""
-    return config.memory.gradient_checkpointing == "auto" or _may_quantise_once(config)
+    memory = config.memory
+    return "auto" in (memory.gradient_checkpointing, memory.joint_pass_tokens) or _may_quantise_once(config)
 
 
 def cautious(config: RunConfig) -> RunConfig:
     """`config` with what is undecided decided for the least memory."""
+    if config.memory.joint_pass_tokens == "auto":
+        config = JOINT._replace(value=0).on(config)
     for section, name in (switch[:2] for switch in AUTOMATIC):
         if getattr(getattr(config, section), name) == "auto":
             config = Switch(section, name, "on").on(config)
@@ -94,9 +103,11 @@ def fit_free(
     free: int,
     rows: StepRows | None = None,
     device: Device | None = None,
+    typical: StepRows | None = None,
 ) -> Fit:
-    """The fastest of what is left open with `auto` that fits into `free` bytes; the smallest if nothing does."""
-    search = _Search(config, architecture, AUTOMATIC, rows, device)
+    """The fastest of what is left open with `auto` that fits into `free` bytes; the smallest if nothing does. Arguments
+    as of `fit_budget`."""
+    search = _Search(config, architecture, AUTOMATIC, rows, device, typical)
     room = int(free * (1 - MARGIN))
     return search.fastest(room) or Fit(search.start, search.simulate(search.start, architecture), [])
 
@@ -107,17 +118,19 @@ def fit_budget(
     budget: int,
     rows: StepRows | None = None,
     device: Device | None = None,
+    typical: StepRows | None = None,
 ) -> Fit:
     """The fastest settings with which `config`'s step and the CUDA context take at most `budget` bytes.
 
     Args:
-        rows: the step's. Default: of --max-length tokens.
+        rows: the largest of a step. Default: of --max-length tokens.
         device: the GPU. Default: a card of 24 GB.
+        typical: those whose time counts. Default: `rows`.
 
     Raises:
         UserError: nothing fits; the message gives the smallest possible budget and what takes the memory.
     """
-    search = _Search(config, architecture, (*AUTOMATIC, *SAVING), rows, device)
+    search = _Search(config, architecture, (*AUTOMATIC, *SAVING), rows, device, typical)
     fit = search.fastest(budget)
     if fit is None:
         smallest = search.smallest(search.candidates)
@@ -136,18 +149,23 @@ class _Search:
         switches: Sequence[Switch],
         rows: StepRows | None,
         device: Device | None,
+        typical: StepRows | None,
     ) -> None:
         self.architecture, self.rows = architecture, rows or StepRows.of_length(config)
         self.gpu = (device.model if device else None) or GPUS[0]
         self.start = cautious(config)
         capability = device.capability if device else CAPABILITY
         self.simulate: Simulate = cache_by_repr(partial(estimate, rows=self.rows, capability=capability))
+        self.simulate_typical: Simulate = cache_by_repr(
+            partial(estimate, rows=typical or self.rows, capability=capability)
+        )
+        self.decides_joint = config.memory.joint_pass_tokens == "auto"
         self.usable = [switch for switch in switches if self._suits(switch, config)]
         sizes = any(switch in SAVING for switch in switches)
         self.candidates = list(self._candidates(sizes))
 
     def fastest(self, room: int) -> Fit | None:
-        """The first candidate that fits into `room`; None if none does."""
+        """The first candidate that fits into `room`, with joint passes if they are worth it; None if none does."""
         hopeless: set[bool] = set()  # layers recomputed or not: not even the smallest of these fits
         for recomputes in (True, False):
             alike = [c for c in self.candidates if c.memory.recomputes_layers == recomputes]
@@ -158,8 +176,23 @@ class _Search:
             if self._may_fit(candidate, room):
                 result = self.simulate(candidate, self.architecture)
                 if result.fits(room):
+                    candidate, result = self._with_joint(candidate, result, room)
                     return Fit(candidate, result, _flags(self.start, candidate))
         return None
+
+    def _with_joint(self, config: RunConfig, apart: Estimate, room: int) -> tuple[RunConfig, Estimate]:
+        """`config` and its estimate with the largest joint passes that fit and save time; as they are if none do."""
+        at_once = self.rows.micro_batch(config)
+        most = at_once.tokens(packable(self.architecture, config.model.attn))
+        if not self.decides_joint or not (at_once.forget and at_once.retain):
+            return config, apart
+        for share in JOINT_SHARES:
+            joint = JOINT._replace(value=int(share * most)).on(config)
+            if self._of_all_layers(joint) > (1 - WORTH) * self._of_all_layers(config):
+                break  # nor do fewer tokens
+            if self._may_fit(joint, room) and (result := self.simulate(joint, self.architecture)).fits(room):
+                return joint, result
+        return config, apart
 
     @staticmethod
     def smallest(candidates: Sequence[RunConfig]) -> RunConfig:
@@ -222,10 +255,15 @@ class _Search:
         changes += [switch.on(self.start) for switch in others]
         return start + sum(self._timed(change) - start for change in changes if change is not None)
 
-    def _timed(self, config: RunConfig) -> float:
+    def _of_all_layers(self, config: RunConfig) -> float:
+        """Seconds of a step: each layer takes as long as a second one beside the first."""
+        one, two = (self._timed(config, layers) for layers in (TIMED, TIMED + 1))
+        return one + (self.architecture.get_text_config().num_hidden_layers - TIMED) * (two - one)
+
+    def _timed(self, config: RunConfig, layers: int = TIMED) -> float:
         if config.adapter.may_name_layers:
             config = replace(config, adapter=AdapterConfig())
-        work = self.simulate(config, of_depth(self.architecture, TIMED)).work
+        work = self.simulate_typical(config, of_depth(self.architecture, layers)).work
         return step_seconds(work, config.training.micro_batches(), self.gpu).total
 
     def _may_fit(self, config: RunConfig, room: int) -> bool:
@@ -274,7 +312,7 @@ def _flags(before: RunConfig, after: RunConfig) -> list[str]:
     flags = []
     if after.training.micro_batch_size != before.training.micro_batch_size:
         flags += ["--micro-batch-size", str(after.training.micro_batch_size)]
-    for switch in (*AUTOMATIC, *SAVING):
+    for switch in (*AUTOMATIC, JOINT._replace(value=after.memory.joint_pass_tokens), *SAVING):
         if switch.is_on(after) and not switch.is_on(before):
             flags += [f"--{switch.name.replace('_', '-')}"] + ([] if switch.value is True else [str(switch.value)])
     return flags

@@ -89,6 +89,8 @@ class Report:
     def text(self) -> str:
         result = self.estimate
         rows = f"{_rows(self.rows.forget, 'forget')}, {_rows(self.rows.retain, 'retain')}"
+        joint = self.config.memory.joint_pass_tokens
+        rows += f"; in one pass if they have at most {joint} tokens together" if joint else ""
         lines = [*self.notes, f"{self.model}, {self.weights}; at once {rows}"]
         lines += [_line("allocated at the peak of a step (simulated)", result.peak_bytes)]
         lines += [_line(f"  {kind}", size) for kind, size in result.by_kind.items() if size]
@@ -128,9 +130,9 @@ def report(config: RunConfig, workload: Workload, device: Device | None = None) 
     notes = model_notes(architecture, config.model)
     budget, rows = config.memory.budget_bytes, workload.largest
     if budget is not None:
-        fit = fit_budget(config, architecture, budget, rows, device)
+        fit = fit_budget(config, architecture, budget, rows, device, workload.typical)
     elif device is not None and device.available is not None and undecided(config):
-        fit = fit_free(config, architecture, device.available, rows, device)
+        fit = fit_free(config, architecture, device.available, rows, device, workload.typical)
     else:
         capability = device.capability if device else CAPABILITY
         fit = Fit(cautious(config), estimate(cautious(config), architecture, rows, capability), [])

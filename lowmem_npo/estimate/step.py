@@ -119,6 +119,21 @@ class StepRows:
             chosen(rows.taught_again, min(ROWS, max(len(rows.taught_again) - size, 0))),
         )
 
+    def tokens(self, padding_free: bool) -> int:
+        """Of all of them in one pass."""
+        lengths = [length for part in (self.forget, self.alternatives, self.retain) for length, _ in part]
+        return sum(lengths) if padding_free else len(lengths) * max(lengths, default=0)
+
+    def at_most(self, tokens: int, padding_free: bool) -> StepRows:
+        """As many rows, each shortened by the same share, that have at most so many tokens in one pass."""
+        share = tokens / self.tokens(padding_free)
+
+        def of(part: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+            lengths = [max(2, int(length * share)) for length, _ in part]
+            return tuple((length, min(a, length - 1)) for length, (_, a) in zip(lengths, part, strict=True))
+
+        return StepRows(of(self.forget), of(self.retain), of(self.alternatives))
+
     def micro_batch(self, config: RunConfig) -> StepRows:
         """The largest rows that go through the model at once."""
         micro_batches = config.training.micro_batches()
@@ -143,6 +158,26 @@ def estimate(
     """
     rows = (rows or StepRows.of_length(config)).micro_batch(config)
     padding_free = packable(architecture, config.model.attn)
+    simulate = partial(_simulate, config, architecture, capability, padding_free=padding_free, later=later)
+    result, joint = simulate(rows), config.memory.joint_pass_tokens
+    if joint == "auto" or not 0 < joint < rows.tokens(padding_free) or not rows.retain:
+        return result
+    # The largest rows go apart; shorter ones may take more, together.
+    together = simulate(rows.at_most(joint, padding_free))
+    larger = max(result, together, key=lambda estimated: estimated.peak_bytes)
+    needed_bytes = max(result.needed_bytes, together.needed_bytes)
+    return replace(larger, needed_bytes=needed_bytes, work=result.work, later_work=result.later_work)
+
+
+def _simulate(
+    config: RunConfig,
+    architecture: PretrainedConfig,
+    capability: tuple[int, int],
+    rows: StepRows,
+    *,
+    padding_free: bool,
+    later: bool,
+) -> Estimate:
     with fake_gpu("frozen weights", capability) as gpu:
         base = fake_model(architecture, config.model)
         with gpu.allocating("adapter"):

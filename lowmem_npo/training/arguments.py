@@ -43,6 +43,7 @@ def npo_config(config: RunConfig, kind: type[NPOConfig] = NPOConfig) -> NPOConfi
         "max_steps": training.max_steps or -1,
         "learning_rate": training.lr,
         "seed": training.seed,
+        "joint_pass_tokens": 0 if config.memory.joint_pass_tokens == "auto" else config.memory.joint_pass_tokens,
         "reference_dir": None if reference is None else str(reference),
         "use_cpu": on_cpu,
         "report_to": "none",

@@ -15,6 +15,7 @@ from lowmem_npo.data import TokenizedRows
 from lowmem_npo.estimate import automatic
 from lowmem_npo.estimate.automatic import activations_at_most, as_begun, decide
 from lowmem_npo.estimate.step import StepRows, token_row
+from lowmem_npo.training.arguments import npo_config
 
 ROWS = TokenizedRows([token_row(20, 10)] * 8, [], [], 0)
 
@@ -36,7 +37,9 @@ def decided(config: RunConfig) -> tuple[RunConfig, list[str]]:
 def test_a_small_run_on_a_cpu_recomputes_nothing_and_caches_its_reference(tmp_path):
     config, lines = decided(run(tmp_path))
     assert (config.memory.gradient_checkpointing, config.memory.reference) == ("off", "cached")
-    assert config.model.double_quant == "on"
+    assert (config.model.double_quant, config.memory.joint_pass_tokens) == ("on", 0)
+    asked = run(tmp_path, memory=MemoryConfig(joint_pass_tokens=300))
+    assert npo_config(decided(asked)[0]).joint_pass_tokens == 300
     assert [line.partition(":")[0] for line in lines if "Layers" in line] == ["Layers are not recomputed"]
     assert any(line.startswith("Reference cache in") for line in lines)
 
@@ -82,10 +85,11 @@ def test_a_resumed_run_keeps_what_was_decided(tmp_path):
     resumed = as_begun(replace(fresh, output=replace(fresh.output, resume=True)))
     assert (resumed.memory, resumed.model) == (config.memory, config.model)
     old = {**yaml.safe_load(config.to_yaml()), "gradient_checkpointing": True}
-    del old["double_quant"]  # as earlier versions wrote it
+    del old["double_quant"], old["joint_pass_tokens"]  # as earlier versions wrote it
     (tmp_path / "run" / "run.yaml").write_text(yaml.safe_dump(old))
     resumed = as_begun(replace(fresh, output=replace(fresh.output, resume=True)))
     assert resumed.memory.gradient_checkpointing == "on" and resumed.model.double_quant == "on"
+    assert resumed.memory.joint_pass_tokens == 0
 
 
 def test_the_bound_is_above_what_a_simulated_step_keeps():

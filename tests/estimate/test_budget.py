@@ -16,12 +16,20 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from lowmem_npo.cli import main
-from lowmem_npo.config import AdapterConfig, DataConfig, MemoryConfig, ModelConfig, RunConfig, TrainingConfig
+from lowmem_npo.config import (
+    AdapterConfig,
+    DataConfig,
+    MemoryConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.budget import MARGIN, fit_budget, fit_free, may_fit
 from lowmem_npo.estimate.gpus import named
 from lowmem_npo.estimate.simulator.operators import FakeOperators
-from lowmem_npo.estimate.step import estimate
+from lowmem_npo.estimate.step import StepRows, estimate
 from lowmem_npo.estimate.time import step_seconds
 from lowmem_npo.model.known_configs import known_config
 from lowmem_npo.sizes import gib, parse_size
@@ -107,7 +115,11 @@ def test_shallow_models_bound_a_deep_one_from_below(memory):
     assert not may_fit(config, architecture, int(allocated * 0.9))
 
 
-ON = MemoryConfig(gradient_checkpointing="on")
+ON = MemoryConfig(gradient_checkpointing="on", joint_pass_tokens=0)
+
+
+def joint(config: RunConfig, tokens: int | str) -> RunConfig:
+    return dataclasses.replace(config, memory=dataclasses.replace(config.memory, joint_pass_tokens=tokens))
 
 
 def test_the_search_finds_the_fastest_switches_that_fit():
@@ -140,7 +152,7 @@ def test_what_is_left_open_is_off_where_that_fits_with_a_margin(switch):
     gpu = named("rtx-4090")
     section, other = ("model", "memory") if switch == "double_quant" else ("memory", "model")
     fixed = {"memory": ON, "model": dataclasses.replace(config.model, double_quant="on")}
-    config = dataclasses.replace(config, **{other: fixed[other]})
+    config = dataclasses.replace(joint(config, 0), **{other: fixed[other]})
     needed, peaks = {}, {}
     for value in ("on", "off"):
         options = dataclasses.replace(getattr(config, section), **{switch: value})
@@ -156,6 +168,46 @@ def test_what_is_left_open_is_off_where_that_fits_with_a_margin(switch):
         assert fit.estimate.total_bytes == needed[expected]
     asked = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{switch: "on"})})
     assert fit_free(asked, architecture, room, device=gpu).config == asked
+
+
+@pytest.fixture
+def short_rows() -> RunConfig:
+    """Nothing is left open but joint passes; a step has 256 tokens."""
+    model = ModelConfig("known", qlora=True, double_quant="on")
+    memory, training = MemoryConfig(gradient_checkpointing="off"), TrainingConfig(batch_size=2)
+    return RunConfig(model, DataConfig(max_length=64), memory=memory, training=training)
+
+
+def test_a_joint_pass_counts_what_both_parts_keep(short_rows):
+    """A row that is longer than the threshold is in a pass without the other part's."""
+    results = {n: estimate(joint(short_rows, n), shallow(2)) for n in (0, 1, 255, 256, 10**6)}
+    peaks, calls = ({n: of(r) for n, r in results.items()} for of in (
+        lambda r: r.peak_bytes, lambda r: sum(len(some) for _, some in r.work)))  # fmt: skip
+    assert peaks[256] == peaks[10**6] > peaks[255] > peaks[0] == peaks[1]
+    assert calls[0] == calls[1] == calls[255] > 1.5 * calls[256]
+
+
+def test_joint_passes_take_as_many_tokens_as_fit_where_they_save_time(short_rows):
+    architecture, gpu = shallow(3), named("rtx-4090")
+    needed = {
+        n: estimate(joint(short_rows, n), architecture, capability=gpu.capability).total_bytes for n in (0, 128, 256)
+    }
+    short = StepRows(((16, 8),) * 2, ((16, 8),) * 2)
+
+    def fit(room: int, config: RunConfig = short_rows, typical: StepRows | None = None):
+        return fit_free(config, architecture, int(room / (1 - MARGIN)) + 1, device=gpu, typical=typical)
+
+    most = fit(needed[256])
+    assert most.flags == ["--joint-pass-tokens", "256"] and most.estimate.total_bytes == needed[256]
+    less = fit(needed[256] - 2**10, typical=short)
+    assert less.config.memory.joint_pass_tokens == 128 and less.estimate.total_bytes == needed[128]
+    assert fit(needed[256] - 2**10).flags == [], "a step has more than 128 tokens"
+    assert fit(2**20, typical=short).config.memory.joint_pass_tokens == 0
+    for settings in ({"sam": 0.05}, {"forget_term": "ga"}, {"gamma": 0.0, "delta": 0.0}):  # whose parts go apart
+        config = dataclasses.replace(short_rows, objective=ObjectiveConfig(**settings))
+        assert fit(2**34, config).config.memory.joint_pass_tokens == 0, settings
+    asked = joint(short_rows, 100)
+    assert fit(2**34, asked).config == asked
 
 
 def test_a_tile_as_large_as_a_micro_batch_is_none():
@@ -224,7 +276,7 @@ def test_estimate_on_the_command_line(capsys):
     assert {"context_bytes", "by_kind", "fits", "flags"} <= set(result) and result["compute_capability"] == [8, 6]
     assert sum(result["by_kind"].values()) == result["peak_bytes"] < result["needed_bytes"]
     assert result["fits"] is None and result["flags"] == []
-    decided = ["--gradient-checkpointing", "--double-quant", "on", "--budget", "24GiB"]
+    decided = ["--gradient-checkpointing", "--double-quant", "on", "--joint-pass-tokens", "0", "--budget", "24GiB"]
     assert main(["estimate", "--model", SMALL, "--qlora", "--max-length", "64", *decided]) == 0
     text = capsys.readouterr().out
     assert gib(result["peak_bytes"]) in text and gib(result["needed_bytes"]) in text
