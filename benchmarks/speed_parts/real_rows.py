@@ -122,8 +122,8 @@ def _train(model: PreTrainedModel, way: Way, forget: Rows, retain: Rows, steps: 
         cache = str(folder / part / "reference") if way.memory["reference"] == "cached" else None
         arguments = NPOConfig(
             output_dir=str(folder / part), per_device_train_batch_size=ROWS, max_steps=count, reference_dir=cache,
-            joint_pass_tokens=way.memory.get("joint_pass_tokens", 0), save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=model.device.type == "cpu",
-            **way.arguments,
+            joint_pass_tokens=way.memory["joint_pass_tokens"], save_strategy="no", report_to="none",
+            disable_tqdm=True, use_cpu=model.device.type == "cpu", **way.arguments,
         )  # fmt: skip
         trainer = NPOTrainer(adapted, arguments, forget, retain, processing_class=blank_tokenizer())
         trainer.remove_callback(PrinterCallback)

@@ -86,7 +86,7 @@ def test_quick_measures_ours_and_the_dense_form_on_a_small_model(tmp_path, monke
 def test_rows_as_long_as_real_ones_are_timed_beside_the_prediction(tmp_path, monkeypatch, capsys):
     first, dense = list(real_rows.WAYS)[:2]
     ways = {name: real_rows.WAYS[name]._replace(data=("lume",)) for name in (first, dense)}
-    impossible = real_rows.Way({"tile_mlp": 0}, {"padding_free": False}, ("lume",))
+    impossible = real_rows.Way({**real_rows.KEPT, "tile_mlp": 0}, {"padding_free": False}, ("lume",))
     monkeypatch.setattr(real_rows, "WAYS", {**ways, "impossible": impossible})
     monkeypatch.setattr(real_rows, "own_device", lambda: named("rtx-4090"))
     path = tmp_path / "rows.json"
