@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,10 @@ def memory(results: Path = RESULTS) -> str:
     return _markdown([header, *(f"{tokens} tokens" for tokens in lengths)], rows)
 
 
-def quality(results: Path = RESULTS) -> str:
-    """The paper's rows on the small model, as `quality.py` wrote them beside its JSON."""
-    return (results / "cpu" / "quality.md").read_text(encoding="utf-8").strip()
+def quality(name: str = "quality", results: Path = RESULTS) -> str:
+    """What `quality.py` wrote beside the JSON of that name."""
+    path = results / "cpu" / f"{name}.md"
+    return path.read_text(encoding="utf-8").strip() if path.exists() else "Not yet measured."
 
 
 def speed(results: Path = RESULTS) -> str:
@@ -100,7 +102,10 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"memory": memory, "quality": quality, "speed": speed}
+QUALITY = ("quality", "quality-lasting", "quality-baselines", "quality-tofu", "quality-lume")
+TABLES: dict[str, Callable[[], str]] = {"memory": memory, "speed": speed} | {
+    name: partial(quality, name) for name in QUALITY
+}
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from benchmarks.quality_parts.lasting_table import (
     summarise,
 )
 from benchmarks.quality_parts.measure import ATTACKS, measure_answers, measure_attack, measure_scores
-from benchmarks.quality_parts.methods import BASELINES, LASTING, PAPER, Method, method
+from benchmarks.quality_parts.methods import BASELINES, DEMO, LASTING, PAPER, Method, method
 from benchmarks.quality_parts.pieces import Limits, Piece, known_pieces, make_pieces
 from benchmarks.quality_parts.subjects import GOLD, TAUGHT, RealSetting, Subject, demo_subject, real_subject
 from benchmarks.shared import record
@@ -72,9 +72,14 @@ class Comparison:
                 if once or how is not None:
                     yield piece(name, seed, SCORES, measure_scores)
 
-    def tables(self, results: Mapping[str, Any]) -> str:
-        parts = [attack_table(results, self.titles), answer_table(results, self.titles)]
-        parts += [official_table(results, self.titles, self.kind)] if self.kind else []
+    def titles_of(self, pieces: Mapping[str, Any]) -> dict[str, str]:
+        """Also of methods that earlier calls brought along, by their flags."""
+        flags = {name.partition("/")[0]: figures.get("flags", "") for name, figures in pieces.items()}
+        return self.titles | {name: given for name, given in flags.items() if name not in self.titles}
+
+    def tables(self, results: Mapping[str, Any], titles: Mapping[str, str]) -> str:
+        parts = [attack_table(results, titles), answer_table(results, titles)]
+        parts += [official_table(results, titles, self.kind)] if self.kind else []
         return "\n\n".join(parts)
 
 
@@ -89,9 +94,10 @@ def main(options: argparse.Namespace, work: Path) -> int:
     limits = Limits(options.pieces, options.minutes)
     pieces = make_pieces(comparison.pieces(), out, "quality", comparison.setting, summarise, limits)
     results = summarise(pieces)
-    tables = comparison.tables(results)
+    titles = comparison.titles_of(pieces)
+    tables = comparison.tables(results, titles)
     out.with_suffix(".md").write_text(tables + "\n", encoding="utf-8")
-    draw_attacks(out.with_suffix(".png"), results, comparison.titles, GOLD)
+    draw_attacks(out.with_suffix(".png"), results, titles, GOLD)
     print(f"\n{tables}\n\n{out}, {out.with_suffix('.md').name}, {out.with_suffix('.png').name}")
     return 0
 
@@ -109,7 +115,7 @@ def comparison_of(options: argparse.Namespace, work: Path) -> Comparison:
         return Comparison(options.real, subject, methods, seeds, setting, options.real)
     name = "baselines" if options.baselines else "lasting"
     recipe, epochs = (QUICK, 4.0) if options.quick else (Recipe(), EPOCHS[name])
-    methods = (BASELINES if options.baselines else LASTING) | own
+    methods = (BASELINES if options.baselines else DEMO | LASTING) | own
     subject = demo_subject(work / "demo", recipe, epochs)
     setting = {"recipe": asdict(recipe), "epochs": epochs}
     return Comparison(name, subject, methods, options.seeds or (1 if options.quick else 5), setting)

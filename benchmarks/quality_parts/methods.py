@@ -28,6 +28,7 @@ LASTING = {
     "level": method("NPO to the level of the holdout", "--forget-level holdout"),
     "layered-level": method("layered, 3 folds, to the level of the holdout", "--layered 3 --forget-level holdout"),
 }
+DEMO = {"demo": method("NPO, 20 epochs as in the demo", "--epochs 20")}
 PAPER = {
     f"gamma-{gamma:g}-delta-{delta:g}": method(f"NPO, γ {gamma:g}, δ {delta:g}", f"--gamma {gamma} --delta {delta}")
     for gamma, delta in ((1.0, 0.0), (1.0, 1.0), (0.0, 1.0))
