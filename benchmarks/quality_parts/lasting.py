@@ -117,7 +117,7 @@ def comparison_of(options: argparse.Namespace, work: Path) -> Comparison:
     recipe, epochs = (QUICK, 4.0) if options.quick else (Recipe(), EPOCHS[name])
     methods = (BASELINES if options.baselines else DEMO | LASTING) | own
     subject = demo_subject(work / "demo", recipe, epochs)
-    setting = {"recipe": asdict(recipe), "epochs": epochs}
+    setting = {"teaching": asdict(recipe.teaching), "limit": recipe.limit, "flags": " ".join(subject.flags)}
     return Comparison(name, subject, methods, options.seeds or (1 if options.quick else 5), setting)
 
 
