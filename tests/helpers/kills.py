@@ -1,9 +1,11 @@
 """Kills a command at a given file event, or moment, in a fork of a process that has imported everything; runs it again
 until it has ended. Reads one JSON object from standard input, and writes one:
 
-    command: the arguments of the command; resumed: those once its directory holds `first`; first: a path
-    at: numbers of the file events, or seconds if they are fractions, at which it is killed, one after the other
-    -> {"events": file events of the last attempt, "codes": the exit codes, "errors": what was written to stderr}
+    command: the arguments of the command, without its --output-dir; resumed: those once that holds `first`
+    runs: output directory -> numbers of the file events, or moments as fractions of the `seconds` that a whole run
+        takes, at which it is killed, one after the other
+    -> output directory -> {"events": file events of the last attempt, "seconds": what it took, "codes": the exit codes,
+       "errors": what was written to stderr}
 """
 
 from __future__ import annotations
@@ -72,13 +74,20 @@ def run() -> None:
     from lowmem_npo.commands.merge.run import merge  # noqa: F401
     from lowmem_npo.commands.sweep.runs import sweep  # noqa: F401
 
-    codes, written = [], []
-    for at in [*job["at"], None]:
-        arguments = job["resumed"] if Path(job["first"]).exists() else job["command"]
-        code, events, errors = attempt(arguments, at)
-        codes.append(code)
-        written.append(errors[-2000:])
-    json.dump({"events": events, "codes": codes, "errors": written}, sys.stdout)
+    results, whole = {}, job.get("seconds", 0.0)
+    for out, moments in job["runs"].items():
+        codes, written = [], []
+        for at in [*moments, None]:
+            arguments = job["resumed"] if (Path(out) / job["first"]).exists() else job["command"]
+            begun = time.monotonic()
+            code, events, errors = attempt(
+                [*arguments, "--output-dir", out], at * whole if isinstance(at, float) else at
+            )
+            codes.append(code)
+            written.append(errors[-2000:])
+        seconds = time.monotonic() - begun
+        results[out] = {"events": events, "seconds": seconds, "codes": codes, "errors": written}
+    json.dump(results, sys.stdout)
 
 
 if __name__ == "__main__":
