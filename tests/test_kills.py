@@ -1,4 +1,5 @@
-"""A command that is killed, at whatever file event or moment, ends in the same bits when it is started again."""
+"""A command that is killed, or whose disk fails, at whatever file event or moment, ends in the same bits when it is
+started again."""
 
 from __future__ import annotations
 
@@ -11,6 +12,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -45,15 +49,45 @@ LOCK_FREE = (
 @pytest.fixture(scope="module")
 def adapter(byte_model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("adapter") / "run"
-    (result,) = killed("train", byte_model, None, {folder: []}).values()
+    (result,) = started("train", byte_model, None, {folder: []}).values()
     assert result["codes"] == [0], result["errors"]
     return folder
 
 
-def killed(kind: str, model: Path, adapter: Path | None, runs: dict[Path, list], seconds: float = 0.0) -> dict:
-    """What became of each run, by its directory: see tests/helpers/kills.py."""
+@dataclass
+class Command:
+    """A command of which nothing keeps, and what comes of it."""
+
+    kind: str
+    model: Path
+    adapter: Path | None
+    bits: dict[str, str]
+    events: int  # of files
+    seconds: float
+
+    def failing(self, runs: dict[Path, list]) -> dict[Path, dict]:
+        """What became of each run, by its directory: see tests/helpers/kills.py."""
+        return started(self.kind, self.model, self.adapter, runs, self.seconds)
+
+
+@pytest.fixture(scope="module")
+def command(byte_model, request, tmp_path_factory, full) -> Callable[[str], Command]:
+    @cache
+    def of(kind: str) -> Command:
+        if kind != "train" and not full:
+            pytest.skip("takes long: bash scripts/test.sh --full")
+        adapter = request.getfixturevalue("adapter") if KINDS[kind][0] in ("evaluate", "merge") else None
+        out = tmp_path_factory.mktemp("whole") / "run"
+        result = started(kind, byte_model, adapter, {out: []})[out]
+        assert result["codes"] == [0], result["errors"]
+        return Command(kind, byte_model, adapter, bits(out), result["events"], result["seconds"])
+
+    return of
+
+
+def started(kind: str, model: Path, adapter: Path | None, runs: dict[Path, list], seconds: float = 0.0) -> dict:
     name = KINDS[kind][0]
-    base = ["--adapter", str(adapter)] if name in ("evaluate", "merge") else ["--model", str(model)]
+    base = ["--model", str(model)] if adapter is None else ["--adapter", str(adapter)]
     command = [*KINDS[kind], *base]
     resumed = command if name == "merge" else [*command, "--resume"]
     job = {"command": command, "resumed": resumed, "first": FIRST.get(name, "run.yaml"), "seconds": seconds}
@@ -78,42 +112,64 @@ def bits(out: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_at_file_events(kind, byte_model, request, tmp_path, full):
+def test_killed_at_file_events(kind, command, tmp_path, full):
     """Short: one after the other in one run of `train`. Full: each by itself, at every file event of every command."""
-    if kind != "train" and not full:
-        pytest.skip("takes long: bash scripts/test.sh --full")
-    adapter = request.getfixturevalue("adapter") if full else None
-    whole = killed(kind, byte_model, adapter, {tmp_path / "whole": []})[tmp_path / "whole"]
-    assert whole["codes"] == [0], whole["errors"]
-    events = whole["events"]
-    series = [[at] for at in range(events)] if full else [[2, events // 2]]
-    kills = check(kind, byte_model, adapter, tmp_path, series)
-    print(f"{kind}: {kills} kills before {'each' if full else 'some'} of {events} file events, the same bits")
+    whole = command(kind)
+    series = [[at] for at in range(whole.events)] if full else [[2, whole.events // 2]]
+    kills = check(whole, tmp_path, [[("kill", at) for at in own] for own in series])
+    print(f"{kind}: {kills} kills before {'each' if full else 'some'} of {whole.events} file events, the same bits")
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_at_any_moment(kind, byte_model, adapter, tmp_path):
+def test_killed_at_any_moment(kind, command, tmp_path):
     """A hundred kills: of twenty-five runs, each four times, at whatever moment of the time that one takes."""
-    whole = killed(kind, byte_model, adapter, {tmp_path / "whole": []})[tmp_path / "whole"]
-    generator = random.Random(kind)
-    series = [[generator.uniform(0.01, 0.95) for _ in range(4)] for _ in range(25)]
-    kills = check(kind, byte_model, adapter, tmp_path, series, whole["seconds"])
-    print(f"{kind}: {kills} kills at random moments of {whole['seconds']:.1f} s, the same bits")
+    whole, generator = command(kind), random.Random(kind)
+    kills = check(whole, tmp_path, [[("kill", generator.uniform(0.01, 0.95)) for _ in range(4)] for _ in range(25)])
+    print(f"{kind}: {kills} kills at random moments of {whole.seconds:.1f} s, the same bits")
     assert kills > 50  # others came after the end
 
 
-def check(kind, model, adapter, folder: Path, series: list[list], seconds: float = 0.0) -> int:
-    """Runs as often as there are series of kills; all must end in the bits of folder/whole. Returns the kills."""
-    expected, kills = bits(folder / "whole"), 0
-    for some in range(0, len(series), 10):  # so many are on the disk at once
-        runs = {folder / f"run-{i}": series[i] for i in range(some, min(some + 10, len(series)))}
-        for out, result in killed(kind, model, adapter, runs, seconds).items():
-            said = (runs[out], result["errors"])
-            assert result["codes"][-1] == 0 and all(c in (0, -signal.SIGKILL) for c in result["codes"]), said
-            assert bits(out) == expected, said
-            assert not [path for path in out.rglob("*.partial")], said
-            assert not list(out.rglob("damaged-*")), said
-            kills += result["codes"].count(-signal.SIGKILL)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_disk_that_fails(kind, command, own_disk, full):
+    """From some file event on it has no more room, takes no more writes, or its directory is gone. The command ends
+    with a sentence, or needs the disk no more; then it goes on, or begins anew without a directory."""
+    whole = command(kind)
+    some = [("full", whole.events // 2), ("read-only", 9), ("gone", whole.events // 3)]
+    if full:
+        some = [(how, at) for how in ("full", "read-only", "gone") for at in range(whole.events)]
+    check(whole, own_disk, [[one] for one in some])
+    print(f"{kind}: {len(some)} times a disk that fails from a file event on, the same bits")
+
+
+@pytest.fixture
+def own_disk(tmp_path) -> Iterator[Path]:
+    """A file system in memory of 100 MiB, where that may be mounted; else a directory, in which writing is simulated to
+    fail."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", folder], capture_output=True)
+    yield folder
+    if mounted.returncode == 0:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def check(whole: Command, folder: Path, series: list[list]) -> int:
+    """Runs the command as often as there are series of what happens to it; every time it ends in the bits of a whole
+    run, and leaves nothing half-made. Returns how often it was killed."""
+    kills = 0
+    for first in range(0, len(series), 10):  # so many are on the disk at once
+        runs = {folder / f"run-{i}": series[i] for i in range(first, min(first + 10, len(series)))}
+        for out, result in whole.failing(runs).items():
+            said = (runs[out], result["codes"], result["errors"])
+            *failed, last = zip(result["codes"], result["errors"], strict=True)
+            assert last[0] == 0 and bits(out) == whole.bits, said
+            for (how, _), (code, error) in zip(runs[out], failed, strict=True):
+                assert code in ((0, -signal.SIGKILL) if how == "kill" else (0, 2)), said
+                *_, sentence = ["", *error.strip().splitlines()]
+                assert "Traceback" not in error, said
+                assert code != 2 or re.match(rf"lowmem-npo {KINDS[whole.kind][0]}: .*\.$", sentence), said
+                kills += code == -signal.SIGKILL
+            assert not [*out.rglob("*.partial"), *out.rglob("damaged-*")], said
             shutil.rmtree(out)
     return kills
