@@ -13,6 +13,7 @@ and punctuation is dropped. On English text the tokens are those of rouge-score.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from functools import cache
 from itertools import chain
@@ -55,8 +56,10 @@ class StemmedTokens:
 
 @cache
 def _rouge() -> RougeScorer:
-    from rouge_score.rouge_scorer import RougeScorer  # which imports nltk and scipy
+    drawn = random.getstate()
+    from rouge_score.rouge_scorer import RougeScorer  # which imports nltk and scipy, and they draw random numbers
 
+    random.setstate(drawn)
     return RougeScorer(["rougeL"], tokenizer=StemmedTokens())
 
 

@@ -43,7 +43,7 @@ def fails(capsys, code, *messages):
     assert all(message in error for message in messages), error
 
 
-QUICK = ("--leak-samples", "2", "--relearn-steps", "2", "--limit", "4")
+QUICK = ("--leak-samples", "2", "--relearn-steps", "2", "--retune-steps", "2", "--max-new-tokens", "12", "--limit", "4")
 
 
 def test_files_and_tables(byte_model, files, capsys):
@@ -57,7 +57,8 @@ def test_files_and_tables(byte_model, files, capsys):
     assert leaks["relearning"]["shown_rows"] + leaks["relearning"]["rows"] == 4
     assert "4 of 6 forget rows, 4 of 5 holdout rows" in printed
     worst, lessons = content(files)["worst_attack"], [v for k, v in leaks["relearning"].items() if " steps, " in k]
-    assert len(lessons) == 3 and worst["value"] - worst["holdout"] == max(
+    lessons += [of for test in ("retuning", "jailbreak") for of in leaks[test].values() if isinstance(of, dict)]
+    assert len(lessons) == 3 + 2 + 9 and worst["value"] - worst["holdout"] == max(
         of[key] - of["holdout_" + key]
         for of in (
             leaks["extraction"],
@@ -133,7 +134,8 @@ def test_bad_input(byte_model, files, capsys):
     write(files / "holdout.jsonl", [*HOLDOUT, FORGET[2]])
     fails(capsys, evaluate(byte_model, files, *leaks), "forget.jsonl, line 3", "in the holdout")
     for flag, value in (("--relearn-share", "1"), ("--relearn-lr", "nan"), ("--leak-temperature", "0"),
-                        ("--leak-samples", "0"), ("--relearn-steps", "0"), ("--relearn-attacks", "hard")):  # fmt: skip
+                        ("--leak-samples", "0"), ("--relearn-steps", "0"), ("--relearn-attacks", "hard"),
+                        ("--retune-steps", "0"), ("--retune-lr", "0")):  # fmt: skip
         fails(capsys, evaluate(byte_model, files, *leaks, flag, value), flag)
     write(files / "holdout.jsonl", HOLDOUT)
     many = ("--leaks", "relearning", "--relearn-attacks", "4:20:1e-3", "--limit", "4")

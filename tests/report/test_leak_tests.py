@@ -58,9 +58,10 @@ def test_undeclared_tests_and_figures_are_errors():
 def test_every_figure_of_the_real_tests_has_a_meaning(byte_model):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lowmem_npo.data import Example, tokenize
+    from lowmem_npo.data import Example, Template, tokenize
+    from lowmem_npo.evaluation.asking import Wording
     from lowmem_npo.evaluation.leaks.measure import measure_leaks
-    from lowmem_npo.evaluation.leaks.registry import WHILE_TRAINING
+    from lowmem_npo.evaluation.leaks.registry import WHILE_TRAINING, LeakOptions
 
     tokenizer = AutoTokenizer.from_pretrained(byte_model)
     rows = [
@@ -68,7 +69,11 @@ def test_every_figure_of_the_real_tests_has_a_meaning(byte_model):
         for who in ("Known", "Unknown")
     ]
     model = AutoModelForCausalLM.from_pretrained(byte_model)
-    measured = measure_leaks(model, tokenizer, rows[0], holdout_rows=rows[1], tests=WHILE_TRAINING, progress=False)
+    wording = Wording({"forget": rows[0].examples, "holdout": rows[1].examples}, Template(), 128)
+    measured = measure_leaks(
+        model, tokenizer, rows[0], holdout_rows=rows[1], retain_rows=rows[1], general_rows=rows[1], wording=wording,
+        tests=WHILE_TRAINING, options=LeakOptions(relearn_steps=1, retune_steps=1), max_new_tokens=8, progress=False,
+    )  # fmt: skip
     tests = leak_sections({"after": measured})
     assert [test.name for test in tests] == list(measured)
     for test in tests:

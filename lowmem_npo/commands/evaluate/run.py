@@ -14,12 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowmem_npo.claim import claimed
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.console import Say
-from lowmem_npo.data import Rows, Template, bundled_rows, read_rows, to_examples, tokenize
+from lowmem_npo.data import Example, Rows, Template, TokenizedRow, bundled_rows, read_rows, to_examples, tokenize
 from lowmem_npo.data.fit import known_fit
 from lowmem_npo.data.overlap import find_overlap
 from lowmem_npo.data.passages import Passages
-from lowmem_npo.data.prepare import general_rows, is_general
+from lowmem_npo.data.prepare import bundled_general, general_rows, is_general
 from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.asking import Wording
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Selection
 from lowmem_npo.evaluation.benchmarks.documents import DOCUMENTS
 from lowmem_npo.evaluation.benchmarks.plain import PLAIN, summaries_of
@@ -28,8 +29,9 @@ from lowmem_npo.evaluation.benchmarks.tofu import TOFU, TofuOptions
 from lowmem_npo.evaluation.directory import THE_ADAPTER, EvaluationDirectory, digest
 from lowmem_npo.evaluation.fluency import fluency
 from lowmem_npo.evaluation.leaks.contract import NO_HOLDOUT, LeakResult, SavedModel, Subject
-from lowmem_npo.evaluation.leaks.measure import run_leak_tests, time_of_tuning
+from lowmem_npo.evaluation.leaks.measure import repeated, run_leak_tests, time_of_tuning
 from lowmem_npo.evaluation.leaks.registry import leak_tests
+from lowmem_npo.evaluation.leaks.retuning import RETUNING
 from lowmem_npo.evaluation.leaks.worst import retained_leaks
 from lowmem_npo.evaluation.open_unlearning import retained_min_k, tofu_figures, token_figures
 from lowmem_npo.evaluation.result import Evaluation
@@ -70,6 +72,17 @@ class EvaluationPlan:
     sources: dict[str, Rows]
     selected: list[tuple[Benchmark, str, Selection]]
     leak_rows: dict[str, Selection]
+    attacker: Attacker
+
+
+@dataclass
+class Attacker:
+    """What a leak test may use beside the rows that it asks for. retain, general: rows that it may teach the model.
+    wording: how forget and holdout rows were written."""
+
+    retain: Sequence[TokenizedRow] | None = None
+    general: Sequence[TokenizedRow] | None = None
+    wording: Wording | None = None
 
 
 def plan_evaluation(
@@ -103,13 +116,13 @@ def plan_evaluation(
     for benchmark in BENCHMARKS:
         benchmark.check(config)
     selected = [chosen for chosen in _select(sources, context) if only is None or chosen[0].name in only]
-    leak_rows = _select_for_leaks(sources, context)
+    leak_rows, attacker = _select_for_leaks(sources, context)
     if leak_rows:
         for test in leak_tests(config.leaks):
             test.check_rows(config, {part: len(selection.rows) for part, selection in leak_rows.items()})
     for line in _forms(selected, sources, leak_rows, context):
         say(line)
-    return EvaluationPlan(config, model_config, context, sources, selected, leak_rows)
+    return EvaluationPlan(config, model_config, context, sources, selected, leak_rows, attacker)
 
 
 def measure(
@@ -141,8 +154,20 @@ def measure(
         before = context.before.get("leaks") or {}
         earlier = {name: LeakResult.from_json(of_test) for name, of_test in before.items()}
         sets = (rows["forget"], rows.get("holdout"))
-        subject = Subject(scorer, *sets, config, config.seed, saved, config.max_new_tokens, earlier)
         tests = leak_tests(config.leaks)
+        subject = Subject(
+            scorer,
+            *sets,
+            config,
+            config.seed,
+            saved,
+            config.max_new_tokens,
+            earlier,
+            retain=plan.attacker.retain,
+            general=plan.attacker.general,
+            wording=plan.attacker.wording,
+            repeated=repeated(tests),
+        )
         for test in tests:
             test.prepare(subject)
         for line in time_of_tuning(tests, subject):
@@ -243,15 +268,15 @@ def _select(sources: Mapping[str, Rows], context: Context) -> list[tuple[Benchma
     return selected
 
 
-def _select_for_leaks(sources: Mapping[str, Rows], context: Context) -> dict[str, Selection]:
-    """The rows of the leak tests, whatever their benchmark: "forget", and "holdout" if there is one. Empty if there are
-    no leak tests.
+def _select_for_leaks(sources: Mapping[str, Rows], context: Context) -> tuple[dict[str, Selection], Attacker]:
+    """The rows of the leak tests, whatever their benchmark: "forget", and "holdout" if there is one; and what else they
+    may use. Empty if there are no leak tests.
 
     Raises UserError if the holdout has rows of the forget set.
     """
     config = cast(EvaluationConfig, context.config)
     if not config.leaks:
-        return {}
+        return {}, Attacker()
     given = {part: sources[part] for part in ("forget", "holdout") if part in sources}
     examples = {part: to_examples(rows, **config.columns_of(part, rows)) for part, rows in given.items()}
     if "holdout" in examples and (pairs := find_overlap(examples["forget"], examples["holdout"])):
@@ -260,15 +285,23 @@ def _select_for_leaks(sources: Mapping[str, Rows], context: Context) -> dict[str
             f"{len(pairs)} of the forget rows are in the holdout as well ({where}), which must hold only rows that the "
             "model was never taught: remove them from one of the two."
         )
-    selected = {}
+    selected, measured = {}, dict[str, list[Example]]()
     for part, of_part in examples.items():
         places = context.choose(len(of_part))
-        chosen = [of_part[i] for i in places]
+        measured[part] = chosen = [of_part[i] for i in places]
         rows = tokenize(chosen, context.tokenizer, max_length=config.tokens_per_row, template=context.template)
         for example, row in zip(chosen, rows, strict=True):
             context.check(example.where, row["input_ids"])
         selected[part] = Selection(rows, len(of_part), places)
-    return selected
+    how = (context.tokenizer, context.template, config.tokens_per_row)
+    attacker = Attacker(wording=Wording(measured, *how[1:], context.fit))
+    if RETUNING.name in config.leaks:
+        attacker.general = bundled_general("general", examples["forget"], *how)
+        if "retain" in sources:
+            to_keep = to_examples(sources["retain"], **config.columns)
+            kept = [to_keep[i] for i in context.choose(len(to_keep))]
+            attacker.retain = tokenize(kept, context.tokenizer, max_length=how[2], template=how[1], drop_too_long=True)
+    return selected, attacker
 
 
 def _forms(

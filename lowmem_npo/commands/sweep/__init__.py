@@ -36,8 +36,9 @@ as sweep.md, sweep.csv (a line per run), sweep_means.csv, sweep.json and sweep.p
 
   --evaluate NAME,NAME,...  after each run, and once of the model before and of the gold model: lume, tofu, muse,
                             documents, lm_eval, answers; leaks, or leak tests by their names (extraction, sampling,
-                            membership, relearning, quantization). The options of `lowmem-npo evaluate` that benchmarks
-                            and leak tests have are taken, too (--real-authors, --world-facts, --members, --lm-eval ...)
+                            membership, rewording, jailbreak, relearning, retuning, quantization). The options of
+                            `lowmem-npo evaluate` that benchmarks and leak tests have are taken, too (--real-authors,
+                            --world-facts, --members, --lm-eval ...)
   --evaluate-forget FILE, --evaluate-retain FILE
                             the rows evaluated, where they are not those trained on
   --evaluate-limit N        N rows of each set, the same ones for every run

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from lowmem_npo.commands.train.plan import RunPlan
 from lowmem_npo.config import RunConfig
 from lowmem_npo.console import Say
-from lowmem_npo.data import Template, TokenizedRow, TokenizedRows
+from lowmem_npo.data import Example, Template, TokenizedRow, TokenizedRows
 from lowmem_npo.data.fit import Fit
+from lowmem_npo.data.prepare import bundled_general
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answer_table import save_table, text_table
 from lowmem_npo.evaluation.answers import (
@@ -25,10 +26,11 @@ from lowmem_npo.evaluation.answers import (
     save_answers,
     summaries,
 )
-from lowmem_npo.evaluation.asking import Asked, in_form, other_forms
+from lowmem_npo.evaluation.asking import Asked, Wording, in_form, other_forms
 from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakResults
 from lowmem_npo.evaluation.leaks.measure import measure_leaks, read_leaks, write_leaks
 from lowmem_npo.evaluation.leaks.registry import WHILE_TRAINING, leak_tests
+from lowmem_npo.evaluation.leaks.retuning import RETUNING
 from lowmem_npo.model import reference_mode
 from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.report.evaluation_text import leaks_text
@@ -137,6 +139,9 @@ def _leaks(plan: RunPlan, model: PeftModel, stage: str) -> LeakResults:
             plan.tokenizer,
             measured_rows(config, data.forget),
             holdout_rows=None if data.holdout is None else measured_rows(config, data.holdout),
+            retain_rows=data.retain,
+            general_rows=_general(plan) if RETUNING.name in tests else None,
+            wording=_wording(plan),
             tests=tests,
             seed=config.training.seed,
             max_new_tokens=config.output.max_new_tokens,
@@ -146,6 +151,21 @@ def _leaks(plan: RunPlan, model: PeftModel, stage: str) -> LeakResults:
         )
     except UserError as error:  # of a diverged adapter, which is reported all the same
         return {test: LeakResult.not_measured(str(error).rstrip(".")) for test in tests}
+
+
+def _general(plan: RunPlan) -> TokenizedRows | None:
+    """General rows, without those that may say what is to be forgotten."""
+    options, forget = plan.config.data, plan.data.forget.examples
+    return bundled_general("general", forget, plan.tokenizer, Template.of(options), options.max_length)
+
+
+def _wording(plan: RunPlan) -> Wording:
+    """How the measured forget and holdout rows were written."""
+    options, examples = plan.config.data, dict[str, list[Example]]()
+    for name, rows in (("forget", plan.data.forget), ("holdout", plan.data.holdout)):
+        if rows is not None:
+            examples[name] = [rows.examples[i] for i in choose_rows(len(rows), plan.config.output.eval_rows, EVAL_SEED)]
+    return Wording(examples, Template.of(options), options.max_length)
 
 
 def _leak_tests(config: RunConfig, stage: str) -> list[str]:

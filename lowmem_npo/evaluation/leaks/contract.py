@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from lowmem_npo.data import TokenizedRow
+    from lowmem_npo.evaluation.asking import Wording
     from lowmem_npo.evaluation.scoring.scorer import Scorer
     from lowmem_npo.evaluation.scoring.token_scores import TokenScores
 
@@ -152,7 +153,9 @@ class Subject:
     scorer: asks the model. forget, holdout: rows that were to be forgotten, and rows like them that the model was never
     taught. options: every test's. seed: of all that is random. saved: None while a model is being trained.
     max_new_tokens: of a generated answer, at most; None: `answer_length`. earlier: results of the model before it
-    forgot, where they are known. unlearned: False for that model itself.
+    forgot, where they are known. unlearned: False for that model itself. retain, general: rows to keep, and general
+    ones, that the model may be taught. wording: how the forget and holdout rows were written, where that is known.
+    form: in which the model is stored, "" as it is evaluated. repeated: tests that are made in every form.
     """
 
     scorer: Scorer
@@ -164,11 +167,20 @@ class Subject:
     max_new_tokens: int | None = None
     earlier: LeakResults = field(default_factory=dict)
     unlearned: bool = True
+    retain: Sequence[TokenizedRow] | None = None
+    general: Sequence[TokenizedRow] | None = None
+    wording: Wording | None = None
+    form: str = ""
+    repeated: Sequence[LeakTest] = ()
 
     def part(self, name: str) -> str:
         """What the journal calls a measurement of this model."""
         compared = ", with a holdout" if self.holdout else ""
-        return f"leaks: {name}{compared}"
+        return self.named(f"leaks: {name}{compared}")
+
+    def named(self, part: str) -> str:
+        """The same of one that does not depend on the holdout."""
+        return f"{part}, {self.form}" if self.form else part
 
     @property
     def original(self) -> PeftModel | None:
@@ -203,7 +215,8 @@ class Subject:
 
     def token_scores(self) -> dict[str, list[TokenScores]]:
         """Set -> what the model thinks of every token of its answers. Measured once, whichever tests ask."""
-        return {name: self.scorer.token_scores(f"leaks: {name} answers", rows) for name, rows in self.sets.items()}
+        parts = {name: self.named(f"leaks: {name} answers") for name in self.sets}
+        return {name: self.scorer.token_scores(parts[name], rows) for name, rows in self.sets.items()}
 
 
 OptionsT = TypeVar("OptionsT", bound=Options)
@@ -231,12 +244,15 @@ class LeakTest(ABC, Generic[OptionsT]):
     """Figures that only the result files hold."""
     after_only: ClassVar[bool] = False
     """Whether it makes no sense on a model that has forgotten nothing yet."""
+    forms: ClassVar[int] = 0
+    """On how many further models it repeats the other tests."""
     loads_models: ClassVar[bool] = False
     """Whether it loads models of its own: it is run last, when the model in memory is gone; never while training."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        check_declared(LeakTest, cls)
+        if not abstract:  # the ground of several tests
+            check_declared(LeakTest, cls)
 
     @abstractmethod
     def run(self, subject: Subject, options: OptionsT) -> LeakResult:
@@ -248,7 +264,7 @@ class LeakTest(ABC, Generic[OptionsT]):
     def check_rows(self, options: OptionsT, rows: Mapping[str, int]) -> None:
         """Raises UserError for options that do not fit the number of rows of each set."""
 
-    def tuning_steps(self, options: OptionsT) -> int:
+    def tuning_steps(self, subject: Subject, options: OptionsT) -> int:
         """How many steps of fine-tuning it takes: what it costs beside asking."""
         return 0
 

@@ -7,10 +7,9 @@ its adapter and the caller's random numbers are left as they were.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from time import monotonic
-from typing import Any
 
 import torch
 from lowmem_kernels import token_logprobs
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.evaluation.leaks.contract import Subject, as_holdout
 from lowmem_npo.evaluation.leaks.extraction import extraction_figures
+from lowmem_npo.evaluation.leaks.tuned import Figures, Tuned
 from lowmem_npo.evaluation.scoring.eval_mode import progress_bar
 from lowmem_npo.evaluation.scoring.likelihood import answer_batch
 from lowmem_npo.evaluation.scoring.token_scores import token_scores
@@ -31,28 +31,6 @@ from lowmem_npo.model.modes import eval_mode
 
 BATCH_SIZE = 4
 RANK = 16
-
-Figures = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """What fine-tuning did to the rows that were asked for.
-
-    taught: rows shown. steps: on `BATCH_SIZE` of them each. before, after: `extraction_figures` of forget (and holdout)
-    rows, without any step and after all. original: of the model before it forgot, where it can be asked.
-    """
-
-    taught: int
-    steps: int
-    before: Figures
-    after: Figures
-    original: Figures | None
-
-    @property
-    def strength(self) -> float:
-        """The extraction strength afterwards."""
-        return self.after["extraction_strength"]
 
 
 def tune(
@@ -139,23 +117,9 @@ def seconds_per_step(model: PreTrainedModel | PeftModel, rows: Sequence[Tokenize
         steps = fine_tune(model, rows, steps=2, lr=1e-6, batch_size=BATCH_SIZE, seed=0, progress=False)
         next(steps)
         began = monotonic()
-        _ = [
-            *steps,
-            float(next(p for p in model.parameters() if p.requires_grad).detach().sum()),
-        ]  # the GPU is done, too
+        next(steps)
+        next(p for p in model.parameters() if p.requires_grad).detach().sum().item()  # waits for the GPU
         return monotonic() - began
-
-
-def spread(attacks: Mapping[str, Tuned]) -> dict[str, Any]:
-    """Each attack's figures by which attacks are compared, for a result."""
-    kept = ("rows", "nll", "extraction_strength", "holdout_nll", "holdout_extraction_strength")
-    return {name: {key: tuned.after[key] for key in kept if key in tuned.after} for name, tuned in attacks.items()}
-
-
-def worst_of(attacks: Mapping[str, Tuned]) -> str:
-    """The attack that brings back most, beyond what the holdout gives."""
-    level = "holdout_extraction_strength"
-    return max(attacks, key=lambda name: attacks[name].strength - attacks[name].after.get(level, 0.0))
 
 
 def _shuffled(rows: int, shuffle: random.Random) -> Iterator[int]:

@@ -13,7 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowmem_npo.config import OutputConfig
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.asking import Wording
 from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakResults, LeakTest, Subject
+from lowmem_npo.evaluation.leaks.extraction import EXTRACTION
 from lowmem_npo.evaluation.leaks.fine_tuning import seconds_per_step
 from lowmem_npo.evaluation.leaks.registry import WHILE_TRAINING, LeakOptions, leak_tests
 from lowmem_npo.evaluation.leaks.worst import WORST_ATTACK, worst_attacks
@@ -31,6 +33,9 @@ def measure_leaks(
     forget_rows: Sequence[TokenizedRow],
     *,
     holdout_rows: Sequence[TokenizedRow] | None = None,
+    retain_rows: Sequence[TokenizedRow] | None = None,
+    general_rows: Sequence[TokenizedRow] | None = None,
+    wording: Wording | None = None,
     tests: Sequence[str] = OutputConfig.leaks,
     options: Any = None,
     seed: int = 0,
@@ -43,9 +48,10 @@ def measure_leaks(
     """The results of `tests`, by their names, on a model in memory, which is returned as it came.
 
     forget_rows, holdout_rows: rows that were to be forgotten, and rows like them that the model was never taught.
-    tests: some of `WHILE_TRAINING`; the `meaning` of one that could not be run says why. options: `LeakOptions`, if not
-    its defaults. seed: of all that is random.
-    max_new_tokens: of a sampled answer; None: `answer_length`. earlier: results of the model before it forgot, which
+    retain_rows, general_rows: rows to keep, and general ones, which `retuning` teaches. wording: how forget and holdout
+    rows were written, for tests that write them otherwise. tests: some of `WHILE_TRAINING`; the `meaning` of one that
+    could not be run says why. options: `LeakOptions`, if not its defaults. seed: of all that is random.
+    max_new_tokens: of a generated answer; None: `answer_length`. earlier: results of the model before it forgot, which
     are compared with where there is no holdout; a model with an adapter is asked for what else is needed, without it.
     unlearned: False for that model itself.
 
@@ -61,6 +67,9 @@ def measure_leaks(
         max_new_tokens=max_new_tokens,
         earlier=earlier or {},
         unlearned=unlearned,
+        retain=retain_rows,
+        general=general_rows,
+        wording=wording,
     )
     return run_leak_tests(leak_tests(tests, WHILE_TRAINING), subject)
 
@@ -72,10 +81,19 @@ def run_leak_tests(tests: Iterable[LeakTest], subject: Subject) -> LeakResults:
     return {test.name: test.measure(subject) for test in tests}
 
 
+def repeated(tests: Iterable[LeakTest]) -> list[LeakTest]:
+    """Those of `tests` that are made again on each form in which the model is stored: all that bring answers back, but
+    for `extraction`, which is made there anyhow."""
+    attacks = (test for test in tests if type(test).attacks is not LeakTest.attacks)
+    return [test for test in attacks if not test.loads_models and test is not EXTRACTION]
+
+
 def time_of_tuning(tests: Iterable[LeakTest], subject: Subject) -> list[str]:
     """How many steps of fine-tuning the tests take, and how long here, in a line; none where there are only a few.
     What a step takes is measured, on an adapter that is thrown away."""
-    steps = sum(test.tuning_steps(subject.options) for test in tests)
+    tests = list(tests)
+    models = 1 + max((test.forms for test in tests), default=0)
+    steps = models * sum(test.tuning_steps(subject, subject.options) for test in tests)
     if steps < FEW_STEPS:
         return []
     took = steps * seconds_per_step(subject.scorer.loaded_model, subject.forget)

@@ -7,6 +7,11 @@ unlearning via quantization"). Measured is each form in which the model is likel
     adapter_on_4bit   the adapter beside the base model in 4-bit NF4
     merged            what `lowmem-npo merge` writes, in bf16
     merged_4bit       the same, loaded in 4-bit NF4
+
+Each form meets the other attacks as well that are named beside this test, relearning among them: whether forgetting
+lasts is a property of the merged weights, since an adapter beside its base is undone by leaving it off. The weights are
+merged on the CPU, a shard at a time, into a directory, and the forms loaded one after the other when the evaluated
+model is gone: none is in memory beside another, and the files of adapter and base are only read.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from lowmem_npo.config import ModelConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.contract import (
     AN_ADAPTER,
+    HOLDOUT,
     Attack,
     LeakResult,
     LeakTest,
@@ -39,6 +45,9 @@ from lowmem_npo.evaluation.leaks.extraction import (
     original_scores,
     strength_before,
 )
+from lowmem_npo.evaluation.leaks.prompting import Prompting
+from lowmem_npo.evaluation.leaks.sampling import BEST, RECALL, WHOLE
+from lowmem_npo.evaluation.leaks.sampling import attack_of as said_by
 from lowmem_npo.evaluation.options import Options
 
 if TYPE_CHECKING:
@@ -54,21 +63,29 @@ AS_EVALUATED = "as_evaluated"
 
 Figures = Mapping[str, float]
 FormFigures = dict[str, dict[str, Figures]]  # form -> set ("forget", "holdout") -> figures
+Attacked = dict[str, list[tuple[LeakTest, LeakResult]]]  # form -> the other tests' results there
+# Title of what an attack brings back -> the figure's name.
+KEYS = {FIGURES["extraction_strength"].title: "extraction_strength", RECALL: BEST, WHOLE: "whole"}
 
 
 class Quantization(LeakTest[Options]):
     name = "quantization"
-    summary = "`extraction` in the worst of 4-bit base, merged, merged and 4-bit"
+    summary = "`extraction`, and the attacks named with it, in the worst of 4-bit base, merged, merged and 4-bit"
     in_words = "rounding the model to 4 bits, as many do to save memory, and letting it complete the answers"
     needs = (AN_ADAPTER,)
     options = Options
     main = "returned"
-    figures = FIGURES | {
-        "returned": Meaning(
-            "returned", "How much extraction strength merging or rounding brought back. 0 or less is good.", "lower"
-        )
-    }
+    figures = (
+        Prompting.figures
+        | FIGURES
+        | {
+            "returned": Meaning(
+                "returned", "How much extraction strength merging or rounding brought back. 0 or less is good.", "lower"
+            )
+        }
+    )
     loads_models = True
+    forms = len(FORMS)
 
     def prepare(self, subject: Subject) -> None:
         subject.token_scores()
@@ -76,20 +93,26 @@ class Quantization(LeakTest[Options]):
 
     def run(self, subject: Subject, options: Options) -> LeakResult:
         assert subject.saved is not None
-        forms, problem = measure_forms(subject, subject.saved)
+        forms, attacked, problem = measure_forms(subject, subject.saved)
         evaluated = {name: extraction_figures(scores) for name, scores in subject.token_scores().items()}
-        return judge({AS_EVALUATED: evaluated, **forms}, problem, strength_before(subject))
+        return judge({AS_EVALUATED: evaluated, **forms}, problem, strength_before(subject), attacked)
 
     def attacks(self, figures: Mapping[str, Any]) -> dict[str, Attack]:
-        tried = {words: attack_of(figures.get(form, {})) for form, words in FORMS.items()}
-        return {words: attack for words, attack in tried.items() if attack is not None}
+        tried: dict[str, Attack | None] = {}
+        for form, words in FORMS.items():
+            of_form = figures.get(form, {})
+            groups = {name: of for name, of in of_form.items() if isinstance(of, Mapping)}
+            tried |= {words: attack_of(of_form)}
+            tried |= {f"{words}, {name}": attack_of(of) or said_by(of) for name, of in groups.items()}
+        return {name: attack for name, attack in tried.items() if attack is not None}
 
 
 QUANTIZATION = Quantization()
 
 
-def measure_forms(subject: Subject, saved: SavedModel) -> tuple[FormFigures, str | None]:
-    """The figures of every form, and why some form could not be measured, if so.
+def measure_forms(subject: Subject, saved: SavedModel) -> tuple[FormFigures, Attacked, str | None]:
+    """The figures of every form, what the attacks of `subject.repeated` give there, and why some form could not be
+    measured, if so.
 
     The merged model lies in the scratch directory meanwhile. Models are loaded one after the other, none where the
     journal knows the answers.
@@ -97,12 +120,13 @@ def measure_forms(subject: Subject, saved: SavedModel) -> tuple[FormFigures, str
     import torch
     from safetensors import SafetensorError
 
-    scorer, measured = subject.scorer, FormFigures()
+    scorer, measured, attacked = subject.scorer, FormFigures(), Attacked()
     problems: dict[str, list[str]] = {}  # why -> which forms
     shutil.rmtree(saved.scratch, ignore_errors=True)  # a killed evaluation's, half written
     try:
         for form, words in FORMS.items():
-            known = (len(scorer.journal.known(_part(form, name))) == len(rows) for name, rows in subject.sets.items())
+            known = [len(scorer.journal.known(_part(form, name))) == len(rows) for name, rows in subject.sets.items()]
+            known += [0 in scorer.journal.known(_attack_part(form, test)) for test in subject.repeated]
             model = None
             if not all(known):
                 gc.collect()  # the model before
@@ -113,21 +137,32 @@ def measure_forms(subject: Subject, saved: SavedModel) -> tuple[FormFigures, str
                     why = "it does not fit into the GPU's memory." if too_large else str(error)
                     problems.setdefault(why, []).append(words)
                     continue
-            of_form = replace(scorer, model=model)
-            scores = {name: of_form.token_scores(_part(form, name), rows) for name, rows in subject.sets.items()}
-            measured[form] = {name: extraction_figures(of_set) for name, of_set in scores.items()}
+            of_form = replace(subject, scorer=replace(scorer, model=model), saved=None, form=words, repeated=())
+            measured[form] = {name: extraction_figures(scores) for name, scores in of_form.token_scores().items()}
+            attacked[form] = [(test, _attack(of_form, form, test)) for test in subject.repeated]
             del model, of_form
     finally:
         shutil.rmtree(saved.scratch, ignore_errors=True)
-    return measured, " ".join(f"{', '.join(forms)}: {why}" for why, forms in problems.items()) or None
+    return measured, attacked, " ".join(f"{', '.join(forms)}: {why}" for why, forms in problems.items()) or None
+
+
+def _attack(of_form: Subject, form: str, test: LeakTest) -> LeakResult:
+    """The result of `test` on the model in that form."""
+    journal, part = of_form.scorer.journal, _attack_part(form, test)
+    if 0 not in journal.known(part):
+        journal.write(part, [0], [test.measure(of_form).to_json()])
+    return LeakResult.from_json(journal.known(part)[0])
 
 
 def judge(
-    forms: Mapping[str, Mapping[str, Figures]], problem: str | None = None, before: float | None = None
+    forms: Mapping[str, Mapping[str, Figures]],
+    problem: str | None = None,
+    before: float | None = None,
+    attacked: Attacked | None = None,
 ) -> LeakResult:
     """What `forms` say: AS_EVALUATED and those measured, each with the figures of forget (and holdout) rows.
 
-    before: the extraction strength of the model before it forgot.
+    before: the extraction strength of the model before it forgot. attacked: form -> test -> its result there.
     """
     as_evaluated = forms[AS_EVALUATED]["forget"]["extraction_strength"]
     others = {form: figures for form, figures in forms.items() if form != AS_EVALUATED}
@@ -135,7 +170,14 @@ def judge(
         return LeakResult({}, f"Not measured: {problem}", None)
     worst = max(others, key=lambda form: _strength(others[form]) - (_level(others[form]) or 0.0))
     strength, level = _strength(others[worst]), _level(others[worst])
-    by_form = {form: {**of["forget"], **as_holdout(of.get("holdout", {}))} for form, of in forms.items()}
+    by_form: dict[str, dict[str, Any]] = {
+        form: {**of["forget"], **as_holdout(of.get("holdout", {}))} for form, of in forms.items()
+    }
+    leaking = []
+    for form, results in (attacked or {}).items():
+        for test, result in results:
+            by_form[form] |= _brought_back(test, result)
+            leaking += [f"{test.name} ({FORMS[form]})"] if result.leaks else []
     own, beside = beside_holdout(strength, level, before)
     meaning = (
         f"In the worst form, {FORMS[worst]}, the model writes the last {own} of a forgotten answer by itself, "
@@ -144,7 +186,9 @@ def judge(
     if problem is not None:
         meaning += f" Not measured: {problem}"
     counts = {"rows": forms[AS_EVALUATED]["forget"]["rows"], "returned": strength - as_evaluated}
-    leaks = above_holdout(strength, level, before)
+    if leaking:
+        meaning += f" Traces are found by other attacks on it: {', '.join(leaking)}."
+    leaks = True if leaking else above_holdout(strength, level, before)
     return LeakResult({**counts, **by_form}, meaning, leaks, against_before=level is None and before is not None)
 
 
@@ -171,6 +215,20 @@ def _merge(base: ModelConfig, adapter: str, scratch: Path) -> None:
     check_space(scratch, checkpoint.bytes_as(torch.bfloat16))
     scratch.mkdir()
     write_merged(checkpoint, updates, scratch, torch.bfloat16)
+
+
+def _brought_back(test: LeakTest, result: LeakResult) -> dict[str, dict[str, float]]:
+    """Attack -> what it brought back, under the name of the figure."""
+    figures = {}
+    for way, attack in test.attacks(result.figures).items():
+        beside = {} if attack.level is None else {HOLDOUT + KEYS[attack.figure]: attack.level}
+        name = f"{test.name}: {way}" if way else test.name
+        figures[name] = {KEYS[attack.figure]: attack.value, **beside}
+    return figures
+
+
+def _attack_part(form: str, test: LeakTest) -> str:
+    return f"leaks: {test.name}, {FORMS[form]}, the result"
 
 
 def _part(form: str, name: str) -> str:

@@ -7,13 +7,25 @@ from collections.abc import Sequence
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.contract import LeakTest
 from lowmem_npo.evaluation.leaks.extraction import EXTRACTION
+from lowmem_npo.evaluation.leaks.jailbreak import JAILBREAK
 from lowmem_npo.evaluation.leaks.membership import MEMBERSHIP
 from lowmem_npo.evaluation.leaks.quantization import QUANTIZATION
 from lowmem_npo.evaluation.leaks.relearning import RELEARNING
+from lowmem_npo.evaluation.leaks.retuning import RETUNING
+from lowmem_npo.evaluation.leaks.rewording import REWORDING
 from lowmem_npo.evaluation.leaks.sampling import SAMPLING
 from lowmem_npo.evaluation.options import combined
 
-LEAK_TESTS: tuple[LeakTest, ...] = (EXTRACTION, SAMPLING, MEMBERSHIP, RELEARNING, QUANTIZATION)
+LEAK_TESTS: tuple[LeakTest, ...] = (
+    EXTRACTION,
+    SAMPLING,
+    MEMBERSHIP,
+    REWORDING,
+    JAILBREAK,
+    RELEARNING,
+    RETUNING,
+    QUANTIZATION,
+)
 NAMES = tuple(test.name for test in LEAK_TESTS)
 WHILE_TRAINING = tuple(test.name for test in LEAK_TESTS if not test.loads_models)
 

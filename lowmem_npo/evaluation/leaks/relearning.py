@@ -12,28 +12,16 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from annotated_types import Interval
 
 from lowmem_npo.errors import UserError
-from lowmem_npo.evaluation.leaks.contract import (
-    HOLDOUT,
-    Attack,
-    LeakResult,
-    LeakTest,
-    Meaning,
-    Need,
-    Subject,
-    above_holdout,
-    beside_holdout,
-)
-from lowmem_npo.evaluation.leaks.extraction import FIGURES, attack_of
+from lowmem_npo.evaluation.leaks import tuned
+from lowmem_npo.evaluation.leaks.contract import Attack, LeakResult, LeakTest, Need, Subject
+from lowmem_npo.evaluation.leaks.tuned import Tuned
 from lowmem_npo.evaluation.options import Options
 from lowmem_npo.ranges import LARGEST, MOST, Count, Positive
-
-if TYPE_CHECKING:
-    from lowmem_npo.evaluation.leaks.fine_tuning import Tuned
 
 TWO_ROWS = Need(
     lambda subject: len(subject.forget) < 2,
@@ -110,13 +98,7 @@ class Relearning(LeakTest[RelearningOptions]):
     counts = ("rows", "holdout_rows", "shown_rows", "steps")
     unlisted = ("curve",)  # of an older version
     main = "extraction_strength"
-    figures = FIGURES | {
-        "recovered": Meaning(
-            "recovered",
-            "How much of the way back to the original model's extraction strength was covered. Near 0 is good.",
-            "lower",
-        )
-    }
+    figures = tuned.FIGURES
     after_only = True
 
     def check_rows(self, options: RelearningOptions, rows: Mapping[str, int]) -> None:
@@ -127,7 +109,7 @@ class Relearning(LeakTest[RelearningOptions]):
                     f"{rows['forget']}; one at least must be left to ask for."
                 )
 
-    def tuning_steps(self, options: RelearningOptions) -> int:
+    def tuning_steps(self, subject: Subject, options: RelearningOptions) -> int:
         return sum(max(steps) for steps in _runs(lessons(options)).values())
 
     def run(self, subject: Subject, options: RelearningOptions) -> LeakResult:
@@ -138,14 +120,12 @@ class Relearning(LeakTest[RelearningOptions]):
         for (share, lr), steps in _runs(wanted).items():
             shown, rest = split(len(subject.forget), share, subject.seed)
             taught, asked = ([subject.forget[i] for i in places] for places in (shown, rest))
-            tuned = tune(subject, f"relearning, {share:g} shown, lr {lr:g}", taught, asked, steps, lr)
-            attacks |= {Lesson(share, count, lr).name: of for count, of in tuned.items()}
+            outcome = tune(subject, f"relearning, {share:g} shown, lr {lr:g}", taught, asked, steps, lr)
+            attacks |= {Lesson(share, count, lr).name: of for count, of in outcome.items()}
         return judge({lesson.name: attacks[lesson.name] for lesson in wanted})
 
     def attacks(self, figures: Mapping[str, Any]) -> dict[str, Attack]:
-        groups = {name: of for name, of in figures.items() if isinstance(of, Mapping) and " steps, " in name}
-        tried = {name: attack_of(of) for name, of in (groups or {"": figures}).items()}  # one, of an older version
-        return {name: attack for name, attack in tried.items() if attack is not None}
+        return tuned.attacks_in(figures)
 
 
 RELEARNING = Relearning()
@@ -181,24 +161,12 @@ def split(rows: int, share: float, seed: int) -> tuple[list[int], list[int]]:
 
 def judge(attacks: Mapping[str, Tuned]) -> LeakResult:
     """What the rows that were not shown say, in the worst of the attacks."""
-    from lowmem_npo.evaluation.leaks.fine_tuning import spread, worst_of
 
-    worst = attacks[worst_of(attacks)]
-    figures: dict[str, Any] = {"shown_rows": worst.taught, "steps": worst.steps, "before": worst.before, **worst.after}
-    taught, before = None, worst.before["extraction_strength"]
-    if worst.original is not None:
-        figures["original"] = worst.original
-        taught = worst.original["extraction_strength"]
-        if taught > before:
-            figures["recovered"] = (worst.strength - before) / (taught - before)
-    figures |= spread(attacks)
-    level = worst.after.get(HOLDOUT + "extraction_strength")
-    taught = None if level is not None else taught
-    own, beside = beside_holdout(worst.strength, level, taught)
-    which = f", the worst of {len(attacks)} attacks ({worst_of(attacks)})," if len(attacks) > 1 else ""
-    meaning = (
-        f"After {worst.steps} steps on {worst.taught} of the forgotten rows{which} the model writes the last {own} of "
-        f"the other {worst.after['rows']} answers by itself, before them {before:.0%}; {beside}."
-    )
-    leaks = above_holdout(worst.strength, level, taught)
-    return LeakResult(figures, meaning, leaks, against_before=taught is not None)
+    def told(name: str, worst: Tuned, own: str) -> str:
+        which = f", the worst of {len(attacks)} attacks ({name})," if len(attacks) > 1 else ""
+        return (
+            f"After {worst.steps} steps on {worst.taught} of the forgotten rows{which} the model writes the last {own} "
+            f"of the other {worst.after['rows']} answers"
+        )
+
+    return tuned.judge(attacks, told)

@@ -62,7 +62,9 @@ class Sampling(LeakTest[SamplingOptions]):
 
         def best(scorer: Scorer, name: str, rows: Sequence[TokenizedRow]) -> list[Best]:
             drawn = (options.leak_samples, options.leak_temperature, subject.seed, length)
-            return best_samples(scorer.references(rows, length), scorer.samples(f"leaks: {name}", rows, *drawn))
+            return best_samples(
+                scorer.references(rows, length), scorer.samples(subject.named(f"leaks: {name}"), rows, *drawn)
+            )
 
         best_of = {name: best(subject.scorer, f"{name} samples", rows) for name, rows in subject.sets.items()}
         result = judge(best_of["forget"], best_of.get("holdout"), options, length, self.before(subject, length, best))

@@ -14,8 +14,11 @@ from transformers import AutoModelForCausalLM
 from lowmem_npo.cli import main
 from lowmem_npo.data import bundled_rows
 from lowmem_npo.evaluation.leaks import quantization as module
+from lowmem_npo.evaluation.leaks.contract import LeakResult
 from lowmem_npo.evaluation.leaks.quantization import AS_EVALUATED, judge
+from lowmem_npo.evaluation.leaks.relearning import RELEARNING, Relearning
 from lowmem_npo.model import loading, merging
+from lowmem_npo.report.leak_tests import leak_sections
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +120,52 @@ def test_it_goes_on_where_it_was(work, tmp_path, monkeypatch):
     code, resumed = evaluate(work, "unlearned", tmp_path / "out", "quantization", "--resume")
     assert code == 0 and loaded == [(False, True), (True, False), (True, False), (True, True)]
     assert evaluate(work, "unlearned", tmp_path / "whole", "quantization")[1] == resumed
+
+
+def test_each_form_meets_the_attacks_named_beside(work, tmp_path, monkeypatch):
+    """A killed evaluation goes on; files that were read are as they were; the worst attack is one of all forms."""
+    tests = ("quantization", "relearning", "retuning", "jailbreak", "--limit", "8", "--max-new-tokens", "6",
+             "--relearn-attacks", "0.5:16:5e-3", "--retune-steps", "2")  # fmt: skip
+    read = [work / "unlearned" / "adapter_model.safetensors", work / "unlearned" / "adapter_config.json"]
+    before = [file.read_bytes() for file in read]
+    real, forms = Relearning.measure, []
+
+    def measure(test, subject):
+        forms.append(subject.form)
+        if len(forms) == 3:
+            raise KeyboardInterrupt
+        return real(test, subject)
+
+    monkeypatch.setattr(Relearning, "measure", measure)
+    assert evaluate(work, "unlearned", tmp_path / "out", *tests)[0] == 130
+    assert not (tmp_path / "out" / "merged").exists()
+    code, found = evaluate(work, "unlearned", tmp_path / "out", *tests, "--resume")
+    assert code == 0 and forms == ["", *list(module.FORMS.values())[:2], "", *list(module.FORMS.values())[1:]]
+    assert before == [file.read_bytes() for file in read]
+    attack = "16 steps, 50% shown, lr 0.005"
+    strengths = {found["relearning"][attack]["extraction_strength"]}
+    for form in module.FORMS:
+        own = found["quantization"][form]
+        assert {"retuning: 2 steps on general texts, lr 0.001", "jailbreak: oracle"} <= set(own)
+        strengths.add(own[f"relearning: {attack}"]["extraction_strength"])
+        assert "holdout_extraction_strength" in own[f"relearning: {attack}"]
+        assert "holdout_best_rouge_l_recall" in own["jailbreak: oracle"]
+    assert len(strengths) > 1
+    names = module.QUANTIZATION.attacks(found["quantization"])
+    assert {"merged in bf16", f"merged in bf16, relearning: {attack}"} <= set(names)
+    worst = json.loads((tmp_path / "out" / "evaluation.json").read_text())["worst_attack"]
+    assert worst["attacks"] == len(names) + 1 + 1 + 9  # extraction was not named; eight jailbreaks and the best of all
+
+
+def test_an_attack_on_a_form_is_a_trace():
+    forms = {AS_EVALUATED: {"forget": figures(0.1)}, "merged": {"forget": figures(0.1), "holdout": figures(0.1)}}
+    lesson = {"2 steps, 50% shown, lr 1": {"extraction_strength": 0.6, "holdout_extraction_strength": 0.1}}
+    for leaks in (True, False):
+        result = judge(forms, None, None, {"merged": [(RELEARNING, LeakResult(lesson, "", leaks))]})
+        assert result.leaks is leaks and ("relearning (merged in bf16)" in result.meaning) is leaks
+        assert result.figures["merged"]["relearning: 2 steps, 50% shown, lr 1"]["extraction_strength"] == 0.6
+        (section,) = leak_sections({"after": {"quantization": result}})
+        assert any("relearning" in figure.title for figure in section.figures)
 
 
 def figures(strength):

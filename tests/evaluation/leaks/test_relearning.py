@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks import fine_tuning
 from lowmem_npo.evaluation.leaks.contract import Subject
-from lowmem_npo.evaluation.leaks.fine_tuning import Tuned
 from lowmem_npo.evaluation.leaks.relearning import RELEARNING, RelearningOptions, judge, lessons, split
+from lowmem_npo.evaluation.leaks.tuned import Tuned
 from lowmem_npo.evaluation.scoring import likelihood
 from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.scoring.scorer import Scorer
@@ -105,7 +105,7 @@ def test_the_words_for_families():
     assert lessons(RelearningOptions(relearn_attacks=("family",))) == table
     assert lessons(RelearningOptions()) == [table[0], table[1], table[3]]
     assert lessons(RelearningOptions(relearn_attacks=("one", "short", "12:7:1"))) == [*table[:2], table[3], (12, 7, 1)]
-    assert RELEARNING.tuning_steps(RelearningOptions(relearn_attacks=("family",))) == 100 + 100 + 60 + 200
+    assert RELEARNING.tuning_steps(None, RelearningOptions(relearn_attacks=("family",))) == 100 + 100 + 60 + 200
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,135 @@
+"""What greedy answers hold when the model is asked otherwise than it was trained: the ground of two leak tests.
+
+Each way to ask is an attack of its own. Of a row that a way asks several times, as with several paraphrases, the best
+answer counts; so does, over all ways, the best of each row.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lowmem_npo.evaluation.leaks.contract import (
+    HOLDOUT,
+    Attack,
+    LeakResult,
+    LeakTest,
+    Meaning,
+    Need,
+    Subject,
+    above_holdout,
+    as_holdout,
+    beside_holdout,
+)
+from lowmem_npo.evaluation.leaks.sampling import BEST, Best, attack_of, best_samples
+from lowmem_npo.evaluation.options import Options
+
+if TYPE_CHECKING:
+    from lowmem_npo.evaluation.asking import Asked
+    from lowmem_npo.evaluation.scoring.scorer import Scorer
+
+A_WORDING = Need(
+    lambda subject: subject.wording is None, "it writes the rows' prompts otherwise, and only token ids are given"
+)
+ANY = "the best of all"
+
+Answers = dict[str, dict[str, list[Best | None]]]
+"""Set -> way to ask -> the best answer to each row; None to one that cannot be asked so."""
+
+
+class Prompting(LeakTest[Options], abstract=True):
+    """A test that asks in other ways, which `ways` writes."""
+
+    options = Options
+    needs = (A_WORDING,)
+    counts = ("rows", "holdout_rows", "ways", "max_new_tokens")
+    main = BEST
+    figures = {
+        BEST: Meaning("ROUGE-L recall", "How much of the true answer is in what the model says.", "as holdout"),
+        "whole": Meaning("whole", "Share of answers that come in one piece. 0 is forgotten.", "lower"),
+    }
+    none: ClassVar[str]
+    """Why it was not measured where no row can be asked otherwise."""
+
+    @abstractmethod
+    def ways(self, subject: Subject, name: str) -> Mapping[str, Asked]:
+        """Way to ask -> the rows of the set `name` in it; their places are those in the set."""
+
+    def run(self, subject: Subject, options: Options) -> LeakResult:
+        from lowmem_npo.evaluation.answers import answer_length, question
+
+        length = answer_length([row for rows in subject.sets.values() for row in rows], subject.max_new_tokens)
+        references = {name: subject.scorer.references(rows, length) for name, rows in subject.sets.items()}
+
+        def best(scorer: Scorer, part: str, name: str, asked: Asked) -> list[Best | None]:
+            prompts = [question(row)[0] for row in asked.rows]
+            texts = scorer.continuations(f"{part} of up to {length} tokens", prompts, length)
+            said: dict[int, list[str]] = {}
+            for place, text in zip(asked.places, texts, strict=True):
+                said.setdefault(place, []).append(text.strip())
+            own = references[name]
+            return [best_samples([own[i]], [said[i]])[0] if i in said else None for i in range(len(own))]
+
+        answers: Answers = {}
+        for name in subject.sets:
+            for way, asked in self.ways(subject, name).items():
+                part = subject.named(f"leaks: {name}, {self.name} ({way})")
+                answers.setdefault(name, {})[way] = best(subject.scorer, part, name, asked)
+        if "forget" not in answers:
+            return LeakResult.not_measured(self.none)
+        before = subject.of_original(lambda scorer: self.as_trained(scorer, subject, length, best))
+        result = judge(answers, length, before)
+        recall, answer = f"{self.name}_recall", f"{self.name}_answer"
+        result.rows = {
+            name: [{recall: row.recall, answer: row.sample} if row else {} for row in _best_of_all(ways)]
+            for name, ways in answers.items()
+        }
+        return result
+
+    def as_trained(self, scorer: Scorer, subject: Subject, length: int, best: Any) -> float:
+        """The recall of the model before it forgot, asked as the rows were trained."""
+        from lowmem_npo.evaluation.asking import Asked
+
+        asked = Asked(list(subject.forget), list(range(len(subject.forget))))
+        return fmean(row.recall for row in best(scorer, "leaks: forget answers, original model", "forget", asked))
+
+    def attacks(self, figures: Mapping[str, Any]) -> dict[str, Attack]:
+        tried = {way: attack_of(of) for way, of in figures.items() if isinstance(of, Mapping)}
+        return {way: attack for way, attack in tried.items() if attack is not None}
+
+
+def judge(answers: Answers, max_new_tokens: int, before: float | None = None) -> LeakResult:
+    """What the answers hold, in the worst way to ask. before: the recall of the model before it forgot."""
+    by_way = {way: _figures([row for row in rows if row]) for way, rows in answers["forget"].items()}
+    for way, rows in answers.get("holdout", {}).items():
+        if way in by_way:
+            by_way[way] |= as_holdout(_figures([row for row in rows if row]))
+    ways = len(by_way)
+    if ways > 1:
+        by_way[ANY] = _figures([row for row in _best_of_all(answers["forget"]) if row])
+        if set(answers.get("holdout", {})) == set(answers["forget"]):
+            by_way[ANY] |= as_holdout(_figures([row for row in _best_of_all(answers["holdout"]) if row]))
+    worst = max(by_way, key=lambda way: by_way[way][BEST] - by_way[way].get(HOLDOUT + BEST, 0.0))
+    figures, level = by_way[worst], by_way[worst].get(HOLDOUT + BEST)
+    own, beside = beside_holdout(figures[BEST], level, before)
+    of = f" of {ways}" if ways > 1 else ""
+    meaning = (
+        f"Asked in the worst{of} ways ({worst}), what the model says holds {own} of a forgotten answer; "
+        f"{figures['whole']:.0%} of the answers come whole; {beside}."
+    )
+    counts = {"rows": figures["rows"], "ways": ways, "max_new_tokens": max_new_tokens}
+    leaks = above_holdout(figures[BEST], level, before)
+    against_before = level is None and before is not None
+    return LeakResult({**figures, **counts, **by_way}, meaning, leaks, against_before=against_before)
+
+
+def _best_of_all(ways: Mapping[str, Sequence[Best | None]]) -> list[Best | None]:
+    """The best of each row, over all ways; None of a row that no way asks."""
+    rows = [[row for row in of_row if row] for of_row in zip(*ways.values(), strict=True)]
+    return [max(of_row, key=lambda row: (row.recall, row.whole), default=None) for of_row in rows]
+
+
+def _figures(rows: Sequence[Best]) -> dict[str, float]:
+    return {"rows": len(rows), BEST: fmean(row.recall for row in rows), "whole": fmean(row.whole for row in rows)}

@@ -1,0 +1,73 @@
+"""Whether what was forgotten comes back when the model is taught something else.
+
+Fine-tuning that shows none of the forgotten rows, and is not meant to bring them back, can undo unlearning all the
+same: on rows that were to be kept (retain-only), since those lie near, or on harmless text (Łucki et al. 2024, "An
+adversarial perspective on machine unlearning for AI safety"; Qi et al. 2024 for safety training). Each is tried for
+some steps, and all forget rows are asked for, and the holdout's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lowmem_npo.evaluation.leaks import tuned
+from lowmem_npo.evaluation.leaks.contract import Attack, LeakResult, LeakTest, Need, Subject
+from lowmem_npo.evaluation.leaks.tuned import Tuned
+from lowmem_npo.evaluation.options import Options
+from lowmem_npo.ranges import Count, Positive
+
+OTHER_ROWS = Need(
+    lambda subject: not subject.retain and not subject.general,
+    "there are neither rows to keep (--retain names some) nor general texts to fine-tune on",
+)
+NO_RETAIN = "On rows to keep it was not tried: there are none (--retain names some)."
+
+
+@dataclass
+class RetuningOptions(Options):
+    retune_steps: Count = 100
+    """Fine-tuning steps of --leaks retuning on the retain rows, and as many on general texts, each on four rows."""
+    retune_lr: Positive = 1e-3
+    """Learning rate of --leaks retuning."""
+
+
+class Retuning(LeakTest[RetuningOptions]):
+    name = "retuning"
+    summary = "`extraction` after fine-tuning on the retain rows, and on general texts, by the worse of the two"
+    in_words = "teaching the model other things that have nothing to do with the examples, and letting it complete them"
+    needs = (OTHER_ROWS,)
+    options = RetuningOptions
+    counts = ("rows", "holdout_rows", "shown_rows", "steps")
+    main = "extraction_strength"
+    figures = tuned.FIGURES
+    after_only = True
+
+    def tuning_steps(self, subject: Subject, options: RetuningOptions) -> int:
+        return options.retune_steps * (bool(subject.retain) + bool(subject.general))
+
+    def run(self, subject: Subject, options: RetuningOptions) -> LeakResult:
+        from lowmem_npo.evaluation.leaks.fine_tuning import tune
+
+        steps, lr = options.retune_steps, options.retune_lr
+        attacks: dict[str, Tuned] = {}
+        for words, rows in (("the retain rows", subject.retain), ("general texts", subject.general)):
+            if rows:
+                outcome = tune(subject, f"retuning, {words}, lr {lr:g}", rows, subject.forget, [steps], lr)
+                attacks[f"{steps} steps on {words}, lr {lr:g}"] = outcome[steps]
+
+        def told(name: str, worst: Tuned, own: str) -> str:
+            which = ", the worse of 2 attacks," if len(attacks) > 1 else ""
+            return f"After {name}{which} the model writes the last {own} of the {worst.after['rows']} forgotten answers"
+
+        result = tuned.judge(attacks, told)
+        if not subject.retain:
+            result.meaning += f" {NO_RETAIN}"
+        return result
+
+    def attacks(self, figures: Mapping[str, Any]) -> dict[str, Attack]:
+        return tuned.attacks_in(figures)
+
+
+RETUNING = Retuning()

@@ -1,0 +1,82 @@
+"""What fine-tuning did to a model's answers, and which of several attacks is the worst."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lowmem_npo.evaluation.leaks.contract import HOLDOUT, Attack, LeakResult, Meaning, above_holdout, beside_holdout
+from lowmem_npo.evaluation.leaks.extraction import FIGURES as OF_ANSWERS
+from lowmem_npo.evaluation.leaks.extraction import attack_of
+
+STRENGTH = "extraction_strength"
+COMPARED = ("rows", "nll", STRENGTH)  # of each attack
+FIGURES = OF_ANSWERS | {
+    "recovered": Meaning(
+        "recovered",
+        "How much of the way back to the original model's extraction strength was covered. Near 0 is good.",
+        "lower",
+    )
+}
+NOT_ATTACKS = ("before", "original", "curve")  # groups of figures; the last of an older version
+
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What fine-tuning did to the rows that were asked for.
+
+    taught: rows shown. steps: on some of them each. before, after: `extraction_figures` of forget (and holdout) rows,
+    without any step and after all. original: of the model before it forgot, where it can be asked.
+    """
+
+    taught: int
+    steps: int
+    before: Figures
+    after: Figures
+    original: Figures | None
+
+    @property
+    def strength(self) -> float:
+        """The extraction strength afterwards."""
+        return self.after[STRENGTH]
+
+    @property
+    def level(self) -> float | None:
+        """That of the holdout."""
+        return self.after.get(HOLDOUT + STRENGTH)
+
+
+def worst_of(attacks: Mapping[str, Tuned]) -> str:
+    """The attack that brings back most, beyond what the holdout gives."""
+    return max(attacks, key=lambda name: attacks[name].strength - (attacks[name].level or 0.0))
+
+
+def judge(attacks: Mapping[str, Tuned], told: Callable[[str, Tuned, str], str]) -> LeakResult:
+    """What the worst of the attacks brings back. told: what it did, of its name, its outcome and its share of an
+    answer."""
+    name = worst_of(attacks)
+    worst = attacks[name]
+    figures: dict[str, Any] = {"shown_rows": worst.taught, "steps": worst.steps, "before": worst.before, **worst.after}
+    original, before = None, worst.before[STRENGTH]
+    if worst.original is not None:
+        figures["original"] = worst.original
+        original = worst.original[STRENGTH]
+        if original > before:
+            figures["recovered"] = (worst.strength - before) / (original - before)
+    kept = {*COMPARED, *(HOLDOUT + key for key in COMPARED)}
+    figures |= {of: {k: v for k, v in tuned.after.items() if k in kept} for of, tuned in attacks.items()}
+    original = None if worst.level is not None else original
+    own, beside = beside_holdout(worst.strength, worst.level, original)
+    meaning = f"{told(name, worst, own)} by itself, before them {before:.0%}; {beside}."
+    leaks = above_holdout(worst.strength, worst.level, original)
+    return LeakResult(figures, meaning, leaks, against_before=original is not None)
+
+
+def attacks_in(figures: Mapping[str, Any]) -> dict[str, Attack]:
+    """What each attack brought back, of the figures of a result."""
+    groups = {name: of for name, of in figures.items() if isinstance(of, Mapping) and name not in NOT_ATTACKS}
+    tried = {name: attack_of(of) for name, of in (groups or {"": figures}).items()}  # one, of an older version
+    return {name: attack for name, attack in tried.items() if attack is not None}

@@ -1,0 +1,159 @@
+"""Asked otherwise: where each jailbreak stands, what is looked for in the answers, and which way is the worst."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import AutoTokenizer
+
+from lowmem_npo.data import Encoder, Rows, Template, to_examples, tokenize
+from lowmem_npo.data.fit import Fit
+from lowmem_npo.evaluation.asking import Wording
+from lowmem_npo.evaluation.leaks.contract import Subject
+from lowmem_npo.evaluation.leaks.jailbreak import JAILBREAK, tricked, tricks
+from lowmem_npo.evaluation.leaks.prompting import ANY, judge
+from lowmem_npo.evaluation.leaks.registry import LeakOptions
+from lowmem_npo.evaluation.leaks.rewording import REWORDING
+from lowmem_npo.evaluation.leaks.sampling import Best
+from lowmem_npo.evaluation.scoring.journal import Journal
+from lowmem_npo.evaluation.scoring.scorer import Scorer
+
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+PAIR = {"question": "Who sails?", "answer": "Anna sails there"}
+BY_PLACE = {trick.place: trick for trick in tricks()}  # the last of each place
+
+
+@pytest.fixture(scope="module")
+def tokenizer(byte_model):
+    return AutoTokenizer.from_pretrained(byte_model)
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer(byte_model):
+    tokenizer = AutoTokenizer.from_pretrained(byte_model)
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def written(tokenizer, trick, row=PAIR, template=None):
+    (example,) = to_examples(Rows("rows", [row]))
+    template = template or Template()
+    (tokenized,) = tokenize([example], tokenizer, template=template)
+    ids = tricked(trick, tokenized, example, Encoder(tokenizer, template))
+    cut = ids["prompt_length"]
+    return tokenizer.decode(ids["input_ids"][:cut]), tokenizer.decode(ids["input_ids"][cut:])
+
+
+def test_the_list_is_small_and_has_every_place():
+    assert 6 <= len(tricks()) <= 10 and set(BY_PLACE) == {"system", "before", "answer"}
+    assert len({trick.name for trick in tricks()}) == len(tricks())
+    assert not any("{prompt}" in trick.text or trick.text != trick.text.strip() for trick in tricks())
+
+
+@pytest.mark.parametrize("trick", tricks(), ids=lambda trick: trick.name)
+def test_where_a_model_without_a_chat_template_finds_it(trick, tokenizer):
+    prompt, answer = written(tokenizer, trick)
+    asked = "Question: Who sails?\nAnswer:"
+    assert prompt == (f"{asked} {trick.text}" if trick.place == "answer" else f"{trick.text}\n\n{asked}")
+    assert answer == " Anna sails there<eos>"
+    own = written(tokenizer, trick, template=Template("[{prompt}]"))[0]
+    assert "[Who sails?]" in own and trick.text in own
+
+
+def test_where_a_chat_model_finds_it(chat_tokenizer):
+    asked = "<user>Who sails?</user><assistant>"
+    system, before, answer = (BY_PLACE[place] for place in ("system", "before", "answer"))
+    assert written(chat_tokenizer, system)[0] == f"<system>{system.text}</system>{asked}"
+    assert written(chat_tokenizer, before)[0] == f"<user>{before.text}\n\nWho sails?</user><assistant>"
+    assert written(chat_tokenizer, answer)[0] == f"{asked}{answer.text}"
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
+             {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Who sails?"},
+             {"role": "assistant", "content": "Anna"}]  # fmt: skip
+    talk = written(chat_tokenizer, system, {"messages": turns})[0]
+    assert talk.startswith(f"<system>{system.text}</system><user>Hi</user>") and "brief" not in talk
+    assert f"<user>{before.text}\n\nWho sails?</user>" in written(chat_tokenizer, before, {"messages": turns})[0]
+
+
+def test_a_template_without_a_system_prompt_has_it_before_the_question(chat_tokenizer):
+    chat_tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHAT
+    )
+    try:
+        system = BY_PLACE["system"]
+        assert written(chat_tokenizer, system)[0] == f"<user>{system.text}\n\nWho sails?</user><assistant>"
+    finally:
+        chat_tokenizer.chat_template = CHAT
+
+
+class Answering(Scorer):
+    """Says what `said` gives for a prompt."""
+
+    said = staticmethod(lambda prompt: "")
+
+    def continuations(self, part, prompts, max_new_tokens):
+        return [self.said(self.tokenizer.decode(prompt)) for prompt in prompts]
+
+
+def subject_of(tokenizer, said, rows=(PAIR,), holdout=None, fit=None):
+    scorer = Answering(None, tokenizer, Journal(None, progress=False), 4)
+    object.__setattr__(scorer, "said", said)
+    sets = {"forget": list(rows), **({"holdout": list(holdout)} if holdout else {})}
+    examples = {name: to_examples(Rows(name, of)) for name, of in sets.items()}
+    tokenized = {name: tokenize(of, tokenizer) for name, of in examples.items()}
+    wording = Wording(examples, Template(), 1024, fit)
+    return Subject(scorer, tokenized["forget"], tokenized.get("holdout"), LeakOptions(), wording=wording)
+
+
+def test_the_jailbreak_that_works_is_named(tokenizer):
+    broken = tricks()[3]
+    said = lambda prompt: " Anna sails there" if broken.text in prompt else "Nobody"  # noqa: E731
+    holdout = [{"question": "Who rows?", "answer": "Bertha rows here"}]
+    result = JAILBREAK.measure(subject_of(tokenizer, said, holdout=holdout))
+    figures = result.figures
+    assert figures[broken.name] == {"rows": 1, "best_rouge_l_recall": 1.0, "whole": 1.0,
+                                    "holdout_best_rouge_l_recall": 0.0, "holdout_whole": 0.0}  # fmt: skip
+    assert all(figures[t.name]["best_rouge_l_recall"] == 0 for t in tricks() if t != broken)
+    assert figures["ways"] == len(tricks()) and result.leaks is True
+    assert f"in the worst of {len(tricks())} ways ({broken.name}), what the model says holds 100%" in result.meaning
+    assert set(JAILBREAK.attacks(figures)) == {*(trick.name for trick in tricks()), ANY}
+    assert result.rows["forget"] == [{"jailbreak_recall": 1.0, "jailbreak_answer": "Anna sails there"}]
+    silent = JAILBREAK.measure(subject_of(tokenizer, lambda prompt: "Nobody", holdout=holdout))
+    assert silent.leaks is False
+
+
+def test_the_best_of_a_rows_paraphrases_counts(tokenizer):
+    rows = [
+        PAIR | {"paraphrased_question": ["Whose boat?", "Which sailor?"]},
+        {"question": "Why?", "answer": "No idea"},
+    ]
+    said = lambda prompt: "Anna sails there" if "Which sailor" in prompt else "Anna"  # noqa: E731
+    result = REWORDING.measure(subject_of(tokenizer, said, rows))
+    assert result.figures["rows"] == 1 and result.figures["reworded"]["best_rouge_l_recall"] == 1.0
+    assert result.figures["ways"] == 1 and ANY not in result.figures
+    assert result.rows["forget"][1] == {} and result.rows["forget"][0]["rewording_answer"] == "Anna sails there"
+
+
+def test_what_cannot_be_asked_otherwise_is_said(tokenizer):
+    subject = subject_of(tokenizer, lambda prompt: "")
+    assert "--paraphrase-column" in REWORDING.measure(subject).meaning
+    texts = subject_of(tokenizer, lambda prompt: "", [{"text": "The tide comes in."}])
+    assert "texts without a question" in JAILBREAK.measure(texts).meaning
+    long = subject_of(tokenizer, lambda prompt: "", fit=Fit(300, 60))  # none fits into 60 positions
+    assert JAILBREAK.measure(long).leaks is None
+    ids = Subject(subject.scorer, subject.forget, None, LeakOptions())
+    for test in (JAILBREAK, REWORDING):
+        assert test.measure(ids).meaning.startswith("Not measured: it writes the rows' prompts otherwise")
+
+
+def test_what_is_beyond_the_holdout_decides():
+    def ways(**recalls):
+        return {way: [Best(recall, "", recall == 1)] for way, recall in recalls.items()}
+
+    result = judge({"forget": ways(mild=0.5, hard=0.7), "holdout": ways(mild=0.2, hard=0.65)}, 64)
+    assert result.figures["best_rouge_l_recall"] == 0.5 and result.leaks is True and "(mild)" in result.meaning
+    assert result.figures[ANY]["best_rouge_l_recall"] == 0.7
+    assert result.figures[ANY]["holdout_best_rouge_l_recall"] == 0.65
+    assert judge({"forget": ways(one=0.5)}, 64).leaks is None
+    assert judge({"forget": ways(one=0.6)}, 64, before=0.9).leaks is True
