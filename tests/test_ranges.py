@@ -7,10 +7,12 @@ import math
 from typing import Annotated, get_args, get_origin, get_type_hints
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lowmem_npo.cli import main
+from lowmem_npo.commands.arguments import parse_run
 from lowmem_npo.config import SECTIONS, ObjectiveConfig, RunConfig, TrainingConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.settings import EvaluationConfig
@@ -94,6 +96,45 @@ def test_any_number_is_taken_or_refused(full):
             assert not isinstance(taken, float) or (math.isfinite(taken) and abs(taken) <= 1e6)
 
     check()
+
+
+def test_any_configuration_is_taken_or_refused(byte_model, tmp_path, capsys, full):
+    """Some settings at once, in a file, with those of the Trainer among them."""
+    names = [field.name for kind in SECTIONS.values() for field in dataclasses.fields(kind)] + [*HONOURED, "x", "fsdp"]
+    words = ["auto", "on", "off", "all-linear", "npo", "0-3", "1e-4", "self:3", "builtin", "--lr", "'", "(a+"]
+    value = st.one_of(
+        st.integers(-2, 100), st.integers(), st.floats(), st.text(max_size=12), st.none(), st.booleans(),
+        st.sampled_from(words), st.lists(st.integers(-1, 9) | st.text(max_size=4), max_size=3),
+        st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+    )  # fmt: skip
+    path, counts = tmp_path / "run.yaml", {"taken": 0, "refused": 0}
+
+    @settings(
+        max_examples=1_000 if full else 8, deadline=None, database=None, derandomize=not full,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(st.dictionaries(st.sampled_from(names), value, max_size=2))
+    def check(content):
+        path.write_text(yaml.safe_dump({"model": str(byte_model), **content}, allow_unicode=True), encoding="utf-8")
+        try:
+            config = parse_run(["--config", str(path)], "train")
+        except (UserError, SystemExit) as error:
+            message = str(error) if isinstance(error, UserError) else capsys.readouterr().err.strip()
+            assert message and "Traceback" not in message and (isinstance(error, SystemExit) or "\n" not in message)
+            counts["refused"] += 1
+        else:
+            assert parse_run(["--config", str(written(config, tmp_path))], "train") == config
+            counts["taken"] += 1
+
+    check()
+    print(f"configurations: {counts}")
+    assert sum(counts.values()) >= 8 and (not full or min(counts.values()) > 100)
+
+
+def written(config, folder):
+    path = folder / "again.yaml"
+    path.write_text(config.to_yaml(), encoding="utf-8")
+    return path
 
 
 def test_a_run_is_still_made_of_its_sections(byte_model):
