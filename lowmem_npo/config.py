@@ -319,6 +319,9 @@ class MemoryConfig(Checked):
     that is free, or into --memory-budget, if that is predicted to be faster; else 0."""
     embedding_on_cpu: bool = False
     """Keep the input embedding in the host's memory and copy the rows that a batch needs."""
+    stream_weights: bool = False
+    """Keep the frozen weights of the decoder layers in the host's memory; the GPU holds two layers, and the next one is
+    copied while one computes."""
     reference: Literal["auto", "live", "cached"] = "auto"
     """live: run the reference pass in every step. cached: store its results when a row is first seen and read them from
     then on, in later runs too. auto: cached if there is more than one epoch and the disk has room."""

@@ -32,6 +32,7 @@ from lowmem_npo.estimate.simulator.model import fake_model
 from lowmem_npo.estimate.simulator.work import Operation
 from lowmem_npo.libraries import segments_expand
 from lowmem_npo.memory.checkpointing import is_checkpointed
+from lowmem_npo.memory.streaming import is_streamed, weight_stream
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora
 from lowmem_npo.model.layers import causal_lm, decoder, decoder_layers
@@ -45,7 +46,10 @@ CONTEXT_BYTES = 512 * 2**20
 """What CUDA itself and the loaded kernels take of a GPU, outside of PyTorch's allocator: about this much on cards of
 compute capability 8.0 to 9.0. A run on a GPU measures its own."""
 
-KINDS = ("frozen weights", "adapter", "adversary", "checkpoints", "layer work", "head", "reference", "batch", "cuBLAS")
+KINDS = (
+    *("frozen weights", "slots", "adapter", "adversary", "checkpoints", "layer work", "head", "reference", "batch"),
+    "cuBLAS",
+)
 
 
 Work = list[tuple[str, list[Operation]]]
@@ -179,10 +183,14 @@ def _simulate(
     later: bool,
 ) -> Estimate:
     with fake_gpu("frozen weights", capability) as gpu:
-        base = fake_model(architecture, config.model)
+        base = fake_model(architecture, config.model, on_host=config.memory.stream_weights)
         with gpu.allocating("adapter"):
             model = attach_lora(base, config.adapter)
-            apply_switches(model, config.memory)
+            apply_switches(model, config.memory, GPU)
+        if (stream := weight_stream(model)) is not None:  # what else is not trained has come to the GPU
+            gpu.mark(stream.slots, "slots")
+            gpu.mark([p for p in model.parameters() if not p.requires_grad and not is_streamed(p)], "frozen weights")
+            gpu.mark(list(model.buffers()), "frozen weights")
         workspaces = cublas_workspaces(gpu)
         gpu.kind = "layer work"
         with tempfile.TemporaryDirectory() as folder:

@@ -13,8 +13,8 @@ with `peak`, `reached` and `bandwidth` of the table of GPUs. The parts of the fo
 - An operator takes 20 microseconds of the host, a view 4. With these, an eager Llama-7B on an A100, bound by the host,
   makes the 25.5 tokens a second that its authors measured (PyTorch blog, Accelerating Generative AI II, 2023; about 52
   kernels and 35 views in each of 32 layers). A slower CPU takes longer.
-- Copies between host and GPU run beside the kernels, at 0.8 of the bus. Where the host waits, it goes on when the GPU
-  is done.
+- Copies between host and GPU run beside the kernels, each direction at 0.8 of the bus. Where the host waits, it goes on
+  when the GPU is done; where kernels need what is on its way, such as streamed weights, they begin when it is there.
 
 Loading, measuring before and after, and checkpoints come on top of it.
 """
@@ -42,6 +42,7 @@ class Seconds(NamedTuple):
     total: float
     gpu: float  # in which kernels run
     host: float  # that the host needs to call them
+    copies: float = 0.0  # in which the bus brings something to the GPU
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,11 @@ def kernel_seconds(operation: Operation, gpu: GPUModel) -> float:
 def seconds(operations: Iterable[Operation], gpu: GPUModel) -> Seconds:
     """Of `operations`, one after the other."""
     known: dict[Operation, float] = {}
-    host = waited = busy = gpu_free = bus_free = 0.0
+    host = waited = busy = gpu_free = 0.0
+    bus_free = {"to GPU": 0.0, "to host": 0.0}
+    copied = 0.0
     for operation in operations:
-        host += VIEW if operation.kind == "view" else CALL
+        host += VIEW if operation.kind in ("view", "arrival") else CALL
         if operation.kind == "kernel":
             duration = known.get(operation)
             if duration is None:
@@ -119,12 +122,17 @@ def seconds(operations: Iterable[Operation], gpu: GPUModel) -> Seconds:
             gpu_free = max(gpu_free, host + waited) + duration
             busy += duration
         elif operation.kind == "copy":
-            bus_free = max(bus_free, gpu_free) + operation.bytes / (BUS * 1e9 * gpu.bus)
+            way = operation.part or "to GPU"
+            taken = operation.bytes / (BUS * 1e9 * gpu.bus)
+            bus_free[way] = max(bus_free[way], gpu_free) + taken
+            copied += taken if way == "to GPU" else 0.0
             if operation.waits:
-                gpu_free = max(gpu_free, bus_free)
+                gpu_free = max(gpu_free, bus_free[way])
+        elif operation.kind == "arrival":
+            gpu_free = max(gpu_free, bus_free["to GPU"])
         if operation.waits:
             waited = max(waited, gpu_free - host)
-    return Seconds(max(host + waited, gpu_free, bus_free), busy, host)
+    return Seconds(max(host + waited, gpu_free, *bus_free.values()), busy, host, copied)
 
 
 def step_seconds(work: Work, micro_batches: int, gpu: GPUModel) -> Seconds:

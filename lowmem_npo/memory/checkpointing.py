@@ -45,13 +45,16 @@ def _differentiated_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
 @contextmanager
 def checkpointing(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the decoder layers are checkpointed; on leaving, only those that were before."""
-    added = [layer for layer in decoder_layers(model) if not is_checkpointed(layer)]
+    before = [(layer, vars(layer).get("forward")) for layer in decoder_layers(model) if not is_checkpointed(layer)]
     enable_checkpointing(model)
     try:
         yield
     finally:
-        for layer in added:
-            del layer.forward
+        for layer, forward in before:
+            if forward is not None:  # another switch's
+                layer.forward = forward
+            else:
+                vars(layer).pop("forward", None)
 
 
 def is_checkpointed(layer: nn.Module) -> bool:

@@ -12,9 +12,12 @@ from transformers import PreTrainedModel
 from lowmem_npo.errors import UserError
 
 
-def embedding_to_host(model: PreTrainedModel) -> None:
+def embedding_to_host(model: PreTrainedModel, device: torch.device | None = None) -> None:
     """Moves the input embedding to host memory; the rows a batch needs are copied to the device that uses them. An
     adapter on it stays on the device.
+
+    Args:
+        device: the model's, if it is not there yet.
 
     Raises:
         UserError: the embedding is tied to the output head, which must stay on the device, or is itself trained.
@@ -30,9 +33,9 @@ def embedding_to_host(model: PreTrainedModel) -> None:
     if any(parameter.requires_grad for parameter in frozen.parameters()):
         raise UserError("--embedding-on-cpu keeps a frozen embedding, but this one is trained: leave the option out.")
     if frozen is layer:
-        model.set_input_embeddings(HostEmbedding(frozen))
+        model.set_input_embeddings(HostEmbedding(frozen, device))
     else:
-        layer.base_layer = HostEmbedding(frozen)
+        layer.base_layer = HostEmbedding(frozen, device)
 
 
 class HostEmbedding(nn.Module):
@@ -44,9 +47,9 @@ class HostEmbedding(nn.Module):
 
     embedding: nn.Embedding
 
-    def __init__(self, embedding: nn.Embedding) -> None:
+    def __init__(self, embedding: nn.Embedding, device: torch.device | None = None) -> None:
         super().__init__()
-        self.device = embedding.weight.device
+        self.device = device or embedding.weight.device
         vars(self)["embedding"] = embedding if embedding.weight.is_meta else embedding.to("cpu")
 
     def __getattr__(self, name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from peft import PeftModel
 
 from lowmem_npo.config import MemoryConfig
@@ -9,20 +10,29 @@ from lowmem_npo.memory.adapted_linear import join_adapters
 from lowmem_npo.memory.checkpointing import enable_checkpointing
 from lowmem_npo.memory.embedding import embedding_to_host
 from lowmem_npo.memory.float32 import slice_float32
+from lowmem_npo.memory.streaming import move_the_rest, stream_weights
 from lowmem_npo.memory.tiling import tile_mlps
 from lowmem_npo.model.layers import causal_lm
 
 
-def apply_switches(model: PeftModel, config: MemoryConfig) -> None:
+def apply_switches(model: PeftModel, config: MemoryConfig, device: torch.device | None = None) -> None:
     """Makes the model inside `model` compute as `config` says; loss and gradients stay the same up to rounding.
+
+    Args:
+        device: where it computes, if that is not where it is: streamed weights are loaded into host memory.
 
     Raises:
         UserError: a switch does not fit this architecture; the message names it.
     """
     lm = causal_lm(model)
+    device = device or lm.device
     join_adapters(lm)
+    if config.stream_weights:
+        stream_weights(model, device)
     if config.embedding_on_cpu:
-        embedding_to_host(lm)
+        embedding_to_host(lm, device)
+    if config.stream_weights:
+        move_the_rest(lm, device)
     if config.sliced_float32:  # before the MLPs, whose tiles run what is inside them and the norms that follow
         slice_float32(lm)
     if config.tile_mlp is not None:

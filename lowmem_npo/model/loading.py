@@ -112,7 +112,7 @@ def attention_of(architecture: PretrainedConfig, wanted: str) -> str:
     return "eager" if wanted == "sdpa" and not kind._supports_sdpa else wanted
 
 
-def load_model(config: ModelConfig, say: Say = print) -> PreTrainedModel:
+def load_model(config: ModelConfig, say: Say = print, on_host: bool = False) -> PreTrainedModel:
     """The frozen base model on its device, in eval mode. Weights of the checkpoint that it does not use are reported.
 
     With `qlora`, transformers reads, moves and quantises one tensor at a time straight from the mapped files, so that
@@ -120,6 +120,7 @@ def load_model(config: ModelConfig, say: Say = print) -> PreTrainedModel:
 
     Args:
         config: `qlora` quantises every linear layer but the head to NF4; embeddings, norms and head stay in `dtype`.
+        on_host: leave it in host memory, from which its weights will be streamed; the device only quantises.
 
     Raises:
         UserError: not a causal LM, not found, no network, bf16 or flash-attention where they cannot run, weights that
@@ -130,7 +131,7 @@ def load_model(config: ModelConfig, say: Say = print) -> PreTrainedModel:
     name, _ = resolve_name(config.model, config.revision)
     loaded_config = load_config(config)
     quantization = quantization_of(loaded_config, config.qlora, dtype, config.double_quant != "off")
-    loading: Any = quantising() if quantization else nullcontext([])
+    loading: Any = quantising(device if on_host else None) if quantization else nullcontext([])
     if quantization and stored_quantization(loaded_config):  # its own recipe, but for the type that it computes in
         loaded_config.quantization_config, quantization = quantization.to_dict(), None
     model: PreTrainedModel
@@ -139,7 +140,7 @@ def load_model(config: ModelConfig, say: Say = print) -> PreTrainedModel:
         "dtype": dtype,
         "attn_implementation": attention_of(loaded_config, config.attn),
         "quantization_config": quantization,
-        "device_map": {"": device},
+        "device_map": {"": torch.device("cpu") if on_host else device},
     }
     try:
         original = original_weights(name, config.revision, loaded_config)

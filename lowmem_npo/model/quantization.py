@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
@@ -60,9 +61,11 @@ def stored_quantization(architecture: PretrainedConfig) -> BitsAndBytesConfig | 
 
 
 @contextmanager
-def quantising() -> Iterator[list[str]]:
+def quantising(on: torch.device | None = None) -> Iterator[list[str]]:
     """Inside, transformers builds and loads models so that all their linear layers are quantised, one at a time. Yields
     the names of those that held NaN or infinity: of 4 bits each is some number.
+
+    on: the device that quantises them, if they are to be held in host memory, where it would take hours.
 
     It replaces `nn.Linear` only: Falcon's own class, which computes the same, would stay as it is. It replaces layers
     whose weight the model multiplies itself, which 4-bit weights cannot be. The first releases of version 5 read ahead,
@@ -70,6 +73,13 @@ def quantising() -> Iterator[list[str]]:
     """
     left_as_they_are, quantise = HfQuantizer.get_modules_to_not_convert, Bnb4bitQuantize.convert
     damaged: list[str] = []
+    kind, quantize = bnb.nn.Params4bit, bnb.nn.Params4bit._quantize
+
+    def elsewhere(weight: Any, device: torch.device) -> Any:
+        quantize(weight, device if on is None else on)
+        weight.data = weight.data.to(device)
+        weight.quant_state.to(device)
+        return weight
 
     def left(model: PreTrainedModel, *args: Any, **kwargs: Any) -> list[str]:
         return [*left_as_they_are(model, *args, **kwargs), *read_as_weights(model)]
@@ -84,6 +94,7 @@ def quantising() -> Iterator[list[str]]:
     with (
         mock.patch.object(Bnb4bitQuantize, "convert", checked),
         mock.patch.object(HfQuantizer, "get_modules_to_not_convert", staticmethod(left)),
+        mock.patch.object(kind, "_quantize", elsewhere),
         mock.patch("transformers.models.falcon.modeling_falcon.FalconLinear", nn.Linear),
         mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}),
     ):

@@ -301,6 +301,8 @@ def _check(runs: Sequence[SweepRun], root: Path, resume: bool) -> None:
             raise UserError("A sweep compares what its runs measure: --eval-rows must be at least 1.")
         if run.config.output.preview is not None:
             raise UserError("--preview shows the rows of one run: use it with `lowmem-npo train`.")
+        if run.config.memory.stream_weights:  # the base is lent to evaluations, which do not stream it
+            raise UserError("--stream-weights is an option of single runs: use it with `lowmem-npo train`.")
     if resume and not (root / STATE).exists():
         raise UserError(f"--resume: there is no sweep in '{root}' (no {STATE}); start it without --resume.")
     if not resume and (root / STATE).exists():

@@ -18,6 +18,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.automatic import as_begun, decide
 from lowmem_npo.estimate.report import Report
 from lowmem_npo.evaluation.leaks.registry import WHILE_TRAINING, leak_tests
+from lowmem_npo.memory.streaming import check_device
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import load_tokenizer, resolve_name
 from lowmem_npo.model.adapters import adapter_size, check_lora, shared_layers
@@ -118,6 +119,8 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
     if config.objective.forget_level == "holdout":
         data = halved(data)
     config = as_begun(config)
+    if config.memory.stream_weights:
+        check_device(resolve_device(config.model.device))
     check_has_weights(resolve_name(config.model.model, config.model.revision)[0])
     check_fit(model_config, tokenizer, [data.forget, data.forget_targets, data.retain, data.holdout])
     directory = RunDirectory(config)

@@ -29,6 +29,7 @@ from lowmem_npo.files import PARTIAL, put_in_place, write_atomically
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model, reference_mode
 from lowmem_npo.model.layers import causal_lm
+from lowmem_npo.model.loading import resolve_device
 from lowmem_npo.report.audit import begin_audit, finish_audit
 from lowmem_npo.report.files import write_report
 from lowmem_npo.run_directory import RunDirectory, RunFiles, step_of, what_is_left
@@ -92,7 +93,8 @@ def _train_claimed(config: RunConfig, say: Say) -> RunResult | None:
         say(plan.config.to_yaml().rstrip())
         say(f"Dry run: data, model and disk are fine; {plan.sentence}. Nothing was trained or written.")
         return None
-    return unlearn(plan, load_model(plan.config.model, say), say)
+    streamed = plan.config.memory.stream_weights
+    return unlearn(plan, load_model(plan.config.model, say, on_host=streamed), say)
 
 
 def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
@@ -104,7 +106,7 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
     set_seed(config.training.seed)
     model = attach_lora(base, config.adapter)
     model.active_peft_config.revision = config.model.revision  # of the base: for those who load the adapter later
-    apply_switches(model, config.memory)
+    apply_switches(model, config.memory, resolve_device(config.model.device))
     if plan.data.retain_is_unwritten:
         plan = _with_own_texts(plan, model, say)
     stopping = _stopping(plan, model, say)

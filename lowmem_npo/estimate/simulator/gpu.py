@@ -38,7 +38,8 @@ from lowmem_npo.estimate.simulator import attention as cuda_attention
 from lowmem_npo.estimate.simulator.autocast import cuda_autocast
 from lowmem_npo.estimate.simulator.operators import FakeOperators
 from lowmem_npo.estimate.simulator.storages import StorageCounter
-from lowmem_npo.estimate.simulator.work import VIEW, Operation, WorkCounter, describe, launch, product
+from lowmem_npo.estimate.simulator.work import ARRIVAL, VIEW, Operation, WorkCounter, describe, launch, product
+from lowmem_npo.memory.streaming.bus import SynchronousBus
 
 GPU = torch.device("cuda", 0)
 STAND_IN = torch.device("cpu", 0)  # tensors on the host are on torch.device("cpu"), without an index
@@ -141,6 +142,7 @@ def fake_gpu(kind: str = "other", capability: tuple[int, int] = CAPABILITY) -> I
             (torch.cuda, "get_device_capability", lambda *_: capability),
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
             (torch.nn.Module, "_apply", _apply),
+            (SynchronousBus, "wait", lambda *_: counter.work.add(ARRIVAL)),
             (torch.nn.functional, "scaled_dot_product_attention", cuda_attention.scaled_dot_product_attention),
         ):
             stack.enter_context(mock.patch.object(target, name, value))

@@ -21,7 +21,7 @@ from lowmem_npo.model.loading import DTYPES, attention_of
 from lowmem_npo.model.quantization import quantising, quantization_of
 
 
-def fake_model(architecture: PretrainedConfig, config: ModelConfig) -> PreTrainedModel:
+def fake_model(architecture: PretrainedConfig, config: ModelConfig, on_host: bool = False) -> PreTrainedModel:
     """The counterpart of `load_model`. Call it inside `fake_gpu()`.
 
     A 4-bit layer is bitsandbytes' own, and its weight comes from bitsandbytes' own quantisation; only the class
@@ -43,13 +43,13 @@ def fake_model(architecture: PretrainedConfig, config: ModelConfig) -> PreTraine
             bnb.functional, "get_4bit_type", lambda *_, **__: torch.empty(16, device=GPU)
         ),  # one per layer
     ):
-        _give_storages(model, dtype)
+        _give_storages(model, dtype, torch.device("cpu") if on_host else GPU)
     model.requires_grad_(False)
     model.config.use_cache = False
     return model.eval()
 
 
-def _give_storages(model: nn.Module, dtype: torch.dtype) -> None:
+def _give_storages(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     made: dict[int, nn.Parameter] = {}  # tied parameters stay tied
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
@@ -57,26 +57,31 @@ def _give_storages(model: nn.Module, dtype: torch.dtype) -> None:
                 continue
             if id(parameter) not in made:
                 if isinstance(module, bnb.nn.Linear4bit) and name == "weight":
-                    made[id(parameter)] = _nf4(module, dtype)
+                    made[id(parameter)] = _nf4(module, dtype, device)
                 else:
-                    made[id(parameter)] = nn.Parameter(_on_gpu(parameter), requires_grad=False)
+                    made[id(parameter)] = nn.Parameter(_empty(parameter, device), requires_grad=False)
             module._parameters[name] = made[id(parameter)]
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
-                module._buffers[name] = _on_gpu(buffer)
+                module._buffers[name] = _empty(buffer, device)
 
 
-def _on_gpu(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=GPU)
+def _empty(tensor: Tensor, device: torch.device) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
 
-def _nf4(layer: bnb.nn.Linear4bit, dtype: torch.dtype) -> nn.Parameter:
+def _nf4(layer: bnb.nn.Linear4bit, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """Quantised on the GPU, wherever it is then held; only the tables, which are small, stay there."""
     old: Any = layer.weight  # Params4bit
     dense = torch.empty(layer.out_features, layer.in_features, dtype=dtype, device=GPU)
     packed, layer.quant_state = quantize_4bit(
         dense, compress_statistics=old.compress_statistics, quant_type=old.quant_type, quant_storage=old.quant_storage
     )
-    weight: Any = nn.Parameter(packed, requires_grad=False)
+    state = layer.quant_state
+    state.absmax = state.absmax.to(device)
+    if state.state2 is not None:
+        state.state2.absmax = state.state2.absmax.to(device)
+    weight: Any = nn.Parameter(packed.to(device), requires_grad=False)
     for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage"):
         setattr(weight, name, getattr(old, name))
     weight.quant_state, weight.bnb_quantized, weight.module = layer.quant_state, True, layer

@@ -22,7 +22,8 @@ aten = torch.ops.aten
 class Operation(NamedTuple):
     """One operator call."""
 
-    kind: str  # "kernel": runs on the GPU; "copy": between host and GPU; "view": on the host alone
+    kind: str  # "kernel": runs on the GPU; "copy": between host and GPU; "view": on the host alone;
+    # "arrival": kernels that follow need what was copied to the GPU so far
     flops: int = 0
     bytes: int = 0  # in GPU memory; of a copy, over the bus
     half: bool = True  # its products have operands of 16 bits
@@ -31,6 +32,7 @@ class Operation(NamedTuple):
 
 
 VIEW = Operation("view")
+ARRIVAL = Operation("arrival")
 
 
 class WorkCounter:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lowmem_npo.data.tokenizing import TokenizedRow, TokenizedRows
+from lowmem_npo.memory.streaming import present
 from lowmem_npo.model.continued import FIRST, SECOND
 from lowmem_npo.model.layers import causal_lm
 
@@ -31,9 +32,11 @@ def weights_fingerprint(model: PeftModel) -> str:
     rounding changes it. Where the weights were loaded from does not matter.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(_frozen(model), key=lambda named: named[0]):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(_contents(tensor.detach()))
+    # Contents first: a streamed weight holds them only when its turn has come.
+    frozen = [(name, tuple(t.shape), t.dtype, _contents(t.detach())) for name, t in _frozen(model)]
+    for name, shape, dtype, contents in sorted(frozen, key=lambda part: part[0]):
+        digest.update(f"{name} {shape} {dtype}".encode())
+        digest.update(contents)
     return digest.hexdigest()
 
 
@@ -57,7 +60,7 @@ def _frozen(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
         if _TRAINED.search(name) or parameter is embedding:
             continue
         name = name.replace(".base_layer", "").replace(".original_module", "")
-        yield name, parameter
+        yield name, present(parameter)
         state = getattr(parameter, "quant_state", None)  # bitsandbytes keeps the scales of 4-bit weights here
         if state is not None:
             for key, value in state.as_dict().items():
