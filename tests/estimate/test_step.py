@@ -229,7 +229,8 @@ def test_the_fake_gpu_leaves_nothing_behind():
 PARAMETERS = {  # billions, as published
     "allenai/OLMo-1B-hf": 1.18, "allenai/OLMo-7B-hf": 6.89, "allenai/OLMo-7B-0724-hf": 6.89,
     "allenai/OLMo-2-0425-1B": 1.48, "allenai/OLMo-2-1124-7B": 7.30, "allenai/OLMo-2-1124-13B": 13.7,
-    "allenai/OLMo-2-0325-32B": 32.2, "meta-llama/Llama-3.1-8B": 8.03, "meta-llama/Llama-3.2-1B": 1.24,
+    "allenai/OLMo-2-0325-32B": 32.2, "meta-llama/Llama-3.1-8B": 8.03, "meta-llama/Llama-3.1-70B": 70.6,
+    "meta-llama/Llama-3.2-1B": 1.24,
     "mistralai/Mistral-7B-v0.1": 7.24, "mistralai/Mistral-7B-v0.3": 7.25, "Qwen/Qwen3-8B": 8.19, "Qwen/Qwen3-32B": 32.8,
 }  # fmt: skip
 

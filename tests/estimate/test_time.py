@@ -38,7 +38,7 @@ def test_the_slower_of_arithmetic_and_memory_bounds_a_kernel_and_the_host_those_
     attention = product(2.0)._replace(part="attention")
     assert seconds([attention], A100).total == pytest.approx(2.0 * 0.9 * 0.84 / 0.4, rel=1e-3)
     small = [Operation("kernel", bytes=8)] * 1000
-    assert seconds(small, A100) == pytest.approx((1000 * CALL + SHORTEST, 1000 * SHORTEST, 1000 * CALL), rel=1e-6)
+    assert seconds(small, A100) == pytest.approx((1000 * CALL + SHORTEST, 1000 * SHORTEST, 1000 * CALL, 0.0), rel=1e-6)
     assert seconds([VIEW] * 1000, A100).total == pytest.approx(1000 * VIEW_SECONDS)
 
 
