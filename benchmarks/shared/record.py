@@ -78,10 +78,12 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit checked out, with "+changes" if files differ from it. Without git: LOWMEM_NPO_COMMIT, if set."""
+    """LOWMEM_NPO_COMMIT, if set, for a copy without its git; else the one checked out, "+changes" if files differ."""
+    if named := os.environ.get("LOWMEM_NPO_COMMIT"):
+        return named
     head = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
     if not head:
-        return os.environ.get("LOWMEM_NPO_COMMIT") or "unknown"
+        return "unknown"
     return head + ("+changes" if _output("git", "-C", str(ROOT), "status", "--porcelain", "-uno") else "")
 
 

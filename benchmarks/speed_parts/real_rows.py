@@ -1,7 +1,8 @@
 """Seconds of a training step on rows as long as LUME's and TOFU's, beside those that `lowmem-npo estimate` predicts.
 
 Each way trains two epochs on the same rows, after a few steps that do not count: the first fills the cached reference,
-the second reads it. The predictions are made meanwhile, by processes that see no GPU.
+the second reads it. The predictions are made afterwards, by processes that see no GPU: beside them, the host takes up to
+twice as long to call what the GPU is to do.
 """
 
 from __future__ import annotations
@@ -63,22 +64,30 @@ def measure_real_rows(model: ModelConfig, steps: int, folder: Path, limit: float
     deadline, device = time.monotonic() + limit, own_device()
     rows = {data: real_rows(data, ROWS * steps) for data in FILES}
     tasks = [(data, way) for way in WAYS for data in WAYS[way].data]
-    predictions = {task: _prediction(model, WAYS[task[1]], rows[task[0]], device) for task in tasks}
     base = load_model(model)
+    resident = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    results = []
     for number, (data, way) in enumerate(tasks):
         result: dict[str, Any] = {"data": data, "way": way}
+        results.append(result)
         if time.monotonic() > deadline:
-            yield {**result, "missing": "not measured: the time limit was reached"}
+            result["missing"] = "not measured: the time limit was reached"
             continue
         try:
             clock = _train(copy.deepcopy(base), WAYS[way], *rows[data], steps, folder / str(number))
-            result |= _summary(clock, rows[data], steps) | _predicted(predictions[data, way])
+            result |= _summary(clock, rows[data], steps)
+            if result["peak_bytes"]:
+                result["peak_bytes"] -= resident  # of the model that all are copies of
         except Exception as error:
             result["missing"] = record.reason(error)
         finally:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+    predictions = [_prediction(model, WAYS[way], rows[data], device) for data, way in tasks]
+    for result, prediction in zip(results, predictions, strict=True):
+        if "missing" not in result:
+            result |= _predicted(prediction)
         yield result
 
 
