@@ -100,7 +100,7 @@ def measure_scores(subject: Subject, name: str, method: Method | None, seed: int
     """The benchmark's own scores and the leak tests, by `lowmem-npo evaluate`: of its evaluation.json what is a
     figure of the whole set."""
     subject.load(name, method, seed)
-    config = subject.config(method or Method(name), seed, subject.directory / "runs" / name / f"seed-{seed}")
+    config = subject.config(method or Method(name), seed, subject.runs / name / f"seed-{seed}")
     of = EvaluationFiles(subject.directory / "evaluations" / name / f"seed-{seed}")
     if method is None:
         model = ["--model", str(subject.models(seed) / name)]

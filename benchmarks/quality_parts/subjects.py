@@ -39,7 +39,7 @@ Model = PreTrainedModel | PeftModel
 
 @dataclass(frozen=True)
 class Subject:
-    """A taught model and a gold one, in `directory`, and the rows that they differ by.
+    """A taught model and a gold one, in `directory`, and the rows that they differ by. runs: where adapters are made.
 
     flags: of `lowmem-npo train`, which all methods share. teach: makes both models, once for each seed if `reseeded`,
     else once. eval_batch_size: rows that are measured together. further: sets that the benchmark's own scores need;
@@ -47,6 +47,7 @@ class Subject:
     """
 
     directory: Path
+    runs: Path
     files: dict[str, Path]
     flags: tuple[str, ...]
     teach: Callable[[Path, int], None]
@@ -69,7 +70,7 @@ class Subject:
         """The taught or the gold model; with a `method`, the one that it made of the former, which is made now unless
         it is there."""
         models = self.models(seed)
-        config = self.config(method or Method(name), seed, self.directory / "runs" / name / f"seed-{seed}")
+        config = self.config(method or Method(name), seed, self.runs / name / f"seed-{seed}")
         if method is None:
             return load_model(replace(config.model, model=str(models / name)))
         run = RunFiles(config.output_dir)
@@ -134,7 +135,8 @@ def demo_subject(directory: Path, recipe: Recipe, epochs: float) -> Subject:
         for name, rows in lessons.items():
             taught_model(folder / name, tokenizer(), rows, recipe.teaching, seed=seed, device=device, description=name)
 
-    return Subject(directory, files, tuple(flags.split()), teach, True, 64, {})
+    runs = directory / f"{epochs:g}-epochs"
+    return Subject(directory, runs, files, tuple(flags.split()), teach, True, 64, {})
 
 
 # -- a real model -----------------------------------------------------------------------------------------------------
@@ -173,7 +175,7 @@ def real_subject(kind: Kind, model: Path, data: Path, directory: Path, setting: 
         how = TeachingOptions("full", setting.teach_epochs, setting.teach_lr, setting.teach_batch_size)
         teach_models(config, how, read_inputs(config, lambda line: None), folder, lambda line: None)
 
-    return Subject(directory, files, shared, teach, False, 16, further, setting.scored_rows)
+    return Subject(directory, directory / "runs", files, shared, teach, False, 16, further, setting.scored_rows)
 
 
 def flags_of_sets(files: dict[str, Path]) -> list[str]:

@@ -140,7 +140,7 @@ def test_a_whole_run_in_small(tmp_path, capsys):
     out = tmp_path / "quality-lasting.json"
     record = json.loads(out.read_text())
     assert set(record["results"]) == {"gold", "layered"}
-    models, adapter = tmp_path / "demo" / "seed-0", tmp_path / "demo" / "runs" / "layered" / "seed-0"
+    models, adapter = tmp_path / "demo" / "seed-0", tmp_path / "demo" / "4-epochs" / "layered" / "seed-0"
     rows = [json.loads(line) for line in (tmp_path / "demo" / "rows" / "forget.jsonl").read_text().splitlines()]
     expected = nll_by_hand(models / "taught", adapter, rows)
     assert record["results"]["layered"]["forget_nll"]["mean"] == pytest.approx(expected, rel=1e-4)
@@ -160,7 +160,7 @@ def test_two_models_with_full_logits_train_the_same_adapter(tmp_path):
     adapters = {}
     for name, method in {"ours": Method("ours"), "two": Method("two models", two_models=True)}.items():
         subject.load(name, method, seed=1)
-        adapters[name] = load_file(tmp_path / "runs" / name / "seed-1" / "adapter_model.safetensors")
+        adapters[name] = load_file(tmp_path / "1-epochs" / name / "seed-1" / "adapter_model.safetensors")
     assert adapters["ours"].keys() == adapters["two"].keys()
     for key, ours in adapters["ours"].items():
         torch.testing.assert_close(adapters["two"][key], ours, rtol=0, atol=2e-3 * ours.abs().max().item())
