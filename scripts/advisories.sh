@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Looks up known advisories of the pinned dependencies, with pip-audit, in a temporary environment. Options go to pip-audit.
+# It asks https://pypi.org/pypi/NAME/VERSION/json, or with `--vulnerability-service osv` https://api.osv.dev: a mirror of
+# the package index alone has no advisories. A package that cannot be looked up is an error, and so is an advisory.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
+work="$(mktemp -d)"
+trap 'rm -rf "$work"' EXIT
+"$(find_python)" -m venv "$work/venv" || fail "needs Python 3.10 or newer with the venv module."
+"$work/venv/bin/python" -m pip install --quiet pip-audit || fail "could not install pip-audit (see pip's message above)."
+"$work/venv/bin/python" -m pip_audit --strict --disable-pip --no-deps --progress-spinner off \
+    --requirement "$ROOT/constraints.txt" "$@" || fail "there are advisories, or they could not be looked up (see above)."
