@@ -438,7 +438,8 @@ class OutputConfig(AnswerOptions):
     eval_batch_size: Count = 8
     """Rows per batch when measuring."""
     leaks: tuple[str, ...] = ("extraction", "membership")
-    """Tests of what the model still gives away of the forget rows, before and after, on --eval-rows rows; or none."""
+    """Tests of what the model still gives away of the forget rows, before and after, on --eval-rows rows; all of
+    them, or none."""
     preview: Count | None = None
     """Print N tokenised examples of each set, with the labelled tokens marked, and stop."""
     report_examples: CountOrNone = 3

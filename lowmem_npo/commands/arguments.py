@@ -7,11 +7,8 @@ line wins.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import dataclasses
-import difflib
-import importlib.util
 import inspect
 import io
 import json
@@ -20,18 +17,19 @@ import textwrap
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
+from lowmem_npo.commands.trainer_options import check_flags, check_trainer_values, trainer_arguments
+from lowmem_npo.commands.wording import no_such_option, one_of
 from lowmem_npo.config import SECTIONS, TILE_ROWS, RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.contract import LeakTest
-from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
+from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, WHILE_TRAINING, leak_tests
 from lowmem_npo.ranges import shortened
 from lowmem_npo.settings_file import read_settings
 from lowmem_npo.sources import check_adapter_name, check_data_name, check_model_name, data_names
-from lowmem_npo.training.honoured import HONOURED
 
 # The options of the short help.
 COMMON = {
@@ -84,16 +82,19 @@ def parse_run(arguments: Sequence[str], command: str, more_flags: Sequence[str] 
         raise SystemExit(0)
     if "--help-all" in flags:
         flags = ["--help"]
-    _check_flags(flags, more_flags)
+    ours = [flag for section in SECTIONS.values() for flag in flags_of(section)] + [*more_flags]
+    check_flags(flags, ours)
     flags += _base_of_adapter(flags)
     parsed, unknown = parse(
         run_options(), flags, command, return_unknown_args=True, config=(tyro.conf.OmitArgPrefixes,)
     )
     sections: Any = {name: section(**vars(getattr(parsed, name))) for name, section in SECTIONS.items()}
+    leak_tests(sections["output"].leaks, WHILE_TRAINING)
     if unknown:  # transformers parses them: first what is answered without it
         data = sections["data"]
         check_names(sections["model"].model, data.forget, data.retain, data.holdout)
-    trainer_args = _trainer_arguments(unknown)
+        check_trainer_values(unknown)
+    trainer_args = trainer_arguments(unknown)
     _settle_accumulation(sections, trainer_args, explicit="--batch-size" in flags)
     return RunConfig(**sections, trainer_args=trainer_args)
 
@@ -123,7 +124,7 @@ def _explained(box: str, flags: Sequence[str], command: str) -> str:
         if flags and text.startswith("Unrecognized options:"):
             words = re.split("[ ,]+", text.partition(": ")[2])
             if wrong := [word for word in words if word.startswith("--")]:
-                return _no_such_option(wrong[0], flags, f"{command} --help")
+                return no_such_option(wrong[0], flags, f"{command} --help")
             return f"'{shortened(words[0])}' belongs to no option; `lowmem-npo {command} --help` lists them."
     sentence = texts[0] if texts else "the options cannot be read"
     if sentence.startswith("Missing from"):
@@ -135,7 +136,9 @@ def _explained(box: str, flags: Sequence[str], command: str) -> str:
         choices = match[3].replace("'", "").rstrip(",").split(", ")
         if "None" in choices:  # of an option that may be left out, in no order
             choices = sorted({*choices} - {"None"})
-        sentence = f"{match[2]} must be one of {', '.join(choices)}, not '{match[1]}'"
+        return one_of(match[2], match[1], choices)
+    elif match := re.match(r"Error parsing (\S+): no type matching INT\|\{(\w+)\} .*from \['(.*?)'\]", sentence):
+        sentence = f"{match[1]} must be a whole number or {match[2]}, not '{match[3]}'"
     elif match := re.match(r"Error parsing (\S+): .*\b(int|float)\b[^']*'(.*)'$", sentence):
         sentence = f"{match[1]} must be {'a whole number' if match[2] == 'int' else 'a number'}, not '{match[3]}'"
     return f"{shortened(sentence.rstrip('.'))}; `lowmem-npo {command} --help` explains the options."
@@ -147,12 +150,6 @@ def flags_of(kind: Any) -> list[str]:
     for f in dataclasses.fields(kind):
         flags += flags_of(f.type) if dataclasses.is_dataclass(f.type) else [f"--{f.name.replace('_', '-')}"]
     return flags
-
-
-def _no_such_option(flag: str, known: Sequence[str], listing: str) -> str:
-    near = difflib.get_close_matches(flag, known, n=1, cutoff=0.75)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"There is no option {flag}: {hint}`lowmem-npo {listing}` lists them."
 
 
 def check_names(model: str | None, *sources: str | None) -> None:
@@ -351,48 +348,6 @@ def join_sources(arguments: Sequence[str]) -> list[str]:
         else:
             result.append(argument)
     return result
-
-
-def _check_flags(arguments: Sequence[str], more: Sequence[str]) -> None:
-    """Raises UserError for a flag that is neither ours nor one of `transformers.TrainingArguments`, whose fields are
-    read from its source: importing it takes seconds."""
-    package = importlib.util.find_spec("transformers")
-    assert package is not None and package.submodule_search_locations
-    source = Path(package.submodule_search_locations[0], "training_args.py").read_text(encoding="utf-8")
-    theirs = {"help", "warmup_ratio", *re.findall(r"^    (\w+): ", source, re.MULTILINE)}
-    honoured = [f"--{name.replace('_', '-')}" for name in HONOURED]
-    ours = [flag for section in SECTIONS.values() for flag in flags_of(section)] + [*more]
-    for argument in arguments:
-        flag = argument.replace("--no-", "--", 1)
-        if re.match("--[a-zA-Z]", flag) and flag not in ours and flag[2:].replace("-", "_") not in theirs:
-            raise UserError(_no_such_option(argument, ours + honoured, "train --help-all"))
-
-
-def _trainer_arguments(arguments: Sequence[str]) -> dict[str, Any]:
-    """The fields of `transformers.TrainingArguments` that `arguments` set. Raises UserError for an invalid value."""
-    if not arguments:
-        return {}
-    from transformers import HfArgumentParser, TrainingArguments
-
-    class Parser(HfArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            source = "an option of transformers.TrainingArguments; `lowmem-npo train --help-all` lists ours"
-            if stray := re.match("unrecognized arguments: (.*)", message):
-                raise UserError(f"'{stray[1]}' belongs to no option; `lowmem-npo train --help-all` lists them.")
-            raise UserError(f"{message} ({source}).")
-
-    parser = Parser(cast(Any, TrainingArguments), allow_abbrev=False, add_help=False, conflict_handler="resolve")
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS  # only what is given
-    # transformers 5 takes the ratio as --warmup-steps.
-    parser.add_argument("--warmup-ratio", "--warmup_ratio", dest="warmup_steps", type=_ratio, default=argparse.SUPPRESS)
-    return vars(parser.parse_args(arguments))
-
-
-def _ratio(text: str) -> float:
-    if not 0 <= float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return float(text)
 
 
 def _settle_accumulation(sections: dict[str, Any], trainer_args: dict[str, Any], explicit: bool) -> None:

@@ -58,6 +58,17 @@ def as_is() -> dict[str, Any]:
     return {f.name: None if f.default is MISSING else f.default for f in fields(TrainingArguments)}
 
 
+def check_supported(name: str, value: Any, spelled: str) -> None:
+    """Raises UserError for a value of an honoured argument that needs another trainer; spelled: both, as given."""
+    if is_unsupported(name, value):
+        raise UserError(f"{spelled} is not supported by this trainer: choose another, or leave it out.")
+
+
+def is_unsupported(name: str, value: Any) -> bool:
+    """Whether this value of an honoured argument needs another trainer."""
+    return bool(re.fullmatch(NOT_SUPPORTED.get(name, ""), str(value)))
+
+
 def check_effect(args: Mapping[str, Any], as_is: Mapping[str, Any], spelled: Callable[[str, Any], str]) -> None:
     """Checks that all of `args` are honoured.
 
@@ -71,10 +82,7 @@ def check_effect(args: Mapping[str, Any], as_is: Mapping[str, Any], spelled: Cal
     """
     for name, value in args.items():
         if name in HONOURED:
-            if re.fullmatch(NOT_SUPPORTED.get(name, ""), str(value)):
-                raise UserError(
-                    f"{spelled(name, value)} is not supported by this trainer: choose another, or leave it out."
-                )
+            check_supported(name, value, spelled(name, value))
         elif (value or None) != (as_is.get(name) or None):  # nothing, false and an empty list are one
             hint = next((hint for names, hint in INSTEAD.items() if re.fullmatch(names, name)), "leave it out")
             raise UserError(

@@ -100,7 +100,7 @@ def test_a_file_holds_flags_and_the_command_line_wins(tmp_path):
         (["--model", "m", "--batchsize", "3"], "--batch-size"),
         (["--model", "m", "--evaluate", "tofu"], "There is no option --evaluate: `lowmem-npo"),  # not --eval-steps
         (["--model", "m", "--weight-decoy", "1"], "did you mean --weight-decay?"),
-        (["--model", "m", "--warmup_steps", "many"], "warmup_steps"),
+        (["--model", "m", "--warmup_steps", "many"], "--warmup-steps must be a number, not 'many'."),
         (["--model", "m", "--warmup-ratio", "5"], "warmup-ratio"),
         (["--model", "m", "--config", "absent.yaml"], "absent.yaml"),
         (["--model", "m", "--beta", "0"], "--beta"),
@@ -176,7 +176,7 @@ def test_a_warm_up_warms_up(given, schedule):
         (["--warmup-steps", "-1"], "--warmup-steps must be 0 or a positive number, not -1.0."),
         (["--weight-decay", "-0.1"], "--weight-decay must be 0 or a positive number, not -0.1."),
         (["--run-name", "mine"], "--run-name would have no effect without --report-to"),
-        (["--report-to", "notebook"], "--report-to notebook"),
+        (["--report-to", "notebook"], "--report-to must be one of none, all, "),
     ],
 )
 def test_no_argument_of_the_trainer_is_ignored_silently(typed, message):

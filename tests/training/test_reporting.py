@@ -198,7 +198,7 @@ def test_a_logger_that_is_not_there(byte_model, tmp_path, capsys):
     code = train(byte_model, tmp_path / "run", "--report-to", "clearml", "--dry-run")
     refused(capsys, code, "--report-to clearml: its package is not installed")
     code = train(byte_model, tmp_path / "run", "--report-to", "tensorbord", "--dry-run")
-    refused(capsys, code, "--report-to tensorbord: there is no such logger; did you mean tensorboard?")
+    refused(capsys, code, "not 'tensorbord'; did you mean tensorboard?")
     code = train(byte_model, tmp_path / "run", "--report-to", "paper", "--dry-run")
     refused(capsys, code, "--report-to paper: there is no such logger; known are", "mlflow", "wandb")
 

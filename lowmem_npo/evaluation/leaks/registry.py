@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 
 from lowmem_npo.errors import UserError
@@ -34,9 +35,13 @@ LeakOptions = combined("LeakOptions", (test.options for test in LEAK_TESTS))
 
 
 def leak_tests(names: Sequence[str], known: Sequence[str] = NAMES) -> list[LeakTest]:
-    """The tests of these names, in the order of the registry. Raises UserError for one that is not in `known`."""
+    """The tests of these names (all: those in `known`), in the order of the registry. Raises UserError for one that is
+    not in `known`."""
+    names = known if "all" in names else names
     if unknown := [name for name in names if name not in known]:
-        raise UserError(f"There is no leak test '{unknown[0]}' here; there are {', '.join(known)}.")
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f": did you mean {near[0]}? There" if near else "; there"
+        raise UserError(f"There is no leak test '{unknown[0]}' here{hint} are {', '.join(known)}, and all.")
     return [test for test in LEAK_TESTS if test.name in names]
 
 
