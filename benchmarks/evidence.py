@@ -76,6 +76,15 @@ PIECES = {
             "benchmarks/speed.py --minutes 4 --out OUTDIR/speed.json",
         ),
     ),
+    "streaming": Piece(
+        "peak, time and loss of a 7B and a 32B step, weights resident and streamed",
+        RUN,
+        (
+            "benchmarks/streaming.py --out OUTDIR/streaming-7b.json",
+            "benchmarks/streaming.py --model allenai/OLMo-2-0325-32B --tokens 2048 --steps 1"
+            " --only resident streamed, --out OUTDIR/streaming-32b.json",
+        ),
+    ),
     "quality": Piece(
         "the paper's rows on a small model, in brief",
         (*RUN, "datasets", "rouge_score", "sklearn", *PICTURE),
