@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lowmem_npo.commands.arguments import join_sources
 from lowmem_npo.commands.evaluate.run import EvaluationPlan, measure, plan_evaluation
-from lowmem_npo.commands.sweep.figures import Column
+from lowmem_npo.commands.sweep.figures import GOLD, Column
 from lowmem_npo.commands.sweep.options import EvaluationSources, take_options
 from lowmem_npo.config import ModelConfig, RunConfig
 from lowmem_npo.console import Say, silent
@@ -25,9 +25,10 @@ from lowmem_npo.evaluation.benchmarks.plain import PLAIN
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS, BenchmarkOptions
 from lowmem_npo.evaluation.benchmarks.tofu import TOFU
 from lowmem_npo.evaluation.directory import digest, is_of_adapter
-from lowmem_npo.evaluation.leaks.contract import AN_ADAPTER, LeakResult, LeakTest
+from lowmem_npo.evaluation.leaks.contract import AN_ADAPTER, HOLDOUT, LeakResult, LeakTest
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, LeakOptions, leak_tests
 from lowmem_npo.evaluation.leaks.registry import NAMES as LEAK_NAMES
+from lowmem_npo.evaluation.leaks.worst import WORST_ATTACK
 from lowmem_npo.evaluation.settings import EvaluationConfig, EvaluationOptions
 from lowmem_npo.run_directory import AdapterFiles, EvaluationFiles, RunFiles
 
@@ -103,7 +104,7 @@ class SweepEvaluation:
         settings["forget"] = self.sources.evaluate_forget or settings["forget"]
         settings["retain"] = self.sources.evaluate_retain or settings["retain"]
         settings |= self.options
-        if gold is not None and (TOFU in self.benchmarks.values() or (self.leaks and settings["holdout"])):
+        if gold is not None and (TOFU in self.benchmarks.values() or self.leaks):
             settings["retained_log"] = settings["retained_log"] or str(gold)
         config = EvaluationConfig(
             **settings,
@@ -173,11 +174,13 @@ class SweepEvaluation:
         content = json.loads(files.result.read_text(encoding="utf-8"))
         measured: dict[Column, float] = {}
         for name, benchmark in self.benchmarks.items():
-            if content[benchmark.name]:
+            if content.get(benchmark.name):  # an older version did not know every benchmark
                 measured |= _benchmark_figures(name, benchmark, content[benchmark.name])
+        leaks = content.get("leaks") or {}
         for test in self.leaks:
-            if test.name in content["leaks"]:
-                measured |= _leak_figures(test, LeakResult.from_json(content["leaks"][test.name]))
+            if test.name in leaks:
+                measured |= _leak_figures(test, LeakResult.from_json(leaks[test.name]))
+        measured |= _worst_figures(content.get(WORST_ATTACK) or {})
         for name, value in _numbers(content.get("open_unlearning", {})):
             shown = name.startswith(OF_TOKENS)  # the others repeat TOFU's: for files only
             group = "under open-unlearning's names" if shown else None
@@ -219,6 +222,16 @@ def _leak_figures(test: LeakTest, result: LeakResult) -> dict[Column, float]:
             title, of = (test.figures[name].title, group) if shown else (name, None)
             measured[Column(f"leaks.{test.name}.{name}", title, group=of, main=name == test.main)] = value
     return measured
+
+
+def _worst_figures(content: Mapping[str, Any]) -> dict[Column, float]:
+    """What the worst attack brings back, and what stands beside it."""
+    titles = {"value": "brought back", HOLDOUT.strip("_"): "on the holdout", GOLD: "by it from gold"}
+    return {
+        Column(f"{WORST_ATTACK}.{key}", title, group="worst attack of all leak tests", main=key == "value"): value
+        for key, title in titles.items()
+        if (value := content.get(key)) is not None
+    }
 
 
 def _numbers(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

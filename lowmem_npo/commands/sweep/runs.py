@@ -31,6 +31,7 @@ from lowmem_npo.evaluation.leaks.registry import leak_tests
 from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.files import write_atomically
 from lowmem_npo.model import load_model
+from lowmem_npo.report.files import write_report
 from lowmem_npo.run_directory import EvaluationFiles, RunDirectory, RunFiles, check_empty
 
 STATE = "sweep_state.json"
@@ -102,6 +103,7 @@ def _sweep_claimed(
                 _evaluate(evaluation, evaluation.of_before(run.config, before, gold), run, bases, state, say)
                 result_before = before.evaluation.result
                 _evaluate(evaluation, evaluation.of_run(run.config, result_before, gold), run, bases, state, say)
+            _report_again(run, root)
             state.clear_error(run)
         except Exception as error:  # no error of one run must end the others
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -195,6 +197,15 @@ def _measure_gold(
     config = evaluation.of_gold(of_gold.config, files)
     _evaluate(evaluation, config, of_gold, bases, state, say)
     return files.evaluation.result
+
+
+def _report_again(run: SweepRun, root: Path) -> None:
+    """The run's report once more, with what was measured of it since, and the gold model beside it, if there is one."""
+    measured, own = baseline(root, GOLD).answers(GOLD), RunFiles(run.directory)
+    if measured.exists():
+        write_atomically(own.answers(GOLD), measured.read_text(encoding="utf-8"), private=True)
+    if measured.exists() or own.evaluation.result.exists():
+        write_report(run.directory)
 
 
 def _before(run: SweepRun, root: Path) -> RunFiles:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from lowmem_npo.cli import main
 from lowmem_npo.commands.demo.teaching import fresh_model, make_tokenizer
+from lowmem_npo.commands.sweep.evaluation import SweepEvaluation
 from lowmem_npo.commands.sweep.options import TeachingOptions
 from lowmem_npo.commands.sweep.taught_models import check_teaching, lessons, teach_models
 from lowmem_npo.commands.train.plan import Inputs, read_inputs
@@ -24,6 +25,7 @@ from lowmem_npo.console import silent
 from lowmem_npo.data import Template, bundled_rows, prepare, to_examples
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answers import evaluate_answers
+from lowmem_npo.run_directory import RunFiles
 
 GRID = ["--seeds", "1,2", "--grid", "forget-term=npo,ga"]
 TEACH = ["--teach", "full", "--teach-epochs", "30", "--teach-lr", "1e-2", "--teach-batch-size", "8"]
@@ -160,6 +162,38 @@ def test_a_runs_evaluation_is_that_of_evaluate(whole, desk):
     assert main(["evaluate", *given, "--output-dir", str(desk / "alone")]) == 0
     alone, ours = read(desk / "alone" / "evaluation.json"), evaluation(place)
     assert alone["tofu"] == ours["tofu"] and alone["leaks"] == ours["leaks"]
+
+
+def test_the_gold_model_stands_in_tables_files_and_every_report(whole):
+    table = (whole / "sweep.md").read_text().splitlines()
+    assert sum(line.startswith("| gold | –") for line in table) >= 3  # the runs' own figures, TOFU's, the worst attack
+    means = {line["configuration"]: line for line in csv.DictReader((whole / "sweep_means.csv").open())}
+    gold = evaluation(whole / "baselines" / "gold")
+    assert float(means["gold"]["tofu.forget.truth_ratio"]) == gold["tofu"]["sets"]["forget"]["truth_ratio"]
+    for place in sum(runs(whole).values(), []):
+        report, worst = read(place / "report.json"), evaluation(place)["worst_attack"]
+        answers = {(f["set"], f["key"]): f["values"] for f in report["figures"] if f["group"] == "answers"}
+        assert answers["forget", "nll"]["gold"] == read(whole / "sweep.json")["baselines"]["gold"]["forget_nll"]
+        assert report["leaks"]["gold"] == gold["leaks"]
+        assert worst["gold"] == gold["worst_attack"]["value"] == report["worst_attack"]["after"]["gold"]
+        assert float(means["gold"]["worst_attack.value"]) == worst["gold"]
+        assert ">gold</th>" in (place / "report.html").read_text()
+    for configuration in read(whole / "sweep.json")["configurations"]:
+        places = runs(whole)[configuration["settings"]["forget-term"]]
+        values = [evaluation(place)["worst_attack"]["value"] for place in places]
+        assert configuration["figures"]["worst_attack.value"]["values"] == values
+
+
+def test_an_evaluation_of_an_older_version_is_read_as_far_as_it_goes(tmp_path):
+    """It knew no MUSE, no worst attack and no figures under other names."""
+    measured, _ = SweepEvaluation.parse(["--evaluate", "answers,muse,extraction"])
+    files = RunFiles(tmp_path).evaluation
+    files.path.mkdir()
+    old = {"extraction_strength": 0.25, "meaning": "A quarter.", "leaks": None}
+    files.result.write_text(json.dumps({"rows": {}, "answers": {}, "leaks": {"extraction": old}, "notes": []}))
+    assert {column.key: value for column, value in measured.figures(files).items()} == {
+        "leaks.extraction.extraction_strength": 0.25
+    }
 
 
 def stamps(whole: Path) -> dict[str, int]:
