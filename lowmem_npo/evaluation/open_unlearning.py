@@ -10,6 +10,9 @@ So that a table of a paper and one of ours can stand side by side. What differs 
              bytes of the answer, compressed with zlib
     privleak ((1 - mia_min_k) - (1 - r)) / (1 - r) in per cent, r being mia_min_k of a model that was never taught the
              forget set, or 0.5 where there is none (Shi et al. 2024, MUSE, section 3.1)
+    *_PARA_Prob, *_PERT_Prob   the mean over rows of the probability of the answer in other words (the answer itself
+             where there is none), and of wrong answers
+    *_ROUGE of MUSE   between 0 and 1, of stemmed words
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from math import exp
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -32,6 +36,12 @@ if TYPE_CHECKING:
 K = 0.4
 LEAST_DEVIATION = 1e-3  # the root of their least variance
 TINY = 1e-10  # they add it to denominators
+# What the benchmark MUSE measures -> its key.
+MUSE_KEYS = {
+    "MUSE verbmem": "forget_verbmem_ROUGE",
+    "MUSE knowmem": "forget_knowmem_ROUGE",
+    "MUSE knowmem, retain": "retain_knowmem_ROUGE",
+}
 CHANCE = 0.5  # the AUC of a model that was never taught the rows, where none is known
 
 
@@ -81,8 +91,8 @@ def privleak(auc: float, retained: float) -> float:
     return (score - reference) / (reference + TINY) * 100
 
 
-def tofu_figures(scores: Any) -> dict[str, float]:
-    """TOFU's, of the sets that were measured. scores: `TofuScores`, or None."""
+def tofu_figures(scores: Any, measured: Mapping[str, Sequence[Any]]) -> dict[str, float]:
+    """TOFU's, of the sets that were measured. scores: `TofuScores`, or None. measured: set -> its `TofuAnswer`s."""
     if scores is None:
         return {}
     figures = {}
@@ -91,10 +101,33 @@ def tofu_figures(scores: Any) -> dict[str, float]:
             normalised = "" if prefix in ("forget", "retain") else "_normalised"  # among the wrong answers
             figures[f"{prefix}_Q_A_Prob{normalised}"] = of_set.probability
             figures[f"{prefix}_Q_A_ROUGE"] = of_set.rouge_l_recall
+            figures |= _probabilities(prefix, measured.get(name, ()))
             ratio = "forget_truth_ratio" if prefix == "forget" else f"{prefix}_Truth_Ratio"
             figures[ratio] = of_set.truth_ratio
     totals = {"model_utility": scores.model_utility, "forget_quality": scores.forget_quality}
     return figures | {name: value for name, value in totals.items() if value is not None}
+
+
+def _probabilities(prefix: str, answers: Sequence[Any]) -> dict[str, float]:
+    """Of the other answers that a row has, each to the power 1 / tokens; of wrong ones the mean over a row's first."""
+    if not answers:
+        return {}
+    figures = {f"{prefix}_Q_A_PERT_Prob": fmean(fmean(exp(-nll) for nll in a.perturbed_nll) for a in answers)}
+    if prefix in ("ra", "wf"):  # which it has no paraphrases of
+        return {f"{prefix}_Q_A_Prob": fmean(exp(-a.nll) for a in answers), **figures}
+    return {f"{prefix}_Q_A_PARA_Prob": fmean(exp(-a.paraphrased_nll) for a in answers), **figures}
+
+
+def muse_figures(measured: Mapping[str, Sequence[Any]]) -> dict[str, float]:
+    """MUSE's ROUGE-L (F), of words that are stemmed, which MUSE itself does not. measured: set -> its `MuseAnswer`s."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    rouge = RougeScorer(["rougeL"], use_stemmer=True)
+    return {
+        key: fmean(rouge.score(a.reference.strip(), a.generation.strip())["rougeL"].fmeasure for a in measured[name])
+        for name, key in MUSE_KEYS.items()
+        if measured.get(name)
+    }
 
 
 def retained_min_k(path: str | None) -> float | None:

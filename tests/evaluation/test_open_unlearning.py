@@ -11,16 +11,22 @@ import torch
 from helpers.dense_step import random_rows, word_tokenizer
 from helpers.tiny_models import tiny_model
 from sklearn.metrics import roc_auc_score
+from transformers import AutoTokenizer
 
-from lowmem_npo.evaluation.benchmarks.tofu import TofuScores, TofuSet
+from lowmem_npo.data import Example, Rows, Template, tokenize
+from lowmem_npo.evaluation.benchmarks.muse import FORGOTTEN, KEPT, TAUGHT, VERBATIM, MuseAnswer
+from lowmem_npo.evaluation.benchmarks.tofu import TofuScores, TofuSet, measure_tofu, score_tofu, tofu_rows
 from lowmem_npo.evaluation.open_unlearning import (
     exact_memorization,
     extraction_strength,
+    muse_figures,
     privleak,
     retained_min_k,
     tofu_figures,
     token_figures,
 )
+from lowmem_npo.evaluation.scoring.journal import Journal
+from lowmem_npo.evaluation.scoring.scorer import Scorer
 from lowmem_npo.evaluation.scoring.token_scores import TokenScores, token_scores
 
 
@@ -124,12 +130,53 @@ def test_privleak_by_hand():
 def test_tofu_under_its_names():
     of_set = TofuSet(2, 0.1, 0.2, 0.3, [1.0, 2.0])
     scores = TofuScores({"forget": of_set, "real authors": of_set}, None, 0.7)
-    assert tofu_figures(scores) == {
+    assert tofu_figures(scores, {}) == {
         "forget_Q_A_Prob": 0.1, "forget_Q_A_ROUGE": 0.2, "forget_truth_ratio": 0.3,
         "ra_Q_A_Prob_normalised": 0.1, "ra_Q_A_ROUGE": 0.2, "ra_Truth_Ratio": 0.3,
         "forget_quality": 0.7,
     }  # fmt: skip
-    assert tofu_figures(None) == {}
+    assert tofu_figures(None, {}) == {}
+
+
+def test_probabilities_of_other_answers_by_hand(byte_model):
+    """On dense float64 logits: exp of the mean log-probability of each answer's tokens, a row's wrong ones averaged."""
+    tokenizer = AutoTokenizer.from_pretrained(byte_model)
+    model = tiny_model("llama", vocabulary=len(tokenizer))
+    wrong = [["Nobody.", "Oslo, said Ida"], ["Ida"], ["No", "Yes", "Both"]]
+    rows = [{"question": f"Who {n}?", "answer": f"It is Anna {n}", "paraphrased_answer": f"Anna, {n} times",
+             "perturbed_answer": texts} for n, texts in enumerate(wrong)]  # fmt: skip
+    parsed = tofu_rows(Rows("rows", rows))
+    scorer = Scorer(model, tokenizer, Journal(None, progress=False), 4)
+    answers = measure_tofu(scorer, "forget", parsed, Template(), 128)
+    scores = TofuScores({"forget": score_tofu("forget", answers), "world facts": score_tofu("world facts", answers)},
+                        None, None)  # fmt: skip
+    figures = tofu_figures(scores, {"forget": answers, "world facts": answers})
+    model = model.double()
+
+    def probability(question, answer):
+        ((row),) = tokenize([Example(question, answer, "here", "question/answer")], tokenizer)
+        ids = torch.tensor(row["input_ids"])
+        logp = model(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
+        return logp[row["prompt_length"] - 1 :].mean().exp().item()
+
+    own = np.mean([probability(row["question"], row["answer"]) for row in rows])
+    other = np.mean([probability(row["question"], row["paraphrased_answer"]) for row in rows])
+    wrong = [np.mean([probability(row["question"], text) for text in row["perturbed_answer"]]) for row in rows]
+    assert figures["forget_Q_A_Prob"] == pytest.approx(own, rel=1e-4)
+    assert figures["forget_Q_A_PARA_Prob"] == pytest.approx(other, rel=1e-4)
+    assert figures["forget_Q_A_PERT_Prob"] == figures["wf_Q_A_PERT_Prob"] == pytest.approx(np.mean(wrong), rel=1e-4)
+    assert figures["wf_Q_A_Prob"] == pytest.approx(own, rel=1e-4) and "wf_Q_A_PARA_Prob" not in figures
+    assert len({own, other, np.mean(wrong)}) == 3
+
+
+def test_muse_under_its_names():
+    """F of the longest common subsequence of stemmed words, by hand: running and runs are one word."""
+    answers = [MuseAnswer("p", "she runs far away", "running far", 0.0), MuseAnswer("p", "never", "always", 0.0)]
+    precision, recall = 2 / 2, 2 / 4
+    expected = (2 * precision * recall / (precision + recall) + 0) / 2
+    assert muse_figures({VERBATIM: answers, TAUGHT: [0.1]}) == {"forget_verbmem_ROUGE": pytest.approx(expected)}
+    assert set(muse_figures({FORGOTTEN: answers, KEPT: answers})) == {"forget_knowmem_ROUGE", "retain_knowmem_ROUGE"}
+    assert muse_figures({}) == {}
 
 
 def test_the_retained_models_auc_is_read_from_either_file(tmp_path):

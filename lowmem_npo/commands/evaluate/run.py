@@ -23,6 +23,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.asking import Wording
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Selection
 from lowmem_npo.evaluation.benchmarks.documents import DOCUMENTS
+from lowmem_npo.evaluation.benchmarks.muse import MUSE
 from lowmem_npo.evaluation.benchmarks.plain import PLAIN, summaries_of
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.benchmarks.tofu import TOFU, TofuOptions
@@ -33,7 +34,7 @@ from lowmem_npo.evaluation.leaks.measure import repeated, run_leak_tests, time_o
 from lowmem_npo.evaluation.leaks.registry import leak_tests
 from lowmem_npo.evaluation.leaks.retuning import RETUNING
 from lowmem_npo.evaluation.leaks.worst import retained_leaks
-from lowmem_npo.evaluation.open_unlearning import retained_min_k, tofu_figures, token_figures
+from lowmem_npo.evaluation.open_unlearning import muse_figures, retained_min_k, tofu_figures, token_figures
 from lowmem_npo.evaluation.result import Evaluation
 from lowmem_npo.evaluation.scoring.scorer import Scorer
 from lowmem_npo.evaluation.settings import EvaluationConfig
@@ -184,7 +185,8 @@ def measure(
     for benchmark in BENCHMARKS:
         if (scores := benchmark.score(result.measured, context)) is not None:
             result.scores[benchmark.name] = scores
-    result.open_unlearning |= tofu_figures(result.scores.get(TOFU.name))
+    result.open_unlearning |= tofu_figures(result.scores.get(TOFU.name), result.measured.get(TOFU.name, {}))
+    result.open_unlearning |= muse_figures(result.measured.get(MUSE.name, {}))
     if leak_rows and "holdout" not in leak_rows:
         result.notes.append(f"Leak tests: {NO_HOLDOUT}.")
     directory.save(result)
