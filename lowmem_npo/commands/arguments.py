@@ -28,6 +28,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.contract import LeakTest
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, WHILE_TRAINING, leak_tests
 from lowmem_npo.ranges import shortened
+from lowmem_npo.recipes import with_recipe
 from lowmem_npo.settings_file import read_settings
 from lowmem_npo.sources import check_adapter_name, check_data_name, check_model_name, data_names
 
@@ -36,7 +37,7 @@ COMMON = {
     "Model and data": ("model", "qlora", "forget", "retain", "holdout", "output_dir"),
     "Training": (
         *("forget_term", "beta", "gamma", "delta", "epochs", "lr", "batch_size"),
-        *("lora_r", "lora_targets", "seed"),
+        *("lora_r", "lora_targets", "recipe", "seed"),
     ),
     "Memory": ("max_length", "micro_batch_size", "memory_budget"),
     "Before and after": ("preview", "dry_run", "resume", "stop_when", "eval_rows", "leaks"),
@@ -96,7 +97,8 @@ def parse_run(arguments: Sequence[str], command: str, more_flags: Sequence[str] 
         check_trainer_values(unknown)
     trainer_args = trainer_arguments(unknown)
     _settle_accumulation(sections, trainer_args, explicit="--batch-size" in flags)
-    return RunConfig(**sections, trainer_args=trainer_args)
+    given = {flag.replace("--no-", "--", 1)[2:].replace("-", "_") for flag in flags if flag.startswith("--")}
+    return with_recipe(RunConfig(**sections, trainer_args=trainer_args, explicit=frozenset(given)))
 
 
 def parse(kind: type, arguments: Sequence[str], command: str, **options: Any) -> Any:

@@ -11,6 +11,7 @@ from lowmem_npo.config import RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.gpus import check_number_type, named
 from lowmem_npo.libraries import quick_imports, quiet_libraries
+from lowmem_npo.recipes import remark
 
 if TYPE_CHECKING:
     from lowmem_npo.estimate.report import Workload
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str]) -> None:
     if device is not None:
         check_number_type(device, config.model.dtype)
     estimated = report(config, workload(config), device)
+    if line := remark(config):
+        estimated.notes.insert(0, line)
     print(json.dumps(estimated.as_json(), indent=1) if as_json else estimated.text())
 
 

@@ -25,6 +25,8 @@ RETURNING = {
     RELEARNING.name: "after a little fine-tuning on a part of it",
 }
 
+LASTING = ("layered", "adversary", "sam")  # options against relearning
+
 
 class Finding(NamedTuple):
     """A result of a leak test. current: whether it is of the adapter as it is now. file: that holds it."""
@@ -42,7 +44,19 @@ def findings(adapter: str, base_weights: str) -> list[str]:
     unlearning via quantization"), and fine-tuning one that only hides (Hu et al. 2024). base_weights: that the adapter
     is merged into.
     """
-    return [_sentence(test, adapter, base_weights) for test in RETURNING]
+    return [*(_sentence(test, adapter, base_weights) for test in RETURNING), *_lasting(adapter)]
+
+
+def _lasting(adapter: str) -> Iterator[str]:
+    """Of a run that made forgetting last: where it does."""
+    run = settings_of_run(adapter)
+    used = [f"--{name}" for name in LASTING if run.get(name) is not None]
+    if run.get("recipe") == "lasting" or used:
+        how = "--recipe lasting" if run.get("recipe") == "lasting" else " and ".join(used)
+        yield (
+            f"What {how} made last is a property of these merged weights: publish them, and not the adapter, which is "
+            "undone beside its base by switching it off."
+        )
 
 
 def _sentence(test: str, adapter: str, base_weights: str) -> str:

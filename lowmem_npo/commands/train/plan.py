@@ -28,6 +28,7 @@ from lowmem_npo.model.quantization import quantization_of
 from lowmem_npo.model.saved_adapter import check_base, check_finite, settings_of_run
 from lowmem_npo.model.stop_tokens import stop_tokens
 from lowmem_npo.model.weights import check_has_weights
+from lowmem_npo.recipes import remark
 from lowmem_npo.report.audit import check_same_adapter, check_same_rows
 from lowmem_npo.run_directory import RunDirectory, check_disk, step_of
 from lowmem_npo.training.adversary import check_others
@@ -92,6 +93,8 @@ def read_inputs(config: RunConfig, say: Say, known: Inputs | None = None) -> Inp
         UserError: as for `train`.
     """
     if line := resolve_name(config.model.model, config.model.revision)[1]:
+        say(line)
+    if line := remark(config):
         say(line)
     leak_tests(config.output.leaks, WHILE_TRAINING)
     if known is None:

@@ -30,6 +30,7 @@ from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model, reference_mode
 from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.loading import resolve_device
+from lowmem_npo.recipes import with_recipe
 from lowmem_npo.report.audit import begin_audit, finish_audit
 from lowmem_npo.report.files import write_report
 from lowmem_npo.run_directory import RunDirectory, RunFiles, step_of, what_is_left
@@ -64,6 +65,7 @@ def train(config: RunConfig, say: Say = print) -> RunResult | None:
     Raises:
         UserError: something the user can fix, in one sentence.
     """
+    config = with_recipe(config)  # of a script; a command line's has it
     main_process, output = is_main_process(config), config.output
     say = say if main_process else silent
     trains = output.preview is None and not output.dry_run

@@ -1,0 +1,65 @@
+"""`--recipe`: options that belong together, under one name. An option that is given itself wins.
+
+What a recipe is made of is measured (docs/options.md); it names only options whose defaults are the paper's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields, replace
+from typing import Any
+
+from lowmem_npo.config import SECTIONS, RunConfig
+from lowmem_npo.errors import UserError
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "paper": {},  # the defaults
+    "lasting": {"layered": 3, "adversary": 1.0},
+}
+OPTIONS = tuple(dict.fromkeys(name for recipe in RECIPES.values() for name in recipe))
+
+
+def with_recipe(config: RunConfig) -> RunConfig:
+    """`config` with the options of its recipe, but for those that were given or have another value than the default.
+
+    Raises:
+        UserError: an option of the recipe does not go with the others.
+    """
+    recipe = config.training.recipe
+    for name, value in RECIPES[recipe].items():
+        section, default = _place(name)
+        options = getattr(config, section)
+        if name in config.explicit or getattr(options, name) != default:
+            continue
+        try:
+            config = replace(config, **{section: replace(options, **{name: value})})
+        except UserError as error:
+            raise UserError(f"--recipe {recipe}: {error}") from error
+    return config
+
+
+def remark(config: RunConfig) -> str | None:
+    """A line on what the recipe has set, and on the given options that win over it; None if it says nothing."""
+    recipe = config.training.recipe
+    values = {name: getattr(getattr(config, _place(name)[0]), name) for name in OPTIONS}
+    ours = {name: RECIPES[recipe].get(name, _place(name)[1]) for name in OPTIONS}
+    kept = [_flag(name, value) for name, value in ours.items() if value == values[name] and name in RECIPES[recipe]]
+    given = [_flag(name, value) for name, value in values.items() if value != ours[name]]
+    if not kept and not (given and "recipe" in config.explicit):
+        return None
+    text = f"Recipe {recipe}: {' '.join(kept) or ('nothing' if RECIPES[recipe] else 'the defaults')}"
+    return f"{text}; {' '.join(given)} as given, which wins." if given else f"{text}."
+
+
+def _flag(name: str, value: Any) -> str:
+    shown = f"{value:g}" if isinstance(value, float) else value
+    return f"no --{name}" if value is None else f"--{name.replace('_', '-')} {shown}"
+
+
+def _place(name: str) -> tuple[str, Any]:
+    """The section of an option, and its default."""
+    for section, options in SECTIONS.items():
+        for field in fields(options):
+            if field.name == name:
+                assert field.default is not MISSING
+                return section, field.default
+    raise KeyError(name)

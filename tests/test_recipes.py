@@ -1,0 +1,121 @@
+"""`--recipe`: what it sets, what wins over it, and that every command that reads a run's options knows it."""
+
+from __future__ import annotations
+
+import json
+from typing import get_args
+
+import pytest
+import yaml
+
+from lowmem_npo.cli import main
+from lowmem_npo.commands.arguments import parse_run
+from lowmem_npo.commands.schema import run_schema
+from lowmem_npo.config import ModelConfig, ObjectiveConfig, Recipe, RunConfig, TrainingConfig
+from lowmem_npo.errors import UserError
+from lowmem_npo.recipes import RECIPES, remark, with_recipe
+
+LASTING = "Recipe lasting: --layered 3 --adversary 1"
+
+
+def parsed(*flags):
+    return parse_run(["--model", "any", *map(str, flags)], "train")
+
+
+def options(config):
+    return config.training.layered, config.objective.adversary
+
+
+def test_every_recipe_has_a_name_and_the_paper_s_is_the_default():
+    assert get_args(Recipe) == tuple(RECIPES)
+    assert parsed().training.recipe == "paper" and options(parsed()) == (None, None) and remark(parsed()) is None
+    assert parsed() == parsed("--recipe", "paper")
+    assert options(parsed("--recipe=lasting")) == (3, 1.0) and remark(parsed("--recipe", "lasting")) == f"{LASTING}."
+
+
+@pytest.mark.parametrize(
+    "flags, expected, line",
+    [
+        (("--layered", 5), (5, 1.0), "Recipe lasting: --adversary 1; --layered 5 as given, which wins."),
+        (("--adversary", 0.5), (3, 0.5), "Recipe lasting: --layered 3; --adversary 0.5 as given, which wins."),
+        (("--layered", 3, "--sam", 0.05), (3, 1.0), f"{LASTING}."),
+        (
+            ("--layered", 2, "--adversary", 2),
+            (2, 2.0),
+            "Recipe lasting: nothing; --layered 2 --adversary 2 as given, which wins.",
+        ),
+    ],
+)
+def test_a_given_option_wins_and_is_named(flags, expected, line, tmp_path):
+    for order in (("--recipe", "lasting", *flags), (*flags, "--recipe", "lasting")):
+        assert options(parsed(*order)) == expected and remark(parsed(*order)) == line
+    file = tmp_path / "run.yaml"  # a file's options are given, too
+    file.write_text("".join(f"{flag[2:]}: {value}\n" for flag, value in zip(flags[::2], flags[1::2], strict=True)))
+    config = parsed("--config", file, "--recipe", "lasting")
+    assert options(config) == expected and remark(config) == line
+
+
+def test_the_paper_s_recipe_names_what_is_given_beside_it():
+    assert remark(parsed("--layered", 3)) is None
+    config = parsed("--recipe", "paper", "--layered", 3)
+    assert options(config) == (3, None) and remark(config) == (
+        "Recipe paper: the defaults; --layered 3 as given, which wins."
+    )
+
+
+def test_a_run_s_settings_hold_the_recipe_and_what_it_became(tmp_path):
+    settings = yaml.safe_load(parsed("--recipe", "lasting", "--layered", 4).to_yaml())
+    assert (settings["recipe"], settings["layered"], settings["adversary"]) == ("lasting", 4, 1.0)
+    file = tmp_path / "run.yaml"
+    file.write_text(parsed("--recipe", "lasting", "--layered", 4).to_yaml())
+    again = parse_run(["--config", str(file)], "train")
+    assert again == parsed("--recipe", "lasting", "--layered", 4)
+    plain = tmp_path / "plain.yaml"
+    plain.write_text(parsed().to_yaml())  # whose layered and adversary are null
+    assert options(parse_run(["--config", str(plain), "--recipe", "lasting"], "train")) == (3, 1.0)
+
+
+def test_what_does_not_go_with_the_recipe_is_a_sentence_that_names_it():
+    with pytest.raises(UserError, match="--recipe lasting: --layered holds the folds whose turn has not come"):
+        parsed("--recipe", "lasting", "--gamma", 0, "--delta", 0)
+    with pytest.raises(UserError, match="--recipe must be one of paper, lasting, not 'forever'"):
+        parsed("--recipe", "forever")
+
+
+def test_a_script_s_run_has_the_recipe_s_options():
+    config = with_recipe(RunConfig(ModelConfig("any"), training=TrainingConfig(recipe="lasting")))
+    assert options(config) == (3, 1.0) and with_recipe(config) == config
+    own = RunConfig(
+        ModelConfig("any"), objective=ObjectiveConfig(adversary=2.0), training=TrainingConfig(recipe="lasting")
+    )
+    assert options(with_recipe(own)) == (3, 2.0)
+
+
+def test_schema_estimate_and_sweep_know_it(byte_model, tmp_path, capsys):
+    assert run_schema()["properties"]["recipe"]["enum"] == ["paper", "lasting"]
+    flags = ["--model", str(byte_model), "--recipe", "lasting", "--max-length", "64"]
+    assert main(["estimate", *flags, "--json"]) == 0
+    estimated = json.loads(capsys.readouterr().out)
+    assert estimated["notes"][0] == f"{LASTING}." and estimated["by_kind"]["adversary"] > 0
+    assert main(["sweep", "--grid", "recipe=paper,lasting", "--seeds", "1", *flags[:2], "--dry-run"]) == 0
+    assert "recipe=lasting/seed-" in capsys.readouterr().out
+
+
+def test_a_run_says_so_and_its_merged_weights_where_it_lasts(byte_model, tmp_path, capsys):
+    flags = ["--model", str(byte_model), "--device", "cpu", "--dtype", "float32", "--batch-size", "2", "--limit", "12"]
+    flags += ["--max-steps", "3", "--eval-rows", "0", "--output-dir", str(tmp_path / "run"), "--recipe", "lasting"]
+    assert main(["train", *flags, "--dry-run"]) == 0
+    assert f"{LASTING}.\n" in capsys.readouterr().out
+    assert main(["train", *flags]) == 0
+    assert f"{LASTING}.\n" in capsys.readouterr().out
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "| recipe | `lasting` |" in card and "| layered | `3` |" in card
+    assert main(["train", *flags, "--resume"]) == 0
+    capsys.readouterr()
+    assert main(["merge", "--adapter", str(tmp_path / "run"), "--output-dir", str(tmp_path / "merged")]) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last == (
+        "What --recipe lasting made last is a property of these merged weights: publish them, and not the adapter, "
+        "which is undone beside its base by switching it off."
+    )
+    assert last.split(":")[0] in " ".join((tmp_path / "merged" / "README.md").read_text().split())
