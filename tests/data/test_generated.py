@@ -116,6 +116,8 @@ def test_any_file(tmp_path, bpe_tokenizer, full):
     @example(".csv", b'text\n"' + b"x" * 200_000 + b'"\n')
     @example(".csv", b"text\na\0b\n")
     @example(".csv.gz", b"text\na\n")
+    @example(".tsv", b"1" * 5000)
+    @example(".csv", b'"a\nb",' * 500)
     @example(".jsonl", b"\xff\xfe")
     @example(".txt", b"\xff\xfea\0")
     @example(".html", b"<p>" * 20_000)
