@@ -58,6 +58,8 @@ class EvaluationOptions(AnswerOptions, DataOptions, ModelOptions):
     """Continue the evaluation in --output-dir, or add to it (members, lm-eval tasks, leak tests)."""
     batch_size: Count = BATCH_SIZE
     """Rows per batch (fewer if they are long)."""
+    dry_run: bool = False
+    """Check data, adapter and options, print what would be measured, and stop."""
 
 
 @dataclass
@@ -108,7 +110,7 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
     def may_change(cls) -> set[str]:
         """Options that a resumed evaluation may change; what would change a figure must stay as it was."""
         own = {f.name for f in fields(cls) if FREE in f.metadata}
-        return {"output_dir", "resume", "batch_size", "device", "before", "any_base", "leaks", "forms"} | own
+        return {"output_dir", "resume", "batch_size", "device", "before", "any_base", "leaks", "forms", "dry_run"} | own
 
     @classmethod
     def compared(cls, leaks: bool) -> list[str]:

@@ -143,6 +143,16 @@ def test_bad_input(byte_model, files, capsys):
     assert not (files / "out").exists()
 
 
+def test_a_dry_run_checks_all_and_writes_nothing(byte_model, files, capsys):
+    assert evaluate(byte_model, files, "--leaks", "relearning", "jailbreak", *QUICK, "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert "Leak test jailbreak, on 4 forget rows and 4 holdout rows: ROUGE-L recall" in printed
+    assert printed.rstrip().endswith("Dry run: nothing was measured or written.") and not (files / "out").exists()
+    for bad in (("--relearn-attacks", "4:20:1e-3"), ("--retune-lr", "0"), ("--leak-samples", "0")):
+        assert evaluate(byte_model, files, "--leaks", "relearning", *QUICK, "--dry-run", *bad) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
 def test_one_row_and_identical_rows(byte_model, files):
     write(files / "forget.jsonl", FORGET[:1])
     assert evaluate(byte_model, files, "--leaks", "relearning", holdout=False) == 0

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import yaml
 
 from lowmem_npo.cli import main
+from lowmem_npo.evaluation.leaks.registry import LeakOptions
 
 
 def test_the_demo_saves_its_leaks(small_demo):
@@ -33,7 +35,9 @@ def train(model, folder, *more):
                  "--limit", "4", "--eval-rows", "3", "--output-dir", str(folder), *more])  # fmt: skip
 
 
-def test_only_what_was_requested(byte_model, tmp_path, capsys):
+def test_only_what_was_requested(byte_model, tmp_path, capsys, monkeypatch):
+    few = partial(LeakOptions, relearn_steps=1, retune_steps=1)
+    monkeypatch.setattr("lowmem_npo.evaluation.leaks.measure.LeakOptions", few)
     assert train(byte_model, tmp_path / "none", "--leaks", "none") == 0
     assert not (tmp_path / "none" / "leaks.json").exists()
     config = tmp_path / "none" / "run.yaml"
@@ -43,6 +47,14 @@ def test_only_what_was_requested(byte_model, tmp_path, capsys):
     assert train(byte_model, tmp_path / "two", "--leaks", "relearning", "extraction") == 0
     leaks = json.loads((tmp_path / "two" / "leaks.json").read_text())
     assert set(leaks["after"]) == {"extraction", "relearning"} and set(leaks["before"]) == {"extraction"}
-    assert leaks["after"]["extraction"]["rows"] == 3 and leaks["after"]["relearning"]["shown_rows"] == 1
+    assert leaks["after"]["extraction"]["rows"] == 3 and leaks["after"]["relearning"]["shown_rows"] in (1, 2)
+    other = ("--leaks", "retuning", "jailbreak", "rewording", "--max-new-tokens", "4")
+    assert train(byte_model, tmp_path / "other", *other) == 0
+    leaks = json.loads((tmp_path / "other" / "leaks.json").read_text())
+    assert set(leaks["before"]) == {"jailbreak", "rewording"} and leaks["after"]["jailbreak"]["ways"] == 8
+    assert {"1 steps on the retain rows, lr 0.001", "1 steps on general texts, lr 0.001"} <= set(
+        leaks["after"]["retuning"]
+    )
+    assert "--paraphrase-column" in leaks["after"]["rewording"]["meaning"]
     assert train(byte_model, tmp_path / "bad", "--leaks", "extractoin") == 2
     assert "no leak test 'extractoin'" in capsys.readouterr().err and not (tmp_path / "bad").exists()

@@ -59,8 +59,20 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
         UserError: something the user can fix, in one sentence.
     """
     plan = plan_evaluation(config, say)
+    if config.dry_run:
+        for line in _announced(plan):
+            say(line)
+        return Evaluation(notes=plan.context.notes)
     with claimed(plan.config.path, say):
         return measure(plan, say)
+
+
+def _announced(plan: EvaluationPlan) -> list[str]:
+    """What would be measured, in lines."""
+    lines = [f"{benchmark.title}: {len(chosen.rows)} {name} rows" for benchmark, name, chosen in plan.selected]
+    counts = " and ".join(f"{len(chosen.rows)} {name} rows" for name, chosen in plan.leak_rows.items())
+    lines += [f"Leak test {test.name}, on {counts}: {test.summary}" for test in leak_tests(plan.config.leaks)]
+    return [*lines, "Dry run: nothing was measured or written."]
 
 
 @dataclass
