@@ -17,6 +17,7 @@ from benchmarks.quality_parts.lasting_table import (
     attack_table,
     official_table,
     summarise,
+    unmeasured,
 )
 from benchmarks.quality_parts.measure import ATTACKS, measure_answers, measure_attack, measure_scores
 from benchmarks.quality_parts.methods import BASELINES, DEMO, LASTING, PAPER, Method, method
@@ -75,12 +76,12 @@ class Comparison:
     def titles_of(self, pieces: Mapping[str, Any]) -> dict[str, str]:
         """Also of methods that earlier calls brought along, by their flags."""
         flags = {name.partition("/")[0]: figures.get("flags", "") for name, figures in pieces.items()}
-        return self.titles | {name: given for name, given in flags.items() if name not in self.titles}
+        return self.titles | {name: f"`{given}`" for name, given in flags.items() if name not in self.titles}
 
     def tables(self, results: Mapping[str, Any], titles: Mapping[str, str]) -> str:
         parts = [attack_table(results, titles), answer_table(results, titles)]
         parts += [official_table(results, titles, self.kind)] if self.kind else []
-        return "\n\n".join(parts)
+        return "\n\n".join(filter(None, [*parts, unmeasured(results, titles)]))
 
 
 def main(options: argparse.Namespace, work: Path) -> int:

@@ -100,10 +100,18 @@ def _table(
     lines = [["method", "seeds", *(title for _, title in columns)], ["---"] + ["---:"] * (len(columns) + 1)]
     for method, title in titles.items():
         of_method = results.get(method, {})
+        if not any(key in of_method for key, _ in columns):
+            continue
         seeds = sorted({len(of_method[key]["seeds"]) for key, _ in columns if key in of_method})
         cells = [cell(of_method.get(key), own_digits.get(key, digits)) for key, _ in columns]
-        lines.append([title, " to ".join(map(str, dict.fromkeys([*seeds[:1], *seeds[-1:]]))) or "–", *cells])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        lines.append([title, " to ".join(map(str, dict.fromkeys([seeds[0], seeds[-1]]))), *cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) if len(lines) > 2 else ""
+
+
+def unmeasured(results: Mapping[str, Mapping[str, Figures]], titles: Mapping[str, str]) -> str:
+    """Names what no table has a line for; "" where there is nothing."""
+    left = [title for method, title in titles.items() if method not in results]
+    return f"Not yet measured: {'; '.join(left)}." if left else ""
 
 
 def cell(figure: Figures | None, digits: int) -> str:

@@ -1,6 +1,7 @@
 """The rows of `quality.py --real`: a part of TOFU or of LUME to forget, a part to retain, and a part never taught.
 
-TOFU: three authors of forget05 to forget, six of retain95 to retain, three others held out, with the paraphrased and
+TOFU: three authors of forget05 to forget, six of retain95 to retain, three others of
+forget05 held out, with the paraphrased and
 wrong answers that its scores need. LUME: whole documents of each of its three tasks, a third of the rows each, the
 holdout from the files of its validation split. Each row gets a column `subject`, the author or the document.
 """
@@ -39,11 +40,12 @@ def write_rows(kind: Kind, data: Path, folder: Path, sizes: dict[str, int] = SIZ
 
 
 def tofu_rows(data: Path, sizes: dict[str, int]) -> dict[str, list[Row]]:
+    forget = _by_author(_read(data / "tofu" / "forget05_perturbed.json"))
     retain = _by_author(_read(data / "tofu" / "retain_perturbed.json"))
     return {
-        "forget": _by_author(_read(data / "tofu" / "forget05_perturbed.json"))[: sizes["forget"]],
+        "forget": forget[: sizes["forget"]],
         "retain": retain[: sizes["retain"]],
-        "holdout": retain[len(retain) - sizes["holdout"] :],
+        "holdout": forget[len(forget) - sizes["holdout"] :],  # of the same file: nearest to those to forget
     }
 
 
