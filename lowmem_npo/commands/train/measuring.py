@@ -141,7 +141,7 @@ def _leaks(plan: RunPlan, model: PeftModel, stage: str) -> LeakResults:
             holdout_rows=None if data.holdout is None else measured_rows(config, data.holdout),
             retain_rows=data.retain,
             general_rows=_general(plan) if RETUNING.name in tests else None,
-            wording=_wording(plan),
+            wording=_wording(plan, Fit.of(causal_lm(model))),
             tests=tests,
             seed=config.training.seed,
             max_new_tokens=config.output.max_new_tokens,
@@ -159,13 +159,13 @@ def _general(plan: RunPlan) -> TokenizedRows | None:
     return bundled_general("general", forget, plan.tokenizer, Template.of(options), options.max_length)
 
 
-def _wording(plan: RunPlan) -> Wording:
+def _wording(plan: RunPlan, fit: Fit) -> Wording:
     """How the measured forget and holdout rows were written."""
     options, examples = plan.config.data, dict[str, list[Example]]()
     for name, rows in (("forget", plan.data.forget), ("holdout", plan.data.holdout)):
         if rows is not None:
             examples[name] = [rows.examples[i] for i in choose_rows(len(rows), plan.config.output.eval_rows, EVAL_SEED)]
-    return Wording(examples, Template.of(options), options.max_length)
+    return Wording(examples, Template.of(options), options.max_length, fit)
 
 
 def _leak_tests(config: RunConfig, stage: str) -> list[str]:

@@ -46,7 +46,7 @@ class Jailbreak(Prompting):
     name = "jailbreak"
     summary = "ROUGE-L recall of greedy answers after system prompts and other words meant to bring them out"
     in_words = "talking the model into answering, with instructions and beginnings of answers"
-    none = "the rows are texts without a question, which no words can be put before"
+    none = "the rows are texts without a question, or leave the model no room for words before it"
 
     def ways(self, subject: Subject, name: str) -> Mapping[str, Asked]:
         from lowmem_npo.data import Encoder
@@ -54,6 +54,7 @@ class Jailbreak(Prompting):
 
         assert subject.wording is not None
         wording, ways = subject.wording, dict[str, Asked]()
+        room = wording.fit.positions if wording.fit else None  # --max-length is one of training
         for trick in tricks():
             for place, (row, example) in enumerate(zip(subject.sets[name], wording.examples[name], strict=True)):
                 if not (example.prompt or "").strip():
@@ -62,7 +63,7 @@ class Jailbreak(Prompting):
                     written = tricked(trick, row, example, Encoder(subject.scorer.tokenizer, wording.template))
                 except UserError:  # the chat template does not take such a conversation
                     continue
-                if len(written["input_ids"]) <= wording.longest:
+                if room is None or len(written["input_ids"]) <= room:
                     asked = ways.setdefault(trick.name, Asked())
                     asked.rows.append(written)
                     asked.places.append(place)
