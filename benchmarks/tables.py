@@ -20,6 +20,7 @@ from typing import Any
 if __name__ == "__main__":
     import checkout  # noqa: F401
 
+from benchmarks.quality_parts.lasting_table import cell
 from benchmarks.speed_parts.table import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,6 +72,19 @@ def quality(name: str = "quality", results: Path = RESULTS) -> str:
     return path.read_text(encoding="utf-8").strip() if path.exists() else "Not yet measured."
 
 
+def demo(results: Path = RESULTS) -> str:
+    """The demo's figures before and after, and gold's, over the seeds that were measured."""
+    figures = json.loads((results / "cpu" / "quality-lasting.json").read_text())["results"]
+    measures = {"nll": "NLL per answer token", "rouge_l_recall": "ROUGE-L recall", "exact_match": "exact match"}
+    rows = []
+    for of_set in ("forget", "retain"):
+        for place, (key, title) in enumerate(measures.items()):
+            stages = [cell(figures[model][f"{of_set}_{key}"], 3) for model in ("taught", "demo", "gold")]
+            rows.append([of_set if place == 0 else "", title, *stages])
+    lines = [["set", "measure", "before", "after", "gold"], ["---"] * 2 + ["---:"] * 3, *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines).replace("|  |", "| |")
+
+
 def speed(results: Path = RESULTS) -> str:
     """A step on the rows of LUME and of TOFU, on a processor, side by side."""
     parts = []
@@ -103,7 +117,7 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 QUALITY = ("quality", "quality-lasting", "quality-baselines", "quality-tofu", "quality-lume")
-TABLES: dict[str, Callable[[], str]] = {"memory": memory, "speed": speed} | {
+TABLES: dict[str, Callable[[], str]] = {"memory": memory, "demo": demo, "speed": speed} | {
     name: partial(quality, name) for name in QUALITY
 }
 

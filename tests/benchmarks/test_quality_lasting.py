@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import quality
+from benchmarks import quality, tables
 from benchmarks.quality_parts import lasting
 from benchmarks.quality_parts.lasting_picture import draw_attacks
 from benchmarks.quality_parts.lasting_table import MISSING, answer_table, attack_table, summarise, unmeasured
@@ -224,3 +224,10 @@ def test_the_committed_tables_are_those_of_the_committed_pieces(path):
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     marked = re.search(rf"<!-- table:{path.stem} -->\n(.*?)\n<!-- /table -->", page, re.DOTALL)
     assert marked and marked[1] == path.with_suffix(".md").read_text().strip()
+
+
+def test_every_table_of_the_page_is_that_of_the_results():
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert tables.written(page) == page
+    other = page.replace("| exact match | 1.000", "| exact match | 0.990")
+    assert other != page and tables.written(other) == page, "a figure that was typed is noticed"
