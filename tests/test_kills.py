@@ -21,6 +21,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
+FORGET = str(ROOT / "lowmem_npo" / "data" / "bundled" / "forget.jsonl")
 SETTINGS = ("--dtype", "float32", "--device", "cpu", "--limit", "6", "--lr", "1e-2", "--max-new-tokens", "4", "--forms",
             "trained", "--eval-rows", "2", "--leaks", "none", "--lora-dropout", "0.1")  # fmt: skip
 TRAIN = ("--batch-size", "3", "--max-steps", "4", "--save-steps", "1")
@@ -29,7 +30,7 @@ KINDS = {
     "train, layered": ("train", *SETTINGS, *TRAIN, "--layered", "2"),
     "train, stopping": ("train", *SETTINGS, *TRAIN, "--stop-when", "retain-loss+1000", "--eval-every", "1"),
     "train, cached": ("train", *SETTINGS, *TRAIN, "--reference", "cached"),
-    "train, own texts": ("train", *SETTINGS, *TRAIN, "--retain", "self:6"),
+    "train, own texts": ("train", *SETTINGS, *TRAIN, "--forget", FORGET, "--retain", "self:6"),
     "sweep": ("sweep", *SETTINGS, *TRAIN, "--grid", "gamma=0,1", "--seeds", "1", "--reference", "live"),
     "evaluate": ("evaluate", "--device", "cpu", "--limit", "3", "--max-new-tokens", "4"),
     "merge": ("merge", "--dtype", "stored"),
