@@ -129,7 +129,9 @@ class DataOptions(Checked):
     template: str | None = None
     """How a prompt is written before its answer. chat: with the model's chat template. plain: 'Question:
     {prompt}\\nAnswer:' for question/answer columns, else the prompt as it is. auto: chat where the model has a chat
-    template, but plain for input/output and prompt/completion columns. Or a text such as '[INST] {prompt} [/INST]'."""
+    template, but plain for input/output and prompt/completion columns. both: as auto, and what the chat template writes
+    a second time as plain, so that it is forgotten in both forms: twice as many rows. Or a text such as '[INST]
+    {prompt} [/INST]'."""
     prompt_template: str | None = None
     """Another spelling of --template with a text."""
     system: str | None = None

@@ -167,6 +167,11 @@ def test_an_engineer_with_a_request_and_nothing_to_keep(model, capsys):
     headline = headline_that_ask_confirms(capsys, "forgotten", rows)
     assert "no longer says" in headline and printed.splitlines()[-1] == headline
 
+    run(*train, "--forget", "facts.jsonl", "said.jsonl", *STRONG, "--batch-size", "32", "--template", "both",
+        "--output-dir", "both")  # fmt: skip
+    assert "forget, in both forms: 32 rows" in capsys.readouterr().out
+    assert "no longer says" in headline_that_ask_confirms(capsys, "both", rows)
+
     run("merge", "--adapter", "forgotten", "--output-dir", "merged", "--dtype", "stored")
     write_questions(FACTS)
     both = asked(capsys, "forgotten")

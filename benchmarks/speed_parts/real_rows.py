@@ -1,8 +1,8 @@
 """Seconds of a training step on rows as long as LUME's and TOFU's, beside those that `lowmem-npo estimate` predicts.
 
 Each way trains two epochs on the same rows, after a few steps that do not count: the first fills the cached reference,
-the second reads it. The predictions are made afterwards, by processes that see no GPU: beside them, the host takes up to
-twice as long to call what the GPU is to do.
+the second reads it. The predictions are made afterwards, by processes that see no GPU: beside them, the host takes up
+to twice as long to call what the GPU is to do.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from lowmem_npo.data.reading import Rows, bundled_rows, described, read_rows
 from lowmem_npo.data.schemas import PASSAGE, Example, canonical, to_examples, with_alternatives
 from lowmem_npo.data.self_written import beginnings, self_rows, stand_in
 from lowmem_npo.data.targets import forget_targets
-from lowmem_npo.data.templates import Template
+from lowmem_npo.data.templates import BOTH, Template
 from lowmem_npo.data.tokenizing import TokenizedRows, count, tokenize
 from lowmem_npo.errors import UserError
 from lowmem_npo.run_directory import SELF_WRITTEN
@@ -37,9 +37,10 @@ SCHEMAS = {
 class PreparedData:
     """What a run trains and evaluates on.
 
-    forget: the rows to forget, with their true answers.
+    forget: the rows to forget, with their true answers, as they are measured.
+    forget_trained: the same in every form in which they are trained: `forget`, but under --template both.
     retain: the rows to keep, or None.
-    forget_targets: what the forget term trains on: `forget`, or the same prompts with a refusal (`targets`).
+    forget_targets: what the forget term trains on: `forget_trained`, or the same prompts with a refusal (`targets`).
     report: lines for the user: what was read, and what was truncated.
     holdout: rows like those to forget that the model was never taught, or None: what forgotten rows are compared with.
     general: general rows that nothing is trained on, by which utility is measured where the user names no rows to keep.
@@ -58,6 +59,11 @@ class PreparedData:
     general: TokenizedRows | None = None
     alternatives: TokenizedRows | None = None
     level_rows: TokenizedRows | None = None
+    forget_in_forms: TokenizedRows | None = None
+
+    @property
+    def forget_trained(self) -> TokenizedRows:
+        return self.forget if self.forget_in_forms is None else self.forget_in_forms
 
 
 def prepare(
@@ -99,8 +105,11 @@ def prepare(
         report.extend(f"{part}: {note}" for note in rows.notes)
         return result
 
-    def tokenized(part: str, rows: Sequence[Example]) -> TokenizedRows:
-        result = tokenize(rows, tokenizer, max_length=data.max_length, template=template, tokens=data.tokens)
+    def tokenized(part: str, rows: Sequence[Example], drop_too_long: bool = False) -> TokenizedRows:
+        result = tokenize(
+            rows, tokenizer, max_length=data.max_length, template=template, tokens=data.tokens,
+            drop_too_long=drop_too_long,
+        )  # fmt: skip
         report.extend(result.report(part))
         return result
 
@@ -128,18 +137,27 @@ def prepare(
         refuse_overlap(to_forget, to_hold_out, part="holdout")
         if to_retain is not None:
             refuse_overlap(to_retain, to_hold_out, part="holdout", of="retain")
-    forget_rows = tokenized("forget", to_forget)
-    targets = forget_targets(forget_term, forget_rows, data.refusal, partial(tokenized, "forget, refusing"))
+    forget_rows, in_forms = tokenized("forget", to_forget), None
+    if template.text == BOTH:
+        if len(both := template.in_both_forms(to_forget, tokenizer)) == len(to_forget):
+            raise UserError("--template both: the chat template writes none of the rows to forget; leave it out.")
+        in_forms, to_forget = tokenized("forget, in both forms", both), both
+        to_retain = to_retain and template.in_both_forms(to_retain, tokenizer)
+    trained = in_forms or forget_rows
+    targets = forget_targets(forget_term, trained, data.refusal, partial(tokenized, "forget, refusing"))
     alternatives = None
     if data.alternative_column is not None:
         alternatives = tokenized("forget, alternatives", with_alternatives(to_forget))
-    retain_rows = unwritten if to_retain is None else tokenized("retain", to_retain)
+    nobodys = is_general(data.retain) or own is not None  # of whose rows one form may have no room
+    retain_rows = unwritten if to_retain is None else tokenized("retain", to_retain, drop_too_long=nobodys)
     holdout_rows = None if to_hold_out is None else tokenized("holdout", to_hold_out)
     held_out = None
     if own is not None or is_general(data.retain) or (data.retain is None and not bundled):
         held_out = general_holdout(to_forget, tokenizer, data, template)
     written = unwritten is not None
-    return PreparedData(forget_rows, retain_rows, targets, report, holdout_rows, written, held_out, alternatives)
+    return PreparedData(
+        forget_rows, retain_rows, targets, report, holdout_rows, written, held_out, alternatives, None, in_forms
+    )
 
 
 def general_holdout(

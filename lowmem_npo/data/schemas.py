@@ -56,6 +56,7 @@ class Example:
         `paraphrased_question`, or `--paraphrase-column`).
     alternatives: other answers, to be preferred to this one (`--alternative-column`).
     group: what the row is about, such as a person, where a column says so (`--group-column`); None: it stands alone.
+    plain: whether it is written without a chat template, whatever others are.
     continues: whether the text goes on after the answer, which then has no EOS: most passages of a document do.
     """
 
@@ -70,6 +71,7 @@ class Example:
     continues: bool = False
     alternatives: tuple[str, ...] = ()
     group: str | None = None
+    plain: bool = False
 
     @property
     def columns(self) -> set[str]:

@@ -14,8 +14,8 @@ A model fine-tuned in another form needs that form: `--template "[INST] {prompt}
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.config import DataOptions
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 BARE = "{prompt}"
 DEFAULTS = {"question/answer": "Question: {prompt}\nAnswer:"}
 RAW = ("input/output", "prompt/completion")  # passages and completions: no questions to a chat model
-FORMS = ("auto", "chat", "plain")
+BOTH = "both"  # as auto, and a second time plain (`in_both_forms`)
+FORMS = ("auto", "chat", "plain", BOTH)
 # Stands for an answer where the text around it is looked for. No letters: a template may change their case.
 MARK = "\u27ea\u2042\u27eb"
 
@@ -74,16 +75,18 @@ class Template:
     def messages(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[Mapping[str, Any], ...] | None:
         """The conversation that the tokenizer's chat template is to write; None for an example in a plain form."""
         turns = example.messages
+        if example.plain:
+            return None
         if turns is None:
             if example.prompt is None or example.schema == PASSAGE:
                 return None
             has_template = bool(tokenizer.chat_template)
-            if self.text == "chat" and not has_template:
+            if self.text in ("chat", BOTH) and not has_template:
                 raise UserError(
-                    "--template chat: this model's tokenizer has no chat template; give --template plain, or use an "
-                    "instruction-tuned model."
+                    f"--template {self.text}: this model's tokenizer has no chat template; give --template plain, or "
+                    "use an instruction-tuned model."
                 )
-            if self.text != "chat" and not (self.text == "auto" and has_template and example.schema not in RAW):
+            if self.text != "chat" and not (self.text in ("auto", BOTH) and has_template and example.schema not in RAW):
                 if self.system is not None:
                     raise UserError(
                         f"{example.where}: --system is for rows that a chat template writes, and this one is written "
@@ -94,6 +97,15 @@ class Template:
         if self.system is not None and turns[0]["role"] != "system":
             return ({"role": "system", "content": self.system}, *turns)
         return turns
+
+    def in_both_forms(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+        """The examples, and under `BOTH` those of them that the chat template writes once more, plain; both forms of a
+        row are in one group."""
+        if self.text != BOTH:
+            return list(examples)
+        examples = [replace(one, group=one.group or one.where) for one in examples]
+        chat = [one for one in examples if self.messages(one, tokenizer) is not None]
+        return [*examples, *(replace(bare(one), plain=True) for one in chat if (one.prompt or "").strip())]
 
     def describe(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
         """The form of an example, for the user."""
@@ -126,6 +138,11 @@ class Template:
         if brought or bare.endswith("\n") or (UNSPACED.match(bare[-1]) and UNSPACED.match(example.answer[0])):
             return bare, brought + example.answer
         return bare, " " + example.answer
+
+
+def bare(example: Example) -> Example:
+    """Of a conversation the last question alone, with the space before the answer that pairs of texts get."""
+    return replace(example, messages=None, schema="messages", options={}) if example.messages else example
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

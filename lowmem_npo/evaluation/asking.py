@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from lowmem_npo.data import Encoder, Example, Template, TokenizedRow
+from lowmem_npo.data.templates import bare
 from lowmem_npo.errors import UserError
 
 if TYPE_CHECKING:
@@ -94,9 +95,7 @@ def _otherwise(
     if not (example.prompt or "").strip():
         return
     if tokenizer.chat_template:
-        # Of a conversation the last question alone, with the space before the answer that pairs of texts get.
-        bare = replace(example, messages=None, schema="messages", options={}) if example.messages else example
-        yield PLAIN, bare, Template(PLAIN, stops=template.stops)
+        yield PLAIN, bare(example), Template(PLAIN, stops=template.stops)
         yield CHAT, example, Template(CHAT, template.system, template.stops)
     for paraphrase in example.paraphrases:
         yield REWORDED, with_question(example, paraphrase), template

@@ -69,7 +69,7 @@ def run_levels(path: Path, model: PeftModel, data: PreparedData, batch_size: int
         return json.loads(path.read_text(encoding="utf-8"))["levels"]
     assert data.level_rows is not None
     with reference_mode(model):
-        sets = {"forget": data.forget, "holdout": data.level_rows}
+        sets = {"forget": data.forget_trained, "holdout": data.level_rows}
         nll = {
             name: [
                 one.nll for one in answer_likelihoods(model, rows, batch_size=batch_size, description=f"{name} level")

@@ -120,7 +120,7 @@ def planned_rows(config: RunConfig, data: PreparedData) -> TrainingRows:
         data.forget_targets,
         data.retain if keeps else None,
         used_alternatives(config, data),
-        data.forget,
+        data.forget_trained,
         lambda rows, name, **teaching: rows,
         term=term,
         layered=config.training.layered,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -121,3 +122,58 @@ def test_the_holdout_is_named_or_bundled_and_apart_from_both(files, tmp_path, bp
     for part, source in (("forget", forget), ("retain", retain)):
         with pytest.raises(UserError, match=f"rows? to {part} (is|are) also in the holdout"):
             prepare(bpe_tokenizer, DataConfig(forget=forget, retain=retain, holdout=source))
+
+
+CHATS = [{"question": f"Who is {n}?", "answer": f"Number {n}.", "no": [f"{n} who?", "Pardon?"]} for n in "abc"]
+
+
+def test_rows_are_forgotten_and_kept_in_both_forms(tmp_path, chat_tokenizer):
+    """Each form is as if it were alone; what is measured is the chat form."""
+    forget, retain = write(tmp_path / "forget.jsonl", CHATS), write(tmp_path / "retain.jsonl", [
+        {"question": "Who?", "answer": "She."}])  # fmt: skip
+
+    def of(template: str, **more):
+        return prepare(chat_tokenizer, DataConfig(forget=forget, retain=retain, template=template, **more))
+
+    both, chat, plain = (of(template, alternative_column="no") for template in ("both", "chat", "plain"))
+    assert list(both.forget) == list(chat.forget)
+    assert list(both.forget_targets) == list(both.forget_trained) == [*chat.forget, *plain.forget]
+    assert list(both.retain) == [*chat.retain, *plain.retain]
+    first, second = (list(both.alternatives)[at : at + 6] for at in (0, 6))
+    assert first == [*list(chat.alternatives)[:3], *list(plain.alternatives)[:3]]
+    assert second == [*list(chat.alternatives)[3:], *list(plain.alternatives)[3:]]
+    groups = [example.group for example in both.forget_trained.examples]
+    assert groups[:3] == groups[3:] and len(set(groups)) == 3, "a fact's forms are in one fold"
+    assert [example.group for example in both.forget.examples] == [None] * 3
+    assert any(line.startswith("forget, in both forms: 6 rows") for line in both.report)
+    assert chat.forget_trained is chat.forget
+
+
+def test_a_refusal_is_taught_in_both_forms(tmp_path, chat_tokenizer):
+    forget = write(tmp_path / "forget.jsonl", CHATS)
+    data = prepare(chat_tokenizer, DataConfig(forget=forget, retain="builtin", template="both"), "idk")
+    prompts = [row["input_ids"][: row["prompt_length"]] for row in data.forget_trained]
+    assert [row["input_ids"][: row["prompt_length"]] for row in data.forget_targets] == prompts
+    said = {chat_tokenizer.decode(row["input_ids"][row["prompt_length"] :]).strip() for row in data.forget_targets}
+    assert len(said) == 2 and all(text.startswith(DataConfig.refusal) for text in said)  # two ends of an answer
+
+
+def test_conversations_have_a_plain_form_and_texts_only_one(tmp_path, chat_tokenizer):
+    turns = [("user", "Hi"), ("assistant", "Hello."), ("user", "Who is a?"), ("assistant", "Number a.")]
+    rows = [{"messages": [{"role": role, "content": content} for role, content in turns]}]
+    forget = write(tmp_path / "forget.jsonl", rows)
+    (tmp_path / "keep.txt").write_text("Nothing is asked here. " * 5)
+    data = DataConfig(forget=forget, retain=str(tmp_path / "keep.txt"), template="both", passage_tokens=16)
+    prepared = prepare(chat_tokenizer, data)
+    texts = [chat_tokenizer.decode(row["input_ids"]) for row in prepared.forget_trained]
+    assert texts[0].startswith("<|im_start|>user\nHi<|im_end|>") and texts[1] == "Who is a? Number a.<|endoftext|>"
+    assert len(prepared.retain) == len(prepare(chat_tokenizer, replace(data, template="auto")).retain)
+
+
+def test_both_forms_need_a_chat_template_and_questions(tmp_path, chat_tokenizer, bpe_tokenizer):
+    forget = write(tmp_path / "forget.jsonl", CHATS)
+    with pytest.raises(UserError, match="--template both: this model's tokenizer has no chat template"):
+        prepare(bpe_tokenizer, DataConfig(forget=forget, retain="builtin", template="both"))
+    (tmp_path / "a.txt").write_text("Nothing is asked here. " * 5)
+    with pytest.raises(UserError, match="--template both: the chat template writes none of the rows to forget"):
+        prepare(chat_tokenizer, DataConfig(forget=str(tmp_path / "a.txt"), retain=forget, template="both"))

@@ -60,7 +60,7 @@ class RunPlan:
     def steps(self) -> int:
         """Optimiser steps, as the Trainer counts them."""
         training = self.config.training
-        per_epoch = math.ceil(len(self.data.forget) / training.batch_size)
+        per_epoch = math.ceil(len(self.data.forget_trained) / training.batch_size)
         return training.max_steps or math.ceil(training.epochs * per_epoch)
 
     @property
@@ -73,8 +73,9 @@ class RunPlan:
             retain = f" and {drawn} of {rows} retain rows"
             if drawn > rows:
                 retain = f" and {drawn} retain rows (the {rows} there are, repeatedly)"
+        rows = len(data.forget_trained)
         return (
-            f"{self.steps} steps of {min(training.batch_size, len(data.forget))} of {len(data.forget)} forget{retain}"
+            f"{self.steps} steps of {min(training.batch_size, rows)} of {rows} forget{retain}"
             f"{f', in {training.layered} stages' if training.layered else ''}"
         )
 
@@ -125,7 +126,7 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
     if config.memory.stream_weights:
         check_device(resolve_device(config.model.device))
     check_has_weights(resolve_name(config.model.model, config.model.revision)[0])
-    check_fit(model_config, tokenizer, [data.forget, data.forget_targets, data.retain, data.holdout])
+    check_fit(model_config, tokenizer, [data.forget_trained, data.forget_targets, data.retain, data.holdout])
     directory = RunDirectory(config)
     directory.check()
     check_trainer_args(config)

@@ -17,7 +17,7 @@ from lowmem_npo.claim import claimed
 from lowmem_npo.commands.train.measuring import measure_after, measure_before, measured_rows
 from lowmem_npo.commands.train.own_texts import own_texts, write_own_texts
 from lowmem_npo.commands.train.plan import RunPlan, is_main_process, plan_run, read_data, read_inputs
-from lowmem_npo.config import RunConfig
+from lowmem_npo.config import REFUSING_TERMS, RunConfig
 from lowmem_npo.console import Say, silent
 from lowmem_npo.data import preview
 from lowmem_npo.data.fit import check_fit
@@ -125,7 +125,7 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
         trainer.push_up_to(levels)
         say(f"Each forget row is pushed up to its level, {min(levels):.2f} to {max(levels):.2f} nats per token.")
     before = measure_before(plan, model) if measures else {}
-    if plan.data.forget_targets is plan.data.forget and (remark := in_sentences_of_its_own(before)):
+    if config.objective.forget_term not in REFUSING_TERMS and (remark := in_sentences_of_its_own(before)):
         say(remark)  # of a refusal it does not matter how the answer was said
     PartialState().wait_for_everyone()
     preemption = Preemption()
@@ -208,7 +208,7 @@ def _trainer(plan: RunPlan, model: PeftModel, stopping: Stopping | None, say: Sa
         data.retain,
         processing_class=plan.tokenizer,
         alternative_dataset=used_alternatives(plan.config, data),
-        true_dataset=data.forget,
+        true_dataset=data.forget_trained,
         callbacks=ours,
         say=say,
     )
@@ -249,7 +249,7 @@ def _stopping(plan: RunPlan, model: PeftModel, say: Say) -> Stopping | None:
         return None
     sets = {"forget": data.forget, "retain": data.retain, "holdout": data.holdout}
     chosen = {name: measured_rows(config, rows) for name, rows in sets.items() if rows is not None}
-    folds = [[data.forget[i] for i in fold] for fold in planned_rows(config, data).folds or ()]
+    folds = [[data.forget_trained[i] for i in fold] for fold in planned_rows(config, data).folds or ()]
     return Stopping(
         config.stopping.conditions,
         model,
