@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PretrainedConfig
@@ -22,6 +23,7 @@ from lowmem_npo.estimate.gpus import Device, own_device
 from lowmem_npo.estimate.report import Report
 from lowmem_npo.estimate.simulator.gpu import CAPABILITY
 from lowmem_npo.estimate.step import StepRows
+from lowmem_npo.memory.streaming import check_device
 from lowmem_npo.model.loading import DTYPES, resolve_device
 from lowmem_npo.model.saved_adapter import settings_of_run
 from lowmem_npo.run_directory import DECIDED, RunDirectory
@@ -79,6 +81,8 @@ def _decide(
     if not on_gpu and budget is None:
         return _on_cpu(config, data, architecture, say), None
     report = Simulation(config, workload_of(config, data), own_device() if on_gpu else None).report()
+    if report.config.memory.stream_weights:
+        _check_host(report, on_gpu, say)
     flags = f"with {' '.join(report.flags)}" if report.flags else "as configured"
     needed, context = gib(report.estimate.needed_bytes), gib(report.estimate.context_bytes)
     limit = f"Memory budget {budget}" if budget is not None else "Memory"
@@ -88,6 +92,23 @@ def _decide(
         for line in report.time_lines():
             say(line)
     return replace(report.config, memory=replace(report.config.memory, memory_budget=None)), report
+
+
+def _check_host(report: Report, on_gpu: bool, say: Say) -> None:
+    """Says how much host memory streamed weights take. Raises UserError if it is not there, or without a GPU."""
+    if not on_gpu:
+        check_device(torch.device("cpu"))
+    needed = report.estimate.host_bytes * PartialState().num_processes
+    available = available_memory()
+    say(
+        f"Streamed weights: {gib(needed)} of host memory (available: {gib(available)}), and {gib(report.copied_bytes)} "
+        "copied to the GPU in a step."
+    )
+    if needed > available:
+        raise UserError(
+            f"--stream-weights keeps the weights in host memory, which takes {gib(needed)}, and {gib(available)} are "
+            "available: free some, use --qlora if this run does not, or take a smaller model."
+        )
 
 
 def _with_reference(config: RunConfig, data: PreparedData, architecture: PretrainedConfig, say: Say) -> RunConfig:

@@ -12,6 +12,7 @@ are rounded once instead of twice):
 | tiled MLP | for a budget | dequantises 4-bit weights for every tile; more launches |
 | checkpoints offloaded | for a budget | copies them over the bus |
 | further micro-batches | for a budget | dequantises 4-bit weights again, for fewer rows |
+| weights streamed | for a budget that nothing else meets | copies the layers' weights over the bus in every pass |
 
 Their order is that of the time which `lowmem_npo.estimate.time` predicts for a model of a few layers. Joint passes are
 decided last, for the fastest of the others that fits: they take as many tokens as then fit, if they are worth it.
@@ -63,6 +64,7 @@ SAVING = (
     Switch("memory", "tile_mlp", TILE_ROWS),
     Switch("memory", "offload_checkpoints", True),
 )
+STREAMED = Switch("memory", "stream_weights", True)
 FEW, MORE = 4, 6  # layers of the shallow models that bound a deep one from below: more than are in flight at once
 TIMED = 1  # layers of the models whose times are compared
 JOINT_SHARES = (1.0, 0.5, 0.25)  # of the largest micro-batch's tokens that one pass may take
@@ -132,11 +134,15 @@ def fit_budget(
     """
     search = _Search(config, architecture, (*AUTOMATIC, *SAVING), rows, device, typical)
     fit = search.fastest(budget)
+    if fit is None and search.suits(STREAMED, config):
+        search = _Search(STREAMED.on(config), architecture, (*AUTOMATIC, *SAVING), rows, device, typical)
+        fit = search.fastest(budget)
+    start = cautious(config)
     if fit is None:
         smallest = search.smallest(search.candidates)
         needed = search.simulate(smallest, architecture)
-        raise UserError(_impossible(search.start, smallest, needed, budget))
-    return fit
+        raise UserError(_impossible(start, smallest, needed, budget))
+    return replace(fit, flags=_flags(start, fit.config))
 
 
 class _Search:
@@ -160,7 +166,7 @@ class _Search:
             partial(estimate, rows=typical or self.rows, capability=capability)
         )
         self.decides_joint = config.memory.joint_pass_tokens == "auto"
-        self.usable = [switch for switch in switches if self._suits(switch, config)]
+        self.usable = [switch for switch in switches if self.suits(switch, config)]
         sizes = any(switch in SAVING for switch in switches)
         self.candidates = list(self._candidates(sizes))
 
@@ -218,7 +224,8 @@ class _Search:
                     if candidate is not None and not self._has_one_tile(candidate):
                         yield candidate
 
-    def _suits(self, switch: Switch, config: RunConfig) -> bool:
+    def suits(self, switch: Switch, config: RunConfig) -> bool:
+        """Whether the search may set it: it is open, and fits the architecture."""
         now = getattr(getattr(config, switch.section), switch.name)
         if switch.name == "double_quant":
             return _may_quantise_once(config) and stored_quantization(self.architecture) is None
@@ -312,7 +319,7 @@ def _flags(before: RunConfig, after: RunConfig) -> list[str]:
     flags = []
     if after.training.micro_batch_size != before.training.micro_batch_size:
         flags += ["--micro-batch-size", str(after.training.micro_batch_size)]
-    for switch in (*AUTOMATIC, JOINT._replace(value=after.memory.joint_pass_tokens), *SAVING):
+    for switch in (*AUTOMATIC, JOINT._replace(value=after.memory.joint_pass_tokens), *SAVING, STREAMED):
         if switch.is_on(after) and not switch.is_on(before):
             flags += [f"--{switch.name.replace('_', '-')}"] + ([] if switch.value is True else [str(switch.value)])
     return flags

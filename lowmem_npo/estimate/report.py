@@ -66,6 +66,11 @@ class Report:
     def capability(self) -> tuple[int, int]:
         return self.device.capability if self.device else CAPABILITY
 
+    @property
+    def copied_bytes(self) -> int:
+        """From host memory to the GPU, in a step."""
+        return self.estimate.copied_bytes * self.config.training.micro_batches()
+
     def as_json(self) -> dict[str, Any]:
         result = self.estimate
         return {
@@ -77,6 +82,7 @@ class Report:
             "needed_bytes": result.needed_bytes,
             "context_bytes": result.context_bytes,
             "host_bytes": result.host_bytes,
+            "copied_bytes_per_step": self.copied_bytes,
             "by_kind": {kind.replace(" ", "_"): size for kind, size in result.by_kind.items()},
             "budget_bytes": self.budget,
             "fits": None if self.budget is None else result.fits(self.budget),
@@ -99,6 +105,8 @@ class Report:
         lines += [_line("GPU memory needed", result.total_bytes)]
         if result.host_bytes >= 2**20:
             lines += [_line("host memory for tensors", result.host_bytes)]
+        if self.config.memory.stream_weights:
+            lines += [_line("copied from it to the GPU in a step", self.copied_bytes)]
         flags = f"with {' '.join(self.flags)}" if self.flags else "with these options"
         if self.budget is not None:
             lines += [f"fits {gib(self.budget)}: yes, {flags}"]

@@ -65,6 +65,7 @@ class Estimate:
     needed_bytes: int  # what PyTorch's allocator must have to serve that: it cannot use all of what is free
     by_kind: dict[str, int]  # what peak_bytes consists of
     host_bytes: int  # the peak of tensors in host memory
+    copied_bytes: int = 0  # from host memory to the GPU, by one micro-batch
     context_bytes: int = CONTEXT_BYTES
     work: Work = field(default_factory=list, compare=False, repr=False)  # of one micro-batch, and what comes once
     later_work: Work = field(
@@ -79,6 +80,7 @@ class Estimate:
             needed_bytes=needed(gpu.trace, gpu.peak, segments_expand()),
             by_kind={kind: gpu.at_peak.get(kind, 0) for kind in KINDS},
             host_bytes=gpu.off_device_peak,
+            copied_bytes=sum(o.bytes for _, some in gpu.work.sections for o in some if o.part == "to GPU"),
             work=list(gpu.work.sections),
         )
 

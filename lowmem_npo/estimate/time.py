@@ -69,10 +69,14 @@ class RunTime:
         """For people."""
         first, later = self.first, self.later
         bound = "the GPU computes all the time" if first.gpu > first.host else "the GPU waits for the host"
+        if first.copies > max(first.gpu, first.host):
+            bound = "the GPU waits for the bus"
         lines = [f"time of a step on {gpu} (predicted): {first.total:.2f} s; {bound}"]
         if later != first:
             lines[0] = f"time of a step on {gpu} (predicted): {first.total:.2f} s, {later.total:.2f} s once the "
             lines[0] += f"reference is cached; {bound}"
+        if first.copies >= 0.01:
+            lines += [f"  of computing {first.gpu:.2f} s, of copies to the GPU, beside it, {first.copies:.2f} s"]
         if self.hours is not None and self.steps is not None:
             lines += [f"time of all {sum(self.steps)} steps: {duration(self.hours)}"]
         return [*lines, f"  ({ERROR})"]
@@ -85,6 +89,7 @@ class RunTime:
             "seconds_per_step_cached": self.later.total,
             "gpu_seconds": self.first.gpu,
             "host_seconds": self.first.host,
+            "copy_seconds": self.first.copies,
             "steps": None if self.steps is None else sum(self.steps),
             "hours": self.hours,
             "error": ERROR,

@@ -1,0 +1,129 @@
+"""Streamed weights in the estimate: budgets, copies and the time that they take, the search, host memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from transformers import LlamaConfig
+
+from lowmem_npo.cli import main
+from lowmem_npo.config import DataConfig, MemoryConfig, ModelConfig, RunConfig, TrainingConfig
+from lowmem_npo.errors import UserError
+from lowmem_npo.estimate import automatic
+from lowmem_npo.estimate.budget import fit_budget
+from lowmem_npo.estimate.gpus import named
+from lowmem_npo.estimate.simulator.work import ARRIVAL, Operation
+from lowmem_npo.estimate.step import estimate
+from lowmem_npo.estimate.time import RunTime, Seconds, seconds
+from lowmem_npo.memory import streaming
+from lowmem_npo.model.known_configs import known_config
+from lowmem_npo.model.trial import of_depth
+
+GIB = 2**30
+SMALL = "allenai/OLMo-2-0425-1B"
+LLAMA = LlamaConfig(
+    vocab_size=97, hidden_size=64, intermediate_size=160, num_hidden_layers=6, num_attention_heads=4,
+    num_key_value_heads=2, tie_word_embeddings=False,
+)  # fmt: skip
+
+
+def run(tokens: int, tile: int = 1024, **memory) -> RunConfig:
+    """QLoRA of rank 5, 4 forget and 4 retain rows of `tokens` tokens, streamed, with all other switches."""
+    switches = {"stream_weights": True, "embedding_on_cpu": True, "offload_checkpoints": True, "tile_mlp": tile}
+    memory = MemoryConfig(**{**switches, **memory})
+    return RunConfig(ModelConfig("known", qlora=True), DataConfig(max_length=tokens), memory=memory)
+
+
+BUDGETS = {  # GiB without CUDA context
+    "7B, 2048 tokens": ("allenai/OLMo-7B-hf", run(2048), 2.0),
+    "32B, 2048 tokens": ("allenai/OLMo-2-0325-32B", run(2048, tile=256), 2.6),
+    "70B, 2048 tokens": ("meta-llama/Llama-3.1-70B", run(2048), 6.0),
+    "70B, 512 tokens": ("meta-llama/Llama-3.1-70B", run(512), 4.5),
+}
+FEW, MORE = 3, 4  # layers: each more takes what its adapter takes, and nothing else
+
+
+@pytest.mark.parametrize(("name", "config", "budget"), BUDGETS.values(), ids=list(BUDGETS))
+def test_budget(name, config, budget, full):
+    architecture = known_config(name)
+    few, more = (estimate(config, of_depth(architecture, depth)) for depth in (FEW, MORE))
+    of_layer = (more.peak_bytes - few.peak_bytes) // (MORE - FEW)
+    peak = few.peak_bytes + (architecture.num_hidden_layers - FEW) * of_layer
+    assert peak <= budget * GIB and few.by_kind["slots"] > 0
+    grown = {kind for kind in more.by_kind if more.by_kind[kind] != few.by_kind[kind]}
+    assert grown == {"adapter", "frozen weights"}
+    assert more.by_kind["frozen weights"] - few.by_kind["frozen weights"] < 2**17  # norms, and the tables of 4 bits
+    if full:
+        whole = estimate(config, architecture)
+        assert whole.peak_bytes == peak and whole.needed_bytes <= 1.05 * budget * GIB
+
+
+# -- copies ---------------------------------------------------------------------------------------------------------
+
+
+def test_copies_of_a_step_are_those_of_the_real_one():
+    """Both parts run three passes through six layers; the first pass finds empty slots, the others two layers."""
+    config = RunConfig(ModelConfig("tiny"), DataConfig(max_length=16), memory=MemoryConfig(stream_weights=True))
+    simulated = estimate(config, LLAMA)
+    block = simulated.by_kind["slots"] // 2
+    assert simulated.copied_bytes // block == (6 + 6 + 4) + (4 + 6 + 4)
+    assert simulated.host_bytes >= 6 * block
+    resident = estimate(replace(config, memory=MemoryConfig()), LLAMA)
+    assert resident.by_kind["slots"] == 0 and resident.copied_bytes < block
+
+
+COPY, KERNEL = Operation("copy", bytes=int(0.8 * 32e9), part="to GPU"), Operation("kernel", bytes=int(0.8 * 1008e9))
+
+
+def test_what_waits_for_a_copy_and_what_runs_beside_it():
+    """A copy and a kernel of a second each."""
+    gpu = named("rtx-4090").model
+    ahead = [ARRIVAL, COPY, KERNEL] * 5  # the next layer's weights come while a layer computes
+    assert seconds([COPY, *ahead], gpu).total == pytest.approx(6.0, rel=0.01)
+    in_time = [COPY, ARRIVAL, KERNEL] * 5
+    assert seconds(in_time, gpu).total == pytest.approx(10.0, rel=0.01)
+    away = Operation("copy", bytes=COPY.bytes, part="to host")  # the other direction of the bus
+    assert seconds([COPY, away, ARRIVAL, KERNEL], gpu).total == pytest.approx(2.0, rel=0.01)
+    assert seconds(in_time, gpu).copies == pytest.approx(5.0) and seconds([away], gpu).copies == 0
+
+
+DECIDED = ("--gradient-checkpointing", "on", "--joint-pass-tokens", "0", "--batch-size", "1", "--max-length", "96")
+
+
+def test_the_estimate_says_what_is_copied_and_which_of_the_two_bounds(byte_model, capsys):
+    options = ["--model", str(byte_model), "--dtype", "float32", "--gpu", "rtx-4090", *DECIDED]
+    assert main(["estimate", *options, "--stream-weights"]) == 0
+    text = capsys.readouterr().out
+    assert "  slots  " in text and "copied from it to the GPU in a step" in text
+    bus = RunTime(Seconds(2.0, 1.0, 0.5, 1.9), Seconds(2.0, 1.0, 0.5, 1.9), None).lines("x")
+    assert "the GPU waits for the bus" in bus[0] and "computing 1.00 s, of copies to the GPU, beside it, 1.90" in bus[1]
+
+
+# -- budgets --------------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_streamed_for_a_budget_that_nothing_else_meets():
+    architecture = of_depth(known_config(SMALL), 6)
+    memory = run(64, tile=32, stream_weights=False, joint_pass_tokens=0, gradient_checkpointing="on").memory
+    model, data = ModelConfig("known", qlora=True, double_quant="on"), DataConfig(max_length=64)
+    config = RunConfig(model, data, memory=memory, training=TrainingConfig(batch_size=1))
+    streamed = estimate(replace(config, memory=replace(config.memory, stream_weights=True)), architecture).total_bytes
+    resident = estimate(config, architecture).total_bytes
+    assert fit_budget(config, architecture, resident).flags == []
+    fit = fit_budget(config, architecture, (streamed + resident) // 2)
+    assert fit.flags == ["--stream-weights"] and fit.estimate.total_bytes == streamed
+    with pytest.raises(UserError, match=r"the smallest that works is .* \(with --stream-weights\)"):
+        fit_budget(config, architecture, int(0.9 * streamed))
+
+
+def test_host_memory_is_checked_and_said_before_anything_is_loaded(byte_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(streaming, "ON_CPU", True)
+    monkeypatch.setattr(automatic, "available_memory", lambda: 1000)
+    options = ["train", "--model", str(byte_model), "--device", "cpu", "--max-steps", "1", "--limit", "2", *DECIDED]
+    options += ["--offload-checkpoints", "--tile-mlp", "16", "--embedding-on-cpu"]
+    options += ["--stream-weights", "--memory-budget", "20GiB", "--output-dir", str(tmp_path / "run"), "--dry-run"]
+    assert main(options) == 2
+    out, err = capsys.readouterr()
+    assert "Streamed weights: 0.0" in out and "of host memory (available: 0.00 GiB)" in out
+    assert "--stream-weights keeps the weights in host memory, which takes" in err
