@@ -294,7 +294,7 @@ def _join(before: str, line: str, compounds: Container[str]) -> str:
 
 def _tidy(text: str) -> str:
     """No space at the ends of lines, no more than one empty line."""
-    text = re.sub(r"[ \t\xa0]+\n", "\n", text.replace("\f", "\n"))
+    text = re.sub(r"(?<![ \t\xa0])[ \t\xa0]+\n", "\n", text.replace("\f", "\n"))
     text = re.sub(r"\n[ \t]+(?=\n)", "\n", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 

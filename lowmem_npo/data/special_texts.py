@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,18 @@ BYTE = re.compile("<0x[0-9A-F]{2}>")
 ROLE = r"\s*\w{0,20}\s*"  # what may follow the last special token of a row that is written out: "assistant"
 
 
+def trailing(text: str, texts: Sequence[str]) -> int:
+    """Where those of `texts` begin with which `text` ends, with spaces between and after them; its length if it ends
+    otherwise. A regular expression would try it anew from each of them."""
+    begin = at = len(text)
+    while True:
+        while at and text[at - 1].isspace():
+            at -= 1
+        if (last := next((one for one in texts if text.endswith(one, 0, at)), None)) is None:
+            return begin
+        begin = at = at - len(last)
+
+
 class SpecialTexts:
     """special: id -> text of the tokenizer's special tokens."""
 
@@ -40,7 +52,7 @@ class SpecialTexts:
         texts = sorted(self._special.values(), key=len, reverse=True)
         one = "|".join(map(re.escape, texts)) or r"(?!)"  # which matches nothing
         bos = re.escape(tokenizer.bos_token) if tokenizer.bos_token else r"(?!)"
-        self._one, self._ending = re.compile(one), re.compile(rf"(?:(?:{one})\s*)+$")
+        self._one, self._texts = re.compile(one), texts
         self._written_out = re.compile(rf"\s*({one}).*(?:{one}){ROLE}", re.DOTALL)
         self._bos = re.compile(rf"\s*(?:{bos})")
 
@@ -67,7 +79,7 @@ class SpecialTexts:
         if not self._one.search(text):
             return text
         first = bos.end() if keep_bos and (bos := self._bos.match(text)) else 0
-        last = end.start() if keep_end and (end := self._ending.search(text, first)) else len(text)
+        last = max(first, trailing(text, self._texts)) if keep_end else len(text)
         inside = self._one.sub(lambda match: INSIDE.join(match[0]), text[first:last])
         return text[:first] + inside + text[last:]
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast, overload
 
 from lowmem_npo.config import DataConfig
 from lowmem_npo.data.schemas import CALLS, Example
-from lowmem_npo.data.special_texts import INSIDE, SpecialTexts
+from lowmem_npo.data.special_texts import INSIDE, SpecialTexts, trailing
 from lowmem_npo.data.templates import MARK, Template, special_tokens
 from lowmem_npo.errors import UserError
 
@@ -290,8 +290,8 @@ class Encoder:
             ends = self.named
             if stop := re.search(self.stop, ending):
                 self.ended, ending, ends = True, ending[: stop.end()], [*ends, stop[0]]
-            if brought := re.search(rf"(({'|'.join(map(re.escape, ends))})\s*)+$", body):  # the row brings its own end
-                self.doubled, body = True, body[: brought.start()]
+            if (brought := trailing(body, ends)) < len(body):  # the row brings its own end
+                self.doubled, body = True, body[:brought]
         answer = body + ending
         opening = prompt.rpartition(earlier[-1]["content"].strip())[2]  # of the answer's turn
         written = None if example.messages else _already_written(example.prompt or "", opening)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lowmem_npo.data.schemas import Example
 from lowmem_npo.data.special_texts import INSIDE as OF_ROW
-from lowmem_npo.data.special_texts import SpecialTexts
+from lowmem_npo.data.special_texts import SpecialTexts, trailing
 from lowmem_npo.data.templates import Template
 from lowmem_npo.data.tokenizing import Encoder, decode, tokenize
 from lowmem_npo.errors import UserError
@@ -136,3 +138,11 @@ def test_a_mark_does_not_get_into_a_row(chat_tokenizer):
     encoder = Encoder(chat_tokenizer)
     assert OF_ROW not in decode(chat_tokenizer, encoder.text_ids(INSIDE[1]))
     assert OF_ROW in encoder.special.marked(INSIDE[1])
+
+
+def test_very_many_of_them_take_no_longer_than_their_length(chat_tokenizer):
+    """A regular expression that looks for those at the end would try each of them to the end."""
+    begun, many = time.process_time(), f"{EOS} " * 20_000
+    assert trailing(f"{many}x", [EOS, END]) == len(many) + 1 and trailing(many, [EOS]) == 0
+    assert trailing(f"a {EOS} {END}\n", [EOS, END]) == 2
+    assert time.process_time() - begun < 5
