@@ -24,4 +24,4 @@ def one_of(flag: str, value: str, choices: Sequence[str]) -> str:
     if len(choices) <= LISTED:
         return f"{flag} must be one of {', '.join(choices)}, not '{shortened(value)}'{meant}"
     some = "" if near else f"; there are {', '.join(choices[:LISTED])} and others"
-    return f"{flag} has no value '{shortened(value)}'{some}{meant}"
+    return f"{flag} has no such value as '{shortened(value)}'{some}{meant}"
