@@ -99,6 +99,79 @@ def speed(results: Path = RESULTS) -> str:
     return "\n\n".join(parts)
 
 
+def gpu_memory(results: Path = RESULTS) -> str:
+    """Steps that were measured on a GPU one by one, beside what was simulated of them."""
+    rows = []
+    for path, record in _on_gpus("memory", results):
+        if path.stem.startswith("memory"):
+            continue  # it has a table of its own
+        for entry in record["results"]:
+            if "peak_bytes" not in entry:
+                continue
+            name = f"{entry['model'].rpartition('/')[2].removesuffix('-hf')}, {_with_code(entry['name'])}"
+            peaks = [f"{entry[key] / 2**30:.3f}" for key in ("peak_bytes", "predicted_peak_bytes")]
+            step = f"{entry['seconds_per_step']:.2f} s"
+            rows.append([name, str(entry["tokens"]), _gpu(record), *peaks, step])
+    header = ["4 + 4 rows", "tokens a row", "GPU", "peak GiB, measured", "simulated", "a step"]
+    return _markdown(header, rows)
+
+
+def gpu_kernels(results: Path = RESULTS) -> str:
+    """Milliseconds, MiB of workspace and relative error of every contender at every task, one table a shape."""
+    parts = []
+    for _, record in _on_gpus("kernels", results):
+        timed = [run for run in record["results"] if "seconds" in run]
+        shapes = dict.fromkeys((run["tokens"], run["vocabulary"], run["hidden"]) for run in timed)
+        for shape in shapes:
+            runs = {
+                (r["contender"], r["task"]): r for r in timed if (r["tokens"], r["vocabulary"], r["hidden"]) == shape
+            }
+            names, tasks = (list(dict.fromkeys(key[i] for key in runs)) for i in (0, 1))
+            rows = [[name, *(_kernel(runs.get((name, task))) for task in tasks)] for name in names]
+            titles = [KERNEL_TASKS[task] for task in tasks]
+            about = "{} tokens, V {}, d {}, on an {}".format(*shape, _gpu(record))
+            parts.append(f"{about}:\n\n{_markdown(['', *titles], rows)}")
+    return "\n\n".join(parts)
+
+
+def gpu_rows(results: Path = RESULTS) -> str:
+    """Seconds of a step on rows as long as real ones, in both epochs, beside the predicted ones."""
+    parts = []
+    for _, record in _on_gpus("speed on real rows", results):
+        rows = []
+        for run in record["results"]:
+            if "seconds_per_step" in run:
+                pairs = [run["seconds_per_step"], run["predicted"] or []]
+                cells = [", ".join(f"{s:.2f}" for s in pair) or "–" for pair in pairs]
+                rows.append([f"{run['data'].upper()}, {run['way']}", f"{run['tokens']:.0f}", *cells])
+        header = [f"{record['model'].rpartition('/')[2].removesuffix('-hf')}, QLoRA, 4 + 4 rows, on an {_gpu(record)}"]
+        parts.append(_markdown([*header, "tokens a step", "seconds of a step", "predicted then"], rows))
+    return "\n\n".join(parts)
+
+
+def _on_gpus(benchmark: str, results: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Every record of a benchmark that was made on a GPU."""
+    records = [(path, json.loads(path.read_text())) for path in sorted(results.glob("nvidia-*/*.json"))]
+    return [(path, record) for path, record in records if record["benchmark"] == benchmark]
+
+
+def _gpu(record: dict[str, Any]) -> str:
+    return record["machine"]["gpu"].removeprefix("NVIDIA ").split()[0]
+
+
+def _kernel(run: dict[str, Any] | None) -> str:
+    if run is None:
+        return ""
+    text = f"{1e3 * run['seconds']['median']:.1f} ms"
+    if "errors" in run:
+        text += f", {run['workspace_bytes'] / 2**20:.0f} MiB, {_percent(max(run['errors'].values()))}"
+    return text
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}%" if share >= 1 else f"{100 * share:.2g}%"
+
+
 def _with_code(name: str) -> str:
     """Marks flags as code."""
     return re.sub(r"--[a-z0-9-]+( (?!\*)[a-z0-9-]+)?", lambda flag: f"`{flag[0]}`", name).replace("*", r"\*")
@@ -117,9 +190,20 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 QUALITY = ("quality", "quality-lasting", "quality-baselines", "quality-tofu", "quality-lume")
-TABLES: dict[str, Callable[[], str]] = {"memory": memory, "demo": demo, "speed": speed} | {
-    name: partial(quality, name) for name in QUALITY
+KERNEL_TASKS = {
+    "a": "log-probs",
+    "b": "log-probs and their gradient",
+    "c": "KL and its gradient",
+    "d": "cross-entropy, KL and their gradient",
 }
+TABLES: dict[str, Callable[..., str]] = {
+    "memory": memory,
+    "demo": demo,
+    "speed": speed,
+    "gpu-memory": gpu_memory,
+    "gpu-kernels": gpu_kernels,
+    "gpu-rows": gpu_rows,
+} | {name: partial(quality, name) for name in QUALITY}
 
 
 if __name__ == "__main__":
