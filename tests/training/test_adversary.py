@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig
 from lowmem_npo.data.batching import collator
 from lowmem_npo.errors import UserError
+from lowmem_npo.memory import streaming
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model
 from lowmem_npo.model.layers import causal_lm, linear_layers
@@ -35,7 +36,7 @@ def trainer_of(folder, architecture="olmo", memory=None, adapter=None, model=Non
     adapter = {"lora_r": 3, **(adapter or {})}
     model = attach_lora(model or tiny_model(architecture), AdapterConfig(**adapter))
     if memory is not None:
-        apply_switches(model, MemoryConfig(**memory))
+        apply_switches(model, MemoryConfig(**memory), torch.device("cpu"))
     sizes = {"per_device_train_batch_size": 4, "learning_rate": 0.0, "adversary": RHO}
     return make_trainer(model, folder, FORGET, RETAIN, **{**sizes, **settings})
 
@@ -123,6 +124,7 @@ RUNS = {
     "checkpointing": {"memory": {"sliced_float32": False}},
     "everything": {"memory": {"tile_mlp": 5, "offload_checkpoints": True, "embedding_on_cpu": True}, **SPLIT},
     "upper layers": {"adapter": {"lora_layers": ("1",)}, "memory": {}},
+    "streamed": {"adapter": {"lora_layers": ("1",)}, "memory": {"stream_weights": True}},
     "all linear": {"adapter": {"lora_targets": ("all-linear",)}, "padding_free": False},
     "gemma2": {"architecture": "gemma2", "memory": {}},
     "conv1d": {
@@ -134,7 +136,8 @@ RUNS = {
 
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=list(RUNS))
-def test_the_forget_gradient_is_taken_under_an_attacker_who_learnt_other_rows(run, tmp_path):
+def test_the_forget_gradient_is_taken_under_an_attacker_who_learnt_other_rows(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "ON_CPU", True)
     dense = Dense(trainer_of(tmp_path / "dense", **{**run, "memory": None}))
     expected, without = dense.expected(), dense.without()
     trainer = trainer_of(tmp_path, **run)
