@@ -159,6 +159,9 @@ class DataConfig(DataOptions):
     alternative_column: str | None = None
     """Column of the forget rows with another answer, or a list of them, which --forget-term dpo prefers to the
     forgotten one."""
+    alternatives: str | None = None
+    """self: let the original model write the other answers that --forget-term dpo prefers (AltPO, Mekala et al. 2025),
+    5 to each forget row, of which every epoch takes the next; self:N writes N."""
     group_column: str | None = None
     """Column of the forget rows that says what each is about, such as a person: --layered keeps those of a group
     together. Default: every row by itself."""
@@ -500,10 +503,16 @@ class RunConfig:
             )
         if self.data.forget is not None and self.data.retain is None and self.objective.needs_retain:
             self.data = dataclasses.replace(self.data, retain=GENERAL_SET)
-        if self.objective.forget_term == "dpo" and self.data.alternative_column is None:
+        term, other = self.objective.forget_term, self.data.alternatives
+        if term == "dpo" and self.data.alternative_column is None and other is None:
             raise UserError(
-                "--forget-term dpo prefers another answer to the forgotten one: name its column, --alternative-column."
+                "--forget-term dpo prefers another answer to the forgotten one: name its column, --alternative-column, "
+                "or let the model write it, --alternatives self."
             )
+        if other is not None and self.data.alternative_column is not None:
+            raise UserError("--alternatives and --alternative-column both say what dpo prefers: leave one of them out.")
+        if other is not None and term in FORGET_TERMS and term != "dpo":
+            raise UserError(f"--alternatives are what --forget-term dpo prefers, and {term} prefers none: take dpo.")
         if self.objective.forget_level == "holdout" and self.data.forget is not None and self.data.holdout is None:
             raise UserError("--forget-level holdout pushes rows to where rows never taught are: name some, --holdout.")
         if self.objective.forget_level == "holdout" and self.data.tokens == "all":

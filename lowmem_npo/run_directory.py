@@ -66,6 +66,7 @@ class RunFiles(AdapterFiles):
         self.forget_levels = path / "forget_levels.json"  # of --forget-level, one for each forget row
         self.best = path / "best"  # the best adapter so far, under --stop-when
         self.self_written = path / SELF_WRITTEN  # the retain texts of --retain self
+        self.alternatives = path / "alternatives.jsonl"  # the other answers of --alternatives self
         self.reference = path / "reference"  # the cached reference, unless --reference-dir names another place
         self.report_html = path / "report.html"
         self.report_json = path / "report.json"  # a run's last file

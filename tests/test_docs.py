@@ -398,7 +398,7 @@ def test_the_readme_is_short_and_leads_to_every_page():
 
 def test_a_newcomers_questions_are_answered_by_the_files_that_are_named():
     rows = tables(DOCS / "architecture.md", "question")
-    assert len(rows) == 12
+    assert len(rows) == 13
     for question, links, symbols in rows:
         files = [read(DOCS / path) for path in re.findall(r"\]\(([^)]+)\)", links)]
         names = re.findall(r"`(\w+)`", symbols)

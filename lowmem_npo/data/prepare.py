@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,8 @@ from lowmem_npo.data.overlap import MAX_LISTED, find_related, refuse_overlap
 from lowmem_npo.data.passages import Passages
 from lowmem_npo.data.reading import Rows, bundled_rows, described, read_rows
 from lowmem_npo.data.schemas import PASSAGE, Example, canonical, to_examples, with_alternatives
+from lowmem_npo.data.self_answered import answers_number, with_own_answers
+from lowmem_npo.data.self_answered import stand_in as stand_in_answers
 from lowmem_npo.data.self_written import beginnings, self_rows, stand_in
 from lowmem_npo.data.targets import forget_targets
 from lowmem_npo.data.templates import BOTH, Template
@@ -47,7 +49,7 @@ class PreparedData:
     alternatives: other answers to the forget rows' prompts (`with_alternatives`), where a column has them.
     level_rows: rows of the holdout that set how far the forget rows are pushed, where any do; not among `holdout`.
     retain_is_unwritten: whether `retain` only stands in, by rows of the greatest length, for texts that the original
-        model is yet to write.
+        model is yet to write. alternatives_are_unwritten: the same of `alternatives`.
     """
 
     forget: TokenizedRows
@@ -60,6 +62,7 @@ class PreparedData:
     alternatives: TokenizedRows | None = None
     level_rows: TokenizedRows | None = None
     forget_in_forms: TokenizedRows | None = None
+    alternatives_are_unwritten: bool = False
 
     @property
     def forget_trained(self) -> TokenizedRows:
@@ -72,13 +75,15 @@ def prepare(
     forget_term: str = ObjectiveConfig.forget_term,
     stops: frozenset[int] = frozenset(),
     own_texts: Path | None = None,
+    own_answers: Callable[[Sequence[Example]], Path] | None = None,
 ) -> PreparedData:
     """Reads, checks and tokenises the rows of a run. Nothing is written.
 
     Without `data.forget` and `data.retain` these are the bundled biographies and, unless `data.holdout` names others,
-    their holdout. `forget_term` decides what `forget_targets` are. `stops` are ids at which the
-    model stops generating, beside its tokenizer's own. `own_texts` is where the texts of `--retain self` are, or will
-    be. Of general rows, bundled or self-written, those that say what is to be forgotten are left out.
+    their holdout. `forget_term` decides what `forget_targets` are. `stops` are ids at which the model stops generating,
+    beside its tokenizer's own. `own_texts` is where the texts of `--retain self` are, or will be; `own_answers` says so
+    of the answers of `--alternatives self` to some rows. Of general rows, bundled or self-written, those that say what
+    is to be forgotten are left out.
 
     Raises UserError for everything the user can fix.
     """
@@ -137,6 +142,10 @@ def prepare(
         refuse_overlap(to_forget, to_hold_out, part="holdout")
         if to_retain is not None:
             refuse_overlap(to_retain, to_hold_out, part="holdout", of="retain")
+    number, answered = answers_number(data.alternatives), None if own_answers is None else own_answers(to_forget)
+    unanswered = number is not None and (answered is None or not answered.exists())
+    if number is not None and answered is not None and not unanswered:
+        to_forget = with_own_answers(answered, to_forget)
     forget_rows, in_forms = tokenized("forget", to_forget), None
     if template.text == BOTH:
         if len(both := template.in_both_forms(to_forget, tokenizer)) == len(to_forget):
@@ -146,7 +155,10 @@ def prepare(
     trained = in_forms or forget_rows
     targets = forget_targets(forget_term, trained, data.refusal, partial(tokenized, "forget, refusing"))
     alternatives = None
-    if data.alternative_column is not None:
+    if number is not None and unanswered:
+        alternatives = stand_in_answers(trained, number, data.max_length)
+        report.append(f"forget, alternatives: {data.alternatives}, which the original model will write")
+    elif number is not None or data.alternative_column is not None:
         alternatives = tokenized("forget, alternatives", with_alternatives(to_forget))
     nobodys = is_general(data.retain) or own is not None  # of whose rows one form may have no room
     retain_rows = unwritten if to_retain is None else tokenized("retain", to_retain, drop_too_long=nobodys)
@@ -156,8 +168,9 @@ def prepare(
         held_out = general_holdout(to_forget, tokenizer, data, template)
     written = unwritten is not None
     return PreparedData(
-        forget_rows, retain_rows, targets, report, holdout_rows, written, held_out, alternatives, None, in_forms
-    )
+        forget_rows, retain_rows, targets, report, holdout_rows, written, held_out, alternatives, None, in_forms,
+        alternatives_are_unwritten=unanswered,
+    )  # fmt: skip
 
 
 def general_holdout(

@@ -38,6 +38,7 @@ STATE = "sweep_state.json"
 NOT_TAUGHT: dict[str, Any] = {
     "refusal": "",
     "alternative_column": None,
+    "alternatives": None,
     "group_column": None,
     "paraphrase_column": None,
     "holdout": None,

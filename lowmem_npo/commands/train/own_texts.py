@@ -1,9 +1,11 @@
-"""The texts of `--retain self`: the original model writes them once, before it is trained; later runs read them."""
+"""The texts of `--retain self` and the answers of `--alternatives self`: the original model writes them once, before it
+is trained; later runs read them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,13 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lowmem_npo.config import RunConfig
 from lowmem_npo.console import Say
+from lowmem_npo.data.overlap import MAX_LISTED
 from lowmem_npo.data.reading import is_text
+from lowmem_npo.data.schemas import Example
+from lowmem_npo.data.self_answered import LONGEST, answers_number, asking, most_tokens, other_answer
 from lowmem_npo.data.self_written import TOKENS, beginning_ids, beginnings, self_rows
 from lowmem_npo.data.templates import Template
-from lowmem_npo.data.tokenizing import Encoder
+from lowmem_npo.data.tokenizing import Encoder, TokenizedRows
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.scoring.generation import Prompt, sampled_answers, text_of
 from lowmem_npo.files import write_atomically
@@ -37,18 +42,33 @@ def own_texts(config: RunConfig, model_config: PretrainedConfig) -> Path | None:
     of_run = RunDirectory(config).self_written
     if config.output.resume and of_run.exists():
         return of_run
-    name, data = resolve_name(config.model.model, config.model.revision)[0], config.data
+    data = config.data
+    key = {"form": [data.template, data.prompt_template, data.system], "texts": [rows, TOKENS, SEED]}
+    return _cached(config, model_config, "self_written", key) / of_run.name
+
+
+def own_answers(config: RunConfig, model_config: PretrainedConfig, examples: Sequence[Example]) -> Path:
+    """The file of the answers of `--alternatives self` to `examples`, likewise."""
+    of_run = RunDirectory(config).alternatives
+    if config.output.resume and of_run.exists():
+        return of_run
+    rows = [[one.prompt, one.answer, *(one.messages or ())] for one in examples]
+    key = {"rows": rows, "answers": [answers_number(config.data.alternatives), LONGEST, SEED]}
+    return _cached(config, model_config, "alternatives", {**key, "system": config.data.system}) / of_run.name
+
+
+def _cached(config: RunConfig, model_config: PretrainedConfig, kind: str, key: dict[str, Any]) -> Path:
+    """The folder for what the model of a run writes: another for another model, and for another `key`."""
+    name = resolve_name(config.model.model, config.model.revision)[0]
     key = {
         "model": _stamp(name),
         "commit": getattr(model_config, "_commit_hash", None),
         "weights": [config.model.revision, config.model.dtype, config.model.qlora],
         "adapter": _stamp(config.adapter.adapter) if config.adapter.adapter else None,
-        "form": [data.template, data.prompt_template, data.system],
-        "texts": [rows, TOKENS, SEED],
+        **key,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    cache = Path(huggingface_hub.constants.HF_HOME) / "lowmem-npo" / "self_written"
-    return cache / f"{Path(name).name}-{digest}" / of_run.name
+    return Path(huggingface_hub.constants.HF_HOME) / "lowmem-npo" / kind / f"{Path(name).name}-{digest}"
 
 
 def write_own_texts(
@@ -65,39 +85,98 @@ def write_own_texts(
     begun, encoder = beginnings(rows, tokenizer, template), Encoder(tokenizer, template)
     prompts = [Prompt(beginning_ids(example, encoder), TOKENS) for example in begun]
     written: dict[int, dict[str, Any]] = {}
-    for attempt in range(ROUNDS):
-        missing = [index for index in range(rows) if index not in written]
-        answers = sampled_answers(
+
+    def take(index: int, ids: Sequence[int]) -> bool:
+        text, example = text_of(tokenizer, ids), begun[index]
+        if not (text.strip() and is_text(text)):
+            return False
+        goes_on = {"continues": len(ids) >= TOKENS}
+        if example.schema == "text":
+            written[index] = {"text": f"{example.prompt}{text}", **goes_on}
+        else:
+            written[index] = {"question": example.prompt, "answer": text.strip(), **goes_on}
+        return True
+
+    _let_write(model, tokenizer, prompts, take, ROUNDS, config.output.eval_batch_size, "own texts")
+    if not written:
+        raise UserError("--retain self: the original model writes nothing at all; name rows to --retain, or builtin.")
+    if len(written) < rows:
+        say(f"Of {rows} texts it wrote {len(written)}; the others came out empty.")
+    _write(path, [written[index] for index in sorted(written)], "--retain self")
+
+
+def write_own_answers(
+    path: Path,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+    rows: TokenizedRows,
+    say: Say,
+) -> None:
+    """Lets `model`, whose adapters are off, write other answers to the forget `rows` into `path`.
+
+    Raises UserError, naming rows to which it writes none, or a place that cannot be written.
+    """
+    number, template = answers_number(config.data.alternatives), Template.of(config.data)
+    assert number is not None
+    say(f"The original model writes {number} other answers to each of {len(rows)} forget rows.")
+    asked = [
+        Prompt(asking(one, tokenizer, template), most_tokens(row)) for one, row in zip(rows.examples, rows, strict=True)
+    ]
+    answers: list[list[str]] = [[] for _ in rows]
+
+    def take(index: int, ids: Sequence[int]) -> bool:
+        text = text_of(tokenizer, ids)
+        cut = len(ids) >= asked[index].max_new_tokens
+        if is_text(text) and (answer := other_answer(text, rows.examples[index], cut)) is not None:
+            answers[index].append(answer)
+        return len(answers[index]) == number
+
+    _let_write(model, tokenizer, asked, take, number + ROUNDS, config.output.eval_batch_size, "other answers")
+    if without := [one.where for one, own in zip(rows.examples, answers, strict=True) if not own]:
+        more = f" and {len(without) - MAX_LISTED} more" if len(without) > MAX_LISTED else ""
+        raise UserError(
+            f"--alternatives {config.data.alternatives}: the original model writes no other answer to "
+            f"{'; '.join(without[:MAX_LISTED])}{more}: write one yourself, into a column that --alternative-column "
+            "names, or leave these rows out."
+        )
+    _write(path, [{"alternatives": own} for own in answers], "--alternatives self", private=True)
+
+
+def _let_write(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    take: Callable[[int, Sequence[int]], bool],
+    rounds: int,
+    batch_size: int,
+    description: str,
+) -> None:
+    """Draws a continuation of each prompt, and again of those of which `take`, which gets its place and its ids, does
+    not say that it has enough."""
+    missing = list(range(len(prompts)))
+    for attempt in range(rounds):
+        drawn = sampled_answers(
             model,
             tokenizer,
             [prompts[index] for index in missing],
             samples=1,
             seed=SEED + attempt,
-            batch_size=config.output.eval_batch_size,
-            description="own texts",
+            batch_size=batch_size,
+            description=description,
         )
-        for index, (ids,) in zip(missing, answers, strict=True):
-            text, example = text_of(tokenizer, ids), begun[index]
-            if not (text.strip() and is_text(text)):
-                continue
-            goes_on = {"continues": len(ids) >= TOKENS}
-            if example.schema == "text":
-                written[index] = {"text": f"{example.prompt}{text}", **goes_on}
-            else:
-                written[index] = {"question": example.prompt, "answer": text.strip(), **goes_on}
-        if len(written) == rows:
-            break
-    if not written:
-        raise UserError("--retain self: the original model writes nothing at all; name rows to --retain, or builtin.")
-    if len(written) < rows:
-        say(f"Of {rows} texts it wrote {len(written)}; the others came out empty.")
-    lines = [json.dumps(written[index], ensure_ascii=False) + "\n" for index in sorted(written)]
+        missing = [index for index, (ids,) in zip(missing, drawn, strict=True) if not take(index, ids)]
+        if not missing:
+            return
+
+
+def _write(path: Path, lines: Sequence[dict[str, Any]], option: str, private: bool = False) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, "".join(lines))
+        write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), private=private)
     except OSError as error:
         raise UserError(
-            f"--retain self: '{path}' cannot be written ({error.strerror}); set HF_HOME to another place."
+            f"{option}: '{path}' cannot be written ({error.strerror}); set HF_HOME to another place."
         ) from error
 
 

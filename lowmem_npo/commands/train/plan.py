@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from accelerate import PartialState
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lowmem_npo.commands.train.own_texts import own_texts
+from lowmem_npo.commands.train.own_texts import own_answers, own_texts
 from lowmem_npo.config import RunConfig
 from lowmem_npo.console import Say, silent
 from lowmem_npo.data import PreparedData, prepare
@@ -110,7 +111,8 @@ def read_inputs(config: RunConfig, say: Say, known: Inputs | None = None) -> Inp
 
 def read_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> PreparedData:
     stops, texts = stop_tokens(config.model, model_config), own_texts(config, model_config)
-    return prepare(tokenizer, config.data, config.objective.forget_term, stops, texts)
+    answers = partial(own_answers, config, model_config)
+    return prepare(tokenizer, config.data, config.objective.forget_term, stops, texts, answers)
 
 
 def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:

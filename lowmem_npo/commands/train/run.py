@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, set
 
 from lowmem_npo.claim import claimed
 from lowmem_npo.commands.train.measuring import measure_after, measure_before, measured_rows
-from lowmem_npo.commands.train.own_texts import own_texts, write_own_texts
+from lowmem_npo.commands.train.own_texts import own_answers, own_texts, write_own_answers, write_own_texts
 from lowmem_npo.commands.train.plan import RunPlan, is_main_process, plan_run, read_data, read_inputs
 from lowmem_npo.config import REFUSING_TERMS, RunConfig
 from lowmem_npo.console import Say, silent
@@ -109,7 +109,7 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
     model = attach_lora(base, config.adapter)
     model.active_peft_config.revision = config.model.revision  # of the base: for those who load the adapter later
     apply_switches(model, config.memory, resolve_device(config.model.device))
-    if plan.data.retain_is_unwritten:
+    if plan.data.retain_is_unwritten or plan.data.alternatives_are_unwritten:
         plan = _with_own_texts(plan, model, say)
     stopping = _stopping(plan, model, say)
     trainer = _trainer(plan, model, stopping, say)
@@ -117,6 +117,10 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
     directory.begin(main_process)
     if main_process and (texts := own_texts(config, causal_lm(model).config)) not in (None, directory.self_written):
         write_atomically(directory.self_written, texts.read_text(encoding="utf-8"))
+    if main_process and config.data.alternatives is not None:
+        answers = own_answers(config, causal_lm(model).config, plan.data.forget.examples)
+        if answers != directory.alternatives:
+            write_atomically(directory.alternatives, answers.read_text(encoding="utf-8"), private=True)
     say(f"{plan.sentence}; {model.get_nb_trainable_parameters()[0]:,} adapter parameters.")
     if main_process:
         begin_audit(directory.path, config, plan.data, model)
@@ -154,19 +158,24 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
 
 
 def _with_own_texts(plan: RunPlan, model: PeftModel, say: Say) -> RunPlan:
-    """The plan with the texts that the original model writes, unless an earlier run let it."""
+    """The plan with the texts and answers that the original model writes, unless an earlier run let it."""
     config, model_config = plan.config, causal_lm(model).config
-    path = own_texts(config, model_config)
-    assert path is not None
-    if is_main_process(config) and not path.exists():
+    if is_main_process(config):
         with reference_mode(model):
-            write_own_texts(path, model, plan.tokenizer, config, say)
+            if (path := own_texts(config, model_config)) is not None and not path.exists():
+                write_own_texts(path, model, plan.tokenizer, config, say)
+            if config.data.alternatives is not None:
+                path = own_answers(config, model_config, plan.data.forget.examples)
+                if not path.exists():
+                    write_own_answers(path, model, plan.tokenizer, config, plan.data.forget, say)
     PartialState().wait_for_everyone()
     data = read_data(config, plan.tokenizer, model_config)
+    unwritten = {"retain": plan.data.retain_is_unwritten, "forget, alternatives": plan.data.alternatives_are_unwritten}
+    anew = tuple(part for part, was in unwritten.items() if was)
     for line in data.report:
-        if line.startswith("retain"):
+        if line.startswith(anew):
             say(line)
-    check_fit(model_config, plan.tokenizer, [data.retain])
+    check_fit(model_config, plan.tokenizer, [data.retain, data.alternatives])
     return replace(plan, data=data if plan.data.level_rows is None else halved(data))
 
 
