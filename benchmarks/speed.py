@@ -110,11 +110,11 @@ def main_on_real_rows(options: argparse.Namespace) -> int:
     try:
         directory = save_random_model(name, options.models or (folder if options.quick else SAVED))
         model = ModelConfig(str(directory), qlora=qlora, double_quant="off")
-        results = []
-        for result in measure_real_rows(model, options.steps, folder, 60 * options.minutes):
-            results.append(result)
-            print(line(result), flush=True)
+        results: list[dict] = []
+        for results in measure_real_rows(model, options.steps, folder, 60 * options.minutes):
+            print(line(results[-1]), flush=True)
             record.write(path, "speed on real rows", results, model=name, rows=[ROWS, ROWS], steps=options.steps)
+        print("\nBeside what is predicted:", *map(line, results), sep="\n")
     finally:
         shutil.rmtree(folder)
     print(f"Written to {path}")

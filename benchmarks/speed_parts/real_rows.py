@@ -53,13 +53,14 @@ WAYS = {  # what says most comes first: time may run out
 }
 
 
-def measure_real_rows(model: ModelConfig, steps: int, folder: Path, limit: float) -> Iterator[dict[str, Any]]:
+def measure_real_rows(model: ModelConfig, steps: int, folder: Path, limit: float) -> Iterator[list[dict[str, Any]]]:
     """What each way takes for `steps` steps in each epoch, and what is predicted; those that are not begun within
     `limit` seconds are missing.
 
-    Yields of each way and data: "data", "way", "tokens" (real ones of a step), "seconds_per_step" and "predicted" (of
-    the first epoch and of the second; None where nothing is predicted), "fastest" and "slowest", "peak_bytes" and
-    "predicted_peak_bytes" (for the longest rows in one step); or "missing".
+    Yields what there is by now, after each measurement and at last with the predictions. Of each way and data: "data",
+    "way", "tokens" (real ones of a step), "seconds_per_step" and "predicted" (of the first epoch and of the second; None
+    where nothing is predicted), "fastest" and "slowest", "peak_bytes" and "predicted_peak_bytes" (for the longest rows in
+    one step); or "missing".
     """
     deadline, device = time.monotonic() + limit, own_device()
     rows = {data: real_rows(data, ROWS * steps) for data in FILES}
@@ -72,6 +73,7 @@ def measure_real_rows(model: ModelConfig, steps: int, folder: Path, limit: float
         results.append(result)
         if time.monotonic() > deadline:
             result["missing"] = "not measured: the time limit was reached"
+            yield results
             continue
         try:
             clock = _train(copy.deepcopy(base), WAYS[way], *rows[data], steps, folder / str(number))
@@ -84,11 +86,12 @@ def measure_real_rows(model: ModelConfig, steps: int, folder: Path, limit: float
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+        yield results
     predictions = [_prediction(model, WAYS[way], rows[data], device) for data, way in tasks]
     for result, prediction in zip(results, predictions, strict=True):
         if "missing" not in result:
             result |= _predicted(prediction)
-        yield result
+    yield results
 
 
 def line(result: dict[str, Any]) -> str:
@@ -98,7 +101,7 @@ def line(result: dict[str, Any]) -> str:
         return f"{name} {result['missing']}"
     seconds = " then ".join(f"{s:.3f}" for s in result["seconds_per_step"])
     text = f"{name} {result['tokens']:5.0f} tokens  {seconds} s/step"
-    if result["predicted"]:
+    if result.get("predicted"):
         text += f" (predicted {' then '.join(f'{s:.3f}' for s in result['predicted'])})"
     if result["peak_bytes"]:
         text += f"  {result['peak_bytes'] / 2**30:.2f} GiB"
