@@ -58,9 +58,9 @@ def measure_real_rows(model: ModelConfig, steps: int, folder: Path, limit: float
     `limit` seconds are missing.
 
     Yields what there is by now, after each measurement and at last with the predictions. Of each way and data: "data",
-    "way", "tokens" (real ones of a step), "seconds_per_step" and "predicted" (of the first epoch and of the second; None
-    where nothing is predicted), "fastest" and "slowest", "peak_bytes" and "predicted_peak_bytes" (for the longest rows in
-    one step); or "missing".
+    "way", "tokens" (real ones of a step), "seconds_per_step" and "predicted" (of the first epoch and of the second;
+    None where nothing is predicted), "fastest" and "slowest", "peak_bytes" and "predicted_peak_bytes" (for the longest
+    rows in one step); or "missing".
     """
     deadline, device = time.monotonic() + limit, own_device()
     rows = {data: real_rows(data, ROWS * steps) for data in FILES}
