@@ -13,7 +13,7 @@ The others teach a model the rows to forget and to retain until it recites them,
 alone; `lowmem-npo train` then makes the former forget, in each way with every seed. Measured: what it says, membership,
 and what comes back of the rows not shown when a part is taught again, in five ways. They run in pieces, each written
 into the results as soon as it is made: --minutes begins none after that time, --pieces names some, and the same command
-goes on with what is missing. --work keeps the taught models and the adapters.
+goes on with what is missing. The taught models and the adapters are kept in --work, outside the repository.
 
 The commands that made the results of this repository name a model by its directory: LOWMEM_NPO_TEST_MODEL and
 LOWMEM_NPO_TEST_DATA stand for --model and --data.
@@ -44,6 +44,8 @@ from benchmarks.shared import record
 from lowmem_npo.errors import UserError
 from lowmem_npo.libraries import quiet_libraries
 
+KEPT = Path(tempfile.gettempdir()) / "lowmem-npo-quality"  # the taught models and the adapters, between calls
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
@@ -52,10 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(1)  # a model this small gains little from a second one
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            work = options.work or Path(scratch)
             if options.lasting or options.baselines or options.real:
-                return lasting.main(options, work)
-            return _paper_rows(options, work)
+                return lasting.main(options, options.work or (Path(scratch) if options.quick else KEPT))
+            return _paper_rows(options, options.work or Path(scratch))
     except UserError as error:
         print(f"quality: {error}")
         return 2
@@ -121,7 +122,12 @@ def _parser() -> argparse.ArgumentParser:
         "--method", action="append", default=[], metavar="NAME=FLAGS", help="one more way: flags of lowmem-npo train"
     )
     parser.add_argument("--out", type=Path, help="the JSON file; picture and table are written beside it")
-    parser.add_argument("--work", type=Path, help="directory of models and runs; what is there is resumed")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        help="directory of models and runs, of which nothing is made twice; default: one among the system's temporary "
+        "files, for the paper's rows one that is not kept",
+    )
     return parser
 
 

@@ -126,7 +126,9 @@ def real_setting(quick: bool) -> RealSetting:
     if not quick:
         return RealSetting()
     sizes = (("forget", 6), ("retain", 6), ("holdout", 6))
-    return RealSetting(sizes, scored_rows=4, teach_epochs=1, flags=f"{RealSetting.flags} --epochs 1 --batch-size 2")
+    return RealSetting(
+        sizes, scored_rows=4, teach_epochs=1, flags=f"{RealSetting.flags} --epochs 1 --batch-size 2 --max-length 2048"
+    )
 
 
 def _own_method(line: str) -> tuple[str, Method]:

@@ -110,7 +110,8 @@ def measure_scores(subject: Subject, name: str, method: Method | None, seed: int
     gold = EvaluationFiles(subject.directory / "evaluations" / GOLD / "seed-0").result
     if gold.exists() and gold != of.result:
         arguments += ["--retained-log", str(gold)]
-    arguments += ["--template", "plain", "--leaks", "extraction", "sampling", "membership", "--max-length", "512"]
+    arguments += ["--template", config.data.template, "--max-length", str(config.data.max_length)]
+    arguments += ["--leaks", "extraction", "sampling", "membership"]
     if subject.scored_rows is not None:
         arguments += ["--limit", str(subject.scored_rows)]
     arguments += ["--batch-size", str(subject.eval_batch_size), "--output-dir", str(of.path)]
