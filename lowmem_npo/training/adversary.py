@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowmem_npo.data.batching import Batch, Pick, RowBatch
-from lowmem_npo.data.tokenizing import TokenizedRow
+from lowmem_npo.data.tokenizing import TokenizedRow, TokenizedRows
 from lowmem_npo.errors import UserError
 from lowmem_npo.memory.checkpointing import checkpointing, is_checkpointed
 from lowmem_npo.model.layers import causal_lm, decoder_layers, linear_layers
@@ -68,7 +68,7 @@ class Lesson(NamedTuple):
     ) -> Lesson:
         """parts: into which a micro-batch is divided. rows: all forget rows, with their true answers. collate: makes a
         batch of some."""
-        chosen, processes = other_rows(step_batches, step), step_batches.world_size
+        chosen, processes = other_rows(step_batches, step, origins_of(rows)), step_batches.world_size
         size = processes * math.ceil(step_batches.batch_size / (step_batches.micro_batches * parts * processes))
         shares = np.array_split(chosen, processes * math.ceil(len(chosen) / size))[step_batches.rank :: processes]
         batches = [collate([(Pick("forget", row), rows[row]) for row in share.tolist()])["forget"] for share in shares]
@@ -166,11 +166,19 @@ class Adversary:
         return result + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)).to(result.dtype)
 
 
-def other_rows(step_batches: StepBatches, step: int) -> list[int]:
+def origins_of(rows: Sequence[TokenizedRow]) -> list[str] | None:
+    """Where each row comes from: the two forms of `--template both` are from one place. None if that is not known."""
+    return [example.where for example in rows.examples] if isinstance(rows, TokenizedRows) else None
+
+
+def other_rows(step_batches: StepBatches, step: int, origins: Sequence[str] | None = None) -> list[int]:
     """The forget rows that the attacker is taught before global step `step`: at most `ROWS`, ascending, of those that
-    are being forgotten at that time, none of which is in the step."""
+    are being forgotten at that time, none of which is in the step; if there are enough, in no other form either."""
     in_step = set(step_batches.step_rows(step)[0])
     others = [row for row in step_batches.forgotten(step) if row not in in_step]
+    if origins is not None:
+        of_step = {origins[row] for row in in_step}
+        others = [row for row in others if origins[row] not in of_step] or others
     random = np.random.default_rng([step_batches.seed, CHOICE, step])
     return sorted(random.permutation(others)[:ROWS].tolist())
 

@@ -262,6 +262,17 @@ def test_the_attacker_learns_rows_that_are_being_forgotten_and_not_in_the_step()
         assert sorted(layered.forgotten(start)) == sorted(row for fold in layered.folds[: stage + 1] for row in fold)
 
 
+def test_another_form_of_a_row_of_the_step_is_not_another_row():
+    sampler = batches()
+    origins = [f"line {row % 6}" for row in range(12)]  # each in two forms
+    for step in range(9):
+        in_step = {origins[row] for row in sampler.step_rows(step)[0]}
+        chosen = other_rows(sampler, step, origins)
+        assert chosen and not in_step & {origins[row] for row in chosen}
+    few = [f"line {row % 2}" for row in range(12)]
+    assert other_rows(sampler, 0, few)  # none but other forms: better than no attacker
+
+
 @pytest.mark.parametrize("split", [(1, 1, 1), (4, 1, 1), (1, 3, 1), (2, 2, 1), (1, 1, 2), (2, 4, 4)])
 def test_a_lesson_is_the_same_however_a_step_is_split(split):
     """(micro-batches, processes, parts): together the processes teach its rows once, none in larger passes."""
