@@ -98,10 +98,15 @@ class ModelConfig(ModelOptions):
     """Model: the one that is to forget, and how it is loaded."""
 
     model: str = field()
+    quantized_cache: str | None = None
+    """Directory in which the weights that --qlora has quantised are kept; the next run with the same weights and
+    options reads them there."""
 
     def __post_init__(self) -> None:
         self.double_quant = on_or_off(self.double_quant)
         super().__post_init__()
+        if self.quantized_cache is not None and not self.qlora:
+            raise UserError("--quantized-cache keeps 4-bit weights: give --qlora, or leave it out.")
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +29,7 @@ from lowmem_npo.libraries import hub_problem
 from lowmem_npo.model.names import resolve_name
 from lowmem_npo.model.original_olmo import is_original, native_config
 from lowmem_npo.model.quantization import quantising, quantization_of, stored_quantization
+from lowmem_npo.model.quantized_cache import CacheEntry, check_cached
 from lowmem_npo.model.weights import (
     check_directory_weights,
     check_finite,
@@ -131,6 +133,12 @@ def load_model(config: ModelConfig, say: Say = print, on_host: bool = False) -> 
     name, _ = resolve_name(config.model, config.revision)
     loaded_config = load_config(config)
     quantization = quantization_of(loaded_config, config.qlora, dtype, config.double_quant != "off")
+    entry = None
+    if config.quantized_cache is not None and quantization is not None:
+        check_cached(loaded_config, stored_quantization(loaded_config))
+        entry = CacheEntry(Path(config.quantized_cache), name, config.revision, quantization.to_dict())
+        if entry.exists():
+            return _from_cache(entry, config, name, say, on_host)
     loading: Any = quantising(device if on_host else None) if quantization else nullcontext([])
     if quantization and stored_quantization(loaded_config):  # its own recipe, but for the type that it computes in
         loaded_config.quantization_config, quantization = quantization.to_dict(), None
@@ -174,8 +182,22 @@ def load_model(config: ModelConfig, say: Say = print, on_host: bool = False) -> 
         if hasattr(layer, "support_avx512bf16_for_cpu"):  # a 4-bit layer of bitsandbytes: on such CPUs it would be
             layer.support_avx512bf16_for_cpu = False  # repacked in its first eval pass, and have no gradient after
     model.requires_grad_(False)
+    if entry is not None:
+        entry.keep(model, say)
     model.config.use_cache = False
     return model.eval()
+
+
+def _from_cache(entry: CacheEntry, config: ModelConfig, name: str, say: Say, on_host: bool) -> PreTrainedModel:
+    """The model as it was kept, under its own name."""
+    kept = replace(config, model=str(entry.path), revision=None, quantized_cache=None)
+    try:
+        model = load_model(kept, say, on_host)
+    except UserError as error:
+        raise UserError(f"--quantized-cache: '{entry.path}' cannot be read: remove it. ({error})") from error
+    model.name_or_path = model.config.name_or_path = name
+    say(f"The 4-bit weights come from {entry.path}.")
+    return model
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

@@ -67,6 +67,13 @@ def measure_after(plan: RunPlan, model: PeftModel, before: Evaluations, say: Say
     return after
 
 
+def rows_at_once(config: RunConfig) -> int:
+    """Rows per batch when measuring: as configured, or all where every pass has to stream the weights. Their tokens are
+    bounded in any case (`lowmem_npo.evaluation.scoring.batching`)."""
+    size, rows = config.output.eval_batch_size, config.output.eval_rows
+    return max(size, rows) if config.memory.stream_weights else size
+
+
 def measure_answers(plan: RunPlan, model: PreTrainedModel | PeftModel, stage: str) -> Evaluations:
     """The model's answers to rows of each set; stage: what progress bars call it."""
     asked = _asked(plan, model)
@@ -78,7 +85,7 @@ def measure_answers(plan: RunPlan, model: PreTrainedModel | PeftModel, stage: st
             name=f"{stage}, {name}",
             limit=None,
             max_new_tokens=_answer_length(plan, asked, name),
-            batch_size=plan.config.output.eval_batch_size,
+            batch_size=rows_at_once(plan.config),
         ).placed(of_set.places, len(getattr(plan.data, part_of(name))))
         for name, of_set in asked.items()
     }
@@ -147,7 +154,7 @@ def _leaks(plan: RunPlan, model: PeftModel, stage: str) -> LeakResults:
             max_new_tokens=config.output.max_new_tokens,
             earlier=read_leaks(plan.directory.leaks).get("before", {}) if stage == "after" else {},
             unlearned=stage == "after",
-            batch_size=config.output.eval_batch_size,
+            batch_size=rows_at_once(config),
         )
     except UserError as error:  # of a diverged adapter, which is reported all the same
         return {test: LeakResult.not_measured(str(error).rstrip(".")) for test in tests}

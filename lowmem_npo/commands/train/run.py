@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, set_seed
 
 from lowmem_npo.claim import claimed
-from lowmem_npo.commands.train.measuring import measure_after, measure_before, measured_rows
+from lowmem_npo.commands.train.measuring import measure_after, measure_before, measured_rows, rows_at_once
 from lowmem_npo.commands.train.own_texts import own_answers, own_texts, write_own_answers, write_own_texts
 from lowmem_npo.commands.train.plan import RunPlan, is_main_process, plan_run, read_data, read_inputs
 from lowmem_npo.config import REFUSING_TERMS, RunConfig
@@ -236,7 +236,7 @@ def _levels(plan: RunPlan, model: PeftModel) -> list[float] | None:
         return None
     levels: list[Any] = [None]
     if is_main_process(config):
-        fresh, size = not config.output.resume, config.output.eval_batch_size
+        fresh, size = not config.output.resume, rows_at_once(config)
         levels = [run_levels(directory.forget_levels, model, plan.data, size, fresh=fresh)]
     return broadcast_object_list(levels)[0]
 
@@ -266,7 +266,7 @@ def _stopping(plan: RunPlan, model: PeftModel, say: Say) -> Stopping | None:
         plan.directory.path,
         every=config.stopping.eval_every,
         patience=config.stopping.stop_patience,
-        batch_size=config.output.eval_batch_size,
+        batch_size=rows_at_once(config),
         folds=[measured_rows(config, rows) for rows in folds],
         say=say,
     )

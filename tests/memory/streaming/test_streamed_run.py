@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, LlamaConfig
 from lowmem_npo.cli import main
 from lowmem_npo.commands.arguments import parse_run
 from lowmem_npo.commands.train import run as train_run
+from lowmem_npo.commands.train.measuring import rows_at_once
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.simulator.storages import StorageCounter
 from lowmem_npo.memory import streaming
@@ -117,3 +118,9 @@ def test_a_sweep_lends_its_base_to_evaluations(small_model, tmp_path, capsys):
     options = ["--model", str(small_model), "--device", "cpu", "--stream-weights", "--output-dir", str(tmp_path / "x")]
     assert main(["sweep", *options, "--grid", "beta=0.1,0.5"]) == 2
     assert "--stream-weights is an option of single runs" in capsys.readouterr().err
+
+
+def test_all_measured_rows_share_the_passes_that_stream_the_weights():
+    options = ["--model", "x", "--eval-rows", "32", "--eval-batch-size", "4"]
+    assert rows_at_once(parse_run(options, "train")) == 4
+    assert rows_at_once(parse_run([*options, "--stream-weights"], "train")) == 32
