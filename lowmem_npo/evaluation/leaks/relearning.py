@@ -21,7 +21,7 @@ from lowmem_npo.evaluation.leaks import tuned
 from lowmem_npo.evaluation.leaks.contract import Attack, LeakResult, LeakTest, Need, Subject
 from lowmem_npo.evaluation.leaks.tuned import Tuned
 from lowmem_npo.evaluation.options import Options
-from lowmem_npo.ranges import LARGEST, MOST, Count, Positive
+from lowmem_npo.ranges import LARGEST, MOST, Count, Positive, shortened
 
 TWO_ROWS = Need(
     lambda subject: len(subject.forget) < 2,
@@ -51,22 +51,20 @@ class Lesson(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Lesson:
         """SHARE:STEPS:LR. Raises UserError for anything else."""
+        shown = f"--relearn-attacks {shortened(text)}"
         try:
             share, steps, lr = text.split(":")
             lesson = cls(float(share), int(steps), float(lr))
         except ValueError:
             raise UserError(
-                f"--relearn-attacks: '{text}' is no attack; write {', '.join(FAMILIES)}, or SHARE:STEPS:LR as in "
-                "0.5:60:1e-3."
+                f"{shown} is no attack; write {', '.join(FAMILIES)}, or SHARE:STEPS:LR as in 0.5:60:1e-3."
             ) from None
         if not (0 < lesson.share < 1 or (1 <= lesson.share <= MOST and lesson.share == int(lesson.share))):
-            raise UserError(
-                f"--relearn-attacks {text}: {share} is neither a share between 0 and 1 nor a number of rows."
-            )
+            raise UserError(f"{shown}: what is shown must be a share between 0 and 1, or a whole number of rows.")
         if not 1 <= lesson.steps <= MOST:
-            raise UserError(f"--relearn-attacks {text}: the number of steps must be at least 1, and at most {MOST:,}.")
+            raise UserError(f"{shown}: the number of steps must be at least 1, and at most {MOST:,}.")
         if not (math.isfinite(lesson.lr) and 0 < lesson.lr <= LARGEST):
-            raise UserError(f"--relearn-attacks {text}: the learning rate must be a positive number.")
+            raise UserError(f"{shown}: the learning rate must be a positive number.")
         return lesson
 
 
