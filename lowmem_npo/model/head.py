@@ -106,8 +106,8 @@ def check_head(model: PreTrainedModel | PeftModel) -> None:
         answers, head = answer_hidden(lm, RowBatch.whole(ids)), frozen_head(lm)
         if answers.hidden.shape[1] != head.weight.shape[1]:
             raise UserError(
-                f"{type(lm).__name__} has layers between its decoder and its output head, which is not supported: "
-                "please report this architecture."
+                f"{type(lm).__name__} has layers between its decoder and its output head ({_layers_of_the_head(lm)}), "
+                "which is not supported: its logits are no product of the decoder's states and the head's weight."
             )
         ours = token_logprobs(answers.hidden, head, answers.targets)
         with compute_autocast(lm):
@@ -123,10 +123,26 @@ def check_head(model: PreTrainedModel | PeftModel) -> None:
     rounding = torch.finfo(lm.get_output_embeddings().weight.dtype).eps
     step = max(rounding, 1e-3) * max(float(logits.abs().max()), 1.0)
     if not torch.allclose(ours, theirs, rtol=0.0, atol=2 * step):
+        between = _layers_of_the_head(lm)
+        if between:
+            raise UserError(
+                f"{type(lm).__name__} has layers between its decoder and its output head ({between}), which is not "
+                "supported: its logits are no product of the decoder's states and the head's weight."
+            )
         raise UserError(
             f"{type(lm).__name__} changes its logits in a way that is not supported (log-probs differ by "
             f"{(ours - theirs).abs().max().item():.2g}): please report this architecture."
         )
+
+
+def _layers_of_the_head(lm: PreTrainedModel) -> str | None:
+    """The name of a module that computes beside the output embeddings and outside of the decoder, if there is one."""
+    of_decoder, head = {id(m) for m in decoder(lm).modules()}, lm.get_output_embeddings()
+    for name, module in lm.named_modules():
+        own = any(True for _ in module.parameters(recurse=False))
+        if own and id(module) not in of_decoder and module is not head:
+            return name
+    return None
 
 
 @torch.no_grad()

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from lowmem_kernels import IGNORE_INDEX
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_npo.data import Rows, Template, TokenizedRow, to_examples, tokenize
+from lowmem_npo.data.fit import Fit
 from lowmem_npo.data.targets import forget_targets
 from lowmem_npo.errors import UserError
 
@@ -34,7 +36,7 @@ def script_rows(
         group_column: of raw rows, the column that says what each is about.
 
     Raises:
-        UserError: no rows, or rows that cannot be read.
+        UserError: no rows, rows that cannot be read, or ids that the model does not have.
     """
     is_rows = not isinstance(rows, str | bytes | Mapping) and hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
     first = rows[0] if is_rows and len(rows) else None
@@ -44,6 +46,7 @@ def script_rows(
             "lowmem_npo.data.tokenize returns."
         )
     if {"input_ids", "labels"} <= set(first):
+        _check(rows, name, model, tokenizer)
         return rows
     if "input_ids" in first:
         raise UserError(f"{name} has input_ids without labels, so nothing says what is the answer: give raw rows.")
@@ -52,6 +55,26 @@ def script_rows(
     stops = frozenset(i for i in (ids if isinstance(ids, list) else [ids]) if i is not None)
     tokenized = partial(tokenize, tokenizer=tokenizer, max_length=max_length, template=Template(stops=stops))
     return forget_targets(term, tokenized(examples), refusal, tokenized)
+
+
+def _check(rows: Sequence[TokenizedRow], name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError for ids that the model's tables do not have: on a GPU they would end the process, or be read
+    from beside them, for in a step nobody looks."""
+    fit, answers = Fit.of(model), len(model.get_output_embeddings().weight)
+    for at in range(len(rows)):
+        row, where = rows[at], f"{name}, row {at + 1},"
+        ids, labels = ([int(i) for i in row[part]] for part in ("input_ids", "labels"))
+        if not ids or len(ids) != len(labels):
+            raise UserError(
+                f"{where} has {len(ids)} input_ids and {len(labels)} labels: give a label for each, or -100."
+            )
+        fit.check(where, ids, tokenizer)
+        counted = [label for label in labels if label != IGNORE_INDEX]
+        wrong = [i for i in ids if i < 0] + [label for label in counted if not 0 <= label < answers]
+        if wrong:
+            raise UserError(
+                f"{where} has the id {wrong[0]}, but the model's are 0 to {answers - 1}, and -100 of a label."
+            )
 
 
 def _described(rows: Any) -> str:

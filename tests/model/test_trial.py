@@ -91,11 +91,19 @@ def test_a_head_of_an_unknown_scale_is_refused(monkeypatch):
 
 
 REFUSED = {
-    "bert": ({"is_decoder": True}, "BertLMHeadModel", "changes its logits"),
+    "bert": (
+        {"is_decoder": True},
+        "BertLMHeadModel",
+        "has layers between its decoder and its output head (cls.predictions",
+    ),
     "electra": ({"is_decoder": True}, "ElectraForCausalLM", "has layers between its decoder and its output head"),
     "gemma3_text": ({"use_bidirectional_attention": True}, "Gemma3ForCausalLM", "is not causal"),
     "llama": ({"is_causal": False}, "LlamaForCausalLM", "is not causal"),
-    "roberta": ({"is_decoder": True}, "RobertaForCausalLM", "changes its logits"),
+    "roberta": (
+        {"is_decoder": True},
+        "RobertaForCausalLM",
+        "has layers between its decoder and its output head (lm_head",
+    ),
     "xlnet": ({}, "XLNetLMHeadModel", "is not causal here: each token sees those after it"),
 }
 

@@ -199,3 +199,23 @@ def test_what_does_not_go_together_is_refused(settings, more, message, byte_mode
     forget, retain = (tokenize(to_examples(Rows("rows", rows)), tokenizer) for rows in (FORGET, RETAIN))
     with pytest.raises(UserError, match=message):
         trainer_of(byte_model, tmp_path, forget, retain, more=more, **settings).train()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_ids": [1, 2, 10**6], "labels": [-100, 2, 3]}, "row 2, has the token .* of id 1000000, but the model"),
+        ({"input_ids": [1, -2, 3], "labels": [-100, 2, 3]}, "row 2, has the id -2, but the model's are 0 to"),
+        ({"input_ids": [1, 2, 3], "labels": [-100, 2, 10**6]}, "row 2, has the id 1000000, but the model's are 0 to"),
+        ({"input_ids": [1, 2, 3], "labels": [-100, -1, 3]}, "row 2, has the id -1, but"),
+        ({"input_ids": [1, 2, 3], "labels": [2, 3]}, "row 2, has 3 input_ids and 2 labels"),
+        ({"input_ids": [], "labels": []}, "row 2, has 0 input_ids and 0 labels"),
+    ],
+)
+@pytest.mark.parametrize("part", ["forget", "retain"])
+def test_ids_that_the_model_does_not_have_are_refused(part, change, message, byte_model, tmp_path):
+    """Nothing looks at them in a step (`checked=True`)."""
+    right = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "prompt_length": 1}
+    rows = {name: [right, right] for name in ("forget", "retain")} | {part: [right, {**right, **change}]}
+    with pytest.raises(UserError, match=f"{part}_dataset, {message}"):
+        trainer_of(byte_model, tmp_path, rows["forget"], rows["retain"])
