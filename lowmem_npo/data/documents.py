@@ -187,7 +187,9 @@ class _Text(HTMLParser):
 def html_text(page: str) -> str:
     """What an HTML page says, a paragraph to a paragraph."""
     parser = _Text()
-    parser.feed(page)
+    # A tag or comment that does not end is text; looking for its end, the parser would read the rest for each.
+    whole = page.rfind(">") + 1
+    parser.feed(page[:whole] + page[whole:].replace("<", "&lt;"))
     parser.close()
     return _tidy("".join(parser.pieces).replace("\xad", ""))
 

@@ -121,6 +121,9 @@ def test_any_file(tmp_path, bpe_tokenizer, full):
     @example(".jsonl", b"\xff\xfe")
     @example(".txt", b"\xff\xfea\0")
     @example(".html", b"<p>" * 20_000)
+    @example(".html", b"a <p a=" * 20_000)
+    @example(".txt", b"a" + b" " * 30_000 + b"b")
+    @example(".jsonl", b'{"text": "' + b"<|endoftext|> " * 5_000 + b'x"}')
     @example(".html", b"&#x110000;&#0;&#xd800;")
     @given(st.sampled_from(KINDS), contents)
     def check(kind, content):
