@@ -21,7 +21,7 @@ ROWS = TokenizedRows([token_row(20, 10)] * 8, [], [], 0)
 
 
 def data():
-    return SimpleNamespace(forget=ROWS, forget_targets=ROWS, retain=ROWS, alternatives=None)
+    return SimpleNamespace(forget=ROWS, forget_trained=ROWS, forget_targets=ROWS, retain=ROWS, alternatives=None)
 
 
 def run(folder, **sections) -> RunConfig:
