@@ -98,7 +98,7 @@ def main(options: argparse.Namespace, work: Path) -> int:
     titles = comparison.titles_of(pieces)
     tables = comparison.tables(results, titles)
     out.with_suffix(".md").write_text(tables + "\n", encoding="utf-8")
-    draw_attacks(out.with_suffix(".png"), results, titles, GOLD)
+    draw_attacks(out.with_suffix(".png"), results, comparison.titles, GOLD)
     print(f"\n{tables}\n\n{out}, {out.with_suffix('.md').name}, {out.with_suffix('.png').name}")
     return 0
 

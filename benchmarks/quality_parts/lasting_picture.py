@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from benchmarks.quality_parts.measure import ATTACKS
 
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")  # Okabe and Ito's
+MARKERS = "Dsv^"  # one after all colours
 GREY = "#555555"
 WIDTH = 0.8  # of an attack's methods together, in units of the distance between attacks
 
@@ -24,13 +25,21 @@ def draw_attacks(path: Path, results: Mapping[str, Mapping[str, Any]], titles: M
     measured = [m for m in titles if m != gold and any(attack.part in results.get(m, {}) for attack in ATTACKS)]
     for place, method in enumerate(measured):
         colour, label = COLOURS[place % len(COLOURS)], titles[method]
+        marker = MARKERS[place // len(COLOURS) % len(MARKERS)]
         for at, attack in enumerate(ATTACKS):
             if (spread := results[method].get(attack.part)) is None:
                 continue
             x = at + ((place + 0.5) / len(measured) - 0.5) * WIDTH
             ax.plot([x - 0.02] * len(spread["values"]), spread["values"], "o", color=colour, markersize=3, alpha=0.5)
             ax.errorbar(
-                x + 0.02, spread["mean"], yerr=spread["sd"], fmt="D", color=colour, markersize=6, capsize=3, label=label
+                x + 0.02,
+                spread["mean"],
+                yerr=spread["sd"],
+                fmt=marker,
+                color=colour,
+                markersize=6,
+                capsize=3,
+                label=label,
             )
             label = "_"  # once in the legend
     for at, attack in enumerate(ATTACKS):
