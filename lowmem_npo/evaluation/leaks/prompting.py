@@ -107,9 +107,9 @@ def judge(answers: Answers, max_new_tokens: int, before: float | None = None) ->
         if way in by_way:
             by_way[way] |= as_holdout(_figures([row for row in rows if row]))
     ways = len(by_way)
-    if ways > 1:
+    if ways > 1 and all(set(of_set) == set(by_way) for of_set in answers.values()):  # else nothing to compare with
         by_way[ANY] = _figures([row for row in _best_of_all(answers["forget"]) if row])
-        if set(answers.get("holdout", {})) == set(answers["forget"]):
+        if "holdout" in answers:
             by_way[ANY] |= as_holdout(_figures([row for row in _best_of_all(answers["holdout"]) if row]))
     worst = max(by_way, key=lambda way: by_way[way][BEST] - by_way[way].get(HOLDOUT + BEST, 0.0))
     figures, level = by_way[worst], by_way[worst].get(HOLDOUT + BEST)
