@@ -80,12 +80,12 @@ rows = st.one_of(one_row.map(lambda row: [row]), usual.map(lambda row: [row, row
 texts = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=30).filter(str.strip)
 
 
-def outcome(path: Path, tokenizer) -> list | None:
+def outcome(path: Path, tokenizer, max_length: int = 64) -> list | None:
     """The examples in a file, tokenised; None if it is refused as it should be."""
     begun = time.process_time()
     try:
         examples = to_examples(read_rows(str(path)))
-        tokenize(examples, tokenizer, max_length=64, drop_too_long=True)
+        tokenize(examples, tokenizer, max_length=max_length, drop_too_long=True)
     except UserError as error:
         message = str(error)
         assert message and "\n" not in message and message[-1] in ".)…" and len(message) < 2000, repr(message)
@@ -179,7 +179,7 @@ def test_rows_that_are_fine_are_read_as_they_are(tmp_path, bpe_tokenizer, full):
             writer.writeheader()
             writer.writerows(made)
             path.write_text(buffer.getvalue(), encoding="utf-8", newline="")
-        examples = outcome(path, bpe_tokenizer)
+        examples = outcome(path, bpe_tokenizer, 10_000)
         assert [(e.prompt, e.answer) for e in examples] == pairs
         for row, (_, answer) in zip(tokenize(examples, bpe_tokenizer, max_length=10_000), pairs, strict=True):
             text = decode(bpe_tokenizer, row["input_ids"][row["prompt_length"] :])
