@@ -18,8 +18,8 @@ from lowmem_npo.model.loading import check_can_run, resolve_device
 from lowmem_npo.ranges import check_values
 from lowmem_npo.run_directory import RunDirectory
 from lowmem_npo.training.honoured import HONOURED, RANGES, as_is, check_effect
+from lowmem_npo.training.npo_config import NPOConfig
 from lowmem_npo.training.reporting import check_reporting
-from lowmem_npo.training.trainer import NPOConfig
 
 
 def npo_config(config: RunConfig, kind: type[NPOConfig] = NPOConfig) -> NPOConfig:

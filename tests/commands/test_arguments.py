@@ -13,7 +13,7 @@ from lowmem_npo.config import SECTIONS
 from lowmem_npo.errors import UserError
 from lowmem_npo.training.arguments import check_trainer_args, npo_config
 from lowmem_npo.training.honoured import FROM_PYTHON, HONOURED
-from lowmem_npo.training.trainer import NPOConfig
+from lowmem_npo.training.npo_config import NPOConfig
 
 # Names other tools rely on.
 PROMISED = (

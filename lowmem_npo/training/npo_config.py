@@ -1,0 +1,69 @@
+"""The arguments of `NPOTrainer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from transformers import TrainingArguments
+
+from lowmem_npo.config import KEPT_CHECKPOINTS, DataConfig, ObjectiveConfig, TrainingConfig
+from lowmem_npo.training.honoured import FROM_PYTHON, as_is, check_effect
+
+
+@dataclass
+class NPOConfig(ObjectiveConfig, TrainingArguments):
+    """`transformers.TrainingArguments` with the objective's fields (see `ObjectiveConfig`), and the paper's defaults.
+
+    As in TRL, `per_device_train_batch_size` is how many forget rows one process puts through the model at once, and an
+    optimiser step takes `gradient_accumulation_steps` times as many on each process. `step_batch_size` sets the step's
+    forget rows directly, for numbers that do not divide evenly.
+
+    Raises:
+        UserError: an argument of `TrainingArguments` would have no effect here.
+    """
+
+    learning_rate: float = TrainingConfig.lr
+    num_train_epochs: float = TrainingConfig.epochs
+    per_device_train_batch_size: int = TrainingConfig.batch_size
+    lr_scheduler_type: str = "constant"
+    max_grad_norm: float = 0.0  # the paper does not clip
+    logging_steps: float = 1
+    logging_nan_inf_filter: bool = False  # it waits for the GPU twice a step, and hides that a run diverges
+    save_strategy: str = "epoch"
+    save_total_limit: int | None = KEPT_CHECKPOINTS
+    step_batch_size: int | None = None
+    """Forget rows per optimiser step over all micro-batches and processes. Default: the product of the fields above."""
+    retain_batch_size: int | None = None
+    """Retain rows per optimiser step over all micro-batches and processes. Default: as many as forget rows."""
+    layered: int | None = None
+    """Folds of layered unlearning, forgotten one stage after another (`lowmem_npo.training.layered`)."""
+    layered_weight: float = TrainingConfig.layered_weight
+    """How often the rows of earlier folds are shown, until the last stage; 1: as often as those of the newest."""
+    group_column: str | None = None
+    """Column of forget rows that are not tokenised which says what each is about; a group stays in one fold."""
+    max_length: int = DataConfig.max_length
+    """Tokens per row, prompt and answer together, of rows that are not tokenised."""
+    refusal: str = DataConfig.refusal
+    """The answer that `idk` and `jensun` teach in place of those of rows that are not tokenised."""
+    padding_free: bool = True
+    """Put rows of unequal length through the model one after the other, without padding, where its architecture keeps
+    them apart (`lowmem_npo.model.packs_rows`). Padded, the results are the same up to rounding."""
+    joint_pass_tokens: int = 0
+    """Forget and retain rows of a micro-batch share one pass if together they have no more tokens than that: half of
+    the passes, but both parts' graphs are alive at once. The gradients are the same. 0: never."""
+    reference_dir: str | None = None
+    """Directory in which the reference's results are cached (`CachedReference`). Default: the reference pass is run at
+    every step."""
+
+    def __post_init__(self) -> None:
+        ObjectiveConfig.__post_init__(self)
+        defaults = as_is()
+        args = {name: getattr(self, name) for name in defaults if name not in FROM_PYTHON}
+        check_effect(args, defaults, lambda name, value: f"{name}={value!r}")
+        if self.warmup_steps and self.lr_scheduler_type == "constant":
+            self.lr_scheduler_type = "constant_with_warmup"  # `constant` ignores a warm-up
+        TrainingArguments.__post_init__(self)
+
+    @property
+    def objective(self) -> ObjectiveConfig:
+        return ObjectiveConfig(**{f.name: getattr(self, f.name) for f in fields(ObjectiveConfig)})
