@@ -82,6 +82,7 @@ class Block:
             parameter = _like(weight.parameter, lying)
             for module, name in weight.places:
                 module._parameters[name] = parameter
+                vars(module)["_apply"] = Unmoved(module, name)
                 if hasattr(module, "quant_state"):
                     vars(module)["quant_state"] = getattr(parameter, "quant_state", None)
             replaced.append(parameter)
@@ -102,7 +103,25 @@ def _like(old: nn.Parameter, lying: Sequence[Tensor]) -> nn.Parameter:
         if state.state2 is not None:
             new.quant_state.state2 = copy.copy(state.state2)
             new.quant_state.state2.absmax = lying[2]
+        new.quant_state.to(lying[0].device)  # its tables
     return new
+
+
+class Unmoved:
+    """Replaces a module's `_apply`, by which `Module.to` moves and converts: the parameter `name` stays in its slot. A
+    copy of it elsewhere would never be filled again (accelerate moves models from "cpu" to "cpu:0")."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name, self.others = module, name, module._apply
+
+    def __call__(self, fn: Any, recurse: bool = True) -> nn.Module:
+        before = self.module._parameters
+        self.module._parameters = {name: p for name, p in before.items() if name != self.name}
+        try:
+            self.others(fn, recurse)
+        finally:
+            self.module._parameters = before | self.module._parameters  # in the order of before
+        return self.module
 
 
 def frozen_weights(lm: nn.Module, layers: Iterable[nn.Module]) -> list[Block]:

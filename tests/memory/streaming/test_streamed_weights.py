@@ -223,6 +223,22 @@ def test_copies_of_a_step(layers, copies, tmp_path):
     assert counts[2] - counts[1] == counts[1] - counts[0] == 2 * copies  # forget and retain part
 
 
+@pytest.mark.parametrize(
+    "where", [{"device": torch.device("cpu", 0)}, {"dtype": torch.float64}], ids=["cpu:0", "float64"]
+)
+def test_a_model_that_is_moved_takes_its_slots_along(where):
+    """ "cpu:0", to which accelerate moves in several processes, is another device than "cpu" for `Module.to`."""
+    model = adapted(stream_weights=True)
+    slots = {slot.untyped_storage()._cdata for slot in weight_stream(model).slots}
+    names = [name for name, _ in model.named_parameters()]
+    model.to(**where)
+    streamed = [p for p in model.parameters() if streaming.is_streamed(p)]
+    assert {p.untyped_storage()._cdata for p in streamed} == slots and len(streamed) == 5 * 7
+    assert [name for name, _ in model.named_parameters()] == names
+    norm = model.get_base_model().model.norm.weight
+    assert norm.dtype == where.get("dtype", torch.float32)
+
+
 def test_fingerprints_do_not_depend_on_where_the_weights_are():
     assert weights_fingerprint(adapted(stream_weights=True)) == weights_fingerprint(adapted())
     other = adapted(stream_weights=True)
