@@ -108,6 +108,7 @@ SETTINGS = {
     "one pass for both parts": {"joint_pass_tokens": 10_000},
     "micro-batches": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     "sharpness-aware": {"sam": 0.05},
+    "adversary": {"adversary": 1.0, "per_device_train_batch_size": 2},
 }
 
 
