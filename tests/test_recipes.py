@@ -70,6 +70,10 @@ def test_a_run_s_settings_hold_the_recipe_and_what_it_became(tmp_path):
     file.write_text(parsed("--recipe", "lasting", "--layered", 4).to_yaml())
     again = parse_run(["--config", str(file)], "train")
     assert again == parsed("--recipe", "lasting", "--layered", 4)
+    for name in ("--layered", "--adversary"):  # what is switched off within it stays so
+        chosen = parsed("--recipe", "lasting", name, "None")
+        file.write_text(chosen.to_yaml())
+        assert options(parse_run(["--config", str(file)], "train")) == options(chosen)
     plain = tmp_path / "plain.yaml"
     plain.write_text(parsed().to_yaml())  # whose layered and adversary are null
     assert options(parse_run(["--config", str(plain), "--recipe", "lasting"], "train")) == (3, 1.0)

@@ -23,11 +23,12 @@ import tyro
 
 from lowmem_npo.commands.trainer_options import check_flags, check_trainer_values, trainer_arguments
 from lowmem_npo.commands.wording import no_such_option, one_of
-from lowmem_npo.config import SECTIONS, TILE_ROWS, RunConfig
+from lowmem_npo.config import SECTIONS, TILE_ROWS, RunConfig, TrainingConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.contract import LeakTest
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, WHILE_TRAINING, leak_tests
 from lowmem_npo.ranges import shortened
+from lowmem_npo.recipes import OPTIONS as RECIPE_OPTIONS
 from lowmem_npo.recipes import with_recipe
 from lowmem_npo.settings_file import read_settings
 from lowmem_npo.sources import check_adapter_name, check_data_name, check_model_name, data_names
@@ -327,8 +328,11 @@ def _flags_of_file(path: Path) -> list[str]:
     except ValueError as error:
         raise UserError(f"--config: '{path}' cannot be used: {error}.") from error
     flags: list[str] = []
+    recipe = settings.get("recipe", TrainingConfig.recipe)
     for name, value in settings.items():
-        if value is None:
+        if value is None:  # written out only where a recipe would set it
+            if recipe != TrainingConfig.recipe and name.replace("-", "_") in RECIPE_OPTIONS:
+                flags += [f"--{name}", "None"]
             continue
         flags.append(f"--{name}")
         if isinstance(value, (list, tuple)):

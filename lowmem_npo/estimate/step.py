@@ -138,7 +138,7 @@ class StepRows:
             lengths = [max(2, int(length * share)) for length, _ in part]
             return tuple((length, min(a, length - 1)) for length, (_, a) in zip(lengths, part, strict=True))
 
-        return StepRows(of(self.forget), of(self.retain), of(self.alternatives))
+        return StepRows(of(self.forget), of(self.retain), of(self.alternatives), self.taught_again)
 
     def micro_batch(self, config: RunConfig) -> StepRows:
         """The largest rows that go through the model at once."""

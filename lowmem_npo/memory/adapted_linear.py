@@ -82,14 +82,14 @@ class _Adapted(torch.autograd.Function):
         y.flatten(0, -2).addmm_(low, up.to(x.dtype).T, alpha=scale)
         ctx.save_for_backward(rows, low, down, up)
         ctx.scale, ctx.base, ctx.shape = scale, base, x.shape
-        return y
+        return y.to(ctx.x_dtype) if isinstance(base, Linear4bit) else y  # as the layer itself returns it
 
     @staticmethod
     @once_differentiable
     def backward(ctx, y_grad: Tensor):
         rows, low, down, up = ctx.saved_tensors
         x_wanted, down_wanted, up_wanted = ctx.needs_input_grad[:3]
-        y_grad = y_grad.flatten(0, -2)
+        y_grad = y_grad.flatten(0, -2).to(rows.dtype)
         x_grad = down_grad = up_grad = None
         if up_wanted:
             up_grad = (y_grad.T @ low).to(up.dtype).mul_(ctx.scale)

@@ -7,6 +7,11 @@ conversion's: it is loaded from the original (original_olmo.py).
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+
 ORIGINAL_FORMAT_OLMO = (
     "allenai/OLMo-1B",
     "allenai/OLMo-1B-0724",
@@ -28,3 +33,13 @@ def resolve_name(name: str, revision: str | None = None) -> tuple[str, str | Non
         return name, None
     native = f"{original}-hf"
     return native, f"{name} is in OLMo's original format; using its native conversion {native}."
+
+
+def commit_of(name: str, revision: str | None = None) -> str | None:
+    """The commit of the hub whose files of `name` this machine has; None of a directory, or where it has none."""
+    if Path(name).is_dir():
+        return None
+    with suppress(ValueError):  # not a name that the hub could have
+        file = try_to_load_from_cache(name, "config.json", revision=revision)
+        return Path(file).parent.name if isinstance(file, str) else None
+    return None

@@ -33,9 +33,12 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from lowmem_npo.data.batching import RowBatch
 from lowmem_npo.model.layers import decoder
 
-varlen_attn: Any = None  # before PyTorch 2.10
+varlen_attn: Any = None  # before PyTorch 2.11, whose arguments are those that follow
 with suppress(ImportError):
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention.varlen import varlen_attn as _varlen_attn
+
+    if {"window_size", "scale"} <= inspect.signature(_varlen_attn).parameters.keys():
+        varlen_attn = _varlen_attn
 
 BY_ROWS = {"sdpa": "rows_sdpa", "eager": "rows_eager"}
 """An attention implementation of transformers, and its name here."""
@@ -163,7 +166,7 @@ def _in_one_call(module: nn.Module, query: Tensor, value: Tensor, how: dict[str,
         and query.is_cuda
         and has_values(query)  # the estimate counts what row by row takes, which is no less
         and capability(query.device) >= (8, 0)
-        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.dtype == value.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] == value.shape[-1] <= 256
         and query.shape[-1] % 8 == 0
         and how.get("dropout", 0.0) == 0.0

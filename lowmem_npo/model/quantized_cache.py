@@ -36,7 +36,10 @@ class CacheEntry:
         checkpoint = find_checkpoint(name, revision)
         files = [(checkpoint.folder / file).resolve() for file in sorted(checkpoint.shards)]
         stats = [(file.name, file.stat()) for file in files]
+        content, _ = PretrainedConfig.get_config_dict(name, revision=revision)
+        how = {key: value for key, value in content.items() if key[0] != "_" and key != "transformers_version"}
         self.identity = {
+            "config": hashlib.sha256(json.dumps(how, sort_keys=True, default=str).encode()).hexdigest(),
             "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
             "recipe": {key: str(value) for key, value in sorted(recipe.items())},
             "versions": {package: package_version(package) for package in ("bitsandbytes", "transformers")},

@@ -29,6 +29,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.files import file_sha256, write_atomically
 from lowmem_npo.model import resolve_name
 from lowmem_npo.model.layers import causal_lm
+from lowmem_npo.model.names import commit_of
 from lowmem_npo.run_directory import AdapterFiles, RunFiles
 from lowmem_npo.training.reference.identity import weights_fingerprint
 
@@ -67,7 +68,7 @@ def begin_audit(directory: Path, config: RunConfig, data: PreparedData, model: P
             "name": config.model.model,
             "loaded": resolve_name(config.model.model, config.model.revision)[0],
             "revision": config.model.revision,
-            "commit": getattr(base.config, "_commit_hash", None),
+            "commit": commit_of(resolve_name(config.model.model, config.model.revision)[0], config.model.revision),
             "class": type(base).__name__,
             "vocabulary": cast(Tensor, base.get_input_embeddings().weight).shape[0],
             "weights": "4-bit NF4" if config.model.qlora else config.model.dtype,

@@ -134,7 +134,8 @@ def judge_evaluation(
     """The same of answers measured by `evaluate`, without a run. before: those of an earlier evaluation, or none.
     gold_leaks: results of a model that never saw the rows."""
     stages = {"after": leaks, **({"gold": gold_leaks} if gold_leaks else {})}
-    traces = "; leak tests find traces" if _leaking(leaks) else ""
+    worst = worst_attacks(stages).get("after")
+    traces = "; leak tests find traces" if _leaking(leaks) or (worst and worst.stands_out) else ""
     if FORGET not in now:
         headline = f"What was measured are benchmarks' own figures, which make no headline{traces}."
         return Verdict("unknown", headline, [])

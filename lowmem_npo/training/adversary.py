@@ -69,8 +69,9 @@ class Lesson(NamedTuple):
         """parts: into which a micro-batch is divided. rows: all forget rows, with their true answers. collate: makes a
         batch of some."""
         chosen, processes = other_rows(step_batches, step, origins_of(rows)), step_batches.world_size
-        size = processes * math.ceil(step_batches.batch_size / (step_batches.micro_batches * parts * processes))
-        shares = np.array_split(chosen, processes * math.ceil(len(chosen) / size))[step_batches.rank :: processes]
+        own = np.array_split(chosen, processes)[step_batches.rank]  # whatever the others divide their passes into
+        size = math.ceil(step_batches.batch_size / (step_batches.micro_batches * parts * processes))
+        shares = np.array_split(own, max(1, math.ceil(len(own) / size)))
         batches = [collate([(Pick("forget", row), rows[row]) for row in share.tolist()])["forget"] for share in shares]
         tokens = RowBatch.of([rows[row] for row in chosen], pack=False).num_answers
         return cls([batch for batch in batches if batch], tokens)

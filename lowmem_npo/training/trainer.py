@@ -143,6 +143,7 @@ class NPOTrainer(Trainer):
         self.lesson: Lesson | None = None  # what the adversary is taught before a step, until it has been
         self._adversary_figures: dict[str, Tensor] = {}  # of the step, once it has
         self._step_rows: list[Batch] = []  # its micro-batches
+        self._summed = False  # whether all processes have waited for what is not yet made use of
         self._rows = rows
         self._levels: Tensor | None = None
         if forget_levels is not None:
@@ -305,7 +306,15 @@ class NPOTrainer(Trainer):
         return loss
 
     def _restart_step(self) -> None:
-        """Drops what the step has added to gradients and figures. The adversary and the neighbour, once there, stay."""
+        """Drops what the step has added to gradients and figures. The adversary and the neighbour, once there, stay.
+
+        Raises:
+            torch.OutOfMemoryError: the processes have summed a gradient since then, and would not sum it again.
+        """
+        if self._summed:
+            raise torch.OutOfMemoryError(
+                "Memory ran out beside what the processes had summed; that cannot be repeated."
+            )
         self.model.zero_grad()
         self._metrics.drop_step()
         self._metrics.add(**self._adversary_figures)
@@ -326,10 +335,11 @@ class NPOTrainer(Trainer):
             figures["adversary_gain"] = self.adversary.relearn(self.state.global_step, teach) / self.args.world_size
             self._metrics.add(**figures)
             self.lesson, self._adversary_figures = None, figures
+            self._summed = False
         if self._neighbour is not None and self.ahead:
             with nullcontext() if self.adversary is None else self.adversary.in_place():
                 self._neighbour.find(partial(self._add_forget_gradients, self.ahead, totals))
-            self.ahead = []
+            self.ahead, self._summed = [], False
 
     @contextmanager
     def _forgetting(self) -> Iterator[None]:
@@ -354,6 +364,7 @@ class NPOTrainer(Trainer):
             self._metrics = counted
         if self.args.world_size > 1:
             self._sum_gradients()
+            self._summed = True
 
     def _add_lesson_gradients(self, lesson: Lesson, figures: dict[str, Tensor]) -> None:
         """The gradient of what the adversary lowers: the mean NLL per answer token of its rows, without dropout."""
@@ -368,6 +379,7 @@ class NPOTrainer(Trainer):
         figures["adversary_nll"] = total
         if self.args.world_size > 1:
             self._sum_gradients()
+            self._summed = True
 
     # -- its passes: in each the reference comes first, before any graph exists --------------------------------------
 

@@ -83,7 +83,7 @@ def test_a_dry_run_and_an_estimate_write_none(byte_model, tmp_path, cache, capsy
 def test_another_model_or_other_rows_get_others(byte_model, tmp_path):
     def path(*flags, rows=(("a", "b"),)):
         config = parse_run(["--model", str(byte_model), *ALTPO[:4], *flags], "train")
-        return own_texts.own_answers(config, None, [Example(*row, "here", "question/answer") for row in rows])
+        return own_texts.own_answers(config, [Example(*row, "here", "question/answer") for row in rows])
 
     same = path()
     assert path("--seed", "3") == path("--lr", "1") == same

@@ -18,7 +18,6 @@ from lowmem_npo.data import bundled_rows
 from lowmem_npo.data.reading import read_rows
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.settings import EvaluationConfig
-from lowmem_npo.model.loading import load_config
 from lowmem_npo.model.saved_adapter import settings_of_run
 from lowmem_npo.report.audit import read_audit
 
@@ -95,7 +94,7 @@ def test_a_resumed_run_keeps_its_texts(taught_model, tmp_path, forget, cache):
     resumed = replace(
         config, training=replace(config.training, max_steps=4), output=replace(config.output, resume=True)
     )
-    assert own_texts(resumed, load_config(config.model)) == of_run
+    assert own_texts(resumed) == of_run
     assert train(resumed, lambda line: None).optimizer_steps == 4
     assert of_run.read_text() == texts and not list(cache.rglob("*.jsonl"))
 
@@ -110,10 +109,9 @@ def test_a_dry_run_writes_nothing(taught_model, tmp_path, forget, cache):
 
 def test_the_key_tells_models_and_forms_apart(taught_model, tmp_path, forget):
     config = run_of(taught_model, tmp_path / "run", forget, "self:4")
-    architecture = load_config(config.model)
 
     def path(**changes):
-        return own_texts(replace(config, **changes), architecture)
+        return own_texts(replace(config, **changes))
 
     known = path()
     assert path(training=replace(config.training, seed=3)) == known == path(objective=ObjectiveConfig(beta=0.3))

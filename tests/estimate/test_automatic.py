@@ -34,6 +34,11 @@ def decided(config: RunConfig) -> tuple[RunConfig, list[str]]:
     return decide(config, data(), CONFIGS["llama"](97), lines.append)[0], lines
 
 
+def test_shortened_rows_keep_what_the_adversary_is_taught():
+    rows = StepRows(((8, 7),), ((8, 7),), (), ((8, 7),) * 3)
+    assert rows.at_most(8, True) == StepRows(((4, 3),), ((4, 3),), (), rows.taught_again)
+
+
 def test_a_small_run_on_a_cpu_recomputes_nothing_and_caches_its_reference(tmp_path):
     config, lines = decided(run(tmp_path))
     assert (config.memory.gradient_checkpointing, config.memory.reference) == ("off", "cached")

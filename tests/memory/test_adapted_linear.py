@@ -95,6 +95,21 @@ def test_float32_rows_of_a_16_bit_model():
 
 
 @pytest.mark.parametrize("four_bit", [False, True], ids=["16 bits", "4 bits"])
+def test_the_type_is_that_of_the_layer_itself(four_bit):
+    """A 4-bit layer answers in the type in which it was asked, as without an adapter."""
+    model, module = adapted(four_bit=four_bit)
+    x = torch.randn(3, D)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        by_peft = module(x).dtype
+        join_adapters(model)
+        joined = module(x).dtype
+        with original_model(model):
+            assert joined == module(x).dtype == by_peft == (torch.float32 if four_bit else torch.bfloat16)
+    if four_bit:
+        assert max(errors(module, torch.bfloat16, x_dtype=torch.float32)) <= 6e-3
+
+
+@pytest.mark.parametrize("four_bit", [False, True], ids=["16 bits", "4 bits"])
 def test_an_identity_adapter_gives_the_bits_of_the_base(four_bit):
     model, module = adapted(four_bit=four_bit)
     join_adapters(model)

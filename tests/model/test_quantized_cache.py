@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 from pathlib import Path
 
@@ -58,10 +59,14 @@ def test_other_weights_and_another_recipe_have_entries_of_their_own(model, tmp_p
     first, _ = loaded(model, cache)
     for other in ({"double_quant": "off"}, {"dtype": "float32"}):
         loaded(model, cache, **other)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    corrected, said = loaded(model, cache)
+    assert "are kept in" in said and corrected.config.rms_norm_eps == 0.5
     saved(model, seed=1)  # the same directory
     changed, said = loaded(model, cache)
     assert "are kept in" in said and fingerprint(changed) != fingerprint(first)
-    assert len(list(cache.iterdir())) == 4
+    assert len(list(cache.iterdir())) == 5
 
 
 def test_an_entry_of_other_weights_or_a_damaged_one_is_refused(model, tmp_path):

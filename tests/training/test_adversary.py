@@ -290,6 +290,17 @@ def test_a_lesson_is_the_same_however_a_step_is_split(split):
         for t in range(1, len(FORGET[row]["labels"]))) for row in taught)}  # fmt: skip
 
 
+def test_processes_that_divide_their_passes_unlike_still_share_a_lesson():
+    """One has run out of memory, the other not."""
+    collate = collator(0, pack=True)
+    lessons = [
+        Lesson.of(batches(world_size=2, rank=rank), 7, parts, FORGET, collate) for rank, parts in enumerate((4, 1))
+    ]
+    assert sorted(row for lesson in lessons for batch in lesson.passes for row in batch.rows) == other_rows(
+        batches(), 7
+    )
+
+
 def test_each_step_has_a_fresh_attacker_of_the_seed(tmp_path):
     model = attach_lora(tiny_model(), AdapterConfig())
     before = torch.get_rng_state()

@@ -117,7 +117,7 @@ def measure(folder: Path, rows: RunRows, four_bits: bool = False) -> RowFigures:
     Raises UserError if it does not fit into memory, or gives no finite numbers.
     """
     _check_memory(folder, rows, four_bits)
-    loaded = replace(rows.model, model=str(folder), revision=None, qlora=four_bits, attn="sdpa")
+    loaded = replace(rows.model, model=str(folder), revision=None, qlora=four_bits, quantized_cache=None, attn="sdpa")
     try:
         model = load_model(loaded, silent)
         scores = {

@@ -35,6 +35,7 @@ from lowmem_npo.report.files import write_report
 from lowmem_npo.run_directory import EvaluationFiles, RunDirectory, RunFiles, check_empty
 
 STATE = "sweep_state.json"
+STREAMED = "--stream-weights is an option of single runs: use it with `lowmem-npo train`."
 NOT_TAUGHT: dict[str, Any] = {
     "refusal": "",
     "alternative_column": None,
@@ -163,6 +164,8 @@ def _make(run: SweepRun, bases: Bases, inputs: dict[str, Inputs], say: Say) -> N
     key = repr((config.model, config.data, taught))
     inputs[key] = read_inputs(config, lines.append, inputs.get(key))
     plan = plan_run(config, inputs[key], lines.append)
+    if plan.config.memory.stream_weights:  # which a budget can ask for, too
+        raise UserError(STREAMED)
     files.report_json.unlink(missing_ok=True)  # that of a shorter run would mark this one as finished
     try:
         with borrowed(bases.loaded(plan.config.model)) as base:
@@ -314,7 +317,7 @@ def _check(runs: Sequence[SweepRun], root: Path, resume: bool) -> None:
         if run.config.output.preview is not None:
             raise UserError("--preview shows the rows of one run: use it with `lowmem-npo train`.")
         if run.config.memory.stream_weights:  # the base is lent to evaluations, which do not stream it
-            raise UserError("--stream-weights is an option of single runs: use it with `lowmem-npo train`.")
+            raise UserError(STREAMED)
     if resume and not (root / STATE).exists():
         raise UserError(f"--resume: there is no sweep in '{root}' (no {STATE}); start it without --resume.")
     if not resume and (root / STATE).exists():

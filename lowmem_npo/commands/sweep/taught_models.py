@@ -137,7 +137,9 @@ def _taught_whole(
     config: RunConfig, how: TeachingOptions, rows: Sequence[TokenizedRow], into: Path, name: str
 ) -> float:
     """All weights, in float32; saved in the type of the runs."""
-    model: PreTrainedModel = load_model(replace(config.model, dtype="float32", qlora=False), silent)
+    model: PreTrainedModel = load_model(
+        replace(config.model, dtype="float32", qlora=False, quantized_cache=None), silent
+    )
     model.requires_grad_(True)
     if config.memory.recomputes_layers:
         enable_checkpointing(model)

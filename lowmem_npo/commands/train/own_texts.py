@@ -11,7 +11,7 @@ from typing import Any
 
 import huggingface_hub.constants
 from peft import PeftModel
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_npo.config import RunConfig
 from lowmem_npo.console import Say
@@ -26,6 +26,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.scoring.generation import Prompt, sampled_answers, text_of
 from lowmem_npo.files import write_atomically
 from lowmem_npo.model import resolve_name
+from lowmem_npo.model.names import commit_of
 from lowmem_npo.run_directory import RunDirectory
 
 SEED = 0  # the texts do not depend on --seed, so that runs with several seeds can be compared
@@ -33,7 +34,7 @@ ROUNDS = 16  # in which what came out empty is tried anew
 WEIGHTS = ("*.safetensors", "*.bin", "config.json", "tokenizer.json")
 
 
-def own_texts(config: RunConfig, model_config: PretrainedConfig) -> Path | None:
+def own_texts(config: RunConfig) -> Path | None:
     """The file of the texts: that of the run, where it is resumed, else one in the user's cache (beside the models of
     the hub) that is keyed by all that decides what is written. None unless --retain is self."""
     rows = self_rows(config.data.retain)
@@ -44,25 +45,25 @@ def own_texts(config: RunConfig, model_config: PretrainedConfig) -> Path | None:
         return of_run
     data = config.data
     key = {"form": [data.template, data.prompt_template, data.system], "texts": [rows, TOKENS, SEED]}
-    return _cached(config, model_config, "self_written", key) / of_run.name
+    return _cached(config, "self_written", key) / of_run.name
 
 
-def own_answers(config: RunConfig, model_config: PretrainedConfig, examples: Sequence[Example]) -> Path:
+def own_answers(config: RunConfig, examples: Sequence[Example]) -> Path:
     """The file of the answers of `--alternatives self` to `examples`, likewise."""
     of_run = RunDirectory(config).alternatives
     if config.output.resume and of_run.exists():
         return of_run
     rows = [[one.prompt, one.answer, *(one.messages or ())] for one in examples]
     key = {"rows": rows, "answers": [answers_number(config.data.alternatives), LONGEST, SEED]}
-    return _cached(config, model_config, "alternatives", {**key, "system": config.data.system}) / of_run.name
+    return _cached(config, "alternatives", {**key, "system": config.data.system}) / of_run.name
 
 
-def _cached(config: RunConfig, model_config: PretrainedConfig, kind: str, key: dict[str, Any]) -> Path:
+def _cached(config: RunConfig, kind: str, key: dict[str, Any]) -> Path:
     """The folder for what the model of a run writes: another for another model, and for another `key`."""
     name = resolve_name(config.model.model, config.model.revision)[0]
     key = {
         "model": _stamp(name),
-        "commit": getattr(model_config, "_commit_hash", None),
+        "commit": commit_of(name, config.model.revision),
         "weights": [config.model.revision, config.model.dtype, config.model.qlora],
         "adapter": _stamp(config.adapter.adapter) if config.adapter.adapter else None,
         **key,

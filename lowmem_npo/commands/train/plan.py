@@ -110,8 +110,8 @@ def read_inputs(config: RunConfig, say: Say, known: Inputs | None = None) -> Inp
 
 
 def read_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> PreparedData:
-    stops, texts = stop_tokens(config.model, model_config), own_texts(config, model_config)
-    answers = partial(own_answers, config, model_config)
+    stops, texts = stop_tokens(config.model, model_config), own_texts(config)
+    answers = partial(own_answers, config)
     return prepare(tokenizer, config.data, config.objective.forget_term, stops, texts, answers)
 
 

@@ -115,10 +115,10 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
     trainer = _trainer(plan, model, stopping, say)
     PartialState().wait_for_everyone()  # until every process has found the directory free
     directory.begin(main_process)
-    if main_process and (texts := own_texts(config, causal_lm(model).config)) not in (None, directory.self_written):
+    if main_process and (texts := own_texts(config)) not in (None, directory.self_written):
         write_atomically(directory.self_written, texts.read_text(encoding="utf-8"))
     if main_process and config.data.alternatives is not None:
-        answers = own_answers(config, causal_lm(model).config, plan.data.forget.examples)
+        answers = own_answers(config, plan.data.forget.examples)
         if answers != directory.alternatives:
             write_atomically(directory.alternatives, answers.read_text(encoding="utf-8"), private=True)
     say(f"{plan.sentence}; {model.get_nb_trainable_parameters()[0]:,} adapter parameters.")
@@ -162,10 +162,10 @@ def _with_own_texts(plan: RunPlan, model: PeftModel, say: Say) -> RunPlan:
     config, model_config = plan.config, causal_lm(model).config
     if is_main_process(config):
         with reference_mode(model):
-            if (path := own_texts(config, model_config)) is not None and not path.exists():
+            if (path := own_texts(config)) is not None and not path.exists():
                 write_own_texts(path, model, plan.tokenizer, config, say)
             if config.data.alternatives is not None:
-                path = own_answers(config, model_config, plan.data.forget.examples)
+                path = own_answers(config, plan.data.forget.examples)
                 if not path.exists():
                     write_own_answers(path, model, plan.tokenizer, config, plan.data.forget, say)
     PartialState().wait_for_everyone()

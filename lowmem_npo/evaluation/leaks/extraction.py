@@ -100,11 +100,12 @@ def judge(
     return LeakResult(figures, meaning, leaks, against_before=level is None and before is not None)
 
 
+ORIGINAL_PART = "leaks: forget answers, original model"  # of the journal
+
+
 def original_scores(subject: Subject) -> list[TokenScores] | None:
     """What the model before it forgot thinks of the forget answers; None where there is a holdout, or no such model."""
-    return subject.of_original(
-        lambda scorer: scorer.token_scores("leaks: forget answers, original model", subject.forget)
-    )
+    return subject.of_original(lambda scorer: scorer.token_scores(ORIGINAL_PART, subject.forget))
 
 
 def strength_before(subject: Subject) -> float | None:

@@ -17,11 +17,13 @@ model is gone: none is in memory beside another, and the files of adapter and ba
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.errors import UserError
@@ -126,7 +128,7 @@ def measure_forms(subject: Subject, saved: SavedModel) -> tuple[FormFigures, Att
     try:
         for form, words in FORMS.items():
             known = [len(scorer.journal.known(_part(form, name))) == len(rows) for name, rows in subject.sets.items()]
-            known += [0 in scorer.journal.known(_attack_part(form, test)) for test in subject.repeated]
+            known += [0 in scorer.journal.known(_attack_part(subject, form, test)) for test in subject.repeated]
             model = None
             if not all(known):
                 gc.collect()  # the model before
@@ -148,7 +150,7 @@ def measure_forms(subject: Subject, saved: SavedModel) -> tuple[FormFigures, Att
 
 def _attack(of_form: Subject, form: str, test: LeakTest) -> LeakResult:
     """The result of `test` on the model in that form."""
-    journal, part = of_form.scorer.journal, _attack_part(form, test)
+    journal, part = of_form.scorer.journal, _attack_part(of_form, form, test)
     if 0 not in journal.known(part):
         journal.write(part, [0], [test.measure(of_form).to_json()])
     return LeakResult.from_json(journal.known(part)[0])
@@ -173,11 +175,16 @@ def judge(
     by_form: dict[str, dict[str, Any]] = {
         form: {**of["forget"], **as_holdout(of.get("holdout", {}))} for form, of in forms.items()
     }
-    leaking = []
+    leaking, not_told = [], []
     for form, results in (attacked or {}).items():
         for test, result in results:
             by_form[form] |= _brought_back(test, result)
-            leaking += [f"{test.name} ({FORMS[form]})"] if result.leaks else []
+            attacks = test.attacks(result.figures)
+            if result.leaks:
+                leaking.append(f"{test.name} ({FORMS[form]})")
+            elif result.leaks is None and attacks:
+                most = max(attack.value for attack in attacks.values())
+                not_told.append(f"{test.name} ({FORMS[form]}, {most:.0%})")
     own, beside = beside_holdout(strength, level, before)
     meaning = (
         f"In the worst form, {FORMS[worst]}, the model writes the last {own} of a forgotten answer by itself, "
@@ -189,6 +196,10 @@ def judge(
     if leaking:
         meaning += f" Traces are found by other attacks on it: {', '.join(leaking)}."
     leaks = True if leaking else above_holdout(strength, level, before)
+    if not_told and not leaking:
+        meaning += f" Whether other attacks find traces in it cannot be told: {', '.join(not_told)}."
+    if leaks is False and (not_told or problem is not None):  # what was not measured or judged may be worse
+        leaks = None
     return LeakResult({**counts, **by_form}, meaning, leaks, against_before=level is None and before is not None)
 
 
@@ -200,8 +211,10 @@ def _load(form: str, saved: SavedModel) -> PreTrainedModel | Any:
         return load_adapter(load_model(replace(saved.base, qlora=True)), str(saved.adapter))
     if not saved.scratch.exists():
         _merge(saved.base, str(saved.adapter), saved.scratch)
-    merged = replace(saved.base, model=str(saved.scratch), revision=None, qlora=form == MERGED_4BIT)
-    return load_model(merged)
+    four_bits = form == MERGED_4BIT
+    return load_model(
+        replace(saved.base, model=str(saved.scratch), revision=None, qlora=four_bits, quantized_cache=None)
+    )
 
 
 def _merge(base: ModelConfig, adapter: str, scratch: Path) -> None:
@@ -227,8 +240,13 @@ def _brought_back(test: LeakTest, result: LeakResult) -> dict[str, dict[str, flo
     return figures
 
 
-def _attack_part(form: str, test: LeakTest) -> str:
-    return f"leaks: {test.name}, {FORMS[form]}, the result"
+def _attack_part(subject: Subject, form: str, test: LeakTest) -> str:
+    """Names all that a result depends on and that may be added to an evaluation that is resumed."""
+    beside = [name for name in ("retain", "general") if getattr(subject, name)]
+    if test.name in subject.earlier and not subject.holdout:
+        beside.append(str(crc32(json.dumps(subject.earlier[test.name].to_json(), sort_keys=True).encode())))
+    what = ", ".join([test.name, "the result", *beside])
+    return replace(subject, form=FORMS[form]).part(what)
 
 
 def _part(form: str, name: str) -> str:

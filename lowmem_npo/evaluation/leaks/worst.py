@@ -2,7 +2,8 @@
 
 What an attack brings back is a share, of an answer or of the answers. Beside it stands what the same attack brings
 forth of rows that were never taught, the holdout, and what it brings back from a gold model, which was never taught the
-forget rows, where there is one. The worst is the one that is furthest above the holdout.
+forget rows, where there is one. The worst is the one that is furthest above such a level: gold's where it is known,
+else the holdout's; an attack with no level to compare is the worst only among others like it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 
 from lowmem_npo.evaluation.figures import shares
 from lowmem_npo.evaluation.leaks.contract import MARGIN, NO_HOLDOUT, Attack, LeakResult, LeakResults
-from lowmem_npo.evaluation.leaks.extraction import FIGURES
+from lowmem_npo.evaluation.leaks.extraction import EXTRACTION, FIGURES
+from lowmem_npo.evaluation.leaks.quantization import QUANTIZATION
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
 from lowmem_npo.evaluation.leaks.sampling import RECALL, WHOLE
 
@@ -86,11 +88,22 @@ def worst_attack(results: LeakResults, gold: LeakResults | None = None) -> Worst
     attacks = attacks_of(results)
     if not attacks:
         return None
-    test, name = max(attacks, key=lambda key: attacks[key].value - (attacks[key].level or 0.0))
-    worst = attacks[test, name]
-    same = attacks_of(gold or {}).get((test, name))
-    level = same.value if same is not None and same.figure == worst.figure else None
-    return WorstAttack(test, name, worst.figure, worst.value, worst.level, len(attacks), level)
+    golds = attacks_of(gold or {})
+    made = []
+    for (test, name), attack in attacks.items():
+        same = golds.get((test, name)) or golds.get(_without_form(test, name))
+        level = same.value if same is not None and same.figure == attack.figure else None
+        made.append(WorstAttack(test, name, attack.figure, attack.value, attack.level, len(attacks), level))
+    return max(made, key=lambda attack: (attack.level is not None, attack.value - (attack.level or 0.0)))
+
+
+def _without_form(test: str, name: str) -> tuple[str, str]:
+    """The attack that was made on a form in which the model is stored: a gold model has no adapter, and one form."""
+    if test != QUANTIZATION.name:
+        return test, name
+    _, _, repeated = name.partition(", ")
+    other, _, way = repeated.partition(": ")
+    return other or EXTRACTION.name, way
 
 
 def retained_leaks(path: str | None) -> LeakResults:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import struct
 import zlib
 from collections.abc import Sequence
@@ -22,6 +24,9 @@ import torch
 from torch import Tensor
 
 from lowmem_npo.files import PARTIAL
+
+HOST = re.sub(r"\W", "_", platform.node())
+"""Of this machine's processes: others may write into the same directory."""
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -98,12 +103,12 @@ class AnswerFile:
             self._checked.add(row)
 
     def _partial(self, process: int | str) -> Path:
-        return self.path.with_name(f"{self.path.name}.{process}{PARTIAL}")
+        return self.path.with_name(f"{self.path.name}.{HOST}-{process}{PARTIAL}")
 
     def _clear(self) -> None:
         """Removes what processes of this machine have left that were killed while they created the file."""
         for left in self.path.parent.glob(self._partial("*").name):
-            process = left.name.split(".")[-2]
+            process = left.name.split(".")[-2].rpartition("-")[2]
             if process == str(os.getpid()) or not os.path.exists(f"/proc/{process}"):
                 left.unlink(missing_ok=True)
 
@@ -124,7 +129,7 @@ class AnswerFile:
             os.close(file)
             raise
         finally:
-            partial.unlink()
+            partial.unlink(missing_ok=True)
         self._file = file
 
     def _make_header(self) -> bytes:

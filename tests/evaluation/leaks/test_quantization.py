@@ -168,6 +168,15 @@ def test_an_attack_on_a_form_is_a_trace():
         assert any("relearning" in figure.title for figure in section.figures)
 
 
+def test_what_cannot_be_told_is_not_called_good():
+    """An attack on a form between the thresholds, without a holdout; a form that could not be measured."""
+    forms = {AS_EVALUATED: {"forget": figures(0.05)}, "merged": {"forget": figures(0.05)}}
+    lesson = {"2 steps, 50% shown, lr 1": {"extraction_strength": 0.49}}
+    result = judge(forms, None, 0.9, {"merged": [(RELEARNING, LeakResult(lesson, "", None))]})
+    assert result.leaks is None and "cannot be told: relearning (merged in bf16, 49%)" in result.meaning
+    assert judge(forms, None, 0.9).leaks is False and judge(forms, "merged: too large.", 0.9).leaks is None
+
+
 def figures(strength):
     return {"rows": 4, "nll": 1.0, "exact_memorization": 0.5, "extraction_strength": strength, "recited": 0.0}
 

@@ -48,13 +48,29 @@ def test_what_is_furthest_above_the_holdout():
     assert max(attacks_of(RESULTS), key=lambda key: attacks_of(RESULTS)[key].value) == ("sampling", "")
 
 
+def test_the_level_decides_and_gold_is_one():
+    """Without a holdout: 45% where gold gives 10% is worse than 50% where it gives 48%, and a form in which the model
+    is stored has gold's level of the same attack."""
+    first, second = "20 steps, 20% shown, lr 0.001", "100 steps, 20% shown, lr 0.001"
+    gold = results(relearning={first: written(0.48), second: written(0.1)}, extraction=written(0.02))
+    now = results(relearning={first: written(0.5), second: written(0.45)})
+    assert (worst_attack(now, gold).attack, worst_attack(now, gold).stands_out) == (second, True)
+    now |= results(quantization={"merged": {**written(0.2), f"relearning: {second}": written(0.46)}})
+    worst = worst_attack(now, gold)
+    assert (worst.attack, worst.gold) == (f"merged in bf16, relearning: {second}", 0.1) and worst.stands_out
+    unknown = now | results(sampling=said(0.9, 0.9))
+    assert worst_attack(unknown, gold).attack == worst.attack, "nothing is known of what such a model would say"
+    assert worst_attack(unknown).test == "sampling", "all are unknown alike"
+
+
 def test_a_gold_model_stands_beside_it_under_the_same_attack():
     gold = results(relearning={**RELEARNING, "20 steps, 20% shown, lr 0.001": written(0.25, 0.1)})
-    worst = worst_attack(RESULTS, gold)
+    relearned = {"relearning": RESULTS["relearning"]}
+    worst = worst_attack(relearned, gold)
     assert worst.gold == 0.25 and worst.stands_out is False
     assert worst.sentence.endswith("of a model that never saw the rows, 25%.")
-    assert worst_attack(RESULTS, results(extraction=written(0.01))).gold is None  # not attacked so
-    stages = worst_attacks({"before": RESULTS, "after": RESULTS, "gold": gold, "other": results(membership={})})
+    assert worst_attack(relearned, results(extraction=written(0.01))).gold is None  # not attacked so
+    stages = worst_attacks({"before": relearned, "after": relearned, "gold": gold, "other": results(membership={})})
     assert list(stages) == ["before", "after", "gold"] and stages["after"].gold == 0.25 and stages["gold"].gold is None
 
 
@@ -83,7 +99,7 @@ def test_it_is_in_the_files(tmp_path):
     assert content["worst_attack"]["before"]["value"] == 1.0
     assert read_leaks(tmp_path / "leaks.json") == stages
     evaluation = Evaluation(leaks=RESULTS, gold_leaks=results(relearning=RELEARNING)).to_json()
-    assert evaluation["worst_attack"]["gold"] == 0.3
+    assert evaluation["worst_attack"]["attack"] == "merged and rounded to 4 bits", "gold says nothing against it"
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
     assert retained_leaks(str(tmp_path / "evaluation.json")) == RESULTS
 

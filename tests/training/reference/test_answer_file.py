@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from lowmem_npo.training.reference.answer_file import AnswerFile
+from lowmem_npo.training.reference.answer_file import HOST, AnswerFile
 
 
 def test_a_disk_that_fills_up_later_leaves_valid_rows(files_no_larger_than, tmp_path):
@@ -29,9 +29,10 @@ def test_what_a_killed_process_left_is_removed_at_the_next_start(tmp_path):
     """Nothing of one that runs, and nothing else."""
     ended = subprocess.Popen([sys.executable, "-S", "-c", ""])
     ended.wait()
-    left, own, others = (tmp_path / f"x.safetensors.{pid}.partial" for pid in (ended.pid, os.getpid(), os.getppid()))
-    beside = tmp_path / "y.safetensors.1.partial"
-    for file in (left, own, others, beside):
+    processes = (ended.pid, os.getpid(), os.getppid())
+    left, own, others = (tmp_path / f"x.safetensors.{HOST}-{process}.partial" for process in processes)
+    beside, elsewhere = tmp_path / "y.safetensors.1.partial", tmp_path / f"x.safetensors.other-{ended.pid}.partial"
+    for file in (left, own, others, beside, elsewhere):
         file.write_bytes(b"half")
     AnswerFile(tmp_path / "x.safetensors", [4, 6], 8, torch.float32, {})
-    assert sorted(tmp_path.iterdir()) == sorted([others, beside])
+    assert sorted(tmp_path.iterdir()) == sorted([others, beside, elsewhere])
