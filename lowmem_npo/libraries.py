@@ -22,14 +22,15 @@ ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the se
 
 def prepare_console() -> None:
     """For every command, before it imports a library: what the terminal's encoding lacks is printed as an escape, no
-    library reports to anybody what is done here, and bitsandbytes, which PEFT imports, does not report an optional CPU
-    kernel missing."""
+    library reports to anybody what is done here; bitsandbytes, which PEFT imports, does not report an optional CPU
+    kernel missing, nor Matplotlib fonts that no picture here uses."""
     os.environ.update(dict.fromkeys(REPORTS_HOME, "1"))
     os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # of `datasets`, which counts local files, too
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    for name in ("bitsandbytes.backends.cpu.ops", "matplotlib.font_manager"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def expand_segments() -> None:

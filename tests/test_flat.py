@@ -73,12 +73,12 @@ def test_rows(tmp_path, full, capsys):
 
 
 def test_what_is_kept_would_be_noticed(tmp_path):
-    """400 kB a step."""
+    """8 MiB a step, which no memory that was freed before has room for."""
     kept, watch = [], Watch(48)
 
     class Keeps(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            kept.append((torch.ones(100 * 2**10), os.open(os.devnull, os.O_RDONLY)))
+            kept.append((torch.ones(2 * 2**20), os.open(os.devnull, os.O_RDONLY)))
 
     trainer = make_trainer(tiny_model("olmo"), tmp_path, random_rows(2, seed=1), random_rows(2, seed=2), max_steps=48)
     trainer.add_callback(Keeps())
