@@ -181,3 +181,12 @@ def test_each_process_divides_for_itself(tmp_path):
     assert (whole, divided) == (1, 2)
     for of_process in (first, second):
         assert all(relative_error(own, other) < 1e-5 for own, other in zip(of_process, expected, strict=True))
+
+
+def test_what_the_processes_have_summed_is_not_summed_again(tmp_path):
+    """Memory that runs out between the sum and its use ends the run: the other processes would wait for ever."""
+    trainer = make_trainer(tiny_model("olmo"), tmp_path, random_rows(4, seed=1), random_rows(4, seed=2))
+    trainer._restart_step()
+    trainer._summed = True
+    with pytest.raises(torch.OutOfMemoryError, match="what the processes had summed"):
+        trainer._restart_step()
