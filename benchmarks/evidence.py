@@ -136,7 +136,7 @@ def run_piece(name: str, piece: Piece, folder: Path, gpu: bool, limit: float = L
         for command in piece.commands:
             script = command.split()[0]
             if script.endswith(".py") and not (ROOT / script).is_file():
-                _log(log, f"{piece}: missing, this version has no {script}")
+                _log(log, f"{name}: missing, this version has no {script}")
                 ran.append({"command": f"python {command}", "status": "missing"})
                 continue
             _log(log, f"$ python {command}")
@@ -172,7 +172,13 @@ def _run(command: str, folder: Path, log: Path, seconds: float) -> int:
         errors="replace",
         start_new_session=True,  # so that its children are killed with it
     )
-    late = threading.Timer(max(seconds, 0.01), os.killpg, (process.pid, signal.SIGKILL))
+    too_long = threading.Event()  # set before the kill: the timer's own state may lag behind the death it causes
+
+    def kill() -> None:
+        too_long.set()
+        os.killpg(process.pid, signal.SIGKILL)
+
+    late = threading.Timer(max(seconds, 0.01), kill)
     late.start()
     assert process.stdout is not None
     with process.stdout as output, log.open("a") as file:
@@ -180,9 +186,9 @@ def _run(command: str, folder: Path, log: Path, seconds: float) -> int:
             file.write(line)
             print(line, end="", flush=True)
     code = process.wait()
-    if not late.is_alive() and code == -signal.SIGKILL:
-        _log(log, "killed: the time limit was reached")
     late.cancel()
+    if too_long.is_set() and code == -signal.SIGKILL:
+        _log(log, "killed: the time limit was reached")
     return code
 
 
