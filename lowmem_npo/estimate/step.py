@@ -347,7 +347,7 @@ def _track_adversary(gpu: FakeGPU, trainer: NPOTrainer) -> None:
             factor.b.register_post_accumulate_grad_hook(lambda b: gpu.mark(b.grad, "adversary"))
         return factors
 
-    def tracked_relearn(step: int, add_gradients: Callable[[], None]) -> Tensor:
+    def tracked_relearn(step: int, add_gradients: Callable[[], bool]) -> Tensor:
         before = gpu.work.sections[-1][0]
         gpu.work.begin("adversary")
         gain = relearn(step, add_gradients)

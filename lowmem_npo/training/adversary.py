@@ -86,14 +86,16 @@ class Adversary:
     def __init__(self, model: PeftModel, rho: float, seed: int, device: torch.device) -> None:
         self.model, self.rho, self.seed, self.device = model, rho, seed, device
         self.factors: list[Factors] = []
+        self.is_summed = False  # whether all processes have waited for a gradient that is not yet made use of
         self._layers = list(linear_layers(causal_lm(model)).values())
         self._is_away = False
 
-    def relearn(self, step: int, add_gradients: Callable[[], None]) -> Tensor:
+    def relearn(self, step: int, add_gradients: Callable[[], bool]) -> Tensor:
         """Takes the attacker's step, before global step `step` of the run.
 
         add_gradients: adds the gradients of the loss that the attacker lowers, over all processes, to those of the
-            model's parameters: of these, only the attacker's require any.
+            model's parameters: of these, only the attacker's require any. Returns whether the processes have summed
+            them, so that it cannot be repeated.
 
         Returns:
             () float32: how much lower that loss is at the end of the step, to first order.
@@ -107,7 +109,7 @@ class Adversary:
             layer.register_parameter(PARAMETER, cast(nn.Parameter, b))  # tiles ask a module for its parameters
         try:
             with self._acting(factors), _checkpointed_throughout(self.model):
-                add_gradients()
+                self.is_summed = add_gradients()
         finally:
             for layer, _, _ in factors:
                 delattr(layer, PARAMETER)
@@ -119,6 +121,7 @@ class Adversary:
             if b.grad is not None:  # none in a layer that did not run, such as an expert's: it stays as it is
                 # Where there is no slope, no direction is the worst.
                 self.factors.append(Factors(layer, a, b.grad.mul_(-self.rho / norm.clamp(min=1e-30)).to(a.dtype)))
+        self.is_summed = False
         return self.rho * norm
 
     @contextmanager

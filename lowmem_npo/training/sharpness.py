@@ -24,22 +24,24 @@ class Neighbour:
 
     def __init__(self, model: nn.Module, rho: float) -> None:
         self.model, self.rho = model, rho
+        self.is_summed = False  # whether all processes have waited for a gradient that is not yet made use of
         self._away: list[tuple[nn.Parameter, Tensor]] = []
 
-    def find(self, add_gradients: Callable[[], None]) -> None:
+    def find(self, add_gradients: Callable[[], bool]) -> None:
         """add_gradients: adds the loss's gradients, of all micro-batches and processes, to those of the weights, which
-        are left as they were."""
+        are left as they were. Returns whether the processes have summed them, so that it cannot be repeated."""
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         kept = [p.grad for p in parameters]
         for p in parameters:
             p.grad = None
-        add_gradients()
+        self.is_summed = add_gradients()
         gradients = [(p, p.grad) for p in parameters if p.grad is not None]
         norm = torch.stack([g.float().square().sum() for _, g in gradients]).sum().sqrt() if gradients else None
         # Where there is no slope, no direction is the worst.
         self._away = [] if norm is None else [(p, g * (self.rho / norm.clamp(min=1e-30))) for p, g in gradients]
         for p, gradient in zip(parameters, kept, strict=True):
             p.grad = gradient
+        self.is_summed = False
 
     @contextmanager
     def there(self) -> Iterator[None]:

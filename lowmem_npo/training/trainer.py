@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
-from lowmem_kernels import retain_loss, token_logprobs
+from lowmem_kernels import token_logprobs
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -31,8 +31,7 @@ from lowmem_npo.console import Say
 from lowmem_npo.data.batching import Batch, ForgetRetain, Pick, RowBatch, collator
 from lowmem_npo.errors import UserError
 from lowmem_npo.forget_terms import Term, register
-from lowmem_npo.memory.prefix import SharedPrefix
-from lowmem_npo.model import AnswerHidden, answer_hidden, attach_lora, check_causal, check_head, frozen_head, packs_rows
+from lowmem_npo.model import answer_hidden, attach_lora, check_causal, check_head, frozen_head, packs_rows
 from lowmem_npo.model.adapters import restore_adapter
 from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.modes import eval_mode, train_adapter
@@ -42,8 +41,9 @@ from lowmem_npo.training.checkpoints import write_digest
 from lowmem_npo.training.finite import FiniteSteps
 from lowmem_npo.training.layered import LayeredBatches, check_folds
 from lowmem_npo.training.npo_config import NPOConfig
-from lowmem_npo.training.objective import SequenceLogprobs, StepTotals, forget_loss, retain_weights
+from lowmem_npo.training.objective import StepTotals
 from lowmem_npo.training.out_of_memory import DividedSteps
+from lowmem_npo.training.passes import Passes
 from lowmem_npo.training.reference import CachedReference, LiveReference
 from lowmem_npo.training.script_rows import script_rows
 from lowmem_npo.training.sharpness import Neighbour
@@ -134,7 +134,6 @@ class NPOTrainer(Trainer):
         args._n_gpu = min(args.n_gpu, 1)  # several GPUs are used by several processes, never by DataParallel
         self.head = frozen_head(model)
         self.reference = LiveReference(model, self.head, self.objective)
-        self.prefix = SharedPrefix(model)
         self._neighbour = None if self.objective.sam is None else Neighbour(model, self.objective.sam)
         self.ahead: list[Batch] = []  # a step's micro-batches, until the neighbour has been found
         self.adversary: Adversary | None = None
@@ -143,18 +142,17 @@ class NPOTrainer(Trainer):
         self.lesson: Lesson | None = None  # what the adversary is taught before a step, until it has been
         self._adversary_figures: dict[str, Tensor] = {}  # of the step, once it has
         self._step_rows: list[Batch] = []  # its micro-batches
-        self._summed = False  # whether all processes have waited for what is not yet made use of
         self._rows = rows
-        self._levels: Tensor | None = None
-        if forget_levels is not None:
-            self.push_up_to(forget_levels)
-        self._metrics = StepMetrics(self.objective)
         if args.reference_dir is not None:
             directory = Path(args.reference_dir)
             names = rows.cache_names
             self.reference = CachedReference.open(
                 self.reference, directory, rows.forget, rows.retain, processing_class, names
             )
+        self._answers_per_row = 2 if rows.alternatives else 1
+        self.passes = Passes(model, self.head, self.objective, self.reference, self.adversary, self._answers_per_row)
+        if forget_levels is not None:
+            self.push_up_to(forget_levels)
         super().__init__(
             model=model,
             args=args,
@@ -204,10 +202,10 @@ class NPOTrainer(Trainer):
         number, answers = self._rows.num_forget, len(self._rows.forget)
         if len(levels) != number:
             raise UserError(f"There are {len(levels)} forget_levels for {number} rows to forget: give one for each.")
-        self._levels = torch.tensor([*levels, *[math.inf] * (answers - number)])  # another answer has no end
+        self.passes.levels = torch.tensor([*levels, *[math.inf] * (answers - number)])  # another answer has no end
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        if self.objective.forget_level != "none" and self._levels is None:
+        if self.objective.forget_level != "none" and self.passes.levels is None:
             raise UserError("forget_level holdout needs forget_levels: lowmem_npo.training.forget_level makes them.")
         output = super().train(*args, **kwargs)
         return output._replace(training_loss=output.metrics.get("train_loss", output.training_loss))  # see `log`
@@ -282,7 +280,7 @@ class NPOTrainer(Trainer):
         train_adapter(self.model)
         passes = partial(self._add_gradients, totals=totals)
         loss = self.divided.run(inputs, passes, self._restart_step, self.state.global_step + 1)
-        if self.accelerator.sync_gradients and self.args.world_size > 1:
+        if self.accelerator.sync_gradients:
             self._sum_gradients()
         # The Trainer reports the mean over processes; ours are shares of a sum. Its sum would never be finite again.
         return torch.where(loss.isfinite(), loss * self.args.world_size, 0.0)
@@ -292,11 +290,11 @@ class NPOTrainer(Trainer):
         forget, retain, both = (rows and rows.to(self.args.device) for rows in map(batch.get, PARTS))
         loss = torch.zeros((), device=self.args.device)
         self._prepare_forgetting(totals)
-        parts = ((forget, self._forget_pass, self._forgetting()), (retain, self._retain_pass, nullcontext()))
+        parts = ((forget, self.passes.forget, self._forgetting()), (retain, self.passes.retain, nullcontext()))
         passes = [(partial(run, rows), where) for rows, run, where in parts if rows]
         alone = self._neighbour is not None or self.adversary is not None  # at other weights than the retain rows
         if forget and both and not alone and self.reference.comes_together(both, len(forget)):
-            passes = [(partial(self._joint_pass, both, len(forget)), nullcontext())]
+            passes = [(partial(self.passes.both, both, len(forget)), nullcontext())]
         for run, where in passes:  # one after the other: the graphs of two passes never meet
             with where:
                 part = run(totals)
@@ -311,13 +309,13 @@ class NPOTrainer(Trainer):
         Raises:
             torch.OutOfMemoryError: the processes have summed a gradient since then, and would not sum it again.
         """
-        if self._summed:
+        if any(part is not None and part.is_summed for part in (self.adversary, self._neighbour)):
             raise torch.OutOfMemoryError(
                 "Memory ran out beside what the processes had summed; that cannot be repeated."
             )
         self.model.zero_grad()
-        self._metrics.drop_step()
-        self._metrics.add(**self._adversary_figures)
+        self.passes.metrics.drop_step()
+        self.passes.metrics.add(**self._adversary_figures)
         if self.lesson is not None:
             self.lesson = self._next_lesson()
 
@@ -333,13 +331,12 @@ class NPOTrainer(Trainer):
             figures: dict[str, Tensor] = {}
             teach = partial(self._add_lesson_gradients, self.lesson, figures)
             figures["adversary_gain"] = self.adversary.relearn(self.state.global_step, teach) / self.args.world_size
-            self._metrics.add(**figures)
+            self.passes.metrics.add(**figures)
             self.lesson, self._adversary_figures = None, figures
-            self._summed = False
         if self._neighbour is not None and self.ahead:
             with nullcontext() if self.adversary is None else self.adversary.in_place():
                 self._neighbour.find(partial(self._add_forget_gradients, self.ahead, totals))
-            self.ahead, self._summed = [], False
+            self.ahead = []
 
     @contextmanager
     def _forgetting(self) -> Iterator[None]:
@@ -351,23 +348,22 @@ class NPOTrainer(Trainer):
                 stack.enter_context(self.adversary.in_place())
             yield
 
-    def _add_forget_gradients(self, batches: Sequence[Batch], totals: StepTotals) -> None:
-        """The forget gradient of the whole step; what it measures on the way does not count."""
-        counted, self._metrics = self._metrics, StepMetrics(self.objective)
+    def _add_forget_gradients(self, batches: Sequence[Batch], totals: StepTotals) -> bool:
+        """The forget gradient of the whole step; what it measures on the way does not count. Whether it was summed."""
+        counted, self.passes.metrics = self.passes.metrics, StepMetrics(self.objective)
         try:
             for rows in (part["forget"] for batch in batches for part in self.divided.divided(batch)):
                 if rows:
-                    part = self._forget_pass(rows.to(self.args.device), totals)
+                    part = self.passes.forget(rows.to(self.args.device), totals)
                     self.accelerator.backward(part)
                     del part
         finally:
-            self._metrics = counted
-        if self.args.world_size > 1:
-            self._sum_gradients()
-            self._summed = True
+            self.passes.metrics = counted
+        return self._sum_gradients()
 
-    def _add_lesson_gradients(self, lesson: Lesson, figures: dict[str, Tensor]) -> None:
-        """The gradient of what the adversary lowers: the mean NLL per answer token of its rows, without dropout."""
+    def _add_lesson_gradients(self, lesson: Lesson, figures: dict[str, Tensor]) -> bool:
+        """The gradient of what the adversary lowers, the mean NLL per answer token of its rows, without dropout.
+        Whether it was summed."""
         total = torch.zeros((), device=self.args.device)
         with eval_mode(self.model):
             for rows in lesson.passes:
@@ -377,96 +373,26 @@ class NPOTrainer(Trainer):
                 total += nll.detach()
                 del answers, nll
         figures["adversary_nll"] = total
-        if self.args.world_size > 1:
-            self._sum_gradients()
-            self._summed = True
+        return self._sum_gradients()
 
-    # -- its passes: in each the reference comes first, before any graph exists --------------------------------------
-
-    def _forget_pass(self, batch: RowBatch, totals: StepTotals) -> Tensor:
-        if self.adversary is None:
-            with self.prefix.shared():
-                reference = self.reference.forget(batch)
-                answers = answer_hidden(self.model, batch)
-        else:  # which is in the prefix, too
-            with self.adversary.away():
-                reference = self.reference.forget(batch)
-            answers = answer_hidden(self.model, batch)
-        return self._forget_loss(answers, batch.rows, reference, totals)
-
-    def _retain_pass(self, batch: RowBatch, totals: StepTotals) -> Tensor:
-        with self.prefix.shared():
-            reference = self.reference.retain(batch)
-            answers = answer_hidden(self.model, batch)
-        return self._retain_loss(answers, reference, totals)
-
-    def _joint_pass(self, batch: RowBatch, forget_rows: int, totals: StepTotals) -> Tensor:
-        with self.prefix.shared():
-            references = self.reference.both(batch, forget_rows)
-            answers = answer_hidden(self.model, batch)
-        forget, retain = answers.split(sum(batch.answers[:forget_rows]))
-        loss = self._forget_loss(forget, batch.rows[:forget_rows], references[0], totals)
-        return loss + self._retain_loss(retain, references[1], totals)
-
-    def _forget_loss(
-        self, answers: AnswerHidden, rows: Sequence[int], reference: Tensor | None, totals: StepTotals
-    ) -> Tensor:
-        """rows: (B,) places in the forget dataset of the rows that the answers belong to."""
-        logprobs = token_logprobs(answers.hidden, self.head, answers.targets, checked=True)
-        policy = SequenceLogprobs(logprobs, answers.sequence, len(rows))
-        if self._levels is not None:
-            policy = policy.up_to(self._levels[list(rows)].to(logprobs.device, non_blocking=True))
-        loss = forget_loss(self.objective, policy, reference, totals)
-        with torch.no_grad():  # the figures are of the answers to forget alone
-            every = self._answers_per_row
-            if every > 1:
-                forgotten = answers.sequence % every == 0
-                logprobs = logprobs * forgotten
-                if reference is not None:
-                    reference = reference[::every] if len(reference) == len(rows) else reference * forgotten
-            self._metrics.add(forget_loss=loss, forget_nll=-logprobs.sum() / totals.forget_tokens)
-            if reference is not None:
-                ratio = logprobs.sum() - reference.sum()
-                self._metrics.add(forget_log_ratio=ratio / totals.forget_sequences)
-        return loss
-
-    @property
-    def _answers_per_row(self) -> int:
-        """How many rows of a forget batch belong to one row to forget: itself, and the other answer if it has any."""
-        return 2 if self.step_batches.alternatives else 1
-
-    def _retain_loss(self, answers: AnswerHidden, reference_hidden: Tensor | None, totals: StepTotals) -> Tensor:
-        ce_weight, kl_weight = retain_weights(self.objective, totals)
-        loss, logprobs, kl = retain_loss(
-            answers.hidden,
-            reference_hidden,
-            self.head,
-            answers.targets,
-            ce_weight,
-            kl_weight,
-            direction=self.objective.kl_direction,
-            checked=True,
-        )
-        tokens = max(totals.retain_tokens, 1)
-        self._metrics.add(retain_nll=-logprobs.sum() / tokens)
-        if reference_hidden is not None:
-            self._metrics.add(retain_kl=kl.sum() / tokens)
-        return loss
-
-    def _sum_gradients(self) -> None:
-        """Sums the adapter's gradients over all processes: the passes call the bare module, so DDP's own hooks never
-        run, and losses are already shares of the whole step, so a sum (not DDP's mean) is exact."""
+    def _sum_gradients(self) -> bool:
+        """Sums the adapter's gradients over all processes, if there are several: the passes call the bare module, so
+        DDP's own hooks never run, and losses are already shares of the whole step, so a sum (not DDP's mean) is exact.
+        """
+        if self.args.world_size == 1:
+            return False
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         torch.distributed.all_reduce(flat)
         for p, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.grad = total.view_as(p)
+        return True
 
     def _step_is_finite(self) -> bool:
         """Whether the step's figures and its gradient are finite, in every process; ends the step for its figures."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        is_finite = self._metrics.end_step(get_total_norm(gradients))
+        is_finite = self.passes.metrics.end_step(get_total_norm(gradients))
         if self.args.world_size > 1:
             bad = torch.tensor(int(not is_finite), device=self.args.device)
             is_finite = int(self.accelerator.reduce(bad, reduction="sum")) == 0
@@ -494,11 +420,11 @@ class NPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the step's own quantities, averaged over the optimiser steps since the last log line."""
-        if "loss" in logs and self._metrics.steps:
-            values = self._metrics.means_and_reset()
+        if "loss" in logs and self.passes.metrics.steps:
+            values = self.passes.metrics.means_and_reset()
             if self.args.world_size > 1:
                 values = self.accelerator.reduce(values.to(self.args.device), reduction="sum")
-            logs.update(zip(self._metrics.names, values.tolist(), strict=True))
+            logs.update(zip(self.passes.metrics.names, values.tolist(), strict=True))
             if not values.isfinite().all():
                 logs["loss"] = math.nan
             if self.divided.parts > 1:

@@ -28,7 +28,7 @@ def adapted(architecture: str, layer: str):
 
 def test_upper_layers_that_read_the_embedding_again_share_nothing(tmp_path, caplog):
     run = make_trainer(adapted("zamba", layer="2"), tmp_path, FORGET, RETAIN)
-    assert run.prefix.modules == []
+    assert run.passes.prefix.modules == []
     loss, expected = dense_step(run, FORGET, RETAIN)
     assert relative_error(step_gradients(run), expected) < 2e-5
     assert run.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-5)

@@ -185,11 +185,11 @@ def test_layers_below_the_adapters_run_once_for_both_passes(tmp_path, monkeypatc
 
 def test_the_prefix_leaves_the_layers_as_they_were(tmp_path):
     run = trainer("olmo", tmp_path, ALL, {"lora_layers": ("1",)})
-    before = [vars(module).get("forward") for module in run.prefix.modules]
-    with pytest.raises(RuntimeError, match="inside"), run.prefix.shared():
+    before = [vars(module).get("forward") for module in run.passes.prefix.modules]
+    with pytest.raises(RuntimeError, match="inside"), run.passes.prefix.shared():
         raise RuntimeError("inside")
-    assert [vars(module).get("forward") for module in run.prefix.modules] == before
-    assert len(run.prefix.modules) == 2  # embedding and layer 0
+    assert [vars(module).get("forward") for module in run.passes.prefix.modules] == before
+    assert len(run.passes.prefix.modules) == 2  # embedding and layer 0
 
 
 # -- what is in memory ----------------------------------------------------------------------------------------

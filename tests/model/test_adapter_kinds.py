@@ -87,7 +87,7 @@ def test_gradients_are_those_of_dense_float64(kind, memory, tmp_path):
     loss, expected = dense_step(run, FORGET, RETAIN)
     assert relative_error(step_gradients(run), expected) < 5e-6
     assert run.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-5)
-    assert len(run.prefix.modules) == shared
+    assert len(run.passes.prefix.modules) == shared
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"modules_to_save": ("norm", "embed_tokens")}])

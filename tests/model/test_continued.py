@@ -116,7 +116,7 @@ def test_gradients_are_those_of_dense_float64_with_the_merged_model_as_reference
     loss, expected = independent_step(run, merged.requires_grad_(False))
     assert relative_error(step_gradients(run), expected) < 5e-6
     assert run.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-5)
-    assert len(run.prefix.modules) == 2  # the first adapter is frozen: what is below the second is shared
+    assert len(run.passes.prefix.modules) == 2  # the first adapter is frozen: what is below the second is shared
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

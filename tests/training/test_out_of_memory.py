@@ -3,6 +3,9 @@ of more than so many tokens fail as they do there."""
 
 from __future__ import annotations
 
+import contextlib
+from functools import partial
+
 import pytest
 import torch
 from helpers.dense_step import dense_step, make_trainer, random_rows, relative_error
@@ -16,7 +19,7 @@ from lowmem_npo.config import AdapterConfig, MemoryConfig
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora
 from lowmem_npo.training.metrics import read_metrics
-from lowmem_npo.training.trainer import NPOTrainer
+from lowmem_npo.training.passes import Passes
 
 FORGET, RETAIN, OTHERS = (random_rows(8, seed=seed) for seed in (1, 2, 3))
 
@@ -113,20 +116,20 @@ def test_other_errors_are_not_taken_for_it(tmp_path, monkeypatch):
     def fails(*_):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(trainer, "_retain_pass", fails)
+    monkeypatch.setattr(trainer.passes, "retain", fails)
     with pytest.raises(RuntimeError, match="shapes"):
         trainer.train()
 
 
 def test_the_command_says_it_once_and_its_report_too(byte_model, tmp_path, capsys, monkeypatch):
-    whole = NPOTrainer._retain_pass
+    whole = Passes.retain
 
     def retain_pass(self, batch, totals):
         if len(batch) > most:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return whole(self, batch, totals)
 
-    monkeypatch.setattr(NPOTrainer, "_retain_pass", retain_pass)
+    monkeypatch.setattr(Passes, "retain", retain_pass)
     options = ["--device", "cpu", "--max-steps", "2", "--limit", "8", "--eval-rows", "2", "--leaks", "none"]
     arguments = ["train", "--model", str(byte_model), *options, "--output-dir"]
     most = 2
@@ -183,10 +186,26 @@ def test_each_process_divides_for_itself(tmp_path):
         assert all(relative_error(own, other) < 1e-5 for own, other in zip(of_process, expected, strict=True))
 
 
-def test_what_the_processes_have_summed_is_not_summed_again(tmp_path):
+@pytest.mark.parametrize("where", ["sam", "adversary"])
+def test_what_the_processes_have_summed_is_not_summed_again(where, tmp_path, monkeypatch):
     """Memory that runs out between the sum and its use ends the run: the other processes would wait for ever."""
-    trainer = make_trainer(tiny_model("olmo"), tmp_path, random_rows(4, seed=1), random_rows(4, seed=2))
+    trainer = make_trainer(tiny_model("olmo"), tmp_path, FORGET, RETAIN, per_device_train_batch_size=4, **{where: 0.1})
+    find = trainer._neighbour.find if where == "sam" else partial(trainer.adversary.relearn, 0)
+
+    def add_gradients(summed: bool) -> bool:
+        for parameter in trainer.model.parameters():
+            parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+        return summed
+
+    def runs_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    for summed in (False, True):
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError, match="CUDA"):
+            patch.setattr(torch, "stack", runs_out)
+            find(partial(add_gradients, summed))
+        refused = pytest.raises(torch.OutOfMemoryError, match="what the processes had summed")
+        with refused if summed else contextlib.nullcontext():
+            trainer._restart_step()
+    find(partial(add_gradients, True))
     trainer._restart_step()
-    trainer._summed = True
-    with pytest.raises(torch.OutOfMemoryError, match="what the processes had summed"):
-        trainer._restart_step()

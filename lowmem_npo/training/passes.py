@@ -1,0 +1,109 @@
+"""The passes of a step and their losses. In each the reference comes first, before any graph exists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from lowmem_kernels import FrozenHead, retain_loss, token_logprobs
+from peft import PeftModel
+from torch import Tensor
+
+from lowmem_npo.config import ObjectiveConfig
+from lowmem_npo.data.batching import RowBatch
+from lowmem_npo.memory.prefix import SharedPrefix
+from lowmem_npo.model import AnswerHidden, answer_hidden
+from lowmem_npo.training.adversary import Adversary
+from lowmem_npo.training.objective import SequenceLogprobs, StepTotals, forget_loss, retain_weights
+from lowmem_npo.training.reference import LiveReference
+from lowmem_npo.training.step_metrics import StepMetrics
+
+
+class Passes:
+    """One pass over some rows: a () float32 loss with its graph, and the figures of these rows in `metrics`.
+
+    adversary: whose attacker is in the model during a forget pass, and not in its reference.
+    answers_per_row: how many rows of a forget batch belong to one row to forget: itself, and the other answer if it has
+        any.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        head: FrozenHead,
+        objective: ObjectiveConfig,
+        reference: LiveReference,
+        adversary: Adversary | None,
+        answers_per_row: int,
+    ) -> None:
+        self.model, self.head, self.objective = model, head, objective
+        self.reference, self.adversary, self.answers_per_row = reference, adversary, answers_per_row
+        self.prefix = SharedPrefix(model)
+        self.metrics = StepMetrics(objective)
+        self.levels: Tensor | None = None  # (rows,) nats per token up to which each forget row is pushed
+
+    def forget(self, batch: RowBatch, totals: StepTotals) -> Tensor:
+        if self.adversary is None:
+            with self.prefix.shared():
+                reference = self.reference.forget(batch)
+                answers = answer_hidden(self.model, batch)
+        else:  # which is in the prefix, too
+            with self.adversary.away():
+                reference = self.reference.forget(batch)
+            answers = answer_hidden(self.model, batch)
+        return self._forget_loss(answers, batch.rows, reference, totals)
+
+    def retain(self, batch: RowBatch, totals: StepTotals) -> Tensor:
+        with self.prefix.shared():
+            reference = self.reference.retain(batch)
+            answers = answer_hidden(self.model, batch)
+        return self._retain_loss(answers, reference, totals)
+
+    def both(self, batch: RowBatch, forget_rows: int, totals: StepTotals) -> Tensor:
+        """`forget` and `retain` in one pass, of a batch whose first `forget_rows` rows are to be forgotten."""
+        with self.prefix.shared():
+            references = self.reference.both(batch, forget_rows)
+            answers = answer_hidden(self.model, batch)
+        forget, retain = answers.split(sum(batch.answers[:forget_rows]))
+        loss = self._forget_loss(forget, batch.rows[:forget_rows], references[0], totals)
+        return loss + self._retain_loss(retain, references[1], totals)
+
+    def _forget_loss(
+        self, answers: AnswerHidden, rows: Sequence[int], reference: Tensor | None, totals: StepTotals
+    ) -> Tensor:
+        """rows: (B,) places in the forget dataset of the rows that the answers belong to."""
+        logprobs = token_logprobs(answers.hidden, self.head, answers.targets, checked=True)
+        policy = SequenceLogprobs(logprobs, answers.sequence, len(rows))
+        if self.levels is not None:
+            policy = policy.up_to(self.levels[list(rows)].to(logprobs.device, non_blocking=True))
+        loss = forget_loss(self.objective, policy, reference, totals)
+        with torch.no_grad():  # the figures are of the answers to forget alone
+            every = self.answers_per_row
+            if every > 1:
+                forgotten = answers.sequence % every == 0
+                logprobs = logprobs * forgotten
+                if reference is not None:
+                    reference = reference[::every] if len(reference) == len(rows) else reference * forgotten
+            self.metrics.add(forget_loss=loss, forget_nll=-logprobs.sum() / totals.forget_tokens)
+            if reference is not None:
+                ratio = logprobs.sum() - reference.sum()
+                self.metrics.add(forget_log_ratio=ratio / totals.forget_sequences)
+        return loss
+
+    def _retain_loss(self, answers: AnswerHidden, reference_hidden: Tensor | None, totals: StepTotals) -> Tensor:
+        ce_weight, kl_weight = retain_weights(self.objective, totals)
+        loss, logprobs, kl = retain_loss(
+            answers.hidden,
+            reference_hidden,
+            self.head,
+            answers.targets,
+            ce_weight,
+            kl_weight,
+            direction=self.objective.kl_direction,
+            checked=True,
+        )
+        tokens = max(totals.retain_tokens, 1)
+        self.metrics.add(retain_nll=-logprobs.sum() / tokens)
+        if reference_hidden is not None:
+            self.metrics.add(retain_kl=kl.sum() / tokens)
+        return loss
