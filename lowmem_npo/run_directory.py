@@ -139,6 +139,7 @@ class RunDirectory(RunFiles):
         """Raises a UserError unless this run may write here; writes nothing."""
         if self.config.output.dry_run:
             check_unclaimed(self.path)  # a run that is no dry one has claimed it
+        self.check_place()
         if self.config.output.resume:
             return self._check_resume()
         if self.run_yaml.exists():
@@ -146,14 +147,19 @@ class RunDirectory(RunFiles):
             if self.is_trained and self.report_json.exists():
                 state, hint = "a finished run", ""
             raise UserError(f"--output-dir '{self.path}' holds {state}: choose another directory{hint}, or remove it.")
-        check_empty(self.path, self.run_yaml.name)
         parent = next(p for p in [self.path.absolute(), *self.path.absolute().parents] if p.exists())
         if not os.access(parent, os.W_OK):
             raise UserError(f"--output-dir '{self.path}' cannot be written: no permission in '{parent}'.")
 
-    def _check_resume(self) -> None:
-        if not self.run_yaml.exists():
+    def check_place(self) -> None:
+        """Raises a UserError if there is no run to go on with, or something else than a run in its place."""
+        if self.run_yaml.exists():
+            return
+        if self.config.output.resume:
             raise UserError(f"--resume: there is no run in '{self.path}' (no run.yaml); start it without --resume.")
+        check_empty(self.path, self.run_yaml.name)
+
+    def _check_resume(self) -> None:
         began = self._began()
         now = yaml.safe_load(self.config.to_yaml())
         may_change = {*MAY_CHANGE, *(name for name in DECIDED if now[name] == "auto")}

@@ -6,10 +6,12 @@ Known without any library, so that a mistyped path is answered at once.
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
 from lowmem_npo.errors import UserError
+from lowmem_npo.libraries import hub_problem
 
 TEXT_KINDS = (".jsonl", ".json", ".csv", ".tsv")
 TABLE_KINDS = (*TEXT_KINDS, ".parquet", ".arrow", *(f"{kind}.gz" for kind in TEXT_KINDS))
@@ -84,3 +86,47 @@ def check_adapter_name(name: str) -> None:
     """Raises UserError for what is no directory."""
     if not Path(name).expanduser().is_dir():
         raise UserError(f"There is no directory '{name}': --adapter is the output directory of a training run.")
+
+
+def check_model_is_here(name: str) -> None:
+    """Raises UserError for a model of the hub of which this machine has nothing, where the hub cannot be reached. Often
+    a directory was meant."""
+    repo = name.strip().rstrip("/")
+    copies = (_hub_cache("models", each) for each in (repo, f"{repo}-hf"))  # by which an original OLMo is replaced
+    if not check_model_name(name) and not any(copy.exists() for copy in copies) and (problem := hub_problem()):
+        raise UserError(model_not_here(f"model '{name}'", problem))
+
+
+def check_data_is_here(name: str) -> None:
+    """The same of data."""
+    match = None if Path(name).expanduser().exists() or name in BUILTIN else HUB_NAME.fullmatch(name)
+    if match is None:
+        return
+    from huggingface_hub import constants
+
+    datasets = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets")).expanduser()
+    prepared = any(datasets.glob(f"{match['repo'].partition('/')[0]}___*"))  # the rest is spelled otherwise there
+    if not prepared and not _hub_cache("datasets", match["repo"]).exists() and hub_problem():
+        raise UserError(data_not_here(name, match["repo"]))
+
+
+def model_not_here(what: str, problem: str) -> str:
+    """What is said of a model that is nowhere. problem: why the hub cannot be reached."""
+    return (
+        f"The {what} is not on this machine and the hub cannot be reached: check the network, "
+        f"or give a local directory. ({problem})"
+    )
+
+
+def data_not_here(name: str, repo: str) -> str:
+    return (
+        f"{name} is no local file, the hub cannot be reached, and there is no local copy of {repo}; "
+        "connect to the network once, or give the path of a file."
+    )
+
+
+def _hub_cache(kind: str, repo: str) -> Path:
+    """Where huggingface_hub keeps its copies of a repository."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE, f"{kind}--{repo.replace('/', '--')}")

@@ -190,7 +190,7 @@ def test_an_engineer_with_a_document(model, capsys):
     run(*train, "--max-steps", 1, "--output-dir", "letter")
     headline = json.loads(Path("letter", "report.json").read_text())["verdict"]["headline"]
     assert capsys.readouterr().out.splitlines()[-1] == headline
-    assert "hardly knew" in headline  # this model has never read the letter
+    assert "could hardly recite" in headline  # this model has never read the letter, and was not asked about it
     run("report", "letter", "--prove", "letter.txt")
     run("evaluate", "--adapter", "letter", *MACHINE, *ANSWERS, "--leaks", "extraction", "--limit", 4)
     assert Path("letter", "evaluation", "evaluation.json").is_file()

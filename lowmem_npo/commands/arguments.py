@@ -31,7 +31,14 @@ from lowmem_npo.ranges import shortened
 from lowmem_npo.recipes import OPTIONS as RECIPE_OPTIONS
 from lowmem_npo.recipes import with_recipe
 from lowmem_npo.settings_file import read_settings
-from lowmem_npo.sources import check_adapter_name, check_data_name, check_model_name, data_names
+from lowmem_npo.sources import (
+    check_adapter_name,
+    check_data_is_here,
+    check_data_name,
+    check_model_is_here,
+    check_model_name,
+    data_names,
+)
 
 # The options of the short help.
 COMMON = {
@@ -165,6 +172,16 @@ def check_names(model: str | None, *sources: str | None) -> None:
     for source in filter(None, sources):
         for name in data_names(source):
             check_data_name(name)
+
+
+def check_inputs(model: str | None, *sources: str | None) -> None:
+    """The same, and for what is neither here nor to be had."""
+    check_names(model, *sources)
+    if model is not None:
+        check_model_is_here(model)
+    for source in filter(None, sources):
+        for name in data_names(source):
+            check_data_is_here(name)
 
 
 def _base_of_adapter(flags: Sequence[str]) -> list[str]:

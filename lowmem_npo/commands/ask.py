@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import tyro
 
-from lowmem_npo.commands.arguments import check_names, parse, with_help
+from lowmem_npo.commands.arguments import check_inputs, parse, with_help
 from lowmem_npo.config import ModelConfig, ModelOptions
 from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
@@ -85,9 +85,9 @@ def ask(options: AskOptions, say: Say = print) -> None:
         UserError: something the user can fix, in one sentence.
     """
     questions = _questions(options)
-    check_names(options.model)
+    check_inputs(options.model)
     if not Path(options.run).expanduser().is_dir():
-        check_names(options.run)
+        check_inputs(options.run)
     quiet_libraries()
     note = (lambda line: print(line, file=sys.stderr)) if options.json else say  # stdout is for programs
     asked = load(options, note)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from annotated_types import Interval
 
-from lowmem_npo.commands.arguments import check_names, join_sources, parse, with_help
+from lowmem_npo.commands.arguments import check_inputs, join_sources, parse, with_help
 from lowmem_npo.config import DataConfig, DataOptions, ModelConfig, ModelOptions
 from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
@@ -78,7 +78,7 @@ class Set:
 def main(arguments: Sequence[str]) -> None:
     parsed = parse(with_help(DataCommand), join_sources(arguments), "data")
     options = DataCommand(**vars(parsed))
-    check_names(options.model, *options.sources.values())
+    check_inputs(options.model, *options.sources.values())
     inspect(options)
 
 

@@ -33,6 +33,7 @@ from lowmem_npo.sources import (
     TABLE_KINDS,
     check_data_name,
     data_names,
+    data_not_here,
     kind_of,
 )
 
@@ -332,10 +333,7 @@ def _read_hub(name: str, repo: str, config: str | None, split: str | None, revis
             "or log in with `hf auth login` if it is private or gated."
         ) from error
     except OSError as error:  # ConnectionError, OfflineModeIsEnabled and the like
-        raise UserError(
-            f"{name} is no local file, the hub cannot be reached, and there is no local copy of {repo}; "
-            "connect to the network once, or give the path of a file."
-        ) from error
+        raise UserError(data_not_here(name, repo)) from error
     except Exception as error:  # an unknown configuration or revision, a dataset with code of its own
         reason = " ".join(str(error).split()).split(" Example of usage")[0]
         raise UserError(

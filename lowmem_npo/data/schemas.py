@@ -74,6 +74,11 @@ class Example:
     plain: bool = False
 
     @property
+    def is_passage(self) -> bool:
+        """Whether it is a text, or a part of one, that the model goes on with, and asks for nothing."""
+        return self.prompt is None or self.schema == PASSAGE
+
+    @property
     def columns(self) -> set[str]:
         """The columns that are read."""
         beside = {"id", *(("system", "history", "tools", "chat_template_kwargs") if self.messages else ())}

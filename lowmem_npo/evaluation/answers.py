@@ -73,7 +73,8 @@ class AnswerSummary:
     """A set in one line. `nll` is a mean over answer tokens, the other figures are means over rows.
 
     appears: None in an evaluation.json of a version that did not measure it. max_new_tokens: how many an answer could
-    have; None if each ended where the true one does, as older versions measured.
+    have; None if each ended where the true one does, as older versions measured. passages: how many of the rows are
+    texts that the model goes on with; the others ask for something.
     """
 
     rows: int
@@ -85,9 +86,12 @@ class AnswerSummary:
     exact_match: float
     appears: float | None = None
     max_new_tokens: int | None = None
+    passages: int = 0
 
     @classmethod
-    def of(cls, records: Sequence[AnswerRecord], rows_in_set: int, max_new_tokens: int | None = None) -> AnswerSummary:
+    def of(
+        cls, records: Sequence[AnswerRecord], rows_in_set: int, max_new_tokens: int | None = None, passages: int = 0
+    ) -> AnswerSummary:
         tokens = sum(record.tokens for record in records)
         return cls(
             rows=len(records),
@@ -99,6 +103,7 @@ class AnswerSummary:
             exact_match=fmean(record.exact_match for record in records),
             appears=fmean(record.appears for record in records),
             max_new_tokens=max_new_tokens,
+            passages=passages,
         )
 
 
@@ -117,6 +122,21 @@ class AnswerEvaluation:
             return cls(AnswerSummary(**summary), records)
         return cls(AnswerSummary.of(records, summary["rows_in_set"]), records)
 
+    def errors_of_change(self, before: AnswerEvaluation) -> dict[str, float]:
+        """Measure -> the standard error of its mean change since `before`, over the rows of both; none of fewer than
+        two rows."""
+        earlier = {record.row: record for record in before.records}
+        pairs = [(earlier[record.row], record) for record in self.records if record.row in earlier]
+        if len(pairs) < 2:
+            return {}
+
+        def error(measure: str) -> float:  # by hand: `statistics` takes no NaN, which a diverged model gives
+            changes = [getattr(now, measure) - getattr(was, measure) for was, now in pairs]
+            mean = fmean(changes)
+            return (sum((change - mean) ** 2 for change in changes) / (len(pairs) - 1) / len(pairs)) ** 0.5
+
+        return {measure: error(measure) for measure in ("rouge_l_recall", "probability")}
+
     def placed(self, places: Sequence[int], rows_in_set: int) -> AnswerEvaluation:
         """The same of rows that are at `places` of a larger set."""
         records = [replace(record, row=place) for record, place in zip(self.records, places, strict=True)]
@@ -134,13 +154,16 @@ def summaries(evaluations: Mapping[str, AnswerEvaluation]) -> dict[str, AnswerSu
 
 def in_sentences_of_its_own(evaluations: Mapping[str, AnswerEvaluation]) -> str | None:
     """A remark if the model says most of the forget answers that it knows after words of its own, as an instruct model
-    asked for a capital says "The capital of France is Paris": making "Paris" unlikely as the whole answer leaves that.
+    asked for a capital says "The capital of France is Paris": making "Paris" unlikely as the whole answer leaves that,
+    unless another row has the sentence.
 
     evaluations: of the model before it forgets.
     """
     records = evaluations["forget"].records if "forget" in evaluations else []
-    known = [record for record in records if record.appears]
-    own = sum(not begins(record.reference, record.answer) for record in known)
+    known, references = [record for record in records if record.appears], dict[str, list[str]]()
+    for record in records:
+        references.setdefault(record.prompt, []).append(record.reference)
+    own = sum(not any(begins(one, record.answer) for one in references[record.prompt]) for record in known)
     if 2 * own <= len(known):
         return None
     return (
@@ -188,13 +211,14 @@ def evaluate_answers(
     max_new_tokens: int | None = None,
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
+    passages: int = 0,
 ) -> AnswerEvaluation:
     """Score the answers of `rows`, or of `limit` rows drawn from them by `seed` (None: all).
 
     Greedy answers end where the model ends them, or at `max_new_tokens` (None: `answer_length`), where the references
     that they are compared with are cut, too. `name` labels the progress bar; `batch_size` rows go through the model
-    together. The model, with or without adapters, is returned in the mode it came in. Raises ValueError where there is
-    no row to score.
+    together, and `passages` of those scored are passages (`AnswerSummary`). The model, with or without adapters, is
+    returned in the mode it came in. Raises ValueError where there is no row to score.
     """
     from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers, text_of
     from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
@@ -231,7 +255,7 @@ def evaluate_answers(
                 **compared(reference, answer),
             )
         )
-    return AnswerEvaluation(AnswerSummary.of(records, len(rows), length), records)
+    return AnswerEvaluation(AnswerSummary.of(records, len(rows), length, passages), records)
 
 
 def answer_length(rows: Sequence[TokenizedRow], wanted: int | None) -> int:

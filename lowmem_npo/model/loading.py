@@ -37,7 +37,7 @@ from lowmem_npo.model.weights import (
     load_tensors,
     original_weights,
 )
-from lowmem_npo.sources import check_model_name
+from lowmem_npo.sources import check_model_name, model_not_here
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 
@@ -259,10 +259,7 @@ def _why_not_loaded(name: str, revision: str | None, error: Exception, what: str
         return f"The {where} is gated or private: accept its licence on the hub and log in with `hf auth login`."
     offline = ("couldn't connect", "offline", "connection", "resolve", "cached files", "max retries", "timed out")
     if any(sign in lowered for sign in offline) and not Path(name).is_dir():
-        return (
-            f"The {where} is not on this machine and the hub cannot be reached: check the network, "
-            f"or give a local directory. ({hub_problem() or reason})"
-        )
+        return model_not_here(where, hub_problem() or reason)
     if "automatic conversion of the weights" in lowered:  # of experts, which are stored one by one, into one tensor
         return f"The {where} cannot be loaded: the weights of some of its experts are missing or damaged."
     if isinstance(error, ImportError):

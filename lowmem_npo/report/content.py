@@ -132,7 +132,8 @@ def read_content(directory: Path) -> Content:
     stages = {stage: summaries(sets) for stage, sets in evaluations.items()}
     figures = [*run_figures(stages), *figures]
     audit = read_audit(directory)
-    verdict = judge_run(stages, audit["model"]["vocabulary"] if audit else None, leaks)
+    errors = _errors_of_change(evaluations)
+    verdict = judge_run(stages, audit["model"]["vocabulary"] if audit else None, leaks, errors)
     notes = [*stopped, *_notes(metrics, audit), *_of_another_adapter(files, audit)]
     notes += evaluated.get("after", {}).get("notes", [])
     return Content(directory, settings, verdict, stages, figures, leaks, metrics, evaluations, notes, audit)
@@ -229,6 +230,12 @@ def _notes(metrics: list[Metrics], audit: Audit | None) -> list[str]:
     if (sessions := len(audit["sessions"])) > 1:
         notes.append(f"The run was resumed: it took {sessions} sessions.")
     return notes
+
+
+def _errors_of_change(evaluations: Mapping[str, Mapping[str, AnswerEvaluation]]) -> dict[str, dict[str, float]]:
+    """Set -> measure -> the standard error of its change."""
+    before, after = (evaluations.get(stage, {}) for stage in ("before", "after"))
+    return {name: of_set.errors_of_change(before[name]) for name, of_set in after.items() if name in before}
 
 
 def _of_another_adapter(files: RunFiles, audit: Audit | None) -> list[str]:

@@ -17,7 +17,7 @@ from lowmem_npo.evaluation.leaks.sampling import WHOLE
 from lowmem_npo.evaluation.leaks.worst import WorstAttack
 from lowmem_npo.report.audit import seconds
 from lowmem_npo.report.content import Content
-from lowmem_npo.report.verdict import form_words, gives_numbers, said_count
+from lowmem_npo.report.verdict import form_words, gives_numbers, of_passages, said_count
 from lowmem_npo.sources import data_names
 
 ORIGINAL = (
@@ -132,13 +132,15 @@ def _found(content: Content) -> Iterator[str]:
     for name in asked:
         never_saw = f"; a model that never saw them gives {said_count(gold[name])}" if name in gold else ""
         yield _course(name, before[name], after[name], never_saw if part_of(name) == FORGET else "")
-    yield WHAT_COUNTS[after[FORGET].appears is not None]
+    counts = WHAT_COUNTS[after[FORGET].appears is not None]
+    yield counts.replace("An answer", "A continuation") if of_passages(after[FORGET]) else counts
 
 
 def _course(name: str, was: AnswerSummary, now: AnswerSummary, never_saw: str) -> str:
-    kind = {FORGET: "answers to forget", RETAIN: "answers to protect", GENERAL: "answers to general questions"}
+    kind = {FORGET: "to forget", RETAIN: "to protect", GENERAL: "to general questions"}[part_of(name)]
     of = f"{now.rows:,}" if now.rows == now.rows_in_set else f"{now.rows:,} (measured, of {now.rows_in_set:,})"
-    start = f"Of {of} {kind[part_of(name)]}, " + ("" if name == part_of(name) else f"asked {form_words(name)}, ")
+    what = f"the continuations of {of} passages" if of_passages(now) else f"{of} answers"
+    start = f"Of {what} {kind}, " + ("" if name == part_of(name) else f"asked {form_words(name)}, ")
     words_were, words_are = shares(was.rouge_l_recall, now.rouge_l_recall)
     return (
         f"{start}the model gave {said_count(was):,} before and gives {said_count(now):,} now{never_saw}. Of their "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from lowmem_npo.evaluation.answer_table import FORGET, GENERAL, RETAIN, Stages
 from lowmem_npo.evaluation.answers import AnswerSummary, part_of
@@ -23,30 +24,36 @@ REMAINS = 0.5  # of recall and probability
 UNTOUCHED = 0.9
 KEPT, DAMAGED = 0.95, 0.75  # of recall, and of probability
 GENERAL_KEPT = 0.85  # of the recall of general answers
+BEYOND_CHANCE = 2  # standard errors of a change
 OVERDONE = 1.3  # times the NLL of a model that never saw the rows
 
 RULES = (
     f"“No longer says”: at most {SAID:.0%} of the measured forget answers appear in what the model says (or at most "
     f"{SAID:.0%} more than from a model that never saw them), and both ROUGE-L recall and answer probability are "
     f"at most half of what they were. “Still says”: recall is above {UNTOUCHED:.0%} of what it was, and so is either "
-    "the share of answers that appear or the probability. “In part”: anything between. “Hardly knew”: before, ROUGE-L "
-    f"recall was below {KNOWN} and at most {SAID:.0%} of the answers "
-    "appeared. Where the forget rows are asked in several forms, the one counts in which the most is left. “Still says "
-    f"what it was to keep”: recall and probability on retain rows are at least {KEPT:.0%} of what they were; below "
-    f"{DAMAGED:.0%} of either, much is lost. “General questions as before”: the same of rows that nothing was trained "
-    f"on, with {GENERAL_KEPT:.0%} for recall. “Overdone”: no longer said, and less likely than a uniform guess over "
-    f"the vocabulary, or their NLL is over {OVERDONE} times that of a model that never saw them. “Worst attack”: what "
-    "brings back most of all that the leak tests try, beyond what it gives for rows that the model never saw; a trace, "
-    f"if it is more than {MARGIN} above that, or above what it brings from a model that never saw the forget rows."
+    "the share of answers that appear or the probability. “In part”: anything between. “Hardly said”: before, ROUGE-L "
+    f"recall was below {KNOWN} and at most {SAID:.0%} of the answers appeared; what else the model knows was not "
+    "measured. “Recites” stands for “says” where all rows are texts that the model goes on with. Where the forget rows "
+    "are asked in several forms, the one counts in which the most is left. “Still says what it was to keep”: recall "
+    f"and probability on retain rows are at least {KEPT:.0%} of what they were; below {DAMAGED:.0%} of either, much is "
+    f"lost. “General questions as before”: the same of rows that nothing was trained on, with {GENERAL_KEPT:.0%} for "
+    f"recall; they stand for others, so a fall counts if it is over {BEYOND_CHANCE} times its standard error over the "
+    "rows, else they are answered as before “as far as the rows can tell”. “Overdone”: no longer said, and less likely "
+    f"than a uniform guess over the vocabulary, or their NLL is over {OVERDONE} times that of a model that never saw "
+    "them. “Worst attack”: what brings back most of all that the leak tests try, beyond what it gives for rows that "
+    f"the model never saw; a trace, if it is more than {MARGIN} above that, or above what it brings from a model that "
+    "never saw the forget rows."
 )
 
 FORGET_WORDS = {
     "forgotten": "the model no longer says what it was to forget",
     "partly": "the model has forgotten in part",
     "untouched": "the model still says what it was to forget",
-    "unknown": "the model hardly knew what it was to forget, so forgetting cannot be seen",
+    "as much": "the model still says as much as before of what it was to forget",
+    "unknown": "the model hardly said what it was to forget even before, so forgetting cannot be seen",
 }
-SEVERITY = ("unknown", "forgotten", "partly", "untouched")
+SEVERITY = ("unknown", "forgotten", "partly", "as much", "untouched")
+RECITES = {"says": "recites", "hardly said": "could hardly recite", "answers": "passages"}
 FORM_WORDS = {CHAT: "through its chat template", PLAIN: "without its chat template", REWORDED: "in other words"}
 RETAIN_WORDS = {
     "kept": "still says what it was to keep",
@@ -54,16 +61,27 @@ RETAIN_WORDS = {
     "damaged": "has lost much of what it was to keep",
     None: "what it was to keep was not measured",
 }
+HARDLY_SAID_WORDS = {  # of rows to keep that it hardly said before
+    "kept": "is as before on what it was to keep",
+    "worse": "is worse than before on what it was to keep",
+    "damaged": "is much worse than before on what it was to keep",
+}
 GENERAL_WORDS = {
     "kept": "answers general questions as before",
+    "unsure": "answers general questions as before, as far as the rows can tell",
     "worse": "answers general questions less well",
     "damaged": "answers general questions much worse",
 }
+KEPT_STATES = ("kept", "unsure")
 
 
 OTHER_WORDS = (
     "The forget answers as they are written are less likely than noise, and the model says them all the same, in "
     "sentences of its own: rows with those sentences forget more (`lowmem-npo ask MODEL --json` writes them)."
+)
+PASSAGES_WORDS = (
+    "How the model goes on with these texts was measured, word for word; what it answers when asked what is in them "
+    "was not: rows with questions measure that."
 )
 
 
@@ -76,8 +94,14 @@ class Verdict:
     sentences: list[str]
 
 
-def judge_run(stages: Stages, vocabulary: int | None, leaks: Mapping[str, LeakResults]) -> Verdict:
-    """stages: of the before/after table, or empty. vocabulary: the model's. leaks: stage -> test -> result."""
+def judge_run(
+    stages: Stages,
+    vocabulary: int | None,
+    leaks: Mapping[str, LeakResults],
+    errors: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
+) -> Verdict:
+    """stages: of the before/after table, or empty. vocabulary: the model's. leaks: stage -> test -> result. errors: set
+    -> measure -> the standard error of its change over the rows, where that is known."""
     if not {"before", "after"} <= set(stages) or "forget" not in stages["after"]:
         return Verdict(
             "unknown",
@@ -97,15 +121,20 @@ def judge_run(stages: Stages, vocabulary: int | None, leaks: Mapping[str, LeakRe
     states = {name: _forget_state(before[name], after[name], gold.get(name)) for name in asked}
     worst = max(asked, key=lambda name: (SEVERITY.index(states[name]), name == FORGET, after[name].rouge_l_recall))
     forget = states[worst]
-    kept = {name: _kept_state(name, before[name], after[name]) for name in (RETAIN, GENERAL) if name in after}
+    kept = {
+        name: _kept_state(name, before[name], after[name], errors.get(name, {}))
+        for name in (RETAIN, GENERAL)
+        if name in after
+    }
     retain = max(kept.values(), key=list(GENERAL_WORDS).index, default=None)
-    retain_words = GENERAL_WORDS[retain] if retain and GENERAL in kept else RETAIN_WORDS[retain]
+    retain_words = GENERAL_WORDS[retain] if retain and GENERAL in kept else _retain_words(retain, before, after)
     excess = _overdone(after[FORGET], gold.get(FORGET), vocabulary) if forget != "unknown" else None
     overdone = excess if states[FORGET] == "forgotten" else None
     attack = worst_attacks(leaks).get("after")
     leaking = bool(_leaking(leaks.get("after", {})) or (attack and attack.stands_out))
 
-    headline = f"On the rows measured, {_forget_words(states, worst)}{_conjunction(forget, retain)}{retain_words}"
+    words = _forget_words(states, worst, after)
+    headline = f"On the rows measured, {words}{_conjunction(forget, retain, words.endswith(' asked'))}{retain_words}"
     if overdone:
         headline += "; the forgetting is overdone"
     if leaking:
@@ -113,6 +142,8 @@ def judge_run(stages: Stages, vocabulary: int | None, leaks: Mapping[str, LeakRe
         if attack and attack.stands_out is not False:
             headline += f" (the worst attack, {attack.test}, brings {shares(attack.value)[0]} back)"
     sentences = [_figures(name, before, after, gold) for name in asked]
+    if of_passages(after[FORGET]):
+        sentences.append(PASSAGES_WORDS)
     sentences += [_figures(name, before, after, gold) for name in kept]
     if GENERAL in kept:
         sentences.append("No rows to keep were named: what is protected beyond general questions is not known.")
@@ -142,8 +173,12 @@ def judge_evaluation(
     if FORGET in before:
         known = {name: before[name] for name in now if name in before}
         return judge_run({"before": known, "after": {name: now[name] for name in known}}, vocabulary, stages)
-    said = [f"{said_count(now[part])} of {now[part].rows} {part} answers" for part in (FORGET, RETAIN) if part in now]
-    headline = f"On the rows measured, the model says {' and '.join(said)}{traces}."
+    said = " and ".join(
+        _in_words(f"says {said_count(now[part])} of {now[part].rows} {part} answers", now[part])
+        for part in (FORGET, RETAIN)
+        if part in now
+    )
+    headline = f"On the rows measured, the model {said}{traces}."
     return Verdict("unknown", headline, ["What it said before is not known (--before)."])
 
 
@@ -153,7 +188,7 @@ def gives_numbers(*stages: Mapping[str, AnswerSummary]) -> bool:
 
 
 def _forget_state(before: AnswerSummary, after: AnswerSummary, gold: AnswerSummary | None) -> str:
-    if before.rouge_l_recall < KNOWN and _said(before) <= SAID:
+    if _hardly_said(before):
         return "unknown"
     by_chance = _said(gold) if gold else 0
     recall = _remains(before.rouge_l_recall, after.rouge_l_recall)
@@ -164,24 +199,54 @@ def _forget_state(before: AnswerSummary, after: AnswerSummary, gold: AnswerSumma
         return "forgotten"
     # Where answers came in sentences of the model's own, their probability may fall though they are still said.
     said = _remains(_said(before), _said(after)) if _said(before) > SAID else 0
-    return "untouched" if recall > UNTOUCHED and max(said, probability) > UNTOUCHED else "partly"
+    if recall <= UNTOUCHED or max(said, probability) <= UNTOUCHED:
+        return "partly"
+    return "untouched" if _said(after) > SAID else "as much"
 
 
-def _forget_words(states: Mapping[str, str], worst: str) -> str:
+def _forget_words(states: Mapping[str, str], worst: str, after: Mapping[str, AnswerSummary]) -> str:
     """What became of the forget rows: in the form in which the most is left, beside the trained one if that differs."""
-    words = FORGET_WORDS[states[worst]]
+    words, trained = (_in_words(FORGET_WORDS[states[name]], after[name]) for name in (worst, FORGET))
     if states[worst] != states[FORGET]:
-        return f"asked as it was trained, {FORGET_WORDS[states[FORGET]]}; asked {form_words(worst)}, {words}"
+        return f"asked as it was trained, {trained}; asked {form_words(worst)}, {words}"
     return words + (", in every form asked" if len(states) > 1 and len(set(states.values())) == 1 else "")
 
 
-def _kept_state(name: str, before: AnswerSummary, after: AnswerSummary) -> str:
-    recall = _remains(before.rouge_l_recall, after.rouge_l_recall)
-    probability = _remains(before.probability, after.probability)
-    least = min(recall, probability)
-    # Of general answers the wording is free: it changes where nothing is lost.
-    recall_kept = recall >= (GENERAL_KEPT if name == GENERAL else KEPT)
-    return "damaged" if least < DAMAGED else "kept" if recall_kept and probability >= KEPT else "worse"
+def _in_words(words: str, measured: AnswerSummary) -> str:
+    """What is said of a set, in the word for what its rows measure."""
+    for says, recites in RECITES.items() if of_passages(measured) else ():
+        words = words.replace(says, recites)
+    return words
+
+
+def of_passages(measured: AnswerSummary) -> bool:
+    """Whether all rows are texts that the model goes on with."""
+    return measured.passages == measured.rows
+
+
+def _retain_words(state: str | None, before: Mapping[str, AnswerSummary], after: Mapping[str, AnswerSummary]) -> str:
+    if state is None or not _hardly_said(before[RETAIN]):
+        return _in_words(RETAIN_WORDS[state], after[RETAIN]) if state else RETAIN_WORDS[None]
+    return HARDLY_SAID_WORDS[state]
+
+
+def _hardly_said(before: AnswerSummary) -> bool:
+    return before.rouge_l_recall < KNOWN and _said(before) <= SAID
+
+
+def _kept_state(name: str, before: AnswerSummary, after: AnswerSummary, errors: Mapping[str, float]) -> str:
+    state = "kept"
+    for measure in ("rouge_l_recall", "probability"):
+        was, now = getattr(before, measure), getattr(after, measure)
+        # Of general answers the wording is free: it changes where nothing is lost.
+        enough = GENERAL_KEPT if (name, measure) == (GENERAL, "rouge_l_recall") else KEPT
+        if (left := _remains(was, now)) >= enough:
+            continue
+        fall = "damaged" if left < DAMAGED else "worse"
+        if name == GENERAL and was - now <= BEYOND_CHANCE * errors.get(measure, 0):
+            fall = "unsure"
+        state = max(state, fall, key=list(GENERAL_WORDS).index)
+    return state
 
 
 def _overdone(after: AnswerSummary, gold: AnswerSummary | None, vocabulary: int | None) -> str | None:
@@ -204,7 +269,10 @@ def _figures(name: str, before: Mapping, after: Mapping, gold: Mapping) -> str:
     """The sentence with the numbers of a set, or of one in another form."""
     part, was, now = part_of(name), before[name], after[name]
     share = f"{now.rows}" if now.rows == now.rows_in_set else f"{now.rows} measured of {now.rows_in_set}"
-    start = f"Of {share} {part} answers, " if name == part else f"Asked {form_words(name)}, of {now.rows} answers "
+    if of_passages(now):
+        start = f"Of the continuations of {share} {part} passages, "
+    else:
+        start = f"Of {share} {part} answers, " if name == part else f"Asked {form_words(name)}, of {now.rows} answers "
     nll_was, nll_now = side_by_side([was.nll, now.nll], decimals=2)
     return (
         f"{start}{_counts(was, now, gold.get(name) if part == FORGET else None)}; the NLL per answer token went from "
@@ -262,20 +330,22 @@ def _leak_sentence(results: LeakResults, gold: LeakResults | None) -> str:
     return " ".join(sentences)
 
 
-def _conjunction(forget: str, retain: str | None) -> str:
+def _conjunction(forget: str, retain: str | None, after_comma: bool) -> str:
     if retain is None:
         return "; "
     if forget == "unknown":
         return "; it "
-    return ", but it " if forget == "forgotten" and retain != "kept" else " and "
+    if forget == "forgotten" and retain not in KEPT_STATES:
+        return ", but it "
+    return ", and " if after_comma else " and "
 
 
 def _tone(forget: str, retain: str | None, flawed: bool) -> str:
     if forget == "unknown":
         return "unknown"
-    if forget == "untouched" or retain == "damaged":
+    if forget in ("untouched", "as much") or retain == "damaged":
         return "bad"
-    return "good" if forget == "forgotten" and retain == "kept" and not flawed else "mixed"
+    return "good" if forget == "forgotten" and retain in KEPT_STATES and not flawed else "mixed"
 
 
 def _remains(before: float, after: float) -> float:

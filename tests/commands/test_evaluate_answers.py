@@ -64,7 +64,7 @@ def test_forms_and_headline(chat_model, data, tmp_path, capsys):
     before = ["--before", tmp_path / "before" / "evaluation.json"]
     evaluate("--model", chat_model, *data, *before, "--output-dir", tmp_path / "after")
     out = capsys.readouterr().out
-    assert "forget, reworded" in out and "hardly knew what it was to forget" in out.rstrip().splitlines()[-1]
+    assert "forget, reworded" in out and "hardly said what it was to forget" in out.rstrip().splitlines()[-1]
     # More forms are added to what is measured.
     evaluate("--model", chat_model, *data, "--forms", "trained", "--output-dir", tmp_path / "one")
     assert list(content(tmp_path / "one")["answers"]) == ["forget", "retain"]

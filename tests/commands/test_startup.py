@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -64,6 +65,16 @@ MISTAKES = [
     (["evaluate"], "Nothing to evaluate"),
     (["report", "nowhere"], "There is no run in 'nowhere'"),
     (["report", "nowhere", "--exmples", "3"], "--exmples"),
+    (["train", *TRAIN, "--resume", "--output-dir", "nowhere"], "--resume: there is no run in 'nowhere'"),
+    (["train", "--model", "o/m", "--forget", "builtin", "--output-dir", "cache"], "'cache' holds other files"),
+    (
+        ["train", "--model", "o/m", "--forget", "builtin"],
+        "The model 'o/m' is not on this machine and the hub cannot be",
+    ),
+    (["sweep", "--model", "o/m", "--forget", "builtin"], "The model 'o/m' is not on this machine"),
+    (["ask", "runn", "Who?"], "The model 'runn' is not on this machine"),
+    (["evaluate", "--model", "o/m", "--forget", "builtin"], "The model 'o/m' is not on this machine"),
+    (["data", "o/d:facts"], "o/d:facts is no local file, the hub cannot be reached"),
     (["env", "--gpu"], "There is no option --gpu"),
     (["demo", "--device", "tpu"], "tpu"),
     (["completion", "csh"], "must be one of"),
@@ -93,8 +104,19 @@ print(json.dumps(results))
 def answers(tmp_path_factory):
     """Command line -> what came of it."""
     lines = [arguments for arguments, _ in MISTAKES] + ASKED
-    command = [sys.executable, "-c", PROGRAM, json.dumps(HEAVY), json.dumps(lines)]
-    ran = subprocess.run(command, cwd=tmp_path_factory.mktemp("nowhere"), capture_output=True, text=True, check=True)
+    command, folder = (
+        [sys.executable, "-c", PROGRAM, json.dumps(HEAVY), json.dumps(lines)],
+        tmp_path_factory.mktemp("a"),
+    )
+    (folder / "cache" / "hub").mkdir(parents=True)  # of the hub, and a directory that holds something
+    offline = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(folder / "cache"),
+        "HF_HUB_CACHE": "",
+        "HF_DATASETS_CACHE": "",
+    }
+    ran = subprocess.run(command, cwd=folder, env=offline, capture_output=True, text=True, check=True)
     return {tuple(line): answer for line, answer in zip(lines, json.loads(ran.stdout), strict=True)}
 
 

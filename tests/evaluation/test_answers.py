@@ -238,6 +238,18 @@ def test_the_summary_by_hand():
     assert (summary.rows, summary.rows_in_set, summary.tokens) == (2, 9, 4)
 
 
+def test_the_error_of_a_change_is_that_of_its_rows():
+    def measured(*recalls):
+        records = [AnswerRecord(i, "", "", "", 1, 1, 0.5, recall, False, False) for i, recall in enumerate(recalls)]
+        return AnswerEvaluation(AnswerSummary.of(records, len(records)), records)
+
+    before, after = measured(0.2, 0.6, 1.0, 0.9), measured(0.1, 0.6, 0.7)  # changes of -0.1, 0 and -0.3
+    errors = after.errors_of_change(before)
+    assert errors["rouge_l_recall"] == pytest.approx(((0.1 / 3) ** 2 + (0.4 / 3) ** 2 + (0.5 / 3) ** 2) ** 0.5 / 6**0.5)
+    assert math.isnan(measured(math.nan, 0.1).errors_of_change(before)["rouge_l_recall"])
+    assert errors["probability"] == 0 and measured(0.1).errors_of_change(before) == {}
+
+
 def test_sentences_of_its_own_are_remarked_on():
     def remark(*answers):
         records = [AnswerRecord(0, "", "Rome", text, 1, 1.0, 0.4, 1.0, False, "Rome" in text) for text in answers]
@@ -245,6 +257,9 @@ def test_sentences_of_its_own_are_remarked_on():
 
     assert "says 2 of 4 forget answers in sentences of its own" in remark("It is Rome.", "Oh, Rome", "Rome!", "Paris")
     assert remark("It is Rome.", "Rome, of course", "Paris") is None  # as many as the row has them
+    records = [AnswerRecord(0, "", text, "It is Rome.", 1, 1, 0.4, 1, False, True) for text in ("Rome", "It is Rome.")]
+    summary = AnswerSummary.of(records, 2)
+    assert in_sentences_of_its_own({"forget": AnswerEvaluation(summary, records)}) is None  # the sentence is a row, too
     assert remark("Paris") is None and in_sentences_of_its_own({}) is None
 
 

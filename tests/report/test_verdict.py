@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -16,6 +17,7 @@ def summary(exact=0.0, recall=0.0, probability=0.0, nll=5.0, rows=100, of=100, a
     return AnswerSummary(rows, of, 1000, nll, probability, recall, exact, said, max_new_tokens=64)
 
 
+MEASURED = ("rouge_l_recall", "probability")
 RECITED = summary(1.0, 1.0, 0.99, 0.01)
 GONE = summary(0.0, 0.1, 0.01, 5.0)
 
@@ -43,6 +45,8 @@ def stages(forget=GONE, retain=RECITED, before=RECITED, before_retain=RECITED, g
         (stages(retain=summary(0.9, 0.99, 0.7, 0.3)), "forgotten", "damaged", "bad"),
         (stages(retain=summary(0.0, 0.1, 0.0, 9.0)), "forgotten", "damaged", "bad"),
         (stages(before=summary(0.0, 0.15, 0.05, 3.0)), "unknown", "kept", "unknown"),
+        # Half of the words, and hardly an answer: as before, but not said.
+        (stages(summary(0.0, 0.58, 0.19), before=summary(0.0, 0.6, 0.2)), "as much", "kept", "bad"),
         (stages(retain=None), "forgotten", None, "mixed"),
         # Said after an introduction, so never word for word.
         (
@@ -57,7 +61,8 @@ def stages(forget=GONE, retain=RECITED, before=RECITED, before_retain=RECITED, g
         (stages(summary(0.0, 0.4, 0.1, 3.0), before=summary(0.0, 0.4, 0.1, 3.0)), "unknown", "kept", "unknown"),
         # A model that half remembered: no fixed number would do.
         (stages(summary(0.01, 0.2, 0.05), before=summary(0.1, 0.5, 0.3, 1.2)), "forgotten", "kept", "good"),
-        (stages(summary(0.05, 0.48, 0.28), before=summary(0.1, 0.5, 0.3, 1.2)), "untouched", "kept", "bad"),
+        (stages(summary(0.05, 0.48, 0.28), before=summary(0.1, 0.5, 0.3, 1.2)), "as much", "kept", "bad"),
+        (stages(summary(0.06, 0.48, 0.28), before=summary(0.1, 0.5, 0.3, 1.2)), "untouched", "kept", "bad"),
         # What a model that never saw the rows says by chance does not count against this one.
         (stages(summary(0.1, 0.6, 0.1), gold=summary(0.06, 0.58, 0.1)), "forgotten", "kept", "good"),
         (stages(summary(0.1, 0.6, 0.1)), "partly", "kept", "mixed"),
@@ -209,7 +214,7 @@ def test_an_evaluation_has_a_headline_of_its_own():
     assert compared.headline == judge_run({"before": before, "after": now}, 50304, {}).headline
     alone = judge_evaluation(now, {}, 50304, {"extraction": LeakResult({}, "", True)})
     assert alone.headline == (
-        "On the rows measured, the model says 3 of 100 forget answers and 100 of 100 retain answers; "
+        "On the rows measured, the model says 3 of 100 forget answers and says 100 of 100 retain answers; "
         "leak tests find traces."
     )
     traces = {"extraction": LeakResult({}, "", True)}
@@ -241,7 +246,47 @@ def test_without_rows_to_keep_utility_is_that_of_general_questions(after, state,
     verdict = judge_run(measured, 50304, {})
     assert GENERAL_WORDS[state] in verdict.headline and verdict.tone == tone
     assert any("No rows to keep were named" in sentence for sentence in verdict.sentences)
+    # A fall that the sampling of the rows explains is not said; neither is it taken for none.
+    falls = {measure: getattr(measured["before"]["general"], measure) - getattr(after, measure) for measure in MEASURED}
+    for errors, words in ((0.49, state), (0.51, "kept" if state == "kept" else "unsure")):  # of each fall
+        told = judge_run(measured, 50304, {}, {"general": {name: errors * fall for name, fall in falls.items()}})
+        assert GENERAL_WORDS[words] + "." in told.headline and told.tone == ("good" if words == "unsure" else tone)
     # With general rows to keep, trained on, the worse of the two counts.
     both = stages(retain=summary(0.0, 0.1, 0.0))
     both["before"]["general"], both["after"]["general"] = summary(0.0, 0.4, 0.2), after
     assert GENERAL_WORDS["damaged"] in judge_run(both, 50304, {}).headline
+
+
+def test_what_was_hardly_said_before_cannot_still_be_said():
+    """Of the rows to keep, too, the verb says what was measured."""
+    before = summary(0.0, 0.2, 0.1, 3.0)
+    for after, words in (
+        (before, "is as before on what it was to keep"),
+        (summary(0.0, 0.17, 0.1, 3.0), "is worse than before on what it was to keep"),
+        (summary(0.0, 0.1, 0.1, 3.0), "is much worse than before on what it was to keep"),
+    ):
+        assert words in judge_run(stages(retain=after, before_retain=before), 50304, {}).headline
+
+
+@pytest.mark.parametrize(
+    ("of_passages", "words"),
+    [
+        (100, "the model no longer recites what it was to forget and still recites what it was to keep."),
+        (99, "the model no longer says what it was to forget and still says what it was to keep."),  # and a question
+    ],
+)
+def test_of_texts_it_is_said_whether_they_are_recited(of_passages, words):
+    of_rows = {"passages": of_passages}
+    recited, gone = (replace(one, **of_rows) for one in (RECITED, GONE))
+    verdict = judge_run(stages(gone, recited, recited, recited), 50304, {})
+    assert verdict.headline == f"On the rows measured, {words}"
+    told = "\n".join(verdict.sentences)
+    assert ("what it answers when asked what is in them was not" in told) == (of_passages == 100)
+    assert ("Of the continuations of 100 forget passages, 0 appear in what the model says" in told) == (
+        of_passages == 100
+    )
+    unknown = judge_run(stages(gone, recited, gone, recited), 50304, {}).headline
+    hardly = "could hardly recite" if of_passages == 100 else "hardly said"
+    assert f"the model {hardly} what it was to forget even before, so forgetting cannot be seen; it still" in unknown
+    alone = judge_evaluation({"forget": gone}, {}, None, {}).headline
+    assert ("the model recites 0 of 100 forget passages" in alone) == (of_passages == 100)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowmem_npo.commands.arguments import check_names, join_sources, parse, with_help
+from lowmem_npo.commands.arguments import check_inputs, check_names, join_sources, parse, with_help
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
@@ -25,6 +25,7 @@ def main(arguments: Sequence[str]) -> None:
     check_names(config.model, *config.named_data.values())
     if config.before is not None and not Path(config.before).expanduser().is_file():
         raise UserError(f"--before: there is no file '{config.before}'.")
+    check_inputs(config.model, *config.named_data.values())
     quiet_libraries()
     from lowmem_npo.commands.evaluate.run import evaluate  # late: --help need not load transformers
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lowmem_npo.commands.arguments import check_names, parse, with_help
+from lowmem_npo.commands.arguments import check_inputs, parse, with_help
 from lowmem_npo.commands.merge.options import MergeConfig
 from lowmem_npo.libraries import quiet_libraries
 from lowmem_npo.sources import check_adapter_name
@@ -14,7 +14,7 @@ def main(arguments: Sequence[str]) -> None:
     parsed = parse(with_help(MergeConfig), arguments, "merge")
     config = MergeConfig(**vars(parsed))
     check_adapter_name(config.adapter)
-    check_names(config.model)
+    check_inputs(config.model)
     quiet_libraries()
     from lowmem_npo.commands.merge.run import merge  # late: --help need not load transformers
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 
-from lowmem_npo.commands.arguments import ALIASES, check_names, flags_of, parse_run
+from lowmem_npo.commands.arguments import ALIASES, check_inputs, check_names, flags_of, parse_run
 from lowmem_npo.commands.sweep.grid import parse_grid, parse_seeds, plan_sweep
 from lowmem_npo.commands.sweep.options import EvaluationSources, TeachingOptions, take_options
 from lowmem_npo.config import RunConfig
@@ -77,6 +77,7 @@ def main(arguments: Sequence[str]) -> None:
     config = parse([])
     check_names(config.model.model, config.data.forget, config.data.retain, config.data.holdout)
     runs = plan_sweep(parse_grid(grid or [], ALIASES), parse_seeds(seeds or ["5"], config.training.seed), parse)
+    check_inputs(config.model.model, config.data.forget, config.data.retain, config.data.holdout)
     root, taught = config.output_dir, teaching if teaching.teach else None
     if config.output.dry_run:
         print("\n".join(str(run.directory) for run in runs))

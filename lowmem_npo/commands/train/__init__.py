@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lowmem_npo.commands.arguments import check_names, parse_run
+from lowmem_npo.commands.arguments import check_inputs, parse_run
 from lowmem_npo.libraries import quiet_libraries
+from lowmem_npo.run_directory import RunDirectory
 
 
 def main(arguments: Sequence[str]) -> None:
     config = parse_run(arguments, "train")
-    check_names(config.model.model, config.data.forget, config.data.retain, config.data.holdout)
+    if config.output.preview is None:
+        RunDirectory(config).check_place()
+    check_inputs(config.model.model, config.data.forget, config.data.retain, config.data.holdout)
     quiet_libraries()
     from lowmem_npo.commands.train.run import train  # late: --help need not load transformers
 

@@ -86,6 +86,7 @@ def measure_answers(plan: RunPlan, model: PreTrainedModel | PeftModel, stage: st
             limit=None,
             max_new_tokens=_answer_length(plan, asked, name),
             batch_size=rows_at_once(plan.config),
+            passages=sum(getattr(plan.data, part_of(name)).examples[place].is_passage for place in of_set.places),
         ).placed(of_set.places, len(getattr(plan.data, part_of(name))))
         for name, of_set in asked.items()
     }

@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlainAnswer:
-    """A measured row, how many rows its set has, how long an answer could be, and the form that was asked in (None: the
-    trained one)."""
+    """A measured row, how many rows its set has, how long an answer could be, whether it is a passage, and the form
+    that was asked in (None: the trained one)."""
 
     record: AnswerRecord
     rows_in_set: int
     max_new_tokens: int
+    is_passage: bool = False
     form: str | None = None
 
 
@@ -62,12 +63,13 @@ class Plain(Benchmark[PlainAnswer, dict[str, AnswerSummary]]):
         rows, config = cast(TokenizedRows, selection.rows), context.config
         length = answer_length(rows, config.max_new_tokens)
         records = scorer.answers(f"{name}: answers", rows, selection.places, length)
-        measured = [PlainAnswer(record, selection.rows_in_set, length) for record in records]
+        passage = dict(zip(selection.places, (example.is_passage for example in rows.examples), strict=True))
+        measured = [PlainAnswer(r, selection.rows_in_set, length, passage[r.row]) for r in records]
         if name == FORGET and config.forms == "all":
             form_of = (scorer.tokenizer, context.template, config.tokens_per_row, context.fit)
             for form, asked in other_forms(rows, rows.examples, selection.places, *form_of).items():
                 records = scorer.answers(f"{in_form(name, form)}: answers", asked.rows, asked.places, length)
-                measured += [PlainAnswer(record, selection.rows_in_set, length, form) for record in records]
+                measured += [PlainAnswer(r, selection.rows_in_set, length, passage[r.row], form) for r in records]
         return measured
 
     def score(self, measured: Measured, context: Context) -> dict[str, AnswerSummary] | None:
@@ -76,7 +78,12 @@ class Plain(Benchmark[PlainAnswer, dict[str, AnswerSummary]]):
             for answer in answers:
                 by_set.setdefault(in_form(name, answer.form) if answer.form else name, []).append(answer)
         scores = {
-            name: AnswerSummary.of([a.record for a in answers], answers[0].rows_in_set, answers[0].max_new_tokens)
+            name: AnswerSummary.of(
+                [a.record for a in answers],
+                answers[0].rows_in_set,
+                answers[0].max_new_tokens,
+                passages=sum(a.is_passage for a in answers),
+            )
             for name, answers in by_set.items()
         }
         before = summaries_of(context.before.get(self.name) or {})
