@@ -88,13 +88,14 @@ def check_adapter_name(name: str) -> None:
         raise UserError(f"There is no directory '{name}': --adapter is the output directory of a training run.")
 
 
-def check_model_is_here(name: str) -> None:
+def check_model_is_here(name: str, revision: str | None = None) -> None:
     """Raises UserError for a model of the hub of which this machine has nothing, where the hub cannot be reached. Often
     a directory was meant."""
     repo = name.strip().rstrip("/")
     copies = (_hub_cache("models", each) for each in (repo, f"{repo}-hf"))  # by which an original OLMo is replaced
     if not check_model_name(name) and not any(copy.exists() for copy in copies) and (problem := hub_problem()):
-        raise UserError(model_not_here(f"model '{name}'", problem))
+        where = f"model '{name}'" + (f" at revision '{revision}'" if revision else "")
+        raise UserError(model_not_here(where, problem))
 
 
 def check_data_is_here(name: str) -> None:

@@ -129,7 +129,7 @@ def test_no_network_and_no_copy(files, capsys, monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    fails(capsys, run("allenai/OLMo-7B", files), "allenai/OLMo-7B-hf", "hub")
+    fails(capsys, run("allenai/OLMo-7B", files), "allenai/OLMo-7B", "the hub cannot be reached")
 
 
 @pytest.mark.parametrize("source", ["--model", "--forget"])

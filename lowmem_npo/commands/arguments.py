@@ -174,11 +174,11 @@ def check_names(model: str | None, *sources: str | None) -> None:
             check_data_name(name)
 
 
-def check_inputs(model: str | None, *sources: str | None) -> None:
+def check_inputs(model: str | None, *sources: str | None, revision: str | None = None) -> None:
     """The same, and for what is neither here nor to be had."""
     check_names(model, *sources)
     if model is not None:
-        check_model_is_here(model)
+        check_model_is_here(model, revision)
     for source in filter(None, sources):
         for name in data_names(source):
             check_data_is_here(name)

@@ -85,9 +85,9 @@ def ask(options: AskOptions, say: Say = print) -> None:
         UserError: something the user can fix, in one sentence.
     """
     questions = _questions(options)
-    check_inputs(options.model)
+    check_inputs(options.model, revision=options.revision)
     if not Path(options.run).expanduser().is_dir():
-        check_inputs(options.run)
+        check_inputs(options.run, revision=options.revision)
     quiet_libraries()
     note = (lambda line: print(line, file=sys.stderr)) if options.json else say  # stdout is for programs
     asked = load(options, note)

@@ -78,7 +78,7 @@ class Set:
 def main(arguments: Sequence[str]) -> None:
     parsed = parse(with_help(DataCommand), join_sources(arguments), "data")
     options = DataCommand(**vars(parsed))
-    check_inputs(options.model, *options.sources.values())
+    check_inputs(options.model, *options.sources.values(), revision=options.revision)
     inspect(options)
 
 

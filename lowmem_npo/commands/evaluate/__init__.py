@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> None:
     check_names(config.model, *config.named_data.values())
     if config.before is not None and not Path(config.before).expanduser().is_file():
         raise UserError(f"--before: there is no file '{config.before}'.")
-    check_inputs(config.model, *config.named_data.values())
+    check_inputs(config.model, *config.named_data.values(), revision=config.revision)
     quiet_libraries()
     from lowmem_npo.commands.evaluate.run import evaluate  # late: --help need not load transformers
 

@@ -14,7 +14,7 @@ def main(arguments: Sequence[str]) -> None:
     parsed = parse(with_help(MergeConfig), arguments, "merge")
     config = MergeConfig(**vars(parsed))
     check_adapter_name(config.adapter)
-    check_inputs(config.model)
+    check_inputs(config.model, revision=config.revision)
     quiet_libraries()
     from lowmem_npo.commands.merge.run import merge  # late: --help need not load transformers
 

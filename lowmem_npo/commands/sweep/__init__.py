@@ -77,7 +77,8 @@ def main(arguments: Sequence[str]) -> None:
     config = parse([])
     check_names(config.model.model, config.data.forget, config.data.retain, config.data.holdout)
     runs = plan_sweep(parse_grid(grid or [], ALIASES), parse_seeds(seeds or ["5"], config.training.seed), parse)
-    check_inputs(config.model.model, config.data.forget, config.data.retain, config.data.holdout)
+    data = (config.data.forget, config.data.retain, config.data.holdout)
+    check_inputs(config.model.model, *data, revision=config.model.revision)
     root, taught = config.output_dir, teaching if teaching.teach else None
     if config.output.dry_run:
         print("\n".join(str(run.directory) for run in runs))

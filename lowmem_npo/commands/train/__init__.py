@@ -13,7 +13,8 @@ def main(arguments: Sequence[str]) -> None:
     config = parse_run(arguments, "train")
     if config.output.preview is None:
         RunDirectory(config).check_place()
-    check_inputs(config.model.model, config.data.forget, config.data.retain, config.data.holdout)
+    data = (config.data.forget, config.data.retain, config.data.holdout)
+    check_inputs(config.model.model, *data, revision=config.model.revision)
     quiet_libraries()
     from lowmem_npo.commands.train.run import train  # late: --help need not load transformers
 
