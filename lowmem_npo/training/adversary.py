@@ -34,11 +34,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowmem_npo.data.batching import Batch, Pick, RowBatch
-from lowmem_npo.data.tokenizing import TokenizedRow, TokenizedRows
+from lowmem_npo.data.tokenizing import TokenizedRow
 from lowmem_npo.errors import UserError
 from lowmem_npo.memory.checkpointing import checkpointing, is_checkpointed
 from lowmem_npo.model.layers import causal_lm, decoder_layers, linear_layers
 from lowmem_npo.training.step_rows import StepBatches
+from lowmem_npo.training.training_rows import names_of
 
 RANK, ROWS = 16, 6
 CHOICE, FACTORS = 7, 8  # streams of random numbers, beside those of layered.py
@@ -68,7 +69,7 @@ class Lesson(NamedTuple):
     ) -> Lesson:
         """parts: into which a micro-batch is divided. rows: all forget rows, with their true answers. collate: makes a
         batch of some."""
-        chosen, processes = other_rows(step_batches, step, origins_of(rows)), step_batches.world_size
+        chosen, processes = other_rows(step_batches, step, names_of(rows)), step_batches.world_size
         own = np.array_split(chosen, processes)[step_batches.rank]  # whatever the others divide their passes into
         size = math.ceil(step_batches.batch_size / (step_batches.micro_batches * parts * processes))
         shares = np.array_split(own, max(1, math.ceil(len(own) / size)))
@@ -168,11 +169,6 @@ class Adversary:
             return None
         x: Tensor = args[0]
         return result + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)).to(result.dtype)
-
-
-def origins_of(rows: Sequence[TokenizedRow]) -> list[str] | None:
-    """Where each row comes from: the two forms of `--template both` are from one place. None if that is not known."""
-    return [example.where for example in rows.examples] if isinstance(rows, TokenizedRows) else None
 
 
 def other_rows(step_batches: StepBatches, step: int, origins: Sequence[str] | None = None) -> list[int]:

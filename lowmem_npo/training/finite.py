@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from lowmem_npo.run_directory import RunFiles, step_of
 from lowmem_npo.training.checkpoints import set_aside
 
 MOST_IN_A_ROW = 3
-MOST_NAMED = 8  # rows of a part
 
 
 class NotFinite(UserError):
@@ -27,12 +26,10 @@ class FiniteSteps(TrainerCallback):
     older one. After MOST_IN_A_ROW such steps training ends.
 
     is_finite: whether the step's figures and its gradient, of all processes, are finite.
-    rows: the places, from 0, of the rows of a part at fault, by the part's name; it is called in every process.
+    rows: the rows at fault, in words, a part each; it is called in every process.
     """
 
-    def __init__(
-        self, is_finite: Callable[[], bool], rows: Callable[[], Mapping[str, Sequence[int]]], say: Say
-    ) -> None:
+    def __init__(self, is_finite: Callable[[], bool], rows: Callable[[], Sequence[str]], say: Say) -> None:
         self.is_finite, self.rows, self.say = is_finite, rows, say
         self._skipped: list[int] = []  # the last steps, if they were not taken
 
@@ -49,7 +46,7 @@ class FiniteSteps(TrainerCallback):
             return
         kwargs["model"].zero_grad()
         self._skipped.append(state.global_step + 1)
-        rows = " and ".join(_named(part, places) for part, places in self.rows().items() if places)
+        rows = " and ".join(self.rows())
         if state.is_world_process_zero:
             self.say(f"Step {self._skipped[-1]} is not taken: its loss or its gradient is no finite number ({rows}).")
         if len(self._skipped) == MOST_IN_A_ROW:
@@ -72,10 +69,3 @@ class FiniteSteps(TrainerCallback):
             if step_of(checkpoint) >= self._skipped[0] - 1:
                 aside = set_aside(checkpoint)
                 self.say(f"{checkpoint.name} gives no finite numbers, and is {aside.name} now.")
-
-
-def _named(part: str, places: Sequence[int]) -> str:
-    """Rows by their numbers, from 1."""
-    numbers = [str(place + 1) for place in sorted(places)]
-    more = f" and {len(numbers) - MOST_NAMED} more" if len(numbers) > MOST_NAMED else ""
-    return f"{part} row{'s' if len(numbers) > 1 else ''} {', '.join(numbers[:MOST_NAMED])}{more}"

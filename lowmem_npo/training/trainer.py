@@ -398,9 +398,9 @@ class NPOTrainer(Trainer):
             is_finite = int(self.accelerator.reduce(bad, reduction="sum")) == 0
         return is_finite
 
-    def _rows_not_finite(self) -> dict[str, list[int]]:
-        """The rows of the step, by part, that have no finite log-probs when each is alone, or all of them if none is at
-        fault by itself."""
+    def _rows_not_finite(self) -> list[str]:
+        """The rows of the step, in words and by part, that have no finite log-probs when each is alone, or all of them
+        if none is at fault by itself."""
         parts = PARTS[:2]
         passes = [(part, batch[part]) for part in parts for batch in self._step_rows]
         rows = [(part, i) for part, of_part in passes if of_part for i in of_part.rows]
@@ -409,7 +409,8 @@ class NPOTrainer(Trainer):
         if self.args.world_size > 1:
             rows, damaged = gather_object(rows), gather_object(damaged)
         places = {self._rows.place(*row) for row in damaged or rows}
-        return {part: sorted(i for of_part, i in places if of_part == part) for part in parts}
+        by_part = {part: [i for of_part, i in places if of_part == part] for part in parts}
+        return [self._rows.named(part, of_part) for part, of_part in by_part.items() if of_part]
 
     def _is_finite(self, part: str, row: int) -> bool:
         alone = RowBatch.of([getattr(self.train_dataset, part)[row]], pack=False).to(self.args.device)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lowmem_npo.config import FORGET_TERMS, REFUSING_TERMS, RunConfig
 from lowmem_npo.data import PreparedData, TokenizedRow, TokenizedRows
 from lowmem_npo.errors import UserError
 from lowmem_npo.training.layered import divide
+
+MOST_NAMED = 8  # rows of a part
 
 
 class Parts(NamedTuple):
@@ -30,6 +32,7 @@ class TrainingRows:
     num_forget, num_retain: without what comes after them.
     folds: the places in `forget` of each fold, in the order in which they are forgotten; None: all at once.
     taught_again: the forget rows with their true answers, if there is an adversary that teaches them.
+    names: part -> what the user calls each of its rows, such as "facts.csv, line 3"; None of rows without a name.
     """
 
     forget: Sequence[TokenizedRow]
@@ -39,6 +42,7 @@ class TrainingRows:
     alternatives: int = 0
     folds: list[list[int]] | None = None
     taught_again: Sequence[TokenizedRow] = ()
+    names: Mapping[str, Sequence[str] | None] = field(default_factory=dict)
 
     @property
     def parts(self) -> Parts:
@@ -51,6 +55,17 @@ class TrainingRows:
         if part == "retain" and row >= self.num_retain:
             return "forget", row - self.num_retain
         return part, row % self.num_forget if part == "forget" else row
+
+    def named(self, part: str, places: Iterable[int]) -> str:
+        """Rows of `part` as the user knows them: by file and line, once each, in however many forms they are; by their
+        numbers, from 1, where they came without."""
+        names = self.names.get(part)
+        listed = [str(place + 1) if names is None else names[place] for place in sorted(places)]
+        listed = list(dict.fromkeys(listed))
+        more = f" and {len(listed) - MOST_NAMED} more" if len(listed) > MOST_NAMED else ""
+        if names is not None:
+            return f"{part}: {'; '.join(listed[:MOST_NAMED])}{more}"
+        return f"{part} row{'s' if len(listed) > 1 else ''} {', '.join(listed[:MOST_NAMED])}{more}"
 
     @property
     def cache_names(self) -> dict[str, str]:
@@ -90,6 +105,7 @@ def training_rows(
         raise UserError(f"{term} has no use for alternative_dataset: leave it out, or take dpo.")
     if len(others) % number:
         raise UserError(f"alternative_dataset has {len(others)} rows: give one for each of {number} forget rows.")
+    names = {"forget": names_of(to_forget), "retain": names_of(to_keep)}
     known = to_forget  # with the true answers
     if term in REFUSING_TERMS and (layered is not None or adversary):
         known = tokenized(forget if true is None else true, "true_dataset")
@@ -106,7 +122,7 @@ def training_rows(
         to_keep = [*to_keep, *known]
     rows = [*to_forget, *others] if others else to_forget
     taught_again = known if adversary else ()
-    return TrainingRows(rows, to_keep, number, kept, len(others) // number, folds, taught_again)
+    return TrainingRows(rows, to_keep, number, kept, len(others) // number, folds, taught_again, names)
 
 
 def planned_rows(config: RunConfig, data: PreparedData) -> TrainingRows:
@@ -134,6 +150,11 @@ def used_alternatives(config: RunConfig, data: PreparedData) -> TokenizedRows | 
     """The other answers, if the forget term looks at any: dpo does, and one that is not ours may."""
     term = config.objective.forget_term
     return data.alternatives if term == "dpo" or term not in FORGET_TERMS else None
+
+
+def names_of(rows: Sequence[TokenizedRow] | None) -> list[str] | None:
+    """Where each row comes from: the two forms of `--template both` are from one place. None if that is not known."""
+    return [example.where for example in rows.examples] if isinstance(rows, TokenizedRows) else None
 
 
 def groups_of(rows: Sequence[TokenizedRow]) -> list[Hashable] | None:

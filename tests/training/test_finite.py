@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from lowmem_npo.cli import main
+from lowmem_npo.data import Example, TokenizedRow, TokenizedRows
 from lowmem_npo.training.divergence import Divergence
 from lowmem_npo.training.finite import FiniteSteps, NotFinite
 from lowmem_npo.training.metrics import read_metrics
+from lowmem_npo.training.training_rows import training_rows
 
 DAMAGED = 96  # a token whose embedding is no number
 
@@ -88,6 +90,24 @@ def test_no_process_takes_a_step_that_is_not_finite_in_one(part, tmp_path):
             assert same(weights, first[step - 1][0]) == (step == bad)
 
 
+def test_rows_are_named_as_their_file_numbers_them():
+    """Not by where they are among those trained: in both forms, without those left out, with other answers."""
+
+    def of_file(name, lines):
+        examples = [Example("Who?", "Anna", f"{name}, line {line}", "question/answer") for line in lines]
+        rows = [TokenizedRow(input_ids=[1, 2], labels=[1, 2], prompt_length=1) for _ in lines]
+        return TokenizedRows(rows, examples, [0] * len(lines), 8)
+
+    forget, retain = of_file("f.csv", [2, 3, 5, 2, 3, 5]), of_file("r.csv", range(7, 27))
+    how = {"term": "dpo", "layered": 2, "adversary": False, "seed": 0, "teaching": {}}
+    rows = training_rows(forget, retain, forget, None, lambda rows, *_: rows, **how)
+    assert rows.named("forget", [5, 2, 0]) == "forget: f.csv, line 2; f.csv, line 5"
+    places = {rows.place(*row) for row in [("forget", 7), ("retain", 24), ("retain", 1)]}
+    assert places == {("forget", 1), ("forget", 4), ("retain", 1)}
+    assert rows.named("retain", [1]) == "retain: r.csv, line 8"
+    assert rows.named("retain", range(20)).endswith("; r.csv, line 14 and 12 more")
+
+
 def test_without_the_check_the_adapter_would_be_lost(tmp_path, monkeypatch):
     monkeypatch.setattr(FiniteSteps, "on_pre_optimizer_step", lambda *args, **kwargs: None)
     trainer = damaged_trainer(tmp_path, "forget")
@@ -129,6 +149,7 @@ def test_the_command_ends_with_an_error(byte_model, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "The training diverged: the loss or the gradient of steps 2 to 4 is no finite number" in printed.err
     assert "the same command with --resume starts it again." in printed.err
+    assert "the last time of forget: bundled forget.jsonl, line " in printed.err
     assert not list((tmp_path / "run").glob("checkpoint-*"))
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
 
