@@ -7,8 +7,10 @@ them, `--matrix write` writes what it sees into the table.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import re
 from collections.abc import Iterator
 from functools import partial
 from unittest import mock
@@ -20,6 +22,7 @@ import transformers
 from helpers.architecture_table import Cell, Table, read_table, version_of_table, write_table
 from helpers.architectures import ARCHITECTURES, random_model, tiny_config
 from helpers.dense_step import dense_step, make_trainer, random_rows, relative_error, step_gradients
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer
 
 from lowmem_npo.commands.merge.options import MergeConfig
@@ -40,17 +43,18 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.step import estimate
 from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers
 from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
-from lowmem_npo.memory import float32, switches
+from lowmem_npo.memory import float32, fused, switches
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model, packs_rows
+from lowmem_npo.model.layers import decoder
 from lowmem_npo.model.loading import load_config
 from lowmem_npo.model.notes import model_notes
 from lowmem_npo.model.packable import padding_note
 from lowmem_npo.model.saved_adapter import load_adapter
 
-COLUMNS = ["gradients", "packed", "bf16", "QLoRA", "switches", "estimate", "evaluate", "merge"]
+COLUMNS = ["gradients", "packed", "bf16", "QLoRA", "switches", "fused", "estimate", "evaluate", "merge"]
 ALWAYS = ["gradients", "switches"]
-SAMPLES = [["bf16", "evaluate"], ["QLoRA", "packed"], ["bf16", "merge"], ["packed", "estimate"]]  # one after another
+SAMPLES = [["bf16", "evaluate"], ["QLoRA", "packed"], ["bf16", "merge"], ["packed", "estimate", "fused"]]  # in turn
 VOCABULARY = 258  # of the byte tokenizer
 FORGET, RETAIN = random_rows(3, 1, VOCABULARY), random_rows(3, 2, VOCABULARY)
 LONG = [random_rows(3, seed, VOCABULARY, longest=24) for seed in (4, 5)]  # some beyond every window of 16 tokens
@@ -242,6 +246,56 @@ def test_switches(desk, cell, tmp_path, monkeypatch, caplog):
         return [*sorted(refused), *sorted(said)]
 
     cell("switches", check)
+
+
+def test_fused(desk, cell, monkeypatch):
+    """The plain forms of the fused kernels do the work, and what they do not do is noted."""
+    monkeypatch.setattr(fused, "ENGINE", "torch")
+    by_rotary, rotary = [], fused.rotary_form
+    monkeypatch.setattr(fused, "rotary_form", lambda *x: by_rotary.append(rotary(*x)) or by_rotary[-1])
+
+    def check():
+        model, plain = (desk.loaded().requires_grad_(False) for _ in range(2))
+        float32.slice_float32(model)
+        ids = torch.arange(2, 22).reshape(2, 10)
+        with torch.no_grad(), Activations() as left:
+            logits = model(ids, use_cache=False).logits
+        torch.testing.assert_close(logits, plain(ids, use_cache=False).logits, rtol=1e-4, atol=1e-5)
+        for module in decoder(model).modules():
+            if "Norm" in type(module).__name__ and next(module.children(), None) is None:
+                lean = vars(module).get("forward")
+                if not isinstance(lean, float32.LeanNorm) or lean.form is None:
+                    left.names.add(type(module).__name__)
+        parts = {unfused_part(name) for name in left.names} | ({"the rotary embedding"} if None in by_rotary else set())
+        return [f"Not fused: {part}." for part in sorted(parts)]
+
+    cell("fused", check)
+
+
+def unfused_part(name):
+    """What a module of this name is."""
+    if "Norm" in name:
+        return "norms with a gate" if "Gated" in name else "norms whose heads have weights of their own"
+    return "the gate of experts" if re.search("Experts|MoE|GLU", name) else "an activation"
+
+
+class Activations(TorchDispatchMode):
+    """The names of the modules of transformers' models that call a SiLU, GELU or ReLU of PyTorch's themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._overloadpacket in (torch.ops.aten.silu, torch.ops.aten.gelu, torch.ops.aten.relu):
+            frame = inspect.currentframe()
+            while frame := frame.f_back:
+                if "lowmem_kernels" in frame.f_code.co_filename:
+                    break
+                if "transformers/models" in frame.f_code.co_filename:
+                    self.names.update({type(frame.f_locals["self"]).__name__} if "self" in frame.f_locals else ())
+                    break
+        return func(*args, **(kwargs or {}))
 
 
 def test_estimate(desk, cell):

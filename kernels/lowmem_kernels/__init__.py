@@ -10,7 +10,8 @@ frozen weights, rotary embeddings and gated activations without float32 copies.
 
     y = rms_norm(x, weight, eps=1e-5)                             # and layer_norm; keeps x, no float32 copy of it
     q, k = rotary(q, k, cos, sin)
-    h = glu(gate, up, "silu")                                     # act(gate) * up
+    h = glu(gate, up, "silu")                                     # act(gate) * up; packed_glu(gate_up) of one tensor
+    h = act(x, "relu2")                                           # of an MLP without a gate
 
 No call of the first three functions ever holds a tensor of N x V elements. Three engines compute them alike; `engine=`
 chooses one:
@@ -50,7 +51,7 @@ outputs.
 """
 
 from lowmem_kernels.api import retain_loss, token_kl, token_logprobs
-from lowmem_kernels.gated_activation import glu
+from lowmem_kernels.gated_activation import act, glu, packed_glu
 from lowmem_kernels.head import FrozenHead
 from lowmem_kernels.norm import layer_norm, rms_norm
 from lowmem_kernels.problem import IGNORE_INDEX
@@ -59,8 +60,10 @@ from lowmem_kernels.rotary_embedding import rotary
 __all__ = [
     "IGNORE_INDEX",
     "FrozenHead",
+    "act",
     "glu",
     "layer_norm",
+    "packed_glu",
     "retain_loss",
     "rms_norm",
     "rotary",

@@ -26,7 +26,18 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lowmem_kernels import FrozenHead, glu, layer_norm, retain_loss, rms_norm, rotary, token_kl, token_logprobs
+from lowmem_kernels import (
+    FrozenHead,
+    act,
+    glu,
+    layer_norm,
+    packed_glu,
+    retain_loss,
+    rms_norm,
+    rotary,
+    token_kl,
+    token_logprobs,
+)
 from lowmem_kernels.dispatch import Engine
 from lowmem_kernels.gated_activation import ACTIVATIONS
 from lowmem_kernels.launch import OPTIONS, recording
@@ -175,33 +186,55 @@ def _rowwise_launches(capability, dtype: torch.dtype, every_option: bool) -> Ite
                     meta(300, d),
                 ),
             )
-        for parts in ((), (weight, weight), (weight,))[: 1 + 2 * every_option]:
+        for parts, offset in (((), 0.0), ((weight, weight), 1.0), ((weight,), 0.0))[: 1 + 2 * every_option]:
             yield (
                 f"layer_norm, {d}, {name}",
                 launches(
-                    lambda x: layer_norm(x, *parts, eps=1e-5, engine="triton"),  # noqa: B023
+                    lambda x: layer_norm(x, *parts, eps=1e-5, offset=offset, engine="triton"),  # noqa: B023
                     meta(300, d),
                 ),
             )
-    for layout, size, rotated, table in itertools.product(
+    for layout, size, rotated, table, by_pair in itertools.product(
         LAYOUTS if every_option else LAYOUTS[:1],
         (128, 256, 80) if every_option else (128,),
         (1.0, 0.25),
         (dtype, torch.float32) if every_option else (dtype,),
+        (False, True) if every_option else (False,),
     ):
-        cos = meta(1, 300, int(size * rotated), dtype=table).detach()
+        rotates = int(size * rotated)
+        cos = meta(1, 300, rotates // (1 + by_pair), dtype=table).detach()
         yield (
-            f"rotary {layout}, {int(size * rotated)} of {size}, {name}",
+            f"rotary {layout}{', by pair' * by_pair}, {rotates} of {size}, {name}",
             launches(
-                lambda q, k: rotary(q, k, cos, cos, layout=layout, engine="triton"),  # noqa: B023
+                lambda q, k: rotary(q, k, cos, cos, layout=layout, by_pair=by_pair, engine="triton"),  # noqa: B023
                 *(meta(4, 300, heads, size).transpose(1, 2) for heads in (32, 8)),
             ),
         )
+    cos = meta(1, 300, 64).detach()
+    yield (
+        f"rotary of one tensor, 128, {name}",
+        launches(lambda q: rotary(q, None, cos, cos, by_pair=True, engine="triton")[0], meta(4, 8, 300, 128)),
+    )
     for activation, d in itertools.product(ACTIVATIONS if every_option else ("silu",), (11008, 123)):
         yield f"glu {activation}, {d}, {name}", launches(
             lambda gate, up: glu(gate, up, activation, engine="triton"),  # noqa: B023
             meta(300, d), meta(300, d),
         )  # fmt: skip
+        if every_option:
+            yield (
+                f"act {activation}, {d}, {name}",
+                launches(
+                    lambda x: act(x, activation, engine="triton"),  # noqa: B023
+                    meta(300, d),
+                ),
+            )
+    yield (
+        f"glu as in gpt-oss, 2880, {name}",
+        launches(
+            lambda x: packed_glu(x, interleaved=True, alpha=1.702, limit=7.0, up_offset=1.0, engine="triton"),
+            meta(300, 5760),
+        ),
+    )
 
 
 def _specimen(name: str, kernel, arguments: dict, capability: tuple[int, int]) -> Specimen:

@@ -30,6 +30,10 @@ class Norm(NamedTuple):
     center: bool  # LayerNorm
     round_first: bool
 
+    def scale(self, weight: Tensor) -> Tensor:
+        """What multiplies the normalised rows, in float32."""
+        return (weight + self.offset).float() if self.center else weight.float() + self.offset
+
 
 def rms_norm(
     x: Tensor,
@@ -55,17 +59,24 @@ def rms_norm(
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float, engine: RowEngine = "auto"
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float,
+    offset: float = 0.0,
+    engine: RowEngine = "auto",
 ) -> Tensor:
     """Each row of x less its mean, over its standard deviation, times a frozen weight, plus a frozen bias.
 
     bias      (d,) floating point, or None; must not require grad
+    offset    added to the weight, in its own dtype: 1 in Nemotron, whose weights are about 0
     the rest  as in `rms_norm`
 
     Returns (..., d) in the dtype of x, also under autocast; differentiable (once) in x. Raises ValueError, naming the
     argument.
     """
-    return _normalise(x, Norm(weight, bias, eps, 0.0, True, False), engine)
+    return _normalise(x, Norm(weight, bias, eps, offset, True, False), engine)
 
 
 def _normalise(x: Tensor, norm: Norm, engine: RowEngine) -> Tensor:
@@ -101,7 +112,7 @@ def plain_forward(x: Tensor, norm: Norm) -> Tensor:
     if norm.round_first:
         y = y.to(x.dtype).float()
     if norm.weight is not None:
-        y = y * (norm.weight.float() + norm.offset)
+        y = y * norm.scale(norm.weight)
     if norm.bias is not None:
         y = y + norm.bias.float()
     return y.to(x.dtype)
@@ -112,7 +123,7 @@ def plain_backward(x: Tensor, grad: Tensor, norm: Norm) -> Tensor:
     y, scale = _normalised(x, norm)
     grad = grad.float()
     if norm.weight is not None:
-        grad = grad * (norm.weight.float() + norm.offset)
+        grad = grad * norm.scale(norm.weight)
     along = (grad * y).mean(-1, keepdim=True)
     if norm.center:
         grad = grad - grad.mean(-1, keepdim=True)

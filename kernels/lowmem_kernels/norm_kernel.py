@@ -60,6 +60,8 @@ def norm_kernel(
     weight = None
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32) + offset
+        if CENTER:
+            weight = rounded(weight, weight_ptr.dtype.element_ty).to(tl.float32)
     if grad_ptr is None:
         if ROUND_FIRST:
             y = rounded(y, dtype).to(tl.float32)

@@ -32,11 +32,11 @@ def rotary_config(head_size: int, rotated: int, heads: int) -> RotaryConfig:
 @triton.jit(do_not_specialize=["S", "q_batch", "k_batch", "q_out_batch", "k_out_batch", "table_batch"])
 def rotary_kernel(
     q_ptr,  # (B, q_heads, S, D), strides q_batch, q_head, q_token, 1
-    k_ptr,  # (B, k_heads, S, D), likewise
-    cos_ptr,  # (B or 1, S, R), strides table_batch (0 for 1), R, 1
+    k_ptr,  # (B, k_heads, S, D), likewise; or None
+    cos_ptr,  # (B or 1, S, R or R/2), strides table_batch (0 for 1), table_token, table_entry
     sin_ptr,  # the same
     q_out_ptr,  # written, as q; strides q_out_...
-    k_out_ptr,  # written, as k; strides k_out_...
+    k_out_ptr,  # written, as k; strides k_out_...; or None
     S,
     D,
     R,
@@ -55,8 +55,11 @@ def rotary_kernel(
     k_out_head,
     k_out_token,
     table_batch,
-    PAIRED: tl.constexpr,  # pairs are neighbours, not entries of the two halves
-    FIRST_HALF: tl.constexpr,  # pair i has entry i of the table
+    table_token,
+    table_entry,
+    PAIRS_IN: tl.constexpr,  # pairs are neighbours, not entries of the two halves, where they are read
+    PAIRS_OUT: tl.constexpr,  # and where they are written
+    BY_PAIR: tl.constexpr,  # pair i has entry i of the table; otherwise the entries of its two parts
     ROUND_EACH: tl.constexpr,  # products are rounded before they are added
     BACKWARD: tl.constexpr,  # the transpose
     HEADS: tl.constexpr,
@@ -66,14 +69,14 @@ def rotary_kernel(
     token = tl.program_id(0)
     batch, position = (token // S).to(tl.int64), (token % S).to(tl.int64)
     pair = tl.arange(0, PAIRS)
-    if PAIRED:
-        first, second = 2 * pair, 2 * pair + 1
-    else:
-        first, second = pair, pair + R // 2
-    table = batch * table_batch + position * R
-    at_first, at_second = table + first, table + second
-    if FIRST_HALF:
-        at_first, at_second = table + pair, table + pair
+    first, second = places(pair, R, PAIRS_IN)
+    first_out, second_out = places(pair, R, PAIRS_OUT)
+    if BY_PAIR:
+        at_first, at_second = pair, pair
+    else:  # as the forward pass has them outside
+        at_first, at_second = places(pair, R, PAIRS_IN and PAIRS_OUT)
+    table = batch * table_batch + position * table_token
+    at_first, at_second = table + at_first * table_entry, table + at_second * table_entry
     is_pair = pair < R // 2
     cos_1 = tl.load(cos_ptr + at_first, mask=is_pair, other=0.0).to(tl.float32)[None, :]
     cos_2 = tl.load(cos_ptr + at_second, mask=is_pair, other=0.0).to(tl.float32)[None, :]
@@ -82,18 +85,29 @@ def rotary_kernel(
     if BACKWARD:
         sin_1, sin_2 = -sin_2, -sin_1
     q_ptr += batch * q_batch + position * q_token
-    k_ptr += batch * k_batch + position * k_token
     q_out_ptr += batch * q_out_batch + position * q_out_token
-    k_out_ptr += batch * k_out_batch + position * k_out_token
-    turn(q_ptr, q_out_ptr, q_heads, q_head, q_out_head, first, second, is_pair, cos_1, cos_2, sin_1, sin_2, D, R,
-         ROUND_EACH, HEADS, REST)  # fmt: skip
-    turn(k_ptr, k_out_ptr, k_heads, k_head, k_out_head, first, second, is_pair, cos_1, cos_2, sin_1, sin_2, D, R,
-         ROUND_EACH, HEADS, REST)  # fmt: skip
+    turn(q_ptr, q_out_ptr, q_heads, q_head, q_out_head, first, second, first_out, second_out, is_pair,
+         cos_1, cos_2, sin_1, sin_2, D, R, ROUND_EACH, HEADS, REST)  # fmt: skip
+    if k_ptr is not None:
+        k_ptr += batch * k_batch + position * k_token
+        k_out_ptr += batch * k_out_batch + position * k_out_token
+        turn(k_ptr, k_out_ptr, k_heads, k_head, k_out_head, first, second, first_out, second_out, is_pair,
+             cos_1, cos_2, sin_1, sin_2, D, R, ROUND_EACH, HEADS, REST)  # fmt: skip
+
+
+@triton.jit
+def places(pair, R, PAIRS: tl.constexpr):
+    """Of the two entries of each pair."""
+    if PAIRS:
+        return 2 * pair, 2 * pair + 1
+    else:
+        return pair, pair + R // 2
 
 
 @triton.jit
 def turn(
-    x_ptr, out_ptr, heads, stride, out_stride, first, second, is_pair, cos_1, cos_2, sin_1, sin_2, D, R,
+    x_ptr, out_ptr, heads, stride, out_stride, first, second, first_out, second_out, is_pair,
+    cos_1, cos_2, sin_1, sin_2, D, R,
     ROUND_EACH: tl.constexpr, HEADS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """All heads of one token: (x_1 cos_1 - x_2 sin_1, x_2 cos_2 + x_1 sin_2)."""
@@ -109,8 +123,8 @@ def turn(
         if ROUND_EACH:
             product_1, cross_1 = rounded(product_1, dtype).to(tl.float32), rounded(cross_1, dtype).to(tl.float32)
             product_2, cross_2 = rounded(product_2, dtype).to(tl.float32), rounded(cross_2, dtype).to(tl.float32)
-        tl.store(out_row + first[None, :], rounded(product_1 - cross_1, dtype), mask=inside)
-        tl.store(out_row + second[None, :], rounded(product_2 + cross_2, dtype), mask=inside)
+        tl.store(out_row + first_out[None, :], rounded(product_1 - cross_1, dtype), mask=inside)
+        tl.store(out_row + second_out[None, :], rounded(product_2 + cross_2, dtype), mask=inside)
         if REST > 0:
             rest = (R + tl.arange(0, REST))[None, :]
             copied = (head < heads) & (rest < D)

@@ -4,9 +4,9 @@ A norm converts the hidden states to float32 and keeps that copy for its backwar
 states, which are kept anyhow. The rotary embedding of the OLMo family makes several float32 copies of queries and keys.
 
 On a GPU the fused kernels of `lowmem_kernels` do the work of those that they know (fused.py), without any copy, and
-that of a gated MLP between its products, too. The others work on slices: a norm on rows, of which it keeps only the
-states and recomputes each slice; a rotary embedding, which treats every head by itself, on a few heads at a time. The
-arithmetic is the model's own, slice by slice, so the results are the same.
+that of an MLP or of experts between their products, too. The others work on slices: a norm on rows, of which it keeps
+only the states and recomputes each slice; a rotary embedding, which treats every head by itself, on a few heads at a
+time. The arithmetic is the model's own, slice by slice, so the results are the same.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,17 +22,27 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from lowmem_npo.memory.fused import GatedForm, fuses, gated_form, norm_form, rotary_form
+from lowmem_npo.memory.fused import (
+    ActivationForm,
+    GatedForm,
+    PackedForm,
+    activation_form,
+    fused_rotary,
+    fuses,
+    gated_form,
+    norm_form,
+    packed_form,
+    rotary_arguments,
+)
 from lowmem_npo.memory.tiling import TiledForward
 from lowmem_npo.model.layers import decoder, decoder_layers
 
 ROWS = 2048  # as float32, at hidden size 4096: 32 MiB
 HEAD_SLICES = 4
-ROTARY = "apply_rotary_pos_emb"  # as transformers calls the function
 
 
 def slice_float32(model: PreTrainedModel, rows: int = ROWS) -> None:
-    """Makes every norm, every gated MLP and every rotary embedding written in transformers' usual way run as a fused
+    """Makes every norm, every activation and every rotary embedding written in transformers' usual way run as a fused
     kernel or, norms and rotary embeddings that have none, on slices.
 
     Args:
@@ -44,12 +55,19 @@ def slice_float32(model: PreTrainedModel, rows: int = ROWS) -> None:
             module.forward = LeanNorm(module, rows)
         elif (form := gated_form(module)) is not None:
             module.forward = LeanMLP(module, form)
-    for layer in decoder_layers(model):
-        for module in layer.children():
-            namespace = _forward_globals(module)
-            rotary = namespace.get(ROTARY) if _names(module, ROTARY) else None
-            if rotary is not None and list(inspect.signature(rotary).parameters)[:4] == ["q", "k", "cos", "sin"]:
-                module.forward = WithLeanRotary(module.forward, namespace, rows)
+        elif hasattr(module, GATE):
+            if (gate := packed_form(module)) is not None:
+                setattr(module, GATE, LeanActivation(getattr(module, GATE), gate))
+        elif (activation := activation_form(module)) is not None:
+            module.forward = LeanActivation(module.forward, activation)
+    for module in decoder_layers(model).modules():
+        namespace = _forward_globals(module)
+        names = [name for name in _global_names(module) if "rotary" in name and rotary_arguments(namespace.get(name))]
+        if names:
+            module.forward = WithLeanRotary(module.forward, namespace, names, rows)
+
+
+GATE = "_apply_gate"  # as transformers' experts call it
 
 
 class LeanNorm:
@@ -80,12 +98,24 @@ class LeanMLP:
         self.mlp, self.form, self.plain = mlp, form, mlp.forward
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.form(x, self.mlp) if fuses(x) else self.plain(x)
+        eval_mode = not self.mlp.training  # the form is that of eval mode, without dropout
+        return self.form(x, self.mlp) if eval_mode and fuses(x) else self.plain(x)
+
+
+class LeanActivation:
+    """Replaces the `forward` of an activation, or what experts do between their products: fused on a GPU."""
+
+    def __init__(self, plain: Callable[[Tensor], Tensor], form: ActivationForm | PackedForm) -> None:
+        self.plain, self.form = plain, form
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.form(x) if fuses(x) else self.plain(x)
 
 
 def _is_norm(module: nn.Module) -> bool:
     """Whether it is called a norm, and treats rows alike and each by itself: one input, and one weight per column."""
-    if not type(module).__name__.endswith("Norm") or isinstance(module, nn.GroupNorm):
+    named = type(module).__name__.endswith("Norm") or isinstance(module, nn.LayerNorm)
+    if not named or isinstance(module, nn.GroupNorm):
         return False
     needed = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
     no_parts = next(module.children(), None) is None
@@ -96,10 +126,10 @@ def _forward_globals(module: nn.Module) -> dict[str, Any]:
     return getattr(inspect.unwrap(type(module).forward), "__globals__", {})
 
 
-def _names(module: nn.Module, name: str) -> bool:
-    """Whether a method of the module's class uses this global name."""
+def _global_names(module: nn.Module) -> list[str]:
+    """That methods of the module's class use."""
     methods = (inspect.unwrap(method) for _, method in inspect.getmembers(type(module), inspect.isfunction))
-    return any(name in method.__code__.co_names for method in methods if inspect.isfunction(method))
+    return sorted({name for method in methods if inspect.isfunction(method) for name in method.__code__.co_names})
 
 
 class WithLeanRotary:
@@ -109,27 +139,29 @@ class WithLeanRotary:
     replaced; it is restored when the forward returns, so nothing else ever sees it.
     """
 
-    def __init__(self, forward: Callable[..., Any], namespace: dict[str, Any], rows: int) -> None:
-        self.forward, self.rows = forward, rows
+    def __init__(self, forward: Callable[..., Any], namespace: dict[str, Any], names: list[str], rows: int) -> None:
+        self.forward, self.names, self.rows = forward, names, rows
         self._namespace = Shared(namespace)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         namespace = self._namespace.value
-        plain = namespace[ROTARY]
-
-        def lean(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **options: Any) -> Any:
-            if not (others or options) and fuses(q) and (form := rotary_form(plain, q, k, cos, sin)) is not None:
-                return form(q, k, cos, sin)
-            slices = math.gcd(HEAD_SLICES, math.gcd(q.shape[1], k.shape[1]))
-            if slices == 1 or q.ndim != 4 or q.shape[0] * q.shape[2] <= self.rows:
-                return plain(q, k, cos, sin, *others, **options)
-            return SlicedRotary.apply(q, k, lambda q, k: plain(q, k, cos, sin, *others, **options), slices)
-
-        namespace[ROTARY] = lean
+        plain = {name: namespace[name] for name in self.names}
+        namespace.update({name: partial(self._lean, function) for name, function in plain.items()})
         try:
             return self.forward(*args, **kwargs)
         finally:
-            namespace[ROTARY] = plain
+            namespace.update(plain)
+
+    def _lean(self, plain: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        if (rotated := fused_rotary(plain, args, options)) is not None:
+            return rotated
+        if rotary_arguments(plain) != ("q", "k", "cos", "sin") or len(args) != 4 or options:
+            return plain(*args, **options)
+        q, k, cos, sin = args
+        slices = math.gcd(HEAD_SLICES, math.gcd(q.shape[1], k.shape[1]))
+        if slices == 1 or q.ndim != 4 or q.shape[0] * q.shape[2] <= self.rows:
+            return plain(*args)
+        return SlicedRotary.apply(q, k, lambda q, k: plain(q, k, cos, sin), slices)
 
 
 class Shared:

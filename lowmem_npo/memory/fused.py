@@ -1,4 +1,4 @@
-"""Which norm, rotary embedding or gated MLP of a model is one that a fused kernel computes: recognised by its numbers.
+"""Which norm, rotary embedding or activation of a model is one that a fused kernel computes: recognised by its numbers.
 
 A module is copied with small random parameters and run on a few random rows on the CPU, and so is each form that
 `lowmem_kernels` knows. The form that gives its bits is the one. No list of classes to keep, none that is outdated by a
@@ -11,18 +11,18 @@ import contextlib
 import copy
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lowmem_kernels import glu, layer_norm, rms_norm, rotary
-from lowmem_kernels.gated_activation import ACTIVATIONS, Activation
+from lowmem_kernels import act, glu, layer_norm, packed_glu, rms_norm, rotary
+from lowmem_kernels.gated_activation import ACTIVATIONS, Gate
 from lowmem_kernels.norm import LONGEST_ROW
 from lowmem_kernels.rotary_embedding import LAYOUTS, Layout
 from lowmem_kernels.rowwise import RowEngine, fused
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 ENGINE: RowEngine = "auto"
 """By which engine the kernels work: "auto" is on CUDA where there is Triton, elsewhere they do not; any other is
@@ -67,7 +67,7 @@ class NormForm:
         weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
         engine = engine or ENGINE
         if self.centered:
-            return layer_norm(x, weight, bias, eps=self.eps, engine=engine)
+            return layer_norm(x, weight, bias, eps=self.eps, offset=self.offset, engine=engine)
         return rms_norm(x, weight, eps=self.eps, offset=self.offset, round_first=self.round_first, engine=engine)
 
 
@@ -76,10 +76,34 @@ class RotaryForm:
     """A rotary embedding as `rotary` computes it."""
 
     layout: Layout
+    by_pair: bool
+    first_half: bool  # of the tables' entries is read
+    turns_back: bool  # by the negative angle (NanoChat)
     round_once: bool
+    tokens_first: bool  # (B, S, heads, D) instead of (B, heads, S, D)
 
-    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, engine: RowEngine | None = None) -> Any:
-        return rotary(q, k, cos, sin, layout=self.layout, round_once=self.round_once, engine=engine or ENGINE)
+    def __call__(
+        self, states: Sequence[Tensor], cos: Tensor, sin: Tensor, engine: RowEngine | None = None
+    ) -> tuple[Tensor, ...]:
+        """`states`, queries and keys or one of them, rotated."""
+        if self.first_half:
+            cos, sin = (table[..., : table.shape[-1] // 2] for table in (cos, sin))
+        if self.turns_back:
+            sin = -sin
+        if self.tokens_first:
+            states = [x.transpose(1, 2) for x in states]
+        q, k = states[0], states[1] if len(states) == 2 else None
+        how: dict[str, Any] = {"layout": self.layout, "by_pair": self.by_pair, "round_once": self.round_once}
+        rotated = [x for x in rotary(q, k, cos, sin, **how, engine=engine or ENGINE) if x is not None]
+        return tuple(x.transpose(1, 2) if self.tokens_first else x for x in rotated)
+
+
+ROTARY_FORMS = [
+    (layout, by_pair, first_half, turns_back, round_once)
+    for turns_back, round_once, layout, (by_pair, first_half) in itertools.product(
+        (False, True), (False, True), LAYOUTS, ((False, False), (True, False), (True, True))
+    )
+]
 
 
 @dataclass(frozen=True)
@@ -87,21 +111,42 @@ class GatedForm:
     """down(act(gate(x)) * up(x)), by the names of the linear layers: see GATED."""
 
     names: tuple[str, ...]
-    activation: Activation
+    gate: Gate
 
     def __call__(self, x: Tensor, mlp: nn.Module, engine: RowEngine | None = None) -> Tensor:
         """What `mlp` makes of x."""
         *first, down = (mlp._modules[name] for name in self.names)
         wide = [layer(x) for layer in first if layer is not None]
-        gate, up = wide if len(wide) == 2 else wide[0].chunk(2, dim=-1)
         assert down is not None
-        return down(glu(gate, up, self.activation, engine=engine or ENGINE))
+        how, engine = self.gate._asdict(), engine or ENGINE
+        return down(glu(*wide, **how, engine=engine) if len(wide) == 2 else packed_glu(*wide, **how, engine=engine))
+
+
+@dataclass(frozen=True)
+class PackedForm:
+    """act(gate) * up of the two parts of one tensor, as a mixture of experts has it."""
+
+    interleaved: bool
+    gate: Gate
+
+    def __call__(self, gate_up: Tensor, engine: RowEngine | None = None) -> Tensor:
+        return packed_glu(gate_up, interleaved=self.interleaved, **self.gate._asdict(), engine=engine or ENGINE)
+
+
+@dataclass(frozen=True)
+class ActivationForm:
+    """An activation by itself."""
+
+    gate: Gate
+
+    def __call__(self, x: Tensor, engine: RowEngine | None = None) -> Tensor:
+        return act(x, self.gate.activation, alpha=self.gate.alpha, engine=engine or ENGINE)
 
 
 def norm_form(norm: nn.Module) -> NormForm | None:
     """The form of a module that treats rows alike and each by itself, if the kernels have it."""
     parameters = {name: p for name, p in norm._parameters.items() if p is not None}
-    if not parameters.keys() <= {"weight", "bias"} or norm._buffers or any(p.ndim != 1 for p in parameters.values()):
+    if not parameters.keys() <= {"weight", "bias"} or any(p.ndim != 1 for p in parameters.values()):
         return None
     shapes = tuple((name, p.shape[0], p.dtype) for name, p in parameters.items())
     return _remembered(_find_norm, norm, shapes)
@@ -115,15 +160,79 @@ def gated_form(mlp: nn.Module) -> GatedForm | None:
     return _remembered(_find_gated, mlp, names)
 
 
-def rotary_form(function: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> RotaryForm | None:
-    """The form of `function(q, k, cos, sin)` on tensors such as these, if the kernels have it."""
-    if q.ndim != 4 or k.ndim != 4 or cos.ndim != 3 or cos.shape[0] not in (1, q.shape[0]) or q.dtype != k.dtype:
+def packed_form(experts: nn.Module) -> PackedForm | None:
+    """The form of `experts._apply_gate`, with which transformers' experts gate one tensor, if the kernels have it."""
+    return _remembered(_find_packed, experts, ())
+
+
+def activation_form(module: nn.Module) -> ActivationForm | None:
+    """The form of an activation of several operators, if the kernels have it; PyTorch's own are fused already."""
+    if module._parameters or module._buffers or module._modules:
         return None
-    key = (function, q.dtype, cos.dtype, q.shape[-1], cos.shape[-1])
+    return _remembered(_find_activation, module, ())
+
+
+def _by_complex_numbers(q: Tensor, k: Tensor, angles: Tensor) -> RotaryArguments:
+    cos, sin = torch.view_as_real(angles).unbind(-1)
+    return (q, k), cos, sin
+
+
+RotaryArguments = tuple[tuple[Tensor, ...], Tensor, Tensor]  # states, cosines, sines
+ROTARY_ARGUMENTS: dict[tuple[str, ...], Callable[..., RotaryArguments]] = {
+    ("q", "k", "cos", "sin"): lambda q, k, cos, sin: ((q, k), cos, sin),
+    ("x", "cos", "sin"): lambda x, cos, sin: ((x,), cos, sin),
+    ("tensor", "sin", "cos"): lambda x, sin, cos: ((x,), cos, sin),
+    ("xq", "xk", "freqs_cis"): _by_complex_numbers,
+}
+"""The first parameters of transformers' functions, and what they stand for."""
+
+
+def rotary_arguments(function: Any) -> tuple[str, ...] | None:
+    """Which of ROTARY_ARGUMENTS it takes."""
+    try:
+        names = tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return None
+    return next((first for first in ROTARY_ARGUMENTS if names[: len(first)] == first), None)
+
+
+def fused_rotary(function: Callable[..., Any], args: tuple, options: Mapping[str, Any]) -> Any:
+    """What `function`, a model's rotary embedding, makes of these arguments; None if no kernel does the same."""
+    first = rotary_arguments(function)
+    if first is None or len(args) < len(first) or not all(isinstance(x, Tensor) for x in args[: len(first)]):
+        return None
+    states, cos, sin = ROTARY_ARGUMENTS[first](*args[: len(first)])
+    if not fuses(states[0]):
+        return None
+    form = rotary_form(function, states, cos, sin, args[len(first) :], options)
+    if form is None:
+        return None
+    rotated = form(states, cos, sin)
+    return rotated if len(rotated) > 1 else rotated[0]
+
+
+def rotary_form(
+    function: Callable[..., Any],
+    states: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    others: tuple = (),
+    options: Mapping[str, Any] | None = None,
+) -> RotaryForm | None:
+    """The form of `function` on tensors such as these, if the kernels have it.
+
+    others, options: its further arguments.
+    """
+    q, options = states[0], options or {}
+    if any(x.ndim != 4 or x.dtype != q.dtype for x in states) or cos.ndim != 3 or cos.shape[0] not in (1, q.shape[0]):
+        return None
+    if not all(value is None or isinstance(value, int) for value in (*others, *options.values())):
+        return None
+    sizes = q.dtype, q.shape[-1], cos.dtype, cos.shape[-1]
+    key = (function, *sizes, others, *sorted(options.items()))
     if key not in _known:
         with _apart() as random:
-            shapes = (q.dtype, q.shape[-1], cos.dtype, cos.shape[-1])
-            _known[key] = _find_rotary(function, random, *shapes) if sin.dtype == cos.dtype else None
+            _known[key] = _find_rotary(function, random, sizes, others, options) if sin.dtype == cos.dtype else None
     return _known[key]
 
 
@@ -171,13 +280,16 @@ def _find_norm(norm: nn.Module, random: torch.Generator, shapes: tuple) -> NormF
         name: None if old is None else nn.Parameter(torch.randn(width, generator=random).to(dtype), False)
         for name, old in norm._parameters.items()
     }
+    probe._buffers = {  # which no form has: they must not matter (FalconMamba)
+        name: None if old is None else torch.rand(old.shape, generator=random) for name, old in norm._buffers.items()
+    }
     theirs = _result(probe, rows)
     if theirs is None:
         return None
     own_eps = [value for value in vars(norm).values() if type(value) is float and 0 <= value < 0.1]
     for eps in dict.fromkeys((*own_eps, *COMMON_EPS, torch.finfo(dtype).eps)):
         known_dtype = dtype if shapes else None
-        forms = [NormForm(True, eps, dtype=known_dtype)]
+        forms = [NormForm(True, eps, offset, dtype=known_dtype) for offset in ((0.0, 1.0) if shapes else (0.0,))]
         if "bias" not in (part[0] for part in shapes):
             ways = itertools.product((0.0, 1.0), (True, False)) if shapes else [(0.0, False)]
             forms += [NormForm(False, eps, offset, first, known_dtype) for offset, first in ways]
@@ -204,33 +316,82 @@ def _find_gated(mlp: nn.Module, random: torch.Generator, names: tuple[str, ...])
     theirs = _result(probe, rows)
     if theirs is None:
         return None
-    forms = [GatedForm(names, activation) for activation in ACTIVATIONS]
+    forms = [GatedForm(names, gate) for gate in _gates(mlp)]
     return next((form for form in forms if _alike(form(rows, probe, "torch"), theirs)), None)
+
+
+def _find_packed(experts: Any, random: torch.Generator, shapes: tuple) -> PackedForm | None:
+    rows = 4 * torch.randn(64, 32, generator=random)  # some beyond a limit
+    with contextlib.suppress(Exception):
+        theirs = type(experts)._apply_gate(_twin(experts), rows.clone())
+        forms = [PackedForm(interleaved, gate) for interleaved in (False, True) for gate in _gates(experts)]
+        return next((form for form in forms if _alike(form(rows, "torch"), theirs)), None)
+    return None
+
+
+def _find_activation(module: nn.Module, random: torch.Generator, shapes: tuple) -> ActivationForm | None:
+    rows = 4 * torch.randn(16, 32, generator=random)
+    with _Counting() as operators:
+        theirs = _result(_twin(module), rows)
+    if theirs is None or operators.count < 3:  # a copy of the rows is one
+        return None
+    forms = [ActivationForm(gate) for gate in _gates(module) if gate.limit is None and not gate.up_offset]
+    return next((form for form in forms if _alike(form(rows, "torch"), theirs)), None)
+
+
+def _gates(module: nn.Module) -> Iterable[Gate]:
+    """All that it may compute, the simplest first; numbers are those it has as attributes."""
+    numbers = [float(value) for value in vars(module).values() if type(value) in (int, float) and value > 0]
+    for limit, up_offset in itertools.product((None, *numbers), (0.0, 1.0)):
+        yield from (Gate(activation, 1.0, limit, up_offset) for activation in ACTIVATIONS)
+        yield from (Gate("silu", alpha, limit, up_offset) for alpha in (*numbers, 1.702) if alpha != 1.0)
+
+
+class _Counting(TorchDispatchMode):
+    """Counts operators."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 def _find_rotary(
     function: Callable[..., Any],
     random: torch.Generator,
-    dtype: torch.dtype,
-    size: int,
-    table: torch.dtype,
-    rotated: int,
+    sizes: tuple[torch.dtype, int, torch.dtype, int],
+    others: tuple,
+    options: Mapping[str, Any],
 ) -> RotaryForm | None:
-    q, k = (torch.randn(2, heads, 3, size, generator=random).to(dtype) for heads in (4, 2))
-    cos, sin = (torch.randn(2, 3, rotated, generator=random).to(table) for _ in range(2))
-    with contextlib.suppress(Exception):  # a function that takes something else is not one of the forms
-        theirs = function(q, k, cos, sin)
-        for layout, round_once in itertools.product(LAYOUTS, (False, True)):
-            form = RotaryForm(layout, round_once)
-            if all(map(_alike, form(q, k, cos, sin, "torch"), theirs)):
-                return form
+    dtype, size, table, width = sizes
+    first = rotary_arguments(function)
+    assert first is not None
+    cos, sin = (torch.randn(2, 3, width, generator=random).to(table) for _ in range(2))
+    by_name = {"cos": cos, "sin": sin}
+    if "freqs_cis" in first:
+        by_name = {"freqs_cis": torch.complex(cos, sin)}
+    names = [name for name in first if name not in by_name]
+    for tokens_first in (False, True):
+        states = [torch.randn(2, heads, 3, size, generator=random).to(dtype) for heads in (4, 2)][: len(names)]
+        if tokens_first:
+            states = [x.transpose(1, 2).contiguous() for x in states]
+        arguments = {**dict(zip(names, states, strict=True)), **by_name}
+        with contextlib.suppress(Exception):  # a function that takes something else is not one of the forms
+            theirs = function(*(arguments[name] for name in first), *others, **options)
+            theirs = theirs if isinstance(theirs, tuple) else (theirs,)
+            for how in ROTARY_FORMS:
+                form = RotaryForm(*how, tokens_first)
+                with contextlib.suppress(ValueError):  # more entries than a head has
+                    if all(map(_alike, form(states, cos, sin, "torch"), theirs)):
+                        return form
     return None
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    """A shallow copy, in training mode, where dropout shows."""
+    """A shallow copy, in eval mode, as the frozen base always is."""
     twin = copy.copy(module)
-    twin.training = True
+    twin.training = False
     return twin
 
 

@@ -31,33 +31,47 @@ def layer(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> 
     return F.layer_norm(x.to(high), x.shape[-1:], weight, bias, eps).to(x.dtype)
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor, layout: str, round_once: bool) -> Tensor:
+def turned(x: Tensor, cos: Tensor, sin: Tensor, layout: str, by_pair: bool, round_once: bool) -> Tensor:
     """As transformers' apply_rotary_pos_emb does it for (B, H, S, D) x."""
     if x.dtype == torch.float64:
         cos, sin = cos.double(), sin.double()
     elif round_once:
         cos, sin = cos.float(), sin.float()
-    if layout == "pairs-first":
-        cos, sin = (t[..., : t.shape[-1] // 2].repeat_interleave(2, dim=-1) for t in (cos, sin))
+    if by_pair and layout == "pairs":
+        cos, sin = (t.repeat_interleave(2, dim=-1) for t in (cos, sin))
+    elif by_pair:
+        cos, sin = (torch.cat((t, t), dim=-1) for t in (cos, sin))
     cos, sin = cos[:, None], sin[:, None]
     rotated, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    if layout == "halves":
+    if layout == "pairs-to-halves":  # as DeepSeek-V3 once wrote it
+        rotated = rotated.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    if layout == "pairs":
+        other = torch.stack((-rotated[..., 1::2], rotated[..., 0::2]), dim=-1).flatten(-2)
+    else:
         half = rotated.shape[-1] // 2
         other = torch.cat((-rotated[..., half:], rotated[..., :half]), dim=-1)
-    else:
-        other = torch.stack((-rotated[..., 1::2], rotated[..., 0::2]), dim=-1).flatten(-2)
     return torch.cat(((rotated * cos + other * sin).to(x.dtype), rest), dim=-1)
 
 
-def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+def gated(
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    alpha: float = 1.0,
+    limit: float = torch.inf,
+    up_offset: float = 0.0,
+) -> Tensor:
+    """As LlamaMLP or, with a limit, gpt-oss's experts; without up, as an MLP that has no gate."""
     act = {
-        "silu": lambda x: x / (1 + torch.exp(-x)),
+        "silu": lambda x: x / (1 + torch.exp(-alpha * x)),
         "gelu": lambda x: x * torch.special.ndtr(x),
         "gelu-tanh": lambda x: x * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)),
+        "relu": torch.relu,
+        "relu2": lambda x: torch.relu(x) ** 2,
     }[activation]
-    if gate.dtype == torch.float64:
-        return act(gate) * up
-    return act(gate.float()).to(gate.dtype) * up
+    high = gate.dtype if gate.dtype == torch.float64 else torch.float32
+    value = act(gate.clamp(max=limit).to(high)).to(gate.dtype)
+    return value if up is None else value * (up.clamp(-limit, limit) + up_offset)
 
 
 def gradients(function, inputs: list[Tensor], upstream: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -135,10 +149,10 @@ def check_norms(engine: str, kernels: ModuleType = lowmem_kernels, n: int = 5, d
             lambda x: rms(x, values, 1e-5, offset, round_first),  # noqa: B023
             [x], 1 + (round_first and values is not None),
         )  # fmt: skip
-    for values, shift in ((weight, bias), (weight, None), (None, None)):
+    for values, shift, offset in ((weight, bias, 0.0), (weight, None, 1.0), (None, None, 0.0)):
         check(
-            lambda x: kernels.layer_norm(x, values, shift, eps=1e-5, engine=engine),  # noqa: B023
-            lambda x: layer(x, values, shift, 1e-5),  # noqa: B023
+            lambda x: kernels.layer_norm(x, values, shift, eps=1e-5, offset=offset, engine=engine),  # noqa: B023
+            lambda x: layer(x, None if values is None else values + offset, shift, 1e-5),  # noqa: B023
             [x], 1,
         )  # fmt: skip
 
@@ -162,6 +176,7 @@ def check_rotary(
     size: int = 12,
     rotated: int = 8,
     one_table: bool = False,
+    by_pair: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     table: torch.dtype = torch.bfloat16,
     round_once: bool = False,
@@ -170,12 +185,18 @@ def check_rotary(
     """(B, H, S, D) views of (B, S, H, D) tensors, as transformers' attention has them."""
     q, k = (normal(batch, tokens, h, size, dtype=dtype, seed=h, device=device).transpose(1, 2) for h in heads)
     cos, sin = tables(1 if one_table else batch, tokens, rotated, layout, table, device)
+    if by_pair:  # views, of a stride of their own
+        cos, sin = (t[..., ::2] if layout == "pairs" else t[..., : rotated // 2] for t in (cos, sin))
     round_each = dtype == table != torch.float32 and not round_once
     check(
-        lambda q, k: kernels.rotary(q, k, cos, sin, layout=layout, round_once=round_once, engine=engine),
-        lambda q, k: (turned(q, cos, sin, layout, round_once), turned(k, cos, sin, layout, round_once)),
+        lambda q, k: kernels.rotary(
+            q, k, cos, sin, layout=layout, by_pair=by_pair, round_once=round_once, engine=engine),
+        lambda q, k: tuple(turned(x, cos, sin, layout, by_pair, round_once) for x in (q, k)),
         [q, k], 3 if round_each else 1, of_terms=round_each,
     )  # fmt: skip
+
+
+GPT_OSS = {"alpha": 1.702, "limit": 1.0, "up_offset": 1.0}  # but for the limit, 7
 
 
 def check_glu(
@@ -186,10 +207,48 @@ def check_glu(
     d: int = 96,
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cpu",
+    **how: float,
 ) -> None:
+    """With up in a tensor of its own."""
     gate, up = (normal(n, d, dtype=dtype, seed=s, device=device) for s in (1, 2))
     check(
-        lambda gate, up: kernels.glu(gate, up, activation, engine=engine),
-        lambda gate, up: gated(gate, up, activation),
-        [gate, up], 2,
+        lambda gate, up: kernels.glu(gate, up, activation, **how, engine=engine),
+        lambda gate, up: gated(gate, up, activation, **how),
+        [gate, up], 2 + ("up_offset" in how),
+    )  # fmt: skip
+
+
+def check_packed(
+    engine: str,
+    kernels: ModuleType = lowmem_kernels,
+    interleaved: bool = False,
+    n: int = 5,
+    d: int = 96,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    **how: float,
+) -> None:
+    """With gate and up in one tensor."""
+    parts = (slice(0, None, 2), slice(1, None, 2)) if interleaved else (slice(0, d), slice(d, None))
+    check(
+        lambda x: kernels.packed_glu(x, interleaved=interleaved, **how, engine=engine),
+        lambda x: gated(*(x[..., part] for part in parts), "silu", **how),
+        [normal(n, 2 * d, dtype=dtype, device=device)], 2 + ("up_offset" in how),
+    )  # fmt: skip
+
+
+def check_act(
+    engine: str,
+    activation: str,
+    kernels: ModuleType = lowmem_kernels,
+    n: int = 5,
+    d: int = 96,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+) -> None:
+    """Without a gate."""
+    check(
+        lambda x: kernels.act(x, activation, engine=engine),
+        lambda x: gated(x, None, activation),
+        [normal(n, d, dtype=dtype, device=device)], 1,
     )  # fmt: skip

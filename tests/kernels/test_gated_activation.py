@@ -1,14 +1,21 @@
-"""SwiGLU and GeGLU: PyTorch's own to the bit, float64 to the rounding, any shape and strides."""
+"""Activations, gated or not: PyTorch's own to the bit, float64 to the rounding, any shape and strides."""
 
 import pytest
 import torch
-from lowmem_kernels import glu
+from lowmem_kernels import act, glu, packed_glu
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from tests.kernels.rowwise_reference import check_glu, gated, normal
+from tests.kernels.rowwise_reference import GPT_OSS, check_act, check_glu, check_packed, gated, normal
 
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu-tanh": "gelu_pytorch_tanh"}  # by transformers' name
+ACTIVATIONS = {  # by transformers' name
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu-tanh": "gelu_pytorch_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+}
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -16,13 +23,47 @@ def engine(request) -> str:
     return request.param
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_definition(engine, activation, dtype):
-    check_glu(engine, activation=activation, dtype=dtype)
+def test_definition(engine, activation):
+    check_glu(engine, activation=activation)
+    check_act(engine, activation)
 
 
-@pytest.mark.parametrize("n, d", [(1, 1), (52, 5), (3, 507), (2, 1024), (2, 2500)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("how", [{}, GPT_OSS], ids=["SwiGLU", "gpt-oss"])
+def test_dtypes(engine, how, dtype):
+    check_glu(engine, dtype=dtype, **how)
+    check_packed(engine, dtype=dtype, interleaved=bool(how), **how)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_gate_and_up_in_one_tensor(engine, interleaved):
+    check_packed(engine, interleaved=interleaved, **GPT_OSS)
+
+
+def test_the_experts_of_gpt_oss(engine):
+    """They round in between, in bfloat16; in float32 they are the same to the last digits, also at the limit itself."""
+    experts = GptOssExperts.__new__(GptOssExperts)
+    torch.nn.Module.__init__(experts)
+    experts.alpha, experts.limit = 1.702, 7.0
+    gate_up = 5 * normal(6, 40, dtype=torch.float32)
+    gate_up[0, :4] = torch.tensor([7.0, 7.0, -7.0, -7.0])
+    leaves = [gate_up.clone().requires_grad_() for _ in range(2)]
+    ours = packed_glu(leaves[0], interleaved=True, alpha=1.702, limit=7.0, up_offset=1.0, engine=engine)
+    theirs = experts._apply_gate(leaves[1])
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    grads = [torch.autograd.grad(y.square().sum(), x)[0] for y, x in zip((ours, theirs), leaves, strict=True)]
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-4)
+
+
+def test_a_number_that_is_none_stays_one(engine):
+    """A limit hides no divergence."""
+    x = torch.full((1, 4), torch.nan)
+    for y in (glu(x, x, limit=1.0, engine=engine), act(x, "relu2", engine=engine), act(x, "relu", engine=engine)):
+        assert y.isnan().all()
+
+
+@pytest.mark.parametrize("n, d", [(1, 1), (12, 5), (3, 507), (2, 1024), (2, 2500)])
 def test_odd_shapes(engine, n, d):
     check_glu(engine, n=n, d=d)
 
@@ -88,7 +129,9 @@ BAD = {
     "up is torch.float16, but gate is torch.float32": dict(up=X.half()),
     "up is on meta": dict(up=X.to("meta")),
     "up must have the shape of gate": dict(up=X[:1]),
-    "activation must be 'silu', 'gelu' or 'gelu-tanh', not 'relu'": dict(activation="relu"),
+    "activation must be 'silu', 'gelu', 'gelu-tanh', 'relu' or 'relu2', not 'tanh'": dict(activation="tanh"),
+    "alpha is for 'silu', not for 'gelu'": dict(activation="gelu", alpha=1.702),
+    "limit must be a positive number, not 0": dict(limit=0),
     "engine must be": dict(engine=""),
 }
 
@@ -98,3 +141,10 @@ def test_bad_call(message):
     glu(X, X, engine="torch")
     with pytest.raises(ValueError, match=message):
         glu(**{**dict(gate=X, up=X, engine="torch"), **BAD[message]})
+
+
+def test_one_tensor_must_have_two_parts():
+    with pytest.raises(ValueError, match=r"gate_up must have shape \(..., 2 d\), not \(3, 5\)"):
+        packed_glu(torch.ones(3, 5))
+    with pytest.raises(ValueError, match=r"x must have shape \(..., d\), not \(\)"):
+        act(torch.tensor(1.0), "silu")

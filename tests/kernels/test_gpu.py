@@ -6,9 +6,19 @@ from dataclasses import replace
 import pytest
 import torch
 from lowmem_kernels import FrozenHead, chunks_engine, glu, retain_loss, rms_norm, rotary, token_kl, token_logprobs
+from lowmem_kernels.gated_activation import ACTIVATIONS
+from lowmem_kernels.rotary_embedding import LAYOUTS
 
 from tests.kernels.reference import DIRECTIONS, check, check_jointly, dense, make_case, run, run_jointly
-from tests.kernels.rowwise_reference import check_glu, check_norms, check_rotary, normal
+from tests.kernels.rowwise_reference import (
+    GPT_OSS,
+    check_act,
+    check_glu,
+    check_norms,
+    check_packed,
+    check_rotary,
+    normal,
+)
 from tests.kernels.test_accuracy import KL_LEVELS, OPTIONS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -181,21 +191,33 @@ def test_norms(n, d, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ["halves", "pairs", "pairs-first"])
-def test_rotary(layout, dtype):
+@pytest.mark.parametrize("by_pair", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rotary(layout, by_pair, dtype):
     for table in {dtype, torch.float32}:
         check_rotary(
-            "triton", layout=layout, batch=4, tokens=507, heads=(32, 8), size=128, rotated=128, dtype=dtype,
-            table=table, device=DEVICE,
+            "triton", layout=layout, by_pair=by_pair, batch=4, tokens=507, heads=(32, 8), size=128, rotated=128,
+            dtype=dtype, table=table, device=DEVICE,
         )  # fmt: skip
-    check_rotary("triton", layout=layout, tokens=252, size=123, rotated=80, dtype=dtype, table=dtype, device=DEVICE)
+    check_rotary(
+        "triton", layout=layout, by_pair=by_pair, tokens=252, size=123, rotated=80, dtype=dtype, table=dtype,
+        device=DEVICE,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu-tanh"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_glu(activation, dtype):
     check_glu("triton", activation=activation, n=8192, d=11008, dtype=dtype, device=DEVICE)
     check_glu("triton", activation=activation, n=252, d=507, dtype=dtype, device=DEVICE)
+    check_act("triton", activation, n=252, d=507, dtype=dtype, device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("how", [{}, GPT_OSS], ids=["SwiGLU", "gpt-oss"])
+def test_packed_glu(how, dtype):
+    check_packed("triton", n=8192, d=2880, dtype=dtype, device=DEVICE, interleaved=bool(how), **how)
+    check_packed("triton", n=252, d=507, dtype=dtype, device=DEVICE, interleaved=not how, **how)
 
 
 def test_rows_past_two_to_the_31():

@@ -5,6 +5,7 @@ import torch
 from lowmem_kernels import layer_norm, rms_norm
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.nemotron.modeling_nemotron import NemotronLayerNorm1P
 from transformers.models.olmo.modeling_olmo import OlmoLayerNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
@@ -24,7 +25,7 @@ def test_definition(engine, d, dtype):
     check_norms(engine, d=d, dtype=dtype)
 
 
-@pytest.mark.parametrize("n, d", [(1, 1), (7, 5), (252, 64), (3, 507), (2, 4096)])
+@pytest.mark.parametrize("n, d", [(1, 1), (7, 5), (37, 64), (3, 507), (2, 4096)])
 def test_odd_shapes(engine, n, d):
     if d == 1:  # its LayerNorm is nothing but noise
         x = normal(n, d)
@@ -41,12 +42,13 @@ def _modules(d: int):
         options = {"offset": 1.0} if kind is GemmaRMSNorm else {"round_first": kind is LlamaRMSNorm}
         yield module, lambda x, e, options=options: rms_norm(x, weight, eps=1e-5, engine=e, **options)
     yield OlmoLayerNorm(d), lambda x, e: layer_norm(x, eps=1e-5, engine=e)
-    module = torch.nn.LayerNorm(d).to(torch.bfloat16).requires_grad_(False)
-    module.weight.copy_(weight), module.bias.copy_(weight.flip(0))
-    yield module, lambda x, e: layer_norm(x, module.weight, module.bias, eps=1e-5, engine=e)
+    for kind, offset in ((torch.nn.LayerNorm, 0.0), (NemotronLayerNorm1P, 1.0)):
+        module = kind(d).to(torch.bfloat16).requires_grad_(False)
+        module.weight.copy_(weight), module.bias.copy_(weight.flip(0))
+        yield module, lambda x, e, m=module, o=offset: layer_norm(x, m.weight, m.bias, eps=1e-5, offset=o, engine=e)
 
 
-MODULES = ("Llama", "OLMo 2", "Gemma", "OLMo", "LayerNorm")
+MODULES = ("Llama", "OLMo 2", "Gemma", "OLMo", "LayerNorm", "Nemotron")
 
 
 @pytest.mark.parametrize("name", MODULES)

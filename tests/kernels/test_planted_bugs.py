@@ -18,7 +18,7 @@ import torch
 
 from tests.kernels.conftest import use_blocks
 from tests.kernels.reference import check, check_jointly, make_case
-from tests.kernels.rowwise_reference import check_glu, check_norms, check_rotary
+from tests.kernels.rowwise_reference import GPT_OSS, check_norms, check_packed, check_rotary
 
 numbers = itertools.count()
 
@@ -99,21 +99,35 @@ BUGS_OF_ROWS = [  # of norms, rotary embeddings and gated activations
     Bug("triton", "the last pair lost", "rotary_embedding_kernel.py",
         "is_pair = pair < R // 2", "is_pair = pair < R // 2 - 1"),
     Bug("triton", "rows share the first one's positions", "rotary_embedding_kernel.py",
-        "table = batch * table_batch + position * R", "table = position * R"),
+        "table = batch * table_batch + position * table_token", "table = position * table_token"),
+    Bug("triton", "pairs are written where they were read", "rotary_embedding_kernel.py",
+        "out_row + first_out[None, :]", "out_row + first[None, :]"),
+    Bug("triton", "a pair has two entries in its table", "rotary_embedding_kernel.py",
+        "at_first, at_second = pair, pair\n", "at_first, at_second = pair, pair + R // 4\n"),
+    Bug("torch", "pairs stay together", "rotary_embedding.py",
+        "torch.stack(y.chunk(2, -1), -1).flatten(-2)", "y + 0"),
     Bug("triton", "products not rounded", "rotary_embedding_kernel.py", "        if ROUND_EACH:", "        if False:"),
     Bug("triton", "the rest is not copied", "rotary_embedding_kernel.py", "        if REST > 0:", "        if False:"),
     Bug("triton", "keys are turned as often as there are queries", "rotary_embedding_kernel.py",
         "turn(k_ptr, k_out_ptr, k_heads, ", "turn(k_ptr, k_out_ptr, k_heads - 1, "),
     Bug("torch", "up's gradient with the gate", "gated_activation.py",
-        "(grad * activated(gate, activation)).to", "(grad * gate).to"),
+        "up_grad = grad * activated(gate if", "up_grad = grad * activated(up if"),
+    Bug("torch", "up's gradient beyond its limit", "gated_activation.py", "(up.abs() <= how.limit)", "(up == up)"),
     Bug("triton", "the last entries lost", "gated_activation_kernel.py",
         "inside = column < D", "inside = column < D - 1"),
     Bug("triton", "a wrong slope", "gated_activation_kernel.py",
-        "share * (1.0 + x * (1.0 - share))", "share * (1.0 + (1.0 - share))"),
+        "share * (1.0 + alpha * x * (1.0 - share))", "share * (1.0 + alpha * (1.0 - share))"),
+    Bug("triton", "alpha left out", "gated_activation_kernel.py", "tl.exp(-alpha * x)", "tl.exp(-x)"),
+    Bug("triton", "the gate's gradient beyond its limit", "gated_activation_kernel.py", "slope *= gate_moves", "pass"),
+    Bug("triton", "up has no limit", "gated_activation_kernel.py",
+        "tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))", "up * 1.0"),
+    Bug("triton", "the offset of up left out", "gated_activation_kernel.py",
+        "rounded(up + up_offset, ", "rounded(up, "),
+    Bug("triton", "gate and up not interleaved", "gated_activation_kernel.py", "column * up_entry", "column"),
     Bug("triton", "the activation is not rounded", "gated_activation_kernel.py",
         "value = rounded(value, dtype).to(tl.float32)", "value = value * 1.0"),
     Bug("triton", "the gradients are exchanged", "gated_activation.py",
-        "return out, up_grad", "return (out, None) if up_grad is None else (up_grad, out)"),
+        "_launch(gate, up, grad, ctx.how, *into)", "_launch(gate, up, grad, ctx.how, *into[::-1])"),
 ]  # fmt: skip
 DISTANCE = {1e-2: 0.14, 1e-6: 1.5e-3}  # of the logits, for a KL
 
@@ -163,8 +177,9 @@ def test_a_planted_bug_is_noticed(bug, package_with):
 def check_rows(engine: str, package: ModuleType) -> None:
     check_norms(engine, package, n=3, d=70)
     check_rotary(engine, package, heads=(3, 2), tokens=2)
-    check_rotary(engine, package, layout="pairs-first", table=torch.float32)
-    check_glu(engine, package, n=3, d=70)
+    check_rotary(engine, package, layout="pairs-to-halves", by_pair=True, table=torch.float32)
+    check_packed(engine, package, n=3, d=70)
+    check_packed(engine, package, n=3, d=70, interleaved=True, **GPT_OSS)
 
 
 @pytest.mark.parametrize("engine", ["torch", "triton"])

@@ -5,22 +5,52 @@ import itertools
 import pytest
 import torch
 from lowmem_kernels import rotary
+from lowmem_kernels.rotary_embedding import LAYOUTS
 from transformers.models.cohere import modeling_cohere
+from transformers.models.deepseek_v2 import modeling_deepseek_v2
+from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.models.ernie4_5 import modeling_ernie4_5
 from transformers.models.glm import modeling_glm
 from transformers.models.gpt_neox import modeling_gpt_neox
+from transformers.models.gpt_oss import modeling_gpt_oss
+from transformers.models.gptj import modeling_gptj
 from transformers.models.llama import modeling_llama
 from transformers.models.olmo import modeling_olmo
 
 from tests.kernels.rowwise_reference import check_rotary, normal, tables
 
 MODELS = {  # the model's function, layout, dtype of cos, whether only the result is rounded, R of a head of 12
-    "Llama": (modeling_llama, "halves", torch.bfloat16, False, 12),
-    "GPT-NeoX": (modeling_gpt_neox, "halves", torch.bfloat16, False, 4),
-    "OLMo": (modeling_olmo, "halves", torch.float32, False, 12),
-    "Cohere": (modeling_cohere, "pairs", torch.bfloat16, True, 12),
-    "GLM": (modeling_glm, "pairs-first", torch.bfloat16, False, 8),
-    "Ernie 4.5": (modeling_ernie4_5, "pairs-first", torch.bfloat16, True, 12),
+    "Llama": (modeling_llama.apply_rotary_pos_emb, "halves", torch.bfloat16, False, 12),
+    "GPT-NeoX": (modeling_gpt_neox.apply_rotary_pos_emb, "halves", torch.bfloat16, False, 4),
+    "OLMo": (modeling_olmo.apply_rotary_pos_emb, "halves", torch.float32, False, 12),
+    "Cohere": (modeling_cohere.apply_rotary_pos_emb, "pairs", torch.bfloat16, True, 12),
+}
+
+
+def of_whole_tables(function):
+    """`function`, which reads the first half of the entries of cos and sin, one a pair."""
+    return lambda q, k, cos, sin: function(q, k, torch.cat((cos, cos), -1), torch.cat((sin, sin), -1))
+
+
+def by_itself(q, k, cos, sin):
+    """GPT-J's function takes one tensor, (B, S, heads, D), and sines first."""
+    turn = modeling_gptj.apply_rotary_pos_emb
+    return tuple(turn(x.transpose(1, 2), sin, cos).transpose(1, 2) for x in (q, k))
+
+
+MODELS_BY_PAIR = {  # likewise
+    "gpt-oss": (modeling_gpt_oss.apply_rotary_pos_emb, "halves", torch.bfloat16, False, 12),
+    "GPT-J": (by_itself, "pairs", torch.bfloat16, False, 12),
+    "GLM": (of_whole_tables(modeling_glm.apply_rotary_pos_emb), "pairs", torch.bfloat16, False, 8),
+    "Ernie 4.5": (of_whole_tables(modeling_ernie4_5.apply_rotary_pos_emb), "pairs", torch.bfloat16, True, 12),
+    "DeepSeek-V2": (
+        lambda q, k, cos, sin: modeling_deepseek_v2.apply_rotary_emb(q, k, torch.complex(cos, sin)),
+        *("pairs", torch.float32, False, 12),
+    ),
+    "DeepSeek-V3": (
+        of_whole_tables(modeling_deepseek_v3.apply_rotary_pos_emb_interleave),
+        *("pairs-to-halves", torch.bfloat16, False, 12),
+    ),
 }
 
 
@@ -29,15 +59,15 @@ def engine(request) -> str:
     return request.param
 
 
-@pytest.mark.parametrize("layout, rotated", list(itertools.product(["halves", "pairs", "pairs-first"], [8, 12])))
+@pytest.mark.parametrize("layout, rotated", list(itertools.product(LAYOUTS, [8, 12])))
 def test_definition(engine, layout, rotated):
-    check_rotary(engine, layout=layout, rotated=rotated)
+    check_rotary(engine, layout=layout, rotated=rotated, by_pair=rotated == 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_dtypes(engine, dtype):
     check_rotary(engine, dtype=dtype, table=dtype)
-    check_rotary(engine, dtype=dtype, table=torch.float32, layout="pairs")
+    check_rotary(engine, dtype=dtype, table=torch.float32, layout="pairs", by_pair=True)
 
 
 @pytest.mark.parametrize(
@@ -54,16 +84,19 @@ def test_odd_shapes(engine, of):
     check_rotary(engine, **of)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, *MODELS_BY_PAIR])
 def test_the_functions_of_transformers_to_the_bit(engine, model):
-    module, layout, table, round_once, rotated = MODELS[model]
-    q, k = normal(2, 4, 7, 12, seed=1), normal(2, 2, 7, 12, seed=2)
-    cos, sin = tables(2, 7, rotated, layout, table)
-    upstream = normal(2, 4, 7, 12, seed=3), normal(2, 2, 7, 12, seed=4)
+    by_pair = model in MODELS_BY_PAIR
+    plain, layout, table, round_once, rotated = {**MODELS, **MODELS_BY_PAIR}[model]
+    q, k = normal(2, 4, 4, 12, seed=1), normal(2, 2, 4, 12, seed=2)
+    cos, sin = tables(2, 4, rotated, layout, table)
+    if by_pair:
+        cos, sin = (t[..., ::2] if layout == "pairs" else t[..., : rotated // 2] for t in (cos, sin))
+    upstream = normal(2, 4, 4, 12, seed=3), normal(2, 2, 4, 12, seed=4)
     results = []
     for function in (
-        module.apply_rotary_pos_emb,
-        lambda *x: rotary(*x, layout=layout, round_once=round_once, engine=engine),
+        plain,
+        lambda *x: rotary(*x, layout=layout, by_pair=by_pair, round_once=round_once, engine=engine),
     ):
         leaves = [x.clone().requires_grad_() for x in (q, k)]
         outputs = function(*leaves, cos, sin)
@@ -83,6 +116,13 @@ def test_strides(engine):
     expected = rotary(*(x.contiguous() for x in (q, k, cos, sin)), engine="torch")
     for a, b in zip(rotary(q, k, cos, sin, engine=engine), expected, strict=True):
         assert torch.equal(a, b)
+
+
+def test_queries_without_keys(engine):
+    q, tables_ = normal(2, 4, 3, 12), tables(2, 3, 8, "pairs", torch.bfloat16)
+    (alone, none), (beside, _) = (rotary(q.requires_grad_(), k, *tables_, engine=engine) for k in (None, q))
+    assert none is None and torch.equal(alone, beside)
+    assert torch.equal(*(torch.autograd.grad(y.float().square().sum(), q)[0] for y in (alone, beside)))
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 5), (2, 3, 0), (2, 0, 5)])
@@ -113,11 +153,12 @@ BAD = {
     r"cos must have shape \(2 or 1, 3, R\), not \(3, 8\)": dict(cos=TABLE[0]),
     "cos must have an even number of entries up to 8 a token, not 7": dict(cos=TABLE[..., :7]),
     "cos must have an even number of entries up to 8 a token, not 10": dict(cos=torch.ones(1, 3, 10)),
+    "cos must have at most 4 entries a token, one a pair, not 8": dict(by_pair=True),
     r"sin must have the shape of cos, \(1, 3, 8\)": dict(sin=TABLE[..., :6]),
     "sin requires grad": dict(sin=TABLE.clone().requires_grad_()),
     "sin is torch.bfloat16, but cos is torch.float32": dict(sin=TABLE.bfloat16()),
     "cos is on meta": dict(cos=TABLE.to("meta")),
-    "layout must be 'halves', 'pairs' or 'pairs-first', not 'interleaved'": dict(layout="interleaved"),
+    "layout must be 'halves', 'pairs' or 'pairs-to-halves', not 'interleaved'": dict(layout="interleaved"),
     "engine must be": dict(engine="tiles"),
 }
 

@@ -6,49 +6,68 @@ import copy
 
 import pytest
 import torch
-from helpers.architectures import ARCHITECTURES, random_model, tiny_config
-from helpers.dense_step import dense_step, make_trainer, random_rows, relative_error, step_gradients
-from helpers.tiny_models import tiny_model
+from helpers.architectures import random_model, tiny_config
+from helpers.dense_step import VOCABULARY, dense_step, make_trainer, random_rows, relative_error, step_gradients
+from helpers.tiny_models import CONFIGS, tiny_model
 from torch import nn
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import FalconH1Config, LlamaConfig
+from transformers import FalconH1Config, LlamaConfig, SeedOssConfig
 from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1MLP
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.seed_oss.modeling_seed_oss import SeedOssMLP
 
 from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig
 from lowmem_npo.estimate.simulator.gpu import GPU, fake_gpu
 from lowmem_npo.estimate.simulator.model import fake_model
 from lowmem_npo.memory import float32, fused
-from lowmem_npo.memory.float32 import LeanMLP, LeanNorm, slice_float32
-from lowmem_npo.memory.fused import gated_form, norm_form
+from lowmem_npo.memory.float32 import LeanActivation, LeanMLP, LeanNorm, slice_float32
+from lowmem_npo.memory.fused import ActivationForm, NormForm, PackedForm, RotaryForm, gated_form, norm_form
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora
 from lowmem_npo.model.layers import decoder
 
 FORGET, RETAIN = random_rows(4, seed=1), random_rows(4, seed=2)
 
-# Architecture: its norms (LayerNorm or RMSNorm, eps, offset, whether they round first), activation, layout of pairs
+# Architecture: its norms (LayerNorm or RMSNorm, eps, offset, whether they round first), its activations (with "act" if
+# without a gate, "experts" if theirs), its layout of pairs
 FORMS = {
     "llama": ("rms 1e-06 +0 rounds first", "silu", "halves"),
     "qwen3": ("rms 1e-06 +0 rounds first", "silu", "halves"),
     "mistral": ("rms 1e-06 +0 rounds first", "silu", "halves"),
-    "glm": ("rms 1.5625e-07 +0 rounds first", "silu", "pairs-first"),
+    "glm": ("rms 1.5625e-07 +0 rounds first", "silu", "pairs by_pair first_half"),
     "phi3": ("rms 1e-05 +0 rounds first", "silu", "halves"),
     "gemma2": ("rms 1e-06 +1", "gelu-tanh", "halves"),
-    "olmo": ("layer 1e-05", "silu", "halves"),
+    "olmo": ("layer 1e-05 +0", "silu", "halves"),
     "olmo2": ("rms 1e-05 +0", "silu", "halves"),
-    "cohere": ("layer 1e-05", "silu", "pairs"),
-    "gpt_neox": ("layer 1e-05", None, "halves"),
-    "bitnet": ("rms 1e-05 +0 rounds first", None, "halves"),  # a norm inside of its MLP
-    "nanochat": ("rms 1e-06 +0", None, None),  # turns the other way round
+    "cohere": ("layer 1e-05 +0", "silu", "pairs round_once"),
+    "gpt_neox": ("layer 1e-05 +0", None, "halves"),  # its GELU is one operator
+    "bitnet": ("rms 1e-05 +0 rounds first", "act relu2", "halves"),  # a norm inside of its MLP
+    "nanochat": ("rms 1e-06 +0", "act relu2", "halves turns_back"),
+    "nemotron": ("layer 1e-05 +1", "act relu2", "halves"),
+    "gptj": ("layer 1e-05 +0", "act gelu-tanh", "pairs by_pair tokens_first"),
+    "gemma3n_text": ("rms 1e-06 +0", "gelu-tanh", "halves tokens_first"),
+    "seed_oss": ("rms 1e-06 +0 rounds first", "silu", "halves"),  # dropout in its MLP
+    "mixtral": ("rms 1e-05 +0 rounds first", "experts silu", "halves"),
+    "gpt_oss": ("rms 1e-05 +0", "experts silu 1.702 7.0 1.0", "halves by_pair"),
+    "dbrx": ("layer 1e-05 +0", None, "halves"),  # experts that multiply by themselves
+    "llama4_text": ("rms 1e-05 +0 rounds first, rms 1e-05 +0", "silu", "pairs by_pair tokens_first"),
+    "deepseek_v2": ("rms 1e-06 +0 rounds first", "silu, experts silu", "pairs by_pair"),
+    "deepseek_v3": ("rms 1e-06 +0 rounds first", "silu, experts silu", "pairs-to-halves by_pair first_half"),
 }
+IN_OTHER_VERSIONS = {"deepseek_v3": "pairs-to-halves"}  # of transformers, which read both halves of the tables
 
 
 def describe(form) -> str:
-    if form.centered:
-        return f"layer {form.eps:g}"
-    return f"rms {form.eps:g} +{form.offset:g}{' rounds first' * form.round_first}"
+    """What of a form is not as usual."""
+    if isinstance(form, NormForm):
+        kind = "layer" if form.centered else "rms"
+        return f"{kind} {form.eps:g} +{form.offset:g}{' rounds first' * form.round_first}"
+    if isinstance(form, RotaryForm):
+        names = ("by_pair", "first_half", "turns_back", "round_once", "tokens_first")
+        return " ".join([form.layout, *(name for name in names if getattr(form, name))])
+    kind = {ActivationForm: "act ", PackedForm: "experts "}.get(type(form), "")
+    activation, *numbers = form.gate
+    return " ".join([kind + activation, *(map(str, numbers) if numbers != [1.0, None, 0.0] else ())])
 
 
 @pytest.fixture
@@ -63,30 +82,29 @@ def test_modules_are_recognised_by_their_numbers(architecture, everywhere, monke
     plain = copy.deepcopy(model)
     layouts = []
     find = fused.rotary_form
-    monkeypatch.setattr(float32, "rotary_form", lambda *x: layouts.append(find(*x)) or layouts[-1])
+    monkeypatch.setattr(fused, "rotary_form", lambda *x: layouts.append(find(*x)) or layouts[-1])
     slice_float32(model)
-    lean = [module.forward for module in decoder(model).modules() if "forward" in vars(module)]
-    norms = {describe(forward.form) for forward in lean if isinstance(forward, LeanNorm)}
-    activations = {forward.form.activation for forward in lean if isinstance(forward, LeanMLP)}
+    replaced = [
+        value
+        for module in decoder(model).modules()
+        for value in (vars(module).get("forward"), vars(module).get("_apply_gate"))
+    ]
+    norms = {describe(lean.form) for lean in replaced if isinstance(lean, LeanNorm)}
+    activations = {describe(lean.form) for lean in replaced if isinstance(lean, (LeanMLP, LeanActivation))}
     ids = torch.arange(2, 22).reshape(2, 10)
     with torch.no_grad():
         ours, theirs = model(ids).logits.float(), plain(ids).logits.float()
     expected_norm, activation, layout = FORMS[architecture]
-    assert norms == {expected_norm}
-    assert activations == ({activation} - {None})
-    assert {form and form.layout for form in layouts} == {layout}
-    assert relative_error({"": ours}, {"": theirs}) < 2e-3  # a few bits of bfloat16 here and there
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_architecture_computes_the_same(architecture, everywhere):
-    model = random_model(tiny_config(architecture, 258)).requires_grad_(False)
-    plain = copy.deepcopy(model)
-    slice_float32(model)
-    ids = torch.arange(2, 22).reshape(2, 10)
-    with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
+    assert norms == set(expected_norm.split(", "))
+    assert activations == set((activation or "").split(", ")) - {""}
+    assert {describe(form) for form in layouts} in ({layout}, {IN_OTHER_VERSIONS.get(architecture)})
+    if activation is not None and ("act" in activation or "1.702" in activation):  # theirs rounds in between
+        with torch.no_grad():
+            exact = plain.float()(ids).logits
+        ours, theirs = (relative_error({"": logits}, {"": exact}) for logits in (ours, theirs))
+        assert ours < 1.2 * theirs
+    else:
+        assert relative_error({"": ours}, {"": theirs}) < 2e-3  # a few bits of bfloat16 here and there
 
 
 def test_a_model_without_values_is_recognised_like_a_real_one():
@@ -94,7 +112,7 @@ def test_a_model_without_values_is_recognised_like_a_real_one():
         model = fake_model(LlamaConfig(num_hidden_layers=1), ModelConfig("tiny", qlora=True))
         slice_float32(model)
         norm, mlp = model.model.norm.forward, model.model.layers[0].mlp.forward
-        assert describe(norm.form) == "rms 1e-06 +0 rounds first" and mlp.form.activation == "silu"
+        assert describe(norm.form) == "rms 1e-06 +0 rounds first" and describe(mlp.form) == "silu"
 
 
 class OddNorm(nn.Module):
@@ -124,23 +142,26 @@ def test_an_mlp_that_no_kernel_computes_is_not_taken_for_one():
         def forward(self, x):
             return 2 * super().forward(x)
 
-    class Random(LlamaMLP):
-        def forward(self, x):
-            return F.dropout(super().forward(x), 0.1, self.training)
-
     class TwoInputs(LlamaMLP):
         def forward(self, x, scale=1):
             return super().forward(x) * scale
 
     sizes = dict(hidden_size=32, intermediate_size=48)
-    assert gated_form(LlamaMLP(LlamaConfig(**sizes))).activation == "silu"
-    assert gated_form(LlamaMLP(LlamaConfig(**sizes, hidden_act="gelu"))).activation == "gelu"
-    assert gated_form(LlamaMLP(LlamaConfig(**sizes, hidden_act="relu"))) is None
-    for kind in (Scaled, Random, TwoInputs):
+    for activation in ("silu", "gelu", "relu", "relu2"):
+        assert describe(gated_form(LlamaMLP(LlamaConfig(**sizes, hidden_act=activation)))) == activation
+    assert gated_form(LlamaMLP(LlamaConfig(**sizes, hidden_act="mish"))) is None
+    for kind in (Scaled, TwoInputs):
         assert gated_form(kind(LlamaConfig(**sizes))) is None
-        assert gated_form(kind(LlamaConfig(**sizes)).eval()) is None
     falcon = [FalconH1Config(**sizes, mlp_multipliers=[m, 1.0]) for m in (1.0, 0.5)]
     assert [gated_form(FalconH1MLP(config)) is None for config in falcon] == [False, True]
+
+
+def test_dropout_of_an_mlp_is_heeded_where_it_trains(everywhere):
+    mlp = SeedOssMLP(SeedOssConfig(hidden_size=8, intermediate_size=12, residual_dropout=0.5)).eval()
+    mlp.forward, x = LeanMLP(mlp, gated_form(mlp)), torch.randn(64, 8)
+    assert (mlp(x) != 0).all()
+    mlp.train()
+    assert (mlp(x) == 0).float().mean() > 0.3
 
 
 def test_recognising_draws_no_random_numbers():
@@ -157,8 +178,12 @@ def test_recognising_draws_no_random_numbers():
     torch.set_rng_state(state)
 
 
-@pytest.mark.parametrize("memory", [{"gradient_checkpointing": False}, {"tile_mlp": 5}], ids=["plain", "tiled"])
-@pytest.mark.parametrize("architecture", ["olmo", "olmo2", "llama", "gemma2"])
+PLAIN, TILED = {"gradient_checkpointing": False}, {"tile_mlp": 5}
+STEPS = [("olmo2", PLAIN), ("llama", PLAIN), ("llama", TILED), ("gemma2", TILED), ("gpt_oss", PLAIN), ("gptj", TILED)]
+STEPS += [("nemotron", PLAIN), ("deepseek_v3", PLAIN)]
+
+
+@pytest.mark.parametrize("architecture, memory", STEPS, ids=str)
 def test_the_dense_float64_gradients(architecture, memory, everywhere, tmp_path):
     expected = _trainer(architecture, tmp_path / "a", {"sliced_float32": False, "gradient_checkpointing": False})
     run = _trainer(architecture, tmp_path / "b", memory)
@@ -175,7 +200,8 @@ def test_a_wrong_form_would_be_noticed(everywhere, tmp_path, monkeypatch):
 
 
 def _trainer(architecture: str, folder, memory: dict):
-    model = attach_lora(tiny_model(architecture), AdapterConfig(lora_r=3, lora_targets=("all-linear",)))
+    model = tiny_model(architecture if architecture in CONFIGS else tiny_config(architecture, VOCABULARY))
+    model = attach_lora(model, AdapterConfig(lora_r=3, lora_targets=("all-linear",)))
     apply_switches(model, MemoryConfig(**memory))
     return make_trainer(model, folder, FORGET, RETAIN)
 
