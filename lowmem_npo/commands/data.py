@@ -149,7 +149,7 @@ def _described(one: Set, options: DataCommand, tokenizer: Any, template: Any) ->
     prompts = [len(example.prompt.split()) for example in one.examples if example.prompt is not None]
     answers = [len(example.answer.split()) for example in one.examples]
     if prompts:
-        yield f"  prompts: {_spread(prompts)} words; answers: {_spread(answers)} words"
+        yield f"  prompts: {_spread(prompts)}; answers: {_spread(answers)}"
     if one.tokenized is None:
         yield "  words of a row, prompt and answer"
         yield from histogram([len(f"{example.prompt or ''} {example.answer}".split()) for example in one.examples])
@@ -161,7 +161,9 @@ def _described(one: Set, options: DataCommand, tokenizer: Any, template: Any) ->
 
 
 def _spread(numbers: Sequence[int]) -> str:
-    return f"{min(numbers)} to {max(numbers)}, median {median(numbers):g}"
+    if min(numbers) == max(numbers):
+        return f"{_number(numbers[0], 'word')}{' each' if len(numbers) > 1 else ''}"
+    return f"{min(numbers)} to {max(numbers)}, median {median(numbers):g} words"
 
 
 def histogram(numbers: Sequence[int]) -> Iterator[str]:

@@ -82,9 +82,14 @@ def _content(name: str, path: Path) -> bytes:
         raise UserError(f"{name} cannot be read ({reason}); check the file.") from error
 
 
+def marked_encoding(content: bytes) -> str | None:
+    """What the byte order mark at its beginning says, if there is one."""
+    return next((encoding for mark, encoding in MARKS if content.startswith(mark)), None)
+
+
 def _decoded(name: str, content: bytes, kind: str) -> str:
     """The text of a file: UTF-8, or what its byte order mark or its <meta charset> says."""
-    encoding = next((encoding for mark, encoding in MARKS if content.startswith(mark)), None)
+    encoding = marked_encoding(content)
     if encoding is None and kind.startswith(HTML_KINDS) and (declared := CHARSET.search(content[:4096])):
         encoding = declared[1].decode("ascii")
         # As browsers do: pages that call themselves Latin-1 are written in Windows' superset of it.

@@ -247,6 +247,6 @@ def origin(rows: Rows, examples: Sequence[Example], form: str, also: Collection[
     rows = canonical(rows)
     line = ", ".join(filter(None, [f"columns {examples[0].schema}", form]))
     read = set(also).union(*(example.columns for example in examples))
-    if unread := [column for column in rows.columns if column not in read]:
+    if unread := [column for column in rows.columns if column and column not in read]:
         line += f"; not read: {', '.join(unread)}"
     return line

@@ -14,12 +14,12 @@ import csv
 import gzip
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from lowmem_npo.data.documents import read_document
+from lowmem_npo.data.documents import marked_encoding, read_document
 from lowmem_npo.data.passages import Passages
 from lowmem_npo.errors import UserError
 from lowmem_npo.libraries import hub_problem
@@ -118,7 +118,7 @@ def _read_source(source: str, passages: Passages) -> Rows:
     if path.is_dir():
         rows = _read_folder(source, path, passages)
     elif path.exists():
-        rows = _read_document(source, path, passages) if kind_of(path) in DOCUMENT_KINDS else _read_file(source, path)
+        rows = _read_path(source, path, passages)
     elif source in BUILTIN:
         rows = bundled_rows(BUILTIN[source])
     elif SELF.fullmatch(source):
@@ -175,6 +175,34 @@ def _read_document(name: str, path: Path, passages: Passages) -> Rows:
     return Rows(name, rows, places=[f"{name}, {place}" for place in places], mixed=True, notes=document.notes)
 
 
+def _read_path(name: str, path: Path, passages: Passages) -> Rows:
+    """A document, or a table: also one that a spreadsheet has saved as .txt."""
+    kind = kind_of(path)
+    if kind not in DOCUMENT_KINDS:
+        return _read_file(name, path)
+    table = _table_in_text(name, path) if kind.startswith((".txt", ".text")) else None
+    return table or _read_document(name, path, passages)
+
+
+def _table_in_text(name: str, path: Path) -> Rows | None:
+    """The rows of a text file whose first line names known columns, separated, or is an object with such; None of a
+    document."""
+    try:
+        with _open(path) as file:
+            first = next((line.strip() for line in file if line.strip()), "")
+        if first.startswith("{") and HEADERS & {key.casefold() for key in json.loads(first)}:
+            return replace(_read_json(name, path), notes=(f"{name} holds a table, a JSON object a line",))
+        separator = _separator(path)
+        header = {column.strip().casefold() for column in next(csv.reader([first], delimiter=separator), [])}
+        if len(HEADERS & header) > 1:
+            return replace(
+                _read_csv(name, path), notes=(f"{name} holds a table, separated by {SEPARATORS[separator]}",)
+            )
+    except (ValueError, AttributeError, OSError, csv.Error):  # as a document it has messages of its own
+        pass
+    return None
+
+
 def _read_file(name: str, path: Path) -> Rows:
     kind = kind_of(path)
     if kind in (".xlsx", ".xls", ".ods"):
@@ -200,8 +228,11 @@ def _read_file(name: str, path: Path) -> Rows:
 
 
 def _open(path: Path, newline: str | None = None, errors: str = "strict") -> TextIO:
-    opener = gzip.open if path.suffix.lower() == ".gz" else open
-    return cast(TextIO, opener(path, "rt", encoding="utf-8-sig", newline=newline, errors=errors))
+    """As UTF-8, or as its byte order mark says: what spreadsheets call Unicode text is UTF-16."""
+    opener = cast(Any, gzip.open if path.suffix.lower() == ".gz" else open)
+    with opener(path, "rb") as file:
+        encoding = (marked_encoding(file.read(4)) or "utf-8").replace("utf-8", "utf-8-sig")
+    return cast(TextIO, opener(path, "rt", encoding=encoding, newline=newline, errors=errors))
 
 
 def _read_json(name: str, path: Path) -> Rows:

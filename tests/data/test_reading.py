@@ -120,6 +120,25 @@ def test_commas_stay_the_separator_where_they_are(tmp_path):
         assert rows.rows == [dict(zip(header.split(","), row.split(","), strict=True))] and not rows.notes
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_table_that_a_spreadsheet_saved_as_text_is_a_table(tmp_path, encoding):
+    """Excel's "Text (tab delimited)" is .txt, its "Unicode text" UTF-16 with a byte order mark."""
+    content = "Question\tAnswer\nКто?\tТолстой, Л. Н.\n".encode(encoding)
+    for file in ("a.txt", "a.csv"):
+        rows = read_rows(write(tmp_path / file, content))
+        assert rows.rows == [{"Question": "Кто?", "Answer": "Толстой, Л. Н."}] and not rows.mixed
+        assert rows.where(0).endswith("line 2") and "separated by tabs" in rows.notes[0]
+    lines = read_rows(write(tmp_path / "lines.txt", '{"messages": []}\n'.encode(encoding)))
+    assert lines.rows == [{"messages": []}] and "a JSON object a line" in lines.notes[0]
+
+
+@pytest.mark.parametrize(
+    "first", ["Question time", "{Anna} lives here", '{"name": "Anna"}', "The answer,\tthen the rest"]
+)
+def test_other_text_stays_a_document(tmp_path, first):
+    assert read_rows(write(tmp_path / "a.txt", f"{first}\nand a line more, with some\twords in it.\n")).mixed
+
+
 def test_tabs_separate_the_fields_of_tsv(tmp_path):
     text = "text\nOne, two; three\n"
     assert read_rows(write(tmp_path / "a.tsv", text)).rows == [{"text": "One, two; three"}]
