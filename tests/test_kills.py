@@ -3,12 +3,10 @@ started again."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +16,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+from lowmem_npo.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
@@ -36,28 +36,11 @@ KINDS = {
     "merge": ("merge", "--dtype", "stored"),
 }
 FIRST = {"sweep": "sweep_state.json", "evaluate": "settings.json", "merge": "no file"}  # and run.yaml of a run
-LOCK_FREE = (
-    "*.safetensors",
-    "after.json",
-    "before.json",
-    "evaluations.jsonl",
-    "stopping.json",
-    "evaluation.json",
-    "rows.jsonl",
-)
-
-
-@pytest.fixture(scope="module")
-def adapter(byte_model, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("adapter") / "run"
-    (result,) = started("train", byte_model, None, {folder: []}).values()
-    assert result["codes"] == [0], result["errors"]
-    return folder
 
 
 @dataclass
 class Command:
-    """A command of which nothing keeps, and what comes of it."""
+    """A command, and what comes of it if nothing keeps it."""
 
     kind: str
     model: Path
@@ -66,69 +49,70 @@ class Command:
     events: int  # of files
     seconds: float
 
-    def failing(self, runs: dict[Path, list]) -> dict[Path, dict]:
-        """What became of each run, by its directory: see tests/helpers/kills.py."""
-        return started(self.kind, self.model, self.adapter, runs, self.seconds)
+    def failing(self, folder: Path, **what) -> list[dict]:
+        """What became of it in folder/run each time: see tests/helpers/kills.py."""
+        return started(self.kind, self.model, self.adapter, folder / "run", seconds=self.seconds, **what)
 
 
 @pytest.fixture(scope="module")
-def command(byte_model, request, tmp_path_factory, full) -> Callable[[str], Command]:
+def command(byte_model, tmp_path_factory, full) -> Callable[[str], Command]:
+    @cache
+    def adapter() -> Path:
+        folder = tmp_path_factory.mktemp("adapter") / "run"
+        assert main(["train", *SETTINGS, *TRAIN, "--model", str(byte_model), "--output-dir", str(folder)]) == 0
+        return folder
+
     @cache
     def of(kind: str) -> Command:
         if kind != "train" and not full:
             pytest.skip("takes long: bash scripts/test.sh --full")
-        adapter = request.getfixturevalue("adapter") if KINDS[kind][0] in ("evaluate", "merge") else None
-        out = tmp_path_factory.mktemp("whole") / "run"
-        result = started(kind, byte_model, adapter, {out: []})[out]
+        made = adapter() if KINDS[kind][0] in ("evaluate", "merge") else None
+        (result,) = started(kind, byte_model, made, tmp_path_factory.mktemp("whole") / "run", series=[[]])
         assert result["codes"] == [0], result["errors"]
-        return Command(kind, byte_model, adapter, bits(out), result["events"], result["seconds"])
+        return Command(kind, byte_model, made, result["bits"], result["events"], result["seconds"])
 
     return of
 
 
-def started(kind: str, model: Path, adapter: Path | None, runs: dict[Path, list], seconds: float = 0.0) -> dict:
+def started(kind: str, model: Path, adapter: Path | None, out: Path, **what) -> list[dict]:
     name = KINDS[kind][0]
     base = ["--model", str(model)] if adapter is None else ["--adapter", str(adapter)]
     command = [*KINDS[kind], *base]
     resumed = command if name == "merge" else [*command, "--resume"]
-    job = {"command": command, "resumed": resumed, "first": FIRST.get(name, "run.yaml"), "seconds": seconds}
+    job = {"command": command, "resumed": resumed, "first": FIRST.get(name, "run.yaml"), "out": str(out)}
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "helpers" / "kills.py")],
-        input=json.dumps(job | {"runs": {str(out): at for out, at in runs.items()}}), text=True,
-        capture_output=True, env={**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"},
+        input=json.dumps(job | what), text=True, capture_output=True,
+        env={**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    return {Path(out): result for out, result in json.loads(done.stdout).items()}
-
-
-def bits(out: Path) -> dict[str, str]:
-    """What must be the same: weights and measurements, without those of checkpoints that are not the last."""
-    files = [
-        path
-        for pattern in LOCK_FREE
-        for path in out.rglob(pattern)
-        if not re.search("checkpoint|best|reference", str(path.relative_to(out)))
-    ]
-    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_file_events(kind, command, tmp_path, full):
-    """Short: one after the other in one run of `train`. Full: each by itself, at every file event of every command."""
+    """Short: one after the other in one run of `train`. Full: before every file event of every command."""
     whole = command(kind)
-    series = [[at] for at in range(whole.events)] if full else [[2, whole.events // 2]]
-    kills = check(whole, tmp_path, [[("kill", at) for at in own] for own in series])
-    print(f"{kind}: {kills} kills before {'each' if full else 'some'} of {whole.events} file events, the same bits")
+    if not full:
+        kills = check(whole, tmp_path, [[("kill", 2), ("kill", whole.events // 2)]])
+        return print(f"{kind}: {kills} kills at file events, the same bits")
+    results = whole.failing(tmp_path, every_event=True)
+    for result in results:
+        check_ended(whole, [("kill", result["state"])], result)
+    events = sorted(event for result in results for event in result["state"])
+    assert events == [*range(len(events))] and abs(len(events) - whole.events) < 5
+    print(f"{kind}: killed before each of {len(events)} file events, which leaves {len(results)} states: the same bits")
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_any_moment(kind, command, tmp_path):
-    """A hundred kills: of twenty-five runs, each four times, at whatever moment of the time that one takes."""
-    whole, generator = command(kind), random.Random(kind)
-    kills = check(whole, tmp_path, [[("kill", generator.uniform(0.01, 0.95)) for _ in range(4)] for _ in range(25)])
-    print(f"{kind}: {kills} kills at random moments of {whole.seconds:.1f} s, the same bits")
-    assert kills > 50  # others came after the end
+    """A hundred kills and more: of runs that are each killed up to four times, at whatever moments."""
+    whole, generator, kills, runs = command(kind), random.Random(kind), 0, 0
+    while kills < 100:
+        kills += check(whole, tmp_path, [[("kill", generator.uniform(0.01, 0.95)) for _ in range(4)] for _ in range(9)])
+        runs += 9
+    print(f"{kind}: {kills} kills at random moments of {whole.seconds:.1f} s in {runs} runs, the same bits")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -156,21 +140,20 @@ def own_disk(tmp_path) -> Iterator[Path]:
 
 
 def check(whole: Command, folder: Path, series: list[list]) -> int:
-    """Runs the command as often as there are series of what happens to it; every time it ends in the bits of a whole
-    run, and leaves nothing half-made. Returns how often it was killed."""
-    kills = 0
-    for first in range(0, len(series), 10):  # so many are on the disk at once
-        runs = {folder / f"run-{i}": series[i] for i in range(first, min(first + 10, len(series)))}
-        for out, result in whole.failing(runs).items():
-            said = (runs[out], result["codes"], result["errors"])
-            *failed, last = zip(result["codes"], result["errors"], strict=True)
-            assert last[0] == 0 and bits(out) == whole.bits, said
-            for (how, _), (code, error) in zip(runs[out], failed, strict=True):
-                assert code in ((0, -signal.SIGKILL) if how == "kill" else (0, 2)), said
-                *_, sentence = ["", *error.strip().splitlines()]
-                assert "Traceback" not in error, said
-                assert code != 2 or re.match(rf"lowmem-npo {KINDS[whole.kind][0]}: .*\.$", sentence), said
-                kills += code == -signal.SIGKILL
-            assert not [*out.rglob("*.partial"), *out.rglob("damaged-*")], said
-            shutil.rmtree(out)
-    return kills
+    """Runs the command as often as there are series of what happens to it; returns how often it was killed."""
+    results = whole.failing(folder, series=series)
+    for moments, result in zip(series, results, strict=True):
+        check_ended(whole, moments, result)
+    return sum(result["codes"].count(-signal.SIGKILL) for result in results)
+
+
+def check_ended(whole: Command, moments: list, result: dict) -> None:
+    """It ended in the bits of a whole run, and left nothing half-made; each time before, in a sentence."""
+    said = (moments, result)
+    *failed, last = zip(result["codes"], result["errors"], strict=True)
+    assert last[0] == 0 and result["bits"] == whole.bits and not result["left"], said
+    for (how, _), (code, error) in zip(moments, failed, strict=True):
+        assert code in ((0, -signal.SIGKILL) if how == "kill" else (0, 2)), said
+        *_, sentence = ["", *error.strip().splitlines()]
+        assert "Traceback" not in error, said
+        assert code != 2 or re.match(rf"lowmem-npo {KINDS[whole.kind][0]}: .*\.$", sentence), said

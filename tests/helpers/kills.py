@@ -1,29 +1,79 @@
-"""Kills a command at a given file event, or moment, in a fork of a process that has imported everything; runs it again
-until it has ended. Or lets its disk fail from that event on, and has it in order before the next attempt. Reads one
-JSON object from standard input, and writes one:
+"""Kills a command at given file events, or moments, in forks of a process that has run it once: all is imported then,
+and an attempt takes a second. Runs it again until it has ended. Or lets its disk fail from an event on, and has it in
+order before the next attempt. Reads one JSON object from standard input, and writes one list:
 
     command: the arguments of the command, without its --output-dir; resumed: those once that holds `first`
-    runs: output directory -> [how, at], one after the other
+    out: the output directory, each time; nothing else is beside it
+    series: of [how, at], what happens one after the other, each time anew
         how: "kill"; "full", the disk has no room; "read-only", it takes no more writes; "gone", no directory is there
         at: the number of a file event, or, if a fraction, of the `seconds` that a whole run takes
-    -> output directory -> {"events": file events of the last attempt, "seconds": what it took, "codes": the exit codes,
-       "errors": what was written to stderr}
+    every_event: instead of series, one kill before each file event: what it leaves on the disk is copied from one
+        whole run, once for events between which nothing changes there
+    -> of each: {"events": file events of the last attempt, "seconds": what it took, "codes": the exit codes, "errors":
+       what was written to stderr, "bits": see there, "left": files half-made}; of every_event also "state": the
+       events that leave it
 """
 
 from __future__ import annotations
 
 import errno
+import gc
+import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate", "os.chmod", "shutil.copyfile"}
+MEASURED = ("*.safetensors", "after.json", "before.json", "evaluations.jsonl", "stopping.json", "evaluation.json",
+            "rows.jsonl")  # fmt: skip
+
+
+def bits(out: Path) -> dict[str, str]:
+    """What must be the same: weights and measurements, without those of checkpoints that are not the last."""
+    files = [
+        path
+        for pattern in MEASURED
+        for path in out.rglob(pattern)
+        if not re.search("checkpoint|best|reference", str(path.relative_to(out)))
+    ]
+    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+
+
+class States:
+    """What the folder of `out` holds before each file event of a run, copied into `kept` where it has changed."""
+
+    def __init__(self, out: Path, kept: Path) -> None:
+        self.folder, self.kept = out.parent, kept
+
+    def look(self, event: int) -> None:
+        digest = hashlib.sha256()
+        for path in sorted(self.folder.rglob("*")):
+            if path.name != "lowmem-npo.lock":
+                content = path.read_bytes() if path.is_file() else b""
+                digest.update(repr((str(path), path.stat().st_mode, hashlib.sha256(content).digest())).encode())
+        state = self.kept / digest.hexdigest()
+        if not state.exists():
+            shutil.copytree(self.folder, state / "folder")
+        with (state / "events").open("a") as file:
+            file.write(f"{event}\n")
+
+    def __iter__(self):
+        return iter(sorted(self.kept.iterdir(), key=lambda state: self.events(state)[0]))
+
+    @staticmethod
+    def events(state: Path) -> list[int]:
+        return [int(line) for line in (state / "events").read_text().split()]
+
+    def restore(self, state: Path) -> None:
+        shutil.copytree(state / "folder", self.folder, dirs_exist_ok=True)
 
 
 def is_write(event: str, arguments: tuple) -> bool:
@@ -41,7 +91,7 @@ class Failing:
         self.how, self.out, self.fails = how, out, False
         self.ballast, self.aside = out.parent / "ballast", out.parent / f"{out.name}-gone"
 
-    def begin(self) -> None:
+    def begin(self, _: int) -> None:
         self.fails = True
         if self.how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -53,8 +103,8 @@ class Failing:
                 os.posix_fallocate(file.fileno(), 0, disk.f_bavail * disk.f_frsize)
 
     def check(self, path: object) -> None:
-        """Raises what the operation raises, unless the disk does so itself."""
-        inside = str(path).startswith(str(self.out))
+        """Raises what the operation raises once it fails, unless the disk does so itself."""
+        inside = self.fails and str(path).startswith(str(self.out))
         if self.how == "read-only" and inside:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
         if self.how == "full" and inside and not self.ballast.exists():
@@ -67,9 +117,12 @@ class Failing:
             shutil.rmtree(self.aside)
 
 
-def attempt(arguments: list[str], at: float | None, failing: Failing) -> tuple[int, int, str]:
-    """(exit code, file events, what it wrote to stderr) of the command in a fork, where the disk fails from file event
-    `at` on, or which is killed before it."""
+def attempt(arguments: list[str], at: float | None, begin: Callable, check: Callable) -> tuple[int, int, str]:
+    """(exit code, file events, what it wrote to stderr) of the command in a fork.
+
+    at: the seconds after which it is killed, or the file event before which `begin` is called; None: all of them, with
+        their numbers. Later ones are checked.
+    """
     with tempfile.TemporaryFile() as errors, tempfile.TemporaryFile() as counter:
         if (child := os.fork()) == 0:
             os.dup2(errors.fileno(), 2)
@@ -81,21 +134,19 @@ def attempt(arguments: list[str], at: float | None, failing: Failing) -> tuple[i
                     return
                 within[0] = True
                 try:
-                    if events[0] == at:
-                        failing.begin()
+                    if at is None or events[0] == at:
+                        begin(events[0])
                     events[0] += 1
                     os.pwrite(counter.fileno(), str(events[0]).encode(), 0)
-                    if failing.fails and event not in ("os.remove", "os.rmdir"):
-                        failing.check(details[1] if event in ("os.rename", "os.link") else details[0])
+                    if event not in ("os.remove", "os.rmdir"):
+                        check(details[1] if event in ("os.rename", "os.link") else details[0])
                 finally:
                     within[0] = False
 
             sys.addaudithook(hook)
-            from lowmem_npo.cli import main
-
             code = 70
             try:
-                code = main(arguments)
+                code = command(arguments)
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -107,36 +158,83 @@ def attempt(arguments: list[str], at: float | None, failing: Failing) -> tuple[i
         _, status = os.waitpid(child, 0)
         errors.seek(0)
         counter.seek(0)
-        return os.waitstatus_to_exitcode(status), int(counter.read() or 0), errors.read().decode(errors="replace")
+        written = errors.read().decode(errors="replace")[-2000:]
+        return os.waitstatus_to_exitcode(status), int(counter.read() or 0), written
+
+
+def command(arguments: list[str]) -> int:
+    from lowmem_npo.cli import main
+
+    return main(arguments)
+
+
+def nothing(_: object) -> None:
+    pass
+
+
+class Job:
+    def __init__(self, command, resumed, first, out, series=(), seconds=0.0, every_event=False) -> None:
+        self.command, self.resumed, self.first, self.out = command, resumed, first, Path(out)
+        self.series, self.seconds, self.every_event = series, seconds, every_event
+
+    def results(self) -> list[dict]:
+        return self.before_every_event() if self.every_event else [self.result(one) for one in self.series]
+
+    def arguments(self) -> list[str]:
+        begun = (self.out / self.first).exists()
+        return [*(self.resumed if begun else self.command), "--output-dir", str(self.out)]
+
+    def result(self, moments: list) -> dict:
+        codes, written = [], []
+        for how, at in moments:
+            failing = Failing(how, self.out)
+            moment = at * self.seconds if isinstance(at, float) else at
+            code, _, errors = attempt(self.arguments(), moment, failing.begin, failing.check)
+            failing.end()
+            codes.append(code)
+            written.append(errors)
+        return self.ended(codes, written)
+
+    def ended(self, codes: list[int], written: list[str]) -> dict:
+        """Runs the command to its end, looks at what it has left, and removes that."""
+        begun = time.monotonic()
+        code, events, errors = attempt(self.arguments(), -1, nothing, nothing)
+        seconds = time.monotonic() - begun
+        left = [str(path) for pattern in ("*.partial", "damaged-*") for path in self.out.parent.rglob(pattern)]
+        result = {"events": events, "seconds": seconds, "codes": [*codes, code], "errors": [*written, errors]}
+        result |= {"bits": bits(self.out), "left": left}
+        self.remove()
+        return result
+
+    def remove(self) -> None:
+        for path in self.out.parent.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def before_every_event(self) -> list[dict]:
+        results = []
+        with tempfile.TemporaryDirectory() as kept:
+            states = States(self.out, Path(kept))
+            attempt(self.arguments(), None, states.look, nothing)
+            self.remove()
+            for state in states:
+                states.restore(state)
+                results.append(self.ended([-signal.SIGKILL], [""]) | {"state": states.events(state)})
+        return results
 
 
 def run() -> None:
-    job = json.load(sys.stdin)
-    import bitsandbytes  # noqa: F401
-    import peft  # noqa: F401
+    job = Job(**json.load(sys.stdin))
     import torch
-    import transformers  # noqa: F401
 
     torch.set_num_threads(1)
-    from lowmem_npo.commands.evaluate.run import evaluate  # noqa: F401
-    from lowmem_npo.commands.merge.run import merge  # noqa: F401
-    from lowmem_npo.commands.sweep.runs import sweep  # noqa: F401
-
-    results, whole = {}, job.get("seconds", 0.0)
-    for out, moments in job["runs"].items():
-        codes, written = [], []
-        for how, at in [*moments, ("kill", None)]:
-            arguments = job["resumed"] if (Path(out) / job["first"]).exists() else job["command"]
-            begun = time.monotonic()
-            failing = Failing(how, Path(out))
-            moment = at * whole if isinstance(at, float) else at
-            code, events, errors = attempt([*arguments, "--output-dir", out], moment, failing)
-            failing.end()
-            codes.append(code)
-            written.append(errors[-2000:])
-        seconds = time.monotonic() - begun
-        results[out] = {"events": events, "seconds": seconds, "codes": codes, "errors": written}
-    json.dump(results, sys.stdout)
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as silence:
+        printed, sys.stdout = sys.stdout, silence
+        code = command([*job.command, "--output-dir", str(Path(folder) / "run")])
+        sys.stdout = printed
+        assert code == 0
+    gc.collect()
+    gc.freeze()
+    json.dump(job.results(), sys.stdout)
 
 
 if __name__ == "__main__":
