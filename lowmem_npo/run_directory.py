@@ -38,6 +38,7 @@ class AdapterFiles:
         self.digest = path / "checkpoint.sha256"  # of a checkpoint's files
         self.adapter_config = path / "adapter_config.json"
         self.trainer_state = path / "trainer_state.json"  # of a checkpoint
+        self.micro_batch_parts = path / "micro_batch_parts.json"  # of one, if memory had run out by then
 
 
 class EvaluationFiles:

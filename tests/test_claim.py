@@ -18,19 +18,21 @@ from lowmem_npo.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLDS = """
-import sys, time
+import sys
 from pathlib import Path
 from lowmem_npo.claim import claimed
 with claimed(Path(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(60)
+    sys.stdin.read()  # until it is killed, however long that takes
 """
 
 
 @pytest.fixture
 def holder(tmp_path):
     """Another process that holds tmp_path/out."""
-    process = subprocess.Popen([sys.executable, "-c", HOLDS, tmp_path / "out"], cwd=ROOT, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, tmp_path / "out"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     assert process.stdout is not None and process.stdout.readline() == b"held\n"
     yield process
     process.kill()

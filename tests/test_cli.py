@@ -11,7 +11,6 @@ import socketserver
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -135,12 +134,12 @@ def test_no_network_and_no_copy(files, capsys, monkeypatch):
 @pytest.mark.parametrize("source", ["--model", "--forget"])
 def test_a_hub_that_does_not_answer_is_asked_once(source, byte_model, files, tmp_path):
     """The libraries would ask for every file, five times, and wait in between."""
-    asked = []
+    asked, is_over = [], threading.Event()
 
     class Hub(socketserver.BaseRequestHandler):
         def handle(self):
             asked.append(self.request.recv(1000))
-            time.sleep(1)  # longer than the command waits
+            is_over.wait()
 
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Hub) as hub:
         threading.Thread(target=hub.serve_forever, daemon=True).start()
@@ -153,6 +152,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(source, byte_model, files, tmp
         process = subprocess.run(
             [sys.executable, "-c", start, *words], env=environment, capture_output=True, text=True, timeout=300
         )
+        is_over.set()
         hub.shutdown()
     assert process.returncode == 2 and "the hub cannot be reached" in process.stderr, process.stderr
     assert source == "--forget" or f"({address}: " in process.stderr

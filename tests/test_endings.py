@@ -32,9 +32,9 @@ def arguments(model: Path, folder: Path, *more: str) -> list[str]:
     return ["train", "--model", str(model), *SETTINGS, "--output-dir", str(folder), *more]
 
 
-def start(model: Path, folder: Path, *more: str, **options) -> subprocess.Popen:
+def start(model: Path, folder: Path, *more: str, by: tuple[str, ...] = ("-m", "lowmem_npo"), **options):
     """Not measured by coverage, which would write its file under whatever limit the process is to meet."""
-    command = [sys.executable, "-m", "lowmem_npo", *arguments(model, folder, *more)]
+    command = [sys.executable, *by, *arguments(model, folder, *more)]
     return subprocess.Popen(
         command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )
@@ -58,7 +58,8 @@ def test_a_job_that_is_ended_saves_first(number, code, byte_model, whole, tmp_pa
         signal.signal(number, signal.SIG_DFL)
 
     folder = tmp_path / "run"
-    run = start(byte_model, folder, "--save-strategy", "no", preexec_fn=as_started_from_a_shell)
+    waits = (str(ROOT / "tests" / "helpers" / "waiting.py"), "3")
+    run = start(byte_model, folder, "--save-strategy", "no", by=waits, preexec_fn=as_started_from_a_shell)
     deadline = time.monotonic() + 300
     metrics = RunFiles(folder).metrics
     while not (metrics.exists() and len(read_metrics(metrics)) >= 2):

@@ -69,7 +69,8 @@ def remove_damaged(run: RunFiles, say: Say) -> None:
 def write_digest(files: AdapterFiles) -> None:
     """Writes the hashes of a checkpoint's files so far: what a format checks by itself, if anything, is that a file is
     one of its kind, not that it belongs to this step."""
-    there = [file for file in (files.weights, *(files.path / name for name in STATE)) if file.exists()]
+    files_of_all = (files.weights, files.micro_batch_parts, *(files.path / name for name in STATE))
+    there = [file for file in files_of_all if file.exists()]
     write_atomically(files.digest, "".join(f"{file_sha256(file)}  {file.name}\n" for file in there))
 
 
@@ -96,6 +97,8 @@ def _damage(files: AdapterFiles, trainer: Trainer, to_train: bool) -> str | None
         states = [files.path / name for name in names]
         if not any(state.exists() for state in states):  # saved by another number of processes
             states = sorted(files.path.glob("rng_state*.pth")) or states
+        if files.micro_batch_parts.name in hashes:
+            checks[files.micro_batch_parts] = lambda file: True
         checks |= {state: lambda file: {"python", "numpy", "cpu"} <= _load(file).keys() for state in states}
     for file, is_whole in checks.items():
         if not file.is_file():

@@ -6,21 +6,19 @@ however many passes. Later steps keep to the smaller ones.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import add
-from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lowmem_npo.console import Say
 from lowmem_npo.data.batching import Batch, Pick
-
-# Of libraries that allocate by themselves, as PyTorch reports it.
-UNALLOCATED = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+from lowmem_npo.files import write_atomically
+from lowmem_npo.memory.exhausted import RandomState, is_out_of_memory, release_memory
+from lowmem_npo.run_directory import AdapterFiles
 
 
 class DividedSteps:
@@ -30,14 +28,15 @@ class DividedSteps:
 
     collated: makes a micro-batch of rows.
     together: how many forget rows are never parted: a row and its other answer, if it has any.
+    size: rows of a micro-batch.
     """
 
-    def __init__(self, collated: Callable[[list[Pick]], Batch], together: int, say: Say) -> None:
-        self._collated, self._say = collated, say
+    def __init__(self, collated: Callable[[list[Pick]], Batch], together: int, size: int, say: Say) -> None:
+        self._collated, self._size, self._say = collated, size, say
         self._together = {"forget": together, "retain": 1}
         self.parts = 1  # of each micro-batch; a power of two
         self._step: list[Batch] = []  # its micro-batches so far
-        self._begun = _RandomState.now()  # as it was before them
+        self._begun = RandomState.now()  # as it was before them
 
     def begin(self) -> None:
         """A step begins."""
@@ -54,21 +53,19 @@ class DividedSteps:
             torch.OutOfMemoryError: a single row is too much.
         """
         if not self._step:
-            self._begun = _RandomState.now()
+            self._begun = RandomState.now()
         self._step.append(batch)
         again = [batch]
         while True:
             try:
                 return [reduce(add, map(passes, self.divided(one))) for one in again][-1]
             except RuntimeError as error:
-                if not _is_out_of_memory(error) or not self._can_divide():
+                if not is_out_of_memory(error) or not self._can_divide():
                     raise
-            # Only now: until here the error's traceback has held what the pass had allocated.
             self.parts *= 2
             restart()
             self._begun.restore()
-            gc.collect()
-            torch.cuda.empty_cache()
+            release_memory()
             again = self._step
             rows = max(len(self._units(part, "forget")) for one in self._step for part in self.divided(one))
             self._say(
@@ -97,22 +94,15 @@ class DividedSteps:
             return True
         return max(len(self._units(batch, part)) for batch in self._step for part in self._together) > self.parts
 
+    def save(self, files: AdapterFiles, parts: Sequence[int]) -> None:
+        """Notes in a checkpoint how the processes divide micro-batches; nothing if none does. parts: of each."""
+        if max(parts) > 1:
+            write_atomically(files.micro_batch_parts, json.dumps({"micro_batch": self._size, "parts": list(parts)}))
 
-class _RandomState(NamedTuple):
-    """Of the generators that a pass may draw from, for an adapter's dropout."""
-
-    cpu: Tensor
-    cuda: Tensor | None
-
-    @classmethod
-    def now(cls) -> _RandomState:
-        return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None)
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in UNALLOCATED)
+    def resume(self, files: AdapterFiles, rank: int, processes: int) -> None:
+        """Goes on as in a checkpoint, unless the micro-batches or the processes are others now."""
+        if not files.micro_batch_parts.exists():
+            return
+        saved = json.loads(files.micro_batch_parts.read_text(encoding="utf-8"))
+        if saved["micro_batch"] == self._size and len(saved["parts"]) == processes:
+            self.parts = saved["parts"][rank]

@@ -170,7 +170,7 @@ class NPOTrainer(Trainer):
         self.add_callback(_EpochOfSampler(self.step_batches))
         self.add_callback(FiniteSteps(self._step_is_finite, self._rows_not_finite, say))
         heard = say if args.process_index == 0 else logger.warning  # what happens to one process alone
-        self.divided = DividedSteps(self._collated, self._answers_per_row, heard)
+        self.divided = DividedSteps(self._collated, self._answers_per_row, args.per_device_train_batch_size, heard)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
@@ -182,7 +182,9 @@ class NPOTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:  # a checkpoint's last file but trainer_state.json
         super()._save_rng_state(output_dir)
+        parts = gather_object([self.divided.parts]) if self.args.world_size > 1 else [self.divided.parts]
         if self.args.should_save:
+            self.divided.save(AdapterFiles(Path(output_dir)), parts)
             write_digest(AdapterFiles(Path(output_dir)))
 
     def restore(self, checkpoint: str) -> None:
@@ -191,7 +193,9 @@ class NPOTrainer(Trainer):
         self.state = TrainerState.load_from_json(str(AdapterFiles(Path(checkpoint)).trainer_state))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        restore_adapter(self.model, load_file(AdapterFiles(Path(resume_from_checkpoint)).weights))
+        files = AdapterFiles(Path(resume_from_checkpoint))
+        restore_adapter(self.model, load_file(files.weights))
+        self.divided.resume(files, self.args.process_index, self.args.world_size)
 
     def push_up_to(self, levels: Sequence[float]) -> None:
         """Sets the mean NLL per answer token, in nats, up to which each forget row is pushed.

@@ -171,7 +171,7 @@ def test_turns_are_taken_and_a_failure_stays_with_its_own():
         if len(calls) > 4:
             raise RuntimeError("out of luck")
 
-    results = take_turns({"works": works, "fails": fails_later}, ["x", "y"], 1.0, "cpu")
+    results = take_turns({"works": works, "fails": fails_later}, ["x", "y"], 1000.0, "cpu")
     assert results["fails"] == "RuntimeError: out of luck"
     turns = results["works"]["count"]
     assert turns >= 5 and calls[2:] == ["x", "y"] * (turns // 2) + ["x"] * (turns % 2)

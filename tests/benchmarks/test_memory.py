@@ -129,9 +129,6 @@ def test_a_baseline_step_moves_its_weights_and_frees_its_gradients(in_float32):
     assert all(p.grad is None for p in after)
 
 
-SOON = time.monotonic() + 600
-
-
 def contender(name: str):
     return next(c for c in CONTENDERS if c.name == name)
 
@@ -214,10 +211,11 @@ def test_a_contender_that_fails_or_is_late_is_reported(monkeypatch):
     def process(code):
         return memory._begin([memory.sys.executable, "-c", code], {})
 
-    assert memory._end(process("print('loading'); print('{\"peak_bytes\": 3}')"), SOON) == {"peak_bytes": 3}
-    assert memory._end(process("raise ValueError('no room')"), SOON) == {"failed": "ValueError: no room"}
+    soon = time.monotonic() + 600
+    assert memory._end(process("print('loading'); print('{\"peak_bytes\": 3}')"), soon) == {"peak_bytes": 3}
+    assert memory._end(process("raise ValueError('no room')"), soon) == {"failed": "ValueError: no room"}
     code = "class OutOfMemoryError(Exception): ...\nraise OutOfMemoryError('CUDA')"
-    assert memory._end(process(code), SOON) == {"failed": "out of memory"}
+    assert memory._end(process(code), soon) == {"failed": "out of memory"}
     late = {"failed": "skipped: the time limit was reached"}
     assert memory._end(process("import time; time.sleep(99)"), 0) == late
     assert memory._on_gpu(contender("+ --qlora"), 512, SimpleNamespace(), 0) == late

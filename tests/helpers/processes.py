@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -14,15 +13,14 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-LONGEST = 120  # seconds
+LONGEST = 900  # seconds
+OF_AGENT = {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}  # none of them opens a port
 
 
 def in_processes(function: Callable[[int], Any], folder: Path, count: int = 2) -> list[Any]:
     """What `function` returns in each of `count` processes, by their numbers, with which it is called."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = [_start(function, folder, rank, count, port) for rank in range(count)]
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # at a port that is free
+    children = [_start(function, folder, rank, count, store.port) for rank in range(count)]
     deadline, failed = time.monotonic() + LONGEST, []
     while children and time.monotonic() < deadline and not failed:
         for child in list(children):
@@ -47,7 +45,7 @@ def _start(function: Callable[[int], Any], folder: Path, rank: int, count: int, 
         for state in (AcceleratorState, GradientState, PartialState):
             state._shared_state.clear()
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in names.items()})
+        os.environ.update({name: str(value) for name, value in (names | OF_AGENT).items()})
         torch.save(function(rank), folder / f"result-{rank}.pt")
         code = 0
     except BaseException:

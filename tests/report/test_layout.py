@@ -108,7 +108,7 @@ def test_no_width_cuts_anything_off(html, tmp_path, width):
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     shown = subprocess.run(
         [BROWSER, *options, "--window-size=1400,1000", "--dump-dom", frame.as_uri()],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=600,
     ).stdout  # fmt: skip
     result = re.search(r"cells (\d+) beyond (\d+) wide (\d+) end(.*)", shown.rpartition("</iframe>")[2])
     assert result, shown[-2000:]

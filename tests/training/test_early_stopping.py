@@ -205,7 +205,7 @@ def test_two_processes_stop_together(whole, taught_model, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(config.to_yaml())
     launched = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29531"]
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
         + ["-m", "lowmem_npo", "train", "--config", str(file), "--ddp-backend", "gloo"],
         env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -24,8 +24,8 @@ from lowmem_npo.training.passes import Passes
 FORGET, RETAIN, OTHERS = (random_rows(8, seed=seed) for seed in (1, 2, 3))
 
 
-def gradients_of(trainer) -> list[dict]:
-    """Those of every step, as the optimiser has them."""
+def gradients_of(trainer, checkpoint: str | None = None) -> list[dict]:
+    """Those of every step, after the checkpoint, as the optimiser has them."""
     steps: list[dict] = []
 
     class Recorder(TrainerCallback):
@@ -33,7 +33,7 @@ def gradients_of(trainer) -> list[dict]:
             steps.append({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
 
     trainer.add_callback(Recorder())
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     return steps
 
 
@@ -184,6 +184,27 @@ def test_each_process_divides_for_itself(tmp_path):
     assert (whole, divided) == (1, 2)
     for of_process in (first, second):
         assert all(relative_error(own, other) < 1e-5 for own, other in zip(of_process, expected, strict=True))
+
+
+def test_a_resumed_run_divides_as_before(tmp_path):
+    """Memory runs out in its first step; the second and third are those of a run that was never interrupted."""
+    more = {"per_device_train_batch_size": 4, "step_batch_size": 4, "save_strategy": "steps", "save_steps": 1}
+    more["save_total_limit"] = 9
+    trainer = dropping(tmp_path / "run", **more)
+    gpu = SmallGPU(trainer, 30)
+    expected = gradients_of(trainer)
+    assert trainer.divided.parts == 2 and max(gpu.passes) > 30
+
+    def resumed(**changed):
+        again = dropping(tmp_path / "run", **more | changed)
+        return gradients_of(again, str(tmp_path / "run" / "checkpoint-1")), again.divided.parts
+
+    steps, parts = resumed()
+    assert parts == 2
+    assert all(torch.equal(own[n], other[n]) for own, other in zip(steps, expected[1:], strict=True) for n in other)
+    assert resumed(per_device_train_batch_size=2, gradient_accumulation_steps=2)[1] == 1  # other micro-batches
+    (tmp_path / "run" / "checkpoint-1" / "micro_batch_parts.json").unlink()
+    assert not all(torch.equal(resumed()[0][0][n], expected[1][n]) for n in expected[1])
 
 
 @pytest.mark.parametrize("where", ["sam", "adversary"])

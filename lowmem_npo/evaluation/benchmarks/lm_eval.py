@@ -129,19 +129,24 @@ def run_tasks(
 
     from lowmem_npo.evaluation.scoring.eval_mode import evaluating
     from lowmem_npo.evaluation.scoring.generation import plain_generation
+    from lowmem_npo.memory.exhausted import as_fits
     from lowmem_npo.model import compute_autocast
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with evaluating(model), compute_autocast(model), plain_generation(model, tokenizer):
         try:
-            evaluated = simple_evaluate(
-                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-                tasks=list(tasks),
-                num_fewshot=shots,
-                limit=limit,
-                task_manager=_task_manager(tasks, path),
-                log_samples=False,
-                bootstrap_iters=0,
+            evaluated = as_fits(
+                model,
+                batch_size,
+                lambda at_once: simple_evaluate(
+                    model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=at_once),
+                    tasks=list(tasks),
+                    num_fewshot=shots,
+                    limit=limit,
+                    task_manager=_task_manager(tasks, path),
+                    log_samples=False,
+                    bootstrap_iters=0,
+                ),
             )
         except (OSError, ValueError) as error:  # OSError: no network, no local copy; ValueError: no such data set
             reason = " ".join(str(error).split())[:300]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from time import monotonic
 
 import torch
@@ -24,6 +25,7 @@ from lowmem_npo.evaluation.scoring.eval_mode import progress_bar
 from lowmem_npo.evaluation.scoring.likelihood import answer_batch
 from lowmem_npo.evaluation.scoring.token_scores import TokenScores, token_scores
 from lowmem_npo.memory.checkpointing import checkpointing
+from lowmem_npo.memory.exhausted import as_fits
 from lowmem_npo.model import answer_hidden, frozen_head
 from lowmem_npo.model.adapters import extra_adapter, original_model
 from lowmem_npo.model.layers import causal_lm
@@ -108,13 +110,21 @@ def fine_tune(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
     head, order = frozen_head(model), _shuffled(len(rows), random.Random(seed))
+
+    def add_gradients(batch: Sequence[TokenizedRow], at_once: int) -> None:
+        optimizer.zero_grad()
+        parts = [answer_batch(model, batch[start : start + at_once]) for start in range(0, len(batch), at_once)]
+        tokens = sum(part.num_answers for part in parts)
+        for part in parts:
+            answers = answer_hidden(model, part)
+            loss = -token_logprobs(answers.hidden, head, answers.targets).mean() * (part.num_answers / tokens)
+            loss.backward()
+
     with progress_bar(steps, "leaks: fine-tuning, steps", progress) as bar:
         for step in range(1, steps + 1):
             batch = [rows[next(order)] for _ in range(min(batch_size, len(rows)))]
             with eval_mode(model), checkpointing(causal_lm(model)):
-                answers = answer_hidden(model, answer_batch(model, batch))
-                loss = -token_logprobs(answers.hidden, head, answers.targets).mean()
-                loss.backward()
+                as_fits(model, len(batch), partial(add_gradients, batch))
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()

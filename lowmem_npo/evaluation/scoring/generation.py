@@ -14,6 +14,7 @@ from lowmem_npo.data.fit import Fit
 from lowmem_npo.data.templates import end_of_turn
 from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE, batches, cache_tokens
 from lowmem_npo.evaluation.scoring.eval_mode import evaluating, progress_bar
+from lowmem_npo.memory.exhausted import in_parts
 from lowmem_npo.model import compute_autocast
 from lowmem_npo.model.head import few_tokens
 from lowmem_npo.model.layers import causal_lm
@@ -45,7 +46,7 @@ def greedy_answers(
     streamer: gets the tokens as they come, of a single prompt.
     """
     settings = {"streamer": streamer}
-    return [rows[0] for rows in _answers(model, tokenizer, prompts, settings, 1, batch_size, description, progress)]
+    return _answers(model, tokenizer, prompts, settings, batch_size, description, progress)
 
 
 def sampled_answers(
@@ -64,15 +65,16 @@ def sampled_answers(
     """`samples` continuations of each prompt, drawn from the whole distribution at `temperature`.
 
     The same seed gives the same samples from the same batches; the caller's random numbers are left alone. At most
-    `batch_size` samples, or those of one prompt, are drawn together.
+    `batch_size` samples, or those of one prompt, are drawn together, fewer when memory runs out: they are others then.
     """
-    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "num_return_sequences": samples}
-    settings = {**drawn, "streamer": streamer}
+    settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "streamer": streamer}
+    repeated = [prompt for prompt in prompts for _ in range(samples)]
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        rows_at_once = max(1, batch_size // samples)
-        return _answers(model, tokenizer, prompts, settings, samples, rows_at_once, description, progress)
+        together = samples * max(1, batch_size // samples)
+        answers = _answers(model, tokenizer, repeated, settings, together, description, progress)
+    return [answers[first : first + samples] for first in range(0, len(answers), samples)]
 
 
 def _answers(
@@ -80,20 +82,23 @@ def _answers(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     settings: Mapping[str, Any],
-    samples: int,
     batch_size: int,
     description: str,
     progress: bool,
-) -> list[list[list[int]]]:
-    """For each prompt its `samples` answers, cut as `greedy_answers` says."""
+) -> list[list[int]]:
+    """An answer to each prompt, cut as `greedy_answers` says."""
     stops, fit = _stop_ids(model, tokenizer), Fit.of(causal_lm(model))
     if fit.positions is not None:
         for prompt in prompts:
             fit.check("A prompt", prompt.ids, tokenizer)
         prompts = [replace(p, max_new_tokens=min(p.max_new_tokens, fit.positions - len(p.ids) + 1)) for p in prompts]
-    answers: list[list[list[int]]] = [[] for _ in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
     lengths = [(len(prompt.ids), prompt.max_new_tokens) for prompt in prompts]
-    room = max(1, cache_tokens(model) // samples)
+    room = cache_tokens(model)
+
+    def continued(chosen: Sequence[int]) -> list[list[int]]:
+        return _continue(model, tokenizer, [prompts[i] for i in chosen], settings)
+
     with evaluating(model), compute_autocast(model), progress_bar(len(prompts), description, progress) as bar:
         together = [list(range(len(prompts)))]
         widths = sorted({len(prompt.ids) for prompt in prompts})
@@ -101,12 +106,11 @@ def _answers(
             together = [[i for i, prompt in enumerate(prompts) if len(prompt.ids) == width] for width in widths]
         bounds = (batch_size, room, fit.positions and fit.positions + 1)
         for batch in ([part[i] for i in b] for part in together for b in batches([lengths[i] for i in part], *bounds)):
-            continuations = _continue(model, tokenizer, [prompts[i] for i in batch], settings)
-            for place, ids in enumerate(continuations):
-                i = batch[place // samples]
-                ids = ids[: prompts[i].max_new_tokens]
-                end = next((at for at, token in enumerate(ids) if token in stops), len(ids))
-                answers[i].append(ids[:end])
+            for part, continuations in in_parts(model, batch, continued):
+                for i, ids in zip(part, continuations, strict=True):
+                    ids = ids[: prompts[i].max_new_tokens]
+                    end = next((at for at, token in enumerate(ids) if token in stops), len(ids))
+                    answers[i] = ids[:end]
             bar.update(len(batch))
     return answers
 

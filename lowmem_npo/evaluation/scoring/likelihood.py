@@ -7,11 +7,13 @@ from math import exp, nan
 import torch
 from lowmem_kernels import IGNORE_INDEX, token_logprobs
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowmem_npo.data import RowBatch, TokenizedRow
 from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE, batches
 from lowmem_npo.evaluation.scoring.eval_mode import evaluating, progress_bar
+from lowmem_npo.memory.exhausted import in_parts
 from lowmem_npo.model import answer_hidden, frozen_head, packs_rows
 
 
@@ -47,15 +49,20 @@ def answer_likelihoods(
     """
     scores: list[Likelihood] = [Likelihood(0.0, 0)] * len(rows)
     head = frozen_head(model)
+
+    def summed(chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Of each row the sum of its answer's log-probs, and how many they are."""
+        answers = answer_hidden(model, answer_batch(model, [rows[i] for i in chosen]))
+        logprobs = token_logprobs(answers.hidden, head, answers.targets).double().cpu()
+        sequence = answers.sequence.cpu()
+        sums = torch.zeros(len(chosen), dtype=torch.float64).index_add_(0, sequence, logprobs)
+        return sums, torch.bincount(sequence, minlength=len(chosen))
+
     with evaluating(model), progress_bar(len(rows), description, progress) as bar:
         for batch in batches([(len(row["input_ids"]), 0) for row in rows], batch_size):
-            answers = answer_hidden(model, answer_batch(model, [rows[i] for i in batch]))
-            logprobs = token_logprobs(answers.hidden, head, answers.targets).double().cpu()
-            sequence = answers.sequence.cpu()
-            sums = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, sequence, logprobs)
-            counts = torch.bincount(sequence, minlength=len(batch))
-            for i, total, count in zip(batch, sums.tolist(), counts.tolist(), strict=True):
-                scores[i] = Likelihood(-total, count)
+            for part, (sums, counts) in in_parts(model, batch, summed):
+                for i, total, count in zip(part, sums.tolist(), counts.tolist(), strict=True):
+                    scores[i] = Likelihood(-total, count)
             bar.update(len(batch))
     return scores
 

@@ -28,6 +28,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE, batches
 from lowmem_npo.evaluation.scoring.eval_mode import evaluating, progress_bar
 from lowmem_npo.evaluation.scoring.likelihood import answer_batch
+from lowmem_npo.memory.exhausted import in_parts
 from lowmem_npo.model import answer_hidden, frozen_head
 
 TOKENS, VOCABULARY = 256, 4096  # a tile of float64 logits is 8 MiB; about four are alive at once
@@ -69,16 +70,23 @@ def token_scores(
     """
     by_row: dict[int, TokenScores] = {}
     head = frozen_head(model)
+
+    def scored(chosen: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """The place among the chosen rows of every token, and its figures."""
+        answers = answer_hidden(model, answer_batch(model, [rows[i] for i in chosen]))
+        figures = vocabulary_statistics(answers.hidden, head, answers.targets)
+        return answers.sequence.cpu(), [x.cpu() for x in figures]
+
     with evaluating(model), progress_bar(len(rows), description, progress) as bar:
         for batch in batches([(len(row["input_ids"]), 0) for row in rows], batch_size):
-            answers = answer_hidden(model, answer_batch(model, [rows[i] for i in batch]))
-            figures = [x.cpu() for x in vocabulary_statistics(answers.hidden, head, answers.targets)]
-            if not all(x.isfinite().all() for x in figures):
-                raise UserError("The model gives answers no finite likelihood; the weights or the adapter are damaged.")
-            sequence = answers.sequence.cpu()
-            for place, i in enumerate(batch):
-                own = sequence == place
-                by_row[i] = TokenScores(*(x[own].tolist() for x in figures))
+            for part, (sequence, figures) in in_parts(model, batch, scored):
+                if not all(x.isfinite().all() for x in figures):
+                    raise UserError(
+                        "The model gives answers no finite likelihood; the weights or the adapter are damaged."
+                    )
+                for place, i in enumerate(part):
+                    own = sequence == place
+                    by_row[i] = TokenScores(*(x[own].tolist() for x in figures))
             bar.update(len(batch))
     return [by_row[i] for i in range(len(rows))]
 
