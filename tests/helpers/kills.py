@@ -226,7 +226,10 @@ def run() -> None:
     job = Job(**json.load(sys.stdin))
     import torch
 
+    from lowmem_npo.report import inline_svg
+
     torch.set_num_threads(1)
+    inline_svg._draw = lambda *_, **__: "<svg></svg>"  # touches no file, and takes half of the time
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as silence:
         printed, sys.stdout = sys.stdout, silence
         code = command([*job.command, "--output-dir", str(Path(folder) / "run")])
