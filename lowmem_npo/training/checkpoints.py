@@ -97,8 +97,8 @@ def _damage(files: AdapterFiles, trainer: Trainer, to_train: bool) -> str | None
         states = [files.path / name for name in names]
         if not any(state.exists() for state in states):  # saved by another number of processes
             states = sorted(files.path.glob("rng_state*.pth")) or states
-        if files.micro_batch_parts.name in hashes:
-            checks[files.micro_batch_parts] = lambda file: True
+        if files.micro_batch_parts.exists() or files.micro_batch_parts.name in hashes:
+            checks[files.micro_batch_parts] = lambda file: len(json.loads(file.read_bytes())["parts"]) > 0
         checks |= {state: lambda file: {"python", "numpy", "cpu"} <= _load(file).keys() for state in states}
     for file, is_whole in checks.items():
         if not file.is_file():

@@ -96,6 +96,7 @@ class DividedSteps:
 
     def save(self, files: AdapterFiles, parts: Sequence[int]) -> None:
         """Notes in a checkpoint how the processes divide micro-batches; nothing if none does. parts: of each."""
+        files.micro_batch_parts.unlink(missing_ok=True)  # of an earlier time
         if max(parts) > 1:
             write_atomically(files.micro_batch_parts, json.dumps({"micro_batch": self._size, "parts": list(parts)}))
 

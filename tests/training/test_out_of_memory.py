@@ -18,6 +18,8 @@ from lowmem_npo.cli import main
 from lowmem_npo.config import AdapterConfig, MemoryConfig
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora
+from lowmem_npo.run_directory import RunFiles
+from lowmem_npo.training.checkpoints import resume_point
 from lowmem_npo.training.metrics import read_metrics
 from lowmem_npo.training.passes import Passes
 
@@ -203,6 +205,11 @@ def test_a_resumed_run_divides_as_before(tmp_path):
     assert parts == 2
     assert all(torch.equal(own[n], other[n]) for own, other in zip(steps, expected[1:], strict=True) for n in other)
     assert resumed(per_device_train_batch_size=2, gradient_accumulation_steps=2)[1] == 1  # other micro-batches
+    newest = RunFiles(tmp_path / "run").checkpoints()[0]
+    (newest / "micro_batch_parts.json").write_text("{")
+    lines: list[str] = []
+    assert resume_point(RunFiles(tmp_path / "run"), trainer, 9, lines.append).endswith("checkpoint-2")
+    assert "micro_batch_parts.json is damaged" in lines[0]
     (tmp_path / "run" / "checkpoint-1" / "micro_batch_parts.json").unlink()
     assert not all(torch.equal(resumed()[0][0][n], expected[1][n]) for n in expected[1])
 
