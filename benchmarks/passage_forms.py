@@ -48,6 +48,7 @@ from lowmem_npo.model.saved_adapter import load_adapter
 FORMS: tuple[PassageForm, ...] = ("completion", "text", "both")
 TOKENS = (32, 64, 128)
 PEOPLE = {"forget": 4, "retain": 6}
+QUICK_PEOPLE = {"forget": 2, "retain": 2}
 HALF, STRIDE = 24, 12  # tokens of a prompt, and of what follows it; tokens between two windows
 TOKENS_OF_A_STEP = 256
 TEACHING = Teaching(vocabulary=400, layers=2, width=96, heads=4, epochs=60, batch_size=8, lr=4e-3)
@@ -58,10 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, help="the JSON file")
     options = parser.parse_args(arguments)
-    steps, lengths = (2, TOKENS[:1]) if options.quick else (100, TOKENS)
+    steps, lengths, people = (2, TOKENS[:1], QUICK_PEOPLE) if options.quick else (100, TOKENS, PEOPLE)
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        documents = {part: document(part) for part in PEOPLE}
+        documents = {part: document(part, count) for part, count in people.items()}
         for part, text in documents.items():
             (work / f"{part}.txt").write_text(text, encoding="utf-8")
         tokenizer = make_tokenizer(list(documents.values()), TEACHING.vocabulary)
@@ -84,12 +85,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def document(part: str) -> str:
-    """A paragraph about each of a few invented people."""
+def document(part: str, count: int) -> str:
+    """A paragraph about each of the first `count` invented people."""
     people: dict[str, list[str]] = {}
     for one in bundled_rows(part).rows:
         people.setdefault(one["person"], []).append(f"{one['question']} {one['answer']}.")
-    return "\n\n".join(" ".join(sentences) for sentences in list(people.values())[: PEOPLE[part]])
+    return "\n\n".join(" ".join(sentences) for sentences in list(people.values())[:count])
 
 
 def row(ids: Sequence[int], prompt: int) -> TokenizedRow:
