@@ -82,9 +82,9 @@ def shallow(layers: int = 3, name: str = SMALL):
 
 def test_the_search_knows_what_the_adapter_rules_out(tmp_path):
     """A trained embedding is not moved to the host, and a first adapter is not for fewer layers than it has."""
-    trained = run(64, adapter=AdapterConfig(modules_to_save=("embed_tokens",)))
+    trained = run(64, adapter=AdapterConfig(modules_to_save=("embed_tokens",)), training=TrainingConfig(batch_size=2))
     with pytest.raises(UserError, match="A budget of .* cannot be met") as refusal:
-        fit_budget(trained, shallow(), 2**29)
+        fit_budget(trained, shallow(2), 2**29)
     assert "--offload-checkpoints" in str(refusal.value) and "--embedding-on-cpu" not in str(refusal.value)
     architecture = shallow(layers=8)
     with torch.device("meta"):
@@ -231,14 +231,15 @@ def test_tiles_of_many_rows_are_tried_before_those_of_few():
 
 
 def test_an_impossible_budget_says_the_smallest_and_what_takes_the_room():
+    few = TrainingConfig(batch_size=2)
     with pytest.raises(UserError) as error:
-        fit_budget(run(64), shallow(), 300 * 2**20)
+        fit_budget(run(64, training=few), shallow(1), 300 * 2**20)
     message = str(error.value)
     assert "A budget of 0.29 GiB cannot be met: the smallest that works is" in message
     assert "--micro-batch-size 1" in message and "frozen weights" in message and "CUDA context" in message
     assert "--qlora" not in message
     with pytest.raises(UserError, match="--qlora makes the frozen weights"):
-        fit_budget(RunConfig(ModelConfig("known"), DataConfig(max_length=64)), shallow(1), 300 * 2**20)
+        fit_budget(RunConfig(ModelConfig("known"), DataConfig(max_length=64), training=few), shallow(1), 300 * 2**20)
 
 
 def test_what_the_allocator_cannot_use_counts_and_more_of_it_without_expandable_segments(monkeypatch):
@@ -313,21 +314,24 @@ def test_malformed_sizes(text):
         parse_size(text, "--budget")
 
 
-def test_an_estimate_of_data_reads_them(byte_model, tmp_path):
-    """In a process of its own, where `datasets` was left out of the imports."""
+def test_an_estimate_of_data_reads_them(byte_model, tmp_path, capsys):
+    """Also in a process of its own, where `datasets` was left out of the imports."""
     for part, answer in (("forget", "a" * 200), ("retain", "b" * 20)):
         (tmp_path / f"{part}.csv").write_text(f"question,answer\nWho?,{answer}\nWhere?,{part}\n")
     data = [word for part in ("forget", "retain") for word in (f"--{part}", str(tmp_path / f"{part}.csv"))]
-    peaks = []
-    for more in (data, [*data, "--limit", "1"], ["--max-length", "1024"]):
-        result = subprocess.run(
-            [sys.executable, "-m", "lowmem_npo", "estimate", "--model", str(byte_model), "--json", *more],
-            capture_output=True, text=True, cwd=ROOT,
-            env={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", "PATH": ""},
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
-        peaks.append(json.loads(result.stdout[result.stdout.index("{") :])["peak_bytes"])
-    assert peaks[1] < peaks[0] < peaks[2]  # rows of about 200 tokens, one of them, and rows of 1024
+    command = ["estimate", "--model", str(byte_model), "--json"]
+    result = subprocess.run(
+        [sys.executable, "-m", "lowmem_npo", *command, *data],
+        capture_output=True, text=True, cwd=ROOT,
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", "PATH": ""},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    printed = [result.stdout]
+    for more in ([*data, "--limit", "1"], ["--max-length", "1024"]):
+        assert main([*command, *more]) == 0
+        printed.append(capsys.readouterr().out)
+    all_rows, one_row, long_rows = (json.loads(text[text.index("{") :])["peak_bytes"] for text in printed)
+    assert one_row < all_rows < long_rows  # rows of about 200 tokens, one of them, and rows of 1024
 
 
 def test_an_estimate_of_7b_needs_little_host_memory():
