@@ -333,6 +333,9 @@ class MemoryConfig(Checked):
     stream_weights: bool = False
     """Keep the frozen weights of the decoder layers in the host's memory; the GPU holds two layers, and the next one is
     copied while one computes."""
+    stream_from: Literal["auto", "memory", "cache"] = "auto"
+    """Where --stream-weights keeps them. memory: in pinned memory. cache: in the files of --quantized-cache, which are
+    read in every pass, at the speed of the disk. auto: in the cache, if the memory that is available is too small."""
     reference: Literal["auto", "live", "cached"] = "auto"
     """live: run the reference pass in every step. cached: store its results when a row is first seen and read them from
     then on, in later runs too. auto: cached if there is more than one epoch and the disk has room."""
@@ -352,6 +355,8 @@ class MemoryConfig(Checked):
             )
         if self.reference_dir is not None and self.reference == "live":
             raise UserError("--reference-dir is where the cached reference is kept: leave out --reference live, or it.")
+        if self.stream_from != "auto" and not self.stream_weights and self.memory_budget is None:
+            raise UserError("--stream-from says where --stream-weights keeps the weights: give both, or none.")
 
     @property
     def recomputes_layers(self) -> bool:
@@ -518,6 +523,8 @@ class RunConfig:
             raise UserError("--alternatives and --alternative-column both say what dpo prefers: leave one of them out.")
         if other is not None and term in FORGET_TERMS and term != "dpo":
             raise UserError(f"--alternatives are what --forget-term dpo prefers, and {term} prefers none: take dpo.")
+        if self.memory.stream_from == "cache" and self.model.quantized_cache is None:
+            raise UserError("--stream-from cache reads the weights from the files of --quantized-cache DIR: give one.")
         if self.objective.forget_level == "holdout" and self.data.forget is not None and self.data.holdout is None:
             raise UserError("--forget-level holdout pushes rows to where rows never taught are: name some, --holdout.")
         if self.objective.forget_level == "holdout" and self.data.tokens == "all":

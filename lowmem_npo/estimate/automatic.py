@@ -20,6 +20,7 @@ from lowmem_npo.environment import available_memory
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.background import Simulation, workload_of
 from lowmem_npo.estimate.gpus import Device, own_device
+from lowmem_npo.estimate.host import streaming_host
 from lowmem_npo.estimate.report import Report
 from lowmem_npo.estimate.simulator.gpu import CAPABILITY
 from lowmem_npo.estimate.step import StepRows
@@ -82,7 +83,7 @@ def _decide(
         return _on_cpu(config, data, architecture, say), None
     report = Simulation(config, workload_of(config, data), own_device() if on_gpu else None).report()
     if report.config.memory.stream_weights:
-        _check_host(report, on_gpu, say)
+        report = replace(report, config=_with_host(report, on_gpu, say))
     flags = f"with {' '.join(report.flags)}" if report.flags else "as configured"
     needed, context = gib(report.estimate.needed_bytes), gib(report.estimate.context_bytes)
     limit = f"Memory budget {budget}" if budget is not None else "Memory"
@@ -94,21 +95,18 @@ def _decide(
     return replace(report.config, memory=replace(report.config.memory, memory_budget=None)), report
 
 
-def _check_host(report: Report, on_gpu: bool, say: Say) -> None:
-    """Says how much host memory streamed weights take. Raises UserError if it is not there, or without a GPU."""
+def _with_host(report: Report, on_gpu: bool, say: Say) -> RunConfig:
+    """The configuration with what --stream-from leaves open decided, after saying how much host memory streamed
+    weights take. Raises UserError if it is not there, or without a GPU."""
     if not on_gpu:
         check_device(torch.device("cpu"))
-    needed = report.estimate.host_bytes * PartialState().num_processes
-    available = available_memory()
-    say(
-        f"Streamed weights: {gib(needed)} of host memory (available: {gib(available)}), and {gib(report.copied_bytes)} "
-        "copied to the GPU in a step."
+    host = streaming_host(report.config, report.estimate, report.copied_bytes)
+    for line in host.lines():
+        say(line)
+    host.check()
+    return replace(
+        report.config, memory=replace(report.config.memory, stream_from="cache" if host.in_file else "memory")
     )
-    if needed > available:
-        raise UserError(
-            f"--stream-weights keeps the weights in host memory, which takes {gib(needed)}, and {gib(available)} are "
-            "available: free some, use --qlora if this run does not, or take a smaller model."
-        )
 
 
 def _with_reference(config: RunConfig, data: PreparedData, architecture: PretrainedConfig, say: Say) -> RunConfig:

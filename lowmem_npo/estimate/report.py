@@ -13,6 +13,7 @@ from lowmem_npo.config import ModelConfig, RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.budget import Fit, cautious, fit_budget, fit_free, undecided
 from lowmem_npo.estimate.gpus import Device
+from lowmem_npo.estimate.host import streaming_host
 from lowmem_npo.estimate.simulator.gpu import CAPABILITY
 from lowmem_npo.estimate.step import Estimate, StepRows, estimate
 from lowmem_npo.estimate.time import RunTime, step_seconds
@@ -107,6 +108,11 @@ class Report:
             lines += [_line("host memory for tensors", result.host_bytes)]
         if self.config.memory.stream_weights:
             lines += [_line("copied from it to the GPU in a step", self.copied_bytes)]
+            host = streaming_host(self.config, result, self.copied_bytes)
+            if not host.in_file and host.needed > host.available:
+                lines += [f"more than the {gib(host.available)} that this host has available (--quantized-cache helps)"]
+            elif host.in_file:
+                lines += [f"this host has {gib(host.available)} available and reads {host.reads}"]
         flags = f"with {' '.join(self.flags)}" if self.flags else "with these options"
         if self.budget is not None:
             lines += [f"fits {gib(self.budget)}: yes, {flags}"]

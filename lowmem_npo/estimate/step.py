@@ -66,6 +66,8 @@ class Estimate:
     by_kind: dict[str, int]  # what peak_bytes consists of
     host_bytes: int  # the peak of tensors in host memory
     copied_bytes: int = 0  # from host memory to the GPU, by one micro-batch
+    streamed_bytes: int = 0  # of host_bytes, the layers' weights that are streamed
+    largest_block_bytes: int = 0  # of these, what the largest layer has
     context_bytes: int = CONTEXT_BYTES
     work: Work = field(default_factory=list, compare=False, repr=False)  # of one micro-batch, and what comes once
     later_work: Work = field(
@@ -216,6 +218,9 @@ def _simulate(
         gpu.work.begin("optimizer")
         optimizer.step()
         result = Estimate.of(gpu)
+        if stream is not None:
+            sizes = [len(block) for block in stream.blocks]
+            result = replace(result, streamed_bytes=sum(sizes), largest_block_bytes=max(sizes))
         if later:
             for reference in references.values():
                 reference.stored = True

@@ -28,7 +28,7 @@ def apply_switches(model: PeftModel, config: MemoryConfig, device: torch.device 
     device = device or lm.device
     join_adapters(lm)
     if config.stream_weights:
-        stream_weights(model, device)
+        stream_weights(model, device, in_file=config.stream_from == "cache")
     if config.embedding_on_cpu:
         embedding_to_host(lm, device)
     if config.stream_weights:

@@ -140,16 +140,18 @@ class Checkpoint:
         return self.converted or AutoConfig.from_pretrained(self.folder)
 
 
-def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
+def find_checkpoint(name: str, revision: str | None = None, local: bool = False) -> Checkpoint:
     """The weights in a directory, or in a hub repository, which is downloaded unless it is in the cache.
+
+    local: download nothing.
 
     Raises UserError if there are none, or they are quantised.
     """
     folder = Path(name).expanduser()
     if not check_model_name(name):
-        folder = _download(name, revision, ["*.safetensors", INDEX])
+        folder = _download(name, revision, ["*.safetensors", INDEX], local)
         if not any((folder / file).is_file() for file in (INDEX, WHOLE)):
-            folder = _download(name, revision, ["pytorch_model*.bin", OLD_INDEX])
+            folder = _download(name, revision, ["pytorch_model*.bin", OLD_INDEX], local)
     content = read_json(folder / "config.json")
     if content.get("quantization_config"):
         raise UserError(
@@ -210,9 +212,10 @@ def _in_native_form(checkpoint: Checkpoint, name: str) -> Checkpoint:
     return replace(checkpoint, shards=shards, rows=rows)
 
 
-def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
+def _download(name: str, revision: str | None, patterns: list[str], local: bool = False) -> Path:
+    wanted = [*patterns, *BESIDE_WEIGHTS]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[*patterns, *BESIDE_WEIGHTS]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=local))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"The weights of '{name}' are not here and cannot be downloaded ({reason}).") from error

@@ -26,9 +26,11 @@ from lowmem_npo.config import ModelConfig
 from lowmem_npo.console import Say, silent
 from lowmem_npo.errors import UserError
 from lowmem_npo.libraries import hub_problem
+from lowmem_npo.model.checkpoint import find_checkpoint
+from lowmem_npo.model.layer_by_layer import LayerLoaded, layer_by_layer
 from lowmem_npo.model.names import resolve_name
 from lowmem_npo.model.original_olmo import is_original, native_config
-from lowmem_npo.model.quantization import quantising, quantization_of, stored_quantization
+from lowmem_npo.model.quantization import one_at_a_time, quantising, quantization_of, stored_quantization
 from lowmem_npo.model.quantized_cache import CacheEntry, check_cached
 from lowmem_npo.model.weights import (
     check_directory_weights,
@@ -114,7 +116,13 @@ def attention_of(architecture: PretrainedConfig, wanted: str) -> str:
     return "eager" if wanted == "sdpa" and not kind._supports_sdpa else wanted
 
 
-def load_model(config: ModelConfig, say: Say = print, on_host: bool = False) -> PreTrainedModel:
+def load_model(
+    config: ModelConfig,
+    say: Say = print,
+    on_host: bool = False,
+    layer_loaded: LayerLoaded | None = None,
+    in_file: bool = False,
+) -> PreTrainedModel:
     """The frozen base model on its device, in eval mode. Weights of the checkpoint that it does not use are reported.
 
     With `qlora`, transformers reads, moves and quantises one tensor at a time straight from the mapped files, so that
@@ -123,23 +131,75 @@ def load_model(config: ModelConfig, say: Say = print, on_host: bool = False) -> 
     Args:
         config: `qlora` quantises every linear layer but the head to NF4; embeddings, norms and head stay in `dtype`.
         on_host: leave it in host memory, from which its weights will be streamed; the device only quantises.
+        layer_loaded: called with each decoder layer on the host once it is there.
+        in_file: leave the decoder layers in the files of the quantised cache, mapped; needs one. Of several processes,
+            one makes it while the others wait.
 
     Raises:
         UserError: not a causal LM, not found, no network, bf16 or flash-attention where they cannot run, weights that
             the checkpoint lacks.
     """
+    check_can_run(config, resolve_device(config.device))
+    entry = cache_entry(config)
+    with PartialState().main_process_first() if in_file else nullcontext():
+        if entry is not None and entry.exists():
+            return _from_cache(entry, config, say, on_host, None if in_file else layer_loaded)
+        if not in_file:
+            model = _load(config, say, on_host, layer_loaded)
+            if entry is not None:
+                entry.keep(model, say)
+            return model
+        assert entry is not None, "the configuration names a cache"
+        with entry.being_written(say) as writer:
+            model = _load(config, say, True, writer.map_layer)
+            writer.finish(model)
+        return model
+
+
+def local_cache_entry(config: ModelConfig) -> CacheEntry | None:
+    """`cache_entry`, but that nothing is downloaded; None also where the weights are not on this machine yet.
+
+    Raises:
+        UserError: as it does, and if the entry is damaged, or could not be written.
+    """
+    if config.quantized_cache is None:
+        return None
+    name, _ = resolve_name(config.model, config.revision)
+    try:
+        find_checkpoint(name, config.revision, local=True)
+    except UserError:  # which loading raises again, if it is not that they are still to be downloaded
+        return None
+    entry = cache_entry(config)
+    if entry is not None and not entry.exists():
+        entry.check_writable()
+    return entry
+
+
+def cache_entry(config: ModelConfig) -> CacheEntry | None:
+    """Where the model's weights are, or will be, kept in --quantized-cache; None without it. A model of the hub is
+    downloaded.
+
+    Raises:
+        UserError: the weights are stored in 4 bits already, or the cache is a file.
+    """
+    if config.quantized_cache is None:
+        return None
+    name, _ = resolve_name(config.model, config.revision)
+    architecture = _architecture(name, config.revision)
+    check_cached(architecture, stored_quantization(architecture))
+    recipe = quantization_of(architecture, config.qlora, DTYPES[config.dtype], config.double_quant != "off")
+    assert recipe is not None, "the configuration has asked for 4 bits"
+    return CacheEntry(CacheEntry.folder(config.quantized_cache), name, config.revision, recipe.to_dict())
+
+
+def _load(config: ModelConfig, say: Say, on_host: bool, layer_loaded: LayerLoaded | None) -> PreTrainedModel:
+    """`load_model` without a cache."""
     device, dtype = resolve_device(config.device), DTYPES[config.dtype]
-    check_can_run(config, device)
     name, _ = resolve_name(config.model, config.revision)
     loaded_config = load_config(config)
     quantization = quantization_of(loaded_config, config.qlora, dtype, config.double_quant != "off")
-    entry = None
-    if config.quantized_cache is not None and quantization is not None:
-        check_cached(loaded_config, stored_quantization(loaded_config))
-        entry = CacheEntry(Path(config.quantized_cache), name, config.revision, quantization.to_dict())
-        if entry.exists():
-            return _from_cache(entry, config, name, say, on_host)
-    loading: Any = quantising(device if on_host else None) if quantization else nullcontext([])
+    loading: Any = quantising(device if on_host else None) if quantization else one_at_a_time(on_host)
+    each: Any = nullcontext() if layer_loaded is None else layer_by_layer(layer_loaded)
     if quantization and stored_quantization(loaded_config):  # its own recipe, but for the type that it computes in
         loaded_config.quantization_config, quantization = quantization.to_dict(), None
     model: PreTrainedModel
@@ -152,7 +212,7 @@ def load_model(config: ModelConfig, say: Say = print, on_host: bool = False) -> 
     }
     try:
         original = original_weights(name, config.revision, loaded_config)
-        with loading as damaged:
+        with loading as damaged, each:
             if original is not None:
                 model, loaded_weights = load_tensors(loaded_config, original.unread(), **options)
                 model.name_or_path = model.config.name_or_path = name
@@ -182,19 +242,22 @@ def load_model(config: ModelConfig, say: Say = print, on_host: bool = False) -> 
         if hasattr(layer, "support_avx512bf16_for_cpu"):  # a 4-bit layer of bitsandbytes: on such CPUs it would be
             layer.support_avx512bf16_for_cpu = False  # repacked in its first eval pass, and have no gradient after
     model.requires_grad_(False)
-    if entry is not None:
-        entry.keep(model, say)
     model.config.use_cache = False
     return model.eval()
 
 
-def _from_cache(entry: CacheEntry, config: ModelConfig, name: str, say: Say, on_host: bool) -> PreTrainedModel:
+def _from_cache(
+    entry: CacheEntry, config: ModelConfig, say: Say, on_host: bool, layer_loaded: LayerLoaded | None
+) -> PreTrainedModel:
     """The model as it was kept, under its own name."""
     kept = replace(config, model=str(entry.path), revision=None, quantized_cache=None)
+    name, _ = resolve_name(config.model, config.revision)
     try:
-        model = load_model(kept, say, on_host)
+        model = _load(kept, say, on_host, layer_loaded)
     except UserError as error:
-        raise UserError(f"--quantized-cache: '{entry.path}' cannot be read: remove it. ({error})") from error
+        raise UserError(
+            f"--quantized-cache: '{entry.path}' cannot be read: remove it, or leave the option out. ({error})"
+        ) from error
     model.name_or_path = model.config.name_or_path = name
     say(f"The 4-bit weights come from {entry.path}.")
     return model

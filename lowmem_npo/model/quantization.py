@@ -61,6 +61,14 @@ def stored_quantization(architecture: PretrainedConfig) -> BitsAndBytesConfig | 
 
 
 @contextmanager
+def one_at_a_time(is_wanted: bool = True) -> Iterator[list[str]]:
+    """Inside, transformers reads each tensor when its turn comes, and does not convert many of them ahead, if that
+    `is_wanted`. Yields the names of damaged ones, of which it sees none."""
+    with mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"} if is_wanted else {}):
+        yield []
+
+
+@contextmanager
 def quantising(on: torch.device | None = None) -> Iterator[list[str]]:
     """Inside, transformers builds and loads models so that all their linear layers are quantised, one at a time. Yields
     the names of those that held NaN or infinity: of 4 bits each is some number.

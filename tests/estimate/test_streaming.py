@@ -5,18 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+from helpers.tiny_models import tiny_model
 from transformers import LlamaConfig
 
 from lowmem_npo.cli import main
 from lowmem_npo.config import DataConfig, MemoryConfig, ModelConfig, RunConfig, TrainingConfig
 from lowmem_npo.errors import UserError
-from lowmem_npo.estimate import automatic
+from lowmem_npo.estimate import host
 from lowmem_npo.estimate.budget import fit_budget
 from lowmem_npo.estimate.gpus import named
 from lowmem_npo.estimate.simulator.work import ARRIVAL, Operation
-from lowmem_npo.estimate.step import estimate
+from lowmem_npo.estimate.step import Estimate, estimate
 from lowmem_npo.estimate.time import RunTime, Seconds, seconds
 from lowmem_npo.memory import streaming
+from lowmem_npo.model import load_model
 from lowmem_npo.model.known_configs import known_config
 from lowmem_npo.model.trial import of_depth
 
@@ -119,7 +122,7 @@ def test_weights_are_streamed_for_a_budget_that_nothing_else_meets():
 
 def test_host_memory_is_checked_and_said_before_anything_is_loaded(byte_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(streaming, "ON_CPU", True)
-    monkeypatch.setattr(automatic, "available_memory", lambda: 1000)
+    monkeypatch.setattr(host, "available_memory", lambda: 1000)
     options = ["train", "--model", str(byte_model), "--device", "cpu", "--max-steps", "1", "--limit", "2", *DECIDED]
     options += ["--offload-checkpoints", "--tile-mlp", "16", "--embedding-on-cpu"]
     options += ["--stream-weights", "--memory-budget", "20GiB", "--output-dir", str(tmp_path / "run"), "--dry-run"]
@@ -127,3 +130,39 @@ def test_host_memory_is_checked_and_said_before_anything_is_loaded(byte_model, t
     out, err = capsys.readouterr()
     assert "Streamed weights: 0.0" in out and "of host memory (available: 0.00 GiB)" in out
     assert "--stream-weights keeps the weights in host memory, which takes" in err
+
+
+def test_a_host_with_too_little_memory_reads_the_cache(tmp_path, monkeypatch):
+    """By the memory that there is, unless --stream-from says where; at the speed of the disk, tried where it can be."""
+    tiny_model("olmo2", dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    cache = tmp_path / "cache"
+    model = ModelConfig(str(tmp_path / "model"), qlora=True, device="cpu", quantized_cache=str(cache))
+    figures = Estimate(0, 0, {}, host_bytes=1000 * GIB, streamed_bytes=990 * GIB, largest_block_bytes=2 * GIB)
+
+    def decided(gib: int, model=model, source="auto", **settings):
+        monkeypatch.setattr(host, "available_memory", lambda: gib * GIB)
+        config = RunConfig(model, memory=MemoryConfig(stream_weights=True, stream_from=source))
+        return host.streaming_host(config, replace(figures, **settings), copied=4 * 10**9)
+
+    few = {"streamed_bytes": 1000, "largest_block_bytes": 10, "host_bytes": 10 * GIB}
+    assert not decided(1001).in_file and not decided(5, source="memory").in_file
+    assert decided(1001, source="cache", **few).in_file
+    with pytest.raises(
+        UserError, match=r"the weights take 990.00 GiB, and .* are free in '.*', from where they are to"
+    ):
+        decided(20)
+    read = decided(9, **few)
+    assert read.in_file and read.needed == 10 * GIB - 1000 + 20 and not read.measured and read.read_seconds == 2.0
+    assert read.lines()[1].startswith("This host reads the weights from --quantized-cache in every pass, 2.0 s of a st")
+    with pytest.raises(
+        UserError, match="--stream-weights from --quantized-cache takes 10.00 GiB of host memory, and 9"
+    ):
+        read.check()
+    with pytest.raises(UserError, match=r"read them from a disk \(--qlora --quantized-cache DIR\)"):
+        decided(5, replace(model, quantized_cache=None)).check()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # each process keeps its own copy
+    assert decided(2001).needed == 2000 * GIB and decided(19, **few).in_file
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    load_model(model, lambda line: None)
+    tried = decided(9, **few)
+    assert tried.measured and tried.read_seconds == 4e9 / tried.disk_rate and "GB/s (measured)" in tried.lines()[1]

@@ -28,6 +28,8 @@ class RecordingBus(TorchDispatchMode):
         self._clock = 0
         self._last_read: dict[int, int] = {}  # memory of a slot -> clock
         self._under_way: list[tuple[int, Tensor, Tensor]] = []  # number of the copy, host, slot: in order
+        self._sources: dict[int, tuple[int, Tensor]] = {}  # where copies began -> number of the last, its content
+        self._finished = 0  # number of the last copy that the host has waited for
         self._arrives: dict[int, int] = {}  # memory of a slot -> number of the copy that computation must wait for
 
     # -- the bus ----------------------------------------------------------------------------------------------------
@@ -41,6 +43,7 @@ class RecordingBus(TorchDispatchMode):
             self.violations.append("a slot is copied into while it is read")
         self.copies += 1
         with _disable_current_modes():
+            self._check_source(host)
             self._finish(memory)
             slot.fill_(NAN)
             if self.late:
@@ -51,11 +54,26 @@ class RecordingBus(TorchDispatchMode):
         return self.copies
 
     def wait(self, copied: int) -> None:
+        self._until(copied)
+        self._arrives = {memory: number for memory, number in self._arrives.items() if number > copied}
+
+    def finish(self, copied: int) -> None:
+        """Unlike `wait`, it holds up the host: only now is it known that the copy has read what it copies."""
+        self._until(copied)
+        self._finished = max(self._finished, copied)
+
+    def _until(self, copied: int) -> None:
         with _disable_current_modes():
             while self._under_way and self._under_way[0][0] <= copied:  # one stream: in order
                 _, host, slot = self._under_way.pop(0)
                 slot.copy_(host)
-        self._arrives = {memory: number for memory, number in self._arrives.items() if number > copied}
+
+    def _check_source(self, host: Tensor) -> None:
+        """What was copied from the same place before must have been read when it was overwritten."""
+        number, content = self._sources.get(host.data_ptr(), (0, host))
+        if number > self._finished and not torch.equal(content[: len(host)], host[: len(content)]):
+            self.violations.append("what is copied is overwritten before")
+        self._sources[host.data_ptr()] = self.copies, host.clone()
 
     def _finish(self, memory: int) -> None:
         """Of two copies into one slot, the first never shows."""

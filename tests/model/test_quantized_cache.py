@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import json
+import os
+import resource
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -13,9 +16,12 @@ import torch
 from helpers.tiny_models import tiny_model
 from transformers import PreTrainedModel
 
+from lowmem_npo.claim import LOCK
 from lowmem_npo.config import AdapterConfig, ModelConfig
 from lowmem_npo.errors import UserError
+from lowmem_npo.files import PARTIAL
 from lowmem_npo.model import attach_lora, load_model
+from lowmem_npo.model.loading import cache_entry, local_cache_entry
 from lowmem_npo.model.quantized_cache import IDENTITY
 from lowmem_npo.training.reference.identity import weights_fingerprint
 
@@ -30,11 +36,14 @@ def saved(folder: Path, seed: int) -> Path:
     return folder
 
 
+def configured(model: Path, cache: Path | None, **options) -> ModelConfig:
+    return ModelConfig(str(model), qlora=True, device="cpu", quantized_cache=cache and str(cache), **options)
+
+
 def loaded(model: Path, cache: Path | None, **options) -> tuple[PreTrainedModel, str]:
     """The model, and what was said."""
     lines: list[str] = []
-    config = ModelConfig(str(model), qlora=True, device="cpu", quantized_cache=cache and str(cache), **options)
-    return load_model(config, lines.append), " ".join(lines)
+    return load_model(configured(model, cache, **options), lines.append), " ".join(lines)
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -69,41 +78,102 @@ def test_other_weights_and_another_recipe_have_entries_of_their_own(model, tmp_p
     assert len(list(cache.iterdir())) == 5
 
 
-def test_an_entry_of_other_weights_or_a_damaged_one_is_refused(model, tmp_path):
+def test_an_entry_of_other_weights_or_a_damaged_one_is_refused(model, tmp_path, byte_model):
     cache = tmp_path / "cache"
     loaded(model, cache)
     (entry,) = cache.iterdir()
-    weights, identity = entry / "model.safetensors", entry / IDENTITY
+    identity, damaged = entry / IDENTITY, "was made from other weights or another quantisation, or is damaged: remove"
     content = identity.read_text()
     identity.write_text(content.replace("nf4", "fp4"))
-    with pytest.raises(UserError, match="was made from other weights or another quantisation, or is damaged: remove"):
+    with pytest.raises(UserError, match=damaged):
         loaded(model, cache)
     identity.write_text(content)
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(UserError, match="--quantized-cache: '.*' cannot be read: remove it"):
+    weights = entry / "model-00001.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])  # a disk that was full, a copy that was cut short
+    for load in (loaded, lambda *where: local_cache_entry(configured(*where))):  # the latter before anything is loaded
+        with pytest.raises(UserError, match=damaged):
+            load(model, cache)
+    weights.write_bytes(b"\xff" * len(whole))
+    with pytest.raises(UserError, match="--quantized-cache: '.*' cannot be read: remove it, or leave the option out"):
         loaded(model, cache)
     shutil.rmtree(entry)
     assert "are kept in" in loaded(model, cache)[1]
 
 
-@pytest.mark.parametrize("kind", ["full while writing", "no room"])
-def test_on_a_full_disk_nothing_half_written_counts(kind, model, tmp_path, monkeypatch):
-    cache = tmp_path / "cache"
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """A disk that is full after so many bytes of a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    def fill(self, folder, **options):
-        Path(folder).mkdir()
-        (Path(folder) / "model.safetensors").write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
 
-    if kind == "no room":
-        monkeypatch.setattr("lowmem_npo.model.quantized_cache.free_bytes", lambda path: 10)
-    else:
-        monkeypatch.setattr(PreTrainedModel, "save_pretrained", fill)
-    first, said = loaded(model, cache)
-    reason = "0.00 GiB are free" if kind == "no room" else "No space left on device"
-    assert "the weights are not kept" in said and reason in said and not list(cache.iterdir())
-    monkeypatch.undo()
+@pytest.mark.parametrize("in_file", [False, True], ids=["in memory", "in the file"])
+def test_on_a_full_disk_nothing_half_written_counts(in_file, model, tmp_path):
+    """In memory, the run goes on without; if its weights were to stay in the files, it cannot."""
+    cache, said = tmp_path / "cache", list[str]()
+    with files_of_at_most(4096), pytest.raises(UserError) if in_file else nullcontext() as raised:
+        load_model(configured(model, cache), said.append, on_host=in_file, in_file=in_file)
+    said += [str(raised.value)] if in_file else []
+    assert "--quantized-cache: the weights are not kept (" in said[-1] and "File too large" in said[-1]
+    assert not cache.exists() or not list(cache.iterdir())
     assert "are kept in" in loaded(model, cache)[1]
+
+
+def test_a_disk_without_room_for_it(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("lowmem_npo.model.quantized_cache.free_bytes", lambda path: 10)
+    _, said = loaded(model, tmp_path / "cache")
+    assert "the weights are not kept" in said and "0.00 GiB are free" in said and not (tmp_path / "cache").exists()
+
+
+def test_two_runs_write_it_at_once(model, tmp_path):
+    """The second does without, or waits if its weights are to stay there. What a killed run leaves is removed."""
+    cache, options = tmp_path / "cache", {"on_host": True, "in_file": True}
+    entry = cache_entry(configured(model, cache))
+    partial = entry.path.with_name(entry.path.name + PARTIAL)
+    with entry.being_written(print):
+        _, said = loaded(model, cache)
+        assert "the weights are not kept: another run is writing" in said
+        with pytest.raises(UserError, match="another run is writing"):
+            load_model(configured(model, cache), **options)
+    assert not partial.exists() and not entry.exists()
+    (partial / "entry").mkdir(parents=True)
+    (partial / "entry" / "model-00000.safetensors").write_bytes(b"half")
+    (partial / LOCK).write_text("{}")
+    assert "are kept in" in loaded(model, cache)[1] and entry.exists() and not partial.exists()
+
+
+def test_another_run_has_written_it_meanwhile(model, tmp_path):
+    """Between the look for it and the lock: its entry stays."""
+    cache, said = tmp_path / "cache", list[str]()
+    mine = load_model(configured(model, None), said.append)
+    entry = cache_entry(configured(model, cache))
+    loaded(model, cache)
+    before = (entry.path / IDENTITY).stat().st_mtime_ns
+    entry.keep(mine, said.append)
+    assert "are kept in" in said[-1] and (entry.path / IDENTITY).stat().st_mtime_ns == before
+
+
+def test_a_directory_that_cannot_be_written(model, tmp_path, monkeypatch):
+    """Refused before anything is loaded, unless the weights are there already."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--quantized-cache '.*/file/cache': '.*/file' is a file: choose a directory"):
+        local_cache_entry(configured(model, tmp_path / "file" / "cache"))
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o500)
+    if os.geteuid() == 0:  # whom no permission holds
+        monkeypatch.setattr(os, "access", lambda path, mode: bool(os.stat(path).st_mode & 0o200))
+    config = configured(model, cache)
+    with pytest.raises(UserError, match="--quantized-cache: '.*' cannot be written, and does not hold these weights"):
+        local_cache_entry(config)
+    cache.chmod(0o700)
+    loaded(model, cache)
+    cache.chmod(0o500)
+    assert local_cache_entry(config).exists() and "come from" in loaded(model, cache)[1]
 
 
 def test_without_4_bits_there_is_nothing_to_keep(model, tmp_path):
@@ -117,6 +187,5 @@ def test_without_4_bits_there_is_nothing_to_keep(model, tmp_path):
 
 def test_held_on_the_host_for_streaming(model, tmp_path):
     for _ in range(2):
-        config = ModelConfig(str(model), qlora=True, device="cpu", quantized_cache=str(tmp_path / "cache"))
-        kept = load_model(config, lambda line: None, on_host=True)
+        kept = load_model(configured(model, tmp_path / "cache"), lambda line: None, on_host=True)
     assert fingerprint(kept) == fingerprint(loaded(model, None)[0])

@@ -23,7 +23,7 @@ from lowmem_npo.memory.streaming import check_device
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import load_tokenizer, resolve_name
 from lowmem_npo.model.adapters import adapter_size, check_lora, shared_layers
-from lowmem_npo.model.loading import DTYPES, load_config, resolve_device
+from lowmem_npo.model.loading import DTYPES, load_config, local_cache_entry, resolve_device
 from lowmem_npo.model.notes import model_notes
 from lowmem_npo.model.quantization import quantization_of
 from lowmem_npo.model.saved_adapter import check_base, check_finite, settings_of_run
@@ -128,6 +128,7 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
     if config.memory.stream_weights:
         check_device(resolve_device(config.model.device))
     check_has_weights(resolve_name(config.model.model, config.model.revision)[0])
+    local_cache_entry(config.model)  # raises if it could be neither read nor written
     check_fit(model_config, tokenizer, [data.forget_trained, data.forget_targets, data.retain, data.holdout])
     directory = RunDirectory(config)
     directory.check()

@@ -2,7 +2,8 @@
 
 The frozen weights are only read. They stay in pinned host memory, each layer's in one contiguous block, and are copied
 on a side stream into one of two slots while the layer before computes; nothing is ever copied back. Adapters, norms,
-embedding and head stay on the device, and so does what layers share.
+embedding and head stay on the device, and so does what layers share. A host with too little memory reads the layers
+from the cache of quantised weights instead, one after the other, into two pinned buffers.
 
 Why not an existing implementation: accelerate's offloading hooks copy tensor by tensor, on the compute stream, and know
 nothing of a backward pass through frozen weights; DeepSpeed's ZeRO-3 and FSDP own the training loop, and gather weights
@@ -25,10 +26,12 @@ from transformers import PreTrainedModel
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.memory.streaming import bus
-from lowmem_npo.memory.streaming.blocks import frozen_weights, host_memory
+from lowmem_npo.memory.streaming.blocks import FileBlock, frozen_weights, host_memory
 from lowmem_npo.memory.streaming.stream import WeightStream
+from lowmem_npo.model.layer_by_layer import LayerLoaded
 from lowmem_npo.model.layers import causal_lm, decoder_layers
 
+BLOCK = "_block"  # attribute of a layer: the memory in which its weights lie, until they are streamed
 ON_CPU = False  # whether weights may be streamed to a CPU, which is for tests: it has them in its memory anyway
 
 
@@ -38,10 +41,26 @@ def check_device(device: torch.device) -> None:
         raise UserError("--stream-weights copies weights to a GPU, and this run computes on the CPU: leave it out.")
 
 
-def stream_weights(model: PreTrainedModel | PeftModel, device: torch.device) -> None:
+def into_blocks(device: torch.device) -> LayerLoaded:
+    """For `load_model`: each layer's frozen weights go into the block from which they will be copied to `device` as
+    soon as they are loaded, so that the host holds the blocks and, unlike them, one layer."""
+
+    def loaded(lm: PreTrainedModel, layer: nn.Module) -> None:
+        layers = decoder_layers(lm)
+        block = frozen_weights(lm, layers)[list(layers).index(layer)]
+        vars(layer)[BLOCK] = memory = host_memory(block.size, pinned=device.type == "cuda")
+        block.move_into(memory)
+
+    return loaded
+
+
+def stream_weights(model: PreTrainedModel | PeftModel, device: torch.device, in_file: bool = False) -> None:
     """Keeps the frozen weights of the decoder layers in host memory, from which they visit `device`. All else
     stays where it is (`move_the_rest`). A streamed parameter holds its values only while its layer computes
     (`present`).
+
+    Args:
+        in_file: the weights stay where they are, mapped from a file, and are read whenever they are needed.
 
     Raises:
         UserError: the layers have no weights of their own, or the host's memory cannot be pinned.
@@ -54,14 +73,21 @@ def stream_weights(model: PreTrainedModel | PeftModel, device: torch.device) -> 
     head = lm.get_output_embeddings().weight
     if head.is_meta:
         return  # it was only to be seen whether the switch fits
-    to_gpu, simulated = device.type == "cuda", not has_values(head)
-    memory = []
-    for block in blocks:
-        memory.append(host_memory(block.size, pinned=to_gpu and not simulated))
-        block.move_into(memory[-1])
+    simulated = not has_values(head)
+    pinned = device.type == "cuda" and not simulated
     sizes = [max((block.size for block in blocks[place::2]), default=0) for place in (0, 1)]
+    way, memory = bus.bus_to(device, simulated), list[Any]()
+    if in_file and not simulated:  # a simulation counts the blocks, and says what is left of them
+        memory = [FileBlock(block) for block in blocks]
+        way = bus.StagedBus(way, (host_memory(max(sizes), pinned), host_memory(max(sizes), pinned)))
+    else:
+        for layer, block in zip(layers, blocks, strict=True):
+            there = vars(layer).pop(BLOCK, None)
+            if there is None or not block.lies_in(there):
+                block.move_into(there := host_memory(block.size, pinned))
+            memory.append(there)
     slots = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
-    stream = WeightStream(memory, slots, bus.bus_to(device, simulated))
+    stream = WeightStream(memory, slots, way)
     streamed = set()
     for index, (layer, block) in enumerate(zip(layers, blocks, strict=True)):
         parameter: Any

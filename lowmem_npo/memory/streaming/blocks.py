@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import functools
 import math
-import weakref
+import mmap
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -59,6 +62,12 @@ class Block:
         for tensor, start in zip(self._tensors(), self.offsets, strict=True):
             part = memory[start : start + tensor.numel() * tensor.element_size()]
             yield part.view(tensor.dtype).view(tensor.shape).data
+
+    def lies_in(self, memory: Tensor) -> bool:
+        """Whether `move_into(memory)` would change nothing."""
+        start = memory.data_ptr()
+        own = [(tensor.untyped_storage()._cdata, tensor.data_ptr() - start) for tensor in self._tensors()]
+        return memory.numel() == self.size and own == [(memory.untyped_storage()._cdata, at) for at in self.offsets]
 
     def move_into(self, memory: Tensor) -> None:
         """Copies the weights into `memory`, and frees where they were: from then on the parameters lie there."""
@@ -158,26 +167,75 @@ def _of_adapter(module: Any) -> Iterator[nn.Parameter]:
         yield from module.modules_to_save.parameters()
 
 
+class FileBlock:
+    """One layer's weights where they are: views of a file that is mapped into memory, in no order."""
+
+    def __init__(self, block: Block) -> None:
+        self.size = block.size
+        self._parts = [(tensor, at) for tensor, at in zip(block._tensors(), block.offsets, strict=True)]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def read(self, into: Tensor) -> None:
+        """Copies them to their places in `into` (size,) uint8, through the operating system's page cache."""
+        for tensor, _ in self._parts:
+            _read_ahead(tensor)
+        for tensor, at in self._parts:
+            into[at : at + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def _read_ahead(tensor: Tensor) -> None:
+    """Has the operating system read what `tensor` maps, in large pieces and in the background: by page faults alone a
+    disk would be read a hundred KiB at a time."""
+    start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    end = tensor.data_ptr() + tensor.numel() * tensor.element_size()
+    _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_WILLNEED)  # only advice
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
+class _Pages(mmap.mmap):
+    """Whole pages of memory, given back to the operating system at once. Pinned ones are unpinned before."""
+
+    pinned_at: int | None = None
+
+    def __del__(self) -> None:
+        if self.pinned_at is not None and not sys.is_finalizing():
+            torch.cuda.synchronize()  # a copy may be under way
+            torch.cuda.cudart().cudaHostUnregister(self.pinned_at)
+
+
 def host_memory(size: int, pinned: bool) -> Tensor:
     """(size,) uint8 in host memory. Pinned, a GPU can copy it while it computes.
 
     PyTorch's own pinned memory is rounded up to a power of two, which for the layers of a large model is gigabytes.
+    What `malloc` gives need not begin with a page, and no page can be pinned twice; nor does what is freed there
+    always go back to the operating system.
 
     Raises:
-        UserError: the operating system pins no more.
+        UserError: the operating system gives or pins no more.
     """
-    memory = torch.empty(size, dtype=torch.uint8, device="cpu")
-    if pinned and size:
-        address, cuda = memory.data_ptr(), torch.cuda.cudart()
-        if int(cuda.cudaHostRegister(address, size, 0)) != 0:
-            raise UserError(
-                f"--stream-weights: the operating system pins no more host memory ({gib(size)} were wanted): "
-                "free some, or raise the limit (`ulimit -l`)."
-            )
-        weakref.finalize(memory.untyped_storage(), _unpin, address).atexit = False
+    memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+    if not size or not has_values(memory):  # nothing, or only to be counted
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
+    try:
+        pages = _Pages(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise _no_more(size) from error
+    memory = torch.frombuffer(pages, dtype=torch.uint8)
+    if pinned:
+        if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0)) != 0:
+            raise _no_more(size)
+        pages.pinned_at = memory.data_ptr()
     return memory
 
 
-def _unpin(address: int) -> None:
-    torch.cuda.synchronize()  # a copy may be under way
-    torch.cuda.cudart().cudaHostUnregister(address)
+def _no_more(size: int) -> UserError:
+    return UserError(
+        f"--stream-weights: the operating system gives or pins no more host memory ({gib(size)} were wanted): free "
+        "some, raise the limit (`ulimit -l`), or give --quantized-cache and --stream-from cache."
+    )

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowmem_npo.memory.streaming.blocks import FileBlock
 from lowmem_npo.memory.streaming.bus import Bus
 
 Visit = tuple[int, str]  # a layer, and in which pass
@@ -30,11 +31,11 @@ class WeightStream:
     """Brings layers' blocks of host memory into two slots of device memory.
 
     Args:
-        blocks: (bytes,) uint8 of each layer, in host memory.
+        blocks: (bytes,) uint8 of each layer, in host memory, or whatever else the bus copies.
         slots: two of them, (bytes,) uint8 on the device.
     """
 
-    def __init__(self, blocks: Sequence[Tensor], slots: Sequence[Tensor], bus: Bus) -> None:
+    def __init__(self, blocks: Sequence[Tensor | FileBlock], slots: Sequence[Tensor], bus: Bus) -> None:
         self.blocks, self.slots, self.bus = blocks, slots, bus
         self.copied_bytes = 0
         self._there: list[int | None] = [None, None]  # the layer whose copy into the slot was enqueued last

@@ -57,11 +57,12 @@ def results(folder: Path) -> tuple:
     return losses, answers, {n: w.tolist() for n, w in load_file(folder / "adapter_model.safetensors").items()}
 
 
-@pytest.mark.parametrize("more", [("--qlora",), ("--reference", "live")], ids=["4 bits", "bf16"])
+@pytest.mark.parametrize("more", [("--qlora",), ("--reference", "live")], ids=["4 bits, from files", "bf16"])
 def test_a_run_is_that_of_resident_weights(more, small_model, tmp_path, monkeypatch):
     train(small_model, tmp_path / "resident", *more)
     monkeypatch.setattr(streaming, "ON_CPU", True)
-    train(small_model, tmp_path / "streamed", "--stream-weights", *more)
+    source = ("--quantized-cache", str(tmp_path / "cache"), "--stream-from", "cache") if "--qlora" in more else ()
+    train(small_model, tmp_path / "streamed", "--stream-weights", *source, *more)
     assert results(tmp_path / "streamed") == results(tmp_path / "resident")
 
 

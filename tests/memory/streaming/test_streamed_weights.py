@@ -25,6 +25,8 @@ from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers
 from lowmem_npo.evaluation.scoring.token_scores import token_scores
 from lowmem_npo.memory import float32, streaming, switches
 from lowmem_npo.memory.streaming import check_device, stream_weights, weight_stream
+from lowmem_npo.memory.streaming.blocks import FileBlock
+from lowmem_npo.memory.streaming.bus import StagedBus
 from lowmem_npo.memory.streaming.stream import WeightStream
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import answer_hidden, attach_lora, load_model
@@ -176,6 +178,64 @@ def test_four_bit_weights_with_their_statistics(double_quant, others, on_disk, l
     assert same(*steps)
     of_layer = {p.dtype for p in model.parameters() if streaming.is_streamed(p)}
     assert of_layer == {torch.uint8}  # norms and adapters are not among them
+
+
+# -- weights that stay in their files -------------------------------------------------------------------------------
+
+
+def in_file(on_disk: str, cache: Path, **memory):
+    config = ModelConfig(on_disk, qlora=True, double_quant="on", device="cpu", quantized_cache=str(cache))
+    torch.manual_seed(0)
+    model = attach_lora(load_model(config, lambda line: None, on_host=True, in_file=True), ADAPTER)
+    apply_switches(model, MemoryConfig(stream_weights=True, stream_from="cache", **memory))
+    return model
+
+
+def mapped_files() -> str:
+    return Path("/proc/self/maps").read_text()
+
+
+def test_weights_that_are_read_from_the_cache(on_disk, late, tmp_path):
+    config = ModelConfig(on_disk, qlora=True, double_quant="on", device="cpu")
+    torch.manual_seed(0)
+    resident = attach_lora(load_model(config), ADAPTER)
+    apply_switches(resident, MemoryConfig(**OTHERS["all"]))
+    expected = two_steps(resident, tmp_path)
+    for _ in ("the run that writes it", "the next"):
+        model = in_file(on_disk, tmp_path / "cache", **OTHERS["all"])
+        assert str(tmp_path / "cache") in mapped_files()
+        with checked(late, model):
+            streamed = two_steps(model, tmp_path)
+        assert same(streamed, expected) and late.copies > 20
+    assert weights_fingerprint(model) == weights_fingerprint(resident)
+
+
+def test_a_buffer_that_is_read_into_too_early_is_caught(on_disk, late, tmp_path, monkeypatch):
+    read = StagedBus._copy
+
+    def waits_for_nothing(self, *args):
+        self._left = [None, None]
+        return read(self, *args)
+
+    monkeypatch.setattr(StagedBus, "_copy", waits_for_nothing)
+    model = in_file(on_disk, tmp_path / "cache")
+    with late.watching(weight_stream(model).slots):
+        two_steps(model, tmp_path)
+    assert "what is copied is overwritten before" in late.violations
+
+
+def test_a_file_that_cannot_be_read_ends_the_pass(on_disk, tmp_path, monkeypatch):
+    """What happens in the thread that reads is an error of the run, which does not compute with what is there."""
+    model = in_file(on_disk, tmp_path / "cache")
+    answer_hidden(model, RowBatch.whole(torch.arange(3, 15)[None]))
+
+    def fails(self, into):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(FileBlock, "read", fails)
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk is gone"):
+            answer_hidden(model, RowBatch.whole(torch.arange(3, 15)[None]))
 
 
 def test_scores_answers_and_relearning(late):

@@ -1,0 +1,96 @@
+"""Where the weights that --stream-weights copies to the GPU are kept on this host, and what that takes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from lowmem_npo.config import RunConfig
+from lowmem_npo.environment import available_memory
+from lowmem_npo.errors import UserError
+from lowmem_npo.estimate.step import Estimate
+from lowmem_npo.files import free_bytes
+from lowmem_npo.model.loading import local_cache_entry
+from lowmem_npo.model.quantized_cache import CacheEntry
+from lowmem_npo.sizes import gib
+
+ASSUMED_RATE = 2e9  # bytes a second of a disk that has no file yet to try: an NVMe drive of PCIe 3
+
+
+@dataclass(frozen=True)
+class StreamingHost:
+    """The decision of --stream-from, and the figures that it goes by."""
+
+    in_file: bool  # read in every pass from the cache of quantised weights
+    needed: int  # bytes of memory, for all processes on this host
+    available: int
+    copied: int  # bytes that a step copies to the GPU
+    disk_rate: float = ASSUMED_RATE  # bytes a second
+    measured: bool = False  # whether that was measured
+
+    @property
+    def read_seconds(self) -> float:
+        """How long a step reads, if the operating system keeps nothing of what it has read."""
+        return self.copied / self.disk_rate if self.in_file else 0.0
+
+    def lines(self) -> list[str]:
+        """For people."""
+        lines = [
+            f"Streamed weights: {gib(self.needed)} of host memory (available: {gib(self.available)}), and "
+            f"{gib(self.copied)} copied to the GPU in a step."
+        ]
+        return [*lines, f"This host reads {self.reads}."] if self.in_file else lines
+
+    @property
+    def reads(self) -> str:
+        """What is read from the disk, and how long that takes; for people."""
+        known = "measured" if self.measured else "assumed"
+        return (
+            f"the weights from --quantized-cache in every pass, {self.read_seconds:.1f} s of a step at "
+            f"{self.disk_rate / 1e9:.1f} GB/s ({known}), less where memory is left to keep them in"
+        )
+
+    def check(self) -> None:
+        """Raises UserError if the memory is too small."""
+        if self.needed <= self.available:
+            return
+        if self.in_file:
+            raise UserError(
+                f"--stream-weights from --quantized-cache takes {gib(self.needed)} of host memory, and "
+                f"{gib(self.available)} are available: free some, or take a smaller model."
+            )
+        raise UserError(
+            f"--stream-weights keeps the weights in host memory, which takes {gib(self.needed)}, and "
+            f"{gib(self.available)} are available: free some, use --qlora if this run does not, read them from a disk "
+            "(--qlora --quantized-cache DIR), or take a smaller model."
+        )
+
+
+def streaming_host(config: RunConfig, estimate: Estimate, copied: int) -> StreamingHost:
+    """Decides by the memory that this host has available, within the limit of its container.
+
+    Args:
+        copied: bytes to the GPU in a step.
+
+    Raises:
+        UserError: the cache has no room on its disk, or is damaged.
+    """
+    processes, available = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), available_memory()
+    asked, cache = config.memory.stream_from, config.model.quantized_cache
+    in_memory = StreamingHost(False, estimate.host_bytes * processes, available, copied)
+    if asked == "memory" or cache is None or (asked == "auto" and in_memory.needed <= available):
+        return in_memory
+    staged = estimate.host_bytes - estimate.streamed_bytes + 2 * estimate.largest_block_bytes
+    entry = local_cache_entry(config.model)
+    kept = entry is not None and entry.exists()
+    if entry is not None and kept:
+        rate, measured = entry.read_rate(), True
+    else:
+        rate, measured = ASSUMED_RATE, False
+        where = CacheEntry.folder(cache)
+        if (free := free_bytes(where)) < estimate.streamed_bytes:
+            raise UserError(
+                f"--quantized-cache: the weights take {gib(estimate.streamed_bytes)}, and {gib(free)} are free in "
+                f"'{where}', from where they are to be read."
+            )
+    return StreamingHost(True, staged * processes, available, copied, rate, measured)
