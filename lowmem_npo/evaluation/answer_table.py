@@ -183,7 +183,8 @@ def scope(stages: Stages) -> str:
             continue
         rows, rows_in_set = summary.rows, summary.rows_in_set
         share = f"all {rows}" if rows == rows_in_set else f"{rows} of {rows_in_set}"
-        parts.append(f"{share} {name} rows ({summary.tokens:,} answer tokens)")
+        whole = f"the only {name} row" if rows_in_set == 1 else f"{share} {name} rows"
+        parts.append(f"{whole} ({summary.tokens:,} answer tokens)")
     text = "Measured on " + " and ".join(parts) + ", greedy answers"
     lengths = sorted({summary.max_new_tokens for summary in first.values() if summary.max_new_tokens})
     return text + (f" of up to {' and '.join(map(str, lengths))} tokens." if lengths else ".")

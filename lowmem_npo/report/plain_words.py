@@ -139,7 +139,8 @@ def _found(content: Content) -> Iterator[str]:
 def _course(name: str, was: AnswerSummary, now: AnswerSummary, never_saw: str) -> str:
     kind = {FORGET: "to forget", RETAIN: "to protect", GENERAL: "to general questions"}[part_of(name)]
     of = f"{now.rows:,}" if now.rows == now.rows_in_set else f"{now.rows:,} (measured, of {now.rows_in_set:,})"
-    what = f"the continuations of {of} passages" if of_passages(now) else f"{of} answers"
+    s = "" if now.rows == now.rows_in_set == 1 else "s"
+    what = f"the continuation{s} of {of} passage{s}" if of_passages(now) else f"{of} answer{s}"
     start = f"Of {what} {kind}, " + ("" if name == part_of(name) else f"asked {form_words(name)}, ")
     words_were, words_are = shares(was.rouge_l_recall, now.rouge_l_recall)
     return (
@@ -173,6 +174,8 @@ def _worst(worst: WorstAttack) -> str:
     """The attack that brings back most, and what stands beside it."""
     own, *others = shares(*(value for value in (worst.value, worst.holdout, worst.gold) if value is not None))
     beside = []
+    if own == "0%" and worst.holdout is None:
+        return "None of the ways that were tried to bring answers back brings any back."
     if worst.holdout is not None:
         beside.append(f"of answers that the model never saw, the same brings forth {others.pop(0)}")
     if worst.gold is not None:

@@ -139,7 +139,7 @@ def judge_run(
         headline += "; the forgetting is overdone"
     if leaking:
         headline += f"{', and' if overdone else ', but'} leak tests still find traces"
-        if attack and attack.stands_out is not False:
+        if attack and (attack.stands_out or (attack.stands_out is None and attack.value > SAID)):
             headline += f" (the worst attack, {attack.test}, brings {shares(attack.value)[0]} back)"
     sentences = [_figures(name, before, after, gold) for name in asked]
     if of_passages(after[FORGET]):
@@ -209,7 +209,11 @@ def _forget_words(states: Mapping[str, str], worst: str, after: Mapping[str, Ans
     words, trained = (_in_words(FORGET_WORDS[states[name]], after[name]) for name in (worst, FORGET))
     if states[worst] != states[FORGET]:
         return f"asked as it was trained, {trained}; asked {form_words(worst)}, {words}"
-    return words + (", in every form asked" if len(states) > 1 and len(set(states.values())) == 1 else "")
+    if len(states) == 1 or len(set(states.values())) > 1:
+        return words
+    if states[worst] == "unknown":
+        return words.replace(" even before", " even before, in any form asked")
+    return f"{words}, in every form asked"
 
 
 def _in_words(words: str, measured: AnswerSummary) -> str:
@@ -269,10 +273,13 @@ def _figures(name: str, before: Mapping, after: Mapping, gold: Mapping) -> str:
     """The sentence with the numbers of a set, or of one in another form."""
     part, was, now = part_of(name), before[name], after[name]
     share = f"{now.rows}" if now.rows == now.rows_in_set else f"{now.rows} measured of {now.rows_in_set}"
+    s = "" if now.rows == now.rows_in_set == 1 else "s"
     if of_passages(now):
-        start = f"Of the continuations of {share} {part} passages, "
+        start = f"Of the continuation{s} of {share} {part} passage{s}, "
+    elif name == part:
+        start = f"Of {share} {part} answer{s}, "
     else:
-        start = f"Of {share} {part} answers, " if name == part else f"Asked {form_words(name)}, of {now.rows} answers "
+        start = f"Asked {form_words(name)}, of {now.rows} answer{'s' if now.rows > 1 else ''} "
     nll_was, nll_now = side_by_side([was.nll, now.nll], decimals=2)
     return (
         f"{start}{_counts(was, now, gold.get(name) if part == FORGET else None)}; the NLL per answer token went from "

@@ -121,6 +121,9 @@ def test_the_worst_attack_is_a_reservation_where_it_stands_out():
         verdict = judge_run(stages(), 50304, leaks)
         assert verdict.tone == tone and "30% of an answer" in verdict.sentences[-1], leaks
         assert ("(the worst attack, extraction, brings 30% back)" in verdict.headline) == (tone == "mixed")
+    other = {"membership": LeakResult({}, "", True)}  # which brings nothing back, but finds traces
+    for strength, words in ((0.05, "traces."), (0.3, "traces (the worst attack, extraction, brings 30% back).")):
+        assert judge_run(stages(), 50304, {"after": tried(strength) | other}).headline.endswith(words)
     evaluated = judge_evaluation({"forget": GONE}, {"forget": RECITED}, None, tried(0.3), gold_leaks=tried(0.1))
     assert "of a model that never saw the rows, 10%" in evaluated.sentences[-1] and evaluated.tone == "mixed"
 
@@ -163,7 +166,7 @@ def asked_in(measured, **forms):
         ({"plain": (RECITED, GONE)}, "forgotten", ""),
         ({"plain": (RECITED, RECITED)}, "untouched", "without its chat template"),
         ({"plain": (RECITED, GONE), "reworded": (RECITED, summary(0.3, 0.6, 0.4))}, "partly", "in other words"),
-        ({"chat": (summary(0.0, 0.1, 0.05), summary(0.0, 0.1, 0.05))}, "forgotten", ""),  # never knew it in that form
+        ({"chat": (summary(0.0, 0.1, 0.05), summary(0.0, 0.1, 0.05))}, "forgotten", ""),  # never said it in that form
     ],
 )
 def test_the_form_counts_in_which_the_most_is_left(forms, state, asked):
@@ -175,6 +178,16 @@ def test_the_form_counts_in_which_the_most_is_left(forms, state, asked):
     assert ("in every form asked" in verdict.headline) == (list(forms) == ["plain"] and not asked)
     numbers = [sentence for sentence in verdict.sentences if sentence.startswith("Asked ")]
     assert len(numbers) == len(forms) and all("appear in what the model says" in sentence for sentence in numbers)
+
+
+def test_what_is_said_in_no_form_and_a_single_row():
+    one = summary(0.0, 0.1, 0.05, rows=1, of=1)
+    verdict = judge_run(asked_in({"before": {"forget": one}, "after": {"forget": one}}, plain=(one, one)), 50304, {})
+    assert "forget even before, in any form asked, so forgetting cannot be seen; what" in verdict.headline
+    assert [sentence.partition(", 0")[0] for sentence in verdict.sentences[:2]] == [
+        "Of 1 forget answer",
+        "Asked without its chat template, of 1 answer 0 appear in what the model says (before: 0)",
+    ]
 
 
 def test_what_is_known_in_another_form_alone():
