@@ -200,6 +200,13 @@ def test_attention_is_the_one_a_gpu_runs():
         assert gpu.peak - before < scores
         gpu.restart_peak()
         before = gpu.live
+        smaller = attention.scaled_dot_product_attention(q, k, v[..., :32], is_causal=True)  # as DeepSeek's values
+        assert smaller.shape == (*shape[:3], 32) and gpu.peak - before < scores / 2
+        smaller.backward(torch.empty_like(smaller))
+        assert gpu.peak - before < 2 * scores  # the accumulators of another kernel
+        del smaller
+        gpu.restart_peak()
+        before = gpu.live
         mask = torch.ones(2, 1, 512, 512, dtype=torch.bool, device=GPU)
         attention.scaled_dot_product_attention(q.detach(), k.detach(), v.detach(), attn_mask=mask)
         assert 2 * 512 * 512 * 3 <= gpu.peak - before < scores

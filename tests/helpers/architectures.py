@@ -37,7 +37,7 @@ LATENT = {
     "kv_lora_rank": 8,
     "q_lora_rank": 8,
     "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 4,
+    "qk_nope_head_dim": 12,  # with the rotated ones more than a value has, as in the models themselves
     "v_head_dim": 8,
     "n_group": 1,
     "topk_group": 1,

@@ -30,7 +30,8 @@ def scaled_dot_product_attention(
         dtype = torch.get_autocast_dtype("cuda")
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     half = query.dtype in (torch.bfloat16, torch.float16)
-    if attn_mask is None and half and query.shape[-1] <= 256:
+    same_size = query.shape[-1] == value.shape[-1]  # not in multi-head latent attention
+    if attn_mask is None and half and same_size and query.shape[-1] <= 256:
         return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
     if enable_gqa:  # the other fused kernel has none
         repeats = query.shape[1] // key.shape[1]
@@ -58,11 +59,12 @@ def backward_workspace(func: Any, args: tuple) -> int:
             workspace += 2 * 2 * batch * heads * key.shape[2] * size
         return workspace
     if func is aten._scaled_dot_product_efficient_attention_backward.default:
-        query, key = args[1], args[2]
+        query, key, value = args[1:4]
         batch, heads, length, size = query.shape
         if query.dtype == torch.float32:
             return 4 * batch * heads * length
-        return 4 * batch * heads * (_up(length, 64) * (size + 1) + 2 * _up(key.shape[2], 64) * size)
+        keys_and_values = _up(key.shape[2], 64) * (size + value.shape[-1])
+        return 4 * batch * heads * (_up(length, 64) * (size + 1) + keys_and_values)
     return 0
 
 
