@@ -95,6 +95,24 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def differences(
+    result: str, config: EvaluationConfig, digests: Mapping[str, str], of_leaks: bool = True
+) -> list[str] | None:
+    """What was other than in `config`, and the rows behind `digests`, when the evaluation.json at `result` was made, in
+    words; None where that is not known. of_leaks: the options of the leak tests count, if both have some."""
+    settings = EvaluationFiles(Path(result).expanduser().parent).settings
+    try:
+        earlier = json.loads(settings.read_text(encoding="utf-8"))
+        known = dict(earlier.get("digests", {}))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return None
+    now = json.loads(json.dumps(asdict(config)))
+    names = config.compared(leaks=bool(of_leaks and config.leaks and earlier.get("leaks")))
+    others = [f"{name} {earlier[name]!r}" for name in names if earlier.get(name, now[name]) != now[name]]
+    sets = {part: of for part, of in digests.items() if part != THE_ADAPTER}
+    return others + [f"other {part} rows" for part, of in sets.items() if known.get(part, of) != of]
+
+
 def is_of_adapter(files: EvaluationFiles, weights: Path) -> bool:
     """Whether the evaluation in `files` measured the adapter whose weights are in the file `weights` now."""
     settings = json.loads(files.settings.read_text(encoding="utf-8"))

@@ -7,7 +7,8 @@ So that a table of a paper and one of ours can stand side by side. What differs 
     mia_min_k, mia_min_k_plus_plus   of the 40% least likely tokens; ours look at 20%
     mia_min_k_plus_plus   the variance of log p over the vocabulary is taken as 1e-6 where it is smaller
     mia_*    AUC, 1 where every forgotten answer is likelier than all of the holdout; mia_zlib: the loss divided by the
-             bytes of the answer, compressed with zlib
+             bytes of the answer, compressed with zlib; mia_reference: the loss less that of a model that was never
+             taught the forget set; mia_gradnorm: the norm of the gradient, the mean over the model's tensors
     privleak ((1 - mia_min_k) - (1 - r)) / (1 - r) in per cent, r being mia_min_k of a model that was never taught the
              forget set, or 0.5 where there is none (Shi et al. 2024, MUSE, section 3.1)
     *_PARA_Prob, *_PERT_Prob   the mean over rows of the probability of the answer in other words (the answer itself
@@ -71,6 +72,18 @@ def token_figures(
     figures["mia_zlib"] = _auc(scores, lambda one: one.nll / sizes[id(one)])
     figures["privleak"] = privleak(min_k_auc, CHANCE if retained is None else retained)
     return figures
+
+
+def reference_figure(scores: Mapping[str, Sequence[TokenScores]], of_reference: Mapping[str, Sequence[float]]) -> float:
+    """mia_reference. of_reference: set -> each row's mean NLL per token under the reference model."""
+    return _auc_of({name: [one.nll - loss for one, loss in zip(of_set, of_reference[name], strict=True)]
+                    for name, of_set in scores.items()})  # fmt: skip
+
+
+def gradient_figure(norms: Mapping[str, Sequence[float | None]]) -> float | None:
+    """mia_gradnorm, of the answers that have a token beside EOS; None where a set has none."""
+    known = {name: [norm for norm in of_set if norm is not None] for name, of_set in norms.items()}
+    return _auc_of(known) if all(known.values()) else None
 
 
 def exact_memorization(row: TokenScores) -> float | None:
@@ -143,11 +156,15 @@ def retained_min_k(path: str | None) -> float | None:
 
 
 def _auc(scores: Mapping[str, Sequence[TokenScores]], score: Callable[[TokenScores], float]) -> float:
-    """How often a forgotten answer has the lower `score` of a pair: the likelier."""
+    return _auc_of({name: [*map(score, of_set)] for name, of_set in scores.items()})
+
+
+def _auc_of(values: Mapping[str, Sequence[float]]) -> float:
+    """How often a forgotten answer has the lower value of a pair: the likelier."""
     from sklearn.metrics import roc_auc_score
 
-    forget, holdout = scores["forget"], scores["holdout"]
-    return float(roc_auc_score([0] * len(forget) + [1] * len(holdout), [*map(score, forget), *map(score, holdout)]))
+    forget, holdout = values["forget"], values["holdout"]
+    return float(roc_auc_score([0] * len(forget) + [1] * len(holdout), [*forget, *holdout]))
 
 
 def _lowest(values: Sequence[float]) -> float:

@@ -77,6 +77,8 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
         leak_tests(self.leaks)
         if self.leaks and self.forget is None and not self.bundled:
             raise UserError("--leaks looks for what is left of the forget rows: name them with --forget.")
+        if self.mia_gradnorm and not self.leaks:
+            raise UserError("--mia-gradnorm is measured on the rows of the leak tests: add --leaks membership.")
         for options in {*(test.options for test in LEAK_TESTS), *(benchmark.options for benchmark in BENCHMARKS)}:
             options.check(self)
 

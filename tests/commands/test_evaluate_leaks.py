@@ -153,6 +153,21 @@ def test_a_dry_run_checks_all_and_writes_nothing(byte_model, files, capsys):
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
+def test_membership_beside_a_reference_model_and_by_gradients(byte_model, files, capsys):
+    """The model is its own reference here: no row differs, an AUC of 0.5. Other rows are not compared."""
+    membership = ("--leaks", "membership")
+    assert evaluate(byte_model, files, *membership, out="gold") == 0
+    log = ("--retained-log", str(files / "gold" / "evaluation.json"))
+    assert evaluate(byte_model, files, *membership, *log, "--mia-gradnorm") == 0
+    named = content(files)["open_unlearning"]
+    assert named["mia_reference"] == 0.5 and 0 <= named["mia_gradnorm"] <= 1
+    assert evaluate(byte_model, files, *membership, *log, "--limit", "4", out="fewer") == 0
+    assert "mia_reference" not in content(files, "fewer")["open_unlearning"]
+    (note,) = [note for note in content(files, "fewer")["notes"] if "mia_reference" in note]
+    assert note == "mia_reference is not measured: the evaluation of --retained-log had limit None."
+    fails(capsys, evaluate(byte_model, files, "--mia-gradnorm", out="none"), "--mia-gradnorm", "--leaks membership")
+
+
 def test_one_row_and_identical_rows(byte_model, files):
     write(files / "forget.jsonl", FORGET[:1])
     assert evaluate(byte_model, files, "--leaks", "relearning", holdout=False) == 0

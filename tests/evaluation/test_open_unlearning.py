@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 
+import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
@@ -13,21 +14,26 @@ from helpers.tiny_models import tiny_model
 from sklearn.metrics import roc_auc_score
 from transformers import AutoTokenizer
 
+from lowmem_npo.config import AdapterConfig, ModelConfig
 from lowmem_npo.data import Example, Rows, Template, tokenize
 from lowmem_npo.evaluation.benchmarks.muse import FORGOTTEN, KEPT, TAUGHT, VERBATIM, MuseAnswer
 from lowmem_npo.evaluation.benchmarks.tofu import TofuScores, TofuSet, measure_tofu, score_tofu, tofu_rows
 from lowmem_npo.evaluation.open_unlearning import (
     exact_memorization,
     extraction_strength,
+    gradient_figure,
     muse_figures,
     privleak,
+    reference_figure,
     retained_min_k,
     tofu_figures,
     token_figures,
 )
+from lowmem_npo.evaluation.scoring.gradient_norms import gradient_norms
 from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.scoring.scorer import Scorer
 from lowmem_npo.evaluation.scoring.token_scores import TokenScores, token_scores
+from lowmem_npo.model import attach_lora, load_model
 
 
 def reciting_model(rows):
@@ -100,6 +106,69 @@ def test_figures_are_those_of_its_definitions():
     assert token_figures(with_eos, sets, tokenizer) != pytest.approx(figures, rel=1e-4)  # EOS counted: noticed
     forget_alone = token_figures({"forget": scores["forget"]}, sets, tokenizer)
     assert set(forget_alone) == {"exact_memorization", "extraction_strength"}
+
+
+def norms_by_hand(model, rows):
+    """Its gradient norm, on full float64 logits and every gradient of the model at once."""
+    model, norms = model.double().requires_grad_(True), []
+    for row in rows:
+        ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
+        logp = model(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)[:-1]
+        places = (labels != -100).nonzero()[:, 0][:-1] - 1
+        model.zero_grad()
+        (-logp.gather(1, ids[1:, None])[places, 0].mean()).backward()
+        norms.append(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).mean().item())
+    return norms
+
+
+@pytest.mark.parametrize(
+    ("architecture", "adapter"),
+    [("gemma2", None), ("llama", {}), ("llama", {"use_dora": True, "modules_to_save": ("norm",)})],
+)
+def test_gradient_norms_are_those_of_the_merged_model(architecture, adapter):
+    """gemma2: a tied head, softcap and norms of its own."""
+    rows = random_rows(3, seed=4)
+    rows = [{**row, "input_ids": [*row["input_ids"], 1], "labels": [*row["labels"], 1]} for row in rows]
+    model = tiny_model(architecture)
+    if adapter is not None:
+        model = attach_lora(model, AdapterConfig(lora_r=4, lora_targets=("all-linear",), **adapter))
+        torch.manual_seed(1)
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=0.3)
+    before = {name: (p.requires_grad, p.clone()) for name, p in model.named_parameters()}
+    norms = gradient_norms(model, rows)
+    for name, p in model.named_parameters():
+        assert p.grad is None and p.requires_grad == before[name][0] and torch.equal(p, before[name][1])
+    merged = model.merge_and_unload() if adapter is not None else model
+    assert norms == pytest.approx(norms_by_hand(merged, rows), rel=1e-4)
+    left = next(p.grad for p in merged.float().parameters() if p.grad is not None)  # by hand; it is not to count
+    assert left.abs().sum() > 0 and gradient_norms(merged, rows) == pytest.approx(norms, rel=1e-4)
+    only_eos = {"input_ids": [5, 6, 1], "labels": [-100, -100, 1], "prompt_length": 2}
+    assert gradient_norms(merged, [only_eos]) == [None]
+    assert gradient_figure({"forget": [1.0, 3.0, None], "holdout": [2.0]}) == 0.5
+    assert gradient_figure({"forget": [None], "holdout": [2.0]}) is None
+
+
+def test_gradient_norms_of_a_4_bit_model_are_those_of_what_it_computes(tmp_path):
+    rows = random_rows(2, seed=4)
+    tiny_model("llama").save_pretrained(tmp_path)
+    model = load_model(ModelConfig(str(tmp_path), qlora=True, dtype="float32", device="cpu"))
+    norms = gradient_norms(model, rows)
+    plain, layers = tiny_model("llama"), dict(model.named_modules())
+    with torch.no_grad():
+        for name, layer in plain.named_modules():
+            if isinstance(layers[name], bnb.nn.Linear4bit):
+                weight = layers[name].weight
+                layer.weight.copy_(bnb.functional.dequantize_4bit(weight.data, weight.quant_state))
+    assert norms == pytest.approx(norms_by_hand(plain, rows), rel=1e-4)
+    assert norms != pytest.approx(norms_by_hand(tiny_model("llama"), rows), rel=1e-3)
+
+
+def test_the_loss_beside_a_reference_model_by_hand():
+    scores = {"forget": [row(True), row(True)], "holdout": [row(True)]}  # each with an NLL of 1
+    assert reference_figure(scores, {"forget": [1.5, 0.5], "holdout": [1.0]}) == 0.5
+    assert reference_figure(scores, {"forget": [1.5, 1.5], "holdout": [1.0]}) == 1
 
 
 def _doubled(row: TokenScores) -> TokenScores:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_npo.claim import claimed
+from lowmem_npo.commands.evaluate.membership import further_membership
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.console import Say
 from lowmem_npo.data import Example, Rows, Template, TokenizedRow, bundled_rows, read_rows, to_examples, tokenize
@@ -27,7 +28,7 @@ from lowmem_npo.evaluation.benchmarks.muse import MUSE
 from lowmem_npo.evaluation.benchmarks.plain import PLAIN, summaries_of
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.benchmarks.tofu import TOFU, TofuOptions
-from lowmem_npo.evaluation.directory import THE_ADAPTER, EvaluationDirectory, digest
+from lowmem_npo.evaluation.directory import THE_ADAPTER, EvaluationDirectory, differences, digest
 from lowmem_npo.evaluation.fluency import fluency
 from lowmem_npo.evaluation.leaks.contract import NO_HOLDOUT, LeakResult, SavedModel, Subject
 from lowmem_npo.evaluation.leaks.measure import repeated, run_leak_tests, time_of_tuning
@@ -46,7 +47,7 @@ from lowmem_npo.model.stop_tokens import stop_tokens
 from lowmem_npo.report.content import read_content
 from lowmem_npo.report.evaluation_text import evaluation_text
 from lowmem_npo.report.verdict import judge_evaluation
-from lowmem_npo.run_directory import AdapterFiles, EvaluationFiles, RunFiles
+from lowmem_npo.run_directory import AdapterFiles, RunFiles
 
 
 def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
@@ -188,6 +189,11 @@ def measure(
         result.leaks = run_leak_tests([test for test in tests if not test.loads_models], subject)
         reference = retained_min_k(cast(TofuOptions, config).retained_log)
         result.open_unlearning = token_figures(subject.token_scores(), rows, context.tokenizer, reference)
+        places = {part: selection.places for part, selection in leak_rows.items()}
+        digests = _digests(config, {part: plan.sources[part] for part in rows})
+        further, notes = further_membership(config, digests, places, subject)
+        result.open_unlearning |= further
+        result.notes += notes
         if others := [test for test in tests if test.loads_models]:
             subject = replace(subject, scorer=scorer.without_model())
             del model, scorer  # makes room for the models that these tests load
@@ -378,16 +384,7 @@ def _notes(config: EvaluationConfig, run: Mapping[str, Any], sources: Mapping[st
     if run.get("qlora") and not config.qlora:
         notes.append("The adapter was trained on the 4-bit base and is measured on the unquantised one (no --qlora).")
     if config.before is not None:
-        settings = EvaluationFiles(Path(config.before).expanduser().parent).settings
-        try:
-            earlier = json.loads(settings.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError, UnicodeDecodeError):
-            return notes
-        now = json.loads(json.dumps(asdict(config)))
-        names = config.compared(leaks=bool(config.leaks and earlier.get("leaks")))
-        others = [f"{name} {earlier[name]!r}" for name in names if earlier.get(name, now[name]) != now[name]]
-        digests, known = _digests(config, sources), earlier.get("digests", {})
-        others += [f"other {part} rows" for part in sources if known.get(part, digests[part]) != digests[part]]
+        others = differences(config.before, config, _digests(config, sources))
         if others:
             notes.append(f"The earlier evaluation had {' and '.join(others)}: the two are not comparable.")
     return notes

@@ -15,12 +15,13 @@ before against the same answers now. 0.5: nothing has changed; 1: every one is l
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.evaluation.leaks.contract import A_YARDSTICK, MARGIN, NO_HOLDOUT, LeakResult, LeakTest, Meaning, Subject
 from lowmem_npo.evaluation.leaks.extraction import original_scores
-from lowmem_npo.evaluation.options import Options
+from lowmem_npo.evaluation.options import Options, free
 
 if TYPE_CHECKING:
     from lowmem_npo.evaluation.scoring.token_scores import TokenScores
@@ -52,12 +53,19 @@ FELL = (
 )
 
 
-class Membership(LeakTest[Options]):
+@dataclass
+class MembershipOptions(Options):
+    mia_gradnorm: bool = free(False)
+    """Measure open-unlearning's mia_gradnorm as well: a forward and a backward pass of every row of the leak tests,
+    with memory for the gradient of one tensor at a time."""
+
+
+class Membership(LeakTest[MembershipOptions]):
     name = "membership"
     summary = "AUC of the sharpest of LOSS, Min-K%, Min-K%++ against the holdout"
     in_words = "looking at how likely the answers are to the model, without letting it say them"
     needs = (A_YARDSTICK,)
-    options = Options
+    options = MembershipOptions
     main = "loss_auc"
     figures = (
         {f"{score}_auc": Meaning(f"{title} AUC", AUC, "0.5") for score, title in TITLES.items()}
@@ -65,7 +73,7 @@ class Membership(LeakTest[Options]):
         | {f"{score}_fell": Meaning(f"{title}, before against now", FELL, "higher") for score, title in TITLES.items()}
     )
 
-    def run(self, subject: Subject, options: Options) -> LeakResult:
+    def run(self, subject: Subject, options: MembershipOptions) -> LeakResult:
         scores = subject.token_scores()
         if (before := original_scores(subject)) is not None:
             result = judge_against_before(scores["forget"], before)

@@ -13,6 +13,7 @@ from lowmem_npo.data import TokenizedRow
 from lowmem_npo.evaluation.answers import AnswerRecord, evaluate_answers, question
 from lowmem_npo.evaluation.scoring.batching import cache_tokens
 from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers, sampled_answers, text_of
+from lowmem_npo.evaluation.scoring.gradient_norms import gradient_norms
 from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
 from lowmem_npo.evaluation.scoring.token_scores import TokenScores, token_scores
@@ -105,6 +106,14 @@ class Scorer:
         lengths = [(len(row["input_ids"]), 0) for row in rows]
         entries = self.journal.measured(part, lengths, measure, batch_size=self.batch_size)
         return [TokenScores(**entry) for entry in entries]
+
+    def gradient_norms(self, part: str, rows: Sequence[TokenizedRow]) -> list[float | None]:
+        """How far each row's answer would still move the weights; None for one of EOS alone."""
+
+        def measure(chosen: list[int]) -> list[float | None]:
+            return gradient_norms(self.loaded_model, [rows[row] for row in chosen])
+
+        return self.journal.measured(part, [(len(row["input_ids"]), 0) for row in rows], measure, batch_size=1)
 
     def answers(
         self, part: str, rows: Sequence[TokenizedRow], places: Sequence[int], max_new_tokens: int
