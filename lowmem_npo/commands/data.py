@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import combinations
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
 from lowmem_npo.libraries import quiet_libraries
 from lowmem_npo.ranges import MOST, Count, CountOrNone
+from lowmem_npo.sources import data_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,7 +90,9 @@ def inspect(options: DataCommand, say: Say = print) -> None:
     Raises:
         UserError: something the user can fix, in one sentence.
     """
-    quiet_libraries()
+    names = [name for source in options.sources.values() for name in data_names(source)]
+    if options.model or not all(Path(name).expanduser().exists() for name in names):
+        quiet_libraries()  # files are read without them, at once
     from lowmem_npo.data.overlap import near_duplicates
     from lowmem_npo.data.passages import Passages
     from lowmem_npo.data.templates import Template

@@ -175,16 +175,30 @@ def stages_to_json(stages: Stages) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def scope(stages: Stages) -> str:
-    """How much was measured: a table of 64 rows must not be read as one of 1112."""
+    """How much was measured: a table of 64 rows must not be read as one of 1112, nor one of other rows than before as
+    one of the same."""
     first = next(iter(stages.values()))
+    same = all(same_rows(s, first[name]) for sets in stages.values() for name, s in sets.items() if name in first)
+    if same:
+        return f"Measured on {_measured(first)}."
+    return f"Measured {'; '.join(f'{stage}, on {_measured(sets)}' for stage, sets in stages.items())}."
+
+
+def same_rows(one: AnswerSummary, other: AnswerSummary) -> bool:
+    """Whether both seem to be of the same rows, with answers as long: else their figures cannot be compared."""
+    measured = ((s.rows, s.rows_in_set, s.tokens, s.max_new_tokens) for s in (one, other))
+    return len(set(measured)) == 1
+
+
+def _measured(sets: Mapping[str, AnswerSummary]) -> str:
     parts = []
-    for name, summary in first.items():
+    for name, summary in sets.items():
         if part_of(name) != name:
             continue
         rows, rows_in_set = summary.rows, summary.rows_in_set
         share = f"all {rows}" if rows == rows_in_set else f"{rows} of {rows_in_set}"
         whole = f"the only {name} row" if rows_in_set == 1 else f"{share} {name} rows"
         parts.append(f"{whole} ({summary.tokens:,} answer tokens)")
-    text = "Measured on " + " and ".join(parts) + ", greedy answers"
-    lengths = sorted({summary.max_new_tokens for summary in first.values() if summary.max_new_tokens})
-    return text + (f" of up to {' and '.join(map(str, lengths))} tokens." if lengths else ".")
+    lengths = sorted({summary.max_new_tokens for summary in sets.values() if summary.max_new_tokens})
+    limit = f" of up to {' and '.join(map(str, lengths))} tokens" if lengths else ""
+    return f"{' and '.join(parts)}, greedy answers{limit}"

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from lowmem_npo.evaluation.answer_table import FORGET, GENERAL, RETAIN, Stages
+from lowmem_npo.evaluation.answer_table import FORGET, GENERAL, RETAIN, Stages, same_rows
 from lowmem_npo.evaluation.answers import AnswerSummary, part_of
 from lowmem_npo.evaluation.asking import CHAT, PLAIN, REWORDED
 from lowmem_npo.evaluation.figures import shares, side_by_side
@@ -170,8 +170,8 @@ def judge_evaluation(
     if FORGET not in now:
         headline = f"What was measured are benchmarks' own figures, which make no headline{traces}."
         return Verdict("unknown", headline, [])
-    if FORGET in before:
-        known = {name: before[name] for name in now if name in before}
+    known = {name: before[name] for name in now if name in before and same_rows(before[name], now[name])}
+    if FORGET in known:
         return judge_run({"before": known, "after": {name: now[name] for name in known}}, vocabulary, stages)
     said = " and ".join(
         _in_words(f"says {said_count(now[part])} of {now[part].rows} {part} answers", now[part])
@@ -179,7 +179,12 @@ def judge_evaluation(
         if part in now
     )
     headline = f"On the rows measured, the model {said}{traces}."
-    return Verdict("unknown", headline, ["What it said before is not known (--before)."])
+    why = (
+        "was measured on other rows, or with answers of another length"
+        if FORGET in before
+        else "is not known (--before)"
+    )
+    return Verdict("unknown", headline, [f"What it said before {why}."])
 
 
 def gives_numbers(*stages: Mapping[str, AnswerSummary]) -> bool:

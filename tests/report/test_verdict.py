@@ -225,6 +225,9 @@ def test_an_evaluation_has_a_headline_of_its_own():
     )
     compared = judge_evaluation(now, before, 50304, {})
     assert compared.headline == judge_run({"before": before, "after": now}, 50304, {}).headline
+    for other in ({"rows": 50}, {"tokens": 999}, {"max_new_tokens": 16}):  # not comparable, so not compared
+        earlier = {"forget": replace(RECITED, **other), "retain": RECITED}
+        assert "the model says 3 of 100 forget answers" in judge_evaluation(now, earlier, 50304, {}).headline
     alone = judge_evaluation(now, {}, 50304, {"extraction": LeakResult({}, "", True)})
     assert alone.headline == (
         "On the rows measured, the model says 3 of 100 forget answers and says 100 of 100 retain answers; "
