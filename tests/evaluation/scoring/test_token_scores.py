@@ -11,9 +11,14 @@ from helpers.dense_step import random_rows
 from helpers.tiny_models import CONFIGS, tiny_model
 from lowmem_kernels import FrozenHead
 
+from lowmem_npo.config import AdapterConfig
 from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.leaks.fine_tuning import fine_tune
 from lowmem_npo.evaluation.scoring import token_scores as module
+from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
 from lowmem_npo.evaluation.scoring.token_scores import token_scores, vocabulary_statistics
+from lowmem_npo.model import attach_lora, packs_rows
+from lowmem_npo.model.adapters import extra_adapter
 
 
 def dense(logits, targets):
@@ -44,6 +49,19 @@ def test_rows_against_dense_logits(architecture, chunk, monkeypatch):
         torch.testing.assert_close(torch.tensor(scores.deviation).double(), deviation, rtol=1e-3, atol=1e-5)
         assert scores.greedy == greedy.tolist()
         assert scores.nll == pytest.approx(-float(own.mean()), rel=1e-4)
+
+
+def test_scores_and_attacks_run_on_rows_without_padding():
+    model, rows, passes = tiny_model("llama"), random_rows(3, seed=4), []
+    model.get_input_embeddings().register_forward_hook(lambda _, args, result: passes.append(tuple(args[0].shape)))
+    tokens = [len(row["input_ids"]) for row in rows]
+    packs_rows(model)  # tries the model once
+    passes.clear()
+    token_scores(model, rows, progress=False)
+    answer_likelihoods(model, rows, progress=False)
+    with extra_adapter(attacked := attach_lora(model, AdapterConfig()), 2, seed=0):
+        next(fine_tune(attacked, rows, steps=1, lr=1e-3, batch_size=3, seed=0, progress=False))
+    assert len(set(tokens)) > 1 and passes == [(1, sum(tokens))] * 3
 
 
 def small_problem(scale, seed=0):
