@@ -44,6 +44,7 @@ from lowmem_npo.estimate.step import estimate
 from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers
 from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
 from lowmem_npo.memory import float32, fused, switches
+from lowmem_npo.memory.lock_step import LockStep
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model, packs_rows
 from lowmem_npo.model.layers import decoder
@@ -220,7 +221,8 @@ def test_switches(desk, cell, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(switches, "slice_float32", partial(float32.slice_float32, rows=7))
 
     def gradients(layers):
-        """The plain step's, and those with all switches that fit; of the latter, the last reads a stored reference."""
+        """The plain step's, and those with all switches that fit, in lock-step where that does; of the latter, the last
+        reads a stored reference."""
         model = attach_lora(desk.loaded(), AdapterConfig(**ADAPTER, lora_layers=layers))
         folder = tmp_path / "-".join(["layers", *layers])
         trainer = partial(make_trainer, model, forget=FORGET, retain=RETAIN, learning_rate=0.0)
@@ -232,7 +234,9 @@ def test_switches(desk, cell, tmp_path, monkeypatch, caplog):
                 refused.add(str(error))
         apply_switches(model, MemoryConfig(offload_checkpoints=True))
         for reference in ("stored", "read"):
-            yield step_gradients(trainer(folder / reference, reference_dir=str(folder / "reference")))
+            run = trainer(folder / reference, reference_dir=str(folder / "reference"))
+            run.passes.lock_step = LockStep.where_it_fits(run.model, run.passes.prefix)
+            yield step_gradients(run)
 
     refused: set[str] = set()
 

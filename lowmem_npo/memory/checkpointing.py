@@ -58,7 +58,15 @@ def checkpointing(model: PreTrainedModel) -> Iterator[None]:
 
 
 def is_checkpointed(layer: nn.Module) -> bool:
-    return isinstance(vars(layer).get("forward"), CheckpointedForward)
+    forward = vars(layer).get("forward")
+    while forward is not None and not isinstance(forward, CheckpointedForward):
+        forward = getattr(forward, "forward", None)
+    return forward is not None
+
+
+def hidden_first(forward: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
+    """A layer's `args`, beginning with the hidden states: if they were given by name, they are taken from `options`."""
+    return args or (options.pop(next(iter(inspect.signature(forward).parameters))),)
 
 
 class CheckpointedForward:
@@ -67,10 +75,10 @@ class CheckpointedForward:
 
     def __init__(self, layer: nn.Module, run: Callable[..., Any]) -> None:
         self.layer, self.forward, self.run = layer, layer.forward, run
+        self.__signature__ = inspect.signature(layer.forward)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.forward(*args, **options)
-        if not args:  # the hidden states by name
-            args = (options.pop(next(iter(inspect.signature(self.forward).parameters))),)
+        args = hidden_first(self.forward, args, options)
         return self.run(partial(self.forward, **options), *args, preserve_rng_state=draws_random_numbers(self.layer))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -47,18 +47,10 @@ class SharedPrefix:
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
         """For passes over ONE batch: the first runs the prefix, without gradient; later ones reuse its result."""
-        memory = _Memory()
-        before = [vars(module).get("forward") for module in self.modules]
-        try:
-            for module in self.modules:
-                module.forward = memory.in_place_of(module.forward, keeps=module is self.modules[-1])
+        memory = Memory()
+        forwards = {m: memory.in_place_of(m.forward, keeps=m is self.modules[-1]) for m in self.modules}
+        with in_place(forwards):
             yield
-        finally:
-            for module, forward in zip(self.modules, before, strict=True):
-                if forward is None:
-                    del module.forward
-                else:
-                    module.forward = forward
 
     @torch.no_grad()
     def _suffices(self, model: PeftModel) -> bool:
@@ -96,13 +88,31 @@ def _needs_gradient(model: PeftModel, below: list[nn.Module]) -> bool:
     return depends
 
 
-class _Memory:
-    """The output of the prefix's last module: hidden states, or a tuple that begins with them."""
+@contextlib.contextmanager
+def in_place(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, modules have other `forward`s; afterwards those of before."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, own in before.items():
+            if own is not None:
+                module.forward = own
+            else:
+                vars(module).pop("forward", None)
+
+
+class Memory:
+    """What passes over one batch have in common: the output of the last module that is not run again, hidden states or
+    a tuple that begins with them."""
 
     def __init__(self) -> None:
         self.result: Any = None
 
     def in_place_of(self, forward: Callable[..., Any], keeps: bool) -> Callable[..., Any]:
+        """`forward` without gradient until there is a result. keeps: whether it gives the result."""
         stand_in: Any = None
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -114,12 +124,16 @@ class _Memory:
             if keeps:
                 self.result = result
             else:
-                stand_in = tree_map_only(Tensor, _stand_in, result)
+                stand_in = stand_ins(result)
             return result
 
         return run
 
 
-def _stand_in(tensor: Tensor) -> Tensor:
+def stand_ins(result: Any) -> Any:
     """Takes the place of a result that is not needed again, without its memory; a pass that used it would give NaN."""
-    return tensor.new_full((), torch.nan if tensor.is_floating_point() else 0).expand(tensor.shape)
+
+    def of(tensor: Tensor) -> Tensor:
+        return tensor.new_full((), torch.nan if tensor.is_floating_point() else 0).expand(tensor.shape)
+
+    return tree_map_only(Tensor, of, result)

@@ -14,7 +14,7 @@ from peft import LoraConfig, LoraModel, PeftModel, get_peft_model, get_peft_mode
 from peft.tuners.lora import LoraLayer, dora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lowmem_npo.config import AdapterConfig
@@ -99,8 +99,9 @@ def adapted_weight(layer: Any) -> torch.nn.Parameter:
 
 
 @contextmanager
-def original_model(model: PeftModel) -> Iterator[None]:
-    """Inside, `model` is what training began with: the base, with the adapter that was continued if there is one."""
+def original_model(model: nn.Module) -> Iterator[None]:
+    """Inside, `model`, a `PeftModel` or a part of one, is what training began with: the base, with the adapter that was
+    continued if there is one (which a part does not know)."""
     if isinstance(model, ContinuedModel):
         model.first_alone()
         try:
@@ -121,8 +122,8 @@ def original_model(model: PeftModel) -> Iterator[None]:
 
 
 @contextmanager
-def reference_mode(model: PeftModel) -> Iterator[None]:
-    """Inside, `model` is the original model, in eval mode and without gradients; all is restored on leaving."""
+def reference_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, `model`, or a part, is the original, in eval mode and without gradients; all is restored on leaving."""
     with eval_mode(model), torch.no_grad(), original_model(model):
         yield
 

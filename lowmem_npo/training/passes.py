@@ -1,8 +1,11 @@
-"""The passes of a step and their losses. In each the reference comes first, before any graph exists."""
+"""The passes of a step and their losses. In each the reference comes first, before any graph exists; in lock-step both
+go through the layers together."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
 
 import torch
 from lowmem_kernels import FrozenHead, retain_loss, token_logprobs
@@ -11,12 +14,16 @@ from torch import Tensor
 
 from lowmem_npo.config import ObjectiveConfig
 from lowmem_npo.data.batching import RowBatch
+from lowmem_npo.memory.lock_step import LockStep
 from lowmem_npo.memory.prefix import SharedPrefix
+from lowmem_npo.memory.streaming import weight_stream
 from lowmem_npo.model import AnswerHidden, answer_hidden
 from lowmem_npo.training.adversary import Adversary
 from lowmem_npo.training.objective import SequenceLogprobs, StepTotals, forget_loss, retain_weights
 from lowmem_npo.training.reference import LiveReference
 from lowmem_npo.training.step_metrics import StepMetrics
+
+Values = TypeVar("Values")
 
 
 class Passes:
@@ -39,34 +46,42 @@ class Passes:
         self.model, self.head, self.objective = model, head, objective
         self.reference, self.adversary, self.answers_per_row = reference, adversary, answers_per_row
         self.prefix = SharedPrefix(model)
+        self.lock_step = None if weight_stream(model) is None else LockStep.where_it_fits(model, self.prefix)
         self.metrics = StepMetrics(objective)
         self.levels: Tensor | None = None  # (rows,) nats per token up to which each forget row is pushed
 
     def forget(self, batch: RowBatch, totals: StepTotals) -> Tensor:
+        reference_of = partial(self.reference.forget, batch)
         if self.adversary is None:
-            with self.prefix.shared():
-                reference = self.reference.forget(batch)
-                answers = answer_hidden(self.model, batch)
-        else:  # which is in the prefix, too
+            answers, reference = self._run(batch, reference_of, self.reference.runs(forget=batch.rows))
+        else:  # which is in the layers, too
             with self.adversary.away():
-                reference = self.reference.forget(batch)
+                reference = reference_of()
             answers = answer_hidden(self.model, batch)
         return self._forget_loss(answers, batch.rows, reference, totals)
 
     def retain(self, batch: RowBatch, totals: StepTotals) -> Tensor:
-        with self.prefix.shared():
-            reference = self.reference.retain(batch)
-            answers = answer_hidden(self.model, batch)
+        reference_of = partial(self.reference.retain, batch)
+        answers, reference = self._run(batch, reference_of, self.reference.runs(retain=batch.rows))
         return self._retain_loss(answers, reference, totals)
 
     def both(self, batch: RowBatch, forget_rows: int, totals: StepTotals) -> Tensor:
         """`forget` and `retain` in one pass, of a batch whose first `forget_rows` rows are to be forgotten."""
-        with self.prefix.shared():
-            references = self.reference.both(batch, forget_rows)
-            answers = answer_hidden(self.model, batch)
+        is_live = self.reference.runs(batch.rows[:forget_rows], batch.rows[forget_rows:])
+        answers, references = self._run(batch, partial(self.reference.both, batch, forget_rows), is_live)
         forget, retain = answers.split(sum(batch.answers[:forget_rows]))
         loss = self._forget_loss(forget, batch.rows[:forget_rows], references[0], totals)
         return loss + self._retain_loss(retain, references[1], totals)
+
+    def _run(self, batch: RowBatch, reference: Callable[[], Values], is_live: bool) -> tuple[AnswerHidden, Values]:
+        """The policy's answers and what `reference` returns, which runs the model if it `is_live`."""
+        if is_live and self.lock_step is not None:
+            with self.lock_step.passes():
+                answers = answer_hidden(self.model, batch)
+                return answers, reference()
+        with self.prefix.shared():
+            values = reference()
+            return answer_hidden(self.model, batch), values
 
     def _forget_loss(
         self, answers: AnswerHidden, rows: Sequence[int], reference: Tensor | None, totals: StepTotals

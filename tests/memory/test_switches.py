@@ -98,7 +98,7 @@ def _not_undone(function, q, k, slices, right=float32._by_heads):
     return (q.clone(), k.clone()) if function.__name__ == "pull_back" else right(function, q, k, slices)
 
 
-class _RowsChangePlaces(prefix._Memory):
+class _RowsChangePlaces(prefix.Memory):
     def in_place_of(self, forward, keeps):
         run = super().in_place_of(forward, keeps)
 
@@ -114,7 +114,7 @@ PLANTED = {
     "rows of a slice change places": (tiling.Slices, "_cut", _rows_change_places),
     "another layer's input comes back": (offload.HostCopy, "fetch", _fetch_zeros),
     "a rotation is not undone": (float32, "_by_heads", _not_undone),
-    "rows of the prefix change places": (prefix, "_Memory", _RowsChangePlaces),
+    "rows of the prefix change places": (prefix, "Memory", _RowsChangePlaces),
 }
 
 

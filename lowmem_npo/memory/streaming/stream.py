@@ -46,7 +46,8 @@ class WeightStream:
     def visit(self, layer: int) -> None:
         """From now on, what is enqueued finds the layer's weights in its slot; its neighbour is on its way."""
         now = layer, _pass()
-        if now == self._now and self._there[layer % 2] == layer and self._arriving[layer % 2] is None:
+        stays = now == self._now or (now[1] == "no gradient" and self._now == (layer, "forward"))  # in lock-step
+        if stays and self._there[layer % 2] == layer and self._arriving[layer % 2] is None:
             return
         if self._now is not None:
             self._followed[self._now] = layer

@@ -82,10 +82,15 @@ class CachedReference(LiveReference):
         run = super().answer_hidden
         return self._stored("retain", batch, lambda: run(batch))
 
+    def runs(self, forget: Sequence[int] = (), retain: Sequence[int] = ()) -> bool:
+        parts = {"forget": forget, "retain": retain}
+        missing = {part: () if self._holds(part, rows) else rows for part, rows in parts.items()}
+        return super().runs(**missing)
+
     def comes_together(self, batch: RowBatch, forget_rows: int) -> bool:
         """Nor where one part is stored and the other is not."""
         parts = zip(("forget", "retain"), (batch.rows[:forget_rows], batch.rows[forget_rows:]), strict=True)
-        stored = {part in self.files and self.files[part].holds(rows) for part, rows in parts}
+        stored = {self._holds(part, rows) for part, rows in parts}
         return super().comes_together(batch, forget_rows) and len(stored) == 1
 
     def answers_of_both(self, batch: RowBatch, forget_rows: int) -> tuple[Tensor, Tensor]:
@@ -97,6 +102,9 @@ class CachedReference(LiveReference):
         self._write("forget", forget, logprobs[:, None])
         self._write("retain", retain, hidden)
         return logprobs, hidden
+
+    def _holds(self, part: str, rows: Sequence[int]) -> bool:
+        return part in self.files and self.files[part].holds(rows)
 
     def _stored(self, part: str, batch: RowBatch, run: Callable[[], Tensor]) -> Tensor:
         if (stored := self._read(part, batch.rows, batch.data.device)) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lowmem_kernels import FrozenHead, token_logprobs
@@ -35,6 +36,10 @@ class LiveReference:
     def retain(self, batch: RowBatch) -> Tensor | None:
         """(N, d) final hidden states that predict the retain answers; None if delta is 0."""
         return None if self.objective.delta == 0 else self.answer_hidden(batch)
+
+    def runs(self, forget: Sequence[int] = (), retain: Sequence[int] = ()) -> bool:
+        """Whether the model must run for what these rows need: `forget`, `retain` or `both`."""
+        return bool((forget and needs_reference(self.objective) is not None) or (retain and self.objective.delta > 0))
 
     def comes_together(self, batch: RowBatch, forget_rows: int) -> bool:
         """Whether `both` is not more work than the two of them: both parts need a pass, or none does."""

@@ -270,18 +270,29 @@ def test_the_weights_lie_in_blocks_and_the_slots_are_of_the_largest():
     assert not any(p.requires_grad or p.ndim < 2 for p in streamed)
 
 
-@pytest.mark.parametrize(("layers", "copies"), [(4, 2 + 4 + 2), (5, 3 + 5 + 3), (2, 0)])
-def test_copies_of_a_step(layers, copies, tmp_path):
-    """Of each part: the reference pass finds the first two layers, which the backward pass before has left, and the
-    backward pass the last two. The policy pass begins with the first layers, after the last ones: it finds none."""
+APART = (
+    2 + 4 + 2
+) * 2  # of each part: the policy pass begins with the first layers, after the last ones: none is there
+
+
+@pytest.mark.parametrize(
+    ("layers", "settings", "copies"),
+    [(4, {}, (2 + 2) * 2), (5, {"joint_pass_tokens": 10**6}, 3 + 3), (2, {}, 0), (4, {"reference": "apart"}, APART)],
+    ids=["both parts", "in one pass", "two layers", "not in lock-step"],
+)
+def test_copies_of_a_step(layers, settings, copies, tmp_path):
+    """Two traversals, one forward and one backward: the former finds the first two layers, which the backward pass
+    before has left, and the latter the last two."""
     model = adapted(llama(layers), stream_weights=True)
-    trainer = make_trainer(model, tmp_path, FORGET, RETAIN)
+    apart = settings.pop("reference", None)
+    trainer = make_trainer(model, tmp_path, FORGET, RETAIN, **settings)
+    trainer.passes.lock_step = None if apart else trainer.passes.lock_step
     stream, counts = weight_stream(model), []
     batches, totals = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, CPU)
     for _ in range(3):
         trainer.training_step(trainer.model, batches[0], totals)
         counts.append(stream.copied_bytes // len(stream.blocks[0]))
-    assert counts[2] - counts[1] == counts[1] - counts[0] == 2 * copies  # forget and retain part
+    assert counts[2] - counts[1] == counts[1] - counts[0] == copies
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,113 @@
+"""Reference and policy together in each layer: the losses and gradients of passes apart, to the bit.
+
+tests/test_architectures.py compares the gradients in every architecture, tests/memory/streaming what is copied.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.architectures import tiny_config
+from helpers.dense_step import VOCABULARY, dense_step, make_trainer, random_rows, relative_error, step_gradients
+from helpers.tiny_models import tiny_model
+
+from lowmem_npo.config import AdapterConfig, MemoryConfig
+from lowmem_npo.memory import lock_step
+from lowmem_npo.memory.lock_step import LockStep
+from lowmem_npo.memory.switches import apply_switches
+from lowmem_npo.model import attach_lora
+
+FORGET, RETAIN = random_rows(4, seed=1), random_rows(4, seed=2)
+
+
+def trainer(folder: Path, together: bool, architecture="olmo", adapter=None, memory=None, **settings):
+    torch.manual_seed(5)
+    own = {"lora_r": 3, "lora_targets": ("all-linear",), **(adapter or {})}
+    model = attach_lora(tiny_model(architecture), AdapterConfig(**own))
+    apply_switches(model, MemoryConfig(**(memory or {})))
+    run = make_trainer(model, folder / str(together), FORGET, RETAIN, max_steps=2, **settings)
+    assert run.passes.lock_step is None, "weights that stay where they are do not need it"
+    if together:
+        run.passes.lock_step = LockStep.where_it_fits(model, run.passes.prefix)
+        assert run.passes.lock_step is not None
+    torch.manual_seed(7)  # dropout
+    return run
+
+
+STEPS = {
+    "parts apart": {},
+    "one pass": {"joint_pass_tokens": 10**6},
+    "a prefix": {"adapter": {"lora_layers": ("1",)}},
+    "dropout": {"adapter": {"lora_dropout": 0.5}},
+    "all switches": {"memory": {"tile_mlp": 5, "offload_checkpoints": True, "embedding_on_cpu": True}},
+    "nothing recomputed": {"memory": {"gradient_checkpointing": "off"}, "joint_pass_tokens": 10**6},
+    "a cache is filled": {"reference_dir": "reference"},
+    "one part needs a reference": {"forget_term": "ga"},
+    "neighbour": {"sam": 0.05},
+    "adversary": {"adversary": 0.5, "per_device_train_batch_size": 2},
+}
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=list(STEPS))
+def test_steps_are_those_of_passes_apart_to_the_bit(step, tmp_path):
+    results = []
+    for together in (False, True):
+        folder = {"reference_dir": str(tmp_path / f"cache-{together}")} if "reference_dir" in step else {}
+        run = trainer(tmp_path, together, **{**step, **folder})
+        gradients = step_gradients(run)
+        figures = [{k: v for k, v in log.items() if "_" in k or k == "loss"} for log in run.state.log_history[:2]]
+        results.append((gradients, figures))
+    (apart, figures), (joint, own_figures) = results
+    assert apart.keys() == joint.keys() and all(torch.equal(apart[name], joint[name]) for name in apart)
+    assert figures == own_figures and "retain_kl" in figures[1]
+
+
+def test_each_layer_is_run_by_both_before_the_next(tmp_path):
+    """And what is below the adapters once; a layer is recomputed for the policy alone."""
+    run = trainer(tmp_path, True, "llama", {"lora_layers": ("1",)}, joint_pass_tokens=10**6, learning_rate=0.0)
+    _, expected = dense_step(run, FORGET, RETAIN)
+    seen: list[tuple[int, bool]] = []
+    for index, layer in enumerate(run.model.get_base_model().model.layers):
+        adapted = layer.self_attn.q_proj
+        off = (lambda m: m.disable_adapters) if index else (lambda m: None)
+        adapted.register_forward_pre_hook(lambda m, args, i=index, off=off: seen.append((i, off(m))))
+    assert relative_error(step_gradients(run), expected) < 2e-5
+    assert seen[:4] == [(0, None), (1, False), (1, True), (1, False)]
+
+
+def test_a_reference_that_meets_the_policy_would_be_noticed(tmp_path, monkeypatch):
+    """Here it enters each layer with the policy's states."""
+    monkeypatch.setattr(lock_step._Memory, "states", property(lambda memory: None, lambda memory, states: None), False)
+    monkeypatch.setattr(LockStep, "_suffices", lambda *_: True)
+    run = trainer(tmp_path, True, learning_rate=0.0)
+    _, expected = dense_step(run, FORGET, RETAIN)
+    assert relative_error(step_gradients(run), expected) > 1e-3
+
+
+SHARED_KEYS = {"num_kv_shared_layers": 1, "layer_types": ["sliding_attention"] * 2}
+WHERE_NOT = {
+    "upper layers read the keys of lower ones": ("gemma3n_text", SHARED_KEYS, ("q_proj", "v_proj")),
+    "a layer before the decoder's has an adapter": ("opt", {"word_embed_proj_dim": 16}, ("all-linear",)),
+}
+
+
+@pytest.mark.parametrize("architecture, changes, targets", WHERE_NOT.values(), ids=list(WHERE_NOT))
+def test_where_the_reference_keeps_to_itself(architecture, changes, targets, tmp_path):
+    config = tiny_config(architecture, VOCABULARY)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model = attach_lora(tiny_model(config), AdapterConfig(lora_r=3, lora_targets=targets))
+    run = make_trainer(model, tmp_path, FORGET, RETAIN)
+    assert LockStep.where_it_fits(model, run.passes.prefix) is None
+
+
+def test_a_pass_that_ends_in_its_middle_leaves_the_model_as_it_was(tmp_path):
+    run = trainer(tmp_path, True)
+    layers = run.model.get_base_model().model.layers
+    before = [vars(layer).get("forward") for layer in layers]
+    with pytest.raises(RuntimeError, match="inside"), run.passes.lock_step.passes():
+        assert [vars(layer).get("forward") for layer in layers] != before
+        raise RuntimeError("inside")
+    assert [vars(layer).get("forward") for layer in layers] == before
