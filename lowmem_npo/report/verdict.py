@@ -178,7 +178,8 @@ def judge_evaluation(
         for part in (FORGET, RETAIN)
         if part in now
     )
-    headline = f"On the rows measured, the model {said}{traces}."
+    verb = said.partition(" ")[0]  # once, if both have the same
+    headline = f"On the rows measured, the model {said.replace(f' and {verb} ', ' and ')}{traces}."
     why = (
         "was measured on other rows, or with answers of another length"
         if FORGET in before

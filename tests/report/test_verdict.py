@@ -230,7 +230,7 @@ def test_an_evaluation_has_a_headline_of_its_own():
         assert "the model says 3 of 100 forget answers" in judge_evaluation(now, earlier, 50304, {}).headline
     alone = judge_evaluation(now, {}, 50304, {"extraction": LeakResult({}, "", True)})
     assert alone.headline == (
-        "On the rows measured, the model says 3 of 100 forget answers and says 100 of 100 retain answers; "
+        "On the rows measured, the model says 3 of 100 forget answers and 100 of 100 retain answers; "
         "leak tests find traces."
     )
     traces = {"extraction": LeakResult({}, "", True)}
