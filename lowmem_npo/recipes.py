@@ -5,6 +5,8 @@ What a recipe is made of is measured (docs/options.md); it names only options wh
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, fields, replace
 from typing import Any
 
@@ -30,11 +32,21 @@ def with_recipe(config: RunConfig) -> RunConfig:
         options = getattr(config, section)
         if name in config.explicit or getattr(options, name) != default:
             continue
-        try:
+        with named_in_errors(config):
             config = replace(config, **{section: replace(options, **{name: value})})
-        except UserError as error:
-            raise UserError(f"--recipe {recipe}: {error}") from error
     return config
+
+
+@contextmanager
+def named_in_errors(config: RunConfig) -> Iterator[None]:
+    """Inside, an error about an option that nobody gave, because the recipe sets it, names the recipe."""
+    recipe = config.training.recipe
+    try:
+        yield
+    except UserError as error:
+        if any(f"--{name}" in str(error) for name in RECIPES[recipe] if name not in config.explicit):
+            raise UserError(f"--recipe {recipe}: {error}") from error
+        raise
 
 
 def remark(config: RunConfig) -> str | None:

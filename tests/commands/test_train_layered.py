@@ -114,6 +114,8 @@ def test_micro_batches_change_nothing(whole, byte_model, tmp_path):
         (("--adversary", "strong"), "--adversary"),
         (("--adversary", 1, "--batch-size", 18), "a step takes all 18 (--batch-size 18): lower --batch-size"),
         (("--adversary", 1, "--layered", 3), "takes all 6 of the first fold of --layered 3 (--batch-size 6): lower"),
+        (("--recipe", "lasting"), "--recipe lasting: --adversary teaches rows that a step does not forget, and a step"),
+        (("--recipe", "lasting", "--max-steps", 2, "--batch-size", 2), "--recipe lasting: --layered 3 needs a step"),
         (("--forget-term", "dpo"), "name its column, --alternative-column"),
         (("--forget-term", "dpo", "--alternative-column", "other"), "has no column other"),
         (("--forget-term", "dpo", "--alternative-column", "answer"), "answer holds the answer itself"),

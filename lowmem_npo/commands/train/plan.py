@@ -29,7 +29,7 @@ from lowmem_npo.model.quantization import quantization_of
 from lowmem_npo.model.saved_adapter import check_base, check_finite, settings_of_run
 from lowmem_npo.model.stop_tokens import stop_tokens
 from lowmem_npo.model.weights import check_has_weights
-from lowmem_npo.recipes import remark
+from lowmem_npo.recipes import named_in_errors, remark
 from lowmem_npo.report.audit import check_same_adapter, check_same_rows
 from lowmem_npo.run_directory import RunDirectory, check_disk, step_of
 from lowmem_npo.training.adversary import check_others
@@ -149,14 +149,16 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
     if shared := shared_layers(adapted):
         say(f"The base shares {shared[0]} with another layer: the adapter works beside its base, but cannot be merged.")
     apply_switches(adapted, config.memory)  # raises if one does not fit
-    rows = planned_rows(config, data)
-    if config.objective.adversary is not None:
-        check_others(rows.num_forget, rows.folds, config.training.batch_size)
+    with named_in_errors(config):
+        rows = planned_rows(config, data)
+        if config.objective.adversary is not None:
+            check_others(rows.num_forget, rows.folds, config.training.batch_size)
     config, predicted = decide(config, data, model_config, say)
     directory.config = config
     plan = RunPlan(config, directory, tokenizer, data, predicted)
     if rows.folds is not None:
-        check_folds(rows.folds, config.training.batch_size, plan.steps)
+        with named_in_errors(config):
+            check_folds(rows.folds, config.training.batch_size, plan.steps)
     trained = step_of(next(iter(directory.checkpoints()), None)) if config.output.resume else 0
     if trained > plan.steps:
         raise UserError(
