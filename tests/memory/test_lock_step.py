@@ -1,6 +1,7 @@
 """Reference and policy together in each layer: the losses and gradients of passes apart, to the bit.
 
-tests/test_architectures.py compares the gradients in every architecture, tests/memory/streaming what is copied.
+Streamed weights are used in lock-step: tests/memory/streaming compares their steps, with all other switches, with those
+of resident weights, and counts what is copied. tests/test_architectures.py compares every architecture's gradients.
 """
 
 from __future__ import annotations
@@ -37,16 +38,9 @@ def trainer(folder: Path, together: bool, architecture="olmo", adapter=None, mem
 
 
 STEPS = {
-    "parts apart": {},
-    "one pass": {"joint_pass_tokens": 10**6},
-    "a prefix": {"adapter": {"lora_layers": ("1",)}},
     "dropout": {"adapter": {"lora_dropout": 0.5}},
-    "all switches": {"memory": {"tile_mlp": 5, "offload_checkpoints": True, "embedding_on_cpu": True}},
-    "nothing recomputed": {"memory": {"gradient_checkpointing": "off"}, "joint_pass_tokens": 10**6},
     "a cache is filled": {"reference_dir": "reference"},
-    "one part needs a reference": {"forget_term": "ga"},
-    "neighbour": {"sam": 0.05},
-    "adversary": {"adversary": 0.5, "per_device_train_batch_size": 2},
+    "one part needs a reference": {"forget_term": "ga", "memory": {"gradient_checkpointing": "off"}},
 }
 
 
