@@ -13,6 +13,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from lowmem_npo.errors import UserError
@@ -36,14 +37,29 @@ def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
     """The list of transformer layers, lowest first.
 
     Raises:
-        UserError: there is no list of as many layers as the configuration names.
+        UserError: there is no such list.
     """
     lm = causal_lm(model)
     count = lm.config.get_text_config().num_hidden_layers
-    for module in decoder(lm).modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
+    lists = list(_outer_lists(decoder(lm)))
+    for module in lists:
+        if len(module) == count:
+            return module
+    for module in lists:  # LongCat's layers hold two of what its configuration counts
+        if len(module) and all(isinstance(layer, GradientCheckpointingLayer) for layer in module):
             return module
     raise UserError(f"The decoder layers of {type(lm).__name__} were not found ({count} in its configuration).")
+
+
+def _outer_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+    """The lists of modules in `module` that are not a part of another, outermost first."""
+    parts = [module]
+    for part in parts:
+        for child in part.children():
+            if isinstance(child, nn.ModuleList):
+                yield child
+            else:
+                parts.append(child)
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:

@@ -33,12 +33,20 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from lowmem_npo.data.batching import RowBatch
 from lowmem_npo.model.layers import decoder
 
-varlen_attn: Any = None  # before PyTorch 2.11, whose arguments are those that follow
-with suppress(ImportError):
-    from torch.nn.attention.varlen import varlen_attn as _varlen_attn
+flash: Any = None  # PyTorch's flash attention to rows of any length; None before 2.11, or if it has other arguments
+SHARES_HEADS = False  # whether it is known to take fewer key heads than query heads
+with suppress(ImportError, AttributeError):
+    from torch.nn.attention.varlen import varlen_attn
 
-    if {"window_size", "scale"} <= inspect.signature(_varlen_attn).parameters.keys():
-        varlen_attn = _varlen_attn
+    # The operator itself, with PyTorch's own derivative: `varlen_attn`, the public way to it, wraps both into custom
+    # operators written in Python, for whose calls a fast GPU waits.
+    _operator = torch.ops.aten._flash_attention_forward.default
+    _takes = "query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, scale"
+    if ", ".join(a.name for a in _operator._schema.arguments).startswith(
+        f"{_takes}, window_size_left, window_size_right"
+    ):
+        flash = _operator
+    SHARES_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 BY_ROWS = {"sdpa": "rows_sdpa", "eager": "rows_eager"}
 """An attention implementation of transformers, and its name here."""
@@ -162,7 +170,7 @@ def by_rows(attend_with: Callable[[nn.Module], Callable[..., Any]]) -> Callable[
 def _in_one_call(module: nn.Module, query: Tensor, value: Tensor, how: dict[str, Any]) -> bool:
     """Whether PyTorch's flash attention to rows of any length does what fused SDPA would."""
     return (
-        varlen_attn is not None
+        flash is not None
         and query.is_cuda
         and has_values(query)  # the estimate counts what row by row takes, which is no less
         and capability(query.device) >= (8, 0)
@@ -179,16 +187,12 @@ def _attend_at_once(
     query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scale: float | None
 ) -> Tensor:
     """(1, H, T, D) queries, and keys and values of as many heads or some that divide them; (1, T, H, D)."""
-    how: dict[str, Any] = {}
-    if key.shape[1] != query.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-            how["enable_gqa"] = True
-        else:
-            key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
+    if key.shape[1] != query.shape[1] and not SHARES_HEADS:
+        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
-    return varlen_attn(
-        query, key, value, ends, ends, longest, longest, scale=scale, window_size=(-1, 0), **how
-    ).unsqueeze(0)
+    causal: dict[str, Any] = {"scale": scale, "window_size_left": -1, "window_size_right": 0}
+    attended, *_ = flash(query, key, value, ends, ends, longest, longest, 0.0, True, False, **causal)
+    return attended.unsqueeze(0)
 
 
 def _eager(module: nn.Module) -> Callable[..., Any]:

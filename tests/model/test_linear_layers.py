@@ -7,13 +7,13 @@ import pytest
 import torch
 from helpers.architectures import random_model, tiny_config
 from helpers.dense_step import make_trainer, random_rows, step_gradients
-from transformers import AutoModelForCausalLM, LongcatFlashConfig
+from transformers import AutoModelForCausalLM, LongcatFlashConfig, LongcatFlashForCausalLM
 
 from lowmem_npo.config import AdapterConfig, ModelConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.model import attach_lora, load_model
 from lowmem_npo.model.adapters import check_lora, extra_adapter
-from lowmem_npo.model.layers import linear_layers, read_as_weights
+from lowmem_npo.model.layers import decoder_layers, linear_layers, read_as_weights
 
 ALL = ("all-linear",)
 LAYERS = {  # architecture: the last parts of the names, and what is left out
@@ -96,3 +96,15 @@ def test_a_router_that_reads_a_linear_layers_weight_is_recognised():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert {name.rpartition(".")[2] for name in read_as_weights(model)} == {"classifier"}
+
+
+def test_the_layers_of_a_decoder_are_not_the_parts_of_one():
+    """LongCat Flash counts each of its layers twice, and lists two attentions, MLPs and norms in each."""
+    latent = dict(kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, head_dim=4)
+    experts = dict(n_routed_experts=4, moe_topk=2, expert_ffn_hidden_size=16, ffn_hidden_size=16)
+    sizes = dict(hidden_size=32, num_attention_heads=4, vocab_size=97)
+    for layers in (1, 3):
+        with torch.device("meta"):
+            model = LongcatFlashForCausalLM(LongcatFlashConfig(num_layers=layers, **sizes, **latent, **experts))
+        assert model.config.num_hidden_layers == 2 * layers
+        assert decoder_layers(model) is model.model.layers and len(model.model.layers) == layers

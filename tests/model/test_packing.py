@@ -12,6 +12,7 @@ import torch
 from helpers.architectures import random_model, tiny_config
 from helpers.dense_step import random_rows
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from lowmem_npo.data import RowBatch
@@ -71,29 +72,69 @@ def test_what_a_layer_keeps_is_as_large_as_the_real_tokens():
 @pytest.mark.parametrize("architecture", ["olmo", "qwen3"])
 def test_where_pytorch_has_one_call_for_all_rows_it_gets_what_they_are(architecture, monkeypatch):
     """With a stand-in for the call, which needs a GPU; fewer key heads in Qwen3, with and without support for them."""
-    calls = []
+    calls, causal = [], {"window_size_left": -1, "window_size_right": 0}
 
-    def one_call(query, key, value, ends, key_ends, longest, longest_key, *, scale, window_size, enable_gqa=False):
-        assert window_size == (-1, 0) and ends is key_ends and longest == longest_key == max(PACKED.lengths)
-        assert ends.dtype == torch.int32 and enable_gqa == (key.shape[1] != query.shape[1])
-        calls.append(query.shape)
+    def one_call(query, key, value, ends, key_ends, longest, longest_key, *how, scale, **window):
+        assert how == (0.0, True, False) and window == causal
+        assert ends is key_ends and longest == longest_key == max(PACKED.lengths) and ends.dtype == torch.int32
+        calls.append((query.shape, key.shape[1]))
         rows = zip(
             *(t.transpose(0, 1).tensor_split(ends[1:-1].long(), dim=1) for t in (query, key, value)), strict=True
         )
-        done = [scaled_dot_product_attention(*row, is_causal=True, scale=scale, enable_gqa=enable_gqa) for row in rows]
-        return torch.cat(done, dim=1).transpose(0, 1)
-
-    def without_gqa(*args, scale, window_size):
-        return one_call(*args, scale=scale, window_size=window_size)
+        done = [scaled_dot_product_attention(*row, is_causal=True, scale=scale, enable_gqa=True) for row in rows]
+        return torch.cat(done, dim=1).transpose(0, 1), None, None, None, None
 
     model = model_of(architecture)
     expected = alone(model)
     assert packs_rows(model)
     monkeypatch.setattr(packing, "_in_one_call", lambda *args: True)
-    for function in (one_call, without_gqa):
-        monkeypatch.setattr(packing, "varlen_attn", function)
+    monkeypatch.setattr(packing, "flash", one_call)
+    for shares_heads in (True, False):
+        monkeypatch.setattr(packing, "SHARES_HEADS", shares_heads)
         assert error(answer_hidden(model, PACKED).hidden, expected) < 1e-5
-    assert calls == 4 * [torch.Size([sum(PACKED.lengths), 4, 8])]
+    states = torch.Size([sum(PACKED.lengths), 4, 8])
+    heads = model.config.num_key_value_heads
+    assert calls == 2 * [(states, heads)] + 2 * [(states, 4)]
+
+
+class Calls(TorchDispatchMode):
+    """The calls of flash attention's operators, with the values of their arguments, or shapes."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "_flash_attention" in func.name():
+            by_name = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | (kwargs or {})
+            self.calls.append(
+                (func.name(), {n: tuple(v.shape) if isinstance(v, torch.Tensor) else v for n, v in by_name.items()})
+            )
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(packing.flash is None, reason="this PyTorch has none for rows of any length")
+def test_the_operator_gets_what_pytorchs_own_way_to_it_gives_it():
+    """`varlen_attn` itself, opened, on tensors without values: the same operators and arguments, both ways."""
+    from torch.nn.attention import varlen
+
+    def states(*shape):
+        return torch.empty(*shape, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+
+    ends = torch.zeros(4, dtype=torch.int32, device="meta")
+    rows = ends, ends, 9, 9
+    with Calls() as theirs, torch.no_grad():
+        q, k, v = (states(20, 4) for _ in range(3))
+        out, sums, state = varlen._varlen_attn._init_fn(q, k, v, *rows, True, 0.125, [-1, 0])
+        varlen._varlen_attn_backward._init_fn(out, q, k, v, out, sums, *rows, True, state, 0.125, [-1, 0])
+    with Calls() as ours:
+        q, k, v = (states(1, 4, 20) for _ in range(3))
+        attended = packing._attend_at_once(q, k, v, ends, 9, 0.125)
+        attended.backward(torch.empty_like(attended))
+    unused = {"seqused_k", "block_table", "num_splits", "unused"}
+    for (name, given), (own_name, own) in zip(theirs.calls, ours.calls, strict=True):
+        assert name == own_name and attended.shape == (1, 20, 4, 64) and q.grad.shape == q.shape
+        assert {n: v for n, v in given.items() if n not in unused} == {n: v for n, v in own.items() if n not in unused}
 
 
 @pytest.mark.gpu
@@ -103,8 +144,8 @@ def test_one_call_for_all_rows_on_a_gpu(architecture, monkeypatch):
     """States and gradients are those of row by row, to bfloat16's rounding."""
     model = model_of(architecture).to("cuda", torch.bfloat16)
     assert packs_rows(model)
-    results, calls, one_call = [], [], packing.varlen_attn
-    monkeypatch.setattr(packing, "varlen_attn", lambda *args, **how: calls.append(args) or one_call(*args, **how))
+    results, calls, one_call = [], [], packing.flash
+    monkeypatch.setattr(packing, "flash", lambda *args, **how: calls.append(args) or one_call(*args, **how))
     for at_once in (True, False):
         if not at_once:
             monkeypatch.setattr(packing, "_in_one_call", lambda *args: False)
