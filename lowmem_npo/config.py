@@ -457,6 +457,10 @@ class OutputConfig(AnswerOptions):
     """Rows of each set measured before and after (the same ones for every --seed); 0 measures nothing."""
     eval_batch_size: Count = 8
     """Rows per batch when measuring."""
+    generate_answers: Automatic = "auto"
+    """Whether the model writes its answers when it is measured. off: they are read off the likelihoods, the most likely
+    token after each true one, and leak tests that let the model write are left out. auto: on, unless --stream-weights
+    is predicted to make it take more than an hour."""
     leaks: tuple[str, ...] = ("extraction", "membership")
     """Tests of what the model still gives away of the forget rows, before and after, on --eval-rows rows; all of
     them, or none."""
@@ -471,6 +475,7 @@ class OutputConfig(AnswerOptions):
     def __post_init__(self) -> None:
         self.leaks = (self.leaks,) if isinstance(self.leaks, str) else tuple(self.leaks)
         self.leaks = () if self.leaks == ("none",) else self.leaks
+        self.generate_answers = on_or_off(self.generate_answers)
         super().__post_init__()
 
 

@@ -21,7 +21,7 @@ SELF_WRITTEN = "self_written.jsonl"  # the texts of --retain self
 # A resumed run may be longer, have moved, or measure more; any other change would make it a different run.
 MAY_CHANGE = (
     "output_dir", "epochs", "max_steps", "eval_rows", "eval_batch_size", "max_new_tokens", "forms", "leaks",
-    "report_examples", "micro_batch_size", "device", "quantized_cache",
+    "report_examples", "micro_batch_size", "device", "quantized_cache", "generate_answers",
     "recipe",  # whose options are compared themselves
     *(f.name for f in fields(MemoryConfig)),
 )  # fmt: skip

@@ -19,8 +19,8 @@ from lowmem_npo.data import PreparedData
 from lowmem_npo.environment import available_memory
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.background import Simulation, workload_of
+from lowmem_npo.estimate.generation import generation
 from lowmem_npo.estimate.gpus import Device, own_device
-from lowmem_npo.estimate.host import streaming_host
 from lowmem_npo.estimate.report import Report
 from lowmem_npo.estimate.simulator.gpu import CAPABILITY
 from lowmem_npo.estimate.step import StepRows
@@ -83,7 +83,8 @@ def _decide(
         return _on_cpu(config, data, architecture, say), None
     report = Simulation(config, workload_of(config, data), own_device() if on_gpu else None).report()
     if report.config.memory.stream_weights:
-        report = replace(report, config=_with_host(report, on_gpu, say))
+        report = _with_host(report, on_gpu, say)
+        report = replace(report, config=_with_answers(report, data, architecture, say))
     flags = f"with {' '.join(report.flags)}" if report.flags else "as configured"
     needed, context = gib(report.estimate.needed_bytes), gib(report.estimate.context_bytes)
     limit = f"Memory budget {budget}" if budget is not None else "Memory"
@@ -95,18 +96,28 @@ def _decide(
     return replace(report.config, memory=replace(report.config.memory, memory_budget=None)), report
 
 
-def _with_host(report: Report, on_gpu: bool, say: Say) -> RunConfig:
-    """The configuration with what --stream-from leaves open decided, after saying how much host memory streamed
+def _with_answers(report: Report, data: PreparedData, architecture: PretrainedConfig, say: Say) -> RunConfig:
+    """The configuration with --generate-answers decided, after saying what writing them takes."""
+    output = report.config.output
+    answers = generation(report.config, data, architecture, report)
+    if output.generate_answers == "auto":
+        output = replace(output, generate_answers="off" if answers.is_too_long else "on")
+    if answers.passes:
+        say(answers.line(output.generate_answers == "on"))
+    return replace(report.config, output=output)
+
+
+def _with_host(report: Report, on_gpu: bool, say: Say) -> Report:
+    """The report with what --stream-from leaves open decided, after saying how much host memory streamed
     weights take. Raises UserError if it is not there, or without a GPU."""
     if not on_gpu:
         check_device(torch.device("cpu"))
-    host = streaming_host(report.config, report.estimate, report.copied_bytes)
+    host = report.streaming_host
     for line in host.lines():
         say(line)
     host.check()
-    return replace(
-        report.config, memory=replace(report.config.memory, stream_from="cache" if host.in_file else "memory")
-    )
+    memory = replace(report.config.memory, stream_from="cache" if host.in_file else "memory")
+    return replace(report, config=replace(report.config, memory=memory), host=host)
 
 
 def _with_reference(config: RunConfig, data: PreparedData, architecture: PretrainedConfig, say: Say) -> RunConfig:

@@ -12,11 +12,11 @@ from transformers import PretrainedConfig
 from lowmem_npo.config import ModelConfig, RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.budget import Fit, cautious, fit_budget, fit_free, undecided
-from lowmem_npo.estimate.gpus import Device
-from lowmem_npo.estimate.host import streaming_host
+from lowmem_npo.estimate.gpus import GPUS, Device
+from lowmem_npo.estimate.host import StreamingHost, streaming_host
 from lowmem_npo.estimate.simulator.gpu import CAPABILITY
 from lowmem_npo.estimate.step import Estimate, StepRows, estimate
-from lowmem_npo.estimate.time import RunTime, step_seconds
+from lowmem_npo.estimate.time import BUS, RunTime, duration, step_seconds
 from lowmem_npo.model import resolve_name
 from lowmem_npo.model.known_configs import known_config, known_names
 from lowmem_npo.model.loading import DTYPES, load_config
@@ -24,6 +24,8 @@ from lowmem_npo.model.notes import model_notes
 from lowmem_npo.model.quantization import quantization_of
 from lowmem_npo.sizes import gib
 from lowmem_npo.training.training_rows import Parts
+
+TOKENS = 64  # of the answers that the estimate speaks of
 
 
 class Workload(NamedTuple):
@@ -62,6 +64,7 @@ class Report:
     budget: int | None
     flags: list[str]
     notes: list[str]
+    host: StreamingHost | None = None  # of streamed weights; None: this host's, looked at when it is needed
 
     @property
     def capability(self) -> tuple[int, int]:
@@ -71,6 +74,19 @@ class Report:
     def copied_bytes(self) -> int:
         """From host memory to the GPU, in a step."""
         return self.estimate.copied_bytes * self.config.training.micro_batches()
+
+    @property
+    def streaming_host(self) -> StreamingHost:
+        """Where streamed weights are kept."""
+        return self.host or streaming_host(self.config, self.estimate, self.copied_bytes)
+
+    @property
+    def pass_seconds(self) -> float:
+        """How long one pass through all layers copies or reads their weights: those of PCIe 4 where the GPU is not
+        known."""
+        gpu = (self.device.model if self.device else None) or GPUS[0]
+        rate, host = BUS * 1e9 * gpu.bus, self.streaming_host
+        return self.estimate.streamed_bytes / min(rate, host.disk_rate if host.in_file else rate)
 
     def as_json(self) -> dict[str, Any]:
         result = self.estimate
@@ -108,11 +124,15 @@ class Report:
             lines += [_line("host memory for tensors", result.host_bytes)]
         if self.config.memory.stream_weights:
             lines += [_line("copied from it to the GPU in a step", self.copied_bytes)]
-            host = streaming_host(self.config, result, self.copied_bytes)
+            host = self.streaming_host
             if not host.in_file and host.needed > host.available:
                 lines += [f"more than the {gib(host.available)} that this host has available (--quantized-cache helps)"]
             elif host.in_file:
                 lines += [f"this host has {gib(host.available)} available and reads {host.reads}"]
+            lines += [
+                f"written answers: a pass for each token of all rows of a set, {self.pass_seconds:.2g} s of copying, "
+                f"{duration(TOKENS * self.pass_seconds / 3600)} for {TOKENS} tokens"
+            ]
         flags = f"with {' '.join(self.flags)}" if self.flags else "with these options"
         if self.budget is not None:
             lines += [f"fits {gib(self.budget)}: yes, {flags}"]

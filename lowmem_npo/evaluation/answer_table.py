@@ -59,6 +59,10 @@ class Measure:
         return self.title[0].upper() + self.title[1:]
 
 
+NOT_GENERATED = (
+    "No answer was written: in place of each stands the token that the model finds most likely after each true one, so "
+    "that recall is higher than that of answers it would write."
+)
 MEASURES = (
     Measure("nll", "NLL per answer token", 3, {FORGET: "higher", RETAIN: "as before"}, {
         FORGET: "How unlikely each token of the true answers is to the model, in nats; 0 is certainty. Higher is "
@@ -179,14 +183,16 @@ def scope(stages: Stages) -> str:
     one of the same."""
     first = next(iter(stages.values()))
     same = all(same_rows(s, first[name]) for sets in stages.values() for name, s in sets.items() if name in first)
-    if same:
-        return f"Measured on {_measured(first)}."
-    return f"Measured {'; '.join(f'{stage}, on {_measured(sets)}' for stage, sets in stages.items())}."
+    on = "; ".join(f"{stage}, on {_measured(sets)}" for stage, sets in stages.items())
+    text = f"Measured on {_measured(first)}." if same else f"Measured {on}."
+    written = all(summary.generated for sets in stages.values() for summary in sets.values())
+    return text if written else f"{text} {NOT_GENERATED}"
 
 
 def same_rows(one: AnswerSummary, other: AnswerSummary) -> bool:
-    """Whether both seem to be of the same rows, with answers as long: else their figures cannot be compared."""
-    measured = ((s.rows, s.rows_in_set, s.tokens, s.max_new_tokens) for s in (one, other))
+    """Whether both seem to be of the same rows, with answers as long and written alike: else their figures cannot be
+    compared."""
+    measured = ((s.rows, s.rows_in_set, s.tokens, s.max_new_tokens, s.generated) for s in (one, other))
     return len(set(measured)) == 1
 
 
@@ -199,6 +205,8 @@ def _measured(sets: Mapping[str, AnswerSummary]) -> str:
         share = f"all {rows}" if rows == rows_in_set else f"{rows} of {rows_in_set}"
         whole = f"the only {name} row" if rows_in_set == 1 else f"{share} {name} rows"
         parts.append(f"{whole} ({summary.tokens:,} answer tokens)")
+    if not all(summary.generated for summary in sets.values()):
+        return " and ".join(parts)
     lengths = sorted({summary.max_new_tokens for summary in sets.values() if summary.max_new_tokens})
     limit = f" of up to {' and '.join(map(str, lengths))} tokens" if lengths else ""
     return f"{' and '.join(parts)}, greedy answers{limit}"

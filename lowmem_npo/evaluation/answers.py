@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.config import OutputConfig
 from lowmem_npo.data import TokenizedRow
+from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE
 from lowmem_npo.evaluation.wording import appears, begins, rouge_l_recall
 from lowmem_npo.files import write_atomically
@@ -31,6 +32,11 @@ from lowmem_npo.files import write_atomically
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class NotGenerated(UserError):
+    """What only an answer that the model writes would show, where it is not to write any."""
+
 
 MIN_NEW_TOKENS, MAX_NEW_TOKENS = 64, 256
 MARGIN = 16  # tokens beyond the longest true answer
@@ -74,7 +80,8 @@ class AnswerSummary:
 
     appears: None in an evaluation.json of a version that did not measure it. max_new_tokens: how many an answer could
     have; None if each ended where the true one does, as older versions measured. passages: how many of the rows are
-    texts that the model goes on with; the others ask for something.
+    texts that the model goes on with; the others ask for something. generated: whether the model wrote the answers;
+    else they were read off the likelihoods (`lowmem_npo.evaluation.scoring.forced`).
     """
 
     rows: int
@@ -87,6 +94,7 @@ class AnswerSummary:
     appears: float | None = None
     max_new_tokens: int | None = None
     passages: int = 0
+    generated: bool = True
 
     @classmethod
     def of(
@@ -192,6 +200,7 @@ def read_answers(path: Path, output: OutputConfig | None = None) -> Evaluations:
 
 def _measured_as(output: OutputConfig, name: str, summary: AnswerSummary) -> bool:
     whole = part_of(name) != name or summary.rows == min(output.eval_rows, summary.rows_in_set)
+    whole = whole and summary.generated == (output.generate_answers != "off")
     return whole and summary.max_new_tokens is not None and output.max_new_tokens in (None, summary.max_new_tokens)
 
 
@@ -212,14 +221,17 @@ def evaluate_answers(
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
     passages: int = 0,
+    generate: bool = True,
 ) -> AnswerEvaluation:
     """Score the answers of `rows`, or of `limit` rows drawn from them by `seed` (None: all).
 
     Greedy answers end where the model ends them, or at `max_new_tokens` (None: `answer_length`), where the references
-    that they are compared with are cut, too. `name` labels the progress bar; `batch_size` rows go through the model
-    together, and `passages` of those scored are passages (`AnswerSummary`). The model, with or without adapters, is
-    returned in the mode it came in. Raises ValueError where there is no row to score.
+    that they are compared with are cut, too. Without `generate`, answers are read off the likelihoods. `name` labels
+    the progress bar; `batch_size` rows go through the model together, and `passages` of those scored are passages
+    (`AnswerSummary`). The model, with or without adapters, is returned in the mode it came in. Raises ValueError where
+    there is no row to score.
     """
+    from lowmem_npo.evaluation.scoring.forced import forced_answers
     from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers, text_of
     from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
 
@@ -232,10 +244,22 @@ def evaluate_answers(
         model, picked, batch_size=batch_size, description=f"{name}: likelihood", progress=progress
     )
     length = answer_length(picked, max_new_tokens)
-    prompts = [Prompt(prompt, length) for prompt, _ in questions]
-    answers = greedy_answers(
-        model, tokenizer, prompts, batch_size=batch_size, description=f"{name}: greedy answers", progress=progress
-    )
+    if generate:
+        prompts = [Prompt(prompt, length) for prompt, _ in questions]
+        answers = greedy_answers(
+            model, tokenizer, prompts, batch_size=batch_size, description=f"{name}: greedy answers", progress=progress
+        )
+    else:
+        forced = forced_answers(
+            model,
+            tokenizer,
+            picked,
+            [len(reference) for _, reference in questions],
+            batch_size=batch_size,
+            description=f"{name}: most likely tokens",
+            progress=progress,
+        )
+        answers = [ids[:length] for ids in forced]
 
     records = []
     for row, (prompt, reference_ids), likelihood, answer_ids in zip(
@@ -255,7 +279,8 @@ def evaluate_answers(
                 **compared(reference, answer),
             )
         )
-    return AnswerEvaluation(AnswerSummary.of(records, len(rows), length, passages), records)
+    summary = AnswerSummary.of(records, len(rows), length, passages)
+    return AnswerEvaluation(replace(summary, generated=generate), records)
 
 
 def answer_length(rows: Sequence[TokenizedRow], wanted: int | None) -> int:

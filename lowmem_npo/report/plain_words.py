@@ -9,7 +9,7 @@ from typing import Any
 
 from lowmem_npo.config import REFUSING_TERMS
 from lowmem_npo.data.reading import described
-from lowmem_npo.evaluation.answer_table import FORGET, GENERAL, RETAIN
+from lowmem_npo.evaluation.answer_table import FORGET, GENERAL, NOT_GENERATED, RETAIN
 from lowmem_npo.evaluation.answers import AnswerSummary, part_of
 from lowmem_npo.evaluation.figures import shares
 from lowmem_npo.evaluation.leaks.registry import by_name
@@ -129,6 +129,8 @@ def _found(content: Content) -> Iterator[str]:
     if FORGET not in asked or not gives_numbers(before, after):
         yield from content.verdict.sentences
         return
+    if not after[FORGET].generated:
+        yield NOT_GENERATED
     for name in asked:
         never_saw = f"; a model that never saw them gives {said_count(gold[name])}" if name in gold else ""
         yield _course(name, before[name], after[name], never_saw if part_of(name) == FORGET else "")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from lowmem_npo.evaluation.answer_table import FORGET, GENERAL, RETAIN, Stages, same_rows
+from lowmem_npo.evaluation.answer_table import FORGET, GENERAL, NOT_GENERATED, RETAIN, Stages, same_rows
 from lowmem_npo.evaluation.answers import AnswerSummary, part_of
 from lowmem_npo.evaluation.asking import CHAT, PLAIN, REWORDED
 from lowmem_npo.evaluation.figures import shares, side_by_side
@@ -134,14 +134,17 @@ def judge_run(
     leaking = bool(_leaking(leaks.get("after", {})) or (attack and attack.stands_out))
 
     words = _forget_words(states, worst, after)
-    headline = f"On the rows measured, {words}{_conjunction(forget, retain, words.endswith(' asked'))}{retain_words}"
+    generated = all(summary.generated for sets in (before, after) for summary in sets.values())
+    measured = "On the rows measured" + ("" if generated else " (by likelihoods: it was not let write)")
+    headline = f"{measured}, {words}{_conjunction(forget, retain, words.endswith(' asked'))}{retain_words}"
     if overdone:
         headline += "; the forgetting is overdone"
     if leaking:
         headline += f"{', and' if overdone else ', but'} leak tests still find traces"
         if attack and (attack.stands_out or (attack.stands_out is None and attack.value > SAID)):
             headline += f" (the worst attack, {attack.test}, brings {shares(attack.value)[0]} back)"
-    sentences = [_figures(name, before, after, gold) for name in asked]
+    sentences = [] if generated else [NOT_GENERATED]
+    sentences += [_figures(name, before, after, gold) for name in asked]
     if of_passages(after[FORGET]):
         sentences.append(PASSAGES_WORDS)
     sentences += [_figures(name, before, after, gold) for name in kept]

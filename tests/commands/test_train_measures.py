@@ -95,3 +95,21 @@ def test_what_an_older_version_measured_is_measured_again(byte_model, forget, tm
 def test_a_length_that_makes_no_sense(byte_model, forget, tmp_path, capsys):
     assert train(byte_model, forget, tmp_path / "out", "--max-new-tokens", 0) == 2
     assert "--max-new-tokens must be at least 1, not 0." in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_answers_that_are_read_off_the_likelihoods(chat_model, forget, tmp_path, capsys):
+    """Console, files and report say so; leak tests that let the model write are left out; another choice is measured
+    anew."""
+    folder = tmp_path / "out"
+    assert train(chat_model, forget, folder, "--generate-answers", "off", "--leaks", "sampling", "extraction") == 0
+    remark = "No answer was written: in place of each stands the token that the model finds most likely"
+    before, printed = json.loads((folder / "before.json").read_text()), " ".join(capsys.readouterr().out.split())
+    assert not any(of_set["summary"]["generated"] for of_set in before.values()) and remark in printed
+    leaks = json.loads((folder / "leaks.json").read_text())["after"]
+    assert leaks["sampling"]["meaning"].startswith("Not measured: the model would have to write answers")
+    assert not leaks["extraction"]["meaning"].startswith("Not measured")
+    verdict = read_content(folder).verdict
+    assert verdict.headline.startswith("On the rows measured (by likelihoods: it was not let write), ")
+    assert verdict.sentences[0].startswith(remark) and remark in (folder / "report.html").read_text()
+    assert train(chat_model, forget, folder, "--resume", "--max-new-tokens", 8) == 0
+    assert all(s["summary"]["generated"] for s in json.loads((folder / "before.json").read_text()).values())

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar, c
 
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.answers import NotGenerated
 from lowmem_npo.evaluation.figures import shares
 from lowmem_npo.evaluation.options import Options, check_declared
 
@@ -278,7 +279,10 @@ class LeakTest(ABC, Generic[OptionsT]):
         for need in self.needs:
             if need.missing(subject):
                 return LeakResult.not_measured(need.reason)
-        return self.run(subject, cast(OptionsT, subject.options))
+        try:
+            return self.run(subject, cast(OptionsT, subject.options))
+        except NotGenerated as error:
+            return LeakResult.not_measured(str(error).rstrip("."))
 
     def meaning_of(self, figure: str) -> Meaning:
         """Raises UserError for a figure that the test does not declare: it comes from a file of another version."""

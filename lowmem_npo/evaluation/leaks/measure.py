@@ -43,6 +43,7 @@ def measure_leaks(
     earlier: LeakResults | None = None,
     unlearned: bool = True,
     batch_size: int = BATCH_SIZE,
+    generate: bool = True,
     progress: bool = True,
 ) -> LeakResults:
     """The results of `tests`, by their names, on a model in memory, which is returned as it came.
@@ -53,11 +54,11 @@ def measure_leaks(
     could not be run says why. options: `LeakOptions`, if not its defaults. seed: of all that is random.
     max_new_tokens: of a generated answer; None: `answer_length`. earlier: results of the model before it forgot, which
     are compared with where there is no holdout; a model with an adapter is asked for what else is needed, without it.
-    unlearned: False for that model itself.
+    unlearned: False for that model itself. generate: False leaves out the tests that let the model write.
 
     Raises UserError for a test that there is not, for no rows, and for a model that gives no finite numbers.
     """
-    scorer = Scorer(model, tokenizer, Journal(None, progress=progress), batch_size)
+    scorer = Scorer(model, tokenizer, Journal(None, progress=progress), batch_size, generate)
     subject = Subject(
         scorer,
         forget_rows,

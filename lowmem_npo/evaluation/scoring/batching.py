@@ -16,10 +16,14 @@ CACHE_BYTES = 2**30  # bounds the keys and values that generation keeps
 
 def cache_tokens(model: PreTrainedModel | PeftModel) -> int:
     """How many tokens' keys and values fit into `CACHE_BYTES`: 2048 of OLMo-7B in bf16, many more of small models."""
-    config = model.config.get_text_config()
+    return max(1, CACHE_BYTES // token_bytes(model.config, model.get_output_embeddings().weight.element_size()))
+
+
+def token_bytes(architecture: PretrainedConfig, itemsize: int) -> int:
+    """Bytes of the keys and values that generation keeps of a token, of `itemsize` bytes each."""
+    config = architecture.get_text_config()
     layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers  # Gemma 4's differ
-    itemsize = model.get_output_embeddings().weight.element_size()
-    return max(1, CACHE_BYTES // (2 * sum(map(_cache_width, layers)) * itemsize))
+    return 2 * sum(map(_cache_width, layers)) * itemsize
 
 
 def _cache_width(layer: PretrainedConfig) -> int:

@@ -87,7 +87,7 @@ def _answers(
     progress: bool,
 ) -> list[list[int]]:
     """An answer to each prompt, cut as `greedy_answers` says."""
-    stops, fit = _stop_ids(model, tokenizer), Fit.of(causal_lm(model))
+    stops, fit = stop_ids(model, tokenizer), Fit.of(causal_lm(model))
     if fit.positions is not None:
         for prompt in prompts:
             fit.check("A prompt", prompt.ids, tokenizer)
@@ -176,7 +176,7 @@ def plain_generation(
     `generate` takes whatever its configuration leaves open from the model's generation_config.json, where published
     models keep sampling settings, penalties, suppressed tokens, watermarks: all that would change what is measured.
     """
-    lm, stops = causal_lm(model), _stop_ids(model, tokenizer)
+    lm, stops = causal_lm(model), stop_ids(model, tokenizer)
     # Padding is masked, so any id would do; not every tokenizer has one of its own.
     pad = next((token for token in [tokenizer.pad_token_id, *stops] if token is not None), 0)
     published = lm.generation_config
@@ -193,7 +193,8 @@ def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return cast(str, tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
-def _stop_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def stop_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends an answer."""
     published = cast("GenerationConfig | None", model.generation_config)
     of_model = published.eos_token_id if published is not None else None
     of_model = of_model if isinstance(of_model, list) else [of_model]

@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_npo.data import TokenizedRow
-from lowmem_npo.evaluation.answers import AnswerRecord, evaluate_answers, question
+from lowmem_npo.evaluation.answers import AnswerRecord, NotGenerated, evaluate_answers, question
 from lowmem_npo.evaluation.scoring.batching import cache_tokens
 from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers, sampled_answers, text_of
 from lowmem_npo.evaluation.scoring.gradient_norms import gradient_norms
@@ -23,13 +23,14 @@ from lowmem_npo.evaluation.scoring.token_scores import TokenScores, token_scores
 class Scorer:
     """Asks a model under evaluation. `part` names what is measured, in the journal and on the progress bar.
 
-    model: None where the journal knows every answer.
+    model: None where the journal knows every answer. generates: whether the model may write answers.
     """
 
     model: PreTrainedModel | PeftModel | None
     tokenizer: PreTrainedTokenizerBase
     journal: Journal
     batch_size: int
+    generates: bool = True
 
     @property
     def loaded_model(self) -> PreTrainedModel | PeftModel:
@@ -137,6 +138,9 @@ class Scorer:
         return [replace(AnswerRecord(**entry), row=place) for entry, place in zip(entries, places, strict=True)]
 
     def _generated(self, part: str, lengths: Sequence[tuple[int, int]], measure: Callable) -> list[Any]:
+        """Raises NotGenerated where the model is not to write."""
+        if not self.generates:
+            raise NotGenerated("the model would have to write answers (--generate-answers on lets it).")
         room = cache_tokens(self.loaded_model)
         return self.journal.measured(part, lengths, measure, batch_size=self.batch_size, max_batch_tokens=room)
 

@@ -92,6 +92,20 @@ def token_scores(
 
 
 @torch.no_grad()
+def most_likely(hidden: Tensor, head: FrozenHead) -> Tensor:
+    """(N,) int64: the most likely token after each of `hidden` (N, d)."""
+    tokens = [hidden.new_zeros(0, dtype=torch.int64)]
+    for rows in hidden.float().split(TOKENS):
+        top, best = rows.new_full((len(rows),), -math.inf, dtype=torch.float64), rows.new_zeros(len(rows)).long()
+        for first in range(0, head.vocabulary, VOCABULARY):
+            z, at = _logits(rows, head, slice(first, first + VOCABULARY)).max(1)
+            best = torch.where(z > top, at + first, best)
+            top = torch.maximum(z, top)
+        tokens.append(best)
+    return torch.cat(tokens)
+
+
+@torch.no_grad()
 def vocabulary_statistics(hidden: Tensor, head: FrozenHead, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logprob (N,) float64, standard (N,) float64, greedy (N,) bool and deviation (N,) float64 of `targets` (N,) after
     `hidden` (N, d)."""

@@ -1,0 +1,63 @@
+"""How long the measured answers take to write while weights are streamed: a pass through all layers for each token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from transformers import PretrainedConfig
+
+from lowmem_npo.config import RunConfig
+from lowmem_npo.data import PreparedData, TokenizedRow
+from lowmem_npo.estimate.report import Report
+from lowmem_npo.estimate.time import duration
+from lowmem_npo.evaluation.answers import answer_length, choose_rows, question
+from lowmem_npo.evaluation.scoring.batching import CACHE_BYTES, batches, token_bytes
+from lowmem_npo.model.loading import DTYPES
+
+MOST_HOURS = 1.0  # that answers may take to be written, of which there is a half before and a half after training
+TIMES = 2  # that each set is measured
+
+
+class Generation(NamedTuple):
+    """What writing the measured answers takes."""
+
+    passes: int  # through all layers, before and after training
+    pass_seconds: float  # of copying or reading the weights
+
+    @property
+    def hours(self) -> float:
+        return self.passes * self.pass_seconds / 3600
+
+    @property
+    def is_too_long(self) -> bool:
+        return self.hours > MOST_HOURS
+
+    def line(self, generates: bool) -> str:
+        """For people."""
+        took = f"{duration(self.hours)} ({self.passes} passes of {self.pass_seconds:.2g} s)"
+        if generates:
+            return f"Writing the measured answers takes about {took}."
+        return (
+            f"Writing the measured answers would take about {took}: they are read off the likelihoods instead "
+            "(--generate-answers on writes them)."
+        )
+
+
+def generation(config: RunConfig, data: PreparedData, architecture: PretrainedConfig, report: Report) -> Generation:
+    """Of all measured sets, those to forget in as many forms as there may be. Leak tests come on top."""
+    output, forms = config.output, 1
+    if output.forms == "all":
+        forms += 1 + (config.data.paraphrase_column is not None)
+    sets = [(data.forget, forms), (data.retain, 1), (data.general, 1)]
+    room = max(1, CACHE_BYTES // token_bytes(architecture, DTYPES[config.model.dtype].itemsize))
+    measured = [(rows, times) for rows, times in sets if rows is not None and output.eval_rows]
+    passes = sum(times * _passes(rows, output.eval_rows, output.max_new_tokens, room) for rows, times in measured)
+    return Generation(TIMES * passes, report.pass_seconds)
+
+
+def _passes(rows: Sequence[TokenizedRow], limit: int, wanted: int | None, room: int) -> int:
+    """All rows of a batch, as many as their keys and values allow, are written in the same passes."""
+    chosen = [rows[i] for i in choose_rows(len(rows), limit, 0)]
+    length = answer_length(chosen, wanted)
+    return length * len(list(batches([(len(question(row)[0]), length) for row in chosen], len(chosen), room)))

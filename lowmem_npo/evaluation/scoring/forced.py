@@ -1,0 +1,46 @@
+"""Answers that are read off the likelihoods, where writing them would take too long: what the model finds most likely
+after each true token. One pass for all of an answer, and not one for each of its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowmem_npo.data import TokenizedRow
+from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE, batches
+from lowmem_npo.evaluation.scoring.eval_mode import evaluating, progress_bar
+from lowmem_npo.evaluation.scoring.generation import stop_ids
+from lowmem_npo.evaluation.scoring.likelihood import answer_batch
+from lowmem_npo.evaluation.scoring.token_scores import most_likely
+from lowmem_npo.model import answer_hidden, frozen_head
+
+
+def forced_answers(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[TokenizedRow],
+    lengths: Sequence[int],
+    *,
+    batch_size: int = BATCH_SIZE,
+    description: str = "most likely tokens",
+    progress: bool = True,
+) -> list[list[int]]:
+    """Of each row the token that the model finds most likely in the place of each of its last `lengths` tokens, after
+    the true ones before it; up to the first that ends an answer.
+
+    It is the greedy answer as far as that is the true one, and beyond it has the help of the true tokens: more of the
+    true answer is in it than in what the model would write.
+    """
+    answers: list[list[int]] = [[] for _ in rows]
+    head, stops = frozen_head(model), stop_ids(model, tokenizer)
+    with evaluating(model), progress_bar(len(rows), description, progress) as bar:
+        for batch in batches([(len(row["input_ids"]), 0) for row in rows], batch_size):
+            answered = answer_hidden(model, answer_batch(model, [rows[i] for i in batch]))
+            tokens, sequence = most_likely(answered.hidden, head).cpu(), answered.sequence.cpu()
+            for place, i in enumerate(batch):
+                ids = tokens[sequence == place].tolist()[-lengths[i] :]
+                answers[i] = ids[: next((at for at, token in enumerate(ids) if token in stops), len(ids))]
+            bar.update(len(batch))
+    return answers

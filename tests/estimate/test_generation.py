@@ -1,0 +1,75 @@
+"""How long written answers take while weights are streamed, and what follows from it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from helpers.dense_step import random_rows
+from transformers import LlamaConfig
+
+from lowmem_npo.config import DataConfig, MemoryConfig, ModelConfig, OutputConfig, RunConfig
+from lowmem_npo.estimate import generation as module
+from lowmem_npo.estimate.automatic import _with_answers
+from lowmem_npo.estimate.generation import generation
+from lowmem_npo.estimate.gpus import named
+from lowmem_npo.estimate.host import StreamingHost
+from lowmem_npo.estimate.report import Report, StepRows
+from lowmem_npo.estimate.step import Estimate
+
+LLAMA = LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+PASS = 25_600_000_000  # bytes: a second on PCIe 4
+
+
+def config(**output) -> RunConfig:
+    memory = MemoryConfig(stream_weights=True)
+    return RunConfig(ModelConfig("x"), DataConfig(), memory=memory, output=OutputConfig(**output))
+
+
+def report(of: RunConfig, in_file: bool = False, disk_rate: float = 2e9) -> Report:
+    figures = Estimate(0, 0, {}, 0, streamed_bytes=PASS)
+    host = StreamingHost(in_file, 0, 0, 0, disk_rate)
+    return Report("x", "bf16", of, StepRows((), ()), named("rtx-4090"), figures, None, None, [], [], host)
+
+
+def data(forget: int, retain: int | None = None) -> SimpleNamespace:
+    kept = None if retain is None else random_rows(retain, seed=2)
+    return SimpleNamespace(forget=random_rows(forget, seed=1), retain=kept, general=None)
+
+
+def test_passes_by_hand():
+    """Before and after; the rows of a set together, the forget rows in two forms, or three with paraphrases."""
+    assert generation(config(forms="trained"), data(5), LLAMA, report(config())) == (2 * 64, 1.0)
+    assert generation(config(), data(5, 3), LLAMA, report(config())).passes == 2 * (2 + 1) * 64
+    asked = replace(config(max_new_tokens=10), data=DataConfig(paraphrase_column="other"))
+    assert generation(asked, data(5), LLAMA, report(asked)).passes == 2 * 3 * 10
+    assert generation(config(eval_rows=0), data(5), LLAMA, report(config())).passes == 0
+
+
+def test_rows_whose_keys_and_values_do_not_fit_together(monkeypatch):
+    """2 layers of 2 x 16 keys and values of 2 bytes: 256 bytes a token. Five rows of up to 8 + 64 tokens, in threes."""
+    monkeypatch.setattr(module, "CACHE_BYTES", 256 * 3 * 72)
+    assert generation(config(forms="trained"), data(5), LLAMA, report(config())).passes == 2 * 2 * 64
+
+
+def test_a_pass_takes_as_long_as_the_slower_of_bus_and_disk():
+    assert report(config()).pass_seconds == pytest.approx(1.0)
+    assert report(config(), in_file=True).pass_seconds == pytest.approx(12.8)
+    assert report(config(), in_file=True, disk_rate=1e12).pass_seconds == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "seconds", "decided", "said"),
+    [
+        ("auto", 1.0, "on", "Writing the measured answers takes about 4.3 minutes (256 passes of 1 s)."),
+        ("auto", 15.0, "off", "would take about 1.1 hours (256 passes of 15 s): they are read off the likelihoods"),
+        ("on", 15.0, "on", "takes about 1.1 hours"),
+        ("off", 1.0, "off", "would take about 4.3 minutes"),
+    ],
+)
+def test_what_takes_more_than_an_hour_is_read_off_the_likelihoods(asked, seconds, decided, said):
+    lines: list[str] = []
+    streamed = report(config(generate_answers=asked), in_file=True, disk_rate=PASS / seconds)
+    output = _with_answers(streamed, data(5), LLAMA, lines.append).output
+    assert output.generate_answers == decided and len(lines) == 1 and said in lines[0]
