@@ -12,7 +12,7 @@ are rounded once instead of twice):
 | tiled MLP | for a budget | dequantises 4-bit weights for every tile; more launches |
 | checkpoints offloaded | for a budget | copies them over the bus |
 | further micro-batches | for a budget | dequantises 4-bit weights again, for fewer rows |
-| weights streamed | for a budget that nothing else meets | copies the layers' weights over the bus in every pass |
+| weights streamed, MLP tiles of 256 tokens | for a budget that nothing else meets | copies them in every pass |
 
 Their order is that of the time which `lowmem_npo.estimate.time` predicts for a model of a few layers. Joint passes are
 decided last, for the fastest of the others that fits: they take as many tokens as then fit, if they are worth it.
@@ -21,6 +21,7 @@ decided last, for the fastest of the others that fits: they take as many tokens 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -65,6 +66,7 @@ SAVING = (
     Switch("memory", "offload_checkpoints", True),
 )
 STREAMED = Switch("memory", "stream_weights", True)
+SMALL_TILE = Switch("memory", "tile_mlp", TILE_ROWS // 4)  # beside streamed weights, where a tile of 1024 rows counts
 FEW, MORE = 4, 6  # layers of the shallow models that bound a deep one from below: more than are in flight at once
 TIMED = 1  # layers of the models whose times are compared
 JOINT_SHARES = (1.0, 0.5, 0.25)  # of the largest micro-batch's tokens that one pass may take
@@ -135,7 +137,8 @@ def fit_budget(
     search = _Search(config, architecture, (*AUTOMATIC, *SAVING), rows, device, typical)
     fit = search.fastest(budget)
     if fit is None and search.suits(STREAMED, config):
-        search = _Search(STREAMED.on(config), architecture, (*AUTOMATIC, *SAVING), rows, device, typical)
+        switches = (*AUTOMATIC, *SAVING, SMALL_TILE)
+        search = _Search(STREAMED.on(config), architecture, switches, rows, device, typical)
         fit = search.fastest(budget)
     start = cautious(config)
     if fit is None:
@@ -205,9 +208,10 @@ class _Search:
         """The one that takes the least memory."""
 
         def saving(config: RunConfig) -> tuple:
-            on = [switch.is_on(config) for switch in (*SAVING[:1], *SAVING[2:])]
-            double = config.model.double_quant != "off"
-            return sum(on), config.memory.recomputes_layers, double, config.training.micro_batches()
+            memory, double = config.memory, config.model.double_quant != "off"
+            tile = memory.tile_mlp or math.inf
+            on = memory.embedding_on_cpu + (tile <= TILE_ROWS) + memory.offload_checkpoints
+            return on, memory.recomputes_layers, double, config.training.micro_batches(), -tile
 
         return max(candidates, key=saving)
 
@@ -319,7 +323,7 @@ def _flags(before: RunConfig, after: RunConfig) -> list[str]:
     flags = []
     if after.training.micro_batch_size != before.training.micro_batch_size:
         flags += ["--micro-batch-size", str(after.training.micro_batch_size)]
-    for switch in (*AUTOMATIC, JOINT._replace(value=after.memory.joint_pass_tokens), *SAVING, STREAMED):
+    for switch in (*AUTOMATIC, JOINT._replace(value=after.memory.joint_pass_tokens), *SAVING, SMALL_TILE, STREAMED):
         if switch.is_on(after) and not switch.is_on(before):
             flags += [f"--{switch.name.replace('_', '-')}"] + ([] if switch.value is True else [str(switch.value)])
     return flags

@@ -24,7 +24,6 @@ from lowmem_npo.model.known_configs import known_config
 from lowmem_npo.model.trial import of_depth
 
 GIB = 2**30
-SMALL = "allenai/OLMo-2-0425-1B"
 LLAMA = LlamaConfig(
     vocab_size=97, hidden_size=64, intermediate_size=160, num_hidden_layers=6, num_attention_heads=4,
     num_key_value_heads=2, tie_word_embeddings=False,
@@ -107,17 +106,21 @@ def test_the_estimate_says_what_is_copied_and_which_of_the_two_bounds(byte_model
 
 
 def test_weights_are_streamed_for_a_budget_that_nothing_else_meets():
-    architecture = of_depth(known_config(SMALL), 6)
-    memory = run(64, tile=32, stream_weights=False, joint_pass_tokens=0, gradient_checkpointing="on").memory
-    model, data = ModelConfig("known", qlora=True, double_quant="on"), DataConfig(max_length=64)
-    config = RunConfig(model, data, memory=memory, training=TrainingConfig(batch_size=1))
-    streamed = estimate(replace(config, memory=replace(config.memory, stream_weights=True)), architecture).total_bytes
-    resident = estimate(config, architecture).total_bytes
-    assert fit_budget(config, architecture, resident).flags == []
-    fit = fit_budget(config, architecture, (streamed + resident) // 2)
-    assert fit.flags == ["--stream-weights"] and fit.estimate.total_bytes == streamed
-    with pytest.raises(UserError, match=r"the smallest that works is .* \(with --stream-weights\)"):
-        fit_budget(config, architecture, int(0.9 * streamed))
+    """With smaller tiles than resident weights stop at, as OLMo-2-32B needs it for 2.6 GiB."""
+    wide = LlamaConfig(**{**LLAMA.to_dict(), "intermediate_size": 4096, "num_hidden_layers": 2})
+    memory = replace(run(2048, joint_pass_tokens=0, gradient_checkpointing="on").memory, stream_weights=False)
+    config = RunConfig(ModelConfig("x"), DataConfig(max_length=2048), training=TrainingConfig(batch_size=1))
+
+    def of_tile(tile: int | None, streamed: bool = False) -> RunConfig:
+        return replace(config, memory=replace(memory, tile_mlp=tile, stream_weights=streamed))
+
+    configs = (of_tile(1024), of_tile(1024, True), of_tile(256, True))
+    resident, large, small = (estimate(each, wide).total_bytes for each in configs)
+    assert small < large < resident and fit_budget(of_tile(1024), wide, resident).flags == []
+    fit = fit_budget(of_tile(None), wide, small)
+    assert fit.flags == ["--tile-mlp", "256", "--stream-weights"] and fit.estimate.total_bytes == small
+    with pytest.raises(UserError, match=r"the smallest that works is .* \(with --tile-mlp 256 --stream-weights\)"):
+        fit_budget(of_tile(None), wide, int(0.9 * small))
 
 
 def test_host_memory_is_checked_and_said_before_anything_is_loaded(byte_model, tmp_path, monkeypatch, capsys):
