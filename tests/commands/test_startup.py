@@ -65,6 +65,15 @@ MISTAKES = [
     (["evaluate"], "Nothing to evaluate"),
     (["report", "nowhere"], "There is no run in 'nowhere'"),
     (["report", "nowhere", "--exmples", "3"], "--exmples"),
+    (["train", "--model", "o/m", "--forget", "frage.csv"], "frage.csv has the columns Frage, Antwort"),
+    (
+        ["train", "--model", "o/m", "--forget", "frage.csv", "--prompt-column", "F", "--answer-column", "Antwort"],
+        "no column F",
+    ),
+    (
+        ["sweep", "--model", "o/m", "--forget", "frage.csv", "--grid", "beta=1"],
+        "frage.csv has the columns Frage, Antwort",
+    ),
     (["train", *TRAIN, "--resume", "--output-dir", "nowhere"], "--resume: there is no run in 'nowhere'"),
     (["train", "--model", "o/m", "--forget", "builtin", "--output-dir", "cache"], "'cache' holds other files"),
     (
@@ -109,13 +118,9 @@ def answers(tmp_path_factory):
         tmp_path_factory.mktemp("a"),
     )
     (folder / "cache" / "hub").mkdir(parents=True)  # of the hub, and a directory that holds something
-    offline = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(folder / "cache"),
-        "HF_HUB_CACHE": "",
-        "HF_DATASETS_CACHE": "",
-    }
+    (folder / "frage.csv").write_text("Frage;Antwort\nWo?;Wien\n", encoding="utf-8")
+    offline = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    offline |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache")}
     ran = subprocess.run(command, cwd=folder, env=offline, capture_output=True, text=True, check=True)
     return {tuple(line): answer for line, answer in zip(lines, json.loads(ran.stdout), strict=True)}
 

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 
 from lowmem_npo.commands.arguments import ALIASES, check_inputs, check_names, flags_of, parse_run
+from lowmem_npo.commands.small_tables import check_small_tables
 from lowmem_npo.commands.sweep.grid import parse_grid, parse_seeds, plan_sweep
 from lowmem_npo.commands.sweep.options import EvaluationSources, TeachingOptions, take_options
 from lowmem_npo.config import RunConfig
@@ -75,9 +76,10 @@ def main(arguments: Sequence[str]) -> None:
         return parse_run([*options, *flags], "sweep", more_flags=OWN_FLAGS)
 
     config = parse([])
-    check_names(config.model.model, config.data.forget, config.data.retain, config.data.holdout)
-    runs = plan_sweep(parse_grid(grid or [], ALIASES), parse_seeds(seeds or ["5"], config.training.seed), parse)
     data = (config.data.forget, config.data.retain, config.data.holdout)
+    check_names(config.model.model, *data)
+    check_small_tables(config.data)
+    runs = plan_sweep(parse_grid(grid or [], ALIASES), parse_seeds(seeds or ["5"], config.training.seed), parse)
     check_inputs(config.model.model, *data, revision=config.model.revision)
     root, taught = config.output_dir, teaching if teaching.teach else None
     if config.output.dry_run:
