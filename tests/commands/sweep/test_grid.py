@@ -108,7 +108,9 @@ def test_the_command_reports_mistakes_in_a_sentence_and_lists_its_runs(capsys, t
     assert "did you mean --gamma" in capsys.readouterr().err
     assert main(["sweep", "--model", "m", "--grid"]) == 2
     assert "--grid needs a value" in capsys.readouterr().err
-    options = ["--model", "m", "--output-dir", str(tmp_path / "o"), "--dry-run"]
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    options = ["--model", str(tmp_path / "m"), "--output-dir", str(tmp_path / "o"), "--dry-run"]
     assert main(["sweep", "--seeds", "2", "--grid", "gamma=0,1", "delta=0", *options]) == 0
     printed = capsys.readouterr().out
     assert printed.count("seed-4") == 4 and "4 runs" in printed and not (tmp_path / "o").exists()
