@@ -20,8 +20,8 @@ from typing import Any
 if __name__ == "__main__":
     import checkout  # noqa: F401
 
-from benchmarks.quality_parts.lasting_table import cell
 from benchmarks.speed_parts.table import markdown
+from lowmem_npo.commands.sweep.figures import Spread
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -73,16 +73,22 @@ def quality(name: str = "quality", results: Path = RESULTS) -> str:
 
 
 def demo(results: Path = RESULTS) -> str:
-    """The demo's figures before and after, and gold's, over the seeds that were measured."""
-    figures = json.loads((results / "cpu" / "quality-lasting.json").read_text())["results"]
+    """The demo's figures before and after, and gold's, over the seeds that all three were measured with."""
+    results_of = json.loads((results / "cpu" / "quality-lasting.json").read_text())["results"]
     measures = {"nll": "NLL per answer token", "rouge_l_recall": "ROUGE-L recall", "exact_match": "exact match"}
     rows = []
     for of_set in ("forget", "retain"):
         for place, (key, title) in enumerate(measures.items()):
-            stages = [cell(figures[model][f"{of_set}_{key}"], 3) for model in ("taught", "demo", "gold")]
+            figures = [results_of[model][f"{of_set}_{key}"] for model in ("taught", "demo", "gold")]
+            seeds = set.intersection(*(set(figure["seeds"]) for figure in figures))
+            stages = [Spread.of(_of_seeds(figure, seeds)).text() for figure in figures]
             rows.append([of_set if place == 0 else "", title, *stages])
     lines = [["set", "measure", "before", "after", "gold"], ["---"] * 2 + ["---:"] * 3, *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines).replace("|  |", "| |")
+
+
+def _of_seeds(figure: Any, seeds: set[int]) -> list[float]:
+    return [value for value, seed in zip(figure["values"], figure["seeds"], strict=True) if seed in seeds]
 
 
 def speed(results: Path = RESULTS) -> str:
