@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedModel
 
-from lowmem_npo.config import MemoryConfig
+from lowmem_npo.config import MemoryConfig, ModelConfig
+from lowmem_npo.console import Say
 from lowmem_npo.memory.adapted_linear import join_adapters
 from lowmem_npo.memory.checkpointing import enable_checkpointing
 from lowmem_npo.memory.embedding import embedding_to_host
 from lowmem_npo.memory.float32 import slice_float32
-from lowmem_npo.memory.streaming import move_the_rest, stream_weights
+from lowmem_npo.memory.streaming import into_blocks, move_the_rest, stream_weights
 from lowmem_npo.memory.tiling import tile_mlps
+from lowmem_npo.model import load_model
 from lowmem_npo.model.layers import causal_lm
+from lowmem_npo.model.loading import resolve_device
+
+
+def load_base(model: ModelConfig, memory: MemoryConfig, say: Say) -> PreTrainedModel:
+    """The model where its weights will be used, or from where `apply_switches` will have them streamed.
+
+    Raises:
+        UserError: as for `load_model`.
+    """
+    if not memory.stream_weights:
+        return load_model(model, say)
+    in_file, layer_loaded = memory.stream_from == "cache", into_blocks(resolve_device(model.device))
+    return load_model(model, say, on_host=True, layer_loaded=layer_loaded, in_file=in_file)
 
 
 def apply_switches(model: PeftModel, config: MemoryConfig, device: torch.device | None = None) -> None:

@@ -26,9 +26,8 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.background import Watched, record, watch
 from lowmem_npo.evaluation.answers import Evaluations, in_sentences_of_its_own, summaries
 from lowmem_npo.files import PARTIAL, put_in_place, write_atomically
-from lowmem_npo.memory.streaming import into_blocks
-from lowmem_npo.memory.switches import apply_switches
-from lowmem_npo.model import attach_lora, load_model, reference_mode
+from lowmem_npo.memory.switches import apply_switches, load_base
+from lowmem_npo.model import attach_lora, reference_mode
 from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.loading import resolve_device
 from lowmem_npo.recipes import with_recipe
@@ -96,15 +95,7 @@ def _train_claimed(config: RunConfig, say: Say) -> RunResult | None:
         say(plan.config.to_yaml().rstrip())
         say(f"Dry run: data, model and disk are fine; {plan.sentence}. Nothing was trained or written.")
         return None
-    return unlearn(plan, _load_base(plan.config, say), say)
-
-
-def _load_base(config: RunConfig, say: Say) -> PreTrainedModel:
-    """The model where its weights will be used, or from where they will be streamed."""
-    if not config.memory.stream_weights:
-        return load_model(config.model, say)
-    in_file, layer_loaded = config.memory.stream_from == "cache", into_blocks(resolve_device(config.model.device))
-    return load_model(config.model, say, on_host=True, layer_loaded=layer_loaded, in_file=in_file)
+    return unlearn(plan, load_base(plan.config.model, plan.config.memory, say), say)
 
 
 def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
