@@ -2,10 +2,11 @@
 
 import json
 
+import huggingface_hub.constants
 import pytest
 
 from lowmem_npo.errors import UserError
-from lowmem_npo.model.names import resolve_name
+from lowmem_npo.model.names import commit_of, resolve_name
 from lowmem_npo.model.saved_adapter import resolve_base
 
 
@@ -34,6 +35,23 @@ def test_a_revision_is_of_the_original():
 @pytest.mark.parametrize("typed", ["allenai/OLMo-7B-hf", "allenai/OLMo-2-1124-7B", "./OLMo-7B", "me/OLMo-7B"])
 def test_other_names_stay(typed):
     assert resolve_name(typed) == (typed, None)
+
+
+def test_the_commit_of_what_this_machine_has(tmp_path, monkeypatch):
+    """As huggingface_hub keeps it: refs/REVISION names a commit, snapshots/COMMIT holds its files."""
+    repository = tmp_path / "models--me--small"
+    for revision, commit in (("main", "a" * 40), ("v2", "b" * 40)):
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        (repository / "snapshots" / commit / "config.json").write_text("{}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert commit_of("me/small") == commit_of("me/small", "main") == commit_of("me/small", "a" * 40) == "a" * 40
+    assert commit_of("me/small", "v2") == "b" * 40
+    for absent in (("me/small", "v3"), ("me/other",), (str(tmp_path),), ("no/such/name",), ("",)):
+        assert commit_of(*absent) is None
+    (repository / "snapshots" / ("b" * 40) / "config.json").unlink()
+    assert commit_of("me/small", "v2") is None
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,12 @@ import lowmem_npo.commands.sweep.runs as sweep_run
 from lowmem_npo.cli import main
 from lowmem_npo.commands.arguments import parse_run
 from lowmem_npo.commands.sweep.borrowed_base import borrowed
+from lowmem_npo.commands.train.plan import read_inputs
 from lowmem_npo.commands.train.run import train
 from lowmem_npo.config import ModelConfig
+from lowmem_npo.console import silent
+from lowmem_npo.estimate.automatic import Simulation, workload_of
+from lowmem_npo.memory import streaming
 from lowmem_npo.model import load_model
 
 # Runs that change the model in different ways: tiled MLPs or not; the embedding moves in all.
@@ -235,6 +239,28 @@ def test_what_a_sweep_refuses(taught_model, tmp_path, capsys):
         assert swept(taught_model, tmp_path / folder, *more) == 2
         assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["o"]
+
+
+def test_a_budget_that_only_streaming_meets_is_refused(taught_model, tmp_path, capsys, monkeypatch):
+    """As --stream-weights is, which a sweep has not; said by each run, before any weights load."""
+    monkeypatch.setattr(streaming, "ON_CPU", True)
+    switches = ["--batch-size", "1", "--tile-mlp", "16", "--offload-checkpoints", "--double-quant", "on"]
+    switches += ["--joint-pass-tokens", "0", "--reference", "live"]
+
+    def needed(*more: str) -> int:
+        config = parse_run(options(taught_model, tmp_path / "x", *switches, "--memory-budget", "20GiB", *more), "train")
+        return (
+            Simulation(config, workload_of(config, read_inputs(config, silent).data), None)
+            .report()
+            .estimate.total_bytes
+        )
+
+    streamed, resident = needed("--stream-weights"), needed()
+    assert streamed < resident
+    budget = ["--seeds", "1", *switches, "--memory-budget", f"{(streamed + resident) / 2**21:.6f}MiB"]
+    monkeypatch.setattr(sweep_run, "load_model", None)
+    assert swept(taught_model, tmp_path / "o", *budget) == 2
+    assert "--stream-weights is an option of single runs: use it with `lowmem-npo train`" in capsys.readouterr().out
 
 
 def test_stopping_in_a_sweep_is_reported(taught_model, tmp_path):
