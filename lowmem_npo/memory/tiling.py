@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from lowmem_kernels.dispatch import has_values
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
@@ -134,7 +135,7 @@ class Slices:
         self.size = math.ceil(count / max(1, math.ceil(count / tiled.rows)))  # equal slices, no small remainder
         self.grad: Tensor | None = None
         self._autocast = _autocast_now(x.device.type)
-        random = any(draws_random_numbers(module) for module in tiled.modules)
+        random = has_values(x) and any(draws_random_numbers(module) for module in tiled.modules)
         self._random = (torch.get_rng_state(), *get_device_states(x)) if random else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -45,6 +45,10 @@ def merge(config: MergeConfig, say: Say = print) -> Path:
     """
     name, revision = resolve_base(config.adapter, config.model, config.revision, config.any_base, say)
     out = Path(config.output_dir).expanduser().absolute()
+    partial = out.with_name(out.name + PARTIAL)  # until it is complete
+    if partial.exists():
+        with workspace(partial, say):  # removes what a killed merge has left, be it of one that was complete
+            pass
     check_empty(out)
     checkpoint = find_checkpoint(name, revision)
     updates = find_updates(config.adapter, checkpoint)
@@ -57,7 +61,6 @@ def merge(config: MergeConfig, say: Say = print) -> Path:
             "The adapter was trained on the 4-bit base: it is merged into the whole and into the dequantised weights, "
             "and both are measured. --base-weights whole, or dequantized, leaves that out."
         )
-    partial = out.with_name(out.name + PARTIAL)  # until it is complete
     with workspace(partial, say):
         for base in plan.bases:
             (partial / base).mkdir()
