@@ -150,9 +150,13 @@ def check(whole: Command, folder: Path, series: list[list]) -> int:
 def check_ended(whole: Command, moments: list, result: dict) -> None:
     """It ended in the bits of a whole run, and left nothing half-made; each time before, in a sentence."""
     said = (moments, result)
-    *failed, (code, error) = zip(result["codes"], result["errors"], strict=True)
-    merged = KINDS[whole.kind][0] == "merge" and "holds other files" in error  # it was complete when it was killed
-    assert (code == 0 or merged) and result["bits"] == whole.bits and not result["left"], said
+    is_merge = KINDS[whole.kind][0] == "merge"  # which refuses to go on where it was complete before
+    attempts = [
+        (0 if is_merge and "holds other files" in error else code, error)
+        for code, error in zip(result["codes"], result["errors"], strict=True)
+    ]
+    *failed, last = attempts
+    assert last[0] == 0 and result["bits"] == whole.bits and not result["left"], said
     for (how, _), (code, error) in zip(moments, failed, strict=True):
         assert code in ((0, -signal.SIGKILL) if how == "kill" else (0, 2)), said
         *_, sentence = ["", *error.strip().splitlines()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -13,6 +14,7 @@ import torch
 from helpers.taught_model import LIMIT
 from matplotlib import image
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import lowmem_npo.commands.sweep.runs as sweep_run
 from lowmem_npo.cli import main
@@ -241,14 +243,18 @@ def test_what_a_sweep_refuses(taught_model, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["o"]
 
 
-def test_a_budget_that_only_streaming_meets_is_refused(taught_model, tmp_path, capsys, monkeypatch):
+def test_a_budget_that_only_streaming_meets_is_refused(byte_model, tmp_path, capsys, monkeypatch):
     """As --stream-weights is, which a sweep has not; said by each run, before any weights load."""
+    deep = tmp_path / "deep"  # more layers than the two that streaming keeps
+    shutil.copytree(byte_model, deep)
+    config = AutoConfig.from_pretrained(byte_model, num_hidden_layers=6, hidden_size=256, intermediate_size=1024)
+    AutoModelForCausalLM.from_config(config).save_pretrained(deep)
     monkeypatch.setattr(streaming, "ON_CPU", True)
     switches = ["--batch-size", "1", "--tile-mlp", "16", "--offload-checkpoints", "--double-quant", "on"]
     switches += ["--joint-pass-tokens", "0", "--reference", "live"]
 
     def needed(*more: str) -> int:
-        config = parse_run(options(taught_model, tmp_path / "x", *switches, "--memory-budget", "20GiB", *more), "train")
+        config = parse_run(options(deep, tmp_path / "x", *switches, "--memory-budget", "20GiB", *more), "train")
         return (
             Simulation(config, workload_of(config, read_inputs(config, silent).data), None)
             .report()
@@ -259,7 +265,7 @@ def test_a_budget_that_only_streaming_meets_is_refused(taught_model, tmp_path, c
     assert streamed < resident
     budget = ["--seeds", "1", *switches, "--memory-budget", f"{(streamed + resident) / 2**21:.6f}MiB"]
     monkeypatch.setattr(sweep_run, "load_model", None)
-    assert swept(taught_model, tmp_path / "o", *budget) == 2
+    assert swept(deep, tmp_path / "o", *budget) == 2
     assert "--stream-weights is an option of single runs: use it with `lowmem-npo train`" in capsys.readouterr().out
 
 
