@@ -102,11 +102,19 @@ def _flops(func: Any, args: tuple, kwargs: dict, result: Any) -> tuple[int, str]
     formula = flop_registry.get(func._overloadpacket)
     if formula is None:
         return 0, ""
-    flops = formula(*args, **kwargs, out_val=result)
     if "attention" not in name:
-        return flops, "product"
+        return formula(*args, **kwargs, out_val=result), "product"
+    flops = _attention_flops(*(args[1:4] if "backward" in name else args[:3]), backward="backward" in name)
     causal = _argument(func, args, kwargs, "is_causal")
     return flops // 2 if causal else flops, "attention"
+
+
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *, backward: bool) -> int:
+    """As PyTorch counts them, also where there are fewer key heads than query heads, which its counter before 2.12
+    refuses: two products or, backward, five, of which one is the forward pass's once more."""
+    size, value_size = query.shape[-1], value.shape[-1]
+    products = 3 * size + 2 * value_size if backward else size + value_size
+    return 2 * query.shape[:-1].numel() * key.shape[-2] * products
 
 
 def _argument(func: Any, args: tuple, kwargs: dict, name: str) -> Any:

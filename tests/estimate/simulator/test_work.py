@@ -57,11 +57,13 @@ def test_an_expanded_operand_is_read_once_and_a_table_where_it_is_looked_up():
     assert operation.bytes == 2 * 2 * 10 * 64 + 8 * 10
 
 
-def test_causal_attention_is_half_of_the_whole():
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_causal_attention_is_half_of_the_whole(key_heads):
     def attention(causal: bool):
         def make():
-            q, k, v = (empty(2, 4, 256, 64, grad=True) for _ in range(3))
-            return lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=causal).sum().backward()
+            q, k, v = (empty(2, heads, 256, 64, grad=True) for heads in (4, key_heads, key_heads))
+            how = {"is_causal": causal, "enable_gqa": key_heads < 4}
+            return lambda: functional.scaled_dot_product_attention(q, k, v, **how).sum().backward()
 
         return sum(operation.flops for operation in counted(make))
 
