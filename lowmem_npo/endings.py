@@ -14,6 +14,8 @@ MOST = 200  # characters of an error's own text
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # what ends a job on a shared machine
 UNWRITTEN = ("PytorchStreamWriter failed", "unexpected pos", "basic_ios::clear")  # of torch.save
 UNALLOCATED = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+# Of libraries that allocate GPU memory by themselves, as PyTorch and Triton report it.
+UNALLOCATED_ON_GPU = ("_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "[CUDA]: out of memory")
 
 
 class Interrupted(BaseException):
@@ -46,13 +48,20 @@ def interrupt(number: int, frame: FrameType | None) -> None:
     raise Interrupted(number)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's memory ran out: PyTorch's own error, or that of a library that allocates by itself."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in UNALLOCATED_ON_GPU)
+
+
 def failure(error: BaseException) -> str | None:
     """What of the machine failed, as a clause, if `error` is of that kind: its disk, its memory, its GPU's memory."""
     kind, text = type(error).__name__, " ".join(str(error).split())[:MOST]
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
         reason = (os.strerror(error.errno) if error.errno else "") or text
         return f"'{error.filename}': {reason}" if error.filename else reason
-    if kind == "OutOfMemoryError":
+    if is_out_of_memory(error):
         return "the GPU ran out of memory: give a smaller batch, or for a run --memory-budget, which finds what fits"
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(t in text for t in UNALLOCATED)):
         return "the machine ran out of memory"

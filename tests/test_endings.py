@@ -99,6 +99,7 @@ FAILURES = [
     (MemoryError(), "the machine ran out of memory"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "the machine ran out of memory"),
     (torch.OutOfMemoryError("CUDA out of memory"), "the GPU ran out of memory"),
+    (RuntimeError("CUDA error: out of memory"), "the GPU ran out of memory"),
 ]
 
 

@@ -17,6 +17,7 @@ import torch
 from lowmem_npo.config import RunConfig
 from lowmem_npo.console import Say
 from lowmem_npo.data import PreparedData
+from lowmem_npo.endings import is_out_of_memory
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.gpus import Device, own_device
 from lowmem_npo.estimate.measured import Measurement, compare, measure, restart_peak
@@ -105,8 +106,8 @@ def watch(
         restart_peak(device)
     try:
         yield watched
-    except torch.OutOfMemoryError as error:
-        if device.type != "cuda":
+    except RuntimeError as error:
+        if device.type != "cuda" or not is_out_of_memory(error):
             raise
         raise UserError(_what_would_fit(config, data, device, predicted)) from error
     watched.seconds = time.monotonic() - begin

@@ -13,17 +13,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lowmem_npo.endings import is_out_of_memory
 from lowmem_npo.model.layers import causal_lm
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-# Of libraries that allocate by themselves, as PyTorch reports it.
-UNALLOCATED = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 _room: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # rows at once, of models for which it ran out
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in UNALLOCATED)
 
 
 def release_memory() -> None:
@@ -62,8 +57,10 @@ def as_fits(model: PreTrainedModel | PeftModel, rows: int, run: Callable[[int], 
         try:
             return run(at_once)
         except RuntimeError as error:
-            if at_once == 1 or not is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
+            if at_once == 1:
+                raise torch.OutOfMemoryError(str(error)) from error
         release_memory()
         begun.restore()
         at_once //= 2

@@ -24,6 +24,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.console import Say, silent
+from lowmem_npo.endings import is_out_of_memory
 from lowmem_npo.errors import UserError
 from lowmem_npo.libraries import hub_problem
 from lowmem_npo.model.checkpoint import find_checkpoint
@@ -229,9 +230,11 @@ def _load(config: ModelConfig, say: Say, on_host: bool, layer_loaded: LayerLoade
                     ignore_mismatched_sizes=True,  # which `check_weights` refuses by name
                     **options,
                 )
-    except (torch.OutOfMemoryError, UserError):
+    except UserError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(_why_not_loaded(name, config.revision, error)) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise _holds_an_adapter(name)  # on the hub

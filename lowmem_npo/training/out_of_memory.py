@@ -12,12 +12,14 @@ from functools import reduce
 from operator import add
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lowmem_npo.console import Say
 from lowmem_npo.data.batching import Batch, Pick
+from lowmem_npo.endings import is_out_of_memory
 from lowmem_npo.files import write_atomically
-from lowmem_npo.memory.exhausted import RandomState, is_out_of_memory, release_memory
+from lowmem_npo.memory.exhausted import RandomState, release_memory
 from lowmem_npo.run_directory import AdapterFiles
 
 
@@ -60,8 +62,10 @@ class DividedSteps:
             try:
                 return [reduce(add, map(passes, self.divided(one))) for one in again][-1]
             except RuntimeError as error:
-                if not is_out_of_memory(error) or not self._can_divide():
+                if not is_out_of_memory(error):
                     raise
+                if not self._can_divide():
+                    raise torch.OutOfMemoryError(str(error)) from error
             self.parts *= 2
             restart()
             self._begun.restore()

@@ -9,7 +9,10 @@ class SmallGPU:
     """Lets a pass of more than `most` tokens fail, in the last layer: its forward pass, or the backward pass of those
     that have one. Before pass number `first` there is more room."""
 
-    def __init__(self, trainer, most: int, where: str = "forward", first: int = 0) -> None:
+    def __init__(
+        self, trainer, most: int, where: str = "forward", first: int = 0, error: RuntimeError | None = None
+    ) -> None:
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory.")
         self.most, self.where, self.first = most, where, first
         self.passes: list[int] = []  # their tokens
         trainer.model.get_base_model().model.layers[-1].register_forward_hook(self._hook)
@@ -20,7 +23,7 @@ class SmallGPU:
         self.passes.append(output.shape[:-1].numel())
         fails = self.passes[-1] > self.most and len(self.passes) > self.first
         if fails and self.where == "forward":
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise self.error
         return FailsBackward.apply(output) if fails else output
 
 

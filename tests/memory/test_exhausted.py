@@ -13,6 +13,7 @@ from helpers.tiny_models import tiny_model
 
 from lowmem_npo.config import AdapterConfig
 from lowmem_npo.evaluation.leaks.fine_tuning import fine_tune
+from lowmem_npo.evaluation.scoring.forced import forced_answers
 from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers, sampled_answers
 from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
 from lowmem_npo.evaluation.scoring.token_scores import token_scores
@@ -57,6 +58,11 @@ def greedy(model):
     return [token for answer in greedy_answers(model, TOKENIZER, PROMPTS, progress=False) for token in answer]
 
 
+def forced(model):
+    lengths = [len(row["input_ids"]) - max(1, row["prompt_length"]) for row in ROWS]
+    return [token for answer in forced_answers(model, TOKENIZER, ROWS, lengths, progress=False) for token in answer]
+
+
 def after_fine_tuning(model):
     """The likelihoods after three steps of four rows: of their gradients, that is, whatever the parts."""
     torch.manual_seed(3)
@@ -66,7 +72,7 @@ def after_fine_tuning(model):
     return likelihoods(again)
 
 
-@pytest.mark.parametrize("measure", [likelihoods, scores, greedy])
+@pytest.mark.parametrize("measure", [likelihoods, scores, greedy, forced])
 def test_the_figures_are_the_same(measure, model, caplog):
     expected = measure(model)
     longest = max(len(row["input_ids"]) for row in ROWS)
@@ -111,5 +117,10 @@ def test_other_errors_and_other_models(model):
             raise torch.OutOfMemoryError
         return size
 
+    def fails_in_a_library(size: int) -> int:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    with pytest.raises(torch.OutOfMemoryError, match="ALLOC_FAILED"):  # a single row
+        as_fits(tiny_model("olmo"), 2, fails_in_a_library)
     assert as_fits(model, 9, fails_above_two) == 2 and sizes == [9, 4, 2]
     assert as_fits(model, 9, lambda size: size) == 2 and as_fits(tiny_model("olmo"), 9, lambda size: size) == 9

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from lowmem_npo.commands.arguments import parse_run
 from lowmem_npo.commands.merge.options import DEQUANTIZED, WHOLE, MergeConfig
@@ -20,6 +19,7 @@ from lowmem_npo.config import ModelConfig, OutputConfig
 from lowmem_npo.console import silent
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.data.self_written import self_rows
+from lowmem_npo.endings import is_out_of_memory
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answers import choose_rows, read_answers, summaries
 from lowmem_npo.evaluation.figures import aligned, shares, side_by_side
@@ -124,7 +124,9 @@ def measure(folder: Path, rows: RunRows, four_bits: bool = False) -> RowFigures:
             part: token_scores(model, of_set, batch_size=rows.batch_size, description=f"{part} rows, merged")
             for part, of_set in rows.sets.items()
         }
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError("the merged model does not fit into the GPU's memory (--device cpu)") from error
     finally:
         model = None  # type: ignore[assignment]

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 from lowmem_npo.config import ModelConfig
+from lowmem_npo.endings import is_out_of_memory
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.contract import (
     AN_ADAPTER,
@@ -119,7 +120,6 @@ def measure_forms(subject: Subject, saved: SavedModel) -> tuple[FormFigures, Att
     The merged model lies in the scratch directory meanwhile. Models are loaded one after the other, none where the
     journal knows the answers.
     """
-    import torch
     from safetensors import SafetensorError
 
     scorer, measured, attacked = subject.scorer, FormFigures(), Attacked()
@@ -134,8 +134,10 @@ def measure_forms(subject: Subject, saved: SavedModel) -> tuple[FormFigures, Att
                 gc.collect()  # the model before
                 try:
                     model = _load(form, saved)
-                except (UserError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
-                    too_large = isinstance(error, torch.OutOfMemoryError)
+                except (UserError, OSError, SafetensorError, RuntimeError) as error:
+                    too_large = is_out_of_memory(error)
+                    if isinstance(error, RuntimeError) and not too_large:
+                        raise
                     why = "it does not fit into the GPU's memory." if too_large else str(error)
                     problems.setdefault(why, []).append(words)
                     continue

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_npo.data import TokenizedRow
@@ -14,6 +15,7 @@ from lowmem_npo.evaluation.scoring.eval_mode import evaluating, progress_bar
 from lowmem_npo.evaluation.scoring.generation import stop_ids
 from lowmem_npo.evaluation.scoring.likelihood import answer_batch
 from lowmem_npo.evaluation.scoring.token_scores import most_likely
+from lowmem_npo.memory.exhausted import in_parts
 from lowmem_npo.model import answer_hidden, frozen_head
 
 
@@ -35,12 +37,17 @@ def forced_answers(
     """
     answers: list[list[int]] = [[] for _ in rows]
     head, stops = frozen_head(model), stop_ids(model, tokenizer)
+
+    def read(chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Of each answer token the most likely one in its place, and the row that it is of."""
+        answered = answer_hidden(model, answer_batch(model, [rows[i] for i in chosen]))
+        return most_likely(answered.hidden, head).cpu(), answered.sequence.cpu()
+
     with evaluating(model), progress_bar(len(rows), description, progress) as bar:
         for batch in batches([(len(row["input_ids"]), 0) for row in rows], batch_size):
-            answered = answer_hidden(model, answer_batch(model, [rows[i] for i in batch]))
-            tokens, sequence = most_likely(answered.hidden, head).cpu(), answered.sequence.cpu()
-            for place, i in enumerate(batch):
-                ids = tokens[sequence == place].tolist()[-lengths[i] :]
-                answers[i] = ids[: next((at for at, token in enumerate(ids) if token in stops), len(ids))]
+            for part, (tokens, sequence) in in_parts(model, batch, read):
+                for place, i in enumerate(part):
+                    ids = tokens[sequence == place].tolist()[-lengths[i] :]
+                    answers[i] = ids[: next((at for at, token in enumerate(ids) if token in stops), len(ids))]
             bar.update(len(batch))
     return answers
