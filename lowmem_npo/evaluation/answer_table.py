@@ -61,7 +61,8 @@ class Measure:
 
 NOT_GENERATED = (
     "No answer was written: in place of each stands the token that the model finds most likely after each true one, so "
-    "that recall is higher than that of answers it would write."
+    "that recall is higher than that of answers it would write. An answer in a sentence of the model's own does not "
+    "appear; one that it would write with other punctuation or case may."
 )
 MEASURES = (
     Measure("nll", "NLL per answer token", 3, {FORGET: "higher", RETAIN: "as before"}, {

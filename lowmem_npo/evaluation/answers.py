@@ -267,6 +267,9 @@ def evaluate_answers(
     ):
         reference = text_of(tokenizer, reference_ids[:length]).strip()
         answer = text_of(tokenizer, answer_ids).strip()
+        figures = compared(reference, answer)
+        # With a token beyond the true answer, white space too, a written answer would go on.
+        figures["exact_match"] &= generate or len(answer_ids) <= len(reference_ids)
         records.append(
             AnswerRecord(
                 row=row,
@@ -276,7 +279,7 @@ def evaluate_answers(
                 tokens=likelihood.tokens,
                 nll=likelihood.nll,
                 probability=likelihood.probability,
-                **compared(reference, answer),
+                **figures,
             )
         )
     summary = AnswerSummary.of(records, len(rows), length, passages)

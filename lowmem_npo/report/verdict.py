@@ -38,7 +38,8 @@ RULES = (
     f"and probability on retain rows are at least {KEPT:.0%} of what they were; below {DAMAGED:.0%} of either, much is "
     f"lost. “General questions as before”: the same of rows that nothing was trained on, with {GENERAL_KEPT:.0%} for "
     f"recall; they stand for others, so a fall counts if it is over {BEYOND_CHANCE} times its standard error over the "
-    "rows, else they are answered as before “as far as the rows can tell”. “Overdone”: no longer said, and less likely "
+    "rows, else, and of a single row, they are answered as before “as far as the rows can tell”. “Overdone”: no longer "
+    "said, and less likely "
     f"than a uniform guess over the vocabulary, or their NLL is over {OVERDONE} times that of a model that never saw "
     "them. “Worst attack”: what brings back most of all that the leak tests try, beyond what it gives for rows that "
     f"the model never saw; a trace, if it is more than {MARGIN} above that, or above what it brings from a model that "
@@ -135,7 +136,7 @@ def judge_run(
 
     words = _forget_words(states, worst, after)
     generated = all(summary.generated for sets in (before, after) for summary in sets.values())
-    measured = "On the rows measured" + ("" if generated else " (by likelihoods: it was not let write)")
+    measured = "On the rows measured" + ("" if generated else " (from likelihoods: it was not allowed to write)")
     headline = f"{measured}, {words}{_conjunction(forget, retain, words.endswith(' asked'))}{retain_words}"
     if overdone:
         headline += "; the forgetting is overdone"
@@ -256,8 +257,8 @@ def _kept_state(name: str, before: AnswerSummary, after: AnswerSummary, errors: 
         if (left := _remains(was, now)) >= enough:
             continue
         fall = "damaged" if left < DAMAGED else "worse"
-        if name == GENERAL and was - now <= BEYOND_CHANCE * errors.get(measure, 0):
-            fall = "unsure"
+        if name == GENERAL and was - now <= BEYOND_CHANCE * errors.get(measure, math.inf):
+            fall = "unsure"  # also where the error is not known, as of a single row
         state = max(state, fall, key=list(GENERAL_WORDS).index)
     return state
 

@@ -109,7 +109,7 @@ def test_answers_that_are_read_off_the_likelihoods(chat_model, forget, tmp_path,
     assert leaks["sampling"]["meaning"].startswith("Not measured: the model would have to write answers")
     assert not leaks["extraction"]["meaning"].startswith("Not measured")
     verdict = read_content(folder).verdict
-    assert verdict.headline.startswith("On the rows measured (by likelihoods: it was not let write), ")
+    assert verdict.headline.startswith("On the rows measured (from likelihoods: it was not allowed to write), ")
     assert verdict.sentences[0].startswith(remark) and remark in (folder / "report.html").read_text()
     assert train(chat_model, forget, folder, "--resume", "--max-new-tokens", 8) == 0
     assert all(s["summary"]["generated"] for s in json.loads((folder / "before.json").read_text()).values())

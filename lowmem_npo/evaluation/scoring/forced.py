@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_npo.data import TokenizedRow
+from lowmem_npo.data.fit import Fit
 from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE, batches
 from lowmem_npo.evaluation.scoring.eval_mode import evaluating, progress_bar
 from lowmem_npo.evaluation.scoring.generation import stop_ids
@@ -17,6 +18,7 @@ from lowmem_npo.evaluation.scoring.likelihood import answer_batch
 from lowmem_npo.evaluation.scoring.token_scores import most_likely
 from lowmem_npo.memory.exhausted import in_parts
 from lowmem_npo.model import answer_hidden, frozen_head
+from lowmem_npo.model.layers import causal_lm
 
 
 def forced_answers(
@@ -30,13 +32,22 @@ def forced_answers(
     progress: bool = True,
 ) -> list[list[int]]:
     """Of each row the token that the model finds most likely in the place of each of its last `lengths` tokens, after
-    the true ones before it; up to the first that ends an answer.
+    the true ones before it; up to the first that ends an answer. Of a row whose text is cut, so that nothing ends it,
+    one token more: whether the model would end there.
 
     It is the greedy answer as far as that is the true one, and beyond it has the help of the true tokens: more of the
     true answer is in it than in what the model would write.
     """
     answers: list[list[int]] = [[] for _ in rows]
     head, stops = frozen_head(model), stop_ids(model, tokenizer)
+    positions = Fit.of(causal_lm(model)).positions
+    lengths, rows = list(lengths), list(rows)
+    for i, row in enumerate(rows):
+        ids = row["input_ids"]
+        if ids[-1] not in stops and (positions is None or len(ids) < positions):
+            # What the model finds most likely in the place of a token does not depend on that token.
+            rows[i] = TokenizedRow(**{**row, "input_ids": [*ids, ids[-1]]})
+            lengths[i] += 1
 
     def read(chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Of each answer token the most likely one in its place, and the row that it is of."""
