@@ -160,14 +160,16 @@ def _launch(
     """Writes the output into `out` or, with grad, the gradients of gate and up into `out` and `up_grad`."""
     from lowmem_kernels.gated_activation_kernel import BLOCK, NUM_WARPS, glu_kernel
 
+    if not gate.numel():
+        return
     d = gate.shape[-1]
-    (gate, gate_row, gate_entry), (out, out_row, out_entry) = _rows(gate), _rows(out)
-    up_row = up_entry = 0
-    if up is not None:
-        up, up_row, up_entry = _rows(up)
+    gate, gate_row, gate_entry = _rows(gate)
+    up, up_row, up_entry = (None, 0, 0) if up is None else _rows(up)
+    out_row, out_entry = _distances(out)
+    up_grad_row, up_grad_entry = (0, 0) if up_grad is None else _distances(up_grad)
     launch(
         glu_kernel,
-        (gate.numel() // max(1, d), -(-d // BLOCK)),
+        (gate.numel() // d, -(-d // BLOCK)),
         gate_ptr=gate,
         up_ptr=up,
         grad_ptr=None if grad is None else grad.contiguous(),
@@ -176,9 +178,11 @@ def _launch(
         gate_row=gate_row,
         up_row=up_row,
         out_row=out_row,
+        up_grad_row=up_grad_row,
         gate_entry=gate_entry,
         up_entry=up_entry,
         out_entry=out_entry,
+        up_grad_entry=up_grad_entry,
         D=d,
         alpha=how.alpha,
         limit=how.limit,
@@ -191,15 +195,18 @@ def _launch(
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int, int]:
-    """x and the distances of its rows and entries; a contiguous copy where its rows are not equally far apart."""
-    d = x.shape[-1]
-    if x.is_contiguous():
-        return x, d, 1
+    """An input and the distances of its rows and entries; a contiguous copy if its rows are not equally far apart."""
     outer = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1]
-    regular = all(a[1] == b[0] * b[1] for a, b in zip(outer, outer[1:], strict=False))
-    if not outer or not regular:
-        return x.contiguous(), d, 1
-    return x, outer[-1][1], x.stride(-1)
+    if any(a[1] != b[0] * b[1] for a, b in zip(outer, outer[1:], strict=False)):
+        return x.contiguous(), x.shape[-1], 1
+    return x, outer[-1][1] if outer else 0, x.stride(-1)
+
+
+def _distances(out: Tensor) -> tuple[int, int]:
+    """Those of an output's rows and entries, which no copy may take the place of."""
+    rows, row, entry = _rows(out)
+    assert rows is out
+    return row, entry
 
 
 def _parts(gate_up: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:

@@ -18,13 +18,15 @@ def glu_kernel(
     up_ptr,  # (n, D), likewise; or None
     grad_ptr,  # (n, D) d loss / d out, contiguous; or None: forward
     out_ptr,  # (n, D) written: act(gate) * up, or d loss / d gate
-    up_grad_ptr,  # (n, D) written: d loss / d up, laid out as out; or None
+    up_grad_ptr,  # (n, D) written: d loss / d up; or None
     gate_row,
     up_row,
     out_row,
+    up_grad_row,
     gate_entry,
     up_entry,
     out_entry,
+    up_grad_entry,
     D,
     alpha,  # of silu
     limit,  # of gate from above, of up on both sides; or None
@@ -51,17 +53,18 @@ def glu_kernel(
             up_moves = (tl.abs(up) <= limit).to(tl.float32)
             up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
         up = rounded(up + up_offset, dtype).to(tl.float32)
-    at = row * out_row + column * out_entry
+    out = out_ptr + row * out_row + column * out_entry
     if grad_ptr is None:
-        tl.store(out_ptr + at, rounded(value * up, dtype), mask=inside)
+        tl.store(out, rounded(value * up, dtype), mask=inside)
     else:
         grad = tl.load(grad_ptr + row * D + column, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out_ptr + at, rounded(grad * up * slope, dtype), mask=inside)
+        tl.store(out, rounded(grad * up * slope, dtype), mask=inside)
         if up_grad_ptr is not None:
             up_grad = grad * value
             if limit is not None:
                 up_grad *= up_moves
-            tl.store(up_grad_ptr + at, rounded(up_grad, dtype), mask=inside)
+            at = up_grad_ptr + row * up_grad_row + column * up_grad_entry
+            tl.store(at, rounded(up_grad, dtype), mask=inside)
 
 
 @triton.jit

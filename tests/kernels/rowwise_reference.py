@@ -226,14 +226,15 @@ def check_packed(
     d: int = 96,
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cpu",
+    rows: tuple[int, ...] | None = None,
     **how: float,
 ) -> None:
-    """With gate and up in one tensor."""
+    """With gate and up in one tensor. rows: its outer dimensions. Default: (n,)."""
     parts = (slice(0, None, 2), slice(1, None, 2)) if interleaved else (slice(0, d), slice(d, None))
     check(
         lambda x: kernels.packed_glu(x, interleaved=interleaved, **how, engine=engine),
         lambda x: gated(*(x[..., part] for part in parts), "silu", **how),
-        [normal(n, 2 * d, dtype=dtype, device=device)], 2 + ("up_offset" in how),
+        [normal(*((n,) if rows is None else rows), 2 * d, dtype=dtype, device=device)], 2 + ("up_offset" in how),
     )  # fmt: skip
 
 

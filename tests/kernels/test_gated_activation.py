@@ -39,6 +39,8 @@ def test_dtypes(engine, how, dtype):
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_gate_and_up_in_one_tensor(engine, interleaved):
     check_packed(engine, interleaved=interleaved, **GPT_OSS)
+    for rows in ((1,), (), (1, 1), (3, 1), (0,), (2, 0)):  # none: an expert without tokens
+        check_packed(engine, interleaved=interleaved, rows=rows, d=24, dtype=torch.float32, **GPT_OSS)
 
 
 def test_the_experts_of_gpt_oss(engine):
