@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+from lowmem_kernels.dispatch import has_values
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowmem_npo.errors import UserError
+from lowmem_npo.memory.streaming.in_files import MappedFiles
 
 
 def embedding_to_host(model: PreTrainedModel, device: torch.device | None = None) -> None:
@@ -41,8 +43,8 @@ def embedding_to_host(model: PreTrainedModel, device: torch.device | None = None
 class HostEmbedding(nn.Module):
     """`embedding`, kept on the host, as a module of the device it came from.
 
-    The embedding is not a submodule, nor its weight a parameter, of this module: `model.to(device)` leaves it where it
-    is, and `model.device` does not see it.
+    It lies in memory, and is not left in a mapped file. It is not a submodule, nor its weight a parameter, of this
+    module: `model.to(device)` leaves it where it is, and `model.device` does not see it.
     """
 
     embedding: nn.Embedding
@@ -51,6 +53,8 @@ class HostEmbedding(nn.Module):
         super().__init__()
         self.device = device or embedding.weight.device
         vars(self)["embedding"] = embedding if embedding.weight.is_meta else embedding.to("cpu")
+        if has_values(embedding.weight) and embedding.weight in MappedFiles():
+            embedding.weight.data = embedding.weight.detach().clone()
 
     def __getattr__(self, name: str) -> Any:
         """Its weight and settings, which adapters and transformers look at, are the embedding's."""

@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.memory.streaming import bus
-from lowmem_npo.memory.streaming.blocks import FileBlock, frozen_weights, host_memory
+from lowmem_npo.memory.streaming.blocks import frozen_weights, host_memory
+from lowmem_npo.memory.streaming.in_files import FileBlock, MappedFiles
 from lowmem_npo.memory.streaming.stream import WeightStream
 from lowmem_npo.model.layer_by_layer import LayerLoaded
 from lowmem_npo.model.layers import causal_lm, decoder_layers
@@ -60,10 +61,10 @@ def stream_weights(model: PreTrainedModel | PeftModel, device: torch.device, in_
     (`present`).
 
     Args:
-        in_file: the weights stay where they are, mapped from a file, and are read whenever they are needed.
+        in_file: the weights stay in the files that they are mapped from, and are read whenever they are needed.
 
     Raises:
-        UserError: the layers have no weights of their own, or the host's memory cannot be pinned.
+        UserError: the layers have no weights of their own, the host's memory cannot be pinned, or the files are gone.
     """
     lm = causal_lm(model)
     layers = decoder_layers(lm)
@@ -78,7 +79,8 @@ def stream_weights(model: PreTrainedModel | PeftModel, device: torch.device, in_
     sizes = [max((block.size for block in blocks[place::2]), default=0) for place in (0, 1)]
     way, memory = bus.bus_to(device, simulated), list[Any]()
     if in_file and not simulated:  # a simulation counts the blocks, and says what is left of them
-        memory = [FileBlock(block) for block in blocks]
+        files = MappedFiles()
+        memory = [FileBlock(block, files) for block in blocks]
         way = bus.StagedBus(way, (host_memory(max(sizes), pinned), host_memory(max(sizes), pinned)))
     else:
         for layer, block in zip(layers, blocks, strict=True):

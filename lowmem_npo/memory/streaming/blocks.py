@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
-import functools
 import math
 import mmap
 import sys
@@ -49,24 +47,25 @@ class Block:
         self.weights = weights
         self.offsets: list[int] = []
         self.size = 0
-        for tensor in self._tensors():
+        for tensor in self.tensors():
             self.offsets.append(self.size)
             self.size += math.ceil(tensor.numel() * tensor.element_size() / ALIGNMENT) * ALIGNMENT
 
-    def _tensors(self) -> Iterator[Tensor]:
+    def tensors(self) -> Iterator[Tensor]:
+        """In the order of `offsets`."""
         return (tensor for weight in self.weights for tensor in weight.tensors)
 
     def _views(self, memory: Tensor) -> Iterator[Tensor]:
         """Each tensor as it lies in `memory`, with a version counter of its own: autograd must not take a copy into a
         slot for a change of what it has saved."""
-        for tensor, start in zip(self._tensors(), self.offsets, strict=True):
+        for tensor, start in zip(self.tensors(), self.offsets, strict=True):
             part = memory[start : start + tensor.numel() * tensor.element_size()]
             yield part.view(tensor.dtype).view(tensor.shape).data
 
     def lies_in(self, memory: Tensor) -> bool:
         """Whether `move_into(memory)` would change nothing."""
         start = memory.data_ptr()
-        own = [(tensor.untyped_storage()._cdata, tensor.data_ptr() - start) for tensor in self._tensors()]
+        own = [(tensor.untyped_storage()._cdata, tensor.data_ptr() - start) for tensor in self.tensors()]
         return memory.numel() == self.size and own == [(memory.untyped_storage()._cdata, at) for at in self.offsets]
 
     def move_into(self, memory: Tensor) -> None:
@@ -167,37 +166,6 @@ def _of_adapter(module: Any) -> Iterator[nn.Parameter]:
         yield from module.modules_to_save.parameters()
 
 
-class FileBlock:
-    """One layer's weights where they are: views of a file that is mapped into memory, in no order."""
-
-    def __init__(self, block: Block) -> None:
-        self.size = block.size
-        self._parts = [(tensor, at) for tensor, at in zip(block._tensors(), block.offsets, strict=True)]
-
-    def __len__(self) -> int:
-        return self.size
-
-    def read(self, into: Tensor) -> None:
-        """Copies them to their places in `into` (size,) uint8, through the operating system's page cache."""
-        for tensor, _ in self._parts:
-            _read_ahead(tensor)
-        for tensor, at in self._parts:
-            into[at : at + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-
-
-def _read_ahead(tensor: Tensor) -> None:
-    """Has the operating system read what `tensor` maps, in large pieces and in the background: by page faults alone a
-    disk would be read a hundred KiB at a time."""
-    start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    end = tensor.data_ptr() + tensor.numel() * tensor.element_size()
-    _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_WILLNEED)  # only advice
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
-
-
 class _Pages(mmap.mmap):
     """Whole pages of memory, given back to the operating system at once. Pinned ones are unpinned before."""
 
@@ -214,7 +182,9 @@ def host_memory(size: int, pinned: bool) -> Tensor:
 
     PyTorch's own pinned memory is rounded up to a power of two, which for the layers of a large model is gigabytes.
     What `malloc` gives need not begin with a page, and no page can be pinned twice; nor does what is freed there
-    always go back to the operating system.
+    always go back to the operating system. Pages are shared with processes that are forked, such as those of
+    --dataloader-num-workers: of private ones, a page that is written to after a fork would be copied on write, and the
+    GPU would go on reading the old one, which was pinned.
 
     Raises:
         UserError: the operating system gives or pins no more.
@@ -223,7 +193,7 @@ def host_memory(size: int, pinned: bool) -> Tensor:
     if not size or not has_values(memory):  # nothing, or only to be counted
         return torch.empty(size, dtype=torch.uint8, device="cpu")
     try:
-        pages = _Pages(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages = _Pages(-1, size, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise _no_more(size) from error
     memory = torch.frombuffer(pages, dtype=torch.uint8)

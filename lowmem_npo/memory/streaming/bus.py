@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lowmem_npo.memory.streaming.blocks import FileBlock
+from lowmem_npo.memory.streaming.in_files import FileBlock
 
 
 class Bus(Protocol):

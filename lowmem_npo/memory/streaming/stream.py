@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_npo.memory.streaming.blocks import FileBlock
 from lowmem_npo.memory.streaming.bus import Bus
+from lowmem_npo.memory.streaming.in_files import FileBlock
 
 Visit = tuple[int, str]  # a layer, and in which pass
 

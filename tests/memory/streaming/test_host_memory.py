@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -113,6 +114,18 @@ def test_blocks_begin_with_a_page_and_go_back_to_the_operating_system():
     assert not mapped(address) and streaming.host_memory(0, False).numel() == 0
     with pytest.raises(UserError, match="--stream-weights: the operating system gives or pins no more host memory"):
         streaming.host_memory(2**60, False)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_pages_stay_the_same_ones_after_a_fork():
+    """A process that is forked sees what is written later: it has the page itself, and a write makes no copy of it."""
+    memory, (reads, writes) = streaming.host_memory(5000, False), os.pipe()
+    if not (child := os.fork()):
+        os.read(reads, 1)
+        os._exit(memory[4999].item())
+    memory[4999] = 7
+    os.write(writes, b".")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 def mapped(address: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +26,6 @@ from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers
 from lowmem_npo.evaluation.scoring.token_scores import token_scores
 from lowmem_npo.memory import float32, streaming, switches
 from lowmem_npo.memory.streaming import check_device, stream_weights, weight_stream
-from lowmem_npo.memory.streaming.blocks import FileBlock
 from lowmem_npo.memory.streaming.bus import StagedBus
 from lowmem_npo.memory.streaming.stream import WeightStream
 from lowmem_npo.memory.switches import apply_switches
@@ -224,18 +224,17 @@ def test_a_buffer_that_is_read_into_too_early_is_caught(on_disk, late, tmp_path,
     assert "what is copied is overwritten before" in late.violations
 
 
-def test_a_file_that_cannot_be_read_ends_the_pass(on_disk, tmp_path, monkeypatch):
-    """What happens in the thread that reads is an error of the run, which does not compute with what is there."""
-    model = in_file(on_disk, tmp_path / "cache")
-    answer_hidden(model, RowBatch.whole(torch.arange(3, 15)[None]))
-
-    def fails(self, into):
-        raise OSError("the disk is gone")
-
-    monkeypatch.setattr(FileBlock, "read", fails)
+def test_a_file_that_can_be_read_no_more_ends_the_pass_with_a_sentence(on_disk, tmp_path):
+    """Not the process, by a signal: nothing that computes is mapped, the embedding on the host included."""
+    model = in_file(on_disk, tmp_path / "cache", embedding_on_cpu=True)
+    batch = RowBatch.whole(torch.arange(3, 15)[None])
+    answer_hidden(model, batch)
+    for file in (tmp_path / "cache").glob("*/*.safetensors"):
+        os.truncate(file, 100)
     for _ in range(2):
-        with pytest.raises(OSError, match="the disk is gone"):
-            answer_hidden(model, RowBatch.whole(torch.arange(3, 15)[None]))
+        with pytest.raises(UserError, match=r"'.*-0000\d.safetensors' can be read no more \(it has become shorter\)"):
+            answer_hidden(model, batch)
+    assert model.get_input_embeddings()(torch.arange(97)).isfinite().all()
 
 
 def test_scores_answers_and_relearning(late):
