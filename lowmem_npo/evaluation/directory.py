@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from lowmem_npo.errors import UserError
-from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
+from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS, BenchmarkOptions
+from lowmem_npo.evaluation.leaks.registry import LeakOptions
 from lowmem_npo.evaluation.result import Evaluation
 from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.settings import EvaluationConfig
@@ -100,17 +101,43 @@ def differences(
 ) -> list[str] | None:
     """What was other than in `config`, and the rows behind `digests`, when the evaluation.json at `result` was made, in
     words; None where that is not known. of_leaks: the options of the leak tests count, if both have some."""
+    if (earlier := _settings_of(result)) is None:
+        return None
+    changed = _changed(earlier, config, config.compared(leaks=bool(of_leaks and config.leaks and earlier.get("leaks"))))
+    return [f"{name} {earlier[name]!r}" for name in changed] + [
+        f"other {part} rows" for part in _other_rows(earlier, digests)
+    ]
+
+
+def incomparable_sets(result: str, config: EvaluationConfig, digests: Mapping[str, str]) -> list[str]:
+    """The sets behind `digests` whose figures in the evaluation.json at `result` cannot be compared with those of
+    `config`, as far as that is known: those that had other rows; all, where a setting that decides them was another."""
+    if (earlier := _settings_of(result)) is None:
+        return []
+    of_tests = {f.name for options in (LeakOptions, BenchmarkOptions) for f in fields(options)}
+    if _changed(earlier, config, set(config.compared(leaks=False)) - of_tests):
+        return [part for part in digests if part != THE_ADAPTER]
+    return _other_rows(earlier, digests)
+
+
+def _changed(earlier: Mapping[str, Any], config: EvaluationConfig, names: Iterable[str]) -> list[str]:
+    now = json.loads(json.dumps(asdict(config)))
+    return [name for name in names if earlier.get(name, now[name]) != now[name]]
+
+
+def _other_rows(earlier: Mapping[str, Any], digests: Mapping[str, str]) -> list[str]:
+    known = earlier["digests"]
+    return [part for part, of in digests.items() if part != THE_ADAPTER and known.get(part, of) != of]
+
+
+def _settings_of(result: str) -> dict[str, Any] | None:
+    """The settings of the evaluation.json at `result`, its digests among them; None where they cannot be read."""
     settings = EvaluationFiles(Path(result).expanduser().parent).settings
     try:
         earlier = json.loads(settings.read_text(encoding="utf-8"))
-        known = dict(earlier.get("digests", {}))
+        return {**earlier, "digests": dict(earlier.get("digests", {}))}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
-    now = json.loads(json.dumps(asdict(config)))
-    names = config.compared(leaks=bool(of_leaks and config.leaks and earlier.get("leaks")))
-    others = [f"{name} {earlier[name]!r}" for name in names if earlier.get(name, now[name]) != now[name]]
-    sets = {part: of for part, of in digests.items() if part != THE_ADAPTER}
-    return others + [f"other {part} rows" for part, of in sets.items() if known.get(part, of) != of]
 
 
 def is_of_adapter(files: EvaluationFiles, weights: Path) -> bool:

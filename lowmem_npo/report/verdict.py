@@ -7,7 +7,7 @@ because no fixed number means the same for a model that recited and for one that
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -60,6 +60,7 @@ RETAIN_WORDS = {
     "kept": "still says what it was to keep",
     "worse": "has lost some of what it was to keep",
     "damaged": "has lost much of what it was to keep",
+    "other rows": "what it was to keep was measured on other rows than before",
     None: "what it was to keep was not measured",
 }
 HARDLY_SAID_WORDS = {  # of rows to keep that it hardly said before
@@ -101,8 +102,9 @@ def judge_run(
     leaks: Mapping[str, LeakResults],
     errors: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
 ) -> Verdict:
-    """stages: of the before/after table, or empty. vocabulary: the model's. leaks: stage -> test -> result. errors: set
-    -> measure -> the standard error of its change over the rows, where that is known."""
+    """stages: of the before/after table, or empty; a set that `before` has no figures of was not measured there, or on
+    other rows. vocabulary: the model's. leaks: stage -> test -> result. errors: set -> measure -> the standard error of
+    its change over the rows, where that is known."""
     if not {"before", "after"} <= set(stages) or "forget" not in stages["after"]:
         return Verdict(
             "unknown",
@@ -125,10 +127,12 @@ def judge_run(
     kept = {
         name: _kept_state(name, before[name], after[name], errors.get(name, {}))
         for name in (RETAIN, GENERAL)
-        if name in after
+        if name in after and name in before
     }
     retain = max(kept.values(), key=list(GENERAL_WORDS).index, default=None)
     retain_words = GENERAL_WORDS[retain] if retain and GENERAL in kept else _retain_words(retain, before, after)
+    if retain is None and RETAIN in after:
+        retain_words = RETAIN_WORDS["other rows"]
     excess = _overdone(after[FORGET], gold.get(FORGET), vocabulary) if forget != "unknown" else None
     overdone = excess if states[FORGET] == "forgotten" else None
     attack = worst_attacks(leaks).get("after")
@@ -149,6 +153,9 @@ def judge_run(
     if of_passages(after[FORGET]):
         sentences.append(PASSAGES_WORDS)
     sentences += [_figures(name, before, after, gold) for name in kept]
+    if retain is None and RETAIN in after:
+        now = _in_words(f"says {said_count(after[RETAIN])} of {after[RETAIN].rows} retain answers", after[RETAIN])
+        sentences.append(f"The model {now}; what it said before was measured on other rows.")
     if GENERAL in kept:
         sentences.append("No rows to keep were named: what is protected beyond general questions is not known.")
     if excess:
@@ -165,18 +172,26 @@ def judge_evaluation(
     vocabulary: int | None,
     leaks: LeakResults,
     gold_leaks: LeakResults | None = None,
+    incomparable: Collection[str] = (),
 ) -> Verdict:
     """The same of answers measured by `evaluate`, without a run. before: those of an earlier evaluation, or none.
-    gold_leaks: results of a model that never saw the rows."""
+    gold_leaks: results of a model that never saw the rows. incomparable: sets that were measured
+    before, but on other rows or otherwise."""
     stages = {"after": leaks, **({"gold": gold_leaks} if gold_leaks else {})}
     worst = worst_attacks(stages).get("after")
     traces = "; leak tests find traces" if _leaking(leaks) or (worst and worst.stands_out) else ""
     if FORGET not in now:
         headline = f"What was measured are benchmarks' own figures, which make no headline{traces}."
         return Verdict("unknown", headline, [])
-    known = {name: before[name] for name in now if name in before and same_rows(before[name], now[name])}
+    known = {
+        name: before[name]
+        for name in now
+        if name in before and part_of(name) not in incomparable and same_rows(before[name], now[name])
+    }
     if FORGET in known:
-        return judge_run({"before": known, "after": {name: now[name] for name in known}}, vocabulary, stages)
+        compared = {*known, *(name for name in (RETAIN,) if name in {*before, *incomparable})}
+        after = {name: summary for name, summary in now.items() if name in compared}
+        return judge_run({"before": known, "after": after}, vocabulary, stages)
     said = " and ".join(
         _in_words(f"says {said_count(now[part])} of {now[part].rows} {part} answers", now[part])
         for part in (FORGET, RETAIN)
@@ -185,8 +200,8 @@ def judge_evaluation(
     verb = said.partition(" ")[0]  # once, if both have the same
     headline = f"On the rows measured, the model {said.replace(f' and {verb} ', ' and ')}{traces}."
     why = (
-        "was measured on other rows, or with answers of another length"
-        if FORGET in before
+        "was measured on other rows, with other settings, or with answers of another length"
+        if FORGET in {*before, *incomparable}
         else "is not known (--before)"
     )
     return Verdict("unknown", headline, [f"What it said before {why}."])

@@ -65,6 +65,15 @@ def test_forms_and_headline(chat_model, data, tmp_path, capsys):
     evaluate("--model", chat_model, *data, *before, "--output-dir", tmp_path / "after")
     out = capsys.readouterr().out
     assert "forget, reworded" in out and "hardly said what it was to forget" in out.rstrip().splitlines()[-1]
+    # Other rows, though as many and as long: no figure of them stands beside the new ones.
+    again = write(tmp_path / "again.jsonl", [{**row, "answer": row["answer"][::-1]} for row in FORGET])
+    evaluate("--model", chat_model, "--forget", again, *data[2:], *before, "--output-dir", tmp_path / "others")
+    out = capsys.readouterr().out
+    assert "had other forget rows" in out
+    assert "the model says 0 of 2 forget answers" in out.rstrip().splitlines()[-1]
+    lines = [line.split() for line in out.splitlines()]
+    cells = {name: next(row for row in lines if row[:2] == [name, "NLL"]) for name in ("forget", "retain")}
+    assert cells["forget"].count("–") == 2 and "–" not in cells["retain"]
     # More forms are added to what is measured.
     evaluate("--model", chat_model, *data, "--forms", "trained", "--output-dir", tmp_path / "one")
     assert list(content(tmp_path / "one")["answers"]) == ["forget", "retain"]

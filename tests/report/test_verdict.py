@@ -228,6 +228,18 @@ def test_an_evaluation_has_a_headline_of_its_own():
     for other in ({"rows": 50}, {"tokens": 999}, {"max_new_tokens": 16}):  # not comparable, so not compared
         earlier = {"forget": replace(RECITED, **other), "retain": RECITED}
         assert "the model says 3 of 100 forget answers" in judge_evaluation(now, earlier, 50304, {}).headline
+    # As many rows and tokens, and other rows all the same: known by their digests.
+    others = judge_evaluation(now, before, 50304, {}, incomparable=["forget"])
+    assert "the model says 3 of 100 forget answers" in others.headline and "on other rows" in others.sentences[0]
+    for kept, other in ((before["retain"], ["retain"]), (replace(RECITED, rows=50), [])):
+        judged = judge_evaluation(now, {**before, "retain": kept}, 50304, {}, incomparable=other)
+        assert judged.headline.endswith("; what it was to keep was measured on other rows than before.")
+        assert FORGET_WORDS["forgotten"] in judged.headline and judged.tone == "mixed"
+        assert "The model says 100 of 100 retain answers; what it said before was measured on other rows." in (
+            judged.sentences
+        )
+    only = judge_evaluation(now, {"forget": before["forget"]}, 50304, {})  # not measured before
+    assert only.headline.endswith("; what it was to keep was not measured.")
     alone = judge_evaluation(now, {}, 50304, {"extraction": LeakResult({}, "", True)})
     assert alone.headline == (
         "On the rows measured, the model says 3 of 100 forget answers and 100 of 100 retain answers; "

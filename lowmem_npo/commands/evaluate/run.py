@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_npo.claim import claimed
+from lowmem_npo.commands.evaluate.earlier import read_earlier
 from lowmem_npo.commands.evaluate.membership import further_membership
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.console import Say
@@ -123,8 +124,9 @@ def plan_evaluation(
     tokenizer = load_tokenizer(model_config)
     template = Template.of(config, stops)
     sources = _read(config, limit, tokenizer, template, say)
-    before, notes = _read_before(config), _notes(config, run, sources)
-    context = Context(config, tokenizer, template, before, notes, known_fit(architecture))
+    before, others = read_earlier(config, _digests(config, sources))
+    notes = _notes(config, run, sources)
+    context = Context(config, tokenizer, template, before, notes, known_fit(architecture), others)
     if context.fit is not None:
         context.fit.check_padding(tokenizer)
     for benchmark in BENCHMARKS:
@@ -227,7 +229,12 @@ def _headline(config: EvaluationConfig, result: Evaluation, context: Context) ->
     before = summaries_of(context.before.get(PLAIN.name) or {})
     vocabulary = context.fit.vocabulary if context.fit else None
     return judge_evaluation(
-        result.scores.get(PLAIN.name, {}), before, vocabulary, result.leaks, gold_leaks=result.gold_leaks
+        result.scores.get(PLAIN.name, {}),
+        before,
+        vocabulary,
+        result.leaks,
+        gold_leaks=result.gold_leaks,
+        incomparable=context.incomparable,
     ).headline
 
 
@@ -361,20 +368,6 @@ def _scores_by_row(result: Evaluation, leak_rows: Mapping[str, Selection]) -> di
 
 
 # -- the earlier evaluation, and what qualifies a comparison ----------------------------------------------------------
-
-
-def _read_before(config: EvaluationConfig) -> Mapping[str, Any]:
-    """The evaluation that --before names; empty without one."""
-    path = config.before
-    if path is None:
-        return {}
-    try:
-        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"--before: '{path}' cannot be read as an earlier evaluation.json.") from error
-    if not isinstance(content, dict) or not {"rows", "leaks", "notes"} <= set(content):
-        raise UserError(f"--before: '{path}' is no evaluation.json of `lowmem-npo evaluate`.")
-    return content
 
 
 def _notes(config: EvaluationConfig, run: Mapping[str, Any], sources: Mapping[str, Rows]) -> list[str]:

@@ -47,7 +47,8 @@ class Settings(Protocol):
 @dataclass
 class Context:
     """What a benchmark has at hand. before: an earlier evaluation.json, or nothing. notes: remarks to print beside the
-    figures. fit: what the model can take, where it is known."""
+    figures. fit: what the model can take, where it is known. incomparable: sets that the earlier evaluation measured
+    on other rows or otherwise, so that `before` has no figures of them."""
 
     config: Settings
     tokenizer: PreTrainedTokenizerBase
@@ -55,6 +56,7 @@ class Context:
     before: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     fit: Fit | None = None
+    incomparable: Sequence[str] = ()
 
     def check(self, where: str, ids: Sequence[int]) -> None:
         """Raises UserError for a row, from the place `where`, that the model cannot take."""

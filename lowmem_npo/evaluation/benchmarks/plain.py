@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from lowmem_npo.data import Rows, TokenizedRows, to_examples, tokenize
 from lowmem_npo.evaluation.answer_table import FORGET, RETAIN, answer_figures, text_table
-from lowmem_npo.evaluation.answers import AnswerRecord, AnswerSummary, answer_length, part_of, question
+from lowmem_npo.evaluation.answers import AnswerRecord, AnswerSummary, answer_length, question
 from lowmem_npo.evaluation.asking import in_form, other_forms
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measured, Selection
 from lowmem_npo.evaluation.figures import Figure
@@ -112,7 +112,7 @@ class Plain(Benchmark[PlainAnswer, dict[str, AnswerSummary]]):
 
     def text(self, content: Any, before: Any) -> str:
         now, earlier = summaries_of(content), summaries_of(before or {})
-        if {name for name in now if part_of(name) == name} <= set(earlier):
+        if set(now) & set(earlier):
             return text_table({"before": {name: earlier[name] for name in now if name in earlier}, "after": now})
         return text_table({"now": now})
 

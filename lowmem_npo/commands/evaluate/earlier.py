@@ -1,0 +1,48 @@
+"""The earlier evaluation that --before names, as far as it measured the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.answers import part_of
+from lowmem_npo.evaluation.benchmarks.plain import PLAIN
+from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
+from lowmem_npo.evaluation.directory import incomparable_sets
+from lowmem_npo.evaluation.settings import EvaluationConfig
+
+
+def read_earlier(config: EvaluationConfig, digests: Mapping[str, str]) -> tuple[Mapping[str, Any], list[str]]:
+    """What of its figures can be compared with those of `config`, and the sets of which none can. Of answers each set
+    is judged by itself, of every other benchmark and of the leak tests all or nothing. Both are empty without --before.
+
+    digests: a hash of each set.
+
+    Raises:
+        UserError: --before names no evaluation.
+    """
+    if config.before is None:
+        return {}, []
+    content, others = _content(config.before), incomparable_sets(config.before, config, digests)
+    for benchmark in BENCHMARKS:
+        if benchmark.name == PLAIN.name:
+            of_sets = content.get(PLAIN.name) or {}
+            content[PLAIN.name] = {name: of for name, of in of_sets.items() if part_of(name) not in others}
+        elif set(benchmark.sets) & set(others):
+            content.pop(benchmark.name, None)
+    if {"forget", "holdout"} & set(others):
+        content["leaks"] = {}
+    return content, others
+
+
+def _content(path: str) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--before: '{path}' cannot be read as an earlier evaluation.json.") from error
+    if not isinstance(content, dict) or not {"rows", "leaks", "notes"} <= set(content):
+        raise UserError(f"--before: '{path}' is no evaluation.json of `lowmem-npo evaluate`.")
+    return content
