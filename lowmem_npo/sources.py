@@ -1,6 +1,7 @@
 """What the names of models and data may mean: kinds of files, directories, names on the hub.
 
-Known without any library, so that a mistyped path is answered at once.
+Known without PyTorch or Transformers, so that a mistyped path is answered at once. Of a name on the hub,
+`huggingface_hub` says whether it is here or to be had.
 """
 
 from __future__ import annotations

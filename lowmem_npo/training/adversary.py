@@ -187,13 +187,13 @@ def check_others(forget_rows: int, folds: Sequence[Sequence[int]] | None, batch_
     """Raises a UserError where a step takes all rows that are being forgotten, so that none is left to be taught."""
     if folds is None and forget_rows <= batch_size:
         raise UserError(
-            f"--adversary teaches rows that a step does not forget, and a step takes all {forget_rows} (--batch-size "
-            f"{batch_size}): lower --batch-size, or leave --adversary out."
+            f"--adversary teaches forget rows that are not in the step, and there are none: --batch-size {batch_size}, "
+            f"forget rows: {forget_rows}. Lower --batch-size, or leave --adversary out."
         )
     if folds is not None and (first := len(folds[0])) <= batch_size:
         raise UserError(
-            f"--adversary teaches rows that a step does not forget, and a step takes all {first} of the first fold of "
-            f"--layered {len(folds)} (--batch-size {batch_size}): lower one of them, or leave --adversary out."
+            f"--adversary teaches forget rows that are not in the step, and there are none: --batch-size {batch_size}, "
+            f"forget rows in the first fold of --layered {len(folds)}: {first}. Lower one, or leave --adversary out."
         )
 
 
