@@ -132,8 +132,9 @@ def _model_options(options: DataCommand) -> dict[str, Any]:
 def _read(title: str, source: str, options: DataCommand, passages: Any, tokenizer: Any, template: Any) -> Set:
     from lowmem_npo.data import read_rows, to_examples, tokenize
 
-    rows = read_rows(source, limit=options.limit, passages=passages)
-    examples = to_examples(rows, prompt_column=options.prompt_column, answer_column=options.answer_column)
+    columns = {"prompt_column": options.prompt_column, "answer_column": options.answer_column}
+    rows = read_rows(source, limit=options.limit, passages=passages, columns=columns.values())
+    examples = to_examples(rows, **columns)
     if tokenizer is None:
         return Set(title, rows, examples, None)
     tokenized = tokenize(examples, tokenizer, max_length=options.max_length, template=template)

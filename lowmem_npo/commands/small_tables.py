@@ -20,7 +20,8 @@ def check_small_tables(data: DataConfig) -> None:
         if source is None or not all(map(_is_small_table, data_names(source))):
             continue
         names = ("prompt_column", "answer_column", *(beside if part == "forget" else ()))
-        to_examples(read_rows(source, limit=data.limit), **{name: getattr(data, name) for name in names})
+        columns = {name: getattr(data, name) for name in names}
+        to_examples(read_rows(source, limit=data.limit, columns=(data.prompt_column, data.answer_column)), **columns)
 
 
 def _is_small_table(name: str) -> bool:

@@ -1,6 +1,6 @@
 """From files, hub names or the bundled set to micro-batches of forget and retain rows.
 
-reading -> schemas -> templates -> tokenizing -> batching; `prepare` runs all but the last.
+documents, tables -> reading -> schemas -> templates -> tokenizing -> batching; `prepare` runs all but the last.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.data.prepare import PreparedData, prepare
 from lowmem_npo.data.preview import preview
-from lowmem_npo.data.reading import Rows, bundled_rows, read_rows
+from lowmem_npo.data.reading import bundled_rows, read_rows
+from lowmem_npo.data.rows import Rows
 from lowmem_npo.data.schemas import Example, to_examples, with_answer
 from lowmem_npo.data.templates import Template
 from lowmem_npo.data.tokenizing import Encoder, TokenizedRow, TokenizedRows, tokenize

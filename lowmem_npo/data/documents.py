@@ -11,6 +11,7 @@ import gzip
 import io
 import logging
 import re
+import zlib
 from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from lowmem_npo.sources import DOCUMENT_KINDS, HTML_KINDS
 MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
          (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))  # fmt: skip
 CHARSET = re.compile(rb"""<meta[^>]+charset\s*=\s*["']?\s*([\w.:-]+)""", re.IGNORECASE)
+UNMARKED = "{name} is {encoding} without a byte order mark, not UTF-8 text; save the file as UTF-8."
 CONTROL = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 LIGATURES: dict[str, str | int | None] = {"ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "ﬄ": "ffl", "ﬅ": "st", "ﬆ": "st"}
 
@@ -77,7 +79,7 @@ def _content(name: str, path: Path) -> bytes:
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
             return file.read()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{name} cannot be read ({reason}); check the file.") from error
 
@@ -87,6 +89,24 @@ def marked_encoding(content: bytes) -> str | None:
     return next((encoding for mark, encoding in MARKS if content.startswith(mark)), None)
 
 
+def unmarked_encoding(content: bytes) -> str | None:
+    """UTF-16 or UTF-32, if this is the beginning of text in it without a byte order mark: bytes with NULs among them,
+    which in no other encoding are text."""
+    if b"\0" not in content or marked_encoding(content):
+        return None
+    for encoding in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"):
+        text = content.decode(encoding, errors="ignore")
+        if text and not CONTROL.search(text) and ("\n" in text or text.isascii()):
+            return encoding[:6].upper()
+    return None
+
+
+def decoded_lines(content: bytes, encoding: str, error: UnicodeDecodeError) -> int:
+    """The line (from 1) at which decoding `content` ended in `error`; not that of its bytes: in UTF-16 a letter may
+    have the byte of a line feed."""
+    return len(re.findall(r"\r\n?|\n", content[: error.start].decode(encoding, errors="ignore"))) + 1
+
+
 def _decoded(name: str, content: bytes, kind: str) -> str:
     """The text of a file: UTF-8, or what its byte order mark or its <meta charset> says."""
     encoding = marked_encoding(content)
@@ -94,16 +114,18 @@ def _decoded(name: str, content: bytes, kind: str) -> str:
         encoding = declared[1].decode("ascii")
         # As browsers do: pages that call themselves Latin-1 are written in Windows' superset of it.
         encoding = {"iso-8859-1": "windows-1252", "latin1": "windows-1252"}.get(encoding.lower(), encoding)
+    if encoding is None and (unmarked := unmarked_encoding(content[:4096])):
+        raise UserError(UNMARKED.format(name=name, encoding=unmarked))
     encoding = encoding or "utf-8"
     try:
         text = content.decode(encoding).removeprefix("\ufeff")
     except LookupError as error:
         raise UserError(f"{name} says that it is written in {encoding}, which is unknown; save it as UTF-8.") from error
     except UnicodeDecodeError as error:
-        if CONTROL.search(content[:4096].decode("latin-1")):
+        if marked_encoding(content) is None and CONTROL.search(content[:4096].decode("latin-1")):
             raise UserError(f"{name} is not a text file; give one of the kinds {', '.join(DOCUMENT_KINDS)}.") from error
-        line = content.count(b"\n", 0, error.start) + 1
-        what = "UTF-8" if encoding == "utf-8" else encoding
+        line = decoded_lines(content, encoding, error)
+        what = encoding.upper() if encoding.startswith("utf") else encoding
         raise UserError(f"{name}, line {line} is not {what} text; save the file as UTF-8.") from error
     if CONTROL.search(text[:4096]):
         raise UserError(f"{name} is not a text file; give one of the kinds {', '.join(DOCUMENT_KINDS)}.")

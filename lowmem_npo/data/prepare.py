@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from lowmem_npo.config import DataConfig, ObjectiveConfig
 from lowmem_npo.data.overlap import MAX_LISTED, find_related, refuse_overlap
 from lowmem_npo.data.passages import Passages
-from lowmem_npo.data.reading import Rows, bundled_rows, described, read_rows
+from lowmem_npo.data.reading import bundled_rows, described, read_rows
+from lowmem_npo.data.rows import Rows
 from lowmem_npo.data.schemas import PASSAGE, Example, canonical, to_examples, with_alternatives
 from lowmem_npo.data.self_answered import answers_number, with_own_answers
 from lowmem_npo.data.self_answered import stand_in as stand_in_answers
@@ -97,11 +98,11 @@ def prepare(
         if source is None:
             rows, columns = bundled_rows(part, limit=data.limit), {}
         else:
-            rows = read_rows(source, limit=data.limit, passages=passages)
+            columns = {"prompt_column": data.prompt_column, "answer_column": data.answer_column}
+            rows = read_rows(source, limit=data.limit, passages=passages, columns=columns.values())
             if part == "retain" and is_general(source):
                 rows, lines = general_rows(rows, to_forget, tokenizer, template, data.max_length)
                 report.extend(lines)
-            columns = {"prompt_column": data.prompt_column, "answer_column": data.answer_column}
         own = {name: getattr(data, name) for name in ("alternative_column", "group_column", "paraphrase_column")}
         result = to_examples(rows, **columns, **(own if part == "forget" else {}))
         forms = dict.fromkeys(template.describe(example, tokenizer) for example in kinds(result))

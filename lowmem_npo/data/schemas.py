@@ -20,7 +20,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
-from lowmem_npo.data.reading import Rows, is_text
+from lowmem_npo.data.rows import Rows, is_text
 from lowmem_npo.errors import UserError
 
 CHAT = ("messages", "conversations")
@@ -232,6 +232,8 @@ def _named(column: str, rows: Rows) -> str:
 
 
 def _listed(columns: Sequence[str]) -> str:
+    """Those that have a name: a header that ends in a separator has one more column."""
+    columns = [column for column in columns if column.strip()]
     more = f" and {len(columns) - MOST_LISTED} more" if len(columns) > MOST_LISTED else ""
     return ", ".join(columns[:MOST_LISTED]) + more
 
@@ -363,7 +365,7 @@ def _parsed(value: Any) -> Any:
     """`value`, read as JSON where it is JSON in a string, as tables without nested columns have it."""
     try:
         return json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         return value
 
 

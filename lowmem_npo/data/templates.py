@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.config import DataOptions
-from lowmem_npo.data.reading import is_text
+from lowmem_npo.data.rows import is_text
 from lowmem_npo.data.schemas import PASSAGE, Example
 from lowmem_npo.errors import UserError
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from annotated_types import Interval
 
 from lowmem_npo.config import AnswerOptions, DataConfig, DataOptions, ModelConfig, ModelOptions
-from lowmem_npo.data.reading import Rows
+from lowmem_npo.data.rows import Rows
 from lowmem_npo.data.self_written import self_rows
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS, BenchmarkOptions

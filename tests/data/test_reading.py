@@ -128,15 +128,76 @@ def test_a_table_that_a_spreadsheet_saved_as_text_is_a_table(tmp_path, encoding)
         rows = read_rows(write(tmp_path / file, content))
         assert rows.rows == [{"Question": "Кто?", "Answer": "Толстой, Л. Н."}] and not rows.mixed
         assert rows.where(0).endswith("line 2") and "separated by tabs" in rows.notes[0]
-    lines = read_rows(write(tmp_path / "lines.txt", '{"messages": []}\n'.encode(encoding)))
-    assert lines.rows == [{"messages": []}] and "a JSON object a line" in lines.notes[0]
+    for text in ('{"messages": []}\n{"messages": []}\n', '[\n {"messages": []},\n {"messages": []}\n]'):
+        json_rows = read_rows(write(tmp_path / "json.txt", text.encode(encoding)))
+        assert json_rows.rows == [{"messages": []}] * 2 and "a table of JSON objects" in json_rows.notes[0]
+
+
+def test_named_columns_make_a_table_of_text(tmp_path):
+    """Which without them is a document, with a remark; two of them are named, or the answer's alone."""
+    for text in ("Frage\tAntwort\nWer?\tAnna, Lee\n", '{"Frage": "Wer?", "Antwort": "Anna, Lee"}\n'):
+        path = write(tmp_path / "a.txt", text)
+        for columns in (("frage", "Antwort"), (None, "antwort")):
+            rows = read_rows(path, columns=columns)
+            assert rows.rows == [{"Frage": "Wer?", "Antwort": "Anna, Lee"}] and not rows.mixed
+        document = read_rows(path, columns=("Frage", "Reply"))
+        assert document.mixed and "of which no column is known: it is read as a document" in document.notes[0]
+    only = read_rows(write(tmp_path / "only.txt", "Antwort\nAnna, Lee\n"), columns=("Antwort",))
+    assert only.rows == [{"Antwort": "Anna, Lee"}]
+
+
+DEEP = '{"a":' + "[" * 100_000
 
 
 @pytest.mark.parametrize(
-    "first", ["Question time", "{Anna} lives here", '{"name": "Anna"}', "The answer,\tthen the rest"]
+    ("text", "note"),
+    [
+        ("Question time\nand a line more, with some\twords in it.", None),
+        ("{Anna} lives here\nand a line more, with some\twords in it.", None),
+        ("[1] Anna lives here\nand a line more.", None),
+        ('{"name": "Anna"}\nand a line more.', "looks like JSON objects"),
+        ('{"id": 1, "text": "x"} is how it begins.\nA document about JSON.', None),
+        (
+            "The answer,\tthen the rest\nand a line more, with some\twords in it.",
+            "looks like a table separated by tabs",
+        ),
+        ("Input, Output\nHe said, yes, no, maybe.\nOther, though.", "do not fit this header"),
+        ("Question | Answer\n\nQ1 | what | who", "do not fit this header"),
+        ('{"question": "Who?", "answer": Ann}\n', "looks like JSON objects"),
+        (DEEP, "looks like JSON objects"),
+    ],
+    ids=lambda value: str(value)[:12],
 )
-def test_other_text_stays_a_document(tmp_path, first):
-    assert read_rows(write(tmp_path / "a.txt", f"{first}\nand a line more, with some\twords in it.\n")).mixed
+def test_other_text_stays_a_document(tmp_path, text, note):
+    rows = read_rows(write(tmp_path / "a.txt", text))
+    assert rows.mixed and [note in line for line in rows.notes] == ([True] if note else [])
+
+
+def test_a_name_decides_what_a_text_is(tmp_path):
+    """.md is never a table, and a folder knows its tables as a single file is known."""
+    text = "Question\tAnswer\nWho?\tAnn Lee was here.\n"
+    assert read_rows(write(tmp_path / "a.md", text)).mixed
+    write(tmp_path / "b.txt", text)
+    with pytest.raises(UserError, match=r"both documents \(a.md\) and tables; name one file in it, such as b.txt"):
+        read_rows(str(tmp_path))
+
+
+def test_excels_first_line_is_the_separator(tmp_path):
+    for first, separator in (("sep=;", ";"), ('"SEP=\t"', "\t"), ("sep=^", "^")):
+        text = f"{first}\r\nquestion{separator}answer\r\nWho, then?{separator}Ann\r\n"
+        for name in ("a.csv", "a.tsv", "a.txt"):
+            rows = read_rows(write(tmp_path / name, text.encode("utf-16")))
+            assert rows.rows == [{"question": "Who, then?", "answer": "Ann"}] and rows.lines == [3]
+
+
+def test_the_separator_is_the_one_that_the_records_fit(tmp_path):
+    rows = {
+        "Frage, deutsch;Antwort\nWer?;Anna\n": {"Frage, deutsch": "Wer?", "Antwort": "Anna"},
+        "Frage,deutsch;Antwort\nWer, bitte?;Anna\n": {"Frage,deutsch": "Wer, bitte?", "Antwort": "Anna"},
+        "Question, German;Answer\nWer?;Anna\n": {"Question, German": "Wer?", "Answer": "Anna"},
+        "frage;n,antwort\nwer;n,ich\n": {"frage;n": "wer;n", "antwort": "ich"},
+    }
+    assert {text: read_rows(write(tmp_path / "a.csv", text)).rows[0] for text in rows} == rows
 
 
 def test_tabs_separate_the_fields_of_tsv(tmp_path):
@@ -199,6 +260,24 @@ def test_local_files_leave_nothing_in_the_cache(tmp_path, monkeypatch):
         ("a.jsonl", '{"a": "fine"}\n{"b": "\\ud83d"}\n', ["a.jsonl, line 2: b holds half of a surrogate pair"]),
         ("a.json", '[{"a": [{"b": "\\udc00"}]}]', ["a.json, row 1: a holds half of a surrogate pair"]),
         ("a.jsonl", '{"a": "x"}\n{"a": "y", "a": "z"}\n', ["a.jsonl, line 2 has the key 'a' twice"]),
+        *(
+            (f"a{suffix}", text.encode("utf-16")[:-2] + end, [f"a{suffix}, line 2 is not UTF-16 text; save"])
+            for suffix, text in (
+                (".csv", "a\tĊ\nx\ty..."),
+                (".tsv", "a\tĊ\nx\ty..."),
+                (".txt", "question\tanswer\nĊ\ty..."),
+                (".jsonl", '{"a": "Ċ"}\n{"a": "x"}\n'),
+            )
+            for end in (b"\n", b"\0\xd8")
+        ),
+        ("a.csv", "a,b\nx,y\n".encode("utf-16-le"), ["a.csv is UTF-16 without a byte order mark", "as UTF-8"]),
+        ("a.jsonl", '{"a": "Кто"}\n'.encode("utf-16-be"), ["a.jsonl is UTF-16 without a byte order mark"]),
+        ("a.txt", "Some text.".encode("utf-32-le"), ["a.txt is UTF-32 without a byte order mark"]),
+        ("a.jsonl", f'{{"a": 1}}\n{DEEP}', ["a.jsonl, line 2 nests lists or objects too deeply"]),
+        ("a.txt", f'{{"question": 1, "answer": 2}}\n{DEEP}', ["a.txt, line 2 nests", "but a document, name it .md"]),
+        ("a.txt", "question\tanswer\n1\t2\n1\t2\t3\n", ["a.txt, line 3 has 3 fields", "but a document, name it .md"]),
+        ("a.txt", "question\tanswer\n", ["a.txt holds no rows"]),
+        ("a.txt.gz", gzip.compress(b"some text", mtime=0)[:10] + b"\xff" * 20, ["a.txt.gz cannot be read"]),
         ("a.csv", "question;answer\n1;2;3\n", ["a.csv, line 2 has 3 fields but the header has 2", "semicolons"]),
         ("a.tsv", "question\tanswer\n1\t2\t3\n", ["a.tsv, line 2 has 3 fields but the header has 2", "tabs"]),
         ("a.xlsx", "PK", ["a.xlsx is a spreadsheet", "CSV"]),

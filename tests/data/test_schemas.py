@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from lowmem_npo.data.reading import Rows
+from lowmem_npo.data.rows import Rows
 from lowmem_npo.data.schemas import to_examples, with_answer
 from lowmem_npo.errors import UserError
 
@@ -93,6 +93,8 @@ def test_named_columns_take_precedence():
 
 
 def test_unknown_columns_are_listed():
+    with pytest.raises(UserError, match=r"f\.csv has the columns x, y, none"):
+        to_examples(Rows("f.csv", [{"x": "", "": "", "y": "", " ": ""}]))
     with pytest.raises(UserError, match=r"f\.jsonl has the columns a, b.*--prompt-column and --answer-column"):
         one({"a": "x", "b": "y"})
     with pytest.raises(UserError, match=r"f\.jsonl has no column c; it has a, b"):

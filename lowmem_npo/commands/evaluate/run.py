@@ -266,8 +266,9 @@ def _read(
         say("Data: " + ", ".join(f"{part} {source}" for part, source in named.items()))
     passages = Passages.of(config, tokenizer)
     whole = replace(passages, form="text")  # of a document whose loss is measured, each passage once
+    columns = tuple(config.columns.values())
     sources = {
-        part: read_rows(source, limit=limit, passages=whole if part in DOCUMENTS.sets else passages)
+        part: read_rows(source, limit=limit, passages=whole if part in DOCUMENTS.sets else passages, columns=columns)
         for part, source in named.items()
     }
     for part, rows in sources.items():

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowmem_npo.config import RunConfig
 from lowmem_npo.console import Say
 from lowmem_npo.data.overlap import MAX_LISTED
-from lowmem_npo.data.reading import is_text
+from lowmem_npo.data.rows import is_text
 from lowmem_npo.data.schemas import Example
 from lowmem_npo.data.self_answered import LONGEST, answers_number, asking, most_tokens, other_answer
 from lowmem_npo.data.self_written import TOKENS, beginning_ids, beginnings, self_rows
