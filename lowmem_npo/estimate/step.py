@@ -25,7 +25,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lowmem_npo.config import RunConfig
 from lowmem_npo.data import TokenizedRow
-from lowmem_npo.data.batching import Batch
+from lowmem_npo.data.batching import Batch, RowBatch
 from lowmem_npo.estimate.simulator.allocator import needed
 from lowmem_npo.estimate.simulator.gpu import CAPABILITY, GPU, FakeGPU, fake_gpu, with_values
 from lowmem_npo.estimate.simulator.model import fake_model
@@ -39,6 +39,7 @@ from lowmem_npo.model.layers import causal_lm, decoder, decoder_layers
 from lowmem_npo.model.packable import packable
 from lowmem_npo.training.adversary import ROWS, Factors
 from lowmem_npo.training.arguments import npo_config
+from lowmem_npo.training.reference import LiveReference
 from lowmem_npo.training.trainer import NPOConfig, NPOTrainer
 from lowmem_npo.training.training_rows import Parts
 
@@ -200,8 +201,7 @@ def _simulate(
         with tempfile.TemporaryDirectory() as folder:
             trainer = _trainer(model, config, rows, folder, padding_free)
         track_kinds(gpu, causal_lm(model))
-        references = {name: _Reference(gpu, getattr(trainer.reference, name)) for name in ("forget", "retain", "both")}
-        vars(trainer.reference).update(references)
+        reference = trainer.passes.reference = _Reference(gpu, trainer.passes.reference)
         gpu.kind = "adapter"
         optimizer = trainer.create_optimizer()
         first_optimizer_step(optimizer)
@@ -222,9 +222,7 @@ def _simulate(
             sizes = [len(block) for block in stream.blocks]
             result = replace(result, streamed_bytes=sum(sizes), largest_block_bytes=max(sizes))
         if later:
-            for reference in references.values():
-                reference.stored = True
-            vars(trainer.reference)["runs"] = lambda *rows, **parts: False
+            reference.stored = True
             gpu.work.restart("policy")
             _batch(trainer)  # what comes before a step does so again
             trainer.training_step(model, batch, totals)
@@ -342,7 +340,7 @@ def track_kinds(gpu: FakeGPU, model: PreTrainedModel) -> None:
 
 def _track_adversary(gpu: FakeGPU, trainer: NPOTrainer) -> None:
     """The adversary's step is a section of its own, and what it consists of is of a kind of its own."""
-    if (adversary := trainer.adversary) is None:
+    if (adversary := trainer.passes.adversary) is None:
         return
     fresh, relearn = adversary.fresh, adversary.relearn
 
@@ -364,22 +362,35 @@ def _track_adversary(gpu: FakeGPU, trainer: NPOTrainer) -> None:
     vars(adversary).update(fresh=tracked_fresh, relearn=tracked_relearn)
 
 
-class _Reference:
-    """A method of the reference: what it does is a section of its own, and its result is of a kind of its own."""
+class _Reference(LiveReference):
+    """The trainer's, whose passes are a section of their own, and their results of a kind of their own."""
 
-    def __init__(self, gpu: FakeGPU, method: Any) -> None:
-        self.gpu, self.method = gpu, method
-        self.stored = False  # whether the result comes from the host, as that of a cached reference does
-        self._on_host: Any = None  # what makes tensors like those of the result
+    def __init__(self, gpu: FakeGPU, live: LiveReference) -> None:
+        super().__init__(live.model, live.head, live.objective)
+        self.gpu = gpu
+        self.stored = False  # whether results come from the host, as those of a cached reference do
+        self._on_host: dict[str, Any] = {}  # what makes tensors like the results
 
-    def __call__(self, *batch: Any) -> Any:
+    def forget(self, batch: RowBatch) -> Tensor | None:
+        return self._simulated("forget", partial(super().forget, batch))
+
+    def retain(self, batch: RowBatch) -> Tensor | None:
+        return self._simulated("retain", partial(super().retain, batch))
+
+    def both(self, batch: RowBatch, forget_rows: int) -> tuple[Tensor | None, Tensor | None]:
+        return self._simulated("both", partial(super().both, batch, forget_rows))
+
+    def runs(self, forget: Sequence[int] = (), retain: Sequence[int] = ()) -> bool:
+        return not self.stored and super().runs(forget, retain)
+
+    def _simulated(self, name: str, run: Callable[[], Any]) -> Any:
         before = self.gpu.work.sections[-1][0]
         self.gpu.work.begin("reference")
         if self.stored:
-            result = tree_map(lambda make: make and make().to(GPU, non_blocking=True), self._on_host)
+            result = tree_map(lambda make: make and make().to(GPU, non_blocking=True), self._on_host[name])
         else:
-            result = self.method(*batch)
-            self._on_host = tree_map_only(Tensor, _like, result)
+            result = run()
+            self._on_host[name] = tree_map_only(Tensor, _like, result)
         self.gpu.work.begin(before)
         self.gpu.mark(result, "reference")
         return result

@@ -104,15 +104,15 @@ class NPOTrainer(Trainer):
     ) -> None:
         if forget_term is not None:
             args.forget_term = register(forget_term, FORGET_TERMS)
-        self.objective: ObjectiveConfig = args.objective
-        if self.objective.needs_retain and not retain_dataset:
+        objective: ObjectiveConfig = args.objective
+        if objective.needs_retain and not retain_dataset:
             raise UserError(
                 "gamma or delta is positive but there are no retain rows: give retain_dataset, or set both to 0."
             )
         tokenized = partial(script_rows, model=causal_lm(model), tokenizer=processing_class, max_length=args.max_length)
         rows = training_rows(
             forget_dataset,
-            retain_dataset if self.objective.needs_retain else None,
+            retain_dataset if objective.needs_retain else None,
             alternative_dataset,
             true_dataset,
             tokenized,
@@ -132,25 +132,21 @@ class NPOTrainer(Trainer):
         # second each. For the whole process: a layer's recomputation must choose as its first pass did.
         torch.backends.cuda.enable_cudnn_sdp(False)
         args._n_gpu = min(args.n_gpu, 1)  # several GPUs are used by several processes, never by DataParallel
-        self.head = frozen_head(model)
-        self.reference = LiveReference(model, self.head, self.objective)
-        self._neighbour = None if self.objective.sam is None else Neighbour(model, self.objective.sam)
+        self._neighbour = None if objective.sam is None else Neighbour(model, objective.sam)
         self.ahead: list[Batch] = []  # a step's micro-batches, until the neighbour has been found
-        self.adversary: Adversary | None = None
-        if (rho := self.objective.adversary) is not None:
-            self.adversary = Adversary(model, rho, args.seed, args.device)
+        rho = objective.adversary
+        adversary = None if rho is None else Adversary(model, rho, args.seed, args.device)
         self.lesson: Lesson | None = None  # what the adversary is taught before a step, until it has been
         self._adversary_figures: dict[str, Tensor] = {}  # of the step, once it has
         self._step_rows: list[Batch] = []  # its micro-batches
         self._rows = rows
+        head = frozen_head(model)
+        reference = LiveReference(model, head, objective)
         if args.reference_dir is not None:
             directory = Path(args.reference_dir)
             names = rows.cache_names
-            self.reference = CachedReference.open(
-                self.reference, directory, rows.forget, rows.retain, processing_class, names
-            )
-        self._answers_per_row = 2 if rows.alternatives else 1
-        self.passes = Passes(model, self.head, self.objective, self.reference, self.adversary, self._answers_per_row)
+            reference = CachedReference.open(reference, directory, rows.forget, rows.retain, processing_class, names)
+        self.passes = Passes(model, head, objective, reference, adversary, 2 if rows.alternatives else 1)
         if forget_levels is not None:
             self.push_up_to(forget_levels)
         super().__init__(
@@ -159,7 +155,7 @@ class NPOTrainer(Trainer):
             train_dataset=ForgetRetain(rows.forget, rows.retain),
             data_collator=collator(
                 processing_class.pad_token_id,
-                with_retain=self.objective.needs_retain,
+                with_retain=objective.needs_retain,
                 pack=args.padding_free and packs_rows(model),
                 joint_tokens=args.joint_pass_tokens,
             ),
@@ -170,7 +166,9 @@ class NPOTrainer(Trainer):
         self.add_callback(_EpochOfSampler(self.step_batches))
         self.add_callback(FiniteSteps(self._step_is_finite, self._rows_not_finite, say))
         heard = say if args.process_index == 0 else logger.warning  # what happens to one process alone
-        self.divided = DividedSteps(self._collated, self._answers_per_row, args.per_device_train_batch_size, heard)
+        self.divided = DividedSteps(
+            self._collated, self.passes.answers_per_row, args.per_device_train_batch_size, heard
+        )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
@@ -209,7 +207,7 @@ class NPOTrainer(Trainer):
         self.passes.levels = torch.tensor([*levels, *[math.inf] * (answers - number)])  # another answer has no end
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        if self.objective.forget_level != "none" and self.passes.levels is None:
+        if self.passes.objective.forget_level != "none" and self.passes.levels is None:
             raise UserError("forget_level holdout needs forget_levels: lowmem_npo.training.forget_level makes them.")
         output = super().train(*args, **kwargs)
         return output._replace(training_loss=output.metrics.get("train_loss", output.training_loss))  # see `log`
@@ -230,7 +228,7 @@ class NPOTrainer(Trainer):
             "world_size": processes,
             "alternatives": rows.alternatives,
         }
-        if self.adversary is not None:
+        if self.passes.adversary is not None:
             check_others(rows.num_forget, rows.folds, batch_size)
         if rows.folds is None:
             return StepBatches(rows.num_forget, **sizes)
@@ -255,7 +253,7 @@ class NPOTrainer(Trainer):
         """The micro-batches of one optimiser step, and its `StepTotals` over all of them and all processes."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         forget, retain = ([batch[part] for batch in batches if batch[part]] for part in ("forget", "retain"))
-        every = self._answers_per_row
+        every = self.passes.answers_per_row
         counts = (
             sum(len(b) for b in forget) // every,
             sum(sum(b.answers[::every]) for b in forget),
@@ -271,7 +269,7 @@ class NPOTrainer(Trainer):
 
     def _next_lesson(self) -> Lesson | None:
         """What the adversary is taught before the step that comes, in passes no larger than the step's."""
-        if self.adversary is None:
+        if self.passes.adversary is None:
             return None
         where = (self.step_batches, self.state.global_step, self.divided.parts)
         return Lesson.of(*where, self._rows.taught_again, cast(Collate, self.data_collator))
@@ -296,8 +294,9 @@ class NPOTrainer(Trainer):
         self._prepare_forgetting(totals)
         parts = ((forget, self.passes.forget, self._forgetting()), (retain, self.passes.retain, nullcontext()))
         passes = [(partial(run, rows), where) for rows, run, where in parts if rows]
-        alone = self._neighbour is not None or self.adversary is not None  # at other weights than the retain rows
-        if forget and both and not alone and self.reference.comes_together(both, len(forget)):
+        # at other weights than the retain rows
+        alone = self._neighbour is not None or self.passes.adversary is not None
+        if forget and both and not alone and self.passes.reference.comes_together(both, len(forget)):
             passes = [(partial(self.passes.both, both, len(forget)), nullcontext())]
         for run, where in passes:  # one after the other: the graphs of two passes never meet
             with where:
@@ -313,7 +312,7 @@ class NPOTrainer(Trainer):
         Raises:
             torch.OutOfMemoryError: the processes have summed a gradient since then, and would not sum it again.
         """
-        if any(part is not None and part.is_summed for part in (self.adversary, self._neighbour)):
+        if any(part is not None and part.is_summed for part in (self.passes.adversary, self._neighbour)):
             raise torch.OutOfMemoryError(
                 "Memory ran out beside what the processes had summed; that cannot be repeated."
             )
@@ -331,14 +330,15 @@ class NPOTrainer(Trainer):
 
     def _prepare_forgetting(self, totals: StepTotals) -> None:
         """Before the first micro-batch of a step: the adversary's step, and the neighbour of the weights under it."""
-        if self.adversary is not None and self.lesson is not None:
+        adversary = self.passes.adversary
+        if adversary is not None and self.lesson is not None:
             figures: dict[str, Tensor] = {}
             teach = partial(self._add_lesson_gradients, self.lesson, figures)
-            figures["adversary_gain"] = self.adversary.relearn(self.state.global_step, teach) / self.args.world_size
+            figures["adversary_gain"] = adversary.relearn(self.state.global_step, teach) / self.args.world_size
             self.passes.metrics.add(**figures)
             self.lesson, self._adversary_figures = None, figures
         if self._neighbour is not None and self.ahead:
-            with nullcontext() if self.adversary is None else self.adversary.in_place():
+            with nullcontext() if adversary is None else adversary.in_place():
                 self._neighbour.find(partial(self._add_forget_gradients, self.ahead, totals))
             self.ahead = []
 
@@ -348,13 +348,13 @@ class NPOTrainer(Trainer):
         with ExitStack() as stack:
             if self._neighbour is not None:
                 stack.enter_context(self._neighbour.there())
-            if self.adversary is not None:
-                stack.enter_context(self.adversary.in_place())
+            if self.passes.adversary is not None:
+                stack.enter_context(self.passes.adversary.in_place())
             yield
 
     def _add_forget_gradients(self, batches: Sequence[Batch], totals: StepTotals) -> bool:
         """The forget gradient of the whole step; what it measures on the way does not count. Whether it was summed."""
-        counted, self.passes.metrics = self.passes.metrics, StepMetrics(self.objective)
+        counted, self.passes.metrics = self.passes.metrics, StepMetrics(self.passes.objective)
         try:
             for rows in (part["forget"] for batch in batches for part in self.divided.divided(batch)):
                 if rows:
@@ -372,10 +372,11 @@ class NPOTrainer(Trainer):
         with eval_mode(self.model):
             for rows in lesson.passes:
                 answers = answer_hidden(self.model, rows.to(self.args.device))
-                nll = -token_logprobs(answers.hidden, self.head, answers.targets, checked=True).sum() / lesson.tokens
+                logprobs = token_logprobs(answers.hidden, self.passes.head, answers.targets, checked=True)
+                nll = -logprobs.sum() / lesson.tokens
                 self.accelerator.backward(nll)
                 total += nll.detach()
-                del answers, nll
+                del answers, logprobs, nll
         figures["adversary_nll"] = total
         return self._sum_gradients()
 
@@ -419,7 +420,7 @@ class NPOTrainer(Trainer):
     def _is_finite(self, part: str, row: int) -> bool:
         alone = RowBatch.of([getattr(self.train_dataset, part)[row]], pack=False).to(self.args.device)
         answers = answer_hidden(self.model, alone)
-        return bool(token_logprobs(answers.hidden, self.head, answers.targets).isfinite().all())
+        return bool(token_logprobs(answers.hidden, self.passes.head, answers.targets).isfinite().all())
 
     # -- logging ----------------------------------------------------------------------------------------------------
 

@@ -100,7 +100,7 @@ def dense_step(
     lm.set_attn_implementation("eager")
     if lm._can_set_experts_implementation():
         lm.set_experts_implementation("eager")
-    o = trainer.objective
+    o = trainer.passes.objective
 
     def logprobs(row):  # (answer tokens, V)
         ids = torch.tensor([row["input_ids"]])

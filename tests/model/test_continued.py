@@ -91,14 +91,14 @@ def independent_step(run, merged):
         return chosen, chosen[torch.arange(len(answer)), torch.tensor(row["labels"])[answer]]
 
     loss, nll, kl, count = 0.0, 0.0, 0.0, 0
-    beta, original = run.objective.beta, dict(merged.named_parameters())
+    beta, original = run.passes.objective.beta, dict(merged.named_parameters())
     for row in FORGET:
         ratio = table(row, weights)[1].sum() - table(row, original)[1].sum()
         loss = loss - 2 / beta * torch.nn.functional.logsigmoid(-beta * ratio) / len(FORGET)
     for row in RETAIN:
         (p, own), (q, _) = table(row, weights), table(row, original)
         nll, kl, count = nll - own.sum(), kl + (p.exp() * (p - q)).sum(), count + len(own)
-    loss = loss + run.objective.gamma * nll / count + run.objective.delta * kl / count
+    loss = loss + run.passes.objective.gamma * nll / count + run.passes.objective.delta * kl / count
     loss.backward()
     return loss.item(), {name: factor.grad for name, factor in factors.items()}
 
@@ -134,7 +134,7 @@ def test_the_first_step_and_what_is_trained(dtype, tmp_path):
             torch.nn.init.zeros_(parameter)
     run.train()
     log = run.state.log_history[0]
-    assert log["forget_loss"] == pytest.approx(2 / run.objective.beta * math.log(2), abs=1e-5)
+    assert log["forget_loss"] == pytest.approx(2 / run.passes.objective.beta * math.log(2), abs=1e-5)
     assert log["forget_log_ratio"] == pytest.approx(0, abs=1e-5) and log["retain_kl"] == 0
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
     before = load_file(f"{folder}/adapter_model.safetensors")

@@ -46,11 +46,11 @@ class Dense:
     themselves: that of B is then the gradient of the weight times A."""
 
     def __init__(self, trainer, rows=None):
-        self.trainer, self.objective = trainer, trainer.objective
+        self.trainer, self.objective = trainer, trainer.passes.objective
         self.model = _dense_copy(trainer.model)
         taught = other_rows(trainer.step_batches, 0) if rows is None else rows
         names = linear_layers(causal_lm(trainer.model))
-        factors = trainer.adversary.fresh(0)
+        factors = trainer.passes.adversary.fresh(0)
         self.a = {name: factor.a.double() for name, factor in zip(names, factors, strict=True)}
         with torch.enable_grad():
             weights = {name: self.weight(self.model, name).requires_grad_() for name in self.a}
@@ -164,7 +164,7 @@ def test_mistakes_would_be_noticed(tmp_path, monkeypatch):
     trainer = trainer_of(tmp_path / "wrong", **checkpointed)
 
     def weaker_when_recomputed(loss):
-        for factors in trainer.adversary.factors:
+        for factors in trainer.passes.adversary.factors:
             factors.b.data.mul_(0.5)
         loss.backward()
 

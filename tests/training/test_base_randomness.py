@@ -78,7 +78,7 @@ def test_the_first_step_of_an_identity_adapter(architecture, tmp_path):
     run = trainer(architecture, tmp_path, "checkpointed", identity=True)
     run.train()
     log = run.state.log_history[0]
-    assert log["forget_loss"] == pytest.approx(2 / run.objective.beta * math.log(2), rel=1e-5)
+    assert log["forget_loss"] == pytest.approx(2 / run.passes.objective.beta * math.log(2), rel=1e-5)
     assert log["forget_log_ratio"] == pytest.approx(0, abs=1e-5) and log["retain_kl"] == pytest.approx(0, abs=1e-6)
 
 

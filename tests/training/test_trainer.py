@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.dense_step import dense_step, make_trainer, random_rows, relative_error, step_gradients
@@ -108,7 +110,7 @@ def check_gradients(architecture, rows, folder, settings):
     forget, retain = rows
     trainer = make_trainer(tiny_model(architecture), folder, forget, retain, **settings)
     enable_checkpointing(trainer.model.get_base_model())
-    loss, expected = dense_step(trainer, forget, retain if trainer.objective.needs_retain else None)
+    loss, expected = dense_step(trainer, forget, retain if trainer.passes.objective.needs_retain else None)
     assert relative_error(step_gradients(trainer), expected) < 2e-5
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-5)
 
@@ -118,15 +120,13 @@ def test_a_wrong_gradient_would_be_noticed(rows, tmp_path):
     forget, retain = rows
     trainer = make_trainer(tiny_model("olmo"), tmp_path / "a", forget, retain)
     _, expected = dense_step(trainer, forget, retain)
-    trainer.objective.beta *= 1.01
+    trainer.passes.objective.beta *= 1.01
     assert relative_error(step_gradients(trainer), expected) > 1e-4
 
     trainer = make_trainer(tiny_model("gemma2"), tmp_path / "b", forget, retain)
     _, expected = dense_step(trainer, forget, retain)
-    import dataclasses
-
-    trainer.head = dataclasses.replace(trainer.head, softcap=None)
-    trainer.reference.head = trainer.head
+    passes = trainer.passes
+    passes.head = passes.reference.head = replace(passes.head, softcap=None)
     assert relative_error(step_gradients(trainer), expected) > 1e-3
 
 
