@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import zlib
+from dataclasses import replace
 
 import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
+from helpers.architectures import tiny_config
 from helpers.dense_step import random_rows, word_tokenizer
-from helpers.tiny_models import tiny_model
+from helpers.tiny_models import CONFIGS, tiny_model
 from sklearn.metrics import roc_auc_score
 from transformers import AutoTokenizer
 
@@ -108,9 +110,17 @@ def test_figures_are_those_of_its_definitions():
     assert set(forget_alone) == {"exact_memorization", "extraction_strength"}
 
 
+ALL_LINEAR = AdapterConfig(lora_r=4, lora_targets=("all-linear",))
+
+
+def model_of(architecture):
+    return tiny_model(architecture if architecture in CONFIGS else tiny_config(architecture, 97))
+
+
 def norms_by_hand(model, rows):
     """Its gradient norm, on full float64 logits and every gradient of the model at once."""
     model, norms = model.double().requires_grad_(True), []
+    model.config._experts_implementation = "eager"  # the only one in float64
     for row in rows:
         ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
         logp = model(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)[:-1]
@@ -122,20 +132,26 @@ def norms_by_hand(model, rows):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "adapter"),
-    [("gemma2", None), ("llama", {}), ("llama", {"use_dora": True, "modules_to_save": ("norm",)})],
+    ("architecture", "adapter", "std"),
+    [
+        ("gemma2", None, 0),
+        ("llama", {"use_dora": True, "modules_to_save": ("norm",)}, 0.3),
+        ("deepseek_v3", {}, 0.3),
+        ("zamba2", {}, 0),
+    ],
 )
-def test_gradient_norms_are_those_of_the_merged_model(architecture, adapter):
-    """gemma2: a tied head, softcap and norms of its own."""
+def test_gradient_norms_are_those_of_the_merged_model(architecture, adapter, std):
+    """gemma2: a tied head, softcap and norms of its own; deepseek_v3: adapted experts; zamba2: layers with weights in
+    common, into which only an adapter that adds nothing can be merged."""
     rows = random_rows(3, seed=4)
     rows = [{**row, "input_ids": [*row["input_ids"], 1], "labels": [*row["labels"], 1]} for row in rows]
-    model = tiny_model(architecture)
+    model = model_of(architecture)
     if adapter is not None:
-        model = attach_lora(model, AdapterConfig(lora_r=4, lora_targets=("all-linear",), **adapter))
+        model = attach_lora(model, replace(ALL_LINEAR, **adapter))
         torch.manual_seed(1)
         for name, p in model.named_parameters():
             if "lora_B" in name:
-                torch.nn.init.normal_(p, std=0.3)
+                torch.nn.init.normal_(p, std=std)
     before = {name: (p.requires_grad, p.clone()) for name, p in model.named_parameters()}
     norms = gradient_norms(model, rows)
     for name, p in model.named_parameters():
@@ -150,19 +166,21 @@ def test_gradient_norms_are_those_of_the_merged_model(architecture, adapter):
     assert gradient_figure({"forget": [None], "holdout": [2.0]}) is None
 
 
-def test_gradient_norms_of_a_4_bit_model_are_those_of_what_it_computes(tmp_path):
+@pytest.mark.parametrize("architecture", ["llama", "zamba2"])
+def test_gradient_norms_of_a_4_bit_model_are_those_of_what_it_computes(architecture, tmp_path):
     rows = random_rows(2, seed=4)
-    tiny_model("llama").save_pretrained(tmp_path)
+    model_of(architecture).save_pretrained(tmp_path)
     model = load_model(ModelConfig(str(tmp_path), qlora=True, dtype="float32", device="cpu"))
     norms = gradient_norms(model, rows)
-    plain, layers = tiny_model("llama"), dict(model.named_modules())
+    plain, layers = model_of(architecture), dict(model.named_modules())
     with torch.no_grad():
         for name, layer in plain.named_modules():
             if isinstance(layers[name], bnb.nn.Linear4bit):
                 weight = layers[name].weight
                 layer.weight.copy_(bnb.functional.dequantize_4bit(weight.data, weight.quant_state))
     assert norms == pytest.approx(norms_by_hand(plain, rows), rel=1e-4)
-    assert norms != pytest.approx(norms_by_hand(tiny_model("llama"), rows), rel=1e-3)
+    assert norms != pytest.approx(norms_by_hand(model_of(architecture), rows), rel=1e-3)
+    assert gradient_norms(attach_lora(model, ALL_LINEAR), rows) == pytest.approx(norms, rel=1e-4)
 
 
 def test_the_loss_beside_a_reference_model_by_hand():

@@ -1,13 +1,15 @@
 """How far a row would still move the weights: the norm of its loss's gradient, tensor by tensor.
 
 Of all weights of the model, as it would be with its adapter merged into them. No gradient of the whole model exists: a
-tensor's own is measured and freed as soon as backward reaches it, and that of a linear layer, whose weight may be in 4
-bits, is the product of what came in and what came back.
+tensor's own is measured and freed as soon as backward reaches it, and so is that of a layer's weight which is scaled
+(DoRA) or in 4 bits, the product of what came in and what came back. What other adapters add to a weight leaves its
+gradient as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -15,6 +17,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,10 +25,9 @@ from transformers import PreTrainedModel
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.evaluation.scoring.likelihood import answer_batch
 from lowmem_npo.model import answer_hidden, frozen_head
+from lowmem_npo.model.adapters import adapted_weight
 from lowmem_npo.model.layers import causal_lm, linear_layers
 from lowmem_npo.model.modes import eval_mode
-
-BIASES = ("bias", "base_layer.bias")  # of a linear layer, which are tensors by themselves
 
 
 def gradient_norms(model: PreTrainedModel | PeftModel, rows: Sequence[TokenizedRow]) -> list[float | None]:
@@ -56,21 +58,25 @@ def _gradient_norm(model: PreTrainedModel | PeftModel, row: TokenizedRow) -> flo
 @contextmanager
 def _measured(model: PreTrainedModel | PeftModel, norms: list[Tensor]) -> Iterator[None]:
     """Inside, a backward pass adds the norm of each tensor's gradient to `norms`, and leaves no gradient behind."""
-    products = [
-        layer
-        for layer in cast("Iterable[Any]", linear_layers(causal_lm(model)).values())
-        if isinstance(layer, BaseTunerLayer) or not layer.weight.is_floating_point()
-    ]
-    inside = {id(p) for layer in products for name, p in layer.named_parameters() if name not in BIASES}
+    weights = {layer: _weight(layer) for layer in linear_layers(causal_lm(model)).values()}
+    multiplied = {id(weight) for layer, weight in weights.items() if _has_no_own(layer, weight)}
+    adapters = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    added = {id(p) for a in adapters for name, p in a.named_parameters() if not name.startswith("base_layer.")}
     kept = {p: (p.requires_grad, p.grad) for p in model.parameters()}
-    handles = [layer.register_forward_hook(partial(_product, norms)) for layer in products]
+    products = _Products(norms)
+    handles = [
+        layer.register_forward_hook(partial(products.called, id(weight)))
+        for layer, weight in weights.items()
+        if id(weight) in multiplied
+    ]
     try:
         for p in kept:
             p.grad = None
-            p.requires_grad_(p.is_floating_point() and id(p) not in inside)
+            p.requires_grad_(p.is_floating_point() and id(p) not in multiplied | added)
             if p.requires_grad:
                 handles.append(p.register_post_accumulate_grad_hook(partial(_own, norms)))
         yield
+        norms += [rest.norm() for rest in products.sums.values()]
     finally:
         for handle in handles:
             handle.remove()
@@ -79,13 +85,44 @@ def _measured(model: PreTrainedModel | PeftModel, norms: list[Tensor]) -> Iterat
             p.grad = gradient
 
 
+def _weight(layer: Any) -> Tensor:
+    return adapted_weight(layer) if isinstance(layer, BaseTunerLayer) else layer.weight
+
+
+def _has_no_own(layer: nn.Module, weight: Tensor) -> bool:
+    """Whether autograd gives the weight no gradient, or another than the merged one has."""
+    adds = isinstance(layer, LoraLayer) and not layer.lora_magnitude_vector
+    return not weight.is_floating_point() or (isinstance(layer, BaseTunerLayer) and not adds)
+
+
 def _own(norms: list[Tensor], tensor: Tensor) -> None:
     assert tensor.grad is not None
     norms.append(tensor.grad.float().norm())
     tensor.grad = None
 
 
-def _product(norms: list[Tensor], layer: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
-    """The gradient of a linear layer's weight, from its input and the gradient of its result."""
-    x = args[0].detach().flatten(0, -2).float()
-    result.register_hook(lambda gradient: norms.append((gradient.flatten(0, -2).float().T @ x).norm()))
+class _Products:
+    """The gradients of linear layers' weights, from the inputs and the gradients of the results.
+
+    A weight that several calls share has the sum of theirs, which is kept until backward has come to the first.
+    `sums` is what is left of weights of whose calls one does not reach the loss.
+    """
+
+    def __init__(self, norms: list[Tensor]) -> None:
+        self._norms = norms
+        self._calls = Counter[int]()
+        self.sums: dict[int, Tensor] = {}
+
+    def called(self, weight: int, layer: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
+        self._calls[weight] += 1
+        x = args[0].detach().flatten(0, -2)
+        result.register_hook(lambda gradient: self._add(weight, gradient.flatten(0, -2).float().T @ x.float()))
+
+    def _add(self, weight: int, product: Tensor) -> None:
+        earlier = self.sums.pop(weight, None)
+        product = product if earlier is None else earlier + product
+        self._calls[weight] -= 1
+        if self._calls[weight]:
+            self.sums[weight] = product
+        else:
+            self._norms.append(product.norm())
