@@ -20,7 +20,7 @@ LAYERS = """
     memory
     model
     data
-    run_directory recipes config forget_terms sources stop_conditions
+    run_directory recipes idle_options config forget_terms sources stop_conditions
     claim endings environment libraries console progress files ranges settings_file sizes errors lowmem_npo
     lowmem_kernels
 """  # each line may import itself and those below it; lowmem_npo alone is its __init__

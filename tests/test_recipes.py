@@ -13,6 +13,7 @@ from lowmem_npo.commands.arguments import parse_run
 from lowmem_npo.commands.schema import run_schema
 from lowmem_npo.config import ModelConfig, ObjectiveConfig, Recipe, RunConfig, TrainingConfig
 from lowmem_npo.errors import UserError
+from lowmem_npo.idle_options import remarks_on_idle_options
 from lowmem_npo.recipes import RECIPES, remark, with_recipe
 
 LASTING = "Recipe lasting: --layered 3 --adversary 1"
@@ -103,6 +104,26 @@ def test_schema_estimate_and_sweep_know_it(byte_model, tmp_path, capsys):
     assert estimated["notes"][0] == f"{LASTING}." and estimated["by_kind"]["adversary"] > 0
     assert main(["sweep", "--grid", "recipe=paper,lasting", "--seeds", "1", *flags[:2], "--dry-run"]) == 0
     assert "recipe=lasting/seed-" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ((), []),
+        (("--group-column", "person", "--layered-weight", "0.3"), ["group-column", "layered-weight"]),
+        (("--group-column", "person", "--layered", "2"), []),
+        (("--group-column", "person", "--recipe", "lasting"), []),
+        (("--alternative-column", "other", "--refusal", "No."), ["refusal", "alternative-column"]),
+        (("--alternative-column", "other", "--forget-term", "dpo", "--normalization", "token"), ["normalization"]),
+        (("--refusal", "No.", "--forget-term", "jensun", "--beta", "0.1"), ["beta"]),
+        (("--satimp-beta1", "5"), []),  # the default, as a run's own settings name it
+        (("--delta", "0", "--gamma", "0", "--kl-direction", "reference-policy", "--retain-batch-size", "2"),
+         ["kl-direction", "retain-batch-size"]),
+    ],
+)  # fmt: skip
+def test_an_option_that_nothing_uses_is_named(flags, named):
+    lines = remarks_on_idle_options(parsed("--forget", "f.jsonl", *flags))
+    assert [line.partition(" has no effect with ")[0] for line in lines] == [f"--{name}" for name in named]
 
 
 def test_a_run_says_so_and_its_merged_weights_where_it_lasts(byte_model, tmp_path, capsys):

@@ -10,6 +10,7 @@ from lowmem_npo.commands.arguments import check_names, parse_run
 from lowmem_npo.config import RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.gpus import check_number_type, named
+from lowmem_npo.idle_options import remarks_on_idle_options
 from lowmem_npo.libraries import quick_imports, quiet_libraries
 from lowmem_npo.recipes import remark
 
@@ -49,8 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     if device is not None:
         check_number_type(device, config.model.dtype)
     estimated = report(config, workload(config), device)
-    if line := remark(config):
-        estimated.notes.insert(0, line)
+    estimated.notes[:0] = filter(None, [remark(config), *remarks_on_idle_options(config)])
     print(json.dumps(estimated.as_json(), indent=1) if as_json else estimated.text())
 
 

@@ -49,7 +49,8 @@ class EvaluationOptions(AnswerOptions, DataOptions, ModelOptions):
     seed: Seed = 42
     """Seed of all that is random: the rows of --limit, the samples, relearning."""
     leaks: tuple[str, ...] = ()
-    """Tests of what the model still gives away of the forget rows; or all. They compare with --holdout."""
+    """Tests of what the model still gives away of the forget rows; all, or none, the default. They compare with
+    --holdout."""
     before: str | None = None
     """evaluation.json of the model before unlearning: the tables then show both, and MMLU is checked against it."""
     output_dir: str | None = None
@@ -72,7 +73,7 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
     def __post_init__(self) -> None:
         if self.model is None and self.adapter is None:
             raise UserError("Nothing to evaluate: name a model with --model, or an adapter with --adapter.")
-        self.leaks = NAMES if "all" in self.leaks else tuple(self.leaks)
+        self.leaks = () if tuple(self.leaks) == ("none",) else NAMES if "all" in self.leaks else tuple(self.leaks)
         super().__post_init__()
         leak_tests(self.leaks)
         if self.leaks and self.forget is None and not self.bundled:

@@ -51,7 +51,7 @@ def last_line(capsys) -> str:
 
 
 def test_forms_and_headline(chat_model, data, tmp_path, capsys):
-    evaluate("--model", chat_model, *data, "--output-dir", tmp_path / "before")
+    evaluate("--model", chat_model, *data, "--leaks", "none", "--output-dir", tmp_path / "before")
     assert last_line(capsys).startswith("On the rows measured, the model says 0 of 2 forget answers and 0 of 1 retain")
     answers = content(tmp_path / "before")["answers"]
     assert list(answers) == ["forget", "forget, plain", "forget, reworded", "retain"]

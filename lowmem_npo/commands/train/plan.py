@@ -19,6 +19,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.automatic import as_begun, decide
 from lowmem_npo.estimate.report import Report
 from lowmem_npo.evaluation.leaks.registry import WHILE_TRAINING, leak_tests
+from lowmem_npo.idle_options import remarks_on_idle_options
 from lowmem_npo.memory.streaming import check_device
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import load_tokenizer, resolve_name
@@ -96,7 +97,7 @@ def read_inputs(config: RunConfig, say: Say, known: Inputs | None = None) -> Inp
     """
     if line := resolve_name(config.model.model, config.model.revision)[1]:
         say(line)
-    if line := remark(config):
+    for line in filter(None, [remark(config), *remarks_on_idle_options(config)]):
         say(line)
     leak_tests(config.output.leaks, WHILE_TRAINING)
     if known is None:

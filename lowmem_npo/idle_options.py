@@ -1,0 +1,41 @@
+"""Options that a run leaves unused, because what would use them is off: each is said in a sentence."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from lowmem_npo.config import FORGET_TERMS, REFUSING_TERMS, SECTIONS, RunConfig
+
+# Option -> the forget terms that use it. One that an installed package brings may use any.
+OF_TERMS = {
+    "refusal": REFUSING_TERMS,
+    "alternative_column": ("dpo",),
+    "beta": ("npo", "simnpo", "dpo"),
+    "normalization": ("npo",),
+    "simnpo_margin": ("simnpo",),
+    "wga_beta": ("wga",),
+    "satimp_beta1": ("satimp",),
+    "satimp_beta2": ("satimp",),
+}
+
+
+def remarks_on_idle_options(config: RunConfig) -> list[str]:
+    """A line for each option that has another value than its default, which makes no difference in this run."""
+    term, data, training = config.objective.forget_term, config.data, config.training
+    idle = {
+        name: f"--forget-term {term}" for name, terms in OF_TERMS.items() if term in FORGET_TERMS and term not in terms
+    } | {
+        name: without
+        for name, without, used in (
+            ("group_column", "no --layered", training.layered is not None),
+            ("layered_weight", "no --layered", training.layered is not None),
+            ("kl_direction", "--delta 0", config.objective.delta > 0),
+            ("retain_batch_size", "--gamma 0 and --delta 0", config.objective.needs_retain),
+            ("answer_column", "no --forget, whose bundled rows have columns of their own", data.forget is not None),
+            ("prompt_column", "no --forget, whose bundled rows have columns of their own", data.forget is not None),
+        )
+        if not used
+    }
+    sections = [getattr(config, name) for name in SECTIONS]
+    given = {f.name for section in sections for f in fields(section) if getattr(section, f.name) != f.default}
+    return [f"--{name.replace('_', '-')} has no effect with {why}." for name, why in idle.items() if name in given]
