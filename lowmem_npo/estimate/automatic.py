@@ -93,7 +93,13 @@ def _decide(
     if report.device is not None:
         for line in report.time_lines():
             say(line)
-    return replace(report.config, memory=replace(report.config.memory, memory_budget=None)), report
+    memory = replace(report.config.memory, memory_budget=None, stream_from=_stream_from(report.config))
+    return replace(report.config, memory=memory), report
+
+
+def _stream_from(config: RunConfig) -> Any:
+    """--stream-from of a run whose switches are decided: what was said for a budget that needs no streaming goes."""
+    return config.memory.stream_from if config.memory.stream_weights else "auto"
 
 
 def _with_answers(report: Report, data: PreparedData, architecture: PretrainedConfig, say: Say) -> RunConfig:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from accelerate.utils import get_int_from_env
 
 from lowmem_npo.config import RunConfig
 from lowmem_npo.environment import available_memory
@@ -14,6 +16,8 @@ from lowmem_npo.model.loading import local_cache_entry
 from lowmem_npo.model.quantized_cache import CacheEntry
 from lowmem_npo.sizes import gib
 
+LOCAL_PROCESSES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
+"""Where torchrun and the kinds of mpirun say how many processes this host has, as accelerate reads it."""
 ASSUMED_RATE = 2e9  # bytes a second of a disk that has no file yet to try: an NVMe drive of PCIe 3
 
 
@@ -27,6 +31,7 @@ class StreamingHost:
     copied: int  # bytes that a step copies to the GPU
     disk_rate: float = ASSUMED_RATE  # bytes a second
     measured: bool = False  # whether that was measured
+    refused: UserError | None = None  # why the cache can be neither read nor written
 
     @property
     def read_seconds(self) -> float:
@@ -51,7 +56,9 @@ class StreamingHost:
         )
 
     def check(self) -> None:
-        """Raises UserError if the memory is too small."""
+        """Raises UserError if the memory or the cache's disk is too small, or the cache is damaged."""
+        if self.refused is not None:
+            raise self.refused
         if self.needed <= self.available:
             return
         if self.in_file:
@@ -71,26 +78,27 @@ def streaming_host(config: RunConfig, estimate: Estimate, copied: int) -> Stream
 
     Args:
         copied: bytes to the GPU in a step.
-
-    Raises:
-        UserError: the cache has no room on its disk, or is damaged.
     """
-    processes, available = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), available_memory()
-    asked, cache = config.memory.stream_from, config.model.quantized_cache
+    processes, available = get_int_from_env(LOCAL_PROCESSES, 1), available_memory()
+    source, cache = config.memory.stream_from, config.model.quantized_cache
     in_memory = StreamingHost(False, estimate.host_bytes * processes, available, copied)
-    if asked == "memory" or cache is None or (asked == "auto" and in_memory.needed <= available):
+    if source == "memory" or cache is None or (source == "auto" and in_memory.needed <= available):
         return in_memory
     staged = estimate.host_bytes - estimate.streamed_bytes + 2 * estimate.largest_block_bytes
-    entry = local_cache_entry(config.model)
-    kept = entry is not None and entry.exists()
-    if entry is not None and kept:
-        rate, measured = entry.read_rate(), True
-    else:
-        rate, measured = ASSUMED_RATE, False
-        where = CacheEntry.folder(cache)
-        if (free := free_bytes(where)) < estimate.streamed_bytes:
-            raise UserError(
-                f"--quantized-cache: the weights take {gib(estimate.streamed_bytes)}, and {gib(free)} are free in "
-                f"'{where}', from where they are to be read."
-            )
-    return StreamingHost(True, staged * processes, available, copied, rate, measured)
+    in_file = StreamingHost(True, staged * processes, available, copied)
+    try:
+        entry = local_cache_entry(config.model)
+        if entry is not None and entry.exists():
+            return replace(in_file, disk_rate=entry.read_rate(), measured=True)
+        _check_room(CacheEntry.folder(cache), estimate.weights_bytes)
+    except UserError as error:
+        return replace(in_file, refused=error)
+    return in_file
+
+
+def _check_room(folder: Path, size: int) -> None:
+    if (free := free_bytes(folder)) < size:
+        raise UserError(
+            f"--quantized-cache: the weights take {gib(size)}, and {gib(free)} are free in '{folder}', from where they "
+            "are to be read."
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,9 +76,9 @@ class Report:
         """From host memory to the GPU, in a step."""
         return self.estimate.copied_bytes * self.config.training.micro_batches()
 
-    @property
+    @cached_property
     def streaming_host(self) -> StreamingHost:
-        """Where streamed weights are kept."""
+        """Where streamed weights are kept; looked at once, since a disk is tried for it."""
         return self.host or streaming_host(self.config, self.estimate, self.copied_bytes)
 
     @property
@@ -127,6 +128,8 @@ class Report:
             host = self.streaming_host
             if not host.in_file and host.needed > host.available:
                 lines += [f"more than the {gib(host.available)} that this host has available (--quantized-cache helps)"]
+            elif host.refused is not None:
+                lines += [f"a run on this host would end here: {host.refused}"]
             elif host.in_file:
                 lines += [f"this host has {gib(host.available)} available and reads {host.reads}"]
             lines += [

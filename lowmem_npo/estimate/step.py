@@ -33,6 +33,7 @@ from lowmem_npo.estimate.simulator.work import Operation
 from lowmem_npo.libraries import segments_expand
 from lowmem_npo.memory.checkpointing import is_checkpointed
 from lowmem_npo.memory.streaming import is_streamed, weight_stream
+from lowmem_npo.memory.streaming.blocks import Weight
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora
 from lowmem_npo.model.layers import causal_lm, decoder, decoder_layers
@@ -69,6 +70,7 @@ class Estimate:
     copied_bytes: int = 0  # from host memory to the GPU, by one micro-batch
     streamed_bytes: int = 0  # of host_bytes, the layers' weights that are streamed
     largest_block_bytes: int = 0  # of these, what the largest layer has
+    weights_bytes: int = 0  # of the whole model, where its layers are streamed
     context_bytes: int = CONTEXT_BYTES
     work: Work = field(default_factory=list, compare=False, repr=False)  # of one micro-batch, and what comes once
     later_work: Work = field(
@@ -189,6 +191,7 @@ def _simulate(
 ) -> Estimate:
     with fake_gpu("frozen weights", capability) as gpu:
         base = fake_model(architecture, config.model, on_host=config.memory.stream_weights)
+        weights = sum(tensor.nbytes for parameter in base.parameters() for tensor in Weight(parameter, []).tensors)
         with gpu.allocating("adapter"):
             model = attach_lora(base, config.adapter)
             apply_switches(model, config.memory, GPU)
@@ -220,7 +223,7 @@ def _simulate(
         result = Estimate.of(gpu)
         if stream is not None:
             sizes = [len(block) for block in stream.blocks]
-            result = replace(result, streamed_bytes=sum(sizes), largest_block_bytes=max(sizes))
+            result = replace(result, streamed_bytes=sum(sizes), largest_block_bytes=max(sizes), weights_bytes=weights)
         if later:
             reference.stored = True
             gpu.work.restart("policy")

@@ -157,19 +157,24 @@ def load_model(
         return model
 
 
-def local_cache_entry(config: ModelConfig) -> CacheEntry | None:
+def local_cache_entry(config: ModelConfig, architecture: PretrainedConfig | None = None) -> CacheEntry | None:
     """`cache_entry`, but that nothing is downloaded; None also where the weights are not on this machine yet.
+
+    architecture: the model's, if it is known, by which weights that are still to be downloaded are judged, too.
 
     Raises:
         UserError: as it does, and if the entry is damaged, or could not be written.
     """
     if config.quantized_cache is None:
         return None
+    if architecture is not None:
+        check_cached(architecture, stored_quantization(architecture))
     name, _ = resolve_name(config.model, config.revision)
-    try:
-        find_checkpoint(name, config.revision, local=True)
-    except UserError:  # which loading raises again, if it is not that they are still to be downloaded
-        return None
+    if not Path(name).expanduser().is_dir():
+        try:
+            find_checkpoint(name, config.revision, local=True)
+        except UserError:  # they are still to be downloaded, or some of them
+            return None
     entry = cache_entry(config)
     if entry is not None and not entry.exists():
         entry.check_writable()

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.tiny_models import tiny_model
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lowmem_npo.cli import main
 from lowmem_npo.config import DataConfig, MemoryConfig, ModelConfig, RunConfig, TrainingConfig
@@ -15,12 +15,14 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.estimate import host
 from lowmem_npo.estimate.budget import fit_budget
 from lowmem_npo.estimate.gpus import named
+from lowmem_npo.estimate.report import Report
 from lowmem_npo.estimate.simulator.work import ARRIVAL, Operation
-from lowmem_npo.estimate.step import Estimate, estimate
+from lowmem_npo.estimate.step import Estimate, StepRows, estimate
 from lowmem_npo.estimate.time import RunTime, Seconds, seconds
 from lowmem_npo.memory import streaming
 from lowmem_npo.model import load_model
 from lowmem_npo.model.known_configs import known_config
+from lowmem_npo.model.quantized_cache import CacheEntry
 from lowmem_npo.model.trial import of_depth
 
 GIB = 2**30
@@ -71,6 +73,9 @@ def test_copies_of_a_step_are_those_of_the_real_one():
     block = simulated.by_kind["slots"] // 2
     assert simulated.copied_bytes // block == (6 + 4) + (4 + 4)
     assert simulated.host_bytes >= 6 * block
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(LLAMA, dtype=torch.bfloat16)
+    assert simulated.weights_bytes == sum(p.nbytes for p in whole.parameters()) > simulated.streamed_bytes
     resident = estimate(replace(config, memory=MemoryConfig()), LLAMA)
     assert resident.by_kind["slots"] == 0 and resident.copied_bytes < block
 
@@ -135,25 +140,41 @@ def test_host_memory_is_checked_and_said_before_anything_is_loaded(byte_model, t
     assert "--stream-weights keeps the weights in host memory, which takes" in err
 
 
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_budget_that_streams_nothing_needs_no_place_to_stream_from(
+    streams, byte_model, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(streaming, "ON_CPU", True)
+    options = ["train", "--model", str(byte_model), "--device", "cpu", "--max-steps", "1", "--limit", "2", *DECIDED]
+    options += ["--qlora", "--double-quant", "on", "--quantized-cache", str(tmp_path / "cache"), "--dry-run"]
+    options += ["--stream-from", "cache", "--memory-budget", "20GiB", "--output-dir", str(tmp_path / "run")]
+    assert main([*options, *(["--stream-weights"] if streams else [])]) == 0
+    assert ("Streamed weights:" in capsys.readouterr().out) == streams
+
+
 def test_a_host_with_too_little_memory_reads_the_cache(tmp_path, monkeypatch):
     """By the memory that there is, unless --stream-from says where; at the speed of the disk, tried where it can be."""
     tiny_model("olmo2", dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
     cache = tmp_path / "cache"
     model = ModelConfig(str(tmp_path / "model"), qlora=True, device="cpu", quantized_cache=str(cache))
     figures = Estimate(0, 0, {}, host_bytes=1000 * GIB, streamed_bytes=990 * GIB, largest_block_bytes=2 * GIB)
+    figures = replace(figures, weights_bytes=995 * GIB)  # embedding and head, too
 
     def decided(gib: int, model=model, source="auto", **settings):
         monkeypatch.setattr(host, "available_memory", lambda: gib * GIB)
         config = RunConfig(model, memory=MemoryConfig(stream_weights=True, stream_from=source))
         return host.streaming_host(config, replace(figures, **settings), copied=4 * 10**9)
 
-    few = {"streamed_bytes": 1000, "largest_block_bytes": 10, "host_bytes": 10 * GIB}
+    few = {"streamed_bytes": 1000, "weights_bytes": 1000, "largest_block_bytes": 10, "host_bytes": 10 * GIB}
     assert not decided(1001).in_file and not decided(5, source="memory").in_file
     assert decided(1001, source="cache", **few).in_file
     with pytest.raises(
-        UserError, match=r"the weights take 990.00 GiB, and .* are free in '.*', from where they are to"
+        UserError, match=r"the weights take 995.00 GiB, and .* are free in '.*', from where they are to"
     ):
-        decided(20)
+        decided(20).check()
+    config = RunConfig(model, memory=MemoryConfig(stream_weights=True, stream_from="cache"))
+    estimated = Report("x", "4-bit NF4", config, StepRows((), ()), None, figures, None, None, [], [])
+    assert "a run on this host would end here: --quantized-cache: the weights take 995.00 GiB" in estimated.text()
     read = decided(9, **few)
     assert read.in_file and read.needed == 10 * GIB - 1000 + 20 and not read.measured and read.read_seconds == 2.0
     assert read.lines()[1].startswith("This host reads the weights from --quantized-cache in every pass, 2.0 s of a st")
@@ -163,9 +184,14 @@ def test_a_host_with_too_little_memory_reads_the_cache(tmp_path, monkeypatch):
         read.check()
     with pytest.raises(UserError, match=r"read them from a disk \(--qlora --quantized-cache DIR\)"):
         decided(5, replace(model, quantized_cache=None)).check()
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # each process keeps its own copy
-    assert decided(2001).needed == 2000 * GIB and decided(19, **few).in_file
-    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):  # each process keeps its own copy
+        with monkeypatch.context() as launcher:
+            launcher.setenv(name, "2")
+            assert decided(2001).needed == 2000 * GIB and decided(19, **few).in_file
     load_model(model, lambda line: None)
     tried = decided(9, **few)
+    tries, read_rate = [], CacheEntry.read_rate
+    monkeypatch.setattr(CacheEntry, "read_rate", lambda entry: tries.append(entry) or read_rate(entry))
+    again = replace(estimated, estimate=replace(figures, **few))
+    assert "GB/s (measured)" in again.text() and len(tries) == 1
     assert tried.measured and tried.read_seconds == 4e9 / tried.disk_rate and "GB/s (measured)" in tried.lines()[1]

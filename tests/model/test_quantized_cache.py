@@ -183,6 +183,8 @@ def test_without_4_bits_there_is_nothing_to_keep(model, tmp_path):
     stored.save_pretrained(tmp_path / "stored")
     with pytest.raises(UserError, match="are stored in 4 bits already: leave it out"):
         loaded(tmp_path / "stored", tmp_path / "cache")
+    with pytest.raises(UserError, match="are stored in 4 bits already: leave it out"):  # so says a dry run
+        local_cache_entry(configured(tmp_path / "stored", tmp_path / "cache"))
 
 
 def test_held_on_the_host_for_streaming(model, tmp_path):

@@ -129,7 +129,7 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
     if config.memory.stream_weights:
         check_device(resolve_device(config.model.device))
     check_has_weights(resolve_name(config.model.model, config.model.revision)[0])
-    local_cache_entry(config.model)  # raises if it could be neither read nor written
+    local_cache_entry(config.model, model_config)  # raises if it could be neither read nor written
     check_fit(model_config, tokenizer, [data.forget_trained, data.forget_targets, data.retain, data.holdout])
     directory = RunDirectory(config)
     directory.check()
