@@ -1,8 +1,9 @@
 """Which norm, rotary embedding or activation of a model is one that a fused kernel computes: recognised by its numbers.
 
-A module is copied with small random parameters and run on a few random rows on the CPU, and so is each form that
-`lowmem_kernels` knows. The form that gives its bits is the one. No list of classes to keep, none that is outdated by a
-new version of transformers, and a model without values (the estimate's) is recognised like a real one.
+A module is copied with small random parameters and run on a few random rows on the CPU, small ones and some so large
+that any clamp shows, and so is each form that `lowmem_kernels` knows. The form that gives its bits is the one. No list
+of classes to keep, none that is outdated by a new version of transformers, and a model without values (the estimate's)
+is recognised like a real one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from lowmem_kernels import act, glu, layer_norm, packed_glu, rms_norm, rotary
@@ -35,6 +37,8 @@ GATED = (
     ("input_linear", "output_linear"),
 )
 """What the linear layers of a gated MLP are called: gate, up and down, or the first two in one, and down."""
+
+Form = TypeVar("Form")
 
 COMMON_EPS = (1e-5, 1e-6)  # of norms that name theirs in the code
 
@@ -250,10 +254,11 @@ def _remembered(find: Callable[..., Any], module: nn.Module, shapes: tuple) -> A
 
 
 def _settings(module: nn.Module) -> tuple:
-    """Its class, and the simple ones of its attributes."""
-    simple = (str, int, float, tuple, type(None))
-    of_module = {name: repr(value) for name, value in vars(module).items() if isinstance(value, simple)}
-    return type(module), *sorted(of_module.items() - {("training", "True"), ("training", "False")})
+    """Its class, and the simple ones of its attributes and of its configuration's."""
+    simple = (str, int, float, tuple, list, type(None))
+    read = {**getattr(vars(module).get("config"), "__dict__", {}), **vars(module)}
+    settings = {name: repr(value) for name, value in read.items() if isinstance(value, simple)}
+    return type(module), *sorted(settings.items() - {("training", "True"), ("training", "False")})
 
 
 @contextlib.contextmanager
@@ -273,8 +278,9 @@ def _find_norm(norm: nn.Module, random: torch.Generator, shapes: tuple) -> NormF
     if dtype not in (torch.bfloat16, torch.float16, torch.float32) or any(part[2] != dtype for part in shapes):
         return None
     width = shapes[0][1] if shapes else _width(norm)
-    rows = torch.randn(6, width, generator=random) * torch.logspace(-4, 1, 6)[:, None] + 1e-3
-    rows = rows.to(dtype)
+    rows = torch.randn(6, width, generator=random)
+    each = (torch.logspace(-4, 1, 6)[:, None] * rows + 1e-3, 1e-6 * (rows + 1), 1e3 * rows)  # of the size of any eps
+    probes = [rows.to(dtype) for rows in each]
     probe = _twin(norm)
     probe._parameters = {
         name: None if old is None else nn.Parameter(torch.randn(width, generator=random).to(dtype), False)
@@ -283,20 +289,15 @@ def _find_norm(norm: nn.Module, random: torch.Generator, shapes: tuple) -> NormF
     probe._buffers = {  # which no form has: they must not matter (FalconMamba)
         name: None if old is None else torch.rand(old.shape, generator=random) for name, old in norm._buffers.items()
     }
-    theirs = _result(probe, rows)
-    if theirs is None:
-        return None
     own_eps = [value for value in vars(norm).values() if type(value) is float and 0 <= value < 0.1]
+    forms: list[NormForm] = []
     for eps in dict.fromkeys((*own_eps, *COMMON_EPS, torch.finfo(dtype).eps)):
         known_dtype = dtype if shapes else None
-        forms = [NormForm(True, eps, offset, dtype=known_dtype) for offset in ((0.0, 1.0) if shapes else (0.0,))]
+        forms += [NormForm(True, eps, offset, dtype=known_dtype) for offset in ((0.0, 1.0) if shapes else (0.0,))]
         if "bias" not in (part[0] for part in shapes):
             ways = itertools.product((0.0, 1.0), (True, False)) if shapes else [(0.0, False)]
             forms += [NormForm(False, eps, offset, first, known_dtype) for offset, first in ways]
-        for form in forms:
-            if _alike(form(rows, probe, "torch"), theirs):
-                return form
-    return None
+    return _first_alike(forms, lambda form, rows: form(rows, probe, "torch"), partial(_result, probe), probes)
 
 
 def _width(norm: nn.Module) -> int:
@@ -312,31 +313,38 @@ def _find_gated(mlp: nn.Module, random: torch.Generator, names: tuple[str, ...])
         layer = nn.Linear(*sizes, device="cpu", dtype=torch.float32)
         layer.weight.copy_(torch.randn(layer.weight.shape, generator=random))
         probe._modules[name] = layer
-    rows = torch.randn(1, 16, 8, generator=random)
-    theirs = _result(probe, rows)
-    if theirs is None:
-        return None
-    forms = [GatedForm(names, gate) for gate in _gates(mlp)]
-    return next((form for form in forms if _alike(form(rows, probe, "torch"), theirs)), None)
+    probes = [scale * torch.randn(1, 16, 8, generator=random) for scale in _scales(mlp)]
+    forms = (GatedForm(names, gate) for gate in _gates(mlp))
+    return _first_alike(forms, lambda form, rows: form(rows, probe, "torch"), partial(_result, probe), probes)
 
 
 def _find_packed(experts: Any, random: torch.Generator, shapes: tuple) -> PackedForm | None:
-    rows = 4 * torch.randn(64, 32, generator=random)  # some beyond a limit
-    with contextlib.suppress(Exception):
-        theirs = type(experts)._apply_gate(_twin(experts), rows.clone())
-        forms = [PackedForm(interleaved, gate) for interleaved in (False, True) for gate in _gates(experts)]
-        return next((form for form in forms if _alike(form(rows, "torch"), theirs)), None)
-    return None
+    probes = [scale * torch.randn(64, 32, generator=random) for scale in _scales(experts)]
+    forms = (PackedForm(interleaved, gate) for interleaved in (False, True) for gate in _gates(experts))
+
+    def theirs(rows: Tensor) -> Tensor | None:
+        with contextlib.suppress(Exception):
+            return type(experts)._apply_gate(_twin(experts), rows.clone())
+        return None
+
+    return _first_alike(forms, lambda form, rows: form(rows, "torch"), theirs, probes)
 
 
 def _find_activation(module: nn.Module, random: torch.Generator, shapes: tuple) -> ActivationForm | None:
-    rows = 4 * torch.randn(16, 32, generator=random)
+    probes = [scale * torch.randn(16, 32, generator=random) for scale in _scales(module)]
     with _Counting() as operators:
-        theirs = _result(_twin(module), rows)
-    if theirs is None or operators.count < 3:  # a copy of the rows is one
+        _result(_twin(module), probes[0])
+    if operators.count < 3:  # a copy of the rows is one
         return None
-    forms = [ActivationForm(gate) for gate in _gates(module) if gate.limit is None and not gate.up_offset]
-    return next((form for form in forms if _alike(form(rows, "torch"), theirs)), None)
+    forms = (ActivationForm(gate) for gate in _gates(module) if gate.limit is None and not gate.up_offset)
+    return _first_alike(forms, lambda form, rows: form(rows, "torch"), partial(_result, _twin(module)), probes)
+
+
+def _scales(module: nn.Module) -> tuple[float, ...]:
+    """Of the rows to try: ordinary values, their tails, and some beyond any limit, which need not be an attribute."""
+    read = {**getattr(vars(module).get("config"), "__dict__", {}), **vars(module)}
+    numbers = [abs(value) for value in read.values() if type(value) in (int, float)]
+    return 1.0, 4.0, min(4 * max((1e3, *numbers)), 1e8)
 
 
 def _gates(module: nn.Module) -> Iterable[Gate]:
@@ -376,14 +384,16 @@ def _find_rotary(
         states = [torch.randn(2, heads, 3, size, generator=random).to(dtype) for heads in (4, 2)][: len(names)]
         if tokens_first:
             states = [x.transpose(1, 2).contiguous() for x in states]
-        arguments = {**dict(zip(names, states, strict=True)), **by_name}
+        probes = []  # states, and what becomes of them: small ones, and some beyond a limit
         with contextlib.suppress(Exception):  # a function that takes something else is not one of the forms
-            theirs = function(*(arguments[name] for name in first), *others, **options)
-            theirs = theirs if isinstance(theirs, tuple) else (theirs,)
+            for scaled in (states, [1e3 * x for x in states]):
+                arguments = {**dict(zip(names, scaled, strict=True)), **by_name}
+                theirs = function(*(arguments[name] for name in first), *others, **options)
+                probes.append((scaled, theirs if isinstance(theirs, tuple) else (theirs,)))
             for how in ROTARY_FORMS:
                 form = RotaryForm(*how, tokens_first)
                 with contextlib.suppress(ValueError):  # more entries than a head has
-                    if all(map(_alike, form(states, cos, sin, "torch"), theirs)):
+                    if all(all(map(_alike, form(x, cos, sin, "torch"), theirs)) for x, theirs in probes):
                         return form
     return None
 
@@ -400,6 +410,20 @@ def _result(probe: nn.Module, rows: Tensor) -> Tensor | None:
         result = inspect.unwrap(type(probe).forward)(probe, rows.clone())
         return result if isinstance(result, Tensor) else None
     return None
+
+
+def _first_alike(
+    forms: Iterable[Form],
+    ours: Callable[[Form, Tensor], Tensor],
+    theirs: Callable[[Tensor], Tensor | None],
+    probes: Sequence[Tensor],
+) -> Form | None:
+    """The first of `forms` that is alike on each probe by itself: in one, the largest would hide the others."""
+    expected = [values for rows in probes if (values := theirs(rows)) is not None]
+    if len(expected) < len(probes):
+        return None
+    pairs = list(zip(probes, expected, strict=True))
+    return next((form for form in forms if all(_alike(ours(form, rows), values) for rows, values in pairs)), None)
 
 
 def _alike(ours: Tensor, theirs: Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import FalconH1Config, LlamaConfig, SeedOssConfig
 from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1MLP
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 from transformers.models.seed_oss.modeling_seed_oss import SeedOssMLP
 
 from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig
@@ -125,13 +125,16 @@ class OddNorm(nn.Module):
     def forward(self, x):
         eps = 3e-4 if self.what == "eps" else 1e-6
         y = x if self.what == "low" else x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+        square = y.square().mean(-1, keepdim=True)
+        y = y * torch.rsqrt(square.clamp(min=1e-9) if self.what == "clamp" else square + eps)
         scale = 2 + self.weight.float() if self.what == "offset" else self.weight.float()
         y = (scale * y + (self.what == "shift")).to(x.dtype)
+        if self.what == "clip":
+            y = torch.where(x.abs() > 1e2, x, y)
         return y.float() if self.what == "dtype" else y
 
 
-@pytest.mark.parametrize("what", ["", "eps", "low", "offset", "shift", "dtype"])
+@pytest.mark.parametrize("what", ["", "eps", "clamp", "clip", "low", "offset", "shift", "dtype"])
 def test_a_norm_that_no_kernel_computes_is_not_taken_for_one(what):
     form = norm_form(OddNorm(what))
     assert (form is None) == bool(what)
@@ -154,6 +157,47 @@ def test_an_mlp_that_no_kernel_computes_is_not_taken_for_one():
         assert gated_form(kind(LlamaConfig(**sizes))) is None
     falcon = [FalconH1Config(**sizes, mlp_multipliers=[m, 1.0]) for m in (1.0, 0.5)]
     assert [gated_form(FalconH1MLP(config)) is None for config in falcon] == [False, True]
+
+
+def test_a_limit_that_ordinary_values_do_not_reach_is_heeded():
+    """Under a name of the module, of its configuration, or under none; of an MLP, of experts, of an activation."""
+
+    class Clamped(LlamaMLP):
+        def forward(self, x):
+            limit = self.limit() if callable(self.limit) else self.limit
+            gate, up = self.gate_proj(x).clamp(max=limit), self.up_proj(x).clamp(-limit, limit)
+            return self.down_proj(self.act_fn(gate) * up)
+
+    class Experts(nn.Module):
+        limit = 200.0
+
+        def _apply_gate(self, gate_up):
+            gate, up = gate_up.clamp(-self.limit, self.limit).chunk(2, -1)
+            return nn.functional.silu(gate) * up
+
+    config = LlamaConfig(hidden_size=32, intermediate_size=48)
+    for limit in (12.0, 16.0, 500.0):
+        mlp = Clamped(config)
+        mlp.limit = limit
+        assert describe(gated_form(mlp)) == f"silu 1.0 {limit} 0.0"
+        config.swiglu_limit = limit
+        mlp = Clamped(config)
+        mlp.limit = lambda: config.swiglu_limit  # noqa: B023
+        assert gated_form(mlp) is None
+    config.swiglu_limit = torch.inf  # of the same class, and nothing of its own is otherwise
+    assert describe(gated_form(mlp)) == "silu"
+    assert gated_form(LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=48, hidden_act="gelu_10"))) is None
+    assert fused.packed_form(Experts()) is None
+    experts = Experts()
+    experts.limit = 200.0
+    assert fused.packed_form(experts) is not None and fused.packed_form(experts).gate.limit == 200.0
+
+    def clipped(q, k, cos, sin):
+        return tuple(apply_rotary_pos_emb(x, x, cos, sin)[0].clamp(-50, 50) for x in (q, k))
+
+    states, tables = [torch.randn(1, 2, 3, 8) for _ in range(2)], [torch.randn(1, 3, 8) for _ in range(2)]
+    assert fused.rotary_form(apply_rotary_pos_emb, states, *tables) is not None
+    assert fused.rotary_form(clipped, states, *tables) is None
 
 
 def test_dropout_of_an_mlp_is_heeded_where_it_trains(everywhere):
