@@ -39,17 +39,17 @@ def run(tokens: int, tile: int = 1024, **memory) -> RunConfig:
     return RunConfig(ModelConfig("known", qlora=True), DataConfig(max_length=tokens), memory=memory)
 
 
-BUDGETS = {  # GiB without CUDA context
-    "7B, 2048 tokens": ("allenai/OLMo-7B-hf", run(2048), 2.0),
-    "32B, 2048 tokens": ("allenai/OLMo-2-0325-32B", run(2048, tile=256), 2.6),
-    "70B, 2048 tokens": ("meta-llama/Llama-3.1-70B", run(2048), 6.0),
-    "70B, 512 tokens": ("meta-llama/Llama-3.1-70B", run(512), 4.5),
+BUDGETS = {  # GiB without CUDA context: of the peak, and of what the allocator needs for it
+    "7B, 2048 tokens": ("allenai/OLMo-7B-hf", run(2048), 2.0, 2.1),
+    "32B, 2048 tokens": ("allenai/OLMo-2-0325-32B", run(2048, tile=256), 2.6, 2.8),
+    "70B, 2048 tokens": ("meta-llama/Llama-3.1-70B", run(2048), 6.0, 6.3),
+    "70B, 512 tokens": ("meta-llama/Llama-3.1-70B", run(512), 4.5, 4.725),
 }
 FEW, MORE = 3, 4  # layers: each more takes what its adapter takes, and nothing else
 
 
-@pytest.mark.parametrize(("name", "config", "budget"), BUDGETS.values(), ids=list(BUDGETS))
-def test_budget(name, config, budget, full):
+@pytest.mark.parametrize(("name", "config", "budget", "needed"), BUDGETS.values(), ids=list(BUDGETS))
+def test_budget(name, config, budget, needed, full):
     architecture = known_config(name)
     few, more = (estimate(config, of_depth(architecture, depth)) for depth in (FEW, MORE))
     of_layer = (more.peak_bytes - few.peak_bytes) // (MORE - FEW)
@@ -60,7 +60,7 @@ def test_budget(name, config, budget, full):
     assert more.by_kind["frozen weights"] - few.by_kind["frozen weights"] < 2**17  # norms, and the tables of 4 bits
     if full:
         whole = estimate(config, architecture)
-        assert whole.peak_bytes == peak and whole.needed_bytes <= 1.05 * budget * GIB
+        assert whole.peak_bytes == peak and whole.needed_bytes <= needed * GIB
 
 
 # -- copies ---------------------------------------------------------------------------------------------------------
