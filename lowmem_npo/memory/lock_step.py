@@ -60,8 +60,8 @@ class LockStep:
     def _suffices(self, model: PeftModel) -> bool:
         """Whether a policy and a reference that enter the layers with different states leave them as they do alone."""
         lm = causal_lm(model)
-        if not has_values(lm.get_output_embeddings().weight):
-            return True
+        if not has_values(lm.get_output_embeddings().weight):  # nothing to try: Gemma 3n's upper layers read lower keys
+            return not getattr(lm.config.get_text_config(), "num_kv_shared_layers", 0)
         batch = RowBatch.whole(few_tokens(lm))
 
         def enters_as_another(layer: Any, args: Any, options: dict[str, Any]) -> Any:

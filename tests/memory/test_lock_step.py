@@ -98,6 +98,7 @@ def test_where_the_reference_keeps_to_itself(architecture, changes, targets, tmp
     model = attach_lora(tiny_model(config), AdapterConfig(lora_r=3, lora_targets=targets))
     run = make_trainer(model, tmp_path, FORGET, RETAIN)
     assert LockStep.where_it_fits(model, run.passes.prefix) is None
+    assert LockStep.where_it_fits(model.to("meta"), run.passes.prefix) is None  # as an estimate sees it
 
 
 def test_a_pass_that_ends_in_its_middle_leaves_the_model_as_it_was(tmp_path):
