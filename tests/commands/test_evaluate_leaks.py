@@ -165,6 +165,10 @@ def test_membership_beside_a_reference_model_and_by_gradients(byte_model, files,
     assert "mia_reference" not in content(files, "fewer")["open_unlearning"]
     (note,) = [note for note in content(files, "fewer")["notes"] if "mia_reference" in note]
     assert note == "mia_reference is not measured: the evaluation of --retained-log had limit None."
+    (files / "gold" / "settings.json").unlink()
+    assert evaluate(byte_model, files, *membership, *log, "--limit", "4", out="unknown") == 0
+    (note,) = [note for note in content(files, "unknown")["notes"] if "mia_reference" in note]
+    assert note == "mia_reference is not measured: the settings of --retained-log are not beside it."
     fails(capsys, evaluate(byte_model, files, "--mia-gradnorm", out="none"), "--mia-gradnorm", "--leaks membership")
 
 

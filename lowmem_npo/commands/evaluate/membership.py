@@ -34,8 +34,9 @@ def further_membership(
         if others == [] and all(loss is not None for of_set in known.values() for loss in of_set):
             figures["mia_reference"] = reference_figure(subject.token_scores(), cast(dict[str, list[float]], known))
         else:
-            why = " and ".join(others or ["other rows"])
-            notes.append(f"mia_reference is not measured: the evaluation of --retained-log had {why}.")
+            had = f"the evaluation of --retained-log had {' and '.join(others or ['other rows'])}"
+            why = had if others is not None else "the settings of --retained-log are not beside it"
+            notes.append(f"mia_reference is not measured: {why}.")
     if cast(MembershipOptions, config).mia_gradnorm:
         sets = subject.sets.items()
         norms = {part: subject.scorer.gradient_norms(f"leaks: {part} gradients", rows) for part, rows in sets}
