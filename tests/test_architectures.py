@@ -266,6 +266,9 @@ def test_fused(desk, cell, monkeypatch):
             logits = model(ids, use_cache=False).logits
         torch.testing.assert_close(logits, plain(ids, use_cache=False).logits, rtol=1e-4, atol=1e-5)
         for module in decoder(model).modules():
+            gated = all(isinstance(getattr(module, part, None), torch.nn.Module) for part in ("gate_proj", "up_proj"))
+            if gated and not isinstance(vars(module).get("forward"), float32.LeanMLP):
+                left.names.add("gated MLP")
             if "Norm" in type(module).__name__ and next(module.children(), None) is None:
                 lean = vars(module).get("forward")
                 if not isinstance(lean, float32.LeanNorm) or lean.form is None:
@@ -280,24 +283,31 @@ def unfused_part(name):
     """What a module of this name is."""
     if "Norm" in name:
         return "norms with a gate" if "Gated" in name else "norms whose heads have weights of their own"
+    if name == "gated MLP":
+        return "the gate of an MLP"
     return "the gate of experts" if re.search("Experts|MoE|GLU", name) else "an activation"
 
 
+ACTIVATIONS = tuple(getattr(torch.ops.aten, name) for name in ("silu", "gelu", "relu", "softplus"))
+
+
 class Activations(TorchDispatchMode):
-    """The names of the modules of transformers' models that call a SiLU, GELU or ReLU of PyTorch's themselves."""
+    """The names of the modules of transformers' models that call an activation of PyTorch's themselves."""
 
     def __init__(self):
         super().__init__()
         self.names = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func._overloadpacket in (torch.ops.aten.silu, torch.ops.aten.gelu, torch.ops.aten.relu):
+        if func._overloadpacket in ACTIVATIONS:
             frame = inspect.currentframe()
             while frame := frame.f_back:
                 if "lowmem_kernels" in frame.f_code.co_filename:
                     break
                 if "transformers/models" in frame.f_code.co_filename:
-                    self.names.update({type(frame.f_locals["self"]).__name__} if "self" in frame.f_locals else ())
+                    owner = type(frame.f_locals["self"]).__name__ if "self" in frame.f_locals else ""
+                    if owner and (func._overloadpacket != torch.ops.aten.softplus or "MLP" in owner):  # not Mamba's
+                        self.names.add(owner)
                     break
         return func(*args, **(kwargs or {}))
 
