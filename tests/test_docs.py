@@ -407,8 +407,8 @@ def test_a_newcomers_questions_are_answered_by_the_files_that_are_named():
 
 
 def test_the_messages_are_those_that_are_printed():
-    known = [text for file in (ROOT / "lowmem_npo").rglob("*.py") for text in strings(file)]
-    known += re.findall(r'fail "(.+)"', read(ROOT / "scripts" / "setup_venv.sh"))
+    known = {text for file in (ROOT / "lowmem_npo").rglob("*.py") for text in strings(file)}
+    known |= {*re.findall(r'fail "(.+)"', read(ROOT / "scripts" / "setup_venv.sh"))}
     messages = re.findall(r"^> (.+)$", read(DOCS / "troubleshooting.md"), re.MULTILINE)
     assert len(messages) > 20
     assert not [message for message in messages if not any(same(message, text) for text in known)]
@@ -426,9 +426,24 @@ def strings(file: Path) -> Iterator[str]:
 def same(message: str, text: str) -> bool:
     """Whether one is the other with something definite in place of …."""
     return any(
-        len(pattern.replace("…", "")) > 20 and re.fullmatch(".*".join(map(re.escape, pattern.split("…"))), other)
+        len(pattern.replace("…", "")) > 20 and matches(pattern, other)
         for pattern, other in ((text, message), (message, text))
     )
+
+
+def matches(pattern: str, text: str) -> bool:
+    """Whether `text` is `pattern` with anything in place of each …."""
+    first, *parts = pattern.split("…")
+    if not parts:
+        return text == first
+    if not (text.startswith(first) and text.endswith(parts[-1]) and len(text) >= len(first) + len(parts[-1])):
+        return False
+    at, end = len(first), len(text) - len(parts[-1])
+    for part in parts[:-1]:
+        if (at := text.find(part, at, end)) < 0:
+            return False
+        at += len(part)
+    return True
 
 
 # -- what is said elsewhere is said alike -----------------------------------------------------------------------------

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,12 +92,16 @@ def module_of(name: str) -> str:
 def cycles(imports: Iterable[Import], node: Callable[[str], str] = unit_of) -> list[Import]:
     """The imports that lie on a circle of nodes: of packages, or of modules."""
     edges = [i for i in imports if module_of(i.imported) and node(i.imported) != node(i.importer)]
+    imported = defaultdict[str, set[str]](set)
+    for edge in edges:
+        imported[node(edge.importer)].add(node(edge.imported))
 
+    @cache
     def reachable(start: str) -> set[str]:
         seen, todo = set[str](), [start]
         while todo:
-            current = todo.pop()
-            todo += (new := {node(i.imported) for i in edges if node(i.importer) == current} - seen)
+            new = imported[todo.pop()] - seen
+            todo += new
             seen |= new
         return seen
 

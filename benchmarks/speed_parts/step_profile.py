@@ -20,8 +20,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import PretrainedConfig
 
+import lowmem_npo.training.passes as passes
 import lowmem_npo.training.reference.live as live
-import lowmem_npo.training.trainer as trainer
 
 HEAD, REFERENCE = "lowmem: head", "lowmem: reference"
 PARTS = ("dequantisation", "attention", "attention's projections", "MLP", "head", "adapter", "optimizer",
@@ -54,7 +54,7 @@ def marked(npo: Any) -> Iterator[None]:
         return run
 
     with contextlib.ExitStack() as stack:
-        for module, name in ((trainer, "token_logprobs"), (trainer, "retain_loss"), (live, "token_logprobs")):
+        for module, name in ((passes, "token_logprobs"), (passes, "retain_loss"), (live, "token_logprobs")):
             stack.enter_context(mock.patch.object(module, name, within(HEAD, getattr(module, name))))
         for name in ("forget", "retain"):
             stack.enter_context(mock.patch.object(npo.reference, name, within(REFERENCE, getattr(npo.reference, name))))

@@ -75,6 +75,7 @@ def test_quick_measures_ours_and_the_dense_form_on_a_small_model(tmp_path, monke
     assert "--tile-mlp must be at least 1" in runs.pop("impossible")["missing"]
     assert "x dense" in capsys.readouterr().out
     for run in runs.values():
+        assert "missing" not in run, run["missing"]
         assert 0 < run["fastest"] <= run["seconds_per_step"] <= run["slowest"]
         assert run["tokens_per_second"] == pytest.approx(2 * 4 * 24 / run["seconds_per_step"])
         assert all(run["profile"]["parts"][part] > 0 for part in ("MLP", "head", "attention", "adapter"))

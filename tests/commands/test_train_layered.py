@@ -114,7 +114,7 @@ def test_micro_batches_change_nothing(whole, byte_model, tmp_path):
         (("--adversary", "strong"), "--adversary"),
         (("--adversary", 1, "--batch-size", 18), "--batch-size 18, forget rows: 18. Lower --batch-size"),
         (("--adversary", 1, "--layered", 3), "forget rows in the first fold of --layered 3: 6. Lower"),
-        (("--recipe", "lasting"), "--recipe lasting: --adversary teaches rows that a step does not forget, and a step"),
+        (("--recipe", "lasting"), "--recipe lasting: --adversary teaches forget rows that are not in the step"),
         (("--recipe", "lasting", "--max-steps", 2, "--batch-size", 2), "--recipe lasting: --layered 3 needs a step"),
         (("--forget-term", "dpo"), "name its column, --alternative-column"),
         (("--forget-term", "dpo", "--alternative-column", "other"), "has no column other"),
