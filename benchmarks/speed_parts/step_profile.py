@@ -56,8 +56,9 @@ def marked(npo: Any) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module, name in ((passes, "token_logprobs"), (passes, "retain_loss"), (live, "token_logprobs")):
             stack.enter_context(mock.patch.object(module, name, within(HEAD, getattr(module, name))))
+        reference = npo.passes.reference
         for name in ("forget", "retain"):
-            stack.enter_context(mock.patch.object(npo.reference, name, within(REFERENCE, getattr(npo.reference, name))))
+            stack.enter_context(mock.patch.object(reference, name, within(REFERENCE, getattr(reference, name))))
         yield
 
 
