@@ -37,6 +37,7 @@ from lowmem_npo.sizes import gib, parse_size
 GIB = 2**30
 ROOT = Path(__file__).resolve().parents[2]
 SAVING = MemoryConfig(offload_checkpoints=True, tile_mlp=1024, embedding_on_cpu=True)
+ON = MemoryConfig(gradient_checkpointing="on", joint_pass_tokens=0)
 
 
 def run(tokens: int, memory: MemoryConfig | None = None, **sections) -> RunConfig:
@@ -82,7 +83,8 @@ def shallow(layers: int = 3, name: str = SMALL):
 
 def test_the_search_knows_what_the_adapter_rules_out(tmp_path):
     """A trained embedding is not moved to the host, and a first adapter is not for fewer layers than it has."""
-    trained = run(64, adapter=AdapterConfig(modules_to_save=("embed_tokens",)), training=TrainingConfig(batch_size=2))
+    adapter = AdapterConfig(modules_to_save=("embed_tokens",))
+    trained = run(64, ON, adapter=adapter, training=TrainingConfig(batch_size=2))
     with pytest.raises(UserError, match="A budget of .* cannot be met") as refusal:
         fit_budget(trained, shallow(2), 2**29)
     assert "--offload-checkpoints" in str(refusal.value) and "--embedding-on-cpu" not in str(refusal.value)
@@ -113,9 +115,6 @@ def test_shallow_models_bound_a_deep_one_from_below(memory):
     assert may_fit(config, architecture, whole.total_bytes)
     allocated = whole.total_bytes - whole.needed_bytes + whole.peak_bytes  # of which the bound is
     assert not may_fit(config, architecture, int(allocated * 0.9))
-
-
-ON = MemoryConfig(gradient_checkpointing="on", joint_pass_tokens=0)
 
 
 def joint(config: RunConfig, tokens: int | str) -> RunConfig:
@@ -233,13 +232,15 @@ def test_tiles_of_many_rows_are_tried_before_those_of_few():
 def test_an_impossible_budget_says_the_smallest_and_what_takes_the_room():
     few = TrainingConfig(batch_size=2)
     with pytest.raises(UserError) as error:
-        fit_budget(run(64, training=few), shallow(1), 300 * 2**20)
+        fit_budget(run(64, ON, training=few), shallow(1), 300 * 2**20)
     message = str(error.value)
     assert "A budget of 0.29 GiB cannot be met: the smallest that works is" in message
     assert "--micro-batch-size 1" in message and "frozen weights" in message and "CUDA context" in message
     assert "--qlora" not in message
     with pytest.raises(UserError, match="--qlora makes the frozen weights"):
-        fit_budget(RunConfig(ModelConfig("known"), DataConfig(max_length=64), training=few), shallow(1), 300 * 2**20)
+        fit_budget(
+            RunConfig(ModelConfig("known"), DataConfig(max_length=64), memory=ON, training=few), shallow(1), 300 * 2**20
+        )
 
 
 def test_what_the_allocator_cannot_use_counts_and_more_of_it_without_expandable_segments(monkeypatch):
