@@ -53,9 +53,10 @@ class WeightStream:
             self._followed[self._now] = layer
         self._now = now
         self._bring(layer)
-        if self._arriving[layer % 2] is not None:
-            self.bus.wait(*self._arriving[layer % 2])
-            self._arriving[layer % 2] = None
+        if (arriving := self._arriving[layer % 2]) is not None:
+            self._there[layer % 2] = self._arriving[layer % 2] = None  # of a failed copy, the error is not kept
+            self.bus.wait(*arriving)
+            self._there[layer % 2] = layer
         following = self._followed.get(now, self._neighbour(*now))
         if (following - layer) % 2 and 0 <= following < len(self.blocks):
             self._bring(following)

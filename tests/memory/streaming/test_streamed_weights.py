@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from functools import lru_cache, partial
 from pathlib import Path
@@ -235,6 +236,7 @@ def test_a_file_that_can_be_read_no_more_ends_the_pass_with_a_sentence(on_disk, 
         with pytest.raises(UserError, match=r"'.*-0000\d.safetensors' can be read no more \(it has become shorter\)"):
             answer_hidden(model, batch)
     assert model.get_input_embeddings()(torch.arange(97)).isfinite().all()
+    gc.collect()  # until then, what PyTorch 2.11's checkpoint hooked in for the passes that failed stays in place
 
 
 def test_scores_answers_and_relearning(late):
