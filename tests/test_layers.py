@@ -98,10 +98,10 @@ def cycles(imports: Iterable[Import], node: Callable[[str], str] = unit_of) -> l
 
     @cache
     def reachable(start: str) -> set[str]:
-        seen, todo = set[str](), [start]
-        while todo:
-            new = imported[todo.pop()] - seen
-            todo += new
+        seen, unvisited = set[str](), [start]
+        while unvisited:
+            new = imported[unvisited.pop()] - seen
+            unvisited += new
             seen |= new
         return seen
 

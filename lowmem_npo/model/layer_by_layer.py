@@ -25,11 +25,13 @@ def layer_by_layer(loaded: LayerLoaded) -> Iterator[None]:
     left without data. One that shares weights with another layer gets them at the end, and is left out.
     """
     set_one = core_model_loading.set_param_for_module
-    done: set[int] = set()
+    done, layers = set[int](), set[int]()
 
     def watched(model: PreTrainedModel, target_name: str, *args: Any, **kwargs: Any) -> Any:
         result = set_one(model, target_name, *args, **kwargs)
-        layer = _layer_of(model, target_name)
+        if not layers:
+            layers.update(map(id, decoder_layers(model)))
+        layer = _layer_of(model, target_name, layers)
         if layer is not None and id(layer) not in done and not any(p.is_meta for p in layer.parameters()):
             done.add(id(layer))
             loaded(model, layer.requires_grad_(False))
@@ -39,9 +41,9 @@ def layer_by_layer(loaded: LayerLoaded) -> Iterator[None]:
         yield
 
 
-def _layer_of(model: PreTrainedModel, parameter: str) -> nn.Module | None:
-    """The decoder layer that `parameter` is in, if it is in one."""
-    layers, module = {id(layer) for layer in decoder_layers(model)}, model
+def _layer_of(model: PreTrainedModel, parameter: str, layers: set[int]) -> nn.Module | None:
+    """The one of the decoder layers, given by their ids, that `parameter` is in, if it is in one."""
+    module: nn.Module = model
     for name in parameter.split(".")[:-1]:
         module = getattr(module, name)
         if id(module) in layers:

@@ -393,7 +393,7 @@ def test_what_is_not_comparable_with_the_evaluation_of_before(tmp_path):
             config = EvaluationConfig(model="m", forget="f.jsonl", output_dir=str(tmp_path / name), **options)
             shutil.rmtree(tmp_path / name, ignore_errors=True)
             EvaluationDirectory(config, _digests(config, rows)).begin()
-        return _notes(replace(config, before=str(tmp_path / "before" / "evaluation.json")), {}, rows)
+        return _notes(replace(config, before=str(tmp_path / "before" / "evaluation.json")), {}, _digests(config, rows))
 
     assert notes(earlier={"batch_size": 3, "dtype": "float32"}, now={"leaks": ("all",), "relearn_steps": 3}) == []
     (note,) = notes(earlier={"limit": 8, "qlora": True}, now={"limit": 9})
@@ -404,4 +404,4 @@ def test_what_is_not_comparable_with_the_evaluation_of_before(tmp_path):
     before["digests"]["forget"] = "other"
     (tmp_path / "before" / "settings.json").write_text(json.dumps(before))
     config = EvaluationConfig(model="m", leaks=("all",), forget="f.jsonl", before=str(tmp_path / "before" / "x.json"))
-    assert "had other forget rows: the two" in _notes(config, {}, rows)[0]
+    assert "had other forget rows: the two" in _notes(config, {}, _digests(config, rows))[0]

@@ -79,12 +79,14 @@ def _announced(plan: EvaluationPlan) -> list[str]:
 
 @dataclass
 class EvaluationPlan:
-    """A validated evaluation. selected: what each benchmark measures. leak_rows: set -> rows of the leak tests."""
+    """A validated evaluation. digests: a hash of each set, and of the adapter. selected: what each benchmark measures.
+    leak_rows: set -> rows of the leak tests."""
 
     config: EvaluationConfig
     model_config: ModelConfig
     context: Context
     sources: dict[str, Rows]
+    digests: dict[str, str]
     selected: list[tuple[Benchmark, str, Selection]]
     leak_rows: dict[str, Selection]
     attacker: Attacker
@@ -124,8 +126,9 @@ def plan_evaluation(
     tokenizer = load_tokenizer(model_config)
     template = Template.of(config, stops)
     sources = _read(config, limit, tokenizer, template, say)
-    before, others = read_earlier(config, _digests(config, sources))
-    notes = _notes(config, run, sources)
+    digests = _digests(config, sources)
+    before, others = read_earlier(config, digests)
+    notes = _notes(config, run, digests)
     context = Context(config, tokenizer, template, before, notes, known_fit(architecture), others)
     if context.fit is not None:
         context.fit.check_padding(tokenizer)
@@ -138,7 +141,7 @@ def plan_evaluation(
             test.check_rows(config, {part: len(selection.rows) for part, selection in leak_rows.items()})
     for line in _forms(selected, sources, leak_rows, context):
         say(line)
-    return EvaluationPlan(config, model_config, context, sources, selected, leak_rows, attacker)
+    return EvaluationPlan(config, model_config, context, sources, digests, selected, leak_rows, attacker)
 
 
 def measure(
@@ -146,7 +149,7 @@ def measure(
 ) -> Evaluation:
     """The evaluation itself. load: gives the base model, which is left with the adapter on it; None: from its files."""
     config, context, selected, leak_rows = plan.config, plan.context, plan.selected, plan.leak_rows
-    directory = EvaluationDirectory(config, _digests(config, plan.sources))
+    directory = EvaluationDirectory(config, plan.digests)
     journal = directory.begin()
 
     model: PreTrainedModel | PeftModel
@@ -192,7 +195,7 @@ def measure(
         reference = retained_min_k(cast(TofuOptions, config).retained_log)
         result.open_unlearning = token_figures(subject.token_scores(), rows, context.tokenizer, reference)
         places = {part: selection.places for part, selection in leak_rows.items()}
-        digests = _digests(config, {part: plan.sources[part] for part in rows})
+        digests = {part: plan.digests[part] for part in rows}
         further, notes = further_membership(config, digests, places, subject)
         result.open_unlearning |= further
         result.notes += notes
@@ -371,14 +374,14 @@ def _scores_by_row(result: Evaluation, leak_rows: Mapping[str, Selection]) -> di
 # -- the earlier evaluation, and what qualifies a comparison ----------------------------------------------------------
 
 
-def _notes(config: EvaluationConfig, run: Mapping[str, Any], sources: Mapping[str, Rows]) -> list[str]:
+def _notes(config: EvaluationConfig, run: Mapping[str, Any], digests: Mapping[str, str]) -> list[str]:
     """What qualifies the figures: another base than the adapter was trained on, or an earlier evaluation with other
     rows or other settings."""
     notes = []
     if run.get("qlora") and not config.qlora:
         notes.append("The adapter was trained on the 4-bit base and is measured on the unquantised one (no --qlora).")
     if config.before is not None:
-        others = differences(config.before, config, _digests(config, sources))
+        others = differences(config.before, config, digests)
         if others:
             notes.append(f"The earlier evaluation had {' and '.join(others)}: the two are not comparable.")
     return notes
