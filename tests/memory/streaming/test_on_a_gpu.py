@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from helpers.dense_step import make_trainer, random_rows, step_gradients, word_tokenizer
+from helpers.dense_step import make_trainer, random_rows, step_gradients
 from helpers.tiny_models import SIZES, tiny_model
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import AutoTokenizer, LlamaConfig
 
+from lowmem_npo.cli import main
 from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig
 from lowmem_npo.data import RowBatch
 from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers
@@ -25,6 +27,7 @@ from lowmem_npo.memory.streaming import weight_stream
 from lowmem_npo.memory.streaming.bus import CudaBus
 from lowmem_npo.memory.switches import apply_switches, load_base
 from lowmem_npo.model import answer_hidden, attach_lora
+from lowmem_npo.model.loading import resolve_device
 from lowmem_npo.training.reference.identity import weights_fingerprint
 
 pytestmark = [
@@ -60,11 +63,13 @@ def fixed_order():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(byte_model, tmp_path_factory) -> Path:
+    """A random model in bf16, and a tokenizer of bytes."""
     sizes = {**SIZES, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": LAYERS}
-    config = LlamaConfig(vocab_size=97, tie_word_embeddings=False, **sizes)
+    config = LlamaConfig(vocab_size=258, tie_word_embeddings=False, **sizes)
     path = tmp_path_factory.mktemp("model")
     tiny_model(config, dtype=torch.bfloat16).save_pretrained(path)
+    AutoTokenizer.from_pretrained(byte_model).save_pretrained(path)
     return path
 
 
@@ -79,7 +84,7 @@ def loaded(folder: Path, kind: str, cache: Path | None = None, **memory):
         for name, parameter in sorted(model.named_parameters()):
             if "lora_B" in name:
                 parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
-    apply_switches(model, switches, torch.device(DEVICE, 0))
+    apply_switches(model, switches, resolve_device(DEVICE))
     return model
 
 
@@ -141,9 +146,27 @@ def test_scores_answers_and_fingerprints(folder):
         model = loaded(folder, "4 bits", stream_weights=streams)
         scores = token_scores(model, FORGET, progress=False)
         prompts = [Prompt(row["input_ids"][:4], 6) for row in FORGET]
-        answers = greedy_answers(model, word_tokenizer(), prompts, progress=False)
+        answers = greedy_answers(model, AutoTokenizer.from_pretrained(folder), prompts, progress=False)
         results.append((repr(scores), answers, weights_fingerprint(model)))
     assert results[0] == results[1]
+
+
+def test_runs_of_the_command(folder, tmp_path):
+    """The losses of the steps and the answers before and after them."""
+    options = ["--model", str(folder), "--device", DEVICE, "--qlora", "--limit", "4", "--max-steps", "2"]
+    options += ["--max-length", "96", "--eval-rows", "2", "--max-new-tokens", "4", "--leaks", "none"]
+    sources = {
+        "resident": (),
+        "blocks": ("--stream-weights",),
+        "files": ("--stream-weights", "--stream-from", "cache", "--quantized-cache", str(tmp_path / "cache")),
+    }
+    results = []
+    for name, source in sources.items():
+        assert main(["train", *options, *source, "--output-dir", str(tmp_path / name)]) == 0
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        answers = [(tmp_path / name / f"{stage}.json").read_text() for stage in ("before", "after")]
+        results.append(([line["loss"] for line in lines if "loss" in line], answers))
+    assert results[0] == results[1] == results[2] and results[0][0]
 
 
 # -- orderings --------------------------------------------------------------------------------------------------------
