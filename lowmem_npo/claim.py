@@ -20,6 +20,7 @@ from lowmem_npo.errors import UserError
 
 LOCK = "lowmem-npo.lock"  # in the directory: two names of one directory are one
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # of some network file systems
+CLAIMED: dict[Path, int] = {}  # directory -> the lock's descriptor, of this process
 LINGER = 10.0  # seconds in which the data loaders of a killed process end, which hold its lock until then
 
 
@@ -38,15 +39,34 @@ def claimed(directory: Path, say: Say = print) -> Iterator[None]:
         raise UserError(f"--output-dir '{directory}' is a file: choose a directory.") from error
     except OSError as error:
         raise UserError(f"--output-dir '{directory}' cannot be written: {error.strerror}.") from error
+    CLAIMED[directory] = lock
     try:
         yield
     finally:
-        with suppress(OSError):  # it may be gone by now, or renamed
-            (directory / LOCK).unlink()  # before it is released: who waits for it sees that it is another's no more
+        del CLAIMED[directory]
+        with suppress(OSError):
+            if _is_at(lock, directory / LOCK):  # else the directory is gone by now, or another's
+                (directory / LOCK).unlink()  # before it is released: who waits for it sees that it is another's no more
         os.close(lock)
         with suppress(OSError):  # of one that is not empty
             for path in made:
                 path.rmdir()
+
+
+def make_directory(directory: Path) -> None:
+    """Makes `directory` and those above it, where there are none, but for those that this process has claimed.
+
+    Raises OSError if it cannot be made, and if it is in a claimed directory that somebody has removed since, or moved.
+    """
+    around = [directory, *directory.parents]
+    for claimed, lock in CLAIMED.items():
+        if claimed in around:
+            if not _is_at(lock, claimed / LOCK):
+                raise OSError(f"'{claimed}' has been removed or renamed since the command began")
+            around = around[: around.index(claimed)]
+    for path in reversed(around):
+        if not path.is_dir():
+            path.mkdir(exist_ok=True)
 
 
 @contextmanager

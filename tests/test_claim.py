@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_npo.claim import LOCK, check_unclaimed, claimed, workspace
+from lowmem_npo.claim import LOCK, check_unclaimed, claimed, make_directory, workspace
 from lowmem_npo.cli import main
 from lowmem_npo.errors import UserError
 
@@ -79,9 +79,22 @@ def test_a_refusal_leaves_nothing(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_directory_that_vanishes_ends_in_silence(tmp_path):
+def test_a_directory_that_vanishes_is_not_made_again(tmp_path):
+    """Else the command would go on in one that holds no run, or in that of the next command."""
     with claimed(tmp_path / "out"):
+        make_directory(tmp_path / "out" / "a" / "b")
         (tmp_path / "out").rename(tmp_path / "away")
+        with pytest.raises(OSError, match=f"^'{tmp_path}/out' has been removed or renamed since the command began$"):
+            make_directory(tmp_path / "out" / "c")
+        assert not (tmp_path / "out").exists()
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / LOCK).write_text("of another")
+        with pytest.raises(OSError, match="has been removed or renamed"):
+            make_directory(tmp_path / "out" / "c")
+    assert (tmp_path / "out" / LOCK).read_text() == "of another"
+
+
+def test_what_is_no_directory_cannot_be_claimed(tmp_path):
     (tmp_path / "other").write_text("")
     for place, message in (("other", "is a file"), ("other/out", "cannot be written: Not a directory")):
         with pytest.raises(UserError, match=message), claimed(tmp_path / place):

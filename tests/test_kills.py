@@ -90,27 +90,23 @@ def started(kind: str, model: Path, adapter: Path | None, out: Path, **what) -> 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_at_file_events(kind, command, tmp_path, full):
+def test_killed_at_file_events(kind, command, own_disk, full):
     """Short: one after the other in one run of `train`. Full: before every file event of every command."""
     whole = command(kind)
     if not full:
-        kills = check(whole, tmp_path, [[("kill", 2), ("kill", whole.events // 2)]])
+        kills = check(whole, own_disk, [[("kill", 2), ("kill", whole.events // 2)]])
         return print(f"{kind}: {kills} kills at file events, the same bits")
-    results = whole.failing(tmp_path, every_event=True)
-    for result in results:
-        check_ended(whole, [("kill", result["state"])], result)
-    events = sorted(event for result in results for event in result["state"])
-    assert events == [*range(len(events))] and abs(len(events) - whole.events) < 5
-    print(f"{kind}: killed before each of {len(events)} file events, which leaves {len(results)} states: the same bits")
+    events, states = check_every_event(whole, own_disk, "kill")
+    print(f"{kind}: killed before each of {events} file events, which leaves {states} states: the same bits")
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_at_any_moment(kind, command, tmp_path):
+def test_killed_at_any_moment(kind, command, own_disk):
     """A hundred kills and more: of runs that are each killed up to four times, at whatever moments."""
     whole, generator, kills, runs = command(kind), random.Random(kind), 0, 0
     while kills < 100:
-        kills += check(whole, tmp_path, [[("kill", generator.uniform(0.01, 0.95)) for _ in range(4)] for _ in range(9)])
+        kills += check(whole, own_disk, [[("kill", generator.uniform(0.01, 0.95)) for _ in range(4)] for _ in range(9)])
         runs += 9
     print(f"{kind}: {kills} kills at random moments of {whole.seconds:.1f} s in {runs} runs, the same bits")
 
@@ -120,11 +116,12 @@ def test_a_disk_that_fails(kind, command, own_disk, full):
     """From some file event on it has no more room, takes no more writes, or its directory is gone. The command ends
     with a sentence, or needs the disk no more; then it goes on, or begins anew without a directory."""
     whole = command(kind)
-    some = [("full", whole.events // 2), ("read-only", 9), ("gone", whole.events // 3)]
-    if full:
-        some = [(how, at) for how in ("full", "read-only", "gone") for at in range(whole.events)]
-    check(whole, own_disk, [[one] for one in some])
-    print(f"{kind}: {len(some)} times a disk that fails from a file event on, the same bits")
+    if not full:
+        check(whole, own_disk, [[("full", whole.events // 2)], [("read-only", 9)], [("gone", whole.events // 3)]])
+        return print(f"{kind}: 3 times a disk that fails from a file event on, the same bits")
+    events, states = check_every_event(whole, own_disk, "full", "read-only", "gone")
+    print(f"{kind}: a disk that fails from each of {events} file events on, full, read-only and gone, which leaves "
+          f"{states} states: the same bits")  # fmt: skip
 
 
 @pytest.fixture
@@ -145,6 +142,20 @@ def check(whole: Command, folder: Path, series: list[list]) -> int:
     for moments, result in zip(series, results, strict=True):
         check_ended(whole, moments, result)
     return sum(result["codes"].count(-signal.SIGKILL) for result in results)
+
+
+def check_every_event(whole: Command, folder: Path, *ways: str) -> tuple[int, int]:
+    """One of the ways from each file event of a run on; returns how many events there are, and how many states of the
+    disk they leave."""
+    undisturbed, *results = whole.failing(folder, every_event=ways)
+    for result in (undisturbed, *results):
+        for way, event, code, errors in result["before"] or [("", 0, 0, "")]:
+            again = result | {"codes": [code, *result["codes"]], "errors": [errors, *result["errors"]]}
+            check_ended(whole, [(way, event)], again)
+    seen = sorted((event, way) for result in results for way, event, _, _ in result["before"])
+    assert seen == sorted((event, way) for event in range(undisturbed["events"]) for way in ways)
+    assert abs(undisturbed["events"] - whole.events) < 5
+    return undisturbed["events"], len(results)
 
 
 def check_ended(whole: Command, moments: list, result: dict) -> None:

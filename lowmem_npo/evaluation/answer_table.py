@@ -10,6 +10,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import cast
 
+from lowmem_npo.claim import make_directory
 from lowmem_npo.evaluation.answers import AnswerSummary, part_of
 from lowmem_npo.evaluation.figures import Figure, finite, side_by_side
 from lowmem_npo.files import write_atomically
@@ -168,7 +169,7 @@ def markdown_table(stages: Stages) -> str:
 
 def save_table(stages: Stages, folder: Path, name: str = "before_after") -> list[Path]:
     """Writes NAME.json (full precision) and NAME.md into `folder`; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_directory(folder)
     as_json, as_markdown = (RunFiles(folder).table(suffix, name) for suffix in ("json", "md"))
     write_atomically(as_json, json.dumps(stages_to_json(stages), indent=2) + "\n")
     write_atomically(as_markdown, markdown_table(stages))

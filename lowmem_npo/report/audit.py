@@ -7,8 +7,10 @@ stored with the hashes; the price is that very short or stereotyped rows can be 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -97,8 +99,9 @@ def finish_audit(
     adapter_step: the step whose adapter was kept; under --stop-when that need not be the last.
     training: what its steps took, beside what was predicted.
     """
-    audit, weights = read_audit(directory), RunFiles(directory).weights
-    assert audit is not None, "begin_audit has written one"
+    weights, audit = RunFiles(directory).weights, read_audit(directory)
+    if audit is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(RunFiles(directory).audit))
     session = audit["sessions"][-1]
     session["ended"] = _now()
     session["training"] = dict(training or {})

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lowmem_npo.claim import make_directory
 from lowmem_npo.console import Say
 from lowmem_npo.files import write_atomically
 
@@ -36,7 +37,7 @@ class MetricsWriter(TrainerCallback):
         self._last, self._last_at = {}, 0
         try:
             whole, damaged = _read(self.path)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(self.path.parent)
             write_atomically(self.path, "")
         except OSError as error:
             return self._give_up(error)

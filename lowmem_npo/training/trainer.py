@@ -26,6 +26,7 @@ from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
 
+from lowmem_npo.claim import make_directory
 from lowmem_npo.config import FORGET_TERMS, AdapterConfig, ObjectiveConfig
 from lowmem_npo.console import Say
 from lowmem_npo.data.batching import Batch, ForgetRetain, Pick, RowBatch, collator
@@ -171,6 +172,8 @@ class NPOTrainer(Trainer):
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.args.should_save:
+            make_directory(Path(output_dir or str(self.args.output_dir)))
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:  # safetensors lets nobody else read its files; a server may run as somebody else
             files = AdapterFiles(Path(output_dir or str(self.args.output_dir)))

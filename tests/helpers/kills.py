@@ -7,11 +7,11 @@ order before the next attempt. Reads one JSON object from standard input, and wr
     series: of [how, at], what happens one after the other, each time anew
         how: "kill"; "full", the disk has no room; "read-only", it takes no more writes; "gone", no directory is there
         at: the number of a file event, or, if a fraction, of the `seconds` that a whole run takes
-    every_event: instead of series, one kill before each file event: what it leaves on the disk is copied from one
-        whole run, once for events between which nothing changes there
+    every_event: instead of series, each of these ways from every file event on. It happens to forks of one whole run,
+        one for each event and way; what they leave on the disk is gone on from once for all that leave the same
     -> of each: {"events": file events of the last attempt, "seconds": what it took, "codes": the exit codes, "errors":
-       what was written to stderr, "bits": see there, "left": files half-made}; of every_event also "state": the
-       events that leave it
+       what was written to stderr, "bits": see there, "left": files half-made}; of every_event also "before": [way,
+       event, exit code, stderr] of all that leave what it goes on from
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from pathlib import Path
 WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate", "os.chmod", "shutil.copyfile"}
 MEASURED = ("*.safetensors", "after.json", "before.json", "evaluations.jsonl", "stopping.json", "evaluation.json",
             "rows.jsonl")  # fmt: skip
+ASIDE, LINKS = "gone", "links"  # the names of a directory that is gone, and of links to files that may be removed
 
 
 def bits(out: Path) -> dict[str, str]:
@@ -45,35 +46,6 @@ def bits(out: Path) -> dict[str, str]:
         if not re.search("checkpoint|best|reference", str(path.relative_to(out)))
     ]
     return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
-
-
-class States:
-    """What the folder of `out` holds before each file event of a run, copied into `kept` where it has changed."""
-
-    def __init__(self, out: Path, kept: Path) -> None:
-        self.folder, self.kept = out.parent, kept
-
-    def look(self, event: int) -> None:
-        digest = hashlib.sha256()
-        for path in sorted(self.folder.rglob("*")):
-            if path.name != "lowmem-npo.lock":
-                content = path.read_bytes() if path.is_file() else b""
-                digest.update(repr((str(path), path.stat().st_mode, hashlib.sha256(content).digest())).encode())
-        state = self.kept / digest.hexdigest()
-        if not state.exists():
-            shutil.copytree(self.folder, state / "folder")
-        with (state / "events").open("a") as file:
-            file.write(f"{event}\n")
-
-    def __iter__(self):
-        return iter(sorted(self.kept.iterdir(), key=lambda state: self.events(state)[0]))
-
-    @staticmethod
-    def events(state: Path) -> list[int]:
-        return [int(line) for line in (state / "events").read_text().split()]
-
-    def restore(self, state: Path) -> None:
-        shutil.copytree(state / "folder", self.folder, dirs_exist_ok=True)
 
 
 def is_write(event: str, arguments: tuple) -> bool:
@@ -89,7 +61,7 @@ class Failing:
 
     def __init__(self, how: str, out: Path) -> None:
         self.how, self.out, self.fails = how, out, False
-        self.ballast, self.aside = out.parent / "ballast", out.parent / f"{out.name}-gone"
+        self.ballast, self.aside = out.parent / "ballast", out.parent / ASIDE
 
     def begin(self, _: int) -> None:
         self.fails = True
@@ -117,6 +89,78 @@ class Failing:
             shutil.rmtree(self.aside)
 
 
+class EveryEvent:
+    """Each way in which a disk fails or a process is killed, from every file event of one run on, in forks of it: what
+    they leave of the folder of `out` is copied into `kept`, once for all that leave the same."""
+
+    def __init__(self, ways: list[str], out: Path, kept: Path) -> None:
+        self.ways, self.out, self.folder, self.kept = ways, out, out.parent, kept
+        self.failing: Failing | None = None  # of such a fork
+
+    def look(self, event: int) -> None:
+        if self.failing:
+            return
+        whole = left = self.keep()
+        shutil.copytree(self.folder, self.folder / LINKS, copy_function=os.link)
+        for way in self.ways:
+            code, errors = -signal.SIGKILL, b""
+            if way != "kill":
+                failing = Failing(way, self.out)
+                with tempfile.TemporaryFile() as file:
+                    if (child := os.fork()) == 0:
+                        os.dup2(file.fileno(), 2)
+                        self.failing = failing
+                        return failing.begin(event)
+                    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+                    file.seek(0)
+                    errors = file.read()
+                failing.ballast.unlink(missing_ok=True)
+                left = self.keep()
+                if failing.aside.exists():
+                    shutil.rmtree(self.out, ignore_errors=True)
+                    failing.aside.rename(self.out)
+                if left != whole:
+                    self.restore(whole)
+            with (left / "before").open("a") as file:
+                file.write(json.dumps([way, event, code, errors.decode(errors="replace")[-2000:]]) + "\n")
+        shutil.rmtree(self.folder / LINKS)
+
+    def check(self, path: object) -> None:
+        if self.failing:
+            self.failing.check(path)
+
+    def keep(self) -> Path:
+        digest = hashlib.sha256()
+        for path in sorted(self.folder.rglob("*")):
+            if path.name != "lowmem-npo.lock" and not {ASIDE, LINKS} & {*path.parts}:
+                content = path.read_bytes() if path.is_file() else b""
+                digest.update(repr((str(path), path.stat().st_mode, hashlib.sha256(content).digest())).encode())
+        state = self.kept / digest.hexdigest()
+        if not state.exists():
+            shutil.copytree(self.folder, state / "folder", ignore=shutil.ignore_patterns(ASIDE, LINKS))
+        return state
+
+    def restore(self, state: Path) -> None:
+        """In place: the run holds files open."""
+        for path in sorted(self.folder.rglob("*"), reverse=True):
+            if not (state / "folder" / path.relative_to(self.folder)).exists() and LINKS not in path.parts:
+                path.rmdir() if path.is_dir() else path.unlink()
+        for path in (self.folder / LINKS).rglob("*"):
+            if not (there := self.folder / path.relative_to(self.folder / LINKS)).exists():
+                there.mkdir() if path.is_dir() else there.hardlink_to(path)
+        shutil.copytree(state / "folder", self.folder, dirs_exist_ok=True)
+
+    def results(self, ended: Callable[[], dict]) -> list[dict]:
+        """What comes of what is left, each time."""
+        results = []
+        for state in sorted(self.kept.iterdir()):
+            if (lines := state / "before").exists():
+                self.restore(state)
+                before = [json.loads(line) for line in lines.read_text().splitlines()]
+                results.append({"before": before} | ended())
+        return results
+
+
 def attempt(arguments: list[str], at: float | None, begin: Callable, check: Callable) -> tuple[int, int, str]:
     """(exit code, file events, what it wrote to stderr) of the command in a fork.
 
@@ -137,7 +181,7 @@ def attempt(arguments: list[str], at: float | None, begin: Callable, check: Call
                     if at is None or events[0] == at:
                         begin(events[0])
                     events[0] += 1
-                    os.pwrite(counter.fileno(), str(events[0]).encode(), 0)
+                    os.pwrite(counter.fileno(), f"{events[0]:9}".encode(), 0)  # forks count there too
                     if event not in ("os.remove", "os.rmdir"):
                         check(details[1] if event in ("os.rename", "os.link") else details[0])
                 finally:
@@ -173,12 +217,14 @@ def nothing(_: object) -> None:
 
 
 class Job:
-    def __init__(self, command, resumed, first, out, series=(), seconds=0.0, every_event=False) -> None:
+    def __init__(self, command, resumed, first, out, series=(), seconds=0.0, every_event=()) -> None:
         self.command, self.resumed, self.first, self.out = command, resumed, first, Path(out)
         self.series, self.seconds, self.every_event = series, seconds, every_event
 
     def results(self) -> list[dict]:
-        return self.before_every_event() if self.every_event else [self.result(one) for one in self.series]
+        if self.every_event:
+            return self.before_every_event(self.every_event)
+        return [self.result(one) for one in self.series]
 
     def arguments(self) -> list[str]:
         begun = (self.out / self.first).exists()
@@ -195,10 +241,10 @@ class Job:
             written.append(errors)
         return self.ended(codes, written)
 
-    def ended(self, codes: list[int], written: list[str]) -> dict:
+    def ended(self, codes: list[int], written: list[str], at=-1, begin=nothing, check=nothing) -> dict:
         """Runs the command to its end, looks at what it has left, and removes that."""
         begun = time.monotonic()
-        code, events, errors = attempt(self.arguments(), -1, nothing, nothing)
+        code, events, errors = attempt(self.arguments(), at, begin, check)
         seconds = time.monotonic() - begun
         left = [str(path) for pattern in ("*.partial", "damaged-*") for path in self.out.parent.rglob(pattern)]
         result = {"events": events, "seconds": seconds, "codes": [*codes, code], "errors": [*written, errors]}
@@ -210,16 +256,11 @@ class Job:
         for path in self.out.parent.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def before_every_event(self) -> list[dict]:
-        results = []
+    def before_every_event(self, ways: list[str]) -> list[dict]:
         with tempfile.TemporaryDirectory() as kept:
-            states = States(self.out, Path(kept))
-            attempt(self.arguments(), None, states.look, nothing)
-            self.remove()
-            for state in states:
-                states.restore(state)
-                results.append(self.ended([-signal.SIGKILL], [""]) | {"state": states.events(state)})
-        return results
+            every = EveryEvent(ways, self.out, Path(kept))
+            whole = self.ended([], [], None, every.look, every.check)
+            return [whole | {"before": []}, *every.results(lambda: self.ended([], []))]
 
 
 def run() -> None:

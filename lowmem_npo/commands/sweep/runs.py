@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
-from lowmem_npo.claim import claimed
+from lowmem_npo.claim import claimed, make_directory
 from lowmem_npo.commands.sweep.borrowed_base import borrowed
 from lowmem_npo.commands.sweep.evaluation import SweepEvaluation
 from lowmem_npo.commands.sweep.figures import BEFORE, GOLD, SweepResult, baseline, before_of, collect, write_results
@@ -193,7 +193,7 @@ def _measure_gold(
     if not read_answers(files.answers(GOLD), run.config.output):
         inputs = read_inputs(of_gold.config, silent)
         plan = RunPlan(of_gold.config, RunDirectory(of_gold.config), inputs.tokenizer, inputs.data)
-        files.path.mkdir(parents=True, exist_ok=True)
+        make_directory(files.path)
         with borrowed(bases.loaded(of_gold.config.model)) as model:
             save_answers(files.answers(GOLD), measure_answers(plan, model, GOLD))
     if evaluation is None:

@@ -6,7 +6,7 @@ import signal
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -107,6 +107,7 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
     set_seed(config.training.seed)
     model = attach_lora(base, config.adapter)
     model.active_peft_config.revision = config.model.revision  # of the base: for those who load the adapter later
+    cast(Any, model).create_or_update_model_card = lambda folder: None  # PEFT's, to be filled in; the report writes one
     apply_switches(model, config.memory, resolve_device(config.model.device))
     if plan.data.retain_is_unwritten or plan.data.alternatives_are_unwritten:
         plan = _with_own_texts(plan, model, say)

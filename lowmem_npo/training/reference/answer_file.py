@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lowmem_npo.claim import make_directory
 from lowmem_npo.files import PARTIAL
 
 HOST = re.sub(r"\W", "_", platform.node())
@@ -114,7 +115,7 @@ class AnswerFile:
 
     def _create(self) -> None:
         """Reserves the whole file, so that space cannot run out later; leaves none behind if that fails."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(self.path.parent)
         partial = self._partial(os.getpid())
         file = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
