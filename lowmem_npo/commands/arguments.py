@@ -288,9 +288,13 @@ def field_docstrings(config: type) -> dict[str, str]:
     """Field -> the docstring below it, on one line; that of its nearest definition if it is inherited."""
     docstrings: dict[str, str] = {}
     for parent in reversed(config.__mro__):
-        if not dataclasses.is_dataclass(parent) or parent.__module__ == "types":
+        if not dataclasses.is_dataclass(parent):
             continue
-        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(parent))).body
+        try:
+            source = inspect.getsource(parent)
+        except OSError:  # made by make_dataclass, whose fields come from its bases or have no docstrings
+            continue
+        (definition,) = ast.parse(textwrap.dedent(source)).body
         assert isinstance(definition, ast.ClassDef)
         for field, after in zip(definition.body, definition.body[1:], strict=False):
             match field, after:

@@ -1,16 +1,17 @@
 """Flags, aliases, configuration files, and which of them wins."""
 
 import contextlib
-from dataclasses import fields, replace
+from dataclasses import fields, make_dataclass, replace
 from pathlib import Path
 
 import pytest
 from transformers import TrainingArguments
 
 from lowmem_npo.cli import COMMANDS, main
-from lowmem_npo.commands.arguments import ALIASES, COMMON, parse_run
+from lowmem_npo.commands.arguments import ALIASES, COMMON, field_docstrings, parse_run
 from lowmem_npo.config import SECTIONS
 from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.settings import EvaluationOptions
 from lowmem_npo.training.arguments import check_trainer_args, npo_config
 from lowmem_npo.training.honoured import FROM_PYTHON, HONOURED
 from lowmem_npo.training.npo_config import NPOConfig
@@ -29,6 +30,14 @@ def test_promised_flags_are_in_the_help(capsys):
     printed = capsys.readouterr().out
     for flag in [*PROMISED, "config", "preview", "dry-run", "attn"]:
         assert f"--{flag}" in printed, flag
+
+
+def test_a_made_class_has_the_help_of_its_bases(monkeypatch):
+    """From Python 3.12 on, make_dataclass names the module that calls it, where there is no such class to be read."""
+    made = make_dataclass("Made", [], bases=(EvaluationOptions,))
+    monkeypatch.setattr(made, "__module__", __name__)
+    texts = field_docstrings(made)
+    assert texts == field_docstrings(EvaluationOptions) and texts["batch_size"]
 
 
 def test_the_short_help_fits_a_screen_and_has_what_most_runs_need(capsys):

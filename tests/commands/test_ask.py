@@ -61,7 +61,7 @@ def greedy(model, tokenizer, text, new=48):
 
 def test_the_original_still_knows_what_the_other_has_forgotten(run, facts, capsys):
     questions = [question_of(record) for record in facts]
-    printed = asked(run, *questions, "--json", "--max-new-tokens", 48, capsys=capsys)
+    printed = asked(run, *questions, "--json", "--max-new-tokens", 48, "--device", "cpu", capsys=capsys)
     answers = [json.loads(line) for line in printed.out.splitlines()]
     base = AutoModelForCausalLM.from_pretrained(run.parent / "base")
     tokenizer = AutoTokenizer.from_pretrained(run.parent / "base")
