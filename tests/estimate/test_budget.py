@@ -84,9 +84,10 @@ def shallow(layers: int = 3, name: str = SMALL):
 def test_the_search_knows_what_the_adapter_rules_out(tmp_path):
     """A trained embedding is not moved to the host, and a first adapter is not for fewer layers than it has."""
     adapter = AdapterConfig(modules_to_save=("embed_tokens",))
-    trained = run(64, ON, adapter=adapter, training=TrainingConfig(batch_size=2))
+    memory, one = dataclasses.replace(ON, tile_mlp=1024), TrainingConfig(batch_size=1)
+    trained = run(64, memory, adapter=adapter, training=one)
     with pytest.raises(UserError, match="A budget of .* cannot be met") as refusal:
-        fit_budget(trained, shallow(2), 2**29)
+        fit_budget(trained, shallow(1), 2**28)
     assert "--offload-checkpoints" in str(refusal.value) and "--embedding-on-cpu" not in str(refusal.value)
     architecture = shallow(layers=8)
     with torch.device("meta"):
@@ -95,7 +96,7 @@ def test_the_search_knows_what_the_adapter_rules_out(tmp_path):
     weights = {name: torch.zeros(weight.shape) for name, weight in get_peft_model_state_dict(first).items()}
     first.peft_config["default"].save_pretrained(tmp_path)
     save_file(weights, tmp_path / "adapter_model.safetensors")
-    config = run(64, adapter=AdapterConfig(adapter=str(tmp_path)))
+    config = run(64, memory, adapter=AdapterConfig(adapter=str(tmp_path)), training=one)
     needed = estimate(config, architecture).total_bytes
     assert fit_budget(config, architecture, needed - 2**20).flags
 
@@ -209,13 +210,6 @@ def test_joint_passes_take_as_many_tokens_as_fit_where_they_save_time(short_rows
     assert fit(2**34, asked).config == asked
 
 
-def test_a_tile_as_large_as_a_micro_batch_is_none():
-    config = run(64, ON, training=TrainingConfig(batch_size=2))
-    with pytest.raises(UserError) as refusal:
-        fit_budget(config, shallow(2), 2**29)
-    assert "--tile-mlp" not in str(refusal.value) and "--offload-checkpoints" in str(refusal.value)
-
-
 def test_tiles_of_many_rows_are_tried_before_those_of_few():
     """Of 4-bit layers each tile dequantises the weights again."""
     config, architecture = run(2048, dataclasses.replace(ON, offload_checkpoints=True)), shallow(2)
@@ -229,18 +223,28 @@ def test_tiles_of_many_rows_are_tried_before_those_of_few():
     assert step_seconds(whole.work, 1, gpu.model).total < times[4096] < times[1024]
 
 
-def test_an_impossible_budget_says_the_smallest_and_what_takes_the_room():
-    few = TrainingConfig(batch_size=2)
+@pytest.fixture(scope="module")
+def refusal() -> str:
+    """The message on a budget that a search with several rows, and everything but tiles left open, cannot meet."""
     with pytest.raises(UserError) as error:
-        fit_budget(run(64, ON, training=few), shallow(1), 300 * 2**20)
-    message = str(error.value)
-    assert "A budget of 0.29 GiB cannot be met: the smallest that works is" in message
-    assert "--micro-batch-size 1" in message and "frozen weights" in message and "CUDA context" in message
-    assert "--qlora" not in message
+        fit_budget(run(64, ON, training=TrainingConfig(batch_size=2)), shallow(1), 300 * 2**20)
+    return str(error.value)
+
+
+def test_an_impossible_budget_says_the_smallest_and_what_takes_the_room(refusal):
+    assert "A budget of 0.29 GiB cannot be met: the smallest that works is" in refusal
+    assert "--micro-batch-size 1" in refusal and "frozen weights" in refusal and "CUDA context" in refusal
+    assert "--qlora" not in refusal
+    decided = dataclasses.replace(ON, embedding_on_cpu=True, offload_checkpoints=True, stream_weights=True)
+    few = TrainingConfig(batch_size=1)
     with pytest.raises(UserError, match="--qlora makes the frozen weights"):
         fit_budget(
-            RunConfig(ModelConfig("known"), DataConfig(max_length=64), memory=ON, training=few), shallow(1), 300 * 2**20
+            RunConfig(ModelConfig("known"), DataConfig(max_length=64), memory=decided, training=few), shallow(1), 2**28
         )
+
+
+def test_a_tile_as_large_as_a_micro_batch_is_none(refusal):
+    assert "--tile-mlp" not in refusal and "--offload-checkpoints" in refusal
 
 
 def test_what_the_allocator_cannot_use_counts_and_more_of_it_without_expandable_segments(monkeypatch):
