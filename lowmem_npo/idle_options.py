@@ -29,6 +29,7 @@ def remarks_on_idle_options(config: RunConfig) -> list[str]:
         for name, without, used in (
             ("group_column", "no --layered", training.layered is not None),
             ("layered_weight", "no --layered", training.layered is not None),
+            ("adversary_steps", "no --adversary", config.objective.adversary is not None),
             ("kl_direction", "--delta 0", config.objective.delta > 0),
             ("retain_batch_size", "--gamma 0 and --delta 0", config.objective.needs_retain),
             ("answer_column", "no --forget, whose bundled rows have columns of their own", data.forget is not None),

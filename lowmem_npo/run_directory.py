@@ -39,6 +39,7 @@ class AdapterFiles:
         self.adapter_config = path / "adapter_config.json"
         self.trainer_state = path / "trainer_state.json"  # of a checkpoint
         self.micro_batch_parts = path / "micro_batch_parts.json"  # of one, if memory had run out by then
+        self.adversary = path / "adversary.safetensors"  # of one, while an attacker goes on
 
 
 class EvaluationFiles:

@@ -284,7 +284,8 @@ def _trainer(model: PeftModel, config: RunConfig, rows: StepRows, folder: str, p
         processing_class=cast(PreTrainedTokenizerBase, SimpleNamespace(pad_token_id=0)),
     )
     in_step = list(range(len(rows.forget))), list(range(len(rows.retain)))
-    vars(trainer.step_batches)["step_rows"] = lambda step: in_step  # the others are those that are taught
+    others_are_taught = {"step_rows": lambda step: in_step, "spared": lambda step: in_step[0]}
+    vars(trainer.step_batches).update(others_are_taught)
     return trainer
 
 
@@ -354,10 +355,10 @@ def _track_adversary(gpu: FakeGPU, trainer: NPOTrainer) -> None:
             factor.b.register_post_accumulate_grad_hook(lambda b: gpu.mark(b.grad, "adversary"))
         return factors
 
-    def tracked_relearn(step: int, add_gradients: Callable[[], bool]) -> Tensor:
+    def tracked_relearn(*step: Any) -> Tensor:
         before = gpu.work.sections[-1][0]
         gpu.work.begin("adversary")
-        gain = relearn(step, add_gradients)
+        gain = relearn(*step)
         gpu.work.begin(before)
         gpu.mark([(factor.a, factor.b) for factor in adversary.factors], "adversary")
         return gain

@@ -21,8 +21,8 @@ from lowmem_npo.run_directory import RunFiles
 
 TAGS = ("unlearning", "machine-unlearning", "npo", "lora", "lowmem-npo")
 METHOD = ("recipe", "forget_term", "beta", "gamma", "delta", "normalization", "kl_direction", "forget_level", "layered",
-          "adversary", "sam", "lora_r", "lora_alpha", "lora_targets", "lora_layers", "use_rslora", "use_dora",
-          "modules_to_save", "batch_size", "epochs", "max_steps", "lr", "seed", "max_length", "qlora",
+          "adversary", "adversary_steps", "sam", "lora_r", "lora_alpha", "lora_targets", "lora_layers", "use_rslora",
+          "use_dora", "modules_to_save", "batch_size", "epochs", "max_steps", "lr", "seed", "max_length", "qlora",
           "dtype")  # fmt: skip
 RECORD = ("Revision", "Commit", "Weights", "Went on from", "Adapter", "Optimiser steps", "Started, ended",
           "Processors", "Versions", "Duration")  # fmt: skip

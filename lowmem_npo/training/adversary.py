@@ -7,12 +7,17 @@ is the gradient, with respect to all B together, of the NLL of `ROWS` forget row
 and a its step of length rho. What is forgotten only as long as nobody teaches any of it again is no minimum. The
 reference of the forget term, and the retain terms, are the model's without the attacker.
 
+With `--adversary-steps` an attacker goes on: it takes such a step before each of several optimiser steps, from where it
+stands, while the model moves too. It is taught rows of one half of what is being forgotten, and these steps take rows
+of the other (`layered.py`), as whoever relearns a part attacks the rest.
+
 Meta-learning against an attacker's fine-tuning steps is that of Tamirisa et al. 2024, "Tamper-Resistant Safeguards for
 Open-Weight LLMs", to first order and with one step, whose length is fixed as in sharpness-aware minimisation (Foret et
 al. 2021). It costs a forward and backward pass of `ROWS` rows in every step, and rank `RANK` more of memory: A and B in
-the type in which the model computes, and in that pass B and its gradient in float32.
+the type in which the model computes, and in that pass B and its gradient in float32. B of one that goes on stays so.
 
 The attacker is a function of the seed, the step and the weights: a resumed run meets the same, however a step is split.
+One that goes on is kept in checkpoints.
 It stands on the layers in hooks, so that whatever runs a layer again (checkpointing, tiles) runs it with the attacker.
 """
 
@@ -30,14 +35,18 @@ import torch.nn.functional as F
 from lowmem_kernels.dispatch import has_values
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowmem_npo.data.batching import Batch, Pick, RowBatch
 from lowmem_npo.data.tokenizing import TokenizedRow
 from lowmem_npo.errors import UserError
+from lowmem_npo.files import complete
 from lowmem_npo.memory.checkpointing import checkpointing, is_checkpointed
 from lowmem_npo.model.layers import causal_lm, decoder_layers, linear_layers
+from lowmem_npo.run_directory import AdapterFiles
 from lowmem_npo.training.step_rows import StepBatches
 from lowmem_npo.training.training_rows import names_of
 
@@ -54,7 +63,7 @@ class Factors(NamedTuple):
 
     layer: nn.Module
     a: Tensor  # (RANK, in) in the type in which the model computes
-    b: Tensor  # (out, RANK) likewise; float32 while it is learnt
+    b: Tensor  # (out, RANK) likewise; float32 while it is learnt, which may go on
 
 
 class Lesson(NamedTuple):
@@ -81,19 +90,21 @@ class Lesson(NamedTuple):
 class Adversary:
     """An attacker on `model`, whose step has the length `rho`.
 
-    device: where the model computes.
+    device: where the model computes. goes_on: whether it may take more than one step.
     """
 
-    def __init__(self, model: PeftModel, rho: float, seed: int, device: torch.device) -> None:
-        self.model, self.rho, self.seed, self.device = model, rho, seed, device
+    def __init__(self, model: PeftModel, rho: float, seed: int, device: torch.device, *, goes_on: bool = False) -> None:
+        self.model, self.rho, self.seed, self.device, self.goes_on = model, rho, seed, device, goes_on
         self.factors: list[Factors] = []
+        self.began = 0  # the step of the run before which it took its first one
         self.is_summed = False  # whether all processes have waited for a gradient that is not yet made use of
-        self._layers = list(linear_layers(causal_lm(model)).values())
+        self._layers = linear_layers(causal_lm(model))
         self._is_away = False
 
-    def relearn(self, step: int, add_gradients: Callable[[], bool]) -> Tensor:
+    def relearn(self, step: int, add_gradients: Callable[[], bool], began: int | None = None) -> Tensor:
         """Takes the attacker's step, before global step `step` of the run.
 
+        began: the step before which it took its first one. Default: this is the first.
         add_gradients: adds the gradients of the loss that the attacker lowers, over all processes, to those of the
             model's parameters: of these, only the attacker's require any. Returns whether the processes have summed
             them, so that it cannot be repeated.
@@ -101,9 +112,12 @@ class Adversary:
         Returns:
             () float32: how much lower that loss is at the end of the step, to first order.
         """
-        self.factors = []
+        self.began = step if began is None else began
+        if self.began == step:
+            self.factors = []
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        factors = self.fresh(step)
+        # Until its gradient is whole, the attacker is as it was: the step may have to be repeated.
+        factors = [Factors(layer, a, nn.Parameter(b)) for layer, a, b in self.factors] or self.fresh(self.began)
         for p in trained:
             p.requires_grad_(False)
         for layer, _, b in factors:
@@ -117,13 +131,34 @@ class Adversary:
             for p in trained:
                 p.requires_grad_(True)
         norm = torch.stack([b.grad.square().sum() for _, _, b in factors if b.grad is not None]).sum().sqrt()
+        self.factors = []
         while factors:  # what is used up is freed
-            layer, a, b = factors.pop()
-            if b.grad is not None:  # none in a layer that did not run, such as an expert's: it stays as it is
+            layer, a, b = factors.pop(0)
+            if b.grad is not None:
                 # Where there is no slope, no direction is the worst.
-                self.factors.append(Factors(layer, a, b.grad.mul_(-self.rho / norm.clamp(min=1e-30)).to(a.dtype)))
+                b = b.grad.mul_(-self.rho / norm.clamp(min=1e-30)).add_(b.detach())
+            elif not self.goes_on:  # a layer that did not run, such as an expert's: it stays as it is
+                continue
+            self.factors.append(Factors(layer, a, b.detach() if self.goes_on else b.to(a.dtype)))
         self.is_summed = False
         return self.rho * norm
+
+    def save(self, files: AdapterFiles) -> None:
+        """Keeps in a checkpoint what the attacker has learnt."""
+        learnt = {name: factor.b.cpu() for name, factor in zip(self._layers, self.factors, strict=True)}
+        with complete(files.adversary) as file:
+            save_file(learnt, file, metadata={"began": str(self.began)})
+
+    def resume(self, files: AdapterFiles) -> None:
+        """Goes on as in a checkpoint, if it kept any."""
+        if not files.adversary.exists():
+            return
+        with safe_open(files.adversary, "pt") as file:
+            self.began = int(file.metadata()["began"])
+            self.factors = [
+                Factors(layer, a, file.get_tensor(name).to(self.device))
+                for name, (layer, a, _) in zip(self._layers, self.fresh(self.began), strict=True)
+            ]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -147,7 +182,7 @@ class Adversary:
         if has_values(head):
             seeds = np.random.SeedSequence([self.seed, FACTORS, step]).generate_state(2)
             random = torch.Generator(self.device).manual_seed(int(seeds[0]) << 31 ^ int(seeds[1]))
-        for layer in self._layers:
+        for layer in self._layers.values():
             inputs, outputs = _sizes(layer)
             a = torch.empty(RANK, inputs, dtype=head.dtype, device=self.device)
             a.uniform_(-1 / math.sqrt(inputs), 1 / math.sqrt(inputs), generator=random)
@@ -173,12 +208,13 @@ class Adversary:
 
 def other_rows(step_batches: StepBatches, step: int, origins: Sequence[str] | None = None) -> list[int]:
     """The forget rows that the attacker is taught before global step `step`: at most `ROWS`, ascending, of those that
-    are being forgotten at that time, none of which is in the step; if there are enough, in no other form either."""
-    in_step = set(step_batches.step_rows(step)[0])
-    others = [row for row in step_batches.forgotten(step) if row not in in_step]
+    are being forgotten at that time, none of which is in the step, or in any under the same attacker; if there are
+    enough, in no other form either."""
+    spared = set(step_batches.spared(step))
+    others = [row for row in step_batches.forgotten(step) if row not in spared]
     if origins is not None:
-        of_step = {origins[row] for row in in_step}
-        others = [row for row in others if origins[row] not in of_step] or others
+        known = {origins[row] for row in spared}
+        others = [row for row in others if origins[row] not in known] or others
     random = np.random.default_rng([step_batches.seed, CHOICE, step])
     return sorted(random.permutation(others)[:ROWS].tolist())
 

@@ -69,7 +69,7 @@ def remove_damaged(run: RunFiles, say: Say) -> None:
 def write_digest(files: AdapterFiles) -> None:
     """Writes the hashes of a checkpoint's files so far: what a format checks by itself, if anything, is that a file is
     one of its kind, not that it belongs to this step."""
-    files_of_all = (files.weights, files.micro_batch_parts, *(files.path / name for name in STATE))
+    files_of_all = (files.weights, files.micro_batch_parts, files.adversary, *(files.path / name for name in STATE))
     there = [file for file in files_of_all if file.exists()]
     write_atomically(files.digest, "".join(f"{file_sha256(file)}  {file.name}\n" for file in there))
 
@@ -99,6 +99,8 @@ def _damage(files: AdapterFiles, trainer: Trainer, to_train: bool) -> str | None
             states = sorted(files.path.glob("rng_state*.pth")) or states
         if files.micro_batch_parts.exists() or files.micro_batch_parts.name in hashes:
             checks[files.micro_batch_parts] = lambda file: len(json.loads(file.read_bytes())["parts"]) > 0
+        if files.adversary.exists() or files.adversary.name in hashes:
+            checks[files.adversary] = lambda file: len(load_file(file)) > 0
         checks |= {state: lambda file: {"python", "numpy", "cpu"} <= _load(file).keys() for state in states}
     for file, is_whole in checks.items():
         if not file.is_file():

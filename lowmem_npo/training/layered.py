@@ -6,6 +6,9 @@ few of the rows again undoes one of the ways, and not all. It costs no pass and 
 
 Here a fold's rows are shown as often as they count: earlier folds at `weight` times the rate of the newest one, until
 the last stage shows all rows alike; later folds are retain rows, each of them twice.
+
+Where an attacker goes on for several steps (`--adversary-steps`), the steps in which it does take rows of one half of
+each fold, and it is taught rows of the other; then the halves change places, and after that they are drawn anew.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.training.step_rows import StepBatches
 
 FOLDS, FORGET, EARLIER, SLOTS, RETAIN = 2, 3, 4, 5, 6  # streams of random numbers, beside those of step_rows
+HALVES = 9  # another, beside those of adversary.py
 LATER_COPIES = 2  # of a later fold's row among the retain rows
 RETAIN_PER_FORGET = 2  # retain rows that stand beside them at most, so that a large retain set does not drown them
 
@@ -70,10 +74,14 @@ class LayeredBatches(StepBatches):
     folds: of `divide`, in the order in which they are forgotten.
     steps: of the whole run.
     weight: from 0 to 1, how often an earlier fold's row is shown for one showing of the newest fold's rows.
+    attack_steps: for how many steps an attacker goes on; a stage begins with a fresh one.
     """
 
-    def __init__(self, folds: Sequence[Sequence[int]], steps: int, weight: float, **sizes: Any):
+    def __init__(
+        self, folds: Sequence[Sequence[int]], steps: int, weight: float, *, attack_steps: int = 1, **sizes: Any
+    ):
         super().__init__(sum(map(len, folds)), **sizes)
+        self.attack_steps = attack_steps
         self.folds, self.steps, self.weight = [list(fold) for fold in folds], steps, weight
         self.starts = [stage * steps // len(folds) for stage in range(len(folds))]
         """The first step of each stage."""
@@ -96,18 +104,46 @@ class LayeredBatches(StepBatches):
         """Those of the folds whose turn has come."""
         return sorted(row for fold in self.folds[: self.stage(step) + 1] for row in fold)
 
+    def attack_began(self, step: int) -> int:
+        return step - (step - self.starts[self.stage(step)]) % self.attack_steps
+
+    def spared(self, step: int) -> Sequence[int]:
+        if self.attack_steps == 1:
+            return super().spared(step)
+        stage = self.stage(step)
+        attack = (step - self.starts[stage]) // self.attack_steps
+        return [row for fold in range(stage + 1) for row in self._half(fold, stage, attack)]
+
     def step_rows(self, step: int) -> tuple[list[int], list[int]]:
         stage = self.stage(step)
         first = step - self.starts[stage]
-        drawn = range(first * self.batch_size, (first + 1) * self.batch_size)
         held = range(first * self.retain_batch_size, (first + 1) * self.retain_batch_size if self.num_retain else 0)
-        return [self._forget(stage, draw) for draw in drawn], [self._retain(stage, draw) for draw in held]
+        folds, attack = self.folds[: stage + 1], []
+        if self.attack_steps > 1:
+            attack, first = [first // self.attack_steps], first % self.attack_steps
+            folds = [self._half(fold, stage, *attack) for fold in range(stage + 1)]
+        drawn = range(first * self.batch_size, (first + 1) * self.batch_size)
+        forget = [self._forget(folds, (stage, *attack), draw) for draw in drawn]
+        return forget, [self._retain(stage, draw) for draw in held]
 
-    def _forget(self, stage: int, draw: int) -> int:
-        """The `draw`-th row to forget of a stage: passes over the newest fold, with some of the earlier ones' rows."""
-        last = stage == len(self.folds) - 1
-        newest = [row for fold in self.folds for row in fold] if last else self.folds[stage]
-        earlier = [] if last else [row for fold in self.folds[:stage] for row in fold]
+    def _half(self, fold: int, stage: int, attack: int) -> list[int]:
+        """Rows of a fold that the `attack`-th attacker of a stage is not taught: the others' turn comes with the next
+        one."""
+        rows, pair = self.folds[fold], attack // 2
+        order = _order(len(rows), self.seed, HALVES, stage, pair, fold)
+        middle = len(rows) - len(rows) // 2
+        half = order[middle:] if attack % 2 and len(rows) > 1 else order[:middle]
+        return sorted(rows[place] for place in half)
+
+    def _forget(self, folds: Sequence[Sequence[int]], time: tuple[int, ...], draw: int) -> int:
+        """The `draw`-th row to forget of a stage, or under an attacker: passes over the newest fold, with some of the
+        earlier ones' rows.
+
+        folds: those whose turn has come. time: what tells the stage, or the attacker, from others.
+        """
+        last = len(folds) == len(self.folds)
+        newest = [row for fold in folds for row in fold] if last else folds[-1]
+        earlier = [] if last else [row for fold in folds[:-1] for row in fold]
         shown = self.weight * len(earlier)  # in a pass, on average
 
         def before(turn: int) -> int:
@@ -118,9 +154,9 @@ class LayeredBatches(StepBatches):
             turn += 1
         while before(turn) > draw:
             turn -= 1
-        also = [earlier[self._cycled(EARLIER, stage, n, len(earlier))] for n in self._shown(turn, shown)]
+        also = [earlier[self._cycled(n, len(earlier), EARLIER, *time)] for n in self._shown(turn, shown)]
         rows = [*newest, *also]
-        return rows[_order(self.seed, FORGET, stage, turn, len(rows))[draw - before(turn)]]
+        return rows[_order(len(rows), self.seed, FORGET, *time, turn)[draw - before(turn)]]
 
     @staticmethod
     def _shown(turn: int, shown: float) -> range:
@@ -131,18 +167,18 @@ class LayeredBatches(StepBatches):
         later = [self.num_retain + row for fold in self.folds[stage + 1 :] for row in fold] * LATER_COPIES
         others = min(self.num_retain, RETAIN_PER_FORGET * self.num_forget) if later else self.num_retain
         turn, place = divmod(draw, len(later) + others)
-        slot = int(_order(self.seed, SLOTS, stage, turn, len(later) + others)[place])
+        slot = int(_order(len(later) + others, self.seed, SLOTS, stage, turn)[place])
         if slot < len(later):
             return later[slot]
-        return self._cycled(RETAIN, stage, turn * others + slot - len(later), self.num_retain)
+        return self._cycled(turn * others + slot - len(later), self.num_retain, RETAIN, stage)
 
-    def _cycled(self, stream: int, stage: int, draw: int, rows: int) -> int:
+    def _cycled(self, draw: int, rows: int, *stream: int) -> int:
         """The `draw`-th of `rows`, which come in a new order each time that all have come."""
         turn, place = divmod(draw, rows)
-        return int(_order(self.seed, stream, stage, turn, rows)[place])
+        return int(_order(rows, self.seed, *stream, turn)[place])
 
 
 @lru_cache(maxsize=64)
-def _order(seed: int, stream: int, stage: int, turn: int, rows: int) -> np.ndarray:
-    """(rows,) int64: the order of a stream's rows in its `turn`-th pass of a stage."""
-    return np.random.default_rng([seed, stream, stage, turn]).permutation(rows)
+def _order(rows: int, *stream: int) -> np.ndarray:
+    """(rows,) int64: the order of rows that belongs to a seed, a stream, and a time."""
+    return np.random.default_rng(stream).permutation(rows)

@@ -85,6 +85,14 @@ class StepBatches(Sampler[list[Pick]]):
         """The forget rows that are being forgotten at global step `step`: all of them."""
         return range(self.num_forget)
 
+    def attack_began(self, step: int) -> int:
+        """The global step before which the attacker began that is at work at global step `step`: each has its own."""
+        return step
+
+    def spared(self, step: int) -> Sequence[int]:
+        """The forget rows that the attacker at work at global step `step` is never taught: those of the step."""
+        return self.step_rows(step)[0]
+
     def step_rows(self, step: int) -> tuple[list[int], list[int]]:
         """The forget and the retain rows of global step `step` (from 0), over all micro-batches and ranks."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)

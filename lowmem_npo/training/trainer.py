@@ -136,7 +136,8 @@ class NPOTrainer(Trainer):
         self._neighbour = None if objective.sam is None else Neighbour(model, objective.sam)
         self.ahead: list[Batch] = []  # a step's micro-batches, until the neighbour has been found
         rho = objective.adversary
-        adversary = None if rho is None else Adversary(model, rho, args.seed, args.device)
+        goes_on = objective.adversary_steps > 1
+        adversary = None if rho is None else Adversary(model, rho, args.seed, args.device, goes_on=goes_on)
         self.lesson: Lesson | None = None  # what the adversary is taught before a step, until it has been
         self._adversary_figures: dict[str, Tensor] = {}  # of the step, once it has
         self._step_rows: list[Batch] = []  # its micro-batches
@@ -185,8 +186,13 @@ class NPOTrainer(Trainer):
         super()._save_rng_state(output_dir)
         parts = gather_object([self.divided.parts]) if self.args.world_size > 1 else [self.divided.parts]
         if self.args.should_save:
-            self.divided.save(AdapterFiles(Path(output_dir)), parts)
-            write_digest(AdapterFiles(Path(output_dir)))
+            files = AdapterFiles(Path(output_dir))
+            self.divided.save(files, parts)
+            files.adversary.unlink(missing_ok=True)  # of an earlier time
+            adversary, step = self.passes.adversary, self.state.global_step
+            if adversary is not None and self.step_batches.attack_began(step) < step:
+                adversary.save(files)
+            write_digest(files)
 
     def restore(self, checkpoint: str) -> None:
         """Restores the adapter and the state of `checkpoint` without training: `train` would take at least one step."""
@@ -197,6 +203,8 @@ class NPOTrainer(Trainer):
         files = AdapterFiles(Path(resume_from_checkpoint))
         restore_adapter(self.model, load_file(files.weights))
         self.divided.resume(files, self.args.process_index, self.args.world_size)
+        if self.passes.adversary is not None:
+            self.passes.adversary.resume(files)
 
     def push_up_to(self, levels: Sequence[float]) -> None:
         """Sets the mean NLL per answer token, in nats, up to which each forget row is pushed.
@@ -233,12 +241,15 @@ class NPOTrainer(Trainer):
         }
         if self.passes.adversary is not None:
             check_others(rows.num_forget, rows.folds, batch_size)
-        if rows.folds is None:
+        attack_steps = 1 if self.passes.adversary is None else args.adversary_steps
+        if rows.folds is None and attack_steps == 1:
             return StepBatches(rows.num_forget, **sizes)
         per_epoch = math.ceil(rows.num_forget / batch_size)
         steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-        check_folds(rows.folds, batch_size, steps)
-        return LayeredBatches(rows.folds, steps, args.layered_weight, **sizes)
+        if rows.folds is not None:
+            check_folds(rows.folds, batch_size, steps)
+        folds = rows.folds or [list(range(rows.num_forget))]
+        return LayeredBatches(folds, steps, args.layered_weight, attack_steps=attack_steps, **sizes)
 
     def get_train_dataloader(self) -> DataLoader:
         """Plain, not sharded by accelerate: `StepBatches` already yields this process's share of every step."""
@@ -337,7 +348,9 @@ class NPOTrainer(Trainer):
         if adversary is not None and self.lesson is not None:
             figures: dict[str, Tensor] = {}
             teach = partial(self._add_lesson_gradients, self.lesson, figures)
-            figures["adversary_gain"] = adversary.relearn(self.state.global_step, teach) / self.args.world_size
+            step = self.state.global_step
+            gain = adversary.relearn(step, teach, self.step_batches.attack_began(step))
+            figures["adversary_gain"] = gain / self.args.world_size
             self.passes.metrics.add(**figures)
             self.lesson, self._adversary_figures = None, figures
         if self._neighbour is not None and self.ahead:
@@ -438,7 +451,7 @@ class NPOTrainer(Trainer):
                 logs["loss"] = math.nan
             if self.divided.parts > 1:
                 logs["micro_batch_parts"] = self.divided.parts
-            if isinstance(self.step_batches, LayeredBatches):
+            if self._rows.folds is not None and isinstance(self.step_batches, LayeredBatches):
                 logs["stage"] = self.step_batches.stage(self.state.global_step - 1) + 1
         losses = [line["loss"] for line in self.state.log_history if math.isfinite(line.get("loss", math.nan))]
         if "train_loss" in logs and losses:  # the Trainer's is of the steps since the run was resumed

@@ -112,6 +112,7 @@ def test_micro_batches_change_nothing(whole, byte_model, tmp_path):
         (("--adversary", -1), "--adversary must be a positive number, not -1.0"),
         (("--adversary", "nan"), "--adversary must be"),
         (("--adversary", "strong"), "--adversary"),
+        (("--adversary", 1, "--adversary-steps", 0), "--adversary-steps must be at least 1, not 0"),
         (("--adversary", 1, "--batch-size", 18), "--batch-size 18, forget rows: 18. Lower --batch-size"),
         (("--adversary", 1, "--layered", 3), "forget rows in the first fold of --layered 3: 6. Lower"),
         (("--recipe", "lasting"), "--recipe lasting: --adversary teaches forget rows that are not in the step"),
@@ -133,7 +134,20 @@ def rows_with(folder, alternatives):
     return path
 
 
-ATTACKED = ("--layered", 2, "--adversary", 1, "--max-steps", 4, "--save-steps", 1, "--save-total-limit", 9)
+ATTACKED = (
+    "--layered",
+    2,
+    "--adversary",
+    1,
+    "--adversary-steps",
+    2,
+    "--max-steps",
+    4,
+    "--save-steps",
+    1,
+    "--save-total-limit",
+    9,
+)
 
 
 @pytest.fixture(scope="module")
@@ -149,20 +163,24 @@ def test_a_run_against_an_adversary_records_it(attacked, byte_model, tmp_path):
     report = (attacked / "report.html").read_text()
     assert "an attacker was trained to bring back some of the answers" in report
     assert "others of them, without it" in report and "| adversary | `1.0` |" in (attacked / "README.md").read_text()
-    assert train(byte_model, tmp_path / "plain", *ATTACKED[:2], *ATTACKED[4:]) == 0
+    assert train(byte_model, tmp_path / "plain", *ATTACKED[:2], *ATTACKED[6:]) == 0
     assert not same(adapter(attacked), adapter(tmp_path / "plain"))
     assert "adversary_nll" not in steps(tmp_path / "plain")[0]
 
 
-@pytest.mark.parametrize("after", [1, 3])  # in each stage
-def test_a_resumed_run_meets_the_same_adversary(after, attacked, byte_model, tmp_path):
+@pytest.mark.parametrize("after", [2, 3])  # before a fresh one, and while one goes on
+def test_a_resumed_run_meets_the_same_adversary(after, attacked, byte_model, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(attacked, folder)
     for file in ("adapter_model.safetensors", "report.json", "after.json"):
         (folder / file).unlink()
-    for step in range(after + 1, 5):
-        shutil.rmtree(folder / f"checkpoint-{step}")
+    (folder / "checkpoint-3" / "adversary.safetensors").rename(tmp_path / "learnt")
+    if after == 3:
+        (tmp_path / "learnt").rename(folder / "checkpoint-3" / "adversary.safetensors")
+    shutil.rmtree(folder / "checkpoint-4")
     assert train(byte_model, folder, *ATTACKED, "--resume") == 0
+    assert ("checkpoint-3 is not whole: adversary.safetensors is missing" in capsys.readouterr().out) == (after == 2)
+    assert not (folder / "checkpoint-2" / "adversary.safetensors").exists()
     assert same(adapter(folder), adapter(attacked))
     assert [line["adversary_gain"] for line in steps(folder)] == [line["adversary_gain"] for line in steps(attacked)]
 

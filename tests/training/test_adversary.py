@@ -43,29 +43,41 @@ def trainer_of(folder, architecture="olmo", memory=None, adapter=None, model=Non
 
 class Dense:
     """The attacker and the gradient under it in float64, from full logits. The attacker is added to the weights
-    themselves: that of B is then the gradient of the weight times A."""
+    themselves: that of B is then the gradient of the weight times A. In step `step` it has taken that many more, at
+    the same weights of the model."""
 
-    def __init__(self, trainer, rows=None):
+    def __init__(self, trainer, rows=None, step=0):
         self.trainer, self.objective = trainer, trainer.passes.objective
         self.model = _dense_copy(trainer.model)
-        taught = other_rows(trainer.step_batches, 0) if rows is None else rows
         names = linear_layers(causal_lm(trainer.model))
         factors = trainer.passes.adversary.fresh(0)
         self.a = {name: factor.a.double() for name, factor in zip(names, factors, strict=True)}
+        self.b = {}
+        for taught in (
+            [other_rows(trainer.step_batches, before) for before in range(step + 1)] if rows is None else [rows]
+        ):
+            self.relearn(taught)
+        rows, kept = trainer.step_batches.step_rows(step)
+        self.forget, self.retain = [FORGET[row] for row in rows], [RETAIN[row] for row in kept]
+
+    def relearn(self, rows):
+        model = self.attacked()
         with torch.enable_grad():
-            weights = {name: self.weight(self.model, name).requires_grad_() for name in self.a}
-            logprobs = [self.logprobs(self.model, FORGET[row]) for row in taught]
-            self.nll = -torch.cat(logprobs).mean()
+            weights = {name: self.weight(model, name).requires_grad_() for name in self.a}
+            self.nll = -torch.cat([self.logprobs(model, FORGET[row]) for row in rows]).mean()
             gradients = torch.autograd.grad(self.nll, list(weights.values()), allow_unused=True)
-        slopes = {n: _as_linear(self.model, n, g) @ self.a[n].T for n, g in zip(weights, gradients, strict=True)
+        slopes = {n: _as_linear(model, n, g) @ self.a[n].T for n, g in zip(weights, gradients, strict=True)
                   if g is not None}  # fmt: skip
         norm = sum(slope.square().sum() for slope in slopes.values()).sqrt()
         self.gain = float(RHO * norm)
-        self.b = {name: -RHO * slope / norm for name, slope in slopes.items()}
-        self.model.zero_grad()
+        self.b = {name: self.b.get(name, 0.0) - RHO * slope / norm for name, slope in slopes.items()}
 
-        rows, kept = trainer.step_batches.step_rows(0)
-        self.forget, self.retain = [FORGET[row] for row in rows], [RETAIN[row] for row in kept]
+    def attacked(self, sign=1.0):
+        """The model under the attacker."""
+        model = copy.deepcopy(self.model).requires_grad_(False)
+        for name, b in self.b.items():
+            self.weight(model, name).add_(_as_linear(model, name, sign * b @ self.a[name]))
+        return model
 
     def without(self):
         """The gradients of the step if there were no attacker."""
@@ -74,10 +86,7 @@ class Dense:
     def expected(self, sign=1.0, reference_under_attack=False):
         """The gradients of the step: the forget term's under the attacker, the retain terms' without it."""
         whole, (_, here) = self.without(), dense_step(self.trainer, self.forget, None)
-        attacked = copy.deepcopy(self.model).requires_grad_(False)
-        with torch.no_grad():
-            for name, b in self.b.items():
-                self.weight(attacked, name).add_(_as_linear(attacked, name, sign * b @ self.a[name]))
+        attacked = self.attacked(sign)
         for name, p in attacked.named_parameters():
             p.requires_grad_(name in whole)
         beta, loss = self.objective.beta, 0.0
@@ -150,6 +159,27 @@ def test_the_forget_gradient_is_taken_under_an_attacker_who_learnt_other_rows(ru
     hooks = [m for m in trainer.model.modules() if m._forward_hooks or "relearning" in m._parameters]
     assert not hooks  # nothing of it stays on the model
     assert all(p.requires_grad == ("lora_" in name) for name, p in trainer.model.named_parameters())
+
+
+def test_an_attacker_may_go_on_for_several_steps(tmp_path):
+    """The third step of an attacker, at the same weights; the fourth step meets a fresh one."""
+    settings = {"adversary_steps": 3, "memory": {"tile_mlp": 5}}
+    dense = Dense(trainer_of(tmp_path / "dense", adversary_steps=3), step=2)
+    gradients = {
+        steps: step_gradients(trainer := trainer_of(tmp_path, **settings, max_steps=steps)) for steps in (3, 4)
+    }
+    assert relative_error(gradients[3], expected := dense.expected()) < 1e-4
+    logged = trainer.state.log_history
+    assert logged[2]["adversary_nll"] == pytest.approx(dense.nll.item(), rel=1e-4)
+    assert logged[2]["adversary_gain"] == pytest.approx(dense.gain, rel=1e-4)
+    for wrong in (dense.without(), gradients[4]):
+        assert relative_error(wrong, expected) > 1e-2
+    dense.b = {name: b / 3 for name, b in dense.b.items()}  # one that does not go on is about as far
+    assert relative_error(dense.expected(), expected) > 1e-2
+    rows = trainer.step_batches.step_rows(3)[0]
+    taught = other_rows(trainer.step_batches, 3)
+    assert trainer.passes.adversary.began == 3 and not {*rows} & {*taught}
+    assert "stage" not in logged[0]  # of --layered
 
 
 def test_mistakes_would_be_noticed(tmp_path, monkeypatch):
@@ -225,17 +255,19 @@ def test_real_four_bit_layers(tmp_path):
 
 
 def test_a_step_that_runs_out_of_memory_is_repeated_under_the_same_attacker(tmp_path):
-    """In its lesson, and then in its forget pass: the figures of both are those of the whole step."""
-    whole = trainer_of(tmp_path / "whole")
+    """The second of an attacker, in its lesson, and then in its forget pass: the figures of both are those of the whole
+    step."""
+    settings = {"adversary_steps": 2, "max_steps": 2}
+    whole = trainer_of(tmp_path / "whole", **settings)
     passes = SmallGPU(whole, 10**9).passes
     expected = step_gradients(whole)
-    *lesson, forget, _ = passes
+    *lesson, forget, _ = passes[4:]
     assert len(lesson) == 2 and forget != max(lesson)
-    for most, first in ((max(lesson) - 1, 0), (forget - 1, 2)):
-        trainer = trainer_of(tmp_path / str(first))
+    for most, first in ((max(lesson) - 1, 4), (forget - 1, 6)):
+        trainer = trainer_of(tmp_path / str(first), **settings)
         SmallGPU(trainer, most, first=first)
         assert relative_error(step_gradients(trainer), expected) < 1e-5 and trainer.divided.parts > 1
-        logged, once = trainer.state.log_history[0], whole.state.log_history[0]
+        logged, once = trainer.state.log_history[1], whole.state.log_history[1]
         for name in ("loss", "forget_nll", "adversary_nll", "adversary_gain"):
             assert logged[name] == pytest.approx(once[name], rel=1e-5), name
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowmem_npo.errors import UserError
+from lowmem_npo.training.adversary import other_rows
 from lowmem_npo.training.layered import LATER_COPIES, LayeredBatches, check_folds, divide
 
 SIZES = {"num_retain": 9, "batch_size": 3, "retain_batch_size": 3, "seed": 5}
@@ -99,6 +100,29 @@ def test_later_folds_are_held_twice_until_their_turn():
         if later:
             twice, once = (sum(retain[row] for row in rows) / len(rows) for rows in (later, range(9)))
             assert twice / once == pytest.approx(LATER_COPIES, rel=0.1)
+
+
+@pytest.mark.parametrize("rows, folds, attack_steps", [(24, 3, 5), (13, 1, 4), (9, 3, 1)])
+def test_an_attacker_that_goes_on_is_never_taught_what_is_forgotten_meanwhile(rows, folds, attack_steps):
+    """In turn each half of what is being forgotten; all rows as often as without."""
+    sampler, plain = (batches(rows, folds, **steps) for steps in ({"attack_steps": attack_steps}, {}))
+    ends = [*sampler.starts[1:], sampler.steps]
+    for stage, (first, end) in enumerate(zip(sampler.starts, ends, strict=True)):
+        halves: dict[int, set[int]] = {}
+        for step in range(first, end):
+            began, spared = sampler.attack_began(step), set(sampler.spared(step))
+            assert first <= began <= step < began + attack_steps and (began - first) % attack_steps == 0
+            assert set(sampler.step_rows(step)[0]) <= spared == halves.setdefault(began, spared)
+            assert set(other_rows(sampler, step)) <= set(sampler.forgotten(step)) - spared
+        if attack_steps > 1:
+            turns = list(halves.values())
+            for one, other in zip(turns[::2], turns[1::2], strict=False):
+                assert one | other == set(sampler.forgotten(first)) and not one & other
+            assert len(set(map(frozenset, turns))) > 2  # drawn anew
+        assert drawn(sampler, stage)[1] == drawn(plain, stage)[1]
+        shown, as_often = (drawn(one, stage)[0] for one in (sampler, plain))
+        for row in as_often:
+            assert shown[row] == pytest.approx(as_often[row], abs=2 + as_often[row] / 2)
 
 
 def test_a_large_retain_set_does_not_drown_the_later_folds():

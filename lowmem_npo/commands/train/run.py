@@ -222,7 +222,8 @@ def _trainer(plan: RunPlan, model: PeftModel, stopping: Stopping | None, say: Sa
         say=say,
     )
 
-    if stopping is not None and isinstance(trainer.step_batches, LayeredBatches):
+    is_layered = plan.config.training.layered is not None
+    if stopping is not None and is_layered and isinstance(trainer.step_batches, LayeredBatches):
         stopping.stages = trainer.step_batches
     for default in (ProgressCallback, PrinterCallback):  # replaced by ours
         trainer.remove_callback(default)
