@@ -25,7 +25,8 @@ Finite = Annotated[float, Interval(ge=-LARGEST, le=LARGEST)]
 PositiveShare = Annotated[float, Interval(gt=0, le=1)]
 Probability = Annotated[float, Interval(ge=0, lt=1)]
 
-KINDS = {"int": "a whole number", "float": "a number", "string": "text", "bool": "true or false", "tuple": "a list"}
+KINDS = {"int": "a whole number", "float": "a number", "string": "text", "bool": "true or false", "tuple": "a list",
+         "list": "a list", "dict": "an object"}  # fmt: skip
 
 
 def check_fields(options: Any, section: type | None = None) -> None:
@@ -37,8 +38,13 @@ def check_fields(options: Any, section: type | None = None) -> None:
     check_values({name: getattr(options, name) for name in hints}, hints)
 
 
-def check_values(values: Mapping[str, Any], types: Mapping[str, Any]) -> None:
-    """Raises UserError for the first of `values` that its type does not allow; it names the flag."""
+def check_values(
+    values: Mapping[str, Any],
+    types: Mapping[str, Any],
+    spelled: Callable[[str], str] = lambda name: f"--{name.replace('_', '-')}",
+) -> None:
+    """Raises UserError for the first of `values` that its type does not allow; it names the flag, or what `spelled`
+    makes of the name."""
     from pydantic import ValidationError  # late: --help checks nothing
 
     for name, value in values.items():
@@ -47,7 +53,7 @@ def check_values(values: Mapping[str, Any], types: Mapping[str, Any]) -> None:
         try:
             _validator(types[name])(value)
         except ValidationError as error:
-            raise UserError(f"--{name.replace('_', '-')} must be {_wanted(error)}, not {shown(value)}.") from None
+            raise UserError(f"{spelled(name)} must be {_wanted(error)}, not {shown(value)}.") from None
 
 
 def shown(value: Any) -> str:

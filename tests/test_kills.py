@@ -35,6 +35,7 @@ KINDS = {
     "evaluate": ("evaluate", "--device", "cpu", "--limit", "3", "--max-new-tokens", "4"),
     "merge": ("merge", "--dtype", "stored"),
 }
+WAYS = ("kill", "full", "read-only", "gone")
 FIRST = {"sweep": "sweep_state.json", "evaluate": "settings.json", "merge": "no file"}  # and run.yaml of a run
 
 
@@ -55,7 +56,7 @@ class Command:
 
 
 @pytest.fixture(scope="module")
-def command(byte_model, tmp_path_factory, full) -> Callable[[str], Command]:
+def command(byte_model, tmp_path_factory) -> Callable[[str], Command]:
     @cache
     def adapter() -> Path:
         folder = tmp_path_factory.mktemp("adapter") / "run"
@@ -64,8 +65,6 @@ def command(byte_model, tmp_path_factory, full) -> Callable[[str], Command]:
 
     @cache
     def of(kind: str) -> Command:
-        if kind != "train" and not full:
-            pytest.skip("takes long: bash scripts/test.sh --full")
         made = adapter() if KINDS[kind][0] in ("evaluate", "merge") else None
         (result,) = started(kind, byte_model, made, tmp_path_factory.mktemp("whole") / "run", series=[[]])
         assert result["codes"] == [0], result["errors"]
@@ -89,15 +88,35 @@ def started(kind: str, model: Path, adapter: Path | None, out: Path, **what) -> 
     return json.loads(done.stdout)
 
 
+def test_killed_at_two_file_events(command, own_disk):
+    """One after the other, in one run."""
+    whole = command("train")
+    print(f"{check(whole, own_disk, [[('kill', 2), ('kill', whole.events // 2)]])} kills at file events, the same bits")
+
+
+def test_a_disk_that_fails(command, own_disk):
+    """From some file event on it has no more room, takes no more writes, or its directory is gone. The command ends
+    with a sentence, or needs the disk no more; then it goes on, or begins anew without a directory."""
+    whole = command("train")
+    check(whole, own_disk, [[("full", whole.events // 2)], [("read-only", 9)], [("gone", whole.events // 3)]])
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_at_file_events(kind, command, own_disk, full):
-    """Short: one after the other in one run of `train`. Full: before every file event of every command."""
+def test_every_file_event(kind, command, own_disk):
+    """The same, of every command, before and from every file event on."""
     whole = command(kind)
-    if not full:
-        kills = check(whole, own_disk, [[("kill", 2), ("kill", whole.events // 2)]])
-        return print(f"{kind}: {kills} kills at file events, the same bits")
-    events, states = check_every_event(whole, own_disk, "kill")
-    print(f"{kind}: killed before each of {events} file events, which leaves {states} states: the same bits")
+    undisturbed, *results = whole.failing(own_disk, every_event=WAYS)
+    check_ended(whole, [], undisturbed)
+    for result in results:
+        for way, event, code, errors in result["before"]:
+            again = result | {"codes": [code, *result["codes"]], "errors": [errors, *result["errors"]]}
+            check_ended(whole, [(way, event)], again)
+    events = undisturbed["events"]
+    seen = sorted((event, way) for result in results for way, event, _, _ in result["before"])
+    assert seen == sorted((event, way) for event in range(events) for way in WAYS) and abs(events - whole.events) < 5
+    print(f"{kind}: killed before each of {events} file events, and a full, read-only or vanished disk from it on, "
+          f"which leaves {len(results)} states: the same bits")  # fmt: skip
 
 
 @pytest.mark.full
@@ -109,19 +128,6 @@ def test_killed_at_any_moment(kind, command, own_disk):
         kills += check(whole, own_disk, [[("kill", generator.uniform(0.01, 0.95)) for _ in range(4)] for _ in range(9)])
         runs += 9
     print(f"{kind}: {kills} kills at random moments of {whole.seconds:.1f} s in {runs} runs, the same bits")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_disk_that_fails(kind, command, own_disk, full):
-    """From some file event on it has no more room, takes no more writes, or its directory is gone. The command ends
-    with a sentence, or needs the disk no more; then it goes on, or begins anew without a directory."""
-    whole = command(kind)
-    if not full:
-        check(whole, own_disk, [[("full", whole.events // 2)], [("read-only", 9)], [("gone", whole.events // 3)]])
-        return print(f"{kind}: 3 times a disk that fails from a file event on, the same bits")
-    events, states = check_every_event(whole, own_disk, "full", "read-only", "gone")
-    print(f"{kind}: a disk that fails from each of {events} file events on, full, read-only and gone, which leaves "
-          f"{states} states: the same bits")  # fmt: skip
 
 
 @pytest.fixture
@@ -142,20 +148,6 @@ def check(whole: Command, folder: Path, series: list[list]) -> int:
     for moments, result in zip(series, results, strict=True):
         check_ended(whole, moments, result)
     return sum(result["codes"].count(-signal.SIGKILL) for result in results)
-
-
-def check_every_event(whole: Command, folder: Path, *ways: str) -> tuple[int, int]:
-    """One of the ways from each file event of a run on; returns how many events there are, and how many states of the
-    disk they leave."""
-    undisturbed, *results = whole.failing(folder, every_event=ways)
-    for result in (undisturbed, *results):
-        for way, event, code, errors in result["before"] or [("", 0, 0, "")]:
-            again = result | {"codes": [code, *result["codes"]], "errors": [errors, *result["errors"]]}
-            check_ended(whole, [(way, event)], again)
-    seen = sorted((event, way) for result in results for way, event, _, _ in result["before"])
-    assert seen == sorted((event, way) for event in range(undisturbed["events"]) for way in ways)
-    assert abs(undisturbed["events"] - whole.events) < 5
-    return undisturbed["events"], len(results)
 
 
 def check_ended(whole: Command, moments: list, result: dict) -> None:

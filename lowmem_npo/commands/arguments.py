@@ -16,6 +16,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 from contextlib import redirect_stderr
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -220,6 +221,7 @@ def short_help(command: str) -> str:
     return "\n".join([*lines, "", f"lowmem-npo {command} --help-all explains every option; so does docs/options.md."])
 
 
+@cache
 def run_options() -> type:
     """A dataclass with a field per section, for tyro: each section is a box of the help, flags have no prefix."""
     fields: list[tuple] = []

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Interval
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import PreTrainedModel
@@ -16,6 +17,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.model.names import resolve_name
 from lowmem_npo.model.patterns import check_patterns
 from lowmem_npo.model.saved_modules import in_four_bits
+from lowmem_npo.ranges import Count, Finite, check_values, shortened, shown
 from lowmem_npo.run_directory import AdapterFiles, run_of_adapter
 from lowmem_npo.settings_file import read_settings
 from lowmem_npo.sources import check_adapter_name
@@ -32,6 +34,14 @@ EXTRAS = {
     "use_qalora": "pooled inputs (QALoRA)",
     "use_bdlora": "block-diagonal factors (BD-LoRA)",
 }
+# Of a LoRA adapter's configuration, what PEFT takes as it comes.
+LAYERS = str | list[str] | None
+TYPES = {
+    "r": Count, "lora_alpha": Finite, "lora_dropout": Annotated[float, Interval(ge=0, le=1)],
+    "rank_pattern": dict[str, Count] | None, "alpha_pattern": dict[str, Finite] | None, "use_rslora": bool,
+    "use_dora": bool, "target_modules": LAYERS, "exclude_modules": LAYERS, "layers_pattern": LAYERS,
+    "layers_to_transform": int | list[int] | None, "modules_to_save": list[str] | None, "revision": str | None,
+}  # fmt: skip
 
 
 def base_of_adapter(folder: str) -> str:
@@ -74,8 +84,13 @@ def stored_lora(folder: str) -> LoraConfig:
     """The configuration of the LoRA adapter in `folder`. Raises UserError if there is none, or one of another kind."""
     kind = _configuration(folder)["peft_type"]
     if kind != "LORA":
-        raise UserError(f"The adapter in '{folder}' is {kind}, not LoRA: nothing else is supported here.")
-    return LoraConfig.from_pretrained(str(Path(folder).expanduser()))
+        raise UserError(f"The adapter in '{folder}' is {shown(kind)}, not LoRA: nothing else is supported here.")
+    try:
+        return LoraConfig.from_pretrained(str(Path(folder).expanduser()))
+    except (TypeError, ValueError) as error:  # fields that do not go together
+        raise UserError(
+            f"The configuration of the adapter in '{folder}' is not valid: {shortened(str(error))}"
+        ) from error
 
 
 def check_stored_patterns(folder: str, model: PreTrainedModel) -> None:
@@ -173,10 +188,12 @@ def _configuration(folder: str) -> dict[str, Any]:
             raise UserError(f"The directory '{folder}' holds no adapter: there is no {file.name} in it.")
     try:
         content = json.loads(files.adapter_config.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"'{files.adapter_config}' is not valid JSON: {error}.") from error
     if not isinstance(content, dict) or "peft_type" not in content:
         raise UserError(f"'{files.adapter_config}' is not the configuration of a PEFT adapter.")
+    if content["peft_type"] == "LORA":
+        check_values(content, TYPES, lambda name: f"'{files.adapter_config}': {name}")
     return content
 
 

@@ -32,6 +32,7 @@ from lowmem_npo.files import file_sha256, write_atomically
 from lowmem_npo.model import resolve_name
 from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.names import commit_of
+from lowmem_npo.ranges import check_values
 from lowmem_npo.run_directory import AdapterFiles, RunFiles
 from lowmem_npo.training.reference.identity import weights_fingerprint
 
@@ -115,16 +116,33 @@ def finish_audit(
     _write(directory, audit)
 
 
+RECORD = {
+    "configuration": dict[str, Any], "model": dict[str, Any], "data": dict[str, dict[str, Any]],
+    "forget_rows": dict[str, Any], "sessions": list[dict[str, Any]], "adapter": dict[str, Any] | None,
+}  # fmt: skip
+
+
+def check_record(record: Any, types: Mapping[str, Any]) -> None:
+    """Raises ValueError unless `record` is an object with values of these types."""
+    if not isinstance(record, dict) or not types.keys() <= record.keys():
+        raise ValueError("it lacks what a run records")
+    try:
+        check_values(record, types, str)
+    except UserError as error:
+        raise ValueError(str(error).rstrip(".")) from error
+
+
 def read_audit(directory: Path) -> Audit | None:
     """The audit record of the run in `directory`, None if it has none. Raises UserError if it is damaged."""
     path = RunFiles(directory).audit
     try:
         audit = json.loads(path.read_text(encoding="utf-8"))
-        if not {"configuration", "model", "forget_rows", "sessions"} <= audit.keys():
-            raise ValueError("it lacks what a run records")
+        check_record(audit, RECORD)
+        check_record(audit["forget_rows"], {"salt": str, "sha256": list[str]})
+        bytes.fromhex(audit["forget_rows"]["salt"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"'{path}' cannot be read as the audit record of a run ({error}): restore it, or go on without one by "
             "removing it."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +92,11 @@ class Stopping(TrainerCallback):
         """Why the run cannot continue from `step`: the best adapter until then is missing or damaged. None: it can."""
         try:
             evaluations = self._until(step)
-        except (ValueError, TypeError):
+        except ValueError:
             return f"{self.files.stop_evaluations.name} is damaged"
-        kept = self._best(evaluations) if evaluations else None
-        if kept is None:
+        if not evaluations or evaluations[0].step > 0:
+            return f"{self.files.stop_evaluations.name} lacks what was measured before training"
+        if (kept := self._best(evaluations)) is None:
             return None
         try:
             whole = load_file(self._file(kept)).keys() >= self._trained().keys()
@@ -284,11 +285,16 @@ def measure(
 
 
 def read_evaluations(path: Path) -> list[StopEvaluation]:
-    """The evaluations in evaluations.jsonl, in order; none if it does not exist."""
+    """The evaluations in evaluations.jsonl, in order; none if it does not exist. Raises ValueError if it is damaged."""
     if not path.exists():
         return []
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [StopEvaluation(**line | {k: math.nan for k, v in line.items() if v is None}) for line in lines]
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        evaluations = [StopEvaluation(**line | {k: math.nan for k, v in line.items() if v is None}) for line in lines]
+        float(sum(value for one in evaluations for value in astuple(one) if value is not None))  # all are numbers
+    except (TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"'{path}' is damaged") from error
+    return evaluations
 
 
 def _nll(likelihoods: Sequence[Likelihood]) -> float:

@@ -132,8 +132,8 @@ class EveryEvent:
     def keep(self) -> Path:
         digest = hashlib.sha256()
         for path in sorted(self.folder.rglob("*")):
-            if path.name != "lowmem-npo.lock" and not {ASIDE, LINKS} & {*path.parts}:
-                content = path.read_bytes() if path.is_file() else b""
+            if not {ASIDE, LINKS} & {*path.parts}:
+                content = path.read_bytes() if path.is_file() and path.name != "lowmem-npo.lock" else b""
                 digest.update(repr((str(path), path.stat().st_mode, hashlib.sha256(content).digest())).encode())
         state = self.kept / digest.hexdigest()
         if not state.exists():

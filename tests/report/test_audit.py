@@ -124,9 +124,11 @@ def test_a_resumed_run_keeps_its_salt_and_counts_its_sessions(byte_model, data, 
 
 def test_a_damaged_or_missing_record_is_reported(own_run, tmp_path, capsys):
     rows = str(write_rows(tmp_path / "rows.jsonl", FORGET))
-    (own_run / "audit.json").write_text("{")
-    assert main(["report", str(own_run)]) == 2
-    assert "cannot be read as the audit record" in capsys.readouterr().err
+    audit = audit_of(own_run)
+    for damaged in ("{", "7", audit | {"data": {"retain": 7}}, audit | {"forget_rows": {"salt": [1], "sha256": []}}):
+        (own_run / "audit.json").write_text(damaged if isinstance(damaged, str) else json.dumps(damaged))
+        assert main(["report", str(own_run)]) == 2
+        assert "cannot be read as the audit record" in capsys.readouterr().err
     (own_run / "audit.json").unlink()
     assert main(["report", str(own_run), "--prove", rows]) == 2
     assert main(["report", str(own_run)]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 import zipfile
@@ -16,6 +17,8 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from lowmem_npo.cli import main
 from lowmem_npo.run_directory import AdapterFiles, RunFiles
+from lowmem_npo.stop_conditions import parse_conditions
+from lowmem_npo.training.early_stopping import Stopping
 
 FILES = ("trainer_state.json", "adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt",
          "rng_state.pth")  # fmt: skip
@@ -191,6 +194,14 @@ def test_a_damaged_run_yaml_is_named(content, cut, run, capsys):
     assert run(cut, "--resume") == 2
     error = capsys.readouterr().err
     assert "run.yaml' is damaged" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("content", ["", "[]\n", "[" * 100_000, "{}", '{"step": 0, "epoch": 0.0, "forget_nll": [1]}'])
+def test_no_run_goes_on_from_damaged_evaluations(content, tmp_path):
+    path = RunFiles(tmp_path).stop_evaluations
+    path.write_text(content)
+    stopping = Stopping(parse_conditions(["retain-loss+1000"]), torch.nn.Linear(1, 1), {}, tmp_path)
+    assert re.search(f"^{path.name} (is damaged|lacks what)", stopping.damage(1))
 
 
 @pytest.mark.parametrize("name", ["before.json", "leaks.json", "evaluations.jsonl"])
