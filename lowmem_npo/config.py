@@ -78,6 +78,35 @@ class ModelOptions(Checked):
     """Compute type, and type of the frozen weights that are not 4-bit."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto is the GPU if there is one, else the CPU. CUDA_VISIBLE_DEVICES selects one of several GPUs."""
+    quantized_cache: str | None = None
+    """Directory in which the weights that --qlora has quantised are kept; the next run with the same weights and
+    options reads them there."""
+
+
+@dataclass
+class StreamOptions(Checked):
+    """Where the frozen weights are while they are computed with: for every command that loads a large model."""
+
+    stream_weights: bool = False
+    """Keep the frozen weights of the decoder layers in the host's memory; the GPU holds two layers, and the next one is
+    copied while one computes."""
+    stream_from: Literal["auto", "memory", "cache"] = "auto"
+    """Where --stream-weights keeps them. memory: in pinned memory. cache: in the files of --quantized-cache, which are
+    read in every pass, at the speed of the disk. auto: in the cache, if the memory that is available is too small."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stream_from != "auto" and not self.may_stream:
+            raise UserError("--stream-from says where --stream-weights keeps the weights: give both, or none.")
+
+    @property
+    def may_stream(self) -> bool:
+        return self.stream_weights
+
+    def check_source(self, model: ModelOptions) -> None:
+        """Raises UserError for files that are not named."""
+        if self.stream_from == "cache" and model.quantized_cache is None:
+            raise UserError("--stream-from cache reads the weights from the files of --quantized-cache DIR: give one.")
 
 
 @dataclass
@@ -91,6 +120,14 @@ class AnswerOptions(Checked):
     """How the forget rows are asked for. all: as they were trained, and, for a model with a chat template, in the chat
     form or the plain form, whichever was not trained, and in other words where a row has them (--paraphrase-column).
     The report goes by the form in which most is left. trained: as they were trained only."""
+    generate_answers: Automatic = "auto"
+    """Whether the model writes its answers when it is measured. off: they are read off the likelihoods, the most likely
+    token after each true one, and leak tests that let the model write are left out. auto: on, unless --stream-weights
+    is predicted to make it take more than an hour."""
+
+    def __post_init__(self) -> None:
+        self.generate_answers = on_or_off(self.generate_answers)
+        super().__post_init__()
 
 
 @dataclass
@@ -98,9 +135,6 @@ class ModelConfig(ModelOptions):
     """Model: the one that is to forget, and how it is loaded."""
 
     model: str = field()
-    quantized_cache: str | None = None
-    """Directory in which the weights that --qlora has quantised are kept; the next run with the same weights and
-    options reads them there."""
 
     def __post_init__(self) -> None:
         self.double_quant = on_or_off(self.double_quant)
@@ -314,7 +348,7 @@ class AdapterConfig(Checked):
 
 
 @dataclass
-class MemoryConfig(Checked):
+class MemoryConfig(StreamOptions):
     """Memory: what keeps the step small. The loss and its gradients stay the same, but for rounding."""
 
     gradient_checkpointing: Automatic = "auto"
@@ -334,12 +368,6 @@ class MemoryConfig(Checked):
     that is free, or into --memory-budget, if that is predicted to be faster; else 0."""
     embedding_on_cpu: bool = False
     """Keep the input embedding in the host's memory and copy the rows that a batch needs."""
-    stream_weights: bool = False
-    """Keep the frozen weights of the decoder layers in the host's memory; the GPU holds two layers, and the next one is
-    copied while one computes."""
-    stream_from: Literal["auto", "memory", "cache"] = "auto"
-    """Where --stream-weights keeps them. memory: in pinned memory. cache: in the files of --quantized-cache, which are
-    read in every pass, at the speed of the disk. auto: in the cache, if the memory that is available is too small."""
     reference: Literal["auto", "live", "cached"] = "auto"
     """live: run the reference pass in every step. cached: store its results when a row is first seen and read them from
     then on, in later runs too. auto: cached if there is more than one epoch and the disk has room."""
@@ -359,8 +387,11 @@ class MemoryConfig(Checked):
             )
         if self.reference_dir is not None and self.reference == "live":
             raise UserError("--reference-dir is where the cached reference is kept: leave out --reference live, or it.")
-        if self.stream_from != "auto" and not self.stream_weights and self.memory_budget is None:
-            raise UserError("--stream-from says where --stream-weights keeps the weights: give both, or none.")
+
+    @property
+    def may_stream(self) -> bool:
+        """A budget may choose it."""
+        return self.stream_weights or self.memory_budget is not None
 
     @property
     def recomputes_layers(self) -> bool:
@@ -461,10 +492,6 @@ class OutputConfig(AnswerOptions):
     """Rows of each set measured before and after (the same ones for every --seed); 0 measures nothing."""
     eval_batch_size: Count = 8
     """Rows per batch when measuring."""
-    generate_answers: Automatic = "auto"
-    """Whether the model writes its answers when it is measured. off: they are read off the likelihoods, the most likely
-    token after each true one, and leak tests that let the model write are left out. auto: on, unless --stream-weights
-    is predicted to make it take more than an hour."""
     leaks: tuple[str, ...] = ("extraction", "membership")
     """Tests of what the model still gives away of the forget rows, before and after, on --eval-rows rows; all of
     them, or none."""
@@ -479,7 +506,6 @@ class OutputConfig(AnswerOptions):
     def __post_init__(self) -> None:
         self.leaks = (self.leaks,) if isinstance(self.leaks, str) else tuple(self.leaks)
         self.leaks = () if self.leaks == ("none",) else self.leaks
-        self.generate_answers = on_or_off(self.generate_answers)
         super().__post_init__()
 
 
@@ -532,8 +558,7 @@ class RunConfig:
             raise UserError("--alternatives and --alternative-column both say what dpo prefers: leave one of them out.")
         if other is not None and term in FORGET_TERMS and term != "dpo":
             raise UserError(f"--alternatives are what --forget-term dpo prefers, and {term} prefers none: take dpo.")
-        if self.memory.stream_from == "cache" and self.model.quantized_cache is None:
-            raise UserError("--stream-from cache reads the weights from the files of --quantized-cache DIR: give one.")
+        self.memory.check_source(self.model)
         if self.objective.forget_level == "holdout" and self.data.forget is not None and self.data.holdout is None:
             raise UserError("--forget-level holdout pushes rows to where rows never taught are: name some, --holdout.")
         if self.objective.forget_level == "holdout" and self.data.tokens == "all":

@@ -173,6 +173,10 @@ NOT_RUN: dict[str, tuple[str, Callable[[Sequence[str], str], None]]] = {
     r"vllm |python convert_hf_to_gguf|llama-quantize": ("other people's programs, not installed", lambda *_: None),
     r"lowmem-npo demo": ("takes minutes; tests/commands/demo runs it small", check_command),
     r"lowmem-npo sweep .*--teach": ("teaches; tests/commands/sweep/test_evaluation.py runs it small", check_command),
+    r"lowmem-npo (evaluate|ask) .*--stream-weights": (
+        "needs a GPU; tests/memory/streaming/test_streamed_run.py runs it on a CPU",
+        check_command,
+    ),
     r"lowmem-npo evaluate .*--lm-eval": ("downloads; test_lm_eval.py has a task of its own", check_command),
 }
 

@@ -6,14 +6,14 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import tyro
 
 from lowmem_npo.commands.arguments import check_inputs, parse, with_help
-from lowmem_npo.config import ModelConfig, ModelOptions
+from lowmem_npo.config import ModelConfig, ModelOptions, StreamOptions
 from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
 from lowmem_npo.libraries import quiet_libraries
@@ -26,14 +26,15 @@ if TYPE_CHECKING:
     from lowmem_npo.data import Template
 
 ORIGINAL, UNLEARNED, MERGED = "original", "unlearned", "answer"
-BATCH_SIZE = 16  # questions of a file that are answered together
+BATCH_SIZE = 16
+TOGETHER = 256  # where every pass has to stream the weights
 BEGIN_ANEW = "/new"
 
 Turn = dict[str, str]
 
 
 @dataclass
-class AskOptions(ModelOptions):
+class AskOptions(StreamOptions, ModelOptions):
     """Ask the original model and the one that has forgotten, and see both answers.
 
     Questions are written as the run wrote its rows: in the model's chat form where it has one, else as 'Question: ...
@@ -118,6 +119,7 @@ class Asked:
     max_new_tokens: int
     temperature: float
     seed: int
+    batch_size: int = BATCH_SIZE  # questions of a file that are answered together
 
     @property
     def remembers(self) -> bool:
@@ -168,8 +170,8 @@ class Asked:
         """Each question with the answers of every side, some questions at a time."""
         from lowmem_npo.evaluation.scoring.generation import text_of
 
-        for start in range(0, len(questions), BATCH_SIZE):
-            batch = questions[start : start + BATCH_SIZE]
+        for start in range(0, len(questions), self.batch_size):
+            batch = questions[start : start + self.batch_size]
             prompts = [self.prompt(question, []) for question in batch]
             answers = {}
             for side, state in self.sides.items():
@@ -182,18 +184,11 @@ class Asked:
         from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers, sampled_answers
 
         of_length = [Prompt(prompt, self.max_new_tokens) for prompt in prompts]
+        how: dict[str, Any] = {"batch_size": self.batch_size, "progress": False, "streamer": streamer}
         if self.temperature == 0:
-            return greedy_answers(self.model, self.tokenizer, of_length, progress=False, streamer=streamer)
-        sampled = sampled_answers(
-            self.model,
-            self.tokenizer,
-            of_length,
-            samples=1,
-            temperature=self.temperature,
-            seed=self.seed,
-            progress=False,
-            streamer=streamer,
-        )
+            return greedy_answers(self.model, self.tokenizer, of_length, **how)
+        drawn: dict[str, Any] = {"samples": 1, "temperature": self.temperature, "seed": self.seed}
+        sampled = sampled_answers(self.model, self.tokenizer, of_length, **drawn, **how)
         return [answers[0] for answers in sampled]
 
 
@@ -204,8 +199,10 @@ def load(options: AskOptions, say: Say) -> Asked:
         UserError: no model and no adapter there, or an adapter that does not fit.
     """
     from lowmem_npo.data import Template
-    from lowmem_npo.model import load_model, load_tokenizer, resolve_name
-    from lowmem_npo.model.loading import load_config
+    from lowmem_npo.estimate.asked import decide_streaming
+    from lowmem_npo.memory.switches import load_base, stream_layers
+    from lowmem_npo.model import load_tokenizer, resolve_name
+    from lowmem_npo.model.loading import load_config, resolve_device
     from lowmem_npo.model.saved_adapter import load_adapter, resolve_base, settings_of_run
     from lowmem_npo.model.stop_tokens import stop_tokens
     from lowmem_npo.model.trial import check_architecture
@@ -230,13 +227,19 @@ def load(options: AskOptions, say: Say) -> Asked:
     architecture = load_config(config)
     check_architecture(architecture)
     template = Template(text, system, stop_tokens(config, architecture))
-    base = load_model(config, say)
+    streaming, at_once = StreamOptions(options.stream_weights, options.stream_from), BATCH_SIZE
+    if (streamed := decide_streaming(config, streaming, architecture, say)) is not None:
+        say(f"Every token of an answer takes {streamed.pass_seconds:.2g} s or more.")
+        streaming, at_once = replace(streaming, stream_from=streamed.stream_from), TOGETHER
+    base = load_base(config, streaming, say)
     model: PreTrainedModel | PeftModel = base
     sides: dict[str, Callable[[], AbstractContextManager[Any]]] = {MERGED: nullcontext}
     if is_adapter:
         model = adapted = load_adapter(base, str(folder))
         sides = {ORIGINAL: adapted.disable_adapter, UNLEARNED: nullcontext}
-    asked = Asked(model, tokenizer, template, sides, options.max_new_tokens, options.temperature, options.seed)
+    stream_layers(model, streaming, resolve_device(config.device))
+    drawn = options.max_new_tokens, options.temperature, options.seed
+    asked = Asked(model, tokenizer, template, sides, *drawn, at_once)
     say(f"Questions are {template.describe(asked._example('?', []), tokenizer)}.")
     return asked
 

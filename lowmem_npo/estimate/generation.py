@@ -50,14 +50,30 @@ def generation(config: RunConfig, data: PreparedData, architecture: PretrainedCo
     if output.forms == "all":
         forms += 1 + (config.data.paraphrase_column is not None)
     sets = [(data.forget, forms), (data.retain, 1), (data.general, 1)]
-    room = max(1, CACHE_BYTES // token_bytes(architecture, DTYPES[config.model.dtype].itemsize))
+    room = cache_room(architecture, config.model.dtype)
     measured = [(rows, times) for rows, times in sets if rows is not None and output.eval_rows]
-    passes = sum(times * _passes(rows, output.eval_rows, output.max_new_tokens, room) for rows, times in measured)
+    passes = sum(
+        times * written_passes(_lengths(rows, output.eval_rows, output.max_new_tokens), room)
+        for rows, times in measured
+    )
     return Generation(TIMES * passes, report.pass_seconds)
 
 
-def _passes(rows: Sequence[TokenizedRow], limit: int, wanted: int | None, room: int) -> int:
-    """All rows of a batch, as many as their keys and values allow, are written in the same passes."""
+def written_passes(lengths: Sequence[tuple[int, int]], room: int) -> int:
+    """Passes through all layers that it takes to write answers: those of a batch, as many as their keys and values
+    allow, are written in the same ones.
+
+    lengths: tokens of each prompt, and of its answer at most. room: `cache_room`.
+    """
+    return sum(max(lengths[i][1] for i in batch) for batch in batches(lengths, len(lengths), room))
+
+
+def cache_room(architecture: PretrainedConfig, dtype: str) -> int:
+    """Tokens whose keys and values are kept at once; dtype: of `DTYPES`."""
+    return max(1, CACHE_BYTES // token_bytes(architecture, DTYPES[dtype].itemsize))
+
+
+def _lengths(rows: Sequence[TokenizedRow], limit: int, wanted: int | None) -> list[tuple[int, int]]:
     chosen = [rows[i] for i in choose_rows(len(rows), limit, 0)]
     length = answer_length(chosen, wanted)
-    return length * len(list(batches([(len(question(row)[0]), length) for row in chosen], len(chosen), room)))
+    return [(len(question(row)[0]), length) for row in chosen]

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from accelerate.utils import get_int_from_env
 
-from lowmem_npo.config import RunConfig
+from lowmem_npo.config import ModelConfig
 from lowmem_npo.environment import available_memory
 from lowmem_npo.errors import UserError
+from lowmem_npo.estimate.gpus import GPUS, GPUModel
 from lowmem_npo.estimate.step import Estimate
+from lowmem_npo.estimate.time import BUS
 from lowmem_npo.files import free_bytes
 from lowmem_npo.model.loading import local_cache_entry
 from lowmem_npo.model.quantized_cache import CacheEntry
@@ -28,21 +30,28 @@ class StreamingHost:
     in_file: bool  # read in every pass from the cache of quantised weights
     needed: int  # bytes of memory, for all processes on this host
     available: int
-    copied: int  # bytes that a step copies to the GPU
+    copied: int  # bytes to the GPU in a step, or in a pass of a model that is only asked
     disk_rate: float = ASSUMED_RATE  # bytes a second
     measured: bool = False  # whether that was measured
     refused: UserError | None = None  # why the cache can be neither read nor written
+    unit: str = "step"  # or "pass"
 
     @property
     def read_seconds(self) -> float:
         """How long a step reads, if the operating system keeps nothing of what it has read."""
         return self.copied / self.disk_rate if self.in_file else 0.0
 
+    def pass_seconds(self, streamed: int, gpu: GPUModel | None) -> float:
+        """How long one pass through all layers copies or reads the `streamed` bytes of their weights: those of PCIe 4
+        where the GPU is not known."""
+        rate = BUS * 1e9 * (gpu or GPUS[0]).bus
+        return streamed / min(rate, self.disk_rate if self.in_file else rate)
+
     def lines(self) -> list[str]:
         """For people."""
         lines = [
             f"Streamed weights: {gib(self.needed)} of host memory (available: {gib(self.available)}), and "
-            f"{gib(self.copied)} copied to the GPU in a step."
+            f"{gib(self.copied)} copied to the GPU in a {self.unit}."
         ]
         return [*lines, f"This host reads {self.reads}."] if self.in_file else lines
 
@@ -51,7 +60,7 @@ class StreamingHost:
         """What is read from the disk, and how long that takes; for people."""
         known = "measured" if self.measured else "assumed"
         return (
-            f"the weights from --quantized-cache in every pass, {self.read_seconds:.1f} s of a step at "
+            f"the weights from --quantized-cache in every pass, {self.read_seconds:.1f} s of a {self.unit} at "
             f"{self.disk_rate / 1e9:.1f} GB/s ({known}), less where memory is left to keep them in"
         )
 
@@ -73,21 +82,24 @@ class StreamingHost:
         )
 
 
-def streaming_host(config: RunConfig, estimate: Estimate, copied: int) -> StreamingHost:
+def streaming_host(
+    model: ModelConfig, source: str, estimate: Estimate, copied: int, unit: str = "step"
+) -> StreamingHost:
     """Decides by the memory that this host has available, within the limit of its container.
 
     Args:
-        copied: bytes to the GPU in a step.
+        source: --stream-from.
+        copied: bytes to the GPU in a `unit`.
     """
     processes, available = get_int_from_env(LOCAL_PROCESSES, 1), available_memory()
-    source, cache = config.memory.stream_from, config.model.quantized_cache
-    in_memory = StreamingHost(False, estimate.host_bytes * processes, available, copied)
+    cache = model.quantized_cache
+    in_memory = StreamingHost(False, estimate.host_bytes * processes, available, copied, unit=unit)
     if source == "memory" or cache is None or (source == "auto" and in_memory.needed <= available):
         return in_memory
     staged = estimate.host_bytes - estimate.streamed_bytes + 2 * estimate.largest_block_bytes
-    in_file = StreamingHost(True, staged * processes, available, copied)
+    in_file = StreamingHost(True, staged * processes, available, copied, unit=unit)
     try:
-        entry = local_cache_entry(config.model)
+        entry = local_cache_entry(model)
         if entry is not None and entry.exists():
             return replace(in_file, disk_rate=entry.read_rate(), measured=True)
         _check_room(CacheEntry.folder(cache), estimate.weights_bytes)

@@ -13,11 +13,11 @@ from transformers import PretrainedConfig
 from lowmem_npo.config import ModelConfig, RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.budget import Fit, cautious, fit_budget, fit_free, undecided
-from lowmem_npo.estimate.gpus import GPUS, Device
+from lowmem_npo.estimate.gpus import Device
 from lowmem_npo.estimate.host import StreamingHost, streaming_host
 from lowmem_npo.estimate.simulator.gpu import CAPABILITY
 from lowmem_npo.estimate.step import Estimate, StepRows, estimate
-from lowmem_npo.estimate.time import BUS, RunTime, duration, step_seconds
+from lowmem_npo.estimate.time import RunTime, duration, step_seconds
 from lowmem_npo.model import resolve_name
 from lowmem_npo.model.known_configs import known_config, known_names
 from lowmem_npo.model.loading import DTYPES, load_config
@@ -79,15 +79,14 @@ class Report:
     @cached_property
     def streaming_host(self) -> StreamingHost:
         """Where streamed weights are kept; looked at once, since a disk is tried for it."""
-        return self.host or streaming_host(self.config, self.estimate, self.copied_bytes)
+        config = self.config
+        return self.host or streaming_host(config.model, config.memory.stream_from, self.estimate, self.copied_bytes)
 
     @property
     def pass_seconds(self) -> float:
-        """How long one pass through all layers copies or reads their weights: those of PCIe 4 where the GPU is not
-        known."""
-        gpu = (self.device.model if self.device else None) or GPUS[0]
-        rate, host = BUS * 1e9 * gpu.bus, self.streaming_host
-        return self.estimate.streamed_bytes / min(rate, host.disk_rate if host.in_file else rate)
+        """How long one pass through all layers copies or reads their weights."""
+        gpu = self.device.model if self.device else None
+        return self.streaming_host.pass_seconds(self.estimate.streamed_bytes, gpu)
 
     def as_json(self) -> dict[str, Any]:
         result = self.estimate

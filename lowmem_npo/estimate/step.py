@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map, tree_map_only
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowmem_npo.config import RunConfig
+from lowmem_npo.config import ModelConfig, RunConfig, StreamOptions
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.data.batching import Batch, RowBatch
 from lowmem_npo.estimate.simulator.allocator import needed
@@ -34,7 +34,8 @@ from lowmem_npo.libraries import segments_expand
 from lowmem_npo.memory.checkpointing import is_checkpointed
 from lowmem_npo.memory.streaming import is_streamed, weight_stream
 from lowmem_npo.memory.streaming.blocks import Weight
-from lowmem_npo.memory.switches import apply_switches
+from lowmem_npo.memory.streaming.stream import WeightStream
+from lowmem_npo.memory.switches import apply_switches, stream_layers
 from lowmem_npo.model import attach_lora
 from lowmem_npo.model.layers import causal_lm, decoder, decoder_layers
 from lowmem_npo.model.packable import packable
@@ -191,7 +192,7 @@ def _simulate(
 ) -> Estimate:
     with fake_gpu("frozen weights", capability) as gpu:
         base = fake_model(architecture, config.model, on_host=config.memory.stream_weights)
-        weights = sum(tensor.nbytes for parameter in base.parameters() for tensor in Weight(parameter, []).tensors)
+        weights = _weights(base)
         with gpu.allocating("adapter"):
             model = attach_lora(base, config.adapter)
             apply_switches(model, config.memory, GPU)
@@ -220,10 +221,7 @@ def _simulate(
         gpu.kind = "adapter"
         gpu.work.begin("optimizer")
         optimizer.step()
-        result = Estimate.of(gpu)
-        if stream is not None:
-            sizes = [len(block) for block in stream.blocks]
-            result = replace(result, streamed_bytes=sum(sizes), largest_block_bytes=max(sizes), weights_bytes=weights)
+        result = _with_stream(Estimate.of(gpu), stream, weights)
         if later:
             reference.stored = True
             gpu.work.restart("policy")
@@ -234,6 +232,30 @@ def _simulate(
             result = replace(result, later_work=list(gpu.work.sections))
         del workspaces
         return result
+
+
+def estimate_streamed(
+    model: ModelConfig, architecture: PretrainedConfig, capability: tuple[int, int] = CAPABILITY
+) -> Estimate:
+    """The weights alone, streamed: what they take of the GPU and of the host before the model is asked anything."""
+    with fake_gpu("frozen weights", capability) as gpu:
+        base = fake_model(architecture, model, on_host=True)
+        weights = _weights(base)
+        stream_layers(base, StreamOptions(stream_weights=True), GPU)
+        gpu.restart_peak()
+        return _with_stream(Estimate.of(gpu), weight_stream(base), weights)
+
+
+def _weights(model: PreTrainedModel) -> int:
+    """Bytes, statistics of 4-bit weights included."""
+    return sum(tensor.nbytes for parameter in model.parameters() for tensor in Weight(parameter, []).tensors)
+
+
+def _with_stream(result: Estimate, stream: WeightStream | None, weights: int) -> Estimate:
+    if stream is None:
+        return result
+    sizes = [len(block) for block in stream.blocks]
+    return replace(result, streamed_bytes=sum(sizes), largest_block_bytes=max(sizes), weights_bytes=weights)
 
 
 def cublas_workspaces(gpu: FakeGPU) -> list[Tensor]:

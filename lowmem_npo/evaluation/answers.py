@@ -98,7 +98,12 @@ class AnswerSummary:
 
     @classmethod
     def of(
-        cls, records: Sequence[AnswerRecord], rows_in_set: int, max_new_tokens: int | None = None, passages: int = 0
+        cls,
+        records: Sequence[AnswerRecord],
+        rows_in_set: int,
+        max_new_tokens: int | None = None,
+        passages: int = 0,
+        generated: bool = True,
     ) -> AnswerSummary:
         tokens = sum(record.tokens for record in records)
         return cls(
@@ -112,6 +117,7 @@ class AnswerSummary:
             appears=fmean(record.appears for record in records),
             max_new_tokens=max_new_tokens,
             passages=passages,
+            generated=generated,
         )
 
 
@@ -282,8 +288,7 @@ def evaluate_answers(
                 **figures,
             )
         )
-    summary = AnswerSummary.of(records, len(rows), length, passages)
-    return AnswerEvaluation(replace(summary, generated=generate), records)
+    return AnswerEvaluation(AnswerSummary.of(records, len(rows), length, passages, generate), records)
 
 
 def answer_length(rows: Sequence[TokenizedRow], wanted: int | None) -> int:

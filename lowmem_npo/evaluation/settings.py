@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from annotated_types import Interval
 
-from lowmem_npo.config import AnswerOptions, DataConfig, DataOptions, ModelConfig, ModelOptions
+from lowmem_npo.config import AnswerOptions, DataConfig, DataOptions, ModelConfig, ModelOptions, StreamOptions
 from lowmem_npo.data.rows import Rows
 from lowmem_npo.data.self_written import self_rows
 from lowmem_npo.errors import UserError
@@ -25,7 +25,7 @@ DEFAULT_DIRECTORY = "lowmem-npo-evaluation"
 
 
 @dataclass
-class EvaluationOptions(AnswerOptions, DataOptions, ModelOptions):
+class EvaluationOptions(AnswerOptions, DataOptions, StreamOptions, ModelOptions):
     """What `evaluate` shares with `train`, and its own options; each benchmark and each leak test adds some."""
 
     model: str | None = None
@@ -113,13 +113,15 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
     def may_change(cls) -> set[str]:
         """Options that a resumed evaluation may change; what would change a figure must stay as it was."""
         own = {f.name for f in fields(cls) if FREE in f.metadata}
-        return {"output_dir", "resume", "batch_size", "device", "before", "any_base", "leaks", "forms", "dry_run"} | own
+        of_results = {"output_dir", "resume", "before", "any_base", "leaks", "forms", "dry_run"}
+        of_device = {"batch_size", "device", "quantized_cache", *(f.name for f in fields(StreamOptions))}
+        return of_results | of_device | own
 
     @classmethod
     def compared(cls, leaks: bool) -> list[str]:
         """Options that must be the same in two evaluations whose figures are compared, besides the rows themselves;
-        --max-new-tokens is compared set by set. leaks: there are leak tests in both."""
-        of_rows = {*cls.sources(), "passages", "passage_tokens", "max_new_tokens"}
+        how answers are made is compared set by set. leaks: there are leak tests in both."""
+        of_rows = {*cls.sources(), "passages", "passage_tokens", "max_new_tokens", "generate_answers"}
         of_model = {"model", "revision", "adapter", "attn", "dtype"}
         of_leaks = set() if leaks else {f.name for f in fields(LeakOptions)}
         return [f.name for f in fields(cls) if f.name not in cls.may_change() | of_rows | of_model | of_leaks]

@@ -6,7 +6,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from lowmem_npo.config import MemoryConfig, ModelConfig
+from lowmem_npo.config import MemoryConfig, ModelConfig, StreamOptions
 from lowmem_npo.console import Say
 from lowmem_npo.memory.adapted_linear import join_adapters
 from lowmem_npo.memory.checkpointing import enable_checkpointing
@@ -19,8 +19,9 @@ from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.loading import resolve_device
 
 
-def load_base(model: ModelConfig, memory: MemoryConfig, say: Say) -> PreTrainedModel:
-    """The model where its weights will be used, or from where `apply_switches` will have them streamed.
+def load_base(model: ModelConfig, memory: StreamOptions, say: Say) -> PreTrainedModel:
+    """The model where its weights will be used, or from where `apply_switches` or `stream_layers` will have them
+    streamed.
 
     Raises:
         UserError: as for `load_model`.
@@ -29,6 +30,18 @@ def load_base(model: ModelConfig, memory: MemoryConfig, say: Say) -> PreTrainedM
         return load_model(model, say)
     in_file, layer_loaded = memory.stream_from == "cache", into_blocks(resolve_device(model.device))
     return load_model(model, say, on_host=True, layer_loaded=layer_loaded, in_file=in_file)
+
+
+def stream_layers(model: PreTrainedModel | PeftModel, config: StreamOptions, device: torch.device) -> None:
+    """Brings a model that is only asked, not trained, to `device`, its layers streamed as `config` says; does nothing
+    if it does not say so.
+
+    Raises:
+        UserError: as for `stream_weights`.
+    """
+    if config.stream_weights:
+        stream_weights(model, device, in_file=config.stream_from == "cache")
+        move_the_rest(causal_lm(model), device)
 
 
 def apply_switches(model: PeftModel, config: MemoryConfig, device: torch.device | None = None) -> None:

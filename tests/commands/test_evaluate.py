@@ -322,8 +322,10 @@ def test_the_base_is_loaded_in_the_adapters_revision(byte_model, files, monkeypa
     folder, revisions = adapter(byte_model, files / "adapter"), []
     path = files / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "revision": "step1000"}))
-    real = module.load_model
-    monkeypatch.setattr(module, "load_model", lambda config, say: revisions.append(config.revision) or real(config))
+    real = module.load_base
+    monkeypatch.setattr(
+        module, "load_base", lambda config, *how: revisions.append(config.revision) or real(config, *how)
+    )
     write(files / "forget.jsonl", [{"question": "Who?", "answer": "Me."}])
     options = ["--adapter", folder, "--device", "cpu", "--forget", str(files / "forget.jsonl"), "--output-dir"]
     assert main(["evaluate", *options, str(files / "a")]) == 0

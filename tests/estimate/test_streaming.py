@@ -163,7 +163,8 @@ def test_a_host_with_too_little_memory_reads_the_cache(tmp_path, monkeypatch):
     def decided(gib: int, model=model, source="auto", **settings):
         monkeypatch.setattr(host, "available_memory", lambda: gib * GIB)
         config = RunConfig(model, memory=MemoryConfig(stream_weights=True, stream_from=source))
-        return host.streaming_host(config, replace(figures, **settings), copied=4 * 10**9)
+        given = replace(figures, **settings)
+        return host.streaming_host(config.model, config.memory.stream_from, given, copied=4 * 10**9)
 
     few = {"streamed_bytes": 1000, "weights_bytes": 1000, "largest_block_bytes": 10, "host_bytes": 10 * GIB}
     assert not decided(1001).in_file and not decided(5, source="memory").in_file

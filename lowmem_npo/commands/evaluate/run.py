@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowmem_npo.claim import claimed
 from lowmem_npo.commands.evaluate.earlier import read_earlier
 from lowmem_npo.commands.evaluate.membership import further_membership
-from lowmem_npo.config import ModelConfig
+from lowmem_npo.commands.evaluate.streaming import with_streaming
+from lowmem_npo.config import ModelConfig, StreamOptions
 from lowmem_npo.console import Say
 from lowmem_npo.data import Example, Rows, Template, TokenizedRow, bundled_rows, read_rows, to_examples, tokenize
 from lowmem_npo.data.fit import known_fit
@@ -40,8 +41,10 @@ from lowmem_npo.evaluation.open_unlearning import muse_figures, retained_min_k, 
 from lowmem_npo.evaluation.result import Evaluation
 from lowmem_npo.evaluation.scoring.scorer import Scorer
 from lowmem_npo.evaluation.settings import EvaluationConfig
-from lowmem_npo.model import check_causal, check_head, load_model, load_tokenizer, resolve_name
-from lowmem_npo.model.loading import load_config
+from lowmem_npo.memory.switches import load_base, stream_layers
+from lowmem_npo.model import check_causal, check_head, load_tokenizer, resolve_name
+from lowmem_npo.model.adapters import original_model
+from lowmem_npo.model.loading import load_config, resolve_device
 from lowmem_npo.model.notes import model_notes
 from lowmem_npo.model.saved_adapter import load_adapter, resolve_base, settings_of_run
 from lowmem_npo.model.stop_tokens import stop_tokens
@@ -90,6 +93,13 @@ class EvaluationPlan:
     selected: list[tuple[Benchmark, str, Selection]]
     leak_rows: dict[str, Selection]
     attacker: Attacker
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows per batch: as configured, or all of a set where every pass has to stream the weights."""
+        size, sets = self.config.batch_size, [chosen for _, _, chosen in self.selected]
+        rows = [len(chosen.rows) for chosen in (*sets, *self.leak_rows.values())]
+        return max([size, *rows]) if self.config.stream_weights else size
 
 
 @dataclass
@@ -141,6 +151,7 @@ def plan_evaluation(
             test.check_rows(config, {part: len(selection.rows) for part, selection in leak_rows.items()})
     for line in _forms(selected, sources, leak_rows, context):
         say(line)
+    config = context.config = with_streaming(config, model_config, architecture, selected, context, say)
     return EvaluationPlan(config, model_config, context, sources, digests, selected, leak_rows, attacker)
 
 
@@ -153,12 +164,14 @@ def measure(
     journal = directory.begin()
 
     model: PreTrainedModel | PeftModel
-    model = (load or load_model)(plan.model_config, say)
-    check_head(model)
-    check_causal(model)
+    model = load(plan.model_config, say) if load else load_base(plan.model_config, config, say)
     if config.adapter:
         model = load_adapter(model, config.adapter)
-    scorer = Scorer(model, context.tokenizer, journal, config.batch_size)
+    stream_layers(model, config, resolve_device(config.device))
+    with original_model(model):
+        check_head(model)
+        check_causal(model)
+    scorer = Scorer(model, context.tokenizer, journal, plan.rows_at_once, config.generate_answers != "off")
     gold_leaks = retained_leaks(cast(TofuOptions, config).retained_log)
     result = Evaluation(rows=_counts(selected, plan.sources, leak_rows), notes=context.notes, gold_leaks=gold_leaks)
     for benchmark, name, selection in selected:
@@ -169,7 +182,8 @@ def measure(
             result.fluency[name] = figures
     if leak_rows:
         rows = {part: selection.rows for part, selection in leak_rows.items()}
-        saved = SavedModel(plan.model_config, config.adapter, directory.merged)
+        streaming = StreamOptions(config.stream_weights, config.stream_from)
+        saved = SavedModel(plan.model_config, config.adapter, directory.merged, streaming)
         before = context.before.get("leaks") or {}
         earlier = {name: LeakResult.from_json(of_test) for name, of_test in before.items()}
         sets = (rows["forget"], rows.get("holdout"))

@@ -5,17 +5,15 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from lowmem_npo.commands.arguments import parse_run
 from lowmem_npo.commands.merge.options import DEQUANTIZED, WHOLE, MergeConfig
 from lowmem_npo.commands.train.measuring import EVAL_SEED
 from lowmem_npo.commands.train.plan import read_inputs
-from lowmem_npo.config import ModelConfig, OutputConfig
+from lowmem_npo.config import ModelConfig, OutputConfig, StreamOptions
 from lowmem_npo.console import silent
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.data.self_written import self_rows
@@ -28,11 +26,12 @@ from lowmem_npo.evaluation.leaks.extraction import EXTRACTION, extraction_figure
 from lowmem_npo.evaluation.leaks.measure import read_leaks
 from lowmem_npo.evaluation.scoring.token_scores import token_scores
 from lowmem_npo.files import file_sha256
-from lowmem_npo.model import load_model
+from lowmem_npo.memory.host_room import check_room
+from lowmem_npo.memory.streaming import can_stream_to
+from lowmem_npo.memory.switches import load_base, stream_layers
 from lowmem_npo.model.loading import resolve_device
 from lowmem_npo.report.audit import read_audit
 from lowmem_npo.run_directory import RunFiles, run_of_adapter
-from lowmem_npo.sizes import amount
 
 MERGED_INTO = {WHOLE: "merged into whole weights", DEQUANTIZED: "merged into dequantised weights"}
 WEIGHTS = {WHOLE: "the whole weights", DEQUANTIZED: "the dequantised weights"}
@@ -73,7 +72,8 @@ class RunRows:
     """The rows that a run measured, and what it found of them.
 
     sets: "forget", and "retain" and "holdout" where there are any. model: how it is loaded to be asked. before, after:
-    the original model, and the adapter beside it, as the run measured them.
+    the original model, and the adapter beside it, as the run measured them. streaming: --stream-weights, as the run had
+    it, where there is a GPU.
     """
 
     sets: Mapping[str, Sequence[TokenizedRow]]
@@ -81,6 +81,13 @@ class RunRows:
     batch_size: int
     before: RowFigures
     after: RowFigures
+    streaming: StreamOptions = field(default_factory=StreamOptions)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows per batch: all of a set where every pass has to stream the weights."""
+        most = max(map(len, self.sets.values()), default=0)
+        return max(self.batch_size, most) if self.streaming.stream_weights else self.batch_size
 
 
 def rows_of_run(config: MergeConfig, name: str, revision: str | None) -> RunRows:
@@ -108,7 +115,9 @@ def rows_of_run(config: MergeConfig, name: str, revision: str | None) -> RunRows
         if rows is not None
     }
     stages = {stage: _of_run(run, stage, RunFiles(Path(config.adapter)).weights) for stage in ("before", "after")}
-    return RunRows(chosen, settings.model, settings.output.eval_batch_size, stages["before"], stages["after"])
+    streams = settings.memory.stream_weights and can_stream_to(resolve_device(config.device))
+    figures = stages["before"], stages["after"]
+    return RunRows(chosen, settings.model, settings.output.eval_batch_size, *figures, StreamOptions(streams))
 
 
 def measure(folder: Path, rows: RunRows, four_bits: bool = False) -> RowFigures:
@@ -116,12 +125,15 @@ def measure(folder: Path, rows: RunRows, four_bits: bool = False) -> RowFigures:
 
     Raises UserError if it does not fit into memory, or gives no finite numbers.
     """
-    _check_memory(folder, rows, four_bits)
+    device, streaming = resolve_device(rows.model.device), rows.streaming
+    if device.type == "cpu" or streaming.stream_weights:
+        check_room(folder, four_bits)
     loaded = replace(rows.model, model=str(folder), revision=None, qlora=four_bits, quantized_cache=None, attn="sdpa")
     try:
-        model = load_model(loaded, silent)
+        model = load_base(loaded, streaming, silent)
+        stream_layers(model, streaming, device)
         scores = {
-            part: token_scores(model, of_set, batch_size=rows.batch_size, description=f"{part} rows, merged")
+            part: token_scores(model, of_set, batch_size=rows.rows_at_once, description=f"{part} rows, merged")
             for part, of_set in rows.sets.items()
         }
     except RuntimeError as error:
@@ -241,12 +253,3 @@ def _of_run(run: RunFiles, stage: str, weights: Path) -> RowFigures:
     kept = sets.get("retain") or sets.get("general")
     strength = leaks[EXTRACTION.name].figures.get("extraction_strength") if EXTRACTION.name in leaks else None
     return RowFigures(sets["forget"].nll if "forget" in sets else None, strength, kept.nll if kept else None)
-
-
-def _check_memory(folder: Path, rows: RunRows, four_bits: bool) -> None:
-    """Raises UserError if the host has no room for the model: it would end the process."""
-    if resolve_device(rows.model.device).type != "cpu":
-        return
-    needed = sum(file.stat().st_size for file in folder.glob("*.safetensors")) // (3 if four_bits else 1)
-    if (free := psutil.virtual_memory().available) < needed:
-        raise UserError(f"the merged model takes {amount(needed)} of memory, and {amount(free)} are free")

@@ -34,6 +34,7 @@ class Settings(Protocol):
     batch_size: int
     max_new_tokens: int | None
     forms: str
+    generate_answers: str
 
     @property
     def columns(self) -> dict[str, str | None]: ...
@@ -100,6 +101,8 @@ class Benchmark(ABC, Generic[MeasuredT, ScoresT]):
     options: ClassVar[type[Options]] = Options
     uses_template: ClassVar[bool] = False
     """Whether its rows are written as the prompt template says, not in a form of the benchmark's own."""
+    reads_likelihoods: ClassVar[bool] = False
+    """Whether it reads answers off the likelihoods where the model is not to write."""
     empty: ClassVar[Any] = None
     """What evaluation.json holds where nothing was measured."""
 
@@ -117,6 +120,10 @@ class Benchmark(ABC, Generic[MeasuredT, ScoresT]):
     def own_sets(self, options: Any) -> dict[str, Selection]:
         """What is measured although no rows were named."""
         return {}
+
+    def written(self, name: str, selection: Selection, context: Context) -> list[tuple[int, int]]:
+        """Tokens of each prompt that the model is to go on from, and of what it writes at most; `measure` lets it."""
+        return []
 
     @abstractmethod
     def measure(self, name: str, selection: Selection, scorer: Scorer, context: Context) -> list[MeasuredT]:

@@ -147,6 +147,9 @@ class Lume(Benchmark[LumeAnswer, LumeScores]):
         context.notes += other_scripts(name, passages, "LUME's regurgitation score")
         return Selection(chosen, len(lume))
 
+    def written(self, name: str, selection: Selection, context: Context) -> list[tuple[int, int]]:
+        return [(len(prompt), MAX_NEW_TOKENS) for prompt in _prompts(selection.rows, context.tokenizer)]
+
     def measure(self, name: str, selection: Selection, scorer: Scorer, context: Context) -> list[LumeAnswer]:
         prompts = _prompts(selection.rows, scorer.tokenizer)
         texts = scorer.continuations(f"{name}: LUME generations", prompts, MAX_NEW_TOKENS)

@@ -127,6 +127,9 @@ class Muse(Benchmark[Any, MuseScores]):
                 context.check(examples[place].where, selected[place][1])
         return Selection([selected[place] for place in chosen], len(rows), chosen)
 
+    def written(self, name: str, selection: Selection, context: Context) -> list[tuple[int, int]]:
+        return [(len(ids), NEW_TOKENS[name]) for _, ids, _ in selection.rows] if name in NEW_TOKENS else []
+
     def measure(self, name: str, selection: Selection, scorer: Scorer, context: Context) -> list[Any]:
         if name in (TAUGHT, UNSEEN):
             scored = scorer.token_scores(f"{name}: texts", selection.rows)

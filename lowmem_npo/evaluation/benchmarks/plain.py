@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from lowmem_npo.data import Rows, TokenizedRows, to_examples, tokenize
 from lowmem_npo.evaluation.answer_table import FORGET, RETAIN, answer_figures, text_table
 from lowmem_npo.evaluation.answers import AnswerRecord, AnswerSummary, answer_length, question
-from lowmem_npo.evaluation.asking import in_form, other_forms
+from lowmem_npo.evaluation.asking import Asked, in_form, other_forms
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measured, Selection
 from lowmem_npo.evaluation.figures import Figure
 
@@ -39,6 +39,7 @@ class Plain(Benchmark[PlainAnswer, dict[str, AnswerSummary]]):
     title = "Measured by lowmem-npo evaluate"
     summary = "all other rows get the likelihood of their answers and greedy answers"
     sets = (FORGET, RETAIN)
+    reads_likelihoods = True
     empty: ClassVar[dict[str, Any]] = {}
 
     def select(self, name: str, rows: Rows, context: Context) -> Selection:
@@ -60,17 +61,19 @@ class Plain(Benchmark[PlainAnswer, dict[str, AnswerSummary]]):
         return Selection(tokenized, len(rows), places)
 
     def measure(self, name: str, selection: Selection, scorer: Scorer, context: Context) -> list[PlainAnswer]:
-        rows, config = cast(TokenizedRows, selection.rows), context.config
-        length = answer_length(rows, config.max_new_tokens)
+        rows, length = cast(TokenizedRows, selection.rows), _most_tokens(selection, context)
         records = scorer.answers(f"{name}: answers", rows, selection.places, length)
         passage = dict(zip(selection.places, (example.is_passage for example in rows.examples), strict=True))
         measured = [PlainAnswer(r, selection.rows_in_set, length, passage[r.row]) for r in records]
-        if name == FORGET and config.forms == "all":
-            form_of = (scorer.tokenizer, context.template, config.tokens_per_row, context.fit)
-            for form, asked in other_forms(rows, rows.examples, selection.places, *form_of).items():
-                records = scorer.answers(f"{in_form(name, form)}: answers", asked.rows, asked.places, length)
-                measured += [PlainAnswer(r, selection.rows_in_set, length, passage[r.row], form) for r in records]
+        for form, asked in _in_other_forms(name, selection, context).items():
+            records = scorer.answers(f"{in_form(name, form)}: answers", asked.rows, asked.places, length)
+            measured += [PlainAnswer(r, selection.rows_in_set, length, passage[r.row], form) for r in records]
         return measured
+
+    def written(self, name: str, selection: Selection, context: Context) -> list[tuple[int, int]]:
+        forms = [asked.rows for asked in _in_other_forms(name, selection, context).values()]
+        length = _most_tokens(selection, context)
+        return [(len(question(row)[0]), length) for rows in (selection.rows, *forms) for row in rows]
 
     def score(self, measured: Measured, context: Context) -> dict[str, AnswerSummary] | None:
         by_set: dict[str, list[PlainAnswer]] = {}
@@ -83,6 +86,7 @@ class Plain(Benchmark[PlainAnswer, dict[str, AnswerSummary]]):
                 answers[0].rows_in_set,
                 answers[0].max_new_tokens,
                 passages=sum(a.is_passage for a in answers),
+                generated=_lets_write(context),
             )
             for name, answers in by_set.items()
         }
@@ -101,6 +105,8 @@ class Plain(Benchmark[PlainAnswer, dict[str, AnswerSummary]]):
     def said(
         self, selection: Selection, measured: Sequence[PlainAnswer], context: Context
     ) -> list[tuple[list[int], str]]:
+        if not _lets_write(context):
+            return []
         trained = [a for a in measured if a.form is None]
         return [(question(row)[0], a.record.answer) for row, a in zip(selection.rows, trained, strict=True)]
 
@@ -120,8 +126,28 @@ class Plain(Benchmark[PlainAnswer, dict[str, AnswerSummary]]):
 PLAIN = Plain()
 
 
+def _lets_write(context: Context) -> bool:
+    return context.config.generate_answers != "off"
+
+
+def _most_tokens(selection: Selection, context: Context) -> int:
+    """Of an answer."""
+    return answer_length(selection.rows, context.config.max_new_tokens)
+
+
+def _in_other_forms(name: str, selection: Selection, context: Context) -> dict[str, Asked]:
+    """The rows to forget as they were not trained, form by form."""
+    rows, config = cast(TokenizedRows, selection.rows), context.config
+    if name != FORGET or config.forms != "all":
+        return {}
+    form_of = (context.tokenizer, context.template, config.tokens_per_row, context.fit)
+    return other_forms(rows, rows.examples, selection.places, *form_of)
+
+
 def _length(summary: AnswerSummary) -> str:
     length = summary.max_new_tokens
+    if not summary.generated:
+        return "no tokens, and read them off the likelihoods"
     return "as many tokens as the true ones have" if length is None else f"up to {length} tokens"
 
 

@@ -147,6 +147,10 @@ class Tofu(Benchmark[TofuAnswer, TofuScores]):
         context.notes += other_scripts(name, [row.example.answer for row in chosen], "TOFU's ROUGE-L")
         return Selection(chosen, len(tofu))
 
+    def written(self, name: str, selection: Selection, context: Context) -> list[tuple[int, int]]:
+        prompts = prompt_ids(context.tokenizer, selection.rows, context.template)
+        return [(len(prompt), MAX_NEW_TOKENS) for prompt in prompts]
+
     def measure(self, name: str, selection: Selection, scorer: Scorer, context: Context) -> list[TofuAnswer]:
         return measure_tofu(scorer, name, selection.rows, context.template, context.config.tokens_per_row)
 

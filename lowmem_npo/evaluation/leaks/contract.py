@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 
-from lowmem_npo.config import ModelConfig
+from lowmem_npo.config import ModelConfig, StreamOptions
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answers import NotGenerated
 from lowmem_npo.evaluation.figures import shares
@@ -139,12 +139,13 @@ class SavedModel(NamedTuple):
     """What a test loads models of its own from.
 
     base: how the base model is loaded. adapter: directory of the adapter, if there is one. scratch: a directory that a
-    test may make and must remove.
+    test may make and must remove. streaming: whether weights are streamed, and from where.
     """
 
     base: ModelConfig
     adapter: str | None
     scratch: Path
+    streaming: StreamOptions = StreamOptions()
 
 
 @dataclass(frozen=True)

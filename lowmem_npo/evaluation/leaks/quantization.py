@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
-from lowmem_npo.config import ModelConfig
+from lowmem_npo.config import ModelConfig, StreamOptions
 from lowmem_npo.endings import is_out_of_memory
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.contract import (
@@ -206,17 +206,27 @@ def judge(
 
 
 def _load(form: str, saved: SavedModel) -> PreTrainedModel | Any:
-    from lowmem_npo.model.loading import load_model
+    from lowmem_npo.console import silent
+    from lowmem_npo.memory.host_room import check_room
+    from lowmem_npo.memory.switches import load_base, stream_layers
+    from lowmem_npo.model.loading import resolve_device
     from lowmem_npo.model.saved_adapter import load_adapter
 
+    model: PreTrainedModel | Any
+    how = saved.streaming
     if form == ADAPTER_ON_4BIT:
-        return load_adapter(load_model(replace(saved.base, qlora=True)), str(saved.adapter))
-    if not saved.scratch.exists():
-        _merge(saved.base, str(saved.adapter), saved.scratch)
-    four_bits = form == MERGED_4BIT
-    return load_model(
-        replace(saved.base, model=str(saved.scratch), revision=None, qlora=four_bits, quantized_cache=None)
-    )
+        model = load_adapter(load_base(replace(saved.base, qlora=True), how, silent), str(saved.adapter))
+    else:
+        if not saved.scratch.exists():
+            _merge(saved.base, str(saved.adapter), saved.scratch)
+        merged: dict[str, Any] = {"model": str(saved.scratch), "revision": None, "quantized_cache": None}
+        base = replace(saved.base, **merged, qlora=form == MERGED_4BIT)
+        if how.stream_weights:
+            check_room(saved.scratch, four_bits=base.qlora)
+            how = StreamOptions(stream_weights=True)  # which no cache holds
+        model = load_base(base, how, silent)
+    stream_layers(model, how, resolve_device(saved.base.device))
+    return model
 
 
 def _merge(base: ModelConfig, adapter: str, scratch: Path) -> None:

@@ -119,7 +119,8 @@ class Scorer:
     def answers(
         self, part: str, rows: Sequence[TokenizedRow], places: Sequence[int], max_new_tokens: int
     ) -> list[AnswerRecord]:
-        """What `evaluate_answers` records of each row; `places` are the rows' places in their data set."""
+        """What `evaluate_answers` records of each row; `places` are the rows' places in their data set. Where the model
+        is not to write, its answers are read off the likelihoods."""
 
         def measure(chosen: list[int]) -> list[dict]:
             evaluated = evaluate_answers(
@@ -130,11 +131,16 @@ class Scorer:
                 max_new_tokens=max_new_tokens,
                 batch_size=self.batch_size,
                 progress=False,
+                generate=self.generates,
             )
             return [asdict(record) for record in evaluated.records]
 
-        lengths = [(len(question(row)[0]), max_new_tokens) for row in rows]
-        entries = self._generated(_with_length(part, max_new_tokens), lengths, measure)
+        part = _with_length(part, max_new_tokens)
+        if self.generates:
+            entries = self._generated(part, [(len(question(row)[0]), max_new_tokens) for row in rows], measure)
+        else:
+            part, lengths = f"{part}, off the likelihoods", [(len(row["input_ids"]), 0) for row in rows]
+            entries = self.journal.measured(part, lengths, measure, batch_size=self.batch_size)
         return [replace(AnswerRecord(**entry), row=place) for entry, place in zip(entries, places, strict=True)]
 
     def _generated(self, part: str, lengths: Sequence[tuple[int, int]], measure: Callable) -> list[Any]:

@@ -36,9 +36,13 @@ BLOCK = "_block"  # attribute of a layer: the memory in which its weights lie, u
 ON_CPU = False  # whether weights may be streamed to a CPU, which is for tests: it has them in its memory anyway
 
 
+def can_stream_to(device: torch.device) -> bool:
+    return device.type == "cuda" or ON_CPU
+
+
 def check_device(device: torch.device) -> None:
     """Raises UserError where there is no GPU to stream to."""
-    if device.type != "cuda" and not ON_CPU:
+    if not can_stream_to(device):
         raise UserError("--stream-weights copies weights to a GPU, and this run computes on the CPU: leave it out.")
 
 

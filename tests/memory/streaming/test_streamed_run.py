@@ -4,6 +4,7 @@ resident weights."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ from lowmem_npo.commands.arguments import parse_run
 from lowmem_npo.commands.train import run as train_run
 from lowmem_npo.commands.train.measuring import rows_at_once
 from lowmem_npo.errors import UserError
+from lowmem_npo.estimate import generation, host
 from lowmem_npo.estimate.simulator.storages import StorageCounter
-from lowmem_npo.memory import streaming
+from lowmem_npo.memory import host_room, streaming
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +59,139 @@ def results(folder: Path) -> tuple:
     return losses, answers, {n: w.tolist() for n, w in load_file(folder / "adapter_model.safetensors").items()}
 
 
-@pytest.mark.parametrize("more", [("--qlora",), ("--reference", "live")], ids=["4 bits, from files", "bf16"])
-def test_a_run_is_that_of_resident_weights(more, small_model, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def runs(small_model, tmp_path_factory) -> Path:
+    """Two runs with --qlora, of resident weights and of streamed ones, and the cache of the latter."""
+    folder = tmp_path_factory.mktemp("runs")
+    train(small_model, folder / "resident", "--qlora")
+    cache = ("--quantized-cache", str(folder / "cache"), "--stream-from", "cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streaming, "ON_CPU", True)
+        train(small_model, folder / "streamed", "--qlora", "--stream-weights", *cache)
+    return folder
+
+
+def test_a_run_of_4_bits_from_files_is_that_of_resident_weights(runs):
+    assert results(runs / "streamed") == results(runs / "resident")
+
+
+def test_a_run_of_bf16_is_that_of_resident_weights(small_model, tmp_path, monkeypatch):
+    more = ("--reference", "live", *SHORT)
     train(small_model, tmp_path / "resident", *more)
     monkeypatch.setattr(streaming, "ON_CPU", True)
-    source = ("--quantized-cache", str(tmp_path / "cache"), "--stream-from", "cache") if "--qlora" in more else ()
-    train(small_model, tmp_path / "streamed", "--stream-weights", *source, *more)
+    train(small_model, tmp_path / "streamed", "--stream-weights", *more)
     assert results(tmp_path / "streamed") == results(tmp_path / "resident")
+
+
+# -- what is asked of the model that such a run leaves ----------------------------------------------------------------
+
+SOURCES = {"blocks": (), "files": ("--stream-from", "cache")}
+
+
+@pytest.fixture
+def streams(runs, monkeypatch):
+    """The options of weights that are streamed from a source."""
+    monkeypatch.setattr(streaming, "ON_CPU", True)
+    return lambda source: ["--stream-weights", "--quantized-cache", str(runs / "cache"), *SOURCES[source]]
+
+
+def figures_of(folder: Path) -> tuple:
+    content = json.loads((folder / "evaluation.json").read_text())
+    return content, (folder / "rows.jsonl").read_text()
+
+
+@pytest.fixture(scope="module")
+def evaluated(runs) -> tuple:
+    """What `evaluate` measures of resident weights."""
+    assert main(["evaluate", *measured(runs), "--output-dir", str(runs / "evaluated")]) == 0
+    return figures_of(runs / "evaluated")
+
+
+def measured(runs: Path) -> list[str]:
+    options = ["--adapter", str(runs / "streamed"), "--device", "cpu", "--qlora", "--limit", "3", "--max-length", "64"]
+    options += ["--max-new-tokens", "3", "--batch-size", "64", "--mia-gradnorm", "--forms", "trained"]
+    return [*options, "--leaks", "extraction", "membership", "quantization"]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_an_evaluation_is_that_of_resident_weights(source, runs, streams, evaluated, late, tmp_path, capsys):
+    """Answers and leak tests, gradients of the weights themselves and models that a test loads among them."""
+    assert main(["evaluate", *measured(runs), *streams(source), "--output-dir", str(tmp_path / "x")]) == 0
+    assert figures_of(tmp_path / "x") == evaluated and late.copies > 100
+    printed = capsys.readouterr().out
+    assert "copied to the GPU in a pass." in printed and "Writing the measured answers takes about" in printed
+    assert ("This host reads the weights from --quantized-cache" in printed) == (source == "files")
+
+
+def test_answers_that_would_take_hours_are_read_off_the_likelihoods(runs, streams, tmp_path, monkeypatch, capsys):
+    """As `train` does; a benchmark that goes by written answers is refused where they are not to be written."""
+    monkeypatch.setattr(generation, "MOST_HOURS", 0.0)
+    options = ["evaluate", "--adapter", str(runs / "streamed"), "--device", "cpu", "--qlora", "--limit", "2"]
+    assert main([*options, *streams("blocks"), "--output-dir", str(tmp_path / "x")]) == 0
+    printed = capsys.readouterr().out
+    assert "they are read off the likelihoods instead (--generate-answers on writes them)" in printed
+    assert main([*options, "--generate-answers", "off", "--output-dir", str(tmp_path / "y")]) == 0
+    assert figures_of(tmp_path / "x") == figures_of(tmp_path / "y")
+    assert not any(of["generated"] for of in figures_of(tmp_path / "x")[0]["answers"].values())
+    rows = tmp_path / "lume.jsonl"
+    rows.write_text(json.dumps({"id": "asc1", "input": "A", "output": "b", "task": "Task1"}) + "\n")
+    given = ["--forget", str(rows), "--generate-answers", "off", "--output-dir", str(tmp_path / "z")]
+    assert main([*options, *given]) == 2
+    assert "--generate-answers off: 'LUME" in capsys.readouterr().err
+
+
+def test_questions_are_answered_as_by_resident_weights(runs, streams, tmp_path, capsys):
+    (tmp_path / "questions.txt").write_text("Who?\nWhere was he born, and when?\nWhy?\n")
+    options = ["ask", str(runs / "streamed"), "--device", "cpu", "--max-new-tokens", "5"]
+    options += ["--file", str(tmp_path / "questions.txt"), "--json"]
+    assert main(options) == 0
+    expected = capsys.readouterr().out
+    for source in SOURCES:
+        assert main([*options, "--qlora", *streams(source)]) == 0
+        answers, said = capsys.readouterr()
+        assert answers == expected and "Every token of an answer takes" in said
+
+
+def test_a_merged_model_is_measured_as_its_run_was_trained(runs, tmp_path, late, monkeypatch, capsys):
+    def merged(run: str) -> str:
+        options = ["--adapter", str(runs / run), "--output-dir", str(tmp_path / run), "--device", "cpu"]
+        assert main(["merge", *options, "--base-weights", "whole", "--quantize-check"]) == 0
+        return capsys.readouterr().out.replace(run, "")
+
+    expected = merged("resident")
+    assert not late.copies
+    monkeypatch.setattr(streaming, "ON_CPU", True)
+    assert merged("streamed") == expected and late.copies
+    monkeypatch.setattr(host_room, "available_memory", lambda: 1000)
+    shutil.rmtree(tmp_path / "streamed")
+    assert "Not measured: the merged model takes" in merged("streamed")
+
+
+def test_what_cannot_be_streamed_is_said_before_anything_is_loaded(runs, streams, tmp_path, monkeypatch, capsys):
+    commands = {
+        "evaluate": ["--adapter", str(runs / "streamed"), "--dry-run", "--output-dir", str(tmp_path / "x")],
+        "ask": [str(runs / "streamed"), "Who?"],
+    }
+
+    def said(command: str, *more: str) -> str:
+        assert main([command, *commands[command], "--device", "cpu", *more]) == 2
+        return capsys.readouterr().err
+
+    for command in commands:
+        streamed = ("--qlora", *streams("blocks"))
+        assert "--stream-from cache reads the weights from the files of --quantized-cache DIR" in said(
+            command, "--stream-weights", "--stream-from", "cache"
+        )
+        assert "--stream-from says where --stream-weights keeps" in said(command, "--stream-from", "memory")
+        with monkeypatch.context() as patch:
+            patch.setattr(host, "available_memory", lambda: 1000)
+            assert "--stream-weights from --quantized-cache takes" in said(command, *streamed)
+            in_memory = ("--stream-weights", "--stream-from", "memory")
+            assert "--stream-weights keeps the weights in host memory, which takes" in said(command, *in_memory)
+        with monkeypatch.context() as patch:
+            patch.setattr(streaming, "ON_CPU", False)
+            assert "and this run computes on the CPU: leave it out." in said(command, *streamed)
+    assert not (tmp_path / "x").exists()
 
 
 class Device(StorageCounter):
