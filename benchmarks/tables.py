@@ -155,6 +155,23 @@ def gpu_rows(results: Path = RESULTS) -> str:
     return "\n\n".join(parts)
 
 
+def gpu_streaming(results: Path = RESULTS) -> str:
+    """A step with the weights on the GPU and with streamed ones."""
+    parts = []
+    for _, record in _on_gpus("streamed weights", results):
+        rows = [
+            [
+                run["configuration"], f"{run['peak_bytes'] / 2**30:.3f}", f"{run['seconds_per_step']:.2f} s",
+                f"{run['copied_bytes_per_step'] / 2**30:.1f} GiB", f"{run['loading_seconds']:.0f} s",
+            ]
+            for run in record["results"] if "seconds_per_step" in run
+        ]  # fmt: skip
+        model = record["model"].rpartition("/")[2].removesuffix("-hf")
+        about = f"{model}, QLoRA, 4 + 4 rows of {record['tokens']} tokens, on an {_gpu(record)}"
+        parts.append(_markdown([about, "peak GiB", "a step", "copied in a step", "loading"], rows))
+    return "\n\n".join(parts)
+
+
 def _on_gpus(benchmark: str, results: Path) -> list[tuple[Path, dict[str, Any]]]:
     """Every record of a benchmark that was made on a GPU."""
     records = [(path, json.loads(path.read_text())) for path in sorted(results.glob("nvidia-*/*.json"))]
@@ -209,6 +226,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "gpu-memory": gpu_memory,
     "gpu-kernels": gpu_kernels,
     "gpu-rows": gpu_rows,
+    "gpu-streaming": gpu_streaming,
 } | {name: partial(quality, name) for name in QUALITY}
 
 

@@ -51,14 +51,18 @@ class SequenceLogprobs:
         is further away than that is never pulled back.
         """
         nll = -self.sums().detach() / self.lengths()
-        push = ((levels - nll) / LET_GO).clamp(0, 1)[self.sequence]
+        push = ((levels - nll) / LET_GO).clamp(0, 1).float()[self.sequence]
         held = self.token_logprobs.detach()
         return replace(self, token_logprobs=held + push * (self.token_logprobs - held))
 
     def sums(self) -> Tensor:
-        """(B,) log-prob of each whole answer: log pi(y|x) = sum over its tokens."""
-        zeros = self.token_logprobs.new_zeros(self.num_sequences)
-        return zeros.index_add(0, self.sequence, self.token_logprobs)
+        """(B,) float64, log-prob of each whole answer: log pi(y|x) = sum over its tokens.
+
+        A ratio is the difference of two such sums, and a GPU adds in no fixed order: in float32, that of an identity
+        adapter would be off by thousandths of a nat after 500 tokens, and by others in every run.
+        """
+        zeros = torch.zeros(self.num_sequences, dtype=torch.float64, device=self.sequence.device)
+        return zeros.index_add(0, self.sequence, self.token_logprobs.double())
 
     def lengths(self) -> Tensor:
         """(B,) answer tokens of each sequence, at least 1 so that it can divide."""
@@ -131,7 +135,8 @@ def forget_loss(
     Args:
         policy: log-probs of the forget answers (for `idk` and `jensun`: of the refusals) under the policy, with
             gradient; each followed by its alternative, where there are any.
-        reference: what `needs_reference` says: (B,) sums or (N,) per-token log-probs of the original model, or None.
+        reference: what `needs_reference` says: of the original model (B,) float64 sums, (N,) float32 log-probs of the
+            tokens, or None.
         totals: counts of the whole optimiser step.
 
     Returns:
@@ -142,7 +147,7 @@ def forget_loss(
         loss = custom(objective, policy, reference, totals)
         if not (isinstance(loss, Tensor) and loss.ndim == 0 and loss.requires_grad):
             raise UserError(f"The forget term {term} returned {loss!r}, which is no scalar tensor with a gradient.")
-        return loss
+        return loss.float()
     if term == "ga":  # ascent on the NLL, a mean over answer tokens as in TOFU (Maini et al. 2024)
         return policy.token_logprobs.sum() / tokens
     if term == "idk":
@@ -154,14 +159,15 @@ def forget_loss(
     if term == "jensun":
         return jensun(policy.token_logprobs).sum() / tokens
     if term == "simnpo":
-        return simnpo(policy.sums() / policy.lengths(), objective.beta, objective.simnpo_margin).sum() / sequences
+        mean = (policy.sums() / policy.lengths()).float()
+        return simnpo(mean, objective.beta, objective.simnpo_margin).sum() / sequences
     assert reference is not None
     if term == "dpo":  # an alternative follows each answer
-        forgotten, alternative = (policy.sums() - reference).view(-1, 2).unbind(1)
+        forgotten, alternative = (policy.sums() - reference).float().view(-1, 2).unbind(1)
         return dpo(forgotten, alternative, objective.beta).sum() / sequences
     if objective.normalization == "token":
         return npo(policy.token_logprobs - reference, objective.beta).sum() / tokens
-    log_ratio = policy.sums() - reference
+    log_ratio = (policy.sums() - reference).float()
     if objective.normalization == "length":
         log_ratio = log_ratio / policy.lengths()
     return npo(log_ratio, objective.beta).sum() / sequences

@@ -101,7 +101,7 @@ class Passes:
                     reference = reference[::every] if len(reference) == len(rows) else reference * forgotten
             self.metrics.add(forget_loss=loss, forget_nll=-logprobs.sum() / totals.forget_tokens)
             if reference is not None:
-                ratio = logprobs.sum() - reference.sum()
+                ratio = logprobs.double().sum() - reference.double().sum()
                 self.metrics.add(forget_log_ratio=ratio / totals.forget_sequences)
         return loss
 

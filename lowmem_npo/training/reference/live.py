@@ -24,7 +24,7 @@ class LiveReference:
     objective: ObjectiveConfig
 
     def forget(self, batch: RowBatch) -> Tensor | None:
-        """Log-probs of the forget answers: (B,) sums or (N,) per token, float32; None if the forget term needs none."""
+        """Log-probs of the forget answers: (B,) float64 sums or (N,) float32 per token; None if the term needs none."""
         needed = needs_reference(self.objective)
         if needed is None:
             return None
