@@ -225,7 +225,7 @@ def short_help(command: str) -> str:
 def run_options() -> type:
     """A dataclass with a field per section, for tyro: each section is a box of the help, flags have no prefix."""
     fields: list[tuple] = []
-    tests = [test for test in LEAK_TESTS if not test.loads_models]
+    tests = tuple(test for test in LEAK_TESTS if not test.loads_models)
     for name, section in SECTIONS.items():
         section = with_help(section, tests)
         required = any(
@@ -245,7 +245,8 @@ def run_options() -> type:
     return flat
 
 
-def with_help(config: type, leak_tests: Sequence[LeakTest] = ()) -> Any:
+@cache
+def with_help(config: type, leak_tests: tuple[LeakTest, ...] = ()) -> Any:
     """The dataclass `config` for tyro: each field's docstring is its help text, and that of --leaks lists the tests.
 
     tyro reads docstrings by itself, but keeps their line breaks.

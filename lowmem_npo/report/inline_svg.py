@@ -14,6 +14,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from lowmem_npo.evaluation.answer_table import MEASURES, Stages
 from lowmem_npo.evaluation.figures import side_by_side
@@ -100,9 +101,10 @@ def _course(metrics: Sequence[Metrics], **titles: str) -> str:
 
 def _draw(name: str, size: tuple[float, float], draw: Callable[[Axes], None]) -> str:
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=size)
         FigureCanvasSVG(figure)  # not pyplot: no window, no global state
         draw(figure.add_subplot())
+        ConstrainedLayoutEngine().execute(figure)  # as the figure's own engine it would draw everything twice
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True)
     svg = buffer.getvalue()
