@@ -30,8 +30,6 @@ COMMANDS = {
     "env": "print versions, GPU and memory, for bug reports",
 }
 
-RESUMABLE = ("train", "sweep", "evaluate")  # from any moment, the measurements included
-
 
 def usage() -> str:
     lines = ["usage: lowmem-npo COMMAND [OPTIONS]", "", "Make a language model forget chosen data, on one GPU.", ""]
@@ -73,16 +71,15 @@ def _run(arguments: Sequence[str]) -> int:
         print(f"lowmem-npo {command}: {why}", file=sys.stderr)
         return code
 
-    hint = "the same command with --resume goes on from what it has written" if command in RESUMABLE else ""
     try:
         with handled(interrupt):
             importlib.import_module(f"lowmem_npo.commands.{command}").main(rest)
     except UserError as error:
         return ended(error, 2)
     except KeyboardInterrupt:
-        return ended(Interrupted(signal.SIGINT, hint), 130)
+        return ended(Interrupted(signal.SIGINT), 130)
     except Interrupted as error:
-        return ended(error if error.left else Interrupted(error.number, hint), error.code)
+        return ended(error, error.code)
     except Exception as error:
         if (what := failure(error)) is None:
             raise

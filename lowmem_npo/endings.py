@@ -7,8 +7,11 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from lowmem_npo.errors import UserError
 
 MOST = 200  # characters of an error's own text
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # what ends a job on a shared machine
@@ -46,6 +49,27 @@ def handled(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
 
 def interrupt(number: int, frame: FrameType | None) -> None:
     raise Interrupted(number)
+
+
+def going_on(first: Path) -> Callable[[], str]:
+    """What is left of a command that writes the file `first` before all others."""
+    return lambda: (
+        "the same command with --resume goes on from what it has written" if first.exists() else "nothing was written"
+    )
+
+
+@contextlib.contextmanager
+def ended_with(left: Callable[[], str]) -> Iterator[None]:
+    """Inside, an interruption and a failure of the machine say what is left, a clause."""
+    try:
+        yield
+    except (KeyboardInterrupt, Interrupted) as error:
+        number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+        raise Interrupted(number, left()) from None
+    except Exception as error:
+        if (what := failure(error)) is None:
+            raise
+        raise UserError(f"{what}; {left()}.") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

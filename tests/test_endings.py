@@ -89,6 +89,25 @@ def test_an_interrupted_run_says_what_is_left(where, left, byte_model, tmp_path,
     assert (tmp_path / "run").exists() == (where == "_train")
 
 
+@pytest.mark.parametrize("command, where, first", [
+    ("evaluate", "evaluate.run.plan_evaluation", "settings.json"),
+    ("sweep --seeds 1", "sweep.runs._sweep_claimed", "sweep_state.json"),
+])  # fmt: skip
+@pytest.mark.parametrize("what", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device", "/x")])
+def test_resuming_is_advised_where_something_was_written(command, where, first, what, byte_model, tmp_path, capsys,
+                                                         monkeypatch):  # fmt: skip
+    def ends(*_, **__):
+        raise what
+
+    monkeypatch.setattr(f"lowmem_npo.commands.{where}", ends)
+    said = "interrupted; " if isinstance(what, KeyboardInterrupt) else "'/x': No space left on device; "
+    for left in ("nothing was written", "the same command with --resume goes on from what it has written"):
+        assert main([*command.split(), "--model", str(byte_model), "--output-dir", str(tmp_path / "out")]) in (130, 2)
+        assert capsys.readouterr().err == f"lowmem-npo {command.split()[0]}: {said}{left}.\n"
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / first).write_text("{}")
+
+
 FAILURES = [
     (OSError(errno.ENOSPC, "No space left on device", "/x/y"), "'/x/y': No space left on device"),
     (SafetensorError("I/O error: No space left"), "a file of weights could not be read or written (I/O error"),

@@ -22,6 +22,7 @@ from lowmem_npo.data.fit import known_fit
 from lowmem_npo.data.overlap import find_overlap
 from lowmem_npo.data.passages import Passages
 from lowmem_npo.data.prepare import bundled_general, general_rows, is_general
+from lowmem_npo.endings import ended_with, going_on
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.asking import Wording
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Selection
@@ -51,7 +52,7 @@ from lowmem_npo.model.stop_tokens import stop_tokens
 from lowmem_npo.report.content import read_content
 from lowmem_npo.report.evaluation_text import evaluation_text
 from lowmem_npo.report.verdict import judge_evaluation
-from lowmem_npo.run_directory import AdapterFiles, RunFiles
+from lowmem_npo.run_directory import AdapterFiles, EvaluationFiles, RunFiles
 
 
 def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
@@ -63,13 +64,14 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
     Raises:
         UserError: something the user can fix, in one sentence.
     """
-    plan = plan_evaluation(config, say)
-    if config.dry_run:
-        for line in _announced(plan):
-            say(line)
-        return Evaluation(notes=plan.context.notes)
-    with claimed(plan.config.path, say):
-        return measure(plan, say)
+    with ended_with(going_on(EvaluationFiles(config.path).settings)):
+        plan = plan_evaluation(config, say)
+        if config.dry_run:
+            for line in _announced(plan):
+                say(line)
+            return Evaluation(notes=plan.context.notes)
+        with claimed(plan.config.path, say):
+            return measure(plan, say)
 
 
 def _announced(plan: EvaluationPlan) -> list[str]:

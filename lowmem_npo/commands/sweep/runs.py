@@ -25,6 +25,7 @@ from lowmem_npo.commands.train.plan import Inputs, RunPlan, plan_run, read_input
 from lowmem_npo.commands.train.run import unlearn
 from lowmem_npo.config import REFUSING_TERMS, ModelConfig
 from lowmem_npo.console import Say, silent
+from lowmem_npo.endings import ended_with, going_on
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answers import read_answers, save_answers, summaries
 from lowmem_npo.evaluation.leaks.registry import leak_tests
@@ -64,7 +65,7 @@ def sweep(
     Raises:
         UserError: `root` holds other files, or runs with other settings; or no run succeeded.
     """
-    with claimed(root, say):
+    with claimed(root, say), ended_with(going_on(root / STATE)):
         return _sweep_claimed(runs, root, resume, say, teaching, evaluation)
 
 

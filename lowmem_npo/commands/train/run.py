@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from lowmem_npo.config import REFUSING_TERMS, RunConfig
 from lowmem_npo.console import Say, silent
 from lowmem_npo.data import preview
 from lowmem_npo.data.fit import check_fit
-from lowmem_npo.endings import Interrupted, failure, handled
+from lowmem_npo.endings import ended_with, handled
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.background import Watched, record, watch
 from lowmem_npo.evaluation.answers import Evaluations, in_sentences_of_its_own, summaries
@@ -69,18 +69,12 @@ def train(config: RunConfig, say: Say = print) -> RunResult | None:
     main_process, output = is_main_process(config), config.output
     say = say if main_process else silent
     trains = output.preview is None and not output.dry_run
-    with claimed(config.output_dir, say) if main_process and trains else nullcontext():
+    left = partial(what_is_left, RunFiles(config.output_dir))
+    with claimed(config.output_dir, say) if main_process and trains else nullcontext(), ended_with(left):
         try:
             return _train_claimed(config, say)
-        except (KeyboardInterrupt, Interrupted) as error:
-            number = error.number if isinstance(error, Interrupted) else signal.SIGINT
-            raise Interrupted(number, what_is_left(RunFiles(config.output_dir))) from None
         except NotFinite as error:
-            raise UserError(f"{error}; {what_is_left(RunFiles(config.output_dir))}.") from None
-        except Exception as error:
-            if (what := failure(error)) is None:
-                raise
-            raise UserError(f"{what}; {what_is_left(RunFiles(config.output_dir))}.") from error
+            raise UserError(f"{error}; {left()}.") from None
 
 
 def _train_claimed(config: RunConfig, say: Say) -> RunResult | None:
