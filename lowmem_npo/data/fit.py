@@ -27,9 +27,9 @@ class Fit:
     @classmethod
     def of(cls, model: PreTrainedModel) -> Fit:
         """Read from the modules, whose weights may be on the meta device."""
-        embedding = model.get_input_embeddings()
-        inside = next((m for m in embedding.modules() if isinstance(m, nn.Embedding)), embedding)  # of an adapter
-        return cls(cast(nn.Embedding, inside).num_embeddings, min(_positions(model), default=None))
+        within = model.get_input_embeddings().modules()  # it may have an adapter, and be kept on the host
+        rows = next(module.num_embeddings for module in within if hasattr(module, "num_embeddings"))
+        return cls(cast(int, rows), min(_positions(model), default=None))
 
     def check(self, where: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises UserError for a row, from the place `where`, that the model cannot take."""

@@ -209,7 +209,7 @@ def read_json(name: str, path: Path) -> Rows:
                 f"{rows.where(index)} is not a JSON object; "
                 'every row must be an object such as {"question": "...", "answer": "..."}.'
             )
-        if column := next((column for column, value in row.items() if not is_text(value)), None):
+        if column := next((column for column, value in row.items() if not is_text([column, value])), None):
             raise UserError(
                 f"{rows.where(index)}: {column} holds half of a surrogate pair (an escape such as \\ud83d without its "
                 "partner), which is no character; repair the text or remove the row."
@@ -262,10 +262,12 @@ def read_csv(name: str, path: Path, *, columns: Collection[str] = (), separator:
     header = records[0] if records else []
     if twice := next((column for column in header if column and header.count(column) > 1), None):
         raise UserError(f"{name}, line {lines[0]} names the column {twice} twice; rename one of the two.")
+    named = max((number for number, column in enumerate(header, 1) if column.strip()), default=0)  # up to the last
     for record, line in zip(records, lines, strict=True):
-        if len(record) > len(header):
+        filled = max((number for number, field in enumerate(record, 1) if field.strip()), default=0)
+        if len(record) > len(header) or filled > named:
             raise UserError(
-                f"{name}, line {line} has {len(record)} fields but the header has {len(header)}, separated by "
+                f"{name}, line {line} has {max(filled, named + 1)} fields but the header has {named}, separated by "
                 f"{_separated(separator)}; put text that holds one in double quotes."
             )
     rows = [dict(zip(header, record, strict=False)) for record in records[1:]]

@@ -12,6 +12,7 @@ import hashlib
 import re
 from array import array
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypedDict, cast, overload
@@ -288,6 +289,12 @@ class Encoder:
             ending = ""
         else:
             ends = self.named
+            if not re.search(self.stop, ending):  # GLM ends a turn with the token that opens the user's next one
+                with suppress(UserError):  # of a template that wants another turn next
+                    next_turns = [{"role": "assistant", "content": MARK}, {"role": "user", "content": "?"}]
+                    following = render([*earlier, *next_turns]).rpartition(MARK)[2].removeprefix(ending)
+                    at_once = re.match(rf"\s*({'|'.join(map(re.escape, self.named))})", following)
+                    ending += at_once[0] if at_once else ""
             if stop := re.search(self.stop, ending):
                 self.ended, ending, ends = True, ending[: stop.end()], [*ends, stop[0]]
             if (brought := trailing(body, ends)) < len(body):  # the row brings its own end

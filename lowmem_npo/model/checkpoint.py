@@ -117,8 +117,10 @@ class Checkpoint:
         return {name: Unread(shards[file], name) for file, names in self.shards.items() for name in names}
 
     def name_of(self, parameter: str) -> str | None:
-        """A parameter's name here: some checkpoints leave out a prefix, such as GPT-2's "transformer."."""
-        return next((name for name in (parameter, parameter.partition(".")[2]) if name in self._names), None)
+        """A parameter's name here: some checkpoints leave out a prefix, such as GPT-2's "transformer.", or have it
+        twice. transformers loads both."""
+        prefix, _, rest = parameter.partition(".")
+        return next((name for name in (parameter, rest, f"{prefix}.{parameter}") if name in self._names), None)
 
     @cached_property
     def _names(self) -> set[str]:
@@ -193,7 +195,10 @@ def weight_files(folder: Path, name: str) -> list[str]:
         if (folder / whole).is_file():
             return [whole]
         if (folder / index).is_file():
-            files = sorted(set(read_json(folder / index)["weight_map"].values()))
+            content = read_json(folder / index)
+            if not isinstance(tensors := content.get("weight_map"), dict):
+                raise UserError(f"'{folder / index}' is damaged: it has no weight_map, which names each tensor's file.")
+            files = sorted(set(tensors.values()))
             if missing := [file for file in files if not (folder / file).is_file()]:
                 raise UserError(f"'{name}' is incomplete: {missing[0]} is missing.")
             return files

@@ -171,14 +171,17 @@ def test_rank_stabilised_scale(tmp_path):
 
 
 def test_layers_with_transposed_weights(tmp_path):
-    """GPT-2: (inputs, outputs), and tensor names without "transformer."."""
+    """GPT-2: (inputs, outputs), and tensor names without "transformer.", or, in one layer, with it twice."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=1)
     model = AutoModelForCausalLM.from_config(config).eval()
     model.save_pretrained(tmp_path / "base")
-    short = {name.removeprefix("transformer."): value for name, value in model.state_dict().items()}
-    short.pop("lm_head.weight")
-    merging.save_file(short, tmp_path / "base" / WHOLE, metadata={"format": "pt"})
+    renamed = {
+        f"transformer.{name}" if ".h.1." in name else name.removeprefix("transformer."): value
+        for name, value in model.state_dict().items()
+    }
+    renamed.pop("lm_head.weight")
+    merging.save_file(renamed, tmp_path / "base" / WHOLE, metadata={"format": "pt"})
     adapter = saved_adapter(tmp_path / "base", tmp_path / "adapter", target_modules=["c_attn"], fan_in_fan_out=True)
     assert run(adapter, tmp_path / "out", "--dtype", "stored") == 0
     exact = merged_by_peft(tmp_path / "base", adapter)
@@ -378,6 +381,8 @@ def test_other_bases_and_damaged_files(tmp_path, capsys):
     (wide / "config.json").write_text(json.dumps(config))
     next(iter(wide.glob("*-of-*.safetensors"))).unlink()
     fails(capsys, run(adapter, tmp_path / "new2", "--model", str(wide), "--any-base"), "is incomplete")
+    (wide / INDEX).write_text("{}")
+    fails(capsys, run(adapter, tmp_path / "new2", "--model", str(wide), "--any-base"), "has no weight_map")
     for file in wide.glob("model*"):
         file.unlink()
     fails(capsys, run(adapter, tmp_path / "new2", "--model", str(wide), "--any-base"), "has no weights in safetensors")

@@ -257,6 +257,8 @@ def test_local_files_leave_nothing_in_the_cache(tmp_path, monkeypatch):
             ["a.jsonl.gz, line 2 is not UTF-8"],
         ),
         ("a.jsonl.gz", b'{"a": "x"}', ["a.jsonl.gz cannot be read as jsonl.gz", "gzip"]),
+        ("a.csv", "a,b,,\n1,2,,\n1,2, and 3,\n", ["a.csv, line 3 has 3 fields but the header has 2"]),
+        ("a.jsonl", '{"a": "b", "\\ud83d": "c"}', ["a.jsonl, line 1: ", "holds half of a surrogate pair"]),
         ("a.jsonl", '{"a": "fine"}\n{"b": "\\ud83d"}\n', ["a.jsonl, line 2: b holds half of a surrogate pair"]),
         ("a.json", '[{"a": [{"b": "\\udc00"}]}]', ["a.json, row 1: a holds half of a surrogate pair"]),
         ("a.jsonl", '{"a": "x"}\n{"a": "y", "a": "z"}\n', ["a.jsonl, line 2 has the key 'a' twice"]),

@@ -111,6 +111,11 @@ def test_generation_stops_where_the_models_configuration_says(chat_tokenizer):
     ):
         row = tokenize([conversation(*TURNS)], tokenizer, template=template)[0]
         assert tokenizer.decode(split(row)[1]) == written
+    # GLM: at what opens the user's next turn, where its configuration says so
+    tokenizer.chat_template = ending.replace("<turn_end>\n", "").replace("<|im_start|>", "<turn_end>")
+    for template, written in ((Template(), "Paris.<|endoftext|>"), (Template(stops=stops), "Paris.<turn_end>")):
+        row = tokenize([conversation(*TURNS)], tokenizer, template=template)[0]
+        assert tokenizer.decode(split(row)[1]) == written
 
 
 R1 = (

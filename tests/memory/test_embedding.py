@@ -8,6 +8,7 @@ from helpers.tiny_models import tiny_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
+from lowmem_npo.data.fit import Fit
 from lowmem_npo.errors import UserError
 from lowmem_npo.memory.embedding import embedding_to_host
 
@@ -45,6 +46,7 @@ def test_an_adapter_on_the_embedding_is_trained_all_the_same(make):
     size = sum(parameter.numel() for parameter in model.parameters())
     embedding_to_host(model.get_base_model())
     assert size - sum(parameter.numel() for parameter in model.parameters()) == 97 * 32
+    assert Fit.of(model.get_base_model()).vocabulary == 97
     actual = gradients(model)
     assert actual.keys() == expected.keys() and sum("embedding" in name for name in actual) == 2
     for name, gradient in expected.items():
