@@ -32,6 +32,7 @@ from lowmem_npo.estimate.simulator.model import fake_model
 from lowmem_npo.estimate.simulator.work import Operation
 from lowmem_npo.libraries import segments_expand
 from lowmem_npo.memory.checkpointing import is_checkpointed
+from lowmem_npo.memory.lock_step import can_lock_step
 from lowmem_npo.memory.streaming import is_streamed, weight_stream
 from lowmem_npo.memory.streaming.blocks import Weight
 from lowmem_npo.memory.streaming.stream import WeightStream
@@ -170,7 +171,9 @@ def estimate(
     """
     rows = (rows or StepRows.of_length(config)).micro_batch(config)
     padding_free = packable(architecture, config.model.attn)
-    simulate = partial(_simulate, config, architecture, capability, padding_free=padding_free, later=later)
+    lock_step = config.memory.stream_weights and can_lock_step(architecture, config.model.attn)
+    judged = partial(_simulate, padding_free=padding_free, lock_step=lock_step, later=later)
+    simulate = partial(judged, config, architecture, capability)
     result, joint = simulate(rows), config.memory.joint_pass_tokens
     if joint == "auto" or not 0 < joint < rows.tokens(padding_free) or not rows.retain:
         return result
@@ -188,6 +191,7 @@ def _simulate(
     rows: StepRows,
     *,
     padding_free: bool,
+    lock_step: bool,
     later: bool,
 ) -> Estimate:
     with fake_gpu("frozen weights", capability) as gpu:
@@ -204,6 +208,8 @@ def _simulate(
         gpu.kind = "layer work"
         with tempfile.TemporaryDirectory() as folder:
             trainer = _trainer(model, config, rows, folder, padding_free)
+        if not lock_step:
+            trainer.passes.lock_step = None
         track_kinds(gpu, causal_lm(model))
         reference = trainer.passes.reference = _Reference(gpu, trainer.passes.reference)
         gpu.kind = "adapter"

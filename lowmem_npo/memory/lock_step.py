@@ -8,14 +8,16 @@ follows the layers runs a second time for the reference, whose pass finds them d
 Where weights are streamed this is a third of what is copied. The graph is that of the policy alone, to the bit, and
 nothing of the reference outlives its visit but the hidden states that go on to the next layer.
 
-It needs layers that hand on nothing but hidden states, which is tried out on a few tokens, and an adapter that lies in
-them and is switched off layer by layer, which one that is continued from another is not.
+It needs layers that hand on nothing but hidden states, which is tried out on a few tokens, in float32 on a small random
+copy of the architecture (all that an estimate can try) and then on the model itself, and an adapter that lies in them
+and is switched off layer by layer, which one that is continued from another is not.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -23,30 +25,40 @@ from lowmem_kernels.dispatch import has_values
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from transformers import PretrainedConfig
 
+from lowmem_npo.config import AdapterConfig
 from lowmem_npo.data.batching import RowBatch
+from lowmem_npo.errors import UserError
 from lowmem_npo.memory.checkpointing import hidden_first
 from lowmem_npo.memory.prefix import Memory, SharedPrefix, in_place, stand_ins
-from lowmem_npo.model.adapters import reference_mode
+from lowmem_npo.model.adapters import attach_lora, reference_mode
 from lowmem_npo.model.continued import ContinuedModel
 from lowmem_npo.model.head import answer_hidden, few_tokens
 from lowmem_npo.model.layers import causal_lm, decoder_layers
+from lowmem_npo.model.packable import Hashed, plain_attention
+from lowmem_npo.model.trial import trial_model
 
 
 class LockStep:
     """The decoder layers from the lowest trained one up, visited by policy and reference together."""
 
-    def __init__(self, model: PeftModel, prefix: SharedPrefix) -> None:
-        self.below = prefix.modules
+    def __init__(self, model: PeftModel, below: list[nn.Module]) -> None:
+        self.below = below
         self.layers: list[nn.Module] = list(decoder_layers(model))[len(self.below) - 1 :] if self.below else []
 
     @classmethod
     def where_it_fits(cls, model: PeftModel, prefix: SharedPrefix) -> LockStep | None:
         """None if the reference needs passes of its own."""
-        lock_step = cls(model, prefix)
+        lock_step, lm = cls(model, prefix.modules), causal_lm(model)
         trained = {p for p in model.parameters() if p.requires_grad}
         fits = trained and trained <= {p for layer in lock_step.layers for p in layer.parameters()}
-        fits = fits and not isinstance(model, ContinuedModel) and lock_step._suffices(model)
+        fits = fits and not isinstance(model, ContinuedModel)
+        head = lm.get_output_embeddings().weight
+        if fits and has_values(head):  # of a simulated model its architecture is asked before: `can_lock_step`
+            attention = plain_attention(str(lm.config._attn_implementation))
+            fits = head.dtype == torch.float32 or can_lock_step(lm.config, attention)
+            fits = fits and lock_step._suffices(model)
         return lock_step if fits else None
 
     @contextmanager
@@ -59,10 +71,7 @@ class LockStep:
 
     def _suffices(self, model: PeftModel) -> bool:
         """Whether a policy and a reference that enter the layers with different states leave them as they do alone."""
-        lm = causal_lm(model)
-        if not has_values(lm.get_output_embeddings().weight):  # nothing to try: Gemma 3n's upper layers read lower keys
-            return not getattr(lm.config.get_text_config(), "num_kv_shared_layers", 0)
-        batch = RowBatch.whole(few_tokens(lm))
+        batch = RowBatch.whole(few_tokens(causal_lm(model)))
 
         def enters_as_another(layer: Any, args: Any, options: dict[str, Any]) -> Any:
             hidden, *others = hidden_first(layer.forward, args, options := dict(options))
@@ -83,6 +92,21 @@ class LockStep:
         before, beside = (torch.stack(states).float() for states in (alone, together))
         # The same work on the same numbers.
         return bool((beside - before).norm() <= 8 * torch.finfo(alone[0].dtype).eps * before.norm())
+
+
+def can_lock_step(architecture: PretrainedConfig, attention: str) -> bool:
+    """Whether the layers of `architecture` hand on nothing but hidden states, as far as a small copy of it can tell;
+    attention: --attn. In float32 a side state shows that moves the reference by less than bf16 rounds."""
+    return _can_lock_step(Hashed(architecture), attention)
+
+
+@functools.lru_cache(maxsize=64)
+def _can_lock_step(architecture: Hashed, attention: str) -> bool:
+    with torch.random.fork_rng(devices=[]), suppress(UserError):
+        if (small := trial_model(architecture.config, attention)) is not None:
+            model = attach_lora(small, AdapterConfig(lora_targets=("all-linear",)))
+            return LockStep(model, [small.get_input_embeddings()])._suffices(model)
+    return True  # no copy of it can be made: the model itself is tried
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def packs_rows(model: PreTrainedModel | PeftModel) -> bool:
     if not has_values(lm.get_output_embeddings().weight):
         return take_rows(lm)
     if lm not in _judged:
-        attention = _plain(str(lm.config._attn_implementation))
+        attention = plain_attention(str(lm.config._attn_implementation))
         _judged[lm] = packable(lm.config, attention) and take_rows(lm) and _keeps_rows_apart(lm)
         if not _judged[lm]:
             lm.config._attn_implementation = attention
@@ -48,14 +48,14 @@ def packs_rows(model: PreTrainedModel | PeftModel) -> bool:
 
 def packable(architecture: PretrainedConfig, attention: str) -> bool:
     """The same of an architecture, as far as it can be known before there is a model; attention: --attn."""
-    return _packable(_Hashed(architecture), attention)
+    return _packable(Hashed(architecture), attention)
 
 
 def padding_note(kind: str) -> str:
     return f"Rows of unequal length are padded: a {kind} would not keep them apart in a packed pass."
 
 
-class _Hashed:
+class Hashed:
     """A configuration, equal to others of the same content."""
 
     def __init__(self, config: PretrainedConfig) -> None:
@@ -63,14 +63,14 @@ class _Hashed:
         self.content = {**config.to_dict(), "name_or_path": None}
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Hashed) and self.content == other.content
+        return isinstance(other, Hashed) and self.content == other.content
 
     def __hash__(self) -> int:
         return hash(self.config.model_type)
 
 
 @functools.lru_cache(maxsize=64)
-def _packable(architecture: _Hashed, attention: str) -> bool:
+def _packable(architecture: Hashed, attention: str) -> bool:
     model = trial_model(architecture.config, attention)
     return model is not None and take_rows(model) and _keeps_rows_apart(model)
 
@@ -100,6 +100,6 @@ def _states(lm: PreTrainedModel, rows: list[list[int]]) -> Tensor:
     return final_states(lm, batch.to(lm.device)).flatten(0, 1).float()
 
 
-def _plain(implementation: str) -> str:
+def plain_attention(implementation: str) -> str:
     """transformers' name of an attention implementation."""
     return next((name for name, own in BY_ROWS.items() if own == implementation), implementation)

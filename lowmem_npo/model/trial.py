@@ -48,9 +48,10 @@ def check_architecture(architecture: PretrainedConfig) -> None:
 def trial_model(architecture: PretrainedConfig, attention: str = "sdpa") -> PreTrainedModel | None:
     """A random copy of `architecture` in float32 on the CPU, in eval mode; None where none can be made that runs.
 
-    Its layers, attention, positions and head are the original's, but few: a layer of each kind, two or so heads of the
-    original size and as much width as belongs to them, four experts, and a vocabulary of 128. So it takes well under a
-    second and 200 MB, however large the original is. No random state is touched.
+    Its layers, attention, positions and head are the original's, but few: a layer of each kind (and one that reads the
+    keys of another, if there are such), two or so heads of the original size and as much width as belongs to them, four
+    experts, and a vocabulary of 128. So it takes well under a second and 200 MB, however large the original is. No
+    random state is touched.
 
     Args:
         attention: --attn. Eager in place of SDPA where transformers has none, SDPA in place of flash attention.
@@ -78,7 +79,8 @@ def of_depth(architecture: PretrainedConfig, layers: int) -> PretrainedConfig:
 
 
 def _layers_with(of_each: int, architecture: PretrainedConfig) -> int:
-    """How many layers, from the lowest one on, hold `of_each` of each kind (or all there are); at least two."""
+    """How many layers, from the lowest one on, hold `of_each` of each kind (or all there are); at least two. One more
+    where upper layers read the keys of lower ones."""
     text = architecture.get_text_config()
     depth, settings = text.num_hidden_layers, vars(text) | {name: getattr(text, name, None) for name in PER_LAYER}
     kinds = [
@@ -88,13 +90,14 @@ def _layers_with(of_each: int, architecture: PretrainedConfig) -> int:
         and len(value) == depth
         and all(isinstance(k, str) or k in (0, 1) for k in value)
     ]
+    shares = bool(getattr(text, "num_kv_shared_layers", None))  # the layers above all kinds read keys of those below
     layers, seen = list(zip(*kinds, strict=True)), Counter[tuple]()
     last = 2
     for place, kind in enumerate(layers, start=1):
         seen[kind] += 1
         if seen[kind] <= of_each:
             last = max(last, place)
-    return min(depth, last)
+    return min(depth, last + shares)
 
 
 def _factors(text: PretrainedConfig) -> Iterator[int]:
@@ -125,7 +128,8 @@ def _shrink(config: Any, factor: int) -> None:
         elif few := next((few for names, few in OF_EXPERTS.items() if re.fullmatch(names, name)), None):
             setattr(config, name, _each(value, lambda n, few=few: min(n, few)))
     if getattr(config, "num_kv_shared_layers", None):  # counted from the last layer on
-        config.num_kv_shared_layers = 0
+        *below, last = config.layer_types
+        config.num_kv_shared_layers = int(last in below)
 
 
 def _each(value: Any, change: Any) -> Any:

@@ -14,9 +14,10 @@ from helpers.architectures import tiny_config
 from helpers.dense_step import VOCABULARY, dense_step, make_trainer, random_rows, relative_error, step_gradients
 from helpers.tiny_models import tiny_model
 
-from lowmem_npo.config import AdapterConfig, MemoryConfig
+from lowmem_npo.config import AdapterConfig, DataConfig, MemoryConfig, ModelConfig, RunConfig
+from lowmem_npo.estimate.step import estimate
 from lowmem_npo.memory import lock_step
-from lowmem_npo.memory.lock_step import LockStep
+from lowmem_npo.memory.lock_step import LockStep, can_lock_step
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora
 
@@ -98,7 +99,30 @@ def test_where_the_reference_keeps_to_itself(architecture, changes, targets, tmp
     model = attach_lora(tiny_model(config), AdapterConfig(lora_r=3, lora_targets=targets))
     run = make_trainer(model, tmp_path, FORGET, RETAIN)
     assert LockStep.where_it_fits(model, run.passes.prefix) is None
-    assert LockStep.where_it_fits(model.to("meta"), run.passes.prefix) is None  # as an estimate sees it
+    assert can_lock_step(tiny_config("olmo", VOCABULARY), "sdpa")
+    if architecture == "gemma3n_text":  # the estimate has the passes of the run
+        assert not can_lock_step(config, "sdpa")
+        settings = RunConfig(ModelConfig("tiny"), DataConfig(max_length=16), memory=MemoryConfig(stream_weights=True))
+        sections = [name for name, _ in estimate(settings, config).work]
+        assert "reference" in sections, sections
+
+
+def test_a_side_state_that_bf16_would_hide(monkeypatch):
+    """The policy moves the reference by 1e-4 of its states."""
+    config = tiny_config("olmo", VOCABULARY)
+    assert can_lock_step(config, "sdpa")
+    lock_step._can_lock_step.cache_clear()
+    layer = type(tiny_model(config).model.layers[0])
+    right, seen = layer.forward, []
+
+    def leaks(self, hidden_states, *args, **options):
+        result = right(self, hidden_states, *args, **options)
+        seen.append(result.detach())
+        return result + 1e-4 * (seen[-2] if len(seen) > 1 else 0)
+
+    monkeypatch.setattr(layer, "forward", leaks)
+    assert not can_lock_step(config, "sdpa")
+    lock_step._can_lock_step.cache_clear()
 
 
 def test_a_pass_that_ends_in_its_middle_leaves_the_model_as_it_was(tmp_path):

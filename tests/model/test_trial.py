@@ -60,6 +60,8 @@ def test_a_copy_of_a_large_model_is_small(architecture):
         assert getattr(small, name, None) == getattr(text, name, None)
     for kinds in ("layer_types", "layers_block_type"):
         assert set(getattr(small, kinds, None) or ()) == set(getattr(text, kinds, None) or ())
+    shares = [bool(getattr(one, "num_kv_shared_layers", None)) for one in (small, text)]
+    assert shares[0] == shares[1], "upper layers read the keys of lower ones"
     check_architecture(config)
 
 
