@@ -19,7 +19,7 @@ from lowmem_npo.data import PreparedData
 from lowmem_npo.environment import available_memory
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.background import Simulation, workload_of
-from lowmem_npo.estimate.generation import generation
+from lowmem_npo.estimate.generation import generation, own_writing
 from lowmem_npo.estimate.gpus import Device, own_device
 from lowmem_npo.estimate.report import Report
 from lowmem_npo.estimate.simulator.gpu import CAPABILITY
@@ -110,6 +110,8 @@ def _with_answers(report: Report, data: PreparedData, architecture: PretrainedCo
         output = replace(output, generate_answers="off" if answers.is_too_long else "on")
     if answers.passes:
         say(answers.line(output.generate_answers == "on"))
+    for line in own_writing(report.config, data, architecture, report):
+        say(line)
     return replace(report.config, output=output)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from transformers import PretrainedConfig
 
 from lowmem_npo.config import RunConfig
 from lowmem_npo.data import PreparedData, TokenizedRow
+from lowmem_npo.data.self_answered import answers_number, most_tokens
+from lowmem_npo.data.self_written import TOKENS
 from lowmem_npo.estimate.report import Report
 from lowmem_npo.estimate.time import duration
 from lowmem_npo.evaluation.answers import answer_length, choose_rows, question
@@ -17,6 +19,7 @@ from lowmem_npo.model.loading import DTYPES
 
 MOST_HOURS = 1.0  # that answers may take to be written, of which there is a half before and a half after training
 TIMES = 2  # that each set is measured
+REQUEST = 64  # tokens, about, by which another answer is asked for
 
 
 class Generation(NamedTuple):
@@ -33,13 +36,17 @@ class Generation(NamedTuple):
     def is_too_long(self) -> bool:
         return self.hours > MOST_HOURS
 
+    @property
+    def took(self) -> str:
+        """For people."""
+        return f"{duration(self.hours)} ({self.passes} passes of {self.pass_seconds:.2g} s)"
+
     def line(self, generates: bool) -> str:
         """For people."""
-        took = f"{duration(self.hours)} ({self.passes} passes of {self.pass_seconds:.2g} s)"
         if generates:
-            return f"Writing the measured answers takes about {took}."
+            return f"Writing the measured answers takes about {self.took}."
         return (
-            f"Writing the measured answers would take about {took}: they are read off the likelihoods instead "
+            f"Writing the measured answers would take about {self.took}: they are read off the likelihoods instead "
             "(--generate-answers on writes them)."
         )
 
@@ -57,6 +64,25 @@ def generation(config: RunConfig, data: PreparedData, architecture: PretrainedCo
         for rows, times in measured
     )
     return Generation(TIMES * passes, report.pass_seconds)
+
+
+def own_writing(config: RunConfig, data: PreparedData, architecture: PretrainedConfig, report: Report) -> Iterator[str]:
+    """What the original model is to write before it is trained takes, in lines."""
+    room, rounds = cache_room(architecture, config.model.dtype), answers_number(config.data.alternatives)
+    parts = list[tuple[str, str, int, list[tuple[int, int]]]]()
+    if data.retain_is_unwritten and data.retain is not None:  # of which the rows are as long as can be
+        lengths = [(max(1, len(row["input_ids"]) - TOKENS), TOKENS) for row in data.retain]
+        parts.append((f"texts of --retain {config.data.retain}", "a file (--retain FILE)", 1, lengths))
+    if data.alternatives_are_unwritten and rounds is not None:
+        lengths = [(len(row["input_ids"]) + REQUEST, most_tokens(row)) for row in data.forget]
+        what = f"answers of --alternatives {config.data.alternatives}"
+        parts.append((what, "a column (--alternative-column)", rounds, lengths))
+    for what, instead, times, lengths in parts:
+        written = Generation(times * written_passes(lengths, room), report.pass_seconds)
+        yield (
+            f"Writing the {what} takes about {written.took}, once: later runs of the same model read them. Given as "
+            f"{instead}, none is written."
+        )
 
 
 def written_passes(lengths: Sequence[tuple[int, int]], room: int) -> int:

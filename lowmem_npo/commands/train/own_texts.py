@@ -98,7 +98,7 @@ def write_own_texts(
             written[index] = {"question": example.prompt, "answer": text.strip(), **goes_on}
         return True
 
-    _let_write(model, tokenizer, prompts, take, ROUNDS, config.output.eval_batch_size, "own texts")
+    _let_write(model, tokenizer, prompts, take, ROUNDS, _at_once(config, prompts), "own texts")
     if not written:
         raise UserError("--retain self: the original model writes nothing at all; name rows to --retain, or builtin.")
     if len(written) < rows:
@@ -133,7 +133,7 @@ def write_own_answers(
             answers[index].append(answer)
         return len(answers[index]) == number
 
-    _let_write(model, tokenizer, asked, take, number + ROUNDS, config.output.eval_batch_size, "other answers")
+    _let_write(model, tokenizer, asked, take, number + ROUNDS, _at_once(config, asked), "other answers")
     if without := [one.where for one, own in zip(rows.examples, answers, strict=True) if not own]:
         more = f" and {len(without) - MAX_LISTED} more" if len(without) > MAX_LISTED else ""
         raise UserError(
@@ -142,6 +142,11 @@ def write_own_answers(
             "names, or leave these rows out."
         )
     _write(path, [{"alternatives": own} for own in answers], "--alternatives self", private=True)
+
+
+def _at_once(config: RunConfig, prompts: Sequence[Prompt]) -> int:
+    """How many texts are written together: all, where each of their tokens has to stream the weights."""
+    return len(prompts) if config.memory.stream_weights else config.output.eval_batch_size
 
 
 def _let_write(
