@@ -13,7 +13,7 @@ from typing import Any
 
 from lowmem_npo.errors import UserError
 
-MOST = 200  # characters of an error's own text
+MOST, MOST_OF_PATH = 200, 1000  # characters of an error's own text, and of a path in it
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # what ends a job on a shared machine
 UNWRITTEN = ("PytorchStreamWriter failed", "unexpected pos", "basic_ios::clear")  # of torch.save
 UNALLOCATED = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
@@ -84,7 +84,8 @@ def failure(error: BaseException) -> str | None:
     kind, text = type(error).__name__, " ".join(str(error).split())[:MOST]
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
         reason = (os.strerror(error.errno) if error.errno else "") or text
-        return f"'{error.filename}': {reason}" if error.filename else reason
+        path = str(error.filename or "")
+        return f"'{path[:MOST_OF_PATH]}{'…' * (len(path) > MOST_OF_PATH)}': {reason}" if path else reason
     if is_out_of_memory(error):
         return "the GPU ran out of memory: give a smaller batch, or for a run --memory-budget, which finds what fits"
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(t in text for t in UNALLOCATED)):

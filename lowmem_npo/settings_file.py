@@ -8,6 +8,7 @@ is made of it.
 from __future__ import annotations
 
 import datetime
+import re
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,9 @@ def _check_value(event: yaml.ScalarEvent, line: str) -> None:
         ) from error
     if isinstance(value, datetime.date):
         raise ValueError(f"{line}: {event.value} would be a date: put it in quotes")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and re.match(r"[-+]?(0[\d_xb]|.*:)", event.value):  # 010 is 8 in YAML, and 1:30 is 90
+        raise ValueError(f"{line}: {event.value[:40]} would be {value}: write it so, or put it in quotes")
 
 
 def _line(mark: Any) -> str:

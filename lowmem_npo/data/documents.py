@@ -14,6 +14,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Container, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -40,6 +41,7 @@ LIST_ITEM = re.compile(r"\s*(?:[-*+•‣◦–—]\s|\(?\d{1,3}[.)]\s|\(?[a-z][
 UNSPACED = re.compile(r"[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]")  # Chinese and Japanese, full-width punctuation
 HYPHEN = re.compile(r"(\w+)[-\u2010]\n[ \t]*(\w+)")
 ENDINGS = ".!?…:;\"'”’»)"
+LARGE, MOST_EXPANSION = 256 * 2**20, 1032  # bytes; of gzip, the most that a byte can become
 MIN_WIDTH, MAX_WIDTH = 30, 200  # characters of a line that was broken to fit a page
 
 SKIPPED = {"script", "style", "noscript", "template", "nav", "head", "svg", "form", "button", "select", "iframe"}
@@ -73,6 +75,21 @@ def read_document(name: str, path: Path, kind: str) -> Document:
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
+
+
+def check_expansion(name: str, path: Path) -> None:
+    """Raises UserError for a compressed file whose content is so much larger that it was made to fill the memory."""
+    size = path.stat().st_size if path.suffix.lower() == ".gz" else 0
+    most, content = max(LARGE, 100 * size), 0
+    if size * MOST_EXPANSION <= most:
+        return
+    with suppress(OSError, EOFError, zlib.error), gzip.open(path) as file:  # which is said where it is read
+        while chunk := file.read(2**20):
+            content += len(chunk)
+            if content > most:
+                raise UserError(
+                    f"{name} holds more than {most // size:,} times its size, as no text does; unpack it, if meant."
+                )
 
 
 def _content(name: str, path: Path) -> bytes:

@@ -16,8 +16,9 @@ from dataclasses import replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
-from lowmem_npo.data.documents import read_document
+from lowmem_npo.data.documents import check_expansion, read_document
 from lowmem_npo.data.passages import Passages
 from lowmem_npo.data.rows import Rows, joined
 from lowmem_npo.data.tables import Reader, read_csv, read_json, table_in_text, undecodable
@@ -36,6 +37,7 @@ from lowmem_npo.sources import (
     kind_of,
 )
 
+MOST_CHARACTERS = 10_000_000  # of a text in a row: more take minutes and gigabytes to be tokenised
 GENERAL = (*BUILTIN.values(), "openings")  # questions with answers, and texts
 
 
@@ -135,6 +137,7 @@ def _read_document(name: str, path: Path, passages: Passages, notes: tuple[str, 
 
 def _read_path(name: str, path: Path, passages: Passages, columns: Collection[str]) -> Rows:
     """A document, or a table: also one that a spreadsheet has saved as .txt."""
+    check_expansion(name, path)
     if kind_of(path) not in DOCUMENT_KINDS:
         return _read_file(name, path, columns)
     table, notes = table_in_text(name, path, columns)
@@ -160,7 +163,9 @@ def _read_file(name: str, path: Path, columns: Collection[str], read: Reader | N
         read = partial(read_csv, columns=columns)
     read = read or (read_json if kind.startswith(".json") else _read_table)
     try:
-        return read(name, path)
+        rows = read(name, path)
+        _check_lengths(rows)
+        return rows
     except UserError:
         raise
     except Exception as error:  # datasets, pyarrow, gzip and csv each have exceptions of their own
@@ -170,6 +175,25 @@ def _read_file(name: str, path: Path, columns: Collection[str], read: Reader | N
             raise UserError(f"{name}, line {line} is not {encoding} text; save the file as UTF-8.") from error
         reason = " ".join(str(cause).split())
         raise UserError(f"{name} cannot be read as {kind[1:]} ({reason}); check the file.") from error
+
+
+def _check_lengths(rows: Rows) -> None:
+    """Raises UserError for a text that is longer than a row can be."""
+    for index, row in enumerate(rows.rows):
+        for column, value in row.items():
+            if _longest(value) > MOST_CHARACTERS:
+                raise UserError(
+                    f"{rows.where(index)}: {column} has more than {MOST_CHARACTERS:,} characters, which no row "
+                    "has; divide it, or name the text as a document of its own."
+                )
+
+
+def _longest(value: Any) -> int:
+    """Characters of the longest text in `value`."""
+    if isinstance(value, str):
+        return len(value)
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return max(map(_longest, inner), default=0)
 
 
 def _read_table(name: str, path: Path) -> Rows:

@@ -86,6 +86,20 @@ def test_csv_cells_of_any_length_and_records_that_are_too_short(tmp_path):
     assert rows.rows == [{"a": "x" * 200_000, "b": "1"}, {"a": "short"}]
 
 
+def test_what_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
+    """A file of 300 KB was 300 MB unpacked, and 20 GB tokenised."""
+    monkeypatch.setattr("lowmem_npo.data.documents.LARGE", 2**20)
+    for name in ("rows.jsonl.gz", "page.txt.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(b"a" * 3 * 2**20))
+        with pytest.raises(UserError, match=f"{name} holds more than [0-9,]+ times its size, as no text does"):
+            read_rows(str(tmp_path / name))
+    monkeypatch.setattr("lowmem_npo.data.reading.MOST_CHARACTERS", 100)
+    for value in ("x" * 101, [{"role": "user", "content": "x" * 101}]):
+        (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "x" * 100}) + "\n" + json.dumps({"a": value}) + "\n")
+        with pytest.raises(UserError, match="rows.jsonl, line 2: a has more than 100 characters"):
+            read_rows(str(tmp_path / "rows.jsonl"))
+
+
 def test_surrogate_pairs_are_text(tmp_path):
     assert read_rows(write(tmp_path / "a.jsonl", '{"a": "\\ud83d\\ude00"}')).rows == [{"a": "\U0001f600"}]
 
