@@ -239,10 +239,10 @@ class ObjectiveConfig(Checked):
     """Adversarial forgetting: before each step an attacker, a LoRA of rank 16 on every linear layer, takes one step of
     length RHO, such as 1, to learn six other forget rows again, and the forget term is computed with it in place. A
     pass over six more rows in every step."""
-    adversary_steps: Count = 1
-    """How many of these steps an attacker takes, one before each optimiser step, until a fresh one begins. With more
-    than 1 it is taught rows of one half, and those of the other half are forgotten meanwhile; then the halves change.
-    Costs nothing more."""
+    adversary_steps: Count | None = None
+    """How many of these steps an attacker takes, one before each optimiser step, until a fresh one begins (default: 1).
+    With more than 1 it is taught rows of one half, and those of the other half are forgotten meanwhile; then the halves
+    change places. It costs nothing more. Fewer where a run, or a stage of --layered, is too short for two attackers."""
     simnpo_margin: Finite = 0.0
     """Reward margin of simnpo (its paper's gamma)."""
     wga_beta: PositiveOrZero = 1.0

@@ -25,9 +25,13 @@ LASTING = {
     "npo": method("NPO"),
     "layered": method("layered, 3 folds", "--layered 3"),
     "layered-sam": method("layered, 3 folds, SAM 0.05", "--layered 3 --sam 0.05"),
-    "layered-adversary": method("layered, 3 folds, adversary 1", "--layered 3 --adversary 1"),
-    "lasting": method(
-        "lasting: layered, 2 folds, adversary 1, 20 steps", "--layered 2 --adversary 1 --adversary-steps 20"
+    "layered-adversary": method("lasting: layered, 3 folds, adversary 1", "--layered 3 --adversary 1"),
+    "adversary-20": method(
+        "layered, 2 folds, adversary 1 of 20 steps", "--layered 2 --adversary 1 --adversary-steps 20"
+    ),
+    "adversary-20-retain": method(
+        "layered, 2 folds, adversary 1 of 20 steps, γ 2, δ 1",
+        "--layered 2 --adversary 1 --adversary-steps 20 --gamma 2 --delta 1",
     ),
     "level": method("NPO to the level of the holdout", "--forget-level holdout"),
     "layered-level": method("layered, 3 folds, to the level of the holdout", "--layered 3 --forget-level holdout"),

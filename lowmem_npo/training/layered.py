@@ -74,14 +74,15 @@ class LayeredBatches(StepBatches):
     folds: of `divide`, in the order in which they are forgotten.
     steps: of the whole run.
     weight: from 0 to 1, how often an earlier fold's row is shown for one showing of the newest fold's rows.
-    attack_steps: for how many steps an attacker goes on; a stage begins with a fresh one.
+    attack_steps: for how many steps an attacker goes on; fewer in stages too short for two. A stage begins with a fresh
+        one.
     """
 
     def __init__(
         self, folds: Sequence[Sequence[int]], steps: int, weight: float, *, attack_steps: int = 1, **sizes: Any
     ):
         super().__init__(sum(map(len, folds)), **sizes)
-        self.attack_steps = attack_steps
+        self.attack_steps = min(attack_steps, max(1, steps // len(folds) // 2))  # both halves have their turn
         self.folds, self.steps, self.weight = [list(fold) for fold in folds], steps, weight
         self.starts = [stage * steps // len(folds) for stage in range(len(folds))]
         """The first step of each stage."""

@@ -136,7 +136,7 @@ class NPOTrainer(Trainer):
         self._neighbour = None if objective.sam is None else Neighbour(model, objective.sam)
         self.ahead: list[Batch] = []  # a step's micro-batches, until the neighbour has been found
         rho = objective.adversary
-        goes_on = objective.adversary_steps > 1
+        goes_on = (objective.adversary_steps or 1) > 1
         adversary = None if rho is None else Adversary(model, rho, args.seed, args.device, goes_on=goes_on)
         self.lesson: Lesson | None = None  # what the adversary is taught before a step, until it has been
         self._adversary_figures: dict[str, Tensor] = {}  # of the step, once it has
@@ -241,7 +241,7 @@ class NPOTrainer(Trainer):
         }
         if self.passes.adversary is not None:
             check_others(rows.num_forget, rows.folds, batch_size)
-        attack_steps = 1 if self.passes.adversary is None else args.adversary_steps
+        attack_steps = 1 if self.passes.adversary is None else args.adversary_steps or 1
         if rows.folds is None and attack_steps == 1:
             return StepBatches(rows.num_forget, **sizes)
         per_epoch = math.ceil(rows.num_forget / batch_size)

@@ -134,20 +134,8 @@ def rows_with(folder, alternatives):
     return path
 
 
-ATTACKED = (
-    "--layered",
-    2,
-    "--adversary",
-    1,
-    "--adversary-steps",
-    2,
-    "--max-steps",
-    4,
-    "--save-steps",
-    1,
-    "--save-total-limit",
-    9,
-)
+ATTACKED = ("--layered", 2, "--adversary", 1, "--adversary-steps", 2)
+ATTACKED = (*ATTACKED, "--max-steps", 8, "--save-steps", 1, "--save-total-limit", 9)
 
 
 @pytest.fixture(scope="module")
@@ -168,19 +156,20 @@ def test_a_run_against_an_adversary_records_it(attacked, byte_model, tmp_path):
     assert "adversary_nll" not in steps(tmp_path / "plain")[0]
 
 
-@pytest.mark.parametrize("after", [2, 3])  # before a fresh one, and while one goes on
+@pytest.mark.parametrize("after", [4, 5])  # before a fresh one, and while one goes on
 def test_a_resumed_run_meets_the_same_adversary(after, attacked, byte_model, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(attacked, folder)
     for file in ("adapter_model.safetensors", "report.json", "after.json"):
         (folder / file).unlink()
-    (folder / "checkpoint-3" / "adversary.safetensors").rename(tmp_path / "learnt")
-    if after == 3:
-        (tmp_path / "learnt").rename(folder / "checkpoint-3" / "adversary.safetensors")
-    shutil.rmtree(folder / "checkpoint-4")
+    (folder / "checkpoint-5" / "adversary.safetensors").rename(tmp_path / "learnt")
+    if after == 5:
+        (tmp_path / "learnt").rename(folder / "checkpoint-5" / "adversary.safetensors")
+    for step in (6, 7, 8):
+        shutil.rmtree(folder / f"checkpoint-{step}")
     assert train(byte_model, folder, *ATTACKED, "--resume") == 0
-    assert ("checkpoint-3 is not whole: adversary.safetensors is missing" in capsys.readouterr().out) == (after == 2)
-    assert not (folder / "checkpoint-2" / "adversary.safetensors").exists()
+    assert ("checkpoint-5 is not whole: adversary.safetensors is missing" in capsys.readouterr().out) == (after == 4)
+    assert not (folder / "checkpoint-4" / "adversary.safetensors").exists()
     assert same(adapter(folder), adapter(attacked))
     assert [line["adversary_gain"] for line in steps(folder)] == [line["adversary_gain"] for line in steps(attacked)]
 

@@ -70,6 +70,7 @@ def real_peak(config: RunConfig, rows: StepRows, architecture=LLAMA) -> int:
             [token_row(*row) for row in rows.retain], processing_class=SimpleNamespace(pad_token_id=0),
         )  # fmt: skip
         trainer.step_batches.step_rows = lambda step: (range(len(rows.forget)), range(len(rows.retain)))
+        trainer.step_batches.spared = lambda step: range(len(rows.forget))
         trainer.create_optimizer()
         first_optimizer_step(trainer.optimizer)
         batches, totals = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
@@ -90,7 +91,8 @@ CASES = {
     "sharpness-aware": run(objective=ObjectiveConfig(sam=0.05)),
     "adversary": run(objective=ObjectiveConfig(adversary=1.0)),
     "adversary below the adapter": run(
-        objective=ObjectiveConfig(adversary=1.0, sam=0.05), adapter=AdapterConfig(lora_layers=("2-3",))
+        objective=ObjectiveConfig(adversary=1.0, adversary_steps=4, sam=0.05),
+        adapter=AdapterConfig(lora_layers=("2-3",)),
     ),
     "only forget": run(objective=ObjectiveConfig(gamma=0, delta=0)),
     "streamed weights": run({"stream_weights": True}),

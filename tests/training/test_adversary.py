@@ -43,18 +43,19 @@ def trainer_of(folder, architecture="olmo", memory=None, adapter=None, model=Non
 
 class Dense:
     """The attacker and the gradient under it in float64, from full logits. The attacker is added to the weights
-    themselves: that of B is then the gradient of the weight times A. In step `step` it has taken that many more, at
-    the same weights of the model."""
+    themselves: that of B is then the gradient of the weight times A. It is the one at work in step `step`, where the
+    weights of the model have stayed the same."""
 
     def __init__(self, trainer, rows=None, step=0):
         self.trainer, self.objective = trainer, trainer.passes.objective
         self.model = _dense_copy(trainer.model)
         names = linear_layers(causal_lm(trainer.model))
-        factors = trainer.passes.adversary.fresh(0)
+        began = trainer.step_batches.attack_began(step)
+        factors = trainer.passes.adversary.fresh(began)
         self.a = {name: factor.a.double() for name, factor in zip(names, factors, strict=True)}
         self.b = {}
         for taught in (
-            [other_rows(trainer.step_batches, before) for before in range(step + 1)] if rows is None else [rows]
+            [other_rows(trainer.step_batches, before) for before in range(began, step + 1)] if rows is None else [rows]
         ):
             self.relearn(taught)
         rows, kept = trainer.step_batches.step_rows(step)
@@ -162,23 +163,20 @@ def test_the_forget_gradient_is_taken_under_an_attacker_who_learnt_other_rows(ru
 
 
 def test_an_attacker_may_go_on_for_several_steps(tmp_path):
-    """The third step of an attacker, at the same weights; the fourth step meets a fresh one."""
+    """The third step of the second attacker, at the same weights; the step after it meets a fresh one."""
+    dense = Dense(trainer_of(tmp_path / "dense", adversary_steps=3, max_steps=6), step=5)
     settings = {"adversary_steps": 3, "memory": {"tile_mlp": 5}}
-    dense = Dense(trainer_of(tmp_path / "dense", adversary_steps=3), step=2)
-    gradients = {
-        steps: step_gradients(trainer := trainer_of(tmp_path, **settings, max_steps=steps)) for steps in (3, 4)
-    }
-    assert relative_error(gradients[3], expected := dense.expected()) < 1e-4
-    logged = trainer.state.log_history
-    assert logged[2]["adversary_nll"] == pytest.approx(dense.nll.item(), rel=1e-4)
-    assert logged[2]["adversary_gain"] == pytest.approx(dense.gain, rel=1e-4)
-    for wrong in (dense.without(), gradients[4]):
+    trainers = {steps: trainer_of(tmp_path / str(steps), **settings, max_steps=steps) for steps in (6, 7)}
+    gradients = {steps: step_gradients(trainer) for steps, trainer in trainers.items()}
+    assert relative_error(gradients[6], expected := dense.expected()) < 1e-4
+    logged = trainers[6].state.log_history
+    assert logged[5]["adversary_nll"] == pytest.approx(dense.nll.item(), rel=1e-4)
+    assert logged[5]["adversary_gain"] == pytest.approx(dense.gain, rel=1e-4)
+    for wrong in (dense.without(), gradients[7]):
         assert relative_error(wrong, expected) > 1e-2
     dense.b = {name: b / 3 for name, b in dense.b.items()}  # one that does not go on is about as far
     assert relative_error(dense.expected(), expected) > 1e-2
-    rows = trainer.step_batches.step_rows(3)[0]
-    taught = other_rows(trainer.step_batches, 3)
-    assert trainer.passes.adversary.began == 3 and not {*rows} & {*taught}
+    assert trainers[7].passes.adversary.began == 6
     assert "stage" not in logged[0]  # of --layered
 
 
@@ -257,17 +255,17 @@ def test_real_four_bit_layers(tmp_path):
 def test_a_step_that_runs_out_of_memory_is_repeated_under_the_same_attacker(tmp_path):
     """The second of an attacker, in its lesson, and then in its forget pass: the figures of both are those of the whole
     step."""
-    settings = {"adversary_steps": 2, "max_steps": 2}
+    settings = {"adversary_steps": 2, "max_steps": 4}
     whole = trainer_of(tmp_path / "whole", **settings)
     passes = SmallGPU(whole, 10**9).passes
     expected = step_gradients(whole)
-    *lesson, forget, _ = passes[4:]
+    *lesson, forget, _ = passes[12:]
     assert len(lesson) == 2 and forget != max(lesson)
-    for most, first in ((max(lesson) - 1, 4), (forget - 1, 6)):
+    for most, first in ((max(lesson) - 1, 12), (forget - 1, 14)):
         trainer = trainer_of(tmp_path / str(first), **settings)
         SmallGPU(trainer, most, first=first)
         assert relative_error(step_gradients(trainer), expected) < 1e-5 and trainer.divided.parts > 1
-        logged, once = trainer.state.log_history[1], whole.state.log_history[1]
+        logged, once = trainer.state.log_history[3], whole.state.log_history[3]
         for name in ("loss", "forget_nll", "adversary_nll", "adversary_gain"):
             assert logged[name] == pytest.approx(once[name], rel=1e-5), name
 
