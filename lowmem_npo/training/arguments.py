@@ -15,7 +15,7 @@ from transformers.training_args import OptimizerNames
 from lowmem_npo.config import RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.loading import check_can_run, resolve_device
-from lowmem_npo.ranges import check_values
+from lowmem_npo.ranges import check_values, shortened
 from lowmem_npo.run_directory import RunDirectory
 from lowmem_npo.training.honoured import HONOURED, RANGES, as_is, check_effect
 from lowmem_npo.training.npo_config import NPOConfig
@@ -60,14 +60,20 @@ def check_trainer_args(config: RunConfig) -> None:
     """Raises a UserError for what loading or the Trainer would refuse: attention, optimiser, schedule, reports."""
     check_can_run(config.model, resolve_device(config.model.device))
     args = npo_config(config)
+    named = ""
     try:
+        named = f"--optim {OptimizerNames(args.optim).value}" + (
+            f", --optim-args {o}" if (o := args.optim_args) else ""
+        )
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args)
         optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(1))], **options)
+        named = f"--lr-scheduler-type {SchedulerType(args.lr_scheduler_type).value}"
+        named += f", --lr-scheduler-kwargs {k}" if (k := args.lr_scheduler_kwargs) else ""
         steps = 1000  # any number does
         schedule = partial(get_scheduler, args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps)
         schedule(cast(dict | None, args.lr_scheduler_kwargs) or None)
     except Exception as error:  # each optimiser and schedule has errors of its own
-        raise _refused(error) from error
+        raise UserError(f"{named}: not valid, or not to be had here ({shortened(str(error))}).") from error
     if args.optim_args:
         without = copy(args)
         without.optim_args = None
