@@ -60,15 +60,13 @@ def check_trainer_args(config: RunConfig) -> None:
     """Raises a UserError for what loading or the Trainer would refuse: attention, optimiser, schedule, reports."""
     check_can_run(config.model, resolve_device(config.model.device))
     args = npo_config(config)
-    named = ""
+    optimizer_name, schedule_name = OptimizerNames(args.optim).value, SchedulerType(args.lr_scheduler_type).value
+    named = f"--optim {optimizer_name}" + (f", --optim-args {args.optim_args}" if args.optim_args else "")
     try:
-        named = f"--optim {OptimizerNames(args.optim).value}" + (
-            f", --optim-args {o}" if (o := args.optim_args) else ""
-        )
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args)
         optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(1))], **options)
-        named = f"--lr-scheduler-type {SchedulerType(args.lr_scheduler_type).value}"
-        named += f", --lr-scheduler-kwargs {k}" if (k := args.lr_scheduler_kwargs) else ""
+        named = f"--lr-scheduler-type {schedule_name}"
+        named += f", --lr-scheduler-kwargs {args.lr_scheduler_kwargs}" if args.lr_scheduler_kwargs else ""
         steps = 1000  # any number does
         schedule = partial(get_scheduler, args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps)
         schedule(cast(dict | None, args.lr_scheduler_kwargs) or None)
@@ -78,15 +76,14 @@ def check_trainer_args(config: RunConfig) -> None:
         without = copy(args)
         without.optim_args = None
         if Trainer.get_optimizer_cls_and_kwargs(without) == (optimizer_class, options):
-            raise _takes_none("--optim-args", args.optim_args, f"--optim {OptimizerNames(args.optim).value}")
+            raise _takes_none("--optim-args", args.optim_args, f"--optim {optimizer_name}")
     if args.lr_scheduler_kwargs:
         try:
             schedule({"no schedule has this": None})
         except Exception:  # it reads them
             pass
         else:
-            name = f"--lr-scheduler-type {SchedulerType(args.lr_scheduler_type).value}"
-            raise _takes_none("--lr-scheduler-kwargs", args.lr_scheduler_kwargs, name)
+            raise _takes_none("--lr-scheduler-kwargs", args.lr_scheduler_kwargs, f"--lr-scheduler-type {schedule_name}")
     check_reporting(args.report_to or [])
 
 
