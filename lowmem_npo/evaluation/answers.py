@@ -194,11 +194,16 @@ def save_answers(path: Path, evaluations: Mapping[str, AnswerEvaluation]) -> Non
 
 def read_answers(path: Path, output: OutputConfig | None = None) -> Evaluations:
     """The inverse of `save_answers`; empty where there is no such file, or where it was not measured as `output` says:
-    on as many rows, with answers as long."""
+    on as many rows, with answers as long; or, then, where it is damaged."""
     if not path.exists():
         return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
-    evaluations = {name: AnswerEvaluation.read(evaluation) for name, evaluation in content.items()}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        evaluations = {name: AnswerEvaluation.read(evaluation) for name, evaluation in content.items()}
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        if output is None:
+            raise
+        return {}
     if output is None or all(_measured_as(output, name, e.summary) for name, e in evaluations.items()):
         return evaluations
     return {}

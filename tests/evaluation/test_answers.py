@@ -294,6 +294,11 @@ def test_what_an_older_version_saved_is_read_and_measured_again(tokenizer, rows,
         path, replace(output, max_new_tokens=9)
     )
     assert read_answers(path, replace(output, max_new_tokens=64)) == before
+    whole = path.read_text(encoding="utf-8")
+    for damaged in ("", "[]", "[" * 100_000, '{"a": ' + "9" * 5000 + "}", '{"forget": {"summary": 7}}'):
+        path.write_text(damaged, encoding="utf-8")
+        assert read_answers(path, output) == {}
+    path.write_text(whole, encoding="utf-8")
 
     content = json.loads(path.read_text())
     for name in ("appears", "max_new_tokens"):
