@@ -71,6 +71,9 @@ def _run(arguments: Sequence[str]) -> int:
         print(f"lowmem-npo {command}: {why}", file=sys.stderr)
         return code
 
+    for argument in rest:
+        if argument != argument.encode("utf-8", "ignore").decode("utf-8"):  # it could be written into no file
+            return ended(f"{argument!r} is not UTF-8 text: rename the file, or use a UTF-8 locale (LC_ALL=C.UTF-8).", 2)
     try:
         with handled(interrupt):
             importlib.import_module(f"lowmem_npo.commands.{command}").main(rest)

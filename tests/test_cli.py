@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_npo.cli import main
+from lowmem_npo.cli import COMMANDS, main
 
 GOOD = '{"question": "Who?", "answer": "Nobody."}\n'
 KEPT = '{"question": "Where?", "answer": "Nowhere."}\n'
@@ -200,6 +200,12 @@ def test_a_terminal_that_cannot_show_the_text(byte_model, files, monkeypatch):
             assert run(byte_model, files, "--preview", "1") == 0
             sys.stdout.flush()
             assert shown in sys.stdout.buffer.getvalue().decode(encoding)
+
+
+def test_an_argument_that_is_not_text(capsys):
+    for command in COMMANDS:  # "ö" in Latin-1, as Python reads it
+        assert main([command, "--output-dir", os.fsdecode(b"\xf6")]) == 2
+        assert "is not UTF-8 text: rename the file" in capsys.readouterr().err
 
 
 def test_an_interrupted_command_says_so(monkeypatch, capsys):

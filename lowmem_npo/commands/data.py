@@ -122,6 +122,9 @@ def inspect(options: DataCommand, say: Say = print) -> None:
         pairs = near_duplicates(one.examples, other.examples, at_least=options.near)
         say("\n".join([f"{one.title} and {other.title}", *_pairs(one, other, pairs)]) + "\n")
     if config is not None and tokenizer is not None and options.ask:
+        from lowmem_npo.data.fit import check_fit
+
+        check_fit(architecture, tokenizer, [one.tokenized for one in sets])
         say("\n".join(_answers(sets, config, tokenizer, options.ask)))
 
 

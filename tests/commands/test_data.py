@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GPT2Config
 
 from lowmem_npo.cli import main
 from lowmem_npo.commands.data import histogram
@@ -85,6 +85,13 @@ def test_with_a_model_tokens_count_and_the_model_is_asked(taught_model, tmp_path
     assert rows[2]["question"] not in out
     cut = printed(capsys, "f.jsonl", *options, "--ask", "0", "--max-length", short)
     assert f"cut to {short} tokens" in cut and "What the model says" not in cut
+
+
+def test_rows_that_the_model_cannot_take_are_not_asked(byte_model, tmp_path, capsys):
+    GPT2Config(vocab_size=258, n_embd=32, n_layer=1, n_head=2, n_positions=16).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(byte_model).save_pretrained(tmp_path)
+    assert main(["data", "builtin", "--model", str(tmp_path), "--limit", "2"]) == 2
+    assert "has learnt only 16 positions" in capsys.readouterr().err
 
 
 def test_documents_are_cut_into_passages(tmp_path, capsys, monkeypatch):
