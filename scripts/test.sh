@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Installs into .venv and runs the tests, one file at a time on each core; at least 90% of the lines must be covered,
-# by the first case of each test (tests/conftest.py).
+# Installs into .venv and runs the tests, one file at a time on each core; at least 90% of the lines must be covered.
 # Arguments go to pytest, and coverage is then not measured: bash scripts/test.sh tests/kernels -k chunks
 # --full runs the long forms of tests as well: many kills, disks that fill at every write, 20,000 generated files.
 set -euo pipefail

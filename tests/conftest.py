@@ -32,20 +32,9 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("full"):
                 item.add_marker(pytest.mark.skip(reason="takes long: bash scripts/test.sh --full"))
-    if config.pluginmanager.hasplugin("_cov"):
-        _measure_first_cases(items)
-
-
-def _measure_first_cases(items):
-    """Coverage is measured in the first case of each test: another runs the same lines, and takes twice as long where
-    each of them is traced, the libraries' with them. Tests of benchmarks run nothing here that others do not. What is
-    printed can only be too low."""
-    measured = set()
     for item in items:
-        test = item.nodeid.partition("[")[0]
-        if test in measured or item.path.is_relative_to(ROOT / "tests" / "benchmarks"):
-            item.add_marker("no_cover")  # of pytest-cov
-        measured.add(test)
+        if item.path.is_relative_to(ROOT / "tests" / "benchmarks"):
+            item.add_marker("no_cover")  # they run nothing of the packages that others do not
 
 
 @pytest.fixture(scope="session")
