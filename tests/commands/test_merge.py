@@ -490,6 +490,27 @@ def test_an_adapter_that_is_no_numbers_is_refused(tmp_path, capsys):
         continued(AutoModelForCausalLM.from_pretrained(base), str(adapter), LoraConfig(target_modules=["q_proj"]))
 
 
+def test_a_configuration_that_is_none_is_named(tmp_path, capsys):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    saved_base(base)
+    saved_adapter(base, adapter)
+    file = adapter / "adapter_config.json"
+    whole = json.loads(file.read_text())
+    for field, value, message in (
+        ("r", "x", "r must be a whole number, not 'x'"),
+        ("r", 0, "r must be at least 1, not 0"),
+        ("lora_alpha", math.nan, "lora_alpha must be a finite number, not nan"),
+        ("alpha_pattern", {"q_proj": math.inf}, "alpha_pattern must be a finite number"),
+        ("target_modules", 5, "target_modules must be text, not 5"),
+        ("use_rslora", "yes", "use_rslora must be true or false, not 'yes'"),
+        ("init_lora_weights", "loftq", "is not valid: `loftq_config` must be specified"),
+    ):
+        file.write_text(json.dumps(whole | {field: value}))
+        fails(capsys, run(adapter, tmp_path / "out"), message)
+    file.write_text("[" * 100_000)
+    fails(capsys, run(adapter, tmp_path / "out"), "is not valid JSON")
+
+
 def test_a_sum_that_is_no_number_is_refused(tmp_path, capsys):
     """Both factors are finite, their product is not."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"

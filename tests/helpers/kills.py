@@ -146,8 +146,12 @@ class EveryEvent:
             if not (state / "folder" / path.relative_to(self.folder)).exists() and LINKS not in path.parts:
                 path.rmdir() if path.is_dir() else path.unlink()
         for path in (self.folder / LINKS).rglob("*"):
-            if not (there := self.folder / path.relative_to(self.folder / LINKS)).exists():
-                there.mkdir() if path.is_dir() else there.hardlink_to(path)
+            there = self.folder / path.relative_to(self.folder / LINKS)
+            if path.is_dir():
+                there.mkdir(exist_ok=True)
+            elif not there.exists() or not there.samefile(path):  # removed, or replaced by another that was renamed
+                there.unlink(missing_ok=True)
+                there.hardlink_to(path)
         shutil.copytree(state / "folder", self.folder, dirs_exist_ok=True)
 
     def results(self, ended: Callable[[], dict]) -> list[dict]:
