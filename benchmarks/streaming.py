@@ -2,6 +2,7 @@
 
     python benchmarks/streaming.py              on a GPU: QLoRA on OLMo-7B (random weights), 4 + 4 rows of 512 tokens
     python benchmarks/streaming.py --model allenai/OLMo-2-0325-32B --tokens 2048
+    python benchmarks/streaming.py --apart      forget and retain rows in passes of their own, which copy twice as much
     python benchmarks/streaming.py --quick      anywhere: a small model, to see that it runs; times mean nothing
 
 The first step's loss comes from forward passes alone and must be the same number with the same other switches (a tiled
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="allenai/OLMo-7B-hf", help="a bundled configuration")
     parser.add_argument("--tokens", type=int, default=512, help="of each row")
     parser.add_argument("--steps", type=int, default=3, help="measured ones")
+    parser.add_argument("--apart", action="store_true", help="not forget and retain rows in one pass")
     parser.add_argument("--only", nargs="+", default=[], help="configurations whose name begins so")
     parser.add_argument("--models", type=Path, help="where the random model is, or is written")
     parser.add_argument("--quick", action="store_true")
@@ -76,12 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             cache = str(folder / "cache") if "stream_from" in memory else None
             model = ModelConfig(str(directory), qlora=True, double_quant="on", quantized_cache=cache)
-            results.append({"configuration": label, **measure(model, memory, tokens, options.steps, folder)})
+            joint = 0 if options.apart else 2 * ROWS * tokens
+            results.append({"configuration": label, **measure(model, memory, tokens, options.steps, folder, joint)})
             gc.collect()  # the model before, which is gone by now, is in cycles
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             print(line(results[-1]), flush=True)
-            record.write(path, "streamed weights", results, model=name, rows=[ROWS, ROWS], tokens=tokens)
+            setting = {"model": name, "rows": [ROWS, ROWS], "tokens": tokens, "joint_pass_tokens": joint}
+            record.write(path, "streamed weights", results, **setting)
     finally:
         shutil.rmtree(folder)
     print(f"Written to {path}")
@@ -94,7 +98,9 @@ def all_alike(results: Sequence[dict]) -> bool:
     return len(alike) == len({others for others, _ in alike}) and not any("missing" in r for r in results)
 
 
-def measure(config: ModelConfig, memory: dict, tokens: int, steps: int, folder: Path) -> dict:
+def measure(
+    config: ModelConfig, memory: dict, tokens: int, steps: int, folder: Path, joint_pass_tokens: int
+) -> dict:
     """Seconds per step, peak bytes on the GPU, bytes of weights copied in a step, losses; or why not."""
     try:
         switches = MemoryConfig(**memory)
@@ -109,6 +115,7 @@ def measure(config: ModelConfig, memory: dict, tokens: int, steps: int, folder: 
             output_dir=str(folder),
             per_device_train_batch_size=ROWS,
             max_steps=WARM_UP + steps,
+            joint_pass_tokens=joint_pass_tokens,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,

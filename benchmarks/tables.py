@@ -168,6 +168,7 @@ def gpu_streaming(results: Path = RESULTS) -> str:
         ]  # fmt: skip
         model = record["model"].rpartition("/")[2].removesuffix("-hf")
         about = f"{model}, QLoRA, 4 + 4 rows of {record['tokens']} tokens, on an {_gpu(record)}"
+        about += "" if record.get("joint_pass_tokens") else ", in passes apart"
         parts.append(_markdown([about, "peak GiB", "a step", "copied in a step", "loading"], rows))
     return "\n\n".join(parts)
 
