@@ -98,9 +98,7 @@ def all_alike(results: Sequence[dict]) -> bool:
     return len(alike) == len({others for others, _ in alike}) and not any("missing" in r for r in results)
 
 
-def measure(
-    config: ModelConfig, memory: dict, tokens: int, steps: int, folder: Path, joint_pass_tokens: int
-) -> dict:
+def measure(config: ModelConfig, memory: dict, tokens: int, steps: int, folder: Path, joint_pass_tokens: int) -> dict:
     """Seconds per step, peak bytes on the GPU, bytes of weights copied in a step, losses; or why not."""
     try:
         switches = MemoryConfig(**memory)
