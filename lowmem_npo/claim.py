@@ -20,7 +20,7 @@ from lowmem_npo.errors import UserError
 
 LOCK = "lowmem-npo.lock"  # in the directory: two names of one directory are one
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # of some network file systems
-CLAIMED: dict[Path, int] = {}  # directory -> the lock's descriptor, of this process
+CLAIMED: dict[Path, os.stat_result] = {}  # resolved directory -> itself when this process claimed it
 LINGER = 10.0  # seconds in which the data loaders of a killed process end, which hold its lock until then
 
 
@@ -34,18 +34,19 @@ def claimed(directory: Path, say: Say = print) -> Iterator[None]:
     made = [path for path in [directory, *directory.parents] if not path.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        place, itself = directory.resolve(), directory.stat()
         lock = _locked(directory, say)
     except FileExistsError as error:
         raise UserError(f"--output-dir '{directory}' is a file: choose a directory.") from error
     except OSError as error:
         raise UserError(f"--output-dir '{directory}' cannot be written: {error.strerror}.") from error
-    CLAIMED[directory] = lock
+    CLAIMED[place] = itself
     try:
         yield
     finally:
-        del CLAIMED[directory]
+        del CLAIMED[place]
         with suppress(OSError):
-            if _is_at(lock, directory / LOCK):  # else the directory is gone by now, or another's
+            if _is_at(os.fstat(lock), directory / LOCK):  # else the directory is gone by now, or another's
                 (directory / LOCK).unlink()  # before it is released: who waits for it sees that it is another's no more
         os.close(lock)
         with suppress(OSError):  # of one that is not empty
@@ -58,12 +59,13 @@ def make_directory(directory: Path) -> None:
 
     Raises OSError if it cannot be made, and if it is in a claimed directory that somebody has removed since, or moved.
     """
+    directory = directory.resolve()
     around = [directory, *directory.parents]
-    for claimed, lock in CLAIMED.items():
-        if claimed in around:
-            if not _is_at(lock, claimed / LOCK):
-                raise OSError(f"'{claimed}' has been removed or renamed since the command began")
-            around = around[: around.index(claimed)]
+    for place, itself in CLAIMED.items():
+        if place in around:
+            if not _is_at(itself, place):
+                raise OSError(f"'{place}' has been removed or renamed since the command began")
+            around = around[: around.index(place)]
     for path in reversed(around):
         if not path.is_dir():
             path.mkdir(exist_ok=True)
@@ -114,7 +116,7 @@ def _locked(directory: Path, say: Say) -> int:
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not _is_at(lock, path):  # its holder has ended, and removed it, since it was opened
+            if not _is_at(os.fstat(lock), path):  # its holder has ended, and removed it, since it was opened
                 os.close(lock)
                 continue
         except OSError as error:
@@ -134,9 +136,9 @@ def _locked(directory: Path, say: Say) -> int:
         return lock
 
 
-def _is_at(file: int, path: Path) -> bool:
+def _is_at(itself: os.stat_result, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(file), path.stat())
+        return os.path.samestat(itself, path.stat())
     except FileNotFoundError:
         return False
 

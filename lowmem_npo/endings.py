@@ -51,10 +51,18 @@ def interrupt(number: int, frame: FrameType | None) -> None:
     raise Interrupted(number)
 
 
-def going_on(first: Path) -> Callable[[], str]:
-    """What is left of a command that writes the file `first` before all others."""
+def going_on(first: Path, resume: bool) -> Callable[[], str]:
+    """What is left of a command that writes the file `first` before all others; with `resume`, it may have before."""
+
+    def version() -> tuple[int, int] | None:
+        status = first.stat() if first.exists() else None
+        return status and (status.st_ino, status.st_mtime_ns)
+
+    before = None if resume else version()
     return lambda: (
-        "the same command with --resume goes on from what it has written" if first.exists() else "nothing was written"
+        "nothing was written"
+        if version() in (None, before)
+        else "the same command with --resume goes on from what it has written"
     )
 
 

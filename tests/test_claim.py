@@ -94,6 +94,18 @@ def test_a_directory_that_vanishes_is_not_made_again(tmp_path):
     assert (tmp_path / "out" / LOCK).read_text() == "of another"
 
 
+def test_a_directory_without_its_lock_is_the_same(tmp_path, monkeypatch):
+    """Whoever tidies up may take it for a leftover. The directory is known by any spelling."""
+    monkeypatch.chdir(tmp_path)
+    with claimed(Path("out")):
+        (tmp_path / "out" / LOCK).unlink()
+        make_directory(tmp_path / "out" / "a")
+        (tmp_path / "out").rename(tmp_path / "away")
+        with pytest.raises(OSError, match="has been removed or renamed"):
+            make_directory(tmp_path / "out" / "b")
+    assert (tmp_path / "away" / "a").is_dir()
+
+
 def test_what_is_no_directory_cannot_be_claimed(tmp_path):
     (tmp_path / "other").write_text("")
     for place, message in (("other", "is a file"), ("other/out", "cannot be written: Not a directory")):

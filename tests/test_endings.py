@@ -96,16 +96,21 @@ def test_an_interrupted_run_says_what_is_left(where, left, byte_model, tmp_path,
 @pytest.mark.parametrize("what", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device", "/x")])
 def test_resuming_is_advised_where_something_was_written(command, where, first, what, byte_model, tmp_path, capsys,
                                                          monkeypatch):  # fmt: skip
+    """By this command: what another has left there is no reason."""
+    out, nothing = tmp_path / "out", "nothing was written"
+
     def ends(*_, **__):
+        if writes:
+            out.mkdir(exist_ok=True)
+            (out / first).write_text("{}")
         raise what
 
     monkeypatch.setattr(f"lowmem_npo.commands.{where}", ends)
     said = "interrupted; " if isinstance(what, KeyboardInterrupt) else "'/x': No space left on device; "
-    for left in ("nothing was written", "the same command with --resume goes on from what it has written"):
-        assert main([*command.split(), "--model", str(byte_model), "--output-dir", str(tmp_path / "out")]) in (130, 2)
+    goes_on = "the same command with --resume goes on from what it has written"
+    for writes, left in ((False, nothing), (True, goes_on), (False, nothing)):
+        assert main([*command.split(), "--model", str(byte_model), "--output-dir", str(out)]) in (130, 2)
         assert capsys.readouterr().err == f"lowmem-npo {command.split()[0]}: {said}{left}.\n"
-        (tmp_path / "out").mkdir(exist_ok=True)
-        (tmp_path / "out" / first).write_text("{}")
 
 
 FAILURES = [

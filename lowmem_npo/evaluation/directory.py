@@ -49,7 +49,7 @@ class EvaluationDirectory(EvaluationFiles):
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.settings, json.dumps(self._now(), indent=2, ensure_ascii=False) + "\n")
         except OSError as error:
-            raise UserError(f"--output-dir '{self.path}' cannot be written: {error.strerror}.") from error
+            raise UserError(f"--output-dir '{self.path}' cannot be written: {error.strerror or error}.") from error
         return Journal(self.journal)
 
     def _now(self) -> dict[str, Any]:

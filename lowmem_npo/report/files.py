@@ -37,5 +37,5 @@ def write_report(directory: Path, examples: int | None = None) -> Content:
         for path, text in texts.items():
             write_atomically(path, text, private=path == files.report_html and examples > 0)
     except OSError as error:
-        raise UserError(f"The report cannot be written into '{directory}': {error.strerror}.") from error
+        raise UserError(f"The report cannot be written into '{directory}': {error.strerror or error}.") from error
     return content

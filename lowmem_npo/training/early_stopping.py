@@ -81,8 +81,7 @@ class Stopping(TrainerCallback):
     def resume(self, step: int) -> bool:
         """Prepares a run that continues from `step`, 0 if it begins. Returns whether it had already stopped there."""
         self.evaluations = self._until(step) if step > 0 else []
-        if not self.evaluations or self.evaluations[0].step > 0:
-            self.evaluations = []  # nothing to continue: the original is measured again
+        if not self.evaluations:
             return False
         for last in range(2, len(self.evaluations) + 1):
             self._end_stage(self._stage_ended(self.evaluations[:last]), self.evaluations[last - 1].step)

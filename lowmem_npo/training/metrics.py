@@ -77,9 +77,8 @@ class MetricsWriter(TrainerCallback):
 
     def _give_up(self, error: OSError) -> None:
         self._writes = False
-        self.say(
-            f"{self.path.name} cannot be written ({error.strerror}), so no more of its lines are; training goes on."
-        )
+        why = error.strerror or error
+        self.say(f"{self.path.name} cannot be written ({why}), so no more of its lines are; training goes on.")
 
 
 def read_metrics(path: Path) -> list[Metrics]:

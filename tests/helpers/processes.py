@@ -20,7 +20,7 @@ OF_AGENT = {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 
 
 def in_processes(function: Callable[[int], Any], folder: Path, count: int = 2) -> list[Any]:
     """What `function` returns in each of `count` processes, by their numbers, with which it is called."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         pytest.skip("a process that has computed on a GPU cannot be forked")
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # at a port that is free
     children = [_start(function, folder, rank, count, store.port) for rank in range(count)]

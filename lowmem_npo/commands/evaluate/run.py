@@ -64,7 +64,7 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
     Raises:
         UserError: something the user can fix, in one sentence.
     """
-    with ended_with(going_on(EvaluationFiles(config.path).settings)):
+    with ended_with(going_on(EvaluationFiles(config.path).settings, config.resume)):
         plan = plan_evaluation(config, say)
         if config.dry_run:
             for line in _announced(plan):

@@ -67,7 +67,7 @@ class CachedReference(LiveReference):
             try:
                 file = AnswerFile(path, _answer_lengths(rows), width, dtype, identity)
             except (ValueError, OSError) as error:
-                reason = error.strerror if isinstance(error, OSError) else error
+                reason = getattr(error, "strerror", None) or error
                 raise UserError(f"--reference-dir: '{path}' cannot be used: {reason}; {_REMEDY}.") from error
             if reason := _stale(file, identity):
                 raise UserError(f"--reference-dir: '{path}' {reason}; {_REMEDY}.")
