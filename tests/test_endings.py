@@ -97,10 +97,10 @@ def test_an_interrupted_run_says_what_is_left(where, left, byte_model, tmp_path,
 def test_resuming_is_advised_where_something_was_written(command, where, first, what, byte_model, tmp_path, capsys,
                                                          monkeypatch):  # fmt: skip
     """By this command: what another has left there is no reason."""
-    out, nothing = tmp_path / "out", "nothing was written"
+    out, nothing, writes = tmp_path / "out", "nothing was written", iter((False, True, False))
 
     def ends(*_, **__):
-        if writes:
+        if next(writes):
             out.mkdir(exist_ok=True)
             (out / first).write_text("{}")
         raise what
@@ -108,7 +108,7 @@ def test_resuming_is_advised_where_something_was_written(command, where, first, 
     monkeypatch.setattr(f"lowmem_npo.commands.{where}", ends)
     said = "interrupted; " if isinstance(what, KeyboardInterrupt) else "'/x': No space left on device; "
     goes_on = "the same command with --resume goes on from what it has written"
-    for writes, left in ((False, nothing), (True, goes_on), (False, nothing)):
+    for left in (nothing, goes_on, nothing):
         assert main([*command.split(), "--model", str(byte_model), "--output-dir", str(out)]) in (130, 2)
         assert capsys.readouterr().err == f"lowmem-npo {command.split()[0]}: {said}{left}.\n"
 
