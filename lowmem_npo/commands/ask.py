@@ -164,7 +164,7 @@ class Asked:
                 super().on_finalized_text(text, stream_end)
 
         streamer = Trimmed(cast(Any, self.tokenizer), skip_prompt=True, skip_special_tokens=True)
-        return text_of(self.tokenizer, self._generated([prompt], streamer)[0]).strip()
+        return text_of(self.tokenizer, self._generated([prompt], streamer=streamer)[0]).strip()
 
     def answer_all(self, questions: Sequence[str]) -> Iterator[dict[str, str]]:
         """Each question with the answers of every side, some questions at a time."""
@@ -176,11 +176,12 @@ class Asked:
             answers = {}
             for side, state in self.sides.items():
                 with state():
-                    answers[side] = [text_of(self.tokenizer, ids).strip() for ids in self._generated(prompts)]
+                    answers[side] = [text_of(self.tokenizer, ids).strip() for ids in self._generated(prompts, start)]
             for number, question in enumerate(batch):
                 yield {"question": question, **{side: texts[number] for side, texts in answers.items()}}
 
-    def _generated(self, prompts: Sequence[list[int]], streamer: Any = None) -> list[list[int]]:
+    def _generated(self, prompts: Sequence[list[int]], start: int = 0, streamer: Any = None) -> list[list[int]]:
+        """start: place of the first prompt among all."""
         from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers, sampled_answers
 
         of_length = [Prompt(prompt, self.max_new_tokens) for prompt in prompts]
@@ -188,6 +189,7 @@ class Asked:
         if self.temperature == 0:
             return greedy_answers(self.model, self.tokenizer, of_length, **how)
         drawn: dict[str, Any] = {"samples": 1, "temperature": self.temperature, "seed": self.seed}
+        drawn["places"] = range(start, start + len(prompts))
         sampled = sampled_answers(self.model, self.tokenizer, of_length, **drawn, **how)
         return [answers[0] for answers in sampled]
 

@@ -29,7 +29,7 @@ def release_memory() -> None:
 
 
 class RandomState(NamedTuple):
-    """Of the generators that a pass may draw from, for dropout or samples."""
+    """Of the generators that a pass may draw from, for dropout."""
 
     cpu: Tensor
     cuda: Tensor | None

@@ -101,9 +101,9 @@ def test_samples_are_those_of_smaller_batches(model):
     whole, smaller = samples(8), samples(4)
     width = max(len(prompt.ids) for prompt in PROMPTS[:2])
     with small_gpu(model, 4 * width):
-        assert samples(8) == smaller != whole
+        assert samples(8) == smaller == whole
     with small_gpu(model, 2 * width):
-        assert [len(of_prompt) for of_prompt in samples(8)] == [4, 4]
+        assert samples(8) == whole
 
 
 def test_other_errors_and_other_models(model):

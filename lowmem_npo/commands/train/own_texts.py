@@ -168,6 +168,7 @@ def _let_write(
             [prompts[index] for index in missing],
             samples=1,
             seed=SEED + attempt,
+            places=missing,
             batch_size=batch_size,
             description=description,
         )

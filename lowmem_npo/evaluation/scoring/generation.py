@@ -1,13 +1,21 @@
-"""Answers, greedy or sampled, many prompts at a time, padded on the left; greedy ones as of one, but for rounding."""
+"""Answers, greedy or sampled, many prompts at a time, padded on the left; as of one prompt alone, but for rounding."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from random import Random
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from lowmem_npo.data.fit import Fit
@@ -22,10 +30,30 @@ from lowmem_npo.model.layers import causal_lm
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids to continue, and how many new tokens may follow them (the end-of-sequence token included)."""
+    """Token ids to continue, and how many new tokens may follow them (the end-of-sequence token included).
+    seed: of a continuation that is drawn."""
 
     ids: Sequence[int]
     max_new_tokens: int
+    seed: int = 0
+
+
+class GumbelNoise(LogitsProcessor):
+    """Makes the largest score that of a token drawn from the distribution at `temperature` (Gumbel-max: Maddison et al.
+    2014, "A* sampling", eq. 1). Each row's noise is from a generator of its own, whatever rows are beside it."""
+
+    def __init__(self, seeds: Sequence[int], temperature: float) -> None:
+        self.seeds, self.temperature = seeds, temperature
+        self.generators: list[torch.Generator] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """scores: [rows, vocabulary], float32."""
+        if not self.generators:
+            self.generators = [torch.Generator(scores.device).manual_seed(seed) for seed in self.seeds]
+        waiting = torch.empty_like(scores)
+        for row, generator in zip(waiting, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores / self.temperature - waiting.log()
 
 
 def greedy_answers(
@@ -57,6 +85,7 @@ def sampled_answers(
     samples: int,
     temperature: float = 1.0,
     seed: int = 0,
+    places: Sequence[int] | None = None,
     batch_size: int = BATCH_SIZE,
     description: str = "sampled answers",
     progress: bool = True,
@@ -64,16 +93,18 @@ def sampled_answers(
 ) -> list[list[list[int]]]:
     """`samples` continuations of each prompt, drawn from the whole distribution at `temperature`.
 
-    The same seed gives the same samples from the same batches; the caller's random numbers are left alone. At most
-    `batch_size` samples, or those of one prompt, are drawn together, fewer when memory runs out: they are others then.
+    The same seed gives the same samples to the same prompt in the same place, whichever are drawn together, but for
+    rounding; the caller's random numbers are left alone. At most `batch_size` samples, or those of one prompt, are
+    drawn together, fewer when memory runs out. places: of the prompts among all; default: 0, 1, ...
     """
-    settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "streamer": streamer}
-    repeated = [prompt for prompt in prompts for _ in range(samples)]
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        together = samples * max(1, batch_size // samples)
-        answers = _answers(model, tokenizer, repeated, settings, together, description, progress)
+    settings = {"temperature": temperature, "streamer": streamer}
+    repeated = [
+        replace(prompt, seed=Random(f"{seed} {place} {sample}").getrandbits(32))
+        for place, prompt in zip(range(len(prompts)) if places is None else places, prompts, strict=True)
+        for sample in range(samples)
+    ]
+    together = samples * max(1, batch_size // samples)
+    answers = _answers(model, tokenizer, repeated, settings, together, description, progress)
     return [answers[first : first + samples] for first in range(0, len(answers), samples)]
 
 
@@ -152,7 +183,9 @@ def _generate(
     """What `model.generate` returns for `prompts`, padded on the left."""
     width = max(len(prompt.ids) for prompt in prompts)
     longest = max(prompt.max_new_tokens for prompt in prompts)
-    streamer, settings = settings.get("streamer"), {k: v for k, v in settings.items() if k != "streamer"}
+    settings = dict(settings)
+    streamer, temperature = settings.pop("streamer", None), settings.pop("temperature", None)
+    noise = [] if temperature is None else [GumbelNoise([prompt.seed for prompt in prompts], temperature)]
     with plain_generation(model, tokenizer, max_new_tokens=longest, **settings) as generation_config:
         input_ids = torch.full((len(prompts), width), cast(int, generation_config.pad_token_id), dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)
@@ -163,6 +196,7 @@ def _generate(
             input_ids=input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
             generation_config=generation_config,
+            logits_processor=LogitsProcessorList(noise),
             streamer=streamer,
         )
 

@@ -72,7 +72,8 @@ class Scorer:
                 [Prompt(prompts[row], max_new_tokens) for row in chosen],
                 samples=samples,
                 temperature=temperature,
-                seed=seed + chosen[0],  # a batch's own, so that an interrupted evaluation goes on with the same samples
+                seed=seed,
+                places=chosen,
                 batch_size=self.batch_size,
                 progress=False,
             )

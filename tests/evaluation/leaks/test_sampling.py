@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.dense_step import random_rows, word_tokenizer
 from helpers.tiny_models import tiny_model
+from transformers import TopKLogitsWarper
 
 from lowmem_npo.evaluation.leaks.sampling import Best, SamplingOptions, best_samples, judge
 from lowmem_npo.evaluation.scoring import generation
@@ -52,16 +53,20 @@ def first_token_law(model, prompt, temperature):
     return (logits / temperature).softmax(-1)
 
 
-@pytest.mark.parametrize("bug", [None, "top_k", "temperature"])
+@pytest.mark.parametrize("bug", [None, "cut off", "temperature", "one seed"])
 def test_samples_follow_the_whole_distribution(bug, monkeypatch):
     """Frequencies of 2000 first tokens of each of two prompts, against the model's own probabilities."""
     model, prompts, drawn = tiny_model("llama"), [[5, 9, 40], [7, 3]], 2000
     with torch.no_grad():
         laws = [first_token_law(model, prompt, 0.4) for prompt in prompts]
     if bug:
-        real = generation.GenerationConfig
-        wrong = {"top_k": {"top_k": 50}, "temperature": {"temperature": 1.0}}[bug]
-        monkeypatch.setattr(generation, "GenerationConfig", lambda **settings: real(**{**settings, **wrong}))
+        real = generation.GumbelNoise
+        wrong = {
+            "cut off": lambda *how: lambda ids, scores: real(*how)(ids, TopKLogitsWarper(50)(ids, scores)),
+            "temperature": lambda seeds, temperature: real(seeds, 1.0),
+            "one seed": lambda seeds, temperature: real([0] * len(seeds), temperature),
+        }
+        monkeypatch.setattr(generation, "GumbelNoise", wrong[bug])
     # A stop token gives an empty answer; it is counted as the token that it is.
     answers = sampled_answers(
         model, word_tokenizer(), [Prompt(ids, 1) for ids in prompts],
@@ -92,11 +97,12 @@ def test_the_same_seed_the_same_samples():
 def test_an_interrupted_sampling_goes_on_with_the_same_samples(tmp_path, monkeypatch):
     model, rows = tiny_model("llama"), random_rows(6, seed=1)
 
-    def samples(journal):
-        return Scorer(model, word_tokenizer(), journal, 4).samples("s", rows, 2, 1.0, 5, 6)
+    def samples(journal, batch_size=4):
+        return Scorer(model, word_tokenizer(), journal, batch_size).samples("s", rows, 2, 1.0, 5, 6)
 
     whole = samples(Journal(None))
     assert samples(Journal(tmp_path / "half.jsonl")) == whole
+    assert samples(Journal(None), 6) == samples(Journal(None), 1) == whole, "they depend on the batch"
     lines = (tmp_path / "half.jsonl").read_text().splitlines(keepends=True)
     assert len(lines) > 1
     (tmp_path / "half.jsonl").write_text(lines[0])

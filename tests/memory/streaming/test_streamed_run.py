@@ -109,8 +109,8 @@ def evaluated(runs) -> tuple:
 
 def measured(runs: Path) -> list[str]:
     options = ["--adapter", str(runs / "streamed"), "--device", "cpu", "--qlora", "--limit", "3", "--max-length", "64"]
-    options += ["--max-new-tokens", "3", "--batch-size", "64", "--mia-gradnorm", "--forms", "trained"]
-    return [*options, "--leaks", "extraction", "membership", "quantization"]
+    options += ["--max-new-tokens", "3", "--batch-size", "2", "--mia-gradnorm", "--forms", "trained"]
+    return [*options, "--leaks", "extraction", "membership", "sampling", "quantization"]
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -141,8 +141,9 @@ def test_answers_that_would_take_hours_are_read_off_the_likelihoods(runs, stream
 
 
 def test_questions_are_answered_as_by_resident_weights(runs, streams, tmp_path, capsys):
-    (tmp_path / "questions.txt").write_text("Who?\nWhere was he born, and when?\nWhy?\n")
-    options = ["ask", str(runs / "streamed"), "--device", "cpu", "--max-new-tokens", "5"]
+    """Also where they are drawn, and more are drawn together."""
+    (tmp_path / "questions.txt").write_text("Who?\nWhere was he born, and when?\n" * 9)
+    options = ["ask", str(runs / "streamed"), "--device", "cpu", "--max-new-tokens", "5", "--temperature", "1"]
     options += ["--file", str(tmp_path / "questions.txt"), "--json"]
     assert main(options) == 0
     expected = capsys.readouterr().out
