@@ -201,7 +201,8 @@ def load(options: AskOptions, say: Say) -> Asked:
         UserError: no model and no adapter there, or an adapter that does not fit.
     """
     from lowmem_npo.data import Template
-    from lowmem_npo.estimate.asked import decide_streaming
+    from lowmem_npo.estimate.streamed_model import decide_streaming
+    from lowmem_npo.evaluation.scoring.batching import at_once
     from lowmem_npo.memory.switches import load_base, stream_layers
     from lowmem_npo.model import load_tokenizer, resolve_name
     from lowmem_npo.model.loading import load_config, resolve_device
@@ -229,10 +230,10 @@ def load(options: AskOptions, say: Say) -> Asked:
     architecture = load_config(config)
     check_architecture(architecture)
     template = Template(text, system, stop_tokens(config, architecture))
-    streaming, at_once = StreamOptions(options.stream_weights, options.stream_from), BATCH_SIZE
+    streaming = StreamOptions(options.stream_weights, options.stream_from)
     if (streamed := decide_streaming(config, streaming, architecture, say)) is not None:
         say(f"Every token of an answer takes {streamed.pass_seconds:.2g} s or more.")
-        streaming, at_once = replace(streaming, stream_from=streamed.stream_from), TOGETHER
+        streaming = replace(streaming, stream_from=streamed.stream_from)
     base = load_base(config, streaming, say)
     model: PreTrainedModel | PeftModel = base
     sides: dict[str, Callable[[], AbstractContextManager[Any]]] = {MERGED: nullcontext}
@@ -241,7 +242,7 @@ def load(options: AskOptions, say: Say) -> Asked:
         sides = {ORIGINAL: adapted.disable_adapter, UNLEARNED: nullcontext}
     stream_layers(model, streaming, resolve_device(config.device))
     drawn = options.max_new_tokens, options.temperature, options.seed
-    asked = Asked(model, tokenizer, template, sides, *drawn, at_once)
+    asked = Asked(model, tokenizer, template, sides, *drawn, at_once(BATCH_SIZE, TOGETHER, streaming.stream_weights))
     say(f"Questions are {template.describe(asked._example('?', []), tokenizer)}.")
     return asked
 

@@ -137,7 +137,7 @@ class Report:
                 f"{duration(TOKENS * self.pass_seconds / 3600)} for {TOKENS} tokens"
             ]
             if self_rows(self.config.data.retain) is not None or self.config.data.alternatives is not None:
-                lines += ["and so do texts that the original model writes before training, unless a file has them"]
+                lines += ["texts that the original model writes before training take as many, unless a file has them"]
         flags = f"with {' '.join(self.flags)}" if self.flags else "with these options"
         if self.budget is not None:
             lines += [f"fits {gib(self.budget)}: yes, {flags}"]

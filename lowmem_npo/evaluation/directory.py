@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,13 @@ class EvaluationDirectory(EvaluationFiles):
             if benchmark.name in evaluation.scores:
                 benchmark.save(evaluation.scores[benchmark.name], self)
         write_atomically(self.result, json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False) + "\n")
+
+
+def as_begun(config: EvaluationConfig) -> EvaluationConfig:
+    """`config` of an evaluation that is to be resumed, with what was decided when it began."""
+    began = _settings_of(str(EvaluationFiles(config.path).result)) if config.resume else None
+    decided = (began or {}).get("generate_answers")
+    return replace(config, generate_answers=decided) if decided and config.generate_answers == "auto" else config
 
 
 def digest(content: Any) -> str:

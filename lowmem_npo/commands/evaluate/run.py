@@ -24,6 +24,7 @@ from lowmem_npo.data.passages import Passages
 from lowmem_npo.data.prepare import bundled_general, general_rows, is_general
 from lowmem_npo.endings import ended_with, going_on
 from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.answers import NotGenerated
 from lowmem_npo.evaluation.asking import Wording
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Selection
 from lowmem_npo.evaluation.benchmarks.documents import DOCUMENTS
@@ -31,7 +32,7 @@ from lowmem_npo.evaluation.benchmarks.muse import MUSE
 from lowmem_npo.evaluation.benchmarks.plain import PLAIN, summaries_of
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.benchmarks.tofu import TOFU, TofuOptions
-from lowmem_npo.evaluation.directory import THE_ADAPTER, EvaluationDirectory, differences, digest
+from lowmem_npo.evaluation.directory import THE_ADAPTER, EvaluationDirectory, as_begun, differences, digest
 from lowmem_npo.evaluation.fluency import fluency
 from lowmem_npo.evaluation.leaks.contract import NO_HOLDOUT, LeakResult, SavedModel, Subject
 from lowmem_npo.evaluation.leaks.measure import repeated, run_leak_tests, time_of_tuning
@@ -40,6 +41,7 @@ from lowmem_npo.evaluation.leaks.retuning import RETUNING
 from lowmem_npo.evaluation.leaks.worst import retained_leaks
 from lowmem_npo.evaluation.open_unlearning import muse_figures, retained_min_k, tofu_figures, token_figures
 from lowmem_npo.evaluation.result import Evaluation
+from lowmem_npo.evaluation.scoring.batching import at_once
 from lowmem_npo.evaluation.scoring.scorer import Scorer
 from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.memory.switches import load_base, stream_layers
@@ -98,10 +100,10 @@ class EvaluationPlan:
 
     @property
     def rows_at_once(self) -> int:
-        """Rows per batch: as configured, or all of a set where every pass has to stream the weights."""
-        size, sets = self.config.batch_size, [chosen for _, _, chosen in self.selected]
-        rows = [len(chosen.rows) for chosen in (*sets, *self.leak_rows.values())]
-        return max([size, *rows]) if self.config.stream_weights else size
+        """Rows per batch."""
+        sets = (*(chosen for _, _, chosen in self.selected), *self.leak_rows.values())
+        most = max((len(chosen.rows) for chosen in sets), default=0)
+        return at_once(self.config.batch_size, most, self.config.stream_weights)
 
 
 @dataclass
@@ -130,7 +132,7 @@ def plan_evaluation(
     if model_config.double_quant == "auto":  # the base is quantised as the adapter's run had it
         model_config = replace(model_config, double_quant=run.get("double_quant", "auto"))
     limit = first or (run.get("limit") if config.bundled else None)
-    config = config.completed(run)
+    config = as_begun(config.completed(run))
     architecture = load_config(model_config)
     for line in model_notes(architecture, model_config):
         say(line)
@@ -177,7 +179,11 @@ def measure(
     gold_leaks = retained_leaks(cast(TofuOptions, config).retained_log)
     result = Evaluation(rows=_counts(selected, plan.sources, leak_rows), notes=context.notes, gold_leaks=gold_leaks)
     for benchmark, name, selection in selected:
-        measured = benchmark.measure(name, selection, scorer, context)
+        try:
+            measured = benchmark.measure(name, selection, scorer, context)
+        except NotGenerated as error:  # had `written` said so, it would have been refused before
+            result.notes.append(f"{name}: {benchmark.title} was not measured: {error}")
+            continue
         result.measured.setdefault(benchmark.name, {})[name] = measured
         said = benchmark.said(selection, measured, context)
         if (figures := fluency(scorer, name, said)) is not None:

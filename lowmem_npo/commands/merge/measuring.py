@@ -24,6 +24,7 @@ from lowmem_npo.evaluation.figures import aligned, shares, side_by_side
 from lowmem_npo.evaluation.leaks.contract import MARGIN, MUCH, above_holdout, beside_holdout
 from lowmem_npo.evaluation.leaks.extraction import EXTRACTION, extraction_figures
 from lowmem_npo.evaluation.leaks.measure import read_leaks
+from lowmem_npo.evaluation.scoring.batching import at_once
 from lowmem_npo.evaluation.scoring.token_scores import token_scores
 from lowmem_npo.files import file_sha256
 from lowmem_npo.memory.host_room import check_room
@@ -85,9 +86,9 @@ class RunRows:
 
     @property
     def rows_at_once(self) -> int:
-        """Rows per batch: all of a set where every pass has to stream the weights."""
+        """Rows per batch."""
         most = max(map(len, self.sets.values()), default=0)
-        return max(self.batch_size, most) if self.streaming.stream_weights else self.batch_size
+        return at_once(self.batch_size, most, self.streaming.stream_weights)
 
 
 def rows_of_run(config: MergeConfig, name: str, revision: str | None) -> RunRows:

@@ -31,6 +31,7 @@ from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakResults
 from lowmem_npo.evaluation.leaks.measure import measure_leaks, read_leaks, write_leaks
 from lowmem_npo.evaluation.leaks.registry import WHILE_TRAINING, leak_tests
 from lowmem_npo.evaluation.leaks.retuning import RETUNING
+from lowmem_npo.evaluation.scoring.batching import at_once
 from lowmem_npo.model import reference_mode
 from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.report.evaluation_text import leaks_text
@@ -68,10 +69,8 @@ def measure_after(plan: RunPlan, model: PeftModel, before: Evaluations, say: Say
 
 
 def rows_at_once(config: RunConfig) -> int:
-    """Rows per batch when measuring: as configured, or all where every pass has to stream the weights. Their tokens are
-    bounded in any case (`lowmem_npo.evaluation.scoring.batching`)."""
-    size, rows = config.output.eval_batch_size, config.output.eval_rows
-    return max(size, rows) if config.memory.stream_weights else size
+    """Rows per batch when measuring."""
+    return at_once(config.output.eval_batch_size, config.output.eval_rows, config.memory.stream_weights)
 
 
 def measure_answers(plan: RunPlan, model: PreTrainedModel | PeftModel, stage: str) -> Evaluations:

@@ -23,6 +23,7 @@ from lowmem_npo.data.self_written import TOKENS, beginning_ids, beginnings, self
 from lowmem_npo.data.templates import Template
 from lowmem_npo.data.tokenizing import Encoder, TokenizedRows
 from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.scoring.batching import at_once
 from lowmem_npo.evaluation.scoring.generation import Prompt, sampled_answers, text_of
 from lowmem_npo.files import write_atomically
 from lowmem_npo.model import resolve_name
@@ -145,8 +146,8 @@ def write_own_answers(
 
 
 def _at_once(config: RunConfig, prompts: Sequence[Prompt]) -> int:
-    """How many texts are written together: all, where each of their tokens has to stream the weights."""
-    return len(prompts) if config.memory.stream_weights else config.output.eval_batch_size
+    """How many texts are written together."""
+    return at_once(config.output.eval_batch_size, len(prompts), config.memory.stream_weights)
 
 
 def _let_write(

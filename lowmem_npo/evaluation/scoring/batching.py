@@ -31,6 +31,12 @@ def _cache_width(layer: PretrainedConfig) -> int:
     return heads * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
 
 
+def at_once(batch_size: int, rows: int, streamed: bool) -> int:
+    """Rows per batch: as configured, or all where every pass has to stream the weights. `batches` bounds their tokens
+    in any case."""
+    return max(batch_size, rows) if streamed else batch_size
+
+
 def batches(
     lengths: Sequence[tuple[int, int]],
     batch_size: int = BATCH_SIZE,

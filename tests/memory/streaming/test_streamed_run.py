@@ -20,6 +20,8 @@ from lowmem_npo.commands.train.measuring import rows_at_once
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate import generation, host
 from lowmem_npo.estimate.simulator.storages import StorageCounter
+from lowmem_npo.evaluation.benchmarks.contract import Benchmark
+from lowmem_npo.evaluation.benchmarks.lume import LUME
 from lowmem_npo.memory import host_room, streaming
 
 
@@ -120,6 +122,7 @@ def test_an_evaluation_is_that_of_resident_weights(source, runs, streams, evalua
     assert figures_of(tmp_path / "x") == evaluated and late.copies > 100
     printed = capsys.readouterr().out
     assert "copied to the GPU in a pass." in printed and "Writing the measured answers takes about" in printed
+    assert "How long leak tests will take is not predicted." in printed
     assert ("This host reads the weights from --quantized-cache" in printed) == (source == "files")
 
 
@@ -133,11 +136,17 @@ def test_answers_that_would_take_hours_are_read_off_the_likelihoods(runs, stream
     assert main([*options, "--generate-answers", "off", "--output-dir", str(tmp_path / "y")]) == 0
     assert figures_of(tmp_path / "x") == figures_of(tmp_path / "y")
     assert not any(of["generated"] for of in figures_of(tmp_path / "x")[0]["answers"].values())
+    monkeypatch.setattr(generation, "MOST_HOURS", 1.0)  # of another disk
+    assert main([*options, *streams("blocks"), "--output-dir", str(tmp_path / "x"), "--resume"]) == 0
+    assert figures_of(tmp_path / "x") == figures_of(tmp_path / "y"), "it does not go on as it began"
     rows = tmp_path / "lume.jsonl"
     rows.write_text(json.dumps({"id": "asc1", "input": "A", "output": "b", "task": "Task1"}) + "\n")
     given = ["--forget", str(rows), "--generate-answers", "off", "--output-dir", str(tmp_path / "z")]
     assert main([*options, *given]) == 2
     assert "--generate-answers off: 'LUME" in capsys.readouterr().err
+    monkeypatch.setattr(type(LUME), "written", Benchmark.written)  # which a benchmark may forget
+    assert main([*options, *given]) == 0
+    assert "forget: LUME, SemEval-2025 Task 4 was not measured: the model would have" in capsys.readouterr().out
 
 
 def test_questions_are_answered_as_by_resident_weights(runs, streams, tmp_path, capsys):
