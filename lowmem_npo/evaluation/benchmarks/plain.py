@@ -65,13 +65,13 @@ class Plain(Benchmark[PlainAnswer, dict[str, AnswerSummary]]):
         records = scorer.answers(f"{name}: answers", rows, selection.places, length)
         passage = dict(zip(selection.places, (example.is_passage for example in rows.examples), strict=True))
         measured = [PlainAnswer(r, selection.rows_in_set, length, passage[r.row]) for r in records]
-        for form, asked in _in_other_forms(name, selection, context).items():
-            records = scorer.answers(f"{in_form(name, form)}: answers", asked.rows, asked.places, length)
+        for form, of_form in _in_other_forms(name, selection, context).items():
+            records = scorer.answers(f"{in_form(name, form)}: answers", of_form.rows, of_form.places, length)
             measured += [PlainAnswer(r, selection.rows_in_set, length, passage[r.row], form) for r in records]
         return measured
 
     def written(self, name: str, selection: Selection, context: Context) -> list[tuple[int, int]]:
-        forms = [asked.rows for asked in _in_other_forms(name, selection, context).values()]
+        forms = [of_form.rows for of_form in _in_other_forms(name, selection, context).values()]
         length = _most_tokens(selection, context)
         return [(len(question(row)[0]), length) for rows in (selection.rows, *forms) for row in rows]
 
