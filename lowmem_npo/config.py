@@ -242,7 +242,8 @@ class ObjectiveConfig(Checked):
     adversary_steps: Count | None = None
     """How many of these steps an attacker takes, one before each optimiser step, until a fresh one begins (default: 1).
     With more than 1 it is taught rows of one half, and those of the other half are forgotten meanwhile; then the halves
-    change places. It costs nothing more. Fewer where a run, or a stage of --layered, is too short for two attackers."""
+    change places. It costs no further pass; what an attacker has learnt is kept in float32, and in checkpoints. Fewer
+    where a run, or a stage of --layered, is too short for two attackers."""
     simnpo_margin: Finite = 0.0
     """Reward margin of simnpo (its paper's gamma)."""
     wga_beta: PositiveOrZero = 1.0

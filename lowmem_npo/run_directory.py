@@ -165,7 +165,9 @@ class RunDirectory(RunFiles):
         began = self._began()
         now = yaml.safe_load(self.config.to_yaml())
         may_change = {*MAY_CHANGE, *(name for name in DECIDED if now[name] == "auto")}
-        if self.config.training.layered is not None:  # the stages are shares of the whole run
+        objective = self.config.objective
+        goes_on = objective.adversary is not None and (objective.adversary_steps or 1) > 1
+        if self.config.training.layered is not None or goes_on:  # stages and attackers are laid out by the whole run
             may_change -= {"epochs", "max_steps"}
         changed = [name for name in {**began, **now} if began.get(name) != now.get(name) and name not in may_change]
         if changed:
@@ -208,18 +210,20 @@ def step_of(checkpoint: str | Path | None) -> int:
     return 0 if checkpoint is None else int(Path(checkpoint).name.rpartition("-")[2])
 
 
-def check_disk(config: RunConfig, trained: int, saved: int) -> None:
+def check_disk(config: RunConfig, trained: int, saved: int, attacker: int = 0) -> None:
     """Raises a UserError if the disk of the output directory cannot hold the most that the run may write.
 
-    That is the adapter, and for each checkpoint kept the adapter with AdamW's two moments, all float32.
+    That is the adapter, and for each checkpoint kept the adapter with AdamW's two moments and the attacker that goes
+    on, all float32.
 
     Args:
         trained, saved: how many weights the adapter trains, and how many it holds (with those that it continues).
+        attacker: how many a checkpoint holds of an attacker.
     """
     # One more than is kept: a checkpoint is written before the oldest is removed.
     checkpoints = (config.trainer_args.get("save_total_limit") or KEPT_CHECKPOINTS) + 1
     best = 1 + checkpoints if config.stopping.stop_when else 0  # the best adapter so far, and that at each checkpoint
-    needed = 4 * (saved * (1 + checkpoints) + trained * (best + 2 * checkpoints))
+    needed = 4 * (saved * (1 + checkpoints) + trained * (best + 2 * checkpoints) + attacker * checkpoints)
     needed += 64 * 2**20  # tokenizer, metrics, configuration
     if (free := free_bytes(config.output_dir)) < needed:
         raise UserError(

@@ -9,12 +9,13 @@ reference of the forget term, and the retain terms, are the model's without the 
 
 With `--adversary-steps` an attacker goes on: it takes such a step before each of several optimiser steps, from where it
 stands, while the model moves too. It is taught rows of one half of what is being forgotten, and these steps take rows
-of the other (`layered.py`), as whoever relearns a part attacks the rest.
+of the other (`layered.py`), as whoever relearns a part attacks the rest. It costs no further pass.
 
 Meta-learning against an attacker's fine-tuning steps is that of Tamirisa et al. 2024, "Tamper-Resistant Safeguards for
-Open-Weight LLMs", to first order and with one step, whose length is fixed as in sharpness-aware minimisation (Foret et
-al. 2021). It costs a forward and backward pass of `ROWS` rows in every step, and rank `RANK` more of memory: A and B in
-the type in which the model computes, and in that pass B and its gradient in float32. B of one that goes on stays so.
+Open-Weight LLMs", to first order (no gradient passes through the attacker's steps) and with one of them in each
+optimiser step, whose length is fixed as in sharpness-aware minimisation (Foret et al. 2021). It costs a forward and
+backward pass of `ROWS` rows in every step, and rank `RANK` more of memory: A, and B of one that takes a single step, in
+the type in which the model computes; in that pass B and its gradient in float32. B of one that goes on stays so.
 
 The attacker is a function of the seed, the step and the weights: a resumed run meets the same, however a step is split.
 One that goes on is kept in checkpoints.
@@ -104,6 +105,8 @@ class Adversary:
     def relearn(self, step: int, add_gradients: Callable[[], bool], began: int | None = None) -> Tensor:
         """Takes the attacker's step, before global step `step` of the run.
 
+        A gradient that is not finite leaves it where it stands; the loss says so.
+
         began: the step before which it took its first one. Default: this is the first.
         add_gradients: adds the gradients of the loss that the attacker lowers, over all processes, to those of the
             model's parameters: of these, only the attacker's require any. Returns whether the processes have summed
@@ -131,12 +134,13 @@ class Adversary:
             for p in trained:
                 p.requires_grad_(True)
         norm = torch.stack([b.grad.square().sum() for _, _, b in factors if b.grad is not None]).sum().sqrt()
+        # Where there is no slope, no direction is the worst.
+        scale = torch.where(norm.isfinite(), -self.rho / norm.clamp(min=1e-30), 0.0)
         self.factors = []
         while factors:  # what is used up is freed
             layer, a, b = factors.pop(0)
             if b.grad is not None:
-                # Where there is no slope, no direction is the worst.
-                b = b.grad.mul_(-self.rho / norm.clamp(min=1e-30)).add_(b.detach())
+                b = b.grad.nan_to_num_(posinf=0.0, neginf=0.0).mul_(scale).add_(b.detach())
             elif not self.goes_on:  # a layer that did not run, such as an expert's: it stays as it is
                 continue
             self.factors.append(Factors(layer, a, b.detach() if self.goes_on else b.to(a.dtype)))
@@ -149,12 +153,15 @@ class Adversary:
         with complete(files.adversary) as file:
             save_file(learnt, file, metadata={"began": str(self.began)})
 
-    def resume(self, files: AdapterFiles) -> None:
-        """Goes on as in a checkpoint, if it kept any."""
+    def resume(self, files: AdapterFiles, began: int) -> None:
+        """Goes on as in a checkpoint, if that kept the attacker that took its first step before step `began`: another
+        has been taught what this one spares."""
         if not files.adversary.exists():
             return
         with safe_open(files.adversary, "pt") as file:
-            self.began = int(file.metadata()["began"])
+            if int(file.metadata()["began"]) != began:
+                return
+            self.began = began
             self.factors = [
                 Factors(layer, a, file.get_tensor(name).to(self.device))
                 for name, (layer, a, _) in zip(self._layers, self.fresh(self.began), strict=True)
@@ -219,8 +226,22 @@ def other_rows(step_batches: StepBatches, step: int, origins: Sequence[str] | No
     return sorted(random.permutation(others)[:ROWS].tolist())
 
 
-def check_others(forget_rows: int, folds: Sequence[Sequence[int]] | None, batch_size: int) -> None:
-    """Raises a UserError where a step takes all rows that are being forgotten, so that none is left to be taught."""
+def attacker_size(model: PeftModel) -> int:
+    """How many weights of an attacker on `model` a checkpoint holds."""
+    return sum(RANK * _sizes(layer)[1] for layer in linear_layers(causal_lm(model)).values())
+
+
+def check_others(
+    forget_rows: int, folds: Sequence[Sequence[int]] | None, batch_size: int, attack_steps: int = 1
+) -> None:
+    """Raises a UserError where a step takes all rows that are being forgotten, so that none is left to be taught; where
+    an attacker goes on for several, all of the half that is its."""
+    if attack_steps > 1 and (least := min(map(len, folds)) if folds else forget_rows) // 2 < batch_size:
+        fold = f", forget rows in the smallest fold of --layered {len(folds)}" if folds else ", forget rows"
+        raise UserError(
+            f"--adversary-steps {attack_steps} forgets one half while the other is taught, and a step takes more rows "
+            f"than that: --batch-size {batch_size}{fold}: {least}. Lower one, or leave --adversary-steps out."
+        )
     if folds is None and forget_rows <= batch_size:
         raise UserError(
             f"--adversary teaches forget rows that are not in the step, and there are none: --batch-size {batch_size}, "

@@ -100,7 +100,7 @@ def _damage(files: AdapterFiles, trainer: Trainer, to_train: bool) -> str | None
         if files.micro_batch_parts.exists() or files.micro_batch_parts.name in hashes:
             checks[files.micro_batch_parts] = lambda file: len(json.loads(file.read_bytes())["parts"]) > 0
         if files.adversary.exists() or files.adversary.name in hashes:
-            checks[files.adversary] = lambda file: len(load_file(file)) > 0
+            checks[files.adversary] = _is_finite
         checks |= {state: lambda file: {"python", "numpy", "cpu"} <= _load(file).keys() for state in states}
     for file, is_whole in checks.items():
         if not file.is_file():
@@ -120,6 +120,11 @@ def _is_adapter(file: Path, model: Any) -> bool:
     return all(
         name in weights and weights[name].shape == tensor.shape for name, tensor in adapter_weights(model).items()
     )
+
+
+def _is_finite(file: Path) -> bool:
+    weights = load_file(file).values()
+    return len(weights) > 0 and all(bool(weight.isfinite().all()) for weight in weights)
 
 
 def _hashes(digest: Path) -> dict[str, str]:

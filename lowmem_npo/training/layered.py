@@ -8,7 +8,8 @@ Here a fold's rows are shown as often as they count: earlier folds at `weight` t
 the last stage shows all rows alike; later folds are retain rows, each of them twice.
 
 Where an attacker goes on for several steps (`--adversary-steps`), the steps in which it does take rows of one half of
-each fold, and it is taught rows of the other; then the halves change places, and after that they are drawn anew.
+each fold, and it is taught rows of the other; then the halves, which each stage draws anew, change places. Each half's
+passes go on where its last attacker left them, so that rows are shown as evenly as without.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -66,6 +67,19 @@ def check_folds(folds: Sequence[Sequence[int]], batch_size: int, steps: int) -> 
         raise UserError(f"--layered {len(folds)} needs a step for every stage; this run has {steps}.")
 
 
+def attack_length(attack_steps: int, steps: int, folds: int) -> int:
+    """For how many steps an attacker goes on: for `attack_steps`, if each stage has room for two such."""
+    return min(attack_steps, max(1, steps // folds // 2))
+
+
+class Attack(NamedTuple):
+    """What the attacker at work in a step meets."""
+
+    began: int  # its first global step
+    side: int  # the half that is forgotten, 0 or 1; 0 where each step has an attacker of its own, and there are none
+    before: int  # steps of the stage before this one that forgot this half
+
+
 class LayeredBatches(StepBatches):
     """As `StepBatches`, in stages. A retain row from `num_retain` on is a row to forget whose fold has not come yet.
 
@@ -82,10 +96,14 @@ class LayeredBatches(StepBatches):
         self, folds: Sequence[Sequence[int]], steps: int, weight: float, *, attack_steps: int = 1, **sizes: Any
     ):
         super().__init__(sum(map(len, folds)), **sizes)
-        self.attack_steps = min(attack_steps, max(1, steps // len(folds) // 2))  # both halves have their turn
+        self.attack_steps = attack_length(attack_steps, steps, len(folds))
+        self.parts = 1 if self.attack_steps == 1 else 2  # into which what a stage forgets is divided
         self.folds, self.steps, self.weight = [list(fold) for fold in folds], steps, weight
         self.starts = [stage * steps // len(folds) for stage in range(len(folds))]
         """The first step of each stage."""
+        self.ends = [*self.starts[1:], steps]
+        """The step after each stage, as known when it began: its attackers are laid out by that."""
+        self._alike: dict[int, tuple[list[int], list[int]]] = {}
 
     def stage(self, step: int) -> int:
         """The stage, from 0, that global step `step` (from 0) belongs to."""
@@ -94,74 +112,99 @@ class LayeredBatches(StepBatches):
     def end_stage(self, stage: int, step: int) -> None:
         """Ends `stage` with the epoch in which `step` steps are done, before its time; but for the last one, those
         after it keep their lengths."""
-        first = (
-            math.ceil(step / self.steps_per_epoch) * self.steps_per_epoch
-        )  # the rows of this epoch may be on the way
+        # the rows of this epoch may be on the way
+        first = math.ceil(step / self.steps_per_epoch) * self.steps_per_epoch
+        if stage + 1 == len(self.folds) or first >= self.starts[stage + 1]:
+            return
         for later in range(stage + 1, len(self.folds)):
             begin = first + (later - stage - 1) * (self.steps // len(self.folds))
             self.starts[later] = min(self.starts[later], begin)
+        self.ends[stage + 1 :] = [*self.starts[stage + 2 :], self.steps]
 
     def forgotten(self, step: int) -> list[int]:
         """Those of the folds whose turn has come."""
         return sorted(row for fold in self.folds[: self.stage(step) + 1] for row in fold)
 
     def attack_began(self, step: int) -> int:
-        return step - (step - self.starts[self.stage(step)]) % self.attack_steps
+        return self._attack(step).began
 
     def spared(self, step: int) -> Sequence[int]:
-        if self.attack_steps == 1:
+        """One half, and the odd one out."""
+        if self.parts == 1:
             return super().spared(step)
-        stage = self.stage(step)
-        attack = (step - self.starts[stage]) // self.attack_steps
-        return [row for fold in range(stage + 1) for row in self._half(fold, stage, attack)]
+        side, spared = self._attack(step).side, []
+        for rows in self._shown_alike(self.stage(step)):
+            spared += rows[side : len(rows) // 2 * 2 : 2] + rows[len(rows) // 2 * 2 :]
+        return spared
 
     def step_rows(self, step: int) -> tuple[list[int], list[int]]:
-        stage = self.stage(step)
+        stage, attack = self.stage(step), self._attack(step)
         first = step - self.starts[stage]
         held = range(first * self.retain_batch_size, (first + 1) * self.retain_batch_size if self.num_retain else 0)
-        folds, attack = self.folds[: stage + 1], []
-        if self.attack_steps > 1:
-            attack, first = [first // self.attack_steps], first % self.attack_steps
-            folds = [self._half(fold, stage, *attack) for fold in range(stage + 1)]
-        drawn = range(first * self.batch_size, (first + 1) * self.batch_size)
-        forget = [self._forget(folds, (stage, *attack), draw) for draw in drawn]
+        drawn = range(attack.before * self.batch_size, (attack.before + 1) * self.batch_size)
+        forget = [self._forget(stage, attack.side, draw) for draw in drawn]
         return forget, [self._retain(stage, draw) for draw in held]
 
-    def _half(self, fold: int, stage: int, attack: int) -> list[int]:
-        """Rows of a fold that the `attack`-th attacker of a stage is not taught: the others' turn comes with the next
-        one."""
-        rows, pair = self.folds[fold], attack // 2
-        order = _order(len(rows), self.seed, HALVES, stage, pair, fold)
-        middle = len(rows) - len(rows) // 2
-        half = order[middle:] if attack % 2 and len(rows) > 1 else order[:middle]
-        return sorted(rows[place] for place in half)
+    def _attack(self, step: int) -> Attack:
+        """Attackers come in pairs, one for each half; those of a stage's last pair share the steps that are left."""
+        stage, length = self.stage(step), self.attack_steps
+        first = step - self.starts[stage]
+        if self.parts == 1:
+            return Attack(step, 0, first)
+        pair, place = divmod(first, 2 * length)
+        pairs, left = divmod(self.ends[stage] - self.starts[stage], 2 * length)
+        of_first = (left + 1) // 2 if pair == pairs and left else length
+        side, place = (0, place) if place < of_first else (1, place - of_first)
+        return Attack(step - place, side, pair * length + place)
 
-    def _forget(self, folds: Sequence[Sequence[int]], time: tuple[int, ...], draw: int) -> int:
-        """The `draw`-th row to forget of a stage, or under an attacker: passes over the newest fold, with some of the
-        earlier ones' rows.
+    def _shown_alike(self, stage: int) -> tuple[list[int], list[int]]:
+        """The newest fold, and the earlier ones, whose rows a stage shows less often; all are new in the last stage.
+        Every second row is of the same half."""
+        if stage in self._alike:
+            return self._alike[stage]
+        folds = self.folds[: stage + 1]
+        if self.parts > 1:
+            orders = [_order(len(fold), self.seed, HALVES, stage, number) for number, fold in enumerate(folds)]
+            folds = [[fold[place] for place in order] for fold, order in zip(folds, orders, strict=True)]
+        newest = folds if len(folds) == len(self.folds) else folds[-1:]
+        earlier = folds[: len(folds) - len(newest)]
+        self._alike[stage] = [row for fold in newest for row in fold], [row for fold in earlier for row in fold]
+        return self._alike[stage]
 
-        folds: those whose turn has come. time: what tells the stage, or the attacker, from others.
-        """
-        last = len(folds) == len(self.folds)
-        newest = [row for fold in folds for row in fold] if last else folds[-1]
-        earlier = [] if last else [row for fold in folds[:-1] for row in fold]
-        shown = self.weight * len(earlier)  # in a pass, on average
+    def _forget(self, stage: int, side: int, draw: int) -> int:
+        """The `draw`-th row to forget of a stage, or of a half in it: passes over the newest fold, with some of the
+        earlier ones' rows."""
+        newest, earlier = self._shown_alike(stage)
+        shown = self.weight * len(earlier) / self.parts  # in a pass, on average
+        time = (stage,) if self.parts == 1 else (stage, side)
 
         def before(turn: int) -> int:
-            return turn * len(newest) + int(turn * shown)
+            return self._before(turn, newest, side) + int(turn * shown)
 
-        turn = int(draw / (len(newest) + shown))
+        turn = int(draw / (len(newest) / self.parts + shown))
         while before(turn + 1) <= draw:
             turn += 1
         while before(turn) > draw:
             turn -= 1
-        also = [earlier[self._cycled(n, len(earlier), EARLIER, *time)] for n in self._shown(turn, shown)]
-        rows = [*newest, *also]
+        also = range(int(turn * shown), int((turn + 1) * shown))
+        rows = [*self._pass(turn, newest, side), *(self._earlier(n, earlier, side, time) for n in also)]
         return rows[_order(len(rows), self.seed, FORGET, *time, turn)[draw - before(turn)]]
 
-    @staticmethod
-    def _shown(turn: int, shown: float) -> range:
-        return range(int(turn * shown), int((turn + 1) * shown))
+    def _earlier(self, draw: int, rows: Sequence[int], side: int, time: tuple[int, ...]) -> int:
+        """The `draw`-th of the earlier folds' rows, or of their half, in a new order each time that all have come."""
+        turn = (self.parts * draw + side) // len(rows)
+        those = self._pass(turn, rows, side)
+        return those[_order(len(those), self.seed, EARLIER, *time, turn)[draw - self._before(turn, rows, side)]]
+
+    def _pass(self, turn: int, rows: Sequence[int], side: int) -> list[int]:
+        """The rows of a half in its `turn`-th pass; an odd one out comes in the passes of both, in every second one."""
+        odd = len(rows) % self.parts
+        half = rows[side : len(rows) - odd : self.parts]
+        return [*half, *(rows[-1:] if odd and (turn + side) % 2 == 0 else ())]
+
+    def _before(self, turn: int, rows: Sequence[int], side: int) -> int:
+        """The number of rows in the passes before the `turn`-th."""
+        return (turn * len(rows) + self.parts - 1 - side) // self.parts
 
     def _retain(self, stage: int, draw: int) -> int:
         """The `draw`-th retain row of a stage: passes over the later folds, with some retain rows among them."""

@@ -36,11 +36,11 @@ from lowmem_npo.model import answer_hidden, attach_lora, check_causal, check_hea
 from lowmem_npo.model.adapters import restore_adapter
 from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.modes import eval_mode, train_adapter
-from lowmem_npo.run_directory import AdapterFiles
+from lowmem_npo.run_directory import AdapterFiles, step_of
 from lowmem_npo.training.adversary import Adversary, Collate, Lesson, check_others
 from lowmem_npo.training.checkpoints import write_digest
 from lowmem_npo.training.finite import FiniteSteps
-from lowmem_npo.training.layered import LayeredBatches, check_folds
+from lowmem_npo.training.layered import LayeredBatches, attack_length, check_folds
 from lowmem_npo.training.npo_config import NPOConfig
 from lowmem_npo.training.objective import StepTotals
 from lowmem_npo.training.out_of_memory import DividedSteps
@@ -204,7 +204,7 @@ class NPOTrainer(Trainer):
         restore_adapter(self.model, load_file(files.weights))
         self.divided.resume(files, self.args.process_index, self.args.world_size)
         if self.passes.adversary is not None:
-            self.passes.adversary.resume(files)
+            self.passes.adversary.resume(files, self.step_batches.attack_began(step_of(files.path)))
 
     def push_up_to(self, levels: Sequence[float]) -> None:
         """Sets the mean NLL per answer token, in nats, up to which each forget row is pushed.
@@ -239,16 +239,16 @@ class NPOTrainer(Trainer):
             "world_size": processes,
             "alternatives": rows.alternatives,
         }
-        if self.passes.adversary is not None:
-            check_others(rows.num_forget, rows.folds, batch_size)
-        attack_steps = 1 if self.passes.adversary is None else args.adversary_steps or 1
-        if rows.folds is None and attack_steps == 1:
-            return StepBatches(rows.num_forget, **sizes)
         per_epoch = math.ceil(rows.num_forget / batch_size)
         steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+        folds, attack_steps = rows.folds or [list(range(rows.num_forget))], 1
+        if self.passes.adversary is not None:
+            attack_steps = attack_length(args.adversary_steps or 1, steps, len(folds))
+            check_others(rows.num_forget, rows.folds, batch_size, attack_steps)
+        if rows.folds is None and attack_steps == 1:
+            return StepBatches(rows.num_forget, **sizes)
         if rows.folds is not None:
             check_folds(rows.folds, batch_size, steps)
-        folds = rows.folds or [list(range(rows.num_forget))]
         return LayeredBatches(folds, steps, args.layered_weight, attack_steps=attack_steps, **sizes)
 
     def get_train_dataloader(self) -> DataLoader:

@@ -115,6 +115,15 @@ def test_micro_batches_change_nothing(whole, byte_model, tmp_path):
         (("--adversary", 1, "--adversary-steps", 0), "--adversary-steps must be at least 1, not 0"),
         (("--adversary", 1, "--batch-size", 18), "--batch-size 18, forget rows: 18. Lower --batch-size"),
         (("--adversary", 1, "--layered", 3), "forget rows in the first fold of --layered 3: 6. Lower"),
+        (
+            ("--adversary", 1, "--adversary-steps", 2, "--layered", 2),
+            "than that: --batch-size 6, forget rows in the smallest fold of --layered 2: 9. Lower one",
+        ),
+        (
+            ("--adversary", 1, "--adversary-steps", 2, "--batch-size", 10),
+            "--adversary-steps 2 forgets one half while the other is taught, and a step takes more rows than that: "
+            "--batch-size 10, forget rows: 18. Lower one",
+        ),
         (("--recipe", "lasting"), "--recipe lasting: --adversary teaches forget rows that are not in the step"),
         (("--recipe", "lasting", "--max-steps", 2, "--batch-size", 2), "--recipe lasting: --layered 3 needs a step"),
         (("--forget-term", "dpo"), "name its column, --alternative-column"),
@@ -134,8 +143,8 @@ def rows_with(folder, alternatives):
     return path
 
 
-ATTACKED = ("--layered", 2, "--adversary", 1, "--adversary-steps", 2)
-ATTACKED = (*ATTACKED, "--max-steps", 8, "--save-steps", 1, "--save-total-limit", 9)
+SAVED = ("--batch-size", 4, "--save-steps", 1, "--save-total-limit", 9)
+ATTACKED = ("--layered", 2, "--adversary", 1, "--adversary-steps", 9, "--max-steps", 8, *SAVED)
 
 
 @pytest.fixture(scope="module")
@@ -146,14 +155,60 @@ def attacked(byte_model, tmp_path_factory):
 
 
 def test_a_run_against_an_adversary_records_it(attacked, byte_model, tmp_path):
-    assert "adversary: 1.0" in (attacked / "run.yaml").read_text()
+    run, card = ((attacked / file).read_text() for file in ("run.yaml", "README.md"))
+    assert "adversary: 1.0" in run and "adversary_steps: 2" in run  # all that a stage of four has room for
+    assert "| adversary_steps | `2` |" in card
     assert all(line["adversary_nll"] > 0 and line["adversary_gain"] > 0 for line in steps(attacked))
     report = (attacked / "report.html").read_text()
     assert "an attacker was trained to bring back some of the answers" in report
-    assert "others of them, without it" in report and "| adversary | `1.0` |" in (attacked / "README.md").read_text()
+    assert "others of them, without it" in report and "| adversary | `1.0` |" in card
     assert train(byte_model, tmp_path / "plain", *ATTACKED[:2], *ATTACKED[6:]) == 0
     assert not same(adapter(attacked), adapter(tmp_path / "plain"))
     assert "adversary_nll" not in steps(tmp_path / "plain")[0]
+
+
+def test_fewer_steps_of_an_attacker_are_said(byte_model, tmp_path, capsys):
+    for options, said in (
+        (ATTACKED, "9 becomes 2, so that both halves of the rows have their turn within every stage."),
+        (ATTACKED[2:], "9 becomes 4, so that both halves of the rows have their turn within the run."),
+        (("--layered", 2, "--adversary", 1, "--adversary-steps", 2, *ATTACKED[6:]), None),
+    ):
+        assert train(byte_model, tmp_path / "run", *options, "--dry-run") == 0
+        out = capsys.readouterr().out
+        assert f"--adversary-steps {said}" in out if said else "becomes" not in out
+
+
+def test_a_run_whose_attackers_go_on_keeps_its_length(attacked, byte_model, tmp_path, capsys):
+    """Their turns would shift, and one that goes on would be taught what it has spared."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shutil.copy(attacked / "run.yaml", folder)
+    began = (folder / "run.yaml").read_text().replace("layered: 2\n", "")
+    (folder / "run.yaml").write_text(began)
+    longer = ("--adversary", 1, "--adversary-steps", 2, *SAVED, "--eval-rows", 2, "--resume", "--max-steps", 12)
+    assert train(byte_model, folder, *longer) == 2
+    assert "(max_steps was 8, is 12): use those, or start anew." in capsys.readouterr().err
+
+
+OTHERS = {
+    "of one step each": ("--layered", 2, "--adversary", 1, "--max-steps", 4, *SAVED),
+    "without folds": ("--adversary", 1, "--adversary-steps", 2, "--max-steps", 4, *SAVED),
+}
+
+
+@pytest.mark.parametrize("options", OTHERS.values(), ids=OTHERS)
+def test_other_attackers_resumed_within_the_first_stage_end_in_the_same_bits(options, byte_model, tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert train(byte_model, whole, *options) == 0
+    assert all(line["adversary_nll"] > 0 and line["adversary_gain"] > 0 for line in steps(whole))
+    assert (whole / "checkpoint-1" / "adversary.safetensors").exists() == ("--adversary-steps" in options)
+    shutil.copytree(whole, resumed)
+    for file in ("adapter_model.safetensors", "report.json"):
+        (resumed / file).unlink(missing_ok=True)
+    for step in (2, 3, 4):
+        shutil.rmtree(resumed / f"checkpoint-{step}")
+    assert train(byte_model, resumed, *options, "--resume") == 0
+    assert same(adapter(resumed), adapter(whole))
 
 
 @pytest.mark.parametrize("after", [4, 5])  # before a fresh one, and while one goes on

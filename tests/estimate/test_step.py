@@ -63,7 +63,7 @@ def real_peak(config: RunConfig, rows: StepRows, architecture=LLAMA) -> int:
         arguments = NPOConfig(
             **vars(config.objective), output_dir=folder, use_cpu=True, report_to="none",
             step_batch_size=len(rows.forget), per_device_train_batch_size=len(rows.forget),
-            retain_batch_size=len(rows.retain),
+            retain_batch_size=len(rows.retain), max_steps=1,
         )  # fmt: skip
         trainer = NPOTrainer(
             model, arguments, [token_row(*row) for row in rows.forget + rows.taught_again],
@@ -106,7 +106,7 @@ CASES = {
 def test_the_simulated_step_is_the_real_one_to_the_byte(config, torch_engine):
     rows = ROWS if config.objective.needs_retain else StepRows(ROWS.forget, ())
     if config.objective.adversary is not None:
-        rows = replace(rows, taught_again=((48, 47), (48, 20), (30, 10), (20, 5)))  # in one pass
+        rows = replace(rows, taught_again=((48, 47), (48, 20)))  # in one pass
     result = estimate(config, LLAMA, rows)
     assert result.peak_bytes - result.by_kind["cuBLAS"] == real_peak(config, rows)
     assert sum(result.by_kind.values()) == result.peak_bytes and set(result.by_kind) == set(KINDS)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import shutil
+from functools import partial
+from types import SimpleNamespace
 
 import bitsandbytes as bnb
 import pytest
@@ -10,17 +13,20 @@ import torch
 from helpers.dense_step import dense_step, make_trainer, random_rows, relative_error, step_gradients
 from helpers.small_gpu import SmallGPU
 from helpers.tiny_models import tiny_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
 from transformers.pytorch_utils import Conv1D
 
-from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig
+from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig, OutputConfig, RunConfig
 from lowmem_npo.data.batching import collator
 from lowmem_npo.errors import UserError
 from lowmem_npo.memory import streaming
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model
 from lowmem_npo.model.layers import causal_lm, linear_layers
-from lowmem_npo.training.adversary import RANK, ROWS, Adversary, Lesson, other_rows
+from lowmem_npo.run_directory import AdapterFiles, check_disk
+from lowmem_npo.training.adversary import RANK, ROWS, Adversary, Lesson, attacker_size, other_rows
+from lowmem_npo.training.checkpoints import _damage
 from lowmem_npo.training.layered import LayeredBatches, divide
 from lowmem_npo.training.step_rows import StepBatches
 
@@ -178,6 +184,52 @@ def test_an_attacker_may_go_on_for_several_steps(tmp_path):
     assert relative_error(dense.expected(), expected) > 1e-2
     assert trainers[7].passes.adversary.began == 6
     assert "stage" not in logged[0]  # of --layered
+
+
+def test_a_lesson_that_is_not_finite_leaves_an_attacker_as_it_was(tmp_path):
+    trainer = trainer_of(tmp_path, adversary_steps=3, max_steps=6)
+    adversary, teach = trainer.passes.adversary, trainer._add_lesson_gradients
+
+    def lesson(factor=1.0):
+        rows = Lesson.of(trainer.step_batches, 0, 1, trainer._rows.taught_again, trainer.data_collator)
+        teach(rows, {})
+        for layer in linear_layers(causal_lm(trainer.model)).values():
+            layer.relearning.grad.mul_(factor)
+        return False
+
+    adversary.relearn(0, lesson)
+    learnt = [factor.b.clone() for factor in adversary.factors]
+    assert any(b.any() for b in learnt)
+    for factor in (float("nan"), float("inf")):
+        assert not adversary.relearn(1, partial(lesson, factor), began=0).isfinite()  # so that the step does not count
+        assert all(map(torch.equal, learnt, (factor.b for factor in adversary.factors)))
+    adversary.relearn(2, lesson, began=0)
+    assert all(factor.b.isfinite().all() for factor in adversary.factors)
+    assert not all(map(torch.equal, learnt, (factor.b for factor in adversary.factors)))
+
+
+def test_what_a_checkpoint_keeps_of_an_attacker(tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path / "one", adversary_steps=2, max_steps=4, save_strategy="steps", save_steps=1)
+    trainer.train()
+    files = AdapterFiles(tmp_path / "one" / "checkpoint-3")
+    kept = load_file(files.adversary)
+    assert sum(b.numel() for b in kept.values()) == attacker_size(trainer.model)
+    assert _damage(files, trainer, to_train=True) is None
+    other = trainer_of(tmp_path / "other", adversary_steps=2, max_steps=4).passes.adversary
+    other.resume(files, began=0)  # of a run of another length
+    assert not other.factors
+    other.resume(files, began=2)
+    assert all(torch.equal(kept[name], factor.b) for name, factor in zip(other._layers, other.factors, strict=True))
+    other.factors[0].b[0, 0] = float("nan")
+    other.save(files)
+    files.digest.unlink()
+    assert _damage(files, trainer, to_train=True) == "adversary.safetensors is damaged or of another run"
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=64 * 2**20 + 4 * 2**20 - 1))
+    config = RunConfig(ModelConfig("model"), output=OutputConfig(output_dir=str(tmp_path)))
+    check_disk(config, 0, 0)
+    with pytest.raises(UserError, match="the run writes up to"):  # two are kept, and a third comes before one goes
+        check_disk(config, 0, 0, 2**20 // 3 + 1)
 
 
 def test_mistakes_would_be_noticed(tmp_path, monkeypatch):

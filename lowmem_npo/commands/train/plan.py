@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -33,10 +33,10 @@ from lowmem_npo.model.weights import check_has_weights
 from lowmem_npo.recipes import named_in_errors, remark
 from lowmem_npo.report.audit import check_same_adapter, check_same_rows
 from lowmem_npo.run_directory import RunDirectory, check_disk, step_of
-from lowmem_npo.training.adversary import check_others
+from lowmem_npo.training.adversary import attacker_size, check_others
 from lowmem_npo.training.arguments import check_trainer_args
 from lowmem_npo.training.forget_level import halved
-from lowmem_npo.training.layered import check_folds
+from lowmem_npo.training.layered import attack_length, check_folds
 from lowmem_npo.training.training_rows import planned_rows
 
 
@@ -61,9 +61,7 @@ class RunPlan:
     @property
     def steps(self) -> int:
         """Optimiser steps, as the Trainer counts them."""
-        training = self.config.training
-        per_epoch = math.ceil(len(self.data.forget_trained) / training.batch_size)
-        return training.max_steps or math.ceil(training.epochs * per_epoch)
+        return steps_of(self.config, self.data)
 
     @property
     def sentence(self) -> str:
@@ -80,6 +78,13 @@ class RunPlan:
             f"{self.steps} steps of {min(training.batch_size, rows)} of {rows} forget{retain}"
             f"{f', in {training.layered} stages' if training.layered else ''}"
         )
+
+
+def steps_of(config: RunConfig, data: PreparedData) -> int:
+    """Optimiser steps of a run, as the Trainer counts them."""
+    training = config.training
+    per_epoch = math.ceil(len(data.forget_trained) / training.batch_size)
+    return training.max_steps or math.ceil(training.epochs * per_epoch)
 
 
 def is_main_process(config: RunConfig) -> bool:
@@ -125,7 +130,7 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
     model_config, tokenizer, data = inputs
     if config.objective.forget_level == "holdout":
         data = halved(data)
-    config = as_begun(config)
+    config, shortened = _as_attacked(as_begun(config), data)
     if config.memory.stream_weights:
         check_device(resolve_device(config.model.device))
     check_has_weights(resolve_name(config.model.model, config.model.revision)[0])
@@ -146,20 +151,24 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
     adapted = check_lora(model_config, config.adapter, quantized)
     if config.adapter.adapter is not None:
         check_finite(config.adapter.adapter)
-    check_disk(config, *adapter_size(adapted))
+    goes_on = config.objective.adversary is not None and (config.objective.adversary_steps or 1) > 1
+    check_disk(config, *adapter_size(adapted), attacker_size(adapted) if goes_on else 0)
     if shared := shared_layers(adapted):
         say(f"The base shares {shared[0]} with another layer: the adapter works beside its base, but cannot be merged.")
     apply_switches(adapted, config.memory)  # raises if one does not fit
     with named_in_errors(config):
         rows = planned_rows(config, data)
         if config.objective.adversary is not None:
-            check_others(rows.num_forget, rows.folds, config.training.batch_size)
+            attack_steps = config.objective.adversary_steps or 1
+            check_others(rows.num_forget, rows.folds, config.training.batch_size, attack_steps)
     config, predicted = decide(config, data, model_config, say)
     directory.config = config
     plan = RunPlan(config, directory, tokenizer, data, predicted)
     if rows.folds is not None:
         with named_in_errors(config):
             check_folds(rows.folds, config.training.batch_size, plan.steps)
+    if shortened is not None:
+        say(shortened)
     trained = step_of(next(iter(directory.checkpoints()), None)) if config.output.resume else 0
     if trained > plan.steps:
         raise UserError(
@@ -167,3 +176,15 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
             f"{plan.steps}: give --max-steps {trained} or more, or start anew."
         )
     return plan
+
+
+def _as_attacked(config: RunConfig, data: PreparedData) -> tuple[RunConfig, str | None]:
+    """The run with as many of --adversary-steps as an attacker will take, and what is said if these are fewer."""
+    wanted, folds, steps = config.objective.adversary_steps, config.training.layered or 1, steps_of(config, data)
+    if config.objective.adversary is None or wanted is None:
+        return config, None
+    if (used := attack_length(wanted, steps, folds)) == wanted:
+        return config, None
+    where = "every stage" if folds > 1 else "the run"
+    line = f"--adversary-steps {wanted} becomes {used}, so that both halves of the rows have their turn within {where}."
+    return replace(config, objective=replace(config.objective, adversary_steps=used)), line
