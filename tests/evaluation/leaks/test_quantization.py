@@ -17,7 +17,8 @@ from lowmem_npo.evaluation.leaks import quantization as module
 from lowmem_npo.evaluation.leaks.contract import LeakResult
 from lowmem_npo.evaluation.leaks.quantization import AS_EVALUATED, judge
 from lowmem_npo.evaluation.leaks.relearning import RELEARNING, Relearning
-from lowmem_npo.model import loading, merging
+from lowmem_npo.memory import switches
+from lowmem_npo.model import merging
 from lowmem_npo.report.leak_tests import leak_sections
 
 
@@ -89,14 +90,14 @@ def test_forms_that_cannot_be_measured_are_named(work, tmp_path, monkeypatch):
 
 
 def test_a_form_that_does_not_fit_does_not_end_the_others(work, tmp_path, monkeypatch):
-    real = loading.load_model
+    real = switches.load_model
 
-    def load(config):
+    def load(config, *how):
         if config.model.endswith("merged") and not config.qlora:
             raise torch.OutOfMemoryError
-        return real(config)
+        return real(config, *how)
 
-    monkeypatch.setattr(loading, "load_model", load)
+    monkeypatch.setattr(switches, "load_model", load)
     code, found = evaluate(work, "unlearned", tmp_path / "out", "quantization")
     assert code == 0 and "merged in bf16: it does not fit" in found["quantization"]["meaning"]
     assert "merged" not in found["quantization"] and "merged_4bit" in found["quantization"]
@@ -104,21 +105,22 @@ def test_a_form_that_does_not_fit_does_not_end_the_others(work, tmp_path, monkey
 
 def test_it_goes_on_where_it_was(work, tmp_path, monkeypatch):
     """Killed after the first form: the second run loads the evaluated model and the two forms that are missing."""
-    real, loaded = loading.load_model, []
+    real, loaded = switches.load_model, []
 
-    def load(config):
+    def load(config, *how):
         loaded.append((config.model.endswith("merged"), config.qlora))
-        if len(loaded) == 2:
+        if len(loaded) == 3:
             raise KeyboardInterrupt
-        return real(config)
+        return real(config, *how)
 
-    monkeypatch.setattr(loading, "load_model", load)
+    monkeypatch.setattr(switches, "load_model", load)
     assert evaluate(work, "unlearned", tmp_path / "out", "quantization")[0] == 130
     assert not (tmp_path / "out" / "merged").exists()
     (tmp_path / "out" / "merged").mkdir()  # killed harder, it would have left this
     (tmp_path / "out" / "merged" / "model.safetensors").write_bytes(b"half")
     code, resumed = evaluate(work, "unlearned", tmp_path / "out", "quantization", "--resume")
-    assert code == 0 and loaded == [(False, True), (True, False), (True, False), (True, True)]
+    evaluated, on_4_bits, whole, rounded = (False, False), (False, True), (True, False), (True, True)
+    assert code == 0 and loaded == [evaluated, on_4_bits, whole, evaluated, whole, rounded]
     assert evaluate(work, "unlearned", tmp_path / "whole", "quantization")[1] == resumed
 
 
