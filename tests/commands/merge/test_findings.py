@@ -33,7 +33,9 @@ def write_evaluation(folder, tests, weights=None):
 
 def write_run(folder, tests, weights=None):
     digest = weights or file_sha256(folder / "adapter_model.safetensors")
-    record = {"configuration": {}, "model": {}, "forget_rows": {"salt": "00", "sha256": []}, "sessions": [], "adapter": {"sha256": digest}}
+    rows = {"salt": "00", "sha256": []}
+    record = {"configuration": {}, "model": {}, "data": {}, "forget_rows": rows, "sessions": []}
+    record["adapter"] = {"sha256": digest}
     (folder / "audit.json").write_text(json.dumps(record))
     (folder / "leaks.json").write_text(json.dumps({"before": {}, "after": tests}))
 
