@@ -267,6 +267,11 @@ class ObjectiveConfig(Checked):
         """Whether any term looks at retain rows."""
         return self.gamma > 0 or self.delta > 0
 
+    @property
+    def attack_steps(self) -> int:
+        """How many steps an attacker takes; 0: there is none."""
+        return 0 if self.adversary is None else self.adversary_steps or 1
+
 
 @dataclass
 class AdapterConfig(Checked):

@@ -165,8 +165,7 @@ class RunDirectory(RunFiles):
         began = self._began()
         now = yaml.safe_load(self.config.to_yaml())
         may_change = {*MAY_CHANGE, *(name for name in DECIDED if now[name] == "auto")}
-        objective = self.config.objective
-        goes_on = objective.adversary is not None and (objective.adversary_steps or 1) > 1
+        goes_on = self.config.objective.attack_steps > 1
         if self.config.training.layered is not None or goes_on:  # stages and attackers are laid out by the whole run
             may_change -= {"epochs", "max_steps"}
         changed = [name for name in {**began, **now} if began.get(name) != now.get(name) and name not in may_change]

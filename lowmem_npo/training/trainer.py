@@ -136,7 +136,7 @@ class NPOTrainer(Trainer):
         self._neighbour = None if objective.sam is None else Neighbour(model, objective.sam)
         self.ahead: list[Batch] = []  # a step's micro-batches, until the neighbour has been found
         rho = objective.adversary
-        goes_on = (objective.adversary_steps or 1) > 1
+        goes_on = objective.attack_steps > 1
         adversary = None if rho is None else Adversary(model, rho, args.seed, args.device, goes_on=goes_on)
         self.lesson: Lesson | None = None  # what the adversary is taught before a step, until it has been
         self._adversary_figures: dict[str, Tensor] = {}  # of the step, once it has
@@ -243,7 +243,7 @@ class NPOTrainer(Trainer):
         steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
         folds, attack_steps = rows.folds or [list(range(rows.num_forget))], 1
         if self.passes.adversary is not None:
-            attack_steps = attack_length(args.adversary_steps or 1, steps, len(folds))
+            attack_steps = attack_length(args.attack_steps, steps, len(folds))
             check_others(rows.num_forget, rows.folds, batch_size, attack_steps)
         if rows.folds is None and attack_steps == 1:
             return StepBatches(rows.num_forget, **sizes)

@@ -151,15 +151,14 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
     adapted = check_lora(model_config, config.adapter, quantized)
     if config.adapter.adapter is not None:
         check_finite(config.adapter.adapter)
-    goes_on = config.objective.adversary is not None and (config.objective.adversary_steps or 1) > 1
-    check_disk(config, *adapter_size(adapted), attacker_size(adapted) if goes_on else 0)
+    attack_steps = config.objective.attack_steps
+    check_disk(config, *adapter_size(adapted), attacker_size(adapted) if attack_steps > 1 else 0)
     if shared := shared_layers(adapted):
         say(f"The base shares {shared[0]} with another layer: the adapter works beside its base, but cannot be merged.")
     apply_switches(adapted, config.memory)  # raises if one does not fit
     with named_in_errors(config):
         rows = planned_rows(config, data)
-        if config.objective.adversary is not None:
-            attack_steps = config.objective.adversary_steps or 1
+        if attack_steps:
             check_others(rows.num_forget, rows.folds, config.training.batch_size, attack_steps)
     config, predicted = decide(config, data, model_config, say)
     directory.config = config
@@ -180,10 +179,8 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
 
 def _as_attacked(config: RunConfig, data: PreparedData) -> tuple[RunConfig, str | None]:
     """The run with as many of --adversary-steps as an attacker will take, and what is said if these are fewer."""
-    wanted, folds, steps = config.objective.adversary_steps, config.training.layered or 1, steps_of(config, data)
-    if config.objective.adversary is None or wanted is None:
-        return config, None
-    if (used := attack_length(wanted, steps, folds)) == wanted:
+    wanted, folds = config.objective.attack_steps, config.training.layered or 1
+    if (used := attack_length(wanted, steps_of(config, data), folds)) == wanted:
         return config, None
     where = "every stage" if folds > 1 else "the run"
     line = f"--adversary-steps {wanted} becomes {used}, so that both halves of the rows have their turn within {where}."

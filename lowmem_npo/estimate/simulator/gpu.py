@@ -268,7 +268,7 @@ def _known(func: Any, args: tuple, kwargs: dict) -> Any:
             kwargs.pop(name, None)
         try:
             known = func(*args, **kwargs)
-        except NotImplementedError:  # histc of integers, which CUDA has
+        except NotImplementedError:  # on a CPU, histc counts no integers; on CUDA it does
             return None
     whole = all(
         isinstance(x, (bool, int)) or isinstance(x, Tensor) and not x.is_floating_point() for x in tree_leaves(known)
