@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from lowmem_npo.claim import LOCK, check_unclaimed
+from lowmem_npo.claim import LOCK, check_unclaimed, make_directory
 from lowmem_npo.config import KEPT_CHECKPOINTS, MemoryConfig, RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.files import PARTIAL, free_bytes, write_atomically
@@ -188,7 +188,7 @@ class RunDirectory(RunFiles):
     def begin(self, main_process: bool) -> None:
         """Makes the directory this run's."""
         if main_process:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_directory(self.path)
             write_atomically(self.run_yaml, self.config.to_yaml())
 
 

@@ -94,6 +94,13 @@ def test_a_directory_that_vanishes_is_not_made_again(tmp_path):
     assert (tmp_path / "out" / LOCK).read_text() == "of another"
 
 
+def test_nothing_else_makes_directories_above_its_own():
+    """It would make one again that has been removed."""
+    makes = re.compile(r"mkdir\([^)]*parents=True|makedirs\(")
+    rooms = [path for path in (ROOT / "lowmem_npo").rglob("*.py") if makes.search(path.read_text(encoding="utf-8"))]
+    assert [path.name for path in rooms] == ["claim.py"]
+
+
 def test_a_directory_without_its_lock_is_the_same(tmp_path, monkeypatch):
     """Whoever tidies up may take it for a leftover. The directory is known by any spelling."""
     monkeypatch.chdir(tmp_path)

@@ -9,6 +9,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from lowmem_npo.claim import make_directory
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS, BenchmarkOptions
 from lowmem_npo.evaluation.leaks.registry import LeakOptions
@@ -46,7 +47,7 @@ class EvaluationDirectory(EvaluationFiles):
         else:
             check_empty(self.path, self.settings.name)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_directory(self.path)
             write_atomically(self.settings, json.dumps(self._now(), indent=2, ensure_ascii=False) + "\n")
         except OSError as error:
             raise UserError(f"--output-dir '{self.path}' cannot be written: {error.strerror or error}.") from error

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lowmem_npo.claim import make_directory
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.saved_adapter import check_finite, check_stored_patterns, more_than_lora, stored_lora
 from lowmem_npo.run_directory import AdapterFiles
@@ -60,7 +61,7 @@ class ContinuedModel(PeftModelForCausalLM):
         if not is_main_process:
             return
         files = AdapterFiles(Path(save_directory))
-        files.path.mkdir(parents=True, exist_ok=True)
+        make_directory(files.path)
         self.joined_config().save_pretrained(str(files.path))
         save_file(self.joined_weights(), files.weights, metadata={"format": "pt"})
 

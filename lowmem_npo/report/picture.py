@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lowmem_npo.claim import make_directory
 from lowmem_npo.evaluation.answer_table import MEASURES, Stages
 from lowmem_npo.report.panels import draw_bars, draw_likelihood, draw_objective
 from lowmem_npo.training.metrics import Metrics
@@ -32,5 +33,5 @@ def draw_picture(path: Path, metrics: Sequence[Metrics], stages: Stages, title: 
         draw_bars(ax, stages, column)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     figure.savefig(path)

@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from lowmem_npo.claim import make_directory
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.files import PARTIAL, put_in_place, write_atomically
 from lowmem_npo.progress import Progress
@@ -112,7 +113,7 @@ def making(directory: Path, made_from: dict[str, Any]) -> Iterator[Path]:
     """Gives an empty directory to write a model into, which becomes `directory` when it is complete."""
     partial = directory.with_name(directory.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    make_directory(partial)
     yield partial
     write_atomically(partial / STAMP, json.dumps(made_from, indent=1) + "\n")
     put_in_place(partial, directory)

@@ -26,15 +26,18 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate", "os.chmod", "shutil.copyfile"}
 MEASURED = ("*.safetensors", "after.json", "before.json", "evaluations.jsonl", "stopping.json", "evaluation.json",
             "rows.jsonl")  # fmt: skip
-ASIDE, LINKS = "gone", "links"  # the names of a directory that is gone, and of links to files that may be removed
+ASIDE = "gone"  # the name of a directory that is gone
+LINKS, REMOVED = "links", "removed"  # of links to the files, and of the directories, that a fork may remove
 
 
 def bits(out: Path) -> dict[str, str]:
@@ -74,9 +77,9 @@ class Failing:
             with self.ballast.open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, disk.f_bavail * disk.f_frsize)
 
-    def check(self, path: object) -> None:
+    def check(self, event: str, path: object) -> None:
         """Raises what the operation raises once it fails, unless the disk does so itself."""
-        inside = self.fails and str(path).startswith(str(self.out))
+        inside = self.fails and str(path).startswith(str(self.out)) and event not in ("os.remove", "os.rmdir")
         if self.how == "read-only" and inside:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
         if self.how == "full" and inside and not self.ballast.exists():
@@ -116,34 +119,47 @@ class EveryEvent:
                     errors = file.read()
                 failing.ballast.unlink(missing_ok=True)
                 left = self.keep()
-                if failing.aside.exists():
-                    shutil.rmtree(self.out, ignore_errors=True)
-                    failing.aside.rename(self.out)
+                self.put_back(failing.aside, self.out)
+                for directory in sorted((self.folder / REMOVED).glob("*"), key=lambda path: len(path.name)):
+                    self.put_back(directory, Path(unquote(directory.name)))
                 if left != whole:
                     self.restore(whole)
             with (left / "before").open("a") as file:
                 file.write(json.dumps([way, event, code, errors.decode(errors="replace")[-2000:]]) + "\n")
         shutil.rmtree(self.folder / LINKS)
+        shutil.rmtree(self.folder / REMOVED, ignore_errors=True)
 
-    def check(self, path: object) -> None:
-        if self.failing:
-            self.failing.check(path)
+    def check(self, event: str, path: object) -> None:
+        if self.failing is None:
+            return
+        if event == "os.rmdir" and (directory := Path(str(path))).is_dir() and not any(directory.iterdir()):
+            kept = self.folder / REMOVED / quote(str(directory), safe="")
+            if not kept.exists():  # the directory is put back as itself, since the run has claimed it
+                kept.parent.mkdir(exist_ok=True)
+                directory.rename(kept)
+                directory.mkdir()
+        self.failing.check(event, path)
+
+    def put_back(self, directory: Path, place: Path) -> None:
+        if directory.exists():
+            shutil.rmtree(place, ignore_errors=True)
+            directory.rename(place)
 
     def keep(self) -> Path:
         digest = hashlib.sha256()
         for path in sorted(self.folder.rglob("*")):
-            if not {ASIDE, LINKS} & {*path.parts}:
+            if not {ASIDE, LINKS, REMOVED} & {*path.parts}:
                 content = path.read_bytes() if path.is_file() and path.name != "lowmem-npo.lock" else b""
                 digest.update(repr((str(path), path.stat().st_mode, hashlib.sha256(content).digest())).encode())
         state = self.kept / digest.hexdigest()
         if not state.exists():
-            shutil.copytree(self.folder, state / "folder", ignore=shutil.ignore_patterns(ASIDE, LINKS))
+            shutil.copytree(self.folder, state / "folder", ignore=shutil.ignore_patterns(ASIDE, LINKS, REMOVED))
         return state
 
     def restore(self, state: Path) -> None:
         """In place: the run holds files open."""
         for path in sorted(self.folder.rglob("*"), reverse=True):
-            if not (state / "folder" / path.relative_to(self.folder)).exists() and LINKS not in path.parts:
+            if not (state / "folder" / path.relative_to(self.folder)).exists() and not {LINKS, REMOVED} & {*path.parts}:
                 path.rmdir() if path.is_dir() else path.unlink()
         for path in (self.folder / LINKS).rglob("*"):
             there = self.folder / path.relative_to(self.folder / LINKS)
@@ -186,8 +202,7 @@ def attempt(arguments: list[str], at: float | None, begin: Callable, check: Call
                         begin(events[0])
                     events[0] += 1
                     os.pwrite(counter.fileno(), f"{events[0]:9}".encode(), 0)  # forks count there too
-                    if event not in ("os.remove", "os.rmdir"):
-                        check(details[1] if event in ("os.rename", "os.link") else details[0])
+                    check(event, details[1] if event in ("os.rename", "os.link") else details[0])
                 finally:
                     within[0] = False
 
@@ -216,7 +231,7 @@ def command(arguments: list[str]) -> int:
     return main(arguments)
 
 
-def nothing(_: object) -> None:
+def nothing(*_: object) -> None:
     pass
 
 
@@ -270,10 +285,12 @@ class Job:
 def run() -> None:
     job = Job(**json.load(sys.stdin))
     import torch
+    import tqdm
 
     from lowmem_npo.report import inline_svg
 
     torch.set_num_threads(1)
+    tqdm.tqdm.set_lock(threading.RLock())  # its own is shared with forks, of which one may be killed while it holds it
     inline_svg._draw = lambda *_, **__: "<svg></svg>"  # touches no file, and takes half of the time
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as silence:
         printed, sys.stdout = sys.stdout, silence

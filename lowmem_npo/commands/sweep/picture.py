@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from lowmem_npo.claim import make_directory
 from lowmem_npo.commands.sweep.figures import BEFORE, GOLD, Column, SweepResult
 from lowmem_npo.report.panels import FORGET, GREY, RETAIN
 
@@ -24,7 +25,7 @@ LEAST_NATS = 1.0  # on an axis of likelihoods: less of a difference does not loo
 
 def draw_sweep(path: Path, result: SweepResult) -> None:
     """Writes a PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     figure_of(result).savefig(path)
 
 

@@ -13,6 +13,7 @@ import huggingface_hub.constants
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lowmem_npo.claim import make_directory
 from lowmem_npo.config import RunConfig
 from lowmem_npo.console import Say
 from lowmem_npo.data.overlap import MAX_LISTED
@@ -180,7 +181,7 @@ def _let_write(
 
 def _write(path: Path, lines: Sequence[dict[str, Any]], option: str, private: bool = False) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), private=private)
     except OSError as error:
         raise UserError(
