@@ -11,6 +11,8 @@ import threading
 from pathlib import Path
 
 import pytest
+from helpers.dense_step import make_trainer, random_rows
+from helpers.tiny_models import tiny_model
 
 from lowmem_npo.claim import LOCK, check_unclaimed, claimed, make_directory, workspace
 from lowmem_npo.cli import main
@@ -92,6 +94,15 @@ def test_a_directory_that_vanishes_is_not_made_again(tmp_path):
         with pytest.raises(OSError, match="has been removed or renamed"):
             make_directory(tmp_path / "out" / "c")
     assert (tmp_path / "out" / LOCK).read_text() == "of another"
+
+
+def test_nor_by_the_trainer_it_is_made_of(tmp_path):
+    rows = random_rows(4, seed=1), random_rows(4, seed=2)
+    with claimed(tmp_path / "out"):
+        (tmp_path / "out").rename(tmp_path / "away")
+        with pytest.raises(OSError, match="has been removed or renamed since the command began$"):
+            make_trainer(tiny_model("olmo"), tmp_path / "out", *rows)
+        assert not (tmp_path / "out").exists()
 
 
 def test_nothing_else_makes_directories_above_its_own():

@@ -151,6 +151,8 @@ class NPOTrainer(Trainer):
         self.passes = Passes(model, head, objective, reference, adversary, 2 if rows.alternatives else 1)
         if forget_levels is not None:
             self.push_up_to(forget_levels)
+        if args.should_save:  # else transformers would, also one that has been removed meanwhile
+            make_directory(Path(str(args.output_dir)))
         super().__init__(
             model=model,
             args=args,

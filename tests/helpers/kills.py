@@ -87,9 +87,13 @@ class Failing:
 
     def end(self) -> None:
         """Puts the disk in order."""
+        self.check_gone()
         self.ballast.unlink(missing_ok=True)
         if self.aside.exists():
             shutil.rmtree(self.aside)
+
+    def check_gone(self) -> None:
+        assert not (self.aside.exists() and self.out.exists()), f"made again: {[*self.out.iterdir()]}"
 
 
 class EveryEvent:
@@ -117,6 +121,7 @@ class EveryEvent:
                     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
                     file.seek(0)
                     errors = file.read()
+                failing.check_gone()
                 failing.ballast.unlink(missing_ok=True)
                 left = self.keep()
                 self.put_back(failing.aside, self.out)
@@ -134,7 +139,7 @@ class EveryEvent:
             return
         if event == "os.rmdir" and (directory := Path(str(path))).is_dir() and not any(directory.iterdir()):
             kept = self.folder / REMOVED / quote(str(directory), safe="")
-            if not kept.exists():  # the directory is put back as itself, since the run has claimed it
+            if not kept.exists() and not self.failing.aside.exists():  # put back as itself: the run has claimed it
                 kept.parent.mkdir(exist_ok=True)
                 directory.rename(kept)
                 directory.mkdir()
