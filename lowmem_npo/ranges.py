@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from annotated_types import Interval
 
@@ -24,9 +25,23 @@ PositiveOrZero = Annotated[float, Interval(ge=0, le=LARGEST)]
 Finite = Annotated[float, Interval(ge=-LARGEST, le=LARGEST)]
 PositiveShare = Annotated[float, Interval(gt=0, le=1)]
 Probability = Annotated[float, Interval(ge=0, lt=1)]
+Automatic = Literal["auto", "on", "off"]  # auto is decided before the model is loaded, and recorded as what it became
 
 KINDS = {"int": "a whole number", "float": "a number", "string": "text", "bool": "true or false", "tuple": "a list",
          "list": "a list", "dict": "an object"}  # fmt: skip
+
+
+@dataclass
+class Checked:
+    """Options whose values are checked against their types when they are made."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def on_or_off(value: Any) -> Any:
+    """True and False, as YAML reads on and off, in words; any other value as it is."""
+    return ("on" if value else "off") if isinstance(value, bool) else value
 
 
 def check_fields(options: Any, section: type | None = None) -> None:
