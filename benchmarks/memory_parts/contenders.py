@@ -20,9 +20,11 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from benchmarks.shared.baselines import Baseline
 from lowmem_npo.commands.arguments import parse_run
 from lowmem_npo.config import RunConfig
+from lowmem_npo.estimate.rows import token_row
 from lowmem_npo.estimate.simulator.gpu import CAPABILITY, GPU, fake_gpu, with_values
 from lowmem_npo.estimate.simulator.model import fake_model
-from lowmem_npo.estimate.step import Estimate, cublas_workspaces, estimate, first_optimizer_step, token_row, track_kinds
+from lowmem_npo.estimate.step import Estimate, cublas_workspaces, estimate, first_optimizer_step
+from lowmem_npo.estimate.tracking import track_kinds
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model
 from lowmem_npo.model.layers import causal_lm

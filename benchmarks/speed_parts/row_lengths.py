@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.speed_parts.side_by_side import FILES
 from lowmem_npo.data import TokenizedRow, read_rows, to_examples, tokenize
-from lowmem_npo.estimate.step import row_size
+from lowmem_npo.estimate.rows import row_size
 
 FILE = Path(__file__).with_suffix(".json")
 SAMPLED = 64

@@ -22,8 +22,8 @@ from lowmem_npo.estimate.background import Simulation, workload_of
 from lowmem_npo.estimate.generation import generation, own_writing
 from lowmem_npo.estimate.gpus import Device, own_device
 from lowmem_npo.estimate.report import Report
+from lowmem_npo.estimate.rows import StepRows
 from lowmem_npo.estimate.simulator.gpu import CAPABILITY
-from lowmem_npo.estimate.step import StepRows
 from lowmem_npo.memory.streaming import check_device
 from lowmem_npo.model.loading import DTYPES, resolve_device
 from lowmem_npo.model.saved_adapter import settings_of_run

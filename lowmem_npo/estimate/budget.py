@@ -32,8 +32,9 @@ from transformers import PretrainedConfig
 from lowmem_npo.config import TILE_ROWS, AdapterConfig, RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.gpus import GPUS, Device
+from lowmem_npo.estimate.rows import StepRows
 from lowmem_npo.estimate.simulator.gpu import CAPABILITY
-from lowmem_npo.estimate.step import Estimate, StepRows, estimate
+from lowmem_npo.estimate.step import Estimate, estimate
 from lowmem_npo.estimate.time import step_seconds
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model.adapters import check_lora

@@ -16,8 +16,9 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.budget import Fit, cautious, fit_budget, fit_free, undecided
 from lowmem_npo.estimate.gpus import Device
 from lowmem_npo.estimate.host import StreamingHost, streaming_host
+from lowmem_npo.estimate.rows import StepRows
 from lowmem_npo.estimate.simulator.gpu import CAPABILITY
-from lowmem_npo.estimate.step import Estimate, StepRows, estimate
+from lowmem_npo.estimate.step import Estimate, estimate
 from lowmem_npo.estimate.time import RunTime, duration, step_seconds
 from lowmem_npo.model import resolve_name
 from lowmem_npo.model.known_configs import known_config, known_names

@@ -14,7 +14,7 @@ from lowmem_npo.config import MemoryConfig, ModelConfig, OutputConfig, RunConfig
 from lowmem_npo.data import TokenizedRows
 from lowmem_npo.estimate import automatic
 from lowmem_npo.estimate.automatic import activations_at_most, as_begun, decide
-from lowmem_npo.estimate.step import StepRows, token_row
+from lowmem_npo.estimate.rows import StepRows, token_row
 from lowmem_npo.training.arguments import npo_config
 
 ROWS = TokenizedRows([token_row(20, 10)] * 8, [], [], 0)

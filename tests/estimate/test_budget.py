@@ -28,8 +28,9 @@ from lowmem_npo.config import (
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.budget import MARGIN, fit_budget, fit_free, may_fit
 from lowmem_npo.estimate.gpus import named
+from lowmem_npo.estimate.rows import StepRows
 from lowmem_npo.estimate.simulator.operators import FakeOperators
-from lowmem_npo.estimate.step import StepRows, estimate
+from lowmem_npo.estimate.step import estimate
 from lowmem_npo.estimate.time import step_seconds
 from lowmem_npo.model.known_configs import known_config
 from lowmem_npo.sizes import gib, parse_size

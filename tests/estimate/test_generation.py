@@ -15,7 +15,8 @@ from lowmem_npo.estimate.automatic import _with_answers
 from lowmem_npo.estimate.generation import generation
 from lowmem_npo.estimate.gpus import named
 from lowmem_npo.estimate.host import StreamingHost
-from lowmem_npo.estimate.report import Report, StepRows
+from lowmem_npo.estimate.report import Report
+from lowmem_npo.estimate.rows import StepRows
 from lowmem_npo.estimate.step import Estimate
 
 LLAMA = LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)

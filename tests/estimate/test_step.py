@@ -14,10 +14,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig, ObjectiveConfig, RunConfig
+from lowmem_npo.estimate.rows import StepRows, token_row
 from lowmem_npo.estimate.simulator.gpu import GPU, fake_gpu, with_values
 from lowmem_npo.estimate.simulator.model import fake_model
 from lowmem_npo.estimate.simulator.storages import StorageCounter
-from lowmem_npo.estimate.step import KINDS, StepRows, estimate, first_optimizer_step, token_row
+from lowmem_npo.estimate.step import KINDS, estimate, first_optimizer_step
 from lowmem_npo.memory.streaming import weight_stream
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model

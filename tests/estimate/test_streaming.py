@@ -16,8 +16,9 @@ from lowmem_npo.estimate import host
 from lowmem_npo.estimate.budget import fit_budget
 from lowmem_npo.estimate.gpus import named
 from lowmem_npo.estimate.report import Report
+from lowmem_npo.estimate.rows import StepRows
 from lowmem_npo.estimate.simulator.work import ARRIVAL, Operation
-from lowmem_npo.estimate.step import Estimate, StepRows, estimate
+from lowmem_npo.estimate.step import Estimate, estimate
 from lowmem_npo.estimate.time import RunTime, Seconds, seconds
 from lowmem_npo.libraries import ALLOCATOR_SETTINGS
 from lowmem_npo.memory import streaming

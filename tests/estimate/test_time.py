@@ -11,8 +11,9 @@ from lowmem_npo.config import DataConfig, MemoryConfig, ModelConfig, RunConfig, 
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.gpus import GPUS, named, of_device_name
 from lowmem_npo.estimate.report import Workload
+from lowmem_npo.estimate.rows import StepRows, token_row
 from lowmem_npo.estimate.simulator.work import VIEW, Operation
-from lowmem_npo.estimate.step import Estimate, StepRows, estimate, token_row
+from lowmem_npo.estimate.step import Estimate, estimate
 from lowmem_npo.estimate.time import CALL, SHORTEST, RunTime, Seconds, seconds, step_seconds
 from lowmem_npo.estimate.time import VIEW as VIEW_SECONDS
 from lowmem_npo.model.known_configs import known_config
