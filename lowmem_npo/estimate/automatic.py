@@ -6,6 +6,7 @@ A decision is recorded in the run's configuration; a run that is resumed keeps i
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from lowmem_npo.run_directory import DECIDED, RunDirectory
 from lowmem_npo.sizes import gib
 from lowmem_npo.training.objective import needs_reference
 from lowmem_npo.training.reference import check_cache_space
+from lowmem_npo.training.step_rows import num_steps
 from lowmem_npo.training.training_rows import planned_rows
 
 FEW_BYTES = 256 * 2**20  # of activations, which are kept without a simulation
@@ -130,14 +132,14 @@ def _with_host(report: Report, on_gpu: bool, say: Say) -> Report:
 
 def _with_reference(config: RunConfig, data: PreparedData, architecture: PretrainedConfig, say: Say) -> RunConfig:
     """Cached, if there is more than one epoch (or a place that several runs share), and room for it."""
-    memory, rows = config.memory, planned_rows(config, data)
-    epoch = len(rows.forget) / config.training.batch_size
+    memory, training, rows = config.memory, config.training, planned_rows(config, data)
     if memory.reference == "live":
         return config
     cached = replace(config, memory=replace(memory, reference="cached"))
     live = replace(config, memory=replace(memory, reference="live", reference_dir=None))
     if memory.reference == "auto":
-        one_epoch = (config.training.max_steps or config.training.epochs * epoch) <= epoch
+        of_epochs = partial(num_steps, len(rows.forget), training.batch_size)
+        one_epoch = of_epochs(training.epochs, training.max_steps) <= of_epochs(1)
         unneeded = needs_reference(config.objective) is None and config.objective.delta == 0
         if unneeded or (one_epoch and memory.reference_dir is None):
             return live

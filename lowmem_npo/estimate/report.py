@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from lowmem_npo.model.loading import DTYPES, load_config
 from lowmem_npo.model.notes import model_notes
 from lowmem_npo.model.quantization import quantization_of
 from lowmem_npo.sizes import gib
+from lowmem_npo.training.step_rows import num_steps
 from lowmem_npo.training.training_rows import Parts
 
 TOKENS = 64  # of the answers that the estimate speaks of
@@ -47,10 +47,10 @@ class Workload(NamedTuple):
 
     @classmethod
     def of_data(cls, config: RunConfig, rows: Parts) -> Workload:
-        training, epoch_steps = config.training, math.ceil(len(rows.forget) / config.training.batch_size)
-        steps = training.max_steps or math.ceil(training.epochs * epoch_steps)
+        training, of_epochs = config.training, partial(num_steps, len(rows.forget), config.training.batch_size)
+        steps = of_epochs(training.epochs, training.max_steps)
         largest, typical = (StepRows.of_data(config, rows, typical=typical) for typical in (False, True))
-        return cls(largest, typical, steps, min(epoch_steps, steps))
+        return cls(largest, typical, steps, min(of_epochs(1), steps))
 
 
 @dataclass(frozen=True)

@@ -260,10 +260,11 @@ def _batch(trainer: NPOTrainer) -> tuple[Batch, Any]:
     with _disable_current_modes():
         batches, totals = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
     batch = {part: rows and replace(rows, data=with_values(rows.data)) for part, rows in batches[0].items()}
-    trainer.ahead = [batch] if trainer.ahead else []
-    if (lesson := trainer.lesson) is not None:
-        passes = [replace(rows, data=with_values(rows.data)) for rows in lesson.passes]
-        trainer.lesson = lesson._replace(passes=passes)
+    point = trainer.forget_point
+    point.ahead = [batch] if point.ahead else []
+    if point.lesson is not None:
+        passes = [replace(rows, data=with_values(rows.data)) for rows in point.lesson.passes]
+        point.lesson = point.lesson._replace(passes=passes)
     return batch, totals
 
 

@@ -18,6 +18,13 @@ from lowmem_npo.data.batching import Pick
 FORGET, RETAIN = 0, 1  # streams of random numbers
 
 
+def num_steps(num_forget: int, batch_size: int, epochs: float, max_steps: int | None = None) -> int:
+    """Optimiser steps of a run, as the Trainer counts them. max_steps: None or less than 1 if `epochs` decides."""
+    if max_steps is not None and max_steps > 0:
+        return max_steps
+    return math.ceil(epochs * math.ceil(num_forget / batch_size))
+
+
 class StepBatches(Sampler[list[Pick]]):
     """One epoch of micro-batches for one rank; a `batch_sampler` for `torch.utils.data.DataLoader`.
 

@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState
 
 from lowmem_npo.claim import make_directory
 from lowmem_npo.config import FORGET_TERMS, AdapterConfig, ObjectiveConfig
@@ -37,20 +37,20 @@ from lowmem_npo.model.adapters import restore_adapter
 from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.modes import eval_mode, train_adapter
 from lowmem_npo.run_directory import AdapterFiles, step_of
-from lowmem_npo.training.adversary import Adversary, Collate, Lesson, check_others
+from lowmem_npo.training.adversary import Adversary, Collate, Lesson
 from lowmem_npo.training.checkpoints import write_digest
 from lowmem_npo.training.finite import FiniteSteps
-from lowmem_npo.training.layered import LayeredBatches, attack_length, check_folds
+from lowmem_npo.training.forget_point import ForgetPoint
+from lowmem_npo.training.layered import LayeredBatches
 from lowmem_npo.training.npo_config import NPOConfig
 from lowmem_npo.training.objective import StepTotals
 from lowmem_npo.training.out_of_memory import DividedSteps
 from lowmem_npo.training.passes import Passes
 from lowmem_npo.training.reference import CachedReference, LiveReference
+from lowmem_npo.training.sampler import EpochOfSampler, sampler_of
 from lowmem_npo.training.script_rows import script_rows
 from lowmem_npo.training.sharpness import Neighbour
-from lowmem_npo.training.step_metrics import StepMetrics
-from lowmem_npo.training.step_rows import StepBatches
-from lowmem_npo.training.training_rows import TrainingRows, training_rows
+from lowmem_npo.training.training_rows import training_rows
 
 logger = logging.getLogger(__name__)
 PARTS = ("forget", "retain", "both")  # of a micro-batch
@@ -133,14 +133,11 @@ class NPOTrainer(Trainer):
         # second each. For the whole process: a layer's recomputation must choose as its first pass did.
         torch.backends.cuda.enable_cudnn_sdp(False)
         args._n_gpu = min(args.n_gpu, 1)  # several GPUs are used by several processes, never by DataParallel
-        self._neighbour = None if objective.sam is None else Neighbour(model, objective.sam)
-        self.ahead: list[Batch] = []  # a step's micro-batches, until the neighbour has been found
+        neighbour = None if objective.sam is None else Neighbour(model, objective.sam)
         rho = objective.adversary
         goes_on = objective.attack_steps > 1
         adversary = None if rho is None else Adversary(model, rho, args.seed, args.device, goes_on=goes_on)
-        self.lesson: Lesson | None = None  # what the adversary is taught before a step, until it has been
-        self._adversary_figures: dict[str, Tensor] = {}  # of the step, once it has
-        self._step_rows: list[Batch] = []  # its micro-batches
+        self._step_rows: list[Batch] = []  # a step's micro-batches
         self._rows = rows
         head = frozen_head(model)
         reference = LiveReference(model, head, objective)
@@ -166,12 +163,15 @@ class NPOTrainer(Trainer):
             processing_class=processing_class,
             **trainer_kwargs,
         )
-        self.step_batches = self._step_batches(rows)
-        self.add_callback(_EpochOfSampler(self.step_batches))
+        self.step_batches = sampler_of(args, rows)
+        self.add_callback(EpochOfSampler(self.step_batches))
         self.add_callback(FiniteSteps(self._step_is_finite, self._rows_not_finite, say))
         heard = say if args.process_index == 0 else logger.warning  # what happens to one process alone
         self.divided = DividedSteps(
             self._collated, self.passes.answers_per_row, args.per_device_train_batch_size, heard
+        )
+        self.forget_point = ForgetPoint(
+            self.passes, neighbour, self.divided, self._next_lesson, self.accelerator, args.device, self._sum_gradients
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -227,32 +227,6 @@ class NPOTrainer(Trainer):
 
     # -- data: one forget and one retain batch per step -------------------------------------------------------------
 
-    def _step_batches(self, rows: TrainingRows) -> StepBatches:
-        args = self.args
-        micro_batches, processes = args.gradient_accumulation_steps, args.world_size
-        batch_size = args.step_batch_size or args.per_device_train_batch_size * micro_batches * processes
-        sizes = {
-            "num_retain": rows.num_retain,
-            "batch_size": batch_size,
-            "retain_batch_size": args.retain_batch_size or batch_size,
-            "micro_batches": micro_batches,
-            "seed": args.data_seed if args.data_seed is not None else args.seed,
-            "rank": args.process_index,
-            "world_size": processes,
-            "alternatives": rows.alternatives,
-        }
-        per_epoch = math.ceil(rows.num_forget / batch_size)
-        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-        folds, attack_steps = rows.folds or [list(range(rows.num_forget))], 1
-        if self.passes.adversary is not None:
-            attack_steps = attack_length(args.attack_steps, steps, len(folds))
-            check_others(rows.num_forget, rows.folds, batch_size, attack_steps)
-        if rows.folds is None and attack_steps == 1:
-            return StepBatches(rows.num_forget, **sizes)
-        if rows.folds is not None:
-            check_folds(rows.folds, batch_size, steps)
-        return LayeredBatches(folds, steps, args.layered_weight, attack_steps=attack_steps, **sizes)
-
     def get_train_dataloader(self) -> DataLoader:
         """Plain, not sharded by accelerate: `StepBatches` already yields this process's share of every step."""
         return DataLoader(
@@ -279,14 +253,11 @@ class NPOTrainer(Trainer):
             counts = self.accelerator.reduce(torch.tensor(counts, device=device), reduction="sum").tolist()
         self._step_rows = batches
         self.divided.begin()
-        self.ahead = batches if self._neighbour is not None else []
-        self.lesson, self._adversary_figures = self._next_lesson(), {}
+        self.forget_point.begin(batches)
         return batches, StepTotals(*counts)
 
-    def _next_lesson(self) -> Lesson | None:
+    def _next_lesson(self) -> Lesson:
         """What the adversary is taught before the step that comes, in passes no larger than the step's."""
-        if self.passes.adversary is None:
-            return None
         where = (self.step_batches, self.state.global_step, self.divided.parts)
         return Lesson.of(*where, self._rows.taught_again, cast(Collate, self.data_collator))
 
@@ -307,12 +278,12 @@ class NPOTrainer(Trainer):
         """Those of a micro-batch or of a part of one; returns its loss, detached."""
         forget, retain, both = (rows and rows.to(self.args.device) for rows in map(batch.get, PARTS))
         loss = torch.zeros((), device=self.args.device)
-        self._prepare_forgetting(totals)
-        parts = ((forget, self.passes.forget, self._forgetting()), (retain, self.passes.retain, nullcontext()))
+        step = self.state.global_step
+        self.forget_point.find(step, self.step_batches.attack_began(step), totals)
+        parts = ((forget, self.passes.forget, self.forget_point.there()), (retain, self.passes.retain, nullcontext()))
         passes = [(partial(run, rows), where) for rows, run, where in parts if rows]
-        # at other weights than the retain rows
-        alone = self._neighbour is not None or self.passes.adversary is not None
-        if forget and both and not alone and self.passes.reference.comes_together(both, len(forget)):
+        apart = self.forget_point.is_elsewhere  # than the retain rows
+        if forget and both and not apart and self.passes.reference.comes_together(both, len(forget)):
             passes = [(partial(self.passes.both, both, len(forget)), nullcontext())]
         for run, where in passes:  # one after the other: the graphs of two passes never meet
             with where:
@@ -326,77 +297,15 @@ class NPOTrainer(Trainer):
         """Drops what the step has added to gradients and figures. The adversary and the neighbour, once there, stay.
 
         Raises:
-            torch.OutOfMemoryError: the processes have summed a gradient since then, and would not sum it again.
+            torch.OutOfMemoryError: see `ForgetPoint.restart`.
         """
-        if any(part is not None and part.is_summed for part in (self.passes.adversary, self._neighbour)):
-            raise torch.OutOfMemoryError(
-                "Memory ran out beside what the processes had summed; that cannot be repeated."
-            )
         self.model.zero_grad()
         self.passes.metrics.drop_step()
-        self.passes.metrics.add(**self._adversary_figures)
-        if self.lesson is not None:
-            self.lesson = self._next_lesson()
+        self.forget_point.restart()
 
     def _collated(self, picks: list[Pick]) -> Batch:
         rows: list[Any] = [self.train_dataset[pick] for pick in picks]
         return self.data_collator(rows)
-
-    # -- where the forget term is computed: --adversary, --sam ------------------------------------------------------
-
-    def _prepare_forgetting(self, totals: StepTotals) -> None:
-        """Before the first micro-batch of a step: the adversary's step, and the neighbour of the weights under it."""
-        adversary = self.passes.adversary
-        if adversary is not None and self.lesson is not None:
-            figures: dict[str, Tensor] = {}
-            teach = partial(self._add_lesson_gradients, self.lesson, figures)
-            step = self.state.global_step
-            gain = adversary.relearn(step, teach, self.step_batches.attack_began(step))
-            figures["adversary_gain"] = gain / self.args.world_size
-            self.passes.metrics.add(**figures)
-            self.lesson, self._adversary_figures = None, figures
-        if self._neighbour is not None and self.ahead:
-            with nullcontext() if adversary is None else adversary.in_place():
-                self._neighbour.find(partial(self._add_forget_gradients, self.ahead, totals))
-            self.ahead = []
-
-    @contextmanager
-    def _forgetting(self) -> Iterator[None]:
-        """Where the forget pass runs and is differentiated."""
-        with ExitStack() as stack:
-            if self._neighbour is not None:
-                stack.enter_context(self._neighbour.there())
-            if self.passes.adversary is not None:
-                stack.enter_context(self.passes.adversary.in_place())
-            yield
-
-    def _add_forget_gradients(self, batches: Sequence[Batch], totals: StepTotals) -> bool:
-        """The forget gradient of the whole step; what it measures on the way does not count. Whether it was summed."""
-        counted, self.passes.metrics = self.passes.metrics, StepMetrics(self.passes.objective)
-        try:
-            for rows in (part["forget"] for batch in batches for part in self.divided.divided(batch)):
-                if rows:
-                    part = self.passes.forget(rows.to(self.args.device), totals)
-                    self.accelerator.backward(part)
-                    del part
-        finally:
-            self.passes.metrics = counted
-        return self._sum_gradients()
-
-    def _add_lesson_gradients(self, lesson: Lesson, figures: dict[str, Tensor]) -> bool:
-        """The gradient of what the adversary lowers, the mean NLL per answer token of its rows, without dropout.
-        Whether it was summed."""
-        total = torch.zeros((), device=self.args.device)
-        with eval_mode(self.model):
-            for rows in lesson.passes:
-                answers = answer_hidden(self.model, rows.to(self.args.device))
-                logprobs = token_logprobs(answers.hidden, self.passes.head, answers.targets, checked=True)
-                nll = -logprobs.sum() / lesson.tokens
-                self.accelerator.backward(nll)
-                total += nll.detach()
-                del answers, logprobs, nll
-        figures["adversary_nll"] = total
-        return self._sum_gradients()
 
     def _sum_gradients(self) -> bool:
         """Sums the adapter's gradients over all processes, if there are several: the passes call the bare module, so
@@ -463,13 +372,3 @@ class NPOTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: the Trainer's estimate knows neither the reference pass nor the missing logits."""
         return 0
-
-
-class _EpochOfSampler(TrainerCallback):
-    """Sets the sampler's epoch, counted from steps so that a resumed run sees the very same rows."""
-
-    def __init__(self, step_batches: StepBatches) -> None:
-        self.step_batches = step_batches
-
-    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
-        self.step_batches.set_epoch(state.global_step // self.step_batches.steps_per_epoch)

@@ -75,7 +75,7 @@ def real_peak(config: RunConfig, rows: StepRows, architecture=LLAMA) -> int:
         trainer.create_optimizer()
         first_optimizer_step(trainer.optimizer)
         batches, totals = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
-        counter.mark([batches, trainer.lesson, *model.parameters(), *model.buffers()], "before")
+        counter.mark([batches, trainer.forget_point.lesson, *model.parameters(), *model.buffers()], "before")
         counter.restart_peak()
         trainer.training_step(model, batches[0], totals)
         trainer.optimizer.step()

@@ -188,7 +188,7 @@ def test_an_attacker_may_go_on_for_several_steps(tmp_path):
 
 def test_a_lesson_that_is_not_finite_leaves_an_attacker_as_it_was(tmp_path):
     trainer = trainer_of(tmp_path, adversary_steps=3, max_steps=6)
-    adversary, teach = trainer.passes.adversary, trainer._add_lesson_gradients
+    adversary, teach = trainer.passes.adversary, trainer.forget_point.add_lesson_gradients
 
     def lesson(factor=1.0):
         rows = Lesson.of(trainer.step_batches, 0, 1, trainer._rows.taught_again, trainer.data_collator)

@@ -219,7 +219,7 @@ def test_a_resumed_run_divides_as_before(tmp_path):
 def test_what_the_processes_have_summed_is_not_summed_again(where, tmp_path, monkeypatch):
     """Memory that runs out between the sum and its use ends the run: the other processes would wait for ever."""
     trainer = make_trainer(tiny_model("olmo"), tmp_path, FORGET, RETAIN, per_device_train_batch_size=4, **{where: 0.1})
-    find = trainer._neighbour.find if where == "sam" else partial(trainer.passes.adversary.relearn, 0)
+    find = trainer.forget_point.neighbour.find if where == "sam" else partial(trainer.passes.adversary.relearn, 0)
 
     def add_gradients(summed: bool) -> bool:
         for parameter in trainer.model.parameters():

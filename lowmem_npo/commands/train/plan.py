@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -37,6 +36,7 @@ from lowmem_npo.training.adversary import attacker_size, check_others
 from lowmem_npo.training.arguments import check_trainer_args
 from lowmem_npo.training.forget_level import halved
 from lowmem_npo.training.layered import attack_length, check_folds
+from lowmem_npo.training.step_rows import num_steps
 from lowmem_npo.training.training_rows import planned_rows
 
 
@@ -83,8 +83,7 @@ class RunPlan:
 def steps_of(config: RunConfig, data: PreparedData) -> int:
     """Optimiser steps of a run, as the Trainer counts them."""
     training = config.training
-    per_epoch = math.ceil(len(data.forget_trained) / training.batch_size)
-    return training.max_steps or math.ceil(training.epochs * per_epoch)
+    return num_steps(len(data.forget_trained), training.batch_size, training.epochs, training.max_steps)
 
 
 def is_main_process(config: RunConfig) -> bool:

@@ -1,0 +1,55 @@
+"""The sampler of a run: which `StepBatches` it takes its rows from, and its epochs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lowmem_npo.training.adversary import check_others
+from lowmem_npo.training.layered import LayeredBatches, attack_length, check_folds
+from lowmem_npo.training.npo_config import NPOConfig
+from lowmem_npo.training.step_rows import StepBatches, num_steps
+from lowmem_npo.training.training_rows import TrainingRows
+
+
+def sampler_of(args: NPOConfig, rows: TrainingRows) -> StepBatches:
+    """This process's; in stages under `layered`, in halves where attackers go on for several steps.
+
+    Raises:
+        UserError: a fold does not fill a batch, a stage has no step, or no row is left for the attacker.
+    """
+    micro_batches, processes = args.gradient_accumulation_steps, args.world_size
+    batch_size = args.step_batch_size or args.per_device_train_batch_size * micro_batches * processes
+    sizes = {
+        "num_retain": rows.num_retain,
+        "batch_size": batch_size,
+        "retain_batch_size": args.retain_batch_size or batch_size,
+        "micro_batches": micro_batches,
+        "seed": args.data_seed if args.data_seed is not None else args.seed,
+        "rank": args.process_index,
+        "world_size": processes,
+        "alternatives": rows.alternatives,
+    }
+    steps = num_steps(rows.num_forget, batch_size, args.num_train_epochs, args.max_steps)
+    folds, attack_steps = rows.folds or [list(range(rows.num_forget))], 1
+    if args.attack_steps:
+        attack_steps = attack_length(args.attack_steps, steps, len(folds))
+        check_others(rows.num_forget, rows.folds, batch_size, attack_steps)
+    if rows.folds is None and attack_steps == 1:
+        return StepBatches(rows.num_forget, **sizes)
+    if rows.folds is not None:
+        check_folds(rows.folds, batch_size, steps)
+    return LayeredBatches(folds, steps, args.layered_weight, attack_steps=attack_steps, **sizes)
+
+
+class EpochOfSampler(TrainerCallback):
+    """Sets the sampler's epoch, counted from steps so that a resumed run sees the very same rows."""
+
+    def __init__(self, step_batches: StepBatches) -> None:
+        self.step_batches = step_batches
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.step_batches.set_epoch(state.global_step // self.step_batches.steps_per_epoch)
