@@ -171,7 +171,7 @@ def test_of_many_at_once_one_is_let_in(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["train", "train --dry-run", "train --resume", "sweep --seeds 1", "demo"])
-def test_every_command_that_writes_refuses(command, holder, byte_model, tmp_path, capsys):  # merge: test_merge.py
+def test_every_command_that_writes_refuses(command, holder, byte_model, tmp_path, capsys):  # merge: merge/test_files.py
     name, *options = command.split()
     out, model = tmp_path / "out", [] if name == "demo" else ["--model", str(byte_model)]
     kept = {LOCK}
