@@ -33,13 +33,13 @@ def claimed(directory: Path, say: Say = print) -> Iterator[None]:
     """
     made = [path for path in [directory, *directory.parents] if not path.exists()]
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         place, itself = directory.resolve(), directory.stat()
         lock = _locked(directory, say)
     except FileExistsError as error:
         raise UserError(f"--output-dir '{directory}' is a file: choose a directory.") from error
     except OSError as error:
-        raise UserError(f"--output-dir '{directory}' cannot be written: {error.strerror}.") from error
+        raise UserError(f"--output-dir '{directory}' cannot be written: {error.strerror or error}.") from error
     CLAIMED[place] = itself
     try:
         yield
@@ -67,7 +67,7 @@ def make_directory(directory: Path) -> None:
                 raise OSError(f"'{place}' has been removed or renamed since the command began")
             around = around[: around.index(place)]
     for path in reversed(around):
-        if not path.is_dir():
+        if path == directory or not path.exists():
             path.mkdir(exist_ok=True)
 
 
