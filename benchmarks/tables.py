@@ -79,7 +79,7 @@ def demo(results: Path = RESULTS) -> str:
     rows = []
     for of_set in ("forget", "retain"):
         for place, (key, title) in enumerate(measures.items()):
-            figures = [results_of[model][f"{of_set}_{key}"] for model in ("taught", "demo", "gold")]
+            figures = [results_of[model][f"{of_set}_{key}"] for model in ("taught", "lasting", "gold")]
             seeds = set.intersection(*(set(figure["seeds"]) for figure in figures))
             stages = [Spread.of(_of_seeds(figure, seeds)).text() for figure in figures]
             rows.append([of_set if place == 0 else "", title, *stages])

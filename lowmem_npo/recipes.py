@@ -15,7 +15,14 @@ from lowmem_npo.errors import UserError
 
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {},  # the defaults
-    "lasting": {"layered": 3, "adversary": 1.0},
+    "lasting": {
+        "layered": 2,
+        "adversary": 1.0,
+        "adversary_steps": 20,
+        "lora_targets": ("all-linear",),
+        "lora_r": 16,
+        "lora_alpha": 64.0,
+    },
 }
 OPTIONS = tuple(dict.fromkeys(name for recipe in RECIPES.values() for name in recipe))
 
@@ -30,7 +37,7 @@ def with_recipe(config: RunConfig) -> RunConfig:
     for name, value in RECIPES[recipe].items():
         section, default = _place(name)
         options = getattr(config, section)
-        if name in config.explicit or getattr(options, name) != default:
+        if name in config.explicit or getattr(options, name) != default or _is_idle(name, config):
             continue
         with named_in_errors(config):
             config = replace(config, **{section: replace(options, **{name: value})})
@@ -44,7 +51,8 @@ def named_in_errors(config: RunConfig) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if any(f"--{name}" in str(error) for name in RECIPES[recipe] if name not in config.explicit):
+        ours = (name for name in RECIPES[recipe] if name not in config.explicit)
+        if any(f"--{name.replace('_', '-')}" in str(error) for name in ours):
             raise UserError(f"--recipe {recipe}: {error}") from error
         raise
 
@@ -52,8 +60,8 @@ def named_in_errors(config: RunConfig) -> Iterator[None]:
 def remark(config: RunConfig) -> str | None:
     """A line on what the recipe has set, and on the given options that win over it; None if it says nothing."""
     recipe = config.training.recipe
-    values = {name: getattr(getattr(config, _place(name)[0]), name) for name in OPTIONS}
-    ours = {name: RECIPES[recipe].get(name, _place(name)[1]) for name in OPTIONS}
+    values = {name: getattr(getattr(config, _place(name)[0]), name) for name in OPTIONS if not _is_idle(name, config)}
+    ours = {name: RECIPES[recipe].get(name, _place(name)[1]) for name in values}
     kept = [_flag(name, value) for name, value in ours.items() if value == values[name] and name in RECIPES[recipe]]
     given = [_flag(name, value) for name, value in values.items() if value != ours[name]]
     if not kept and not (given and "recipe" in config.explicit):
@@ -63,8 +71,14 @@ def remark(config: RunConfig) -> str | None:
 
 
 def _flag(name: str, value: Any) -> str:
-    shown = f"{value:g}" if isinstance(value, float) else value
-    return f"no --{name}" if value is None else f"--{name.replace('_', '-')} {shown}"
+    shown = f"{value:g}" if isinstance(value, float) else " ".join(value) if isinstance(value, tuple) else value
+    flag = f"--{name.replace('_', '-')}"
+    return f"no {flag}" if value is None else f"{flag} {shown}"
+
+
+def _is_idle(name: str, config: RunConfig) -> bool:
+    """Whether nothing would use the option, because another one is switched off."""
+    return name == "adversary_steps" and config.objective.adversary is None
 
 
 def _place(name: str) -> tuple[str, Any]:

@@ -132,7 +132,7 @@ class Desk:
                 options = [word for word in options if word not in ("--seeds", values["--seeds"])]
             options = [str(self.model) if MODEL.fullmatch(word) else HUB_DATA.get(word, word) for word in options]
             options += ADDED.get(command, "").split()
-            if stages := values.get("--layered", "3" if values.get("--recipe") == "lasting" else ""):
+            if stages := values.get("--layered", "2" if values.get("--recipe") == "lasting" else ""):
                 options += ["--max-steps", stages]  # one in each stage
         assert main([command, *options]) == 0, " ".join(words)
 

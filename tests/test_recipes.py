@@ -16,7 +16,8 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.idle_options import remarks_on_idle_options
 from lowmem_npo.recipes import RECIPES, remark, with_recipe
 
-LASTING = "Recipe lasting: --layered 3 --adversary 1"
+ADAPTER = "--lora-targets all-linear --lora-r 16 --lora-alpha 64"
+LASTING = f"Recipe lasting: --layered 2 --adversary 1 --adversary-steps 20 {ADAPTER}"
 
 
 def parsed(*flags):
@@ -24,26 +25,42 @@ def parsed(*flags):
 
 
 def options(config):
-    return config.training.layered, config.objective.adversary
+    return config.training.layered, config.objective.adversary, config.adapter.lora_r
 
 
 def test_every_recipe_has_a_name_and_the_paper_s_is_the_default():
     assert get_args(Recipe) == tuple(RECIPES)
-    assert parsed().training.recipe == "paper" and options(parsed()) == (None, None) and remark(parsed()) is None
+    assert parsed().training.recipe == "paper" and options(parsed()) == (None, None, 5) and remark(parsed()) is None
     assert parsed() == parsed("--recipe", "paper")
-    assert options(parsed("--recipe=lasting")) == (3, 1.0) and remark(parsed("--recipe", "lasting")) == f"{LASTING}."
+    assert (
+        options(parsed("--recipe=lasting")) == (2, 1.0, 16) and remark(parsed("--recipe", "lasting")) == f"{LASTING}."
+    )
 
 
 @pytest.mark.parametrize(
     "flags, expected, line",
     [
-        (("--layered", 5), (5, 1.0), "Recipe lasting: --adversary 1; --layered 5 as given, which wins."),
-        (("--adversary", 0.5), (3, 0.5), "Recipe lasting: --layered 3; --adversary 0.5 as given, which wins."),
-        (("--layered", 3, "--sam", 0.05), (3, 1.0), f"{LASTING}."),
         (
-            ("--layered", 2, "--adversary", 2),
-            (2, 2.0),
-            "Recipe lasting: nothing; --layered 2 --adversary 2 as given, which wins.",
+            ("--layered", 5),
+            (5, 1.0, 16),
+            f"Recipe lasting: --adversary 1 --adversary-steps 20 {ADAPTER}; --layered 5 as given, which wins.",
+        ),
+        (
+            ("--adversary", 0.5, "--lora-r", 8),
+            (2, 0.5, 8),
+            "Recipe lasting: --layered 2 --adversary-steps 20 --lora-targets all-linear --lora-alpha 64; "
+            "--adversary 0.5 --lora-r 8 as given, which wins.",
+        ),
+        (("--layered", 2, "--sam", 0.05), (2, 1.0, 16), f"{LASTING}."),
+        (
+            ("--layered", 3, "--adversary", 2, "--adversary-steps", 1),
+            (3, 2.0, 16),
+            f"Recipe lasting: {ADAPTER}; --layered 3 --adversary 2 --adversary-steps 1 as given, which wins.",
+        ),
+        (  # which takes no steps
+            ("--adversary", "None"),
+            (2, None, 16),
+            f"Recipe lasting: --layered 2 {ADAPTER}; no --adversary as given, which wins.",
         ),
     ],
 )
@@ -59,7 +76,7 @@ def test_a_given_option_wins_and_is_named(flags, expected, line, tmp_path):
 def test_the_paper_s_recipe_names_what_is_given_beside_it():
     assert remark(parsed("--layered", 3)) is None
     config = parsed("--recipe", "paper", "--layered", 3)
-    assert options(config) == (3, None) and remark(config) == (
+    assert options(config) == (3, None, 5) and remark(config) == (
         "Recipe paper: the defaults; --layered 3 as given, which wins."
     )
 
@@ -76,8 +93,8 @@ def test_a_run_s_settings_hold_the_recipe_and_what_it_became(tmp_path):
         file.write_text(chosen.to_yaml())
         assert options(parse_run(["--config", str(file)], "train")) == options(chosen)
     plain = tmp_path / "plain.yaml"
-    plain.write_text(parsed().to_yaml())  # whose layered and adversary are null
-    assert options(parse_run(["--config", str(plain), "--recipe", "lasting"], "train")) == (3, 1.0)
+    plain.write_text(parsed().to_yaml())  # whose layered and adversary are null, and whose rank is given
+    assert options(parse_run(["--config", str(plain), "--recipe", "lasting"], "train")) == (2, 1.0, 5)
 
 
 def test_what_does_not_go_with_the_recipe_is_a_sentence_that_names_it():
@@ -89,11 +106,11 @@ def test_what_does_not_go_with_the_recipe_is_a_sentence_that_names_it():
 
 def test_a_script_s_run_has_the_recipe_s_options():
     config = with_recipe(RunConfig(ModelConfig("any"), training=TrainingConfig(recipe="lasting")))
-    assert options(config) == (3, 1.0) and with_recipe(config) == config
+    assert options(config) == (2, 1.0, 16) and with_recipe(config) == config
     own = RunConfig(
         ModelConfig("any"), objective=ObjectiveConfig(adversary=2.0), training=TrainingConfig(recipe="lasting")
     )
-    assert options(with_recipe(own)) == (3, 2.0)
+    assert options(with_recipe(own)) == (2, 2.0, 16)
 
 
 def test_schema_estimate_and_sweep_know_it(byte_model, tmp_path, capsys):
@@ -135,7 +152,7 @@ def test_a_run_says_so_and_its_merged_weights_where_it_lasts(byte_model, tmp_pat
     assert main(["train", *flags]) == 0
     assert f"{LASTING}.\n" in capsys.readouterr().out
     card = (tmp_path / "run" / "README.md").read_text()
-    assert "| recipe | `lasting` |" in card and "| layered | `3` |" in card
+    assert "| recipe | `lasting` |" in card and "| layered | `2` |" in card
     assert main(["train", *flags, "--resume"]) == 0
     capsys.readouterr()
     assert main(["merge", "--adapter", str(tmp_path / "run"), "--output-dir", str(tmp_path / "merged")]) == 0

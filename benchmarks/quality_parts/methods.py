@@ -25,18 +25,18 @@ LASTING = {
     "npo": method("NPO"),
     "layered": method("layered, 3 folds", "--layered 3"),
     "layered-sam": method("layered, 3 folds, SAM 0.05", "--layered 3 --sam 0.05"),
-    "layered-adversary": method("lasting: layered, 3 folds, adversary 1", "--layered 3 --adversary 1"),
+    "layered-adversary": method("layered, 3 folds, adversary 1", "--layered 3 --adversary 1"),
     "adversary-20": method(
         "layered, 2 folds, adversary 1 of 20 steps", "--layered 2 --adversary 1 --adversary-steps 20"
     ),
-    "adversary-20-retain": method(
-        "layered, 2 folds, adversary 1 of 20 steps, γ 2, δ 1",
-        "--layered 2 --adversary 1 --adversary-steps 20 --gamma 2 --delta 1",
+    "npo-alpha-64": method("NPO, LoRA α 64", "--lora-alpha 64"),
+    "lasting": method(
+        "lasting: 2 folds, adversary 1 of 20 steps, LoRA α 64",
+        "--layered 2 --adversary 1 --adversary-steps 20 --lora-alpha 64",
     ),
     "level": method("NPO to the level of the holdout", "--forget-level holdout"),
     "layered-level": method("layered, 3 folds, to the level of the holdout", "--layered 3 --forget-level holdout"),
 }
-DEMO = {"demo": method("NPO, 20 epochs as in the demo", "--epochs 20")}
 PAPER = {
     f"gamma-{gamma:g}-delta-{delta:g}": method(f"NPO, γ {gamma:g}, δ {delta:g}", f"--gamma {gamma} --delta {delta}")
     for gamma, delta in ((1.0, 0.0), (1.0, 1.0), (0.0, 1.0))

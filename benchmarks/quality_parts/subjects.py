@@ -113,10 +113,10 @@ def demo_subject(directory: Path, recipe: Recipe, epochs: float) -> Subject:
         rows = bundled_rows(name, limit=recipe.limit).rows
         path.write_text("".join(json.dumps({**row, "refusal": REFUSAL}) + "\n" for row in rows), encoding="utf-8")
     config = recipe.run(directory, directory, 0, "auto")
-    adapter, training = config.adapter, config.training
+    training = config.training
     flags = f"""
-        --dtype float32 --beta {config.objective.beta} --lora-r {adapter.lora_r} --lora-alpha {adapter.lora_alpha}
-        --lora-targets all-linear --gradient-checkpointing off --reference live --batch-size {training.batch_size}
+        --dtype float32 --beta {config.objective.beta} --lora-r 16 --lora-alpha 16 --lora-targets all-linear
+        --gradient-checkpointing off --reference live --batch-size {training.batch_size}
         --retain-batch-size {training.retain_batch_size} --lr {training.lr} --epochs {epochs} --save-strategy no
     """
 

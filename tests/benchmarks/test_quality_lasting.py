@@ -118,7 +118,8 @@ def test_every_method_is_flags_that_train_knows(name):
 def test_the_recipe_lasting_is_among_them():
     sets = ["--model", "any", "--forget", "owner/rows", "--retain", "owner/kept"]
     recipe = parse_run([*sets, "--recipe", "lasting"], "train")
-    ours = parse_run([*sets, *LASTING["layered-adversary"].flags], "train")
+    shared = ["--lora-r", "16", "--lora-targets", "all-linear"]
+    ours = parse_run([*sets, *shared, *LASTING["lasting"].flags], "train")
     assert ours.flat() | {"recipe": "lasting"} == recipe.flat()
 
 

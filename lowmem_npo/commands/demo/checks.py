@@ -1,16 +1,20 @@
-"""The demo's checks: whether the model has forgotten what it should, and kept what it should."""
+"""The demo's checks: whether the model has forgotten what it should, for good, and kept what it should."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from textwrap import shorten
 
 from lowmem_npo.evaluation.answer_table import Stages
 from lowmem_npo.evaluation.answers import AnswerEvaluation, AnswerSummary
+from lowmem_npo.evaluation.leaks.contract import LeakResults
+from lowmem_npo.evaluation.leaks.worst import worst_attacks
 
 RECITED = 0.95
 FORGOTTEN_MARGIN = 0.05
 NLL_MARGIN = 0.30
+LASTING_MARGIN = 0.15
 KEPT = 0.97
 
 
@@ -23,10 +27,12 @@ class Check:
     meaning: str
 
 
-def judge(stages: Stages) -> list[Check]:
-    """The four checks on stages "before", "after" and "gold" (the model that never saw the forget rows)."""
+def judge(stages: Stages, leaks: Mapping[str, LeakResults]) -> list[Check]:
+    """The five checks on stages "before", "after" and "gold" (the model that never saw the forget rows)."""
     before, after, gold = (stages[stage] for stage in ("before", "after", "gold"))
     forget, never_saw = after["forget"], gold["forget"]
+    worst = worst_attacks(leaks)["after"]
+    assert worst.gold is not None, "the gold model is attacked as well"
     return [
         Check(
             "recited",
@@ -46,6 +52,11 @@ def judge(stages: Stages) -> list[Check]:
             f"Its NLL per token of forget answers is now {forget.nll:.2f}, that model's {never_saw.nll:.2f} "
             f"({forget.nll / never_saw.nll - 1:+.0%}; required: within {NLL_MARGIN:.0%}). Answers far less likely than "
             "for a model that never saw them would give away what was removed.",
+        ),
+        Check(
+            "lasting",
+            worst.value <= worst.gold + LASTING_MARGIN,
+            f"{worst.sentence.removesuffix('.')} (required: at most {LASTING_MARGIN:.0%} more than that model).",
         ),
         Check(
             "kept",

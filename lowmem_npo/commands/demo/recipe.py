@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 from lowmem_npo.config import (
-    AdapterConfig,
     DataConfig,
     MemoryConfig,
     ModelConfig,
@@ -18,6 +17,7 @@ from lowmem_npo.config import (
 )
 
 Device = Literal["auto", "cpu", "cuda"]
+LEAKS = (*OutputConfig.leaks, "relearning")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Teaching:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Teaching, then unlearning with the code of `lowmem-npo train`.
+    """Teaching, then unlearning with the code of `lowmem-npo train`, by its recipe `lasting`.
 
     beta is not the paper's 0.5: the distance by which the answers' log-probability falls before NPO lets go of it is
     proportional to 1 / beta, and a model this small is very sure of what it recites.
@@ -44,10 +44,7 @@ class Recipe:
 
     teaching: Teaching = field(default_factory=Teaching)
     objective: ObjectiveConfig = field(default_factory=lambda: ObjectiveConfig(beta=0.2))
-    adapter: AdapterConfig = field(
-        default_factory=lambda: AdapterConfig(lora_r=16, lora_alpha=16, lora_targets=("all-linear",))
-    )
-    epochs: int = 20
+    epochs: int = 36
     batch_size: int = 6
     retain_batch_size: int = 12
     lr: float = 1e-3
@@ -60,7 +57,6 @@ class Recipe:
             model=ModelConfig(model=str(model), dtype="float32", device=device),
             data=DataConfig(limit=self.limit),
             objective=self.objective,
-            adapter=self.adapter,
             memory=MemoryConfig(gradient_checkpointing="off", reference="live"),  # it is small
             training=TrainingConfig(
                 batch_size=self.batch_size,
@@ -68,7 +64,8 @@ class Recipe:
                 epochs=self.epochs,
                 lr=self.lr,
                 seed=seed,
+                recipe="lasting",
             ),
-            output=OutputConfig(output_dir=str(output_dir), eval_rows=10_000, eval_batch_size=32),
+            output=OutputConfig(output_dir=str(output_dir), eval_rows=10_000, eval_batch_size=32, leaks=LEAKS),
             trainer_args={"save_strategy": "no"},
         )

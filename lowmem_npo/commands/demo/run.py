@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_npo.claim import claimed
 from lowmem_npo.commands.demo.checks import Check, examples, judge
-from lowmem_npo.commands.demo.recipe import Device, Recipe
+from lowmem_npo.commands.demo.recipe import LEAKS, Device, Recipe
 from lowmem_npo.commands.demo.teaching import make_tokenizer, taught_model
 from lowmem_npo.commands.train.run import train
 from lowmem_npo.config import DataConfig
@@ -104,7 +104,9 @@ def _demo(directory: Path, recipe: Recipe, seed: int, device: Device, say: Say) 
     with _timed(seconds, "gold"):
         gold = _teach("gold", directory, tokenizer, [*data.retain], recipe, seed, device, say)
         never_saw = _evaluate(gold, tokenizer, data)
-        gold_leaks = measure_leaks(gold, tokenizer, data.forget, holdout_rows=data.holdout, batch_size=BATCH_SIZE)
+        gold_leaks = measure_leaks(
+            gold, tokenizer, data.forget, holdout_rows=data.holdout, tests=LEAKS, batch_size=BATCH_SIZE
+        )
 
     run = directory / "unlearned"
     files = RunFiles(run)
@@ -118,12 +120,13 @@ def _demo(directory: Path, recipe: Recipe, seed: int, device: Device, say: Say) 
 
     evaluations = {"before": result.before, "after": result.after, "gold": never_saw}
     stages = {stage: summaries(parts) for stage, parts in evaluations.items()}
-    demo = DemoResult(directory, stages, judge(stages), seconds)
+    leaks = {**read_leaks(files.leaks), "gold": gold_leaks}
+    demo = DemoResult(directory, stages, judge(stages, leaks), seconds)
     _save(demo, seed, recipe)
     title = f"A small OLMo forgets {people['forget']} of {sum(people.values())} people"
     draw_picture(directory / "demo.png", read_metrics(files.metrics), stages, title)
     save_answers(files.answers("gold"), never_saw)
-    write_leaks(files.leaks, {**read_leaks(files.leaks), "gold": gold_leaks})
+    write_leaks(files.leaks, leaks)
     write_report(run)  # again, now with the gold standard
 
     say("\n4/4  Before, after, and the gold standard, which never saw the forget rows:\n")
