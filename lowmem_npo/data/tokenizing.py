@@ -300,8 +300,11 @@ class Encoder:
             if (brought := trailing(body, ends)) < len(body):  # the row brings its own end
                 self.doubled, body = True, body[:brought]
         answer = body + ending
-        opening = prompt.rpartition(earlier[-1]["content"].strip())[2]  # of the answer's turn
-        written = None if example.messages else _already_written(example.prompt or "", opening)
+        written = None
+        if not example.messages:
+            question = earlier[-1]["content"].strip()
+            opening = prompt.rpartition(question)[2] if question else prompt  # of the answer's turn
+            written = _already_written(example.prompt or "", opening)
         if INSIDE in (written or prompt) + answer:
             self._count_literal(example, refused)
         if written:

@@ -144,6 +144,7 @@ def test_any_rows(chat, tmp_path, bpe_tokenizer, chat_tokenizer, full):
     @many(full, 10_000, 250)
     @example([{"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "a"}]}])
     @example([{"messages": [{"role": "assistant", "content": "a"}]}])
+    @example([{"messages": [{"role": "system", "content": None}, {"role": "assistant", "content": "a"}]}])
     @example([{"question": "?", "answer": ""}, {"question": "?", "answer": "<|im_end|>"}])
     @example([{"question": "?", "answer": 10**300}])
     @given(rows)
