@@ -20,7 +20,7 @@ from lowmem_npo.errors import UserError
 
 LOCK = "lowmem-npo.lock"  # in the directory: two names of one directory are one
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # of some network file systems
-CLAIMED: dict[Path, os.stat_result] = {}  # resolved directory -> itself when this process claimed it
+CLAIMED: dict[Path, os.stat_result] = {}  # resolved directory -> its status when this process claimed it
 LINGER = 10.0  # seconds in which the data loaders of a killed process end, which hold its lock until then
 
 
@@ -34,13 +34,13 @@ def claimed(directory: Path, say: Say = print) -> Iterator[None]:
     made = [path for path in [directory, *directory.parents] if not path.exists()]
     try:
         make_directory(directory)
-        place, itself = directory.resolve(), directory.stat()
+        place, status = directory.resolve(), directory.stat()
         lock = _locked(directory, say)
     except FileExistsError as error:
         raise UserError(f"--output-dir '{directory}' is a file: choose a directory.") from error
     except OSError as error:
         raise UserError(f"--output-dir '{directory}' cannot be written: {error.strerror or error}.") from error
-    CLAIMED[place] = itself
+    CLAIMED[place] = status
     try:
         yield
     finally:
@@ -61,9 +61,9 @@ def make_directory(directory: Path) -> None:
     """
     directory = directory.resolve()
     around = [directory, *directory.parents]
-    for place, itself in CLAIMED.items():
+    for place, status in CLAIMED.items():
         if place in around:
-            if not _is_at(itself, place):
+            if not _is_at(status, place):
                 raise OSError(f"'{place}' has been removed or renamed since the command began")
             around = around[: around.index(place)]
     for path in reversed(around):
@@ -136,9 +136,9 @@ def _locked(directory: Path, say: Say) -> int:
         return lock
 
 
-def _is_at(itself: os.stat_result, path: Path) -> bool:
+def _is_at(status: os.stat_result, path: Path) -> bool:
     try:
-        return os.path.samestat(itself, path.stat())
+        return os.path.samestat(status, path.stat())
     except FileNotFoundError:
         return False
 

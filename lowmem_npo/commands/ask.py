@@ -241,8 +241,8 @@ def load(options: AskOptions, say: Say) -> Asked:
         model = adapted = load_adapter(base, str(folder))
         sides = {ORIGINAL: adapted.disable_adapter, UNLEARNED: nullcontext}
     stream_layers(model, streaming, resolve_device(config.device))
-    drawn = options.max_new_tokens, options.temperature, options.seed
-    asked = Asked(model, tokenizer, template, sides, *drawn, at_once(BATCH_SIZE, TOGETHER, streaming.stream_weights))
+    decoding = options.max_new_tokens, options.temperature, options.seed
+    asked = Asked(model, tokenizer, template, sides, *decoding, at_once(BATCH_SIZE, TOGETHER, streaming.stream_weights))
     say(f"Questions are {template.describe(asked._example('?', []), tokenizer)}.")
     return asked
 

@@ -67,7 +67,7 @@ def generation(config: RunConfig, data: PreparedData, architecture: PretrainedCo
 
 
 def own_writing(config: RunConfig, data: PreparedData, architecture: PretrainedConfig, report: Report) -> Iterator[str]:
-    """What the original model is to write before it is trained takes, in lines."""
+    """How long the original model takes to write what it is then trained on, in lines for people."""
     room, rounds = cache_room(architecture, config.model.dtype), answers_number(config.data.alternatives)
     parts = list[tuple[str, str, int, list[tuple[int, int]]]]()
     if data.retain_is_unwritten and data.retain is not None:  # of which the rows are as long as can be

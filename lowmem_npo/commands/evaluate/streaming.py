@@ -40,7 +40,7 @@ def with_streaming(
     if streamed is None:
         return replace(config, generate_answers="off" if config.generate_answers == "off" else "on")
     room = cache_room(architecture, model_config.dtype)
-    answers = Generation(sum(written_passes(of, room) for of in written.values()), streamed.pass_seconds)
+    answers = Generation(sum(written_passes(lengths, room) for lengths in written.values()), streamed.pass_seconds)
     if config.generate_answers == "auto":
         writes = needed is not None or not answers.is_too_long
         config = replace(config, generate_answers="on" if writes else "off")

@@ -131,7 +131,7 @@ def _lets_write(context: Context) -> bool:
 
 
 def _most_tokens(selection: Selection, context: Context) -> int:
-    """Of an answer."""
+    """Tokens that a generated answer may have."""
     return answer_length(selection.rows, context.config.max_new_tokens)
 
 

@@ -213,19 +213,19 @@ def _load(form: str, saved: SavedModel) -> PreTrainedModel | Any:
     from lowmem_npo.model.saved_adapter import load_adapter
 
     model: PreTrainedModel | Any
-    how = saved.streaming
+    streaming = saved.streaming
     if form == ADAPTER_ON_4BIT:
-        model = load_adapter(load_base(replace(saved.base, qlora=True), how, silent), str(saved.adapter))
+        model = load_adapter(load_base(replace(saved.base, qlora=True), streaming, silent), str(saved.adapter))
     else:
         if not saved.scratch.exists():
             _merge(saved.base, str(saved.adapter), saved.scratch)
         merged: dict[str, Any] = {"model": str(saved.scratch), "revision": None, "quantized_cache": None}
         base = replace(saved.base, **merged, qlora=form == MERGED_4BIT)
-        if how.stream_weights:
+        if streaming.stream_weights:
             check_room(saved.scratch, four_bits=base.qlora)
-            how = StreamOptions(stream_weights=True)  # which no cache holds
-        model = load_base(base, how, silent)
-    stream_layers(model, how, resolve_device(saved.base.device))
+            streaming = StreamOptions(stream_weights=True)  # which no cache holds
+        model = load_base(base, streaming, silent)
+    stream_layers(model, streaming, resolve_device(saved.base.device))
     return model
 
 

@@ -47,13 +47,13 @@ class GumbelNoise(LogitsProcessor):
         self.generators: list[torch.Generator] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """scores: [rows, vocabulary], float32."""
+        """scores: (rows, vocabulary) float32."""
         if not self.generators:
             self.generators = [torch.Generator(scores.device).manual_seed(seed) for seed in self.seeds]
-        waiting = torch.empty_like(scores)
-        for row, generator in zip(waiting, self.generators, strict=True):
+        exponential = torch.empty_like(scores)
+        for row, generator in zip(exponential, self.generators, strict=True):
             row.exponential_(generator=generator)
-        return scores / self.temperature - waiting.log()
+        return scores / self.temperature - exponential.log()  # minus the logarithm of one is standard Gumbel
 
 
 def greedy_answers(
