@@ -13,7 +13,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoConfig
 
 from lowmem_npo.cli import main
-from lowmem_npo.commands.evaluate.run import _digests, _notes
+from lowmem_npo.commands.evaluate.plan import _digests, _notes
 from lowmem_npo.data import Rows
 from lowmem_npo.evaluation.benchmarks import lm_eval as harness
 from lowmem_npo.evaluation.directory import EvaluationDirectory

@@ -1,0 +1,240 @@
+"""What is evaluated, and on which rows: all that is read and checked before the weights, where nothing is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from lowmem_npo.commands.evaluate.earlier import read_earlier
+from lowmem_npo.commands.evaluate.streaming import with_streaming
+from lowmem_npo.config import ModelConfig
+from lowmem_npo.console import Say
+from lowmem_npo.data import Example, Rows, Template, TokenizedRow, bundled_rows, read_rows, to_examples, tokenize
+from lowmem_npo.data.fit import known_fit
+from lowmem_npo.data.overlap import find_overlap
+from lowmem_npo.data.passages import Passages
+from lowmem_npo.data.prepare import bundled_general, general_rows, is_general
+from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.asking import Wording
+from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Selection
+from lowmem_npo.evaluation.benchmarks.documents import DOCUMENTS
+from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
+from lowmem_npo.evaluation.directory import THE_ADAPTER, as_begun, differences, digest
+from lowmem_npo.evaluation.leaks.registry import leak_tests
+from lowmem_npo.evaluation.leaks.retuning import RETUNING
+from lowmem_npo.evaluation.scoring.batching import at_once
+from lowmem_npo.evaluation.settings import EvaluationConfig
+from lowmem_npo.model import load_tokenizer, resolve_name
+from lowmem_npo.model.loading import load_config
+from lowmem_npo.model.notes import model_notes
+from lowmem_npo.model.saved_adapter import resolve_base, settings_of_run
+from lowmem_npo.model.stop_tokens import stop_tokens
+from lowmem_npo.run_directory import AdapterFiles
+
+
+@dataclass
+class EvaluationPlan:
+    """A validated evaluation. digests: a hash of each set, and of the adapter. selected: what each benchmark measures.
+    leak_rows: set -> rows of the leak tests."""
+
+    config: EvaluationConfig
+    model_config: ModelConfig
+    context: Context
+    sources: dict[str, Rows]
+    digests: dict[str, str]
+    selected: list[tuple[Benchmark, str, Selection]]
+    leak_rows: dict[str, Selection]
+    attacker: Attacker
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows per batch."""
+        sets = (*(chosen for _, _, chosen in self.selected), *self.leak_rows.values())
+        most = max((len(chosen.rows) for chosen in sets), default=0)
+        return at_once(self.config.batch_size, most, self.config.stream_weights)
+
+
+@dataclass
+class Attacker:
+    """What a leak test may use beside the rows that it asks for. retain, general: rows that it may teach the model.
+    wording: how forget and holdout rows were written."""
+
+    retain: Sequence[TokenizedRow] | None = None
+    general: Sequence[TokenizedRow] | None = None
+    wording: Wording | None = None
+
+
+def plan_evaluation(
+    config: EvaluationConfig, say: Say, *, first: int | None = None, only: Collection[str] | None = None
+) -> EvaluationPlan:
+    """Reads and checks all but the weights; writes nothing.
+
+    first: read only so many rows of each set; None: where no data is named, as many as the adapter's run did, else all.
+    only: names of the benchmarks that are measured; None: all whose rows there are.
+
+    Raises:
+        UserError: as for `evaluate`.
+    """
+    model_config = _model_config(config, say)
+    run = settings_of_run(config.adapter) if config.adapter else {}
+    if model_config.double_quant == "auto":  # the base is quantised as the adapter's run had it
+        model_config = replace(model_config, double_quant=run.get("double_quant", "auto"))
+    limit = first or (run.get("limit") if config.bundled else None)
+    config = as_begun(config.completed(run))
+    architecture = load_config(model_config)
+    for line in model_notes(architecture, model_config):
+        say(line)
+    stops = stop_tokens(model_config, architecture)
+    tokenizer = load_tokenizer(model_config)
+    template = Template.of(config, stops)
+    sources = _read(config, limit, tokenizer, template, say)
+    digests = _digests(config, sources)
+    before, others = read_earlier(config, digests)
+    notes = _notes(config, run, digests)
+    context = Context(config, tokenizer, template, before, notes, known_fit(architecture), others)
+    if context.fit is not None:
+        context.fit.check_padding(tokenizer)
+    for benchmark in BENCHMARKS:
+        benchmark.check(config)
+    selected = [chosen for chosen in _select(sources, context) if only is None or chosen[0].name in only]
+    leak_rows, attacker = _select_for_leaks(sources, context)
+    if leak_rows:
+        for test in leak_tests(config.leaks):
+            test.check_rows(config, {part: len(selection.rows) for part, selection in leak_rows.items()})
+    for line in _forms(selected, sources, leak_rows, context):
+        say(line)
+    config = context.config = with_streaming(config, model_config, architecture, selected, context, say)
+    return EvaluationPlan(config, model_config, context, sources, digests, selected, leak_rows, attacker)
+
+
+def _model_config(config: EvaluationConfig, say: Say) -> ModelConfig:
+    """How the base model is loaded: the one of --model, or the one that the adapter was trained on."""
+    if config.adapter:
+        name, revision = resolve_base(config.adapter, config.model, config.revision, config.any_base, say)
+        return replace(config.model_config(name), revision=revision)
+    assert config.model is not None, "EvaluationConfig requires a model or an adapter"
+    name, line = resolve_name(config.model, config.revision)
+    if line:
+        say(line)
+    return config.model_config(name)
+
+
+def _read(
+    config: EvaluationConfig, limit: int | None, tokenizer: PreTrainedTokenizerBase, template: Template, say: Say
+) -> dict[str, Rows]:
+    """The rows of each set; limit: only the first N."""
+    if config.bundled:
+        say("No data named: using the bundled biographies of invented people.")
+        parts = ("forget", "retain", "holdout") if config.leaks else ("forget", "retain")
+        return {part: bundled_rows(part, limit=limit) for part in parts}
+    named = config.named_data
+    if named:
+        say("Data: " + ", ".join(f"{part} {source}" for part, source in named.items()))
+    passages = Passages.of(config, tokenizer)
+    whole = replace(passages, form="text")  # of a document whose loss is measured, each passage once
+    columns = tuple(config.columns.values())
+    sources = {
+        part: read_rows(source, limit=limit, passages=whole if part in DOCUMENTS.sets else passages, columns=columns)
+        for part, source in named.items()
+    }
+    for part, rows in sources.items():
+        for note in rows.notes:
+            say(f"{part}: {note}")
+    if "forget" in sources and is_general(named.get("retain")):  # as in training
+        forget = to_examples(sources["forget"], **config.columns)
+        sources["retain"], lines = general_rows(sources["retain"], forget, tokenizer, template, config.tokens_per_row)
+        for line in lines:
+            say(line)
+    return sources
+
+
+def _select(sources: Mapping[str, Rows], context: Context) -> list[tuple[Benchmark, str, Selection]]:
+    """What is measured by which benchmark: each set by the first benchmark that recognises it."""
+    selected: list[tuple[Benchmark, str, Selection]] = []
+    for name, rows in sources.items():
+        for benchmark in BENCHMARKS:
+            selection = benchmark.select(name, rows, context) if name in benchmark.sets else None
+            if selection is not None:
+                selected.append((benchmark, name, selection))
+                break
+    for benchmark in BENCHMARKS:
+        selected += [(benchmark, name, own) for name, own in benchmark.own_sets(context.config).items()]
+    return selected
+
+
+def _select_for_leaks(sources: Mapping[str, Rows], context: Context) -> tuple[dict[str, Selection], Attacker]:
+    """The rows of the leak tests, whatever their benchmark: "forget", and "holdout" if there is one; and what else they
+    may use. Empty if there are no leak tests.
+
+    Raises UserError if the holdout has rows of the forget set.
+    """
+    config = cast(EvaluationConfig, context.config)
+    if not config.leaks:
+        return {}, Attacker()
+    given = {part: sources[part] for part in ("forget", "holdout") if part in sources}
+    examples = {part: to_examples(rows, **config.columns_of(part, rows)) for part, rows in given.items()}
+    if "holdout" in examples and (pairs := find_overlap(examples["forget"], examples["holdout"])):
+        where = " is ".join(example.where for example in pairs[0])
+        raise UserError(
+            f"{len(pairs)} of the forget rows are in the holdout as well ({where}), which must hold only rows that the "
+            "model was never taught: remove them from one of the two."
+        )
+    selected, measured = {}, dict[str, list[Example]]()
+    for part, of_part in examples.items():
+        places = context.choose(len(of_part))
+        measured[part] = chosen = [of_part[i] for i in places]
+        rows = tokenize(chosen, context.tokenizer, max_length=config.tokens_per_row, template=context.template)
+        for example, row in zip(chosen, rows, strict=True):
+            context.check(example.where, row["input_ids"])
+        selected[part] = Selection(rows, len(of_part), places)
+    how = (context.tokenizer, context.template, config.tokens_per_row)
+    attacker = Attacker(wording=Wording(measured, *how[1:], context.fit))
+    if RETUNING.name in config.leaks:
+        attacker.general = bundled_general("general", examples["forget"], *how)
+        if "retain" in sources:
+            to_keep = to_examples(sources["retain"], **config.columns)
+            kept = [to_keep[i] for i in context.choose(len(to_keep))]
+            attacker.retain = tokenize(kept, context.tokenizer, max_length=how[2], template=how[1], drop_too_long=True)
+    return selected, attacker
+
+
+def _forms(
+    selected: Sequence[tuple[Benchmark, str, Selection]],
+    sources: Mapping[str, Rows],
+    leak_rows: Mapping[str, Selection],
+    context: Context,
+) -> list[str]:
+    """How the rows of each set are written, where no benchmark has a form of its own."""
+    named = {name for benchmark, name, _ in selected if benchmark.uses_template}
+    columns = cast(EvaluationConfig, context.config).columns
+    return [
+        f"{name}: {context.template.describe(to_examples(rows, **columns)[0], context.tokenizer)}"
+        for name, rows in sources.items()
+        if name in named | set(leak_rows)
+    ]
+
+
+def _notes(config: EvaluationConfig, run: Mapping[str, Any], digests: Mapping[str, str]) -> list[str]:
+    """What qualifies the figures: another base than the adapter was trained on, or an earlier evaluation with other
+    rows or other settings."""
+    notes = []
+    if run.get("qlora") and not config.qlora:
+        notes.append("The adapter was trained on the 4-bit base and is measured on the unquantised one (no --qlora).")
+    if config.before is not None:
+        others = differences(config.before, config, digests)
+        if others:
+            notes.append(f"The earlier evaluation had {' and '.join(others)}: the two are not comparable.")
+    return notes
+
+
+def _digests(config: EvaluationConfig, sources: Mapping[str, Rows]) -> dict[str, str]:
+    """A hash of each set, and of the adapter."""
+    digests = {part: digest(json.loads(json.dumps(rows.rows, default=str))) for part, rows in sources.items()}
+    if config.adapter:
+        digests[THE_ADAPTER] = digest(AdapterFiles(Path(config.adapter).expanduser()).weights)
+    return digests
