@@ -13,7 +13,8 @@ from lowmem_npo.data.reading import bundled_rows, read_rows
 from lowmem_npo.data.rows import Rows
 from lowmem_npo.data.schemas import Example, to_examples, with_answer
 from lowmem_npo.data.templates import Template
-from lowmem_npo.data.tokenizing import Encoder, TokenizedRow, TokenizedRows, tokenize
+from lowmem_npo.data.tokenized_rows import TokenizedRow, TokenizedRows
+from lowmem_npo.data.tokenizing import Encoder, tokenize
 
 if TYPE_CHECKING:
     from lowmem_npo.data.batching import ForgetRetain, Pick, RowBatch, collator

@@ -13,7 +13,7 @@ from lowmem_kernels import IGNORE_INDEX
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lowmem_npo.data.tokenizing import TokenizedRow
+from lowmem_npo.data.tokenized_rows import TokenizedRow
 
 
 class Pick(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowmem_npo.data.tokenizing import TokenizedRows
+from lowmem_npo.data.tokenized_rows import TokenizedRows
 from lowmem_npo.errors import UserError
 
 POSITIONS = re.compile(r"(^|\.)(wpe|positions_embed|embed_positions|position_embeddings)$")

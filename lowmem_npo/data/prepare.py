@@ -20,7 +20,8 @@ from lowmem_npo.data.self_answered import stand_in as stand_in_answers
 from lowmem_npo.data.self_written import beginnings, self_rows, stand_in
 from lowmem_npo.data.targets import forget_targets
 from lowmem_npo.data.templates import BOTH, Template
-from lowmem_npo.data.tokenizing import TokenizedRows, count, tokenize
+from lowmem_npo.data.tokenized_rows import TokenizedRows, count
+from lowmem_npo.data.tokenizing import tokenize
 from lowmem_npo.errors import UserError
 from lowmem_npo.run_directory import SELF_WRITTEN
 from lowmem_npo.sources import BUILTIN

@@ -6,7 +6,8 @@ import sys
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from lowmem_npo.data.tokenizing import IGNORE_INDEX, TokenizedRows, decode
+from lowmem_npo.data.tokenized_rows import IGNORE_INDEX, TokenizedRows
+from lowmem_npo.data.tokenizing import decode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

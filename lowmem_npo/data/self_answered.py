@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from lowmem_npo.data.schemas import Example
 from lowmem_npo.data.templates import Template
-from lowmem_npo.data.tokenizing import Encoder, TokenizedRow, TokenizedRows
+from lowmem_npo.data.tokenized_rows import TokenizedRow, TokenizedRows
+from lowmem_npo.data.tokenizing import Encoder
 from lowmem_npo.errors import UserError
 from lowmem_npo.sources import SELF
 

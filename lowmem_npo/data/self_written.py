@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from lowmem_npo.data.reading import bundled_rows
 from lowmem_npo.data.schemas import Example, to_examples
 from lowmem_npo.data.templates import FORMS, Template
-from lowmem_npo.data.tokenizing import Encoder, TokenizedRow, TokenizedRows
+from lowmem_npo.data.tokenized_rows import TokenizedRow, TokenizedRows
+from lowmem_npo.data.tokenizing import Encoder
 from lowmem_npo.errors import UserError
 from lowmem_npo.sources import SELF
 

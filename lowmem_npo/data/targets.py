@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from lowmem_npo.data.schemas import Example, with_answer
-from lowmem_npo.data.tokenizing import IGNORE_INDEX, TokenizedRow, TokenizedRows
+from lowmem_npo.data.tokenized_rows import IGNORE_INDEX, TokenizedRow, TokenizedRows
 
 
 def forget_targets(

@@ -8,120 +8,28 @@ not shifted. Position 0 is never labelled: no context predicts the first token o
 
 from __future__ import annotations
 
-import hashlib
 import re
-from array import array
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypedDict, cast, overload
+from typing import TYPE_CHECKING, Any, cast
 
 from lowmem_npo.config import DataConfig
 from lowmem_npo.data.schemas import CALLS, Example
 from lowmem_npo.data.special_texts import INSIDE, SpecialTexts, trailing
 from lowmem_npo.data.templates import MARK, Template, special_tokens
+from lowmem_npo.data.tokenized_rows import IGNORE_INDEX, TokenizedRow, TokenizedRows
 from lowmem_npo.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORE_INDEX = -100  # that of lowmem_kernels, which imports PyTorch
 TOKENS = ("answer", "all")
 MAX_OPENING = 200  # characters at the end of a prompt that may already open its answer
 # Parts of a conversation that not every chat template knows.
 READ = ("tools", *CALLS, "reasoning_content", "reasoning", "thinking")
 
 Message = Mapping[str, Any]
-
-
-class TokenizedRow(TypedDict):
-    """One row. Both lists are as long as the row."""
-
-    input_ids: list[int]  # prompt, answer and EOS
-    labels: list[int]  # the same ids, -100 where not labelled
-    prompt_length: int  # how many of the ids are the prompt, from which generation starts; 0 for text without one
-
-
-class TokenizedRows(Sequence[TokenizedRow]):
-    """All rows of one part (forget or retain), tokenised, in the order of their examples.
-
-    cut: how many tokens truncation removed from the end of each row.
-    max_length: the length rows were cut to.
-    repeated: how many rows brought special tokens (a BOS, an EOS) that would be written anyway.
-    literal: how many rows hold the text of a special token as text.
-    """
-
-    def __init__(
-        self,
-        rows: list[TokenizedRow],
-        examples: Sequence[Example],
-        cut: list[int],
-        max_length: int,
-        repeated: int = 0,
-        literal: int = 0,
-    ):
-        self.rows, self.examples, self.cut, self.max_length = rows, list(examples), cut, max_length
-        self.repeated, self.literal = repeated, literal
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @overload
-    def __getitem__(self, index: int) -> TokenizedRow: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[TokenizedRow]: ...
-    def __getitem__(self, index):
-        return self.rows[index]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(row["input_ids"]) for row in self.rows)
-
-    @property
-    def num_labels(self) -> int:
-        return sum(label != IGNORE_INDEX for row in self.rows for label in row["labels"])
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest row, after truncation."""
-        return max(len(row["input_ids"]) for row in self.rows)
-
-    @property
-    def num_truncated(self) -> int:
-        return sum(cut > 0 for cut in self.cut)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A hash of all ids and labels: equal fingerprints, equal tensors. Depends on data, template and tokenizer."""
-        digest = hashlib.sha256()
-        for row in self.rows:
-            digest.update(array("q", [len(row["input_ids"]), *row["input_ids"], *row["labels"]]).tobytes())
-        return digest.hexdigest()
-
-    def report(self, part: str) -> list[str]:
-        """A line of counts, and one each if rows were truncated, brought special tokens or hold the text of some."""
-        lines = [
-            f"{part}: {len(self)} rows, {self.num_tokens} tokens, {self.num_labels} of them labelled; "
-            f"the longest row has {self.longest}"
-        ]
-        if self.num_truncated:
-            whole = max(len(row["input_ids"]) + cut for row, cut in zip(self.rows, self.cut, strict=True))
-            lines.append(
-                f"{part}: {count(self.num_truncated)} cut to {self.max_length} tokens, losing the last "
-                f"{sum(self.cut)} tokens of their answers (EOS among them); --max-length {whole} would keep all"
-            )
-        if self.repeated:
-            lines.append(
-                f"{part}: {count(self.repeated)} with special tokens (BOS, EOS, end of turn) that are written anyway; "
-                "each is written once"
-            )
-        if self.literal:
-            lines.append(
-                f"{part}: {count(self.literal)} with the text of special tokens inside, such as <|endoftext|>; it is "
-                "text there, not the token"
-            )
-        return lines
 
 
 def tokenize(
@@ -401,10 +309,6 @@ def _already_written(prompt: str, opening: str) -> str | None:
 
 def _squeezed(text: str) -> str:
     return "".join(text.split())
-
-
-def count(rows: int) -> str:
-    return "1 row" if rows == 1 else f"{rows} rows"
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

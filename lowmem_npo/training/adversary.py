@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowmem_npo.data.batching import Batch, Pick, RowBatch
-from lowmem_npo.data.tokenizing import TokenizedRow
+from lowmem_npo.data.tokenized_rows import TokenizedRow
 from lowmem_npo.errors import UserError
 from lowmem_npo.files import complete
 from lowmem_npo.memory.checkpointing import checkpointing, is_checkpointed

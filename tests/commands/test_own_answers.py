@@ -18,7 +18,7 @@ from lowmem_npo.commands.train import own_texts
 from lowmem_npo.data.schemas import Example
 from lowmem_npo.data.self_answered import answers_number, asking, other_answer, stand_in, with_own_answers
 from lowmem_npo.data.templates import Template
-from lowmem_npo.data.tokenizing import TokenizedRows
+from lowmem_npo.data.tokenized_rows import TokenizedRows
 from lowmem_npo.errors import UserError
 from lowmem_npo.training.metrics import read_metrics
 

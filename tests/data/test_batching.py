@@ -7,7 +7,7 @@ import torch
 from lowmem_kernels import IGNORE_INDEX
 
 from lowmem_npo.data.batching import ForgetRetain, Pick, RowBatch, collator
-from lowmem_npo.data.tokenizing import TokenizedRow
+from lowmem_npo.data.tokenized_rows import TokenizedRow
 
 
 def row(length: int, prompt: int = 1) -> TokenizedRow:

@@ -12,7 +12,7 @@ from lowmem_kernels import IGNORE_INDEX
 from torch.utils.data import DataLoader
 
 from lowmem_npo.data.batching import ForgetRetain, Pick, collator
-from lowmem_npo.data.tokenizing import TokenizedRow
+from lowmem_npo.data.tokenized_rows import TokenizedRow
 from lowmem_npo.training.step_rows import StepBatches
 
 sizes = st.fixed_dictionaries(

@@ -22,7 +22,8 @@ from lowmem_npo.data.schemas import Example
 from lowmem_npo.data.self_answered import LONGEST, answers_number, asking, most_tokens, other_answer
 from lowmem_npo.data.self_written import TOKENS, beginning_ids, beginnings, self_rows
 from lowmem_npo.data.templates import Template
-from lowmem_npo.data.tokenizing import Encoder, TokenizedRows
+from lowmem_npo.data.tokenized_rows import TokenizedRows
+from lowmem_npo.data.tokenizing import Encoder
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.scoring.batching import at_once
 from lowmem_npo.evaluation.scoring.generation import Prompt, sampled_answers, text_of

@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lowmem_npo.config import ObjectiveConfig
 from lowmem_npo.data.batching import RowBatch
-from lowmem_npo.data.tokenizing import TokenizedRow
+from lowmem_npo.data.tokenized_rows import TokenizedRow
 from lowmem_npo.errors import UserError
 from lowmem_npo.files import free_bytes
 from lowmem_npo.model.layers import causal_lm

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_npo.data.tokenizing import TokenizedRow, TokenizedRows
+from lowmem_npo.data.tokenized_rows import TokenizedRow, TokenizedRows
 from lowmem_npo.memory.streaming import present
 from lowmem_npo.model.continued import FIRST, SECOND
 from lowmem_npo.model.layers import causal_lm

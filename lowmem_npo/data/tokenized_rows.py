@@ -1,0 +1,106 @@
+"""Rows as token ids and labels, their counts, and what is reported of them."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TypedDict, overload
+
+from lowmem_npo.data.schemas import Example
+
+IGNORE_INDEX = -100  # that of lowmem_kernels, which imports PyTorch
+
+
+class TokenizedRow(TypedDict):
+    """One row. Both lists are as long as the row."""
+
+    input_ids: list[int]  # prompt, answer and EOS
+    labels: list[int]  # the same ids, -100 where not labelled
+    prompt_length: int  # how many of the ids are the prompt, from which generation starts; 0 for text without one
+
+
+class TokenizedRows(Sequence[TokenizedRow]):
+    """All rows of one part (forget or retain), tokenised, in the order of their examples.
+
+    cut: how many tokens truncation removed from the end of each row.
+    max_length: the length rows were cut to.
+    repeated: how many rows brought special tokens (a BOS, an EOS) that would be written anyway.
+    literal: how many rows hold the text of a special token as text.
+    """
+
+    def __init__(
+        self,
+        rows: list[TokenizedRow],
+        examples: Sequence[Example],
+        cut: list[int],
+        max_length: int,
+        repeated: int = 0,
+        literal: int = 0,
+    ):
+        self.rows, self.examples, self.cut, self.max_length = rows, list(examples), cut, max_length
+        self.repeated, self.literal = repeated, literal
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenizedRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenizedRow]: ...
+    def __getitem__(self, index):
+        return self.rows[index]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(row["input_ids"]) for row in self.rows)
+
+    @property
+    def num_labels(self) -> int:
+        return sum(label != IGNORE_INDEX for row in self.rows for label in row["labels"])
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row, after truncation."""
+        return max(len(row["input_ids"]) for row in self.rows)
+
+    @property
+    def num_truncated(self) -> int:
+        return sum(cut > 0 for cut in self.cut)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all ids and labels: equal fingerprints, equal tensors. Depends on data, template and tokenizer."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(array("q", [len(row["input_ids"]), *row["input_ids"], *row["labels"]]).tobytes())
+        return digest.hexdigest()
+
+    def report(self, part: str) -> list[str]:
+        """A line of counts, and one each if rows were truncated, brought special tokens or hold the text of some."""
+        lines = [
+            f"{part}: {len(self)} rows, {self.num_tokens} tokens, {self.num_labels} of them labelled; "
+            f"the longest row has {self.longest}"
+        ]
+        if self.num_truncated:
+            whole = max(len(row["input_ids"]) + cut for row, cut in zip(self.rows, self.cut, strict=True))
+            lines.append(
+                f"{part}: {count(self.num_truncated)} cut to {self.max_length} tokens, losing the last "
+                f"{sum(self.cut)} tokens of their answers (EOS among them); --max-length {whole} would keep all"
+            )
+        if self.repeated:
+            lines.append(
+                f"{part}: {count(self.repeated)} with special tokens (BOS, EOS, end of turn) that are written anyway; "
+                "each is written once"
+            )
+        if self.literal:
+            lines.append(
+                f"{part}: {count(self.literal)} with the text of special tokens inside, such as <|endoftext|>; it is "
+                "text there, not the token"
+            )
+        return lines
+
+
+def count(rows: int) -> str:
+    return "1 row" if rows == 1 else f"{rows} rows"
