@@ -55,6 +55,7 @@ def test_a_small_run_on_a_cpu_recomputes_nothing_and_caches_its_reference(tmp_pa
         (TrainingConfig(epochs=1), {}, "live"),
         (TrainingConfig(max_steps=2), {}, "live"),
         (TrainingConfig(max_steps=3), {}, "cached"),
+        (TrainingConfig(batch_size=3, max_steps=3), {}, "live"),  # one epoch, whose last step is short
         (TrainingConfig(epochs=1), {"reference_dir": "shared"}, "cached"),
         (TrainingConfig(epochs=1), {"reference": "cached"}, "cached"),
         (TrainingConfig(), {"reference": "live"}, "live"),
