@@ -137,6 +137,7 @@ def _locked(directory: Path, say: Say) -> int:
 
 
 def _is_at(status: os.stat_result, path: Path) -> bool:
+    """Whether the file of this status is the one at `path`."""
     try:
         return os.path.samestat(status, path.stat())
     except FileNotFoundError:
