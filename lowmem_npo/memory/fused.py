@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -193,6 +194,11 @@ ROTARY_ARGUMENTS: dict[tuple[str, ...], Callable[..., RotaryArguments]] = {
 
 def rotary_arguments(function: Any) -> tuple[str, ...] | None:
     """Which of ROTARY_ARGUMENTS it takes."""
+    return _rotary_arguments(function) if callable(function) else None
+
+
+@functools.cache  # every layer asks in every pass, and an inspection takes as long as a dozen operators
+def _rotary_arguments(function: Callable[..., Any]) -> tuple[str, ...] | None:
     try:
         names = tuple(inspect.signature(function).parameters)
     except (TypeError, ValueError):

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.layers import decoder_layers
-from lowmem_npo.model.modes import draws_random_numbers
+from lowmem_npo.model.modes import draws_random_numbers, parts
 
 MLP_NAMES = ("mlp", "feed_forward", "ffn")
 POST_NORM_NAMES = ("post_feedforward_layernorm", "post_mlp_layernorm")
@@ -88,7 +88,8 @@ class TiledForward:
     def __call__(self, x: Tensor, *args: Any, **options: Any) -> Any:
         if args or options or self.width not in (None, x.shape[-1]):
             return self._plain(x, *args, **options)
-        parameters = [p for m in self.modules for p in m.parameters() if p.requires_grad]
+        own = (p for m in self.modules for part in parts(m) for p in part._parameters.values())
+        parameters = list(dict.fromkeys(p for p in own if p is not None and p.requires_grad))
         slices = Slices(self, x)
         if torch.is_grad_enabled() and (x.requires_grad or parameters):
             ticket = _Keep.apply(slices, x, *parameters)

@@ -21,7 +21,7 @@ from lowmem_npo.config import AdapterConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.continued import FIRST, ContinuedModel, continued
 from lowmem_npo.model.layers import causal_lm, decoder_layers, linear_layers
-from lowmem_npo.model.modes import eval_mode
+from lowmem_npo.model.modes import eval_mode, parts, switched
 from lowmem_npo.model.patterns import check_patterns
 from lowmem_npo.model.saved_modules import check_saved_modules, train_in_float32
 
@@ -110,15 +110,14 @@ def original_model(model: nn.Module) -> Iterator[None]:
             model.both()
         return
     # PEFT's own `disable_adapter` looks through the model five times and prints every layer, in each step.
-    adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-    adapted = [module for module in adapted if not module.disable_adapters]
-    for module in adapted:
-        module._disable_adapters = True
-    try:
+    with switched(adapted_parts(model), "_disable_adapters", True):
         yield
-    finally:
-        for module in adapted:
-            module._disable_adapters = False
+
+
+def adapted_parts(model: nn.Module) -> list[nn.Module]:
+    """The modules of `model` whose adapters are on."""
+    switches = [m for m in parts(model) if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    return [module for module in switches if not module.disable_adapters]
 
 
 @contextmanager
