@@ -31,7 +31,7 @@ from lowmem_npo.model.checkpoint import find_checkpoint
 from lowmem_npo.model.layer_by_layer import LayerLoaded, layer_by_layer
 from lowmem_npo.model.names import resolve_name
 from lowmem_npo.model.original_olmo import is_original, native_config
-from lowmem_npo.model.quantization import one_at_a_time, quantising, quantization_of, stored_quantization
+from lowmem_npo.model.quantization import one_at_a_time, quantising, quantization_of, stored_quantization, to_host
 from lowmem_npo.model.quantized_cache import CacheEntry, check_cached
 from lowmem_npo.model.weights import (
     check_directory_weights,
@@ -245,6 +245,8 @@ def _load(config: ModelConfig, say: Say, on_host: bool, layer_loaded: LayerLoade
         raise _holds_an_adapter(name)  # on the hub
     check_weights(model, name, loaded_weights, say)
     check_finite(model, name, damaged)
+    if on_host:
+        to_host(model)
     layer: Any
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):  # a 4-bit layer of bitsandbytes: on such CPUs it would be

@@ -73,7 +73,8 @@ def quantising(on: torch.device | None = None) -> Iterator[list[str]]:
     """Inside, transformers builds and loads models so that all their linear layers are quantised, one at a time. Yields
     the names of those that held NaN or infinity: of 4 bits each is some number.
 
-    on: the device that quantises them, if they are to be held in host memory, where it would take hours.
+    on: the device that quantises them, if they are loaded into host memory, where it would take hours. They stay there
+    until whoever is called with their layer moves them, or `to_host`.
 
     It replaces `nn.Linear` only: Falcon's own class, which computes the same, would stay as it is. It replaces layers
     whose weight the model multiplies itself, which 4-bit weights cannot be. The first releases of version 5 read ahead,
@@ -81,13 +82,6 @@ def quantising(on: torch.device | None = None) -> Iterator[list[str]]:
     """
     left_as_they_are, quantise = HfQuantizer.get_modules_to_not_convert, Bnb4bitQuantize.convert
     damaged: list[str] = []
-    kind, quantize = bnb.nn.Params4bit, bnb.nn.Params4bit._quantize
-
-    def elsewhere(weight: Any, device: torch.device) -> Any:
-        quantize(weight, device if on is None else on)
-        weight.data = weight.data.to(device)
-        weight.quant_state.to(device)
-        return weight
 
     def left(model: PreTrainedModel, *args: Any, **kwargs: Any) -> list[str]:
         return [*left_as_they_are(model, *args, **kwargs), *read_as_weights(model)]
@@ -95,23 +89,36 @@ def quantising(on: torch.device | None = None) -> Iterator[list[str]]:
     def checked(self: Bnb4bitQuantize, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
-            if not (weight.is_meta or is_finite(weight)):
+            if weight.is_meta:
+                continue
+            if on is not None:
+                input_dict[name] = weight = weight.to(on)
+            if not is_finite(weight):
                 damaged.append(name)
         return quantise(self, input_dict, *args, **kwargs)
 
     with (
         mock.patch.object(Bnb4bitQuantize, "convert", checked),
         mock.patch.object(HfQuantizer, "get_modules_to_not_convert", staticmethod(left)),
-        mock.patch.object(kind, "_quantize", elsewhere),
         mock.patch("transformers.models.falcon.modeling_falcon.FalconLinear", nn.Linear),
         mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}),
     ):
         yield damaged
 
 
+def to_host(model: nn.Module) -> None:
+    """Brings what is left of 4-bit weights on the device that has quantised them into host memory."""
+    weight: Any
+    for weight in model.parameters():
+        if isinstance(weight, bnb.nn.Params4bit):
+            weight.data = weight.data.cpu()
+            weight.quant_state.to(weight.device)
+
+
 def is_finite(weight: Tensor) -> bool:
-    """Whether it holds neither NaN nor infinity. A sum needs no copy of it; one that is too large is no proof."""
-    return bool(weight.detach().sum(dtype=torch.float32).isfinite()) or bool(weight.isfinite().all())
+    """Whether it holds neither NaN nor infinity. Its least and its largest number show it: without a copy and, of bf16
+    on a CPU, in a fortieth of the time that a sum takes."""
+    return bool(torch.stack(weight.detach().aminmax()).isfinite().all())
 
 
 def statistics(weight: Any) -> list[Tensor]:

@@ -16,7 +16,7 @@ from lowmem_npo.console import Say, silent
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.checkpoint import Checkpoint, find_checkpoint, lists_tensors, weight_files
 from lowmem_npo.model.original_olmo import is_original
-from lowmem_npo.model.quantization import statistics, stored_quantization
+from lowmem_npo.model.quantization import is_finite, statistics, stored_quantization
 
 
 def check_directory_weights(name: str, architecture: PretrainedConfig, say: Say = silent) -> None:
@@ -77,13 +77,7 @@ def check_finite(model: PreTrainedModel, name: str, quantised: Collection[str] =
 def not_finite(model: PreTrainedModel) -> list[str]:
     """The names of weights that hold NaN or infinity; of those in 4 bits, whose scales do."""
     parts = [(n, part) for n, w in model.named_parameters() for part in (w, *statistics(w)) if part.is_floating_point()]
-    parts = [(name, part) for name, part in parts if not part.is_meta and part.numel()]
-    if not parts:
-        return []
-    # A sum needs no copy of the weight, as `isfinite` does. One that is too large is no proof.
-    sums = torch.stack([part.detach().sum(dtype=torch.float32).cpu() for _, part in parts])
-    suspect = [part for part, is_finite in zip(parts, sums.isfinite(), strict=True) if not is_finite]
-    return list(dict.fromkeys(name for name, part in suspect if not part.isfinite().all()))
+    return list(dict.fromkeys(n for n, part in parts if not part.is_meta and part.numel() and not is_finite(part)))
 
 
 def load_tensors(architecture: PretrainedConfig, tensors: Mapping[str, Any], **options: Any) -> tuple[Any, Any]:

@@ -51,8 +51,7 @@ def into_blocks(device: torch.device) -> LayerLoaded:
     soon as they are loaded, so that the host holds the blocks and, unlike them, one layer."""
 
     def loaded(lm: PreTrainedModel, layer: nn.Module) -> None:
-        layers = decoder_layers(lm)
-        block = frozen_weights(lm, layers)[list(layers).index(layer)]
+        (block,) = frozen_weights(lm, [layer])
         vars(layer)[BLOCK] = memory = host_memory(block.size, pinned=device.type == "cuda")
         block.move_into(memory)
 

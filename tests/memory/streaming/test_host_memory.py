@@ -116,18 +116,6 @@ def test_blocks_begin_with_a_page_and_go_back_to_the_operating_system():
         streaming.host_memory(2**60, False)
 
 
-@pytest.mark.filterwarnings("ignore:.*fork")
-def test_pages_stay_the_same_ones_after_a_fork():
-    """A process that is forked sees what is written later: it has the page itself, and a write makes no copy of it."""
-    memory, (reads, writes) = streaming.host_memory(5000, False), os.pipe()
-    if not (child := os.fork()):
-        os.read(reads, 1)
-        os._exit(memory[4999].item())
-    memory[4999] = 7
-    os.write(writes, b".")
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-
-
 def mapped(address: int) -> bool:
     ranges = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
     return any(int(start, 16) <= address < int(end, 16) for start, end in ranges)
@@ -153,6 +141,16 @@ class FakeCuda:
     def cudaHostUnregister(self, address):
         self.still_mapped.append(mapped(address))
         del self.pinned[address]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_process_that_is_forked_has_no_pinned_pages(monkeypatch):
+    """With them, what is written to a page later would go to a copy of it, and a GPU would read the pinned one."""
+    FakeCuda(monkeypatch)
+    memory = streaming.host_memory(5000, True)
+    if not (child := os.fork()):
+        os._exit(mapped(memory.data_ptr()))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and mapped(memory.data_ptr())
 
 
 def test_pinned_blocks_are_unpinned_while_they_are_there(monkeypatch):
