@@ -118,7 +118,7 @@ def test_a_run_that_does_not_forget_fails(demo, tmp_path):
     idle = dataclasses.replace(SMALL, lr=1e-9, epochs=1)
     failed = run_demo(tmp_path, recipe=idle, device="cpu", say=lines.append)
     assert not failed.passed
-    assert [check.name for check in failed.checks if not check.passed] == ["forgotten", "not overdone"]
+    assert [check.name for check in failed.checks if not check.passed] == ["forgotten", "not overdone", "lasting"]
     assert "FAILED  forgotten" in "\n".join(lines)
 
 
