@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 import lowmem_npo
 from lowmem_npo.endings import Interrupted, failure, handled, interrupt
@@ -49,9 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(list(sys.argv[1:] if argv is None else argv))
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:  # of what it prints; any other is a sentence by now
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes as it ends
-        return 141
+        if isinstance(error, BrokenPipeError):
+            return 141
+        _print_error(f"lowmem-npo: what it prints cannot be written: {error.strerror}.")
+        return 2
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -64,11 +68,11 @@ def _run(arguments: Sequence[str]) -> int:
         return 0
     command, *rest = arguments
     if command not in COMMANDS:
-        print(f"lowmem-npo: there is no command '{command}'; the commands are {', '.join(COMMANDS)}.", file=sys.stderr)
+        _print_error(f"lowmem-npo: there is no command '{command}'; the commands are {', '.join(COMMANDS)}.")
         return 2
 
     def ended(why: object, code: int) -> int:
-        print(f"lowmem-npo {command}: {why}", file=sys.stderr)
+        _print_error(f"lowmem-npo {command}: {why}")
         return code
 
     for argument in rest:
@@ -88,3 +92,8 @@ def _run(arguments: Sequence[str]) -> int:
             raise
         return ended(f"{what}.", 2)
     return 0
+
+
+def _print_error(line: str) -> None:
+    with suppress(OSError):  # the disk behind it is full: the exit code is right all the same
+        print(line, file=sys.stderr)

@@ -26,11 +26,24 @@ def prepare_console() -> None:
     kernel missing, nor Matplotlib fonts that no picture here uses."""
     os.environ.update(dict.fromkeys(REPORTS_HOME, "1"))
     os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # of `datasets`, which counts local files, too
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     for name in ("bitsandbytes.backends.cpu.ops", "matplotlib.font_manager"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _open_closed_streams() -> None:
+    """What the process was started without (`>&-`) leads nowhere: else the next file that is opened would take its
+    place, and what a library prints would be written into it."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def expand_segments() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, get_type_hints
 
-from annotated_types import Interval
+from annotated_types import Interval, MinLen
 
 from lowmem_npo.errors import UserError
 
@@ -25,6 +25,7 @@ PositiveOrZero = Annotated[float, Interval(ge=0, le=LARGEST)]
 Finite = Annotated[float, Interval(ge=-LARGEST, le=LARGEST)]
 PositiveShare = Annotated[float, Interval(gt=0, le=1)]
 Probability = Annotated[float, Interval(ge=0, lt=1)]
+TextOrNone = Annotated[str, MinLen(0)]  # which may be empty; any other text may not
 Automatic = Literal["auto", "on", "off"]  # auto is decided before the model is loaded, and recorded as what it became
 
 KINDS = {"int": "a whole number", "float": "a number", "string": "text", "bool": "true or false", "tuple": "a list",
@@ -94,7 +95,9 @@ def _hints(section: type) -> dict[str, Any]:
 def _validator(kind: Any) -> Callable[[Any], Any]:
     from pydantic import ConfigDict, TypeAdapter
 
-    return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python
+    # A text that is empty is a shell's variable that was not set: --forget "" would be all of the directory.
+    text = ConfigDict(str_strip_whitespace=True, str_min_length=1)
+    return TypeAdapter(kind, config=text | ConfigDict(strict=True, allow_inf_nan=False)).validate_python
 
 
 def _wanted(error: Any) -> str:
@@ -114,6 +117,8 @@ def _wanted(error: Any) -> str:
             return f"at most {bounds['le']:,g}" if isinstance(bounds["le"], float) else f"at most {bounds['le']:,}"
         case "finite_number":
             return "a finite number"
+        case "string_too_short":
+            return "a text that is not empty"
         case "literal_error":
             return f"one of {bounds['expected'].replace(' or ', ', ')}".replace("'", "")
         case kind:

@@ -142,6 +142,9 @@ class RunDirectory(RunFiles):
         if self.config.output.dry_run:
             check_unclaimed(self.path)  # a run that is no dry one has claimed it
         self.check_place()
+        place = Path(self.config.memory.reference_dir or self.path)
+        if file := next((part for part in (place, *place.parents) if part.exists() and not part.is_dir()), None):
+            raise UserError(f"--reference-dir '{place}': '{file}' is a file: choose a directory.")
         if self.config.output.resume:
             return self._check_resume()
         if self.run_yaml.exists():

@@ -29,7 +29,7 @@ HUB_NAME = re.compile(
 # What --retain takes beside files: the bundled general set, of which a part is held out, and the model's own texts.
 GENERAL_SET = "builtin"
 BUILTIN = {GENERAL_SET: "general", f"{GENERAL_SET}:holdout": "general_holdout"}
-SELF = re.compile(r"self(:(?P<rows>\d+))?")
+SELF = re.compile(r"self(:(?P<rows>\d{1,9}))?", re.ASCII)
 
 
 def kind_of(path: Path) -> str:

@@ -237,3 +237,16 @@ def test_a_reader_that_leaves_ends_a_command_quietly(words):
     result = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True, timeout=300)
     os.close(write_end)
     assert (result.returncode, result.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("words, code, error", [
+    ("--help > /dev/full", 2, "lowmem-npo: what it prints cannot be written: No space left on device.\n"),
+    ("--help <&- >&-", 0, ""),
+    ("nonsense 2> /dev/full", 2, ""),
+    ("nonsense <&- >&- 2>&-", 2, ""),
+])  # fmt: skip
+def test_nobody_need_listen(words, code, error):
+    """A full disk behind what is printed, or nothing at all."""
+    line = f"exec '{sys.executable}' -m lowmem_npo {words}"
+    result = subprocess.run(["sh", "-c", line], stderr=subprocess.PIPE, text=True, timeout=300)
+    assert (result.returncode, result.stderr) == (code, error)

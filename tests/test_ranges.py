@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Annotated, get_args, get_origin, get_type_hints
 
 import pytest
@@ -30,7 +31,7 @@ OUT_OF_RANGE = [
     "--logging-steps inf", "--save-steps nan", "--save-steps 1.5", "--save-total-limit 0", "--data-seed -1",
     "--dataloader-num-workers -1", "--dataloader-num-workers 100000", "--stop-when retain-loss+" + "9" * 400,
     "--report-examples -1", "--report-examples 99999999999999999999", "--seed " + "9" * 5000, "--layered 1",
-    "--layered-weight 1.5", "--lr abc", "--forms x", "--batch-size",
+    "--layered-weight 1.5", "--reference-dir /dev/null", "--retain self:10001", "--lr abc", "--forms x", "--batch-size",
 ]  # fmt: skip
 
 
@@ -42,6 +43,20 @@ def test_what_is_out_of_range_is_one_sentence(option, byte_model, tmp_path, caps
     printed = capsys.readouterr()
     assert printed.err.count("\n") == 1 and len(printed.err) < 700 and not out.exists()
     assert option.split()[0][2:].split("-")[0] in printed.err
+
+
+@pytest.mark.parametrize("command", [
+    "train --model m --forget", "train --model m --lora-layers", "evaluate --adapter", "evaluate --model m --retain",
+    "ask run --template", "data", "merge --output-dir out --adapter", "report run --prove", "sweep --model m --holdout",
+])  # fmt: skip
+def test_an_empty_text_is_no_value(command, tmp_path, monkeypatch, capsys):
+    """As a shell makes of a variable that is not set: all documents of the directory would be read, or no adapter."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "page.txt").write_text("A document.")
+    for empty in ("", " "):
+        assert main([*command.split(), empty]) == 2
+        printed = capsys.readouterr().err
+        assert re.search(r": --[a-z-]+ must be a text that is not empty, not .*\.\n$", printed), printed
 
 
 def numbers(hint) -> list:

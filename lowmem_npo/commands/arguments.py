@@ -86,13 +86,13 @@ def parse_run(arguments: Sequence[str], command: str, more_flags: Sequence[str] 
     """
     typed = join_sources(_canonical(arguments))
     path, typed = _take_config(typed)
-    flags = (_flags_of_file(path) if path else []) + typed
+    ours = [flag for section in SECTIONS.values() for flag in flags_of(section)] + [*more_flags]
+    flags = (_flags_of_file(path, ours) if path else []) + typed
     if any(flag in flags for flag in ("-h", "--help")):
         print(short_help(command))
         raise SystemExit(0)
     if "--help-all" in flags:
         flags = ["--help"]
-    ours = [flag for section in SECTIONS.values() for flag in flags_of(section)] + [*more_flags]
     check_flags(flags, ours)
     flags += _base_of_adapter(flags)
     parsed, unknown = parse(
@@ -344,7 +344,7 @@ def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
     return Path(arguments[at + 1]), arguments[:at] + arguments[at + 2 :]
 
 
-def _flags_of_file(path: Path) -> list[str]:
+def _flags_of_file(path: Path, ours: Sequence[str]) -> list[str]:
     try:
         settings = read_settings(path)
     except OSError as error:
@@ -352,8 +352,16 @@ def _flags_of_file(path: Path) -> list[str]:
     except ValueError as error:
         raise UserError(f"--config: '{path}' cannot be used: {error}.") from error
     flags: list[str] = []
-    recipe = settings.get("recipe", TrainingConfig.recipe)
+    recipe, several = settings.get("recipe", TrainingConfig.recipe), _lists()
+    names: dict[str, str] = {}  # canonical -> as it is written
     for name, value in settings.items():
+        (flag,) = _canonical([f"--{name}"])[:1]
+        switch = flag.replace("--no-", "--", 1)
+        check_flags([flag], ours)
+        if (before := names.setdefault(switch, name)) != name:
+            raise UserError(f"--config: '{path}' cannot be used: {before} and {name} are one option: remove one.")
+        if isinstance(value, list) and switch in ours and switch not in (*SOURCES, *several):
+            raise UserError(f"{switch} takes one value, and '{path}' gives a list.")
         if value is None:  # written out only where a recipe would set it
             if recipe != TrainingConfig.recipe and name.replace("-", "_") in RECIPE_OPTIONS:
                 flags += [f"--{name}", "None"]
@@ -366,6 +374,12 @@ def _flags_of_file(path: Path) -> list[str]:
         else:
             flags.append(str(value))
     return join_sources(_canonical(flags))
+
+
+def _lists() -> list[str]:
+    """The flags that take several values."""
+    fields = [field for section in SECTIONS.values() for field in dataclasses.fields(section)]
+    return [f"--{field.name.replace('_', '-')}" for field in fields if str(field.type).startswith("tuple[")]
 
 
 def join_sources(arguments: Sequence[str]) -> list[str]:

@@ -10,11 +10,12 @@ import tyro
 
 from lowmem_npo.commands.arguments import check_names, parse, with_help
 from lowmem_npo.libraries import quiet_libraries
+from lowmem_npo.ranges import Checked, CountOrNone
 from lowmem_npo.run_directory import RunFiles, check_is_run
 
 
 @dataclass
-class Report:
+class Report(Checked):
     """Rewrite the report of a run: report.html (one page), report.json and README.md, the model card.
 
     `lowmem-npo train` writes the report when it ends. Rewritten, it includes what `lowmem-npo evaluate --adapter RUN`
@@ -23,7 +24,7 @@ class Report:
 
     run: tyro.conf.Positional[Path]
     """The --output-dir of the run."""
-    examples: int | None = None
+    examples: CountOrNone | None = None
     """Rows of each set whose text is in report.html; 0 for none. Default: the run's --report-examples."""
     prove: str | None = None
     """Write nothing; print which rows of this file (read as the run read its forget rows) were among those forgotten,
@@ -31,7 +32,7 @@ class Report:
 
 
 def main(arguments: Sequence[str]) -> None:
-    options: Report = parse(with_help(Report), arguments, "report")
+    options = Report(**vars(parse(with_help(Report), arguments, "report")))
     check_is_run(options.run)
     if options.prove is not None:
         check_names(None, options.prove)

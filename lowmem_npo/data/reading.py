@@ -202,13 +202,18 @@ def _read_table(name: str, path: Path) -> Rows:
     import pyarrow.parquet
 
     if kind_of(path) == ".parquet":
-        return Rows(name, pyarrow.parquet.ParquetFile(path).read().to_pylist())
-    with path.open("rb") as file:
-        try:
-            return Rows(name, pyarrow.ipc.open_stream(file).read_all().to_pylist())
-        except pyarrow.ArrowInvalid:  # the other of Arrow's two formats
-            file.seek(0)
-            return Rows(name, pyarrow.ipc.open_file(file).read_all().to_pylist())
+        table = pyarrow.parquet.ParquetFile(path).read()
+    else:
+        with path.open("rb") as file:
+            try:
+                table = pyarrow.ipc.open_stream(file).read_all()
+            except pyarrow.ArrowInvalid:  # the other of Arrow's two formats
+                file.seek(0)
+                table = pyarrow.ipc.open_file(file).read_all()
+    names = table.column_names
+    if twice := next((column for column in names if names.count(column) > 1), None):
+        raise UserError(f"{name} has the column {twice} twice; rename one of the two.")
+    return Rows(name, table.to_pylist())
 
 
 def _read_hub(name: str, repo: str, config: str | None, split: str | None, revision: str | None) -> Rows:

@@ -25,7 +25,7 @@ from lowmem_npo.sources import SELF
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ANSWERS = 5  # to each row, as in the authors' code
+ANSWERS, MOST_ANSWERS = 5, 100  # to each row; 5 as in the authors' code
 SHORTEST, LONGEST = 32, 256  # tokens that one may have at least, and at most; between them, twice as many as the answer
 
 OF_CHAT = (
@@ -51,8 +51,10 @@ def answers_number(source: str | None) -> int | None:
             f"--alternatives {source}: give self, or self:N for N other answers to each row; those that rows have are "
             "named by --alternative-column."
         )
-    if (number := int(match["rows"] or ANSWERS)) < 1:
-        raise UserError(f"--alternatives {source}: give at least 1 answer, as in self:{ANSWERS}.")
+    if not 1 <= (number := int(match["rows"] or ANSWERS)) <= MOST_ANSWERS:
+        raise UserError(
+            f"--alternatives {source}: give at least 1 answer and at most {MOST_ANSWERS}, as in self:{ANSWERS}."
+        )
     return number
 
 

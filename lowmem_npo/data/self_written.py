@@ -22,7 +22,7 @@ from lowmem_npo.sources import SELF
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ROWS = 64
+ROWS, MOST_ROWS = 64, 10_000
 TOKENS = 96  # that a text may have beside its question or first words
 
 
@@ -32,8 +32,8 @@ def self_rows(source: str | None) -> int | None:
     if match is None:
         return None
     rows = int(match["rows"] or ROWS)
-    if rows < 1:
-        raise UserError(f"--retain {source}: give at least 1 text, as in self:64.")
+    if not 1 <= rows <= MOST_ROWS:
+        raise UserError(f"--retain {source}: give at least 1 text and at most {MOST_ROWS:,}, as in self:64.")
     return rows
 
 

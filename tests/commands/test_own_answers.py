@@ -121,7 +121,7 @@ def _row(tokenizer, ids):
     "options, message",
     [
         (("--alternatives", "other"), "--alternatives other: give self, or self:N for N other answers to each row"),
-        (("--alternatives", "self:0"), "--alternatives self:0: give at least 1 answer, as in self:5"),
+        (("--alternatives", "self:0"), "--alternatives self:0: give at least 1 answer and at most 100, as in"),
         (("--alternative-column", "other"), "both say what dpo prefers: leave one of them out"),
         (("--forget-term", "npo"), "--alternatives are what --forget-term dpo prefers, and npo prefers none: take dpo"),
     ],

@@ -141,7 +141,7 @@ def test_forget_alone_keeps_the_builtin_set(taught_model, tmp_path, forget):
     assert no_terms.data.retain is None
 
 
-@pytest.mark.parametrize("retain", ["self:0", "self:x", "selfish"])
+@pytest.mark.parametrize("retain", ["self:0", "self:x", "selfish", "self:10001", "self:99999999999"])
 def test_malformed_names_are_refused(taught_model, tmp_path, forget, retain):
     with pytest.raises(UserError, match="at least 1 text|neither a file nor a hub name"):
         train(run_of(taught_model, tmp_path / "run", forget, retain), lambda line: None)

@@ -6,6 +6,8 @@ import gzip
 import json
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from lowmem_npo.data.reading import read_rows
@@ -315,6 +317,20 @@ def test_mistakes_are_named_with_their_place(tmp_path, name, content, parts):
     for part in parts:
         assert part in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_column_twice_is_refused(kind, tmp_path):
+    """Of two columns of one name, the later one would be read."""
+    table = pyarrow.table([["Who?"], ["She."], ["He."]], names=["question", "answer", "answer"])
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with path.open("wb") as file, pyarrow.ipc.new_file(file, table.schema) as sink:
+            sink.write_table(table)
+    with pytest.raises(UserError, match=f"a.{kind} has the column answer twice; rename one of the two"):
+        read_rows(str(path))
 
 
 def test_missing_files_and_folders(tmp_path):

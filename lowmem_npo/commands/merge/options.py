@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lowmem_npo.ranges import Checked
+
 WHOLE, DEQUANTIZED, AUTO = "whole", "dequantized", "auto"
 
 
 @dataclass
-class MergeConfig:
+class MergeConfig(Checked):
     """Merge an adapter into the weights of its base model, on the CPU, one file of the checkpoint at a time."""
 
     adapter: str
