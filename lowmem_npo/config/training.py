@@ -19,9 +19,9 @@ class TrainingConfig(Checked):
     """Training: one optimiser step takes --batch-size forget rows and --retain-batch-size retain rows."""
 
     recipe: Recipe = "paper"
-    """Options that belong together; one that is given itself wins. paper: the defaults. lasting: --layered 2, --adversary
-    1, --adversary-steps 20, and LoRA of rank 16 and alpha 64 on all linear layers: what was forgotten comes back less
-    when a part is taught again, for about twice the time."""
+    """Options that belong together; one that is given itself wins. paper: the defaults. lasting: --layered 2,
+    --adversary 1, --adversary-steps 20, and LoRA of rank 16 and alpha 64 on all linear layers: what was forgotten comes
+    back less when a part is taught again, for about twice the time."""
     batch_size: Count = 4
     """Forget rows per optimiser step, over all micro-batches and processes."""
     retain_batch_size: Count | None = None
