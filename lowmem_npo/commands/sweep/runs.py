@@ -173,7 +173,7 @@ def _make(run: SweepRun, bases: Bases, inputs: dict[str, Inputs], say: Say) -> N
             result = unlearn(plan, base, lines.append)
             del base
     finally:
-        if run.directory.is_dir():
+        if files.run_yaml.exists():  # a directory with a log alone could not be begun again
             files.log.write_text("\n".join(lines) + "\n", encoding="utf-8")
     after = summaries(result.after)
     say("    " + "; ".join(f"{name} NLL {s.nll:.3f}, exact match {s.exact_match:.3f}" for name, s in after.items()))

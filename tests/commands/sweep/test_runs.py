@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -27,6 +30,7 @@ from lowmem_npo.console import silent
 from lowmem_npo.estimate.automatic import Simulation, workload_of
 from lowmem_npo.memory import streaming
 from lowmem_npo.model import load_model
+from lowmem_npo.run_directory import RunDirectory
 
 # Runs that change the model in different ways: tiled MLPs or not; the embedding moves in all.
 SWITCHES = "tile-mlp=16,"
@@ -159,6 +163,22 @@ def test_the_figures(live_sweep):
     assert all(float(line["retain_nll"]) > 0 and line["status"] == "done" for line in lines)
     height, width = image.imread(live_sweep / "sweep.png").shape[:2]
     assert width > 1000 and height > 200
+
+
+def test_a_run_that_could_not_even_begin_is_made_by_resume(byte_model, tmp_path, monkeypatch):
+    """The disk is full when it writes its first file: what it has said must not stand in its directory's way."""
+    arguments = ("--reference", "live", "--seeds", "1", "--max-steps", "1", "--eval-rows", "1")
+    with monkeypatch.context() as full:
+        full.setattr(RunDirectory, "begin", raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+        assert swept(byte_model, tmp_path / "sweep", *arguments) == 2
+    assert swept(byte_model, tmp_path / "sweep", *arguments, "--resume") == 0
+
+
+def raising(error: Exception) -> Callable:
+    def fail(*_, **__):
+        raise error
+
+    return fail
 
 
 def test_resume_skips_finished_runs_and_makes_the_others(live_sweep, taught_model, capsys):
