@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-INSIDE, RENAMED = "\U0010fffd", "\U0010fffc"  # the last characters of the plane for private use: no text has them
+INSIDE, RENAMED = "\U0010fffd", "\U0010fffc"  # the last characters of the plane for private use
 BYTE = re.compile("<0x[0-9A-F]{2}>")
 ROLE = r"\s*\w{0,20}\s*"  # what may follow the last special token of a row that is written out: "assistant"
 

@@ -8,6 +8,7 @@ not shifted. Position 0 is never labelled: no context predicts the first token o
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lowmem_npo.config import DataConfig
 from lowmem_npo.data.schemas import CALLS, Example
-from lowmem_npo.data.special_texts import INSIDE, SpecialTexts, trailing
+from lowmem_npo.data.special_texts import INSIDE, RENAMED, SpecialTexts, trailing
 from lowmem_npo.data.templates import MARK, Template, special_tokens
 from lowmem_npo.data.tokenized_rows import IGNORE_INDEX, TokenizedRow, TokenizedRows
 from lowmem_npo.errors import UserError
@@ -103,6 +104,12 @@ class Encoder:
         """(prompt ids, answer ids with EOS or the end of the turn last unless the text continues), not truncated; text
         has no prompt ids."""
         self.doubled = self.ended = False
+        texts = [example.prompt, example.answer, example.messages, example.options]
+        if re.search(f"[{INSIDE}{RENAMED}]", json.dumps(texts, ensure_ascii=False, default=str)):
+            raise UserError(
+                f"{example.where} holds U+10FFFC or U+10FFFD, characters for private use that stand for something else "
+                "here: remove them."
+            )
         prompt, answer = self._encode(example)
         self.repeated += self.doubled
         if example.continues:

@@ -134,6 +134,23 @@ def test_what_cannot_be_read_as_text_is_refused_with_its_line(chat_tokenizer, mo
         tokenize([row], looks)
 
 
+@pytest.mark.parametrize("mark", "\U0010fffc\U0010fffd")
+def test_a_mark_of_our_own_in_a_row_is_refused(mark, bpe_tokenizer, chat_tokenizer):
+    """It would be dropped."""
+    turns = [{"role": "user", "content": f"Who{mark}?"}, {"role": "assistant", "content": "She."}]
+    rows = [
+        (Example("Who?", f"She{mark}.", "f.jsonl, line 7", "question/answer"), bpe_tokenizer),
+        (Example(mark, "She.", "f.jsonl, line 7", "question/answer"), bpe_tokenizer),
+        (Example(None, mark, "f.jsonl, line 7", "text"), bpe_tokenizer),
+        (Example("Who?", "She.", "f.jsonl, line 7", "messages", messages=turns), chat_tokenizer),
+    ]
+    for row, tokenizer in rows:
+        with pytest.raises(
+            UserError, match=r"^f.jsonl, line 7 holds U\+10FFFC or U\+10FFFD, characters for private use"
+        ):
+            tokenize([row], tokenizer)
+
+
 def test_a_mark_does_not_get_into_a_row(chat_tokenizer):
     encoder = Encoder(chat_tokenizer)
     assert OF_ROW not in decode(chat_tokenizer, encoder.text_ids(INSIDE[1]))
