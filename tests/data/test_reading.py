@@ -95,6 +95,14 @@ def test_what_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(gzip.compress(b"a" * 3 * 2**20))
         with pytest.raises(UserError, match=f"{name} holds more than [0-9,]+ times its size, as no text does"):
             read_rows(str(tmp_path / name))
+    table = pyarrow.table({"question": ["?"] * 300_000, "answer": ["x"] * 300_000})  # 3 KB
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    compressed = pyarrow.ipc.IpcWriteOptions(compression="zstd")
+    with pyarrow.ipc.new_file(tmp_path / "rows.arrow", table.schema, options=compressed) as file:
+        file.write_table(table)
+    for name in ("rows.parquet", "rows.arrow"):
+        with pytest.raises(UserError, match=f"{name} has 300,000 rows, more than can be meant; name a part of them"):
+            read_rows(str(tmp_path / name))
     monkeypatch.setattr("lowmem_npo.data.reading.MOST_CHARACTERS", 100)
     for value in ("x" * 101, [{"role": "user", "content": "x" * 101}]):
         (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "x" * 100}) + "\n" + json.dumps({"a": value}) + "\n")
