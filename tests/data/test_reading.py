@@ -95,7 +95,7 @@ def test_what_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(gzip.compress(b"a" * 3 * 2**20))
         with pytest.raises(UserError, match=f"{name} holds more than [0-9,]+ times its size, as no text does"):
             read_rows(str(tmp_path / name))
-    table = pyarrow.table({"question": ["?"] * 300_000, "answer": ["x"] * 300_000})  # 3 KB
+    table = pyarrow.table({"question": [0] * 300_000})  # some kilobytes
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     compressed = pyarrow.ipc.IpcWriteOptions(compression="zstd")
     with pyarrow.ipc.new_file(tmp_path / "rows.arrow", table.schema, options=compressed) as file:
