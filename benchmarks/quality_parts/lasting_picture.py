@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.quality_parts.measure import ATTACKS
 
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")  # Okabe and Ito's
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")  # Okabe and Ito's
 MARKERS = "Dsv^"  # one after all colours
 GREY = "#555555"
 WIDTH = 0.8  # of an attack's methods together, in units of the distance between attacks
@@ -52,6 +52,6 @@ def draw_attacks(path: Path, results: Mapping[str, Mapping[str, Any]], titles: M
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_title("Taught a part again, how much of the rest comes back (dashed: never saw the rows)", fontsize=11)
     if ax.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside lower center", ncols=4, frameon=False)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

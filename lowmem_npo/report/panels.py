@@ -31,20 +31,11 @@ def draw_likelihood(ax: Axes, metrics: Sequence[Metrics], stages: Stages) -> Non
     _draw_line(ax, metrics, "adversary_nll", "others of them, without it", GREY)
     _draw_line(ax, metrics, "retain_nll", "retain answers", RETAIN)
     if "gold" in stages:
-        gold = stages["gold"]["forget"].nll
-        ax.axhline(gold, color=FORGET, linestyle="--", linewidth=1.2)
-        ax.annotate(
-            "forget answers, to a model that never saw them",
-            (0, gold),
-            xycoords=("axes fraction", "data"),
-            xytext=(6, 4),
-            textcoords="offset points",
-            color=FORGET,
-            fontsize=9,
-        )
+        label = "forget answers, to a model that never saw them"
+        ax.axhline(stages["gold"]["forget"].nll, color=FORGET, linestyle="--", linewidth=1.2, label=label)
     _finish(ax, "How unlikely the answers are", "NLL per answer token (nats)")
     ax.set_ylim(
-        bottom=0, top=1.12 * max([*_values(metrics, "forget_nll"), *_values(metrics, "retain_nll"), ax.get_ylim()[1]])
+        bottom=0, top=1.3 * max([*_values(metrics, "forget_nll"), *_values(metrics, "retain_nll"), ax.get_ylim()[1]])
     )
     _mark_stages(ax, metrics)
 
@@ -71,13 +62,16 @@ def stage_starts(metrics: Sequence[Metrics]) -> list[tuple[int, int]]:
 
 
 def _mark_stages(ax: Axes, metrics: Sequence[Metrics]) -> None:
-    for stage, step in stage_starts(metrics):
+    starts = stage_starts(metrics)
+    if starts:
+        ax.set_title(ax.get_title(), fontsize=11, pad=18)  # above their names
+    for stage, step in starts:
         ax.axvline(step, color=GREY, linestyle=":", linewidth=1)
         ax.annotate(
             f"stage {stage}",
             (step, 1),
             xycoords=("data", "axes fraction"),
-            xytext=(3, -9),
+            xytext=(0, 3),
             textcoords="offset points",
             color=GREY,
             fontsize=8,
@@ -136,7 +130,7 @@ def _finish(ax: Axes, title: str, ylabel: str) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", alpha=0.25)
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(frameon=False, fontsize=9)
+        ax.legend(fontsize=9, framealpha=0.85, edgecolor="none")
 
 
 def _values(metrics: Sequence[Metrics], key: str) -> list[float]:
