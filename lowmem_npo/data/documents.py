@@ -79,17 +79,25 @@ def read_document(name: str, path: Path, kind: str) -> Document:
 
 def check_expansion(name: str, path: Path) -> None:
     """Raises UserError for a compressed file whose content is so much larger that it was made to fill the memory."""
-    size = path.stat().st_size if path.suffix.lower() == ".gz" else 0
-    most, content = max(LARGE, 100 * size), 0
-    if size * MOST_EXPANSION <= most:
+    if path.suffix.lower() != ".gz" or path.stat().st_size * MOST_EXPANSION <= most_content(path):
         return
+    content = 0
     with suppress(OSError, EOFError, zlib.error), gzip.open(path) as file:  # which is said where it is read
         while chunk := file.read(2**20):
             content += len(chunk)
-            if content > most:
-                raise UserError(
-                    f"{name} holds more than {most // size:,} times its size, as no text does; unpack it, if meant."
-                )
+            check_content(name, path, content)
+
+
+def most_content(path: Path) -> int:
+    """Bytes that the content of a compressed file may have."""
+    return max(LARGE, 100 * path.stat().st_size)
+
+
+def check_content(name: str, path: Path, content: int) -> None:
+    """The same for a file that has been seen to hold at least `content` bytes."""
+    if content > (most := most_content(path)):
+        times = most // path.stat().st_size
+        raise UserError(f"{name} holds more than {times:,} times its size, as no text does; unpack it, if meant.")
 
 
 def _content(name: str, path: Path) -> bytes:

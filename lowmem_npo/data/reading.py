@@ -18,6 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from lowmem_npo.data.columnar import read_columnar
 from lowmem_npo.data.documents import check_expansion, read_document
 from lowmem_npo.data.passages import Passages
 from lowmem_npo.data.rows import Rows, joined
@@ -37,7 +38,6 @@ from lowmem_npo.sources import (
     kind_of,
 )
 
-FEW_ROWS, MOST_ROWS = 10_000, 10_000_000  # of a table: that any file may have, however small, and that none may
 MOST_CHARACTERS = 10_000_000  # of a text in a row: more take minutes and gigabytes to be tokenised
 GENERAL = (*BUILTIN.values(), "openings")  # questions with answers, and texts
 
@@ -162,7 +162,7 @@ def _read_file(name: str, path: Path, columns: Collection[str], read: Reader | N
         return Rows(name, [])
     if read is None and kind.startswith((".csv", ".tsv")):
         read = partial(read_csv, columns=columns)
-    read = read or (read_json if kind.startswith(".json") else _read_table)
+    read = read or (read_json if kind.startswith(".json") else read_columnar)
     try:
         rows = read(name, path)
         _check_lengths(rows)
@@ -195,35 +195,6 @@ def _longest(value: Any) -> int:
         return len(value)
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return max(map(_longest, inner), default=0)
-
-
-def _check_number(name: str, path: Path, rows: int) -> None:
-    """Raises UserError for more rows than a file can hold that was not made to fill the memory: each has some bytes."""
-    if rows > min(MOST_ROWS, max(FEW_ROWS, path.stat().st_size)):
-        raise UserError(f"{name} has {rows:,} rows, more than can be meant; name a part of them.")
-
-
-def _read_table(name: str, path: Path) -> Rows:
-    """Parquet or Arrow, without the copy on the disk that `datasets` would make, and leave behind if it is killed."""
-    import pyarrow
-    import pyarrow.parquet
-
-    if kind_of(path) == ".parquet":
-        stored = pyarrow.parquet.ParquetFile(path)
-        _check_number(name, path, stored.metadata.num_rows)
-        table = stored.read()
-    else:
-        with path.open("rb") as file:
-            try:
-                table = pyarrow.ipc.open_stream(file).read_all()
-            except pyarrow.ArrowInvalid:  # the other of Arrow's two formats
-                file.seek(0)
-                table = pyarrow.ipc.open_file(file).read_all()
-        _check_number(name, path, table.num_rows)
-    names = table.column_names
-    if twice := next((column for column in names if names.count(column) > 1), None):
-        raise UserError(f"{name} has the column {twice} twice; rename one of the two.")
-    return Rows(name, table.to_pylist())
 
 
 def _read_hub(name: str, repo: str, config: str | None, split: str | None, revision: str | None) -> Rows:

@@ -27,6 +27,20 @@ def write(path, content) -> str:
     return str(path)
 
 
+def columnar(path, table) -> list[str]:
+    """The table as Parquet and as Arrow's file and stream, compressed."""
+    names = [str(path.with_suffix(suffix)) for suffix in (".parquet", ".arrow", ".stream.arrow")]
+    if not pyarrow.types.is_string_view(table.schema.types[0]):
+        pyarrow.parquet.write_table(table, names[0])
+    else:
+        del names[0]
+    options = pyarrow.ipc.IpcWriteOptions(compression="zstd")
+    for name, new in zip(names[-2:], (pyarrow.ipc.new_file, pyarrow.ipc.new_stream), strict=True):
+        with new(name, table.schema, options=options) as file:
+            file.write_table(table)
+    return names
+
+
 def write_rows(path, rows) -> str:
     if path.suffix == ".gz":
         plain = path.with_suffix("")
@@ -95,19 +109,48 @@ def test_what_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(gzip.compress(b"a" * 3 * 2**20))
         with pytest.raises(UserError, match=f"{name} holds more than [0-9,]+ times its size, as no text does"):
             read_rows(str(tmp_path / name))
-    table = pyarrow.table({"question": [0] * 300_000})  # some kilobytes
-    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
-    compressed = pyarrow.ipc.IpcWriteOptions(compression="zstd")
-    with pyarrow.ipc.new_file(tmp_path / "rows.arrow", table.schema, options=compressed) as file:
-        file.write_table(table)
-    for name in ("rows.parquet", "rows.arrow"):
-        with pytest.raises(UserError, match=f"{name} has 300,000 rows, more than can be meant; name a part of them"):
-            read_rows(str(tmp_path / name))
+    text, values = "x" * 1000, pyarrow.array([[0] * 300_000])
+    texts = pyarrow.array([text] * 3000)
+    expansion, number = "holds more than [0-9,]+ times its size", "has [0-9,]+ rows or more, more than can"
+    for column, why in (
+        (pyarrow.array([0] * 100_000), number),
+        (pyarrow.nulls(100_000), number),
+        (texts, expansion),
+        (texts.dictionary_encode(), expansion),
+        (texts.cast(pyarrow.string_view()), expansion),
+        (pyarrow.StructArray.from_arrays([texts], ["answer"]), expansion),
+        (values, expansion),
+        (pyarrow.array([[text] * 3000]), expansion),
+        (pyarrow.array([[None] * 300_000]), expansion),
+        (pyarrow.array([[("key", text)] * 2000], pyarrow.map_(pyarrow.string(), pyarrow.string())), expansion),
+    ):
+        for name in columnar(tmp_path / "rows", pyarrow.table({"question": column})):
+            with pytest.raises(UserError, match=f"{name} {why}"):
+                read_rows(name)
     monkeypatch.setattr("lowmem_npo.data.reading.MOST_CHARACTERS", 100)
     for value in ("x" * 101, [{"role": "user", "content": "x" * 101}]):
         (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "x" * 100}) + "\n" + json.dumps({"a": value}) + "\n")
         with pytest.raises(UserError, match="rows.jsonl, line 2: a has more than 100 characters"):
             read_rows(str(tmp_path / "rows.jsonl"))
+
+
+def test_columns_of_every_kind_are_read_whole(tmp_path):
+    """In more rows than are read at once, from more batches than one."""
+    number = 150
+    rows = [
+        {"text": f"t{i}", "none": None, "turns": [{"role": "user", "content": str(i)}] * (i % 3), "tags": [("a", i)]}
+        for i in range(number)
+    ]
+    kinds = pyarrow.schema({
+        "text": pyarrow.string(), "none": pyarrow.null(), "tags": pyarrow.map_(pyarrow.string(), pyarrow.int64()),
+        "turns": pyarrow.list_(pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.string()})),
+    })  # fmt: skip
+    table = pyarrow.Table.from_pylist(rows, kinds)
+    table = table.append_column("kind", table["text"].dictionary_encode())
+    table = pyarrow.concat_tables([table.slice(0, 7), table.slice(7)]).unify_dictionaries()
+    expected = [{**row, "kind": row["text"]} for row in rows]
+    for name in columnar(tmp_path / "rows", table):
+        assert read_rows(name).rows == expected
 
 
 def test_surrogate_pairs_are_text(tmp_path):
