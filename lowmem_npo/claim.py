@@ -34,7 +34,7 @@ def claimed(directory: Path, say: Say = print) -> Iterator[None]:
     made = [path for path in [directory, *directory.parents] if not path.exists()]
     try:
         make_directory(directory)
-        place, status = directory.resolve(), directory.stat()
+        place, status = Path(os.path.realpath(directory)), directory.stat()
         lock = _locked(directory, say)
     except FileExistsError as error:
         raise UserError(f"--output-dir '{directory}' is a file: choose a directory.") from error
@@ -59,7 +59,7 @@ def make_directory(directory: Path) -> None:
 
     Raises OSError if it cannot be made, and if it is in a claimed directory that somebody has removed since, or moved.
     """
-    directory = directory.resolve()
+    directory = Path(os.path.realpath(directory))  # which goes into no loop of links
     around = [directory, *directory.parents]
     for place, status in CLAIMED.items():
         if place in around:

@@ -5,6 +5,7 @@ What a recipe is made of is measured (docs/options.md); it names only options wh
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, replace
@@ -51,8 +52,8 @@ def named_in_errors(config: RunConfig) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        ours = (name for name in RECIPES[recipe] if name not in config.explicit)
-        if any(f"--{name.replace('_', '-')}" in str(error) for name in ours):
+        ours = "|".join(name.replace("_", "-") for name in RECIPES[recipe] if name not in config.explicit)
+        if ours and re.search(rf"--({ours})(?![\w-])", str(error)):
             raise UserError(f"--recipe {recipe}: {error}") from error
         raise
 
@@ -61,13 +62,18 @@ def remark(config: RunConfig) -> str | None:
     """A line on what the recipe has set, and on the given options that win over it; None if it says nothing."""
     recipe = config.training.recipe
     values = {name: getattr(getattr(config, _place(name)[0]), name) for name in OPTIONS if not _is_idle(name, config)}
-    ours = {name: RECIPES[recipe].get(name, _place(name)[1]) for name in values}
+    ours = {name: value_in(recipe, name) for name in values}
     kept = [_flag(name, value) for name, value in ours.items() if value == values[name] and name in RECIPES[recipe]]
     given = [_flag(name, value) for name, value in values.items() if value != ours[name]]
     if not kept and not (given and "recipe" in config.explicit):
         return None
     text = f"Recipe {recipe}: {' '.join(kept) or ('nothing' if RECIPES[recipe] else 'the defaults')}"
     return f"{text}; {' '.join(given)} as given, which wins." if given else f"{text}."
+
+
+def value_in(recipe: str, name: str) -> Any:
+    """What one of `OPTIONS` is under a recipe, if nobody gives it."""
+    return RECIPES[recipe].get(name, _place(name)[1])
 
 
 def _flag(name: str, value: Any) -> str:

@@ -131,7 +131,9 @@ def test_a_directory_without_its_lock_is_the_same(tmp_path, monkeypatch):
 
 def test_what_is_no_directory_cannot_be_claimed(tmp_path):
     (tmp_path / "other").write_text("")
-    for place, message in (("other", "is a file"), ("other/out", "cannot be written: Not a directory")):
+    (tmp_path / "loop").symlink_to("loop")
+    cases = ("other", "is a file"), ("other/out", "cannot be written: Not a directory"), ("loop", "is a file")
+    for place, message in cases:
         with pytest.raises(UserError, match=message), claimed(tmp_path / place):
             pass
 

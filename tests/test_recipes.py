@@ -93,13 +93,17 @@ def test_a_run_s_settings_hold_the_recipe_and_what_it_became(tmp_path):
         file.write_text(chosen.to_yaml())
         assert options(parse_run(["--config", str(file)], "train")) == options(chosen)
     plain = tmp_path / "plain.yaml"
-    plain.write_text(parsed().to_yaml())  # whose layered and adversary are null, and whose rank is given
-    assert options(parse_run(["--config", str(plain), "--recipe", "lasting"], "train")) == (2, 1.0, 5)
+    plain.write_text(parsed("--lora-alpha", 7).to_yaml())  # whose own options are those of its recipe, but for one
+    config = parse_run(["--config", str(plain), "--recipe", "lasting"], "train")
+    assert options(config) == (2, 1.0, 16) and config.adapter.lora_alpha == 7
+    assert config.adapter.lora_targets == ("all-linear",)
 
 
 def test_what_does_not_go_with_the_recipe_is_a_sentence_that_names_it():
     with pytest.raises(UserError, match="--recipe lasting: --layered holds the folds whose turn has not come"):
         parsed("--recipe", "lasting", "--gamma", 0, "--delta", 0)
+    with pytest.raises(UserError, match="^--adversary-steps must be at least 1"):  # which is not the recipe's
+        parsed("--recipe", "lasting", "--adversary-steps", 0)
     with pytest.raises(UserError, match="--recipe must be one of paper, lasting, not 'forever'"):
         parsed("--recipe", "forever")
 

@@ -24,13 +24,13 @@ import tyro
 
 from lowmem_npo.commands.trainer_options import check_flags, check_trainer_values, trainer_arguments
 from lowmem_npo.commands.wording import no_such_option, one_of
-from lowmem_npo.config import SECTIONS, TILE_ROWS, RunConfig, TrainingConfig
+from lowmem_npo.config import SECTIONS, TILE_ROWS, RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.contract import LeakTest
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, WHILE_TRAINING, leak_tests
 from lowmem_npo.ranges import shortened
 from lowmem_npo.recipes import OPTIONS as RECIPE_OPTIONS
-from lowmem_npo.recipes import with_recipe
+from lowmem_npo.recipes import RECIPES, value_in, with_recipe
 from lowmem_npo.settings_file import read_settings
 from lowmem_npo.sources import (
     check_adapter_name,
@@ -352,7 +352,7 @@ def _flags_of_file(path: Path, ours: Sequence[str]) -> list[str]:
     except ValueError as error:
         raise UserError(f"--config: '{path}' cannot be used: {error}.") from error
     flags: list[str] = []
-    recipe, several = settings.get("recipe", TrainingConfig.recipe), _lists()
+    recipe, several = str(settings.get("recipe")), _lists()
     names: dict[str, str] = {}  # canonical -> as it is written
     for name, value in settings.items():
         (flag,) = _canonical([f"--{name}"])[:1]
@@ -362,9 +362,13 @@ def _flags_of_file(path: Path, ours: Sequence[str]) -> list[str]:
             raise UserError(f"--config: '{path}' cannot be used: {before} and {name} are one option: remove one.")
         if isinstance(value, list) and switch in ours and switch not in (*SOURCES, *several):
             raise UserError(f"{switch} takes one value, and '{path}' gives a list.")
-        if value is None:  # written out only where a recipe would set it
-            if recipe != TrainingConfig.recipe and name.replace("-", "_") in RECIPE_OPTIONS:
-                flags += [f"--{name}", "None"]
+        if recipe in RECIPES and (option := switch[2:].replace("-", "_")) in RECIPE_OPTIONS:
+            own = tuple(value) if isinstance(value, list) else value
+            if not isinstance(value, bool) and own == value_in(recipe, option):
+                continue  # it is the recipe's own, and goes with it if another one is named
+            if value is None:
+                flags += [switch, "None"]
+        if value is None:
             continue
         flags.append(f"--{name}")
         if isinstance(value, (list, tuple)):

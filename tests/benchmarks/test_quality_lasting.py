@@ -115,12 +115,20 @@ def test_every_method_is_flags_that_train_knows(name):
     assert config.adapter.lora_r == 16
 
 
-def test_the_recipe_lasting_is_among_them():
-    sets = ["--model", "any", "--forget", "owner/rows", "--retain", "owner/kept"]
-    recipe = parse_run([*sets, "--recipe", "lasting"], "train")
-    shared = ["--lora-r", "16", "--lora-targets", "all-linear"]
-    ours = parse_run([*sets, *shared, *LASTING["lasting"].flags], "train")
-    assert ours.flat() | {"recipe": "lasting"} == recipe.flat()
+def test_the_recipe_lasting_is_among_them(tmp_path):
+    """With what all methods share on either model."""
+    demo = demo_subject(tmp_path, lasting.QUICK, epochs=1).flags
+    for shared in (demo, RealSetting.flags.split()):
+        run = ["--model", "any", "--forget", "owner/rows", "--retain", "owner/kept", *shared]
+        adapter = [flag for name in ("--lora-r", "--lora-alpha", "--lora-targets") for flag in (name, of(shared, name))]
+        others = [flag for flag in run if flag not in adapter]
+        recipe = parse_run([*others, "--recipe", "lasting"], "train")
+        ours = parse_run([*run, *LASTING["lasting"].flags], "train")
+        assert ours.flat() | {"recipe": "lasting"} == recipe.flat()
+
+
+def of(flags, name):
+    return flags[flags.index(name) + 1]
 
 
 def nll_by_hand(model: Path, adapter: Path, rows: list[dict]) -> float:
