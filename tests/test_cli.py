@@ -10,6 +10,7 @@ import shutil
 import socketserver
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -250,3 +251,21 @@ def test_nobody_need_listen(words, code, error):
     line = f"exec '{sys.executable}' -m lowmem_npo {words}"
     result = subprocess.run(["sh", "-c", line], stderr=subprocess.PIPE, text=True, timeout=300)
     assert (result.returncode, result.stderr) == (code, error)
+
+
+def test_closed_streams_are_open_here_and_in_children():
+    """Nothing is typed at one, and what a child opens does not take its place."""
+    code = """import os, subprocess, sys
+from lowmem_npo.libraries import prepare_console
+prepare_console()
+try:
+    input()
+except EOFError:
+    child = "import os; open(os.environ['OUT'], 'w').write(' '.join(os.readlink(f'/dev/fd/{n}') for n in range(3)))"
+    sys.exit(subprocess.run([sys.executable, "-c", child]).returncode)
+sys.exit(7)
+"""
+    with tempfile.NamedTemporaryFile("r") as out:
+        command = ["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, code]
+        assert subprocess.run(command, env={**os.environ, "OUT": out.name}, timeout=300).returncode == 0
+        assert out.read() == "/dev/null /dev/null /dev/null"
