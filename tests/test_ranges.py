@@ -48,6 +48,7 @@ def test_what_is_out_of_range_is_one_sentence(option, byte_model, tmp_path, caps
 @pytest.mark.parametrize("command", [
     "train --model m --forget", "train --model m --lora-layers", "evaluate --adapter", "evaluate --model m --retain",
     "ask run --template", "data", "merge --output-dir out --adapter", "report run --prove", "sweep --model m --holdout",
+    "report", "train --config",
 ])  # fmt: skip
 def test_an_empty_text_is_no_value(command, tmp_path, monkeypatch, capsys):
     """As a shell makes of a variable that is not set: all documents of the directory would be read, or no adapter."""

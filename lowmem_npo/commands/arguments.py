@@ -28,7 +28,7 @@ from lowmem_npo.config import SECTIONS, TILE_ROWS, RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.contract import LeakTest
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, WHILE_TRAINING, leak_tests
-from lowmem_npo.ranges import shortened
+from lowmem_npo.ranges import check_values, shortened
 from lowmem_npo.recipes import OPTIONS as RECIPE_OPTIONS
 from lowmem_npo.recipes import RECIPES, value_in, with_recipe
 from lowmem_npo.settings_file import read_settings
@@ -341,6 +341,7 @@ def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
     at = arguments.index("--config")
     if at + 1 >= len(arguments):
         raise UserError("--config needs the path of a YAML file.")
+    check_values({"config": arguments[at + 1]}, {"config": str})
     return Path(arguments[at + 1]), arguments[:at] + arguments[at + 2 :]
 
 

@@ -22,7 +22,7 @@ class Report(Checked):
     has measured since, if that is in the run's own `evaluation` directory.
     """
 
-    run: tyro.conf.Positional[Path]
+    run: tyro.conf.Positional[str]
     """The --output-dir of the run."""
     examples: CountOrNone | None = None
     """Rows of each set whose text is in report.html; 0 for none. Default: the run's --report-examples."""
@@ -33,19 +33,20 @@ class Report(Checked):
 
 def main(arguments: Sequence[str]) -> None:
     options = Report(**vars(parse(with_help(Report), arguments, "report")))
-    check_is_run(options.run)
+    run = Path(options.run)
+    check_is_run(run)
     if options.prove is not None:
         check_names(None, options.prove)
     quiet_libraries()
     if options.prove is not None:
-        _prove(options.run, options.prove)
+        _prove(run, options.prove)
         return
     from lowmem_npo.report.files import write_report  # late: --help need not load transformers
 
-    content = write_report(options.run, options.examples)
+    content = write_report(run, options.examples)
     print(content.verdict.headline)
     print("\n".join(content.verdict.sentences))
-    files = RunFiles(options.run)
+    files = RunFiles(run)
     print(
         f"\nReport: {files.report_html}; beside it {files.report_json.name} and the model card {files.model_card.name}."
     )
