@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
-from lowmem_npo.commands.trainer_options import check_flags, check_trainer_values, trainer_arguments
+from lowmem_npo.commands.trainer_options import check_flags, check_option, check_trainer_values, trainer_arguments
 from lowmem_npo.commands.wording import no_such_option, one_of
 from lowmem_npo.config import SECTIONS, TILE_ROWS, RunConfig
 from lowmem_npo.errors import UserError
@@ -356,19 +356,19 @@ def _flags_of_file(path: Path, ours: Sequence[str]) -> list[str]:
     recipe, several = str(settings.get("recipe")), _lists()
     names: dict[str, str] = {}  # canonical -> as it is written
     for name, value in settings.items():
-        (flag,) = _canonical([f"--{name}"])[:1]
-        switch = flag.replace("--no-", "--", 1)
-        check_flags([flag], ours)
-        if (before := names.setdefault(switch, name)) != name:
+        dashed = name.replace("_", "-")
+        flag = f"--{ALIASES.get(dashed, dashed)}"
+        check_option(flag, f"--{name}", ours)
+        if (before := names.setdefault(flag, name)) != name:
             raise UserError(f"--config: '{path}' cannot be used: {before} and {name} are one option: remove one.")
-        if isinstance(value, list) and switch in ours and switch not in (*SOURCES, *several):
-            raise UserError(f"{switch} takes one value, and '{path}' gives a list.")
-        if recipe in RECIPES and (option := switch[2:].replace("-", "_")) in RECIPE_OPTIONS:
+        if isinstance(value, list) and flag in ours and flag not in (*SOURCES, *several):
+            raise UserError(f"{flag} takes one value, and '{path}' gives a list.")
+        if recipe in RECIPES and (option := flag[2:].replace("-", "_")) in RECIPE_OPTIONS:
             own = tuple(value) if isinstance(value, list) else value
             if not isinstance(value, bool) and own == value_in(recipe, option):
                 continue  # it is the recipe's own, and goes with it if another one is named
             if value is None:
-                flags += [switch, "None"]
+                flags += [flag, "None"]
         if value is None:
             continue
         flags.append(f"--{name}")

@@ -29,12 +29,17 @@ NUMBERS = {"int": (int, "a whole number"), "float": (float, "a number")}
 
 def check_flags(arguments: Sequence[str], ours: Sequence[str]) -> None:
     """Raises UserError for a flag that is neither one of `ours` nor a field of `transformers.TrainingArguments`."""
-    theirs = {"help", "warmup_ratio", *_field_types()}
-    honoured = [f"--{name.replace('_', '-')}" for name in HONOURED]
     for argument in arguments:
         flag = argument.replace("--no-", "--", 1)
-        if re.match("--[a-zA-Z]", flag) and flag not in ours and flag[2:].replace("-", "_") not in theirs:
-            raise UserError(no_such_option(argument, [*ours, *honoured], "train --help-all"))
+        if re.match("--[a-zA-Z]", flag) and flag != "--help":
+            check_option(flag, argument, ours)
+
+
+def check_option(flag: str, written: str, ours: Sequence[str]) -> None:
+    """The same for the flag of one option, `written` by the user."""
+    if flag not in ours and flag[2:].replace("-", "_") not in {"warmup_ratio", *_field_types()}:
+        honoured = [f"--{name.replace('_', '-')}" for name in HONOURED]
+        raise UserError(no_such_option(written, [*ours, *honoured], "train --help-all"))
 
 
 def check_trainer_values(arguments: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ def no_such_option(flag: str, known: Sequence[str], listing: str) -> str:
     """listing: the command that prints what there is."""
     near = difflib.get_close_matches(flag, known, n=1, cutoff=0.75)
     hint = f"did you mean {near[0]}? " if near else ""
-    return f"There is no option {flag}: {hint}`lowmem-npo {listing}` lists them."
+    return f"There is no option {shortened(flag)}: {hint}`lowmem-npo {listing}` lists them."
 
 
 def one_of(flag: str, value: str, choices: Sequence[str]) -> str:

@@ -237,15 +237,19 @@ def test_a_dry_run_refuses_what_has_no_effect(byte_model, tmp_path, capsys):
     assert main(["estimate", "--model", str(byte_model), "--fp16"]) == 2
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [("- a\n- b\n", "name: value"), ("model: [m\n", "not valid YAML"), ("nonsense: 3\nmodel: m", "--nonsense")],
-)
+@pytest.mark.parametrize("text, message", [
+    ("- a\n- b\n", "name: value"), ("model: [m\n", "not valid YAML"), ("nonsense: 3\nmodel: m", "--nonsense"),
+    ("help: null", "no option --help:"), ("help: true", "no option --help:"), ('"": null', "no option --:"),
+    ("1: null", "no option --1:"), ('"seed=3": null', "no option --seed=3: did you mean --seed?"),
+    ("no_qlora: true", "no option --no_qlora: did you mean --qlora?"), ("no-double-quant: true", "--double-quant?"),
+    (f"{'x' * 300}: 1", f"no option --{'x' * 198}…:"),
+], ids=lambda text: text[:30])  # fmt: skip
 def test_a_bad_file_is_named(text, message, tmp_path, capsys):
     file = tmp_path / "bad.yaml"
     file.write_text(text)
     assert main(["train", "--config", str(file)]) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
