@@ -77,7 +77,7 @@ def check_finite(model: PreTrainedModel, name: str, quantised: Collection[str] =
 def not_finite(model: PreTrainedModel) -> list[str]:
     """The names of weights that hold NaN or infinity; of those in 4 bits, whose scales do."""
     parts = [(n, part) for n, w in model.named_parameters() for part in (w, *statistics(w)) if part.is_floating_point()]
-    return list(dict.fromkeys(n for n, part in parts if not part.is_meta and part.numel() and not is_finite(part)))
+    return list(dict.fromkeys(n for n, part in parts if not part.is_meta and not is_finite(part)))
 
 
 def load_tensors(architecture: PretrainedConfig, tensors: Mapping[str, Any], **options: Any) -> tuple[Any, Any]:

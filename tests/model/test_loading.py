@@ -12,6 +12,7 @@ from helpers.architectures import random_model, tiny_config
 from helpers.tiny_models import tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, OlmoConfig
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 
 from lowmem_npo.cli import main
 from lowmem_npo.config import ModelConfig
@@ -20,6 +21,7 @@ from lowmem_npo.data import RowBatch
 from lowmem_npo.errors import UserError
 from lowmem_npo.model import answer_hidden, load_model
 from lowmem_npo.model.loading import load_config
+from lowmem_npo.model.quantization import is_finite, quantising
 from lowmem_npo.model.weights import not_finite
 
 
@@ -195,6 +197,27 @@ def test_4_bit_loading_reads_one_tensor_at_a_time(saved, monkeypatch):
     assert seen == ["1", None] and "HF_DEACTIVATE_ASYNC_LOAD" not in os.environ
 
 
+@pytest.mark.parametrize("older", [True, False])
+def test_a_weight_is_moved_to_what_quantises_it_in_the_container_that_it_came_in(older, monkeypatch):
+    """Transformers passes a list, whose first element early releases of version 5 take without a look."""
+    model, name = tiny_model("llama"), "model.layers.0.self_attn.q_proj.weight"
+    four_bits = bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")
+    four_bits.source_cls = torch.nn.Linear
+    model.model.layers[0].self_attn.q_proj = four_bits
+    if older:
+        monkeypatch.setattr(Bnb4bitQuantize, "convert", lambda self, given, **_: {name: [*given.values()][0][0]})
+    convert, weight = Bnb4bitQuantize(None), torch.randn(64, 64)
+    with quantising(torch.device("cpu")) as damaged:
+        converted = [convert.convert({name: given}, model=model)[name] for given in ([weight], weight)[: 2 - older]]
+    for made in converted:
+        if older:
+            assert torch.equal(made, weight)
+        else:
+            stored = bitsandbytes.functional.dequantize_4bit(made.data, made.quant_state)
+            assert 0 < (stored - weight).norm() < 0.15 * weight.norm()
+    assert damaged == []
+
+
 def test_an_rwkv_is_refused(tmp_path):
     """Its layers are rescaled in eval mode, in place and without their adapters."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "rwkv", "architectures": ["RwkvForCausalLM"]}))
@@ -283,7 +306,12 @@ def test_four_bits_with_scales_that_are_no_numbers_are_named(double_quant, byte_
 
 
 def test_large_weights_are_numbers():
-    """Their sum is not."""
+    """Their sum is not. Nor does PyTorch find the largest number of none, or of 8-bit ones."""
+    assert is_finite(torch.empty(0, 3))
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16):
+        ends = torch.tensor([torch.finfo(dtype).min, 0.0, torch.finfo(dtype).max]).to(dtype)
+        assert is_finite(ends) and not is_finite(torch.tensor([0.0, torch.nan]).to(dtype))
+    assert not is_finite(torch.tensor([torch.inf]).to(torch.float8_e5m2))
     model = tiny_model("olmo")
     with torch.no_grad():
         model.lm_head.weight.fill_(3e38)
