@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shutil
 from collections.abc import Iterator, Sequence
@@ -110,9 +111,13 @@ def made_from(directory: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def making(directory: Path, made_from: dict[str, Any]) -> Iterator[Path]:
-    """Gives an empty directory to write a model into, which becomes `directory` when it is complete."""
+    """Gives an empty directory to write a model into, which becomes `directory` when it is complete.
+
+    Raises OSError if what an interrupted one has left cannot be removed: it would become a part of the model.
+    """
     partial = directory.with_name(directory.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
+    if os.path.lexists(partial):
+        shutil.rmtree(partial)
     make_directory(partial)
     yield partial
     write_atomically(partial / STAMP, json.dumps(made_from, indent=1) + "\n")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.tiny_models import tiny_model
 
+from lowmem_npo.files import PARTIAL
 from lowmem_npo.training.teaching import _backward, made_from, making, teach
 
 ROWS = [
@@ -76,4 +77,11 @@ def test_a_model_is_there_when_it_is_complete(tmp_path):
         assert not list(partial.iterdir()), "what an interrupted one left is gone"
         (partial / "config.json").touch()
     assert made_from(tmp_path / "model") == recipe
+    (tmp_path / "other").mkdir()
+    left = tmp_path / f"next{PARTIAL}"
+    left.symlink_to(tmp_path / "other")  # which nobody removes, root included
+    with pytest.raises(OSError), making(tmp_path / "next", recipe):
+        pytest.fail("what cannot be removed would become a part of the model")
+    left.unlink()
+    (tmp_path / "other").rmdir()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
