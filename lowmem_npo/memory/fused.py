@@ -193,11 +193,19 @@ ROTARY_ARGUMENTS: dict[tuple[str, ...], Callable[..., RotaryArguments]] = {
 
 
 def rotary_arguments(function: Any) -> tuple[str, ...] | None:
-    """Which of ROTARY_ARGUMENTS it takes."""
-    return _rotary_arguments(function) if callable(function) else None
+    """Which of ROTARY_ARGUMENTS it takes; None: none of them, or nothing that could be remembered of it."""
+    return _rotary_arguments(function) if callable(function) and _has_hash(function) else None
 
 
-@functools.cache  # every layer asks in every pass, and an inspection takes as long as a dozen operators
+def _has_hash(x: Any) -> bool:
+    with contextlib.suppress(TypeError):
+        hash(x)
+        return True
+    return False
+
+
+# Every layer asks in every pass, and an inspection takes as long as a dozen operators. A model has one or two of them.
+@functools.lru_cache(maxsize=64)
 def _rotary_arguments(function: Callable[..., Any]) -> tuple[str, ...] | None:
     try:
         names = tuple(inspect.signature(function).parameters)

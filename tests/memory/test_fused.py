@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -314,3 +315,20 @@ def test_the_simulated_step_takes_less_with_fused_kernels(monkeypatch):
     monkeypatch.setattr(float32, "fuses", lambda x: False)
     monkeypatch.setattr(LeanNorm, "__call__", lambda norm, x: norm.tiled(x))
     assert ours < estimate(config, architecture).peak_bytes
+
+
+def test_rotary_functions_are_known_by_their_parameters_and_not_kept():
+    """Of a callable without a hash nothing can be remembered: it computes by itself."""
+
+    class Unhashable(list):
+        def __call__(self, q, k, cos, sin):
+            return q, k
+
+    assert fused.rotary_arguments(apply_rotary_pos_emb) == ("q", "k", "cos", "sin")
+    assert fused.rotary_arguments(Unhashable()) is None and fused.rotary_arguments("rotary") is None
+    assert fused.fused_rotary(Unhashable(), tuple(torch.zeros(4, 1, 2, 3, 8)), {}) is None
+    functions = [lambda x, cos, sin: x for _ in range(200)]
+    kept, first = weakref.ref(functions[0]), fused.rotary_arguments(functions[0])
+    assert [fused.rotary_arguments(function) for function in functions] == [first] * 200 == [("x", "cos", "sin")] * 200
+    del functions
+    assert kept() is None
