@@ -198,11 +198,12 @@ def host_memory(size: int, pinned: bool) -> Tensor:
         pages = _Pages(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise _no_more(size) from error
-    with suppress(OSError):  # a system without huge pages
+    with suppress(AttributeError, OSError):  # a system that does not know them, or has none
         pages.madvise(mmap.MADV_HUGEPAGE)
     memory = torch.frombuffer(pages, dtype=torch.uint8)
     if pinned:
-        pages.madvise(mmap.MADV_DONTFORK)
+        with suppress(AttributeError):  # Linux alone knows it
+            pages.madvise(mmap.MADV_DONTFORK)
         if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0)) != 0:
             raise _no_more(size)
         pages.pinned_at = memory.data_ptr()
