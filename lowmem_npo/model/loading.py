@@ -132,7 +132,8 @@ def load_model(
     Args:
         config: `qlora` quantises every linear layer but the head to NF4; embeddings, norms and head stay in `dtype`.
         on_host: leave it in host memory, from which its weights will be streamed; the device only quantises.
-        layer_loaded: called with each decoder layer on the host once it is there.
+        layer_loaded: called with each decoder layer once it is whole: in host memory, but for 4-bit weights that a GPU
+            has quantised, which are still there.
         in_file: leave the decoder layers in the files of the quantised cache, mapped; needs one. Of several processes,
             one makes it while the others wait.
 

@@ -48,7 +48,7 @@ def check_device(device: torch.device) -> None:
 
 def into_blocks(device: torch.device) -> LayerLoaded:
     """For `load_model`: each layer's frozen weights go into the block from which they will be copied to `device` as
-    soon as they are loaded, so that the host holds the blocks and, unlike them, one layer."""
+    soon as they are loaded, so that the host holds the blocks and at most one layer besides."""
 
     def loaded(lm: PreTrainedModel, layer: nn.Module) -> None:
         (block,) = frozen_weights(lm, [layer])
