@@ -90,7 +90,7 @@ class ForgetPoint:
             yield
 
     def restart(self) -> None:
-        """The step begins anew, in smaller passes and with no figures yet; what has been found stays.
+        """The step begins anew, in smaller passes; what has been found stays, and of the step's figures those of it.
 
         Raises:
             torch.OutOfMemoryError: the processes have summed a gradient that is not yet made use of, and would not sum
@@ -100,6 +100,7 @@ class ForgetPoint:
             raise torch.OutOfMemoryError(
                 "Memory ran out beside what the processes had summed; that cannot be repeated."
             )
+        self.passes.metrics.drop_step()
         self.passes.metrics.add(**self._figures)
         if self.lesson is not None:
             self.lesson = self.next_lesson()

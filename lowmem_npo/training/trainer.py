@@ -299,9 +299,8 @@ class NPOTrainer(Trainer):
         Raises:
             torch.OutOfMemoryError: see `ForgetPoint.restart`.
         """
-        self.model.zero_grad()
-        self.passes.metrics.drop_step()
         self.forget_point.restart()
+        self.model.zero_grad()
 
     def _collated(self, picks: list[Pick]) -> Batch:
         rows: list[Any] = [self.train_dataset[pick] for pick in picks]

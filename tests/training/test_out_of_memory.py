@@ -234,7 +234,10 @@ def test_what_the_processes_have_summed_is_not_summed_again(where, tmp_path, mon
             patch.setattr(torch, "stack", runs_out)
             find(partial(add_gradients, summed))
         refused = pytest.raises(torch.OutOfMemoryError, match="what the processes had summed")
+        before = [parameter.grad for parameter in trainer.model.parameters()]
         with refused if summed else contextlib.nullcontext():
             trainer._restart_step()
+        after = [parameter.grad for parameter in trainer.model.parameters()]
+        assert all(a is (b if summed else None) for a, b in zip(after, before, strict=True))
     find(partial(add_gradients, True))
     trainer._restart_step()
