@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import select
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Any
 
 import lowmem_npo
 from lowmem_npo.endings import Interrupted, failure, handled, interrupt
@@ -49,22 +51,55 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _run(list(sys.argv[1:] if argv is None else argv))
         finally:
-            sys.stdout.flush()
-    except OSError as error:  # of what it prints; any other is a sentence by now
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes as it ends
-        if isinstance(error, BrokenPipeError):
+            _printed(sys.stdout.flush)
+    except _Unprinted as error:
+        _discard_stdout()
+        if isinstance(error.why, BrokenPipeError):
             return 141
-        _print_error(f"lowmem-npo: what it prints cannot be written: {error.strerror}.")
+        _print_error(f"lowmem-npo: what it prints cannot be written: {error.why.strerror or error.why}.")
         return 2
+
+
+class _Unprinted(Exception):
+    """What a command prints cannot be written."""
+
+    def __init__(self, why: OSError) -> None:
+        super().__init__(str(why))
+        self.why = why
+
+
+def _printed(write: Callable[..., Any], *words: str) -> None:
+    try:
+        write(*words)
+    except OSError as error:
+        raise _Unprinted(error) from error
+
+
+def _reader_has_gone() -> bool:
+    """Whether stdout or stderr leads into a pipe or socket that nobody reads any more."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # it is no file, or closed
+            poll.register(stream.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _discard_stdout() -> None:
+    """What Python still writes as it ends leads nowhere."""
+    with suppress(OSError, ValueError):  # it is no file, or closed
+        number = sys.stdout.fileno()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, number)
+        os.close(nowhere)
 
 
 def _run(arguments: Sequence[str]) -> int:
     """The exit code of the command that `arguments` begin with."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(usage())
+        _printed(print, usage())
         return 0 if arguments else 2
     if arguments[0] in ("-V", "--version"):
-        print(f"lowmem-npo {lowmem_npo.__version__}")
+        _printed(print, f"lowmem-npo {lowmem_npo.__version__}")
         return 0
     command, *rest = arguments
     if command not in COMMANDS:
@@ -88,6 +123,8 @@ def _run(arguments: Sequence[str]) -> int:
     except Interrupted as error:
         return ended(error, error.code)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+            raise _Unprinted(error) from error
         if (what := failure(error)) is None:
             raise
         return ended(f"{what}.", 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import json
@@ -269,3 +270,28 @@ sys.exit(7)
         command = ["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, code]
         assert subprocess.run(command, env={**os.environ, "OUT": out.name}, timeout=300).returncode == 0
         assert out.read() == "/dev/null /dev/null /dev/null"
+
+
+class Full(io.StringIO):
+    def flush(self):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_only_what_is_printed_is_called_so(monkeypatch, capsys):
+    """Called from Python, where stdout may be no file; with a pipe of its own that breaks."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Full())
+        assert main(["--version"]) == 2
+    assert capsys.readouterr().err == "lowmem-npo: what it prints cannot be written: No space left on device.\n"
+
+    def breaks(arguments):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    monkeypatch.setattr("lowmem_npo.commands.env.main", breaks)
+    with pytest.raises(BrokenPipeError):
+        main(["env"])
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with open(write_end, "w") as nobody_reads:
+        monkeypatch.setattr(sys, "stdout", nobody_reads)
+        assert main(["env"]) == 141
