@@ -119,6 +119,8 @@ def _wanted(error: Any) -> str:
             return "a finite number"
         case "string_too_short":
             return "a text that is not empty"
+        case "string_unicode":
+            return "UTF-8 text"
         case "literal_error":
             return f"one of {bounds['expected'].replace(' or ', ', ')}".replace("'", "")
         case kind:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 from lowmem_npo.data.rows import Rows, is_text
+from lowmem_npo.data.special_texts import check_marks
 from lowmem_npo.errors import UserError
 
 CHAT = ("messages", "conversations")
@@ -179,6 +180,7 @@ def with_answer(examples: Sequence[Example], refusal: str) -> list[Example]:
     """
     if not is_text(refusal):
         raise UserError("--refusal is not UTF-8 text; write it as UTF-8.")
+    check_marks("--refusal", refusal)
     if not refusal.strip():
         raise UserError("The refusal is empty; give --refusal the sentence that the model is to answer instead.")
     for example in examples:

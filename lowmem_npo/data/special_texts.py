@@ -20,12 +20,23 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
+from lowmem_npo.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 INSIDE, RENAMED = "\U0010fffd", "\U0010fffc"  # the last characters of the plane for private use
 BYTE = re.compile("<0x[0-9A-F]{2}>")
 ROLE = r"\s*\w{0,20}\s*"  # what may follow the last special token of a row that is written out: "assistant"
+
+
+def check_marks(what: str, text: str) -> None:
+    """Raises UserError for a text, called `what`, that holds a mark of ours: it would be dropped."""
+    if re.search(f"[{INSIDE}{RENAMED}]", text):
+        raise UserError(
+            f"{what} holds U+10FFFC or U+10FFFD, characters for private use that stand for something else here: remove "
+            "them."
+        )
 
 
 def trailing(text: str, texts: Sequence[str]) -> int:

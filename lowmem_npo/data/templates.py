@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.config import DataOptions
-from lowmem_npo.data.rows import is_text
 from lowmem_npo.data.schemas import PASSAGE, Example
+from lowmem_npo.data.special_texts import check_marks
 from lowmem_npo.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,13 +58,12 @@ class Template:
                 f"The template {self.text!r} must be {', '.join(FORMS)} or hold {{prompt}} exactly once, "
                 'as in "Question: {prompt}\\nAnswer:"; the answer is appended to it.'
             )
+        check_marks("The template", self.text)
+        check_marks("The system prompt", self.system or "")
 
     @classmethod
     def of(cls, options: DataOptions, stops: frozenset[int] = frozenset()) -> Template:
         """The template that the options name."""
-        for name in ("template", "prompt_template", "system"):
-            if not is_text(getattr(options, name)):
-                raise UserError(f"--{name.replace('_', '-')} is not UTF-8 text; write it as UTF-8.")
         text = options.template or "auto"
         if options.prompt_template is not None:
             if text != "auto":

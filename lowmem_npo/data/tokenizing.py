@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lowmem_npo.config import DataConfig
 from lowmem_npo.data.schemas import CALLS, Example
-from lowmem_npo.data.special_texts import INSIDE, RENAMED, SpecialTexts, trailing
+from lowmem_npo.data.special_texts import INSIDE, SpecialTexts, check_marks, trailing
 from lowmem_npo.data.templates import MARK, Template, special_tokens
 from lowmem_npo.data.tokenized_rows import IGNORE_INDEX, TokenizedRow, TokenizedRows
 from lowmem_npo.errors import UserError
@@ -105,11 +105,7 @@ class Encoder:
         has no prompt ids."""
         self.doubled = self.ended = False
         texts = [example.prompt, example.answer, example.messages, example.options]
-        if re.search(f"[{INSIDE}{RENAMED}]", json.dumps(texts, ensure_ascii=False, default=str)):
-            raise UserError(
-                f"{example.where} holds U+10FFFC or U+10FFFD, characters for private use that stand for something else "
-                "here: remove them."
-            )
+        check_marks(example.where, json.dumps(texts, ensure_ascii=False, default=str))
         prompt, answer = self._encode(example)
         self.repeated += self.doubled
         if example.continues:

@@ -7,7 +7,7 @@ import time
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lowmem_npo.data.schemas import Example
+from lowmem_npo.data.schemas import Example, with_answer
 from lowmem_npo.data.special_texts import INSIDE as OF_ROW
 from lowmem_npo.data.special_texts import SpecialTexts, trailing
 from lowmem_npo.data.templates import Template
@@ -149,6 +149,11 @@ def test_a_mark_of_our_own_in_a_row_is_refused(mark, bpe_tokenizer, chat_tokeniz
             UserError, match=r"^f.jsonl, line 7 holds U\+10FFFC or U\+10FFFD, characters for private use"
         ):
             tokenize([row], tokenizer)
+    for what, parts in (("The template", [f"{mark}{{prompt}}"]), ("The system prompt", ["auto", f"Be{mark} brief."])):
+        with pytest.raises(UserError, match=rf"^{what} holds U\+10FFFC or U\+10FFFD, characters for private use"):
+            Template(*parts)
+    with pytest.raises(UserError, match=r"^--refusal holds U\+10FFFC"):
+        with_answer([rows[0][0]], f"I do{mark} not know.")
 
 
 def test_a_mark_does_not_get_into_a_row(chat_tokenizer):
