@@ -25,7 +25,7 @@ PositiveOrZero = Annotated[float, Interval(ge=0, le=LARGEST)]
 Finite = Annotated[float, Interval(ge=-LARGEST, le=LARGEST)]
 PositiveShare = Annotated[float, Interval(gt=0, le=1)]
 Probability = Annotated[float, Interval(ge=0, lt=1)]
-TextOrNone = Annotated[str, MinLen(0)]  # which may be empty; any other text may not
+MaybeEmpty = Annotated[str, MinLen(0)]  # a text; any other may not be empty
 Automatic = Literal["auto", "on", "off"]  # auto is decided before the model is loaded, and recorded as what it became
 
 KINDS = {"int": "a whole number", "float": "a number", "string": "text", "bool": "true or false", "tuple": "a list",

@@ -17,7 +17,7 @@ from lowmem_npo.config import ModelConfig, ModelOptions, StreamOptions
 from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
 from lowmem_npo.libraries import quiet_libraries
-from lowmem_npo.ranges import Count, PositiveOrZero, Seed, TextOrNone
+from lowmem_npo.ranges import Count, MaybeEmpty, PositiveOrZero, Seed
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -57,7 +57,7 @@ class AskOptions(StreamOptions, ModelOptions):
     """Print an object with question and answers on each line, for programs."""
     template: str | None = None
     """How a question is written: chat, plain, or a text such as '{prompt}'. Default: as in the run, else auto."""
-    system: TextOrNone | None = None
+    system: MaybeEmpty | None = None
     """System prompt of a chat model. Default: as in the run."""
     max_new_tokens: Count = 256
     """The most tokens of an answer."""

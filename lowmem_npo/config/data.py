@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-from lowmem_npo.ranges import MOST, Checked, Count, TextOrNone
+from lowmem_npo.ranges import MOST, Checked, Count, MaybeEmpty
 
 PassageForm = Literal["both", "completion", "text"]
 
@@ -42,7 +42,7 @@ class DataOptions(Checked):
     {prompt} [/INST]'."""
     prompt_template: str | None = None
     """Another spelling of --template with a text."""
-    system: TextOrNone | None = None
+    system: MaybeEmpty | None = None
     """System prompt of rows that the chat template writes and that bring none."""
     passage_tokens: Annotated[int, Interval(ge=8, le=MOST)] | None = None
     """Tokens of a passage, of those into which documents are cut; each overlaps the next by half. Default: 128."""
