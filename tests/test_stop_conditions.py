@@ -105,7 +105,7 @@ def test_nothing_is_best_before_training():
         ("retain-loss+-5%", "Conditions are"),
         ("retain-loss+ten", "Conditions are"),
         ("retain-loss+10 %", "Conditions are"),
-        ("", "Conditions are"),
+        ("", "a text that is not empty"),
     ],
 )
 def test_malformed_conditions(text, message):

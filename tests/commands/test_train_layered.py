@@ -124,7 +124,7 @@ def test_micro_batches_change_nothing(whole, byte_model, tmp_path):
             "--adversary-steps 2 forgets one half while the other is taught, and a step takes more rows than that: "
             "--batch-size 10, forget rows: 18. Lower one",
         ),
-        (("--recipe", "lasting"), "--recipe lasting: --adversary-steps 20 forgets one half while the other is taught"),
+        (("--recipe", "lasting"), "--recipe lasting: --adversary-steps 15 forgets one half while the other is taught"),
         (("--recipe", "lasting", "--max-steps", 1, "--batch-size", 2), "--recipe lasting: --layered 2 needs a step"),
         (("--forget-term", "dpo"), "name its column, --alternative-column"),
         (("--forget-term", "dpo", "--alternative-column", "other"), "has no column other"),

@@ -14,7 +14,8 @@ from lowmem_npo.evaluation.leaks.registry import LeakOptions
 def test_the_demo_saves_its_leaks(small_demo):
     result, printed = small_demo
     leaks = json.loads((result.directory / "unlearned" / "leaks.json").read_text())
-    assert all(list(leaks[stage]) == ["extraction", "membership"] for stage in ("before", "after"))
+    assert list(leaks["before"]) == ["extraction", "membership"]
+    assert list(leaks["after"]) == list(leaks["gold"]) == ["extraction", "membership", "relearning"]
     before, after = leaks["before"], leaks["after"]
     assert before["extraction"]["extraction_strength"] == 1 and before["extraction"]["leaks"] is True
     assert after["extraction"]["extraction_strength"] < 0.2
@@ -22,12 +23,14 @@ def test_the_demo_saves_its_leaks(small_demo):
     assert after["extraction"]["nll"] > 20 * before["extraction"]["nll"]
     assert "(before: traces found)" in printed
     worst = leaks["worst_attack"]
-    assert [(stage, of["test"]) for stage, of in worst.items()] == [
-        (s, "extraction") for s in ("before", "after", "gold")
-    ]
-    assert worst["after"]["gold"] == worst["gold"]["value"] < 0.1 and worst["before"]["value"] == 1
+    assert (worst["before"]["test"], worst["before"]["value"], worst["after"]["test"]) == (
+        "extraction",
+        1,
+        "relearning",
+    )
+    assert worst["after"]["gold"] < 0.1 < worst["after"]["value"] and worst["gold"]["value"] < 0.1
     page = (result.directory / "unlearned" / "report.html").read_text()
-    assert "Worst attack" in page and "<small>gold 0.0" in page and "The most comes back by giving" in page
+    assert "Worst attack" in page and "<small>gold 0.0" in page and "The most comes back by teaching" in page
 
 
 def train(model, folder, *more):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from lowmem_npo.config import (
+    AdapterConfig,
     DataConfig,
     MemoryConfig,
     ModelConfig,
@@ -15,6 +16,7 @@ from lowmem_npo.config import (
     RunConfig,
     TrainingConfig,
 )
+from lowmem_npo.config import Recipe as RecipeName
 
 Device = Literal["auto", "cpu", "cuda"]
 LEAKS = (*OutputConfig.leaks, "relearning")
@@ -36,7 +38,7 @@ class Teaching:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Teaching, then unlearning with the code of `lowmem-npo train`, by its recipe `lasting`.
+    """Teaching, then unlearning with the code of `lowmem-npo train`. recipe: as --recipe.
 
     beta is not the paper's 0.5: the distance by which the answers' log-probability falls before NPO lets go of it is
     proportional to 1 / beta, and a model this small is very sure of what it recites.
@@ -44,6 +46,8 @@ class Recipe:
 
     teaching: Teaching = field(default_factory=Teaching)
     objective: ObjectiveConfig = field(default_factory=lambda: ObjectiveConfig(beta=0.2))
+    recipe: RecipeName = "lasting"
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     epochs: int = 36
     batch_size: int = 6
     retain_batch_size: int = 12
@@ -57,6 +61,7 @@ class Recipe:
             model=ModelConfig(model=str(model), dtype="float32", device=device),
             data=DataConfig(limit=self.limit),
             objective=self.objective,
+            adapter=self.adapter,
             memory=MemoryConfig(gradient_checkpointing="off", reference="live"),  # it is small
             training=TrainingConfig(
                 batch_size=self.batch_size,
@@ -64,7 +69,7 @@ class Recipe:
                 epochs=self.epochs,
                 lr=self.lr,
                 seed=seed,
-                recipe="lasting",
+                recipe=self.recipe,
             ),
             output=OutputConfig(output_dir=str(output_dir), eval_rows=10_000, eval_batch_size=32, leaks=LEAKS),
             trainer_args={"save_strategy": "no"},

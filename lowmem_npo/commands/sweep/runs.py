@@ -23,7 +23,7 @@ from lowmem_npo.commands.sweep.taught_models import TAUGHT, check_teaching, teac
 from lowmem_npo.commands.train.measuring import measure_answers
 from lowmem_npo.commands.train.plan import Inputs, RunPlan, plan_run, read_inputs
 from lowmem_npo.commands.train.run import unlearn
-from lowmem_npo.config import REFUSING_TERMS, ModelConfig
+from lowmem_npo.config import REFUSING_TERMS, DataConfig, ModelConfig
 from lowmem_npo.console import Say, silent
 from lowmem_npo.endings import ended_with, going_on
 from lowmem_npo.errors import UserError
@@ -38,7 +38,7 @@ from lowmem_npo.run_directory import EvaluationFiles, RunDirectory, RunFiles, ch
 STATE = "sweep_state.json"
 STREAMED = "--stream-weights is an option of single runs: use it with `lowmem-npo train`."
 NOT_TAUGHT: dict[str, Any] = {
-    "refusal": "",
+    "refusal": DataConfig.refusal,
     "alternative_column": None,
     "alternatives": None,
     "group_column": None,
