@@ -1,5 +1,5 @@
-"""A recipe for the demo with fewer rows and a smaller model, which forgets by plain NPO, so that leak tests have something
-to find: a few seconds. The fixture `small_demo` runs it once."""
+"""A recipe for the demo with fewer rows and a smaller model: a few seconds. It forgets by plain NPO, so that leak tests
+have something to find. The fixture `small_demo` runs it once."""
 
 from lowmem_npo.commands.demo.recipe import Recipe, Teaching
 from lowmem_npo.config import AdapterConfig
