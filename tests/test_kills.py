@@ -30,6 +30,7 @@ KINDS = {
     "train, layered": ("train", *SETTINGS, *TRAIN, "--layered", "2"),
     "train, stopping": ("train", *SETTINGS, *TRAIN, "--stop-when", "retain-loss+1000", "--eval-every", "1"),
     "train, cached": ("train", *SETTINGS, *TRAIN, "--reference", "cached"),
+    "train, quantized": ("train", *SETTINGS, *TRAIN, "--qlora"),  # with a cache beside its directory
     "train, own texts": ("train", *SETTINGS, *TRAIN, "--forget", FORGET, "--retain", "self:6"),
     "sweep": ("sweep", *SETTINGS, *TRAIN, "--grid", "gamma=0,1", "--seeds", "1", "--reference", "live"),
     "evaluate": ("evaluate", "--device", "cpu", "--limit", "3", "--max-new-tokens", "4"),
@@ -76,6 +77,8 @@ def command(byte_model, tmp_path_factory) -> Callable[[str], Command]:
 def started(kind: str, model: Path, adapter: Path | None, out: Path, **what) -> list[dict]:
     name = KINDS[kind][0]
     base = ["--model", str(model)] if adapter is None else ["--adapter", str(adapter)]
+    if "--qlora" in KINDS[kind]:
+        base += ["--quantized-cache", f"{out}-cache"]
     command = [*KINDS[kind], *base]
     resumed = command if name == "merge" else [*command, "--resume"]
     job = {"command": command, "resumed": resumed, "first": FIRST.get(name, "run.yaml"), "out": str(out)}
