@@ -310,6 +310,7 @@ def run() -> None:
         code = command([*job.command, "--output-dir", str(Path(folder) / "run")])
         sys.stdout = printed
         assert code == 0
+    job.remove()  # what it left beside `out`, such as a cache
     gc.collect()
     gc.freeze()
     json.dump(job.results(), sys.stdout)
