@@ -145,6 +145,7 @@ def load_model(
     entry = cache_entry(config)
     with PartialState().main_process_first() if in_file else nullcontext():
         if entry is not None and entry.exists():
+            entry.clear_up()
             return _from_cache(entry, config, say, on_host, None if in_file else layer_loaded)
         if not in_file:
             model = _load(config, say, on_host, layer_loaded)

@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,16 @@ class CacheEntry:
             f"--quantized-cache: '{self.path}' was made from other weights or another quantisation, or is damaged: "
             "remove it."
         )
+
+    def clear_up(self) -> None:
+        """Removes what a process has left beside it that was killed once it was in its place."""
+        if self._partial.exists():
+            with suppress(UserError, OSError), workspace(self._partial, silent):  # unless it is still in use
+                pass
+
+    @property
+    def _partial(self) -> Path:
+        return self.path.with_name(self.path.name + PARTIAL)
 
     @staticmethod
     def folder(cache: str) -> Path:
@@ -140,10 +150,9 @@ class CacheEntry:
         Raises:
             UserError: it cannot be written, or another process is writing it.
         """
-        where = self.path.with_name(self.path.name + PARTIAL)
         try:
-            with workspace(where, silent):
-                yield Writer(where / "entry", self, say)
+            with workspace(self._partial, silent):
+                yield Writer(self._partial / "entry", self, say)
         except UserError as error:
             if "is in use" not in str(error):
                 raise

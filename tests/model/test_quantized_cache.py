@@ -63,6 +63,17 @@ def test_the_second_run_has_the_same_weights_and_quantises_nothing(double_quant,
     assert fingerprint(second) == fingerprint(first) == fingerprint(plain)
 
 
+def test_what_a_killed_process_left_beside_it_is_removed(model, tmp_path):
+    """It was killed once the entry was in its place."""
+    loaded(model, cache := tmp_path / "cache")
+    (entry,) = cache.iterdir()
+    left = cache / f"{entry.name}.partial"
+    left.mkdir()
+    (left / LOCK).write_text("")
+    loaded(model, cache)
+    assert [*cache.iterdir()] == [entry]
+
+
 def test_other_weights_and_another_recipe_have_entries_of_their_own(model, tmp_path):
     cache = tmp_path / "cache"
     first, _ = loaded(model, cache)
