@@ -55,6 +55,11 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def file_in_the_way(path: Path) -> Path | None:
+    """The file that stands where `path`, or a directory above it, would be; None if it is or can be a directory."""
+    return next((part for part in (path, *path.parents) if part.exists() and not part.is_dir()), None)
+
+
 def free_bytes(path: Path) -> int:
     """Room on the disk where `path` is, or will be."""
     path = path.absolute()

@@ -13,7 +13,7 @@ import yaml
 from lowmem_npo.claim import LOCK, check_unclaimed, make_directory
 from lowmem_npo.config import KEPT_CHECKPOINTS, MemoryConfig, RunConfig
 from lowmem_npo.errors import UserError
-from lowmem_npo.files import PARTIAL, free_bytes, write_atomically
+from lowmem_npo.files import PARTIAL, file_in_the_way, free_bytes, write_atomically
 from lowmem_npo.settings_file import read_settings
 from lowmem_npo.sizes import amount
 
@@ -142,9 +142,9 @@ class RunDirectory(RunFiles):
         if self.config.output.dry_run:
             check_unclaimed(self.path)  # a run that is no dry one has claimed it
         self.check_place()
-        place = Path(self.config.memory.reference_dir or self.path)
-        if file := next((part for part in (place, *place.parents) if part.exists() and not part.is_dir()), None):
-            raise UserError(f"--reference-dir '{place}': '{file}' is a file: choose a directory.")
+        reference = self.config.memory.reference_dir
+        if reference is not None and (file := file_in_the_way(Path(reference))):
+            raise UserError(f"--reference-dir '{reference}': '{file}' is a file: choose a directory.")
         if self.config.output.resume:
             return self._check_resume()
         if self.run_yaml.exists():
@@ -200,7 +200,7 @@ def check_empty(path: Path, first: str | None = None) -> None:
 
     first: the file that is written before all others. A killed process may have left it half-written, with its lock.
     """
-    if file := next((part for part in (path, *path.parents) if part.exists() and not part.is_dir()), None):
+    if file := file_in_the_way(path):
         what = "" if file == path else f" cannot be made: '{file}'"
         raise UserError(f"--output-dir '{path}'{what} is a file: choose a directory.")
     if path.is_dir() and {file.name for file in path.iterdir()} - {LOCK, f"{first}{PARTIAL}"}:

@@ -43,7 +43,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.step import estimate
 from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers
 from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
-from lowmem_npo.memory import float32, fused, switches
+from lowmem_npo.memory import float32, fused, fused_rotary, switches
 from lowmem_npo.memory.lock_step import LockStep
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model, packs_rows
@@ -256,8 +256,8 @@ def test_switches(desk, cell, tmp_path, monkeypatch, caplog):
 def test_fused(desk, cell, monkeypatch):
     """The plain forms of the fused kernels do the work, and what they do not do is noted."""
     monkeypatch.setattr(fused, "ENGINE", "torch")
-    by_rotary, rotary = [], fused.rotary_form
-    monkeypatch.setattr(fused, "rotary_form", lambda *x: by_rotary.append(rotary(*x)) or by_rotary[-1])
+    by_rotary, rotary = [], fused_rotary.rotary_form
+    monkeypatch.setattr(fused_rotary, "rotary_form", lambda *x: by_rotary.append(rotary(*x)) or by_rotary[-1])
 
     def check():
         model, plain = (desk.loaded().requires_grad_(False) for _ in range(2))

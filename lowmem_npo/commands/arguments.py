@@ -383,8 +383,8 @@ def _flags_of_file(path: Path, ours: Sequence[str]) -> list[str]:
 
 def _lists() -> list[str]:
     """The flags that take several values."""
-    fields = [field for section in SECTIONS.values() for field in dataclasses.fields(section)]
-    return [f"--{field.name.replace('_', '-')}" for field in fields if str(field.type).startswith("tuple[")]
+    kinds = [item for section in SECTIONS.values() for item in get_type_hints(section).items()]
+    return [f"--{name.replace('_', '-')}" for name, kind in kinds if get_origin(kind) is tuple]
 
 
 def join_sources(arguments: Sequence[str]) -> list[str]:

@@ -27,13 +27,12 @@ from lowmem_npo.memory.fused import (
     GatedForm,
     PackedForm,
     activation_form,
-    fused_rotary,
     fuses,
     gated_form,
     norm_form,
     packed_form,
-    rotary_arguments,
 )
+from lowmem_npo.memory.fused_rotary import fused_rotary, rotary_arguments
 from lowmem_npo.memory.tiling import TiledForward
 from lowmem_npo.model.layers import decoder, decoder_layers
 

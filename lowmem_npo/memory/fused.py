@@ -1,4 +1,4 @@
-"""Which norm, rotary embedding or activation of a model is one that a fused kernel computes: recognised by its numbers.
+"""Which norm or activation of a model is one that a fused kernel computes: recognised by its numbers.
 
 A module is copied with small random parameters and run on a few random rows on the CPU, small ones and some so large
 that any clamp shows, and so is each form that `lowmem_kernels` knows. The form that gives its bits is the one. No list
@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from lowmem_kernels import act, glu, layer_norm, packed_glu, rms_norm, rotary
+from lowmem_kernels import act, glu, layer_norm, packed_glu, rms_norm
 from lowmem_kernels.gated_activation import ACTIVATIONS, Gate
 from lowmem_kernels.norm import LONGEST_ROW
-from lowmem_kernels.rotary_embedding import LAYOUTS, Layout
 from lowmem_kernels.rowwise import RowEngine, fused
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -74,41 +72,6 @@ class NormForm:
         if self.centered:
             return layer_norm(x, weight, bias, eps=self.eps, offset=self.offset, engine=engine)
         return rms_norm(x, weight, eps=self.eps, offset=self.offset, round_first=self.round_first, engine=engine)
-
-
-@dataclass(frozen=True)
-class RotaryForm:
-    """A rotary embedding as `rotary` computes it."""
-
-    layout: Layout
-    by_pair: bool
-    first_half: bool  # of the tables' entries is read
-    turns_back: bool  # by the negative angle (NanoChat)
-    round_once: bool
-    tokens_first: bool  # (B, S, heads, D) instead of (B, heads, S, D)
-
-    def __call__(
-        self, states: Sequence[Tensor], cos: Tensor, sin: Tensor, engine: RowEngine | None = None
-    ) -> tuple[Tensor, ...]:
-        """`states`, queries and keys or one of them, rotated."""
-        if self.first_half:
-            cos, sin = (table[..., : table.shape[-1] // 2] for table in (cos, sin))
-        if self.turns_back:
-            sin = -sin
-        if self.tokens_first:
-            states = [x.transpose(1, 2) for x in states]
-        q, k = states[0], states[1] if len(states) == 2 else None
-        how: dict[str, Any] = {"layout": self.layout, "by_pair": self.by_pair, "round_once": self.round_once}
-        rotated = [x for x in rotary(q, k, cos, sin, **how, engine=engine or ENGINE) if x is not None]
-        return tuple(x.transpose(1, 2) if self.tokens_first else x for x in rotated)
-
-
-ROTARY_FORMS = [
-    (layout, by_pair, first_half, turns_back, round_once)
-    for turns_back, round_once, layout, (by_pair, first_half) in itertools.product(
-        (False, True), (False, True), LAYOUTS, ((False, False), (True, False), (True, True))
-    )
-]
 
 
 @dataclass(frozen=True)
@@ -177,83 +140,6 @@ def activation_form(module: nn.Module) -> ActivationForm | None:
     return _remembered(_find_activation, module, ())
 
 
-def _by_complex_numbers(q: Tensor, k: Tensor, angles: Tensor) -> RotaryArguments:
-    cos, sin = torch.view_as_real(angles).unbind(-1)
-    return (q, k), cos, sin
-
-
-RotaryArguments = tuple[tuple[Tensor, ...], Tensor, Tensor]  # states, cosines, sines
-ROTARY_ARGUMENTS: dict[tuple[str, ...], Callable[..., RotaryArguments]] = {
-    ("q", "k", "cos", "sin"): lambda q, k, cos, sin: ((q, k), cos, sin),
-    ("x", "cos", "sin"): lambda x, cos, sin: ((x,), cos, sin),
-    ("tensor", "sin", "cos"): lambda x, sin, cos: ((x,), cos, sin),
-    ("xq", "xk", "freqs_cis"): _by_complex_numbers,
-}
-"""The first parameters of transformers' functions, and what they stand for."""
-
-
-def rotary_arguments(function: Any) -> tuple[str, ...] | None:
-    """Which of ROTARY_ARGUMENTS it takes; None: none of them, or nothing that could be remembered of it."""
-    return _rotary_arguments(function) if callable(function) and _has_hash(function) else None
-
-
-def _has_hash(x: Any) -> bool:
-    with contextlib.suppress(TypeError):
-        hash(x)
-        return True
-    return False
-
-
-# Every layer asks in every pass, and an inspection takes as long as a dozen operators. A model has one or two of them.
-@functools.lru_cache(maxsize=64)
-def _rotary_arguments(function: Callable[..., Any]) -> tuple[str, ...] | None:
-    try:
-        names = tuple(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
-        return None
-    return next((first for first in ROTARY_ARGUMENTS if names[: len(first)] == first), None)
-
-
-def fused_rotary(function: Callable[..., Any], args: tuple, options: Mapping[str, Any]) -> Any:
-    """What `function`, a model's rotary embedding, makes of these arguments; None if no kernel does the same."""
-    first = rotary_arguments(function)
-    if first is None or len(args) < len(first) or not all(isinstance(x, Tensor) for x in args[: len(first)]):
-        return None
-    states, cos, sin = ROTARY_ARGUMENTS[first](*args[: len(first)])
-    if not fuses(states[0]):
-        return None
-    form = rotary_form(function, states, cos, sin, args[len(first) :], options)
-    if form is None:
-        return None
-    rotated = form(states, cos, sin)
-    return rotated if len(rotated) > 1 else rotated[0]
-
-
-def rotary_form(
-    function: Callable[..., Any],
-    states: Sequence[Tensor],
-    cos: Tensor,
-    sin: Tensor,
-    others: tuple = (),
-    options: Mapping[str, Any] | None = None,
-) -> RotaryForm | None:
-    """The form of `function` on tensors such as these, if the kernels have it.
-
-    others, options: its further arguments.
-    """
-    q, options = states[0], options or {}
-    if any(x.ndim != 4 or x.dtype != q.dtype for x in states) or cos.ndim != 3 or cos.shape[0] not in (1, q.shape[0]):
-        return None
-    if not all(value is None or isinstance(value, int) for value in (*others, *options.values())):
-        return None
-    sizes = q.dtype, q.shape[-1], cos.dtype, cos.shape[-1]
-    key = (function, *sizes, others, *sorted(options.items()))
-    if key not in _known:
-        with _apart() as random:
-            _known[key] = _find_rotary(function, random, sizes, others, options) if sin.dtype == cos.dtype else None
-    return _known[key]
-
-
 _known: dict[Any, Any] = {}
 
 
@@ -262,7 +148,7 @@ def _remembered(find: Callable[..., Any], module: nn.Module, shapes: tuple) -> A
     key = (find, shapes, _settings(module), *((name, _settings(child)) for name, child in module._modules.items()
                                               if child is not None and name not in shapes))  # fmt: skip
     if key not in _known:
-        with _apart() as random:
+        with apart() as random:
             _known[key] = find(module, random, shapes)
     return _known[key]
 
@@ -276,7 +162,7 @@ def _settings(module: nn.Module) -> tuple:
 
 
 @contextlib.contextmanager
-def _apart() -> Iterator[torch.Generator]:
+def apart() -> Iterator[torch.Generator]:
     """Real values, without gradients, autocast or any effect on the random numbers of the run; some of its own."""
     with (
         _disable_current_modes(),
@@ -379,39 +265,6 @@ class _Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _find_rotary(
-    function: Callable[..., Any],
-    random: torch.Generator,
-    sizes: tuple[torch.dtype, int, torch.dtype, int],
-    others: tuple,
-    options: Mapping[str, Any],
-) -> RotaryForm | None:
-    dtype, size, table, width = sizes
-    first = rotary_arguments(function)
-    assert first is not None
-    cos, sin = (torch.randn(2, 3, width, generator=random).to(table) for _ in range(2))
-    by_name = {"cos": cos, "sin": sin}
-    if "freqs_cis" in first:
-        by_name = {"freqs_cis": torch.complex(cos, sin)}
-    names = [name for name in first if name not in by_name]
-    for tokens_first in (False, True):
-        states = [torch.randn(2, heads, 3, size, generator=random).to(dtype) for heads in (4, 2)][: len(names)]
-        if tokens_first:
-            states = [x.transpose(1, 2).contiguous() for x in states]
-        probes = []  # states, and what becomes of them: small ones, and some beyond a limit
-        with contextlib.suppress(Exception):  # a function that takes something else is not one of the forms
-            for scaled in (states, [1e3 * x for x in states]):
-                arguments = {**dict(zip(names, scaled, strict=True)), **by_name}
-                theirs = function(*(arguments[name] for name in first), *others, **options)
-                probes.append((scaled, theirs if isinstance(theirs, tuple) else (theirs,)))
-            for how in ROTARY_FORMS:
-                form = RotaryForm(*how, tokens_first)
-                with contextlib.suppress(ValueError):  # more entries than a head has
-                    if all(all(map(_alike, form(x, cos, sin, "torch"), theirs)) for x, theirs in probes):
-                        return form
-    return None
-
-
 def _twin(module: nn.Module) -> nn.Module:
     """A shallow copy, in eval mode, as the frozen base always is."""
     twin = copy.copy(module)
@@ -437,10 +290,10 @@ def _first_alike(
     if len(expected) < len(probes):
         return None
     pairs = list(zip(probes, expected, strict=True))
-    return next((form for form in forms if all(_alike(ours(form, rows), values) for rows, values in pairs)), None)
+    return next((form for form in forms if all(alike(ours(form, rows), values) for rows, values in pairs)), None)
 
 
-def _alike(ours: Tensor, theirs: Tensor) -> bool:
+def alike(ours: Tensor, theirs: Tensor) -> bool:
     """In 16 bits the same but for one entry in a hundred, which may be one unit in the last place off; in float32,
     where the order of a sum shows, to a few units."""
     if ours.dtype != theirs.dtype or ours.shape != theirs.shape:

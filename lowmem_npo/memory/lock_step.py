@@ -32,11 +32,10 @@ from lowmem_npo.data.batching import RowBatch
 from lowmem_npo.errors import UserError
 from lowmem_npo.memory.checkpointing import hidden_first
 from lowmem_npo.memory.prefix import Memory, SharedPrefix, in_place, stand_ins
-from lowmem_npo.model.adapters import adapted_parts, attach_lora, reference_mode
+from lowmem_npo.model.adapters import attach_lora, reference_mode
 from lowmem_npo.model.continued import ContinuedModel
 from lowmem_npo.model.head import answer_hidden, few_tokens
 from lowmem_npo.model.layers import causal_lm, decoder_layers
-from lowmem_npo.model.modes import parts, switched
 from lowmem_npo.model.packable import Hashed, plain_attention
 from lowmem_npo.model.trial import trial_model
 
@@ -127,11 +126,8 @@ class _Visit:
     """Replaces a layer's `forward`: of the policy's pass, which runs it for both, and of the reference's after that."""
 
     def __init__(self, layer: nn.Module, memory: _Memory, is_last: bool) -> None:
-        self.forward, self.memory, self.is_last = layer.forward, memory, is_last
+        self.layer, self.forward, self.memory, self.is_last = layer, layer.forward, memory, is_last
         self._stand_in: Any = None
-        # What `reference_mode` would look for in every visit.
-        self._in_training = [module for module in parts(layer) if module.training]
-        self._adapted = adapted_parts(layer)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         memory = self.memory
@@ -139,11 +135,7 @@ class _Visit:
             return memory.result if self.is_last else self._stand_in
         hidden, *others = args = hidden_first(self.forward, args, options)
         policy = self.forward(*args, **options)
-        with (
-            torch.no_grad(),
-            switched(self._in_training, "training", False),
-            switched(self._adapted, "_disable_adapters", True),
-        ):
+        with reference_mode(self.layer):
             reference = self.forward(hidden if memory.states is None else memory.states, *others, **options)
         if self.is_last:
             memory.result = reference

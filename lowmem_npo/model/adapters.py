@@ -110,14 +110,9 @@ def original_model(model: nn.Module) -> Iterator[None]:
             model.both()
         return
     # PEFT's own `disable_adapter` looks through the model five times and prints every layer, in each step.
-    with switched(adapted_parts(model), "_disable_adapters", True):
+    adapted = [m for m in parts(model) if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    with switched([module for module in adapted if not module.disable_adapters], "_disable_adapters", True):
         yield
-
-
-def adapted_parts(model: nn.Module) -> list[nn.Module]:
-    """The modules of `model` whose adapters are on."""
-    switches = [m for m in parts(model) if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-    return [module for module in switches if not module.disable_adapters]
 
 
 @contextmanager

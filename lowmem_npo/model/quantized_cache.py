@@ -27,7 +27,7 @@ from lowmem_npo.claim import workspace
 from lowmem_npo.console import Say, silent
 from lowmem_npo.environment import package_version
 from lowmem_npo.errors import UserError
-from lowmem_npo.files import PARTIAL, free_bytes, put_in_place
+from lowmem_npo.files import PARTIAL, file_in_the_way, free_bytes, put_in_place
 from lowmem_npo.model.checkpoint import INDEX, find_checkpoint
 from lowmem_npo.model.layers import decoder_layers
 from lowmem_npo.sizes import gib
@@ -93,9 +93,8 @@ class CacheEntry:
             UserError: it is a file.
         """
         folder = Path(cache).expanduser()
-        above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-        if not above.is_dir():
-            raise UserError(f"--quantized-cache '{cache}': '{above}' is a file: choose a directory.")
+        if file := file_in_the_way(folder.absolute()):
+            raise UserError(f"--quantized-cache '{cache}': '{file}' is a file: choose a directory.")
         return folder
 
     def check_writable(self) -> None:

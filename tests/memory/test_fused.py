@@ -20,9 +20,10 @@ from transformers.models.seed_oss.modeling_seed_oss import SeedOssMLP
 from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig
 from lowmem_npo.estimate.simulator.gpu import GPU, fake_gpu
 from lowmem_npo.estimate.simulator.model import fake_model
-from lowmem_npo.memory import float32, fused
+from lowmem_npo.memory import float32, fused, fused_rotary
 from lowmem_npo.memory.float32 import LeanActivation, LeanMLP, LeanNorm, slice_float32
-from lowmem_npo.memory.fused import ActivationForm, NormForm, PackedForm, RotaryForm, gated_form, norm_form
+from lowmem_npo.memory.fused import ActivationForm, NormForm, PackedForm, gated_form, norm_form
+from lowmem_npo.memory.fused_rotary import RotaryForm
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora
 from lowmem_npo.model.layers import decoder
@@ -82,8 +83,8 @@ def test_modules_are_recognised_by_their_numbers(architecture, everywhere, monke
     model = random_model(tiny_config(architecture, 258)).bfloat16().requires_grad_(False)
     plain = copy.deepcopy(model)
     layouts = []
-    find = fused.rotary_form
-    monkeypatch.setattr(fused, "rotary_form", lambda *x: layouts.append(find(*x)) or layouts[-1])
+    find = fused_rotary.rotary_form
+    monkeypatch.setattr(fused_rotary, "rotary_form", lambda *x: layouts.append(find(*x)) or layouts[-1])
     slice_float32(model)
     replaced = [
         value
@@ -197,8 +198,8 @@ def test_a_limit_that_ordinary_values_do_not_reach_is_heeded():
         return tuple(apply_rotary_pos_emb(x, x, cos, sin)[0].clamp(-50, 50) for x in (q, k))
 
     states, tables = [torch.randn(1, 2, 3, 8) for _ in range(2)], [torch.randn(1, 3, 8) for _ in range(2)]
-    assert fused.rotary_form(apply_rotary_pos_emb, states, *tables) is not None
-    assert fused.rotary_form(clipped, states, *tables) is None
+    assert fused_rotary.rotary_form(apply_rotary_pos_emb, states, *tables) is not None
+    assert fused_rotary.rotary_form(clipped, states, *tables) is None
 
 
 def test_dropout_of_an_mlp_is_heeded_where_it_trains(everywhere):
@@ -324,11 +325,15 @@ def test_rotary_functions_are_known_by_their_parameters_and_not_kept():
         def __call__(self, q, k, cos, sin):
             return q, k
 
-    assert fused.rotary_arguments(apply_rotary_pos_emb) == ("q", "k", "cos", "sin")
-    assert fused.rotary_arguments(Unhashable()) is None and fused.rotary_arguments("rotary") is None
-    assert fused.fused_rotary(Unhashable(), tuple(torch.zeros(4, 1, 2, 3, 8)), {}) is None
+    assert fused_rotary.rotary_arguments(apply_rotary_pos_emb) == ("q", "k", "cos", "sin")
+    assert fused_rotary.rotary_arguments(Unhashable()) is None and fused_rotary.rotary_arguments("rotary") is None
+    assert fused_rotary.fused_rotary(Unhashable(), tuple(torch.zeros(4, 1, 2, 3, 8)), {}) is None
     functions = [lambda x, cos, sin: x for _ in range(200)]
-    kept, first = weakref.ref(functions[0]), fused.rotary_arguments(functions[0])
-    assert [fused.rotary_arguments(function) for function in functions] == [first] * 200 == [("x", "cos", "sin")] * 200
+    kept, first = weakref.ref(functions[0]), fused_rotary.rotary_arguments(functions[0])
+    assert (
+        [fused_rotary.rotary_arguments(function) for function in functions]
+        == [first] * 200
+        == [("x", "cos", "sin")] * 200
+    )
     del functions
     assert kept() is None
