@@ -6,6 +6,7 @@ import io
 import math
 import sys
 import time
+from contextlib import suppress
 from typing import Any, ClassVar
 
 from tqdm import tqdm
@@ -38,7 +39,8 @@ class Progress(tqdm):
         """Prints a line now, unless there has been one at this point."""
         if self.in_lines and self._line_of != self.n:
             self._line_of, Progress.printed = self.n, time.monotonic()
-            print(self.line(), file=sys.stderr, flush=True)
+            with suppress(OSError):  # a full disk behind it ends nothing
+                print(self.line(), file=sys.stderr, flush=True)
 
     def line(self) -> str:
         done, left = self.n - self.initial, self.total - self.n

@@ -64,6 +64,14 @@ def test_none_is_printed_of_what_is_not_wanted(minutes, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_line_that_cannot_be_written_ends_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.FileIO("/dev/full", "w"), write_through=True))
+    with Progress(2, "rows", "row") as bar:
+        bar.print_line()
+    with pytest.raises(OSError, match="No space left on device"):
+        print("a line", file=sys.stderr, flush=True)
+
+
 def test_a_terminal_has_a_bar(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):

@@ -29,6 +29,7 @@ ORIGINAL, UNLEARNED, MERGED = "original", "unlearned", "answer"
 BATCH_SIZE = 16
 TOGETHER = 256  # where every pass has to stream the weights
 BEGIN_ANEW = "/new"
+MOST_BYTES = 10_000_000  # of a file of questions
 
 Turn = dict[str, str]
 
@@ -259,7 +260,11 @@ def _questions(options: AskOptions) -> list[str]:
     else:
         path = Path(options.file).expanduser()
         try:
-            questions = path.read_text(encoding="utf-8-sig").splitlines()
+            with path.open("rb") as file:
+                content = file.read(MOST_BYTES + 1)
+            if len(content) > MOST_BYTES:
+                raise UserError(f"--file: '{path}' has more than {MOST_BYTES:,} bytes, which no questions have.")
+            questions = content.decode("utf-8-sig").splitlines()
         except OSError as error:
             raise UserError(f"--file: '{path}' cannot be read: {error.strerror}.") from error
         except UnicodeDecodeError as error:

@@ -147,6 +147,7 @@ def test_drawn_answers_follow_their_seed(run, facts, capsys):
         (["{empty}", "Who?"], "holds no adapter"),
         (["{run}", "Who?", "--file", "q.txt"], "given twice"),
         (["{run}", "--file", "nowhere.txt"], "nowhere.txt' cannot be read"),
+        (["{run}", "--file", "/dev/zero"], "'/dev/zero' has more than 10,000,000 bytes, which no questions have"),
         (["{run}", "--json"], "nothing to ask"),
         (["{run}", "Who?", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["{run}", "Who?", "--temperature", "-1"], "--temperature"),
