@@ -77,8 +77,7 @@ def quantising(on: torch.device | None = None) -> Iterator[list[str]]:
     until whoever is called with their layer moves them, or `to_host`.
 
     It replaces `nn.Linear` only: Falcon's own class, which computes the same, would stay as it is. It replaces layers
-    whose weight the model multiplies itself, which 4-bit weights cannot be. The first releases of version 5 read ahead,
-    and hold most of the model unquantised.
+    whose weight the model multiplies itself, which 4-bit weights cannot be.
     """
     left_as_they_are, quantise = HfQuantizer.get_modules_to_not_convert, Bnb4bitQuantize.convert
     damaged: list[str] = []
@@ -92,8 +91,7 @@ def quantising(on: torch.device | None = None) -> Iterator[list[str]]:
             if weight.is_meta:
                 continue
             if on is not None:
-                weight = weight.to(on)
-                input_dict[name] = [weight] if isinstance(value, list) else weight  # older convert() takes lists only
+                weight = input_dict[name] = weight.to(on)
             if not is_finite(weight):
                 damaged.append(name)
         return quantise(self, input_dict, *args, **kwargs)
@@ -102,7 +100,6 @@ def quantising(on: torch.device | None = None) -> Iterator[list[str]]:
         mock.patch.object(Bnb4bitQuantize, "convert", checked),
         mock.patch.object(HfQuantizer, "get_modules_to_not_convert", staticmethod(left)),
         mock.patch("transformers.models.falcon.modeling_falcon.FalconLinear", nn.Linear),
-        mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}),
     ):
         yield damaged
 

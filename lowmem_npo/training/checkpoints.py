@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerState
-from transformers.trainer_pt_utils import safe_globals
+from transformers.trainer import safe_globals
 
 from lowmem_npo.console import Say
 from lowmem_npo.files import file_sha256, write_atomically

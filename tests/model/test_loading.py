@@ -1,7 +1,6 @@
 """A model from its directory, in 4 bits and as it was saved."""
 
 import json
-import os
 import re
 import shutil
 
@@ -181,20 +180,6 @@ def test_tied_weights_are_not_missed_and_unused_ones_are_reported(tmp_path):
     load_model(ModelConfig(str(more), device="cpu"), lines.append)
     assert lines == [f"Not used by OlmoForCausalLM: value_head.weight of '{more}'."]
     assert load_config(ModelConfig(model=str(more)), lines.append) and lines[0] == lines[1]  # a dry run's
-
-
-def test_4_bit_loading_reads_one_tensor_at_a_time(saved, monkeypatch):
-    """Early releases of transformers 5 read ahead unless this is set; without quantisation they may."""
-    seen, real = [], AutoModelForCausalLM.from_pretrained
-
-    def watched(*args, **options):
-        seen.append(os.environ.get("HF_DEACTIVATE_ASYNC_LOAD"))
-        return real(*args, **options)
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
-    for qlora in (True, False):
-        load_model(ModelConfig(str(saved), qlora=qlora, device="cpu"))
-    assert seen == ["1", None] and "HF_DEACTIVATE_ASYNC_LOAD" not in os.environ
 
 
 @pytest.mark.parametrize("older", [True, False])

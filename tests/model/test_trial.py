@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from helpers.architectures import ARCHITECTURES, tiny_config
+from packaging import version
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 
 from lowmem_npo.cli import main
@@ -33,6 +34,8 @@ LARGE = {
 def known(architecture):
     if architecture not in transformers.CONFIG_MAPPING:
         pytest.skip(f"transformers {transformers.__version__} has no {architecture}")
+    if architecture == "doge" and version.parse(transformers.__version__) < version.parse("5.23"):
+        pytest.skip("its tokens see those after them in older releases (5.17.0)")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
