@@ -106,6 +106,11 @@ def _done(content: Content) -> Iterator[str]:
             f"An adapter, a small addition to the model, was trained {aim} in {audit['optimizer_steps']:,} steps. The "
             f"model's own weights were not changed.{time}"
         )
+        if (folds := content.settings.get("layered")) is not None:
+            yield (
+                f"The answers were unlearned in {folds} stages: in the first a part of them, in each further one "
+                "another part as well; what had not come yet was kept until then."
+            )
         if content.settings.get("adversary") is not None:
             yield (
                 "Before each step an attacker was trained to bring back some of the answers, and others were unlearned "

@@ -169,6 +169,10 @@ def test_membership_beside_a_reference_model_and_by_gradients(byte_model, files,
     assert evaluate(byte_model, files, *membership, *log, "--limit", "4", out="unknown") == 0
     (note,) = [note for note in content(files, "unknown")["notes"] if "mia_reference" in note]
     assert note == "mia_reference is not measured: the settings of --retained-log are not beside it."
+    (files / "gold" / "rows.jsonl").write_text('{"set": "forget", "row": 0}\n')
+    assert evaluate(byte_model, files, *membership, *log, out="without") == 0
+    (note,) = [note for note in content(files, "without")["notes"] if "mia_reference" in note]
+    assert note == "mia_reference is not measured: the evaluation of --retained-log had no --leaks membership."
     fails(capsys, evaluate(byte_model, files, "--mia-gradnorm", out="none"), "--mia-gradnorm", "--leaks membership")
 
 

@@ -28,7 +28,10 @@ def further_membership(
     if not subject.holdout:
         return figures, notes
     log = cast(TofuOptions, config).retained_log
-    if log is not None and (of_log := losses(log)):
+    of_log = losses(log) if log is not None else {}
+    if log is not None and not of_log and EvaluationFiles(Path(log).expanduser().parent).rows.exists():
+        notes.append("mia_reference is not measured: the evaluation of --retained-log had no --leaks membership.")
+    elif log is not None and of_log:
         others = differences(log, config, digests, of_leaks=False)
         known = {part: [of_log.get(part, {}).get(place) for place in of_set] for part, of_set in places.items()}
         if others == [] and all(loss is not None for of_set in known.values() for loss in of_set):

@@ -305,16 +305,18 @@ def above_holdout(value: float, level: float | None, before: float | None = None
     return True if value > WITHOUT_HOLDOUT else None
 
 
-def beside_holdout(value: float, level: float | None, before: float | None = None) -> tuple[str, str]:
+def beside_holdout(
+    value: float, level: float | None, before: float | None = None, unknown: str = NO_HOLDOUT
+) -> tuple[str, str]:
     """`value` in per cent, and the words that put the holdout's figure, or that of the model before it forgot, beside
-    it."""
+    it. unknown: why the former is not there."""
     if level is not None:
         own, never_seen = shares(value, level)
         return own, f"of answers that the model never saw, {never_seen}"
     if before is not None:
         own, earlier = shares(value, before)
-        return own, f"before it forgot, {earlier}; {NO_HOLDOUT}"
-    return shares(value)[0], NO_HOLDOUT
+        return own, f"before it forgot, {earlier}; {unknown}"
+    return shares(value)[0], unknown
 
 
 def as_holdout(figures: Mapping[str, float]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lowmem_npo.evaluation.leaks.contract import (
     HOLDOUT,
+    NO_HOLDOUT,
     Attack,
     LeakResult,
     LeakTest,
@@ -34,6 +35,7 @@ A_WORDING = Need(
     lambda subject: subject.wording is None, "it writes the rows' prompts otherwise, and only token ids are given"
 )
 ANY = "the best of all"
+NOT_SO = "the holdout cannot be asked so, and what the model gives for rows that it never saw is not known"
 
 Answers = dict[str, dict[str, list[Best | None]]]
 """Set -> way to ask -> the best answer to each row; None to one that cannot be asked so."""
@@ -80,7 +82,7 @@ class Prompting(LeakTest[Options], abstract=True):
         if "forget" not in answers:
             return LeakResult.not_measured(self.none)
         before = subject.of_original(lambda scorer: self.as_trained(scorer, subject, length, best))
-        result = judge(answers, length, before)
+        result = judge(answers, length, before, NOT_SO if "holdout" in subject.sets else NO_HOLDOUT)
         recall, answer = f"{self.name}_recall", f"{self.name}_answer"
         result.rows = {
             name: [{recall: row.recall, answer: row.sample} if row else {} for row in _best_of_all(ways)]
@@ -100,8 +102,9 @@ class Prompting(LeakTest[Options], abstract=True):
         return {way: attack for way, attack in tried.items() if attack is not None}
 
 
-def judge(answers: Answers, max_new_tokens: int, before: float | None = None) -> LeakResult:
-    """What the answers hold, in the worst way to ask. before: the recall of the model before it forgot."""
+def judge(answers: Answers, max_new_tokens: int, before: float | None = None, unknown: str = NO_HOLDOUT) -> LeakResult:
+    """What the answers hold, in the worst way to ask. before: the recall of the model before it forgot. unknown: why
+    there is no figure of the holdout, if there is none."""
     by_way = {way: _figures([row for row in rows if row]) for way, rows in answers["forget"].items()}
     for way, rows in answers.get("holdout", {}).items():
         if way in by_way:
@@ -113,10 +116,10 @@ def judge(answers: Answers, max_new_tokens: int, before: float | None = None) ->
             by_way[ANY] |= as_holdout(_figures([row for row in _best_of_all(answers["holdout"]) if row]))
     worst = max(by_way, key=lambda way: by_way[way][BEST] - by_way[way].get(HOLDOUT + BEST, 0.0))
     figures, level = by_way[worst], by_way[worst].get(HOLDOUT + BEST)
-    own, beside = beside_holdout(figures[BEST], level, before)
-    of = f" of {ways}" if ways > 1 else ""
+    own, beside = beside_holdout(figures[BEST], level, before, unknown)
+    way = f"the worst of {ways} ways" if ways > 1 else "the one way there is"
     meaning = (
-        f"Asked in the worst{of} ways ({worst}), what the model says holds {own} of a forgotten answer; "
+        f"Asked in {way} ({worst}), what the model says holds {own} of a forgotten answer; "
         f"{figures['whole']:.0%} of the answers come whole; {beside}."
     )
     counts = {"rows": figures["rows"], "ways": ways, "max_new_tokens": max_new_tokens}

@@ -58,8 +58,9 @@ class Retuning(LeakTest[RetuningOptions]):
                 attacks[f"{steps} steps on {words}, lr {lr:g}"] = outcome[steps]
 
         def told(name: str, worst: Tuned, own: str) -> str:
-            which = ", the worse of 2 attacks," if len(attacks) > 1 else ""
-            return f"After {name}{which} the model writes the last {own} of the {worst.after['rows']} forgotten answers"
+            which = ", the worse of 2 attacks" if len(attacks) > 1 else ""
+            rows = worst.after["rows"]
+            return f"After {name}{which}, the model writes the last {own} of the {rows} forgotten answers"
 
         result = tuned.judge(attacks, told)
         if not subject.retain:

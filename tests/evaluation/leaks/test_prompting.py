@@ -133,6 +133,10 @@ def test_the_best_of_a_rows_paraphrases_counts(tokenizer):
     assert result.figures["rows"] == 1 and result.figures["reworded"]["best_rouge_l_recall"] == 1.0
     assert result.figures["ways"] == 1 and ANY not in result.figures
     assert result.rows["forget"][1] == {} and result.rows["forget"][0]["rewording_answer"] == "Anna sails there"
+    assert result.meaning.startswith("Asked in the one way there is (reworded), what the model says")
+    assert "(--holdout names some)" in result.meaning
+    beside = REWORDING.measure(subject_of(tokenizer, said, rows, holdout=[{"question": "Who?", "answer": "She"}]))
+    assert "the holdout cannot be asked so, and what" in beside.meaning and "--holdout" not in beside.meaning
 
 
 def test_what_cannot_be_asked_otherwise_is_said(tokenizer):
