@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lowmem_npo.commands.arguments import check_names, parse_run
 from lowmem_npo.config import RunConfig
+from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.gpus import check_number_type, named
 from lowmem_npo.idle_options import remarks_on_idle_options
@@ -49,8 +50,10 @@ def main(arguments: Sequence[str]) -> None:
     device = device or own_device()
     if device is not None:
         check_number_type(device, config.model.dtype)
-    estimated = report(config, workload(config), device)
-    estimated.notes[:0] = filter(None, [remark(config), *remarks_on_idle_options(config)])
+    notes = [*filter(None, [remark(config)]), *remarks_on_idle_options(config)]
+    config, work = workload(config, notes.append)
+    estimated = report(config, work, device)
+    estimated.notes[:0] = notes
     print(json.dumps(estimated.as_json(), indent=1) if as_json else estimated.text())
 
 
@@ -66,11 +69,11 @@ def _take_gpu(arguments: list[str]) -> tuple[str | None, list[str]]:
     return None, arguments
 
 
-def workload(config: RunConfig) -> Workload:
-    """What the run's steps do: on the rows of the data, or on rows of --max-length tokens if no data is named.
+def workload(config: RunConfig, say: Say) -> tuple[RunConfig, Workload]:
+    """The run, and what its steps do: on the rows of the data, or on rows of --max-length tokens if no data is named.
 
     Raises:
-        UserError: data that cannot be read, rows that the model cannot take.
+        UserError: data that cannot be read, rows that the model cannot take, or that cannot be divided as asked.
     """
     from lowmem_npo.data.fit import check_fit, known_fit
     from lowmem_npo.estimate.report import Workload, architecture_of
@@ -83,7 +86,8 @@ def workload(config: RunConfig) -> Workload:
                 f"--max-length is {length}, but the model has learnt only {fit.positions} positions: give "
                 f"--max-length {fit.positions}."
             )
-        return Workload.of_length(config)
+        return config, Workload.of_length(config)
+    from lowmem_npo.commands.train.plan import fitted
     from lowmem_npo.data import prepare
     from lowmem_npo.model import load_tokenizer
     from lowmem_npo.model.stop_tokens import stop_tokens
@@ -92,4 +96,5 @@ def workload(config: RunConfig) -> Workload:
     tokenizer = load_tokenizer(config.model)
     data = prepare(tokenizer, config.data, config.objective.forget_term, stop_tokens(config.model, architecture))
     check_fit(architecture, tokenizer, [data.forget_targets, data.retain])
-    return Workload.of_data(config, planned_rows(config, data).parts)
+    config, data = fitted(config, data, say)
+    return config, Workload.of_data(config, planned_rows(config, data).parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -35,12 +36,23 @@ def sampler_of(args: NPOConfig, rows: TrainingRows) -> StepBatches:
     folds, attack_steps = rows.folds or [list(range(rows.num_forget))], 1
     if args.attack_steps:
         attack_steps = attack_length(args.attack_steps, steps, len(folds))
-        check_others(rows.num_forget, rows.folds, batch_size, attack_steps)
+    check_division(rows.num_forget, rows.folds, batch_size, steps, attack_steps if args.attack_steps else 0)
     if rows.folds is None and attack_steps == 1:
         return StepBatches(rows.num_forget, **sizes)
-    if rows.folds is not None:
-        check_folds(rows.folds, batch_size, steps)
     return LayeredBatches(folds, steps, args.layered_weight, attack_steps=attack_steps, **sizes)
+
+
+def check_division(
+    num_forget: int, folds: Sequence[Sequence[int]] | None, batch_size: int, steps: int, attack_steps: int
+) -> None:
+    """Raises a UserError as `sampler_of` does.
+
+    folds: None: all rows at once. attack_steps: for how many steps an attacker goes on; 0: there is none.
+    """
+    if folds is not None:
+        check_folds(folds, batch_size, steps)
+    if attack_steps:
+        check_others(num_forget, folds, batch_size, attack_steps)
 
 
 class EpochOfSampler(TrainerCallback):

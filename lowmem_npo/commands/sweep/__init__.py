@@ -84,10 +84,11 @@ def main(arguments: Sequence[str]) -> None:
     root, taught = config.output_dir, teaching if teaching.teach else None
     if config.output.dry_run:
         print("\n".join(str(run.directory) for run in runs))
-        if taught or evaluation:
-            quiet_libraries()
-            from lowmem_npo.commands.sweep.runs import check_more
+        quiet_libraries()
+        from lowmem_npo.commands.sweep.runs import check_more, check_rows
 
+        check_rows(runs, {})
+        if taught or evaluation:
             print("\n".join(check_more(runs, root, taught, evaluation)))
         print(f"Dry run: {len(runs)} runs. Nothing was trained or written.")
         return

@@ -21,9 +21,9 @@ from lowmem_npo.commands.sweep.options import TeachingOptions
 from lowmem_npo.commands.sweep.picture import draw_sweep
 from lowmem_npo.commands.sweep.taught_models import TAUGHT, check_teaching, teach_models
 from lowmem_npo.commands.train.measuring import measure_answers
-from lowmem_npo.commands.train.plan import Inputs, RunPlan, plan_run, read_inputs
+from lowmem_npo.commands.train.plan import Inputs, RunPlan, fitted, plan_run, read_inputs
 from lowmem_npo.commands.train.run import unlearn
-from lowmem_npo.config import REFUSING_TERMS, DataConfig, ModelConfig
+from lowmem_npo.config import REFUSING_TERMS, DataConfig, ModelConfig, RunConfig
 from lowmem_npo.console import Say, silent
 from lowmem_npo.endings import ended_with, going_on
 from lowmem_npo.errors import UserError
@@ -81,11 +81,12 @@ def _sweep_claimed(
     if teaching is not None:
         runs = [_of_model(run, root / TAUGHT) for run in runs]
     _check(runs, root, resume)
+    inputs: dict[str, Inputs] = {}
+    check_rows(untaught, inputs)
     for line in check_more(untaught, root, teaching, evaluation):
         say(line)
     state = Ledger(root / STATE)
     bases = Bases()
-    inputs: dict[str, Inputs] = {}
     gold = None
     if teaching is not None:
         config = untaught[0].config
@@ -119,6 +120,27 @@ def _sweep_claimed(
     write_results(result, root)
     draw_sweep(root / "sweep.png", result)
     return result
+
+
+def check_rows(runs: Sequence[SweepRun], inputs: dict[str, Inputs]) -> None:
+    """Raises UserError for rows that cannot be read, or divided, as one of the runs that are left to be made asks.
+
+    inputs: what runs with the same model and data read, once; it is added to.
+    """
+    for run in runs:
+        if not is_finished(run):
+            try:
+                fitted(run.config, _read_inputs(run.config, inputs, silent).data, silent)
+            except UserError as error:
+                raise UserError(f"--grid {run.point.name}: {error}" if run.point.settings else str(error)) from error
+
+
+def _read_inputs(config: RunConfig, inputs: dict[str, Inputs], say: Say) -> Inputs:
+    """Those of a run; from `inputs`, if an earlier one had the same."""
+    taught = config.objective.forget_term if config.objective.forget_term in REFUSING_TERMS else None
+    key = repr((config.model, config.data, taught))
+    inputs[key] = read_inputs(config, say, inputs.get(key))
+    return inputs[key]
 
 
 def check_more(
@@ -161,10 +183,7 @@ def _make(run: SweepRun, bases: Bases, inputs: dict[str, Inputs], say: Say) -> N
     # A run that was killed before its first checkpoint, or before it wrote anything, starts from the beginning.
     config = replace(run.config, output=replace(run.config.output, resume=files.run_yaml.exists()))
     lines: list[str] = []
-    taught = config.objective.forget_term if config.objective.forget_term in REFUSING_TERMS else None
-    key = repr((config.model, config.data, taught))
-    inputs[key] = read_inputs(config, lines.append, inputs.get(key))
-    plan = plan_run(config, inputs[key], lines.append)
+    plan = plan_run(config, _read_inputs(config, inputs, lines.append), lines.append)
     if plan.config.memory.stream_weights:  # which a budget can ask for, too
         raise UserError(STREAMED)
     files.report_json.unlink(missing_ok=True)  # that of a shorter run would mark this one as finished

@@ -32,10 +32,11 @@ from lowmem_npo.model.weights import check_has_weights
 from lowmem_npo.recipes import named_in_errors, remark
 from lowmem_npo.report.audit import check_same_adapter, check_same_rows
 from lowmem_npo.run_directory import RunDirectory, check_disk, step_of
-from lowmem_npo.training.adversary import attacker_size, check_others
+from lowmem_npo.training.adversary import attacker_size
 from lowmem_npo.training.arguments import check_trainer_args
 from lowmem_npo.training.forget_level import halved
-from lowmem_npo.training.layered import attack_length, check_folds
+from lowmem_npo.training.layered import attack_length
+from lowmem_npo.training.sampler import check_division
 from lowmem_npo.training.step_rows import num_steps
 from lowmem_npo.training.training_rows import planned_rows
 
@@ -127,9 +128,7 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
         UserError: as for `train`.
     """
     model_config, tokenizer, data = inputs
-    if config.objective.forget_level == "holdout":
-        data = halved(data)
-    config, shortened = _as_attacked(as_begun(config), data)
+    config, data = fitted(as_begun(config), data, say)
     if config.memory.stream_weights:
         check_device(resolve_device(config.model.device))
     check_has_weights(resolve_name(config.model.model, config.model.revision)[0])
@@ -155,18 +154,9 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
     if shared := shared_layers(adapted):
         say(f"The base shares {shared[0]} with another layer: the adapter works beside its base, but cannot be merged.")
     apply_switches(adapted, config.memory)  # raises if one does not fit
-    with named_in_errors(config):
-        rows = planned_rows(config, data)
-        if attack_steps:
-            check_others(rows.num_forget, rows.folds, config.training.batch_size, attack_steps)
     config, predicted = decide(config, data, model_config, say)
     directory.config = config
     plan = RunPlan(config, directory, tokenizer, data, predicted)
-    if rows.folds is not None:
-        with named_in_errors(config):
-            check_folds(rows.folds, config.training.batch_size, plan.steps)
-    if shortened is not None:
-        say(shortened)
     trained = step_of(next(iter(directory.checkpoints()), None)) if config.output.resume else 0
     if trained > plan.steps:
         raise UserError(
@@ -176,11 +166,22 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
     return plan
 
 
-def _as_attacked(config: RunConfig, data: PreparedData) -> tuple[RunConfig, str | None]:
-    """The run with as many of --adversary-steps as an attacker will take, and what is said if these are fewer."""
-    wanted, folds = config.objective.attack_steps, config.training.layered or 1
-    if (used := attack_length(wanted, steps_of(config, data), folds)) == wanted:
-        return config, None
-    where = "every stage" if folds > 1 else "the run"
-    line = f"--adversary-steps {wanted} becomes {used}, so that both halves of the rows have their turn within {where}."
-    return replace(config, objective=replace(config.objective, adversary_steps=used)), line
+def fitted(config: RunConfig, data: PreparedData, say: Say) -> tuple[RunConfig, PreparedData]:
+    """The run as its rows let it be: with as many of --adversary-steps as an attacker will take, which is said if these
+    are fewer, and under --forget-level with half of the holdout set apart.
+
+    Raises:
+        UserError: rows that cannot be divided as --layered and --adversary do it, or a holdout that cannot be halved.
+    """
+    if config.objective.forget_level == "holdout":
+        data = halved(data)
+    steps, wanted, batch_size = steps_of(config, data), config.objective.attack_steps, config.training.batch_size
+    used = attack_length(wanted, steps, config.training.layered or 1)
+    with named_in_errors(config):
+        rows = planned_rows(config, data)
+        check_division(rows.num_forget, rows.folds, batch_size, steps, used)
+    if used == wanted:
+        return config, data
+    short = "no stage is" if rows.folds else "the run is not"
+    say(f"--adversary-steps {wanted} becomes {used}: {short} long enough for two attackers of more steps.")
+    return replace(config, objective=replace(config.objective, adversary_steps=used)), data

@@ -103,16 +103,18 @@ def test_mistakes_in_the_seeds(words):
         parse_seeds(words, 42)
 
 
-def test_the_command_reports_mistakes_in_a_sentence_and_lists_its_runs(capsys, tmp_path):
+def test_the_command_reports_mistakes_in_a_sentence_and_lists_its_runs(capsys, tmp_path, byte_model):
     assert main(["sweep", "--grid", "gama=1", "--model", "m"]) == 2
     assert "did you mean --gamma" in capsys.readouterr().err
     assert main(["sweep", "--model", "m", "--grid"]) == 2
     assert "--grid needs a value" in capsys.readouterr().err
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "config.json").write_text("{}")
-    options = ["--model", str(tmp_path / "m"), "--output-dir", str(tmp_path / "o"), "--dry-run"]
+    options = ["--model", str(byte_model), "--output-dir", str(tmp_path / "o"), "--limit", "8", "--dry-run"]
     assert main(["sweep", "--seeds", "2", "--grid", "gamma=0,1", "delta=0", *options]) == 0
     printed = capsys.readouterr().out
     assert printed.count("seed-4") == 4 and "4 runs" in printed and not (tmp_path / "o").exists()
+    assert main(["sweep", "--grid", "layered=2,9", *options]) == 2  # as before the first run of a sweep
+    assert main(["sweep", "--grid", "layered=2,9", *options[:-1]]) == 2
+    error = capsys.readouterr().err
+    assert error.count("--grid layered=9: --layered 9 needs at least as many rows to forget; there are 8.") == 2
     assert main(["sweep", "--help"]) == 0
     assert "--grid" in capsys.readouterr().out
