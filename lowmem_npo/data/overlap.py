@@ -28,8 +28,13 @@ def find_overlap(forget: Sequence[Example], retain: Sequence[Example]) -> list[t
     """
     kept: dict[str, Example] = {}
     for example in retain:
-        kept.setdefault(_normalised(example), example)
-    return [(example, kept[key]) for example in forget if (key := _normalised(example)) in kept]
+        kept.setdefault(text_key(example), example)
+    return [(example, kept[key]) for example in forget if (key := text_key(example)) in kept]
+
+
+def text_key(example: Example) -> str:
+    """The same for examples of the same text, as in `find_overlap`."""
+    return _normalised(example).replace(" ", "")  # prompt and answer may be joined without one, as in Chinese
 
 
 def near_duplicates(

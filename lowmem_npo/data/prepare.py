@@ -110,6 +110,9 @@ def prepare(
         read = filter(None, own.values() if part == "forget" else ())
         report.append(f"{part}: {rows.name}, {origin(rows, result, ', or '.join(forms), set(read))}")
         report.extend(f"{part}: {note}" for note in rows.notes)
+        if part == "forget" and data.group_column and (alone := sum(one.group is None for one in result)):
+            number = f"{alone} of {len(result)} rows {'have' if alone > 1 else 'has'}"
+            report.append(f"{part}: {number} no {data.group_column}, and each of them stands alone")
         return result
 
     def tokenized(part: str, rows: Sequence[Example], drop_too_long: bool = False) -> TokenizedRows:

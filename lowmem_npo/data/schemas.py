@@ -110,6 +110,8 @@ def to_examples(
     else:
         spelled = canonical(rows)
         columns = _choose_columns(spelled, prompt_column, answer_column)
+        _check_is_another("--alternative-column", alternative, prompts=columns[0])
+        _check_is_another("--paraphrase-column", paraphrase, prompts=columns[0], answers=columns[1])
         examples = [_example(row, rows.where(index), *columns) for index, row in enumerate(spelled.rows)]
     if alternative:
         pairs = zip(examples, rows.rows, strict=True)
@@ -120,16 +122,21 @@ def to_examples(
     if group:
         pairs = zip(examples, rows.rows, strict=True)
         examples = [replace(one, group=_group(row.get(group))) for one, row in pairs]
+        if all(one.group is None for one in examples):
+            raise UserError(f"{rows.name} has no value in {group}; name another --group-column, or leave it out.")
     return examples
+
+
+def _check_is_another(option: str, named: str | None, **columns: str | None) -> None:
+    """Raises UserError for an option that names a column of the rows' own prompts or answers."""
+    for of, column in columns.items():
+        if named is not None and column is not None and named.strip().casefold() == column.strip().casefold():
+            raise UserError(f"{option} {named}: that is the column of the {of} themselves; name another, or none.")
 
 
 def _alternatives(row: dict[str, Any], column: str, example: Example) -> tuple[str, ...]:
     """A text, or a list of texts, none of which is the answer."""
-    value = row.get(column)
-    if isinstance(value, list) and value:
-        texts = tuple(_text({column: text}, column, example.where) for text in value)
-    else:
-        texts = (_text(row, column, example.where),)
+    texts = _texts(row, column, example.where)
     if example.answer in texts:
         raise UserError(f"{example.where}: {column} holds the answer itself; write another one into it.")
     return texts
@@ -139,9 +146,15 @@ def _named_paraphrases(row: dict[str, Any], column: str, example: Example) -> tu
     """One at least, as the column was named, and of a row that has a prompt."""
     if not (example.prompt or "").strip():
         raise UserError(f"{example.where} is text without a question, so {column} cannot hold it in other words.")
+    return _texts(row, column, example.where)
+
+
+def _texts(row: dict[str, Any], column: str, where: str) -> tuple[str, ...]:
+    """A text, or a list of texts, one at least."""
     value = row.get(column)
-    texts = value if isinstance(value, list) and value else [value]
-    return tuple(_text({column: text}, column, example.where) for text in texts)
+    if value == []:
+        raise UserError(f"{where}: {column} is an empty list; fill it or remove the row.")
+    return tuple(_text({column: text}, column, where) for text in (value if isinstance(value, list) else [value]))
 
 
 def _group(value: Any) -> str | None:

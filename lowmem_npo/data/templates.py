@@ -98,11 +98,9 @@ class Template:
         return turns
 
     def in_both_forms(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-        """The examples, and under `BOTH` those of them that the chat template writes once more, plain; both forms of a
-        row are in one group."""
+        """The examples, and under `BOTH` those of them that the chat template writes once more, plain."""
         if self.text != BOTH:
             return list(examples)
-        examples = [replace(one, group=one.group or one.where) for one in examples]
         chat = [one for one in examples if self.messages(one, tokenizer) is not None]
         return [*examples, *(replace(bare(one), plain=True) for one in chat if (one.prompt or "").strip())]
 

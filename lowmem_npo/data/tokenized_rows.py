@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TypedDict, overload
 
+from lowmem_npo.data.overlap import text_key
 from lowmem_npo.data.schemas import Example
 
 IGNORE_INDEX = -100  # that of lowmem_kernels, which imports PyTorch
@@ -51,6 +52,13 @@ class TokenizedRows(Sequence[TokenizedRow]):
     def __getitem__(self, index: slice) -> list[TokenizedRow]: ...
     def __getitem__(self, index):
         return self.rows[index]
+
+    @cached_property
+    def facts(self) -> list[str]:
+        """What each row says: the same of rows that are there twice, of the two forms of `--template both`, and of a
+        passage as a completion and as a text."""
+        of_row: dict[str, str] = {}
+        return [of_row.setdefault(example.where, text_key(example)) for example in self.examples]
 
     @property
     def num_tokens(self) -> int:

@@ -49,7 +49,7 @@ from lowmem_npo.memory.checkpointing import checkpointing, is_checkpointed
 from lowmem_npo.model.layers import causal_lm, decoder_layers, linear_layers
 from lowmem_npo.run_directory import AdapterFiles
 from lowmem_npo.training.step_rows import StepBatches
-from lowmem_npo.training.training_rows import names_of
+from lowmem_npo.training.training_rows import facts_of
 
 RANK, ROWS = 16, 6
 CHOICE, FACTORS = 7, 8  # streams of random numbers, beside those of layered.py
@@ -79,7 +79,7 @@ class Lesson(NamedTuple):
     ) -> Lesson:
         """parts: into which a micro-batch is divided. rows: all forget rows, with their true answers. collate: makes a
         batch of some."""
-        chosen, processes = other_rows(step_batches, step, names_of(rows)), step_batches.world_size
+        chosen, processes = other_rows(step_batches, step, facts_of(rows)), step_batches.world_size
         own = np.array_split(chosen, processes)[step_batches.rank]  # whatever the others divide their passes into
         size = math.ceil(step_batches.batch_size / (step_batches.micro_batches * parts * processes))
         shares = np.array_split(own, max(1, math.ceil(len(own) / size)))
@@ -213,15 +213,17 @@ class Adversary:
         return result + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)).to(result.dtype)
 
 
-def other_rows(step_batches: StepBatches, step: int, origins: Sequence[str] | None = None) -> list[int]:
+def other_rows(step_batches: StepBatches, step: int, facts: Sequence[str] | None = None) -> list[int]:
     """The forget rows that the attacker is taught before global step `step`: at most `ROWS`, ascending, of those that
-    are being forgotten at that time, none of which is in the step, or in any under the same attacker; if there are
-    enough, in no other form either."""
+    are being forgotten at that time, none of which is in the step, or in any under the same attacker.
+
+    facts: what each row says. Nor, if there are any others, are they rows that say the same.
+    """
     spared = set(step_batches.spared(step))
     others = [row for row in step_batches.forgotten(step) if row not in spared]
-    if origins is not None:
-        known = {origins[row] for row in spared}
-        others = [row for row in others if origins[row] not in known] or others
+    if facts is not None:
+        known = {facts[row] for row in spared}
+        others = [row for row in others if facts[row] not in known] or others
     random = np.random.default_rng([step_batches.seed, CHOICE, step])
     return sorted(random.permutation(others)[:ROWS].tolist())
 
@@ -239,18 +241,19 @@ def check_others(
     if attack_steps > 1 and (least := min(map(len, folds)) if folds else forget_rows) // 2 < batch_size:
         fold = f", forget rows in the smallest fold of --layered {len(folds)}" if folds else ", forget rows"
         raise UserError(
-            f"--adversary-steps {attack_steps} forgets one half while the other is taught, and a step takes more rows "
-            f"than that: --batch-size {batch_size}{fold}: {least}. Lower one, or leave --adversary-steps out."
+            "--adversary-steps forgets one half while the other is taught, and a step takes more rows than that: "
+            f"--batch-size {batch_size}{fold}: {least}. Lower one, or give --adversary-steps 1."
         )
     if folds is None and forget_rows <= batch_size:
         raise UserError(
             f"--adversary teaches forget rows that are not in the step, and there are none: --batch-size {batch_size}, "
-            f"forget rows: {forget_rows}. Lower --batch-size, or leave --adversary out."
+            f"forget rows: {forget_rows}. Lower --batch-size, or forget without an attacker."
         )
     if folds is not None and (first := len(folds[0])) <= batch_size:
         raise UserError(
             f"--adversary teaches forget rows that are not in the step, and there are none: --batch-size {batch_size}, "
-            f"forget rows in the first fold of --layered {len(folds)}: {first}. Lower one, or leave --adversary out."
+            f"forget rows in the first fold of --layered {len(folds)}: {first}. Lower one, or forget without an "
+            "attacker."
         )
 
 

@@ -46,8 +46,11 @@ def divide(num_forget: int, folds: int, seed: int, groups: Sequence[Hashable] | 
     for row, group in enumerate(named):
         members.setdefault(group, []).append(row)
     if len(members) < folds:
-        number = "one group" if len(members) == 1 else f"{len(members)} groups"
-        raise UserError(f"--layered {folds} divides the rows to forget by --group-column, which names {number}.")
+        number = "is one" if len(members) == 1 else f"are {len(members)}"
+        raise UserError(
+            f"--layered {folds} needs at least as many groups of rows to forget, and there {number}: rows with the "
+            "same value in --group-column stay together, and so do rows of the same text."
+        )
     order = np.random.default_rng([seed, FOLDS]).permutation(len(members))
     parts = [list(members.values())[place] for place in order]
     result: list[list[int]] = [[] for _ in range(folds)]
@@ -60,8 +63,8 @@ def check_folds(folds: Sequence[Sequence[int]], batch_size: int, steps: int) -> 
     """Raises a UserError where a fold does not fill a batch, or a stage would have no step."""
     if (least := min(map(len, folds))) < batch_size:
         raise UserError(
-            f"--layered {len(folds)} leaves a fold of {least} rows, and a step takes --batch-size {batch_size}: lower "
-            "one of them."
+            f"--layered {len(folds)} leaves a fold of {least} row{'s' * (least > 1)}, and a step takes --batch-size "
+            f"{batch_size}: lower one of them."
         )
     if steps < len(folds):
         raise UserError(f"--layered {len(folds)} needs a step for every stage; this run has {steps}.")

@@ -157,8 +157,15 @@ def names_of(rows: Sequence[TokenizedRow] | None) -> list[str] | None:
     return [example.where for example in rows.examples] if isinstance(rows, TokenizedRows) else None
 
 
+def facts_of(rows: Sequence[TokenizedRow]) -> list[str] | None:
+    """What each row says (`TokenizedRows.facts`). None if that is not known."""
+    return rows.facts if isinstance(rows, TokenizedRows) else None
+
+
 def groups_of(rows: Sequence[TokenizedRow]) -> list[Hashable] | None:
-    """What each row is about; None where no column was named that says so."""
-    if not isinstance(rows, TokenizedRows) or all(example.group is None for example in rows.examples):
+    """What each row is about, where a column says so, else what it says, which stays together: half of it would be
+    forgotten while the other half is held. None if that is not known."""
+    if not isinstance(rows, TokenizedRows):
         return None
-    return [example.group for example in rows.examples]
+    pairs = zip(rows.examples, rows.facts, strict=True)
+    return [("fact", fact) if one.group is None else ("group", one.group) for one, fact in pairs]

@@ -102,7 +102,7 @@ def test_micro_batches_change_nothing(whole, byte_model, tmp_path):
         (("--layered", 4), "--layered 4 leaves a fold of 4 rows, and a step takes --batch-size 6"),
         (("--layered", 12, "--batch-size", 1, "--max-steps", 3), "--layered 12 needs a step for every stage"),
         (("--layered", 1), "--layered must be at least 2, not 1"),
-        (("--layered", 5, "--group-column", "person"), "by --group-column, which names 3 groups"),
+        (("--layered", 5, "--group-column", "person"), "and there are 3: rows with the same value in --group-column"),
         (("--layered", 2, "--group-column", "people"), "has no column people; it has id, person, question, answer"),
         (("--layered", 2, "--layered-weight", 1.5), "--layered-weight must be at most 1, not 1.5"),
         (("--layered", 2, "--layered-weight", -1), "--layered-weight must be 0 or a positive number, not -1.0"),
@@ -121,14 +121,19 @@ def test_micro_batches_change_nothing(whole, byte_model, tmp_path):
         ),
         (
             ("--adversary", 1, "--adversary-steps", 2, "--batch-size", 10),
-            "--adversary-steps 2 forgets one half while the other is taught, and a step takes more rows than that: "
-            "--batch-size 10, forget rows: 18. Lower one",
+            "--adversary-steps forgets one half while the other is taught, and a step takes more rows than that: "
+            "--batch-size 10, forget rows: 18. Lower one, or give --adversary-steps 1.",
         ),
-        (("--recipe", "lasting"), "--recipe lasting: --adversary-steps 15 forgets one half while the other is taught"),
+        (("--recipe", "lasting"), "--recipe lasting: --adversary-steps forgets one half while the other is taught"),
         (("--recipe", "lasting", "--max-steps", 1, "--batch-size", 2), "--recipe lasting: --layered 2 needs a step"),
         (("--forget-term", "dpo"), "name its column, --alternative-column"),
         (("--forget-term", "dpo", "--alternative-column", "other"), "has no column other"),
         (("--forget-term", "dpo", "--alternative-column", "answer"), "answer holds the answer itself"),
+        (
+            ("--forget-term", "dpo", "--alternative-column", "Question"),
+            "--alternative-column question: that is the column of the prompts themselves",
+        ),
+        (("--paraphrase-column", "answer"), "answer: that is the column of the answers themselves"),
     ],
 )
 def test_bad_input_is_found_before_the_weights(options, message, byte_model, tmp_path, capsys):
@@ -141,6 +146,19 @@ def rows_with(folder, alternatives):
     path = folder / "forget.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.mark.parametrize("empty", [None, " "])
+def test_a_group_column_without_a_value_is_refused_and_rows_without_one_are_counted(
+    empty, byte_model, tmp_path, capsys
+):
+    forget = rows_with(tmp_path, [empty, empty, empty, empty])
+    options = ("--forget", forget, "--retain", "builtin", "--layered", 2, "--group-column", "other", "--batch-size", 2)
+    assert train(byte_model, tmp_path / "run", "--dry-run", *options) == 2
+    assert "forget.jsonl has no value in other; name another --group-column" in capsys.readouterr().err
+    rows_with(tmp_path, ["a", "a", empty, empty])
+    assert train(byte_model, tmp_path / "run", "--dry-run", *options) == 0
+    assert "forget: 2 of 4 rows have no other, and each of them stands alone" in capsys.readouterr().out
 
 
 SAVED = ("--batch-size", 4, "--save-steps", 1, "--save-total-limit", 9)
@@ -161,6 +179,7 @@ def test_a_run_against_an_adversary_records_it(attacked, byte_model, tmp_path):
     assert all(line["adversary_nll"] > 0 and line["adversary_gain"] > 0 for line in steps(attacked))
     report = (attacked / "report.html").read_text()
     assert "an attacker was trained to bring back some of the answers" in report
+    assert "The answers were unlearned in 2 stages: in the first a part of them" in report
     assert "others of them, without it" in report and "| adversary | `1.0` |" in card
     assert train(byte_model, tmp_path / "plain", *ATTACKED[:2], *ATTACKED[6:]) == 0
     assert not same(adapter(attacked), adapter(tmp_path / "plain"))
@@ -169,8 +188,8 @@ def test_a_run_against_an_adversary_records_it(attacked, byte_model, tmp_path):
 
 def test_fewer_steps_of_an_attacker_are_said(byte_model, tmp_path, capsys):
     for options, said in (
-        (ATTACKED, "9 becomes 2, so that both halves of the rows have their turn within every stage."),
-        (ATTACKED[2:], "9 becomes 4, so that both halves of the rows have their turn within the run."),
+        (ATTACKED, "9 becomes 2: no stage is long enough for two attackers of more steps."),
+        (ATTACKED[2:], "9 becomes 4: the run is not long enough for two attackers of more steps."),
         (("--layered", 2, "--adversary", 1, "--adversary-steps", 2, *ATTACKED[6:]), None),
     ):
         assert train(byte_model, tmp_path / "run", *options, "--dry-run") == 0
@@ -249,7 +268,7 @@ def test_another_answer_is_preferred(byte_model, tmp_path, capsys):
     [
         (None, "line 2 has no other"),
         (" ", "line 2 has an empty other"),
-        ([], "line 2: other is a list, not text"),
+        ([], "line 2: other is an empty list"),
         ([1], "line 2: other is a number, not text"),
     ],
 )

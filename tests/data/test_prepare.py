@@ -142,9 +142,8 @@ def test_rows_are_forgotten_and_kept_in_both_forms(tmp_path, chat_tokenizer):
     first, second = (list(both.alternatives)[at : at + 6] for at in (0, 6))
     assert first == [*list(chat.alternatives)[:3], *list(plain.alternatives)[:3]]
     assert second == [*list(chat.alternatives)[3:], *list(plain.alternatives)[3:]]
-    groups = [example.group for example in both.forget_trained.examples]
-    assert groups[:3] == groups[3:] and len(set(groups)) == 3, "a fact's forms are in one fold"
-    assert [example.group for example in both.forget.examples] == [None] * 3
+    facts = both.forget_trained.facts
+    assert facts[:3] == facts[3:] and len(set(facts)) == 3, "a fact's forms are in one fold"
     assert any(line.startswith("forget, in both forms: 6 rows") for line in both.report)
     assert chat.forget_trained is chat.forget
 

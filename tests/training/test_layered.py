@@ -9,9 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowmem_npo.data import TokenizedRows
+from lowmem_npo.data.schemas import PASSAGE, Example
 from lowmem_npo.errors import UserError
 from lowmem_npo.training.adversary import other_rows
 from lowmem_npo.training.layered import LATER_COPIES, LayeredBatches, check_folds, divide
+from lowmem_npo.training.step_rows import StepBatches
+from lowmem_npo.training.training_rows import groups_of
 
 SIZES = {"num_retain": 9, "batch_size": 3, "retain_batch_size": 3, "seed": 5}
 
@@ -58,8 +62,8 @@ def test_folds_are_a_division_and_keep_groups_together(rows, folds, groups, seed
 def test_what_cannot_be_divided_is_refused():
     for rows, folds, groups, message in (
         (4, 5, None, "--layered 5 needs at least as many rows to forget; there are 4"),
-        (4, 2, ["a"] * 4, "by --group-column, which names one group"),
-        (4, 3, ["a", "a", "b", "b"], "by --group-column, which names 2 groups"),
+        (4, 2, ["a"] * 4, "needs at least as many groups of rows to forget, and there is one: rows with the same"),
+        (4, 3, ["a", "a", "b", "b"], "and there are 2: rows with the same value in --group-column"),
     ):
         with pytest.raises(UserError, match=message):
             divide(rows, folds, 0, groups)
@@ -73,6 +77,24 @@ def test_what_cannot_be_divided_is_refused():
 def test_rows_without_a_group_are_groups_of_their_own():
     folds = divide(6, 3, 0, ["a", "a", None, None, None, None])
     assert sorted(map(len, folds)) == [2, 2, 2]
+
+
+def test_what_says_the_same_is_forgotten_in_one_stage_and_taught_by_no_attacker_of_it():
+    """A row that is there twice, and a passage of a document as a completion and as a text."""
+    examples = [Example("Who sees it?", "She.", "f.jsonl, line 1", "question/answer"),
+                Example("who  sees it?", "she.", "f.jsonl, line 2", "question/answer"),
+                Example("她看见", "了。", "d.txt, passage 1, second half", PASSAGE),
+                Example(None, "她看见了。", "d.txt, passage 1", "text"),
+                *(Example(None, f"Text {n}.", f"t.jsonl, line {n}", "text") for n in range(4))]  # fmt: skip
+    rows = TokenizedRows([{"input_ids": [1, 2], "labels": [1, 2], "prompt_length": 0}] * 8, examples, [0] * 8, 9)
+    for seed in range(5):
+        folds = divide(8, 2, seed, groups_of(rows))
+        assert all(len({0, 1} & set(fold)) in (0, 2) and len({2, 3} & set(fold)) in (0, 2) for fold in folds)
+        assert sorted(map(len, folds)) == [4, 4]
+    sampler = StepBatches(8, 0, 1, 0, seed=3)
+    for step in range(16):
+        if {0, 1} & set(sampler.step_rows(step)[0]):
+            assert not {0, 1} & set(other_rows(sampler, step, rows.facts))
 
 
 def test_a_stage_forgets_its_fold_most_and_the_earlier_ones_at_the_weight():
