@@ -1,9 +1,9 @@
 """The rows of `quality.py --real`: a part of TOFU or of LUME to forget, a part to retain, and a part never taught.
 
-TOFU: three authors of forget05 to forget, six of retain95 to retain, three others of
-forget05 held out, with the paraphrased and
-wrong answers that its scores need. LUME: whole documents of each of its three tasks, a third of the rows each, the
-holdout from the files of its validation split. Each row gets a column `subject`, the author or the document.
+TOFU: three authors of forget05 to forget, six of retain95 to retain, three others of forget05 held out, with the
+paraphrased and wrong answers that its scores need. LUME: whole documents of each of its three tasks, a third of the
+rows each, the holdout from the files of its validation split. Each row gets the columns `subject`, the author or the
+document, and `refusal`, which DPO prefers.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from lowmem_npo.config import ModelConfig, RunConfig
 from lowmem_npo.data import read_rows
 from lowmem_npo.errors import UserError
 
 Kind = Literal["tofu", "lume"]
 KINDS: tuple[Kind, ...] = ("tofu", "lume")
 SIZES = {"forget": 60, "retain": 120, "holdout": 60}
+REFUSAL = RunConfig(ModelConfig("any")).data.refusal
 ROWS_PER_AUTHOR = 20  # of TOFU, one author after another
 TASKS = ("Task1", "Task2", "Task3")
 SUFFIX = 3  # characters of "sc1" or "qa0", which follow the document's name in an id of LUME
@@ -35,7 +37,8 @@ def write_rows(kind: Kind, data: Path, folder: Path, sizes: dict[str, int] = SIZ
     if not all(path.exists() for path in paths.values()):
         folder.mkdir(parents=True, exist_ok=True)
         for name, rows in SELECTIONS[kind](data, sizes).items():
-            paths[name].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            lines = [json.dumps({**row, "refusal": REFUSAL}) for row in rows]
+            paths[name].write_text("\n".join(lines) + "\n", encoding="utf-8")
     return paths
 
 

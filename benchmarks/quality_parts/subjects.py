@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.quality_parts.methods import Method
-from benchmarks.quality_parts.real_rows import SIZES, UTILITY, Kind, write_rows
+from benchmarks.quality_parts.real_rows import REFUSAL, SIZES, UTILITY, Kind, write_rows
 from benchmarks.quality_parts.two_models import forget_with_two_models
 from lowmem_npo.cli import main as lowmem_npo
 from lowmem_npo.commands.arguments import parse_run
@@ -24,7 +24,7 @@ from lowmem_npo.commands.demo.teaching import make_tokenizer, taught_model
 from lowmem_npo.commands.sweep.options import TeachingOptions
 from lowmem_npo.commands.sweep.taught_models import teach_models
 from lowmem_npo.commands.train.plan import read_inputs
-from lowmem_npo.config import ModelConfig, RunConfig
+from lowmem_npo.config import RunConfig
 from lowmem_npo.data import PreparedData, Template, bundled_rows, prepare, to_examples
 from lowmem_npo.errors import UserError
 from lowmem_npo.model import load_model
@@ -33,7 +33,6 @@ from lowmem_npo.run_directory import RunFiles
 from lowmem_npo.training.forget_level import halved
 
 TAUGHT, GOLD = "taught", "gold"
-REFUSAL = RunConfig(ModelConfig("any")).data.refusal
 Model = PreTrainedModel | PeftModel
 
 

@@ -14,7 +14,7 @@ from benchmarks.shared.baselines import Baseline, Batch
 from lowmem_npo.config import RunConfig
 from lowmem_npo.data import PreparedData, TokenizedRow
 from lowmem_npo.files import PARTIAL, put_in_place
-from lowmem_npo.model import attach_lora, load_model
+from lowmem_npo.model import attach_lora, compute_autocast, load_model
 from lowmem_npo.training.step_rows import StepBatches
 
 
@@ -22,7 +22,8 @@ class TwoModels(Baseline):
     """As `Baseline`, with products in the type of the weights."""
 
     def _logits(self, batch: Batch) -> Tensor:
-        return self.policy(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        with compute_autocast(self.policy):
+            return self.policy(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
 
 
 def forget_with_two_models(config: RunConfig, data: PreparedData) -> None:

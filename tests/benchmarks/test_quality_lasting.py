@@ -22,8 +22,9 @@ from benchmarks.quality_parts.measure import ATTACKS, Attack, totals
 from benchmarks.quality_parts.methods import BASELINES, LASTING, PAPER, Method
 from benchmarks.quality_parts.pieces import Limits, Piece, make_pieces
 from benchmarks.quality_parts.real_rows import KINDS, SIZES, write_rows
-from benchmarks.quality_parts.subjects import RealSetting, demo_subject
+from benchmarks.quality_parts.subjects import RealSetting, demo_subject, real_subject
 from lowmem_npo.commands.arguments import parse_run
+from lowmem_npo.commands.train.plan import read_inputs
 from lowmem_npo.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -170,16 +171,30 @@ def test_a_whole_run_in_small(tmp_path, capsys):
     assert capsys.readouterr().out.count("made") == 3
 
 
-def test_two_models_with_full_logits_train_the_same_adapter(tmp_path):
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-3), ("bf16", 0.1)])
+def test_two_models_with_full_logits_train_the_same_adapter(dtype, tolerance, tmp_path):
     """The rows, the objective and the optimiser are ours: what differs is how they are computed."""
+    flags = ("--dtype", dtype)
     subject = demo_subject(tmp_path, lasting.QUICK, epochs=1)
     adapters = {}
-    for name, method in {"ours": Method("ours"), "two": Method("two models", two_models=True)}.items():
+    for name, method in {"ours": Method("ours", flags), "two": Method("two models", flags, two_models=True)}.items():
         subject.load(name, method, seed=1)
         adapters[name] = load_file(tmp_path / "1-epochs" / name / "seed-1" / "adapter_model.safetensors")
     assert adapters["ours"].keys() == adapters["two"].keys()
     for key, ours in adapters["ours"].items():
-        torch.testing.assert_close(adapters["two"][key], ours, rtol=0, atol=2e-3 * ours.abs().max().item())
+        assert torch.linalg.norm(adapters["two"][key] - ours) < tolerance * torch.linalg.norm(ours), key
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_way_has_the_columns_that_it_needs(kind, shared_data, byte_model, tmp_path):
+    sizes = (("forget", 6), ("retain", 6), ("holdout", 6))
+    setting = RealSetting(sizes, flags=RealSetting.flags.replace("--max-length 512", "--max-length 4096"))
+    subject = real_subject(kind, byte_model, shared_data, tmp_path, setting)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "taught").symlink_to(byte_model)
+    for way in (LASTING | PAPER | BASELINES).values():
+        data = read_inputs(subject.config(way, 0, tmp_path / "run"), lambda line: None).data
+        assert len(data.forget) == 6, way.title
 
 
 @pytest.mark.parametrize("kind", KINDS)
