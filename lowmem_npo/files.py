@@ -56,8 +56,17 @@ def _flush(path: Path) -> None:
 
 
 def file_in_the_way(path: Path) -> Path | None:
-    """The file that stands where `path`, or a directory above it, would be; None if it is or can be a directory."""
-    return next((part for part in (path, *path.parents) if part.exists() and not part.is_dir()), None)
+    """The file that stands where `path`, or a directory above it, would be, or a link to itself; None if it is or can
+    be a directory."""
+    return next((p for p in (path, *path.parents) if os.path.lexists(os.path.realpath(p)) and not p.is_dir()), None)
+
+
+def read_at_most(path: Path, most: int) -> bytes:
+    """The content of a file, a pipe or a device, and no more than one byte beyond `most`. A named pipe that nobody
+    writes into is empty; it is not waited for."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        os.set_blocking(file.fileno(), True)  # for those who write into it now
+        return file.read(most + 1)
 
 
 def free_bytes(path: Path) -> int:

@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from lowmem_npo.files import read_at_most
+
 MOST_BYTES, MOST_LEVELS = 2**20, 6
 NO_SETTINGS = "it must hold lines of the form `name: value`, as the run.yaml of a run does"
 
@@ -25,8 +27,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         OSError: it cannot be read.
         ValueError: it holds anything else; the message is a clause that begins with "it" or with a line.
     """
-    with path.open("rb") as file:
-        content = file.read(MOST_BYTES + 1)
+    content = read_at_most(path, MOST_BYTES)
     if len(content) > MOST_BYTES:
         raise ValueError("it has more than 1 MiB, which no settings have")
     try:

@@ -48,8 +48,10 @@ def data_names(source: str) -> list[str]:
 def check_data_name(name: str) -> None:
     """Raises UserError for what is neither a file or folder here, nor a name on the hub, nor `BUILTIN` or `SELF`."""
     path = Path(name).expanduser()
-    if path.exists() or name in BUILTIN or SELF.fullmatch(name):
+    if path.is_file() or path.is_dir() or name in BUILTIN or SELF.fullmatch(name):
         return
+    if path.exists():  # which cannot be read twice, or never ends
+        raise UserError(f"{name} is a pipe, a socket or a device; write what it gives into a file, and name that.")
     if kind_of(path) in FILE_KINDS:
         raise UserError(f"There is no file {name}; check the path.")
     if not HUB_NAME.fullmatch(name):
@@ -81,6 +83,12 @@ def check_model_name(name: str) -> bool:
             f"There is no directory '{name}': give a model directory, or a hub name such as allenai/OLMo-1B-hf."
         )
     return False
+
+
+def check_file(flag: str, name: str | None) -> None:
+    """Raises UserError unless the option `flag` is not given, or names a file."""
+    if name is not None and not Path(name).expanduser().is_file():
+        raise UserError(f"{flag}: there is no file '{name}'.")
 
 
 def check_adapter_name(name: str) -> None:

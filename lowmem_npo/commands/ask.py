@@ -16,6 +16,7 @@ from lowmem_npo.commands.arguments import check_inputs, parse, with_help
 from lowmem_npo.config import ModelConfig, ModelOptions, StreamOptions
 from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
+from lowmem_npo.files import read_at_most
 from lowmem_npo.libraries import quiet_libraries
 from lowmem_npo.ranges import Count, MaybeEmpty, PositiveOrZero, Seed
 
@@ -260,8 +261,7 @@ def _questions(options: AskOptions) -> list[str]:
     else:
         path = Path(options.file).expanduser()
         try:
-            with path.open("rb") as file:
-                content = file.read(MOST_BYTES + 1)
+            content = read_at_most(path, MOST_BYTES)
             if len(content) > MOST_BYTES:
                 raise UserError(f"--file: '{path}' has more than {MOST_BYTES:,} bytes, which no questions have.")
             questions = content.decode("utf-8-sig").splitlines()

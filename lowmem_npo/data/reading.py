@@ -11,7 +11,8 @@ Local files leave no copy behind in the `datasets` cache: what is to be forgotte
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable
+import os
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from importlib import resources
@@ -76,7 +77,7 @@ def _read_source(source: str, passages: Passages, columns: Collection[str]) -> R
     path = Path(source).expanduser()
     if path.is_dir():
         rows = _read_folder(source, path, passages, columns)
-    elif path.exists():
+    elif path.is_file():
         rows = _read_path(source, path, passages, columns)
     elif source in BUILTIN:
         rows = bundled_rows(BUILTIN[source])
@@ -106,8 +107,11 @@ def bundled_rows(part: str, *, limit: int | None = None) -> Rows:
 
 def _read_folder(source: str, folder: Path, passages: Passages, columns: Collection[str]) -> Rows:
     """All documents in a folder and the folders in it, by name."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_hidden(path.relative_to(folder))]
+    files = [path for path in sorted(_entries(folder)) if not _is_hidden(path.relative_to(folder))]
     names = {path: str(Path(source) / path.relative_to(folder)) for path in files}
+    for path in files:
+        if kind_of(path) in FILE_KINDS:  # it may be a link to nothing, or no file
+            check_data_name(names[path])
     in_text = {path: table_in_text(names[path], path, columns) for path in files}
     tables = [path for path in files if kind_of(path) in TABLE_KINDS or in_text[path][0]]
     documents = [path for path in files if kind_of(path) in DOCUMENT_KINDS and path not in tables]
@@ -123,6 +127,20 @@ def _read_folder(source: str, folder: Path, passages: Passages, columns: Collect
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
         notes.append(f"not read, being of other kinds: {', '.join(others[:5])}{more}")
     return Rows(rows.name, rows.rows, places=rows.places, mixed=True, notes=(*notes, *rows.notes))
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    """What is in a folder and the folders in it, but for these. A link to a folder is not followed: it may lead back.
+
+    Raises OSError for a folder that cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for where, folders, files in os.walk(folder, onerror=fail):
+        links = [name for name in folders if Path(where, name).is_symlink()]
+        yield from (Path(where, name) for name in (*files, *links))
 
 
 def _is_hidden(path: Path) -> bool:

@@ -69,9 +69,13 @@ def remove_damaged(run: RunFiles, say: Say) -> None:
 def write_digest(files: AdapterFiles) -> None:
     """Writes the hashes of a checkpoint's files so far: what a format checks by itself, if anything, is that a file is
     one of its kind, not that it belongs to this step."""
-    files_of_all = (files.weights, files.micro_batch_parts, files.adversary, *(files.path / name for name in STATE))
-    there = [file for file in files_of_all if file.exists()]
+    there = [file for file in _hashed(files) if file.exists()]
     write_atomically(files.digest, "".join(f"{file_sha256(file)}  {file.name}\n" for file in there))
+
+
+def _hashed(files: AdapterFiles) -> list[Path]:
+    states = (files.path / name for name in STATE)
+    return [files.adapter_config, files.weights, files.micro_batch_parts, files.adversary, *states]
 
 
 def _damage(files: AdapterFiles, trainer: Trainer, to_train: bool) -> str | None:
@@ -102,6 +106,8 @@ def _damage(files: AdapterFiles, trainer: Trainer, to_train: bool) -> str | None
         if files.adversary.exists() or files.adversary.name in hashes:
             checks[files.adversary] = _is_finite
         checks |= {state: lambda file: {"python", "numpy", "cpu"} <= _load(file).keys() for state in states}
+    hashed = {file.name for file in _hashed(files) if file in checks}
+    checks[files.digest] = lambda file: hashed <= hashes.keys()  # without, a damage of numbers would not be seen
     for file, is_whole in checks.items():
         if not file.is_file():
             return f"{file.name} is missing"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -148,6 +149,7 @@ def test_drawn_answers_follow_their_seed(run, facts, capsys):
         (["{run}", "Who?", "--file", "q.txt"], "given twice"),
         (["{run}", "--file", "nowhere.txt"], "nowhere.txt' cannot be read"),
         (["{run}", "--file", "/dev/zero"], "'/dev/zero' has more than 10,000,000 bytes, which no questions have"),
+        (["{run}", "--file", "{empty}/pipe"], "nothing to ask"),
         (["{run}", "--json"], "nothing to ask"),
         (["{run}", "Who?", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["{run}", "Who?", "--temperature", "-1"], "--temperature"),
@@ -156,6 +158,7 @@ def test_drawn_answers_follow_their_seed(run, facts, capsys):
 )
 def test_mistakes_end_in_one_sentence(arguments, message, run, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    os.mkfifo(tmp_path / "pipe")  # nobody writes into it
     assert main(["ask", *(a.format(run=run, empty=tmp_path) for a in arguments)]) == 2
     error = capsys.readouterr().err.splitlines()
     assert message in error[-1] and "Traceback" not in "".join(error)

@@ -25,6 +25,8 @@ MISTAKES = [
     (["train", *TRAIN, "--lr", "-1"], "--lr must be 0 or a positive number"),
     (["train", *TRAIN, "--batch-size", "many"], "must be a whole number, not 'many'"),
     (["train", *TRAIN, "--config", "nowhere.yaml"], "cannot read 'nowhere.yaml'"),
+    (["train", *TRAIN, "--config", "pipe.txt"], "'pipe.txt' cannot be used: it must hold lines"),
+    (["train", "--model", "m", "--forget", "pipe.txt", "--retain", "builtin"], "pipe.txt is a pipe, a socket or a"),
     (
         ["train", *TRAIN, "--optim", "adamw_torch_fuse"],
         "has no such value as 'adamw_torch_fuse'; did you mean adamw_torch_fused or",
@@ -51,6 +53,7 @@ MISTAKES = [
     (["sweep", "--model", "~/nowhere"], "There is no directory"),
     (["sweep", *TRAIN, "--grid", "gama=1"], "gama"),
     (["data", "nowhere.csv"], "There is no file nowhere.csv"),
+    (["data", "builtin", "/dev/zero"], "/dev/zero is a pipe, a socket or a device"),
     (["data", "--nera", "1", "builtin"], "--nera"),
     (["ask", "./nowhere", "Who?"], "There is no directory './nowhere'"),
     (["ask", "m", "--temprature", "1"], "--temprature"),
@@ -60,6 +63,7 @@ MISTAKES = [
     (["evaluate", "--adapter", "nowhere"], "There is no directory 'nowhere': --adapter"),
     (["evaluate", "--model", "m", "--members", "a.jsonl", "--nonmembers", "b.jsonl"], "There is no file a.jsonl"),
     (["evaluate", "--model", "m", "--before", "nowhere.json"], "--before: there is no file 'nowhere.json'"),
+    (["evaluate", "--model", "m", "--retained-log", "pipe.txt"], "--retained-log: there is no file 'pipe.txt'"),
     (["evaluate", "--model", "m", "--forget", "builtin", "--leaks", "extration"], "extration"),
     (["evaluate", "--model", "m", "--limt", "3"], "--limt"),
     (["evaluate"], "Nothing to evaluate"),
@@ -118,6 +122,7 @@ def answers(tmp_path_factory):
         tmp_path_factory.mktemp("a"),
     )
     (folder / "cache" / "hub").mkdir(parents=True)  # of the hub, and a directory that holds something
+    os.mkfifo(folder / "pipe.txt")  # nobody writes into it
     (folder / "frage.csv").write_text("Frage;Antwort\nWo?;Wien\n", encoding="utf-8")
     offline = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     offline |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache")}

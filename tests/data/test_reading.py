@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 
 import datasets
 import pyarrow
@@ -391,3 +392,20 @@ def test_missing_files_and_folders(tmp_path):
         read_rows(str(tmp_path))
     with pytest.raises(UserError, match="neither a file nor a hub name"):
         read_rows("tofu")
+
+
+def test_what_is_no_file(tmp_path):
+    """A pipe cannot be read twice, a device never ends; a document that a folder names is not passed over."""
+    folder = tmp_path / "letters"
+    folder.mkdir()
+    (folder / "a.txt").write_text("First.")
+    (folder / "again").symlink_to(folder)
+    assert read_rows(str(folder)).notes[1] == "not read, being of other kinds: again"
+    (folder / "b.txt").symlink_to("gone.txt")
+    with pytest.raises(UserError, match=r"There is no file .*b\.txt"):
+        read_rows(str(folder))
+    (folder / "b.txt").unlink()
+    os.mkfifo(folder / "b.txt")
+    for name in (folder, folder / "b.txt", "/dev/zero"):
+        with pytest.raises(UserError, match=r"(b\.txt|/dev/zero) is a pipe, a socket or a device; write what"):
+            read_rows(str(name))

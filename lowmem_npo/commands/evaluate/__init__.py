@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import cast
 
 from lowmem_npo.commands.arguments import check_inputs, check_names, join_sources, parse, with_help
-from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
+from lowmem_npo.evaluation.benchmarks.tofu import TofuOptions
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
 from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.libraries import quiet_libraries
-from lowmem_npo.sources import check_adapter_name
+from lowmem_npo.sources import check_adapter_name, check_file
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -23,8 +23,8 @@ def main(arguments: Sequence[str]) -> None:
     if config.adapter is not None:
         check_adapter_name(config.adapter)
     check_names(config.model, *config.named_data.values())
-    if config.before is not None and not Path(config.before).expanduser().is_file():
-        raise UserError(f"--before: there is no file '{config.before}'.")
+    check_file("--before", config.before)
+    check_file("--retained-log", cast(TofuOptions, config).retained_log)
     check_inputs(config.model, *config.named_data.values(), revision=config.revision)
     quiet_libraries()
     from lowmem_npo.commands.evaluate.run import evaluate  # late: --help need not load transformers

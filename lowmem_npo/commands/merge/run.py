@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +45,7 @@ def merge(config: MergeConfig, say: Say = print) -> Path:
         UserError: something the user can fix, in one sentence.
     """
     name, revision = resolve_base(config.adapter, config.model, config.revision, config.any_base, say)
-    out = Path(config.output_dir).expanduser().absolute()
+    out = Path(os.path.realpath(Path(config.output_dir).expanduser()))  # the merged model is not renamed onto a link
     partial = out.with_name(out.name + PARTIAL)  # until it is complete
     if partial.exists():
         with workspace(partial, say):  # removes what a killed merge has left, be it of one that was complete

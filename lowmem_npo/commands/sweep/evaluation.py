@@ -32,6 +32,7 @@ from lowmem_npo.evaluation.leaks.registry import NAMES as LEAK_NAMES
 from lowmem_npo.evaluation.leaks.worst import WORST_ATTACK
 from lowmem_npo.evaluation.settings import EvaluationConfig, EvaluationOptions
 from lowmem_npo.run_directory import AdapterFiles, EvaluationFiles, RunFiles
+from lowmem_npo.sources import check_file
 
 ALL_LEAKS = "leaks"
 # Of each benchmark and leak test; a benchmark with the name of a leak test goes by its group.
@@ -73,6 +74,7 @@ class SweepEvaluation:
         sources = EvaluationSources(**{f.name: getattr(parsed, f.name) for f in fields(EvaluationSources)})
         own = {f.name for f in fields(EvaluationSources)}
         options = {f.name: getattr(parsed, f.name) for f in fields(parsed) if f.name not in own}
+        check_file("--retained-log", options["retained_log"])
         return cls({name: NAMES[name] for name in NAMES if name in names}, leaks, sources, options), rest
 
     @property

@@ -126,6 +126,7 @@ def test_a_full_disk_and_an_interruption(tmp_path, capsys, monkeypatch):
     saved_base(tmp_path / "base")
     adapter = saved_adapter(tmp_path / "base", tmp_path / "adapter")
     usage = shutil.disk_usage(tmp_path)
+    capsys.readouterr()  # progress
     with monkeypatch.context() as small:
         small.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
         fails(capsys, merge(adapter, tmp_path / "out"), "has 1.0 MiB free")
@@ -138,7 +139,13 @@ def test_a_full_disk_and_an_interruption(tmp_path, capsys, monkeypatch):
         cut.setattr(merging, "save_file", interrupted)
         assert merge(adapter, tmp_path / "out") == 130
     assert not list(tmp_path.glob("out*"))
+    capsys.readouterr()
+    (tmp_path / "out").symlink_to("out")
+    fails(capsys, merge(adapter, tmp_path / "out"), "choose a directory")
+    (tmp_path / "out").unlink()
+    (tmp_path / "out").symlink_to("on_another_disk")
     assert merge(adapter, tmp_path / "out") == 0
+    assert (tmp_path / "on_another_disk" / "model.safetensors").exists()
 
 
 def test_the_card_names_base_and_adapter_and_what_was_found(small_demo, tmp_path):
