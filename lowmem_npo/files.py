@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 CHUNK = 2**20  # bytes read at a time
 PARTIAL = ".partial"  # at the end of a name: being written, or left by a process that was killed then
@@ -59,6 +61,14 @@ def file_in_the_way(path: Path) -> Path | None:
     """The file that stands where `path`, or a directory above it, would be, or a link to itself; None if it is or can
     be a directory."""
     return next((p for p in (path, *path.parents) if os.path.lexists(os.path.realpath(p)) and not p.is_dir()), None)
+
+
+def load_json(path: Path) -> Any:
+    """The content of a JSON file. Raises OSError, and JSONDecodeError or UnicodeDecodeError for what is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise json.JSONDecodeError("nested too deeply", "", 0) from error
 
 
 def read_at_most(path: Path, most: int) -> bytes:

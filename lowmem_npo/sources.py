@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 from lowmem_npo.errors import UserError
+from lowmem_npo.files import load_json
 from lowmem_npo.libraries import hub_problem
 
 TEXT_KINDS = (".jsonl", ".json", ".csv", ".tsv")
@@ -74,7 +75,7 @@ def check_model_name(name: str) -> bool:
         if not config_file.is_file():
             raise UserError(f"The directory '{name}' holds no model: there is no config.json in it.")
         try:
-            json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+            load_json(config_file).get("model_type")
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
             raise UserError(f"'{config_file}' is not valid JSON: {error}.") from error
         return True

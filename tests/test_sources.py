@@ -18,3 +18,10 @@ def test_a_model_is_a_directory_or_a_name(tmp_path, byte_model):
     assert check_model_name("allenai/OLMo-1B-hf") is check_model_name("gpt2") is False
     with pytest.raises(UserError, match="holds no model"):
         check_model_name(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"model_type"', b"[" * 100_000])
+def test_a_configuration_that_is_none(content, tmp_path):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match="config.json' is not valid JSON: "):
+        check_model_name(str(tmp_path))

@@ -27,7 +27,7 @@ from lowmem_npo.data import TokenizedRow
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE
 from lowmem_npo.evaluation.wording import appears, begins, rouge_l_recall
-from lowmem_npo.files import write_atomically
+from lowmem_npo.files import load_json, write_atomically
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -198,7 +198,7 @@ def read_answers(path: Path, output: OutputConfig | None = None) -> Evaluations:
     if not path.exists():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path)
         evaluations = {name: AnswerEvaluation.read(evaluation) for name, evaluation in content.items()}
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
         if output is None:

@@ -16,7 +16,7 @@ from lowmem_npo.evaluation.leaks.registry import LeakOptions
 from lowmem_npo.evaluation.result import Evaluation
 from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.settings import EvaluationConfig
-from lowmem_npo.files import file_sha256, write_atomically
+from lowmem_npo.files import file_sha256, load_json, write_atomically
 from lowmem_npo.run_directory import EvaluationFiles, check_empty
 
 THE_ADAPTER = "the adapter"  # among the digests of settings.json
@@ -60,7 +60,7 @@ class EvaluationDirectory(EvaluationFiles):
         if not self.settings.exists():
             raise UserError(f"--resume: there is no evaluation in '{self.path}'; start it without --resume.")
         try:
-            began, now = json.loads(self.settings.read_text(encoding="utf-8")), self._now()
+            began, now = load_json(self.settings), self._now()
             digests = dict(began.pop("digests"))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(f"--resume: '{self.settings}' is damaged: start the evaluation anew.") from error
@@ -142,7 +142,7 @@ def _settings_of(result: str) -> dict[str, Any] | None:
     """The settings of the evaluation.json at `result`, its digests among them; None where they cannot be read."""
     settings = EvaluationFiles(Path(result).expanduser().parent).settings
     try:
-        earlier = json.loads(settings.read_text(encoding="utf-8"))
+        earlier = load_json(settings)
         return {**earlier, "digests": dict(earlier.get("digests", {}))}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
@@ -150,5 +150,5 @@ def _settings_of(result: str) -> dict[str, Any] | None:
 
 def is_of_adapter(files: EvaluationFiles, weights: Path) -> bool:
     """Whether the evaluation in `files` measured the adapter whose weights are in the file `weights` now."""
-    settings = json.loads(files.settings.read_text(encoding="utf-8"))
+    settings = load_json(files.settings)
     return settings["digests"].get(THE_ADAPTER) == digest(weights)

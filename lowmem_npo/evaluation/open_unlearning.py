@@ -18,7 +18,6 @@ So that a table of a paper and one of ours can stand side by side. What differs 
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from math import exp
@@ -27,6 +26,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.evaluation.figures import at
+from lowmem_npo.files import load_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -148,7 +148,7 @@ def retained_min_k(path: str | None) -> float | None:
     if path is None:
         return None
     try:
-        content: Any = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        content: Any = load_json(Path(path).expanduser())
     except (OSError, ValueError):  # TOFU's own check says what is wrong with it
         return None
     ours, theirs = at(content, "open_unlearning", "mia_min_k"), at(content, "mia_min_k", "agg_value")

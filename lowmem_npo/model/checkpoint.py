@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from lowmem_npo.errors import UserError
+from lowmem_npo.files import load_json
 from lowmem_npo.model.original_olmo import Rows, is_original, is_original_tensor, native_config, native_tensors
 from lowmem_npo.sources import check_model_name
 
@@ -228,6 +229,6 @@ def _download(name: str, revision: str | None, patterns: list[str], local: bool 
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return load_json(path)
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"'{path}' cannot be read as JSON.") from error

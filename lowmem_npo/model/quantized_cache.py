@@ -27,7 +27,7 @@ from lowmem_npo.claim import workspace
 from lowmem_npo.console import Say, silent
 from lowmem_npo.environment import package_version
 from lowmem_npo.errors import UserError
-from lowmem_npo.files import PARTIAL, file_in_the_way, free_bytes, put_in_place
+from lowmem_npo.files import PARTIAL, file_in_the_way, free_bytes, load_json, put_in_place
 from lowmem_npo.model.checkpoint import INDEX, find_checkpoint
 from lowmem_npo.model.layers import decoder_layers
 from lowmem_npo.sizes import gib
@@ -65,7 +65,7 @@ class CacheEntry:
         if not self.path.exists():
             return False
         try:
-            content = json.loads((self.path / IDENTITY).read_text(encoding="utf-8"))
+            content = load_json(self.path / IDENTITY)
             if content["made_from"] == self.identity and content["sizes"] == _sizes(self.path):
                 return True
         except (OSError, ValueError, KeyError, TypeError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
+from lowmem_npo.files import load_json
 from lowmem_npo.model.names import resolve_name
 from lowmem_npo.model.patterns import check_patterns
 from lowmem_npo.model.saved_modules import in_four_bits
@@ -187,7 +187,7 @@ def _configuration(folder: str) -> dict[str, Any]:
         if not file.is_file():
             raise UserError(f"The directory '{folder}' holds no adapter: there is no {file.name} in it.")
     try:
-        content = json.loads(files.adapter_config.read_text(encoding="utf-8"))
+        content = load_json(files.adapter_config)
     except (ValueError, RecursionError) as error:
         raise UserError(f"'{files.adapter_config}' is not valid JSON: {error}.") from error
     if not isinstance(content, dict) or "peft_type" not in content:

@@ -28,7 +28,7 @@ from lowmem_npo.data import Example, PreparedData, TokenizedRows, bundled_rows, 
 from lowmem_npo.data.passages import Passages
 from lowmem_npo.environment import processors, versions
 from lowmem_npo.errors import UserError
-from lowmem_npo.files import file_sha256, write_atomically
+from lowmem_npo.files import file_sha256, load_json, write_atomically
 from lowmem_npo.model import resolve_name
 from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.names import commit_of
@@ -136,7 +136,7 @@ def read_audit(directory: Path) -> Audit | None:
     """The audit record of the run in `directory`, None if it has none. Raises UserError if it is damaged."""
     path = RunFiles(directory).audit
     try:
-        audit = json.loads(path.read_text(encoding="utf-8"))
+        audit = load_json(path)
         check_record(audit, RECORD)
         check_record(audit["forget_rows"], {"salt": str, "sha256": list[str]})
         bytes.fromhex(audit["forget_rows"]["salt"])

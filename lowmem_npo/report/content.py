@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from lowmem_npo.evaluation.figures import finite
 from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakResults
 from lowmem_npo.evaluation.leaks.measure import read_leaks
 from lowmem_npo.evaluation.leaks.worst import WORST_ATTACK, WorstAttack, retained_leaks, worst_attacks
-from lowmem_npo.files import file_sha256
+from lowmem_npo.files import file_sha256, load_json
 from lowmem_npo.ranges import shortened
 from lowmem_npo.report.audit import Audit, read_audit
 from lowmem_npo.report.figures import StagedFigure, evaluation_figures, run_figures
@@ -157,21 +156,17 @@ def _read_evaluation(files: RunFiles) -> dict[str, dict[str, Any]]:
     has_settings = evaluation.settings.is_file()
     if files.weights.is_file() and not (has_settings and is_of_adapter(evaluation, files.weights)):
         return {}  # the run was continued: these figures are of another adapter
-    settings = json.loads(evaluation.settings.read_text(encoding="utf-8")) if has_settings else {}
+    settings = load_json(evaluation.settings) if has_settings else {}
     before = settings.get("before")
     earlier = Path(before).expanduser() if before else None
-    contents = {"before": json.loads(earlier.read_text(encoding="utf-8"))} if earlier and earlier.is_file() else {}
-    return {**contents, "after": json.loads(evaluation.result.read_text(encoding="utf-8"))}
+    contents = {"before": load_json(earlier)} if earlier and earlier.is_file() else {}
+    return {**contents, "after": load_json(evaluation.result)}
 
 
 def _gold_leaks(files: RunFiles) -> LeakResults:
     """What the leak tests gave of the model that the evaluation compared with, if it did."""
     settings = files.evaluation.settings
-    return (
-        retained_leaks(json.loads(settings.read_text(encoding="utf-8")).get("retained_log"))
-        if settings.is_file()
-        else {}
-    )
+    return retained_leaks(load_json(settings).get("retained_log")) if settings.is_file() else {}
 
 
 def _merged_leaks(
@@ -210,7 +205,7 @@ def _numbers_only(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_stopping(files: RunFiles) -> list[str]:
     """What ended a run under --stop-when, and the step whose adapter was kept, as a rule not the last."""
-    return [json.loads(files.stopping.read_text(encoding="utf-8"))["sentence"]] if files.stopping.is_file() else []
+    return [load_json(files.stopping)["sentence"]] if files.stopping.is_file() else []
 
 
 def _notes(metrics: list[Metrics], audit: Audit | None) -> list[str]:

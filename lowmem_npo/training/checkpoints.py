@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import safe_globals
 
 from lowmem_npo.console import Say
-from lowmem_npo.files import file_sha256, write_atomically
+from lowmem_npo.files import file_sha256, load_json, write_atomically
 from lowmem_npo.model.adapters import adapter_weights
 from lowmem_npo.run_directory import AdapterFiles, RunFiles, step_of
 
@@ -86,7 +86,7 @@ def _damage(files: AdapterFiles, trainer: Trainer, to_train: bool) -> str | None
     hashes = _hashes(files.digest)
     checks: dict[Path, Callable[[Path], bool]] = {
         files.trainer_state: lambda file: TrainerState.load_from_json(str(file)).global_step == step_of(files.path),
-        files.adapter_config: lambda file: isinstance(json.loads(file.read_text(encoding="utf-8")), dict),
+        files.adapter_config: lambda file: isinstance(load_json(file), dict),
         files.weights: lambda file: _is_adapter(file, trainer.model),
     }
     if to_train:

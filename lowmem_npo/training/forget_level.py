@@ -21,7 +21,7 @@ from peft import PeftModel
 from lowmem_npo.data import PreparedData, TokenizedRows
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
-from lowmem_npo.files import write_atomically
+from lowmem_npo.files import load_json, write_atomically
 from lowmem_npo.model import reference_mode
 
 SEED = 0  # the halves do not depend on --seed, so that runs with several seeds can be compared
@@ -66,7 +66,7 @@ def run_levels(path: Path, model: PeftModel, data: PreparedData, batch_size: int
         UserError: the model gives no finite numbers.
     """
     if not fresh and path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))["levels"]
+        return load_json(path)["levels"]
     assert data.level_rows is not None
     with reference_mode(model):
         sets = {"forget": data.forget_trained, "holdout": data.level_rows}

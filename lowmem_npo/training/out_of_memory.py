@@ -18,7 +18,7 @@ from torch import Tensor
 from lowmem_npo.console import Say
 from lowmem_npo.data.batching import Batch, Pick
 from lowmem_npo.endings import is_out_of_memory
-from lowmem_npo.files import write_atomically
+from lowmem_npo.files import load_json, write_atomically
 from lowmem_npo.memory.exhausted import RandomState, release_memory
 from lowmem_npo.run_directory import AdapterFiles
 
@@ -108,6 +108,6 @@ class DividedSteps:
         """Goes on as in a checkpoint, unless the micro-batches or the processes are others now."""
         if not files.micro_batch_parts.exists():
             return
-        saved = json.loads(files.micro_batch_parts.read_text(encoding="utf-8"))
+        saved = load_json(files.micro_batch_parts)
         if saved["micro_batch"] == self._size and len(saved["parts"]) == processes:
             self.parts = saved["parts"][rank]

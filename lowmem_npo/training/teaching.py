@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from lowmem_npo.claim import make_directory
 from lowmem_npo.data import TokenizedRow
-from lowmem_npo.files import PARTIAL, put_in_place, write_atomically
+from lowmem_npo.files import PARTIAL, load_json, put_in_place, write_atomically
 from lowmem_npo.progress import Progress
 
 STAMP = "made_from.json"  # in the directory of a finished model: what it was made from
@@ -106,7 +106,7 @@ def _labelled(row: TokenizedRow) -> int:
 def made_from(directory: Path) -> dict[str, Any] | None:
     """What the model in `directory` was made from; None: there is no finished one."""
     stamp = directory / STAMP
-    return json.loads(stamp.read_text(encoding="utf-8")) if stamp.is_file() else None
+    return load_json(stamp) if stamp.is_file() else None
 
 
 @contextmanager

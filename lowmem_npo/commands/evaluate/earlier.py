@@ -13,6 +13,7 @@ from lowmem_npo.evaluation.benchmarks.plain import PLAIN
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.directory import incomparable_sets
 from lowmem_npo.evaluation.settings import EvaluationConfig
+from lowmem_npo.files import load_json
 
 
 def read_earlier(config: EvaluationConfig, digests: Mapping[str, str]) -> tuple[Mapping[str, Any], list[str]]:
@@ -40,7 +41,7 @@ def read_earlier(config: EvaluationConfig, digests: Mapping[str, str]) -> tuple[
 
 def _content(path: str) -> dict[str, Any]:
     try:
-        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        content = load_json(Path(path).expanduser())
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"--before: '{path}' cannot be read as an earlier evaluation.json.") from error
     if not isinstance(content, dict) or not {"rows", "leaks", "notes"} <= set(content):

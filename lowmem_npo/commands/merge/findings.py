@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from lowmem_npo.evaluation.leaks.contract import LeakResult
 from lowmem_npo.evaluation.leaks.measure import read_leaks
 from lowmem_npo.evaluation.leaks.quantization import MERGED, QUANTIZATION
 from lowmem_npo.evaluation.leaks.relearning import RELEARNING
-from lowmem_npo.files import file_sha256
+from lowmem_npo.files import file_sha256, load_json
 from lowmem_npo.model.saved_adapter import settings_of_run
 from lowmem_npo.report.audit import read_audit
 from lowmem_npo.run_directory import RunFiles, run_of_adapter
@@ -93,7 +92,7 @@ def _known(test: str, adapter: str) -> Iterator[Finding]:
         pass
     evaluation = RunFiles(folder).evaluation
     try:
-        content = json.loads(evaluation.result.read_text(encoding="utf-8"))["leaks"][test]
+        content = load_json(evaluation.result)["leaks"][test]
         yield Finding(LeakResult.from_json(content), is_of_adapter(evaluation, weights), evaluation.result)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass

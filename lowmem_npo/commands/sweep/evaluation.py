@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
@@ -31,6 +30,7 @@ from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, LeakOptions, leak_t
 from lowmem_npo.evaluation.leaks.registry import NAMES as LEAK_NAMES
 from lowmem_npo.evaluation.leaks.worst import WORST_ATTACK
 from lowmem_npo.evaluation.settings import EvaluationConfig, EvaluationOptions
+from lowmem_npo.files import load_json
 from lowmem_npo.run_directory import AdapterFiles, EvaluationFiles, RunFiles
 from lowmem_npo.sources import check_file
 
@@ -174,7 +174,7 @@ class SweepEvaluation:
         """Every figure that is in the directory."""
         if not files.result.exists():
             return {}
-        content = json.loads(files.result.read_text(encoding="utf-8"))
+        content = load_json(files.result)
         measured: dict[Column, float] = {}
         for name, benchmark in self.benchmarks.items():
             if content.get(benchmark.name):  # an older version did not know every benchmark

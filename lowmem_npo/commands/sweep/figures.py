@@ -16,7 +16,7 @@ from typing import Any
 from lowmem_npo.commands.sweep.grid import SweepRun
 from lowmem_npo.evaluation.answer_table import FORGET, MEASURES
 from lowmem_npo.evaluation.answers import AnswerEvaluation, part_of, read_answers
-from lowmem_npo.files import write_atomically
+from lowmem_npo.files import load_json, write_atomically
 from lowmem_npo.run_directory import EvaluationFiles, RunDirectory, RunFiles
 
 
@@ -162,7 +162,7 @@ def _entry(run: SweepRun, ledger: Mapping[str, Mapping[str, Any]]) -> dict[str, 
     entry |= {"status": "done", "seconds": ledger.get(place, {}).get("seconds")}
     entry |= answer_figures(after)
     if files.stopping.exists():
-        outcome = json.loads(files.stopping.read_text(encoding="utf-8"))
+        outcome = load_json(files.stopping)
         entry |= {"kept_step": outcome["kept"]["step"], "stopped_by": " ".join(outcome["held"])}
     return {**entry, "before": answer_figures(before)}
 

@@ -30,7 +30,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answers import read_answers, save_answers, summaries
 from lowmem_npo.evaluation.leaks.registry import leak_tests
 from lowmem_npo.evaluation.settings import EvaluationConfig
-from lowmem_npo.files import write_atomically
+from lowmem_npo.files import load_json, write_atomically
 from lowmem_npo.model import load_model
 from lowmem_npo.report.files import write_report
 from lowmem_npo.run_directory import EvaluationFiles, RunDirectory, RunFiles, check_empty
@@ -316,7 +316,7 @@ class Ledger:
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = load_json(path)
         if not all(isinstance(entry, dict) for entry in entries.values()):
             raise ValueError("a run is no object")
     except (ValueError, AttributeError, RecursionError) as error:

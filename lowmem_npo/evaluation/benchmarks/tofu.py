@@ -33,6 +33,7 @@ from lowmem_npo.evaluation.leaks.worst import retained_leaks
 from lowmem_npo.evaluation.open_unlearning import retained_min_k
 from lowmem_npo.evaluation.options import Options, data_set, free
 from lowmem_npo.evaluation.wording import other_scripts
+from lowmem_npo.files import load_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -292,7 +293,7 @@ def retained_truth_ratios(path: str) -> list[float]:
     Raises UserError where the file is neither.
     """
     try:
-        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        content = load_json(Path(path).expanduser())
     except OSError as error:
         raise UserError(f"--retained-log: '{path}' cannot be read: {error.strerror}.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -22,7 +22,7 @@ from lowmem_npo.evaluation.leaks.worst import WORST_ATTACK, worst_attacks
 from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE
 from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.scoring.scorer import Scorer
-from lowmem_npo.files import write_atomically
+from lowmem_npo.files import load_json, write_atomically
 
 FEW_STEPS = 20
 
@@ -113,6 +113,6 @@ def read_leaks(path: Path) -> dict[str, LeakResults]:
     """The inverse of `write_leaks`; empty where there is no such file."""
     if not path.exists():
         return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = load_json(path)
     stages = {stage: tests for stage, tests in content.items() if stage != WORST_ATTACK}  # which follows from them
     return {stage: {n: LeakResult.from_json(r) for n, r in tests.items()} for stage, tests in stages.items()}

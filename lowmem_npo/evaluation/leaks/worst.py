@@ -8,7 +8,6 @@ else the holdout's; an attack with no level to compare is the worst only among o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from lowmem_npo.evaluation.leaks.extraction import EXTRACTION, FIGURES
 from lowmem_npo.evaluation.leaks.quantization import QUANTIZATION
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
 from lowmem_npo.evaluation.leaks.sampling import RECALL, WHOLE
+from lowmem_npo.files import load_json
 
 WORST_ATTACK = "worst_attack"  # its key in result files
 WORDS = {
@@ -111,7 +111,7 @@ def retained_leaks(path: str | None) -> LeakResults:
     if path is None:
         return {}
     try:
-        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        content = load_json(Path(path).expanduser())
         results = {name: LeakResult.from_json(result) for name, result in content["leaks"].items()}
         return {test.name: results[test.name] for test in LEAK_TESTS if test.name in results}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # TOFU's own check says why
