@@ -171,28 +171,29 @@ def test_a_whole_run_in_small(tmp_path, capsys):
     assert capsys.readouterr().out.count("made") == 3
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-3), ("bf16", 0.1)])
-def test_two_models_with_full_logits_train_the_same_adapter(dtype, tolerance, tmp_path):
+def test_two_models_with_full_logits_train_the_same_adapter(tmp_path):
     """The rows, the objective and the optimiser are ours: what differs is how they are computed."""
-    flags = ("--dtype", dtype)
     subject = demo_subject(tmp_path, lasting.QUICK, epochs=1)
-    adapters = {}
-    for name, method in {"ours": Method("ours", flags), "two": Method("two models", flags, two_models=True)}.items():
-        subject.load(name, method, seed=1)
-        adapters[name] = load_file(tmp_path / "1-epochs" / name / "seed-1" / "adapter_model.safetensors")
-    assert adapters["ours"].keys() == adapters["two"].keys()
-    for key, ours in adapters["ours"].items():
-        assert torch.linalg.norm(adapters["two"][key] - ours) < tolerance * torch.linalg.norm(ours), key
+    for dtype, tolerance in (("float32", 2e-3), ("bf16", 0.2)):
+        adapters = []
+        for name, two_models in (("ours", False), ("two", True)):
+            subject.load(f"{name}-{dtype}", Method(name, ("--dtype", dtype), two_models), seed=1)
+            adapter = tmp_path / "1-epochs" / f"{name}-{dtype}" / "seed-1" / "adapter_model.safetensors"
+            adapters.append(load_file(adapter))
+        ours, two = adapters
+        assert ours.keys() == two.keys()
+        for key, expected in ours.items():
+            assert torch.linalg.norm(two[key] - expected) < tolerance * torch.linalg.norm(expected), (dtype, key)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_way_has_the_columns_that_it_needs(kind, shared_data, byte_model, tmp_path):
+def test_every_baseline_has_the_columns_that_it_needs(kind, shared_data, byte_model, tmp_path):
     sizes = (("forget", 6), ("retain", 6), ("holdout", 6))
     setting = RealSetting(sizes, flags=RealSetting.flags.replace("--max-length 512", "--max-length 4096"))
     subject = real_subject(kind, byte_model, shared_data, tmp_path, setting)
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "taught").symlink_to(byte_model)
-    for way in (LASTING | PAPER | BASELINES).values():
+    for way in BASELINES.values():
         data = read_inputs(subject.config(way, 0, tmp_path / "run"), lambda line: None).data
         assert len(data.forget) == 6, way.title
 
