@@ -28,10 +28,19 @@ def record(event, arguments):
 sys.addaudithook(record)
 """
 
+ALL = """
+import json, sys
+from lowmem_npo.cli import main
+
+for arguments in json.loads(sys.argv[1]):
+    assert main(arguments) == 0, arguments
+"""
+
 
 @pytest.fixture(scope="module")
 def run(byte_model, tmp_path_factory):
-    """A run on local files, with a directory for temporary files of its own and every connection recorded."""
+    """A run on local files and the commands that go with it, with a directory of their own for temporary files and
+    every connection recorded."""
     folder = tmp_path_factory.mktemp("private")
     (folder / "recording").mkdir()
     (folder / "recording" / "sitecustomize.py").write_text(RECORDS)
@@ -49,13 +58,27 @@ def run(byte_model, tmp_path_factory):
         *("--eval-rows", 3, "--allow-overlap", "--output-dir", folder / "run"),
     ]
     subprocess.run(list(map(str, command)), env=environment, check=True, capture_output=True)
+    sets = ["--forget", folder / "forget.parquet", "--retain", folder / "retain.jsonl"]
+    others = [
+        ["data", "--model", byte_model, *sets],
+        ["train", "--model", byte_model, *sets, "--allow-overlap", "--output-dir", folder / "dry", "--dry-run"],
+        ["estimate", "--model", byte_model, *sets, "--allow-overlap"],
+        ["sweep", "--model", byte_model, *sets, "--allow-overlap", "--output-dir", folder / "sweep", "--dry-run"],
+        ["evaluate", "--adapter", folder / "run", *sets, "--output-dir", folder / "evaluation"],
+        ["ask", folder / "run", "Where does person 1 live?"],
+        ["report", folder / "run"],
+        ["merge", "--adapter", folder / "run", "--output-dir", folder / "merged"],
+    ]
+    command = [sys.executable, "-c", ALL, json.dumps(others, default=str)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     subprocess.run(
         [sys.executable, "-c", "import socket; socket.getaddrinfo('localhost', 1)"], env=environment, check=True
     )  # that what is recorded would be seen
     return folder
 
 
-def test_a_local_run_makes_no_connection(run):
+def test_with_local_files_no_command_makes_a_connection(run):
     (planted,) = (run / "sockets").read_text().splitlines()
     assert "localhost" in planted
 
