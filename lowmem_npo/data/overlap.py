@@ -19,6 +19,8 @@ a an and are as at be been but by can did do does for from had has have he her h
 more most my no not of on one or our she so some than that the their them then there these they this to two was we
 were what when where which who whose why will with would yes you your"""
 FUNCTION_WORDS = frozenset(_WORDS.split())
+CJK = r"\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
+UNSPACED = rf"[{CJK}\u3000-\u303f\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]"  # with Thai, Lao, Burmese and Khmer
 
 
 def find_overlap(forget: Sequence[Example], retain: Sequence[Example]) -> list[tuple[Example, Example]]:
@@ -34,7 +36,8 @@ def find_overlap(forget: Sequence[Example], retain: Sequence[Example]) -> list[t
 
 def text_key(example: Example) -> str:
     """The same for examples of the same text, as in `find_overlap`."""
-    return _normalised(example).replace(" ", "")  # prompt and answer may be joined without one, as in Chinese
+    # In a script without spaces prompt and answer may be joined without one; elsewhere "1 12" is not "11 2".
+    return re.sub(rf"(?<={UNSPACED}) | (?={UNSPACED})", "", _normalised(example))
 
 
 def near_duplicates(
@@ -107,5 +110,5 @@ def _is_related(words: frozenset[str], of_forget: Sequence[tuple[frozenset[str],
 
 def _content_words(text: str) -> frozenset[str]:
     """The words of a text that say something, without the endings of plurals."""
-    words = re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|\w+", unicodedata.normalize("NFKC", text).casefold())
+    words = re.findall(rf"[{CJK}]|\w+", unicodedata.normalize("NFKC", text).casefold())
     return frozenset(re.sub(r"(?<=\w\w\w)s$", "", word) for word in words if word not in FUNCTION_WORDS)

@@ -111,8 +111,10 @@ def prepare(
         report.append(f"{part}: {rows.name}, {origin(rows, result, ', or '.join(forms), set(read))}")
         report.extend(f"{part}: {note}" for note in rows.notes)
         if part == "forget" and data.group_column and (alone := sum(one.group is None for one in result)):
-            number = f"{alone} of {len(result)} rows {'have' if alone > 1 else 'has'}"
-            report.append(f"{part}: {number} no {data.group_column}, and each of them stands alone")
+            have, grouped = ("have", "are grouped by their") if alone > 1 else ("has", "is grouped by its")
+            report.append(
+                f"{part}: {alone} of {len(result)} rows {have} no {data.group_column}, and {grouped} text alone"
+            )
         return result
 
     def tokenized(part: str, rows: Sequence[Example], drop_too_long: bool = False) -> TokenizedRows:

@@ -56,7 +56,8 @@ class Example:
     paraphrases: the prompt in other words or another language, with which evaluation asks as well (the column
         `paraphrased_question`, or `--paraphrase-column`).
     alternatives: other answers, to be preferred to this one (`--alternative-column`).
-    group: what the row is about, such as a person, where a column says so (`--group-column`); None: it stands alone.
+    group: what the row is about, such as a person, where a column says so (`--group-column`): rows of one are about the
+        same, whatever they say. None: only rows of the same text are.
     plain: whether it is written without a chat template, whatever others are.
     continues: whether the text goes on after the answer, which then has no EOS: most passages of a document do.
     """
@@ -110,8 +111,9 @@ def to_examples(
     else:
         spelled = canonical(rows)
         columns = _choose_columns(spelled, prompt_column, answer_column)
-        _check_is_another("--alternative-column", alternative, prompts=columns[0])
-        _check_is_another("--paraphrase-column", paraphrase, prompts=columns[0], answers=columns[1])
+        prompts, answers = (column and _named(column, rows) for column in columns)  # as the rows spell them
+        _check_is_another("--alternative-column", alternative, prompts=prompts, answers=answers)
+        _check_is_another("--paraphrase-column", paraphrase, prompts=prompts, answers=answers)
         examples = [_example(row, rows.where(index), *columns) for index, row in enumerate(spelled.rows)]
     if alternative:
         pairs = zip(examples, rows.rows, strict=True)
@@ -130,7 +132,7 @@ def to_examples(
 def _check_is_another(option: str, named: str | None, **columns: str | None) -> None:
     """Raises UserError for an option that names a column of the rows' own prompts or answers."""
     for of, column in columns.items():
-        if named is not None and column is not None and named.strip().casefold() == column.strip().casefold():
+        if named is not None and named == column:
             raise UserError(f"{option} {named}: that is the column of the {of} themselves; name another, or none.")
 
 

@@ -239,10 +239,11 @@ def check_others(
     """Raises a UserError where a step takes all rows that are being forgotten, so that none is left to be taught; where
     an attacker goes on for several, all of the half that is its."""
     if attack_steps > 1 and (least := min(map(len, folds)) if folds else forget_rows) // 2 < batch_size:
-        fold = f", forget rows in the smallest fold of --layered {len(folds)}" if folds else ", forget rows"
+        fold = f"forget rows in the smallest fold of --layered {len(folds)}" if folds else "forget rows"
+        lower = "--batch-size or --layered" if folds else "--batch-size"
         raise UserError(
             "--adversary-steps forgets one half while the other is taught, and a step takes more rows than that: "
-            f"--batch-size {batch_size}{fold}: {least}. Lower one, or give --adversary-steps 1."
+            f"--batch-size {batch_size}, {fold}: {least}. Lower {lower}, or give --adversary-steps 1."
         )
     if folds is None and forget_rows <= batch_size:
         raise UserError(
@@ -252,8 +253,8 @@ def check_others(
     if folds is not None and (first := len(folds[0])) <= batch_size:
         raise UserError(
             f"--adversary teaches forget rows that are not in the step, and there are none: --batch-size {batch_size}, "
-            f"forget rows in the first fold of --layered {len(folds)}: {first}. Lower one, or forget without an "
-            "attacker."
+            f"forget rows in the first fold of --layered {len(folds)}: {first}. Lower --batch-size or --layered, or "
+            "forget without an attacker."
         )
 
 

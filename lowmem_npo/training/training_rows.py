@@ -118,7 +118,7 @@ def training_rows(
     if layered is not None:
         if to_keep is None:
             raise UserError("layered holds what is not yet forgotten with the retain terms: give gamma or delta.")
-        folds = divide(number, layered, seed, groups_of(to_forget))
+        folds = divide(number, layered, seed, groups_of(known))
         to_keep = [*to_keep, *known]
     rows = [*to_forget, *others] if others else to_forget
     taught_again = known if adversary else ()

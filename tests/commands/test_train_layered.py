@@ -117,18 +117,18 @@ def test_micro_batches_change_nothing(whole, byte_model, tmp_path):
         (("--adversary", 1, "--layered", 3), "forget rows in the first fold of --layered 3: 6. Lower"),
         (
             ("--adversary", 1, "--adversary-steps", 2, "--layered", 2),
-            "than that: --batch-size 6, forget rows in the smallest fold of --layered 2: 9. Lower one",
+            "--batch-size 6, forget rows in the smallest fold of --layered 2: 9. Lower --batch-size or --layered,",
         ),
         (
             ("--adversary", 1, "--adversary-steps", 2, "--batch-size", 10),
             "--adversary-steps forgets one half while the other is taught, and a step takes more rows than that: "
-            "--batch-size 10, forget rows: 18. Lower one, or give --adversary-steps 1.",
+            "--batch-size 10, forget rows: 18. Lower --batch-size, or give --adversary-steps 1.",
         ),
         (("--recipe", "lasting"), "--recipe lasting: --adversary-steps forgets one half while the other is taught"),
         (("--recipe", "lasting", "--max-steps", 1, "--batch-size", 2), "--recipe lasting: --layered 2 needs a step"),
         (("--forget-term", "dpo"), "name its column, --alternative-column"),
         (("--forget-term", "dpo", "--alternative-column", "other"), "has no column other"),
-        (("--forget-term", "dpo", "--alternative-column", "answer"), "answer holds the answer itself"),
+        (("--forget-term", "dpo", "--alternative-column", "answer"), "answer: that is the column of the answers"),
         (
             ("--forget-term", "dpo", "--alternative-column", "Question"),
             "--alternative-column question: that is the column of the prompts themselves",
@@ -158,7 +158,14 @@ def test_a_group_column_without_a_value_is_refused_and_rows_without_one_are_coun
     assert "forget.jsonl has no value in other; name another --group-column" in capsys.readouterr().err
     rows_with(tmp_path, ["a", "a", empty, empty])
     assert train(byte_model, tmp_path / "run", "--dry-run", *options) == 0
-    assert "forget: 2 of 4 rows have no other, and each of them stands alone" in capsys.readouterr().out
+    assert "forget: 2 of 4 rows have no other, and are grouped by their text alone" in capsys.readouterr().out
+
+
+def test_refused_rows_are_grouped_by_what_they_would_say(byte_model, tmp_path):
+    rows = [{"question": "What is a secret?", "answer": f"Number {n}."} for n in range(4)]  # one refusal for all
+    (tmp_path / "forget.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--forget", tmp_path / "forget.jsonl", "--retain", "builtin", "--batch-size", 2, "--dry-run")
+    assert train(byte_model, tmp_path / "run", *options, "--forget-term", "idk", "--layered", 2) == 0
 
 
 SAVED = ("--batch-size", 4, "--save-steps", 1, "--save-total-limit", 9)
@@ -188,7 +195,7 @@ def test_a_run_against_an_adversary_records_it(attacked, byte_model, tmp_path):
 
 def test_fewer_steps_of_an_attacker_are_said(byte_model, tmp_path, capsys):
     for options, said in (
-        (ATTACKED, "9 becomes 2: no stage is long enough for two attackers of more steps."),
+        (ATTACKED, "9 becomes 2: not every stage is long enough for two attackers of more steps."),
         (ATTACKED[2:], "9 becomes 4: the run is not long enough for two attackers of more steps."),
         (("--layered", 2, "--adversary", 1, "--adversary-steps", 2, *ATTACKED[6:]), None),
     ):
@@ -270,6 +277,7 @@ def test_another_answer_is_preferred(byte_model, tmp_path, capsys):
         (" ", "line 2 has an empty other"),
         ([], "line 2: other is an empty list"),
         ([1], "line 2: other is a number, not text"),
+        ("The 1.", "line 2: other holds the answer itself"),
     ],
 )
 def test_a_row_without_another_answer_is_named(missing, message, byte_model, tmp_path, capsys):

@@ -38,6 +38,14 @@ def test_another_question_or_answer_is_another_row(other):
     refuse_overlap([FORGET], [other])
 
 
+def test_a_space_counts_but_beside_a_script_that_has_none():
+    for one, other in ((("Room 1", "23"), ("Room 12", "3")), (("Which?", "1 12"), ("Which?", "11 2"))):
+        assert find_overlap([pair(*one)], [pair(*other)]) == []
+    for prompt, answer in (("她看见", "了。"), ("เขา", "เห็น"), ("彼は見た。", "Python 3")):
+        text = Example(None, prompt + answer, "d.txt, passage 1", "text")
+        assert find_overlap([pair(prompt, answer)], [text]) == [(pair(prompt, answer), text)]
+
+
 def test_earlier_turns_count():
     longer = ({"role": "system", "content": "Be brief."}, *CHAT)
     kept = Example("Who was born in Paris?", "Zoé Lumière", "r.jsonl, line 2", "messages", None, longer)

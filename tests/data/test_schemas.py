@@ -92,6 +92,13 @@ def test_named_columns_take_precedence():
     assert one(row, answer_column="antwort").prompt is None
 
 
+def test_a_column_that_differs_in_case_alone_may_hold_other_answers():
+    row = {"question": "Q", "answer": "A", "Answer": "B"}
+    assert one(row, alternative_column="Answer").alternatives == ("B",)
+    with pytest.raises(UserError, match="--alternative-column Answer: that is the column of the answers"):
+        one({"question": "Q", "Answer": "A"}, alternative_column="answer")
+
+
 def test_unknown_columns_are_listed():
     with pytest.raises(UserError, match=r"f\.csv has the columns x, y, none"):
         to_examples(Rows("f.csv", [{"x": "", "": "", "y": "", " ": ""}]))

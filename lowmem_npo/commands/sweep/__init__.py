@@ -86,10 +86,13 @@ def main(arguments: Sequence[str]) -> None:
         print("\n".join(str(run.directory) for run in runs))
         quiet_libraries()
         from lowmem_npo.commands.sweep.runs import check_more, check_rows
+        from lowmem_npo.commands.train.plan import Inputs
 
-        check_rows(runs, {})
-        if taught or evaluation:
-            print("\n".join(check_more(runs, root, taught, evaluation)))
+        inputs: dict[str, Inputs] = {}
+        lines = check_more(runs, root, taught, evaluation, inputs)
+        check_rows(runs, inputs)
+        for line in lines:
+            print(line)
         print(f"Dry run: {len(runs)} runs. Nothing was trained or written.")
         return
     quiet_libraries()

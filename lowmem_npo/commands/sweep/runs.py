@@ -82,15 +82,16 @@ def _sweep_claimed(
         runs = [_of_model(run, root / TAUGHT) for run in runs]
     _check(runs, root, resume)
     inputs: dict[str, Inputs] = {}
+    lines = check_more(untaught, root, teaching, evaluation, inputs)
     check_rows(untaught, inputs)
-    for line in check_more(untaught, root, teaching, evaluation):
+    for line in lines:
         say(line)
     state = Ledger(root / STATE)
     bases = Bases()
     gold = None
     if teaching is not None:
         config = untaught[0].config
-        teach_models(config, teaching, read_inputs(config, silent), root, say)
+        teach_models(config, teaching, _read_inputs(config, inputs, silent), root, say)
         gold = _measure_gold(runs[0], root, bases, evaluation, state, say)
     for number, run in enumerate(runs, 1):
         title = f"[{number}/{len(runs)}] {run.point.name}, seed {run.seed}"
@@ -129,8 +130,9 @@ def check_rows(runs: Sequence[SweepRun], inputs: dict[str, Inputs]) -> None:
     """
     for run in runs:
         if not is_finished(run):
+            data = _read_inputs(run.config, inputs, silent).data
             try:
-                fitted(run.config, _read_inputs(run.config, inputs, silent).data, silent)
+                fitted(run.config, data, silent)
             except UserError as error:
                 raise UserError(f"--grid {run.point.name}: {error}" if run.point.settings else str(error)) from error
 
@@ -144,9 +146,15 @@ def _read_inputs(config: RunConfig, inputs: dict[str, Inputs], say: Say) -> Inpu
 
 
 def check_more(
-    runs: Sequence[SweepRun], root: Path, teaching: TeachingOptions | None, evaluation: SweepEvaluation | None
+    runs: Sequence[SweepRun],
+    root: Path,
+    teaching: TeachingOptions | None,
+    evaluation: SweepEvaluation | None,
+    inputs: dict[str, Inputs],
 ) -> list[str]:
     """What will be taught and evaluated, in lines; `runs` are those of the model that is yet to be taught.
+
+    inputs: as for `check_rows`.
 
     Raises:
         UserError: what can be known to be wrong with it.
@@ -160,7 +168,7 @@ def check_more(
             raise UserError(
                 "--teach makes one model for the sweep: --grid cannot vary options of the model or the data."
             )
-        lines.append("Teach: " + check_teaching(config, teaching, read_inputs(config, silent), root))
+        lines.append("Teach: " + check_teaching(config, teaching, _read_inputs(config, inputs, silent), root))
     if evaluation is not None:
         for name, run in {before_of(run): run for run in reversed(runs)}.items():
             rows = evaluation.check(run.config)

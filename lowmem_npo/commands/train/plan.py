@@ -182,6 +182,6 @@ def fitted(config: RunConfig, data: PreparedData, say: Say) -> tuple[RunConfig, 
         check_division(rows.num_forget, rows.folds, batch_size, steps, used)
     if used == wanted:
         return config, data
-    short = "no stage is" if rows.folds else "the run is not"
+    short = "not every stage is" if rows.folds else "the run is not"
     say(f"--adversary-steps {wanted} becomes {used}: {short} long enough for two attackers of more steps.")
     return replace(config, objective=replace(config.objective, adversary_steps=used)), data

@@ -241,7 +241,7 @@ def test_a_dry_run_shows_all_of_it_and_writes_nothing(desk, capsys):
         (["--teach-epochs", "3"], [], [], "--teach-epochs says how --teach teaches"),
         (["--teach", "full", "--teach-epochs", "0"], [], [], "--teach-epochs must be at least 1"),
         (TEACH, [], ["--retain", "self:4"], "--teach teaches forget and retain rows"),
-        (TEACH, [], ["--grid", "max-length=64,128"], "--grid cannot vary options of the model or the data"),
+        (TEACH, [], ["--grid", "max-length=2,128"], "--grid cannot vary options of the model or the data"),
     ],
 )
 def test_what_is_refused_before_anything_runs(teach, evaluate, more, message, desk, capsys):
