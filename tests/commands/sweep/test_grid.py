@@ -116,8 +116,10 @@ def test_the_command_reports_mistakes_in_a_sentence_and_lists_its_runs(capsys, t
     assert main(["sweep", "--grid", "layered=2,9", *options[:-1]]) == 2
     error = capsys.readouterr().err
     assert error.count("--grid layered=9: --layered 9 needs at least as many rows to forget; there are 8.") == 2
-    (tmp_path / "forget.jsonl").write_text('{"question": "Who?"}\n')
-    assert main(["sweep", "--grid", "gamma=0,1", "--forget", str(tmp_path / "forget.jsonl"), *options]) == 2
-    assert "--grid" not in capsys.readouterr().err  # it is no matter of the grid
+    (tmp_path / "forget.jsonl").write_text('{"question": "Who?", "answer": 1}\n')
+    options += ["--forget", str(tmp_path / "forget.jsonl"), "--retain", "builtin"]
+    assert main(["sweep", "--grid", "gamma=0,1", *options]) == 2
+    error = capsys.readouterr().err
+    assert "line 1: answer is a number" in error and "--grid" not in error  # no matter of the grid
     assert main(["sweep", "--help"]) == 0
     assert "--grid" in capsys.readouterr().out
