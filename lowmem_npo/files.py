@@ -65,10 +65,13 @@ def file_in_the_way(path: Path) -> Path | None:
 
 def load_json(path: Path) -> Any:
     """The content of a JSON file. Raises OSError, and JSONDecodeError or UnicodeDecodeError for what is none."""
+    text = path.read_text(encoding="utf-8")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise json.JSONDecodeError("nested too deeply", "", 0) from error
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except (RecursionError, ValueError) as error:  # nested too deeply, or an integer of thousands of digits
+        raise json.JSONDecodeError("nested too deeply, or a number too long", "", 0) from error
 
 
 def read_at_most(path: Path, most: int) -> bytes:

@@ -89,7 +89,8 @@ def check_model_name(name: str) -> bool:
 def check_file(flag: str, name: str | None) -> None:
     """Raises UserError unless the option `flag` is not given, or names a file."""
     if name is not None and not Path(name).expanduser().is_file():
-        raise UserError(f"{flag}: there is no file '{name}'.")
+        what = f"'{name}' is no file" if os.path.lexists(Path(name).expanduser()) else f"there is no file '{name}'"
+        raise UserError(f"{flag}: {what}.")
 
 
 def check_adapter_name(name: str) -> None:

@@ -8,6 +8,7 @@ if [ -z "${WORK:-}" ]; then
     WORK="$(mktemp -d)"
     trap 'rm -rf "$WORK"' EXIT
 fi
+mkdir -p "$WORK" && WORK="$(cd "$WORK" && pwd)"
 PYTHON="$WORK/venv/bin/python"
 [ -x "$PYTHON" ] || "$(find_python)" -m venv "$WORK/venv" || fail "needs Python 3.10 or newer with the venv module."
 "$PYTHON" -m pip install --quiet uv || fail "could not install uv (see pip's message above)."

@@ -20,7 +20,7 @@ def test_a_model_is_a_directory_or_a_name(tmp_path, byte_model):
         check_model_name(str(tmp_path))
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"model_type"', b"[" * 100_000])
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"model_type"', b"[" * 100_000, b"9" * 5000])
 def test_a_configuration_that_is_none(content, tmp_path):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError, match="config.json' is not valid JSON: "):

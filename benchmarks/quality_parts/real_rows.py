@@ -29,16 +29,15 @@ Row = dict[str, Any]
 
 
 def write_rows(kind: Kind, data: Path, folder: Path, sizes: dict[str, int] = SIZES) -> dict[str, Path]:
-    """Writes the sets of `kind` into `folder`, unless they are there; set -> its file.
+    """Writes the sets of `kind` into `folder`; set -> its file.
 
     data: the folder that holds lume/ and tofu/. Raises UserError where a file is missing.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}.jsonl" for name in sizes}
-    if not all(path.exists() for path in paths.values()):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, rows in SELECTIONS[kind](data, sizes).items():
-            lines = [json.dumps({**row, "refusal": REFUSAL}) for row in rows]
-            paths[name].write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for name, rows in SELECTIONS[kind](data, sizes).items():
+        lines = [json.dumps({**row, "refusal": REFUSAL}) for row in rows]
+        paths[name].write_text("\n".join(lines) + "\n", encoding="utf-8")
     return paths
 
 

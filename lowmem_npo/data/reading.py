@@ -107,14 +107,14 @@ def bundled_rows(part: str, *, limit: int | None = None) -> Rows:
 
 def _read_folder(source: str, folder: Path, passages: Passages, columns: Collection[str]) -> Rows:
     """All documents in a folder and the folders in it, by name."""
-    files = [path for path in sorted(_entries(folder)) if not _is_hidden(path.relative_to(folder))]
+    files = sorted(_entries(folder))
     names = {path: str(Path(source) / path.relative_to(folder)) for path in files}
-    for path in files:
-        if kind_of(path) in FILE_KINDS:  # it may be a link to nothing, or no file
-            check_data_name(names[path])
-    in_text = {path: table_in_text(names[path], path, columns) for path in files}
-    tables = [path for path in files if kind_of(path) in TABLE_KINDS or in_text[path][0]]
-    documents = [path for path in files if kind_of(path) in DOCUMENT_KINDS and path not in tables]
+    to_read = [path for path in files if kind_of(path) in FILE_KINDS and not path.is_dir()]
+    for path in to_read:
+        check_data_name(names[path])  # it may be a link to nothing, or no file
+    in_text = {path: table_in_text(names[path], path, columns) for path in to_read}
+    tables = [path for path in to_read if kind_of(path) in TABLE_KINDS or in_text[path][0]]
+    documents = [path for path in to_read if kind_of(path) in DOCUMENT_KINDS and path not in tables]
     if not documents or tables:
         what = f"a folder with both documents ({documents[0].name}) and tables" if documents else "a folder"
         kinds = "" if tables else f" ({', '.join(FILE_KINDS)})"
@@ -130,7 +130,8 @@ def _read_folder(source: str, folder: Path, passages: Passages, columns: Collect
 
 
 def _entries(folder: Path) -> Iterator[Path]:
-    """What is in a folder and the folders in it, but for these. A link to a folder is not followed: it may lead back.
+    """What is in a folder and the folders in it, but for these and what is hidden. A link to a folder is not followed:
+    it may lead back.
 
     Raises OSError for a folder that cannot be read.
     """
@@ -139,12 +140,9 @@ def _entries(folder: Path) -> Iterator[Path]:
         raise error
 
     for where, folders, files in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         links = [name for name in folders if Path(where, name).is_symlink()]
-        yield from (Path(where, name) for name in (*files, *links))
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+        yield from (Path(where, name) for name in (*files, *links) if not name.startswith("."))
 
 
 def _read_document(name: str, path: Path, passages: Passages, notes: tuple[str, ...]) -> Rows:

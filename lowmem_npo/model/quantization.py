@@ -77,7 +77,8 @@ def quantising(on: torch.device | None = None) -> Iterator[list[str]]:
     until whoever is called with their layer moves them, or `to_host`.
 
     It replaces `nn.Linear` only: Falcon's own class, which computes the same, would stay as it is. It replaces layers
-    whose weight the model multiplies itself, which 4-bit weights cannot be.
+    whose weight the model multiplies itself, which 4-bit weights cannot be. Of weights that are stored quantised,
+    transformers would read ahead.
     """
     left_as_they_are, quantise = HfQuantizer.get_modules_to_not_convert, Bnb4bitQuantize.convert
     damaged: list[str] = []
@@ -100,6 +101,7 @@ def quantising(on: torch.device | None = None) -> Iterator[list[str]]:
         mock.patch.object(Bnb4bitQuantize, "convert", checked),
         mock.patch.object(HfQuantizer, "get_modules_to_not_convert", staticmethod(left)),
         mock.patch("transformers.models.falcon.modeling_falcon.FalconLinear", nn.Linear),
+        mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}),
     ):
         yield damaged
 

@@ -63,7 +63,7 @@ MISTAKES = [
     (["evaluate", "--adapter", "nowhere"], "There is no directory 'nowhere': --adapter"),
     (["evaluate", "--model", "m", "--members", "a.jsonl", "--nonmembers", "b.jsonl"], "There is no file a.jsonl"),
     (["evaluate", "--model", "m", "--before", "nowhere.json"], "--before: there is no file 'nowhere.json'"),
-    (["evaluate", "--model", "m", "--retained-log", "pipe.txt"], "--retained-log: there is no file 'pipe.txt'"),
+    (["evaluate", "--model", "m", "--retained-log", "pipe.txt"], "--retained-log: 'pipe.txt' is no file"),
     (["evaluate", "--model", "m", "--forget", "builtin", "--leaks", "extration"], "extration"),
     (["evaluate", "--model", "m", "--limt", "3"], "--limt"),
     (["evaluate"], "Nothing to evaluate"),

@@ -399,8 +399,10 @@ def test_what_is_no_file(tmp_path):
     folder = tmp_path / "letters"
     folder.mkdir()
     (folder / "a.txt").write_text("First.")
-    (folder / "again").symlink_to(folder)
-    assert read_rows(str(folder)).notes[1] == "not read, being of other kinds: again"
+    (folder / "again.txt").symlink_to(folder)
+    (folder / ".hidden").mkdir()
+    (folder / ".hidden" / "c.txt").symlink_to("gone.txt")
+    assert read_rows(str(folder)).notes[1] == "not read, being of other kinds: again.txt"
     (folder / "b.txt").symlink_to("gone.txt")
     with pytest.raises(UserError, match=r"There is no file .*b\.txt"):
         read_rows(str(folder))

@@ -1,6 +1,7 @@
 """A model from its directory, in 4 bits and as it was saved."""
 
 import json
+import os
 import re
 import shutil
 
@@ -182,24 +183,31 @@ def test_tied_weights_are_not_missed_and_unused_ones_are_reported(tmp_path):
     assert load_config(ModelConfig(model=str(more)), lines.append) and lines[0] == lines[1]  # a dry run's
 
 
-@pytest.mark.parametrize("older", [True, False])
-def test_a_weight_is_moved_to_what_quantises_it_in_the_container_that_it_came_in(older, monkeypatch):
-    """Transformers passes a list, whose first element early releases of version 5 take without a look."""
+def test_4_bit_loading_reads_one_tensor_at_a_time(saved, monkeypatch):
+    """Transformers would read ahead of weights that are stored quantised; without quantisation it may."""
+    seen, real = [], AutoModelForCausalLM.from_pretrained
+
+    def watched(*args, **options):
+        seen.append(os.environ.get("HF_DEACTIVATE_ASYNC_LOAD"))
+        return real(*args, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    for qlora in (True, False):
+        load_model(ModelConfig(str(saved), qlora=qlora, device="cpu"))
+    assert seen == ["1", None] and "HF_DEACTIVATE_ASYNC_LOAD" not in os.environ
+
+
+def test_a_weight_is_moved_to_what_quantises_it_from_a_list_or_by_itself():
     model, name = tiny_model("llama"), "model.layers.0.self_attn.q_proj.weight"
     four_bits = bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")
     four_bits.source_cls = torch.nn.Linear
     model.model.layers[0].self_attn.q_proj = four_bits
-    if older:
-        monkeypatch.setattr(Bnb4bitQuantize, "convert", lambda self, given, **_: {name: [*given.values()][0][0]})
     convert, weight = Bnb4bitQuantize(None), torch.randn(64, 64)
     with quantising(torch.device("cpu")) as damaged:
-        converted = [convert.convert({name: given}, model=model)[name] for given in ([weight], weight)[: 2 - older]]
+        converted = [convert.convert({name: given}, model=model)[name] for given in ([weight], weight)]
     for made in converted:
-        if older:
-            assert torch.equal(made, weight)
-        else:
-            stored = bitsandbytes.functional.dequantize_4bit(made.data, made.quant_state)
-            assert 0 < (stored - weight).norm() < 0.15 * weight.norm()
+        stored = bitsandbytes.functional.dequantize_4bit(made.data, made.quant_state)
+        assert 0 < (stored - weight).norm() < 0.15 * weight.norm()
     assert damaged == []
 
 
