@@ -103,7 +103,7 @@ def test_a_named_column_is_asked_in_its_words(plain_tokenizer, chat_tokenizer):
         ([PAIR], "rows has no column other; it has question, answer"),
         ([PAIR | {"other": "Who?"}, PAIR], "line 2 has no other; fill the field or remove the row"),
         ([PAIR | {"other": "Who?"}, PAIR | {"other": " "}], "line 2 has an empty other"),
-        ([PAIR | {"other": []}], "line 1: other is .* not text"),
+        ([PAIR | {"other": []}], "line 1: other is an empty list; fill it"),
         ([PAIR | {"other": ["Who?", 7]}], "line 1: other is .* not text"),
         ([{"text": "The tide", "other": "Who?"}], "line 1 is text without a question, so other cannot hold it"),
     ],

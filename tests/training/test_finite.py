@@ -94,7 +94,7 @@ def test_rows_are_named_as_their_file_numbers_them():
     """Not by where they are among those trained: in both forms, without those left out, with other answers."""
 
     def of_file(name, lines):
-        examples = [Example("Who?", "Anna", f"{name}, line {line}", "question/answer") for line in lines]
+        examples = [Example("Who?", f"Anna {line}", f"{name}, line {line}", "question/answer") for line in lines]
         rows = [TokenizedRow(input_ids=[1, 2], labels=[1, 2], prompt_length=1) for _ in lines]
         return TokenizedRows(rows, examples, [0] * len(lines), 8)
 
