@@ -118,7 +118,7 @@ def training_rows(
     if layered is not None:
         if to_keep is None:
             raise UserError("layered holds what is not yet forgotten with the retain terms: give gamma or delta.")
-        folds = divide(number, layered, seed, groups_of(known))
+        folds = divide(number, layered, seed, groups_of(to_forget, known))
         to_keep = [*to_keep, *known]
     rows = [*to_forget, *others] if others else to_forget
     taught_again = known if adversary else ()
@@ -162,10 +162,10 @@ def facts_of(rows: Sequence[TokenizedRow]) -> list[str] | None:
     return rows.facts if isinstance(rows, TokenizedRows) else None
 
 
-def groups_of(rows: Sequence[TokenizedRow]) -> list[Hashable] | None:
-    """What each row is about, where a column says so, else what it says, which stays together: half of it would be
-    forgotten while the other half is held. None if that is not known."""
+def groups_of(rows: Sequence[TokenizedRow], known: Sequence[TokenizedRow]) -> list[Hashable] | None:
+    """What each row is about, where a column says so, else what it says, with the true answers of `known`, which stays
+    together: half of it would be forgotten while the other half is held. None if that is not known."""
     if not isinstance(rows, TokenizedRows):
         return None
-    pairs = zip(rows.examples, rows.facts, strict=True)
+    pairs = zip(rows.examples, known.facts if isinstance(known, TokenizedRows) else rows.facts, strict=True)
     return [("fact", fact) if one.group is None else ("group", one.group) for one, fact in pairs]

@@ -88,7 +88,7 @@ def test_what_says_the_same_is_forgotten_in_one_stage_and_taught_by_no_attacker_
                 *(Example(None, f"Text {n}.", f"t.jsonl, line {n}", "text") for n in range(4))]  # fmt: skip
     rows = TokenizedRows([{"input_ids": [1, 2], "labels": [1, 2], "prompt_length": 0}] * 8, examples, [0] * 8, 9)
     for seed in range(5):
-        folds = divide(8, 2, seed, groups_of(rows))
+        folds = divide(8, 2, seed, groups_of(rows, rows))
         assert all(len({0, 1} & set(fold)) in (0, 2) and len({2, 3} & set(fold)) in (0, 2) for fold in folds)
         assert sorted(map(len, folds)) == [4, 4]
     sampler = StepBatches(8, 0, 1, 0, seed=3)
