@@ -4,9 +4,7 @@
 # the package index alone has no advisories. A package that cannot be looked up is an error, and so is an advisory.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
-work="$(mktemp -d)"
-trap 'rm -rf "$work"' EXIT
-"$(find_python)" -m venv "$work/venv" || fail "needs Python 3.10 or newer with the venv module."
-"$work/venv/bin/python" -m pip install --quiet pip-audit || fail "could not install pip-audit (see pip's message above)."
-"$work/venv/bin/python" -m pip_audit --strict --disable-pip --no-deps --progress-spinner off \
+work_venv
+"$PYTHON" -m pip install --quiet pip-audit || fail "could not install pip-audit (see pip's message above)."
+"$PYTHON" -m pip_audit --strict --disable-pip --no-deps --progress-spinner off \
     --requirement "$ROOT/constraints.txt" "$@" || fail "there are advisories, or they could not be looked up (see above)."

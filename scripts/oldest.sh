@@ -4,13 +4,7 @@
 # and leave it for the next time.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
-if [ -z "${WORK:-}" ]; then
-    WORK="$(mktemp -d)"
-    trap 'rm -rf "$WORK"' EXIT
-fi
-mkdir -p "$WORK" && WORK="$(cd "$WORK" && pwd)"
-PYTHON="$WORK/venv/bin/python"
-[ -x "$PYTHON" ] || "$(find_python)" -m venv "$WORK/venv" || fail "needs Python 3.10 or newer with the venv module."
+work_venv
 "$PYTHON" -m pip install --quiet uv || fail "could not install uv (see pip's message above)."
 "$PYTHON" -m uv pip install --quiet --python "$PYTHON" --resolution lowest-direct --editable "$ROOT[test,eval]" ||
     fail "the oldest releases could not be installed (see uv's message above)."

@@ -36,6 +36,18 @@ install_torch() {
     "$PYTHON" -m pip install --quiet "$pinned"
 }
 
+# Makes a virtual environment that is not .venv, in WORK, which is left, or where that is not given in a temporary
+# directory, which is not. Sets WORK and PYTHON.
+work_venv() {
+    if [ -z "${WORK:-}" ]; then
+        WORK="$(mktemp -d)"
+        trap 'rm -rf "$WORK"' EXIT
+    fi
+    mkdir -p "$WORK" && WORK="$(cd "$WORK" && pwd)"
+    PYTHON="$WORK/venv/bin/python"
+    [ -x "$PYTHON" ] || "$(find_python)" -m venv "$WORK/venv" || fail "needs Python 3.10 or newer with the venv module."
+}
+
 setup_venv() { # extras
     local stamp="$ROOT/.venv/.installed-${1:-base}" python
     if [ -x "$PYTHON" ] && [ -f "$stamp" ] && [ "$stamp" -nt "$ROOT/pyproject.toml" ] && [ "$stamp" -nt "$ROOT/constraints.txt" ]; then

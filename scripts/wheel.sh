@@ -3,13 +3,7 @@
 # this directory: what users get, not an editable install. Options go to the demo. WORK: where to do so, and leave it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
-if [ -z "${WORK:-}" ]; then
-    WORK="$(mktemp -d)"
-    trap 'rm -rf "$WORK"' EXIT
-fi
-mkdir -p "$WORK" && WORK="$(cd "$WORK" && pwd)"
-"$(find_python)" -m venv "$WORK/venv" || fail "needs Python 3.10 or newer with the venv module."
-PYTHON="$WORK/venv/bin/python"
+work_venv
 "$PYTHON" -m pip install --quiet build || fail "could not install build (see pip's message above)."
 "$PYTHON" -m build --outdir "$WORK/dist" "$ROOT" >"$WORK/build.log" || fail "could not be built: $(tail -n 1 "$WORK/build.log")"
 ls "$WORK/dist"

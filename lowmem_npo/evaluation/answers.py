@@ -200,7 +200,7 @@ def read_answers(path: Path, output: OutputConfig | None = None) -> Evaluations:
     try:
         content = load_json(path)
         evaluations = {name: AnswerEvaluation.read(evaluation) for name, evaluation in content.items()}
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+    except (ValueError, TypeError, AttributeError, KeyError):
         if output is None:
             raise
         return {}

@@ -62,7 +62,7 @@ class EvaluationDirectory(EvaluationFiles):
         try:
             began, now = load_json(self.settings), self._now()
             digests = dict(began.pop("digests"))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"--resume: '{self.settings}' is damaged: start the evaluation anew.") from error
         for name, value in digests.items():
             if name in self.digests and self.digests[name] != value:
@@ -144,7 +144,7 @@ def _settings_of(result: str) -> dict[str, Any] | None:
     try:
         earlier = load_json(settings)
         return {**earlier, "digests": dict(earlier.get("digests", {}))}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
 
 

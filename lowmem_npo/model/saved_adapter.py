@@ -188,7 +188,7 @@ def _configuration(folder: str) -> dict[str, Any]:
             raise UserError(f"The directory '{folder}' holds no adapter: there is no {file.name} in it.")
     try:
         content = load_json(files.adapter_config)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"'{files.adapter_config}' is not valid JSON: {error}.") from error
     if not isinstance(content, dict) or "peft_type" not in content:
         raise UserError(f"'{files.adapter_config}' is not the configuration of a PEFT adapter.")

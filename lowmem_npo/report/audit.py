@@ -142,7 +142,7 @@ def read_audit(directory: Path) -> Audit | None:
         bytes.fromhex(audit["forget_rows"]["salt"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"'{path}' cannot be read as the audit record of a run ({error}): restore it, or go on without one by "
             "removing it."

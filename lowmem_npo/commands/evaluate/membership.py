@@ -28,10 +28,7 @@ def further_membership(
     if not subject.holdout:
         return figures, notes
     log = cast(TofuOptions, config).retained_log
-    of_log = losses(log) if log is not None else {}
-    if log is not None and not of_log and EvaluationFiles(Path(log).expanduser().parent).rows.exists():
-        notes.append("mia_reference is not measured: the evaluation of --retained-log had no --leaks membership.")
-    elif log is not None and of_log:
+    if log is not None and (of_log := losses(log)):
         others = differences(log, config, digests, of_leaks=False)
         known = {part: [of_log.get(part, {}).get(place) for place in of_set] for part, of_set in places.items()}
         if others == [] and all(loss is not None for of_set in known.values() for loss in of_set):
@@ -40,6 +37,8 @@ def further_membership(
             had = f"the evaluation of --retained-log had {' and '.join(others or ['other rows'])}"
             why = had if others is not None else "the settings of --retained-log are not beside it"
             notes.append(f"mia_reference is not measured: {why}.")
+    elif log is not None and EvaluationFiles(Path(log).expanduser().parent).rows.exists():
+        notes.append("mia_reference is not measured: the evaluation of --retained-log had no --leaks membership.")
     if cast(MembershipOptions, config).mia_gradnorm:
         sets = subject.sets.items()
         norms = {part: subject.scorer.gradient_norms(f"leaks: {part} gradients", rows) for part, rows in sets}

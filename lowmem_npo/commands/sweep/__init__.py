@@ -85,13 +85,9 @@ def main(arguments: Sequence[str]) -> None:
     if config.output.dry_run:
         print("\n".join(str(run.directory) for run in runs))
         quiet_libraries()
-        from lowmem_npo.commands.sweep.runs import check_more, check_rows
-        from lowmem_npo.commands.train.plan import Inputs
+        from lowmem_npo.commands.sweep.runs import check_more
 
-        inputs: dict[str, Inputs] = {}
-        lines = check_more(runs, root, taught, evaluation, inputs)
-        check_rows(runs, inputs)
-        for line in lines:
+        for line in check_more(runs, root, taught, evaluation, {}):
             print(line)
         print(f"Dry run: {len(runs)} runs. Nothing was trained or written.")
         return

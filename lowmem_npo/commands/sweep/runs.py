@@ -82,9 +82,7 @@ def _sweep_claimed(
         runs = [_of_model(run, root / TAUGHT) for run in runs]
     _check(runs, root, resume)
     inputs: dict[str, Inputs] = {}
-    lines = check_more(untaught, root, teaching, evaluation, inputs)
-    check_rows(untaught, inputs)
-    for line in lines:
+    for line in check_more(untaught, root, teaching, evaluation, inputs):
         say(line)
     state = Ledger(root / STATE)
     bases = Bases()
@@ -123,11 +121,8 @@ def _sweep_claimed(
     return result
 
 
-def check_rows(runs: Sequence[SweepRun], inputs: dict[str, Inputs]) -> None:
-    """Raises UserError for rows that cannot be read, or divided, as one of the runs that are left to be made asks.
-
-    inputs: what runs with the same model and data read, once; it is added to.
-    """
+def _check_rows(runs: Sequence[SweepRun], inputs: dict[str, Inputs]) -> None:
+    """Raises UserError for rows that cannot be read, or divided, as one of the runs that are left to be made asks."""
     for run in runs:
         if not is_finished(run):
             data = _read_inputs(run.config, inputs, silent).data
@@ -154,7 +149,7 @@ def check_more(
 ) -> list[str]:
     """What will be taught and evaluated, in lines; `runs` are those of the model that is yet to be taught.
 
-    inputs: as for `check_rows`.
+    inputs: what runs with the same model and data read, once; it is added to.
 
     Raises:
         UserError: what can be known to be wrong with it.
@@ -173,6 +168,7 @@ def check_more(
         for name, run in {before_of(run): run for run in reversed(runs)}.items():
             rows = evaluation.check(run.config)
             lines += [f"Evaluate{name.removeprefix(BEFORE)}: {'; '.join(rows)}."]
+    _check_rows(runs, inputs)
     return lines
 
 
@@ -327,7 +323,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         entries = load_json(path)
         if not all(isinstance(entry, dict) for entry in entries.values()):
             raise ValueError("a run is no object")
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError) as error:
         raise UserError(
             f"--resume: '{path}' is damaged: write {{}} into it, and finished runs stay finished; their durations are "
             "lost, and evaluations are made again."
