@@ -70,6 +70,7 @@ STREAMED = Switch("memory", "stream_weights", True)
 SMALL_TILE = Switch("memory", "tile_mlp", TILE_ROWS // 4)  # beside streamed weights, where a tile of 1024 rows counts
 FEW, MORE = 4, 6  # layers of the shallow models that bound a deep one from below: more than are in flight at once
 TIMED = 1  # layers of the models whose times are compared
+TIMED_STREAMED = 3  # the same of streamed weights: more than two slots hold, or nothing would be copied again
 JOINT_SHARES = (1.0, 0.5, 0.25)  # of the largest micro-batch's tokens that one pass may take
 WORTH = 0.03  # of a step's time, which joint passes must save
 MARGIN = 0.05  # of the memory that is free, which stays so: predictions may be off by as much
@@ -257,20 +258,25 @@ class _Search:
         return [switch for switch in self.usable if switch.is_on(config)]
 
     def _seconds(self, candidate: RunConfig) -> float:
-        """Of a step on a model of few layers. Recomputation and tiles, which depend on each other, are timed together;
-        what they, the other switches and smaller micro-batches cost is added."""
+        """Of a step; of a model of few layers unless weights are streamed. Recomputation, tiles and micro-batches,
+        which depend on each other, are timed together; what they and the other switches cost is added."""
+        timed = self._of_all_layers if self.start.memory.stream_weights else self._timed
         together = ("gradient_checkpointing", "tile_mlp")
         joint = [switch for switch in self._on(candidate) if switch.name in together]
         others = [switch for switch in self._on(candidate) if switch.name not in together]
-        start = self._timed(self.start)
-        changes = [_with(self.start, joint), replace(self.start, training=candidate.training)]
-        changes += [switch.on(self.start) for switch in others]
-        return start + sum(self._timed(change) - start for change in changes if change is not None)
+        start = timed(self.start)
+        sized = replace(self.start, training=candidate.training)
+        changes = [_with(sized, joint), *(switch.on(self.start) for switch in others)]
+        return start + sum(timed(change) - start for change in changes if change is not None)
 
     def _of_all_layers(self, config: RunConfig) -> float:
-        """Seconds of a step: each layer takes as long as a second one beside the first."""
-        one, two = (self._timed(config, layers) for layers in (TIMED, TIMED + 1))
-        return one + (self.architecture.get_text_config().num_hidden_layers - TIMED) * (two - one)
+        """Seconds of a step: each layer takes as long as one more beside the few that are simulated."""
+        depth = self.architecture.get_text_config().num_hidden_layers
+        few = TIMED_STREAMED if config.memory.stream_weights else TIMED
+        if depth <= few:
+            return self._timed(config, depth)
+        some, more = (self._timed(config, layers) for layers in (few, few + 1))
+        return some + (depth - few) * (more - some)
 
     def _timed(self, config: RunConfig, layers: int = TIMED) -> float:
         if config.adapter.may_name_layers:

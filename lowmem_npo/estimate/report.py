@@ -76,7 +76,7 @@ class Report:
     @property
     def copied_bytes(self) -> int:
         """From host memory to the GPU, in a step."""
-        return self.estimate.copied_bytes * self.config.training.micro_batches()
+        return self.estimate.copied_in_step(self.config.training.micro_batches())
 
     @cached_property
     def streaming_host(self) -> StreamingHost:

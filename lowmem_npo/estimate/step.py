@@ -53,6 +53,8 @@ Work = list[tuple[str, list[Operation]]]
 """What a step does, in order: its sections ("adversary", "reference", "policy", "optimizer") and the operations of
 each."""
 
+ONCE = ("adversary", "optimizer")  # sections of a step that do not come again with every micro-batch
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -63,6 +65,7 @@ class Estimate:
     by_kind: dict[str, int]  # what peak_bytes consists of
     host_bytes: int  # the peak of tensors in host memory
     copied_bytes: int = 0  # from host memory to the GPU, by one micro-batch
+    copied_once_bytes: int = 0  # the same, by what comes once in a step
     streamed_bytes: int = 0  # of host_bytes, the layers' weights that are streamed
     largest_block_bytes: int = 0  # of these, what the largest layer has
     weights_bytes: int = 0  # of the whole model, where its layers are streamed
@@ -73,12 +76,14 @@ class Estimate:
     @classmethod
     def of(cls, gpu: FakeGPU) -> Estimate:
         """What the simulated GPU has counted."""
+        copied = [(part in ONCE, o.bytes) for part, some in gpu.work.sections for o in some if o.part == "to GPU"]
         return cls(
             peak_bytes=gpu.peak,
             needed_bytes=needed(gpu.trace, gpu.peak, segments_expand()),
             by_kind={kind: gpu.at_peak.get(kind, 0) for kind in KINDS},
             host_bytes=gpu.off_device_peak,
-            copied_bytes=sum(o.bytes for _, some in gpu.work.sections for o in some if o.part == "to GPU"),
+            copied_bytes=sum(size for once, size in copied if not once),
+            copied_once_bytes=sum(size for once, size in copied if once),
             work=list(gpu.work.sections),
         )
 
@@ -86,6 +91,10 @@ class Estimate:
     def total_bytes(self) -> int:
         """The GPU memory needed."""
         return self.needed_bytes + self.context_bytes
+
+    def copied_in_step(self, micro_batches: int) -> int:
+        """Bytes from host memory to the GPU."""
+        return self.copied_once_bytes + micro_batches * self.copied_bytes
 
     def fits(self, budget: int) -> bool:
         return self.total_bytes <= budget

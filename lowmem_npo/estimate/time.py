@@ -30,12 +30,11 @@ from typing import Any, NamedTuple
 
 from lowmem_npo.estimate.gpus import GPUModel
 from lowmem_npo.estimate.simulator.work import Operation
-from lowmem_npo.estimate.step import Work
+from lowmem_npo.estimate.step import ONCE, Work
 
 PRODUCTS, ATTENTION, MEMORY, BUS = 0.9, 0.4, 0.8, 0.8  # of what the table says
 SHORTEST = 2e-6  # seconds of a kernel
 CALL, VIEW = 55e-6, 11e-6  # seconds of the host
-ONCE = ("adversary", "optimizer")  # sections of a step that do not come again with every micro-batch
 ERROR = "checked on two GPUs; elsewhere the truth may be half of it or twice"
 
 

@@ -10,10 +10,10 @@ from helpers.tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lowmem_npo.cli import main
-from lowmem_npo.config import DataConfig, MemoryConfig, ModelConfig, RunConfig, TrainingConfig
+from lowmem_npo.config import DataConfig, MemoryConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainingConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate import host
-from lowmem_npo.estimate.budget import fit_budget
+from lowmem_npo.estimate.budget import fit_budget, fit_free
 from lowmem_npo.estimate.gpus import named
 from lowmem_npo.estimate.report import Report
 from lowmem_npo.estimate.rows import StepRows
@@ -83,6 +83,23 @@ def test_copies_of_a_step_are_those_of_the_real_one():
     assert resident.by_kind["slots"] == 0 and resident.copied_bytes < block
 
 
+def test_what_an_attacker_copies_counts_once_in_a_step_of_several_micro_batches():
+    data, memory = DataConfig(max_length=16), MemoryConfig(stream_weights=True)
+    training = TrainingConfig(batch_size=2, micro_batch_size=1)
+    plain = estimate(RunConfig(ModelConfig("tiny"), data, memory=memory, training=training), LLAMA)
+    attacked = estimate(
+        RunConfig(
+            ModelConfig("tiny"), data, memory=memory, training=training, objective=ObjectiveConfig(adversary=1.0)
+        ),
+        LLAMA,
+    )
+    block = plain.by_kind["slots"] // 2
+    assert plain.copied_once_bytes < block <= attacked.copied_once_bytes // 8  # at least a pass, and back
+    assert attacked.copied_bytes < plain.copied_bytes + 6 * block  # in which that is not counted again
+    more = attacked.copied_in_step(3) - attacked.copied_in_step(2)
+    assert more == attacked.copied_bytes and plain.copied_in_step(2) == 2 * plain.copied_bytes + plain.copied_once_bytes
+
+
 COPY, KERNEL = Operation("copy", bytes=int(0.8 * 32e9), part="to GPU"), Operation("kernel", bytes=int(0.8 * 1008e9))
 
 
@@ -96,6 +113,18 @@ def test_what_waits_for_a_copy_and_what_runs_beside_it():
     away = Operation("copy", bytes=COPY.bytes, part="to host")  # the other direction of the bus
     assert seconds([COPY, away, ARRIVAL, KERNEL], gpu).total == pytest.approx(2.0, rel=0.01)
     assert seconds(in_time, gpu).copies == pytest.approx(5.0) and seconds([away], gpu).copies == 0
+
+
+@pytest.mark.parametrize(("tokens", "double_quant"), [(64, "on"), (512, "off")])
+def test_the_search_counts_the_copies_of_streamed_weights(tokens, double_quant):
+    """Scales that are not quantised make the blocks larger: dear where a step waits for the bus, cheap where the GPU
+    computes. A model of one layer copies next to nothing, and shows neither."""
+    config = RunConfig(
+        ModelConfig("known", qlora=True), DataConfig(max_length=tokens),
+        memory=MemoryConfig(stream_weights=True, gradient_checkpointing="on", joint_pass_tokens=0),
+    )  # fmt: skip
+    architecture, device = of_depth(known_config("meta-llama/Llama-3.1-70B"), 6), named("rtx-4090")
+    assert fit_free(config, architecture, 24 * GIB, device=device).config.model.double_quant == double_quant
 
 
 DECIDED = ("--gradient-checkpointing", "on", "--joint-pass-tokens", "0", "--batch-size", "1", "--max-length", "96")
