@@ -47,6 +47,7 @@ def test_every_block_is_of_a_kind_that_is_checked(document):
 @each_document
 def test_every_option_exists(document):
     scripts = [*(ROOT / "benchmarks").glob("*.py"), ROOT / "kernels" / "lowmem_kernels" / "aot.py"]
+    scripts.append(ROOT / "scripts" / "advisories.py")
     known = {"--fix"}.union(*map(options_of, COMMANDS), *map(options_of_script, scripts))  # --fix: of ruff
     for code in re.findall(r"`([^`\n]+)`", prose(document)):
         check_options([code], known, document.name)
