@@ -24,13 +24,14 @@ import tyro
 
 from lowmem_npo.commands.trainer_options import check_flags, check_option, check_trainer_values, trainer_arguments
 from lowmem_npo.commands.wording import no_such_option, one_of
-from lowmem_npo.config import SECTIONS, TILE_ROWS, RunConfig
+from lowmem_npo.config import SECTIONS, TILE_ROWS, OutputConfig, RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.contract import LeakTest
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, WHILE_TRAINING, leak_tests
 from lowmem_npo.ranges import check_values, shortened
 from lowmem_npo.recipes import OPTIONS as RECIPE_OPTIONS
 from lowmem_npo.recipes import RECIPES, value_in, with_recipe
+from lowmem_npo.run_directory import RunFiles
 from lowmem_npo.settings_file import read_settings
 from lowmem_npo.sources import (
     check_adapter_name,
@@ -86,6 +87,7 @@ def parse_run(arguments: Sequence[str], command: str, more_flags: Sequence[str] 
     """
     typed = join_sources(_canonical(arguments))
     path, typed = _take_config(typed)
+    path = path or _settings_to_resume(typed)
     ours = [flag for section in SECTIONS.values() for flag in flags_of(section)] + [*more_flags]
     flags = (_flags_of_file(path, ours) if path else []) + typed
     if any(flag in flags for flag in ("-h", "--help")):
@@ -343,6 +345,15 @@ def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
         raise UserError("--config needs the path of a YAML file.")
     check_values({"config": arguments[at + 1]}, {"config": str})
     return Path(arguments[at + 1]), arguments[:at] + arguments[at + 2 :]
+
+
+def _settings_to_resume(flags: Sequence[str]) -> Path | None:
+    """The settings of the run that --resume continues, where no flag says which model it trains."""
+    if "--resume" not in flags or {"--model", "--adapter"} & set(flags):
+        return None
+    at = len(flags) - 1 - flags[::-1].index("--output-dir") if "--output-dir" in flags[:-1] else None
+    settings = RunFiles(Path(OutputConfig.output_dir if at is None else flags[at + 1])).run_yaml
+    return settings if settings.is_file() else None
 
 
 def _flags_of_file(path: Path, ours: Sequence[str]) -> list[str]:

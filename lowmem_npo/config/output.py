@@ -36,7 +36,7 @@ class OutputConfig(AnswerOptions):
     output_dir: str = "lowmem-npo-output"
     """Directory of the adapter, the configuration, the metrics, the before/after table and the report."""
     resume: bool = False
-    """Continue the run in --output-dir from its last checkpoint."""
+    """Continue the run in --output-dir from its last checkpoint; without --model, with the settings of its run.yaml."""
     eval_rows: CountOrNone = 64
     """Rows of each set measured before and after (the same ones for every --seed); 0 measures nothing."""
     eval_batch_size: Count = 8

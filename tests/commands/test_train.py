@@ -107,6 +107,8 @@ def test_run_yaml_is_accepted_back(lume_run, tmp_path, capsys):
     settings = yaml.safe_load((folder / "run.yaml").read_text())
     again = parse_run(["--config", str(folder / "run.yaml")], "train")
     assert yaml.safe_load(again.to_yaml()) == settings
+    resumed = parse_run(["--resume", f"--output-dir={folder}", "--epochs", "99"], "train").flat()
+    assert {name for name in settings if resumed[name] != settings[name]} == {"epochs"}
     overridden = parse_run(["--config", str(folder / "run.yaml"), "--beta", "0.1", "--no-qlora"], "train").flat()
     changed = {name for name in settings if overridden[name] != settings[name]}
     assert changed == {"beta", "qlora"}
@@ -135,7 +137,7 @@ def test_a_killed_and_resumed_run_ends_in_the_same_bits(byte_model, tmp_path, ca
     assert main([*settings, "--output-dir", str(killed)]) == 2
     assert "--resume" in capsys.readouterr().err
 
-    assert main([*settings, "--output-dir", str(killed), "--resume"]) == 0
+    assert main(["train", "--output-dir", str(killed), "--resume"]) == 0  # its settings are in its run.yaml
     one, other = (load_file(folder / "adapter_model.safetensors") for folder in (whole, killed))
     assert one.keys() == other.keys()
     for name in one:
