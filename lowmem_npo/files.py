@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lowmem_npo.errors import UserError
+
 CHUNK = 2**20  # bytes read at a time
 PARTIAL = ".partial"  # at the end of a name: being written, or left by a process that was killed then
 
@@ -63,15 +65,21 @@ def file_in_the_way(path: Path) -> Path | None:
     return next((p for p in (path, *path.parents) if os.path.lexists(os.path.realpath(p)) and not p.is_dir()), None)
 
 
+class NotJSON(UserError, ValueError):
+    """A file that is to hold JSON does not: damaged, or another one."""
+
+
 def load_json(path: Path) -> Any:
-    """The content of a JSON file. Raises OSError, and JSONDecodeError or UnicodeDecodeError for what is none."""
-    text = path.read_text(encoding="utf-8")
+    """The content of a JSON file. Raises OSError, and NotJSON for what is none."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        raise
-    except (RecursionError, ValueError) as error:  # nested too deeply, or an integer of thousands of digits
-        raise json.JSONDecodeError("nested too deeply, or a number too long", "", 0) from error
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (RecursionError, ValueError) as error:
+        what = "it nests too deeply, or holds a number that is too long"
+        if isinstance(error, json.JSONDecodeError):
+            what = f"{error.msg}, line {error.lineno}, column {error.colno}"
+        elif isinstance(error, UnicodeDecodeError):
+            what = "it is not UTF-8 text"
+        raise NotJSON(f"'{path}' is not valid JSON: {what}.") from error
 
 
 def read_at_most(path: Path, most: int) -> bytes:

@@ -23,5 +23,6 @@ def test_a_model_is_a_directory_or_a_name(tmp_path, byte_model):
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"model_type"', b"[" * 100_000, b"9" * 5000])
 def test_a_configuration_that_is_none(content, tmp_path):
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(UserError, match="config.json' is not valid JSON: "):
+    told = "holds no model's configuration" if content == b"[]" else "is not valid JSON: "
+    with pytest.raises(UserError, match=f"config.json' {told}"):
         check_model_name(str(tmp_path))

@@ -3,7 +3,6 @@ is seen as its native form."""
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 import zipfile
@@ -230,5 +229,5 @@ def _download(name: str, revision: str | None, patterns: list[str], local: bool 
 def read_json(path: Path) -> dict[str, Any]:
     try:
         return load_json(path)
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"'{path}' cannot be read as JSON.") from error

@@ -186,10 +186,7 @@ def _configuration(folder: str) -> dict[str, Any]:
     for file in (files.adapter_config, files.weights):
         if not file.is_file():
             raise UserError(f"The directory '{folder}' holds no adapter: there is no {file.name} in it.")
-    try:
-        content = load_json(files.adapter_config)
-    except ValueError as error:
-        raise UserError(f"'{files.adapter_config}' is not valid JSON: {error}.") from error
+    content = load_json(files.adapter_config)
     if not isinstance(content, dict) or "peft_type" not in content:
         raise UserError(f"'{files.adapter_config}' is not the configuration of a PEFT adapter.")
     if content["peft_type"] == "LORA":

@@ -60,13 +60,14 @@ def levels_of(forget_nll: Sequence[float], unseen_nll: Sequence[float]) -> list[
 
 
 def run_levels(path: Path, model: PeftModel, data: PreparedData, batch_size: int, *, fresh: bool) -> list[float]:
-    """The levels of a run, measured once and kept in `path`, from which a resumed run reads them.
+    """The levels of a run, measured once and kept in `path`, from which a resumed run reads them; measured again if the
+    file is damaged.
 
     Raises:
         UserError: the model gives no finite numbers.
     """
-    if not fresh and path.exists():
-        return load_json(path)["levels"]
+    if not fresh and (kept := _kept_levels(path, len(data.forget_trained))) is not None:
+        return kept
     assert data.level_rows is not None
     with reference_mode(model):
         sets = {"forget": data.forget_trained, "holdout": data.level_rows}
@@ -81,3 +82,13 @@ def run_levels(path: Path, model: PeftModel, data: PreparedData, batch_size: int
     levels = levels_of(nll["forget"], nll["holdout"])
     write_atomically(path, json.dumps({"levels": levels}) + "\n")
     return levels
+
+
+def _kept_levels(path: Path, number: int) -> list[float] | None:
+    """The levels in a file; None where there are none for `number` rows."""
+    try:
+        levels = load_json(path)["levels"]
+        whole = len(levels) == number and bool(np.isfinite(levels).all())
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return levels if whole else None

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from lowmem_npo.claim import make_directory
 from lowmem_npo.data import TokenizedRow
+from lowmem_npo.errors import UserError
 from lowmem_npo.files import PARTIAL, load_json, put_in_place, write_atomically
 from lowmem_npo.progress import Progress
 
@@ -104,9 +105,21 @@ def _labelled(row: TokenizedRow) -> int:
 
 
 def made_from(directory: Path) -> dict[str, Any] | None:
-    """What the model in `directory` was made from; None: there is no finished one."""
+    """What the model in `directory` was made from; None: there is no finished one.
+
+    Raises:
+        UserError: the file that says so is damaged.
+    """
     stamp = directory / STAMP
-    return load_json(stamp) if stamp.is_file() else None
+    if not stamp.is_file():
+        return None
+    try:
+        content = load_json(stamp)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"'{stamp}' is damaged: remove '{directory}', and its model is taught anew.")
+    return content
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from lowmem_npo.config import DataConfig, ObjectiveConfig
 from lowmem_npo.console import silent
 from lowmem_npo.data import prepare
 from lowmem_npo.errors import UserError
-from lowmem_npo.training.forget_level import halved, levels_of
+from lowmem_npo.model import attach_lora, load_model
+from lowmem_npo.training.forget_level import halved, levels_of, run_levels
 from lowmem_npo.training.objective import LET_GO, SequenceLogprobs, StepTotals, forget_loss
 
 
@@ -95,6 +96,22 @@ def test_resumed_it_has_the_same_levels_and_ends_in_the_same_bits(runs, tmp_path
     one, other = (load_file(path / "adapter_model.safetensors") for path in (config.output_dir, folder))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert (folder / "forget_levels.json").read_text() == (config.output_dir / "forget_levels.json").read_text()
+
+
+def test_levels_that_cannot_be_read_are_measured_again(runs, tmp_path):
+    _, (config, _) = runs
+    data = halved(prepare(AutoTokenizer.from_pretrained(config.model.model), config.data))
+    model = attach_lora(load_model(config.model, silent), config.adapter)
+    path, rows = tmp_path / "forget_levels.json", len(data.forget_trained)
+    levels = run_levels(path, model, data, rows, fresh=True)
+    whole, other = path.read_text(), json.dumps({"levels": [9.0] * rows})
+    for content in ("", whole[: len(whole) // 2], "[]", "{}", '{"levels": [1.0]}', other.replace("9.0", "NaN", 1)):
+        path.write_text(content)
+        assert run_levels(path, model, data, rows, fresh=False) == levels and path.read_text() == whole, content
+    path.write_bytes(b"\xff\xfe")
+    assert run_levels(path, model, data, rows, fresh=False) == levels
+    path.write_text(other)
+    assert run_levels(path, model, data, rows, fresh=False) == [9.0] * rows  # what can be read is
 
 
 def test_half_of_the_holdout_is_what_the_run_is_judged_by(runs):

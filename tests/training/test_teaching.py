@@ -6,8 +6,9 @@ import pytest
 import torch
 from helpers.tiny_models import tiny_model
 
+from lowmem_npo.errors import UserError
 from lowmem_npo.files import PARTIAL
-from lowmem_npo.training.teaching import _backward, made_from, making, teach
+from lowmem_npo.training.teaching import STAMP, _backward, made_from, making, teach
 
 ROWS = [
     {"input_ids": [5, 6, 7, 8, 9, 1], "labels": [-100, -100, 7, 8, 9, 1], "prompt_length": 2},
@@ -77,6 +78,10 @@ def test_a_model_is_there_when_it_is_complete(tmp_path):
         assert not list(partial.iterdir()), "what an interrupted one left is gone"
         (partial / "config.json").touch()
     assert made_from(tmp_path / "model") == recipe
+    for damaged in ("", "[]", "7", '{"epochs": 1'):
+        (tmp_path / "model" / STAMP).write_text(damaged)
+        with pytest.raises(UserError, match="made_from.json' is damaged: remove '.*model', and its model is taught"):
+            made_from(tmp_path / "model")
     (tmp_path / "other").mkdir()
     left = tmp_path / f"next{PARTIAL}"
     left.symlink_to(tmp_path / "other")  # which nobody removes, root included

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ def read_earlier(config: EvaluationConfig, digests: Mapping[str, str]) -> tuple[
 def _content(path: str) -> dict[str, Any]:
     try:
         content = load_json(Path(path).expanduser())
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"--before: '{path}' cannot be read as an earlier evaluation.json.") from error
     if not isinstance(content, dict) or not {"rows", "leaks", "notes"} <= set(content):
         raise UserError(f"--before: '{path}' is no evaluation.json of `lowmem-npo evaluate`.")

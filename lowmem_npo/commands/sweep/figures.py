@@ -14,6 +14,7 @@ from textwrap import fill
 from typing import Any
 
 from lowmem_npo.commands.sweep.grid import SweepRun
+from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answer_table import FORGET, MEASURES
 from lowmem_npo.evaluation.answers import AnswerEvaluation, part_of, read_answers
 from lowmem_npo.files import load_json, write_atomically
@@ -162,8 +163,11 @@ def _entry(run: SweepRun, ledger: Mapping[str, Mapping[str, Any]]) -> dict[str, 
     entry |= {"status": "done", "seconds": ledger.get(place, {}).get("seconds")}
     entry |= answer_figures(after)
     if files.stopping.exists():
-        outcome = load_json(files.stopping)
-        entry |= {"kept_step": outcome["kept"]["step"], "stopped_by": " ".join(outcome["held"])}
+        try:
+            outcome = load_json(files.stopping)
+            entry |= {"kept_step": outcome["kept"]["step"], "stopped_by": " ".join(outcome["held"])}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"'{files.stopping}' is damaged: restore or remove it.") from error
     return {**entry, "before": answer_figures(before)}
 
 

@@ -16,7 +16,6 @@ max(0, 1 - R) elsewhere (1: the truth stands out).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -33,7 +32,7 @@ from lowmem_npo.evaluation.leaks.worst import retained_leaks
 from lowmem_npo.evaluation.open_unlearning import retained_min_k
 from lowmem_npo.evaluation.options import Options, data_set, free
 from lowmem_npo.evaluation.wording import other_scripts
-from lowmem_npo.files import load_json
+from lowmem_npo.files import NotJSON, load_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -296,8 +295,8 @@ def retained_truth_ratios(path: str) -> list[float]:
         content = load_json(Path(path).expanduser())
     except OSError as error:
         raise UserError(f"--retained-log: '{path}' cannot be read: {error.strerror}.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"--retained-log: '{path}' is not valid JSON: {' '.join(str(error).split())}.") from error
+    except NotJSON as error:
+        raise UserError(f"--retained-log: {error}") from error
     try:
         if "forget_truth_ratio" in content:
             return [float(row["score"]) for row in content["forget_truth_ratio"]["value_by_index"].values()]

@@ -300,12 +300,17 @@ def test_a_budget_that_only_streaming_meets_is_refused(byte_model, tmp_path, cap
     assert "--stream-weights is an option of single runs: use it with `lowmem-npo train`" in capsys.readouterr().out
 
 
-def test_stopping_in_a_sweep_is_reported(taught_model, tmp_path):
+def test_stopping_in_a_sweep_is_reported(taught_model, tmp_path, capsys):
     grid = ["--grid", "stop-when=,retain-loss+1000", "delta=0.5", "--seeds", "1", "--reference", "live"]
     assert swept(taught_model, tmp_path / "o", *grid) == 0
     plain, stopped = json.loads((tmp_path / "o" / "sweep.json").read_text())["configurations"]
     assert "kept_step" not in plain["figures"] and stopped["figures"]["kept_step"]["values"] == [3]
     assert plain["figures"]["forget_nll"] == stopped["figures"]["forget_nll"], "measuring changes nothing"
+    (outcome,) = (tmp_path / "o").glob("*/*/stopping.json")
+    for damaged in ("{", "[]", '{"kept": 3}'):
+        outcome.write_text(damaged)
+        assert swept(taught_model, tmp_path / "o", *grid, "--resume") == 2
+        assert "stopping.json' is damaged: restore or remove it" in capsys.readouterr().err
 
 
 def test_runs_of_one_model_load_it_once(taught_model):
