@@ -90,6 +90,16 @@ class RunFiles(AdapterFiles):
         numbered = [p for p in self.path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
         return sorted(numbered, key=step_of, reverse=True)
 
+    def began(self) -> dict[str, Any]:
+        """The configuration that the run in the directory began with. Raises UserError where it is damaged."""
+        try:
+            began = read_settings(self.run_yaml)
+        except (OSError, ValueError):
+            began = {}
+        if not {"model", "epochs"} <= began.keys():
+            raise UserError(f"'{self.run_yaml}' is damaged: write the run's options into it, or start a new run.")
+        return began
+
 
 def check_is_run(directory: Path) -> None:
     """Raises UserError for what is no --output-dir of a run."""
@@ -131,7 +141,7 @@ class RunDirectory(RunFiles):
     @property
     def needs_more_steps(self) -> bool:
         """Whether the run in the directory was configured for fewer steps than this one."""
-        began = self._began()
+        began = self.began()
         training, limit = self.config.training, began.get("max_steps")
         if training.max_steps is None:
             return limit is not None or training.epochs > began["epochs"]
@@ -165,7 +175,7 @@ class RunDirectory(RunFiles):
         check_empty(self.path, self.run_yaml.name)
 
     def _check_resume(self) -> None:
-        began = self._began()
+        began = self.began()
         now = yaml.safe_load(self.config.to_yaml())
         may_change = {*MAY_CHANGE, *(name for name in DECIDED if now[name] == "auto")}
         goes_on = self.config.objective.attack_steps > 1
@@ -177,16 +187,6 @@ class RunDirectory(RunFiles):
             raise UserError(
                 f"--resume: the run in '{self.path}' began with other settings ({changes}): use those, or start anew."
             )
-
-    def _began(self) -> dict[str, Any]:
-        """The configuration that the run in the directory began with."""
-        try:
-            began = read_settings(self.run_yaml)
-        except (OSError, ValueError):
-            began = {}
-        if not {"model", "epochs"} <= began.keys():
-            raise UserError(f"'{self.run_yaml}' is damaged: write the run's options into it, or start a new run.")
-        return began
 
     def begin(self, main_process: bool) -> None:
         """Makes the directory this run's."""

@@ -5,7 +5,7 @@
 pip says what it would install: the releases in constraints.txt or, with --newest, what users get today. The page of a
 release, /pypi/NAME/VERSION/json, lists the advisories that hold for it. Some mirrors keep pages of projects alone,
 /pypi/NAME/json, which list those of the newest release and say nothing of others. Exit code 1: there are advisories; 2:
-none is known, but of some releases the index does not tell.
+none is known, but the index does not tell of some releases, or does not answer.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -79,7 +80,7 @@ def ask(index: str, release: tuple[str, Version]) -> Told:
             raise
         newest = content["info"]["version"]
         if Version(newest) == Version(version.public):  # without a build's label, such as +cpu
-            return Told(name, version, [one for one in content["vulnerabilities"] if not one["withdrawn"]])
+            return Told(name, version, [one for one in content["vulnerabilities"] if not one.get("withdrawn")])
     return Told(name, version, None, newest)
 
 
@@ -92,20 +93,20 @@ def main() -> int:
     try:
         with ThreadPoolExecutor(8) as pool:
             told = list(pool.map(partial(ask, index), releases(options.newest)))
+        lines = [line for one in told for line in one.lines]
     except subprocess.CalledProcessError:
         return 2  # pip has said why
-    except (OSError, ValueError) as error:
-        print(f"advisories: {index} does not answer as a package index: {error}", file=sys.stderr)
+    except (OSError, HTTPException, ValueError, KeyError, TypeError, AttributeError) as error:
+        print(f"advisories: {index} does not answer as a package index: {error!r}", file=sys.stderr)
         return 2
-    lines = [line for one in told for line in one.lines]
     harmful = [line for line, why in lines if why is None]
-    unknown = [f"{one.name} {one.version} (of {one.newest})" for one in told if one.advisories is None]
+    unknown = [f"{one.name} {one.version} (only of {one.newest})" for one in told if one.advisories is None]
     for line, why in sorted(lines, key=lambda line: line[1] is not None):
         print(line if why is None else f"{line}; harmless here: {why}")
     harmless = len(lines) - len(harmful)
     print(f"{len(told)} packages at {index}: {len(harmful)} advisories, {harmless} that are harmless here")
     if unknown:
-        print(f"Of {len(unknown)} it tells of another release alone: {', '.join(unknown)}")
+        print(f"It says nothing of {len(unknown)}: {', '.join(unknown)}")
     return 1 if harmful else 2 * bool(unknown)
 
 

@@ -74,9 +74,7 @@ def test_the_newest_release_s_page_judges_that_release_alone(ask):
     code, said = ask({"same": "1.0"}, pages)
     assert code == 1 and "CVE-3" in said
     code, said = ask({"older": "1.0", "nowhere": "3.0"}, pages)
-    assert (
-        code == 2 and "Of 2 it tells of another release alone: older 1.0 (of 2.0), nowhere 3.0 (of no release)" in said
-    )
+    assert code == 2 and "It says nothing of 2: older 1.0 (only of 2.0), nowhere 3.0 (only of no release)" in said
 
 
 def test_what_does_not_concern_us_is_told_with_its_reason_and_passes(ask):
@@ -84,6 +82,9 @@ def test_what_does_not_concern_us_is_told_with_its_reason_and_passes(ask):
     assert code == 0 and "harmless here: it unpickles" in said and " 0 advisories, 1 that" in said
 
 
-def test_an_index_that_is_none_is_an_error(ask):
-    code, said = ask({"one": "1.0"}, {"one/1.0": "<html>log in first</html>"})
+@pytest.mark.parametrize(
+    "answer", ["<html>log in first</html>", "[]", {"info": {"version": "1.0"}}, page("1.0", {"id": "CVE-1"})]
+)
+def test_an_index_that_is_none_is_an_error(ask, answer):
+    code, said = ask({"one": "1.0"}, {"one/1.0": answer})
     assert code == 2 and "does not answer as a package index" in said

@@ -17,6 +17,7 @@ import textwrap
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -24,7 +25,7 @@ import tyro
 
 from lowmem_npo.commands.trainer_options import check_flags, check_option, check_trainer_values, trainer_arguments
 from lowmem_npo.commands.wording import no_such_option, one_of
-from lowmem_npo.config import SECTIONS, TILE_ROWS, OutputConfig, RunConfig
+from lowmem_npo.config import SECTIONS, TILE_ROWS, RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.contract import LeakTest
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, WHILE_TRAINING, leak_tests
@@ -87,7 +88,8 @@ def parse_run(arguments: Sequence[str], command: str, more_flags: Sequence[str] 
     """
     typed = join_sources(_canonical(arguments))
     path, typed = _take_config(typed)
-    path = path or _settings_to_resume(typed)
+    if path is None and command == "train":
+        path = _settings_to_resume(typed)
     ours = [flag for section in SECTIONS.values() for flag in flags_of(section)] + [*more_flags]
     flags = (_flags_of_file(path, ours) if path else []) + typed
     if any(flag in flags for flag in ("-h", "--help")):
@@ -348,12 +350,23 @@ def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
 
 
 def _settings_to_resume(flags: Sequence[str]) -> Path | None:
-    """The settings of the run that --resume continues, where no flag says which model it trains."""
-    if "--resume" not in flags or {"--model", "--adapter"} & set(flags):
+    """The settings of the run in --output-dir that --resume continues, where no flag says which model it trains.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    directories = [value for flag, value in pairwise(flags) if flag == "--output-dir"]
+    if (
+        "--resume" not in flags
+        or not directories
+        or {"--model", "--adapter", "--help", "-h", "--help-all"} & set(flags)
+    ):
         return None
-    at = len(flags) - 1 - flags[::-1].index("--output-dir") if "--output-dir" in flags[:-1] else None
-    settings = RunFiles(Path(OutputConfig.output_dir if at is None else flags[at + 1])).run_yaml
-    return settings if settings.is_file() else None
+    run = RunFiles(Path(directories[-1]))
+    if not run.run_yaml.is_file():
+        return None
+    run.began()
+    return run.run_yaml
 
 
 def _flags_of_file(path: Path, ours: Sequence[str]) -> list[str]:

@@ -259,15 +259,14 @@ class _Search:
 
     def _seconds(self, candidate: RunConfig) -> float:
         """Of a step; of a model of few layers unless weights are streamed. Recomputation, tiles and micro-batches,
-        which depend on each other, are timed together; what they and the other switches cost is added."""
+        which depend on each other, are timed together; what the other switches cost is added."""
         timed = self._of_all_layers if self.start.memory.stream_weights else self._timed
-        together = ("gradient_checkpointing", "tile_mlp")
-        joint = [switch for switch in self._on(candidate) if switch.name in together]
-        others = [switch for switch in self._on(candidate) if switch.name not in together]
-        start = timed(self.start)
+        names = ("gradient_checkpointing", "tile_mlp")
         sized = replace(self.start, training=candidate.training)
-        changes = [_with(sized, joint), *(switch.on(self.start) for switch in others)]
-        return start + sum(timed(change) - start for change in changes if change is not None)
+        together = _with(sized, [switch for switch in self._on(candidate) if switch.name in names])
+        assert together is not None, "a candidate's switches do not contradict each other"
+        others = [switch.on(sized) for switch in self._on(candidate) if switch.name not in names]
+        return timed(together) + sum(timed(change) - timed(sized) for change in others)
 
     def _of_all_layers(self, config: RunConfig) -> float:
         """Seconds of a step: each layer takes as long as one more beside the few that are simulated."""

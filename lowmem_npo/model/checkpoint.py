@@ -228,6 +228,9 @@ def _download(name: str, revision: str | None, patterns: list[str], local: bool 
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        return load_json(path)
+        content = load_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"'{path}' cannot be read as JSON.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"'{path}' is damaged: it holds no JSON object.")
+    return content

@@ -11,6 +11,7 @@ One half of the holdout sets the levels, the other is what the run is judged by.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -88,7 +89,7 @@ def _kept_levels(path: Path, number: int) -> list[float] | None:
     """The levels in a file; None where there are none for `number` rows."""
     try:
         levels = load_json(path)["levels"]
-        whole = len(levels) == number and bool(np.isfinite(levels).all())
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    return levels if whole else None
+    whole = isinstance(levels, list) and len(levels) == number
+    return levels if whole and all(isinstance(one, float) and math.isfinite(one) for one in levels) else None

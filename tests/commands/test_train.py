@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.cli import main
 from lowmem_npo.commands.arguments import parse_run
+from lowmem_npo.errors import UserError
 from lowmem_npo.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,6 +110,18 @@ def test_run_yaml_is_accepted_back(lume_run, tmp_path, capsys):
     assert yaml.safe_load(again.to_yaml()) == settings
     resumed = parse_run(["--resume", f"--output-dir={folder}", "--epochs", "99"], "train").flat()
     assert {name for name in settings if resumed[name] != settings[name]} == {"epochs"}
+    for other in (["--model", "gpt2"], ["--model", "gpt2", "--config", str(folder / "run.yaml")]):
+        assert parse_run(["--resume", "--output-dir", str(folder), *other], "train").model.model == "gpt2"
+    (tmp_path / "run.yaml").write_text("[1]")
+    for arguments, command, message in (
+        (["--resume", "--output-dir", str(tmp_path)], "train", "run.yaml' is damaged: write the run's options into it"),
+        (["--resume", "--output-dir", str(tmp_path / "none")], "train", "--model must be given"),
+        (["--resume"], "train", "--model must be given"),
+        (["--resume", "--output-dir", str(folder)], "estimate", "--model must be given"),  # its own run's
+        (["--resume", "--output-dir", str(folder), "--output-dir"], "train", "--output-dir needs a value"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse_run(arguments, command)
     overridden = parse_run(["--config", str(folder / "run.yaml"), "--beta", "0.1", "--no-qlora"], "train").flat()
     changed = {name for name in settings if overridden[name] != settings[name]}
     assert changed == {"beta", "qlora"}

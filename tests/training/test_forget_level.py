@@ -105,7 +105,8 @@ def test_levels_that_cannot_be_read_are_measured_again(runs, tmp_path):
     path, rows = tmp_path / "forget_levels.json", len(data.forget_trained)
     levels = run_levels(path, model, data, rows, fresh=True)
     whole, other = path.read_text(), json.dumps({"levels": [9.0] * rows})
-    for content in ("", whole[: len(whole) // 2], "[]", "{}", '{"levels": [1.0]}', other.replace("9.0", "NaN", 1)):
+    of_other_types = other.replace("9.0", "[9.0]"), other.replace("9.0", "true"), other.replace("9.0", "NaN", 1)
+    for content in ("", whole[: len(whole) // 2], "[]", "{}", '{"levels": [1.0]}', *of_other_types):
         path.write_text(content)
         assert run_levels(path, model, data, rows, fresh=False) == levels and path.read_text() == whole, content
     path.write_bytes(b"\xff\xfe")

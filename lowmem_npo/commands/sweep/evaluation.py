@@ -175,6 +175,8 @@ class SweepEvaluation:
         if not files.result.exists():
             return {}
         content = load_json(files.result)
+        if not isinstance(content, dict):
+            raise UserError(f"'{files.result}' is damaged: restore or remove it.")
         measured: dict[Column, float] = {}
         for name, benchmark in self.benchmarks.items():
             if content.get(benchmark.name):  # an older version did not know every benchmark

@@ -14,7 +14,6 @@ from textwrap import fill
 from typing import Any
 
 from lowmem_npo.commands.sweep.grid import SweepRun
-from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answer_table import FORGET, MEASURES
 from lowmem_npo.evaluation.answers import AnswerEvaluation, part_of, read_answers
 from lowmem_npo.files import load_json, write_atomically
@@ -166,8 +165,8 @@ def _entry(run: SweepRun, ledger: Mapping[str, Mapping[str, Any]]) -> dict[str, 
         try:
             outcome = load_json(files.stopping)
             entry |= {"kept_step": outcome["kept"]["step"], "stopped_by": " ".join(outcome["held"])}
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"'{files.stopping}' is damaged: restore or remove it.") from error
+        except (ValueError, KeyError, TypeError):
+            return {**entry, "status": "failed", "error": f"'{files.stopping}' is damaged: restore or remove it"}
     return {**entry, "before": answer_figures(before)}
 
 

@@ -309,8 +309,9 @@ def test_stopping_in_a_sweep_is_reported(taught_model, tmp_path, capsys):
     (outcome,) = (tmp_path / "o").glob("*/*/stopping.json")
     for damaged in ("{", "[]", '{"kept": 3}'):
         outcome.write_text(damaged)
-        assert swept(taught_model, tmp_path / "o", *grid, "--resume") == 2
-        assert "stopping.json' is damaged: restore or remove it" in capsys.readouterr().err
+        assert swept(taught_model, tmp_path / "o", *grid, "--resume") == 1
+        *_, failed = json.loads((tmp_path / "o" / "sweep.json").read_text())["runs"]
+        assert "stopping.json' is damaged: restore or remove it" in failed["error"], failed
 
 
 def test_runs_of_one_model_load_it_once(taught_model):
