@@ -42,7 +42,7 @@ class Told:
     name: str
     version: Version
     advisories: list[dict[str, Any]] | None
-    newest: str = "no release"
+    newest: str | None = None
 
     @property
     def lines(self) -> Iterator[tuple[str, str | None]]:
@@ -100,7 +100,11 @@ def main() -> int:
         print(f"advisories: {index} does not answer as a package index: {error!r}", file=sys.stderr)
         return 2
     harmful = [line for line, why in lines if why is None]
-    unknown = [f"{one.name} {one.version} (only of {one.newest})" for one in told if one.advisories is None]
+    unknown = [
+        f"{one.name} {one.version}" + (f" (only of {one.newest})" if one.newest else "")
+        for one in told
+        if one.advisories is None
+    ]
     for line, why in sorted(lines, key=lambda line: line[1] is not None):
         print(line if why is None else f"{line}; harmless here: {why}")
     harmless = len(lines) - len(harmful)

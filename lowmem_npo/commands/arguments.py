@@ -356,16 +356,12 @@ def _settings_to_resume(flags: Sequence[str]) -> Path | None:
         UserError: they are damaged.
     """
     directories = [value for flag, value in pairwise(flags) if flag == "--output-dir"]
-    if (
-        "--resume" not in flags
-        or not directories
-        or {"--model", "--adapter", "--help", "-h", "--help-all"} & set(flags)
-    ):
+    if "--resume" not in flags or not directories or {"--model", "--adapter", "-h", "--help", "--help-all"} & {*flags}:
         return None
     run = RunFiles(Path(directories[-1]))
     if not run.run_yaml.is_file():
         return None
-    run.began()
+    run.began()  # says what to do where it is damaged
     return run.run_yaml
 
 

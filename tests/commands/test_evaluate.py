@@ -242,6 +242,10 @@ def test_an_adapter_and_a_comparison_with_before(byte_model, files, capsys):
     fails(capsys, main(["evaluate", "--adapter", folder, *options, "--resume"]), "the adapter has changed")
     write(files / "list.json", [])
     fails(capsys, main(["evaluate", "--adapter", folder, "--before", str(files / "list.json")]), "--before")
+    (files / "other.json").write_text(json.dumps({"rows": {}, "leaks": {}, "notes": [], "answers": [1]}))
+    fails(
+        capsys, main(["evaluate", "--adapter", folder, "--before", str(files / "other.json")]), "is no evaluation.json"
+    )
 
 
 def test_options_not_given_are_those_of_the_run(byte_model, files, capsys):

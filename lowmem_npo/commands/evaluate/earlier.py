@@ -43,6 +43,7 @@ def _content(path: str) -> dict[str, Any]:
         content = load_json(Path(path).expanduser())
     except (OSError, ValueError) as error:
         raise UserError(f"--before: '{path}' cannot be read as an earlier evaluation.json.") from error
-    if not isinstance(content, dict) or not {"rows", "leaks", "notes"} <= set(content):
+    whole = isinstance(content, dict) and {"rows", "leaks", "notes"} <= set(content)
+    if not whole or not all(isinstance(content.get(name) or {}, dict) for name in ("leaks", PLAIN.name)):
         raise UserError(f"--before: '{path}' is no evaluation.json of `lowmem-npo evaluate`.")
     return content

@@ -300,7 +300,7 @@ def test_a_budget_that_only_streaming_meets_is_refused(byte_model, tmp_path, cap
     assert "--stream-weights is an option of single runs: use it with `lowmem-npo train`" in capsys.readouterr().out
 
 
-def test_stopping_in_a_sweep_is_reported(taught_model, tmp_path, capsys):
+def test_stopping_in_a_sweep_is_reported(taught_model, tmp_path):
     grid = ["--grid", "stop-when=,retain-loss+1000", "delta=0.5", "--seeds", "1", "--reference", "live"]
     assert swept(taught_model, tmp_path / "o", *grid) == 0
     plain, stopped = json.loads((tmp_path / "o" / "sweep.json").read_text())["configurations"]
