@@ -114,7 +114,8 @@ def demo_subject(directory: Path, recipe: Recipe, epochs: float) -> Subject:
     config = recipe.run(directory, directory, 0, "auto")
     training = config.training
     flags = f"""
-        --dtype float32 --beta {config.objective.beta} --lora-r 16 --lora-alpha 16 --lora-targets all-linear
+        --dtype float32 --beta {config.objective.beta} --gamma {config.objective.gamma}
+        --lora-r 16 --lora-alpha 16 --lora-targets all-linear
         --gradient-checkpointing off --reference live --batch-size {training.batch_size}
         --retain-batch-size {training.retain_batch_size} --lr {training.lr} --epochs {epochs} --save-strategy no
     """
