@@ -34,6 +34,9 @@ LASTING = {
         "lasting: 2 folds, adversary 1 of 20 steps, LoRA α 64",
         "--layered 2 --adversary 1 --adversary-steps 20 --lora-alpha 64",
     ),
+    "lasting-gamma-2": method(
+        "lasting, γ 2, δ 1", "--layered 2 --adversary 1 --adversary-steps 20 --lora-alpha 64 --gamma 2 --delta 1"
+    ),
     "level": method("NPO to the level of the holdout", "--forget-level holdout"),
     "layered-level": method("layered, 3 folds, to the level of the holdout", "--layered 3 --forget-level holdout"),
 }
