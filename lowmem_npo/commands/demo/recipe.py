@@ -41,8 +41,8 @@ class Recipe:
     """Teaching, then unlearning with the code of `lowmem-npo train`. recipe: as --recipe.
 
     beta is not the paper's: the distance by which the answers' log-probability falls before NPO lets go of it is
-    proportional to 1 / beta, and a model this small is very sure of what it recites. beta and gamma were chosen together
-    so that the recipe ends close to a model that never saw the rows, in likelihood, membership and retain loss
+    proportional to 1 / beta, and a model this small is very sure of what it recites. beta and gamma were chosen
+    together so that the recipe ends close to a model that never saw the rows, in likelihood, membership and retain loss
     (docs/results.md, "Does it last?").
     """
 
