@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from benchmarks.quality_parts.pieces import Limits, Piece, make_pieces
 from benchmarks.quality_parts.real_rows import KINDS, SIZES, write_rows
 from benchmarks.quality_parts.subjects import RealSetting, demo_subject, real_subject
 from lowmem_npo.commands.arguments import parse_run
+from lowmem_npo.commands.demo.recipe import Recipe
 from lowmem_npo.commands.train.plan import read_inputs
 from lowmem_npo.errors import UserError
 
@@ -126,6 +128,16 @@ def test_the_recipe_lasting_is_among_them(tmp_path):
         recipe = parse_run([*others, "--recipe", "lasting"], "train")
         ours = parse_run([*run, *LASTING["lasting"].flags], "train")
         assert ours.flat() | {"recipe": "lasting"} == recipe.flat()
+
+
+def test_the_demos_model_forgets_with_the_demos_settings(tmp_path):
+    """All of the objective, so that one that the demo changes later is not left at its default here."""
+    demo = Recipe()
+    shared = demo_subject(tmp_path, demo, demo.epochs).flags
+    ours = parse_run(["--model", "any", "--forget", "owner/rows", "--retain", "owner/kept", *shared], "train")
+    theirs = demo.run(tmp_path, tmp_path, 0, "auto")
+    assert ours.objective == theirs.objective
+    assert replace(ours.training, recipe=demo.recipe, seed=theirs.training.seed) == theirs.training
 
 
 def of(flags, name):
