@@ -149,6 +149,12 @@ def _settings_of(result: str) -> dict[str, Any] | None:
 
 
 def is_of_adapter(files: EvaluationFiles, weights: Path) -> bool:
-    """Whether the evaluation in `files` measured the adapter whose weights are in the file `weights` now."""
-    settings = load_json(files.settings)
-    return settings["digests"].get(THE_ADAPTER) == digest(weights)
+    """Whether the evaluation in `files` measured the adapter whose weights are in the file `weights` now.
+
+    Raises UserError where its settings are damaged.
+    """
+    try:
+        measured = load_json(files.settings)["digests"].get(THE_ADAPTER)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"'{files.settings}' is damaged: remove '{files.path}', and measure anew.") from error
+    return bool(measured == digest(weights))

@@ -94,5 +94,5 @@ def _known(test: str, adapter: str) -> Iterator[Finding]:
     try:
         content = load_json(evaluation.result)["leaks"][test]
         yield Finding(LeakResult.from_json(content), is_of_adapter(evaluation, weights), evaluation.result)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
         pass

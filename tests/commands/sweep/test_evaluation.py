@@ -221,6 +221,20 @@ def test_resume_measures_and_teaches_only_what_is_missing(whole, desk, capsys):
     assert "was made with other settings (epochs)" in error and "\n" not in error.strip()
 
 
+@pytest.mark.parametrize("damaged", ["[]", "7", "{}", '{"digests": 7}', '{"digests": [1]}', '"', ""])
+def test_an_evaluation_whose_settings_are_damaged_is_named(damaged, whole, desk, capsys):
+    settings = runs(whole)["npo"][0] / "evaluation" / "settings.json"
+    sound = settings.read_text()
+    settings.write_text(damaged)
+    try:
+        code = swept(desk, whole, "--resume")
+    finally:
+        settings.write_text(sound)
+    printed = capsys.readouterr().out
+    assert code == 1 and printed.count("failed: ") == 1
+    assert f"failed: '{settings}' is damaged: remove '{settings.parent}', and measure anew" in printed
+
+
 def test_a_dry_run_shows_all_of_it_and_writes_nothing(desk, capsys):
     assert swept(desk, desk / "dry", "--dry-run", "--evaluate-limit", "2") == 0
     printed = capsys.readouterr().out
