@@ -11,6 +11,7 @@ from lowmem_npo.errors import UserError
 
 MAX_LISTED = 5
 SHINGLE, NEAR = 5, 0.7  # characters of a shingle; the similarity from which two texts are near-duplicates
+RUN, PART = 20, 0.25  # characters of a run; the part of the shorter of two passages whose runs both hold
 CHUNK = 256  # texts that are compared with all others at once
 SHORT_ANSWER = 4  # content words of an answer that a general row must not have all of
 MIN_SHARED, RELATED = 2, 0.6  # content words that rows share, at least, and as a part of the shorter one
@@ -70,6 +71,36 @@ def near_duplicates(
     return sorted(pairs, key=lambda pair: (-pair[2], pair[:2]))
 
 
+def sharing_text(examples: Sequence[Example]) -> dict[int, set[int]]:
+    """Example -> the others of the same text, as in `find_overlap`, and, of a passage, those that hold a part of its
+    text: what overlaps in a document, and its completions. Examples that share nothing are left out."""
+    same: dict[str, list[int]] = {}
+    for index, example in enumerate(examples):
+        same.setdefault(text_key(example), []).append(index)
+    near = {index: {*of_key} - {index} for of_key in same.values() if len(of_key) > 1 for index in of_key}
+    passages = [index for index, example in enumerate(examples) if example.is_passage]
+    for i, j in _overlapping([_key(examples[index].answer) for index in passages]):
+        near.setdefault(passages[i], set()).add(passages[j])
+    return near
+
+
+def _overlapping(texts: Sequence[str]) -> list[tuple[int, int]]:
+    """Pairs (i, j) and (j, i) of texts that share `PART` of the runs of the shorter one."""
+    if len(texts) < 2:
+        return []
+    from sklearn.feature_extraction.text import CountVectorizer  # late: takes a second
+
+    vectorizer = CountVectorizer(analyzer="char", ngram_range=(RUN, RUN), binary=True, lowercase=False)
+    runs = vectorizer.fit_transform([text.ljust(RUN, "\0") for text in texts]).astype("int32")
+    sizes, pairs = runs.getnnz(axis=1), list[tuple[int, int]]()
+    for begin in range(0, len(texts), CHUNK):
+        shared = (runs[begin : begin + CHUNK] @ runs.T).tocoo()
+        i, j = shared.row + begin, shared.col
+        alike = (i != j) & (shared.data >= PART * sizes[i].clip(max=sizes[j]))
+        pairs += zip(i[alike].tolist(), j[alike].tolist(), strict=True)
+    return pairs
+
+
 def refuse_overlap(
     forget: Sequence[Example], retain: Sequence[Example], *, of: str = "forget", part: str = "retain"
 ) -> None:
@@ -89,7 +120,11 @@ def _normalised(example: Example) -> str:
         parts = [turn["content"] for turn in example.messages]
     else:
         parts = [example.prompt or "", example.answer]
-    return " ".join(unicodedata.normalize("NFKC", " ".join(parts)).casefold().split())
+    return _key(" ".join(parts))
+
+
+def _key(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def find_related(forget: Sequence[Example], general: Sequence[Example]) -> list[int]:

@@ -43,6 +43,11 @@ class TokenizedRows(Sequence[TokenizedRow]):
         self.rows, self.examples, self.cut, self.max_length = rows, list(examples), cut, max_length
         self.repeated, self.literal = repeated, literal
 
+    def apart_from(self, others: Sequence[Example]) -> list[TokenizedRow]:
+        """The rows whose text is in none of `others`."""
+        held = {text_key(example) for example in others}
+        return [row for row, example in zip(self.rows, self.examples, strict=True) if text_key(example) not in held]
+
     def __len__(self) -> int:
         return len(self.rows)
 

@@ -44,7 +44,8 @@ MARGIN = 16  # tokens beyond the longest true answer
 
 @dataclass(frozen=True)
 class AnswerRecord:
-    """One row: its prompt, its true answer (reference), the greedy answer. `row` is its place in its data set."""
+    """One row: its prompt, its true answer (reference), the greedy answer. `row` is its place in its data set, `lead`
+    the white space that the model wrote before the answer."""
 
     row: int
     prompt: str
@@ -56,6 +57,7 @@ class AnswerRecord:
     rouge_l_recall: float
     exact_match: bool
     appears: bool
+    lead: str = ""
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> AnswerRecord:
@@ -277,7 +279,8 @@ def evaluate_answers(
         chosen, questions, likelihoods, answers, strict=True
     ):
         reference = text_of(tokenizer, reference_ids[:length]).strip()
-        answer = text_of(tokenizer, answer_ids).strip()
+        written = text_of(tokenizer, answer_ids).rstrip()
+        answer = written.lstrip()
         figures = compared(reference, answer)
         # With a token beyond the true answer, white space too, a written answer would go on.
         figures["exact_match"] &= generate or len(answer_ids) <= len(reference_ids)
@@ -290,6 +293,7 @@ def evaluate_answers(
                 tokens=likelihood.tokens,
                 nll=likelihood.nll,
                 probability=likelihood.probability,
+                lead=written[: len(written) - len(answer)],
                 **figures,
             )
         )

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lowmem_npo.claim import make_directory
 from lowmem_npo.errors import UserError
@@ -54,7 +54,7 @@ class EvaluationDirectory(EvaluationFiles):
         return Journal(self.journal)
 
     def _now(self) -> dict[str, Any]:
-        return {**json.loads(json.dumps(asdict(self.config))), "digests": self.digests}
+        return {**as_json(self.config), "digests": self.digests}
 
     def _check_resume(self) -> None:
         if not self.settings.exists():
@@ -92,7 +92,7 @@ class EvaluationDirectory(EvaluationFiles):
 
 def as_begun(config: EvaluationConfig) -> EvaluationConfig:
     """`config` of an evaluation that is to be resumed, with what was decided when it began."""
-    began = _settings_of(str(EvaluationFiles(config.path).result)) if config.resume else None
+    began = settings_of(str(EvaluationFiles(config.path).result)) if config.resume else None
     decided = (began or {}).get("generate_answers")
     return replace(config, generate_answers=decided) if decided and config.generate_answers == "auto" else config
 
@@ -109,9 +109,10 @@ def differences(
 ) -> list[str] | None:
     """What was other than in `config`, and the rows behind `digests`, when the evaluation.json at `result` was made, in
     words; None where that is not known. of_leaks: the options of the leak tests count, if both have some."""
-    if (earlier := _settings_of(result)) is None:
+    if (earlier := settings_of(result)) is None:
         return None
-    changed = _changed(earlier, config, config.compared(leaks=bool(of_leaks and config.leaks and earlier.get("leaks"))))
+    names = config.compared(leaks=bool(of_leaks and config.leaks and earlier.get("leaks")))
+    changed = changed_options(earlier, as_json(config), names)
     return [f"{name} {earlier[name]!r}" for name in changed] + [
         f"other {part} rows" for part in _other_rows(earlier, digests)
     ]
@@ -120,16 +121,25 @@ def differences(
 def incomparable_sets(result: str, config: EvaluationConfig, digests: Mapping[str, str]) -> list[str]:
     """The sets behind `digests` whose figures in the evaluation.json at `result` cannot be compared with those of
     `config`, as far as that is known: those that had other rows; all, where a setting that decides them was another."""
-    if (earlier := _settings_of(result)) is None:
-        return []
+    earlier = settings_of(result)
+    return [] if earlier is None else other_sets(earlier, {**as_json(config), "digests": digests})
+
+
+def other_sets(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The same by what two settings.json hold."""
     of_tests = {f.name for options in (LeakOptions, BenchmarkOptions) for f in fields(options)}
-    if _changed(earlier, config, set(config.compared(leaks=False)) - of_tests):
-        return [part for part in digests if part != THE_ADAPTER]
-    return _other_rows(earlier, digests)
+    if changed_options(earlier, now, set(EvaluationConfig.compared(leaks=False)) - of_tests):
+        return [part for part in now["digests"] if part != THE_ADAPTER]
+    return _other_rows(earlier, now["digests"])
 
 
-def _changed(earlier: Mapping[str, Any], config: EvaluationConfig, names: Iterable[str]) -> list[str]:
-    now = json.loads(json.dumps(asdict(config)))
+def as_json(config: EvaluationConfig) -> dict[str, Any]:
+    """The options as settings.json holds them."""
+    return cast(dict[str, Any], json.loads(json.dumps(asdict(config))))
+
+
+def changed_options(earlier: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Those of the options `names` that one settings.json has otherwise than another, as far as both have them."""
     return [name for name in names if earlier.get(name, now[name]) != now[name]]
 
 
@@ -138,7 +148,7 @@ def _other_rows(earlier: Mapping[str, Any], digests: Mapping[str, str]) -> list[
     return [part for part, of in digests.items() if part != THE_ADAPTER and known.get(part, of) != of]
 
 
-def _settings_of(result: str) -> dict[str, Any] | None:
+def settings_of(result: str) -> dict[str, Any] | None:
     """The settings of the evaluation.json at `result`, its digests among them; None where they cannot be read."""
     settings = EvaluationFiles(Path(result).expanduser().parent).settings
     try:

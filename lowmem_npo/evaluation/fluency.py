@@ -18,7 +18,7 @@ from lowmem_npo.evaluation.scoring.scorer import Scorer
 from lowmem_npo.model.adapters import original_model
 
 Said = tuple[list[int], str]
-"""A prompt, as ids, and what the model wrote after it."""
+"""A prompt, as ids, and what the model wrote after it, white space before it too: without, it is of other tokens."""
 
 
 def fluency(scorer: Scorer, name: str, said: Sequence[Said]) -> dict[str, Any] | None:

@@ -20,9 +20,10 @@ from lowmem_npo.evaluation.answers import (
 )
 from lowmem_npo.evaluation.directory import is_of_adapter
 from lowmem_npo.evaluation.figures import finite
+from lowmem_npo.evaluation.gold import Gold
 from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakResults
 from lowmem_npo.evaluation.leaks.measure import read_leaks
-from lowmem_npo.evaluation.leaks.worst import WORST_ATTACK, WorstAttack, retained_leaks, worst_attacks
+from lowmem_npo.evaluation.leaks.worst import WORST_ATTACK, WorstAttack, worst_attacks
 from lowmem_npo.files import file_sha256, load_json
 from lowmem_npo.ranges import shortened
 from lowmem_npo.report.audit import Audit, read_audit
@@ -166,7 +167,7 @@ def _read_evaluation(files: RunFiles) -> dict[str, dict[str, Any]]:
 def _gold_leaks(files: RunFiles) -> LeakResults:
     """What the leak tests gave of the model that the evaluation compared with, if it did."""
     settings = files.evaluation.settings
-    return retained_leaks(load_json(settings).get("retained_log")) if settings.is_file() else {}
+    return Gold.of(load_json(settings)).leaks if settings.is_file() else {}
 
 
 def _merged_leaks(

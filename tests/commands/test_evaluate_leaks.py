@@ -7,8 +7,11 @@ import json
 import pytest
 
 from lowmem_npo.cli import main
+from lowmem_npo.commands.evaluate.plan import plan_evaluation
+from lowmem_npo.console import silent
 from lowmem_npo.evaluation.leaks.registry import NAMES
 from lowmem_npo.evaluation.scoring import scorer as measuring
+from lowmem_npo.evaluation.settings import EvaluationConfig
 
 FORGET = [{"question": f"Who is number {n}?", "answer": f"The {n} of {n + 1}."} for n in range(6)]
 HOLDOUT = [{"question": f"Who was number {n}?", "answer": f"A {n} or {n + 2}."} for n in range(5)]
@@ -174,6 +177,41 @@ def test_membership_beside_a_reference_model_and_by_gradients(byte_model, files,
     (note,) = [note for note in content(files, "without")["notes"] if "mia_reference" in note]
     assert note == "mia_reference is not measured: the evaluation of --retained-log had no --leaks membership."
     fails(capsys, evaluate(byte_model, files, "--mia-gradnorm", out="none"), "--mia-gradnorm", "--leaks membership")
+
+
+def test_a_gold_model_is_compared_on_the_same_rows_alone(byte_model, files):
+    leaks = ("--leaks", "extraction", "sampling", "--leak-samples", "2", "--max-new-tokens", "8")
+    assert evaluate(byte_model, files, *leaks, out="gold") == 0
+    log = ("--retained-log", str(files / "gold" / "evaluation.json"))
+    assert evaluate(byte_model, files, *leaks, *log) == 0
+    of, gold = content(files), content(files, "gold")
+    assert of["worst_attack"]["gold"] == of["worst_attack"]["value"] and of["open_unlearning"]["privleak"] == 0
+    assert not any("--retained-log" in note for note in of["notes"] if "mia_reference" not in note)
+    assert evaluate(byte_model, files, *leaks, *log, "--leak-samples", "3", out="more") == 0
+    (note,) = [note for note in content(files, "more")["notes"] if "--leak-samples" in note]
+    assert note == "sampling: not compared with --retained-log, which had another --leak-samples."
+    write(files / "holdout.jsonl", HOLDOUT[:3])
+    assert evaluate(byte_model, files, *leaks, *log, out="holdout") == 0
+    assert any(note.startswith("privleak is compared with 0.5") for note in content(files, "holdout")["notes"])
+    write(files / "forget.jsonl", FORGET[:4])
+    assert evaluate(byte_model, files, *leaks, *log, out="other") == 0
+    other = content(files, "other")
+    assert other["worst_attack"]["gold"] is None and gold["open_unlearning"]["mia_min_k"] not in (0, 0.5)
+    min_k = other["open_unlearning"]["mia_min_k"]
+    assert other["open_unlearning"]["privleak"] == pytest.approx(100 * ((1 - min_k) / 0.5 - 1), abs=1e-6)
+    (note,) = [note for note in other["notes"] if note.startswith("--retained-log")]
+    assert note.endswith("had other forget rows, or asked for them otherwise, so nothing is compared with it.")
+
+
+def test_rows_to_keep_that_are_others_too(byte_model, files, capsys):
+    """Of the forget rows: they are not taught to see what comes back. Of the holdout: it is to be unknown."""
+    path = write(files / "retain.jsonl", [*FORGET, {"question": "Where?", "answer": "There."}])
+    given = {"forget": str(files / "forget.jsonl"), "retain": path, "leaks": ("retuning",)}
+    (row,) = plan_evaluation(EvaluationConfig(model=str(byte_model), **given), silent).attacker.retain
+    assert row["prompt_length"] and len(row["input_ids"]) < 40
+    write(files / "retain.jsonl", [HOLDOUT[3]])
+    code = evaluate(byte_model, files, "--leaks", "extraction", "--retain", path)
+    fails(capsys, code, "1 of the retain rows are in the holdout as well")
 
 
 def test_one_row_and_identical_rows(byte_model, files):

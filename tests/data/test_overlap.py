@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from lowmem_npo.data import bundled_rows, to_examples
-from lowmem_npo.data.overlap import find_overlap, find_related, near_duplicates, refuse_overlap
+from lowmem_npo.data import bundled_rows, read_rows, to_examples
+from lowmem_npo.data.overlap import find_overlap, find_related, near_duplicates, refuse_overlap, sharing_text
+from lowmem_npo.data.passages import Passages
 from lowmem_npo.data.schemas import Example
 from lowmem_npo.errors import UserError
 
@@ -63,6 +64,24 @@ def test_the_rows_are_named():
     assert "--allow-overlap" in str(error.value)
     with pytest.raises(UserError, match=r"^1 row to forget is also in the rows to retain"):
         refuse_overlap(forget[:2], retain)
+
+
+def test_passages_of_a_document_share_its_text(tmp_path):
+    """Each text with its neighbours, and with the completions of its pieces; questions with their copies alone."""
+    rows = bundled_rows("forget", limit=12).rows
+    (tmp_path / "d.txt").write_text(" ".join(f"{row['question']} {row['answer']}" for row in rows))
+    examples = to_examples(read_rows(str(tmp_path / "d.txt"), passages=Passages(40, "both")))
+    pieces = [example.answer.strip() for example in examples if example.prompt is not None]
+    texts = [index for index, example in enumerate(examples) if example.prompt is None]
+    near = sharing_text(examples)
+    assert len(texts) > 4 and len(pieces) == len(texts) == len(examples) / 2
+    for index in texts[1:-1]:
+        held = {i for i, other in enumerate(examples) if other.answer.strip() in examples[index].answer} - {index}
+        place = texts.index(index)
+        assert near[index] == held | {texts[place - 1], texts[place + 1]} and len(held) == 2
+    questions = [pair(row["question"], row["answer"]) for row in rows]
+    assert sharing_text(questions) == {} == sharing_text(examples[:1])
+    assert sharing_text([*questions, pair(rows[3]["question"].upper(), rows[3]["answer"])]) == {3: {12}, 12: {3}}
 
 
 def test_near_duplicates_have_the_similarity_of_their_shingles():

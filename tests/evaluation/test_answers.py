@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.tiny_models import tiny_model
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.config import OutputConfig
 from lowmem_npo.data import Example, tokenize
@@ -44,6 +44,17 @@ def tokenizer(byte_model):
 @pytest.fixture(scope="module")
 def rows(tokenizer):
     return tokenize([Example(prompt, answer, "here", "question/answer") for prompt, answer in PAIRS], tokenizer)
+
+
+def test_the_white_space_before_an_answer_is_kept_beside_it(byte_model, tokenizer, rows, monkeypatch):
+    """The model's own tokens have it: without it `fluency` would ask of others."""
+    said = [" Anna does ", "\n\nOh", "", "No"]
+    ids = [tokenizer(text, add_special_tokens=False).input_ids for text in said]
+    monkeypatch.setattr(generation, "greedy_answers", lambda *args, **options: ids)
+    model = AutoModelForCausalLM.from_pretrained(byte_model)
+    records = evaluate_answers(model, tokenizer, rows, progress=False).records
+    assert [record.lead + record.answer for record in records] == [" Anna does", "\n\nOh", "", "No"]
+    assert [record.answer for record in records] == ["Anna does", "Oh", "", "No"] and records[0].exact_match
 
 
 def dense_nlls(model, rows) -> list[float]:

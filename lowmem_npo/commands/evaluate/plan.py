@@ -171,19 +171,21 @@ def _select_for_leaks(sources: Mapping[str, Rows], context: Context) -> tuple[di
     """The rows of the leak tests, whatever their benchmark: "forget", and "holdout" if there is one; and what else they
     may use. Empty if there are no leak tests.
 
-    Raises UserError if the holdout has rows of the forget set.
+    Raises UserError if the holdout has rows of the forget or the retain set.
     """
     config = cast(EvaluationConfig, context.config)
     if not config.leaks:
         return {}, Attacker()
     given = {part: sources[part] for part in ("forget", "holdout") if part in sources}
     examples = {part: to_examples(rows, **config.columns_of(part, rows)) for part, rows in given.items()}
-    if "holdout" in examples and (pairs := find_overlap(examples["forget"], examples["holdout"])):
-        where = " is ".join(example.where for example in pairs[0])
-        raise UserError(
-            f"{len(pairs)} of the forget rows are in the holdout as well ({where}), which must hold only rows that the "
-            "model was never taught: remove them from one of the two."
-        )
+    to_keep = to_examples(sources["retain"], **config.columns) if "retain" in sources else []
+    for part, taught in (("forget", examples["forget"]), ("retain", to_keep)):
+        if pairs := find_overlap(taught, examples.get("holdout", [])):
+            where = " is ".join(example.where for example in pairs[0])
+            raise UserError(
+                f"{len(pairs)} of the {part} rows are in the holdout as well ({where}), which must hold only rows that "
+                "the model was never taught: remove them from one of the two."
+            )
     selected, measured = {}, dict[str, list[Example]]()
     for part, of_part in examples.items():
         places = context.choose(len(of_part))
@@ -197,9 +199,9 @@ def _select_for_leaks(sources: Mapping[str, Rows], context: Context) -> tuple[di
     if RETUNING.name in config.leaks:
         attacker.general = bundled_general("general", examples["forget"], *how)
         if "retain" in sources:
-            to_keep = to_examples(sources["retain"], **config.columns)
             kept = [to_keep[i] for i in context.choose(len(to_keep))]
-            attacker.retain = tokenize(kept, context.tokenizer, max_length=how[2], template=how[1], drop_too_long=True)
+            rows = tokenize(kept, context.tokenizer, max_length=how[2], template=how[1], drop_too_long=True)
+            attacker.retain = rows.apart_from(examples["forget"])
     return selected, attacker
 
 

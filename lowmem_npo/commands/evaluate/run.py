@@ -23,13 +23,13 @@ from lowmem_npo.evaluation.benchmarks.muse import MUSE
 from lowmem_npo.evaluation.benchmarks.plain import PLAIN, summaries_of
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.benchmarks.tofu import TOFU, TofuOptions
-from lowmem_npo.evaluation.directory import EvaluationDirectory
+from lowmem_npo.evaluation.directory import EvaluationDirectory, as_json
 from lowmem_npo.evaluation.fluency import fluency
+from lowmem_npo.evaluation.gold import Gold
 from lowmem_npo.evaluation.leaks.contract import NO_HOLDOUT, LeakResult, SavedModel, Subject
 from lowmem_npo.evaluation.leaks.measure import repeated, run_leak_tests, time_of_tuning
 from lowmem_npo.evaluation.leaks.registry import leak_tests
-from lowmem_npo.evaluation.leaks.worst import retained_leaks
-from lowmem_npo.evaluation.open_unlearning import muse_figures, retained_min_k, tofu_figures, token_figures
+from lowmem_npo.evaluation.open_unlearning import muse_figures, tofu_figures, token_figures
 from lowmem_npo.evaluation.result import Evaluation
 from lowmem_npo.evaluation.scoring.scorer import Scorer
 from lowmem_npo.evaluation.settings import EvaluationConfig
@@ -88,8 +88,11 @@ def measure(
         check_head(model)
         check_causal(model)
     scorer = Scorer(model, context.tokenizer, journal, plan.rows_at_once, config.generate_answers != "off")
-    gold_leaks = retained_leaks(cast(TofuOptions, config).retained_log)
-    result = Evaluation(rows=_counts(selected, plan.sources, leak_rows), notes=context.notes, gold_leaks=gold_leaks)
+    gold = Gold.of({**as_json(config), "digests": plan.digests})
+    if not gold.same_rows:
+        context.config = cast(EvaluationConfig, replace(cast(TofuOptions, config), retained_log=None))
+    context.notes += gold.notes
+    result = Evaluation(rows=_counts(selected, plan.sources, leak_rows), notes=context.notes, gold_leaks=gold.leaks)
     for benchmark, name, selection in selected:
         try:
             measured = benchmark.measure(name, selection, scorer, context)
@@ -126,8 +129,7 @@ def measure(
         for line in time_of_tuning(tests, subject):
             say(line)
         result.leaks = run_leak_tests([test for test in tests if not test.loads_models], subject)
-        reference = retained_min_k(cast(TofuOptions, config).retained_log)
-        result.open_unlearning = token_figures(subject.token_scores(), rows, context.tokenizer, reference)
+        result.open_unlearning = token_figures(subject.token_scores(), rows, context.tokenizer, gold.min_k)
         places = {part: selection.places for part, selection in leak_rows.items()}
         digests = {part: plan.digests[part] for part in rows}
         further, notes = further_membership(config, digests, places, subject)

@@ -148,7 +148,7 @@ def _leaks(plan: RunPlan, model: PeftModel, stage: str) -> LeakResults:
             plan.tokenizer,
             measured_rows(config, data.forget),
             holdout_rows=None if data.holdout is None else measured_rows(config, data.holdout),
-            retain_rows=data.retain,
+            retain_rows=data.retain and data.retain.apart_from(data.forget.examples),
             general_rows=_general(plan) if RETUNING.name in tests else None,
             wording=_wording(plan, Fit.of(causal_lm(model))),
             tests=tests,

@@ -108,7 +108,9 @@ class Plain(Benchmark[PlainAnswer, dict[str, AnswerSummary]]):
         if not _lets_write(context):
             return []
         trained = [a for a in measured if a.form is None]
-        return [(question(row)[0], a.record.answer) for row, a in zip(selection.rows, trained, strict=True)]
+        return [
+            (question(row)[0], a.record.lead + a.record.answer) for row, a in zip(selection.rows, trained, strict=True)
+        ]
 
     def rows_to_json(self, name: str, measured: Sequence[PlainAnswer]) -> list[dict[str, Any]]:
         return [{**asdict(a.record), **({"form": a.form} if a.form else {})} for a in measured]

@@ -82,7 +82,7 @@ class TofuRow:
 
 @dataclass(frozen=True)
 class TofuAnswer:
-    """A row as the model sees it: mean nll per token of each of its answers, and the greedy answer."""
+    """A row as the model sees it: mean nll per token of each of its answers, and the greedy answer as written."""
 
     row: TofuRow
     nll: float
@@ -175,7 +175,7 @@ class Tofu(Benchmark[TofuAnswer, TofuScores]):
             {
                 "question": a.row.example.prompt,
                 "answer": a.row.example.answer,
-                "generation": a.generation,
+                "generation": a.generation.strip(),
                 "nll": a.nll,
                 "paraphrased_nll": a.paraphrased_nll,
                 "perturbed_nll": a.perturbed_nll,
@@ -236,7 +236,7 @@ def measure_tofu(
     measured = []
     for row, answer, other, generation in zip(rows, answers, paraphrased, generations, strict=True):
         perturbed, wrong = wrong[: len(row.perturbed)], wrong[len(row.perturbed) :]
-        measured.append(TofuAnswer(row, answer, other, tuple(perturbed), generation.strip()))
+        measured.append(TofuAnswer(row, answer, other, tuple(perturbed), generation))
     return measured
 
 
@@ -251,7 +251,7 @@ def score_tofu(name: str, answers: Sequence[TofuAnswer]) -> TofuSet:
     from rouge_score.rouge_scorer import RougeScorer
 
     rouge = RougeScorer(["rougeL"], use_stemmer=True)
-    recall = [rouge.score(a.row.example.answer.strip(), a.generation)["rougeL"].recall for a in answers]
+    recall = [rouge.score(a.row.example.answer.strip(), a.generation.strip())["rougeL"].recall for a in answers]
     ratios = [answer.truth_ratio for answer in answers]
     if name == FORGET:
         read = [min(ratio, 1 / (ratio + TINY)) for ratio in ratios]

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 MARGIN = 0.1  # a figure between 0 and 1 stands out if it is further than this above the holdout's
 WITHOUT_HOLDOUT = 0.5  # without a holdout, and without the model before, only more than this is called a leak
 MUCH = 0.5  # of what there was before
-NO_HOLDOUT = "what the model gives for rows that it never saw is not known (--holdout names some)"
+UNKNOWN = "what the model gives for rows that it never saw is not known"
+NO_HOLDOUT = f"{UNKNOWN} (--holdout names some)"
 
 
 HOLDOUT = "holdout_"  # before the name of a figure: the same figure on the holdout
@@ -248,6 +249,8 @@ class LeakTest(ABC, Generic[OptionsT]):
     """Whether it makes no sense on a model that has forgotten nothing yet."""
     forms: ClassVar[int] = 0
     """On how many further models it repeats the other tests."""
+    named_by_options: ClassVar[bool] = False
+    """Whether the name of an attack says all that the options do to it."""
     loads_models: ClassVar[bool] = False
     """Whether it loads models of its own: it is run last, when the model in memory is gone; never while training."""
 
@@ -303,6 +306,15 @@ def above_holdout(value: float, level: float | None, before: float | None = None
     if before is not None and before > MARGIN:
         return value > max(MUCH * before, MARGIN)
     return True if value > WITHOUT_HOLDOUT else None
+
+
+def standing(value: float, level: float | None, usual: float) -> tuple[bool, float]:
+    """Orders what several attacks brought back: first whether it stands out, then how far it is above the level.
+
+    usual: stands for the level of an attack that has none. It then still comes before all that do not stand out if it
+    is more than any guessing gives.
+    """
+    return above_holdout(value, level) is True, value - (usual if level is None else level)
 
 
 def beside_holdout(

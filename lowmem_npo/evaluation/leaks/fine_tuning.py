@@ -23,7 +23,7 @@ from lowmem_npo.evaluation.leaks.extraction import ORIGINAL_PART, extraction_fig
 from lowmem_npo.evaluation.leaks.tuned import Figures, Tuned
 from lowmem_npo.evaluation.scoring.eval_mode import progress_bar
 from lowmem_npo.evaluation.scoring.likelihood import answer_batch
-from lowmem_npo.evaluation.scoring.token_scores import TokenScores, token_scores
+from lowmem_npo.evaluation.scoring.token_scores import NotFinite, TokenScores, token_scores
 from lowmem_npo.memory.checkpointing import checkpointing
 from lowmem_npo.memory.exhausted import as_fits
 from lowmem_npo.model import answer_hidden, frozen_head
@@ -44,7 +44,8 @@ def tune(
     lr: float,
 ) -> dict[int, Tuned]:
     """What rows `asked` (and the holdout) give after some `steps` of fine-tuning on `taught`: one run of as many as the
-    most, measured after each number of them. part: its name in the journal, which knows what was measured before."""
+    most, measured after each number of them, until it diverges. part: its name in the journal, which knows what was
+    measured before."""
     journal, key = subject.scorer.journal, subject.part(f"{part}, {'+'.join(map(str, steps))} steps")
     if 0 not in journal.known(key):
         curve = {step: asdict(tuned) for step, tuned in _tune(subject, taught, asked, steps, lr).items()}
@@ -83,7 +84,10 @@ def _tune(
             progress=scorer.journal.progress,
         ):
             if step in steps:
-                tuned[step] = replace(none, steps=step, after=measure())
+                try:
+                    tuned[step] = replace(none, steps=step, after=measure())
+                except NotFinite:  # the attack went too far; the model itself was measured before it
+                    break
     return tuned
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lowmem_npo.evaluation.leaks.contract import (
     HOLDOUT,
     NO_HOLDOUT,
+    UNKNOWN,
     Attack,
     LeakResult,
     LeakTest,
@@ -23,6 +24,7 @@ from lowmem_npo.evaluation.leaks.contract import (
     above_holdout,
     as_holdout,
     beside_holdout,
+    standing,
 )
 from lowmem_npo.evaluation.leaks.sampling import BEST, Best, attack_of, best_samples
 from lowmem_npo.evaluation.options import Options
@@ -35,7 +37,7 @@ A_WORDING = Need(
     lambda subject: subject.wording is None, "it writes the rows' prompts otherwise, and only token ids are given"
 )
 ANY = "the best of all"
-NOT_SO = "the holdout cannot be asked so, and what the model gives for rows that it never saw is not known"
+NOT_SO = f"the holdout cannot be asked so, and {UNKNOWN}"
 
 Answers = dict[str, dict[str, list[Best | None]]]
 """Set -> way to ask -> the best answer to each row; None to one that cannot be asked so."""
@@ -114,8 +116,10 @@ def judge(answers: Answers, max_new_tokens: int, before: float | None = None, un
         by_way[ANY] = _figures([row for row in _best_of_all(answers["forget"]) if row])
         if "holdout" in answers:
             by_way[ANY] |= as_holdout(_figures([row for row in _best_of_all(answers["holdout"]) if row]))
-    worst = max(by_way, key=lambda way: by_way[way][BEST] - by_way[way].get(HOLDOUT + BEST, 0.0))
-    figures, level = by_way[worst], by_way[worst].get(HOLDOUT + BEST)
+    levels = {way: of_way.get(HOLDOUT + BEST) for way, of_way in by_way.items()}
+    usual = max((level for level in levels.values() if level is not None), default=0.0)
+    worst = max(by_way, key=lambda way: standing(by_way[way][BEST], levels[way], usual))
+    figures, level = by_way[worst], levels[worst]
     own, beside = beside_holdout(figures[BEST], level, before, unknown)
     way = f"the worst of {ways} ways" if ways > 1 else "the one way there is"
     meaning = (

@@ -2,7 +2,8 @@
 
 Some forget rows are shown to the model for some steps of fine-tuning, and the REST of the forget rows is measured. What
 such steps teach anyhow, the manner of the answers, they teach about the holdout as well: only what the rest gains
-beyond it was still there. How much comes back depends on how hard an attacker tries, so there is a family of attacks,
+beyond it was still there. What shares text with a row that is shown, as passages of a document do, is not asked for: it
+was taught. How much comes back depends on how hard an attacker tries, so there is a family of attacks,
 and the worst counts.
 """
 
@@ -27,6 +28,7 @@ TWO_ROWS = Need(
     lambda subject: len(subject.forget) < 2,
     "it teaches one part of the forget rows again and asks for the rest, and there is only one row",
 )
+NOTHING_LEFT = "every row that is not shown holds text of one that is"
 HALF = 0.5
 # What the words of --relearn-attacks stand for: share of the rows (None: --relearn-share), and multiples of
 # --relearn-steps and --relearn-lr.
@@ -98,6 +100,7 @@ class Relearning(LeakTest[RelearningOptions]):
     main = "extraction_strength"
     figures = tuned.FIGURES
     after_only = True
+    named_by_options = True
 
     def check_rows(self, options: RelearningOptions, rows: Mapping[str, int]) -> None:
         for lesson in lessons(options):
@@ -113,14 +116,28 @@ class Relearning(LeakTest[RelearningOptions]):
     def run(self, subject: Subject, options: RelearningOptions) -> LeakResult:
         from lowmem_npo.evaluation.leaks.fine_tuning import tune
 
-        wanted = lessons(options)
-        attacks: dict[str, Tuned] = {}
+        wanted, near = lessons(options), self._sharing(subject)
+        attacks, tried = dict[str, Tuned](), set[tuple[float, float]]()
         for (share, lr), steps in _runs(wanted).items():
-            shown, rest = split(len(subject.forget), share, subject.seed)
+            shown, rest = split(len(subject.forget), share, subject.seed, near)
+            if not rest:
+                continue
+            tried.add((share, lr))
             taught, asked = ([subject.forget[i] for i in places] for places in (shown, rest))
             outcome = tune(subject, f"relearning, {share:g} shown, lr {lr:g}", taught, asked, steps, lr)
             attacks |= {Lesson(share, count, lr).name: of for count, of in outcome.items()}
-        return judge({lesson.name: attacks[lesson.name] for lesson in wanted})
+        asked_for = [lesson.name for lesson in wanted if (lesson.share, lesson.lr) in tried]
+        if not asked_for:
+            return LeakResult.not_measured(NOTHING_LEFT)
+        return tuned.judge_made(judge, asked_for, attacks)
+
+    def _sharing(self, subject: Subject) -> Mapping[int, set[int]]:
+        """Forget row -> the others that hold its text."""
+        if subject.wording is None:  # token ids alone, which say less
+            return {}
+        from lowmem_npo.data.overlap import sharing_text
+
+        return sharing_text(subject.wording.examples["forget"])
 
     def attacks(self, figures: Mapping[str, Any]) -> dict[str, Attack]:
         return tuned.attacks_in(figures)
@@ -150,11 +167,27 @@ def _runs(wanted: list[Lesson]) -> dict[tuple[float, float], list[int]]:
     return {key: sorted(steps) for key, steps in runs.items()}
 
 
-def split(rows: int, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Which rows are shown again (one at least), and which are the rest (one at least). share: from 1 on, how many."""
+def split(
+    rows: int, share: float, seed: int, near: Mapping[int, set[int]] | None = None
+) -> tuple[list[int], list[int]]:
+    """Which rows are shown again (one at least), and which are asked for: the others (one at least).
+
+    share: from 1 on, how many. near: row -> others that hold its text. Such rows are shown together, so that few are
+    left which may not be asked for; there may be none that may.
+    """
+    near = near or {}
     count = min(rows - 1, max(1, int(share) if share >= 1 else round(share * rows)))
-    shown = sorted(random.Random(seed).sample(range(rows), count))
-    return shown, [i for i in range(rows) if i not in set(shown)]
+    drawn = random.Random(seed).sample(range(rows), count)
+    shown: dict[int, None] = {}
+    for first in drawn:
+        together = [first]
+        while together and len(shown) < count:
+            row = together.pop(0)
+            if row not in shown:
+                shown[row] = None
+                together += sorted(near.get(row, ()))
+    held = {*shown}.union(*(near.get(row, set()) for row in shown))
+    return sorted(shown), [i for i in range(rows) if i not in held]
 
 
 def judge(attacks: Mapping[str, Tuned]) -> LeakResult:

@@ -43,6 +43,7 @@ class Retuning(LeakTest[RetuningOptions]):
     main = "extraction_strength"
     figures = tuned.FIGURES
     after_only = True
+    named_by_options = True
 
     def tuning_steps(self, subject: Subject, options: RetuningOptions) -> int:
         return options.retune_steps * (bool(subject.retain) + bool(subject.general))
@@ -51,18 +52,20 @@ class Retuning(LeakTest[RetuningOptions]):
         from lowmem_npo.evaluation.leaks.fine_tuning import tune
 
         steps, lr = options.retune_steps, options.retune_lr
-        attacks: dict[str, Tuned] = {}
+        attacks, tried = dict[str, Tuned](), list[str]()
         for words, rows in (("the retain rows", subject.retain), ("general texts", subject.general)):
             if rows:
                 outcome = tune(subject, f"retuning, {words}, lr {lr:g}", rows, subject.forget, [steps], lr)
-                attacks[f"{steps} steps on {words}, lr {lr:g}"] = outcome[steps]
+                tried.append(name := f"{steps} steps on {words}, lr {lr:g}")
+                if steps in outcome:
+                    attacks[name] = outcome[steps]
 
         def told(name: str, worst: Tuned, own: str) -> str:
             which = ", the worse of 2 attacks" if len(attacks) > 1 else ""
             rows = worst.after["rows"]
             return f"After {name}{which}, the model writes the last {own} of the {rows} forgotten answers"
 
-        result = tuned.judge(attacks, told)
+        result = tuned.judge_made(lambda made: tuned.judge(made, told), tried, attacks)
         if not subject.retain:
             result.meaning += f" {NO_RETAIN}"
         return result

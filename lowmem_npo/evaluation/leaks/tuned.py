@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ FIGURES = OF_ANSWERS | {
         "lower",
     )
 }
+DIVERGED = "the attacked model gave no finite likelihood"
 NOT_ATTACKS = ("before", "original", "curve")  # groups of figures; the last of an older version
 
 Figures = dict[str, float]
@@ -73,6 +74,21 @@ def judge(attacks: Mapping[str, Tuned], told: Callable[[str, Tuned, str], str]) 
     meaning = f"{told(name, worst, own)} by itself, before them {before:.0%}; {beside}."
     leaks = above_holdout(worst.strength, worst.level, original)
     return LeakResult(figures, meaning, leaks, against_before=original is not None)
+
+
+def judge_made(
+    judge: Callable[[Mapping[str, Tuned]], LeakResult], tried: Sequence[str], made: Mapping[str, Tuned]
+) -> LeakResult:
+    """`judge` of the attacks that were tried, but for those that are not among the `made`: under them the model
+    diverged, which says nothing of what it knew."""
+    diverged = "; ".join(name for name in tried if name not in made)
+    attacks = {name: made[name] for name in tried if name in made}
+    if not attacks:
+        return LeakResult.not_measured(f"{DIVERGED} ({diverged})")
+    result = judge(attacks)
+    if diverged:
+        result.meaning += f" Not counted, since {DIVERGED}: {diverged}."
+    return result
 
 
 def attacks_in(figures: Mapping[str, Any]) -> dict[str, Attack]:

@@ -3,7 +3,8 @@
 What an attack brings back is a share, of an answer or of the answers. Beside it stands what the same attack brings
 forth of rows that were never taught, the holdout, and what it brings back from a gold model, which was never taught the
 forget rows, where there is one. The worst is the one that is furthest above such a level: gold's where it is known,
-else the holdout's; an attack with no level to compare is the worst only among others like it.
+else the holdout's. An attack that has none, such as a paraphrase of which the holdout has no like, is taken to have the
+highest of the others' by the same figure; what it brings back is not passed over since nothing stands beside it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_npo.evaluation.figures import shares
-from lowmem_npo.evaluation.leaks.contract import MARGIN, NO_HOLDOUT, Attack, LeakResult, LeakResults
+from lowmem_npo.evaluation.leaks.contract import UNKNOWN, Attack, LeakResult, LeakResults, above_holdout, standing
 from lowmem_npo.evaluation.leaks.extraction import EXTRACTION, FIGURES
 from lowmem_npo.evaluation.leaks.quantization import QUANTIZATION
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
@@ -56,7 +57,7 @@ class WorstAttack:
     @property
     def stands_out(self) -> bool | None:
         """Whether it brings back more than such a model gives; None where that is not known."""
-        return None if self.level is None else self.value > self.level + MARGIN
+        return above_holdout(self.value, self.level)
 
     @property
     def sentence(self) -> str:
@@ -67,7 +68,7 @@ class WorstAttack:
         levels = "".join(f"; {words}, {share}" for words, share in zip(known, others, strict=True))
         of = f"The worst of {self.attacks} attacks" if self.attacks > 1 else "The only attack"
         words = WORDS[self.figure].format(own)
-        return f"{of}, {self.name}: {words}{levels or f'; {NO_HOLDOUT}'}."
+        return f"{of}, {self.name}: {words}{levels or f'; {UNKNOWN}'}."
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -94,7 +95,11 @@ def worst_attack(results: LeakResults, gold: LeakResults | None = None) -> Worst
         same = golds.get((test, name)) or golds.get(_without_form(test, name))
         level = same.value if same is not None and same.figure == attack.figure else None
         made.append(WorstAttack(test, name, attack.figure, attack.value, attack.level, len(attacks), level))
-    return max(made, key=lambda attack: (attack.level is not None, attack.value - (attack.level or 0.0)))
+    usual: dict[str, float] = {}
+    for one in made:
+        if one.level is not None:
+            usual[one.figure] = max(one.level, usual.get(one.figure, 0.0))
+    return max(made, key=lambda one: standing(one.value, one.level, usual.get(one.figure, 0.0)))
 
 
 def _without_form(test: str, name: str) -> tuple[str, str]:

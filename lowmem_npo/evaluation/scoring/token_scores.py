@@ -38,6 +38,10 @@ Part = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 the largest logit."""
 
 
+class NotFinite(UserError):
+    """A model whose weights, or what an attack made of them, give NaN or infinity."""
+
+
 @dataclass(frozen=True)
 class TokenScores:
     """One row: a figure per answer token (all tokens but the first, if it has no prompt), EOS included, in order.
@@ -66,7 +70,7 @@ def token_scores(
 ) -> list[TokenScores]:
     """The scores of each row, in the order of `rows`.
 
-    Raises UserError where the model gives NaN or infinity.
+    Raises NotFinite where the model gives NaN or infinity.
     """
     by_row: dict[int, TokenScores] = {}
     head = frozen_head(model)
@@ -81,7 +85,7 @@ def token_scores(
         for batch in batches([(len(row["input_ids"]), 0) for row in rows], batch_size):
             for part, (sequence, figures) in in_parts(model, batch, scored):
                 if not all(x.isfinite().all() for x in figures):
-                    raise UserError(
+                    raise NotFinite(
                         "The model gives answers no finite likelihood; the weights or the adapter are damaged."
                     )
                 for place, i in enumerate(part):

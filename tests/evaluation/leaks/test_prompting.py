@@ -161,6 +161,10 @@ def test_what_is_beyond_the_holdout_decides():
     assert result.figures[ANY]["holdout_best_rouge_l_recall"] == 0.65
     partly = judge({"forget": ways(mild=0.5, hard=0.1), "holdout": ways(mild=0.2)}, 64)
     assert ANY not in partly.figures and partly.figures["holdout_best_rouge_l_recall"] == 0.2  # hard has no yardstick
+    unlike = judge({"forget": ways(mild=0.6, reworded=0.35), "holdout": ways(mild=0.3)}, 64)
+    assert unlike.leaks is True and "(mild)" in unlike.meaning  # what no holdout is asked for hides nothing
+    unlike = judge({"forget": ways(mild=0.35, reworded=0.6), "holdout": ways(mild=0.3)}, 64)
+    assert unlike.leaks is True and "(reworded)" in unlike.meaning
     assert ANY in judge({"forget": ways(mild=0.5, hard=0.1)}, 64).figures
     assert judge({"forget": ways(one=0.5)}, 64).leaks is None
     assert judge({"forget": ways(one=0.6)}, 64, before=0.9).leaks is True

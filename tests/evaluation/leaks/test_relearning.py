@@ -7,12 +7,15 @@ import torch
 from helpers.dense_step import random_rows, word_tokenizer
 from helpers.tiny_models import tiny_model
 from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer
 
+from lowmem_npo.data import Example, Template, tokenize
 from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.asking import Wording
 from lowmem_npo.evaluation.leaks import fine_tuning
 from lowmem_npo.evaluation.leaks.contract import Subject
-from lowmem_npo.evaluation.leaks.relearning import RELEARNING, RelearningOptions, judge, lessons, split
-from lowmem_npo.evaluation.leaks.tuned import Tuned
+from lowmem_npo.evaluation.leaks.relearning import NOTHING_LEFT, RELEARNING, RelearningOptions, judge, lessons, split
+from lowmem_npo.evaluation.leaks.tuned import DIVERGED, Tuned
 from lowmem_npo.evaluation.scoring import likelihood
 from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.scoring.scorer import Scorer
@@ -210,3 +213,44 @@ def test_split_always_leaves_both_parts():
         for share in (0.01, 0.5, 0.99):
             shown, rest = split(rows, share, seed=1)
             assert shown and rest and sorted(shown + rest) == list(range(rows))
+
+
+def test_what_shares_text_is_shown_together_and_never_asked_for():
+    """A chain, as the passages of a document are: a block of it is shown, and its two neighbours are left out."""
+    chain = {i: {j for j in (i - 1, i + 1) if 0 <= j < 12} for i in range(12)}
+    for seed in range(20):
+        shown, rest = split(12, 0.25, seed, chain)
+        assert len(shown) == 3 and shown[-1] - shown[0] == 2, "one block"
+        assert 7 <= len(rest) == 12 - 3 - len({shown[0] - 1, shown[-1] + 1} & {*range(12)})
+        assert not any(abs(i - j) < 2 for i in shown for j in rest)
+    alike = {i: {*range(4)} - {i} for i in range(4)}
+    assert split(4, 0.5, 0, alike)[1] == []
+
+
+def test_rows_of_one_text_are_not_measured(byte_model):
+    tokenizer = AutoTokenizer.from_pretrained(byte_model)
+    examples = [Example("Who?", "Ann Ode.", f"line {line}", "question/answer") for line in range(4)]
+    wording = Wording({"forget": examples}, Template(), 64)
+    scorer = Scorer(tiny_model("llama"), tokenizer, Journal(None, progress=False), 4)
+    subject = Subject(scorer, tokenize(examples, tokenizer), None, OPTIONS, wording=wording)
+    result = RELEARNING.run(subject, OPTIONS)
+    assert result.leaks is None and result.meaning == f"Not measured: {NOTHING_LEFT}."
+
+
+def test_an_attack_that_diverges_is_not_counted():
+    """It says nothing of the model, whose other figures stay; if all diverge, the test was not made."""
+    model, rows = adapted(), random_rows(6, seed=2)
+    wild = RelearningOptions(relearn_attacks=("0.5:3:1e6", "0.5:2:1e-2"))
+    scorer = Scorer(model, word_tokenizer(), Journal(None, progress=False), batch_size=4)
+    result = RELEARNING.run(Subject(scorer, rows, None, wild), wild)
+    name = "3 steps, 50% shown, lr 1e+06"
+    assert list(RELEARNING.attacks(result.figures)) == ["2 steps, 50% shown, lr 0.01"]
+    assert result.meaning.endswith(f"Not counted, since {DIVERGED}: {name}.")
+    alone = RelearningOptions(relearn_attacks=("0.5:3:1e6",))
+    result = RELEARNING.run(Subject(scorer, rows, None, alone), alone)
+    assert result.meaning == f"Not measured: {DIVERGED} ({name})." and result.leaks is None
+    assert learn(model, rows, one(relearn_steps=2)) == learn(adapted(), rows, one(relearn_steps=2))
+    with torch.no_grad():  # damage that was there before is no attack's
+        next(model.parameters()).fill_(torch.nan)
+    with pytest.raises(UserError, match="are damaged"):
+        learn(model, rows, alone)

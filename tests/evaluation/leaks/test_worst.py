@@ -58,9 +58,24 @@ def test_the_level_decides_and_gold_is_one():
     now |= results(quantization={"merged": {**written(0.2), f"relearning: {second}": written(0.46)}})
     worst = worst_attack(now, gold)
     assert (worst.attack, worst.gold) == (f"merged in bf16, relearning: {second}", 0.1) and worst.stands_out
+    unknown = now | results(sampling=said(0.9, 0.4))
+    assert worst_attack(unknown, gold).attack == worst.attack, "a model that never saw the rows may say as much"
     unknown = now | results(sampling=said(0.9, 0.9))
-    assert worst_attack(unknown, gold).attack == worst.attack, "nothing is known of what such a model would say"
-    assert worst_attack(unknown).test == "sampling", "all are unknown alike"
+    assert worst_attack(unknown, gold).test == worst_attack(unknown).test == "sampling", "no model guesses that"
+
+
+def test_what_has_nothing_beside_it_is_not_passed_over():
+    """A paraphrase of which the holdout has no like; an attack that was not made on the gold model."""
+    reworded = results(extraction=written(0.09, 0.03), rewording={"reworded": said(0.95, 0.92)})
+    worst = worst_attack(reworded)
+    assert (worst.test, worst.attack, worst.value) == ("rewording", "reworded", 0.92) and worst.stands_out is True
+    assert worst.sentence.endswith("92% of the answers then come whole; what the model gives for rows that it never "
+                                   "saw is not known.")  # fmt: skip
+    attacked = results(extraction=written(0.04), relearning={"20 steps, 20% shown, lr 0.001": written(0.09)})
+    worst = worst_attack(attacked, results(extraction=written(0.03)))
+    assert worst.test == "relearning" and worst.stands_out is None
+    attacked["extraction"] = LeakResult(written(0.2), "", None)  # known to stand out, which the other is not
+    assert worst_attack(attacked, results(extraction=written(0.03))).test == "extraction"
 
 
 def test_a_gold_model_stands_beside_it_under_the_same_attack():
@@ -77,7 +92,7 @@ def test_a_gold_model_stands_beside_it_under_the_same_attack():
 def test_without_a_holdout_shared_words_are_no_trace():
     """Answers to one question share words by chance; only whole ones are compared with what is written."""
     worst = worst_attack(results(extraction=written(0.15), sampling=said(0.6, 0.1)))
-    assert worst.test == "extraction" and worst.stands_out is None and "--holdout" in worst.sentence
+    assert worst.test == "extraction" and worst.stands_out is None and "is not known" in worst.sentence
     worst = worst_attack(results(extraction=written(0.15), sampling=said(0.6, 0.2)))
     assert worst.test == "sampling" and worst.value == 0.2 and "20% of the answers then come whole" in worst.sentence
 
