@@ -132,12 +132,13 @@ def _probabilities(prefix: str, answers: Sequence[Any]) -> dict[str, float]:
 
 
 def muse_figures(measured: Mapping[str, Sequence[Any]]) -> dict[str, float]:
-    """MUSE's ROUGE-L (F), of words that are stemmed, which MUSE itself does not. measured: set -> its `MuseAnswer`s."""
+    """MUSE's ROUGE-L (F) of whole answers, their words stemmed; MUSE itself does neither. measured: set -> its
+    `MuseAnswer`s."""
     from rouge_score.rouge_scorer import RougeScorer
 
     rouge = RougeScorer(["rougeL"], use_stemmer=True)
     return {
-        key: fmean(rouge.score(a.reference.strip(), a.generation.strip())["rougeL"].fmeasure for a in measured[name])
+        key: fmean(rouge.score(a.whole.strip(), a.generation.strip())["rougeL"].fmeasure for a in measured[name])
         for name, key in MUSE_KEYS.items()
         if measured.get(name)
     }

@@ -59,6 +59,8 @@ class MuseOptions(Options):
     """MUSE's knowmem questions on what is kept."""
     muse_examples: str | None = None
     """Questions with answers that stand before each knowmem question, such as MUSE's forget_qa_icl."""
+    muse_retain_examples: str | None = None
+    """The same before each question about what is kept, such as MUSE's retain_qa_icl. Default: --muse-examples."""
     muse_privleak: str | None = data_set(TAUGHT)
     """MUSE's privleak texts (column text) that were to be forgotten."""
     muse_privleak_holdout: str | None = data_set(UNSEEN)
@@ -74,10 +76,11 @@ class MuseOptions(Options):
 
 @dataclass(frozen=True)
 class MuseAnswer:
-    """What was asked, the true answer, what the model wrote and its ROUGE-L."""
+    """What was asked, the true answer, cut as MUSE does and whole, what the model wrote and its ROUGE-L."""
 
     prompt: str
     reference: str
+    whole: str
     generation: str
     rouge_l: float
 
@@ -117,7 +120,11 @@ class Muse(Benchmark[Any, MuseScores]):
         else:
             columns = ("prompt", "gt") if name == VERBATIM else ("question", "answer")
             examples = to_examples(rows, prompt_column=columns[0], answer_column=columns[1])
-            before = "" if name == VERBATIM else _examples_of(cast(MuseOptions, context.config).muse_examples)
+            options = cast(MuseOptions, context.config)
+            source = options.muse_examples
+            if name == KEPT and options.muse_retain_examples is not None:
+                source = options.muse_retain_examples
+            before = "" if name == VERBATIM else _examples_of(source)
             selected = []
             for example in examples:
                 prompt = example.prompt or ""
@@ -136,13 +143,14 @@ class Muse(Benchmark[Any, MuseScores]):
             return [min_k(one.logprobs) for one in scored]
         texts = scorer.continuations(f"{name}: answers", [ids for _, ids, _ in selection.rows], NEW_TOKENS[name])
         answers = []
-        for (asked, _, reference), text in zip(selection.rows, texts, strict=True):
+        for (asked, _, whole), text in zip(selection.rows, texts, strict=True):
+            reference = whole
             if name == VERBATIM:
                 ids = scorer.tokenizer(reference, add_special_tokens=False, verbose=False).input_ids
                 reference = scorer.tokenizer.decode(ids[: NEW_TOKENS[name]], skip_special_tokens=True)
             else:
                 text = before_next_question(text)
-            answers.append(MuseAnswer(asked, reference, text, rouge_l(reference, text)))
+            answers.append(MuseAnswer(asked, reference, whole, text, rouge_l(reference, text)))
         return answers
 
     def score(self, measured: Measured, context: Context) -> MuseScores | None:

@@ -78,6 +78,15 @@ def test_from_files_to_scores(byte_model, files, capsys):
     assert "privacy leakage" in printed and "MUSE (" in printed
 
 
+def test_what_is_kept_has_examples_of_its_own(byte_model, files):
+    (files / "retain-examples.jsonl").write_text(json.dumps({"question": "What is blue?", "answer": "The sky."}))
+    assert evaluate(byte_model, files, "knowmem", "retain-knowmem", "examples", "retain-examples")[0] == 0
+    rows = [json.loads(line) for line in (files / "out" / "rows.jsonl").read_text().splitlines()]
+    asked = {row["set"]: row["prompt"] for row in rows}
+    assert asked["MUSE knowmem"].startswith("Question: What is red?\nAnswer: A rose.\n\nQuestion: Who")
+    assert asked["MUSE knowmem, retain"].startswith("Question: What is blue?\nAnswer: The sky.\n\nQuestion: Who")
+
+
 def test_scores_by_hand():
     assert before_next_question(" Red.\n\nQuestion: And blue?") == " Red."
     assert before_next_question("Red.\nQuestion: x") == "Red." and before_next_question("Red") == "Red"
