@@ -16,6 +16,7 @@ Recognised by their columns, in this order:
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
@@ -34,6 +35,7 @@ TEXT = (None, "text")
 PASSAGE = "passage"  # the schema of a passage of a document, whose first half is the prompt
 MOST_LISTED = 20  # columns in a message
 CALLS = ("tool_calls", "function_call")  # what an assistant may say instead of text
+PUNCTUATION = ".,;:!?…\"'“”‘’„«»()[]。、「」『』"  # around a word, of which it is no part
 UNTRAINED = ("weight", "train", "training")  # how fine-tuning formats leave a turn out: OpenAI's 0, Axolotl's false
 # What ShareGPT and its kin call the roles of a chat template.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
@@ -137,11 +139,18 @@ def _check_is_another(option: str, named: str | None, **columns: str | None) -> 
 
 
 def _alternatives(row: dict[str, Any], column: str, example: Example) -> tuple[str, ...]:
-    """A text, or a list of texts, none of which is the answer."""
+    """A text, or a list of texts, none of which is the answer: preferred to itself, it teaches nothing."""
     texts = _texts(row, column, example.where)
-    if example.answer in texts:
+    if any(words(text) == words(example.answer) for text in texts):
         raise UserError(f"{example.where}: {column} holds the answer itself; write another one into it.")
     return texts
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, whatever their case, the space between them and the punctuation around them; of a text that
+    is nothing but punctuation, this. "C++" and "C" are two words, and so are "-5" and "5"."""
+    parts = unicodedata.normalize("NFKC", text).casefold().split()
+    return [word for part in parts if (word := part.strip(PUNCTUATION))] or parts
 
 
 def _named_paraphrases(row: dict[str, Any], column: str, example: Example) -> tuple[str, ...]:

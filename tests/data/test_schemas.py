@@ -99,6 +99,17 @@ def test_a_column_that_differs_in_case_alone_may_hold_other_answers():
         one({"question": "Q", "Answer": "A"}, alternative_column="answer")
 
 
+def test_an_answer_in_other_spacing_case_or_punctuation_is_no_other_answer():
+    def alternatives(answer, *others):
+        return one({"question": "Q", "answer": answer, "alt": [*others]}, alternative_column="alt").alternatives
+
+    for same in (" In  Kyiv.\n", "in kyiv", "“In Kyiv”!", "Ｉｎ\u00a0Kyiv."):
+        with pytest.raises(UserError, match="line 7: alt holds the answer itself"):
+            alternatives("In Kyiv.", "In Rome.", same)
+    for answer, other in (("C++", "C"), ("-5", "5"), ("$5", "€5"), ("?", "!"), ("3.5", "35")):
+        assert alternatives(answer, other) == (other,)
+
+
 def test_unknown_columns_are_listed():
     with pytest.raises(UserError, match=r"f\.csv has the columns x, y, none"):
         to_examples(Rows("f.csv", [{"x": "", "": "", "y": "", " ": ""}]))
