@@ -16,6 +16,7 @@ Recognised by their columns, in this order:
 from __future__ import annotations
 
 import json
+import math
 import unicodedata
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -100,11 +101,13 @@ def to_examples(
     paraphrase_column: str | None = None,
 ) -> list[Example]:
     """One Example per row. Named columns take precedence; an answer column alone means text without a prompt. Columns
-    are known whatever their case. The rows of a mixed source have columns of their own, which need no names.
+    are known whatever their case. The rows of a mixed source have columns of their own, which need no names. NaN counts
+    as missing.
 
     Raises UserError, naming the columns, when no schema fits, and with file and line for a missing, empty or non-text
     field.
     """
+    rows = replace(rows, rows=[_without_nan(row) for row in rows.rows])
     alternative = alternative_column and _named(alternative_column, rows)
     group = group_column and _named(group_column, rows)
     paraphrase = paraphrase_column and _named(paraphrase_column, rows)
@@ -125,7 +128,7 @@ def to_examples(
         examples = [replace(one, paraphrases=_named_paraphrases(row, paraphrase, one)) for one, row in pairs]
     if group:
         pairs = zip(examples, rows.rows, strict=True)
-        examples = [replace(one, group=_group(row.get(group))) for one, row in pairs]
+        examples = [replace(one, group=_label(row.get(group))) for one, row in pairs]
         if all(one.group is None for one in examples):
             raise UserError(f"{rows.name} has no value in {group}; name another --group-column, or leave it out.")
     return examples
@@ -168,8 +171,16 @@ def _texts(row: dict[str, Any], column: str, where: str) -> tuple[str, ...]:
     return tuple(_text({column: text}, column, where) for text in (value if isinstance(value, list) else [value]))
 
 
-def _group(value: Any) -> str | None:
-    return str(value).strip() or None if value is not None else None
+def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
+    """`row` with null for NaN, which is how pandas writes a missing value."""
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+
+
+def _label(value: Any) -> str | None:
+    """What a row is called by, the same for 1, 1.0 and "1": pandas writes a column of whole numbers as 1.0 where one is
+    missing. None for nothing."""
+    whole = isinstance(value, float) and value.is_integer()
+    return None if value is None else str(int(value) if whole else value).strip() or None
 
 
 def _of_mixed(row: dict[str, Any], where: str) -> Example:
@@ -276,7 +287,7 @@ def _recognised(columns: Container[str]) -> tuple[str | None, str] | None:
 
 
 def _example(row: dict[str, Any], where: str, prompt_column: str | None, answer_column: str) -> Example:
-    identity = str(row["id"]) if row.get("id") is not None else None
+    identity = _label(row.get("id"))
     if prompt_column is None:
         return Example(None, _text(row, answer_column, where), where, answer_column, identity)
     if prompt_column == answer_column and prompt_column in CHAT:

@@ -110,6 +110,25 @@ def test_an_answer_in_other_spacing_case_or_punctuation_is_no_other_answer():
         assert alternatives(answer, other) == (other,)
 
 
+def test_a_group_is_the_same_however_its_number_is_written():
+    rows = [{"text": "A", "of": value} for value in (1, 1.0, "1", " 1 ", 1.5, True)]
+    assert [example.group for example in to_examples(Rows("f", rows), group_column="of")] == [*"1111", "1.5", "True"]
+    assert one({"text": "A", "id": 3.0}).id == "3"  # an integer column with a gap, as pandas writes it
+
+
+def test_nan_is_a_missing_value():
+    nan = float("nan")
+    rows = [{"text": "A", "of": "x", "id": 1.0}, {"text": "B", "of": nan, "id": nan}, {"text": "C", "of": None}]
+    examples = to_examples(Rows("f", rows), group_column="of")
+    assert [example.group for example in examples] == ["x", None, None]
+    assert [example.id for example in examples] == ["1", None, None]
+    with pytest.raises(UserError, match="has no value in of"):
+        one({"text": "A", "of": nan}, group_column="of")
+    with pytest.raises(UserError, match="line 7 has no answer"):
+        one({"question": "Q", "answer": nan})
+    assert one({"question": "Q", "answer": "A", "paraphrased_question": nan}).paraphrases == ()
+
+
 def test_unknown_columns_are_listed():
     with pytest.raises(UserError, match=r"f\.csv has the columns x, y, none"):
         to_examples(Rows("f.csv", [{"x": "", "": "", "y": "", " ": ""}]))
