@@ -165,7 +165,7 @@ def _named_paraphrases(row: dict[str, Any], column: str, example: Example) -> tu
 
 def _texts(row: dict[str, Any], column: str, where: str) -> tuple[str, ...]:
     """A text, or a list of texts, one at least."""
-    value = row.get(column)
+    value = _list_in_text(row.get(column))
     if value == []:
         raise UserError(f"{where}: {column} is an empty list; fill it or remove the row.")
     return tuple(_text({column: text}, column, where) for text in (value if isinstance(value, list) else [value]))
@@ -320,7 +320,7 @@ def _is_turns(value: Any) -> TypeGuard[list[dict[str, Any]]]:
 def _paraphrases(row: dict[str, Any], prompt_column: str, where: str) -> tuple[str, ...]:
     """A text, or a list of texts; empty ones do not count."""
     column = PARAPHRASED + prompt_column
-    texts = row.get(column)
+    texts = _list_in_text(row.get(column))
     texts = texts if isinstance(texts, list) else [texts]
     if unlike := next((text for text in texts if not isinstance(text, str | None)), None):
         raise UserError(f"{where}: {column} is {_kind(unlike)}, not text; write it as a string or a list of strings.")
@@ -401,9 +401,16 @@ def _message(turn: dict[str, Any], where: str) -> dict[str, Any]:
 def _parsed(value: Any) -> Any:
     """`value`, read as JSON where it is JSON in a string, as tables without nested columns have it."""
     try:
-        return json.loads(value) if isinstance(value, str) else value
+        parsed = json.loads(value) if isinstance(value, str) else value
+        return parsed if is_text(parsed) else value  # an escape may be half of a surrogate pair
     except (ValueError, RecursionError):
         return value
+
+
+def _list_in_text(value: Any) -> Any:
+    """A list of texts that is written as JSON in a string, as a cell of a CSV has it; else `value`."""
+    parsed = _parsed(value)
+    return parsed if isinstance(parsed, list) and all(isinstance(item, str) for item in parsed) else value
 
 
 def _without_none(value: Any) -> Any:

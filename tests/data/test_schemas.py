@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import pytest
 
+from lowmem_npo.data.reading import read_rows
 from lowmem_npo.data.rows import Rows
 from lowmem_npo.data.schemas import to_examples, with_answer
 from lowmem_npo.errors import UserError
@@ -97,6 +99,20 @@ def test_a_column_that_differs_in_case_alone_may_hold_other_answers():
     assert one(row, alternative_column="Answer").alternatives == ("B",)
     with pytest.raises(UserError, match="--alternative-column Answer: that is the column of the answers"):
         one({"question": "Q", "Answer": "A"}, alternative_column="answer")
+
+
+def test_a_cell_may_hold_a_list_of_texts_as_json(tmp_path):
+    path, texts = tmp_path / "f.csv", ["In A.", 'In "B".']
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["question", "answer", "alt"], ["Q", "A", json.dumps(texts)], ["Q", "A", "In A."]])
+    first, second = to_examples(read_rows(str(path)), alternative_column="alt")
+    assert (first.alternatives, second.alternatives) == (tuple(texts), ("In A.",))
+    assert to_examples(read_rows(str(path)), paraphrase_column="alt")[0].paraphrases == tuple(texts)
+    assert one({"question": "Q", "answer": "A", "paraphrased_question": json.dumps(texts)}).paraphrases == tuple(texts)
+    for text in ("[redacted]", "[1, 2]", '{"a": 1}', '["\\ud83d"]', "2"):  # none is a list of texts
+        assert one({"question": "Q", "answer": "A", "alt": text}, alternative_column="alt").alternatives == (text,)
+    with pytest.raises(UserError, match="alt holds the answer itself"):
+        one({"question": "Q", "answer": "A", "alt": '["B", "A"]'}, alternative_column="alt")
 
 
 def test_an_answer_in_other_spacing_case_or_punctuation_is_no_other_answer():
