@@ -209,7 +209,7 @@ def canonical(rows: Rows) -> Rows:
 
 
 def with_answer(examples: Sequence[Example], refusal: str) -> list[Example]:
-    """The same prompts, each answered by `refusal`: what the forget term `idk` trains on.
+    """The same prompts, each answered by `refusal`: what the forget terms `idk` and `jensun` teach.
 
     Raises UserError for a row without a prompt: there is no question to refuse.
     """
@@ -222,7 +222,7 @@ def with_answer(examples: Sequence[Example], refusal: str) -> list[Example]:
         if example.prompt is None:
             raise UserError(
                 f"{example.where} is text without a question, so there is nothing to refuse; "
-                "use a forget term other than idk, or rows with a prompt."
+                "use a forget term that teaches no refusal, or rows with a prompt."
             )
     return [_answered(one, refusal) for one in examples]
 

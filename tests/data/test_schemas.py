@@ -222,7 +222,8 @@ def test_refusals_replace_every_answer():
 
 
 def test_text_cannot_be_refused():
-    with pytest.raises(UserError, match=r"f\.jsonl, line 7 is text without a question"):
+    with pytest.raises(UserError, match=r"f\.jsonl, line 7 is text without a question") as error:
         with_answer([one({"text": "A"})], "No.")
+    assert "use a forget term that teaches no refusal" in str(error.value)  # whichever was asked for
     with pytest.raises(UserError, match="--refusal"):
         with_answer([one({"question": "Q", "answer": "A"})], " ")
