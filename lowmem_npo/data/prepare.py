@@ -49,7 +49,9 @@ class PreparedData:
     holdout: rows like those to forget that the model was never taught, or None: what forgotten rows are compared with.
     general: general rows that nothing is trained on, by which utility is measured where the user names no rows to keep.
     alternatives: other answers to the forget rows' prompts (`with_alternatives`), where a column has them.
-    level_rows: rows of the holdout that set how far the forget rows are pushed, where any do; not among `holdout`.
+    level_rows: rows of the holdout that set how far the forget rows are pushed, where any do, in every form in which
+        those are trained; not among `holdout`.
+    forget_in_forms, holdout_in_forms: under --template both, `forget` and `holdout` with their second forms after them.
     retain_is_unwritten: whether `retain` only stands in, by rows of the greatest length, for texts that the original
         model is yet to write. alternatives_are_unwritten: the same of `alternatives`.
     """
@@ -65,6 +67,7 @@ class PreparedData:
     level_rows: TokenizedRows | None = None
     forget_in_forms: TokenizedRows | None = None
     alternatives_are_unwritten: bool = False
+    holdout_in_forms: TokenizedRows | None = None
 
     @property
     def forget_trained(self) -> TokenizedRows:
@@ -117,11 +120,10 @@ def prepare(
             )
         return result
 
+    encoded = partial(tokenize, tokenizer=tokenizer, max_length=data.max_length, template=template, tokens=data.tokens)
+
     def tokenized(part: str, rows: Sequence[Example], drop_too_long: bool = False) -> TokenizedRows:
-        result = tokenize(
-            rows, tokenizer, max_length=data.max_length, template=template, tokens=data.tokens,
-            drop_too_long=drop_too_long,
-        )  # fmt: skip
+        result = encoded(rows, drop_too_long=drop_too_long)
         report.extend(result.report(part))
         return result
 
@@ -169,14 +171,16 @@ def prepare(
         alternatives = tokenized("forget, alternatives", with_alternatives(to_forget))
     nobodys = is_general(data.retain) or own is not None  # of whose rows one form may have no room
     retain_rows = unwritten if to_retain is None else tokenized("retain", to_retain, drop_too_long=nobodys)
-    holdout_rows = None if to_hold_out is None else tokenized("holdout", to_hold_out)
+    holdout_rows, holdout_in_forms = None if to_hold_out is None else tokenized("holdout", to_hold_out), None
+    if to_hold_out is not None and template.text == BOTH:
+        holdout_in_forms = encoded(template.in_both_forms(to_hold_out, tokenizer))
     held_out = None
     if own is not None or is_general(data.retain) or (data.retain is None and not bundled):
         held_out = general_holdout(to_forget, tokenizer, data, template)
     written = unwritten is not None
     return PreparedData(
         forget_rows, retain_rows, targets, report, holdout_rows, written, held_out, alternatives, None, in_forms,
-        alternatives_are_unwritten=unanswered,
+        alternatives_are_unwritten=unanswered, holdout_in_forms=holdout_in_forms,
     )  # fmt: skip
 
 

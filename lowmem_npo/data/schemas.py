@@ -16,6 +16,8 @@ Recognised by their columns, in this order:
 from __future__ import annotations
 
 import json
+import math
+import unicodedata
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
@@ -34,6 +36,7 @@ TEXT = (None, "text")
 PASSAGE = "passage"  # the schema of a passage of a document, whose first half is the prompt
 MOST_LISTED = 20  # columns in a message
 CALLS = ("tool_calls", "function_call")  # what an assistant may say instead of text
+PUNCTUATION = ".,;:!?…\"'“”‘’„«»()[]。、「」『』"  # around a word, of which it is no part
 UNTRAINED = ("weight", "train", "training")  # how fine-tuning formats leave a turn out: OpenAI's 0, Axolotl's false
 # What ShareGPT and its kin call the roles of a chat template.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
@@ -98,11 +101,13 @@ def to_examples(
     paraphrase_column: str | None = None,
 ) -> list[Example]:
     """One Example per row. Named columns take precedence; an answer column alone means text without a prompt. Columns
-    are known whatever their case. The rows of a mixed source have columns of their own, which need no names.
+    are known whatever their case. The rows of a mixed source have columns of their own, which need no names. NaN counts
+    as missing.
 
     Raises UserError, naming the columns, when no schema fits, and with file and line for a missing, empty or non-text
     field.
     """
+    rows = replace(rows, rows=[_without_nan(row) for row in rows.rows])
     alternative = alternative_column and _named(alternative_column, rows)
     group = group_column and _named(group_column, rows)
     paraphrase = paraphrase_column and _named(paraphrase_column, rows)
@@ -123,7 +128,7 @@ def to_examples(
         examples = [replace(one, paraphrases=_named_paraphrases(row, paraphrase, one)) for one, row in pairs]
     if group:
         pairs = zip(examples, rows.rows, strict=True)
-        examples = [replace(one, group=_group(row.get(group))) for one, row in pairs]
+        examples = [replace(one, group=_label(row.get(group))) for one, row in pairs]
         if all(one.group is None for one in examples):
             raise UserError(f"{rows.name} has no value in {group}; name another --group-column, or leave it out.")
     return examples
@@ -137,11 +142,18 @@ def _check_is_another(option: str, named: str | None, **columns: str | None) -> 
 
 
 def _alternatives(row: dict[str, Any], column: str, example: Example) -> tuple[str, ...]:
-    """A text, or a list of texts, none of which is the answer."""
+    """A text, or a list of texts, none of which is the answer: preferred to itself, it teaches nothing."""
     texts = _texts(row, column, example.where)
-    if example.answer in texts:
+    if any(words(text) == words(example.answer) for text in texts):
         raise UserError(f"{example.where}: {column} holds the answer itself; write another one into it.")
     return texts
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, whatever their case, the space between them and the punctuation around them; of a text that
+    is nothing but punctuation, this. "C++" and "C" are two words, and so are "-5" and "5"."""
+    parts = unicodedata.normalize("NFKC", text).casefold().split()
+    return [word for part in parts if (word := part.strip(PUNCTUATION))] or parts
 
 
 def _named_paraphrases(row: dict[str, Any], column: str, example: Example) -> tuple[str, ...]:
@@ -153,14 +165,22 @@ def _named_paraphrases(row: dict[str, Any], column: str, example: Example) -> tu
 
 def _texts(row: dict[str, Any], column: str, where: str) -> tuple[str, ...]:
     """A text, or a list of texts, one at least."""
-    value = row.get(column)
+    value = _list_in_text(row.get(column))
     if value == []:
         raise UserError(f"{where}: {column} is an empty list; fill it or remove the row.")
     return tuple(_text({column: text}, column, where) for text in (value if isinstance(value, list) else [value]))
 
 
-def _group(value: Any) -> str | None:
-    return str(value).strip() or None if value is not None else None
+def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
+    """`row` with null for NaN, which is how pandas writes a missing value."""
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+
+
+def _label(value: Any) -> str | None:
+    """What a row is called by, the same for 1, 1.0 and "1": pandas writes a column of whole numbers as 1.0 where one is
+    missing. None for nothing."""
+    whole = isinstance(value, float) and value.is_integer()
+    return None if value is None else str(int(value) if whole else value).strip() or None
 
 
 def _of_mixed(row: dict[str, Any], where: str) -> Example:
@@ -189,7 +209,7 @@ def canonical(rows: Rows) -> Rows:
 
 
 def with_answer(examples: Sequence[Example], refusal: str) -> list[Example]:
-    """The same prompts, each answered by `refusal`: what the forget term `idk` trains on.
+    """The same prompts, each answered by `refusal`: what the forget terms `idk` and `jensun` teach.
 
     Raises UserError for a row without a prompt: there is no question to refuse.
     """
@@ -202,7 +222,7 @@ def with_answer(examples: Sequence[Example], refusal: str) -> list[Example]:
         if example.prompt is None:
             raise UserError(
                 f"{example.where} is text without a question, so there is nothing to refuse; "
-                "use a forget term other than idk, or rows with a prompt."
+                "use a forget term that teaches no refusal, or rows with a prompt."
             )
     return [_answered(one, refusal) for one in examples]
 
@@ -267,7 +287,7 @@ def _recognised(columns: Container[str]) -> tuple[str | None, str] | None:
 
 
 def _example(row: dict[str, Any], where: str, prompt_column: str | None, answer_column: str) -> Example:
-    identity = str(row["id"]) if row.get("id") is not None else None
+    identity = _label(row.get("id"))
     if prompt_column is None:
         return Example(None, _text(row, answer_column, where), where, answer_column, identity)
     if prompt_column == answer_column and prompt_column in CHAT:
@@ -300,7 +320,7 @@ def _is_turns(value: Any) -> TypeGuard[list[dict[str, Any]]]:
 def _paraphrases(row: dict[str, Any], prompt_column: str, where: str) -> tuple[str, ...]:
     """A text, or a list of texts; empty ones do not count."""
     column = PARAPHRASED + prompt_column
-    texts = row.get(column)
+    texts = _list_in_text(row.get(column))
     texts = texts if isinstance(texts, list) else [texts]
     if unlike := next((text for text in texts if not isinstance(text, str | None)), None):
         raise UserError(f"{where}: {column} is {_kind(unlike)}, not text; write it as a string or a list of strings.")
@@ -381,9 +401,16 @@ def _message(turn: dict[str, Any], where: str) -> dict[str, Any]:
 def _parsed(value: Any) -> Any:
     """`value`, read as JSON where it is JSON in a string, as tables without nested columns have it."""
     try:
-        return json.loads(value) if isinstance(value, str) else value
+        parsed = json.loads(value) if isinstance(value, str) else value
+        return parsed if is_text(parsed) else value  # an escape may be half of a surrogate pair
     except (ValueError, RecursionError):
         return value
+
+
+def _list_in_text(value: Any) -> Any:
+    """A list of texts that is written as JSON in a string, as a cell of a CSV has it; else `value`."""
+    parsed = _parsed(value)
+    return parsed if isinstance(parsed, list) and all(isinstance(item, str) for item in parsed) else value
 
 
 def _without_none(value: Any) -> Any:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from datetime import datetime, timezone
 from importlib import resources
@@ -35,6 +35,7 @@ from lowmem_npo.model.names import commit_of
 from lowmem_npo.ranges import check_values
 from lowmem_npo.run_directory import AdapterFiles, RunFiles
 from lowmem_npo.training.reference.identity import weights_fingerprint
+from lowmem_npo.training.training_rows import planned_rows, used_alternatives
 
 ALGORITHM = (
     "SHA-256 of the salt's bytes followed by the row as ASCII JSON with sorted keys and no spaces: "
@@ -84,6 +85,8 @@ def begin_audit(directory: Path, config: RunConfig, data: PreparedData, model: P
             "algorithm": ALGORITHM,
             "salt": salt,
             "sha256": [row_hash(example, salt) for example in data.forget.examples],
+            "folds": planned_rows(config, data).folds,
+            "alternatives": _alternatives(config, data),
         },
         "sessions": [*(known["sessions"] if known else []), _session()],
         "adapter": None,
@@ -150,14 +153,37 @@ def read_audit(directory: Path) -> Audit | None:
     return audit
 
 
-def check_same_rows(directory: Path, data: PreparedData) -> None:
-    """Raises UserError if the run in `directory`, which is to be resumed, began with other forget rows."""
+def check_same_rows(directory: Path, config: RunConfig, data: PreparedData) -> None:
+    """Raises UserError, naming what has changed, if the run in `directory`, which is to be resumed, began with other
+    rows, other groups of the forget rows, or other answers to them: what it has forgotten may be what it now keeps."""
     audit = read_audit(directory)
     if audit is None:
         return
-    salt, hashes = audit["forget_rows"]["salt"], audit["forget_rows"]["sha256"]
-    if [row_hash(example, salt) for example in data.forget.examples] != hashes:
-        raise UserError(f"--resume: the forget rows have changed since the run in '{directory}' began; start anew.")
+    for what, then, now in _compared(audit, config, data):
+        if then is not None and then != now:
+            raise UserError(f"--resume: the {what} have changed since the run in '{directory}' began; start anew.")
+
+
+def _compared(audit: Audit, config: RunConfig, data: PreparedData) -> Iterator[tuple[str, Any, Any]]:
+    """What a run goes on with: its name, as the audit record has it (None where an earlier version recorded nothing),
+    and as it is now. Texts and answers that the model is yet to write are left out."""
+    record, options = audit["forget_rows"], config.data
+    yield "forget rows", record["sha256"], [row_hash(example, record["salt"]) for example in data.forget.examples]
+    for part in ("forget", "retain", "holdout"):
+        if (rows := getattr(data, part)) is not None and not (part == "retain" and data.retain_is_unwritten):
+            yield f"{part} rows", audit["data"].get(part, {}).get("tokenised"), rows.fingerprint
+    groups = f"groups of the forget rows (--group-column {options.group_column})"
+    yield groups, record.get("folds"), planned_rows(config, data).folds
+    if not data.alternatives_are_unwritten:
+        column = options.alternative_column
+        source = f"--alternatives {options.alternatives}" if column is None else f"--alternative-column {column}"
+        yield f"other answers to the forget rows ({source})", record.get("alternatives"), _alternatives(config, data)
+
+
+def _alternatives(config: RunConfig, data: PreparedData) -> str | None:
+    """A fingerprint of the other answers that the forget term looks at, if it does."""
+    rows = used_alternatives(config, data)
+    return None if rows is None else rows.fingerprint
 
 
 def check_same_adapter(directory: Path, config: RunConfig) -> None:

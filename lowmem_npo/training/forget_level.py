@@ -4,6 +4,7 @@ NPO slows down but never ends, and answers less likely than any that was never t
 has a level, a mean NLL per token at which it is let go: that of a row which the model was never taught, in whose place
 it stands. Rows to forget and rows of the holdout are ranked by their NLL under the original model, and a row's level is
 the quantile of the holdout that belongs to its rank, so that the forgotten rows end as spread out as unseen ones are.
+Under `--template both` each form is ranked by itself: the same answer is more or less likely in another one.
 
 One half of the holdout sets the levels, the other is what the run is judged by.
 """
@@ -42,7 +43,12 @@ def halved(data: PreparedData) -> PreparedData:
         )
     order = np.random.default_rng(SEED).permutation(len(rows))
     sets_levels, judges = sorted(order[: len(rows) // 2]), sorted(order[len(rows) // 2 :])
-    return replace(data, level_rows=_of(rows, sets_levels), holdout=_of(rows, judges))
+    level_rows = _of(rows, sets_levels)
+    if (forms := data.holdout_in_forms) is not None:
+        where = {example.where for example in level_rows.examples}
+        also = [at for at, example in enumerate(forms.examples) if example.plain and example.where in where]
+        level_rows = _of(forms, [*sets_levels, *also])
+    return replace(data, level_rows=level_rows, holdout=_of(rows, judges))
 
 
 def _of(rows: TokenizedRows, places: Sequence[int]) -> TokenizedRows:
@@ -80,8 +86,23 @@ def run_levels(path: Path, model: PeftModel, data: PreparedData, batch_size: int
         }
     if not np.isfinite([*nll["forget"], *nll["holdout"]]).all():
         raise UserError("The model gives answers no finite likelihood; its weights are damaged.")
-    levels = levels_of(nll["forget"], nll["holdout"])
+    levels = _levels_by_form(data.forget_trained, nll["forget"], data.level_rows, nll["holdout"])
     write_atomically(path, json.dumps({"levels": levels}) + "\n")
+    return levels
+
+
+def _levels_by_form(
+    forget: TokenizedRows, forget_nll: Sequence[float], unseen: TokenizedRows, unseen_nll: Sequence[float]
+) -> list[float]:
+    """The level of each row to forget, by the unseen rows in its form; by all where none of them has that form."""
+    levels = [0.0] * len(forget)
+    for plain in (False, True):
+        places = [at for at, example in enumerate(forget.examples) if example.plain is plain]
+        alike = [nll for nll, example in zip(unseen_nll, unseen.examples, strict=True) if example.plain is plain]
+        if places:
+            of_form = levels_of([forget_nll[at] for at in places], alike or unseen_nll)
+            for at, level in zip(places, of_form, strict=True):
+                levels[at] = level
     return levels
 
 

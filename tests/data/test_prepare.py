@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lowmem_npo.config import DataConfig
@@ -122,6 +124,20 @@ def test_the_holdout_is_named_or_bundled_and_apart_from_both(files, tmp_path, bp
     for part, source in (("forget", forget), ("retain", retain)):
         with pytest.raises(UserError, match=f"rows? to {part} (is|are) also in the holdout"):
             prepare(bpe_tokenizer, DataConfig(forget=forget, retain=retain, holdout=source))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_rows_without_a_group_are_counted_also_where_pandas_wrote_nan(kind, tmp_path, bpe_tokenizer):
+    people = {"Ada": 1.0, "Bo": float("nan"), "Cy": 2.0}
+    rows = [{"question": f"Who is {name}?", "answer": "Nobody.", "person": person} for name, person in people.items()]
+    path = tmp_path / f"forget.{kind}"
+    if kind == "jsonl":
+        write(path, rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    data = prepare(bpe_tokenizer, DataConfig(forget=str(path), retain="builtin", group_column="person"))
+    assert [example.group for example in data.forget.examples] == ["1", None, "2"]
+    assert "forget: 1 of 3 rows has no person, and is grouped by its text alone" in data.report
 
 
 CHATS = [{"question": f"Who is {n}?", "answer": f"Number {n}.", "no": [f"{n} who?", "Pardon?"]} for n in "abc"]

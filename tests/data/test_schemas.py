@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import pytest
 
+from lowmem_npo.data.reading import read_rows
 from lowmem_npo.data.rows import Rows
 from lowmem_npo.data.schemas import to_examples, with_answer
 from lowmem_npo.errors import UserError
@@ -99,6 +101,50 @@ def test_a_column_that_differs_in_case_alone_may_hold_other_answers():
         one({"question": "Q", "Answer": "A"}, alternative_column="answer")
 
 
+def test_a_cell_may_hold_a_list_of_texts_as_json(tmp_path):
+    path, texts = tmp_path / "f.csv", ["In A.", 'In "B".']
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["question", "answer", "alt"], ["Q", "A", json.dumps(texts)], ["Q", "A", "In A."]])
+    first, second = to_examples(read_rows(str(path)), alternative_column="alt")
+    assert (first.alternatives, second.alternatives) == (tuple(texts), ("In A.",))
+    assert to_examples(read_rows(str(path)), paraphrase_column="alt")[0].paraphrases == tuple(texts)
+    assert one({"question": "Q", "answer": "A", "paraphrased_question": json.dumps(texts)}).paraphrases == tuple(texts)
+    for text in ("[redacted]", "[1, 2]", '{"a": 1}', '["\\ud83d"]', "2"):  # none is a list of texts
+        assert one({"question": "Q", "answer": "A", "alt": text}, alternative_column="alt").alternatives == (text,)
+    with pytest.raises(UserError, match="alt holds the answer itself"):
+        one({"question": "Q", "answer": "A", "alt": '["B", "A"]'}, alternative_column="alt")
+
+
+def test_an_answer_in_other_spacing_case_or_punctuation_is_no_other_answer():
+    def alternatives(answer, *others):
+        return one({"question": "Q", "answer": answer, "alt": [*others]}, alternative_column="alt").alternatives
+
+    for same in (" In  Kyiv.\n", "in kyiv", "“In Kyiv”!", "Ｉｎ\u00a0Kyiv."):
+        with pytest.raises(UserError, match="line 7: alt holds the answer itself"):
+            alternatives("In Kyiv.", "In Rome.", same)
+    for answer, other in (("C++", "C"), ("-5", "5"), ("$5", "€5"), ("?", "!"), ("3.5", "35")):
+        assert alternatives(answer, other) == (other,)
+
+
+def test_a_group_is_the_same_however_its_number_is_written():
+    rows = [{"text": "A", "of": value} for value in (1, 1.0, "1", " 1 ", 1.5, True)]
+    assert [example.group for example in to_examples(Rows("f", rows), group_column="of")] == [*"1111", "1.5", "True"]
+    assert one({"text": "A", "id": 3.0}).id == "3"  # an integer column with a gap, as pandas writes it
+
+
+def test_nan_is_a_missing_value():
+    nan = float("nan")
+    rows = [{"text": "A", "of": "x", "id": 1.0}, {"text": "B", "of": nan, "id": nan}, {"text": "C", "of": None}]
+    examples = to_examples(Rows("f", rows), group_column="of")
+    assert [example.group for example in examples] == ["x", None, None]
+    assert [example.id for example in examples] == ["1", None, None]
+    with pytest.raises(UserError, match="has no value in of"):
+        one({"text": "A", "of": nan}, group_column="of")
+    with pytest.raises(UserError, match="line 7 has no answer"):
+        one({"question": "Q", "answer": nan})
+    assert one({"question": "Q", "answer": "A", "paraphrased_question": nan}).paraphrases == ()
+
+
 def test_unknown_columns_are_listed():
     with pytest.raises(UserError, match=r"f\.csv has the columns x, y, none"):
         to_examples(Rows("f.csv", [{"x": "", "": "", "y": "", " ": ""}]))
@@ -176,7 +222,8 @@ def test_refusals_replace_every_answer():
 
 
 def test_text_cannot_be_refused():
-    with pytest.raises(UserError, match=r"f\.jsonl, line 7 is text without a question"):
+    with pytest.raises(UserError, match=r"f\.jsonl, line 7 is text without a question") as error:
         with_answer([one({"text": "A"})], "No.")
+    assert "use a forget term that teaches no refusal" in str(error.value)  # whichever was asked for
     with pytest.raises(UserError, match="--refusal"):
         with_answer([one({"question": "Q", "answer": "A"})], " ")

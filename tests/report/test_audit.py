@@ -122,6 +122,69 @@ def test_a_resumed_run_keeps_its_salt_and_counts_its_sessions(byte_model, data, 
     assert audit_of(folder) == second
 
 
+PEOPLE = [
+    {"question": f"What does {name} keep?", "answer": f"A {kept}.", "person": name, "alt": f"No {kept}."}
+    for name in ("Ada", "Bo", "Cy", "Di")
+    for kept in ("heron", "marmot")
+]
+UNSEEN = [{"question": "Who is out?", "answer": "The tide."}]
+
+
+def resumes(folder, model, data, *options):
+    arguments = ["--model", model, "--forget", data / "forget.jsonl", "--retain", data / "retain.jsonl"]
+    arguments += ["--holdout", data / "holdout.jsonl", "--dtype", "float32", "--device", "cpu", "--batch-size", 2]
+    return main(["train", *map(str, [*arguments, *options, "--output-dir", folder, "--resume"])])
+
+
+@pytest.mark.parametrize(
+    "file, row, column, value, named",
+    [
+        ("forget", 7, "person", "Ada", "groups of the forget rows (--group-column person)"),
+        ("forget", 7, "alt", "No lynx.", "other answers to the forget rows (--alternative-column alt)"),
+        ("forget", 7, "answer", "A lynx.", "forget rows"),
+        ("retain", 0, "answer", "In the park.", "retain rows"),
+        ("holdout", 0, "answer", "The cat.", "holdout rows"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_rows_groups_or_answers(
+    file, row, column, value, named, byte_model, tmp_path, capsys
+):
+    sets = {"forget": PEOPLE, "retain": RETAIN, "holdout": UNSEEN}
+    for name, rows in sets.items():
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    options = ["--layered", 2, "--group-column", "person", "--forget-term", "dpo", "--alternative-column", "alt"]
+    options += ["--epochs", 1, "--eval-rows", 0, "--leaks", "none", "--holdout", tmp_path / "holdout.jsonl"]
+    folder = train(tmp_path / "run", byte_model, tmp_path, *options)
+    audit = audit_of(folder)
+    assert sorted(sum(audit["forget_rows"]["folds"], [])) == list(range(8))
+    sets[file] = [dict(one) for one in sets[file]]
+    sets[file][row][column] = value
+    write_rows(tmp_path / f"{file}.jsonl", sets[file])
+    capsys.readouterr()
+    assert resumes(folder, byte_model, tmp_path, *options) == 2
+    assert f"--resume: the {named} have changed since the run in" in capsys.readouterr().err
+    assert audit_of(folder) == audit
+
+
+def test_a_run_of_an_earlier_version_is_resumed_and_so_is_one_whose_groups_have_other_names(
+    byte_model, tmp_path, capsys
+):
+    for name, rows in {"forget": PEOPLE, "retain": RETAIN, "holdout": UNSEEN}.items():
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    options = ["--layered", 2, "--group-column", "person", "--epochs", 1, "--eval-rows", 0, "--leaks", "none"]
+    folder = train(tmp_path / "run", byte_model, tmp_path, *options, "--holdout", tmp_path / "holdout.jsonl")
+    write_rows(tmp_path / "forget.jsonl", [{**row, "person": f"{row['person']} Quill"} for row in PEOPLE])
+    assert resumes(folder, byte_model, tmp_path, *options) == 0
+    audit = audit_of(folder)
+    for new in ("folds", "alternatives"):
+        del audit["forget_rows"][new]
+    for record in audit["data"].values():
+        del record["tokenised"]
+    (folder / "audit.json").write_text(json.dumps(audit))
+    write_rows(tmp_path / "forget.jsonl", [{**row, "person": row["answer"]} for row in PEOPLE])
+    assert resumes(folder, byte_model, tmp_path, *options) == 0
+
+
 def test_a_damaged_or_missing_record_is_reported(own_run, tmp_path, capsys):
     rows = str(write_rows(tmp_path / "rows.jsonl", FORGET))
     audit = audit_of(own_run)

@@ -115,6 +115,34 @@ def test_levels_that_cannot_be_read_are_measured_again(runs, tmp_path):
     assert run_levels(path, model, data, rows, fresh=False) == [9.0] * rows  # what can be read is
 
 
+CHAT = (
+    "{% for turn in messages %}{{ turn['role'] }}:\n{{ turn['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
+
+
+def test_in_both_forms_each_has_the_levels_that_it_has_alone(taught_model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(taught_model)
+    tokenizer.chat_template = CHAT
+    config = unlearning_config(taught_model, tmp_path)
+    model = attach_lora(load_model(config.model, silent), config.adapter)
+
+    def levels(template, **files):
+        data = halved(prepare(tokenizer, DataConfig(limit=6, template=template, **files)))
+        assert {example.where for example in data.level_rows.examples}.isdisjoint(
+            {example.where for example in data.holdout.examples}
+        )
+        return run_levels(tmp_path / "levels.json", model, data, 4, fresh=True)
+
+    both, chat, plain = (levels(template) for template in ("both", "chat", "plain"))
+    assert len(both) == 12 and both == pytest.approx([*chat, *plain], rel=1e-4)
+    assert not np.allclose(chat, plain, rtol=0.1)  # or it would not matter
+
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"Nothing is {n}. "}) + "\n" for n in range(4)))
+    texts = levels("both", holdout=str(tmp_path / "texts.jsonl"))  # a holdout that has but one form
+    assert len(texts) == 12 and sorted(texts[:6]) == pytest.approx(sorted(texts[6:]))
+
+
 def test_half_of_the_holdout_is_what_the_run_is_judged_by(runs):
     _, (config, _) = runs
     audit = json.loads((config.output_dir / "audit.json").read_text())

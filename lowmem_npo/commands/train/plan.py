@@ -138,7 +138,7 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
     directory.check()
     check_trainer_args(config)
     if config.output.resume:
-        check_same_rows(directory.path, data)
+        check_same_rows(directory.path, config, data)
         check_same_adapter(directory.path, config)
     if config.adapter.adapter is not None:
         if not config.adapter.any_base:

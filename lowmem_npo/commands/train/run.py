@@ -31,7 +31,7 @@ from lowmem_npo.model import attach_lora, reference_mode
 from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.loading import resolve_device
 from lowmem_npo.recipes import with_recipe
-from lowmem_npo.report.audit import begin_audit, finish_audit
+from lowmem_npo.report.audit import begin_audit, check_same_rows, finish_audit
 from lowmem_npo.report.files import write_report
 from lowmem_npo.run_directory import RunDirectory, RunFiles, step_of, what_is_left
 from lowmem_npo.training.arguments import npo_config
@@ -170,7 +170,10 @@ def _with_own_texts(plan: RunPlan, model: PeftModel, say: Say) -> RunPlan:
         if line.startswith(anew):
             say(line)
     check_fit(model_config, plan.tokenizer, [data.retain, data.alternatives])
-    return replace(plan, data=data if plan.data.level_rows is None else halved(data))
+    data = data if plan.data.level_rows is None else halved(data)
+    if config.output.resume:
+        check_same_rows(plan.directory.path, config, data)
+    return replace(plan, data=data)
 
 
 def _train(
