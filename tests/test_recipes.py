@@ -139,6 +139,12 @@ def test_schema_estimate_and_sweep_know_it(byte_model, tmp_path, capsys):
         (("--alternative-column", "other", "--forget-term", "dpo", "--normalization", "token"), ["normalization"]),
         (("--refusal", "No.", "--forget-term", "jensun", "--beta", "0.1"), ["beta"]),
         (("--satimp-beta1", "5"), []),  # the default, as a run's own settings name it
+        (("--joint-pass-tokens", "64"), []),
+        (("--joint-pass-tokens", "64", "--adversary", "1", "--sam", "0.05"), ["joint-pass-tokens"]),
+        (("--joint-pass-tokens", "64", "--sam", "0.05"), ["joint-pass-tokens"]),
+        (("--joint-pass-tokens", "0", "--sam", "0.05"), []),  # as a run's own settings say it
+        (("--joint-pass-tokens", "64", "--delta", "0"), ["joint-pass-tokens"]),
+        (("--joint-pass-tokens", "64", "--delta", "0", "--forget-term", "ga"), []),
         (("--delta", "0", "--gamma", "0", "--kl-direction", "reference-policy", "--retain-batch-size", "2"),
          ["kl-direction", "retain-batch-size"]),
     ],

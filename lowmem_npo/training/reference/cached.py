@@ -27,7 +27,6 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.files import free_bytes
 from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.sizes import amount
-from lowmem_npo.training.objective import needs_reference
 from lowmem_npo.training.reference.answer_file import AnswerFile
 from lowmem_npo.training.reference.identity import rows_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from lowmem_npo.training.reference.live import LiveReference
@@ -88,10 +87,10 @@ class CachedReference(LiveReference):
         return super().runs(**missing)
 
     def comes_together(self, batch: RowBatch, forget_rows: int) -> bool:
-        """Nor where one part is stored and the other is not."""
+        """Not where one part is stored and the other is not."""
         parts = zip(("forget", "retain"), (batch.rows[:forget_rows], batch.rows[forget_rows:]), strict=True)
         stored = {self._holds(part, rows) for part, rows in parts}
-        return super().comes_together(batch, forget_rows) and len(stored) == 1
+        return len(stored) == 1
 
     def answers_of_both(self, batch: RowBatch, forget_rows: int) -> tuple[Tensor, Tensor]:
         forget, retain = batch.rows[:forget_rows], batch.rows[forget_rows:]
@@ -183,7 +182,7 @@ def _parts(
 ) -> dict[str, tuple[Sequence[TokenizedRow], int, torch.dtype]]:
     """The files that the objective needs: rows, values per answer token, and their type."""
     parts = {}
-    if needs_reference(objective) is not None:
+    if objective.needs_reference is not None:
         parts["forget"] = forget, 1, torch.float32
     if objective.delta > 0 and retain is not None:
         text = config.get_text_config()
