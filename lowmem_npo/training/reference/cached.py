@@ -98,9 +98,7 @@ class CachedReference(LiveReference):
         if logprobs is not None and hidden is not None:
             return logprobs.squeeze(1), hidden
         logprobs, hidden = super().answers_of_both(batch, forget_rows)
-        self._write("forget", forget, logprobs[:, None])
-        self._write("retain", retain, hidden)
-        return logprobs, hidden
+        return self._kept("forget", forget, logprobs[:, None]).squeeze(1), self._kept("retain", retain, hidden)
 
     def _holds(self, part: str, rows: Sequence[int]) -> bool:
         return part in self.files and self.files[part].holds(rows)
@@ -108,9 +106,7 @@ class CachedReference(LiveReference):
     def _stored(self, part: str, batch: RowBatch, run: Callable[[], Tensor]) -> Tensor:
         if (stored := self._read(part, batch.rows, batch.data.device)) is not None:
             return stored
-        values = run()
-        self._write(part, batch.rows, values)
-        return values
+        return self._kept(part, batch.rows, run())
 
     def _read(self, part: str, rows: Sequence[int], device: torch.device) -> Tensor | None:
         if (file := self.files.get(part)) is None:
@@ -124,13 +120,17 @@ class CachedReference(LiveReference):
             return None
         return (stored.pin_memory() if device.type == "cuda" else stored).to(device, non_blocking=True)
 
-    def _write(self, part: str, rows: Sequence[int], values: Tensor) -> None:
+    def _kept(self, part: str, rows: Sequence[int], values: Tensor) -> Tensor:
+        """Stores `values` of the rows that are not stored yet; returns what is stored of all, which a resumed run reads
+        as well: values that were run again, in another batch, may be rounded otherwise."""
         if (file := self.files.get(part)) is None:
-            return
+            return values
         try:
             file.write(rows, values)
         except OSError as error:
             self._go_on_live(part, error)
+        stored = self._read(part, rows, values.device)
+        return values if stored is None else stored
 
     def _go_on_live(self, part: str, error: OSError) -> None:
         path = self.files.pop(part).path
