@@ -163,8 +163,14 @@ def test_a_run_says_so_and_its_merged_weights_where_it_lasts(byte_model, tmp_pat
     assert f"{LASTING}.\n" in capsys.readouterr().out
     card = (tmp_path / "run" / "README.md").read_text()
     assert "| recipe | `lasting` |" in card and "| layered | `2` |" in card
-    assert main(["train", *flags, "--resume"]) == 0
-    capsys.readouterr()
+    assert "| adversary_steps | `1` |" in card
+    settings, place = tmp_path / "run" / "run.yaml", flags[-4:-2]
+    for again in (["--config", str(settings), *place[:1], str(tmp_path / "again"), "--dry-run"], [*place, "--resume"]):
+        capsys.readouterr()
+        assert main(["train", *again]) == 0
+        assert f"{LASTING}.\n" in capsys.readouterr().out, "20 is the recipe's, though 1 was used"
+    config = parsed("--config", settings, "--recipe", "paper")
+    assert options(config) == (None, None, 5) and remarks_on_idle_options(config) == []
     assert main(["merge", "--adapter", str(tmp_path / "run"), "--output-dir", str(tmp_path / "merged")]) == 0
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert last == (
