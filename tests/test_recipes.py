@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -14,7 +15,7 @@ from lowmem_npo.commands.schema import run_schema
 from lowmem_npo.config import ModelConfig, ObjectiveConfig, Recipe, RunConfig, TrainingConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.idle_options import remarks_on_idle_options
-from lowmem_npo.recipes import RECIPES, remark, with_recipe
+from lowmem_npo.recipes import OPTIONS, RECIPES, remark, with_recipe
 
 ADAPTER = "--lora-targets all-linear --lora-r 16 --lora-alpha 64"
 LASTING = f"Recipe lasting: --layered 2 --adversary 1 --adversary-steps 20 {ADAPTER}"
@@ -97,6 +98,31 @@ def test_a_run_s_settings_hold_the_recipe_and_what_it_became(tmp_path):
     config = parse_run(["--config", str(plain), "--recipe", "lasting"], "train")
     assert options(config) == (2, 1.0, 16) and config.adapter.lora_alpha == 7
     assert config.adapter.lora_targets == ("all-linear",)
+
+
+@pytest.mark.parametrize("named", ["", "recipe: null\n", "recipe: lasting\n"])
+def test_null_in_a_file_leaves_an_option_out_wherever_the_recipe_is_named(named, tmp_path):
+    file = tmp_path / "settings.yaml"
+    flags = ("--config", file, *(() if "lasting" in named else ("--recipe", "lasting")))
+    file.write_text(f"{named}layered: null\n")
+    config = parsed(*flags)
+    assert options(config) == (None, 1.0, 16) and remark(config).endswith("; no --layered as given, which wins.")
+    assert options(parsed(*flags, "--layered", 3)) == (3, 1.0, 16)
+    file.write_text(named + "".join(f"{option.replace('_', '-')}: null\n" for option in OPTIONS))
+    config = parsed(*flags)
+    assert config == replace(parsed(), training=replace(parsed().training, recipe="lasting"))
+    assert remark(config).startswith(
+        "Recipe lasting: nothing; no --layered no --adversary --lora-targets q_proj v_proj"
+    )
+    file.write_text("".join(f"{option}: null\n" for option in OPTIONS))
+    assert parsed("--config", file) == parsed() and remark(parsed("--config", file)) is None
+
+
+def test_null_in_a_file_of_another_recipe_is_that_recipe_s_own(tmp_path):
+    """As a run's settings have it, of which the docs say that they give way."""
+    file = tmp_path / "settings.yaml"
+    file.write_text("recipe: paper\nlayered: null\nadversary: null\n")
+    assert options(parsed("--config", file, "--recipe", "lasting")) == (2, 1.0, 16)
 
 
 def test_what_does_not_go_with_the_recipe_is_a_sentence_that_names_it():
