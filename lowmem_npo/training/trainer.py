@@ -282,7 +282,7 @@ class NPOTrainer(Trainer):
         self.forget_point.find(step, self.step_batches.attack_began(step), totals)
         parts = ((forget, self.passes.forget, self.forget_point.there()), (retain, self.passes.retain, nullcontext()))
         passes = [(partial(run, rows), where) for rows, run, where in parts if rows]
-        if forget and both and self.passes.reference.comes_together(both, len(forget)):
+        if forget and both:
             passes = [(partial(self.passes.both, both, len(forget)), nullcontext())]
         for run, where in passes:  # one after the other: the graphs of two passes never meet
             with where:

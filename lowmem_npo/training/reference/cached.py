@@ -86,13 +86,9 @@ class CachedReference(LiveReference):
         missing = {part: () if self._holds(part, rows) else rows for part, rows in parts.items()}
         return super().runs(**missing)
 
-    def comes_together(self, batch: RowBatch, forget_rows: int) -> bool:
-        """Not where one part is stored and the other is not."""
-        parts = zip(("forget", "retain"), (batch.rows[:forget_rows], batch.rows[forget_rows:]), strict=True)
-        stored = {self._holds(part, rows) for part, rows in parts}
-        return len(stored) == 1
-
     def answers_of_both(self, batch: RowBatch, forget_rows: int) -> tuple[Tensor, Tensor]:
+        """If one part is not stored, both are run: were they to go apart, so would the policy's passes, and a resumed
+        run, for which more is stored, would round otherwise."""
         forget, retain = batch.rows[:forget_rows], batch.rows[forget_rows:]
         logprobs, hidden = (self._read(*part, batch.data.device) for part in (("forget", forget), ("retain", retain)))
         if logprobs is not None and hidden is not None:

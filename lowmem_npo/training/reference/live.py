@@ -41,10 +41,6 @@ class LiveReference:
         """Whether the model must run for what these rows need: `forget`, `retain` or `both`."""
         return bool((forget and self.objective.needs_reference is not None) or (retain and self.objective.delta > 0))
 
-    def comes_together(self, batch: RowBatch, forget_rows: int) -> bool:
-        """Whether `both` is not more work than the two of them; asked only where the objective lets parts share one."""
-        return True
-
     def both(self, batch: RowBatch, forget_rows: int) -> tuple[Tensor | None, Tensor | None]:
         """`forget` and `retain` in one pass, of a batch whose first `forget_rows` rows are to be forgotten."""
         needed = self.objective.needs_reference
