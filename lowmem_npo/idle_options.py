@@ -22,6 +22,7 @@ OF_TERMS = {
 def remarks_on_idle_options(config: RunConfig) -> list[str]:
     """A line for each option that has another value than its default, which makes no difference in this run."""
     term, data, training = config.objective.forget_term, config.data, config.training
+    joint, apart = config.memory.joint_pass_tokens, config.objective.parts_go_apart
     idle = {
         name: f"--forget-term {term}" for name, terms in OF_TERMS.items() if term in FORGET_TERMS and term not in terms
     } | {
@@ -31,6 +32,7 @@ def remarks_on_idle_options(config: RunConfig) -> list[str]:
             ("layered_weight", "no --layered", training.layered is not None),
             ("adversary_steps", "no --adversary", config.objective.adversary is not None),
             ("kl_direction", "--delta 0", config.objective.delta > 0),
+            ("joint_pass_tokens", apart, joint == 0 or apart is None),
             ("retain_batch_size", "--gamma 0 and --delta 0", config.objective.needs_retain),
             ("answer_column", "no --forget, whose bundled rows have columns of their own", data.forget is not None),
             ("prompt_column", "no --forget, whose bundled rows have columns of their own", data.forget is not None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -14,7 +15,7 @@ from lowmem_npo.commands.schema import run_schema
 from lowmem_npo.config import ModelConfig, ObjectiveConfig, Recipe, RunConfig, TrainingConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.idle_options import remarks_on_idle_options
-from lowmem_npo.recipes import RECIPES, remark, with_recipe
+from lowmem_npo.recipes import OPTIONS, RECIPES, remark, with_recipe
 
 ADAPTER = "--lora-targets all-linear --lora-r 16 --lora-alpha 64"
 LASTING = f"Recipe lasting: --layered 2 --adversary 1 --adversary-steps 20 {ADAPTER}"
@@ -99,6 +100,31 @@ def test_a_run_s_settings_hold_the_recipe_and_what_it_became(tmp_path):
     assert config.adapter.lora_targets == ("all-linear",)
 
 
+@pytest.mark.parametrize("named", ["", "recipe: null\n", "recipe: lasting\n"])
+def test_null_in_a_file_leaves_an_option_out_wherever_the_recipe_is_named(named, tmp_path):
+    file = tmp_path / "settings.yaml"
+    flags = ("--config", file, *(() if "lasting" in named else ("--recipe", "lasting")))
+    file.write_text(f"{named}layered: null\n")
+    config = parsed(*flags)
+    assert options(config) == (None, 1.0, 16) and remark(config).endswith("; no --layered as given, which wins.")
+    assert options(parsed(*flags, "--layered", 3)) == (3, 1.0, 16)
+    file.write_text(named + "".join(f"{option.replace('_', '-')}: null\n" for option in OPTIONS))
+    config = parsed(*flags)
+    assert config == replace(parsed(), training=replace(parsed().training, recipe="lasting"))
+    assert remark(config).startswith(
+        "Recipe lasting: nothing; no --layered no --adversary --lora-targets q_proj v_proj"
+    )
+    file.write_text("".join(f"{option}: null\n" for option in OPTIONS))
+    assert parsed("--config", file) == parsed() and remark(parsed("--config", file)) is None
+
+
+def test_null_in_a_file_of_another_recipe_is_that_recipe_s_own(tmp_path):
+    """As a run's settings have it, of which the docs say that they give way."""
+    file = tmp_path / "settings.yaml"
+    file.write_text("recipe: paper\nlayered: null\nadversary: null\n")
+    assert options(parsed("--config", file, "--recipe", "lasting")) == (2, 1.0, 16)
+
+
 def test_what_does_not_go_with_the_recipe_is_a_sentence_that_names_it():
     with pytest.raises(UserError, match="--recipe lasting: --layered holds the folds whose turn has not come"):
         parsed("--recipe", "lasting", "--gamma", 0, "--delta", 0)
@@ -139,6 +165,12 @@ def test_schema_estimate_and_sweep_know_it(byte_model, tmp_path, capsys):
         (("--alternative-column", "other", "--forget-term", "dpo", "--normalization", "token"), ["normalization"]),
         (("--refusal", "No.", "--forget-term", "jensun", "--beta", "0.1"), ["beta"]),
         (("--satimp-beta1", "5"), []),  # the default, as a run's own settings name it
+        (("--joint-pass-tokens", "64"), []),
+        (("--joint-pass-tokens", "64", "--adversary", "1", "--sam", "0.05"), ["joint-pass-tokens"]),
+        (("--joint-pass-tokens", "64", "--sam", "0.05"), ["joint-pass-tokens"]),
+        (("--joint-pass-tokens", "0", "--sam", "0.05"), []),  # as a run's own settings say it
+        (("--joint-pass-tokens", "64", "--delta", "0"), ["joint-pass-tokens"]),
+        (("--joint-pass-tokens", "64", "--delta", "0", "--forget-term", "ga"), []),
         (("--delta", "0", "--gamma", "0", "--kl-direction", "reference-policy", "--retain-batch-size", "2"),
          ["kl-direction", "retain-batch-size"]),
     ],
@@ -157,8 +189,14 @@ def test_a_run_says_so_and_its_merged_weights_where_it_lasts(byte_model, tmp_pat
     assert f"{LASTING}.\n" in capsys.readouterr().out
     card = (tmp_path / "run" / "README.md").read_text()
     assert "| recipe | `lasting` |" in card and "| layered | `2` |" in card
-    assert main(["train", *flags, "--resume"]) == 0
-    capsys.readouterr()
+    assert "| adversary_steps | `1` |" in card
+    settings, place = tmp_path / "run" / "run.yaml", flags[-4:-2]
+    for again in (["--config", str(settings), *place[:1], str(tmp_path / "again"), "--dry-run"], [*place, "--resume"]):
+        capsys.readouterr()
+        assert main(["train", *again]) == 0
+        assert f"{LASTING}.\n" in capsys.readouterr().out, "20 is the recipe's, though 1 was used"
+    config = parsed("--config", settings, "--recipe", "paper")
+    assert options(config) == (None, None, 5) and remarks_on_idle_options(config) == []
     assert main(["merge", "--adapter", str(tmp_path / "run"), "--output-dir", str(tmp_path / "merged")]) == 0
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert last == (

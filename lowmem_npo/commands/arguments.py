@@ -383,12 +383,12 @@ def _flags_of_file(path: Path, ours: Sequence[str]) -> list[str]:
             raise UserError(f"--config: '{path}' cannot be used: {before} and {name} are one option: remove one.")
         if isinstance(value, list) and flag in ours and flag not in (*SOURCES, *several):
             raise UserError(f"{flag} takes one value, and '{path}' gives a list.")
-        if recipe in RECIPES and (option := flag[2:].replace("-", "_")) in RECIPE_OPTIONS:
+        if (option := flag[2:].replace("-", "_")) in RECIPE_OPTIONS:
             own = tuple(value) if isinstance(value, list) else value
-            if not isinstance(value, bool) and own == value_in(recipe, option):
+            if recipe in RECIPES and not isinstance(value, bool) and own == value_in(recipe, option):
                 continue  # it is the recipe's own, and goes with it if another one is named
-            if value is None:
-                flags += [flag, "None"]
+            if value is None and (value := value_in("paper", option)) is None:  # no recipe, here or elsewhere, sets it
+                value = "None"
         if value is None:
             continue
         flags.append(f"--{name}")

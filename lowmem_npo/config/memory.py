@@ -56,8 +56,8 @@ class MemoryConfig(StreamOptions):
     take less memory."""
     joint_pass_tokens: CountOrNone | Literal["auto"] = "auto"
     """Let the forget and retain rows of a micro-batch share one pass if together they have at most N tokens: half of
-    the passes, but what both parts keep is in memory at once. 0: never. auto: on a GPU, as many as fit into the memory
-    that is free, or into --memory-budget, if that is predicted to be faster; else 0."""
+    the passes, but what both parts keep is in memory at once. 0: never, as under --adversary or --sam. auto: on a GPU,
+    as many as fit into the memory that is free, or into --memory-budget, if that is predicted to be faster; else 0."""
     embedding_on_cpu: bool = False
     """Keep the input embedding in the host's memory and copy the rows that a batch needs."""
     reference: Literal["auto", "live", "cached"] = "auto"

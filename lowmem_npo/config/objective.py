@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 
 from lowmem_npo.errors import UserError
-from lowmem_npo.forget_terms import custom_term
+from lowmem_npo.forget_terms import custom_term, reference_of
 from lowmem_npo.ranges import Checked, Count, Finite, Positive, PositiveOrZero, check_fields
 
 FORGET_TERMS = ("npo", "ga", "simnpo", "idk", "wga", "satimp", "jensun", "dpo")  # beside those that others bring
@@ -74,6 +74,27 @@ class ObjectiveConfig(Checked):
     def needs_retain(self) -> bool:
         """Whether any term looks at retain rows."""
         return self.gamma > 0 or self.delta > 0
+
+    @property
+    def needs_reference(self) -> Literal["sequence", "token"] | None:
+        """What the forget term needs of the original model: "sequence" (B,) sums, "token" (N,) log-probs, or None."""
+        if (custom := custom_term(self.forget_term, FORGET_TERMS)) is not None:
+            return reference_of(custom)
+        if self.forget_term not in ("npo", "dpo"):
+            return None
+        return "token" if (self.forget_term, self.normalization) == ("npo", "token") else "sequence"
+
+    @property
+    def parts_go_apart(self) -> str | None:
+        """Which options keep forget and retain rows from sharing a pass; None: they may, see --joint-pass-tokens."""
+        if not self.needs_retain:
+            return "--gamma 0 and --delta 0"
+        elsewhere = [f"--{name}" for name in ("adversary", "sam") if getattr(self, name) is not None]
+        if elsewhere:  # the forget gradient is not taken at the weights
+            return " and ".join(elsewhere)
+        if (self.needs_reference is None) != (self.delta == 0):  # together, both would run the reference
+            return f"--forget-term {self.forget_term} and --delta {self.delta:g}: only one part needs a reference"
+        return None
 
     @property
     def attack_steps(self) -> int:

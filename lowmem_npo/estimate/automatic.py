@@ -30,7 +30,6 @@ from lowmem_npo.model.loading import DTYPES, resolve_device
 from lowmem_npo.model.saved_adapter import settings_of_run
 from lowmem_npo.run_directory import DECIDED, RunDirectory
 from lowmem_npo.sizes import gib
-from lowmem_npo.training.objective import needs_reference
 from lowmem_npo.training.reference import check_cache_space
 from lowmem_npo.training.step_rows import num_steps
 from lowmem_npo.training.training_rows import planned_rows
@@ -140,7 +139,7 @@ def _with_reference(config: RunConfig, data: PreparedData, architecture: Pretrai
     if memory.reference == "auto":
         of_epochs = partial(num_steps, len(rows.forget), training.batch_size)
         one_epoch = of_epochs(training.epochs, training.max_steps) <= of_epochs(1)
-        unneeded = needs_reference(config.objective) is None and config.objective.delta == 0
+        unneeded = config.objective.needs_reference is None and config.objective.delta == 0
         if unneeded or (one_epoch and memory.reference_dir is None):
             return live
     directory, dtype = RunDirectory(cached).reference_dir, DTYPES[config.model.dtype]

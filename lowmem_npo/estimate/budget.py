@@ -195,7 +195,7 @@ class _Search:
         """`config` and its estimate with the largest joint passes that fit and save time; as they are if none do."""
         at_once = self.rows.micro_batch(config)
         most = at_once.tokens(packable(self.architecture, config.model.attn))
-        if not self.decides_joint or not (at_once.forget and at_once.retain):
+        if not self.decides_joint or config.objective.parts_go_apart or not (at_once.forget and at_once.retain):
             return config, apart
         for share in JOINT_SHARES:
             joint = JOINT._replace(value=int(share * most)).on(config)

@@ -114,7 +114,7 @@ class Report:
     def text(self) -> str:
         result = self.estimate
         rows = f"{_rows(self.rows.forget, 'forget')}, {_rows(self.rows.retain, 'retain')}"
-        joint = self.config.memory.joint_pass_tokens
+        joint = 0 if self.config.objective.parts_go_apart else self.config.memory.joint_pass_tokens
         rows += f"; in one pass if they have at most {joint} tokens together" if joint else ""
         lines = [*self.notes, f"{self.model}, {self.weights}; at once {rows}"]
         lines += [_line("allocated at the peak of a step (simulated)", result.peak_bytes)]

@@ -120,7 +120,7 @@ def estimate(
     judged = partial(_simulate, padding_free=padding_free, lock_step=lock_step, later=later)
     simulate = partial(judged, config, architecture, capability)
     result, joint = simulate(rows), config.memory.joint_pass_tokens
-    if joint == "auto" or not 0 < joint < rows.tokens(padding_free) or not rows.retain:
+    if joint == "auto" or not 0 < joint < rows.tokens(padding_free) or config.objective.parts_go_apart:
         return result
     # The largest rows go apart; shorter ones may take more, together.
     together = simulate(rows.at_most(joint, padding_free))

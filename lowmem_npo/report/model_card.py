@@ -24,6 +24,7 @@ METHOD = ("recipe", "forget_term", "beta", "gamma", "delta", "normalization", "k
           "adversary", "adversary_steps", "sam", "lora_r", "lora_alpha", "lora_targets", "lora_layers", "use_rslora",
           "use_dora", "modules_to_save", "batch_size", "epochs", "max_steps", "lr", "seed", "max_length", "qlora",
           "dtype")  # fmt: skip
+SHORTENED = ("adversary_steps",)  # of which run.yaml has what was asked for, and the audit record what was used
 RECORD = ("Revision", "Commit", "Weights", "Went on from", "Adapter", "Optimiser steps", "Started, ended",
           "Processors", "Versions", "Duration")  # fmt: skip
 
@@ -43,6 +44,8 @@ def model_card(content: Content) -> str:
     A base model in a local directory is named only in the text, without its path: the header takes names on the hub.
     """
     settings, audit = content.settings, content.audit
+    recorded = audit["configuration"] if audit else {}
+    used = settings | {name: value for name, value in recorded.items() if name in SHORTENED}
     base = audit["model"]["loaded"] if audit else settings["model"]
     local = Path(base).expanduser().is_dir()
     data = ModelCardData(
@@ -58,7 +61,7 @@ def model_card(content: Content) -> str:
         verdict=content.verdict,
         evidence=EVIDENCE,
         forget_term=settings.get("forget_term"),
-        settings=[(name, code(settings[name])) for name in METHOD if settings.get(name) is not None],
+        settings=[(name, code(used[name])) for name in METHOD if used.get(name) is not None],
         data=_data(audit),
         table=markdown_table(content.stages).rstrip() if content.stages else "",
         leaks={name: result.meaning for name, result in content.leaks.get("after", {}).items()},

@@ -51,11 +51,6 @@ class ForgetPoint:
         self.lesson: Lesson | None = None  # what the adversary is taught, until it has been
         self._figures: dict[str, Tensor] = {}  # of the adversary's step, once it has been taken
 
-    @property
-    def is_elsewhere(self) -> bool:
-        """Whether it is not the weights themselves."""
-        return self.neighbour is not None or self.passes.adversary is not None
-
     def begin(self, batches: Sequence[Batch]) -> None:
         """A step of these micro-batches begins."""
         self.ahead = batches if self.neighbour is not None else ()

@@ -50,7 +50,8 @@ class NPOConfig(ObjectiveConfig, TrainingArguments):
     them apart (`lowmem_npo.model.packs_rows`). Padded, the results are the same up to rounding."""
     joint_pass_tokens: int = 0
     """Forget and retain rows of a micro-batch share one pass if together they have no more tokens than that: half of
-    the passes, but both parts' graphs are alive at once. The gradients are the same. 0: never."""
+    the passes, but both parts' graphs are alive at once. The gradients are the same. 0: never, nor under what
+    `objective.parts_go_apart` names."""
     reference_dir: str | None = None
     """Directory in which the reference's results are cached (`CachedReference`). Default: the reference pass is run at
     every step."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from lowmem_npo.config import FORGET_TERMS, ObjectiveConfig
 from lowmem_npo.errors import UserError
-from lowmem_npo.forget_terms import custom_term, reference_of
+from lowmem_npo.forget_terms import custom_term
 
 LET_GO = 0.5  # nats per token: an optimiser with momentum goes on for some steps after the gradient has ended
 
@@ -135,8 +134,8 @@ def forget_loss(
     Args:
         policy: log-probs of the forget answers (for `idk` and `jensun`: of the refusals) under the policy, with
             gradient; each followed by its alternative, where there are any.
-        reference: what `needs_reference` says: of the original model (B,) float64 sums, (N,) float32 log-probs of the
-            tokens, or None.
+        reference: what `objective.needs_reference` says: of the original model (B,) float64 sums, (N,) float32
+            log-probs of the tokens, or None.
         totals: counts of the whole optimiser step.
 
     Returns:
@@ -171,15 +170,6 @@ def forget_loss(
     if objective.normalization == "length":
         log_ratio = log_ratio / policy.lengths()
     return npo(log_ratio, objective.beta).sum() / sequences
-
-
-def needs_reference(objective: ObjectiveConfig) -> Literal["sequence", "token"] | None:
-    """What the forget term needs of the original model: "sequence" (B,) sums, "token" (N,) log-probs, or None."""
-    if (custom := custom_term(objective.forget_term, FORGET_TERMS)) is not None:
-        return reference_of(custom)
-    if objective.forget_term not in ("npo", "dpo"):
-        return None
-    return "token" if (objective.forget_term, objective.normalization) == ("npo", "token") else "sequence"
 
 
 def retain_weights(objective: ObjectiveConfig, totals: StepTotals) -> tuple[float, float]:

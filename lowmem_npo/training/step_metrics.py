@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lowmem_npo.config import ObjectiveConfig
-from lowmem_npo.training.objective import needs_reference
 
 
 class StepMetrics:
@@ -17,7 +16,7 @@ class StepMetrics:
 
     def __init__(self, objective: ObjectiveConfig) -> None:
         names = ["forget_loss", "forget_nll"]
-        names += ["forget_log_ratio"] if needs_reference(objective) else []
+        names += ["forget_log_ratio"] if objective.needs_reference else []
         names += ["adversary_nll", "adversary_gain"] if objective.adversary is not None else []
         names += ["retain_nll"] if objective.needs_retain else []
         names += ["retain_kl"] if objective.delta > 0 else []

@@ -158,7 +158,7 @@ class NPOTrainer(Trainer):
                 processing_class.pad_token_id,
                 with_retain=objective.needs_retain,
                 pack=args.padding_free and packs_rows(model),
-                joint_tokens=args.joint_pass_tokens,
+                joint_tokens=0 if objective.parts_go_apart else args.joint_pass_tokens,
             ),
             processing_class=processing_class,
             **trainer_kwargs,
@@ -282,8 +282,7 @@ class NPOTrainer(Trainer):
         self.forget_point.find(step, self.step_batches.attack_began(step), totals)
         parts = ((forget, self.passes.forget, self.forget_point.there()), (retain, self.passes.retain, nullcontext()))
         passes = [(partial(run, rows), where) for rows, run, where in parts if rows]
-        apart = self.forget_point.is_elsewhere  # than the retain rows
-        if forget and both and not apart and self.passes.reference.comes_together(both, len(forget)):
+        if forget and both:
             passes = [(partial(self.passes.both, both, len(forget)), nullcontext())]
         for run, where in passes:  # one after the other: the graphs of two passes never meet
             with where:

@@ -181,8 +181,8 @@ def attacked(byte_model, tmp_path_factory):
 
 def test_a_run_against_an_adversary_records_it(attacked, byte_model, tmp_path):
     run, card = ((attacked / file).read_text() for file in ("run.yaml", "README.md"))
-    assert "adversary: 1.0" in run and "adversary_steps: 2" in run  # all that a stage of four has room for
-    assert "| adversary_steps | `2` |" in card
+    assert "adversary: 1.0" in run and "adversary_steps: 9" in run
+    assert "| adversary_steps | `2` |" in card  # all that a stage of four has room for
     assert all(line["adversary_nll"] > 0 and line["adversary_gain"] > 0 for line in steps(attacked))
     report = (attacked / "report.html").read_text()
     assert "an attacker was trained to bring back some of the answers" in report
@@ -211,7 +211,7 @@ def test_a_run_whose_attackers_go_on_keeps_its_length(attacked, byte_model, tmp_
     shutil.copy(attacked / "run.yaml", folder)
     began = (folder / "run.yaml").read_text().replace("layered: 2\n", "")
     (folder / "run.yaml").write_text(began)
-    longer = ("--adversary", 1, "--adversary-steps", 2, *SAVED, "--eval-rows", 2, "--resume", "--max-steps", 12)
+    longer = ("--adversary", 1, "--adversary-steps", 9, *SAVED, "--eval-rows", 2, "--resume", "--max-steps", 12)
     assert train(byte_model, folder, *longer) == 2
     assert "(max_steps was 8, is 12): use those, or start anew." in capsys.readouterr().err
 

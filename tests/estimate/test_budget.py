@@ -293,6 +293,15 @@ def test_estimate_on_the_command_line(capsys):
     assert "CUDA context" in text and "frozen weights" in text
 
 
+@pytest.mark.parametrize(("options", "joint"), [([], True), (["--sam", "0.05"], False), (["--delta", "0"], False)])
+def test_one_pass_for_both_parts_is_promised_where_they_may_share_it(options, joint, capsys):
+    asked = ["--max-length", "64", "--joint-pass-tokens", "4096", "--gradient-checkpointing", "on"]
+    assert main(["estimate", "--model", SMALL, *asked, *options]) == 0
+    text = capsys.readouterr().out
+    assert ("in one pass if they have at most 4096 tokens together" in text) is joint
+    assert ("--joint-pass-tokens has no effect with" in text) is not joint
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -6,14 +6,7 @@ import pytest
 import torch
 
 from lowmem_npo.config import ObjectiveConfig
-from lowmem_npo.training.objective import (
-    SequenceLogprobs,
-    StepTotals,
-    forget_loss,
-    jensun,
-    needs_reference,
-    retain_weights,
-)
+from lowmem_npo.training.objective import SequenceLogprobs, StepTotals, forget_loss, jensun, retain_weights
 
 LENGTHS = (3, 1, 7, 4)
 
@@ -32,7 +25,7 @@ def batch(tokens, reference, objective):
         torch.repeat_interleave(torch.arange(len(tokens)), torch.tensor([len(t) for t in tokens])),
         len(tokens),
     )
-    needed = needs_reference(objective)
+    needed = objective.needs_reference
     given = {
         None: None,
         "token": torch.cat(reference).float(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lowmem_npo.commands.merge.options import DEQUANTIZED
 from lowmem_npo.errors import UserError
@@ -47,15 +47,29 @@ def findings(adapter: str, base_weights: str) -> list[str]:
 
 
 def _lasting(adapter: str) -> Iterator[str]:
-    """Of a run that made forgetting last: where it does."""
-    run = settings_of_run(adapter)
-    used = [f"--{name}" for name in LASTING if run.get(name) is not None]
-    if run.get("recipe") == "lasting" or used:
-        how = "--recipe lasting" if run.get("recipe") == "lasting" else " and ".join(used)
+    """Of what was made to last, by the adapter's run or by one that it went on from: where it does."""
+    how = dict.fromkeys(option for run in _runs(adapter) for option in _made_last_by(run))
+    if how:
         yield (
-            f"What {how} made last is a property of these merged weights: publish them, and not the adapter, which is "
-            "undone beside its base by switching it off."
+            f"What {' and '.join(how)} made last is a property of these merged weights: publish them, and not the "
+            "adapter, which is undone beside its base by switching it off."
         )
+
+
+def _made_last_by(run: dict[str, Any]) -> list[str]:
+    """The options of a run that made forgetting last; under the recipe of that name, the recipe."""
+    used = [f"--{name}" for name in LASTING if run.get(name) is not None]
+    return ["--recipe lasting"] if used and run.get("recipe") == "lasting" else used
+
+
+def _runs(adapter: str) -> Iterator[dict[str, Any]]:
+    """The settings of the run that left `adapter`, and of those whose adapters it holds as well, the latest first."""
+    folder: Any = adapter
+    seen: set[Path] = set()  # a run may stand by now where the one that it went on from stood
+    while isinstance(folder, str) and (place := Path(folder).expanduser().resolve()) not in seen:
+        seen.add(place)
+        yield (run := settings_of_run(folder))
+        folder = run.get("adapter")
 
 
 def _sentence(test: str, adapter: str, base_weights: str) -> str:

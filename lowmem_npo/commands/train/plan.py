@@ -51,7 +51,8 @@ class Inputs(NamedTuple):
 
 @dataclass
 class RunPlan:
-    """A validated run. `config` has its memory budget, and what `auto` left open, resolved."""
+    """A validated run. `config` has its memory budget, and what `auto` left open, resolved; `directory.config`, which
+    is run.yaml's, has what was asked for where the rows let the run have less."""
 
     config: RunConfig
     directory: RunDirectory
@@ -128,13 +129,14 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
         UserError: as for `train`.
     """
     model_config, tokenizer, data = inputs
-    config, data = fitted(as_begun(config), data, say)
+    asked = as_begun(config)
+    config, data = fitted(asked, data, say)
     if config.memory.stream_weights:
         check_device(resolve_device(config.model.device))
     check_has_weights(resolve_name(config.model.model, config.model.revision)[0])
     local_cache_entry(config.model, model_config)  # raises if it could be neither read nor written
     check_fit(model_config, tokenizer, [data.forget_trained, data.forget_targets, data.retain, data.holdout])
-    directory = RunDirectory(config)
+    directory = RunDirectory(asked)
     directory.check()
     check_trainer_args(config)
     if config.output.resume:
@@ -155,7 +157,7 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
         say(f"The base shares {shared[0]} with another layer: the adapter works beside its base, but cannot be merged.")
     apply_switches(adapted, config.memory)  # raises if one does not fit
     config, predicted = decide(config, data, model_config, say)
-    directory.config = config
+    directory.config = replace(config, objective=asked.objective)
     plan = RunPlan(config, directory, tokenizer, data, predicted)
     trained = step_of(next(iter(directory.checkpoints()), None)) if config.output.resume else 0
     if trained > plan.steps:

@@ -86,7 +86,7 @@ def _train_claimed(config: RunConfig, say: Say) -> RunResult | None:
         return None
     plan = plan_run(config, inputs, say)
     if config.output.dry_run:
-        say(plan.config.to_yaml().rstrip())
+        say(plan.directory.config.to_yaml().rstrip())
         say(f"Dry run: data, model and disk are fine; {plan.sentence}. Nothing was trained or written.")
         return None
     return unlearn(plan, load_base(plan.config.model, plan.config.memory, say), say)

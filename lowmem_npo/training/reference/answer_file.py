@@ -75,20 +75,10 @@ class AnswerFile:
         """(N, width) values of `rows`, one after the other, on the host; None unless all of them are stored."""
         if not self.exists:
             return None
-        result = torch.empty(sum(self.lengths[row] for row in rows), self.width, dtype=self.dtype)
-        at = 0
-        for row in rows:
-            part = result[at : at + self.lengths[row]]
-            at += self.lengths[row]
-            checksum = 0 if row in self._checked else self._checksum(row)
-            if row not in self._checked and checksum == 0:
-                return None
-            self._read_into(part, row)
-            if checksum:
-                if checksum != _checksum_of(part):
-                    return None
-                self._checked.add(row)
-        return result
+        lengths = [self.lengths[row] for row in rows]
+        result = torch.empty(sum(lengths), self.width, dtype=self.dtype)
+        stored = all(self._read_row(row, part) for row, part in zip(rows, result.split(lengths), strict=True))
+        return result if stored else None
 
     def write(self, rows: Sequence[int], values: Tensor) -> None:
         """Stores the (N, width) `values` of those `rows` that are not stored yet. Raises OSError, for example when the
@@ -96,7 +86,7 @@ class AnswerFile:
         if not self.exists:
             self._create()
         for row, part in zip(rows, values.cpu().split([self.lengths[row] for row in rows]), strict=True):
-            if row in self._checked:
+            if row in self._checked or self._read_row(row, torch.empty_like(part)):  # in this process or before it
                 continue
             part = part.contiguous()
             _write_all(self._file, _bytes(part), self._values_at + self._bytes_of(self._starts[row]))
@@ -171,6 +161,17 @@ class AnswerFile:
     def _checksum(self, row: int) -> int:
         stored = os.pread(self._file, 8, self._checksums_at + 8 * row)
         return struct.unpack("<q", stored)[0] if len(stored) == 8 else 0
+
+    def _read_row(self, row: int, part: Tensor) -> bool:
+        """Fills `part` with the row's values; whether they are stored, and right."""
+        checksum = 0
+        if row not in self._checked and not (checksum := self._checksum(row)):
+            return False
+        self._read_into(part, row)
+        if checksum and checksum != _checksum_of(part):
+            return False
+        self._checked.add(row)
+        return True
 
     def _read_into(self, part: Tensor, row: int) -> None:
         buffer, at = memoryview(_bytes(part)), self._values_at + self._bytes_of(self._starts[row])

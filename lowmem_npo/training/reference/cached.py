@@ -27,7 +27,6 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.files import free_bytes
 from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.sizes import amount
-from lowmem_npo.training.objective import needs_reference
 from lowmem_npo.training.reference.answer_file import AnswerFile
 from lowmem_npo.training.reference.identity import rows_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from lowmem_npo.training.reference.live import LiveReference
@@ -87,21 +86,15 @@ class CachedReference(LiveReference):
         missing = {part: () if self._holds(part, rows) else rows for part, rows in parts.items()}
         return super().runs(**missing)
 
-    def comes_together(self, batch: RowBatch, forget_rows: int) -> bool:
-        """Nor where one part is stored and the other is not."""
-        parts = zip(("forget", "retain"), (batch.rows[:forget_rows], batch.rows[forget_rows:]), strict=True)
-        stored = {self._holds(part, rows) for part, rows in parts}
-        return super().comes_together(batch, forget_rows) and len(stored) == 1
-
     def answers_of_both(self, batch: RowBatch, forget_rows: int) -> tuple[Tensor, Tensor]:
+        """If one part is not stored, both are run: were they to go apart, so would the policy's passes, and a resumed
+        run, for which more is stored, would round otherwise."""
         forget, retain = batch.rows[:forget_rows], batch.rows[forget_rows:]
         logprobs, hidden = (self._read(*part, batch.data.device) for part in (("forget", forget), ("retain", retain)))
         if logprobs is not None and hidden is not None:
             return logprobs.squeeze(1), hidden
         logprobs, hidden = super().answers_of_both(batch, forget_rows)
-        self._write("forget", forget, logprobs[:, None])
-        self._write("retain", retain, hidden)
-        return logprobs, hidden
+        return self._kept("forget", forget, logprobs[:, None]).squeeze(1), self._kept("retain", retain, hidden)
 
     def _holds(self, part: str, rows: Sequence[int]) -> bool:
         return part in self.files and self.files[part].holds(rows)
@@ -109,9 +102,7 @@ class CachedReference(LiveReference):
     def _stored(self, part: str, batch: RowBatch, run: Callable[[], Tensor]) -> Tensor:
         if (stored := self._read(part, batch.rows, batch.data.device)) is not None:
             return stored
-        values = run()
-        self._write(part, batch.rows, values)
-        return values
+        return self._kept(part, batch.rows, run())
 
     def _read(self, part: str, rows: Sequence[int], device: torch.device) -> Tensor | None:
         if (file := self.files.get(part)) is None:
@@ -125,13 +116,17 @@ class CachedReference(LiveReference):
             return None
         return (stored.pin_memory() if device.type == "cuda" else stored).to(device, non_blocking=True)
 
-    def _write(self, part: str, rows: Sequence[int], values: Tensor) -> None:
+    def _kept(self, part: str, rows: Sequence[int], values: Tensor) -> Tensor:
+        """Stores `values` of the rows that are not stored yet; returns what is stored of all, which a resumed run reads
+        as well: values that were run again, in another batch, may be rounded otherwise."""
         if (file := self.files.get(part)) is None:
-            return
+            return values
         try:
             file.write(rows, values)
         except OSError as error:
             self._go_on_live(part, error)
+        stored = self._read(part, rows, values.device)
+        return values if stored is None else stored
 
     def _go_on_live(self, part: str, error: OSError) -> None:
         path = self.files.pop(part).path
@@ -183,7 +178,7 @@ def _parts(
 ) -> dict[str, tuple[Sequence[TokenizedRow], int, torch.dtype]]:
     """The files that the objective needs: rows, values per answer token, and their type."""
     parts = {}
-    if needs_reference(objective) is not None:
+    if objective.needs_reference is not None:
         parts["forget"] = forget, 1, torch.float32
     if objective.delta > 0 and retain is not None:
         text = config.get_text_config()

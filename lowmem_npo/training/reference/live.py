@@ -12,7 +12,7 @@ from torch import Tensor
 from lowmem_npo.config import ObjectiveConfig
 from lowmem_npo.data.batching import RowBatch
 from lowmem_npo.model import answer_hidden, reference_mode
-from lowmem_npo.training.objective import SequenceLogprobs, needs_reference
+from lowmem_npo.training.objective import SequenceLogprobs
 
 
 @dataclass
@@ -25,7 +25,7 @@ class LiveReference:
 
     def forget(self, batch: RowBatch) -> Tensor | None:
         """Log-probs of the forget answers: (B,) float64 sums or (N,) float32 per token; None if the term needs none."""
-        needed = needs_reference(self.objective)
+        needed = self.objective.needs_reference
         if needed is None:
             return None
         logprobs = self.answer_logprobs(batch)
@@ -39,15 +39,11 @@ class LiveReference:
 
     def runs(self, forget: Sequence[int] = (), retain: Sequence[int] = ()) -> bool:
         """Whether the model must run for what these rows need: `forget`, `retain` or `both`."""
-        return bool((forget and needs_reference(self.objective) is not None) or (retain and self.objective.delta > 0))
-
-    def comes_together(self, batch: RowBatch, forget_rows: int) -> bool:
-        """Whether `both` is not more work than the two of them: both parts need a pass, or none does."""
-        return (needs_reference(self.objective) is None) == (self.objective.delta == 0)
+        return bool((forget and self.objective.needs_reference is not None) or (retain and self.objective.delta > 0))
 
     def both(self, batch: RowBatch, forget_rows: int) -> tuple[Tensor | None, Tensor | None]:
         """`forget` and `retain` in one pass, of a batch whose first `forget_rows` rows are to be forgotten."""
-        needed = needs_reference(self.objective)
+        needed = self.objective.needs_reference
         if needed is None and self.objective.delta == 0:
             return None, None
         logprobs, hidden = self.answers_of_both(batch, forget_rows)

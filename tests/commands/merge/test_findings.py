@@ -10,6 +10,7 @@ from helpers.tiny_models import tiny_model
 from peft import LoraConfig, get_peft_model
 
 from lowmem_npo.cli import main
+from lowmem_npo.commands.merge.findings import findings
 from lowmem_npo.files import file_sha256
 
 FOUND = {"leaks": True, "meaning": "It is back.", "merged": {}, "rows": 3}
@@ -130,3 +131,28 @@ def test_a_checkpoint_of_a_run(adapter, tmp_path, capsys):
         assert main(["merge", "--adapter", str(adapter / f"checkpoint-{number}"), "--output-dir", str(out)]) == 0
     printed = [line for line in capsys.readouterr().out.splitlines() if "relearning" in line]
     assert printed[0].startswith("WARNING, relearning") and "is of another state" in printed[1]
+
+
+LASTS = "made last is a property of these merged weights: publish them, and not the adapter"
+
+
+@pytest.mark.parametrize(
+    ("settings", "first", "how"),
+    [
+        ("recipe: lasting\nlayered: 2\nadversary: 1.0\n", "", "--recipe lasting"),
+        ("recipe: lasting\nlayered: null\nadversary: null\n", "", None),  # both are switched off within it
+        ("recipe: paper\nlayered: 2\nsam: 0.05\n", "", "--layered and --sam"),
+        ("recipe: paper\nlayered: null\n", "", None),
+        ("layered: null\nadapter: {}/first\n", "recipe: lasting\nadversary: 1.0\n", "--recipe lasting"),
+        ("sam: 0.05\nadapter: {}/first/checkpoint-4\n", "layered: 3\n", "--sam and --layered"),
+        ("sam: 0.05\nadapter: {}/adapter\n", "layered: 3\n", "--sam"),
+        ("sam: 0.05\nadapter: {}/removed\n", "layered: 3\n", "--sam"),
+        ("sam: 0.05\nadapter: [1]\n", "layered: 3\n", "--sam"),
+    ],
+)
+def test_what_was_made_to_last_by_this_run_or_one_before(adapter, settings, first, how):
+    (adapter / "run.yaml").write_text(settings.format(adapter.parent))
+    (adapter.parent / "first" / "checkpoint-4").mkdir(parents=True)
+    (adapter.parent / "first" / "run.yaml").write_text(first)
+    lines = [line for line in findings(str(adapter), "whole") if LASTS in line]
+    assert [line.split(f" {LASTS}")[0] for line in lines] == ([f"What {how}"] if how else [])

@@ -206,6 +206,15 @@ def test_a_damaged_record_of_a_sweep_is_a_sentence(content, taught_model, tmp_pa
     assert "sweep_state.json' is damaged: write {} into it" in error and "Traceback" not in error
 
 
+def test_runs_too_short_for_what_was_asked_are_resumed(byte_model, tmp_path, capsys):
+    """run.yaml has the attackers' 20 steps, of which three steps of a run have room for one."""
+    arguments = ["--grid", "recipe=lasting", "--seeds", "1", "--batch-size", "2"]
+    assert swept(byte_model, tmp_path / "sweep", *arguments) == 0
+    capsys.readouterr()
+    assert swept(byte_model, tmp_path / "sweep", *arguments, "--resume") == 0
+    assert "began with other settings" not in capsys.readouterr().err
+
+
 def test_a_longer_sweep_continues_its_runs(taught_model, tmp_path, capsys):
     arguments = ["--reference", "live", "--seeds", "1", "--grid", "per_device_train_batch_size=2,4"]
     arguments += ["--save-strategy", "steps", "--save-steps", "1"]

@@ -25,6 +25,16 @@ def test_a_disk_that_fills_up_later_leaves_valid_rows(files_no_larger_than, tmp_
                        torch.cat([values[4:], values[:4]]))  # fmt: skip
 
 
+def test_what_is_stored_is_not_written_again(tmp_path):
+    """Nor by a process that has not read it: the row before it was not stored."""
+    first, again = torch.randn(6, 8), torch.randn(10, 8)
+    AnswerFile(tmp_path / "x.safetensors", [4, 6], 8, torch.float32, {}).write([1], first)
+    later = AnswerFile(tmp_path / "x.safetensors", [4, 6], 8, torch.float32, {})
+    assert later.read([0, 1]) is None
+    later.write([0, 1], again)
+    assert torch.equal(later.read([0, 1]), torch.cat([again[:4], first]))
+
+
 def test_what_a_killed_process_left_is_removed_at_the_next_start(tmp_path):
     """Nothing of one that runs, and nothing else."""
     ended = subprocess.Popen([sys.executable, "-S", "-c", ""])

@@ -141,6 +141,25 @@ def test_a_wrong_value_in_the_cache_changes_the_loss(tmp_path):
     assert losses(tmp_path / "again", tmp_path / "cache", epochs=1) != pytest.approx(first, rel=1e-3)
 
 
+@pytest.mark.parametrize("joint", [0, 10**6])
+def test_a_stored_row_counts_as_it_is_stored_beside_one_that_is_not(joint, tmp_path):
+    """Run again, in another batch, it may be rounded otherwise; and a resumed run reads it."""
+    rows = {"forget": FORGET[:2], "retain": RETAIN[:2]}
+    first = losses(tmp_path / "first", tmp_path / "cache", 1, **rows, joint_pass_tokens=joint)
+    for part, of_part in rows.items():
+        path = tmp_path / "cache" / f"{part}.safetensors"
+        lengths = [sum(label != -100 for label in row["labels"][1:]) for row in of_part]
+        width = load_file(path)["values"].shape[1]
+        file = AnswerFile(path, lengths, width, torch.float32, {})
+        other = file.read([0]) + 1  # more than rounding, so that it shows
+        path.unlink()
+        AnswerFile(path, lengths, width, torch.float32, file.metadata).write([0], other)
+    beside, read = (
+        losses(tmp_path / name, tmp_path / "cache", 1, **rows, joint_pass_tokens=joint) for name in ("beside", "read")
+    )
+    assert beside == read and read != pytest.approx(first, rel=1e-3)
+
+
 def test_damaged_values_are_not_used(passes, tmp_path):
     first = losses(tmp_path / "first", tmp_path / "cache")
     path = tmp_path / "cache" / "retain.safetensors"
