@@ -125,12 +125,13 @@ def incomparable_sets(result: str, config: EvaluationConfig, digests: Mapping[st
     return [] if earlier is None else other_sets(earlier, {**as_json(config), "digests": digests})
 
 
-def other_sets(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The same by what two settings.json hold."""
+def other_sets(earlier: Mapping[str, Any], now: Mapping[str, Any], but: Iterable[str] = ()) -> list[str]:
+    """The same by what two settings.json hold; `but`: options that may differ."""
     of_tests = {f.name for options in (LeakOptions, BenchmarkOptions) for f in fields(options)}
-    if changed_options(earlier, now, set(EvaluationConfig.compared(leaks=False)) - of_tests):
-        return [part for part in now["digests"] if part != THE_ADAPTER]
-    return _other_rows(earlier, now["digests"])
+    digests = now.get("digests", {})
+    if changed_options(earlier, now, set(EvaluationConfig.compared(leaks=False)) - of_tests - set(but)):
+        return [part for part in digests if part != THE_ADAPTER]
+    return _other_rows(earlier, digests)
 
 
 def as_json(config: EvaluationConfig) -> dict[str, Any]:
@@ -140,7 +141,7 @@ def as_json(config: EvaluationConfig) -> dict[str, Any]:
 
 def changed_options(earlier: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     """Those of the options `names` that one settings.json has otherwise than another, as far as both have them."""
-    return [name for name in names if earlier.get(name, now[name]) != now[name]]
+    return [name for name in names if name in earlier and name in now and earlier[name] != now[name]]
 
 
 def _other_rows(earlier: Mapping[str, Any], digests: Mapping[str, str]) -> list[str]:

@@ -10,11 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from lowmem_npo.config import ModelOptions
 from lowmem_npo.evaluation.directory import changed_options, other_sets, settings_of
-from lowmem_npo.evaluation.leaks.contract import LeakResults
+from lowmem_npo.evaluation.leaks.contract import LeakResults, LeakTest
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
+from lowmem_npo.evaluation.leaks.retuning import RETUNING
 from lowmem_npo.evaluation.leaks.worst import retained_leaks
 from lowmem_npo.evaluation.open_unlearning import retained_min_k
+from lowmem_npo.evaluation.options import FREE
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Gold:
         leaks, min_k = retained_leaks(log), retained_min_k(log)
         if (earlier := settings_of(log)) is None:
             return cls(leaks, min_k)
-        others = other_sets(earlier, settings)
+        others = other_sets(earlier, settings, but=[f.name for f in fields(ModelOptions)])  # how gold is stored
         if "forget" in others:
             why = "had other forget rows, or asked for them otherwise"
             return cls(
@@ -46,10 +49,17 @@ class Gold:
             min_k = None
             notes.append("privleak is compared with 0.5: the evaluation of --retained-log had another holdout.")
         for test in LEAK_TESTS:
-            names = [f.name for f in fields(test.options)]
-            changed = [] if test.named_by_options else changed_options(earlier, settings, names)
-            if changed and test.name in leaks:
+            another = [f"--{name.replace('_', '-')}" for name in changed_options(earlier, settings, _options_of(test))]
+            if test is RETUNING and "retain" in others:
+                another.append("--retain")
+            if another and test.name in leaks:
                 del leaks[test.name]
-                options = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
-                notes.append(f"{test.name}: not compared with --retained-log, which had another {options}.")
+                notes.append(f"{test.name}: not compared with --retained-log, which had another {', '.join(another)}.")
         return cls(leaks, min_k, True, tuple(notes))
+
+
+def _options_of(test: LeakTest) -> list[str]:
+    """The options that change what the test's attacks give, and that their names do not tell."""
+    repeated = LEAK_TESTS if test.loads_models else [test]
+    own = [f for one in repeated if not one.named_by_options for f in fields(one.options)]
+    return [f.name for f in own if FREE not in f.metadata]

@@ -170,7 +170,8 @@ def _compared(audit: Audit, config: RunConfig, data: PreparedData) -> Iterator[t
     record, options = audit["forget_rows"], config.data
     yield "forget rows", record["sha256"], [row_hash(example, record["salt"]) for example in data.forget.examples]
     for part in ("forget", "retain", "holdout"):
-        if (rows := getattr(data, part)) is not None and not (part == "retain" and data.retain_is_unwritten):
+        unread = part == "retain" and (data.retain_is_unwritten or not config.objective.needs_retain)
+        if (rows := getattr(data, part)) is not None and not unread:
             yield f"{part} rows", audit["data"].get(part, {}).get("tokenised"), rows.fingerprint
     groups = f"groups of the forget rows (--group-column {options.group_column})"
     yield groups, record.get("folds"), planned_rows(config, data).folds

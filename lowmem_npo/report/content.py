@@ -123,8 +123,10 @@ def read_content(directory: Path) -> Content:
     with _named(files.evaluation.result):
         evaluated = _read_evaluation(files)
         figures = evaluation_figures(evaluated)
+    with _named(files.evaluation.settings):
+        gold = _gold_leaks(files) if evaluated else {}
     with _named(files.leaks):
-        leaks = _merged_leaks(read_leaks(files.leaks), evaluated, _gold_leaks(files) if evaluated else {})
+        leaks = _merged_leaks(read_leaks(files.leaks), evaluated, gold)
     with _named(files.metrics):
         metrics = read_metrics(files.metrics)
     with _named(files.stopping):

@@ -9,6 +9,7 @@ import pytest
 from lowmem_npo.cli import main
 from lowmem_npo.commands.evaluate.plan import plan_evaluation
 from lowmem_npo.console import silent
+from lowmem_npo.evaluation.gold import Gold
 from lowmem_npo.evaluation.leaks.registry import NAMES
 from lowmem_npo.evaluation.scoring import scorer as measuring
 from lowmem_npo.evaluation.settings import EvaluationConfig
@@ -190,6 +191,20 @@ def test_a_gold_model_is_compared_on_the_same_rows_alone(byte_model, files):
     assert evaluate(byte_model, files, *leaks, *log, "--leak-samples", "3", out="more") == 0
     (note,) = [note for note in content(files, "more")["notes"] if "--leak-samples" in note]
     assert note == "sampling: not compared with --retained-log, which had another --leak-samples."
+    settings = files / "gold" / "settings.json"
+    began = json.loads(settings.read_text())
+    settings.write_text(json.dumps({**began, "qlora": True, "mia_gradnorm": True}))  # no matter of what is asked
+    assert evaluate(byte_model, files, *leaks, *log, out="stored") == 0
+    assert content(files, "stored")["worst_attack"] == of["worst_attack"] and not any(
+        "compared" in note for note in content(files, "stored")["notes"]
+    )
+    settings.write_text(json.dumps({**began, "seed": 7}))
+    assert evaluate(byte_model, files, *leaks, *log, out="seed") == 0
+    assert content(files, "seed")["worst_attack"]["gold"] is None
+    settings.write_text(json.dumps({name: began[name] for name in ("retained_log", "limit", "digests")}))
+    now = {name: value for name, value in began.items() if name not in ("system", "double_quant", "digests")}
+    assert set(Gold.of({**now, "retained_log": log[1]}).leaks) == {"extraction", "sampling"}  # of older versions
+    settings.write_text(json.dumps(began))
     write(files / "holdout.jsonl", HOLDOUT[:3])
     assert evaluate(byte_model, files, *leaks, *log, out="holdout") == 0
     assert any(note.startswith("privleak is compared with 0.5") for note in content(files, "holdout")["notes"])
@@ -207,8 +222,9 @@ def test_rows_to_keep_that_are_others_too(byte_model, files, capsys):
     """Of the forget rows: they are not taught to see what comes back. Of the holdout: it is to be unknown."""
     path = write(files / "retain.jsonl", [*FORGET, {"question": "Where?", "answer": "There."}])
     given = {"forget": str(files / "forget.jsonl"), "retain": path, "leaks": ("retuning",)}
-    (row,) = plan_evaluation(EvaluationConfig(model=str(byte_model), **given), silent).attacker.retain
-    assert row["prompt_length"] and len(row["input_ids"]) < 40
+    plan = plan_evaluation(EvaluationConfig(model=str(byte_model), **given), silent)
+    (row,) = plan.attacker.retain
+    assert "There." in plan.context.tokenizer.decode(row["input_ids"])
     write(files / "retain.jsonl", [HOLDOUT[3]])
     code = evaluate(byte_model, files, "--leaks", "extraction", "--retain", path)
     fails(capsys, code, "1 of the retain rows are in the holdout as well")

@@ -102,7 +102,7 @@ def plan_evaluation(
     for benchmark in BENCHMARKS:
         benchmark.check(config)
     selected = [chosen for chosen in _select(sources, context) if only is None or chosen[0].name in only]
-    leak_rows, attacker = _select_for_leaks(sources, context)
+    leak_rows, attacker = _select_for_leaks(sources, context, run.get("allow_overlap", False))
     if leak_rows:
         for test in leak_tests(config.leaks):
             test.check_rows(config, {part: len(selection.rows) for part, selection in leak_rows.items()})
@@ -167,11 +167,13 @@ def _select(sources: Mapping[str, Rows], context: Context) -> list[tuple[Benchma
     return selected
 
 
-def _select_for_leaks(sources: Mapping[str, Rows], context: Context) -> tuple[dict[str, Selection], Attacker]:
+def _select_for_leaks(
+    sources: Mapping[str, Rows], context: Context, allow_overlap: bool
+) -> tuple[dict[str, Selection], Attacker]:
     """The rows of the leak tests, whatever their benchmark: "forget", and "holdout" if there is one; and what else they
     may use. Empty if there are no leak tests.
 
-    Raises UserError if the holdout has rows of the forget or the retain set.
+    Raises UserError if the holdout has rows of the forget or the retain set, unless the run was allowed to.
     """
     config = cast(EvaluationConfig, context.config)
     if not config.leaks:
@@ -182,10 +184,10 @@ def _select_for_leaks(sources: Mapping[str, Rows], context: Context) -> tuple[di
     for part, taught in (("forget", examples["forget"]), ("retain", to_keep)):
         if pairs := find_overlap(taught, examples.get("holdout", [])):
             where = " is ".join(example.where for example in pairs[0])
-            raise UserError(
-                f"{len(pairs)} of the {part} rows are in the holdout as well ({where}), which must hold only rows that "
-                "the model was never taught: remove them from one of the two."
-            )
+            shared = f"{len(pairs)} of the {part} rows are in the holdout as well ({where}), which must hold only rows"
+            if not allow_overlap:
+                raise UserError(f"{shared} that the model was never taught: remove them from one of the two.")
+            context.notes.append(f"{shared} that the model was never taught (the run had --allow-overlap).")
     selected, measured = {}, dict[str, list[Example]]()
     for part, of_part in examples.items():
         places = context.choose(len(of_part))

@@ -137,6 +137,9 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
     local_cache_entry(config.model, model_config)  # raises if it could be neither read nor written
     check_fit(model_config, tokenizer, [data.forget_trained, data.forget_targets, data.retain, data.holdout])
     directory = RunDirectory(asked)
+    began = settings_of_run(config.output.output_dir) if config.output.resume else {}
+    if began.get("adversary_steps") == config.objective.adversary_steps:  # an older version wrote what was used
+        directory.config = asked = replace(asked, objective=config.objective)
     directory.check()
     check_trainer_args(config)
     if config.output.resume:

@@ -124,12 +124,16 @@ class Relearning(LeakTest[RelearningOptions]):
                 continue
             tried.add((share, lr))
             taught, asked = ([subject.forget[i] for i in places] for places in (shown, rest))
-            outcome = tune(subject, f"relearning, {share:g} shown, lr {lr:g}", taught, asked, steps, lr)
+            apart = ", apart" if near else ""  # of what an older version measured otherwise
+            outcome = tune(subject, f"relearning, {share:g} shown{apart}, lr {lr:g}", taught, asked, steps, lr)
             attacks |= {Lesson(share, count, lr).name: of for count, of in outcome.items()}
         asked_for = [lesson.name for lesson in wanted if (lesson.share, lesson.lr) in tried]
         if not asked_for:
             return LeakResult.not_measured(NOTHING_LEFT)
-        return tuned.judge_made(judge, asked_for, attacks)
+        result = tuned.judge_made(judge, asked_for, attacks)
+        if left := [lesson.name for lesson in wanted if lesson.name not in asked_for]:
+            result.meaning += f" Not tried, since {NOTHING_LEFT}: {'; '.join(left)}."
+        return result
 
     def _sharing(self, subject: Subject) -> Mapping[int, set[int]]:
         """Forget row -> the others that hold its text."""

@@ -23,6 +23,7 @@ OTHER_ROWS = Need(
     "there are neither rows to keep (--retain names some) nor general texts to fine-tune on",
 )
 NO_RETAIN = "On rows to keep it was not tried: there are none (--retain names some)."
+ALL_FORGOTTEN = "On rows to keep it was not tried: all of them are forget rows as well."
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Retuning(LeakTest[RetuningOptions]):
 
         result = tuned.judge_made(lambda made: tuned.judge(made, told), tried, attacks)
         if not subject.retain:
-            result.meaning += f" {NO_RETAIN}"
+            result.meaning += f" {NO_RETAIN if subject.retain is None else ALL_FORGOTTEN}"
         return result
 
     def attacks(self, figures: Mapping[str, Any]) -> dict[str, Attack]:

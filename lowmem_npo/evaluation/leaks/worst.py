@@ -3,8 +3,9 @@
 What an attack brings back is a share, of an answer or of the answers. Beside it stands what the same attack brings
 forth of rows that were never taught, the holdout, and what it brings back from a gold model, which was never taught the
 forget rows, where there is one. The worst is the one that is furthest above such a level: gold's where it is known,
-else the holdout's. An attack that has none, such as a paraphrase of which the holdout has no like, is taken to have the
-highest of the others' by the same figure; what it brings back is not passed over since nothing stands beside it.
+else the holdout's; what stands out comes before what does not. An attack that has none, such as a paraphrase of which
+the holdout has no like, is taken to have the highest of the others' by the same figure, 0 if there is none, and stands
+out if it brings back more than half: it is not passed over since nothing stands beside it.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class WorstAttack:
 
     @property
     def stands_out(self) -> bool | None:
-        """Whether it brings back more than such a model gives; None where that is not known."""
+        """Whether it brings back more than such a model gives. Where that is not known: True for more than any guessing
+        gives, else None."""
         return above_holdout(self.value, self.level)
 
     @property
@@ -89,7 +91,7 @@ def worst_attack(results: LeakResults, gold: LeakResults | None = None) -> Worst
     attacks = attacks_of(results)
     if not attacks:
         return None
-    golds = attacks_of(gold or {})
+    golds = attacks_of({name: of for name, of in (gold or {}).items() if _as_long(of, results.get(name))})
     made = []
     for (test, name), attack in attacks.items():
         same = golds.get((test, name)) or golds.get(_without_form(test, name))
@@ -100,6 +102,12 @@ def worst_attack(results: LeakResults, gold: LeakResults | None = None) -> Worst
         if one.level is not None:
             usual[one.figure] = max(one.level, usual.get(one.figure, 0.0))
     return max(made, key=lambda one: standing(one.value, one.level, usual.get(one.figure, 0.0)))
+
+
+def _as_long(gold: LeakResult, result: LeakResult | None) -> bool:
+    """Whether both let answers be of as many tokens, as far as they say so."""
+    both = [of.figures.get("max_new_tokens") for of in (gold, result) if of is not None]
+    return len({length for length in both if length is not None}) < 2
 
 
 def _without_form(test: str, name: str) -> tuple[str, str]:

@@ -80,18 +80,21 @@ class AnswerFile:
         stored = all(self._read_row(row, part) for row, part in zip(rows, result.split(lengths), strict=True))
         return result if stored else None
 
-    def write(self, rows: Sequence[int], values: Tensor) -> None:
-        """Stores the (N, width) `values` of those `rows` that are not stored yet. Raises OSError, for example when the
-        disk is full; what was stored before stays valid."""
+    def write(self, rows: Sequence[int], values: Tensor) -> bool:
+        """Stores the (N, width) `values` of those `rows` that are not stored yet; whether these were all. Raises
+        OSError, for example when the disk is full; what was stored before stays valid."""
+        new = True
         if not self.exists:
             self._create()
         for row, part in zip(rows, values.cpu().split([self.lengths[row] for row in rows]), strict=True):
             if row in self._checked or self._read_row(row, torch.empty_like(part)):  # in this process or before it
+                new = False
                 continue
             part = part.contiguous()
             _write_all(self._file, _bytes(part), self._values_at + self._bytes_of(self._starts[row]))
             _write_all(self._file, struct.pack("<q", _checksum_of(part)), self._checksums_at + 8 * row)
             self._checked.add(row)
+        return new
 
     def _partial(self, process: int | str) -> Path:
         return self.path.with_name(f"{self.path.name}.{HOST}-{process}{PARTIAL}")

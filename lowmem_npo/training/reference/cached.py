@@ -122,7 +122,8 @@ class CachedReference(LiveReference):
         if (file := self.files.get(part)) is None:
             return values
         try:
-            file.write(rows, values)
+            if file.write(rows, values) and values.dtype == file.dtype:
+                return values
         except OSError as error:
             self._go_on_live(part, error)
         stored = self._read(part, rows, values.device)

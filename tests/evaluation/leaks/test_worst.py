@@ -123,3 +123,9 @@ def test_it_is_in_the_files(tmp_path):
 def test_a_gold_file_without_leak_tests_gives_nothing(content, tmp_path):
     (tmp_path / "x.json").write_text(content)
     assert retained_leaks(str(tmp_path / "x.json")) == {} == retained_leaks(None) == retained_leaks("missing.json")
+
+
+def test_a_gold_model_that_wrote_longer_answers_is_not_beside_it():
+    short, long = ({**said(0.6, 0.1, 0.45), "max_new_tokens": length} for length in (16, 64))
+    assert worst_attack(results(sampling=short), results(sampling=short)).gold == 0.6
+    assert worst_attack(results(sampling=short), results(sampling=long)).gold is None
