@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from lowmem_npo.data.schemas import Example
 from lowmem_npo.errors import UserError
@@ -51,21 +52,11 @@ def near_duplicates(
     The similarity of two texts is that of their sets of shingles, here runs of `SHINGLE` characters (Broder 1997;
     Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, chapter 3). It is computed for every pair.
     """
-    from sklearn.feature_extraction.text import CountVectorizer  # late: takes a second
-
     texts = [_normalised(example) for example in one]
     others = texts if other is None else [_normalised(example) for example in other]
-    # A text that is shorter than a shingle is one.
-    padded = [text.ljust(SHINGLE, "\0") for text in (*texts, *others)]
-    vectorizer = CountVectorizer(analyzer="char", ngram_range=(SHINGLE, SHINGLE), binary=True, lowercase=False)
-    shingles = vectorizer.fit_transform(padded).astype("int32")
-    left, right = shingles[: len(texts)], shingles[len(texts) :].T.tocsc()
-    sizes = shingles.getnnz(axis=1)
     pairs: list[tuple[int, int, float]] = []
-    for begin in range(0, len(texts), CHUNK):
-        shared = (left[begin : begin + CHUNK] @ right).tocoo()
-        i, j = shared.row + begin, shared.col
-        similarity = shared.data / (sizes[i] + sizes[len(texts) + j] - shared.data)
+    for i, j, shared, sizes, other_sizes in _shared_runs(texts, others, SHINGLE):
+        similarity = shared / (sizes + other_sizes - shared)
         alike = (similarity >= at_least) & ((i < j) | (other is not None))
         pairs += zip(i[alike].tolist(), j[alike].tolist(), similarity[alike].tolist(), strict=True)
     return sorted(pairs, key=lambda pair: (-pair[2], pair[:2]))
@@ -86,19 +77,28 @@ def sharing_text(examples: Sequence[Example]) -> dict[int, set[int]]:
 
 def _overlapping(texts: Sequence[str]) -> list[tuple[int, int]]:
     """Pairs (i, j) and (j, i) of texts that share `PART` of the runs of the shorter one."""
-    if len(texts) < 2:
-        return []
+    pairs: list[tuple[int, int]] = []
+    if len(texts) > 1:
+        for i, j, shared, sizes, other_sizes in _shared_runs(texts, texts, RUN):
+            alike = (i != j) & (shared >= PART * sizes.clip(max=other_sizes))
+            pairs += zip(i[alike].tolist(), j[alike].tolist(), strict=True)
+    return pairs
+
+
+def _shared_runs(texts: Sequence[str], others: Sequence[str], length: int) -> Iterator[tuple[Any, ...]]:
+    """Of the pairs of a text and another that share a run of `length` characters, many at a time, as arrays: the place
+    of either, how many runs they share, how many either has. A text that is shorter than a run is one."""
     from sklearn.feature_extraction.text import CountVectorizer  # late: takes a second
 
-    vectorizer = CountVectorizer(analyzer="char", ngram_range=(RUN, RUN), binary=True, lowercase=False)
-    runs = vectorizer.fit_transform([text.ljust(RUN, "\0") for text in texts]).astype("int32")
-    sizes, pairs = runs.getnnz(axis=1), list[tuple[int, int]]()
+    padded = [text.ljust(length, "\0") for text in (*texts, *others)]
+    vectorizer = CountVectorizer(analyzer="char", ngram_range=(length, length), binary=True, lowercase=False)
+    runs = vectorizer.fit_transform(padded).astype("int32")
+    left, right = runs[: len(texts)], runs[len(texts) :].T.tocsc()
+    sizes = runs.getnnz(axis=1)
     for begin in range(0, len(texts), CHUNK):
-        shared = (runs[begin : begin + CHUNK] @ runs.T).tocoo()
+        shared = (left[begin : begin + CHUNK] @ right).tocoo()
         i, j = shared.row + begin, shared.col
-        alike = (i != j) & (shared.data >= PART * sizes[i].clip(max=sizes[j]))
-        pairs += zip(i[alike].tolist(), j[alike].tolist(), strict=True)
-    return pairs
+        yield i, j, shared.data, sizes[i], sizes[len(texts) + j]
 
 
 def refuse_overlap(
