@@ -104,14 +104,12 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def differences(
-    result: str, config: EvaluationConfig, digests: Mapping[str, str], of_leaks: bool = True
-) -> list[str] | None:
+def differences(result: str, config: EvaluationConfig, digests: Mapping[str, str]) -> list[str] | None:
     """What was other than in `config`, and the rows behind `digests`, when the evaluation.json at `result` was made, in
-    words; None where that is not known. of_leaks: the options of the leak tests count, if both have some."""
+    words; None where that is not known. The options of the leak tests count, if both have some."""
     if (earlier := settings_of(result)) is None:
         return None
-    names = config.compared(leaks=bool(of_leaks and config.leaks and earlier.get("leaks")))
+    names = config.compared(leaks=bool(config.leaks and earlier.get("leaks")))
     changed = changed_options(earlier, as_json(config), names)
     return [f"{name} {earlier[name]!r}" for name in changed] + [
         f"other {part} rows" for part in _other_rows(earlier, digests)

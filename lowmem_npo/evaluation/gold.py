@@ -6,8 +6,10 @@ there are no settings beside that file, as beside one of open-unlearning's, it i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from lowmem_npo.config import ModelOptions
@@ -18,16 +20,19 @@ from lowmem_npo.evaluation.leaks.retuning import RETUNING
 from lowmem_npo.evaluation.leaks.worst import retained_leaks
 from lowmem_npo.evaluation.open_unlearning import retained_min_k
 from lowmem_npo.evaluation.options import FREE
+from lowmem_npo.run_directory import EvaluationFiles
 
 
 @dataclass(frozen=True)
 class Gold:
-    """leaks: what its leak tests gave. min_k: its mia_min_k. same_rows: whether its forget rows were the same ones.
-    notes: what is not compared, and why."""
+    """log: its evaluation.json, None where nothing in it can be compared. leaks: what its leak tests gave. min_k: its
+    mia_min_k. same_rows: the sets whose rows, and the way in which they are asked for, were the same ones. notes: what
+    is not compared, and why."""
 
+    log: str | None = None
     leaks: LeakResults = field(default_factory=dict)
     min_k: float | None = None
-    same_rows: bool = True
+    same_rows: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -37,13 +42,11 @@ class Gold:
             return cls()
         leaks, min_k = retained_leaks(log), retained_min_k(log)
         if (earlier := settings_of(log)) is None:
-            return cls(leaks, min_k)
+            return cls(log, leaks, min_k)
         others = other_sets(earlier, settings, but=[f.name for f in fields(ModelOptions)])  # how gold is stored
         if "forget" in others:
             why = "had other forget rows, or asked for them otherwise"
-            return cls(
-                same_rows=False, notes=(f"--retained-log: its evaluation {why}, so nothing is compared with it.",)
-            )
+            return cls(notes=(f"--retained-log: its evaluation {why}, so nothing is compared with it.",))
         notes = []
         if "holdout" in others and min_k is not None:
             min_k = None
@@ -55,7 +58,21 @@ class Gold:
             if another and test.name in leaks:
                 del leaks[test.name]
                 notes.append(f"{test.name}: not compared with --retained-log, which had another {', '.join(another)}.")
-        return cls(leaks, min_k, True, tuple(notes))
+        same = frozenset(earlier["digests"]) & frozenset(settings.get("digests", {})) - frozenset(others)
+        return cls(log, leaks, min_k, same, tuple(notes))
+
+    def losses(self) -> dict[str, dict[int, float]]:
+        """Of the sets with the same rows: set -> row -> mean NLL per answer token, as rows.jsonl beside the file has
+        it; empty where none can be read."""
+        by_set: dict[str, dict[int, float]] = {}
+        try:
+            lines = EvaluationFiles(Path(self.log or "").expanduser().parent).rows.read_text(encoding="utf-8")
+            for row in map(json.loads, lines.splitlines()):
+                if row["set"] in self.same_rows and (loss := row.get("leaks", {}).get("loss")) is not None:
+                    by_set.setdefault(row["set"], {})[row["row"]] = -loss  # a likelihood: the larger, the likelier
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return {}
+        return by_set
 
 
 def _options_of(test: LeakTest) -> list[str]:

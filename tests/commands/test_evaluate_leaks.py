@@ -167,16 +167,21 @@ def test_membership_beside_a_reference_model_and_by_gradients(byte_model, files,
     assert named["mia_reference"] == 0.5 and 0 <= named["mia_gradnorm"] <= 1
     assert evaluate(byte_model, files, *membership, *log, "--limit", "4", out="fewer") == 0
     assert "mia_reference" not in content(files, "fewer")["open_unlearning"]
-    (note,) = [note for note in content(files, "fewer")["notes"] if "mia_reference" in note]
-    assert note == "mia_reference is not measured: the evaluation of --retained-log had limit None."
+    (note,) = [note for note in content(files, "fewer")["notes"] if "--retained-log" in note]
+    assert note.endswith("so nothing is compared with it.")
+    began = (files / "gold" / "settings.json").read_text()
     (files / "gold" / "settings.json").unlink()
-    assert evaluate(byte_model, files, *membership, *log, "--limit", "4", out="unknown") == 0
-    (note,) = [note for note in content(files, "unknown")["notes"] if "mia_reference" in note]
-    assert note == "mia_reference is not measured: the settings of --retained-log are not beside it."
+    missing = "mia_reference is not measured: the evaluation of --retained-log has no --leaks membership of these "
+    assert evaluate(byte_model, files, *membership, *log, out="unknown") == 0
+    assert missing + "forget and holdout rows." in content(files, "unknown")["notes"]
+    (files / "gold" / "settings.json").write_text(began)
+    write(files / "holdout.jsonl", HOLDOUT[:3])
+    assert evaluate(byte_model, files, *membership, *log, out="other") == 0
+    assert missing + "holdout rows." in content(files, "other")["notes"]
+    write(files / "holdout.jsonl", HOLDOUT)
     (files / "gold" / "rows.jsonl").write_text('{"set": "forget", "row": 0}\n')
     assert evaluate(byte_model, files, *membership, *log, out="without") == 0
-    (note,) = [note for note in content(files, "without")["notes"] if "mia_reference" in note]
-    assert note == "mia_reference is not measured: the evaluation of --retained-log had no --leaks membership."
+    assert missing + "forget and holdout rows." in content(files, "without")["notes"]
     fails(capsys, evaluate(byte_model, files, "--mia-gradnorm", out="none"), "--mia-gradnorm", "--leaks membership")
 
 

@@ -24,7 +24,8 @@ from lowmem_npo.evaluation.asking import Wording
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Selection
 from lowmem_npo.evaluation.benchmarks.documents import DOCUMENTS
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
-from lowmem_npo.evaluation.directory import THE_ADAPTER, as_begun, differences, digest
+from lowmem_npo.evaluation.directory import THE_ADAPTER, as_begun, as_json, differences, digest
+from lowmem_npo.evaluation.gold import Gold
 from lowmem_npo.evaluation.leaks.registry import leak_tests
 from lowmem_npo.evaluation.leaks.retuning import RETUNING
 from lowmem_npo.evaluation.scoring.batching import at_once
@@ -40,7 +41,7 @@ from lowmem_npo.run_directory import AdapterFiles
 @dataclass
 class EvaluationPlan:
     """A validated evaluation. digests: a hash of each set, and of the adapter. selected: what each benchmark measures.
-    leak_rows: set -> rows of the leak tests."""
+    leak_rows: set -> rows of the leak tests. gold: what it is compared with."""
 
     config: EvaluationConfig
     model_config: ModelConfig
@@ -50,6 +51,7 @@ class EvaluationPlan:
     selected: list[tuple[Benchmark, str, Selection]]
     leak_rows: dict[str, Selection]
     attacker: Attacker
+    gold: Gold
 
     @property
     def rows_at_once(self) -> int:
@@ -95,8 +97,9 @@ def plan_evaluation(
     sources = _read(config, limit, tokenizer, template, say)
     digests = _digests(config, sources)
     before, others = read_earlier(config, digests)
-    notes = _notes(config, run, digests)
-    context = Context(config, tokenizer, template, before, notes, known_fit(architecture), others)
+    gold = Gold.of({**as_json(config), "digests": digests})
+    notes = [*_notes(config, run, digests), *gold.notes]
+    context = Context(config, tokenizer, template, before, notes, known_fit(architecture), others, gold.log)
     if context.fit is not None:
         context.fit.check_padding(tokenizer)
     for benchmark in BENCHMARKS:
@@ -109,7 +112,7 @@ def plan_evaluation(
     for line in _forms(selected, sources, leak_rows, context):
         say(line)
     config = context.config = with_streaming(config, model_config, architecture, selected, context, say)
-    return EvaluationPlan(config, model_config, context, sources, digests, selected, leak_rows, attacker)
+    return EvaluationPlan(config, model_config, context, sources, digests, selected, leak_rows, attacker, gold)
 
 
 def _model_config(config: EvaluationConfig, say: Say) -> ModelConfig:

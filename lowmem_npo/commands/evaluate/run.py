@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -22,10 +22,9 @@ from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Select
 from lowmem_npo.evaluation.benchmarks.muse import MUSE
 from lowmem_npo.evaluation.benchmarks.plain import PLAIN, summaries_of
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
-from lowmem_npo.evaluation.benchmarks.tofu import TOFU, TofuOptions
-from lowmem_npo.evaluation.directory import EvaluationDirectory, as_json
+from lowmem_npo.evaluation.benchmarks.tofu import TOFU
+from lowmem_npo.evaluation.directory import EvaluationDirectory
 from lowmem_npo.evaluation.fluency import fluency
-from lowmem_npo.evaluation.gold import Gold
 from lowmem_npo.evaluation.leaks.contract import NO_HOLDOUT, LeakResult, SavedModel, Subject
 from lowmem_npo.evaluation.leaks.measure import repeated, run_leak_tests, time_of_tuning
 from lowmem_npo.evaluation.leaks.registry import leak_tests
@@ -88,11 +87,8 @@ def measure(
         check_head(model)
         check_causal(model)
     scorer = Scorer(model, context.tokenizer, journal, plan.rows_at_once, config.generate_answers != "off")
-    gold = Gold.of({**as_json(config), "digests": plan.digests})
-    if not gold.same_rows:
-        context.config = cast(EvaluationConfig, replace(cast(TofuOptions, config), retained_log=None))
-    context.notes += gold.notes
-    result = Evaluation(rows=_counts(selected, plan.sources, leak_rows), notes=context.notes, gold_leaks=gold.leaks)
+    counts = _counts(selected, plan.sources, leak_rows)
+    result = Evaluation(rows=counts, notes=context.notes, gold_leaks=plan.gold.leaks)
     for benchmark, name, selection in selected:
         try:
             measured = benchmark.measure(name, selection, scorer, context)
@@ -129,10 +125,9 @@ def measure(
         for line in time_of_tuning(tests, subject):
             say(line)
         result.leaks = run_leak_tests([test for test in tests if not test.loads_models], subject)
-        result.open_unlearning = token_figures(subject.token_scores(), rows, context.tokenizer, gold.min_k)
+        result.open_unlearning = token_figures(subject.token_scores(), rows, context.tokenizer, plan.gold.min_k)
         places = {part: selection.places for part, selection in leak_rows.items()}
-        digests = {part: plan.digests[part] for part in rows}
-        further, notes = further_membership(config, digests, places, subject)
+        further, notes = further_membership(config, plan.gold, places, subject)
         result.open_unlearning |= further
         result.notes += notes
         if others := [test for test in tests if test.loads_models]:

@@ -49,7 +49,8 @@ class Settings(Protocol):
 class Context:
     """What a benchmark has at hand. before: an earlier evaluation.json, or nothing. notes: remarks to print beside the
     figures. fit: what the model can take, where it is known. incomparable: sets that the earlier evaluation measured
-    on other rows or otherwise, so that `before` has no figures of them."""
+    on other rows or otherwise, so that `before` has no figures of them. retained_log: evaluation.json of a model that
+    was never taught these forget rows."""
 
     config: Settings
     tokenizer: PreTrainedTokenizerBase
@@ -58,6 +59,7 @@ class Context:
     notes: list[str] = field(default_factory=list)
     fit: Fit | None = None
     incomparable: Sequence[str] = ()
+    retained_log: str | None = None
 
     def check(self, where: str, ids: Sequence[int]) -> None:
         """Raises UserError for a row, from the place `where`, that the model cannot take."""

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean, harmonic_mean
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.data import Example, Rows, Template, to_examples, tokenize
 from lowmem_npo.errors import UserError
@@ -137,7 +137,7 @@ class Tofu(Benchmark[TofuAnswer, TofuScores]):
             raise UserError(f"{rows.name} has no column perturbed_answer, which TOFU's {name} need.")
         if not tofu:
             return None
-        if name == FORGET and (log := cast(TofuOptions, context.config).retained_log):
+        if name == FORGET and (log := context.retained_log):
             retained_truth_ratios(log)  # raises now if it has none
         chosen = [tofu[i] for i in context.choose(len(tofu))]
         length, template = context.config.tokens_per_row, context.template
@@ -157,7 +157,7 @@ class Tofu(Benchmark[TofuAnswer, TofuScores]):
     def score(self, measured: Measured, context: Context) -> TofuScores | None:
         sets = {name: score_tofu(name, answers) for name, answers in self.own(measured).items()}
         quality = None
-        if (log := cast(TofuOptions, context.config).retained_log) and FORGET in sets:
+        if (log := context.retained_log) and FORGET in sets:
             quality = forget_quality(sets[FORGET].truth_ratios, retained_truth_ratios(log))
         return TofuScores(sets, model_utility(sets), quality) if sets else None
 

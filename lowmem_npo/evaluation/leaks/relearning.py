@@ -117,21 +117,18 @@ class Relearning(LeakTest[RelearningOptions]):
         from lowmem_npo.evaluation.leaks.fine_tuning import tune
 
         wanted, near = lessons(options), self._sharing(subject)
-        attacks, tried = dict[str, Tuned](), set[tuple[float, float]]()
-        for (share, lr), steps in _runs(wanted).items():
-            shown, rest = split(len(subject.forget), share, subject.seed, near)
-            if not rest:
-                continue
-            tried.add((share, lr))
-            taught, asked = ([subject.forget[i] for i in places] for places in (shown, rest))
-            apart = ", apart" if near else ""  # of what an older version measured otherwise
-            outcome = tune(subject, f"relearning, {share:g} shown{apart}, lr {lr:g}", taught, asked, steps, lr)
-            attacks |= {Lesson(share, count, lr).name: of for count, of in outcome.items()}
-        asked_for = [lesson.name for lesson in wanted if (lesson.share, lesson.lr) in tried]
-        if not asked_for:
+        places = {share: split(len(subject.forget), share, subject.seed, near) for share, _, _ in wanted}
+        possible = [lesson for lesson in wanted if places[lesson.share][1]]
+        if not possible:
             return LeakResult.not_measured(NOTHING_LEFT)
-        result = tuned.judge_made(judge, asked_for, attacks)
-        if left := [lesson.name for lesson in wanted if lesson.name not in asked_for]:
+        attacks = dict[str, Tuned]()
+        for (share, lr), steps in _runs(possible).items():
+            shown, rest = ([subject.forget[i] for i in part] for part in places[share])
+            apart = ", apart" if near else ""  # of what an older version measured otherwise
+            outcome = tune(subject, f"relearning, {share:g} shown{apart}, lr {lr:g}", shown, rest, steps, lr)
+            attacks |= {Lesson(share, count, lr).name: of for count, of in outcome.items()}
+        result = tuned.judge_made(judge, [lesson.name for lesson in possible], attacks)
+        if left := [lesson.name for lesson in wanted if lesson not in possible]:
             result.meaning += f" Not tried, since {NOTHING_LEFT}: {'; '.join(left)}."
         return result
 
