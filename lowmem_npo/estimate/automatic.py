@@ -5,6 +5,7 @@ A decision is recorded in the run's configuration; a run that is resumed keeps i
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -38,7 +39,8 @@ FEW_BYTES = 256 * 2**20  # of activations, which are kept without a simulation
 
 
 def as_begun(config: RunConfig) -> RunConfig:
-    """`config` of a run that is to be resumed, with what was decided when it began."""
+    """`config` of a run that is to be resumed, with what was decided when it began; what goes against an option of now,
+    as a live reference against --reference-dir, is left to be decided anew."""
     began = settings_of_run(config.output.output_dir) if config.output.resume else {}
     if began:
         began = {"double_quant": "on", "joint_pass_tokens": 0, **began}  # before there was a choice
@@ -46,7 +48,8 @@ def as_begun(config: RunConfig) -> RunConfig:
         section = "model" if hasattr(config.model, name) else "memory"
         options: Any = getattr(config, section)
         if getattr(options, name) == "auto" and began.get(name, "auto") != "auto":
-            config = replace(config, **{section: replace(options, **{name: began[name]})})
+            with suppress(UserError):
+                config = replace(config, **{section: replace(options, **{name: began[name]})})
     return config
 
 

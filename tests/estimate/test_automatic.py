@@ -10,7 +10,7 @@ import yaml
 from helpers.tiny_models import CONFIGS, tiny_model
 
 from lowmem_npo.commands.arguments import parse_run
-from lowmem_npo.config import MemoryConfig, ModelConfig, OutputConfig, RunConfig, TrainingConfig
+from lowmem_npo.config import MemoryConfig, ModelConfig, ObjectiveConfig, OutputConfig, RunConfig, TrainingConfig
 from lowmem_npo.data import TokenizedRows
 from lowmem_npo.estimate import automatic
 from lowmem_npo.estimate.automatic import activations_at_most, as_begun, decide
@@ -96,6 +96,27 @@ def test_a_resumed_run_keeps_what_was_decided(tmp_path):
     resumed = as_begun(replace(fresh, output=replace(fresh.output, resume=True)))
     assert resumed.memory.gradient_checkpointing == "on" and resumed.model.double_quant == "on"
     assert resumed.memory.joint_pass_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("objective", "memory"),
+    [
+        ({"forget_term": "ga", "gamma": 1.0, "delta": 0.0}, {"reference_dir": "shared"}),  # needs none: it is live
+        ({}, {"offload_checkpoints": True}),  # of a run that recomputed nothing
+    ],
+)
+def test_a_resumed_run_decides_anew_what_an_option_rules_out(objective, memory, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fresh = run(tmp_path, objective=ObjectiveConfig(**objective), memory=MemoryConfig(**memory))
+    began = fresh if objective else run(tmp_path)
+    config, _ = decided(began)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.yaml").write_text(config.to_yaml())
+    again = decided(as_begun(replace(fresh, output=replace(fresh.output, resume=True))))[0].memory
+    assert again == decided(fresh)[0].memory
+    assert (config.memory.reference, again.gradient_checkpointing) == (
+        ("live", "off") if objective else ("cached", "on")
+    )
 
 
 def test_the_bound_is_above_what_a_simulated_step_keeps():
