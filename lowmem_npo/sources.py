@@ -40,9 +40,15 @@ def kind_of(path: Path) -> str:
 
 def data_names(source: str) -> list[str]:
     """`source`, or what it names with commas between them."""
-    if "," in source and not Path(source).expanduser().exists():
+    if "," in source and not os.path.exists(Path(source).expanduser()):  # False for what is too long for a name, too
         return [name for part in source.split(",") if (name := part.strip())]
     return [source]
+
+
+def shown_names(source: str, most: int = 5) -> str:
+    """`source` for a line: of more than `most` names the first ones, and how many there are beside."""
+    names = data_names(source)
+    return source if len(names) <= most else f"{', '.join(names[:most])} and {len(names) - most:,} more"
 
 
 def check_data_name(name: str) -> None:

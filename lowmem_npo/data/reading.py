@@ -37,6 +37,7 @@ from lowmem_npo.sources import (
     data_names,
     data_not_here,
     kind_of,
+    shown_names,
 )
 
 MOST_CHARACTERS = 10_000_000  # of a text in a row: more take minutes and gigabytes to be tokenised
@@ -61,16 +62,22 @@ def read_rows(
     if len({part.mixed for part in parts}) > 1:
         table, document = (next(part.name for part in parts if part.mixed is mixed) for mixed in (False, True))
         raise UserError(f"{document} is a document and {table} holds rows: name files of one of the two kinds.")
-    rows = parts[0] if len(parts) == 1 else joined(source, parts)
+    rows = parts[0] if len(parts) == 1 else joined(shown_names(source), parts)
     lines, places = rows.lines and rows.lines[:limit], rows.places and rows.places[:limit]
     return Rows(rows.name, rows.rows[:limit], lines, places, rows.mixed, rows.notes)
 
 
-def described(source: str) -> str:
-    """A source as a report names it: what `builtin` and `self` are is not known to its readers."""
+def general_words(source: str) -> str | None:
+    """What `builtin` and `self` are, which readers of a report do not know; None for what the user chose."""
     if source in BUILTIN:
-        return f"{source}, a bundled set of general questions, answers and texts"
-    return f"{source}, texts that the original model wrote itself" if SELF.fullmatch(source) else source
+        return "a bundled set of general questions, answers and texts"
+    return "texts that the original model wrote itself" if SELF.fullmatch(source) else None
+
+
+def described(source: str) -> str:
+    """A source as a report names it."""
+    general = general_words(source)
+    return f"{source}, {general}" if general else shown_names(source)
 
 
 def _read_source(source: str, passages: Passages, columns: Collection[str]) -> Rows:

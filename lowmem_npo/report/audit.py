@@ -241,7 +241,7 @@ def _data_record(part: str, source: str | None, rows: TokenizedRows) -> dict[str
         bundled = resources.files("lowmem_npo.data.bundled") / f"{part}.jsonl"
         return {**record, "source": bundled_rows(part, limit=1).name, "sha256": _sha256(bundled.read_bytes())}
     path = Path(source).expanduser()
-    return {**record, "sha256": file_sha256(path) if path.is_file() else None}  # a hub name is not a single file
+    return {**record, "sha256": file_sha256(path) if os.path.isfile(path) else None}  # of a hub name, or several files
 
 
 def _session() -> dict[str, Any]:

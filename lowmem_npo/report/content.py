@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem_npo.data.reading import described
+from lowmem_npo.data.reading import general_words
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answers import (
     AnswerEvaluation,
@@ -220,10 +220,10 @@ def _notes(metrics: list[Metrics], audit: Audit | None) -> list[str]:
         return notes
     if audit["adapter"] is None:
         notes.append("The run has not reached its end: there is no finished adapter.")
-    if (general := described((source := audit["data"].get("retain", {}).get("source")) or "")) != (source or ""):
+    if general := general_words(audit["data"].get("retain", {}).get("source") or ""):
         notes.append(
-            f"No retain set was given; what was protected is {general.partition(', ')[2]}. What the model knew beside "
-            "the forget rows was held only as far as these hold it."
+            f"No retain set was given; what was protected is {general}. What the model knew beside the forget rows was "
+            "held only as far as these hold it."
         )
     if (sessions := len(audit["sessions"])) > 1:
         notes.append(f"The run was resumed: it took {sessions} sessions.")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_npo.config import REFUSING_TERMS
-from lowmem_npo.data.reading import described
+from lowmem_npo.data.reading import general_words
 from lowmem_npo.evaluation.answer_table import FORGET, GENERAL, NOT_GENERATED, RETAIN
 from lowmem_npo.evaluation.answers import AnswerSummary, part_of
 from lowmem_npo.evaluation.figures import shares
@@ -18,7 +18,7 @@ from lowmem_npo.evaluation.leaks.worst import WorstAttack
 from lowmem_npo.report.audit import seconds
 from lowmem_npo.report.content import Content
 from lowmem_npo.report.verdict import form_words, gives_numbers, of_passages, said_count
-from lowmem_npo.sources import data_names
+from lowmem_npo.sources import data_names, shown_names
 
 ORIGINAL = (
     "The original weights still know everything: only the adapter on them, or the merged model, has forgotten. Whoever "
@@ -81,11 +81,10 @@ def _asked(content: Content, model: str) -> Iterator[str]:
     if retain is None:
         yield "It was to keep what it knows otherwise, but no examples of that were used in the training."
         return
-    source = retain["source"] or ""
-    if (general := described(source)) != source:
+    if general := general_words(retain["source"] or ""):
         yield (
             f"It was to keep what it knows otherwise. No examples of that were named, so {retain['rows']:,} of "
-            f"{general.partition(', ')[2]} were used, below called retain rows."
+            f"{general} were used, below called retain rows."
         )
     else:
         yield (
@@ -215,7 +214,7 @@ def _examples(data: Mapping[str, Any]) -> str:
 def _source(data: Mapping[str, Any]) -> str:
     """Files by their names, without their folders."""
     names = data_names(data["source"] or "bundled")
-    return ", ".join(Path(name).name if Path(name).is_absolute() else name for name in names)
+    return shown_names(", ".join(Path(name).name if Path(name).is_absolute() else name for name in names))
 
 
 def _duration(seconds: float) -> str:

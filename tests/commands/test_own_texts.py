@@ -172,6 +172,28 @@ def test_a_document_is_forgotten_measured_and_proved(taught_model, tmp_path, cap
     assert counts["forget"]["in_set"] == rows
 
 
+def test_more_documents_than_fit_into_a_path(taught_model, tmp_path, capsys):
+    """`--forget *.txt`: all names together are longer than any path may be, and too long for a line."""
+    folder = tmp_path / ("letters " * 20)
+    folder.mkdir()
+    documents = [folder / f"letter-{number}.txt" for number in range(40)]
+    for number, document in enumerate(documents):
+        document.write_text(f"Vault {number} was opened in spring. Nobody knew what it held before.")
+    source = ",".join(map(str, documents))
+    assert len(source) > 4096
+    config = run_of(taught_model, tmp_path / "run", source, None)
+    config.data.passage_tokens = 48
+    lines: list[str] = []
+    train(config, lines.append)
+    assert next(line for line in lines if line.startswith("forget: ")).count(".txt") == 5
+    assert read_audit(tmp_path / "run")["data"]["forget"]["rows"] >= 40
+    for file in ("report.html", "README.md"):
+        assert "and 35 more" in (tmp_path / "run" / file).read_text()
+    options = ["--device", "cpu", "--dtype", "float32", "--batch-size", "64", "--limit", "2", "--dry-run"]
+    assert main(["evaluate", "--adapter", str(tmp_path / "run"), *options]) == 0
+    assert "letter-4.txt and 35 more" in capsys.readouterr().out
+
+
 def test_a_sweep_shares_the_texts(taught_model, tmp_path, forget, cache):
     options = ["--model", str(taught_model), "--forget", forget, "--retain", "self:3", "--max-steps", "1", "--device"]
     options += ["cpu", "--dtype", "float32", "--eval-rows", "1", "--leaks", "none", "--max-length", "64"]

@@ -36,6 +36,7 @@ from lowmem_npo.model.notes import model_notes
 from lowmem_npo.model.saved_adapter import resolve_base, settings_of_run
 from lowmem_npo.model.stop_tokens import stop_tokens
 from lowmem_npo.run_directory import AdapterFiles
+from lowmem_npo.sources import shown_names
 
 
 @dataclass
@@ -137,7 +138,7 @@ def _read(
         return {part: bundled_rows(part, limit=limit) for part in parts}
     named = config.named_data
     if named:
-        say("Data: " + ", ".join(f"{part} {source}" for part, source in named.items()))
+        say("Data: " + ", ".join(f"{part} {shown_names(source)}" for part, source in named.items()))
     passages = Passages.of(config, tokenizer)
     whole = replace(passages, form="text")  # of a document whose loss is measured, each passage once
     columns = tuple(config.columns.values())
