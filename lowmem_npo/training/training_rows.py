@@ -146,6 +146,13 @@ def planned_rows(config: RunConfig, data: PreparedData) -> TrainingRows:
     )
 
 
+def rows_read(config: RunConfig, data: PreparedData) -> list[TokenizedRows | None]:
+    """All rows of a run that its model reads. Answers that it is yet to write are left out: they may be shorter than
+    what stands in for them."""
+    others = None if data.alternatives_are_unwritten else used_alternatives(config, data)
+    return [data.forget_trained, data.forget_targets, data.retain, data.holdout, data.level_rows, others]
+
+
 def used_alternatives(config: RunConfig, data: PreparedData) -> TokenizedRows | None:
     """The other answers, if the forget term looks at any: dpo does, and one that is not ours may."""
     term = config.objective.forget_term
