@@ -8,12 +8,13 @@ import subprocess
 import sys
 from functools import partial
 
+import pandas
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, DatasetDict
 from helpers.dense_step import step_gradients
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, HfArgumentParser
 
 from lowmem_npo.cli import main
 from lowmem_npo.config import AdapterConfig
@@ -79,12 +80,48 @@ def test_raw_rows_are_those_of_the_command_line(kind, term, byte_model, tmp_path
         ([{"who": "a", "what": "b"}], "forget_dataset has the columns who, what"),
         ([{"question": "a", "answer": ""}], "forget_dataset, row 1 has an empty answer"),
         ([{"input_ids": [1, 2]}], "input_ids without labels"),
+        (pandas.DataFrame(FORGET), "forget_dataset is of type DataFrame"),
     ],
 )
 def test_what_is_no_rows_is_refused_at_once(rows, message, byte_model, tmp_path):
     with pytest.raises(UserError) as error:
         trainer_of(byte_model, tmp_path, rows)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"layered": 0}, "layered must be at least 2, not 0"),
+        ({"layered": 2.0}, "layered must be a whole number, not 2.0"),
+        ({"layered": 2, "layered_weight": 5}, "layered_weight must be at most 1, not 5"),
+        ({"layered": 2, "layered_weight": float("nan")}, "layered_weight must be a finite number, not nan"),
+        ({"step_batch_size": 0}, "step_batch_size must be at least 1, not 0"),
+        ({"retain_batch_size": 1.5}, "retain_batch_size must be a whole number, not 1.5"),
+        ({"max_length": -3}, "max_length must be at least 2, not -3"),
+        ({"group_column": ["person"]}, "group_column must be text"),
+        ({"joint_pass_tokens": -1}, "joint_pass_tokens must be at least 0, not -1"),
+    ],
+)
+def test_values_that_a_field_cannot_have_are_refused_as_by_the_command_line(settings, message, byte_model, tmp_path):
+    with pytest.raises(UserError, match=message):
+        trainer_of(byte_model, tmp_path, **settings)
+
+
+def test_a_script_may_parse_its_arguments(tmp_path):
+    words = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--layered", "2", "--adversary", "1"]
+    (args,) = HfArgumentParser(NPOConfig).parse_args_into_dataclasses(words)
+    assert (args.layered, args.adversary, args.layered_weight) == (2, 1.0, NPOConfig.layered_weight)
+
+
+def test_raw_rows_beyond_the_models_positions_are_named(byte_model, tmp_path):
+    config = GPT2Config(vocab_size=512, n_positions=64, n_embd=32, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(byte_model).save_pretrained(tmp_path / "model")
+    short, long = ({"question": "Who?", "answer": "She. " * times} for times in (1, 20))
+    for rows, place in (([short, long], "forget_dataset, row 2"), ([short], "retain_dataset, row 1")):
+        with pytest.raises(UserError, match=f"{place} has .* tokens, but the model has learnt only 64 positions"):
+            trainer_of(tmp_path / "model", tmp_path, rows, [long])
 
 
 def by_hand(objective, policy, reference, totals):
