@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
@@ -27,7 +28,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState
 
 from lowmem_npo.claim import make_directory
-from lowmem_npo.config import FORGET_TERMS, AdapterConfig, ObjectiveConfig
+from lowmem_npo.config import FORGET_TERMS, REFUSING_TERMS, AdapterConfig, ObjectiveConfig
 from lowmem_npo.console import Say
 from lowmem_npo.data.batching import Batch, ForgetRetain, Pick, RowBatch, collator
 from lowmem_npo.errors import UserError
@@ -212,11 +213,17 @@ class NPOTrainer(Trainer):
         """Sets the mean NLL per answer token, in nats, up to which each forget row is pushed.
 
         Raises:
-            UserError: not one for each row.
+            UserError: not one for each row, no numbers, or a term that does not look at the forgotten answers.
         """
-        number, answers = self._rows.num_forget, len(self._rows.forget)
+        number, answers, term = self._rows.num_forget, len(self._rows.forget), self.passes.objective.forget_term
+        if term in REFUSING_TERMS:
+            raise UserError(
+                f"forget_levels are of the forgotten answers, and {term} trains on a refusal: leave them out."
+            )
         if len(levels) != number:
             raise UserError(f"There are {len(levels)} forget_levels for {number} rows to forget: give one for each.")
+        if wrong := [level for level in levels if not isinstance(level, Real | Tensor) or math.isnan(level)]:
+            raise UserError(f"forget_levels has {wrong[0]!r}: give a mean NLL per token for each row.")
         self.passes.levels = torch.tensor([*levels, *[math.inf] * (answers - number)])  # another answer has no end
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

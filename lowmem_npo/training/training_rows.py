@@ -6,6 +6,8 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from lowmem_kernels import IGNORE_INDEX
+
 from lowmem_npo.config import FORGET_TERMS, REFUSING_TERMS, RunConfig
 from lowmem_npo.data import PreparedData, TokenizedRow, TokenizedRows
 from lowmem_npo.errors import UserError
@@ -105,6 +107,12 @@ def training_rows(
         raise UserError(f"{term} has no use for alternative_dataset: leave it out, or take dpo.")
     if len(others) % number:
         raise UserError(f"alternative_dataset has {len(others)} rows: give one for each of {number} forget rows.")
+    for place, row in enumerate(others):
+        if _prompt_of(row) != _prompt_of(to_forget[place % number]):
+            raise UserError(
+                f"alternative_dataset, row {place + 1}, has another prompt than forget_dataset, row "
+                f"{place % number + 1}: give other answers to the same prompts, in the same order."
+            )
     names = {"forget": names_of(to_forget), "retain": names_of(to_keep)}
     known = to_forget  # with the true answers
     if term in REFUSING_TERMS and (layered is not None or adversary):
@@ -123,6 +131,13 @@ def training_rows(
     rows = [*to_forget, *others] if others else to_forget
     taught_again = known if adversary else ()
     return TrainingRows(rows, to_keep, number, kept, len(others) // number, folds, taught_again, names)
+
+
+def _prompt_of(row: TokenizedRow) -> list[int]:
+    """The ids before the answer: a row that a script has tokenised need not say how many they are."""
+    labelled = (place for place, label in enumerate(row["labels"]) if label != IGNORE_INDEX)
+    length = row["prompt_length"] if "prompt_length" in row else next(labelled, len(row["labels"]))
+    return list(row["input_ids"][:length])
 
 
 def planned_rows(config: RunConfig, data: PreparedData) -> TrainingRows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -232,6 +233,14 @@ def test_a_script_can_forget_in_stages(byte_model, tmp_path):
         ({}, {"alternative_dataset": FORGET}, "npo has no use for alternative_dataset"),
         ({}, {"forget_levels": [1.0]}, "There are 1 forget_levels for 4 rows to forget"),
         ({"forget_level": "holdout"}, {}, "forget_level holdout needs forget_levels"),
+        ({}, {"forget_levels": [1.0, 2.0, math.nan, 2.0]}, "forget_levels has nan: give a mean NLL per token"),
+        ({}, {"forget_levels": ["much"] * 4}, "forget_levels has 'much'"),
+        ({"forget_term": "idk"}, {"forget_levels": [1.0] * 4}, "of the forgotten answers, and idk trains on a refusal"),
+        (
+            {"forget_term": "dpo"},
+            {"alternative_dataset": [*FORGET, *FORGET[::-1]]},
+            "alternative_dataset, row 5, has another prompt than forget_dataset, row 1",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(settings, more, message, byte_model, tmp_path):
