@@ -36,7 +36,7 @@ def script_rows(
         group_column: of raw rows, the column that says what each is about.
 
     Raises:
-        UserError: no rows, rows that cannot be read, or that are longer than the model's positions, or ids that the model
+        UserError: no rows, rows that cannot be read or are longer than the model has positions, or ids that the model
             does not have.
     """
     is_rows = not isinstance(rows, str | bytes | Mapping) and hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
