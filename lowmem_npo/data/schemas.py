@@ -180,9 +180,10 @@ def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
 
 def _label(value: Any) -> str | None:
     """What a row is called by, the same for 1, 1.0 and "1": pandas writes a column of whole numbers as 1.0 where one is
-    missing. None for nothing."""
+    missing; and for an accent that is part of its letter and one that follows it. None for nothing."""
     whole = isinstance(value, float) and value.is_integer()
-    return None if value is None else str(int(value) if whole else value).strip() or None
+    text = "" if value is None else str(int(value) if whole else value)
+    return unicodedata.normalize("NFC", text).strip() or None
 
 
 def _of_mixed(row: dict[str, Any], where: str) -> Example:

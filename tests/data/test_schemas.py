@@ -141,6 +141,12 @@ def test_an_answer_in_other_spacing_case_or_punctuation_is_no_other_answer():
         assert alternatives(answer, other) == (other,)
 
 
+def test_a_group_is_the_same_however_its_accents_are_written():
+    rows = [{"text": "A", "of": name} for name in ("Jos\u00e9", "Jose\u0301", "Jose")]
+    first, second, third = (example.group for example in to_examples(Rows("f", rows), group_column="of"))
+    assert first == second != third
+
+
 def test_a_group_is_the_same_however_its_number_is_written():
     rows = [{"text": "A", "of": value} for value in (1, 1.0, "1", " 1 ", 1.5, True)]
     assert [example.group for example in to_examples(Rows("f", rows), group_column="of")] == [*"1111", "1.5", "True"]
