@@ -215,6 +215,18 @@ def test_a_script_can_forget_in_stages(byte_model, tmp_path):
     assert [line["stage"] for line in trainer.state.log_history if "stage" in line] == [1, 1, 2, 2]
 
 
+@pytest.mark.parametrize("settings", [{"layered": 2}, {"adversary": 1.0, "adversary_steps": 2}])
+def test_a_resumed_script_keeps_the_length_of_its_stages(settings, byte_model, tmp_path):
+    """Longer stages would hold again what has been forgotten."""
+    settings = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 3, **settings}
+    trainer_of(byte_model, tmp_path, max_steps=4, **settings).train()
+    with pytest.raises(UserError, match="began with 4 steps, over which its stages and attackers are laid out, and no"):
+        trainer_of(byte_model, tmp_path, max_steps=8, **settings).train(resume_from_checkpoint=True)
+    again = trainer_of(byte_model, tmp_path, max_steps=4, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert again.state.global_step == 4
+
+
 @pytest.mark.parametrize(
     "settings, more, message",
     [
