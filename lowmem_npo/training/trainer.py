@@ -208,8 +208,8 @@ class NPOTrainer(Trainer):
             began, now = TrainerState.load_from_json(str(files.trainer_state)).max_steps, self.step_batches.steps
             if began != now:
                 raise UserError(
-                    f"The run in '{files.path.parent}' began with {began} steps, over which its stages and attackers are laid "
-                    f"out, and now has {now}: resume it with as many, or start anew."
+                    f"The run in '{files.path.parent}' began with {began} steps, over which its stages and attackers "
+                    f"are laid out, and now has {now}: resume it with as many, or start anew."
                 )
         restore_adapter(self.model, load_file(files.weights))
         self.divided.resume(files, self.args.process_index, self.args.world_size)

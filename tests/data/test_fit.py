@@ -103,10 +103,13 @@ def test_other_answers_and_rows_that_set_levels_are_named_before_the_weights(com
     run += ["--output-dir", str(tmp_path / "run")]
     for options, place in (
         (["--forget-term", "dpo", "--alternative-column", "other"], "forget.jsonl, line 2 has 64 tokens"),
+        (["--forget-term", "dpo", "--alternatives", "self:1"], "forget.jsonl, line 1 and the request for another"),
         # of four rows the halves are always the same two each
         (["--forget-level", "holdout", "--holdout", file("one", long, short, long, short)], "one.jsonl, line"),
         (["--forget-level", "holdout", "--holdout", file("two", short, long, short, long)], "two.jsonl, line"),
     ):
+        if command == "estimate" and "--alternatives" in options:  # which takes them to be as long as they may be
+            continue
         assert main([*run, *options]) == 2
         error = capsys.readouterr().err
         assert place in error and "only 24 positions" in error
