@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any, NamedTuple
-
-from lowmem_kernels import IGNORE_INDEX
 
 from lowmem_npo.config import FORGET_TERMS, REFUSING_TERMS, RunConfig
 from lowmem_npo.data import PreparedData, TokenizedRow, TokenizedRows
@@ -107,12 +106,8 @@ def training_rows(
         raise UserError(f"{term} has no use for alternative_dataset: leave it out, or take dpo.")
     if len(others) % number:
         raise UserError(f"alternative_dataset has {len(others)} rows: give one for each of {number} forget rows.")
-    for place, row in enumerate(others):
-        if _prompt_of(row) != _prompt_of(to_forget[place % number]):
-            raise UserError(
-                f"alternative_dataset, row {place + 1}, has another prompt than forget_dataset, row "
-                f"{place % number + 1}: give other answers to the same prompts, in the same order."
-            )
+    if isinstance(to_forget, TokenizedRows) and isinstance(others, TokenizedRows):
+        _check_same_prompts(to_forget, others)
     names = {"forget": names_of(to_forget), "retain": names_of(to_keep)}
     known = to_forget  # with the true answers
     if term in REFUSING_TERMS and (layered is not None or adversary):
@@ -133,11 +128,15 @@ def training_rows(
     return TrainingRows(rows, to_keep, number, kept, len(others) // number, folds, taught_again, names)
 
 
-def _prompt_of(row: TokenizedRow) -> list[int]:
-    """The ids before the answer: a row that a script has tokenised need not say how many they are."""
-    labelled = (place for place, label in enumerate(row["labels"]) if label != IGNORE_INDEX)
-    length = row["prompt_length"] if "prompt_length" in row else next(labelled, len(row["labels"]))
-    return list(row["input_ids"][:length])
+def _check_same_prompts(rows: TokenizedRows, others: TokenizedRows) -> None:
+    """Raises UserError for another answer that is not one to the prompt of its row."""
+    for place, (other, row) in enumerate(zip(others, cycle(rows), strict=False)):
+        length = row["prompt_length"]
+        if other["prompt_length"] != length or other["input_ids"][:length] != row["input_ids"][:length]:
+            raise UserError(
+                f"alternative_dataset, row {place + 1}, has another prompt than forget_dataset, row "
+                f"{place % len(rows) + 1}: give other answers to the same prompts, in the same order."
+            )
 
 
 def planned_rows(config: RunConfig, data: PreparedData) -> TrainingRows:
