@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState, set_seed
 
 from lowmem_npo.claim import make_directory
 from lowmem_npo.config import FORGET_TERMS, REFUSING_TERMS, AdapterConfig, ObjectiveConfig
@@ -127,6 +127,7 @@ class NPOTrainer(Trainer):
         if not isinstance(model, PeftModel):
             if peft_config is None:
                 raise UserError("NPOTrainer trains an adapter: give a PeftModel, or peft_config=AdapterConfig(...).")
+            set_seed(args.seed)  # as the Trainer does below, too late for the adapter
             model = attach_lora(model, peft_config)
         check_head(model)
         check_causal(model)

@@ -215,6 +215,20 @@ def test_a_script_can_forget_in_stages(byte_model, tmp_path):
     assert [line["stage"] for line in trainer.state.log_history if "stage" in line] == [1, 1, 2, 2]
 
 
+def test_the_seed_of_a_script_is_that_of_its_adapter(byte_model, tmp_path):
+    def trained(seed, before):
+        model = AutoModelForCausalLM.from_pretrained(byte_model, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(byte_model)
+        args = NPOConfig(output_dir=str(tmp_path), max_steps=1, use_cpu=True, save_strategy="no", seed=seed)
+        torch.manual_seed(before)
+        adapter = AdapterConfig(lora_r=2)
+        trainer = NPOTrainer(model, args, FORGET, RETAIN, processing_class=tokenizer, peft_config=adapter)
+        trainer.train()
+        return {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+    assert equal(trained(1, before=2), trained(1, before=3)) and not equal(trained(1, before=2), trained(2, before=2))
+
+
 @pytest.mark.parametrize("settings", [{"layered": 2}, {"adversary": 1.0, "adversary_steps": 2}])
 def test_a_resumed_script_keeps_the_length_of_its_stages(settings, byte_model, tmp_path):
     """Longer stages would hold again what has been forgotten."""
