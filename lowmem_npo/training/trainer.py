@@ -129,6 +129,8 @@ class NPOTrainer(Trainer):
                 raise UserError("NPOTrainer trains an adapter: give a PeftModel, or peft_config=AdapterConfig(...).")
             set_seed(args.seed)  # as the Trainer does below, too late for the adapter
             model = attach_lora(model, peft_config)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise UserError("The model's adapter is frozen, so nothing is trained: load it with is_trainable=True.")
         check_head(model)
         check_causal(model)
         # cuDNN's attention, PyTorch's choice on Hopper and Blackwell, plans anew for every length of a batch: about a

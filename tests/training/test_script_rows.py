@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset, DatasetDict
 from helpers.dense_step import step_gradients
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, HfArgumentParser
 
 from lowmem_npo.cli import main
@@ -213,6 +214,27 @@ def test_a_script_can_forget_in_stages(byte_model, tmp_path):
     assert any(row["labels"][-3:] != row["input_ids"][-3:] for row in trainer.train_dataset.forget)
     trainer.train()
     assert [line["stage"] for line in trainer.state.log_history if "stage" in line] == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("form", ["numpy", "torch", None])
+def test_tokenised_rows_may_be_arrays(form, byte_model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(byte_model)
+    forget, retain = (tokenize(to_examples(Rows("rows", rows)), tokenizer) for rows in (FORGET, RETAIN))
+    datasets = [Dataset.from_list([*map(dict, rows)]).with_format(form) for rows in (forget, retain)]
+    for settings in ({}, {"adversary": 1.0, "per_device_train_batch_size": 2}):
+        of_arrays = step_gradients(trainer_of(byte_model, tmp_path, *datasets, **settings))
+        assert equal(of_arrays, step_gradients(trainer_of(byte_model, tmp_path, forget, retain, **settings)), rtol=1e-5)
+
+
+def test_a_frozen_adapter_is_refused(byte_model, tmp_path):
+    """As PEFT loads one unless it is told that it is to be trained."""
+    trainer_of(byte_model, tmp_path).save_model()
+    model = AutoModelForCausalLM.from_pretrained(byte_model)
+    args = NPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    rows = {"forget_dataset": FORGET, "retain_dataset": RETAIN}
+    tokenizer = AutoTokenizer.from_pretrained(byte_model)
+    with pytest.raises(UserError, match="adapter is frozen, so nothing is trained: load it with is_trainable=True"):
+        NPOTrainer(PeftModel.from_pretrained(model, tmp_path), args, **rows, processing_class=tokenizer)
 
 
 def test_the_seed_of_a_script_is_that_of_its_adapter(byte_model, tmp_path):
