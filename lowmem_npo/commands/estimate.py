@@ -91,10 +91,10 @@ def workload(config: RunConfig, say: Say) -> tuple[RunConfig, Workload]:
     from lowmem_npo.data import prepare
     from lowmem_npo.model import load_tokenizer
     from lowmem_npo.model.stop_tokens import stop_tokens
-    from lowmem_npo.training.training_rows import planned_rows
+    from lowmem_npo.training.training_rows import planned_rows, rows_read
 
     tokenizer = load_tokenizer(config.model)
     data = prepare(tokenizer, config.data, config.objective.forget_term, stop_tokens(config.model, architecture))
-    check_fit(architecture, tokenizer, [data.forget_targets, data.retain])
     config, data = fitted(config, data, say)
+    check_fit(architecture, tokenizer, rows_read(config, data))
     return config, Workload.of_data(config, planned_rows(config, data).parts)

@@ -73,7 +73,7 @@ class RowBatch:
         ids, positions, answers = list[int](), list[int](), list[int]()
         answer_index, targets, sequence = list[int](), list[int](), list[int]()
         for i, (row, start) in enumerate(zip(rows, starts, strict=False)):
-            ids += row["input_ids"]
+            ids.extend(row["input_ids"])  # which += would add to an array of numbers, as a script may have
             if packed:
                 positions += range(lengths[i])
             else:

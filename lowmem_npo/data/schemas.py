@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import unicodedata
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,7 @@ PAIRS = (*(("instruction", answer) for answer in INSTRUCTIONS), ("input", "outpu
          ("prompt", "completion"))  # fmt: skip
 READ = ("id", "system", "history", "tools", "chat_template_kwargs", "text", "context")  # beside those above
 PARAPHRASED = "paraphrased_"  # before the name of the prompt's column: the prompt in other words
+LIST_IN_TEXT = re.compile(r"""\s*\[\s*['"].*\]\s*""", re.DOTALL)  # that begins with a text
 TEXT = (None, "text")
 PASSAGE = "passage"  # the schema of a passage of a document, whose first half is the prompt
 MOST_LISTED = 20  # columns in a message
@@ -165,7 +167,7 @@ def _named_paraphrases(row: dict[str, Any], column: str, example: Example) -> tu
 
 def _texts(row: dict[str, Any], column: str, where: str) -> tuple[str, ...]:
     """A text, or a list of texts, one at least."""
-    value = _list_in_text(row.get(column))
+    value = _list_in_text(row, column, where)
     if value == []:
         raise UserError(f"{where}: {column} is an empty list; fill it or remove the row.")
     return tuple(_text({column: text}, column, where) for text in (value if isinstance(value, list) else [value]))
@@ -178,9 +180,10 @@ def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
 
 def _label(value: Any) -> str | None:
     """What a row is called by, the same for 1, 1.0 and "1": pandas writes a column of whole numbers as 1.0 where one is
-    missing. None for nothing."""
+    missing; and for an accent that is part of its letter and one that follows it. None for nothing."""
     whole = isinstance(value, float) and value.is_integer()
-    return None if value is None else str(int(value) if whole else value).strip() or None
+    text = "" if value is None else str(int(value) if whole else value)
+    return unicodedata.normalize("NFC", text).strip() or None
 
 
 def _of_mixed(row: dict[str, Any], where: str) -> Example:
@@ -320,7 +323,7 @@ def _is_turns(value: Any) -> TypeGuard[list[dict[str, Any]]]:
 def _paraphrases(row: dict[str, Any], prompt_column: str, where: str) -> tuple[str, ...]:
     """A text, or a list of texts; empty ones do not count."""
     column = PARAPHRASED + prompt_column
-    texts = _list_in_text(row.get(column))
+    texts = _list_in_text(row, column, where)
     texts = texts if isinstance(texts, list) else [texts]
     if unlike := next((text for text in texts if not isinstance(text, str | None)), None):
         raise UserError(f"{where}: {column} is {_kind(unlike)}, not text; write it as a string or a list of strings.")
@@ -407,10 +410,21 @@ def _parsed(value: Any) -> Any:
         return value
 
 
-def _list_in_text(value: Any) -> Any:
-    """A list of texts that is written as JSON in a string, as a cell of a CSV has it; else `value`."""
+def _list_in_text(row: dict[str, Any], column: str, where: str) -> Any:
+    """The value of a column; a list of texts also where it is written as JSON in a string, as a cell of a CSV has it.
+
+    Raises UserError for a list as pandas writes it there: brackets and all it would be taken for one text.
+    """
+    value = row.get(column)
     parsed = _parsed(value)
-    return parsed if isinstance(parsed, list) and all(isinstance(item, str) for item in parsed) else value
+    if isinstance(parsed, list) and all(isinstance(item, str) for item in parsed):
+        return parsed
+    if isinstance(value, str) and LIST_IN_TEXT.fullmatch(value):
+        raise UserError(
+            f"{where}: {column} is a list, but not in JSON; write it as json.dumps does, or a text of that look as a "
+            "list of one."
+        )
+    return value
 
 
 def _without_none(value: Any) -> Any:

@@ -83,8 +83,13 @@ def check_effect(args: Mapping[str, Any], as_is: Mapping[str, Any], spelled: Cal
     for name, value in args.items():
         if name in HONOURED:
             check_supported(name, value, spelled(name, value))
-        elif (value or None) != (as_is.get(name) or None):  # nothing, false and an empty list are one
+        elif _or_nothing(value) != _or_nothing(as_is.get(name)):
             hint = next((hint for names, hint in INSTEAD.items() if re.fullmatch(names, name)), "leave it out")
             raise UserError(
                 f"{spelled(name, value)} would have no effect: {hint} (docs/options.md lists what is honoured)."
             )
+
+
+def _or_nothing(value: Any) -> Any:
+    """None, false, an empty list and "no" are one: HfArgumentParser makes false of a "no"."""
+    return None if not value or value == "no" else value

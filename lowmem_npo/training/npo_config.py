@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, get_type_hints
 
+from annotated_types import Interval
 from transformers import TrainingArguments
 
 from lowmem_npo.config import KEPT_CHECKPOINTS, DataConfig, ObjectiveConfig, TrainingConfig
+from lowmem_npo.ranges import MOST, Count, CountOrNone, check_values
 from lowmem_npo.training.honoured import FROM_PYTHON, as_is, check_effect
 
 
@@ -19,7 +23,8 @@ class NPOConfig(ObjectiveConfig, TrainingArguments):
     forget rows directly, for numbers that do not divide evenly.
 
     Raises:
-        UserError: an argument of `TrainingArguments` would have no effect here.
+        UserError: an argument of `TrainingArguments` would have no effect here, or one of ours has a value that it
+            cannot have.
     """
 
     learning_rate: float = TrainingConfig.lr
@@ -31,34 +36,36 @@ class NPOConfig(ObjectiveConfig, TrainingArguments):
     logging_nan_inf_filter: bool = False  # it waits for the GPU twice a step, and hides that a run diverges
     save_strategy: str = "epoch"
     save_total_limit: int | None = KEPT_CHECKPOINTS
-    step_batch_size: int | None = None
+    step_batch_size: Count | None = None
     """Forget rows per optimiser step over all micro-batches and processes. Default: the product of the fields above."""
-    retain_batch_size: int | None = None
+    retain_batch_size: Count | None = None
     """Retain rows per optimiser step over all micro-batches and processes. Default: as many as forget rows."""
-    layered: int | None = None
+    layered: Annotated[int, Interval(ge=2, le=MOST)] | None = None
     """Folds of layered unlearning, forgotten one stage after another (`lowmem_npo.training.layered`)."""
-    layered_weight: float = TrainingConfig.layered_weight
+    layered_weight: Annotated[float, Interval(ge=0, le=1)] = TrainingConfig.layered_weight
     """How often the rows of earlier folds are shown, until the last stage; 1: as often as those of the newest."""
     group_column: str | None = None
     """Column of forget rows that are not tokenised which says what each is about; a group stays in one fold."""
-    max_length: int = DataConfig.max_length
+    max_length: Annotated[int, Interval(ge=2, le=MOST)] = DataConfig.max_length
     """Tokens per row, prompt and answer together, of rows that are not tokenised."""
     refusal: str = DataConfig.refusal
     """The answer that `idk` and `jensun` teach in place of those of rows that are not tokenised."""
     padding_free: bool = True
     """Put rows of unequal length through the model one after the other, without padding, where its architecture keeps
     them apart (`lowmem_npo.model.packs_rows`). Padded, the results are the same up to rounding."""
-    joint_pass_tokens: int = 0
+    joint_pass_tokens: CountOrNone = 0
     """Forget and retain rows of a micro-batch share one pass if together they have no more tokens than that: half of
     the passes, but both parts' graphs are alive at once. The gradients are the same. 0: never, nor under what
     `objective.parts_go_apart` names."""
-    reference_dir: str | None = None
+    reference_dir: str | Path | None = None
     """Directory in which the reference's results are cached (`CachedReference`). Default: the reference pass is run at
     every step."""
 
     def __post_init__(self) -> None:
         ObjectiveConfig.__post_init__(self)
-        defaults = as_is()
+        defaults, own = as_is(), {name: getattr(self, name) for name in NPOConfig.__annotations__}
+        kinds = get_type_hints(NPOConfig, include_extras=True)
+        check_values(own, {name: kinds[name] for name in own.keys() - defaults.keys()}, str)
         args = {name: getattr(self, name) for name in defaults if name not in FROM_PYTHON}
         check_effect(args, defaults, lambda name, value: f"{name}={value!r}")
         if self.warmup_steps and self.lr_scheduler_type == "constant":

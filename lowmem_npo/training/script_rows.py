@@ -36,10 +36,14 @@ def script_rows(
         group_column: of raw rows, the column that says what each is about.
 
     Raises:
-        UserError: no rows, rows that cannot be read, or ids that the model does not have.
+        UserError: no rows, rows that cannot be read or are longer than the model has positions, or ids that the model
+            does not have.
     """
     is_rows = not isinstance(rows, str | bytes | Mapping) and hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
-    first = rows[0] if is_rows and len(rows) else None
+    try:
+        first = rows[0] if is_rows and len(rows) else None
+    except (KeyError, TypeError):  # a table that is not indexed by rows, such as a DataFrame
+        first = None
     if not isinstance(first, Mapping):
         raise UserError(
             f"{name} is {_described(rows)}: give a datasets.Dataset, a list of dictionaries, or what "
@@ -54,7 +58,10 @@ def script_rows(
     ids = getattr(model.generation_config, "eos_token_id", None)
     stops = frozenset(i for i in (ids if isinstance(ids, list) else [ids]) if i is not None)
     tokenized = partial(tokenize, tokenizer=tokenizer, max_length=max_length, template=Template(stops=stops))
-    return forget_targets(term, tokenized(examples), refusal, tokenized)
+    result, fit = forget_targets(term, tokenized(examples), refusal, tokenized), Fit.of(model)
+    for row, example in zip(result, result.examples, strict=True):
+        fit.check(example.where, row["input_ids"], tokenizer)
+    return result
 
 
 def _check(rows: Sequence[TokenizedRow], name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
@@ -24,10 +25,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState, set_seed
 
 from lowmem_npo.claim import make_directory
-from lowmem_npo.config import FORGET_TERMS, AdapterConfig, ObjectiveConfig
+from lowmem_npo.config import FORGET_TERMS, REFUSING_TERMS, AdapterConfig, ObjectiveConfig
 from lowmem_npo.console import Say
 from lowmem_npo.data.batching import Batch, ForgetRetain, Pick, RowBatch, collator
 from lowmem_npo.errors import UserError
@@ -126,7 +127,10 @@ class NPOTrainer(Trainer):
         if not isinstance(model, PeftModel):
             if peft_config is None:
                 raise UserError("NPOTrainer trains an adapter: give a PeftModel, or peft_config=AdapterConfig(...).")
+            set_seed(args.seed)  # as the Trainer does below, too late for the adapter
             model = attach_lora(model, peft_config)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise UserError("The model's adapter is frozen, so nothing is trained: load it with is_trainable=True.")
         check_head(model)
         check_causal(model)
         # cuDNN's attention, PyTorch's choice on Hopper and Blackwell, plans anew for every length of a batch: about a
@@ -203,6 +207,13 @@ class NPOTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         files = AdapterFiles(Path(resume_from_checkpoint))
+        if isinstance(self.step_batches, LayeredBatches):
+            began, now = TrainerState.load_from_json(str(files.trainer_state)).max_steps, self.step_batches.steps
+            if began != now:
+                raise UserError(
+                    f"The run in '{files.path.parent}' began with {began} steps, over which its stages and attackers "
+                    f"are laid out, and now has {now}: resume it with as many, or start anew."
+                )
         restore_adapter(self.model, load_file(files.weights))
         self.divided.resume(files, self.args.process_index, self.args.world_size)
         if self.passes.adversary is not None:
@@ -212,11 +223,17 @@ class NPOTrainer(Trainer):
         """Sets the mean NLL per answer token, in nats, up to which each forget row is pushed.
 
         Raises:
-            UserError: not one for each row.
+            UserError: not one for each row, no numbers, or a term that does not look at the forgotten answers.
         """
-        number, answers = self._rows.num_forget, len(self._rows.forget)
+        number, answers, term = self._rows.num_forget, len(self._rows.forget), self.passes.objective.forget_term
+        if term in REFUSING_TERMS:
+            raise UserError(
+                f"forget_levels are of the forgotten answers, and {term} trains on a refusal: leave them out."
+            )
         if len(levels) != number:
             raise UserError(f"There are {len(levels)} forget_levels for {number} rows to forget: give one for each.")
+        if wrong := [level for level in levels if not isinstance(level, Real | Tensor) or math.isnan(level)]:
+            raise UserError(f"forget_levels has {wrong[0]!r}: give a mean NLL per token for each row.")
         self.passes.levels = torch.tensor([*levels, *[math.inf] * (answers - number)])  # another answer has no end
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

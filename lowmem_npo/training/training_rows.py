@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any, NamedTuple
 
 from lowmem_npo.config import FORGET_TERMS, REFUSING_TERMS, RunConfig
@@ -105,6 +106,8 @@ def training_rows(
         raise UserError(f"{term} has no use for alternative_dataset: leave it out, or take dpo.")
     if len(others) % number:
         raise UserError(f"alternative_dataset has {len(others)} rows: give one for each of {number} forget rows.")
+    if isinstance(to_forget, TokenizedRows) and isinstance(others, TokenizedRows):
+        _check_same_prompts(to_forget, others)
     names = {"forget": names_of(to_forget), "retain": names_of(to_keep)}
     known = to_forget  # with the true answers
     if term in REFUSING_TERMS and (layered is not None or adversary):
@@ -123,6 +126,17 @@ def training_rows(
     rows = [*to_forget, *others] if others else to_forget
     taught_again = known if adversary else ()
     return TrainingRows(rows, to_keep, number, kept, len(others) // number, folds, taught_again, names)
+
+
+def _check_same_prompts(rows: TokenizedRows, others: TokenizedRows) -> None:
+    """Raises UserError for another answer that is not one to the prompt of its row."""
+    for place, (other, row) in enumerate(zip(others, cycle(rows), strict=False)):
+        length = row["prompt_length"]
+        if other["prompt_length"] != length or other["input_ids"][:length] != row["input_ids"][:length]:
+            raise UserError(
+                f"alternative_dataset, row {place + 1}, has another prompt than forget_dataset, row "
+                f"{place % len(rows) + 1}: give other answers to the same prompts, in the same order."
+            )
 
 
 def planned_rows(config: RunConfig, data: PreparedData) -> TrainingRows:
@@ -144,6 +158,13 @@ def planned_rows(config: RunConfig, data: PreparedData) -> TrainingRows:
         seed=config.training.seed if (seed := config.trainer_args.get("data_seed")) is None else seed,
         teaching={},
     )
+
+
+def rows_read(config: RunConfig, data: PreparedData) -> list[TokenizedRows | None]:
+    """All rows of a run that its model reads. Answers that it is yet to write are left out: they may be shorter than
+    what stands in for them."""
+    others = None if data.alternatives_are_unwritten else used_alternatives(config, data)
+    return [data.forget_trained, data.forget_targets, data.retain, data.holdout, data.level_rows, others]
 
 
 def used_alternatives(config: RunConfig, data: PreparedData) -> TokenizedRows | None:

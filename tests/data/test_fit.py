@@ -84,6 +84,38 @@ def test_the_estimate_of_rows_that_the_model_cannot_take(byte_model, tmp_path, c
     assert main([*run, "24"]) == 0
 
 
+@pytest.mark.parametrize("command", ["train", "estimate"])
+def test_other_answers_and_rows_that_set_levels_are_named_before_the_weights(command, byte_model, tmp_path, capsys):
+    model = tmp_path / "model"
+    config = architecture("gpt2", 512)
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    AutoTokenizer.from_pretrained(byte_model).save_pretrained(model)
+
+    def file(name, *rows):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"input": f"{n}?", **row}) + "\n" for n, row in enumerate(rows)))
+        return str(path)
+
+    long, short = {"output": "No." * 20}, {"output": "No."}
+    forget = file("forget", {"output": "Yes.", "other": "No."}, {"output": "Yes.", "other": "No." * 20})
+    run = [command, "--model", str(model), "--lora-targets", "c_attn", "--forget", forget]
+    run += ["--gamma", "0", "--delta", "0", *(["--dry-run"] if command == "train" else [])]
+    run += ["--output-dir", str(tmp_path / "run")]
+    for options, place in (
+        (["--forget-term", "dpo", "--alternative-column", "other"], "forget.jsonl, line 2 has 64 tokens"),
+        (["--forget-term", "dpo", "--alternatives", "self:1"], "forget.jsonl, line 1 and the request for another"),
+        # of four rows the halves are always the same two each
+        (["--forget-level", "holdout", "--holdout", file("one", long, short, long, short)], "one.jsonl, line"),
+        (["--forget-level", "holdout", "--holdout", file("two", short, long, short, long)], "two.jsonl, line"),
+    ):
+        if command == "estimate" and "--alternatives" in options:  # which takes them to be as long as they may be
+            continue
+        assert main([*run, *options]) == 2
+        error = capsys.readouterr().err
+        assert place in error and "only 24 positions" in error
+    assert main([*run, "--alternative-column", "other"]) == 0  # which npo does not read
+
+
 def test_every_benchmark_says_so_before_weights_load(byte_model, tmp_path, capsys):
     model = tmp_path / "model"
     architecture("gpt2", 512).save_pretrained(model)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 
+import numpy
+import pandas
 import pytest
 
 from lowmem_npo.data.reading import read_rows
@@ -109,10 +111,23 @@ def test_a_cell_may_hold_a_list_of_texts_as_json(tmp_path):
     assert (first.alternatives, second.alternatives) == (tuple(texts), ("In A.",))
     assert to_examples(read_rows(str(path)), paraphrase_column="alt")[0].paraphrases == tuple(texts)
     assert one({"question": "Q", "answer": "A", "paraphrased_question": json.dumps(texts)}).paraphrases == tuple(texts)
-    for text in ("[redacted]", "[1, 2]", '{"a": 1}', '["\\ud83d"]', "2"):  # none is a list of texts
+    for text in ("[redacted]", "[1, 2]", '{"a": 1}', "'A' or 'B'", "2"):  # none is a list of texts
         assert one({"question": "Q", "answer": "A", "alt": text}, alternative_column="alt").alternatives == (text,)
     with pytest.raises(UserError, match="alt holds the answer itself"):
         one({"question": "Q", "answer": "A", "alt": '["B", "A"]'}, alternative_column="alt")
+
+
+@pytest.mark.parametrize("column", ["alt", "paraphrased_question"])
+@pytest.mark.parametrize("write", [str, lambda texts: str(numpy.array(texts)), lambda texts: json.dumps([*texts, 5])])
+def test_a_list_that_is_no_json_is_no_text(write, column, tmp_path):
+    """As `to_csv` of pandas writes a column of lists, or of the arrays that it makes of a Parquet file's."""
+    row = {"question": "Q", "answer": "A", column: ["In A.", "It's in B."]}
+    path = tmp_path / "f.csv"
+    pandas.DataFrame([{**row, column: write(row[column])}]).to_csv(path, index=False)
+    with pytest.raises(UserError, match=f"f.csv, line 2: {column} is a list, but not in JSON; write it as json.dumps"):
+        to_examples(read_rows(str(path)), alternative_column=column if column == "alt" else None)
+    code = {**row, column: ["['a', 'b']"]}
+    assert one(code, alternative_column=column).alternatives == ("['a', 'b']",)
 
 
 def test_an_answer_in_other_spacing_case_or_punctuation_is_no_other_answer():
@@ -124,6 +139,12 @@ def test_an_answer_in_other_spacing_case_or_punctuation_is_no_other_answer():
             alternatives("In Kyiv.", "In Rome.", same)
     for answer, other in (("C++", "C"), ("-5", "5"), ("$5", "€5"), ("?", "!"), ("3.5", "35")):
         assert alternatives(answer, other) == (other,)
+
+
+def test_a_group_is_the_same_however_its_accents_are_written():
+    rows = [{"text": "A", "of": name} for name in ("Jos\u00e9", "Jose\u0301", "Jose")]
+    first, second, third = (example.group for example in to_examples(Rows("f", rows), group_column="of"))
+    assert first == second != third
 
 
 def test_a_group_is_the_same_however_its_number_is_written():

@@ -64,7 +64,7 @@ def real_peak(config: RunConfig, rows: StepRows, architecture=LLAMA) -> int:
         arguments = NPOConfig(
             **vars(config.objective), output_dir=folder, use_cpu=True, report_to="none",
             step_batch_size=len(rows.forget), per_device_train_batch_size=len(rows.forget),
-            retain_batch_size=len(rows.retain), max_steps=1,
+            retain_batch_size=len(rows.retain) or None, max_steps=1,
         )  # fmt: skip
         trainer = NPOTrainer(
             model, arguments, [token_row(*row) for row in rows.forget + rows.taught_again],

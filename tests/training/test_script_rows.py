@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from functools import partial
 
+import pandas
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, DatasetDict
 from helpers.dense_step import step_gradients
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, HfArgumentParser
 
 from lowmem_npo.cli import main
 from lowmem_npo.config import AdapterConfig
@@ -79,12 +82,48 @@ def test_raw_rows_are_those_of_the_command_line(kind, term, byte_model, tmp_path
         ([{"who": "a", "what": "b"}], "forget_dataset has the columns who, what"),
         ([{"question": "a", "answer": ""}], "forget_dataset, row 1 has an empty answer"),
         ([{"input_ids": [1, 2]}], "input_ids without labels"),
+        (pandas.DataFrame(FORGET), "forget_dataset is of type DataFrame"),
     ],
 )
 def test_what_is_no_rows_is_refused_at_once(rows, message, byte_model, tmp_path):
     with pytest.raises(UserError) as error:
         trainer_of(byte_model, tmp_path, rows)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"layered": 0}, "layered must be at least 2, not 0"),
+        ({"layered": 2.0}, "layered must be a whole number, not 2.0"),
+        ({"layered": 2, "layered_weight": 5}, "layered_weight must be at most 1, not 5"),
+        ({"layered": 2, "layered_weight": float("nan")}, "layered_weight must be a finite number, not nan"),
+        ({"step_batch_size": 0}, "step_batch_size must be at least 1, not 0"),
+        ({"retain_batch_size": 1.5}, "retain_batch_size must be a whole number, not 1.5"),
+        ({"max_length": -3}, "max_length must be at least 2, not -3"),
+        ({"group_column": ["person"]}, "group_column must be text"),
+        ({"joint_pass_tokens": -1}, "joint_pass_tokens must be at least 0, not -1"),
+    ],
+)
+def test_values_that_a_field_cannot_have_are_refused_as_by_the_command_line(settings, message, byte_model, tmp_path):
+    with pytest.raises(UserError, match=message):
+        trainer_of(byte_model, tmp_path, **settings)
+
+
+def test_a_script_may_parse_its_arguments(tmp_path):
+    words = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--layered", "2", "--adversary", "1"]
+    (args,) = HfArgumentParser(NPOConfig).parse_args_into_dataclasses(words)
+    assert (args.layered, args.adversary, args.layered_weight) == (2, 1.0, NPOConfig.layered_weight)
+
+
+def test_raw_rows_beyond_the_models_positions_are_named(byte_model, tmp_path):
+    config = GPT2Config(vocab_size=512, n_positions=64, n_embd=32, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(byte_model).save_pretrained(tmp_path / "model")
+    short, long = ({"question": "Who?", "answer": "She. " * times} for times in (1, 20))
+    for rows, place in (([short, long], "forget_dataset, row 2"), ([short], "retain_dataset, row 1")):
+        with pytest.raises(UserError, match=f"{place} has .* tokens, but the model has learnt only 64 positions"):
+            trainer_of(tmp_path / "model", tmp_path, rows, [long])
 
 
 def by_hand(objective, policy, reference, totals):
@@ -177,6 +216,53 @@ def test_a_script_can_forget_in_stages(byte_model, tmp_path):
     assert [line["stage"] for line in trainer.state.log_history if "stage" in line] == [1, 1, 2, 2]
 
 
+@pytest.mark.parametrize("form", ["numpy", "torch", None])
+def test_tokenised_rows_may_be_arrays(form, byte_model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(byte_model)
+    forget, retain = (tokenize(to_examples(Rows("rows", rows)), tokenizer) for rows in (FORGET, RETAIN))
+    datasets = [Dataset.from_list([*map(dict, rows)]).with_format(form) for rows in (forget, retain)]
+    for settings in ({}, {"adversary": 1.0, "per_device_train_batch_size": 2}):
+        of_arrays = step_gradients(trainer_of(byte_model, tmp_path, *datasets, **settings))
+        assert equal(of_arrays, step_gradients(trainer_of(byte_model, tmp_path, forget, retain, **settings)), rtol=1e-5)
+
+
+def test_a_frozen_adapter_is_refused(byte_model, tmp_path):
+    """As PEFT loads one unless it is told that it is to be trained."""
+    trainer_of(byte_model, tmp_path).save_model()
+    model = AutoModelForCausalLM.from_pretrained(byte_model)
+    args = NPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    rows = {"forget_dataset": FORGET, "retain_dataset": RETAIN}
+    tokenizer = AutoTokenizer.from_pretrained(byte_model)
+    with pytest.raises(UserError, match="adapter is frozen, so nothing is trained: load it with is_trainable=True"):
+        NPOTrainer(PeftModel.from_pretrained(model, tmp_path), args, **rows, processing_class=tokenizer)
+
+
+def test_the_seed_of_a_script_is_that_of_its_adapter(byte_model, tmp_path):
+    def trained(seed, before):
+        model = AutoModelForCausalLM.from_pretrained(byte_model, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(byte_model)
+        args = NPOConfig(output_dir=str(tmp_path), max_steps=1, use_cpu=True, save_strategy="no", seed=seed)
+        torch.manual_seed(before)
+        adapter = AdapterConfig(lora_r=2)
+        trainer = NPOTrainer(model, args, FORGET, RETAIN, processing_class=tokenizer, peft_config=adapter)
+        trainer.train()
+        return {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+    assert equal(trained(1, before=2), trained(1, before=3)) and not equal(trained(1, before=2), trained(2, before=2))
+
+
+@pytest.mark.parametrize("settings", [{"layered": 2}, {"adversary": 1.0, "adversary_steps": 2}])
+def test_a_resumed_script_keeps_the_length_of_its_stages(settings, byte_model, tmp_path):
+    """Longer stages would hold again what has been forgotten."""
+    settings = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 3, **settings}
+    trainer_of(byte_model, tmp_path, max_steps=4, **settings).train()
+    with pytest.raises(UserError, match="began with 4 steps, over which its stages and attackers are laid out, and no"):
+        trainer_of(byte_model, tmp_path, max_steps=8, **settings).train(resume_from_checkpoint=True)
+    again = trainer_of(byte_model, tmp_path, max_steps=4, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert again.state.global_step == 4
+
+
 @pytest.mark.parametrize(
     "settings, more, message",
     [
@@ -195,6 +281,14 @@ def test_a_script_can_forget_in_stages(byte_model, tmp_path):
         ({}, {"alternative_dataset": FORGET}, "npo has no use for alternative_dataset"),
         ({}, {"forget_levels": [1.0]}, "There are 1 forget_levels for 4 rows to forget"),
         ({"forget_level": "holdout"}, {}, "forget_level holdout needs forget_levels"),
+        ({}, {"forget_levels": [1.0, 2.0, math.nan, 2.0]}, "forget_levels has nan: give a mean NLL per token"),
+        ({}, {"forget_levels": ["much"] * 4}, "forget_levels has 'much'"),
+        ({"forget_term": "idk"}, {"forget_levels": [1.0] * 4}, "of the forgotten answers, and idk trains on a refusal"),
+        (
+            {"forget_term": "dpo"},
+            {"alternative_dataset": [*FORGET, *FORGET[::-1]]},
+            "alternative_dataset, row 5, has another prompt than forget_dataset, row 1",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(settings, more, message, byte_model, tmp_path):

@@ -75,11 +75,15 @@ def main(arguments: Sequence[str]) -> None:
     def parse(flags: Sequence[str]) -> RunConfig:
         return parse_run([*options, *flags], "sweep", more_flags=OWN_FLAGS)
 
-    config = parse([])
+    points = parse_grid(grid or [], ALIASES)
+    try:
+        config = parse([])
+    except UserError:  # an option that there must be may be the grid's, such as model=a,b
+        config = parse(points[0].flags)
     data = (config.data.forget, config.data.retain, config.data.holdout)
     check_names(config.model.model, *data)
     check_small_tables(config.data)
-    runs = plan_sweep(parse_grid(grid or [], ALIASES), parse_seeds(seeds or ["5"], config.training.seed), parse)
+    runs = plan_sweep(points, parse_seeds(seeds or ["5"], config.training.seed), parse)
     check_inputs(config.model.model, *data, revision=config.model.revision)
     root, taught = config.output_dir, teaching if teaching.teach else None
     if config.output.dry_run:

@@ -11,11 +11,12 @@ from typing import Any
 
 import huggingface_hub.constants
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_npo.claim import make_directory
 from lowmem_npo.config import RunConfig
 from lowmem_npo.console import Say
+from lowmem_npo.data.fit import known_fit
 from lowmem_npo.data.overlap import MAX_LISTED
 from lowmem_npo.data.rows import is_text
 from lowmem_npo.data.schemas import Example
@@ -107,6 +108,22 @@ def write_own_texts(
     if len(written) < rows:
         say(f"Of {rows} texts it wrote {len(written)}; the others came out empty.")
     _write(path, [written[index] for index in sorted(written)], "--retain self")
+
+
+def check_askable(
+    config: RunConfig, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, architecture: PretrainedConfig
+) -> None:
+    """Raises UserError for a row that is too long for the model to be shown it and asked for another answer."""
+    fit, template = known_fit(architecture), Template.of(config.data)
+    if fit is None or fit.positions is None:
+        return
+    for example in examples:
+        if (length := len(asking(example, tokenizer, template))) > fit.positions:
+            raise UserError(
+                f"--alternatives {config.data.alternatives}: {example.where} and the request for another answer have "
+                f"{length} tokens, but the model has learnt only {fit.positions} positions: write the answers "
+                "yourself, into a column that --alternative-column names, or remove the row."
+            )
 
 
 def write_own_answers(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from accelerate import PartialState
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lowmem_npo.commands.train.own_texts import own_answers, own_texts
+from lowmem_npo.commands.train.own_texts import check_askable, own_answers, own_texts
 from lowmem_npo.config import RunConfig
 from lowmem_npo.console import Say, silent
 from lowmem_npo.data import PreparedData, prepare
@@ -38,7 +38,7 @@ from lowmem_npo.training.forget_level import halved
 from lowmem_npo.training.layered import attack_length
 from lowmem_npo.training.sampler import check_division
 from lowmem_npo.training.step_rows import num_steps
-from lowmem_npo.training.training_rows import planned_rows
+from lowmem_npo.training.training_rows import planned_rows, rows_read
 
 
 class Inputs(NamedTuple):
@@ -135,7 +135,9 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
         check_device(resolve_device(config.model.device))
     check_has_weights(resolve_name(config.model.model, config.model.revision)[0])
     local_cache_entry(config.model, model_config)  # raises if it could be neither read nor written
-    check_fit(model_config, tokenizer, [data.forget_trained, data.forget_targets, data.retain, data.holdout])
+    check_fit(model_config, tokenizer, rows_read(config, data))
+    if data.alternatives_are_unwritten:
+        check_askable(config, data.forget.examples, tokenizer, model_config)
     directory = RunDirectory(asked)
     began = settings_of_run(config.output.output_dir) if config.output.resume else {}
     if began.get("adversary_steps") == config.objective.adversary_steps:  # an older version wrote what was used

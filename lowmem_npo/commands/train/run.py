@@ -45,7 +45,7 @@ from lowmem_npo.training.metrics import MetricsWriter
 from lowmem_npo.training.preemption import Preemption
 from lowmem_npo.training.progress import ConsoleProgress
 from lowmem_npo.training.trainer import NPOTrainer
-from lowmem_npo.training.training_rows import planned_rows, used_alternatives
+from lowmem_npo.training.training_rows import planned_rows, rows_read, used_alternatives
 
 
 @dataclass
@@ -169,8 +169,8 @@ def _with_own_texts(plan: RunPlan, model: PeftModel, say: Say) -> RunPlan:
     for line in data.report:
         if line.startswith(anew):
             say(line)
-    check_fit(model_config, plan.tokenizer, [data.retain, data.alternatives])
     data = data if plan.data.level_rows is None else halved(data)
+    check_fit(model_config, plan.tokenizer, rows_read(config, data))
     if config.output.resume:
         check_same_rows(plan.directory.path, config, data)
     return replace(plan, data=data)

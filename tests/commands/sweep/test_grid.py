@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,26 @@ def test_the_command_reports_mistakes_in_a_sentence_and_lists_its_runs(capsys, t
     assert "line 1: answer is a number" in error and "--grid" not in error  # no matter of the grid
     assert main(["sweep", "--help"]) == 0
     assert "--grid" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "grid, options",
+    [
+        ("model={model},{model}/", []),
+        ("alternatives=self:1,self:2", ["--model", "{model}", "--forget-term", "dpo"]),
+        (
+            "holdout={rows}/0.jsonl,{rows}/1.jsonl",
+            ["--model", "{model}", "--forget-level", "holdout", "--forget", "{rows}/2.jsonl"],
+        ),
+    ],
+)
+def test_what_the_grid_gives_need_not_be_given_beside_it(grid, options, byte_model, tmp_path, capsys):
+    for number in range(3):
+        rows = ({"question": f"Who is {number}{n}?", "answer": "She."} for n in range(4))
+        (tmp_path / f"{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [text.format(model=byte_model, rows=tmp_path) for text in (grid, *options)]
+    command = ["sweep", "--seeds", "1", "--output-dir", str(tmp_path / "swept"), "--dry-run", "--grid"]
+    assert main([*command, *given]) == 0, capsys.readouterr().err
+    assert "2 runs" in capsys.readouterr().out
+    assert main([*command, *given, "--lr", "-1"]) == 2
+    assert "sweep: --lr must be" in capsys.readouterr().err  # no matter of the grid
