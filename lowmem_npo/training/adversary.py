@@ -238,23 +238,20 @@ def check_others(
 ) -> None:
     """Raises a UserError where a step takes all rows that are being forgotten, so that none is left to be taught; where
     an attacker goes on for several, all of the half that is its."""
-    if attack_steps > 1 and (least := min(map(len, folds)) if folds else forget_rows) // 2 < batch_size:
-        fold = f"forget rows in the smallest fold of --layered {len(folds)}" if folds else "forget rows"
-        lower = "--batch-size or --layered" if folds else "--batch-size"
+    lower = [*(["--batch-size"] if batch_size > 1 else []), *(["--layered"] if folds else [])]
+    lowered = f"Lower {' or '.join(lower)}, or " if lower else ""
+    least, first = (min(map(len, folds)), len(folds[0])) if folds else (forget_rows, forget_rows)
+    if attack_steps > 1 and least > 1 and least // 2 < batch_size:
+        rows = f"forget rows in the smallest fold of --layered {len(folds)}" if folds else "forget rows"
         raise UserError(
             "--adversary-steps forgets one half while the other is taught, and a step takes more rows than that: "
-            f"--batch-size {batch_size}, {fold}: {least}. Lower {lower}, or give --adversary-steps 1."
+            f"--batch-size {batch_size}, {rows}: {least}. {lowered}give --adversary-steps 1."
         )
-    if folds is None and forget_rows <= batch_size:
+    if first <= batch_size:
+        rows = f"forget rows in the first fold of --layered {len(folds)}" if folds else "forget rows"
         raise UserError(
             f"--adversary teaches forget rows that are not in the step, and there are none: --batch-size {batch_size}, "
-            f"forget rows: {forget_rows}. Lower --batch-size, or forget without an attacker."
-        )
-    if folds is not None and (first := len(folds[0])) <= batch_size:
-        raise UserError(
-            f"--adversary teaches forget rows that are not in the step, and there are none: --batch-size {batch_size}, "
-            f"forget rows in the first fold of --layered {len(folds)}: {first}. Lower --batch-size or --layered, or "
-            "forget without an attacker."
+            f"{rows}: {first}. {lowered or 'Name more rows, or '}forget without an attacker."
         )
 
 
