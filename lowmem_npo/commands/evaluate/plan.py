@@ -196,8 +196,8 @@ def _select_for_leaks(
         for example, row in zip(chosen, rows, strict=True):
             context.check(example.where, row["input_ids"])
         selected[part] = Selection(rows, len(of_part), places)
-    how = (context.tokenizer, context.template, config.tokens_per_row)
-    attacker = Attacker(wording=Wording(measured, *how[1:], context.fit))
+    wording = Wording(measured, context.template, config.tokens_per_row, context.fit)
+    attacker, how = Attacker(wording=wording), (context.tokenizer, context.template, wording.longest)
     if RETUNING.name in config.leaks:
         attacker.general = bundled_general("general", examples["forget"], *how)
         if "retain" in sources:
