@@ -194,17 +194,21 @@ class Subject:
 
     def of_original(self, ask: Callable[[Scorer], T]) -> T | None:
         """What `ask` gives of the model before it forgot, for a test that has no holdout; None where it has one, and
-        where that model cannot be asked."""
+        where that model cannot be asked. A merged model has no original; what that gave as evaluated stands for it."""
+        from lowmem_npo.evaluation.scoring.scorer import NotAsked
         from lowmem_npo.model.adapters import original_model
 
         if self.holdout or not self.unlearned:
             return None
         if self.scorer.model is None:  # it has been asked in `prepare`
             return ask(self.scorer)
-        if self.original is None:
+        if self.original is not None:
+            with original_model(self.original):
+                return ask(self.scorer)
+        try:
+            return ask(self.scorer.without_model()) if self.form else None
+        except NotAsked:
             return None
-        with original_model(self.original):
-            return ask(self.scorer)
 
     def earlier_figure(self, test: str, figure: str) -> float | None:
         """A figure of the model before it forgot, of a test that has no holdout; None where it is not known."""
