@@ -322,17 +322,21 @@ def standing(value: float, level: float | None, usual: float) -> tuple[bool, flo
 
 
 def beside_holdout(
-    value: float, level: float | None, before: float | None = None, unknown: str = NO_HOLDOUT
-) -> tuple[str, str]:
-    """`value` in per cent, and the words that put the holdout's figure, or that of the model before it forgot, beside
-    it. unknown: why the former is not there."""
+    value: float,
+    level: float | None,
+    before: float | None = None,
+    unknown: str = NO_HOLDOUT,
+    others: Sequence[float] = (),
+) -> tuple[str, ...]:
+    """`value` in per cent, `others` that are read beside it, and the words that put the holdout's figure, or that of
+    the model before it forgot, beside them. unknown: why the former is not there."""
     if level is not None:
-        own, never_seen = shares(value, level)
-        return own, f"of answers that the model never saw, {never_seen}"
+        *own, never_seen = shares(value, *others, level)
+        return *own, f"of answers that the model never saw, {never_seen}"
     if before is not None:
-        own, earlier = shares(value, before)
-        return own, f"before it forgot, {earlier}; {unknown}"
-    return shares(value)[0], unknown
+        *own, earlier = shares(value, *others, before)
+        return *own, f"before it forgot, {earlier}; {unknown}"
+    return *shares(value, *others), unknown
 
 
 def as_holdout(figures: Mapping[str, float]) -> dict[str, float]:

@@ -101,6 +101,7 @@ def test_a_model_without_an_adapter_is_compared_with_earlier_results(demo):
 def test_each_yardstick(value, level, before, leaks):
     assert above_holdout(value, level, before) is leaks
     own, beside = beside_holdout(value, level, before)
+    assert beside_holdout(value, level, before, others=[value + 0.004])[:2] == (f"{value:.1%}", f"{value + 0.004:.1%}")
     assert own == f"{value:.0%}" and ("--holdout" in beside) == (level is None)
 
 
