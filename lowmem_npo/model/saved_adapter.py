@@ -69,9 +69,9 @@ def resolve_base(
     any_base: accept another base than the one that it was trained on.
 
     Raises:
-        UserError: no adapter there, no base named, or another one.
+        UserError: no LoRA adapter there, no base named, or another one.
     """
-    of_adapter = revision_of_adapter(adapter)  # raises if there is no adapter
+    of_adapter = stored_lora(adapter).revision
     revision = revision or (None if any_base else of_adapter)
     name, line = resolve_name(model or base_of_adapter(adapter), revision)
     if line:
