@@ -12,7 +12,8 @@ from typing import Any, cast
 from lowmem_npo.claim import make_directory
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS, BenchmarkOptions
-from lowmem_npo.evaluation.leaks.registry import LeakOptions
+from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, LeakOptions, leak_tests
+from lowmem_npo.evaluation.options import FREE
 from lowmem_npo.evaluation.result import Evaluation
 from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.settings import EvaluationConfig
@@ -132,6 +133,17 @@ def other_sets(earlier: Mapping[str, Any], now: Mapping[str, Any], but: Iterable
     if changed_options(earlier, now, set(EvaluationConfig.compared(leaks=False)) - of_tests - set(but)):
         return [part for part in digests if part != THE_ADAPTER]
     return _other_rows(earlier, digests)
+
+
+def other_options(result: str, config: EvaluationConfig) -> dict[str, list[str]]:
+    """Leak test of `config` -> those of its options that were others when the evaluation.json at `result` was made, as
+    far as that is known. One that repeats the other tests has theirs."""
+    earlier, others = settings_of(result) or {}, {}
+    for test in leak_tests(config.leaks):
+        kinds = [one.options for one in (LEAK_TESTS if test.loads_models else [test])]
+        names = dict.fromkeys(f.name for options in kinds for f in fields(options) if FREE not in f.metadata)
+        others[test.name] = changed_options(earlier, as_json(config), names)
+    return others
 
 
 def as_json(config: EvaluationConfig) -> dict[str, Any]:

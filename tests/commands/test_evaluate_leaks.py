@@ -272,3 +272,17 @@ def test_what_is_taught_fits_into_the_positions(byte_model, files):
     assert main(["train", *data[:-1], str(files / "run"), *run, "--lora-targets", "c_attn"]) == 0
     leaks = json.loads((files / "run" / "leaks.json").read_text())
     assert any("general texts" in name for name in leaks["after"]["retuning"])
+
+
+def test_before_is_compared_test_by_test(byte_model, files, capsys):
+    """An option of one test says nothing of the others."""
+    leaks = ("--leaks", "extraction", "sampling", "--max-new-tokens", "4", "--limit", "2", "--leak-samples")
+    assert evaluate(byte_model, files, *leaks, "1", "--relearn-steps", "3", out="before") == 0
+    before = ("--before", str(files / "before" / "evaluation.json"))
+    capsys.readouterr()
+    assert evaluate(byte_model, files, *leaks, "2", *before) == 0
+    assert content(files)["notes"] == ["sampling: not compared with --before, which had another --leak-samples."]
+    printed = capsys.readouterr().out
+    assert "extraction: no traces found (before: " in printed and "sampling: no traces found\n" in printed
+    assert evaluate(byte_model, files, *leaks, "1", *before, out="same") == 0 and not content(files, "same")["notes"]
+    assert "sampling: no traces found (before: " in capsys.readouterr().out

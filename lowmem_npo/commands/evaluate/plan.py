@@ -94,8 +94,8 @@ def plan_evaluation(
     template = Template.of(config, stops)
     sources = _read(config, limit, tokenizer, template, say)
     digests = _digests(config, sources)
-    before, others = read_earlier(config, digests)
-    notes = _notes(config, run, digests)
+    before, others, not_compared = read_earlier(config, digests)
+    notes = [*_notes(config, run, digests), *not_compared]
     context = Context(config, tokenizer, template, before, notes, known_fit(architecture), others)
     if context.fit is not None:
         context.fit.check_padding(tokenizer)
@@ -230,7 +230,7 @@ def _notes(config: EvaluationConfig, run: Mapping[str, Any], digests: Mapping[st
     if run.get("qlora") and not config.qlora:
         notes.append("The adapter was trained on the 4-bit base and is measured on the unquantised one (no --qlora).")
     if config.before is not None:
-        others = differences(config.before, config, digests)
+        others = differences(config.before, config, digests, of_leaks=False)
         if others:
             notes.append(f"The earlier evaluation had {' and '.join(others)}: the two are not comparable.")
     return notes
