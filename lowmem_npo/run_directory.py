@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,22 @@ def check_is_run(directory: Path) -> None:
 def run_of_adapter(folder: Path) -> RunFiles:
     """The run that wrote the adapter in `folder`, the run's own directory or one of its checkpoints."""
     return RunFiles(folder.parent if folder.name.startswith("checkpoint-") else folder)
+
+
+def from_here(run: RunFiles, settings: Mapping[str, Any], name: str) -> str:
+    """`name`, a model, an adapter or data that the run named, as it is found from here.
+
+    A relative path begins where the run was started. A relative --output-dir tells where that was, also when the whole
+    tree has been moved since. What is not there, such as a name on the hub, stays as it is.
+    """
+    output_dir, folder = Path(str(settings.get("output_dir", "."))), run.path.expanduser().resolve()
+    above = len(folder.parts) - len(output_dir.parts)
+    if output_dir.is_absolute() or folder.parts[above:] != output_dir.parts:
+        return name
+    here, there = Path(name).expanduser(), Path(*folder.parts[:above], Path(name).expanduser())
+    if os.path.exists(there):  # of many files, their names together are too long for a path
+        return name if os.path.exists(here) and here.samefile(there) else str(there)
+    return ",".join(from_here(run, settings, part.strip()) for part in name.split(",")) if "," in name else name
 
 
 def what_is_left(run: RunFiles) -> str:

@@ -203,12 +203,16 @@ def _measured(sets: Mapping[str, AnswerSummary]) -> str:
     for name, summary in sets.items():
         if part_of(name) != name:
             continue
-        rows, rows_in_set = summary.rows, summary.rows_in_set
-        share = f"all {rows}" if rows == rows_in_set else f"{rows} of {rows_in_set}"
-        whole = f"the only {name} row" if rows_in_set == 1 else f"{share} {name} rows"
+        whole = share_of(name, summary.rows, summary.rows_in_set)
         parts.append(f"{whole} ({summary.tokens:,} answer tokens)")
     if not all(summary.generated for summary in sets.values()):
         return " and ".join(parts)
     lengths = sorted({summary.max_new_tokens for summary in sets.values() if summary.max_new_tokens})
     limit = f" of up to {' and '.join(map(str, lengths))} tokens" if lengths else ""
     return f"{' and '.join(parts)}, greedy answers{limit}"
+
+
+def share_of(name: str, rows: int, rows_in_set: int) -> str:
+    """How many rows of a set were measured, of how many."""
+    share = f"all {rows}" if rows == rows_in_set else f"{rows} of {rows_in_set}"
+    return f"the only {name} row" if rows_in_set == 1 else f"{share} {name} rows"

@@ -12,7 +12,9 @@ from typing import Any, cast
 from lowmem_npo.claim import make_directory
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS, BenchmarkOptions
-from lowmem_npo.evaluation.leaks.registry import LeakOptions
+from lowmem_npo.evaluation.leaks.contract import LeakTest
+from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
+from lowmem_npo.evaluation.options import FREE
 from lowmem_npo.evaluation.result import Evaluation
 from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.settings import EvaluationConfig
@@ -106,11 +108,10 @@ def digest(content: Any) -> str:
 
 def differences(result: str, config: EvaluationConfig, digests: Mapping[str, str]) -> list[str] | None:
     """What was other than in `config`, and the rows behind `digests`, when the evaluation.json at `result` was made, in
-    words; None where that is not known. The options of the leak tests count, if both have some."""
+    words; None where that is not known. Of the options of leak tests `other_options` tells."""
     if (earlier := settings_of(result)) is None:
         return None
-    names = config.compared(leaks=bool(config.leaks and earlier.get("leaks")))
-    changed = changed_options(earlier, as_json(config), names)
+    changed = changed_options(earlier, as_json(config), config.compared())
     return [f"{name} {earlier[name]!r}" for name in changed] + [
         f"other {part} rows" for part in _other_rows(earlier, digests)
     ]
@@ -125,11 +126,21 @@ def incomparable_sets(result: str, config: EvaluationConfig, digests: Mapping[st
 
 def other_sets(earlier: Mapping[str, Any], now: Mapping[str, Any], but: Iterable[str] = ()) -> list[str]:
     """The same by what two settings.json hold; `but`: options that may differ."""
-    of_tests = {f.name for options in (LeakOptions, BenchmarkOptions) for f in fields(options)}
+    of_benchmarks = {f.name for f in fields(BenchmarkOptions)}
     digests = now.get("digests", {})
-    if changed_options(earlier, now, set(EvaluationConfig.compared(leaks=False)) - of_tests - set(but)):
+    if changed_options(earlier, now, set(EvaluationConfig.compared()) - of_benchmarks - set(but)):
         return [part for part in digests if part != THE_ADAPTER]
     return _other_rows(earlier, digests)
+
+
+def other_options(
+    earlier: Mapping[str, Any], now: Mapping[str, Any], test: LeakTest, by_attack: bool = False
+) -> list[str]:
+    """The flags of a leak test, and of those that it repeats, that one settings.json has otherwise than another, as far
+    as both have them. by_attack: attacks are compared one by one, and what their names tell does not count."""
+    tests = [one for one in (LEAK_TESTS if test.loads_models else [test]) if not (by_attack and one.named_by_options)]
+    names = dict.fromkeys(f.name for one in tests for f in fields(one.options) if FREE not in f.metadata)
+    return [f"--{name.replace('_', '-')}" for name in changed_options(earlier, now, names)]
 
 
 def as_json(config: EvaluationConfig) -> dict[str, Any]:

@@ -46,5 +46,6 @@ def fluency_text(figures: dict[str, dict[str, Any]]) -> str:
     for name, of_set in figures.items():
         silent = f", {of_set['silent']} empty" if of_set["silent"] else ""
         nll = "–" if of_set["nll"] is None else f"{of_set['nll']:.3f}"
-        lines.append(f"{name}: NLL {nll} per token ({of_set['rows']} answers{silent})")
+        answers = "1 answer" if of_set["rows"] == 1 else f"{of_set['rows']} answers"
+        lines.append(f"{name}: NLL {nll} per token ({answers}{silent})")
     return "\n".join(lines)

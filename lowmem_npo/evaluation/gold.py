@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_npo.config import ModelOptions
-from lowmem_npo.evaluation.directory import changed_options, other_sets, settings_of
-from lowmem_npo.evaluation.leaks.contract import LeakResults, LeakTest
+from lowmem_npo.evaluation.directory import other_options, other_sets, settings_of
+from lowmem_npo.evaluation.leaks.contract import LeakResults
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
 from lowmem_npo.evaluation.leaks.retuning import RETUNING
 from lowmem_npo.evaluation.leaks.worst import retained_leaks
 from lowmem_npo.evaluation.open_unlearning import retained_min_k
-from lowmem_npo.evaluation.options import FREE
 from lowmem_npo.run_directory import EvaluationFiles
 
 
@@ -52,7 +51,7 @@ class Gold:
             min_k = None
             notes.append("privleak is compared with 0.5: the evaluation of --retained-log had another holdout.")
         for test in LEAK_TESTS:
-            another = [f"--{name.replace('_', '-')}" for name in changed_options(earlier, settings, _options_of(test))]
+            another = other_options(earlier, settings, test, by_attack=True)
             if test is RETUNING and "retain" in others:
                 another.append("--retain")
             if another and test.name in leaks:
@@ -73,10 +72,3 @@ class Gold:
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return {}
         return by_set
-
-
-def _options_of(test: LeakTest) -> list[str]:
-    """The options that change what the test's attacks give, and that their names do not tell."""
-    repeated = LEAK_TESTS if test.loads_models else [test]
-    own = [f for one in repeated if not one.named_by_options for f in fields(one.options)]
-    return [f.name for f in own if FREE not in f.metadata]

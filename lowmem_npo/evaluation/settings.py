@@ -118,12 +118,12 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
         return of_results | of_device | own
 
     @classmethod
-    def compared(cls, leaks: bool) -> list[str]:
+    def compared(cls) -> list[str]:
         """Options that must be the same in two evaluations whose figures are compared, besides the rows themselves;
-        how answers are made is compared set by set. leaks: there are leak tests in both."""
+        how answers are made is compared set by set, and the options of leak tests test by test."""
         of_rows = {*cls.sources(), "passages", "passage_tokens", "max_new_tokens", "generate_answers"}
         of_model = {"model", "revision", "adapter", "attn", "dtype"}
-        of_leaks = set() if leaks else {f.name for f in fields(LeakOptions)}
+        of_leaks = {f.name for f in fields(LeakOptions)}
         return [f.name for f in fields(cls) if f.name not in cls.may_change() | of_rows | of_model | of_leaks]
 
     @property

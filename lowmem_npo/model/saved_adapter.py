@@ -18,7 +18,7 @@ from lowmem_npo.model.names import resolve_name
 from lowmem_npo.model.patterns import check_patterns
 from lowmem_npo.model.saved_modules import in_four_bits
 from lowmem_npo.ranges import Count, Finite, check_values, shortened, shown
-from lowmem_npo.run_directory import AdapterFiles, run_of_adapter
+from lowmem_npo.run_directory import AdapterFiles, from_here, run_of_adapter
 from lowmem_npo.settings_file import read_settings
 from lowmem_npo.sources import check_adapter_name
 
@@ -34,6 +34,7 @@ EXTRAS = {
     "use_qalora": "pooled inputs (QALoRA)",
     "use_bdlora": "block-diagonal factors (BD-LoRA)",
 }
+NAMED = ("model", "adapter", "forget", "retain", "holdout")  # options of a run that may name a place
 # Of a LoRA adapter's configuration, what PEFT takes as it comes.
 LAYERS = str | list[str] | None
 TYPES = {
@@ -68,9 +69,9 @@ def resolve_base(
     any_base: accept another base than the one that it was trained on.
 
     Raises:
-        UserError: no adapter there, no base named, or another one.
+        UserError: no LoRA adapter there, no base named, or another one.
     """
-    of_adapter = revision_of_adapter(adapter)  # raises if there is no adapter
+    of_adapter = stored_lora(adapter).revision
     revision = revision or (None if any_base else of_adapter)
     name, line = resolve_name(model or base_of_adapter(adapter), revision)
     if line:
@@ -117,13 +118,15 @@ def more_than_lora(folder: str, allowed: Collection[str] = ()) -> list[str]:
 
 
 def settings_of_run(folder: str) -> dict[str, Any]:
-    """run.yaml of the run that left the adapter in `folder`, the run's directory or a checkpoint in it; empty where
-    there is none that can be read."""
+    """run.yaml of the run that left the adapter in `folder`, the run's directory or a checkpoint in it, what it names
+    found from here; empty where there is none that can be read."""
+    run = run_of_adapter(Path(folder).expanduser().resolve())
     try:
-        run = run_of_adapter(Path(folder).expanduser().resolve())
-        return read_settings(run.run_yaml)
+        settings = read_settings(run.run_yaml)
     except (OSError, ValueError):
         return {}
+    named = {name: settings[name] for name in NAMED if isinstance(settings.get(name), str)}
+    return settings | {name: from_here(run, settings, value) for name, value in named.items()}
 
 
 def check_base(folder: str, model_name: str) -> None:
@@ -175,8 +178,10 @@ def check_finite(folder: str) -> None:
 
 def _named_base(folder: str) -> str | None:
     """PEFT leaves null or "" where the model was built from a configuration; "" as a path is the working directory."""
-    base = _configuration(folder).get("base_model_name_or_path")
-    return base if isinstance(base, str) and base.strip() else None
+    base, run = _configuration(folder).get("base_model_name_or_path"), settings_of_run(folder)
+    if not (isinstance(base, str) and base.strip()):
+        return None
+    return from_here(run_of_adapter(Path(folder).expanduser().resolve()), run, base) if run else base
 
 
 def _configuration(folder: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from textwrap import fill
 from typing import Any
 
+from lowmem_npo.evaluation.answer_table import share_of
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.fluency import fluency_text
 from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakResults
@@ -45,8 +46,4 @@ def _results(content: Mapping[str, Any]) -> LeakResults:
 
 def _share(rows: Mapping[str, Mapping[str, int]], parts: Iterable[str]) -> str:
     """How much was measured: scores of 40 rows must not be mistaken for those of 1112."""
-    counts = [(part, rows[part]["scored"], rows[part]["in_set"]) for part in parts if part in rows]
-    return ", ".join(
-        f"all {in_set} {part} rows" if scored == in_set else f"{scored} of {in_set} {part} rows"
-        for part, scored, in_set in counts
-    )
+    return ", ".join(share_of(part, rows[part]["scored"], rows[part]["in_set"]) for part in parts if part in rows)

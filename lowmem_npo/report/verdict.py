@@ -192,11 +192,7 @@ def judge_evaluation(
         compared = {*known, *(name for name in (RETAIN,) if name in {*before, *incomparable})}
         after = {name: summary for name, summary in now.items() if name in compared}
         return judge_run({"before": known, "after": after}, vocabulary, stages)
-    said = " and ".join(
-        _in_words(f"says {said_count(now[part])} of {now[part].rows} {part} answers", now[part])
-        for part in (FORGET, RETAIN)
-        if part in now
-    )
+    said = " and ".join(_says(part, now) for part in (FORGET, RETAIN) if part in now)
     verb = said.partition(" ")[0]  # once, if both have the same
     headline = f"On the rows measured, the model {said.replace(f' and {verb} ', ' and ')}{traces}."
     why = (
@@ -205,6 +201,13 @@ def judge_evaluation(
         else "is not known (--before)"
     )
     return Verdict("unknown", headline, [f"What it said before {why}."])
+
+
+def _says(part: str, now: Mapping[str, AnswerSummary]) -> str:
+    """How many answers of a set the model says; beside them, those in the form in which it says most."""
+    most = max((name for name in now if part_of(name) == part), key=lambda name: (_said(now[name]), name == part))
+    words = _in_words(f"says {said_count(now[part])} of {now[part].rows} {part} answers", now[part])
+    return words + (f" ({said_count(now[most])} of {now[most].rows} asked {form_words(most)})" if most != part else "")
 
 
 def gives_numbers(*stages: Mapping[str, AnswerSummary]) -> bool:

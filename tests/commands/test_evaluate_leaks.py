@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from shutil import copy
 
 import pytest
+from helpers.tiny_models import tiny_model
+from transformers import GPT2Config
 
 from lowmem_npo.cli import main
 from lowmem_npo.commands.evaluate.plan import plan_evaluation
@@ -244,3 +247,47 @@ def test_one_row_and_identical_rows(byte_model, files):
     write(files / "holdout.jsonl", [{**FORGET[0], "question": "Who is numbre 0?"}])
     assert evaluate(byte_model, files, "--leaks", "membership", out="alike") == 0
     assert content(files, "alike")["leaks"]["membership"]["leaks"] is None
+
+
+def test_what_is_taught_fits_into_the_positions(byte_model, files):
+    """General texts are shortened to what the model has learnt to take, here and in training."""
+    model = files / "short"
+    config = GPT2Config(vocab_size=258, n_embd=32, n_layer=1, n_head=2, n_positions=80)
+    tiny_model(config).save_pretrained(model)
+    for file in byte_model.glob("tokenizer*"):
+        copy(file, model)
+    data = ["--forget", write(files / "f.jsonl", FORGET[:2]), "--dtype", "float32", "--device", "cpu"]
+    data += ["--leaks", "retuning", "--model", str(model), "--output-dir", str(files / "out")]
+    config = EvaluationConfig(model=str(model), forget=data[1], device="cpu", leaks=("retuning",))
+    assert max(len(row["input_ids"]) for row in plan_evaluation(config, silent).attacker.general) == 80
+    assert main(["evaluate", *data, "--retune-steps", "2"]) == 0
+    assert "steps on general texts" in content(files)["leaks"]["retuning"]["meaning"]
+    run = [
+        "--retain",
+        write(files / "r.jsonl", HOLDOUT[:2]),
+        "--max-steps",
+        "1",
+        "--batch-size",
+        "2",
+        "--eval-rows",
+        "2",
+        "--max-new-tokens",
+        "4",
+    ]
+    assert main(["train", *data[:-1], str(files / "run"), *run, "--lora-targets", "c_attn"]) == 0
+    leaks = json.loads((files / "run" / "leaks.json").read_text())
+    assert any("general texts" in name for name in leaks["after"]["retuning"])
+
+
+def test_before_is_compared_test_by_test(byte_model, files, capsys):
+    """An option of one test says nothing of the others."""
+    leaks = ("--leaks", "extraction", "sampling", "--max-new-tokens", "4", "--limit", "2", "--leak-samples")
+    assert evaluate(byte_model, files, *leaks, "1", "--relearn-steps", "3", out="before") == 0
+    before = ("--before", str(files / "before" / "evaluation.json"))
+    capsys.readouterr()
+    assert evaluate(byte_model, files, *leaks, "2", *before) == 0
+    assert content(files)["notes"] == ["sampling: not compared with --before, which had another --leak-samples."]
+    printed = capsys.readouterr().out
+    assert "extraction: no traces found (before: " in printed and "sampling: no traces found\n" in printed
+    assert evaluate(byte_model, files, *leaks, "1", *before, out="same") == 0 and not content(files, "same")["notes"]
+    assert "sampling: no traces found (before: " in capsys.readouterr().out

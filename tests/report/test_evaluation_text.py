@@ -53,6 +53,14 @@ def test_one_evaluation():
     assert text.startswith("Note: Something to know.\n\n")  # before the figures that it qualifies
 
 
+def test_a_single_row():
+    content = evaluation(forget=0.25, retain=0.5, auc=0.9)
+    content["rows"]["forget"] = {"scored": 1, "in_set": 1}
+    content["fluency"] = {"forget": {"rows": 1, "silent": 0, "nll": 2.0}}
+    text = evaluation_text(content, {})
+    assert "(the only forget row, all 6 retain rows)" in text and "(1 answer)" in text
+
+
 def test_compared_with_an_earlier_one():
     before = json.loads(json.dumps(evaluation(forget=1.0, retain=0.5, auc=0.9, mmlu=0.5)))
     text = evaluation_text(evaluation(forget=0.25, retain=0.5, auc=0.3, mmlu=0.4, utility=0.7), before)

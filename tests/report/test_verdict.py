@@ -245,6 +245,10 @@ def test_an_evaluation_has_a_headline_of_its_own():
         "On the rows measured, the model says 3 of 100 forget answers and 100 of 100 retain answers; "
         "leak tests find traces."
     )
+    in_forms = {**now, "forget, plain": summary(appears=0.4, rows=50), "forget, reworded": summary(appears=0.02)}
+    assert "says 3 of 100 forget answers (20 of 50 asked without its chat template) and 100 of 100 retain" in (
+        judge_evaluation(in_forms, {}, 50304, {}).headline
+    )
     traces = {"extraction": LeakResult({}, "", True)}
     assert "no headline." in judge_evaluation({}, before, None, {}).headline  # TOFU's or LUME's rows alone
     assert "no headline; leak tests find traces." in judge_evaluation({}, {}, None, traces).headline

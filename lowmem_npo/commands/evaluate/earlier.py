@@ -10,14 +10,18 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answers import part_of
 from lowmem_npo.evaluation.benchmarks.plain import PLAIN
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
-from lowmem_npo.evaluation.directory import incomparable_sets
+from lowmem_npo.evaluation.directory import as_json, incomparable_sets, other_options, settings_of
+from lowmem_npo.evaluation.leaks.registry import leak_tests
 from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.files import load_json
 
 
-def read_earlier(config: EvaluationConfig, digests: Mapping[str, str]) -> tuple[Mapping[str, Any], list[str]]:
-    """What of its figures can be compared with those of `config`, and the sets of which none can. Of answers each set
-    is judged by itself, of every other benchmark and of the leak tests all or nothing. Both are empty without --before.
+def read_earlier(
+    config: EvaluationConfig, digests: Mapping[str, str]
+) -> tuple[Mapping[str, Any], list[str], list[str]]:
+    """What of its figures can be compared with those of `config`, the sets of which none can, and a note on each leak
+    test that cannot. Of answers each set is judged by itself, of every other benchmark and of each leak test all or
+    nothing. All are empty without --before.
 
     digests: a hash of each set.
 
@@ -25,7 +29,7 @@ def read_earlier(config: EvaluationConfig, digests: Mapping[str, str]) -> tuple[
         UserError: --before names no evaluation.
     """
     if config.before is None:
-        return {}, []
+        return {}, [], []
     content, others = _content(config.before), incomparable_sets(config.before, config, digests)
     for benchmark in BENCHMARKS:
         if benchmark.name == PLAIN.name:
@@ -35,7 +39,12 @@ def read_earlier(config: EvaluationConfig, digests: Mapping[str, str]) -> tuple[
             content.pop(benchmark.name, None)
     if {"forget", "holdout"} & set(others):
         content["leaks"] = {}
-    return content, others
+    notes, settings, now = [], settings_of(config.before) or {}, as_json(config)
+    for test in leak_tests(config.leaks):
+        another = other_options(settings, now, test)
+        if another and (content["leaks"] or {}).pop(test.name, None):
+            notes.append(f"{test.name}: not compared with --before, which had another {', '.join(another)}.")
+    return content, others, notes
 
 
 def _content(path: str) -> dict[str, Any]:

@@ -97,9 +97,9 @@ def plan_evaluation(
     template = Template.of(config, stops)
     sources = _read(config, limit, tokenizer, template, say)
     digests = _digests(config, sources)
-    before, others = read_earlier(config, digests)
+    before, others, not_compared = read_earlier(config, digests)
     gold = Gold.of({**as_json(config), "digests": digests})
-    notes = [*_notes(config, run, digests), *gold.notes]
+    notes = [*_notes(config, run, digests), *not_compared, *gold.notes]
     context = Context(config, tokenizer, template, before, notes, known_fit(architecture), others, gold.log)
     if context.fit is not None:
         context.fit.check_padding(tokenizer)
@@ -200,8 +200,8 @@ def _select_for_leaks(
         for example, row in zip(chosen, rows, strict=True):
             context.check(example.where, row["input_ids"])
         selected[part] = Selection(rows, len(of_part), places)
-    how = (context.tokenizer, context.template, config.tokens_per_row)
-    attacker = Attacker(wording=Wording(measured, *how[1:], context.fit))
+    wording = Wording(measured, context.template, config.tokens_per_row, context.fit)
+    attacker, how = Attacker(wording=wording), (context.tokenizer, context.template, wording.longest)
     if RETUNING.name in config.leaks:
         attacker.general = bundled_general("general", examples["forget"], *how)
         if "retain" in sources:

@@ -142,6 +142,7 @@ def _leaks(plan: RunPlan, model: PeftModel, stage: str) -> LeakResults:
     tests = _leak_tests(config, stage)
     if not tests:
         return {}
+    wording = _wording(plan, Fit.of(causal_lm(model)))
     try:
         return measure_leaks(
             model,
@@ -149,8 +150,8 @@ def _leaks(plan: RunPlan, model: PeftModel, stage: str) -> LeakResults:
             measured_rows(config, data.forget),
             holdout_rows=None if data.holdout is None else measured_rows(config, data.holdout),
             retain_rows=data.retain and data.retain.apart_from(data.forget.examples),
-            general_rows=_general(plan) if RETUNING.name in tests else None,
-            wording=_wording(plan, Fit.of(causal_lm(model))),
+            general_rows=_general(plan, wording.longest) if RETUNING.name in tests else None,
+            wording=wording,
             tests=tests,
             seed=config.training.seed,
             max_new_tokens=config.output.max_new_tokens,
@@ -163,10 +164,10 @@ def _leaks(plan: RunPlan, model: PeftModel, stage: str) -> LeakResults:
         return {test: LeakResult.not_measured(str(error).rstrip(".")) for test in tests}
 
 
-def _general(plan: RunPlan) -> TokenizedRows | None:
-    """General rows, without those that may say what is to be forgotten."""
-    options, forget = plan.config.data, plan.data.forget.examples
-    return bundled_general("general", forget, plan.tokenizer, Template.of(options), options.max_length)
+def _general(plan: RunPlan, longest: int) -> TokenizedRows | None:
+    """General rows of at most so many tokens, without those that may say what is to be forgotten."""
+    template, forget = Template.of(plan.config.data), plan.data.forget.examples
+    return bundled_general("general", forget, plan.tokenizer, template, longest)
 
 
 def _wording(plan: RunPlan, fit: Fit) -> Wording:

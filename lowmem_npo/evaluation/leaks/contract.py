@@ -194,17 +194,21 @@ class Subject:
 
     def of_original(self, ask: Callable[[Scorer], T]) -> T | None:
         """What `ask` gives of the model before it forgot, for a test that has no holdout; None where it has one, and
-        where that model cannot be asked."""
+        where that model cannot be asked. A merged model has no original; what that gave as evaluated stands for it."""
+        from lowmem_npo.evaluation.scoring.scorer import NotAsked
         from lowmem_npo.model.adapters import original_model
 
         if self.holdout or not self.unlearned:
             return None
         if self.scorer.model is None:  # it has been asked in `prepare`
             return ask(self.scorer)
-        if self.original is None:
+        if self.original is not None:
+            with original_model(self.original):
+                return ask(self.scorer)
+        try:
+            return ask(self.scorer.without_model()) if self.form else None
+        except NotAsked:
             return None
-        with original_model(self.original):
-            return ask(self.scorer)
 
     def earlier_figure(self, test: str, figure: str) -> float | None:
         """A figure of the model before it forgot, of a test that has no holdout; None where it is not known."""
@@ -318,17 +322,21 @@ def standing(value: float, level: float | None, usual: float) -> tuple[bool, flo
 
 
 def beside_holdout(
-    value: float, level: float | None, before: float | None = None, unknown: str = NO_HOLDOUT
-) -> tuple[str, str]:
-    """`value` in per cent, and the words that put the holdout's figure, or that of the model before it forgot, beside
-    it. unknown: why the former is not there."""
+    value: float,
+    level: float | None,
+    before: float | None = None,
+    unknown: str = NO_HOLDOUT,
+    others: Sequence[float] = (),
+) -> tuple[str, ...]:
+    """`value` in per cent, `others` that are read beside it, and the words that put the holdout's figure, or that of
+    the model before it forgot, beside them. unknown: why the former is not there."""
     if level is not None:
-        own, never_seen = shares(value, level)
-        return own, f"of answers that the model never saw, {never_seen}"
+        *own, never_seen = shares(value, *others, level)
+        return *own, f"of answers that the model never saw, {never_seen}"
     if before is not None:
-        own, earlier = shares(value, before)
-        return own, f"before it forgot, {earlier}; {unknown}"
-    return shares(value)[0], unknown
+        *own, earlier = shares(value, *others, before)
+        return *own, f"before it forgot, {earlier}; {unknown}"
+    return *shares(value, *others), unknown
 
 
 def as_holdout(figures: Mapping[str, float]) -> dict[str, float]:

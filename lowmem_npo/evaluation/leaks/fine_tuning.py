@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.evaluation.leaks.contract import Subject, as_holdout
-from lowmem_npo.evaluation.leaks.extraction import ORIGINAL_PART, extraction_figures, original_scores
+from lowmem_npo.evaluation.leaks.extraction import extraction_figures, original_scores
 from lowmem_npo.evaluation.leaks.tuned import Figures, Tuned
 from lowmem_npo.evaluation.scoring.eval_mode import progress_bar
 from lowmem_npo.evaluation.scoring.likelihood import answer_batch
-from lowmem_npo.evaluation.scoring.token_scores import NotFinite, TokenScores, token_scores
+from lowmem_npo.evaluation.scoring.token_scores import NotFinite, token_scores
 from lowmem_npo.memory.checkpointing import checkpointing
 from lowmem_npo.memory.exhausted import as_fits
 from lowmem_npo.model import answer_hidden, frozen_head
@@ -69,7 +69,8 @@ def _tune(
     if isinstance(model, PeftModel):
         with original_model(model):
             original = figures_of(asked)
-    elif subject.form and (scores := _of_original(subject)):  # a merged model, which cannot be asked
+    elif subject.form and (of_all := original_scores(subject)):  # a merged model, which cannot be asked
+        scores = {id(row): score for row, score in zip(subject.forget, of_all, strict=True)}
         original = extraction_figures([scores[id(row)] for row in asked])
     none = Tuned(len(taught), 0, before := measure(), before, original)
     tuned = {}
@@ -89,15 +90,6 @@ def _tune(
                 except NotFinite:  # the attack went too far; the model itself was measured before it
                     break
     return tuned
-
-
-def _of_original(subject: Subject) -> dict[int, TokenScores]:
-    """What the model before it forgot thought of each forget row, by its identity, if the journal knows."""
-    scorer = replace(subject.scorer, model=None)
-    if subject.holdout or len(scorer.journal.known(ORIGINAL_PART)) != len(subject.forget):
-        return {}
-    scores = original_scores(replace(subject, scorer=scorer)) or []
-    return {id(row): score for row, score in zip(subject.forget, scores, strict=True)}
 
 
 def fine_tune(

@@ -20,7 +20,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.evaluation.leaks.contract import A_YARDSTICK, MARGIN, NO_HOLDOUT, LeakResult, LeakTest, Meaning, Subject
-from lowmem_npo.evaluation.leaks.extraction import original_scores
+from lowmem_npo.evaluation.leaks.extraction import extraction_figures, original_scores
 from lowmem_npo.evaluation.options import Options, free
 
 if TYPE_CHECKING:
@@ -119,7 +119,11 @@ def judge_against_before(forget: Sequence[TokenScores], before: Sequence[TokenSc
         f"score of three that changed least ({least}); membership itself is not tested, since {NO_HOLDOUT}."
     )
     figures = {"rows": len(forget), **{f"{name}_fell": auc for name, auc in fell.items()}}
-    return LeakResult(figures, meaning, fell[least] <= FALLEN, against_before=True)
+    leaks: bool | None = fell[least] <= FALLEN
+    if leaks and extraction_figures(before)["extraction_strength"] <= MARGIN:
+        meaning += " Before, the model hardly wrote these answers: there was little that could have fallen."
+        leaks = None
+    return LeakResult(figures, meaning, leaks, against_before=True)
 
 
 def _verdict(auc: float, p: float, all_equal: bool) -> tuple[bool | None, str]:

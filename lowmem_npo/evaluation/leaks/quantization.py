@@ -187,10 +187,10 @@ def judge(
             elif result.leaks is None and attacks:
                 most = max(attack.value for attack in attacks.values())
                 not_told.append(f"{test.name} ({FORMS[form]}, {most:.0%})")
-    own, beside = beside_holdout(strength, level, before)
+    own, evaluated, beside = beside_holdout(strength, level, before, others=[as_evaluated])
     meaning = (
         f"In the worst form, {FORMS[worst]}, the model writes the last {own} of a forgotten answer by itself, "
-        f"as evaluated {as_evaluated:.0%}; {beside}."
+        f"as evaluated {evaluated}; {beside}."
     )
     if problem is not None:
         meaning += f" Not measured: {problem}"

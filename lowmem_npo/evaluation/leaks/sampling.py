@@ -60,13 +60,12 @@ class Sampling(LeakTest[SamplingOptions]):
 
         length = answer_length([row for rows in subject.sets.values() for row in rows], subject.max_new_tokens)
 
-        def best(scorer: Scorer, name: str, rows: Sequence[TokenizedRow]) -> list[Best]:
+        def best(scorer: Scorer, part: str, rows: Sequence[TokenizedRow]) -> list[Best]:
             drawn = (options.leak_samples, options.leak_temperature, subject.seed, length)
-            return best_samples(
-                scorer.references(rows, length), scorer.samples(subject.named(f"leaks: {name}"), rows, *drawn)
-            )
+            return best_samples(scorer.references(rows, length), scorer.samples(part, rows, *drawn))
 
-        best_of = {name: best(subject.scorer, f"{name} samples", rows) for name, rows in subject.sets.items()}
+        parts = {name: subject.named(f"leaks: {name} samples") for name in subject.sets}
+        best_of = {name: best(subject.scorer, parts[name], rows) for name, rows in subject.sets.items()}
         result = judge(best_of["forget"], best_of.get("holdout"), options, length, self.before(subject, length, best))
         result.rows = {
             name: [{BEST: row.recall, "best_sample": row.sample} for row in rows] for name, rows in best_of.items()
@@ -77,7 +76,8 @@ class Sampling(LeakTest[SamplingOptions]):
         """The recall of the model before it forgot; None where there is a holdout, or where it is not known."""
         if subject.earlier_figure(self.name, "max_new_tokens") == length:
             return subject.earlier_figure(self.name, BEST)
-        of_original = subject.of_original(lambda scorer: best(scorer, "forget samples, original model", subject.forget))
+        part = "leaks: forget samples, original model"
+        of_original = subject.of_original(lambda scorer: best(scorer, part, subject.forget))
         return None if of_original is None else fmean(row.recall for row in of_original)
 
     def attacks(self, figures: Mapping[str, Any]) -> dict[str, Attack]:

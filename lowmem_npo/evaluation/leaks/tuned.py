@@ -70,8 +70,8 @@ def judge(attacks: Mapping[str, Tuned], told: Callable[[str, Tuned, str], str]) 
     kept = {*COMPARED, *(HOLDOUT + key for key in COMPARED)}
     figures |= {of: {k: v for k, v in tuned.after.items() if k in kept} for of, tuned in attacks.items()}
     original = None if worst.level is not None else original
-    own, beside = beside_holdout(worst.strength, worst.level, original)
-    meaning = f"{told(name, worst, own)} by itself, before them {before:.0%}; {beside}."
+    own, earlier, beside = beside_holdout(worst.strength, worst.level, original, others=[before])
+    meaning = f"{told(name, worst, own)} by itself, before them {earlier}; {beside}."
     leaks = above_holdout(worst.strength, worst.level, original)
     return LeakResult(figures, meaning, leaks, against_before=original is not None)
 

@@ -19,6 +19,10 @@ from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
 from lowmem_npo.evaluation.scoring.token_scores import TokenScores, token_scores
 
 
+class NotAsked(LookupError):
+    """The journal does not know an answer, and there is no model that could be asked."""
+
+
 @dataclass(frozen=True)
 class Scorer:
     """Asks a model under evaluation. `part` names what is measured, in the journal and on the progress bar.
@@ -34,8 +38,9 @@ class Scorer:
 
     @property
     def loaded_model(self) -> PreTrainedModel | PeftModel:
-        """The model, where one must be there."""
-        assert self.model is not None, "the journal was to know every answer"
+        """The model. Raises NotAsked where there is none."""
+        if self.model is None:
+            raise NotAsked("the journal was to know every answer")
         return self.model
 
     def without_model(self) -> Scorer:
@@ -148,6 +153,9 @@ class Scorer:
         """Raises NotGenerated where the model is not to write."""
         if not self.generates:
             raise NotGenerated("the model would have to write answers (--generate-answers on lets it).")
+        known = self.journal.known(part)
+        if self.model is None and all(row in known for row in range(len(lengths))):
+            return [known[row] for row in range(len(lengths))]  # how much a model has room for at once is not known
         room = cache_tokens(self.loaded_model)
         return self.journal.measured(part, lengths, measure, batch_size=self.batch_size, max_batch_tokens=room)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,7 +67,8 @@ def test_a_model_that_forgot_and_one_that_did_not(demo):
 
 def test_a_comparison_with_itself_would_be_noticed(demo, monkeypatch):
     monkeypatch.setattr("lowmem_npo.model.adapters.original_model", nullcontext)
-    assert leaks_of(demo, "unlearned", "membership")["membership"].leaks is True
+    result = leaks_of(demo, "unlearned", "membership")["membership"]
+    assert result.leaks is not False and result.figures["loss_fell"] == pytest.approx(0.5)
 
 
 def test_the_model_before_is_not_compared_with_itself(demo):
@@ -100,6 +102,7 @@ def test_a_model_without_an_adapter_is_compared_with_earlier_results(demo):
 def test_each_yardstick(value, level, before, leaks):
     assert above_holdout(value, level, before) is leaks
     own, beside = beside_holdout(value, level, before)
+    assert beside_holdout(value, level, before, others=[value + 0.004])[:2] == (f"{value:.1%}", f"{value + 0.004:.1%}")
     assert own == f"{value:.0%}" and ("--holdout" in beside) == (level is None)
 
 
@@ -111,6 +114,14 @@ def test_the_score_that_changed_least_decides():
     assert result.figures["loss_fell"] == 1 and result.figures["min_k_pp_fell"] == pytest.approx(0.5)
     assert result.leaks is True and "(min_k_pp)" in result.meaning and "50% of pairs" in result.meaning
     assert membership.judge_against_before(rows(-50.0, -50.0), rows(-1.0, 0.0)).leaks is False
+
+
+def test_little_that_could_have_fallen():
+    """Where the model hardly wrote the answers before, nothing says that much is left."""
+    before, same = (TokenScores([-1.0 - n] * 9, [0.0] * 9, [False] * 9) for n in range(2)), [True] * 9
+    result = membership.judge_against_before(rows := list(before), rows)
+    assert result.leaks is None and "hardly wrote these answers" in result.meaning
+    assert membership.judge_against_before(rows, [replace(row, greedy=same) for row in rows]).leaks is True
 
 
 def test_its_words():

@@ -199,3 +199,13 @@ def test_the_worst_form_decides():
     assert judge(forms(0.6, None)).leaks is True and judge(forms(0.3, None)).leaks is None
     alone = judge({AS_EVALUATED: {"forget": figures(0.1)}}, "the reason.")
     assert alone.to_json() == {"meaning": "Not measured: the reason.", "leaks": None}
+
+
+def test_without_a_holdout_merged_forms_are_compared_with_the_original_as_evaluated(work, tmp_path):
+    """A merged model has no original to ask; what that said before decides whether much is left all the same."""
+    code = main(["evaluate", "--adapter", str(work / "unlearned"), "--forget", str(work / "forget.jsonl"),
+                 "--dtype", "float32", "--device", "cpu", "--output-dir", str(tmp_path / "out"), "--leaks", "sampling",
+                 "jailbreak", "quantization", "--leak-samples", "1", "--max-new-tokens", "12"])  # fmt: skip
+    leaks = json.loads((tmp_path / "out" / "evaluation.json").read_text())["leaks"]
+    assert code == 0 and all(of_test["leaks"] is False and of_test["against_before"] for of_test in leaks.values())
+    assert "cannot be told" not in leaks["quantization"]["meaning"]

@@ -1,0 +1,61 @@
+"""What a run names by relative paths is found from other directories, and when the whole tree has been moved."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from helpers.reported_run import FORGET, RETAIN, write_rows
+
+from lowmem_npo.cli import main
+from lowmem_npo.model.saved_adapter import settings_of_run
+from lowmem_npo.run_directory import RunFiles, from_here
+
+TRAINING = ("--device", "cpu", "--dtype", "float32", "--batch-size", "2", "--max-steps", "1", "--eval-rows", "0")
+
+
+@pytest.fixture(scope="module")
+def second(byte_model, tmp_path_factory):
+    """A run that went on from another one, all named by relative paths; the tree has been moved since."""
+    start = tmp_path_factory.mktemp("start")
+    shutil.copytree(byte_model, start / "model")
+    write_rows(start / "forget.jsonl", FORGET[:2])
+    write_rows(start / "more.jsonl", FORGET[2:3])
+    write_rows(start / "retain.jsonl", RETAIN)
+    data = ["--forget", "forget.jsonl,more.jsonl", "--retain", "retain.jsonl", *TRAINING]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(start)
+        first = ["--sam", "0.05", "--output-dir", "runs/first"]
+        assert main(["train", "--model", "model", *data, *first]) == 0
+        assert main(["train", "--adapter", "runs/first", *data, "--output-dir", "./runs/second"]) == 0
+    return shutil.move(start, tmp_path_factory.mktemp("moved") / "tree") / "runs" / "second"
+
+
+def test_evaluate(second, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for model in ((), ("--model", str(second.parents[1] / "model"))):
+        assert main(["evaluate", "--adapter", str(second), "--device", "cpu", *model, "--dry-run"]) == 0
+        assert "3 forget rows" in capsys.readouterr().out
+
+
+def test_merge(second, tmp_path, monkeypatch, capsys):
+    """Its rows are measured, and what the first run made last is known."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["merge", "--adapter", str(second), "--output-dir", "out", "--quantize-check", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "merged into whole weights, then 4-bit" in printed and "What --sam made last is a property" in printed
+
+
+def test_what_cannot_be_told_stays(second, tmp_path, monkeypatch):
+    run, settings = RunFiles(second), settings_of_run(str(second))
+    assert settings["model"] == str(second.parents[1] / "model")
+    assert from_here(run, {"output_dir": "runs/second"}, "org/name") == "org/name"
+    for output_dir in (str(second), "../runs/second", "runs/renamed"):
+        assert from_here(run, {"output_dir": output_dir}, "model") == "model"
+    monkeypatch.chdir(second.parents[1])
+    assert settings_of_run(str(second))["model"] == "model"  # as the run had it
+    assert from_here(RunFiles(tmp_path), {"output_dir": "."}, "model") == "model"
+    many = [f"{number}{'-' * 60}.txt" for number in range(100)]  # together too long for a path
+    (tmp_path / many[7]).write_text("text")
+    found = from_here(RunFiles(tmp_path / "run"), {"output_dir": "run"}, ",".join(many)).split(",")
+    assert found == [*many[:7], str(tmp_path / many[7]), *many[8:]]
