@@ -196,9 +196,10 @@ def judge(attacks: Mapping[str, Tuned]) -> LeakResult:
 
     def told(name: str, worst: Tuned, own: str) -> str:
         which = f", the worst of {len(attacks)} attacks ({name})," if len(attacks) > 1 else ""
+        others = "other answer" if (rows := worst.after["rows"]) == 1 else f"other {rows} answers"
         return (
             f"After {worst.steps} steps on {worst.taught} of the forgotten rows{which} the model writes the last {own} "
-            f"of the other {worst.after['rows']} answers"
+            f"of the {others}"
         )
 
     return tuned.judge(attacks, told)

@@ -187,9 +187,9 @@ def test_one_step_follows_the_gradient_of_the_mean_nll(bug, monkeypatch):
 
 
 def test_what_is_reported():
-    def tuned(strength, holdout=None, original=None, steps=10):
+    def tuned(strength, holdout=None, original=None, steps=10, rows=8):
         def figures(strength, holdout=None):
-            own = {"rows": 8, "nll": 1.0, "exact_memorization": 0.5, "extraction_strength": strength, "recited": 0.0}
+            own = {"rows": rows, "nll": 1.0, "exact_memorization": 0.5, "extraction_strength": strength, "recited": 0.0}
             return own if holdout is None else {**own, "holdout_extraction_strength": holdout}
 
         return Tuned(2, steps, figures(0.1), figures(strength, holdout), original and figures(original))
@@ -203,6 +203,7 @@ def test_what_is_reported():
         "rows": 8, "nll": 1.0, "extraction_strength": 0.2, "holdout_extraction_strength": 0.0
     }  # fmt: skip
     assert judge({"": tuned(0.4, 0.35)}).leaks is False  # so do strange rows
+    assert "the last 40% of the other answer by itself" in judge({"": tuned(0.4, 0.35, rows=1)}).meaning
     # What counts is what is beyond the holdout.
     assert judge({"mild": tuned(0.3, 0.0), "hard": tuned(0.4, 0.35)}).figures["extraction_strength"] == 0.3
     assert "recovered" not in judge({"": tuned(0.4, original=0.1)}).figures  # nothing was lost
