@@ -126,7 +126,9 @@ def from_here(run: RunFiles, settings: Mapping[str, Any], name: str) -> str:
     here, there = Path(name).expanduser(), Path(*folder.parts[:above], Path(name).expanduser())
     if os.path.exists(there):  # of many files, their names together are too long for a path
         return name if os.path.exists(here) and here.samefile(there) else str(there)
-    return ",".join(from_here(run, settings, part.strip()) for part in name.split(",")) if "," in name else name
+    parts = [part.strip() for part in name.split(",")]
+    found = [from_here(run, settings, part) for part in parts] if len(parts) > 1 else parts
+    return name if found == parts else ",".join(found)
 
 
 def what_is_left(run: RunFiles) -> str:

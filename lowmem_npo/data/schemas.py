@@ -15,9 +15,9 @@ Recognised by their columns, in this order:
 
 from __future__ import annotations
 
+import ast
 import json
 import math
-import re
 import unicodedata
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,7 +33,6 @@ PAIRS = (*(("instruction", answer) for answer in INSTRUCTIONS), ("input", "outpu
          ("prompt", "completion"))  # fmt: skip
 READ = ("id", "system", "history", "tools", "chat_template_kwargs", "text", "context")  # beside those above
 PARAPHRASED = "paraphrased_"  # before the name of the prompt's column: the prompt in other words
-LIST_IN_TEXT = re.compile(r"""\s*\[\s*['"].*\]\s*""", re.DOTALL)  # that begins with a text
 TEXT = (None, "text")
 PASSAGE = "passage"  # the schema of a passage of a document, whose first half is the prompt
 MOST_LISTED = 20  # columns in a message
@@ -417,14 +416,28 @@ def _list_in_text(row: dict[str, Any], column: str, where: str) -> Any:
     """
     value = row.get(column)
     parsed = _parsed(value)
-    if isinstance(parsed, list) and all(isinstance(item, str) for item in parsed):
+    if _holds_text(parsed):
         return parsed
-    if isinstance(value, str) and LIST_IN_TEXT.fullmatch(value):
+    if isinstance(value, str) and _holds_text(_as_python(value)):
         raise UserError(
-            f"{where}: {column} is a list, but not in JSON; write it as json.dumps does, or a text of that look as a "
-            "list of one."
+            f"{where}: {column} holds a list as Python writes it, not as JSON; write it with json.dumps (a text that "
+            "only looks like a list goes into one by itself)."
         )
     return value
+
+
+def _holds_text(value: Any) -> bool:
+    """Whether it is a list with a text in it."""
+    return isinstance(value, list) and any(isinstance(item, str) for item in value)
+
+
+def _as_python(text: str) -> Any:
+    """The value that `text` writes in Python, None where it writes none; of NumPy's lists, which have no commas, the
+    texts are run together."""
+    try:
+        return ast.literal_eval(text.strip()) if text.lstrip().startswith("[") else None
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
 
 
 def _without_none(value: Any) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +14,9 @@ from lowmem_npo.claim import make_directory
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS, BenchmarkOptions
 from lowmem_npo.evaluation.leaks.contract import LeakTest
+from lowmem_npo.evaluation.leaks.measure import repeated
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
+from lowmem_npo.evaluation.leaks.retuning import RETUNING
 from lowmem_npo.evaluation.options import FREE
 from lowmem_npo.evaluation.result import Evaluation
 from lowmem_npo.evaluation.scoring.journal import Journal
@@ -73,7 +76,9 @@ class EvaluationDirectory(EvaluationFiles):
         changed = [
             f"{name} was {value!r}, is {now.get(name)!r}"
             for name, value in began.items()
-            if value != now.get(name) and name not in may_change and not (value is None and name in may_be_added)
+            if not _is_same(name, value, now.get(name))
+            and name not in may_change
+            and not (value is None and name in may_be_added)
         ]
         if changed:
             raise UserError(
@@ -90,6 +95,15 @@ class EvaluationDirectory(EvaluationFiles):
             if benchmark.name in evaluation.scores:
                 benchmark.save(evaluation.scores[benchmark.name], self)
         write_atomically(self.result, json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False) + "\n")
+
+
+def _is_same(name: str, value: Any, other: Any) -> bool:
+    """Whether an option names the same: of rows and of an adapter the digests tell, wherever they are named from."""
+    if value == other or value is None or other is None:
+        return bool(value == other)
+    if name == "model":
+        return os.path.realpath(value) == os.path.realpath(other) and os.path.exists(value)
+    return name == "adapter" or name in EvaluationConfig.sources()
 
 
 def as_begun(config: EvaluationConfig) -> EvaluationConfig:
@@ -134,13 +148,29 @@ def other_sets(earlier: Mapping[str, Any], now: Mapping[str, Any], but: Iterable
 
 
 def other_options(
-    earlier: Mapping[str, Any], now: Mapping[str, Any], test: LeakTest, by_attack: bool = False
+    earlier: Mapping[str, Any], now: Mapping[str, Any], test: LeakTest, others: Collection[str], by_attack: bool = False
 ) -> list[str]:
-    """The flags of a leak test, and of those that it repeats, that one settings.json has otherwise than another, as far
-    as both have them. by_attack: attacks are compared one by one, and what their names tell does not count."""
-    tests = [one for one in (LEAK_TESTS if test.loads_models else [test]) if not (by_attack and one.named_by_options)]
+    """The flags because of which the results of a leak test in two evaluations cannot be compared, by what their
+    settings.json hold: its own, and those of the tests that both let it repeat, as far as both have them; that of rows
+    which it teaches; and that of how long answers may be.
+
+    others: sets with other rows. by_attack: attacks are compared one by one, with a look at the length of answers; what
+    their names tell does not count.
+    """
+    repeats = [_repeated(settings) if test.loads_models else [] for settings in (earlier, now)]
+    tests = [test, *(one for one in repeats[0] if one in repeats[1])]
+    tests = [one for one in tests if not (by_attack and one.named_by_options)]
     names = dict.fromkeys(f.name for one in tests for f in fields(one.options) if FREE not in f.metadata)
-    return [f"--{name.replace('_', '-')}" for name in changed_options(earlier, now, names)]
+    if not by_attack and any("max_new_tokens" in one.counts for one in tests):
+        names["max_new_tokens"] = None
+    flags = [f"--{name.replace('_', '-')}" for name in changed_options(earlier, now, names)]
+    taught = ["--retain"] if RETUNING in tests and "retain" in others else []
+    return flags + taught + ([] if by_attack or repeats[0] == repeats[1] else ["--leaks"])
+
+
+def _repeated(settings: Mapping[str, Any]) -> list[LeakTest]:
+    named = settings.get("leaks") or ()
+    return repeated(test for test in LEAK_TESTS if test.name in named or "all" in named)
 
 
 def as_json(config: EvaluationConfig) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from lowmem_npo.config import ModelOptions
 from lowmem_npo.evaluation.directory import other_options, other_sets, settings_of
 from lowmem_npo.evaluation.leaks.contract import LeakResults
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
-from lowmem_npo.evaluation.leaks.retuning import RETUNING
 from lowmem_npo.evaluation.leaks.worst import retained_leaks
 from lowmem_npo.evaluation.open_unlearning import retained_min_k
 from lowmem_npo.run_directory import EvaluationFiles
@@ -51,9 +50,7 @@ class Gold:
             min_k = None
             notes.append("privleak is compared with 0.5: the evaluation of --retained-log had another holdout.")
         for test in LEAK_TESTS:
-            another = other_options(earlier, settings, test, by_attack=True)
-            if test is RETUNING and "retain" in others:
-                another.append("--retain")
+            another = other_options(earlier, settings, test, others, by_attack=True)
             if another and test.name in leaks:
                 del leaks[test.name]
                 notes.append(f"{test.name}: not compared with --retained-log, which had another {', '.join(another)}.")

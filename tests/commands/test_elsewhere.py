@@ -38,6 +38,17 @@ def test_evaluate(second, tmp_path, monkeypatch, capsys):
         assert "3 forget rows" in capsys.readouterr().out
 
 
+def test_an_evaluation_goes_on_from_another_directory(second, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    again = ["evaluate", "--adapter", str(second), "--device", "cpu", "--output-dir", str(tmp_path / "out")]
+    assert main(again) == 0
+    monkeypatch.chdir(second.parents[1])
+    assert main([*again, "--resume"]) == 0
+    shutil.copytree("model", "another")
+    assert main([*again, "--resume", "--model", "another", "--any-base"]) == 2
+    assert "model was" in capsys.readouterr().err
+
+
 def test_merge(second, tmp_path, monkeypatch, capsys):
     """Its rows are measured, and what the first run made last is known."""
     monkeypatch.chdir(tmp_path)
@@ -55,6 +66,7 @@ def test_what_cannot_be_told_stays(second, tmp_path, monkeypatch):
     monkeypatch.chdir(second.parents[1])
     assert settings_of_run(str(second))["model"] == "model"  # as the run had it
     assert from_here(RunFiles(tmp_path), {"output_dir": "."}, "model") == "model"
+    assert from_here(run, {"output_dir": "runs/second"}, "none, nowhere") == "none, nowhere"  # as it is spelled
     many = [f"{number}{'-' * 60}.txt" for number in range(100)]  # together too long for a path
     (tmp_path / many[7]).write_text("text")
     found = from_here(RunFiles(tmp_path / "run"), {"output_dir": "run"}, ",".join(many)).split(",")

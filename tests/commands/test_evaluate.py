@@ -181,7 +181,7 @@ def test_a_directory_belongs_to_one_evaluation(byte_model, files, capsys):
     assert run() == 0
     fails(capsys, run(), "holds an evaluation", "--resume")
     fails(capsys, run("--resume", "--limit", "1"), "other settings", "limit was None, is 1")
-    fails(capsys, run("--resume", name="plain2"), "other settings", "forget was")
+    assert run("--resume", name="plain2") == 0  # the same rows elsewhere
     assert run("--resume", "--members", str(files / "members.jsonl"), "--nonmembers", str(files / "others.jsonl")) == 0
     assert result(files)["membership"]["members"] == 4
     write(files / "plain.jsonl", [{"question": "Who?", "answer": "You."}])

@@ -12,8 +12,9 @@ from transformers import GPT2Config
 from lowmem_npo.cli import main
 from lowmem_npo.commands.evaluate.plan import plan_evaluation
 from lowmem_npo.console import silent
+from lowmem_npo.evaluation.directory import other_options
 from lowmem_npo.evaluation.gold import Gold
-from lowmem_npo.evaluation.leaks.registry import NAMES
+from lowmem_npo.evaluation.leaks.registry import NAMES, leak_tests
 from lowmem_npo.evaluation.scoring import scorer as measuring
 from lowmem_npo.evaluation.settings import EvaluationConfig
 
@@ -262,18 +263,8 @@ def test_what_is_taught_fits_into_the_positions(byte_model, files):
     assert max(len(row["input_ids"]) for row in plan_evaluation(config, silent).attacker.general) == 80
     assert main(["evaluate", *data, "--retune-steps", "2"]) == 0
     assert "steps on general texts" in content(files)["leaks"]["retuning"]["meaning"]
-    run = [
-        "--retain",
-        write(files / "r.jsonl", HOLDOUT[:2]),
-        "--max-steps",
-        "1",
-        "--batch-size",
-        "2",
-        "--eval-rows",
-        "2",
-        "--max-new-tokens",
-        "4",
-    ]
+    run = ["--retain", write(files / "r.jsonl", HOLDOUT[:2]), "--max-steps", "1", "--batch-size", "2"]
+    run += ["--eval-rows", "2", "--max-new-tokens", "4"]
     assert main(["train", *data[:-1], str(files / "run"), *run, "--lora-targets", "c_attn"]) == 0
     leaks = json.loads((files / "run" / "leaks.json").read_text())
     assert any("general texts" in name for name in leaks["after"]["retuning"])
@@ -291,3 +282,27 @@ def test_before_is_compared_test_by_test(byte_model, files, capsys):
     assert "extraction: no traces found (before: " in printed and "sampling: no traces found\n" in printed
     assert evaluate(byte_model, files, *leaks, "1", *before, out="same") == 0 and not content(files, "same")["notes"]
     assert "sampling: no traces found (before: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("test", "earlier", "now", "others", "flags"),
+    [
+        ("extraction", {"relearn_steps": 1}, {"relearn_steps": 2}, [], []),
+        ("relearning", {"relearn_steps": 1}, {"relearn_steps": 2}, [], ["--relearn-steps"]),
+        ("sampling", {"max_new_tokens": 4}, {"max_new_tokens": 8}, [], ["--max-new-tokens"]),
+        ("extraction", {"max_new_tokens": 4}, {"max_new_tokens": 8}, [], []),
+        ("retuning", {}, {}, ["retain"], ["--retain"]),
+        ("relearning", {}, {}, ["retain"], []),
+        ("quantization", {"relearn_steps": 1}, {"relearn_steps": 2}, [], []),  # which neither repeated
+        (
+            "quantization",
+            {"leaks": ["relearning", "quantization"], "relearn_steps": 1},
+            {"leaks": ["all"], "relearn_steps": 2},
+            [],
+            ["--relearn-steps", "--leaks"],
+        ),
+    ],
+)
+def test_what_makes_a_leak_test_another(test, earlier, now, others, flags):
+    (tested,) = leak_tests([test])
+    assert other_options(earlier, now, tested, others) == flags

@@ -118,16 +118,20 @@ def test_a_cell_may_hold_a_list_of_texts_as_json(tmp_path):
 
 
 @pytest.mark.parametrize("column", ["alt", "paraphrased_question"])
-@pytest.mark.parametrize("write", [str, lambda texts: str(numpy.array(texts)), lambda texts: json.dumps([*texts, 5])])
+@pytest.mark.parametrize("write", [str, lambda texts: str(numpy.array(texts)), lambda texts: str([None, *texts])])
 def test_a_list_that_is_no_json_is_no_text(write, column, tmp_path):
     """As `to_csv` of pandas writes a column of lists, or of the arrays that it makes of a Parquet file's."""
     row = {"question": "Q", "answer": "A", column: ["In A.", "It's in B."]}
     path = tmp_path / "f.csv"
     pandas.DataFrame([{**row, column: write(row[column])}]).to_csv(path, index=False)
-    with pytest.raises(UserError, match=f"f.csv, line 2: {column} is a list, but not in JSON; write it as json.dumps"):
+    with pytest.raises(UserError, match=f"f.csv, line 2: {column} holds a list as Python writes it, not as JSON; "):
         to_examples(read_rows(str(path)), alternative_column=column if column == "alt" else None)
     code = {**row, column: ["['a', 'b']"]}
     assert one(code, alternative_column=column).alternatives == ("['a', 'b']",)
+    for text in ('["yes"] or ["no"]', "['a', 'b'] + ['c']", "['a'] is what is meant by x[1]", "[unquoted, 'a']"):
+        assert one({**row, column: text}, alternative_column=column).alternatives == (text,)
+    with pytest.raises(UserError, match=f"{column} is a number, not text"):
+        one({**row, column: '["In A.", 5]'}, alternative_column=column if column == "alt" else None)
 
 
 def test_an_answer_in_other_spacing_case_or_punctuation_is_no_other_answer():

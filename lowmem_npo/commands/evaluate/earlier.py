@@ -41,7 +41,7 @@ def read_earlier(
         content["leaks"] = {}
     notes, settings, now = [], settings_of(config.before) or {}, as_json(config)
     for test in leak_tests(config.leaks):
-        another = other_options(settings, now, test)
+        another = other_options(settings, now, test, others)
         if another and (content["leaks"] or {}).pop(test.name, None):
             notes.append(f"{test.name}: not compared with --before, which had another {', '.join(another)}.")
     return content, others, notes
