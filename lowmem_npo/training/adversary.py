@@ -241,7 +241,7 @@ def check_others(
     lower = [*(["--batch-size"] if batch_size > 1 else []), *(["--layered"] if folds else [])]
     lowered = f"Lower {' or '.join(lower)}, or " if lower else ""
     least, first = (min(map(len, folds)), len(folds[0])) if folds else (forget_rows, forget_rows)
-    if attack_steps > 1 and least > 1 and least // 2 < batch_size:
+    if attack_steps > 1 and first > 1 and least // 2 < batch_size:
         rows = f"forget rows in the smallest fold of --layered {len(folds)}" if folds else "forget rows"
         raise UserError(
             "--adversary-steps forgets one half while the other is taught, and a step takes more rows than that: "

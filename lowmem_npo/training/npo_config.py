@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, get_type_hints
 
+import numpy as np
 from annotated_types import Interval
 from transformers import TrainingArguments
 
@@ -62,6 +63,11 @@ class NPOConfig(ObjectiveConfig, TrainingArguments):
     every step."""
 
     def __post_init__(self) -> None:
+        for f in fields(self):  # a length that NumPy has counted is a number as any other
+            if isinstance(value := getattr(self, f.name), np.generic):
+                setattr(self, f.name, value.item())
+        if self.padding_free in (0, 1):
+            self.padding_free = bool(self.padding_free)
         ObjectiveConfig.__post_init__(self)
         defaults, own = as_is(), {name: getattr(self, name) for name in NPOConfig.__annotations__}
         kinds = get_type_hints(NPOConfig, include_extras=True)

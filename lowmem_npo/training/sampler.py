@@ -20,8 +20,7 @@ def sampler_of(args: NPOConfig, rows: TrainingRows) -> StepBatches:
     Raises:
         UserError: a fold does not fill a batch, a stage has no step, or no row is left for the attacker.
     """
-    micro_batches, processes = args.gradient_accumulation_steps, args.world_size
-    batch_size = args.step_batch_size or args.per_device_train_batch_size * micro_batches * processes
+    micro_batches, processes, batch_size = args.gradient_accumulation_steps, args.world_size, _batch_size(args)
     sizes = {
         "num_retain": rows.num_retain,
         "batch_size": batch_size,
@@ -32,7 +31,7 @@ def sampler_of(args: NPOConfig, rows: TrainingRows) -> StepBatches:
         "world_size": processes,
         "alternatives": rows.alternatives,
     }
-    steps = num_steps(rows.num_forget, batch_size, args.num_train_epochs, args.max_steps)
+    steps = steps_of(rows, args)
     folds, attack_steps = rows.folds or [list(range(rows.num_forget))], 1
     if args.attack_steps:
         attack_steps = attack_length(args.attack_steps, steps, len(folds))
@@ -40,6 +39,17 @@ def sampler_of(args: NPOConfig, rows: TrainingRows) -> StepBatches:
     if rows.folds is None and attack_steps == 1:
         return StepBatches(rows.num_forget, **sizes)
     return LayeredBatches(folds, steps, args.layered_weight, attack_steps=attack_steps, **sizes)
+
+
+def steps_of(rows: TrainingRows, args: NPOConfig) -> int:
+    """Optimiser steps of the whole run."""
+    return num_steps(rows.num_forget, _batch_size(args), args.num_train_epochs, args.max_steps)
+
+
+def _batch_size(args: NPOConfig) -> int:
+    """Forget rows of an optimiser step, over all micro-batches and processes."""
+    at_once = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return args.step_batch_size or at_once
 
 
 def check_division(

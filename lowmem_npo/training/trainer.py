@@ -48,7 +48,7 @@ from lowmem_npo.training.objective import StepTotals
 from lowmem_npo.training.out_of_memory import DividedSteps
 from lowmem_npo.training.passes import Passes
 from lowmem_npo.training.reference import CachedReference, LiveReference
-from lowmem_npo.training.sampler import EpochOfSampler, sampler_of
+from lowmem_npo.training.sampler import EpochOfSampler, sampler_of, steps_of
 from lowmem_npo.training.script_rows import script_rows
 from lowmem_npo.training.sharpness import Neighbour
 from lowmem_npo.training.training_rows import training_rows
@@ -207,12 +207,13 @@ class NPOTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         files = AdapterFiles(Path(resume_from_checkpoint))
-        if isinstance(self.step_batches, LayeredBatches):
-            began, now = TrainerState.load_from_json(str(files.trainer_state)).max_steps, self.step_batches.steps
+        if self.args.layered is not None or self.args.attack_steps > 1:
+            began = TrainerState.load_from_json(str(files.trainer_state)).max_steps
+            now = steps_of(self._rows, self.args)
             if began != now:
                 raise UserError(
                     f"The run in '{files.path.parent}' began with {began} steps, over which its stages and attackers "
-                    f"are laid out, and now has {now}: resume it with as many, or start anew."
+                    f"are laid out, and now has {now}: resume it with {began}, or start anew."
                 )
         restore_adapter(self.model, load_file(files.weights))
         self.divided.resume(files, self.args.process_index, self.args.world_size)
@@ -228,7 +229,7 @@ class NPOTrainer(Trainer):
         number, answers, term = self._rows.num_forget, len(self._rows.forget), self.passes.objective.forget_term
         if term in REFUSING_TERMS:
             raise UserError(
-                f"forget_levels are of the forgotten answers, and {term} trains on a refusal: leave them out."
+                f"forget_levels apply to the forgotten answers, but {term} trains on a refusal: leave them out."
             )
         if len(levels) != number:
             raise UserError(f"There are {len(levels)} forget_levels for {number} rows to forget: give one for each.")

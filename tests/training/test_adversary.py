@@ -25,7 +25,7 @@ from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model
 from lowmem_npo.model.layers import causal_lm, linear_layers
 from lowmem_npo.run_directory import AdapterFiles, check_disk
-from lowmem_npo.training.adversary import RANK, ROWS, Adversary, Lesson, attacker_size, other_rows
+from lowmem_npo.training.adversary import RANK, ROWS, Adversary, Lesson, attacker_size, check_others, other_rows
 from lowmem_npo.training.checkpoints import _damage
 from lowmem_npo.training.layered import LayeredBatches, divide
 from lowmem_npo.training.step_rows import StepBatches
@@ -407,3 +407,16 @@ def test_an_attacker_without_other_rows_is_refused(rows, layered, message, tmp_p
     with pytest.raises(UserError, match=message):
         make_trainer(tiny_model(), tmp_path, FORGET[:rows], RETAIN, **sizes)
     make_trainer(tiny_model(), tmp_path, FORGET[: rows + 2], RETAIN, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("rows", "folds", "batch_size", "message"),
+    [
+        (1, None, 1, "forget rows: 1. Name more rows, or forget without an attacker."),
+        (5, [[0, 1, 2, 3], [4]], 1, "forget rows in the smallest fold of --layered 2: 1. Lower --layered, or give"),
+        (5, [[0], [1, 2, 3, 4]], 1, "forget rows in the first fold of --layered 2: 1. Lower --layered, or forget"),
+    ],
+)
+def test_what_to_do_about_too_few_rows(rows, folds, batch_size, message):
+    with pytest.raises(UserError, match=message):
+        check_others(rows, folds, batch_size, attack_steps=2)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from functools import partial
 
+import numpy as np
 import pandas
 import pytest
 import torch
@@ -108,6 +109,13 @@ def test_what_is_no_rows_is_refused_at_once(rows, message, byte_model, tmp_path)
 def test_values_that_a_field_cannot_have_are_refused_as_by_the_command_line(settings, message, byte_model, tmp_path):
     with pytest.raises(UserError, match=message):
         trainer_of(byte_model, tmp_path, **settings)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    given = {"step_batch_size": np.int64(4), "max_length": np.int32(64), "padding_free": np.True_}
+    args = NPOConfig(output_dir=str(tmp_path), use_cpu=True, **given)
+    assert (args.step_batch_size, args.max_length, args.padding_free) == (4, 64, True)
+    assert type(args.max_length) is int and NPOConfig(output_dir=str(tmp_path), padding_free=0).padding_free is False
 
 
 def test_a_script_may_parse_its_arguments(tmp_path):
@@ -256,8 +264,10 @@ def test_a_resumed_script_keeps_the_length_of_its_stages(settings, byte_model, t
     """Longer stages would hold again what has been forgotten."""
     settings = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 3, **settings}
     trainer_of(byte_model, tmp_path, max_steps=4, **settings).train()
-    with pytest.raises(UserError, match="began with 4 steps, over which its stages and attackers are laid out, and no"):
-        trainer_of(byte_model, tmp_path, max_steps=8, **settings).train(resume_from_checkpoint=True)
+    for steps in (8, 3):
+        said = f"began with 4 steps, over which its stages and attackers are laid out, and now has {steps}: resume it "
+        with pytest.raises(UserError, match=said):
+            trainer_of(byte_model, tmp_path, max_steps=steps, **settings).train(resume_from_checkpoint=True)
     again = trainer_of(byte_model, tmp_path, max_steps=4, **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert again.state.global_step == 4
