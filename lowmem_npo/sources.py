@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from lowmem_npo.errors import UserError
@@ -45,10 +46,9 @@ def data_names(source: str) -> list[str]:
     return [source]
 
 
-def shown_names(source: str, most: int = 5) -> str:
-    """`source` for a line: of more than `most` names the first ones, and how many there are beside."""
-    names = data_names(source)
-    return source if len(names) <= most else f"{', '.join(names[:most])} and {len(names) - most:,} more"
+def shown_names(names: Sequence[str], most: int = 5) -> str:
+    """Names for a line: of more than `most` the first ones, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def check_data_name(name: str) -> None:

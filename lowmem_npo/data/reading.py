@@ -58,11 +58,12 @@ def read_rows(
     Raises UserError for a source that is missing, unreadable, malformed or empty.
     """
     named = tuple(filter(None, columns))
-    parts = [_read_source(name, passages or Passages(), named) for name in data_names(source)]
+    names = data_names(source)
+    parts = [_read_source(name, passages or Passages(), named) for name in names]
     if len({part.mixed for part in parts}) > 1:
         table, document = (next(part.name for part in parts if part.mixed is mixed) for mixed in (False, True))
         raise UserError(f"{document} is a document and {table} holds rows: name files of one of the two kinds.")
-    rows = parts[0] if len(parts) == 1 else joined(shown_names(source), parts)
+    rows = parts[0] if len(parts) == 1 else joined(shown_names(names), parts)
     lines, places = rows.lines and rows.lines[:limit], rows.places and rows.places[:limit]
     return Rows(rows.name, rows.rows[:limit], lines, places, rows.mixed, rows.notes)
 
@@ -77,7 +78,7 @@ def general_words(source: str) -> str | None:
 def described(source: str) -> str:
     """A source as a report names it."""
     general = general_words(source)
-    return f"{source}, {general}" if general else shown_names(source)
+    return f"{source}, {general}" if general else shown_names(data_names(source))
 
 
 def _read_source(source: str, passages: Passages, columns: Collection[str]) -> Rows:

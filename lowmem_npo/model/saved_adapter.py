@@ -34,7 +34,7 @@ EXTRAS = {
     "use_qalora": "pooled inputs (QALoRA)",
     "use_bdlora": "block-diagonal factors (BD-LoRA)",
 }
-NAMED = ("model", "adapter", "forget", "retain", "holdout")  # options of a run that may name a place
+NAMED = ("model", "adapter", "forget", "retain", "holdout")  # options of a run that may name a place, the base's first
 # Of a LoRA adapter's configuration, what PEFT takes as it comes.
 LAYERS = str | list[str] | None
 TYPES = {

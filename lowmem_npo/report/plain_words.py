@@ -214,7 +214,7 @@ def _examples(data: Mapping[str, Any]) -> str:
 def _source(data: Mapping[str, Any]) -> str:
     """Files by their names, without their folders."""
     names = data_names(data["source"] or "bundled")
-    return shown_names(", ".join(Path(name).name if Path(name).is_absolute() else name for name in names))
+    return shown_names([Path(name).name if Path(name).is_absolute() else name for name in names])
 
 
 def _duration(seconds: float) -> str:

@@ -36,7 +36,7 @@ from lowmem_npo.model.notes import model_notes
 from lowmem_npo.model.saved_adapter import resolve_base, settings_of_run
 from lowmem_npo.model.stop_tokens import stop_tokens
 from lowmem_npo.run_directory import AdapterFiles
-from lowmem_npo.sources import shown_names
+from lowmem_npo.sources import data_names, shown_names
 
 
 @dataclass
@@ -138,7 +138,7 @@ def _read(
         return {part: bundled_rows(part, limit=limit) for part in parts}
     named = config.named_data
     if named:
-        say("Data: " + ", ".join(f"{part} {shown_names(source)}" for part, source in named.items()))
+        say("Data: " + ", ".join(f"{part} {shown_names(data_names(source))}" for part, source in named.items()))
     passages = Passages.of(config, tokenizer)
     whole = replace(passages, form="text")  # of a document whose loss is measured, each passage once
     columns = tuple(config.columns.values())
@@ -201,12 +201,12 @@ def _select_for_leaks(
             context.check(example.where, row["input_ids"])
         selected[part] = Selection(rows, len(of_part), places)
     wording = Wording(measured, context.template, config.tokens_per_row, context.fit)
-    attacker, how = Attacker(wording=wording), (context.tokenizer, context.template, wording.longest)
+    attacker, tokenizer, template = Attacker(wording=wording), context.tokenizer, context.template
     if RETUNING.name in config.leaks:
-        attacker.general = bundled_general("general", examples["forget"], *how)
+        attacker.general = bundled_general("general", examples["forget"], tokenizer, template, wording.longest)
         if "retain" in sources:
             kept = [to_keep[i] for i in context.choose(len(to_keep))]
-            rows = tokenize(kept, context.tokenizer, max_length=how[2], template=how[1], drop_too_long=True)
+            rows = tokenize(kept, tokenizer, max_length=wording.longest, template=template, drop_too_long=True)
             attacker.retain = rows.apart_from(examples["forget"])
     return selected, attacker
 

@@ -64,10 +64,15 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
 
 def _announced(plan: EvaluationPlan) -> list[str]:
     """What would be measured, in lines."""
-    lines = [f"{benchmark.title}: {len(chosen.rows)} {name} rows" for benchmark, name, chosen in plan.selected]
-    counts = " and ".join(f"{len(chosen.rows)} {name} rows" for name, chosen in plan.leak_rows.items())
+    lines = [f"{benchmark.title}: {_count(name, chosen)}" for benchmark, name, chosen in plan.selected]
+    counts = " and ".join(_count(name, chosen) for name, chosen in plan.leak_rows.items())
     lines += [f"Leak test {test.name}, on {counts}: {test.summary}" for test in leak_tests(plan.config.leaks)]
     return [*lines, "Dry run: nothing was measured or written."]
+
+
+def _count(name: str, chosen: Selection) -> str:
+    rows = len(chosen.rows)
+    return f"{rows} {name} row{'s' if rows != 1 else ''}"
 
 
 def measure(

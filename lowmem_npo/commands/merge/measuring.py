@@ -26,13 +26,12 @@ from lowmem_npo.evaluation.leaks.extraction import EXTRACTION, extraction_figure
 from lowmem_npo.evaluation.leaks.measure import read_leaks
 from lowmem_npo.evaluation.scoring.batching import at_once
 from lowmem_npo.evaluation.scoring.token_scores import token_scores
-from lowmem_npo.evaluation.settings import DATA_SETS
 from lowmem_npo.files import file_sha256
 from lowmem_npo.memory.host_room import check_room
 from lowmem_npo.memory.streaming import can_stream_to
 from lowmem_npo.memory.switches import load_base, stream_layers
 from lowmem_npo.model.loading import resolve_device
-from lowmem_npo.model.saved_adapter import settings_of_run
+from lowmem_npo.model.saved_adapter import NAMED, settings_of_run
 from lowmem_npo.report.audit import read_audit
 from lowmem_npo.run_directory import RunFiles, run_of_adapter
 
@@ -103,8 +102,7 @@ def rows_of_run(config: MergeConfig, name: str, revision: str | None) -> RunRows
         raise UserError(f"there is no run.yaml in '{run.path}', which would name the rows to measure")
     flags = ["--config", str(run.run_yaml), "--model", name, "--device", config.device]
     named = settings_of_run(config.adapter)
-    options = [option for option in ("adapter", *DATA_SETS) if named.get(option)]
-    flags += [word for option in options for word in (f"--{option}", named[option])]
+    flags += [word for option in NAMED[1:] if named.get(option) for word in (f"--{option}", named[option])]
     settings = parse_run([*flags, *(["--revision", revision] if revision else [])], "merge")
     if self_rows(settings.data.retain) is not None:
         settings.data = replace(settings.data, retain=str(run.self_written))
