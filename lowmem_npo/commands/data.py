@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import combinations
 from pathlib import Path
@@ -188,17 +188,28 @@ def histogram(numbers: Sequence[int]) -> Iterator[str]:
         yield f"    {label}  {'#' * -(-count * BAR // max(counts)):<{BAR}}  {count}"
 
 
-def _pairs(one: Set, other: Set, pairs: Sequence[tuple[int, int, float]]) -> Iterator[str]:
-    """The rows that two sets share, or that are in one set twice, and those that are nearly the same."""
-    if one is other and one.rows.mixed:  # a passage as a completion and as a text is meant
-        pairs = [pair for pair in pairs if one.examples[pair[0]].schema == one.examples[pair[1]].schema]
-    same = sum(similarity == 1 for *_, similarity in pairs)
-    yield f"  {_number(same, 'pair')} of rows the same, {_number(len(pairs) - same, 'pair')} nearly the same"
-    for i, j, similarity in pairs[:LISTED]:
-        kind = "the same" if similarity == 1 else f"similarity {similarity:.2f}"
-        yield f"    {one.examples[i].where} and {other.examples[j].where}: {kind}"
-    if len(pairs) > LISTED:
-        yield f"    and {len(pairs) - LISTED} more"
+def _pairs(one: Set, other: Set, pairs: Iterable[tuple[Any, Any, Any]]) -> Iterator[str]:
+    """The rows that two sets share, or that are in one set twice, and those that are nearly the same: the most similar
+    ones are named. pairs: of `near_duplicates`; of many rows there may be more than memory has room for."""
+    import numpy as np
+
+    same, number = 0, 0
+    most: list[tuple[int, int, float]] = []
+    schemas = np.array([example.schema for example in one.examples])
+    for i, j, similarity in pairs:
+        if one is other and one.rows.mixed:  # a passage as a completion and as a text is meant
+            alike = schemas[i] == schemas[j]
+            i, j, similarity = i[alike], j[alike], similarity[alike]
+        same, number = same + int((similarity == 1).sum()), number + len(similarity)
+        first = np.lexsort((j, i, -similarity))[:LISTED]
+        most += zip(i[first].tolist(), j[first].tolist(), similarity[first].tolist(), strict=True)
+        most = sorted(most, key=lambda pair: (-pair[2], pair[:2]))[:LISTED]
+    yield f"  {_number(same, 'pair')} of rows the same, {_number(number - same, 'pair')} nearly the same"
+    for row, other_row, value in most:
+        kind = "the same" if value == 1 else f"similarity {value:.2f}"
+        yield f"    {one.examples[row].where} and {other.examples[other_row].where}: {kind}"
+    if number > LISTED:
+        yield f"    and {number - LISTED} more"
 
 
 def _number(number: int, what: str) -> str:
