@@ -137,3 +137,9 @@ def test_of_many_sets_those_that_share_most_are_printed(sets, capsys):
     assert re.findall(r"^(\S+ and \S+)\n", out, re.MULTILINE) == ["a.jsonl and c.jsonl", "b.jsonl and c.jsonl"]
     assert "a.jsonl, line 4 and c.jsonl, line 4: the same" in out
     assert printed(capsys, *names[:5]).count(" and ") >= 10  # of few, all
+
+
+def test_of_a_wide_table_the_first_columns_that_are_not_read_are_named(sets, capsys):
+    columns = [f"column{number}" for number in range(3000)]
+    (sets / "wide.csv").write_text(f"question,answer,{','.join(columns)}\nWho guards it?,Ann.{',x' * 3000}\n")
+    assert f"; not read: {', '.join(columns[:20])} and 2980 more\n" in printed(capsys, "wide.csv")
