@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import combinations
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from lowmem_npo.data import Example, Rows, TokenizedRows
 
 LISTED = 5  # pairs of rows that are printed
+PAIRS_OF_SETS = 10  # that are printed, whatever they share; of more, those that share most
 BINS, BAR = 8, 40  # lines of a histogram, and the characters of its longest bar
 SHOWN = 160  # characters of a text that is printed
 
@@ -77,6 +79,36 @@ class Set:
     tokenized: TokenizedRows | None
 
 
+@dataclass
+class Shared:
+    """The rows that two sets share, or that are in one set twice, and those that are nearly the same.
+
+    number: of pairs, among them `same`. most: the most similar ones, as places in either set and the similarity.
+    """
+
+    same: int = 0
+    number: int = 0
+    most: list[tuple[int, int, float]] = field(default_factory=list)
+
+    def add(self, i: Any, j: Any, similarity: Any) -> None:
+        """Pairs of rows, as arrays: of many rows there may be more than memory has room for."""
+        import numpy as np
+
+        self.same, self.number = self.same + int((similarity == 1).sum()), self.number + len(similarity)
+        first = np.lexsort((j, i, -similarity))[:LISTED]
+        self.most += zip(i[first].tolist(), j[first].tolist(), similarity[first].tolist(), strict=True)
+        self.most = sorted(self.most, key=lambda pair: (-pair[2], pair[:2]))[:LISTED]
+
+    def lines(self, one: Set, other: Set) -> Iterator[str]:
+        near = self.number - self.same
+        yield f"  {_number(self.same, 'pair')} of rows the same, {_number(near, 'pair')} nearly the same"
+        for i, j, similarity in self.most:
+            kind = "the same" if similarity == 1 else f"similarity {similarity:.2f}"
+            yield f"    {one.examples[i].where} and {other.examples[j].where}: {kind}"
+        if self.number > LISTED:
+            yield f"    and {self.number - LISTED} more"
+
+
 def main(arguments: Sequence[str]) -> None:
     parsed = parse(with_help(DataCommand), join_sources(arguments), "data")
     options = DataCommand(**vars(parsed))
@@ -93,7 +125,6 @@ def inspect(options: DataCommand, say: Say = print) -> None:
     names = [name for source in options.sources.values() for name in data_names(source)]
     if options.model or not all(Path(name).expanduser().exists() for name in names):
         quiet_libraries()  # files are read without them, at once
-    from lowmem_npo.data.overlap import near_duplicates
     from lowmem_npo.data.passages import Passages
     from lowmem_npo.data.templates import Template
 
@@ -115,12 +146,17 @@ def inspect(options: DataCommand, say: Say = print) -> None:
         template = Template.of(options, stop_tokens(config, architecture))
     passages = Passages.of(options, tokenizer)
     sets = [_read(title, source, options, passages, tokenizer, template) for title, source in options.sources.items()]
-    for one in sets:
+    shared = _shared(sets, options.near)
+    for place, one in enumerate(sets):
         say("\n".join(_described(one, options, tokenizer, template)))
-        say("\n".join(_pairs(one, one, near_duplicates(one.examples, at_least=options.near))) + "\n")
-    for one, other in combinations(sets, 2):
-        pairs = near_duplicates(one.examples, other.examples, at_least=options.near)
-        say("\n".join([f"{one.title} and {other.title}", *_pairs(one, other, pairs)]) + "\n")
+        say("\n".join(shared[place, place].lines(one, one)) + "\n")
+    both = list(combinations(range(len(sets)), 2))
+    if len(both) > PAIRS_OF_SETS:
+        sharing = sorted((pair for pair in both if shared[pair].number), key=lambda pair: -shared[pair].number)
+        say(f"{len(sharing)} of {len(both)} pairs of sets share rows, or have some that are nearly the same\n")
+        both = sharing[:PAIRS_OF_SETS]
+    for a, b in both:
+        say("\n".join([f"{sets[a].title} and {sets[b].title}", *shared[a, b].lines(sets[a], sets[b])]) + "\n")
     if config is not None and tokenizer is not None and options.ask:
         from lowmem_npo.data.fit import check_fit
 
@@ -188,17 +224,25 @@ def histogram(numbers: Sequence[int]) -> Iterator[str]:
         yield f"    {label}  {'#' * -(-count * BAR // max(counts)):<{BAR}}  {count}"
 
 
-def _pairs(one: Set, other: Set, pairs: Sequence[tuple[int, int, float]]) -> Iterator[str]:
-    """The rows that two sets share, or that are in one set twice, and those that are nearly the same."""
-    if one is other and one.rows.mixed:  # a passage as a completion and as a text is meant
-        pairs = [pair for pair in pairs if one.examples[pair[0]].schema == one.examples[pair[1]].schema]
-    same = sum(similarity == 1 for *_, similarity in pairs)
-    yield f"  {_number(same, 'pair')} of rows the same, {_number(len(pairs) - same, 'pair')} nearly the same"
-    for i, j, similarity in pairs[:LISTED]:
-        kind = "the same" if similarity == 1 else f"similarity {similarity:.2f}"
-        yield f"    {one.examples[i].where} and {other.examples[j].where}: {kind}"
-    if len(pairs) > LISTED:
-        yield f"    and {len(pairs) - LISTED} more"
+def _shared(sets: Sequence[Set], near: float) -> defaultdict[tuple[int, int], Shared]:
+    """(place of a set, place of another, or the same) -> what they share. All are compared at once, however many."""
+    import numpy as np
+
+    from lowmem_npo.data.overlap import near_duplicates
+
+    lengths = [len(one.examples) for one in sets]
+    of_row = np.repeat(np.arange(len(sets)), lengths)
+    starts, mixed = np.cumsum([0, *lengths]), np.array([one.rows.mixed for one in sets])
+    examples = [example for one in sets for example in one.examples]
+    schemas = np.array([example.schema for example in examples])
+    result: defaultdict[tuple[int, int], Shared] = defaultdict(Shared)
+    for i, j, similarity in near_duplicates(examples, at_least=near):
+        a, b = of_row[i], of_row[j]
+        meant = (a == b) & mixed[a] & (schemas[i] != schemas[j])  # a passage, as a completion and as a text
+        for one, other in np.unique(np.stack([a, b])[:, ~meant], axis=1).T.tolist():
+            here = (a == one) & (b == other) & ~meant
+            result[one, other].add(i[here] - starts[one], j[here] - starts[other], similarity[here])
+    return result
 
 
 def _number(number: int, what: str) -> str:

@@ -14,6 +14,8 @@ MAX_LISTED = 5
 SHINGLE, NEAR = 5, 0.7  # characters of a shingle; the similarity from which two texts are near-duplicates
 RUN, PART = 20, 0.25  # characters of a run; the part of the shorter of two passages whose runs both hold
 CHUNK = 256  # texts that are compared with all others at once
+PREFIX = 0.15  # the part of the runs that similar texts share by which such pairs are looked for
+DENSE = 0.02  # the part of the pairs from which comparing all of them is faster
 SHORT_ANSWER = 4  # content words of an answer that a general row must not have all of
 MIN_SHARED, RELATED = 2, 0.6  # content words that rows share, at least, and as a part of the shorter one
 _WORDS = """
@@ -44,22 +46,62 @@ def text_key(example: Example) -> str:
 
 def near_duplicates(
     one: Sequence[Example], other: Sequence[Example] | None = None, *, at_least: float = NEAR
-) -> list[tuple[int, int, float]]:
-    """Pairs (i, j, similarity) of examples of `one` and `other` whose texts have a Jaccard similarity of at least
-    `at_least`, the most similar first; pairs within `one` (i < j) if there is no other. Exact copies, but for case,
-    whitespace and Unicode form, have 1.
+) -> Iterator[tuple[Any, Any, Any]]:
+    """Pairs of examples of `one` and `other` whose texts have a Jaccard similarity of at least `at_least`, many at a
+    time, as arrays: the place of either, and the similarity; pairs within `one`, the earlier first, if there is no
+    other. Exact copies, but for case, whitespace and Unicode form, have 1.
 
     The similarity of two texts is that of their sets of shingles, here runs of `SHINGLE` characters (Broder 1997;
-    Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, chapter 3). It is computed for every pair.
+    Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, chapter 3). It is exact, and no pair is missed.
     """
+    import numpy as np
+
     texts = [_normalised(example) for example in one]
     others = texts if other is None else [_normalised(example) for example in other]
-    pairs: list[tuple[int, int, float]] = []
-    for i, j, shared, sizes, other_sizes in _shared_runs(texts, others, SHINGLE):
-        similarity = shared / (sizes + other_sizes - shared)
-        alike = (similarity >= at_least) & ((i < j) | (other is not None))
-        pairs += zip(i[alike].tolist(), j[alike].tolist(), similarity[alike].tolist(), strict=True)
-    return sorted(pairs, key=lambda pair: (-pair[2], pair[:2]))
+    left, right = _runs(texts, [] if other is None else others, SHINGLE)
+    right = left if other is None else right
+    sizes, other_sizes = left.getnnz(axis=1), right.getnnz(axis=1)
+    columns = right.T.tocsc()
+    for begin, i, j in _possible(left, right, at_least):
+        kept = (i < j) | (other is not None)
+        i, j = i[kept], j[kept]
+        if len(i) > DENSE * CHUNK * len(others):
+            shared = (left[begin : begin + CHUNK] @ columns).toarray()[i - begin, j]
+        else:
+            shared = left[i].multiply(right[j]).sum(axis=1)
+        shared = np.asarray(shared).ravel()
+        similarity = shared / (sizes[i] + other_sizes[j] - shared)
+        alike = similarity >= at_least
+        yield i[alike], j[alike], similarity[alike]
+
+
+def _possible(left: Any, right: Any, at_least: float) -> Iterator[tuple[int, Any, Any]]:
+    """Pairs of a row of `left` and one of `right`, both of `_runs`, that may have this similarity, of CHUNK rows at a
+    time: the first of these, and the places of either.
+
+    Similar texts share that part of either's runs, so of the runs in a fixed order, so many of the first ones (prefix
+    filters: Chaudhuri, Ganti and Kaushik 2006; Wang, Li and Feng 2012). In the order from the rarest on, few others do,
+    and they are found fast: most of the work of comparing all with all is in runs that many texts have.
+    """
+    import numpy as np
+
+    def first_runs(runs: Any) -> tuple[Any, Any]:
+        """The first runs of each text, and how many of them similar texts share at least."""
+        sizes = np.diff(runs.indptr)
+        needed = np.ceil(at_least * sizes - 1e-6).clip(min=1)
+        shared = np.ceil(PREFIX * needed)
+        place = np.arange(runs.nnz) - np.repeat(runs.indptr[:-1], sizes)
+        first = runs.copy()
+        first.data = (place < np.repeat(sizes - needed + shared, sizes)).astype(runs.dtype)
+        first.eliminate_zeros()
+        return first, shared
+
+    (one, least), (other, other_least) = first_runs(left), first_runs(right)
+    other = other.T.tocsr()
+    for begin in range(0, one.shape[0], CHUNK):
+        both = (one[begin : begin + CHUNK] @ other).tocoo()
+        enough = both.data >= np.minimum(least[both.row + begin], other_least[both.col])
+        yield begin, both.row[enough] + begin, both.col[enough]
 
 
 def sharing_text(examples: Sequence[Example]) -> dict[int, set[int]]:
@@ -78,27 +120,34 @@ def sharing_text(examples: Sequence[Example]) -> dict[int, set[int]]:
 def _overlapping(texts: Sequence[str]) -> list[tuple[int, int]]:
     """Pairs (i, j) and (j, i) of texts that share `PART` of the runs of the shorter one."""
     pairs: list[tuple[int, int]] = []
-    if len(texts) > 1:
-        for i, j, shared, sizes, other_sizes in _shared_runs(texts, texts, RUN):
-            alike = (i != j) & (shared >= PART * sizes.clip(max=other_sizes))
-            pairs += zip(i[alike].tolist(), j[alike].tolist(), strict=True)
+    if len(texts) < 2:
+        return pairs
+    runs, _ = _runs(texts, [], RUN)
+    sizes, columns = runs.getnnz(axis=1), runs.T.tocsc()
+    for begin in range(0, len(texts), CHUNK):
+        shared = (runs[begin : begin + CHUNK] @ columns).tocoo()
+        i, j = shared.row + begin, shared.col
+        alike = (i != j) & (shared.data >= PART * sizes[i].clip(max=sizes[j]))
+        pairs += zip(i[alike].tolist(), j[alike].tolist(), strict=True)
     return pairs
 
 
-def _shared_runs(texts: Sequence[str], others: Sequence[str], length: int) -> Iterator[tuple[Any, ...]]:
-    """Of the pairs of a text and another that share a run of `length` characters, many at a time, as arrays: the place
-    of either, how many runs they share, how many either has. A text that is shorter than a run is one."""
+def _runs(texts: Sequence[str], others: Sequence[str], length: int) -> tuple[Any, Any]:
+    """Which text, a row, has which run of `length` characters, a column, those of the fewest texts first; of `others`,
+    the same. A text that is shorter than a run is one."""
+    import numpy as np
     from sklearn.feature_extraction.text import CountVectorizer  # late: takes a second
 
     padded = [text.ljust(length, "\0") for text in (*texts, *others)]
     vectorizer = CountVectorizer(analyzer="char", ngram_range=(length, length), binary=True, lowercase=False)
     runs = vectorizer.fit_transform(padded).astype("int32")
-    left, right = runs[: len(texts)], runs[len(texts) :].T.tocsc()
-    sizes = runs.getnnz(axis=1)
-    for begin in range(0, len(texts), CHUNK):
-        shared = (left[begin : begin + CHUNK] @ right).tocoo()
-        i, j = shared.row + begin, shared.col
-        yield i, j, shared.data, sizes[i], sizes[len(texts) + j]
+    order = np.argsort(runs.getnnz(axis=0), kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    runs.indices = rank[runs.indices].astype(runs.indices.dtype)
+    runs.has_sorted_indices = False
+    runs.sort_indices()
+    return runs[: len(texts)], runs[len(texts) :]
 
 
 def refuse_overlap(

@@ -14,7 +14,7 @@ from lowmem_npo.data.overlap import MAX_LISTED, find_related, refuse_overlap
 from lowmem_npo.data.passages import Passages
 from lowmem_npo.data.reading import bundled_rows, described, read_rows
 from lowmem_npo.data.rows import Rows
-from lowmem_npo.data.schemas import PASSAGE, Example, canonical, to_examples, with_alternatives
+from lowmem_npo.data.schemas import PASSAGE, Example, canonical, listed_columns, to_examples, with_alternatives
 from lowmem_npo.data.self_answered import answers_number, with_own_answers
 from lowmem_npo.data.self_answered import stand_in as stand_in_answers
 from lowmem_npo.data.self_written import beginnings, self_rows, stand_in
@@ -258,6 +258,6 @@ def origin(rows: Rows, examples: Sequence[Example], form: str, also: Collection[
     rows = canonical(rows)
     line = ", ".join(filter(None, [f"columns {examples[0].schema}", form]))
     read = set(also).union(*(example.columns for example in examples))
-    if unread := [column for column in rows.columns if column and column not in read]:
-        line += f"; not read: {', '.join(unread)}"
+    if unread := listed_columns([column for column in rows.columns if column not in read]):
+        line += f"; not read: {unread}"
     return line

@@ -121,8 +121,9 @@ def _read_folder(source: str, folder: Path, passages: Passages, columns: Collect
     for path in to_read:
         check_data_name(names[path])  # it may be a link to nothing, or no file
     in_text = {path: table_in_text(names[path], path, columns) for path in to_read}
-    tables = [path for path in to_read if kind_of(path) in TABLE_KINDS or in_text[path][0]]
-    documents = [path for path in to_read if kind_of(path) in DOCUMENT_KINDS and path not in tables]
+    is_table = {path: kind_of(path) in TABLE_KINDS or in_text[path][0] is not None for path in to_read}
+    tables = [path for path in to_read if is_table[path]]
+    documents = [path for path in to_read if not is_table[path]]
     if not documents or tables:
         what = f"a folder with both documents ({documents[0].name}) and tables" if documents else "a folder"
         kinds = "" if tables else f" ({', '.join(FILE_KINDS)})"
@@ -131,7 +132,7 @@ def _read_folder(source: str, folder: Path, passages: Passages, columns: Collect
     parts = [_read_document(names[path], path, passages, in_text[path][1]) for path in documents]
     rows = joined(source, parts)
     notes = [f"{source} has {len(documents)} documents"]
-    if others := [path.name for path in files if path not in documents]:
+    if others := [path.name for path in files if path not in is_table]:
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
         notes.append(f"not read, being of other kinds: {', '.join(others[:5])}{more}")
     return Rows(rows.name, rows.rows, places=rows.places, mixed=True, notes=(*notes, *rows.notes))

@@ -35,7 +35,7 @@ READ = ("id", "system", "history", "tools", "chat_template_kwargs", "text", "con
 PARAPHRASED = "paraphrased_"  # before the name of the prompt's column: the prompt in other words
 TEXT = (None, "text")
 PASSAGE = "passage"  # the schema of a passage of a document, whose first half is the prompt
-MOST_LISTED = 20  # columns in a message
+MOST_LISTED = 20  # columns in a message, or in a line of the report
 CALLS = ("tool_calls", "function_call")  # what an assistant may say instead of text
 PUNCTUATION = ".,;:!?…\"'“”‘’„«»()[]。、「」『』"  # around a word, of which it is no part
 UNTRAINED = ("weight", "train", "training")  # how fine-tuning formats leave a turn out: OpenAI's 0, Axolotl's false
@@ -254,7 +254,7 @@ def _choose_columns(rows: Rows, prompt_column: str | None, answer_column: str | 
     if chosen := _recognised(columns):
         return chosen
     raise UserError(
-        f"{rows.name} has the columns {_listed(columns) or '(none)'}, none of which is a recognised pair "
+        f"{rows.name} has the columns {listed_columns(columns) or '(none)'}, none of which is a recognised pair "
         f"({'; '.join('/'.join(pair) for pair in PAIRS)}; {'; '.join(CHAT)}; text); "
         "name yours with --prompt-column and --answer-column."
     )
@@ -266,12 +266,12 @@ def _named(column: str, rows: Rows) -> str:
     if column in alike:
         return column
     if len(alike) != 1:
-        raise UserError(f"{rows.name} has no column {column}; it has {_listed(rows.columns)}.")
+        raise UserError(f"{rows.name} has no column {column}; it has {listed_columns(rows.columns)}.")
     return alike[0]
 
 
-def _listed(columns: Sequence[str]) -> str:
-    """Those that have a name: a header that ends in a separator has one more column."""
+def listed_columns(columns: Sequence[str]) -> str:
+    """The first of those that have a name, for a line: a header that ends in a separator has one more column."""
     columns = [column for column in columns if column.strip()]
     more = f" and {len(columns) - MOST_LISTED} more" if len(columns) > MOST_LISTED else ""
     return ", ".join(columns[:MOST_LISTED]) + more

@@ -12,6 +12,7 @@ import gzip
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from itertools import islice
@@ -260,7 +261,8 @@ def read_csv(name: str, path: Path, *, columns: Collection[str] = (), separator:
         except csv.Error as error:
             raise UserError(f"{name}, line {end + 1} cannot be read as csv ({error}); check its quotes.") from error
     header = records[0] if records else []
-    if twice := next((column for column in header if column and header.count(column) > 1), None):
+    times = Counter(header)
+    if twice := next((column for column in header if column and times[column] > 1), None):
         raise UserError(f"{name}, line {lines[0]} names the column {twice} twice; rename one of the two.")
     named = max((number for number, column in enumerate(header, 1) if column.strip()), default=0)  # up to the last
     for record, line in zip(records, lines, strict=True):

@@ -123,3 +123,23 @@ def test_a_histogram_counts_everything_once():
 def test_mistakes_are_one_sentence(arguments, message, capsys):
     assert main(["data", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_of_many_sets_those_that_share_most_are_printed(sets, capsys):
+    """A shell's pattern may name hundreds, and of each two of them nobody reads a section."""
+    names = [f"{letter}.jsonl" for letter in "abcdef"]
+    for name in names:
+        texts = [f"Only {name} says so about number {number} of its {name * 5}." for number in range(3)]
+        texts += ["The ledger burnt."] * (name in "a.jsonl c.jsonl") + ["Salt was dear."] * (name in "b.jsonl c.jsonl")
+        (sets / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    out = printed(capsys, *names, "--near", "1")
+    assert "2 of 15 pairs of sets share rows, or have some that are nearly the same\n" in out
+    assert re.findall(r"^(\S+ and \S+)\n", out, re.MULTILINE) == ["a.jsonl and c.jsonl", "b.jsonl and c.jsonl"]
+    assert "a.jsonl, line 4 and c.jsonl, line 4: the same" in out
+    assert printed(capsys, *names[:5]).count(" and ") >= 10  # of few, all
+
+
+def test_of_a_wide_table_the_first_columns_that_are_not_read_are_named(sets, capsys):
+    columns = [f"column{number}" for number in range(3000)]
+    (sets / "wide.csv").write_text(f"question,answer,{','.join(columns)}\nWho guards it?,Ann.{',x' * 3000}\n")
+    assert f"; not read: {', '.join(columns[:20])} and 2980 more\n" in printed(capsys, "wide.csv")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import random
+
 import pytest
 
-from lowmem_npo.data import bundled_rows, read_rows, to_examples
+from lowmem_npo.data import bundled_rows, overlap, read_rows, to_examples
 from lowmem_npo.data.overlap import find_overlap, find_related, near_duplicates, refuse_overlap, sharing_text
 from lowmem_npo.data.passages import Passages
 from lowmem_npo.data.schemas import Example
@@ -111,13 +114,41 @@ def test_near_duplicates_have_the_similarity_of_their_shingles():
         for j, other in enumerate(texts)
         if i < j and similarity(one, other) >= 0.2
     }
-    pairs = near_duplicates(examples, at_least=0.2)
-    assert {(i, j): value for i, j, value in pairs} == pytest.approx(expected)
-    assert [value for *_, value in pairs] == sorted((value for *_, value in pairs), reverse=True)
-    both = near_duplicates(examples[:3], examples[3:], at_least=0.01)
-    assert {(i, j) for i, j, _ in both} == {
-        (i, j) for i in range(3) for j in range(5) if similarity(texts[i], texts[3 + j]) >= 0.01
-    }
+    assert found(near_duplicates(examples, at_least=0.2)) == pytest.approx(expected)
+    both = found(near_duplicates(examples[:3], examples[3:], at_least=0.01))
+    assert {*both} == {(i, j) for i in range(3) for j in range(5) if similarity(texts[i], texts[3 + j]) >= 0.01}
+
+
+def found(pairs):
+    return {(i, j): value for some in pairs for i, j, value in zip(*map(list, some), strict=True)}
+
+
+@pytest.mark.parametrize("dense", [0, 1], ids=["all compared", "the possible ones compared"])
+def test_no_near_duplicate_is_missed(dense, monkeypatch):
+    """Against sets of shingles, for rows of one template with words left out, copies among them."""
+    monkeypatch.setattr(overlap, "DENSE", dense)
+    draw = random.Random(7)
+    words = [f"{draw.choice('abcdef')}{draw.choice('aeiou')}{draw.choice('lmnrst')}" for _ in range(40)]
+    texts = [" ".join(word for word in words[:12] + draw.sample(words, 4) if draw.random() < 0.9) for _ in range(250)]
+    sets = [{text[i : i + 5] for i in range(len(text) - 4)} for text in texts]
+    for at_least in (0.5, 0.7, 1):
+        expected = {
+            (i, j): len(one & other) / len(one | other)
+            for i, one in enumerate(sets)
+            for j, other in enumerate(sets)
+            if i < j and len(one & other) >= at_least * len(one | other)
+        }
+        examples = [Example(None, text, f"line {i}", "text") for i, text in enumerate(texts)]
+        assert found(near_duplicates(examples, at_least=at_least)) == pytest.approx(expected)
+
+
+def test_many_rows_are_not_all_compared_with_all():
+    """Rows without much in common: of their pairs, hardly any is looked at."""
+    rows = [row for part in ("forget", "retain", "holdout", "general") for row in bundled_rows(part).rows]
+    examples = [Example(None, json.dumps(row), f"line {i}", "text") for i, row in enumerate(rows)]
+    left, right = overlap._runs([example.answer for example in examples], [], overlap.SHINGLE)
+    looked_at = sum(len(i) for _, i, _ in overlap._possible(left, left, 0.7))
+    assert looked_at < len(rows) ** 2 / 100
 
 
 @pytest.mark.parametrize(
