@@ -238,9 +238,9 @@ def check_others(
 ) -> None:
     """Raises a UserError where a step takes all rows that are being forgotten, so that none is left to be taught; where
     an attacker goes on for several, all of the half that is its."""
-    lower = [*(["--batch-size"] if batch_size > 1 else []), *(["--layered"] if folds else [])]
-    lowered = f"Lower {' or '.join(lower)}, or " if lower else ""
     least, first = (min(map(len, folds)), len(folds[0])) if folds else (forget_rows, forget_rows)
+    lower = [*(["--batch-size"] if batch_size > 1 and first > 1 else []), *(["--layered"] if folds else [])]
+    lowered = f"Lower {' or '.join(lower)}, or " if lower else ""
     if attack_steps > 1 and first > 1 and least // 2 < batch_size:
         rows = f"forget rows in the smallest fold of --layered {len(folds)}" if folds else "forget rows"
         raise UserError(

@@ -413,6 +413,8 @@ def test_an_attacker_without_other_rows_is_refused(rows, layered, message, tmp_p
     ("rows", "folds", "batch_size", "message"),
     [
         (1, None, 1, "forget rows: 1. Name more rows, or forget without an attacker."),
+        (1, None, 4, "forget rows: 1. Name more rows, or forget without an attacker."),
+        (2, None, 2, "forget rows: 2. Lower --batch-size, or"),
         (5, [[0, 1, 2, 3], [4]], 1, "forget rows in the smallest fold of --layered 2: 1. Lower --layered, or give"),
         (5, [[0], [1, 2, 3, 4]], 1, "forget rows in the first fold of --layered 2: 1. Lower --layered, or forget"),
     ],
