@@ -293,11 +293,7 @@ def test_a_resumed_script_keeps_the_length_of_its_stages(settings, byte_model, t
         ({"forget_level": "holdout"}, {}, "forget_level holdout needs forget_levels"),
         ({}, {"forget_levels": [1.0, 2.0, math.nan, 2.0]}, "forget_levels has nan: give a mean NLL per token"),
         ({}, {"forget_levels": ["much"] * 4}, "forget_levels has 'much'"),
-        (
-            {"forget_term": "idk"},
-            {"forget_levels": [1.0] * 4},
-            "apply to the forgotten answers, but idk trains on a refusal",
-        ),
+        ({"forget_term": "idk"}, {"forget_levels": [1.0] * 4}, "answers, but idk trains on a refusal"),
         (
             {"forget_term": "dpo"},
             {"alternative_dataset": [*FORGET, *FORGET[::-1]]},
