@@ -15,14 +15,13 @@ Recognised by their columns, in this order:
 
 from __future__ import annotations
 
-import ast
 import json
-import math
 import unicodedata
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
+from lowmem_npo.data.cells import kind_in_words, label, list_in_text, parsed_json, without_nan, without_none
 from lowmem_npo.data.rows import Rows, is_text
 from lowmem_npo.data.special_texts import check_marks
 from lowmem_npo.errors import UserError
@@ -108,7 +107,7 @@ def to_examples(
     Raises UserError, naming the columns, when no schema fits, and with file and line for a missing, empty or non-text
     field.
     """
-    rows = replace(rows, rows=[_without_nan(row) for row in rows.rows])
+    rows = replace(rows, rows=[without_nan(row) for row in rows.rows])
     alternative = alternative_column and _named(alternative_column, rows)
     group = group_column and _named(group_column, rows)
     paraphrase = paraphrase_column and _named(paraphrase_column, rows)
@@ -129,7 +128,7 @@ def to_examples(
         examples = [replace(one, paraphrases=_named_paraphrases(row, paraphrase, one)) for one, row in pairs]
     if group:
         pairs = zip(examples, rows.rows, strict=True)
-        examples = [replace(one, group=_label(row.get(group))) for one, row in pairs]
+        examples = [replace(one, group=label(row.get(group))) for one, row in pairs]
         if all(one.group is None for one in examples):
             raise UserError(f"{rows.name} has no value in {group}; name another --group-column, or leave it out.")
     return examples
@@ -166,23 +165,10 @@ def _named_paraphrases(row: dict[str, Any], column: str, example: Example) -> tu
 
 def _texts(row: dict[str, Any], column: str, where: str) -> tuple[str, ...]:
     """A text, or a list of texts, one at least."""
-    value = _list_in_text(row, column, where)
+    value = list_in_text(row, column, where)
     if value == []:
         raise UserError(f"{where}: {column} is an empty list; fill it or remove the row.")
     return tuple(_text({column: text}, column, where) for text in (value if isinstance(value, list) else [value]))
-
-
-def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
-    """`row` with null for NaN, which is how pandas writes a missing value."""
-    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
-
-
-def _label(value: Any) -> str | None:
-    """What a row is called by, the same for 1, 1.0 and "1": pandas writes a column of whole numbers as 1.0 where one is
-    missing; and for an accent that is part of its letter and one that follows it. None for nothing."""
-    whole = isinstance(value, float) and value.is_integer()
-    text = "" if value is None else str(int(value) if whole else value)
-    return unicodedata.normalize("NFC", text).strip() or None
 
 
 def _of_mixed(row: dict[str, Any], where: str) -> Example:
@@ -289,7 +275,7 @@ def _recognised(columns: Container[str]) -> tuple[str | None, str] | None:
 
 
 def _example(row: dict[str, Any], where: str, prompt_column: str | None, answer_column: str) -> Example:
-    identity = _label(row.get("id"))
+    identity = label(row.get("id"))
     if prompt_column is None:
         return Example(None, _text(row, answer_column, where), where, answer_column, identity)
     if prompt_column == answer_column and prompt_column in CHAT:
@@ -322,10 +308,12 @@ def _is_turns(value: Any) -> TypeGuard[list[dict[str, Any]]]:
 def _paraphrases(row: dict[str, Any], prompt_column: str, where: str) -> tuple[str, ...]:
     """A text, or a list of texts; empty ones do not count."""
     column = PARAPHRASED + prompt_column
-    texts = _list_in_text(row, column, where)
+    texts = list_in_text(row, column, where)
     texts = texts if isinstance(texts, list) else [texts]
     if unlike := next((text for text in texts if not isinstance(text, str | None)), None):
-        raise UserError(f"{where}: {column} is {_kind(unlike)}, not text; write it as a string or a list of strings.")
+        raise UserError(
+            f"{where}: {column} is {kind_in_words(unlike)}, not text; write it as a string or a list of strings."
+        )
     return tuple(text for text in texts if text and text.strip())
 
 
@@ -338,14 +326,14 @@ def _text(row: dict[str, Any], field: str, where: str) -> str:
     if value is None:
         raise UserError(f"{where} has no {field}; fill the field or remove the row.")
     if not isinstance(value, str):
-        raise UserError(f"{where}: {field} is {_kind(value)}, not text; write it as a string.")
+        raise UserError(f"{where}: {field} is {kind_in_words(value)}, not text; write it as a string.")
     if not value.strip():
         raise UserError(f"{where} has an empty {field}; fill the field or remove the row.")
     return value
 
 
 def _conversation(messages: Any, row: dict[str, Any], where: str, schema: str, identity: str | None) -> Example:
-    messages = _parsed(messages)
+    messages = parsed_json(messages)
     if messages is None or messages == []:
         raise UserError(f"{where} has no {schema}; fill the field or remove the row.")
     if not _is_turns(messages):
@@ -364,10 +352,10 @@ def _conversation(messages: Any, row: dict[str, Any], where: str, schema: str, i
                 f"{where}: the answer has {mark} {value!r}, which keeps it out of training; remove the row, or the "
                 f"{mark}."
             )
-    options = _without_none(_parsed(row.get("chat_template_kwargs")) or {})
+    options = without_none(parsed_json(row.get("chat_template_kwargs")) or {})
     if not isinstance(options, dict):
         raise UserError(f"{where}: chat_template_kwargs is not an object; write it as one.")
-    if tools := _without_none(_parsed(row.get("tools"))):
+    if tools := without_none(parsed_json(row.get("tools"))):
         if not isinstance(tools, list):
             raise UserError(f"{where}: tools is not a list; write it as one.")
         options = {**options, "tools": tools}
@@ -377,7 +365,7 @@ def _conversation(messages: Any, row: dict[str, Any], where: str, schema: str, i
 
 def _message(turn: dict[str, Any], where: str) -> dict[str, Any]:
     """A turn with `role` and `content`, whatever else it has, and nothing that is null."""
-    turn = _without_none(turn)
+    turn = without_none(turn)
     if "role" not in turn and "from" in turn:  # ShareGPT
         turn = {"role": turn.pop("from"), "content": turn.pop("value", None), **turn}
     role = ROLES.get(role := _text(turn, "role", where), role)
@@ -398,55 +386,3 @@ def _message(turn: dict[str, Any], where: str) -> dict[str, Any]:
     if not (may_be_empty and turn["content"] == ""):
         _text(turn, "content", where)
     return {**turn, "role": role}
-
-
-def _parsed(value: Any) -> Any:
-    """`value`, read as JSON where it is JSON in a string, as tables without nested columns have it."""
-    try:
-        parsed = json.loads(value) if isinstance(value, str) else value
-        return parsed if is_text(parsed) else value  # an escape may be half of a surrogate pair
-    except (ValueError, RecursionError):
-        return value
-
-
-def _list_in_text(row: dict[str, Any], column: str, where: str) -> Any:
-    """The value of a column; a list of texts also where it is written as JSON in a string, as a cell of a CSV has it.
-
-    Raises UserError for a list as pandas writes it there: brackets and all it would be taken for one text.
-    """
-    value = row.get(column)
-    parsed = _parsed(value)
-    if _holds_text(parsed):
-        return parsed
-    if isinstance(value, str) and _holds_text(_as_python(value)):
-        raise UserError(
-            f"{where}: {column} holds a list as Python writes it, not as JSON; write it with json.dumps (a text that "
-            "only looks like a list goes into one by itself)."
-        )
-    return value
-
-
-def _holds_text(value: Any) -> bool:
-    """Whether it is a list with a text in it."""
-    return isinstance(value, list) and any(isinstance(item, str) for item in value)
-
-
-def _as_python(text: str) -> Any:
-    """The value that `text` writes in Python, None where it writes none; of NumPy's lists, which have no commas, the
-    texts are run together."""
-    try:
-        return ast.literal_eval(text.strip()) if text.lstrip().startswith("[") else None
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return None
-
-
-def _without_none(value: Any) -> Any:
-    """`value` without the nulls that a table adds for keys that other rows have."""
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
-
-
-def _kind(value: Any) -> str:
-    names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return names.get(type(value), f"of type {type(value).__name__}")

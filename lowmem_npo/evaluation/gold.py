@@ -24,8 +24,8 @@ from lowmem_npo.run_directory import EvaluationFiles
 @dataclass(frozen=True)
 class Gold:
     """log: its evaluation.json, None where nothing in it can be compared. leaks: what its leak tests gave. min_k: its
-    mia_min_k. same_rows: the sets whose rows, and the way in which they are asked for, were the same ones. notes: what
-    is not compared, and why."""
+    mia_min_k. same_rows: the sets whose rows, and the way in which they are asked for, were the same ones;
+    empty where that is not known. notes: what is not compared, and why."""
 
     log: str | None = None
     leaks: LeakResults = field(default_factory=dict)

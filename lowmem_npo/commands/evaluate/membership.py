@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
-from lowmem_npo.evaluation.directory import settings_of
 from lowmem_npo.evaluation.gold import Gold
 from lowmem_npo.evaluation.leaks.contract import Subject
 from lowmem_npo.evaluation.leaks.membership import MembershipOptions
@@ -29,7 +28,7 @@ def further_membership(
     if gold.log is not None and EvaluationFiles(Path(gold.log).expanduser().parent).rows.exists():
         known = gold.losses()
         of_gold = {part: [known.get(part, {}).get(place) for place in of_set] for part, of_set in places.items()}
-        if settings_of(gold.log) is None:
+        if not gold.same_rows:
             notes.append("mia_reference is not measured: the settings of --retained-log are not beside it.")
         elif missing := [part for part, of_set in of_gold.items() if None in of_set]:
             rows = f"--leaks membership of these {' and '.join(missing)} rows"
