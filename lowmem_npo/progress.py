@@ -21,17 +21,27 @@ class Progress(tqdm):
     printed: ClassVar[float] = time.monotonic()  # when the last line was, of any instance
 
     def __init__(
-        self, total: int, description: str, unit: str, *, initial: int = 0, leave: bool = False, wanted: bool = True
+        self,
+        total: int,
+        description: str,
+        unit: str,
+        *,
+        initial: int = 0,
+        leave: bool = False,
+        wanted: bool = True,
+        delay: float = 0,
     ) -> None:
+        """delay: seconds in which nothing is shown, for what is mostly done by then."""
         self.in_lines = wanted and not sys.stderr.isatty()
-        self._began, self._line_of = time.monotonic(), initial - 1
+        self._began, self._delay, self._line_of = time.monotonic(), delay, initial - 1
         instead: dict[str, Any] = {"file": io.StringIO(), "mininterval": math.inf} if self.in_lines else {}
-        bar = {"total": total, "desc": description, "unit": unit, "initial": initial, "leave": leave}
+        bar = {"total": total, "desc": description, "unit": unit, "initial": initial, "leave": leave, "delay": delay}
         super().__init__(disable=not wanted, **bar, **instead)
 
     def update(self, n: float | None = 1) -> bool | None:
         shown = super().update(n)
-        if time.monotonic() - Progress.printed >= SECONDS:
+        now = time.monotonic()
+        if now - Progress.printed >= SECONDS and now - self._began >= self._delay:
             self.print_line()
         return shown
 

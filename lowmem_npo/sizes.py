@@ -1,4 +1,4 @@
-"""Amounts of memory as people write and read them."""
+"""Amounts of memory, and numbers of things, as people write and read them."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ def amount(size: int) -> str:
     """For people, in the largest unit of which there is one: "5.4 GiB", "64.0 MiB"."""
     unit = next((unit for unit in ("GiB", "MiB", "KiB") if size >= UNITS[unit.lower()]), None)
     return f"{size / UNITS[unit.lower()]:.1f} {unit}" if unit else f"{size} bytes"
+
+
+def counted(number: int, what: str) -> str:
+    """Such as "1 row" and "1,200 rows"."""
+    return f"{number:,} {what}{'s' if number != 1 else ''}"
 
 
 def gib(size: int) -> str:

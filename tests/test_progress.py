@@ -64,6 +64,19 @@ def test_none_is_printed_of_what_is_not_wanted(minutes, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_what_is_soon_done_shows_nothing_and_what_is_not_does(minutes, capsys):
+    minutes(300)
+    with Progress(2, "tokenising", "row", delay=2) as bar:
+        for _ in range(2):
+            minutes(0.5)
+            bar.update()
+    assert capsys.readouterr().err == ""
+    with Progress(2, "tokenising", "row", delay=2) as bar:
+        minutes(2)
+        bar.update()
+    assert capsys.readouterr().err == "tokenising, row 1 of 2: ETA 00:02\n"
+
+
 def test_a_line_that_cannot_be_written_ends_nothing(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.FileIO("/dev/full", "w"), write_through=True))
     with Progress(2, "rows", "row") as bar:
@@ -72,14 +85,23 @@ def test_a_line_that_cannot_be_written_ends_nothing(monkeypatch):
         print("a line", file=sys.stderr, flush=True)
 
 
-def test_a_terminal_has_a_bar(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
+
+def test_a_terminal_has_a_bar(monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     monkeypatch.setattr(progress, "SECONDS", 0)
     with Progress(3, "rows", "row", leave=True) as bar:
         for _ in range(3):
             bar.update()
     assert "rows: 100%" in terminal.getvalue() and "row 3 of 3" not in terminal.getvalue()
+
+
+def test_a_terminal_has_no_bar_of_what_is_soon_done(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with Progress(3, "tokenising", "row", delay=60) as bar:
+        for _ in range(3):
+            bar.update()
+    assert terminal.getvalue() == ""

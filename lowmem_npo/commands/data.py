@@ -19,6 +19,7 @@ from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
 from lowmem_npo.libraries import quiet_libraries
 from lowmem_npo.ranges import MOST, Count, CountOrNone
+from lowmem_npo.sizes import counted
 from lowmem_npo.sources import data_names
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class Shared:
 
     def lines(self, one: Set, other: Set) -> Iterator[str]:
         near = self.number - self.same
-        yield f"  {_number(self.same, 'pair')} of rows the same, {_number(near, 'pair')} nearly the same"
+        yield f"  {counted(self.same, 'pair')} of rows the same, {counted(near, 'pair')} nearly the same"
         for i, j, similarity in self.most:
             kind = "the same" if similarity == 1 else f"similarity {similarity:.2f}"
             yield f"    {one.examples[i].where} and {other.examples[j].where}: {kind}"
@@ -186,7 +187,7 @@ def _described(one: Set, options: DataCommand, tokenizer: Any, template: Any) ->
 
     known = [template.describe(example, tokenizer) for example in kinds(one.examples)] if tokenizer else []
     yield one.title
-    yield f"  {_number(len(one.examples), 'row')}, {origin(one.rows, one.examples, ', or '.join(dict.fromkeys(known)))}"
+    yield f"  {counted(len(one.examples), 'row')}, {origin(one.rows, one.examples, ', or '.join(dict.fromkeys(known)))}"
     yield from (f"  {note}" for note in one.rows.notes)
     if options.passages is None and any(example.continues for example in one.examples) and tokenizer is None:
         yield "  passages were cut by words; with --model, by its tokens"
@@ -206,7 +207,7 @@ def _described(one: Set, options: DataCommand, tokenizer: Any, template: Any) ->
 
 def _spread(numbers: Sequence[int]) -> str:
     if min(numbers) == max(numbers):
-        return f"{_number(numbers[0], 'word')}{' each' if len(numbers) > 1 else ''}"
+        return f"{counted(numbers[0], 'word')}{' each' if len(numbers) > 1 else ''}"
     return f"{min(numbers)} to {max(numbers)}, median {median(numbers):g} words"
 
 
@@ -243,10 +244,6 @@ def _shared(sets: Sequence[Set], near: float) -> defaultdict[tuple[int, int], Sh
             here = (a == one) & (b == other) & ~meant
             result[one, other].add(i[here] - starts[one], j[here] - starts[other], similarity[here])
     return result
-
-
-def _number(number: int, what: str) -> str:
-    return f"1 {what}" if number == 1 else f"{number} {what}s"
 
 
 def _answers(

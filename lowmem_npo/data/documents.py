@@ -20,6 +20,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from lowmem_npo.errors import UserError
+from lowmem_npo.sizes import counted
 from lowmem_npo.sources import DOCUMENT_KINDS, HTML_KINDS
 
 MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
@@ -180,7 +181,7 @@ def _pdf_pages(name: str, path: Path) -> tuple[list[str], tuple[str, ...]]:
     empty = sum(not page.strip() for page in pages)
     if empty == len(pages):
         raise UserError(
-            f"{name} has no text on its {_count(len(pages), 'page')}, which are probably scanned; recognise the text "
+            f"{name} has no text on its {counted(len(pages), 'page')}, which are probably scanned; recognise the text "
             "first (OCR), for example with ocrmypdf."
         )
     notes = (f"{name}: no text on {empty} of {len(pages)} pages (pictures, or scanned)",) if empty else ()
@@ -266,7 +267,8 @@ def _running_text(pages: Sequence[str], notes: tuple[str, ...], name: str) -> Do
     lines = [page.replace("\xad\n", "").replace("\xad", "").split("\n") for page in pages]
     lines, dropped = _without_edges(lines)
     if dropped:
-        notes = (*notes, f"{name}: {_count(dropped, 'repeated header or footer line')} left out, page numbers included")
+        edges = counted(dropped, "repeated header or footer line")
+        notes = (*notes, f"{name}: {edges} left out, page numbers included")
     filled = ["\n".join(page).strip("\n") for page in lines if any(line.strip() for line in page)]
     return Document(_tidy(_unwrapped("\n".join(filled))), notes)
 
@@ -351,7 +353,3 @@ def _tidy(text: str) -> str:
     text = re.sub(r"(?<![ \t\xa0])[ \t\xa0]+\n", "\n", text.replace("\f", "\n"))
     text = re.sub(r"\n[ \t]+(?=\n)", "\n", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip()
-
-
-def _count(number: int, what: str) -> str:
-    return f"1 {what}" if number == 1 else f"{number} {what}s"

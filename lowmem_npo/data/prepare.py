@@ -20,10 +20,11 @@ from lowmem_npo.data.self_answered import stand_in as stand_in_answers
 from lowmem_npo.data.self_written import beginnings, self_rows, stand_in
 from lowmem_npo.data.targets import forget_targets
 from lowmem_npo.data.templates import BOTH, Template
-from lowmem_npo.data.tokenized_rows import TokenizedRows, count
+from lowmem_npo.data.tokenized_rows import TokenizedRows
 from lowmem_npo.data.tokenizing import tokenize
 from lowmem_npo.errors import UserError
 from lowmem_npo.run_directory import SELF_WRITTEN
+from lowmem_npo.sizes import counted
 from lowmem_npo.sources import BUILTIN
 
 if TYPE_CHECKING:
@@ -230,14 +231,14 @@ def general_rows(
     if related:
         listed = "; ".join(examples[index].where for index in related[:MAX_LISTED])
         more = f" and {len(related) - MAX_LISTED} more" if len(related) > MAX_LISTED else ""
-        of = "1 general row" if len(related) == 1 else f"{len(related)} general rows"
+        of = counted(len(related), "general row")
         lines.append(f"retain: {of} left out, which may say what is to be forgotten ({listed}{more})")
     tokenized = tokenize(
         [examples[index] for index in kept], tokenizer, max_length=max_length, template=template, drop_too_long=True
     )
     fitting = {example.where for example in tokenized.examples}
     if long := len(kept) - len(fitting):
-        lines.append(f"retain: {count(long)} left out, too long for --max-length {max_length}")
+        lines.append(f"retain: {counted(long, 'row')} left out, too long for --max-length {max_length}")
     kept = [index for index in kept if examples[index].where in fitting]
     places = [general.where(index) for index in kept]
     return replace(general, rows=[general.rows[index] for index in kept], lines=None, places=places), lines

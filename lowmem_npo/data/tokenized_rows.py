@@ -10,6 +10,7 @@ from typing import TypedDict, overload
 
 from lowmem_npo.data.overlap import text_key
 from lowmem_npo.data.schemas import Example
+from lowmem_npo.sizes import counted
 
 IGNORE_INDEX = -100  # that of lowmem_kernels, which imports PyTorch
 
@@ -99,21 +100,17 @@ class TokenizedRows(Sequence[TokenizedRow]):
         if self.num_truncated:
             whole = max(len(row["input_ids"]) + cut for row, cut in zip(self.rows, self.cut, strict=True))
             lines.append(
-                f"{part}: {count(self.num_truncated)} cut to {self.max_length} tokens, losing the last "
+                f"{part}: {counted(self.num_truncated, 'row')} cut to {self.max_length} tokens, losing the last "
                 f"{sum(self.cut)} tokens of their answers (EOS among them); --max-length {whole} would keep all"
             )
         if self.repeated:
             lines.append(
-                f"{part}: {count(self.repeated)} with special tokens (BOS, EOS, end of turn) that are written anyway; "
-                "each is written once"
+                f"{part}: {counted(self.repeated, 'row')} with special tokens (BOS, EOS, end of turn) that are written "
+                "anyway; each is written once"
             )
         if self.literal:
             lines.append(
-                f"{part}: {count(self.literal)} with the text of special tokens inside, such as <|endoftext|>; it is "
-                "text there, not the token"
+                f"{part}: {counted(self.literal, 'row')} with the text of special tokens inside, such as "
+                "<|endoftext|>; it is text there, not the token"
             )
         return lines
-
-
-def count(rows: int) -> str:
-    return "1 row" if rows == 1 else f"{rows} rows"

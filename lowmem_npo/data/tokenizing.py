@@ -21,6 +21,7 @@ from lowmem_npo.data.special_texts import INSIDE, SpecialTexts, check_marks, tra
 from lowmem_npo.data.templates import MARK, Template, special_tokens
 from lowmem_npo.data.tokenized_rows import IGNORE_INDEX, TokenizedRow, TokenizedRows
 from lowmem_npo.errors import UserError
+from lowmem_npo.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,6 +30,8 @@ TOKENS = ("answer", "all")
 MAX_OPENING = 200  # characters at the end of a prompt that may already open its answer
 # Parts of a conversation that not every chat template knows.
 READ = ("tools", *CALLS, "reasoning_content", "reasoning", "thinking")
+
+DELAY = 2  # seconds after which a bar shows how far it is
 
 Message = Mapping[str, Any]
 
@@ -59,19 +62,21 @@ def tokenize(
         raise UserError("The tokenizer has no EOS token, with which every answer ends; set eos_token in its files.")
     encoder = Encoder(tokenizer, template)
     rows, kept_examples, cut, too_long = [], [], [], []
-    for example in examples:
-        prompt, answer = encoder.encode(example)
-        whole = prompt + answer
-        kept = whole[:max_length]
-        first_label = max(len(prompt) if tokens == "answer" else 0, 1)
-        # A text without prompt still needs one token that something precedes.
-        if len(kept) <= max(len(prompt), 1):
-            too_long.append((example, len(prompt)))
-            continue
-        labels = [IGNORE_INDEX] * first_label + kept[first_label:]
-        rows.append(TokenizedRow(input_ids=kept, labels=labels, prompt_length=len(prompt)))
-        kept_examples.append(example)
-        cut.append(len(whole) - len(kept))
+    with Progress(len(examples), "tokenising", "row", delay=DELAY) as bar:
+        for example in examples:
+            prompt, answer = encoder.encode(example)
+            bar.update()
+            whole = prompt + answer
+            kept = whole[:max_length]
+            first_label = max(len(prompt) if tokens == "answer" else 0, 1)
+            # A text without prompt still needs one token that something precedes.
+            if len(kept) <= max(len(prompt), 1):
+                too_long.append((example, len(prompt)))
+                continue
+            labels = [IGNORE_INDEX] * first_label + kept[first_label:]
+            rows.append(TokenizedRow(input_ids=kept, labels=labels, prompt_length=len(prompt)))
+            kept_examples.append(example)
+            cut.append(len(whole) - len(kept))
     if too_long and not (drop_too_long and rows):
         _refuse(too_long, max_length)
     return TokenizedRows(rows, kept_examples, cut, max_length, encoder.repeated, encoder.literal)

@@ -16,6 +16,7 @@ from peft import PeftModel
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.evaluation.scoring.scorer import Scorer
 from lowmem_npo.model.adapters import original_model
+from lowmem_npo.sizes import counted
 
 Said = tuple[list[int], str]
 """A prompt, as ids, and what the model wrote after it, white space before it too: without, it is of other tokens."""
@@ -46,6 +47,5 @@ def fluency_text(figures: dict[str, dict[str, Any]]) -> str:
     for name, of_set in figures.items():
         silent = f", {of_set['silent']} empty" if of_set["silent"] else ""
         nll = "–" if of_set["nll"] is None else f"{of_set['nll']:.3f}"
-        answers = "1 answer" if of_set["rows"] == 1 else f"{of_set['rows']} answers"
-        lines.append(f"{name}: NLL {nll} per token ({answers}{silent})")
+        lines.append(f"{name}: NLL {nll} per token ({counted(of_set['rows'], 'answer')}{silent})")
     return "\n".join(lines)

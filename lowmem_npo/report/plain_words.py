@@ -18,6 +18,7 @@ from lowmem_npo.evaluation.leaks.worst import WorstAttack
 from lowmem_npo.report.audit import seconds
 from lowmem_npo.report.content import Content
 from lowmem_npo.report.verdict import form_words, gives_numbers, of_passages, said_count
+from lowmem_npo.sizes import counted
 from lowmem_npo.sources import data_names, shown_names
 
 ORIGINAL = (
@@ -76,7 +77,7 @@ def first_page(content: Content, model: str) -> list[Part]:
 def _asked(content: Content, model: str) -> Iterator[str]:
     data: Mapping[str, Any] = content.audit["data"] if content.audit else {}
     forget, retain = data.get(FORGET), data.get(RETAIN)
-    examples = f"{_examples(forget)} (“{_source(forget)}”)" if forget else "the examples given"
+    examples = f"{counted(forget['rows'], 'example')} (“{_source(forget)}”)" if forget else "the examples given"
     yield f"The language model “{model}” was to forget what is in {examples}. Below they are called forget rows."
     if retain is None:
         yield "It was to keep what it knows otherwise, but no examples of that were used in the training."
@@ -88,8 +89,8 @@ def _asked(content: Content, model: str) -> Iterator[str]:
         )
     else:
         yield (
-            f"It was to keep what it knows otherwise, for which {_examples(retain)} to protect (“{_source(retain)}”) "
-            "stand. Below they are called retain rows."
+            f"It was to keep what it knows otherwise, for which {counted(retain['rows'], 'example')} to protect "
+            f"(“{_source(retain)}”) stand. Below they are called retain rows."
         )
 
 
@@ -205,10 +206,6 @@ def _limits(content: Content) -> Iterator[str]:
     else:
         yield "Whether anything was forgotten, and whether anything else was lost."
     yield RELATED
-
-
-def _examples(data: Mapping[str, Any]) -> str:
-    return "1 example" if data["rows"] == 1 else f"{data['rows']:,} examples"
 
 
 def _source(data: Mapping[str, Any]) -> str:

@@ -9,6 +9,8 @@ from lowmem_kernels import IGNORE_INDEX
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
+from lowmem_npo import progress
+from lowmem_npo.data import tokenizing
 from lowmem_npo.data.reading import read_rows
 from lowmem_npo.data.schemas import Example, to_examples
 from lowmem_npo.data.templates import Template
@@ -222,3 +224,13 @@ def test_special_tokens_that_the_row_or_the_template_brings_are_written_once(lla
     if text is not None:
         assert decode(llama_tokenizer, ids).replace(" ", "") == text.replace(" ", "")
         assert "1 row with special tokens" in rows.report("forget")[1]
+
+
+def test_many_rows_say_how_far_they_are(olmo_tokenizer, monkeypatch, capsys):
+    examples = [pair("2 + 2 =", "4")] * 3
+    tokenize(examples, olmo_tokenizer)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(tokenizing, "DELAY", 0)
+    monkeypatch.setattr(progress, "SECONDS", 0)
+    tokenize(examples, olmo_tokenizer)
+    assert "tokenising, row 2 of 3" in capsys.readouterr().err

@@ -41,6 +41,7 @@ from lowmem_npo.report.content import read_content
 from lowmem_npo.report.evaluation_text import evaluation_text
 from lowmem_npo.report.verdict import judge_evaluation
 from lowmem_npo.run_directory import EvaluationFiles, RunFiles
+from lowmem_npo.sizes import counted
 
 
 def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
@@ -64,15 +65,14 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
 
 def _announced(plan: EvaluationPlan) -> list[str]:
     """What would be measured, in lines."""
-    lines = [f"{benchmark.title}: {_count(name, chosen)}" for benchmark, name, chosen in plan.selected]
-    counts = " and ".join(_count(name, chosen) for name, chosen in plan.leak_rows.items())
+    lines = [f"{benchmark.title}: {_rows(name, chosen)}" for benchmark, name, chosen in plan.selected]
+    counts = " and ".join(_rows(name, chosen) for name, chosen in plan.leak_rows.items())
     lines += [f"Leak test {test.name}, on {counts}: {test.summary}" for test in leak_tests(plan.config.leaks)]
     return [*lines, "Dry run: nothing was measured or written."]
 
 
-def _count(name: str, chosen: Selection) -> str:
-    rows = len(chosen.rows)
-    return f"{rows} {name} row{'s' if rows != 1 else ''}"
+def _rows(name: str, chosen: Selection) -> str:
+    return counted(len(chosen.rows), f"{name} row")
 
 
 def measure(
