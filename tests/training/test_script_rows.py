@@ -104,11 +104,27 @@ def test_what_is_no_rows_is_refused_at_once(rows, message, byte_model, tmp_path)
         ({"max_length": -3}, "max_length must be at least 2, not -3"),
         ({"group_column": ["person"]}, "group_column must be text"),
         ({"joint_pass_tokens": -1}, "joint_pass_tokens must be at least 0, not -1"),
+        ({"num_train_epochs": 0, "max_steps": -1}, "num_train_epochs must be a positive number, not 0"),
+        ({"num_train_epochs": float("nan"), "max_steps": -1}, "num_train_epochs must be a finite number, not nan"),
+        ({"max_steps": -5}, "max_steps must be at least -1, not -5"),
+        ({"max_steps": 2.5}, "max_steps must be a whole number, not 2.5"),
+        ({"learning_rate": "1e-4"}, "learning_rate must be a number, not '1e-4'"),
+        ({"learning_rate": -1e-4}, "learning_rate must be 0 or a positive number, not -0.0001"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, not 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1, not 0"),
+        ({"seed": -1}, "seed must be at least 0, not -1"),
+        ({"weight_decay": -1.0}, "weight_decay must be 0 or a positive number, not -1"),
+        ({"save_total_limit": 0}, "save_total_limit must be at least 1, not 0"),
     ],
 )
 def test_values_that_a_field_cannot_have_are_refused_as_by_the_command_line(settings, message, byte_model, tmp_path):
     with pytest.raises(UserError, match=message):
         trainer_of(byte_model, tmp_path, **settings)
+
+
+def test_epochs_are_not_looked_at_beside_a_number_of_steps(tmp_path):
+    args = NPOConfig(output_dir=str(tmp_path), use_cpu=True, num_train_epochs=-1, max_steps=3, max_grad_norm=None)
+    assert args.max_steps == 3
 
 
 def test_numbers_of_numpy_are_numbers(tmp_path):
