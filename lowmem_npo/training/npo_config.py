@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from lowmem_npo.config import KEPT_CHECKPOINTS, DataConfig, ObjectiveConfig, TrainingConfig
 from lowmem_npo.ranges import MOST, Count, CountOrNone, check_values
 from lowmem_npo.training.honoured import FROM_PYTHON, RANGES, SCRIPT_RANGES, as_is, check_effect
+from lowmem_npo.training.script_words import in_script_words
 
 
 @dataclass
@@ -67,7 +68,8 @@ class NPOConfig(ObjectiveConfig, TrainingArguments):
                 setattr(self, f.name, value.item())
         if self.padding_free in (0, 1):
             self.padding_free = bool(self.padding_free)
-        ObjectiveConfig.__post_init__(self)
+        with in_script_words():
+            ObjectiveConfig.__post_init__(self)
         defaults, own = as_is(), {name: getattr(self, name) for name in NPOConfig.__annotations__}
         kinds = get_type_hints(NPOConfig, include_extras=True)
         check_values(own, {name: kinds[name] for name in own.keys() - defaults.keys()}, str)

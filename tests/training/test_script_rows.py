@@ -122,6 +122,35 @@ def test_values_that_a_field_cannot_have_are_refused_as_by_the_command_line(sett
         trainer_of(byte_model, tmp_path, **settings)
 
 
+@pytest.mark.parametrize(
+    "rows, settings, message",
+    [
+        (FORGET, {"layered": 3}, "layered=3 leaves a fold of 1 row, and a step takes step_batch_size=4: lower one"),
+        (
+            FORGET,
+            {"adversary": 1.0},
+            "adversary teaches .*: step_batch_size=4, forget rows: 4. Lower step_batch_size, or",
+        ),
+        (
+            FORGET,
+            {"max_length": 12},
+            r"With max_length=12 nothing of the answer is left in .*; give max_length=\d+ or more",
+        ),
+        (
+            [{"frage": "Who?", "antwort": "She."}],
+            {},
+            "name yours with prompt_column and answer_column; lowmem_npo.data.to",
+        ),
+        (FORGET, {"sam": -1.0}, "sam must be a positive number, not -1"),
+        (FORGET, {"forget_term": "idk", "forget_level": "holdout"}, "forget_level is a level of the forgotten answers"),
+    ],
+)
+def test_errors_name_what_a_script_gives(rows, settings, message, byte_model, tmp_path):
+    with pytest.raises(UserError, match=message) as error:
+        trainer_of(byte_model, tmp_path, rows, **settings)
+    assert "--" not in str(error.value)
+
+
 def test_epochs_are_not_looked_at_beside_a_number_of_steps(tmp_path):
     args = NPOConfig(output_dir=str(tmp_path), use_cpu=True, num_train_epochs=-1, max_steps=3, max_grad_norm=None)
     assert args.max_steps == 3
@@ -146,7 +175,7 @@ def test_raw_rows_beyond_the_models_positions_are_named(byte_model, tmp_path):
     AutoTokenizer.from_pretrained(byte_model).save_pretrained(tmp_path / "model")
     short, long = ({"question": "Who?", "answer": "She. " * times} for times in (1, 20))
     for rows, place in (([short, long], "forget_dataset, row 2"), ([short], "retain_dataset, row 1")):
-        with pytest.raises(UserError, match=f"{place} has .* tokens, but the model has learnt only 64 positions"):
+        with pytest.raises(UserError, match=f"{place} has .* tokens, but .* only 64 positions: give max_length=64, or"):
             trainer_of(tmp_path / "model", tmp_path, rows, [long])
 
 
