@@ -9,7 +9,7 @@ import pytest
 
 from lowmem_npo.cli import main
 from lowmem_npo.commands.arguments import parse_run
-from lowmem_npo.commands.sweep.grid import parse_grid, parse_seeds, plan_sweep
+from lowmem_npo.commands.sweep.grid import first_config, parse_grid, parse_seeds, plan_sweep
 from lowmem_npo.errors import UserError
 
 
@@ -89,6 +89,24 @@ def test_mistakes_in_the_grid(grid, message):
     with pytest.raises(UserError) as error:
         planned(grid)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "grid, options, message",
+    [
+        (["model=a,b", "gamma=-1,1"], [], "--grid model=a_gamma=-1: --gamma must be 0 or a positive number"),
+        (
+            ["alternatives=,self"],
+            ["--model", "m", "--forget-term", "dpo"],
+            "--grid alternatives=default: --forget-term",
+        ),
+        (["gamma=0,1"], ["--model", "m", "--epochs", "0"], "--epochs must be a positive number"),
+        ([], ["--model", "m", "--epochs", "0"], "--epochs must be a positive number"),
+    ],
+)
+def test_a_mistake_names_the_values_of_the_grid_that_it_comes_from(grid, options, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        first_config(parse_grid(grid), lambda flags: parse_run([*options, *flags], "sweep"))
 
 
 @pytest.mark.parametrize(
