@@ -125,11 +125,13 @@ def _check_rows(runs: Sequence[SweepRun], inputs: dict[str, Inputs]) -> None:
     """Raises UserError for rows that cannot be read, or divided, as one of the runs that are left to be made asks."""
     for run in runs:
         if not is_finished(run):
-            data = _read_inputs(run.config, inputs, silent).data
+            point = run.point.start  # which decides what is read
             try:
+                data = _read_inputs(run.config, inputs, silent).data
+                point = run.point
                 fitted(run.config, data, silent)
             except UserError as error:
-                raise named(run.point, error) from error
+                raise named(point, error) from error
 
 
 def _read_inputs(config: RunConfig, inputs: dict[str, Inputs], say: Say) -> Inputs:

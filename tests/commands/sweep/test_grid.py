@@ -140,6 +140,8 @@ def test_the_command_reports_mistakes_in_a_sentence_and_lists_its_runs(capsys, t
     assert main(["sweep", "--grid", "gamma=0,1", *options]) == 2
     error = capsys.readouterr().err
     assert "line 1: answer is a number" in error and "--grid" not in error  # no matter of the grid
+    assert main(["sweep", "--grid", "gamma=0,1", "group-column=who,what", "layered=2", *options[:7]]) == 2
+    assert "--grid group-column=who: " in capsys.readouterr().err
     assert main(["sweep", "--help"]) == 0
     assert "--grid" in capsys.readouterr().out
 
