@@ -10,6 +10,7 @@ from lowmem_npo.config import FORGET_TERMS, REFUSING_TERMS, SECTIONS, RunConfig
 OF_TERMS = {
     "refusal": REFUSING_TERMS,
     "alternative_column": ("dpo",),
+    "alternatives": ("dpo",),
     "beta": ("npo", "simnpo", "dpo"),
     "normalization": ("npo",),
     "simnpo_margin": ("simnpo",),

@@ -18,7 +18,7 @@ from lowmem_npo.config.adapter import AdapterConfig
 from lowmem_npo.config.data import DataConfig, DataOptions, PassageForm
 from lowmem_npo.config.memory import TILE_ROWS, MemoryConfig, StreamOptions
 from lowmem_npo.config.model import ModelConfig, ModelOptions
-from lowmem_npo.config.objective import FORGET_TERMS, REFUSING_TERMS, ObjectiveConfig
+from lowmem_npo.config.objective import FORGET_TERMS, REFUSING_TERMS, ObjectiveConfig, may_prefer
 from lowmem_npo.config.output import AnswerOptions, OutputConfig
 from lowmem_npo.config.stopping import StoppingConfig
 from lowmem_npo.config.training import KEPT_CHECKPOINTS, Recipe, TrainingConfig
@@ -46,6 +46,7 @@ __all__ = [
     "StoppingConfig",
     "StreamOptions",
     "TrainingConfig",
+    "may_prefer",
 ]
 
 SECTIONS: dict[str, type] = {
@@ -95,8 +96,6 @@ class RunConfig:
             )
         if other is not None and self.data.alternative_column is not None:
             raise UserError("--alternatives and --alternative-column both say what dpo prefers: leave one of them out.")
-        if other is not None and term in FORGET_TERMS and term != "dpo":
-            raise UserError(f"--alternatives are what --forget-term dpo prefers, and {term} prefers none: take dpo.")
         self.memory.check_source(self.model)
         if self.objective.forget_level == "holdout" and self.data.forget is not None and self.data.holdout is None:
             raise UserError("--forget-level holdout pushes rows to where rows never taught are: name some, --holdout.")

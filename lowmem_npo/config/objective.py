@@ -18,6 +18,11 @@ KLDirection = Literal["policy-reference", "reference-policy"]
 ForgetLevel = Literal["none", "holdout"]
 
 
+def may_prefer(term: str) -> bool:
+    """Whether a forget term may look at other answers: dpo prefers them, and one that is not ours may use them."""
+    return term == "dpo" or term not in FORGET_TERMS
+
+
 @dataclass
 class ObjectiveConfig(Checked):
     """Objective: L = L_forget + gamma * NLL(retain) + delta * KL(retain)."""

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowmem_npo.config import DataConfig, ObjectiveConfig
+from lowmem_npo.config import DataConfig, ObjectiveConfig, may_prefer
 from lowmem_npo.data.overlap import MAX_LISTED, find_related, refuse_overlap
 from lowmem_npo.data.passages import Passages
 from lowmem_npo.data.reading import bundled_rows, described, read_rows
@@ -88,8 +88,8 @@ def prepare(
     Without `data.forget` and `data.retain` these are the bundled biographies and, unless `data.holdout` names others,
     their holdout. `forget_term` decides what `forget_targets` are. `stops` are ids at which the model stops generating,
     beside its tokenizer's own. `own_texts` is where the texts of `--retain self` are, or will be; `own_answers` says so
-    of the answers of `--alternatives self` to some rows. Of general rows, bundled or self-written, those that say what
-    is to be forgotten are left out.
+    of the answers of `--alternatives self` to some rows, if `forget_term` may look at any. Of general rows, bundled or
+    self-written, those that say what is to be forgotten are left out.
 
     Raises UserError for everything the user can fix.
     """
@@ -152,9 +152,10 @@ def prepare(
         refuse_overlap(to_forget, to_hold_out, part="holdout")
         if to_retain is not None:
             refuse_overlap(to_retain, to_hold_out, part="holdout", of="retain")
-    number, answered = answers_number(data.alternatives), None if own_answers is None else own_answers(to_forget)
+    number = answers_number(data.alternatives) if may_prefer(forget_term) else None
+    answered = None if number is None or own_answers is None else own_answers(to_forget)
     unanswered = number is not None and (answered is None or not answered.exists())
-    if number is not None and answered is not None and not unanswered:
+    if answered is not None and not unanswered:
         to_forget = with_own_answers(answered, to_forget)
     forget_rows, in_forms = tokenized("forget", to_forget), None
     if template.text == BOTH:

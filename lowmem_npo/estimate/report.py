@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
 
-from lowmem_npo.config import ModelConfig, RunConfig
+from lowmem_npo.config import ModelConfig, RunConfig, may_prefer
 from lowmem_npo.data.self_written import self_rows
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.budget import Fit, cautious, fit_budget, fit_free, undecided
@@ -137,7 +137,8 @@ class Report:
                 f"written answers: a pass for each token of all rows of a set, {self.pass_seconds:.2g} s of copying, "
                 f"{duration(TOKENS * self.pass_seconds / 3600)} for {TOKENS} tokens"
             ]
-            if self_rows(self.config.data.retain) is not None or self.config.data.alternatives is not None:
+            answers = self.config.data.alternatives is not None and may_prefer(self.config.objective.forget_term)
+            if self_rows(self.config.data.retain) is not None or answers:
                 lines += ["texts that the original model writes before training take as many, unless a file has them"]
         flags = f"with {' '.join(self.flags)}" if self.flags else "with these options"
         if self.budget is not None:

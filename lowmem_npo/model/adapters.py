@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer, dora
+from peft.tuners.lora import LoraLayer, ParamWrapper, dora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from lowmem_npo.config import AdapterConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.continued import FIRST, ContinuedModel, continued
-from lowmem_npo.model.layers import causal_lm, decoder_layers, linear_layers
+from lowmem_npo.model.layers import all_linear, causal_lm, decoder_layers, linear_layers, taken_for_experts
 from lowmem_npo.model.modes import eval_mode, parts, switched
 from lowmem_npo.model.patterns import check_patterns
 from lowmem_npo.model.saved_modules import check_saved_modules, train_in_float32
@@ -93,6 +93,19 @@ def shared_layers(model: PeftModel) -> list[str]:
     return [name.removeprefix("base_model.model.") for name in shared]
 
 
+def note_on_experts(model: PeftModel, config: AdapterConfig) -> str | None:
+    """A line on linear layers of `model` that have no adapter because PEFT takes their names for those of experts; None
+    where there are none, or nobody named them."""
+    lm = causal_lm(model)
+    taken = taken_for_experts(lm, linear_layers(lm))
+    kind, given = type(lm).__name__, f"--lora-targets {' '.join(config.lora_targets)}"
+    if taken and config.lora_targets == ("all-linear",):
+        return f"{given} leaves out {', '.join(sorted(taken))}: PEFT takes these names for the experts of a {kind}."
+    if taken and any(isinstance(module, ParamWrapper) for module in model.modules()):
+        return f"{given} is an adapter on each of the experts of a {kind}, and on no other layers of these names."
+    return None
+
+
 def adapted_weight(layer: Any) -> torch.nn.Parameter:
     """What the factors of a `LoraLayer` are added to."""
     return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
@@ -139,10 +152,10 @@ def restore_adapter(model: PeftModel, weights: dict[str, Tensor]) -> None:
 
 @contextmanager
 def extra_adapter(model: PreTrainedModel | PeftModel, rank: int, seed: int) -> Iterator[None]:
-    """Inside, every linear layer but the head has one more LoRA adapter, which starts as the identity and alone
+    """Inside, all of `all_linear` have one more LoRA adapter, which starts as the identity and alone
     requires grad. On leaving it is removed and everything is restored."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    targets = list(linear_layers(causal_lm(model)))
+    targets = list(all_linear(causal_lm(model)))
     config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules=targets)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -173,7 +186,7 @@ def extra_adapter(model: PreTrainedModel | PeftModel, rank: int, seed: int) -> I
 
 def linear_layer_names(model: PreTrainedModel) -> list[str]:
     """Last name parts of the linear layers that can have an adapter: q_proj, down_proj, ...; never the head."""
-    return sorted({name.rpartition(".")[2] for name in linear_layers(model)})
+    return sorted({name.rpartition(".")[2] for name in all_linear(model)})
 
 
 def _save_no_embedding(model: PeftModel) -> None:
@@ -220,7 +233,7 @@ def _lora_config(model: PreTrainedModel, config: AdapterConfig) -> LoraConfig:
             raise UserError(f"--lora-layers names layer {layers[-1]}, but the model's layers are 0-{len(own) - 1}.")
         if config.lora_targets == ("all-linear",):
             inside = {module for layer in layers for module in own[layer].modules()}
-            targets = [name for name, module in linear_layers(model).items() if module in inside]
+            targets = [name for name, module in all_linear(model).items() if module in inside]
             layers = None
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -238,7 +251,7 @@ def _lora_config(model: PreTrainedModel, config: AdapterConfig) -> LoraConfig:
 
 def _checked_targets(model: PreTrainedModel, config: AdapterConfig) -> str | list[str]:
     if config.lora_targets == ("all-linear",):
-        return list(linear_layers(model))
+        return list(all_linear(model))
     head, adaptable = model.get_output_embeddings(), linear_layers(model).values()
     pattern = config.target_pattern
     check_patterns([pattern or ""], [name for name, _ in model.named_modules()], "--lora-targets")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -66,7 +67,8 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Name -> linear layer that can have an adapter, whether or not it has one already.
 
     Not the head, which is frozen; not a layer derived from `nn.Linear` that computes something else (routers of Llama 4
-    and PhiMoE); none that is read instead of run, nor one that PEFT refuses.
+    and PhiMoE); none that is read instead of run, nor one that PEFT refuses. Of these, PEFT takes the names of some for
+    a mixture's experts (`taken_for_experts`).
     """
     head, read = model.get_output_embeddings(), set(read_as_weights(model))
     refused = REFUSED_BY_PEFT.get(model.config.model_type)
@@ -75,6 +77,29 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
         for name, module in _linears(model)
         if module is not head and name not in read and name.rpartition(".")[2] != refused and _is_affine(module)
     }
+
+
+def all_linear(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Those of `linear_layers` to which PEFT gives an adapter if they are its targets."""
+    layers = linear_layers(model)
+    taken = taken_for_experts(model, layers)
+    return {name: layer for name, layer in layers.items() if name.rpartition(".")[2] not in taken}
+
+
+def taken_for_experts(model: PreTrainedModel, layers: Iterable[str]) -> set[str]:
+    """The last parts of the names of those of `layers` that PEFT takes to mean a mixture's experts, which before
+    transformers 5 were layers of such names: as targets they are all of the experts, while the dense MLPs and shared
+    experts of a DeepSeek-V3, which are called so as well, get no adapter."""
+
+    def is_taken(name: str) -> bool:
+        config = LoraConfig(target_modules=[name])
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        except ValueError:  # it takes both halves of a fused weight, or none
+            return True
+        return name not in (config.target_modules or ())
+
+    return {name for name in {layer.rpartition(".")[2] for layer in layers} if is_taken(name)}
 
 
 def read_as_weights(model: nn.Module) -> list[str]:

@@ -162,9 +162,10 @@ class Adversary:
             if int(file.metadata()["began"]) != began:
                 return
             self.began = began
+            # Into memory of its own: what lies anywhere in a file, a CPU may multiply in another order.
             self.factors = [
-                Factors(layer, a, file.get_tensor(name).to(self.device))
-                for name, (layer, a, _) in zip(self._layers, self.fresh(self.began), strict=True)
+                Factors(layer, a, b.detach().copy_(file.get_tensor(name)))
+                for name, (layer, a, b) in zip(self._layers, self.fresh(self.began), strict=True)
             ]
 
     @contextmanager

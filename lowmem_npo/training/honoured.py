@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from annotated_types import Interval
 
 from lowmem_npo.errors import UserError
-from lowmem_npo.ranges import MOST, Count, PositiveOrZero, Probability, Seed
+from lowmem_npo.ranges import MOST, Count, Positive, PositiveOrZero, Probability, Seed
 
 # The fields that have an effect here, besides those that our own options set.
 HONOURED = frozenset({
@@ -31,10 +31,16 @@ FROM_PYTHON = frozenset({
 RANGES = {
     "warmup_steps": Annotated[float, Interval(ge=0, le=MOST)], "weight_decay": PositiveOrZero,
     "adam_beta1": Probability, "adam_beta2": Probability, "adam_epsilon": PositiveOrZero,
-    "max_grad_norm": PositiveOrZero, "data_seed": Seed | None,
+    "max_grad_norm": PositiveOrZero | None, "data_seed": Seed | None,
     "dataloader_num_workers": Annotated[int, Interval(ge=0, le=1024)],
     "logging_steps": Annotated[float, Interval(gt=0, le=MOST)], "save_steps": Annotated[float, Interval(gt=0, le=MOST)],
     "save_total_limit": Count | None,
+}  # fmt: skip
+# Those of a script's own: on the command line they are options of ours.
+SCRIPT_RANGES = {
+    "num_train_epochs": Positive, "max_steps": Annotated[int, Interval(ge=-1, le=MOST)],
+    "learning_rate": PositiveOrZero, "per_device_train_batch_size": Count, "gradient_accumulation_steps": Count,
+    "seed": Seed,
 }  # fmt: skip
 INSTEAD = {
     "bf16|fp16": "the compute type is --dtype, bf16 or float32",

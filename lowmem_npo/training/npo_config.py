@@ -12,7 +12,8 @@ from transformers import TrainingArguments
 
 from lowmem_npo.config import KEPT_CHECKPOINTS, DataConfig, ObjectiveConfig, TrainingConfig
 from lowmem_npo.ranges import MOST, Count, CountOrNone, check_values
-from lowmem_npo.training.honoured import FROM_PYTHON, as_is, check_effect
+from lowmem_npo.training.honoured import FROM_PYTHON, RANGES, SCRIPT_RANGES, as_is, check_effect
+from lowmem_npo.training.script_words import in_script_words
 
 
 @dataclass
@@ -24,8 +25,7 @@ class NPOConfig(ObjectiveConfig, TrainingArguments):
     forget rows directly, for numbers that do not divide evenly.
 
     Raises:
-        UserError: an argument of `TrainingArguments` would have no effect here, or one of ours has a value that it
-            cannot have.
+        UserError: an argument of `TrainingArguments` would have no effect here, or one has a value that it cannot have.
     """
 
     learning_rate: float = TrainingConfig.lr
@@ -68,10 +68,15 @@ class NPOConfig(ObjectiveConfig, TrainingArguments):
                 setattr(self, f.name, value.item())
         if self.padding_free in (0, 1):
             self.padding_free = bool(self.padding_free)
-        ObjectiveConfig.__post_init__(self)
+        with in_script_words():
+            ObjectiveConfig.__post_init__(self)
         defaults, own = as_is(), {name: getattr(self, name) for name in NPOConfig.__annotations__}
         kinds = get_type_hints(NPOConfig, include_extras=True)
         check_values(own, {name: kinds[name] for name in own.keys() - defaults.keys()}, str)
+        theirs = {name: getattr(self, name) for name in (*SCRIPT_RANGES, *RANGES)}
+        if isinstance(self.max_steps, int) and self.max_steps > 0:
+            theirs.pop("num_train_epochs")  # nobody looks at it
+        check_values(theirs, SCRIPT_RANGES | RANGES, str)
         args = {name: getattr(self, name) for name in defaults if name not in FROM_PYTHON}
         check_effect(args, defaults, lambda name, value: f"{name}={value!r}")
         if self.warmup_steps and self.lr_scheduler_type == "constant":

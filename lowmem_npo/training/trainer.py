@@ -50,6 +50,7 @@ from lowmem_npo.training.passes import Passes
 from lowmem_npo.training.reference import CachedReference, LiveReference
 from lowmem_npo.training.sampler import EpochOfSampler, sampler_of, steps_of
 from lowmem_npo.training.script_rows import script_rows
+from lowmem_npo.training.script_words import in_script_words
 from lowmem_npo.training.sharpness import Neighbour
 from lowmem_npo.training.training_rows import training_rows
 
@@ -112,18 +113,19 @@ class NPOTrainer(Trainer):
                 "gamma or delta is positive but there are no retain rows: give retain_dataset, or set both to 0."
             )
         tokenized = partial(script_rows, model=causal_lm(model), tokenizer=processing_class, max_length=args.max_length)
-        rows = training_rows(
-            forget_dataset,
-            retain_dataset if objective.needs_retain else None,
-            alternative_dataset,
-            true_dataset,
-            tokenized,
-            term=args.forget_term,
-            layered=args.layered,
-            adversary=args.adversary is not None,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            teaching={"term": args.forget_term, "refusal": args.refusal, "group_column": args.group_column},
-        )
+        with in_script_words():
+            rows = training_rows(
+                forget_dataset,
+                retain_dataset if objective.needs_retain else None,
+                alternative_dataset,
+                true_dataset,
+                tokenized,
+                term=args.forget_term,
+                layered=args.layered,
+                adversary=args.adversary is not None,
+                seed=args.seed if args.data_seed is None else args.data_seed,
+                teaching={"term": args.forget_term, "refusal": args.refusal, "group_column": args.group_column},
+            )
         if not isinstance(model, PeftModel):
             if peft_config is None:
                 raise UserError("NPOTrainer trains an adapter: give a PeftModel, or peft_config=AdapterConfig(...).")
@@ -167,7 +169,8 @@ class NPOTrainer(Trainer):
             processing_class=processing_class,
             **trainer_kwargs,
         )
-        self.step_batches = sampler_of(args, rows)
+        with in_script_words():
+            self.step_batches = sampler_of(args, rows)
         self.add_callback(EpochOfSampler(self.step_batches))
         self.add_callback(FiniteSteps(self._step_is_finite, self._rows_not_finite, say))
         heard = say if args.process_index == 0 else logger.warning  # what happens to one process alone

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any, NamedTuple
 
-from lowmem_npo.config import FORGET_TERMS, REFUSING_TERMS, RunConfig
+from lowmem_npo.config import REFUSING_TERMS, RunConfig, may_prefer
 from lowmem_npo.data import PreparedData, TokenizedRow, TokenizedRows
 from lowmem_npo.errors import UserError
 from lowmem_npo.training.layered import divide
@@ -102,7 +102,7 @@ def training_rows(
     if alternatives is None and term == "dpo":
         raise UserError("dpo prefers another answer to the forgotten one: give alternative_dataset.")
     others = () if alternatives is None else tokenized(alternatives, "alternative_dataset")
-    if others and term in FORGET_TERMS and term != "dpo":
+    if others and not may_prefer(term):
         raise UserError(f"{term} has no use for alternative_dataset: leave it out, or take dpo.")
     if len(others) % number:
         raise UserError(f"alternative_dataset has {len(others)} rows: give one for each of {number} forget rows.")
@@ -168,9 +168,8 @@ def rows_read(config: RunConfig, data: PreparedData) -> list[TokenizedRows | Non
 
 
 def used_alternatives(config: RunConfig, data: PreparedData) -> TokenizedRows | None:
-    """The other answers, if the forget term looks at any: dpo does, and one that is not ours may."""
-    term = config.objective.forget_term
-    return data.alternatives if term == "dpo" or term not in FORGET_TERMS else None
+    """The other answers, if the forget term may look at any."""
+    return data.alternatives if may_prefer(config.objective.forget_term) else None
 
 
 def names_of(rows: Sequence[TokenizedRow] | None) -> list[str] | None:

@@ -97,6 +97,16 @@ def rows_file(folder, count):
     return path
 
 
+def test_a_sweep_may_have_terms_that_prefer_none(byte_model, tmp_path):
+    swept = tmp_path / "swept"
+    options = ["--alternatives", "self:1", "--max-steps", "1", "--leaks", "none", "--output-dir", str(swept)]
+    run = ["sweep", "--seeds", "1", "--grid", "forget-term=npo,dpo", "--model", str(byte_model), *OPTIONS[:-1], "2"]
+    assert main([*run, *options]) == 0
+    npo, dpo = (swept / f"forget-term={term}" / "seed-42" for term in ("npo", "dpo"))
+    assert len(answers(dpo)) == 6 and not (npo / "alternatives.jsonl").exists()
+    assert "--alternatives has no effect with --forget-term npo." in (npo / "log.txt").read_text()
+
+
 def test_rows_to_which_it_writes_none_are_named(byte_model, tmp_path, capsys, monkeypatch):
     """A model that says the answers themselves, whatever it is asked for, but to the first row."""
     tell = {1: "the 1", 2: "Answer: The 2.\nMore"}
@@ -123,7 +133,6 @@ def _row(tokenizer, ids):
         (("--alternatives", "other"), "--alternatives other: give self, or self:N for N other answers to each row"),
         (("--alternatives", "self:0"), "--alternatives self:0: give at least 1 answer and at most 100, as in"),
         (("--alternative-column", "other"), "both say what dpo prefers: leave one of them out"),
-        (("--forget-term", "npo"), "--alternatives are what --forget-term dpo prefers, and npo prefers none: take dpo"),
     ],
 )
 def test_bad_input_is_found_before_the_weights(options, message, byte_model, tmp_path, capsys):

@@ -242,18 +242,21 @@ def test_what_cannot_be_continued_is_refused_before_weights_are_loaded(options, 
         check_lora(config, lora)
 
 
+EXPERTS = ("gate_proj", "up_proj", "down_proj")  # what PEFT takes to mean them
+
+
 def test_experts_keep_to_one_adapter(tmp_path):
     """PEFT adds up the products of several, which rounds otherwise than one: step 1 would not be the identity."""
     config = tiny_config("dots1", 97)
     folder = saved_first(tmp_path / "first", config, target_modules=["q_proj", "v_proj"])
     with pytest.raises(UserError, match="the experts of this Dots1ForCausalLM cannot have an adapter beside another"):
-        check_lora(config, continuing(folder, lora_targets=("all-linear",)))
+        check_lora(config, continuing(folder, lora_targets=EXPERTS))
     model = attach_lora(tiny_model(config), continuing(folder))
     randomise(model, ".lora_B.default")
     model.save_pretrained(str(tmp_path / "both"))
     loaded = PeftModel.from_pretrained(tiny_model(config), tmp_path / "both").eval()
     torch.testing.assert_close(states(loaded), states(model), rtol=1e-5, atol=2e-6)
-    experts = saved_first(tmp_path / "experts", config, target_modules=["gate_proj", "up_proj", "down_proj"])
+    experts = saved_first(tmp_path / "experts", config, target_modules=list(EXPERTS))
     with pytest.raises(UserError, match="has factors of experts .*merge it"):
         check_lora(config, continuing(experts))
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
+
 import bitsandbytes as bnb
 import pytest
 import torch
 from helpers.architectures import random_model, tiny_config
 from helpers.dense_step import make_trainer, random_rows, step_gradients
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, LongcatFlashConfig, LongcatFlashForCausalLM
 
 from lowmem_npo.config import AdapterConfig, ModelConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.model import attach_lora, load_model
-from lowmem_npo.model.adapters import check_lora, extra_adapter
-from lowmem_npo.model.layers import decoder_layers, linear_layers, read_as_weights
+from lowmem_npo.model.adapters import check_lora, extra_adapter, note_on_experts
+from lowmem_npo.model.layers import all_linear, decoder_layers, linear_layers, read_as_weights
 
 ALL = ("all-linear",)
 LAYERS = {  # architecture: the last parts of the names, and what is left out
@@ -47,6 +50,30 @@ def test_every_layer_that_can_have_an_adapter_gets_one_that_is_trained(architect
     gradients = step_gradients(trainer)
     trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert gradients.keys() == trained and all(g.any() for g in gradients.values())
+
+
+MIXTURES = {  # whether linear layers beside the experts are called as those were
+    **dict.fromkeys(("deepseek_v3", "glm4_moe", "qwen3_next", "afmoe"), True),
+    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "mixtral", "llama4_text"), False),
+}
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_all_linear_is_linear_layers_and_says_which_it_leaves_out(architecture):
+    """PEFT would adapt the experts in place of layers that are called as those were: a factor for each of hundreds."""
+    config = tiny_config(architecture, 97)
+    adapted = check_lora(config, AdapterConfig(lora_targets=ALL))
+    base = adapted.get_base_model()
+    with_adapter = {name for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    assert with_adapter == set(all_linear(base)) and not [name for name in with_adapter if "experts" in name.split(".")]
+    note = note_on_experts(adapted, AdapterConfig(lora_targets=ALL))
+    assert (note is not None) is MIXTURES[architecture] is (len(with_adapter) < len(linear_layers(base)))
+    if note:
+        assert re.match("--lora-targets all-linear leaves out down_proj, (gate, )?gate_proj, up_proj: PEFT takes", note)
+        named = AdapterConfig(lora_targets=("gate_proj", "up_proj", "down_proj"))
+        assert "is an adapter on each of the experts of a" in note_on_experts(check_lora(config, named), named)
+        with extra_adapter(model := random_model(config), rank=2, seed=0):
+            assert not [name for name, _ in model.named_parameters() if "lora_" in name and ".experts." in name]
 
 
 @pytest.mark.parametrize(

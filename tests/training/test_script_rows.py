@@ -104,11 +104,56 @@ def test_what_is_no_rows_is_refused_at_once(rows, message, byte_model, tmp_path)
         ({"max_length": -3}, "max_length must be at least 2, not -3"),
         ({"group_column": ["person"]}, "group_column must be text"),
         ({"joint_pass_tokens": -1}, "joint_pass_tokens must be at least 0, not -1"),
+        ({"num_train_epochs": 0, "max_steps": -1}, "num_train_epochs must be a positive number, not 0"),
+        ({"num_train_epochs": float("nan"), "max_steps": -1}, "num_train_epochs must be a finite number, not nan"),
+        ({"max_steps": -5}, "max_steps must be at least -1, not -5"),
+        ({"max_steps": 2.5}, "max_steps must be a whole number, not 2.5"),
+        ({"learning_rate": "1e-4"}, "learning_rate must be a number, not '1e-4'"),
+        ({"learning_rate": -1e-4}, "learning_rate must be 0 or a positive number, not -0.0001"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, not 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1, not 0"),
+        ({"seed": -1}, "seed must be at least 0, not -1"),
+        ({"weight_decay": -1.0}, "weight_decay must be 0 or a positive number, not -1"),
+        ({"save_total_limit": 0}, "save_total_limit must be at least 1, not 0"),
     ],
 )
 def test_values_that_a_field_cannot_have_are_refused_as_by_the_command_line(settings, message, byte_model, tmp_path):
     with pytest.raises(UserError, match=message):
         trainer_of(byte_model, tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    "rows, settings, message",
+    [
+        (FORGET, {"layered": 3}, "layered=3 leaves a fold of 1 row, and a step takes step_batch_size=4: lower one"),
+        (
+            FORGET,
+            {"adversary": 1.0},
+            "adversary teaches .*: step_batch_size=4, forget rows: 4. Lower step_batch_size, or",
+        ),
+        (
+            FORGET,
+            {"max_length": 12},
+            r"With max_length=12 nothing of the answer is left in .*; give max_length=\d+ or more",
+        ),
+        (
+            [{"frage": "Who?", "antwort": "She."}],
+            {},
+            "name yours with prompt_column and answer_column; lowmem_npo.data.to",
+        ),
+        (FORGET, {"sam": -1.0}, "sam must be a positive number, not -1"),
+        (FORGET, {"forget_term": "idk", "forget_level": "holdout"}, "forget_level is a level of the forgotten answers"),
+    ],
+)
+def test_errors_name_what_a_script_gives(rows, settings, message, byte_model, tmp_path):
+    with pytest.raises(UserError, match=message) as error:
+        trainer_of(byte_model, tmp_path, rows, **settings)
+    assert "--" not in str(error.value)
+
+
+def test_epochs_are_not_looked_at_beside_a_number_of_steps(tmp_path):
+    args = NPOConfig(output_dir=str(tmp_path), use_cpu=True, num_train_epochs=-1, max_steps=3, max_grad_norm=None)
+    assert args.max_steps == 3
 
 
 def test_numbers_of_numpy_are_numbers(tmp_path):
@@ -130,7 +175,7 @@ def test_raw_rows_beyond_the_models_positions_are_named(byte_model, tmp_path):
     AutoTokenizer.from_pretrained(byte_model).save_pretrained(tmp_path / "model")
     short, long = ({"question": "Who?", "answer": "She. " * times} for times in (1, 20))
     for rows, place in (([short, long], "forget_dataset, row 2"), ([short], "retain_dataset, row 1")):
-        with pytest.raises(UserError, match=f"{place} has .* tokens, but the model has learnt only 64 positions"):
+        with pytest.raises(UserError, match=f"{place} has .* tokens, but .* only 64 positions: give max_length=64, or"):
             trainer_of(tmp_path / "model", tmp_path, rows, [long])
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lowmem_npo.commands.arguments import ALIASES, check_inputs, check_names, flags_of, parse_run
 from lowmem_npo.commands.small_tables import check_small_tables
-from lowmem_npo.commands.sweep.grid import parse_grid, parse_seeds, plan_sweep
+from lowmem_npo.commands.sweep.grid import first_config, parse_grid, parse_seeds, plan_sweep
 from lowmem_npo.commands.sweep.options import EvaluationSources, TeachingOptions, take_options
 from lowmem_npo.config import RunConfig
 from lowmem_npo.errors import UserError
@@ -76,10 +76,7 @@ def main(arguments: Sequence[str]) -> None:
         return parse_run([*options, *flags], "sweep", more_flags=OWN_FLAGS)
 
     points = parse_grid(grid or [], ALIASES)
-    try:
-        config = parse([])
-    except UserError:  # an option that there must be may be the grid's, such as model=a,b
-        config = parse(points[0].flags)
+    config = first_config(points, parse)
     data = (config.data.forget, config.data.retain, config.data.holdout)
     check_names(config.model.model, *data)
     check_small_tables(config.data)

@@ -128,11 +128,36 @@ def plan_sweep(
     return sorted(runs, key=lambda run: models.index(repr(run.config.model)))
 
 
+def first_config(points: Sequence[GridPoint], parse: Callable[[Sequence[str]], RunConfig]) -> RunConfig:
+    """The run that the sweep's options describe without the grid; where one that there must be is the grid's, such as
+    model=a,b, that of its first point.
+
+    Raises:
+        UserError: an invalid value; it names the point of the grid that it comes from, unless that is all of them.
+    """
+    try:
+        return parse([])
+    except UserError:
+        errors = set()
+        for point in points:
+            try:
+                parse(point.flags)
+                errors.add("")
+            except UserError as error:
+                errors.add(str(error))
+        return parse(points[0].flags) if len(errors) == 1 else _parsed(points[0], parse)
+
+
 def _parsed(point: GridPoint, parse: Callable[[Sequence[str]], RunConfig]) -> RunConfig:
     try:
         return parse(point.flags)
     except UserError as error:
-        raise UserError(f"--grid {point.name}: {error}") from error
+        raise named(point, error) from error
+
+
+def named(point: GridPoint, error: UserError) -> UserError:
+    """`error` with the values of the grid that it comes from, if there is a grid."""
+    return UserError(f"--grid {point.name}: {error}" if point.settings else str(error))
 
 
 def _placed(config: RunConfig, point: GridPoint, root: Path, seed: int) -> RunConfig:

@@ -16,14 +16,14 @@ from lowmem_npo.claim import claimed, make_directory
 from lowmem_npo.commands.sweep.borrowed_base import borrowed
 from lowmem_npo.commands.sweep.evaluation import SweepEvaluation
 from lowmem_npo.commands.sweep.figures import BEFORE, GOLD, SweepResult, baseline, before_of, collect, write_results
-from lowmem_npo.commands.sweep.grid import SweepRun
+from lowmem_npo.commands.sweep.grid import SweepRun, named
 from lowmem_npo.commands.sweep.options import TeachingOptions
 from lowmem_npo.commands.sweep.picture import draw_sweep
 from lowmem_npo.commands.sweep.taught_models import TAUGHT, check_teaching, teach_models
 from lowmem_npo.commands.train.measuring import measure_answers
 from lowmem_npo.commands.train.plan import Inputs, RunPlan, fitted, plan_run, read_inputs
 from lowmem_npo.commands.train.run import unlearn
-from lowmem_npo.config import REFUSING_TERMS, DataConfig, ModelConfig, RunConfig
+from lowmem_npo.config import REFUSING_TERMS, DataConfig, ModelConfig, RunConfig, may_prefer
 from lowmem_npo.console import Say, silent
 from lowmem_npo.endings import ended_with, going_on
 from lowmem_npo.errors import UserError
@@ -125,17 +125,19 @@ def _check_rows(runs: Sequence[SweepRun], inputs: dict[str, Inputs]) -> None:
     """Raises UserError for rows that cannot be read, or divided, as one of the runs that are left to be made asks."""
     for run in runs:
         if not is_finished(run):
-            data = _read_inputs(run.config, inputs, silent).data
+            point = run.point.start  # which decides what is read
             try:
+                data = _read_inputs(run.config, inputs, silent).data
+                point = run.point
                 fitted(run.config, data, silent)
             except UserError as error:
-                raise UserError(f"--grid {run.point.name}: {error}" if run.point.settings else str(error)) from error
+                raise named(point, error) from error
 
 
 def _read_inputs(config: RunConfig, inputs: dict[str, Inputs], say: Say) -> Inputs:
     """Those of a run; from `inputs`, if an earlier one had the same."""
-    taught = config.objective.forget_term if config.objective.forget_term in REFUSING_TERMS else None
-    key = repr((config.model, config.data, taught))
+    term = config.objective.forget_term
+    key = repr((config.model, config.data, term if term in REFUSING_TERMS else None, may_prefer(term)))
     inputs[key] = read_inputs(config, say, inputs.get(key))
     return inputs[key]
 

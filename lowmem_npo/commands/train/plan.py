@@ -22,7 +22,7 @@ from lowmem_npo.idle_options import remarks_on_idle_options
 from lowmem_npo.memory.streaming import check_device
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import load_tokenizer, resolve_name
-from lowmem_npo.model.adapters import adapter_size, check_lora, shared_layers
+from lowmem_npo.model.adapters import adapter_size, check_lora, note_on_experts, shared_layers
 from lowmem_npo.model.loading import DTYPES, load_config, local_cache_entry, resolve_device
 from lowmem_npo.model.notes import model_notes
 from lowmem_npo.model.quantization import quantization_of
@@ -158,6 +158,8 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
         check_finite(config.adapter.adapter)
     attack_steps = config.objective.attack_steps
     check_disk(config, *adapter_size(adapted), attacker_size(adapted) if attack_steps > 1 else 0)
+    if line := note_on_experts(adapted, config.adapter):
+        say(line)
     if shared := shared_layers(adapted):
         say(f"The base shares {shared[0]} with another layer: the adapter works beside its base, but cannot be merged.")
     apply_switches(adapted, config.memory)  # raises if one does not fit

@@ -111,7 +111,7 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
     directory.begin(main_process)
     if main_process and (texts := own_texts(config)) not in (None, directory.self_written):
         write_atomically(directory.self_written, texts.read_text(encoding="utf-8"))
-    if main_process and config.data.alternatives is not None:
+    if main_process and config.data.alternatives is not None and plan.data.alternatives is not None:
         answers = own_answers(config, plan.data.forget.examples)
         if answers != directory.alternatives:
             write_atomically(directory.alternatives, answers.read_text(encoding="utf-8"), private=True)
@@ -158,7 +158,7 @@ def _with_own_texts(plan: RunPlan, model: PeftModel, say: Say) -> RunPlan:
         with reference_mode(model):
             if (path := own_texts(config)) is not None and not path.exists():
                 write_own_texts(path, model, plan.tokenizer, config, say)
-            if config.data.alternatives is not None:
+            if plan.data.alternatives_are_unwritten:
                 path = own_answers(config, plan.data.forget.examples)
                 if not path.exists():
                     write_own_answers(path, model, plan.tokenizer, config, plan.data.forget, say)

@@ -9,7 +9,7 @@ import pytest
 
 from lowmem_npo.cli import main
 from lowmem_npo.commands.arguments import parse_run
-from lowmem_npo.commands.sweep.grid import parse_grid, parse_seeds, plan_sweep
+from lowmem_npo.commands.sweep.grid import first_config, parse_grid, parse_seeds, plan_sweep
 from lowmem_npo.errors import UserError
 
 
@@ -92,6 +92,24 @@ def test_mistakes_in_the_grid(grid, message):
 
 
 @pytest.mark.parametrize(
+    "grid, options, message",
+    [
+        (["model=a,b", "gamma=-1,1"], [], "--grid model=a_gamma=-1: --gamma must be 0 or a positive number"),
+        (
+            ["alternatives=,self"],
+            ["--model", "m", "--forget-term", "dpo"],
+            "--grid alternatives=default: --forget-term",
+        ),
+        (["gamma=0,1"], ["--model", "m", "--epochs", "0"], "--epochs must be a positive number"),
+        ([], ["--model", "m", "--epochs", "0"], "--epochs must be a positive number"),
+    ],
+)
+def test_a_mistake_names_the_values_of_the_grid_that_it_comes_from(grid, options, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        first_config(parse_grid(grid), lambda flags: parse_run([*options, *flags], "sweep"))
+
+
+@pytest.mark.parametrize(
     "words, seeds", [(["3"], [42, 43, 44]), (["1", "5", "9"], [1, 5, 9]), (["4,2"], [4, 2]), (["7,"], [7])]
 )
 def test_seeds(words, seeds):
@@ -122,6 +140,8 @@ def test_the_command_reports_mistakes_in_a_sentence_and_lists_its_runs(capsys, t
     assert main(["sweep", "--grid", "gamma=0,1", *options]) == 2
     error = capsys.readouterr().err
     assert "line 1: answer is a number" in error and "--grid" not in error  # no matter of the grid
+    assert main(["sweep", "--grid", "gamma=0,1", "group-column=who,what", "layered=2", *options[:7]]) == 2
+    assert "--grid group-column=who: " in capsys.readouterr().err
     assert main(["sweep", "--help"]) == 0
     assert "--grid" in capsys.readouterr().out
 
