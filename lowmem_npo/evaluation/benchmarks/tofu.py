@@ -21,7 +21,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean, harmonic_mean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Interval, MinLen
 
 from lowmem_npo.data import Example, Rows, Template, to_examples, tokenize
 from lowmem_npo.errors import UserError
@@ -33,6 +35,7 @@ from lowmem_npo.evaluation.open_unlearning import retained_min_k
 from lowmem_npo.evaluation.options import Options, data_set, free
 from lowmem_npo.evaluation.wording import other_scripts
 from lowmem_npo.files import NotJSON, load_json
+from lowmem_npo.records import check_value
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
 MAX_NEW_TOKENS = 200
 REAL_AUTHORS, WORLD_FACTS = "real authors", "world facts"
 UTILITY_SETS = (RETAIN, REAL_AUTHORS, WORLD_FACTS)
+TruthRatios = Annotated[list[Annotated[float, Interval(ge=0, lt=math.inf)]], MinLen(1)]
 TINY = 1e-10  # open-unlearning adds it to denominators
 
 # field of TofuSet -> title, what it is, wish on forget
@@ -299,8 +303,11 @@ def retained_truth_ratios(path: str) -> list[float]:
         raise UserError(f"--retained-log: {error}") from error
     try:
         if "forget_truth_ratio" in content:
-            return [float(row["score"]) for row in content["forget_truth_ratio"]["value_by_index"].values()]
-        return [float(ratio) for ratio in content["tofu"]["sets"][FORGET]["truth_ratios"]]
+            ratios = [row["score"] for row in content["forget_truth_ratio"]["value_by_index"].values()]
+        else:
+            ratios = content["tofu"]["sets"][FORGET]["truth_ratios"]
+        check_value(ratios, TruthRatios)
+        return ratios
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"--retained-log: '{path}' holds no truth ratios of a forget set; give the evaluation.json of a model that "
