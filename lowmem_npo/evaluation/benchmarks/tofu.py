@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Interval, MinLen
 
 from lowmem_npo.data import Example, Rows, Template, to_examples, tokenize
+from lowmem_npo.data.cells import list_in_text
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answer_table import FORGET, RETAIN
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measured, Selection
@@ -213,7 +214,7 @@ def tofu_rows(rows: Rows) -> list[TofuRow]:
     scored = []
     examples = to_examples(rows, prompt_column="question", answer_column="answer")
     for example, row in zip(examples, rows.rows, strict=True):
-        perturbed = row.get("perturbed_answer")
+        perturbed = list_in_text(row, "perturbed_answer", example.where)
         texts = isinstance(perturbed, list) and all(isinstance(text, str) and text.strip() for text in perturbed)
         if not texts or not perturbed:
             raise UserError(f"{example.where}: perturbed_answer is no list of texts; give at least one wrong answer.")
