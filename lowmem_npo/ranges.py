@@ -23,6 +23,7 @@ Seed = Annotated[int, Interval(ge=0, le=2**32 - 1)]  # as NumPy takes it
 Positive = Annotated[float, Interval(gt=0, le=LARGEST)]
 PositiveOrZero = Annotated[float, Interval(ge=0, le=LARGEST)]
 Finite = Annotated[float, Interval(ge=-LARGEST, le=LARGEST)]
+Share = Annotated[float, Interval(ge=0, le=1)]
 PositiveShare = Annotated[float, Interval(gt=0, le=1)]
 Probability = Annotated[float, Interval(ge=0, lt=1)]
 MaybeEmpty = Annotated[str, MinLen(0)]  # a text; any other may not be empty
@@ -69,7 +70,7 @@ def check_values(
         try:
             _validator(types[name])(value)
         except ValidationError as error:
-            raise UserError(f"{spelled(name)} must be {_wanted(error)}, not {shown(value)}.") from None
+            raise UserError(f"{spelled(name)} must be {wanted(error)}, not {shown(value)}.") from None
 
 
 def shown(value: Any) -> str:
@@ -100,7 +101,7 @@ def _validator(kind: Any) -> Callable[[Any], Any]:
     return TypeAdapter(kind, config=text | ConfigDict(strict=True, allow_inf_nan=False)).validate_python
 
 
-def _wanted(error: Any) -> str:
+def wanted(error: Any) -> str:
     """What pydantic misses, in words."""
     first = error.errors(include_url=False)[0]
     bounds = first.get("ctx", {})

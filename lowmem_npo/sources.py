@@ -78,17 +78,29 @@ def check_model_name(name: str) -> bool:
     if path.is_dir():
         config_file = path / "config.json"
         if not config_file.is_file():
-            raise UserError(f"The directory '{name}' holds no model: there is no config.json in it.")
+            raise UserError(f"The directory '{name}' holds no model: there is no config.json in it{_instead(path)}.")
         try:
             load_json(config_file).get("model_type")
         except AttributeError as error:
             raise UserError(f"'{config_file}' holds no model's configuration.") from error
         return True
+    if path.is_file():
+        form = "a GGUF file, which is not trained on" if path.suffix.lower() == ".gguf" else "a file"
+        raise UserError(f"'{name}' is {form}: give the directory of a model in transformers' format.")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(
             f"There is no directory '{name}': give a model directory, or a hub name such as allenai/OLMo-1B-hf."
         )
     return False
+
+
+def _instead(folder: Path) -> str:
+    """What a directory without a model holds, as far as it may have been taken for one."""
+    if (folder / "adapter_config.json").is_file():
+        return ", but an adapter: give its base model here, and the adapter to --adapter"
+    if any(folder.glob("*.gguf")):
+        return ", but a GGUF file: give the model in transformers' format that it was made from"
+    return ""
 
 
 def check_file(flag: str, name: str | None) -> None:

@@ -23,7 +23,7 @@ LAYERS = """
     model
     data
     run_directory recipes idle_options config forget_terms sources stop_conditions
-    claim endings environment libraries console progress files ranges settings_file sizes errors lowmem_npo
+    claim endings environment libraries console progress files ranges records settings_file sizes errors lowmem_npo
     lowmem_kernels
 """  # each line may import itself and those below it; lowmem_npo alone is its __init__
 LEVEL = {unit: level for level, units in enumerate(LAYERS.split("\n")) for unit in units.split()}

@@ -20,6 +20,21 @@ def test_a_model_is_a_directory_or_a_name(tmp_path, byte_model):
         check_model_name(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("file", "as_file", "as_directory"),
+    [
+        ("model.gguf", "is a GGUF file, which is not trained on", "but a GGUF file: give the model"),
+        ("adapter_config.json", "is a file: give the directory of a model", "but an adapter: give its base model here"),
+    ],
+)
+def test_what_may_be_taken_for_a_model(file, as_file, as_directory, tmp_path, monkeypatch):
+    (tmp_path / file).touch()
+    monkeypatch.chdir(tmp_path)
+    for name, told in ((file, as_file), (str(tmp_path / file), as_file), (str(tmp_path), as_directory)):
+        with pytest.raises(UserError, match=told):
+            check_model_name(name)
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"model_type"', b"[" * 100_000, b"9" * 5000])
 def test_a_configuration_that_is_none(content, tmp_path):
     (tmp_path / "config.json").write_bytes(content)

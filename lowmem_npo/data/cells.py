@@ -38,6 +38,12 @@ def parsed_json(value: Any) -> Any:
         return value
 
 
+def is_none(name: str, what: str, value: Any) -> str:
+    """The end of a message: the column `name` holds no `what`, and how it is written."""
+    in_text = ", in a cell of a table as JSON with double quotes (json.dumps), not as Python shows it"
+    return f"{name} is not {what}; write it as one{in_text if isinstance(value, str) else ''}."
+
+
 def list_in_text(row: dict[str, Any], column: str, where: str) -> Any:
     """The value of a column; a list of texts also where it is written as JSON in a string, as a cell of a CSV has it.
 

@@ -16,17 +16,19 @@ Recognised by their columns, in this order:
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
-from lowmem_npo.data.cells import kind_in_words, label, list_in_text, parsed_json, without_nan, without_none
+from lowmem_npo.data.cells import is_none, kind_in_words, label, list_in_text, parsed_json, without_nan, without_none
 from lowmem_npo.data.rows import Rows, is_text
 from lowmem_npo.data.special_texts import check_marks
 from lowmem_npo.errors import UserError
 
 CHAT = ("messages", "conversations")
+TURNS = 'a list of {"role": ..., "content": ...}'
 INSTRUCTIONS = {"output": "input", "response": "context"}  # answer -> what may follow the instruction
 PAIRS = (*(("instruction", answer) for answer in INSTRUCTIONS), ("input", "output"), ("question", "answer"),
          ("prompt", "completion"))  # fmt: skip
@@ -280,7 +282,7 @@ def _example(row: dict[str, Any], where: str, prompt_column: str | None, answer_
         return Example(None, _text(row, answer_column, where), where, answer_column, identity)
     if prompt_column == answer_column and prompt_column in CHAT:
         return _conversation(row.get(prompt_column), row, where, prompt_column, identity)
-    prompt, answer = row.get(prompt_column), row.get(answer_column)
+    prompt, answer = (_turns_in(row, column, where) for column in (prompt_column, answer_column))
     schema = f"{prompt_column}/{answer_column}"
     if _is_turns(prompt) or _is_turns(answer):  # TRL's conversational form
         turns = prompt if _is_turns(prompt) else [_turn("user", _text(row, prompt_column, where))]
@@ -294,15 +296,28 @@ def _example(row: dict[str, Any], where: str, prompt_column: str | None, answer_
         prompt, schema = f"{prompt}\n{_text(row, more, where)}", f"instruction/{more}/{answer_column}"
     if not (row.get("system") or row.get("history")):
         return Example(prompt, answer, where, schema, identity)
-    history = row.get("history") or []
+    history = parsed_json(row.get("history")) or []
     if not isinstance(history, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in history):
-        raise UserError(f"{where}: history is not a list of [question, answer]; write it as one.")
+        raise UserError(f"{where}: {is_none('history', 'a list of [question, answer]', history)}")
     turns = [_turn(role, text) for pair in history for role, text in zip(("user", "assistant"), pair, strict=True)]
     return _conversation([*turns, _turn("user", prompt), _turn("assistant", answer)], row, where, schema, identity)
 
 
 def _is_turns(value: Any) -> TypeGuard[list[dict[str, Any]]]:
     return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
+
+
+def _turns_in(row: dict[str, Any], column: str, where: str) -> Any:
+    """The value of a column; a list of messages also where it is written as JSON in a string.
+
+    Raises UserError for one as Python shows it, which would be taken for a text.
+    """
+    value = row.get(column)
+    if not (isinstance(value, str) and re.match(r"""\s*\[\s*\{\s*['"](role|from)['"]""", value)):
+        return value
+    if not _is_turns(parsed := parsed_json(value)):
+        raise UserError(f"{where}: {is_none(column, TURNS, value)}")
+    return parsed
 
 
 def _paraphrases(row: dict[str, Any], prompt_column: str, where: str) -> tuple[str, ...]:
@@ -337,7 +352,7 @@ def _conversation(messages: Any, row: dict[str, Any], where: str, schema: str, i
     if messages is None or messages == []:
         raise UserError(f"{where} has no {schema}; fill the field or remove the row.")
     if not _is_turns(messages):
-        raise UserError(f'{where}: {schema} is not a list of {{"role": ..., "content": ...}}; write it as one.')
+        raise UserError(f"{where}: {is_none(schema, TURNS, messages)}")
     turns = [_message(turn, f"{where}, message {number}") for number, turn in enumerate(messages, 1)]
     if row.get("system") and turns[0]["role"] != "system":
         turns.insert(0, _turn("system", _text(row, "system", where)))
@@ -354,10 +369,10 @@ def _conversation(messages: Any, row: dict[str, Any], where: str, schema: str, i
             )
     options = without_none(parsed_json(row.get("chat_template_kwargs")) or {})
     if not isinstance(options, dict):
-        raise UserError(f"{where}: chat_template_kwargs is not an object; write it as one.")
+        raise UserError(f"{where}: {is_none('chat_template_kwargs', 'an object', options)}")
     if tools := without_none(parsed_json(row.get("tools"))):
         if not isinstance(tools, list):
-            raise UserError(f"{where}: tools is not a list; write it as one.")
+            raise UserError(f"{where}: {is_none('tools', 'a list', tools)}")
         options = {**options, "tools": tools}
     answer = turns[-1]["content"] or json.dumps([turns[-1].get(call) for call in CALLS])
     return Example(turns[-2]["content"], answer, where, schema, identity, tuple(turns), options)

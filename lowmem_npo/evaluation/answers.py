@@ -28,6 +28,8 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE
 from lowmem_npo.evaluation.wording import appears, begins, rouge_l_recall
 from lowmem_npo.files import load_json, write_atomically
+from lowmem_npo.ranges import Count, Share
+from lowmem_npo.records import record_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -62,9 +64,9 @@ class AnswerRecord:
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> AnswerRecord:
         """A record as it was saved; one of a version that compared otherwise is compared anew."""
-        if "appears" in content:
-            return cls(**content)
-        return cls(**{**content, **compared(content["reference"], content["answer"])})
+        if "appears" not in content:
+            content = {**content, **compared(content["reference"], content["answer"])}
+        return record_of(cls, content)
 
 
 def compared(reference: str, answer: str) -> dict[str, Any]:
@@ -86,15 +88,15 @@ class AnswerSummary:
     else they were read off the likelihoods (`lowmem_npo.evaluation.scoring.forced`).
     """
 
-    rows: int
-    rows_in_set: int
-    tokens: int
+    rows: Count
+    rows_in_set: Count
+    tokens: Count
     nll: float
     probability: float
-    rouge_l_recall: float
-    exact_match: float
-    appears: float | None = None
-    max_new_tokens: int | None = None
+    rouge_l_recall: Share
+    exact_match: Share
+    appears: Share | None = None
+    max_new_tokens: Count | None = None
     passages: int = 0
     generated: bool = True
 
@@ -135,8 +137,9 @@ class AnswerEvaluation:
         """The inverse of `asdict`, also of what an older version saved."""
         summary, records = content["summary"], [AnswerRecord.read(record) for record in content["records"]]
         if "max_new_tokens" in summary:
-            return cls(AnswerSummary(**summary), records)
-        return cls(AnswerSummary.of(records, summary["rows_in_set"]), records)
+            return cls(record_of(AnswerSummary, summary), records)
+        of_records = AnswerSummary.of(records, summary["rows_in_set"])
+        return cls(record_of(AnswerSummary, asdict(of_records)), records)
 
     def errors_of_change(self, before: AnswerEvaluation) -> dict[str, float]:
         """Measure -> the standard error of its mean change since `before`, over the rows of both; none of fewer than

@@ -22,9 +22,11 @@ from lowmem_npo.evaluation.result import Evaluation
 from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.files import file_sha256, load_json, write_atomically
+from lowmem_npo.records import check_record
 from lowmem_npo.run_directory import EvaluationFiles, check_empty
 
 THE_ADAPTER = "the adapter"  # among the digests of settings.json
+SETTINGS = {"digests": dict[str, str], "leaks": list[str], "generate_answers": str}  # what is read of settings.json
 
 
 class EvaluationDirectory(EvaluationFiles):
@@ -66,8 +68,9 @@ class EvaluationDirectory(EvaluationFiles):
             raise UserError(f"--resume: there is no evaluation in '{self.path}'; start it without --resume.")
         try:
             began, now = load_json(self.settings), self._now()
-            digests = dict(began.pop("digests"))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            check_record(began, SETTINGS, optional=("leaks", "generate_answers"))
+            digests = began.pop("digests")
+        except ValueError as error:
             raise UserError(f"--resume: '{self.settings}' is damaged: start the evaluation anew.") from error
         for name, value in digests.items():
             if name in self.digests and self.digests[name] != value:
@@ -101,7 +104,7 @@ def _is_same(name: str, value: Any, other: Any) -> bool:
     """Whether an option names the same: of rows and of an adapter the digests tell, wherever they are named from."""
     if value == other or value is None or other is None:
         return bool(value == other)
-    if name == "model":
+    if name == "model" and isinstance(value, str):
         return os.path.realpath(value) == os.path.realpath(other) and os.path.exists(value)
     return name == "adapter" or name in EvaluationConfig.sources()
 
@@ -193,9 +196,10 @@ def settings_of(result: str) -> dict[str, Any] | None:
     settings = EvaluationFiles(Path(result).expanduser().parent).settings
     try:
         earlier = load_json(settings)
-        return {**earlier, "digests": dict(earlier.get("digests", {}))}
-    except (OSError, ValueError, TypeError, AttributeError):
+        check_record(earlier, SETTINGS, optional=SETTINGS)
+    except (OSError, ValueError):
         return None
+    return {**earlier, "digests": dict(earlier.get("digests", {}))}
 
 
 def is_of_adapter(files: EvaluationFiles, weights: Path) -> bool:
@@ -204,7 +208,8 @@ def is_of_adapter(files: EvaluationFiles, weights: Path) -> bool:
     Raises UserError where its settings are damaged.
     """
     try:
-        measured = load_json(files.settings)["digests"].get(THE_ADAPTER)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        settings = load_json(files.settings)
+        check_record(settings, {"digests": dict[str, str]})
+    except ValueError as error:
         raise UserError(f"'{files.settings}' is damaged: remove '{files.path}', and measure anew.") from error
-    return bool(measured == digest(weights))
+    return bool(settings["digests"].get(THE_ADAPTER) == digest(weights))

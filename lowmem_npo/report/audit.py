@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +18,9 @@ from dataclasses import fields
 from datetime import datetime, timezone
 from importlib import resources
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
+from annotated_types import Interval, MinLen
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -32,7 +34,7 @@ from lowmem_npo.files import file_sha256, load_json, write_atomically
 from lowmem_npo.model import resolve_name
 from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.names import commit_of
-from lowmem_npo.ranges import check_values
+from lowmem_npo.records import check_record
 from lowmem_npo.run_directory import AdapterFiles, RunFiles
 from lowmem_npo.training.reference.identity import weights_fingerprint
 from lowmem_npo.training.training_rows import planned_rows, used_alternatives
@@ -123,16 +125,43 @@ RECORD = {
     "configuration": dict[str, Any], "model": dict[str, Any], "data": dict[str, dict[str, Any]],
     "forget_rows": dict[str, Any], "sessions": list[dict[str, Any]], "adapter": dict[str, Any] | None,
 }  # fmt: skip
+FORGET_ROWS = {"salt": str, "sha256": list[str]}
+# What a report tells of it.
+STEPS = {"seed": int, "sessions": Annotated[list[Any], MinLen(1)], "optimizer_steps": int | None}
+MODEL = {
+    "name": str, "loaded": str, "revision": str | None, "commit": str | None, "class": str, "vocabulary": int,
+    "weights": str, "weights_fingerprint": str, "weights_fingerprint_is": str, "adapter": dict[str, str] | None,
+}  # fmt: skip
+DATA = {"source": str, "rows": int, "tokenised": str, "sha256": str | None}
+SESSION = {
+    "started": str, "ended": str | None, "processors": list[str], "versions": dict[str, str | None],
+    "training": dict[str, Any],
+}  # fmt: skip
+TRAINING = dict.fromkeys(
+    ("seconds_per_step", "predicted_seconds_per_step", "peak_bytes", "predicted_peak_bytes", "micro_batch_parts"),
+    Annotated[float, Interval(ge=0, lt=math.inf)] | None,
+)
+ADAPTER = {"file": str, "sha256": str, "bytes": int}
+CONTINUED = {"directory": str, "sha256": str}  # an adapter that the run went on from
 
 
-def check_record(record: Any, types: Mapping[str, Any]) -> None:
-    """Raises ValueError unless `record` is an object with values of these types."""
-    if not isinstance(record, dict) or not types.keys() <= record.keys():
-        raise ValueError("it lacks what a run records")
-    try:
-        check_values(record, types, str)
-    except UserError as error:
-        raise ValueError(str(error).rstrip(".")) from error
+def check_reported(audit: Audit) -> None:
+    """Raises ValueError unless `audit` holds what a report tells of it."""
+    check_record(audit, STEPS)
+    check_record(audit["model"], MODEL, optional=["adapter"])
+    for data in audit["data"].values():
+        check_record(data, DATA)
+    for session in audit["sessions"]:
+        check_record(session, SESSION, optional=["training"])
+        check_record(session.get("training", {}), TRAINING, optional=TRAINING)
+        for time in filter(None, (session["started"], session["ended"])):
+            datetime.fromisoformat(time)
+    if audit["adapter"] is not None:
+        check_record(audit, {"optimizer_steps": int})
+    for adapter, types in ((audit["adapter"], ADAPTER), (audit["model"].get("adapter"), CONTINUED)):
+        if adapter is not None:
+            check_record(adapter, types)
+    json.dumps(audit, allow_nan=False)
 
 
 def read_audit(directory: Path) -> Audit | None:
@@ -141,7 +170,7 @@ def read_audit(directory: Path) -> Audit | None:
     try:
         audit = load_json(path)
         check_record(audit, RECORD)
-        check_record(audit["forget_rows"], {"salt": str, "sha256": list[str]})
+        check_record(audit["forget_rows"], FORGET_ROWS)
         bytes.fromhex(audit["forget_rows"]["salt"])
     except FileNotFoundError:
         return None

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lowmem_npo.data.reading import general_words
 from lowmem_npo.errors import UserError
@@ -21,12 +21,13 @@ from lowmem_npo.evaluation.answers import (
 from lowmem_npo.evaluation.directory import is_of_adapter
 from lowmem_npo.evaluation.figures import finite
 from lowmem_npo.evaluation.gold import Gold
-from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakResults
+from lowmem_npo.evaluation.leaks.contract import LeakResults, leak_results
 from lowmem_npo.evaluation.leaks.measure import read_leaks
 from lowmem_npo.evaluation.leaks.worst import WORST_ATTACK, WorstAttack, worst_attacks
 from lowmem_npo.files import file_sha256, load_json
 from lowmem_npo.ranges import shortened
-from lowmem_npo.report.audit import Audit, read_audit
+from lowmem_npo.records import check_record
+from lowmem_npo.report.audit import Audit, check_reported, read_audit
 from lowmem_npo.report.figures import StagedFigure, evaluation_figures, run_figures
 from lowmem_npo.report.verdict import RULES, Verdict, judge_run
 from lowmem_npo.run_directory import RunFiles, check_is_run
@@ -120,11 +121,10 @@ def read_content(directory: Path) -> Content:
         with _named(files.answers(stage)):
             if sets := read_answers(files.answers(stage)):
                 evaluations[stage] = sets
-    with _named(files.evaluation.result):
-        evaluated = _read_evaluation(files)
-        figures = evaluation_figures(evaluated)
     with _named(files.evaluation.settings):
+        evaluated = _read_evaluation(files)
         gold = _gold_leaks(files) if evaluated else {}
+    figures = evaluation_figures(evaluated)
     with _named(files.leaks):
         leaks = _merged_leaks(read_leaks(files.leaks), evaluated, gold)
     with _named(files.metrics):
@@ -133,7 +133,10 @@ def read_content(directory: Path) -> Content:
         stopped = _read_stopping(files)
     stages = {stage: summaries(sets) for stage, sets in evaluations.items()}
     figures = [*run_figures(stages), *figures]
-    audit = read_audit(directory)
+    with _named(files.audit):
+        audit = read_audit(directory)
+        if audit is not None:
+            check_reported(audit)
     errors = _errors_of_change(evaluations)
     verdict = judge_run(stages, audit["model"]["vocabulary"] if audit else None, leaks, errors)
     notes = [*stopped, *_notes(metrics, audit), *_of_another_adapter(files, audit)]
@@ -162,8 +165,17 @@ def _read_evaluation(files: RunFiles) -> dict[str, dict[str, Any]]:
     settings = load_json(evaluation.settings) if has_settings else {}
     before = settings.get("before")
     earlier = Path(before).expanduser() if before else None
-    contents = {"before": load_json(earlier)} if earlier and earlier.is_file() else {}
-    return {**contents, "after": load_json(evaluation.result)}
+    contents = {"before": _load_evaluation(earlier)} if earlier and earlier.is_file() else {}
+    return {**contents, "after": _load_evaluation(evaluation.result)}
+
+
+def _load_evaluation(file: Path) -> dict[str, Any]:
+    with _named(file):
+        content = load_json(file)
+        check_record(content, {"notes": list[str]}, optional=["notes"])
+        leak_results(content.get("leaks") or {})
+        evaluation_figures({"after": content})
+    return cast(dict[str, Any], content)
 
 
 def _gold_leaks(files: RunFiles) -> LeakResults:
@@ -180,8 +192,7 @@ def _merged_leaks(
     merged = {stage: dict(results) for stage, results in of_run.items()}
     for stage, content in evaluated.items():
         results = merged.setdefault(stage, {})
-        for name, of_test in (content.get("leaks") or {}).items():
-            result = LeakResult.from_json(of_test)
+        for name, result in leak_results(content.get("leaks") or {}).items():
             if result.leaks is not None or name not in results or results[name].leaks is None:
                 results[name] = result
     merged["gold"] = {**merged.pop("gold", {}), **gold}
@@ -208,7 +219,11 @@ def _numbers_only(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_stopping(files: RunFiles) -> list[str]:
     """What ended a run under --stop-when, and the step whose adapter was kept, as a rule not the last."""
-    return [load_json(files.stopping)["sentence"]] if files.stopping.is_file() else []
+    if not files.stopping.is_file():
+        return []
+    stopping = load_json(files.stopping)
+    check_record(stopping, {"sentence": str})
+    return [stopping["sentence"]]
 
 
 def _notes(metrics: list[Metrics], audit: Audit | None) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from lowmem_npo.evaluation.answer_table import share_of
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.fluency import fluency_text
-from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakResults
+from lowmem_npo.evaluation.leaks.contract import LeakResults, leak_results
 
 
 def evaluation_text(content: Mapping[str, Any], before: Mapping[str, Any]) -> str:
@@ -41,7 +41,7 @@ def leaks_text(results: LeakResults, before: LeakResults) -> str:
 
 
 def _results(content: Mapping[str, Any]) -> LeakResults:
-    return {name: LeakResult.from_json(result) for name, result in (content.get("leaks") or {}).items()}
+    return leak_results(content.get("leaks") or {})
 
 
 def _share(rows: Mapping[str, Mapping[str, int]], parts: Iterable[str]) -> str:

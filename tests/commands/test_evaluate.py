@@ -244,9 +244,10 @@ def test_an_adapter_and_a_comparison_with_before(byte_model, files, capsys):
     write(files / "list.json", [])
     fails(capsys, main(["evaluate", "--adapter", folder, "--before", str(files / "list.json")]), "--before")
     (files / "other.json").write_text(json.dumps({"rows": {}, "leaks": {}, "notes": [], "answers": [1]}))
-    fails(
-        capsys, main(["evaluate", "--adapter", folder, "--before", str(files / "other.json")]), "is no evaluation.json"
-    )
+    fails(capsys, main(["evaluate", "--adapter", folder, "--before", str(files / "other.json")]), "must be an object")
+    for part, key in (("answers", "forget"), ("leaks", "extraction")):  # else a traceback, once all is measured
+        (files / "edited.json").write_text(json.dumps(result(files, "before") | {part: {key: {"nll": "0.1"}}}))
+        fails(capsys, main(["evaluate", "--adapter", folder, "--before", str(files / "edited.json")]), "is damaged")
 
 
 def test_options_not_given_are_those_of_the_run(byte_model, files, capsys):

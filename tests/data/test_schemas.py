@@ -77,6 +77,23 @@ def test_what_a_conversation_has_beside_its_text_is_kept():
         assert example.options == {"enable_thinking": False, "tools": CALL}
 
 
+@pytest.mark.parametrize("columns", [["messages"], ["prompt", "completion"]])
+def test_a_cell_may_hold_a_conversation_as_json_and_not_as_python_shows_it(columns, tmp_path):
+    path = tmp_path / "f.csv"
+    parts = [[QUESTION, ANSWER]] if len(columns) == 1 else [[QUESTION], [ANSWER]]
+
+    def read(form):
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([columns, [form(part) for part in parts]])
+        return to_examples(read_rows(str(path)))[0]
+
+    assert read(json.dumps).messages == (QUESTION, ANSWER)
+    shown = rf"f.csv, line 2: {columns[0]} is not a list of .* as JSON with double quotes \(json.dumps\), not as Python"
+    for form in (str, lambda part: str(numpy.array(part))):
+        with pytest.raises(UserError, match=shown):
+            read(form)
+
+
 def test_alpaca_and_dolly():
     for answer, more in (("output", "input"), ("response", "context")):
         assert one({"instruction": "Translate.", more: "Q", answer: "A"}).prompt == "Translate.\nQ"
@@ -85,6 +102,7 @@ def test_alpaca_and_dolly():
     row = {"instruction": "Q", "input": "", "output": "A", "system": "Be brief.", "history": [["1", "2"]]}
     assert [turn["content"] for turn in one(row).messages] == ["Be brief.", "1", "2", "Q", "A"]
     assert one({**row, "system": "", "history": []}).messages is None
+    assert one({**row, "history": json.dumps(row["history"])}) == one(row)
     with pytest.raises(UserError, match="line 7: history is not a list of"):
         one({**row, "history": ["1"]})
 

@@ -153,15 +153,12 @@ def test_a_planted_leak_is_noticed(own_run, monkeypatch):
     assert leaked((own_run / "report.json").read_text(encoding="utf-8"))
 
 
-def test_texts_in_the_results_of_a_leak_test_are_left_out(own_run):
+def test_texts_in_the_results_of_a_leak_test_are_refused(own_run, capsys):
     text = FORGET[0]["answer"]
-    sampling = {"whole": 0.5, "text": text, "nested": {"answer": text}, "meaning": "Half came.", "leaks": True}
+    sampling = {"whole": 0.5, "nested": {"answer": text}, "meaning": "Half came.", "leaks": True}
     (own_run / "leaks.json").write_text(json.dumps({"after": {"sampling": sampling}}))
-    write_report(own_run, examples=0)
-    assert report_of(own_run)["leaks"]["after"]["sampling"] == {
-        "whole": 0.5, "nested": {}, "meaning": "Half came.", "leaks": True
-    }  # fmt: skip
-    assert leaked((own_run / "report.html").read_text(encoding="utf-8")) == []
+    assert main(["report", str(own_run)]) == 2
+    assert "sampling: answer must be a number" in capsys.readouterr().err
 
 
 def test_figures_that_no_test_declares_are_not_reported(own_run, capsys):

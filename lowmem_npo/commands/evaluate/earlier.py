@@ -11,9 +11,11 @@ from lowmem_npo.evaluation.answers import part_of
 from lowmem_npo.evaluation.benchmarks.plain import PLAIN
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.directory import as_json, incomparable_sets, other_options, settings_of
+from lowmem_npo.evaluation.leaks.contract import leak_results
 from lowmem_npo.evaluation.leaks.registry import leak_tests
 from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.files import load_json
+from lowmem_npo.ranges import shortened
 
 
 def read_earlier(
@@ -42,7 +44,7 @@ def read_earlier(
     notes, settings, now = [], settings_of(config.before) or {}, as_json(config)
     for test in leak_tests(config.leaks):
         another = other_options(settings, now, test, others)
-        if another and (content["leaks"] or {}).pop(test.name, None):
+        if another and content["leaks"].pop(test.name, None):
             notes.append(f"{test.name}: not compared with --before, which had another {', '.join(another)}.")
     return content, others, notes
 
@@ -52,7 +54,13 @@ def _content(path: str) -> dict[str, Any]:
         content = load_json(Path(path).expanduser())
     except (OSError, ValueError) as error:
         raise UserError(f"--before: '{path}' cannot be read as an earlier evaluation.json.") from error
-    whole = isinstance(content, dict) and {"rows", "leaks", "notes"} <= set(content)
-    if not whole or not all(isinstance(content.get(name) or {}, dict) for name in ("leaks", PLAIN.name)):
+    if not isinstance(content, dict) or not {"rows", "leaks", "notes"} <= set(content):
         raise UserError(f"--before: '{path}' is no evaluation.json of `lowmem-npo evaluate`.")
+    try:
+        leak_results(content["leaks"])
+        for benchmark in BENCHMARKS:
+            if figures := content.get(benchmark.name):
+                benchmark.figures(figures)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--before: '{path}' is damaged ({shortened(str(error))}): measure it anew.") from error
     return content

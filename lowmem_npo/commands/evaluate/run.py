@@ -25,7 +25,7 @@ from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.benchmarks.tofu import TOFU
 from lowmem_npo.evaluation.directory import EvaluationDirectory
 from lowmem_npo.evaluation.fluency import fluency
-from lowmem_npo.evaluation.leaks.contract import NO_HOLDOUT, LeakResult, SavedModel, Subject
+from lowmem_npo.evaluation.leaks.contract import NO_HOLDOUT, SavedModel, Subject, leak_results
 from lowmem_npo.evaluation.leaks.measure import repeated, run_leak_tests, time_of_tuning
 from lowmem_npo.evaluation.leaks.registry import leak_tests
 from lowmem_npo.evaluation.open_unlearning import muse_figures, tofu_figures, token_figures
@@ -108,8 +108,7 @@ def measure(
         rows = {part: selection.rows for part, selection in leak_rows.items()}
         streaming = StreamOptions(config.stream_weights, config.stream_from)
         saved = SavedModel(plan.model_config, config.adapter, directory.merged, streaming)
-        before = context.before.get("leaks") or {}
-        earlier = {name: LeakResult.from_json(of_test) for name, of_test in before.items()}
+        earlier = leak_results(context.before.get("leaks", {}))
         sets = (rows["forget"], rows.get("holdout"))
         tests = leak_tests(config.leaks)
         subject = Subject(

@@ -25,7 +25,7 @@ from lowmem_npo.evaluation.benchmarks.plain import PLAIN
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS, BenchmarkOptions
 from lowmem_npo.evaluation.benchmarks.tofu import TOFU
 from lowmem_npo.evaluation.directory import digest, is_of_adapter
-from lowmem_npo.evaluation.leaks.contract import AN_ADAPTER, HOLDOUT, LeakResult, LeakTest
+from lowmem_npo.evaluation.leaks.contract import AN_ADAPTER, HOLDOUT, LeakResult, LeakTest, leak_results
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, LeakOptions, leak_tests
 from lowmem_npo.evaluation.leaks.registry import NAMES as LEAK_NAMES
 from lowmem_npo.evaluation.leaks.worst import WORST_ATTACK
@@ -175,16 +175,20 @@ class SweepEvaluation:
         if not files.result.exists():
             return {}
         content = load_json(files.result)
-        if not isinstance(content, dict):
-            raise UserError(f"'{files.result}' is damaged: restore or remove it.")
+        try:
+            return self._figures_in(content)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"'{files.result}' is damaged: restore or remove it.") from error
+
+    def _figures_in(self, content: Any) -> dict[Column, float]:
         measured: dict[Column, float] = {}
         for name, benchmark in self.benchmarks.items():
             if content.get(benchmark.name):  # an older version did not know every benchmark
                 measured |= _benchmark_figures(name, benchmark, content[benchmark.name])
-        leaks = content.get("leaks") or {}
+        leaks = leak_results(content.get("leaks") or {})
         for test in self.leaks:
             if test.name in leaks:
-                measured |= _leak_figures(test, LeakResult.from_json(leaks[test.name]))
+                measured |= _leak_figures(test, leaks[test.name])
         measured |= _worst_figures(content.get(WORST_ATTACK) or {})
         for name, value in _numbers(content.get("open_unlearning", {})):
             shown = name.startswith(OF_TOKENS)  # the others repeat TOFU's: for files only

@@ -15,6 +15,7 @@ from lowmem_npo.evaluation.answers import AnswerRecord, AnswerSummary, answer_le
 from lowmem_npo.evaluation.asking import Asked, in_form, other_forms
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measured, Selection
 from lowmem_npo.evaluation.figures import Figure
+from lowmem_npo.records import check_value, record_of
 
 if TYPE_CHECKING:
     from lowmem_npo.evaluation.scoring.scorer import Scorer
@@ -154,5 +155,6 @@ def _length(summary: AnswerSummary) -> str:
 
 
 def summaries_of(content: Mapping[str, Mapping[str, Any]]) -> dict[str, AnswerSummary]:
-    """The inverse of `to_json`."""
-    return {name: AnswerSummary(**summary) for name, summary in content.items()}
+    """The inverse of `to_json`. Raises ValueError where `content` is not of a summary for each set."""
+    check_value(content, dict[str, Any])
+    return {name: record_of(AnswerSummary, summary) for name, summary in content.items()}

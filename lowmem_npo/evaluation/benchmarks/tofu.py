@@ -21,9 +21,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean, harmonic_mean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Interval, MinLen
 
 from lowmem_npo.data import Example, Rows, Template, to_examples, tokenize
+from lowmem_npo.data.cells import list_in_text
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answer_table import FORGET, RETAIN
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measured, Selection
@@ -33,6 +36,7 @@ from lowmem_npo.evaluation.open_unlearning import retained_min_k
 from lowmem_npo.evaluation.options import Options, data_set, free
 from lowmem_npo.evaluation.wording import other_scripts
 from lowmem_npo.files import NotJSON, load_json
+from lowmem_npo.records import check_value
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,6 +46,7 @@ if TYPE_CHECKING:
 MAX_NEW_TOKENS = 200
 REAL_AUTHORS, WORLD_FACTS = "real authors", "world facts"
 UTILITY_SETS = (RETAIN, REAL_AUTHORS, WORLD_FACTS)
+TruthRatios = Annotated[list[Annotated[float, Interval(ge=0, lt=math.inf)]], MinLen(1)]
 TINY = 1e-10  # open-unlearning adds it to denominators
 
 # field of TofuSet -> title, what it is, wish on forget
@@ -209,7 +214,7 @@ def tofu_rows(rows: Rows) -> list[TofuRow]:
     scored = []
     examples = to_examples(rows, prompt_column="question", answer_column="answer")
     for example, row in zip(examples, rows.rows, strict=True):
-        perturbed = row.get("perturbed_answer")
+        perturbed = list_in_text(row, "perturbed_answer", example.where)
         texts = isinstance(perturbed, list) and all(isinstance(text, str) and text.strip() for text in perturbed)
         if not texts or not perturbed:
             raise UserError(f"{example.where}: perturbed_answer is no list of texts; give at least one wrong answer.")
@@ -299,8 +304,11 @@ def retained_truth_ratios(path: str) -> list[float]:
         raise UserError(f"--retained-log: {error}") from error
     try:
         if "forget_truth_ratio" in content:
-            return [float(row["score"]) for row in content["forget_truth_ratio"]["value_by_index"].values()]
-        return [float(ratio) for ratio in content["tofu"]["sets"][FORGET]["truth_ratios"]]
+            ratios = [row["score"] for row in content["forget_truth_ratio"]["value_by_index"].values()]
+        else:
+            ratios = content["tofu"]["sets"][FORGET]["truth_ratios"]
+        check_value(ratios, TruthRatios)
+        return ratios
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"--retained-log: '{path}' holds no truth ratios of a forget set; give the evaluation.json of a model that "

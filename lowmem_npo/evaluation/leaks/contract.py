@@ -21,6 +21,8 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answers import NotGenerated
 from lowmem_npo.evaluation.figures import shares
 from lowmem_npo.evaluation.options import Options, check_declared
+from lowmem_npo.ranges import shown
+from lowmem_npo.records import check_record, check_value
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -77,6 +79,9 @@ VERDICTS_AGAINST_BEFORE: Mapping[bool | None, LeakVerdict] = {
 }
 
 
+JUDGED = {"meaning": str, "leaks": bool | None, "against_before": bool}  # beside the figures of a result in a file
+
+
 class Attack(NamedTuple):
     """What one attack of a test brought back: the share of an answer, or of the answers, between 0 and 1, by the figure
     of this title; level: the same on the holdout, if there is one."""
@@ -127,13 +132,46 @@ class LeakResult:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> LeakResult:
-        """The inverse of `to_json`. Raises KeyError where `content` is no result."""
-        figures = {k: v for k, v in content.items() if k not in ("meaning", "leaks", "against_before")}
+        """The inverse of `to_json`. Raises ValueError where `content` is no result."""
+        check_record(content, JUDGED, optional=["against_before"])
+        figures = {k: v for k, v in content.items() if k not in JUDGED}
+        _check_figures(figures)
         return cls(figures, content["meaning"], content["leaks"], content.get("against_before", False))
 
 
 LeakResults = dict[str, LeakResult]
 """Name of the test -> its result, in the order of the registry."""
+
+
+def leak_results(content: Any) -> LeakResults:
+    """What a file holds of the results of several tests. Raises ValueError where one of them is none."""
+    check_value(content, dict[str, dict[str, Any]])
+    results = {}
+    for name, result in content.items():
+        try:
+            results[name] = LeakResult.from_json(result)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return results
+
+
+def _check_figures(figures: Mapping[str, Any]) -> None:
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            _check_figures(value)
+        elif not (value is None or isinstance(value, int | float | list)):  # a curve, in a file of an older version
+            raise ValueError(f"{name} must be a number, not {shown(value)}")
+
+
+def figure_in(figures: Mapping[str, Any], name: str) -> float | None:
+    """The figure of a result, or of a group of them; None where it was not measured."""
+    value = figures.get(name)
+    return value if isinstance(value, int | float) else None
+
+
+def groups_in(figures: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The groups of figures in a result, or in a group of them."""
+    return {name: of for name, of in figures.items() if isinstance(of, Mapping)}
 
 
 class SavedModel(NamedTuple):
@@ -212,8 +250,7 @@ class Subject:
 
     def earlier_figure(self, test: str, figure: str) -> float | None:
         """A figure of the model before it forgot, of a test that has no holdout; None where it is not known."""
-        value = self.earlier[test].figures.get(figure) if test in self.earlier else None
-        return value if not self.holdout and isinstance(value, int | float) else None
+        return None if self.holdout or test not in self.earlier else figure_in(self.earlier[test].figures, figure)
 
     @property
     def sets(self) -> dict[str, Sequence[TokenizedRow]]:

@@ -14,7 +14,7 @@ from lowmem_npo.config import OutputConfig
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.asking import Wording
-from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakResults, LeakTest, Subject
+from lowmem_npo.evaluation.leaks.contract import LeakResults, LeakTest, Subject, leak_results
 from lowmem_npo.evaluation.leaks.extraction import EXTRACTION
 from lowmem_npo.evaluation.leaks.fine_tuning import seconds_per_step
 from lowmem_npo.evaluation.leaks.registry import WHILE_TRAINING, LeakOptions, leak_tests
@@ -23,6 +23,7 @@ from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE
 from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.scoring.scorer import Scorer
 from lowmem_npo.files import load_json, write_atomically
+from lowmem_npo.records import check_value
 
 FEW_STEPS = 20
 
@@ -110,9 +111,10 @@ def write_leaks(path: Path, stages: dict[str, LeakResults]) -> None:
 
 
 def read_leaks(path: Path) -> dict[str, LeakResults]:
-    """The inverse of `write_leaks`; empty where there is no such file."""
+    """The inverse of `write_leaks`; empty where there is no such file. Raises ValueError where it is damaged."""
     if not path.exists():
         return {}
     content = load_json(path)
+    check_value(content, dict[str, Any])
     stages = {stage: tests for stage, tests in content.items() if stage != WORST_ATTACK}  # which follows from them
-    return {stage: {n: LeakResult.from_json(r) for n, r in tests.items()} for stage, tests in stages.items()}
+    return {stage: leak_results(tests) for stage, tests in stages.items()}

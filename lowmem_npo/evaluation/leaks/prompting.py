@@ -24,6 +24,7 @@ from lowmem_npo.evaluation.leaks.contract import (
     above_holdout,
     as_holdout,
     beside_holdout,
+    groups_in,
     standing,
 )
 from lowmem_npo.evaluation.leaks.sampling import BEST, Best, attack_of, best_samples
@@ -100,7 +101,7 @@ class Prompting(LeakTest[Options], abstract=True):
         return fmean(row.recall for row in best(scorer, "leaks: forget answers, original model", "forget", asked))
 
     def attacks(self, figures: Mapping[str, Any]) -> dict[str, Attack]:
-        tried = {way: attack_of(of) for way, of in figures.items() if isinstance(of, Mapping)}
+        tried = {way: attack_of(of) for way, of in groups_in(figures).items()}
         return {way: attack for way, attack in tried.items() if attack is not None}
 
 

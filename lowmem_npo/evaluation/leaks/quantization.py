@@ -40,6 +40,7 @@ from lowmem_npo.evaluation.leaks.contract import (
     above_holdout,
     as_holdout,
     beside_holdout,
+    groups_in,
 )
 from lowmem_npo.evaluation.leaks.extraction import (
     FIGURES,
@@ -102,11 +103,11 @@ class Quantization(LeakTest[Options]):
 
     def attacks(self, figures: Mapping[str, Any]) -> dict[str, Attack]:
         tried: dict[str, Attack | None] = {}
+        forms = groups_in(figures)
         for form, words in FORMS.items():
-            of_form = figures.get(form, {})
-            groups = {name: of for name, of in of_form.items() if isinstance(of, Mapping)}
+            of_form = forms.get(form, {})
             tried |= {words: attack_of(of_form)}
-            tried |= {f"{words}, {name}": attack_of(of) or said_by(of) for name, of in groups.items()}
+            tried |= {f"{words}, {name}": attack_of(of) or said_by(of) for name, of in groups_in(of_form).items()}
         return {name: attack for name, attack in tried.items() if attack is not None}
 
 

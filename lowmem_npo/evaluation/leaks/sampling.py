@@ -21,6 +21,7 @@ from lowmem_npo.evaluation.leaks.contract import (
     above_holdout,
     as_holdout,
     beside_holdout,
+    figure_in,
 )
 from lowmem_npo.evaluation.options import Options
 from lowmem_npo.ranges import Count, Positive
@@ -92,9 +93,10 @@ def attack_of(figures: Mapping[str, Any]) -> Attack | None:
 
     Answers to one question share words by chance: where no holdout says how many, only whole answers count.
     """
-    if (level := figures.get(HOLDOUT + BEST)) is not None and figures.get(BEST) is not None:
-        return Attack(RECALL, figures[BEST], level)
-    return None if figures.get("whole") is None else Attack(WHOLE, figures["whole"], None)
+    recall, level, whole = (figure_in(figures, name) for name in (BEST, HOLDOUT + BEST, "whole"))
+    if recall is not None and level is not None:
+        return Attack(RECALL, recall, level)
+    return None if whole is None else Attack(WHOLE, whole, None)
 
 
 class Best(NamedTuple):

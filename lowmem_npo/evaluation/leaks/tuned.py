@@ -6,7 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowmem_npo.evaluation.leaks.contract import HOLDOUT, Attack, LeakResult, Meaning, above_holdout, beside_holdout
+from lowmem_npo.evaluation.leaks.contract import (
+    HOLDOUT,
+    Attack,
+    LeakResult,
+    Meaning,
+    above_holdout,
+    beside_holdout,
+    groups_in,
+)
 from lowmem_npo.evaluation.leaks.extraction import FIGURES as OF_ANSWERS
 from lowmem_npo.evaluation.leaks.extraction import attack_of
 
@@ -93,6 +101,6 @@ def judge_made(
 
 def attacks_in(figures: Mapping[str, Any]) -> dict[str, Attack]:
     """What each attack brought back, of the figures of a result."""
-    groups = {name: of for name, of in figures.items() if isinstance(of, Mapping) and name not in NOT_ATTACKS}
+    groups = {name: of for name, of in groups_in(figures).items() if name not in NOT_ATTACKS}
     tried = {name: attack_of(of) for name, of in (groups or {"": figures}).items()}  # one, of an older version
     return {name: attack for name, attack in tried.items() if attack is not None}

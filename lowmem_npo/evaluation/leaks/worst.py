@@ -15,8 +15,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.figures import shares
-from lowmem_npo.evaluation.leaks.contract import UNKNOWN, Attack, LeakResult, LeakResults, above_holdout, standing
+from lowmem_npo.evaluation.leaks.contract import (
+    UNKNOWN,
+    Attack,
+    LeakResult,
+    LeakResults,
+    above_holdout,
+    figure_in,
+    leak_results,
+    standing,
+)
 from lowmem_npo.evaluation.leaks.extraction import EXTRACTION, FIGURES
 from lowmem_npo.evaluation.leaks.quantization import QUANTIZATION
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
@@ -106,7 +116,7 @@ def worst_attack(results: LeakResults, gold: LeakResults | None = None) -> Worst
 
 def _as_long(gold: LeakResult, result: LeakResult | None) -> bool:
     """Whether both let answers be of as many tokens, as far as they say so."""
-    both = [of.figures.get("max_new_tokens") for of in (gold, result) if of is not None]
+    both = [figure_in(of.figures, "max_new_tokens") for of in (gold, result) if of is not None]
     return len({length for length in both if length is not None}) < 2
 
 
@@ -120,15 +130,25 @@ def _without_form(test: str, name: str) -> tuple[str, str]:
 
 
 def retained_leaks(path: str | None) -> LeakResults:
-    """The results in the evaluation.json of a model that never saw the forget rows; none where there are none."""
+    """The results in the evaluation.json of a model that never saw the forget rows; none where there are none.
+
+    Raises UserError where they are damaged.
+    """
     if path is None:
         return {}
     try:
         content = load_json(Path(path).expanduser())
-        results = {name: LeakResult.from_json(result) for name, result in content["leaks"].items()}
-        return {test.name: results[test.name] for test in LEAK_TESTS if test.name in results}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # TOFU's own check says why
+    except (OSError, ValueError):  # TOFU's own check says why
         return {}
+    if not isinstance(content, dict) or "leaks" not in content:
+        return {}
+    try:
+        results = leak_results(content["leaks"])
+    except ValueError as error:
+        raise UserError(
+            f"--retained-log: the leak tests in '{path}' are damaged ({error}): measure them anew."
+        ) from error
+    return {test.name: results[test.name] for test in LEAK_TESTS if test.name in results}
 
 
 def worst_attacks(stages: Mapping[str, LeakResults]) -> dict[str, WorstAttack]:

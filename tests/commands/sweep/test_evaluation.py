@@ -235,6 +235,18 @@ def test_an_evaluation_whose_settings_are_damaged_is_named(damaged, whole, desk,
     assert f"failed: '{settings}' is damaged: remove '{settings.parent}', and measure anew" in printed
 
 
+@pytest.mark.parametrize("part", [{"leaks": {"extraction": {"meaning": 3, "leaks": None}}}, {"tofu": "high"}])
+def test_an_evaluation_with_values_of_other_types_is_named(part, whole, desk, capsys):
+    result = runs(whole)["npo"][0] / "evaluation" / "evaluation.json"
+    sound = result.read_text()
+    result.write_text(json.dumps(json.loads(sound) | part))
+    try:
+        code = swept(desk, whole, "--resume")
+    finally:
+        result.write_text(sound)
+    assert code == 1 and f"'{result}' is damaged" in capsys.readouterr().out
+
+
 def test_a_dry_run_shows_all_of_it_and_writes_nothing(desk, capsys):
     assert swept(desk, desk / "dry", "--dry-run", "--evaluate-limit", "2") == 0
     printed = capsys.readouterr().out

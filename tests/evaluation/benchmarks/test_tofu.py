@@ -94,7 +94,9 @@ def test_a_retained_models_log(tmp_path):
     ours.write_text(json.dumps({"tofu": {"sets": {"forget": {"truth_ratios": [0.5, 2]}}}}))
     theirs.write_text(json.dumps({"forget_truth_ratio": {"value_by_index": {"0": {"score": 0.5}, "1": {"score": 2}}}}))
     assert retained_truth_ratios(str(ours)) == retained_truth_ratios(str(theirs)) == [0.5, 2.0]
-    for content, said in (("[]", "truth ratios"), ('{"tofu": null}', "truth ratios"), ("{", "not valid JSON")):
+    broken = [{"tofu": {"sets": {"forget": {"truth_ratios": ratios}}}} for ratios in ([], "0.5", ["0.5"], [math.nan])]
+    broken += [[], {"tofu": None}]
+    for content, said in (*((json.dumps(one), "truth ratios") for one in broken), ("{", "not valid JSON")):
         neither.write_text(content)
         with pytest.raises(UserError, match=said):
             retained_truth_ratios(str(neither))

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.contract import LeakResult
 from lowmem_npo.evaluation.leaks.measure import read_leaks, write_leaks
 from lowmem_npo.evaluation.leaks.worst import attacks_of, retained_leaks, worst_attack, worst_attacks
@@ -119,10 +120,27 @@ def test_it_is_in_the_files(tmp_path):
     assert retained_leaks(str(tmp_path / "evaluation.json")) == RESULTS
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"leaks": 3}', '{"leaks": {"extraction": {}}}', "{}"])
+@pytest.mark.parametrize("content", ["", "[]", '{"leaks": {}}', "{}"])
 def test_a_gold_file_without_leak_tests_gives_nothing(content, tmp_path):
     (tmp_path / "x.json").write_text(content)
     assert retained_leaks(str(tmp_path / "x.json")) == {} == retained_leaks(None) == retained_leaks("missing.json")
+
+
+@pytest.mark.parametrize(
+    "leaks",
+    [
+        3,
+        {"extraction": {}},
+        {"extraction": {"meaning": "", "leaks": "no"}},
+        {"extraction": {"meaning": "", "leaks": False, "extraction_strength": "0.1"}},
+        {"jailbreak": {"meaning": "", "leaks": False, "archive": {"best_rouge_l_recall": "0.1"}}},
+    ],
+)
+def test_a_gold_file_with_damaged_leak_tests_is_refused(leaks, tmp_path):
+    """It is read before anything is measured: a text in place of a number would end hours later in a traceback."""
+    (tmp_path / "x.json").write_text(json.dumps({"leaks": leaks}))
+    with pytest.raises(UserError, match=r"x\.json' are damaged"):
+        retained_leaks(str(tmp_path / "x.json"))
 
 
 def test_a_gold_model_that_wrote_longer_answers_is_not_beside_it():
