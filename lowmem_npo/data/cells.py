@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import re
 import unicodedata
 from typing import Any
 
@@ -29,6 +30,21 @@ def label(value: Any) -> str | None:
     return unicodedata.normalize("NFC", text).strip() or None
 
 
+def text_of(row: dict[str, Any], field: str, where: str) -> str:
+    """The text that `row` has in `field`.
+
+    Raises UserError for anything else, also for white space alone.
+    """
+    value = row.get(field)
+    if value is None:
+        raise UserError(f"{where} has no {field}; fill the field or remove the row.")
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {field} is {kind_in_words(value)}, not text; write it as a string.")
+    if not value.strip():
+        raise UserError(f"{where} has an empty {field}; fill the field or remove the row.")
+    return value
+
+
 def parsed_json(value: Any) -> Any:
     """`value`, read as JSON where it is JSON in a string, as tables without nested columns have it."""
     try:
@@ -38,9 +54,9 @@ def parsed_json(value: Any) -> Any:
         return value
 
 
-def is_none(name: str, what: str, value: Any) -> str:
-    """The end of a message: the column `name` holds no `what`, and how it is written."""
-    in_text = ", in a cell of a table as JSON with double quotes (json.dumps), not as Python shows it"
+def no_value(name: str, what: str, value: Any) -> str:
+    """The end of a message: what `name` holds is not `what`, which it must be."""
+    in_text = ", in a string as JSON with double quotes (json.dumps), not as Python shows it"
     return f"{name} is not {what}; write it as one{in_text if isinstance(value, str) else ''}."
 
 
@@ -53,7 +69,7 @@ def list_in_text(row: dict[str, Any], column: str, where: str) -> Any:
     parsed = parsed_json(value)
     if _holds_text(parsed):
         return parsed
-    if isinstance(value, str) and _holds_text(_as_python(value)):
+    if isinstance(value, str) and _holds_text(as_python(value)):
         raise UserError(
             f"{where}: {column} holds a list as Python writes it, not as JSON; write it with json.dumps (a text that "
             "only looks like a list goes into one by itself)."
@@ -66,11 +82,11 @@ def _holds_text(value: Any) -> bool:
     return isinstance(value, list) and any(isinstance(item, str) for item in value)
 
 
-def _as_python(text: str) -> Any:
-    """The value that `text` writes in Python, None where it writes none; of NumPy's lists, which have no commas, the
+def as_python(text: str) -> Any:
+    """The list that `text` writes in Python, None where it writes none; of NumPy's lists, which have no commas, the
     texts are run together."""
     try:
-        return ast.literal_eval(text.strip()) if text.lstrip().startswith("[") else None
+        return ast.literal_eval(re.sub(r"}\s+{", "}, {", text.strip())) if text.lstrip().startswith("[") else None
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
 

@@ -16,19 +16,27 @@ Recognised by their columns, in this order:
 from __future__ import annotations
 
 import json
-import re
 import unicodedata
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeGuard
+from typing import Any
 
-from lowmem_npo.data.cells import is_none, kind_in_words, label, list_in_text, parsed_json, without_nan, without_none
+from lowmem_npo.data.cells import (
+    kind_in_words,
+    label,
+    list_in_text,
+    no_value,
+    parsed_json,
+    text_of,
+    without_nan,
+    without_none,
+)
 from lowmem_npo.data.rows import Rows, is_text
 from lowmem_npo.data.special_texts import check_marks
+from lowmem_npo.data.turns import CALLS, TURNS, is_turns, message, turn, turns_in_cells
 from lowmem_npo.errors import UserError
 
 CHAT = ("messages", "conversations")
-TURNS = 'a list of {"role": ..., "content": ...}'
 INSTRUCTIONS = {"output": "input", "response": "context"}  # answer -> what may follow the instruction
 PAIRS = (*(("instruction", answer) for answer in INSTRUCTIONS), ("input", "output"), ("question", "answer"),
          ("prompt", "completion"))  # fmt: skip
@@ -37,12 +45,8 @@ PARAPHRASED = "paraphrased_"  # before the name of the prompt's column: the prom
 TEXT = (None, "text")
 PASSAGE = "passage"  # the schema of a passage of a document, whose first half is the prompt
 MOST_LISTED = 20  # columns in a message, or in a line of the report
-CALLS = ("tool_calls", "function_call")  # what an assistant may say instead of text
 PUNCTUATION = ".,;:!?…\"'“”‘’„«»()[]。、「」『』"  # around a word, of which it is no part
 UNTRAINED = ("weight", "train", "training")  # how fine-tuning formats leave a turn out: OpenAI's 0, Axolotl's false
-# What ShareGPT and its kin call the roles of a chat template.
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
-         "model": "assistant", "observation": "tool", "function_response": "tool"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,7 @@ def _texts(row: dict[str, Any], column: str, where: str) -> tuple[str, ...]:
     value = list_in_text(row, column, where)
     if value == []:
         raise UserError(f"{where}: {column} is an empty list; fill it or remove the row.")
-    return tuple(_text({column: text}, column, where) for text in (value if isinstance(value, list) else [value]))
+    return tuple(text_of({column: text}, column, where) for text in (value if isinstance(value, list) else [value]))
 
 
 def _of_mixed(row: dict[str, Any], where: str) -> Example:
@@ -279,45 +283,28 @@ def _recognised(columns: Container[str]) -> tuple[str | None, str] | None:
 def _example(row: dict[str, Any], where: str, prompt_column: str | None, answer_column: str) -> Example:
     identity = label(row.get("id"))
     if prompt_column is None:
-        return Example(None, _text(row, answer_column, where), where, answer_column, identity)
+        return Example(None, text_of(row, answer_column, where), where, answer_column, identity)
     if prompt_column == answer_column and prompt_column in CHAT:
         return _conversation(row.get(prompt_column), row, where, prompt_column, identity)
-    prompt, answer = (_turns_in(row, column, where) for column in (prompt_column, answer_column))
+    prompt, answer = turns_in_cells(row, (prompt_column, answer_column), where)
     schema = f"{prompt_column}/{answer_column}"
-    if _is_turns(prompt) or _is_turns(answer):  # TRL's conversational form
-        turns = prompt if _is_turns(prompt) else [_turn("user", _text(row, prompt_column, where))]
-        last = answer if _is_turns(answer) else [_turn("assistant", _text(row, answer_column, where))]
+    if is_turns(prompt) or is_turns(answer):  # TRL's conversational form
+        turns = prompt if is_turns(prompt) else [turn("user", text_of(row, prompt_column, where))]
+        last = answer if is_turns(answer) else [turn("assistant", text_of(row, answer_column, where))]
         return _conversation([*turns, *last], row, where, schema, identity)
-    prompt, answer = _text(row, prompt_column, where), _text(row, answer_column, where)
+    prompt, answer = text_of(row, prompt_column, where), text_of(row, answer_column, where)
     if prompt_column != "instruction":
         return Example(prompt, answer, where, schema, identity, paraphrases=_paraphrases(row, prompt_column, where))
     more = INSTRUCTIONS.get(answer_column, "input")
     if row.get(more):
-        prompt, schema = f"{prompt}\n{_text(row, more, where)}", f"instruction/{more}/{answer_column}"
+        prompt, schema = f"{prompt}\n{text_of(row, more, where)}", f"instruction/{more}/{answer_column}"
     if not (row.get("system") or row.get("history")):
         return Example(prompt, answer, where, schema, identity)
     history = parsed_json(row.get("history")) or []
     if not isinstance(history, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in history):
-        raise UserError(f"{where}: {is_none('history', 'a list of [question, answer]', history)}")
-    turns = [_turn(role, text) for pair in history for role, text in zip(("user", "assistant"), pair, strict=True)]
-    return _conversation([*turns, _turn("user", prompt), _turn("assistant", answer)], row, where, schema, identity)
-
-
-def _is_turns(value: Any) -> TypeGuard[list[dict[str, Any]]]:
-    return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
-
-
-def _turns_in(row: dict[str, Any], column: str, where: str) -> Any:
-    """The value of a column; a list of messages also where it is written as JSON in a string.
-
-    Raises UserError for one as Python shows it, which would be taken for a text.
-    """
-    value = row.get(column)
-    if not (isinstance(value, str) and re.match(r"""\s*\[\s*\{\s*['"](role|from)['"]""", value)):
-        return value
-    if not _is_turns(parsed := parsed_json(value)):
-        raise UserError(f"{where}: {is_none(column, TURNS, value)}")
-    return parsed
+        raise UserError(f"{where}: {no_value('history', 'a list of [question, answer]', history)}")
+    turns = [turn(role, text) for pair in history for role, text in zip(("user", "assistant"), pair, strict=True)]
+    return _conversation([*turns, turn("user", prompt), turn("assistant", answer)], row, where, schema, identity)
 
 
 def _paraphrases(row: dict[str, Any], prompt_column: str, where: str) -> tuple[str, ...]:
@@ -332,30 +319,15 @@ def _paraphrases(row: dict[str, Any], prompt_column: str, where: str) -> tuple[s
     return tuple(text for text in texts if text and text.strip())
 
 
-def _turn(role: str, content: Any) -> dict[str, Any]:
-    return {"role": role, "content": content}
-
-
-def _text(row: dict[str, Any], field: str, where: str) -> str:
-    value = row.get(field)
-    if value is None:
-        raise UserError(f"{where} has no {field}; fill the field or remove the row.")
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {field} is {kind_in_words(value)}, not text; write it as a string.")
-    if not value.strip():
-        raise UserError(f"{where} has an empty {field}; fill the field or remove the row.")
-    return value
-
-
 def _conversation(messages: Any, row: dict[str, Any], where: str, schema: str, identity: str | None) -> Example:
     messages = parsed_json(messages)
     if messages is None or messages == []:
         raise UserError(f"{where} has no {schema}; fill the field or remove the row.")
-    if not _is_turns(messages):
-        raise UserError(f"{where}: {is_none(schema, TURNS, messages)}")
-    turns = [_message(turn, f"{where}, message {number}") for number, turn in enumerate(messages, 1)]
+    if not is_turns(messages):
+        raise UserError(f"{where}: {no_value(schema, TURNS, messages)}")
+    turns = [message(turn, f"{where}, message {number}") for number, turn in enumerate(messages, 1)]
     if row.get("system") and turns[0]["role"] != "system":
-        turns.insert(0, _turn("system", _text(row, "system", where)))
+        turns.insert(0, turn("system", text_of(row, "system", where)))
     if len(turns) < 2 or turns[-1]["role"] != "assistant":
         raise UserError(
             f"{where}: the conversation does not end with an assistant's answer to an earlier message; "
@@ -369,35 +341,10 @@ def _conversation(messages: Any, row: dict[str, Any], where: str, schema: str, i
             )
     options = without_none(parsed_json(row.get("chat_template_kwargs")) or {})
     if not isinstance(options, dict):
-        raise UserError(f"{where}: {is_none('chat_template_kwargs', 'an object', options)}")
+        raise UserError(f"{where}: {no_value('chat_template_kwargs', 'an object', options)}")
     if tools := without_none(parsed_json(row.get("tools"))):
         if not isinstance(tools, list):
-            raise UserError(f"{where}: {is_none('tools', 'a list', tools)}")
+            raise UserError(f"{where}: {no_value('tools', 'a list', tools)}")
         options = {**options, "tools": tools}
     answer = turns[-1]["content"] or json.dumps([turns[-1].get(call) for call in CALLS])
     return Example(turns[-2]["content"], answer, where, schema, identity, tuple(turns), options)
-
-
-def _message(turn: dict[str, Any], where: str) -> dict[str, Any]:
-    """A turn with `role` and `content`, whatever else it has, and nothing that is null."""
-    turn = without_none(turn)
-    if "role" not in turn and "from" in turn:  # ShareGPT
-        turn = {"role": turn.pop("from"), "content": turn.pop("value", None), **turn}
-    role = ROLES.get(role := _text(turn, "role", where), role)
-    if role not in ("system", "developer", "user", "assistant", "tool", "ipython", "function"):
-        raise UserError(f"{where} is from {role!r}; a turn is from system, user, assistant or tool.")
-    if isinstance(parts := turn.get("content"), list):
-        for part in parts:
-            if not (isinstance(part, dict) and isinstance(part.get("text"), str)):
-                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-                raise UserError(
-                    f"{where}: content has a part of type {kind}, which is no {{'type': 'text', 'text': ...}}; only "
-                    "text can be forgotten."
-                )
-        turn["content"] = "".join(part["text"] for part in parts)
-    may_be_empty = role not in ("user", "assistant") or any(turn.get(call) for call in CALLS)
-    if may_be_empty:
-        turn.setdefault("content", "")
-    if not (may_be_empty and turn["content"] == ""):
-        _text(turn, "content", where)
-    return {**turn, "role": role}

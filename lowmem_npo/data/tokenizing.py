@@ -16,10 +16,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from lowmem_npo.config import DataConfig
-from lowmem_npo.data.schemas import CALLS, Example
+from lowmem_npo.data.schemas import Example
 from lowmem_npo.data.special_texts import INSIDE, SpecialTexts, check_marks, trailing
 from lowmem_npo.data.templates import MARK, Template, special_tokens
 from lowmem_npo.data.tokenized_rows import IGNORE_INDEX, TokenizedRow, TokenizedRows
+from lowmem_npo.data.turns import CALLS
 from lowmem_npo.errors import UserError
 from lowmem_npo.progress import Progress
 

@@ -78,9 +78,11 @@ def test_what_a_conversation_has_beside_its_text_is_kept():
 
 
 @pytest.mark.parametrize("columns", [["messages"], ["prompt", "completion"]])
-def test_a_cell_may_hold_a_conversation_as_json_and_not_as_python_shows_it(columns, tmp_path):
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_cell_may_hold_a_conversation_as_json_and_not_as_python_shows_it(columns, turned, tmp_path):
     path = tmp_path / "f.csv"
-    parts = [[QUESTION, ANSWER]] if len(columns) == 1 else [[QUESTION], [ANSWER]]
+    first, last = ({key: turn[key] for key in sorted(turn, reverse=not turned)} for turn in (QUESTION, ANSWER))
+    parts = [[first, last]] if len(columns) == 1 else [[first], [last]]
 
     def read(form):
         with path.open("w", newline="") as file:
@@ -92,6 +94,29 @@ def test_a_cell_may_hold_a_conversation_as_json_and_not_as_python_shows_it(colum
     for form in (str, lambda part: str(numpy.array(part))):
         with pytest.raises(UserError, match=shown):
             read(form)
+
+
+def test_several_turns_before_the_answer_as_numpy_shows_them_are_no_text():
+    shown = {"prompt": str(numpy.array([QUESTION, ANSWER, QUESTION])), "completion": str(numpy.array([ANSWER]))}
+    with pytest.raises(UserError, match="prompt is not a list of"):
+        one(shown)
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("Who may?", '[{"role": "admin", "permissions": ["all"]}]'),
+        ("Where?", '[{"from": "Berlin", "to": "Rome"}]'),
+        ("Where, in Python?", "[{'from': 'Berlin', 'to': 'Rome'}]"),
+        ('[{"role": "user", "content": "hi"}] What is this?', "A chat."),
+        ("Show an example chat.", json.dumps([QUESTION, ANSWER])),
+        (json.dumps([QUESTION]), "A chat."),
+        ("An example?", str([QUESTION, ANSWER])),
+    ],
+)
+def test_what_only_looks_like_turns_is_text(question, answer):
+    example = one({"question": question, "answer": answer})
+    assert (example.prompt, example.answer, example.messages) == (question, answer, None)
 
 
 def test_alpaca_and_dolly():

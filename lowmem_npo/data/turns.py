@@ -1,0 +1,72 @@
+"""The turns of a conversation: who speaks, and what is said, in the spelling of chat templates."""
+
+from __future__ import annotations
+
+from typing import Any, TypeGuard
+
+from lowmem_npo.data.cells import as_python, no_value, parsed_json, text_of, without_none
+from lowmem_npo.errors import UserError
+
+TURNS = 'a list of {"role": ..., "content": ...}'
+CALLS = ("tool_calls", "function_call")  # what an assistant may say instead of text
+OWN_ROLES = ("system", "developer", "user", "assistant", "tool", "ipython", "function")
+# What ShareGPT and its kin call the roles of a chat template.
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+         "model": "assistant", "observation": "tool", "function_response": "tool"}  # fmt: skip
+
+
+def is_turns(value: Any) -> TypeGuard[list[dict[str, Any]]]:
+    return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
+
+
+def turns_in_cells(row: dict[str, Any], columns: tuple[str, str], where: str) -> tuple[Any, Any]:
+    """The values of a prompt's and an answer's column; where both are turns, written as JSON in strings, the turns.
+    What looks like turns beside a text is text.
+
+    Raises UserError for turns as Python shows them, which would be taken for text.
+    """
+    values = row.get(columns[0]), row.get(columns[1])
+    read = parsed_json(values[0]), parsed_json(values[1])
+    if all(map(_have_roles, read)):
+        return read
+    if all(_have_roles(as_python(one) if isinstance(one, str) else one) for one in read):
+        column, value = next(pair for pair in zip(columns, read, strict=True) if isinstance(pair[1], str))
+        raise UserError(f"{where}: {no_value(column, TURNS, value)}")
+    return values
+
+
+def _have_roles(value: Any) -> bool:
+    """Whether it is a list of turns, each with the role of somebody who may speak."""
+    return is_turns(value) and all(
+        isinstance(role := one.get("role", one.get("from")), str) and (role in ROLES or role in OWN_ROLES)
+        for one in value
+    )
+
+
+def turn(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def message(turn: dict[str, Any], where: str) -> dict[str, Any]:
+    """A turn with `role` and `content`, whatever else it has, and nothing that is null."""
+    turn = without_none(turn)
+    if "role" not in turn and "from" in turn:  # ShareGPT
+        turn = {"role": turn.pop("from"), "content": turn.pop("value", None), **turn}
+    role = ROLES.get(role := text_of(turn, "role", where), role)
+    if role not in OWN_ROLES:
+        raise UserError(f"{where} is from {role!r}; a turn is from system, user, assistant or tool.")
+    if isinstance(parts := turn.get("content"), list):
+        for part in parts:
+            if not (isinstance(part, dict) and isinstance(part.get("text"), str)):
+                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+                raise UserError(
+                    f"{where}: content has a part of type {kind}, which is no {{'type': 'text', 'text': ...}}; only "
+                    "text can be forgotten."
+                )
+        turn["content"] = "".join(part["text"] for part in parts)
+    may_be_empty = role not in ("user", "assistant") or any(turn.get(call) for call in CALLS)
+    if may_be_empty:
+        turn.setdefault("content", "")
+    if not (may_be_empty and turn["content"] == ""):
+        text_of(turn, "content", where)
+    return {**turn, "role": role}
