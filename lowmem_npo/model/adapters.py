@@ -98,7 +98,7 @@ def note_on_experts(model: PeftModel, config: AdapterConfig) -> str | None:
     where there are none, or nobody named them."""
     lm = causal_lm(model)
     taken = taken_for_experts(lm, linear_layers(lm))
-    kind, given = type(lm).__name__, f"--lora-targets {' '.join(config.lora_targets)}"
+    kind, given = type(lm).__name__, f"LoRA on {' '.join(config.lora_targets)}"
     if taken and config.lora_targets == ("all-linear",):
         return f"{given} leaves out {', '.join(sorted(taken))}: PEFT takes these names for the experts of a {kind}."
     if taken and any(isinstance(module, ParamWrapper) for module in model.modules()):

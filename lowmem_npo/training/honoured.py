@@ -49,6 +49,11 @@ INSTEAD = {
     "eval_.*|do_eval|load_best_.*|metric_for_.*": "--stop-when measures while training and keeps the best adapter",
     "activation_checkpointing": "give --gradient-checkpointing",
 }
+IN_SCRIPTS = {
+    "bf16|fp16": "load the model in the type that it is to compute in",
+    "per_device_eval_.*|eval_.*|do_eval|load_best_.*|metric_for_.*": "this trainer measures nothing while it trains; "
+    "`lowmem-npo evaluate` measures the adapter",
+}
 # Values that ask for an evaluation by the Trainer, or for its own training step.
 NOT_SUPPORTED = {
     "save_strategy": "best",
@@ -75,13 +80,19 @@ def is_unsupported(name: str, value: Any) -> bool:
     return bool(re.fullmatch(NOT_SUPPORTED.get(name, ""), str(value)))
 
 
-def check_effect(args: Mapping[str, Any], as_is: Mapping[str, Any], spelled: Callable[[str, Any], str]) -> None:
+def check_effect(
+    args: Mapping[str, Any],
+    as_is: Mapping[str, Any],
+    spelled: Callable[[str, Any], str],
+    instead: Mapping[str, str] = INSTEAD,
+) -> None:
     """Checks that all of `args` are honoured.
 
     Args:
         args: the arguments by name.
         as_is: values that ask for what is done anyway.
         spelled: an argument and its value as the user gave them, for messages.
+        instead: patterns of names, and what to give instead of such an argument.
 
     Raises:
         UserError: an argument would have no effect, or its value is not supported.
@@ -90,7 +101,7 @@ def check_effect(args: Mapping[str, Any], as_is: Mapping[str, Any], spelled: Cal
         if name in HONOURED:
             check_supported(name, value, spelled(name, value))
         elif _or_nothing(value) != _or_nothing(as_is.get(name)):
-            hint = next((hint for names, hint in INSTEAD.items() if re.fullmatch(names, name)), "leave it out")
+            hint = next((hint for names, hint in instead.items() if re.fullmatch(names, name)), "leave it out")
             raise UserError(
                 f"{spelled(name, value)} would have no effect: {hint} (docs/options.md lists what is honoured)."
             )

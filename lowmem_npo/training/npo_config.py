@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from lowmem_npo.config import KEPT_CHECKPOINTS, DataConfig, ObjectiveConfig, TrainingConfig
 from lowmem_npo.ranges import MOST, Count, CountOrNone, check_values
-from lowmem_npo.training.honoured import FROM_PYTHON, RANGES, SCRIPT_RANGES, as_is, check_effect
+from lowmem_npo.training.honoured import FROM_PYTHON, IN_SCRIPTS, RANGES, SCRIPT_RANGES, as_is, check_effect
 from lowmem_npo.training.script_words import in_script_words
 
 
@@ -68,20 +68,24 @@ class NPOConfig(ObjectiveConfig, TrainingArguments):
                 setattr(self, f.name, value.item())
         if self.padding_free in (0, 1):
             self.padding_free = bool(self.padding_free)
-        with in_script_words():
+        with in_script_words(self):
             ObjectiveConfig.__post_init__(self)
         defaults, own = as_is(), {name: getattr(self, name) for name in NPOConfig.__annotations__}
         kinds = get_type_hints(NPOConfig, include_extras=True)
         check_values(own, {name: kinds[name] for name in own.keys() - defaults.keys()}, str)
-        theirs = {name: getattr(self, name) for name in (*SCRIPT_RANGES, *RANGES)}
-        if isinstance(self.max_steps, int) and self.max_steps > 0:
-            theirs.pop("num_train_epochs")  # nobody looks at it
-        check_values(theirs, SCRIPT_RANGES | RANGES, str)
+        ranges = {name: kind for name, kind in (SCRIPT_RANGES | RANGES).items() if name not in self._not_looked_at()}
+        check_values({name: getattr(self, name) for name in ranges}, ranges, str)
         args = {name: getattr(self, name) for name in defaults if name not in FROM_PYTHON}
-        check_effect(args, defaults, lambda name, value: f"{name}={value!r}")
+        check_effect(args, defaults, lambda name, value: f"{name}={value!r}", IN_SCRIPTS)
         if self.warmup_steps and self.lr_scheduler_type == "constant":
             self.lr_scheduler_type = "constant_with_warmup"  # `constant` ignores a warm-up
         TrainingArguments.__post_init__(self)
+
+    def _not_looked_at(self) -> list[str]:
+        by_steps = isinstance(self.max_steps, int) and self.max_steps > 0
+        strategies = {"save_steps": self.save_strategy, "logging_steps": self.logging_strategy}
+        unused = [steps for steps, strategy in strategies.items() if strategy != "steps"]
+        return ["num_train_epochs", *unused] if by_steps else unused
 
     @property
     def objective(self) -> ObjectiveConfig:

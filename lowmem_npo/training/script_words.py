@@ -5,30 +5,43 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
 
+from lowmem_npo.config import AdapterConfig
 from lowmem_npo.errors import UserError
 
-NAMES = {"batch-size": "step_batch_size"}  # option -> argument of NPOConfig, where it has another name
-OF_ROWS = ("prompt-column", "answer-column", "template")  # options that are arguments of functions
+# Option -> argument, where it has another name.
+NAMES = {"batch-size": "step_batch_size", "lr": "learning_rate", "epochs": "num_train_epochs"}
+# Arguments of functions.
+OF_ROWS = ("prompt_column", "answer_column", "alternative_column", "paraphrase_column", "template")
 FUNCTIONS = "lowmem_npo.data.to_examples and lowmem_npo.data.tokenize take what NPOConfig has not"
+OPTION = re.compile(r"(?<![^\s(])--([a-z][a-z-]*[a-z])\b(?: (\d[\d.e-]*(?<!\.)))?")
 
 
 @contextmanager
-def in_script_words() -> Iterator[None]:
-    """Inside, an error that names options names the arguments that they are in a script, `max_length=24`."""
+def in_script_words(args: Any) -> Iterator[None]:
+    """Inside, an error that names options names the arguments that they are in a script, such as `max_length=24`. What
+    is none of these is left as it is.
+
+    args: the script's `NPOConfig`.
+    """
     try:
         yield
     except UserError as error:
-        text = str(error)
-        options = re.findall(r"--([a-z][a-z-]*)", text)
-        if not options:
+        arguments = {field.name for config in (args, AdapterConfig) for field in fields(config)} | set(OF_ROWS)
+
+        def named(option: re.Match[str]) -> str:
+            name = NAMES.get(option[1], option[1].replace("-", "_"))
+            if name not in arguments:
+                return option[0]
+            used.add(name)
+            return name if option[2] is None else f"{name}={option[2]}"
+
+        used = set[str]()
+        text = OPTION.sub(named, str(error))
+        if not used:
             raise
-        text = re.sub(r"--([a-z][a-z-]*)(?: (\d[\d.e-]*(?<!\.)))?", _argument, text)
-        if set(options) & set(OF_ROWS):
+        if used & set(OF_ROWS):
             text = f"{text.rstrip('.')}; {FUNCTIONS}."
         raise UserError(text) from error
-
-
-def _argument(option: re.Match[str]) -> str:
-    name = NAMES.get(option[1], option[1].replace("-", "_"))
-    return name if option[2] is None else f"{name}={option[2]}"

@@ -34,7 +34,7 @@ from lowmem_npo.data.batching import Batch, ForgetRetain, Pick, RowBatch, collat
 from lowmem_npo.errors import UserError
 from lowmem_npo.forget_terms import Term, register
 from lowmem_npo.model import answer_hidden, attach_lora, check_causal, check_head, frozen_head, packs_rows
-from lowmem_npo.model.adapters import restore_adapter
+from lowmem_npo.model.adapters import note_on_experts, restore_adapter
 from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.modes import eval_mode, train_adapter
 from lowmem_npo.run_directory import AdapterFiles, step_of
@@ -107,13 +107,14 @@ class NPOTrainer(Trainer):
     ) -> None:
         if forget_term is not None:
             args.forget_term = register(forget_term, FORGET_TERMS)
-        objective: ObjectiveConfig = args.objective
+        with in_script_words(args):
+            objective: ObjectiveConfig = args.objective
         if objective.needs_retain and not retain_dataset:
             raise UserError(
                 "gamma or delta is positive but there are no retain rows: give retain_dataset, or set both to 0."
             )
         tokenized = partial(script_rows, model=causal_lm(model), tokenizer=processing_class, max_length=args.max_length)
-        with in_script_words():
+        with in_script_words(args):
             rows = training_rows(
                 forget_dataset,
                 retain_dataset if objective.needs_retain else None,
@@ -130,7 +131,10 @@ class NPOTrainer(Trainer):
             if peft_config is None:
                 raise UserError("NPOTrainer trains an adapter: give a PeftModel, or peft_config=AdapterConfig(...).")
             set_seed(args.seed)  # as the Trainer does below, too late for the adapter
-            model = attach_lora(model, peft_config)
+            with in_script_words(args):
+                model = attach_lora(model, peft_config)
+            if line := note_on_experts(model, peft_config):
+                say(line)
         if not any(p.requires_grad for p in model.parameters()):
             raise UserError("The model's adapter is frozen, so nothing is trained: load it with is_trainable=True.")
         check_head(model)
@@ -169,7 +173,7 @@ class NPOTrainer(Trainer):
             processing_class=processing_class,
             **trainer_kwargs,
         )
-        with in_script_words():
+        with in_script_words(args):
             self.step_batches = sampler_of(args, rows)
         self.add_callback(EpochOfSampler(self.step_batches))
         self.add_callback(FiniteSteps(self._step_is_finite, self._rows_not_finite, say))

@@ -69,7 +69,7 @@ def test_all_linear_is_linear_layers_and_says_which_it_leaves_out(architecture):
     note = note_on_experts(adapted, AdapterConfig(lora_targets=ALL))
     assert (note is not None) is MIXTURES[architecture] is (len(with_adapter) < len(linear_layers(base)))
     if note:
-        assert re.match("--lora-targets all-linear leaves out down_proj, (gate, )?gate_proj, up_proj: PEFT takes", note)
+        assert re.match("LoRA on all-linear leaves out down_proj, (gate, )?gate_proj, up_proj: PEFT takes", note)
         named = AdapterConfig(lora_targets=("gate_proj", "up_proj", "down_proj"))
         assert "is an adapter on each of the experts of a" in note_on_experts(check_lora(config, named), named)
         with extra_adapter(model := random_model(config), rank=2, seed=0):

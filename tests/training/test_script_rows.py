@@ -24,6 +24,7 @@ from lowmem_npo.config import AdapterConfig
 from lowmem_npo.data import Rows, bundled_rows, to_examples, tokenize
 from lowmem_npo.data.targets import forget_targets
 from lowmem_npo.errors import UserError
+from lowmem_npo.training.script_words import in_script_words
 from lowmem_npo.training.trainer import NPOConfig, NPOTrainer
 
 FORGET, RETAIN = (bundled_rows(part, limit=4).rows for part in ("forget", "retain"))
@@ -141,6 +142,10 @@ def test_values_that_a_field_cannot_have_are_refused_as_by_the_command_line(sett
             {},
             "name yours with prompt_column and answer_column; lowmem_npo.data.to",
         ),
+        (FORGET, {"gamma": -1.0}, "gamma must be"),
+        (FORGET, {"bf16": True}, "bf16=True would have no effect: load the model in the type that it is to compute in"),
+        (FORGET, {"eval_strategy": "steps"}, "this trainer measures nothing while it trains; `lowmem-npo evaluate`"),
+        (FORGET, {"per_device_eval_batch_size": 3}, "this trainer measures nothing while it trains"),
         (FORGET, {"sam": -1.0}, "sam must be a positive number, not -1"),
         (FORGET, {"forget_term": "idk", "forget_level": "holdout"}, "forget_level is a level of the forgotten answers"),
     ],
@@ -149,6 +154,30 @@ def test_errors_name_what_a_script_gives(rows, settings, message, byte_model, tm
     with pytest.raises(UserError, match=message) as error:
         trainer_of(byte_model, tmp_path, rows, **settings)
     assert "--" not in str(error.value)
+
+
+def test_what_is_no_option_is_left_as_it_is():
+    text = "'my--col' of /data/a--b/c and '--gamma' are not --stop-when 3, but --batch-size 4 and (--lr 1e-4) are"
+    with pytest.raises(UserError) as error, in_script_words(NPOConfig):
+        raise UserError(text)
+    changed = text.replace("--batch-size 4", "step_batch_size=4").replace("--lr 1e-4", "learning_rate=1e-4")
+    assert str(error.value) == changed
+
+
+def test_targets_that_match_nothing_are_named_as_a_script_names_them(byte_model, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(byte_model)
+    args = NPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    tokenizer, targets = AutoTokenizer.from_pretrained(byte_model), AdapterConfig(lora_targets=("x_proj",))
+    with pytest.raises(UserError, match="^lora_targets x_proj"):
+        NPOTrainer(model, args, FORGET, RETAIN, processing_class=tokenizer, peft_config=targets)
+
+
+def test_steps_are_not_looked_at_beside_another_strategy(tmp_path):
+    settings = {"logging_strategy": "no", "logging_steps": 0, "save_strategy": "epoch", "save_steps": -1}
+    assert NPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings).save_steps == -1
+    for name in ("logging_steps", "save_steps"):
+        with pytest.raises(UserError, match=f"{name} must be a positive number"):
+            NPOConfig(output_dir=str(tmp_path), use_cpu=True, save_strategy="steps", **{name: 0})
 
 
 def test_epochs_are_not_looked_at_beside_a_number_of_steps(tmp_path):
