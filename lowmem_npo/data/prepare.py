@@ -152,7 +152,9 @@ def prepare(
         refuse_overlap(to_forget, to_hold_out, part="holdout")
         if to_retain is not None:
             refuse_overlap(to_retain, to_hold_out, part="holdout", of="retain")
-    number = answers_number(data.alternatives) if may_prefer(forget_term) else None
+    number = answers_number(data.alternatives)
+    if not may_prefer(forget_term):
+        number = None
     answered = None if number is None or own_answers is None else own_answers(to_forget)
     unanswered = number is not None and (answered is None or not answered.exists())
     if answered is not None and not unanswered:

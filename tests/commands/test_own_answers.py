@@ -130,6 +130,7 @@ def _row(tokenizer, ids):
 @pytest.mark.parametrize(
     "options, message",
     [
+        (("--alternatives", "other", "--forget-term", "npo"), "--alternatives other: give self, or self:N"),
         (("--alternatives", "other"), "--alternatives other: give self, or self:N for N other answers to each row"),
         (("--alternatives", "self:0"), "--alternatives self:0: give at least 1 answer and at most 100, as in"),
         (("--alternative-column", "other"), "both say what dpo prefers: leave one of them out"),

@@ -133,19 +133,26 @@ def first_config(points: Sequence[GridPoint], parse: Callable[[Sequence[str]], R
     model=a,b, that of its first point.
 
     Raises:
-        UserError: an invalid value; it names the point of the grid that it comes from, unless that is all of them.
+        UserError: an invalid value; it names the point of the grid that it comes from, unless all have the same.
     """
     try:
         return parse([])
     except UserError:
-        errors = set()
-        for point in points:
-            try:
-                parse(point.flags)
-                errors.add("")
-            except UserError as error:
-                errors.add(str(error))
-        return parse(points[0].flags) if len(errors) == 1 else _parsed(points[0], parse)
+        pass
+    try:
+        return parse(points[0].flags)
+    except UserError as error:
+        if len(points) > 1 and all(_mistake(point, parse) == str(error) for point in points[1:]):
+            raise
+        raise named(points[0], error) from error
+
+
+def _mistake(point: GridPoint, parse: Callable[[Sequence[str]], RunConfig]) -> str | None:
+    try:
+        parse(point.flags)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _parsed(point: GridPoint, parse: Callable[[Sequence[str]], RunConfig]) -> RunConfig:

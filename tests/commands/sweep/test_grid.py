@@ -100,6 +100,7 @@ def test_mistakes_in_the_grid(grid, message):
             ["--model", "m", "--forget-term", "dpo"],
             "--grid alternatives=default: --forget-term",
         ),
+        (["model=a", "gamma=-1"], [], "--grid model=a_gamma=-1: --gamma must be 0 or a positive number"),
         (["gamma=0,1"], ["--model", "m", "--epochs", "0"], "--epochs must be a positive number"),
         ([], ["--model", "m", "--epochs", "0"], "--epochs must be a positive number"),
     ],
