@@ -208,7 +208,7 @@ def _described(one: Set, options: DataCommand, tokenizer: Any, template: Any) ->
 def _spread(numbers: Sequence[int]) -> str:
     if min(numbers) == max(numbers):
         return f"{counted(numbers[0], 'word')}{' each' if len(numbers) > 1 else ''}"
-    return f"{min(numbers)} to {max(numbers)}, median {median(numbers):g} words"
+    return f"{min(numbers):,} to {max(numbers):,}, median {median(numbers):,g} words"
 
 
 def histogram(numbers: Sequence[int]) -> Iterator[str]:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lowmem_npo.errors import UserError
+from lowmem_npo.sizes import counted
 from lowmem_npo.training.step_rows import StepBatches
 
 FOLDS, FORGET, EARLIER, SLOTS, RETAIN = 2, 3, 4, 5, 6  # streams of random numbers, beside those of step_rows
@@ -63,7 +64,7 @@ def check_folds(folds: Sequence[Sequence[int]], batch_size: int, steps: int) -> 
     """Raises a UserError where a fold does not fill a batch, or a stage would have no step."""
     if (least := min(map(len, folds))) < batch_size:
         raise UserError(
-            f"--layered {len(folds)} leaves a fold of {least} row{'s' * (least > 1)}, and a step takes --batch-size "
+            f"--layered {len(folds)} leaves a fold of {counted(least, 'row')}, and a step takes --batch-size "
             f"{batch_size}: lower one of them."
         )
     if steps < len(folds):
