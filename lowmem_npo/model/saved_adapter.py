@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
-from lowmem_npo.files import load_json
+from lowmem_npo.files import file_sha256, load_json
 from lowmem_npo.model.names import resolve_name
 from lowmem_npo.model.patterns import check_patterns
 from lowmem_npo.model.saved_modules import in_four_bits
@@ -162,6 +162,16 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
     if unmatched:
         raise UserError(f"{misfit} ({len(unmatched)} weights have no counterpart, {min(unmatched)} among them).")
     return adapted.eval()
+
+
+def check_unchanged(folder: str, sha256: str) -> None:
+    """Raises UserError unless the weights in `folder` have this hash: called when they are loaded, it tells whether it
+    is theirs."""
+    if file_sha256(AdapterFiles(Path(folder).expanduser()).weights) != sha256:
+        raise UserError(
+            f"The adapter in '{folder}' has been replaced since the command began: wait until what writes it has "
+            "ended, and start again."
+        )
 
 
 def check_finite(folder: str) -> None:

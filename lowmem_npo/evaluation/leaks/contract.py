@@ -178,13 +178,15 @@ class SavedModel(NamedTuple):
     """What a test loads models of its own from.
 
     base: how the base model is loaded. adapter: directory of the adapter, if there is one. scratch: a directory that a
-    test may make and must remove. streaming: whether weights are streamed, and from where.
+    test may make and must remove. streaming: whether weights are streamed, and from where. adapter_sha256: of the
+    weights that are evaluated, since those in the directory may be others by the time that a test reads them.
     """
 
     base: ModelConfig
     adapter: str | None
     scratch: Path
     streaming: StreamOptions = StreamOptions()
+    adapter_sha256: str | None = None
 
 
 @dataclass(frozen=True)
