@@ -165,7 +165,8 @@ def test_figures_that_no_test_declares_are_not_reported(own_run, capsys):
     results = {"after": {"sampling": {"surprise": 0.5, "meaning": "Half of an answer came.", "leaks": True}}}
     (own_run / "leaks.json").write_text(json.dumps(results))
     assert main(["report", str(own_run)]) == 2
-    assert "'surprise' is no figure of the leak test 'sampling'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "leaks.json' is damaged" in said and "'surprise' is no figure of the leak test 'sampling'" in said
 
 
 def test_examples_show_prompt_truth_before_and_after(run):
