@@ -32,7 +32,6 @@ from lowmem_npo.report.figures import StagedFigure, evaluation_figures, run_figu
 from lowmem_npo.report.leak_tests import leak_sections
 from lowmem_npo.report.verdict import RULES, Verdict, judge_run
 from lowmem_npo.run_directory import RunFiles, check_is_run
-from lowmem_npo.settings_file import read_settings
 from lowmem_npo.training.metrics import Metrics, read_metrics
 
 EVIDENCE = (
@@ -115,8 +114,7 @@ def read_content(directory: Path) -> Content:
     """Raises UserError if `directory` holds no run, or if a file is damaged."""
     files = RunFiles(directory)
     check_is_run(directory)
-    with _named(files.run_yaml):
-        settings = read_settings(files.run_yaml)
+    settings = files.settings()
     evaluations = {}
     for stage in STAGES:
         with _named(files.answers(stage)):

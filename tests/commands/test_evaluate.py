@@ -271,6 +271,26 @@ def test_an_adapter_that_is_replaced_while_it_is_loaded(byte_model, files, capsy
     assert digest == file_sha256(files / "adapter" / "adapter_model.safetensors")
 
 
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("a: [", "is damaged (line 1"),
+        ("model: x\nmax_length: many\n", "max_length must be a whole number, not 'many'"),
+        ("model: x\nlimit: all\n", "limit must be a whole number, not 'all'"),
+        ("model: x\nsystem: [3]\n", "system must be text, not [3]"),
+    ],
+)
+def test_settings_of_the_run_that_cannot_be_meant(byte_model, files, capsys, content, message):
+    folder = adapter(byte_model, files / "adapter")
+    (files / "adapter" / "run.yaml").write_text(content)
+    fails(
+        capsys, main(["evaluate", "--adapter", folder, "--forget", str(files / "forget.jsonl")]), "run.yaml'", message
+    )
+    (files / "adapter" / "run.yaml").write_text("\ufeffmodel: x\r\ndouble_quant: on\r\n", newline="")
+    options = ["--forget", str(files / "forget.jsonl"), "--dry-run"]
+    assert main(["evaluate", "--adapter", folder, *options]) == 0
+
+
 def test_options_not_given_are_those_of_the_run(byte_model, files, capsys):
     """Rows, columns, template and length come from run.yaml: the adapter is evaluated on what it was trained on."""
     for part, answer in (("forget", "Rome"), ("retain", "Oslo")):
