@@ -51,7 +51,7 @@ def check_fields(options: Any, section: type | None = None) -> None:
 
     section: the class whose fields are checked, if `options` is of one that inherits it.
     """
-    hints = _hints(section or type(options))
+    hints = field_types(section or type(options))
     check_values({name: getattr(options, name) for name in hints}, hints)
 
 
@@ -87,7 +87,8 @@ def shortened(text: str, most: int = 200) -> str:
 
 
 @cache
-def _hints(section: type) -> dict[str, Any]:
+def field_types(section: type) -> dict[str, Any]:
+    """The fields of a dataclass with their types and ranges."""
     hints = get_type_hints(section, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(section)}
 

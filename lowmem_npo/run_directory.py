@@ -7,14 +7,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 
 from lowmem_npo.claim import LOCK, check_unclaimed, make_directory
-from lowmem_npo.config import KEPT_CHECKPOINTS, MemoryConfig, RunConfig
+from lowmem_npo.config import KEPT_CHECKPOINTS, DataConfig, MemoryConfig, ModelConfig, OutputConfig, RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.files import PARTIAL, file_in_the_way, free_bytes, write_atomically
+from lowmem_npo.ranges import check_values, field_types, on_or_off, shortened
 from lowmem_npo.settings_file import read_settings
 from lowmem_npo.sizes import amount
 
@@ -28,6 +29,13 @@ MAY_CHANGE = (
 )  # fmt: skip
 # Where auto is recorded as what it became, and stays so.
 DECIDED = ("double_quant", "gradient_checkpointing", "joint_pass_tokens", "reference")
+# Options that other commands read of a run, without the command line in between, which checks them.
+READ_LATER = {
+    name: kind
+    for section in (ModelConfig, DataConfig, OutputConfig)
+    for name, kind in field_types(section).items()
+    if get_origin(kind) is not tuple  # which YAML has as a list
+}
 
 
 class AdapterFiles:
@@ -90,6 +98,19 @@ class RunFiles(AdapterFiles):
         """checkpoint-N directories, the newest first."""
         numbered = [p for p in self.path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
         return sorted(numbered, key=step_of, reverse=True)
+
+    def settings(self) -> dict[str, Any]:
+        """What run.yaml holds. Raises UserError where it is damaged, or has a value that its option cannot have."""
+        try:
+            settings = read_settings(self.run_yaml)
+        except (OSError, ValueError) as error:
+            why = shortened(str(error))
+            raise UserError(
+                f"'{self.run_yaml}' is damaged ({why}): restore it, or write the run's options into it."
+            ) from error
+        values = {name: on_or_off(value) if name in DECIDED else value for name, value in settings.items()}
+        check_values(values, READ_LATER, lambda name: f"'{self.run_yaml}': {name}")
+        return settings
 
     def began(self) -> dict[str, Any]:
         """The configuration that the run in the directory began with. Raises UserError where it is damaged."""

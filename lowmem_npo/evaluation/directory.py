@@ -42,8 +42,18 @@ class EvaluationDirectory(EvaluationFiles):
     def begin(self) -> Journal:
         """From here on the directory is this evaluation's; the journal knows what it had measured.
 
-        Raises UserError where it holds another evaluation or other files.
+        Raises UserError as `check` does.
         """
+        self.check()
+        try:
+            make_directory(self.path)
+            write_atomically(self.settings, json.dumps(self._now(), indent=2, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise UserError(f"--output-dir '{self.path}' cannot be written: {error.strerror or error}.") from error
+        return Journal(self.journal)
+
+    def check(self) -> None:
+        """Raises UserError where the directory holds another evaluation or other files; writes nothing."""
         if self.config.resume:
             self._check_resume()
         elif self.settings.exists():
@@ -53,12 +63,6 @@ class EvaluationDirectory(EvaluationFiles):
             )
         else:
             check_empty(self.path, self.settings.name)
-        try:
-            make_directory(self.path)
-            write_atomically(self.settings, json.dumps(self._now(), indent=2, ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise UserError(f"--output-dir '{self.path}' cannot be written: {error.strerror or error}.") from error
-        return Journal(self.journal)
 
     def _now(self) -> dict[str, Any]:
         return {**as_json(self.config), "digests": self.digests}

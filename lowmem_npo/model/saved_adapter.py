@@ -13,13 +13,12 @@ from transformers import PreTrainedModel
 
 from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
-from lowmem_npo.files import load_json
+from lowmem_npo.files import file_sha256, load_json
 from lowmem_npo.model.names import resolve_name
 from lowmem_npo.model.patterns import check_patterns
 from lowmem_npo.model.saved_modules import in_four_bits
 from lowmem_npo.ranges import Count, Finite, check_values, shortened, shown
 from lowmem_npo.run_directory import AdapterFiles, from_here, run_of_adapter
-from lowmem_npo.settings_file import read_settings
 from lowmem_npo.sources import check_adapter_name
 
 # What an adapter may hold beside the two factors of its layers: configuration field -> description.
@@ -119,12 +118,12 @@ def more_than_lora(folder: str, allowed: Collection[str] = ()) -> list[str]:
 
 def settings_of_run(folder: str) -> dict[str, Any]:
     """run.yaml of the run that left the adapter in `folder`, the run's directory or a checkpoint in it, what it names
-    found from here; empty where there is none that can be read."""
+    found from here; empty where there is none. Raises UserError where it is damaged: figures of rows that are written
+    otherwise than in training would mislead."""
     run = run_of_adapter(Path(folder).expanduser().resolve())
-    try:
-        settings = read_settings(run.run_yaml)
-    except (OSError, ValueError):
+    if not run.run_yaml.is_file():
         return {}
+    settings = run.settings()
     named = {name: settings[name] for name in NAMED if isinstance(settings.get(name), str)}
     return settings | {name: from_here(run, settings, value) for name, value in named.items()}
 
@@ -162,6 +161,16 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
     if unmatched:
         raise UserError(f"{misfit} ({len(unmatched)} weights have no counterpart, {min(unmatched)} among them).")
     return adapted.eval()
+
+
+def check_unchanged(folder: str, sha256: str) -> None:
+    """Raises UserError unless the weights in `folder` have this hash: called when they are loaded, it tells whether it
+    is theirs."""
+    if file_sha256(AdapterFiles(Path(folder).expanduser()).weights) != sha256:
+        raise UserError(
+            f"The adapter in '{folder}' has been replaced since the command began: wait until what writes it has "
+            "ended, and start again."
+        )
 
 
 def check_finite(folder: str) -> None:

@@ -29,9 +29,9 @@ from lowmem_npo.ranges import shortened
 from lowmem_npo.records import check_record
 from lowmem_npo.report.audit import Audit, check_reported, read_audit
 from lowmem_npo.report.figures import StagedFigure, evaluation_figures, run_figures
+from lowmem_npo.report.leak_tests import leak_sections
 from lowmem_npo.report.verdict import RULES, Verdict, judge_run
 from lowmem_npo.run_directory import RunFiles, check_is_run
-from lowmem_npo.settings_file import read_settings
 from lowmem_npo.training.metrics import Metrics, read_metrics
 
 EVIDENCE = (
@@ -114,8 +114,7 @@ def read_content(directory: Path) -> Content:
     """Raises UserError if `directory` holds no run, or if a file is damaged."""
     files = RunFiles(directory)
     check_is_run(directory)
-    with _named(files.run_yaml):
-        settings = read_settings(files.run_yaml)
+    settings = files.settings()
     evaluations = {}
     for stage in STAGES:
         with _named(files.answers(stage)):
@@ -126,7 +125,9 @@ def read_content(directory: Path) -> Content:
         gold = _gold_leaks(files) if evaluated else {}
     figures = evaluation_figures(evaluated)
     with _named(files.leaks):
-        leaks = _merged_leaks(read_leaks(files.leaks), evaluated, gold)
+        of_run = read_leaks(files.leaks)
+        leak_sections(of_run)
+    leaks = _merged_leaks(of_run, evaluated, gold)
     with _named(files.metrics):
         metrics = read_metrics(files.metrics)
     with _named(files.stopping):
@@ -173,7 +174,7 @@ def _load_evaluation(file: Path) -> dict[str, Any]:
     with _named(file):
         content = load_json(file)
         check_record(content, {"notes": list[str]}, optional=["notes"])
-        leak_results(content.get("leaks") or {})
+        leak_sections({"after": leak_results(content.get("leaks") or {})})
         evaluation_figures({"after": content})
     return cast(dict[str, Any], content)
 
@@ -181,7 +182,10 @@ def _load_evaluation(file: Path) -> dict[str, Any]:
 def _gold_leaks(files: RunFiles) -> LeakResults:
     """What the leak tests gave of the model that the evaluation compared with, if it did."""
     settings = files.evaluation.settings
-    return Gold.of(load_json(settings)).leaks if settings.is_file() else {}
+    gold = Gold.of(load_json(settings)) if settings.is_file() else Gold()
+    with _named(Path(gold.log or settings)):
+        leak_sections({"gold": gold.leaks})
+    return gold.leaks
 
 
 def _merged_leaks(

@@ -43,7 +43,7 @@ class LeakSection:
 
 
 def leak_sections(leaks: Mapping[str, LeakResults]) -> list[LeakSection]:
-    """leaks: stage -> test -> result. Raises UserError for a test or a figure that this version does not know."""
+    """leaks: stage -> test -> result. Raises ValueError for a test or a figure that this version does not know."""
     names = list(dict.fromkeys(name for results in leaks.values() for name in results))
     return [
         _section(by_name(name), {stage: results[name] for stage, results in leaks.items() if name in results})

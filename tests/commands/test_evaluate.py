@@ -14,12 +14,14 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoConfig
 
 from lowmem_npo.cli import main
+from lowmem_npo.commands.evaluate import run as running
 from lowmem_npo.commands.evaluate.plan import _digests, _notes
 from lowmem_npo.data import Rows
 from lowmem_npo.evaluation.benchmarks import lm_eval as harness
 from lowmem_npo.evaluation.directory import EvaluationDirectory
 from lowmem_npo.evaluation.scoring import scorer as measuring
 from lowmem_npo.evaluation.settings import EvaluationConfig
+from lowmem_npo.files import file_sha256
 
 NAMES = ("Ada", "Bo", "Cy")
 
@@ -248,6 +250,45 @@ def test_an_adapter_and_a_comparison_with_before(byte_model, files, capsys):
     for part, key in (("answers", "forget"), ("leaks", "extraction")):  # else a traceback, once all is measured
         (files / "edited.json").write_text(json.dumps(result(files, "before") | {part: {key: {"nll": "0.1"}}}))
         fails(capsys, main(["evaluate", "--adapter", folder, "--before", str(files / "edited.json")]), "is damaged")
+
+
+def test_an_adapter_that_is_replaced_while_it_is_loaded(byte_model, files, capsys, monkeypatch):
+    write(files / "forget.jsonl", [{"question": "Who?", "answer": "Me."}])
+    folder, load = adapter(byte_model, files / "adapter"), running.load_base
+
+    def slow_load(*arguments):  # meanwhile a run that goes on there ends
+        adapter(byte_model, files / "adapter", seed=1)
+        return load(*arguments)
+
+    options = ["evaluate", "--adapter", folder, "--device", "cpu", "--dtype", "float32", "--forget"]
+    options.append(str(files / "forget.jsonl"))
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "load_base", slow_load)
+        fails(capsys, main(options), "has been replaced since the command began")
+    assert not (files / "adapter" / "evaluation").exists()
+    assert main(options) == 0
+    digest = result(files, "adapter/evaluation", "settings.json")["digests"]["the adapter"]
+    assert digest == file_sha256(files / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("a: [", "is damaged (line 1"),
+        ("model: x\nmax_length: many\n", "max_length must be a whole number, not 'many'"),
+        ("model: x\nlimit: all\n", "limit must be a whole number, not 'all'"),
+        ("model: x\nsystem: [3]\n", "system must be text, not [3]"),
+    ],
+)
+def test_settings_of_the_run_that_cannot_be_meant(byte_model, files, capsys, content, message):
+    folder = adapter(byte_model, files / "adapter")
+    (files / "adapter" / "run.yaml").write_text(content)
+    fails(
+        capsys, main(["evaluate", "--adapter", folder, "--forget", str(files / "forget.jsonl")]), "run.yaml'", message
+    )
+    (files / "adapter" / "run.yaml").write_text("\ufeffmodel: x\r\ndouble_quant: on\r\n", newline="")
+    options = ["--forget", str(files / "forget.jsonl"), "--dry-run"]
+    assert main(["evaluate", "--adapter", folder, *options]) == 0
 
 
 def test_options_not_given_are_those_of_the_run(byte_model, files, capsys):

@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.documents import MembershipScore
 from lowmem_npo.evaluation.benchmarks.lume import KNOWLEDGE, REGURGITATION, TASKS, LumeAnswer, LumeRow, lume_scores
 from lowmem_npo.evaluation.benchmarks.tofu import TofuScores, TofuSet
@@ -78,5 +77,5 @@ def test_compared_with_an_earlier_one():
 def test_figures_that_no_benchmark_declares_are_refused(benchmark):
     content = evaluation(forget=0.25, retain=0.5, auc=0.9)
     content[benchmark] = {**content[benchmark], "surprise": 0.5}
-    with pytest.raises(UserError, match="'surprise' is no figure of"):
+    with pytest.raises(ValueError, match="'surprise' is no figure of"):
         evaluation_text(content, {})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.contract import LeakResult
 from lowmem_npo.report.leak_tests import leak_sections
 
@@ -49,9 +48,9 @@ def test_no_tests_no_lines():
 
 def test_undeclared_tests_and_figures_are_errors():
     unknown = {"membership": {"rows": 4, "surprise": 1.0, "meaning": "Known.", "leaks": True}}
-    with pytest.raises(UserError, match="'surprise' is no figure of the leak test 'membership'"):
+    with pytest.raises(ValueError, match="'surprise' is no figure of the leak test 'membership'"):
         leak_sections(results({"after": unknown}))
-    with pytest.raises(UserError, match="no leak test 'telepathy'"):
+    with pytest.raises(ValueError, match="no leak test 'telepathy'"):
         leak_sections(results({"after": {"telepathy": {"meaning": "", "leaks": None}}}))
 
 

@@ -161,11 +161,19 @@ def test_texts_in_the_results_of_a_leak_test_are_refused(own_run, capsys):
     assert "sampling: answer must be a number" in capsys.readouterr().err
 
 
+def test_settings_of_other_types_are_named(own_run, capsys):
+    settings = (own_run / "run.yaml").read_text()
+    (own_run / "run.yaml").write_text(re.sub("report_examples: .*", "report_examples: three", settings))
+    assert main(["report", str(own_run)]) == 2
+    assert "run.yaml': report_examples must be a whole number, not 'three'" in capsys.readouterr().err
+
+
 def test_figures_that_no_test_declares_are_not_reported(own_run, capsys):
     results = {"after": {"sampling": {"surprise": 0.5, "meaning": "Half of an answer came.", "leaks": True}}}
     (own_run / "leaks.json").write_text(json.dumps(results))
     assert main(["report", str(own_run)]) == 2
-    assert "'surprise' is no figure of the leak test 'sampling'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "leaks.json' is damaged" in said and "'surprise' is no figure of the leak test 'sampling'" in said
 
 
 def test_examples_show_prompt_truth_before_and_after(run):

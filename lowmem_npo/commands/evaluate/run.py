@@ -23,7 +23,7 @@ from lowmem_npo.evaluation.benchmarks.muse import MUSE
 from lowmem_npo.evaluation.benchmarks.plain import PLAIN, summaries_of
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.benchmarks.tofu import TOFU
-from lowmem_npo.evaluation.directory import EvaluationDirectory
+from lowmem_npo.evaluation.directory import THE_ADAPTER, EvaluationDirectory
 from lowmem_npo.evaluation.fluency import fluency
 from lowmem_npo.evaluation.leaks.contract import NO_HOLDOUT, SavedModel, Subject, leak_results
 from lowmem_npo.evaluation.leaks.measure import repeated, run_leak_tests, time_of_tuning
@@ -36,7 +36,7 @@ from lowmem_npo.memory.switches import load_base, stream_layers
 from lowmem_npo.model import check_causal, check_head
 from lowmem_npo.model.adapters import original_model
 from lowmem_npo.model.loading import resolve_device
-from lowmem_npo.model.saved_adapter import load_adapter
+from lowmem_npo.model.saved_adapter import check_unchanged, load_adapter
 from lowmem_npo.report.content import read_content
 from lowmem_npo.report.evaluation_text import evaluation_text
 from lowmem_npo.report.verdict import judge_evaluation
@@ -81,12 +81,14 @@ def measure(
     """The evaluation itself. load: gives the base model, which is left with the adapter on it; None: from its files."""
     config, context, selected, leak_rows = plan.config, plan.context, plan.selected, plan.leak_rows
     directory = EvaluationDirectory(config, plan.digests)
-    journal = directory.begin()
+    directory.check()
 
     model: PreTrainedModel | PeftModel
     model = load(plan.model_config, say) if load else load_base(plan.model_config, config, say)
     if config.adapter:
         model = load_adapter(model, config.adapter)
+        check_unchanged(config.adapter, plan.digests[THE_ADAPTER])
+    journal = directory.begin()
     stream_layers(model, config, resolve_device(config.device))
     with original_model(model):
         check_head(model)
@@ -107,7 +109,9 @@ def measure(
     if leak_rows:
         rows = {part: selection.rows for part, selection in leak_rows.items()}
         streaming = StreamOptions(config.stream_weights, config.stream_from)
-        saved = SavedModel(plan.model_config, config.adapter, directory.merged, streaming)
+        saved = SavedModel(
+            plan.model_config, config.adapter, directory.merged, streaming, plan.digests.get(THE_ADAPTER)
+        )
         earlier = leak_results(context.before.get("leaks", {}))
         sets = (rows["forget"], rows.get("holdout"))
         tests = leak_tests(config.leaks)

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, cast
 
-from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation import figures
 from lowmem_npo.evaluation.answers import choose_rows
 from lowmem_npo.evaluation.figures import Figure
@@ -156,12 +155,13 @@ class Benchmark(ABC, Generic[MeasuredT, ScoresT]):
 
     @abstractmethod
     def figures(self, content: Any) -> list[Figure]:
-        """Every figure of what `to_json` gave, in reading order. Raises UserError for one that it does not know."""
+        """Every figure of what `to_json` gave, in reading order. Raises ValueError for one that it does not know: who
+        reads a file names it."""
 
     def refuse_unknown(self, names: Iterable[str], known: Iterable[str]) -> None:
-        """Raises UserError for a figure that the benchmark does not declare: a file of another version holds it."""
+        """Raises ValueError for a figure that the benchmark does not declare: a file of another version holds it."""
         if unknown := sorted(set(names) - set(known)):
-            raise UserError(f"'{unknown[0]}' is no figure of {self.title} in this version of lowmem-npo.")
+            raise ValueError(f"'{unknown[0]}' is no figure of {self.title} in this version of lowmem-npo")
 
     def text(self, content: Any, before: Any) -> str:
         """The figures for a terminal. before: the same of an earlier evaluation; None where there is none."""

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 
 from lowmem_npo.config import ModelConfig, StreamOptions
-from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answers import NotGenerated
 from lowmem_npo.evaluation.figures import shares
 from lowmem_npo.evaluation.options import Options, check_declared
@@ -178,13 +177,15 @@ class SavedModel(NamedTuple):
     """What a test loads models of its own from.
 
     base: how the base model is loaded. adapter: directory of the adapter, if there is one. scratch: a directory that a
-    test may make and must remove. streaming: whether weights are streamed, and from where.
+    test may make and must remove. streaming: whether weights are streamed, and from where. adapter_sha256: of the
+    weights that are evaluated, since those in the directory may be others by the time that a test reads them.
     """
 
     base: ModelConfig
     adapter: str | None
     scratch: Path
     streaming: StreamOptions = StreamOptions()
+    adapter_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -330,9 +331,9 @@ class LeakTest(ABC, Generic[OptionsT]):
             return LeakResult.not_measured(str(error).rstrip("."))
 
     def meaning_of(self, figure: str) -> Meaning:
-        """Raises UserError for a figure that the test does not declare: it comes from a file of another version."""
+        """Raises ValueError for a figure that the test does not declare: it comes from a file of another version."""
         if figure not in self.figures:
-            raise UserError(f"'{figure}' is no figure of the leak test '{self.name}' in this version of lowmem-npo.")
+            raise ValueError(f"'{figure}' is no figure of the leak test '{self.name}' in this version of lowmem-npo")
         return self.figures[figure]
 
 

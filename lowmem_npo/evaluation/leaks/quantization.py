@@ -21,11 +21,10 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
-from lowmem_npo.config import ModelConfig, StreamOptions
+from lowmem_npo.config import StreamOptions
 from lowmem_npo.endings import is_out_of_memory
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.contract import (
@@ -217,9 +216,10 @@ def _load(form: str, saved: SavedModel) -> PreTrainedModel | Any:
     streaming = saved.streaming
     if form == ADAPTER_ON_4BIT:
         model = load_adapter(load_base(replace(saved.base, qlora=True), streaming, silent), str(saved.adapter))
+        _check_adapter(saved)
     else:
         if not saved.scratch.exists():
-            _merge(saved.base, str(saved.adapter), saved.scratch)
+            _merge(saved)
         merged: dict[str, Any] = {"model": str(saved.scratch), "revision": None, "quantized_cache": None}
         base = replace(saved.base, **merged, qlora=form == MERGED_4BIT)
         if streaming.stream_weights:
@@ -230,17 +230,25 @@ def _load(form: str, saved: SavedModel) -> PreTrainedModel | Any:
     return model
 
 
-def _merge(base: ModelConfig, adapter: str, scratch: Path) -> None:
+def _check_adapter(saved: SavedModel) -> None:
+    from lowmem_npo.model.saved_adapter import check_unchanged
+
+    if saved.adapter_sha256 is not None:
+        check_unchanged(str(saved.adapter), saved.adapter_sha256)
+
+
+def _merge(saved: SavedModel) -> None:
     import torch
 
     from lowmem_npo.model.checkpoint import find_checkpoint
     from lowmem_npo.model.merging import check_space, find_updates, write_merged
 
-    checkpoint = find_checkpoint(base.model, base.revision)
-    updates = find_updates(adapter, checkpoint)
-    check_space(scratch, checkpoint.bytes_as(torch.bfloat16))
-    scratch.mkdir()
-    write_merged(checkpoint, updates, scratch, torch.bfloat16)
+    checkpoint = find_checkpoint(saved.base.model, saved.base.revision)
+    updates = find_updates(str(saved.adapter), checkpoint)
+    _check_adapter(saved)
+    check_space(saved.scratch, checkpoint.bytes_as(torch.bfloat16))
+    saved.scratch.mkdir()
+    write_merged(checkpoint, updates, saved.scratch, torch.bfloat16)
 
 
 def _brought_back(test: LeakTest, result: LeakResult) -> dict[str, dict[str, float]]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.small_demo import SMALL
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lowmem_npo.cli import main
@@ -86,6 +87,20 @@ def test_forms_that_cannot_be_measured_are_named(work, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
     code, found = evaluate(work, "unlearned", tmp_path / "out", "quantization")
     assert code == 0 and "merged in bf16, merged and rounded to 4 bits: The disk of" in found["quantization"]["meaning"]
+    assert "merged" not in found["quantization"] and "adapter_on_4bit" in found["quantization"]
+
+
+def test_weights_that_are_replaced_meanwhile_are_not_measured(work, tmp_path, monkeypatch):
+    shutil.copytree(work / "unlearned", work / "replaced")
+    weights, real = work / "replaced" / "adapter_model.safetensors", merging.find_updates
+
+    def find_updates(adapter, checkpoint):
+        save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
+        return real(adapter, checkpoint)
+
+    monkeypatch.setattr(merging, "find_updates", find_updates)
+    code, found = evaluate(work, "replaced", tmp_path / "out", "quantization")
+    assert code == 0 and "has been replaced since the command began" in found["quantization"]["meaning"]
     assert "merged" not in found["quantization"] and "adapter_on_4bit" in found["quantization"]
 
 
