@@ -14,6 +14,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -196,7 +197,8 @@ def _separated(separator: str) -> str:
 
 
 def read_json(name: str, path: Path) -> Rows:
-    """JSON Lines (one object per line, empty lines allowed), or one array of objects; the suffix does not matter."""
+    """JSON Lines (one object per line, empty lines allowed), or one array of objects; the suffix does not matter. Where
+    all are strings, each is a `text`."""
     with open_text(name, path) as file:
         lines = [line.rstrip("\n") for line in file]
     filled = [number for number, line in enumerate(lines, 1) if line.strip()]
@@ -204,6 +206,8 @@ def read_json(name: str, path: Path) -> Rows:
         rows = Rows(name, _parse(name, "\n".join(lines), 1))
     else:
         rows = Rows(name, [_parse(name, lines[number - 1], number) for number in filled], filled)
+    if all(isinstance(row, str) for row in rows.rows):  # as in MUSE's own files of membership
+        rows = replace(rows, rows=[{"text": row} for row in rows.rows])
     for index, row in enumerate(rows.rows):
         if not isinstance(row, dict):
             raise UserError(

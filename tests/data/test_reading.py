@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from lowmem_npo.data.reading import read_rows
+from lowmem_npo.data.schemas import to_examples
 from lowmem_npo.errors import UserError
 
 ROWS = [{"question": "Born when?", "answer": "1969-12-21"}, {"question": "And she?", "answer": "1970-01-01"}]
@@ -309,6 +310,7 @@ def test_local_files_leave_nothing_in_the_cache(tmp_path, monkeypatch):
         ("a.json", '[{"a": "x"},\n{"a": }]', ["a.json, line 2", "not valid JSON"]),
         ("a.json", '{\n"a": "x"\n}', ["a.json, line 1", "not valid JSON", "one object per line"]),
         ("a.jsonl", '{"a": "x"}\n"text"\n', ["a.jsonl, line 2", "is not a JSON object"]),
+        ("a.json", '["text", {"a": "x"}]', ["a.json, row 1", "is not a JSON object"]),
         ("a.json", '[{"a": "x"}, 5]', ["a.json, row 2", "is not a JSON object"]),
         ("a.jsonl", '{"a": "x"}\n{"a": "café"}\n'.encode("latin-1"), ["a.jsonl, line 2", "not UTF-8"]),
         ("a.csv", "a,b\nx,y\ncafé,z\n".encode("latin-1"), ["a.csv, line 3", "not UTF-8"]),
@@ -411,3 +413,11 @@ def test_what_is_no_file(tmp_path):
     for name in (folder, folder / "b.txt", "/dev/zero"):
         with pytest.raises(UserError, match=r"(b\.txt|/dev/zero) is a pipe, a socket or a device; write what"):
             read_rows(str(name))
+
+
+@pytest.mark.parametrize("content", ['["One.", "Two."]', '"One."\n"Two."\n'])
+def test_strings_alone_are_texts(content, tmp_path):
+    (tmp_path / "a.json").write_text(content)
+    rows = read_rows(str(tmp_path / "a.json"))
+    assert rows.rows == [{"text": "One."}, {"text": "Two."}]
+    assert [example.answer for example in to_examples(rows)] == ["One.", "Two."]
