@@ -178,7 +178,7 @@ class SweepEvaluation:
         content = load_json(files.result)
         try:
             return self._figures_in(content)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, ArithmeticError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"'{files.result}' is damaged: restore or remove it.") from error
 
     def _figures_in(self, content: Any) -> dict[Column, float]:

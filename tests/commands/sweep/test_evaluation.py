@@ -241,6 +241,7 @@ def test_an_evaluation_whose_settings_are_damaged_is_named(damaged, whole, desk,
         {"leaks": {"extraction": {"meaning": 3, "leaks": None}}},
         {"tofu": "high"},
         {"leaks": {}, "worst_attack": {"value": "high"}},
+        {"open_unlearning": {"privleak": 10**400}},
     ],
 )
 def test_an_evaluation_with_values_of_other_types_is_named(part, whole, desk, capsys):
