@@ -121,6 +121,8 @@ def wanted(error: Any) -> str:
             return "a finite number"
         case "string_too_short":
             return "a text that is not empty"
+        case "too_short" if bounds["min_length"] == 1:
+            return "a list that is not empty"
         case "string_unicode":
             return "UTF-8 text"
         case "literal_error":

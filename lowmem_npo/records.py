@@ -6,11 +6,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Hashable, Mapping
 from functools import cache
-from typing import Any, TypeVar, cast, get_type_hints
+from typing import Annotated, Any, TypeVar, cast, get_type_hints
+
+from annotated_types import Interval
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
 from lowmem_npo.ranges import shown, wanted
 
 T = TypeVar("T")
+Amount = Annotated[FiniteFloat, Interval(ge=0)]  # of anything, however much
 
 
 def record_of(kind: type[T], content: Any) -> T:
@@ -21,7 +25,7 @@ def record_of(kind: type[T], content: Any) -> T:
     types, optional = _fields(cast(Hashable, kind))
     check_record(content, types, optional)
     if unknown := content.keys() - types.keys():
-        raise ValueError(f"{min(unknown)} is not known")
+        raise ValueError(f"{min(unknown)} is not known in this version")
     return kind(**content)
 
 
@@ -38,8 +42,6 @@ def check_record(content: Any, types: Mapping[str, Any], optional: Collection[st
 
 def check_value(value: Any, kind: Any, name: str = "it") -> None:
     """Raises ValueError unless `value`, called `name`, is of the type `kind`."""
-    from pydantic import ValidationError  # late: --help checks nothing
-
     try:
         _validator(kind)(value, strict=True)
     except ValidationError as error:
@@ -50,8 +52,6 @@ def check_value(value: Any, kind: Any, name: str = "it") -> None:
 
 @cache
 def _validator(kind: Any) -> Callable[..., Any]:
-    from pydantic import TypeAdapter
-
     return TypeAdapter(kind).validate_python
 
 
@@ -59,5 +59,6 @@ def _validator(kind: Any) -> Callable[..., Any]:
 def _fields(kind: Any) -> tuple[dict[str, Any], set[str]]:
     """The fields of a dataclass with their types, and those that have a default."""
     hints, fields = get_type_hints(kind, include_extras=True), dataclasses.fields(kind)
-    optional = {field.name for field in fields if field.default is not dataclasses.MISSING}
+    none = dataclasses.MISSING
+    optional = {f.name for f in fields if f.default is not none or f.default_factory is not none}
     return {field.name: hints[field.name] for field in fields}, optional

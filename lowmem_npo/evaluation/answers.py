@@ -149,10 +149,12 @@ class AnswerEvaluation:
         if len(pairs) < 2:
             return {}
 
-        def error(measure: str) -> float:  # by hand: `statistics` takes no NaN, which a diverged model gives
+        # By hand: `statistics` takes no NaN, which a diverged model gives, and `**` no figure near the largest float.
+        def error(measure: str) -> float:
             changes = [getattr(now, measure) - getattr(was, measure) for was, now in pairs]
-            mean = fmean(changes)
-            return (sum((change - mean) ** 2 for change in changes) / (len(pairs) - 1) / len(pairs)) ** 0.5
+            mean = sum(changes) / len(pairs)
+            squares = sum((change - mean) * (change - mean) for change in changes)
+            return (squares / (len(pairs) - 1) / len(pairs)) ** 0.5
 
         return {measure: error(measure) for measure in ("rouge_l_recall", "probability")}
 

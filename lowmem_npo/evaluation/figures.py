@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,8 +32,8 @@ def at(content: Any, *path: str) -> float | None:
 
 
 def finite(value: Any) -> float | None:
-    """`value` if it is a number that JSON can hold, else None."""
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
+    """`value` if it is a number that JSON can hold, and a float, else None."""
+    return value if isinstance(value, int | float) and abs(value) <= sys.float_info.max else None
 
 
 def formatted(value: float | None, missing: str = "–", decimals: int = 3) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, cast
 
-from annotated_types import Interval, MinLen
+from annotated_types import MinLen
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -34,7 +33,8 @@ from lowmem_npo.files import file_sha256, load_json, write_atomically
 from lowmem_npo.model import resolve_name
 from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.names import commit_of
-from lowmem_npo.records import check_record
+from lowmem_npo.ranges import Count
+from lowmem_npo.records import Amount, check_record
 from lowmem_npo.run_directory import AdapterFiles, RunFiles
 from lowmem_npo.training.reference.identity import weights_fingerprint
 from lowmem_npo.training.training_rows import planned_rows, used_alternatives
@@ -129,24 +129,25 @@ FORGET_ROWS = {"salt": str, "sha256": list[str]}
 # What a report tells of it.
 STEPS = {"seed": int, "sessions": Annotated[list[Any], MinLen(1)], "optimizer_steps": int | None}
 MODEL = {
-    "name": str, "loaded": str, "revision": str | None, "commit": str | None, "class": str, "vocabulary": int,
+    "name": str, "loaded": str, "revision": str | None, "commit": str | None, "class": str, "vocabulary": Count,
     "weights": str, "weights_fingerprint": str, "weights_fingerprint_is": str, "adapter": dict[str, str] | None,
 }  # fmt: skip
-DATA = {"source": str, "rows": int, "tokenised": str, "sha256": str | None}
+DATA = {"source": str, "rows": Count, "tokenised": str, "sha256": str | None}
 SESSION = {
     "started": str, "ended": str | None, "processors": list[str], "versions": dict[str, str | None],
     "training": dict[str, Any],
 }  # fmt: skip
 TRAINING = dict.fromkeys(
     ("seconds_per_step", "predicted_seconds_per_step", "peak_bytes", "predicted_peak_bytes", "micro_batch_parts"),
-    Annotated[float, Interval(ge=0, lt=math.inf)] | None,
+    Amount | None,
 )
 ADAPTER = {"file": str, "sha256": str, "bytes": int}
 CONTINUED = {"directory": str, "sha256": str}  # an adapter that the run went on from
 
 
 def check_reported(audit: Audit) -> None:
-    """Raises ValueError unless `audit` holds what a report tells of it."""
+    """Raises ValueError unless `audit` holds what a report tells of it; TypeError where only one of two times has a
+    time zone."""
     check_record(audit, STEPS)
     check_record(audit["model"], MODEL, optional=["adapter"])
     for data in audit["data"].values():
@@ -154,8 +155,8 @@ def check_reported(audit: Audit) -> None:
     for session in audit["sessions"]:
         check_record(session, SESSION, optional=["training"])
         check_record(session.get("training", {}), TRAINING, optional=TRAINING)
-        for time in filter(None, (session["started"], session["ended"])):
-            datetime.fromisoformat(time)
+        datetime.fromisoformat(session["started"])  # which `seconds` leaves alone where there is no end
+        seconds([session])
     if audit["adapter"] is not None:
         check_record(audit, {"optimizer_steps": int})
     for adapter, types in ((audit["adapter"], ADAPTER), (audit["model"].get("adapter"), CONTINUED)):

@@ -150,7 +150,7 @@ def _named(file: Path) -> Iterator[None]:
     """Names the file that turns out to be damaged."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, ArithmeticError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = shortened(str(error))
         raise UserError(f"'{file}' is damaged and cannot be reported on ({why}): restore or remove it.") from error
 

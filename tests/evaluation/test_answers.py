@@ -258,6 +258,7 @@ def test_the_error_of_a_change_is_that_of_its_rows():
     errors = after.errors_of_change(before)
     assert errors["rouge_l_recall"] == pytest.approx(((0.1 / 3) ** 2 + (0.4 / 3) ** 2 + (0.5 / 3) ** 2) ** 0.5 / 6**0.5)
     assert math.isnan(measured(math.nan, 0.1).errors_of_change(before)["rouge_l_recall"])
+    assert measured(1e308, 0.1).errors_of_change(before)["rouge_l_recall"] == math.inf  # from a file edited by hand
     assert errors["probability"] == 0 and measured(0.1).errors_of_change(before) == {}
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lowmem_npo.evaluation.figures import Figure, formatted, shares, side_by_side, table
+from lowmem_npo.evaluation.figures import Figure, finite, formatted, shares, side_by_side, table
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,11 @@ def test_side_by_side(values, decimals, texts):
 def test_alone_and_in_per_cent():
     assert [formatted(v) for v in (None, 0.0, 0.5, 0.0004)] == ["–", "0.000", "0.500", "4.0e-04"]
     assert shares(0.5, 0.123) == ["50%", "12%"] and shares(0.123, 0.124) == ["12.3%", "12.4%"]
+
+
+def test_a_figure_is_a_number_that_a_float_holds():
+    assert [finite(v) for v in (0, -1e308, 10**308)] == [0, -1e308, 10**308]
+    assert {finite(v) for v in (None, "1", math.nan, math.inf, -math.inf, 10**400)} == {None}
 
 
 def test_a_table_keeps_them_apart():

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
-from functools import reduce
+from functools import cache, partial, reduce
 from operator import getitem
 from typing import Any
 
 import pytest
+from jinja2 import Environment, FileSystemBytecodeCache
 
+from lowmem_npo import run_directory
 from lowmem_npo.cli import main
 from lowmem_npo.errors import UserError
-from lowmem_npo.report import page
-from lowmem_npo.report.content import read_content
-from lowmem_npo.report.model_card import model_card
+from lowmem_npo.report import content, page
+from lowmem_npo.report import model_card as card
 
-OTHERS = ("text", None, [1, 2], {"a": 1}, float("inf"))
+OTHERS = ("text", "", None, True, [1, 2], {"a": 1}, -1, 1e308, 10**400, math.inf, math.nan)
 
 
-def places(content: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+def places(held: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Every place in what a JSON file holds, of lists the first."""
     yield above
-    keys = content if isinstance(content, dict) else range(min(1, len(content))) if isinstance(content, list) else ()
+    keys = held if isinstance(held, dict) else range(min(1, len(held))) if isinstance(held, list) else ()
     for key in keys:
-        yield from places(content[key], (*above, key))
+        yield from places(held[key], (*above, key))
 
 
 @pytest.fixture
@@ -39,22 +41,69 @@ def evaluated(own_run):
     return own_run
 
 
+def damaged(whole: str, name: str, every: bool) -> Iterator[tuple[tuple[Any, ...], Any, str]]:
+    """A place in the file, a value, and the file with that value there: in turn one of `OTHERS`, or each with `every`;
+    of the configuration, of which a report tells next to nothing, always one."""
+    for i, place in enumerate(places(json.loads(whole))):
+        for value in OTHERS if every and (len(place) < 2 or place[0] != "configuration") else [OTHERS[i % len(OTHERS)]]:
+            changed = {"": json.loads(whole)}
+            reduce(getitem, ("", *place)[:-1], changed)[("", *place)[-1]] = value
+            yield place, value, json.dumps(changed[""])
+
+
 @pytest.mark.parametrize(
     "name", ["before.json", "audit.json", "leaks.json", "evaluation/evaluation.json", "evaluation/settings.json"]
 )
-def test_values_of_other_types(evaluated, name, monkeypatch):
+def test_values_of_other_types(evaluated, name, monkeypatch, tmp_path, full):
     monkeypatch.setattr(page, "curve_pictures", lambda *_: [])  # takes most of the time
     monkeypatch.setattr(page, "bar_pictures", lambda *_: [])
-    file = evaluated / name
-    whole, refused = file.read_text(), 0
-    for i, place in enumerate(places(json.loads(whole))):
-        content, value = {"": json.loads(whole)}, OTHERS[i % len(OTHERS)]
-        reduce(getitem, ("", *place)[:-1], content)[("", *place)[-1]] = value
-        file.write_text(json.dumps(content[""]))
+    monkeypatch.setattr(run_directory, "read_settings", cache(run_directory.read_settings))
+    for module in (page, card):  # each compiles its template anew
+        compiled_once = partial(Environment, bytecode_cache=FileSystemBytecodeCache(str(tmp_path)))
+        monkeypatch.setattr(module, "Environment", compiled_once)
+    file, every = evaluated / name, full or name == "audit.json"
+    refused = set()
+    for place, value, text in damaged(file.read_text(), name, every):
+        file.write_text(text)
         try:
-            read = read_content(evaluated)
-            page.render_page(read, 1), model_card(read), json.dumps(read.to_json(), allow_nan=False)
+            read = content.read_content(evaluated)
+            html = page.render_page(read, 1)
+            card.model_card(read), json.dumps(read.to_json(), allow_nan=False)
         except UserError as error:
-            refused += 1
+            refused.add(repr(value))
             assert file.name in str(error), (place, value)
-    assert refused
+        else:
+            assert html.startswith("<!DOCTYPE html>") and html.endswith("</html>"), (place, value)
+    assert refused == {repr(value) for value in OTHERS} or not every and refused
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "why"),
+    [
+        (["sessions", 0], {"started": ""}, "Invalid isoformat string"),
+        (["sessions", 0], {"ended": ""}, "Invalid isoformat string"),
+        (["sessions", 0], {"started": "", "ended": None}, "Invalid isoformat string"),
+        (["sessions", 0], {"started": "2026-01-01T00:00:00"}, "offset-naive"),
+        (["model"], {"vocabulary": -1}, "vocabulary must be at least 1, not -1"),
+        (["data", "forget"], {"rows": 0}, "rows must be at least 1, not 0"),
+    ],
+)
+def test_what_an_audit_record_cannot_hold(own_run, place, change, why, capsys):
+    file = own_run / "audit.json"
+    audit = json.loads(file.read_text())
+    reduce(getitem, place, audit).update(change)
+    file.write_text(json.dumps(audit))
+    assert main(["report", str(own_run)]) == 2
+    printed = capsys.readouterr().err
+    assert f"'{file}' is damaged and cannot be reported on" in printed and why in printed
+
+
+def test_answers_of_an_older_version_without_a_token(own_run, capsys):
+    file = own_run / "before.json"
+    sets = json.loads(file.read_text())
+    for of_set in sets.values():
+        del of_set["summary"]["max_new_tokens"]
+        of_set["records"] = [record | {"tokens": 0} for record in of_set["records"]]
+    file.write_text(json.dumps(sets))
+    assert main(["report", str(own_run)]) == 2
+    assert f"'{file}' is damaged and cannot be reported on (float division by zero)" in capsys.readouterr().err

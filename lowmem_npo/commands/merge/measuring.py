@@ -21,7 +21,7 @@ from lowmem_npo.endings import is_out_of_memory
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answers import choose_rows, read_answers, summaries
 from lowmem_npo.evaluation.figures import aligned, shares, side_by_side
-from lowmem_npo.evaluation.leaks.contract import MARGIN, MUCH, above_holdout, beside_holdout
+from lowmem_npo.evaluation.leaks.contract import MARGIN, MUCH, above_holdout, beside_holdout, figure_in
 from lowmem_npo.evaluation.leaks.extraction import EXTRACTION, extraction_figures
 from lowmem_npo.evaluation.leaks.measure import read_leaks
 from lowmem_npo.evaluation.scoring.batching import at_once
@@ -118,7 +118,8 @@ def rows_of_run(config: MergeConfig, name: str, revision: str | None) -> RunRows
         for part, rows in sets.items()
         if rows is not None
     }
-    stages = {stage: _of_run(run, stage, RunFiles(Path(config.adapter)).weights) for stage in ("before", "after")}
+    weights = RunFiles(Path(config.adapter)).weights
+    stages = {stage: figures_of_run(run, stage, weights) for stage in ("before", "after")}
     streams = settings.memory.stream_weights and can_stream_to(resolve_device(config.device))
     figures = stages["before"], stages["after"]
     return RunRows(chosen, settings.model, settings.output.eval_batch_size, *figures, StreamOptions(streams))
@@ -243,7 +244,7 @@ def _number(value: float | None) -> float:
     return math.inf if value is None else value
 
 
-def _of_run(run: RunFiles, stage: str, weights: Path) -> RowFigures:
+def figures_of_run(run: RunFiles, stage: str, weights: Path) -> RowFigures:
     """The run's own figures; of after only if they are of the adapter in the file `weights`."""
     try:
         if stage == "after":
@@ -255,5 +256,5 @@ def _of_run(run: RunFiles, stage: str, weights: Path) -> RowFigures:
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return RowFigures()
     kept = sets.get("retain") or sets.get("general")
-    strength = leaks[EXTRACTION.name].figures.get("extraction_strength") if EXTRACTION.name in leaks else None
+    strength = figure_in(leaks[EXTRACTION.name].figures, "extraction_strength") if EXTRACTION.name in leaks else None
     return RowFigures(sets["forget"].nll if "forget" in sets else None, strength, kept.nll if kept else None)

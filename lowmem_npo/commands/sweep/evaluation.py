@@ -31,6 +31,7 @@ from lowmem_npo.evaluation.leaks.registry import NAMES as LEAK_NAMES
 from lowmem_npo.evaluation.leaks.worst import WORST_ATTACK
 from lowmem_npo.evaluation.settings import EvaluationConfig, EvaluationOptions
 from lowmem_npo.files import load_json
+from lowmem_npo.records import check_record
 from lowmem_npo.run_directory import AdapterFiles, EvaluationFiles, RunFiles
 from lowmem_npo.sources import check_file
 
@@ -177,7 +178,7 @@ class SweepEvaluation:
         content = load_json(files.result)
         try:
             return self._figures_in(content)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, ArithmeticError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"'{files.result}' is damaged: restore or remove it.") from error
 
     def _figures_in(self, content: Any) -> dict[Column, float]:
@@ -234,8 +235,9 @@ def _leak_figures(test: LeakTest, result: LeakResult) -> dict[Column, float]:
 
 
 def _worst_figures(content: Mapping[str, Any]) -> dict[Column, float]:
-    """What the worst attack brings back, and what stands beside it."""
+    """What the worst attack brings back, and what stands beside it. Raises ValueError where that is no number."""
     titles = {"value": "brought back", HOLDOUT.strip("_"): "on the holdout", GOLD: "by it from gold"}
+    check_record(content, dict.fromkeys(titles, float | None), optional=titles)
     return {
         Column(f"{WORST_ATTACK}.{key}", title, group="worst attack of all leak tests", main=key == "value"): value
         for key, title in titles.items()

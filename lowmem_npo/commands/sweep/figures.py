@@ -14,6 +14,7 @@ from textwrap import fill
 from typing import Any
 
 from lowmem_npo.commands.sweep.grid import SweepRun
+from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answer_table import FORGET, MEASURES
 from lowmem_npo.evaluation.answers import AnswerEvaluation, part_of, read_answers
 from lowmem_npo.files import load_json, write_atomically
@@ -121,7 +122,10 @@ def collect(
         entry = _entry(run, ledger)
         if entry["status"] == "done":
             baselines.setdefault(before_of(run), entry.pop("before"))
-            add_evaluated(entry, RunFiles(run.directory).evaluation)
+            try:
+                add_evaluated(entry, RunFiles(run.directory).evaluation)
+            except UserError as error:  # no error of one run must end the others
+                entry |= {"status": "failed", "error": str(error)}
         entries.append(entry)
     if gold := read_answers(baseline(root, GOLD).answers(GOLD)):
         baselines[GOLD] = answer_figures(gold)

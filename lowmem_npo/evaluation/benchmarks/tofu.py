@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import fmean, harmonic_mean
 from typing import TYPE_CHECKING, Annotated, Any
 
-from annotated_types import Interval, MinLen
+from annotated_types import MinLen
 
 from lowmem_npo.data import Example, Rows, Template, to_examples, tokenize
 from lowmem_npo.data.cells import list_in_text
@@ -36,7 +36,7 @@ from lowmem_npo.evaluation.open_unlearning import retained_min_k
 from lowmem_npo.evaluation.options import Options, data_set, free
 from lowmem_npo.evaluation.wording import other_scripts
 from lowmem_npo.files import NotJSON, load_json
-from lowmem_npo.records import check_value
+from lowmem_npo.records import Amount, check_value
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 MAX_NEW_TOKENS = 200
 REAL_AUTHORS, WORLD_FACTS = "real authors", "world facts"
 UTILITY_SETS = (RETAIN, REAL_AUTHORS, WORLD_FACTS)
-TruthRatios = Annotated[list[Annotated[float, Interval(ge=0, lt=math.inf)]], MinLen(1)]
+TruthRatios = Annotated[list[Amount], MinLen(1)]
 TINY = 1e-10  # open-unlearning adds it to denominators
 
 # field of TofuSet -> title, what it is, wish on forget

@@ -13,9 +13,10 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.cli import main
-from lowmem_npo.commands.merge.measuring import RowFigures, better, survival
+from lowmem_npo.commands.merge.measuring import RowFigures, better, figures_of_run, survival
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.model import load_model
+from lowmem_npo.run_directory import RunFiles
 
 TRAINING = "--device cpu --dtype float32 --limit 8 --batch-size 4 --max-steps 12 --lr 8e-3 --beta 0.06 --lora-r 8"
 FORGET = "forget.jsonl"
@@ -179,6 +180,14 @@ def test_which_base_is_better(whole, dequantized, best, why):
 def test_whether_forgetting_survives(rounded, before, verdict):
     sentence = survival(RowFigures(5.0, 0.05, 0.55), RowFigures(*rounded), before)
     assert sentence.startswith(verdict) and "of the retain answers from 0.550 to 0.600" in sentence
+
+
+@pytest.mark.parametrize(("strength", "known"), [(0.5, 0.5), ([0.5], None), ({"now": 0.5}, None)])
+def test_a_figure_of_the_run_that_is_no_number_is_not_known(strength, known, tmp_path):
+    run = RunFiles(tmp_path)
+    result = {"meaning": "", "leaks": None, "extraction_strength": strength}
+    run.leaks.write_text(json.dumps({"before": {"extraction": result}}))
+    assert figures_of_run(run, "before", run.weights) == RowFigures(extraction=known)
 
 
 def test_forgetting_of_next_to_nothing_survives_nothing():

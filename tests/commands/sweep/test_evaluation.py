@@ -235,7 +235,15 @@ def test_an_evaluation_whose_settings_are_damaged_is_named(damaged, whole, desk,
     assert f"failed: '{settings}' is damaged: remove '{settings.parent}', and measure anew" in printed
 
 
-@pytest.mark.parametrize("part", [{"leaks": {"extraction": {"meaning": 3, "leaks": None}}}, {"tofu": "high"}])
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"leaks": {"extraction": {"meaning": 3, "leaks": None}}},
+        {"tofu": "high"},
+        {"leaks": {}, "worst_attack": {"value": "high"}},
+        {"open_unlearning": {"privleak": 10**400}},
+    ],
+)
 def test_an_evaluation_with_values_of_other_types_is_named(part, whole, desk, capsys):
     result = runs(whole)["npo"][0] / "evaluation" / "evaluation.json"
     sound = result.read_text()
