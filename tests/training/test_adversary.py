@@ -400,8 +400,8 @@ def test_each_step_has_a_fresh_attacker_of_the_seed(tmp_path):
 @pytest.mark.parametrize(
     "rows, layered, message",
     [
-        (4, None, "are none: --batch-size 4, forget rows: 4. Lower --batch-size"),
-        (8, 2, "--batch-size 4, forget rows in the first fold of --layered 2: 4. Lower --batch-size or --layered"),
+        (4, None, "are none: step_batch_size=4, forget rows: 4. Lower step_batch_size"),
+        (8, 2, "step_batch_size=4, forget rows in the first fold of layered=2: 4. Lower step_batch_size or layered"),
     ],
 )
 def test_an_attacker_without_other_rows_is_refused(rows, layered, message, tmp_path):
