@@ -20,8 +20,8 @@ from lowmem_npo.data.self_written import self_rows
 from lowmem_npo.endings import is_out_of_memory
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answers import choose_rows, read_answers, summaries
-from lowmem_npo.evaluation.figures import aligned, shares, side_by_side
-from lowmem_npo.evaluation.leaks.contract import MARGIN, MUCH, above_holdout, beside_holdout, figure_in
+from lowmem_npo.evaluation.figures import aligned, at, shares, side_by_side
+from lowmem_npo.evaluation.leaks.contract import MARGIN, MUCH, above_holdout, beside_holdout
 from lowmem_npo.evaluation.leaks.extraction import EXTRACTION, extraction_figures
 from lowmem_npo.evaluation.leaks.measure import read_leaks
 from lowmem_npo.evaluation.scoring.batching import at_once
@@ -256,5 +256,5 @@ def figures_of_run(run: RunFiles, stage: str, weights: Path) -> RowFigures:
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return RowFigures()
     kept = sets.get("retain") or sets.get("general")
-    strength = figure_in(leaks[EXTRACTION.name].figures, "extraction_strength") if EXTRACTION.name in leaks else None
+    strength = at(leaks[EXTRACTION.name].figures, "extraction_strength") if EXTRACTION.name in leaks else None
     return RowFigures(sets["forget"].nll if "forget" in sets else None, strength, kept.nll if kept else None)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar, c
 
 from lowmem_npo.config import ModelConfig, StreamOptions
 from lowmem_npo.evaluation.answers import NotGenerated
-from lowmem_npo.evaluation.figures import shares
+from lowmem_npo.evaluation.figures import at, shares
 from lowmem_npo.evaluation.options import Options, check_declared
 from lowmem_npo.ranges import shown
 from lowmem_npo.records import check_record, check_value
@@ -162,12 +162,6 @@ def _check_figures(figures: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be a number, not {shown(value)}")
 
 
-def figure_in(figures: Mapping[str, Any], name: str) -> float | None:
-    """The figure of a result, or of a group of them; None where it was not measured."""
-    value = figures.get(name)
-    return value if isinstance(value, int | float) else None
-
-
 def groups_in(figures: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The groups of figures in a result, or in a group of them."""
     return {name: of for name, of in figures.items() if isinstance(of, Mapping)}
@@ -251,7 +245,7 @@ class Subject:
 
     def earlier_figure(self, test: str, figure: str) -> float | None:
         """A figure of the model before it forgot, of a test that has no holdout; None where it is not known."""
-        return None if self.holdout or test not in self.earlier else figure_in(self.earlier[test].figures, figure)
+        return None if self.holdout or test not in self.earlier else at(self.earlier[test].figures, figure)
 
     @property
     def sets(self) -> dict[str, Sequence[TokenizedRow]]:

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from lowmem_npo.evaluation.figures import at
 from lowmem_npo.evaluation.leaks.contract import (
     HOLDOUT,
     Attack,
@@ -26,7 +27,6 @@ from lowmem_npo.evaluation.leaks.contract import (
     above_holdout,
     as_holdout,
     beside_holdout,
-    figure_in,
 )
 from lowmem_npo.evaluation.options import Options
 
@@ -118,9 +118,9 @@ def strength_before(subject: Subject) -> float | None:
 
 def attack_of(figures: Mapping[str, Any]) -> Attack | None:
     """The extraction strength among `figures`, as what an attack brought back; None where it was not measured."""
-    if (strength := figure_in(figures, "extraction_strength")) is None:
+    if (strength := at(figures, "extraction_strength")) is None:
         return None
-    return Attack(FIGURES["extraction_strength"].title, strength, figure_in(figures, HOLDOUT + "extraction_strength"))
+    return Attack(FIGURES["extraction_strength"].title, strength, at(figures, HOLDOUT + "extraction_strength"))
 
 
 def exact_memorization(row: TokenScores) -> float:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lowmem_npo.evaluation.figures import at
 from lowmem_npo.evaluation.leaks.contract import (
     HOLDOUT,
     Attack,
@@ -21,7 +22,6 @@ from lowmem_npo.evaluation.leaks.contract import (
     above_holdout,
     as_holdout,
     beside_holdout,
-    figure_in,
 )
 from lowmem_npo.evaluation.options import Options
 from lowmem_npo.ranges import Count, Positive
@@ -93,7 +93,7 @@ def attack_of(figures: Mapping[str, Any]) -> Attack | None:
 
     Answers to one question share words by chance: where no holdout says how many, only whole answers count.
     """
-    recall, level, whole = (figure_in(figures, name) for name in (BEST, HOLDOUT + BEST, "whole"))
+    recall, level, whole = (at(figures, name) for name in (BEST, HOLDOUT + BEST, "whole"))
     if recall is not None and level is not None:
         return Attack(RECALL, recall, level)
     return None if whole is None else Attack(WHOLE, whole, None)

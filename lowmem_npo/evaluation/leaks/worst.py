@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_npo.errors import UserError
-from lowmem_npo.evaluation.figures import shares
+from lowmem_npo.evaluation.figures import at, shares
 from lowmem_npo.evaluation.leaks.contract import (
     UNKNOWN,
     Attack,
     LeakResult,
     LeakResults,
     above_holdout,
-    figure_in,
     leak_results,
     standing,
 )
@@ -116,7 +115,7 @@ def worst_attack(results: LeakResults, gold: LeakResults | None = None) -> Worst
 
 def _as_long(gold: LeakResult, result: LeakResult | None) -> bool:
     """Whether both let answers be of as many tokens, as far as they say so."""
-    both = [figure_in(of.figures, "max_new_tokens") for of in (gold, result) if of is not None]
+    both = [at(of.figures, "max_new_tokens") for of in (gold, result) if of is not None]
     return len({length for length in both if length is not None}) < 2
 
 
