@@ -74,6 +74,7 @@ SOURCES = ("--forget", "--retain", "--holdout", "--members", "--nonmembers")  # 
 # The value of a flag that is given without one.
 WITHOUT_VALUE = {"--tile-mlp": str(TILE_ROWS), "--gradient-checkpointing": "on", "--double-quant": "on"}
 TRUE, FALSE = ("true", "yes", "1"), ("false", "no", "0")
+NONE = ("none", "null", "off", "no", "false")  # of a number that may be left out
 AUTOMATIC = ("--gradient-checkpointing", "--double-quant")  # auto, on or off; also spelled as switches are
 
 
@@ -311,8 +312,8 @@ def field_docstrings(config: type) -> dict[str, str]:
 
 
 def _canonical(arguments: Sequence[str]) -> list[str]:
-    """--some_flag=x becomes --some-flag x, aliases become our names, `--qlora true` becomes --qlora, and a flag of
-    `WITHOUT_VALUE` gets its value."""
+    """--some_flag=x becomes --some-flag x, aliases become our names, `--qlora true` becomes --qlora, `--layered none`
+    --layered None, and a flag of `WITHOUT_VALUE` gets its value."""
     switches = {
         f.name.replace("_", "-") for s in SECTIONS.values() for f in dataclasses.fields(s) if f.type in (bool, "bool")
     }
@@ -333,10 +334,20 @@ def _canonical(arguments: Sequence[str]) -> list[str]:
         if len(result) > 1 and result[-2][2:] in switches and result[-2].startswith("--") and last in TRUE + FALSE:
             switch = result[-2][2:]
             result[-2:] = [f"--{switch}" if last in TRUE else f"--no-{switch}"]
+        if len(result) > 1 and last in NONE and result[-2] in _optional_numbers():
+            result[-1] = "None"
     for at in range(len(result) - 1, -1, -1):
         if result[at] in WITHOUT_VALUE and (at + 1 == len(result) or result[at + 1].startswith("--")):
             result.insert(at + 1, WITHOUT_VALUE[result[at]])
     return result
+
+
+@cache
+def _optional_numbers() -> frozenset[str]:
+    """The flags of numbers that may be left out."""
+    hints = {name: hint for section in SECTIONS.values() for name, hint in get_type_hints(section).items()}
+    optional = (name for name, hint in hints.items() if {*get_args(hint)} in ({int, type(None)}, {float, type(None)}))
+    return frozenset(f"--{name.replace('_', '-')}" for name in optional)
 
 
 def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:

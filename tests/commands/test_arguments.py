@@ -71,6 +71,16 @@ def test_spellings(typed, name, value):
     assert parse_run(typed, "train").flat()[name] == value
 
 
+@pytest.mark.parametrize("value", ["None", "none", "null", "off", "false"])
+def test_a_number_is_left_out_in_any_of_these_words(value, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"layered: {value}\n")
+    for typed in (["--layered", value], [f"--layered={value}"], ["--config", str(file)]):
+        config = parse_run(["--model", "m", "--recipe", "lasting", *typed], "train")
+        assert config.training.layered is None and config.objective.adversary == 1.0
+    assert parse_run(["--model", "m", "--revision", "off"], "train").model.revision == "off"  # a name, not a number
+
+
 def test_trl_accumulation_means_a_step_of_all_micro_batches():
     trl = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
     run = parse_run(["--model", "m", *trl], "train")
