@@ -19,7 +19,7 @@ from lowmem_npo.evaluation.leaks.contract import MARGIN, LeakResults
 from lowmem_npo.evaluation.leaks.worst import worst_attacks
 
 KNOWN = 0.5  # ROUGE-L recall before; with less, and hardly an answer said, there was little to forget
-SAID = 0.05  # share of answers that may still appear
+SAID, MOSTLY_SAID = 0.05, 0.5  # shares of answers: that may still appear, and that are said on the whole
 REMAINS = 0.5  # of recall and probability
 UNTOUCHED = 0.9
 KEPT, DAMAGED = 0.95, 0.75  # of recall, and of probability
@@ -229,7 +229,7 @@ def _forget_state(before: AnswerSummary, after: AnswerSummary, gold: AnswerSumma
     said = _remains(_said(before), _said(after)) if _said(before) > SAID else 0
     if recall <= UNTOUCHED or max(said, probability) <= UNTOUCHED:
         return "partly"
-    return "untouched" if _said(after) > SAID else "as much"
+    return "untouched" if _said(after) >= MOSTLY_SAID else "as much"
 
 
 def _forget_words(states: Mapping[str, str], worst: str, after: Mapping[str, AnswerSummary]) -> str:
