@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from lowmem_npo.config import FORGET_TERMS, REFUSING_TERMS, SECTIONS, RunConfig
+from lowmem_npo.config import FORGET_TERMS, PREFERRING_TERMS, REFUSING_TERMS, SECTIONS, RunConfig
 
 # Option -> the forget terms that use it. One that an installed package brings may use any.
 OF_TERMS = {
     "refusal": REFUSING_TERMS,
-    "alternative_column": ("dpo",),
-    "alternatives": ("dpo",),
+    "alternative_column": PREFERRING_TERMS,
+    "alternatives": PREFERRING_TERMS,
     "beta": ("npo", "simnpo", "dpo"),
     "normalization": ("npo",),
     "simnpo_margin": ("simnpo",),

@@ -18,7 +18,7 @@ from lowmem_npo.config.adapter import AdapterConfig
 from lowmem_npo.config.data import DataConfig, DataOptions, PassageForm
 from lowmem_npo.config.memory import TILE_ROWS, MemoryConfig, StreamOptions
 from lowmem_npo.config.model import ModelConfig, ModelOptions
-from lowmem_npo.config.objective import FORGET_TERMS, REFUSING_TERMS, ObjectiveConfig, may_prefer
+from lowmem_npo.config.objective import FORGET_TERMS, PREFERRING_TERMS, REFUSING_TERMS, ObjectiveConfig, may_prefer
 from lowmem_npo.config.output import AnswerOptions, OutputConfig
 from lowmem_npo.config.stopping import StoppingConfig
 from lowmem_npo.config.training import KEPT_CHECKPOINTS, Recipe, TrainingConfig
@@ -28,6 +28,7 @@ from lowmem_npo.sources import GENERAL_SET
 __all__ = [
     "FORGET_TERMS",
     "KEPT_CHECKPOINTS",
+    "PREFERRING_TERMS",
     "REFUSING_TERMS",
     "SECTIONS",
     "TILE_ROWS",
@@ -89,10 +90,10 @@ class RunConfig:
         if self.data.forget is not None and self.data.retain is None and self.objective.needs_retain:
             self.data = dataclasses.replace(self.data, retain=GENERAL_SET)
         term, other = self.objective.forget_term, self.data.alternatives
-        if term == "dpo" and self.data.alternative_column is None and other is None:
+        if term in PREFERRING_TERMS and self.data.alternative_column is None and other is None:
             raise UserError(
-                "--forget-term dpo prefers another answer to the forgotten one: name its column, --alternative-column, "
-                "or let the model write it, --alternatives self."
+                f"--forget-term {term} prefers another answer to the forgotten one: name its column, "
+                "--alternative-column, or let the model write it, --alternatives self."
             )
         if other is not None and self.data.alternative_column is not None:
             raise UserError("--alternatives and --alternative-column both say what dpo prefers: leave one of them out.")

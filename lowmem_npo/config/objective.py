@@ -13,14 +13,15 @@ from lowmem_npo.ranges import Checked, Count, Finite, Positive, PositiveOrZero, 
 
 FORGET_TERMS = ("npo", "ga", "simnpo", "idk", "wga", "satimp", "jensun", "dpo")  # beside those that others bring
 REFUSING_TERMS = ("idk", "jensun")  # which teach --refusal
+PREFERRING_TERMS = ("dpo",)  # which prefer another answer to the forgotten one
 Normalization = Literal["sequence", "token", "length"]
 KLDirection = Literal["policy-reference", "reference-policy"]
 ForgetLevel = Literal["none", "holdout"]
 
 
 def may_prefer(term: str) -> bool:
-    """Whether a forget term may look at other answers: dpo prefers them, and one that is not ours may use them."""
-    return term == "dpo" or term not in FORGET_TERMS
+    """Whether a forget term may look at other answers: one that prefers them, or one that is not ours."""
+    return term in PREFERRING_TERMS or term not in FORGET_TERMS
 
 
 @dataclass

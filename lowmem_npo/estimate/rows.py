@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lowmem_kernels import IGNORE_INDEX
 
-from lowmem_npo.config import RunConfig
+from lowmem_npo.config import PREFERRING_TERMS, RunConfig
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.training.adversary import ROWS
 from lowmem_npo.training.training_rows import Parts
@@ -26,7 +26,7 @@ class StepRows:
     def of_length(cls, config: RunConfig) -> StepRows:
         """Rows of --max-length tokens, all of them answer: the worst case, for data that are not known."""
         row = (config.data.max_length, config.data.max_length - 1)
-        forget, paired = (row,) * config.training.batch_size, config.objective.forget_term == "dpo"
+        forget, paired = (row,) * config.training.batch_size, config.objective.forget_term in PREFERRING_TERMS
         taught_again = (row,) * ROWS if config.objective.adversary is not None else ()
         return cls(forget, (row,) * config.training.retain_rows, forget if paired else (), taught_again)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any, NamedTuple
 
-from lowmem_npo.config import REFUSING_TERMS, RunConfig, may_prefer
+from lowmem_npo.config import PREFERRING_TERMS, REFUSING_TERMS, RunConfig, may_prefer
 from lowmem_npo.data import PreparedData, TokenizedRow, TokenizedRows
 from lowmem_npo.errors import UserError
 from lowmem_npo.training.layered import divide
@@ -99,8 +99,8 @@ def training_rows(
     to_forget = tokenized(forget, "forget_dataset", **teaching)
     to_keep = None if retain is None else tokenized(retain, "retain_dataset")
     number, kept = len(to_forget), len(to_keep or ())
-    if alternatives is None and term == "dpo":
-        raise UserError("dpo prefers another answer to the forgotten one: give alternative_dataset.")
+    if alternatives is None and term in PREFERRING_TERMS:
+        raise UserError(f"{term} prefers another answer to the forgotten one: give alternative_dataset.")
     others = () if alternatives is None else tokenized(alternatives, "alternative_dataset")
     if others and not may_prefer(term):
         raise UserError(f"{term} has no use for alternative_dataset: leave it out, or take dpo.")
