@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import tyro
 
-from lowmem_npo.commands.arguments import check_inputs, parse, with_help
+from lowmem_npo.commands.arguments import check_inputs, parse
+from lowmem_npo.commands.help_texts import with_help
 from lowmem_npo.config import ModelConfig, ModelOptions, StreamOptions
 from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError

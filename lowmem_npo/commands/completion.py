@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from lowmem_npo.cli import COMMANDS
-from lowmem_npo.commands.arguments import field_docstrings, parse, run_options, with_help
+from lowmem_npo.commands.arguments import parse
+from lowmem_npo.commands.help_texts import field_docstrings, run_options, with_help
 from lowmem_npo.libraries import quiet_libraries
 
 Shell = Literal["bash", "zsh", "fish"]

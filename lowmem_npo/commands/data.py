@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from annotated_types import Interval
 
-from lowmem_npo.commands.arguments import check_inputs, join_sources, parse, with_help
+from lowmem_npo.commands.arguments import check_inputs, parse
+from lowmem_npo.commands.help_texts import with_help
+from lowmem_npo.commands.spellings import join_sources
 from lowmem_npo.config import DataConfig, DataOptions, ModelConfig, ModelOptions
 from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import tyro
 
-from lowmem_npo.commands.arguments import check_names, parse, with_help
+from lowmem_npo.commands.arguments import check_names, parse
+from lowmem_npo.commands.help_texts import with_help
 from lowmem_npo.libraries import quiet_libraries
 from lowmem_npo.ranges import Checked, CountOrNone
 from lowmem_npo.run_directory import RunFiles, check_is_run

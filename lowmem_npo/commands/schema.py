@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from lowmem_npo.commands.arguments import ALIASES, AUTOMATIC, SOURCES, field_docstrings
+from lowmem_npo.commands.help_texts import field_docstrings
+from lowmem_npo.commands.spellings import ALIASES, AUTOMATIC, SOURCES
 from lowmem_npo.config import FORGET_TERMS, SECTIONS
 from lowmem_npo.errors import UserError
 from lowmem_npo.libraries import quiet_libraries

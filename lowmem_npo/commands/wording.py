@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 
 from lowmem_npo.ranges import shortened
@@ -25,3 +26,35 @@ def one_of(flag: str, value: str, choices: Sequence[str]) -> str:
         return f"{flag} must be one of {', '.join(choices)}, not '{shortened(value)}'{meant}"
     some = "" if near else f"; there are {', '.join(choices[:LISTED])} and others"
     return f"{flag} has no such value as '{shortened(value)}'{some}{meant}"
+
+
+def explained(box: str, flags: Sequence[str], command: str) -> str:
+    """What tyro says in a box (a title, then parts between rules), as a sentence.
+
+    flags: all that there are; none if others may be given.
+    """
+    parts = re.split(r"^[│| ]*(?:[─-]{4,}|╰).*$", box.partition("\n")[2], flags=re.MULTILINE)
+    parts = [part for part in parts if part.strip("│| \n")]
+    texts = [" ".join(line.strip("│| ") for line in part.splitlines()).strip() for part in parts]
+    for text in texts:
+        if flags and text.startswith("Unrecognized options:"):
+            words = re.split("[ ,]+", text.partition(": ")[2])
+            if wrong := [word for word in words if word.startswith("--")]:
+                return no_such_option(wrong[0], flags, f"{command} --help")
+            return f"'{shortened(words[0])}' belongs to no option; `lowmem-npo {command} --help` lists them."
+    sentence = texts[0] if texts else "the options cannot be read"
+    if sentence.startswith("Missing from"):
+        names = re.findall(r"^[│|]? {5,6}(?! )(\S+)", parts[0], re.MULTILINE)
+        sentence = f"{' and '.join(names)} must be given"
+    elif match := re.match(r"Missing value for argument '(\S+)'", sentence):
+        sentence = f"{match[1]} needs a value"
+    elif match := re.match(r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*)\)", sentence):
+        choices = match[3].replace("'", "").rstrip(",").split(", ")
+        if "None" in choices:  # of an option that may be left out, in no order
+            choices = sorted({*choices} - {"None"})
+        return one_of(match[2], match[1], choices)
+    elif match := re.match(r"Error parsing (\S+): no type matching INT\|\{(\w+)\} .*from \['(.*?)'\]", sentence):
+        sentence = f"{match[1]} must be a whole number or {match[2]}, not '{match[3]}'"
+    elif match := re.match(r"Error parsing (\S+): .*\b(int|float)\b[^']*'(.*)'$", sentence):
+        sentence = f"{match[1]} must be {'a whole number' if match[2] == 'int' else 'a number'}, not '{match[3]}'"
+    return f"{shortened(sentence.rstrip('.'))}; `lowmem-npo {command} --help` explains the options."

@@ -8,7 +8,9 @@ import pytest
 from transformers import TrainingArguments
 
 from lowmem_npo.cli import COMMANDS, main
-from lowmem_npo.commands.arguments import ALIASES, COMMON, field_docstrings, parse_run
+from lowmem_npo.commands.arguments import parse_run
+from lowmem_npo.commands.help_texts import COMMON, field_docstrings
+from lowmem_npo.commands.spellings import ALIASES
 from lowmem_npo.config import SECTIONS
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.settings import EvaluationOptions

@@ -81,7 +81,7 @@ def options_of(command: str) -> frozenset[str]:
     """Every flag that `lowmem-npo COMMAND` takes."""
     from transformers import TrainingArguments
 
-    from lowmem_npo.commands.arguments import ALIASES
+    from lowmem_npo.commands.spellings import ALIASES
 
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from lowmem_npo.commands.arguments import check_inputs, check_names, join_sources, parse, with_help
+from lowmem_npo.commands.arguments import check_inputs, check_names, parse
+from lowmem_npo.commands.help_texts import with_help
+from lowmem_npo.commands.spellings import join_sources
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.benchmarks.tofu import TofuOptions
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lowmem_npo.commands.arguments import check_inputs, parse, with_help
+from lowmem_npo.commands.arguments import check_inputs, parse
+from lowmem_npo.commands.help_texts import with_help
 from lowmem_npo.commands.merge.options import MergeConfig
 from lowmem_npo.libraries import quiet_libraries
 from lowmem_npo.sources import check_adapter_name

@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 
-from lowmem_npo.commands.arguments import ALIASES, check_inputs, check_names, flags_of, parse_run
+from lowmem_npo.commands.arguments import check_inputs, check_names, parse_run
+from lowmem_npo.commands.help_texts import flags_of
 from lowmem_npo.commands.small_tables import check_small_tables
+from lowmem_npo.commands.spellings import ALIASES
 from lowmem_npo.commands.sweep.grid import first_config, parse_grid, parse_seeds, plan_sweep
 from lowmem_npo.commands.sweep.options import EvaluationSources, TeachingOptions, take_options
 from lowmem_npo.config import RunConfig

@@ -10,9 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lowmem_npo.commands.arguments import join_sources
 from lowmem_npo.commands.evaluate.plan import EvaluationPlan, plan_evaluation
 from lowmem_npo.commands.evaluate.run import measure
+from lowmem_npo.commands.spellings import join_sources
 from lowmem_npo.commands.sweep.figures import GOLD, Column
 from lowmem_npo.commands.sweep.options import EvaluationSources, take_options
 from lowmem_npo.config import ModelConfig, RunConfig

@@ -1,0 +1,85 @@
+"""How options may be written: by other tools' names, as switches, with several files after one of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import cache
+from typing import get_args, get_type_hints
+
+from lowmem_npo.config import SECTIONS, TILE_ROWS
+
+# Names that users know from TRL and transformers, and ours.
+ALIASES = {
+    "model-name-or-path": "model",
+    "model-revision": "revision",
+    "load-in-4bit": "qlora",
+    "attn-implementation": "attn",
+    "torch-dtype": "dtype",
+    "learning-rate": "lr",
+    "num-train-epochs": "epochs",
+    "per-device-train-batch-size": "micro-batch-size",
+    "lora-target-modules": "lora-targets",
+    "lora-modules-to-save": "modules-to-save",
+    "resume-from-checkpoint": "resume",
+    "max-seq-length": "max-length",
+    "activation-checkpointing": "gradient-checkpointing",
+    "budget": "memory-budget",
+}
+SOURCES = ("--forget", "--retain", "--holdout", "--members", "--nonmembers")  # which take several files
+# The value of a flag that is given without one.
+WITHOUT_VALUE = {"--tile-mlp": str(TILE_ROWS), "--gradient-checkpointing": "on", "--double-quant": "on"}
+TRUE, FALSE = ("true", "yes", "1"), ("false", "no", "0")
+NONE = ("none", "null", "off", "no", "false")  # of a number that may be left out
+AUTOMATIC = ("--gradient-checkpointing", "--double-quant")  # auto, on or off; also spelled as switches are
+
+
+def canonical(arguments: Sequence[str]) -> list[str]:
+    """--some_flag=x becomes --some-flag x, aliases become our names, `--qlora true` becomes --qlora, `--layered none`
+    --layered None, and a flag of `WITHOUT_VALUE` gets its value."""
+    switches = {
+        f.name.replace("_", "-") for s in SECTIONS.values() for f in dataclasses.fields(s) if f.type in (bool, "bool")
+    }
+    result: list[str] = []
+    for argument in arguments:
+        if argument.startswith("--") and len(argument) > 2:
+            name, equals, value = argument[2:].partition("=")
+            name = name.replace("_", "-")
+            name = ALIASES.get(name, name)
+            result += [f"--{name}", value] if equals else [f"--{name}"]
+        else:
+            result.append(argument)
+        last = result[-1].lower()
+        if (switch := last.replace("--no-", "--", 1)) in AUTOMATIC and switch != last:
+            result[-1:] = [switch, "off"]
+        if len(result) > 1 and result[-2] in AUTOMATIC and last in TRUE + FALSE:
+            result[-1] = "on" if last in TRUE else "off"
+        if len(result) > 1 and result[-2][2:] in switches and result[-2].startswith("--") and last in TRUE + FALSE:
+            switch = result[-2][2:]
+            result[-2:] = [f"--{switch}" if last in TRUE else f"--no-{switch}"]
+        if len(result) > 1 and last in NONE and result[-2] in _optional_numbers():
+            result[-1] = "None"
+    for at in range(len(result) - 1, -1, -1):
+        if result[at] in WITHOUT_VALUE and (at + 1 == len(result) or result[at + 1].startswith("--")):
+            result.insert(at + 1, WITHOUT_VALUE[result[at]])
+    return result
+
+
+@cache
+def _optional_numbers() -> frozenset[str]:
+    """The flags of numbers that may be left out."""
+    hints = {name: hint for section in SECTIONS.values() for name, hint in get_type_hints(section).items()}
+    optional = (name for name, hint in hints.items() if {*get_args(hint)} in ({int, type(None)}, {float, type(None)}))
+    return frozenset(f"--{name.replace('_', '-')}" for name in optional)
+
+
+def join_sources(arguments: Sequence[str]) -> list[str]:
+    """`--forget a.txt b.txt`, which a shell makes of `--forget *.txt`, becomes `--forget a.txt,b.txt`."""
+    result: list[str] = []
+    for argument in arguments:
+        value = not argument.startswith("--")
+        if value and len(result) > 1 and result[-2] in SOURCES and not result[-1].startswith("--"):
+            result[-1] += f",{argument}"
+        else:
+            result.append(argument)
+    return result
