@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,63 +95,15 @@ def prepare(
     """
     if data.forget is None and data.retain is not None:
         raise UserError(f"There are rows to retain ({data.retain}) but none to forget; name them with --forget.")
-    template = Template.of(data, stops)
-    passages = Passages.of(data, tokenizer)
-    report: list[str] = []
-
-    def examples(part: str, source: str | None) -> list[Example]:
-        if source is None:
-            rows, columns = bundled_rows(part, limit=data.limit), {}
-        else:
-            columns = {"prompt_column": data.prompt_column, "answer_column": data.answer_column}
-            rows = read_rows(source, limit=data.limit, passages=passages, columns=columns.values())
-            if part == "retain" and is_general(source):
-                rows, lines = general_rows(rows, to_forget, tokenizer, template, data.max_length)
-                report.extend(lines)
-        own = {name: getattr(data, name) for name in ("alternative_column", "group_column", "paraphrase_column")}
-        result = to_examples(rows, **columns, **(own if part == "forget" else {}))
-        forms = dict.fromkeys(template.describe(example, tokenizer) for example in kinds(result))
-        read = filter(None, own.values() if part == "forget" else ())
-        report.append(f"{part}: {rows.name}, {origin(rows, result, ', or '.join(forms), set(read))}")
-        report.extend(f"{part}: {note}" for note in rows.notes)
-        if part == "forget" and data.group_column and (alone := sum(one.group is None for one in result)):
-            have, grouped = ("have", "are grouped by their") if alone > 1 else ("has", "is grouped by its")
-            report.append(
-                f"{part}: {alone} of {len(result)} rows {have} no {data.group_column}, and {grouped} text alone"
-            )
-        return result
-
-    encoded = partial(tokenize, tokenizer=tokenizer, max_length=data.max_length, template=template, tokens=data.tokens)
-
-    def tokenized(part: str, rows: Sequence[Example], drop_too_long: bool = False) -> TokenizedRows:
-        result = encoded(rows, drop_too_long=drop_too_long)
-        report.extend(result.report(part))
-        return result
-
+    reader = _Reader(tokenizer, data, Template.of(data, stops), Passages.of(data, tokenizer))
     bundled = data.forget is None
     if bundled:
-        report.append("No --forget and no --retain: using the bundled biographies of invented people.")
-    to_forget = examples("forget", data.forget)
-    to_retain, unwritten = None, None
-    if (own := self_rows(data.retain)) is not None:
-        if own_texts is not None and own_texts.exists():
-            to_retain = examples("retain", str(own_texts))
-            report.append(f"retain: {len(to_retain)} texts that the original model wrote ({data.retain})")
-        else:
-            begun = beginnings(min(own, data.limit or own), tokenizer, template)
-            unwritten = stand_in(begun, tokenizer, template, data.max_length)
-            report.append(f"retain: {data.retain}, {own} texts that the original model will write once it is loaded")
-    elif bundled or data.retain is not None:
-        to_retain = examples("retain", data.retain)
-    if data.retain is not None and (own is not None or data.retain in BUILTIN):
-        report.append(f"retain: {described(data.retain)}; to hold what is near the forget rows, name rows like them")
-    if to_retain is not None and not data.allow_overlap:
-        refuse_overlap(to_forget, to_retain)
-    to_hold_out = examples("holdout", data.holdout) if bundled or data.holdout is not None else None
-    if to_hold_out is not None and not data.allow_overlap:
-        refuse_overlap(to_forget, to_hold_out, part="holdout")
-        if to_retain is not None:
-            refuse_overlap(to_retain, to_hold_out, part="holdout", of="retain")
+        reader.report.append("No --forget and no --retain: using the bundled biographies of invented people.")
+    to_forget = reader.examples("forget", data.forget)
+    to_retain, unwritten = reader.to_retain(to_forget, own_texts)
+    to_hold_out = reader.examples("holdout", data.holdout) if bundled or data.holdout is not None else None
+    if not data.allow_overlap:
+        _refuse_overlaps(to_forget, to_retain, to_hold_out)
     number = answers_number(data.alternatives)
     if not may_prefer(forget_term):
         number = None
@@ -159,33 +111,131 @@ def prepare(
     unanswered = number is not None and (answered is None or not answered.exists())
     if answered is not None and not unanswered:
         to_forget = with_own_answers(answered, to_forget)
-    forget_rows, in_forms = tokenized("forget", to_forget), None
-    if template.text == BOTH:
-        if len(both := template.in_both_forms(to_forget, tokenizer)) == len(to_forget):
+
+    forget_rows, in_forms = reader.tokenized("forget", to_forget), None
+    if reader.template.text == BOTH:
+        if len(both := reader.in_both_forms(to_forget)) == len(to_forget):
             raise UserError("--template both: the chat template writes none of the rows to forget; leave it out.")
-        in_forms, to_forget = tokenized("forget, in both forms", both), both
-        to_retain = to_retain and template.in_both_forms(to_retain, tokenizer)
+        in_forms, to_forget = reader.tokenized("forget, in both forms", both), both
+        to_retain = to_retain and reader.in_both_forms(to_retain)
     trained = in_forms or forget_rows
-    targets = forget_targets(forget_term, trained, data.refusal, partial(tokenized, "forget, refusing"))
+    targets = forget_targets(forget_term, trained, data.refusal, partial(reader.tokenized, "forget, refusing"))
     alternatives = None
     if number is not None and unanswered:
         alternatives = stand_in_answers(trained, number, data.max_length)
-        report.append(f"forget, alternatives: {data.alternatives}, which the original model will write")
+        reader.report.append(f"forget, alternatives: {data.alternatives}, which the original model will write")
     elif number is not None or data.alternative_column is not None:
-        alternatives = tokenized("forget, alternatives", with_alternatives(to_forget))
-    nobodys = is_general(data.retain) or own is not None  # of whose rows one form may have no room
-    retain_rows = unwritten if to_retain is None else tokenized("retain", to_retain, drop_too_long=nobodys)
-    holdout_rows, holdout_in_forms = None if to_hold_out is None else tokenized("holdout", to_hold_out), None
-    if to_hold_out is not None and template.text == BOTH:
-        holdout_in_forms = encoded(template.in_both_forms(to_hold_out, tokenizer))
+        alternatives = reader.tokenized("forget, alternatives", with_alternatives(to_forget))
+    nobodys = is_general(data.retain) or self_rows(data.retain) is not None  # of whose rows one form may have no room
+    retain_rows = unwritten if to_retain is None else reader.tokenized("retain", to_retain, drop_too_long=nobodys)
+    holdout_rows = None if to_hold_out is None else reader.tokenized("holdout", to_hold_out)
+    holdout_in_forms = None
+    if to_hold_out is not None and reader.template.text == BOTH:
+        holdout_in_forms = reader.encoded(reader.in_both_forms(to_hold_out))
     held_out = None
-    if own is not None or is_general(data.retain) or (data.retain is None and not bundled):
-        held_out = general_holdout(to_forget, tokenizer, data, template)
-    written = unwritten is not None
+    if nobodys or (data.retain is None and not bundled):
+        held_out = general_holdout(to_forget, tokenizer, data, reader.template)
     return PreparedData(
-        forget_rows, retain_rows, targets, report, holdout_rows, written, held_out, alternatives, None, in_forms,
-        alternatives_are_unwritten=unanswered, holdout_in_forms=holdout_in_forms,
-    )  # fmt: skip
+        forget=forget_rows,
+        retain=retain_rows,
+        forget_targets=targets,
+        report=reader.report,
+        holdout=holdout_rows,
+        retain_is_unwritten=unwritten is not None,
+        general=held_out,
+        alternatives=alternatives,
+        forget_in_forms=in_forms,
+        alternatives_are_unwritten=unanswered,
+        holdout_in_forms=holdout_in_forms,
+    )
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads and tokenises the parts of a run ("forget", "retain", "holdout"), and reports what it met."""
+
+    tokenizer: PreTrainedTokenizerBase
+    data: DataConfig
+    template: Template
+    passages: Passages
+    report: list[str] = field(default_factory=list)
+
+    def examples(self, part: str, source: str | None, to_forget: Sequence[Example] = ()) -> list[Example]:
+        """source: None for the bundled biographies. to_forget: what general rows must not say."""
+        data = self.data
+        if source is None:
+            rows, columns = bundled_rows(part, limit=data.limit), {}
+        else:
+            columns = {"prompt_column": data.prompt_column, "answer_column": data.answer_column}
+            rows = read_rows(source, limit=data.limit, passages=self.passages, columns=columns.values())
+            if part == "retain" and is_general(source):
+                rows, lines = general_rows(rows, to_forget, self.tokenizer, self.template, data.max_length)
+                self.report.extend(lines)
+        own = {name: getattr(data, name) for name in ("alternative_column", "group_column", "paraphrase_column")}
+        result = to_examples(rows, **columns, **(own if part == "forget" else {}))
+        forms = dict.fromkeys(self.template.describe(example, self.tokenizer) for example in kinds(result))
+        read = filter(None, own.values() if part == "forget" else ())
+        self.report.append(f"{part}: {rows.name}, {origin(rows, result, ', or '.join(forms), set(read))}")
+        self.report.extend(f"{part}: {note}" for note in rows.notes)
+        if part == "forget" and data.group_column and (alone := sum(one.group is None for one in result)):
+            have, grouped = ("have", "are grouped by their") if alone > 1 else ("has", "is grouped by its")
+            self.report.append(
+                f"{part}: {alone} of {len(result)} rows {have} no {data.group_column}, and {grouped} text alone"
+            )
+        return result
+
+    def to_retain(
+        self, to_forget: Sequence[Example], own_texts: Path | None
+    ) -> tuple[list[Example] | None, TokenizedRows | None]:
+        """The rows to keep, or what stands in for those that the model is yet to write; two None if there are none."""
+        data, result, unwritten = self.data, None, None
+        if (own := self_rows(data.retain)) is not None:
+            if own_texts is not None and own_texts.exists():
+                result = self.examples("retain", str(own_texts), to_forget)
+                self.report.append(f"retain: {len(result)} texts that the original model wrote ({data.retain})")
+            else:
+                begun = beginnings(min(own, data.limit or own), self.tokenizer, self.template)
+                unwritten = stand_in(begun, self.tokenizer, self.template, data.max_length)
+                self.report.append(
+                    f"retain: {data.retain}, {own} texts that the original model will write once it is loaded"
+                )
+        elif data.forget is None or data.retain is not None:
+            result = self.examples("retain", data.retain, to_forget)
+        if data.retain is not None and (own is not None or data.retain in BUILTIN):
+            near = "to hold what is near the forget rows, name rows like them"
+            self.report.append(f"retain: {described(data.retain)}; {near}")
+        return result, unwritten
+
+    def in_both_forms(self, examples: Sequence[Example]) -> list[Example]:
+        return self.template.in_both_forms(examples, self.tokenizer)
+
+    def encoded(self, examples: Sequence[Example], drop_too_long: bool = False) -> TokenizedRows:
+        return tokenize(
+            examples,
+            self.tokenizer,
+            max_length=self.data.max_length,
+            template=self.template,
+            tokens=self.data.tokens,
+            drop_too_long=drop_too_long,
+        )
+
+    def tokenized(self, part: str, examples: Sequence[Example], drop_too_long: bool = False) -> TokenizedRows:
+        """The same, and reports what was cut."""
+        result = self.encoded(examples, drop_too_long)
+        self.report.extend(result.report(part))
+        return result
+
+
+def _refuse_overlaps(
+    forget: Sequence[Example], retain: Sequence[Example] | None, holdout: Sequence[Example] | None
+) -> None:
+    """Raises UserError where one set has rows of another."""
+    if retain is not None:
+        refuse_overlap(forget, retain)
+    if holdout is not None:
+        refuse_overlap(forget, holdout, part="holdout")
+        if retain is not None:
+            refuse_overlap(retain, holdout, part="holdout", of="retain")
 
 
 def general_holdout(
