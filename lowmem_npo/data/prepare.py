@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowmem_npo.config import DataConfig, ObjectiveConfig, may_prefer
-from lowmem_npo.data.overlap import MAX_LISTED, find_related, refuse_overlap
+from lowmem_npo.data.general_rows import general_holdout, general_rows, is_general
+from lowmem_npo.data.overlap import refuse_overlap
 from lowmem_npo.data.passages import Passages
 from lowmem_npo.data.reading import bundled_rows, described, read_rows
 from lowmem_npo.data.rows import Rows
@@ -23,8 +24,6 @@ from lowmem_npo.data.templates import BOTH, Template
 from lowmem_npo.data.tokenized_rows import TokenizedRows
 from lowmem_npo.data.tokenizing import tokenize
 from lowmem_npo.errors import UserError
-from lowmem_npo.run_directory import SELF_WRITTEN
-from lowmem_npo.sizes import counted
 from lowmem_npo.sources import BUILTIN
 
 if TYPE_CHECKING:
@@ -236,65 +235,6 @@ def _refuse_overlaps(
         refuse_overlap(forget, holdout, part="holdout")
         if retain is not None:
             refuse_overlap(retain, holdout, part="holdout", of="retain")
-
-
-def general_holdout(
-    forget: Sequence[Example], tokenizer: PreTrainedTokenizerBase, data: DataConfig, template: Template
-) -> TokenizedRows | None:
-    """The bundled general rows that nothing is trained on, but for those that may say what is to be forgotten; None if
-    no row is left."""
-    return bundled_general("general_holdout", forget, tokenizer, template, data.max_length, data.limit)
-
-
-def bundled_general(
-    name: str,
-    forget: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    template: Template,
-    max_length: int,
-    limit: int | None = None,
-) -> TokenizedRows | None:
-    """The bundled set `name` of general rows, but for those that may say what is to be forgotten; None if no row is
-    left."""
-    try:
-        rows, _ = general_rows(bundled_rows(name, limit=limit), forget, tokenizer, template, max_length)
-        return tokenize(to_examples(rows), tokenizer, max_length=max_length, template=template)
-    except UserError:
-        return None
-
-
-def is_general(source: str | None) -> bool:
-    """Whether `source` holds general rows, bundled or written by the model: nothing that the user chose."""
-    return source is not None and (source in BUILTIN or Path(source).name == SELF_WRITTEN)
-
-
-def general_rows(
-    general: Rows, forget: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: Template, max_length: int
-) -> tuple[Rows, list[str]]:
-    """The general rows that do not say what is to be forgotten and have room in `max_length` tokens, as nobody chose
-    them; and a line on each kind of the others.
-
-    Raises UserError where none are left.
-    """
-    examples = to_examples(general)
-    related = find_related(forget, examples)
-    if len(related) == len(examples):
-        raise UserError("All general rows may say what is to be forgotten, so none are left to retain: name --retain.")
-    lines, kept = [], sorted(set(range(len(examples))) - set(related))
-    if related:
-        listed = "; ".join(examples[index].where for index in related[:MAX_LISTED])
-        more = f" and {len(related) - MAX_LISTED} more" if len(related) > MAX_LISTED else ""
-        of = counted(len(related), "general row")
-        lines.append(f"retain: {of} left out, which may say what is to be forgotten ({listed}{more})")
-    tokenized = tokenize(
-        [examples[index] for index in kept], tokenizer, max_length=max_length, template=template, drop_too_long=True
-    )
-    fitting = {example.where for example in tokenized.examples}
-    if long := len(kept) - len(fitting):
-        lines.append(f"retain: {counted(long, 'row')} left out, too long for --max-length {max_length}")
-    kept = [index for index in kept if examples[index].where in fitting]
-    places = [general.where(index) for index in kept]
-    return replace(general, rows=[general.rows[index] for index in kept], lines=None, places=places), lines
 
 
 def kinds(examples: list[Example]) -> list[Example]:

@@ -16,9 +16,9 @@ from lowmem_npo.config import ModelConfig
 from lowmem_npo.console import Say
 from lowmem_npo.data import Example, Rows, Template, TokenizedRow, bundled_rows, read_rows, to_examples, tokenize
 from lowmem_npo.data.fit import known_fit
+from lowmem_npo.data.general_rows import bundled_general, general_rows, is_general
 from lowmem_npo.data.overlap import find_overlap
 from lowmem_npo.data.passages import Passages
-from lowmem_npo.data.prepare import bundled_general, general_rows, is_general
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.asking import Wording
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Selection

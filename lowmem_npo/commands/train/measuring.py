@@ -13,7 +13,7 @@ from lowmem_npo.config import RunConfig
 from lowmem_npo.console import Say
 from lowmem_npo.data import Example, Template, TokenizedRow, TokenizedRows
 from lowmem_npo.data.fit import Fit
-from lowmem_npo.data.prepare import bundled_general
+from lowmem_npo.data.general_rows import bundled_general
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answer_table import save_table, text_table
 from lowmem_npo.evaluation.answers import (
