@@ -127,18 +127,7 @@ class NPOTrainer(Trainer):
                 seed=args.seed if args.data_seed is None else args.data_seed,
                 teaching={"term": args.forget_term, "refusal": args.refusal, "group_column": args.group_column},
             )
-        if not isinstance(model, PeftModel):
-            if peft_config is None:
-                raise UserError("NPOTrainer trains an adapter: give a PeftModel, or peft_config=AdapterConfig(...).")
-            set_seed(args.seed)  # as the Trainer does below, too late for the adapter
-            with in_script_words(args):
-                model = attach_lora(model, peft_config)
-            if line := note_on_experts(model, peft_config):
-                say(line)
-        if not any(p.requires_grad for p in model.parameters()):
-            raise UserError("The model's adapter is frozen, so nothing is trained: load it with is_trainable=True.")
-        check_head(model)
-        check_causal(model)
+        model = _adapted(model, peft_config, args, say)
         # cuDNN's attention, PyTorch's choice on Hopper and Blackwell, plans anew for every length of a batch: about a
         # second each. For the whole process: a layer's recomputation must choose as its first pass did.
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -395,3 +384,23 @@ class NPOTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: the Trainer's estimate knows neither the reference pass nor the missing logits."""
         return 0
+
+
+def _adapted(
+    model: PreTrainedModel | PeftModel, peft_config: AdapterConfig | None, args: NPOConfig, say: Say
+) -> PeftModel:
+    """The model with an adapter to train, its own or a new one; raises UserError where there is none, or the model is
+    not one that can be trained."""
+    if not isinstance(model, PeftModel):
+        if peft_config is None:
+            raise UserError("NPOTrainer trains an adapter: give a PeftModel, or peft_config=AdapterConfig(...).")
+        set_seed(args.seed)  # as the Trainer does later, too late for the adapter
+        with in_script_words(args):
+            model = attach_lora(model, peft_config)
+        if line := note_on_experts(model, peft_config):
+            say(line)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError("The model's adapter is frozen, so nothing is trained: load it with is_trainable=True.")
+    check_head(model)
+    check_causal(model)
+    return model

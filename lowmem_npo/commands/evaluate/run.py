@@ -108,26 +108,8 @@ def measure(
             result.fluency[name] = figures
     if leak_rows:
         rows = {part: selection.rows for part, selection in leak_rows.items()}
-        streaming = StreamOptions(config.stream_weights, config.stream_from)
-        saved = SavedModel(
-            plan.model_config, config.adapter, directory.merged, streaming, plan.digests.get(THE_ADAPTER)
-        )
-        earlier = leak_results(context.before.get("leaks", {}))
-        sets = (rows["forget"], rows.get("holdout"))
         tests = leak_tests(config.leaks)
-        subject = Subject(
-            scorer,
-            *sets,
-            config,
-            config.seed,
-            saved,
-            config.max_new_tokens,
-            earlier,
-            retain=plan.attacker.retain,
-            general=plan.attacker.general,
-            wording=plan.attacker.wording,
-            repeated=repeated(tests),
-        )
+        subject = _subject(plan, directory.merged, scorer)
         for test in tests:
             test.prepare(subject)
         for line in time_of_tuning(tests, subject):
@@ -158,6 +140,26 @@ def measure(
         say(worst.sentence)
     say(_headline(config, result, context))
     return result
+
+
+def _subject(plan: EvaluationPlan, merged: Path, scorer: Scorer) -> Subject:
+    """What the leak tests look at. merged: where the merged model lies meanwhile."""
+    config = plan.config
+    streaming = StreamOptions(config.stream_weights, config.stream_from)
+    return Subject(
+        scorer,
+        plan.leak_rows["forget"].rows,
+        plan.leak_rows["holdout"].rows if "holdout" in plan.leak_rows else None,
+        config,
+        config.seed,
+        SavedModel(plan.model_config, config.adapter, merged, streaming, plan.digests.get(THE_ADAPTER)),
+        config.max_new_tokens,
+        leak_results(plan.context.before.get("leaks", {})),
+        retain=plan.attacker.retain,
+        general=plan.attacker.general,
+        wording=plan.attacker.wording,
+        repeated=repeated(leak_tests(config.leaks)),
+    )
 
 
 def _headline(config: EvaluationConfig, result: Evaluation, context: Context) -> str:
