@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from lowmem_npo.config import AdapterConfig
+from lowmem_npo.training.objective import LET_GO
 from lowmem_npo.training.trainer import NPOConfig, NPOTrainer
 
 VOCABULARY = 97
@@ -93,7 +94,8 @@ def dense_step(
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """The step's loss and gradients from full float64 logits, after the formulas in docs/architecture.md.
 
-    Row by row, without padding, with the plainest implementations of attention and experts that transformers has.
+    Row by row, without padding, with the plainest implementations of attention and experts that transformers has. A row
+    with a level is let go as it nears it.
     """
     model = copy.deepcopy(trainer.model).double().eval()
     lm = model.get_base_model()
@@ -117,6 +119,9 @@ def dense_step(
     loss, tokens = 0.0, 0
     for place, row in enumerate(forget):
         own = picked(row)
+        if (levels := trainer.passes.levels) is not None:
+            push = min(max((float(levels[place]) + own.mean().item()) / LET_GO, 0), 1)
+            own = own.detach() + push * (own - own.detach())
         with torch.no_grad(), model.disable_adapter():
             original = picked(row)
         if o.forget_term == "dpo":

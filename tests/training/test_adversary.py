@@ -234,6 +234,14 @@ def test_what_a_checkpoint_keeps_of_an_attacker(tmp_path, monkeypatch):
         check_disk(config, 0, 0, 2**20 // 3 + 1)
 
 
+def test_the_attacker_learns_without_the_adapters_dropout(tmp_path):
+    trainer = trainer_of(tmp_path, adapter={"lora_dropout": 0.5})
+    dense = Dense(trainer)
+    trainer.train()
+    assert trainer.state.log_history[0]["adversary_nll"] == pytest.approx(dense.nll.item(), rel=1e-4)
+    assert trainer.state.log_history[0]["adversary_gain"] == pytest.approx(dense.gain, rel=1e-4)
+
+
 def test_mistakes_would_be_noticed(tmp_path, monkeypatch):
     """An attacker who goes the other way, one in the reference, one who learns the step's own rows, and layers that are
     recomputed under another."""

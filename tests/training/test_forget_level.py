@@ -9,7 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers.dense_step import dense_step, make_trainer, random_rows, relative_error, step_gradients
 from helpers.taught_model import unlearning_config
+from helpers.tiny_models import tiny_model
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -36,6 +38,26 @@ def test_the_gradient_fades_towards_the_level_and_never_turns():
     (faded,) = torch.autograd.grad(ended, tokens)
     assert ended.item() == pytest.approx(plain.item())  # the figures stay
     torch.testing.assert_close(faded, whole * torch.tensor([1, 1, 0.3, 0.3, 0, 0]), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("term", ["npo", "dpo"])
+@pytest.mark.parametrize("passes", [{"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+                                    {"joint_pass_tokens": 10**6}], ids=["split", "joint"])  # fmt: skip
+def test_each_row_of_a_step_is_let_go_at_its_own_level(term, passes, tmp_path):
+    """In dense float64; the other answers that dpo prefers have no level."""
+    forget, retain, others = (random_rows(4, seed=seed) for seed in (1, 2, 3))
+    more = {"forget_term": term, "step_batch_size": 4, **passes}
+    trainer = make_trainer(tiny_model("olmo"), tmp_path, forget, retain, others if term == "dpo" else None, **more)
+    _, without = dense_step(trainer, forget, retain, others)
+    with torch.no_grad():
+        nll = [trainer.model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss
+               for row in forget]  # fmt: skip
+    past = (1.0, 0.7, 0.2, -0.5)  # of the last stretch, what is left: all, part, or less than nothing
+    trainer.push_up_to([float(own) + left * LET_GO for own, left in zip(nll, past, strict=True)])
+    loss, expected = dense_step(trainer, forget, retain, others)
+    gradients = step_gradients(trainer)
+    assert relative_error(gradients, expected) < 2e-5 and relative_error(gradients, without) > 1e-2
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_levels_are_the_holdouts_quantiles_by_rank():
