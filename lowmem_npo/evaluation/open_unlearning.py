@@ -174,10 +174,8 @@ def _lowest(values: Sequence[float]) -> float:
 
 def _standard(row: TokenScores) -> list[float]:
     assert row.deviation is not None
-    return [
-        standard * deviation / max(deviation, LEAST_DEVIATION)
-        for standard, deviation in zip(row.standard, row.deviation, strict=True)
-    ]
+    pairs = zip(row.above_mean, row.deviation, strict=True)
+    return [above_mean / max(deviation, LEAST_DEVIATION) for above_mean, deviation in pairs]
 
 
 def _compressed(row: TokenizedRow, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -13,6 +13,7 @@ import torch
 from helpers.architectures import tiny_config
 from helpers.dense_step import random_rows, word_tokenizer
 from helpers.tiny_models import CONFIGS, tiny_model
+from lowmem_kernels import FrozenHead
 from sklearn.metrics import roc_auc_score
 from transformers import AutoTokenizer
 
@@ -21,6 +22,7 @@ from lowmem_npo.data import Example, Rows, Template, tokenize
 from lowmem_npo.evaluation.benchmarks.muse import FORGOTTEN, KEPT, TAUGHT, VERBATIM, MuseAnswer
 from lowmem_npo.evaluation.benchmarks.tofu import TofuScores, TofuSet, measure_tofu, score_tofu, tofu_rows
 from lowmem_npo.evaluation.open_unlearning import (
+    _standard,
     exact_memorization,
     extraction_strength,
     gradient_figure,
@@ -34,7 +36,7 @@ from lowmem_npo.evaluation.open_unlearning import (
 from lowmem_npo.evaluation.scoring.gradient_norms import gradient_norms
 from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.scoring.scorer import Scorer
-from lowmem_npo.evaluation.scoring.token_scores import TokenScores, token_scores
+from lowmem_npo.evaluation.scoring.token_scores import TokenScores, token_scores, vocabulary_statistics
 from lowmem_npo.model import attach_lora, load_model
 
 
@@ -187,6 +189,20 @@ def test_the_loss_beside_a_reference_model_by_hand():
     scores = {"forget": [row(True), row(True)], "holdout": [row(True)]}  # each with an NLL of 1
     assert reference_figure(scores, {"forget": [1.5, 0.5], "holdout": [1.0]}) == 0.5
     assert reference_figure(scores, {"forget": [1.5, 1.5], "holdout": [1.0]}) == 1
+
+
+def test_a_model_that_is_certain_of_other_tokens():
+    """As gradient ascent ends, with NLLs of hundreds of nats: beside a logit that is 800 above all others no spread is
+    left, and theirs is taken as 1e-6. The forgotten answer is far below what was expected, not at it."""
+    head, hidden = FrozenHead(torch.tensor([[800.0], [0.0]])), torch.ones(3, 1)
+
+    def scored(*tokens):
+        return TokenScores(*(x.tolist() for x in vocabulary_statistics(hidden, head, torch.tensor(tokens))))
+
+    scores = {"forget": [scored(1, 1, 0)], "holdout": [scored(0, 0, 0)]}
+    assert _standard(scores["forget"][0]) == pytest.approx([-800 / 1e-3, -800 / 1e-3, 0])
+    rows = {name: [{"input_ids": [5, 6, 7, 1], "prompt_length": 1}] for name in scores}
+    assert token_figures(scores, rows, word_tokenizer())["mia_min_k_plus_plus"] == 0
 
 
 def _doubled(row: TokenScores) -> TokenScores:
