@@ -1,7 +1,8 @@
 """The scores of MUSE (Shi et al. 2024, https://arxiv.org/abs/2407.06460), defined as in its own evaluation.
 
     verbmem_f   mean ROUGE-L (F, no stemming) of the next 128 tokens, greedy, after a passage's beginning, against the
-                first 128 tokens of its true continuation (columns `prompt`, `gt`)
+                first 128 tokens of its true continuation, a BOS that the tokenizer puts in front among them (columns
+                `prompt`, `gt`)
     knowmem_f   mean ROUGE-L of a greedy answer of at most 32 tokens to a question on what is forgotten, up to where
                 another question would begin; the examples stand before it, as `Question: ` and `Answer: `
     knowmem_r   the same on what is kept
@@ -138,16 +139,18 @@ class Muse(Benchmark[Any, MuseScores]):
         return [(len(ids), NEW_TOKENS[name]) for _, ids, _ in selection.rows] if name in NEW_TOKENS else []
 
     def measure(self, name: str, selection: Selection, scorer: Scorer, context: Context) -> list[Any]:
+        from lowmem_npo.evaluation.scoring.generation import text_of
+
         if name in (TAUGHT, UNSEEN):
             scored = scorer.token_scores(f"{name}: texts", selection.rows)
             return [min_k(one.logprobs) for one in scored]
         texts = scorer.continuations(f"{name}: answers", [ids for _, ids, _ in selection.rows], NEW_TOKENS[name])
-        answers = []
+        # transformers 4, with which MUSE was made, cleans spaces up when decoding; 5 leaves it to us.
+        encoder, clean, answers = Encoder(scorer.tokenizer), scorer.tokenizer.clean_up_tokenization, []
         for (asked, _, whole), text in zip(selection.rows, texts, strict=True):
-            reference = whole
+            reference, text = whole, clean(text)
             if name == VERBATIM:
-                ids = scorer.tokenizer(reference, add_special_tokens=False, verbose=False).input_ids
-                reference = scorer.tokenizer.decode(ids[: NEW_TOKENS[name]], skip_special_tokens=True)
+                reference = clean(text_of(scorer.tokenizer, encoder.text_ids(whole)[: NEW_TOKENS[name]]))
             else:
                 text = before_next_question(text)
             answers.append(MuseAnswer(asked, reference, whole, text, rouge_l(reference, text)))

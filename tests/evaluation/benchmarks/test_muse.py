@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import roc_auc_score
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.cli import main
 from lowmem_npo.evaluation.benchmarks.muse import MUSE, before_next_question, min_k, rouge_l, unseen_auc
 
-VERBATIM = [{"prompt": "Once upon a time", "gt": " there was a king. " * 12}, {"prompt": "In May", "gt": " it rained."}]
+VERBATIM = [
+    {"prompt": "Once upon a time", "gt": " there was a king , and he did n't sing . " * 5},
+    {"prompt": "In May", "gt": " it rained."},
+]
 QUESTIONS = [{"question": f"Who is {n}?", "answer": f"The {n}."} for n in range(3)]
 EXAMPLES = [{"question": "What is red?", "answer": "A rose."}]
 TAUGHT = [{"text": f"The vault of {n} lies below the hill, and nobody knows."} for n in range(4)]
@@ -36,18 +41,30 @@ def evaluate(model, files, *names, more=()):
     return code, json.loads((files / "out" / "evaluation.json").read_text())["muse"] if code == 0 else None
 
 
-def test_from_files_to_scores(byte_model, files, capsys):
+@pytest.fixture
+def model_with_bos(byte_model, tmp_path):
+    """Its tokenizer puts one in front of every text, as Llama's does, with which MUSE was made."""
+    shutil.copytree(byte_model, folder := tmp_path / "bos")
+    tokenizer = AutoTokenizer.from_pretrained(folder, bos_token="<pad>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_from_files_to_scores(model_with_bos, files, capsys):
     names = ("verbmem", "knowmem", "retain-knowmem", "examples", "privleak", "privleak-holdout")
-    code, scores = evaluate(byte_model, files, *names, more=("--muse-retrained-auc", "0.4"))
+    code, scores = evaluate(model_with_bos, files, *names, more=("--muse-retrained-auc", "0.4"))
     assert code == 0
-    tokenizer = AutoTokenizer.from_pretrained(byte_model)
-    model = AutoModelForCausalLM.from_pretrained(byte_model, dtype=torch.float32).double().eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_with_bos)
+    clean = tokenizer.clean_up_tokenization
+    model = AutoModelForCausalLM.from_pretrained(model_with_bos, dtype=torch.float32).double().eval()
 
     def written(prompt, tokens):
         ids = torch.tensor([tokenizer(prompt).input_ids])
         with torch.no_grad():
-            whole = model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
-        return tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
+            mask = torch.ones_like(ids)
+            whole = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        return clean(tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True))
 
     def lowest(text):
         ids = torch.tensor(tokenizer(text).input_ids)
@@ -61,8 +78,10 @@ def test_from_files_to_scores(byte_model, files, capsys):
     assert of["MUSE knowmem"][0]["prompt"] == asked
     assert of["MUSE knowmem"][0]["generation"] == before_next_question(written(asked, 32))
     assert of["MUSE verbmem"][1]["generation"] == written("In May", 128)
-    reference = tokenizer.decode(tokenizer(VERBATIM[0]["gt"], add_special_tokens=False).input_ids[:128])
-    assert of["MUSE verbmem"][0]["reference"] == reference and len(reference) < len(VERBATIM[0]["gt"])
+    ids = tokenizer(VERBATIM[0]["gt"]).input_ids[:128]
+    reference = clean(tokenizer.decode(ids, skip_special_tokens=True))
+    assert of["MUSE verbmem"][0]["reference"] == reference and "king, and he didn't sing." in reference
+    assert len(tokenizer.decode(ids, skip_special_tokens=True)) == 127  # BOS is one of the tokens
     rouge = RougeScorer(["rougeL"], use_stemmer=False)
     for key, name in (
         ("verbmem_f", "MUSE verbmem"),
