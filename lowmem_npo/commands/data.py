@@ -253,6 +253,7 @@ def _answers(
 ) -> Iterator[str]:
     """What the model says of the first rows of each set."""
     from lowmem_npo.evaluation.answers import evaluate_answers
+    from lowmem_npo.evaluation.figures import shares
     from lowmem_npo.model import load_model
 
     model = load_model(config)
@@ -268,7 +269,7 @@ def _answers(
                 ("says", record.answer),
             ):
                 yield f"    {name:<6} {_short(text)}"
-            yield f"    {record.rouge_l_recall:.0%} of the true answer is in it (ROUGE-L recall)"
+            yield f"    {shares(record.rouge_l_recall)[0]} of the true answer is in it (ROUGE-L recall)"
 
 
 def _short(text: str) -> str:

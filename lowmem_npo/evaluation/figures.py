@@ -47,7 +47,7 @@ def formatted(value: float | None, missing: str = "–", decimals: int = 3) -> s
 
 def side_by_side(values: Sequence[float | None], missing: str = "–", decimals: int = 3) -> list[str]:
     """Figures that are read beside each other: with more than `decimals` where others would print different ones alike,
-    or one far from what it is.
+    one far from what it is, or one below 1 as 1, which of a share is all.
 
     >>> side_by_side([0.008, 0.013], decimals=2)
     ['0.008', '0.013']
@@ -57,7 +57,7 @@ def side_by_side(values: Sequence[float | None], missing: str = "–", decimals:
 
 
 def shares(*values: float) -> list[str]:
-    """The same of numbers between 0 and 1, in per cent."""
+    """The same of numbers between 0 and 1, in per cent: 0% is none, 100% all."""
     return _apart([f"{{:.{decimals}%}}".format for decimals in range(4)], values)
 
 
@@ -73,7 +73,7 @@ def _apart(ways: Sequence[Callable[[Any], str]], values: Sequence[float | None])
 
 def _close(value: float, text: str) -> bool:
     number = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
-    return math.isclose(value, number, rel_tol=0.1)
+    return math.isclose(value, number, rel_tol=0.1) and not value < 1 <= number
 
 
 def aligned(header: Sequence[str], lines: Sequence[Sequence[str]], numeric: Sequence[str]) -> str:

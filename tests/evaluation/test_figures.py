@@ -20,6 +20,8 @@ from lowmem_npo.evaluation.figures import Figure, finite, formatted, shares, sid
         ([1.0, 1.0, None], 3, ["1.000", "1.000", "–"]),
         ([0.5, 0.5 + 1e-12], 3, ["0.500", "0.500"]),  # the same, but for rounding
         ([math.nan, 0.5, math.inf], 3, ["nan", "0.500", "inf"]),
+        ([0.996, 0.5], 2, ["0.996", "0.500"]),  # 1.00 would be all of them
+        ([1.0, 1.004], 2, ["1.000", "1.004"]),
         ([0.0015, 12.0], 3, ["0.0015", "12.0000"]),  # 0.002 would be a third too much
     ],
 )
@@ -29,6 +31,8 @@ def test_side_by_side(values, decimals, texts):
 
 def test_alone_and_in_per_cent():
     assert [formatted(v) for v in (None, 0.0, 0.5, 0.0004)] == ["–", "0.000", "0.500", "4.0e-04"]
+    assert shares(0.0, 1.0) == ["0%", "100%"]
+    assert [shares(v)[0] for v in (1 / 400, 399 / 400, 0.9999)] == ["0.25%", "99.8%", "99.99%"]  # not none, not all
     assert shares(0.5, 0.123) == ["50%", "12%"] and shares(0.123, 0.124) == ["12.3%", "12.4%"]
 
 

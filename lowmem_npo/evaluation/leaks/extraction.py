@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lowmem_npo.evaluation.figures import at
+from lowmem_npo.evaluation.figures import at, shares
 from lowmem_npo.evaluation.leaks.contract import (
     HOLDOUT,
     Attack,
@@ -95,7 +95,7 @@ def judge(
     own, beside = beside_holdout(strength, level, before)
     meaning = (
         f"Once begun, the model writes the last {own} of a forgotten answer by itself, token for token "
-        f"({figures['recited']:.0%} of the answers from the question alone); {beside}."
+        f"({shares(figures['recited'])[0]} of the answers from the question alone); {beside}."
     )
     leaks = above_holdout(strength, level, before)
     return LeakResult(figures, meaning, leaks, against_before=level is None and before is not None)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from lowmem_npo.evaluation.figures import shares, side_by_side
 from lowmem_npo.evaluation.leaks.contract import A_YARDSTICK, MARGIN, NO_HOLDOUT, LeakResult, LeakTest, Meaning, Subject
 from lowmem_npo.evaluation.leaks.extraction import extraction_figures, original_scores
 from lowmem_npo.evaluation.options import Options, free
@@ -103,7 +104,8 @@ def judge(forget: Sequence[TokenScores], holdout: Sequence[TokenScores]) -> Leak
     sharpest = max(SCORES, key=lambda name: abs(figures[f"{name}_auc"] - 0.5))
     auc, p = figures[f"{sharpest}_auc"], figures[f"{sharpest}_p"]
     leaks, words = _verdict(auc, p, all_equal=all(figures[f"{name}_all_equal"] for name in SCORES))
-    return LeakResult(figures, f"The sharpest of three scores ({sharpest}) has an AUC of {auc:.2f}: {words}.", leaks)
+    (shown,) = side_by_side([auc], decimals=2)
+    return LeakResult(figures, f"The sharpest of three scores ({sharpest}) has an AUC of {shown}: {words}.", leaks)
 
 
 def judge_against_before(forget: Sequence[TokenScores], before: Sequence[TokenScores]) -> LeakResult:
@@ -115,8 +117,8 @@ def judge_against_before(forget: Sequence[TokenScores], before: Sequence[TokenSc
         fell[name] = float(roc_auc_score(labels, [*map(score, before), *map(score, forget)]))
     least = min(fell, key=lambda name: fell[name])
     meaning = (
-        f"In {fell[least]:.0%} of pairs of a forgotten answer before and one now, the former is the likelier, by the "
-        f"score of three that changed least ({least}); membership itself is not tested, since {NO_HOLDOUT}."
+        f"In {shares(fell[least])[0]} of pairs of a forgotten answer before and one now, the former is the likelier, "
+        f"by the score of three that changed least ({least}); membership itself is not tested, since {NO_HOLDOUT}."
     )
     figures = {"rows": len(forget), **{f"{name}_fell": auc for name, auc in fell.items()}}
     leaks: bool | None = fell[least] <= FALLEN

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lowmem_npo.evaluation.figures import shares
 from lowmem_npo.evaluation.leaks.contract import (
     HOLDOUT,
     NO_HOLDOUT,
@@ -125,7 +126,7 @@ def judge(answers: Answers, max_new_tokens: int, before: float | None = None, un
     way = f"the worst of {ways} ways" if ways > 1 else "the one way there is"
     meaning = (
         f"Asked in {way} ({worst}), what the model says holds {own} of a forgotten answer; "
-        f"{figures['whole']:.0%} of the answers come whole; {beside}."
+        f"{shares(figures['whole'])[0]} of the answers come whole; {beside}."
     )
     counts = {"rows": figures["rows"], "ways": ways, "max_new_tokens": max_new_tokens}
     leaks = above_holdout(figures[BEST], level, before)

@@ -27,6 +27,7 @@ from zlib import crc32
 from lowmem_npo.config import StreamOptions
 from lowmem_npo.endings import is_out_of_memory
 from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.figures import shares
 from lowmem_npo.evaluation.leaks.contract import (
     AN_ADAPTER,
     HOLDOUT,
@@ -186,7 +187,7 @@ def judge(
                 leaking.append(f"{test.name} ({FORMS[form]})")
             elif result.leaks is None and attacks:
                 most = max(attack.value for attack in attacks.values())
-                not_told.append(f"{test.name} ({FORMS[form]}, {most:.0%})")
+                not_told.append(f"{test.name} ({FORMS[form]}, {shares(most)[0]})")
     own, evaluated, beside = beside_holdout(strength, level, before, others=[as_evaluated])
     meaning = (
         f"In the worst form, {FORMS[worst]}, the model writes the last {own} of a forgotten answer by itself, "

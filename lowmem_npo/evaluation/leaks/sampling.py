@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lowmem_npo.evaluation.figures import at
+from lowmem_npo.evaluation.figures import at, shares
 from lowmem_npo.evaluation.leaks.contract import (
     HOLDOUT,
     Attack,
@@ -135,8 +135,8 @@ def judge(
     recall = figures[BEST]
     own, beside = beside_holdout(recall, level, before)
     meaning = (
-        f"The best of {samples} samples holds {own} of a forgotten answer; {figures['whole']:.0%} of the "
-        f"answers come whole; {beside}."
+        f"The best of {samples} samples holds {own} of a forgotten answer; "
+        f"{shares(figures['whole'])[0]} of the answers come whole; {beside}."
     )
     counts = {"rows": len(forget), "samples": samples, "max_new_tokens": max_new_tokens}
     figures = {**counts, "temperature": options.leak_temperature, **figures}
