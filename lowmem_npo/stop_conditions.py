@@ -16,6 +16,9 @@ from typing import Literal
 
 from lowmem_npo.errors import UserError
 
+Words = tuple[str, tuple[float, ...]]
+"""Why a condition holds, with a gap for each of its figures."""
+
 SYNTAX = "forget-at-holdout, mia-crosses, retain-loss+10% or retain-loss+0.05"
 
 
@@ -48,8 +51,8 @@ class ForgetAtHoldout:
     def gap(self, now: StopEvaluation, start: StopEvaluation) -> float:
         return measured(start.holdout_nll) - now.forget_nll
 
-    def describe(self, now: StopEvaluation, start: StopEvaluation) -> str:
-        return f"forget NLL {now.forget_nll:.3f}, the holdout's was {start.holdout_nll:.3f} before"
+    def describe(self, now: StopEvaluation, start: StopEvaluation) -> Words:
+        return "forget NLL {}, the holdout's was {} before", (now.forget_nll, measured(start.holdout_nll))
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,8 @@ class MembershipCrosses:
     def gap(self, now: StopEvaluation, start: StopEvaluation) -> float:
         return measured(now.membership_auc) - 0.5
 
-    def describe(self, now: StopEvaluation, start: StopEvaluation) -> str:
-        return f"membership AUC {now.membership_auc:.3f}"
+    def describe(self, now: StopEvaluation, start: StopEvaluation) -> Words:
+        return "membership AUC {}", (measured(now.membership_auc),)
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,8 @@ class RetainLoss:
         before = measured(start.retain_nll)
         return before + self.rise * (before if self.relative else 1) - measured(now.retain_nll)
 
-    def describe(self, now: StopEvaluation, start: StopEvaluation) -> str:
-        return f"retain NLL {now.retain_nll:.3f}, before {start.retain_nll:.3f}"
+    def describe(self, now: StopEvaluation, start: StopEvaluation) -> Words:
+        return "retain NLL {}, before {}", (measured(now.retain_nll), measured(start.retain_nll))
 
 
 def measured(value: float | None) -> float:

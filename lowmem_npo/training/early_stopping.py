@@ -20,6 +20,7 @@ from transformers.trainer_utils import SaveStrategy
 from lowmem_npo.console import Say
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.evaluation.benchmarks.documents import membership
+from lowmem_npo.evaluation.figures import formatted, side_by_side
 from lowmem_npo.evaluation.scoring.likelihood import Likelihood, answer_likelihoods
 from lowmem_npo.files import complete, write_atomically
 from lowmem_npo.model import reference_mode
@@ -181,7 +182,8 @@ class Stopping(TrainerCallback):
         start = self.evaluations[0]
         times = f" {self.patience} times in a row" if self.patience > 1 else ""
         if ended_by:
-            why = " and ".join(f"{condition.text} ({condition.describe(last, start)})" for condition in ended_by)
+            known = {condition.text: condition.describe(last, start) for condition in ended_by}
+            why = " and ".join(f"{text} ({words.format(*side_by_side(of))})" for text, (words, of) in known.items())
             sentence = f"Stopped at step {last.step}: {why}{times and ',' + times}."
         else:
             conditions = " and ".join(condition.text for condition in self.conditions)
@@ -225,7 +227,7 @@ class Stopping(TrainerCallback):
             "retain NLL": now.retain_nll,
             "membership AUC": now.membership_auc,
         }
-        line = ", ".join(f"{name} {value:.3f}" for name, value in figures.items() if value is not None)
+        line = ", ".join(f"{name} {formatted(value)}" for name, value in figures.items() if value is not None)
         stage = f", stage {now.stage} of {len(self.folds)}" if now.stage else ""
         self.say(f"{f'step {now.step}{stage}' if now.step else 'before'}: {line}")
 

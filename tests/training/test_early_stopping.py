@@ -23,7 +23,7 @@ from lowmem_npo.config import DataConfig
 from lowmem_npo.console import silent
 from lowmem_npo.data import prepare
 from lowmem_npo.run_directory import AdapterFiles, RunFiles
-from lowmem_npo.stop_conditions import StopEvaluation
+from lowmem_npo.stop_conditions import StopEvaluation, parse_conditions
 from lowmem_npo.training.early_stopping import Stopping, read_evaluations
 from lowmem_npo.training.metrics import read_metrics
 
@@ -92,6 +92,17 @@ def test_it_stops_when_it_should_and_keeps_the_best(text, whole, taught_model, t
     assert result.stopping.sentence in json.loads(RunFiles(tmp_path / "run").report_json.read_text())["notes"]
     assert json.loads(RunFiles(tmp_path / "run").audit.read_text())["adapter"]["of_step"] == kept
     assert result.after["forget"].summary.nll == pytest.approx(result.stopping.kept.forget_nll, rel=1e-6)
+
+
+def test_why_it_stopped_is_told_in_figures_that_differ(tmp_path):
+    """A model that recites has NLLs of which three decimals show nothing."""
+    lines: list[str] = []
+    conditions = parse_conditions(["retain-loss+10%"])
+    stopping = Stopping(conditions, None, {}, tmp_path, say=lines.append)
+    start, now = (StopEvaluation(step, step / 10, 0.5, retain_nll=nll) for step, nll in ((0, 0.00031), (1, 0.00036)))
+    stopping._add(start)
+    assert lines == ["before: forget NLL 0.500, retain NLL 3.1e-04"]
+    assert "retain-loss+10% (retain NLL 3.6e-04, before 3.1e-04)" in stopping._sentence(now, now, conditions, True)
 
 
 def test_a_run_that_does_not_restore_is_noticed(whole, taught_model, tmp_path, monkeypatch):
