@@ -97,6 +97,35 @@ def test_the_forget_gradient_of_sam_is_the_neighbours(split, rows, tmp_path):
     assert logged["loss"] == pytest.approx(loss - loss_here + loss_there, rel=1e-4)
 
 
+@pytest.mark.parametrize("normalization", ["sequence", "token"])
+@pytest.mark.parametrize("passes", [{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+                                    {"joint_pass_tokens": 10**6}], ids=["split", "joint"])  # fmt: skip
+def test_what_is_logged_is_what_its_names_say(normalization, passes, rows, tmp_path):
+    """NLL and KL per answer token, and the mean log-ratio of an answer, from full logits."""
+    trainer = make_trainer(
+        tiny_model("olmo"), tmp_path, *rows, step_batch_size=4, normalization=normalization, **passes
+    )
+
+    @torch.no_grad()
+    def tables(row):  # of policy and original, and the answer's tokens
+        places = [t for t in range(1, len(row["labels"])) if row["labels"][t] != -100]
+        ids, at = torch.tensor([row["input_ids"]]), [t - 1 for t in places]
+        policy = trainer.model(input_ids=ids).logits[0, at].double().log_softmax(-1)
+        with trainer.model.disable_adapter():
+            original = trainer.model(input_ids=ids).logits[0, at].double().log_softmax(-1)
+        return policy, original, torch.tensor([row["labels"][t] for t in places])[:, None]
+
+    forget, retain = ([tables(row) for row in of_part] for of_part in rows)
+    nll = {name: -torch.cat([p.gather(1, ids) for p, _, ids in of_part]).mean().item()
+           for name, of_part in (("forget_nll", forget), ("retain_nll", retain))}  # fmt: skip
+    ratios = [(p.gather(1, ids) - q.gather(1, ids)).sum().item() for p, q, ids in forget]
+    kl = torch.cat([(p.exp() * (p - q)).sum(1) for p, q, _ in retain]).mean().item()
+    trainer.train()
+    expected = nll | {"forget_log_ratio": sum(ratios) / len(ratios), "retain_kl": kl}
+    logged = trainer.state.log_history[0]
+    assert {name: logged[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("term", ["forget", "retain", "kl"])
 def test_gradients_of_each_term_alone(term, rows, tmp_path):
     """Alone, so that a wrong small term cannot hide behind a large one: a near-zero NPO weight leaves the other two."""
