@@ -216,6 +216,17 @@ def test_micro_batches_do_not_change_the_gradient(objective, tmp_path):
             assert other[name] == pytest.approx(log[name], rel=1e-5)
 
 
+def test_what_is_clipped_is_the_gradient_of_the_whole_step(rows, tmp_path):
+    forget, retain = rows
+    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    trainer = make_trainer(tiny_model("olmo"), tmp_path, forget, retain, max_grad_norm=0.05, **split)
+    _, whole = dense_step(trainer, forget, retain)
+    norm = float(sum(g.square().sum() for g in whole.values()).sqrt())
+    clipped = {name: g * 0.05 / norm for name, g in whole.items()}
+    assert relative_error(step_gradients(trainer), clipped) < 2e-5
+    assert norm > 0.1 and trainer.state.log_history[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
 def test_a_mean_of_means_would_be_noticed(tmp_path, monkeypatch):
     """The Trainer's default, dividing by each micro-batch's own counts, fails the same comparison."""
     import lowmem_npo.training.trainer as module
