@@ -79,6 +79,19 @@ def test_what_has_nothing_beside_it_is_not_passed_over():
     assert worst_attack(attacked, results(extraction=written(0.03))).test == "extraction"
 
 
+def test_what_has_nothing_beside_it_has_the_highest_level_of_the_others():
+    attacked = {"first": written(0.43, 0.4), "second": written(0.04, 0.02), "third": written(0.41)}
+    worst = worst_attack(results(relearning=attacked))
+    assert worst.attack == "first" and worst.stands_out is False
+
+
+def test_a_gold_models_figure_of_another_kind_is_not_compared():
+    """Without a holdout whole answers are counted, and not how much of an answer is said."""
+    now, gold = results(sampling=said(0.6, 0.1, 0.45)), results(sampling=said(0.5, 0.0))
+    assert worst_attack(now, gold).figure == "ROUGE-L recall" and worst_attack(now, gold).gold is None
+    assert worst_attack(now, results(sampling=said(0.5, 0.0, 0.4))).gold == 0.5
+
+
 def test_a_gold_model_stands_beside_it_under_the_same_attack():
     gold = results(relearning={**RELEARNING, "20 steps, 20% shown, lr 0.001": written(0.25, 0.1)})
     relearned = {"relearning": RESULTS["relearning"]}
