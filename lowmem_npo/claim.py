@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_npo.console import Say
-from lowmem_npo.errors import UserError
+from lowmem_npo.endings import failure
+from lowmem_npo.errors import UserError, Vanished
 
 LOCK = "lowmem-npo.lock"  # in the directory: two names of one directory are one
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # of some network file systems
@@ -29,7 +30,8 @@ def claimed(directory: Path, say: Say = print) -> Iterator[None]:
     """Makes `directory`, if there is none, and holds it for this process alone. What was made and is still empty in the
     end is removed.
 
-    Raises UserError if another process holds it (with that one's id and start), or if it cannot be written.
+    Raises UserError if another process holds it (with that one's id and start), or if it cannot be written; and in the
+    place of what could not be written or read since then, Vanished if that is because the directory is gone.
     """
     made = [path for path in [directory, *directory.parents] if not path.exists()]
     try:
@@ -43,6 +45,10 @@ def claimed(directory: Path, say: Say = print) -> Iterator[None]:
     CLAIMED[place] = status
     try:
         yield
+    except Exception as error:
+        if failure(error) is None or _is_at(status, place):
+            raise
+        raise Vanished(place) from error
     finally:
         del CLAIMED[place]
         with suppress(OSError):
@@ -57,14 +63,15 @@ def claimed(directory: Path, say: Say = print) -> Iterator[None]:
 def make_directory(directory: Path) -> None:
     """Makes `directory` and those above it, where there are none, but for those that this process has claimed.
 
-    Raises OSError if it cannot be made, and if it is in a claimed directory that somebody has removed since, or moved.
+    Raises OSError if it cannot be made; Vanished if it is in a claimed directory that somebody has removed since, or
+    renamed.
     """
     directory = Path(os.path.realpath(directory))  # which goes into no loop of links
     around = [directory, *directory.parents]
     for place, status in CLAIMED.items():
         if place in around:
             if not _is_at(status, place):
-                raise OSError(f"'{place}' has been removed or renamed since the command began")
+                raise Vanished(place)
             around = around[: around.index(place)]
     for path in reversed(around):
         if path == directory or not path.exists():

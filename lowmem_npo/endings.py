@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lowmem_npo.errors import UserError
+from lowmem_npo.errors import UserError, Vanished
 
 MOST, MOST_OF_PATH = 200, 1000  # characters of an error's own text, and of a path in it
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # what ends a job on a shared machine
@@ -68,12 +68,15 @@ def going_on(first: Path, resume: bool) -> Callable[[], str]:
 
 @contextlib.contextmanager
 def ended_with(left: Callable[[], str]) -> Iterator[None]:
-    """Inside, an interruption and a failure of the machine say what is left, a clause."""
+    """Inside, an interruption and a failure of the machine say what is left, a clause; but for a directory that is
+    gone, whose content is not known."""
     try:
         yield
     except (KeyboardInterrupt, Interrupted) as error:
         number = error.number if isinstance(error, Interrupted) else signal.SIGINT
         raise Interrupted(number, left()) from None
+    except Vanished as error:
+        raise UserError(f"{error}.") from error
     except Exception as error:
         if (what := failure(error)) is None:
             raise

@@ -1,4 +1,4 @@
-"""The one exception whose message is meant for the user."""
+"""The exceptions whose message is meant for the user."""
 
 import re
 
@@ -17,3 +17,11 @@ class UserError(Exception):
     def __init__(self, message: str = "") -> None:
         line = BREAKS.sub(" ", message)
         super().__init__(re.sub(rf"\S{{{MOST},}}", lambda word: f"{word[0][:KEPT]}…{word[0][-KEPT:]}", line))
+
+
+class Vanished(OSError):
+    """A directory that a command writes into has been removed since it began, or renamed: what was written is where
+    that has gone."""
+
+    def __init__(self, place: object) -> None:
+        super().__init__(f"'{place}' has been removed or renamed since the command began")

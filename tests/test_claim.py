@@ -101,6 +101,33 @@ def test_a_directory_that_vanishes_is_not_made_again(tmp_path):
     assert (tmp_path / "out" / LOCK).read_text() == "of another"
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate", "merge"])
+def test_what_fails_in_a_directory_that_is_gone_says_so(command, byte_model, tmp_path, monkeypatch, capsys):
+    """Not that a file of it is missing, nor that nothing was written: its owner has moved it away."""
+    data, out = ["--limit", "2", "--device", "cpu", "--dtype", "float32"], tmp_path / "out"
+    train = ["train", "--model", str(byte_model), *data, "--eval-rows", "0", "--max-steps", "1"]
+    if command == "merge":
+        assert main([*train, "--output-dir", str(tmp_path / "run")]) == 0
+    module, at, arguments = {
+        "train": ("train.run", "_train", train),
+        "evaluate": ("evaluate.run", "measure", ["evaluate", "--model", str(byte_model), "--forget", "builtin", *data]),
+        "merge": ("merge.run", "merged_card", ["merge", "--adapter", str(tmp_path / "run")]),
+    }[command]
+
+    def moves_away(*_, **__):
+        place = tmp_path / ("out.partial" if command == "merge" else "out")
+        (place / "written").write_text("")
+        place.rename(tmp_path / "away")
+        (place / "next").write_text("")
+
+    monkeypatch.setattr(f"lowmem_npo.commands.{module}.{at}", moves_away)
+    assert main([*arguments, "--output-dir", str(out)]) == 2
+    place = f"{out}.partial" if command == "merge" else out
+    expected = f"lowmem-npo {command}: '{place}' has been removed or renamed since the command began.\n"
+    assert capsys.readouterr().err.endswith(expected)
+    assert (tmp_path / "away" / "written").exists() and not out.exists()
+
+
 def test_nor_by_the_trainer_it_is_made_of(tmp_path):
     rows = random_rows(4, seed=1), random_rows(4, seed=2)
     with claimed(tmp_path / "out"):

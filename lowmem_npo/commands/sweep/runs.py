@@ -65,7 +65,7 @@ def sweep(
     Raises:
         UserError: `root` holds other files, or runs with other settings; or no run succeeded.
     """
-    with claimed(root, say), ended_with(going_on(root / STATE, resume)):
+    with ended_with(going_on(root / STATE, resume)), claimed(root, say):
         return _sweep_claimed(runs, root, resume, say, teaching, evaluation)
 
 

@@ -70,7 +70,7 @@ def train(config: RunConfig, say: Say = print) -> RunResult | None:
     say = say if main_process else silent
     trains = output.preview is None and not output.dry_run
     left = partial(what_is_left, RunFiles(config.output_dir))
-    with claimed(config.output_dir, say) if main_process and trains else nullcontext(), ended_with(left):
+    with ended_with(left), claimed(config.output_dir, say) if main_process and trains else nullcontext():
         try:
             return _train_claimed(config, say)
         except NotFinite as error:
