@@ -59,6 +59,11 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def name_of(path: str | Path) -> str:
+    """The last part of a path, however it is spelled: of ".", that of the working directory."""
+    return Path(os.path.abspath(Path(path).expanduser())).name
+
+
 def file_in_the_way(path: Path) -> Path | None:
     """The file that stands where `path`, or a directory above it, would be, or a link to itself; None if it is or can
     be a directory."""

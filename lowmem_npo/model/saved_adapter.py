@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
@@ -134,7 +135,7 @@ def check_base(folder: str, model_name: str) -> None:
     base, given = resolve_name(_named_base(folder) or model_name)[0], resolve_name(model_name)[0]
     if _place(base) != _place(given):
         raise UserError(
-            f"The adapter in '{folder}' was trained on '{base}', not on '{given}': give --model {base}, "
+            f"The adapter in '{folder}' was trained on '{base}', not on '{given}': give --model {shlex.quote(base)}, "
             "or --any-base if both are the same weights."
         )
 

@@ -13,7 +13,7 @@ import lowmem_npo
 from lowmem_npo.data.reading import described
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answer_table import markdown_table
-from lowmem_npo.files import file_sha256
+from lowmem_npo.files import file_sha256, name_of
 from lowmem_npo.report.content import EVIDENCE, Content, read_content
 from lowmem_npo.report.page import audit_lines, model_name
 from lowmem_npo.report.plain_words import ASKED, ORIGINAL, RELATED
@@ -98,7 +98,7 @@ def merged_card(
         tags=[tag for tag in TAGS if tag != "lora"],
     )  # fmt: skip
     provenance = [
-        ("Base", code(Path(base).name if local else base)),
+        ("Base", code(name_of(base) if local else base)),
         ("Revision", code(revision or "the default")),
         ("Adapter, SHA-256", code(file_sha256(RunFiles(adapter).weights))),
         ("Weights", weights),

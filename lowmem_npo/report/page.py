@@ -19,6 +19,7 @@ from lowmem_npo.evaluation.answer_table import scope
 from lowmem_npo.evaluation.answers import AnswerSummary, part_of
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.figures import side_by_side
+from lowmem_npo.files import name_of
 from lowmem_npo.report.audit import seconds
 from lowmem_npo.report.content import EVIDENCE, Content
 from lowmem_npo.report.figures import ANSWERS
@@ -91,7 +92,7 @@ def audit_lines(audit: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None
         yield "Commit", "of the repository on the hub", model["commit"]
     yield "Weights", model["weights_fingerprint_is"], model["weights_fingerprint"]
     if continued := model.get("adapter"):
-        yield "Went on from", f"the adapter in {Path(continued['directory']).name}; SHA-256:", continued["sha256"]
+        yield "Went on from", f"the adapter in {name_of(continued['directory'])}; SHA-256:", continued["sha256"]
     if adapter:
         yield "Adapter", f"{adapter['file']}, {adapter['bytes']:,} bytes; SHA-256:", adapter["sha256"]
     for part, data in audit["data"].items():
@@ -132,7 +133,7 @@ def _predicted(value: float | None, form: str) -> str:
 def model_name(content: Content) -> str:
     """The base model's name, without the path where it is a local directory."""
     name = str(content.audit["model"]["loaded"] if content.audit else content.settings["model"])
-    return Path(name).name if Path(name).expanduser().is_dir() else name
+    return name_of(name) if Path(name).expanduser().is_dir() else name
 
 
 def shortened(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -110,7 +111,7 @@ def _demo(directory: Path, recipe: Recipe, seed: int, device: Device, say: Say) 
 
     run = directory / "unlearned"
     files = RunFiles(run)
-    say(f"\n3/4  The first model forgets, as with `lowmem-npo train --config {files.run_yaml}`.")
+    say(f"\n3/4  The first model forgets, as with `lowmem-npo train --config {shlex.quote(str(files.run_yaml))}`.")
     if files.run_yaml.is_file():
         shutil.rmtree(run)  # of an earlier demo; `train` refuses if anything else is there
     config = recipe.run(directory / "base", run, seed, device)

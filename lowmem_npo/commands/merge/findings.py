@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,15 +36,17 @@ class Finding(NamedTuple):
     file: Path
 
 
-def findings(adapter: str, base_weights: str) -> list[str]:
+def findings(adapter: str, base_weights: str, *, with_place: bool = True) -> list[str]:
     """A sentence per test that looks for forgotten text returning: what it found, or that it was not run and what runs
     it.
 
     Rounding can undo an update that is small beside the weights (Zhang et al. 2025, "Catastrophic failure of LLM
-    unlearning via quantization"), and fine-tuning one that only hides (Hu et al. 2024). base_weights: that the adapter
-    is merged into.
+    unlearning via quantization"), and fine-tuning one that only hides (Hu et al. 2024).
+
+    base_weights: that the adapter is merged into. with_place: whether they say where on this machine it is, which a
+    card that others read does not.
     """
-    return [*(_sentence(test, adapter, base_weights) for test in RETURNING), *_lasting(adapter)]
+    return [*(_sentence(test, adapter, base_weights, with_place) for test in RETURNING), *_lasting(adapter)]
 
 
 def _lasting(adapter: str) -> Iterator[str]:
@@ -72,15 +75,19 @@ def _runs(adapter: str) -> Iterator[dict[str, Any]]:
         folder = run.get("adapter")
 
 
-def _sentence(test: str, adapter: str, base_weights: str) -> str:
+def _sentence(test: str, adapter: str, base_weights: str, with_place: bool) -> str:
+    folder = Path(adapter).expanduser().resolve()
+    name = shlex.quote(adapter if with_place else folder.name)
     forget = "" if settings_of_run(adapter) else " --forget …"  # evaluate knows the rows of a run
-    how = f"`lowmem-npo evaluate --adapter {adapter}{forget} --leaks {test}` checks it"
+    how = f"`lowmem-npo evaluate --adapter {name}{forget} --leaks {test}` checks it"
     known = list(_known(test, adapter))
     current = [finding for finding in known if finding.current]
     if not known:
         return f"Not checked: whether forgotten text returns {RETURNING[test]}. {how}."
     if not current:
-        return f"Not checked: the {test} test in '{known[0].file}' is of another state of this adapter. {how}."
+        run, file = run_of_adapter(folder).path, known[0].file
+        shown = file if with_place else Path(run.name) / file.relative_to(run)
+        return f"Not checked: the {test} test in '{shown}' is of another state of this adapter. {how}."
     result = current[-1].result
     if not result.figures:
         return f"Not checked, {test} test: {result.meaning}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,12 +66,11 @@ def merge(config: MergeConfig, say: Say = print) -> Path:
             (partial / base).mkdir()
             _write(config, checkpoint, updates, partial / base, base)
         chosen = _measure(plan, partial)
-        known = findings(config.adapter, chosen)
+        known, published = (findings(config.adapter, chosen, with_place=place) for place in (True, False))
         kind = "as the base's" if dtype is None else config.dtype
         weights = f"{kind}, on the base's NF4 weights, dequantised" if chosen == DEQUANTIZED else kind
-        card = merged_card(
-            Path(config.adapter).expanduser(), name, revision, weights, _without_path(known, config), plan.measurements
-        )
+        adapter = Path(config.adapter).expanduser()
+        card = merged_card(adapter, name, revision, weights, published, plan.measurements)
         RunFiles(partial / chosen).model_card.write_text(card, encoding="utf-8")
         put_in_place(partial / chosen, out)
     changed = f"{len(updates)} of {sum(1 for _ in checkpoint.tensors())} weights"
@@ -163,9 +161,3 @@ def _measure(plan: Plan, partial: Path) -> str:
 
 def _not_compared(why: str) -> str:
     return f"Not measured, so merged into the whole weights, although it was trained on 4-bit ones: {why.rstrip('.')}."
-
-
-def _without_path(sentences: Sequence[str], config: MergeConfig) -> list[str]:
-    """For a card that others read: without the place of the adapter on this machine."""
-    folder = Path(config.adapter).expanduser().resolve()
-    return [text.replace(str(folder), folder.name).replace(config.adapter, folder.name) for text in sentences]

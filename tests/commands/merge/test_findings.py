@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 import torch
@@ -131,6 +132,30 @@ def test_a_checkpoint_of_a_run(adapter, tmp_path, capsys):
         assert main(["merge", "--adapter", str(adapter / f"checkpoint-{number}"), "--output-dir", str(out)]) == 0
     printed = [line for line in capsys.readouterr().out.splitlines() if "relearning" in line]
     assert printed[0].startswith("WARNING, relearning") and "is of another state" in printed[1]
+
+
+def test_the_adapter_is_named_as_a_shell_and_as_a_card_need_it(adapter, tmp_path, capsys, monkeypatch):
+    """A command can be copied, and the card holds a name in the place of the path, however that is spelled."""
+    adapter = adapter.rename(tmp_path / "my run")
+    write_run(adapter, {"relearning": FOUND})
+    write_adapter(tmp_path / "base", adapter / "checkpoint-3", seed=1)
+    for place, given, name in (
+        (tmp_path, "my run", "'my run'"),
+        (adapter, ".", "'my run'"),
+        (adapter, "checkpoint-3", "checkpoint-3"),
+    ):
+        monkeypatch.chdir(place)
+        out = tmp_path / f"merged-{given}"
+        assert main(["merge", "--adapter", given, "--output-dir", str(out)]) == 0
+        printed, card = capsys.readouterr().out, (out / "README.md").read_text()
+        assert f"evaluate --adapter {shlex.quote(given)} --forget … --leaks quantization`" in printed
+        assert f"rounded with the weights. `lowmem-npo evaluate --adapter {name} --forget … --leaks" in card
+        assert str(tmp_path) not in card
+    assert "in 'my run/leaks.json' is of another state" in card
+    monkeypatch.chdir(tmp_path / "base")
+    model = ["--model", ".", "--any-base"]
+    assert main(["merge", "--adapter", str(adapter), *model, "--output-dir", str(tmp_path / "out")]) == 0
+    assert "`base`" in (tmp_path / "out" / "README.md").read_text()
 
 
 LASTS = "made last is a property of these merged weights: publish them, and not the adapter"
