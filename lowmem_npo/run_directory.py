@@ -211,7 +211,7 @@ class RunDirectory(RunFiles):
         if self.run_yaml.exists():
             return
         if self.config.output.resume:
-            raise UserError(f"--resume: there is no run in '{self.path}' (no run.yaml); start it without --resume.")
+            raise no_run_to_resume(self.path)
         check_empty(self.path, self.run_yaml.name)
 
     def _check_resume(self) -> None:
@@ -233,6 +233,10 @@ class RunDirectory(RunFiles):
         if main_process:
             make_directory(self.path)
             write_atomically(self.run_yaml, self.config.to_yaml())
+
+
+def no_run_to_resume(directory: Path) -> UserError:
+    return UserError(f"--resume: there is no run in '{directory}' (no run.yaml); start it without --resume.")
 
 
 def check_empty(path: Path, first: str | None = None) -> None:

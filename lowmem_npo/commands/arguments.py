@@ -22,13 +22,13 @@ from lowmem_npo.commands.help_texts import flags_of, run_options, short_help
 from lowmem_npo.commands.spellings import ALIASES, SOURCES, canonical, join_sources
 from lowmem_npo.commands.trainer_options import check_flags, check_option, check_trainer_values, trainer_arguments
 from lowmem_npo.commands.wording import explained
-from lowmem_npo.config import SECTIONS, RunConfig
+from lowmem_npo.config import SECTIONS, OutputConfig, RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.registry import WHILE_TRAINING, leak_tests
 from lowmem_npo.ranges import check_values
 from lowmem_npo.recipes import OPTIONS as RECIPE_OPTIONS
 from lowmem_npo.recipes import RECIPES, value_in, with_recipe
-from lowmem_npo.run_directory import RunFiles
+from lowmem_npo.run_directory import RunFiles, no_run_to_resume
 from lowmem_npo.settings_file import read_settings
 from lowmem_npo.sources import (
     check_adapter_name,
@@ -139,14 +139,14 @@ def _settings_to_resume(flags: Sequence[str]) -> Path | None:
     """The settings of the run in --output-dir that --resume continues, where no flag says which model it trains.
 
     Raises:
-        UserError: they are damaged.
+        UserError: there is no run, or they are damaged.
     """
-    directories = [value for flag, value in pairwise(flags) if flag == "--output-dir"]
-    if "--resume" not in flags or not directories or {"--model", "--adapter", "-h", "--help", "--help-all"} & {*flags}:
+    if "--resume" not in flags or {"--model", "--adapter", "-h", "--help", "--help-all"} & {*flags}:
         return None
-    run = RunFiles(Path(directories[-1]))
+    given = [value for flag, value in pairwise(flags) if flag == "--output-dir"]
+    run = RunFiles(Path([OutputConfig.output_dir, *given][-1]))
     if not run.run_yaml.is_file():
-        return None
+        raise no_run_to_resume(run.path)
     run.began()  # says what to do where it is damaged
     return run.run_yaml
 

@@ -115,8 +115,8 @@ def test_run_yaml_is_accepted_back(lume_run, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("[1]")
     for arguments, command, message in (
         (["--resume", "--output-dir", str(tmp_path)], "train", "run.yaml' is damaged: write the run's options into it"),
-        (["--resume", "--output-dir", str(tmp_path / "none")], "train", "--model must be given"),
-        (["--resume"], "train", "--model must be given"),
+        (["--resume", "--output-dir", str(tmp_path / "none")], "train", f"there is no run in '{tmp_path / 'none'}'"),
+        (["--resume"], "train", "there is no run in 'lowmem-npo-output'"),
         (["--resume", "--output-dir", str(folder)], "estimate", "--model must be given"),  # its own run's
         (["--resume", "--output-dir", str(folder), "--output-dir"], "train", "--output-dir needs a value"),
     ):
