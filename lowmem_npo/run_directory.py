@@ -138,13 +138,17 @@ def from_here(run: RunFiles, settings: Mapping[str, Any], name: str) -> str:
     """`name`, a model, an adapter or data that the run named, as it is found from here.
 
     A relative path begins where the run was started. A relative --output-dir tells where that was, also when the whole
-    tree has been moved since. What is not there, such as a name on the hub, stays as it is.
+    tree has been moved since; one that begins with `..` tells what is above it. What is not there, such as a name on
+    the hub, stays as it is.
     """
-    output_dir, folder = Path(str(settings.get("output_dir", "."))), run.path.expanduser().resolve()
-    above = len(folder.parts) - len(output_dir.parts)
-    if output_dir.is_absolute() or folder.parts[above:] != output_dir.parts:
+    output_dir = Path(str(settings.get("output_dir", "."))).expanduser()
+    folder, here = run.path.expanduser().resolve(), Path(name).expanduser()
+    up = output_dir.parts[: output_dir.parts.count("..")]  # from where the run was started, to what both share
+    below = output_dir.parts[len(up) :]
+    above = len(folder.parts) - len(below)
+    if output_dir.is_absolute() or folder.parts[above:] != below:
         return name
-    here, there = Path(name).expanduser(), Path(*folder.parts[:above], Path(name).expanduser())
+    there = Path(*folder.parts[:above], *here.parts[len(up) :]) if here.parts[: len(up)] == up else here
     if os.path.exists(there):  # of many files, their names together are too long for a path
         return name if os.path.exists(here) and here.samefile(there) else str(there)
     parts = [part.strip() for part in name.split(",")]
@@ -171,7 +175,7 @@ class RunDirectory(RunFiles):
     def reference_dir(self) -> Path | None:
         """Where the reference is cached; None if it is live."""
         memory = self.config.memory
-        return None if memory.reference != "cached" else Path(memory.reference_dir or self.reference)
+        return None if memory.reference != "cached" else Path(memory.reference_dir or self.reference).expanduser()
 
     @property
     def is_trained(self) -> bool:
@@ -193,7 +197,7 @@ class RunDirectory(RunFiles):
             check_unclaimed(self.path)  # a run that is no dry one has claimed it
         self.check_place()
         reference = self.config.memory.reference_dir
-        if reference is not None and (file := file_in_the_way(Path(reference))):
+        if reference is not None and (file := file_in_the_way(Path(reference).expanduser())):
             raise UserError(f"--reference-dir '{reference}': '{file}' is a file: choose a directory.")
         if self.config.output.resume:
             return self._check_resume()

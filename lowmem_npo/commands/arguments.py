@@ -132,7 +132,7 @@ def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
     if at + 1 >= len(arguments):
         raise UserError("--config needs the path of a YAML file.")
     check_values({"config": arguments[at + 1]}, {"config": str})
-    return Path(arguments[at + 1]), arguments[:at] + arguments[at + 2 :]
+    return Path(arguments[at + 1]).expanduser(), arguments[:at] + arguments[at + 2 :]
 
 
 def _settings_to_resume(flags: Sequence[str]) -> Path | None:
@@ -144,7 +144,7 @@ def _settings_to_resume(flags: Sequence[str]) -> Path | None:
     if "--resume" not in flags or {"--model", "--adapter", "-h", "--help", "--help-all"} & {*flags}:
         return None
     given = [value for flag, value in pairwise(flags) if flag == "--output-dir"]
-    run = RunFiles(Path([OutputConfig.output_dir, *given][-1]))
+    run = RunFiles(Path([OutputConfig.output_dir, *given][-1]).expanduser())
     if not run.run_yaml.is_file():
         raise no_run_to_resume(run.path)
     run.began()  # says what to do where it is damaged

@@ -34,7 +34,7 @@ class Report(Checked):
 
 def main(arguments: Sequence[str]) -> None:
     options = Report(**vars(parse(with_help(Report), arguments, "report")))
-    run = Path(options.run)
+    run = Path(options.run).expanduser()
     check_is_run(run)
     if options.prove is not None:
         check_names(None, options.prove)

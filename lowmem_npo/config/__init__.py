@@ -116,7 +116,7 @@ class RunConfig:
 
     @property
     def output_dir(self) -> Path:
-        return Path(self.output.output_dir)
+        return Path(self.output.output_dir).expanduser()
 
     def flat(self) -> dict[str, Any]:
         """All settings under their flags' names; what differs per invocation only (resume, preview) left out."""

@@ -7,6 +7,7 @@ conversion's: it is loaded from the original (original_olmo.py).
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def resolve_name(name: str, revision: str | None = None) -> tuple[str, str | Non
     """The repository or directory to load for `name` at `revision`, and a line to print if it differs."""
     original = {repo.lower(): repo for repo in ORIGINAL_FORMAT_OLMO}.get(name.strip().rstrip("/").lower())
     if original is None or revision not in (None, "main"):
-        return name, None
+        return os.path.expanduser(name), None
     native = f"{original}-hf"
     return native, f"{name} is in OLMo's original format; using its native conversion {native}."
 

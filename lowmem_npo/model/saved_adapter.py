@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Collection
 from pathlib import Path
@@ -151,7 +152,7 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
         )
     check_stored_patterns(folder, model)
     try:
-        adapted = PeftModel.from_pretrained(model, folder)
+        adapted = PeftModel.from_pretrained(model, os.path.expanduser(folder))
     except (RuntimeError, ValueError) as error:  # other shapes; no layer of the adapter's names
         raise UserError(f"{misfit} ({' '.join(str(error).split())[:200]}).") from error
     adapted.active_peft_config.base_model_name_or_path = model.name_or_path  # PEFT would look for the named one

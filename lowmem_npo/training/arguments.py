@@ -32,7 +32,7 @@ def npo_config(config: RunConfig, kind: type[NPOConfig] = NPOConfig) -> NPOConfi
     process, reference = PartialState(cpu=on_cpu), RunDirectory(config).reference_dir
     settings = {
         **vars(config.objective),
-        "output_dir": config.output.output_dir,
+        "output_dir": str(config.output_dir),
         "per_device_train_batch_size": training.micro_batch_size or training.batch_size,
         "gradient_accumulation_steps": training.micro_batches(process.num_processes),
         "step_batch_size": training.batch_size,

@@ -57,6 +57,46 @@ def test_merge(second, tmp_path, monkeypatch, capsys):
     assert "merged into whole weights, then 4-bit" in printed and "What --sam made last is a property" in printed
 
 
+def test_a_tilde_is_the_home_directory(second, tmp_path, monkeypatch):
+    """A shell leaves it in --output-dir=~/run, and so does a settings file: no directory of that name is made."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    shutil.copytree(second.parents[1] / "model", tmp_path / "home" / "model")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home" / "run.yaml").write_text("model: ~/model\nreference_dir: ~/reference\nreference: cached\n")
+    run = ["train", "--limit", "4", *TRAINING, "--config=~/run.yaml", "--output-dir=~/runs/it"]
+    assert main(run) == 0
+    monkeypatch.chdir(tmp_path / "home")  # as a path that begins elsewhere
+    resumed = ["train", "--resume", "--max-steps", "2", "--output-dir=~/runs/it"]
+    sweep = ["sweep", "--limit", "4", *TRAINING, "--config=~/run.yaml", "--seeds", "1"]
+    assert main(resumed) == main(["report", "~/runs/it"]) == 0
+    assert main([*sweep, "--eval-rows", "1", "--output-dir=~/swept"]) == 0
+    assert main(["evaluate", "--adapter=~/runs/it", "--device", "cpu", "--limit", "1", "--leaks", "none"]) == 0
+    assert main(["merge", "--adapter=~/runs/it", "--output-dir=~/merged"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert {path.name for path in (tmp_path / "home").iterdir()} == {
+        "model",
+        "run.yaml",
+        "reference",
+        "runs",
+        "swept",
+        "merged",
+    }
+
+
+def test_beside_the_directory_that_a_run_was_started_in(second, tmp_path):
+    """--output-dir ../runs/second tells where that was but for its name, which ../model does not need."""
+    run, tree = RunFiles(second), second.parents[1]
+    for name, found in (
+        ("../model", str(tree / "model")),
+        ("../forget.jsonl,../more.jsonl", f"{tree / 'forget.jsonl'},{tree / 'more.jsonl'}"),
+        ("../../model", "../../model"),
+        ("model", "model"),
+    ):
+        assert from_here(run, {"output_dir": "../runs/second"}, name) == found
+    assert from_here(run, {"output_dir": "../../runs/second"}, "../model") == "../model"
+
+
 def test_what_cannot_be_told_stays(second, tmp_path, monkeypatch):
     run, settings = RunFiles(second), settings_of_run(str(second))
     assert settings["model"] == str(second.parents[1] / "model")

@@ -82,8 +82,9 @@ def run_demo(
     Raises:
         UserError: `output_dir` holds something else.
     """
-    with claimed(Path(output_dir), say):
-        return _demo(Path(output_dir), recipe or Recipe(), seed, device, say)
+    directory = Path(output_dir).expanduser()
+    with claimed(directory, say):
+        return _demo(directory, recipe or Recipe(), seed, device, say)
 
 
 def _demo(directory: Path, recipe: Recipe, seed: int, device: Device, say: Say) -> DemoResult:

@@ -118,7 +118,7 @@ def rows_of_run(config: MergeConfig, name: str, revision: str | None) -> RunRows
         for part, rows in sets.items()
         if rows is not None
     }
-    weights = RunFiles(Path(config.adapter)).weights
+    weights = RunFiles(Path(config.adapter).expanduser()).weights
     stages = {stage: figures_of_run(run, stage, weights) for stage in ("before", "after")}
     streams = settings.memory.stream_weights and can_stream_to(resolve_device(config.device))
     figures = stages["before"], stages["after"]

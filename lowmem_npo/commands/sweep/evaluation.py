@@ -218,7 +218,7 @@ def _benchmark_figures(name: str, benchmark: Benchmark, content: Any) -> dict[Co
 
 
 def _weights(adapter: str) -> Path:
-    return AdapterFiles(Path(adapter)).weights
+    return AdapterFiles(Path(adapter).expanduser()).weights
 
 
 def _leak_figures(test: LeakTest, result: LeakResult) -> dict[Column, float]:

@@ -171,7 +171,7 @@ def _placed(config: RunConfig, point: GridPoint, root: Path, seed: int) -> RunCo
     """`config` with its own directory and seed, and with a reference that it shares with all runs that can share it."""
     memory = config.memory
     if memory.reference != "live":
-        shared = Path(memory.reference_dir or RunFiles(root).reference)
+        shared = Path(memory.reference_dir or RunFiles(root).reference).expanduser()
         memory = replace(memory, reference_dir=str(shared / point.start.name if point.start.settings else shared))
     return replace(
         config,
