@@ -94,7 +94,7 @@ class TokenizedRows(Sequence[TokenizedRow]):
     def report(self, part: str) -> list[str]:
         """A line of counts, and one each if rows were truncated, brought special tokens or hold the text of some."""
         lines = [
-            f"{part}: {len(self)} rows, {self.num_tokens} tokens, {self.num_labels} of them labelled; "
+            f"{part}: {counted(len(self), 'row')}, {self.num_tokens} tokens, {self.num_labels} of them labelled; "
             f"the longest row has {self.longest}"
         ]
         if self.num_truncated:

@@ -54,8 +54,8 @@ def tokenize(
     tokens: "answer" labels the answer and EOS, "all" the prompt too (padding never).
     drop_too_long: leave out a row without room for any of its answer, unless that is all of them.
 
-    Raises UserError when a row has no room for any of its answer and is not left out, when the tokenizer has no EOS
-    token, or for a conversation when the tokenizer has no chat template.
+    Raises UserError when a row has no room for any of its answer and is not left out, for a text of a single token,
+    when the tokenizer has no EOS token, or for a conversation when the tokenizer has no chat template.
     """
     if tokens not in TOKENS:
         raise UserError(f"tokens is {tokens!r}; it must be one of {', '.join(TOKENS)}.")
@@ -68,6 +68,11 @@ def tokenize(
             prompt, answer = encoder.encode(example)
             bar.update()
             whole = prompt + answer
+            if not prompt and len(answer) <= 2 - example.continues:  # only its EOS would be learnt
+                raise UserError(
+                    f"{example.where} is a text of a single token, which nothing precedes that could predict it: "
+                    "lengthen it, give it a prompt, or remove the row."
+                )
             kept = whole[:max_length]
             first_label = max(len(prompt) if tokens == "answer" else 0, 1)
             # A text without prompt still needs one token that something precedes.

@@ -15,6 +15,7 @@ from lowmem_npo.evaluation.answers import AnswerSummary, part_of
 from lowmem_npo.evaluation.figures import Figure, finite, side_by_side
 from lowmem_npo.files import write_atomically
 from lowmem_npo.run_directory import RunFiles
+from lowmem_npo.sizes import counted
 
 Stages = Mapping[str, Mapping[str, AnswerSummary]]
 """Stage ("before", "after", "gold", ...) -> set ("forget", "retain") -> its summary. The first stage is the start."""
@@ -204,7 +205,7 @@ def _measured(sets: Mapping[str, AnswerSummary]) -> str:
         if part_of(name) != name:
             continue
         whole = share_of(name, summary.rows, summary.rows_in_set)
-        parts.append(f"{whole} ({summary.tokens:,} answer tokens)")
+        parts.append(f"{whole} ({counted(summary.tokens, 'answer token')})")
     if not all(summary.generated for summary in sets.values()):
         return " and ".join(parts)
     lengths = sorted({summary.max_new_tokens for summary in sets.values() if summary.max_new_tokens})

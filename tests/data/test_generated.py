@@ -201,6 +201,7 @@ def test_any_document(tmp_path, bpe_tokenizer, full):
         path.write_text("\n\n".join(paragraphs), encoding="utf-8")
         examples = outcome(path, bpe_tokenizer)
         if examples is None:
-            assert not any(part.strip() for part in paragraphs)
+            letters = "".join("".join(paragraphs).replace("-", "").split())  # a hyphen at the end of a line may go
+            assert len(bpe_tokenizer(letters).input_ids) <= 1  # a text of a single token holds nothing to learn
 
     check()

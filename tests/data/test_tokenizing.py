@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -135,6 +137,19 @@ def test_text_is_labelled_but_for_the_token_that_nothing_precedes(bpe_tokenizer,
         assert row["input_ids"] == [*tokenizer("She was born").input_ids, tokenizer.eos_token_id]
         assert row["labels"] == [IGNORE_INDEX, *row["input_ids"][1:]]
         assert row["prompt_length"] == 0
+
+
+def test_a_text_of_which_nothing_is_learnt_is_refused(bpe_tokenizer, llama_tokenizer):
+    """Its end alone would be: a run would say that the model recites it, or has forgotten it."""
+    word, more = (Example(None, text, "f.jsonl, line 2", "text") for text in ("a", "a a"))
+    assert tokenize([more], bpe_tokenizer).num_labels == 3
+    for text in (word, replace(word, continues=True)):
+        with pytest.raises(UserError, match="^f.jsonl, line 2 is a text of a single token"):
+            tokenize([more, text], bpe_tokenizer)
+    assert tokenize([word], llama_tokenizer).num_labels > 1  # after a BOS
+    assert tokenize([more], bpe_tokenizer).report("forget") == [
+        "forget: 1 row, 4 tokens, 3 of them labelled; the longest row has 4"
+    ]
 
 
 def test_truncation_takes_the_answers_tail_and_is_counted(bpe_tokenizer):
