@@ -39,6 +39,7 @@ from benchmarks.kernels_parts.peers import contenders
 from benchmarks.kernels_parts.tasks import TASKS, Floor, Task, errors, offers
 from benchmarks.kernels_parts.timing import take_turns, workspace
 from benchmarks.shared import record
+from benchmarks.shared.arguments import minutes
 from benchmarks.shared.record import reason
 
 ROWS = 512  # tokens whose errors are computed beside the times
@@ -193,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[128256, 50304, 151936])
     parser.add_argument("--hidden", type=int, nargs="+", default=[4096, 2048])
     parser.add_argument("--seconds", type=float, default=0.4, help="time spent on one contender at one task (0.4)")
-    parser.add_argument("--minutes", type=float, default=7.5, help="skip whatever is not measured by then (7.5)")
+    parser.add_argument("--minutes", type=minutes, default=7.5, help="skip whatever is not measured by then (7.5)")
     parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="contenders to leave out")
     parser.add_argument("--out", type=Path, help="the JSON file (default: benchmarks/results/<gpu>/...)")
     return parser

@@ -29,6 +29,7 @@ import torch
 
 from benchmarks.memory_parts.contenders import CONTENDERS, Contender, real_step, simulate
 from benchmarks.shared import record
+from benchmarks.shared.arguments import count, minutes
 from benchmarks.shared.random_model import SAVED, save_random_model
 from lowmem_npo.estimate.measured import measure, restart_peak
 from lowmem_npo.estimate.simulator.gpu import CAPABILITY
@@ -174,8 +175,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048], help="per row (512 2048)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="contenders whose name contains one of these")
     parser.add_argument("--cap", help="on a GPU: use at most this much memory, such as 24GiB, CUDA's own included")
-    parser.add_argument("--steps", type=int, default=3, help="on a GPU: measured steps (3)")
-    parser.add_argument("--minutes", type=float, default=8, help="on a GPU: skip whatever is not done by then (8)")
+    parser.add_argument("--steps", type=count, default=3, help="on a GPU: measured steps (3)")
+    parser.add_argument("--minutes", type=minutes, default=8, help="on a GPU: skip whatever is not done by then (8)")
     parser.add_argument("--weights", type=Path, help="on a GPU: folder of the random weights, written if missing, kept")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/simulated/memory.json, or the GPU's")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # the process of one contender on a GPU

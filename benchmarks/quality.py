@@ -41,6 +41,7 @@ from benchmarks.quality_parts.picture import draw_quality
 from benchmarks.quality_parts.real_rows import KINDS
 from benchmarks.quality_parts.table import summarise, table
 from benchmarks.shared import record
+from benchmarks.shared.arguments import count, minutes
 from lowmem_npo.errors import UserError
 from lowmem_npo.libraries import quiet_libraries
 
@@ -88,10 +89,10 @@ def _paper_rows(options: argparse.Namespace, work: Path) -> int:
 
 
 def _within(minutes: float | None, begin: float) -> Callable[[int], bool]:
-    """Whether there is time for another seed; says so if not."""
+    """Whether there is time for another seed, after the first; says so if not."""
 
     def goes_on(seed: int) -> bool:
-        over = minutes is not None and time.monotonic() - begin > 60 * minutes
+        over = bool(seed) and minutes is not None and time.monotonic() - begin > 60 * minutes
         if over:
             print(f"{minutes:g} minutes are over: {seed} seeds were measured")
         return not over
@@ -112,8 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data", type=Path, default=Path(data), help="with --real: the folder that holds lume/ and tofu/"
     )
-    parser.add_argument("--seeds", type=int, help="number of seeds; default 5, with --real 3, with --quick 2")
-    parser.add_argument("--minutes", type=float, help="begin no further piece (or seed) after this many minutes")
+    parser.add_argument("--seeds", type=count, help="number of seeds; default 5, with --real 3, with --quick 2")
+    parser.add_argument("--minutes", type=minutes, help="begin no further piece (or seed) after this many minutes")
     parser.add_argument(
         "--pieces", nargs="+", default=(), metavar="PATTERN", help="only pieces such as 'npo/*/answers'"
     )

@@ -35,6 +35,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback
 
 from benchmarks.shared import record
+from benchmarks.shared.arguments import count, minutes
 from benchmarks.shared.baselines import Baseline
 from benchmarks.shared.random_model import SAVED, save_random_model
 from benchmarks.shared.record import reason
@@ -244,8 +245,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", action="store_true", help="rows as long as real ones, beside the predicted seconds")
     parser.add_argument("--model", default="allenai/OLMo-7B-hf", help="a model whose configuration is bundled")
     parser.add_argument("--tokens", type=int, default=512, help="per row (512)")
-    parser.add_argument("--steps", type=int, default=8, help="measured steps of each configuration (8)")
-    parser.add_argument("--minutes", type=float, default=7, help="skip whatever is not begun by then (7)")
+    parser.add_argument("--steps", type=count, default=8, help="measured steps of each configuration (8)")
+    parser.add_argument("--minutes", type=minutes, default=7, help="skip whatever is not begun by then (7)")
     parser.add_argument("--models", type=Path, help="folder for the random model, kept; default: that of memory.py")
     parser.add_argument("--cpu", type=Path, metavar="DIR", help="a real model: measure side by side on the processor")
     parser.add_argument("--data", choices=FILES, default="lume", help="with --cpu: which rows (lume)")

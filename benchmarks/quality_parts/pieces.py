@@ -46,9 +46,12 @@ def make_pieces(
     setting: of all pieces, written beside them. summarise: what "results" becomes.
 
     Raises:
-        UserError: `path` holds pieces of another setting, or of a method with other flags.
+        UserError: `path` holds pieces of another setting, or of a method with other flags; a pattern names no piece.
     """
-    known, begin = known_pieces(path, setting), time.monotonic()
+    known, begin, pieces = known_pieces(path, setting), time.monotonic(), list(pieces)
+    for pattern in limits.only:
+        if not any(fnmatch(piece.name, pattern) for piece in pieces):
+            raise UserError(f"--pieces {pattern}: there is none of this name; --list names them.")
     for piece in pieces:
         if known.get(piece.name, {}).get("flags", piece.flags) != piece.flags:
             raise UserError(

@@ -68,6 +68,20 @@ def test_patterns_and_minutes_limit_a_call(tmp_path, capsys):
     assert len(made) == 2 and "goes on with a/seed-0/y" in capsys.readouterr().out
 
 
+def test_a_pattern_that_names_no_piece_is_a_mistake(tmp_path):
+    """Not a call that has made all there is to be made."""
+    with pytest.raises(UserError, match=r"--pieces \*/z: there is none"):
+        make_pieces(pieces_of([]), tmp_path / "q.json", "quality", {}, len_of, Limits(only=("*/x", "*/z")))
+    assert not (tmp_path / "q.json").exists()
+
+
+@pytest.mark.parametrize("option", [["--seeds", "0"], ["--minutes", "-1"], ["--minutes", "nan"]])
+def test_a_number_that_cannot_be_meant_is_refused(option, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        quality.main(["--quick", *option])
+    assert "is not" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("setting", "flags", "message"), [({"epochs": 3}, "", "setting"), ({}, "--sam 1", "--sam|without")]
 )
