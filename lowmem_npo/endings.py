@@ -102,5 +102,5 @@ def failure(error: BaseException) -> str | None:
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(t in text for t in UNALLOCATED)):
         return "the machine ran out of memory"
     if kind == "SafetensorError" or (isinstance(error, RuntimeError) and any(t in text for t in UNWRITTEN)):
-        return f"a file of weights could not be read or written ({text}): is the disk full?"
+        return f"a file of weights could not be read or written ({text}), perhaps because the disk is full"
     return None

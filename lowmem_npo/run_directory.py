@@ -248,6 +248,9 @@ def check_empty(path: Path, first: str | None = None) -> None:
 
     first: the file that is written before all others. A killed process may have left it half-written, with its lock.
     """
+    for above in (path, *path.parents):
+        if above.name == ".." and not above.parent.exists():
+            raise UserError(f"--output-dir '{path}' cannot be made: there is no '{above.parent}' to go up from.")
     if file := file_in_the_way(path):
         what = "" if file == path else f" cannot be made: '{file}'"
         raise UserError(f"--output-dir '{path}'{what} is a file: choose a directory.")

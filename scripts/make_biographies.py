@@ -8,6 +8,7 @@ cannot guess the answers: that makes forgetting measurable. The same seed always
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 from pathlib import Path
@@ -146,6 +147,7 @@ def generate() -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for part, text in generate().items():
         path = DIRECTORY / f"{part}.jsonl"
         path.write_text(text, encoding="utf-8", newline="\n")

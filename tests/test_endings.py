@@ -118,7 +118,7 @@ FAILURES = [
     (SafetensorError("I/O error: No space left"), "a file of weights could not be read or written (I/O error"),
     (
         RuntimeError("[enforce fail at inline_container.cc:603] . PytorchStreamWriter failed writing"),
-        "is the disk full?",
+        "perhaps because the disk is full; ",
     ),
     (MemoryError(), "the machine ran out of memory"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "the machine ran out of memory"),

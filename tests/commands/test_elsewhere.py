@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 from helpers.reported_run import FORGET, RETAIN, write_rows
 
 from lowmem_npo.cli import main
+from lowmem_npo.errors import UserError
 from lowmem_npo.model.saved_adapter import settings_of_run
-from lowmem_npo.run_directory import RunFiles, from_here
+from lowmem_npo.run_directory import RunFiles, check_empty, from_here
 
 TRAINING = ("--device", "cpu", "--dtype", "float32", "--batch-size", "2", "--max-steps", "1", "--eval-rows", "0")
 
@@ -95,6 +97,18 @@ def test_beside_the_directory_that_a_run_was_started_in(second, tmp_path):
     ):
         assert from_here(run, {"output_dir": "../runs/second"}, name) == found
     assert from_here(run, {"output_dir": "../../runs/second"}, "../model") == "../model"
+
+
+def test_what_is_not_there_cannot_be_gone_up_from(tmp_path, monkeypatch):
+    """It is no file that is in the way."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    check_empty(Path("there/../out"))
+    for place in ("none/../out", "none/.."):
+        with pytest.raises(
+            UserError, match=f"^--output-dir '{place}' cannot be made: there is no 'none' to go up from"
+        ):
+            check_empty(Path(place))
 
 
 def test_what_cannot_be_told_stays(second, tmp_path, monkeypatch):
