@@ -39,7 +39,7 @@ from benchmarks.kernels_parts.peers import contenders
 from benchmarks.kernels_parts.tasks import TASKS, Floor, Task, errors, offers
 from benchmarks.kernels_parts.timing import take_turns, workspace
 from benchmarks.shared import record
-from benchmarks.shared.arguments import minutes
+from benchmarks.shared.arguments import count, minutes
 from benchmarks.shared.record import reason
 
 ROWS = 512  # tokens whose errors are computed beside the times
@@ -190,9 +190,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="with --check: d 256, V 2000 instead of d 1024, V 16000;"
                         " with --layers: 512 tokens instead of 8192")  # fmt: skip
     parser.add_argument("--kl", type=float, nargs="+", default=[1e-6, 1e-4, 1e-2, 1.0], help="with --check: the levels")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 1024])
-    parser.add_argument("--vocabulary", type=int, nargs="+", default=[128256, 50304, 151936])
-    parser.add_argument("--hidden", type=int, nargs="+", default=[4096, 2048])
+    parser.add_argument("--tokens", type=count, nargs="+", default=[8192, 1024])
+    parser.add_argument("--vocabulary", type=count, nargs="+", default=[128256, 50304, 151936])
+    parser.add_argument("--hidden", type=count, nargs="+", default=[4096, 2048])
     parser.add_argument("--seconds", type=float, default=0.4, help="time spent on one contender at one task (0.4)")
     parser.add_argument("--minutes", type=minutes, default=7.5, help="skip whatever is not measured by then (7.5)")
     parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="contenders to leave out")

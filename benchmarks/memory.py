@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.memory_parts.contenders import CONTENDERS, Contender, real_step, simulate
 from benchmarks.shared import record
-from benchmarks.shared.arguments import count, minutes
+from benchmarks.shared.arguments import bundled_model, count, minutes
 from benchmarks.shared.random_model import SAVED, save_random_model
 from lowmem_npo.estimate.measured import measure, restart_peak
 from lowmem_npo.estimate.simulator.gpu import CAPABILITY
@@ -78,9 +78,8 @@ def _selected(contender: Contender, tokens: int, only: Sequence[str] | None) -> 
 
 
 def _simulated(contender: Contender, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
-    architecture = known_config(name := contender.model or options.model)
-    if architecture is None:
-        raise ValueError(f"no configuration of {name} is bundled")
+    architecture = known_config(contender.model or options.model)
+    assert architecture is not None, "only bundled ones are named"
     step = simulate(contender, architecture, tokens, tuple(options.capability))
     return {name: getattr(step, name) for name in ("peak_bytes", "needed_bytes", "by_kind", "host_bytes")}
 
@@ -171,8 +170,8 @@ def _line(entry: dict[str, Any]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="allenai/OLMo-7B-hf", help="a bundled configuration")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048], help="per row (512 2048)")
+    parser.add_argument("--model", type=bundled_model, default="allenai/OLMo-7B-hf", help="a bundled configuration")
+    parser.add_argument("--tokens", type=count, nargs="+", default=[512, 2048], help="per row (512 2048)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="contenders whose name contains one of these")
     parser.add_argument("--cap", help="on a GPU: use at most this much memory, such as 24GiB, CUDA's own included")
     parser.add_argument("--steps", type=count, default=3, help="on a GPU: measured steps (3)")

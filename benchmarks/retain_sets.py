@@ -53,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, required=True, help="directory of an instruct model")
     parser.add_argument("--real", help="a real retain set (question/answer): half of it trains, half measures")
     parser.add_argument("--steps", type=count, default=12, help="optimiser steps of each run")
-    parser.add_argument("--rows", type=int, default=48, help="rows that are measured of each set, and written by self")
+    parser.add_argument(
+        "--rows", type=count, default=48, help="rows that are measured of each set, and written by self"
+    )
     parser.add_argument("--minutes", type=minutes, help="begin no further piece after this many minutes")
     parser.add_argument("--work", type=Path, default=Path("retain-sets"), help="directory of the runs; resumed")
     parser.add_argument("--out", type=Path, help="the JSON file")

@@ -35,7 +35,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback
 
 from benchmarks.shared import record
-from benchmarks.shared.arguments import count, minutes
+from benchmarks.shared.arguments import bundled_or_small, count, minutes
 from benchmarks.shared.baselines import Baseline
 from benchmarks.shared.random_model import SAVED, save_random_model
 from benchmarks.shared.record import reason
@@ -243,8 +243,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small model, also without a GPU")
     parser.add_argument("--rows", action="store_true", help="rows as long as real ones, beside the predicted seconds")
-    parser.add_argument("--model", default="allenai/OLMo-7B-hf", help="a model whose configuration is bundled")
-    parser.add_argument("--tokens", type=int, default=512, help="per row (512)")
+    parser.add_argument(
+        "--model", type=bundled_or_small, default="allenai/OLMo-7B-hf", help="a model whose configuration is bundled"
+    )
+    parser.add_argument("--tokens", type=count, default=512, help="per row (512)")
     parser.add_argument("--steps", type=count, default=8, help="measured steps of each configuration (8)")
     parser.add_argument("--minutes", type=minutes, default=7, help="skip whatever is not begun by then (7)")
     parser.add_argument("--models", type=Path, help="folder for the random model, kept; default: that of memory.py")
@@ -252,7 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", choices=FILES, default="lume", help="with --cpu: which rows (lume)")
     parser.add_argument("--folder", type=Path, default=DATA, help="with --cpu: where LUME and TOFU are")
     parser.add_argument("--files", type=Path, nargs=2, help="with --cpu: other rows, to forget and to retain")
-    parser.add_argument("--threads", type=int, default=1, help="with --cpu: threads of a step (1)")
+    parser.add_argument("--threads", type=count, default=1, help="with --cpu: threads of a step (1)")
     parser.add_argument("--out", type=Path, help="the JSON file (default: benchmarks/results/<gpu>/speed.json)")
     return parser
 

@@ -27,7 +27,7 @@ import torch
 from transformers import PrinterCallback
 
 from benchmarks.shared import record
-from benchmarks.shared.arguments import count
+from benchmarks.shared.arguments import bundled_or_small, count
 from benchmarks.shared.random_model import SAVED, save_random_model
 from benchmarks.shared.record import reason
 from benchmarks.speed import random_rows
@@ -54,8 +54,8 @@ CONFIGURATIONS: dict[str, dict] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="allenai/OLMo-7B-hf", help="a bundled configuration")
-    parser.add_argument("--tokens", type=int, default=512, help="of each row")
+    parser.add_argument("--model", type=bundled_or_small, default="allenai/OLMo-7B-hf", help="a bundled configuration")
+    parser.add_argument("--tokens", type=count, default=512, help="of each row")
     parser.add_argument("--steps", type=count, default=3, help="measured ones")
     parser.add_argument("--apart", action="store_true", help="not forget and retain rows in one pass")
     parser.add_argument("--only", nargs="+", default=[], help="configurations whose name begins so")

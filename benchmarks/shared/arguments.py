@@ -1,8 +1,11 @@
-"""Numbers of a command line that can be meant."""
+"""Numbers and models of a command line that can be meant."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
+
+from lowmem_npo.model.known_configs import known_config, known_names
 
 
 def count(text: str) -> int:
@@ -17,3 +20,17 @@ def minutes(text: str) -> float:
     if not (number := float(text)) >= 0:
         raise argparse.ArgumentTypeError(f"{number:g} is not at least 0")
     return number
+
+
+def bundled_model(text: str) -> str:
+    """A model whose configuration is bundled."""
+    if known_config(text) is None:
+        near = difflib.get_close_matches(text, known_names(), n=1)
+        meant = f"; did you mean {near[0]}?" if near else f": {', '.join(known_names())}"
+        raise argparse.ArgumentTypeError(f"no configuration of {text} is bundled{meant}")
+    return text
+
+
+def bundled_or_small(text: str) -> str:
+    """The same, or "small", with which a benchmark is tried on a CPU."""
+    return text if text == "small" else bundled_model(text)
