@@ -18,6 +18,7 @@ from typing import Any
 from lowmem_npo.console import Say
 from lowmem_npo.endings import failure
 from lowmem_npo.errors import UserError, Vanished
+from lowmem_npo.files import missing_below
 
 LOCK = "lowmem-npo.lock"  # in the directory: two names of one directory are one
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # of some network file systems
@@ -30,8 +31,8 @@ def claimed(directory: Path, say: Say = print) -> Iterator[None]:
     """Makes `directory`, if there is none, and holds it for this process alone. What was made and is still empty in the
     end is removed.
 
-    Raises UserError if another process holds it (with that one's id and start), or if it cannot be written; and in the
-    place of what could not be written or read since then, Vanished if that is because the directory is gone.
+    Raises UserError if another process holds it (with that one's id and start), or if it cannot be written. A later
+    failure to read or write becomes Vanished if the directory is gone by then.
     """
     made = [path for path in [directory, *directory.parents] if not path.exists()]
     try:
@@ -66,6 +67,8 @@ def make_directory(directory: Path) -> None:
     Raises OSError if it cannot be made; Vanished if it is in a claimed directory that somebody has removed since, or
     renamed.
     """
+    if (missing := missing_below(directory)) is not None:
+        raise OSError(f"there is no '{missing}' to go up from")
     directory = Path(os.path.realpath(directory))  # which goes into no loop of links
     around = [directory, *directory.parents]
     for place, status in CLAIMED.items():
@@ -147,7 +150,7 @@ def _is_at(status: os.stat_result, path: Path) -> bool:
     """Whether the file of this status is the one at `path`."""
     try:
         return os.path.samestat(status, path.stat())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 

@@ -20,8 +20,8 @@ class UserError(Exception):
 
 
 class Vanished(OSError):
-    """A directory that a command writes into has been removed since it began, or renamed: what was written is where
-    that has gone."""
+    """A directory that a command writes into has been removed since it began, or renamed: what it held moved
+    with it."""
 
     def __init__(self, place: object) -> None:
         super().__init__(f"'{place}' has been removed or renamed since the command began")

@@ -59,9 +59,19 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def expanded(name: str | Path) -> Path:
+    """A path whose `~` is a home directory; it stays where nobody is known whose home that would be."""
+    return Path(os.path.expanduser(name))
+
+
 def name_of(path: str | Path) -> str:
     """The last part of a path, however it is spelled: of ".", that of the working directory."""
-    return Path(os.path.abspath(Path(path).expanduser())).name
+    return Path(os.path.abspath(expanded(path))).name
+
+
+def missing_below(path: Path) -> Path | None:
+    """The directory that a `..` of `path` goes up from, if it is not there."""
+    return next((up.parent for up in (path, *path.parents) if up.name == ".." and not up.parent.exists()), None)
 
 
 def file_in_the_way(path: Path) -> Path | None:

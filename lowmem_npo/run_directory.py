@@ -14,7 +14,7 @@ import yaml
 from lowmem_npo.claim import LOCK, check_unclaimed, make_directory
 from lowmem_npo.config import KEPT_CHECKPOINTS, DataConfig, MemoryConfig, ModelConfig, OutputConfig, RunConfig
 from lowmem_npo.errors import UserError
-from lowmem_npo.files import PARTIAL, file_in_the_way, free_bytes, write_atomically
+from lowmem_npo.files import PARTIAL, expanded, file_in_the_way, free_bytes, missing_below, write_atomically
 from lowmem_npo.ranges import check_values, field_types, on_or_off, shortened
 from lowmem_npo.settings_file import read_settings
 from lowmem_npo.sizes import amount
@@ -141,8 +141,8 @@ def from_here(run: RunFiles, settings: Mapping[str, Any], name: str) -> str:
     tree has been moved since; one that begins with `..` tells what is above it. What is not there, such as a name on
     the hub, stays as it is.
     """
-    output_dir = Path(str(settings.get("output_dir", "."))).expanduser()
-    folder, here = run.path.expanduser().resolve(), Path(name).expanduser()
+    output_dir = expanded(str(settings.get("output_dir", ".")))
+    folder, here = expanded(run.path).resolve(), expanded(name)
     up = output_dir.parts[: output_dir.parts.count("..")]  # from where the run was started, to what both share
     below = output_dir.parts[len(up) :]
     above = len(folder.parts) - len(below)
@@ -175,7 +175,7 @@ class RunDirectory(RunFiles):
     def reference_dir(self) -> Path | None:
         """Where the reference is cached; None if it is live."""
         memory = self.config.memory
-        return None if memory.reference != "cached" else Path(memory.reference_dir or self.reference).expanduser()
+        return None if memory.reference != "cached" else expanded(memory.reference_dir or self.reference)
 
     @property
     def is_trained(self) -> bool:
@@ -197,7 +197,7 @@ class RunDirectory(RunFiles):
             check_unclaimed(self.path)  # a run that is no dry one has claimed it
         self.check_place()
         reference = self.config.memory.reference_dir
-        if reference is not None and (file := file_in_the_way(Path(reference).expanduser())):
+        if reference is not None and (file := file_in_the_way(expanded(reference))):
             raise UserError(f"--reference-dir '{reference}': '{file}' is a file: choose a directory.")
         if self.config.output.resume:
             return self._check_resume()
@@ -248,9 +248,8 @@ def check_empty(path: Path, first: str | None = None) -> None:
 
     first: the file that is written before all others. A killed process may have left it half-written, with its lock.
     """
-    for above in (path, *path.parents):
-        if above.name == ".." and not above.parent.exists():
-            raise UserError(f"--output-dir '{path}' cannot be made: there is no '{above.parent}' to go up from.")
+    if (missing := missing_below(path)) is not None:
+        raise UserError(f"--output-dir '{path}' cannot be made: there is no '{missing}' to go up from.")
     if file := file_in_the_way(path):
         what = "" if file == path else f" cannot be made: '{file}'"
         raise UserError(f"--output-dir '{path}'{what} is a file: choose a directory.")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lowmem_npo.errors import UserError
-from lowmem_npo.files import load_json
+from lowmem_npo.files import expanded, load_json
 from lowmem_npo.libraries import hub_problem
 
 TEXT_KINDS = (".jsonl", ".json", ".csv", ".tsv")
@@ -41,7 +41,7 @@ def kind_of(path: Path) -> str:
 
 def data_names(source: str) -> list[str]:
     """`source`, or what it names with commas between them."""
-    if "," in source and not os.path.exists(Path(source).expanduser()):  # False for what is too long for a name, too
+    if "," in source and not os.path.exists(expanded(source)):  # False for what is too long for a name, too
         return [name for part in source.split(",") if (name := part.strip())]
     return [source]
 
@@ -53,7 +53,7 @@ def shown_names(names: Sequence[str], most: int = 5) -> str:
 
 def check_data_name(name: str) -> None:
     """Raises UserError for what is neither a file or folder here, nor a name on the hub, nor `BUILTIN` or `SELF`."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_file() or path.is_dir() or name in BUILTIN or SELF.fullmatch(name):
         return
     if path.exists():  # which cannot be read twice, or never ends
@@ -74,7 +74,7 @@ def check_model_name(name: str) -> bool:
     Raises:
         UserError: no such directory, or one without a model.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         config_file = path / "config.json"
         if not config_file.is_file():
@@ -105,14 +105,14 @@ def _instead(folder: Path) -> str:
 
 def check_file(flag: str, name: str | None) -> None:
     """Raises UserError unless the option `flag` is not given, or names a file."""
-    if name is not None and not Path(name).expanduser().is_file():
-        what = f"'{name}' is no file" if os.path.lexists(Path(name).expanduser()) else f"there is no file '{name}'"
+    if name is not None and not expanded(name).is_file():
+        what = f"'{name}' is no file" if os.path.lexists(expanded(name)) else f"there is no file '{name}'"
         raise UserError(f"{flag}: {what}.")
 
 
 def check_adapter_name(name: str) -> None:
     """Raises UserError for what is no directory."""
-    if not Path(name).expanduser().is_dir():
+    if not expanded(name).is_dir():
         raise UserError(f"There is no directory '{name}': --adapter is the output directory of a training run.")
 
 
@@ -128,12 +128,12 @@ def check_model_is_here(name: str, revision: str | None = None) -> None:
 
 def check_data_is_here(name: str) -> None:
     """The same of data."""
-    match = None if Path(name).expanduser().exists() or name in BUILTIN else HUB_NAME.fullmatch(name)
+    match = None if expanded(name).exists() or name in BUILTIN else HUB_NAME.fullmatch(name)
     if match is None:
         return
     from huggingface_hub import constants
 
-    datasets = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets")).expanduser()
+    datasets = expanded(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets"))
     prepared = any(datasets.glob(f"{match['repo'].partition('/')[0]}___*"))  # the rest is spelled otherwise there
     if not prepared and not _hub_cache("datasets", match["repo"]).exists() and hub_problem():
         raise UserError(data_not_here(name, match["repo"]))

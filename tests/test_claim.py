@@ -16,7 +16,7 @@ from helpers.tiny_models import tiny_model
 
 from lowmem_npo.claim import LOCK, check_unclaimed, claimed, make_directory, workspace
 from lowmem_npo.cli import main
-from lowmem_npo.errors import UserError
+from lowmem_npo.errors import UserError, Vanished
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLDS = """
@@ -126,6 +126,13 @@ def test_what_fails_in_a_directory_that_is_gone_says_so(command, byte_model, tmp
     expected = f"lowmem-npo {command}: '{place}' has been removed or renamed since the command began.\n"
     assert capsys.readouterr().err.endswith(expected)
     assert (tmp_path / "away" / "written").exists() and not out.exists()
+
+
+def test_a_file_in_the_place_of_a_directory_above_it(tmp_path):
+    with pytest.raises(Vanished), claimed(tmp_path / "runs" / "out"):
+        (tmp_path / "runs").rename(tmp_path / "away")
+        (tmp_path / "runs").write_text("")
+        (tmp_path / "runs" / "out" / "next").write_text("")
 
 
 def test_nor_by_the_trainer_it_is_made_of(tmp_path):

@@ -1,4 +1,4 @@
-"""Numbers and models of a command line that can be meant."""
+"""What the benchmarks' options accept."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def count(text: str) -> int:
 
 
 def minutes(text: str) -> float:
-    """At least 0, in which nothing more begins."""
+    """At least 0; nothing more begins after that many."""
     if not (number := float(text)) >= 0:
         raise argparse.ArgumentTypeError(f"{number:g} is not at least 0")
     return number

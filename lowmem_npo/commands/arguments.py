@@ -18,13 +18,14 @@ from typing import Any, get_origin, get_type_hints
 
 import tyro
 
-from lowmem_npo.commands.help_texts import flags_of, run_options, short_help
-from lowmem_npo.commands.spellings import ALIASES, SOURCES, canonical, join_sources
+from lowmem_npo.commands.help_texts import flags_of, optional_numbers, run_options, short_help
+from lowmem_npo.commands.spellings import ALIASES, SOURCES, canonical, join_sources, without_numbers
 from lowmem_npo.commands.trainer_options import check_flags, check_option, check_trainer_values, trainer_arguments
 from lowmem_npo.commands.wording import explained
 from lowmem_npo.config import SECTIONS, OutputConfig, RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.registry import WHILE_TRAINING, leak_tests
+from lowmem_npo.files import expanded
 from lowmem_npo.ranges import check_values
 from lowmem_npo.recipes import OPTIONS as RECIPE_OPTIONS
 from lowmem_npo.recipes import RECIPES, value_in, with_recipe
@@ -51,8 +52,10 @@ def parse_run(arguments: Sequence[str], command: str, more_flags: Sequence[str] 
     """
     typed = join_sources(canonical(arguments))
     path, typed = _take_config(typed)
-    if path is None and command == "train":
-        path = _settings_to_resume(typed)
+    resumed = _run_to_resume(typed) if path is None and command == "train" else None
+    if resumed is not None and resumed.run_yaml.is_file():
+        resumed.began()  # says what to do where it is damaged
+        path = resumed.run_yaml
     ours = [flag for section in SECTIONS.values() for flag in flags_of(section)] + [*more_flags]
     flags = (_flags_of_file(path, ours) if path else []) + typed
     if any(flag in flags for flag in ("-h", "--help")):
@@ -61,6 +64,8 @@ def parse_run(arguments: Sequence[str], command: str, more_flags: Sequence[str] 
     if "--help-all" in flags:
         flags = ["--help"]
     check_flags(flags, ours)
+    if resumed is not None and path is None:
+        raise no_run_to_resume(resumed.path)
     flags += _base_of_adapter(flags)
     parsed, unknown = parse(
         run_options(), flags, command, return_unknown_args=True, config=(tyro.conf.OmitArgPrefixes,)
@@ -79,10 +84,10 @@ def parse_run(arguments: Sequence[str], command: str, more_flags: Sequence[str] 
 
 def parse(kind: type, arguments: Sequence[str], command: str, **options: Any) -> Any:
     """What tyro makes of the command line; a mistake in it, which tyro explains in a box, is a UserError."""
-    messages = io.StringIO()
+    messages, arguments = io.StringIO(), without_numbers(arguments, optional_numbers(kind))
     try:
         with redirect_stderr(messages):
-            return tyro.cli(kind, args=list(arguments), prog=f"lowmem-npo {command}", **options)
+            return tyro.cli(kind, args=arguments, prog=f"lowmem-npo {command}", **options)
     except SystemExit as ended:
         if not ended.code:
             raise
@@ -132,23 +137,18 @@ def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
     if at + 1 >= len(arguments):
         raise UserError("--config needs the path of a YAML file.")
     check_values({"config": arguments[at + 1]}, {"config": str})
-    return Path(arguments[at + 1]).expanduser(), arguments[:at] + arguments[at + 2 :]
+    return expanded(arguments[at + 1]), arguments[:at] + arguments[at + 2 :]
 
 
-def _settings_to_resume(flags: Sequence[str]) -> Path | None:
-    """The settings of the run in --output-dir that --resume continues, where no flag says which model it trains.
-
-    Raises:
-        UserError: there is no run, or they are damaged.
-    """
+def _run_to_resume(flags: Sequence[str]) -> RunFiles | None:
+    """The run in --output-dir that --resume continues with its own settings, since no flag says which model it trains;
+    None where it is not asked for."""
     if "--resume" not in flags or {"--model", "--adapter", "-h", "--help", "--help-all"} & {*flags}:
         return None
-    given = [value for flag, value in pairwise(flags) if flag == "--output-dir"]
-    run = RunFiles(Path([OutputConfig.output_dir, *given][-1]).expanduser())
-    if not run.run_yaml.is_file():
-        raise no_run_to_resume(run.path)
-    run.began()  # says what to do where it is damaged
-    return run.run_yaml
+    given = [value for flag, value in pairwise([*flags, "--"]) if flag == "--output-dir"]
+    if any(value.startswith("--") for value in given):  # it lacks its value
+        return None
+    return RunFiles(expanded([OutputConfig.output_dir, *given][-1]))
 
 
 def _flags_of_file(path: Path, ours: Sequence[str]) -> list[str]:

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import tyro
@@ -17,7 +16,7 @@ from lowmem_npo.commands.help_texts import with_help
 from lowmem_npo.config import ModelConfig, ModelOptions, StreamOptions
 from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
-from lowmem_npo.files import read_at_most
+from lowmem_npo.files import expanded, read_at_most
 from lowmem_npo.libraries import quiet_libraries
 from lowmem_npo.ranges import Count, MaybeEmpty, PositiveOrZero, Seed
 
@@ -90,7 +89,7 @@ def ask(options: AskOptions, say: Say = print) -> None:
     """
     questions = _questions(options)
     check_inputs(options.model, revision=options.revision)
-    if not Path(options.run).expanduser().is_dir():
+    if not expanded(options.run).is_dir():
         check_inputs(options.run, revision=options.revision)
     quiet_libraries()
     note = (lambda line: print(line, file=sys.stderr)) if options.json else say  # stdout is for programs
@@ -213,7 +212,7 @@ def load(options: AskOptions, say: Say) -> Asked:
     from lowmem_npo.model.stop_tokens import stop_tokens
     from lowmem_npo.model.trial import check_architecture
 
-    folder, run = Path(options.run).expanduser(), dict[str, Any]()
+    folder, run = expanded(options.run), dict[str, Any]()
     is_adapter = folder.is_dir() and not (folder / "config.json").is_file()
     settings = {f.name: getattr(options, f.name) for f in fields(ModelOptions)}
     if is_adapter:
@@ -260,7 +259,7 @@ def _questions(options: AskOptions) -> list[str]:
     if options.file is None:
         questions = list(options.questions)
     else:
-        path = Path(options.file).expanduser()
+        path = expanded(options.file)
         try:
             content = read_at_most(path, MOST_BYTES)
             if len(content) > MOST_BYTES:

@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import combinations
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +18,7 @@ from lowmem_npo.commands.spellings import join_sources
 from lowmem_npo.config import DataConfig, DataOptions, ModelConfig, ModelOptions
 from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
+from lowmem_npo.files import expanded
 from lowmem_npo.libraries import quiet_libraries
 from lowmem_npo.ranges import MOST, Count, CountOrNone
 from lowmem_npo.sizes import counted
@@ -126,7 +126,7 @@ def inspect(options: DataCommand, say: Say = print) -> None:
         UserError: something the user can fix, in one sentence.
     """
     names = [name for source in options.sources.values() for name in data_names(source)]
-    if options.model or not all(Path(name).expanduser().exists() for name in names):
+    if options.model or not all(expanded(name).exists() for name in names):
         quiet_libraries()  # files are read without them, at once
     from lowmem_npo.data.passages import Passages
     from lowmem_npo.data.templates import Template

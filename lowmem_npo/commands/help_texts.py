@@ -137,6 +137,17 @@ def field_docstrings(config: type) -> dict[str, str]:
     return docstrings
 
 
+def optional_numbers(kind: Any) -> list[str]:
+    """The flags of those numbers that may be left out, of a dataclass and of its sections."""
+    flags: list[str] = []
+    for name, hint in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            flags += optional_numbers(hint)
+        elif {*get_args(hint)} in ({int, type(None)}, {float, type(None)}):
+            flags.append(f"--{name.replace('_', '-')}")
+    return flags
+
+
 def flags_of(kind: Any) -> list[str]:
     """The flags of a dataclass, and of its sections."""
     flags: list[str] = []

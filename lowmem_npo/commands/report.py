@@ -10,6 +10,7 @@ import tyro
 
 from lowmem_npo.commands.arguments import check_names, parse
 from lowmem_npo.commands.help_texts import with_help
+from lowmem_npo.files import expanded
 from lowmem_npo.libraries import quiet_libraries
 from lowmem_npo.ranges import Checked, CountOrNone
 from lowmem_npo.run_directory import RunFiles, check_is_run
@@ -34,7 +35,7 @@ class Report(Checked):
 
 def main(arguments: Sequence[str]) -> None:
     options = Report(**vars(parse(with_help(Report), arguments, "report")))
-    run = Path(options.run).expanduser()
+    run = expanded(options.run)
     check_is_run(run)
     if options.prove is not None:
         check_names(None, options.prove)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lowmem_npo.config import DataConfig
+from lowmem_npo.files import expanded
 from lowmem_npo.sources import TEXT_KINDS, data_names, kind_of
 
 SMALL = 2**20  # bytes
@@ -25,5 +24,5 @@ def check_small_tables(data: DataConfig) -> None:
 
 
 def _is_small_table(name: str) -> bool:
-    path = Path(name).expanduser()
+    path = expanded(name)
     return path.is_file() and kind_of(path) in TEXT_KINDS and path.stat().st_size <= SMALL

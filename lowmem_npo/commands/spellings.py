@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from functools import cache
-from typing import get_args, get_type_hints
+from collections.abc import Collection, Sequence
 
 from lowmem_npo.config import SECTIONS, TILE_ROWS
 
@@ -35,8 +33,8 @@ AUTOMATIC = ("--gradient-checkpointing", "--double-quant")  # auto, on or off; a
 
 
 def canonical(arguments: Sequence[str]) -> list[str]:
-    """--some_flag=x becomes --some-flag x, aliases become our names, `--qlora true` becomes --qlora, `--layered none`
-    --layered None, and a flag of `WITHOUT_VALUE` gets its value."""
+    """--some_flag=x becomes --some-flag x, aliases become our names, `--qlora true` becomes --qlora, and a flag of
+    `WITHOUT_VALUE` gets its value."""
     switches = {
         f.name.replace("_", "-") for s in SECTIONS.values() for f in dataclasses.fields(s) if f.type in (bool, "bool")
     }
@@ -57,20 +55,23 @@ def canonical(arguments: Sequence[str]) -> list[str]:
         if len(result) > 1 and result[-2][2:] in switches and result[-2].startswith("--") and last in TRUE + FALSE:
             switch = result[-2][2:]
             result[-2:] = [f"--{switch}" if last in TRUE else f"--no-{switch}"]
-        if len(result) > 1 and last in NONE and result[-2] in _optional_numbers():
-            result[-1] = "None"
     for at in range(len(result) - 1, -1, -1):
         if result[at] in WITHOUT_VALUE and (at + 1 == len(result) or result[at + 1].startswith("--")):
             result.insert(at + 1, WITHOUT_VALUE[result[at]])
     return result
 
 
-@cache
-def _optional_numbers() -> frozenset[str]:
-    """The flags of numbers that may be left out."""
-    hints = {name: hint for section in SECTIONS.values() for name, hint in get_type_hints(section).items()}
-    optional = (name for name, hint in hints.items() if {*get_args(hint)} in ({int, type(None)}, {float, type(None)}))
-    return frozenset(f"--{name.replace('_', '-')}" for name in optional)
+def without_numbers(arguments: Sequence[str], optional: Collection[str]) -> list[str]:
+    """`--layered none` becomes --layered None. optional: the flags of numbers that may be left out."""
+    result: list[str] = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if equals and flag in optional and value.lower() in NONE:
+            result.append(f"{flag}=None")
+        else:
+            left_out = result and result[-1] in optional and argument.lower() in NONE
+            result.append("None" if left_out else argument)
+    return result
 
 
 def join_sources(arguments: Sequence[str]) -> list[str]:

@@ -23,6 +23,7 @@ from lowmem_npo.config.output import AnswerOptions, OutputConfig
 from lowmem_npo.config.stopping import StoppingConfig
 from lowmem_npo.config.training import KEPT_CHECKPOINTS, Recipe, TrainingConfig
 from lowmem_npo.errors import UserError
+from lowmem_npo.files import expanded
 from lowmem_npo.sources import GENERAL_SET
 
 __all__ = [
@@ -116,7 +117,7 @@ class RunConfig:
 
     @property
     def output_dir(self) -> Path:
-        return Path(self.output.output_dir).expanduser()
+        return expanded(self.output.output_dir)
 
     def flat(self) -> dict[str, Any]:
         """All settings under their flags' names; what differs per invocation only (resume, preview) left out."""

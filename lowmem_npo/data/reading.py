@@ -25,6 +25,7 @@ from lowmem_npo.data.passages import Passages
 from lowmem_npo.data.rows import Rows, joined
 from lowmem_npo.data.tables import Reader, read_csv, read_json, table_in_text, undecodable
 from lowmem_npo.errors import UserError
+from lowmem_npo.files import expanded
 from lowmem_npo.libraries import hub_problem
 from lowmem_npo.sources import (
     BUILTIN,
@@ -82,7 +83,7 @@ def described(source: str) -> str:
 
 
 def _read_source(source: str, passages: Passages, columns: Collection[str]) -> Rows:
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         rows = _read_folder(source, path, passages, columns)
     elif path.is_file():

@@ -52,7 +52,8 @@ def tokenize(
         so the answer loses its tail and its EOS; the prompt is never cut, since evaluation would then ask something
         else.
     tokens: "answer" labels the answer and EOS, "all" the prompt too (padding never).
-    drop_too_long: leave out a row without room for any of its answer, unless that is all of them.
+    drop_too_long: leave out a row without room for any of its answer, unless that is all of them, and a text of a
+        single token.
 
     Raises UserError when a row has no room for any of its answer and is not left out, for a text of a single token,
     when the tokenizer has no EOS token, or for a conversation when the tokenizer has no chat template.
@@ -69,10 +70,9 @@ def tokenize(
             bar.update()
             whole = prompt + answer
             if not prompt and len(answer) <= 2 - example.continues:  # only its EOS would be learnt
-                raise UserError(
-                    f"{example.where} is a text of a single token, which nothing precedes that could predict it: "
-                    "lengthen it, give it a prompt, or remove the row."
-                )
+                if drop_too_long:
+                    continue
+                raise single_token(example.where)
             kept = whole[:max_length]
             first_label = max(len(prompt) if tokens == "answer" else 0, 1)
             # A text without prompt still needs one token that something precedes.
@@ -86,6 +86,13 @@ def tokenize(
     if too_long and not (drop_too_long and rows):
         _refuse(too_long, max_length)
     return TokenizedRows(rows, kept_examples, cut, max_length, encoder.repeated, encoder.literal)
+
+
+def single_token(where: str) -> UserError:
+    return UserError(
+        f"{where} is a text of a single token, which nothing precedes that could predict it: lengthen it, or remove "
+        "the row."
+    )
 
 
 class Encoder:

@@ -21,7 +21,7 @@ from lowmem_npo.evaluation.options import FREE
 from lowmem_npo.evaluation.result import Evaluation
 from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.settings import EvaluationConfig
-from lowmem_npo.files import file_sha256, load_json, write_atomically
+from lowmem_npo.files import expanded, file_sha256, load_json, write_atomically
 from lowmem_npo.records import check_record
 from lowmem_npo.run_directory import EvaluationFiles, check_empty
 
@@ -197,7 +197,7 @@ def _other_rows(earlier: Mapping[str, Any], digests: Mapping[str, str]) -> list[
 
 def settings_of(result: str) -> dict[str, Any] | None:
     """The settings of the evaluation.json at `result`, its digests among them; None where they cannot be read."""
-    settings = EvaluationFiles(Path(result).expanduser().parent).settings
+    settings = EvaluationFiles(expanded(result).parent).settings
     try:
         earlier = load_json(settings)
         check_record(earlier, SETTINGS, optional=SETTINGS)

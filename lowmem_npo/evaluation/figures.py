@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -47,7 +47,7 @@ def formatted(value: float | None, missing: str = "–", decimals: int = 3) -> s
 
 def side_by_side(values: Sequence[float | None], missing: str = "–", decimals: int = 3) -> list[str]:
     """Figures that are read beside each other: with more than `decimals` where others would print different ones alike,
-    one far from what it is, or one below 1 as 1, which of a share is all.
+    one far from what it is, or, where none is above 1, one below 1 as 1, which of a share is all.
 
     >>> side_by_side([0.008, 0.013], decimals=2)
     ['0.008', '0.013']
@@ -57,23 +57,29 @@ def side_by_side(values: Sequence[float | None], missing: str = "–", decimals:
 
 
 def shares(*values: float) -> list[str]:
-    """The same of numbers between 0 and 1, in per cent: 0% is none, 100% all."""
+    """The same of numbers between 0 and 1, in per cent: 0% is none and 100% all, as far as five digits show it."""
     return _apart([f"{{:.{decimals}%}}".format for decimals in range(4)], values)
 
 
 def _apart(ways: Sequence[Callable[[Any], str]], values: Sequence[float | None]) -> list[str]:
-    """`values`, written in the first way that keeps them apart; in the first if none does."""
+    """`values`, written in the first way that keeps them apart, and shares below 1 from 1 if one does; in the first if
+    none does."""
     different = {value for value in values if value is not None and math.isfinite(value)}
-    for write in ways:
-        texts = {value: write(value) for value in different}
-        if len(set(texts.values())) == len(different) and all(map(_close, texts, texts.values())):
-            return [write(value) for value in values]
-    return [ways[0](value) for value in values]
+    apart = [write for write in ways if _keeps_apart(write, different)]
+    whole = [write for write in apart if not any(value < 1 <= _number(write(value)) for value in different)]
+    best = (whole if max(different, default=0) <= 1 else [], apart, ways)
+    write = next(of[0] for of in best if of)
+    return [write(value) for value in values]
 
 
-def _close(value: float, text: str) -> bool:
-    number = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
-    return math.isclose(value, number, rel_tol=0.1) and not value < 1 <= number
+def _keeps_apart(write: Callable[[Any], str], different: Collection[float]) -> bool:
+    texts = {value: write(value) for value in different}
+    close = (math.isclose(value, _number(text), rel_tol=0.1) for value, text in texts.items())
+    return len(set(texts.values())) == len(different) and all(close)
+
+
+def _number(text: str) -> float:
+    return float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
 
 
 def aligned(header: Sequence[str], lines: Sequence[Sequence[str]], numeric: Sequence[str]) -> str:

@@ -21,12 +21,11 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from math import exp
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.evaluation.figures import at
-from lowmem_npo.files import load_json
+from lowmem_npo.files import expanded, load_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -149,7 +148,7 @@ def retained_min_k(path: str | None) -> float | None:
     if path is None:
         return None
     try:
-        content: Any = load_json(Path(path).expanduser())
+        content: Any = load_json(expanded(path))
     except (OSError, ValueError):  # TOFU's own check says what is wrong with it
         return None
     ours, theirs = at(content, "open_unlearning", "mia_min_k"), at(content, "mia_min_k", "agg_value")

@@ -17,6 +17,7 @@ from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS, BenchmarkOptio
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, NAMES, LeakOptions, leak_tests
 from lowmem_npo.evaluation.options import FREE, SET
 from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE
+from lowmem_npo.files import expanded
 from lowmem_npo.ranges import MOST, Count, Seed
 from lowmem_npo.run_directory import RunFiles, run_of_adapter
 
@@ -98,7 +99,7 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
             names = ("forget", "retain", *(["holdout"] if self.leaks else []))
             known |= {name: run.get(name) for name in names}
             if self_rows(known["retain"]) is not None and self.adapter is not None:
-                known["retain"] = str(run_of_adapter(Path(self.adapter).expanduser()).self_written)
+                known["retain"] = str(run_of_adapter(expanded(self.adapter)).self_written)
             known |= {name: getattr(self, name) or run.get(name) for name in ("prompt_column", "answer_column")}
             known["paraphrase_column"] = self.paraphrase_column or run.get("paraphrase_column")
         return replace(self, **known)
@@ -155,8 +156,8 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
     def path(self) -> Path:
         """Where the results go."""
         if self.output_dir is not None:
-            return Path(self.output_dir).expanduser()
-        return RunFiles(Path(self.adapter).expanduser()).evaluation.path if self.adapter else Path(DEFAULT_DIRECTORY)
+            return expanded(self.output_dir)
+        return RunFiles(expanded(self.adapter)).evaluation.path if self.adapter else Path(DEFAULT_DIRECTORY)
 
     def model_config(self, name: str) -> ModelConfig:
         """How the base model `name` is loaded."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from lowmem_npo.errors import UserError
-from lowmem_npo.files import load_json
+from lowmem_npo.files import expanded, load_json
 from lowmem_npo.model.original_olmo import Rows, is_original, is_original_tensor, native_config, native_tensors
 from lowmem_npo.sources import check_model_name
 
@@ -149,7 +149,7 @@ def find_checkpoint(name: str, revision: str | None = None, local: bool = False)
 
     Raises UserError if there are none, or they are quantised.
     """
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if not check_model_name(name):
         folder = _download(name, revision, ["*.safetensors", INDEX], local)
         if not any((folder / file).is_file() for file in (INDEX, WHOLE)):

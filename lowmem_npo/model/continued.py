@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from lowmem_npo.claim import make_directory
 from lowmem_npo.errors import UserError
+from lowmem_npo.files import expanded
 from lowmem_npo.model.saved_adapter import check_finite, check_stored_patterns, more_than_lora, stored_lora
 from lowmem_npo.run_directory import AdapterFiles
 
@@ -145,7 +146,7 @@ def continued(model: PreTrainedModel, folder: str, second: LoraConfig) -> Contin
             "(`lowmem-npo merge`), and train on the merged model without --adapter."
         )
     own = adapted.weights(FIRST)
-    file = AdapterFiles(Path(folder).expanduser()).weights
+    file = AdapterFiles(expanded(folder)).weights
     with safe_open(file, framework="pt") as stored:
         shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
     differing = [name for name, weight in own.items() if shapes.get(name) != tuple(weight.shape)]

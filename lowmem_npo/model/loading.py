@@ -26,6 +26,7 @@ from lowmem_npo.config import ModelConfig
 from lowmem_npo.console import Say, silent
 from lowmem_npo.endings import is_out_of_memory
 from lowmem_npo.errors import UserError
+from lowmem_npo.files import expanded
 from lowmem_npo.libraries import hub_problem
 from lowmem_npo.model.checkpoint import find_checkpoint
 from lowmem_npo.model.layer_by_layer import LayerLoaded, layer_by_layer
@@ -71,7 +72,7 @@ def load_config(config: ModelConfig, say: Say = silent) -> PretrainedConfig:
 
 def _architecture(name: str, revision: str | None) -> PretrainedConfig:
     _check_name(name)
-    if (Path(name).expanduser() / "adapter_config.json").is_file():
+    if (expanded(name) / "adapter_config.json").is_file():
         raise _holds_an_adapter(name)
     try:
         content, _ = PretrainedConfig.get_config_dict(name, revision=revision)
@@ -172,7 +173,7 @@ def local_cache_entry(config: ModelConfig, architecture: PretrainedConfig | None
     if architecture is not None:
         check_cached(architecture, stored_quantization(architecture))
     name, _ = resolve_name(config.model, config.revision)
-    if not Path(name).expanduser().is_dir():
+    if not expanded(name).is_dir():
         try:
             find_checkpoint(name, config.revision, local=True)
         except UserError:  # they are still to be downloaded, or some of them

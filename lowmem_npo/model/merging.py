@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from lowmem_npo.errors import UserError
-from lowmem_npo.files import free_bytes
+from lowmem_npo.files import expanded, free_bytes
 from lowmem_npo.model.adapters import adapted_weight, shared_layers
 from lowmem_npo.model.checkpoint import BESIDE_WEIGHTS, INDEX, OLD_INDEX, Checkpoint, Shard, read_json
 from lowmem_npo.model.saved_adapter import check_finite, check_stored_patterns, more_than_lora, stored_lora
@@ -155,7 +155,7 @@ def find_updates(adapter: str, checkpoint: Checkpoint) -> Updates:
                 "parts: use PEFT's merge_and_unload."
             )
         updates |= {tensor: Update(model, layer, names[id(weight)], part) for tensor, part in parts.items()}
-    file = AdapterFiles(Path(adapter).expanduser()).weights
+    file = AdapterFiles(expanded(adapter)).weights
     for parameter, weight in wholes.items():
         for tensor, part in stored_parts(parameter, weight):
             updates[tensor] = Replacement(model, file, f"base_model.model.{parameter}", parameter, part)
@@ -166,7 +166,7 @@ def _give_factors(
     adapted: PeftModel, adapter: str, checkpoint: Checkpoint, wholes: Mapping[str, Tensor], misfit: str
 ) -> None:
     """Puts the adapter's factors in place of those without data; checks that all of `wholes` are there."""
-    with safe_open(AdapterFiles(Path(adapter).expanduser()).weights, framework="pt") as file:
+    with safe_open(AdapterFiles(expanded(adapter)).weights, framework="pt") as file:
         stored = {name.removeprefix("base_model.model."): name for name in file.keys()}  # noqa: SIM118
         for parameter, like in wholes.items():
             if parameter not in stored:

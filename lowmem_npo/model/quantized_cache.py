@@ -27,7 +27,7 @@ from lowmem_npo.claim import workspace
 from lowmem_npo.console import Say, silent
 from lowmem_npo.environment import package_version
 from lowmem_npo.errors import UserError
-from lowmem_npo.files import PARTIAL, file_in_the_way, free_bytes, load_json, put_in_place
+from lowmem_npo.files import PARTIAL, expanded, file_in_the_way, free_bytes, load_json, put_in_place
 from lowmem_npo.model.checkpoint import INDEX, find_checkpoint
 from lowmem_npo.model.layers import decoder_layers
 from lowmem_npo.sizes import gib
@@ -92,7 +92,7 @@ class CacheEntry:
         Raises:
             UserError: it is a file.
         """
-        folder = Path(cache).expanduser()
+        folder = expanded(cache)
         if file := file_in_the_way(folder.absolute()):
             raise UserError(f"--quantized-cache '{cache}': '{file}' is a file: choose a directory.")
         return folder

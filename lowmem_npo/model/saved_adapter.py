@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Collection
-from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Interval
@@ -15,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
-from lowmem_npo.files import file_sha256, load_json
+from lowmem_npo.files import expanded, file_sha256, load_json
 from lowmem_npo.model.names import resolve_name
 from lowmem_npo.model.patterns import check_patterns
 from lowmem_npo.model.saved_modules import in_four_bits
@@ -88,7 +86,7 @@ def stored_lora(folder: str) -> LoraConfig:
     if kind != "LORA":
         raise UserError(f"The adapter in '{folder}' is {shown(kind)}, not LoRA: nothing else is supported here.")
     try:
-        return LoraConfig.from_pretrained(str(Path(folder).expanduser()))
+        return LoraConfig.from_pretrained(str(expanded(folder)))
     except (TypeError, ValueError) as error:  # fields that do not go together
         raise UserError(
             f"The configuration of the adapter in '{folder}' is not valid: {shortened(str(error))}"
@@ -122,7 +120,7 @@ def settings_of_run(folder: str) -> dict[str, Any]:
     """run.yaml of the run that left the adapter in `folder`, the run's directory or a checkpoint in it, what it names
     found from here; empty where there is none. Raises UserError where it is damaged: figures of rows that are written
     otherwise than in training would mislead."""
-    run = run_of_adapter(Path(folder).expanduser().resolve())
+    run = run_of_adapter(expanded(folder).resolve())
     if not run.run_yaml.is_file():
         return {}
     settings = run.settings()
@@ -152,12 +150,12 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
         )
     check_stored_patterns(folder, model)
     try:
-        adapted = PeftModel.from_pretrained(model, os.path.expanduser(folder))
+        adapted = PeftModel.from_pretrained(model, str(expanded(folder)))
     except (RuntimeError, ValueError) as error:  # other shapes; no layer of the adapter's names
         raise UserError(f"{misfit} ({' '.join(str(error).split())[:200]}).") from error
     adapted.active_peft_config.base_model_name_or_path = model.name_or_path  # PEFT would look for the named one
     own = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    with safe_open(AdapterFiles(Path(folder).expanduser()).weights, framework="pt") as file:
+    with safe_open(AdapterFiles(expanded(folder)).weights, framework="pt") as file:
         stored = set(file.keys())
     unmatched = own ^ stored - set(adapted.state_dict())  # PEFT stores an embedding with an adapter on it as well
     if unmatched:
@@ -168,7 +166,7 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
 def check_unchanged(folder: str, sha256: str) -> None:
     """Raises UserError unless the weights in `folder` have this hash: called when they are loaded, it tells whether it
     is theirs."""
-    if file_sha256(AdapterFiles(Path(folder).expanduser()).weights) != sha256:
+    if file_sha256(AdapterFiles(expanded(folder)).weights) != sha256:
         raise UserError(
             f"The adapter in '{folder}' has been replaced since the command began: wait until what writes it has "
             "ended, and start again."
@@ -177,7 +175,7 @@ def check_unchanged(folder: str, sha256: str) -> None:
 
 def check_finite(folder: str) -> None:
     """Raises UserError if a weight of the adapter in `folder` is no finite number."""
-    with safe_open(AdapterFiles(Path(folder).expanduser()).weights, framework="pt") as file:
+    with safe_open(AdapterFiles(expanded(folder)).weights, framework="pt") as file:
         names = list(file.keys())
         damaged = [name for name in names if not file.get_tensor(name).isfinite().all()]
     if damaged:
@@ -192,13 +190,13 @@ def _named_base(folder: str) -> str | None:
     base, run = _configuration(folder).get("base_model_name_or_path"), settings_of_run(folder)
     if not (isinstance(base, str) and base.strip()):
         return None
-    return from_here(run_of_adapter(Path(folder).expanduser().resolve()), run, base) if run else base
+    return from_here(run_of_adapter(expanded(folder).resolve()), run, base) if run else base
 
 
 def _configuration(folder: str) -> dict[str, Any]:
     """The content of adapter_config.json."""
     check_adapter_name(folder)
-    files = AdapterFiles(Path(folder).expanduser())
+    files = AdapterFiles(expanded(folder))
     for file in (files.adapter_config, files.weights):
         if not file.is_file():
             raise UserError(f"The directory '{folder}' holds no adapter: there is no {file.name} in it.")
@@ -211,5 +209,5 @@ def _configuration(folder: str) -> dict[str, Any]:
 
 
 def _place(name: str) -> str:
-    path = Path(name).expanduser()
+    path = expanded(name)
     return str(path.resolve()) if path.is_dir() else name.strip("/").lower()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from transformers.utils import logging
 
 from lowmem_npo.console import Say, silent
 from lowmem_npo.errors import UserError
+from lowmem_npo.files import expanded
 from lowmem_npo.model.checkpoint import Checkpoint, find_checkpoint, lists_tensors, weight_files
 from lowmem_npo.model.original_olmo import is_original
 from lowmem_npo.model.quantization import is_finite, statistics, stored_quantization
@@ -27,7 +27,7 @@ def check_directory_weights(name: str, architecture: PretrainedConfig, say: Say 
     read. What cannot be judged so is judged when the weights are loaded: those that are stored quantised, and a
     conversion that needs data.
     """
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if not (folder.is_dir() and lists_tensors(folder)) or stored_quantization(architecture):
         return
     stored = find_checkpoint(name).stored().items()
@@ -44,7 +44,7 @@ def check_directory_weights(name: str, architecture: PretrainedConfig, say: Say 
 
 def check_has_weights(name: str) -> None:
     """Raises UserError if `name` is a directory without weights, which is enough to estimate, but not to train."""
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_dir():
         weight_files(folder, name)
 
@@ -105,7 +105,7 @@ def original_weights(name: str, revision: str | None, architecture: PretrainedCo
     if architecture.model_type not in ("olmo", "llama") or stored_quantization(architecture):
         return None
     content, _ = PretrainedConfig.get_config_dict(name, revision=revision)
-    relabelled = content.get("model_type") == "olmo" and Path(name).expanduser().is_dir()
+    relabelled = content.get("model_type") == "olmo" and expanded(name).is_dir()
     checkpoint = find_checkpoint(name, revision) if relabelled or is_original(content) else None
     return checkpoint if checkpoint is not None and checkpoint.rows else None
 

@@ -29,7 +29,7 @@ from lowmem_npo.data import Example, PreparedData, TokenizedRows, bundled_rows, 
 from lowmem_npo.data.passages import Passages
 from lowmem_npo.environment import processors, versions
 from lowmem_npo.errors import UserError
-from lowmem_npo.files import file_sha256, load_json, write_atomically
+from lowmem_npo.files import expanded, file_sha256, load_json, write_atomically
 from lowmem_npo.model import resolve_name
 from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.names import commit_of
@@ -261,7 +261,7 @@ def _continued(config: RunConfig) -> dict[str, Any] | None:
     """The adapter that the run goes on from, as it is now."""
     if config.adapter.adapter is None:
         return None
-    files = AdapterFiles(Path(config.adapter.adapter).expanduser())
+    files = AdapterFiles(expanded(config.adapter.adapter))
     return {"directory": str(files.path), "sha256": file_sha256(files.weights)}
 
 
@@ -270,7 +270,7 @@ def _data_record(part: str, source: str | None, rows: TokenizedRows) -> dict[str
     if source is None:
         bundled = resources.files("lowmem_npo.data.bundled") / f"{part}.jsonl"
         return {**record, "source": bundled_rows(part, limit=1).name, "sha256": _sha256(bundled.read_bytes())}
-    path = Path(source).expanduser()
+    path = expanded(source)
     return {**record, "sha256": file_sha256(path) if os.path.isfile(path) else None}  # of a hub name, or several files
 
 

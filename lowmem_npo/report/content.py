@@ -24,7 +24,7 @@ from lowmem_npo.evaluation.gold import Gold
 from lowmem_npo.evaluation.leaks.contract import LeakResults, leak_results
 from lowmem_npo.evaluation.leaks.measure import read_leaks
 from lowmem_npo.evaluation.leaks.worst import WORST_ATTACK, WorstAttack, worst_attacks
-from lowmem_npo.files import file_sha256, load_json
+from lowmem_npo.files import expanded, file_sha256, load_json
 from lowmem_npo.ranges import shortened
 from lowmem_npo.records import check_record
 from lowmem_npo.report.audit import Audit, check_reported, read_audit
@@ -165,7 +165,7 @@ def _read_evaluation(files: RunFiles) -> dict[str, dict[str, Any]]:
         return {}  # the run was continued: these figures are of another adapter
     settings = load_json(evaluation.settings) if has_settings else {}
     before = settings.get("before")
-    earlier = Path(before).expanduser() if before else None
+    earlier = expanded(before) if before else None
     contents = {"before": _load_evaluation(earlier)} if earlier and earlier.is_file() else {}
     return {**contents, "after": _load_evaluation(evaluation.result)}
 

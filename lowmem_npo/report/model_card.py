@@ -13,7 +13,7 @@ import lowmem_npo
 from lowmem_npo.data.reading import described
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answer_table import markdown_table
-from lowmem_npo.files import file_sha256, name_of
+from lowmem_npo.files import expanded, file_sha256, name_of
 from lowmem_npo.report.content import EVIDENCE, Content, read_content
 from lowmem_npo.report.page import audit_lines, model_name
 from lowmem_npo.report.plain_words import ASKED, ORIGINAL, RELATED
@@ -47,7 +47,7 @@ def model_card(content: Content) -> str:
     recorded = audit["configuration"] if audit else {}
     used = settings | {name: value for name, value in recorded.items() if name in SHORTENED}
     base = audit["model"]["loaded"] if audit else settings["model"]
-    local = Path(base).expanduser().is_dir()
+    local = expanded(base).is_dir()
     data = ModelCardData(
         base_model=None if local else base, library_name="peft", pipeline_tag="text-generation", tags=list(TAGS)
     )
@@ -92,7 +92,7 @@ def merged_card(
         verdict = read_content(adapter).verdict
     except UserError:  # no run, or a damaged one
         verdict = None
-    local = Path(base).expanduser().is_dir()
+    local = expanded(base).is_dir()
     data = ModelCardData(
         base_model=None if local else base, library_name="transformers", pipeline_tag="text-generation",
         tags=[tag for tag in TAGS if tag != "lora"],

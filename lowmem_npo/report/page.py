@@ -19,7 +19,7 @@ from lowmem_npo.evaluation.answer_table import scope
 from lowmem_npo.evaluation.answers import AnswerSummary, part_of
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.figures import side_by_side
-from lowmem_npo.files import name_of
+from lowmem_npo.files import expanded, name_of
 from lowmem_npo.report.audit import seconds
 from lowmem_npo.report.content import EVIDENCE, Content
 from lowmem_npo.report.figures import ANSWERS
@@ -133,7 +133,7 @@ def _predicted(value: float | None, form: str) -> str:
 def model_name(content: Content) -> str:
     """The base model's name, without the path where it is a local directory."""
     name = str(content.audit["model"]["loaded"] if content.audit else content.settings["model"])
-    return name_of(name) if Path(name).expanduser().is_dir() else name
+    return name_of(name) if expanded(name).is_dir() else name
 
 
 def shortened(text: str) -> str:

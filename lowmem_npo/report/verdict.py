@@ -19,7 +19,7 @@ from lowmem_npo.evaluation.leaks.contract import MARGIN, LeakResults
 from lowmem_npo.evaluation.leaks.worst import worst_attacks
 
 KNOWN = 0.5  # ROUGE-L recall before; with less, and hardly an answer said, there was little to forget
-SAID, MOSTLY_SAID = 0.05, 0.5  # shares of answers: that may still appear, and that are said on the whole
+SAID, MOSTLY_SAID = 0.05, 0.5  # shares of answers: that may still appear, and of a set that is said on the whole
 REMAINS = 0.5  # of recall and probability
 UNTOUCHED = 0.9
 KEPT, DAMAGED = 0.95, 0.75  # of recall, and of probability
@@ -29,21 +29,22 @@ OVERDONE = 1.3  # times the NLL of a model that never saw the rows
 
 RULES = (
     f"“No longer says”: at most {SAID:.0%} of the measured forget answers appear in what the model says (or at most "
-    f"{SAID:.0%} more than from a model that never saw them), and both ROUGE-L recall and answer probability are "
-    f"at most half of what they were. “Still says”: recall is above {UNTOUCHED:.0%} of what it was, and so is either "
-    "the share of answers that appear or the probability. “In part”: anything between. “Hardly said”: before, ROUGE-L "
-    f"recall was below {KNOWN} and at most {SAID:.0%} of the answers appeared; what else the model knows was not "
-    "measured. “Recites” stands for “says” where all rows are texts that the model goes on with. Where the forget rows "
-    "are asked in several forms, the one counts in which the most is left. “Still says what it was to keep”: recall "
-    f"and probability on retain rows are at least {KEPT:.0%} of what they were; below {DAMAGED:.0%} of either, much is "
-    f"lost. “General questions as before”: the same of rows that nothing was trained on, with {GENERAL_KEPT:.0%} for "
-    f"recall; they stand for others, so a fall counts if it is over {BEYOND_CHANCE} times its standard error over the "
-    "rows, else, and of a single row, they are answered as before “as far as the rows can tell”. “Overdone”: no longer "
-    "said, and less likely "
-    f"than a uniform guess over the vocabulary, or their NLL is over {OVERDONE} times that of a model that never saw "
-    "them. “Worst attack”: what brings back most of all that the leak tests try, beyond what it gives for rows that "
-    f"the model never saw; a trace, if it is more than {MARGIN} above that, or above what it brings from a model that "
-    "never saw the forget rows."
+    f"{SAID:.0%} more than from a model that never saw them), and both ROUGE-L recall and answer probability are at "
+    f"most half of what they were. “Still says”: recall is above {UNTOUCHED:.0%} of what it was, and so is either the "
+    "share of answers that appear or the probability. “Still says as much as before”: the same, where under "
+    f"{MOSTLY_SAID:.0%} of the answers appeared before and appear now, or at most {SAID:.0%} now. “In part”: anything "
+    f"between. “Hardly said”: before, ROUGE-L recall was below {KNOWN} and at most {SAID:.0%} of the answers "
+    "appeared; what else the model knows was not measured. “Recites” stands for “says” where all rows are texts that "
+    "the model goes on with. Where the forget rows are asked in several forms, the one counts in which the most is "
+    f"left. “Still says what it was to keep”: recall and probability on retain rows are at least {KEPT:.0%} of what "
+    f"they were; below {DAMAGED:.0%} of either, much is lost. “General questions as before”: the same of rows that "
+    f"nothing was trained on, with {GENERAL_KEPT:.0%} for recall; they stand for others, so a fall counts if it is "
+    f"over {BEYOND_CHANCE} times its standard error over the rows, else, and of a single row, they are answered as "
+    "before “as far as the rows can tell”. “Overdone”: no longer said, and less likely than a uniform guess over the "
+    f"vocabulary, or their NLL is over {OVERDONE} times that of a model that never saw them. “Worst attack”: what "
+    "brings back most of all that the leak tests try, beyond what it gives for rows that the model never saw; a "
+    f"trace, if it is more than {MARGIN} above that, or above what it brings from a model that never saw the forget "
+    "rows."
 )
 
 FORGET_WORDS = {
@@ -229,7 +230,8 @@ def _forget_state(before: AnswerSummary, after: AnswerSummary, gold: AnswerSumma
     said = _remains(_said(before), _said(after)) if _said(before) > SAID else 0
     if recall <= UNTOUCHED or max(said, probability) <= UNTOUCHED:
         return "partly"
-    return "untouched" if _said(after) >= MOSTLY_SAID else "as much"
+    mostly = max(_said(before), _said(after)) >= MOSTLY_SAID
+    return "untouched" if mostly and _said(after) > SAID else "as much"
 
 
 def _forget_words(states: Mapping[str, str], worst: str, after: Mapping[str, AnswerSummary]) -> str:

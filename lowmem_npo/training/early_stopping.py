@@ -182,8 +182,8 @@ class Stopping(TrainerCallback):
         start = self.evaluations[0]
         times = f" {self.patience} times in a row" if self.patience > 1 else ""
         if ended_by:
-            known = {condition.text: condition.describe(last, start) for condition in ended_by}
-            why = " and ".join(f"{text} ({words.format(*side_by_side(of))})" for text, (words, of) in known.items())
+            known = [(condition.text, *condition.describe(last, start)) for condition in ended_by]
+            why = " and ".join(f"{text} ({words.format(*side_by_side(of))})" for text, words, of in known)
             sentence = f"Stopped at step {last.step}: {why}{times and ',' + times}."
         else:
             conditions = " and ".join(condition.text for condition in self.conditions)

@@ -32,6 +32,7 @@ from lowmem_npo.config import FORGET_TERMS, REFUSING_TERMS, AdapterConfig, Objec
 from lowmem_npo.console import Say
 from lowmem_npo.data.batching import Batch, ForgetRetain, Pick, RowBatch, collator
 from lowmem_npo.errors import UserError
+from lowmem_npo.files import expanded
 from lowmem_npo.forget_terms import Term, register
 from lowmem_npo.model import answer_hidden, attach_lora, check_causal, check_head, frozen_head, packs_rows
 from lowmem_npo.model.adapters import note_on_experts, restore_adapter
@@ -141,7 +142,7 @@ class NPOTrainer(Trainer):
         head = frozen_head(model)
         reference = LiveReference(model, head, objective)
         if args.reference_dir is not None:
-            directory = Path(args.reference_dir)
+            directory = expanded(args.reference_dir)
             names = rows.cache_names
             reference = CachedReference.open(reference, directory, rows.forget, rows.retain, processing_class, names)
         self.passes = Passes(model, head, objective, reference, adversary, 2 if rows.alternatives else 1)

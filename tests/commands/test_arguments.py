@@ -73,7 +73,7 @@ def test_spellings(typed, name, value):
     assert parse_run(typed, "train").flat()[name] == value
 
 
-@pytest.mark.parametrize("value", ["None", "none", "null", "off", "false"])
+@pytest.mark.parametrize("value", ["None", "none", "null", "off", "no", "false"])
 def test_a_number_is_left_out_in_any_of_these_words(value, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(f"layered: {value}\n")

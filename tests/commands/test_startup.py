@@ -51,6 +51,13 @@ MISTAKES = [
     (["estimate", "--model", "/nowhere/at/all"], "There is no directory"),
     (["estimate", "--model", "m", "--max-lenght", "3"], "did you mean --max-length?"),
     (["sweep", "--model", "~/nowhere"], "There is no directory"),
+    (["estimate", "--model", "~nobody/nowhere"], "There is no directory"),  # whose home is not known
+    (["train", "--model", "./nowhere", "--output-dir=~nobody/run"], "There is no directory './nowhere'"),
+    (["train", "--config=~nobody.yaml"], "cannot read '~nobody.yaml'"),
+    (["train", "--resume", "--output-dir=~nobody/run"], "there is no run in '~nobody/run'"),
+    (["report", "~nobody"], "There is no run in '~nobody'"),
+    (["data", "~nobody.csv"], "There is no file ~nobody.csv"),
+    (["demo", "--output-dir", "none/../run"], "cannot be written: there is no 'none' to go up from."),
     (["sweep", *TRAIN, "--grid", "gama=1"], "gama"),
     (["data", "nowhere.csv"], "There is no file nowhere.csv"),
     (["data", "builtin", "/dev/zero"], "/dev/zero is a pipe, a socket or a device"),

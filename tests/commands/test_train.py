@@ -119,6 +119,8 @@ def test_run_yaml_is_accepted_back(lume_run, tmp_path, capsys):
         (["--resume"], "train", "there is no run in 'lowmem-npo-output'"),
         (["--resume", "--output-dir", str(folder)], "estimate", "--model must be given"),  # its own run's
         (["--resume", "--output-dir", str(folder), "--output-dir"], "train", "--output-dir needs a value"),
+        (["--output-dir", "--resume"], "train", "--output-dir needs a value"),
+        (["--resume", "--no-such", "3"], "train", "There is no option --no-such"),
     ):
         with pytest.raises(UserError, match=message):
             parse_run(arguments, command)

@@ -146,6 +146,7 @@ def test_a_text_of_which_nothing_is_learnt_is_refused(bpe_tokenizer, llama_token
     for text in (word, replace(word, continues=True)):
         with pytest.raises(UserError, match="^f.jsonl, line 2 is a text of a single token"):
             tokenize([more, text], bpe_tokenizer)
+        assert len(tokenize([more, text], bpe_tokenizer, drop_too_long=True)) == 1  # of rows that nobody chose
     assert tokenize([word], llama_tokenizer).num_labels > 1  # after a BOS
     assert tokenize([more], bpe_tokenizer).report("forget") == [
         "forget: 1 row, 4 tokens, 3 of them labelled; the longest row has 4"

@@ -22,6 +22,8 @@ from lowmem_npo.evaluation.figures import Figure, finite, formatted, shares, sid
         ([math.nan, 0.5, math.inf], 3, ["nan", "0.500", "inf"]),
         ([0.996, 0.5], 2, ["0.996", "0.500"]),  # 1.00 would be all of them
         ([1.0, 1.004], 2, ["1.000", "1.004"]),
+        ([0.9996, 3.2], 3, ["1.000", "3.200"]),  # nats, of which 1 is not all
+        ([0.9999999, 0.5003, 0.5001], 3, ["1.0000", "0.5003", "0.5001"]),  # no digits would tell it from all
         ([0.0015, 12.0], 3, ["0.0015", "12.0000"]),  # 0.002 would be a third too much
     ],
 )

@@ -64,8 +64,10 @@ def stages(forget=GONE, retain=RECITED, before=RECITED, before_retain=RECITED, g
         (stages(summary(0.05, 0.48, 0.28), before=summary(0.1, 0.5, 0.3, 1.2)), "as much", "kept", "bad"),
         # A few answers said before and after are not what it was to forget.
         (stages(summary(0.08, 0.48, 0.28), before=summary(0.08, 0.5, 0.3, 1.2)), "as much", "kept", "bad"),
-        (stages(summary(0.49, 0.7, 0.5), before=summary(0.5, 0.7, 0.5, 0.7)), "as much", "kept", "bad"),
+        (stages(summary(0.49, 0.7, 0.5), before=summary(0.49, 0.7, 0.5, 0.7)), "as much", "kept", "bad"),
         (stages(summary(0.5, 0.7, 0.5), before=summary(0.5, 0.7, 0.5, 0.7)), "untouched", "kept", "bad"),
+        # Half as many as before are not as many as before.
+        (stages(summary(0.45, 0.9, 0.85), before=summary(0.9, 0.95, 0.9)), "untouched", "kept", "bad"),
         # What a model that never saw the rows says by chance does not count against this one.
         (stages(summary(0.1, 0.6, 0.1), gold=summary(0.06, 0.58, 0.1)), "forgotten", "kept", "good"),
         (stages(summary(0.1, 0.6, 0.1)), "partly", "kept", "mixed"),

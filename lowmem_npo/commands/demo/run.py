@@ -27,7 +27,7 @@ from lowmem_npo.data import PreparedData, Template, TokenizedRow, bundled_rows, 
 from lowmem_npo.evaluation.answer_table import save_table, stages_to_json, text_table
 from lowmem_npo.evaluation.answers import AnswerSummary, Evaluations, evaluate_answers, save_answers, summaries
 from lowmem_npo.evaluation.leaks.measure import measure_leaks, read_leaks, write_leaks
-from lowmem_npo.files import write_atomically
+from lowmem_npo.files import expanded, write_atomically
 from lowmem_npo.model.loading import resolve_device
 from lowmem_npo.report.files import write_report
 from lowmem_npo.report.picture import draw_picture
@@ -82,7 +82,7 @@ def run_demo(
     Raises:
         UserError: `output_dir` holds something else.
     """
-    directory = Path(output_dir).expanduser()
+    directory = expanded(output_dir)
     with claimed(directory, say):
         return _demo(directory, recipe or Recipe(), seed, device, say)
 

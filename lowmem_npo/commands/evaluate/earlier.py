@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lowmem_npo.errors import UserError
@@ -14,7 +13,7 @@ from lowmem_npo.evaluation.directory import as_json, incomparable_sets, other_op
 from lowmem_npo.evaluation.leaks.contract import leak_results
 from lowmem_npo.evaluation.leaks.registry import leak_tests
 from lowmem_npo.evaluation.settings import EvaluationConfig
-from lowmem_npo.files import load_json
+from lowmem_npo.files import expanded, load_json
 from lowmem_npo.ranges import shortened
 
 
@@ -51,7 +50,7 @@ def read_earlier(
 
 def _content(path: str) -> dict[str, Any]:
     try:
-        content = load_json(Path(path).expanduser())
+        content = load_json(expanded(path))
     except (OSError, ValueError) as error:
         raise UserError(f"--before: '{path}' cannot be read as an earlier evaluation.json.") from error
     if not isinstance(content, dict) or not {"rows", "leaks", "notes"} <= set(content):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import cast
 
 from lowmem_npo.evaluation.gold import Gold
@@ -11,6 +10,7 @@ from lowmem_npo.evaluation.leaks.contract import Subject
 from lowmem_npo.evaluation.leaks.membership import MembershipOptions
 from lowmem_npo.evaluation.open_unlearning import gradient_figure, reference_figure
 from lowmem_npo.evaluation.settings import EvaluationConfig
+from lowmem_npo.files import expanded
 from lowmem_npo.run_directory import EvaluationFiles
 
 
@@ -25,7 +25,7 @@ def further_membership(
     notes: list[str] = []
     if not subject.holdout:
         return figures, notes
-    if gold.log is not None and EvaluationFiles(Path(gold.log).expanduser().parent).rows.exists():
+    if gold.log is not None and EvaluationFiles(expanded(gold.log).parent).rows.exists():
         known = gold.losses()
         of_gold = {part: [known.get(part, {}).get(place) for place in of_set] for part, of_set in places.items()}
         if not gold.same_rows:

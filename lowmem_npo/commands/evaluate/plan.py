@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
@@ -30,6 +29,7 @@ from lowmem_npo.evaluation.leaks.registry import leak_tests
 from lowmem_npo.evaluation.leaks.retuning import RETUNING
 from lowmem_npo.evaluation.scoring.batching import at_once
 from lowmem_npo.evaluation.settings import EvaluationConfig
+from lowmem_npo.files import expanded
 from lowmem_npo.model import load_tokenizer, resolve_name
 from lowmem_npo.model.loading import load_config
 from lowmem_npo.model.notes import model_notes
@@ -244,5 +244,5 @@ def _digests(config: EvaluationConfig, sources: Mapping[str, Rows]) -> dict[str,
     """A hash of each set, and of the adapter."""
     digests = {part: digest(json.loads(json.dumps(rows.rows, default=str))) for part, rows in sources.items()}
     if config.adapter:
-        digests[THE_ADAPTER] = digest(AdapterFiles(Path(config.adapter).expanduser()).weights)
+        digests[THE_ADAPTER] = digest(AdapterFiles(expanded(config.adapter)).weights)
     return digests

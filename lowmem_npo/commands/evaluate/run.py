@@ -25,13 +25,14 @@ from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.benchmarks.tofu import TOFU
 from lowmem_npo.evaluation.directory import THE_ADAPTER, EvaluationDirectory
 from lowmem_npo.evaluation.fluency import fluency
-from lowmem_npo.evaluation.leaks.contract import NO_HOLDOUT, SavedModel, Subject, leak_results
+from lowmem_npo.evaluation.leaks.contract import NO_HOLDOUT, LeakTest, SavedModel, Subject, leak_results
 from lowmem_npo.evaluation.leaks.measure import repeated, run_leak_tests, time_of_tuning
 from lowmem_npo.evaluation.leaks.registry import leak_tests
 from lowmem_npo.evaluation.open_unlearning import muse_figures, tofu_figures, token_figures
 from lowmem_npo.evaluation.result import Evaluation
 from lowmem_npo.evaluation.scoring.scorer import Scorer
 from lowmem_npo.evaluation.settings import EvaluationConfig
+from lowmem_npo.files import expanded
 from lowmem_npo.memory.switches import load_base, stream_layers
 from lowmem_npo.model import check_causal, check_head
 from lowmem_npo.model.adapters import original_model
@@ -109,7 +110,7 @@ def measure(
     if leak_rows:
         rows = {part: selection.rows for part, selection in leak_rows.items()}
         tests = leak_tests(config.leaks)
-        subject = _subject(plan, directory.merged, scorer)
+        subject = _subject(plan, tests, directory.merged, scorer)
         for test in tests:
             test.prepare(subject)
         for line in time_of_tuning(tests, subject):
@@ -142,8 +143,8 @@ def measure(
     return result
 
 
-def _subject(plan: EvaluationPlan, merged: Path, scorer: Scorer) -> Subject:
-    """What the leak tests look at. merged: where the merged model lies meanwhile."""
+def _subject(plan: EvaluationPlan, tests: Sequence[LeakTest], merged: Path, scorer: Scorer) -> Subject:
+    """What `tests` look at. merged: where the merged model lies meanwhile."""
     config = plan.config
     streaming = StreamOptions(config.stream_weights, config.stream_from)
     return Subject(
@@ -158,14 +159,14 @@ def _subject(plan: EvaluationPlan, merged: Path, scorer: Scorer) -> Subject:
         retain=plan.attacker.retain,
         general=plan.attacker.general,
         wording=plan.attacker.wording,
-        repeated=repeated(leak_tests(config.leaks)),
+        repeated=repeated(tests),
     )
 
 
 def _headline(config: EvaluationConfig, result: Evaluation, context: Context) -> str:
     """The first sentence of the run's report, which these figures are part of; for any other model the same of these
     figures alone."""
-    run = RunFiles(Path(config.adapter).expanduser()) if config.adapter else None
+    run = RunFiles(expanded(config.adapter)) if config.adapter else None
     if run is not None and run.run_yaml.is_file() and config.path == run.evaluation.path:
         content = read_content(run.path)
         if content.stages:

@@ -14,7 +14,7 @@ from lowmem_npo.evaluation.leaks.contract import LeakResult
 from lowmem_npo.evaluation.leaks.measure import read_leaks
 from lowmem_npo.evaluation.leaks.quantization import MERGED, QUANTIZATION
 from lowmem_npo.evaluation.leaks.relearning import RELEARNING
-from lowmem_npo.files import file_sha256, load_json
+from lowmem_npo.files import expanded, file_sha256, load_json
 from lowmem_npo.model.saved_adapter import settings_of_run
 from lowmem_npo.report.audit import read_audit
 from lowmem_npo.run_directory import RunFiles, run_of_adapter
@@ -69,14 +69,14 @@ def _runs(adapter: str) -> Iterator[dict[str, Any]]:
     """The settings of the run that left `adapter`, and of those whose adapters it holds as well, the latest first."""
     folder: Any = adapter
     seen: set[Path] = set()  # a run may stand by now where the one that it went on from stood
-    while isinstance(folder, str) and (place := Path(folder).expanduser().resolve()) not in seen:
+    while isinstance(folder, str) and (place := expanded(folder).resolve()) not in seen:
         seen.add(place)
         yield (run := settings_of_run(folder))
         folder = run.get("adapter")
 
 
 def _sentence(test: str, adapter: str, base_weights: str, with_place: bool) -> str:
-    folder = Path(adapter).expanduser().resolve()
+    folder = expanded(adapter).resolve()
     name = shlex.quote(adapter if with_place else folder.name)
     forget = "" if settings_of_run(adapter) else " --forget …"  # evaluate knows the rows of a run
     how = f"`lowmem-npo evaluate --adapter {name}{forget} --leaks {test}` checks it"
@@ -89,8 +89,9 @@ def _sentence(test: str, adapter: str, base_weights: str, with_place: bool) -> s
         shown = file if with_place else Path(run.name) / file.relative_to(run)
         return f"Not checked: the {test} test in '{shown}' is of another state of this adapter. {how}."
     result = current[-1].result
+    meaning = result.meaning if with_place else result.meaning.replace(str(folder), folder.name)
     if not result.figures:
-        return f"Not checked, {test} test: {result.meaning}"
+        return f"Not checked, {test} test: {meaning}"
     if test == QUANTIZATION.name and MERGED not in result.figures:
         return f"Not checked: the {test} test measured no merged weights. {how}."
     if test == QUANTIZATION.name and base_weights == DEQUANTIZED:
@@ -98,12 +99,12 @@ def _sentence(test: str, adapter: str, base_weights: str, with_place: bool) -> s
             f"Not checked: the {test} test is of this adapter merged into whole weights, and these are dequantised "
             "ones. --quantize-check measures them."
         )
-    return f"{'WARNING' if result.leaks else 'Checked'}, {test} test: {result.verdict.words}. {result.meaning}"
+    return f"{'WARNING' if result.leaks else 'Checked'}, {test} test: {result.verdict.words}. {meaning}"
 
 
 def _known(test: str, adapter: str) -> Iterator[Finding]:
     """The results that the run and its evaluation have, where their files can be read; the evaluation's last."""
-    folder = Path(adapter).expanduser().resolve()
+    folder = expanded(adapter).resolve()
     weights, run = RunFiles(folder).weights, run_of_adapter(folder)
     try:
         audit = read_audit(run.path)

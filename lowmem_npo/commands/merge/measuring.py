@@ -26,7 +26,7 @@ from lowmem_npo.evaluation.leaks.extraction import EXTRACTION, extraction_figure
 from lowmem_npo.evaluation.leaks.measure import read_leaks
 from lowmem_npo.evaluation.scoring.batching import at_once
 from lowmem_npo.evaluation.scoring.token_scores import token_scores
-from lowmem_npo.files import file_sha256
+from lowmem_npo.files import expanded, file_sha256
 from lowmem_npo.memory.host_room import check_room
 from lowmem_npo.memory.streaming import can_stream_to
 from lowmem_npo.memory.switches import load_base, stream_layers
@@ -97,7 +97,7 @@ def rows_of_run(config: MergeConfig, name: str, revision: str | None) -> RunRows
 
     Raises UserError if there is no run, or its data cannot be read as it was.
     """
-    run = run_of_adapter(Path(config.adapter).expanduser().resolve())
+    run = run_of_adapter(expanded(config.adapter).resolve())
     if not run.run_yaml.is_file():
         raise UserError(f"there is no run.yaml in '{run.path}', which would name the rows to measure")
     flags = ["--config", str(run.run_yaml), "--model", name, "--device", config.device]
@@ -118,7 +118,7 @@ def rows_of_run(config: MergeConfig, name: str, revision: str | None) -> RunRows
         for part, rows in sets.items()
         if rows is not None
     }
-    weights = RunFiles(Path(config.adapter).expanduser()).weights
+    weights = RunFiles(expanded(config.adapter)).weights
     stages = {stage: figures_of_run(run, stage, weights) for stage in ("before", "after")}
     streams = settings.memory.stream_weights and can_stream_to(resolve_device(config.device))
     figures = stages["before"], stages["after"]
@@ -249,7 +249,7 @@ def figures_of_run(run: RunFiles, stage: str, weights: Path) -> RowFigures:
     try:
         if stage == "after":
             audit = read_audit(run.path)
-            if ((audit or {}).get("adapter") or {}).get("sha256") != file_sha256(weights.expanduser()):
+            if ((audit or {}).get("adapter") or {}).get("sha256") != file_sha256(expanded(weights)):
                 return RowFigures()
         sets: Any = summaries(read_answers(run.answers(stage)))
         leaks = read_leaks(run.leaks).get(stage, {})

@@ -24,7 +24,7 @@ from lowmem_npo.commands.merge.measuring import (
 from lowmem_npo.commands.merge.options import AUTO, DEQUANTIZED, WHOLE, MergeConfig
 from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
-from lowmem_npo.files import PARTIAL, put_in_place
+from lowmem_npo.files import PARTIAL, expanded, put_in_place
 from lowmem_npo.model.checkpoint import Checkpoint, find_checkpoint
 from lowmem_npo.model.dequantized import DequantizedBase
 from lowmem_npo.model.loading import DTYPES as COMPUTE_TYPES
@@ -44,7 +44,7 @@ def merge(config: MergeConfig, say: Say = print) -> Path:
         UserError: something the user can fix, in one sentence.
     """
     name, revision = resolve_base(config.adapter, config.model, config.revision, config.any_base, say)
-    out = Path(os.path.realpath(Path(config.output_dir).expanduser()))  # the merged model is not renamed onto a link
+    out = Path(os.path.realpath(expanded(config.output_dir)))  # the merged model is not renamed onto a link
     partial = out.with_name(out.name + PARTIAL)  # until it is complete
     if partial.exists():
         with workspace(partial, say):  # removes what a killed merge has left, be it of one that was complete
@@ -69,7 +69,7 @@ def merge(config: MergeConfig, say: Say = print) -> Path:
         known, published = (findings(config.adapter, chosen, with_place=place) for place in (True, False))
         kind = "as the base's" if dtype is None else config.dtype
         weights = f"{kind}, on the base's NF4 weights, dequantised" if chosen == DEQUANTIZED else kind
-        adapter = Path(config.adapter).expanduser()
+        adapter = expanded(config.adapter)
         card = merged_card(adapter, name, revision, weights, published, plan.measurements)
         RunFiles(partial / chosen).model_card.write_text(card, encoding="utf-8")
         put_in_place(partial / chosen, out)

@@ -30,7 +30,7 @@ from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, LeakOptions, leak_t
 from lowmem_npo.evaluation.leaks.registry import NAMES as LEAK_NAMES
 from lowmem_npo.evaluation.leaks.worst import WORST_ATTACK
 from lowmem_npo.evaluation.settings import EvaluationConfig, EvaluationOptions
-from lowmem_npo.files import load_json
+from lowmem_npo.files import expanded, load_json
 from lowmem_npo.records import check_record
 from lowmem_npo.run_directory import AdapterFiles, EvaluationFiles, RunFiles
 from lowmem_npo.sources import check_file
@@ -218,7 +218,7 @@ def _benchmark_figures(name: str, benchmark: Benchmark, content: Any) -> dict[Co
 
 
 def _weights(adapter: str) -> Path:
-    return AdapterFiles(Path(adapter).expanduser()).weights
+    return AdapterFiles(expanded(adapter)).weights
 
 
 def _leak_figures(test: LeakTest, result: LeakResult) -> dict[Column, float]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lowmem_npo.config import DataConfig, ModelConfig, RunConfig
 from lowmem_npo.errors import UserError
+from lowmem_npo.files import expanded
 from lowmem_npo.run_directory import RunFiles
 
 # Options that a sweep sets itself, or that concern one invocation.
@@ -171,7 +172,7 @@ def _placed(config: RunConfig, point: GridPoint, root: Path, seed: int) -> RunCo
     """`config` with its own directory and seed, and with a reference that it shares with all runs that can share it."""
     memory = config.memory
     if memory.reference != "live":
-        shared = Path(memory.reference_dir or RunFiles(root).reference).expanduser()
+        shared = expanded(memory.reference_dir or RunFiles(root).reference)
         memory = replace(memory, reference_dir=str(shared / point.start.name if point.start.settings else shared))
     return replace(
         config,

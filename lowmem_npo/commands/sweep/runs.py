@@ -26,7 +26,7 @@ from lowmem_npo.commands.train.run import unlearn
 from lowmem_npo.config import REFUSING_TERMS, DataConfig, ModelConfig, RunConfig, may_prefer
 from lowmem_npo.console import Say, silent
 from lowmem_npo.endings import ended_with, going_on
-from lowmem_npo.errors import UserError
+from lowmem_npo.errors import UserError, Vanished
 from lowmem_npo.evaluation.answers import read_answers, save_answers, summaries
 from lowmem_npo.evaluation.leaks.registry import leak_tests
 from lowmem_npo.evaluation.settings import EvaluationConfig
@@ -109,7 +109,7 @@ def _sweep_claimed(
             _report_again(run, root)
             state.clear_error(run)
         except Exception as error:  # no error of one run must end the others
-            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            reason = str(error) if isinstance(error, UserError | Vanished) else f"{type(error).__name__}: {error}"
             reason = " ".join(reason.split())
             state.record(run, error=reason)
             say(f"    failed: {reason}")

@@ -28,7 +28,7 @@ from lowmem_npo.data.tokenizing import Encoder
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.scoring.batching import at_once
 from lowmem_npo.evaluation.scoring.generation import Prompt, sampled_answers, text_of
-from lowmem_npo.files import write_atomically
+from lowmem_npo.files import expanded, write_atomically
 from lowmem_npo.model import resolve_name
 from lowmem_npo.model.names import commit_of
 from lowmem_npo.run_directory import RunDirectory
@@ -209,7 +209,7 @@ def _write(path: Path, lines: Sequence[dict[str, Any]], option: str, private: bo
 
 def _stamp(name: str) -> list[Any]:
     """A hub name, or a directory with what tells that its weights have changed."""
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     files = sorted(file for pattern in WEIGHTS for file in folder.glob(pattern)) if folder.is_dir() else []
     stats = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
     return [str(folder.resolve()) if folder.is_dir() else name, stats]

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.data import Encoder, Rows, Template, TokenizedRow, to_examples
+from lowmem_npo.data.tokenizing import single_token
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measured, Selection
 from lowmem_npo.evaluation.figures import Figure, at
@@ -127,7 +128,7 @@ def documents(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[TokenizedR
             text = "".join(Template("{prompt}").render(example))
         ids = encoder.text_ids(text)
         if len(ids) < 2:
-            raise UserError(f"{example.where} is a document of one token, which has no loss; remove the row.")
+            raise single_token(example.where)
         tokenized.append(TokenizedRow(input_ids=ids, labels=ids, prompt_length=0))
     return tokenized
 

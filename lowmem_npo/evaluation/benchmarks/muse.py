@@ -21,6 +21,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
 
 from lowmem_npo.data import Encoder, Rows, TokenizedRow, read_rows, to_examples
+from lowmem_npo.data.tokenizing import single_token
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measured, Selection
 from lowmem_npo.evaluation.figures import Figure, at
@@ -114,9 +115,7 @@ class Muse(Benchmark[Any, MuseScores]):
             selected: list[Any] = [TokenizedRow(input_ids=ids, labels=ids, prompt_length=0) for ids in texts]
             for place in chosen:
                 if len(texts[place]) < 2:
-                    raise UserError(
-                        f"{examples[place].where} is a text of one token, which has no loss; remove the row."
-                    )
+                    raise single_token(examples[place].where)
                 context.check(examples[place].where, texts[place])
         else:
             columns = ("prompt", "gt") if name == VERBATIM else ("question", "answer")

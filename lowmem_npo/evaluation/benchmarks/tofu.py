@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from statistics import fmean, harmonic_mean
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,7 +34,7 @@ from lowmem_npo.evaluation.leaks.worst import retained_leaks
 from lowmem_npo.evaluation.open_unlearning import retained_min_k
 from lowmem_npo.evaluation.options import Options, data_set, free
 from lowmem_npo.evaluation.wording import other_scripts
-from lowmem_npo.files import NotJSON, load_json
+from lowmem_npo.files import NotJSON, expanded, load_json
 from lowmem_npo.records import Amount, check_value
 
 if TYPE_CHECKING:
@@ -297,7 +296,7 @@ def retained_truth_ratios(path: str) -> list[float]:
     Raises UserError where the file is neither.
     """
     try:
-        content = load_json(Path(path).expanduser())
+        content = load_json(expanded(path))
     except OSError as error:
         raise UserError(f"--retained-log: '{path}' cannot be read: {error.strerror}.") from error
     except NotJSON as error:

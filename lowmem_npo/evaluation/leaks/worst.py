@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from lowmem_npo.errors import UserError
@@ -30,7 +29,7 @@ from lowmem_npo.evaluation.leaks.extraction import EXTRACTION, FIGURES
 from lowmem_npo.evaluation.leaks.quantization import QUANTIZATION
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
 from lowmem_npo.evaluation.leaks.sampling import RECALL, WHOLE
-from lowmem_npo.files import load_json
+from lowmem_npo.files import expanded, load_json
 
 WORST_ATTACK = "worst_attack"  # its key in result files
 WORDS = {
@@ -136,7 +135,7 @@ def retained_leaks(path: str | None) -> LeakResults:
     if path is None:
         return {}
     try:
-        content = load_json(Path(path).expanduser())
+        content = load_json(expanded(path))
     except (OSError, ValueError):  # TOFU's own check says why
         return {}
     if not isinstance(content, dict) or "leaks" not in content:

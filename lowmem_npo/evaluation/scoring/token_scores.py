@@ -32,7 +32,7 @@ from lowmem_npo.memory.exhausted import in_parts
 from lowmem_npo.model import answer_hidden, frozen_head
 
 TOKENS, VOCABULARY = 256, 4096  # a tile of float64 logits is 8 MiB; about four are alive at once
-LEAST_DEVIATION = 1e-150  # all of p on one token has none; `standard` divides by this one
+TINY = 1e-150  # all of p on one token has none; `standard` divides by this one
 
 Part = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """Of a part of the vocabulary, each (r, 1): largest logit, its token, mass, mean, variance; mass and mean relative to
@@ -65,7 +65,7 @@ class TokenScores:
         """log p(token) - mean, of every token."""
         assert self.deviation is not None
         pairs = zip(self.standard, self.deviation, strict=True)
-        return [standard * max(deviation, LEAST_DEVIATION) for standard, deviation in pairs]
+        return [standard * max(deviation, TINY) for standard, deviation in pairs]
 
 
 def token_scores(
@@ -152,7 +152,7 @@ def _statistics(hidden: Tensor, head: FrozenHead, targets: Tensor) -> tuple[Tens
     top, best, mass, mean, variance = merged
     below_top = z_target - top
     deviation = variance.sqrt()
-    standard = (below_top - mean) / deviation.clamp(min=LEAST_DEVIATION)
+    standard = (below_top - mean) / deviation.clamp(min=TINY)
     return (below_top - mass.log())[:, 0], standard[:, 0], (best == wanted)[:, 0], deviation[:, 0]
 
 

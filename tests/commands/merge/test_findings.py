@@ -134,6 +134,15 @@ def test_a_checkpoint_of_a_run(adapter, tmp_path, capsys):
     assert printed[0].startswith("WARNING, relearning") and "is of another state" in printed[1]
 
 
+def test_a_place_in_a_finding_is_not_published(adapter, tmp_path, capsys):
+    meaning = f"Not measured: merged: The disk of '{adapter}/evaluation/merged' is full."
+    write_evaluation(adapter, {"quantization": {"leaks": None, "meaning": meaning}})
+    assert main(["merge", "--adapter", str(adapter), "--output-dir", str(tmp_path / "out")]) == 0
+    assert meaning in capsys.readouterr().out
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "The disk of 'adapter/evaluation/merged' is full." in card and str(tmp_path) not in card
+
+
 def test_the_adapter_is_named_as_a_shell_and_as_a_card_need_it(adapter, tmp_path, capsys, monkeypatch):
     """A command can be copied, and the card holds a name in the place of the path, however that is spelled."""
     adapter = adapter.rename(tmp_path / "my run")

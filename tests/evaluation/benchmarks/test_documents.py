@@ -90,5 +90,5 @@ def test_a_document_begins_once_and_has_no_end(byte_model):
 
 
 def test_a_document_of_one_token(byte_model):
-    with pytest.raises(UserError, match="m.jsonl, line 7 is a document of one token"):
+    with pytest.raises(UserError, match="m.jsonl, line 7 is a text of a single token"):
         documents(Rows("m.jsonl", [{"document": "x"}], [7]), AutoTokenizer.from_pretrained(byte_model))
