@@ -135,6 +135,12 @@ def test_a_file_in_the_place_of_a_directory_above_it(tmp_path):
         (tmp_path / "runs" / "out" / "next").write_text("")
 
 
+def test_a_path_that_goes_up_from_nothing(tmp_path):
+    with pytest.raises(UserError, match="none' to go up from"), claimed(tmp_path / "none" / ".." / "out"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_nor_by_the_trainer_it_is_made_of(tmp_path):
     rows = random_rows(4, seed=1), random_rows(4, seed=2)
     with claimed(tmp_path / "out"):
