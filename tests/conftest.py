@@ -4,6 +4,7 @@ import gc
 import importlib
 import os
 import pkgutil
+from contextlib import suppress
 from pathlib import Path
 
 # One thread, here and in the processes that tests start: tiny models gain nothing from more, and the number decides how
@@ -56,7 +57,8 @@ def pytest_collection_finish():
     """
     for module in pkgutil.walk_packages(lowmem_npo.__path__, "lowmem_npo."):
         if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
+            with suppress(ModuleNotFoundError):  # of a machine that has the packages of the kernels alone
+                importlib.import_module(module.name)
     gc.collect()
     gc.freeze()
 

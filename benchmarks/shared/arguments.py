@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 
-from lowmem_npo.model.known_configs import known_config, known_names
-
 
 def count(text: str) -> int:
     """At least 1."""
@@ -24,6 +22,8 @@ def minutes(text: str) -> float:
 
 def bundled_model(text: str) -> str:
     """A model whose configuration is bundled."""
+    from lowmem_npo.model.known_configs import known_config, known_names  # late: the kernels' benchmark needs no PEFT
+
     if known_config(text) is None:
         near = difflib.get_close_matches(text, known_names(), n=1)
         meant = f"; did you mean {near[0]}?" if near else f": {', '.join(known_names())}"
