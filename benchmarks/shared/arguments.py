@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 
 
 def count(text: str) -> int:
@@ -22,12 +21,11 @@ def minutes(text: str) -> float:
 
 def bundled_model(text: str) -> str:
     """A model whose configuration is bundled."""
-    from lowmem_npo.model.known_configs import known_config, known_names  # late: the kernels' benchmark needs no PEFT
+    from lowmem_npo.commands.wording import one_of  # late: the kernels' benchmark needs no PEFT
+    from lowmem_npo.model.known_configs import known_config, known_names
 
     if known_config(text) is None:
-        near = difflib.get_close_matches(text, known_names(), n=1)
-        meant = f"; did you mean {near[0]}?" if near else f": {', '.join(known_names())}"
-        raise argparse.ArgumentTypeError(f"no configuration of {text} is bundled{meant}")
+        raise argparse.ArgumentTypeError(one_of("it", text, known_names()))
     return text
 
 

@@ -19,7 +19,7 @@ from typing import Any, get_origin, get_type_hints
 import tyro
 
 from lowmem_npo.commands.help_texts import flags_of, optional_numbers, run_options, short_help
-from lowmem_npo.commands.spellings import ALIASES, SOURCES, canonical, join_sources, without_numbers
+from lowmem_npo.commands.spellings import ALIASES, SOURCES, canonical, join_sources, with_none
 from lowmem_npo.commands.trainer_options import check_flags, check_option, check_trainer_values, trainer_arguments
 from lowmem_npo.commands.wording import explained
 from lowmem_npo.config import SECTIONS, OutputConfig, RunConfig
@@ -84,7 +84,7 @@ def parse_run(arguments: Sequence[str], command: str, more_flags: Sequence[str] 
 
 def parse(kind: type, arguments: Sequence[str], command: str, **options: Any) -> Any:
     """What tyro makes of the command line; a mistake in it, which tyro explains in a box, is a UserError."""
-    messages, arguments = io.StringIO(), without_numbers(arguments, optional_numbers(kind))
+    messages, arguments = io.StringIO(), with_none(arguments, optional_numbers(kind))
     try:
         with redirect_stderr(messages):
             return tyro.cli(kind, args=arguments, prog=f"lowmem-npo {command}", **options)

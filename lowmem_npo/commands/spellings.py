@@ -61,7 +61,7 @@ def canonical(arguments: Sequence[str]) -> list[str]:
     return result
 
 
-def without_numbers(arguments: Sequence[str], optional: Collection[str]) -> list[str]:
+def with_none(arguments: Sequence[str], optional: Collection[str]) -> list[str]:
     """`--layered none` becomes --layered None. optional: the flags of numbers that may be left out."""
     result: list[str] = []
     for argument in arguments:

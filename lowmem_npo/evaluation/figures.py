@@ -66,10 +66,9 @@ def _apart(ways: Sequence[Callable[[Any], str]], values: Sequence[float | None])
     none does."""
     different = {value for value in values if value is not None and math.isfinite(value)}
     apart = [write for write in ways if _keeps_apart(write, different)]
-    whole = [write for write in apart if not any(value < 1 <= _number(write(value)) for value in different)]
-    best = (whole if max(different, default=0) <= 1 else [], apart, ways)
-    write = next(of[0] for of in best if of)
-    return [write(value) for value in values]
+    if max(different, default=0) <= 1:
+        apart = [*(w for w in apart if not any(value < 1 <= _number(w(value)) for value in different)), *apart]
+    return [[*apart, *ways][0](value) for value in values]
 
 
 def _keeps_apart(write: Callable[[Any], str], different: Collection[float]) -> bool:

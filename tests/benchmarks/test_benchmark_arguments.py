@@ -11,11 +11,8 @@ from benchmarks import memory, speed, streaming
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (
-            ("--model", "allenai/OLMo-7B-h"),
-            "no configuration of allenai/OLMo-7B-h is bundled; did you mean allenai/OLMo",
-        ),
-        (("--model", "nothing like it"), "no configuration of nothing like it is bundled: Qwen/"),
+        (("--model", "allenai/OLMo-7B-h"), "not 'allenai/OLMo-7B-h'; did you mean allenai/OLMo-7B-hf?"),
+        (("--model", "nothing like it"), "it must be one of Qwen/"),
         (("--tokens", "0"), "0 is not at least 1"),
         (("--steps", "0"), "0 is not at least 1"),
     ],

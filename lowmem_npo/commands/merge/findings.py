@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,17 +36,22 @@ class Finding(NamedTuple):
     file: Path
 
 
-def findings(adapter: str, base_weights: str, *, with_place: bool = True) -> list[str]:
+def findings(adapter: str, base_weights: str) -> tuple[list[str], list[str]]:
     """A sentence per test that looks for forgotten text returning: what it found, or that it was not run and what runs
     it.
 
     Rounding can undo an update that is small beside the weights (Zhang et al. 2025, "Catastrophic failure of LLM
     unlearning via quantization"), and fine-tuning one that only hides (Hu et al. 2024).
 
-    base_weights: that the adapter is merged into. with_place: whether they say where on this machine it is, which a
-    card that others read does not.
+    base_weights: that the adapter is merged into. Returned twice: as they are said here, and for a card that others
+    read, without where on this machine the adapter is.
     """
-    return [*(_sentence(test, adapter, base_weights, with_place) for test in RETURNING), *_lasting(adapter)]
+    known, lasting = {test: list(_known(test, adapter)) for test in RETURNING}, list(_lasting(adapter))
+
+    def sentences(with_place: bool) -> list[str]:
+        return [*(_sentence(test, of, adapter, base_weights, with_place) for test, of in known.items()), *lasting]
+
+    return sentences(with_place=True), sentences(with_place=False)
 
 
 def _lasting(adapter: str) -> Iterator[str]:
@@ -75,12 +80,11 @@ def _runs(adapter: str) -> Iterator[dict[str, Any]]:
         folder = run.get("adapter")
 
 
-def _sentence(test: str, adapter: str, base_weights: str, with_place: bool) -> str:
+def _sentence(test: str, known: Sequence[Finding], adapter: str, base_weights: str, with_place: bool) -> str:
     folder = expanded(adapter).resolve()
     name = shlex.quote(adapter if with_place else folder.name)
     forget = "" if settings_of_run(adapter) else " --forget …"  # evaluate knows the rows of a run
     how = f"`lowmem-npo evaluate --adapter {name}{forget} --leaks {test}` checks it"
-    known = list(_known(test, adapter))
     current = [finding for finding in known if finding.current]
     if not known:
         return f"Not checked: whether forgotten text returns {RETURNING[test]}. {how}."

@@ -66,7 +66,7 @@ def merge(config: MergeConfig, say: Say = print) -> Path:
             (partial / base).mkdir()
             _write(config, checkpoint, updates, partial / base, base)
         chosen = _measure(plan, partial)
-        known, published = (findings(config.adapter, chosen, with_place=place) for place in (True, False))
+        known, published = findings(config.adapter, chosen)
         kind = "as the base's" if dtype is None else config.dtype
         weights = f"{kind}, on the base's NF4 weights, dequantised" if chosen == DEQUANTIZED else kind
         adapter = expanded(config.adapter)

@@ -188,5 +188,5 @@ def test_what_was_made_to_last_by_this_run_or_one_before(adapter, settings, firs
     (adapter / "run.yaml").write_text(settings.format(adapter.parent))
     (adapter.parent / "first" / "checkpoint-4").mkdir(parents=True)
     (adapter.parent / "first" / "run.yaml").write_text(first)
-    lines = [line for line in findings(str(adapter), "whole") if LASTS in line]
+    lines = [line for line in findings(str(adapter), "whole")[0] if LASTS in line]
     assert [line.split(f" {LASTS}")[0] for line in lines] == ([f"What {how}"] if how else [])
