@@ -217,9 +217,25 @@ def plain_generation(
     defaults = {"do_sample": False, "use_cache": True, "eos_token_id": stops, "pad_token_id": pad}
     lm.generation_config = plain = GenerationConfig(**{**defaults, **settings})
     try:
-        yield plain
+        with _states_side_by_side(lm):
+            yield plain
     finally:
         lm.generation_config = published
+
+
+@contextmanager
+def _states_side_by_side(lm: PreTrainedModel) -> Iterator[None]:
+    """Of prompts the head gets the last states alone, a slice of all: there a CPU's matrix product would copy the
+    head's weights once for every row, gigabytes for a few."""
+    head = lm.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, states: (states[0].contiguous(), *states[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

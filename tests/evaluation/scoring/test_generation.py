@@ -11,6 +11,7 @@ from helpers.architectures import random_model, tiny_config
 from helpers.tiny_models import tiny_model
 from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, OlmoConfig
 
 from lowmem_npo.errors import UserError
@@ -232,6 +233,30 @@ def test_the_cache_is_used(tokenizer, monkeypatch):
     model.config.use_cache = False
     greedy_answers(model, tokenizer, [Prompt([5, 6, 7], 4), Prompt([8], 4)], progress=False)
     assert widths[0] == 3 and set(widths[1:]) == {1}
+
+
+class WeightsByRow(TorchDispatchMode):
+    """Products of every row's states with weights of its own, (rows, d) and (rows, d, vocabulary)."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary, self.seen = vocabulary, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.seen += function is torch.ops.aten.bmm.default and arguments[1].shape[-1] == self.vocabulary
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("architecture", ["olmo", "llama", "gemma2"])
+def test_the_heads_weights_are_not_copied_for_every_row(architecture, tokenizer, prompts):
+    """As PyTorch does with states that are not side by side, such as the last of several prompts."""
+    model = tiny_model(architecture)
+    with WeightsByRow(model.config.vocab_size) as products:
+        greedy_answers(model, tokenizer, prompts, progress=False)
+    assert products.seen == 0
+    with WeightsByRow(model.config.vocab_size) as products, torch.no_grad():
+        model(input_ids=torch.ones(2, 5, dtype=torch.long), logits_to_keep=1)
+    assert products.seen == 1  # it would be seen
 
 
 def test_batches_hold_every_row_once_and_keep_their_bounds():
