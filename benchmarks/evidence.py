@@ -44,6 +44,11 @@ PIECES = {
         (*KERNELS, "pytest", "hypothesis"),
         ("-m pytest -m gpu -q -p no:cacheprovider tests/kernels/test_gpu.py",),
     ),
+    "tests-model": Piece(
+        "packed rows in one call of attention, and streamed weights against resident ones",
+        (*RUN, "pytest", "hypothesis"),
+        ("-m pytest -m gpu -q -p no:cacheprovider tests/model tests/memory",),
+    ),
     "kernels": Piece(
         "time and memory of the kernels and, where they can be imported, of their peers",
         (*KERNELS, *PICTURE),
