@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.quality_parts.measure import ATTACKS
+from benchmarks.quality_parts.subjects import GOLD, TAUGHT
 from lowmem_npo.commands.sweep.figures import Spread
 from lowmem_npo.evaluation.figures import at
 
@@ -29,6 +30,11 @@ OFFICIAL: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {  # where a scor
         (("leaks", "sampling", "best_rouge_l_recall"), "best of 8 samples"),
         (("fluency", "forget", "nll"), "NLL of what it says"),
     ),
+}
+FLUENCY = "fluency/forget/nll"  # of what is said, to the original model, which both of these are
+NEVER = {  # what is not measured of a model, since it would say nothing
+    TAUGHT: {*(attack.part for attack in ATTACKS), "worst_attack", FLUENCY},
+    GOLD: {"tofu/forget_quality", FLUENCY},  # the former compares with gold
 }
 
 
@@ -103,7 +109,8 @@ def _table(
         if not any(key in of_method for key, _ in columns):
             continue
         seeds = sorted({len(of_method[key]["seeds"]) for key, _ in columns if key in of_method})
-        cells = [cell(of_method.get(key), own_digits.get(key, digits)) for key, _ in columns]
+        never = NEVER.get(method, set())
+        cells = ["–" if k in never else cell(of_method.get(k), own_digits.get(k, digits)) for k, _ in columns]
         lines.append([title, " to ".join(map(str, dict.fromkeys([seeds[0], seeds[-1]]))), *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) if len(lines) > 2 else ""
 

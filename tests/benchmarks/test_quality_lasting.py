@@ -18,7 +18,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks import quality, tables
 from benchmarks.quality_parts import lasting
 from benchmarks.quality_parts.lasting_picture import draw_attacks
-from benchmarks.quality_parts.lasting_table import MISSING, answer_table, attack_table, summarise, unmeasured
+from benchmarks.quality_parts.lasting_table import (
+    MISSING,
+    answer_table,
+    attack_table,
+    official_table,
+    summarise,
+    unmeasured,
+)
 from benchmarks.quality_parts.measure import ATTACKS, Attack, totals
 from benchmarks.quality_parts.methods import BASELINES, LASTING, PAPER, Method
 from benchmarks.quality_parts.pieces import Limits, Piece, make_pieces
@@ -116,6 +123,21 @@ def test_the_tables_by_hand():
     assert of_npo.split(" | ")[1:4] == ["2", "0.12 ± 0.00", "0.20 ± 0.14"] and of_npo.endswith("0.75 ± 0.21 |")
     assert unmeasured(results, titles) == "Not yet measured: layered."
     assert "| NPO | 2 | 4.50 ± 0.71 | 0.25 ± 0.00 |" in answer_table(results, titles)
+
+
+def test_what_would_say_nothing_is_not_promised():
+    """The model that recites has forgotten nothing to relearn; what is said is judged by it; gold is compared with."""
+    names, before = ("taught", "gold", "npo"), pieces_by_hand()["npo/seed-0/answers"]
+    pieces = {f"{name}/seed-0/answers": before for name in names}
+    pieces |= {f"{name}/seed-0/scores": {"tofu": {"model_utility": 0.5}} for name in names}
+    results, titles = summarise(pieces), {"taught": "recites", "gold": "never saw", "npo": "NPO"}
+    never = ["–"] * 6
+    assert [line.count(MISSING) for line in attack_table(results, titles).splitlines()[2:]] == [0, 6, 6]
+    assert attack_table(results, titles).splitlines()[2].strip("| ").split(" | ")[3:] == never
+    cells = [line.strip("| ").split(" | ")[3:] for line in official_table(results, titles, "tofu").splitlines()[2:]]
+    assert cells[0] == [MISSING, "0.50", MISSING, MISSING, "–"]
+    assert cells[1] == ["–", "0.50", MISSING, MISSING, "–"]
+    assert cells[2] == [MISSING, "0.50", MISSING, MISSING, MISSING]
 
 
 def test_the_picture_shows_what_there_is(tmp_path):
