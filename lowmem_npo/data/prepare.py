@@ -15,7 +15,15 @@ from lowmem_npo.data.overlap import refuse_overlap
 from lowmem_npo.data.passages import Passages
 from lowmem_npo.data.reading import bundled_rows, described, read_rows
 from lowmem_npo.data.rows import Rows
-from lowmem_npo.data.schemas import PASSAGE, Example, canonical, listed_columns, to_examples, with_alternatives
+from lowmem_npo.data.schemas import (
+    PASSAGE,
+    Example,
+    canonical,
+    listed_columns,
+    spelled_like,
+    to_examples,
+    with_alternatives,
+)
 from lowmem_npo.data.self_answered import answers_number, with_own_answers
 from lowmem_npo.data.self_answered import stand_in as stand_in_answers
 from lowmem_npo.data.self_written import beginnings, self_rows, stand_in
@@ -170,11 +178,16 @@ class _Reader:
             if part == "retain" and is_general(source):
                 rows, lines = general_rows(rows, to_forget, self.tokenizer, self.template, data.max_length)
                 self.report.extend(lines)
-        own = {name: getattr(data, name) for name in ("alternative_column", "group_column", "paraphrase_column")}
-        result = to_examples(rows, **columns, **(own if part == "forget" else {}))
+        own: tuple[str, ...] = ()  # columns that rows have beside those of prompt and answer
+        if part == "forget":
+            own = ("alternative_column", "group_column", "paraphrase_column")
+        elif part == "holdout" and data.paraphrase_column and spelled_like(data.paraphrase_column, rows):
+            own = ("paraphrase_column",)  # so that rewording can compare with it
+        columns |= {name: getattr(data, name) for name in own}
+        result = to_examples(rows, **columns)
         forms = dict.fromkeys(self.template.describe(example, self.tokenizer) for example in kinds(result))
-        read = filter(None, own.values() if part == "forget" else ())
-        self.report.append(f"{part}: {rows.name}, {origin(rows, result, ', or '.join(forms), set(read))}")
+        read = {spelled for name in own if (column := columns[name]) for spelled in spelled_like(column, rows)}
+        self.report.append(f"{part}: {rows.name}, {origin(rows, result, ', or '.join(forms), read)}")
         self.report.extend(f"{part}: {note}" for note in rows.notes)
         if part == "forget" and data.group_column and (alone := sum(one.group is None for one in result)):
             have, grouped = ("have", "are grouped by their") if alone > 1 else ("has", "is grouped by its")

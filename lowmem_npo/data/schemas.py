@@ -254,12 +254,17 @@ def _choose_columns(rows: Rows, prompt_column: str | None, answer_column: str | 
 
 def _named(column: str, rows: Rows) -> str:
     """The column as the rows spell it: as named, else the only one that differs in case."""
-    alike = [other for other in rows.columns if other.strip().casefold() == column.strip().casefold()]
+    alike = spelled_like(column, rows)
     if column in alike:
         return column
     if len(alike) != 1:
         raise UserError(f"{rows.name} has no column {column}; it has {listed_columns(rows.columns)}.")
     return alike[0]
+
+
+def spelled_like(column: str, rows: Rows) -> list[str]:
+    """The columns of the rows that have this name, whatever its case."""
+    return [other for other in rows.columns if other.strip().casefold() == column.strip().casefold()]
 
 
 def listed_columns(columns: Sequence[str]) -> str:

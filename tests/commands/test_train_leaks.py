@@ -61,3 +61,23 @@ def test_only_what_was_requested(byte_model, tmp_path, capsys, monkeypatch):
     assert "--paraphrase-column" in leaks["after"]["rewording"]["meaning"]
     assert train(byte_model, tmp_path / "bad", "--leaks", "extractoin") == 2
     assert "no leak test 'extractoin'" in capsys.readouterr().err and not (tmp_path / "bad").exists()
+
+
+def test_the_holdout_is_asked_in_its_own_paraphrases(byte_model, tmp_path, capsys):
+    """Where it has the column that is named, in whatever case, in `train` as in `evaluate`."""
+    rows = {"forget": "other", "retain": "more", "holdout": "Other"}
+    for part, column in rows.items():
+        lines = [{"question": f"Who is {part} {n}?", "answer": f"{n}.", column: f"Wer ist {n}?"} for n in range(4)]
+        (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = [word for part in rows for word in (f"--{part}", str(tmp_path / f"{part}.jsonl"))]
+    asked = ("--leaks", "rewording", "--paraphrase-column", "other", "--max-new-tokens", "2")
+    assert train(byte_model, tmp_path / "run", *data, *asked) == 0
+    assert "holdout.jsonl, columns question/answer, written as" in (printed := capsys.readouterr().out)
+    assert "not read: more" in printed and "Other" not in printed
+    evaluated = ["evaluate", "--adapter", str(tmp_path / "run"), "--device", "cpu", "--leaks", "rewording"]
+    assert main(evaluated) == 0
+    results = [
+        json.loads((tmp_path / "run" / file).read_text()) for file in ("leaks.json", "evaluation/evaluation.json")
+    ]
+    for result in (results[0]["after"], results[1]["leaks"]):
+        assert "holdout_best_rouge_l_recall" in result["rewording"]["reworded"]
