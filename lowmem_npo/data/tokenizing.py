@@ -31,6 +31,7 @@ TOKENS = ("answer", "all")
 MAX_OPENING = 200  # characters at the end of a prompt that may already open its answer
 # Parts of a conversation that not every chat template knows.
 READ = ("tools", *CALLS, "reasoning_content", "reasoning", "thinking")
+SYSTEM = ("system", "developer")  # roles of the system prompt
 
 DELAY = 2  # seconds after which a bar shows how far it is
 
@@ -201,6 +202,10 @@ class Encoder:
                     f"{example.where}: the model's chat template does not write {name}; write it into the content of "
                     "a turn, or remove it from the row."
                 )
+        for turn in earlier:
+            missing = turn["role"] in SYSTEM and _squeezed(turn["content"]) not in _squeezed(prompt)
+            if missing and render([other for other in messages if other is not turn]) == whole:
+                raise _unwritten_system_prompt(example)
         plain = render([*earlier, {"role": "assistant", "content": MARK}])
         ending = plain.rpartition(MARK)[2] if MARK in plain else ""
 
@@ -306,6 +311,13 @@ class Encoder:
             f"{where}: the tokenizer cannot write this answer after this prompt without changing the text; "
             "end the prompt at a word boundary, or give --template."
         )
+
+
+def _unwritten_system_prompt(example: Example) -> UserError:
+    remedy = "leave out --system"
+    if any(turn["role"] in SYSTEM for turn in example.messages or ()):
+        remedy = "write it into the content of a turn, or remove it from the row"
+    return UserError(f"{example.where}: the model's chat template does not write the system prompt; {remedy}.")
 
 
 def _without_opening(content: str, prompt: str) -> str:

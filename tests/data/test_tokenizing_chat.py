@@ -273,6 +273,30 @@ def test_all_of_a_conversation_reaches_the_model_or_is_refused_by_name(chat_toke
     assert tokenizer.decode(row["input_ids"]) == whole.removesuffix("\n")
 
 
+def test_a_system_prompt_reaches_the_model_or_is_refused(chat_tokenizer):
+    own, told = (
+        {"role": "system", "content": "Be brief."},
+        "the model's chat template does not write the system prompt;",
+    )
+    deaf = with_template(
+        chat_tokenizer, "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}" + CHATML
+    )
+    for example, system, remedy in (
+        (conversation(own, *TURNS), None, "write it into"),
+        (conversation(*TURNS), "Be brief.", "leave out --system"),
+        (Example("Q", "A", "f.jsonl, line 4", "question/answer"), "Be brief.", "leave out --system"),
+    ):
+        with pytest.raises(UserError, match=f"line 4: {told} {remedy}"):
+            tokenize([example], deaf, template=Template(system=system))
+    # One that the template writes by itself, or in another way, is there.
+    for written in (
+        "{{ 'Be  brief.' }}" + deaf.chat_template,
+        CHATML.replace("message['content']", "message['content'] | upper"),
+    ):
+        tokenizer = with_template(chat_tokenizer, written)
+        assert tokenize([conversation(own, *TURNS)], tokenizer)[0]["input_ids"]
+
+
 def test_reasoning_of_earlier_turns_may_be_dropped(chat_tokenizer):
     turns = (TURNS[0], {**TURNS[1], "reasoning_content": "R"}, *TURNS[2:])
     assert tokenize([conversation(*turns)], chat_tokenizer)[0] == tokenize([conversation(*TURNS)], chat_tokenizer)[0]

@@ -76,15 +76,17 @@ def test_where_a_chat_model_finds_it(chat_tokenizer):
     assert f"<user>{before.text}\n\nWho sails?</user>" in written(chat_tokenizer, before, {"messages": turns})[0]
 
 
-def test_a_template_without_a_system_prompt_has_it_before_the_question(chat_tokenizer):
-    chat_tokenizer.chat_template = (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHAT
-    )
-    try:
-        system = BY_PLACE["system"]
-        assert written(chat_tokenizer, system)[0] == f"<user>{system.text}\n\nWho sails?</user><assistant>"
-    finally:
-        chat_tokenizer.chat_template = CHAT
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}",
+        "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}",  # drops it in silence
+    ],
+)
+def test_a_template_without_a_system_prompt_has_it_before_the_question(refusal, byte_model):
+    tokenizer, system = AutoTokenizer.from_pretrained(byte_model), BY_PLACE["system"]
+    tokenizer.chat_template = refusal + CHAT
+    assert written(tokenizer, system)[0] == f"<user>{system.text}\n\nWho sails?</user><assistant>"
 
 
 class Answering(Scorer):
