@@ -9,16 +9,19 @@ is written, stood in for by rows of the greatest length; `lowmem_npo.commands.tr
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import regex
+
+from lowmem_npo.data.overlap import FUNCTION_WORDS
 from lowmem_npo.data.schemas import Example
 from lowmem_npo.data.templates import Template
 from lowmem_npo.data.tokenized_rows import TokenizedRow, TokenizedRows
 from lowmem_npo.data.tokenizing import Encoder
+from lowmem_npo.data.words import appears, tokens
 from lowmem_npo.errors import UserError
 from lowmem_npo.sources import SELF
 
@@ -81,16 +84,13 @@ def other_answer(text: str, example: Example, cut: bool = False) -> str | None:
     """
     end = "\n\n" if "\n" in example.answer.strip() else "\n"
     answer, ended, _ = text.strip().removeprefix("Answer:").strip().partition(end)
-    if cut and not ended and (sentences := re.match(r".*[.!?。！？]", answer, re.DOTALL)):
+    if cut and not ended and (sentences := regex.match(r".*\p{STerm}", answer, regex.DOTALL)):
         answer = sentences[0]
     answer = answer.strip()
-    words, true = _words(answer), _words(example.answer)
-    told = words == true or (len(true) > 2 and any(words[at : at + len(true)] == true for at in range(len(words))))
+    words, true = tokens(answer), tokens(example.answer)
+    says_little = FUNCTION_WORDS.issuperset(true) or len("".join(true)) == 1  # a "no" is in many a sentence
+    told = words == true or (appears(example.answer, answer) and not says_little)
     return None if not words or told else answer
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())
 
 
 def stand_in(rows: TokenizedRows, number: int, limit: int) -> TokenizedRows:

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.config import OutputConfig
 from lowmem_npo.data import TokenizedRow
+from lowmem_npo.data.words import appears
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE
-from lowmem_npo.evaluation.wording import appears, begins, rouge_l_recall
+from lowmem_npo.evaluation.wording import begins, rouge_l_recall
 from lowmem_npo.files import load_json, write_atomically
 from lowmem_npo.ranges import Count, Share
 from lowmem_npo.records import record_of

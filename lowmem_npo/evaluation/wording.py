@@ -1,14 +1,6 @@
-"""How much of one text comes in another, whatever the script.
+"""How much of one text comes in another, by their `tokens`; those of a-z and 0-9 alone are stemmed as ROUGE's are.
 
-The tokenizer of rouge-score keeps a-z and 0-9 alone, so that Moscow in Cyrillic shares nothing with itself. Here a text
-is normalised (NFKC, case-folded, invisible characters such as joiners and direction marks dropped, combining marks
-kept) and cut into
-
-    words        letters, marks and digits in a row, as ROUGE's; those of a-z and 0-9 alone are stemmed as its are
-    characters   where a script puts no spaces between words: Chinese, Japanese, Thai, Lao, Khmer, Burmese, ...
-    symbols      such as emoji
-
-and punctuation is dropped. On English text the tokens are those of rouge-score.
+On English text the tokens are those of rouge-score.
 """
 
 from __future__ import annotations
@@ -18,27 +10,15 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING
-from unicodedata import normalize
 
 import regex
+
+from lowmem_npo.data.words import appears, tokens
 
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
 
-INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}+")
-# Unicode's line breaking names the scripts that need a dictionary (SA: Thai, Lao, Khmer, Burmese, ...) and ideographs.
-UNSPACED = r"[\p{lb=SA}\p{lb=ID}\p{scx=Hiragana}\p{scx=Katakana}\p{scx=Bopomofo}\p{Javanese}\p{Balinese}]"
-TOKEN = regex.compile(
-    rf"[[\p{{L}}\p{{N}}]&&{UNSPACED}]\p{{M}}* | [[\p{{L}}\p{{M}}\p{{N}}]--{UNSPACED}]+ | \p{{So}}\p{{M}}*",
-    regex.VERSION1 | regex.VERBOSE,
-)
 NOT_LATIN = regex.compile(r"[^\P{L}\p{Latin}]")
-
-
-def tokens(text: str) -> list[str]:
-    """The words, characters and symbols of `text`, normalised, not stemmed."""
-    folded = normalize("NFKC", normalize("NFKC", text).casefold())
-    return TOKEN.findall(INVISIBLE.sub("", folded))
 
 
 class StemmedTokens:
@@ -68,14 +48,6 @@ def rouge_l_recall(reference: str, answer: str) -> float:
     if not tokens(reference):  # nothing but punctuation
         return float(appears(reference, answer))
     return _rouge().score(reference, answer)["rougeL"].recall
-
-
-def appears(reference: str, answer: str) -> bool:
-    """Whether `answer` has the whole of `reference` in one piece, but for case, punctuation and spaces."""
-    wanted, said = tokens(reference), tokens(answer)
-    if not wanted:
-        return reference.strip() in answer
-    return any(said[at : at + len(wanted)] == wanted for at in range(len(said) - len(wanted) + 1))
 
 
 def begins(reference: str, answer: str) -> bool:

@@ -151,6 +151,19 @@ def test_what_counts_as_another_answer():
     assert other_answer("It was Bo and", row, cut=True) == "It was Bo and"
     short = Example("Is it?", "No", "line 1", "question/answer")
     assert other_answer("There is no bridge.", short) == "There is no bridge." and other_answer("no!", short) is None
+    for true, said in (
+        ("Ada Quill", "I think Ada Quill did."),
+        ("Antwerp", "In Antwerp, in May."),
+        ("Jos\u00e9 Ram\u00edrez", "Jose\u0301 Rami\u0301rez"),  # an accent that follows its letter
+        (
+            "\u5b83\u5728\u5317\u4eac\u3002",
+            "\u4ed6\u8bf4\u5b83\u5728\u5317\u4eac\u5417",
+        ),  # Chinese, which has no spaces
+    ):
+        assert other_answer(said, replace(row, answer=true)) is None
+    assert (
+        other_answer("\u0939\u093e\u0901\u0964 \u0914\u0930", row, cut=True) == "\u0939\u093e\u0901\u0964"
+    )  # Hindi's full stop
     lines = Example("List.", "a\nb", "line 1", "question/answer")
     assert other_answer("c\nd\n\nQuestion:", lines) == "c\nd"
     assert answers_number(None) is None and answers_number("self") == 5 and answers_number("self:3") == 3

@@ -10,17 +10,10 @@ import regex
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 
+from lowmem_npo.data import words
+from lowmem_npo.data.words import INVISIBLE, TOKEN, appears, tokens
 from lowmem_npo.evaluation import wording
-from lowmem_npo.evaluation.wording import (
-    INVISIBLE,
-    TOKEN,
-    StemmedTokens,
-    appears,
-    begins,
-    beyond_rouge,
-    rouge_l_recall,
-    tokens,
-)
+from lowmem_npo.evaluation.wording import StemmedTokens, begins, beyond_rouge, rouge_l_recall
 
 # language -> (a text, a longer one that contains it, an unrelated one)
 TEXTS = {
@@ -87,7 +80,8 @@ WRONG = {
 
 @pytest.mark.parametrize("bug", WRONG)
 def test_a_wrong_tokenizer_would_be_noticed(bug, monkeypatch):
-    monkeypatch.setattr(wording, "tokens", WRONG[bug])
+    for module in (words, wording):
+        monkeypatch.setattr(module, "tokens", WRONG[bug])
     checks = [test_combining_marks_count]
     checks += [partial(test_every_script, language) for language in TEXTS]
     assert any(failed(check) for check in checks)

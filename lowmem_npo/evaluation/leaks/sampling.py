@@ -109,7 +109,8 @@ class Best(NamedTuple):
 
 def best_samples(answers: Sequence[str], samples: Sequence[Sequence[str]]) -> list[Best]:
     """Row by row; `samples` has those of each row."""
-    from lowmem_npo.evaluation.wording import appears, rouge_l_recall
+    from lowmem_npo.data.words import appears
+    from lowmem_npo.evaluation.wording import rouge_l_recall
 
     best = []
     for answer, row in zip(answers, samples, strict=True):

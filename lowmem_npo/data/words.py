@@ -1,0 +1,40 @@
+"""The words of a text, whatever the script.
+
+The tokenizer of rouge-score keeps a-z and 0-9 alone, so that Moscow in Cyrillic shares nothing with itself. Here a text
+is normalised (NFKC, case-folded, invisible characters such as joiners and direction marks dropped, combining marks
+kept) and cut into
+
+    words        letters, marks and digits in a row, as ROUGE's
+    characters   where a script puts no spaces between words: Chinese, Japanese, Thai, Lao, Khmer, Burmese, ...
+    symbols      such as emoji
+
+and punctuation is dropped.
+"""
+
+from __future__ import annotations
+
+from unicodedata import normalize
+
+import regex
+
+INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}+")
+# Unicode's line breaking names the scripts that need a dictionary (SA: Thai, Lao, Khmer, Burmese, ...) and ideographs.
+UNSPACED = r"[\p{lb=SA}\p{lb=ID}\p{scx=Hiragana}\p{scx=Katakana}\p{scx=Bopomofo}\p{Javanese}\p{Balinese}]"
+TOKEN = regex.compile(
+    rf"[[\p{{L}}\p{{N}}]&&{UNSPACED}]\p{{M}}* | [[\p{{L}}\p{{M}}\p{{N}}]--{UNSPACED}]+ | \p{{So}}\p{{M}}*",
+    regex.VERSION1 | regex.VERBOSE,
+)
+
+
+def tokens(text: str) -> list[str]:
+    """The words, characters and symbols of `text`, normalised."""
+    folded = normalize("NFKC", normalize("NFKC", text).casefold())
+    return TOKEN.findall(INVISIBLE.sub("", folded))
+
+
+def appears(reference: str, answer: str) -> bool:
+    """Whether `answer` has the whole of `reference` in one piece, but for case, punctuation and spaces."""
+    wanted, said = tokens(reference), tokens(answer)
+    if not wanted:
+        return reference.strip() in answer
+    return any(said[at : at + len(wanted)] == wanted for at in range(len(said) - len(wanted) + 1))
