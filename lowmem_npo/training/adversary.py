@@ -239,21 +239,28 @@ def check_others(
 ) -> None:
     """Raises a UserError where a step takes all rows that are being forgotten, so that none is left to be taught; where
     an attacker goes on for several, all of the half that is its."""
+    stages = len(folds) if folds else 1
     least, first = (min(map(len, folds)), len(folds[0])) if folds else (forget_rows, forget_rows)
-    lower = [*(["--batch-size"] if batch_size > 1 and first > 1 else []), *(["--layered"] if folds else [])]
-    lowered = f"Lower {' or '.join(lower)}, or " if lower else ""
+    lower = [*(["--batch-size"] if batch_size > 1 and first > 1 else []), *(["--layered"] if stages > 2 else [])]
+    ways = [*([f"lower {' or '.join(lower)}"] if lower else []), *(["do without --layered"] if stages == 2 else [])]
     if attack_steps > 1 and first > 1 and least // 2 < batch_size:
-        rows = f"forget rows in the smallest fold of --layered {len(folds)}" if folds else "forget rows"
+        rows = f"forget rows in the smallest fold of --layered {stages}" if folds else "forget rows"
         raise UserError(
             "--adversary-steps forgets one half while the other is taught, and a step takes more rows than that: "
-            f"--batch-size {batch_size}, {rows}: {least}. {lowered}give --adversary-steps 1."
+            f"--batch-size {batch_size}, {rows}: {least}. {_advice(*ways, 'give --adversary-steps 1')}"
         )
     if first <= batch_size:
-        rows = f"forget rows in the first fold of --layered {len(folds)}" if folds else "forget rows"
+        rows = f"forget rows in the first fold of --layered {stages}" if folds else "forget rows"
         raise UserError(
             f"--adversary teaches forget rows that are not in the step, and there are none: --batch-size {batch_size}, "
-            f"{rows}: {first}. {lowered or 'Name more rows, or '}forget without an attacker."
+            f"{rows}: {first}. {_advice(*(ways or ['name more rows']), 'forget without an attacker')}"
         )
+
+
+def _advice(*ways: str) -> str:
+    """A sentence that names them; two at least."""
+    text = f"{', '.join(ways[:-1])}, or {ways[-1]}."
+    return text[0].upper() + text[1:]
 
 
 def _sizes(layer: Any) -> tuple[int, int]:

@@ -41,16 +41,15 @@ def divide(num_forget: int, folds: int, seed: int, groups: Sequence[Hashable] | 
         UserError: more folds than rows or than groups.
     """
     if folds > num_forget:
-        raise UserError(f"--layered {folds} needs at least as many rows to forget; there are {num_forget}.")
+        raise UserError(f"--layered {folds} needs at least as many rows to forget; there {_number(num_forget)}.")
     named = [("row", row) if groups is None or groups[row] is None else groups[row] for row in range(num_forget)]
     members: dict[Hashable, list[int]] = {}
     for row, group in enumerate(named):
         members.setdefault(group, []).append(row)
     if len(members) < folds:
-        number = "is one" if len(members) == 1 else f"are {len(members)}"
         raise UserError(
-            f"--layered {folds} needs at least as many groups of rows to forget, and there {number}: rows with the "
-            "same value in --group-column stay together, and so do rows of the same text."
+            f"--layered {folds} needs at least as many groups of rows to forget, and there {_number(len(members))}: "
+            "rows with the same value in --group-column stay together, and so do rows of the same text."
         )
     order = np.random.default_rng([seed, FOLDS]).permutation(len(members))
     parts = [list(members.values())[place] for place in order]
@@ -60,12 +59,17 @@ def divide(num_forget: int, folds: int, seed: int, groups: Sequence[Hashable] | 
     return [sorted(fold) for fold in result]
 
 
+def _number(count: int) -> str:
+    return "is one" if count == 1 else f"are {count}"
+
+
 def check_folds(folds: Sequence[Sequence[int]], batch_size: int, steps: int) -> None:
     """Raises a UserError where a fold does not fill a batch, or a stage would have no step."""
     if (least := min(map(len, folds))) < batch_size:
+        lowered = "one of them" if len(folds) > 2 else "the latter"
         raise UserError(
             f"--layered {len(folds)} leaves a fold of {counted(least, 'row')}, and a step takes --batch-size "
-            f"{batch_size}: lower one of them."
+            f"{batch_size}: lower {lowered}."
         )
     if steps < len(folds):
         raise UserError(f"--layered {len(folds)} needs a step for every stage; this run has {steps}.")

@@ -98,6 +98,7 @@ def test_micro_batches_change_nothing(whole, byte_model, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
+        (("--layered", 2, "--limit", 3, "--batch-size", 2), "takes --batch-size 2: lower the latter"),
         (("--layered", 19), "--layered 19 needs at least as many rows to forget; there are 18"),
         (("--layered", 4), "--layered 4 leaves a fold of 4 rows, and a step takes --batch-size 6"),
         (("--layered", 12, "--batch-size", 1, "--max-steps", 3), "--layered 12 needs a step for every stage"),
@@ -117,7 +118,7 @@ def test_micro_batches_change_nothing(whole, byte_model, tmp_path):
         (("--adversary", 1, "--layered", 3), "forget rows in the first fold of --layered 3: 6. Lower"),
         (
             ("--adversary", 1, "--adversary-steps", 2, "--layered", 2),
-            "--batch-size 6, forget rows in the smallest fold of --layered 2: 9. Lower --batch-size or --layered,",
+            "--batch-size 6, forget rows in the smallest fold of --layered 2: 9. Lower --batch-size, do without",
         ),
         (
             ("--adversary", 1, "--adversary-steps", 2, "--batch-size", 10),

@@ -409,7 +409,7 @@ def test_each_step_has_a_fresh_attacker_of_the_seed(tmp_path):
     "rows, layered, message",
     [
         (4, None, "are none: step_batch_size=4, forget rows: 4. Lower step_batch_size"),
-        (8, 2, "step_batch_size=4, forget rows in the first fold of layered=2: 4. Lower step_batch_size or layered"),
+        (8, 2, "step_batch_size=4, forget rows in the first fold of layered=2: 4. Lower step_batch_size, do without"),
     ],
 )
 def test_an_attacker_without_other_rows_is_refused(rows, layered, message, tmp_path):
@@ -425,8 +425,13 @@ def test_an_attacker_without_other_rows_is_refused(rows, layered, message, tmp_p
         (1, None, 1, "forget rows: 1. Name more rows, or forget without an attacker."),
         (1, None, 4, "forget rows: 1. Name more rows, or forget without an attacker."),
         (2, None, 2, "forget rows: 2. Lower --batch-size, or"),
-        (5, [[0, 1, 2, 3], [4]], 1, "forget rows in the smallest fold of --layered 2: 1. Lower --layered, or give"),
-        (5, [[0], [1, 2, 3, 4]], 1, "forget rows in the first fold of --layered 2: 1. Lower --layered, or forget"),
+        (
+            5,
+            [[0, 1, 2, 3], [4]],
+            1,
+            "forget rows in the smallest fold of --layered 2: 1. Do without --layered, or give",
+        ),
+        (5, [[0], [1, 2, 3, 4]], 1, "forget rows in the first fold of --layered 2: 1. Do without --layered, or forget"),
     ],
 )
 def test_what_to_do_about_too_few_rows(rows, folds, batch_size, message):
