@@ -21,7 +21,7 @@ from lowmem_npo.endings import is_out_of_memory
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answers import choose_rows, read_answers, summaries
 from lowmem_npo.evaluation.figures import aligned, at, shares, side_by_side
-from lowmem_npo.evaluation.leaks.contract import MARGIN, MUCH, above_holdout, beside_holdout
+from lowmem_npo.evaluation.leaks.contract import MARGIN, MUCH, UNKNOWN, above_holdout, beside_holdout
 from lowmem_npo.evaluation.leaks.extraction import EXTRACTION, extraction_figures
 from lowmem_npo.evaluation.leaks.measure import read_leaks
 from lowmem_npo.evaluation.scoring.batching import at_once
@@ -217,7 +217,8 @@ def survival(merged: RowFigures, rounded: RowFigures, before: RowFigures) -> str
     if from_merged:
         verdict = "WARNING: forgotten text is in the merged weights already, whether or not they are rounded"
     own, whole = shares(_number(rounded.extraction), _number(merged.extraction))
-    beside = beside_holdout(_number(rounded.extraction), rounded.holdout_extraction, before.extraction)[1]
+    extraction, level = _number(rounded.extraction), rounded.holdout_extraction
+    beside = beside_holdout(extraction, level, before.extraction, UNKNOWN)[1]  # the rows are those of the run
     parts = {"forget": (merged.forget_nll, rounded.forget_nll), "retain": (merged.retain_nll, rounded.retain_nll)}
     courses = [
         f"of the {part} answers from {' to '.join(side_by_side(course))}"

@@ -180,6 +180,7 @@ def test_which_base_is_better(whole, dequantized, best, why):
 def test_whether_forgetting_survives(rounded, before, verdict):
     sentence = survival(RowFigures(5.0, 0.05, 0.55), RowFigures(*rounded), before)
     assert sentence.startswith(verdict) and "of the retain answers from 0.550 to 0.600" in sentence
+    assert "--holdout" not in sentence  # merge has no option that names other rows
 
 
 @pytest.mark.parametrize(("strength", "known"), [(0.5, 0.5), ([0.5], None), ({"now": 0.5}, None)])
