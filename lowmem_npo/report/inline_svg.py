@@ -72,7 +72,7 @@ def curve_pictures(metrics: Sequence[Metrics], stages: Stages) -> list[Picture]:
     last = metrics[-1]["step"]
     likelihood = _draw("likelihood", CURVES, lambda ax: draw_likelihood(ax, metrics, stages))
     objective = _draw("objective", CURVES, lambda ax: draw_objective(ax, metrics))
-    nll = {"forget_nll": "forget answers' NLL", "adversary_nll": "that of others, without the adversary",
+    nll = {"forget_nll": "forget answers' NLL", "adversary_nll": "that of others, before the adversary's step",
            "retain_nll": "retain answers' NLL"}  # fmt: skip
     return [
         _picture("likelihood", "How unlikely the answers are", f"Curves over {last} optimiser steps. "

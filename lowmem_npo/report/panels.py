@@ -28,7 +28,7 @@ def stage_colours(stages: Iterable[str]) -> dict[str, str]:
 def draw_likelihood(ax: Axes, metrics: Sequence[Metrics], stages: Stages) -> None:
     attacked = ", under the adversary" if _values(metrics, "adversary_nll") else ""
     _draw_line(ax, metrics, "forget_nll", f"forget answers{attacked}", FORGET)
-    _draw_line(ax, metrics, "adversary_nll", "others of them, without it", GREY)
+    _draw_line(ax, metrics, "adversary_nll", "others of them, before its step", GREY)
     _draw_line(ax, metrics, "retain_nll", "retain answers", RETAIN)
     if "gold" in stages:
         label = "forget answers, to a model that never saw them"

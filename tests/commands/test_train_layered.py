@@ -188,7 +188,7 @@ def test_a_run_against_an_adversary_records_it(attacked, byte_model, tmp_path):
     report = (attacked / "report.html").read_text()
     assert "an attacker was trained to bring back some of the answers" in report
     assert "The answers were unlearned in 2 stages: in the first a part of them" in report
-    assert "others of them, without it" in report and "| adversary | `1.0` |" in card
+    assert "others of them, before its step" in report and "| adversary | `1.0` |" in card
     assert train(byte_model, tmp_path / "plain", *ATTACKED[:2], *ATTACKED[6:]) == 0
     assert not same(adapter(attacked), adapter(tmp_path / "plain"))
     assert "adversary_nll" not in steps(tmp_path / "plain")[0]
