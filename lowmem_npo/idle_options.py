@@ -20,13 +20,16 @@ OF_TERMS = {
 }
 
 
+def concerns(option: str, term: str | None) -> bool:
+    """Whether a forget term uses an option."""
+    return term not in FORGET_TERMS or term in OF_TERMS.get(option, FORGET_TERMS)
+
+
 def remarks_on_idle_options(config: RunConfig) -> list[str]:
     """A line for each option that has another value than its default, which makes no difference in this run."""
     term, data, training = config.objective.forget_term, config.data, config.training
     joint, apart = config.memory.joint_pass_tokens, config.objective.parts_go_apart
-    idle = {
-        name: f"--forget-term {term}" for name, terms in OF_TERMS.items() if term in FORGET_TERMS and term not in terms
-    } | {
+    idle = {name: f"--forget-term {term}" for name in OF_TERMS if not concerns(name, term)} | {
         name: without
         for name, without, used in (
             ("group_column", "no --layered", training.layered is not None),

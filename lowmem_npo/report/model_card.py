@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,16 +14,19 @@ from lowmem_npo.data.reading import described
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answer_table import markdown_table
 from lowmem_npo.files import expanded, file_sha256, name_of
+from lowmem_npo.idle_options import concerns
 from lowmem_npo.report.content import EVIDENCE, Content, read_content
 from lowmem_npo.report.page import audit_lines, model_name
 from lowmem_npo.report.plain_words import ASKED, ORIGINAL, RELATED
 from lowmem_npo.run_directory import RunFiles
 
 TAGS = ("unlearning", "machine-unlearning", "npo", "lora", "lowmem-npo")
-METHOD = ("recipe", "forget_term", "beta", "gamma", "delta", "normalization", "kl_direction", "forget_level", "layered",
-          "adversary", "adversary_steps", "sam", "lora_r", "lora_alpha", "lora_targets", "lora_layers", "use_rslora",
-          "use_dora", "modules_to_save", "batch_size", "epochs", "max_steps", "lr", "seed", "max_length", "qlora",
-          "dtype")  # fmt: skip
+METHOD = ("recipe", "forget_term", "beta", "simnpo_margin", "wga_beta", "satimp_beta1", "satimp_beta2",
+          "alternative_column", "alternatives", "gamma", "delta", "normalization", "kl_direction", "forget_level",
+          "layered", "layered_weight", "group_column", "adversary", "adversary_steps", "sam", "lora_r", "lora_alpha",
+          "lora_targets", "lora_layers", "use_rslora", "use_dora", "modules_to_save", "batch_size", "retain_batch_size",
+          "epochs", "max_steps", "lr", "seed", "max_length", "qlora", "dtype")  # fmt: skip
+OF_STAGES = ("layered_weight", "group_column")
 SHORTENED = ("adversary_steps",)  # of which run.yaml has what was asked for, and the audit record what was used
 RECORD = ("Revision", "Commit", "Weights", "Went on from", "Adapter", "Optimiser steps", "Started, ended",
           "Processors", "Versions", "Duration")  # fmt: skip
@@ -61,7 +64,7 @@ def model_card(content: Content) -> str:
         verdict=content.verdict,
         evidence=EVIDENCE,
         forget_term=settings.get("forget_term"),
-        settings=[(name, code(used[name])) for name in METHOD if used.get(name) is not None],
+        settings=[(name, code(used[name])) for name in METHOD if _decides(name, used)],
         data=_data(audit),
         table=markdown_table(content.stages).rstrip() if content.stages else "",
         leaks={name: result.meaning for name, result in content.leaks.get("after", {}).items()},
@@ -74,6 +77,12 @@ def model_card(content: Content) -> str:
         ],
         version=lowmem_npo.__version__,
     )
+
+
+def _decides(option: str, settings: Mapping[str, Any]) -> bool:
+    """Whether an option has a part in what the adapter is."""
+    idle = option in OF_STAGES and settings.get("layered") is None
+    return settings.get(option) is not None and not idle and concerns(option, settings.get("forget_term"))
 
 
 def merged_card(

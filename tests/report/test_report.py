@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from lowmem_npo.cli import main
 from lowmem_npo.evaluation.answer_table import MEASURES
+from lowmem_npo.idle_options import OF_TERMS
 from lowmem_npo.model.saved_adapter import revision_of_adapter
 from lowmem_npo.report.content import Content, read_content
 from lowmem_npo.report.files import write_report
@@ -280,6 +281,27 @@ def test_the_hub_can_read_the_card(run, byte_model):
         assert words in card.text
     assert "not a certificate" in card.text
     assert not re.search(r"\n\n\n", card.text) and re.search(r"\n\n\| part \|.*\n\|---\|.*\n\| forget \|", card.text)
+
+
+@pytest.mark.parametrize(
+    ("changed", "shown"),
+    [
+        ({}, "beta normalization"),
+        ({"forget_term": "wga"}, "wga_beta"),
+        ({"forget_term": "satimp"}, "satimp_beta1 satimp_beta2"),
+        ({"forget_term": "simnpo"}, "beta simnpo_margin"),
+        ({"forget_term": "dpo", "alternatives": "self:2"}, "beta alternatives"),
+        ({"forget_term": "wga", "layered": 2, "group_column": "who"}, "wga_beta layered layered_weight group_column"),
+    ],
+)
+def test_the_card_has_the_settings_that_made_the_adapter(changed, shown, run):
+    """Of forget terms and of stages those in use; with their defaults, too, which another version may not have."""
+    content = read_content(run)
+    card = model_card(dataclasses.replace(content, settings=content.settings | changed))
+    listed = re.findall(r"^\| (\w+) \| `", card, re.MULTILINE)
+    optional = {*OF_TERMS, "layered", "layered_weight", "group_column"}
+    assert {name for name in listed if name in optional} == set(shown.split())
+    assert {"forget_term", "gamma", "delta", "batch_size", "lr"} <= set(listed)
 
 
 def test_a_base_model_on_the_hub_is_in_the_header(run):
