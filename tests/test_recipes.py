@@ -123,6 +123,8 @@ def test_null_in_a_file_of_another_recipe_is_that_recipe_s_own(tmp_path):
     file = tmp_path / "settings.yaml"
     file.write_text("recipe: paper\nlayered: null\nadversary: null\n")
     assert options(parsed("--config", file, "--recipe", "lasting")) == (2, 1.0, 16)
+    file.write_text("recipe: lasting\nlora_targets: all-linear\nlora_alpha: 64\n")  # without brackets, without a point
+    assert parsed("--config", file, "--recipe", "paper").adapter == parsed().adapter
 
 
 def test_what_does_not_go_with_the_recipe_is_a_sentence_that_names_it():

@@ -170,8 +170,11 @@ def _flags_of_file(path: Path, ours: Sequence[str]) -> list[str]:
         if isinstance(value, list) and flag in ours and flag not in (*SOURCES, *several):
             raise UserError(f"{flag} takes one value, and '{path}' gives a list.")
         if (option := flag[2:].replace("-", "_")) in RECIPE_OPTIONS:
-            own = tuple(value) if isinstance(value, list) else value
-            if recipe in RECIPES and not isinstance(value, bool) and own == value_in(recipe, option):
+            if (
+                recipe in RECIPES
+                and not isinstance(value, bool)
+                and _as_list(value) == _as_list(value_in(recipe, option))
+            ):
                 continue  # it is the recipe's own, and goes with it if another one is named
             if value is None and (value := value_in("paper", option)) is None:  # no recipe, here or elsewhere, sets it
                 value = "None"
@@ -185,6 +188,11 @@ def _flags_of_file(path: Path, ours: Sequence[str]) -> list[str]:
         else:
             flags.append(str(value))
     return join_sources(canonical(flags))
+
+
+def _as_list(value: Any) -> list[Any]:
+    """Of an option that takes several values, a file may give one by itself."""
+    return [*value] if isinstance(value, list | tuple) else [value]
 
 
 def _lists() -> list[str]:
