@@ -241,8 +241,11 @@ def _notes(config: EvaluationConfig, run: Mapping[str, Any], digests: Mapping[st
 
 
 def _digests(config: EvaluationConfig, sources: Mapping[str, Rows]) -> dict[str, str]:
-    """A hash of each set, and of the adapter."""
-    digests = {part: digest(json.loads(json.dumps(rows.rows, default=str))) for part, rows in sources.items()}
+    """A hash of each set, with what is read beside it, and of the adapter."""
+    digests = {}
+    for part, rows in sources.items():
+        beside = [text for one in BENCHMARKS if part in one.sets and (text := one.read_beside(part, config))]
+        digests[part] = digest(json.loads(json.dumps([rows.rows, *beside] if beside else rows.rows, default=str)))
     if config.adapter:
         digests[THE_ADAPTER] = digest(AdapterFiles(expanded(config.adapter)).weights)
     return digests

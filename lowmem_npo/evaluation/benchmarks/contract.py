@@ -118,6 +118,10 @@ class Benchmark(ABC, Generic[MeasuredT, ScoresT]):
         """The rows of the set `name` that are measured; None: they are not this benchmark's."""
         return None
 
+    def read_beside(self, name: str, options: Any) -> str:
+        """What is read from other files than that of the set `name` and decides how its rows are asked."""
+        return ""
+
     def own_sets(self, options: Any) -> dict[str, Selection]:
         """What is measured although no rows were named."""
         return {}

@@ -120,11 +120,7 @@ class Muse(Benchmark[Any, MuseScores]):
         else:
             columns = ("prompt", "gt") if name == VERBATIM else ("question", "answer")
             examples = to_examples(rows, prompt_column=columns[0], answer_column=columns[1])
-            options = cast(MuseOptions, context.config)
-            source = options.muse_examples
-            if name == KEPT and options.muse_retain_examples is not None:
-                source = options.muse_retain_examples
-            before = "" if name == VERBATIM else _examples_of(source)
+            before = self.read_beside(name, context.config)
             selected = []
             for example in examples:
                 prompt = example.prompt or ""
@@ -133,6 +129,14 @@ class Muse(Benchmark[Any, MuseScores]):
             for place in chosen:
                 context.check(examples[place].where, selected[place][1])
         return Selection([selected[place] for place in chosen], len(rows), chosen)
+
+    def read_beside(self, name: str, options: Any) -> str:
+        """The examples that stand before a question."""
+        if name not in (FORGOTTEN, KEPT):
+            return ""
+        if name == KEPT and options.muse_retain_examples is not None:
+            return _examples_of(options.muse_retain_examples)
+        return _examples_of(options.muse_examples)
 
     def written(self, name: str, selection: Selection, context: Context) -> list[tuple[int, int]]:
         return [(len(ids), NEW_TOKENS[name]) for _, ids, _ in selection.rows] if name in NEW_TOKENS else []
@@ -182,7 +186,7 @@ MUSE = Muse()
 
 
 def _examples_of(source: str | None) -> str:
-    """The examples that stand before a question."""
+    """The examples in a file, as they stand before a question."""
     if source is None:
         return ""
     examples = to_examples(read_rows(source), prompt_column="question", answer_column="answer")

@@ -106,6 +106,13 @@ def test_what_is_kept_has_examples_of_its_own(byte_model, files):
     assert asked["MUSE knowmem, retain"].startswith("Question: What is blue?\nAnswer: The sky.\n\nQuestion: Who")
 
 
+def test_examples_that_have_changed_make_another_evaluation(byte_model, files, capsys):
+    assert evaluate(byte_model, files, "knowmem", "examples", more=("--limit", "1"))[0] == 0
+    (files / "examples.jsonl").write_text(json.dumps({"question": "What is blue?", "answer": "The sky."}))
+    assert evaluate(byte_model, files, "knowmem", "examples", more=("--limit", "1", "--resume"))[0] == 2
+    assert "--resume: MUSE knowmem has changed since" in capsys.readouterr().err
+
+
 def test_scores_by_hand():
     assert before_next_question(" Red.\n\nQuestion: And blue?") == " Red."
     assert before_next_question("Red.\nQuestion: x") == "Red." and before_next_question("Red") == "Red"
