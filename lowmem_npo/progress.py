@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import sys
 import time
 from contextlib import suppress
@@ -16,7 +17,7 @@ SECONDS = 60  # between two lines, whatever they are about
 
 class Progress(tqdm):
     """tqdm's bar, on standard error. Where that is no terminal, lines like "unlearning, step 40 of 200: loss 1.2, ETA
-    03:10" instead."""
+    03:10" instead. Of the processes that torchrun starts only the first shows anything."""
 
     printed: ClassVar[float] = time.monotonic()  # when the last line was, of any instance
 
@@ -32,6 +33,7 @@ class Progress(tqdm):
         delay: float = 0,
     ) -> None:
         """delay: seconds in which nothing is shown, for what is mostly done by then."""
+        wanted = wanted and os.environ.get("RANK", "0") == "0"
         self.in_lines = wanted and not sys.stderr.isatty()
         self._began, self._delay, self._line_of = time.monotonic(), delay, initial - 1
         instead: dict[str, Any] = {"file": io.StringIO(), "mininterval": math.inf} if self.in_lines else {}

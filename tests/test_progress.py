@@ -64,6 +64,15 @@ def test_none_is_printed_of_what_is_not_wanted(minutes, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_the_other_processes_of_torchrun_print_none(minutes, monkeypatch, capsys):
+    for rank, lines in (("1", 0), ("0", 1)):
+        monkeypatch.setenv("RANK", rank)
+        minutes(300)
+        with Progress(2, "rows", "row") as bar:
+            bar.update()
+        assert capsys.readouterr().err.count("rows, row 1 of 2") == lines
+
+
 def test_what_is_soon_done_shows_nothing_and_what_is_not_does(minutes, capsys):
     minutes(300)
     with Progress(2, "tokenising", "row", delay=2) as bar:
