@@ -115,11 +115,16 @@ def plan_sweep(
     parse: the run that the sweep's train options and some further flags describe.
 
     Raises:
-        UserError: an unknown option, an invalid value, two configurations of one name.
+        UserError: an unknown option, an invalid value, two configurations that are equal, or of one name.
     """
     runs = []
+    configs = list[RunConfig]()
     for point in points:
         config = _parsed(point, parse)
+        if config in configs:
+            other = points[configs.index(config)]
+            raise UserError(f"--grid {other.name} and {point.name} are the same configuration: leave one of them out.")
+        configs.append(config)
         root = config.output_dir
         for seed in seeds:
             runs.append(SweepRun(point, seed, _placed(config, point, root, seed)))

@@ -82,6 +82,9 @@ def test_runs_share_a_reference_where_it_is_the_same(tmp_path):
         (["forget-term=nop"], "--forget-term must be one of npo, ga, simnpo, idk"),
         (["stop-when=sometimes"], "--stop-when sometimes"),
         (["lr=1e-4,1e-4 "], "is repeated"),
+        (["lr=1e-4,0.0001"], "--grid lr=1e-4 and lr=0.0001 are the same configuration: leave one of them out."),
+        (["layered=none,None"], "--grid layered=none and layered=None are the same"),
+        (["beta=.2", "gamma=,0,1"], "--grid beta=.2_gamma=default and beta=.2_gamma=1 are the same"),
         (["forget=a/b.jsonl,a-b.jsonl", "retain=r.jsonl"], "same directory"),
     ],
 )
