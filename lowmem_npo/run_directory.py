@@ -17,7 +17,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.files import PARTIAL, expanded, file_in_the_way, free_bytes, missing_below, write_atomically
 from lowmem_npo.ranges import check_values, field_types, on_or_off, shortened
 from lowmem_npo.settings_file import read_settings
-from lowmem_npo.sizes import amount
+from lowmem_npo.sizes import compared
 
 SELF_WRITTEN = "self_written.jsonl"  # the texts of --retain self
 # A resumed run may be longer, have moved, or measure more; any other change would make it a different run.
@@ -278,7 +278,8 @@ def check_disk(config: RunConfig, trained: int, saved: int, attacker: int = 0) -
     needed = 4 * (saved * (1 + checkpoints) + trained * (best + 2 * checkpoints) + attacker * checkpoints)
     needed += 64 * 2**20  # tokenizer, metrics, configuration
     if (free := free_bytes(config.output_dir)) < needed:
+        has, writes = compared(free, needed)
         raise UserError(
-            f"The disk of --output-dir '{config.output_dir}' has {amount(free)} free, the run writes up to "
-            f"{amount(needed)}: free some, or choose another --output-dir."
+            f"The disk of --output-dir '{config.output_dir}' has {has} free, the run writes up to {writes}: free some, "
+            "or choose another --output-dir."
         )

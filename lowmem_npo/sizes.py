@@ -21,10 +21,16 @@ def parse_size(text: str, option: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def amount(size: int) -> str:
+def amount(size: int, decimals: int = 1) -> str:
     """For people, in the largest unit of which there is one: "5.4 GiB", "64.0 MiB"."""
     unit = next((unit for unit in ("GiB", "MiB", "KiB") if size >= UNITS[unit.lower()]), None)
-    return f"{size / UNITS[unit.lower()]:.1f} {unit}" if unit else f"{size} bytes"
+    return f"{size / UNITS[unit.lower()]:.{decimals}f} {unit}" if unit else f"{size} bytes"
+
+
+def compared(*sizes: int, decimals: int = 1) -> list[str]:
+    """Amounts of which one is too large for another, with as many more decimals as show it."""
+    written = ([amount(size, count) for size in sizes] for count in range(decimals, 11))
+    return next(texts for texts in written if len(set(texts)) == len(set(sizes)))
 
 
 def counted(number: int, what: str) -> str:

@@ -81,11 +81,15 @@ class RetainLoss:
     needs: Literal["retain"] = "retain"
 
     def gap(self, now: StopEvaluation, start: StopEvaluation) -> float:
-        before = measured(start.retain_nll)
-        return before + self.rise * (before if self.relative else 1) - measured(now.retain_nll)
+        return self._bound(start) - measured(now.retain_nll)
 
     def describe(self, now: StopEvaluation, start: StopEvaluation) -> Words:
-        return "retain NLL {}, before {}", (measured(now.retain_nll), measured(start.retain_nll))
+        figures = measured(now.retain_nll), measured(start.retain_nll), self._bound(start)
+        return "retain NLL {}, before {}, limit {}", figures
+
+    def _bound(self, start: StopEvaluation) -> float:
+        before = measured(start.retain_nll)
+        return before + self.rise * (before if self.relative else 1)
 
 
 def measured(value: float | None) -> float:

@@ -41,7 +41,7 @@ from lowmem_npo.model.adapters import check_lora
 from lowmem_npo.model.packable import packable
 from lowmem_npo.model.quantization import stored_quantization
 from lowmem_npo.model.trial import of_depth
-from lowmem_npo.sizes import gib
+from lowmem_npo.sizes import compared, gib
 
 
 class Switch(NamedTuple):
@@ -339,8 +339,8 @@ def _impossible(config: RunConfig, smallest: RunConfig, needed: Estimate, budget
     kinds = ", ".join(f"{kind} {gib(size)}" for kind, size in sorted(needed.by_kind.items(), key=lambda k: -k[1])[:3])
     flags = " ".join(_flags(config, smallest)) or "these options"
     advice = "" if config.model.qlora else "--qlora makes the frozen weights about a quarter as large; "
+    given, works = compared(budget, needed.total_bytes, decimals=2)
     return (
-        f"A budget of {gib(budget)} cannot be met: the smallest that works is {gib(needed.total_bytes)} (with "
-        f"{flags}), of which {kinds}, CUDA context {gib(needed.context_bytes)}; {advice}a smaller --max-length or "
-        "model takes less."
+        f"A budget of {given} cannot be met: the smallest that works is {works} (with {flags}), of which {kinds}, CUDA "
+        f"context {gib(needed.context_bytes)}; {advice}a smaller --max-length or model takes less."
     )

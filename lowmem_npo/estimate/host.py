@@ -16,7 +16,7 @@ from lowmem_npo.estimate.time import BUS
 from lowmem_npo.files import free_bytes
 from lowmem_npo.model.loading import local_cache_entry
 from lowmem_npo.model.quantized_cache import CacheEntry
-from lowmem_npo.sizes import gib
+from lowmem_npo.sizes import compared, gib
 
 LOCAL_PROCESSES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 """Where torchrun and the kinds of mpirun say how many processes this host has, as accelerate reads it."""
@@ -70,15 +70,16 @@ class StreamingHost:
             raise self.refused
         if self.needed <= self.available:
             return
+        takes, has = compared(self.needed, self.available, decimals=2)
         if self.in_file:
             raise UserError(
-                f"--stream-weights from --quantized-cache takes {gib(self.needed)} of host memory, and "
-                f"{gib(self.available)} are available: free some, or take a smaller model."
+                f"--stream-weights from --quantized-cache takes {takes} of host memory, and {has} are available: free "
+                "some, or take a smaller model."
             )
         raise UserError(
-            f"--stream-weights keeps the weights in host memory, which takes {gib(self.needed)}, and "
-            f"{gib(self.available)} are available: free some, use --qlora if this run does not, read them from a disk "
-            "(--qlora --quantized-cache DIR), or take a smaller model."
+            f"--stream-weights keeps the weights in host memory, which takes {takes}, and {has} are available: free "
+            "some, use --qlora if this run does not, read them from a disk (--qlora --quantized-cache DIR), or take a "
+            "smaller model."
         )
 
 
@@ -110,7 +111,8 @@ def streaming_host(
 
 def _check_room(folder: Path, size: int) -> None:
     if (free := free_bytes(folder)) < size:
+        takes, has = compared(size, free, decimals=2)
         raise UserError(
-            f"--quantized-cache: the weights take {gib(size)}, and {gib(free)} are free in '{folder}', from where they "
-            "are to be read."
+            f"--quantized-cache: the weights take {takes}, and {has} are free in '{folder}', from where they are to be "
+            "read."
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lowmem_npo.environment import available_memory
 from lowmem_npo.errors import UserError
-from lowmem_npo.sizes import amount
+from lowmem_npo.sizes import compared
 
 
 def check_room(folder: Path, four_bits: bool) -> None:
@@ -14,4 +14,5 @@ def check_room(folder: Path, four_bits: bool) -> None:
     more would end the process."""
     needed = sum(file.stat().st_size for file in folder.glob("*.safetensors")) // (3 if four_bits else 1)
     if (free := available_memory()) < needed:
-        raise UserError(f"the merged model takes {amount(needed)} of memory, and {amount(free)} are free")
+        takes, has = compared(needed, free)
+        raise UserError(f"the merged model takes {takes} of memory, and {has} are free")

@@ -39,7 +39,7 @@ from lowmem_npo.model.checkpoint import BESIDE_WEIGHTS, INDEX, OLD_INDEX, Checkp
 from lowmem_npo.model.saved_adapter import check_finite, check_stored_patterns, more_than_lora, stored_lora
 from lowmem_npo.progress import Progress
 from lowmem_npo.run_directory import AdapterFiles
-from lowmem_npo.sizes import amount
+from lowmem_npo.sizes import compared
 
 
 @dataclass(frozen=True)
@@ -199,8 +199,9 @@ def check_space(out: Path, needed: int) -> None:
     """Raises UserError if the disk of `out` cannot hold `needed` bytes of weights, and 64 MiB of everything else."""
     needed += 64 * 2**20
     if (free := free_bytes(out)) < needed:
+        has, takes = compared(free, needed)
         raise UserError(
-            f"The disk of '{out}' has {amount(free)} free, the merged model takes {amount(needed)}: "
+            f"The disk of '{out}' has {has} free, the merged model takes {takes}: "
             "free some, or choose a directory on another disk."
         )
 

@@ -30,7 +30,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.files import PARTIAL, expanded, file_in_the_way, free_bytes, load_json, put_in_place
 from lowmem_npo.model.checkpoint import INDEX, find_checkpoint
 from lowmem_npo.model.layers import decoder_layers
-from lowmem_npo.sizes import gib
+from lowmem_npo.sizes import compared, gib
 
 IDENTITY = "made_from.json"
 VERSION = 2  # of an entry's files
@@ -132,7 +132,8 @@ class CacheEntry:
             return
         size = model.get_memory_footprint()
         if (free := free_bytes(self.path)) < size:
-            say(f"--quantized-cache: the weights are not kept, they take {gib(size)} and {gib(free)} are free.")
+            takes, has = compared(size, free, decimals=2)
+            say(f"--quantized-cache: the weights are not kept, they take {takes} and {has} are free.")
             return
         try:
             with self.being_written(say) as writer:

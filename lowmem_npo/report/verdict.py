@@ -286,15 +286,16 @@ def _kept_state(name: str, before: AnswerSummary, after: AnswerSummary, errors: 
 def _overdone(after: AnswerSummary, gold: AnswerSummary | None, vocabulary: int | None) -> str | None:
     """A sentence if the forgetting is overdone, else None."""
     if gold is not None and after.nll > OVERDONE * gold.nll:
+        now, never_saw = side_by_side([after.nll, gold.nll], decimals=2)
         return (
-            f"The forget answers' NLL per token is {after.nll:.2f}, for a model that never saw them {gold.nll:.2f}: so "
-            "unlikely, they give away what was removed."
+            f"The forget answers' NLL per token is {now}, for a model that never saw them {never_saw}: so unlikely, "
+            "they give away what was removed."
         )
     if vocabulary and after.nll > math.log(vocabulary):
+        now, guess = side_by_side([after.nll, math.log(vocabulary)], decimals=2)
         return (
-            f"The forget answers' NLL per token is {after.nll:.2f}, for a uniform guess over the vocabulary "
-            f"{math.log(vocabulary):.2f}: answers less likely than noise give away what was removed. Fewer epochs, or "
-            "a larger --beta, push less far."
+            f"The forget answers' NLL per token is {now}, for a uniform guess over the vocabulary {guess}: answers "
+            "less likely than noise give away what was removed. Fewer epochs, or a larger --beta, push less far."
         )
     return None
 

@@ -33,7 +33,7 @@ from lowmem_npo.estimate.simulator.operators import FakeOperators
 from lowmem_npo.estimate.step import estimate
 from lowmem_npo.estimate.time import step_seconds
 from lowmem_npo.model.known_configs import known_config
-from lowmem_npo.sizes import gib, parse_size
+from lowmem_npo.sizes import compared, gib, parse_size
 
 pytestmark = pytest.mark.no_cover  # hundreds of simulated steps, as in test_automatic.py and test_streaming.py
 GIB = 2**30
@@ -234,7 +234,7 @@ def refusal() -> str:
 
 
 def test_an_impossible_budget_says_the_smallest_and_what_takes_the_room(refusal):
-    assert "A budget of 0.29 GiB cannot be met: the smallest that works is" in refusal
+    assert "A budget of 300.00 MiB cannot be met: the smallest that works is" in refusal
     assert "--micro-batch-size 1" in refusal and "frozen weights" in refusal and "CUDA context" in refusal
     assert "--qlora" not in refusal
     decided = dataclasses.replace(ON, embedding_on_cpu=True, offload_checkpoints=True, stream_weights=True)
@@ -322,6 +322,13 @@ def test_mistakes_are_reported_in_one_sentence(arguments, message, capsys, monke
 )
 def test_sizes(text, size):
     assert parse_size(text, "--budget") == size
+
+
+def test_a_size_is_seen_to_be_larger_than_what_there_is():
+    assert compared(5 * GIB, 7 * GIB) == ["5.0 GiB", "7.0 GiB"]
+    assert compared(5 * GIB, 5 * GIB + 3 * 2**20) == ["5.000 GiB", "5.003 GiB"]
+    assert compared(GIB, GIB + 2**20, decimals=2) == ["1.000 GiB", "1.001 GiB"]
+    assert compared(24 * GIB, 24 * GIB + 1)[0] != compared(24 * GIB, 24 * GIB + 1)[1]
 
 
 @pytest.mark.parametrize("text", ["24", "GiB", "-3GiB", "1e3GiB", "24GiX", "", "0MiB"])

@@ -102,7 +102,10 @@ def test_why_it_stopped_is_told_in_figures_that_differ(tmp_path):
     start, now = (StopEvaluation(step, step / 10, 0.5, retain_nll=nll) for step, nll in ((0, 0.00031), (1, 0.00036)))
     stopping._add(start)
     assert lines == ["before: forget NLL 0.500, retain NLL 3.1e-04"]
-    assert "retain-loss+10% (retain NLL 3.6e-04, before 3.1e-04)" in stopping._sentence(now, now, conditions, True)
+    assert "(retain NLL 3.6e-04, before 3.1e-04, limit 3.4e-04)" in stopping._sentence(now, now, conditions, True)
+    stopping.evaluations = [replace(start, retain_nll=2.0)]
+    now = replace(now, retain_nll=2.2004)
+    assert "(retain NLL 2.2004, before 2.0000, limit 2.2000)" in stopping._sentence(now, now, conditions, True)
 
 
 def test_a_run_that_does_not_restore_is_noticed(whole, taught_model, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from textwrap import shorten
 
 from lowmem_npo.evaluation.answer_table import Stages
 from lowmem_npo.evaluation.answers import AnswerEvaluation, AnswerSummary
+from lowmem_npo.evaluation.figures import shares
 from lowmem_npo.evaluation.leaks.contract import LeakResults
 from lowmem_npo.evaluation.leaks.worst import worst_attacks
 
@@ -33,6 +34,9 @@ def judge(stages: Stages, leaks: Mapping[str, LeakResults]) -> list[Check]:
     forget, never_saw = after["forget"], gold["forget"]
     worst = worst_attacks(leaks)["after"]
     assert worst.gold is not None, "the gold model is attacked as well"
+    off = forget.nll / never_saw.nll - 1
+    distance, most = shares(abs(off), NLL_MARGIN)
+    returned, most_returned = shares(worst.value - worst.gold, LASTING_MARGIN)
     return [
         Check(
             "recited",
@@ -48,15 +52,15 @@ def judge(stages: Stages, leaks: Mapping[str, LeakResults]) -> list[Check]:
         ),
         Check(
             "not overdone",
-            abs(forget.nll / never_saw.nll - 1) <= NLL_MARGIN,
+            abs(off) <= NLL_MARGIN,
             f"Its NLL per token of forget answers is now {forget.nll:.2f}, that model's {never_saw.nll:.2f} "
-            f"({forget.nll / never_saw.nll - 1:+.0%}; required: within {NLL_MARGIN:.0%}). Answers far less likely than "
-            "for a model that never saw them would give away what was removed.",
+            f"({'-' if off < 0 else '+'}{distance}; required: within {most}). Answers far less likely than for a model "
+            "that never saw them would give away what was removed.",
         ),
         Check(
             "lasting",
             worst.value <= worst.gold + LASTING_MARGIN,
-            f"{worst.sentence.removesuffix('.')} (required: at most {LASTING_MARGIN:.0%} more than that model).",
+            f"{worst.sentence.removesuffix('.')} ({returned} more than that model; required: at most {most_returned}).",
         ),
         Check(
             "kept",

@@ -29,7 +29,7 @@ from lowmem_npo.model.checkpoint import find_checkpoint
 from lowmem_npo.model.loading import DTYPES, resolve_device
 from lowmem_npo.model.merging import find_updates, write_merged
 from lowmem_npo.model.quantization import quantization_of
-from lowmem_npo.sizes import amount
+from lowmem_npo.sizes import amount, compared
 from lowmem_npo.training.reference.identity import rows_fingerprint
 from lowmem_npo.training.teaching import made_from, making, teach
 
@@ -67,14 +67,14 @@ def check_teaching(config: RunConfig, how: TeachingOptions, inputs: Inputs, root
     if needed > available:
         other = "" if how.teach == "lora" else "; --teach lora takes less"
         where = "GPU" if device.type == "cuda" else "machine"
-        raise UserError(
-            f"--teach {how.teach} takes at least {amount(needed)}, and the {where} has {amount(available)} free{other}."
-        )
+        takes, has = compared(needed, available)
+        raise UserError(f"--teach {how.teach} takes at least {takes}, and the {where} has {has} free{other}.")
     on_disk = len(missing) * weights * DTYPES[config.model.dtype].itemsize + 64 * 2**20
     if (free := free_bytes(root)) < on_disk:
+        has, takes = compared(free, on_disk)
         raise UserError(
-            f"The disk of --output-dir '{root}' has {amount(free)} free, the models of --teach take {amount(on_disk)}: "
-            "free some, or choose another --output-dir."
+            f"The disk of --output-dir '{root}' has {has} free, the models of --teach take {takes}: free some, or "
+            "choose another --output-dir."
         )
     return sentence + "."
 

@@ -26,7 +26,7 @@ from lowmem_npo.data.tokenized_rows import TokenizedRow
 from lowmem_npo.errors import UserError
 from lowmem_npo.files import free_bytes
 from lowmem_npo.model.layers import causal_lm
-from lowmem_npo.sizes import amount
+from lowmem_npo.sizes import amount, compared
 from lowmem_npo.training.reference.answer_file import AnswerFile
 from lowmem_npo.training.reference.identity import rows_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from lowmem_npo.training.reference.live import LiveReference
@@ -156,9 +156,10 @@ def check_cache_space(
     if not sizes:
         return "Reference cache: this objective needs no reference, so nothing is stored."
     if (free := free_bytes(directory)) < missing:
+        takes, has = compared(missing, free)
         raise UserError(
-            f"The reference cache takes {amount(missing)}, the disk of '{directory}' has {amount(free)} free: give "
-            "a --reference-dir on another disk, or use --reference live."
+            f"The reference cache takes {takes}, the disk of '{directory}' has {has} free: give a --reference-dir on "
+            "another disk, or use --reference live."
         )
     return f"Reference cache in {directory}: {', '.join(sizes)}; {amount(missing)} of that is new."
 

@@ -63,3 +63,9 @@ def test_the_meanings_contain_the_numbers():
     assert "100 of 100" in meanings[0] and "2 of 100" in meanings[1] and "99 of 100" in meanings[4]
     assert "60 steps, half shown" in meanings[3] and "23%" in meanings[3] and "12%" in meanings[3]
     assert "4.00" in meanings[2] and "5.00" in meanings[2] and "-20%" in meanings[2]
+
+
+def test_what_fails_by_little_is_seen_to_fail():
+    checks = {check.name: check.meaning for check in judge(stages(nll=6.52), leaks(0.2504, 0.1))}
+    assert "(+30.4%; required: within 30.0%)" in checks["not overdone"]
+    assert "(15.04% more than that model; required: at most 15.00%)" in checks["lasting"]
