@@ -29,7 +29,7 @@ from lowmem_npo.data import Example, PreparedData, TokenizedRows, bundled_rows, 
 from lowmem_npo.data.passages import Passages
 from lowmem_npo.environment import processors, versions
 from lowmem_npo.errors import UserError
-from lowmem_npo.files import expanded, file_sha256, load_json, write_atomically
+from lowmem_npo.files import expanded, file_sha256, load_json, name_of, write_atomically
 from lowmem_npo.model import resolve_name
 from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.names import commit_of
@@ -65,16 +65,17 @@ def begin_audit(directory: Path, config: RunConfig, data: PreparedData, model: P
     """Writes what is known when training starts; a resumed run keeps its salt and adds a session."""
     known = read_audit(directory) if config.output.resume else None
     salt = known["forget_rows"]["salt"] if known else secrets.token_hex(16)
-    base = causal_lm(model)
+    base, loaded = causal_lm(model), resolve_name(config.model.model, config.model.revision)[0]
     parts = {part: (getattr(config.data, part), getattr(data, part)) for part in ("forget", "retain", "holdout")}
     audit = {
         "configuration": config.flat(),
         "seed": config.training.seed,
         "model": {
             "name": config.model.model,
-            "loaded": resolve_name(config.model.model, config.model.revision)[0],
+            "loaded": loaded,
+            "directory": name_of(loaded) if expanded(loaded).is_dir() else None,  # what "." is called is known here
             "revision": config.model.revision,
-            "commit": commit_of(resolve_name(config.model.model, config.model.revision)[0], config.model.revision),
+            "commit": commit_of(loaded, config.model.revision),
             "class": type(base).__name__,
             "vocabulary": cast(Tensor, base.get_input_embeddings().weight).shape[0],
             "weights": "4-bit NF4" if config.model.qlora else config.model.dtype,
@@ -129,8 +130,9 @@ FORGET_ROWS = {"salt": str, "sha256": list[str]}
 # What a report tells of it.
 STEPS = {"seed": int, "sessions": Annotated[list[Any], MinLen(1)], "optimizer_steps": int | None}
 MODEL = {
-    "name": str, "loaded": str, "revision": str | None, "commit": str | None, "class": str, "vocabulary": Count,
-    "weights": str, "weights_fingerprint": str, "weights_fingerprint_is": str, "adapter": dict[str, str] | None,
+    "name": str, "loaded": str, "directory": str | None, "revision": str | None, "commit": str | None, "class": str,
+    "vocabulary": Count, "weights": str, "weights_fingerprint": str, "weights_fingerprint_is": str,
+    "adapter": dict[str, str] | None,
 }  # fmt: skip
 DATA = {"source": str, "rows": Count, "tokenised": str, "sha256": str | None}
 SESSION = {
@@ -149,7 +151,7 @@ def check_reported(audit: Audit) -> None:
     """Raises ValueError unless `audit` holds what a report tells of it; TypeError where only one of two times has a
     time zone."""
     check_record(audit, STEPS)
-    check_record(audit["model"], MODEL, optional=["adapter"])
+    check_record(audit["model"], MODEL, optional=["adapter", "directory"])
     for data in audit["data"].values():
         check_record(data, DATA)
     for session in audit["sessions"]:
@@ -262,7 +264,7 @@ def _continued(config: RunConfig) -> dict[str, Any] | None:
     if config.adapter.adapter is None:
         return None
     files = AdapterFiles(expanded(config.adapter.adapter))
-    return {"directory": str(files.path), "sha256": file_sha256(files.weights)}
+    return {"directory": str(files.path), "name": name_of(files.path), "sha256": file_sha256(files.weights)}
 
 
 def _data_record(part: str, source: str | None, rows: TokenizedRows) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from lowmem_npo.evaluation.answer_table import markdown_table
 from lowmem_npo.files import expanded, file_sha256, name_of
 from lowmem_npo.idle_options import concerns
 from lowmem_npo.report.content import EVIDENCE, Content, read_content
-from lowmem_npo.report.page import audit_lines, model_name
+from lowmem_npo.report.page import audit_lines, base_model
 from lowmem_npo.report.plain_words import ASKED, ORIGINAL, RELATED
 from lowmem_npo.run_directory import RunFiles
 
@@ -49,16 +49,15 @@ def model_card(content: Content) -> str:
     settings, audit = content.settings, content.audit
     recorded = audit["configuration"] if audit else {}
     used = settings | {name: value for name, value in recorded.items() if name in SHORTENED}
-    base = audit["model"]["loaded"] if audit else settings["model"]
-    local = expanded(base).is_dir()
+    base, local = base_model(content)
     data = ModelCardData(
         base_model=None if local else base, library_name="peft", pipeline_tag="text-generation", tags=list(TAGS)
     )
     return _rendered(
         "model_card.md.jinja",
         card_data=data.to_yaml(),
-        base=code(model_name(content)),
-        base_to_load=f"path/to/{model_name(content)}" if local else base,
+        base=code(base),
+        base_to_load=f"path/to/{base}" if local else base,
         local=local,
         revision=None if local else settings.get("revision"),
         verdict=content.verdict,

@@ -28,6 +28,7 @@ from lowmem_npo.report.inline_svg import bar_legend, bar_pictures, curve_picture
 from lowmem_npo.report.leak_tests import leak_sections, shown_beside, words
 from lowmem_npo.report.plain_words import first_page
 from lowmem_npo.report.verdict import RULES, form_words, said_count
+from lowmem_npo.run_directory import RunFiles, from_here
 
 LONGEST = 600  # characters of a text that an example shows
 TONES = {"good": "as intended", "mixed": "with reservations", "bad": "not as intended", "unknown": "inconclusive"}
@@ -53,7 +54,7 @@ def render_page(content: Content, examples: int) -> str:
     )
     environment.filters |= {"side_by_side": side_by_side, "text": shortened, "by_set": by_set}
     environment.filters |= {"part_of": part_of, "set_title": set_title, "linked": linked, "anchor": anchor}
-    settings, model = content.settings, model_name(content)
+    settings, (model, _) = content.settings, base_model(content)
     return environment.get_template("report.html.jinja").render(
         c=content,
         cost=cost(content),
@@ -92,7 +93,8 @@ def audit_lines(audit: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None
         yield "Commit", "of the repository on the hub", model["commit"]
     yield "Weights", model["weights_fingerprint_is"], model["weights_fingerprint"]
     if continued := model.get("adapter"):
-        yield "Went on from", f"the adapter in {name_of(continued['directory'])}; SHA-256:", continued["sha256"]
+        of = continued.get("name") or name_of(continued["directory"])
+        yield "Went on from", f"the adapter in {of}; SHA-256:", continued["sha256"]
     if adapter:
         yield "Adapter", f"{adapter['file']}, {adapter['bytes']:,} bytes; SHA-256:", adapter["sha256"]
     for part, data in audit["data"].items():
@@ -130,10 +132,14 @@ def _predicted(value: float | None, form: str) -> str:
     return f" (predicted: {form.format(value)})" if value else ""
 
 
-def model_name(content: Content) -> str:
-    """The base model's name, without the path where it is a local directory."""
-    name = str(content.audit["model"]["loaded"] if content.audit else content.settings["model"])
-    return name_of(name) if expanded(name).is_dir() else name
+def base_model(content: Content) -> tuple[str, bool]:
+    """The base model's name, without the path where it is a local directory, and whether it is one."""
+    known = content.audit["model"] if content.audit else {"loaded": content.settings["model"]}
+    directory, name = known.get("directory"), str(known["loaded"])
+    if "directory" not in known:  # an earlier version did not record what it is called
+        place = from_here(RunFiles(content.directory), content.settings, name)
+        directory = name_of(place) if expanded(place).is_dir() else None
+    return directory or name, directory is not None
 
 
 def shortened(text: str) -> str:

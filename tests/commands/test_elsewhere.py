@@ -86,6 +86,24 @@ def test_a_tilde_is_the_home_directory(second, tmp_path, monkeypatch):
     }
 
 
+def test_a_directory_is_called_by_its_name_wherever_a_report_is_written(second, tmp_path, monkeypatch):
+    """Of a base or an adapter named by a dot that is known where the run is; the base need not be there any more."""
+    tree = second.parents[1]
+    run = ["train", "--forget", str(tree / "forget.jsonl"), "--retain", str(tree / "retain.jsonl"), *TRAINING]
+    shutil.copytree(tree / "model", tmp_path / "basis")
+    monkeypatch.chdir(tmp_path / "basis")
+    assert main([*run, "--model", ".", "--output-dir", str(tmp_path / "run")]) == 0
+    monkeypatch.chdir(second)
+    assert main([*run, "--adapter", ".", "--model", str(tree / "model"), "--output-dir", str(tmp_path / "again")]) == 0
+    (tmp_path / "yonder").mkdir()
+    monkeypatch.chdir(tmp_path / "yonder")
+    shutil.rmtree(tmp_path / "basis")
+    assert main(["report", str(tmp_path / "run")]) == main(["report", str(tmp_path / "again")]) == 0
+    card = RunFiles(tmp_path / "run").model_card.read_text()
+    assert 'from_pretrained("path/to/basis")' in card and "base_model" not in card and "yonder" not in card
+    assert "the adapter in second;" in RunFiles(tmp_path / "again").model_card.read_text()
+
+
 def test_beside_the_directory_that_a_run_was_started_in(second, tmp_path):
     """--output-dir ../runs/second tells where that was but for its name, which ../model does not need."""
     run, tree = RunFiles(second), second.parents[1]

@@ -308,7 +308,12 @@ def test_a_base_model_on_the_hub_is_in_the_header(run):
     content = read_content(run)
     named = {
         **content.audit,
-        "model": {**content.audit["model"], "name": "allenai/OLMo-7B", "loaded": "allenai/OLMo-7B-hf"},
+        "model": {
+            **content.audit["model"],
+            "name": "allenai/OLMo-7B",
+            "loaded": "allenai/OLMo-7B-hf",
+            "directory": None,
+        },
     }
     card = ModelCard(model_card(dataclasses.replace(content, audit=named)))
     assert card.data.base_model == "allenai/OLMo-7B-hf" and 'from_pretrained("allenai/OLMo-7B-hf")' in card.text
