@@ -19,6 +19,7 @@ from lowmem_npo.report.content import EVIDENCE, Content, read_content
 from lowmem_npo.report.page import audit_lines, base_model
 from lowmem_npo.report.plain_words import ASKED, ORIGINAL, RELATED
 from lowmem_npo.run_directory import RunFiles
+from lowmem_npo.sources import data_names
 
 TAGS = ("unlearning", "machine-unlearning", "npo", "lora", "lowmem-npo")
 METHOD = ("recipe", "forget_term", "beta", "simnpo_margin", "wga_beta", "satimp_beta1", "satimp_beta2",
@@ -142,6 +143,8 @@ def _data(audit: dict[str, Any] | None) -> list[tuple[str, str, int, str]]:
     """(part, name, rows, SHA-256 of the file or, without a file, of the tokenised rows)."""
     lines = []
     for part, record in (audit["data"] if audit else {}).items():
-        name = Path(record["source"]).name if record["sha256"] else described(record["source"])
+        places = data_names(record["source"])
+        names = ",".join(Path(name).name if expanded(name).is_absolute() else name for name in places)
+        name = Path(record["source"]).name if record["sha256"] else described(names)
         lines.append((part, code(name), record["rows"], code(record["sha256"] or record["tokenised"])))
     return lines

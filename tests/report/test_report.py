@@ -319,6 +319,18 @@ def test_a_base_model_on_the_hub_is_in_the_header(run):
     assert card.data.base_model == "allenai/OLMo-7B-hf" and 'from_pretrained("allenai/OLMo-7B-hf")' in card.text
 
 
+def test_a_card_names_folders_and_several_files_without_their_places(run):
+    audit = read_content(run).audit
+    sources = {
+        "forget": "/home/quentin/a.jsonl,~/b.txt,c.jsonl",
+        "retain": "/home/quentin/papers",
+        "holdout": "org/rows",
+    }
+    data = {part: {**audit["data"]["forget"], "source": source, "sha256": None} for part, source in sources.items()}
+    card = model_card(dataclasses.replace(read_content(run), audit={**audit, "data": data}))
+    assert "`a.jsonl, b.txt, c.jsonl`" in card and "`papers`" in card and "`org/rows`" in card and "quentin" not in card
+
+
 def test_the_cards_code_loads_the_adapter(run, byte_model):
     code = (run / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     code = code.replace(f'"path/to/{byte_model.name}"', repr(str(byte_model))).replace('"."', repr(str(run)))
