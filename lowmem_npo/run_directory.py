@@ -70,6 +70,7 @@ class RunFiles(AdapterFiles):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.run_yaml = path / "run.yaml"
+        self.started_in = path / "started_in"  # the directory in which relative paths of run.yaml begin, from here
         self.metrics = path / "metrics.jsonl"
         self.audit = path / "audit.json"
         self.leaks = path / "leaks.json"
@@ -137,23 +138,33 @@ def run_of_adapter(folder: Path) -> RunFiles:
 def from_here(run: RunFiles, settings: Mapping[str, Any], name: str) -> str:
     """`name`, a model, an adapter or data that the run named, as it is found from here.
 
-    A relative path begins where the run was started. A relative --output-dir tells where that was, also when the whole
-    tree has been moved since; one that begins with `..` tells what is above it. What is not there, such as a name on
-    the hub, stays as it is.
+    A relative path begins where the run was started, which is found again when the whole tree has been moved since.
+    What is not there, such as a name on the hub, stays as it is.
     """
-    output_dir = expanded(str(settings.get("output_dir", ".")))
     folder, here = expanded(run.path).resolve(), expanded(name)
-    up = output_dir.parts[: output_dir.parts.count("..")]  # from where the run was started, to what both share
-    below = output_dir.parts[len(up) :]
-    above = len(folder.parts) - len(below)
-    if output_dir.is_absolute() or folder.parts[above:] != below:
+    if run.started_in.is_file():
+        start = os.path.normpath(folder / run.started_in.read_text(encoding="utf-8", errors="replace"))
+        there: Path | None = Path(start, here)
+    else:
+        there = _by_output_dir(folder, expanded(str(settings.get("output_dir", "."))), here)
+    if there is None:
         return name
-    there = Path(*folder.parts[:above], *here.parts[len(up) :]) if here.parts[: len(up)] == up else here
     if os.path.exists(there):  # of many files, their names together are too long for a path
         return name if os.path.exists(here) and here.samefile(there) else str(there)
     parts = [part.strip() for part in name.split(",")]
     found = [from_here(run, settings, part) for part in parts] if len(parts) > 1 else parts
     return name if found == parts else ",".join(found)
+
+
+def _by_output_dir(folder: Path, output_dir: Path, here: Path) -> Path | None:
+    """Where `here` is by what a run of an earlier version left of where it was started: a relative --output-dir tells
+    it; one that begins with `..` tells what is above it. None where that is not enough."""
+    up = output_dir.parts[: output_dir.parts.count("..")]  # from where the run was started, to what both share
+    below = output_dir.parts[len(up) :]
+    above = len(folder.parts) - len(below)
+    if output_dir.is_absolute() or folder.parts[above:] != below:
+        return None
+    return Path(*folder.parts[:above], *here.parts[len(up) :]) if here.parts[: len(up)] == up else here
 
 
 def what_is_left(run: RunFiles) -> str:
@@ -237,6 +248,7 @@ class RunDirectory(RunFiles):
         if main_process:
             make_directory(self.path)
             write_atomically(self.run_yaml, self.config.to_yaml())
+            write_atomically(self.started_in, os.path.relpath(os.path.realpath("."), os.path.realpath(self.path)))
 
 
 def no_run_to_resume(directory: Path) -> UserError:

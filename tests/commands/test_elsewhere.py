@@ -33,6 +33,15 @@ def second(byte_model, tmp_path_factory):
     return shutil.move(start, tmp_path_factory.mktemp("moved") / "tree") / "runs" / "second"
 
 
+@pytest.fixture(scope="module")
+def earlier(second, tmp_path_factory):
+    """The same run, of a version that did not record where it was started."""
+    tree = Path(shutil.copytree(second.parents[1], tmp_path_factory.mktemp("earlier") / "tree"))
+    for run in ("first", "second"):
+        RunFiles(tree / "runs" / run).started_in.unlink()
+    return tree / "runs" / "second"
+
+
 def test_evaluate(second, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for model in ((), ("--model", str(second.parents[1] / "model"))):
@@ -104,9 +113,34 @@ def test_a_directory_is_called_by_its_name_wherever_a_report_is_written(second, 
     assert "the adapter in second;" in RunFiles(tmp_path / "again").model_card.read_text()
 
 
-def test_beside_the_directory_that_a_run_was_started_in(second, tmp_path):
+def test_where_a_run_was_started_is_known_whatever_its_output_directory(byte_model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "start").mkdir()
+    shutil.copytree(byte_model, tmp_path / "start" / "model")
+    monkeypatch.chdir(tmp_path / "start")
+    write_rows(Path("forget.jsonl"), FORGET[:2])
+    write_rows(Path("retain.jsonl"), RETAIN)
+    data = ["--forget", "forget.jsonl", "--retain", "retain.jsonl", *TRAINING]
+    for place in (str(tmp_path / "runs" / "it"), "../runs/beside"):
+        assert main(["train", "--model", "model", *data, "--output-dir", place]) == 0
+    files = RunFiles(tmp_path / "runs" / "it")
+    assert files.started_in.read_text() == "../../start" and "started_in" not in files.model_card.read_text()
+    (tmp_path / "moved").mkdir()
+    for part in ("start", "runs"):
+        shutil.move(tmp_path / part, tmp_path / "moved" / part)
+    monkeypatch.chdir("/")
+    for name in ("it", "beside"):
+        run = str(tmp_path / "moved" / "runs" / name)
+        assert settings_of_run(run)["forget"] == str(tmp_path / "moved" / "start" / "forget.jsonl")
+        assert main(["evaluate", "--adapter", run, "--device", "cpu", "--dry-run"]) == 0
+        assert main(["ask", run, "Who?", "--device", "cpu", "--max-new-tokens", "1"]) == 0
+        assert main(["merge", "--adapter", run, "--output-dir", str(tmp_path / f"merged-{name}")]) == 0
+    assert "2 forget rows" in capsys.readouterr().out
+    assert "base_model" not in (tmp_path / "merged-it" / "README.md").read_text()
+
+
+def test_beside_the_directory_that_an_earlier_run_was_started_in(earlier, tmp_path):
     """--output-dir ../runs/second tells where that was but for its name, which ../model does not need."""
-    run, tree = RunFiles(second), second.parents[1]
+    run, tree = RunFiles(earlier), earlier.parents[1]
     for name, found in (
         ("../model", str(tree / "model")),
         ("../forget.jsonl,../more.jsonl", f"{tree / 'forget.jsonl'},{tree / 'more.jsonl'}"),
@@ -129,14 +163,24 @@ def test_what_is_not_there_cannot_be_gone_up_from(tmp_path, monkeypatch):
             check_empty(Path(place))
 
 
-def test_what_cannot_be_told_stays(second, tmp_path, monkeypatch):
-    run, settings = RunFiles(second), settings_of_run(str(second))
-    assert settings["model"] == str(second.parents[1] / "model")
+@pytest.mark.parametrize("content", ["", "..", "\0", "x" * 9999])
+def test_a_damaged_record_of_where_a_run_was_started_finds_nothing(earlier, content):
+    run = RunFiles(earlier)
+    try:
+        run.started_in.write_text(content)
+        assert from_here(run, {"output_dir": "runs/second"}, "model") == "model"
+    finally:
+        run.started_in.unlink()
+
+
+def test_what_cannot_be_told_stays(earlier, tmp_path, monkeypatch):
+    run, settings = RunFiles(earlier), settings_of_run(str(earlier))
+    assert settings["model"] == str(earlier.parents[1] / "model")
     assert from_here(run, {"output_dir": "runs/second"}, "org/name") == "org/name"
-    for output_dir in (str(second), "../runs/second", "runs/renamed"):
+    for output_dir in (str(earlier), "../runs/second", "runs/renamed"):
         assert from_here(run, {"output_dir": output_dir}, "model") == "model"
-    monkeypatch.chdir(second.parents[1])
-    assert settings_of_run(str(second))["model"] == "model"  # as the run had it
+    monkeypatch.chdir(earlier.parents[1])
+    assert settings_of_run(str(earlier))["model"] == "model"  # as the run had it
     assert from_here(RunFiles(tmp_path), {"output_dir": "."}, "model") == "model"
     assert from_here(run, {"output_dir": "runs/second"}, "none, nowhere") == "none, nowhere"  # as it is spelled
     many = [f"{number}{'-' * 60}.txt" for number in range(100)]  # together too long for a path
