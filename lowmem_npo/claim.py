@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_npo.console import Say
-from lowmem_npo.endings import failure
+from lowmem_npo.endings import Interrupted, failure, interrupted
 from lowmem_npo.errors import UserError, Vanished
 from lowmem_npo.files import missing_below
 
@@ -32,7 +32,7 @@ def claimed(directory: Path, say: Say = print) -> Iterator[None]:
     end is removed.
 
     Raises UserError if another process holds it (with that one's id and start), or if it cannot be written. A later
-    failure to read or write becomes Vanished if the directory is gone by then.
+    failure to read or write becomes Vanished if the directory is gone by then; an interruption says that it is.
     """
     made = [path for path in [directory, *directory.parents] if not path.exists()]
     try:
@@ -50,6 +50,10 @@ def claimed(directory: Path, say: Say = print) -> Iterator[None]:
         if failure(error) is None or _is_at(status, place):
             raise
         raise Vanished(place) from error
+    except (KeyboardInterrupt, Interrupted) as error:
+        if _is_at(status, place):
+            raise
+        raise interrupted(error, str(Vanished(place))) from None
     finally:
         del CLAIMED[place]
         with suppress(OSError):
@@ -59,6 +63,11 @@ def claimed(directory: Path, say: Say = print) -> Iterator[None]:
         with suppress(OSError):  # of one that is not empty
             for path in made:
                 path.rmdir()
+
+
+def gone() -> Vanished | None:
+    """What to say of a claimed directory that is no longer where it was; None while all are."""
+    return next((Vanished(place) for place, status in CLAIMED.items() if not _is_at(status, place)), None)
 
 
 def make_directory(directory: Path) -> None:

@@ -30,6 +30,12 @@ class Interrupted(BaseException):
         self.number, self.left, self.code = number, left, 128 + number
 
 
+def interrupted(error: KeyboardInterrupt | Interrupted, left: str) -> Interrupted:
+    """The interruption `error`, with what is left; what it says of that already stays."""
+    number, said = (error.number, error.left) if isinstance(error, Interrupted) else (signal.SIGINT, "")
+    return Interrupted(number, said or left)
+
+
 @contextlib.contextmanager
 def handled(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
     """Calls `handler` for each of SIGNALS, but for those that the process was started to ignore (nohup)."""
@@ -73,8 +79,7 @@ def ended_with(left: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, Interrupted) as error:
-        number = error.number if isinstance(error, Interrupted) else signal.SIGINT
-        raise Interrupted(number, left()) from None
+        raise interrupted(error, left()) from None
     except Vanished as error:
         raise UserError(f"{error}.") from error
     except Exception as error:

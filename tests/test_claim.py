@@ -17,6 +17,7 @@ from helpers.tiny_models import tiny_model
 from lowmem_npo.claim import LOCK, check_unclaimed, claimed, make_directory, workspace
 from lowmem_npo.cli import main
 from lowmem_npo.errors import UserError, Vanished
+from lowmem_npo.training.trainer import NPOTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLDS = """
@@ -126,6 +127,26 @@ def test_what_fails_in_a_directory_that_is_gone_says_so(command, byte_model, tmp
     expected = f"lowmem-npo {command}: '{place}' has been removed or renamed since the command began.\n"
     assert capsys.readouterr().err.endswith(expected)
     assert (tmp_path / "away" / "written").exists() and not out.exists()
+
+
+def test_an_interrupted_run_whose_directory_is_gone_says_so(byte_model, tmp_path, monkeypatch, capsys):
+    """As it has done when its metrics could no longer be written: not that nothing was."""
+    out, step = tmp_path / "out", NPOTrainer.training_step
+
+    def moves_away(self, *arguments):
+        if self.state.global_step == 1:
+            raise KeyboardInterrupt
+        if out.exists():
+            out.rename(tmp_path / "away")
+        return step(self, *arguments)
+
+    monkeypatch.setattr(NPOTrainer, "training_step", moves_away)
+    run = ["train", "--model", str(byte_model), "--limit", "2", "--device", "cpu", "--dtype", "float32"]
+    run += ["--eval-rows", "0", "--max-steps", "2", "--reference", "live", "--save-strategy", "no"]
+    assert main([*run, "--output-dir", str(out)]) == 130
+    printed, gone = capsys.readouterr(), f"'{out}' has been removed or renamed since the command began"
+    assert f"metrics.jsonl cannot be written ({gone}), so no more of its lines are; training goes on." in printed.out
+    assert printed.err.endswith(f"lowmem-npo train: interrupted; {gone}.\n")
 
 
 def test_a_file_in_the_place_of_a_directory_above_it(tmp_path):

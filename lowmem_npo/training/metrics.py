@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lowmem_npo.claim import make_directory
+from lowmem_npo.claim import gone, make_directory
 from lowmem_npo.console import Say
 from lowmem_npo.files import write_atomically
 
@@ -77,7 +77,7 @@ class MetricsWriter(TrainerCallback):
 
     def _give_up(self, error: OSError) -> None:
         self._writes = False
-        why = error.strerror or error
+        why = gone() or error.strerror or error
         self.say(f"{self.path.name} cannot be written ({why}), so no more of its lines are; training goes on.")
 
 

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, set_seed
 
-from lowmem_npo.claim import claimed
+from lowmem_npo.claim import claimed, gone
 from lowmem_npo.commands.train.measuring import measure_after, measure_before, measured_rows, rows_at_once
 from lowmem_npo.commands.train.own_texts import own_answers, own_texts, write_own_answers, write_own_texts
 from lowmem_npo.commands.train.plan import RunPlan, is_main_process, plan_run, read_data, read_inputs
@@ -74,7 +74,7 @@ def train(config: RunConfig, say: Say = print) -> RunResult | None:
         try:
             return _train_claimed(config, say)
         except NotFinite as error:
-            raise UserError(f"{error}; {left()}.") from None
+            raise UserError(f"{error}; {gone() or left()}.") from None
 
 
 def _train_claimed(config: RunConfig, say: Say) -> RunResult | None:
