@@ -163,7 +163,8 @@ def inspect(options: DataCommand, say: Say = print) -> None:
     if config is not None and tokenizer is not None and options.ask:
         from lowmem_npo.data.fit import check_fit
 
-        check_fit(architecture, tokenizer, [one.tokenized for one in sets])
+        if line := check_fit(architecture, tokenizer, [one.tokenized for one in sets]):
+            say(line)
         say("\n".join(_answers(sets, config, tokenizer, options.ask)))
 
 

@@ -96,5 +96,6 @@ def workload(config: RunConfig, say: Say) -> tuple[RunConfig, Workload]:
     tokenizer = load_tokenizer(config.model)
     data = prepare(tokenizer, config.data, config.objective.forget_term, stop_tokens(config.model, architecture))
     config, data = fitted(config, data, say)
-    check_fit(architecture, tokenizer, rows_read(config, data))
+    if line := check_fit(architecture, tokenizer, rows_read(config, data)):
+        say(line)
     return config, Workload.of_data(config, planned_rows(config, data).parts)

@@ -19,17 +19,19 @@ POSITIONS = re.compile(r"(^|\.)(wpe|positions_embed|embed_positions|position_emb
 
 @dataclass(frozen=True)
 class Fit:
-    """What a model can take: ids below `vocabulary`, and rows of at most `positions` tokens (None: of any length)."""
+    """What a model can take: ids below `vocabulary`, and rows of at most `positions` tokens (None: of any length).
+    made_for: the longest text that its rotary positions are made for, where that is known."""
 
     vocabulary: int
     positions: int | None
+    made_for: int | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Fit:
         """Read from the modules, whose weights may be on the meta device."""
         within = model.get_input_embeddings().modules()  # it may have an adapter, and be kept on the host
         rows = next(module.num_embeddings for module in within if hasattr(module, "num_embeddings"))
-        return cls(cast(int, rows), min(_positions(model), default=None))
+        return cls(cast(int, rows), min(_positions(model), default=None), _made_for(model.config))
 
     def check(self, where: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises UserError for a row, from the place `where`, that the model cannot take."""
@@ -41,6 +43,15 @@ class Fit:
                 f"{where} has {len(ids)} tokens, but the model has learnt only {self.positions} positions: give "
                 f"--max-length {self.positions}, or remove the row."
             )
+
+    def remark(self, longest: int) -> str | None:
+        """What to say of rows of up to `longest` tokens that the model can take, and may not understand."""
+        if self.made_for is None or longest <= self.made_for:
+            return None
+        return (
+            f"The longest row has {longest:,} tokens, and the model was made for texts of up to {self.made_for:,} (its "
+            "max_position_embeddings): what comes after them it may read and write badly."
+        )
 
     def check_padding(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises UserError for a padding token beyond the embedding."""
@@ -65,15 +76,33 @@ def known_fit(architecture: PretrainedConfig) -> Fit | None:
 
 def check_fit(
     architecture: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, parts: Iterable[TokenizedRows | None]
-) -> None:
-    """Raises UserError for a row that is longer than the positions that the model has learnt, and for a token or a
-    padding token beyond its embedding."""
+) -> str | None:
+    """A remark on rows that are longer than those that the model was made for, if there are any.
+
+    Raises UserError for a row that is longer than the positions that the model has learnt, and for a token or a padding
+    token beyond its embedding.
+    """
     if (fit := known_fit(architecture)) is None:
-        return
+        return None
     fit.check_padding(tokenizer)
+    longest = 0
     for rows in filter(None, parts):
         for row, example in zip(rows, rows.examples, strict=True):
             fit.check(example.where, row["input_ids"], tokenizer)
+            longest = max(longest, len(row["input_ids"]))
+    return fit.remark(longest)
+
+
+def _made_for(config: PretrainedConfig) -> int | None:
+    """How long the texts are that rotary positions are made for, as they are scaled: where a configuration has both the
+    length before scaling and the factor, or only one of them, the most that it can mean."""
+    config = config.get_text_config()
+    named, rotary = (getattr(config, name, None) for name in ("max_position_embeddings", "rope_parameters"))
+    if not named or not rotary or getattr(config, "alibi", False):
+        return None
+    kinds = rotary.values() if all(isinstance(kind, dict) for kind in rotary.values()) else [rotary]  # of layers
+    scaled = [(kind.get("original_max_position_embeddings") or named) * (kind.get("factor") or 1) for kind in kinds]
+    return int(max(named, *scaled))
 
 
 def _positions(model: PreTrainedModel) -> Iterator[int]:

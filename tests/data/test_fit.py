@@ -59,6 +59,44 @@ def test_rows_are_as_long_as_the_positions_at_most(bpe_tokenizer, kind):
         check_fit(config, bpe_tokenizer, [fits, exceeds])
 
 
+def test_rows_longer_than_those_that_rotary_positions_are_made_for_are_remarked_on(bpe_tokenizer):
+    def remark(length, kind="llama", **options):
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+        longest = {"vocab_size": len(bpe_tokenizer), "max_position_embeddings": POSITIONS}
+        config = CONFIG_MAPPING[kind](**sizes, **longest, **options)
+        return check_fit(config, bpe_tokenizer, [row_of(3, bpe_tokenizer), row_of(length, bpe_tokenizer), None])
+
+    def scaled(kind, **more):
+        return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **more}}
+
+    assert remark(POSITIONS) is None
+    assert "has 25 tokens, and the model was made for texts of up to 24 (its max_pos" in remark(POSITIONS + 1)
+    yarn = scaled("yarn", factor=4.0, original_max_position_embeddings=12)
+    for options in (scaled("linear", factor=2.0), yarn):
+        assert remark(48, **options) is None and "up to 48" in remark(49, **options)
+    llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 6}
+    assert "up to 24" in remark(25, **scaled("llama3", factor=2.0, **llama3))  # scaled to fewer
+    assert "up to 24" in remark(25, "falcon") and remark(25, "falcon", alibi=True) is None
+
+
+def test_every_command_that_reads_rows_makes_that_remark_once(byte_model, tmp_path, capsys):
+    model, rows = tmp_path / "model", tmp_path / "rows.jsonl"
+    shutil.copytree(byte_model, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": POSITIONS}))
+    rows.write_text(json.dumps({"input": "Who wrote this, and where?", "output": "She."}) + "\n")
+    forget = ["--model", str(model), "--forget", str(rows), "--device", "cpu"]
+    run = [*forget, "--gamma", "0", "--delta", "0", "--output-dir", str(tmp_path / "run")]
+    for command in (
+        ["train", *run, "--dry-run"],
+        ["estimate", *run],
+        ["evaluate", *forget, "--dry-run"],
+        ["data", str(rows), "--model", str(model), "--device", "cpu"],
+    ):
+        assert main(command) == 0
+        assert capsys.readouterr().out.count("the model was made for texts of up to 24") == 1, command
+
+
 def test_tokens_beyond_the_embedding_are_named(bpe_tokenizer):
     config, grown = architecture("llama", len(bpe_tokenizer)), copy.deepcopy(bpe_tokenizer)
     grown.add_tokens(["<unlearn>"])
@@ -153,4 +191,4 @@ def test_the_dry_run_says_so(byte_model, tmp_path, capsys):
 @pytest.mark.parametrize("adapter", [{"target_modules": ["embed_tokens"]}, {"trainable_token_indices": [3]}])
 def test_an_embedding_is_known_through_an_adapter(adapter):
     model = AutoModelForCausalLM.from_config(architecture("llama", 97))
-    assert Fit.of(get_peft_model(model, LoraConfig(**adapter)).get_base_model()) == Fit(97, None)
+    assert Fit.of(get_peft_model(model, LoraConfig(**adapter)).get_base_model()) == Fit(97, None, POSITIONS)

@@ -112,6 +112,8 @@ def plan_evaluation(
             test.check_rows(config, {part: len(selection.rows) for part, selection in leak_rows.items()})
     for line in _forms(selected, sources, leak_rows, context):
         say(line)
+    if context.fit is not None and (remark := context.fit.remark(context.longest)) is not None:
+        say(remark)
     config = context.config = with_streaming(config, model_config, architecture, selected, context, say)
     return EvaluationPlan(config, model_config, context, sources, digests, selected, leak_rows, attacker, gold)
 

@@ -135,7 +135,8 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
         check_device(resolve_device(config.model.device))
     check_has_weights(resolve_name(config.model.model, config.model.revision)[0])
     local_cache_entry(config.model, model_config)  # raises if it could be neither read nor written
-    check_fit(model_config, tokenizer, rows_read(config, data))
+    if line := check_fit(model_config, tokenizer, rows_read(config, data)):
+        say(line)
     if data.alternatives_are_unwritten:
         check_askable(config, data.forget.examples, tokenizer, model_config)
     directory = RunDirectory(asked)

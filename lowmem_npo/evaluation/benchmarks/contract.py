@@ -49,7 +49,7 @@ class Context:
     """What a benchmark has at hand. before: an earlier evaluation.json, or nothing. notes: remarks to print beside the
     figures. fit: what the model can take, where it is known. incomparable: sets that the earlier evaluation measured
     on other rows or otherwise, so that `before` has no figures of them. retained_log: evaluation.json of a model that
-    was never taught these forget rows."""
+    was never taught these forget rows. longest: tokens of the longest row that was checked."""
 
     config: Settings
     tokenizer: PreTrainedTokenizerBase
@@ -59,9 +59,11 @@ class Context:
     fit: Fit | None = None
     incomparable: Sequence[str] = ()
     retained_log: str | None = None
+    longest: int = 0
 
     def check(self, where: str, ids: Sequence[int]) -> None:
         """Raises UserError for a row, from the place `where`, that the model cannot take."""
+        self.longest = max(self.longest, len(ids))
         if self.fit is not None:
             self.fit.check(where, ids, self.tokenizer)
 
