@@ -60,10 +60,11 @@ class Simulation:
 
 @dataclass
 class Watched:
-    """What training took."""
+    """What training took since the command began: so many `steps` after the one that it went on from."""
 
     seconds: float = 0.0
     steps: int = 0
+    begin: int = 0
     micro_batch_parts: int = 1  # more once memory has run out
     memory: Measurement | None = None  # None: on the CPU
 
@@ -71,19 +72,25 @@ class Watched:
     def step_seconds(self) -> float | None:
         return self.seconds / self.steps if self.steps else None
 
+    def predicted_seconds(self, predicted: Report | None) -> float | None:
+        """Of one of these steps."""
+        time_ = predicted.time if predicted else None
+        return time_.mean(self.begin, self.begin + self.steps) if time_ else None
+
     def line(self, predicted: Report | None) -> str:
         """The measured time beside the predicted one."""
         text = f"Training took {duration(self.seconds / 3600)}, {self.seconds / max(self.steps, 1):.3g} s a step"
-        return f"{text}; predicted: {predicted.time.mean:.3g} s." if predicted and predicted.time else f"{text}."
+        seconds = self.predicted_seconds(predicted)
+        return f"{text}; predicted: {seconds:.3g} s." if seconds else f"{text}."
 
 
 def record(watched: Watched, predicted: Report | None) -> dict[str, Any]:
     """What training took and what was predicted of it, for the record of a run; None where that is not known."""
-    memory, time_ = watched.memory, predicted.time if predicted else None
+    memory = watched.memory
     return {
         "steps": watched.steps,
         "seconds_per_step": watched.step_seconds,
-        "predicted_seconds_per_step": time_.mean if time_ else None,
+        "predicted_seconds_per_step": watched.predicted_seconds(predicted),
         "peak_bytes": memory.allocated if memory else None,
         "predicted_peak_bytes": predicted.estimate.peak_bytes if predicted and memory else None,
         "micro_batch_parts": watched.micro_batch_parts,

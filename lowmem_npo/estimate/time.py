@@ -62,10 +62,12 @@ class RunTime:
             return None
         return (self.first.total * self.steps[0] + self.later.total * self.steps[1]) / 3600
 
-    @property
-    def mean(self) -> float:
-        """Seconds of a step, over all of them."""
-        return self.hours * 3600 / sum(self.steps) if self.hours is not None and self.steps else self.first.total
+    def mean(self, begin: int, end: int) -> float:
+        """Seconds of a step, over those after `begin` up to `end`, as a resumed or stopped run takes them."""
+        if self.steps is None or begin == end:
+            return self.first.total
+        first = max(0, min(end, self.steps[0]) - begin)
+        return (self.first.total * first + self.later.total * (end - begin - first)) / (end - begin)
 
     def lines(self, gpu: str) -> list[str]:
         """For people."""

@@ -115,9 +115,11 @@ def audit_lines(audit: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None
 
 
 def cost(content: Content) -> str | None:
-    """What a step of the last session took beside what was predicted of it; None where that was not recorded."""
-    took = (content.audit["sessions"][-1].get("training") or {}) if content.audit else {}
-    if not took.get("seconds_per_step"):
+    """What a step took beside what was predicted of it, in the last session that trained; None where that was not
+    recorded."""
+    sessions = [session.get("training") or {} for session in content.audit["sessions"]] if content.audit else []
+    took = next((one for one in reversed(sessions) if one.get("seconds_per_step")), None)
+    if took is None:
         return None
     parts = [f"{took['seconds_per_step']:.3g} s" + _predicted(took.get("predicted_seconds_per_step"), "{:.3g} s")]
     if took.get("peak_bytes"):

@@ -66,7 +66,9 @@ def test_micro_batches_repeat_all_but_the_optimizer():
 
 def test_the_hours_of_a_run_count_its_first_epoch_apart():
     run = RunTime(Seconds(4.0, 4.0, 0.5), Seconds(3.0, 3.0, 0.4), steps=(100, 900))
-    assert run.hours == pytest.approx(3100 / 3600) and run.mean == pytest.approx(3.1)
+    assert run.hours == pytest.approx(3100 / 3600) and run.mean(0, 1000) == pytest.approx(3.1)
+    assert run.mean(500, 1000) == 3.0 and run.mean(0, 50) == run.mean(50, 50) == 4.0  # resumed, stopped, and neither
+    assert run.mean(50, 150) == pytest.approx(3.5)
     text = " ".join(run.lines("rtx-3090"))
     assert "4.00 s, 3.00 s once the reference is cached" in text and "all 1000 steps: 51.7 minutes" in text
     assert "checked on two GPUs" in text

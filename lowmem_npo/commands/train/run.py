@@ -196,7 +196,8 @@ def _train(
             trainer.train(resume_from_checkpoint=checkpoint)
         preemption.check()
         watched.micro_batch_parts = trainer.divided.parts
-        watched.steps = trainer.state.global_step - step_of(checkpoint)
+        watched.begin = step_of(checkpoint)
+        watched.steps = trainer.state.global_step - watched.begin
         say(watched.line(plan.predicted))
     return stopping.finish() if stopping is not None and is_main_process(config) else None, watched
 
