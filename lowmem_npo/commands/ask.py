@@ -211,6 +211,7 @@ def load(options: AskOptions, say: Say) -> Asked:
     from lowmem_npo.model.saved_adapter import load_adapter, resolve_base, settings_of_run
     from lowmem_npo.model.stop_tokens import stop_tokens
     from lowmem_npo.model.trial import check_architecture
+    from lowmem_npo.report.audit import of_another_adapter
 
     folder, run = expanded(options.run), dict[str, Any]()
     is_adapter = folder.is_dir() and not (folder / "config.json").is_file()
@@ -241,6 +242,8 @@ def load(options: AskOptions, say: Say) -> Asked:
     sides: dict[str, Callable[[], AbstractContextManager[Any]]] = {MERGED: nullcontext}
     if is_adapter:
         model = adapted = load_adapter(base, str(folder))
+        if line := of_another_adapter(folder):
+            say(line)
         sides = {ORIGINAL: adapted.disable_adapter, UNLEARNED: nullcontext}
     stream_layers(model, streaming, resolve_device(config.device))
     decoding = options.max_new_tokens, options.temperature, options.seed

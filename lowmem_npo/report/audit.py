@@ -185,6 +185,22 @@ def read_audit(directory: Path) -> Audit | None:
     return audit
 
 
+def of_another_adapter(directory: Path) -> str | None:
+    """What to say of a run whose `directory` holds other weights than those that it wrote and measured; None where it
+    does not, or where that is not recorded."""
+    files = RunFiles(directory)
+    try:
+        recorded = ((read_audit(directory) or {}).get("adapter") or {}).get("sha256")
+        if recorded in (None, file_sha256(files.weights)):
+            return None
+    except (UserError, OSError):
+        return None
+    return (
+        f"{files.weights.name} is not the file that this run wrote: its hash is not the one in {files.audit.name}, so "
+        "the run's figures are of another adapter."
+    )
+
+
 def check_same_rows(directory: Path, config: RunConfig, data: PreparedData) -> None:
     """Raises UserError, naming what has changed, if the run in `directory`, which is to be resumed, began with other
     rows, other groups of the forget rows, or other answers to them: what it has forgotten may be what it now keeps."""

@@ -24,10 +24,10 @@ from lowmem_npo.evaluation.gold import Gold
 from lowmem_npo.evaluation.leaks.contract import LeakResults, leak_results
 from lowmem_npo.evaluation.leaks.measure import read_leaks
 from lowmem_npo.evaluation.leaks.worst import WORST_ATTACK, WorstAttack, worst_attacks
-from lowmem_npo.files import expanded, file_sha256, load_json
+from lowmem_npo.files import expanded, load_json
 from lowmem_npo.ranges import shortened
 from lowmem_npo.records import check_record
-from lowmem_npo.report.audit import Audit, check_reported, read_audit
+from lowmem_npo.report.audit import Audit, check_reported, of_another_adapter, read_audit
 from lowmem_npo.report.figures import StagedFigure, evaluation_figures, run_figures
 from lowmem_npo.report.leak_tests import leak_sections
 from lowmem_npo.report.verdict import RULES, Verdict, judge_run
@@ -140,7 +140,7 @@ def read_content(directory: Path) -> Content:
             check_reported(audit)
     errors = _errors_of_change(evaluations)
     verdict = judge_run(stages, audit["model"]["vocabulary"] if audit else None, leaks, errors)
-    notes = [*stopped, *_notes(metrics, audit), *_of_another_adapter(files, audit)]
+    notes = [*stopped, *_notes(metrics, audit), *filter(None, [of_another_adapter(directory)])]
     notes += evaluated.get("after", {}).get("notes", [])
     return Content(directory, settings, verdict, stages, figures, leaks, metrics, evaluations, notes, audit)
 
@@ -253,17 +253,6 @@ def _errors_of_change(evaluations: Mapping[str, Mapping[str, AnswerEvaluation]])
     """Set -> measure -> the standard error of its change."""
     before, after = (evaluations.get(stage, {}) for stage in ("before", "after"))
     return {name: of_set.errors_of_change(before[name]) for name, of_set in after.items() if name in before}
-
-
-def _of_another_adapter(files: RunFiles, audit: Audit | None) -> list[str]:
-    if audit is None or audit["adapter"] is None or not files.weights.is_file():
-        return []
-    if file_sha256(files.weights) == audit["adapter"]["sha256"]:
-        return []
-    return [
-        f"{files.weights.name} is not the file that this run wrote: its hash is not the one in {files.audit.name}, so "
-        "these figures are of another adapter."
-    ]
 
 
 def _survival(row: Mapping[str, AnswerRecord]) -> tuple[float, ...]:

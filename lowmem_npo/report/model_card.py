@@ -15,6 +15,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answer_table import markdown_table
 from lowmem_npo.files import expanded, file_sha256, name_of
 from lowmem_npo.idle_options import concerns
+from lowmem_npo.report.audit import of_another_adapter
 from lowmem_npo.report.content import EVIDENCE, Content, read_content
 from lowmem_npo.report.page import audit_lines, base_model
 from lowmem_npo.report.plain_words import ASKED, ORIGINAL, RELATED
@@ -97,8 +98,9 @@ def merged_card(
 
     weights: their type. findings: what leak tests know of the merged weights. measurements: of these weights.
     """
+    other = of_another_adapter(adapter)
     try:
-        verdict = read_content(adapter).verdict
+        verdict = None if other else read_content(adapter).verdict
     except UserError:  # no run, or a damaged one
         verdict = None
     local = expanded(base).is_dir()
@@ -118,6 +120,7 @@ def merged_card(
         card_data=data.to_yaml(),
         base=provenance[0][1],
         verdict=verdict,
+        other=other,
         evidence=EVIDENCE,
         findings=findings,
         measurements=measurements,

@@ -479,6 +479,21 @@ def test_another_adapter_in_the_place_of_the_runs_is_reported(own_run):
     assert any(note in one for one in report_of(own_run)["notes"])
 
 
+def test_commands_that_use_such_an_adapter_say_so(own_run, capsys):
+    """What `evaluate` measures then is of it: its headline is not that of the run."""
+    note, adapter = "is not the file that this run wrote", ["--device", "cpu", "--max-new-tokens", "1"]
+    ask = ["ask", str(own_run), "Who?", *adapter]
+    evaluate = ["evaluate", "--adapter", str(own_run), "--limit", "1", "--leaks", "none", *adapter]
+    assert main(ask) == 0 and note not in capsys.readouterr().out
+    headline = report_of(own_run)["verdict"]["headline"]
+    assert main(evaluate) == 0 and headline in capsys.readouterr().out
+    file = own_run / "adapter_model.safetensors"
+    save_file({name: weight + 0.01 for name, weight in load_file(file).items()}, file)
+    assert main(ask) == 0 and capsys.readouterr().out.count(note) == 1
+    shutil.rmtree(own_run / "evaluation")
+    assert main(evaluate) == 0 and headline not in capsys.readouterr().out
+
+
 def test_a_diverged_run_is_reported_too(byte_model, data, tmp_path):
     huge = ("--lr", 1e6, "--lora-alpha", 1e6, "--use-rslora", "--lora-targets", "all-linear")
     run = train(tmp_path / "run", byte_model, data, "--max-steps", 2, *huge, "--revision", "v1")

@@ -38,6 +38,7 @@ from lowmem_npo.model import check_causal, check_head
 from lowmem_npo.model.adapters import original_model
 from lowmem_npo.model.loading import resolve_device
 from lowmem_npo.model.saved_adapter import check_unchanged, load_adapter
+from lowmem_npo.report.audit import of_another_adapter
 from lowmem_npo.report.content import read_content
 from lowmem_npo.report.evaluation_text import evaluation_text
 from lowmem_npo.report.verdict import judge_evaluation
@@ -169,7 +170,7 @@ def _headline(config: EvaluationConfig, result: Evaluation, context: Context) ->
     run = RunFiles(expanded(config.adapter)) if config.adapter else None
     if run is not None and run.run_yaml.is_file() and config.path == run.evaluation.path:
         content = read_content(run.path)
-        if content.stages:
+        if content.stages and of_another_adapter(run.path) is None:
             return content.verdict.headline
     before = summaries_of(context.before.get(PLAIN.name) or {})
     vocabulary = context.fit.vocabulary if context.fit else None

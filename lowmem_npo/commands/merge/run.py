@@ -30,6 +30,7 @@ from lowmem_npo.model.dequantized import DequantizedBase
 from lowmem_npo.model.loading import DTYPES as COMPUTE_TYPES
 from lowmem_npo.model.merging import Updates, check_space, find_updates, write_merged
 from lowmem_npo.model.saved_adapter import resolve_base, settings_of_run
+from lowmem_npo.report.audit import of_another_adapter
 from lowmem_npo.report.model_card import Measurements, merged_card
 from lowmem_npo.run_directory import RunFiles, check_empty
 from lowmem_npo.sizes import amount
@@ -77,7 +78,7 @@ def merge(config: MergeConfig, say: Say = print) -> Path:
     say(f"The adapter changes {changed}; the merged model ({amount(needed)}) is in {out}.")
     if plan.rows is not None and plan.measured:
         say("\n" + as_text(plan.rows, plan.measured))
-    for sentence in [*plan.sentences, *known]:
+    for sentence in filter(None, [of_another_adapter(adapter), *plan.sentences, *known]):
         say(sentence)
     return out
 

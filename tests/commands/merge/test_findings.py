@@ -115,6 +115,20 @@ def test_of_another_state_of_the_adapter(last_lines, adapter, tmp_path):
     assert "leaks.json' is of another state of this adapter" in relearning
 
 
+def test_the_card_of_an_adapter_that_its_run_did_not_write_has_no_verdict_of_the_run(adapter, tmp_path, capsys):
+    """Which is said once, and not of a checkpoint, which the run has not measured."""
+    write_run(adapter, {})
+    write_adapter(tmp_path / "base", adapter / "checkpoint-3", seed=2)
+    note = "adapter_model.safetensors is not the file that this run wrote: its hash is not the one in audit.json"
+    for number, (folder, said) in enumerate([(adapter, 0), (adapter / "checkpoint-3", 0), (adapter, 1)]):
+        if said:
+            write_adapter(tmp_path / "base", adapter, seed=1)
+        out = tmp_path / str(number)
+        assert main(["merge", "--adapter", str(folder), "--output-dir", str(out)]) == 0
+        assert capsys.readouterr().out.count(note) == (out / "README.md").read_text().count(note) == said
+        assert ("Nothing is known of what this adapter forgets: " in (out / "README.md").read_text()) == bool(said)
+
+
 @pytest.mark.parametrize("damage", ["", "[]", '{"leaks": []}', '{"leaks": {"quantization": 7}}', "\xff"])
 def test_damaged_files_hold_nothing(last_lines, adapter, damage):
     write_evaluation(adapter, {})
