@@ -88,7 +88,7 @@ def _decide(
     report = Simulation(config, workload_of(config, data), own_device() if on_gpu else None).report()
     if report.config.memory.stream_weights:
         report = _with_host(report, on_gpu, say)
-        report = replace(report, config=_with_answers(report, data, architecture, say))
+        report = replace(report, config=with_answers(report, data, architecture, say))
     flags = f"with {' '.join(report.flags)}" if report.flags else "as configured"
     needed, context = gib(report.estimate.needed_bytes), gib(report.estimate.context_bytes)
     limit = f"Memory budget {budget}" if budget is not None else "Memory"
@@ -106,7 +106,7 @@ def _stream_from(config: RunConfig) -> Any:
     return config.memory.stream_from if config.memory.stream_weights else "auto"
 
 
-def _with_answers(report: Report, data: PreparedData, architecture: PretrainedConfig, say: Say) -> RunConfig:
+def with_answers(report: Report, data: PreparedData, architecture: PretrainedConfig, say: Say) -> RunConfig:
     """The configuration with --generate-answers decided, after saying what writing them takes."""
     output = report.config.output
     answers = generation(report.config, data, architecture, report)

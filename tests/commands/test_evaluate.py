@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,10 +13,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.cli import main
-from lowmem_npo.commands.evaluate.plan import _digests, _notes
-from lowmem_npo.data import Rows
 from lowmem_npo.evaluation.benchmarks import lm_eval as harness
-from lowmem_npo.evaluation.directory import EvaluationDirectory
+from lowmem_npo.evaluation.directory import EvaluationDirectory, differences, digest
 from lowmem_npo.evaluation.scoring import scorer as measuring
 from lowmem_npo.evaluation.settings import EvaluationConfig
 
@@ -206,21 +203,18 @@ def test_help_and_flags(capsys):
 
 
 def test_what_is_not_comparable_with_the_evaluation_of_before(tmp_path):
-    rows = {"forget": Rows("f.jsonl", [{"question": "a", "answer": "b"}])}
+    digests = {"forget": digest([{"question": "a", "answer": "b"}])}
+    before = str(tmp_path / "before" / "evaluation.json")
 
-    def notes(*, earlier, now):
+    def differ(*, earlier, now):
         for name, options in (("before", earlier), ("after", now)):
             config = EvaluationConfig(model="m", forget="f.jsonl", output_dir=str(tmp_path / name), **options)
             shutil.rmtree(tmp_path / name, ignore_errors=True)
-            EvaluationDirectory(config, _digests(config, rows)).begin()
-        return _notes(replace(config, before=str(tmp_path / "before" / "evaluation.json")), {}, _digests(config, rows))
+            EvaluationDirectory(config, digests).begin()
+        return differences(before, config, digests)
 
-    assert notes(earlier={"batch_size": 3, "dtype": "float32"}, now={"leaks": ("all",), "relearn_steps": 3}) == []
-    (note,) = notes(earlier={"limit": 8, "qlora": True}, now={"limit": 9})
-    assert note == "The earlier evaluation had qlora True and limit 8: the two are not comparable."
-    assert notes(earlier={"leaks": ("all",)}, now={"leaks": ("all",), "relearn_steps": 3}) == []  # test by test
-    before = json.loads((tmp_path / "before" / "settings.json").read_text())
-    before["digests"]["forget"] = "other"
-    (tmp_path / "before" / "settings.json").write_text(json.dumps(before))
-    config = EvaluationConfig(model="m", leaks=("all",), forget="f.jsonl", before=str(tmp_path / "before" / "x.json"))
-    assert "had other forget rows: the two" in _notes(config, {}, _digests(config, rows))[0]
+    assert differ(earlier={"batch_size": 3, "dtype": "float32"}, now={"leaks": ("all",), "relearn_steps": 3}) == []
+    assert differ(earlier={"limit": 8, "qlora": True}, now={"limit": 9}) == ["qlora True", "limit 8"]
+    assert differ(earlier={"leaks": ("all",)}, now={"leaks": ("all",), "relearn_steps": 3}) == []  # test by test
+    config = EvaluationConfig(model="m", leaks=("all",), forget="f.jsonl")
+    assert differences(before, config, {"forget": digest([])}) == ["other forget rows"]

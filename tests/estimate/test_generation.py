@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from lowmem_npo.config import DataConfig, MemoryConfig, ModelConfig, OutputConfig, RunConfig
 from lowmem_npo.estimate import generation as module
-from lowmem_npo.estimate.automatic import _with_answers
+from lowmem_npo.estimate.automatic import with_answers
 from lowmem_npo.estimate.generation import generation
 from lowmem_npo.estimate.gpus import named
 from lowmem_npo.estimate.host import StreamingHost
@@ -49,7 +49,7 @@ def test_what_the_original_model_writes_before_training():
     asked = data(5, 3)
     asked.retain_is_unwritten = asked.alternatives_are_unwritten = True
     asked.forget[0].update(input_ids=[5] * 22, labels=[5] * 22, prompt_length=2)
-    _with_answers(report(of), asked, LLAMA, lines.append)
+    with_answers(report(of), asked, LLAMA, lines.append)
     texts, answers = lines[1:]
     assert texts.startswith("Writing the texts of --retain self:3 takes about 1.6 minutes (96 passes of 1 s), once")
     assert answers.startswith("Writing the answers of --alternatives self takes about 3.3 minutes (200 passes of 1 s)")
@@ -89,5 +89,5 @@ def test_a_pass_takes_as_long_as_the_slower_of_bus_and_disk():
 def test_what_takes_more_than_an_hour_is_read_off_the_likelihoods(asked, seconds, decided, said):
     lines: list[str] = []
     streamed = report(config(generate_answers=asked), in_file=True, disk_rate=PASS / seconds)
-    output = _with_answers(streamed, data(5), LLAMA, lines.append).output
+    output = with_answers(streamed, data(5), LLAMA, lines.append).output
     assert output.generate_answers == decided and len(lines) == 1 and said in lines[0]

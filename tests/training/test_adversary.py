@@ -24,9 +24,9 @@ from lowmem_npo.memory import streaming
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model
 from lowmem_npo.model.layers import causal_lm, linear_layers
-from lowmem_npo.run_directory import AdapterFiles, check_disk
+from lowmem_npo.run_directory import AdapterFiles, RunFiles, check_disk
 from lowmem_npo.training.adversary import RANK, ROWS, Adversary, Lesson, attacker_size, check_others, other_rows
-from lowmem_npo.training.checkpoints import _damage
+from lowmem_npo.training.checkpoints import resume_point
 from lowmem_npo.training.layered import LayeredBatches, divide
 from lowmem_npo.training.step_rows import StepBatches
 
@@ -214,7 +214,8 @@ def test_what_a_checkpoint_keeps_of_an_attacker(tmp_path, monkeypatch):
     files = AdapterFiles(tmp_path / "one" / "checkpoint-3")
     kept = load_file(files.adversary)
     assert sum(b.numel() for b in kept.values()) == attacker_size(trainer.model)
-    assert _damage(files, trainer, to_train=True) is None
+    run, lines = RunFiles(tmp_path / "one"), list[str]()
+    assert resume_point(run, trainer, 5, lines.append) == str(tmp_path / "one" / "checkpoint-4") and len(lines) == 1
     other = trainer_of(tmp_path / "other", adversary_steps=2, max_steps=4).passes.adversary
     other.resume(files, began=0)  # of a run of another length
     assert not other.factors
@@ -225,7 +226,9 @@ def test_what_a_checkpoint_keeps_of_an_attacker(tmp_path, monkeypatch):
     other.factors[0].b[0, 0] = float("nan")
     other.save(files)
     files.digest.unlink()
-    assert _damage(files, trainer, to_train=True) == "adversary.safetensors is damaged or of another run"
+    resume_point(run, trainer, 5, lines.append)
+    damage = "adversary.safetensors is damaged or of another run"
+    assert f"--resume: checkpoint-3 is not whole: {damage}. It is damaged-checkpoint-3 now, until" in lines[1]
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=64 * 2**20 + 4 * 2**20 - 1))
     config = RunConfig(ModelConfig("model"), output=OutputConfig(output_dir=str(tmp_path)))

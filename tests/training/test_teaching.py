@@ -8,7 +8,7 @@ from helpers.tiny_models import tiny_model
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.files import PARTIAL
-from lowmem_npo.training.teaching import STAMP, _backward, made_from, making, teach
+from lowmem_npo.training.teaching import STAMP, made_from, making, teach
 
 ROWS = [
     {"input_ids": [5, 6, 7, 8, 9, 1], "labels": [-100, -100, 7, 8, 9, 1], "prompt_length": 2},
@@ -35,11 +35,14 @@ def test_the_gradient_is_that_of_the_mean_over_the_batchs_tokens(at_once):
     model = tiny_model().double().requires_grad_(True)
     expected = mean_nll(model, ROWS)
     expected.backward()
-    wanted = gradients(model)
+    wanted, taken = gradients(model), dict[str, torch.Tensor]()
     model.zero_grad()
-    assert _backward(model, ROWS, at_once, torch.float32) == pytest.approx(expected.item(), rel=1e-6)
-    assert gradients(model).keys() == wanted.keys()
-    for name, gradient in gradients(model).items():  # transformers takes the softmax in float32
+    for name, parameter in model.named_parameters():  # the last time is that of the whole batch, before it is clipped
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: taken.update({name: p.grad.clone()}))
+    settings = {"epochs": 1, "batch_size": len(ROWS), "lr": 1e-3, "seed": 0, "description": "test"}
+    assert teach(model, ROWS, micro_batch_size=at_once, **settings) == pytest.approx(expected.item(), rel=1e-6)
+    assert taken.keys() == wanted.keys()
+    for name, gradient in taken.items():  # transformers takes the softmax in float32
         torch.testing.assert_close(gradient, wanted[name], rtol=0, atol=1e-5 * wanted[name].abs().max().item())
 
 
