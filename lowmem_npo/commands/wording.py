@@ -46,7 +46,7 @@ def explained(box: str, flags: Sequence[str], command: str) -> str:
     if sentence.startswith("Missing from"):
         names = re.findall(r"^[│|]? {5,6}(?! )(\S+)", parts[0], re.MULTILINE)
         sentence = f"{' and '.join(names)} must be given"
-    elif match := re.match(r"Missing value for argument '(\S+)'", sentence):
+    elif match := re.match(r"Missing value for argument '[('\"]*([\w-]+)", sentence):
         sentence = f"{match[1]} needs a value"
     elif match := re.match(r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*)\)", sentence):
         choices = match[3].replace("'", "").rstrip(",").split(", ")

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import inspect
 import os
+import sys
 from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -295,13 +296,20 @@ def test_copies_of_a_step(layers, settings, copies, tmp_path, monkeypatch):
     for _ in range(3):
         trainer.training_step(trainer.model, batches[0], totals)
         monkeypatch.setattr(torch.nn.Module, "named_modules", _as_in_every_step)
-        monkeypatch.setattr(inspect, "signature", _as_in_every_step)
+        monkeypatch.setattr(inspect, "signature", _of_pytorch_alone)
         counts.append(stream.copied_bytes // len(stream.blocks[0]))
     assert counts[2] - counts[1] == counts[1] - counts[0] == copies
 
 
 def _as_in_every_step(*_args, **_options):
     pytest.fail("PyTorch's slow walk through all modules, or a signature's inspection, within a step")
+
+
+def _of_pytorch_alone(*args, signature=inspect.signature, **options):
+    """Version 2.11 inspects one of its own in each checkpoint."""
+    if not sys._getframe(1).f_globals["__name__"].startswith("torch."):
+        _as_in_every_step()
+    return signature(*args, **options)
 
 
 @pytest.mark.parametrize(
