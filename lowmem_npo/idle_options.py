@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
+from typing import Any
 
 from lowmem_npo.config import FORGET_TERMS, PREFERRING_TERMS, REFUSING_TERMS, SECTIONS, RunConfig
 
@@ -20,29 +22,31 @@ OF_TERMS = {
 }
 
 
-def concerns(option: str, term: str | None) -> bool:
-    """Whether a forget term uses an option."""
-    return term not in FORGET_TERMS or term in OF_TERMS.get(option, FORGET_TERMS)
+def idle_options(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Options that make no difference to an adapter, by the settings of its run, as run.yaml holds them; and without
+    what each of them has none. What a run of an earlier version does not name, it had not."""
+    term, gamma, delta = (settings.get(name) for name in ("forget_term", "gamma", "delta"))
+    of_terms = OF_TERMS if term in FORGET_TERMS else {}
+    idle = {name: f"--forget-term {term}" for name, terms in of_terms.items() if term not in terms}
+    if settings.get("layered") is None:
+        idle |= dict.fromkeys(("group_column", "layered_weight"), "no --layered")
+    if settings.get("adversary") is None:
+        idle["adversary_steps"] = "no --adversary"
+    if not delta:
+        idle["kl_direction"] = "--delta 0"
+    if not (gamma or delta):
+        idle["retain_batch_size"] = "--gamma 0 and --delta 0"
+    if settings.get("forget") is None:
+        own = "no --forget, whose bundled rows have columns of their own"
+        idle |= dict.fromkeys(("answer_column", "prompt_column"), own)
+    return idle
 
 
 def remarks_on_idle_options(config: RunConfig) -> list[str]:
     """A line for each option that has another value than its default, which makes no difference in this run."""
-    term, data, training = config.objective.forget_term, config.data, config.training
-    joint, apart = config.memory.joint_pass_tokens, config.objective.parts_go_apart
-    idle = {name: f"--forget-term {term}" for name in OF_TERMS if not concerns(name, term)} | {
-        name: without
-        for name, without, used in (
-            ("group_column", "no --layered", training.layered is not None),
-            ("layered_weight", "no --layered", training.layered is not None),
-            ("adversary_steps", "no --adversary", config.objective.adversary is not None),
-            ("kl_direction", "--delta 0", config.objective.delta > 0),
-            ("joint_pass_tokens", apart, joint == 0 or apart is None),
-            ("retain_batch_size", "--gamma 0 and --delta 0", config.objective.needs_retain),
-            ("answer_column", "no --forget, whose bundled rows have columns of their own", data.forget is not None),
-            ("prompt_column", "no --forget, whose bundled rows have columns of their own", data.forget is not None),
-        )
-        if not used
-    }
+    idle, apart = idle_options(config.flat()), config.objective.parts_go_apart
+    if config.memory.joint_pass_tokens != 0 and apart is not None:
+        idle["joint_pass_tokens"] = apart
     sections = [getattr(config, name) for name in SECTIONS]
     given = {f.name for section in sections for f in fields(section) if getattr(section, f.name) != f.default}
     return [f"--{name.replace('_', '-')} has no effect with {why}." for name, why in idle.items() if name in given]

@@ -33,7 +33,7 @@ class Progress(tqdm):
         delay: float = 0,
     ) -> None:
         """delay: seconds in which nothing is shown, for what is mostly done by then."""
-        wanted = wanted and os.environ.get("RANK", "0") == "0"
+        wanted = wanted and ("LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0")
         self.in_lines = wanted and not sys.stderr.isatty()
         self._began, self._delay, self._line_of = time.monotonic(), delay, initial - 1
         instead: dict[str, Any] = {"file": io.StringIO(), "mininterval": math.inf} if self.in_lines else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_origin
@@ -248,7 +249,9 @@ class RunDirectory(RunFiles):
         if main_process:
             make_directory(self.path)
             write_atomically(self.run_yaml, self.config.to_yaml())
-            write_atomically(self.started_in, os.path.relpath(os.path.realpath("."), os.path.realpath(self.path)))
+            self.started_in.unlink(missing_ok=True)
+            with suppress(ValueError):  # on another drive than this directory, or of a name that is not UTF-8
+                write_atomically(self.started_in, os.path.relpath(os.path.realpath("."), os.path.realpath(self.path)))
 
 
 def no_run_to_resume(directory: Path) -> UserError:

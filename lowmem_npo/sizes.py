@@ -23,14 +23,22 @@ def parse_size(text: str, option: str) -> int:
 
 def amount(size: int, decimals: int = 1) -> str:
     """For people, in the largest unit of which there is one: "5.4 GiB", "64.0 MiB"."""
-    unit = next((unit for unit in ("GiB", "MiB", "KiB") if size >= UNITS[unit.lower()]), None)
-    return f"{size / UNITS[unit.lower()]:.{decimals}f} {unit}" if unit else f"{size} bytes"
+    return _in_unit(size, _unit_of(size), decimals)
 
 
 def compared(*sizes: int, decimals: int = 1) -> list[str]:
-    """Amounts of which one is too large for another, with as many more decimals as show it."""
-    written = ([amount(size, count) for size in sizes] for count in range(decimals, 11))
+    """Amounts of which one is too large for another, in one unit, with as many more decimals as show it."""
+    unit = _unit_of(max(sizes))
+    written = ([_in_unit(size, unit, count) for size in sizes] for count in range(decimals, 11))
     return next(texts for texts in written if len(set(texts)) == len(set(sizes)))
+
+
+def _unit_of(size: int) -> str:
+    return next((unit for unit in ("GiB", "MiB", "KiB") if size >= UNITS[unit.lower()]), "bytes")
+
+
+def _in_unit(size: int, unit: str, decimals: int) -> str:
+    return f"{size} {unit}" if unit == "bytes" else f"{size / UNITS[unit.lower()]:.{decimals}f} {unit}"
 
 
 def counted(number: int, what: str) -> str:

@@ -65,8 +65,10 @@ def test_none_is_printed_of_what_is_not_wanted(minutes, capsys):
 
 
 def test_the_other_processes_of_torchrun_print_none(minutes, monkeypatch, capsys):
-    for rank, lines in (("1", 0), ("0", 1)):
+    """A cluster may number processes that have nothing to do with each other: these have no number on their machine."""
+    for rank, local, lines in (("1", "1", 0), ("1", "0", 0), ("0", "0", 1), ("1", None, 1)):
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local) if local else monkeypatch.delenv("LOCAL_RANK")
         minutes(300)
         with Progress(2, "rows", "row") as bar:
             bar.update()

@@ -145,9 +145,10 @@ class Asked:
         """Prints the answer of every side as it is written, and adds it to the side's history, if there are any."""
         for number, (side, state) in enumerate(self.sides.items()):
             history = histories[number] if histories else []
+            prompt = self.prompt(question, history)
             print(f"{side + ':':<11}", end="", flush=True)
             with state():
-                answer = self._written(self.prompt(question, history))
+                answer = self._written(prompt)
             if histories:
                 history += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 

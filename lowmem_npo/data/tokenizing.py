@@ -314,7 +314,7 @@ class Encoder:
 
 
 def _unwritten_system_prompt(example: Example) -> UserError:
-    remedy = "leave out --system"
+    remedy = "leave out --system, or, where a run has it, give --system ''"
     if any(turn["role"] in SYSTEM for turn in example.messages or ()):
         remedy = "write it into the content of a turn, or remove it from the row"
     return UserError(f"{example.where}: the model's chat template does not write the system prompt; {remedy}.")

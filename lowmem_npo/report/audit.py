@@ -196,8 +196,8 @@ def of_another_adapter(directory: Path) -> str | None:
     except (UserError, OSError):
         return None
     return (
-        f"{files.weights.name} is not the file that this run wrote: its hash is not the one in {files.audit.name}, so "
-        "the run's figures are of another adapter."
+        f"{files.weights.name} is not the file that the run in its directory wrote (its hash is not the one in "
+        f"{files.audit.name}): the run's figures are of another adapter."
     )
 
 

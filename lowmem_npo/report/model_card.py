@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +14,12 @@ from lowmem_npo.data.reading import described
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answer_table import markdown_table
 from lowmem_npo.files import expanded, file_sha256, name_of
-from lowmem_npo.idle_options import concerns
+from lowmem_npo.idle_options import idle_options
 from lowmem_npo.report.audit import of_another_adapter
 from lowmem_npo.report.content import EVIDENCE, Content, read_content
 from lowmem_npo.report.page import audit_lines, base_model
 from lowmem_npo.report.plain_words import ASKED, ORIGINAL, RELATED
-from lowmem_npo.run_directory import RunFiles
+from lowmem_npo.run_directory import RunFiles, from_here
 from lowmem_npo.sources import data_names
 
 TAGS = ("unlearning", "machine-unlearning", "npo", "lora", "lowmem-npo")
@@ -28,7 +28,6 @@ METHOD = ("recipe", "forget_term", "beta", "simnpo_margin", "wga_beta", "satimp_
           "layered", "layered_weight", "group_column", "adversary", "adversary_steps", "sam", "lora_r", "lora_alpha",
           "lora_targets", "lora_layers", "use_rslora", "use_dora", "modules_to_save", "batch_size", "retain_batch_size",
           "epochs", "max_steps", "lr", "seed", "max_length", "qlora", "dtype")  # fmt: skip
-OF_STAGES = ("layered_weight", "group_column")
 SHORTENED = ("adversary_steps",)  # of which run.yaml has what was asked for, and the audit record what was used
 RECORD = ("Revision", "Commit", "Weights", "Went on from", "Adapter", "Optimiser steps", "Started, ended",
           "Processors", "Versions", "Duration")  # fmt: skip
@@ -51,7 +50,7 @@ def model_card(content: Content) -> str:
     settings, audit = content.settings, content.audit
     recorded = audit["configuration"] if audit else {}
     used = settings | {name: value for name, value in recorded.items() if name in SHORTENED}
-    base, local = base_model(content)
+    base, local, idle = *base_model(content), idle_options(used)
     data = ModelCardData(
         base_model=None if local else base, library_name="peft", pipeline_tag="text-generation", tags=list(TAGS)
     )
@@ -65,8 +64,8 @@ def model_card(content: Content) -> str:
         verdict=content.verdict,
         evidence=EVIDENCE,
         forget_term=settings.get("forget_term"),
-        settings=[(name, code(used[name])) for name in METHOD if _decides(name, used)],
-        data=_data(audit),
+        settings=[(name, code(used[name])) for name in METHOD if name not in idle and used.get(name) is not None],
+        data=_data(content),
         table=markdown_table(content.stages).rstrip() if content.stages else "",
         leaks={name: result.meaning for name, result in content.leaks.get("after", {}).items()},
         limits=[ORIGINAL, ASKED, RELATED],
@@ -78,12 +77,6 @@ def model_card(content: Content) -> str:
         ],
         version=lowmem_npo.__version__,
     )
-
-
-def _decides(option: str, settings: Mapping[str, Any]) -> bool:
-    """Whether an option has a part in what the adapter is."""
-    idle = option in OF_STAGES and settings.get("layered") is None
-    return settings.get(option) is not None and not idle and concerns(option, settings.get("forget_term"))
 
 
 def merged_card(
@@ -142,12 +135,15 @@ def code(value: Any) -> str:
     return "`" + " ".join(text.replace("`", "'").replace("|", "/").split()) + "`"
 
 
-def _data(audit: dict[str, Any] | None) -> list[tuple[str, str, int, str]]:
-    """(part, name, rows, SHA-256 of the file or, without a file, of the tokenised rows)."""
-    lines = []
-    for part, record in (audit["data"] if audit else {}).items():
-        places = data_names(record["source"])
-        names = ",".join(Path(name).name if expanded(name).is_absolute() else name for name in places)
+def _data(content: Content) -> list[tuple[str, str, int, str]]:
+    """(part, name, rows, SHA-256 of the file or, without a file, of the tokenised rows). Files and folders are named
+    without their places."""
+    lines, run = [], RunFiles(content.directory)
+    for part, record in (content.audit["data"] if content.audit else {}).items():
+        places = {name: expanded(from_here(run, content.settings, name)) for name in data_names(record["source"])}
+        names = ",".join(
+            place.name if place.is_absolute() or place.exists() else name for name, place in places.items()
+        )
         name = Path(record["source"]).name if record["sha256"] else described(names)
         lines.append((part, code(name), record["rows"], code(record["sha256"] or record["tokenised"])))
     return lines

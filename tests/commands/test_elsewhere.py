@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -136,6 +137,18 @@ def test_where_a_run_was_started_is_known_whatever_its_output_directory(byte_mod
         assert main(["merge", "--adapter", run, "--output-dir", str(tmp_path / f"merged-{name}")]) == 0
     assert "2 forget rows" in capsys.readouterr().out
     assert "base_model" not in (tmp_path / "merged-it" / "README.md").read_text()
+
+
+def test_a_run_begins_where_no_path_back_can_be_written(byte_model, tmp_path, monkeypatch):
+    """From a directory whose name is not UTF-8; another drive has none either."""
+    place = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    os.mkdir(place)
+    monkeypatch.chdir(place)
+    write_rows(tmp_path / "forget.jsonl", FORGET[:2])
+    write_rows(tmp_path / "retain.jsonl", RETAIN)
+    data = ["--forget", str(tmp_path / "forget.jsonl"), "--retain", str(tmp_path / "retain.jsonl"), *TRAINING]
+    assert main(["train", "--model", str(byte_model), *data, "--output-dir", str(tmp_path / "run")]) == 0
+    assert not RunFiles(tmp_path / "run").started_in.exists()
 
 
 def test_beside_the_directory_that_an_earlier_run_was_started_in(earlier, tmp_path):

@@ -13,8 +13,6 @@ from helpers.reported_run import FORGET, RETAIN, train, write_rows
 
 from lowmem_npo.cli import main
 from lowmem_npo.report.audit import ALGORITHM, find_rows, row_hash
-from lowmem_npo.run_directory import RunFiles
-from lowmem_npo.training.metrics import read_metrics
 
 
 def audit_of(folder) -> dict:
@@ -115,8 +113,6 @@ def test_a_resumed_run_keeps_its_salt_and_counts_its_sessions(byte_model, data, 
     assert [session["last_step"] for session in second["sessions"]] == [1, 2] and second["optimizer_steps"] == 2
     assert "2 sessions" in (folder / "report.html").read_text(encoding="utf-8")
     assert [session["training"]["steps"] for session in second["sessions"]] == [1, 1]
-    last = read_metrics(RunFiles(folder).metrics)[-1]
-    assert last["train_runtime"] * last["train_steps_per_second"] == pytest.approx(1, rel=0.1)  # not the whole run's 2
     train(folder, byte_model, mine, *settings, "--max-steps", 2, "--resume")  # which trains nothing
     took = second["sessions"][-1]["training"]["seconds_per_step"]
     second = audit_of(folder)

@@ -286,20 +286,27 @@ def test_the_hub_can_read_the_card(run, byte_model):
 @pytest.mark.parametrize(
     ("changed", "shown"),
     [
-        ({}, "beta normalization"),
-        ({"forget_term": "wga"}, "wga_beta"),
-        ({"forget_term": "satimp"}, "satimp_beta1 satimp_beta2"),
-        ({"forget_term": "simnpo"}, "beta simnpo_margin"),
-        ({"forget_term": "dpo", "alternatives": "self:2"}, "beta alternatives"),
-        ({"forget_term": "wga", "layered": 2, "group_column": "who"}, "wga_beta layered layered_weight group_column"),
+        ({}, "beta normalization kl_direction"),
+        ({"delta": 0.0, "retain_batch_size": 2}, "beta normalization retain_batch_size"),
+        ({"delta": 0.0, "gamma": 0.0, "retain_batch_size": 2}, "beta normalization"),
+        ({"adversary": 1.0}, "beta normalization kl_direction adversary adversary_steps"),
+        ({"forget_term": "wga"}, "wga_beta kl_direction"),
+        ({"forget_term": "satimp"}, "satimp_beta1 satimp_beta2 kl_direction"),
+        ({"forget_term": "simnpo"}, "beta simnpo_margin kl_direction"),
+        ({"forget_term": "dpo", "alternatives": "self:2"}, "beta alternatives kl_direction"),
+        (
+            {"forget_term": "wga", "layered": 2, "group_column": "who"},
+            "wga_beta kl_direction layered layered_weight group_column",
+        ),
     ],
 )
 def test_the_card_has_the_settings_that_made_the_adapter(changed, shown, run):
-    """Of forget terms and of stages those in use; with their defaults, too, which another version may not have."""
+    """Those in use; with their defaults, too, which another version may not have."""
     content = read_content(run)
     card = model_card(dataclasses.replace(content, settings=content.settings | changed))
     listed = re.findall(r"^\| (\w+) \| `", card, re.MULTILINE)
-    optional = {*OF_TERMS, "layered", "layered_weight", "group_column"}
+    optional = {*OF_TERMS, "layered", "layered_weight", "group_column", "adversary", "adversary_steps", "kl_direction"}
+    optional.add("retain_batch_size")
     assert {name for name in listed if name in optional} == set(shown.split())
     assert {"forget_term", "gamma", "delta", "batch_size", "lr"} <= set(listed)
 
@@ -319,11 +326,15 @@ def test_a_base_model_on_the_hub_is_in_the_header(run):
     assert card.data.base_model == "allenai/OLMo-7B-hf" and 'from_pretrained("allenai/OLMo-7B-hf")' in card.text
 
 
-def test_a_card_names_folders_and_several_files_without_their_places(run):
+def test_a_card_names_folders_and_several_files_without_their_places(run, tmp_path, monkeypatch):
+    """Relative ones are known by what is there; names on the hub are whole."""
+    (tmp_path / "quentin" / "papers").mkdir(parents=True)
+    (tmp_path / "quentin" / "c.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
     audit = read_content(run).audit
     sources = {
-        "forget": "/home/quentin/a.jsonl,~/b.txt,c.jsonl",
-        "retain": "/home/quentin/papers",
+        "forget": "/home/quentin/a.jsonl,~/b.txt,quentin/c.jsonl",
+        "retain": "quentin/papers",
         "holdout": "org/rows",
     }
     data = {part: {**audit["data"]["forget"], "source": source, "sha256": None} for part, source in sources.items()}
@@ -468,7 +479,7 @@ def test_a_later_evaluation_is_included(own_run, tmp_path):
 
 
 def test_another_adapter_in_the_place_of_the_runs_is_reported(own_run):
-    note = "adapter_model.safetensors is not the file that this run wrote"
+    note = "adapter_model.safetensors is not the file that the run in its directory wrote"
     write_report(own_run)
     assert note not in (own_run / "report.html").read_text(encoding="utf-8")
     file = own_run / "adapter_model.safetensors"
@@ -481,7 +492,7 @@ def test_another_adapter_in_the_place_of_the_runs_is_reported(own_run):
 
 def test_commands_that_use_such_an_adapter_say_so(own_run, capsys):
     """What `evaluate` measures then is of it: its headline is not that of the run."""
-    note, adapter = "is not the file that this run wrote", ["--device", "cpu", "--max-new-tokens", "1"]
+    note, adapter = "is not the file that the run in its directory wrote", ["--device", "cpu", "--max-new-tokens", "1"]
     ask = ["ask", str(own_run), "Who?", *adapter]
     evaluate = ["evaluate", "--adapter", str(own_run), "--limit", "1", "--leaks", "none", *adapter]
     assert main(ask) == 0 and note not in capsys.readouterr().out
@@ -491,7 +502,9 @@ def test_commands_that_use_such_an_adapter_say_so(own_run, capsys):
     save_file({name: weight + 0.01 for name, weight in load_file(file).items()}, file)
     assert main(ask) == 0 and capsys.readouterr().out.count(note) == 1
     shutil.rmtree(own_run / "evaluation")
-    assert main(evaluate) == 0 and headline not in capsys.readouterr().out
+    assert main(evaluate) == 0
+    printed = capsys.readouterr().out
+    assert headline not in printed and printed.count(note) == 1
 
 
 def test_a_diverged_run_is_reported_too(byte_model, data, tmp_path):

@@ -140,7 +140,7 @@ def measure(
     say(f"\nEvery figure is in {directory.result}, every scored row in {directory.rows.name} beside it.")
     if (worst := result.worst_attack) is not None:
         say(worst.sentence)
-    say(_headline(config, result, context))
+    say(_headline(config, result, context, say))
     return result
 
 
@@ -164,13 +164,14 @@ def _subject(plan: EvaluationPlan, tests: Sequence[LeakTest], merged: Path, scor
     )
 
 
-def _headline(config: EvaluationConfig, result: Evaluation, context: Context) -> str:
+def _headline(config: EvaluationConfig, result: Evaluation, context: Context, say: Say) -> str:
     """The first sentence of the run's report, which these figures are part of; for any other model the same of these
-    figures alone."""
+    figures alone, and `say` is told if it is not the run's own."""
     run = RunFiles(expanded(config.adapter)) if config.adapter else None
     if run is not None and run.run_yaml.is_file() and config.path == run.evaluation.path:
-        content = read_content(run.path)
-        if content.stages and of_another_adapter(run.path) is None:
+        if other := of_another_adapter(run.path):
+            say(other)
+        elif (content := read_content(run.path)).stages:
             return content.verdict.headline
     before = summaries_of(context.before.get(PLAIN.name) or {})
     vocabulary = context.fit.vocabulary if context.fit else None

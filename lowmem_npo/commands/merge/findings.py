@@ -16,7 +16,7 @@ from lowmem_npo.evaluation.leaks.quantization import MERGED, QUANTIZATION
 from lowmem_npo.evaluation.leaks.relearning import RELEARNING
 from lowmem_npo.files import expanded, file_sha256, load_json
 from lowmem_npo.model.saved_adapter import settings_of_run
-from lowmem_npo.report.audit import read_audit
+from lowmem_npo.report.audit import of_another_adapter, read_audit
 from lowmem_npo.run_directory import RunFiles, run_of_adapter
 
 # Test -> when it is that forgotten text may return.
@@ -57,7 +57,7 @@ def findings(adapter: str, base_weights: str) -> tuple[list[str], list[str]]:
 def _lasting(adapter: str) -> Iterator[str]:
     """Of what was made to last, by the adapter's run or by one that it went on from: where it does."""
     how = dict.fromkeys(option for run in _runs(adapter) for option in _made_last_by(run))
-    if how:
+    if how and of_another_adapter(expanded(adapter)) is None:
         yield (
             f"What {' and '.join(how)} made last is a property of these merged weights: publish them, and not the "
             "adapter, which is undone beside its base by switching it off."

@@ -119,14 +119,17 @@ def test_the_card_of_an_adapter_that_its_run_did_not_write_has_no_verdict_of_the
     """Which is said once, and not of a checkpoint, which the run has not measured."""
     write_run(adapter, {})
     write_adapter(tmp_path / "base", adapter / "checkpoint-3", seed=2)
-    note = "adapter_model.safetensors is not the file that this run wrote: its hash is not the one in audit.json"
+    note = "adapter_model.safetensors is not the file that the run in its directory wrote"
+    (adapter / "run.yaml").write_text("sam: 0.05\n")
     for number, (folder, said) in enumerate([(adapter, 0), (adapter / "checkpoint-3", 0), (adapter, 1)]):
         if said:
             write_adapter(tmp_path / "base", adapter, seed=1)
         out = tmp_path / str(number)
         assert main(["merge", "--adapter", str(folder), "--output-dir", str(out)]) == 0
         assert capsys.readouterr().out.count(note) == (out / "README.md").read_text().count(note) == said
-        assert ("Nothing is known of what this adapter forgets: " in (out / "README.md").read_text()) == bool(said)
+        card = (out / "README.md").read_text()
+        assert ("Nothing is known of what this adapter forgets. " in card) == bool(said)
+        assert ("What --sam made last" in card) != bool(said) and "Those figures" not in card
 
 
 @pytest.mark.parametrize("damage", ["", "[]", '{"leaks": []}', '{"leaks": {"quantization": 7}}', "\xff"])
