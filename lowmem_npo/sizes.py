@@ -27,9 +27,11 @@ def amount(size: int, decimals: int = 1) -> str:
 
 
 def compared(*sizes: int, decimals: int = 1) -> list[str]:
-    """Amounts of which one is too large for another, in one unit, with as many more decimals as show it."""
-    unit = _unit_of(max(sizes))
-    written = ([_in_unit(size, unit, count) for size in sizes] for count in range(decimals, 11))
+    """Amounts of which one is too large for another, with as many more decimals as show it: in one unit, if they are
+    near each other."""
+    near = 2 * min(sizes) > max(sizes)
+    units = [_unit_of(max(sizes) if near else size) for size in sizes]
+    written = ([_in_unit(*of, count) for of in zip(sizes, units, strict=True)] for count in range(decimals, 11))
     return next(texts for texts in written if len(set(texts)) == len(set(sizes)))
 
 

@@ -329,6 +329,7 @@ def test_a_size_is_seen_to_be_larger_than_what_there_is():
     assert compared(5 * GIB, 5 * GIB + 3 * 2**20) == ["5.000 GiB", "5.003 GiB"]
     assert compared(GIB, GIB + 2**20, decimals=2) == ["1.000 GiB", "1.001 GiB"]
     assert compared(GIB, GIB - 2**20) == ["1.000 GiB", "0.999 GiB"], "in one unit"
+    assert compared(GIB, 1000) == ["1.0 GiB", "1000 bytes"]
     assert compared(24 * GIB, 24 * GIB + 1)[0] != compared(24 * GIB, 24 * GIB + 1)[1]
 
 
