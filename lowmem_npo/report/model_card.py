@@ -15,7 +15,6 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answer_table import markdown_table
 from lowmem_npo.files import expanded, file_sha256, name_of
 from lowmem_npo.idle_options import idle_options
-from lowmem_npo.report.audit import of_another_adapter
 from lowmem_npo.report.content import EVIDENCE, Content, read_content
 from lowmem_npo.report.page import audit_lines, base_model
 from lowmem_npo.report.plain_words import ASKED, ORIGINAL, RELATED
@@ -85,13 +84,14 @@ def merged_card(
     revision: str | None,
     weights: str,
     findings: Sequence[str],
+    other: str | None = None,
     measurements: Measurements | None = None,
 ) -> str:
     """The card of a merged model: what it was made of, and what the run that trained the adapter found.
 
-    weights: their type. findings: what leak tests know of the merged weights. measurements: of these weights.
+    weights: their type. findings: what leak tests know of the merged weights. other: why the run's figures are not of
+    this adapter, where they are not. measurements: of these weights.
     """
-    other = of_another_adapter(adapter)
     try:
         verdict = None if other else read_content(adapter).verdict
     except UserError:  # no run, or a damaged one

@@ -16,7 +16,7 @@ from lowmem_npo.evaluation.leaks.quantization import MERGED, QUANTIZATION
 from lowmem_npo.evaluation.leaks.relearning import RELEARNING
 from lowmem_npo.files import expanded, file_sha256, load_json
 from lowmem_npo.model.saved_adapter import settings_of_run
-from lowmem_npo.report.audit import of_another_adapter, read_audit
+from lowmem_npo.report.audit import read_audit
 from lowmem_npo.run_directory import RunFiles, run_of_adapter
 
 # Test -> when it is that forgotten text may return.
@@ -36,17 +36,19 @@ class Finding(NamedTuple):
     file: Path
 
 
-def findings(adapter: str, base_weights: str) -> tuple[list[str], list[str]]:
+def findings(adapter: str, base_weights: str, *, lasts: bool = True) -> tuple[list[str], list[str]]:
     """A sentence per test that looks for forgotten text returning: what it found, or that it was not run and what runs
     it.
 
     Rounding can undo an update that is small beside the weights (Zhang et al. 2025, "Catastrophic failure of LLM
     unlearning via quantization"), and fine-tuning one that only hides (Hu et al. 2024).
 
-    base_weights: that the adapter is merged into. Returned twice: as they are said here, and for a card that others
-    read, without where on this machine the adapter is.
+    base_weights: that the adapter is merged into. lasts: whether it is the one that its run wrote, and has what that
+    made last. Returned twice: as they are said here, and for a card that others read, without where on this machine the
+    adapter is.
     """
-    known, lasting = {test: list(_known(test, adapter)) for test in RETURNING}, list(_lasting(adapter))
+    known = {test: list(_known(test, adapter)) for test in RETURNING}
+    lasting = list(_lasting(adapter)) if lasts else []
 
     def sentences(with_place: bool) -> list[str]:
         return [*(_sentence(test, of, adapter, base_weights, with_place) for test, of in known.items()), *lasting]
@@ -57,7 +59,7 @@ def findings(adapter: str, base_weights: str) -> tuple[list[str], list[str]]:
 def _lasting(adapter: str) -> Iterator[str]:
     """Of what was made to last, by the adapter's run or by one that it went on from: where it does."""
     how = dict.fromkeys(option for run in _runs(adapter) for option in _made_last_by(run))
-    if how and of_another_adapter(expanded(adapter)) is None:
+    if how:
         yield (
             f"What {' and '.join(how)} made last is a property of these merged weights: publish them, and not the "
             "adapter, which is undone beside its base by switching it off."

@@ -67,18 +67,19 @@ def merge(config: MergeConfig, say: Say = print) -> Path:
             (partial / base).mkdir()
             _write(config, checkpoint, updates, partial / base, base)
         chosen = _measure(plan, partial)
-        known, published = findings(config.adapter, chosen)
+        adapter = expanded(config.adapter)
+        other = of_another_adapter(adapter)
+        known, published = findings(config.adapter, chosen, lasts=other is None)
         kind = "as the base's" if dtype is None else config.dtype
         weights = f"{kind}, on the base's NF4 weights, dequantised" if chosen == DEQUANTIZED else kind
-        adapter = expanded(config.adapter)
-        card = merged_card(adapter, name, revision, weights, published, plan.measurements)
+        card = merged_card(adapter, name, revision, weights, published, other, plan.measurements)
         RunFiles(partial / chosen).model_card.write_text(card, encoding="utf-8")
         put_in_place(partial / chosen, out)
     changed = f"{len(updates)} of {sum(1 for _ in checkpoint.tensors())} weights"
     say(f"The adapter changes {changed}; the merged model ({amount(needed)}) is in {out}.")
     if plan.rows is not None and plan.measured:
         say("\n" + as_text(plan.rows, plan.measured))
-    for sentence in filter(None, [of_another_adapter(adapter), *plan.sentences, *known]):
+    for sentence in filter(None, [other, *plan.sentences, *known]):
         say(sentence)
     return out
 

@@ -1,0 +1,96 @@
+"""The model card of a run: what the hub reads, what was measured and with which settings, and code that runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+
+from lowmem_npo.idle_options import OF_TERMS
+from lowmem_npo.report.content import read_content
+from lowmem_npo.report.model_card import model_card
+
+
+def test_the_hub_can_read_the_card(run, byte_model):
+    card = ModelCard.load(run / "README.md")
+    assert card.data.library_name == "peft" and "unlearning" in card.data.tags
+    assert card.data.base_model is None, "a local directory is no name on the hub"
+    assert byte_model.name in card.text and str(byte_model) not in card.text
+    table = json.loads((run / "before_after.json").read_text())
+    for value in (table["before"]["forget"]["nll"], table["after"]["retain"]["probability"]):
+        assert f"{value:.3f}" in card.text
+    audit = json.loads((run / "audit.json").read_text())
+    for words in (audit["data"]["forget"]["sha256"], audit["adapter"]["sha256"], "lora_r", "PeftModel", "forget.jsonl"):
+        assert words in card.text
+    assert "not a certificate" in card.text
+    assert not re.search(r"\n\n\n", card.text) and re.search(r"\n\n\| part \|.*\n\|---\|.*\n\| forget \|", card.text)
+
+
+@pytest.mark.parametrize(
+    ("changed", "shown"),
+    [
+        ({}, "beta normalization kl_direction"),
+        ({"delta": 0.0, "retain_batch_size": 2}, "beta normalization retain_batch_size"),
+        ({"delta": 0.0, "gamma": 0.0, "retain_batch_size": 2}, "beta normalization"),
+        ({"adversary": 1.0}, "beta normalization kl_direction adversary"),
+        ({"forget_term": "wga"}, "wga_beta kl_direction"),
+        ({"forget_term": "satimp"}, "satimp_beta1 satimp_beta2 kl_direction"),
+        ({"forget_term": "simnpo"}, "beta simnpo_margin kl_direction"),
+        ({"forget_term": "dpo", "alternatives": "self:2"}, "beta alternatives kl_direction"),
+        (
+            {"forget_term": "wga", "layered": 2, "group_column": "who"},
+            "wga_beta kl_direction layered layered_weight group_column",
+        ),
+    ],
+)
+def test_the_card_has_the_settings_that_made_the_adapter(changed, shown, run):
+    """Those in use; with their defaults, too, which another version may not have."""
+    content = read_content(run)
+    card = model_card(dataclasses.replace(content, settings=content.settings | changed))
+    listed = re.findall(r"^\| (\w+) \| `", card, re.MULTILINE)
+    optional = {*OF_TERMS, "layered", "layered_weight", "group_column", "adversary", "adversary_steps", "kl_direction"}
+    optional.add("retain_batch_size")
+    assert {name for name in listed if name in optional} == set(shown.split())
+    assert {"forget_term", "gamma", "delta", "batch_size", "lr"} <= set(listed)
+
+
+def test_a_base_model_on_the_hub_is_in_the_header(run):
+    content = read_content(run)
+    named = {
+        **content.audit,
+        "model": {
+            **content.audit["model"],
+            "name": "allenai/OLMo-7B",
+            "loaded": "allenai/OLMo-7B-hf",
+            "directory": None,
+        },
+    }
+    card = ModelCard(model_card(dataclasses.replace(content, audit=named)))
+    assert card.data.base_model == "allenai/OLMo-7B-hf" and 'from_pretrained("allenai/OLMo-7B-hf")' in card.text
+
+
+def test_a_card_names_folders_and_several_files_without_their_places(run, tmp_path, monkeypatch):
+    """Relative ones are known by what is there; names on the hub are whole."""
+    (tmp_path / "quentin" / "papers").mkdir(parents=True)
+    (tmp_path / "quentin" / "c.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    audit = read_content(run).audit
+    sources = {
+        "forget": "/home/quentin/a.jsonl,~/b.txt,quentin/c.jsonl",
+        "retain": "quentin/papers",
+        "holdout": "org/rows",
+    }
+    data = {part: {**audit["data"]["forget"], "source": source, "sha256": None} for part, source in sources.items()}
+    card = model_card(dataclasses.replace(read_content(run), audit={**audit, "data": data}))
+    assert "`a.jsonl, b.txt, c.jsonl`" in card and "`papers`" in card and "`org/rows`" in card and "quentin" not in card
+
+
+def test_the_cards_code_loads_the_adapter(run, byte_model):
+    code = (run / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    code = code.replace(f'"path/to/{byte_model.name}"', repr(str(byte_model))).replace('"."', repr(str(run)))
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["model"].peft_config["default"].r == 5 and names["tokenizer"]("a").input_ids
