@@ -21,6 +21,7 @@ from lowmem_npo.settings_file import read_settings
 from lowmem_npo.sizes import compared
 
 SELF_WRITTEN = "self_written.jsonl"  # the texts of --retain self
+STARTED_IN = "started_in"  # the directory in which relative paths of the settings beside it begin, from here
 # A resumed run may be longer, have moved, or measure more; any other change would make it a different run.
 MAY_CHANGE = (
     "output_dir", "epochs", "max_steps", "eval_rows", "eval_batch_size", "max_new_tokens", "forms", "leaks",
@@ -58,6 +59,7 @@ class EvaluationFiles:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.settings = path / "settings.json"
+        self.started_in = path / STARTED_IN
         self.journal = path / "measured.jsonl"  # every measurement, written as soon as it is made
         self.result = path / "evaluation.json"
         self.rows = path / "rows.jsonl"
@@ -71,7 +73,7 @@ class RunFiles(AdapterFiles):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.run_yaml = path / "run.yaml"
-        self.started_in = path / "started_in"  # the directory in which relative paths of run.yaml begin, from here
+        self.started_in = path / STARTED_IN
         self.metrics = path / "metrics.jsonl"
         self.audit = path / "audit.json"
         self.leaks = path / "leaks.json"
@@ -136,10 +138,17 @@ def run_of_adapter(folder: Path) -> RunFiles:
     return RunFiles(folder.parent if folder.name.startswith("checkpoint-") else folder)
 
 
-def from_here(run: RunFiles, settings: Mapping[str, Any], name: str) -> str:
-    """`name`, a model, an adapter or data that the run named, as it is found from here.
+def remember_start(files: RunFiles | EvaluationFiles) -> None:
+    """Writes down where this process was started, for `from_here`."""
+    files.started_in.unlink(missing_ok=True)
+    with suppress(ValueError):  # on another drive than this directory, or of a name that is not UTF-8
+        write_atomically(files.started_in, os.path.relpath(os.path.realpath("."), os.path.realpath(files.path)))
 
-    A relative path begins where the run was started, which is found again when the whole tree has been moved since.
+
+def from_here(run: RunFiles | EvaluationFiles, settings: Mapping[str, Any], name: str) -> str:
+    """`name`, a model, an adapter or a file that the run or the evaluation named, as it is found from here.
+
+    A relative path begins where that was started, which is found again when the whole tree has been moved since.
     What is not there, such as a name on the hub, stays as it is.
     """
     folder, here = expanded(run.path).resolve(), expanded(name)
@@ -147,7 +156,7 @@ def from_here(run: RunFiles, settings: Mapping[str, Any], name: str) -> str:
         start = os.path.normpath(folder / run.started_in.read_text(encoding="utf-8", errors="replace"))
         there: Path | None = Path(start, here)
     else:
-        there = _by_output_dir(folder, expanded(str(settings.get("output_dir", "."))), here)
+        there = _by_output_dir(folder, expanded(str(settings.get("output_dir") or ".")), here)
     if there is None:
         return name
     if os.path.exists(there):  # of many files, their names together are too long for a path
@@ -249,9 +258,7 @@ class RunDirectory(RunFiles):
         if main_process:
             make_directory(self.path)
             write_atomically(self.run_yaml, self.config.to_yaml())
-            self.started_in.unlink(missing_ok=True)
-            with suppress(ValueError):  # on another drive than this directory, or of a name that is not UTF-8
-                write_atomically(self.started_in, os.path.relpath(os.path.realpath("."), os.path.realpath(self.path)))
+            remember_start(self)
 
 
 def no_run_to_resume(directory: Path) -> UserError:

@@ -23,7 +23,7 @@ from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.files import expanded, file_sha256, load_json, write_atomically
 from lowmem_npo.records import check_record
-from lowmem_npo.run_directory import EvaluationFiles, check_empty
+from lowmem_npo.run_directory import EvaluationFiles, check_empty, from_here, remember_start
 
 THE_ADAPTER = "the adapter"  # among the digests of settings.json
 SETTINGS = {"digests": dict[str, str], "leaks": list[str], "generate_answers": str}  # what is read of settings.json
@@ -48,6 +48,7 @@ class EvaluationDirectory(EvaluationFiles):
         try:
             make_directory(self.path)
             write_atomically(self.settings, json.dumps(self._now(), indent=2, ensure_ascii=False) + "\n")
+            remember_start(self)
         except OSError as error:
             raise UserError(f"--output-dir '{self.path}' cannot be written: {error.strerror or error}.") from error
         return Journal(self.journal)
@@ -204,6 +205,17 @@ def settings_of(result: str) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return {**earlier, "digests": dict(earlier.get("digests", {}))}
+
+
+def compared_with(files: EvaluationFiles) -> dict[str, Any]:
+    """The settings of the evaluation in `files`, what it was compared with found from here; empty where there are none.
+    Raises ValueError where they are damaged."""
+    if not files.settings.is_file():
+        return {}
+    settings = load_json(files.settings)
+    check_record(settings, {"before": str | None, "retained_log": str | None}, optional=("before", "retained_log"))
+    named = {name: settings[name] for name in ("before", "retained_log") if settings.get(name)}
+    return {**settings, **{name: from_here(files, settings, value) for name, value in named.items()}}
 
 
 def is_of_adapter(files: EvaluationFiles, weights: Path) -> bool:

@@ -18,7 +18,7 @@ from lowmem_npo.evaluation.answers import (
     read_answers,
     summaries,
 )
-from lowmem_npo.evaluation.directory import is_of_adapter
+from lowmem_npo.evaluation.directory import compared_with, is_of_adapter
 from lowmem_npo.evaluation.figures import finite
 from lowmem_npo.evaluation.gold import Gold
 from lowmem_npo.evaluation.leaks.contract import LeakResults, leak_results
@@ -163,8 +163,7 @@ def _read_evaluation(files: RunFiles) -> dict[str, dict[str, Any]]:
     has_settings = evaluation.settings.is_file()
     if files.weights.is_file() and not (has_settings and is_of_adapter(evaluation, files.weights)):
         return {}  # the run was continued: these figures are of another adapter
-    settings = load_json(evaluation.settings) if has_settings else {}
-    before = settings.get("before")
+    before = compared_with(evaluation).get("before")
     earlier = expanded(before) if before else None
     contents = {"before": _load_evaluation(earlier)} if earlier and earlier.is_file() else {}
     return {**contents, "after": _load_evaluation(evaluation.result)}
@@ -181,9 +180,8 @@ def _load_evaluation(file: Path) -> dict[str, Any]:
 
 def _gold_leaks(files: RunFiles) -> LeakResults:
     """What the leak tests gave of the model that the evaluation compared with, if it did."""
-    settings = files.evaluation.settings
-    gold = Gold.of(load_json(settings)) if settings.is_file() else Gold()
-    with _named(Path(gold.log or settings)):
+    gold = Gold.of(compared_with(files.evaluation))
+    with _named(Path(gold.log or files.evaluation.settings)):
         leak_sections({"gold": gold.leaks})
     return gold.leaks
 

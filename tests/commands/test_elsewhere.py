@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -59,6 +60,21 @@ def test_an_evaluation_goes_on_from_another_directory(second, tmp_path, monkeypa
     shutil.copytree("model", "another")
     assert main([*again, "--resume", "--model", "another", "--any-base"]) == 2
     assert "model was" in capsys.readouterr().err
+
+
+def test_a_report_finds_what_the_evaluation_was_compared_with(second, tmp_path, monkeypatch):
+    tree = Path(shutil.copytree(second.parents[1], tmp_path / "tree"))
+    monkeypatch.chdir(tree)
+    write_rows(Path("holdout.jsonl"), RETAIN)
+    data = ["--forget", "forget.jsonl", "--holdout", "holdout.jsonl", "--leaks", "extraction", "--device", "cpu"]
+    assert main(["evaluate", "--model", "model", *data, "--output-dir", "gold"]) == 0
+    log = "gold/evaluation.json"
+    assert main(["evaluate", "--adapter", "runs/second", *data, "--before", log, "--retained-log", log]) == 0
+    moved = shutil.move(tree, tmp_path / "moved")
+    monkeypatch.chdir("/")
+    assert main(["report", str(moved / "runs" / "second")]) == 0
+    report = json.loads(RunFiles(moved / "runs" / "second").report_json.read_text())
+    assert set(report["leaks"]) == {"before", "after", "gold"} and report["worst_attack"]["after"]["gold"] is not None
 
 
 def test_merge(second, tmp_path, monkeypatch, capsys):
