@@ -148,7 +148,7 @@ def judge_run(
     if leaking:
         headline += f"{', and' if overdone else ', but'} leak tests still find traces"
         if attack and (attack.stands_out or (attack.stands_out is None and attack.value > SAID)):
-            headline += f" (the worst attack, {attack.test}, brings {shares(attack.value)[0]} back)"
+            headline += f" (the worst attack, {attack.short_name}, brings {shares(attack.value)[0]} back)"
     sentences = [] if generated else [NOT_GENERATED]
     sentences += [_figures(name, before, after, gold) for name in asked]
     if of_passages(after[FORGET]):

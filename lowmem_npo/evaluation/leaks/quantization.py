@@ -75,7 +75,10 @@ KEYS = {FIGURES["extraction_strength"].title: "extraction_strength", RECALL: BES
 class Quantization(LeakTest[Options]):
     name = "quantization"
     summary = "`extraction`, and the attacks named with it, in the worst of 4-bit base, merged, merged and 4-bit"
-    in_words = "rounding the model to 4 bits, as many do to save memory, and letting it complete the answers"
+    in_words = (
+        "storing the model otherwise, merged into one or rounded to 4 bits as many do to save memory, and trying to "
+        "get at the answers there"
+    )
     needs = (AN_ADAPTER,)
     options = Options
     main = "returned"

@@ -59,6 +59,13 @@ class WorstAttack:
         return f"{self.test}: {self.attack}" if self.attack else self.test
 
     @property
+    def short_name(self) -> str:
+        """The test; of one that repeats others, the repeated one and the form of the model."""
+        if self.test != QUANTIZATION.name:
+            return self.test
+        return f"{_without_form(self.test, self.attack)[0]}, {self.attack.partition(', ')[0]}"
+
+    @property
     def level(self) -> float | None:
         """What a model gives that never saw the rows."""
         return self.holdout if self.gold is None else self.gold

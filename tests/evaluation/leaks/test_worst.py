@@ -59,6 +59,9 @@ def test_the_level_decides_and_gold_is_one():
     now |= results(quantization={"merged": {**written(0.2), f"relearning: {second}": written(0.46)}})
     worst = worst_attack(now, gold)
     assert (worst.attack, worst.gold) == (f"merged in bf16, relearning: {second}", 0.1) and worst.stands_out
+    assert worst.short_name == "relearning, merged in bf16", "nothing was rounded"
+    rounded = worst_attack(results(quantization={"merged_4bit": written(0.9)}))
+    assert rounded.short_name == "extraction, merged and rounded to 4 bits"
     unknown = now | results(sampling=said(0.9, 0.4))
     assert worst_attack(unknown, gold).attack == worst.attack, "a model that never saw the rows may say as much"
     unknown = now | results(sampling=said(0.9, 0.9))
