@@ -178,8 +178,8 @@ def _standard(row: TokenScores) -> list[float]:
 
 
 def _compressed(row: TokenizedRow, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Bytes of the answer's text, compressed."""
+    """Bytes of the answer's text, compressed; of a text, but for its first token, which nothing precedes."""
     from lowmem_npo.evaluation.scoring.generation import text_of
 
-    answer = text_of(tokenizer, row["input_ids"][row["prompt_length"] :])
+    answer = text_of(tokenizer, row["input_ids"][max(1, row["prompt_length"]) :])
     return len(zlib.compress(answer.encode("utf-8")))

@@ -214,6 +214,14 @@ def row(*greedy: bool) -> TokenScores:
     return TokenScores([-1.0] * len(greedy), [0.0] * len(greedy), list(greedy))
 
 
+def test_of_a_text_the_first_token_is_not_among_its_bytes():
+    """Theirs labels it no more than a prompt: nothing precedes it."""
+    scores = {name: [row(True, True)] for name in ("forget", "holdout")}
+    rows = {"forget": [{"input_ids": [5, 7, 1], "prompt_length": 0}],
+            "holdout": [{"input_ids": [5, 7, 1], "prompt_length": 1}]}  # fmt: skip
+    assert token_figures(scores, rows, word_tokenizer())["mia_zlib"] == 0.5
+
+
 def test_memorisation_by_hand():
     """The last of each is EOS, which does not count."""
     assert extraction_strength(row(True, True, False)) == 1
