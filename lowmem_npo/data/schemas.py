@@ -299,7 +299,7 @@ def _example(row: dict[str, Any], where: str, prompt_column: str | None, answer_
         return _conversation([*turns, *last], row, where, schema, identity)
     prompt, answer = text_of(row, prompt_column, where), text_of(row, answer_column, where)
     if prompt_column != "instruction":
-        return Example(prompt, answer, where, schema, identity, paraphrases=_paraphrases(row, prompt_column, where))
+        return Example(prompt, answer, where, schema, identity, paraphrases=paraphrases_of(row, prompt_column, where))
     more = INSTRUCTIONS.get(answer_column, "input")
     if row.get(more):
         prompt, schema = f"{prompt}\n{text_of(row, more, where)}", f"instruction/{more}/{answer_column}"
@@ -312,9 +312,9 @@ def _example(row: dict[str, Any], where: str, prompt_column: str | None, answer_
     return _conversation([*turns, turn("user", prompt), turn("assistant", answer)], row, where, schema, identity)
 
 
-def _paraphrases(row: dict[str, Any], prompt_column: str, where: str) -> tuple[str, ...]:
-    """A text, or a list of texts; empty ones do not count."""
-    column = PARAPHRASED + prompt_column
+def paraphrases_of(row: dict[str, Any], column: str, where: str) -> tuple[str, ...]:
+    """What `column` holds in other words, a text or a list of texts; empty ones do not count."""
+    column = PARAPHRASED + column
     texts = list_in_text(row, column, where)
     texts = texts if isinstance(texts, list) else [texts]
     if unlike := next((text for text in texts if not isinstance(text, str | None)), None):

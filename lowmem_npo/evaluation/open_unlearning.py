@@ -19,7 +19,7 @@ So that a table of a paper and one of ours can stand side by side. What differs 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import exp
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -124,10 +124,15 @@ def _probabilities(prefix: str, answers: Sequence[Any]) -> dict[str, float]:
     """Of the other answers that a row has, each to the power 1 / tokens; of wrong ones the mean over a row's first."""
     if not answers:
         return {}
-    figures = {f"{prefix}_Q_A_PERT_Prob": fmean(fmean(exp(-nll) for nll in a.perturbed_nll) for a in answers)}
+    figures = {f"{prefix}_Q_A_PERT_Prob": _probability(a.perturbed_nll for a in answers)}
     if prefix in ("ra", "wf"):  # which it has no paraphrases of
         return {f"{prefix}_Q_A_Prob": fmean(exp(-a.nll) for a in answers), **figures}
-    return {f"{prefix}_Q_A_PARA_Prob": fmean(exp(-a.paraphrased_nll) for a in answers), **figures}
+    return {f"{prefix}_Q_A_PARA_Prob": _probability(a.paraphrased_nll for a in answers), **figures}
+
+
+def _probability(of_rows: Iterable[Sequence[float]]) -> float:
+    """of_rows: the NLL of each of a row's answers."""
+    return fmean(fmean(exp(-nll) for nll in of_row) for of_row in of_rows)
 
 
 def muse_figures(measured: Mapping[str, Sequence[Any]]) -> dict[str, float]:

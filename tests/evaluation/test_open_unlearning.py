@@ -254,7 +254,7 @@ def test_probabilities_of_other_answers_by_hand(byte_model):
     tokenizer = AutoTokenizer.from_pretrained(byte_model)
     model = tiny_model("llama", vocabulary=len(tokenizer))
     wrong = [["Nobody.", "Oslo, said Ida"], ["Ida"], ["No", "Yes", "Both"]]
-    rows = [{"question": f"Who {n}?", "answer": f"It is Anna {n}", "paraphrased_answer": f"Anna, {n} times",
+    rows = [{"question": f"Who {n}?", "answer": f"It is Anna {n}", "paraphrased_answer": [f"Anna, {n} times", "Anna"],
              "perturbed_answer": texts} for n, texts in enumerate(wrong)]  # fmt: skip
     parsed = tofu_rows(Rows("rows", rows))
     scorer = Scorer(model, tokenizer, Journal(None, progress=False), 4)
@@ -271,7 +271,7 @@ def test_probabilities_of_other_answers_by_hand(byte_model):
         return logp[row["prompt_length"] - 1 :].mean().exp().item()
 
     own = np.mean([probability(row["question"], row["answer"]) for row in rows])
-    other = np.mean([probability(row["question"], row["paraphrased_answer"]) for row in rows])
+    other = np.mean([probability(row["question"], text) for row in rows for text in row["paraphrased_answer"]])
     wrong = [np.mean([probability(row["question"], text) for text in row["perturbed_answer"]]) for row in rows]
     assert figures["forget_Q_A_Prob"] == pytest.approx(own, rel=1e-4)
     assert figures["forget_Q_A_PARA_Prob"] == pytest.approx(other, rel=1e-4)

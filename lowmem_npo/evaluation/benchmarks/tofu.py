@@ -4,7 +4,8 @@ Per row, with P(a) = exp(-mean negative log-likelihood of answer a, EOS included
 
     probability  P(answer); on real authors and world facts P(answer) / (P(answer) + sum of P(perturbed answers))
     ROUGE-L      recall of the answer in a greedy answer of at most 200 tokens, words stemmed
-    truth ratio  R = (geometric mean of P(perturbed answers)) / P(paraphrased answer, or the answer where there is none)
+    truth ratio  R = (geometric mean of P(perturbed answers)) / (the same of the paraphrased answer, or of several; of
+                 the answer where there is none)
 
 A set's truth ratio is the mean of min(R, 1/R) on forget (1: the truth is no likelier than its neighbours), of
 max(0, 1 - R) elsewhere (1: the truth stands out).
@@ -25,7 +26,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import MinLen
 
 from lowmem_npo.data import Example, Rows, Template, to_examples, tokenize
-from lowmem_npo.data.cells import list_in_text
+from lowmem_npo.data.cells import list_in_text, without_nan
+from lowmem_npo.data.schemas import paraphrases_of
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answer_table import FORGET, RETAIN
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measured, Selection
@@ -77,10 +79,11 @@ class TofuOptions(Options):
 
 @dataclass(frozen=True)
 class TofuRow:
-    """A question with its answer (`example`), the answer in other words (or itself), and wrong answers like it."""
+    """A question with its answer (`example`), the answer in other words, once or more (or itself), and wrong answers
+    like it."""
 
     example: Example
-    paraphrased: str
+    paraphrased: tuple[str, ...]
     perturbed: tuple[str, ...]
 
 
@@ -90,14 +93,14 @@ class TofuAnswer:
 
     row: TofuRow
     nll: float
-    paraphrased_nll: float
+    paraphrased_nll: tuple[float, ...]
     perturbed_nll: tuple[float, ...]
     generation: str
 
     @property
     def truth_ratio(self) -> float:
         """R, above: over 1 where the wrong answers are likelier than the truth."""
-        return math.exp(-fmean(self.perturbed_nll)) / (math.exp(-self.paraphrased_nll) + TINY)
+        return math.exp(-fmean(self.perturbed_nll)) / (math.exp(-fmean(self.paraphrased_nll)) + TINY)
 
 
 @dataclass(frozen=True)
@@ -213,11 +216,12 @@ def tofu_rows(rows: Rows) -> list[TofuRow]:
     scored = []
     examples = to_examples(rows, prompt_column="question", answer_column="answer")
     for example, row in zip(examples, rows.rows, strict=True):
+        row = without_nan(row)
         perturbed = list_in_text(row, "perturbed_answer", example.where)
         texts = isinstance(perturbed, list) and all(isinstance(text, str) and text.strip() for text in perturbed)
         if not texts or not perturbed:
             raise UserError(f"{example.where}: perturbed_answer is no list of texts; give at least one wrong answer.")
-        paraphrased = row.get("paraphrased_answer") or example.answer
+        paraphrased = paraphrases_of(row, "answer", example.where) or (example.answer,)
         scored.append(TofuRow(example, paraphrased, tuple(perturbed)))
     return scored
 
@@ -232,15 +236,16 @@ def measure_tofu(
         return scorer.nll(f"{name}: {part}", tokenized)
 
     answers = nll("answers", [row.example for row in rows])
-    paraphrased = nll("paraphrased answers", [replace(row.example, answer=row.paraphrased) for row in rows])
+    right = nll("paraphrased answers", [replace(row.example, answer=text) for row in rows for text in row.paraphrased])
     wrong = nll("perturbed answers", [replace(row.example, answer=text) for row in rows for text in row.perturbed])
     generations = scorer.continuations(
         f"{name}: greedy answers", prompt_ids(scorer.tokenizer, rows, template), MAX_NEW_TOKENS
     )
     measured = []
-    for row, answer, other, generation in zip(rows, answers, paraphrased, generations, strict=True):
+    for row, answer, generation in zip(rows, answers, generations, strict=True):
+        paraphrased, right = right[: len(row.paraphrased)], right[len(row.paraphrased) :]
         perturbed, wrong = wrong[: len(row.perturbed)], wrong[len(row.perturbed) :]
-        measured.append(TofuAnswer(row, answer, other, tuple(perturbed), generation))
+        measured.append(TofuAnswer(row, answer, tuple(paraphrased), tuple(perturbed), generation))
     return measured
 
 

@@ -31,9 +31,9 @@ from lowmem_npo.evaluation.benchmarks.tofu import (
 
 def answer(probability, paraphrased, perturbed, text="the big cat", generation="a big cat sat"):
     """An answer to which the model gives these length-normalised probabilities."""
-    row = TofuRow(Example("Who?", text, "f, row 1", "question/answer"), text, ("x",) * len(perturbed))
+    row = TofuRow(Example("Who?", text, "f, row 1", "question/answer"), (text,), ("x",) * len(perturbed))
     nll = [-math.log(p) for p in (probability, paraphrased, *perturbed)]
-    return TofuAnswer(row, nll[0], nll[1], tuple(nll[2:]), generation)
+    return TofuAnswer(row, nll[0], (nll[1],), tuple(nll[2:]), generation)
 
 
 # Truth ratios: sqrt(0.1 * 0.4) / 0.8 = 1/4 and sqrt(0.2 * 0.8) / 0.2 = 2
@@ -111,11 +111,23 @@ def test_rows(shared_data):
     ):  # fmt: skip
         found = tofu_rows(read_rows(str(shared_data / "tofu" / f"{file}.json")))
         assert len(found) == rows and {len(row.perturbed) for row in found} == {wrong}
-        assert all((row.paraphrased == row.example.answer) == (wrong == 3) for row in found[:20])
+        assert all((row.paraphrased == (row.example.answer,)) == (wrong == 3) for row in found[:20])
     assert tofu_rows(read_rows(str(shared_data / "tofu" / "forget05.json"))) == []
     for bad in (None, [], "wrong", ["wrong", " "]):
         with pytest.raises(UserError, match="f, row 1: perturbed_answer"):
             tofu_rows(Rows("f", [{"question": "q", "answer": "a", "perturbed_answer": bad}]))
+
+
+@pytest.mark.parametrize(
+    "value, wanted",
+    [(["b", "c"], ("b", "c")), ('["b", "c"]', ("b", "c")), ("b", ("b",)),
+     ("", ("a",)), (None, ("a",)), (math.nan, ("a",)), ([], ("a",))],
+)  # fmt: skip
+def test_an_answer_in_other_words_is_a_text_or_a_list_or_missing(value, wanted):
+    row = {"question": "q", "answer": "a", "perturbed_answer": ["x"], "paraphrased_answer": value}
+    assert tofu_rows(Rows("f", [row]))[0].paraphrased == wanted
+    with pytest.raises(UserError, match="row 1: paraphrased_answer is a number, not text"):
+        tofu_rows(Rows("f", [row | {"paraphrased_answer": 7}]))
 
 
 def write(path, rows):
