@@ -335,12 +335,13 @@ def above_holdout(value: float, level: float | None, before: float | None = None
     """Whether `value`, between 0 and 1, stands out from what the model gives for rows that it never saw.
 
     level: the same figure on the holdout. Without one, whether much is left of `before`, the figure of the model before
-    it forgot; without that, too, only much more than any guessing gives is called a leak. Else None: not known.
+    it forgot (more than half of what was little is neither little nor much); without that, too, only much more than any
+    guessing gives is called a leak. Else None: not known.
     """
     if level is not None:
         return value > level + MARGIN
     if before is not None and before > MARGIN:
-        return value > max(MUCH * before, MARGIN)
+        return False if value <= MUCH * before else True if value > MARGIN else None
     return True if value > WITHOUT_HOLDOUT else None
 
 
