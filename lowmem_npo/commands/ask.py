@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -19,6 +19,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.files import expanded, read_at_most
 from lowmem_npo.libraries import quiet_libraries
 from lowmem_npo.ranges import Count, MaybeEmpty, PositiveOrZero, Seed
+from lowmem_npo.sources import data_names
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from lowmem_npo.data import Template
 
 ORIGINAL, UNLEARNED, MERGED = "original", "unlearned", "answer"
+QUESTIONS = "question/answer"
 BATCH_SIZE = 16
 TOGETHER = 256  # where every pass has to stream the weights
 BEGIN_ANEW = "/new"
@@ -40,8 +42,8 @@ class AskOptions(StreamOptions, ModelOptions):
     """Ask the original model and the one that has forgotten, and see both answers.
 
     Questions are written as the run wrote its rows: in the model's chat form where it has one, else as 'Question: ...
-    Answer:', unless --template says otherwise. Without a question you are asked for them; a chat model then remembers
-    the conversation.
+    Answer:', or bare where its rows have other columns, unless --template says otherwise. Without a question you are
+    asked for them; a chat model then remembers the conversation.
     """
 
     model: str | None = None
@@ -122,6 +124,7 @@ class Asked:
     temperature: float
     seed: int
     batch_size: int = BATCH_SIZE  # questions of a file that are answered together
+    schema: str = QUESTIONS  # in whose plain form questions are written
 
     @property
     def remembers(self) -> bool:
@@ -139,7 +142,7 @@ class Asked:
 
         answer = "."  # any: only what precedes it is used
         turns = (*history, {"role": "user", "content": question}, {"role": "assistant", "content": answer})
-        return Example(question, answer, "The question", "question/answer", messages=turns if history else None)
+        return Example(question, answer, "The question", self.schema, messages=turns if history else None)
 
     def converse(self, question: str, histories: Sequence[list[Turn]]) -> None:
         """Prints the answer of every side as it is written, and adds it to the side's history, if there are any."""
@@ -248,9 +251,26 @@ def load(options: AskOptions, say: Say) -> Asked:
         sides = {ORIGINAL: adapted.disable_adapter, UNLEARNED: nullcontext}
     stream_layers(model, streaming, resolve_device(config.device))
     decoding = options.max_new_tokens, options.temperature, options.seed
-    asked = Asked(model, tokenizer, template, sides, *decoding, at_once(BATCH_SIZE, TOGETHER, streaming.stream_weights))
+    together = at_once(BATCH_SIZE, TOGETHER, streaming.stream_weights)
+    schema = QUESTIONS if tokenizer.chat_template else _schema_of(run)
+    asked = Asked(model, tokenizer, template, sides, *decoding, together, schema)
     say(f"Questions are {template.describe(asked._example('?', []), tokenizer)}.")
     return asked
+
+
+def _schema_of(run: Mapping[str, Any]) -> str:
+    """That of the rows which a run forgot; of questions where they are texts, or cannot be read here."""
+    from lowmem_npo.data import read_rows, to_examples
+
+    columns = {name: run.get(name) for name in ("prompt_column", "answer_column")}
+    source = run.get("forget")
+    if source is None or not all(expanded(name).exists() for name in data_names(source)):
+        return QUESTIONS
+    try:
+        first, *_ = to_examples(read_rows(source, limit=1, columns=columns.values()), **columns)
+    except UserError:
+        return QUESTIONS
+    return QUESTIONS if first.is_passage else first.schema
 
 
 def as_text(answers: dict[str, str]) -> str:

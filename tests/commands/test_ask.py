@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowmem_npo.cli import main
 from lowmem_npo.commands.merge.options import MergeConfig
 from lowmem_npo.commands.merge.run import merge
+from lowmem_npo.run_directory import RunFiles
 
 CHATML = (
     "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}<eos>{% endfor %}"
@@ -84,6 +85,21 @@ def test_in_a_terminal_and_from_a_file(run, facts, tmp_path, capsys):
     listed = asked(run, "--file", file, "--max-new-tokens", 48, capsys=capsys).out
     for record in facts[:2]:
         assert f"{question_of(record)}\noriginal:  {record['reference']}\nunlearned: " in listed
+
+
+def test_a_base_model_is_asked_in_the_form_of_the_run(run, facts, tmp_path, capsys):
+    """Rows of other columns are trained bare, so that `Question: ` before one would be a second."""
+    copy, question = tmp_path / "run", question_of(facts[0])
+    shutil.copytree(run, copy)
+    settings, rows = RunFiles(copy).settings(), tmp_path / "rows.jsonl"
+    settings |= {"forget": str(rows), "prompt_column": "asked", "answer_column": "told"}
+    RunFiles(copy).run_yaml.write_text(json.dumps(settings))
+    for row, bare in (({"asked": "Who?", "told": "Me."}, True), ({"asked": "Who?"}, False)):  # damaged: not known
+        rows.write_text(json.dumps(row) + "\n")
+        prompt = f"Question: {question}\nAnswer:" if bare else question
+        printed = asked(copy, prompt, "--json", "--max-new-tokens", 48, capsys=capsys)
+        assert json.loads(printed.out)["original"] == facts[0]["reference"]
+        assert ("written as '{prompt}'" in printed.err) == bare
 
 
 def test_a_merged_model_has_one_answer(run, facts, tmp_path, capsys):
