@@ -132,6 +132,8 @@ def to_examples(
     if paraphrase:
         pairs = zip(examples, rows.rows, strict=True)
         examples = [replace(one, paraphrases=_named_paraphrases(row, paraphrase, one)) for one, row in pairs]
+        if not any(one.paraphrases for one in examples):
+            raise UserError(f"{rows.name} has no value in {paraphrase}; name another --paraphrase-column, or none.")
     if group:
         pairs = zip(examples, rows.rows, strict=True)
         examples = [replace(one, group=label(row.get(group))) for one, row in pairs]
@@ -163,10 +165,11 @@ def words(text: str) -> list[str]:
 
 
 def _named_paraphrases(row: dict[str, Any], column: str, example: Example) -> tuple[str, ...]:
-    """One at least, as the column was named, and of a row that has a prompt."""
-    if not (example.prompt or "").strip():
+    """Those of a row that has a prompt."""
+    texts = paraphrases_of(row, column, example.where)
+    if texts and not (example.prompt or "").strip():
         raise UserError(f"{example.where} is text without a question, so {column} cannot hold it in other words.")
-    return _texts(row, column, example.where)
+    return texts
 
 
 def _texts(row: dict[str, Any], column: str, where: str) -> tuple[str, ...]:
@@ -267,6 +270,11 @@ def spelled_like(column: str, rows: Rows) -> list[str]:
     return [other for other in rows.columns if other.strip().casefold() == column.strip().casefold()]
 
 
+def has_value(column: str, rows: Rows) -> bool:
+    """Whether some row has one in the column of this name."""
+    return any(without_nan(row).get(name) for name in spelled_like(column, rows) for row in rows.rows)
+
+
 def listed_columns(columns: Sequence[str]) -> str:
     """The first of those that have a name, for a line: a header that ends in a separator has one more column."""
     columns = [column for column in columns if column.strip()]
@@ -299,7 +307,9 @@ def _example(row: dict[str, Any], where: str, prompt_column: str | None, answer_
         return _conversation([*turns, *last], row, where, schema, identity)
     prompt, answer = text_of(row, prompt_column, where), text_of(row, answer_column, where)
     if prompt_column != "instruction":
-        return Example(prompt, answer, where, schema, identity, paraphrases=paraphrases_of(row, prompt_column, where))
+        return Example(
+            prompt, answer, where, schema, identity, paraphrases=paraphrases_of(row, PARAPHRASED + prompt_column, where)
+        )
     more = INSTRUCTIONS.get(answer_column, "input")
     if row.get(more):
         prompt, schema = f"{prompt}\n{text_of(row, more, where)}", f"instruction/{more}/{answer_column}"
@@ -313,8 +323,7 @@ def _example(row: dict[str, Any], where: str, prompt_column: str | None, answer_
 
 
 def paraphrases_of(row: dict[str, Any], column: str, where: str) -> tuple[str, ...]:
-    """What `column` holds in other words, a text or a list of texts; empty ones do not count."""
-    column = PARAPHRASED + column
+    """What `column` holds, a text or a list of texts; empty ones do not count."""
     texts = list_in_text(row, column, where)
     texts = texts if isinstance(texts, list) else [texts]
     if unlike := next((text for text in texts if not isinstance(text, str | None)), None):

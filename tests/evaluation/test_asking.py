@@ -101,9 +101,7 @@ def test_a_named_column_is_asked_in_its_words(plain_tokenizer, chat_tokenizer):
     "rows, message",
     [
         ([PAIR], "rows has no column other; it has question, answer"),
-        ([PAIR | {"other": "Who?"}, PAIR], "line 2 has no other; fill the field or remove the row"),
-        ([PAIR | {"other": "Who?"}, PAIR | {"other": " "}], "line 2 has an empty other"),
-        ([PAIR | {"other": []}], "line 1: other is an empty list; fill it"),
+        ([PAIR | {"other": " "}, PAIR | {"other": []}, PAIR], "rows has no value in other; name another --para"),
         ([PAIR | {"other": ["Who?", 7]}], "line 1: other is .* not text"),
         ([{"text": "The tide", "other": "Who?"}], "line 1 is text without a question, so other cannot hold it"),
     ],
@@ -111,6 +109,12 @@ def test_a_named_column_is_asked_in_its_words(plain_tokenizer, chat_tokenizer):
 def test_a_named_column_must_hold_paraphrases(rows, message, plain_tokenizer):
     with pytest.raises(UserError, match=message):
         asked(rows, plain_tokenizer, column="other")
+
+
+def test_a_named_column_need_not_be_filled_in_every_row(plain_tokenizer):
+    """No more than `paraphrased_question`, which is not named."""
+    rows = [PAIR, PAIR | {"other": "Who?"}, PAIR | {"other": ""}, PAIR | {"other": ["Whose?", None]}, PAIR]
+    assert [place for place, *_ in asked(rows, plain_tokenizer, column="other")["reworded"]] == [11, 13]
 
 
 def test_a_paraphrase_that_is_no_text_is_refused(plain_tokenizer):

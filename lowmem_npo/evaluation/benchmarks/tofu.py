@@ -221,7 +221,7 @@ def tofu_rows(rows: Rows) -> list[TofuRow]:
         texts = isinstance(perturbed, list) and all(isinstance(text, str) and text.strip() for text in perturbed)
         if not texts or not perturbed:
             raise UserError(f"{example.where}: perturbed_answer is no list of texts; give at least one wrong answer.")
-        paraphrased = paraphrases_of(row, "answer", example.where) or (example.answer,)
+        paraphrased = paraphrases_of(row, "paraphrased_answer", example.where) or (example.answer,)
         scored.append(TofuRow(example, paraphrased, tuple(perturbed)))
     return scored
 
