@@ -181,7 +181,7 @@ def judge_evaluation(
     stages = {"after": leaks, **({"gold": gold_leaks} if gold_leaks else {})}
     worst = worst_attacks(stages).get("after")
     traces = "; leak tests find traces" if _leaking(leaks) or (worst and worst.stands_out) else ""
-    if FORGET not in now:
+    if not now:
         headline = f"What was measured are benchmarks' own figures, which make no headline{traces}."
         return Verdict("unknown", headline, [])
     known = {
@@ -193,12 +193,17 @@ def judge_evaluation(
         compared = {*known, *(name for name in (RETAIN,) if name in {*before, *incomparable})}
         after = {name: summary for name, summary in now.items() if name in compared}
         return judge_run({"before": known, "after": after}, vocabulary, stages)
+    if FORGET not in now and RETAIN in known:
+        words = _retain_words(_kept_state(RETAIN, known[RETAIN], now[RETAIN], {}), known, now)
+        return Verdict(
+            "unknown", f"On the rows measured, the model {words}{traces}.", [_figures(RETAIN, known, now, {})]
+        )
     said = " and ".join(_says(part, now) for part in (FORGET, RETAIN) if part in now)
     verb = said.partition(" ")[0]  # once, if both have the same
     headline = f"On the rows measured, the model {said.replace(f' and {verb} ', ' and ')}{traces}."
     why = (
         "was measured on other rows, with other settings, or with answers of another length"
-        if FORGET in {*before, *incomparable}
+        if (FORGET if FORGET in now else RETAIN) in {*before, *incomparable}
         else "is not known (--before)"
     )
     return Verdict("unknown", headline, [f"What it said before {why}."])

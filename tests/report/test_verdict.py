@@ -259,6 +259,19 @@ def test_an_evaluation_has_a_headline_of_its_own():
     assert "no headline; leak tests find traces." in judge_evaluation({}, {}, None, traces).headline
 
 
+def test_rows_to_keep_alone_make_a_headline():
+    """As `evaluate --retain` without --forget measures them: they are no benchmark's own figures."""
+    now, worse = {"retain": RECITED}, {"retain": GONE}
+    alone = judge_evaluation(now, {}, None, {})
+    assert alone.headline == "On the rows measured, the model says 100 of 100 retain answers."
+    assert "not known" in alone.sentences[0]
+    assert "other rows" in judge_evaluation(now, {}, None, {}, incomparable=["retain"]).sentences[0]
+    assert judge_evaluation(now, now, None, {}).headline.endswith("the model still says what it was to keep.")
+    damaged = judge_evaluation(worse, now, None, {})
+    assert damaged.headline.endswith("the model has lost much of what it was to keep.")
+    assert damaged.sentences[0].startswith("Of 100 retain answers, 0 appear in what the model says (before: 100)")
+
+
 def test_figures_of_an_older_version_are_reported():
     old = {
         stage: {"forget": AnswerSummary(10, 10, 99, 1.0, value, value, value)}
