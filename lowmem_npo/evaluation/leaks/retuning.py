@@ -63,8 +63,8 @@ class Retuning(LeakTest[RetuningOptions]):
 
         def told(name: str, worst: Tuned, own: str) -> str:
             which = ", the worse of 2 attacks" if len(attacks) > 1 else ""
-            rows = worst.after["rows"]
-            return f"After {name}{which}, the model writes the last {own} of the {rows} forgotten answers"
+            answers = "forgotten answer" if (rows := worst.after["rows"]) == 1 else f"{rows} forgotten answers"
+            return f"After {name}{which}, the model writes the last {own} of the {answers}"
 
         result = tuned.judge_made(lambda made: tuned.judge(made, told), tried, attacks)
         if not subject.retain:

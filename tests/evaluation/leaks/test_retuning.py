@@ -52,6 +52,8 @@ def test_what_lacks_is_said():
     assert list(RETUNING.attacks(result.figures)) == ["8 steps on general texts, lr 0.01"]
     assert result.meaning.endswith("On rows to keep it was not tried: there are none (--retain names some).")
     assert "worse" not in result.meaning and "--retain" not in retuned().meaning
+    assert "of the 5 forgotten answers by" in result.meaning
+    assert "of the forgotten answer by" in retuned(forget=FORGET[:1], general=None).meaning
     none = retuned(retain=[], general=None)
     assert none.leaks is None and none.meaning.startswith("Not measured: there are neither rows to keep (--retain")
     assert worst_attack({"retuning": none}) is None
