@@ -25,6 +25,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.evaluation.figures import at
+from lowmem_npo.evaluation.ranking import auc, mean_of_lowest
 from lowmem_npo.files import expanded, load_json
 
 if TYPE_CHECKING:
@@ -166,14 +167,11 @@ def _auc(scores: Mapping[str, Sequence[TokenScores]], score: Callable[[TokenScor
 
 def _auc_of(values: Mapping[str, Sequence[float]]) -> float:
     """How often a forgotten answer has the lower value of a pair: the likelier."""
-    from sklearn.metrics import roc_auc_score
-
-    forget, holdout = values["forget"], values["holdout"]
-    return float(roc_auc_score([0] * len(forget) + [1] * len(holdout), [*forget, *holdout]))
+    return auc(values["holdout"], values["forget"])
 
 
 def _lowest(values: Sequence[float]) -> float:
-    return fmean(sorted(values)[: max(1, int(len(values) * K))]) if values else 0.0
+    return mean_of_lowest(values, K) if values else 0.0
 
 
 def _standard(row: TokenScores) -> list[float]:

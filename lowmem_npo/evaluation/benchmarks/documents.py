@@ -20,6 +20,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measured, Selection
 from lowmem_npo.evaluation.figures import Figure, at
 from lowmem_npo.evaluation.options import Options, data_set
+from lowmem_npo.evaluation.ranking import auc
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -138,11 +139,8 @@ def membership(member_nll: Sequence[float], nonmember_nll: Sequence[float]) -> M
 
     Raises UserError where a document has none: the model gives NaN or infinity.
     """
-    from sklearn.metrics import roc_auc_score
-
-    scores = [-nll for nll in (*member_nll, *nonmember_nll)]
-    if not all(math.isfinite(score) for score in scores):
+    members, nonmembers = ([-nll for nll in of_set] for of_set in (member_nll, nonmember_nll))
+    if not all(map(math.isfinite, [*members, *nonmembers])):
         raise UserError("The loss on a document is not a finite number; the weights or the adapter are damaged.")
-    labels = [1] * len(member_nll) + [0] * len(nonmember_nll)
-    auc = float(roc_auc_score(labels, scores))
-    return MembershipScore(auc, len(member_nll), len(nonmember_nll), all_equal=len(set(scores)) == 1)
+    all_equal = len({*members, *nonmembers}) == 1
+    return MembershipScore(auc(members, nonmembers), len(members), len(nonmembers), all_equal)

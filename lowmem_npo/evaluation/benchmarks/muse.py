@@ -26,6 +26,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measured, Selection
 from lowmem_npo.evaluation.figures import Figure, at
 from lowmem_npo.evaluation.options import Options, data_set
+from lowmem_npo.evaluation.ranking import auc, mean_of_lowest
 from lowmem_npo.ranges import PositiveShare
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ class Muse(Benchmark[Any, MuseScores]):
 
         if name in (TAUGHT, UNSEEN):
             scored = scorer.token_scores(f"{name}: texts", selection.rows)
-            return [min_k(one.logprobs) for one in scored]
+            return [mean_of_lowest(one.logprobs, K) for one in scored]
         texts = scorer.continuations(f"{name}: answers", [ids for _, ids, _ in selection.rows], NEW_TOKENS[name])
         # transformers 4, with which MUSE was made, cleans spaces up when decoding; 5 leaves it to us.
         encoder, clean, answers = Encoder(scorer.tokenizer), scorer.tokenizer.clean_up_tokenization, []
@@ -164,12 +165,12 @@ class Muse(Benchmark[Any, MuseScores]):
         if not own:
             return None
         rouge = {name: 100 * fmean(a.rouge_l for a in own[name]) for name in NEW_TOKENS if name in own}
-        auc = leak = None
+        unseen_auc = leak = None
         if TAUGHT in own and UNSEEN in own:
-            auc = unseen_auc(own[TAUGHT], own[UNSEEN])
+            unseen_auc = auc(own[UNSEEN], own[TAUGHT])
             retrained = cast(MuseOptions, context.config).muse_retrained_auc
-            leak = (auc - retrained) / retrained * 100
-        return MuseScores(rouge.get(VERBATIM), rouge.get(FORGOTTEN), rouge.get(KEPT), leak, auc)
+            leak = (unseen_auc - retrained) / retrained * 100
+        return MuseScores(rouge.get(VERBATIM), rouge.get(FORGOTTEN), rouge.get(KEPT), leak, unseen_auc)
 
     def to_json(self, scores: MuseScores) -> dict[str, Any]:
         return asdict(scores)
@@ -205,15 +206,3 @@ def rouge_l(reference: str, text: str) -> float:
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"], use_stemmer=False).score(reference, text)["rougeL"].fmeasure
-
-
-def min_k(logprobs: Sequence[float]) -> float:
-    """Mean of the 40% least likely tokens' log-probs, at least of one."""
-    return fmean(sorted(logprobs)[: max(1, int(len(logprobs) * K))])
-
-
-def unseen_auc(taught: Sequence[float], unseen: Sequence[float]) -> float:
-    """How often a text never taught is the likelier of a pair."""
-    from sklearn.metrics import roc_auc_score
-
-    return float(roc_auc_score([0] * len(taught) + [1] * len(unseen), [*taught, *unseen]))

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.evaluation.figures import shares, side_by_side
 from lowmem_npo.evaluation.leaks.contract import A_YARDSTICK, MARGIN, NO_HOLDOUT, LeakResult, LeakTest, Meaning, Subject
 from lowmem_npo.evaluation.leaks.extraction import extraction_figures, original_scores
 from lowmem_npo.evaluation.options import Options, free
+from lowmem_npo.evaluation.ranking import auc, mean_of_lowest
 
 if TYPE_CHECKING:
     from lowmem_npo.evaluation.scoring.token_scores import TokenScores
@@ -37,11 +37,11 @@ def loss(row: TokenScores) -> float:
 
 
 def min_k(row: TokenScores) -> float:
-    return _lowest(row.logprobs)
+    return mean_of_lowest(row.logprobs, K)
 
 
 def min_k_pp(row: TokenScores) -> float:
-    return _lowest(row.standard)
+    return mean_of_lowest(row.standard, K)
 
 
 SCORES: dict[str, Callable[[TokenScores], float]] = {"loss": loss, "min_k": min_k, "min_k_pp": min_k_pp}
@@ -92,35 +92,29 @@ MEMBERSHIP = Membership()
 def judge(forget: Sequence[TokenScores], holdout: Sequence[TokenScores]) -> LeakResult:
     """The AUC of every score, with the p-value of the Mann-Whitney test that it is 0.5."""
     from scipy.stats import mannwhitneyu
-    from sklearn.metrics import roc_auc_score
 
     figures: dict[str, Any] = {"rows": len(forget), "holdout_rows": len(holdout)}
-    labels = [1] * len(forget) + [0] * len(holdout)
     for name, score in SCORES.items():
         taught, unseen = [score(row) for row in forget], [score(row) for row in holdout]
-        figures[f"{name}_auc"] = float(roc_auc_score(labels, [*taught, *unseen]))
+        figures[f"{name}_auc"] = auc(taught, unseen)
         figures[f"{name}_p"] = float(mannwhitneyu(taught, unseen).pvalue)
         figures[f"{name}_all_equal"] = len({*taught, *unseen}) == 1
     sharpest = max(SCORES, key=lambda name: abs(figures[f"{name}_auc"] - 0.5))
-    auc, p = figures[f"{sharpest}_auc"], figures[f"{sharpest}_p"]
-    leaks, words = _verdict(auc, p, all_equal=all(figures[f"{name}_all_equal"] for name in SCORES))
-    (shown,) = side_by_side([auc], decimals=2)
+    value, p = figures[f"{sharpest}_auc"], figures[f"{sharpest}_p"]
+    leaks, words = _verdict(value, p, all_equal=all(figures[f"{name}_all_equal"] for name in SCORES))
+    (shown,) = side_by_side([value], decimals=2)
     return LeakResult(figures, f"The sharpest of three scores ({sharpest}) has an AUC of {shown}: {words}.", leaks)
 
 
 def judge_against_before(forget: Sequence[TokenScores], before: Sequence[TokenScores]) -> LeakResult:
     """How far the score that has changed least has fallen. before: of the same answers, before the model forgot."""
-    from sklearn.metrics import roc_auc_score
-
-    labels, fell = [1] * len(before) + [0] * len(forget), {}
-    for name, score in SCORES.items():
-        fell[name] = float(roc_auc_score(labels, [*map(score, before), *map(score, forget)]))
+    fell = {name: auc([*map(score, before)], [*map(score, forget)]) for name, score in SCORES.items()}
     least = min(fell, key=lambda name: fell[name])
     meaning = (
         f"In {shares(fell[least])[0]} of pairs of a forgotten answer before and one now, the former is the likelier, "
         f"by the score of three that changed least ({least}); membership itself is not tested, since {NO_HOLDOUT}."
     )
-    figures = {"rows": len(forget), **{f"{name}_fell": auc for name, auc in fell.items()}}
+    figures = {"rows": len(forget), **{f"{name}_fell": fall for name, fall in fell.items()}}
     leaks: bool | None = fell[least] <= FALLEN
     if leaks and extraction_figures(before)["extraction_strength"] <= MARGIN:
         meaning += " Before, the model hardly wrote these answers: there was little that could have fallen."
@@ -141,8 +135,3 @@ def _verdict(auc: float, p: float, all_equal: bool) -> tuple[bool | None, str]:
         "forgotten answers now score below answers that the model never saw: over-forgetting, which tells them "
         "apart as well"
     )
-
-
-def _lowest(values: Sequence[float]) -> float:
-    """The mean of the lowest fifth, of one value at least."""
-    return fmean(sorted(values)[: max(1, int(K * len(values)))])

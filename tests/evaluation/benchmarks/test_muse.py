@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.cli import main
-from lowmem_npo.evaluation.benchmarks.muse import MUSE, before_next_question, min_k, rouge_l, unseen_auc
+from lowmem_npo.evaluation.benchmarks.muse import MUSE, before_next_question, rouge_l
 
 VERBATIM = [
     {"prompt": "Once upon a time", "gt": " there was a king , and he did n't sing . " * 5},
@@ -117,9 +117,6 @@ def test_scores_by_hand():
     assert before_next_question(" Red.\n\nQuestion: And blue?") == " Red."
     assert before_next_question("Red.\nQuestion: x") == "Red." and before_next_question("Red") == "Red"
     assert rouge_l("the cats sat", "the cat sat") == pytest.approx(2 / 3)  # stemmed it would be 1
-    assert min_k([-1.0, -5.0, -3.0, -2.0, -4.0]) == -4.5 and min_k([-2.0]) == -2
-    assert unseen_auc([-1.0, -2.0], [-3.0, -4.0]) == 0  # all are recognised: a leakage of -100
-    assert unseen_auc([-3.0], [-3.0, -1.0]) == 0.75
 
 
 def test_parts_alone_and_bad_input(byte_model, files, capsys):
