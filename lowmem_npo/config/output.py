@@ -28,6 +28,11 @@ class AnswerOptions(Checked):
         self.generate_answers = on_or_off(self.generate_answers)
         super().__post_init__()
 
+    @property
+    def lets_write(self) -> bool:
+        """Whether the model writes its answers, as far as that is decided; else they are read off the likelihoods."""
+        return self.generate_answers != "off"
+
 
 @dataclass
 class OutputConfig(AnswerOptions):

@@ -113,7 +113,7 @@ def with_answers(report: Report, data: PreparedData, architecture: PretrainedCon
     if output.generate_answers == "auto":
         output = replace(output, generate_answers="off" if answers.is_too_long else "on")
     if answers.passes:
-        say(answers.line(output.generate_answers == "on"))
+        say(answers.line(output.lets_write))
     for line in own_writing(report.config, data, architecture, report):
         say(line)
     return replace(report.config, output=output)

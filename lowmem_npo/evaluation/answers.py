@@ -219,7 +219,7 @@ def read_answers(path: Path, output: OutputConfig | None = None) -> Evaluations:
 
 def _measured_as(output: OutputConfig, name: str, summary: AnswerSummary) -> bool:
     whole = part_of(name) != name or summary.rows == min(output.eval_rows, summary.rows_in_set)
-    whole = whole and summary.generated == (output.generate_answers != "off")
+    whole = whole and summary.generated == output.lets_write
     return whole and summary.max_new_tokens is not None and output.max_new_tokens in (None, summary.max_new_tokens)
 
 

@@ -95,7 +95,7 @@ def measure(
     with original_model(model):
         check_head(model)
         check_causal(model)
-    scorer = Scorer(model, context.tokenizer, journal, plan.rows_at_once, config.generate_answers != "off")
+    scorer = Scorer(model, context.tokenizer, journal, plan.rows_at_once, config.lets_write)
     counts = _counts(selected, plan.sources, leak_rows)
     result = Evaluation(rows=counts, notes=context.notes, gold_leaks=plan.gold.leaks)
     for benchmark, name, selection in selected:

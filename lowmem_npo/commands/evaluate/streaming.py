@@ -31,21 +31,21 @@ def with_streaming(
     Raises UserError where they cannot be streamed, or where a benchmark lacks the answers that the model is not to
     write.
     """
-    matters = config.stream_weights or config.generate_answers == "off"  # else no prompt is made to be counted
+    matters = config.stream_weights or not config.lets_write  # else no prompt is made to be counted
     written = {(b, name): b.written(name, chosen, context) for b, name, chosen in selected if matters}
     needed = next((b.title for (b, _), lengths in written.items() if lengths and not b.reads_likelihoods), None)
-    if config.generate_answers == "off" and needed is not None:
+    if not config.lets_write and needed is not None:
         raise UserError(f"--generate-answers off: '{needed}' goes by what the model writes: let it, or leave them out.")
     streamed = decide_streaming(model_config, config, architecture, say)
     if streamed is None:
-        return replace(config, generate_answers="off" if config.generate_answers == "off" else "on")
+        return replace(config, generate_answers="on" if config.lets_write else "off")
     room = cache_room(architecture, model_config.dtype)
     answers = Generation(sum(written_passes(lengths, room) for lengths in written.values()), streamed.pass_seconds)
     if config.generate_answers == "auto":
         writes = needed is not None or not answers.is_too_long
         config = replace(config, generate_answers="on" if writes else "off")
     if answers.passes:
-        say(answers.line(config.generate_answers == "on"))
+        say(answers.line(config.lets_write))
     uncounted = ["leak tests"] if config.leaks else []
     uncounted += [LM_EVAL.title] if LM_EVAL.own_sets(cast(LmEvalOptions, config)) else []
     if uncounted:

@@ -85,7 +85,7 @@ def measure_answers(plan: RunPlan, model: PreTrainedModel | PeftModel, stage: st
             limit=None,
             max_new_tokens=_answer_length(plan, asked, name),
             batch_size=rows_at_once(plan.config),
-            generate=plan.config.output.generate_answers != "off",
+            generate=plan.config.output.lets_write,
             passages=sum(getattr(plan.data, part_of(name)).examples[place].is_passage for place in of_set.places),
         ).placed(of_set.places, len(getattr(plan.data, part_of(name))))
         for name, of_set in asked.items()
@@ -131,7 +131,7 @@ def _measured_as_asked(evaluations: Evaluations, asked: dict[str, Asked], plan: 
     return evaluations.keys() == asked.keys() and all(
         [record.row for record in of_set.records] == asked[name].places
         and of_set.summary.max_new_tokens == _answer_length(plan, asked, name)
-        and of_set.summary.generated == (plan.config.output.generate_answers != "off")
+        and of_set.summary.generated == plan.config.output.lets_write
         for name, of_set in evaluations.items()
     )
 
@@ -158,7 +158,7 @@ def _leaks(plan: RunPlan, model: PeftModel, stage: str) -> LeakResults:
             earlier=read_leaks(plan.directory.leaks).get("before", {}) if stage == "after" else {},
             unlearned=stage == "after",
             batch_size=rows_at_once(config),
-            generate=config.output.generate_answers != "off",
+            generate=config.output.lets_write,
         )
     except UserError as error:  # of a diverged adapter, which is reported all the same
         return {test: LeakResult.not_measured(str(error).rstrip(".")) for test in tests}

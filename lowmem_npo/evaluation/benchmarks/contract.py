@@ -33,7 +33,9 @@ class Settings(Protocol):
     batch_size: int
     max_new_tokens: int | None
     forms: str
-    generate_answers: str
+
+    @property
+    def lets_write(self) -> bool: ...
 
     @property
     def columns(self) -> dict[str, str | None]: ...

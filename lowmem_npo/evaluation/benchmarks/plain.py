@@ -87,7 +87,7 @@ class Plain(Benchmark[PlainAnswer, dict[str, AnswerSummary]]):
                 answers[0].rows_in_set,
                 answers[0].max_new_tokens,
                 passages=sum(a.is_passage for a in answers),
-                generated=_lets_write(context),
+                generated=context.config.lets_write,
             )
             for name, answers in by_set.items()
         }
@@ -106,7 +106,7 @@ class Plain(Benchmark[PlainAnswer, dict[str, AnswerSummary]]):
     def said(
         self, selection: Selection, measured: Sequence[PlainAnswer], context: Context
     ) -> list[tuple[list[int], str]]:
-        if not _lets_write(context):
+        if not context.config.lets_write:
             return []
         trained = [a for a in measured if a.form is None]
         return [
@@ -127,10 +127,6 @@ class Plain(Benchmark[PlainAnswer, dict[str, AnswerSummary]]):
 
 
 PLAIN = Plain()
-
-
-def _lets_write(context: Context) -> bool:
-    return context.config.generate_answers != "off"
 
 
 def _most_tokens(selection: Selection, context: Context) -> int:
