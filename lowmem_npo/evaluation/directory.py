@@ -128,26 +128,20 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def differences(result: str, config: EvaluationConfig, digests: Mapping[str, str]) -> list[str] | None:
+def differences(result: str, config: EvaluationConfig, digests: Mapping[str, str]) -> list[str]:
     """What was other than in `config`, and the rows behind `digests`, when the evaluation.json at `result` was made, in
-    words; None where that is not known. Of the options of leak tests `other_options` tells."""
+    words, as far as that is known. Of the options of leak tests `other_options` tells."""
     if (earlier := settings_of(result)) is None:
-        return None
+        return []
     changed = changed_options(earlier, as_json(config), config.compared())
     return [f"{name} {earlier[name]!r}" for name in changed] + [
         f"other {part} rows" for part in _other_rows(earlier, digests)
     ]
 
 
-def incomparable_sets(result: str, config: EvaluationConfig, digests: Mapping[str, str]) -> list[str]:
-    """The sets behind `digests` whose figures in the evaluation.json at `result` cannot be compared with those of
-    `config`, as far as that is known: those that had other rows; all, where a setting that decides them was another."""
-    earlier = settings_of(result)
-    return [] if earlier is None else other_sets(earlier, {**as_json(config), "digests": digests})
-
-
 def other_sets(earlier: Mapping[str, Any], now: Mapping[str, Any], but: Iterable[str] = ()) -> list[str]:
-    """The same by what two settings.json hold; `but`: options that may differ."""
+    """The sets of which two evaluations' figures cannot be compared, by what their settings.json hold: those that had
+    other rows; all, where a setting that decides them was another. `but`: options that may differ."""
     of_benchmarks = {f.name for f in fields(BenchmarkOptions)}
     digests = now.get("digests", {})
     if changed_options(earlier, now, set(EvaluationConfig.compared()) - of_benchmarks - set(but)):

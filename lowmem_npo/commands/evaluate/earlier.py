@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answers import part_of
 from lowmem_npo.evaluation.benchmarks.plain import PLAIN
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
-from lowmem_npo.evaluation.directory import as_json, incomparable_sets, other_options, settings_of
+from lowmem_npo.evaluation.directory import as_json, differences, other_options, other_sets, settings_of
 from lowmem_npo.evaluation.leaks.contract import leak_results
 from lowmem_npo.evaluation.leaks.registry import leak_tests
 from lowmem_npo.evaluation.settings import EvaluationConfig
@@ -17,12 +17,18 @@ from lowmem_npo.files import expanded, load_json
 from lowmem_npo.ranges import shortened
 
 
-def read_earlier(
-    config: EvaluationConfig, digests: Mapping[str, str]
-) -> tuple[Mapping[str, Any], list[str], list[str]]:
-    """What of its figures can be compared with those of `config`, the sets of which none can, and a note on each leak
-    test that cannot. Of answers each set is judged by itself, of every other benchmark and of each leak test all or
-    nothing. All are empty without --before.
+class Earlier(NamedTuple):
+    """content: what of its evaluation.json can be compared. incomparable: sets of which no figure can. notes: what was
+    measured otherwise, and the leak tests that cannot be compared."""
+
+    content: Mapping[str, Any]
+    incomparable: list[str]
+    notes: list[str]
+
+
+def read_earlier(config: EvaluationConfig, digests: Mapping[str, str]) -> Earlier:
+    """The earlier evaluation beside `config`: of answers each set is judged by itself, of every other benchmark and of
+    each leak test all or nothing. All is empty without --before.
 
     digests: a hash of each set.
 
@@ -30,8 +36,13 @@ def read_earlier(
         UserError: --before names no evaluation.
     """
     if config.before is None:
-        return {}, [], []
-    content, others = _content(config.before), incomparable_sets(config.before, config, digests)
+        return Earlier({}, [], [])
+    content, settings = _content(config.before), settings_of(config.before) or {}
+    now = {**as_json(config), "digests": digests}
+    others = other_sets(settings, now) if settings else []
+    notes = []
+    if differ := differences(config.before, config, digests):
+        notes.append(f"The earlier evaluation had {' and '.join(differ)}: the two are not comparable.")
     for benchmark in BENCHMARKS:
         if benchmark.name == PLAIN.name:
             of_sets = content.get(PLAIN.name) or {}
@@ -40,12 +51,11 @@ def read_earlier(
             content.pop(benchmark.name, None)
     if {"forget", "holdout"} & set(others):
         content["leaks"] = {}
-    notes, settings, now = [], settings_of(config.before) or {}, as_json(config)
     for test in leak_tests(config.leaks):
         another = other_options(settings, now, test, others)
         if another and content["leaks"].pop(test.name, None):
             notes.append(f"{test.name}: not compared with --before, which had another {', '.join(another)}.")
-    return content, others, notes
+    return Earlier(content, others, notes)
 
 
 def _content(path: str) -> dict[str, Any]:

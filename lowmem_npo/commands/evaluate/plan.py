@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,7 +23,7 @@ from lowmem_npo.evaluation.asking import Wording
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Selection
 from lowmem_npo.evaluation.benchmarks.documents import DOCUMENTS
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
-from lowmem_npo.evaluation.directory import THE_ADAPTER, as_begun, as_json, differences, digest
+from lowmem_npo.evaluation.directory import THE_ADAPTER, as_begun, as_json, digest
 from lowmem_npo.evaluation.gold import Gold
 from lowmem_npo.evaluation.leaks.registry import leak_tests
 from lowmem_npo.evaluation.leaks.retuning import RETUNING
@@ -37,6 +37,8 @@ from lowmem_npo.model.saved_adapter import resolve_base, settings_of_run
 from lowmem_npo.model.stop_tokens import stop_tokens
 from lowmem_npo.run_directory import AdapterFiles
 from lowmem_npo.sources import data_names, shown_names
+
+NOT_QUANTIZED = "The adapter was trained on the 4-bit base and is measured on the unquantised one (no --qlora)."
 
 
 @dataclass
@@ -97,10 +99,13 @@ def plan_evaluation(
     template = Template.of(config, stops)
     sources = _read(config, limit, tokenizer, template, say)
     digests = _digests(config, sources)
-    before, others, not_compared = read_earlier(config, digests)
+    earlier = read_earlier(config, digests)
     gold = Gold.of({**as_json(config), "digests": digests})
-    notes = [*_notes(config, run, digests), *not_compared, *gold.notes]
-    context = Context(config, tokenizer, template, before, notes, known_fit(architecture), others, gold.log)
+    notes = [*earlier.notes, *gold.notes]
+    if run.get("qlora") and not config.qlora:
+        notes.insert(0, NOT_QUANTIZED)
+    fit = known_fit(architecture)
+    context = Context(config, tokenizer, template, earlier.content, notes, fit, earlier.incomparable, gold.log)
     if context.fit is not None:
         context.fit.check_padding(tokenizer)
     for benchmark in BENCHMARKS:
@@ -227,19 +232,6 @@ def _forms(
         for name, rows in sources.items()
         if name in named | set(leak_rows)
     ]
-
-
-def _notes(config: EvaluationConfig, run: Mapping[str, Any], digests: Mapping[str, str]) -> list[str]:
-    """What qualifies the figures: another base than the adapter was trained on, or an earlier evaluation with other
-    rows or other settings."""
-    notes = []
-    if run.get("qlora") and not config.qlora:
-        notes.append("The adapter was trained on the 4-bit base and is measured on the unquantised one (no --qlora).")
-    if config.before is not None:
-        others = differences(config.before, config, digests)
-        if others:
-            notes.append(f"The earlier evaluation had {' and '.join(others)}: the two are not comparable.")
-    return notes
 
 
 def _digests(config: EvaluationConfig, sources: Mapping[str, Rows]) -> dict[str, str]:
