@@ -185,13 +185,18 @@ def read_audit(directory: Path) -> Audit | None:
     return audit
 
 
+def recorded_adapter(directory: Path) -> str | None:
+    """The SHA-256 of the weights that the run in `directory` wrote; None where it has not, or that is not recorded.
+    Raises UserError if its audit record is damaged."""
+    return ((read_audit(directory) or {}).get("adapter") or {}).get("sha256")
+
+
 def of_another_adapter(directory: Path) -> str | None:
     """What to say of a run whose `directory` holds other weights than those that it wrote and measured; None where it
     does not, or where that is not recorded."""
     files = RunFiles(directory)
     try:
-        recorded = ((read_audit(directory) or {}).get("adapter") or {}).get("sha256")
-        if recorded in (None, file_sha256(files.weights)):
+        if recorded_adapter(directory) in (None, file_sha256(files.weights)):
             return None
     except (UserError, OSError):
         return None
@@ -286,8 +291,9 @@ def _continued(config: RunConfig) -> dict[str, Any] | None:
 def _data_record(part: str, source: str | None, rows: TokenizedRows) -> dict[str, Any]:
     record = {"source": source, "rows": len(rows), "answer_tokens": rows.num_labels, "tokenised": rows.fingerprint}
     if source is None:
-        bundled = resources.files("lowmem_npo.data.bundled") / f"{part}.jsonl"
-        return {**record, "source": bundled_rows(part, limit=1).name, "sha256": _sha256(bundled.read_bytes())}
+        bundled = (resources.files("lowmem_npo.data.bundled") / f"{part}.jsonl").read_bytes()
+        sha256 = hashlib.sha256(bundled).hexdigest()
+        return {**record, "source": bundled_rows(part, limit=1).name, "sha256": sha256}
     path = expanded(source)
     return {**record, "sha256": file_sha256(path) if os.path.isfile(path) else None}  # of a hub name, or several files
 
@@ -298,10 +304,6 @@ def _session() -> dict[str, Any]:
 
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _write(directory: Path, audit: Audit) -> None:

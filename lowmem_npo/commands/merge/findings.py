@@ -16,7 +16,7 @@ from lowmem_npo.evaluation.leaks.quantization import MERGED, QUANTIZATION
 from lowmem_npo.evaluation.leaks.relearning import RELEARNING
 from lowmem_npo.files import expanded, file_sha256, load_json
 from lowmem_npo.model.saved_adapter import settings_of_run
-from lowmem_npo.report.audit import read_audit
+from lowmem_npo.report.audit import recorded_adapter
 from lowmem_npo.run_directory import RunFiles, run_of_adapter
 
 # Test -> when it is that forgotten text may return.
@@ -113,8 +113,7 @@ def _known(test: str, adapter: str) -> Iterator[Finding]:
     folder = expanded(adapter).resolve()
     weights, run = RunFiles(folder).weights, run_of_adapter(folder)
     try:
-        audit = read_audit(run.path)
-        current = ((audit or {}).get("adapter") or {}).get("sha256") == file_sha256(weights)
+        current = recorded_adapter(run.path) == file_sha256(weights)
         yield Finding(read_leaks(run.leaks)["after"][test], current, run.leaks)
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
         pass

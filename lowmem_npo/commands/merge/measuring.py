@@ -32,7 +32,7 @@ from lowmem_npo.memory.streaming import can_stream_to
 from lowmem_npo.memory.switches import load_base, stream_layers
 from lowmem_npo.model.loading import resolve_device
 from lowmem_npo.model.saved_adapter import NAMED, settings_of_run
-from lowmem_npo.report.audit import read_audit
+from lowmem_npo.report.audit import recorded_adapter
 from lowmem_npo.run_directory import RunFiles, run_of_adapter
 
 MERGED_INTO = {WHOLE: "merged into whole weights", DEQUANTIZED: "merged into dequantised weights"}
@@ -248,10 +248,8 @@ def _number(value: float | None) -> float:
 def figures_of_run(run: RunFiles, stage: str, weights: Path) -> RowFigures:
     """The run's own figures; of after only if they are of the adapter in the file `weights`."""
     try:
-        if stage == "after":
-            audit = read_audit(run.path)
-            if ((audit or {}).get("adapter") or {}).get("sha256") != file_sha256(expanded(weights)):
-                return RowFigures()
+        if stage == "after" and recorded_adapter(run.path) != file_sha256(weights):
+            return RowFigures()
         sets: Any = summaries(read_answers(run.answers(stage)))
         leaks = read_leaks(run.leaks).get(stage, {})
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
