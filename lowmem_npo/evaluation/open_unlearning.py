@@ -149,10 +149,8 @@ def muse_figures(measured: Mapping[str, Sequence[Any]]) -> dict[str, float]:
     }
 
 
-def retained_min_k(path: str | None) -> float | None:
+def retained_min_k(path: str) -> float | None:
     """mia_min_k in a retained model's evaluation.json or in open-unlearning's TOFU_EVAL.json; None if it has none."""
-    if path is None:
-        return None
     try:
         content: Any = load_json(expanded(path))
     except (OSError, ValueError):  # TOFU's own check says what is wrong with it

@@ -22,8 +22,6 @@ def write_report(directory: Path, examples: int | None = None) -> Content:
 
     Raises UserError if there is no run, if one of its files is damaged, or if nothing can be written.
     """
-    if examples is not None and examples < 0:
-        raise UserError(f"--examples must be 0 or more, not {examples}.")
     content = read_content(directory)
     if examples is None:
         examples = content.settings.get("report_examples", OutputConfig.report_examples)

@@ -299,4 +299,3 @@ def test_the_retained_models_auc_is_read_from_either_file(tmp_path):
     theirs.write_text(json.dumps({"mia_min_k": {"auc": 0.4, "agg_value": 0.4}}))
     neither.write_text(json.dumps({"rows": {}}))
     assert [retained_min_k(str(path)) for path in (ours, theirs, neither)] == [0.45, 0.4, None]
-    assert retained_min_k(None) is None

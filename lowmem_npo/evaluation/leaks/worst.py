@@ -134,13 +134,11 @@ def _without_form(test: str, name: str) -> tuple[str, str]:
     return other or EXTRACTION.name, way
 
 
-def retained_leaks(path: str | None) -> LeakResults:
+def retained_leaks(path: str) -> LeakResults:
     """The results in the evaluation.json of a model that never saw the forget rows; none where there are none.
 
     Raises UserError where they are damaged.
     """
-    if path is None:
-        return {}
     try:
         content = load_json(expanded(path))
     except (OSError, ValueError):  # TOFU's own check says why
