@@ -227,9 +227,7 @@ def load(options: AskOptions, say: Say) -> Asked:
         if options.double_quant == "auto":
             settings["double_quant"] = run.get("double_quant", "auto")
     else:
-        settings["model"], line = resolve_name(options.run, options.revision)
-        if line:
-            say(line)
+        settings["model"] = resolve_name(options.run, options.revision, say)
     config = ModelConfig(**settings)
     tokenizer = load_tokenizer(config)
     text = options.template or run.get("prompt_template") or run.get("template") or "auto"

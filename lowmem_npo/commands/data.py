@@ -139,9 +139,7 @@ def inspect(options: DataCommand, say: Say = print) -> None:
         from lowmem_npo.model.stop_tokens import stop_tokens
         from lowmem_npo.model.trial import check_architecture
 
-        config.model, line = resolve_name(config.model, config.revision)
-        if line:
-            say(line)
+        config.model = resolve_name(config.model, config.revision, say)
         tokenizer = load_tokenizer(config)
         architecture = load_config(config)
         if options.ask:
@@ -163,8 +161,7 @@ def inspect(options: DataCommand, say: Say = print) -> None:
     if config is not None and tokenizer is not None and options.ask:
         from lowmem_npo.data.fit import check_fit
 
-        if line := check_fit(architecture, tokenizer, [one.tokenized for one in sets]):
-            say(line)
+        check_fit(architecture, tokenizer, [one.tokenized for one in sets], say)
         say("\n".join(_answers(sets, config, tokenizer, options.ask)))
 
 

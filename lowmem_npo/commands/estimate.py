@@ -96,6 +96,5 @@ def workload(config: RunConfig, say: Say) -> tuple[RunConfig, Workload]:
     tokenizer = load_tokenizer(config.model)
     data = prepare(tokenizer, config.data, config.objective.forget_term, stop_tokens(config.model, architecture))
     config, data = fitted(config, data, say)
-    if line := check_fit(architecture, tokenizer, rows_read(config, data)):
-        say(line)
+    check_fit(architecture, tokenizer, rows_read(config, data), say)
     return config, Workload.of_data(config, planned_rows(config, data).parts)

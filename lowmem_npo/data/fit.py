@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lowmem_npo.console import Say, silent
 from lowmem_npo.data.tokenized_rows import TokenizedRows
 from lowmem_npo.errors import UserError
 
@@ -75,22 +76,23 @@ def known_fit(architecture: PretrainedConfig) -> Fit | None:
 
 
 def check_fit(
-    architecture: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, parts: Iterable[TokenizedRows | None]
-) -> str | None:
-    """A remark on rows that are longer than those that the model was made for, if there are any.
-
-    Raises UserError for a row that is longer than the positions that the model has learnt, and for a token or a padding
-    token beyond its embedding.
-    """
+    architecture: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    parts: Iterable[TokenizedRows | None],
+    say: Say = silent,
+) -> None:
+    """Raises UserError for a row that is longer than the positions that the model has learnt, and for a token or a
+    padding token beyond its embedding; says if rows are longer than those that the model was made for."""
     if (fit := known_fit(architecture)) is None:
-        return None
+        return
     fit.check_padding(tokenizer)
     longest = 0
     for rows in filter(None, parts):
         for row, example in zip(rows, rows.examples, strict=True):
             fit.check(example.where, row["input_ids"], tokenizer)
             longest = max(longest, len(row["input_ids"]))
-    return fit.remark(longest)
+    if (remark := fit.remark(longest)) is not None:
+        say(remark)
 
 
 def _made_for(config: PretrainedConfig) -> int | None:

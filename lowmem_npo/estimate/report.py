@@ -167,7 +167,7 @@ def report(config: RunConfig, workload: Workload, device: Device | None = None) 
     Raises:
         UserError: an unknown model, or a budget that cannot be met.
     """
-    architecture, name = architecture_of(config.model), resolve_name(config.model.model, config.model.revision)[0]
+    architecture, name = architecture_of(config.model), resolve_name(config.model.model, config.model.revision)
     notes = model_notes(architecture, config.model)
     budget, rows = config.memory.budget_bytes, workload.largest
     if budget is not None:
@@ -212,7 +212,7 @@ def architecture_of(config: ModelConfig) -> PretrainedConfig:
     Raises:
         UserError: there is no such model, or it is not bundled and the hub cannot be reached.
     """
-    name = resolve_name(config.model, config.revision)[0]
+    name = resolve_name(config.model, config.revision)
     bundled = known_config(name) if config.revision is None else None
     if bundled is not None:
         return bundled

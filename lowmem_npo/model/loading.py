@@ -59,7 +59,7 @@ def load_config(config: ModelConfig, say: Say = silent) -> PretrainedConfig:
     """The model's configuration, after checking that it is a causal language model that can be loaded natively, and, of
     a directory, that its files hold the weights of that model, of which only names and shapes are read. Those
     that the model does not use are reported to `say`; `load_model` reports them as well."""
-    name, _ = resolve_name(config.model, config.revision)
+    name = resolve_name(config.model, config.revision)
     architecture = _architecture(name, config.revision)
     try:
         check_directory_weights(name, architecture, say)
@@ -172,7 +172,7 @@ def local_cache_entry(config: ModelConfig, architecture: PretrainedConfig | None
         return None
     if architecture is not None:
         check_cached(architecture, stored_quantization(architecture))
-    name, _ = resolve_name(config.model, config.revision)
+    name = resolve_name(config.model, config.revision)
     if not expanded(name).is_dir():
         try:
             find_checkpoint(name, config.revision, local=True)
@@ -193,7 +193,7 @@ def cache_entry(config: ModelConfig) -> CacheEntry | None:
     """
     if config.quantized_cache is None:
         return None
-    name, _ = resolve_name(config.model, config.revision)
+    name = resolve_name(config.model, config.revision)
     architecture = _architecture(name, config.revision)
     check_cached(architecture, stored_quantization(architecture))
     recipe = quantization_of(architecture, config.qlora, DTYPES[config.dtype], config.double_quant != "off")
@@ -204,7 +204,7 @@ def cache_entry(config: ModelConfig) -> CacheEntry | None:
 def _load(config: ModelConfig, say: Say, on_host: bool, layer_loaded: LayerLoaded | None) -> PreTrainedModel:
     """`load_model` without a cache."""
     device, dtype = resolve_device(config.device), DTYPES[config.dtype]
-    name, _ = resolve_name(config.model, config.revision)
+    name = resolve_name(config.model, config.revision)
     loaded_config = load_config(config)
     quantization = quantization_of(loaded_config, config.qlora, dtype, config.double_quant != "off")
     loading: Any = quantising(device if on_host else None) if quantization else one_at_a_time(on_host)
@@ -264,7 +264,7 @@ def _from_cache(
 ) -> PreTrainedModel:
     """The model as it was kept, under its own name."""
     kept = replace(config, model=str(entry.path), revision=None, quantized_cache=None)
-    name, _ = resolve_name(config.model, config.revision)
+    name = resolve_name(config.model, config.revision)
     try:
         model = _load(kept, say, on_host, layer_loaded)
     except UserError as error:
@@ -278,7 +278,7 @@ def _from_cache(
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's own tokenizer, with a padding token (its EOS if it has none)."""
-    name, _ = resolve_name(config.model, config.revision)
+    name = resolve_name(config.model, config.revision)
     _check_name(name)
     what = "model"  # as which a name is unknown
     try:

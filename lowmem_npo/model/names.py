@@ -13,6 +13,8 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
+from lowmem_npo.console import Say, silent
+
 ORIGINAL_FORMAT_OLMO = (
     "allenai/OLMo-1B",
     "allenai/OLMo-1B-0724",
@@ -27,13 +29,14 @@ ORIGINAL_FORMAT_OLMO = (
 )
 
 
-def resolve_name(name: str, revision: str | None = None) -> tuple[str, str | None]:
-    """The repository or directory to load for `name` at `revision`, and a line to print if it differs."""
+def resolve_name(name: str, revision: str | None = None, say: Say = silent) -> str:
+    """The repository or directory to load for `name` at `revision`; says so if that is another."""
     original = {repo.lower(): repo for repo in ORIGINAL_FORMAT_OLMO}.get(name.strip().rstrip("/").lower())
     if original is None or revision not in (None, "main"):
-        return os.path.expanduser(name), None
+        return os.path.expanduser(name)
     native = f"{original}-hf"
-    return native, f"{name} is in OLMo's original format; using its native conversion {native}."
+    say(f"{name} is in OLMo's original format; using its native conversion {native}.")
+    return native
 
 
 def commit_of(name: str, revision: str | None = None) -> str | None:

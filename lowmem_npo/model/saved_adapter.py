@@ -72,9 +72,7 @@ def resolve_base(
     """
     of_adapter = stored_lora(adapter).revision
     revision = revision or (None if any_base else of_adapter)
-    name, line = resolve_name(model or base_of_adapter(adapter), revision)
-    if line:
-        say(line)
+    name = resolve_name(model or base_of_adapter(adapter), revision, say)
     if not any_base:
         check_base(adapter, name)
     return name, revision
@@ -131,7 +129,7 @@ def settings_of_run(folder: str) -> dict[str, Any]:
 def check_base(folder: str, model_name: str) -> None:
     """Raises UserError if the adapter in `folder` names another model than `model_name` (original OLMo names resolved)
     as the one that it was trained on."""
-    base, given = resolve_name(_named_base(folder) or model_name)[0], resolve_name(model_name)[0]
+    base, given = resolve_name(_named_base(folder) or model_name), resolve_name(model_name)
     if _place(base) != _place(given):
         raise UserError(
             f"The adapter in '{folder}' was trained on '{base}', not on '{given}': give --model {shlex.quote(base)}, "

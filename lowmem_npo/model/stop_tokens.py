@@ -10,7 +10,7 @@ from lowmem_npo.model.names import resolve_name
 
 def stop_tokens(config: ModelConfig, loaded: PretrainedConfig) -> frozenset[int]:
     """The EOS ids of generation_config.json, or of `loaded`, the model's configuration, where there is none."""
-    name, _ = resolve_name(config.model, config.revision)
+    name = resolve_name(config.model, config.revision)
     try:
         ids = GenerationConfig.from_pretrained(name, revision=config.revision or "main").eos_token_id
     except (OSError, ValueError):

@@ -65,7 +65,7 @@ def begin_audit(directory: Path, config: RunConfig, data: PreparedData, model: P
     """Writes what is known when training starts; a resumed run keeps its salt and adds a session."""
     known = read_audit(directory) if config.output.resume else None
     salt = known["forget_rows"]["salt"] if known else secrets.token_hex(16)
-    base, loaded = causal_lm(model), resolve_name(config.model.model, config.model.revision)[0]
+    base, loaded = causal_lm(model), resolve_name(config.model.model, config.model.revision)
     parts = {part: (getattr(config.data, part), getattr(data, part)) for part in ("forget", "retain", "holdout")}
     audit = {
         "configuration": config.flat(),

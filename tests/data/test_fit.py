@@ -64,7 +64,9 @@ def test_rows_longer_than_those_that_rotary_positions_are_made_for_are_remarked_
         sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
         longest = {"vocab_size": len(bpe_tokenizer), "max_position_embeddings": POSITIONS}
         config = CONFIG_MAPPING[kind](**sizes, **longest, **options)
-        return check_fit(config, bpe_tokenizer, [row_of(3, bpe_tokenizer), row_of(length, bpe_tokenizer), None])
+        lines = []
+        check_fit(config, bpe_tokenizer, [row_of(3, bpe_tokenizer), row_of(length, bpe_tokenizer), None], lines.append)
+        return next(iter(lines), None)
 
     def scaled(kind, **more):
         return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **more}}

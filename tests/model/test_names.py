@@ -22,19 +22,21 @@ from lowmem_npo.model.saved_adapter import resolve_base
     ],
 )
 def test_original_olmo_names(typed, loaded):
-    name, line = resolve_name(typed)
-    assert name == loaded and loaded in line and "\n" not in line
+    lines = []
+    assert resolve_name(typed, say=lines.append) == loaded
+    assert len(lines) == 1 and loaded in lines[0] and "\n" not in lines[0]
 
 
 def test_a_revision_is_of_the_original():
-    assert resolve_name("allenai/OLMo-7B", "step1000-tokens4B") == ("allenai/OLMo-7B", None)
+    assert resolve_name("allenai/OLMo-7B", "step1000-tokens4B") == "allenai/OLMo-7B"
     assert resolve_name("allenai/OLMo-7B", "main") == resolve_name("allenai/OLMo-7B")
-    assert resolve_name("allenai/OLMo-7B-hf", "v2") == ("allenai/OLMo-7B-hf", None)
+    assert resolve_name("allenai/OLMo-7B-hf", "v2") == "allenai/OLMo-7B-hf"
 
 
 @pytest.mark.parametrize("typed", ["allenai/OLMo-7B-hf", "allenai/OLMo-2-1124-7B", "./OLMo-7B", "me/OLMo-7B"])
 def test_other_names_stay(typed):
-    assert resolve_name(typed) == (typed, None)
+    lines = []
+    assert resolve_name(typed, say=lines.append) == typed and lines == []
 
 
 def test_the_commit_of_what_this_machine_has(tmp_path, monkeypatch):

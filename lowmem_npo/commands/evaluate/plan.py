@@ -129,10 +129,7 @@ def _model_config(config: EvaluationConfig, say: Say) -> ModelConfig:
         name, revision = resolve_base(config.adapter, config.model, config.revision, config.any_base, say)
         return replace(config.model_config(name), revision=revision)
     assert config.model is not None, "EvaluationConfig requires a model or an adapter"
-    name, line = resolve_name(config.model, config.revision)
-    if line:
-        say(line)
-    return config.model_config(name)
+    return config.model_config(resolve_name(config.model, config.revision, say))
 
 
 def _read(

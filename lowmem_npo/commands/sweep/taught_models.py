@@ -100,7 +100,7 @@ def teach_models(config: RunConfig, how: TeachingOptions, inputs: Inputs, root: 
 def _recipe(config: RunConfig, how: TeachingOptions, inputs: Inputs, name: str) -> dict[str, Any]:
     """All that the model depends on."""
     base = config.model
-    recipe: dict[str, Any] = {"model": resolve_name(base.model, base.revision)[0], "revision": base.revision}
+    recipe: dict[str, Any] = {"model": resolve_name(base.model, base.revision), "revision": base.revision}
     recipe |= {"teach": how.teach, "epochs": how.teach_epochs, "lr": how.lr, "batch_size": how.teach_batch_size}
     recipe |= {"seed": config.training.seed, "dtype": base.dtype, "qlora": base.qlora and how.teach == "lora"}
     return recipe | {"rows": rows_fingerprint(lessons(inputs)[name])}
@@ -157,7 +157,7 @@ def _taught_lora(config: RunConfig, how: TeachingOptions, rows: Sequence[Tokeniz
     adapter = into / "adapter"
     model.save_pretrained(str(adapter))
     del model
-    checkpoint = find_checkpoint(resolve_name(config.model.model, config.model.revision)[0], config.model.revision)
+    checkpoint = find_checkpoint(resolve_name(config.model.model, config.model.revision), config.model.revision)
     write_merged(checkpoint, find_updates(str(adapter), checkpoint), into, DTYPES[config.model.dtype])
     shutil.rmtree(adapter)
     return nll

@@ -64,7 +64,7 @@ def own_answers(config: RunConfig, examples: Sequence[Example]) -> Path:
 
 def _cached(config: RunConfig, kind: str, key: dict[str, Any]) -> Path:
     """The folder for what the model of a run writes: another for another model, and for another `key`."""
-    name = resolve_name(config.model.model, config.model.revision)[0]
+    name = resolve_name(config.model.model, config.model.revision)
     key = {
         "model": _stamp(name),
         "commit": commit_of(name, config.model.revision),

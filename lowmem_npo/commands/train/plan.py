@@ -101,8 +101,7 @@ def read_inputs(config: RunConfig, say: Say, known: Inputs | None = None) -> Inp
     Raises:
         UserError: as for `train`.
     """
-    if line := resolve_name(config.model.model, config.model.revision)[1]:
-        say(line)
+    resolve_name(config.model.model, config.model.revision, say)
     for line in filter(None, [remark(config), *remarks_on_idle_options(config)]):
         say(line)
     leak_tests(config.output.leaks, WHILE_TRAINING)
@@ -133,10 +132,9 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
     config, data = fitted(asked, data, say)
     if config.memory.stream_weights:
         check_device(resolve_device(config.model.device))
-    check_has_weights(resolve_name(config.model.model, config.model.revision)[0])
+    check_has_weights(resolve_name(config.model.model, config.model.revision))
     local_cache_entry(config.model, model_config)  # raises if it could be neither read nor written
-    if line := check_fit(model_config, tokenizer, rows_read(config, data)):
-        say(line)
+    check_fit(model_config, tokenizer, rows_read(config, data), say)
     if data.alternatives_are_unwritten:
         check_askable(config, data.forget.examples, tokenizer, model_config)
     directory = RunDirectory(asked)
