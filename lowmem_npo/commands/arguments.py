@@ -10,15 +10,15 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import tyro
 
-from lowmem_npo.commands.help_texts import flags_of, optional_numbers, run_options, short_help
+from lowmem_npo.commands.help_texts import flags_of, optional_numbers, run_options, short_help, with_help
 from lowmem_npo.commands.spellings import ALIASES, SOURCES, canonical, join_sources, with_none
 from lowmem_npo.commands.trainer_options import check_flags, check_option, check_trainer_values, trainer_arguments
 from lowmem_npo.commands.wording import explained
@@ -39,6 +39,8 @@ from lowmem_npo.sources import (
     check_model_name,
     data_names,
 )
+
+T = TypeVar("T")
 
 
 def parse_run(arguments: Sequence[str], command: str, more_flags: Sequence[str] = ()) -> RunConfig:
@@ -93,6 +95,11 @@ def parse(kind: type, arguments: Sequence[str], command: str, **options: Any) ->
             raise
     known = [] if options.get("return_unknown_args") else flags_of(kind)
     raise UserError(explained(messages.getvalue(), known, command))
+
+
+def parse_options(kind: Callable[..., T], arguments: Sequence[str], command: str) -> T:
+    """The options of a command that has no others, with their help texts; checked, as `kind` does when it is made."""
+    return kind(**vars(parse(with_help(kind), arguments, command)))
 
 
 def check_names(model: str | None, *sources: str | None) -> None:

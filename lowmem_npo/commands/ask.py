@@ -6,14 +6,13 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import tyro
 
-from lowmem_npo.commands.arguments import check_inputs, parse
-from lowmem_npo.commands.help_texts import with_help
-from lowmem_npo.config import ModelConfig, ModelOptions, StreamOptions
+from lowmem_npo.commands.arguments import check_inputs, parse_options
+from lowmem_npo.config import ModelOptions, StreamOptions
 from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
 from lowmem_npo.files import expanded, read_at_most
@@ -79,8 +78,7 @@ class AskOptions(StreamOptions, ModelOptions):
 
 
 def main(arguments: Sequence[str]) -> None:
-    parsed = parse(with_help(AskOptions), arguments, "ask")
-    ask(AskOptions(**vars(parsed)))
+    ask(parse_options(AskOptions, arguments, "ask"))
 
 
 def ask(options: AskOptions, say: Say = print) -> None:
@@ -219,16 +217,15 @@ def load(options: AskOptions, say: Say) -> Asked:
 
     folder, run = expanded(options.run), dict[str, Any]()
     is_adapter = folder.is_dir() and not (folder / "config.json").is_file()
-    settings = {f.name: getattr(options, f.name) for f in fields(ModelOptions)}
     if is_adapter:
         run = settings_of_run(str(folder))
         name, revision = resolve_base(str(folder), options.model, options.revision, options.any_base, say)
-        settings |= {"model": name, "revision": revision, "qlora": options.qlora or bool(run.get("qlora"))}
-        if options.double_quant == "auto":
-            settings["double_quant"] = run.get("double_quant", "auto")
+        qlora = options.qlora or bool(run.get("qlora"))
+        config = options.model_config(model=name, revision=revision, qlora=qlora)
+        if config.double_quant == "auto":
+            config = replace(config, double_quant=run.get("double_quant", "auto"))
     else:
-        settings["model"] = resolve_name(options.run, options.revision, say)
-    config = ModelConfig(**settings)
+        config = options.model_config(model=resolve_name(options.run, options.revision, say))
     tokenizer = load_tokenizer(config)
     text = options.template or run.get("prompt_template") or run.get("template") or "auto"
     system = run.get("system") if options.system is None else options.system

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import combinations
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from annotated_types import Interval
 
-from lowmem_npo.commands.arguments import check_inputs, parse
-from lowmem_npo.commands.help_texts import with_help
+from lowmem_npo.commands.arguments import check_inputs, parse_options
 from lowmem_npo.commands.spellings import join_sources
 from lowmem_npo.config import DataConfig, DataOptions, ModelConfig, ModelOptions
 from lowmem_npo.console import Say
@@ -113,8 +112,7 @@ class Shared:
 
 
 def main(arguments: Sequence[str]) -> None:
-    parsed = parse(with_help(DataCommand), join_sources(arguments), "data")
-    options = DataCommand(**vars(parsed))
+    options = parse_options(DataCommand, join_sources(arguments), "data")
     check_inputs(options.model, *options.sources.values(), revision=options.revision)
     inspect(options)
 
@@ -132,7 +130,7 @@ def inspect(options: DataCommand, say: Say = print) -> None:
     from lowmem_npo.data.templates import Template
 
     tokenizer, template = None, Template.of(options)
-    config = ModelConfig(**_model_options(options)) if options.model else None
+    config = options.model_config() if options.model else None
     if config is not None:
         from lowmem_npo.model import load_tokenizer, resolve_name
         from lowmem_npo.model.loading import load_config
@@ -163,10 +161,6 @@ def inspect(options: DataCommand, say: Say = print) -> None:
 
         check_fit(architecture, tokenizer, [one.tokenized for one in sets], say)
         say("\n".join(_answers(sets, config, tokenizer, options.ask)))
-
-
-def _model_options(options: DataCommand) -> dict[str, Any]:
-    return {f.name: getattr(options, f.name) for f in fields(ModelOptions)}
 
 
 def _read(title: str, source: str, options: DataCommand, passages: Any, tokenizer: Any, template: Any) -> Set:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from lowmem_npo.commands.arguments import check_names, parse
-from lowmem_npo.commands.help_texts import with_help
+from lowmem_npo.commands.arguments import check_names, parse_options
 from lowmem_npo.files import expanded
 from lowmem_npo.libraries import quiet_libraries
 from lowmem_npo.ranges import Checked, CountOrNone
@@ -34,7 +33,7 @@ class Report(Checked):
 
 
 def main(arguments: Sequence[str]) -> None:
-    options = Report(**vars(parse(with_help(Report), arguments, "report")))
+    options = parse_options(Report, arguments, "report")
     run = expanded(options.run)
     check_is_run(run)
     if options.prove is not None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.ranges import Automatic, Checked, on_or_off
@@ -31,6 +31,10 @@ class ModelOptions(Checked):
     quantized_cache: str | None = None
     """Directory in which the weights that --qlora has quantised are kept; the next run with the same weights and
     options reads them there."""
+
+    def model_config(self, **others: Any) -> ModelConfig:
+        """The same options, with `others` in place of some, for a model that is named by then."""
+        return ModelConfig(**{f.name: getattr(self, f.name) for f in fields(ModelOptions)} | others)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from annotated_types import Interval
 
-from lowmem_npo.config import AnswerOptions, DataConfig, DataOptions, ModelConfig, ModelOptions, StreamOptions
+from lowmem_npo.config import AnswerOptions, DataConfig, DataOptions, ModelOptions, StreamOptions
 from lowmem_npo.data.rows import Rows
 from lowmem_npo.data.schemas import has_value
 from lowmem_npo.data.self_written import self_rows
@@ -159,7 +159,3 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
         if self.output_dir is not None:
             return expanded(self.output_dir)
         return RunFiles(expanded(self.adapter)).evaluation.path if self.adapter else Path(DEFAULT_DIRECTORY)
-
-    def model_config(self, name: str) -> ModelConfig:
-        """How the base model `name` is loaded."""
-        return ModelConfig(**{f.name: getattr(self, f.name) for f in fields(ModelOptions)} | {"model": name})

@@ -127,9 +127,9 @@ def _model_config(config: EvaluationConfig, say: Say) -> ModelConfig:
     """How the base model is loaded: the one of --model, or the one that the adapter was trained on."""
     if config.adapter:
         name, revision = resolve_base(config.adapter, config.model, config.revision, config.any_base, say)
-        return replace(config.model_config(name), revision=revision)
+        return config.model_config(model=name, revision=revision)
     assert config.model is not None, "EvaluationConfig requires a model or an adapter"
-    return config.model_config(resolve_name(config.model, config.revision, say))
+    return config.model_config(model=resolve_name(config.model, config.revision, say))
 
 
 def _read(
