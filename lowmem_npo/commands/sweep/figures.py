@@ -17,6 +17,7 @@ from lowmem_npo.commands.sweep.grid import SweepRun
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answer_table import FORGET, MEASURES
 from lowmem_npo.evaluation.answers import AnswerEvaluation, part_of, read_answers
+from lowmem_npo.evaluation.figures import aligned
 from lowmem_npo.files import load_json, write_atomically
 from lowmem_npo.run_directory import EvaluationFiles, RunDirectory, RunFiles
 
@@ -68,7 +69,7 @@ COLUMNS = (
     Column("kept_step", "kept step", 0),
 )
 BEFORE, GOLD = "before", "gold"
-GAP = "  "  # between the columns of a table
+GAP = 2  # spaces between the columns of a table
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ def text_tables(result: SweepResult, width: int) -> str:
     """All tables; one that is wider than `width` characters goes on below, with its first column again."""
     parts = []
     for group, lines in tables(result).items():
-        blocks = "\n\n".join(map(_aligned, _narrow(lines, width)))
+        blocks = "\n\n".join(aligned(header, body, header[1:]) for header, *body in _narrow(lines, width))
         parts.append(f"{group}\n{blocks}" if group else blocks)
     note = (
         "Mean ± standard deviation (n - 1) over seeds. NLL: nats per answer token; says: share of true answers that "
@@ -228,22 +229,13 @@ def text_tables(result: SweepResult, width: int) -> str:
 
 def _narrow(lines: list[list[str]], width: int) -> list[list[list[str]]]:
     """The table, cut into some that fit where that is possible."""
-    widths = [max(map(len, column)) + len(GAP) for column in zip(*lines, strict=True)]
+    widths = [max(map(len, column)) + GAP for column in zip(*lines, strict=True)]
     blocks: list[list[int]] = [[]]
     for column in range(1, len(widths)):
-        if blocks[-1] and widths[0] + sum(widths[i] for i in blocks[-1]) + widths[column] > width + len(GAP):
+        if blocks[-1] and widths[0] + sum(widths[i] for i in blocks[-1]) + widths[column] > width + GAP:
             blocks.append([])
         blocks[-1].append(column)
     return [[[line[0], *(line[i] for i in block)] for line in lines] for block in blocks]
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    header, *body = [
-        GAP.join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    ]
-    return "\n".join([header, "-" * len(header), *body])
 
 
 def markdown_tables(result: SweepResult) -> str:
