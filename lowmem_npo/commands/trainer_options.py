@@ -18,11 +18,8 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.ranges import check_values
 from lowmem_npo.training.honoured import HONOURED, RANGES, check_supported, is_unsupported
 
-FLAGS = re.MULTILINE | re.DOTALL
 LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
-LISTED = {  # which the source does not say in one place
-    **dict.fromkeys(("log_level", "log_level_replica"), LEVELS)
-}
+LISTED = dict.fromkeys(("log_level", "log_level_replica"), LEVELS)  # which the source does not say in one place
 TRUTHS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")
 NUMBERS = {"int": (int, "a whole number"), "float": (float, "a number")}
 
@@ -132,9 +129,8 @@ def _choices(name: str, kinds: Sequence[str]) -> list[str]:
     if name in LISTED:
         return [*LISTED[name]]
     if name == "report_to":
-        (loggers,) = re.findall(
-            r"^INTEGRATION_TO_CALLBACK = \{\n(.*?)^\}", _source("integrations/integration_utils"), FLAGS
-        )
+        source = _source("integrations/integration_utils")
+        (loggers,) = re.findall(r"(?ms)^INTEGRATION_TO_CALLBACK = \{\n(.*?)^\}", source)
         return ["none", "all", *re.findall(r'"(\w+)":', loggers)]
     return next((values for kind, values in _enumerations().items() if kind in kinds), [])
 
@@ -142,10 +138,8 @@ def _choices(name: str, kinds: Sequence[str]) -> list[str]:
 @cache
 def _enumerations() -> dict[str, list[str]]:
     """Enumeration -> its values."""
-
-    def of_source() -> Iterator[tuple[str, list[str]]]:
-        for module in ("training_args", "trainer_utils"):
-            for name, body in re.findall(r"^class (\w+)\(ExplicitEnum\):\n((?:    .*\n|\n)*)", _source(module), re.M):
-                yield name, re.findall(r'^    [A-Z]\w* = "(.*)"', body, re.MULTILINE)
-
-    return dict(of_source())
+    return {
+        name: re.findall(r'^    [A-Z]\w* = "(.*)"', body, re.MULTILINE)
+        for module in ("training_args", "trainer_utils")
+        for name, body in re.findall(r"^class (\w+)\(ExplicitEnum\):\n((?:    .*\n|\n)*)", _source(module), re.M)
+    }
