@@ -111,6 +111,11 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(next(p for p in [path, *path.parents] if p.exists())).free
 
 
+def json_sha256(content: Any) -> str:
+    """SHA-256 of data that JSON can hold, in hexadecimal; of anything else in it, of what it is as a text."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal; the file may be larger than memory."""
     digest = hashlib.sha256()

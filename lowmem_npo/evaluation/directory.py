@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Collection, Iterable, Mapping
@@ -121,13 +120,6 @@ def as_begun(config: EvaluationConfig) -> EvaluationConfig:
     return replace(config, generate_answers=decided) if decided and config.generate_answers == "auto" else config
 
 
-def digest(content: Any) -> str:
-    """A hash of data that JSON can hold, or of a file's bytes."""
-    if isinstance(content, Path):
-        return file_sha256(content)
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def differences(result: str, config: EvaluationConfig, digests: Mapping[str, str]) -> list[str]:
     """What was other than in `config`, and the rows behind `digests`, when the evaluation.json at `result` was made, in
     words, as far as that is known. Of the options of leak tests `other_options` tells."""
@@ -222,4 +214,4 @@ def is_of_adapter(files: EvaluationFiles, weights: Path) -> bool:
         check_record(settings, {"digests": dict[str, str]})
     except ValueError as error:
         raise UserError(f"'{files.settings}' is damaged: remove '{files.path}', and measure anew.") from error
-    return bool(settings["digests"].get(THE_ADAPTER) == digest(weights))
+    return bool(settings["digests"].get(THE_ADAPTER) == file_sha256(weights))

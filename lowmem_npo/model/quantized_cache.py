@@ -8,7 +8,6 @@ used as they lie in the mapped files. It is there under its name only once all o
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -27,7 +26,7 @@ from lowmem_npo.claim import workspace
 from lowmem_npo.console import Say, silent
 from lowmem_npo.environment import package_version
 from lowmem_npo.errors import UserError
-from lowmem_npo.files import PARTIAL, expanded, file_in_the_way, free_bytes, load_json, put_in_place
+from lowmem_npo.files import PARTIAL, expanded, file_in_the_way, free_bytes, json_sha256, load_json, put_in_place
 from lowmem_npo.model.checkpoint import INDEX, find_checkpoint
 from lowmem_npo.model.layers import decoder_layers
 from lowmem_npo.sizes import compared, gib
@@ -48,13 +47,12 @@ class CacheEntry:
         how = {key: value for key, value in content.items() if key[0] != "_" and key != "transformers_version"}
         self.identity = {
             "version": VERSION,
-            "config": hashlib.sha256(json.dumps(how, sort_keys=True, default=str).encode()).hexdigest(),
+            "config": json_sha256(how),
             "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
             "recipe": {key: str(value) for key, value in sorted(recipe.items())},
             "versions": {package: package_version(package) for package in ("bitsandbytes", "transformers")},
         }
-        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
-        self.path = directory / digest[:16]
+        self.path = directory / json_sha256(self.identity)[:16]
 
     def exists(self) -> bool:
         """Whether it can be read.

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.cli import main
 from lowmem_npo.evaluation.benchmarks import lm_eval as harness
-from lowmem_npo.evaluation.directory import EvaluationDirectory, differences, digest
+from lowmem_npo.evaluation.directory import EvaluationDirectory, differences
 from lowmem_npo.evaluation.scoring import scorer as measuring
 from lowmem_npo.evaluation.settings import EvaluationConfig
+from lowmem_npo.files import json_sha256
 
 
 @pytest.fixture
@@ -203,7 +204,7 @@ def test_help_and_flags(capsys):
 
 
 def test_what_is_not_comparable_with_the_evaluation_of_before(tmp_path):
-    digests = {"forget": digest([{"question": "a", "answer": "b"}])}
+    digests = {"forget": json_sha256([{"question": "a", "answer": "b"}])}
     before = str(tmp_path / "before" / "evaluation.json")
 
     def differ(*, earlier, now):
@@ -217,4 +218,4 @@ def test_what_is_not_comparable_with_the_evaluation_of_before(tmp_path):
     assert differ(earlier={"limit": 8, "qlora": True}, now={"limit": 9}) == ["qlora True", "limit 8"]
     assert differ(earlier={"leaks": ("all",)}, now={"leaks": ("all",), "relearn_steps": 3}) == []  # test by test
     config = EvaluationConfig(model="m", leaks=("all",), forget="f.jsonl")
-    assert differences(before, config, {"forget": digest([])}) == ["other forget rows"]
+    assert differences(before, config, {"forget": json_sha256([])}) == ["other forget rows"]

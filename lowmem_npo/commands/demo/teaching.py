@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -23,6 +21,7 @@ from transformers import (
 from lowmem_npo.commands.demo.recipe import Teaching
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.errors import UserError
+from lowmem_npo.files import json_sha256
 from lowmem_npo.training.teaching import made_from, making, teach
 
 END, PADDING = "<|endoftext|>", "<|padding|>"  # as OLMo calls them
@@ -60,7 +59,8 @@ def taught_model(
     Raises:
         UserError: `directory` holds something that the demo did not write.
     """
-    wanted = {**asdict(teaching), "seed": seed, "rows": _fingerprint(rows), "torch": torch.__version__}
+    made_of = json_sha256([row["input_ids"] for row in rows])
+    wanted = {**asdict(teaching), "seed": seed, "rows": made_of, "torch": torch.__version__}
     earlier = made_from(directory)
     if earlier == wanted:
         return _on(device, AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)).eval(), True
@@ -103,7 +103,3 @@ def fresh_model(tokenizer: PreTrainedTokenizerBase, teaching: Teaching, seed: in
 
 def _on(device: torch.device, model: PreTrainedModel) -> PreTrainedModel:
     return model.to(device)  # type: ignore[arg-type]  # transformers wraps `to`, and its stub loses `self`
-
-
-def _fingerprint(rows: Sequence[TokenizedRow]) -> str:
-    return hashlib.sha256(json.dumps([row["input_ids"] for row in rows]).encode()).hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
@@ -23,13 +22,13 @@ from lowmem_npo.evaluation.asking import Wording
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Selection
 from lowmem_npo.evaluation.benchmarks.documents import DOCUMENTS
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
-from lowmem_npo.evaluation.directory import THE_ADAPTER, as_begun, as_json, digest
+from lowmem_npo.evaluation.directory import THE_ADAPTER, as_begun, as_json
 from lowmem_npo.evaluation.gold import Gold
 from lowmem_npo.evaluation.leaks.registry import leak_tests
 from lowmem_npo.evaluation.leaks.retuning import RETUNING
 from lowmem_npo.evaluation.scoring.batching import at_once
 from lowmem_npo.evaluation.settings import EvaluationConfig
-from lowmem_npo.files import expanded
+from lowmem_npo.files import expanded, file_sha256, json_sha256
 from lowmem_npo.model import load_tokenizer, resolve_name
 from lowmem_npo.model.loading import load_config
 from lowmem_npo.model.notes import model_notes
@@ -236,7 +235,7 @@ def _digests(config: EvaluationConfig, sources: Mapping[str, Rows]) -> dict[str,
     digests = {}
     for part, rows in sources.items():
         beside = [text for one in BENCHMARKS if part in one.sets and (text := one.read_beside(part, config))]
-        digests[part] = digest(json.loads(json.dumps([rows.rows, *beside] if beside else rows.rows, default=str)))
+        digests[part] = json_sha256([rows.rows, *beside] if beside else rows.rows)
     if config.adapter:
-        digests[THE_ADAPTER] = digest(AdapterFiles(expanded(config.adapter)).weights)
+        digests[THE_ADAPTER] = file_sha256(AdapterFiles(expanded(config.adapter)).weights)
     return digests

@@ -24,13 +24,13 @@ from lowmem_npo.evaluation.benchmarks.contract import Benchmark
 from lowmem_npo.evaluation.benchmarks.plain import PLAIN
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS, BenchmarkOptions
 from lowmem_npo.evaluation.benchmarks.tofu import TOFU
-from lowmem_npo.evaluation.directory import digest, is_of_adapter
+from lowmem_npo.evaluation.directory import is_of_adapter
 from lowmem_npo.evaluation.leaks.contract import AN_ADAPTER, HOLDOUT, LeakResult, LeakTest, leak_results
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, LeakOptions, leak_tests
 from lowmem_npo.evaluation.leaks.registry import NAMES as LEAK_NAMES
 from lowmem_npo.evaluation.leaks.worst import WORST_ATTACK
 from lowmem_npo.evaluation.settings import EvaluationConfig, EvaluationOptions
-from lowmem_npo.files import expanded, load_json
+from lowmem_npo.files import expanded, file_sha256, json_sha256, load_json
 from lowmem_npo.records import check_record
 from lowmem_npo.run_directory import AdapterFiles, EvaluationFiles, RunFiles
 from lowmem_npo.sources import check_file
@@ -168,8 +168,8 @@ class SweepEvaluation:
     def key(self, config: EvaluationConfig) -> str:
         """A hash of all that the figures depend on."""
         settings = {name: value for name, value in asdict(config).items() if name != "resume"}
-        weights = digest(_weights(config.adapter)) if config.adapter else None
-        return digest([settings, sorted(self.benchmarks), weights])
+        weights = file_sha256(_weights(config.adapter)) if config.adapter else None
+        return json_sha256([settings, sorted(self.benchmarks), weights])
 
     def figures(self, files: EvaluationFiles) -> dict[Column, float]:
         """Every figure that is in the directory."""

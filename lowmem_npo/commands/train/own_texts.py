@@ -3,7 +3,6 @@ is trained; later runs read them."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from lowmem_npo.data.tokenizing import Encoder
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.scoring.batching import at_once
 from lowmem_npo.evaluation.scoring.generation import Prompt, sampled_answers, text_of
-from lowmem_npo.files import expanded, write_atomically
+from lowmem_npo.files import expanded, json_sha256, write_atomically
 from lowmem_npo.model import resolve_name
 from lowmem_npo.model.names import commit_of
 from lowmem_npo.run_directory import RunDirectory
@@ -72,8 +71,8 @@ def _cached(config: RunConfig, kind: str, key: dict[str, Any]) -> Path:
         "adapter": _stamp(config.adapter.adapter) if config.adapter.adapter else None,
         **key,
     }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(huggingface_hub.constants.HF_HOME) / "lowmem-npo" / kind / f"{Path(name).name}-{digest}"
+    folder = f"{Path(name).name}-{json_sha256(key)[:16]}"
+    return Path(huggingface_hub.constants.HF_HOME) / "lowmem-npo" / kind / folder
 
 
 def write_own_texts(
