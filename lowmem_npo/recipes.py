@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 from lowmem_npo.config import SECTIONS, RunConfig
@@ -26,6 +26,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 OPTIONS = tuple(dict.fromkeys(name for recipe in RECIPES.values() for name in recipe))
+# Option -> its section, and its default.
+PLACES = {f.name: (section, f.default) for section, kind in SECTIONS.items() for f in fields(kind)}
 
 
 def with_recipe(config: RunConfig) -> RunConfig:
@@ -36,7 +38,7 @@ def with_recipe(config: RunConfig) -> RunConfig:
     """
     recipe = config.training.recipe
     for name, value in RECIPES[recipe].items():
-        section, default = _place(name)
+        section, default = PLACES[name]
         options = getattr(config, section)
         if name in config.explicit or getattr(options, name) != default or _is_idle(name, config):
             continue
@@ -61,7 +63,7 @@ def named_in_errors(config: RunConfig) -> Iterator[None]:
 def remark(config: RunConfig) -> str | None:
     """A line on what the recipe has set, and on the given options that win over it; None if it says nothing."""
     recipe = config.training.recipe
-    values = {name: getattr(getattr(config, _place(name)[0]), name) for name in OPTIONS if not _is_idle(name, config)}
+    values = {name: getattr(getattr(config, PLACES[name][0]), name) for name in OPTIONS if not _is_idle(name, config)}
     ours = {name: value_in(recipe, name) for name in values}
     kept = [_flag(name, value) for name, value in ours.items() if value == values[name] and name in RECIPES[recipe]]
     given = [_flag(name, value) for name, value in values.items() if value != ours[name]]
@@ -73,7 +75,7 @@ def remark(config: RunConfig) -> str | None:
 
 def value_in(recipe: str, name: str) -> Any:
     """What one of `OPTIONS` is under a recipe, if nobody gives it."""
-    return RECIPES[recipe].get(name, _place(name)[1])
+    return RECIPES[recipe].get(name, PLACES[name][1])
 
 
 def _flag(name: str, value: Any) -> str:
@@ -85,13 +87,3 @@ def _flag(name: str, value: Any) -> str:
 def _is_idle(name: str, config: RunConfig) -> bool:
     """Whether nothing would use the option, because another one is switched off."""
     return name == "adversary_steps" and config.objective.adversary is None
-
-
-def _place(name: str) -> tuple[str, Any]:
-    """The section of an option, and its default."""
-    for section, options in SECTIONS.items():
-        for field in fields(options):
-            if field.name == name:
-                assert field.default is not MISSING
-                return section, field.default
-    raise KeyError(name)
