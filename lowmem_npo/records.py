@@ -4,14 +4,14 @@ cut off, or come from another tool."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
-from typing import Annotated, Any, TypeVar, cast, get_type_hints
+from typing import Annotated, Any, TypeVar, cast
 
 from annotated_types import Interval
 from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
-from lowmem_npo.ranges import shown, wanted
+from lowmem_npo.ranges import field_types, shown, wanted
 
 T = TypeVar("T")
 Amount = Annotated[FiniteFloat, Interval(ge=0)]  # of anything, however much
@@ -22,7 +22,9 @@ def record_of(kind: type[T], content: Any) -> T:
 
     Raises ValueError, naming the field, for one that is missing or unknown, or whose value is not of its type.
     """
-    types, optional = _fields(cast(Hashable, kind))
+    dataclass, none = cast(Any, kind), dataclasses.MISSING
+    types = field_types(dataclass)
+    optional = {f.name for f in dataclasses.fields(dataclass) if (f.default, f.default_factory) != (none, none)}
     check_record(content, types, optional)
     if unknown := content.keys() - types.keys():
         raise ValueError(f"{min(unknown)} is not known in this version")
@@ -53,12 +55,3 @@ def check_value(value: Any, kind: Any, name: str = "it") -> None:
 @cache
 def _validator(kind: Any) -> Callable[..., Any]:
     return TypeAdapter(kind).validate_python
-
-
-@cache
-def _fields(kind: Any) -> tuple[dict[str, Any], set[str]]:
-    """The fields of a dataclass with their types, and those that have a default."""
-    hints, fields = get_type_hints(kind, include_extras=True), dataclasses.fields(kind)
-    none = dataclasses.MISSING
-    optional = {f.name for f in fields if f.default is not none or f.default_factory is not none}
-    return {field.name: hints[field.name] for field in fields}, optional
