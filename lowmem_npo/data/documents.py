@@ -39,7 +39,8 @@ PAGE_NUMBER = re.compile(
     re.IGNORECASE,
 )
 LIST_ITEM = re.compile(r"\s*(?:[-*+•‣◦–—]\s|\(?\d{1,3}[.)]\s|\(?[a-z][.)]\s|#{1,6}\s|>|\||```|~~~)")
-UNSPACED = re.compile(r"[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]")  # Chinese and Japanese, full-width punctuation
+# Chinese and Japanese writing, full-width punctuation included, puts no space between sentences.
+UNSPACED = re.compile(r"[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]")
 HYPHEN = re.compile(r"(\w+)[-\u2010]\n[ \t]*(\w+)")
 ENDINGS = ".!?…:;\"'”’»)"
 LARGE, MOST_EXPANSION = 256 * 2**20, 1032  # bytes; of gzip, the most that a byte can become

@@ -13,12 +13,12 @@ A model fine-tuned in another form needs that form: `--template "[INST] {prompt}
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.config import DataOptions
+from lowmem_npo.data.documents import UNSPACED
 from lowmem_npo.data.schemas import PASSAGE, Example
 from lowmem_npo.data.special_texts import check_marks
 from lowmem_npo.errors import UserError
@@ -33,9 +33,6 @@ BOTH = "both"  # as auto, and a second time plain (`in_both_forms`)
 FORMS = ("auto", "chat", "plain", BOTH)
 # Stands for an answer where the text around it is looked for. No letters: a template may change their case.
 MARK = "\u27ea\u2042\u27eb"
-
-# Chinese and Japanese writing, full-width punctuation included, puts no space between sentences.
-UNSPACED = re.compile(r"[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]")
 
 
 @dataclass(frozen=True)
