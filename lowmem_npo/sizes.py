@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from lowmem_npo.errors import UserError
 
@@ -46,6 +47,12 @@ def _in_unit(size: int, unit: str, decimals: int) -> str:
 def counted(number: int, what: str) -> str:
     """Such as "1 row" and "1,200 rows"."""
     return f"{number:,} {what}{'s' if number != 1 else ''}"
+
+
+def first_of(items: Sequence[str], most: int = 5, separator: str = "; ") -> str:
+    """Items for a line: of more than `most` the first ones, and how many more there are."""
+    more = len(items) - most
+    return separator.join(items[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def gib(size: int) -> str:

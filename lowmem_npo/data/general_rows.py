@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowmem_npo.config import DataConfig
-from lowmem_npo.data.overlap import MAX_LISTED, find_related
+from lowmem_npo.data.overlap import find_related
 from lowmem_npo.data.reading import bundled_rows
 from lowmem_npo.data.rows import Rows
 from lowmem_npo.data.schemas import Example, to_examples
@@ -17,7 +17,7 @@ from lowmem_npo.data.tokenized_rows import TokenizedRows
 from lowmem_npo.data.tokenizing import tokenize
 from lowmem_npo.errors import UserError
 from lowmem_npo.run_directory import SELF_WRITTEN
-from lowmem_npo.sizes import counted
+from lowmem_npo.sizes import counted, first_of
 from lowmem_npo.sources import BUILTIN
 
 if TYPE_CHECKING:
@@ -68,10 +68,8 @@ def general_rows(
         raise UserError("All general rows may say what is to be forgotten, so none are left to retain: name --retain.")
     lines, kept = [], sorted(set(range(len(examples))) - set(related))
     if related:
-        listed = "; ".join(examples[index].where for index in related[:MAX_LISTED])
-        more = f" and {len(related) - MAX_LISTED} more" if len(related) > MAX_LISTED else ""
-        of = counted(len(related), "general row")
-        lines.append(f"retain: {of} left out, which may say what is to be forgotten ({listed}{more})")
+        of, listed = counted(len(related), "general row"), first_of([examples[i].where for i in related])
+        lines.append(f"retain: {of} left out, which may say what is to be forgotten ({listed})")
     tokenized = tokenize(
         [examples[index] for index in kept], tokenizer, max_length=max_length, template=template, drop_too_long=True
     )

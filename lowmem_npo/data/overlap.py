@@ -9,8 +9,8 @@ from typing import Any
 
 from lowmem_npo.data.schemas import Example
 from lowmem_npo.errors import UserError
+from lowmem_npo.sizes import first_of
 
-MAX_LISTED = 5
 SHINGLE, NEAR = 5, 0.7  # characters of a shingle; the similarity from which two texts are near-duplicates
 RUN, PART = 20, 0.25  # characters of a run; the part of the shorter of two passages whose runs both hold
 CHUNK = 256  # texts that are compared with all others at once
@@ -157,11 +157,10 @@ def refuse_overlap(
     pairs = find_overlap(forget, retain)
     if not pairs:
         return
-    listed = "; ".join(f"{one.where} is {other.where}" for one, other in pairs[:MAX_LISTED])
-    more = f" and {len(pairs) - MAX_LISTED} more" if len(pairs) > MAX_LISTED else ""
+    listed = first_of([f"{one.where} is {other.where}" for one, other in pairs])
     rows = f"1 row to {of} is" if len(pairs) == 1 else f"{len(pairs)} rows to {of} are"
     where = "the holdout" if part == "holdout" else f"the rows to {part}"
-    raise UserError(f"{rows} also in {where}: {listed}{more}; remove them from either, or give --allow-overlap.")
+    raise UserError(f"{rows} also in {where}: {listed}; remove them from either, or give --allow-overlap.")
 
 
 def _normalised(example: Example) -> str:

@@ -27,6 +27,7 @@ from lowmem_npo.data.tables import Reader, read_csv, read_json, table_in_text, u
 from lowmem_npo.errors import UserError
 from lowmem_npo.files import expanded
 from lowmem_npo.libraries import hub_problem
+from lowmem_npo.sizes import first_of
 from lowmem_npo.sources import (
     BUILTIN,
     DOCUMENT_KINDS,
@@ -134,8 +135,7 @@ def _read_folder(source: str, folder: Path, passages: Passages, columns: Collect
     rows = joined(source, parts)
     notes = [f"{source} has {len(documents)} documents"]
     if others := [path.name for path in files if path not in is_table]:
-        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-        notes.append(f"not read, being of other kinds: {', '.join(others[:5])}{more}")
+        notes.append(f"not read, being of other kinds: {first_of(others, separator=', ')}")
     return Rows(rows.name, rows.rows, places=rows.places, mixed=True, notes=(*notes, *rows.notes))
 
 

@@ -35,6 +35,7 @@ from lowmem_npo.data.rows import Rows, is_text
 from lowmem_npo.data.special_texts import check_marks
 from lowmem_npo.data.turns import CALLS, TURNS, is_turns, message, turn, turns_in_cells
 from lowmem_npo.errors import UserError
+from lowmem_npo.sizes import first_of
 
 CHAT = ("messages", "conversations")
 INSTRUCTIONS = {"output": "input", "response": "context"}  # answer -> what may follow the instruction
@@ -277,9 +278,7 @@ def has_value(column: str, rows: Rows) -> bool:
 
 def listed_columns(columns: Sequence[str]) -> str:
     """The first of those that have a name, for a line: a header that ends in a separator has one more column."""
-    columns = [column for column in columns if column.strip()]
-    more = f" and {len(columns) - MOST_LISTED} more" if len(columns) > MOST_LISTED else ""
-    return ", ".join(columns[:MOST_LISTED]) + more
+    return first_of([column for column in columns if column.strip()], MOST_LISTED, ", ")
 
 
 def _recognised(columns: Container[str]) -> tuple[str | None, str] | None:

@@ -19,7 +19,7 @@ import regex
 from lowmem_npo.data.overlap import FUNCTION_WORDS
 from lowmem_npo.data.schemas import Example
 from lowmem_npo.data.templates import Template
-from lowmem_npo.data.tokenized_rows import TokenizedRow, TokenizedRows
+from lowmem_npo.data.tokenized_rows import IGNORE_INDEX, TokenizedRow, TokenizedRows
 from lowmem_npo.data.tokenizing import Encoder
 from lowmem_npo.data.words import appears, tokens
 from lowmem_npo.errors import UserError
@@ -100,7 +100,7 @@ def stand_in(rows: TokenizedRows, number: int, limit: int) -> TokenizedRows:
         prompt = row["input_ids"][: row["prompt_length"]]
         ids = [*prompt, *[row["input_ids"][-1]] * (most_tokens(row) + 1)][:limit]
         start = max(len(prompt), 1)
-        labels = [-100] * start + ids[start:]
+        labels = [IGNORE_INDEX] * start + ids[start:]
         made.append(TokenizedRow(input_ids=ids, labels=labels, prompt_length=row["prompt_length"]))
     return TokenizedRows(made, list(rows.examples) * number, [0] * len(made), limit)
 

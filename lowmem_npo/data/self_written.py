@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from lowmem_npo.data.reading import bundled_rows
 from lowmem_npo.data.schemas import Example, to_examples
 from lowmem_npo.data.templates import FORMS, Template
-from lowmem_npo.data.tokenized_rows import TokenizedRow, TokenizedRows
+from lowmem_npo.data.tokenized_rows import IGNORE_INDEX, TokenizedRow, TokenizedRows
 from lowmem_npo.data.tokenizing import Encoder
 from lowmem_npo.errors import UserError
 from lowmem_npo.sources import SELF
@@ -64,6 +64,6 @@ def stand_in(begun: list[Example], tokenizer: PreTrainedTokenizerBase, template:
         prompt = beginning_ids(example, encoder)
         ids = [*prompt, *[filler] * (TOKENS + 1)][:limit]
         start = 1 if example.schema == "text" else len(prompt)
-        labels = [-100] * start + ids[start:]
+        labels = [IGNORE_INDEX] * start + ids[start:]
         rows.append(TokenizedRow(input_ids=ids, labels=labels, prompt_length=0 if example.schema == "text" else start))
     return TokenizedRows(rows, begun, [0] * len(rows), limit)

@@ -23,6 +23,7 @@ from lowmem_npo.data.tokenized_rows import IGNORE_INDEX, TokenizedRow, Tokenized
 from lowmem_npo.data.turns import CALLS
 from lowmem_npo.errors import UserError
 from lowmem_npo.progress import Progress
+from lowmem_npo.sizes import first_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -350,10 +351,9 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def _refuse(too_long: list[tuple[Example, int]], max_length: int) -> None:
-    listed = "; ".join(f"{example.where} (prompt of {length} tokens)" for example, length in too_long[:5])
-    more = f" and {len(too_long) - 5} more" if len(too_long) > 5 else ""
+    listed = first_of([f"{example.where} (prompt of {length} tokens)" for example, length in too_long])
     needed = max(length for _, length in too_long) + 2
     raise UserError(
-        f"With --max-length {max_length} nothing of the answer is left in {listed}{more}; "
+        f"With --max-length {max_length} nothing of the answer is left in {listed}; "
         f"give --max-length {needed} or more, or remove these rows."
     )

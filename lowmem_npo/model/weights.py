@@ -17,6 +17,7 @@ from lowmem_npo.files import expanded
 from lowmem_npo.model.checkpoint import Checkpoint, find_checkpoint, lists_tensors, weight_files
 from lowmem_npo.model.original_olmo import is_original
 from lowmem_npo.model.quantization import is_finite, statistics, stored_quantization
+from lowmem_npo.sizes import first_of
 
 
 def check_directory_weights(name: str, architecture: PretrainedConfig, say: Say = silent) -> None:
@@ -149,6 +150,4 @@ def _no_progress_bar() -> Iterator[None]:
 
 
 def _first(names: Collection[str]) -> str:
-    """Three of them in full, the others counted."""
-    first, more = ", ".join(sorted(names)[:3]), len(names) - 3
-    return f"{first} and {more} more" if more > 0 else first
+    return first_of(sorted(names), 3, ", ")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from lowmem_npo.config import PREFERRING_TERMS, REFUSING_TERMS, RunConfig, may_prefer
 from lowmem_npo.data import PreparedData, TokenizedRow, TokenizedRows
 from lowmem_npo.errors import UserError
+from lowmem_npo.sizes import first_of
 from lowmem_npo.training.layered import divide
 
 MOST_NAMED = 8  # rows of a part
@@ -63,10 +64,9 @@ class TrainingRows:
         names = self.names.get(part)
         listed = [str(place + 1) if names is None else names[place] for place in sorted(places)]
         listed = list(dict.fromkeys(listed))
-        more = f" and {len(listed) - MOST_NAMED} more" if len(listed) > MOST_NAMED else ""
         if names is not None:
-            return f"{part}: {'; '.join(listed[:MOST_NAMED])}{more}"
-        return f"{part} row{'s' if len(listed) > 1 else ''} {', '.join(listed[:MOST_NAMED])}{more}"
+            return f"{part}: {first_of(listed, MOST_NAMED)}"
+        return f"{part} row{'s' if len(listed) > 1 else ''} {first_of(listed, MOST_NAMED, ', ')}"
 
     @property
     def cache_names(self) -> dict[str, str]:

@@ -16,7 +16,6 @@ from lowmem_npo.claim import make_directory
 from lowmem_npo.config import RunConfig
 from lowmem_npo.console import Say
 from lowmem_npo.data.fit import known_fit
-from lowmem_npo.data.overlap import MAX_LISTED
 from lowmem_npo.data.rows import is_text
 from lowmem_npo.data.schemas import Example
 from lowmem_npo.data.self_answered import LONGEST, answers_number, asking, most_tokens, other_answer
@@ -31,6 +30,7 @@ from lowmem_npo.files import expanded, json_sha256, write_atomically
 from lowmem_npo.model import resolve_name
 from lowmem_npo.model.names import commit_of
 from lowmem_npo.run_directory import RunDirectory
+from lowmem_npo.sizes import first_of
 
 SEED = 0  # the texts do not depend on --seed, so that runs with several seeds can be compared
 ROUNDS = 16  # in which what came out empty is tried anew
@@ -154,10 +154,9 @@ def write_own_answers(
 
     _let_write(model, tokenizer, asked, take, number + ROUNDS, _at_once(config, asked), "other answers")
     if without := [one.where for one, own in zip(rows.examples, answers, strict=True) if not own]:
-        more = f" and {len(without) - MAX_LISTED} more" if len(without) > MAX_LISTED else ""
         raise UserError(
             f"--alternatives {config.data.alternatives}: the original model writes no other answer to "
-            f"{'; '.join(without[:MAX_LISTED])}{more}: write one yourself, into a column that --alternative-column "
+            f"{first_of(without)}: write one yourself, into a column that --alternative-column "
             "names, or leave these rows out."
         )
     _write(path, [{"alternatives": own} for own in answers], "--alternatives self", private=True)
