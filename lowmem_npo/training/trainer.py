@@ -176,14 +176,15 @@ class NPOTrainer(Trainer):
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        files = AdapterFiles(Path(output_dir or str(self.args.output_dir)))
         if self.args.should_save:
-            make_directory(Path(output_dir or str(self.args.output_dir)))
+            make_directory(files.path)
         super().save_model(output_dir, _internal_call)
-        if self.args.should_save:  # safetensors lets nobody else read its files; a server may run as somebody else
-            files = AdapterFiles(Path(output_dir or str(self.args.output_dir)))
+        if self.args.should_save:
+            # safetensors lets nobody else read its files; a server may run as somebody else
             shutil.copymode(files.adapter_config, files.weights)
-        if _internal_call and output_dir is not None and self.args.should_save:  # a checkpoint
-            write_digest(AdapterFiles(Path(output_dir)))
+            if _internal_call and output_dir is not None:  # a checkpoint
+                write_digest(files)
 
     def _save_rng_state(self, output_dir: str) -> None:  # a checkpoint's last file but trainer_state.json
         super()._save_rng_state(output_dir)
