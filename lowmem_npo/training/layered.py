@@ -17,14 +17,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Hashable, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.sizes import counted
-from lowmem_npo.training.step_rows import StepBatches
+from lowmem_npo.training.step_rows import StepBatches, order_of
 
 FOLDS, FORGET, EARLIER, SLOTS, RETAIN = 2, 3, 4, 5, 6  # streams of random numbers, beside those of step_rows
 HALVES = 9  # another, beside those of adversary.py
@@ -172,7 +171,7 @@ class LayeredBatches(StepBatches):
             return self._alike[stage]
         folds = self.folds[: stage + 1]
         if self.parts > 1:
-            orders = [_order(len(fold), self.seed, HALVES, stage, number) for number, fold in enumerate(folds)]
+            orders = [order_of(len(fold), self.seed, HALVES, stage, number) for number, fold in enumerate(folds)]
             folds = [[fold[place] for place in order] for fold, order in zip(folds, orders, strict=True)]
         newest = folds if len(folds) == len(self.folds) else folds[-1:]
         earlier = folds[: len(folds) - len(newest)]
@@ -196,13 +195,13 @@ class LayeredBatches(StepBatches):
             turn -= 1
         also = range(int(turn * shown), int((turn + 1) * shown))
         rows = [*self._pass(turn, newest, side), *(self._earlier(n, earlier, side, time) for n in also)]
-        return rows[_order(len(rows), self.seed, FORGET, *time, turn)[draw - before(turn)]]
+        return rows[order_of(len(rows), self.seed, FORGET, *time, turn)[draw - before(turn)]]
 
     def _earlier(self, draw: int, rows: Sequence[int], side: int, time: tuple[int, ...]) -> int:
         """The `draw`-th of the earlier folds' rows, or of their half, in a new order each time that all have come."""
         turn = (self.parts * draw + side) // len(rows)
         those = self._pass(turn, rows, side)
-        return those[_order(len(those), self.seed, EARLIER, *time, turn)[draw - self._before(turn, rows, side)]]
+        return those[order_of(len(those), self.seed, EARLIER, *time, turn)[draw - self._before(turn, rows, side)]]
 
     def _pass(self, turn: int, rows: Sequence[int], side: int) -> list[int]:
         """The rows of a half in its `turn`-th pass; an odd one out comes in the passes of both, in every second one."""
@@ -219,18 +218,8 @@ class LayeredBatches(StepBatches):
         later = [self.num_retain + row for fold in self.folds[stage + 1 :] for row in fold] * LATER_COPIES
         others = min(self.num_retain, RETAIN_PER_FORGET * self.num_forget) if later else self.num_retain
         turn, place = divmod(draw, len(later) + others)
-        slot = int(_order(len(later) + others, self.seed, SLOTS, stage, turn)[place])
+        slot = int(order_of(len(later) + others, self.seed, SLOTS, stage, turn)[place])
         if slot < len(later):
             return later[slot]
-        return self._cycled(turn * others + slot - len(later), self.num_retain, RETAIN, stage)
-
-    def _cycled(self, draw: int, rows: int, *stream: int) -> int:
-        """The `draw`-th of `rows`, which come in a new order each time that all have come."""
-        turn, place = divmod(draw, rows)
-        return int(_order(rows, self.seed, *stream, turn)[place])
-
-
-@lru_cache(maxsize=64)
-def _order(rows: int, *stream: int) -> np.ndarray:
-    """(rows,) int64: the order of rows that belongs to a seed, a stream, and a time."""
-    return np.random.default_rng(stream).permutation(rows)
+        turn, place = divmod(turn * others + slot - len(later), self.num_retain)
+        return int(order_of(self.num_retain, self.seed, RETAIN, stage, turn)[place])

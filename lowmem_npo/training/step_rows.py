@@ -103,13 +103,13 @@ class StepBatches(Sampler[list[Pick]]):
     def step_rows(self, step: int) -> tuple[list[int], list[int]]:
         """The forget and the retain rows of global step `step` (from 0), over all micro-batches and ranks."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        order = _order(self.seed, FORGET, epoch, self.num_forget)
+        order = order_of(self.num_forget, self.seed, FORGET, epoch)
         forget = order[step_in_epoch * self.batch_size : (step_in_epoch + 1) * self.batch_size]
         retain = []
         if self.num_retain:
             for draw in range(step * self.retain_batch_size, (step + 1) * self.retain_batch_size):
                 turn, index = divmod(draw, self.num_retain)
-                retain.append(int(_order(self.seed, RETAIN, turn, self.num_retain)[index]))
+                retain.append(int(order_of(self.num_retain, self.seed, RETAIN, turn)[index]))
         return forget.tolist(), retain
 
     def micro_batch(self, step: int, index: int) -> list[Pick]:
@@ -128,7 +128,7 @@ class StepBatches(Sampler[list[Pick]]):
                 yield self.micro_batch(step, index)
 
 
-@lru_cache(maxsize=8)
-def _order(seed: int, stream: int, turn: int, rows: int) -> np.ndarray:
-    """(rows,) int64: the order of a part's rows in its `turn`-th pass."""
-    return np.random.default_rng([seed, stream, turn]).permutation(rows)
+@lru_cache(maxsize=64)
+def order_of(rows: int, *stream: int) -> np.ndarray:
+    """(rows,) int64: the order of rows that belongs to a seed, a stream, and a time."""
+    return np.random.default_rng(stream).permutation(rows)
