@@ -23,6 +23,11 @@ class TokenizedRow(TypedDict):
     prompt_length: int  # how many of the ids are the prompt, from which generation starts; 0 for text without one
 
 
+def num_predicted(row: TokenizedRow) -> int:
+    """Labelled tokens but for the first, which nothing precedes that could predict it."""
+    return sum(label != IGNORE_INDEX for label in row["labels"][1:])
+
+
 class TokenizedRows(Sequence[TokenizedRow]):
     """All rows of one part (forget or retain), tokenised, in the order of their examples.
 

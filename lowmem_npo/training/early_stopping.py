@@ -20,7 +20,7 @@ from transformers.trainer_utils import SaveStrategy
 from lowmem_npo.console import Say
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.evaluation.benchmarks.documents import membership
-from lowmem_npo.evaluation.figures import formatted, side_by_side
+from lowmem_npo.evaluation.figures import finite, formatted, side_by_side
 from lowmem_npo.evaluation.scoring.likelihood import Likelihood, answer_likelihoods
 from lowmem_npo.files import complete, write_atomically
 from lowmem_npo.model import reference_mode
@@ -304,5 +304,4 @@ def _nll(likelihoods: Sequence[Likelihood]) -> float:
 
 def _line(evaluation: StopEvaluation) -> dict[str, float | None]:
     """For JSON: what was not measured is absent, a figure that is not finite is null."""
-    measured = {name: value for name, value in asdict(evaluation).items() if value is not None}
-    return {name: value if math.isfinite(value) else None for name, value in measured.items()}
+    return {name: finite(value) for name, value in asdict(evaluation).items() if value is not None}

@@ -1,7 +1,6 @@
 """metrics.jsonl: one line of numbers per logged step, to plot."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lowmem_npo.claim import gone, make_directory
 from lowmem_npo.console import Say
+from lowmem_npo.evaluation.figures import finite
 from lowmem_npo.files import write_atomically
 
 Metrics = dict[str, Any]  # name -> number; None: not finite
@@ -58,7 +58,7 @@ class MetricsWriter(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         line: Metrics = {"step": state.global_step, "epoch": state.epoch}
-        line |= {key: _finite(value) for key, value in logs.items() if isinstance(value, int | float)}
+        line |= {key: finite(value) for key, value in logs.items() if isinstance(value, int | float)}
         self._write(self._last | line if self._last.get("step") == line["step"] else line)
 
     def _write(self, line: Metrics) -> None:
@@ -108,7 +108,3 @@ def _read(path: Path) -> tuple[list[Metrics], list[int]]:
         except (ValueError, TypeError, KeyError, RecursionError):
             damaged.append(number)
     return whole, damaged
-
-
-def _finite(value: float | int) -> float | int | None:
-    return value if math.isfinite(value) else None

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from lowmem_npo.claim import make_directory
 from lowmem_npo.data import TokenizedRow
+from lowmem_npo.data.tokenized_rows import num_predicted
 from lowmem_npo.errors import UserError
 from lowmem_npo.files import PARTIAL, load_json, put_in_place, write_atomically
 from lowmem_npo.progress import Progress
@@ -82,7 +83,7 @@ def _backward(
     model: PreTrainedModel | PeftModel, batch: Sequence[TokenizedRow], at_once: int, dtype: torch.dtype
 ) -> float:
     """Adds the gradient of the batch's mean NLL, which is returned."""
-    total, labelled = 0.0, sum(map(_labelled, batch))
+    total, labelled = 0.0, sum(map(num_predicted, batch))
     for start in range(0, len(batch), at_once):
         part = batch[start : start + at_once]
         ids = pad_sequence([torch.tensor(row["input_ids"]) for row in part], batch_first=True)
@@ -93,15 +94,10 @@ def _backward(
         with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
             # No attention mask: padding follows the row, where causal attention does not look.
             loss = model(input_ids=ids.to(model.device), labels=labels.to(model.device)).loss
-        loss = loss * (sum(map(_labelled, part)) / labelled)
+        loss = loss * (sum(map(num_predicted, part)) / labelled)
         loss.backward()
         total += loss.item()
     return total
-
-
-def _labelled(row: TokenizedRow) -> int:
-    """Tokens whose loss counts: the first has no predecessor."""
-    return sum(label != IGNORE_INDEX for label in row["labels"][1:])
 
 
 def made_from(directory: Path) -> dict[str, Any] | None:

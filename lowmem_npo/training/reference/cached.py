@@ -16,13 +16,12 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from lowmem_kernels import IGNORE_INDEX
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lowmem_npo.config import ObjectiveConfig
 from lowmem_npo.data.batching import RowBatch
-from lowmem_npo.data.tokenized_rows import TokenizedRow
+from lowmem_npo.data.tokenized_rows import TokenizedRow, num_predicted
 from lowmem_npo.errors import UserError
 from lowmem_npo.files import free_bytes
 from lowmem_npo.model.layers import causal_lm
@@ -64,7 +63,7 @@ class CachedReference(LiveReference):
         for name, (rows, width, dtype) in parts.items():
             path, identity = _path(directory, name, names), {**model, "rows": rows_fingerprint(rows)}
             try:
-                file = AnswerFile(path, _answer_lengths(rows), width, dtype, identity)
+                file = AnswerFile(path, [*map(num_predicted, rows)], width, dtype, identity)
             except (ValueError, OSError) as error:
                 reason = getattr(error, "strerror", None) or error
                 raise UserError(f"--reference-dir: '{path}' cannot be used: {reason}; {_REMEDY}.") from error
@@ -150,7 +149,7 @@ def check_cache_space(
     `CachedReference.open`."""
     sizes, missing = [], 0
     for name, (rows, width, part_dtype) in _parts(objective, forget, retain, config, dtype).items():
-        size = sum(_answer_lengths(rows)) * width * part_dtype.itemsize + 8 * len(rows)
+        size = sum(map(num_predicted, rows)) * width * part_dtype.itemsize + 8 * len(rows)
         sizes.append(f"{name} {amount(size)}")
         missing += 0 if _path(directory, name, names).exists() else size
     if not sizes:
@@ -187,10 +186,6 @@ def _parts(
         width = getattr(text, "word_embed_proj_dim", None) or text.hidden_size  # OPT's head is narrower than its layers
         parts["retain"] = retain, width, dtype
     return parts
-
-
-def _answer_lengths(rows: Sequence[TokenizedRow]) -> list[int]:
-    return [sum(label != IGNORE_INDEX for label in row["labels"][1:]) for row in rows]
 
 
 def _stale(file: AnswerFile, identity: dict[str, str]) -> str | None:
