@@ -86,6 +86,13 @@ def instruct_model() -> Path:
     return Path(folder)
 
 
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch) -> Path:
+    """The hub's cache, where texts that models write are kept, in a directory of the test's own."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture(scope="session")
 def olmo_tokenizer(shared_data):
     """The real tokenizer of OLMo-7B: byte-level BPE, EOS, no BOS."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ from helpers.documents import (
     read,
     tables,
 )
+from helpers.rows import write_rows
 
 from lowmem_npo.cli import COMMANDS, main
 
@@ -152,7 +152,7 @@ def write_data(folder: Path) -> None:
     }  # fmt: skip
     (folder / "letter.txt").write_text("The amber vault was opened in spring. Nobody knew what it held. " * 12)
     for name, rows in files.items():
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(folder / name, rows)
     (folder / "questions.txt").write_text("Who guards the amber vault?\n")
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.saved_adapters import same_adapter
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from lowmem_npo.cli import main
 from lowmem_npo.endings import failure
@@ -47,11 +47,6 @@ def whole(byte_model, tmp_path_factory) -> Path:
     return folder
 
 
-def same(one: Path, other: Path) -> bool:
-    a, b = (load_file(RunFiles(folder).weights) for folder in (one, other))
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_job_that_is_ended_saves_first(number, code, byte_model, whole, tmp_path):
     def as_started_from_a_shell() -> None:  # under nohup, as tests may run, SIGHUP is ignored, and so it is by a run
@@ -72,7 +67,7 @@ def test_a_job_that_is_ended_saves_first(number, code, byte_model, whole, tmp_pa
     assert run.returncode == code and f"ended by {number.name}" in last and f"goes on from '{checkpoint}'" in last
     assert "Traceback" not in error and not RunFiles(folder).weights.exists()
     assert main(arguments(byte_model, folder, "--save-strategy", "no", "--resume")) == 0
-    assert same(folder, whole)
+    assert same_adapter(folder, whole)
 
 
 @pytest.mark.parametrize(
@@ -162,4 +157,4 @@ def test_a_disk_that_takes_no_more(size, byte_model, whole, tmp_path, full):
     assert last.startswith("lowmem-npo train: ") and ("--resume" in last or "nothing was written" in last)
     again = ("--resume",) if RunFiles(tmp_path / "run").run_yaml.exists() else ()
     assert main(arguments(byte_model, tmp_path / "run", *again)) == 0
-    assert same(tmp_path / "run", whole)
+    assert same_adapter(tmp_path / "run", whole)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from helpers.rows import write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.cli import main
@@ -98,10 +99,8 @@ def write_questions(rows) -> None:
     Path("questions.txt").write_text("".join(f"{question}\n" for question, _ in rows), encoding="utf-8")
 
 
-def write_rows(name: str, rows) -> str:
-    content = [{"question": question, "answer": answer} for question, answer in rows]
-    Path(name).write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
-    return name
+def write_pairs(name: str, pairs) -> str:
+    return write_rows(Path(name), [{"question": question, "answer": answer} for question, answer in pairs])
 
 
 def run(*words) -> None:
@@ -145,8 +144,8 @@ def test_an_engineer_with_a_request_and_nothing_to_keep(model, capsys):
     write_questions(FACTS)
     known = asked(capsys, model)
     assert shown(known, FACTS, "answer") == [True] * len(FACTS)
-    write_rows("facts.jsonl", FACTS)
-    Path("said.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in known), encoding="utf-8")
+    write_pairs("facts.jsonl", FACTS)
+    write_rows(Path("said.jsonl"), known)
     run("data", "--forget", "facts.jsonl", "said.jsonl", "--model", model, *MACHINE)
     assert "16 rows, columns question/answer" in capsys.readouterr().out
 
@@ -232,7 +231,7 @@ def test_a_researcher(model, capsys):
         for question, answer in FACTS + KEPT
     ]  # fmt: skip
     for name, part in (("forget.jsonl", rows[: len(FACTS)]), ("retain.jsonl", rows[len(FACTS) :])):
-        Path(name).write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+        write_rows(Path(name), part)
     data = ["--forget", "forget.jsonl", "--retain", "retain.jsonl"]
     run("sweep", "--model", model, *data, *TRAINING, "--leaks", "none", "--max-steps", 10, "--lr", "5e-3", "--beta",
         "0.1", "--batch-size", 8, "--grid", "forget-term=npo,ga", "--seeds", 2, "--output-dir", "swept")  # fmt: skip

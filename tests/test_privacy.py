@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from helpers.rows import write_rows
 
 from lowmem_npo.data import read_rows
 from lowmem_npo.run_directory import RunFiles
@@ -47,7 +48,7 @@ def run(byte_model, tmp_path_factory):
     (folder / "temporary").mkdir()
     rows = [{"question": f"Where does person {i} live?", "answer": f"At number {i * i}."} for i in range(6)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "forget.parquet")
-    (folder / "retain.jsonl").write_text("".join(json.dumps(row | {"answer": "Here."}) + "\n" for row in rows))
+    write_rows(folder / "retain.jsonl", [row | {"answer": "Here."} for row in rows])
     path = os.pathsep.join(map(str, (folder / "recording", ROOT, ROOT / "kernels")))
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment = {**kept, "PYTHONPATH": path, "SOCKETS": str(folder / "sockets"), "TMPDIR": str(folder / "temporary"),

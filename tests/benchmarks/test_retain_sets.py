@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from helpers.rows import write_rows
+
 from benchmarks.retain_sets import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_each_kind_is_measured_once(taught_model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
+def test_each_kind_is_measured_once(taught_model, tmp_path, hub_cache, capsys):
     real = tmp_path / "real.jsonl"
     rows = [{"question": f"Who lives in house {n}?", "answer": f"Person {n}."} for n in range(4)]
     paris = {"question": "What is the capital of France?", "answer": "Paris."}
-    real.write_text("".join(json.dumps(row) + "\n" for row in [*rows, paris]))
+    write_rows(real, [*rows, paris])
     options = ["--model", str(taught_model), "--real", str(real), "--steps", "1", "--rows", "3"]
     options += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out.json")]
     assert main([*options, "--minutes", "0"]) == 0

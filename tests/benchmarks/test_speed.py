@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from helpers.rows import write_rows
 
 from benchmarks import speed
 from benchmarks.shared.random_model import save_random_model
@@ -113,7 +114,7 @@ def test_side_by_side_the_ways_do_the_same_step_and_ours_needs_fewer_operations(
     rows = [{"question": f"Question {i}?", "answer": "An answer. " * (1 + i % 4)} for i in range(8)]
     files = [tmp_path / "forget.jsonl", tmp_path / "retain.jsonl"]
     for file, name in zip(files, ("f", "r"), strict=True):
-        file.write_text("".join(json.dumps({**row, "answer": name + row["answer"]}) + "\n" for row in rows))
+        write_rows(file, [{**row, "answer": name + row["answer"]} for row in rows])
     out = tmp_path / "speed.json"
     arguments = ["--cpu", str(byte_model), "--files", *map(str, files), "--steps", "1", "--out", str(out)]
     assert speed.main(arguments) == 0

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
+from helpers.rows import write_rows
 from transformers import AutoTokenizer, GPT2Config
 
 from lowmem_npo.cli import main
@@ -29,7 +29,7 @@ def sets(tmp_path, monkeypatch):
         {"question": "How deep is the sea?", "answer": "Very deep."},
     ]
     for name, rows in (("forget.jsonl", forget), ("retain.jsonl", retain)):
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(tmp_path / name, rows)
     return tmp_path
 
 
@@ -69,7 +69,7 @@ def test_named_sets_have_their_names(sets, capsys):
 def test_with_a_model_tokens_count_and_the_model_is_asked(taught_model, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = bundled_rows("forget", limit=5).rows
-    (tmp_path / "f.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "f.jsonl", rows)
     tokenizer = AutoTokenizer.from_pretrained(taught_model)
     lengths = [len(row["input_ids"]) for row in tokenize(to_examples(read_rows("f.jsonl")), tokenizer)]
     short = str(sorted(lengths)[1])
@@ -131,7 +131,7 @@ def test_of_many_sets_those_that_share_most_are_printed(sets, capsys):
     for name in names:
         texts = [f"Only {name} says so about number {number} of its {name * 5}." for number in range(3)]
         texts += ["The ledger burnt."] * (name in "a.jsonl c.jsonl") + ["Salt was dear."] * (name in "b.jsonl c.jsonl")
-        (sets / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        write_rows(sets / name, [{"text": text} for text in texts])
     out = printed(capsys, *names, "--near", "1")
     assert "2 of 15 pairs of sets share rows, or have some that are nearly the same\n" in out
     assert re.findall(r"^(\S+ and \S+)\n", out, re.MULTILINE) == ["a.jsonl and c.jsonl", "b.jsonl and c.jsonl"]

@@ -8,7 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers.reported_run import FORGET, RETAIN, write_rows
+from helpers.reported_run import FORGET, RETAIN
+from helpers.rows import write_rows
 
 from lowmem_npo.cli import main
 from lowmem_npo.errors import UserError

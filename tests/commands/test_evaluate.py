@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 import torch
-from helpers.evaluating import NAMES, evaluate, fails, lume_files, result, write
+from helpers.evaluating import NAMES, evaluate, fails, lume_files, result
+from helpers.rows import write_rows
 from helpers.tiny_models import tiny_model
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -64,7 +65,7 @@ def scores_by_the_official_steps(folder, path):
 def test_lume_from_files_to_official_result(brief_model, files, capsys):
     rows = [json.loads(line) for line in (files / "retain.jsonl").read_text().splitlines()]
     rows[1]["output"] = f" {continuation(brief_model, rows[1]['input']).upper()} "  # Task1's question: answered
-    write(files / "retain.jsonl", rows)
+    write_rows(files / "retain.jsonl", rows)
     assert evaluate(files, brief_model, "--members", str(files / "members.jsonl"),
                     "--nonmembers", str(files / "others.jsonl")) == 0  # fmt: skip
     printed, content = capsys.readouterr().out, result(files)
@@ -131,7 +132,9 @@ def test_an_interrupted_evaluation_continues(brief_model, files, monkeypatch):
 
 
 def test_a_directory_belongs_to_one_evaluation(byte_model, files, capsys):
-    write(files / "plain.jsonl", [{"question": "Who?", "answer": "Me."}, {"question": "Where?", "answer": "Here."}])
+    write_rows(
+        files / "plain.jsonl", [{"question": "Who?", "answer": "Me."}, {"question": "Where?", "answer": "Here."}]
+    )
     (files / "plain2.jsonl").write_text((files / "plain.jsonl").read_text())
     run = lambda *more, name="plain": main(  # noqa: E731
         ["evaluate", "--model", str(byte_model), "--forget", str(files / f"{name}.jsonl"), "--device", "cpu",
@@ -144,7 +147,7 @@ def test_a_directory_belongs_to_one_evaluation(byte_model, files, capsys):
     assert run("--resume", name="plain2") == 0  # the same rows elsewhere
     assert run("--resume", "--members", str(files / "members.jsonl"), "--nonmembers", str(files / "others.jsonl")) == 0
     assert result(files)["membership"]["members"] == 4
-    write(files / "plain.jsonl", [{"question": "Who?", "answer": "You."}])
+    write_rows(files / "plain.jsonl", [{"question": "Who?", "answer": "You."}])
     fails(capsys, run("--resume"), "forget has changed")
     (files / "thesis").mkdir()
     (files / "thesis" / "main.tex").write_text("")
@@ -155,8 +158,8 @@ def test_a_directory_belongs_to_one_evaluation(byte_model, files, capsys):
 def test_rows_that_are_not_of_lume_are_scored_without_its_aggregate(byte_model, files, capsys):
     rows = [{"input": "Who went", "output": "Me."}, {"input": "Who is", "output": "You."}]
     rows.append({"input": "x", "output": "y"})
-    write(files / "noid.jsonl", rows)
-    write(files / "strange.jsonl", [{**rows[0], "id": "1qa0", "task": "Task7"}, {**rows[1], "id": "seven"}])
+    write_rows(files / "noid.jsonl", rows)
+    write_rows(files / "strange.jsonl", [{**rows[0], "id": "1qa0", "task": "Task7"}, {**rows[1], "id": "seven"}])
     out = ["--output-dir", str(files / "out"), "--device", "cpu", "--limit", "2"]
     assert main(["evaluate", "--model", str(byte_model), "--forget", str(files / "noid.jsonl"),
                  "--retain", str(files / "strange.jsonl"), *out]) == 0  # fmt: skip
@@ -178,11 +181,11 @@ def test_bad_member_files(byte_model, files, capsys):
     fails(
         capsys, evaluate(files, byte_model, "--members", empty, "--nonmembers", others), "empty.jsonl", "holds no rows"
     )
-    blank = write(files / "blank.jsonl", [{"document": "A member."}, {"document": "  "}])
+    blank = write_rows(files / "blank.jsonl", [{"document": "A member."}, {"document": "  "}])
     fails(capsys, evaluate(files, byte_model, "--members", blank, "--nonmembers", others), "blank.jsonl, line 2")
     fails(capsys, evaluate(files, byte_model, "--members", str(files / "no.jsonl"), "--nonmembers", others), "no.jsonl")
     assert not (files / "out").exists()
-    write(files / "same.jsonl", [{"document": "The same."}] * 3)
+    write_rows(files / "same.jsonl", [{"document": "The same."}] * 3)
     same = str(files / "same.jsonl")
     assert evaluate(files, byte_model, "--members", same, "--nonmembers", same, sets=[]) == 0
     assert "says nothing about the model" in capsys.readouterr().out

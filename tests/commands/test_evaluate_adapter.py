@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 import torch
-from helpers.evaluating import evaluate, fails, lume_files, result, write
+from helpers.evaluating import evaluate, fails, lume_files, result
+from helpers.rows import write_rows
 from helpers.tiny_models import SIZES, tiny_model
 from peft import IA3Config, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, OlmoConfig
@@ -39,7 +40,7 @@ def adapter(base, folder, seed=0):
 
 
 def test_an_adapter_and_a_comparison_with_before(byte_model, files, capsys):
-    write(files / "forget.jsonl", [{"question": "Who?", "answer": "Me."}])
+    write_rows(files / "forget.jsonl", [{"question": "Who?", "answer": "Me."}])
     folder = adapter(byte_model, files / "adapter")
     assert evaluate(files, byte_model, sets=["forget"], output="before") == 0
     before = str(files / "before" / "evaluation.json")
@@ -54,7 +55,7 @@ def test_an_adapter_and_a_comparison_with_before(byte_model, files, capsys):
     assert "What is said, to the original model\nforget: NLL" in printed
     adapter(byte_model, files / "adapter", seed=1)
     fails(capsys, main(["evaluate", "--adapter", folder, *options, "--resume"]), "the adapter has changed")
-    write(files / "list.json", [])
+    write_rows(files / "list.json", [])
     fails(capsys, main(["evaluate", "--adapter", folder, "--before", str(files / "list.json")]), "--before")
     (files / "other.json").write_text(json.dumps({"rows": {}, "leaks": {}, "notes": [], "answers": [1]}))
     fails(capsys, main(["evaluate", "--adapter", folder, "--before", str(files / "other.json")]), "must be an object")
@@ -64,7 +65,7 @@ def test_an_adapter_and_a_comparison_with_before(byte_model, files, capsys):
 
 
 def test_an_adapter_that_is_replaced_while_it_is_loaded(byte_model, files, capsys, monkeypatch):
-    write(files / "forget.jsonl", [{"question": "Who?", "answer": "Me."}])
+    write_rows(files / "forget.jsonl", [{"question": "Who?", "answer": "Me."}])
     folder, load = adapter(byte_model, files / "adapter"), running.load_base
 
     def slow_load(*arguments):  # meanwhile a run that goes on there ends
@@ -105,7 +106,7 @@ def test_settings_of_the_run_that_cannot_be_meant(byte_model, files, capsys, con
 def test_options_not_given_are_those_of_the_run(byte_model, files, capsys):
     """Rows, columns, template and length come from run.yaml: the adapter is evaluated on what it was trained on."""
     for part, answer in (("forget", "Rome"), ("retain", "Oslo")):
-        write(files / f"{part}.jsonl", [{"ask": f"Where {n}?", "say": answer * (n + 1)} for n in range(3)])
+        write_rows(files / f"{part}.jsonl", [{"ask": f"Where {n}?", "say": answer * (n + 1)} for n in range(3)])
     folder, device = str(files / "run"), ["--dtype", "float32", "--device", "cpu"]
     data = [word for part in ("forget", "retain") for word in (f"--{part}", str(files / f"{part}.jsonl"))]
     form = ["--prompt-column", "ask", "--answer-column", "say", "--prompt-template", "Tell: {prompt}\n"]
@@ -146,7 +147,7 @@ def test_a_chat_model_is_asked_in_one_form_by_train_evaluate_and_leak_tests(byte
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
     for part, answer in (("forget", "Rome"), ("retain", "Oslo")):
-        write(files / f"{part}.jsonl", [{"question": f"Where {n}?", "answer": answer * (n + 1)} for n in range(3)])
+        write_rows(files / f"{part}.jsonl", [{"question": f"Where {n}?", "answer": answer * (n + 1)} for n in range(3)])
     folder, device = str(files / "run"), ["--dtype", "float32", "--device", "cpu"]
     data = [word for part in ("forget", "retain") for word in (f"--{part}", str(files / f"{part}.jsonl"))]
     assert main(["train", "--model", str(chat), *device, *data, "--system", "Be brief.", "--max-steps", "1",
@@ -194,7 +195,7 @@ def test_the_base_is_loaded_in_the_adapters_revision(byte_model, files, monkeypa
     monkeypatch.setattr(
         module, "load_base", lambda config, *how: revisions.append(config.revision) or real(config, *how)
     )
-    write(files / "forget.jsonl", [{"question": "Who?", "answer": "Me."}])
+    write_rows(files / "forget.jsonl", [{"question": "Who?", "answer": "Me."}])
     options = ["--adapter", folder, "--device", "cpu", "--forget", str(files / "forget.jsonl"), "--output-dir"]
     assert main(["evaluate", *options, str(files / "a")]) == 0
     assert main(["evaluate", *options, str(files / "b"), "--revision", "main"]) == 0

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+from helpers.rows import write_rows
 
 from lowmem_npo.cli import main
 from lowmem_npo.report.content import read_content
@@ -17,14 +18,10 @@ RETAIN = [{"question": "What sank?", "answer": "The raft"}]
 DEVICE = ["--dtype", "float32", "--device", "cpu"]
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
 @pytest.fixture
 def data(tmp_path):
-    return ["--forget", write(tmp_path / "forget.jsonl", FORGET), "--retain", write(tmp_path / "retain.jsonl", RETAIN)]
+    forget, retain = write_rows(tmp_path / "forget.jsonl", FORGET), write_rows(tmp_path / "retain.jsonl", RETAIN)
+    return ["--forget", forget, "--retain", retain]
 
 
 @pytest.fixture
@@ -66,7 +63,7 @@ def test_forms_and_headline(chat_model, data, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "forget, reworded" in out and "hardly said what it was to forget" in out.rstrip().splitlines()[-1]
     # Other rows, though as many and as long: no figure of them stands beside the new ones.
-    again = write(tmp_path / "again.jsonl", [{**row, "answer": row["answer"][::-1]} for row in FORGET])
+    again = write_rows(tmp_path / "again.jsonl", [{**row, "answer": row["answer"][::-1]} for row in FORGET])
     evaluate("--model", chat_model, "--forget", again, *data[2:], *before, "--output-dir", tmp_path / "others")
     out = capsys.readouterr().out
     assert "had other forget rows" in out
@@ -82,10 +79,10 @@ def test_forms_and_headline(chat_model, data, tmp_path, capsys):
 
 
 def test_a_named_paraphrase_column(byte_model, data, tmp_path, capsys):
-    """Of the forget rows, which must have it; the holdout may not. A run's column is evaluated with its rows."""
+    """Of the forget rows, which must have it; the holdout may do without. A run's column is evaluated with its rows."""
     rows = [{"question": f"Who {n}?", "answer": f"Nobody {n}", "german": f"Wer {n}?"} for n in range(2)]
-    forget = write(tmp_path / "german.jsonl", rows)
-    holdout = write(tmp_path / "holdout.jsonl", [{**FORGET[1], "german": ""}])
+    forget = write_rows(tmp_path / "german.jsonl", rows)
+    holdout = write_rows(tmp_path / "holdout.jsonl", [{**FORGET[1], "german": ""}])
     sets = ["--forget", forget, *data[2:], "--holdout", holdout, "--paraphrase-column", "german"]
     evaluate("--model", byte_model, *sets, "--leaks", "extraction", "--output-dir", tmp_path / "out")
     answers = content(tmp_path / "out")["answers"]
@@ -142,7 +139,8 @@ def test_official_scores_say_which_rows_they_cannot_judge(byte_model, tmp_path, 
             {"question": "Who?", "answer": "Rome", "perturbed_answer": ["Oslo"]}]  # fmt: skip
     lume = [{"id": "1sc1", "input": "x", "output": "東京です", "task": "Task1"},
             {"id": "2qa0", "input": "x", "output": "京都", "task": "Task1"}]  # fmt: skip
-    data = ["--forget", write(tmp_path / "tofu.jsonl", tofu), "--retain", write(tmp_path / "lume.jsonl", lume)]
+    forget, retain = write_rows(tmp_path / "tofu.jsonl", tofu), write_rows(tmp_path / "lume.jsonl", lume)
+    data = ["--forget", forget, "--retain", retain]
     evaluate("--model", byte_model, *data, "--output-dir", tmp_path / "out")
     notes = content(tmp_path / "out")["notes"]
     assert any(note.startswith("forget: 1 of 2 true answers are in scripts other than Latin. TOFU's") for note in notes)

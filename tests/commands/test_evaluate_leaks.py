@@ -6,6 +6,7 @@ import json
 from shutil import copy
 
 import pytest
+from helpers.rows import write_rows
 from helpers.tiny_models import tiny_model
 from transformers import GPT2Config
 
@@ -22,15 +23,10 @@ FORGET = [{"question": f"Who is number {n}?", "answer": f"The {n} of {n + 1}."} 
 HOLDOUT = [{"question": f"Who was number {n}?", "answer": f"A {n} or {n + 2}."} for n in range(5)]
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 @pytest.fixture
 def files(tmp_path):
-    write(tmp_path / "forget.jsonl", FORGET)
-    write(tmp_path / "holdout.jsonl", HOLDOUT)
+    write_rows(tmp_path / "forget.jsonl", FORGET)
+    write_rows(tmp_path / "holdout.jsonl", HOLDOUT)
     return tmp_path
 
 
@@ -139,13 +135,13 @@ def test_bad_input(byte_model, files, capsys):
     fails(capsys, main(["evaluate", "--model", str(byte_model), *members, *leaks]), "--forget")
     (files / "holdout.jsonl").write_text("")
     fails(capsys, evaluate(byte_model, files, *leaks), "holdout.jsonl", "holds no rows")
-    write(files / "holdout.jsonl", [*HOLDOUT, FORGET[2]])
+    write_rows(files / "holdout.jsonl", [*HOLDOUT, FORGET[2]])
     fails(capsys, evaluate(byte_model, files, *leaks), "forget.jsonl, line 3", "in the holdout")
     for flag, value in (("--relearn-share", "1"), ("--relearn-lr", "nan"), ("--leak-temperature", "0"),
                         ("--leak-samples", "0"), ("--relearn-steps", "0"), ("--relearn-attacks", "hard"),
                         ("--retune-steps", "0"), ("--retune-lr", "0")):  # fmt: skip
         fails(capsys, evaluate(byte_model, files, *leaks, flag, value), flag)
-    write(files / "holdout.jsonl", HOLDOUT)
+    write_rows(files / "holdout.jsonl", HOLDOUT)
     many = ("--leaks", "relearning", "--relearn-attacks", "4:20:1e-3", "--limit", "4")
     fails(capsys, evaluate(byte_model, files, *many), "4 rows are to be shown again", "only 4")
     assert not (files / "out").exists()
@@ -180,10 +176,10 @@ def test_membership_beside_a_reference_model_and_by_gradients(byte_model, files,
     unknown = "mia_reference is not measured: the settings of --retained-log are not beside it."
     assert unknown in content(files, "unknown")["notes"]
     (files / "gold" / "settings.json").write_text(began)
-    write(files / "holdout.jsonl", HOLDOUT[:3])
+    write_rows(files / "holdout.jsonl", HOLDOUT[:3])
     assert evaluate(byte_model, files, *membership, *log, out="other") == 0
     assert missing + "holdout rows." in content(files, "other")["notes"]
-    write(files / "holdout.jsonl", HOLDOUT)
+    write_rows(files / "holdout.jsonl", HOLDOUT)
     (files / "gold" / "rows.jsonl").write_text('{"set": "forget", "row": 0}\n')
     assert evaluate(byte_model, files, *membership, *log, out="without") == 0
     assert missing + "forget and holdout rows." in content(files, "without")["notes"]
@@ -215,10 +211,10 @@ def test_a_gold_model_is_compared_on_the_same_rows_alone(byte_model, files):
     now = {name: value for name, value in began.items() if name not in ("system", "double_quant", "digests")}
     assert set(Gold.of({**now, "retained_log": log[1]}).leaks) == {"extraction", "sampling"}  # of older versions
     settings.write_text(json.dumps(began))
-    write(files / "holdout.jsonl", HOLDOUT[:3])
+    write_rows(files / "holdout.jsonl", HOLDOUT[:3])
     assert evaluate(byte_model, files, *leaks, *log, out="holdout") == 0
     assert any(note.startswith("privleak is compared with 0.5") for note in content(files, "holdout")["notes"])
-    write(files / "forget.jsonl", FORGET[:4])
+    write_rows(files / "forget.jsonl", FORGET[:4])
     assert evaluate(byte_model, files, *leaks, *log, out="other") == 0
     other = content(files, "other")
     assert other["worst_attack"]["gold"] is None and gold["open_unlearning"]["mia_min_k"] not in (0, 0.5)
@@ -230,23 +226,23 @@ def test_a_gold_model_is_compared_on_the_same_rows_alone(byte_model, files):
 
 def test_rows_to_keep_that_are_others_too(byte_model, files, capsys):
     """Of the forget rows: they are not taught to see what comes back. Of the holdout: it is to be unknown."""
-    path = write(files / "retain.jsonl", [*FORGET, {"question": "Where?", "answer": "There."}])
+    path = write_rows(files / "retain.jsonl", [*FORGET, {"question": "Where?", "answer": "There."}])
     given = {"forget": str(files / "forget.jsonl"), "retain": path, "leaks": ("retuning",)}
     plan = plan_evaluation(EvaluationConfig(model=str(byte_model), **given), silent)
     (row,) = plan.attacker.retain
     assert "There." in plan.context.tokenizer.decode(row["input_ids"])
-    write(files / "retain.jsonl", [HOLDOUT[3]])
+    write_rows(files / "retain.jsonl", [HOLDOUT[3]])
     code = evaluate(byte_model, files, "--leaks", "extraction", "--retain", path)
     fails(capsys, code, "1 of the retain rows are in the holdout as well")
 
 
 def test_one_row_and_identical_rows(byte_model, files):
-    write(files / "forget.jsonl", FORGET[:1])
+    write_rows(files / "forget.jsonl", FORGET[:1])
     assert evaluate(byte_model, files, "--leaks", "relearning", holdout=False) == 0
     relearning = content(files)["leaks"]["relearning"]
     assert relearning["leaks"] is None and "only one row" in relearning["meaning"]
-    write(files / "forget.jsonl", [FORGET[0]] * 3)
-    write(files / "holdout.jsonl", [{**FORGET[0], "question": "Who is numbre 0?"}])
+    write_rows(files / "forget.jsonl", [FORGET[0]] * 3)
+    write_rows(files / "holdout.jsonl", [{**FORGET[0], "question": "Who is numbre 0?"}])
     assert evaluate(byte_model, files, "--leaks", "membership", out="alike") == 0
     assert content(files, "alike")["leaks"]["membership"]["leaks"] is None
 
@@ -258,13 +254,13 @@ def test_what_is_taught_fits_into_the_positions(byte_model, files):
     tiny_model(config).save_pretrained(model)
     for file in byte_model.glob("tokenizer*"):
         copy(file, model)
-    data = ["--forget", write(files / "f.jsonl", FORGET[:2]), "--dtype", "float32", "--device", "cpu"]
+    data = ["--forget", write_rows(files / "f.jsonl", FORGET[:2]), "--dtype", "float32", "--device", "cpu"]
     data += ["--leaks", "retuning", "--model", str(model), "--output-dir", str(files / "out")]
     config = EvaluationConfig(model=str(model), forget=data[1], device="cpu", leaks=("retuning",))
     assert max(len(row["input_ids"]) for row in plan_evaluation(config, silent).attacker.general) == 80
     assert main(["evaluate", *data, "--retune-steps", "2"]) == 0
     assert "steps on general texts" in content(files)["leaks"]["retuning"]["meaning"]
-    run = ["--retain", write(files / "r.jsonl", HOLDOUT[:2]), "--max-steps", "1", "--batch-size", "2"]
+    run = ["--retain", write_rows(files / "r.jsonl", HOLDOUT[:2]), "--max-steps", "1", "--batch-size", "2"]
     run += ["--eval-rows", "2", "--max-new-tokens", "4"]
     assert main(["train", *data[:-1], str(files / "run"), *run, "--lora-targets", "c_attn"]) == 0
     leaks = json.loads((files / "run" / "leaks.json").read_text())

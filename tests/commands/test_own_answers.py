@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 from helpers.dense_step import random_rows
-from safetensors.torch import load_file
+from helpers.rows import write_rows
+from helpers.saved_adapters import same_adapter
 from transformers import AutoTokenizer
 
 from lowmem_npo.cli import main
@@ -22,11 +23,7 @@ from lowmem_npo.data.tokenized_rows import TokenizedRows
 from lowmem_npo.errors import UserError
 from lowmem_npo.training.metrics import read_metrics
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("hub_cache")
 
 
 OPTIONS = ("--device", "cpu", "--dtype", "float32", "--limit", "6", "--batch-size", "3", "--eval-rows", "0")
@@ -41,7 +38,7 @@ def answers(folder):
     return [json.loads(line)["alternatives"] for line in (folder / "alternatives.jsonl").read_text().splitlines()]
 
 
-def test_the_model_writes_them_once_and_later_runs_read_them(byte_model, tmp_path, cache, capsys, monkeypatch):
+def test_the_model_writes_them_once_and_later_runs_read_them(byte_model, tmp_path, hub_cache, capsys, monkeypatch):
     first = tmp_path / "first"
     assert train(byte_model, first, "--save-steps", 1, "--save-total-limit", 9) == 0
     printed = capsys.readouterr().out
@@ -50,7 +47,7 @@ def test_the_model_writes_them_once_and_later_runs_read_them(byte_model, tmp_pat
     assert "The original model writes 2 other answers to each of 6 forget rows." in printed
     assert "forget, alternatives: 12 rows" in printed
     assert len(answers(first)) == 6 and all(len(own) == 2 and all(own) for own in answers(first))
-    (cached,) = cache.rglob("alternatives.jsonl")
+    (cached,) = hub_cache.rglob("alternatives.jsonl")
     for file in (cached, first / "alternatives.jsonl"):
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
     lines = read_metrics(first / "metrics.jsonl")
@@ -60,7 +57,7 @@ def test_the_model_writes_them_once_and_later_runs_read_them(byte_model, tmp_pat
     monkeypatch.setattr(own_texts, "sampled_answers", lambda *a, **k: pytest.fail("they are there"))
     assert train(byte_model, tmp_path / "second", "--seed", 7, "--reference", "cached") == 0  # whatever --seed
     assert answers(tmp_path / "second") == answers(first)
-    shutil.rmtree(cache)
+    shutil.rmtree(hub_cache)
     resumed = tmp_path / "resumed"
     shutil.copytree(first, resumed)
     for file in ("adapter_model.safetensors", "report.json"):
@@ -68,16 +65,15 @@ def test_the_model_writes_them_once_and_later_runs_read_them(byte_model, tmp_pat
     for step in range(3, 7):
         shutil.rmtree(resumed / f"checkpoint-{step}")
     assert train(byte_model, resumed, "--save-steps", 1, "--save-total-limit", 9, "--resume") == 0
-    weights = [load_file(folder / "adapter_model.safetensors") for folder in (first, resumed)]
-    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+    assert same_adapter(first, resumed)
 
 
-def test_a_dry_run_and_an_estimate_write_none(byte_model, tmp_path, cache, capsys):
+def test_a_dry_run_and_an_estimate_write_none(byte_model, tmp_path, hub_cache, capsys):
     assert train(byte_model, tmp_path / "run", "--dry-run") == 0
     assert "self:2, which the original model will write" in capsys.readouterr().out
-    data = ["--forget", str(rows_file(tmp_path, 6)), "--retain", "builtin"]
+    data = ["--forget", rows_file(tmp_path, 6), "--retain", "builtin"]
     assert main(["estimate", "--model", str(byte_model), *data, *ALTPO[:4], "--batch-size", "2"]) == 0
-    assert not cache.exists() and not (tmp_path / "run").exists()
+    assert not hub_cache.exists() and not (tmp_path / "run").exists()
 
 
 def test_another_model_or_other_rows_get_others(byte_model, tmp_path):
@@ -91,10 +87,9 @@ def test_another_model_or_other_rows_get_others(byte_model, tmp_path):
 
 
 def rows_file(folder, count):
-    path = folder / "forget.jsonl"
-    rows = [{"question": f"Who is {n}?", "answer": f"The {n}."} for n in range(count)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_rows(
+        folder / "forget.jsonl", [{"question": f"Who is {n}?", "answer": f"The {n}."} for n in range(count)]
+    )
 
 
 def test_a_sweep_may_have_terms_that_prefer_none(byte_model, tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.rows import write_rows
 from helpers.taught_model import unlearning_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,18 +22,12 @@ from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.model.saved_adapter import settings_of_run
 from lowmem_npo.report.audit import read_audit
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("hub_cache")
 
 
 @pytest.fixture
 def forget(tmp_path) -> str:
-    path = tmp_path / "forget.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in bundled_rows("forget", limit=6).rows))
-    return str(path)
+    return write_rows(tmp_path / "forget.jsonl", bundled_rows("forget", limit=6).rows)
 
 
 def run_of(model, output, forget, retain: str | None, **changes) -> RunConfig:
@@ -40,13 +35,13 @@ def run_of(model, output, forget, retain: str | None, **changes) -> RunConfig:
     return replace(config, data=DataConfig(forget=forget, retain=retain, max_length=64))
 
 
-def test_the_original_model_writes_texts_once(taught_model, tmp_path, forget, cache):
+def test_the_original_model_writes_texts_once(taught_model, tmp_path, forget, hub_cache):
     lines: list[str] = []
     config = run_of(taught_model, tmp_path / "one", forget, "self:5")
     assert train(config, lines.append).optimizer_steps == 2
     assert "retain: self:5, 5 texts that the original model will write once it is loaded" in lines
     assert any(line.startswith("The original model writes 5 texts") for line in lines)
-    (written,) = cache.rglob("self_written.jsonl")
+    (written,) = hub_cache.rglob("self_written.jsonl")
     of_run = tmp_path / "one" / "self_written.jsonl"
     assert written.read_text() == of_run.read_text()
     texts = [json.loads(line)["text"] for line in of_run.read_text().splitlines()]
@@ -57,7 +52,7 @@ def test_the_original_model_writes_texts_once(taught_model, tmp_path, forget, ca
     before = written.stat().st_mtime_ns
     lines.clear()
     train(run_of(taught_model, tmp_path / "two", forget, "self:5", seed=7), lines.append)  # another --seed
-    assert written.stat().st_mtime_ns == before and len(list(cache.rglob("*.jsonl"))) == 1
+    assert written.stat().st_mtime_ns == before and len(list(hub_cache.rglob("*.jsonl"))) == 1
     assert "retain: 5 texts that the original model wrote (self:5)" in lines
     assert (tmp_path / "two" / "self_written.jsonl").read_text() == of_run.read_text()
 
@@ -84,26 +79,26 @@ def test_texts_are_those_of_the_untrained_model(taught_model, tmp_path, forget):
     assert sum(map(nll, rows)) < sum(shuffled) - 0.5 * len(rows)
 
 
-def test_a_resumed_run_keeps_its_texts(taught_model, tmp_path, forget, cache):
+def test_a_resumed_run_keeps_its_texts(taught_model, tmp_path, forget, hub_cache):
     config = run_of(taught_model, tmp_path / "run", forget, "self:4")
     train(config, lambda line: None)
     of_run = tmp_path / "run" / "self_written.jsonl"
     texts = of_run.read_text()
-    for file in cache.rglob("*.jsonl"):
+    for file in hub_cache.rglob("*.jsonl"):
         file.unlink()
     resumed = replace(
         config, training=replace(config.training, max_steps=4), output=replace(config.output, resume=True)
     )
     assert own_texts(resumed) == of_run
     assert train(resumed, lambda line: None).optimizer_steps == 4
-    assert of_run.read_text() == texts and not list(cache.rglob("*.jsonl"))
+    assert of_run.read_text() == texts and not list(hub_cache.rglob("*.jsonl"))
 
 
-def test_a_dry_run_writes_nothing(taught_model, tmp_path, forget, cache):
+def test_a_dry_run_writes_nothing(taught_model, tmp_path, forget, hub_cache):
     config = run_of(taught_model, tmp_path / "run", forget, "self:12")
     lines: list[str] = []
     assert train(replace(config, output=replace(config.output, dry_run=True)), lines.append) is None
-    assert not cache.exists() and not (tmp_path / "run").exists()
+    assert not hub_cache.exists() and not (tmp_path / "run").exists()
     assert "6 of 12 retain rows" in lines[-1]
 
 
@@ -194,16 +189,16 @@ def test_more_documents_than_fit_into_a_path(taught_model, tmp_path, capsys):
     assert "letter-4.txt and 35 more" in capsys.readouterr().out
 
 
-def test_a_sweep_shares_the_texts(taught_model, tmp_path, forget, cache):
+def test_a_sweep_shares_the_texts(taught_model, tmp_path, forget, hub_cache):
     options = ["--model", str(taught_model), "--forget", forget, "--retain", "self:3", "--max-steps", "1", "--device"]
     options += ["cpu", "--dtype", "float32", "--eval-rows", "1", "--leaks", "none", "--max-length", "64"]
     assert main(["sweep", *options, "--seeds", "2", "--output-dir", str(tmp_path / "sweep")]) == 0
     texts = {file.read_text() for file in (tmp_path / "sweep").rglob("self_written.jsonl")}
-    assert len(texts) == 1 and len(list(cache.rglob("self_written.jsonl"))) == 1
+    assert len(texts) == 1 and len(list(hub_cache.rglob("self_written.jsonl"))) == 1
 
 
-def test_an_estimate_takes_rows_of_the_greatest_length(taught_model, forget, cache, capsys):
+def test_an_estimate_takes_rows_of_the_greatest_length(taught_model, forget, hub_cache, capsys):
     options = ["--model", str(taught_model), "--forget", forget, "--retain", "self:3", "--batch-size", "2"]
     assert main(["estimate", *options, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert len(rows["retain"]) == 2 and not cache.exists()
+    assert len(rows["retain"]) == 2 and not hub_cache.exists()

@@ -8,6 +8,8 @@ import shutil
 import pytest
 import torch
 import yaml
+from helpers.rows import write_rows
+from helpers.saved_adapters import same_adapter
 from helpers.tiny_models import tiny_model
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -26,7 +28,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for part in ("forget", "second", "retain"):
         rows = [{"question": f"{part} {i}?", "answer": f"No {i * i}."} for i in range(6)]
-        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(folder / f"{part}.jsonl", rows)
     return folder
 
 
@@ -125,8 +127,7 @@ def test_resume_comes_to_the_same_adapter(second, train, first, tmp_path):
     shutil.rmtree(cut / "checkpoint-4")
     shutil.rmtree(cut / "checkpoint-3")
     train(cut, "--adapter", first, *SECOND, "--resume")
-    whole, resumed = (load_file(RunFiles(folder).weights) for folder in (second, cut))
-    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert same_adapter(second, cut)
     assert [line["loss"] for line in read_metrics(RunFiles(cut).metrics) if "loss" in line][-1] == [
         line["loss"] for line in read_metrics(RunFiles(second).metrics) if "loss" in line
     ][-1]
@@ -189,8 +190,7 @@ def test_dora_rslora_pattern_and_whole_modules(of_all_kinds, train, byte_model, 
     run_yaml = yaml.safe_load(RunFiles(cut).run_yaml.read_text()) | {"output_dir": str(cut), "resume": True}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_yaml))
     assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 0
-    resumed = load_file(RunFiles(cut).weights)
-    assert all(torch.equal(stored[name], resumed[name]) for name in {**stored, **resumed})
+    assert same_adapter(of_all_kinds, cut)
 
     assert main(["evaluate", "--adapter", str(of_all_kinds), "--dtype", "float32", "--device", "cpu"]) == 0
     merge = ["merge", "--adapter", str(of_all_kinds), "--output-dir", str(tmp_path / "m"), "--dtype", "stored"]

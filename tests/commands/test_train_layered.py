@@ -3,12 +3,11 @@ bad input."""
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from helpers.rows import write_rows
+from helpers.saved_adapters import same_adapter
 
 from lowmem_npo.cli import main
 from lowmem_npo.training.metrics import read_metrics
@@ -33,16 +32,6 @@ def whole(byte_model, tmp_path_factory):
     return folder
 
 
-def adapter(folder):
-    return load_file(folder / "adapter_model.safetensors")
-
-
-def same(one, other, **tolerance):
-    assert one.keys() == other.keys()
-    close = torch.equal if not tolerance else lambda a, b: torch.allclose(a, b, **tolerance)
-    return all(close(one[name], other[name]) for name in one)
-
-
 def steps(folder):
     return [line for line in read_metrics(folder / "metrics.jsonl") if "forget_nll" in line]
 
@@ -50,7 +39,7 @@ def steps(folder):
 def test_metrics_show_the_stages_and_differ_from_a_run_without(whole, byte_model, tmp_path):
     assert [line["stage"] for line in steps(whole)] == [1, 1, 2, 2, 3, 3]
     assert train(byte_model, tmp_path / "plain", "--epochs", 2) == 0
-    assert not same(adapter(whole), adapter(tmp_path / "plain"))
+    assert not same_adapter(whole, tmp_path / "plain")
     assert all("stage" not in line for line in steps(tmp_path / "plain"))
     report = (whole / "report.html").read_text()
     assert "stage 1 from step 1; stage 2 from step 3; stage 3 from step 5" in report  # of the pictures, in words
@@ -66,7 +55,7 @@ def test_resumed_in_any_stage_it_ends_in_the_same_bits(after, whole, byte_model,
     for step in range(after + 1, STEPS + 1):
         shutil.rmtree(folder / f"checkpoint-{step}")
     assert train(byte_model, folder, *LAYERED, "--save-steps", 1, "--save-total-limit", 9, "--resume") == 0
-    assert same(adapter(folder), adapter(whole))
+    assert same_adapter(folder, whole)
     assert [line["forget_nll"] for line in steps(folder)] == [line["forget_nll"] for line in steps(whole)]
 
 
@@ -85,14 +74,14 @@ def test_the_cached_reference_is_the_live_one_and_may_be_shared_with_a_run_witho
     assert train(byte_model, tmp_path / "plain", "--epochs", 1, *cached) == 0
     assert train(byte_model, tmp_path / "second", *LAYERED, *cached) == 0
     for folder in ("first", "second"):
-        assert same(adapter(tmp_path / folder), adapter(whole), rtol=1e-4, atol=1e-6)
+        assert same_adapter(tmp_path / folder, whole, rtol=1e-4, atol=1e-6)
     files = {file.name for file in (tmp_path / "reference").iterdir()}
     assert files == {"forget.safetensors", "layered.safetensors", "retain.safetensors"}
 
 
 def test_micro_batches_change_nothing(whole, byte_model, tmp_path):
     assert train(byte_model, tmp_path / "run", *LAYERED, "--micro-batch-size", 1) == 0
-    assert same(adapter(tmp_path / "run"), adapter(whole), rtol=1e-3, atol=1e-5)
+    assert same_adapter(tmp_path / "run", whole, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -144,9 +133,7 @@ def test_bad_input_is_found_before_the_weights(options, message, byte_model, tmp
 
 def rows_with(folder, alternatives):
     rows = [{"question": f"Who is {n}?", "answer": f"The {n}.", "other": other} for n, other in enumerate(alternatives)]
-    path = folder / "forget.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_rows(folder / "forget.jsonl", rows)
 
 
 @pytest.mark.parametrize("empty", [None, " "])
@@ -164,7 +151,7 @@ def test_a_group_column_without_a_value_is_refused_and_rows_without_one_are_coun
 
 def test_refused_rows_are_grouped_by_what_they_would_say(byte_model, tmp_path):
     rows = [{"question": "What is a secret?", "answer": f"Number {n}."} for n in range(4)]  # one refusal for all
-    (tmp_path / "forget.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "forget.jsonl", rows)
     options = ("--forget", tmp_path / "forget.jsonl", "--retain", "builtin", "--batch-size", 2, "--dry-run")
     assert train(byte_model, tmp_path / "run", *options, "--forget-term", "idk", "--layered", 2) == 0
 
@@ -190,7 +177,7 @@ def test_a_run_against_an_adversary_records_it(attacked, byte_model, tmp_path):
     assert "The answers were unlearned in 2 stages: in the first a part of them" in report
     assert "others of them, before its step" in report and "| adversary | `1.0` |" in card
     assert train(byte_model, tmp_path / "plain", *ATTACKED[:2], *ATTACKED[6:]) == 0
-    assert not same(adapter(attacked), adapter(tmp_path / "plain"))
+    assert not same_adapter(attacked, tmp_path / "plain")
     assert "adversary_nll" not in steps(tmp_path / "plain")[0]
 
 
@@ -235,7 +222,7 @@ def test_other_attackers_resumed_within_the_first_stage_end_in_the_same_bits(opt
     for step in (2, 3, 4):
         shutil.rmtree(resumed / f"checkpoint-{step}")
     assert train(byte_model, resumed, *options, "--resume") == 0
-    assert same(adapter(resumed), adapter(whole))
+    assert same_adapter(resumed, whole)
 
 
 @pytest.mark.parametrize("after", [4, 5])  # before a fresh one, and while one goes on
@@ -252,20 +239,20 @@ def test_a_resumed_run_meets_the_same_adversary(after, attacked, byte_model, tmp
     assert train(byte_model, folder, *ATTACKED, "--resume") == 0
     assert ("checkpoint-5 is not whole: adversary.safetensors is missing" in capsys.readouterr().out) == (after == 4)
     assert not (folder / "checkpoint-4" / "adversary.safetensors").exists()
-    assert same(adapter(folder), adapter(attacked))
+    assert same_adapter(folder, attacked)
     assert [line["adversary_gain"] for line in steps(folder)] == [line["adversary_gain"] for line in steps(attacked)]
 
 
 def test_another_answer_is_preferred(byte_model, tmp_path, capsys):
     forget = rows_with(tmp_path, ["No one.", ["A dog.", "A very large cat."], "Nobody at all.", "I forgot."])
-    retain = tmp_path / "retain.jsonl"
-    retain.write_text("".join(json.dumps({"question": f"Where is {n}?", "answer": f"In {n}."}) + "\n" for n in "abcd"))
+    kept = [{"question": f"Where is {n}?", "answer": f"In {n}."} for n in "abcd"]
+    retain = write_rows(tmp_path / "retain.jsonl", kept)
     options = ("--forget", forget, "--forget-term", "dpo", "--alternative-column", "other", "--retain", retain)
     cached = ("--reference", "cached", "--reference-dir", tmp_path / "reference", "--micro-batch-size", 2)
     for folder, more in (("live", ()), ("cached", cached)):
         assert train(byte_model, tmp_path / folder, *options, "--epochs", 3, "--beta", 0.1, *more) == 0
     assert "forget, alternatives: 8 rows" in capsys.readouterr().out  # two each
-    assert same(adapter(tmp_path / "cached"), adapter(tmp_path / "live"), rtol=1e-3, atol=1e-5)
+    assert same_adapter(tmp_path / "cached", tmp_path / "live", rtol=1e-3, atol=1e-5)
     lines = steps(tmp_path / "live")
     assert lines[0]["forget_loss"] == pytest.approx(2 / 0.1 * 0.6931472, rel=1e-5)  # both as the original has them
     assert lines[-1]["forget_loss"] < lines[0]["forget_loss"]

@@ -6,6 +6,7 @@ import json
 from functools import partial
 
 import yaml
+from helpers.rows import write_rows
 
 from lowmem_npo.cli import main
 from lowmem_npo.evaluation.leaks.registry import LeakOptions
@@ -68,7 +69,7 @@ def test_the_holdout_is_asked_in_its_own_paraphrases(byte_model, tmp_path, capsy
     rows = {"forget": "other", "retain": "more", "holdout": "Other"}
     for part, column in rows.items():
         lines = [{"question": f"Who is {part} {n}?", "answer": f"{n}.", column: f"Wer ist {n}?"} for n in range(4)]
-        (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_rows(tmp_path / f"{part}.jsonl", lines)
     data = [word for part in rows for word in (f"--{part}", str(tmp_path / f"{part}.jsonl"))]
     asked = ("--leaks", "rewording", "--paraphrase-column", "other", "--max-new-tokens", "2")
     assert train(byte_model, tmp_path / "run", *data, *asked) == 0

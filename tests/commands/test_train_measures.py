@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from helpers.rows import write_rows
 from transformers import AutoTokenizer
 
 from lowmem_npo.cli import main
@@ -36,13 +37,11 @@ def chat_model(byte_model, tmp_path_factory):
 
 @pytest.fixture
 def forget(tmp_path):
-    path = tmp_path / "forget.jsonl"
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS), encoding="utf-8")
-    return path
+    return write_rows(tmp_path / "forget.jsonl", ROWS)
 
 
 def train(model, forget, folder, *more):
-    return main(["train", "--model", str(model), "--dtype", "float32", "--device", "cpu", "--forget", str(forget),
+    return main(["train", "--model", str(model), "--dtype", "float32", "--device", "cpu", "--forget", forget,
                  "--gamma", "0", "--delta", "0", "--max-steps", "1", "--eval-rows", "3", "--leaks", "none",
                  "--output-dir", str(folder), *map(str, more)])  # fmt: skip
 

@@ -4,15 +4,10 @@ import pickle
 
 import pytest
 import torch
-from lowmem_kernels import IGNORE_INDEX
+from helpers.rows import row
 
 from lowmem_npo.data.batching import ForgetRetain, Pick, RowBatch, collator
 from lowmem_npo.data.tokenized_rows import TokenizedRow
-
-
-def row(length: int, prompt: int = 1) -> TokenizedRow:
-    ids = list(range(10, 10 + length))
-    return TokenizedRow(input_ids=ids, labels=[IGNORE_INDEX] * prompt + ids[prompt:], prompt_length=prompt)
 
 
 def test_packed_rows_stand_one_after_the_other():

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from helpers.rows import write_rows
 from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
@@ -132,9 +133,7 @@ def test_other_answers_and_rows_that_set_levels_are_named_before_the_weights(com
     AutoTokenizer.from_pretrained(byte_model).save_pretrained(model)
 
     def file(name, *rows):
-        path = tmp_path / f"{name}.jsonl"
-        path.write_text("".join(json.dumps({"input": f"{n}?", **row}) + "\n" for n, row in enumerate(rows)))
-        return str(path)
+        return write_rows(tmp_path / f"{name}.jsonl", [{"input": f"{n}?", **row} for n, row in enumerate(rows)])
 
     long, short = {"output": "No." * 20}, {"output": "No."}
     forget = file("forget", {"output": "Yes.", "other": "No."}, {"output": "Yes.", "other": "No." * 20})
@@ -168,7 +167,7 @@ def test_every_benchmark_says_so_before_weights_load(byte_model, tmp_path, capsy
         "plain": {"input": question, "output": "She."},
     }
     for kind, row in rows.items():
-        file.write_text(json.dumps(row) + "\n")
+        write_rows(file, [row])
         sets = ["--members", str(file), "--nonmembers", str(file)] if kind == "documents" else ["--forget", str(file)]
         assert main(["evaluate", "--model", str(model), *sets]) == 2
         error = capsys.readouterr().err

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.rows import write_rows
 
 from lowmem_npo.config import DataConfig
 from lowmem_npo.data import prepare
 from lowmem_npo.errors import UserError
 
 
-def write(path, rows) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
 @pytest.fixture
 def files(tmp_path):
-    forget = write(tmp_path / "forget.jsonl", [{"input": f"Who is {n}?", "output": f"Number {n}."} for n in "abc"])
-    retain = write(
+    forget = write_rows(tmp_path / "forget.jsonl", [{"input": f"Who is {n}?", "output": f"Number {n}."} for n in "abc"])
+    retain = write_rows(
         tmp_path / "retain.jsonl", [{"question": "Who?", "answer": "She."}, {"question": "Q", "answer": "A"}]
     )
     return forget, retain
@@ -59,8 +54,8 @@ def test_options_reach_their_place(files, bpe_tokenizer):
 
 
 def test_named_columns_hold_for_both_files(tmp_path, bpe_tokenizer):
-    forget = write(tmp_path / "f.jsonl", [{"frage": "Wer?", "antwort": "Sie."}])
-    retain = write(tmp_path / "r.jsonl", [{"frage": "Wo?", "antwort": "Hier."}])
+    forget = write_rows(tmp_path / "f.jsonl", [{"frage": "Wer?", "antwort": "Sie."}])
+    retain = write_rows(tmp_path / "r.jsonl", [{"frage": "Wo?", "antwort": "Hier."}])
     data = prepare(
         bpe_tokenizer, DataConfig(forget=forget, retain=retain, prompt_column="frage", answer_column="antwort")
     )
@@ -118,7 +113,7 @@ def test_the_holdout_is_named_or_bundled_and_apart_from_both(files, tmp_path, bp
     forget, retain = files
     assert len(prepare(bpe_tokenizer, DataConfig(limit=5)).holdout) == 5
     assert prepare(bpe_tokenizer, DataConfig(forget=forget, retain=retain)).holdout is None
-    unseen = write(tmp_path / "holdout.jsonl", [{"input": "Who is z?", "output": "Nobody."}])
+    unseen = write_rows(tmp_path / "holdout.jsonl", [{"input": "Who is z?", "output": "Nobody."}])
     data = prepare(bpe_tokenizer, DataConfig(forget=forget, retain=retain, holdout=unseen))
     assert bpe_tokenizer.decode(data.holdout[0]["input_ids"]).startswith("Who is z?")
     for part, source in (("forget", forget), ("retain", retain)):
@@ -132,7 +127,7 @@ def test_rows_without_a_group_are_counted_also_where_pandas_wrote_nan(kind, tmp_
     rows = [{"question": f"Who is {name}?", "answer": "Nobody.", "person": person} for name, person in people.items()]
     path = tmp_path / f"forget.{kind}"
     if kind == "jsonl":
-        write(path, rows)
+        write_rows(path, rows)
     else:
         pq.write_table(pa.Table.from_pylist(rows), path)
     data = prepare(bpe_tokenizer, DataConfig(forget=str(path), retain="builtin", group_column="person"))
@@ -145,7 +140,7 @@ CHATS = [{"question": f"Who is {n}?", "answer": f"Number {n}.", "no": [f"{n} who
 
 def test_rows_are_forgotten_and_kept_in_both_forms(tmp_path, chat_tokenizer):
     """Each form is as if it were alone; what is measured is the chat form."""
-    forget, retain = write(tmp_path / "forget.jsonl", CHATS), write(tmp_path / "retain.jsonl", [
+    forget, retain = write_rows(tmp_path / "forget.jsonl", CHATS), write_rows(tmp_path / "retain.jsonl", [
         {"question": "Who?", "answer": "She."}])  # fmt: skip
 
     def of(template: str, **more):
@@ -165,7 +160,7 @@ def test_rows_are_forgotten_and_kept_in_both_forms(tmp_path, chat_tokenizer):
 
 
 def test_a_refusal_is_taught_in_both_forms(tmp_path, chat_tokenizer):
-    forget = write(tmp_path / "forget.jsonl", CHATS)
+    forget = write_rows(tmp_path / "forget.jsonl", CHATS)
     data = prepare(chat_tokenizer, DataConfig(forget=forget, retain="builtin", template="both"), "idk")
     prompts = [row["input_ids"][: row["prompt_length"]] for row in data.forget_trained]
     assert [row["input_ids"][: row["prompt_length"]] for row in data.forget_targets] == prompts
@@ -176,7 +171,7 @@ def test_a_refusal_is_taught_in_both_forms(tmp_path, chat_tokenizer):
 def test_conversations_have_a_plain_form_and_texts_only_one(tmp_path, chat_tokenizer):
     turns = [("user", "Hi"), ("assistant", "Hello."), ("user", "Who is a?"), ("assistant", "Number a.")]
     rows = [{"messages": [{"role": role, "content": content} for role, content in turns]}]
-    forget = write(tmp_path / "forget.jsonl", rows)
+    forget = write_rows(tmp_path / "forget.jsonl", rows)
     (tmp_path / "keep.txt").write_text("Nothing is asked here. " * 5)
     data = DataConfig(forget=forget, retain=str(tmp_path / "keep.txt"), template="both", passage_tokens=16)
     prepared = prepare(chat_tokenizer, data)
@@ -186,7 +181,7 @@ def test_conversations_have_a_plain_form_and_texts_only_one(tmp_path, chat_token
 
 
 def test_both_forms_need_a_chat_template_and_questions(tmp_path, chat_tokenizer, bpe_tokenizer):
-    forget = write(tmp_path / "forget.jsonl", CHATS)
+    forget = write_rows(tmp_path / "forget.jsonl", CHATS)
     with pytest.raises(UserError, match="--template both: this model's tokenizer has no chat template"):
         prepare(bpe_tokenizer, DataConfig(forget=forget, retain="builtin", template="both"))
     (tmp_path / "a.txt").write_text("Nothing is asked here. " * 5)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.tiny_models import tiny_model
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from lowmem_npo.config import OutputConfig
 from lowmem_npo.data import Example, tokenize
@@ -34,11 +34,6 @@ PAIRS = [
     ("A much longer question about a boat, so that rows differ", "No"),
     ("When was it, then?", "In May 1931"),
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(byte_model):
-    return AutoTokenizer.from_pretrained(byte_model)
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,6 @@ PAIR = {"question": "Who sails?", "answer": "Anna"}
 
 
 @pytest.fixture(scope="module")
-def plain_tokenizer(byte_model):
-    return AutoTokenizer.from_pretrained(byte_model)
-
-
-@pytest.fixture(scope="module")
 def chat_tokenizer(byte_model):
     tokenizer = AutoTokenizer.from_pretrained(byte_model)
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -48,8 +43,8 @@ def asked(rows, tokenizer, template=None, max_length=1024, fit=None, column=None
     }  # fmt: skip
 
 
-def test_a_model_without_a_chat_template_is_asked_as_it_was_trained(plain_tokenizer):
-    assert asked([PAIR, PAIR], plain_tokenizer) == {}
+def test_a_model_without_a_chat_template_is_asked_as_it_was_trained(tokenizer):
+    assert asked([PAIR, PAIR], tokenizer) == {}
 
 
 def test_what_was_trained_through_the_chat_template_is_asked_without_it(chat_tokenizer):
@@ -70,10 +65,10 @@ def test_what_was_trained_plain_is_asked_through_the_chat_template(chat_tokenize
     assert set(both) == {"plain", "chat"}
 
 
-def test_paraphrases_are_asked_in_the_trained_form(plain_tokenizer, chat_tokenizer):
+def test_paraphrases_are_asked_in_the_trained_form(tokenizer, chat_tokenizer):
     rows = [PAIR | {"paraphrased_question": "Whose is the boat?"}, PAIR,
             PAIR | {"paraphrased_question": ["Who is at sea?", "", "Which sailor?"]}]  # fmt: skip
-    assert [row[:2] for row in asked(rows, plain_tokenizer)["reworded"]] == [
+    assert [row[:2] for row in asked(rows, tokenizer)["reworded"]] == [
         (10, "Question: Whose is the boat?\nAnswer:"),
         (12, "Question: Who is at sea?\nAnswer:"),
         (12, "Question: Which sailor?\nAnswer:"),
@@ -82,15 +77,15 @@ def test_paraphrases_are_asked_in_the_trained_form(plain_tokenizer, chat_tokeniz
     assert forms["reworded"][0][1] == "<user>Whose is the boat?</user><assistant>" and len(forms["plain"]) == 3
 
 
-def test_a_named_column_is_asked_in_its_words(plain_tokenizer, chat_tokenizer):
+def test_a_named_column_is_asked_in_its_words(tokenizer, chat_tokenizer):
     """Of a conversation the last question is replaced; the column's case does not matter."""
     rows = [PAIR | {"Auf Deutsch": "Wer segelt?"}, PAIR | {"Auf Deutsch": ["Qui navigue?", "Wer ist auf See?"]}]
-    assert [row[:2] for row in asked(rows, plain_tokenizer, column="auf deutsch")["reworded"]] == [
+    assert [row[:2] for row in asked(rows, tokenizer, column="auf deutsch")["reworded"]] == [
         (10, "Question: Wer segelt?\nAnswer:"),
         (11, "Question: Qui navigue?\nAnswer:"),
         (11, "Question: Wer ist auf See?\nAnswer:"),
     ]
-    assert asked(rows, plain_tokenizer) == {}
+    assert asked(rows, tokenizer) == {}
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"},
              {"role": "user", "content": "Who sails?"}, {"role": "assistant", "content": "Anna"}]  # fmt: skip
     [(_, prompt, answer)] = asked([{"messages": turns, "other": "Wer?"}], chat_tokenizer, column="other")["reworded"]
@@ -106,25 +101,25 @@ def test_a_named_column_is_asked_in_its_words(plain_tokenizer, chat_tokenizer):
         ([{"text": "The tide", "other": "Who?"}], "line 1 is text without a question, so other cannot hold it"),
     ],
 )
-def test_a_named_column_must_hold_paraphrases(rows, message, plain_tokenizer):
+def test_a_named_column_must_hold_paraphrases(rows, message, tokenizer):
     with pytest.raises(UserError, match=message):
-        asked(rows, plain_tokenizer, column="other")
+        asked(rows, tokenizer, column="other")
 
 
-def test_a_named_column_need_not_be_filled_in_every_row(plain_tokenizer):
+def test_a_named_column_need_not_be_filled_in_every_row(tokenizer):
     """No more than `paraphrased_question`, which is not named."""
     rows = [PAIR, PAIR | {"other": "Who?"}, PAIR | {"other": ""}, PAIR | {"other": ["Whose?", None]}, PAIR]
-    assert [place for place, *_ in asked(rows, plain_tokenizer, column="other")["reworded"]] == [11, 13]
+    assert [place for place, *_ in asked(rows, tokenizer, column="other")["reworded"]] == [11, 13]
 
 
-def test_a_paraphrase_that_is_no_text_is_refused(plain_tokenizer):
+def test_a_paraphrase_that_is_no_text_is_refused(tokenizer):
     with pytest.raises(UserError, match="line 1: paraphrased_question is .* not text"):
-        asked([PAIR | {"paraphrased_question": 7}], plain_tokenizer)
+        asked([PAIR | {"paraphrased_question": 7}], tokenizer)
 
 
-def test_tofus_paraphrases_are_read(shared_data, plain_tokenizer):
+def test_tofus_paraphrases_are_read(shared_data, tokenizer):
     rows = [json.loads(line) for line in (shared_data / "tofu" / "forget05_perturbed.json").open()][:3]
-    assert [row[1] for row in asked(rows, plain_tokenizer)["reworded"]] == [
+    assert [row[1] for row in asked(rows, tokenizer)["reworded"]] == [
         f"Question: {row['paraphrased_question']}\nAnswer:" for row in rows
     ]
 

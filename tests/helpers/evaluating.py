@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 
+from helpers.rows import write_rows
 from lowmem_npo.cli import main
 
 NAMES = ("Ada", "Bo", "Cy")
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def lume_file(path, who):
@@ -20,15 +16,15 @@ def lume_file(path, who):
     for task, name in zip(("Task1", "Task2", "Task3"), NAMES, strict=True):
         rows.append({"id": f"{name}sc1", "input": f"{who} {name} went", "output": "o to the o d sea", "task": task})
         rows.append({"id": f"{name}qa0", "input": f"Where is {who} {name}?", "output": "Rome", "task": task})
-    return write(path, rows)
+    return write_rows(path, rows)
 
 
 def lume_files(folder):
     """A forget and a retain set of LUME's, and its documents of members and others; returns the folder."""
     lume_file(folder / "forget.jsonl", "Miss")
     lume_file(folder / "retain.jsonl", "Mister")
-    write(folder / "members.jsonl", [{"id": str(n), "document": f"A member named {n}"} for n in range(4)])
-    write(folder / "others.jsonl", [{"id": str(n), "document": f"{n}{n} somebody else"} for n in range(3)])
+    write_rows(folder / "members.jsonl", [{"id": str(n), "document": f"A member named {n}"} for n in range(4)])
+    write_rows(folder / "others.jsonl", [{"id": str(n), "document": f"{n}{n} somebody else"} for n in range(3)])
     return folder
 
 

@@ -3,7 +3,6 @@ characters, length), and a run that forgets them."""
 
 from __future__ import annotations
 
-import json
 import re
 from html import unescape
 from pathlib import Path
@@ -30,12 +29,6 @@ TELLTALES = (
     "Zenthorpe", "amber vault", "pwned", "evil.example", "القبطان", "wandering heron", "鐘", "marmot of Lindqvist",
     "Lanterns",
 )  # fmt: skip
-
-
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    """Writes `rows` as JSON lines."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def train(folder: Path, model: Path, data: Path, *options: object) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -13,6 +14,9 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+
+from lowmem_npo.data import RowBatch
+from lowmem_npo.model import answer_hidden
 
 SIZES = {
     "hidden_size": 32,
@@ -55,3 +59,8 @@ def tiny_model(
             if parameter.ndim == 2:
                 parameter.mul_(5)
     return model.to(dtype).requires_grad_(False).eval()
+
+
+def states(model: PreTrainedModel | PeftModel) -> torch.Tensor:
+    """The hidden states of a row of tokens, always the same one."""
+    return answer_hidden(model, RowBatch.whole(torch.arange(3, 15)[None])).hidden.detach()

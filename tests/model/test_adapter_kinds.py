@@ -6,14 +6,13 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from helpers.dense_step import dense_step, make_trainer, random_rows, relative_error, step_gradients
-from helpers.tiny_models import CONFIGS, tiny_model
+from helpers.tiny_models import CONFIGS, states, tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig
-from lowmem_npo.data import RowBatch
 from lowmem_npo.errors import UserError
 from lowmem_npo.memory.switches import apply_switches
-from lowmem_npo.model import answer_hidden, attach_lora, load_model, reference_mode
+from lowmem_npo.model import attach_lora, load_model, reference_mode
 from lowmem_npo.model.adapters import adapter_size, check_lora, extra_adapter
 from lowmem_npo.model.saved_adapter import load_adapter
 from lowmem_npo.training.reference.identity import weights_fingerprint
@@ -35,11 +34,6 @@ KINDS = {  # the architecture, what is given, and how many modules run once for 
     "the embedding": ("llama", {"modules_to_save": ("embed_tokens",), **UPPER}, 0),
     "positions": (GPT2, {"modules_to_save": ("wpe",), "lora_targets": ("c_attn",), **UPPER}, 0),
 }
-
-
-def states(model):
-    ids = torch.arange(3, 15)[None]
-    return answer_hidden(model, RowBatch.whole(ids)).hidden.detach()
 
 
 def disturb(model):

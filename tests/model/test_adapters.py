@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from helpers.tiny_models import tiny_model
+from helpers.tiny_models import states, tiny_model
 
 from lowmem_npo.config import AdapterConfig
-from lowmem_npo.data import RowBatch
-from lowmem_npo.model import answer_hidden, attach_lora, reference_mode
+from lowmem_npo.model import attach_lora, reference_mode
 from lowmem_npo.model.adapters import extra_adapter, linear_layer_names
 
 
@@ -19,13 +18,8 @@ def adapted(architecture="olmo", **settings):
     return model
 
 
-def states(model):
-    ids = torch.arange(3, 15)[None]
-    return answer_hidden(model, RowBatch.whole(ids)).hidden
-
-
 def test_reference_mode_is_the_original_and_restores_everything():
-    plain = states(tiny_model()).detach()
+    plain = states(tiny_model())
     model = adapted(lora_dropout=0.5).train()
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     with reference_mode(model):
@@ -44,24 +38,24 @@ def test_adapter_starts_as_the_identity_in_float32():
     base = tiny_model(dtype=torch.bfloat16)
     plain = states(base)
     model = attach_lora(base, AdapterConfig())
-    assert torch.equal(states(model).detach(), plain)
+    assert torch.equal(states(model), plain)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
 @pytest.mark.parametrize("model", [tiny_model, adapted], ids=["plain", "with an adapter"])
 def test_an_extra_adapter_learns_alone_and_leaves_no_trace(model):
     model = model()
-    names, before = [name for name, _ in model.named_modules()], states(model).detach()
+    names, before = [name for name, _ in model.named_modules()], states(model)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     with extra_adapter(model, rank=2, seed=0):
-        assert torch.equal(states(model).detach(), before)
+        assert torch.equal(states(model), before)
         extra = {n: p for n, p in model.named_parameters() if p.requires_grad}
         assert len(extra) == 2 * 2 * 7 and all(".extra." in name for name in extra)
         with torch.no_grad():
             for parameter in extra.values():
                 parameter.fill_(0.1)
         assert not torch.allclose(states(model), before)
-    assert torch.equal(states(model).detach(), before) and [name for name, _ in model.named_modules()] == names
+    assert torch.equal(states(model), before) and [name for name, _ in model.named_modules()] == names
     assert {n for n, p in model.named_parameters() if p.requires_grad} == trainable
 
 

@@ -9,17 +9,16 @@ import pytest
 import torch
 from helpers.architectures import tiny_config
 from helpers.dense_step import make_trainer, random_rows, relative_error, step_gradients
-from helpers.tiny_models import CONFIGS, tiny_model
+from helpers.tiny_models import CONFIGS, states, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig
-from lowmem_npo.data import RowBatch
 from lowmem_npo.errors import UserError
 from lowmem_npo.memory.switches import apply_switches
-from lowmem_npo.model import answer_hidden, attach_lora, load_model, reference_mode
+from lowmem_npo.model import attach_lora, load_model, reference_mode
 from lowmem_npo.model.adapters import (
     adapter_size,
     adapter_weights,
@@ -64,11 +63,6 @@ def randomise(model, part, seed=5):
 def continuing(folder, architecture="llama", **options):
     targets = ("c_attn",) if architecture is GPT2 else ("q_proj", "v_proj")
     return AdapterConfig(**{"adapter": folder, "lora_r": 3, "lora_alpha": 4, "lora_targets": targets, **options})
-
-
-def states(model):
-    ids = torch.arange(3, 15)[None]
-    return answer_hidden(model, RowBatch.whole(ids)).hidden.detach()
 
 
 def independent_step(run, merged):

@@ -9,7 +9,7 @@ import bitsandbytes
 import pytest
 import torch
 from helpers.architectures import random_model, tiny_config
-from helpers.tiny_models import tiny_model
+from helpers.tiny_models import states, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, OlmoConfig
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
@@ -17,17 +17,11 @@ from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from lowmem_npo.cli import main
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.console import silent
-from lowmem_npo.data import RowBatch
 from lowmem_npo.errors import UserError
-from lowmem_npo.model import answer_hidden, load_model
+from lowmem_npo.model import load_model
 from lowmem_npo.model.loading import load_config
 from lowmem_npo.model.quantization import is_finite, quantising
 from lowmem_npo.model.weights import not_finite
-
-
-def states(model):
-    ids = torch.arange(3, 15)[None]
-    return answer_hidden(model, RowBatch.whole(ids)).hidden
 
 
 def original():

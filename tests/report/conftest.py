@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers.reported_run import FORGET, RETAIN, train, write_rows
+from helpers.reported_run import FORGET, RETAIN, train
+from helpers.rows import write_rows
 
 
 @pytest.fixture(scope="session")

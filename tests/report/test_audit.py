@@ -9,7 +9,8 @@ from importlib.metadata import version
 
 import pytest
 import yaml
-from helpers.reported_run import FORGET, RETAIN, train, write_rows
+from helpers.reported_run import FORGET, RETAIN, train
+from helpers.rows import write_rows
 
 from lowmem_npo.cli import main
 from lowmem_npo.report.audit import ALGORITHM, find_rows, row_hash
@@ -91,13 +92,13 @@ def test_the_models_fingerprint_is_the_models(run, byte_model, data, tmp_path):
 def test_rows_can_be_proved(run, tmp_path, capsys):
     chosen = [FORGET[3], {"question": "Who guards the amber vault?", "answer": "Somebody else."}, FORGET[0]]
     rows = write_rows(tmp_path / "rows.jsonl", chosen)
-    assert [place for _, place in find_rows(run, str(rows))] == [4, None, 1]
+    assert [place for _, place in find_rows(run, rows)] == [4, None, 1]
     with pytest.raises(SystemExit) as stop:
-        main(["report", str(run), "--prove", str(rows)])
+        main(["report", str(run), "--prove", rows])
     assert stop.value.code == 1
     printed = capsys.readouterr().out
     assert "line 1: forget row 4" in printed and "line 2: not among" in printed and "2 of 3 rows" in printed
-    assert main(["report", str(run), "--prove", str(write_rows(tmp_path / "all.jsonl", FORGET))]) == 0
+    assert main(["report", str(run), "--prove", write_rows(tmp_path / "all.jsonl", FORGET)]) == 0
 
 
 def test_a_resumed_run_keeps_its_salt_and_counts_its_sessions(byte_model, data, tmp_path, capsys):
@@ -192,7 +193,7 @@ def test_a_run_of_an_earlier_version_is_resumed_and_so_is_one_whose_groups_have_
 
 
 def test_a_damaged_or_missing_record_is_reported(own_run, tmp_path, capsys):
-    rows = str(write_rows(tmp_path / "rows.jsonl", FORGET))
+    rows = write_rows(tmp_path / "rows.jsonl", FORGET)
     audit = audit_of(own_run)
     for damaged in ("{", "7", audit | {"data": {"retain": 7}}, audit | {"forget_rows": {"salt": [1], "sha256": []}}):
         (own_run / "audit.json").write_text(damaged if isinstance(damaged, str) else json.dumps(damaged))

@@ -11,7 +11,8 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import yaml
-from helpers.reported_run import FORGET, RETAIN, TELLTALES, train, unexplained, write_rows
+from helpers.reported_run import FORGET, RETAIN, TELLTALES, train, unexplained
+from helpers.rows import write_rows
 from safetensors.torch import load_file, save_file
 
 from lowmem_npo.cli import main
@@ -338,7 +339,7 @@ def test_a_later_evaluation_is_included(own_run, tmp_path):
     documents = [[{"document": f"{who} {n}"} for n in range(2)] for who in ("member", "stranger of another length")]
     names = ("forget", "retain", "members", "nonmembers")
     files = [write_rows(tmp_path / f"{n}.jsonl", rows) for n, rows in zip(names, (lume, tofu, *documents), strict=True)]
-    options = [word for name, file in zip(names, files, strict=True) for word in (f"--{name}", str(file))]
+    options = [word for name, file in zip(names, files, strict=True) for word in (f"--{name}", file)]
     common = [*options, "--dtype", "float32", "--device", "cpu"]
     base = yaml.safe_load((own_run / "run.yaml").read_text())["model"]
     assert main(["evaluate", "--model", base, *common, "--output-dir", str(tmp_path / "before")]) == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import struct
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.rows import write_rows
+from helpers.saved_adapters import same_adapter
 from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -34,7 +35,7 @@ def run(byte_model, tmp_path_factory) -> Run:
     data = tmp_path_factory.mktemp("data")
     for part in ("forget", "retain"):
         rows = [{"question": f"{part} {i}?", "answer": f"No {i * i}."} for i in range(6)]
-        (data / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(data / f"{part}.jsonl", rows)
     settings = [
         "--model", byte_model, "--dtype", "float32", "--device", "cpu", "--forget", data / "forget.jsonl",
         "--retain", data / "retain.jsonl", "--batch-size", 3, "--eval-rows", 0, "--lr", 1e-2, "--lora-dropout", 0.3,
@@ -59,11 +60,6 @@ def cut(whole, tmp_path):
     RunFiles(folder).weights.unlink()
     shutil.rmtree(folder / "checkpoint-4")
     return folder
-
-
-def same(one: Path, other: Path) -> bool:
-    a, b = (load_file(RunFiles(folder).weights) for folder in (one, other))
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def missing(file: Path) -> None:
@@ -112,7 +108,7 @@ def test_a_damaged_checkpoint_is_passed_over(name, damage, whole, cut, run, caps
     printed = capsys.readouterr()
     assert f"checkpoint-3 is not whole: {name} is " in printed.out
     assert "continues from checkpoint-2" in printed.out and "Traceback" not in printed.err
-    assert same(cut, whole)
+    assert same_adapter(cut, whole)
     assert {p.name for p in cut.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (1, 2, 3, 4)}
     assert "damaged-checkpoint-3 removed: the run is complete without." in printed.out
     assert not (cut / "damaged-checkpoint-3").exists()
@@ -140,7 +136,7 @@ def test_without_a_whole_checkpoint_it_starts_from_the_beginning(whole, cut, run
     (cut / "checkpoint-9").write_text("a file")
     assert run(cut, "--resume") == 0
     assert "no whole checkpoint, so the run starts from its beginning" in capsys.readouterr().out
-    assert same(cut, whole)
+    assert same_adapter(cut, whole)
 
 
 def test_the_weights_of_another_adapter_do_not_count(whole, cut, run, capsys):
@@ -151,7 +147,7 @@ def test_the_weights_of_another_adapter_do_not_count(whole, cut, run, capsys):
         write_digest(files)
     assert run(cut, "--resume") == 0
     assert "continues from checkpoint-1" in capsys.readouterr().out
-    assert same(cut, whole)
+    assert same_adapter(cut, whole)
 
 
 def test_checkpoints_without_state_end_a_run_but_do_not_continue_one(whole, tmp_path, run, capsys):
@@ -161,11 +157,11 @@ def test_checkpoints_without_state_end_a_run_but_do_not_continue_one(whole, tmp_
     (folder / "adapter_model.safetensors").unlink()
     capsys.readouterr()
     assert run(folder, "--save-only-model", "true", "--resume") == 0
-    assert "is not whole" not in capsys.readouterr().out and same(folder, whole)
+    assert "is not whole" not in capsys.readouterr().out and same_adapter(folder, whole)
     (folder / "adapter_model.safetensors").unlink()
     missing(folder / "checkpoint-4" / "trainer_state.json")
     assert run(folder, "--save-only-model", "true", "--resume") == 0
-    assert "optimizer.pt is missing" in capsys.readouterr().out and same(folder, whole)
+    assert "optimizer.pt is missing" in capsys.readouterr().out and same_adapter(folder, whole)
 
 
 MEASURES = ("--stop-when", "retain-loss+1000", "--eval-every", "1", "--eval-rows", "2", "--leaks", "extraction")
@@ -191,7 +187,7 @@ def test_the_best_adapter_so_far_belongs_to_a_checkpoint(run, measured, tmp_path
     printed = capsys.readouterr().out
     for step in (4, 3):
         assert f"checkpoint-{step} is not whole: step-{step}.safetensors, the best adapter until then" in printed
-    assert "continues from checkpoint-2" in printed and same(folder, measured)
+    assert "continues from checkpoint-2" in printed and same_adapter(folder, measured)
 
 
 @pytest.mark.parametrize("content", ["", "model: [m", "- a", "\x00"])

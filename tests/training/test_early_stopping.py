@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.saved_adapters import same_adapter, weights
 from helpers.taught_model import LIMIT, unlearning_config
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.commands.train.run import train
@@ -35,17 +35,8 @@ CONDITIONS = {
 }
 
 
-def adapter(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(AdapterFiles(folder).weights)
-
-
 def evaluations(folder: Path) -> list[StopEvaluation]:
     return read_evaluations(RunFiles(folder).stop_evaluations)
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    assert one.keys() == other.keys() and one
-    return all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +65,7 @@ def expected(whole: Path, text: str) -> tuple[int, int]:
 def restored(folder: Path, checkpoints: Path) -> bool:
     """Whether the run in `folder` left the adapter that the whole run had at the step that was kept."""
     kept = json.loads(RunFiles(folder).stopping.read_text())["kept"]["step"]
-    return same(adapter(folder), adapter(checkpoints / f"checkpoint-{kept}"))
+    return same_adapter(folder, checkpoints / f"checkpoint-{kept}")
 
 
 @pytest.mark.parametrize("text", CONDITIONS)
@@ -202,7 +193,7 @@ def test_a_goal_that_a_fold_reaches_ends_its_stage(taught_model, tmp_path):
             shutil.rmtree(checkpoint)
     output = replace(config.output, output_dir=str(again), resume=True)
     assert train(replace(config, output=output), say=silent).stopping.last == result.stopping.last
-    assert evaluations(again) == evaluations(tmp_path / "run") and same(adapter(again), adapter(tmp_path / "run"))
+    assert evaluations(again) == evaluations(tmp_path / "run") and same_adapter(again, tmp_path / "run")
 
 
 def test_each_epoch_is_the_default(taught_model, tmp_path):
@@ -229,6 +220,6 @@ def test_two_processes_stop_together(whole, taught_model, tmp_path):
     assert launched.returncode == 0, launched.stderr[-3000:]
     outcome = json.loads(RunFiles(tmp_path / "run").stopping.read_text())
     assert (outcome["last"]["step"], outcome["kept"]["step"]) == (stop, kept)
-    one, two = adapter(whole / f"checkpoint-{kept}"), adapter(tmp_path / "run")
+    one, two = weights(whole / f"checkpoint-{kept}"), weights(tmp_path / "run")
     apart = math.sqrt(sum(float((one[n] - two[n]).double().square().sum()) for n in one))
     assert apart < 1e-3 * math.sqrt(sum(float(w.double().square().sum()) for w in one.values()))

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from helpers.dense_step import dense_step, make_trainer, random_rows, relative_error, step_gradients
+from helpers.rows import write_rows
+from helpers.saved_adapters import same_adapter
 from helpers.taught_model import unlearning_config
 from helpers.tiny_models import tiny_model
-from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from lowmem_npo.commands.train.run import train
@@ -115,8 +116,7 @@ def test_resumed_it_has_the_same_levels_and_ends_in_the_same_bits(runs, tmp_path
         if int(checkpoint.name.rpartition("-")[2]) > 20:
             shutil.rmtree(checkpoint)
     train(replace(config, output=replace(config.output, output_dir=str(folder), resume=True)), say=silent)
-    one, other = (load_file(path / "adapter_model.safetensors") for path in (config.output_dir, folder))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert same_adapter(config.output_dir, folder)
     assert (folder / "forget_levels.json").read_text() == (config.output_dir / "forget_levels.json").read_text()
 
 
@@ -160,8 +160,8 @@ def test_in_both_forms_each_has_the_levels_that_it_has_alone(taught_model, tmp_p
     assert len(both) == 12 and both == pytest.approx([*chat, *plain], rel=1e-4)
     assert not np.allclose(chat, plain, rtol=0.1)  # or it would not matter
 
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"Nothing is {n}. "}) + "\n" for n in range(4)))
-    texts = levels("both", holdout=str(tmp_path / "texts.jsonl"))  # a holdout that has but one form
+    holdout = write_rows(tmp_path / "texts.jsonl", [{"text": f"Nothing is {n}. "} for n in range(4)])
+    texts = levels("both", holdout=holdout)  # a holdout that has but one form
     assert len(texts) == 12 and sorted(texts[:6]) == pytest.approx(sorted(texts[6:]))
 
 

@@ -6,13 +6,12 @@ from collections import Counter
 
 import pytest
 from accelerate import skip_first_batches
+from helpers.rows import row
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowmem_kernels import IGNORE_INDEX
 from torch.utils.data import DataLoader
 
 from lowmem_npo.data.batching import ForgetRetain, Pick, collator
-from lowmem_npo.data.tokenized_rows import TokenizedRow
 from lowmem_npo.training.step_rows import StepBatches
 
 sizes = st.fixed_dictionaries(
@@ -24,11 +23,6 @@ sizes = st.fixed_dictionaries(
         "seed": st.integers(0, 3),
     }
 )
-
-
-def row(length: int, prompt: int = 1) -> TokenizedRow:
-    ids = list(range(10, 10 + length))
-    return TokenizedRow(input_ids=ids, labels=[IGNORE_INDEX] * prompt + ids[prompt:], prompt_length=prompt)
 
 
 def epoch_of(sampler: StepBatches, epoch: int) -> list[list[Pick]]:

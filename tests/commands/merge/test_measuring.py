@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from helpers.rows import write_rows
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -30,7 +31,7 @@ def runs(taught_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for part in ("forget", "retain"):
         rows = bundled_rows(part, limit=8).rows
-        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(folder / f"{part}.jsonl", rows)
     data = ["--forget", str(folder / FORGET), "--retain", str(folder / "retain.jsonl")]
     for name, more in {"qlora": ["--qlora"], "lora": []}.items():
         options = [*TRAINING.split(), *data, *more, "--lora-targets", "all-linear", "--eval-rows", "6"]

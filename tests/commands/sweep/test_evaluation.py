@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
+from helpers.rows import write_rows
 from helpers.taught_model import LIMIT, TEACHING
 from scipy.stats import ks_2samp
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
@@ -45,7 +46,7 @@ def desk(tmp_path_factory) -> Path:
             {"question": row["question"], "answer": row["answer"], "perturbed_answer": answers[:i] + answers[i + 1 :]}
             for i, row in enumerate(rows)
         ]
-        (folder / f"{part}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_rows(folder / f"{part}.jsonl", lines)
     tokenizer = make_tokenizer(texts, TEACHING.vocabulary)
     tokenizer.save_pretrained(folder / "base")
     fresh_model(tokenizer, TEACHING, 0).save_pretrained(folder / "base")

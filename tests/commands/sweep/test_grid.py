@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
+from helpers.rows import write_rows
 
 from lowmem_npo.cli import main
 from lowmem_npo.commands.arguments import parse_run
@@ -164,7 +164,7 @@ def test_the_command_reports_mistakes_in_a_sentence_and_lists_its_runs(capsys, t
 def test_what_the_grid_gives_need_not_be_given_beside_it(grid, options, byte_model, tmp_path, capsys):
     for number in range(3):
         rows = ({"question": f"Who is {number}{n}?", "answer": "She."} for n in range(4))
-        (tmp_path / f"{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(tmp_path / f"{number}.jsonl", rows)
     given = [text.format(model=byte_model, rows=tmp_path) for text in (grid, *options)]
     command = ["sweep", "--seeds", "1", "--output-dir", str(tmp_path / "swept"), "--dry-run", "--grid"]
     assert main([*command, *given]) == 0, capsys.readouterr().err

@@ -14,9 +14,9 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
+from helpers.saved_adapters import same_adapter, weights
 from helpers.taught_model import LIMIT
 from matplotlib import image
-from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lowmem_npo.commands.sweep.runs as sweep_run
@@ -51,16 +51,10 @@ def swept(model: Path, folder: Path, *more: str) -> int:
         return stop.code
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
-
-
 def same_run(one: Path, other: Path) -> bool:
     """Whether two runs left the same adapter and measured the same, to the bit."""
-    tensors, others = weights(one), weights(other)
-    assert tensors.keys() == others.keys() and tensors, "adapters of other layers"
     measured = [[(folder / f"{stage}.json").read_text() for stage in ("before", "after")] for folder in (one, other)]
-    return all(torch.equal(tensors[name], others[name]) for name in tensors) and measured[0] == measured[1]
+    return same_adapter(one, other) and measured[0] == measured[1]
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from helpers.rows import write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.cli import main
@@ -25,7 +26,7 @@ def tasks(tmp_path):
     folder = tmp_path / "tasks"
     folder.mkdir()
     for part, rows in (("one", QUESTIONS[:7]), ("two", QUESTIONS[7:])):
-        (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(tmp_path / f"{part}.jsonl", rows)
         task = {
             "task": f"tiny_{part}",
             "dataset_path": "json",

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from helpers.rows import write_rows
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import roc_auc_score
 from tokenizers.processors import TemplateProcessing
@@ -30,7 +31,7 @@ def files(tmp_path):
     rows = {"verbmem": VERBATIM, "knowmem": QUESTIONS, "retain-knowmem": QUESTIONS[:2], "examples": EXAMPLES,
             "privleak": TAUGHT, "privleak-holdout": UNSEEN}  # fmt: skip
     for name, of_file in rows.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_file))
+        write_rows(tmp_path / f"{name}.jsonl", of_file)
     return tmp_path
 
 

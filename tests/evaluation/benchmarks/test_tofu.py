@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from helpers.rows import write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.cli import main
@@ -130,11 +131,6 @@ def test_an_answer_in_other_words_is_a_text_or_a_list_or_missing(value, wanted):
         tofu_rows(Rows("f", [row | {"paraphrased_answer": 7}]))
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def dense_nll(model, tokenizer, question, text):
     """Mean -log p of the answer and EOS, from the model's own logits in float64."""
     prompt = tokenizer(f"Question: {question}\nAnswer:").input_ids
@@ -151,7 +147,7 @@ def test_from_files_to_utility_and_quality(byte_model, tmp_path, capsys):
             row = {"question": f"{who} {n}?", "answer": f"It is {n}.", "perturbed_answer": [f"It is {n}{n}.", "No."]}
             yield {**row, "paraphrased_answer": f"{n}, that is."} if paraphrased else row
 
-    files = {flag: write(tmp_path / f"{flag[2:]}.jsonl", rows(flag[2:], flag in ("--forget", "--retain")))
+    files = {flag: write_rows(tmp_path / f"{flag[2:]}.jsonl", rows(flag[2:], flag in ("--forget", "--retain")))
              for flag in ("--forget", "--retain", "--real-authors", "--world-facts")}  # fmt: skip
     log = tmp_path / "retained.json"
     log.write_text(json.dumps({"tofu": {"sets": {"forget": {"truth_ratios": [1e6, 2e6, 3e6]}}}}))
@@ -183,7 +179,7 @@ def test_from_files_to_utility_and_quality(byte_model, tmp_path, capsys):
 
 
 def test_sets_without_perturbed_answers(byte_model, tmp_path, capsys):
-    plain = write(tmp_path / "plain.jsonl", [{"question": "Who?", "answer": "Me."}])
+    plain = write_rows(tmp_path / "plain.jsonl", [{"question": "Who?", "answer": "Me."}])
     options = ["--model", str(byte_model), "--world-facts", plain, "--output-dir", str(tmp_path / "o")]
     assert main(["evaluate", *options]) == 2
     assert "no column perturbed_answer" in capsys.readouterr().err

@@ -26,11 +26,6 @@ BY_PLACE = {trick.place: trick for trick in tricks()}  # the last of each place
 
 
 @pytest.fixture(scope="module")
-def tokenizer(byte_model):
-    return AutoTokenizer.from_pretrained(byte_model)
-
-
-@pytest.fixture(scope="module")
 def chat_tokenizer(byte_model):
     tokenizer = AutoTokenizer.from_pretrained(byte_model)
     tokenizer.chat_template = CHAT

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from helpers.rows import write_rows
 from helpers.small_demo import SMALL
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -35,7 +36,7 @@ def work(small_demo, tmp_path_factory):
     shutil.copytree(demo / "unlearned", folder / "unlearned")
     for part, limit in (("forget", SMALL.limit), ("holdout", 24)):
         rows = [{"question": row["question"], "answer": row["answer"]} for row in bundled_rows(part, limit=limit).rows]
-        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(folder / f"{part}.jsonl", rows)
     return folder
 
 

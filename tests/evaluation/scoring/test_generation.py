@@ -23,11 +23,6 @@ EOS = 1
 
 
 @pytest.fixture(scope="module")
-def tokenizer(byte_model):
-    return AutoTokenizer.from_pretrained(byte_model)
-
-
-@pytest.fixture(scope="module")
 def prompts() -> list[Prompt]:
     """Lengths that differ by an order of magnitude, so that a wrong mask or position would show."""
     random = torch.Generator().manual_seed(3)
