@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from lowmem_npo.memory.forwards import replacement, restored
 from lowmem_npo.memory.offload import CheckpointOffload
 from lowmem_npo.model.layers import decoder_layers
 from lowmem_npo.model.modes import draws_random_numbers
@@ -45,23 +46,13 @@ def _differentiated_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
 @contextmanager
 def checkpointing(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the decoder layers are checkpointed; on leaving, only those that were before."""
-    before = [(layer, vars(layer).get("forward")) for layer in decoder_layers(model) if not is_checkpointed(layer)]
-    enable_checkpointing(model)
-    try:
+    with restored(layer for layer in decoder_layers(model) if not is_checkpointed(layer)):
+        enable_checkpointing(model)
         yield
-    finally:
-        for layer, forward in before:
-            if forward is not None:  # another switch's
-                layer.forward = forward
-            else:
-                vars(layer).pop("forward", None)
 
 
 def is_checkpointed(layer: nn.Module) -> bool:
-    forward = vars(layer).get("forward")
-    while forward is not None and not isinstance(forward, CheckpointedForward):
-        forward = getattr(forward, "forward", None)
-    return forward is not None
+    return replacement(layer, CheckpointedForward) is not None
 
 
 def hidden_first(forward: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:

@@ -31,7 +31,8 @@ from lowmem_npo.config import AdapterConfig
 from lowmem_npo.data.batching import RowBatch
 from lowmem_npo.errors import UserError
 from lowmem_npo.memory.checkpointing import hidden_first
-from lowmem_npo.memory.prefix import Memory, SharedPrefix, in_place, stand_ins
+from lowmem_npo.memory.forwards import in_place
+from lowmem_npo.memory.prefix import Memory, SharedPrefix, stand_ins
 from lowmem_npo.model.adapters import attach_lora, reference_mode
 from lowmem_npo.model.continued import ContinuedModel
 from lowmem_npo.model.head import answer_hidden, few_tokens

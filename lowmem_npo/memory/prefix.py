@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lowmem_npo.data.batching import RowBatch
+from lowmem_npo.memory.forwards import in_place
 from lowmem_npo.model.head import answer_hidden, few_tokens
 from lowmem_npo.model.layers import causal_lm, decoder_layers
 from lowmem_npo.model.modes import eval_mode
@@ -86,22 +87,6 @@ def _needs_gradient(model: PeftModel, below: list[nn.Module]) -> bool:
     finally:
         handle.remove()
     return depends
-
-
-@contextlib.contextmanager
-def in_place(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Inside, modules have other `forward`s; afterwards those of before."""
-    before = {module: vars(module).get("forward") for module in forwards}
-    try:
-        for module, forward in forwards.items():
-            module.forward = forward
-        yield
-    finally:
-        for module, own in before.items():
-            if own is not None:
-                module.forward = own
-            else:
-                vars(module).pop("forward", None)
 
 
 class Memory:

@@ -57,13 +57,9 @@ def _first_module(layer: nn.Module, names: Sequence[str]) -> nn.Module | None:
     return next((child for name in names if isinstance(child := getattr(layer, name, None), nn.Module)), None)
 
 
-def tile(module: nn.Module, rows: int, followed_by: nn.Module | None = None, width: int | None = None) -> None:
-    """Replaces `module.forward` with its tiled form, which includes `followed_by`, the module called on its output.
-
-    Args:
-        width: of a row, if it must be this one: inputs of another are not sliced.
-    """
-    tiled = TiledForward(module, rows, followed_by, width)
+def tile(module: nn.Module, rows: int, followed_by: nn.Module | None = None) -> None:
+    """Replaces `module.forward` with its tiled form, which includes `followed_by`, the module called on its output."""
+    tiled = TiledForward(module, rows, followed_by)
     module.forward = tiled
     if followed_by is not None:
         followed_by.forward = tiled.already_done
@@ -74,6 +70,9 @@ class TiledForward:
 
     Of a module that returns a tuple (an MLP with experts, and its router's scores), only the first element is computed;
     the others, which no decoder layer reads, are None. Called in any other way, the module runs as it is.
+
+    Args:
+        width: of a row, if it must be this one: inputs of another are not sliced.
     """
 
     def __init__(
@@ -142,14 +141,15 @@ class Slices:
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., e), without a graph."""
         result: Tensor | None = None
+        count = x.numel() // x.shape[-1]
         with self._autocast():
             for at, part in self._cut(x):
                 done = self.rowwise(part)
-                if part.shape[1] == x.numel() // x.shape[-1]:
+                if part.shape[1] == count:
                     result = done
                     break
                 if result is None:
-                    result = done.new_empty(1, x.numel() // x.shape[-1], done.shape[-1])
+                    result = done.new_empty(1, count, done.shape[-1])
                 result[:, at] = done
         assert result is not None
         # Not a view for autograd, so that the layer may add to it in place.

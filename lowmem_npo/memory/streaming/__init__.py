@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from lowmem_npo.errors import UserError
+from lowmem_npo.memory.forwards import replacement
 from lowmem_npo.memory.streaming import bus
 from lowmem_npo.memory.streaming.blocks import frozen_weights, host_memory
 from lowmem_npo.memory.streaming.in_files import FileBlock, MappedFiles
@@ -113,14 +114,8 @@ def move_the_rest(lm: PreTrainedModel, device: torch.device) -> None:
 
 def weight_stream(model: PreTrainedModel | PeftModel) -> WeightStream | None:
     """What streams the weights of `model`, if they are."""
-    forwards = (_within(vars(layer).get("forward")) for layer in decoder_layers(model))
+    forwards = (replacement(layer, StreamedForward) for layer in decoder_layers(model))
     return next((forward.stream for forward in forwards if forward is not None), None)
-
-
-def _within(forward: Any) -> StreamedForward | None:
-    while forward is not None and not isinstance(forward, StreamedForward):
-        forward = getattr(forward, "forward", None)
-    return forward
 
 
 def is_streamed(parameter: Tensor) -> bool:
