@@ -21,9 +21,8 @@ from lowmem_npo.estimate.step import Estimate, estimate
 from lowmem_npo.estimate.time import RunTime, duration, step_seconds
 from lowmem_npo.model import resolve_name
 from lowmem_npo.model.known_configs import known_config, known_names
-from lowmem_npo.model.loading import DTYPES, load_config
+from lowmem_npo.model.loading import load_config, quantization_of
 from lowmem_npo.model.notes import model_notes
-from lowmem_npo.model.quantization import quantization_of
 from lowmem_npo.sizes import gib
 from lowmem_npo.training.step_rows import num_steps
 from lowmem_npo.training.training_rows import Parts
@@ -178,7 +177,7 @@ def report(config: RunConfig, workload: Workload, device: Device | None = None) 
         capability = device.capability if device else CAPABILITY
         fit = Fit(cautious(config), estimate(cautious(config), architecture, rows, capability), [])
     model = fit.config.model
-    quantization = quantization_of(architecture, model.qlora, DTYPES[model.dtype], model.double_quant != "off")
+    quantization = quantization_of(architecture, model)
     weights = f"4-bit {quantization.bnb_4bit_quant_type.upper()}" if quantization else model.dtype
     at_once = rows.micro_batch(fit.config)
     time = run_time(fit.config, architecture, workload, device)

@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -32,7 +33,7 @@ from lowmem_npo.model.checkpoint import find_checkpoint
 from lowmem_npo.model.layer_by_layer import LayerLoaded, layer_by_layer
 from lowmem_npo.model.names import resolve_name
 from lowmem_npo.model.original_olmo import is_original, native_config
-from lowmem_npo.model.quantization import one_at_a_time, quantising, quantization_of, stored_quantization, to_host
+from lowmem_npo.model.quantization import nf4, one_at_a_time, quantising, stored_quantization, to_host
 from lowmem_npo.model.quantized_cache import CacheEntry, check_cached
 from lowmem_npo.model.weights import (
     check_directory_weights,
@@ -118,6 +119,16 @@ def attention_of(architecture: PretrainedConfig, wanted: str) -> str:
     return "eager" if wanted == "sdpa" and not kind._supports_sdpa else wanted
 
 
+def quantization_of(architecture: PretrainedConfig, config: ModelConfig) -> BitsAndBytesConfig | None:
+    """How the linear layers are held in memory: as the checkpoint stores them, else in NF4 with --qlora."""
+    dtype = DTYPES[config.dtype]
+    stored = stored_quantization(architecture)
+    if stored is None:
+        return nf4(dtype, config.double_quant != "off") if config.qlora else None
+    stored.bnb_4bit_compute_dtype = dtype
+    return stored
+
+
 def load_model(
     config: ModelConfig,
     say: Say = print,
@@ -196,7 +207,7 @@ def cache_entry(config: ModelConfig) -> CacheEntry | None:
     name = resolve_name(config.model, config.revision)
     architecture = _architecture(name, config.revision)
     check_cached(architecture, stored_quantization(architecture))
-    recipe = quantization_of(architecture, config.qlora, DTYPES[config.dtype], config.double_quant != "off")
+    recipe = quantization_of(architecture, config)
     assert recipe is not None, "the configuration has asked for 4 bits"
     return CacheEntry(CacheEntry.folder(config.quantized_cache), name, config.revision, recipe.to_dict())
 
@@ -206,7 +217,7 @@ def _load(config: ModelConfig, say: Say, on_host: bool, layer_loaded: LayerLoade
     device, dtype = resolve_device(config.device), DTYPES[config.dtype]
     name = resolve_name(config.model, config.revision)
     loaded_config = load_config(config)
-    quantization = quantization_of(loaded_config, config.qlora, dtype, config.double_quant != "off")
+    quantization = quantization_of(loaded_config, config)
     loading: Any = quantising(device if on_host else None) if quantization else one_at_a_time(on_host)
     each: Any = nullcontext() if layer_loaded is None else layer_by_layer(layer_loaded)
     if quantization and stored_quantization(loaded_config):  # its own recipe, but for the type that it computes in

@@ -29,17 +29,6 @@ def nf4(dtype: torch.dtype, double_quant: bool = True) -> BitsAndBytesConfig:
     )
 
 
-def quantization_of(
-    architecture: PretrainedConfig, qlora: bool, dtype: torch.dtype, double_quant: bool = True
-) -> BitsAndBytesConfig | None:
-    """How the linear layers are held in memory: as the checkpoint stores them, else in NF4 with `qlora`."""
-    stored = stored_quantization(architecture)
-    if stored is None:
-        return nf4(dtype, double_quant) if qlora else None
-    stored.bnb_4bit_compute_dtype = dtype
-    return stored
-
-
 def stored_quantization(architecture: PretrainedConfig) -> BitsAndBytesConfig | None:
     """How the checkpoint itself is quantised, if it is.
 

@@ -26,9 +26,8 @@ from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model, load_tokenizer, resolve_name
 from lowmem_npo.model.adapters import adapter_size, check_lora
 from lowmem_npo.model.checkpoint import find_checkpoint
-from lowmem_npo.model.loading import DTYPES, resolve_device
+from lowmem_npo.model.loading import DTYPES, quantization_of, resolve_device
 from lowmem_npo.model.merging import find_updates, write_merged
-from lowmem_npo.model.quantization import quantization_of
 from lowmem_npo.sizes import amount, compared
 from lowmem_npo.training.reference.identity import rows_fingerprint
 from lowmem_npo.training.teaching import made_from, making, teach
@@ -125,7 +124,7 @@ def _memory(config: RunConfig, how: TeachingOptions, architecture: PretrainedCon
             model = AutoModelForCausalLM.from_config(architecture, attn_implementation="eager")
         weights = sum(parameter.numel() for parameter in model.parameters())
         return weights, FULL_BYTES * weights
-    quantized = quantization_of(architecture, config.model.qlora, DTYPES[config.model.dtype]) is not None
+    quantized = quantization_of(architecture, config.model) is not None
     adapted = check_lora(architecture, ADAPTER, quantized)
     trained, _ = adapter_size(adapted)
     weights = sum(parameter.numel() for parameter in adapted.parameters()) - trained

@@ -23,9 +23,8 @@ from lowmem_npo.memory.streaming import check_device
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import load_tokenizer, resolve_name
 from lowmem_npo.model.adapters import adapter_size, check_lora, note_on_experts, shared_layers
-from lowmem_npo.model.loading import DTYPES, load_config, local_cache_entry, resolve_device
+from lowmem_npo.model.loading import load_config, local_cache_entry, quantization_of, resolve_device
 from lowmem_npo.model.notes import model_notes
-from lowmem_npo.model.quantization import quantization_of
 from lowmem_npo.model.saved_adapter import check_base, check_finite, settings_of_run
 from lowmem_npo.model.stop_tokens import stop_tokens
 from lowmem_npo.model.weights import check_has_weights
@@ -151,7 +150,7 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
             check_base(config.adapter.adapter, config.model.model)
         if settings_of_run(config.adapter.adapter).get("qlora") and not config.model.qlora:
             say("The adapter was trained on the 4-bit base, and goes on on the unquantised one (no --qlora).")
-    quantized = quantization_of(model_config, config.model.qlora, DTYPES[config.model.dtype]) is not None
+    quantized = quantization_of(model_config, config.model) is not None
     adapted = check_lora(model_config, config.adapter, quantized)
     if config.adapter.adapter is not None:
         check_finite(config.adapter.adapter)

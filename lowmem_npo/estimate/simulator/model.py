@@ -17,8 +17,8 @@ from transformers.quantizers import AutoHfQuantizer
 
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.estimate.simulator.gpu import GPU
-from lowmem_npo.model.loading import DTYPES, attention_of
-from lowmem_npo.model.quantization import quantising, quantization_of
+from lowmem_npo.model.loading import DTYPES, attention_of, quantization_of
+from lowmem_npo.model.quantization import quantising
 
 
 def fake_model(architecture: PretrainedConfig, config: ModelConfig, on_host: bool = False) -> PreTrainedModel:
@@ -29,7 +29,7 @@ def fake_model(architecture: PretrainedConfig, config: ModelConfig, on_host: boo
     """
     dtype, attention = DTYPES[config.dtype], attention_of(architecture, config.attn)
     architecture = copy.deepcopy(architecture)  # the quantiser writes its recipe into it
-    quantization = quantization_of(architecture, config.qlora, dtype, config.double_quant != "off")
+    quantization = quantization_of(architecture, config)
     with _disable_current_modes(), torch.device("meta"), quantising() if quantization else nullcontext():
         model = AutoModelForCausalLM.from_config(architecture, attn_implementation=attention, dtype=dtype)
         if quantization:
