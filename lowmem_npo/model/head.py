@@ -105,10 +105,7 @@ def check_head(model: PreTrainedModel | PeftModel) -> None:
     with eval_mode(lm):
         answers, head = answer_hidden(lm, RowBatch.whole(ids)), frozen_head(lm)
         if answers.hidden.shape[1] != head.weight.shape[1]:
-            raise UserError(
-                f"{type(lm).__name__} has layers between its decoder and its output head ({_layers_of_the_head(lm)}), "
-                "which is not supported: its logits are no product of the decoder's states and the head's weight."
-            )
+            raise _has_layers_between(lm)
         ours = token_logprobs(answers.hidden, head, answers.targets)
         with compute_autocast(lm):
             logits = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
@@ -123,16 +120,19 @@ def check_head(model: PreTrainedModel | PeftModel) -> None:
     rounding = torch.finfo(lm.get_output_embeddings().weight.dtype).eps
     step = max(rounding, 1e-3) * max(float(logits.abs().max()), 1.0)
     if not torch.allclose(ours, theirs, rtol=0.0, atol=2 * step):
-        between = _layers_of_the_head(lm)
-        if between:
-            raise UserError(
-                f"{type(lm).__name__} has layers between its decoder and its output head ({between}), which is not "
-                "supported: its logits are no product of the decoder's states and the head's weight."
-            )
+        if _layers_of_the_head(lm):
+            raise _has_layers_between(lm)
         raise UserError(
             f"{type(lm).__name__} changes its logits in a way that is not supported (log-probs differ by "
             f"{(ours - theirs).abs().max().item():.2g}): please report this architecture."
         )
+
+
+def _has_layers_between(lm: PreTrainedModel) -> UserError:
+    return UserError(
+        f"{type(lm).__name__} has layers between its decoder and its output head ({_layers_of_the_head(lm)}), which is "
+        "not supported: its logits are no product of the decoder's states and the head's weight."
+    )
 
 
 def _layers_of_the_head(lm: PreTrainedModel) -> str | None:
