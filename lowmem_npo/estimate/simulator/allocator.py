@@ -20,7 +20,7 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 
-from lowmem_npo.estimate.simulator.storages import BLOCK, Event
+from lowmem_npo.estimate.simulator.storages import BLOCK, Event, up
 
 MIB = 2**20
 SMALL, SMALL_SEGMENT = MIB, 2 * MIB
@@ -126,7 +126,7 @@ class CachingAllocator:
 
     def allocate(self, size: int) -> Block:
         """Raises OutOfDeviceMemory if `limit` does not allow it."""
-        size = _up(max(size, 1), BLOCK)
+        size = up(max(size, 1), BLOCK)
         pool = self._pool(size)
         block = pool.best_fit(size) or self._grow(pool, size)
         if block is None:
@@ -160,7 +160,7 @@ class CachingAllocator:
         """A free block of at least `size` bytes, made with more memory; None where the limit does not allow it."""
         if self.expandable:
             return self._expand(pool, size)
-        segment = pool.page if size < LARGE else _up(size, SMALL_SEGMENT)
+        segment = pool.page if size < LARGE else up(size, SMALL_SEGMENT)
         if not self._reserve(segment):
             return None
         return pool.add(Block(self._addresses(segment), segment), "free")
@@ -172,7 +172,7 @@ class CachingAllocator:
             target = block if block.state == "unmapped" else block.after
             assert target is not None
             missing = size if target is block else size - block.size
-            pages = min(_up(missing, pool.page), target.size)
+            pages = min(up(missing, pool.page), target.size)
             if not self._reserve(pages):
                 return None
             pool.remove(target)
@@ -183,7 +183,7 @@ class CachingAllocator:
 
     def _unmap(self, pool: Pool, block: Block) -> None:
         """Releases the pages that lie in a free block whole."""
-        begin, end = _up(block.start, pool.page), (block.start + block.size) // pool.page * pool.page
+        begin, end = up(block.start, pool.page), (block.start + block.size) // pool.page * pool.page
         if begin >= end:
             return
         pool.remove(block)
@@ -206,7 +206,7 @@ class CachingAllocator:
     def _addresses(self, size: int) -> int:
         """A range of `size` that has not been used."""
         start = self._next_address
-        self._next_address += _up(size, LARGE_SEGMENT)
+        self._next_address += up(size, LARGE_SEGMENT)
         return start
 
 
@@ -250,7 +250,3 @@ def _room(block: Block | None) -> int:
     while block is not None and block.state != "used":
         room, block = room + block.size, block.after
     return room
-
-
-def _up(size: int, unit: int) -> int:
-    return -(-size // unit) * unit

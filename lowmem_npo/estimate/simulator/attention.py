@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowmem_npo.estimate.simulator.storages import up
+
 aten = torch.ops.aten
 
 
@@ -53,8 +55,8 @@ def backward_workspace(func: Any, args: tuple) -> int:
     if func is aten._scaled_dot_product_flash_attention_backward.default:
         query, key = args[1], args[2]
         batch, heads, length, size = query.shape
-        rows = batch * heads * _up(length, 128)
-        workspace = 4 * rows * (_up(size, 32 if size <= 128 else 64) + 1)  # dQ accumulates in float32; and row sums
+        rows = batch * heads * up(length, 128)
+        workspace = 4 * rows * (up(size, 32 if size <= 128 else 64) + 1)  # dQ accumulates in float32; and row sums
         if key.shape[1] != heads:  # every query head has its own dK and dV until they are summed
             workspace += 2 * 2 * batch * heads * key.shape[2] * size
         return workspace
@@ -63,10 +65,6 @@ def backward_workspace(func: Any, args: tuple) -> int:
         batch, heads, length, size = query.shape
         if query.dtype == torch.float32:
             return 4 * batch * heads * length
-        keys_and_values = _up(key.shape[2], 64) * (size + value.shape[-1])
-        return 4 * batch * heads * (_up(length, 64) * (size + 1) + keys_and_values)
+        keys_and_values = up(key.shape[2], 64) * (size + value.shape[-1])
+        return 4 * batch * heads * (up(length, 64) * (size + 1) + keys_and_values)
     return 0
-
-
-def _up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

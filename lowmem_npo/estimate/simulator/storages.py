@@ -91,8 +91,8 @@ class StorageCounter(TorchDispatchMode):
     def transient(self, size: int) -> None:
         """Counts a workspace that an operator allocates and frees before it returns."""
         self.trace += [(0, size), (0, None)]
-        self._grow(_rounded(size), self.kind)
-        self._shrink(_rounded(size), self.kind)
+        self._grow(up(size, BLOCK), self.kind)
+        self._shrink(up(size, BLOCK), self.kind)
 
     def restart_peak(self) -> None:
         """Resets the peak to what is in use now."""
@@ -105,7 +105,7 @@ class StorageCounter(TorchDispatchMode):
         if key in self._storages:
             return
         device = tensor.device.type
-        size = _rounded(storage.nbytes())
+        size = up(storage.nbytes(), BLOCK)
         reference = _Reference(storage, self._freed)
         reference.key = key
         self._storages[key] = Storage(size, self.kind, device, reference)
@@ -137,5 +137,6 @@ class StorageCounter(TorchDispatchMode):
         self.by_kind[kind] -= size
 
 
-def _rounded(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK
+def up(number: int, multiple: int) -> int:
+    """`number`, rounded up to a multiple."""
+    return -(-number // multiple) * multiple
