@@ -15,4 +15,10 @@ def stop_tokens(config: ModelConfig, loaded: PretrainedConfig) -> frozenset[int]
         ids = GenerationConfig.from_pretrained(name, revision=config.revision or "main").eos_token_id
     except (OSError, ValueError):
         ids = getattr(loaded, "eos_token_id", None)
-    return frozenset(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int) and i >= 0)
+    return frozenset(i for i in end_ids(ids) if isinstance(i, int) and i >= 0)
+
+
+def end_ids(eos_token_id: int | list[int] | None) -> list[int]:
+    """What a configuration has under this name: none, one or several."""
+    ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+    return [i for i in ids if i is not None]

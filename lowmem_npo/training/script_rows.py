@@ -13,6 +13,7 @@ from lowmem_npo.data import Rows, Template, TokenizedRow, to_examples, tokenize
 from lowmem_npo.data.fit import Fit
 from lowmem_npo.data.targets import forget_targets
 from lowmem_npo.errors import UserError
+from lowmem_npo.model.stop_tokens import end_ids
 
 
 def script_rows(
@@ -55,8 +56,7 @@ def script_rows(
     if "input_ids" in first:
         raise UserError(f"{name} has input_ids without labels, so nothing says what is the answer: give raw rows.")
     examples = to_examples(Rows(name, [dict(rows[i]) for i in range(len(rows))]), group_column=group_column)
-    ids = getattr(model.generation_config, "eos_token_id", None)
-    stops = frozenset(i for i in (ids if isinstance(ids, list) else [ids]) if i is not None)
+    stops = frozenset(end_ids(getattr(model.generation_config, "eos_token_id", None)))
     tokenized = partial(tokenize, tokenizer=tokenizer, max_length=max_length, template=Template(stops=stops))
     result, fit = forget_targets(term, tokenized(examples), refusal, tokenized), Fit.of(model)
     for row, example in zip(result, result.examples, strict=True):

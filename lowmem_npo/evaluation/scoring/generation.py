@@ -26,6 +26,7 @@ from lowmem_npo.memory.exhausted import in_parts
 from lowmem_npo.model import compute_autocast
 from lowmem_npo.model.head import few_tokens
 from lowmem_npo.model.layers import causal_lm
+from lowmem_npo.model.stop_tokens import end_ids
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,5 @@ def stop_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerB
     """Every token that ends an answer."""
     published = cast("GenerationConfig | None", model.generation_config)
     of_model = published.eos_token_id if published is not None else None
-    of_model = of_model if isinstance(of_model, list) else [of_model]
-    stops = [tokenizer.eos_token_id, end_of_turn(tokenizer), *of_model]
+    stops = [tokenizer.eos_token_id, end_of_turn(tokenizer), *end_ids(of_model)]
     return sorted({token for token in stops if token is not None})
