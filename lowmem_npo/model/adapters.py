@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from lowmem_npo.config import AdapterConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.continued import FIRST, ContinuedModel, continued
-from lowmem_npo.model.layers import all_linear, causal_lm, decoder_layers, linear_layers, taken_for_experts
+from lowmem_npo.model.layers import PEFT_PREFIX, all_linear, causal_lm, decoder_layers, linear_layers, taken_for_experts
 from lowmem_npo.model.modes import eval_mode, parts, switched
 from lowmem_npo.model.patterns import check_patterns
 from lowmem_npo.model.saved_modules import check_saved_modules, train_in_float32
@@ -90,7 +90,7 @@ def shared_layers(model: PeftModel) -> list[str]:
         elif isinstance(module, ModulesToSaveWrapper):
             changed[name] = list(module.original_module.parameters())
     shared = [name for name, weights in changed.items() if any(places[id(weight)] > 1 for weight in weights)]
-    return [name.removeprefix("base_model.model.") for name in shared]
+    return [name.removeprefix(PEFT_PREFIX) for name in shared]
 
 
 def note_on_experts(model: PeftModel, config: AdapterConfig) -> str | None:

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from lowmem_npo.claim import make_directory
 from lowmem_npo.errors import UserError
 from lowmem_npo.files import expanded
+from lowmem_npo.model.layers import adapted_layer
 from lowmem_npo.model.saved_adapter import check_finite, check_stored_patterns, more_than_lora, stored_lora
 from lowmem_npo.run_directory import AdapterFiles
 
@@ -78,7 +79,7 @@ class ContinuedModel(PeftModelForCausalLM):
         for name in sorted({**first, **second}):
             parts = [weights[name].detach().cpu() for weights in (first, second) if name in weights]
             if (rank_dim := _rank_dim(name)) == 1 and name in first:
-                layer = _layer_name(name)
+                layer = adapted_layer(name)
                 parts[0] = parts[0].float() * (self._layers[layer].scaling[FIRST] / self._scale)
             joined[name] = (parts[0] if rank_dim is None else torch.cat(parts, rank_dim)).contiguous()
         return joined
@@ -189,7 +190,3 @@ def _rank_dim(name: str) -> int | None:
     if ".lora_A" in name or ".lora_embedding_A" in name:
         return 0
     return 1 if ".lora_B" in name or ".lora_embedding_B" in name else None
-
-
-def _layer_name(weight: str) -> str:
-    return weight.removeprefix("base_model.model.").partition(".lora_")[0]

@@ -23,6 +23,14 @@ from lowmem_npo.errors import UserError
 REFUSED_BY_PEFT = {kind: "out_proj" for kind in ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")}
 
 
+PEFT_PREFIX = "base_model.model."  # of all names in a model that PEFT has put an adapter on
+
+
+def adapted_layer(weight: str) -> str:
+    """What the base calls the layer to which this weight of an adapter belongs."""
+    return weight.removeprefix(PEFT_PREFIX).partition(".lora_")[0]
+
+
 def causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The transformers model inside a PEFT wrapper, or the model itself."""
     return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model

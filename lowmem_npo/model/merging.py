@@ -36,6 +36,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.files import expanded, free_bytes
 from lowmem_npo.model.adapters import adapted_weight, shared_layers
 from lowmem_npo.model.checkpoint import BESIDE_WEIGHTS, INDEX, OLD_INDEX, Checkpoint, Shard, read_json
+from lowmem_npo.model.layers import PEFT_PREFIX, adapted_layer
 from lowmem_npo.model.saved_adapter import check_finite, check_stored_patterns, more_than_lora, stored_lora
 from lowmem_npo.progress import Progress
 from lowmem_npo.run_directory import AdapterFiles
@@ -124,7 +125,7 @@ def find_updates(adapter: str, checkpoint: Checkpoint) -> Updates:
     layers: dict[str, Any] = {}
     wholes: dict[str, Tensor] = {}
     for name, module in adapted.named_modules():
-        own = name.removeprefix("base_model.model.")
+        own = name.removeprefix(PEFT_PREFIX)
         if isinstance(module, LoraLayer):
             layers[own] = module
         elif isinstance(module, ModulesToSaveWrapper):
@@ -158,7 +159,7 @@ def find_updates(adapter: str, checkpoint: Checkpoint) -> Updates:
     file = AdapterFiles(expanded(adapter)).weights
     for parameter, weight in wholes.items():
         for tensor, part in stored_parts(parameter, weight):
-            updates[tensor] = Replacement(model, file, f"base_model.model.{parameter}", parameter, part)
+            updates[tensor] = Replacement(model, file, f"{PEFT_PREFIX}{parameter}", parameter, part)
     return updates
 
 
@@ -167,7 +168,7 @@ def _give_factors(
 ) -> None:
     """Puts the adapter's factors in place of those without data; checks that all of `wholes` are there."""
     with safe_open(AdapterFiles(expanded(adapter)).weights, framework="pt") as file:
-        stored = {name.removeprefix("base_model.model."): name for name in file.keys()}  # noqa: SIM118
+        stored = {name.removeprefix(PEFT_PREFIX): name for name in file.keys()}  # noqa: SIM118
         for parameter, like in wholes.items():
             if parameter not in stored:
                 raise UserError(f"The adapter in '{adapter}' is not whole: it lacks {parameter}.")
@@ -181,7 +182,7 @@ def _give_factors(
         factor = re.sub(r"\.lora_magnitude_vector$", ".lora_magnitude_vector.default.weight", factor)
         factors[factor] = weights.pop(name).float()
     for name, copied in weights.items():  # PEFT stores an embedding beside the adapter on it
-        base = checkpoint.name_of(name.removeprefix("base_model.model.").replace(".base_layer.", "."))
+        base = checkpoint.name_of(name.removeprefix(PEFT_PREFIX).replace(".base_layer.", "."))
         if base is None or not torch.equal(checkpoint.tensor(base).to(copied.dtype), copied):
             raise UserError(f"The adapter in '{adapter}' holds {name}, which is not a factor of a linear layer.")
     try:
@@ -189,7 +190,7 @@ def _give_factors(
     except RuntimeError as error:  # other shapes
         raise UserError(f"{misfit}: {' '.join(str(error).split())[:200]}.") from error
     for name in result.unexpected_keys:
-        module = name.removeprefix("base_model.model.").partition(".lora_")[0]
+        module = adapted_layer(name)
         raise UserError(f"The adapter in '{adapter}' changes {module}, but the base has no {module}.weight.")
     for name in (name for name in result.missing_keys if ".lora_" in name):
         raise UserError(f"The adapter in '{adapter}' is not whole: it lacks {name}.")
