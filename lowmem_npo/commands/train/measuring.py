@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from lowmem_npo.commands.train.plan import RunPlan
 from lowmem_npo.config import RunConfig
 from lowmem_npo.console import Say
-from lowmem_npo.data import Example, Template, TokenizedRow, TokenizedRows
+from lowmem_npo.data import Example, Template, TokenizedRows
 from lowmem_npo.data.fit import Fit
 from lowmem_npo.data.general_rows import bundled_general
 from lowmem_npo.errors import UserError
@@ -36,6 +36,7 @@ from lowmem_npo.model import reference_mode
 from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.report.evaluation_text import leaks_text
 
+T = TypeVar("T")
 EVAL_SEED = 0  # the measured rows do not depend on --seed, so that runs with several seeds can be compared
 
 
@@ -175,7 +176,7 @@ def _wording(plan: RunPlan, fit: Fit) -> Wording:
     options, examples = plan.config.data, dict[str, list[Example]]()
     for name, rows in (("forget", plan.data.forget), ("holdout", plan.data.holdout)):
         if rows is not None:
-            examples[name] = [rows.examples[i] for i in choose_rows(len(rows), plan.config.output.eval_rows, EVAL_SEED)]
+            examples[name] = measured_rows(plan.config, rows.examples)
     return Wording(examples, Template.of(options), options.max_length, fit)
 
 
@@ -184,5 +185,6 @@ def _leak_tests(config: RunConfig, stage: str) -> list[str]:
     return [test.name for test in tests if stage == "after" or not test.after_only]
 
 
-def measured_rows(config: RunConfig, rows: Sequence[TokenizedRow]) -> list[TokenizedRow]:
+def measured_rows(config: RunConfig, rows: Sequence[T]) -> list[T]:
+    """Those of a set that are measured."""
     return [rows[i] for i in choose_rows(len(rows), config.output.eval_rows, EVAL_SEED)]
