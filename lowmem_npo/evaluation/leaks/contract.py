@@ -120,6 +120,14 @@ class LeakResult:
         """The result of a test that could not be run."""
         return cls({}, f"Not measured: {why}.", None)
 
+    @classmethod
+    def judged(
+        cls, figures: dict[str, Any], meaning: str, value: float, level: float | None, before: float | None
+    ) -> LeakResult:
+        """The result of a test that is judged by one figure, `value`: see `above_holdout`."""
+        leaks = above_holdout(value, level, before)
+        return cls(figures, meaning, leaks, against_before=level is None and before is not None)
+
     @property
     def verdict(self) -> LeakVerdict:
         return (VERDICTS_AGAINST_BEFORE if self.against_before else VERDICTS)[self.leaks]

@@ -24,7 +24,6 @@ from lowmem_npo.evaluation.leaks.contract import (
     LeakTest,
     Meaning,
     Subject,
-    above_holdout,
     as_holdout,
     beside_holdout,
 )
@@ -97,8 +96,7 @@ def judge(
         f"Once begun, the model writes the last {own} of a forgotten answer by itself, token for token "
         f"({shares(figures['recited'])[0]} of the answers from the question alone); {beside}."
     )
-    leaks = above_holdout(strength, level, before)
-    return LeakResult(figures, meaning, leaks, against_before=level is None and before is not None)
+    return LeakResult.judged(figures, meaning, strength, level, before)
 
 
 ORIGINAL_PART = "leaks: forget answers, original model"  # of the journal

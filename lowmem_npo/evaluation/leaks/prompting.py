@@ -22,7 +22,6 @@ from lowmem_npo.evaluation.leaks.contract import (
     Meaning,
     Need,
     Subject,
-    above_holdout,
     as_holdout,
     beside_holdout,
     groups_in,
@@ -129,9 +128,7 @@ def judge(answers: Answers, max_new_tokens: int, before: float | None = None, un
         f"{shares(figures['whole'])[0]} of the answers come whole; {beside}."
     )
     counts = {"rows": figures["rows"], "ways": ways, "max_new_tokens": max_new_tokens}
-    leaks = above_holdout(figures[BEST], level, before)
-    against_before = level is None and before is not None
-    return LeakResult({**figures, **counts, **by_way}, meaning, leaks, against_before=against_before)
+    return LeakResult.judged({**figures, **counts, **by_way}, meaning, figures[BEST], level, before)
 
 
 def _best_of_all(ways: Mapping[str, Sequence[Best | None]]) -> list[Best | None]:

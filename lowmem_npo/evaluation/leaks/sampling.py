@@ -19,7 +19,6 @@ from lowmem_npo.evaluation.leaks.contract import (
     LeakTest,
     Meaning,
     Subject,
-    above_holdout,
     as_holdout,
     beside_holdout,
 )
@@ -141,8 +140,7 @@ def judge(
     )
     counts = {"rows": len(forget), "samples": samples, "max_new_tokens": max_new_tokens}
     figures = {**counts, "temperature": options.leak_temperature, **figures}
-    leaks = above_holdout(recall, level, before)
-    return LeakResult(figures, meaning, leaks, against_before=level is None and before is not None)
+    return LeakResult.judged(figures, meaning, recall, level, before)
 
 
 def _figures(best: Sequence[Best]) -> dict[str, float]:

@@ -6,15 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowmem_npo.evaluation.leaks.contract import (
-    HOLDOUT,
-    Attack,
-    LeakResult,
-    Meaning,
-    above_holdout,
-    beside_holdout,
-    groups_in,
-)
+from lowmem_npo.evaluation.leaks.contract import HOLDOUT, Attack, LeakResult, Meaning, beside_holdout, groups_in
 from lowmem_npo.evaluation.leaks.extraction import FIGURES as OF_ANSWERS
 from lowmem_npo.evaluation.leaks.extraction import attack_of
 
@@ -80,8 +72,7 @@ def judge(attacks: Mapping[str, Tuned], told: Callable[[str, Tuned, str], str]) 
     original = None if worst.level is not None else original
     own, earlier, beside = beside_holdout(worst.strength, worst.level, original, others=[before])
     meaning = f"{told(name, worst, own)} by itself, before them {earlier}; {beside}."
-    leaks = above_holdout(worst.strength, worst.level, original)
-    return LeakResult(figures, meaning, leaks, against_before=original is not None)
+    return LeakResult.judged(figures, meaning, worst.strength, worst.level, original)
 
 
 def judge_made(
