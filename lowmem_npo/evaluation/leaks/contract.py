@@ -260,10 +260,14 @@ class Subject:
         """The rows that there are, by set."""
         return {"forget": self.forget} | ({"holdout": self.holdout} if self.holdout else {})
 
+    @property
+    def answer_parts(self) -> dict[str, str]:
+        """Set -> what the journal calls its `token_scores`."""
+        return {name: self.named(f"leaks: {name} answers") for name in self.sets}
+
     def token_scores(self) -> dict[str, list[TokenScores]]:
         """Set -> what the model thinks of every token of its answers. Measured once, whichever tests ask."""
-        parts = {name: self.named(f"leaks: {name} answers") for name in self.sets}
-        return {name: self.scorer.token_scores(parts[name], rows) for name, rows in self.sets.items()}
+        return {name: self.scorer.token_scores(part, self.sets[name]) for name, part in self.answer_parts.items()}
 
 
 OptionsT = TypeVar("OptionsT", bound=Options)

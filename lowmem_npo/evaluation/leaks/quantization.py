@@ -131,7 +131,8 @@ def measure_forms(subject: Subject, saved: SavedModel) -> tuple[FormFigures, Att
     shutil.rmtree(saved.scratch, ignore_errors=True)  # a killed evaluation's, half written
     try:
         for form, words in FORMS.items():
-            known = [len(scorer.journal.known(_part(form, name))) == len(rows) for name, rows in subject.sets.items()]
+            parts = replace(subject, form=words).answer_parts
+            known = [len(scorer.journal.known(parts[name])) == len(rows) for name, rows in subject.sets.items()]
             known += [0 in scorer.journal.known(_attack_part(subject, form, test)) for test in subject.repeated]
             model = None
             if not all(known):
@@ -272,10 +273,6 @@ def _attack_part(subject: Subject, form: str, test: LeakTest) -> str:
         beside.append(str(crc32(json.dumps(subject.earlier[test.name].to_json(), sort_keys=True).encode())))
     what = ", ".join([test.name, "the result", *beside])
     return replace(subject, form=FORMS[form]).part(what)
-
-
-def _part(form: str, name: str) -> str:
-    return f"leaks: {name} answers, {FORMS[form]}"
 
 
 def _strength(figures: Mapping[str, Figures]) -> float:
