@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lowmem_npo.errors import UserError, Vanished
+from lowmem_npo.errors import UserError, Vanished, one_line
 
 MOST, MOST_OF_PATH = 200, 1000  # characters of an error's own text, and of a path in it
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # what ends a job on a shared machine
@@ -97,7 +97,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def failure(error: BaseException) -> str | None:
     """What of the machine failed, as a clause, if `error` is of that kind: its disk, its memory, its GPU's memory."""
-    kind, text = type(error).__name__, " ".join(str(error).split())[:MOST]
+    kind, text = type(error).__name__, one_line(error, MOST)
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
         reason = (os.strerror(error.errno) if error.errno else "") or text
         path = str(error.filename or "")

@@ -25,3 +25,8 @@ class Vanished(OSError):
 
     def __init__(self, place: object) -> None:
         super().__init__(f"'{place}' has been removed or renamed since the command began")
+
+
+def one_line(error: BaseException, most: int | None = None) -> str:
+    """What another library says, on one line of at most so many characters."""
+    return " ".join(str(error).split())[:most]

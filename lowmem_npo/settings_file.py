@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from lowmem_npo.errors import one_line
 from lowmem_npo.files import read_at_most
 
 MOST_BYTES, MOST_LEVELS = 2**20, 6
@@ -40,7 +41,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         raise ValueError(f"{_line(error.problem_mark)} is not valid YAML ({error.problem or error.context})") from error
     except yaml.YAMLError as error:  # of a character that is none
-        raise ValueError(f"it is not valid YAML ({' '.join(str(error).split())})") from error
+        raise ValueError(f"it is not valid YAML ({one_line(error)})") from error
     if not isinstance(settings, dict):
         raise ValueError(NO_SETTINGS)
     return {str(name): value for name, value in settings.items()}

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
-from lowmem_npo.errors import UserError
+from lowmem_npo.errors import UserError, one_line
 from lowmem_npo.sizes import counted
 from lowmem_npo.sources import DOCUMENT_KINDS, HTML_KINDS
 
@@ -107,7 +107,7 @@ def _content(name: str, path: Path) -> bytes:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
             return file.read()
     except (OSError, EOFError, zlib.error) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"{name} cannot be read ({reason}); check the file.") from error
 
 
@@ -176,7 +176,7 @@ def _pdf_pages(name: str, path: Path) -> tuple[list[str], tuple[str, ...]]:
     except pypdf.errors.DependencyError as error:
         raise UserError(f"{name} is encrypted; save a copy without a password.") from error
     except Exception as error:  # pypdf raises what a broken file makes it raise
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise UserError(f"{name} cannot be read as pdf ({reason}); check the file.") from error
     pages = [page.translate(str.maketrans(LIGATURES)) for page in pages]
     empty = sum(not page.strip() for page in pages)

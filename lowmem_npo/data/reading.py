@@ -24,7 +24,7 @@ from lowmem_npo.data.documents import check_expansion, read_document
 from lowmem_npo.data.passages import Passages
 from lowmem_npo.data.rows import Rows, joined
 from lowmem_npo.data.tables import Reader, read_csv, read_json, table_in_text, undecodable
-from lowmem_npo.errors import UserError
+from lowmem_npo.errors import UserError, one_line
 from lowmem_npo.files import expanded
 from lowmem_npo.libraries import hub_problem
 from lowmem_npo.sizes import first_of
@@ -238,7 +238,7 @@ def _read_hub(name: str, repo: str, config: str | None, split: str | None, revis
     except OSError as error:  # ConnectionError, OfflineModeIsEnabled and the like
         raise UserError(data_not_here(name, repo)) from error
     except Exception as error:  # an unknown configuration or revision, a dataset with code of its own
-        reason = " ".join(str(error).split()).split(" Example of usage")[0]
+        reason = one_line(error).split(" Example of usage")[0]
         raise UserError(
             f"{name} cannot be read from the hub ({reason}); name it as owner/name:configuration."
         ) from error

@@ -21,7 +21,7 @@ from lowmem_npo.data.special_texts import INSIDE, SpecialTexts, check_marks, tra
 from lowmem_npo.data.templates import MARK, Template, special_tokens
 from lowmem_npo.data.tokenized_rows import IGNORE_INDEX, TokenizedRow, TokenizedRows
 from lowmem_npo.data.turns import CALLS
-from lowmem_npo.errors import UserError
+from lowmem_npo.errors import UserError, one_line
 from lowmem_npo.progress import Progress
 from lowmem_npo.sizes import first_of
 
@@ -262,7 +262,7 @@ class Encoder:
         try:
             return cast(str, self.tokenizer.apply_chat_template(turns, tokenize=False, **options))
         except Exception as error:  # a template is a program: it may raise anything
-            reason = " ".join(str(error).split()).rstrip(".")
+            reason = one_line(error).rstrip(".")
             instead = "" if example.messages else ", or give --template plain"
             raise UserError(
                 f"{example.where}: the model's chat template cannot write this row ({type(error).__name__}: {reason}); "

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from lowmem_npo.errors import UserError
+from lowmem_npo.errors import UserError, one_line
 from lowmem_npo.files import expanded, load_json
 from lowmem_npo.model.original_olmo import Rows, is_original, is_original_tensor, native_config, native_tensors
 from lowmem_npo.sources import check_model_name
@@ -57,7 +57,7 @@ class Shard:
             else:  # the format of PyTorch before 1.6 cannot be mapped
                 self._loaded = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
         except (SafetensorError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise UserError(f"The weights in '{path}' are damaged: {reason}.") from error
 
     def stored_names(self) -> list[str]:
@@ -222,7 +222,7 @@ def _download(name: str, revision: str | None, patterns: list[str], local: bool 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=local))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UserError(f"The weights of '{name}' are not here and cannot be downloaded ({reason}).") from error
 
 

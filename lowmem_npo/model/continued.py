@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowmem_npo.claim import make_directory
-from lowmem_npo.errors import UserError
+from lowmem_npo.errors import UserError, one_line
 from lowmem_npo.files import expanded
 from lowmem_npo.model.layers import adapted_layer
 from lowmem_npo.model.saved_adapter import check_finite, check_stored_patterns, more_than_lora, stored_lora
@@ -140,7 +140,7 @@ def continued(model: PreTrainedModel, folder: str, second: LoraConfig) -> Contin
     try:
         adapted = ContinuedModel(model, first, adapter_name=FIRST)
     except (ValueError, TypeError) as error:  # no layer of its names
-        raise UserError(f"{misfit} ({' '.join(str(error).split())[:200]}).") from error
+        raise UserError(f"{misfit} ({one_line(error, 200)}).") from error
     if isinstance(model.get_output_embeddings(), LoraLayer):
         raise UserError(
             f"The adapter in '{folder}' changes the output head, which must stay frozen for the fused losses: merge it "

@@ -26,7 +26,7 @@ from transformers.utils import is_flash_attn_2_available
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.console import Say, silent
 from lowmem_npo.endings import is_out_of_memory
-from lowmem_npo.errors import UserError
+from lowmem_npo.errors import UserError, one_line
 from lowmem_npo.files import expanded
 from lowmem_npo.libraries import hub_problem
 from lowmem_npo.model.checkpoint import find_checkpoint
@@ -338,7 +338,7 @@ def _holds_an_adapter(name: str) -> UserError:
 def _why_not_loaded(name: str, revision: str | None, error: Exception, what: str = "model") -> str:
     """One sentence for each of the many ways in which loading fails; the hub's own message ends it."""
     where = f"{what} '{name}'" + (f" at revision '{revision}'" if revision else "")
-    reason = " ".join(str(error).split())
+    reason = one_line(error)
     lowered = reason.lower()
     if "trust_remote_code" in lowered or "custom code" in lowered:
         return f"The {where} needs code from its repository, which is never run here: use a native conversion of it."

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from lowmem_npo.errors import UserError
+from lowmem_npo.errors import UserError, one_line
 from lowmem_npo.files import expanded, free_bytes
 from lowmem_npo.model.adapters import adapted_weight, shared_layers
 from lowmem_npo.model.checkpoint import BESIDE_WEIGHTS, INDEX, OLD_INDEX, Checkpoint, Shard, read_json
@@ -121,7 +121,7 @@ def find_updates(adapter: str, checkpoint: Checkpoint) -> Updates:
         try:
             adapted = get_peft_model(model, config)
         except ValueError as error:  # no layer of its names
-            raise UserError(f"{misfit}: {' '.join(str(error).split())[:200]}.") from error
+            raise UserError(f"{misfit}: {one_line(error, 200)}.") from error
     layers: dict[str, Any] = {}
     wholes: dict[str, Tensor] = {}
     for name, module in adapted.named_modules():
@@ -188,7 +188,7 @@ def _give_factors(
     try:
         result = adapted.load_state_dict(factors, strict=False, assign=True)
     except RuntimeError as error:  # other shapes
-        raise UserError(f"{misfit}: {' '.join(str(error).split())[:200]}.") from error
+        raise UserError(f"{misfit}: {one_line(error, 200)}.") from error
     for name in result.unexpected_keys:
         module = adapted_layer(name)
         raise UserError(f"The adapter in '{adapter}' changes {module}, but the base has no {module}.weight.")

@@ -13,7 +13,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from lowmem_npo.config import RunConfig
-from lowmem_npo.errors import UserError
+from lowmem_npo.errors import UserError, one_line
 from lowmem_npo.model.loading import check_can_run, resolve_device
 from lowmem_npo.ranges import check_values, shortened
 from lowmem_npo.run_directory import RunDirectory
@@ -120,4 +120,4 @@ def _takes_none(option: str, value: Any, by: str) -> UserError:
 
 
 def _refused(error: Exception) -> UserError:
-    return UserError(f"An option of transformers.TrainingArguments is not valid: {' '.join(str(error).split())}")
+    return UserError(f"An option of transformers.TrainingArguments is not valid: {one_line(error)}")

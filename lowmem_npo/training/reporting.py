@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from lowmem_npo.errors import UserError
+from lowmem_npo.errors import UserError, one_line
 
 OF_THAT_NAME = "tensorboard", "wandb", "mlflow", "trackio"  # loggers whose package is called as they are
 
@@ -76,4 +76,4 @@ def _check_mlflow() -> None:
 
 def _sentence(error: Exception) -> str:
     """The first sentence of what a library says."""
-    return re.split(r"(?<=[.!])\s", " ".join(str(error).split()))[0].rstrip(".") + "."
+    return re.split(r"(?<=[.!])\s", one_line(error))[0].rstrip(".") + "."

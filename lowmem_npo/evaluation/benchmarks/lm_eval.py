@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from lowmem_npo.errors import UserError
+from lowmem_npo.errors import UserError, one_line
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measured, Selection
 from lowmem_npo.evaluation.figures import Figure, at
 from lowmem_npo.evaluation.options import Options, free
@@ -149,7 +149,7 @@ def run_tasks(
                 ),
             )
         except (OSError, ValueError) as error:  # OSError: no network, no local copy; ValueError: no such data set
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, 300)
             raise UserError(f"--lm-eval {' '.join(tasks)}: the task's data cannot be loaded ({reason}).") from error
     return {task: _numbers(evaluated["results"][task]) for task in tasks}
 
