@@ -6,6 +6,7 @@ import json
 from shutil import copy
 
 import pytest
+from helpers.evaluating import fails, result
 from helpers.rows import write_rows
 from helpers.tiny_models import tiny_model
 from transformers import GPT2Config
@@ -37,22 +38,12 @@ def evaluate(model, files, *more, holdout=True, out="out"):
                  "--output-dir", str(files / out), *more])  # fmt: skip
 
 
-def content(files, out="out"):
-    return json.loads((files / out / "evaluation.json").read_text())
-
-
-def fails(capsys, code, *messages):
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert code == 2 and error.startswith("lowmem-npo evaluate: ")
-    assert all(message in error for message in messages), error
-
-
 QUICK = ("--leak-samples", "2", "--relearn-steps", "2", "--retune-steps", "2", "--max-new-tokens", "12", "--limit", "4")
 
 
 def test_files_and_tables(byte_model, files, capsys):
     assert evaluate(byte_model, files, "--leaks", "all", *QUICK) == 0
-    printed, leaks = capsys.readouterr().out, content(files)["leaks"]
+    printed, leaks = capsys.readouterr().out, result(files)["leaks"]
     assert tuple(leaks) == NAMES and {"extraction", "relearning", "quantization"} <= set(NAMES)
     for test, figures in leaks.items():
         assert figures["leaks"] in (True, False, None) and figures["meaning"].endswith(".")
@@ -60,7 +51,7 @@ def test_files_and_tables(byte_model, files, capsys):
     assert "no --adapter" in leaks["quantization"]["meaning"]
     assert leaks["relearning"]["shown_rows"] + leaks["relearning"]["rows"] == 4
     assert "4 of 6 forget rows, 4 of 5 holdout rows" in printed
-    worst, lessons = content(files)["worst_attack"], [v for k, v in leaks["relearning"].items() if " steps, " in k]
+    worst, lessons = result(files)["worst_attack"], [v for k, v in leaks["relearning"].items() if " steps, " in k]
     lessons += [of for test in ("retuning", "jailbreak") for of in leaks[test].values() if isinstance(of, dict)]
     assert len(lessons) == 3 + 2 + 9 and worst["value"] - worst["holdout"] == max(
         of[key] - of["holdout_" + key]
@@ -73,7 +64,7 @@ def test_files_and_tables(byte_model, files, capsys):
         if key in of
     )
     assert f"\nThe worst of {worst['attacks']} attacks, {worst['test']}" in printed
-    named = content(files)["open_unlearning"]
+    named = result(files)["open_unlearning"]
     assert list(named) == ["exact_memorization", "extraction_strength", "mia_loss", "mia_min_k", "mia_min_k_plus_plus",
                            "mia_zlib", "privleak"]  # fmt: skip
     assert named["mia_loss"] == leaks["membership"]["loss_auc"]
@@ -84,26 +75,26 @@ def test_files_and_tables(byte_model, files, capsys):
     assert set(scored[0]["leaks"]) >= {
         "exact_memorization", "extraction_strength", "loss", "min_k", "min_k_pp", "best_rouge_l_recall", "best_sample"
     }  # fmt: skip
-    assert "The 0 of 1" not in json.dumps(content(files))
+    assert "The 0 of 1" not in json.dumps(result(files))
     again = files / "again"
     earlier = str(files / "out" / "evaluation.json")
     before = ["--before", earlier, "--retained-log", earlier, "--leaks", "extraction"]
     assert evaluate(byte_model, files, *before, *QUICK, out=again.name) == 0
     assert "(before: " in (printed := capsys.readouterr().out)
-    worst = content(files, "again")["worst_attack"]
+    worst = result(files, "again")["worst_attack"]
     assert worst["gold"] == worst["value"] == leaks["extraction"]["extraction_strength"]
     assert "of a model that never saw the rows, " in printed.splitlines()[-2]
 
 
 def test_without_a_holdout(byte_model, files, capsys):
     assert evaluate(byte_model, files, "--leaks", "extraction", "membership", *QUICK, holdout=False) == 0
-    leaks = content(files)["leaks"]
+    leaks = result(files)["leaks"]
     assert leaks["membership"]["leaks"] is None and "--holdout" in leaks["membership"]["meaning"]
     assert "rows" not in leaks["membership"] and leaks["extraction"]["leaks"] is None
-    assert any("--holdout" in note for note in content(files)["notes"])
+    assert any("--holdout" in note for note in result(files)["notes"])
     # added later, without measuring the forget rows again
     assert evaluate(byte_model, files, "--leaks", "extraction", "membership", *QUICK, "--resume") == 0
-    assert content(files)["leaks"]["membership"]["loss_auc"] >= 0
+    assert result(files)["leaks"]["membership"]["loss_auc"] >= 0
 
 
 def test_an_interrupted_evaluation_continues(byte_model, files, monkeypatch):
@@ -163,26 +154,26 @@ def test_membership_beside_a_reference_model_and_by_gradients(byte_model, files,
     assert evaluate(byte_model, files, *membership, out="gold") == 0
     log = ("--retained-log", str(files / "gold" / "evaluation.json"))
     assert evaluate(byte_model, files, *membership, *log, "--mia-gradnorm") == 0
-    named = content(files)["open_unlearning"]
+    named = result(files)["open_unlearning"]
     assert named["mia_reference"] == 0.5 and 0 <= named["mia_gradnorm"] <= 1
     assert evaluate(byte_model, files, *membership, *log, "--limit", "4", out="fewer") == 0
-    assert "mia_reference" not in content(files, "fewer")["open_unlearning"]
-    (note,) = [note for note in content(files, "fewer")["notes"] if "--retained-log" in note]
+    assert "mia_reference" not in result(files, "fewer")["open_unlearning"]
+    (note,) = [note for note in result(files, "fewer")["notes"] if "--retained-log" in note]
     assert note.endswith("so nothing is compared with it.")
     began = (files / "gold" / "settings.json").read_text()
     (files / "gold" / "settings.json").unlink()
     missing = "mia_reference is not measured: the evaluation of --retained-log has no --leaks membership of these "
     assert evaluate(byte_model, files, *membership, *log, out="unknown") == 0
     unknown = "mia_reference is not measured: the settings of --retained-log are not beside it."
-    assert unknown in content(files, "unknown")["notes"]
+    assert unknown in result(files, "unknown")["notes"]
     (files / "gold" / "settings.json").write_text(began)
     write_rows(files / "holdout.jsonl", HOLDOUT[:3])
     assert evaluate(byte_model, files, *membership, *log, out="other") == 0
-    assert missing + "holdout rows." in content(files, "other")["notes"]
+    assert missing + "holdout rows." in result(files, "other")["notes"]
     write_rows(files / "holdout.jsonl", HOLDOUT)
     (files / "gold" / "rows.jsonl").write_text('{"set": "forget", "row": 0}\n')
     assert evaluate(byte_model, files, *membership, *log, out="without") == 0
-    assert missing + "forget and holdout rows." in content(files, "without")["notes"]
+    assert missing + "forget and holdout rows." in result(files, "without")["notes"]
     fails(capsys, evaluate(byte_model, files, "--mia-gradnorm", out="none"), "--mia-gradnorm", "--leaks membership")
 
 
@@ -191,32 +182,32 @@ def test_a_gold_model_is_compared_on_the_same_rows_alone(byte_model, files):
     assert evaluate(byte_model, files, *leaks, out="gold") == 0
     log = ("--retained-log", str(files / "gold" / "evaluation.json"))
     assert evaluate(byte_model, files, *leaks, *log) == 0
-    of, gold = content(files), content(files, "gold")
+    of, gold = result(files), result(files, "gold")
     assert of["worst_attack"]["gold"] == of["worst_attack"]["value"] and of["open_unlearning"]["privleak"] == 0
     assert not any("--retained-log" in note for note in of["notes"] if "mia_reference" not in note)
     assert evaluate(byte_model, files, *leaks, *log, "--leak-samples", "3", out="more") == 0
-    (note,) = [note for note in content(files, "more")["notes"] if "--leak-samples" in note]
+    (note,) = [note for note in result(files, "more")["notes"] if "--leak-samples" in note]
     assert note == "sampling: not compared with --retained-log, which had another --leak-samples."
     settings = files / "gold" / "settings.json"
     began = json.loads(settings.read_text())
     settings.write_text(json.dumps({**began, "qlora": True, "mia_gradnorm": True}))  # no matter of what is asked
     assert evaluate(byte_model, files, *leaks, *log, out="stored") == 0
-    assert content(files, "stored")["worst_attack"] == of["worst_attack"] and not any(
-        "compared" in note for note in content(files, "stored")["notes"]
+    assert result(files, "stored")["worst_attack"] == of["worst_attack"] and not any(
+        "compared" in note for note in result(files, "stored")["notes"]
     )
     settings.write_text(json.dumps({**began, "seed": 7}))
     assert evaluate(byte_model, files, *leaks, *log, out="seed") == 0
-    assert content(files, "seed")["worst_attack"]["gold"] is None
+    assert result(files, "seed")["worst_attack"]["gold"] is None
     settings.write_text(json.dumps({name: began[name] for name in ("retained_log", "limit", "digests")}))
     now = {name: value for name, value in began.items() if name not in ("system", "double_quant", "digests")}
     assert set(Gold.of({**now, "retained_log": log[1]}).leaks) == {"extraction", "sampling"}  # of older versions
     settings.write_text(json.dumps(began))
     write_rows(files / "holdout.jsonl", HOLDOUT[:3])
     assert evaluate(byte_model, files, *leaks, *log, out="holdout") == 0
-    assert any(note.startswith("privleak is compared with 0.5") for note in content(files, "holdout")["notes"])
+    assert any(note.startswith("privleak is compared with 0.5") for note in result(files, "holdout")["notes"])
     write_rows(files / "forget.jsonl", FORGET[:4])
     assert evaluate(byte_model, files, *leaks, *log, out="other") == 0
-    other = content(files, "other")
+    other = result(files, "other")
     assert other["worst_attack"]["gold"] is None and gold["open_unlearning"]["mia_min_k"] not in (0, 0.5)
     min_k = other["open_unlearning"]["mia_min_k"]
     assert other["open_unlearning"]["privleak"] == pytest.approx(100 * ((1 - min_k) / 0.5 - 1), abs=1e-6)
@@ -239,12 +230,12 @@ def test_rows_to_keep_that_are_others_too(byte_model, files, capsys):
 def test_one_row_and_identical_rows(byte_model, files):
     write_rows(files / "forget.jsonl", FORGET[:1])
     assert evaluate(byte_model, files, "--leaks", "relearning", holdout=False) == 0
-    relearning = content(files)["leaks"]["relearning"]
+    relearning = result(files)["leaks"]["relearning"]
     assert relearning["leaks"] is None and "only one row" in relearning["meaning"]
     write_rows(files / "forget.jsonl", [FORGET[0]] * 3)
     write_rows(files / "holdout.jsonl", [{**FORGET[0], "question": "Who is numbre 0?"}])
     assert evaluate(byte_model, files, "--leaks", "membership", out="alike") == 0
-    assert content(files, "alike")["leaks"]["membership"]["leaks"] is None
+    assert result(files, "alike")["leaks"]["membership"]["leaks"] is None
 
 
 def test_what_is_taught_fits_into_the_positions(byte_model, files):
@@ -259,7 +250,7 @@ def test_what_is_taught_fits_into_the_positions(byte_model, files):
     config = EvaluationConfig(model=str(model), forget=data[1], device="cpu", leaks=("retuning",))
     assert max(len(row["input_ids"]) for row in plan_evaluation(config, silent).attacker.general) == 80
     assert main(["evaluate", *data, "--retune-steps", "2"]) == 0
-    assert "steps on general texts" in content(files)["leaks"]["retuning"]["meaning"]
+    assert "steps on general texts" in result(files)["leaks"]["retuning"]["meaning"]
     run = ["--retain", write_rows(files / "r.jsonl", HOLDOUT[:2]), "--max-steps", "1", "--batch-size", "2"]
     run += ["--eval-rows", "2", "--max-new-tokens", "4"]
     assert main(["train", *data[:-1], str(files / "run"), *run, "--lora-targets", "c_attn"]) == 0
@@ -274,10 +265,10 @@ def test_before_is_compared_test_by_test(byte_model, files, capsys):
     before = ("--before", str(files / "before" / "evaluation.json"))
     capsys.readouterr()
     assert evaluate(byte_model, files, *leaks, "2", *before) == 0
-    assert content(files)["notes"] == ["sampling: not compared with --before, which had another --leak-samples."]
+    assert result(files)["notes"] == ["sampling: not compared with --before, which had another --leak-samples."]
     printed = capsys.readouterr().out
     assert "extraction: no traces found (before: " in printed and "sampling: no traces found\n" in printed
-    assert evaluate(byte_model, files, *leaks, "1", *before, out="same") == 0 and not content(files, "same")["notes"]
+    assert evaluate(byte_model, files, *leaks, "1", *before, out="same") == 0 and not result(files, "same")["notes"]
     assert "sampling: no traces found (before: " in capsys.readouterr().out
 
 
