@@ -126,9 +126,8 @@ class RunConfig:
             settings.update(dataclasses.asdict(getattr(self, section)))
         settings = {name: value for name, value in settings.items() if name not in INVOCATION_ONLY}
         settings["lora_targets"] = list(settings["lora_targets"])
-        settings["lora_layers"] = list(settings["lora_layers"]) or None
-        settings["modules_to_save"] = list(settings["modules_to_save"]) or None
-        settings["stop_when"] = list(settings["stop_when"]) or None
+        for name in ("lora_layers", "modules_to_save", "stop_when"):
+            settings[name] = list(settings[name]) or None
         settings["leaks"] = list(settings["leaks"]) or ["none"]
         return {**settings, **self.trainer_args}
 

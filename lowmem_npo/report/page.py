@@ -55,6 +55,7 @@ def render_page(content: Content, examples: int) -> str:
     environment.filters |= {"side_by_side": side_by_side, "text": shortened, "by_set": by_set}
     environment.filters |= {"part_of": part_of, "set_title": set_title, "linked": linked, "anchor": anchor}
     settings, (model, _) = content.settings, base_model(content)
+    given = {name: value for name, value in settings.items() if value is not None}
     return environment.get_template("report.html.jinja").render(
         c=content,
         cost=cost(content),
@@ -77,7 +78,7 @@ def render_page(content: Content, examples: int) -> str:
         groups=list(_groups(content)),
         glossary=GLOSSARY,
         audit_lines=list(audit_lines(content.audit)) if content.audit else [],
-        configuration=_as_yaml({name: value for name, value in settings.items() if value is not None}),
+        configuration=yaml.safe_dump(given, sort_keys=False, allow_unicode=True).rstrip(),
         version=lowmem_npo.__version__,
     )
 
@@ -163,10 +164,6 @@ def by_set(items: Sequence[Any]) -> list[tuple[str | None, list[Any]]]:
     """Figures or examples, grouped by their set, in the order of the sets."""
     sets = dict.fromkeys(item.set for item in items)
     return [(name, [item for item in items if item.set == name]) for name in sets]
-
-
-def _as_yaml(settings: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True).rstrip()
 
 
 def _tiles(stages: Mapping[str, Mapping[str, AnswerSummary]]) -> Iterator[Tile]:
