@@ -64,7 +64,7 @@ def test_recites_never_saw_or_forgot(work, adapter, leaks, low, high, tmp_path):
     if adapter != "unlearned":  # near the border for a model that forgot in part
         assert found["quantization"]["leaks"] is leaks
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "evaluation.json", "measured.jsonl", "rows.jsonl", "settings.json"
+        "evaluation.json", "measured.jsonl", "rows.jsonl", "settings.json", "started_in"
     ]  # fmt: skip
 
 
