@@ -112,7 +112,7 @@ def free_bytes(path: Path) -> int:
 
 
 def json_sha256(content: Any) -> str:
-    """SHA-256 of data that JSON can hold, in hexadecimal; of anything else in it, of what it is as a text."""
+    """SHA-256 of data that JSON can hold, in hexadecimal; what JSON cannot hold counts as its text."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 

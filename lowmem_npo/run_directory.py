@@ -156,7 +156,8 @@ def from_here(run: RunFiles | EvaluationFiles, settings: Mapping[str, Any], name
         start = os.path.normpath(folder / run.started_in.read_text(encoding="utf-8", errors="replace"))
         there: Path | None = Path(start, here)
     else:
-        there = _by_output_dir(folder, expanded(str(settings.get("output_dir") or ".")), here)
+        output_dir = settings.get("output_dir")  # None of an evaluation beside its adapter
+        there = _by_output_dir(folder, expanded(str(output_dir)), here) if output_dir else None
     if there is None:
         return name
     if os.path.exists(there):  # of many files, their names together are too long for a path

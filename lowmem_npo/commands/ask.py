@@ -41,7 +41,7 @@ class AskOptions(StreamOptions, ModelOptions):
     """Ask the original model and the one that has forgotten, and see both answers.
 
     Questions are written as the run wrote its rows: in the model's chat form where it has one, else as 'Question: ...
-    Answer:', or bare where its rows have other columns, unless --template says otherwise. Without a question you are
+    Answer:', or bare where its rows were, unless --template says otherwise. Without a question you are
     asked for them; a chat model then remembers the conversation.
     """
 
@@ -247,8 +247,7 @@ def load(options: AskOptions, say: Say) -> Asked:
     stream_layers(model, streaming, resolve_device(config.device))
     decoding = options.max_new_tokens, options.temperature, options.seed
     together = at_once(BATCH_SIZE, TOGETHER, streaming.stream_weights)
-    schema = QUESTIONS if tokenizer.chat_template else _schema_of(run)
-    asked = Asked(model, tokenizer, template, sides, *decoding, together, schema)
+    asked = Asked(model, tokenizer, template, sides, *decoding, together, _schema_of(run))
     say(f"Questions are {template.describe(asked._example('?', []), tokenizer)}.")
     return asked
 

@@ -19,7 +19,7 @@ from lowmem_npo.data.schemas import (
     PASSAGE,
     Example,
     canonical,
-    has_value,
+    has_paraphrases,
     listed_columns,
     spelled_like,
     to_examples,
@@ -182,7 +182,7 @@ class _Reader:
         own: tuple[str, ...] = ()  # columns that rows have beside those of prompt and answer
         if part == "forget":
             own = ("alternative_column", "group_column", "paraphrase_column")
-        elif part == "holdout" and data.paraphrase_column and has_value(data.paraphrase_column, rows):
+        elif part == "holdout" and data.paraphrase_column and has_paraphrases(data.paraphrase_column, rows):
             own = ("paraphrase_column",)  # so that rewording can compare with it
         columns |= {name: getattr(data, name) for name in own}
         result = to_examples(rows, **columns)

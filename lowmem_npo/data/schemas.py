@@ -271,9 +271,13 @@ def spelled_like(column: str, rows: Rows) -> list[str]:
     return [other for other in rows.columns if other.strip().casefold() == column.strip().casefold()]
 
 
-def has_value(column: str, rows: Rows) -> bool:
+def has_paraphrases(column: str, rows: Rows) -> bool:
     """Whether some row has one in the column of this name."""
-    return any(without_nan(row).get(name) for name in spelled_like(column, rows) for row in rows.rows)
+    return any(
+        paraphrases_of(without_nan(row), name, rows.where(index))
+        for name in spelled_like(column, rows)
+        for index, row in enumerate(rows.rows)
+    )
 
 
 def listed_columns(columns: Sequence[str]) -> str:

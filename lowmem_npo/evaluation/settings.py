@@ -11,7 +11,7 @@ from annotated_types import Interval
 
 from lowmem_npo.config import AnswerOptions, DataConfig, DataOptions, ModelOptions, StreamOptions
 from lowmem_npo.data.rows import Rows
-from lowmem_npo.data.schemas import has_value
+from lowmem_npo.data.schemas import has_paraphrases
 from lowmem_npo.data.self_written import self_rows
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS, BenchmarkOptions
@@ -146,7 +146,7 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
     def columns_of(self, name: str, rows: Rows) -> dict[str, str | None]:
         """The columns of the set `name`: the forget rows must have that of --paraphrase-column, the holdout may."""
         column = self.paraphrase_column
-        named = column is not None and (name == "forget" or (name == "holdout" and has_value(column, rows)))
+        named = column is not None and (name == "forget" or (name == "holdout" and has_paraphrases(column, rows)))
         return {**self.columns, **({"paraphrase_column": column} if named else {})}
 
     @property

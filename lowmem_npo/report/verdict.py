@@ -181,7 +181,7 @@ def judge_evaluation(
     stages = {"after": leaks, **({"gold": gold_leaks} if gold_leaks else {})}
     worst = worst_attacks(stages).get("after")
     traces = "; leak tests find traces" if _leaking(leaks) or (worst and worst.stands_out) else ""
-    if not now:
+    if FORGET not in now and RETAIN not in now:
         headline = f"What was measured are benchmarks' own figures, which make no headline{traces}."
         return Verdict("unknown", headline, [])
     known = {

@@ -123,6 +123,21 @@ def chat_run(run, tmp_path_factory):
     return copy, base, tokenizer
 
 
+@pytest.mark.parametrize(
+    "settings, row, template",
+    [({"template": "plain"}, None, "Question: {prompt}"), ({}, {"input": "Who?", "output": "Me."}, "{prompt}")],
+)
+def test_a_chat_model_is_asked_plainly_where_the_run_wrote_so(chat_run, settings, row, template, tmp_path, capsys):
+    copy, base, _ = chat_run
+    run = tmp_path / "run"
+    shutil.copytree(copy, run)
+    if row is not None:
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+        settings = settings | {"forget": str(tmp_path / "rows.jsonl")}
+    RunFiles(run).run_yaml.write_text(json.dumps(RunFiles(run).settings() | settings))
+    assert f"written as '{template}" in asked(run, "Who?", "--json", "--max-new-tokens", 1, capsys=capsys).err
+
+
 def test_a_conversation_is_remembered(chat_run, monkeypatch, capsys):
     """Each side has its own history; /new begins another."""
     copy, folder, tokenizer = chat_run

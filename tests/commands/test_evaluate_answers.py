@@ -82,7 +82,7 @@ def test_a_named_paraphrase_column(byte_model, data, tmp_path, capsys):
     """Of the forget rows, which must have it; the holdout may do without. A run's column is evaluated with its rows."""
     rows = [{"question": f"Who {n}?", "answer": f"Nobody {n}", "german": f"Wer {n}?"} for n in range(2)]
     forget = write_rows(tmp_path / "german.jsonl", rows)
-    holdout = write_rows(tmp_path / "holdout.jsonl", [{**FORGET[1], "german": ""}])
+    holdout = write_rows(tmp_path / "holdout.jsonl", [{**FORGET[1], "german": " "}])
     sets = ["--forget", forget, *data[2:], "--holdout", holdout, "--paraphrase-column", "german"]
     evaluate("--model", byte_model, *sets, "--leaks", "extraction", "--output-dir", tmp_path / "out")
     answers = content(tmp_path / "out")["answers"]

@@ -100,8 +100,8 @@ def test_what_the_leak_tests_found(content):
         "No traces are found by looking at how likely the answers are to the model, without letting it say them.",
         "Much of what there was is still found by asking several times for random answers instead of the "
         "likeliest one.",
-        "Much less than before is found by storing the model otherwise, merged into one or rounded to 4 bits as many "
-        "do to save memory, and trying to get at the answers there.",
+        "Much less than before is found by storing the model in another form, with the adapter merged or in 4 bits as "
+        "many do to save memory, and attacking that.",
         ORIGINAL,
         FILES,
     ]
@@ -129,7 +129,7 @@ def test_the_worst_attack_is_told_without_its_terms(content):
         )
         if "The most comes back" in line
     ]
-    assert "merged into one or rounded" in line and "(merged in bf16, relearning: 20 steps): 60%" in line
+    assert "with the adapter merged" in line and "(merged in bf16, relearning: 20 steps): 60%" in line
     whole = {"after": {"sampling": LeakResult({"whole": 0.25}, "", None)}}
     assert any("25% of the answers; what it" in line for line in part(replace(content, leaks=whole), "What remains"))
 

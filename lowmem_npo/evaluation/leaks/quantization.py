@@ -76,8 +76,8 @@ class Quantization(LeakTest[Options]):
     name = "quantization"
     summary = "`extraction`, and the attacks named with it, in the worst of 4-bit base, merged, merged and 4-bit"
     in_words = (
-        "storing the model otherwise, merged into one or rounded to 4 bits as many do to save memory, and trying to "
-        "get at the answers there"
+        "storing the model in another form, with the adapter merged or in 4 bits as many do to save memory, and "
+        "attacking that"
     )
     needs = (AN_ADAPTER,)
     options = Options
