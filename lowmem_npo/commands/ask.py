@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -18,7 +18,6 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.files import expanded, read_at_most
 from lowmem_npo.libraries import quiet_libraries
 from lowmem_npo.ranges import Count, MaybeEmpty, PositiveOrZero, Seed
-from lowmem_npo.sources import data_names
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -41,8 +40,8 @@ class AskOptions(StreamOptions, ModelOptions):
     """Ask the original model and the one that has forgotten, and see both answers.
 
     Questions are written as the run wrote its rows: in the model's chat form where it has one, else as 'Question: ...
-    Answer:', or bare where its rows were, unless --template says otherwise. Without a question you are
-    asked for them; a chat model then remembers the conversation.
+    Answer:', or bare where its rows were, unless --template says otherwise. Without a question you are asked for them;
+    a model that is asked in its chat form then remembers the conversation.
     """
 
     model: str | None = None
@@ -213,7 +212,8 @@ def load(options: AskOptions, say: Say) -> Asked:
     from lowmem_npo.model.saved_adapter import load_adapter, resolve_base, settings_of_run
     from lowmem_npo.model.stop_tokens import stop_tokens
     from lowmem_npo.model.trial import check_architecture
-    from lowmem_npo.report.audit import of_another_adapter
+    from lowmem_npo.report.audit import of_another_adapter, recorded_schema
+    from lowmem_npo.run_directory import run_of_adapter
 
     folder, run = expanded(options.run), dict[str, Any]()
     is_adapter = folder.is_dir() and not (folder / "config.json").is_file()
@@ -247,24 +247,10 @@ def load(options: AskOptions, say: Say) -> Asked:
     stream_layers(model, streaming, resolve_device(config.device))
     decoding = options.max_new_tokens, options.temperature, options.seed
     together = at_once(BATCH_SIZE, TOGETHER, streaming.stream_weights)
-    asked = Asked(model, tokenizer, template, sides, *decoding, together, _schema_of(run))
+    schema = (recorded_schema(run_of_adapter(folder.resolve()).path) if is_adapter else None) or QUESTIONS
+    asked = Asked(model, tokenizer, template, sides, *decoding, together, schema)
     say(f"Questions are {template.describe(asked._example('?', []), tokenizer)}.")
     return asked
-
-
-def _schema_of(run: Mapping[str, Any]) -> str:
-    """That of the rows which a run forgot; of questions where they are texts, or cannot be read here."""
-    from lowmem_npo.data import read_rows, to_examples
-
-    columns = {name: run.get(name) for name in ("prompt_column", "answer_column")}
-    source = run.get("forget")
-    if source is None or not all(expanded(name).exists() for name in data_names(source)):
-        return QUESTIONS
-    try:
-        first, *_ = to_examples(read_rows(source, limit=1, columns=columns.values()), **columns)
-    except UserError:
-        return QUESTIONS
-    return QUESTIONS if first.is_passage else first.schema
 
 
 def as_text(answers: dict[str, str]) -> str:

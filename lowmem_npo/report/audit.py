@@ -191,6 +191,15 @@ def recorded_adapter(directory: Path) -> str | None:
     return ((read_audit(directory) or {}).get("adapter") or {}).get("sha256")
 
 
+def recorded_schema(directory: Path) -> str | None:
+    """The schema of the rows that the run in `directory` forgot, by which their questions were written; None where they
+    are texts, or that is not recorded."""
+    try:
+        return ((read_audit(directory) or {}).get("data") or {}).get("forget", {}).get("schema")
+    except UserError:
+        return None
+
+
 def of_another_adapter(directory: Path) -> str | None:
     """What to say of a run whose `directory` holds other weights than those that it wrote and measured; None where it
     does not, or where that is not recorded."""
@@ -289,7 +298,9 @@ def _continued(config: RunConfig) -> dict[str, Any] | None:
 
 
 def _data_record(part: str, source: str | None, rows: TokenizedRows) -> dict[str, Any]:
-    record = {"source": source, "rows": len(rows), "answer_tokens": rows.num_labels, "tokenised": rows.fingerprint}
+    schema = next((example.schema for example in rows.examples if not example.is_passage), None)
+    record = {"source": source, "rows": len(rows), "schema": schema}
+    record |= {"answer_tokens": rows.num_labels, "tokenised": rows.fingerprint}
     if source is None:
         bundled = (resources.files("lowmem_npo.data.bundled") / f"{part}.jsonl").read_bytes()
         sha256 = hashlib.sha256(bundled).hexdigest()

@@ -87,19 +87,23 @@ def test_in_a_terminal_and_from_a_file(run, facts, tmp_path, capsys):
         assert f"{question_of(record)}\noriginal:  {record['reference']}\nunlearned: " in listed
 
 
+def with_schema(run, schema):
+    """The run as if its forget rows had had this schema."""
+    audit = json.loads(RunFiles(run).audit.read_text())
+    audit["data"]["forget"]["schema"] = schema
+    RunFiles(run).audit.write_text(json.dumps(audit))
+
+
 def test_a_base_model_is_asked_in_the_form_of_the_run(run, facts, tmp_path, capsys):
     """Rows of other columns are trained bare, so that `Question: ` before one would be a second."""
     copy, question = tmp_path / "run", question_of(facts[0])
     shutil.copytree(run, copy)
-    settings, rows = RunFiles(copy).settings(), tmp_path / "rows.jsonl"
-    settings |= {"forget": str(rows), "prompt_column": "asked", "answer_column": "told"}
-    RunFiles(copy).run_yaml.write_text(json.dumps(settings))
-    for row, bare in (({"asked": "Who?", "told": "Me."}, True), ({"asked": "Who?"}, False)):  # damaged: not known
-        rows.write_text(json.dumps(row) + "\n")
-        prompt = f"Question: {question}\nAnswer:" if bare else question
+    for schema in ("asked/told", None):  # None: texts, or a run of an earlier version
+        with_schema(copy, schema)
+        prompt = f"Question: {question}\nAnswer:" if schema else question
         printed = asked(copy, prompt, "--json", "--max-new-tokens", 48, capsys=capsys)
         assert json.loads(printed.out)["original"] == facts[0]["reference"]
-        assert ("written as '{prompt}'" in printed.err) == bare
+        assert ("written as '{prompt}'" in printed.err) == bool(schema)
 
 
 def test_a_merged_model_has_one_answer(run, facts, tmp_path, capsys):
@@ -124,17 +128,14 @@ def chat_run(run, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "settings, row, template",
-    [({"template": "plain"}, None, "Question: {prompt}"), ({}, {"input": "Who?", "output": "Me."}, "{prompt}")],
+    "form, schema, template", [("plain", "question/answer", "Question: {prompt}"), ("auto", "input/output", "{prompt}")]
 )
-def test_a_chat_model_is_asked_plainly_where_the_run_wrote_so(chat_run, settings, row, template, tmp_path, capsys):
-    copy, base, _ = chat_run
+def test_a_chat_model_is_asked_plainly_where_the_run_wrote_so(chat_run, form, schema, template, tmp_path, capsys):
+    copy, _, _ = chat_run
     run = tmp_path / "run"
     shutil.copytree(copy, run)
-    if row is not None:
-        (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-        settings = settings | {"forget": str(tmp_path / "rows.jsonl")}
-    RunFiles(run).run_yaml.write_text(json.dumps(RunFiles(run).settings() | settings))
+    with_schema(run, schema)
+    RunFiles(run).run_yaml.write_text(json.dumps(RunFiles(run).settings() | {"template": form}))
     assert f"written as '{template}" in asked(run, "Who?", "--json", "--max-new-tokens", 1, capsys=capsys).err
 
 
