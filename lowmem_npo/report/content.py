@@ -141,7 +141,7 @@ def read_content(directory: Path) -> Content:
     errors = _errors_of_change(evaluations)
     verdict = judge_run(stages, audit["model"]["vocabulary"] if audit else None, leaks, errors)
     notes = [*stopped, *_notes(metrics, audit), *filter(None, [of_another_adapter(directory)])]
-    notes += evaluated.get("after", {}).get("notes", [])
+    notes += [*evaluated.get("after", {}).get("notes", []), *(_no_longer_there(files) if evaluated else [])]
     return Content(directory, settings, verdict, stages, figures, leaks, metrics, evaluations, notes, audit)
 
 
@@ -184,6 +184,18 @@ def _gold_leaks(files: RunFiles) -> LeakResults:
     with _named(Path(gold.log or files.evaluation.settings)):
         leak_sections({"gold": gold.leaks})
     return gold.leaks
+
+
+def _no_longer_there(files: RunFiles) -> list[str]:
+    """A sentence for each file that the evaluation was compared with and that the report does without."""
+    settings = compared_with(files.evaluation)
+    flags = {"before": "--before", "retained_log": "--retained-log"}
+    named = {flag: settings[key] for key, flag in flags.items() if settings.get(key)}
+    return [
+        f"The evaluation was compared with {flag} '{path}', which is no longer there: its figures are left out."
+        for flag, path in named.items()
+        if not expanded(path).is_file()
+    ]
 
 
 def _merged_leaks(

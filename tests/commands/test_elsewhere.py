@@ -76,6 +76,12 @@ def test_a_report_finds_what_the_evaluation_was_compared_with(second, tmp_path, 
     assert main(["report", str(moved / "runs" / "second")]) == 0
     report = json.loads(RunFiles(moved / "runs" / "second").report_json.read_text())
     assert set(report["leaks"]) == {"before", "after", "gold"} and report["worst_attack"]["after"]["gold"] is not None
+    shutil.rmtree(moved / "gold")
+    assert main(["report", str(moved / "runs" / "second")]) == 0
+    report = json.loads(RunFiles(moved / "runs" / "second").report_json.read_text())
+    gone = [note for note in report["notes"] if "no longer there" in note]
+    assert [flag in note for flag, note in zip(("--before", "--retained-log"), gone, strict=True)] == [True, True]
+    assert set(report["leaks"]) == {"after"}
 
 
 def test_merge(second, tmp_path, monkeypatch, capsys):
