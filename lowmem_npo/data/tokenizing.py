@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -37,6 +37,7 @@ SYSTEM = ("system", "developer")  # roles of the system prompt
 DELAY = 2  # seconds after which a bar shows how far it is
 
 Message = Mapping[str, Any]
+Render = Callable[..., str]  # the chat template's text of some turns
 
 
 def tokenize(
@@ -191,49 +192,12 @@ class Encoder:
             (*earlier, last), messages, options = marked, marked, special.marked_all(options)
             refused = not special.are_separable or render(messages).replace(INSIDE, "") != unmarked
         prompt, whole = render(earlier, add_generation_prompt=True), render(messages)
-        for name in READ:  # what the row has must reach the model
-            if name == "tools" and name in example.options:
-                unread = render(messages, tools=None)
-            elif name in last or (name in CALLS and any(name in turn for turn in messages)):
-                unread = render([{key: turn[key] for key in turn if key != name} for turn in messages])
-            else:
-                continue
-            if unread == whole:
-                raise UserError(
-                    f"{example.where}: the model's chat template does not write {name}; write it into the content of "
-                    "a turn, or remove it from the row."
-                )
-        for turn in earlier:
-            missing = turn["role"] in SYSTEM and _squeezed(turn["content"]) not in _squeezed(prompt)
-            if missing and render([other for other in messages if other is not turn]) == whole:
-                raise _unwritten_system_prompt(example)
-        plain = render([*earlier, {"role": "assistant", "content": MARK}])
-        ending = plain.rpartition(MARK)[2] if MARK in plain else ""
-
-        # What the template makes of the content, unless it begins with another text than generation (an opening <think>
-        # that the content may bring as well) or loses some of the content (reasoning).
-        content = _without_opening(last["content"], prompt)
-        answer = whole.removeprefix(prompt)
-        if not whole.startswith(prompt) or _squeezed(content) not in _squeezed(answer):
-            answer = content + ending
-        if not answer.endswith(ending):  # a turn of another kind, such as a call of a tool
-            ending = cast(re.Match, re.search(f"({self.stop}|\\s)*$", answer))[0]
-        body = answer.removesuffix(ending)
-
+        _check_written(render, messages, example, prompt, whole)
+        body, ending = self._answer_in(render, messages, prompt, whole)
         if example.continues:
             ending = ""
         else:
-            ends = self.named
-            if not re.search(self.stop, ending):  # GLM ends a turn with the token that opens the user's next one
-                with suppress(UserError):  # of a template that wants another turn next
-                    next_turns = [{"role": "assistant", "content": MARK}, {"role": "user", "content": "?"}]
-                    following = render([*earlier, *next_turns]).rpartition(MARK)[2].removeprefix(ending)
-                    at_once = re.match(rf"\s*({'|'.join(map(re.escape, self.named))})", following)
-                    ending += at_once[0] if at_once else ""
-            if stop := re.search(self.stop, ending):
-                self.ended, ending, ends = True, ending[: stop.end()], [*ends, stop[0]]
-            if (brought := trailing(body, ends)) < len(body):  # the row brings its own end
-                self.doubled, body = True, body[:brought]
+            body, ending = self._ended(render, earlier, body, ending)
         answer = body + ending
         written = None
         if not example.messages:
@@ -248,6 +212,36 @@ class Encoder:
         else:  # the template writes special tokens itself
             prompt_ids, joined = self._ids(prompt), self._ids(prompt + answer)
         return prompt_ids, self._continuation(prompt_ids, joined, answer, example.where)
+
+    def _answer_in(self, render: Render, messages: Sequence[Message], prompt: str, whole: str) -> tuple[str, str]:
+        """The last turn's text in `whole`, and what the template ends it with: what it makes of the content, unless it
+        begins with another text than generation (an opening <think> that the content may bring as well) or loses some
+        of the content (reasoning)."""
+        *earlier, last = messages
+        plain = render([*earlier, {"role": "assistant", "content": MARK}])
+        ending = plain.rpartition(MARK)[2] if MARK in plain else ""
+        content = _without_opening(last["content"], prompt)
+        answer = whole.removeprefix(prompt)
+        if not whole.startswith(prompt) or _squeezed(content) not in _squeezed(answer):
+            answer = content + ending
+        if not answer.endswith(ending):  # a turn of another kind, such as a call of a tool
+            ending = cast(re.Match, re.search(f"({self.stop}|\\s)*$", answer))[0]
+        return answer.removesuffix(ending), ending
+
+    def _ended(self, render: Render, earlier: Sequence[Message], body: str, ending: str) -> tuple[str, str]:
+        """The answer without an end of its own, and the template's `ending` up to where generation stops."""
+        ends = self.named
+        if not re.search(self.stop, ending):  # GLM ends a turn with the token that opens the user's next one
+            with suppress(UserError):  # of a template that wants another turn next
+                next_turns = [{"role": "assistant", "content": MARK}, {"role": "user", "content": "?"}]
+                following = render([*earlier, *next_turns]).rpartition(MARK)[2].removeprefix(ending)
+                at_once = re.match(rf"\s*({'|'.join(map(re.escape, self.named))})", following)
+                ending += at_once[0] if at_once else ""
+        if stop := re.search(self.stop, ending):
+            self.ended, ending, ends = True, ending[: stop.end()], [*ends, stop[0]]
+        if (brought := trailing(body, ends)) < len(body):  # the row brings its own end
+            self.doubled, body = True, body[:brought]
+        return body, ending
 
     def _without_bos(self, prompt: str | None) -> str | None:
         """A prompt around which more is written: where the text begins is no longer its own matter."""
@@ -312,6 +306,27 @@ class Encoder:
             f"{where}: the tokenizer cannot write this answer after this prompt without changing the text; "
             "end the prompt at a word boundary, or give --template."
         )
+
+
+def _check_written(render: Render, messages: Sequence[Message], example: Example, prompt: str, whole: str) -> None:
+    """Raises UserError where the template drops what the row has: it must reach the model."""
+    *earlier, last = messages
+    for name in READ:
+        if name == "tools" and name in example.options:
+            unread = render(messages, tools=None)
+        elif name in last or (name in CALLS and any(name in turn for turn in messages)):
+            unread = render([{key: turn[key] for key in turn if key != name} for turn in messages])
+        else:
+            continue
+        if unread == whole:
+            raise UserError(
+                f"{example.where}: the model's chat template does not write {name}; write it into the content of "
+                "a turn, or remove it from the row."
+            )
+    for turn in earlier:
+        missing = turn["role"] in SYSTEM and _squeezed(turn["content"]) not in _squeezed(prompt)
+        if missing and render([other for other in messages if other is not turn]) == whole:
+            raise _unwritten_system_prompt(example)
 
 
 def _unwritten_system_prompt(example: Example) -> UserError:
