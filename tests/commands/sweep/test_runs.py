@@ -273,27 +273,16 @@ def test_a_budget_that_only_streaming_meets_is_refused(byte_model, tmp_path, cap
     config = AutoConfig.from_pretrained(byte_model, num_hidden_layers=6, hidden_size=256, intermediate_size=1024)
     AutoModelForCausalLM.from_config(config).save_pretrained(deep)
     monkeypatch.setattr(streaming, "ON_CPU", True)
-    switches = [
-        "--batch-size",
-        "1",
-        "--tile-mlp",
-        "16",
-        "--offload-checkpoints",
-        "--double-quant",
-        "on",
-        "--limit",
-        "1",
-    ]
-    switches += ["--joint-pass-tokens", "0", "--reference", "live", "--embedding-on-cpu", "--gradient-checkpointing"]
-    switches += ["--retain-batch-size", "1", "--max-length", "64"]
+    fixed = """
+        --batch-size 1 --retain-batch-size 1 --max-length 64 --limit 1 --tile-mlp 16 --offload-checkpoints
+        --double-quant on --joint-pass-tokens 0 --reference live --embedding-on-cpu --gradient-checkpointing
+    """
+    switches = fixed.split()
 
     def needed(*more: str) -> int:
         config = parse_run(options(deep, tmp_path / "x", *switches, "--memory-budget", "20GiB", *more), "train")
-        return (
-            Simulation(config, workload_of(config, read_inputs(config, silent).data), None)
-            .report()
-            .estimate.total_bytes
-        )
+        workload = workload_of(config, read_inputs(config, silent).data)
+        return Simulation(config, workload, None).report().estimate.total_bytes
 
     streamed, resident = needed("--stream-weights"), needed()
     assert streamed < resident
