@@ -48,18 +48,8 @@ TEACHING = Teaching(vocabulary=320, layers=2, width=64, heads=2, epochs=80, batc
 MACHINE = ["--device", "cpu", "--dtype", "float32"]
 ANSWERS = ["--max-new-tokens", "24"]
 TRAINING = [
-    *(
-        *MACHINE,
-        *ANSWERS,
-        "--max-length",
-        "80",
-        "--eval-rows",
-        "16",
-        "--eval-batch-size",
-        "32",
-        "--save-strategy",
-        "no",
-    ),
+    *(*MACHINE, *ANSWERS, "--max-length", "80"),
+    *("--eval-rows", "16", "--eval-batch-size", "32", "--save-strategy", "no"),
     *("--lora-targets", "all-linear", "--lora-r", "8", "--lora-alpha", "8", "--no-gradient-checkpointing"),
 ]
 STRONG = ["--batch-size", "16", "--retain-batch-size", "8", "--lr", "5e-3", "--epochs", "40"]

@@ -109,14 +109,8 @@ def test_a_tilde_is_the_home_directory(second, tmp_path, monkeypatch):
     assert main(["evaluate", "--adapter=~/runs/it", "--device", "cpu", "--limit", "1", "--leaks", "none"]) == 0
     assert main(["merge", "--adapter=~/runs/it", "--output-dir=~/merged"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
-    assert {path.name for path in (tmp_path / "home").iterdir()} == {
-        "model",
-        "run.yaml",
-        "reference",
-        "runs",
-        "swept",
-        "merged",
-    }
+    there = {"model", "run.yaml", "reference", "runs", "swept", "merged"}
+    assert {path.name for path in (tmp_path / "home").iterdir()} == there
 
 
 def test_a_directory_is_called_by_its_name_wherever_a_report_is_written(second, tmp_path, monkeypatch):

@@ -42,26 +42,8 @@ values = st.recursive(
     max_leaves=6,
 )
 NAMES = [
-    "question",
-    "answer",
-    "input",
-    "output",
-    "prompt",
-    "completion",
-    "text",
-    "messages",
-    "role",
-    "content",
-    "id",
-    "task",
-    "tools",
-    "instruction",
-    "response",
-    "context",
-    "document",
-    "conversations",
-    "weight",
-    "x",
+    *("question", "answer", "input", "output", "prompt", "completion", "text", "messages", "role", "content"),
+    *("id", "task", "tools", "instruction", "response", "context", "document", "conversations", "weight", "x"),
 ]
 words = st.text(min_size=1, max_size=12) | st.sampled_from(["She.", "Who is it?", "<|im_end|>", "a\n\nb"])
 turns = st.fixed_dictionaries(
