@@ -20,7 +20,7 @@ from benchmarks.quality_parts.lasting_table import (
     unmeasured,
 )
 from benchmarks.quality_parts.measure import ATTACKS, measure_answers, measure_attack, measure_scores
-from benchmarks.quality_parts.methods import BASELINES, LASTING, PAPER, Method, method
+from benchmarks.quality_parts.methods import BASELINES, LASTING, LONGER, PAPER, Method, method
 from benchmarks.quality_parts.pieces import Limits, Piece, known_pieces, make_pieces
 from benchmarks.quality_parts.subjects import GOLD, TAUGHT, RealSetting, Subject, demo_subject, real_subject
 from benchmarks.shared import record
@@ -110,7 +110,7 @@ def comparison_of(options: argparse.Namespace, work: Path) -> Comparison:
             raise UserError("--real needs a model: name its directory with --model, or in LOWMEM_NPO_TEST_MODEL.")
         real = real_setting(options.quick)
         subject = real_subject(options.real, options.model, options.data, work / options.real, real)
-        methods = LASTING | PAPER | BASELINES | {"npo": LASTING["npo"]} | own
+        methods = LASTING | LONGER | PAPER | BASELINES | {"npo": LASTING["npo"]} | own
         setting = {"model": options.model.name, **asdict(real)}
         seeds = options.seeds or (1 if options.quick else 3)
         return Comparison(options.real, subject, methods, seeds, setting, options.real)

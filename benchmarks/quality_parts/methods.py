@@ -21,6 +21,7 @@ def method(title: str, flags: str = "", **more: bool) -> Method:
     return Method(title, tuple(flags.split()), **more)
 
 
+RECIPE = "--layered 2 --adversary 1 --adversary-steps 20 --lora-alpha 64"  # lasting's, beside what all share
 LASTING = {
     "npo": method("NPO"),
     "layered": method("layered, 3 folds", "--layered 3"),
@@ -30,16 +31,15 @@ LASTING = {
         "layered, 2 folds, adversary 1 of 20 steps", "--layered 2 --adversary 1 --adversary-steps 20"
     ),
     "npo-alpha-64": method("NPO, LoRA α 64", "--lora-alpha 64"),
-    "lasting": method(
-        "lasting: 2 folds, adversary 1 of 20 steps, LoRA α 64",
-        "--layered 2 --adversary 1 --adversary-steps 20 --lora-alpha 64",
-    ),
-    "lasting-gamma-2": method(
-        "lasting, γ 2, δ 1", "--layered 2 --adversary 1 --adversary-steps 20 --lora-alpha 64 --gamma 2 --delta 1"
-    ),
+    "lasting": method("lasting: 2 folds, adversary 1 of 20 steps, LoRA α 64", RECIPE),
+    "lasting-gamma-2": method("lasting, γ 2, δ 1", f"{RECIPE} --gamma 2 --delta 1"),
     "level": method("NPO to the level of the holdout", "--forget-level holdout"),
     "layered-level": method("layered, 3 folds, to the level of the holdout", "--layered 3 --forget-level holdout"),
 }
+LONGER = {
+    "npo-20-epochs": method("NPO, 20 epochs", "--epochs 20"),
+    "lasting-20-epochs": method("lasting, 20 epochs", f"{RECIPE} --epochs 20"),
+}  # as many as are the default, on a real model
 PAPER = {
     f"gamma-{gamma:g}-delta-{delta:g}": method(f"NPO, γ {gamma:g}, δ {delta:g}", f"--gamma {gamma} --delta {delta}")
     for gamma, delta in ((1.0, 0.0), (1.0, 1.0), (0.0, 1.0))

@@ -27,7 +27,7 @@ from benchmarks.quality_parts.lasting_table import (
     unmeasured,
 )
 from benchmarks.quality_parts.measure import ATTACKS, Attack, totals
-from benchmarks.quality_parts.methods import BASELINES, LASTING, PAPER, Method
+from benchmarks.quality_parts.methods import BASELINES, LASTING, LONGER, PAPER, Method
 from benchmarks.quality_parts.pieces import Limits, Piece, make_pieces
 from benchmarks.quality_parts.real_rows import KINDS, SIZES, write_rows
 from benchmarks.quality_parts.subjects import RealSetting, demo_subject, real_subject
@@ -146,9 +146,9 @@ def test_the_picture_shows_what_there_is(tmp_path):
     assert width >= 1400 and height >= 600
 
 
-@pytest.mark.parametrize("name", list({**LASTING, **PAPER, **BASELINES}))
+@pytest.mark.parametrize("name", list({**LASTING, **LONGER, **PAPER, **BASELINES}))
 def test_every_method_is_flags_that_train_knows(name):
-    method = {**BASELINES, **PAPER, **LASTING}[name]
+    method = {**BASELINES, **PAPER, **LONGER, **LASTING}[name]
     sets = ["--model", "any", "--forget", "owner/rows", "--holdout", "owner/others"]
     config = parse_run([*sets, *RealSetting.flags.split(), *method.flags], "train")
     assert config.adapter.lora_r == 16
