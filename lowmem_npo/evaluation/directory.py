@@ -25,6 +25,7 @@ from lowmem_npo.records import check_record
 from lowmem_npo.run_directory import EvaluationFiles, check_empty, from_here, remember_start
 
 THE_ADAPTER = "the adapter"  # among the digests of settings.json
+COMPARED = ("before", "retained_log")  # settings that name the evaluation.json of another model
 SETTINGS = {"digests": dict[str, str], "leaks": list[str], "generate_answers": str}  # what is read of settings.json
 
 
@@ -199,8 +200,8 @@ def compared_with(files: EvaluationFiles) -> dict[str, Any]:
     if not files.settings.is_file():
         return {}
     settings = load_json(files.settings)
-    check_record(settings, {"before": str | None, "retained_log": str | None}, optional=("before", "retained_log"))
-    named = {name: settings[name] for name in ("before", "retained_log") if settings.get(name)}
+    check_record(settings, dict.fromkeys(COMPARED, str | None), optional=COMPARED)
+    named = {name: settings[name] for name in COMPARED if settings.get(name)}
     return {**settings, **{name: from_here(files, settings, value) for name, value in named.items()}}
 
 

@@ -18,7 +18,7 @@ from lowmem_npo.evaluation.answers import (
     read_answers,
     summaries,
 )
-from lowmem_npo.evaluation.directory import compared_with, is_of_adapter
+from lowmem_npo.evaluation.directory import COMPARED, compared_with, is_of_adapter
 from lowmem_npo.evaluation.figures import finite
 from lowmem_npo.evaluation.gold import Gold
 from lowmem_npo.evaluation.leaks.contract import LeakResults, leak_results
@@ -189,12 +189,11 @@ def _gold_leaks(files: RunFiles) -> LeakResults:
 def _no_longer_there(files: RunFiles) -> list[str]:
     """A sentence for each file that the evaluation was compared with and that the report does without."""
     settings = compared_with(files.evaluation)
-    flags = {"before": "--before", "retained_log": "--retained-log"}
-    named = {flag: settings[key] for key, flag in flags.items() if settings.get(key)}
     return [
-        f"The evaluation was compared with {flag} '{path}', which is no longer there: its figures are left out."
-        for flag, path in named.items()
-        if not expanded(path).is_file()
+        f"The evaluation was compared with --{name.replace('_', '-')} '{path}', which is no longer there: its figures "
+        "are left out."
+        for name in COMPARED
+        if (path := settings.get(name)) and not expanded(path).is_file()
     ]
 
 
