@@ -88,9 +88,10 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a b, accumulated in float32 and rounded once to the dtype of `out`."""
     if not has_values(a):
         return
-    if a.dtype == out.dtype:
+    if not a.is_cuda:  # under Triton's interpreter
+        # In 16 bits, processors with AMX multiply what lies behind a row by 0, also NaN (oneDNN's issue 5717).
+        out.copy_(a.float() @ b.float())
+    elif a.dtype == out.dtype:
         torch.mm(a, b, out=out)
-    elif a.is_cuda:
+    else:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:  # under Triton's interpreter
-        torch.mm(a.float(), b.float(), out=out)
