@@ -24,7 +24,8 @@ from lowmem_npo.files import expanded, file_sha256, load_json, write_atomically
 from lowmem_npo.records import check_record
 from lowmem_npo.run_directory import EvaluationFiles, check_empty, from_here, remember_start
 
-THE_ADAPTER = "the adapter"  # among the digests of settings.json
+THE_ADAPTER, THE_TOKENIZER = "the adapter", "the tokenizer"  # among the digests of settings.json, beside the sets
+ANOTHER_TOKENIZER = "another tokenizer or chat template"
 COMPARED = ("before", "retained_log")  # settings that name the evaluation.json of another model
 SETTINGS = {"digests": dict[str, str], "leaks": list[str], "generate_answers": str}  # what is read of settings.json
 
@@ -127,19 +128,27 @@ def differences(result: str, config: EvaluationConfig, digests: Mapping[str, str
     if (earlier := settings_of(result)) is None:
         return []
     changed = changed_options(earlier, as_json(config), config.compared())
-    return [f"{name} {earlier[name]!r}" for name in changed] + [
-        f"other {part} rows" for part in _other_rows(earlier, digests)
-    ]
+    differ = [f"{name} {earlier[name]!r}" for name in changed]
+    if another_tokenizer(earlier, {"digests": digests}):
+        differ.append(ANOTHER_TOKENIZER)
+    return differ + [f"other {part} rows" for part in _other_rows(earlier, digests)]
 
 
 def other_sets(earlier: Mapping[str, Any], now: Mapping[str, Any], but: Iterable[str] = ()) -> list[str]:
     """The sets of which two evaluations' figures cannot be compared, by what their settings.json hold: those that had
-    other rows; all, where a setting that decides them was another. `but`: options that may differ."""
+    other rows; all, where the tokenizer or a setting that decides them was another. `but`: options that may differ."""
     of_benchmarks = {f.name for f in fields(BenchmarkOptions)}
+    names = set(EvaluationConfig.compared()) - of_benchmarks - set(but)
     digests = now.get("digests", {})
-    if changed_options(earlier, now, set(EvaluationConfig.compared()) - of_benchmarks - set(but)):
-        return [part for part in digests if part != THE_ADAPTER]
+    if another_tokenizer(earlier, now) or changed_options(earlier, now, names):
+        return _sets(digests)
     return _other_rows(earlier, digests)
+
+
+def another_tokenizer(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two evaluations are known to have split or written their rows differently: no figure per token says the
+    same then."""
+    return _changed(THE_TOKENIZER, earlier, now.get("digests", {}))
 
 
 def other_options(
@@ -179,8 +188,17 @@ def changed_options(earlier: Mapping[str, Any], now: Mapping[str, Any], names: I
 
 
 def _other_rows(earlier: Mapping[str, Any], digests: Mapping[str, str]) -> list[str]:
+    return [part for part in _sets(digests) if _changed(part, earlier, digests)]
+
+
+def _sets(digests: Mapping[str, str]) -> list[str]:
+    return [name for name in digests if name not in (THE_ADAPTER, THE_TOKENIZER)]
+
+
+def _changed(name: str, earlier: Mapping[str, Any], digests: Mapping[str, str]) -> bool:
+    """Whether `name` is known to have been another."""
     known = earlier["digests"]
-    return [part for part, of in digests.items() if part != THE_ADAPTER and known.get(part, of) != of]
+    return name in known and name in digests and known[name] != digests[name]
 
 
 def settings_of(result: str) -> dict[str, Any] | None:

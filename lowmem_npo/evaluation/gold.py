@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lowmem_npo.config import ModelOptions
-from lowmem_npo.evaluation.directory import other_options, other_sets, settings_of
+from lowmem_npo.evaluation.directory import ANOTHER_TOKENIZER, another_tokenizer, other_options, other_sets, settings_of
 from lowmem_npo.evaluation.leaks.contract import LeakResults
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
 from lowmem_npo.evaluation.leaks.worst import retained_leaks
@@ -43,8 +43,9 @@ class Gold:
             return cls(log, leaks, min_k)
         others = other_sets(earlier, settings, but=[f.name for f in fields(ModelOptions)])  # how gold is stored
         if "forget" in others:
-            why = "had other forget rows, or asked for them otherwise"
-            return cls(notes=(f"--retained-log: its evaluation {why}, so nothing is compared with it.",))
+            of_rows = "other forget rows, or asked for them otherwise"
+            had = ANOTHER_TOKENIZER if another_tokenizer(earlier, settings) else of_rows
+            return cls(notes=(f"--retained-log: its evaluation had {had}, so nothing is compared with it.",))
         notes = []
         if "holdout" in others and min_k is not None:
             min_k = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from shutil import copy
+from shutil import copy, copytree
 
 import pytest
 from helpers.evaluating import fails, result
@@ -213,6 +213,31 @@ def test_a_gold_model_is_compared_on_the_same_rows_alone(byte_model, files):
     assert other["open_unlearning"]["privleak"] == pytest.approx(100 * ((1 - min_k) / 0.5 - 1), abs=1e-6)
     (note,) = [note for note in other["notes"] if note.startswith("--retained-log")]
     assert note.endswith("had other forget rows, or asked for them otherwise, so nothing is compared with it.")
+
+
+def test_a_model_of_another_tokenizer_is_compared_with_nothing(byte_model, files):
+    """Nor is one with another chat template; further special tokens are no matter."""
+    for name in ("chat", "spaced", "special"):
+        copytree(byte_model, files / name)
+    (files / "chat" / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
+    of = json.loads((files / "spaced" / "tokenizer.json").read_text())
+    no = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    special = [*of["added_tokens"], {"id": 2, "content": "!", "special": True, **no}]
+    (files / "special" / "tokenizer.json").write_text(json.dumps({**of, "added_tokens": special}))
+    of["pre_tokenizer"]["add_prefix_space"] = True
+    (files / "spaced" / "tokenizer.json").write_text(json.dumps(of))
+    why = [
+        "The earlier evaluation had another tokenizer or chat template: the two are not comparable.",
+        "--retained-log: its evaluation had another tokenizer or chat template, so nothing is compared with it.",
+    ]
+    for name, notes in (("chat", why), ("spaced", why), ("special", [])):
+        assert evaluate(files / name, files, "--leaks", "extraction", out=f"of-{name}") == 0
+        log = str(files / f"of-{name}" / "evaluation.json")
+        compared = ("--retained-log", log, "--before", log)
+        assert evaluate(byte_model, files, "--leaks", "extraction", *compared, out=f"beside-{name}") == 0
+        beside = result(files, f"beside-{name}")
+        assert [note for note in beside["notes"] if "tokenizer" in note] == notes
+        assert (beside["worst_attack"]["gold"] is None) == bool(notes)
 
 
 def test_rows_to_keep_that_are_others_too(byte_model, files, capsys):

@@ -22,7 +22,7 @@ from lowmem_npo.evaluation.asking import Wording
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Selection
 from lowmem_npo.evaluation.benchmarks.documents import DOCUMENTS
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
-from lowmem_npo.evaluation.directory import THE_ADAPTER, as_begun, as_json
+from lowmem_npo.evaluation.directory import THE_ADAPTER, THE_TOKENIZER, as_begun, as_json
 from lowmem_npo.evaluation.gold import Gold
 from lowmem_npo.evaluation.leaks.registry import leak_tests
 from lowmem_npo.evaluation.leaks.retuning import RETUNING
@@ -37,13 +37,15 @@ from lowmem_npo.model.stop_tokens import stop_tokens
 from lowmem_npo.run_directory import AdapterFiles
 from lowmem_npo.sources import data_names, shown_names
 
+# Tells tokenizers apart, but not two of which one knows more special tokens.
+PROBE = "The 3 quick-brown foxes' café: 12,345.67 –\t東京の猫, кошка, हिन्दी, العربية 🙂\n\n    return x**2  # naïve"
 NOT_QUANTIZED = "The adapter was trained on the 4-bit base and is measured on the unquantised one (no --qlora)."
 
 
 @dataclass
 class EvaluationPlan:
-    """A validated evaluation. digests: a hash of each set, and of the adapter. selected: what each benchmark measures.
-    leak_rows: set -> rows of the leak tests. gold: what it is compared with."""
+    """A validated evaluation. digests: a hash of each set, of the tokenizer, and of the adapter. selected: what each
+    benchmark measures. leak_rows: set -> rows of the leak tests. gold: what it is compared with."""
 
     config: EvaluationConfig
     model_config: ModelConfig
@@ -97,7 +99,7 @@ def plan_evaluation(
     tokenizer = load_tokenizer(model_config)
     template = Template.of(config, stops)
     sources = _read(config, limit, tokenizer, template, say)
-    digests = _digests(config, sources)
+    digests = _digests(config, sources, tokenizer)
     earlier = read_earlier(config, digests)
     gold = Gold.of({**as_json(config), "digests": digests})
     notes = [*earlier.notes, *gold.notes]
@@ -230,12 +232,17 @@ def _forms(
     ]
 
 
-def _digests(config: EvaluationConfig, sources: Mapping[str, Rows]) -> dict[str, str]:
-    """A hash of each set, with what is read beside it, and of the adapter."""
+def _digests(
+    config: EvaluationConfig, sources: Mapping[str, Rows], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, str]:
+    """A hash of each set, with what is read beside it, of how the tokenizer splits texts and writes conversations, and
+    of the adapter."""
     digests = {}
     for part, rows in sources.items():
         beside = [text for one in BENCHMARKS if part in one.sets and (text := one.read_beside(part, config))]
         digests[part] = json_sha256([rows.rows, *beside] if beside else rows.rows)
+    ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    digests[THE_TOKENIZER] = json_sha256([ids, tokenizer.chat_template])
     if config.adapter:
         digests[THE_ADAPTER] = file_sha256(AdapterFiles(expanded(config.adapter)).weights)
     return digests
