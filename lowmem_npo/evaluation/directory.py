@@ -27,18 +27,21 @@ from lowmem_npo.run_directory import EvaluationFiles, check_empty, from_here, re
 THE_ADAPTER, THE_TOKENIZER = "the adapter", "the tokenizer"  # among the digests of settings.json, beside the sets
 ANOTHER_TOKENIZER = "another tokenizer or chat template"
 COMPARED = ("before", "retained_log")  # settings that name the evaluation.json of another model
-SETTINGS = {"digests": dict[str, str], "leaks": list[str], "generate_answers": str}  # what is read of settings.json
+OTHER_ROWS = "other_rows"  # in settings.json: whether the forget rows were others than those of the adapter's run
+# what is read of settings.json
+SETTINGS = {"digests": dict[str, str], "leaks": list[str], "generate_answers": str, OTHER_ROWS: bool}
 
 
 class EvaluationDirectory(EvaluationFiles):
     """The directory of the evaluation that `config` describes.
 
     digests: a hash of everything that is read (data, adapter), so that no evaluation goes on with something else.
+    other_rows: whether the forget rows are others than those of the adapter's run.
     """
 
-    def __init__(self, config: EvaluationConfig, digests: Mapping[str, str]) -> None:
+    def __init__(self, config: EvaluationConfig, digests: Mapping[str, str], other_rows: bool = False) -> None:
         super().__init__(config.path)
-        self.config, self.digests = config, dict(digests)
+        self.config, self.digests, self.other_rows = config, dict(digests), other_rows
 
     def begin(self) -> Journal:
         """From here on the directory is this evaluation's; the journal knows what it had measured.
@@ -67,15 +70,16 @@ class EvaluationDirectory(EvaluationFiles):
             check_empty(self.path, self.settings.name)
 
     def _now(self) -> dict[str, Any]:
-        return {**as_json(self.config), "digests": self.digests}
+        return {**as_json(self.config), OTHER_ROWS: self.other_rows, "digests": self.digests}
 
     def _check_resume(self) -> None:
         if not self.settings.exists():
             raise UserError(f"--resume: there is no evaluation in '{self.path}'; start it without --resume.")
         try:
             began, now = load_json(self.settings), self._now()
-            check_record(began, SETTINGS, optional=("leaks", "generate_answers"))
+            check_record(began, SETTINGS, optional=("leaks", "generate_answers", OTHER_ROWS))
             digests = began.pop("digests")
+            began.pop(OTHER_ROWS, None)  # the digests tell
         except ValueError as error:
             raise UserError(f"--resume: '{self.settings}' is damaged: start the evaluation anew.") from error
         for name, value in digests.items():
@@ -122,16 +126,13 @@ def as_begun(config: EvaluationConfig) -> EvaluationConfig:
     return replace(config, generate_answers=decided) if decided and config.generate_answers == "auto" else config
 
 
-def differences(result: str, config: EvaluationConfig, digests: Mapping[str, str]) -> list[str]:
-    """What was other than in `config`, and the rows behind `digests`, when the evaluation.json at `result` was made, in
-    words, as far as that is known. Of the options of leak tests `other_options` tells."""
-    if (earlier := settings_of(result)) is None:
-        return []
-    changed = changed_options(earlier, as_json(config), config.compared())
-    differ = [f"{name} {earlier[name]!r}" for name in changed]
-    if another_tokenizer(earlier, {"digests": digests}):
+def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What was other in one evaluation than in another, by what their settings.json hold, in words, as far as that is
+    known. Of the options of leak tests `other_options` tells."""
+    differ = [f"{name} {earlier[name]!r}" for name in changed_options(earlier, now, EvaluationConfig.compared())]
+    if another_tokenizer(earlier, now):
         differ.append(ANOTHER_TOKENIZER)
-    return differ + [f"other {part} rows" for part in _other_rows(earlier, digests)]
+    return differ + [f"other {part} rows" for part in _other_rows(earlier, now.get("digests", {}))]
 
 
 def other_sets(earlier: Mapping[str, Any], now: Mapping[str, Any], but: Iterable[str] = ()) -> list[str]:
@@ -161,7 +162,7 @@ def other_options(
     others: sets with other rows. by_attack: attacks are compared one by one, with a look at the length of answers; what
     their names tell does not count.
     """
-    repeats = [_repeated(settings) if test.loads_models else [] for settings in (earlier, now)]
+    repeats = [repeated(measured_leaks(of)) if test.loads_models else [] for of in (earlier, now)]
     tests = [test, *(one for one in repeats[0] if one in repeats[1])]
     tests = [one for one in tests if not (by_attack and one.named_by_options)]
     names = dict.fromkeys(f.name for one in tests for f in fields(one.options) if FREE not in f.metadata)
@@ -172,9 +173,10 @@ def other_options(
     return flags + taught + ([] if by_attack or repeats[0] == repeats[1] else ["--leaks"])
 
 
-def _repeated(settings: Mapping[str, Any]) -> list[LeakTest]:
+def measured_leaks(settings: Mapping[str, Any]) -> list[LeakTest]:
+    """The leak tests of the evaluation whose settings.json holds `settings`."""
     named = settings.get("leaks") or ()
-    return repeated(test for test in LEAK_TESTS if test.name in named or "all" in named)
+    return [test for test in LEAK_TESTS if test.name in named or "all" in named]
 
 
 def as_json(config: EvaluationConfig) -> dict[str, Any]:
@@ -218,7 +220,8 @@ def compared_with(files: EvaluationFiles) -> dict[str, Any]:
     if not files.settings.is_file():
         return {}
     settings = load_json(files.settings)
-    check_record(settings, dict.fromkeys(COMPARED, str | None), optional=COMPARED)
+    known = {OTHER_ROWS: bool, **dict.fromkeys(COMPARED, str | None)}
+    check_record(settings, known, optional=known)
     named = {name: settings[name] for name in COMPARED if settings.get(name)}
     return {**settings, **{name: from_here(files, settings, value) for name, value in named.items()}}
 

@@ -281,6 +281,14 @@ def find_rows(directory: Path, source: str) -> list[tuple[str, int | None]]:
     return [(example.where, places.get(row_hash(example, known["salt"]))) for example in examples]
 
 
+def are_others(directory: Path, forget: Sequence[Example]) -> bool:
+    """Whether most of these forget rows are known not to be those of the run in `directory`."""
+    if (audit := read_audit(directory)) is None:
+        return False
+    known, salt = set(audit["forget_rows"]["sha256"]), audit["forget_rows"]["salt"]
+    return 2 * sum(row_hash(example, salt) in known for example in forget) < len(forget)
+
+
 def seconds(sessions: Sequence[Mapping[str, Any]]) -> float | None:
     """The duration of all sessions together; None if one has no end, because it was killed."""
     if any(session["ended"] is None for session in sessions):

@@ -18,7 +18,8 @@ from lowmem_npo.evaluation.answers import (
     read_answers,
     summaries,
 )
-from lowmem_npo.evaluation.directory import COMPARED, compared_with, is_of_adapter
+from lowmem_npo.evaluation.directory import COMPARED, OTHER_ROWS, compared_with, is_of_adapter
+from lowmem_npo.evaluation.earlier import Earlier
 from lowmem_npo.evaluation.figures import finite
 from lowmem_npo.evaluation.gold import Gold
 from lowmem_npo.evaluation.leaks.contract import LeakResults, leak_results
@@ -122,12 +123,13 @@ def read_content(directory: Path) -> Content:
                 evaluations[stage] = sets
     with _named(files.evaluation.settings):
         evaluated = _read_evaluation(files)
-        gold = _gold_leaks(files) if evaluated else {}
+        of_others = bool(evaluated) and compared_with(files.evaluation).get(OTHER_ROWS, False)
+        gold = _gold_leaks(files) if evaluated and not of_others else {}
     figures = evaluation_figures(evaluated)
     with _named(files.leaks):
         of_run = read_leaks(files.leaks)
         leak_sections(of_run)
-    leaks = _merged_leaks(of_run, evaluated, gold)
+    leaks = _merged_leaks(of_run, {} if of_others else evaluated, gold)
     with _named(files.metrics):
         metrics = read_metrics(files.metrics)
     with _named(files.stopping):
@@ -156,16 +158,16 @@ def _named(file: Path) -> Iterator[None]:
 
 
 def _read_evaluation(files: RunFiles) -> dict[str, dict[str, Any]]:
-    """Stage -> the content of evaluation.json: of this adapter, and of what it was compared with, if still there."""
+    """Stage -> the content of evaluation.json: of this adapter, and of --before as far as it can be compared."""
     evaluation = files.evaluation
     if not evaluation.result.is_file():
         return {}
     has_settings = evaluation.settings.is_file()
     if files.weights.is_file() and not (has_settings and is_of_adapter(evaluation, files.weights)):
         return {}  # the run was continued: these figures are of another adapter
-    before = compared_with(evaluation).get("before")
-    earlier = expanded(before) if before else None
-    contents = {"before": _load_evaluation(earlier)} if earlier and earlier.is_file() else {}
+    settings, contents = compared_with(evaluation), {}
+    if (before := settings.get("before")) and (file := expanded(before)).is_file():
+        contents["before"] = dict(Earlier.of(settings, _load_evaluation(file)).content)
     return {**contents, "after": _load_evaluation(evaluation.result)}
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.cli import main
 from lowmem_npo.evaluation.benchmarks import lm_eval as harness
-from lowmem_npo.evaluation.directory import EvaluationDirectory, differences
+from lowmem_npo.evaluation.directory import EvaluationDirectory, as_json, differences, settings_of
 from lowmem_npo.evaluation.scoring import scorer as measuring
 from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.files import json_sha256
@@ -215,10 +215,11 @@ def test_what_is_not_comparable_with_the_evaluation_of_before(tmp_path):
             config = EvaluationConfig(model="m", forget="f.jsonl", output_dir=str(tmp_path / name), **options)
             shutil.rmtree(tmp_path / name, ignore_errors=True)
             EvaluationDirectory(config, digests).begin()
-        return differences(before, config, digests)
+        return differences(settings_of(before), {**as_json(config), "digests": digests})
 
     assert differ(earlier={"batch_size": 3, "dtype": "float32"}, now={"leaks": ("all",), "relearn_steps": 3}) == []
     assert differ(earlier={"limit": 8, "qlora": True}, now={"limit": 9}) == ["qlora True", "limit 8"]
     assert differ(earlier={"leaks": ("all",)}, now={"leaks": ("all",), "relearn_steps": 3}) == []  # test by test
     config = EvaluationConfig(model="m", leaks=("all",), forget="f.jsonl")
-    assert differences(before, config, {"forget": json_sha256([])}) == ["other forget rows"]
+    now = {**as_json(config), "digests": {"forget": json_sha256([])}}
+    assert differences(settings_of(before), now) == ["other forget rows"]

@@ -350,6 +350,8 @@ def test_a_later_evaluation_is_included(own_run, tmp_path):
     content["lm_eval"] = {"mmlu": {"acc": 0.25}}  # as lm-eval leaves it; its data is not here
     content["leaks"] = {"extraction": {"recited": 0.125, "meaning": "It still writes an eighth.", "leaks": True}}
     file.write_text(json.dumps(content))
+    settings = own_run / "evaluation" / "settings.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "other_rows": False}))  # as of the run's own
     write_report(own_run)
 
     report, text = report_of(own_run), page(own_run).text
@@ -388,6 +390,46 @@ def test_a_later_evaluation_is_included(own_run, tmp_path):
     write_report(own_run)
     groups = {figure["group"] for figure in report_of(own_run)["figures"]}
     assert not groups & {"LUME", "TOFU", "documents"}, "of another adapter"
+
+
+def test_an_evaluation_of_other_rows_says_nothing_of_the_runs(own_run, tmp_path, capsys):
+    """Its leak tests do not replace the run's own in the report and in its verdict; nor is an earlier evaluation of yet
+    other rows their "before". What it measured of them, and of the retain rows, is there."""
+    write_report(own_run)
+    alone = report_of(own_run)
+    rows = [{"question": f"Who {n}?", "answer": f"He {n}.", "perturbed_answer": [f"She {n}."]} for n in range(3)]
+    retain = ("--retain", write_rows(tmp_path / "retain.jsonl", [{"question": "Where?", "answer": "There."}]))
+    base = yaml.safe_load((own_run / "run.yaml").read_text())["model"]
+    before = tmp_path / "before" / "evaluation.json"
+    for source, kept, given in ((("--model", base), rows[:2], ("--output-dir", str(before.parent))),
+                                (("--adapter", str(own_run)), rows[1:], ("--before", str(before)))):  # fmt: skip
+        forget = ("--forget", write_rows(tmp_path / "forget.jsonl", kept))
+        common = (*retain, "--leaks", "extraction", "--dtype", "float32", "--device", "cpu")
+        assert main(["evaluate", *source, *forget, *common, *given]) == 0
+    assert alone["verdict"]["headline"] not in capsys.readouterr().out  # it is not about these rows
+    write_report(own_run)
+    report = report_of(own_run)
+    assert (report["leaks"], report["verdict"]) == (alone["leaks"], alone["verdict"])
+    of = {(f["group"], f["set"], f["key"]): f["values"] for f in report["figures"]}
+    assert of["TOFU", "forget", "probability"]["before"] is None is not of["TOFU", "forget", "probability"]["after"]
+    (nll,) = [of[key] for key in of if key[1:] == ("retain", "nll") and key[0] != "answers"]
+    assert None not in nll.values()
+    assert [note for note in report["notes"] if "other" in note] == [
+        "The earlier evaluation had other forget rows: the two are not comparable.",
+        "The forget rows are others than those of the adapter's run, whose report leaves these leak tests out.",
+    ]
+
+
+def test_an_evaluation_of_the_runs_rows_is_part_of_its_report(own_run, tmp_path, capsys):
+    """Whatever file they are in, and whatever columns stand beside them."""
+    forget = write_rows(tmp_path / "forget.jsonl", [{**row, "topic": "people"} for row in FORGET])
+    evaluate = ["evaluate", "--adapter", str(own_run), "--forget", forget, "--dtype", "float32", "--device", "cpu"]
+    assert main([*evaluate, "--leaks", "extraction", "--limit", "2"]) == 0
+    write_report(own_run)
+    report = report_of(own_run)
+    assert (
+        report["leaks"]["after"]["extraction"]["rows"] == 2 and report["verdict"]["headline"] in capsys.readouterr().out
+    )
 
 
 def test_another_adapter_in_the_place_of_the_runs_is_reported(own_run):

@@ -8,7 +8,6 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
-from lowmem_npo.commands.evaluate.earlier import read_earlier
 from lowmem_npo.commands.evaluate.streaming import with_streaming
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.console import Say
@@ -23,6 +22,7 @@ from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Select
 from lowmem_npo.evaluation.benchmarks.documents import DOCUMENTS
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.directory import THE_ADAPTER, THE_TOKENIZER, as_begun, as_json
+from lowmem_npo.evaluation.earlier import Earlier
 from lowmem_npo.evaluation.gold import Gold
 from lowmem_npo.evaluation.leaks.registry import leak_tests
 from lowmem_npo.evaluation.leaks.retuning import RETUNING
@@ -34,6 +34,7 @@ from lowmem_npo.model.loading import load_config
 from lowmem_npo.model.notes import model_notes
 from lowmem_npo.model.saved_adapter import resolve_base, settings_of_run
 from lowmem_npo.model.stop_tokens import stop_tokens
+from lowmem_npo.report.audit import are_others
 from lowmem_npo.run_directory import AdapterFiles
 from lowmem_npo.sources import data_names, shown_names
 
@@ -41,11 +42,14 @@ from lowmem_npo.sources import data_names, shown_names
 PROBE = "The 3 quick-brown foxes' café: 12,345.67 –\t東京の猫, кошка, हिन्दी, العربية 🙂\n\n    return x**2  # naïve"
 NOT_QUANTIZED = "The adapter was trained on the 4-bit base and is measured on the unquantised one (no --qlora)."
 
+OTHER_ROWS = "The forget rows are others than those of the adapter's run, whose report leaves these leak tests out."
+
 
 @dataclass
 class EvaluationPlan:
     """A validated evaluation. digests: a hash of each set, of the tokenizer, and of the adapter. selected: what each
-    benchmark measures. leak_rows: set -> rows of the leak tests. gold: what it is compared with."""
+    benchmark measures. leak_rows: set -> rows of the leak tests. gold: what it is compared with. other_rows: whether
+    the forget rows are others than those of the adapter's run."""
 
     config: EvaluationConfig
     model_config: ModelConfig
@@ -56,6 +60,7 @@ class EvaluationPlan:
     leak_rows: dict[str, Selection]
     attacker: Attacker
     gold: Gold
+    other_rows: bool
 
     @property
     def rows_at_once(self) -> int:
@@ -100,11 +105,13 @@ def plan_evaluation(
     template = Template.of(config, stops)
     sources = _read(config, limit, tokenizer, template, say)
     digests = _digests(config, sources, tokenizer)
-    earlier = read_earlier(config, digests)
-    gold = Gold.of({**as_json(config), "digests": digests})
+    settings = {**as_json(config), "digests": digests}
+    earlier, gold = Earlier.of(settings), Gold.of(settings)
     notes = [*earlier.notes, *gold.notes]
     if run.get("qlora") and not config.qlora:
         notes.insert(0, NOT_QUANTIZED)
+    if (others := _are_others(config, sources)) and config.leaks:
+        notes.append(OTHER_ROWS)
     fit = known_fit(architecture)
     context = Context(config, tokenizer, template, earlier.content, notes, fit, earlier.incomparable, gold.log)
     if context.fit is not None:
@@ -121,7 +128,7 @@ def plan_evaluation(
     if context.fit is not None and (remark := context.fit.remark(context.longest)) is not None:
         say(remark)
     config = context.config = with_streaming(config, model_config, architecture, selected, context, say)
-    return EvaluationPlan(config, model_config, context, sources, digests, selected, leak_rows, attacker, gold)
+    return EvaluationPlan(config, model_config, context, sources, digests, selected, leak_rows, attacker, gold, others)
 
 
 def _model_config(config: EvaluationConfig, say: Say) -> ModelConfig:
@@ -230,6 +237,17 @@ def _forms(
         for name, rows in sources.items()
         if name in named | set(leak_rows)
     ]
+
+
+def _are_others(config: EvaluationConfig, sources: Mapping[str, Rows]) -> bool:
+    """Whether the forget rows are known to be others than those of the run of --adapter."""
+    if config.adapter is None or "forget" not in sources:
+        return False
+    try:
+        forget = to_examples(sources["forget"], **config.columns)
+    except UserError:  # rows of a benchmark that no run could forget
+        return True
+    return are_others(expanded(config.adapter), forget)
 
 
 def _digests(

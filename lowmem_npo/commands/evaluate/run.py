@@ -18,7 +18,7 @@ from lowmem_npo.console import Say
 from lowmem_npo.data import Rows
 from lowmem_npo.endings import ended_with, going_on
 from lowmem_npo.evaluation.answers import NotGenerated
-from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Selection
+from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Selection
 from lowmem_npo.evaluation.benchmarks.muse import MUSE
 from lowmem_npo.evaluation.benchmarks.plain import PLAIN, summaries_of
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
@@ -82,7 +82,7 @@ def measure(
 ) -> Evaluation:
     """The evaluation itself. load: gives the base model, which is left with the adapter on it; None: from its files."""
     config, context, selected, leak_rows = plan.config, plan.context, plan.selected, plan.leak_rows
-    directory = EvaluationDirectory(config, plan.digests)
+    directory = EvaluationDirectory(config, plan.digests, plan.other_rows)
     directory.check()
 
     model: PreTrainedModel | PeftModel
@@ -140,7 +140,7 @@ def measure(
     say(f"\nEvery figure is in {directory.result}, every scored row in {directory.rows.name} beside it.")
     if (worst := result.worst_attack) is not None:
         say(worst.sentence)
-    say(_headline(config, result, context, say))
+    say(_headline(plan, result, say))
     return result
 
 
@@ -164,14 +164,15 @@ def _subject(plan: EvaluationPlan, tests: Sequence[LeakTest], merged: Path, scor
     )
 
 
-def _headline(config: EvaluationConfig, result: Evaluation, context: Context, say: Say) -> str:
-    """The first sentence of the run's report, which these figures are part of; for any other model the same of these
-    figures alone, and `say` is told if it is not the run's own."""
+def _headline(plan: EvaluationPlan, result: Evaluation, say: Say) -> str:
+    """The first sentence of the run's report, which these figures are part of; for any other model, and of other rows,
+    the same of these figures alone, and `say` is told if the adapter is not the run's own."""
+    config, context = plan.config, plan.context
     run = RunFiles(expanded(config.adapter)) if config.adapter else None
     if run is not None and run.run_yaml.is_file() and config.path == run.evaluation.path:
         if other := of_another_adapter(run.path):
             say(other)
-        elif (content := read_content(run.path)).stages:
+        elif not plan.other_rows and (content := read_content(run.path)).stages:
             return content.verdict.headline
     before = summaries_of(context.before.get(PLAIN.name) or {})
     vocabulary = context.fit.vocabulary if context.fit else None
