@@ -193,7 +193,9 @@ class Encoder:
             refused = not special.are_separable or render(messages).replace(INSIDE, "") != unmarked
         prompt, whole = render(earlier, add_generation_prompt=True), render(messages)
         _check_written(render, messages, example, prompt, whole)
-        body, ending = self._answer_in(render, messages, prompt, whole)
+        plain = render([*earlier, {"role": "assistant", "content": MARK}])
+        prompt = _opened(prompt, whole, plain)
+        body, ending = self._answer_in(plain, last, prompt, whole)
         if example.continues:
             ending = ""
         else:
@@ -213,12 +215,10 @@ class Encoder:
             prompt_ids, joined = self._ids(prompt), self._ids(prompt + answer)
         return prompt_ids, self._continuation(prompt_ids, joined, answer, example.where)
 
-    def _answer_in(self, render: Render, messages: Sequence[Message], prompt: str, whole: str) -> tuple[str, str]:
+    def _answer_in(self, plain: str, last: Message, prompt: str, whole: str) -> tuple[str, str]:
         """The last turn's text in `whole`, and what the template ends it with: what it makes of the content, unless it
         begins with another text than generation (an opening <think> that the content may bring as well) or loses some
-        of the content (reasoning)."""
-        *earlier, last = messages
-        plain = render([*earlier, {"role": "assistant", "content": MARK}])
+        of the content (reasoning). plain: the conversation with MARK for the last turn's content."""
         ending = plain.rpartition(MARK)[2] if MARK in plain else ""
         content = _without_opening(last["content"], prompt)
         answer = whole.removeprefix(prompt)
@@ -334,6 +334,16 @@ def _unwritten_system_prompt(example: Example) -> UserError:
     if any(turn["role"] in SYSTEM for turn in example.messages or ()):
         remedy = "write it into the content of a turn, or remove it from the row"
     return UserError(f"{example.where}: the model's chat template does not write the system prompt; {remedy}.")
+
+
+def _opened(prompt: str, whole: str, plain: str) -> str:
+    """The prompt with what the template itself writes before an answer's content and not for generation: an empty block
+    of reasoning (Qwen 3), a channel (gpt-oss), a header. It is nothing that a row says, or that could be forgotten.
+
+    whole, plain: the conversation, and the same with MARK for the last turn's content."""
+    lead, found, _ = plain.removeprefix(prompt).partition(MARK)
+    opened = prompt + lead.rstrip(" ")
+    return opened if found and lead.strip() and plain.startswith(prompt) and whole.startswith(opened) else prompt
 
 
 def _without_opening(content: str, prompt: str) -> str:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answers import part_of
+from lowmem_npo.evaluation.benchmarks.contract import Benchmark
 from lowmem_npo.evaluation.benchmarks.plain import PLAIN
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
-from lowmem_npo.evaluation.directory import differences, measured_leaks, other_options, other_sets, settings_of
+from lowmem_npo.evaluation.directory import (
+    changed_options,
+    differences,
+    measured_leaks,
+    other_options,
+    other_sets,
+    settings_of,
+)
 from lowmem_npo.evaluation.leaks.contract import leak_results
+from lowmem_npo.evaluation.options import FREE, SET
 from lowmem_npo.files import expanded, load_json
 from lowmem_npo.ranges import shortened
 
@@ -46,7 +56,7 @@ class Earlier(NamedTuple):
             if benchmark.name == PLAIN.name:
                 of_sets = content.get(PLAIN.name) or {}
                 content[PLAIN.name] = {name: of for name, of in of_sets.items() if part_of(name) not in others}
-            elif set(benchmark.sets) & set(others):
+            elif set(benchmark.sets) & set(others) or changed_options(earlier, settings, _deciding(benchmark)):
                 content.pop(benchmark.name, None)
         content["leaks"] = {} if {"forget", "holdout"} & set(others) else dict(content.get("leaks") or {})
         for test in measured_leaks(settings):
@@ -54,6 +64,12 @@ class Earlier(NamedTuple):
             if another and content["leaks"].pop(test.name, None):
                 notes.append(f"{test.name}: not compared with --before, which had another {', '.join(another)}.")
         return cls(content, others, notes)
+
+
+def _deciding(benchmark: Benchmark[Any, Any]) -> list[str]:
+    """The options that decide a benchmark's figures, beside its sets and what decides those of all sets."""
+    own = [f.name for f in fields(benchmark.options) if not {FREE, SET} & set(f.metadata)]
+    return own if benchmark.sets else [*own, "limit"]
 
 
 def _content(path: str) -> dict[str, Any]:

@@ -164,6 +164,29 @@ def test_an_empty_block_of_reasoning_is_written_once(chat_tokenizer):
     assert chat_tokenizer.decode(answer) == "Paris.<|im_end|>"
 
 
+BLOCK = "<think>\n\n</think>\n\n"
+
+
+@pytest.mark.parametrize("content", ["Paris.", f"{BLOCK}Paris.", "<think>\nFrance?\n</think>\n\nParis."])
+def test_what_a_template_writes_before_an_answer_is_no_part_of_it(chat_tokenizer, content):
+    """Qwen 3's last turn has a block of reasoning, empty where the row brings none; its generation begins without."""
+    says = "{{ message['content'] }}"
+    block = f"{{% if message['role'] == 'assistant' and '</think>' not in message['content'] %}}{BLOCK}{{% endif %}}"
+    template = CHATML.replace(says, block + says)
+    turns = (TURNS[0], {"role": "assistant", "content": content})
+    prompt, answer = split(tokenize([conversation(*turns)], published(chat_tokenizer, template))[0])
+    reasons = "France" in content
+    assert chat_tokenizer.decode(prompt).endswith("assistant\n" + ("" if reasons else BLOCK))
+    assert chat_tokenizer.decode(answer) == f"{content if reasons else 'Paris.'}<|im_end|>"
+
+
+def test_a_header_that_is_not_written_for_generation_is_no_part_of_the_answer(chat_tokenizer):
+    headless = ALPACA.partition("{% if add_generation_prompt %}")[0]
+    prompt, answer = split(tokenize([conversation(*TURNS)], published(chat_tokenizer, headless))[0])
+    assert chat_tokenizer.decode(prompt).endswith("### assistant:\n")
+    assert chat_tokenizer.decode(answer).startswith("Paris.")
+
+
 def test_a_template_that_drops_the_answer_does_not_empty_it(chat_tokenizer):
     tokenizer = published(
         chat_tokenizer, "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
