@@ -18,8 +18,8 @@ import contextlib
 import inspect
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from lowmem_kernels.dispatch import has_values
@@ -87,9 +87,10 @@ class TiledForward:
     def __call__(self, x: Tensor, *args: Any, **options: Any) -> Any:
         if args or options or self.width not in (None, x.shape[-1]):
             return self._plain(x, *args, **options)
-        own = (p for m in self.modules for part in parts(m) for p in part._parameters.values())
-        parameters = list(dict.fromkeys(p for p in own if p is not None and p.requires_grad))
-        slices = Slices(self, x)
+        own = ((part, *named) for m in self.modules for part in parts(m) for named in part._parameters.items())
+        trained = {(part, name): p for part, name, p in own if p is not None and p.requires_grad}
+        parameters = list(dict.fromkeys(trained.values()))
+        slices = Slices(self, x, trained)
         if torch.is_grad_enabled() and (x.requires_grad or parameters):
             ticket = _Keep.apply(slices, x, *parameters)
             result = _Run.apply(slices, ticket, x)
@@ -127,10 +128,14 @@ class TiledForward:
 
 
 class Slices:
-    """One call: how the rows are sliced, and the autocast and random state in which both passes over them run."""
+    """One call: how the rows are sliced, and the autocast and random state in which both passes over them run.
 
-    def __init__(self, tiled: TiledForward, x: Tensor) -> None:
-        self.rowwise = tiled.rowwise
+    trained: (module, name) -> the parameters that require a gradient, as they are in this call: those of a trained copy
+        are rounded for it (`saved_modules.RoundedForward`), and are others by the time of the backward pass.
+    """
+
+    def __init__(self, tiled: TiledForward, x: Tensor, trained: Mapping[tuple[nn.Module, str], Tensor]) -> None:
+        self.rowwise, self.trained = tiled.rowwise, trained
         count = x.numel() // x.shape[-1]
         self.size = math.ceil(count / max(1, math.ceil(count / tiled.rows)))  # equal slices, no small remainder
         self.grad: Tensor | None = None
@@ -163,7 +168,7 @@ class Slices:
         upstream, self.grad = self.grad.reshape(1, -1, self.grad.shape[-1]), None
         x_grad = x.new_empty(1, upstream.shape[1], x.shape[-1]) if x_wanted else None
         sums: list[Tensor | None] = [None] * len(wanted)
-        with torch.enable_grad(), self._autocast(), self._same_randomness(x.device):
+        with torch.enable_grad(), self._autocast(), self._same_randomness(x.device), self._same_parameters():
             for at, part in self._cut(x.detach()):
                 part = part.detach().requires_grad_(x_wanted)
                 sources = [part, *wanted] if x_wanted else list(wanted)
@@ -180,6 +185,18 @@ class Slices:
         for start in range(0, rows.shape[1], self.size):
             at = slice(start, start + self.size)
             yield at, rows[:, at]
+
+    @contextlib.contextmanager
+    def _same_parameters(self) -> Iterator[None]:
+        """Those of the forward pass, of which the gradient is asked."""
+        now = {(part, name): part._parameters[name] for part, name in self.trained}
+        try:
+            for (part, name), parameter in self.trained.items():
+                part._parameters[name] = cast(nn.Parameter, parameter)
+            yield
+        finally:
+            for (part, name), own in now.items():
+                part._parameters[name] = own
 
     @contextlib.contextmanager
     def _same_randomness(self, device: torch.device) -> Iterator[None]:

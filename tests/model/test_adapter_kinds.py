@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig
 from lowmem_npo.errors import UserError
+from lowmem_npo.memory import fused
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model, reference_mode
 from lowmem_npo.model.adapters import adapter_size, check_lora, extra_adapter
@@ -82,6 +83,23 @@ def test_gradients_are_those_of_dense_float64(kind, memory, tmp_path):
     assert relative_error(step_gradients(run), expected) < 5e-6
     assert run.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-5)
     assert len(run.passes.prefix.modules) == shared
+
+
+@pytest.mark.parametrize("kind", [kind for kind, (_, options, _) in KINDS.items() if "modules_to_save" in options])
+def test_trained_copies_in_float32_of_a_bfloat16_model_have_gradients(kind, tmp_path, monkeypatch):
+    """Their weights are rounded for each pass; what recomputes a norm or an MLP in the backward pass finds those."""
+    monkeypatch.setattr(fused, "ENGINE", "torch")  # norms as on a GPU
+    architecture, options, _ = KINDS[kind]
+    gradients = []
+    for memory in ({"gradient_checkpointing": False, "sliced_float32": False}, {"tile_mlp": 5}):
+        model = attach_lora(tiny_model(architecture, dtype=torch.bfloat16), AdapterConfig(lora_r=3, **options))
+        apply_switches(model, MemoryConfig(**memory))
+        disturb(model)
+        gradients.append(step_gradients(make_trainer(model, tmp_path, FORGET, RETAIN)))
+    plain, mine = gradients
+    assert mine.keys() == plain.keys()
+    for name, gradient in plain.items():
+        assert gradient.norm() > 0 and (mine[name] - gradient).norm() < 0.1 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"modules_to_save": ("norm", "embed_tokens")}])
