@@ -84,6 +84,14 @@ class NotJSON(UserError, ValueError):
     """A file that is to hold JSON does not: damaged, or another one."""
 
 
+def read_json_lines(path: Path) -> list[Any]:
+    """What the lines of a JSONL file hold. A line ends with a line feed alone: a text may hold U+2028 and its like.
+
+    Raises OSError, or ValueError for what is no JSON."""
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
 def load_json(path: Path) -> Any:
     """The content of a JSON file. Raises OSError, and NotJSON for what is none."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -268,7 +269,7 @@ def _questions(options: AskOptions) -> list[str]:
             content = read_at_most(path, MOST_BYTES)
             if len(content) > MOST_BYTES:
                 raise UserError(f"--file: '{path}' has more than {MOST_BYTES:,} bytes, which no questions have.")
-            questions = content.decode("utf-8-sig").splitlines()
+            questions = re.split(r"\r\n|\r|\n", content.decode("utf-8-sig"))  # a text may hold U+2028 and its like
         except OSError as error:
             raise UserError(f"--file: '{path}' cannot be read: {error.strerror}.") from error
         except UnicodeDecodeError as error:

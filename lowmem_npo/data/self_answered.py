@@ -8,7 +8,6 @@ is written, stood in for by rows of the greatest length; `lowmem_npo.commands.tr
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from lowmem_npo.data.tokenized_rows import IGNORE_INDEX, TokenizedRow, Tokenized
 from lowmem_npo.data.tokenizing import Encoder
 from lowmem_npo.data.words import appears, tokens
 from lowmem_npo.errors import UserError
+from lowmem_npo.files import read_json_lines
 from lowmem_npo.sources import SELF
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def with_own_answers(path: Path, examples: Sequence[Example]) -> list[Example]:
     Raises UserError for a file that is not of these rows.
     """
     try:
-        lines = [json.loads(line)["alternatives"] for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line["alternatives"] for line in read_json_lines(path)]
         whole = all(isinstance(line, list) and line and all(isinstance(text, str) for text in line) for line in lines)
     except (ValueError, KeyError, TypeError):
         whole = False

@@ -6,7 +6,6 @@ there are no settings beside that file, as beside one of open-unlearning's, it i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -17,7 +16,7 @@ from lowmem_npo.evaluation.leaks.contract import LeakResults
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
 from lowmem_npo.evaluation.leaks.worst import retained_leaks
 from lowmem_npo.evaluation.open_unlearning import retained_min_k
-from lowmem_npo.files import expanded
+from lowmem_npo.files import expanded, read_json_lines
 from lowmem_npo.run_directory import EvaluationFiles
 
 
@@ -63,8 +62,7 @@ class Gold:
         it; empty where none can be read."""
         by_set: dict[str, dict[int, float]] = {}
         try:
-            lines = EvaluationFiles(expanded(self.log or "").parent).rows.read_text(encoding="utf-8")
-            for row in map(json.loads, lines.splitlines()):
+            for row in read_json_lines(EvaluationFiles(expanded(self.log or "").parent).rows):
                 if row["set"] in self.same_rows and (loss := row.get("leaks", {}).get("loss")) is not None:
                     by_set.setdefault(row["set"], {})[row["row"]] = -loss  # a likelihood: the larger, the likelier
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):

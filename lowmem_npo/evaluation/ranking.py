@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -11,6 +12,11 @@ def auc(higher: Sequence[float], lower: Sequence[float]) -> float:
     from sklearn.metrics import roc_auc_score  # late: it takes a second
 
     return float(roc_auc_score([1] * len(higher) + [0] * len(lower), [*higher, *lower]))
+
+
+def deviation_by_chance(higher: int, lower: int) -> float:
+    """The standard deviation of the AUC of groups of so many values that are alike (Mann and Whitney 1947)."""
+    return math.sqrt((higher + lower + 1) / (12 * higher * lower))
 
 
 def mean_of_lowest(values: Sequence[float], share: float) -> float:

@@ -22,7 +22,7 @@ from lowmem_npo.evaluation.directory import COMPARED, OTHER_ROWS, compared_with,
 from lowmem_npo.evaluation.earlier import Earlier
 from lowmem_npo.evaluation.figures import finite
 from lowmem_npo.evaluation.gold import Gold
-from lowmem_npo.evaluation.leaks.contract import LeakResults, leak_results
+from lowmem_npo.evaluation.leaks.contract import LeakResults, leak_results, stands_beside
 from lowmem_npo.evaluation.leaks.measure import read_leaks
 from lowmem_npo.evaluation.leaks.worst import WORST_ATTACK, WorstAttack, worst_attacks
 from lowmem_npo.files import expanded, load_json
@@ -101,7 +101,8 @@ class Content:
         examples = []
         for part in self.evaluations["after"]:
             measured = {stage: self.evaluations[stage].get(part) for stage in stages}
-            by_row = {stage: {r.row: r for r in e.records} if e else {} for stage, e in measured.items()}
+            # a row may be asked in several paraphrases
+            by_row = {s: {(r.row, r.prompt): r for r in e.records} if e else {} for s, e in measured.items()}
             rows = [{stage: by_row[stage][row] for stage in stages if row in by_row[stage]} for row in by_row["after"]]
             worst_first = _survival if part_of(part) == "forget" else _damage
             for records in sorted((row for row in rows if "before" in row), key=worst_first)[:count]:
@@ -202,13 +203,13 @@ def _no_longer_there(files: RunFiles) -> list[str]:
 def _merged_leaks(
     of_run: Mapping[str, LeakResults], evaluated: Mapping[str, Mapping[str, Any]], gold: LeakResults
 ) -> dict[str, LeakResults]:
-    """Stage -> test -> result. A later result of `evaluate` replaces the run's own, unless only the run's is conclusive
-    (it had a holdout). gold: those that `evaluate` compared with."""
+    """Stage -> test -> result. A later result of `evaluate` replaces the run's own, unless that one says more. gold:
+    those that `evaluate` compared with."""
     merged = {stage: dict(results) for stage, results in of_run.items()}
     for stage, content in evaluated.items():
         results = merged.setdefault(stage, {})
         for name, result in leak_results(content.get("leaks") or {}).items():
-            if result.leaks is not None or name not in results or results[name].leaks is None:
+            if name not in results or not stands_beside(results[name], result):
                 results[name] = result
     merged["gold"] = {**merged.pop("gold", {}), **gold}
     for results in merged.values():

@@ -22,7 +22,7 @@ from lowmem_npo.data import TokenizedRow
 from lowmem_npo.evaluation.benchmarks.documents import membership
 from lowmem_npo.evaluation.figures import finite, formatted, side_by_side
 from lowmem_npo.evaluation.scoring.likelihood import Likelihood, answer_likelihoods
-from lowmem_npo.files import complete, write_atomically
+from lowmem_npo.files import complete, read_json_lines, write_atomically
 from lowmem_npo.model import reference_mode
 from lowmem_npo.run_directory import RunFiles, step_of
 from lowmem_npo.stop_conditions import Condition, StopEvaluation, best, held, holds
@@ -120,13 +120,11 @@ class Stopping(TrainerCallback):
     # -- while training -----------------------------------------------------------------------------------------------
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.every is not None and (state.global_step % self.every == 0 or state.global_step == state.max_steps):
-            self._evaluate(args, state, control)
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.every is None:
+        # Not when transformers ends an epoch: that is after the step is saved, and comes in the middle of one, too, when
+        # a signal ends the run. So whatever is resumed has been measured, and nothing else has.
+        at_end = state.global_step == state.max_steps
+        due = float(state.epoch).is_integer() if self.every is None else state.global_step % self.every == 0
+        if due or at_end:
             self._evaluate(args, state, control)
 
     def _evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
@@ -290,7 +288,7 @@ def read_evaluations(path: Path) -> list[StopEvaluation]:
     if not path.exists():
         return []
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = read_json_lines(path)
         evaluations = [StopEvaluation(**line | {k: math.nan for k, v in line.items() if v is None}) for line in lines]
         float(sum(value for one in evaluations for value in astuple(one) if value is not None))  # all are numbers
     except (TypeError, AttributeError, RecursionError) as error:

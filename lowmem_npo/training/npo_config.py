@@ -77,6 +77,7 @@ class NPOConfig(ObjectiveConfig, TrainingArguments):
         check_values({name: getattr(self, name) for name in ranges}, ranges, str)
         args = {name: getattr(self, name) for name in defaults if name not in FROM_PYTHON}
         check_effect(args, defaults, lambda name, value: f"{name}={value!r}", IN_SCRIPTS)
+        self.max_grad_norm = self.max_grad_norm or 0.0  # transformers compares it with 0
         if self.warmup_steps and self.lr_scheduler_type == "constant":
             self.lr_scheduler_type = "constant_with_warmup"  # `constant` ignores a warm-up
         TrainingArguments.__post_init__(self)

@@ -34,6 +34,7 @@ from lowmem_npo.data.batching import Batch, ForgetRetain, Pick, RowBatch, collat
 from lowmem_npo.errors import UserError
 from lowmem_npo.files import expanded
 from lowmem_npo.forget_terms import Term, register
+from lowmem_npo.memory.checkpointing import enable_checkpointing
 from lowmem_npo.model import answer_hidden, attach_lora, check_causal, check_head, frozen_head, packs_rows
 from lowmem_npo.model.adapters import note_on_experts, restore_adapter
 from lowmem_npo.model.layers import causal_lm
@@ -129,6 +130,11 @@ class NPOTrainer(Trainer):
                 teaching={"term": args.forget_term, "refusal": args.refusal, "group_column": args.group_column},
             )
         model = _adapted(model, peft_config, args, say)
+        asked = [name for name in ("gradient_checkpointing", "activation_checkpointing") if getattr(args, name, False)]
+        if asked:  # transformers' own acts in training mode alone, in which the layers here are not
+            enable_checkpointing(causal_lm(model))
+            for name in asked:
+                setattr(args, name, False)
         # cuDNN's attention, PyTorch's choice on Hopper and Blackwell, plans anew for every length of a batch: about a
         # second each. For the whole process: a layer's recomputation must choose as its first pass did.
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -403,6 +409,13 @@ def _adapted(
             say(line)
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("The model's adapter is frozen, so nothing is trained: load it with is_trainable=True.")
+    of_adapter = (getattr(model.base_model, "prefix", "lora_"), "modules_to_save", "trainable_tokens")
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not any(mark in name for mark in of_adapter):
+            raise UserError(
+                f"'{name}' is trained and is not the adapter's: the reference, which is the model without its adapter, "
+                "would move with it. Freeze it; of PEFT's settings, bias must be 'none'."
+            )
     check_head(model)
     check_causal(model)
     return model

@@ -22,7 +22,7 @@ def evaluation(forget, retain, auc, mmlu=None, utility=None):
     lm_eval = {} if mmlu is None else {"mmlu": {"acc": mmlu}}
     scores = {
         "lume": lume_scores(answers(forget), answers(retain), mia_auc=auc, mmlu=mmlu),
-        "membership": MembershipScore(auc, 5, 5, False),
+        "membership": MembershipScore(auc, 50, 50, False),
         "tofu": TofuScores({"forget": TofuSet(6, 0.125, 0.25, 0.0000123, [1.0])}, utility, None),
         "lm_eval": lm_eval,
     }

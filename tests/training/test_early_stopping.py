@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,10 +23,12 @@ from lowmem_npo.commands.train.run import train
 from lowmem_npo.config import DataConfig
 from lowmem_npo.console import silent
 from lowmem_npo.data import prepare
+from lowmem_npo.endings import Interrupted
 from lowmem_npo.run_directory import AdapterFiles, RunFiles
 from lowmem_npo.stop_conditions import StopEvaluation, parse_conditions
 from lowmem_npo.training.early_stopping import Stopping, read_evaluations
 from lowmem_npo.training.metrics import read_metrics
+from lowmem_npo.training.preemption import Preemption
 
 ROOT = Path(__file__).resolve().parents[2]
 CONDITIONS = {
@@ -201,6 +204,27 @@ def test_each_epoch_is_the_default(taught_model, tmp_path):
     result = train(config, say=silent)
     assert [e.step for e in evaluations(tmp_path / "run")] == [0, 4, 6]
     assert result.stopping.kept.step == 6
+
+
+def test_a_checkpoint_has_been_measured_and_a_signal_adds_no_measurement(taught_model, tmp_path, monkeypatch):
+    """Or a resumed run would lack what was due when it was killed, and decide by what no other run measures."""
+    conditions, saves = ("retain-loss+1000",), {"save_steps": 4}
+    config = unlearning_config(taught_model, tmp_path / "run", conditions, max_steps=6, eval_every=None)
+    config, saved, heard = replace(config, trainer_args=saves), [], Preemption.on_step_end
+
+    def on_save(self, args, state, control, **kwargs):
+        saved.append((state.global_step, [e.step for e in evaluations(tmp_path / "run")]))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.number = signal.SIGTERM if state.global_step == 2 else None
+        heard(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(Stopping, "on_save", on_save)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Preemption, "on_step_end", on_step_end)
+        train(config, say=silent)
+    train(replace(config, output=replace(config.output, resume=True)), say=silent)
+    assert saved == [(2, [0]), (4, [0, 4]), (6, [0, 4, 6])]
 
 
 def test_two_processes_stop_together(whole, taught_model, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset, DatasetDict
 from helpers.dense_step import step_gradients
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, HfArgumentParser
 
 from lowmem_npo.cli import main
@@ -24,6 +25,8 @@ from lowmem_npo.config import AdapterConfig
 from lowmem_npo.data import Rows, bundled_rows, to_examples, tokenize
 from lowmem_npo.data.targets import forget_targets
 from lowmem_npo.errors import UserError
+from lowmem_npo.memory.checkpointing import is_checkpointed
+from lowmem_npo.model.layers import decoder_layers
 from lowmem_npo.training.script_words import in_script_words
 from lowmem_npo.training.trainer import NPOConfig, NPOTrainer
 
@@ -121,6 +124,24 @@ def test_what_is_no_rows_is_refused_at_once(rows, message, byte_model, tmp_path)
 def test_values_that_a_field_cannot_have_are_refused_as_by_the_command_line(settings, message, byte_model, tmp_path):
     with pytest.raises(UserError, match=message):
         trainer_of(byte_model, tmp_path, **settings)
+
+
+def test_a_scripts_checkpointing_and_clipping_are_done(byte_model, tmp_path):
+    """transformers' own checkpointing acts in training mode alone, and its clipping knows no None."""
+    trainer = trainer_of(byte_model, tmp_path, gradient_checkpointing=True, max_grad_norm=None)
+    assert all(map(is_checkpointed, decoder_layers(trainer.model.get_base_model())))
+    plain = step_gradients(trainer_of(byte_model, tmp_path))
+    assert equal(step_gradients(trainer), plain, rtol=1e-4)
+
+
+def test_a_base_that_trains_beside_its_adapter_is_refused(byte_model, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(byte_model, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    norm = next(name for name, _ in model.named_parameters() if "norm" in name or "embed" in name)
+    model.get_parameter(norm).requires_grad_(True)
+    args = NPOConfig(output_dir=str(tmp_path), max_steps=1, use_cpu=True)
+    with pytest.raises(UserError, match=f"'{re.escape(norm)}' is trained and is not the adapter's"):
+        NPOTrainer(model, args, FORGET, RETAIN, processing_class=AutoTokenizer.from_pretrained(byte_model))
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from lowmem_npo.commands.merge.options import DEQUANTIZED
 from lowmem_npo.errors import UserError
-from lowmem_npo.evaluation.directory import is_of_adapter
-from lowmem_npo.evaluation.leaks.contract import LeakResult
+from lowmem_npo.evaluation.directory import OTHER_ROWS, compared_with, is_of_adapter
+from lowmem_npo.evaluation.leaks.contract import LeakResult, stands_beside
 from lowmem_npo.evaluation.leaks.measure import read_leaks
 from lowmem_npo.evaluation.leaks.quantization import MERGED, QUANTIZATION
 from lowmem_npo.evaluation.leaks.relearning import RELEARNING
@@ -95,6 +95,8 @@ def _sentence(test: str, known: Sequence[Finding], adapter: str, base_weights: s
         shown = file if with_place else Path(run.name) / file.relative_to(run)
         return f"Not checked: the {test} test in '{shown}' is of another state of this adapter. {how}."
     result = current[-1].result
+    if len(current) > 1 and stands_beside(current[0].result, result):  # the run's own says more
+        result = current[0].result
     meaning = result.meaning if with_place else result.meaning.replace(str(folder), folder.name)
     if not result.figures:
         return f"Not checked, {test} test: {meaning}"
@@ -120,6 +122,8 @@ def _known(test: str, adapter: str) -> Iterator[Finding]:
     evaluation = RunFiles(folder).evaluation
     try:
         content = load_json(evaluation.result)["leaks"][test]
+        if compared_with(evaluation).get(OTHER_ROWS):
+            return
         yield Finding(LeakResult.from_json(content), is_of_adapter(evaluation, weights), evaluation.result)
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
         pass

@@ -32,7 +32,7 @@ from lowmem_npo.memory.streaming import can_stream_to
 from lowmem_npo.memory.switches import load_base, stream_layers
 from lowmem_npo.model.loading import resolve_device
 from lowmem_npo.model.saved_adapter import NAMED, settings_of_run
-from lowmem_npo.report.audit import recorded_adapter
+from lowmem_npo.report.audit import read_audit, recorded_adapter
 from lowmem_npo.run_directory import RunFiles, run_of_adapter
 
 MERGED_INTO = {WHOLE: "merged into whole weights", DEQUANTIZED: "merged into dequantised weights"}
@@ -104,7 +104,8 @@ def rows_of_run(config: MergeConfig, name: str, revision: str | None) -> RunRows
     named = settings_of_run(config.adapter)
     flags += [word for option in NAMED[1:] if named.get(option) for word in (f"--{option}", named[option])]
     settings = parse_run([*flags, *(["--revision", revision] if revision else [])], "merge")
-    if self_rows(settings.data.retain) is not None:
+    own_texts = self_rows(settings.data.retain) is not None
+    if own_texts:
         settings.data = replace(settings.data, retain=str(run.self_written))
     data = read_inputs(settings, silent).data
     sets = {
@@ -112,6 +113,11 @@ def rows_of_run(config: MergeConfig, name: str, revision: str | None) -> RunRows
         "retain": data.retain if data.retain is not None else data.general,
         "holdout": data.holdout,
     }
+    known = (read_audit(run.path) or {}).get("data", {})
+    for part in ("forget", "holdout", *([] if own_texts else ["retain"])):
+        then, rows = known.get(part, {}).get("tokenised"), getattr(data, part)
+        if rows is not None and then not in (None, rows.fingerprint):
+            raise UserError(f"the {part} rows have changed since the run in '{run.path}'")
     limit = settings.output.eval_rows or OutputConfig.eval_rows
     chosen = {
         part: [rows[i] for i in choose_rows(len(rows), limit, EVAL_SEED)]

@@ -128,7 +128,9 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
     PartialState().wait_for_everyone()
     preemption = Preemption()
     trainer.add_callback(preemption)
-    divergence = Divergence(summaries(before)["retain"].nll if "retain" in before else None, say)
+    # measured before are answers alone; with --tokens all the first logged step stands in
+    known = summaries(before)["retain"].nll if "retain" in before and config.data.tokens == "answer" else None
+    divergence = Divergence(known, say)
     if not any(condition.kind == "limit" for condition in config.stopping.conditions):
         trainer.add_callback(divergence)
     with handled(preemption.hear):

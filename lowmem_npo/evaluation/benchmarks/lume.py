@@ -209,7 +209,8 @@ LUME = Lume()
 
 
 def lume_rows(rows: Rows) -> list[LumeRow]:
-    """The rows that LUME scores; empty where no id is one of LUME's. Raises UserError for a row that cannot be read."""
+    """The rows that LUME scores; empty where not every id is one of LUME's, or there are no tasks to tell. Raises
+    UserError for a row that cannot be read."""
     if not {"id", "input", "output"} <= set(rows.columns):
         return []
     scored = []
@@ -218,7 +219,7 @@ def lume_rows(rows: Rows) -> list[LumeRow]:
             task = str(rows.rows[index].get("task") or "(no task)")
             kind = KINDS[match[1]]
             scored.append(LumeRow(index, example.id, task, kind, example.prompt or "", example.answer))
-    return scored
+    return scored if "task" in rows.columns or len(scored) == len(rows.rows) else []
 
 
 def _prompts(rows: Sequence[LumeRow], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -10,6 +10,7 @@ Nothing here loads PyTorch, so that `lowmem-npo train --help` can list the tests
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -361,9 +362,23 @@ def standing(value: float, level: float | None, usual: float) -> tuple[bool, flo
     """Orders what several attacks brought back: first whether it stands out, then how far it is above the level.
 
     usual: stands for the level of an attack that has none. It then still comes before all that do not stand out if it
-    is more than any guessing gives.
+    is more than any guessing gives, and last if it brought nothing back.
     """
+    if level is None and value == 0:
+        return False, -math.inf
     return above_holdout(value, level) is True, value - (usual if level is None else level)
+
+
+def stands_beside(own: LeakResult, later: LeakResult) -> bool:
+    """Whether the result that a run found by itself counts, and not the one that `evaluate` found later: it tells
+    something where that one cannot, or is of more rows."""
+    if own.leaks is None or later.leaks is None:
+        return own.leaks is not None
+    return _rows_looked_at(own) > _rows_looked_at(later)
+
+
+def _rows_looked_at(result: LeakResult) -> int:
+    return sum(value for key in ("rows", "shown_rows") if isinstance(value := result.figures.get(key), int))
 
 
 def beside_holdout(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import comb
 from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.evaluation.figures import shares, side_by_side
@@ -101,7 +102,8 @@ def judge(forget: Sequence[TokenScores], holdout: Sequence[TokenScores]) -> Leak
         figures[f"{name}_all_equal"] = len({*taught, *unseen}) == 1
     sharpest = max(SCORES, key=lambda name: abs(figures[f"{name}_auc"] - 0.5))
     value, p = figures[f"{sharpest}_auc"], figures[f"{sharpest}_p"]
-    leaks, words = _verdict(value, p, all_equal=all(figures[f"{name}_all_equal"] for name in SCORES))
+    least_p = 2 / comb(len(forget) + len(holdout), len(forget))  # where every forgotten answer is above every other
+    leaks, words = _verdict(value, p, least_p, all_equal=all(figures[f"{name}_all_equal"] for name in SCORES))
     (shown,) = side_by_side([value], decimals=2)
     return LeakResult(figures, f"The sharpest of three scores ({sharpest}) has an AUC of {shown}: {words}.", leaks)
 
@@ -122,9 +124,11 @@ def judge_against_before(forget: Sequence[TokenScores], before: Sequence[TokenSc
     return LeakResult(figures, meaning, leaks, against_before=True)
 
 
-def _verdict(auc: float, p: float, all_equal: bool) -> tuple[bool | None, str]:
+def _verdict(auc: float, p: float, least_p: float, all_equal: bool) -> tuple[bool | None, str]:
     if all_equal:
         return None, "every answer has the same score, so they say nothing about the model"
+    if least_p >= SIGNIFICANT:
+        return None, f"of so few rows nothing could be shown, whatever they score (p = {least_p:.2f} at best)"
     if abs(auc - 0.5) <= MARGIN:
         return False, "they tell forgotten answers hardly better from others than a coin does"
     if p >= SIGNIFICANT:

@@ -31,8 +31,10 @@ def test_auc(members, nonmembers, auc):
 
 
 def test_what_an_auc_means():
-    assert "remembered" in membership([1.0], [2.0]).meaning
-    assert "over-forgetting" in membership([2.0], [1.0]).meaning
+    low, high = [1.0 + n / 100 for n in range(6)], [2.0 + n / 100 for n in range(6)]
+    assert "remembered" in membership(low, high).meaning
+    assert "over-forgetting" in membership(high, low).meaning
+    assert "chance alone" in membership([1.0], [2.0]).meaning
     assert "coin" in membership([1.0, 4.0], [2.0, 3.0]).meaning
     same = membership([2.0, 2.0], [2.0])
     assert same.auc == 0.5 and same.all_equal and "says nothing" in same.meaning
