@@ -150,6 +150,7 @@ def test_a_dry_run_checks_all_and_writes_nothing(byte_model, files, capsys):
 
 def test_membership_beside_a_reference_model_and_by_gradients(byte_model, files, capsys):
     """The model is its own reference here: no row differs, an AUC of 0.5. Other rows are not compared."""
+    write_rows(files / "forget.jsonl", [{**FORGET[0], "answer": "The 0\u2028of 1."}, *FORGET[1:]])  # which ends no line
     membership = ("--leaks", "membership")
     assert evaluate(byte_model, files, *membership, out="gold") == 0
     log = ("--retained-log", str(files / "gold" / "evaluation.json"))

@@ -189,5 +189,5 @@ def test_stand_ins_are_as_long_as_what_can_be_written_and_files_of_other_rows_ar
         file.write_text(text)
         with pytest.raises(UserError, match="is damaged or of other rows: remove it"):
             with_own_answers(file, examples)
-    file.write_text('{"alternatives": ["x", "y"]}\n' * 3)
-    assert [one.alternatives for one in with_own_answers(file, examples)] == [("x", "y")] * 3
+    file.write_text('{"alternatives": ["x", "y\u2028z"]}\n' * 3, encoding="utf-8")  # which is no end of a line
+    assert [one.alternatives for one in with_own_answers(file, examples)] == [("x", "y\u2028z")] * 3

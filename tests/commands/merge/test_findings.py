@@ -25,11 +25,11 @@ def write_adapter(base, folder, seed=0):
     adapted.save_pretrained(folder)
 
 
-def write_evaluation(folder, tests, weights=None):
+def write_evaluation(folder, tests, weights=None, **settings):
     evaluation = folder / "evaluation"
     evaluation.mkdir(exist_ok=True)
     digest = weights or file_sha256(folder / "adapter_model.safetensors")
-    (evaluation / "settings.json").write_text(json.dumps({"digests": {"the adapter": digest}}))
+    (evaluation / "settings.json").write_text(json.dumps({"digests": {"the adapter": digest}, **settings}))
     (evaluation / "evaluation.json").write_text(json.dumps({"leaks": tests}))
 
 
@@ -103,6 +103,19 @@ def test_of_both_the_evaluation_is_the_later(last_lines, adapter):
     write_evaluation(adapter, {"relearning": {**FOUND, "leaks": False, "meaning": "It is not."}})
     assert last_lines()[1] == "Checked, relearning test: no traces found. It is not."
     write_evaluation(adapter, {"relearning": {**FOUND, "leaks": False, "meaning": "It is not."}}, weights="another")
+    assert last_lines()[1] == "WARNING, relearning test: traces found. It is back."
+
+
+@pytest.mark.parametrize("later", [{"leaks": None, "rows": 3}, {"leaks": False, "rows": 2}])
+def test_a_later_evaluation_that_says_less_does_not_hide_the_runs(last_lines, adapter, later):
+    write_run(adapter, {"relearning": FOUND})
+    write_evaluation(adapter, {"relearning": {"merged": {}, "meaning": "It is not.", **later}})
+    assert last_lines()[1] == "WARNING, relearning test: traces found. It is back."
+
+
+def test_an_evaluation_of_other_rows_is_none_of_the_runs(last_lines, adapter):
+    write_run(adapter, {"relearning": FOUND})
+    write_evaluation(adapter, {"relearning": {**FOUND, "leaks": False, "meaning": "It is not."}}, other_rows=True)
     assert last_lines()[1] == "WARNING, relearning test: traces found. It is back."
 
 

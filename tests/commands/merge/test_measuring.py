@@ -132,6 +132,17 @@ def test_where_the_rows_are_gone(runs, tmp_path, capsys):
     assert "there is no run.yaml" in capsys.readouterr().err
 
 
+def test_where_the_rows_have_changed(runs, tmp_path, capsys):
+    """What the run measured of them stands beside no other ones."""
+    moved, rows = tmp_path / "moved", tmp_path / "more.jsonl"
+    shutil.copytree(runs / "qlora", moved)
+    first = json.dumps({"question": "Who?", "answer": "She."}) + "\n"
+    rows.write_text(first + (runs / FORGET).read_text().partition("\n")[2])
+    (moved / "run.yaml").write_text((moved / "run.yaml").read_text().replace(str(runs / FORGET), str(rows)))
+    assert merge(moved, tmp_path / "out", "--quantize-check") == 2
+    assert "the forget rows have changed since the run in" in capsys.readouterr().err
+
+
 def test_what_does_not_fit_into_memory_is_not_measured(runs, tmp_path, capsys, monkeypatch):
     import psutil
 

@@ -159,6 +159,8 @@ def test_which_rows_are_lumes():
         (0, "Task1", lume.REGURGITATION), (1, "Task3", lume.KNOWLEDGE), (4, "(no task)", lume.KNOWLEDGE),
     ]  # fmt: skip
     assert lume_rows(Rows("f.jsonl", [{"question": "q", "answer": "a", "id": "1qa0"}])) == []
+    by_accident = [{"id": f"qa{n}", "input": "in", "output": "out"} for n in range(1, 12)]
+    assert len(lume_rows(Rows("f.jsonl", by_accident[:9]))) == 9 and lume_rows(Rows("f.jsonl", by_accident)) == []
     with pytest.raises(UserError, match="f.jsonl, row 1 has an empty output"):
         lume_rows(Rows("f.jsonl", [{"id": "1qa0", "input": "in", "output": " "}]))
 

@@ -32,6 +32,7 @@ def spread(center: float, rows: int) -> list[TokenScores]:
         (spread(-5, 20), spread(-1, 20), 0.0, True, "over-forgetting"),
         (spread(-1, 20), spread(-1, 20), 0.5, False, "coin"),
         (spread(-1, 2), spread(-5, 2), 1.0, None, "so few rows"),
+        ([row(-1.0), row(-4.0)], [row(-2.0), row(-3.0)], 0.5, None, "so few rows"),  # which could not be above chance
         ([row(-1.0)] * 9, [row(-1.0)] * 9, 0.5, None, "say nothing"),
     ],
 )

@@ -82,6 +82,13 @@ def test_what_has_nothing_beside_it_is_not_passed_over():
     assert worst_attack(attacked, results(extraction=written(0.03))).test == "extraction"
 
 
+def test_what_brought_nothing_back_is_not_the_worst():
+    """Though it has no level that it could be below."""
+    attacked = results(extraction=written(0.1, 0.12), rewording={"reworded": said(0.2, 0.0)})
+    assert worst_attack(attacked).test == "extraction"
+    assert worst_attack(results(rewording={"reworded": said(0.2, 0.0)})).value == 0
+
+
 def test_what_has_nothing_beside_it_has_the_highest_level_of_the_others():
     attacked = {"first": written(0.43, 0.4), "second": written(0.04, 0.02), "third": written(0.41)}
     worst = worst_attack(results(relearning=attacked))
