@@ -19,7 +19,7 @@ from typing import Any, TypeVar, get_origin, get_type_hints
 import tyro
 
 from lowmem_npo.commands.help_texts import flags_of, optional_numbers, run_options, short_help, with_help
-from lowmem_npo.commands.spellings import ALIASES, SOURCES, canonical, join_sources, with_none
+from lowmem_npo.commands.spellings import ALIASES, SOURCES, as_in_trl, canonical, join_sources, with_none
 from lowmem_npo.commands.trainer_options import check_flags, check_option, check_trainer_values, trainer_arguments
 from lowmem_npo.commands.wording import explained
 from lowmem_npo.config import SECTIONS, OutputConfig, RunConfig
@@ -59,7 +59,7 @@ def parse_run(arguments: Sequence[str], command: str, more_flags: Sequence[str] 
         resumed.began()  # says what to do where it is damaged
         path = resumed.run_yaml
     ours = [flag for section in SECTIONS.values() for flag in flags_of(section)] + [*more_flags]
-    flags = (_flags_of_file(path, ours) if path else []) + typed
+    flags = as_in_trl((_flags_of_file(path, ours) if path else []) + typed)
     if any(flag in flags for flag in ("-h", "--help")):
         print(short_help(command))
         raise SystemExit(0)
@@ -79,7 +79,7 @@ def parse_run(arguments: Sequence[str], command: str, more_flags: Sequence[str] 
         check_names(sections["model"].model, data.forget, data.retain, data.holdout)
         check_trainer_values(unknown)
     trainer_args = trainer_arguments(unknown)
-    _settle_accumulation(sections, trainer_args, explicit="--batch-size" in flags)
+    _settle_accumulation(sections, trainer_args, flags)
     given = {flag.replace("--no-", "--", 1)[2:].replace("-", "_") for flag in flags if flag.startswith("--")}
     return with_recipe(RunConfig(**sections, trainer_args=trainer_args, explicit=frozenset(given)))
 
@@ -208,18 +208,19 @@ def _lists() -> list[str]:
     return [f"--{name.replace('_', '-')}" for name, kind in kinds if get_origin(kind) is tuple]
 
 
-def _settle_accumulation(sections: dict[str, Any], trainer_args: dict[str, Any], explicit: bool) -> None:
+def _settle_accumulation(sections: dict[str, Any], trainer_args: dict[str, Any], flags: Sequence[str]) -> None:
     """--gradient-accumulation-steps N as in TRL: a step is N micro-batches of --per-device-train-batch-size rows."""
     steps = trainer_args.pop("gradient_accumulation_steps", None)
     if steps is None:
         return
     training = sections["training"]
-    if training.micro_batch_size is None or explicit:
+    if training.micro_batch_size is None or "--batch-size" in flags:
         raise UserError(
             "--gradient-accumulation-steps needs --per-device-train-batch-size, and no --batch-size; or give "
             "--batch-size (forget rows per step) and --micro-batch-size (rows at once)."
         )
     from accelerate import PartialState
 
-    rows = training.micro_batch_size * int(steps) * PartialState().num_processes
-    sections["training"] = dataclasses.replace(training, batch_size=rows)
+    at_once = int([value for flag, value in pairwise(flags) if flag == "--micro-batch-size"][-1])  # not yet cut down
+    rows = at_once * int(steps) * PartialState().num_processes
+    sections["training"] = dataclasses.replace(training, batch_size=rows, micro_batch_size=at_once)

@@ -168,7 +168,8 @@ def _read(title: str, source: str, options: DataCommand, passages: Any, tokenize
 
     columns = {"prompt_column": options.prompt_column, "answer_column": options.answer_column}
     rows = read_rows(source, limit=options.limit, passages=passages, columns=columns.values())
-    examples = to_examples(rows, **columns)
+    reworded = options.paraphrase_column if source == options.forget else None
+    examples = to_examples(rows, **columns, paraphrase_column=reworded)
     if tokenizer is None:
         return Set(title, rows, examples, None)
     tokenized = tokenize(examples, tokenizer, max_length=options.max_length, template=template)

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 
 from lowmem_npo.config import SECTIONS, TILE_ROWS
 
+TRL_ROWS = "per-device-train-batch-size"  # of which a step has --gradient-accumulation-steps, by default one
 # Names that users know from TRL and transformers, and ours.
 ALIASES = {
     "model-name-or-path": "model",
@@ -16,7 +17,7 @@ ALIASES = {
     "torch-dtype": "dtype",
     "learning-rate": "lr",
     "num-train-epochs": "epochs",
-    "per-device-train-batch-size": "micro-batch-size",
+    TRL_ROWS: "micro-batch-size",
     "lora-target-modules": "lora-targets",
     "lora-modules-to-save": "modules-to-save",
     "resume-from-checkpoint": "resume",
@@ -43,7 +44,7 @@ def canonical(arguments: Sequence[str]) -> list[str]:
         if argument.startswith("--") and len(argument) > 2:
             name, equals, value = argument[2:].partition("=")
             name = name.replace("_", "-")
-            name = ALIASES.get(name, name)
+            name = name if name == TRL_ROWS else ALIASES.get(name, name)
             result += [f"--{name}", value] if equals else [f"--{name}"]
         else:
             result.append(argument)
@@ -59,6 +60,15 @@ def canonical(arguments: Sequence[str]) -> list[str]:
         if result[at] in WITHOUT_VALUE and (at + 1 == len(result) or result[at + 1].startswith("--")):
             result.insert(at + 1, WITHOUT_VALUE[result[at]])
     return result
+
+
+def as_in_trl(flags: Sequence[str]) -> list[str]:
+    """--per-device-train-batch-size becomes ours and, where nothing else says how many rows a step has, a step of so
+    many rows on each device, as it is in TRL."""
+    rows, steps = f"--{TRL_ROWS}", "--gradient-accumulation-steps"
+    named = [f"--{ALIASES[TRL_ROWS]}" if flag == rows else flag for flag in flags]
+    alone = rows in flags and not {steps, "--batch-size"} & {*flags}
+    return [*named, steps, "1"] if alone else named
 
 
 def with_none(arguments: Sequence[str], optional: Collection[str]) -> list[str]:

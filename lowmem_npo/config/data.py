@@ -33,7 +33,7 @@ class DataOptions(Checked):
     paraphrase_column: str | None = None
     """Column of the forget rows with the prompt in other words or another language, or a list of them, in which the
     rows are asked for as well (--forms), and the holdout by leak tests, where it has it. Default: paraphrased_question,
-    or the like of another prompt column, if there is one."""
+    or the like of another prompt column but `instruction`, if there is one."""
     template: str | None = None
     """How a prompt is written before its answer. chat: with the model's chat template. plain: 'Question:
     {prompt}\\nAnswer:' for question/answer columns, else the prompt as it is. auto: chat where the model has a chat

@@ -18,7 +18,7 @@ class ModelOptions(Checked):
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     qlora: bool = False
-    """Load the frozen weights as 4-bit NF4 (bitsandbytes); without it they stay bf16."""
+    """Load the frozen weights as 4-bit NF4 (bitsandbytes); without it they stay as --dtype says."""
     double_quant: Automatic = "auto"
     """Whether the scales of 4-bit weights are quantised, too: 0.4 bits less per weight, and more work in every pass.
     auto: on, unless the run's GPU, or --memory-budget, has room without it."""

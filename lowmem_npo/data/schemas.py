@@ -192,7 +192,8 @@ def canonical(rows: Rows) -> Rows:
 
     Raises UserError where two columns would become one.
     """
-    known = {*CHAT, *INSTRUCTIONS.values(), *(column for pair in PAIRS for column in pair), *READ}
+    pairs = {column for pair in PAIRS for column in pair}
+    known = {*CHAT, *INSTRUCTIONS.values(), *pairs, *READ, *(PARAPHRASED + column for column in pairs)}
     columns = rows.columns
     spelled: dict[str, str] = {}
     for column in columns:

@@ -55,7 +55,7 @@ def generation(config: RunConfig, data: PreparedData, architecture: PretrainedCo
     """Of all measured sets, those to forget in as many forms as there may be. Leak tests come on top."""
     output, forms = config.output, 1
     if output.forms == "all":
-        forms += 1 + (config.data.paraphrase_column is not None)
+        forms += 1 + max((len(example.paraphrases) for example in data.forget.examples), default=0)
     sets = [(data.forget, forms), (data.retain, 1), (data.general, 1)]
     room = cache_room(architecture, config.model.dtype)
     measured = [(rows, times) for rows, times in sets if rows is not None and output.eval_rows]

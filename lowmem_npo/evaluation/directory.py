@@ -24,7 +24,8 @@ from lowmem_npo.files import expanded, file_sha256, load_json, write_atomically
 from lowmem_npo.records import check_record
 from lowmem_npo.run_directory import EvaluationFiles, check_empty, from_here, remember_start
 
-THE_ADAPTER, THE_TOKENIZER = "the adapter", "the tokenizer"  # among the digests of settings.json, beside the sets
+# Among the digests of settings.json, beside the sets.
+OTHERS = THE_MODEL, THE_TOKENIZER, THE_ADAPTER = "the model", "the tokenizer", "the adapter"
 ANOTHER_TOKENIZER = "another tokenizer or chat template"
 COMPARED = ("before", "retained_log")  # settings that name the evaluation.json of another model
 OTHER_ROWS = "other_rows"  # in settings.json: whether the forget rows were others than those of the adapter's run
@@ -194,7 +195,7 @@ def _other_rows(earlier: Mapping[str, Any], digests: Mapping[str, str]) -> list[
 
 
 def _sets(digests: Mapping[str, str]) -> list[str]:
-    return [name for name in digests if name not in (THE_ADAPTER, THE_TOKENIZER)]
+    return [name for name in digests if name not in OTHERS]
 
 
 def _changed(name: str, earlier: Mapping[str, Any], digests: Mapping[str, str]) -> bool:

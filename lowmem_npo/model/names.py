@@ -10,10 +10,14 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
 from lowmem_npo.console import Say, silent
+from lowmem_npo.files import expanded
+
+WEIGHTS = ("*.safetensors", "*.bin", "config.json", "tokenizer.json")  # the files of a directory that make a model
 
 ORIGINAL_FORMAT_OLMO = (
     "allenai/OLMo-1B",
@@ -47,3 +51,11 @@ def commit_of(name: str, revision: str | None = None) -> str | None:
         file = try_to_load_from_cache(name, "config.json", revision=revision)
         return Path(file).parent.name if isinstance(file, str) else None
     return None
+
+
+def stamp_of(name: str) -> list[Any]:
+    """A hub name, or a directory with what tells that its weights have changed."""
+    folder = expanded(name)
+    files = sorted(file for pattern in WEIGHTS for file in folder.glob(pattern)) if folder.is_dir() else []
+    stats = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+    return [str(folder.resolve()) if folder.is_dir() else name, stats]

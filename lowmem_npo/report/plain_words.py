@@ -26,8 +26,8 @@ ORIGINAL = (
     "has the base model can leave the adapter off."
 )
 FILES = (
-    "before.json, after.json and the rows.jsonl of an evaluation, in the same directory, contain the text of the rows: "
-    "do not pass them on with this report."
+    "before.json, after.json, gold.json and what an evaluation has written, in the same directory, contain the text of "
+    "the rows: do not pass them on with this report."
 )
 ASKED = (
     "The model was asked in the words of the data, and in those other forms that are listed, and its likeliest answer "

@@ -120,8 +120,8 @@ class Stopping(TrainerCallback):
     # -- while training -----------------------------------------------------------------------------------------------
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # Not when transformers ends an epoch: that is after the step is saved, and comes in the middle of one, too, when
-        # a signal ends the run. So whatever is resumed has been measured, and nothing else has.
+        # Not when transformers ends an epoch: that is after the step is saved, and comes in the middle of one, too,
+        # when a signal ends the run. So whatever is resumed has been measured, and nothing else has.
         at_end = state.global_step == state.max_steps
         due = float(state.epoch).is_integer() if self.every is None else state.global_step % self.every == 0
         if due or at_end:

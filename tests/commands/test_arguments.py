@@ -89,6 +89,21 @@ def test_trl_accumulation_means_a_step_of_all_micro_batches():
     assert (run.training.batch_size, run.training.micro_batch_size, run.training.micro_batches()) == (8, 2, 4)
     with pytest.raises(UserError, match="--micro-batch-size"):
         parse_run(["--model", "m", "--gradient_accumulation_steps", "4"], "train")
+    more = parse_run(["--model", "m", "--per-device-train-batch-size=8", "--gradient-accumulation-steps=4"], "train")
+    assert (more.training.batch_size, more.training.micro_batch_size) == (32, 8)
+    for rows in (2, 8):  # a step has one micro-batch, unless something says otherwise
+        of = parse_run(["--model", "m", f"--per_device_train_batch_size={rows}"], "train").training
+        assert (of.batch_size, of.micro_batch_size) == (rows, rows)
+    of = parse_run(["--model", "m", "--per-device-train-batch-size", "2", "--batch-size", "6"], "train").training
+    assert (of.batch_size, of.micro_batch_size) == (6, 2)
+
+
+def test_trl_accumulation_may_be_in_a_file(tmp_path):
+    (tmp_path / "run.yaml").write_text("gradient_accumulation_steps: 4\n")
+    given = ["--model", "m", "--config", str(tmp_path / "run.yaml"), "--per-device-train-batch-size", "2"]
+    assert parse_run(given, "train").training.batch_size == 8
+    (tmp_path / "run.yaml").write_text("per_device_train_batch_size: 8\n")
+    assert parse_run(given[:4], "train").training.batch_size == 8
 
 
 def test_every_alias_leads_to_a_flag():

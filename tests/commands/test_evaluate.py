@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -204,6 +205,15 @@ def test_help_and_flags(capsys):
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
     assert "--members" in printed and "--lm-eval" in printed and "Hub name or local directory" in printed
+
+
+def test_another_model_in_the_same_place_does_not_go_on(byte_model, files, capsys):
+    """As `merge` leaves one: what was measured of the old weights is none of the new ones'."""
+    model = shutil.copytree(byte_model, files / "model")
+    assert evaluate(files, model, "--forget", str(files / "forget.jsonl"), "--limit", "1") == 0
+    os.utime(model / "model.safetensors", (1, 1))
+    again = evaluate(files, model, "--forget", str(files / "forget.jsonl"), "--limit", "1", "--resume")
+    fails(capsys, again, "--resume: the model has changed since")
 
 
 def test_what_is_not_comparable_with_the_evaluation_of_before(tmp_path):

@@ -21,7 +21,7 @@ from lowmem_npo.evaluation.asking import Wording
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Selection
 from lowmem_npo.evaluation.benchmarks.documents import DOCUMENTS
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
-from lowmem_npo.evaluation.directory import THE_ADAPTER, THE_TOKENIZER, as_begun, as_json
+from lowmem_npo.evaluation.directory import THE_ADAPTER, THE_MODEL, THE_TOKENIZER, as_begun, as_json
 from lowmem_npo.evaluation.earlier import Earlier
 from lowmem_npo.evaluation.gold import Gold
 from lowmem_npo.evaluation.leaks.registry import leak_tests
@@ -31,6 +31,7 @@ from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.files import expanded, file_sha256, json_sha256
 from lowmem_npo.model import load_tokenizer, resolve_name
 from lowmem_npo.model.loading import load_config
+from lowmem_npo.model.names import commit_of, stamp_of
 from lowmem_npo.model.notes import model_notes
 from lowmem_npo.model.saved_adapter import resolve_base, settings_of_run
 from lowmem_npo.model.stop_tokens import stop_tokens
@@ -104,12 +105,16 @@ def plan_evaluation(
     tokenizer = load_tokenizer(model_config)
     template = Template.of(config, stops)
     sources = _read(config, limit, tokenizer, template, say)
-    digests = _digests(config, sources, tokenizer)
+    digests = _digests(config, sources, model_config, tokenizer)
     settings = {**as_json(config), "digests": digests}
     earlier, gold = Earlier.of(settings), Gold.of(settings)
     notes = [*earlier.notes, *gold.notes]
     if run.get("qlora") and not config.qlora:
         notes.insert(0, NOT_QUANTIZED)
+    if (dtype := run.get("dtype", config.dtype)) != config.dtype:
+        notes.append(
+            f"The adapter was trained on the {dtype} base and is measured on the {config.dtype} one (--dtype)."
+        )
     if (others := _are_others(config, sources)) and config.leaks:
         notes.append(OTHER_ROWS)
     fit = known_fit(architecture)
@@ -251,16 +256,18 @@ def _are_others(config: EvaluationConfig, sources: Mapping[str, Rows]) -> bool:
 
 
 def _digests(
-    config: EvaluationConfig, sources: Mapping[str, Rows], tokenizer: PreTrainedTokenizerBase
+    config: EvaluationConfig, sources: Mapping[str, Rows], model: ModelConfig, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, str]:
-    """A hash of each set, with what is read beside it, of how the tokenizer splits texts and writes conversations, and
-    of the adapter."""
+    """A hash of each set, with what is read beside it, of how the tokenizer splits texts and writes conversations, of
+    the base model's files, and of the adapter."""
     digests = {}
     for part, rows in sources.items():
         beside = [text for one in BENCHMARKS if part in one.sets and (text := one.read_beside(part, config))]
         digests[part] = json_sha256([rows.rows, *beside] if beside else rows.rows)
     ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
     digests[THE_TOKENIZER] = json_sha256([ids, tokenizer.chat_template])
+    name = str(model.model)
+    digests[THE_MODEL] = json_sha256([stamp_of(name)[1:], commit_of(name, model.revision)])
     if config.adapter:
         digests[THE_ADAPTER] = file_sha256(AdapterFiles(expanded(config.adapter)).weights)
     return digests

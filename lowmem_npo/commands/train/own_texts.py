@@ -26,15 +26,14 @@ from lowmem_npo.data.tokenizing import Encoder
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.scoring.batching import at_once
 from lowmem_npo.evaluation.scoring.generation import Prompt, sampled_answers, text_of
-from lowmem_npo.files import expanded, json_sha256, write_atomically
+from lowmem_npo.files import json_sha256, write_atomically
 from lowmem_npo.model import resolve_name
-from lowmem_npo.model.names import commit_of
+from lowmem_npo.model.names import commit_of, stamp_of
 from lowmem_npo.run_directory import RunDirectory
 from lowmem_npo.sizes import first_of
 
 SEED = 0  # the texts do not depend on --seed, so that runs with several seeds can be compared
 ROUNDS = 16  # in which what came out empty is tried anew
-WEIGHTS = ("*.safetensors", "*.bin", "config.json", "tokenizer.json")
 
 
 def own_texts(config: RunConfig) -> Path | None:
@@ -65,10 +64,10 @@ def _cached(config: RunConfig, kind: str, key: dict[str, Any]) -> Path:
     """The folder for what the model of a run writes: another for another model, and for another `key`."""
     name = resolve_name(config.model.model, config.model.revision)
     key = {
-        "model": _stamp(name),
+        "model": stamp_of(name),
         "commit": commit_of(name, config.model.revision),
         "weights": [config.model.revision, config.model.dtype, config.model.qlora],
-        "adapter": _stamp(config.adapter.adapter) if config.adapter.adapter else None,
+        "adapter": stamp_of(config.adapter.adapter) if config.adapter.adapter else None,
         **key,
     }
     folder = f"{Path(name).name}-{json_sha256(key)[:16]}"
@@ -203,11 +202,3 @@ def _write(path: Path, lines: Sequence[dict[str, Any]], option: str, private: bo
         raise UserError(
             f"{option}: '{path}' cannot be written ({error.strerror}); set HF_HOME to another place."
         ) from error
-
-
-def _stamp(name: str) -> list[Any]:
-    """A hub name, or a directory with what tells that its weights have changed."""
-    folder = expanded(name)
-    files = sorted(file for pattern in WEIGHTS for file in folder.glob(pattern)) if folder.is_dir() else []
-    stats = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
-    return [str(folder.resolve()) if folder.is_dir() else name, stats]
