@@ -56,7 +56,9 @@ class Earlier(NamedTuple):
             if benchmark.name == PLAIN.name:
                 of_sets = content.get(PLAIN.name) or {}
                 content[PLAIN.name] = {name: of for name, of in of_sets.items() if part_of(name) not in others}
-            elif set(benchmark.sets) & set(others) or changed_options(earlier, settings, _deciding(benchmark)):
+            elif {*benchmark.sets, *benchmark.takes_in} & set(others) or changed_options(
+                earlier, settings, _deciding(benchmark)
+            ):
                 content.pop(benchmark.name, None)
         content["leaks"] = {} if {"forget", "holdout"} & set(others) else dict(content.get("leaks") or {})
         for test in measured_leaks(settings):

@@ -145,8 +145,9 @@ def _found(content: Content) -> Iterator[str]:
 
 def _course(name: str, was: AnswerSummary, now: AnswerSummary, never_saw: str) -> str:
     kind = {FORGET: "to forget", RETAIN: "to protect", GENERAL: "to general questions"}[part_of(name)]
-    of = f"{now.rows:,}" if now.rows == now.rows_in_set else f"{now.rows:,} (measured, of {now.rows_in_set:,})"
-    s = "" if now.rows == now.rows_in_set == 1 else "s"
+    whole = now.rows == now.rows_in_set or name != part_of(name)  # a row may be asked in several paraphrases
+    of = f"{now.rows:,}" if whole else f"{now.rows:,} (measured, of {now.rows_in_set:,})"
+    s = "" if whole and now.rows == 1 else "s"
     what = f"the continuation{s} of {of} passage{s}" if of_passages(now) else f"{of} answer{s}"
     start = f"Of {what} {kind}, " + ("" if name == part_of(name) else f"asked {form_words(name)}, ")
     words_were, words_are = shares(was.rouge_l_recall, now.rouge_l_recall)

@@ -103,6 +103,8 @@ class Benchmark(ABC, Generic[MeasuredT, ScoresT]):
     """A sentence below the title in the report."""
     sets: ClassVar[tuple[str, ...]] = ()
     """Sets of rows that it may recognise."""
+    takes_in: ClassVar[tuple[str, ...]] = ()
+    """Sets of other benchmarks of which its scores are made, too."""
     options: ClassVar[type[Options]] = Options
     uses_template: ClassVar[bool] = False
     """Whether its rows are written as the prompt template says, not in a form of the benchmark's own."""

@@ -133,6 +133,7 @@ class Lume(Benchmark[LumeAnswer, LumeScores]):
         "and cannot judge other scripts."
     )
     sets = (FORGET, RETAIN)
+    takes_in = DOCUMENTS.sets
 
     def select(self, name: str, rows: Rows, context: Context) -> Selection | None:
         lume = lume_rows(rows)
