@@ -314,8 +314,8 @@ def _example(row: dict[str, Any], where: str, prompt_column: str | None, answer_
         return Example(
             prompt, answer, where, schema, identity, paraphrases=paraphrases_of(row, PARAPHRASED + prompt_column, where)
         )
-    more = INSTRUCTIONS.get(answer_column, "input")
-    if row.get(more):
+    beside = dict.fromkeys([INSTRUCTIONS.get(answer_column, "input"), *INSTRUCTIONS.values()])
+    if more := next((column for column in beside if row.get(column)), None):  # Alpaca's, also before a response
         prompt, schema = f"{prompt}\n{text_of(row, more, where)}", f"instruction/{more}/{answer_column}"
     if not (row.get("system") or row.get("history")):
         return Example(prompt, answer, where, schema, identity)

@@ -120,7 +120,7 @@ def test_what_only_looks_like_turns_is_text(question, answer):
 
 
 def test_alpaca_and_dolly():
-    for answer, more in (("output", "input"), ("response", "context")):
+    for answer, more in (("output", "input"), ("response", "context"), ("response", "input"), ("output", "context")):
         assert one({"instruction": "Translate.", more: "Q", answer: "A"}).prompt == "Translate.\nQ"
         assert one({"instruction": "Say A.", more: "", answer: "A"}).prompt == "Say A."
         assert one({"instruction": "Say A.", answer: "A"}).schema == f"instruction/{answer}"
