@@ -59,7 +59,7 @@ def parse_run(arguments: Sequence[str], command: str, more_flags: Sequence[str] 
         resumed.began()  # says what to do where it is damaged
         path = resumed.run_yaml
     ours = [flag for section in SECTIONS.values() for flag in flags_of(section)] + [*more_flags]
-    flags = as_in_trl((_flags_of_file(path, ours) if path else []) + typed)
+    flags, trl_rows = as_in_trl((_flags_of_file(path, ours) if path else []) + typed)
     if any(flag in flags for flag in ("-h", "--help")):
         print(short_help(command))
         raise SystemExit(0)
@@ -79,7 +79,7 @@ def parse_run(arguments: Sequence[str], command: str, more_flags: Sequence[str] 
         check_names(sections["model"].model, data.forget, data.retain, data.holdout)
         check_trainer_values(unknown)
     trainer_args = trainer_arguments(unknown)
-    _settle_accumulation(sections, trainer_args, flags)
+    _settle_accumulation(sections, trainer_args, flags, trl_rows)
     given = {flag.replace("--no-", "--", 1)[2:].replace("-", "_") for flag in flags if flag.startswith("--")}
     return with_recipe(RunConfig(**sections, trainer_args=trainer_args, explicit=frozenset(given)))
 
@@ -208,8 +208,10 @@ def _lists() -> list[str]:
     return [f"--{name.replace('_', '-')}" for name, kind in kinds if get_origin(kind) is tuple]
 
 
-def _settle_accumulation(sections: dict[str, Any], trainer_args: dict[str, Any], flags: Sequence[str]) -> None:
-    """--gradient-accumulation-steps N as in TRL: a step is N micro-batches of --per-device-train-batch-size rows."""
+def _settle_accumulation(
+    sections: dict[str, Any], trainer_args: dict[str, Any], flags: Sequence[str], rows: str | None
+) -> None:
+    """--gradient-accumulation-steps N as in TRL: a step is N times --per-device-train-batch-size, `rows`."""
     steps = trainer_args.pop("gradient_accumulation_steps", None)
     if steps is None:
         return
@@ -221,6 +223,8 @@ def _settle_accumulation(sections: dict[str, Any], trainer_args: dict[str, Any],
         )
     from accelerate import PartialState
 
-    at_once = int([value for flag, value in pairwise(flags) if flag == "--micro-batch-size"][-1])  # not yet cut down
-    rows = at_once * int(steps) * PartialState().num_processes
-    sections["training"] = dataclasses.replace(training, batch_size=rows, micro_batch_size=at_once)
+    at_once = [value for flag, value in pairwise(flags) if flag == "--micro-batch-size"][-1]  # not yet cut down
+    if not (rows := rows or at_once).isdecimal():
+        raise UserError(f"--per-device-train-batch-size must be a whole number, not {rows!r}.")
+    step = int(rows) * int(steps) * PartialState().num_processes
+    sections["training"] = dataclasses.replace(training, batch_size=step, micro_batch_size=int(at_once))

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 
 from lowmem_npo.config import SECTIONS, TILE_ROWS
 
+ACCUMULATION = "--gradient-accumulation-steps"
 TRL_ROWS = "per-device-train-batch-size"  # of which a step has --gradient-accumulation-steps, by default one
 # Names that users know from TRL and transformers, and ours.
 ALIASES = {
@@ -62,13 +63,19 @@ def canonical(arguments: Sequence[str]) -> list[str]:
     return result
 
 
-def as_in_trl(flags: Sequence[str]) -> list[str]:
-    """--per-device-train-batch-size becomes ours and, where nothing else says how many rows a step has, a step of so
-    many rows on each device, as it is in TRL."""
-    rows, steps = f"--{TRL_ROWS}", "--gradient-accumulation-steps"
-    named = [f"--{ALIASES[TRL_ROWS]}" if flag == rows else flag for flag in flags]
-    alone = rows in flags and not {steps, "--batch-size"} & {*flags}
-    return [*named, steps, "1"] if alone else named
+def as_in_trl(flags: Sequence[str]) -> tuple[list[str], str | None]:
+    """The flags with ours for --per-device-train-batch-size, and its value: a step has as many rows on each device for
+    each of --gradient-accumulation-steps, one where nothing says otherwise. --micro-batch-size beside it decides how
+    many of them go through the model at once."""
+    flags, rows, ours = list(flags), f"--{TRL_ROWS}", f"--{ALIASES[TRL_ROWS]}"
+    if rows not in flags[:-1]:
+        return [ours if flag == rows else flag for flag in flags], None
+    alone, value = not {ACCUMULATION, "--batch-size"} & {*flags}, ""
+    while rows in flags[:-1]:
+        at = flags.index(rows)
+        value = flags[at + 1]
+        flags[at : at + 2] = [] if ours in flags else [ours, value]
+    return [*flags, ACCUMULATION, "1"] if alone else flags, value
 
 
 def with_none(arguments: Sequence[str], optional: Collection[str]) -> list[str]:

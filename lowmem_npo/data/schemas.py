@@ -314,8 +314,10 @@ def _example(row: dict[str, Any], where: str, prompt_column: str | None, answer_
         return Example(
             prompt, answer, where, schema, identity, paraphrases=paraphrases_of(row, PARAPHRASED + prompt_column, where)
         )
-    beside = dict.fromkeys([INSTRUCTIONS.get(answer_column, "input"), *INSTRUCTIONS.values()])
-    if more := next((column for column in beside if row.get(column)), None):  # Alpaca's, also before a response
+    beside = [INSTRUCTIONS.get(answer_column, "input")]
+    if answer_column in INSTRUCTIONS:  # Alpaca's also before a response, Dolly's also before an output
+        beside += INSTRUCTIONS.values()
+    if more := next((column for column in beside if column != answer_column and row.get(column)), None):
         prompt, schema = f"{prompt}\n{text_of(row, more, where)}", f"instruction/{more}/{answer_column}"
     if not (row.get("system") or row.get("history")):
         return Example(prompt, answer, where, schema, identity)

@@ -194,7 +194,7 @@ class Encoder:
         prompt, whole = render(earlier, add_generation_prompt=True), render(messages)
         _check_written(render, messages, example, prompt, whole)
         plain = render([*earlier, {"role": "assistant", "content": MARK}])
-        prompt = _opened(prompt, whole, plain)
+        asked, prompt = prompt, _opened(prompt, whole, plain)
         body, ending = self._answer_in(plain, last, prompt, whole)
         if example.continues:
             ending = ""
@@ -203,9 +203,10 @@ class Encoder:
         answer = body + ending
         written = None
         if not example.messages:
-            question = earlier[-1]["content"].strip()
-            opening = prompt.rpartition(question)[2] if question else prompt  # of the answer's turn
-            written = _already_written(example.prompt or "", opening)
+            given, question = example.prompt or "", earlier[-1]["content"].strip()
+            written = _already_written(given, prompt, question)
+            if not written and (written := _already_written(given, asked, question)):
+                written += prompt[len(asked) :]
         if INSIDE in (written or prompt) + answer:
             self._count_literal(example, refused)
         if written:
@@ -358,8 +359,10 @@ def _without_opening(content: str, prompt: str) -> str:
     return rest.lstrip() if prompt[-1].isspace() else rest
 
 
-def _already_written(prompt: str, opening: str) -> str | None:
-    """`prompt` of a row that was written with the chat template, as is seen from its end."""
+def _already_written(prompt: str, rendered: str, question: str) -> str | None:
+    """`prompt` of a row that was written with the chat template, as is seen from its end. rendered: what the template
+    makes of `question`, up to the answer."""
+    opening = rendered.rpartition(question)[2] if question else rendered  # of the answer's turn
     mark = opening.strip()
     if len(mark) < 4 or not prompt.rstrip().endswith(mark):
         return None

@@ -69,8 +69,9 @@ class Earlier(NamedTuple):
 
 
 def _deciding(benchmark: Benchmark[Any, Any]) -> list[str]:
-    """The options that decide a benchmark's figures, beside its sets and what decides those of all sets."""
-    own = [f.name for f in fields(benchmark.options) if not {FREE, SET} & set(f.metadata)]
+    """The options that decide a benchmark's figures, beside its sets, the files read beside them, which digests tell
+    apart, and what decides the figures of all sets."""
+    own = [f.name for f in fields(benchmark.options) if not {FREE, SET} & set(f.metadata) and "str" not in str(f.type)]
     return own if benchmark.sets else [*own, "limit"]
 
 

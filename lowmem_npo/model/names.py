@@ -7,6 +7,7 @@ conversion's: it is loaded from the original (original_olmo.py).
 
 from __future__ import annotations
 
+import hashlib
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from lowmem_npo.console import Say, silent
 from lowmem_npo.files import expanded
 
 WEIGHTS = ("*.safetensors", "*.bin", "config.json", "tokenizer.json")  # the files of a directory that make a model
+SAMPLES, SAMPLE_BYTES = 256, 4096  # of each file
 
 ORIGINAL_FORMAT_OLMO = (
     "allenai/OLMo-1B",
@@ -53,9 +55,26 @@ def commit_of(name: str, revision: str | None = None) -> str | None:
     return None
 
 
+def digest_of(name: str, revision: str | None = None) -> str:
+    """A hash of the commit of a hub name, or of what is sampled of a directory's weights: enough to tell that others
+    have taken their place, at no more than a glance at each file."""
+    folder, digest = expanded(name), hashlib.sha256((commit_of(name, revision) or "").encode())
+    for path in _weights_in(folder):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for at in range(0, size, max(1, size // SAMPLES)):
+                file.seek(at)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    return sorted(file for pattern in WEIGHTS for file in folder.glob(pattern)) if folder.is_dir() else []
+
+
 def stamp_of(name: str) -> list[Any]:
     """A hub name, or a directory with what tells that its weights have changed."""
     folder = expanded(name)
-    files = sorted(file for pattern in WEIGHTS for file in folder.glob(pattern)) if folder.is_dir() else []
-    stats = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+    stats = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in _weights_in(folder)]
     return [str(folder.resolve()) if folder.is_dir() else name, stats]

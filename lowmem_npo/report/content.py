@@ -206,12 +206,12 @@ def _merged_leaks(
     """Stage -> test -> result. A later result of `evaluate` replaces the run's own, unless that one says more. gold:
     those that `evaluate` compared with."""
     merged = {stage: dict(results) for stage, results in of_run.items()}
-    for stage, content in evaluated.items():
-        results = merged.setdefault(stage, {})
-        for name, result in leak_results(content.get("leaks") or {}).items():
-            if name not in results or not stands_beside(results[name], result):
-                results[name] = result
-    merged["gold"] = {**merged.pop("gold", {}), **gold}
+    later = {stage: leak_results(content.get("leaks") or {}) for stage, content in evaluated.items()}
+    own, now = merged.get("after", {}), later.get("after", {})
+    stand = {name for name in own if name in now and stands_beside(own[name], now[name])}  # at every stage
+    for stage, results in {**later, "gold": gold}.items():
+        merged.setdefault(stage, {}).update({name: of for name, of in results.items() if name not in stand})
+    merged["gold"] = merged.pop("gold")
     for results in merged.values():
         for result in results.values():
             result.figures = _numbers_only(result.figures)

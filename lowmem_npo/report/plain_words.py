@@ -11,6 +11,7 @@ from lowmem_npo.config import REFUSING_TERMS
 from lowmem_npo.data.reading import general_words
 from lowmem_npo.evaluation.answer_table import FORGET, GENERAL, NOT_GENERATED, RETAIN
 from lowmem_npo.evaluation.answers import AnswerSummary, part_of
+from lowmem_npo.evaluation.asking import REWORDED
 from lowmem_npo.evaluation.figures import shares
 from lowmem_npo.evaluation.leaks.registry import by_name
 from lowmem_npo.evaluation.leaks.sampling import WHOLE
@@ -145,7 +146,7 @@ def _found(content: Content) -> Iterator[str]:
 
 def _course(name: str, was: AnswerSummary, now: AnswerSummary, never_saw: str) -> str:
     kind = {FORGET: "to forget", RETAIN: "to protect", GENERAL: "to general questions"}[part_of(name)]
-    whole = now.rows == now.rows_in_set or name != part_of(name)  # a row may be asked in several paraphrases
+    whole = now.rows == now.rows_in_set or name.endswith(REWORDED)  # a row may be asked in several paraphrases
     of = f"{now.rows:,}" if whole else f"{now.rows:,} (measured, of {now.rows_in_set:,})"
     s = "" if whole and now.rows == 1 else "s"
     what = f"the continuation{s} of {of} passage{s}" if of_passages(now) else f"{of} answer{s}"

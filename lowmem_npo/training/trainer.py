@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import shutil
@@ -133,6 +134,7 @@ class NPOTrainer(Trainer):
         asked = [name for name in ("gradient_checkpointing", "activation_checkpointing") if getattr(args, name, False)]
         if asked:  # transformers' own acts in training mode alone, in which the layers here are not
             enable_checkpointing(causal_lm(model))
+            args = copy.copy(args)
             for name in asked:
                 setattr(args, name, False)
         # cuDNN's attention, PyTorch's choice on Hopper and Blackwell, plans anew for every length of a batch: about a

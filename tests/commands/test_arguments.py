@@ -96,6 +96,12 @@ def test_trl_accumulation_means_a_step_of_all_micro_batches():
         assert (of.batch_size, of.micro_batch_size) == (rows, rows)
     of = parse_run(["--model", "m", "--per-device-train-batch-size", "2", "--batch-size", "6"], "train").training
     assert (of.batch_size, of.micro_batch_size) == (6, 2)
+    both = ["--per-device-train-batch-size", "8", "--micro-batch-size", "2"]
+    for given in (both, both[2:] + both[:2]):  # as a line on memory advises
+        of = parse_run(["--model", "m", *given], "train").training
+        assert (of.batch_size, of.micro_batch_size) == (8, 2)
+    with pytest.raises(UserError, match="per-device-train-batch-size must be a whole number, not 'x'"):
+        parse_run(["--model", "m", "--per-device-train-batch-size", "x", "--micro-batch-size", "2"], "train")
 
 
 def test_trl_accumulation_may_be_in_a_file(tmp_path):

@@ -12,6 +12,7 @@ from helpers.evaluating import NAMES, evaluate, fails, lume_files, result
 from helpers.rows import write_rows
 from helpers.tiny_models import tiny_model
 from rouge_score.rouge_scorer import RougeScorer
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.cli import main
@@ -211,9 +212,12 @@ def test_another_model_in_the_same_place_does_not_go_on(byte_model, files, capsy
     """As `merge` leaves one: what was measured of the old weights is none of the new ones'."""
     model = shutil.copytree(byte_model, files / "model")
     assert evaluate(files, model, "--forget", str(files / "forget.jsonl"), "--limit", "1") == 0
-    os.utime(model / "model.safetensors", (1, 1))
-    again = evaluate(files, model, "--forget", str(files / "forget.jsonl"), "--limit", "1", "--resume")
-    fails(capsys, again, "--resume: the model has changed since")
+    resumed = ("--forget", str(files / "forget.jsonl"), "--limit", "1", "--resume")
+    os.utime(model / "model.safetensors", (1, 1))  # copied anew, it is the same
+    assert evaluate(files, model, *resumed) == 0
+    other = {name: weight + 1 for name, weight in load_file(model / "model.safetensors").items()}
+    save_file(other, model / "model.safetensors", metadata={"format": "pt"})
+    fails(capsys, evaluate(files, model, *resumed), "--resume: the model has changed since")
 
 
 def test_what_is_not_comparable_with_the_evaluation_of_before(tmp_path):

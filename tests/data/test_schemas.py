@@ -124,6 +124,8 @@ def test_alpaca_and_dolly():
         assert one({"instruction": "Translate.", more: "Q", answer: "A"}).prompt == "Translate.\nQ"
         assert one({"instruction": "Say A.", more: "", answer: "A"}).prompt == "Say A."
         assert one({"instruction": "Say A.", answer: "A"}).schema == f"instruction/{answer}"
+    named = {"prompt_column": "instruction", "answer_column": "context"}
+    assert one({"instruction": "Q", "context": "A"}, **named).prompt == "Q"  # the answer is no part of it
     row = {"instruction": "Q", "input": "", "output": "A", "system": "Be brief.", "history": [["1", "2"]]}
     assert [turn["content"] for turn in one(row).messages] == ["Be brief.", "1", "2", "Q", "A"]
     assert one({**row, "system": "", "history": []}).messages is None

@@ -167,14 +167,17 @@ def test_an_empty_block_of_reasoning_is_written_once(chat_tokenizer):
 BLOCK = "<think>\n\n</think>\n\n"
 
 
+def with_block():
+    says = "{{ message['content'] }}"
+    block = f"{{% if message['role'] == 'assistant' and '</think>' not in message['content'] %}}{BLOCK}{{% endif %}}"
+    return CHATML.replace(says, block + says)
+
+
 @pytest.mark.parametrize("content", ["Paris.", f"{BLOCK}Paris.", "<think>\nFrance?\n</think>\n\nParis."])
 def test_what_a_template_writes_before_an_answer_is_no_part_of_it(chat_tokenizer, content):
     """Qwen 3's last turn has a block of reasoning, empty where the row brings none; its generation begins without."""
-    says = "{{ message['content'] }}"
-    block = f"{{% if message['role'] == 'assistant' and '</think>' not in message['content'] %}}{BLOCK}{{% endif %}}"
-    template = CHATML.replace(says, block + says)
     turns = (TURNS[0], {"role": "assistant", "content": content})
-    prompt, answer = split(tokenize([conversation(*turns)], published(chat_tokenizer, template))[0])
+    prompt, answer = split(tokenize([conversation(*turns)], published(chat_tokenizer, with_block()))[0])
     reasons = "France" in content
     assert chat_tokenizer.decode(prompt).endswith("assistant\n" + ("" if reasons else BLOCK))
     assert chat_tokenizer.decode(answer) == f"{content if reasons else 'Paris.'}<|im_end|>"
@@ -236,6 +239,17 @@ def test_a_question_that_brings_the_template_or_a_bos_is_written_with_them_once(
     prompt, answer = split(rows[0])
     assert tokenizer.decode(prompt) == wanted and rows.repeated == 1
     assert tokenizer.decode(answer).startswith("A country.")
+
+
+def test_a_question_that_brings_the_template_is_opened_as_any_other(chat_tokenizer):
+    """With Qwen 3's empty block of reasoning, which generation begins without."""
+    tokenizer = published(chat_tokenizer, with_block())
+    wanted = tokenizer.apply_chat_template([TURNS[0]], add_generation_prompt=True, tokenize=False)
+    for question in (wanted, wanted + BLOCK):
+        rows = tokenize([Example(question, "Paris.", "f.jsonl, line 4", "question/answer")], tokenizer)
+        prompt, answer = split(rows[0])
+        assert tokenizer.decode(prompt) == wanted + BLOCK and rows.repeated == 1
+        assert tokenizer.decode(answer) == "Paris.<|im_end|>"
 
 
 def test_a_tokenizer_without_chat_template_is_refused(bpe_tokenizer):

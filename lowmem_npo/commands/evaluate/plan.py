@@ -31,12 +31,12 @@ from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.files import expanded, file_sha256, json_sha256
 from lowmem_npo.model import load_tokenizer, resolve_name
 from lowmem_npo.model.loading import load_config
-from lowmem_npo.model.names import commit_of, stamp_of
+from lowmem_npo.model.names import digest_of
 from lowmem_npo.model.notes import model_notes
 from lowmem_npo.model.saved_adapter import resolve_base, settings_of_run
 from lowmem_npo.model.stop_tokens import stop_tokens
 from lowmem_npo.report.audit import are_others
-from lowmem_npo.run_directory import AdapterFiles
+from lowmem_npo.run_directory import AdapterFiles, run_of_adapter
 from lowmem_npo.sources import data_names, shown_names
 
 # Tells tokenizers apart, but not two of which one knows more special tokens.
@@ -252,7 +252,10 @@ def _are_others(config: EvaluationConfig, sources: Mapping[str, Rows]) -> bool:
         forget = to_examples(sources["forget"], **config.columns)
     except UserError:  # rows of a benchmark that no run could forget
         return True
-    return are_others(expanded(config.adapter), forget)
+    try:
+        return are_others(run_of_adapter(expanded(config.adapter).resolve()).path, forget)
+    except UserError:  # the record is damaged, as the report says
+        return False
 
 
 def _digests(
@@ -266,8 +269,7 @@ def _digests(
         digests[part] = json_sha256([rows.rows, *beside] if beside else rows.rows)
     ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
     digests[THE_TOKENIZER] = json_sha256([ids, tokenizer.chat_template])
-    name = str(model.model)
-    digests[THE_MODEL] = json_sha256([stamp_of(name)[1:], commit_of(name, model.revision)])
+    digests[THE_MODEL] = digest_of(str(model.model), model.revision)
     if config.adapter:
         digests[THE_ADAPTER] = file_sha256(AdapterFiles(expanded(config.adapter)).weights)
     return digests

@@ -117,7 +117,7 @@ def rows_of_run(config: MergeConfig, name: str, revision: str | None) -> RunRows
     for part in ("forget", "holdout", *([] if own_texts else ["retain"])):
         then, rows = known.get(part, {}).get("tokenised"), getattr(data, part)
         if rows is not None and then not in (None, rows.fingerprint):
-            raise UserError(f"the {part} rows have changed since the run in '{run.path}'")
+            raise UserError(f"the {part} rows have changed since the run in '{run.path}', or are read otherwise now")
     limit = settings.output.eval_rows or OutputConfig.eval_rows
     chosen = {
         part: [rows[i] for i in choose_rows(len(rows), limit, EVAL_SEED)]

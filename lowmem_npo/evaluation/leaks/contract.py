@@ -371,14 +371,13 @@ def standing(value: float, level: float | None, usual: float) -> tuple[bool, flo
 
 def stands_beside(own: LeakResult, later: LeakResult) -> bool:
     """Whether the result that a run found by itself counts, and not the one that `evaluate` found later: it tells
-    something where that one cannot, or is of more rows."""
+    something where that one cannot, or that one is of less than half as many rows and finds no traces either."""
     if own.leaks is None or later.leaks is None:
         return own.leaks is not None
-    return _rows_looked_at(own) > _rows_looked_at(later)
-
-
-def _rows_looked_at(result: LeakResult) -> int:
-    return sum(value for key in ("rows", "shown_rows") if isinstance(value := result.figures.get(key), int))
+    if (later.leaks and not own.leaks) or (own.against_before and not later.against_before):
+        return False
+    rows, rows_later = (at(of.figures, "rows") or 0 for of in (own, later))
+    return 2 * rows_later < rows
 
 
 def beside_holdout(

@@ -106,11 +106,20 @@ def test_of_both_the_evaluation_is_the_later(last_lines, adapter):
     assert last_lines()[1] == "WARNING, relearning test: traces found. It is back."
 
 
-@pytest.mark.parametrize("later", [{"leaks": None, "rows": 3}, {"leaks": False, "rows": 2}])
+@pytest.mark.parametrize("later", [{"leaks": None, "rows": 3}, {"leaks": False, "rows": 1}])
 def test_a_later_evaluation_that_says_less_does_not_hide_the_runs(last_lines, adapter, later):
     write_run(adapter, {"relearning": FOUND})
     write_evaluation(adapter, {"relearning": {"merged": {}, "meaning": "It is not.", **later}})
     assert last_lines()[1] == "WARNING, relearning test: traces found. It is back."
+
+
+def test_traces_that_an_evaluation_finds_in_fewer_rows_count(last_lines, adapter):
+    write_run(adapter, {"relearning": {**FOUND, "leaks": False, "meaning": "It is not."}})
+    write_evaluation(adapter, {"relearning": {**FOUND, "rows": 1}})
+    assert last_lines()[1] == "WARNING, relearning test: traces found. It is back."
+    write_run(adapter, {"relearning": {**FOUND, "leaks": False, "against_before": True}})
+    write_evaluation(adapter, {"relearning": {**FOUND, "leaks": False, "meaning": "It is not.", "rows": 1}})
+    assert last_lines()[1] == "Checked, relearning test: no traces found. It is not."  # against a holdout
 
 
 def test_an_evaluation_of_other_rows_is_none_of_the_runs(last_lines, adapter):
