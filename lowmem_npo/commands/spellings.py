@@ -68,14 +68,16 @@ def as_in_trl(flags: Sequence[str]) -> tuple[list[str], str | None]:
     each of --gradient-accumulation-steps, one where nothing says otherwise. --micro-batch-size beside it decides how
     many of them go through the model at once."""
     flags, rows, ours = list(flags), f"--{TRL_ROWS}", f"--{ALIASES[TRL_ROWS]}"
-    if rows not in flags[:-1]:
-        return [ours if flag == rows else flag for flag in flags], None
-    alone, value = not {ACCUMULATION, "--batch-size"} & {*flags}, ""
+    values = []
     while rows in flags[:-1]:
         at = flags.index(rows)
-        value = flags[at + 1]
-        flags[at : at + 2] = [] if ours in flags else [ours, value]
-    return [*flags, ACCUMULATION, "1"] if alone else flags, value
+        values.append(flags[at + 1])
+        del flags[at : at + 2]
+    if not values:
+        return [ours if flag == rows else flag for flag in flags], None  # which lacks its value
+    flags += [] if ours in flags else [ours, values[-1]]
+    flags += [] if {ACCUMULATION, "--batch-size"} & {*flags} else [ACCUMULATION, "1"]
+    return flags, values[-1]
 
 
 def with_none(arguments: Sequence[str], optional: Collection[str]) -> list[str]:

@@ -110,6 +110,8 @@ def test_trl_accumulation_may_be_in_a_file(tmp_path):
     assert parse_run(given, "train").training.batch_size == 8
     (tmp_path / "run.yaml").write_text("per_device_train_batch_size: 8\n")
     assert parse_run(given[:4], "train").training.batch_size == 8
+    of = parse_run(given, "train").training  # the command line wins
+    assert (of.batch_size, of.micro_batch_size) == (2, 2)
 
 
 def test_every_alias_leads_to_a_flag():

@@ -43,14 +43,14 @@ from lowmem_npo.sources import data_names, shown_names
 PROBE = "The 3 quick-brown foxes' café: 12,345.67 –\t東京の猫, кошка, हिन्दी, العربية 🙂\n\n    return x**2  # naïve"
 NOT_QUANTIZED = "The adapter was trained on the 4-bit base and is measured on the unquantised one (no --qlora)."
 
-OTHER_ROWS = "The forget rows are others than those of the adapter's run, whose report leaves these leak tests out."
+OF_OTHER_ROWS = "The forget rows are others than those of the adapter's run, whose report leaves these leak tests out."
 
 
 @dataclass
 class EvaluationPlan:
-    """A validated evaluation. digests: a hash of each set, of the tokenizer, and of the adapter. selected: what each
-    benchmark measures. leak_rows: set -> rows of the leak tests. gold: what it is compared with. other_rows: whether
-    the forget rows are others than those of the adapter's run."""
+    """A validated evaluation. digests: a hash of each set, of the model, the tokenizer and the adapter. selected: what
+    each benchmark measures. leak_rows: set -> rows of the leak tests. gold: what it is compared with. other_rows:
+    whether the forget rows are others than those of the adapter's run."""
 
     config: EvaluationConfig
     model_config: ModelConfig
@@ -116,7 +116,7 @@ def plan_evaluation(
             f"The adapter was trained on the {dtype} base and is measured on the {config.dtype} one (--dtype)."
         )
     if (others := _are_others(config, sources)) and config.leaks:
-        notes.append(OTHER_ROWS)
+        notes.append(OF_OTHER_ROWS)
     fit = known_fit(architecture)
     context = Context(config, tokenizer, template, earlier.content, notes, fit, earlier.incomparable, gold.log)
     if context.fit is not None:
