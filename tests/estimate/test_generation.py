@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +9,7 @@ from helpers.dense_step import random_rows
 from transformers import LlamaConfig
 
 from lowmem_npo.config import DataConfig, MemoryConfig, ModelConfig, OutputConfig, RunConfig
+from lowmem_npo.data import Example, TokenizedRows
 from lowmem_npo.estimate import generation as module
 from lowmem_npo.estimate.automatic import with_answers
 from lowmem_npo.estimate.generation import generation
@@ -34,10 +34,15 @@ def report(of: RunConfig, in_file: bool = False, disk_rate: float = 2e9) -> Repo
     return Report("x", "bf16", of, StepRows((), ()), named("rtx-4090"), figures, None, None, [], [], host)
 
 
-def data(forget: int, retain: int | None = None) -> SimpleNamespace:
+def data(forget: int, retain: int | None = None, paraphrases: tuple[str, ...] = ()) -> SimpleNamespace:
     kept = None if retain is None else random_rows(retain, seed=2)
     written = {"retain_is_unwritten": False, "alternatives_are_unwritten": False}
-    return SimpleNamespace(forget=random_rows(forget, seed=1), retain=kept, general=None, **written)
+    # one row alone has paraphrases: a pass is made for as many as any has
+    examples = [
+        Example("q", "a", "", "question/answer", paraphrases=paraphrases if n == 0 else ()) for n in range(forget)
+    ]
+    rows = TokenizedRows(random_rows(forget, seed=1), examples, [0] * forget, 64)
+    return SimpleNamespace(forget=rows, retain=kept, general=None, **written)
 
 
 def test_what_the_original_model_writes_before_training():
@@ -57,11 +62,13 @@ def test_what_the_original_model_writes_before_training():
 
 
 def test_passes_by_hand():
-    """Before and after; the rows of a set together, the forget rows in two forms, or three with paraphrases."""
+    """Before and after; the rows of a set together, the forget rows in two forms, and once more for each paraphrase."""
     assert generation(config(forms="trained"), data(5), LLAMA, report(config())) == (2 * 64, 1.0)
     assert generation(config(), data(5, 3), LLAMA, report(config())).passes == 2 * (2 + 1) * 64
-    asked = replace(config(max_new_tokens=10), data=DataConfig(paraphrase_column="other"))
-    assert generation(asked, data(5), LLAMA, report(asked)).passes == 2 * 3 * 10
+    asked = config(max_new_tokens=10)
+    for paraphrases in ((), ("r",), ("r", "s")):
+        passes = generation(asked, data(5, paraphrases=paraphrases), LLAMA, report(asked)).passes
+        assert passes == 2 * (2 + len(paraphrases)) * 10
     assert generation(config(eval_rows=0), data(5), LLAMA, report(config())).passes == 0
 
 
