@@ -20,7 +20,7 @@ from lowmem_npo.evaluation.directory import (
     settings_of,
 )
 from lowmem_npo.evaluation.leaks.contract import leak_results
-from lowmem_npo.evaluation.options import FREE, SET
+from lowmem_npo.evaluation.options import BESIDE, FREE, SET
 from lowmem_npo.files import expanded, load_json
 from lowmem_npo.ranges import shortened
 
@@ -71,7 +71,7 @@ class Earlier(NamedTuple):
 def _deciding(benchmark: Benchmark[Any, Any]) -> list[str]:
     """The options that decide a benchmark's figures, beside its sets, the files read beside them, which digests tell
     apart, and what decides the figures of all sets."""
-    own = [f.name for f in fields(benchmark.options) if not {FREE, SET} & set(f.metadata) and "str" not in str(f.type)]
+    own = [f.name for f in fields(benchmark.options) if not {FREE, SET, BESIDE} & set(f.metadata)]
     return own if benchmark.sets else [*own, "limit"]
 
 

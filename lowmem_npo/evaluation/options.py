@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any
 
-SET, FREE = "set", "free"  # metadata of a field
+SET, FREE, BESIDE = "set", "free", "beside"  # metadata of a field
 
 
 @dataclass
@@ -27,6 +27,11 @@ def check_declared(contract: type, kind: type) -> None:
 def data_set(name: str) -> Any:
     """An option that names a file of rows, which are measured as the set `name`; a resumed evaluation may add it."""
     return field(default=None, metadata={SET: name})
+
+
+def read_beside() -> Any:
+    """An option that names a file which is read beside the rows of a set, and is part of that set's digest."""
+    return field(default=None, metadata={BESIDE: True})
 
 
 def free(default: Any) -> Any:

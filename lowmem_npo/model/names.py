@@ -11,7 +11,6 @@ import hashlib
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
@@ -56,10 +55,12 @@ def commit_of(name: str, revision: str | None = None) -> str | None:
 
 
 def digest_of(name: str, revision: str | None = None) -> str:
-    """A hash of the commit of a hub name, or of what is sampled of a directory's weights: enough to tell that others
-    have taken their place, at no more than a glance at each file."""
-    folder, digest = expanded(name), hashlib.sha256((commit_of(name, revision) or "").encode())
-    for path in _weights_in(folder):
+    """A hash of a hub name and its commit here, or of what is sampled of a directory's weights: enough to tell that
+    others have taken their place, at no more than a glance at each file."""
+    folder, digest = expanded(name), hashlib.sha256()
+    if not folder.is_dir():
+        digest.update(f"{name} {commit_of(name, revision)}".encode())
+    for path in sorted(file for pattern in WEIGHTS for file in folder.glob(pattern)):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:
@@ -67,14 +68,3 @@ def digest_of(name: str, revision: str | None = None) -> str:
                 file.seek(at)
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-def _weights_in(folder: Path) -> list[Path]:
-    return sorted(file for pattern in WEIGHTS for file in folder.glob(pattern)) if folder.is_dir() else []
-
-
-def stamp_of(name: str) -> list[Any]:
-    """A hub name, or a directory with what tells that its weights have changed."""
-    folder = expanded(name)
-    stats = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in _weights_in(folder)]
-    return [str(folder.resolve()) if folder.is_dir() else name, stats]

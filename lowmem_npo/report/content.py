@@ -123,14 +123,15 @@ def read_content(directory: Path) -> Content:
             if sets := read_answers(files.answers(stage)):
                 evaluations[stage] = sets
     with _named(files.evaluation.settings):
-        evaluated = _read_evaluation(files)
-        of_others = bool(evaluated) and compared_with(files.evaluation).get(OTHER_ROWS, False)
-        gold = _gold_leaks(files) if evaluated and not of_others else {}
+        known = compared_with(files.evaluation) if files.evaluation.result.is_file() else {}
+        evaluated = _read_evaluation(files, known)
+        of_run_rows = bool(evaluated) and not known.get(OTHER_ROWS)
+        gold = _gold_leaks(files, known) if of_run_rows else {}
     figures = evaluation_figures(evaluated)
     with _named(files.leaks):
         of_run = read_leaks(files.leaks)
         leak_sections(of_run)
-    leaks = _merged_leaks(of_run, {} if of_others else evaluated, gold)
+    leaks = _merged_leaks(of_run, evaluated if of_run_rows else {}, gold)
     with _named(files.metrics):
         metrics = read_metrics(files.metrics)
     with _named(files.stopping):
@@ -144,7 +145,7 @@ def read_content(directory: Path) -> Content:
     errors = _errors_of_change(evaluations)
     verdict = judge_run(stages, audit["model"]["vocabulary"] if audit else None, leaks, errors)
     notes = [*stopped, *_notes(metrics, audit), *filter(None, [of_another_adapter(directory)])]
-    notes += [*evaluated.get("after", {}).get("notes", []), *(_no_longer_there(files) if evaluated else [])]
+    notes += [*evaluated.get("after", {}).get("notes", []), *(_no_longer_there(known) if evaluated else [])]
     return Content(directory, settings, verdict, stages, figures, leaks, metrics, evaluations, notes, audit)
 
 
@@ -158,17 +159,19 @@ def _named(file: Path) -> Iterator[None]:
         raise UserError(f"'{file}' is damaged and cannot be reported on ({why}): restore or remove it.") from error
 
 
-def _read_evaluation(files: RunFiles) -> dict[str, dict[str, Any]]:
-    """Stage -> the content of evaluation.json: of this adapter, and of --before as far as it can be compared."""
+def _read_evaluation(files: RunFiles, known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Stage -> the content of evaluation.json: of this adapter, and of --before as far as it can be compared.
+
+    known: the evaluation's settings."""
     evaluation = files.evaluation
     if not evaluation.result.is_file():
         return {}
     has_settings = evaluation.settings.is_file()
     if files.weights.is_file() and not (has_settings and is_of_adapter(evaluation, files.weights)):
         return {}  # the run was continued: these figures are of another adapter
-    settings, contents = compared_with(evaluation), {}
-    if (before := settings.get("before")) and (file := expanded(before)).is_file():
-        contents["before"] = dict(Earlier.of(settings, _load_evaluation(file)).content)
+    contents = {}
+    if (before := known.get("before")) and (file := expanded(before)).is_file():
+        contents["before"] = dict(Earlier.of(known, _load_evaluation(file)).content)
     return {**contents, "after": _load_evaluation(evaluation.result)}
 
 
@@ -181,22 +184,21 @@ def _load_evaluation(file: Path) -> dict[str, Any]:
     return cast(dict[str, Any], content)
 
 
-def _gold_leaks(files: RunFiles) -> LeakResults:
+def _gold_leaks(files: RunFiles, known: Mapping[str, Any]) -> LeakResults:
     """What the leak tests gave of the model that the evaluation compared with, if it did."""
-    gold = Gold.of(compared_with(files.evaluation))
+    gold = Gold.of(known)
     with _named(Path(gold.log or files.evaluation.settings)):
         leak_sections({"gold": gold.leaks})
     return gold.leaks
 
 
-def _no_longer_there(files: RunFiles) -> list[str]:
+def _no_longer_there(known: Mapping[str, Any]) -> list[str]:
     """A sentence for each file that the evaluation was compared with and that the report does without."""
-    settings = compared_with(files.evaluation)
     return [
         f"The evaluation was compared with --{name.replace('_', '-')} '{path}', which is no longer there: its figures "
         "are left out."
         for name in COMPARED
-        if (path := settings.get(name)) and not expanded(path).is_file()
+        if (path := known.get(name)) and not expanded(path).is_file()
     ]
 
 

@@ -25,7 +25,7 @@ from lowmem_npo.data.tokenizing import single_token
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measured, Selection
 from lowmem_npo.evaluation.figures import Figure, at
-from lowmem_npo.evaluation.options import Options, data_set
+from lowmem_npo.evaluation.options import Options, data_set, read_beside
 from lowmem_npo.evaluation.ranking import auc, mean_of_lowest
 from lowmem_npo.ranges import PositiveShare
 
@@ -60,9 +60,9 @@ class MuseOptions(Options):
     """MUSE's knowmem questions on what is forgotten, such as muse-bench/MUSE-News:knowmem/forget_qa."""
     muse_retain_knowmem: str | None = data_set(KEPT)
     """MUSE's knowmem questions on what is kept."""
-    muse_examples: str | None = None
+    muse_examples: str | None = read_beside()
     """Questions with answers that stand before each knowmem question, such as MUSE's forget_qa_icl."""
-    muse_retain_examples: str | None = None
+    muse_retain_examples: str | None = read_beside()
     """The same before each question about what is kept, such as MUSE's retain_qa_icl. Default: --muse-examples."""
     muse_privleak: str | None = data_set(TAUGHT)
     """MUSE's privleak texts (column text) that were to be forgotten."""

@@ -1,0 +1,114 @@
+"""What `evaluate` has measured since: in the report of the run, as far as it is of the run's adapter and rows."""
+
+from __future__ import annotations
+
+import json
+
+import yaml
+from helpers.report_pages import page, report_of
+from helpers.reported_run import FORGET, unexplained
+from helpers.rows import write_rows
+
+from lowmem_npo.cli import main
+from lowmem_npo.report.files import write_report
+
+
+def test_a_later_evaluation_is_included(own_run, tmp_path):
+    """LUME rows to forget, TOFU rows to keep, documents; each figure is that of evaluation.json."""
+    lume = [{"id": f"{kind}{n}", "input": f"Tell {n}.", "output": f"Tale {n}.", "task": "Task1"}
+            for n, kind in enumerate(("asc", "aqa"))]  # fmt: skip
+    tofu = [{"question": f"Who {n}?", "answer": f"He {n}.", "perturbed_answer": [f"She {n}."]} for n in range(1)]
+    documents = [[{"document": f"{who} {n}"} for n in range(2)] for who in ("member", "stranger of another length")]
+    names = ("forget", "retain", "members", "nonmembers")
+    files = [write_rows(tmp_path / f"{n}.jsonl", rows) for n, rows in zip(names, (lume, tofu, *documents), strict=True)]
+    options = [word for name, file in zip(names, files, strict=True) for word in (f"--{name}", file)]
+    common = [*options, "--dtype", "float32", "--device", "cpu"]
+    base = yaml.safe_load((own_run / "run.yaml").read_text())["model"]
+    assert main(["evaluate", "--model", base, *common, "--output-dir", str(tmp_path / "before")]) == 0
+    before = tmp_path / "before" / "evaluation.json"
+    assert main(["evaluate", "--adapter", str(own_run), *common, "--before", str(before)]) == 0
+    file = own_run / "evaluation" / "evaluation.json"
+    content = json.loads(file.read_text())
+    content["lm_eval"] = {"mmlu": {"acc": 0.25}}  # as lm-eval leaves it; its data is not here
+    content["leaks"] = {"extraction": {"recited": 0.125, "meaning": "It still writes an eighth.", "leaks": True}}
+    file.write_text(json.dumps(content))
+    settings = own_run / "evaluation" / "settings.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "other_rows": False}))  # as of the run's own
+    write_report(own_run)
+
+    report, text = report_of(own_run), page(own_run).text
+    stages = {"before": json.loads(before.read_text()), "after": content}
+    values = {(f["group"], f["set"], f["key"]): f["values"] for f in report["figures"]}
+    for stage, expected in stages.items():
+        assert values["documents", None, "auc"][stage] == expected["membership"]["auc"]
+        assert values["TOFU", "retain", "truth_ratio"][stage] == expected["tofu"]["sets"]["retain"]["truth_ratio"]
+        assert (
+            values["LUME", "forget", "Task1.knowledge-score"][stage]
+            == (expected["lume"]["forget-set"]["Task1"]["knowledge-score"])
+        )
+        assert values["LUME", None, "mia_final_score"][stage] == expected["lume"]["mia_final_score"]
+    assert values["lm-eval", "mmlu", "acc"] == {"before": None, "after": 0.25}
+    assert values["LUME", None, "aggregate-score"]["after"] is None
+    assert report["leaks"]["after"]["extraction"]["recited"] == 0.125
+    assert "leak tests still find traces" in report["verdict"]["headline"]
+    for words in (
+        "It still writes an eighth.",
+        "SemEval-2025 Task 4",
+        "TOFU",
+        "Documents, membership inference",
+        "traces found",
+    ):
+        assert words in text
+    assert any("LUME task aggregate" in note for note in report["notes"])
+    assert unexplained((own_run / "report.html").read_text(encoding="utf-8")) == set()
+
+    content["leaks"] = {"extraction": {"meaning": "No holdout.", "leaks": None}}
+    file.write_text(json.dumps(content))
+    (own_run / "leaks.json").write_text(json.dumps({"after": {"extraction": {"meaning": "Still.", "leaks": True}}}))
+    write_report(own_run)
+    assert report_of(own_run)["leaks"]["after"]["extraction"]["meaning"] == "Still.", "a conclusive result is preferred"
+
+    (own_run / "adapter_model.safetensors").write_bytes(b"the run went on")
+    write_report(own_run)
+    groups = {figure["group"] for figure in report_of(own_run)["figures"]}
+    assert not groups & {"LUME", "TOFU", "documents"}, "of another adapter"
+
+
+def test_an_evaluation_of_other_rows_says_nothing_of_the_runs(own_run, tmp_path, capsys):
+    """Its leak tests do not replace the run's own in the report and in its verdict; nor is an earlier evaluation of yet
+    other rows their "before". What it measured of them, and of the retain rows, is there."""
+    write_report(own_run)
+    alone = report_of(own_run)
+    rows = [{"question": f"Who {n}?", "answer": f"He {n}.", "perturbed_answer": [f"She {n}."]} for n in range(3)]
+    retain = ("--retain", write_rows(tmp_path / "retain.jsonl", [{"question": "Where?", "answer": "There."}]))
+    base = yaml.safe_load((own_run / "run.yaml").read_text())["model"]
+    before = tmp_path / "before" / "evaluation.json"
+    for source, kept, given in ((("--model", base), rows[:2], ("--output-dir", str(before.parent))),
+                                (("--adapter", str(own_run)), rows[1:], ("--before", str(before)))):  # fmt: skip
+        forget = ("--forget", write_rows(tmp_path / "forget.jsonl", kept))
+        common = (*retain, "--leaks", "extraction", "--dtype", "float32", "--device", "cpu")
+        assert main(["evaluate", *source, *forget, *common, *given]) == 0
+    assert alone["verdict"]["headline"] not in capsys.readouterr().out  # it is not about these rows
+    write_report(own_run)
+    report = report_of(own_run)
+    assert (report["leaks"], report["verdict"]) == (alone["leaks"], alone["verdict"])
+    of = {(f["group"], f["set"], f["key"]): f["values"] for f in report["figures"]}
+    assert of["TOFU", "forget", "probability"]["before"] is None is not of["TOFU", "forget", "probability"]["after"]
+    (nll,) = [of[key] for key in of if key[1:] == ("retain", "nll") and key[0] != "answers"]
+    assert None not in nll.values()
+    assert [note for note in report["notes"] if "other" in note] == [
+        "The earlier evaluation had other forget rows: the two are not comparable.",
+        "The forget rows are others than those of the adapter's run, whose report leaves these leak tests out.",
+    ]
+
+
+def test_an_evaluation_of_the_runs_rows_is_part_of_its_report(own_run, tmp_path, capsys):
+    """Whatever file they are in, and whatever columns stand beside them."""
+    forget = write_rows(tmp_path / "forget.jsonl", [{**row, "topic": "people"} for row in FORGET])
+    evaluate = ["evaluate", "--adapter", str(own_run), "--forget", forget, "--dtype", "float32", "--device", "cpu"]
+    assert main([*evaluate, "--leaks", "extraction", "--limit", "2"]) == 0
+    write_report(own_run)
+    report = report_of(own_run)
+    assert (
+        report["leaks"]["after"]["extraction"]["rows"] == 2 and report["verdict"]["headline"] in capsys.readouterr().out
+    )
