@@ -32,7 +32,7 @@ from lowmem_npo.report.audit import Audit, check_reported, of_another_adapter, r
 from lowmem_npo.report.figures import StagedFigure, evaluation_figures, run_figures
 from lowmem_npo.report.leak_tests import leak_sections
 from lowmem_npo.report.verdict import RULES, Verdict, judge_run
-from lowmem_npo.run_directory import RunFiles, check_is_run
+from lowmem_npo.run_directory import EvaluationFiles, RunFiles, check_is_run
 from lowmem_npo.training.metrics import Metrics, read_metrics
 
 EVIDENCE = (
@@ -123,9 +123,10 @@ def read_content(directory: Path) -> Content:
             if sets := read_answers(files.answers(stage)):
                 evaluations[stage] = sets
     with _named(files.evaluation.settings):
-        known = compared_with(files.evaluation) if files.evaluation.result.is_file() else {}
-        evaluated = _read_evaluation(files, known)
-        of_run_rows = bool(evaluated) and not known.get(OTHER_ROWS)
+        was_evaluated = _was_evaluated(files)
+        known = compared_with(files.evaluation) if was_evaluated else {}
+        evaluated = _read_evaluation(files.evaluation, known) if was_evaluated else {}
+        of_run_rows = was_evaluated and not known.get(OTHER_ROWS)
         gold = _gold_leaks(files, known) if of_run_rows else {}
     figures = evaluation_figures(evaluated)
     with _named(files.leaks):
@@ -145,7 +146,7 @@ def read_content(directory: Path) -> Content:
     errors = _errors_of_change(evaluations)
     verdict = judge_run(stages, audit["model"]["vocabulary"] if audit else None, leaks, errors)
     notes = [*stopped, *_notes(metrics, audit), *filter(None, [of_another_adapter(directory)])]
-    notes += [*evaluated.get("after", {}).get("notes", []), *(_no_longer_there(known) if evaluated else [])]
+    notes += [*evaluated.get("after", {}).get("notes", []), *_no_longer_there(known)]
     return Content(directory, settings, verdict, stages, figures, leaks, metrics, evaluations, notes, audit)
 
 
@@ -159,16 +160,16 @@ def _named(file: Path) -> Iterator[None]:
         raise UserError(f"'{file}' is damaged and cannot be reported on ({why}): restore or remove it.") from error
 
 
-def _read_evaluation(files: RunFiles, known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Stage -> the content of evaluation.json: of this adapter, and of --before as far as it can be compared.
-
-    known: the evaluation's settings."""
+def _was_evaluated(files: RunFiles) -> bool:
+    """Whether there is an evaluation, and it is not of another adapter, as after a run that was continued."""
     evaluation = files.evaluation
-    if not evaluation.result.is_file():
-        return {}
-    has_settings = evaluation.settings.is_file()
-    if files.weights.is_file() and not (has_settings and is_of_adapter(evaluation, files.weights)):
-        return {}  # the run was continued: these figures are of another adapter
+    if not evaluation.result.is_file() or not files.weights.is_file():
+        return evaluation.result.is_file()
+    return evaluation.settings.is_file() and is_of_adapter(evaluation, files.weights)
+
+
+def _read_evaluation(evaluation: EvaluationFiles, known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Stage -> the content of evaluation.json, and of --before as far as it can be compared. known: the settings."""
     contents = {}
     if (before := known.get("before")) and (file := expanded(before)).is_file():
         contents["before"] = dict(Earlier.of(known, _load_evaluation(file)).content)
