@@ -7,15 +7,17 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 setup_venv test
 cd "$ROOT"
 
-run_tests() {
-    "$PYTHON" -m pytest -n auto --dist loadfile "$@" || fail "tests failed (pytest's exit code $?)."
-}
+run_tests=(-m pytest -n auto --dist loadfile "$@")
+failed() { fail "tests failed (pytest's exit code $1)."; }
 
 if [ $# -gt 0 ]; then
-    run_tests "$@"
+    "$PYTHON" "${run_tests[@]}" || failed $?
     exit
 fi
-run_tests --cov --cov-report=
-echo "Line coverage, in total and of files below 90%:"
-"$PYTHON" -m coverage report --fail-under=90 | awk 'NR == 1 || $1 == "TOTAL" || ($2 ~ /^[0-9]+$/ && $NF + 0 < 90)' ||
-    fail "less than 90% of the lines are covered."
+lines="$(mktemp)"
+trap 'rm -f "$lines"' EXIT
+"$PYTHON" -m slipcover --out "$lines" "${run_tests[@]}" || failed $?
+echo "Line coverage, in total and of files below 90% (lines, lines missed, percent):"
+awk '$1 == "(summary)" { total = $4 }
+     $1 == "(summary)" || ($2 ~ /^[0-9]+$/ && $4 < 90) { print $1, $2, $3, $4 }
+     END { exit total < 90 }' "$lines" || fail "less than 90% of the lines are covered."

@@ -37,9 +37,6 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("full"):
                 item.add_marker(pytest.mark.skip(reason="takes long: bash scripts/test.sh --full"))
-    for item in items:
-        if item.path.is_relative_to(ROOT / "tests" / "benchmarks"):
-            item.add_marker("no_cover")  # they run nothing of the packages that others do not
 
 
 @pytest.fixture(scope="session")

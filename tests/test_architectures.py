@@ -53,7 +53,6 @@ from lowmem_npo.model.notes import model_notes
 from lowmem_npo.model.packable import padding_note
 from lowmem_npo.model.saved_adapter import load_adapter
 
-pytestmark = pytest.mark.no_cover
 COLUMNS = ["gradients", "packed", "bf16", "QLoRA", "switches", "fused", "estimate", "evaluate", "merge"]
 ALWAYS = ["gradients", "switches"]
 SAMPLES = [["bf16", "evaluate"], ["QLoRA", "packed"], ["bf16", "merge"], ["packed", "estimate", "fused"]]  # in turn

@@ -181,7 +181,6 @@ def desk(finished_run, taught_model, tmp_path, monkeypatch) -> Desk:
     return Desk(tmp_path, taught_model)
 
 
-@pytest.mark.no_cover
 @each_document
 def test_every_command_runs(document, desk, capsys):
     commands: list[list[str]] = []

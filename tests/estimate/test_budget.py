@@ -35,7 +35,6 @@ from lowmem_npo.estimate.time import step_seconds
 from lowmem_npo.model.known_configs import known_config
 from lowmem_npo.sizes import compared, gib, parse_size
 
-pytestmark = pytest.mark.no_cover  # hundreds of simulated steps, as in test_automatic.py and test_streaming.py
 GIB = 2**30
 ROOT = Path(__file__).resolve().parents[2]
 SAVING = MemoryConfig(offload_checkpoints=True, tile_mlp=1024, embedding_on_cpu=True)

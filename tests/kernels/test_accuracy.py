@@ -9,7 +9,6 @@ from lowmem_kernels import FrozenHead, token_kl, token_logprobs
 
 from tests.kernels.reference import DIRECTIONS, check, check_jointly, dense, make_case, run, run_jointly
 
-pytestmark = pytest.mark.no_cover
 OPTIONS = list(itertools.product((False, True), (None, 3.0), (1.0, 0.25)))  # bias, softcap, logit scale
 # mean KL: the distance of the logits that gives it (its square / 2, as long as it is small)
 KL_LEVELS = {1e-6: 1.5e-3, 1e-5: 5e-3, 1e-4: 0.015, 1e-3: 0.045, 1e-2: 0.14, 1e-1: 0.45, 1.0: 1.5, 10.0: 6.0}

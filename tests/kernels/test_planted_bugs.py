@@ -20,7 +20,6 @@ from tests.kernels.conftest import use_blocks
 from tests.kernels.reference import check, check_jointly, make_case
 from tests.kernels.rowwise_reference import GPT_OSS, check_norms, check_packed, check_rotary
 
-pytestmark = pytest.mark.no_cover
 numbers = itertools.count()
 
 
