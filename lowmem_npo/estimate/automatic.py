@@ -140,7 +140,7 @@ def _with_reference(config: RunConfig, data: PreparedData, architecture: Pretrai
     cached = replace(config, memory=replace(memory, reference="cached"))
     live = replace(config, memory=replace(memory, reference="live", reference_dir=None))
     if memory.reference == "auto":
-        of_epochs = partial(num_steps, len(rows.forget), training.batch_size)
+        of_epochs = partial(num_steps, rows.num_forget, training.batch_size)
         one_epoch = of_epochs(training.epochs, training.max_steps) <= of_epochs(1)
         unneeded = config.objective.needs_reference is None and config.objective.delta == 0
         if unneeded or (one_epoch and memory.reference_dir is None):

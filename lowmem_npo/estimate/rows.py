@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,17 +33,19 @@ class StepRows:
 
     @classmethod
     def of_data(cls, config: RunConfig, rows: Parts, typical: bool = False) -> StepRows:
-        """The longest rows, with the longest answers.
+        """The longest rows, with the longest answers, each as often as a step can hold it.
 
         typical: rows of all lengths that there are instead, evenly, as many tokens as a step has on average. Those of
         about the mean length come first, so that a micro-batch has its share.
         """
-        size, chosen = config.training.batch_size, _spread if typical else _largest
+        size, num_retain = config.training.batch_size, config.training.retain_rows
+        forget, retain = (1, 1) if typical else _occurrences(config, rows)
+        chosen = _spread if typical else _largest
         return cls(
-            chosen(rows.forget, size),
-            chosen(rows.retain or (), config.training.retain_rows),
-            chosen(rows.alternatives, size),
-            chosen(rows.taught_again, min(ROWS, max(len(rows.taught_again) - size, 0))),
+            chosen(rows.forget, size, forget),
+            chosen(rows.retain or (), num_retain, retain),
+            chosen(rows.alternatives, size, forget),
+            chosen(rows.taught_again, min(ROWS, max(len(rows.taught_again) - size, 0)), 1),
         )
 
     def tokens(self, padding_free: bool) -> int:
@@ -73,20 +76,49 @@ def token_row(length: int, answers: int) -> TokenizedRow:
     return {"input_ids": [0] * length, "labels": [IGNORE_INDEX] * prompt + [0] * answers, "prompt_length": prompt}
 
 
-def _spread(rows: Sequence[TokenizedRow], count: int) -> tuple[tuple[int, int], ...]:
+def _occurrences(config: RunConfig, rows: Parts) -> tuple[int, int]:
+    """How often a row to forget, and one to retain, can be among those of one step.
+
+    A step takes what is left of a pass over the rows, then begins the next, in another order; without stages and
+    halves, an epoch's last step ends with its forget rows instead. In stages, a row of a later fold comes twice in a
+    pass over the retain rows; that both passes then have it twice is too rare to plan for.
+    """
+    training, objective = config.training, config.objective
+    folds, halves = training.layered or 1, 2 if objective.attack_steps > 1 else 1
+    passes, num_retain = len(rows.forget) // (folds * halves), len(rows.retain or ())
+    forget = 1 if folds * halves == 1 else _of_passes(passes, training.batch_size)
+    if training.layered is None:
+        return forget, _of_passes(num_retain, training.retain_rows, aligned=True)
+    return forget, max(2, _of_passes(num_retain - len(rows.forget), training.retain_rows))  # alone in the last stage
+
+
+def _of_passes(rows: int, count: int, aligned: bool = False) -> int:
+    """How many passes over `rows` rows `count` draws in turn can belong to.
+
+    aligned: the draws before were so many, too, each time.
+    """
+    rows = max(rows, 1)
+    first = rows - (math.gcd(rows, count) if aligned else 1)  # the latest place in a pass at which they begin
+    return max(1, math.ceil((first + count) / rows))
+
+
+def _spread(rows: Sequence[TokenizedRow], count: int, _: int) -> tuple[tuple[int, int], ...]:
     sizes = sorted(map(row_size, rows))
     chosen = [sizes[(2 * i + 1) * len(sizes) // (2 * count)] for i in range(count if sizes else 0)]
     mean = sum(length for length, _ in chosen) / max(len(chosen), 1)
     return tuple(sorted(chosen, key=lambda row: (abs(row[0] - mean), row)))
 
 
+def _largest(rows: Sequence[TokenizedRow], count: int, times: int) -> tuple[tuple[int, int], ...]:
+    lengths = sorted((len(row["input_ids"]) for row in rows), reverse=True)
+    answers = sorted((sum(label != IGNORE_INDEX for label in row["labels"]) for row in rows), reverse=True)
+    return tuple(
+        (lengths[i // times], min(answers[i // times], lengths[i // times] - 1))
+        for i in range(min(count, times * len(rows)))
+    )
+
+
 def row_size(row: TokenizedRow) -> tuple[int, int]:
     """Its tokens, and how many of them are predicted answer tokens."""
     length = len(row["input_ids"])
     return length, min(sum(label != IGNORE_INDEX for label in row["labels"]), length - 1)
-
-
-def _largest(rows: Sequence[TokenizedRow], count: int) -> tuple[tuple[int, int], ...]:
-    lengths = sorted((len(row["input_ids"]) for row in rows), reverse=True)[:count]
-    answers = sorted((sum(label != IGNORE_INDEX for label in row["labels"]) for row in rows), reverse=True)[:count]
-    return tuple((length, min(a, length - 1)) for length, a in zip(lengths, answers, strict=True))

@@ -158,7 +158,10 @@ def by_rows(attend_with: Callable[[nn.Module], Callable[..., Any]]) -> Callable[
             return attention(module, query, key, value, attention_mask, **how)
         (lengths, ends), mask = attention_mask
         if mask is None and attention is sdpa_attention_forward and _in_one_call(module, query, value, how):
-            return _attend_at_once(query, key, value, ends, max(lengths), how.get("scaling")), None
+            if key.shape[1] != query.shape[1] and not SHARES_HEADS:
+                key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
+            if has_values(query):  # the estimate counts what row by row takes, which is no less
+                return _attend_at_once(query, key, value, ends, max(lengths), how.get("scaling")), None
         rows = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
         masks = [mask if mask is None else mask[..., :length, :length] for length in lengths]
         done = [attention(module, *row, own, **how)[0] for row, own in zip(rows, masks, strict=True)]
@@ -172,8 +175,7 @@ def _in_one_call(module: nn.Module, query: Tensor, value: Tensor, how: dict[str,
     return (
         flash is not None
         and query.is_cuda
-        and has_values(query)  # the estimate counts what row by row takes, which is no less
-        and capability(query.device) >= (8, 0)
+        and (not has_values(query) or capability(query.device) >= (8, 0))
         and query.dtype == value.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] == value.shape[-1] <= 256
         and query.shape[-1] % 8 == 0
@@ -186,9 +188,8 @@ def _in_one_call(module: nn.Module, query: Tensor, value: Tensor, how: dict[str,
 def _attend_at_once(
     query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scale: float | None
 ) -> Tensor:
-    """(1, H, T, D) queries, and keys and values of as many heads or some that divide them; (1, T, H, D)."""
-    if key.shape[1] != query.shape[1] and not SHARES_HEADS:
-        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
+    """(1, H, T, D) queries, and keys and values of as many heads, or where it SHARES_HEADS of some that divide them;
+    (1, T, H, D)."""
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
     causal: dict[str, Any] = {"scale": scale, "window_size_left": -1, "window_size_right": 0}
     attended, *_ = flash(query, key, value, ends, ends, longest, longest, 0.0, True, False, **causal)

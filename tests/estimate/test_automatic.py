@@ -10,7 +10,15 @@ import yaml
 from helpers.tiny_models import CONFIGS, tiny_model
 
 from lowmem_npo.commands.arguments import parse_run
-from lowmem_npo.config import MemoryConfig, ModelConfig, ObjectiveConfig, OutputConfig, RunConfig, TrainingConfig
+from lowmem_npo.config import (
+    DataConfig,
+    MemoryConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OutputConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from lowmem_npo.data import TokenizedRows
 from lowmem_npo.estimate import automatic
 from lowmem_npo.estimate.automatic import activations_at_most, as_begun, decide
@@ -20,8 +28,9 @@ from lowmem_npo.training.arguments import npo_config
 ROWS = TokenizedRows([token_row(20, 10)] * 8, [], [], 0)
 
 
-def data():
-    return SimpleNamespace(forget=ROWS, forget_trained=ROWS, forget_targets=ROWS, retain=ROWS, alternatives=None)
+def data(alternatives=None):
+    rows = {"forget": ROWS, "forget_trained": ROWS, "forget_targets": ROWS, "retain": ROWS}
+    return SimpleNamespace(**rows, alternatives=alternatives, alternatives_are_unwritten=False)
 
 
 def run(folder, **sections) -> RunConfig:
@@ -29,9 +38,9 @@ def run(folder, **sections) -> RunConfig:
     return RunConfig(model, output=OutputConfig(output_dir=str(folder / "run")), **sections)
 
 
-def decided(config: RunConfig) -> tuple[RunConfig, list[str]]:
+def decided(config: RunConfig, alternatives=None) -> tuple[RunConfig, list[str]]:
     lines: list[str] = []
-    return decide(config, data(), CONFIGS["llama"](97), lines.append)[0], lines
+    return decide(config, data(alternatives), CONFIGS["llama"](97), lines.append)[0], lines
 
 
 def test_shortened_rows_keep_what_the_adversary_is_taught():
@@ -64,6 +73,15 @@ def test_a_small_run_on_a_cpu_recomputes_nothing_and_caches_its_reference(tmp_pa
 def test_the_reference_is_cached_where_it_is_read_again(training, memory, reference, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert decided(run(tmp_path, training=training, memory=MemoryConfig(**memory)))[0].memory.reference == reference
+
+
+@pytest.mark.parametrize(("steps", "reference"), [(2, "live"), (4, "cached")])
+def test_other_answers_do_not_lengthen_an_epoch(steps, reference, tmp_path):
+    """Eight rows to forget, each with another answer: two steps of four are an epoch."""
+    objective, training = ObjectiveConfig(forget_term="dpo"), TrainingConfig(max_steps=steps)
+    asked = run(tmp_path, objective=objective, training=training, data=DataConfig(alternative_column="other"))
+    config, _ = decided(asked, alternatives=ROWS)
+    assert config.memory.reference == reference
 
 
 def test_without_room_on_the_disk_the_reference_is_live(tmp_path, monkeypatch):

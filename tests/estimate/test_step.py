@@ -21,7 +21,7 @@ from lowmem_npo.estimate.simulator.storages import StorageCounter
 from lowmem_npo.estimate.step import KINDS, estimate, first_optimizer_step
 from lowmem_npo.memory.streaming import weight_stream
 from lowmem_npo.memory.switches import apply_switches
-from lowmem_npo.model import attach_lora, load_model
+from lowmem_npo.model import attach_lora, load_model, packing
 from lowmem_npo.model.known_configs import known_config, known_names
 from lowmem_npo.training.trainer import NPOConfig, NPOTrainer
 
@@ -213,6 +213,20 @@ def test_attention_is_the_one_a_gpu_runs():
         mask = torch.ones(2, 1, 512, 512, dtype=torch.bool, device=GPU)
         attention.scaled_dot_product_attention(q.detach(), k.detach(), v.detach(), attn_mask=mask)
         assert 2 * 512 * 512 * 3 <= gpu.peak - before < scores
+
+
+def test_key_heads_that_pytorchs_own_call_cannot_share_are_counted(monkeypatch):
+    """Before PyTorch 2.12, attention to rows of any length keeps keys and values once for every query head."""
+    model, memory = ModelConfig("known"), MemoryConfig(gradient_checkpointing="off", joint_pass_tokens=0)
+    needed = []
+    for shared in (True, False):
+        monkeypatch.setattr(packing, "SHARES_HEADS", shared)
+        needed.append(estimate(RunConfig(model, memory=memory), LLAMA, ROWS).peak_bytes)
+    monkeypatch.setattr(packing, "flash", None)  # row by row
+    assert estimate(RunConfig(model, memory=memory), LLAMA, ROWS).peak_bytes == needed[0]
+    # two more heads of keys and values, in each layer; a micro-batch has one row of either part
+    repeated = 2 * 2 * (48 + 40) * 16 * 2
+    assert needed[1] - needed[0] >= (LLAMA.num_hidden_layers - 1) * repeated
 
 
 def test_values_of_the_batch_decide_shapes():
