@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import tyro
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lowmem_npo.data import Template
+    from lowmem_npo.data.fit import Fit
 
 ORIGINAL, UNLEARNED, MERGED = "original", "unlearned", "answer"
 QUESTIONS = "question/answer"
@@ -111,11 +113,13 @@ def ask(options: AskOptions, say: Say = print) -> None:
 class Asked:
     """A model in one or two states, and how it is asked.
 
-    sides: name of the state -> what the model is put into it by. temperature, seed, max_new_tokens: as in `AskOptions`.
+    fit: what the model can take. sides: name of the state -> what the model is put into it by. temperature, seed,
+        max_new_tokens: as in `AskOptions`.
     """
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
+    fit: Fit
     template: Template
     sides: dict[str, Callable[[], AbstractContextManager[Any]]]
     max_new_tokens: int
@@ -130,10 +134,17 @@ class Asked:
         return self.template.messages(self._example("?", []), self.tokenizer) is not None
 
     def prompt(self, question: str, history: Sequence[Turn]) -> list[int]:
-        """The ids that generation starts from. history: earlier turns; only for a model that remembers."""
+        """The ids that generation starts from. history: earlier turns; only for a model that remembers.
+
+        Raises UserError for a question that the model cannot take.
+        """
         from lowmem_npo.data import Encoder
 
-        return Encoder(self.tokenizer, self.template).encode(self._example(question, history))[0]
+        ids = Encoder(self.tokenizer, self.template).encode(self._example(question, history))[0]
+        shorten = f"begin another conversation with {BEGIN_ANEW}" if history else "ask a shorter question"
+        where = "The conversation" if history else "The question"
+        self.fit.check(where, ids, self.tokenizer, shorten)
+        return ids
 
     def _example(self, question: str, history: Sequence[Turn]) -> Any:
         from lowmem_npo.data import Example
@@ -144,9 +155,9 @@ class Asked:
 
     def converse(self, question: str, histories: Sequence[list[Turn]]) -> None:
         """Prints the answer of every side as it is written, and adds it to the side's history, if there are any."""
-        for number, (side, state) in enumerate(self.sides.items()):
-            history = histories[number] if histories else []
-            prompt = self.prompt(question, history)
+        pasts = histories or [[] for _ in self.sides]
+        prompts = [self.prompt(question, history) for history in pasts]
+        for (side, state), history, prompt in zip(self.sides.items(), pasts, prompts, strict=True):
             print(f"{side + ':':<11}", end="", flush=True)
             with state():
                 answer = self._written(prompt)
@@ -205,22 +216,24 @@ def load(options: AskOptions, say: Say) -> Asked:
         UserError: no model and no adapter there, or an adapter that does not fit.
     """
     from lowmem_npo.data import Template
+    from lowmem_npo.data.fit import Fit
     from lowmem_npo.estimate.streamed_model import decide_streaming
     from lowmem_npo.evaluation.scoring.batching import at_once
     from lowmem_npo.memory.switches import load_base, stream_layers
     from lowmem_npo.model import load_tokenizer, resolve_name
+    from lowmem_npo.model.adapters import original_model
     from lowmem_npo.model.loading import load_config, resolve_device
-    from lowmem_npo.model.saved_adapter import load_adapter, resolve_base, settings_of_run
+    from lowmem_npo.model.saved_adapter import load_adapter, settings_of_run
     from lowmem_npo.model.stop_tokens import stop_tokens
     from lowmem_npo.model.trial import check_architecture
-    from lowmem_npo.report.audit import of_another_adapter, recorded_schema
+    from lowmem_npo.report.audit import of_another_adapter, recorded_base, recorded_schema
     from lowmem_npo.run_directory import run_of_adapter
 
     folder, run = expanded(options.run), dict[str, Any]()
     is_adapter = folder.is_dir() and not (folder / "config.json").is_file()
     if is_adapter:
         run = settings_of_run(str(folder))
-        name, revision = resolve_base(str(folder), options.model, options.revision, options.any_base, say)
+        name, revision = recorded_base(str(folder), options.model, options.revision, options.any_base, say)
         qlora = options.qlora or bool(run.get("qlora"))
         config = options.model_config(model=name, revision=revision, qlora=qlora)
         if config.double_quant == "auto":
@@ -244,12 +257,14 @@ def load(options: AskOptions, say: Say) -> Asked:
         model = adapted = load_adapter(base, str(folder))
         if line := of_another_adapter(folder):
             say(line)
-        sides = {ORIGINAL: adapted.disable_adapter, UNLEARNED: nullcontext}
+        sides = {ORIGINAL: partial(original_model, adapted), UNLEARNED: nullcontext}
     stream_layers(model, streaming, resolve_device(config.device))
     decoding = options.max_new_tokens, options.temperature, options.seed
     together = at_once(BATCH_SIZE, TOGETHER, streaming.stream_weights)
     schema = (recorded_schema(run_of_adapter(folder.resolve()).path) if is_adapter else None) or QUESTIONS
-    asked = Asked(model, tokenizer, template, sides, *decoding, together, schema)
+    fit = Fit.of(base)
+    fit.check_padding(tokenizer)
+    asked = Asked(model, tokenizer, fit, template, sides, *decoding, together, schema)
     say(f"Questions are {template.describe(asked._example('?', []), tokenizer)}.")
     return asked
 
@@ -301,3 +316,5 @@ def _interactive(asked: Asked, say: Say) -> None:
                 asked.converse(question, histories)
             except KeyboardInterrupt:  # ends the answer, not the conversation
                 say("")
+            except UserError as error:  # neither does a question that the model cannot take
+                say(str(error))

@@ -34,15 +34,20 @@ class Fit:
         rows = next(module.num_embeddings for module in within if hasattr(module, "num_embeddings"))
         return cls(cast(int, rows), min(_positions(model), default=None), _made_for(model.config))
 
-    def check(self, where: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises UserError for a row, from the place `where`, that the model cannot take."""
+    def check(
+        self, where: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, shorten: str | None = None
+    ) -> None:
+        """Raises UserError for a row, from the place `where`, that the model cannot take.
+
+        shorten: what to do about one that is too long; None: what can be done about the row of a file.
+        """
         if (highest := max(ids)) >= self.vocabulary:
             token = str(tokenizer.convert_ids_to_tokens(highest))
             raise UserError(f"{where} has the token {self._beyond(token, highest)}")
         if self.positions is not None and len(ids) > self.positions:
+            shorten = shorten or f"give --max-length {self.positions}, or remove the row"
             raise UserError(
-                f"{where} has {len(ids)} tokens, but the model has learnt only {self.positions} positions: give "
-                f"--max-length {self.positions}, or remove the row."
+                f"{where} has {len(ids)} tokens, but the model has learnt only {self.positions} positions: {shorten}."
             )
 
     def remark(self, longest: int) -> str | None:

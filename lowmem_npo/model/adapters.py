@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lowmem_npo.config import AdapterConfig
 from lowmem_npo.errors import UserError
-from lowmem_npo.model.continued import FIRST, ContinuedModel, continued
+from lowmem_npo.model.continued import FIRST, ContinuedModel, continued, first_of_two
 from lowmem_npo.model.layers import PEFT_PREFIX, all_linear, causal_lm, decoder_layers, linear_layers, taken_for_experts
 from lowmem_npo.model.modes import eval_mode, parts, switched
 from lowmem_npo.model.patterns import check_patterns
@@ -121,6 +121,10 @@ def original_model(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             model.both()
+        return
+    if ranks := getattr(model, "first_ranks", None):
+        with first_of_two(cast(PeftModel, model), ranks):
+            yield
         return
     # PEFT's own `disable_adapter` looks through the model five times and prints every layer, in each step.
     adapted = [m for m in parts(model) if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]

@@ -9,26 +9,36 @@ loads, their factors side by side, which is exact:
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lowmem_kernels.dispatch import has_values
-from peft import LoraConfig, LoraModel, PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    LoraModel,
+    PeftModel,
+    PeftModelForCausalLM,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.utils import AuxiliaryTrainingWrapper
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowmem_npo.claim import make_directory
 from lowmem_npo.errors import UserError, one_line
 from lowmem_npo.files import expanded
 from lowmem_npo.model.layers import adapted_layer
-from lowmem_npo.model.saved_adapter import check_finite, check_stored_patterns, more_than_lora, stored_lora
+from lowmem_npo.model.modes import switched
+from lowmem_npo.model.saved_adapter import FIRST_RANKS, check_finite, check_stored_patterns, more_than_lora, stored_lora
 from lowmem_npo.run_directory import AdapterFiles
 
 # PEFT looks for these within the names of weights. The second is the one that others know: it is trained.
@@ -65,7 +75,8 @@ class ContinuedModel(PeftModelForCausalLM):
         files = AdapterFiles(Path(save_directory))
         make_directory(files.path)
         self.joined_config().save_pretrained(str(files.path))
-        save_file(self.joined_weights(), files.weights, metadata={"format": "pt"})
+        first = {name: layer.r[FIRST] for name, layer in self._layers.items() if FIRST in layer.r}
+        save_file(self.joined_weights(), files.weights, metadata={"format": "pt", FIRST_RANKS: json.dumps(first)})
 
     def weights(self, adapter: str) -> dict[str, Tensor]:
         """Those of one adapter, under PEFT's names."""
@@ -167,6 +178,32 @@ def continued(model: PreTrainedModel, folder: str, second: LoraConfig) -> Contin
     adapted.set_adapter(SECOND)  # the one that PeftModel itself asks about
     adapted.both()
     return adapted
+
+
+@contextmanager
+def first_of_two(model: PeftModel, ranks: Mapping[str, int]) -> Iterator[None]:
+    """Inside, `model`, with an adapter that a `ContinuedModel` saved, has the first of the two alone.
+
+    ranks: as `first_ranks` read them.
+    """
+    whole: list[tuple[nn.Parameter, Tensor, int]] = []
+    of_second: list[nn.Module] = []
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer) and name in ranks:
+            factor = cast(Any, module.lora_B or module.lora_embedding_B)[SECOND]
+            weight = factor if isinstance(factor, nn.Parameter) else factor.weight  # (out, ranks)
+            whole.append((weight, weight.data, ranks[name]))
+        elif isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)) and not module.disable_adapters:
+            of_second.append(cast(nn.Module, module))
+    try:
+        for weight, data, rank in whole:
+            weight.data = data.clone()
+            weight.data[:, rank:] = 0
+        with switched(of_second, "_disable_adapters", True):
+            yield
+    finally:
+        for weight, data, _ in whole:
+            weight.data = data
 
 
 def first_config(folder: str) -> LoraConfig:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Collection
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from annotated_types import Interval
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -33,6 +34,9 @@ EXTRAS = {
     "use_qalora": "pooled inputs (QALoRA)",
     "use_bdlora": "block-diagonal factors (BD-LoRA)",
 }
+# In the metadata of an adapter's weights: JSON, layer -> how many of its ranks, the first of them, are those of the
+# adapter that the run went on from.
+FIRST_RANKS = "first_ranks"
 NAMED = ("model", "adapter", "forget", "retain", "holdout")  # options of a run that may name a place, the base's first
 # Of a LoRA adapter's configuration, what PEFT takes as it comes.
 LAYERS = str | list[str] | None
@@ -138,7 +142,10 @@ def check_base(folder: str, model_name: str) -> None:
 
 
 def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
-    """`model` with the frozen adapter of `folder`. Raises UserError if a weight has no counterpart or another shape."""
+    """`model` with the frozen adapter of `folder`, and as its `first_ranks` what FIRST_RANKS tells of it, if anything.
+
+    Raises UserError if a weight has no counterpart or another shape.
+    """
     check_finite(folder)
     misfit = f"The adapter in '{folder}' does not fit this {type(model).__name__}: it belongs to another model"
     if names := in_four_bits(model, _configuration(folder).get("modules_to_save") or ()):
@@ -154,10 +161,11 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
     adapted.active_peft_config.base_model_name_or_path = model.name_or_path  # PEFT would look for the named one
     own = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     with safe_open(AdapterFiles(expanded(folder)).weights, framework="pt") as file:
-        stored = set(file.keys())
+        stored, metadata = set(file.keys()), file.metadata() or {}
     unmatched = own ^ stored - set(adapted.state_dict())  # PEFT stores an embedding with an adapter on it as well
     if unmatched:
         raise UserError(f"{misfit} ({len(unmatched)} weights have no counterpart, {min(unmatched)} among them).")
+    cast(Any, adapted).first_ranks = json.loads(metadata.get(FIRST_RANKS, "{}"))
     return adapted.eval()
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from lowmem_npo.config import DataConfig, RunConfig
+from lowmem_npo.console import Say
 from lowmem_npo.data import Example, PreparedData, TokenizedRows, bundled_rows, read_rows, to_examples
 from lowmem_npo.data.passages import Passages
 from lowmem_npo.environment import processors, versions
@@ -32,10 +33,11 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.files import expanded, file_sha256, load_json, name_of, write_atomically
 from lowmem_npo.model import resolve_name
 from lowmem_npo.model.layers import causal_lm
-from lowmem_npo.model.names import commit_of
+from lowmem_npo.model.names import commit_of, digest_of
+from lowmem_npo.model.saved_adapter import resolve_base
 from lowmem_npo.ranges import Count
 from lowmem_npo.records import Amount, check_record
-from lowmem_npo.run_directory import AdapterFiles, RunFiles
+from lowmem_npo.run_directory import AdapterFiles, RunFiles, run_of_adapter
 from lowmem_npo.training.reference.identity import weights_fingerprint
 from lowmem_npo.training.training_rows import planned_rows, used_alternatives
 
@@ -76,6 +78,7 @@ def begin_audit(directory: Path, config: RunConfig, data: PreparedData, model: P
             "directory": name_of(loaded) if expanded(loaded).is_dir() else None,  # what "." is called is known here
             "revision": config.model.revision,
             "commit": commit_of(loaded, config.model.revision),
+            "files": digest_of(loaded, config.model.revision),
             "class": type(base).__name__,
             "vocabulary": cast(Tensor, base.get_input_embeddings().weight).shape[0],
             "weights": "4-bit NF4" if config.model.qlora else config.model.dtype,
@@ -132,7 +135,7 @@ STEPS = {"seed": int, "sessions": Annotated[list[Any], MinLen(1)], "optimizer_st
 MODEL = {
     "name": str, "loaded": str, "directory": str | None, "revision": str | None, "commit": str | None, "class": str,
     "vocabulary": Count, "weights": str, "weights_fingerprint": str, "weights_fingerprint_is": str,
-    "adapter": dict[str, str] | None,
+    "adapter": dict[str, str] | None, "files": str,
 }  # fmt: skip
 DATA = {"source": str, "rows": Count, "tokenised": str, "sha256": str | None}
 SESSION = {
@@ -151,7 +154,7 @@ def check_reported(audit: Audit) -> None:
     """Raises ValueError unless `audit` holds what a report tells of it; TypeError where only one of two times has a
     time zone."""
     check_record(audit, STEPS)
-    check_record(audit["model"], MODEL, optional=["adapter", "directory"])
+    check_record(audit["model"], MODEL, optional=["adapter", "directory", "files"])
     for data in audit["data"].values():
         check_record(data, DATA)
     for session in audit["sessions"]:
@@ -257,6 +260,50 @@ def check_same_adapter(directory: Path, config: RunConfig) -> None:
             f"--resume: the adapter in '{config.adapter.adapter}' has changed since the run in '{directory}' began; "
             "start anew."
         )
+
+
+def check_same_model(directory: Path, config: RunConfig) -> None:
+    """Raises UserError if the run in `directory`, which is to be resumed, began with other weights of its base."""
+    if _changed(directory, resolve_name(config.model.model, config.model.revision), config.model.revision):
+        raise UserError(
+            f"--resume: the model in '{config.model.model}' has changed since the run in '{directory}' began; start "
+            "anew."
+        )
+
+
+def recorded_base(
+    adapter: str, model: str | None, revision: str | None, any_base: bool, say: Say
+) -> tuple[str, str | None]:
+    """As `resolve_base`, which this is; raises a UserError also where another model is in the place of that base."""
+    name, revision = resolve_base(adapter, model, revision, any_base, say)
+    if not any_base:
+        check_recorded_base(adapter, name, revision)
+    return name, revision
+
+
+def check_recorded_base(adapter: str, name: str, revision: str | None) -> None:
+    """Raises UserError if the model that `name` and `revision` give now is known not to be the one that the adapter in
+    the directory `adapter` was trained on, but another in its place."""
+    run = run_of_adapter(expanded(adapter).resolve()).path
+    try:
+        changed = _changed(run, name, revision)
+    except UserError:  # a damaged record, of which the report tells
+        return
+    if changed:
+        raise UserError(
+            f"The model in '{name}' has changed since the adapter in '{adapter}' was trained on it: give --model the "
+            "one that it was, or --any-base if this one is meant."
+        )
+
+
+def _changed(run: Path, name: str, revision: str | None) -> bool:
+    """Whether other files are in the place of those that the run's base was loaded from, as far as that is recorded:
+    in directories, or of the same name on the hub."""
+    record = (read_audit(run) or {}).get("model", {})
+    recorded, here = record.get("files"), expanded(name).is_dir()
+    if recorded is None or here != (record.get("directory") is not None) or not (here or record["loaded"] == name):
+        return False
+    return bool(digest_of(name, revision) != recorded)
 
 
 def find_rows(directory: Path, source: str) -> list[tuple[str, int | None]]:

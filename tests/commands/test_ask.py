@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from lowmem_npo.cli import main
 from lowmem_npo.commands.merge.options import MergeConfig
@@ -194,6 +194,22 @@ def test_mistakes_end_in_one_sentence(arguments, message, run, tmp_path, capsys,
     assert main(["ask", *(a.format(run=run, empty=tmp_path) for a in arguments)]) == 2
     error = capsys.readouterr().err.splitlines()
     assert message in error[-1] and "Traceback" not in "".join(error)
+
+
+def test_what_the_model_cannot_take_does_not_end_the_conversation(byte_model, tmp_path, monkeypatch, capsys):
+    """Learnt positions; a token beyond the embedding."""
+    config = GPT2Config(vocab_size=258, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(byte_model)
+    tokenizer.add_tokens(["<far>"])
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{'Why' * 30}?\nWho is <far>?\nWho?\n"))
+    out = asked(tmp_path, "--max-new-tokens", 3, capsys=capsys).out
+    assert "has learnt only 64 positions: ask a shorter question." in out
+    assert "The question has the token '<far>' of id" in out
+    assert out.count("answer:") == 1
+    assert main(["ask", str(tmp_path), "Why" * 30]) == 2
+    assert "ask a shorter question" in capsys.readouterr().err
 
 
 def test_typed_in_a_real_terminal(run, facts):

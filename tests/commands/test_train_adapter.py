@@ -120,6 +120,39 @@ def test_what_is_saved_stands_alone(first, second, byte_model, tmp_path, capsys)
     capsys.readouterr()
 
 
+def test_the_original_of_a_second_run_is_what_the_first_one_left(first, second, capsys):
+    """To `ask`, which says what the model said before and after: the first run's "after" is the second one's
+    "before"."""
+    answers = {}
+    for run in (first, second):
+        assert main(["ask", str(run), "second 1?", "--max-new-tokens", "12", "--dtype", "float32", "--json"]) == 0
+        answers[run] = json.loads(capsys.readouterr().out)
+    assert answers[second]["original"] == answers[first]["unlearned"] != answers[first]["original"]
+    assert answers[second]["unlearned"] != answers[second]["original"]
+
+
+def test_another_model_in_the_place_of_the_base_is_noticed(train, first, byte_model, tmp_path, capsys):
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(byte_model, base)
+    train(run, "--model", base)
+    weights = load_file(base / "model.safetensors")
+    save_file({name: weight * 1.01 for name, weight in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    capsys.readouterr()
+    train(run, "--model", base, "--max-steps", 6, "--resume", code=2)
+    assert f"the model in '{base}' has changed since the run in '{run}' began" in capsys.readouterr().err
+    train(tmp_path / "second", "--adapter", run, *SECOND, code=2)
+    assert f"The model in '{base}' has changed since the adapter in '{run}'" in capsys.readouterr().err
+    out = ["--output-dir", str(tmp_path / "out")]
+    device = ["--dtype", "float32", "--device", "cpu"]
+    for command in (
+        ["merge", "--adapter", str(run), *out], ["evaluate", "--adapter", str(run), *out, *device],
+        ["ask", str(run), "Who?", *device],
+    ):  # fmt: skip
+        assert main(command) == 2
+        assert f"The model in '{base}' has changed since the adapter in '{run}'" in capsys.readouterr().err
+    assert main(["merge", "--adapter", str(run), *out, "--any-base"]) == 0
+
+
 def test_resume_comes_to_the_same_adapter(second, train, first, tmp_path):
     cut = tmp_path / "run"
     shutil.copytree(second, cut)

@@ -28,6 +28,7 @@ from lowmem_npo.model.adapters import (
     restore_adapter,
 )
 from lowmem_npo.model.continued import FIRST
+from lowmem_npo.model.saved_adapter import load_adapter
 from lowmem_npo.training.reference.identity import weights_fingerprint
 
 FORGET, RETAIN = random_rows(3, seed=1), random_rows(3, seed=2)
@@ -160,9 +161,14 @@ def test_what_is_saved_is_one_adapter_that_peft_loads(case, tmp_path):
     model = attach_lora(
         tiny_model(architecture), continuing(saved_first(tmp_path / "first", architecture, **options), architecture)
     )
+    original = states(model)
     randomise(model, ".lora_B.default")
     model.save_pretrained(str(tmp_path / "both"))
+    again = load_adapter(tiny_model(architecture), str(tmp_path / "both"))
+    with original_model(again):  # the base with the first adapter, also where the first one's files are gone
+        torch.testing.assert_close(states(again), original, rtol=1e-5, atol=2e-6)
     loaded = PeftModel.from_pretrained(tiny_model(architecture), tmp_path / "both").eval()
+    assert torch.equal(states(again), states(loaded))
     assert list(loaded.peft_config) == ["default"] and not (tmp_path / "both" / FIRST).exists()
     torch.testing.assert_close(states(loaded), states(model), rtol=1e-5, atol=2e-6)
     assert not torch.allclose(states(model), states(tiny_model(architecture)), atol=1e-2)
@@ -183,8 +189,10 @@ def test_modules_that_are_trained_whole_go_with_it(tmp_path):
     with reference_mode(model):
         assert torch.equal(states(model), original)
     model.save_pretrained(str(tmp_path / "both"))
-    loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "both").eval()
+    loaded = load_adapter(tiny_model("llama"), str(tmp_path / "both"))
     torch.testing.assert_close(states(loaded), states(model), rtol=1e-5, atol=1e-6)
+    with original_model(loaded):
+        torch.testing.assert_close(states(loaded), original, rtol=1e-5, atol=1e-6)
 
 
 def test_the_original_the_base_and_an_extra_adapter(tmp_path):

@@ -33,9 +33,9 @@ from lowmem_npo.model import load_tokenizer, resolve_name
 from lowmem_npo.model.loading import load_config
 from lowmem_npo.model.names import digest_of
 from lowmem_npo.model.notes import model_notes
-from lowmem_npo.model.saved_adapter import resolve_base, settings_of_run
+from lowmem_npo.model.saved_adapter import settings_of_run
 from lowmem_npo.model.stop_tokens import stop_tokens
-from lowmem_npo.report.audit import are_others
+from lowmem_npo.report.audit import are_others, recorded_base
 from lowmem_npo.run_directory import AdapterFiles, run_of_adapter
 from lowmem_npo.sources import data_names, shown_names
 
@@ -139,7 +139,7 @@ def plan_evaluation(
 def _model_config(config: EvaluationConfig, say: Say) -> ModelConfig:
     """How the base model is loaded: the one of --model, or the one that the adapter was trained on."""
     if config.adapter:
-        name, revision = resolve_base(config.adapter, config.model, config.revision, config.any_base, say)
+        name, revision = recorded_base(config.adapter, config.model, config.revision, config.any_base, say)
         return config.model_config(model=name, revision=revision)
     assert config.model is not None, "EvaluationConfig requires a model or an adapter"
     return config.model_config(model=resolve_name(config.model, config.revision, say))

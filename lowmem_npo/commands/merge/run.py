@@ -29,8 +29,8 @@ from lowmem_npo.model.checkpoint import Checkpoint, find_checkpoint
 from lowmem_npo.model.dequantized import DequantizedBase
 from lowmem_npo.model.loading import DTYPES as COMPUTE_TYPES
 from lowmem_npo.model.merging import Updates, check_space, find_updates, write_merged
-from lowmem_npo.model.saved_adapter import resolve_base, settings_of_run
-from lowmem_npo.report.audit import of_another_adapter
+from lowmem_npo.model.saved_adapter import settings_of_run
+from lowmem_npo.report.audit import of_another_adapter, recorded_base
 from lowmem_npo.report.model_card import Measurements, merged_card
 from lowmem_npo.run_directory import RunFiles, check_empty
 from lowmem_npo.sizes import amount
@@ -44,7 +44,7 @@ def merge(config: MergeConfig, say: Say = print) -> Path:
     Raises:
         UserError: something the user can fix, in one sentence.
     """
-    name, revision = resolve_base(config.adapter, config.model, config.revision, config.any_base, say)
+    name, revision = recorded_base(config.adapter, config.model, config.revision, config.any_base, say)
     out = Path(os.path.realpath(expanded(config.output_dir)))  # the merged model is not renamed onto a link
     partial = out.with_name(out.name + PARTIAL)  # until it is complete
     if partial.exists():

@@ -29,7 +29,7 @@ from lowmem_npo.model.saved_adapter import check_base, check_finite, settings_of
 from lowmem_npo.model.stop_tokens import stop_tokens
 from lowmem_npo.model.weights import check_has_weights
 from lowmem_npo.recipes import named_in_errors, remark
-from lowmem_npo.report.audit import check_same_adapter, check_same_rows
+from lowmem_npo.report.audit import check_recorded_base, check_same_adapter, check_same_model, check_same_rows
 from lowmem_npo.run_directory import RunDirectory, check_disk, step_of
 from lowmem_npo.training.adversary import attacker_size
 from lowmem_npo.training.arguments import check_trainer_args
@@ -145,9 +145,12 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
     if config.output.resume:
         check_same_rows(directory.path, config, data)
         check_same_adapter(directory.path, config)
+        check_same_model(directory.path, config)
     if config.adapter.adapter is not None:
         if not config.adapter.any_base:
             check_base(config.adapter.adapter, config.model.model)
+            base = resolve_name(config.model.model, config.model.revision)
+            check_recorded_base(config.adapter.adapter, base, config.model.revision)
         if settings_of_run(config.adapter.adapter).get("qlora") and not config.model.qlora:
             say("The adapter was trained on the 4-bit base, and goes on on the unquantised one (no --qlora).")
     quantized = quantization_of(model_config, config.model) is not None

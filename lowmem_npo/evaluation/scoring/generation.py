@@ -120,9 +120,9 @@ def _answers(
 ) -> list[list[int]]:
     """An answer to each prompt, cut as `greedy_answers` says."""
     stops, fit = stop_ids(model, tokenizer), Fit.of(causal_lm(model))
+    for prompt in prompts:
+        fit.check("A prompt", prompt.ids, tokenizer)
     if fit.positions is not None:
-        for prompt in prompts:
-            fit.check("A prompt", prompt.ids, tokenizer)
         prompts = [replace(p, max_new_tokens=min(p.max_new_tokens, fit.positions - len(p.ids) + 1)) for p in prompts]
     answers: list[list[int]] = [[] for _ in prompts]
     lengths = [(len(prompt.ids), prompt.max_new_tokens) for prompt in prompts]
