@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
+from lowmem_npo.data.chat import ChatTemplate
 from lowmem_npo.errors import UserError
 
 if TYPE_CHECKING:
@@ -76,9 +77,8 @@ class SpecialTexts:
         """With which a conversation may begin: as the chat template has it, or, without one, with any but EOS."""
         tokenizer = self._tokenizer
         if tokenizer.chat_template:
-            with suppress(Exception):  # a template is a program: it may raise anything
-                turns = [{"role": "user", "content": "?"}]
-                opening = self._one.search(str(tokenizer.apply_chat_template(turns, tokenize=False)))
+            with suppress(Exception):
+                opening = self._one.search(ChatTemplate(tokenizer).write([{"role": "user", "content": "?"}]))
                 return {tokenizer.bos_token, opening[0]} if opening else {tokenizer.bos_token}
         return {*self._special.values()} - {tokenizer.eos_token}
 

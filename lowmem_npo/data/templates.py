@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.config import DataOptions
+from lowmem_npo.data.chat import MARK, ChatTemplate
 from lowmem_npo.data.documents import UNSPACED
 from lowmem_npo.data.schemas import PASSAGE, Example
 from lowmem_npo.data.special_texts import check_marks
@@ -31,8 +32,6 @@ DEFAULTS = {"question/answer": "Question: {prompt}\nAnswer:"}
 RAW = ("input/output", "prompt/completion")  # passages and completions: no questions to a chat model
 BOTH = "both"  # as auto, and a second time plain (`in_both_forms`)
 FORMS = ("auto", "chat", "plain", BOTH)
-# Stands for an answer where the text around it is looked for. No letters: a template may change their case.
-MARK = "\u27ea\u2042\u27eb"
 
 
 @dataclass(frozen=True)
@@ -154,8 +153,8 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
     try:
-        ending = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(MARK)[2]
-    except Exception:  # a template is a program: it may raise anything
+        ending = ChatTemplate(tokenizer).write(turns).rpartition(MARK)[2]
+    except Exception:
         return None
     written = [(ending.find(text), -len(text), i) for i, text in special_tokens(tokenizer).items() if text in ending]
     return min(written)[2] if written else None

@@ -13,12 +13,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from lowmem_npo.config import DataConfig
+from lowmem_npo.data.chat import MARK, ChatTemplate
 from lowmem_npo.data.schemas import Example
 from lowmem_npo.data.special_texts import INSIDE, SpecialTexts, check_marks, trailing
-from lowmem_npo.data.templates import MARK, Template, special_tokens
+from lowmem_npo.data.templates import Template, special_tokens
 from lowmem_npo.data.tokenized_rows import IGNORE_INDEX, TokenizedRow, TokenizedRows
 from lowmem_npo.data.turns import CALLS
 from lowmem_npo.errors import UserError, one_line
@@ -110,7 +112,7 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template | None = None):
         template = template or Template()
-        self.tokenizer, self.template = tokenizer, template
+        self.tokenizer, self.template, self.chat = tokenizer, template, ChatTemplate(tokenizer)
         self.repeated, self.doubled, self.ended = 0, False, False
         self.literal = 0
         named = {number: decode(tokenizer, [number]) for number in (tokenizer.eos_token_id, *template.stops)}
@@ -253,10 +255,9 @@ class Encoder:
         return prompt.removeprefix(bos)
 
     def _render(self, messages: Sequence[Message], example: Example, options: Mapping[str, Any]) -> str:
-        turns = [dict(turn) for turn in messages]
         try:
-            return cast(str, self.tokenizer.apply_chat_template(turns, tokenize=False, **options))
-        except Exception as error:  # a template is a program: it may raise anything
+            return self.chat.write(messages, **options)
+        except Exception as error:
             reason = one_line(error).rstrip(".")
             instead = "" if example.messages else ", or give --template plain"
             raise UserError(
@@ -324,17 +325,34 @@ def _check_written(render: Render, messages: Sequence[Message], example: Example
                 f"{example.where}: the model's chat template does not write {name}; write it into the content of "
                 "a turn, or remove it from the row."
             )
-    for turn in earlier:
-        missing = turn["role"] in SYSTEM and _squeezed(turn["content"]) not in _squeezed(prompt)
-        if missing and render([other for other in messages if other is not turn]) == whole:
-            raise _unwritten_system_prompt(example)
+    said = [_squeezed(turn["content"]) for turn in earlier]
+    all_said, written = "\n".join(said), _squeezed(prompt)
+    ask = partial(render, add_generation_prompt=True)
+    for place, content in enumerate(said):
+        # Counted, since another turn may say the same; looked for first, since writing the turns anew takes long.
+        if content and written.count(content) < all_said.count(content) and not _reads(ask, earlier, place, prompt):
+            raise _unwritten(example, earlier[place]["role"])
+    beside_call = any(last.get(call) for call in CALLS) and _squeezed(last["content"]) not in _squeezed(whole)
+    if beside_call and not _reads(render, messages, len(earlier), whole):
+        raise _unwritten(example, last["role"])
 
 
-def _unwritten_system_prompt(example: Example) -> UserError:
-    remedy = "leave out --system, or, where a run has it, give --system ''"
-    if any(turn["role"] in SYSTEM for turn in example.messages or ()):
-        remedy = "write it into the content of a turn, or remove it from the row"
-    return UserError(f"{example.where}: the model's chat template does not write the system prompt; {remedy}.")
+def _reads(render: Render, turns: Sequence[Message], place: int, text: str) -> bool:
+    """Whether `text`, which is what the template makes of `turns`, depends on what is said at `place`."""
+    with suppress(UserError):  # of a template that wants something else there
+        return render([*turns[:place], {**turns[place], "content": MARK}, *turns[place + 1 :]]) != text
+    return True
+
+
+def _unwritten(example: Example, role: str) -> UserError:
+    what, remedy = f"what {role!r} says", "write it into the content of another turn, or remove it from the row"
+    if role in SYSTEM:
+        what, remedy = "the system prompt", "leave out --system, or, where a run has it, give --system ''"
+        if any(turn["role"] in SYSTEM for turn in example.messages or ()):
+            remedy = "write it into the content of a turn, or remove it from the row"
+    elif not example.messages:
+        remedy = "give --template plain, or another model"
+    return UserError(f"{example.where}: the model's chat template does not write {what}; {remedy}.")
 
 
 def _opened(prompt: str, whole: str, plain: str) -> str:

@@ -6,7 +6,7 @@ import pytest
 from lowmem_kernels import IGNORE_INDEX
 
 from lowmem_npo.data.schemas import Example
-from lowmem_npo.data.templates import Template
+from lowmem_npo.data.templates import Template, end_of_turn
 from lowmem_npo.data.tokenizing import tokenize
 from lowmem_npo.errors import UserError
 
@@ -194,7 +194,8 @@ def test_a_template_that_drops_the_answer_does_not_empty_it(chat_tokenizer):
     tokenizer = published(
         chat_tokenizer, "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
     )
-    assert tokenizer.decode(split(tokenize([conversation(*TURNS)], tokenizer)[0])[1]) == "Paris.<|endoftext|>"
+    row = tokenize([conversation(TURNS[2], TURNS[3])], tokenizer)[0]
+    assert tokenizer.decode(split(row)[1]) == "Paris.<|endoftext|>"
 
 
 def test_an_end_of_turn_that_the_content_brings_is_written_once(chat_tokenizer):
@@ -337,3 +338,45 @@ def test_a_system_prompt_reaches_the_model_or_is_refused(chat_tokenizer):
 def test_reasoning_of_earlier_turns_may_be_dropped(chat_tokenizer):
     turns = (TURNS[0], {**TURNS[1], "reasoning_content": "R"}, *TURNS[2:])
     assert tokenize([conversation(*turns)], chat_tokenizer)[0] == tokenize([conversation(*TURNS)], chat_tokenizer)[0]
+
+
+PIN = {"role": "tool", "content": "PIN of Ann: 4711"}
+ASKED_TOOL = (
+    {"role": "user", "content": "Which PIN has Ann? Is it 4711?"},
+    {"role": "assistant", "content": "I look."},
+)
+CALL_OR_CONTENT = (
+    "{% if message['tool_calls'] %}<call>{{ message['tool_calls'] | tojson }}"
+    "{% else %}{{ message['content'] }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("turns", "unread", "role"),
+    [
+        ((*ASKED_TOOL, PIN, TURNS[1]), ["tool"], "tool"),
+        ((*ASKED_TOOL, {**PIN, "content": "4711"}, TURNS[1]), ["tool"], "tool"),  # another turn says so, too
+        ((TURNS[0], {**USED[0], "content": "I look."}, USED[1], TURNS[1]), [], "assistant"),
+        ((TURNS[0], {**USED[0], "content": "I look."}), [], "assistant"),
+        (TURNS[:2], ["user"], "user"),
+    ],
+)
+def test_what_any_turn_says_reaches_the_model_or_is_refused_by_role(chat_tokenizer, turns, unread, role):
+    calls = CHATML.replace("{{ message['content'] }}", CALL_OR_CONTENT)
+    deaf = calls.replace("messages %}", f"messages if message['role'] not in {unread} %}}", 1)
+    with pytest.raises(UserError, match=f"line 4: the model's chat template does not write what '{role}' says;"):
+        tokenize([conversation(*turns)], with_template(chat_tokenizer, deaf))
+    # What is written in another way is there.
+    for written in ("| upper", "| replace('4711', '4 7 1 1')", "+ 'after all, ' + message['content']"):
+        heard = KNOWS_TOOLS.replace("{{ message['content'] }}", f"{{{{ message['content'] {written} }}}}")
+        assert tokenize([conversation(*turns)], with_template(chat_tokenizer, heard))[0]["input_ids"]
+
+
+@pytest.mark.parametrize("guard", ["", "{% if p.type == 'text' %}"])
+def test_a_template_that_writes_parts_alone_is_given_parts(chat_tokenizer, guard):
+    """As SmolVLM's, which a plain text goes through without a trace."""
+    parts = f"{{% for p in message['content'] %}}{guard}{{{{ p.text }}}}{'{% endif %}' if guard else ''}{{% endfor %}}"
+    tokenizer = published(chat_tokenizer, CHATML.replace("{{ message['content'] }}", parts))
+    wanted = tokenize([conversation(*TURNS)], published(chat_tokenizer))[0]
+    assert tokenize([conversation(*TURNS)], tokenizer)[0] == wanted
+    assert end_of_turn(tokenizer) == end_of_turn(published(chat_tokenizer))
