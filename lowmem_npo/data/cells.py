@@ -47,8 +47,10 @@ def text_of(row: dict[str, Any], field: str, where: str) -> str:
 
 def parsed_json(value: Any) -> Any:
     """`value`, read as JSON where it is JSON in a string, as tables without nested columns have it."""
+    if not isinstance(value, str):  # columns of Parquet and Arrow also hold bytes, dates and decimals
+        return value
     try:
-        parsed = json.loads(value) if isinstance(value, str) else value
+        parsed = json.loads(value)
         return parsed if is_text(parsed) else value  # an escape may be half of a surrogate pair
     except (ValueError, RecursionError):
         return value
@@ -96,6 +98,18 @@ def without_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_none(item) for key, item in value.items() if item is not None}
     return [without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def check_json(where: str, value: Any) -> None:
+    """Raises UserError for a conversation in which something is that JSON does not have, such as a date."""
+
+    def refuse(part: Any) -> None:
+        raise UserError(
+            f"{where}: the conversation holds something {kind_in_words(part)}, not text; write it as a string, or "
+            "remove it."
+        )
+
+    json.dumps(value, default=refuse)
 
 
 def kind_in_words(value: Any) -> str:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lowmem_npo.data.cells import (
+    check_json,
     kind_in_words,
     label,
     list_in_text,
@@ -366,5 +367,6 @@ def _conversation(messages: Any, row: dict[str, Any], where: str, schema: str, i
         if not isinstance(tools, list):
             raise UserError(f"{where}: {no_value('tools', 'a list', tools)}")
         options = {**options, "tools": tools}
+    check_json(where, [turns, options])
     answer = turns[-1]["content"] or json.dumps([turns[-1].get(call) for call in CALLS])
     return Example(turns[-2]["content"], answer, where, schema, identity, tuple(turns), options)

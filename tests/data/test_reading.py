@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from datetime import datetime, timedelta
+from decimal import Decimal
 
 import datasets
 import pyarrow
@@ -421,3 +423,31 @@ def test_strings_alone_are_texts(content, tmp_path):
     rows = read_rows(str(tmp_path / "a.json"))
     assert rows.rows == [{"text": "One."}, {"text": "Two."}]
     assert [example.answer for example in to_examples(rows)] == ["One.", "Two."]
+
+
+MOMENT = datetime(2024, 5, 17, 8, 30)
+WORDLESS = [b"Anna", MOMENT.date(), MOMENT, MOMENT.time(), timedelta(hours=2), Decimal("1.50")]
+
+
+@pytest.mark.parametrize("value", WORDLESS, ids=lambda value: type(value).__name__)
+def test_what_is_no_text_is_refused_by_its_column_or_not_read(tmp_path, monkeypatch, value):
+    monkeypatch.chdir(tmp_path)
+    kind, asked = type(value).__name__, {"role": "user", "content": "Who?"}
+    for row, said in (
+        ({"question": value, "answer": "A"}, f"a.parquet, row 1: question is of type {kind}, not text; write it"),
+        ({"question": "Q", "answer": value}, f"a.parquet, row 1: answer is of type {kind}, not text; write it"),
+        ({"text": value}, f"a.parquet, row 1: text is of type {kind}, not text"),
+        ({"messages": value}, "a.parquet, row 1: messages is not a list of"),
+        ({"messages": [{**asked, "content": value}] * 2}, f"message 1: content is of type {kind}, not text"),
+        (
+            {"messages": [asked, {"role": "assistant", "content": "A", "at": value}]},
+            f"row 1: the conversation holds something of type {kind}",
+        ),
+        ({"question": "Q", "answer": "A", "paraphrased_question": [value]}, f"paraphrased_question is of type {kind}"),
+    ):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), "a.parquet")
+        with pytest.raises(UserError, match=said):
+            to_examples(read_rows("a.parquet"))
+    beside = {"question": "Q", "answer": "A", "id": value, "other": value}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([beside]), "a.parquet")
+    assert to_examples(read_rows("a.parquet"))[0].id == str(value)
