@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lowmem_npo.data.schemas import Example
+from lowmem_npo.data.turns import calls_of
 from lowmem_npo.errors import UserError
 from lowmem_npo.sizes import first_of
 
@@ -30,7 +31,8 @@ UNSPACED = rf"[{CJK}\u3000-\u303f\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]"  # wi
 def find_overlap(forget: Sequence[Example], retain: Sequence[Example]) -> list[tuple[Example, Example]]:
     """Each forget example that is also in retain, with the first retain example that is the same.
 
-    The same means the same text, whatever its case, whitespace, Unicode form and division into prompt and answer.
+    The same means the same text and calls of tools, whatever its case, whitespace, Unicode form and division into
+    prompt and answer.
     """
     kept: dict[str, Example] = {}
     for example in retain:
@@ -165,7 +167,7 @@ def refuse_overlap(
 
 def _normalised(example: Example) -> str:
     if example.messages is not None:
-        parts = [turn["content"] for turn in example.messages]
+        parts = [text for turn in example.messages for text in (turn["content"], calls_of(turn))]
     else:
         parts = [example.prompt or "", example.answer]
     return _key(" ".join(parts))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 from lowmem_npo.data.cells import as_python, no_value, parsed_json, text_of, without_none
@@ -9,6 +11,7 @@ from lowmem_npo.errors import UserError
 
 TURNS = 'a list of {"role": ..., "content": ...}'
 CALLS = ("tool_calls", "function_call")  # what an assistant may say instead of text
+LABELS = ("id", "type")  # of a call, which says nothing by them
 OWN_ROLES = ("system", "developer", "user", "assistant", "tool", "ipython", "function")
 # What ShareGPT and its kin call the roles of a chat template.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
@@ -41,6 +44,18 @@ def _have_roles(value: Any) -> bool:
         isinstance(role := one.get("role", one.get("from")), str) and (role in ROLES or role in OWN_ROLES)
         for one in value
     )
+
+
+def calls_of(turn: Mapping[str, Any]) -> str:
+    """What is called in a turn, functions and arguments, the same however it is spelled; empty where nothing is."""
+    calls = parsed_json(turn.get("tool_calls")) or []
+    calls = [*(calls if isinstance(calls, list) else [calls]), parsed_json(turn.get("function_call"))]
+    functions = [call.get("function", call) if isinstance(call, dict) else call for call in calls if call]
+    said = [
+        {key: parsed_json(value) for key, value in one.items() if key not in LABELS} if isinstance(one, dict) else one
+        for one in functions
+    ]
+    return json.dumps(said, sort_keys=True, ensure_ascii=False) if said else ""
 
 
 def turn(role: str, content: Any) -> dict[str, Any]:

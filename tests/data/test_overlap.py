@@ -56,6 +56,31 @@ def test_earlier_turns_count():
     assert find_overlap([FORGET], [kept]) == []
 
 
+def calling(where, **call):
+    turns = ({"role": "user", "content": "Mail the boss"}, {"role": "assistant", "content": "", **call})
+    return Example("Mail the boss", "", where, "messages", None, turns)
+
+
+def test_calls_of_tools_count_however_they_are_spelled():
+    def mail(to, **more):
+        return {"name": "mail", "arguments": {"to": to, "cc": "c"}, **more}
+
+    forget = calling("f.jsonl, line 1", tool_calls=[{"type": "function", "id": "x1", "function": mail("a")}])
+    for other in ([{"function": mail("b")}], [{"function": mail("a")}] * 2, [{"function": {"name": "mail"}}]):
+        assert find_overlap([forget], [calling("r.jsonl, line 1", tool_calls=other)]) == []
+    as_text = {"arguments": '{"cc": "c", "to": "a"}', "name": "mail"}
+    for same in (
+        {"tool_calls": [{"id": "x2", "function": as_text}]},
+        {"tool_calls": [mail("a", id="x3")]},
+        {"tool_calls": json.dumps([{"function": as_text}])},
+        {"function_call": as_text},
+    ):
+        with pytest.raises(
+            UserError, match="^1 row to forget is also in the rows to retain: f.jsonl, line 1 is r.jsonl"
+        ):
+            refuse_overlap([forget], [calling("r.jsonl, line 1", **same)])
+
+
 def test_the_rows_are_named():
     forget = [pair("Q", str(number), f"f.jsonl, line {number}") for number in range(1, 9)]
     retain = [pair("Q", str(number), f"r.jsonl, line {number + 10}") for number in range(2, 9)]
