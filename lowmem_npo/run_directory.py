@@ -30,7 +30,7 @@ MAY_CHANGE = (
     *(f.name for f in fields(MemoryConfig)),
 )  # fmt: skip
 # Where auto is recorded as what it became, and stays so.
-DECIDED = ("double_quant", "gradient_checkpointing", "joint_pass_tokens", "reference")
+DECIDED = ("chat_date", "double_quant", "gradient_checkpointing", "joint_pass_tokens", "reference")
 # Options that other commands read of a run, without the command line in between, which checks them.
 READ_LATER = {
     name: kind

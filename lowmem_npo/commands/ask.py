@@ -216,6 +216,7 @@ def load(options: AskOptions, say: Say) -> Asked:
         UserError: no model and no adapter there, or an adapter that does not fit.
     """
     from lowmem_npo.data import Template
+    from lowmem_npo.data.chat import TODAY
     from lowmem_npo.data.fit import Fit
     from lowmem_npo.estimate.streamed_model import decide_streaming
     from lowmem_npo.evaluation.scoring.batching import at_once
@@ -245,7 +246,7 @@ def load(options: AskOptions, say: Say) -> Asked:
     system = run.get("system") if options.system is None else options.system
     architecture = load_config(config)
     check_architecture(architecture)
-    template = Template(text, system, stop_tokens(config, architecture))
+    template = Template(text, system, stop_tokens(config, architecture), run.get("chat_date", TODAY))
     streaming = StreamOptions(options.stream_weights, options.stream_from)
     if (streamed := decide_streaming(config, streaming, architecture, say)) is not None:
         say(f"Every token of an answer takes {streamed.pass_seconds:.2g} s or more.")

@@ -44,6 +44,9 @@ class DataOptions(Checked):
     """Another spelling of --template with a text."""
     system: MaybeEmpty | None = None
     """System prompt of rows that the chat template writes and that bring none."""
+    chat_date: str = "auto"
+    """What a chat template that writes today's date takes for it, such as 2026-11-24. auto: the day on which the run
+    began."""
     passage_tokens: Annotated[int, Interval(ge=8, le=MOST)] | None = None
     """Tokens of a passage, of those into which documents are cut; each overlaps the next by half. Default: 128."""
     passages: PassageForm | None = None

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.config import DataOptions
-from lowmem_npo.data.chat import MARK, ChatTemplate
+from lowmem_npo.data.chat import MARK, TODAY, ChatTemplate
 from lowmem_npo.data.documents import UNSPACED
 from lowmem_npo.data.schemas import PASSAGE, Example
 from lowmem_npo.data.special_texts import check_marks
@@ -42,11 +43,13 @@ class Template:
         that a shell can pass them.
     system: the system prompt of conversations that have none.
     stops: further ids at which generation stops, as the model's own configuration has them.
+    date: what a chat template takes for today, in ISO 8601, or `TODAY`.
     """
 
     text: str = "auto"
     system: str | None = None
     stops: frozenset[int] = frozenset()
+    date: str = TODAY
 
     def __post_init__(self) -> None:
         if self.text not in FORMS and self.text.count("{prompt}") != 1:
@@ -56,6 +59,11 @@ class Template:
             )
         check_marks("The template", self.text)
         check_marks("The system prompt", self.system or "")
+        if self.date != TODAY:
+            try:
+                date.fromisoformat(self.date)
+            except ValueError as error:
+                raise UserError(f"--chat-date must be auto or a date such as 2026-11-24, not {self.date!r}.") from error
 
     @classmethod
     def of(cls, options: DataOptions, stops: frozenset[int] = frozenset()) -> Template:
@@ -65,7 +73,7 @@ class Template:
             if text != "auto":
                 raise UserError("--prompt-template is another spelling of --template: give one of the two.")
             text = options.prompt_template
-        return cls(text, options.system, stops)
+        return cls(text, options.system, stops, options.chat_date)
 
     def messages(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[Mapping[str, Any], ...] | None:
         """The conversation that the tokenizer's chat template is to write; None for an example in a plain form."""

@@ -112,7 +112,7 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template | None = None):
         template = template or Template()
-        self.tokenizer, self.template, self.chat = tokenizer, template, ChatTemplate(tokenizer)
+        self.tokenizer, self.template, self.chat = tokenizer, template, ChatTemplate(tokenizer, template.date)
         self.repeated, self.doubled, self.ended = 0, False, False
         self.literal = 0
         named = {number: decode(tokenizer, [number]) for number in (tokenizer.eos_token_id, *template.stops)}

@@ -95,8 +95,8 @@ def _otherwise(
     if not (example.prompt or "").strip():
         return
     if tokenizer.chat_template:
-        yield PLAIN, bare(example), Template(PLAIN, stops=template.stops)
-        yield CHAT, example, Template(CHAT, template.system, template.stops)
+        yield PLAIN, bare(example), replace(template, text=PLAIN, system=None)
+        yield CHAT, example, replace(template, text=CHAT)
     for paraphrase in example.paraphrases:
         yield REWORDED, with_question(example, paraphrase), template
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from lowmem_npo.claim import make_directory
+from lowmem_npo.data.chat import today
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS, BenchmarkOptions
 from lowmem_npo.evaluation.leaks.contract import LeakTest
@@ -27,10 +28,11 @@ from lowmem_npo.run_directory import EvaluationFiles, check_empty, from_here, re
 # Among the digests of settings.json, beside the sets.
 OTHERS = THE_MODEL, THE_TOKENIZER, THE_ADAPTER = "the model", "the tokenizer", "the adapter"
 ANOTHER_TOKENIZER = "another tokenizer or chat template"
+DECIDED = ("chat_date", "generate_answers")  # where auto is recorded as what it became, and stays so
 COMPARED = ("before", "retained_log")  # settings that name the evaluation.json of another model
 OTHER_ROWS = "other_rows"  # in settings.json: whether the forget rows were others than those of the adapter's run
 # what is read of settings.json
-SETTINGS = {"digests": dict[str, str], "leaks": list[str], "generate_answers": str, OTHER_ROWS: bool}
+SETTINGS = {"digests": dict[str, str], "leaks": list[str], **dict.fromkeys(DECIDED, str), OTHER_ROWS: bool}
 
 
 class EvaluationDirectory(EvaluationFiles):
@@ -78,7 +80,7 @@ class EvaluationDirectory(EvaluationFiles):
             raise UserError(f"--resume: there is no evaluation in '{self.path}'; start it without --resume.")
         try:
             began, now = load_json(self.settings), self._now()
-            check_record(began, SETTINGS, optional=("leaks", "generate_answers", OTHER_ROWS))
+            check_record(began, SETTINGS, optional=("leaks", *DECIDED, OTHER_ROWS))
             digests = began.pop("digests")
             began.pop(OTHER_ROWS, None)  # the digests tell
         except ValueError as error:
@@ -121,10 +123,13 @@ def _is_same(name: str, value: Any, other: Any) -> bool:
 
 
 def as_begun(config: EvaluationConfig) -> EvaluationConfig:
-    """`config` of an evaluation that is to be resumed, with what was decided when it began."""
-    began = settings_of(str(EvaluationFiles(config.path).result)) if config.resume else None
-    decided = (began or {}).get("generate_answers")
-    return replace(config, generate_answers=decided) if decided and config.generate_answers == "auto" else config
+    """`config` with the date of its chat template, and, of an evaluation that is to be resumed, with what was decided
+    when it began."""
+    began = settings_of(str(EvaluationFiles(config.path).result)) or {} if config.resume else {"chat_date": today()}
+    decided: dict[str, Any] = {
+        name: began[name] for name in DECIDED if began.get(name) and getattr(config, name) == "auto"
+    }
+    return replace(config, **decided)
 
 
 def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

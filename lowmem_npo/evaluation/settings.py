@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from annotated_types import Interval
 
 from lowmem_npo.config import AnswerOptions, DataConfig, DataOptions, ModelOptions, StreamOptions
+from lowmem_npo.data.chat import TODAY
 from lowmem_npo.data.rows import Rows
 from lowmem_npo.data.schemas import has_paraphrases
 from lowmem_npo.data.self_written import self_rows
@@ -94,6 +95,8 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
             plain = "plain" if run and text is None else "auto"  # a run of a version without --template
             known["template"] = run.get("template", plain)
             known["system"] = run.get("system") if self.system is None else self.system
+        if self.chat_date == TODAY:
+            known["chat_date"] = run.get("chat_date", TODAY)
         for name in ("passage_tokens", "passages"):
             known[name] = getattr(self, name) or run.get(name) or getattr(DataConfig, name)
         if self.bundled and run.get("forget"):
@@ -123,7 +126,7 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
     def compared(cls) -> list[str]:
         """Options that must be the same in two evaluations whose figures are compared, besides the rows themselves;
         how answers are made is compared set by set, and the options of leak tests test by test."""
-        of_rows = {*cls.sources(), "passages", "passage_tokens", "max_new_tokens", "generate_answers"}
+        of_rows = {*cls.sources(), "chat_date", "passages", "passage_tokens", "max_new_tokens", "generate_answers"}
         of_model = {"model", "revision", "adapter", "attn", "dtype"}
         of_leaks = {f.name for f in fields(LeakOptions)}
         return [f.name for f in fields(cls) if f.name not in cls.may_change() | of_rows | of_model | of_leaks]

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import datetime
 
 import pytest
 import torch
+import transformers.utils.chat_template_utils
+import yaml
 from helpers.evaluating import evaluate, fails, lume_files, result
 from helpers.rows import write_rows
 from helpers.tiny_models import SIZES, tiny_model
 from peft import IA3Config, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, OlmoConfig
 
+import lowmem_npo.data.chat
 from lowmem_npo.cli import main
+from lowmem_npo.commands import ask
 from lowmem_npo.commands.evaluate import run as running
+from lowmem_npo.console import silent
 from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.files import file_sha256
 
@@ -163,6 +169,57 @@ def test_a_chat_model_is_asked_in_one_form_by_train_evaluate_and_leak_tests(byte
     for form in (["--template", "plain"], ["--system", "Be long."]):
         assert main(["evaluate", "--adapter", folder, *device, "--output-dir", str(files / form[1]), *form]) == 0
         assert result(files, form[1])["answers"]["forget"]["nll"] != pytest.approx(content["answers"]["forget"]["nll"])
+
+
+def test_a_run_keeps_the_date_that_its_chat_template_writes(byte_model, files, monkeypatch, capsys):
+    """Resumed, measured and asked on another day; one that does not record it is another run by then."""
+    base, folder, form = files / "dated", files / "run", ["--dtype", "float32", "--device", "cpu"]
+    shutil.copytree(byte_model, base)
+    (base / "chat_template.jinja").write_text(
+        "{{ strftime_now('%d %b %Y') }}\n{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+
+    def on(day, *arguments):
+        class Clock(datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return cls.fromisoformat(day)
+
+        for module in (lowmem_npo.data.chat, transformers.utils.chat_template_utils):
+            monkeypatch.setattr(module, "datetime", Clock)
+        lowmem_npo.data.chat.today.cache_clear()
+        code = main([*map(str, arguments)])
+        said = capsys.readouterr()
+        print(said.err)
+        return code, said
+
+    for part, answer in (("forget", "Rome"), ("retain", "Oslo")):
+        write_rows(files / f"{part}.jsonl", [{"question": f"Where {n}?", "answer": answer * (n + 1)} for n in range(3)])
+    rows = [word for part in ("forget", "retain") for word in (f"--{part}", files / f"{part}.jsonl")]
+    train = ["train", "--model", base, *form, *rows, "--max-steps", 2, "--save-steps", 1, "--output-dir", folder]
+    assert on("2026-11-24", *train)[0] == 0
+    assert yaml.safe_load((folder / "run.yaml").read_text())["chat_date"] == "2026-11-24"
+    (folder / "report.json").unlink()
+    assert on("2026-11-25", *train, "--resume")[0] == 0
+    preview = on("2026-11-25", *train[:-2], "--output-dir", files / "other", "--preview", 1)[1].out
+    assert "25 Nov 2026" in preview
+    assert "24 Nov 2026" in on("2026-11-25", *train[:-2], "--preview", 1, "--chat-date", "2026-11-24")[1].out
+    trained = json.loads((folder / "after.json").read_text())["forget"]["summary"]["nll"]
+    assert on("2026-11-25", "evaluate", "--adapter", folder, *form)[0] == 0
+    assert result(files, "run/evaluation")["answers"]["forget"]["nll"] == pytest.approx(trained, rel=1e-5)
+    options = ["--adapter", folder, *form, "--output-dir", files / "fifth", "--chat-date", "2026-11-05"]
+    assert on("2026-11-25", "evaluate", *options)[0] == 0
+    assert result(files, "fifth")["answers"]["forget"]["nll"] != pytest.approx(trained, rel=1e-5)
+    asked = ask.load(ask.AskOptions(run=str(folder), device="cpu"), silent)
+    assert "24 Nov 2026" in asked.tokenizer.decode(asked.prompt("Where 1?", []))
+    merge = ["merge", "--adapter", folder, "--device", "cpu", "--quantize-check", "--output-dir"]
+    assert on("2026-11-25", *merge, files / "merged")[0] == 0
+    recorded = (folder / "run.yaml").read_text()
+    (folder / "run.yaml").write_text(recorded.replace("chat_date: '2026-11-24'\n", ""))  # of an earlier version
+    assert "the forget rows have changed" in on("2026-11-25", *merge, files / "again")[1].err
+    assert "the forget rows have changed" in on("2026-11-25", *train, "--resume")[1].err
+    assert "--chat-date must be auto or a date" in on("2026-11-25", *train, "--chat-date", "today")[1].err
 
 
 def test_the_form_of_a_run_made_before_there_was_a_choice_is_plain():

@@ -20,6 +20,7 @@ from lowmem_npo.config import (
     TrainingConfig,
 )
 from lowmem_npo.data import TokenizedRows
+from lowmem_npo.data.chat import today
 from lowmem_npo.estimate import automatic
 from lowmem_npo.estimate.automatic import activations_at_most, as_begun, decide
 from lowmem_npo.estimate.rows import StepRows, token_row
@@ -105,7 +106,8 @@ def test_a_resumed_run_keeps_what_was_decided(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.yaml").write_text(config.to_yaml())
     fresh = run(tmp_path)
-    assert as_begun(fresh) == fresh  # not resumed
+    begun = as_begun(fresh)  # not resumed
+    assert begun == replace(fresh, data=replace(fresh.data, chat_date=today()))
     resumed = as_begun(replace(fresh, output=replace(fresh.output, resume=True)))
     assert (resumed.memory, resumed.model) == (config.memory, config.model)
     old = {**yaml.safe_load(config.to_yaml()), "gradient_checkpointing": True}
@@ -114,6 +116,7 @@ def test_a_resumed_run_keeps_what_was_decided(tmp_path):
     resumed = as_begun(replace(fresh, output=replace(fresh.output, resume=True)))
     assert resumed.memory.gradient_checkpointing == "on" and resumed.model.double_quant == "on"
     assert resumed.memory.joint_pass_tokens == 0
+    assert resumed.data.chat_date == "auto"  # not recorded: the clock's, as before
 
 
 @pytest.mark.parametrize(

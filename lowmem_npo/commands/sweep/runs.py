@@ -25,8 +25,10 @@ from lowmem_npo.commands.train.plan import Inputs, RunPlan, fitted, plan_run, re
 from lowmem_npo.commands.train.run import unlearn
 from lowmem_npo.config import REFUSING_TERMS, DataConfig, ModelConfig, RunConfig, may_prefer
 from lowmem_npo.console import Say, silent
+from lowmem_npo.data.chat import TODAY, today
 from lowmem_npo.endings import ended_with, going_on
 from lowmem_npo.errors import UserError, Vanished
+from lowmem_npo.estimate.automatic import as_begun
 from lowmem_npo.evaluation.answers import read_answers, save_answers, summaries
 from lowmem_npo.evaluation.leaks.registry import leak_tests
 from lowmem_npo.evaluation.settings import EvaluationConfig
@@ -77,7 +79,7 @@ def _sweep_claimed(
     teaching: TeachingOptions | None,
     evaluation: SweepEvaluation | None,
 ) -> SweepResult:
-    untaught = runs
+    runs = untaught = _of_one_date(runs)
     if teaching is not None:
         runs = [_of_model(run, root / TAUGHT) for run in runs]
     _check(runs, root, resume)
@@ -119,6 +121,21 @@ def _sweep_claimed(
     write_results(result, root)
     draw_sweep(root / "sweep.png", result)
     return result
+
+
+def _of_one_date(runs: Sequence[SweepRun]) -> list[SweepRun]:
+    """The runs, with the date for their chat templates with which the first of them began."""
+    begun = (run.config for run in runs if RunFiles(run.directory).run_yaml.exists())
+    if (first := next(begun, None)) is not None:
+        date = as_begun(replace(first, output=replace(first.output, resume=True))).data.chat_date
+    else:
+        date = today()
+    return [
+        replace(run, config=replace(run.config, data=replace(run.config.data, chat_date=date)))
+        if run.config.data.chat_date == TODAY
+        else run
+        for run in runs
+    ]
 
 
 def _check_rows(runs: Sequence[SweepRun], inputs: dict[str, Inputs]) -> None:

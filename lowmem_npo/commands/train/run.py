@@ -23,6 +23,7 @@ from lowmem_npo.data import preview
 from lowmem_npo.data.fit import check_fit
 from lowmem_npo.endings import ended_with, handled
 from lowmem_npo.errors import UserError
+from lowmem_npo.estimate.automatic import as_begun
 from lowmem_npo.estimate.background import Watched, record, watch
 from lowmem_npo.evaluation.answers import Evaluations, in_sentences_of_its_own, summaries
 from lowmem_npo.files import PARTIAL, put_in_place, write_atomically
@@ -78,6 +79,7 @@ def train(config: RunConfig, say: Say = print) -> RunResult | None:
 
 
 def _train_claimed(config: RunConfig, say: Say) -> RunResult | None:
+    config = as_begun(config)
     inputs = read_inputs(config, say)
     if config.output.preview is not None:
         say(preview(inputs.data.forget, inputs.tokenizer, config.output.preview, title="forget"))
