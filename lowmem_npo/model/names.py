@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from lowmem_npo.console import Say, silent
 from lowmem_npo.files import expanded
 
 WEIGHTS = ("*.safetensors", "*.bin", "config.json", "tokenizer.json")  # the files of a directory that make a model
+# Those that decide how it is asked, and where it stops.
+ASKING = ("chat_template*", "additional_chat_templates/*", "*_config.json", "special_tokens_map.json")
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of each file
 
 ORIGINAL_FORMAT_OLMO = (
@@ -54,13 +57,13 @@ def commit_of(name: str, revision: str | None = None) -> str | None:
     return None
 
 
-def digest_of(name: str, revision: str | None = None) -> str:
-    """A hash of a hub name and its commit here, or of what is sampled of a directory's weights: enough to tell that
-    others have taken their place, at no more than a glance at each file."""
+def digest_of(name: str, revision: str | None = None, patterns: Sequence[str] = WEIGHTS) -> str:
+    """A hash of a hub name and its commit here, or of what is sampled of a directory's weights, or of its files of
+    other `patterns`: enough to tell that others have taken their place, at no more than a glance at each file."""
     folder, digest = expanded(name), hashlib.sha256()
     if not folder.is_dir():
         digest.update(f"{name} {commit_of(name, revision)}".encode())
-    for path in sorted(file for pattern in WEIGHTS for file in folder.glob(pattern)):
+    for path in sorted(file for pattern in patterns for file in folder.glob(pattern)):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:

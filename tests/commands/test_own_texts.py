@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,11 +13,12 @@ from helpers.taught_model import unlearning_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.cli import main
-from lowmem_npo.commands.train.own_texts import own_texts
+from lowmem_npo.commands.train.own_texts import own_answers, own_texts
 from lowmem_npo.commands.train.run import train
 from lowmem_npo.config import DataConfig, ObjectiveConfig, RunConfig
 from lowmem_npo.data import bundled_rows
 from lowmem_npo.data.reading import read_rows
+from lowmem_npo.data.schemas import Example
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.model.saved_adapter import settings_of_run
@@ -118,6 +120,26 @@ def test_the_key_tells_models_and_forms_apart(taught_model, tmp_path, forget):
     ):
         assert path(**changes) != known
     assert path(data=replace(config.data, retain="builtin")) is None
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("chat_template.jinja", "{{ messages[0].content }}"), ("generation_config.json", '{"eos_token_id": [0, 7]}')],
+)
+def test_texts_written_under_another_chat_template_or_to_another_end_are_others(
+    taught_model, tmp_path, forget, file, content
+):
+    """Of the same weights in the same place."""
+    base = tmp_path / "base"
+    shutil.copytree(taught_model, base)
+    config, rows = (
+        run_of(base, tmp_path / "run", forget, "self:4"),
+        [Example("Who?", "She.", "here", "question/answer")],
+    )
+    config = replace(config, data=replace(config.data, alternatives="self:2"))
+    known = own_texts(config), own_answers(config, rows)
+    (base / file).write_text(content)
+    assert not {own_texts(config), own_answers(config, rows)} & {*known}
 
 
 def test_forget_alone_keeps_the_builtin_set(taught_model, tmp_path, forget):

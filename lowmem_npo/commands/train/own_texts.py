@@ -28,7 +28,7 @@ from lowmem_npo.evaluation.scoring.batching import at_once
 from lowmem_npo.evaluation.scoring.generation import Prompt, sampled_answers, text_of
 from lowmem_npo.files import json_sha256, write_atomically
 from lowmem_npo.model import resolve_name
-from lowmem_npo.model.names import digest_of
+from lowmem_npo.model.names import ASKING, WEIGHTS, digest_of
 from lowmem_npo.run_directory import RunDirectory
 from lowmem_npo.sizes import first_of
 
@@ -64,7 +64,7 @@ def _cached(config: RunConfig, kind: str, key: dict[str, Any]) -> Path:
     """The folder for what the model of a run writes: another for another model, and for another `key`."""
     name = resolve_name(config.model.model, config.model.revision)
     key = {
-        "model": digest_of(name, config.model.revision),
+        "model": [digest_of(name, config.model.revision, files) for files in (WEIGHTS, ASKING)],
         "weights": [config.model.revision, config.model.dtype, config.model.qlora],
         "adapter": digest_of(config.adapter.adapter) if config.adapter.adapter else None,
         **key,
