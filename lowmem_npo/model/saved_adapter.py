@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Collection
+from dataclasses import fields
 from typing import Annotated, Any, cast
 
 from annotated_types import Interval
@@ -22,8 +23,13 @@ from lowmem_npo.ranges import Count, Finite, check_values, shortened, shown
 from lowmem_npo.run_directory import AdapterFiles, from_here, run_of_adapter
 from lowmem_npo.sources import check_adapter_name
 
-# What an adapter may hold beside the two factors of its layers: configuration field -> description.
+# What an adapter may hold beside the two factors of its layers: configuration field -> description. PEFT marks those of
+# its variants of LoRA, whatever its version has.
 EXTRAS = {
+    field.name: f"more than LoRA ({field.name})"
+    for field in fields(LoraConfig)
+    if field.metadata.get("is_lora_variant")
+} | {
     "use_dora": "DoRA magnitudes",
     "modules_to_save": "whole modules (modules_to_save)",
     "lora_bias": "biases (lora_bias)",
@@ -33,10 +39,14 @@ EXTRAS = {
     "arrow_config": "a routing between adapters (Arrow)",
     "use_qalora": "pooled inputs (QALoRA)",
     "use_bdlora": "block-diagonal factors (BD-LoRA)",
+    "monteclora_config": "sampled factors (MonteCLoRA)",
+    "velora_config": "compressed inputs (VeLoRA)",
 }
 # In the metadata of an adapter's weights: JSON, layer -> how many of its ranks, the first of them, are those of the
 # adapter that the run went on from.
 FIRST_RANKS = "first_ranks"
+# Where adapters begin (init_lora_weights) without a change of the base. From others PEFT subtracts their beginning.
+KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 NAMED = ("model", "adapter", "forget", "retain", "holdout")  # options of a run that may name a place, the base's first
 # Of a LoRA adapter's configuration, what PEFT takes as it comes.
 LAYERS = str | list[str] | None
@@ -83,16 +93,25 @@ def resolve_base(
 
 
 def stored_lora(folder: str) -> LoraConfig:
-    """The configuration of the LoRA adapter in `folder`. Raises UserError if there is none, or one of another kind."""
-    kind = _configuration(folder)["peft_type"]
-    if kind != "LORA":
+    """The configuration of the LoRA adapter in `folder`.
+
+    Raises UserError if there is none, one of another kind, or one that is right only on a base which is not saved.
+    """
+    content = _configuration(folder)
+    if (kind := content["peft_type"]) != "LORA":
         raise UserError(f"The adapter in '{folder}' is {shown(kind)}, not LoRA: nothing else is supported here.")
     try:
-        return LoraConfig.from_pretrained(str(expanded(folder)))
+        config = LoraConfig.from_pretrained(str(expanded(folder)))
     except (TypeError, ValueError) as error:  # fields that do not go together
         raise UserError(
             f"The configuration of the adapter in '{folder}' is not valid: {shortened(str(error))}"
         ) from error
+    if (start := _changes_the_base(content)) is not None:
+        raise UserError(
+            f"The adapter in '{folder}' belongs to a base that its start has changed ({start}): merge it in the "
+            "program that trained it (PEFT's merge_and_unload), and use the merged model."
+        )
+    return config
 
 
 def check_stored_patterns(folder: str, model: PreTrainedModel) -> None:
@@ -113,8 +132,6 @@ def more_than_lora(folder: str, allowed: Collection[str] = ()) -> list[str]:
     extras = [text for field, text in EXTRAS.items() if content.get(field) and field not in allowed]
     if content.get("bias", "none") != "none":
         extras.append(f"biases (bias: {content['bias']})")
-    if str(start := content.get("init_lora_weights")).split("_")[0] in ("pissa", "olora", "corda", "loftq"):
-        extras.append(f"a base that its start has changed (init_lora_weights: {start})")
     return extras
 
 
@@ -144,8 +161,9 @@ def check_base(folder: str, model_name: str) -> None:
 def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
     """`model` with the frozen adapter of `folder`, and as its `first_ranks` what FIRST_RANKS tells of it, if anything.
 
-    Raises UserError if a weight has no counterpart or another shape.
+    Raises UserError if a weight has no counterpart or another shape, or as `stored_lora` does.
     """
+    stored_lora(folder)
     check_finite(folder)
     misfit = f"The adapter in '{folder}' does not fit this {type(model).__name__}: it belongs to another model"
     if names := in_four_bits(model, _configuration(folder).get("modules_to_save") or ()):
@@ -197,6 +215,15 @@ def _named_base(folder: str) -> str | None:
     if not (isinstance(base, str) and base.strip()):
         return None
     return from_here(run_of_adapter(expanded(folder).resolve()), run, base) if run else base
+
+
+def _changes_the_base(content: dict[str, Any]) -> str | None:
+    """How this adapter began, if PEFT has changed the base's weights for that."""
+    if content.get("kasa_config"):
+        return "KaSA"
+    start = content.get("init_lora_weights")
+    kept = (start.lower() if isinstance(start, str) else start) in KEEP_THE_BASE
+    return None if kept else f"init_lora_weights: {shown(start)}"
 
 
 def _configuration(folder: str) -> dict[str, Any]:

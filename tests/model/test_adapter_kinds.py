@@ -7,6 +7,9 @@ import pytest
 import torch
 from helpers.dense_step import dense_step, make_trainer, random_rows, relative_error, step_gradients
 from helpers.tiny_models import CONFIGS, states, tiny_model
+from peft import LoraConfig, LoraGAConfig, get_peft_model
+from peft.tuners.lora.config import KasaConfig
+from peft.tuners.lora.loraga import preprocess_loraga
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig
@@ -163,6 +166,35 @@ def test_whole_modules_on_a_base_in_four_bits(tmp_path):
         load_adapter(load_model(base), str(tmp_path / "adapter"))
     attach_lora(tiny_model("llama"), AdapterConfig(modules_to_save=("norm",))).save_pretrained(str(tmp_path / "norms"))
     assert load_adapter(load_model(base), str(tmp_path / "norms"))
+
+
+STARTS = [
+    {},
+    *({"init_lora_weights": start} for start in (False, "gaussian", "eva", "orthogonal", "mica", "olora", "pissa")),
+    {"init_lora_weights": "pissa_niter_4"},
+    {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()},
+    {"kasa_config": KasaConfig()},
+]
+
+
+@pytest.mark.parametrize("start", STARTS, ids=lambda start: str(next(iter(start.values()), True)).split("(")[0])
+def test_an_adapter_whose_start_has_changed_the_base_is_refused(start, tmp_path):
+    """It is right on the changed base alone, which nobody has saved."""
+    base, config = tiny_model("llama"), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **start)
+    before = {name: weight.clone() for name, weight in base.state_dict().items()}
+    ids = torch.arange(2, 20)[None]
+    if "lora_ga_config" in start:
+        preprocess_loraga(base, config, lambda: base(input_ids=ids, labels=ids).loss.backward())
+    adapted = get_peft_model(base, config)
+    disturb(adapted)
+    weights = {name.replace(".base_layer", ""): weight for name, weight in adapted.get_base_model().named_parameters()}
+    is_changed = any(not torch.equal(weights[name], weight) for name, weight in before.items() if name in weights)
+    adapted.save_pretrained(str(tmp_path))
+    if is_changed:
+        with pytest.raises(UserError, match="belongs to a base that its start has changed"):
+            load_adapter(tiny_model("llama"), str(tmp_path))
+    else:
+        assert torch.equal(states(load_adapter(tiny_model("llama"), str(tmp_path))), states(adapted.eval()))
 
 
 def test_how_many_weights_there_are():

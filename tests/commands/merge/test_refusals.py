@@ -12,6 +12,7 @@ from helpers.architectures import tiny_config
 from helpers.merges import fails, merge, saved_adapter, saved_base
 from helpers.tiny_models import tiny_model
 from peft import LoraConfig
+from peft.tuners.lora.config import KasaConfig, MontecloraConfig, VeloraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -37,7 +38,13 @@ def test_a_trained_module_that_is_tied_or_missing(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "options, message",
-    [({"bias": "lora_only"}, "bias: lora_only"), ({"init_lora_weights": "pissa"}, "a base that its start has changed")],
+    [
+        ({"bias": "lora_only"}, "bias: lora_only"),
+        ({"init_lora_weights": "pissa"}, "a base that its start has changed"),
+        ({"kasa_config": KasaConfig()}, "a base that its start has changed"),
+        ({"monteclora_config": MontecloraConfig()}, "sampled factors"),
+        ({"velora_config": VeloraConfig()}, "compressed inputs"),
+    ],
 )
 def test_what_is_more_than_lora_is_refused(options, message, tmp_path, capsys):
     saved_base(tmp_path / "base", dtype=torch.float32)
