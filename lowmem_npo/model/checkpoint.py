@@ -21,6 +21,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from lowmem_npo.errors import UserError, one_line
 from lowmem_npo.files import expanded, load_json
+from lowmem_npo.model.kept_types import kept_in_float32
 from lowmem_npo.model.original_olmo import Rows, is_original, is_original_tensor, native_config, native_tensors
 from lowmem_npo.sources import check_model_name
 
@@ -130,13 +131,20 @@ class Checkpoint:
         """Tensor -> shape and type."""
         return {name: tensor.shard.stored(name) for name, tensor in self.unread().items()}
 
+    def type_in(self, dtype: torch.dtype | None, name: str, stored: torch.dtype) -> torch.dtype:
+        """The type of a tensor that is `stored` so where the weights are in `dtype` (None: as they are stored)."""
+        if dtype is None or not stored.is_floating_point or name in self._kept_in_float32:
+            return stored
+        return dtype
+
+    @cached_property
+    def _kept_in_float32(self) -> set[str]:
+        return kept_in_float32(self.configuration(), self.tensors())
+
     def bytes_as(self, dtype: torch.dtype | None) -> int:
         """What its weights take on disk in `dtype` (None: as they are stored)."""
-        total = 0
-        for shape, stored in self.stored().values():
-            kept = dtype if dtype is not None and stored.is_floating_point else stored
-            total += math.prod(shape) * kept.itemsize
-        return total
+        types = self.stored().items()
+        return sum(math.prod(shape) * self.type_in(dtype, name, stored).itemsize for name, (shape, stored) in types)
 
     def configuration(self) -> PretrainedConfig:
         return self.converted or AutoConfig.from_pretrained(self.folder)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,7 +35,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from lowmem_npo.errors import UserError, one_line
 from lowmem_npo.files import expanded, free_bytes
 from lowmem_npo.model.adapters import adapted_weight, shared_layers
-from lowmem_npo.model.checkpoint import BESIDE_WEIGHTS, INDEX, OLD_INDEX, Checkpoint, Shard, read_json
+from lowmem_npo.model.checkpoint import BESIDE_WEIGHTS, INDEX, OLD_INDEX, Checkpoint, read_json
 from lowmem_npo.model.layers import PEFT_PREFIX, adapted_layer
 from lowmem_npo.model.saved_adapter import check_finite, check_stored_patterns, more_than_lora, stored_lora
 from lowmem_npo.progress import Progress
@@ -218,13 +218,14 @@ def write_merged(
 ) -> None:
     """Writes the merged model into the existing directory `out`: the same shards, index, configuration, tokenizer.
 
-    dtype: of the floating-point tensors; None keeps what is stored. base: the tensor of that name to add to, of the one
-    that is stored (`DequantizedBase`). At most one shard is in memory.
+    dtype: of the floating-point tensors, but for those that the model's class keeps in float32; None keeps what is
+    stored. base: the tensor of that name to add to, of the one that is stored (`DequantizedBase`). At most one shard is
+    in memory.
     """
     total = 0
     with Progress(sum(1 for _ in checkpoint.tensors()), "merging", "tensor", wanted=progress) as bar:
-        for file, names in checkpoint.shards.items():
-            merged = dict(_merged(checkpoint.shard(file), names, updates, dtype, base, bar))
+        for file in checkpoint.shards:
+            merged = dict(_merged(checkpoint, file, updates, dtype, base, bar))
             total += sum(tensor.numel() * tensor.itemsize for tensor in merged.values())
             save_file(merged, out / _as_safetensors(file), metadata={"format": "pt"})
             del merged
@@ -250,16 +251,17 @@ def write_merged(
 
 
 def _merged(
-    shard: Shard,
-    names: Iterable[str],
+    checkpoint: Checkpoint,
+    file: str,
     updates: Updates,
     dtype: torch.dtype | None,
     base: Callable[[str, Tensor], Tensor],
     bar: Progress,
 ) -> Iterator[tuple[str, Tensor]]:
-    for name in names:
+    shard = checkpoint.shard(file)
+    for name in checkpoint.shards[file]:
         stored = shard.tensor(name)
-        kept = dtype if dtype is not None and stored.is_floating_point() else stored.dtype
+        kept = checkpoint.type_in(dtype, name, stored.dtype)
         weight = base(name, stored)
         merged = updates[name].applied_to(weight, kept) if name in updates else weight.to(kept, copy=True)
         if merged.is_floating_point() and not merged.isfinite().all():

@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+from helpers.architectures import tiny_config
 from helpers.merges import fails, logits, merge, merged_by_peft, saved_adapter, saved_base
 from huggingface_hub import ModelCard
 from safetensors import safe_open
@@ -93,8 +94,10 @@ def test_checkpoints_of_pytorch_itself(architecture, shards, tmp_path):
                        if shards else ["model.safetensors"])  # fmt: skip
 
 
-def test_bytes_are_counted_before_they_are_written(tmp_path):
-    saved_base(tmp_path / "base", dtype=torch.float32, max_shard_size="12KB")
+@pytest.mark.parametrize("architecture", ["olmo", "glm4_moe"])
+def test_bytes_are_counted_before_they_are_written(architecture, tmp_path):
+    config = tiny_config(architecture, 97) if architecture == "glm4_moe" else architecture
+    saved_base(tmp_path / "base", config, torch.float32, max_shard_size="12KB")
     checkpoint = find_checkpoint(str(tmp_path / "base"))
     for dtype in (torch.bfloat16, None):
         out = tmp_path / str(dtype)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.architectures import EXPERTS, HEADS, SIZES
 from helpers.merges import IDS, logits, merge, merged_by_peft, saved_adapter, saved_base
 from helpers.tiny_models import tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, MixtralConfig
 
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.model import load_model, merging
@@ -61,6 +62,22 @@ def test_weights_are_the_exact_sum_rounded_once(architecture, dtype, bug, tmp_pa
         assert (unequal <= 1e-3 * total) is (bug is None)
         near = torch.allclose(logits(merged), logits(exact), rtol=0.05, atol=0.05 * logits(exact).std().item())
         assert near or bug
+
+
+@pytest.mark.parametrize("architecture", ["glm4_moe", "hy_v3"])  # the second stores it under another name
+def test_what_transformers_keeps_in_float32_is_not_rounded(architecture, tmp_path):
+    """Biases by which experts are chosen: bfloat16 would make ties of them."""
+    config = AutoConfig.for_model(architecture, vocab_size=97, **SIZES, **EXPERTS, **HEADS)
+    model, base, out = tiny_model(config), tmp_path / "base", tmp_path / "out"
+    biases = [weight for name, weight in model.state_dict().items() if "e_score_correction_bias" in name]
+    for bias in biases:
+        bias.copy_(7.5 + 0.001 * torch.arange(len(bias)))
+    model.save_pretrained(base)
+    assert merge(saved_adapter(base, tmp_path / "adapter", target_modules=["q_proj"]), out) == 0
+    merged = load_file(out / WHOLE)
+    kept = [weight for weight in merged.values() if weight.dtype == torch.float32]
+    assert biases and len(kept) == len(biases) and all(map(torch.equal, kept, biases))
+    assert {weight.dtype for weight in merged.values()} == {torch.float32, torch.bfloat16}
 
 
 def test_rank_stabilised_scale(tmp_path):
