@@ -50,6 +50,19 @@ def put_in_place(partial: Path, path: Path) -> None:
     _flush(path.parent)
 
 
+def put_contents_in_place(partial: Path, directory: Path, last: str) -> None:
+    """Moves the files in and below `partial` to the same places in `directory`, one by one, in place of those there.
+
+    last: the name of the file that says that all are there.
+    """
+    files = [path for path in partial.rglob("*") if path.is_file()]
+    for file in sorted(files, key=lambda file: file == partial / last):
+        place = directory / file.relative_to(partial)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        put_in_place(file, place)
+    shutil.rmtree(partial)
+
+
 def _flush(path: Path) -> None:
     """Has the disk hold what is written of a file, or the names in a directory."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -28,10 +28,10 @@ from lowmem_npo.sources import check_model_name
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BEFORE_1_6 = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)  # with which PyTorch's files began
 OLD_WHOLE, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-BESIDE_WEIGHTS = (
+BESIDE_WEIGHTS = (  # by patterns
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
-    "chat_template.jinja", "chat_template.json",
+    "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
 )  # fmt: skip
 _TYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,

@@ -237,9 +237,10 @@ def write_merged(
             }
             index.setdefault("metadata", {})["total_size"] = total
             (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for name in BESIDE_WEIGHTS:
-        if (checkpoint.folder / name).is_file():
-            shutil.copyfile(checkpoint.folder / name, out / name)
+    for beside in (path for pattern in BESIDE_WEIGHTS for path in checkpoint.folder.glob(pattern)):
+        copy = out / beside.relative_to(checkpoint.folder)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(beside, copy)
     if checkpoint.converted is not None:
         _write_native(checkpoint.converted, out)
     if dtype is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,6 +175,22 @@ def test_a_finished_run_resumed_is_measured_but_not_trained(byte_model, tmp_path
     capsys.readouterr()
     assert main(["train", *arguments, "--resume", "--max-steps", "2"]) == 2
     assert "has trained 3 steps, and these settings ask for 2" in capsys.readouterr().err
+
+
+def test_a_run_with_named_chat_templates_resumes_once_its_adapter_is_saved(byte_model, tmp_path):
+    """transformers saves them as a directory, which cannot be renamed onto that of the interrupted run."""
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(byte_model, base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ messages }}{{ tools }}"}
+    tokenizer.save_pretrained(base)
+    arguments = ["--model", str(base), "--template", "plain", "--device", "cpu", "--limit", "4", "--leaks", "none"]
+    arguments += ["--max-steps", "1", "--eval-rows", "0", "--output-dir", str(run)]
+    assert main(["train", *arguments]) == 0
+    (run / "report.json").unlink()  # it was killed before its last file
+    assert main(["train", *arguments, "--resume"]) == 0
+    assert AutoTokenizer.from_pretrained(run).chat_template == tokenizer.chat_template
+    assert not (run / "adapter.partial").exists()
 
 
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")

@@ -26,7 +26,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.automatic import as_begun
 from lowmem_npo.estimate.background import Watched, record, watch
 from lowmem_npo.evaluation.answers import Evaluations, in_sentences_of_its_own, summaries
-from lowmem_npo.files import PARTIAL, put_in_place, write_atomically
+from lowmem_npo.files import PARTIAL, put_contents_in_place, write_atomically
 from lowmem_npo.memory.switches import apply_switches, load_base
 from lowmem_npo.model import attach_lora, reference_mode
 from lowmem_npo.model.layers import causal_lm
@@ -249,9 +249,7 @@ def _save_adapter(trainer: NPOTrainer, directory: RunDirectory) -> None:
     staging = directory.path / f"adapter{PARTIAL}"
     trainer.save_model(str(staging))
     if trainer.args.should_save:
-        for file in sorted(staging.iterdir(), key=lambda file: file.name == directory.weights.name):
-            put_in_place(file, directory.path / file.name)
-        staging.rmdir()
+        put_contents_in_place(staging, directory.path, last=directory.weights.name)
 
 
 def _stopping(plan: RunPlan, model: PeftModel, say: Say) -> Stopping | None:

@@ -13,12 +13,13 @@ import torch
 from helpers.architectures import tiny_config
 from helpers.merges import fails, logits, merge, merged_by_peft, saved_adapter, saved_base
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.claim import LOCK, claimed
 from lowmem_npo.model import merging
-from lowmem_npo.model.checkpoint import INDEX, find_checkpoint
+from lowmem_npo.model.checkpoint import BESIDE_WEIGHTS, INDEX, find_checkpoint
 
 
 def test_shards_keep_their_names_and_one_is_in_memory_at_a_time(tmp_path, monkeypatch):
@@ -65,6 +66,19 @@ def test_the_tokenizer_comes_along(byte_model, tmp_path):
     assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"  # stored as float32, merged as bf16
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
     assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1  # whoever reads one reads all
+
+
+def test_named_chat_templates_come_along(byte_model, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(byte_model, base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ messages }}{{ tools }}"}
+    tokenizer.save_pretrained(base)
+    assert merge(saved_adapter(base, tmp_path / "adapter"), tmp_path / "out") == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
+    files = [path.relative_to(base).as_posix() for path in base.rglob("*.jinja")]
+    downloaded = filter_repo_objects(files, allow_patterns=list(BESIDE_WEIGHTS))
+    assert len(files) == 2 and list(downloaded) == files
 
 
 @pytest.mark.parametrize("shards", [False, True])
