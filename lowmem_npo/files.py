@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -124,6 +125,17 @@ def read_at_most(path: Path, most: int) -> bytes:
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         os.set_blocking(file.fileno(), True)  # for those who write into it now
         return file.read(most + 1)
+
+
+def is_mount_point(path: Path) -> bool:
+    """Whether nothing can be renamed onto this resolved path, as a disk or a directory is mounted there.
+
+    `os.path.ismount` misses a directory of the same disk.
+    """
+    table = Path("/proc/self/mountinfo")
+    mounts = table.read_text(encoding="utf-8", errors="surrogateescape").split("\n") if table.exists() else []
+    escaped = re.sub(r"[ \t\n\\]", lambda special: f"\\{ord(special[0]):03o}", str(path))
+    return os.path.ismount(path) or any(mount.split(" ")[4:5] == [escaped] for mount in mounts)
 
 
 def free_bytes(path: Path) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lowmem_npo.claim import workspace
+from lowmem_npo.claim import LOCK, check_unclaimed, workspace
 from lowmem_npo.commands.merge.findings import findings
 from lowmem_npo.commands.merge.measuring import (
     MERGED_INTO,
@@ -24,7 +24,7 @@ from lowmem_npo.commands.merge.measuring import (
 from lowmem_npo.commands.merge.options import AUTO, DEQUANTIZED, WHOLE, MergeConfig
 from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
-from lowmem_npo.files import PARTIAL, expanded, put_in_place
+from lowmem_npo.files import PARTIAL, expanded, is_mount_point, put_contents_in_place, put_in_place
 from lowmem_npo.model.checkpoint import Checkpoint, find_checkpoint
 from lowmem_npo.model.dequantized import DequantizedBase
 from lowmem_npo.model.loading import DTYPES as COMPUTE_TYPES
@@ -46,11 +46,14 @@ def merge(config: MergeConfig, say: Say = print) -> Path:
     """
     name, revision = recorded_base(config.adapter, config.model, config.revision, config.any_base, say)
     out = Path(os.path.realpath(expanded(config.output_dir)))  # the merged model is not renamed onto a link
-    partial = out.with_name(out.name + PARTIAL)  # until it is complete
+    mounted = is_mount_point(out)
+    partial = out / f"merged{PARTIAL}" if mounted else out.with_name(out.name + PARTIAL)  # until it is complete
     if partial.exists():
         with workspace(partial, say):  # removes what a killed merge has left, be it of one that was complete
             pass
     check_empty(out)
+    check_unclaimed(out)
+    (out / LOCK).unlink(missing_ok=True)  # of a killed process; nothing can be renamed onto a directory that holds it
     checkpoint = find_checkpoint(name, revision)
     updates = find_updates(config.adapter, checkpoint)
     dtype = DTYPES[config.dtype]
@@ -74,7 +77,10 @@ def merge(config: MergeConfig, say: Say = print) -> Path:
         weights = f"{kind}, on the base's NF4 weights, dequantised" if chosen == DEQUANTIZED else kind
         card = merged_card(adapter, name, revision, weights, published, other, plan.measurements)
         RunFiles(partial / chosen).model_card.write_text(card, encoding="utf-8")
-        put_in_place(partial / chosen, out)
+        if mounted:
+            put_contents_in_place(partial / chosen, out, last="config.json")  # without which it is no model
+        else:
+            put_in_place(partial / chosen, out)
     changed = f"{len(updates)} of {sum(1 for _ in checkpoint.tensors())} weights"
     say(f"The adapter changes {changed}; the merged model ({amount(needed)}) is in {out}.")
     if plan.rows is not None and plan.measured:

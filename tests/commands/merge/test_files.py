@@ -6,7 +6,10 @@ import hashlib
 import json
 import math
 import shutil
+import subprocess
 import weakref
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,6 +140,49 @@ def test_what_an_interrupted_merge_leaves_is_in_nobodys_way(tmp_path, capsys, mo
     with pytest.raises(ZeroDivisionError):
         merge(adapter, tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"]
+
+
+@pytest.fixture(params=["disk", "directory"])
+def mounted(request, tmp_path) -> Iterator[Path]:
+    """A directory onto which nothing can be renamed, as `docker -v` makes them: of another disk, or of the same."""
+    out, there = tmp_path / "mounted here", tmp_path / "there"
+    out.mkdir(), there.mkdir()
+    how = ["-t", "tmpfs", "-o", "size=100m", "tmpfs"] if request.param == "disk" else ["--bind", there]
+    if subprocess.run(["mount", *how, out], capture_output=True).returncode != 0:
+        pytest.skip("nothing can be mounted here")
+    yield out
+    subprocess.run(["umount", "--lazy", out], check=True)
+
+
+def test_a_mount_point_gets_the_files_one_by_one_the_configuration_last(mounted, tmp_path, capsys, monkeypatch):
+    saved_base(tmp_path / "base")
+    adapter, partial = saved_adapter(tmp_path / "base", tmp_path / "adapter"), mounted / "merged.partial"
+    partial.mkdir()
+    for name in (LOCK, "model.safetensors"):  # of a merge that was killed
+        (partial / name).write_text("")
+    assert merge(adapter, mounted) == 0 and merge(adapter, tmp_path / "out") == 0
+    files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert {path.name: path.read_bytes() for path in mounted.iterdir()} == files
+    for path in mounted.iterdir():
+        path.unlink()
+    real = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda a, b: 1 / 0 if b == mounted / "config.json" else real(a, b))
+    with pytest.raises(ZeroDivisionError):
+        merge(adapter, mounted)
+    assert {path.name for path in mounted.iterdir()} == set(files) - {"config.json"}
+
+
+def test_the_root_and_what_a_killed_run_has_left(tmp_path, capsys):
+    saved_base(tmp_path / "base")
+    adapter, out = saved_adapter(tmp_path / "base", tmp_path / "adapter"), tmp_path / "out"
+    capsys.readouterr()  # progress
+    fails(capsys, merge(adapter, "/"), "'/' holds other files")
+    with claimed(out):
+        fails(capsys, merge(adapter, out), "in use by process")
+    out.mkdir()
+    (out / LOCK).write_text("")  # of a run that was killed before its first file
+    assert merge(adapter, out) == 0
+    assert (out / "model.safetensors").exists() and not (out / LOCK).exists()
 
 
 def test_a_full_disk_and_an_interruption(tmp_path, capsys, monkeypatch):
