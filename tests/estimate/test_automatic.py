@@ -10,15 +10,7 @@ import yaml
 from helpers.tiny_models import CONFIGS, tiny_model
 
 from lowmem_npo.commands.arguments import parse_run
-from lowmem_npo.config import (
-    DataConfig,
-    MemoryConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OutputConfig,
-    RunConfig,
-    TrainingConfig,
-)
+from lowmem_npo.config import MemoryConfig, ModelConfig, ObjectiveConfig, OutputConfig, RunConfig, TrainingConfig
 from lowmem_npo.data import TokenizedRows
 from lowmem_npo.data.chat import today
 from lowmem_npo.estimate import automatic
@@ -79,8 +71,9 @@ def test_the_reference_is_cached_where_it_is_read_again(training, memory, refere
 @pytest.mark.parametrize(("steps", "reference"), [(2, "live"), (4, "cached")])
 def test_other_answers_do_not_lengthen_an_epoch(steps, reference, tmp_path):
     """Eight rows to forget, each with another answer: two steps of four are an epoch."""
-    objective, training = ObjectiveConfig(forget_term="dpo"), TrainingConfig(max_steps=steps)
-    asked = run(tmp_path, objective=objective, training=training, data=DataConfig(alternative_column="other"))
+    asked = run(tmp_path, training=TrainingConfig(max_steps=steps))
+    data = replace(asked.data, alternative_column="other")
+    asked = replace(asked, objective=ObjectiveConfig(forget_term="dpo"), data=data)
     config, _ = decided(asked, alternatives=ROWS)
     assert config.memory.reference == reference
 
