@@ -15,7 +15,15 @@ import yaml
 from lowmem_npo.claim import LOCK, check_unclaimed, make_directory
 from lowmem_npo.config import KEPT_CHECKPOINTS, DataConfig, MemoryConfig, ModelConfig, OutputConfig, RunConfig
 from lowmem_npo.errors import UserError
-from lowmem_npo.files import PARTIAL, expanded, file_in_the_way, free_bytes, missing_below, write_atomically
+from lowmem_npo.files import (
+    PARTIAL,
+    expanded,
+    file_in_the_way,
+    free_bytes,
+    is_mount_point,
+    missing_below,
+    write_atomically,
+)
 from lowmem_npo.ranges import check_values, field_types, on_or_off, shortened
 from lowmem_npo.settings_file import read_settings
 from lowmem_npo.sizes import compared
@@ -276,7 +284,8 @@ def check_empty(path: Path, first: str | None = None) -> None:
     if file := file_in_the_way(path):
         what = "" if file == path else f" cannot be made: '{file}'"
         raise UserError(f"--output-dir '{path}'{what} is a file: choose a directory.")
-    if path.is_dir() and {file.name for file in path.iterdir()} - {LOCK, f"{first}{PARTIAL}"}:
+    of_disk = {"lost+found"} if is_mount_point(path) else set()
+    if path.is_dir() and {file.name for file in path.iterdir()} - {LOCK, f"{first}{PARTIAL}", *of_disk}:
         raise UserError(f"--output-dir '{path}' holds other files: choose an empty or a new directory.")
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -51,7 +51,11 @@ class ChatTemplate:
             given = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in given]
         template = self._tokenizer.get_chat_template(options.get("chat_template"), options.get("tools"))
         if "strftime_now" in template:
-            options = {**options, "chat_template": CLOCK + template, "chat_date": _codes(template, self._date)}
+            options = {
+                **options,
+                "chat_template": CLOCK + template,
+                "chat_date": _codes(f"{template} {options}", self._date),
+            }
         return str(self._tokenizer.apply_chat_template(given, tokenize=False, **options))
 
     @cached_property
@@ -63,8 +67,8 @@ class ChatTemplate:
         return False
 
 
-@cache
-def _codes(template: str, date: str) -> dict[str, str]:
-    """What stands for the parts of a date in `template`, such as %d -> 24."""
+@lru_cache(maxsize=64)
+def _codes(text: str, date: str) -> dict[str, str]:
+    """What stands for the parts of a date in `text`, a template with its options, such as %d -> 24."""
     now = datetime.fromisoformat(date)
-    return {code: now.strftime(code) for code in re.findall("%-?[A-Za-z]", template)}
+    return {code: now.strftime(code) for code in re.findall("%-?[A-Za-z]", text)}

@@ -34,6 +34,7 @@ TOKENS = ("answer", "all")
 MAX_OPENING = 200  # characters at the end of a prompt that may already open its answer
 # Parts of a conversation that not every chat template knows.
 READ = ("tools", *CALLS, "reasoning_content", "reasoning", "thinking")
+SHORT = 16  # characters that may stand in a template by chance
 SYSTEM = ("system", "developer")  # roles of the system prompt
 
 DELAY = 2  # seconds after which a bar shows how far it is
@@ -329,8 +330,12 @@ def _check_written(render: Render, messages: Sequence[Message], example: Example
     all_said, written = "\n".join(said), _squeezed(prompt)
     ask = partial(render, add_generation_prompt=True)
     for place, content in enumerate(said):
-        # Counted, since another turn may say the same; looked for first, since writing the turns anew takes long.
-        if content and written.count(content) < all_said.count(content) and not _reads(ask, earlier, place, prompt):
+        # Counted, since another turn may say the same; looked for first, since writing the turns anew takes long. The
+        # template's own words hold many a short one, such as the result of a tool.
+        found = written.count(content) >= all_said.count(content)
+        if len(content) < SHORT and earlier[place]["role"] not in ("user", "assistant"):
+            found = False
+        if content and not found and not _reads(ask, earlier, place, prompt):
             raise _unwritten(example, earlier[place]["role"])
     beside_call = any(last.get(call) for call in CALLS) and _squeezed(last["content"]) not in _squeezed(whole)
     if beside_call and not _reads(render, messages, len(earlier), whole):

@@ -1,5 +1,5 @@
-"""Tensors of a checkpoint that transformers keeps in float32 in a model of smaller numbers, such as the biases by which
-experts are chosen: rounded, they become ties."""
+"""Tensors of a checkpoint that transformers may keep in float32 in a model of smaller numbers, such as the biases by
+which experts are chosen: rounded, they become ties. (Some it keeps so beside float16 alone, and rounds them itself.)"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, bui
 
 
 def kept_in_float32(architecture: PretrainedConfig, tensors: Iterable[str]) -> set[str]:
-    """Those of `tensors`, named as a checkpoint names them, that the model's class keeps so."""
+    """Those of `tensors`, named as a checkpoint names them, that the model's class may keep so."""
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(architecture)
     patterns = sorted({*model._keep_in_fp32_modules, *model._keep_in_fp32_modules_strict})

@@ -19,6 +19,7 @@ from lowmem_npo.console import Say, silent
 from lowmem_npo.files import expanded
 
 WEIGHTS = ("*.safetensors", "*.bin", "config.json", "tokenizer.json")  # the files of a directory that make a model
+LOADED = ("model*.safetensors", "pytorch_model*.bin", "model.pt")  # those of its weights alone
 # Those that decide how it is asked, and where it stops.
 ASKING = ("chat_template*", "additional_chat_templates/*", "*_config.json", "special_tokens_map.json")
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of each file
@@ -63,7 +64,7 @@ def digest_of(name: str, revision: str | None = None, patterns: Sequence[str] = 
     folder, digest = expanded(name), hashlib.sha256()
     if not folder.is_dir():
         digest.update(f"{name} {commit_of(name, revision)}".encode())
-    for path in sorted(file for pattern in patterns for file in folder.glob(pattern)):
+    for path in sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file()):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:

@@ -33,7 +33,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.files import expanded, file_sha256, load_json, name_of, write_atomically
 from lowmem_npo.model import resolve_name
 from lowmem_npo.model.layers import causal_lm
-from lowmem_npo.model.names import commit_of, digest_of
+from lowmem_npo.model.names import LOADED, commit_of, digest_of
 from lowmem_npo.model.saved_adapter import resolve_base
 from lowmem_npo.ranges import Count
 from lowmem_npo.records import Amount, check_record
@@ -78,7 +78,7 @@ def begin_audit(directory: Path, config: RunConfig, data: PreparedData, model: P
             "directory": name_of(loaded) if expanded(loaded).is_dir() else None,  # what "." is called is known here
             "revision": config.model.revision,
             "commit": commit_of(loaded, config.model.revision),
-            "files": digest_of(loaded, config.model.revision),
+            "files": digest_of(loaded, patterns=LOADED) if expanded(loaded).is_dir() else None,  # a commit names them
             "class": type(base).__name__,
             "vocabulary": cast(Tensor, base.get_input_embeddings().weight).shape[0],
             "weights": "4-bit NF4" if config.model.qlora else config.model.dtype,
@@ -135,7 +135,7 @@ STEPS = {"seed": int, "sessions": Annotated[list[Any], MinLen(1)], "optimizer_st
 MODEL = {
     "name": str, "loaded": str, "directory": str | None, "revision": str | None, "commit": str | None, "class": str,
     "vocabulary": Count, "weights": str, "weights_fingerprint": str, "weights_fingerprint_is": str,
-    "adapter": dict[str, str] | None, "files": str,
+    "adapter": dict[str, str] | None, "files": str | None,
 }  # fmt: skip
 DATA = {"source": str, "rows": Count, "tokenised": str, "sha256": str | None}
 SESSION = {
@@ -264,7 +264,7 @@ def check_same_adapter(directory: Path, config: RunConfig) -> None:
 
 def check_same_model(directory: Path, config: RunConfig) -> None:
     """Raises UserError if the run in `directory`, which is to be resumed, began with other weights of its base."""
-    if _changed(directory, resolve_name(config.model.model, config.model.revision), config.model.revision):
+    if _changed(directory, resolve_name(config.model.model, config.model.revision)):
         raise UserError(
             f"--resume: the model in '{config.model.model}' has changed since the run in '{directory}' began; start "
             "anew."
@@ -277,16 +277,16 @@ def recorded_base(
     """As `resolve_base`, which this is; raises a UserError also where another model is in the place of that base."""
     name, revision = resolve_base(adapter, model, revision, any_base, say)
     if not any_base:
-        check_recorded_base(adapter, name, revision)
+        check_recorded_base(adapter, name)
     return name, revision
 
 
-def check_recorded_base(adapter: str, name: str, revision: str | None) -> None:
-    """Raises UserError if the model that `name` and `revision` give now is known not to be the one that the adapter in
-    the directory `adapter` was trained on, but another in its place."""
+def check_recorded_base(adapter: str, name: str) -> None:
+    """Raises UserError if the model that `name` gives now is known not to be the one that the adapter in the directory
+    `adapter` was trained on, but another in its place."""
     run = run_of_adapter(expanded(adapter).resolve()).path
     try:
-        changed = _changed(run, name, revision)
+        changed = _changed(run, name)
     except UserError:  # a damaged record, of which the report tells
         return
     if changed:
@@ -296,14 +296,11 @@ def check_recorded_base(adapter: str, name: str, revision: str | None) -> None:
         )
 
 
-def _changed(run: Path, name: str, revision: str | None) -> bool:
-    """Whether other files are in the place of those that the run's base was loaded from, as far as that is recorded:
-    in directories, or of the same name on the hub."""
-    record = (read_audit(run) or {}).get("model", {})
-    recorded, here = record.get("files"), expanded(name).is_dir()
-    if recorded is None or here != (record.get("directory") is not None) or not (here or record["loaded"] == name):
-        return False
-    return bool(digest_of(name, revision) != recorded)
+def _changed(run: Path, name: str) -> bool:
+    """Whether other weights are in the place of those that the run's base was loaded from, as far as that is recorded:
+    of directories."""
+    recorded = (read_audit(run) or {}).get("model", {}).get("files")
+    return bool(recorded and expanded(name).is_dir() and digest_of(name, patterns=LOADED) != recorded)
 
 
 def find_rows(directory: Path, source: str) -> list[tuple[str, int | None]]:

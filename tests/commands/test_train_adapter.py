@@ -135,6 +135,9 @@ def test_another_model_in_the_place_of_the_base_is_noticed(train, first, byte_mo
     base, run = tmp_path / "base", tmp_path / "run"
     shutil.copytree(byte_model, base)
     train(run, "--model", base)
+    (base / "training_args.bin").write_bytes(b"of another program")
+    (base / "config.json").write_text(json.dumps(json.loads((base / "config.json").read_text())))  # in one line
+    assert main(["merge", "--adapter", str(run), "--output-dir", str(tmp_path / "same")]) == 0
     weights = load_file(base / "model.safetensors")
     save_file({name: weight * 1.01 for name, weight in weights.items()}, base / "model.safetensors", {"format": "pt"})
     capsys.readouterr()

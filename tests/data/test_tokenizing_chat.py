@@ -356,6 +356,7 @@ CALL_OR_CONTENT = (
     [
         ((*ASKED_TOOL, PIN, TURNS[1]), ["tool"], "tool"),
         ((*ASKED_TOOL, {**PIN, "content": "4711"}, TURNS[1]), ["tool"], "tool"),  # another turn says so, too
+        ((*ASKED_TOOL, {**PIN, "content": "user"}, TURNS[1]), ["tool"], "tool"),  # and here the template
         ((TURNS[0], {**USED[0], "content": "I look."}, USED[1], TURNS[1]), [], "assistant"),
         ((TURNS[0], {**USED[0], "content": "I look."}), [], "assistant"),
         (TURNS[:2], ["user"], "user"),

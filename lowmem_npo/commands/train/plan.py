@@ -149,8 +149,7 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
     if config.adapter.adapter is not None:
         if not config.adapter.any_base:
             check_base(config.adapter.adapter, config.model.model)
-            base = resolve_name(config.model.model, config.model.revision)
-            check_recorded_base(config.adapter.adapter, base, config.model.revision)
+            check_recorded_base(config.adapter.adapter, resolve_name(config.model.model, config.model.revision))
         if settings_of_run(config.adapter.adapter).get("qlora") and not config.model.qlora:
             say("The adapter was trained on the 4-bit base, and goes on on the unquantised one (no --qlora).")
     quantized = quantization_of(model_config, config.model) is not None
