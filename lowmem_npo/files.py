@@ -56,11 +56,12 @@ def put_contents_in_place(partial: Path, directory: Path, last: str) -> None:
 
     last: the name of the file that says that all are there.
     """
-    files = [path for path in partial.rglob("*") if path.is_file()]
-    for file in sorted(files, key=lambda file: file == partial / last):
-        place = directory / file.relative_to(partial)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        put_in_place(file, place)
+    paths = sorted(partial.rglob("*"))  # a directory before what is in it
+    for path in paths:
+        if path.is_dir():
+            (directory / path.relative_to(partial)).mkdir(exist_ok=True)
+    for file in sorted((path for path in paths if path.is_file()), key=lambda file: file == partial / last):
+        put_in_place(file, directory / file.relative_to(partial))
     shutil.rmtree(partial)
 
 

@@ -333,7 +333,7 @@ def _check_written(render: Render, messages: Sequence[Message], example: Example
         # Counted, since another turn may say the same; looked for first, since writing the turns anew takes long. The
         # template's own words hold many a short one, such as the result of a tool.
         found = written.count(content) >= all_said.count(content)
-        if len(content) < SHORT and earlier[place]["role"] not in ("user", "assistant"):
+        if len(content) < SHORT and earlier[place]["role"] not in ("user", "assistant", *SYSTEM):
             found = False
         if content and not found and not _reads(ask, earlier, place, prompt):
             raise _unwritten(example, earlier[place]["role"])
