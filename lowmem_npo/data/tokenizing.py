@@ -332,11 +332,11 @@ def _check_written(render: Render, messages: Sequence[Message], example: Example
     for place, content in enumerate(said):
         # Counted, since another turn may say the same; looked for first, since writing the turns anew takes long. The
         # template's own words hold many a short one, such as the result of a tool.
-        found = written.count(content) >= all_said.count(content)
-        if len(content) < SHORT and earlier[place]["role"] not in ("user", "assistant", *SYSTEM):
-            found = False
-        if content and not found and not _reads(ask, earlier, place, prompt):
-            raise _unwritten(example, earlier[place]["role"])
+        role = earlier[place]["role"]
+        by_chance = len(content) < SHORT and role not in ("user", "assistant", *SYSTEM)
+        doubtful = by_chance or written.count(content) < all_said.count(content)
+        if content and doubtful and not _reads(ask, earlier, place, prompt):
+            raise _unwritten(example, role)
     beside_call = any(last.get(call) for call in CALLS) and _squeezed(last["content"]) not in _squeezed(whole)
     if beside_call and not _reads(render, messages, len(earlier), whole):
         raise _unwritten(example, last["role"])

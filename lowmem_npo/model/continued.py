@@ -184,7 +184,7 @@ def continued(model: PreTrainedModel, folder: str, second: LoraConfig) -> Contin
 def first_of_two(model: PeftModel, ranks: Mapping[str, int]) -> Iterator[None]:
     """Inside, `model`, with an adapter that a `ContinuedModel` saved, has the first of the two alone.
 
-    ranks: as `first_ranks` read them.
+    ranks: layer -> how many of its ranks are the first one's, as `load_adapter` leaves them.
     """
     whole: list[tuple[nn.Parameter, Tensor, int]] = []
     of_second: list[nn.Module] = []

@@ -274,7 +274,7 @@ def check_same_model(directory: Path, config: RunConfig) -> None:
 def recorded_base(
     adapter: str, model: str | None, revision: str | None, any_base: bool, say: Say
 ) -> tuple[str, str | None]:
-    """As `resolve_base`, which this is; raises a UserError also where another model is in the place of that base."""
+    """As `resolve_base`; raises a UserError also where another model is in the place of that base."""
     name, revision = resolve_base(adapter, model, revision, any_base, say)
     if not any_base:
         check_recorded_base(adapter, name)

@@ -10,6 +10,14 @@ from lowmem_kernels import IGNORE_INDEX
 
 from lowmem_npo.data.tokenized_rows import TokenizedRow
 
+DEEP = '{"a":' + "[" * 100_000  # what no reader of JSON takes
+
+
+def write(path: Path, content: str | bytes) -> str:
+    """Writes a file, and returns the path as a command line takes it."""
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
 
 def write_rows(path: Path, rows: Iterable[dict]) -> str:
     """Writes `rows` as JSON lines, and returns the path as a command line takes it."""

@@ -28,12 +28,12 @@ from lowmem_npo.console import Say, silent
 from lowmem_npo.data.chat import TODAY, today
 from lowmem_npo.endings import ended_with, going_on
 from lowmem_npo.errors import UserError, Vanished
-from lowmem_npo.estimate.automatic import as_begun
 from lowmem_npo.evaluation.answers import read_answers, save_answers, summaries
 from lowmem_npo.evaluation.leaks.registry import leak_tests
 from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.files import load_json, write_atomically
 from lowmem_npo.model import load_model
+from lowmem_npo.model.saved_adapter import settings_of_run
 from lowmem_npo.report.files import write_report
 from lowmem_npo.run_directory import EvaluationFiles, RunDirectory, RunFiles, check_empty
 
@@ -125,11 +125,8 @@ def _sweep_claimed(
 
 def _of_one_date(runs: Sequence[SweepRun]) -> list[SweepRun]:
     """The runs, with the date for their chat templates with which the first of them began."""
-    begun = (run.config for run in runs if RunFiles(run.directory).run_yaml.exists())
-    if (first := next(begun, None)) is not None:
-        date = as_begun(replace(first, output=replace(first.output, resume=True))).data.chat_date
-    else:
-        date = today()
+    recorded = (settings_of_run(str(run.directory)).get("chat_date") for run in runs)
+    date = next(filter(None, recorded), today())
     return [
         replace(run, config=replace(run.config, data=replace(run.config.data, chat_date=date)))
         if run.config.data.chat_date == TODAY
