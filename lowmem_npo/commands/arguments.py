@@ -87,7 +87,7 @@ def parse_run(arguments: Sequence[str], command: str, more_flags: Sequence[str] 
 def parse(kind: type, arguments: Sequence[str], command: str, config: tuple[Any, ...] = (), **options: Any) -> Any:
     """What tyro makes of the command line; a mistake in it, which tyro explains in a box, is a UserError."""
     messages, arguments = io.StringIO(), with_none(arguments, optional_numbers(kind))
-    config += (tyro.conf.HelptextFromCommentsOff,)  # `with_help` has all texts: tyro need not look for more in the source
+    config += (tyro.conf.HelptextFromCommentsOff,)  # `with_help` has found all texts in the source
     try:
         with redirect_stderr(messages):
             return tyro.cli(kind, args=arguments, prog=f"lowmem-npo {command}", config=config, **options)

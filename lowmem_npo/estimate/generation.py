@@ -14,7 +14,7 @@ from lowmem_npo.data.self_written import TOKENS
 from lowmem_npo.estimate.report import Report
 from lowmem_npo.estimate.time import duration
 from lowmem_npo.evaluation.answers import answer_length, choose_rows, question
-from lowmem_npo.evaluation.scoring.batching import CACHE_BYTES, batches, token_bytes
+from lowmem_npo.evaluation.scoring.batching import batches, cached_at_once
 from lowmem_npo.model.loading import DTYPES
 
 MOST_HOURS = 1.0  # that answers may take to be written, of which there is a half before and a half after training
@@ -96,7 +96,7 @@ def written_passes(lengths: Sequence[tuple[int, int]], room: int) -> int:
 
 def cache_room(architecture: PretrainedConfig, dtype: str) -> int:
     """Tokens whose keys and values are kept at once; dtype: of `DTYPES`."""
-    return max(1, CACHE_BYTES // token_bytes(architecture, DTYPES[dtype].itemsize))
+    return cached_at_once(architecture, DTYPES[dtype].itemsize)
 
 
 def _lengths(rows: Sequence[TokenizedRow], limit: int, wanted: int | None) -> list[tuple[int, int]]:

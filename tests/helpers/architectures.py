@@ -193,7 +193,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 def tiny_config(architecture: str, vocabulary: int) -> PretrainedConfig:
     """The configuration of a model of `architecture`, a `model_type` in ARCHITECTURES."""
     ids = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
-    return AutoConfig.for_model(architecture, vocab_size=vocabulary, **ids, **{**SIZES, **ARCHITECTURES[architecture]})
+    declared = AutoConfig.for_model(architecture)  # Mamba's has no attention heads, and is to have none
+    sizes = {name: size for name, size in SIZES.items() if hasattr(declared, name)}
+    return AutoConfig.for_model(architecture, vocab_size=vocabulary, **ids, **{**sizes, **ARCHITECTURES[architecture]})
 
 
 def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:

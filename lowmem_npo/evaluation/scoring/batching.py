@@ -16,19 +16,22 @@ CACHE_BYTES = 2**30  # bounds the keys and values that generation keeps
 
 def cache_tokens(model: PreTrainedModel | PeftModel) -> int:
     """How many tokens' keys and values fit into `CACHE_BYTES`: 2048 of OLMo-7B in bf16, many more of small models."""
-    return max(1, CACHE_BYTES // token_bytes(model.config, model.get_output_embeddings().weight.element_size()))
+    return cached_at_once(model.config, model.get_output_embeddings().weight.element_size())
 
 
-def token_bytes(architecture: PretrainedConfig, itemsize: int) -> int:
-    """Bytes of the keys and values that generation keeps of a token, of `itemsize` bytes each."""
+def cached_at_once(architecture: PretrainedConfig, itemsize: int) -> int:
+    """The same of a model that is not loaded, whose keys and values have `itemsize` bytes each."""
     config = architecture.get_text_config()
     layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers  # Gemma 4's differ
-    return 2 * sum(map(_cache_width, layers)) * itemsize
+    return CACHE_BYTES // max(1, 2 * sum(map(_cache_width, layers)) * itemsize) or 1
 
 
 def _cache_width(layer: PretrainedConfig) -> int:
-    heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
-    return heads * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
+    """Keys per token; 0 of state space models, which keep as much of any number of tokens."""
+    if (heads := getattr(layer, "num_attention_heads", None)) is None:
+        return 0
+    kept = getattr(layer, "num_key_value_heads", None) or heads
+    return kept * (getattr(layer, "head_dim", None) or layer.hidden_size // heads)
 
 
 def at_once(batch_size: int, rows: int, streamed: bool) -> int:
