@@ -87,6 +87,9 @@ def begin_audit(directory: Path, config: RunConfig, data: PreparedData, model: P
             "adapter": _continued(config),
         },
         "data": {part: _data_record(part, *used) for part, used in parts.items() if used[1] is not None},
+        "level_rows": [row_hash(row, salt) for row in data.level_rows.examples]
+        if data.level_rows is not None
+        else None,
         "forget_rows": {
             "algorithm": ALGORITHM,
             "salt": salt,
@@ -128,6 +131,7 @@ def finish_audit(
 RECORD = {
     "configuration": dict[str, Any], "model": dict[str, Any], "data": dict[str, dict[str, Any]],
     "forget_rows": dict[str, Any], "sessions": list[dict[str, Any]], "adapter": dict[str, Any] | None,
+    "level_rows": list[str] | None,
 }  # fmt: skip
 FORGET_ROWS = {"salt": str, "sha256": list[str]}
 # What a report tells of it.
@@ -175,7 +179,7 @@ def read_audit(directory: Path) -> Audit | None:
     path = RunFiles(directory).audit
     try:
         audit = load_json(path)
-        check_record(audit, RECORD)
+        check_record(audit, RECORD, optional=["level_rows"])
         check_record(audit["forget_rows"], FORGET_ROWS)
         bytes.fromhex(audit["forget_rows"]["salt"])
     except FileNotFoundError:
@@ -186,6 +190,18 @@ def read_audit(directory: Path) -> Audit | None:
             "removing it."
         ) from error
     return audit
+
+
+def judging(directory: Path, holdout: Sequence[Example]) -> list[int]:
+    """Places of the holdout rows that the run in `directory` can be judged by: of those that did not set the levels up
+    to which it forgot. All of them where nothing is recorded."""
+    try:
+        audit = read_audit(directory) or {}
+    except UserError:  # damaged, of which the report tells
+        audit = {}
+    known = {*(audit.get("level_rows") or [])}
+    salt = audit["forget_rows"]["salt"] if known else ""
+    return [place for place, row in enumerate(holdout) if not known or row_hash(row, salt) not in known]
 
 
 def recorded_adapter(directory: Path) -> str | None:

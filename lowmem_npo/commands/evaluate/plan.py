@@ -35,7 +35,7 @@ from lowmem_npo.model.names import digest_of
 from lowmem_npo.model.notes import model_notes
 from lowmem_npo.model.saved_adapter import settings_of_run
 from lowmem_npo.model.stop_tokens import stop_tokens
-from lowmem_npo.report.audit import are_others, recorded_base
+from lowmem_npo.report.audit import are_others, judging, recorded_base
 from lowmem_npo.run_directory import AdapterFiles, run_of_adapter
 from lowmem_npo.sources import data_names, shown_names
 
@@ -211,12 +211,13 @@ def _select_for_leaks(
             context.notes.append(f"{shared} that the model was never taught (the run had --allow-overlap).")
     selected, measured = {}, dict[str, list[Example]]()
     for part, of_part in examples.items():
-        places = context.choose(len(of_part))
+        among = _judging(config, of_part, context) if part == "holdout" else [*range(len(of_part))]
+        places = [among[i] for i in context.choose(len(among))]
         measured[part] = chosen = [of_part[i] for i in places]
         rows = tokenize(chosen, context.tokenizer, max_length=config.tokens_per_row, template=context.template)
         for example, row in zip(chosen, rows, strict=True):
             context.check(example.where, row["input_ids"])
-        selected[part] = Selection(rows, len(of_part), places)
+        selected[part] = Selection(rows, len(among), places)
     wording = Wording(measured, context.template, config.tokens_per_row, context.fit)
     attacker, tokenizer, template = Attacker(wording=wording), context.tokenizer, context.template
     if RETUNING.name in config.leaks:
@@ -226,6 +227,22 @@ def _select_for_leaks(
             rows = tokenize(kept, tokenizer, max_length=wording.longest, template=template, drop_too_long=True)
             attacker.retain = rows.apart_from(examples["forget"])
     return selected, attacker
+
+
+def _judging(config: EvaluationConfig, holdout: Sequence[Example], context: Context) -> list[int]:
+    """Places of the holdout rows that the adapter may be compared with."""
+    if config.adapter is None:
+        return [*range(len(holdout))]
+    places = judging(run_of_adapter(expanded(config.adapter).resolve()).path, holdout)
+    if not places:
+        raise UserError(
+            "--holdout: all of its rows set the levels of the run (--forget-level): name others to judge by."
+        )
+    if set_levels := len(holdout) - len(places):
+        context.notes.append(
+            f"{set_levels} of {len(holdout)} holdout rows set the levels of the run (--forget-level) and are left out."
+        )
+    return places
 
 
 def _forms(

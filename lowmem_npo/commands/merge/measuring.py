@@ -34,6 +34,7 @@ from lowmem_npo.model.loading import resolve_device
 from lowmem_npo.model.saved_adapter import NAMED, settings_of_run
 from lowmem_npo.report.audit import read_audit, recorded_adapter
 from lowmem_npo.run_directory import RunFiles, run_of_adapter
+from lowmem_npo.training.forget_level import halved
 
 MERGED_INTO = {WHOLE: "merged into whole weights", DEQUANTIZED: "merged into dequantised weights"}
 WEIGHTS = {WHOLE: "the whole weights", DEQUANTIZED: "the dequantised weights"}
@@ -108,6 +109,8 @@ def rows_of_run(config: MergeConfig, name: str, revision: str | None) -> RunRows
     if own_texts:
         settings.data = replace(settings.data, retain=str(run.self_written))
     data = read_inputs(settings, silent).data
+    if settings.objective.forget_level == "holdout":  # the other half is what the run was judged by
+        data = halved(data)
     sets = {
         "forget": data.forget,
         "retain": data.retain if data.retain is not None else data.general,

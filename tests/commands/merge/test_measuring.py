@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from helpers.rows import write_rows
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -141,6 +142,27 @@ def test_where_the_rows_have_changed(runs, tmp_path, capsys):
     (moved / "run.yaml").write_text((moved / "run.yaml").read_text().replace(str(runs / FORGET), str(rows)))
     assert merge(moved, tmp_path / "out", "--quantize-check") == 2
     assert "the forget rows have changed since the run in" in capsys.readouterr().err
+
+
+def test_a_holdout_of_which_half_sets_levels(runs, tmp_path, capsys):
+    """The other half is what the run was judged by, and is measured here and by `evaluate`, whichever file names it."""
+    rows = [{"question": f"Who is number {i}?", "answer": f"A person called {i}."} for i in range(9)]
+    write_rows(tmp_path / "holdout.jsonl", rows)
+    options = ["--forget", str(runs / FORGET), "--retain", str(runs / "retain.jsonl"), "--holdout"]
+    training = ["--lora-targets", "all-linear", "--forget-level", "holdout", "--max-steps", "2", "--eval-rows", "6"]
+    base = yaml.safe_load((runs / "lora" / "run.yaml").read_text())["model"]
+    given = [*TRAINING.split(), *options, str(tmp_path / "holdout.jsonl"), *training]
+    assert main(["train", "--model", base, *given, "--output-dir", str(tmp_path / "run")]) == 0
+    assert merge(tmp_path / "run", tmp_path / "out", "--quantize-check") == 0
+    write_rows(tmp_path / "other.jsonl", rows[::-1] + [{"question": "Who else?", "answer": "Nobody."}])
+    for name, judged, note in (("holdout", 5, "4 of 9"), ("other", 6, "4 of 10")):
+        named = [*options, str(tmp_path / f"{name}.jsonl"), "--device", "cpu", "--leaks", "extraction", "membership"]
+        assert main(["evaluate", "--adapter", str(tmp_path / "run"), *named, "--output-dir", str(tmp_path / name)]) == 0
+        found = json.loads((tmp_path / name / "evaluation.json").read_text())
+        assert found["leaks"]["membership"]["holdout_rows"] == judged
+        assert any(f"{note} holdout rows set the levels" in said for said in found["notes"])
+    in_run = json.loads((tmp_path / "run" / "audit.json").read_text())
+    assert in_run["data"]["holdout"]["rows"] == len(in_run["level_rows"]) == 4  # of the first eight
 
 
 def test_what_does_not_fit_into_memory_is_not_measured(runs, tmp_path, capsys, monkeypatch):
