@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TypedDict, overload
 
-from lowmem_npo.data.overlap import text_key
+from lowmem_npo.data.overlap import sharing_text, text_key
 from lowmem_npo.data.schemas import Example
 from lowmem_npo.sizes import counted
 
@@ -70,6 +70,11 @@ class TokenizedRows(Sequence[TokenizedRow]):
         passage as a completion and as a text."""
         of_row: dict[str, str] = {}
         return [of_row.setdefault(example.where, text_key(example)) for example in self.examples]
+
+    @cached_property
+    def near(self) -> dict[int, set[int]]:
+        """Row -> the others that share text with it (`sharing_text`)."""
+        return sharing_text(self.examples)
 
     @property
     def num_tokens(self) -> int:

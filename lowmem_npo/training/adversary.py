@@ -42,14 +42,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowmem_npo.data.batching import Batch, Pick, RowBatch
-from lowmem_npo.data.tokenized_rows import TokenizedRow
+from lowmem_npo.data.tokenized_rows import TokenizedRow, TokenizedRows
 from lowmem_npo.errors import UserError
 from lowmem_npo.files import complete
 from lowmem_npo.memory.checkpointing import checkpointing, is_checkpointed
 from lowmem_npo.model.layers import causal_lm, decoder_layers, linear_layers
 from lowmem_npo.run_directory import AdapterFiles
 from lowmem_npo.training.step_rows import StepBatches
-from lowmem_npo.training.training_rows import facts_of
 
 RANK, ROWS = 16, 6
 CHOICE, FACTORS = 7, 8  # streams of random numbers, beside those of layered.py
@@ -79,7 +78,7 @@ class Lesson(NamedTuple):
     ) -> Lesson:
         """parts: into which a micro-batch is divided. rows: all forget rows, with their true answers. collate: makes a
         batch of some."""
-        chosen, processes = other_rows(step_batches, step, facts_of(rows)), step_batches.world_size
+        chosen, processes = other_rows(step_batches, step, rows), step_batches.world_size
         own = np.array_split(chosen, processes)[step_batches.rank]  # whatever the others divide their passes into
         size = math.ceil(step_batches.batch_size / (step_batches.micro_batches * parts * processes))
         shares = np.array_split(own, max(1, math.ceil(len(own) / size)))
@@ -214,17 +213,19 @@ class Adversary:
         return result + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)).to(result.dtype)
 
 
-def other_rows(step_batches: StepBatches, step: int, facts: Sequence[str] | None = None) -> list[int]:
+def other_rows(step_batches: StepBatches, step: int, rows: Sequence[TokenizedRow] = ()) -> list[int]:
     """The forget rows that the attacker is taught before global step `step`: at most `ROWS`, ascending, of those that
     are being forgotten at that time, none of which is in the step, or in any under the same attacker.
 
-    facts: what each row says. Nor, if there are any others, are they rows that say the same.
+    rows: all of them, with their true answers. Nor, if there are any others, are they rows that share text with these,
+    or at least none that say the same.
     """
     spared = set(step_batches.spared(step))
     others = [row for row in step_batches.forgotten(step) if row not in spared]
-    if facts is not None:
-        known = {facts[row] for row in spared}
-        others = [row for row in others if facts[row] not in known] or others
+    if isinstance(rows, TokenizedRows):
+        known = {rows.facts[row] for row in spared}
+        others = [row for row in others if rows.facts[row] not in known] or others
+        others = [row for row in others if spared.isdisjoint(rows.near.get(row, ()))] or others
     random = np.random.default_rng([step_batches.seed, CHOICE, step])
     return sorted(random.permutation(others)[:ROWS].tolist())
 

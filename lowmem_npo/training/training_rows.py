@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from lowmem_npo.config import PREFERRING_TERMS, REFUSING_TERMS, RunConfig, may_prefer
 from lowmem_npo.data import PreparedData, TokenizedRow, TokenizedRows
@@ -121,7 +125,7 @@ def training_rows(
     if layered is not None:
         if to_keep is None:
             raise UserError("layered holds what is not yet forgotten with the retain terms: give gamma or delta.")
-        folds = divide(number, layered, seed, groups_of(to_forget, known))
+        folds = divide(number, layered, seed, groups_of(to_forget, known, layered))
         to_keep = [*to_keep, *known]
     rows = [*to_forget, *others] if others else to_forget
     taught_again = known if adversary else ()
@@ -177,15 +181,48 @@ def names_of(rows: Sequence[TokenizedRow] | None) -> list[str] | None:
     return [example.where for example in rows.examples] if isinstance(rows, TokenizedRows) else None
 
 
-def facts_of(rows: Sequence[TokenizedRow]) -> list[str] | None:
-    """What each row says (`TokenizedRows.facts`). None if that is not known."""
-    return rows.facts if isinstance(rows, TokenizedRows) else None
-
-
-def groups_of(rows: Sequence[TokenizedRow], known: Sequence[TokenizedRow]) -> list[Hashable] | None:
-    """What each row is about, where a column says so, else what it says, with the true answers of `known`, which stays
-    together: half of it would be forgotten while the other half is held. None if that is not known."""
+def groups_of(rows: Sequence[TokenizedRow], known: Sequence[TokenizedRow], folds: int) -> list[Hashable] | None:
+    """What each row stays together with, or half of it would be forgotten while the other half is held: rows that say
+    the same, with the true answers of `known`, then those about one subject, where a column names it, and consecutive
+    passages of a document, which overlap. None if that is not known.
+    """
     if not isinstance(rows, TokenizedRows):
         return None
-    pairs = zip(rows.examples, known.facts if isinstance(known, TokenizedRows) else rows.facts, strict=True)
-    return [("fact", fact) if one.group is None else ("group", one.group) for one, fact in pairs]
+    known = known if isinstance(known, TokenizedRows) else rows
+    subjects: dict[str, str] = {}
+    for fact, example in zip(known.facts, rows.examples, strict=True):
+        if example.group is not None:
+            subjects.setdefault(fact, example.group)
+    runs = _runs(known, folds)
+    return [
+        ("group", subjects[fact]) if fact in subjects else ("run", run)
+        for fact, run in zip(known.facts, runs, strict=True)
+    ]
+
+
+def _runs(rows: TokenizedRows, folds: int) -> list[int]:
+    """The run of each row, which its first row names: of all rows that share text, or parts of these, such as long
+    documents, that are no larger than a fold; rows that say the same are in one."""
+    from scipy.sparse import coo_array  # late: most runs do without
+    from scipy.sparse.csgraph import connected_components
+
+    near = [(row, other) for row, others in rows.near.items() for other in others]
+    links = coo_array((np.ones(len(near)), tuple(np.array(near).reshape(-1, 2).T)), shape=(len(rows), len(rows)))
+    _, document = connected_components(links, directed=False)
+    first: dict[str, int] = {}
+    places = [first.setdefault(fact, row) for row, fact in enumerate(rows.facts)]
+    facts: dict[int, list[int]] = {}
+    for place in first.values():
+        facts.setdefault(document[place], []).append(place)
+    sizes, runs = Counter(document), dict[int, int]()
+    for of, its_facts in facts.items():
+        parts = min(len(its_facts), math.ceil(sizes[of] * folds / len(rows)))
+        for part in np.array_split(its_facts, parts):
+            runs |= dict.fromkeys(part.tolist(), int(part[0]))
+    return [runs[place] for place in places]
+
+
+def split_texts(rows: TokenizedRows, folds: Sequence[Sequence[int]]) -> int:
+    """How many rows share text with one of another fold."""
+    fold_of = {row: number for number, fold in enumerate(folds) for row in fold}
+    return sum(any(fold_of[row] != fold_of[other] for other in others) for row, others in rows.near.items())

@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralC
 from transformers.pytorch_utils import Conv1D
 
 from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig, OutputConfig, RunConfig
+from lowmem_npo.data import TokenizedRows
 from lowmem_npo.data.batching import collator
+from lowmem_npo.data.schemas import Example
 from lowmem_npo.errors import UserError
 from lowmem_npo.memory import streaming
 from lowmem_npo.memory.switches import apply_switches
@@ -358,14 +360,17 @@ def test_the_attacker_learns_rows_that_are_being_forgotten_and_not_in_the_step()
 
 
 def test_another_form_of_a_row_of_the_step_is_not_another_row():
+    def in_two_forms(lines):
+        examples = [Example("Who?", f"Person {n % lines}.", f"line {n % lines}", "question/answer") for n in range(12)]
+        return TokenizedRows([{"input_ids": [1], "labels": [1], "prompt_length": 0}] * 12, examples, [0] * 12, 9)
+
     sampler = batches()
-    origins = [f"line {row % 6}" for row in range(12)]  # each in two forms
+    rows = in_two_forms(6)
     for step in range(9):
-        in_step = {origins[row] for row in sampler.step_rows(step)[0]}
-        chosen = other_rows(sampler, step, origins)
-        assert chosen and not in_step & {origins[row] for row in chosen}
-    few = [f"line {row % 2}" for row in range(12)]
-    assert other_rows(sampler, 0, few)  # none but other forms: better than no attacker
+        in_step = {rows.facts[row] for row in sampler.step_rows(step)[0]}
+        chosen = other_rows(sampler, step, rows)
+        assert chosen and not in_step & {rows.facts[row] for row in chosen}
+    assert other_rows(sampler, 0, in_two_forms(2))  # none but other forms: better than no attacker
 
 
 @pytest.mark.parametrize("split", [(1, 1, 1), (4, 1, 1), (1, 3, 1), (2, 2, 1), (1, 1, 2), (2, 4, 4)])

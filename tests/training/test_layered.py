@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.training.adversary import other_rows
 from lowmem_npo.training.layered import LATER_COPIES, LayeredBatches, check_folds, divide
 from lowmem_npo.training.step_rows import StepBatches
-from lowmem_npo.training.training_rows import groups_of
+from lowmem_npo.training.training_rows import groups_of, split_texts
 
 SIZES = {"num_retain": 9, "batch_size": 3, "retain_batch_size": 3, "seed": 5}
 
@@ -88,13 +89,45 @@ def test_what_says_the_same_is_forgotten_in_one_stage_and_taught_by_no_attacker_
                 *(Example(None, f"Text {n}.", f"t.jsonl, line {n}", "text") for n in range(4))]  # fmt: skip
     rows = TokenizedRows([{"input_ids": [1, 2], "labels": [1, 2], "prompt_length": 0}] * 8, examples, [0] * 8, 9)
     for seed in range(5):
-        folds = divide(8, 2, seed, groups_of(rows, rows))
+        folds = divide(8, 2, seed, groups_of(rows, rows, 2))
         assert all(len({0, 1} & set(fold)) in (0, 2) and len({2, 3} & set(fold)) in (0, 2) for fold in folds)
         assert sorted(map(len, folds)) == [4, 4]
     sampler = StepBatches(8, 0, 1, 0, seed=3)
     for step in range(16):
         if {0, 1} & set(sampler.step_rows(step)[0]):
-            assert not {0, 1} & set(other_rows(sampler, step, rows.facts))
+            assert not {0, 1} & set(other_rows(sampler, step, rows))
+
+
+def test_a_row_that_is_listed_under_two_subjects_is_forgotten_in_one_stage():
+    examples = [
+        Example(
+            "Who sees it?", f"Person {row // 2}.", f"f.jsonl, line {row}", "question/answer", group=f"{row % 2}{row}"
+        )
+        for row in range(12)
+    ]
+    rows = TokenizedRows([{"input_ids": [1, 2], "labels": [1, 2], "prompt_length": 0}] * 12, examples, [0] * 12, 9)
+    folds = divide(12, 3, 0, groups_of(rows, rows, 3))
+    assert sorted(map(len, folds)) == [4, 4, 4] and all(len({row // 2 for row in fold}) == 2 for fold in folds)
+
+
+def test_neighbouring_passages_of_a_document_are_forgotten_in_one_stage_as_far_as_there_are_several():
+    """Of three documents one is as long as two folds and is cut in one place, the others nowhere."""
+    random = np.random.default_rng(0)
+    sentences = [" ".join(random.choice([*"abcdefghijkl"], 60)) + f" {n}." for n in range(41)]
+    examples = [
+        Example(None, " ".join(sentences[piece : piece + 2]), f"{piece}", "text")
+        for first, last in ((0, 20), (21, 30), (31, 40))
+        for piece in range(first, last)
+    ]
+    rows = TokenizedRows([{"input_ids": [1, 2], "labels": [1, 2], "prompt_length": 0}] * 38, examples, [0] * 38, 9)
+    assert rows.near[5] == {4, 6}
+    folds = divide(38, 3, 1, groups_of(rows, rows, 3))
+    assert min(map(len, folds)) >= 9 and split_texts(rows, folds) == 2
+    assert split_texts(rows, [[*range(0, 38, 2)], [*range(1, 38, 2)]]) == 38
+    sampler = StepBatches(38, 0, 4, 0, seed=3)
+    for step in range(9):
+        in_step = set(sampler.step_rows(step)[0])
+        assert all(rows.near[row].isdisjoint(in_step) for row in other_rows(sampler, step, rows))
 
 
 def test_a_stage_forgets_its_fold_most_and_the_earlier_ones_at_the_weight():

@@ -37,7 +37,7 @@ from lowmem_npo.training.forget_level import halved
 from lowmem_npo.training.layered import attack_length
 from lowmem_npo.training.sampler import check_division
 from lowmem_npo.training.step_rows import num_steps
-from lowmem_npo.training.training_rows import planned_rows, rows_read
+from lowmem_npo.training.training_rows import planned_rows, rows_read, split_texts
 
 
 class Inputs(NamedTuple):
@@ -189,6 +189,11 @@ def fitted(config: RunConfig, data: PreparedData, say: Say) -> tuple[RunConfig, 
     with named_in_errors(config):
         rows = planned_rows(config, data)
         check_division(rows.num_forget, rows.folds, batch_size, steps, used)
+    if rows.folds and (shared := split_texts(data.forget_trained, rows.folds)):
+        say(
+            f"--layered: {shared} of {rows.num_forget} rows to forget share text with one of another fold, so that for "
+            "a time it is forgotten and held at once; of documents, --passages completion leaves fewest such rows."
+        )
     if used == wanted:
         return config, data
     short = "not every stage is" if rows.folds else "the run is not"
