@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
+CLEAR = 0.25  # how far from 0.5 the AUC of a clear difference is: half of the way to the largest
+
 
 def auc(higher: Sequence[float], lower: Sequence[float]) -> float:
     """How often a value of `higher` is above one of `lower`, the area under the ROC curve: 0.5 tells nothing."""
@@ -14,9 +16,17 @@ def auc(higher: Sequence[float], lower: Sequence[float]) -> float:
     return float(roc_auc_score([1] * len(higher) + [0] * len(lower), [*higher, *lower]))
 
 
-def deviation_by_chance(higher: int, lower: int) -> float:
-    """The standard deviation of the AUC of groups of so many values that are alike (Mann and Whitney 1947)."""
-    return math.sqrt((higher + lower + 1) / (12 * higher * lower))
+def beyond_chance(higher: int, lower: int) -> float:
+    """How far from 0.5 the AUC of groups of so many values must be for chance not to explain it (p < 0.01): in standard
+    deviations of that of values that are alike (Mann and Whitney 1947)."""
+    return 2.576 * math.sqrt((higher + lower + 1) / (12 * higher * lower))
+
+
+def tells_nothing(higher: int, lower: int) -> str | None:
+    """Why an AUC near 0.5 of so few values says little: they would not show a clear difference either."""
+    if (needed := beyond_chance(higher, lower)) <= CLEAR:
+        return None
+    return f"only an AUC above {0.5 + needed:.2f} or below {max(0.0, 0.5 - needed):.2f} would show anything of so few"
 
 
 def mean_of_lowest(values: Sequence[float], share: float) -> float:

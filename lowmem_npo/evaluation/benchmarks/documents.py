@@ -20,7 +20,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measured, Selection
 from lowmem_npo.evaluation.figures import Figure, at
 from lowmem_npo.evaluation.options import Options, data_set
-from lowmem_npo.evaluation.ranking import auc, deviation_by_chance
+from lowmem_npo.evaluation.ranking import auc, beyond_chance, tells_nothing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from lowmem_npo.evaluation.scoring.scorer import Scorer
 
 MEMBERS, NONMEMBERS = "members", "nonmembers"
-BEYOND_CHANCE = 2.576  # standard deviations: p < 0.01
 AUC_MEANING = (
     "How well the loss tells taught documents from others: 0.5 is a coin, above it they are remembered, far below it "
     "they are conspicuous."
@@ -64,8 +63,10 @@ class MembershipScore:
         if self.all_equal:
             return "every document has the same loss, so this score says nothing about the model"
         if abs(self.auc - 0.5) <= 0.05:
-            return "the loss tells members from non-members hardly better than a coin"
-        if abs(self.auc - 0.5) <= BEYOND_CHANCE * deviation_by_chance(self.members, self.nonmembers):
+            coin = "the loss tells members from non-members hardly better than a coin"
+            little = tells_nothing(self.members, self.nonmembers)
+            return coin if little is None else f"{coin}, but {little} documents"
+        if abs(self.auc - 0.5) <= beyond_chance(self.members, self.nonmembers):
             return "chance alone can do that with so few documents, so nothing is shown"
         if self.auc > 0.5:
             return "members are still more likely than non-members: they are remembered"

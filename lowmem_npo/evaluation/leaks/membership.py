@@ -23,7 +23,7 @@ from lowmem_npo.evaluation.figures import shares, side_by_side
 from lowmem_npo.evaluation.leaks.contract import A_YARDSTICK, MARGIN, NO_HOLDOUT, LeakResult, LeakTest, Meaning, Subject
 from lowmem_npo.evaluation.leaks.extraction import extraction_figures, original_scores
 from lowmem_npo.evaluation.options import Options, free
-from lowmem_npo.evaluation.ranking import auc, mean_of_lowest
+from lowmem_npo.evaluation.ranking import auc, mean_of_lowest, tells_nothing
 
 if TYPE_CHECKING:
     from lowmem_npo.evaluation.scoring.token_scores import TokenScores
@@ -103,7 +103,8 @@ def judge(forget: Sequence[TokenScores], holdout: Sequence[TokenScores]) -> Leak
     sharpest = max(SCORES, key=lambda name: abs(figures[f"{name}_auc"] - 0.5))
     value, p = figures[f"{sharpest}_auc"], figures[f"{sharpest}_p"]
     least_p = 2 / comb(len(forget) + len(holdout), len(forget))  # where every forgotten answer is above every other
-    leaks, words = _verdict(value, p, least_p, all_equal=all(figures[f"{name}_all_equal"] for name in SCORES))
+    little = tells_nothing(len(forget), len(holdout))
+    leaks, words = _verdict(value, p, least_p, little, all_equal=all(figures[f"{name}_all_equal"] for name in SCORES))
     (shown,) = side_by_side([value], decimals=2)
     return LeakResult(figures, f"The sharpest of three scores ({sharpest}) has an AUC of {shown}: {words}.", leaks)
 
@@ -124,13 +125,14 @@ def judge_against_before(forget: Sequence[TokenScores], before: Sequence[TokenSc
     return LeakResult(figures, meaning, leaks, against_before=True)
 
 
-def _verdict(auc: float, p: float, least_p: float, all_equal: bool) -> tuple[bool | None, str]:
+def _verdict(auc: float, p: float, least_p: float, little: str | None, all_equal: bool) -> tuple[bool | None, str]:
     if all_equal:
         return None, "every answer has the same score, so they say nothing about the model"
     if least_p >= SIGNIFICANT:
         return None, f"of so few rows nothing could be shown, whatever they score (p = {least_p:.2f} at best)"
     if abs(auc - 0.5) <= MARGIN:
-        return False, "they tell forgotten answers hardly better from others than a coin does"
+        coin = "they tell forgotten answers hardly better from others than a coin does"
+        return (False, coin) if little is None else (None, f"{coin}, but {little} rows")
     if p >= SIGNIFICANT:
         return None, f"chance alone can do that with so few rows (p = {p:.2f}), so nothing is shown"
     if auc > 0.5:

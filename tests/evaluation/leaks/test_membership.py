@@ -31,6 +31,13 @@ def spread(center: float, rows: int) -> list[TokenScores]:
         (spread(-1, 20), spread(-5, 20), 1.0, True, "remembered"),
         (spread(-5, 20), spread(-1, 20), 0.0, True, "over-forgetting"),
         (spread(-1, 20), spread(-1, 20), 0.5, False, "coin"),
+        (
+            spread(-1, 12),
+            spread(-1, 12),
+            0.5,
+            None,
+            "only an AUC above 0.81 or below 0.19 would show anything of so few",
+        ),
         (spread(-1, 2), spread(-5, 2), 1.0, None, "so few rows"),
         ([row(-1.0), row(-4.0)], [row(-2.0), row(-3.0)], 0.5, None, "so few rows"),  # which could not be above chance
         ([row(-1.0)] * 9, [row(-1.0)] * 9, 0.5, None, "say nothing"),
