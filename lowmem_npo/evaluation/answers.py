@@ -48,7 +48,8 @@ MARGIN = 16  # tokens beyond the longest true answer
 @dataclass(frozen=True)
 class AnswerRecord:
     """One row: its prompt, its true answer (reference), the greedy answer. `row` is its place in its data set, `lead`
-    the white space that the model wrote before the answer."""
+    the white space that the model wrote before the answer, `cut` whether the true one is longer than an answer could
+    be, so that the reference is only its beginning."""
 
     row: int
     prompt: str
@@ -61,6 +62,7 @@ class AnswerRecord:
     exact_match: bool
     appears: bool
     lead: str = ""
+    cut: bool = False
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> AnswerRecord:
@@ -86,7 +88,8 @@ class AnswerSummary:
     appears: None in an evaluation.json of a version that did not measure it. max_new_tokens: how many an answer could
     have; None if each ended where the true one does, as older versions measured. passages: how many of the rows are
     texts that the model goes on with; the others ask for something. generated: whether the model wrote the answers;
-    else they were read off the likelihoods (`lowmem_npo.evaluation.scoring.forced`).
+    else they were read off the likelihoods (`lowmem_npo.evaluation.scoring.forced`). cut: rows of whose true answers
+    only the beginning was compared.
     """
 
     rows: Count
@@ -100,6 +103,7 @@ class AnswerSummary:
     max_new_tokens: Count | None = None
     passages: int = 0
     generated: bool = True
+    cut: int = 0
 
     @classmethod
     def of(
@@ -123,6 +127,7 @@ class AnswerSummary:
             max_new_tokens=max_new_tokens,
             passages=passages,
             generated=generated,
+            cut=sum(record.cut for record in records),
         )
 
 
@@ -300,6 +305,7 @@ def evaluate_answers(
                 nll=likelihood.nll,
                 probability=likelihood.probability,
                 lead=written[: len(written) - len(answer)],
+                cut=reference != text_of(tokenizer, reference_ids).strip(),
                 **figures,
             )
         )

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lowmem_npo.config import OutputConfig
 from lowmem_npo.data import Example, tokenize
+from lowmem_npo.evaluation.answer_table import scope
 from lowmem_npo.evaluation.answers import (
     AnswerEvaluation,
     AnswerRecord,
@@ -228,8 +229,16 @@ def test_plain_text_is_continued_from_its_middle(tokenizer, monkeypatch):
 
 def test_long_answers_are_compared_up_to_the_cap(tokenizer, rows):
     model = Reciter(rows, tokenizer)
-    record = evaluate_answers(model, tokenizer, rows, limit=None, max_new_tokens=10, progress=False).records[1]
+    found = evaluate_answers(model, tokenizer, rows, limit=None, max_new_tokens=10, progress=False)
+    record = found.records[1]
     assert record.reference == record.answer == "In the sm" and record.exact_match  # the space before it is a token
+    longer = [row["input_ids"][row["prompt_length"] :] for row in rows]
+    number = sum(len(answer) > 11 for answer in longer)  # with the EOS
+    assert record.cut and found.summary.cut == number == sum(record.cut for record in found.records) < len(rows)
+    said = scope({"after": {"forget": found.summary, "forget, plain": found.summary}})
+    assert said.endswith(f"tokens, compared with the beginning of {number} longer true answers.")
+    whole = evaluate_answers(model, tokenizer, rows, limit=None, progress=False)
+    assert whole.summary.cut == 0 and "longer" not in scope({"after": {"forget": whole.summary}})
 
 
 def test_the_summary_by_hand():
