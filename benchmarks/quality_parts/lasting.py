@@ -26,6 +26,7 @@ from benchmarks.quality_parts.subjects import GOLD, TAUGHT, RealSetting, Subject
 from benchmarks.shared import record
 from lowmem_npo.commands.demo.recipe import Recipe, Teaching
 from lowmem_npo.errors import UserError
+from lowmem_npo.model.names import LOADED, digest_of
 
 FIRST = (ATTACKS[0], ATTACKS[3])  # the attacks that say most for their time
 REFERENCES = {TAUGHT: "recites", GOLD: "never saw the rows"}
@@ -108,10 +109,13 @@ def comparison_of(options: argparse.Namespace, work: Path) -> Comparison:
     if options.real:
         if options.model is None:
             raise UserError("--real needs a model: name its directory with --model, or in LOWMEM_NPO_TEST_MODEL.")
+        if not options.model.is_dir():
+            raise UserError(f"--model '{options.model}': there is no such directory.")
         real = real_setting(options.quick)
         subject = real_subject(options.real, options.model, options.data, work / options.real, real)
         methods = LASTING | LONGER | PAPER | BASELINES | {"npo": LASTING["npo"]} | own
-        setting = {"model": options.model.name, **asdict(real)}
+        weights = digest_of(str(options.model), patterns=LOADED)  # whatever the directory is called
+        setting = {"model": weights, **asdict(real)}
         seeds = options.seeds or (1 if options.quick else 3)
         return Comparison(options.real, subject, methods, seeds, setting, options.real)
     name = "baselines" if options.baselines else "lasting"

@@ -108,10 +108,10 @@ def _table(
         of_method = results.get(method, {})
         if not any(key in of_method for key, _ in columns):
             continue
-        seeds = sorted({len(of_method[key]["seeds"]) for key, _ in columns if key in of_method})
+        most = max(len(of_method[key]["seeds"]) for key, _ in columns if key in of_method)
         never = NEVER.get(method, set())
-        cells = ["–" if k in never else cell(of_method.get(k), own_digits.get(k, digits)) for k, _ in columns]
-        lines.append([title, " to ".join(map(str, dict.fromkeys([seeds[0], seeds[-1]]))), *cells])
+        cells = ["–" if k in never else cell(of_method.get(k), own_digits.get(k, digits), most) for k, _ in columns]
+        lines.append([title, str(most), *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) if len(lines) > 2 else ""
 
 
@@ -121,8 +121,11 @@ def unmeasured(results: Mapping[str, Mapping[str, Figures]], titles: Mapping[str
     return f"Not yet measured: {'; '.join(left)}." if left else ""
 
 
-def cell(figure: Figures | None, digits: int) -> str:
-    """The mean, with its standard deviation where there are several seeds."""
+def cell(figure: Figures | None, digits: int, most: int = 0) -> str:
+    """The mean, with its standard deviation where there are several seeds, and their number where it is below `most`:
+    such a figure stands beside others of more seeds, which may be above or below."""
     if figure is None:
         return MISSING
-    return f"{figure['mean']:.{digits}f}" + ("" if figure["sd"] is None else f" ± {figure['sd']:.{digits}f}")
+    spread = "" if figure["sd"] is None else f" ± {figure['sd']:.{digits}f}"
+    fewer = f" ({len(figure['seeds'])} of {most})" if len(figure["seeds"]) < most else ""
+    return f"{figure['mean']:.{digits}f}{spread}{fewer}"

@@ -78,6 +78,10 @@ def known_pieces(path: Path, setting: Figures) -> Figures:
     if not path.exists():
         return {}
     content = json.loads(path.read_text(encoding="utf-8"))
-    if content["setting"] != json.loads(json.dumps(setting)):
-        raise UserError(f"'{path}' holds pieces of another setting: name another file with --out, or remove it.")
+    then, now = content["setting"], json.loads(json.dumps(setting))
+    if others := [name for name in {**then, **now} if then.get(name) != now.get(name)]:
+        raise UserError(
+            f"'{path}' holds pieces of another setting ({', '.join(others)}): name another file with --out, or remove "
+            "it."
+        )
     return content["pieces"]
