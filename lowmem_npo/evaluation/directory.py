@@ -15,7 +15,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS, BenchmarkOptions
 from lowmem_npo.evaluation.leaks.contract import LeakTest
 from lowmem_npo.evaluation.leaks.measure import repeated
-from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
+from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, LeakOptions
 from lowmem_npo.evaluation.leaks.retuning import RETUNING
 from lowmem_npo.evaluation.options import FREE
 from lowmem_npo.evaluation.result import Evaluation
@@ -31,6 +31,8 @@ ANOTHER_TOKENIZER = "another tokenizer or chat template"
 DECIDED = ("chat_date", "generate_answers")  # where auto is recorded as what it became, and stays so
 COMPARED = ("before", "retained_log")  # settings that name the evaluation.json of another model
 OTHER_ROWS = "other_rows"  # in settings.json: whether the forget rows were others than those of the adapter's run
+# How rows are written and the model is loaded, as options of runs are called, too.
+OF_RUNS = ("qlora", "template", "prompt_template", "system", "max_length")
 # what is read of settings.json
 SETTINGS = {"digests": dict[str, str], "leaks": list[str], **dict.fromkeys(DECIDED, str), OTHER_ROWS: bool}
 
@@ -177,6 +179,15 @@ def other_options(
     flags = [f"--{name.replace('_', '-')}" for name in changed_options(earlier, now, names)]
     taught = ["--retain"] if RETUNING in tests and "retain" in others else []
     return flags + taught + ([] if by_attack or repeats[0] == repeats[1] else ["--leaks"])
+
+
+def measured_otherwise(run: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Leak test -> the flags with which an evaluation, by its settings.json, measured otherwise than the run of its
+    adapter, by its run.yaml; tests that were measured alike are left out."""
+    own = {**json.loads(json.dumps(asdict(LeakOptions()))), **run}
+    flags = [f"--{name.replace('_', '-')}" for name in changed_options(own, settings, OF_RUNS)]
+    others = {test.name: flags + other_options(own, settings, test, ()) for test in measured_leaks(settings)}
+    return {name: of_test for name, of_test in others.items() if of_test}
 
 
 def measured_leaks(settings: Mapping[str, Any]) -> list[LeakTest]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from lowmem_npo.evaluation.answers import (
     read_answers,
     summaries,
 )
-from lowmem_npo.evaluation.directory import COMPARED, OTHER_ROWS, compared_with, is_of_adapter
+from lowmem_npo.evaluation.directory import COMPARED, OTHER_ROWS, compared_with, is_of_adapter, measured_otherwise
 from lowmem_npo.evaluation.earlier import Earlier
 from lowmem_npo.evaluation.figures import finite
 from lowmem_npo.evaluation.gold import Gold
@@ -132,7 +132,8 @@ def read_content(directory: Path) -> Content:
     with _named(files.leaks):
         of_run = read_leaks(files.leaks)
         leak_sections(of_run)
-    leaks = _merged_leaks(of_run, evaluated if of_run_rows else {}, gold)
+    otherwise = measured_otherwise(settings, known)
+    leaks, replaced = _merged_leaks(of_run, evaluated if of_run_rows else {}, gold, otherwise)
     with _named(files.metrics):
         metrics = read_metrics(files.metrics)
     with _named(files.stopping):
@@ -146,7 +147,7 @@ def read_content(directory: Path) -> Content:
     errors = _errors_of_change(evaluations)
     verdict = judge_run(stages, audit["model"]["vocabulary"] if audit else None, leaks, errors)
     notes = [*stopped, *_notes(metrics, audit), *filter(None, [of_another_adapter(directory)])]
-    notes += [*evaluated.get("after", {}).get("notes", []), *_no_longer_there(known)]
+    notes += [*evaluated.get("after", {}).get("notes", []), *_no_longer_there(known), *replaced]
     return Content(directory, settings, verdict, stages, figures, leaks, metrics, evaluations, notes, audit)
 
 
@@ -204,21 +205,36 @@ def _no_longer_there(known: Mapping[str, Any]) -> list[str]:
 
 
 def _merged_leaks(
-    of_run: Mapping[str, LeakResults], evaluated: Mapping[str, Mapping[str, Any]], gold: LeakResults
-) -> dict[str, LeakResults]:
-    """Stage -> test -> result. A later result of `evaluate` replaces the run's own, unless that one says more. gold:
-    those that `evaluate` compared with."""
+    of_run: Mapping[str, LeakResults],
+    evaluated: Mapping[str, Mapping[str, Any]],
+    gold: LeakResults,
+    otherwise: Mapping[str, Sequence[str]],
+) -> tuple[dict[str, LeakResults], list[str]]:
+    """Stage -> test -> result, and notes. A later result of `evaluate` replaces the run's own, unless that one says
+    more. gold: those that `evaluate` compared with. otherwise: tests that it measured otherwise than the run, and the
+    flags: such a result does not take back what the run found, nor stand beside another stage of the run's own."""
     merged = {stage: dict(results) for stage, results in of_run.items()}
     later = {stage: leak_results(content.get("leaks") or {}) for stage, content in evaluated.items()}
     own, now = merged.get("after", {}), later.get("after", {})
-    stand = {name for name in own if name in now and stands_beside(own[name], now[name])}  # at every stage
+    stand, notes = set[str](), list[str]()  # the former: at every stage
+    for name in [name for name in own if name in now]:
+        another = f"{name}: `evaluate` measured it with another {', '.join(otherwise.get(name, ()))}"
+        if name in otherwise and own[name].leaks and now[name].leaks is False:
+            notes.append(f"{another}, and did not find the traces that the run found, whose result counts.")
+            stand.add(name)
+        elif stands_beside(own[name], now[name]):
+            stand.add(name)
+        elif name in otherwise:
+            notes.append(f"{another}: its result counts, and those of the run before that are left out.")
+            for results in merged.values():
+                results.pop(name, None)
     for stage, results in {**later, "gold": gold}.items():
         merged.setdefault(stage, {}).update({name: of for name, of in results.items() if name not in stand})
     merged["gold"] = merged.pop("gold")
     for results in merged.values():
         for result in results.values():
             result.figures = _numbers_only(result.figures)
-    return {stage: results for stage, results in merged.items() if results}
+    return {stage: results for stage, results in merged.items() if results}, notes
 
 
 def _numbers_only(figures: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import yaml
 from helpers.report_pages import page, report_of
 from helpers.reported_run import FORGET, unexplained
@@ -111,4 +112,37 @@ def test_an_evaluation_of_the_runs_rows_is_part_of_its_report(own_run, tmp_path,
     report = report_of(own_run)
     assert (
         report["leaks"]["after"]["extraction"]["rows"] == 2 and report["verdict"]["headline"] in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    "own, later, options, counts, noted",
+    [
+        (True, False, ["--max-length", "1000"], "own", "whose result counts"),
+        (True, True, ["--max-length", "1000"], "later", "before that are left out"),
+        (False, False, ["--max-length", "1000"], "later", "another --max-length"),
+        (True, False, [], "later", None),
+    ],
+)
+def test_a_test_that_was_measured_otherwise_stands_beside_nothing_else_of_the_run(
+    own_run, own, later, options, counts, noted
+):
+    """Neither does it take back what the run found."""
+    found = {"extraction": {"rows": 2, "meaning": "Own.", "leaks": own}}
+    before = {"extraction": {"rows": 2, "meaning": "All of it.", "leaks": True}}
+    (own_run / "leaks.json").write_text(json.dumps({"before": before, "after": found}))
+    common = ["--leaks", "extraction", "--dtype", "float32", "--device", "cpu"]
+    assert main(["evaluate", "--adapter", str(own_run), *common, *options]) == 0
+    file = own_run / "evaluation" / "evaluation.json"
+    content = json.loads(file.read_text())
+    content["leaks"]["extraction"] |= {"rows": 2, "meaning": "Later.", "leaks": later}
+    file.write_text(json.dumps(content))
+    write_report(own_run)
+    report = report_of(own_run)
+    assert report["leaks"]["after"]["extraction"]["meaning"] == ("Own." if counts == "own" else "Later.")
+    assert ("before" in report["leaks"]) is (counts == "own" or noted is None)
+    assert (
+        any(noted in note for note in report["notes"])
+        if noted
+        else not any("measured it with" in note for note in report["notes"])
     )
