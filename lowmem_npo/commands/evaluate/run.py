@@ -17,13 +17,14 @@ from lowmem_npo.config import ModelConfig, StreamOptions
 from lowmem_npo.console import Say
 from lowmem_npo.data import Rows
 from lowmem_npo.endings import ended_with, going_on
+from lowmem_npo.evaluation.answer_table import FORGET, same_rows
 from lowmem_npo.evaluation.answers import NotGenerated
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Selection
 from lowmem_npo.evaluation.benchmarks.muse import MUSE
 from lowmem_npo.evaluation.benchmarks.plain import PLAIN, summaries_of
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.benchmarks.tofu import TOFU
-from lowmem_npo.evaluation.directory import THE_ADAPTER, EvaluationDirectory
+from lowmem_npo.evaluation.directory import OF_RUNS, THE_ADAPTER, EvaluationDirectory, as_json, changed_options
 from lowmem_npo.evaluation.fluency import fluency
 from lowmem_npo.evaluation.leaks.contract import NO_HOLDOUT, LeakTest, SavedModel, Subject, leak_results
 from lowmem_npo.evaluation.leaks.measure import repeated, run_leak_tests, time_of_tuning
@@ -165,25 +166,30 @@ def _subject(plan: EvaluationPlan, tests: Sequence[LeakTest], merged: Path, scor
 
 
 def _headline(plan: EvaluationPlan, result: Evaluation, say: Say) -> str:
-    """The first sentence of the run's report, which these figures are part of; for any other model, and of other rows,
-    the same of these figures alone, and `say` is told if the adapter is not the run's own."""
-    config, context = plan.config, plan.context
-    run = RunFiles(expanded(config.adapter)) if config.adapter else None
-    if run is not None and run.run_yaml.is_file() and config.path == run.evaluation.path:
-        if other := of_another_adapter(run.path):
-            say(other)
-        elif not plan.other_rows and (content := read_content(run.path)).stages:
-            return content.verdict.headline
-    before = summaries_of(context.before.get(PLAIN.name) or {})
+    """The first sentence of the run's report, which these figures are part of; before it, where these answers are not
+    those that the report goes by, and in its place of any other model and of other rows, the same of these figures
+    alone. `say` is told if the adapter is not the run's own."""
+    config, context, now = plan.config, plan.context, result.scores.get(PLAIN.name, {})
     vocabulary = context.fit.vocabulary if context.fit else None
-    return judge_evaluation(
-        result.scores.get(PLAIN.name, {}),
-        before,
+    own = judge_evaluation(
+        now,
+        summaries_of(context.before.get(PLAIN.name) or {}),
         vocabulary,
         result.leaks,
         gold_leaks=result.gold_leaks,
         incomparable=context.incomparable,
     ).headline
+    run = RunFiles(expanded(config.adapter)) if config.adapter else None
+    if run is None or not run.run_yaml.is_file() or config.path != run.evaluation.path:
+        return own
+    if other := of_another_adapter(run.path):
+        say(other)
+    elif not plan.other_rows and (content := read_content(run.path)).stages:
+        after, headline = content.stages.get("after", {}), content.verdict.headline
+        alike = not changed_options(content.settings, as_json(config), OF_RUNS)
+        alike = alike and (FORGET not in now or (FORGET in after and same_rows(after[FORGET], now[FORGET])))
+        return headline if alike else f"{own}\nThe run's report goes by what the run itself measured: {headline}"
+    return own
 
 
 def _counts(
