@@ -212,15 +212,6 @@ class RunDirectory(RunFiles):
         """Whether the run has written its adapter; only the measurements after training come later."""
         return self.weights.exists()
 
-    @property
-    def needs_more_steps(self) -> bool:
-        """Whether the run in the directory was configured for fewer steps than this one."""
-        began = self.began()
-        training, limit = self.config.training, began.get("max_steps")
-        if training.max_steps is None:
-            return limit is not None or training.epochs > began["epochs"]
-        return limit is not None and training.max_steps > limit
-
     def check(self) -> None:
         """Raises a UserError unless this run may write here; writes nothing."""
         if self.config.output.dry_run:

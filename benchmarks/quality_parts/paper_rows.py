@@ -24,8 +24,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from lowmem_npo.commands.demo.recipe import Teaching
 from lowmem_npo.commands.demo.teaching import make_tokenizer, taught_model
+from lowmem_npo.commands.sweep.finished import is_complete
 from lowmem_npo.commands.sweep.grid import GridPoint, SweepRun
-from lowmem_npo.commands.sweep.runs import is_finished, sweep
+from lowmem_npo.commands.sweep.runs import sweep
 from lowmem_npo.config import (
     AdapterConfig,
     DataConfig,
@@ -204,7 +205,7 @@ def measure_seed(setting: Setting, models: Models, seed: int, root: Path) -> lis
     sweep(list(runs.values()), root, resume=root.exists(), say=_flushed)
     measured, steps_per_epoch = [], -(-len(models.data.forget) // setting.batch_size)
     for (gamma, delta, stops), run in runs.items():
-        if not is_finished(run):
+        if not is_complete(run):
             raise UserError(f"The run in {run.directory} failed: its log.txt and sweep.json say why.")
         row: dict[str, Any] = {"gamma": gamma, "delta": delta, "seed": seed}
         if stops:

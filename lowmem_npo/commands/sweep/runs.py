@@ -16,6 +16,7 @@ from lowmem_npo.claim import claimed, make_directory
 from lowmem_npo.commands.sweep.borrowed_base import borrowed
 from lowmem_npo.commands.sweep.evaluation import SweepEvaluation
 from lowmem_npo.commands.sweep.figures import BEFORE, GOLD, SweepResult, baseline, before_of, collect, write_results
+from lowmem_npo.commands.sweep.finished import check_length, is_complete, is_finished
 from lowmem_npo.commands.sweep.grid import SweepRun, named
 from lowmem_npo.commands.sweep.options import TeachingOptions
 from lowmem_npo.commands.sweep.picture import draw_sweep
@@ -95,7 +96,7 @@ def _sweep_claimed(
         gold = _measure_gold(runs[0], root, bases, evaluation, state, say)
     for number, run in enumerate(runs, 1):
         title = f"[{number}/{len(runs)}] {run.point.name}, seed {run.seed}"
-        finished = is_finished(run)
+        finished = is_complete(run) and is_finished(run, _read_inputs(run.config, inputs, silent).data)
         say(f"{title}: done before" if finished else title)
         begin = time.monotonic()
         try:
@@ -138,7 +139,7 @@ def _of_one_date(runs: Sequence[SweepRun]) -> list[SweepRun]:
 def _check_rows(runs: Sequence[SweepRun], inputs: dict[str, Inputs]) -> None:
     """Raises UserError for rows that cannot be read, or divided, as one of the runs that are left to be made asks."""
     for run in runs:
-        if not is_finished(run):
+        if not is_complete(run):
             point = run.point.start  # which decides what is read
             try:
                 data = _read_inputs(run.config, inputs, silent).data
@@ -185,16 +186,18 @@ def check_more(
             rows = evaluation.check(run.config)
             lines += [f"Evaluate{name.removeprefix(BEFORE)}: {'; '.join(rows)}."]
     _check_rows(runs, inputs)
+    _check_complete(runs, root / TAUGHT if teaching is not None else None, inputs)
     return lines
 
 
-def is_finished(run: SweepRun) -> bool:
-    """Whether the run's directory holds its adapter, its measurements and its report, which is written last; a run that
-    needs more steps now is not finished."""
-    files, output = RunDirectory(run.config), run.config.output
-    measured = all(read_answers(files.answers(stage), output) for stage in ("before", "after"))
-    complete = files.is_trained and measured and files.report_json.is_file()
-    return complete and files.run_yaml.is_file() and not files.needs_more_steps
+def _check_complete(runs: Sequence[SweepRun], taught: Path | None, inputs: dict[str, Inputs]) -> None:
+    """Raises UserError for a run that is done, and is another than what is asked for now. taught: the model that the
+    runs begin with, if they do not begin with their own; while it is not there, no run is done."""
+    if taught is not None and not taught.is_dir():
+        return
+    for run in filter(is_complete, runs):
+        begun = run if taught is None else _of_model(run, taught)
+        check_length(begun, _read_inputs(begun.config, inputs, silent).data)
 
 
 def _make(run: SweepRun, bases: Bases, inputs: dict[str, Inputs], say: Say) -> None:

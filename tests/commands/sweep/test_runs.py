@@ -218,14 +218,40 @@ def test_a_longer_sweep_continues_its_runs(taught_model, tmp_path, capsys):
     assert "done before" not in capsys.readouterr().out
     for rows in (2, 4):
         place = tmp_path / "o" / f"micro-batch-size={rows}" / "seed-42"  # our name for it
-        assert json.loads((place / "audit.json").read_text())["adapter"]["of_step"] == 4
+        assert of_step(place) == 4
         assert (place / "report.json").is_file()
-    for shorter_or_as_long in (longer, [*longer, "--max-steps", "2"]):
-        assert swept(taught_model, tmp_path / "o", *shorter_or_as_long) == 0
-        assert capsys.readouterr().out.count("done before") == 2
+    assert swept(taught_model, tmp_path / "o", *longer) == 0
+    assert capsys.readouterr().out.count("done before") == 2
     straight = alone(taught_model, tmp_path / "alone", "seed-42", "--max-steps", "4", "--micro-batch-size", "2")
     assert same_run(tmp_path / "o" / "micro-batch-size=2" / "seed-42", straight)
     assert (tmp_path / "o" / "micro-batch-size=2" / "seed-42" / "checkpoint-4").is_dir()
+
+
+def test_runs_of_other_lengths_are_no_configuration(byte_model, tmp_path, capsys):
+    """A finished one is neither averaged with shorter ones nor taken for a longer one, however its length is given."""
+    given = options(byte_model, tmp_path / "o", "--batch-size", str(LIMIT), "--reference", "live", "--eval-rows", "1")
+    given[(at := given.index("--max-steps")) : at + 2] = ["--epochs", "2"]
+    assert main(["sweep", *given, "--seeds", "1"]) == 0
+    resumed = ["sweep", *given, "--resume", "--seeds", "2"]
+    for shorter, message in (
+        (["--epochs", "1"], "made with --epochs 2, 2 steps, and --epochs 1 would be 1: give --epochs 2, or another"),
+        (["--max-steps", "1"], "and --max-steps 1 would be 1: give --epochs 2 without --max-steps, or another"),
+    ):
+        for more in ([], ["--dry-run"]):
+            assert main([*resumed, *shorter, *more]) == 2
+            assert message in capsys.readouterr().err
+    assert not (tmp_path / "o" / "as-given" / "seed-43").exists()
+    steps = []
+    for length in (["--max-steps", "2"], ["--max-steps", "3"]):
+        assert main(["sweep", *given, "--resume", "--seeds", "1", *length]) == 0
+        steps.append(("done before" in capsys.readouterr().out, of_step(tmp_path / "o" / "as-given" / "seed-42")))
+    assert steps == [(True, 2), (False, 3)]
+    assert main([*resumed, "--epochs", "1"]) == 2
+    assert "was made with --max-steps 3, 3 steps" in capsys.readouterr().err
+
+
+def of_step(place: Path) -> int:
+    return json.loads((place / "audit.json").read_text())["adapter"]["of_step"]
 
 
 def test_a_diverged_run_is_reported_and_left_out_of_the_means(taught_model, tmp_path, capsys):
