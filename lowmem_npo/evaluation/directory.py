@@ -89,7 +89,7 @@ class EvaluationDirectory(EvaluationFiles):
             raise UserError(f"--resume: '{self.settings}' is damaged: start the evaluation anew.") from error
         for name, value in digests.items():
             if name in self.digests and self.digests[name] != value:
-                raise UserError(f"--resume: {name} has changed since '{self.path}' was begun; start anew.")
+                raise _has_changed(name, self.path)
         may_change, may_be_added = self.config.may_change(), self.config.sources()
         changed = [
             f"{name} was {value!r}, is {now.get(name)!r}"
@@ -241,6 +241,16 @@ def compared_with(files: EvaluationFiles) -> dict[str, Any]:
     check_record(settings, known, optional=known)
     named = {name: settings[name] for name in COMPARED if settings.get(name)}
     return {**settings, **{name: from_here(files, settings, value) for name, value in named.items()}}
+
+
+def check_same_sets(files: EvaluationFiles, digests: Mapping[str, str]) -> None:
+    """Raises UserError where the evaluation in `files` is known to be of other rows than those that `digests` tell."""
+    for part in _other_rows(settings_of(str(files.result)) or {"digests": {}}, digests):
+        raise _has_changed(part, files.path)
+
+
+def _has_changed(name: str, directory: Path) -> UserError:
+    return UserError(f"--resume: {name} has changed since '{directory}' was begun; start anew.")
 
 
 def is_of_adapter(files: EvaluationFiles, weights: Path) -> bool:

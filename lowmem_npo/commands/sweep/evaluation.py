@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from lowmem_npo.commands.evaluate.plan import EvaluationPlan, plan_evaluation
-from lowmem_npo.commands.evaluate.run import measure
 from lowmem_npo.commands.spellings import join_sources
 from lowmem_npo.commands.sweep.figures import GOLD, Column
 from lowmem_npo.commands.sweep.options import EvaluationSources, take_options
-from lowmem_npo.config import ModelConfig, RunConfig
+from lowmem_npo.config import RunConfig
 from lowmem_npo.console import Say, silent
 from lowmem_npo.data.self_written import self_rows
 from lowmem_npo.errors import UserError
@@ -24,7 +21,7 @@ from lowmem_npo.evaluation.benchmarks.contract import Benchmark
 from lowmem_npo.evaluation.benchmarks.plain import PLAIN
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS, BenchmarkOptions
 from lowmem_npo.evaluation.benchmarks.tofu import TOFU
-from lowmem_npo.evaluation.directory import is_of_adapter
+from lowmem_npo.evaluation.directory import COMPARED, check_same_sets, is_of_adapter
 from lowmem_npo.evaluation.leaks.contract import AN_ADAPTER, HOLDOUT, LeakResult, LeakTest, leak_results
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, LeakOptions, leak_tests
 from lowmem_npo.evaluation.leaks.registry import NAMES as LEAK_NAMES
@@ -41,7 +38,6 @@ NAMES: dict[str, Benchmark] = {(b.group if b.name in LEAK_NAMES else b.name): b 
 # Options of an evaluation that are not those of the runs.
 OWN = ("model", "adapter", "any_base", "limit", "seed", "leaks", "before", "output_dir", "resume", "batch_size")
 OF_TOKENS = ("exact_", "extraction_", "mia_", "privleak")  # of open-unlearning's figures
-Load = Callable[[ModelConfig, Say], PreTrainedModel]
 
 SweepEvaluationOptions = make_dataclass(
     "SweepEvaluationOptions", [], bases=(LeakOptions, BenchmarkOptions, EvaluationSources)
@@ -139,12 +135,19 @@ class SweepEvaluation:
                 raise UserError(f"--evaluate {name}: no set has its rows: {benchmark.summary}.")
         return plan
 
-    def check(self, run: RunConfig) -> list[str]:
-        """What will be measured on how many rows, in lines. Raises UserError for what can be known to be wrong."""
-        config = self.of_before(run, RunFiles(run.output_dir), None)
-        if self_rows(run.data.retain) is not None and self.sources.evaluate_retain is None:
+    def check(self, run: RunConfig, before: RunFiles) -> list[str]:
+        """What will be measured on how many rows, in lines. before: where the model that the run begins with is, or
+        will be, measured.
+
+        Raises:
+            UserError: what can be known to be wrong, and other rows than that model was measured on.
+        """
+        config = self.of_before(run, before, None)
+        own_texts = self_rows(run.data.retain) is not None and self.sources.evaluate_retain is None
+        if own_texts and not before.self_written.exists():
             config = replace(config, retain=None)  # not written yet
         plan = self.plan(config, run, silent)
+        check_same_sets(before.evaluation, plan.digests)
         rows: dict[str, list[str]] = {}
         for benchmark, name, selection in plan.selected:
             rows.setdefault(benchmark.title, []).append(f"{len(selection.rows)} {name}")
@@ -152,10 +155,6 @@ class SweepEvaluation:
             tests = ", ".join(test.name for test in self.leaks)
             rows.setdefault(f"leak tests ({tests})", []).append(f"{len(selection.rows)} {name}")
         return [f"{what}: {', '.join(counts)} rows" for what, counts in rows.items()]
-
-    def measure(self, config: EvaluationConfig, run: RunConfig, load: Load | None, say: Say) -> None:
-        """Writes the evaluation into `config.path`; what was measured there already is not measured again."""
-        measure(self.plan(config, run, say), say, load)
 
     def without_outdated(self, config: EvaluationConfig) -> EvaluationConfig:
         """`config`, after what was measured of an adapter that is gone, a shorter run's, has been removed."""
@@ -165,11 +164,14 @@ class SweepEvaluation:
             return replace(config, resume=False)
         return config
 
-    def key(self, config: EvaluationConfig) -> str:
-        """A hash of all that the figures depend on."""
-        settings = {name: value for name, value in asdict(config).items() if name != "resume"}
-        weights = file_sha256(_weights(config.adapter)) if config.adapter else None
-        return json_sha256([settings, sorted(self.benchmarks), weights])
+    def key(self, plan: EvaluationPlan) -> str:
+        """A hash of all that the figures depend on: options, rows, model, tokenizer and adapter, and the figures of
+        other models that they are compared with."""
+        settings = {name: value for name, value in asdict(plan.config).items() if name != "resume"}
+        results = [expanded(path) for name in COMPARED if (path := settings[name])]
+        beside = [EvaluationFiles(path.parent).rows for path in results]
+        compared = [file_sha256(file) for file in [*results, *beside] if file.is_file()]
+        return json_sha256([settings, sorted(self.benchmarks), plan.digests, compared])
 
     def figures(self, files: EvaluationFiles) -> dict[Column, float]:
         """Every figure that is in the directory."""

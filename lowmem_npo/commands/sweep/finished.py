@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from lowmem_npo.commands.sweep.grid import SweepRun
-from lowmem_npo.commands.train.plan import steps_of
+from lowmem_npo.commands.train.plan import fitted, steps_of
+from lowmem_npo.console import silent
 from lowmem_npo.data import PreparedData
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answers import read_answers
+from lowmem_npo.report.audit import check_same_adapter, check_same_model, check_same_rows
 from lowmem_npo.run_directory import RunDirectory
 from lowmem_npo.training.step_rows import num_steps
 
@@ -23,9 +25,17 @@ def is_finished(run: SweepRun, data: PreparedData) -> bool:
     return _steps_made(run, data) == steps_of(run.config, data)
 
 
-def check_length(run: SweepRun, data: PreparedData) -> None:
-    """Raises UserError for a complete run that is longer than is asked for now: nothing takes steps back, and a mean
-    over it and shorter ones is none of one configuration."""
+def check_same(run: SweepRun, data: PreparedData) -> None:
+    """Raises UserError for a complete run that is longer than is asked for now, or that was made of other rows, or of
+    another adapter or model: a mean over it and those that are made now is none of one configuration."""
+    _check_length(run, data)
+    config, data = fitted(run.config, data, silent)
+    check_same_rows(run.directory, config, data)
+    check_same_adapter(run.directory, config)
+    check_same_model(run.directory, config)
+
+
+def _check_length(run: SweepRun, data: PreparedData) -> None:
     made, asked = _steps_made(run, data), steps_of(run.config, data)
     if made <= asked:
         return

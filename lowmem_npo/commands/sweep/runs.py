@@ -13,10 +13,11 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from lowmem_npo.claim import claimed, make_directory
+from lowmem_npo.commands.evaluate.run import measure
 from lowmem_npo.commands.sweep.borrowed_base import borrowed
 from lowmem_npo.commands.sweep.evaluation import SweepEvaluation
 from lowmem_npo.commands.sweep.figures import BEFORE, GOLD, SweepResult, baseline, before_of, collect, write_results
-from lowmem_npo.commands.sweep.finished import check_length, is_complete, is_finished
+from lowmem_npo.commands.sweep.finished import check_same, is_complete, is_finished
 from lowmem_npo.commands.sweep.grid import SweepRun, named
 from lowmem_npo.commands.sweep.options import TeachingOptions
 from lowmem_npo.commands.sweep.picture import draw_sweep
@@ -94,6 +95,7 @@ def _sweep_claimed(
         config = untaught[0].config
         teach_models(config, teaching, _read_inputs(config, inputs, silent), root, say)
         gold = _measure_gold(runs[0], root, bases, evaluation, state, say)
+    measured = set[Path]()  # baselines
     for number, run in enumerate(runs, 1):
         title = f"[{number}/{len(runs)}] {run.point.name}, seed {run.seed}"
         finished = is_complete(run) and is_finished(run, _read_inputs(run.config, inputs, silent).data)
@@ -106,7 +108,9 @@ def _sweep_claimed(
                 state.record(run, seconds=time.monotonic() - begin)
             if evaluation is not None:
                 before = _before(run, root)
-                _evaluate(evaluation, evaluation.of_before(run.config, before, gold), run, bases, state, say)
+                if before.path not in measured:
+                    _evaluate(evaluation, evaluation.of_before(run.config, before, gold), run, bases, state, say)
+                    measured.add(before.path)
                 result_before = before.evaluation.result
                 _evaluate(evaluation, evaluation.of_run(run.config, result_before, gold), run, bases, state, say)
             _report_again(run, root)
@@ -183,7 +187,7 @@ def check_more(
         lines.append("Teach: " + check_teaching(config, teaching, _read_inputs(config, inputs, silent), root))
     if evaluation is not None:
         for name, run in {before_of(run): run for run in reversed(runs)}.items():
-            rows = evaluation.check(run.config)
+            rows = evaluation.check(run.config, baseline(root, name))
             lines += [f"Evaluate{name.removeprefix(BEFORE)}: {'; '.join(rows)}."]
     _check_rows(runs, inputs)
     _check_complete(runs, root / TAUGHT if teaching is not None else None, inputs)
@@ -197,7 +201,7 @@ def _check_complete(runs: Sequence[SweepRun], taught: Path | None, inputs: dict[
         return
     for run in filter(is_complete, runs):
         begun = run if taught is None else _of_model(run, taught)
-        check_length(begun, _read_inputs(begun.config, inputs, silent).data)
+        check_same(begun, _read_inputs(begun.config, inputs, silent).data)
 
 
 def _make(run: SweepRun, bases: Bases, inputs: dict[str, Inputs], say: Say) -> None:
@@ -267,20 +271,19 @@ def _evaluate(
     evaluation: SweepEvaluation, config: EvaluationConfig, run: SweepRun, bases: Bases, state: Ledger, say: Say
 ) -> None:
     """One evaluation, of the run's model or adapter, unless it was made before."""
-    files = EvaluationFiles(config.path)
-    key = evaluation.key(config)
+    files, begin = EvaluationFiles(config.path), time.monotonic()
+    lines: list[str] = []
+    plan = evaluation.plan(evaluation.without_outdated(config), run.config, lines.append)
+    key = evaluation.key(plan)
     if files.result.exists() and state.is_evaluated(files.path, key):
         return
-    begin = time.monotonic()
-    config = evaluation.without_outdated(config)
-    lines: list[str] = []
     with claimed(files.path, say):
         if any(test.loads_models for test in leak_tests(config.leaks)):
             bases.free()  # makes room for theirs
-            evaluation.measure(config, run.config, None, lines.append)
+            measure(plan, lines.append)
         else:
             with borrowed(bases.loaded(run.config.model)) as base:
-                evaluation.measure(config, run.config, lambda config, say: base, lines.append)
+                measure(plan, lines.append, lambda config, say: base)
     (files.path / "log.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     state.record_evaluation(files.path, key)
     what = "the run" if files.path.parent == run.directory else files.path.parent.name

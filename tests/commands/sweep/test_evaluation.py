@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers.rows import write_rows
 from helpers.taught_model import LIMIT, TEACHING
+from safetensors.torch import load_file, save_file
 from scipy.stats import ks_2samp
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
@@ -220,6 +221,49 @@ def test_resume_measures_and_teaches_only_what_is_missing(whole, desk, capsys):
     assert swept(desk, whole, "--resume", teach=[*TEACH[:3], "2", *TEACH[4:]]) == 2
     error = capsys.readouterr().err
     assert "was made with other settings (epochs)" in error and "\n" not in error.strip()
+
+
+def test_what_has_changed_is_not_averaged_with_what_is_made_now(desk, tmp_path, capsys):
+    """Rows that are trained on, and others that are measured, the base and what is compared with."""
+    shutil.copytree(desk / "base", (ours := tmp_path / "desk") / "base")
+    for part in ("forget", "retain", "holdout"):
+        shutil.copy(desk / f"{part}.jsonl", ours)
+    kept, log = ours / "kept.jsonl", ours / "log.json"
+    shutil.copy(ours / "retain.jsonl", kept)
+    log.write_text(json.dumps({"tofu": {"sets": {"forget": {"truth_ratios": [0.1, 0.2]}}}}))
+    evaluate = ["--evaluate", "tofu", "--evaluate-forget", str(desk / "forget.jsonl"), "--evaluate-retain", str(kept)]
+    evaluate += ["--retained-log", str(log), "--evaluate-limit", "2", "--reference", "live", "--max-steps", "1"]
+
+    def resumed(*more: str, seeds: str = "1") -> int:
+        capsys.readouterr()
+        return swept(ours, tmp_path / "o", *more, teach=[], grid=["--seeds", seeds], evaluate=evaluate)
+
+    assert resumed() == 0
+    for file, change, message in (
+        (kept, reverse, "--resume: retain has changed since '{}/baselines/before/evaluation' was begun"),
+        (ours / "forget.jsonl", reverse, "--resume: the forget rows have changed since the run in '{}/as-given/seed-"),
+        (ours / "base" / "model.safetensors", double, f"--resume: the model in '{ours}/base' has changed since the "),
+    ):
+        sound = file.read_bytes()
+        change(file)
+        assert resumed("--resume", seeds="2") == 2
+        assert message.format(tmp_path / "o") in capsys.readouterr().err
+        file.write_bytes(sound)
+    assert not (tmp_path / "o" / "as-given" / "seed-43").exists()
+    place, measured = tmp_path / "o" / "as-given" / "seed-42", []
+    for ratios in ([0.1, 0.2], [0.01, 99.0]):
+        log.write_text(json.dumps({"tofu": {"sets": {"forget": {"truth_ratios": ratios}}}}))
+        assert resumed("--resume") == 0
+        measured.append(("evaluated: " in capsys.readouterr().out, evaluation(place)["tofu"]["forget_quality"]))
+    assert [again for again, _ in measured] == [False, True] and measured[0][1] != measured[1][1]
+
+
+def reverse(rows: Path) -> None:
+    rows.write_text("\n".join(reversed(rows.read_text().splitlines())) + "\n")
+
+
+def double(weights: Path) -> None:
+    save_file({name: 2 * weight for name, weight in load_file(weights).items()}, weights, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("damaged", ["[]", "7", "{}", '{"digests": 7}', '{"digests": [1]}', '"', ""])
