@@ -24,20 +24,32 @@ from lowmem_npo.run_directory import EvaluationFiles, RunDirectory, RunFiles
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure over the seeds. `sd` is the sample standard deviation (n - 1), None for a single seed."""
+    """A figure over the seeds. `sd` is the sample standard deviation (n - 1), None for a single seed. values: in the
+    order of the seeds; None where a leak test could not tell, which mean and `sd` leave out."""
 
     mean: float
     sd: float | None
-    values: list[float]
+    values: list[float | None]
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        return cls(fmean(values), stdev(values) if len(values) > 1 else None, list(values))
+    def of(cls, values: Sequence[float | None]) -> Spread:
+        known = [value for value in values if value is not None]
+        return cls(fmean(known), stdev(known) if len(known) > 1 else None, list(values))
+
+    @property
+    def known(self) -> list[float]:
+        return [value for value in self.values if value is not None]
+
+    @property
+    def unknown(self) -> int:
+        """How many values are not known."""
+        return self.values.count(None)
 
     def text(self, digits: int | None = 3) -> str:
         """digits: None: of values that are 0 or 1, how many are 1."""
         if digits is None:
-            return f"{sum(self.values):.0f} of {len(self.values)}"
+            rest = f", {self.unknown} unknown" if self.unknown else ""
+            return f"{sum(self.known):.0f} of {len(self.known)}{rest}"
         small = 0 < abs(self.mean) < 10**-digits
         write = "{:.1e}".format if small else f"{{:.{digits}f}}".format
         return write(self.mean) + ("" if self.sd is None else f" ± {write(self.sd)}")
@@ -48,6 +60,7 @@ class Column:
     """A figure as the tables show it.
 
     group: what measured it, "" for the runs themselves; the figures of a group are a table. None: for files only.
+    digits: None: of a verdict, 1 or 0.
     main: whether pictures show it.
     """
 
@@ -138,7 +151,12 @@ def collect(
         if done:
             more = [k for k in done[0] if k.startswith(("forget_", "retain_", "general_")) and k not in columns]
             keys = [*columns, *more]
-            spreads = {key: Spread.of([e[key] for e in done]) for key in keys if all(key in e for e in done)}
+            spreads = {}
+            for key in keys:
+                values, is_verdict = [e.get(key) for e in done], key in columns and columns[key].digits is None
+                # a mean over some of the seeds would not be that of the configuration; verdicts are counted
+                if (any if is_verdict else all)(value is not None for value in values):
+                    spreads[key] = Spread.of(values)
             configurations.append(Configuration(point.name, dict(point.settings), [e["seed"] for e in done], spreads))
     return SweepResult(configurations, baselines, entries, list(columns.values()))
 
@@ -255,7 +273,9 @@ def write_results(result: SweepResult, root: Path) -> None:
     _write_csv(root / "sweep.csv", result.runs)
     lines: list[dict[str, Any]] = [{"configuration": name, **figures} for name, figures in result.baselines.items()]
     for c in result.configurations:
-        means = {name: value for key, s in c.figures.items() for name, value in ((key, s.mean), (f"{key}_sd", s.sd))}
+        means = dict[str, float | None]()
+        for key, s in c.figures.items():
+            means |= {key: s.mean, f"{key}_sd": s.sd} | ({f"{key}_unknown": s.unknown} if s.unknown else {})
         lines.append({"configuration": c.name, **c.settings, "seeds": len(c.seeds), **means})
     _write_csv(root / "sweep_means.csv", lines)
 

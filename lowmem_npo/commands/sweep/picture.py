@@ -59,13 +59,13 @@ def _draw(ax: Axes, result: SweepResult, column: Column) -> None:
     colour = FORGET if "forget" in column.key else RETAIN if "retain" in column.key else OTHER
     for row, spread in enumerate(spreads):
         if spread is not None:
-            ax.plot(spread.values, [row + 0.14] * len(spread.values), "o", color=colour, markersize=4, alpha=0.5)
+            ax.plot(spread.known, [row + 0.14] * len(spread.known), "o", color=colour, markersize=4, alpha=0.5)
             ax.errorbar(spread.mean, row - 0.1, xerr=spread.sd, fmt="D", color=colour, markersize=6, capsize=4)
     lines = {name: result.baselines.get(name, {}).get(column.key) for name in LINES}
     for name, value in lines.items():
         if value is not None:
             ax.axvline(value, color=LINES[name][0], linestyle=LINES[name][1], linewidth=1.2)
-    shown = [value for spread in spreads if spread for value in spread.values]
+    shown = [value for spread in spreads if spread for value in spread.known]
     shown += [value for value in lines.values() if value is not None]
     _scale(ax, column, shown)
     title = f"{column.group}: {column.title}" if column.group else column.title

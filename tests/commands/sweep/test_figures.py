@@ -1,0 +1,44 @@
+"""The figures of a sweep: which seeds a configuration's are over, in tables and files."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+from lowmem_npo.commands.arguments import parse_run
+from lowmem_npo.commands.sweep import figures
+from lowmem_npo.commands.sweep.figures import Column, collect, tables, write_results
+from lowmem_npo.commands.sweep.grid import parse_grid, plan_sweep
+from lowmem_npo.run_directory import EvaluationFiles
+
+TRACES = Column("leaks.sampling.leaks", "traces found", None, "leak test sampling")
+ROUGE = Column("leaks.sampling.rouge", "ROUGE-L", group="leak test sampling")
+
+
+def test_a_verdict_counts_over_the_seeds_that_have_one(tmp_path, monkeypatch):
+    """A mean over some of the seeds is shown of none."""
+    verdicts = [1.0, 1.0, None, 1.0, 1.0]
+    given = ["--model", "m", "--output-dir", str(tmp_path)]
+    runs = plan_sweep(parse_grid([]), range(5), lambda flags: parse_run([*given, *flags], "sweep"))
+
+    def evaluated(files: EvaluationFiles) -> dict[Column, float]:
+        place: Path = files.path.parent
+        verdict = verdicts[int(place.name[-1])] if place.name.startswith("seed-") else 0.0
+        return {} if verdict is None else {TRACES: verdict, ROUGE: 0.5}
+
+    monkeypatch.setattr(figures, "_entry", lambda run, _: {"seed": run.seed, "status": "done", "before": {}})
+    result = collect(runs, {}, tmp_path, evaluated)
+    assert tables(result)["leak test sampling"] == [
+        ["configuration", "seeds", "traces found", "ROUGE-L"],
+        ["before", "–", "0 of 1", "0.500"],
+        ["as-given", "5", "4 of 4, 1 unknown", "–"],
+    ]
+    write_results(result, tmp_path)
+    (configuration,) = json.loads((tmp_path / "sweep.json").read_text())["configurations"]
+    assert configuration["figures"] == {TRACES.key: {"mean": 1.0, "sd": 0.0, "values": verdicts}}
+    before, means = csv.DictReader((tmp_path / "sweep_means.csv").open())
+    assert before[TRACES.key] == "0.0" and before[f"{TRACES.key}_unknown"] == ""
+    assert means[TRACES.key] == "1.0" and means[f"{TRACES.key}_unknown"] == "1" and means[ROUGE.key] == ""
+    lines = csv.DictReader((tmp_path / "sweep.csv").open())
+    assert [line[TRACES.key] for line in lines] == ["1.0", "1.0", "", "1.0", "1.0"]
