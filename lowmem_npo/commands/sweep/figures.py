@@ -135,7 +135,8 @@ def collect(
     for run in runs:
         entry = _entry(run, ledger)
         if entry["status"] == "done":
-            baselines.setdefault(before_of(run), entry.pop("before"))
+            of_start = baselines.setdefault(before_of(run), {})
+            of_start |= entry.pop("before") | of_start  # a run that keeps nothing has no retain rows
             try:
                 add_evaluated(entry, RunFiles(run.directory).evaluation)
             except UserError as error:  # no error of one run must end the others

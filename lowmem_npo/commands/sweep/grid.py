@@ -8,18 +8,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from lowmem_npo.config import DataConfig, ModelConfig, RunConfig
+from lowmem_npo.config import DataConfig, ModelConfig, OutputConfig, RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.files import expanded
 from lowmem_npo.run_directory import RunFiles
 
-# Options that a sweep sets itself, or that concern one invocation.
+# Options that decide nothing but what is measured and how; a baseline is measured once, for all runs.
+MEASURING = [f.name.replace("_", "-") for f in fields(OutputConfig)] + ["paraphrase-column"]
+# Those, and options that a sweep sets itself, or that concern one invocation.
 NOT_IN_GRID = {
+    **dict.fromkeys(MEASURING, "the runs of a sweep are measured alike: give it once"),
     "seed": "use --seeds",
     "output-dir": "every run gets its own directory",
     "reference-dir": "the runs share one",
     "config": "give --config once, for all runs",
-    **dict.fromkeys(("resume", "preview", "dry-run"), "give it once, for all runs"),
+    **dict.fromkeys(("resume", "preview", "dry-run", "report-examples"), "give it once, for all runs"),
 }
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 from lowmem_npo.commands.arguments import parse_run
 from lowmem_npo.commands.sweep import figures
 from lowmem_npo.commands.sweep.figures import Column, collect, tables, write_results
-from lowmem_npo.commands.sweep.grid import parse_grid, plan_sweep
+from lowmem_npo.commands.sweep.grid import SweepRun, parse_grid, plan_sweep
 from lowmem_npo.run_directory import EvaluationFiles
 
 TRACES = Column("leaks.sampling.leaks", "traces found", None, "leak test sampling")
@@ -42,3 +43,16 @@ def test_a_verdict_counts_over_the_seeds_that_have_one(tmp_path, monkeypatch):
     assert means[TRACES.key] == "1.0" and means[f"{TRACES.key}_unknown"] == "1" and means[ROUGE.key] == ""
     lines = csv.DictReader((tmp_path / "sweep.csv").open())
     assert [line[TRACES.key] for line in lines] == ["1.0", "1.0", "", "1.0", "1.0"]
+
+
+def test_the_model_before_has_what_any_point_measured_of_it(tmp_path, monkeypatch):
+    """The first one keeps nothing, and has no retain rows."""
+    given = ["--model", "m", "--delta", "0", "--output-dir", str(tmp_path)]
+    runs = plan_sweep(parse_grid(["gamma=0,1"]), [1], lambda flags: parse_run([*given, *flags], "sweep"))
+
+    def entry(run: SweepRun, _: object) -> dict[str, Any]:
+        before = {"forget_nll": 1.0} | ({"retain_nll": 2.0} if run.config.objective.needs_retain else {})
+        return {"seed": run.seed, "status": "done", "before": before}
+
+    monkeypatch.setattr(figures, "_entry", entry)
+    assert collect(runs, {}, tmp_path).baselines == {"before": {"forget_nll": 1.0, "retain_nll": 2.0}}

@@ -64,6 +64,11 @@ def test_runs_share_a_reference_where_it_is_the_same(tmp_path):
     assert len(places([f"adapter={tmp_path / 'a'},{tmp_path / 'b'}"])) == 2
 
 
+MEASURING = (
+    "max-new-tokens", "forms", "generate-answers", "eval_rows", "eval-batch-size", "leaks", "paraphrase-column"
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "grid, message",
     [
@@ -74,6 +79,7 @@ def test_runs_share_a_reference_where_it_is_the_same(tmp_path):
         (["seed=1,2"], "use --seeds"),
         (["output_dir=a,b"], "gets its own directory"),
         (["resume=true"], "once, for all runs"),
+        *(([f"{option}=1,2"], "the runs of a sweep are measured alike: give it once") for option in MEASURING),
         (["gama=0,1"], "did you mean --gamma"),
         (["gamma=-1"], "--gamma must be 0 or a positive number"),
         (["gamma=zero"], "--grid gamma=zero: --gamma must be a number, not 'zero'"),
