@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from lowmem_npo.config import FORGET_TERMS, PREFERRING_TERMS, REFUSING_TERMS, SECTIONS, RunConfig
@@ -42,11 +42,27 @@ def idle_options(settings: Mapping[str, Any]) -> dict[str, str]:
     return idle
 
 
+def idle_in(config: RunConfig) -> dict[str, str]:
+    """The same of a run, and the options of how it is computed that make no difference to that."""
+    apart = config.objective.parts_go_apart
+    return idle_options(config.flat()) | ({} if apart is None else {"joint_pass_tokens": apart})
+
+
+def without_idle_options(config: RunConfig) -> RunConfig:
+    """The same run, with the defaults of the options that make no difference in it."""
+    idle = idle_in(config)
+    for section in SECTIONS:
+        options = getattr(config, section)
+        defaults = {f.name: f.default for f in fields(options) if f.name in idle}
+        config = replace(config, **{section: replace(options, **defaults)})
+    return config
+
+
 def remarks_on_idle_options(config: RunConfig) -> list[str]:
     """A line for each option that has another value than its default, which makes no difference in this run."""
-    idle, apart = idle_options(config.flat()), config.objective.parts_go_apart
-    if config.memory.joint_pass_tokens != 0 and apart is not None:
-        idle["joint_pass_tokens"] = apart
+    idle = idle_in(config)
+    if config.memory.joint_pass_tokens == 0:  # which asks for what there is
+        idle.pop("joint_pass_tokens", None)
     sections = [getattr(config, name) for name in SECTIONS]
     given = {f.name for section in sections for f in fields(section) if getattr(section, f.name) != f.default}
     return [f"--{name.replace('_', '-')} has no effect with {why}." for name, why in idle.items() if name in given]

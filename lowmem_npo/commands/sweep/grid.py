@@ -11,6 +11,7 @@ from pathlib import Path
 from lowmem_npo.config import DataConfig, ModelConfig, OutputConfig, RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.files import expanded
+from lowmem_npo.idle_options import idle_in, without_idle_options
 from lowmem_npo.run_directory import RunFiles
 
 # Options that decide nothing but what is measured and how; a baseline is measured once, for all runs.
@@ -118,16 +119,18 @@ def plan_sweep(
     parse: the run that the sweep's train options and some further flags describe.
 
     Raises:
-        UserError: an unknown option, an invalid value, two configurations that are equal, or of one name.
+        UserError: an unknown option, an invalid value, two configurations of the same run, or of one name.
     """
-    runs = []
-    configs = list[RunConfig]()
+    runs, configs, used = [], list[RunConfig](), list[RunConfig]()
     for point in points:
         config = _parsed(point, parse)
-        if config in configs:
-            other = points[configs.index(config)]
-            raise UserError(f"--grid {other.name} and {point.name} are the same configuration: leave one of them out.")
+        if (in_use := _in_use(config)) in used:
+            at = used.index(in_use)
+            both = f"--grid {points[at].name} and {point.name} are the same"
+            why = _why_same(configs[at], config)
+            raise UserError(f"{both} {f'run, as {why}' if why else 'configuration'}: leave one of them out.")
         configs.append(config)
+        used.append(in_use)
         root = config.output_dir
         for seed in seeds:
             runs.append(SweepRun(point, seed, _placed(config, point, root, seed)))
@@ -135,6 +138,24 @@ def plan_sweep(
         raise UserError("--grid: two configurations would have the same directory: spell their values differently.")
     models = list({repr(run.config.model): None for run in runs})
     return sorted(runs, key=lambda run: models.index(repr(run.config.model)))
+
+
+def _in_use(config: RunConfig) -> RunConfig:
+    """What of `config` makes a difference, with the defaults that mean another option's value written out."""
+    training, objective = config.training, config.objective
+    training = replace(training, retain_batch_size=training.retain_rows)
+    if config.memory.memory_budget is None:  # which chooses the size that is not given
+        training = replace(training, micro_batch_size=training.micro_batch_size or training.batch_size)
+    objective = replace(objective, adversary_steps=objective.attack_steps or None)
+    return without_idle_options(replace(config, training=training, objective=objective))
+
+
+def _why_same(one: RunConfig, other: RunConfig) -> str:
+    """Why two configurations that differ are the same run; "" if they do not."""
+    first, second, idle = one.flat(), other.flat(), idle_in(other)
+    differ = [name for name in first if first[name] != second[name]]
+    reasons = (f"has no effect with {idle[name]}" if name in idle else "has that default" for name in differ)
+    return " and ".join(f"--{name.replace('_', '-')} {why}" for name, why in zip(differ, reasons, strict=True))
 
 
 def first_config(points: Sequence[GridPoint], parse: Callable[[Sequence[str]], RunConfig]) -> RunConfig:

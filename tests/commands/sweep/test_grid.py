@@ -91,6 +91,16 @@ MEASURING = (
         (["lr=1e-4,0.0001"], "--grid lr=1e-4 and lr=0.0001 are the same configuration: leave one of them out."),
         (["layered=none,None"], "--grid layered=none and layered=None are the same"),
         (["beta=.2", "gamma=,0,1"], "--grid beta=.2_gamma=default and beta=.2_gamma=1 are the same"),
+        (
+            ["adversary=none,1", "adversary-steps=2,20"],
+            "--grid adversary=none_adversary-steps=2 and adversary=none_adversary-steps=20 are the same run, as "
+            "--adversary-steps has no effect with no --adversary: leave one of them out.",
+        ),
+        (["forget-term=npo,ga", "beta=.1,.2"], "--beta has no effect with --forget-term ga"),
+        (["sam=.1", "joint-pass-tokens=auto,64"], "--joint-pass-tokens has no effect with --sam"),
+        (["adversary=1", "adversary-steps=,1"], "are the same run, as --adversary-steps has that default"),
+        (["retain-batch-size=,4"], "are the same run, as --retain-batch-size has that default"),
+        (["micro-batch-size=,4,8"], "are the same run, as --micro-batch-size has that default"),
         (["forget=a/b.jsonl,a-b.jsonl", "retain=r.jsonl"], "same directory"),
     ],
 )
@@ -177,3 +187,7 @@ def test_what_the_grid_gives_need_not_be_given_beside_it(grid, options, byte_mod
     assert "2 runs" in capsys.readouterr().out
     assert main([*command, *given, "--lr", "-1"]) == 2
     assert "sweep: --lr must be" in capsys.readouterr().err  # no matter of the grid
+
+
+def test_under_a_budget_the_whole_batch_at_once_is_no_default():
+    assert len(planned(["micro-batch-size=,4"], "--memory-budget", "1GiB", seeds=[1])) == 2
