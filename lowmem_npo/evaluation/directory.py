@@ -112,7 +112,8 @@ class EvaluationDirectory(EvaluationFiles):
         for benchmark in BENCHMARKS:
             if benchmark.name in evaluation.scores:
                 benchmark.save(evaluation.scores[benchmark.name], self)
-        write_atomically(self.result, json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False) + "\n")
+        content = json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+        write_atomically(self.result, content + "\n")
 
 
 def _is_same(name: str, value: Any, other: Any) -> bool:

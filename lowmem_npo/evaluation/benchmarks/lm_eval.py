@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from lowmem_npo.errors import UserError, one_line
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measured, Selection
-from lowmem_npo.evaluation.figures import Figure, at
+from lowmem_npo.evaluation.figures import Figure, at, finite
 from lowmem_npo.evaluation.options import Options, free
 from lowmem_npo.ranges import CountOrNone
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 INSTALL = "pip install 'lowmem-npo[eval]'"
 MMLU_SHARE = 0.75  # of the accuracy before unlearning; below it SemEval-2025 Task 4 does not rank a model
 
-Metrics = dict[str, float]
+Metrics = dict[str, float | None]
 
 
 @dataclass
@@ -80,13 +80,17 @@ class LmEval(Benchmark[dict[str, Metrics], dict[str, Metrics]]):
         return results or None
 
     def results(self, measured: Measured) -> dict[str, Metrics]:
-        """Task -> its metrics."""
-        return {task: metrics for (by_task,) in self.own(measured).values() for task, metrics in by_task.items()}
+        """Task -> its metrics; None for one that is no finite number, such as the perplexity of a damaged model."""
+        return {
+            task: {metric: finite(value) for metric, value in metrics.items()}
+            for (by_task,) in self.own(measured).values()
+            for task, metrics in by_task.items()
+        }
 
     def to_json(self, scores: dict[str, Metrics]) -> dict[str, Metrics]:
         return scores
 
-    def figures(self, content: Mapping[str, Mapping[str, float]]) -> list[Figure]:
+    def figures(self, content: Mapping[str, Metrics]) -> list[Figure]:
         meaning = "lm-eval's own measure of the task; a fall is damage beyond the data."
         return [
             Figure(task, metric, f"{task}, {metric}", at(content, task, metric), "as before", meaning)
@@ -119,7 +123,7 @@ def run_tasks(
     shots: int | None = None,
     limit: int | None = None,
     batch_size: int = 8,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, Metrics]:
     """Task -> metric -> value for the named tasks (a group such as mmlu with its own aggregate, not its members).
 
     limit: questions per task, the first ones; None for all. Raises UserError where a task's data cannot be had.
@@ -154,12 +158,12 @@ def run_tasks(
     return {task: _numbers(evaluated["results"][task]) for task in tasks}
 
 
-def mmlu_accuracy(results: dict[str, dict[str, float]]) -> float | None:
+def mmlu_accuracy(results: Mapping[str, Metrics]) -> float | None:
     """The accuracy over all MMLU questions, or None where MMLU was not run."""
     return results.get("mmlu", {}).get("acc")
 
 
-def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+def _numbers(metrics: dict[str, Any]) -> Metrics:
     """{"acc,none": 0.5, "acc_stderr,none": "N/A", "alias": "mmlu"} -> {"acc": 0.5}"""
     return {
         name.removesuffix(",none"): float(value)

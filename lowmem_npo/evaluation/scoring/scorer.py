@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers, sam
 from lowmem_npo.evaluation.scoring.gradient_norms import gradient_norms
 from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
-from lowmem_npo.evaluation.scoring.token_scores import TokenScores, token_scores
+from lowmem_npo.evaluation.scoring.token_scores import NotFinite, TokenScores, token_scores
 
 
 class NotAsked(LookupError):
@@ -88,7 +89,10 @@ class Scorer:
         return self._generated(_with_length(part, max_new_tokens), lengths, measure)
 
     def nll(self, part: str, rows: Sequence[TokenizedRow]) -> list[float]:
-        """The mean negative log-likelihood per token of each row's answer, in nats."""
+        """The mean negative log-likelihood per token of each row's answer, in nats.
+
+        Raises NotFinite where the model gives NaN or infinity, as all do here that read likelihoods.
+        """
 
         def measure(chosen: list[int]) -> list[float]:
             batch = [rows[row] for row in chosen]
@@ -98,17 +102,20 @@ class Scorer:
             ]
 
         lengths = [(len(row["input_ids"]), 0) for row in rows]
-        return self.journal.measured(part, lengths, measure, batch_size=self.batch_size)
+        values = self.journal.measured(part, lengths, measure, batch_size=self.batch_size)
+        _check_finite(part, values)
+        return values
 
     def token_scores(self, part: str, rows: Sequence[TokenizedRow]) -> list[TokenScores]:
         """What the model thinks of every token of each row's answer."""
 
         def measure(chosen: list[int]) -> list[dict]:
             batch = [rows[row] for row in chosen]
-            return [
-                asdict(scores)
-                for scores in token_scores(self.loaded_model, batch, batch_size=self.batch_size, progress=False)
-            ]
+            try:
+                measured = token_scores(self.loaded_model, batch, batch_size=self.batch_size, progress=False)
+            except NotFinite as error:
+                raise NotFinite(chosen[error.row], part) from None
+            return [asdict(scores) for scores in measured]
 
         lengths = [(len(row["input_ids"]), 0) for row in rows]
         entries = self.journal.measured(part, lengths, measure, batch_size=self.batch_size)
@@ -147,6 +154,7 @@ class Scorer:
         else:
             part, lengths = f"{part}, off the likelihoods", [(len(row["input_ids"]), 0) for row in rows]
             entries = self.journal.measured(part, lengths, measure, batch_size=self.batch_size)
+        _check_finite(part, [entry["nll"] for entry in entries])
         return [replace(AnswerRecord(**entry), row=place) for entry, place in zip(entries, places, strict=True)]
 
     def _generated(self, part: str, lengths: Sequence[tuple[int, int]], measure: Callable) -> list[Any]:
@@ -163,3 +171,10 @@ class Scorer:
 def _with_length(part: str, max_new_tokens: int) -> str:
     """What a journal calls generated answers: those of another length, or of a version without one, are others."""
     return f"{part} of up to {max_new_tokens} tokens"
+
+
+def _check_finite(part: str, nll: Sequence[float]) -> None:
+    """Raises NotFinite for a row without a likelihood; a journal of an earlier version may have one, too."""
+    for row, value in enumerate(nll):
+        if not math.isfinite(value):
+            raise NotFinite(row, part)

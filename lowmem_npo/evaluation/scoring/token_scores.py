@@ -40,7 +40,14 @@ the largest logit."""
 
 
 class NotFinite(UserError):
-    """A model whose weights, or what an attack made of them, give NaN or infinity."""
+    """A model whose weights, or what an attack made of them, give NaN or infinity. row: the place of one that gets it.
+    part: which rows these are."""
+
+    def __init__(self, row: int, part: str = "answers") -> None:
+        self.row = row
+        super().__init__(
+            f"The model gives row {row + 1} of '{part}' no finite likelihood; the weights or the adapter are damaged."
+        )
 
 
 @dataclass(frozen=True)
@@ -92,13 +99,11 @@ def token_scores(
     with evaluating(model), progress_bar(len(rows), description, progress) as bar:
         for batch in batches([(len(row["input_ids"]), 0) for row in rows], batch_size):
             for part, (sequence, figures) in in_parts(model, batch, scored):
-                if not all(x.isfinite().all() for x in figures):
-                    raise NotFinite(
-                        "The model gives answers no finite likelihood; the weights or the adapter are damaged."
-                    )
                 for place, i in enumerate(part):
-                    own = sequence == place
-                    by_row[i] = TokenScores(*(x[own].tolist() for x in figures))
+                    own = [x[sequence == place] for x in figures]
+                    if not all(x.isfinite().all() for x in own):
+                        raise NotFinite(i)
+                    by_row[i] = TokenScores(*(x.tolist() for x in own))
             bar.update(len(batch))
     return [by_row[i] for i in range(len(rows))]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import partial
 from types import SimpleNamespace
 
@@ -107,3 +108,8 @@ def test_mmlu_below_three_quarters_of_before(after, warned):
 def test_only_mmlu_itself_is_the_mmlu_average():
     assert mmlu_accuracy({"mmlu": {"acc": 0.4}, "arc_easy": {"acc": 0.9}}) == 0.4
     assert mmlu_accuracy({"mmlu_anatomy": {"acc": 0.4}}) is None
+
+
+def test_a_metric_that_is_no_number_is_none():
+    measured = {LM_EVAL.name: {"tiny": [{"tiny": {"acc": 0.5, "perplexity": math.inf, "f1": math.nan}}]}}
+    assert LM_EVAL.results(measured) == {"tiny": {"acc": 0.5, "perplexity": None, "f1": None}}

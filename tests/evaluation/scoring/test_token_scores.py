@@ -143,7 +143,7 @@ def test_no_rows_and_broken_weights():
     model = tiny_model("llama")
     assert token_scores(model, [], progress=False) == []
     model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(UserError, match="no finite likelihood"):
+    with pytest.raises(UserError, match="row [12] of 'answers' no finite likelihood"):
         token_scores(model, random_rows(2, seed=0), progress=False)
 
 
