@@ -66,7 +66,7 @@ def measure_answers(subject: Subject, name: str, method: Method | None, seed: in
     rows = {"forget": data.forget, "holdout": data.holdout}
     scores = {part: token_scores(model, of, batch_size=size, progress=False) for part, of in rows.items() if of}
     figures["forget"]["extraction_strength"] = extraction_figures(scores["forget"])["extraction_strength"]
-    judged = membership.judge(scores["forget"], scores["holdout"]).figures
+    judged = membership.judge(*(membership.scored(scores[part]) for part in ("forget", "holdout"))).figures
     named = token_figures(scores, {part: of for part, of in rows.items() if of}, tokenizer)
     figures["membership"] = {score: judged[f"{score}_auc"] for score in membership.SCORES} | {"zlib": named["mia_zlib"]}
     general = tokenize(to_examples(read_rows(GENERAL)), tokenizer, max_length=512)

@@ -18,14 +18,13 @@ So that a table of a paper and one of ours can stand side by side. What differs 
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import exp
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.evaluation.figures import at
-from lowmem_npo.evaluation.ranking import auc, mean_of_lowest
+from lowmem_npo.evaluation.ranking import auc, compressed, mean_of_lowest
 from lowmem_npo.files import expanded, load_json
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def token_figures(
         figures["mia_min_k_plus_plus"] = _auc(scores, lambda one: -_lowest(_standard(one)[:-1]))
     sizes: dict[int, int] = {}
     for name, of_set in scores.items():
-        sizes |= {id(one): _compressed(row, tokenizer) for one, row in zip(of_set, rows[name], strict=True)}
+        sizes |= {id(one): compressed(row, tokenizer) for one, row in zip(of_set, rows[name], strict=True)}
     figures["mia_zlib"] = _auc(scores, lambda one: one.nll / sizes[id(one)])
     figures["privleak"] = privleak(min_k_auc, CHANCE if retained is None else retained)
     return figures
@@ -176,11 +175,3 @@ def _standard(row: TokenScores) -> list[float]:
     assert row.deviation is not None
     pairs = zip(row.above_mean, row.deviation, strict=True)
     return [above_mean / max(deviation, LEAST_DEVIATION) for above_mean, deviation in pairs]
-
-
-def _compressed(row: TokenizedRow, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Bytes of the answer's text, compressed; of a text, but for its first token, which nothing precedes."""
-    from lowmem_npo.evaluation.scoring.generation import text_of
-
-    answer = text_of(tokenizer, row["input_ids"][max(1, row["prompt_length"]) :])
-    return len(zlib.compress(answer.encode("utf-8")))

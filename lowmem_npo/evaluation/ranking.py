@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 from statistics import fmean
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lowmem_npo.data import TokenizedRow
 
 CLEAR = 0.25  # how far from 0.5 the AUC of a clear difference is: half of the way to the largest
 
@@ -32,3 +39,11 @@ def tells_nothing(higher: int, lower: int) -> str | None:
 def mean_of_lowest(values: Sequence[float], share: float) -> float:
     """The mean of this share of `values`, the lowest ones, at least of one: Min-K% of log-probs (Shi et al. 2024)."""
     return fmean(sorted(values)[: max(1, int(len(values) * share))])
+
+
+def compressed(row: TokenizedRow, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Bytes of the answer's text, compressed; of a text, but for its first token, which nothing precedes."""
+    from lowmem_npo.evaluation.scoring.generation import text_of
+
+    answer = text_of(tokenizer, row["input_ids"][max(1, row["prompt_length"]) :])
+    return len(zlib.compress(answer.encode("utf-8")))

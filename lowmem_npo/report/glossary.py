@@ -43,6 +43,8 @@ GLOSSARY = {
     "content away.",
     "TOFU": "A published set of questions about invented authors, and the rules by which forgetting them is scored.",
     "token": "A word or a piece of one: what a model reads and writes, one after the other.",
+    "zlib": "A score for guessing whether a model was trained on a text: how unlikely the text is to it, by the "
+    "size to which it can be compressed.",
 }
 ABBREVIATIONS = [term for term in GLOSSARY if re.search("[A-Z]", term)]
 _TERM = re.compile(rf"(?<![\w-])({'|'.join(map(re.escape, ABBREVIATIONS))})(?!\w)")

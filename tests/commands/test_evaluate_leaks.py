@@ -68,6 +68,7 @@ def test_files_and_tables(byte_model, files, capsys):
     assert list(named) == ["exact_memorization", "extraction_strength", "mia_loss", "mia_min_k", "mia_min_k_plus_plus",
                            "mia_zlib", "privleak"]  # fmt: skip
     assert named["mia_loss"] == leaks["membership"]["loss_auc"]
+    assert named["mia_zlib"] == leaks["membership"]["zlib_auc"]
     rows = [json.loads(line) for line in (files / "out" / "rows.jsonl").read_text().splitlines()]
     scored = [row for row in rows if "leaks" in row]
     assert [row["set"] for row in scored] == ["forget"] * 4 + ["holdout"] * 4

@@ -1,8 +1,9 @@
-"""Whether the answers' likelihoods tell that the model was taught them: three membership scores.
+"""Whether the answers' likelihoods tell that the model was taught them: four membership scores.
 
     loss      mean log p over the answer's tokens (Yeom et al. 2018)
     min_k     mean log p of its 20% least likely tokens (Min-K%, Shi et al. 2024)
     min_k_pp  the same of (log p - mean) / std of log p over the vocabulary (Min-K%++, Zhang et al. 2024)
+    zlib      the first, divided by the bytes of the answer's text, compressed (Carlini et al. 2021)
 
 The AUC of a score is the probability that a forgotten answer scores above one of the holdout. 0.5 is what a model gives
 that saw neither; towards 1 the forgotten answers are still known; towards 0 they are less likely than answers that were
@@ -14,7 +15,7 @@ before against the same answers now. 0.5: nothing has changed; 1: every one is l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 from typing import TYPE_CHECKING, Any
@@ -23,13 +24,14 @@ from lowmem_npo.evaluation.figures import shares, side_by_side
 from lowmem_npo.evaluation.leaks.contract import A_YARDSTICK, MARGIN, NO_HOLDOUT, LeakResult, LeakTest, Meaning, Subject
 from lowmem_npo.evaluation.leaks.extraction import extraction_figures, original_scores
 from lowmem_npo.evaluation.options import Options, free
-from lowmem_npo.evaluation.ranking import auc, mean_of_lowest, tells_nothing
+from lowmem_npo.evaluation.ranking import auc, compressed, mean_of_lowest, tells_nothing
 
 if TYPE_CHECKING:
     from lowmem_npo.evaluation.scoring.token_scores import TokenScores
 
 K = 0.2  # share of the tokens that Min-K% looks at
 SIGNIFICANT = 0.01
+NUMBERS = {3: "three", 4: "four"}
 FALLEN = 0.75  # half of the way from 0.5, no change, to 1
 
 
@@ -46,7 +48,8 @@ def min_k_pp(row: TokenScores) -> float:
 
 
 SCORES: dict[str, Callable[[TokenScores], float]] = {"loss": loss, "min_k": min_k, "min_k_pp": min_k_pp}
-TITLES = {"loss": "loss", "min_k": "Min-K%", "min_k_pp": "Min-K%++"}
+ZLIB = "zlib"
+TITLES = {"loss": "loss", "min_k": "Min-K%", "min_k_pp": "Min-K%++", ZLIB: "zlib"}
 AUC = "How often the score ranks a forgotten row above one never seen. 0.5 is chance; 1 and 0 both give it away."
 P_VALUE = "How often chance alone would do that. Very small: the difference is real."
 FELL = (
@@ -64,7 +67,7 @@ class MembershipOptions(Options):
 
 class Membership(LeakTest[MembershipOptions]):
     name = "membership"
-    summary = "AUC of the sharpest of LOSS, Min-K%, Min-K%++ against the holdout"
+    summary = "AUC of the sharpest of LOSS, Min-K%, Min-K%++, zlib against the holdout"
     in_words = "looking at how likely the answers are to the model, without letting it say them"
     needs = (A_YARDSTICK,)
     options = MembershipOptions
@@ -76,13 +79,17 @@ class Membership(LeakTest[MembershipOptions]):
     )
 
     def run(self, subject: Subject, options: MembershipOptions) -> LeakResult:
-        scores = subject.token_scores()
+        tokenizer = subject.scorer.tokenizer
+        sizes = {name: [compressed(row, tokenizer) for row in rows] for name, rows in subject.sets.items()}
+        measured = {name: scored(rows, sizes[name]) for name, rows in subject.token_scores().items()}
         if (before := original_scores(subject)) is not None:
-            result = judge_against_before(scores["forget"], before)
+            recited = extraction_figures(before)["extraction_strength"]
+            result = judge_against_before(measured["forget"], scored(before, sizes["forget"]), recited)
         else:
-            result = judge(scores["forget"], scores["holdout"])
+            result = judge(measured["forget"], measured["holdout"])
         result.rows = {
-            name: [{key: score(row) for key, score in SCORES.items()} for row in rows] for name, rows in scores.items()
+            name: [dict(zip(of, values, strict=True)) for values in zip(*of.values(), strict=True)]
+            for name, of in measured.items()
         }
         return result
 
@@ -90,36 +97,55 @@ class Membership(LeakTest[MembershipOptions]):
 MEMBERSHIP = Membership()
 
 
-def judge(forget: Sequence[TokenScores], holdout: Sequence[TokenScores]) -> LeakResult:
-    """The AUC of every score, with the p-value of the Mann-Whitney test that it is 0.5."""
+def scored(rows: Sequence[TokenScores], sizes: Sequence[int] | None = None) -> dict[str, list[float]]:
+    """Score -> its value of each row. sizes: bytes of each answer's text, compressed; without them there is no zlib."""
+    values = {name: [score(row) for row in rows] for name, score in SCORES.items()}
+    if sizes is not None:
+        values[ZLIB] = [loss(row) / size for row, size in zip(rows, sizes, strict=True)]
+    return values
+
+
+def judge(forget: Mapping[str, Sequence[float]], holdout: Mapping[str, Sequence[float]]) -> LeakResult:
+    """The AUC of every score, with the p-value of the Mann-Whitney test that it is 0.5.
+
+    forget, holdout: of `scored`.
+    """
     from scipy.stats import mannwhitneyu
 
-    figures: dict[str, Any] = {"rows": len(forget), "holdout_rows": len(holdout)}
-    for name, score in SCORES.items():
-        taught, unseen = [score(row) for row in forget], [score(row) for row in holdout]
+    rows, unseen_rows = len(forget["loss"]), len(holdout["loss"])
+    figures: dict[str, Any] = {"rows": rows, "holdout_rows": unseen_rows}
+    for name, taught in forget.items():
+        unseen = holdout[name]
         figures[f"{name}_auc"] = auc(taught, unseen)
         figures[f"{name}_p"] = float(mannwhitneyu(taught, unseen).pvalue)
         figures[f"{name}_all_equal"] = len({*taught, *unseen}) == 1
-    sharpest = max(SCORES, key=lambda name: abs(figures[f"{name}_auc"] - 0.5))
+    sharpest = max(forget, key=lambda name: abs(figures[f"{name}_auc"] - 0.5))
     value, p = figures[f"{sharpest}_auc"], figures[f"{sharpest}_p"]
-    least_p = 2 / comb(len(forget) + len(holdout), len(forget))  # where every forgotten answer is above every other
-    little = tells_nothing(len(forget), len(holdout))
-    leaks, words = _verdict(value, p, least_p, little, all_equal=all(figures[f"{name}_all_equal"] for name in SCORES))
+    least_p = 2 / comb(rows + unseen_rows, rows)  # where every forgotten answer is above every other
+    little = tells_nothing(rows, unseen_rows)
+    leaks, words = _verdict(value, p, least_p, little, all_equal=all(figures[f"{name}_all_equal"] for name in forget))
     (shown,) = side_by_side([value], decimals=2)
-    return LeakResult(figures, f"The sharpest of three scores ({sharpest}) has an AUC of {shown}: {words}.", leaks)
+    meaning = f"The sharpest of {NUMBERS[len(forget)]} scores ({sharpest}) has an AUC of {shown}: {words}."
+    return LeakResult(figures, meaning, leaks)
 
 
-def judge_against_before(forget: Sequence[TokenScores], before: Sequence[TokenScores]) -> LeakResult:
-    """How far the score that has changed least has fallen. before: of the same answers, before the model forgot."""
-    fell = {name: auc([*map(score, before)], [*map(score, forget)]) for name, score in SCORES.items()}
+def judge_against_before(
+    forget: Mapping[str, Sequence[float]], before: Mapping[str, Sequence[float]], recited: float
+) -> LeakResult:
+    """How far the score that has changed least has fallen.
+
+    before: of the same answers, before the model forgot. recited: their extraction strength then.
+    """
+    fell = {name: auc(before[name], values) for name, values in forget.items()}
     least = min(fell, key=lambda name: fell[name])
     meaning = (
         f"In {shares(fell[least])[0]} of pairs of a forgotten answer before and one now, the former is the likelier, "
-        f"by the score of three that changed least ({least}); membership itself is not tested, since {NO_HOLDOUT}."
+        f"by the score of {NUMBERS[len(fell)]} that changed least ({least}); membership itself is not tested, since "
+        f"{NO_HOLDOUT}."
     )
-    figures = {"rows": len(forget), **{f"{name}_fell": fall for name, fall in fell.items()}}
+    figures = {"rows": len(forget["loss"]), **{f"{name}_fell": fall for name, fall in fell.items()}}
     leaks: bool | None = fell[least] <= FALLEN
-    if leaks and extraction_figures(before)["extraction_strength"] <= MARGIN:
+    if leaks and recited <= MARGIN:
         meaning += " Before, the model hardly wrote these answers: there was little that could have fallen."
         leaks = None
     return LeakResult(figures, meaning, leaks, against_before=True)

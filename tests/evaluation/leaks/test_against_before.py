@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import replace
 
 import pytest
 import torch
@@ -109,20 +108,20 @@ def test_each_yardstick(value, level, before, leaks):
 
 def test_the_score_that_changed_least_decides():
     def rows(level, standard):
-        return [TokenScores([level - n], [standard - n], [True]) for n in range(4)]
+        return membership.scored([TokenScores([level - n], [standard - n], [True]) for n in range(4)])
 
-    result = membership.judge_against_before(rows(-50.0, 0.0), rows(-1.0, 0.0))
+    result = membership.judge_against_before(rows(-50.0, 0.0), rows(-1.0, 0.0), recited=1.0)
     assert result.figures["loss_fell"] == 1 and result.figures["min_k_pp_fell"] == pytest.approx(0.5)
     assert result.leaks is True and "(min_k_pp)" in result.meaning and "50% of pairs" in result.meaning
-    assert membership.judge_against_before(rows(-50.0, -50.0), rows(-1.0, 0.0)).leaks is False
+    assert membership.judge_against_before(rows(-50.0, -50.0), rows(-1.0, 0.0), recited=1.0).leaks is False
 
 
 def test_little_that_could_have_fallen():
     """Where the model hardly wrote the answers before, nothing says that much is left."""
-    before, same = (TokenScores([-1.0 - n] * 9, [0.0] * 9, [False] * 9) for n in range(2)), [True] * 9
-    result = membership.judge_against_before(rows := list(before), rows)
+    rows = membership.scored([TokenScores([-1.0 - n] * 9, [0.0] * 9, [False] * 9) for n in range(2)])
+    result = membership.judge_against_before(rows, rows, recited=0.0)
     assert result.leaks is None and "hardly wrote these answers" in result.meaning
-    assert membership.judge_against_before(rows, [replace(row, greedy=same) for row in rows]).leaks is True
+    assert membership.judge_against_before(rows, rows, recited=1.0).leaks is True
 
 
 def test_its_words():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lowmem_npo.evaluation.leaks.membership import judge, loss, min_k, min_k_pp
+from lowmem_npo.evaluation.leaks.membership import judge, loss, min_k, min_k_pp, scored
 from lowmem_npo.evaluation.scoring.token_scores import TokenScores
 
 
@@ -44,7 +44,7 @@ def spread(center: float, rows: int) -> list[TokenScores]:
     ],
 )
 def test_what_an_auc_means(forget, holdout, auc, leaks, words):
-    result = judge(forget, holdout)
+    result = judge(scored(forget), scored(holdout))
     figures = result.figures
     assert figures["loss_auc"] == figures["min_k_auc"] == figures["min_k_pp_auc"] == pytest.approx(auc)
     assert result.leaks is leaks and words in result.meaning
@@ -54,13 +54,22 @@ def test_what_an_auc_means(forget, holdout, auc, leaks, words):
 def test_auc_is_the_share_of_pairs_in_order():
     forget, holdout = [row(-1.0), row(-3.0), row(-4.0)], [row(-2.0), row(-3.0)]
     pairs = [(f.nll < h.nll) + 0.5 * (f.nll == h.nll) for f in forget for h in holdout]
-    assert judge(forget, holdout).figures["loss_auc"] == pytest.approx(sum(pairs) / 6)
+    assert judge(scored(forget), scored(holdout)).figures["loss_auc"] == pytest.approx(sum(pairs) / 6)
 
 
 def test_the_sharpest_score_decides():
     """Likelihoods alike, but for the model's own standard the forgotten rows stand out."""
     forget = [row(-1 - 0.01 * n, standard=(2.0 + 0.01 * n,)) for n in range(20)]
     holdout = [row(-1 - 0.01 * n, standard=(-2.0 - 0.01 * n,)) for n in range(20)]
-    result = judge(forget, holdout)
+    result = judge(scored(forget), scored(holdout))
     assert result.figures["loss_auc"] == pytest.approx(0.5) and result.figures["min_k_pp_auc"] == 1
     assert result.leaks is True and "(min_k_pp)" in result.meaning
+
+
+def test_long_answers_are_unlikely_by_their_length_alone():
+    """Divided by what their text compresses to, the forgotten answers stand out; without, they are likely as others."""
+    rows, short, long = [row(-1 - 0.01 * n) for n in range(20)], [10] * 20, [40] * 20
+    result = judge(scored(rows, long), scored(rows, short))
+    assert result.figures["loss_auc"] == pytest.approx(0.5) and result.figures["zlib_auc"] == 1
+    assert result.leaks is True and "sharpest of four scores (zlib)" in result.meaning
+    assert scored([row(-3.0, -1.0)], [8])["zlib"] == [-2 / 8]

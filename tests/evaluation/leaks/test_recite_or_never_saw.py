@@ -52,7 +52,7 @@ def test_extraction(demo):
 
 def test_membership(demo):
     results = {name: leaks_of(demo, name, "membership")["membership"] for name in ("base", "gold")}
-    for score in ("loss", "min_k", "min_k_pp"):
+    for score in ("loss", "min_k", "min_k_pp", "zlib"):
         assert results["base"].figures[f"{score}_auc"] > 0.99
         assert 0.2 < results["gold"].figures[f"{score}_auc"] < 0.8
         assert results["base"].figures[f"{score}_p"] < 1e-5 < 0.01 < results["gold"].figures[f"{score}_p"]
