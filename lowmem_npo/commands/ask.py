@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -14,10 +13,11 @@ from typing import TYPE_CHECKING, Any, cast
 import tyro
 
 from lowmem_npo.commands.arguments import check_inputs, parse_options
+from lowmem_npo.commands.questions import QUESTIONS, question, questions_in
 from lowmem_npo.config import ModelOptions, StreamOptions
 from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
-from lowmem_npo.files import expanded, read_at_most
+from lowmem_npo.files import expanded
 from lowmem_npo.libraries import quiet_libraries
 from lowmem_npo.ranges import Count, MaybeEmpty, PositiveOrZero, Seed
 
@@ -25,15 +25,13 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lowmem_npo.data import Template
+    from lowmem_npo.data import Example, Template
     from lowmem_npo.data.fit import Fit
 
 ORIGINAL, UNLEARNED, MERGED = "original", "unlearned", "answer"
-QUESTIONS = "question/answer"
 BATCH_SIZE = 16
 TOGETHER = 256  # where every pass has to stream the weights
 BEGIN_ANEW = "/new"
-MOST_BYTES = 10_000_000  # of a file of questions
 
 Turn = dict[str, str]
 
@@ -57,7 +55,8 @@ class AskOptions(StreamOptions, ModelOptions):
     questions: tyro.conf.Positional[tuple[str, ...]] = ()
     """What to ask."""
     file: str | None = None
-    """A file of questions, one on each line."""
+    """A file of questions: a text with one on each line, or a table as train reads it, of which only the questions are
+    asked."""
     json: bool = False
     """Print an object with question and answers on each line, for programs."""
     template: str | None = None
@@ -89,22 +88,23 @@ def ask(options: AskOptions, say: Say = print) -> None:
     Raises:
         UserError: something the user can fix, in one sentence.
     """
-    questions = _questions(options)
+    note = (lambda line: print(line, file=sys.stderr)) if options.json else say  # stdout is for programs
+    typed = [text.strip() for text in options.questions if text.strip()]
+    questions = [question(text) for text in typed] if options.file is None else questions_in(options.file, note)
     check_inputs(options.model, revision=options.revision)
     if not expanded(options.run).is_dir():
         check_inputs(options.run, revision=options.revision)
     quiet_libraries()
-    note = (lambda line: print(line, file=sys.stderr)) if options.json else say  # stdout is for programs
     asked = load(options, note)
     if options.file is not None or options.json:
         if not questions:
             raise UserError("There is nothing to ask: give a question, or --file.")
         for answers in asked.answer_all(questions):
             say(json.dumps(answers, ensure_ascii=False) if options.json else as_text(answers))
-    elif questions:
-        for question in questions:
-            say(f"\n{question}")
-            asked.converse(question, [])
+    elif typed:
+        for text in typed:
+            say(f"\n{text}")
+            asked.converse(text, [])
     else:
         _interactive(asked, say)
 
@@ -131,38 +131,35 @@ class Asked:
     @property
     def remembers(self) -> bool:
         """Whether questions are turns of a conversation."""
-        return self.template.messages(self._example("?", []), self.tokenizer) is not None
+        return self.template.messages(self._as_in_run(question("?")), self.tokenizer) is not None
 
-    def prompt(self, question: str, history: Sequence[Turn]) -> list[int]:
-        """The ids that generation starts from. history: earlier turns; only for a model that remembers.
+    @property
+    def form(self) -> str:
+        """How questions are written, for the user."""
+        return self.template.describe(self._as_in_run(question("?")), self.tokenizer)
 
-        Raises UserError for a question that the model cannot take.
-        """
+    def prompt(self, asked: Example, shorten: str = "ask a shorter question") -> list[int]:
+        """The ids that generation starts from. Raises UserError for a question that the model cannot take."""
         from lowmem_npo.data import Encoder
 
-        ids = Encoder(self.tokenizer, self.template).encode(self._example(question, history))[0]
-        shorten = f"begin another conversation with {BEGIN_ANEW}" if history else "ask a shorter question"
-        where = "The conversation" if history else "The question"
-        self.fit.check(where, ids, self.tokenizer, shorten)
+        ids = Encoder(self.tokenizer, self.template).encode(self._as_in_run(asked))[0]
+        self.fit.check(asked.where, ids, self.tokenizer, shorten)
         return ids
 
-    def _example(self, question: str, history: Sequence[Turn]) -> Any:
-        from lowmem_npo.data import Example
+    def _as_in_run(self, asked: Example) -> Example:
+        return replace(asked, schema=self.schema)
 
-        answer = "."  # any: only what precedes it is used
-        turns = (*history, {"role": "user", "content": question}, {"role": "assistant", "content": answer})
-        return Example(question, answer, "The question", self.schema, messages=turns if history else None)
-
-    def converse(self, question: str, histories: Sequence[list[Turn]]) -> None:
+    def converse(self, text: str, histories: Sequence[list[Turn]]) -> None:
         """Prints the answer of every side as it is written, and adds it to the side's history, if there are any."""
         pasts = histories or [[] for _ in self.sides]
-        prompts = [self.prompt(question, history) for history in pasts]
+        shorten = [f"begin another conversation with {BEGIN_ANEW}"] if any(pasts) else []
+        prompts = [self.prompt(question(text, history), *shorten) for history in pasts]
         for (side, state), history, prompt in zip(self.sides.items(), pasts, prompts, strict=True):
             print(f"{side + ':':<11}", end="", flush=True)
             with state():
                 answer = self._written(prompt)
             if histories:
-                history += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                history += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
     def _written(self, prompt: list[int]) -> str:
         """The answer to `prompt`, printed while it is generated."""
@@ -181,19 +178,19 @@ class Asked:
         streamer = Trimmed(cast(Any, self.tokenizer), skip_prompt=True, skip_special_tokens=True)
         return text_of(self.tokenizer, self._generated([prompt], streamer=streamer)[0]).strip()
 
-    def answer_all(self, questions: Sequence[str]) -> Iterator[dict[str, str]]:
+    def answer_all(self, questions: Sequence[Example]) -> Iterator[dict[str, str]]:
         """Each question with the answers of every side, some questions at a time."""
         from lowmem_npo.evaluation.scoring.generation import text_of
 
         for start in range(0, len(questions), self.batch_size):
             batch = questions[start : start + self.batch_size]
-            prompts = [self.prompt(question, []) for question in batch]
+            prompts = [self.prompt(one) for one in batch]
             answers = {}
             for side, state in self.sides.items():
                 with state():
                     answers[side] = [text_of(self.tokenizer, ids).strip() for ids in self._generated(prompts, start)]
-            for number, question in enumerate(batch):
-                yield {"question": question, **{side: texts[number] for side, texts in answers.items()}}
+            for number, one in enumerate(batch):
+                yield {"question": one.prompt or "", **{side: texts[number] for side, texts in answers.items()}}
 
     def _generated(self, prompts: Sequence[list[int]], start: int = 0, streamer: Any = None) -> list[list[int]]:
         """start: place of the first prompt among all."""
@@ -266,7 +263,7 @@ def load(options: AskOptions, say: Say) -> Asked:
     fit = Fit.of(base)
     fit.check_padding(tokenizer)
     asked = Asked(model, tokenizer, fit, template, sides, *decoding, together, schema)
-    say(f"Questions are {template.describe(asked._example('?', []), tokenizer)}.")
+    say(f"Questions are {asked.form}.")
     return asked
 
 
@@ -274,23 +271,6 @@ def as_text(answers: dict[str, str]) -> str:
     """A question with its answers, for a terminal."""
     question, *sides = answers.items()
     return "\n".join(["", question[1], *(f"{side + ':':<11}{text}" for side, text in sides)])
-
-
-def _questions(options: AskOptions) -> list[str]:
-    if options.file is None:
-        questions = list(options.questions)
-    else:
-        path = expanded(options.file)
-        try:
-            content = read_at_most(path, MOST_BYTES)
-            if len(content) > MOST_BYTES:
-                raise UserError(f"--file: '{path}' has more than {MOST_BYTES:,} bytes, which no questions have.")
-            questions = re.split(r"\r\n|\r|\n", content.decode("utf-8-sig"))  # a text may hold U+2028 and its like
-        except OSError as error:
-            raise UserError(f"--file: '{path}' cannot be read: {error.strerror}.") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"--file: '{path}' cannot be read as UTF-8 text: {error}.") from error
-    return [question.strip() for question in questions if question.strip()]
 
 
 def _interactive(asked: Asked, say: Say) -> None:

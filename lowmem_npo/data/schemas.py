@@ -183,7 +183,7 @@ def _texts(row: dict[str, Any], column: str, where: str) -> tuple[str, ...]:
 
 
 def _of_mixed(row: dict[str, Any], where: str) -> Example:
-    example = _example(row, where, *_recognised(row) or TEXT)
+    example = _example(row, where, *recognised_columns(row) or TEXT)
     schema = PASSAGE if example.schema == "input/output" else example.schema
     return replace(example, schema=schema, continues=bool(row.get("continues")))
 
@@ -249,7 +249,7 @@ def _choose_columns(rows: Rows, prompt_column: str | None, answer_column: str | 
         raise UserError(f"The answer column of {rows.name} is missing; name it with --answer-column.")
     if answer_column:
         return prompt_column and _named(prompt_column, rows), _named(answer_column, rows)
-    if chosen := _recognised(columns):
+    if chosen := recognised_columns(columns):
         return chosen
     raise UserError(
         f"{rows.name} has the columns {listed_columns(columns) or '(none)'}, none of which is a recognised pair "
@@ -287,8 +287,8 @@ def listed_columns(columns: Sequence[str]) -> str:
     return first_of([column for column in columns if column.strip()], MOST_LISTED, ", ")
 
 
-def _recognised(columns: Container[str]) -> tuple[str | None, str] | None:
-    """The columns of a known schema, if there is one."""
+def recognised_columns(columns: Container[str]) -> tuple[str | None, str] | None:
+    """Those of a known schema, of prompt and answer, if there is one."""
     for column in CHAT:
         if column in columns:
             return column, column

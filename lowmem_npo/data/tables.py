@@ -24,7 +24,7 @@ from lowmem_npo.data.documents import UNMARKED, decoded_lines, marked_encoding, 
 from lowmem_npo.data.rows import Rows, is_text
 from lowmem_npo.errors import UserError
 from lowmem_npo.run_directory import SELF_WRITTEN
-from lowmem_npo.sources import kind_of
+from lowmem_npo.sources import TABLE_KINDS, kind_of
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 # Columns by which a header is recognised, and with it its separator.
@@ -71,6 +71,11 @@ def _opener(path: Path) -> Any:
 
 
 # -- recognising ------------------------------------------------------------------------------------------------------
+
+
+def is_table(name: str, path: Path) -> bool:
+    """Whether a file is one by its name or, of a .txt, by what it holds."""
+    return kind_of(path) in TABLE_KINDS or table_in_text(name, path)[0] is not None
 
 
 def table_in_text(name: str, path: Path, columns: Collection[str] = ()) -> tuple[Reader | None, tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -85,6 +86,30 @@ def test_in_a_terminal_and_from_a_file(run, facts, tmp_path, capsys):
     listed = asked(run, "--file", file, "--max-new-tokens", 48, capsys=capsys).out
     for record in facts[:2]:
         assert f"{question_of(record)}\noriginal:  {record['reference']}\nunlearned: " in listed
+
+
+@pytest.mark.parametrize("name", ["q.csv", "q.txt", "q.json.gz"])
+def test_of_a_table_the_questions_are_asked_as_if_they_were_typed(name, run, facts, tmp_path, capsys):
+    questions, file = [question_of(record) for record in facts], tmp_path / name
+    rows = [{"Question": question, "answer": "not to be shown"} for question in questions]
+    text = "Question;answer\n" + "".join(";".join(row.values()) + "\n" for row in rows)
+    file.write_bytes(gzip.compress(json.dumps(rows).encode()) if name.endswith(".gz") else text.encode())
+    how = ["--json", "--max-new-tokens", 8]
+    printed = asked(run, "--file", file, *how, capsys=capsys)
+    assert printed.out == asked(run, *questions, *how, capsys=capsys).out
+    assert f"The questions are the column question of {file}; the model is not shown the answers." in printed.err
+
+
+def test_of_a_conversation_in_a_table_all_but_the_answer_is_shown(chat_run, tmp_path, capsys):
+    copy, folder, tokenizer = chat_run
+    turns = [("system", "Be kind."), ("user", "Who?"), ("assistant", "He."), ("user", "And?"), ("assistant", "Hidden.")]
+    turns = [{"role": role, "content": content} for role, content in turns]
+    (tmp_path / "q.jsonl").write_text(json.dumps({"messages": turns}))
+    printed = asked(copy, "--file", tmp_path / "q.jsonl", "--json", "--max-new-tokens", 12, capsys=capsys)
+    text = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
+    answer = greedy(AutoModelForCausalLM.from_pretrained(folder), tokenizer, text, 12)
+    assert json.loads(printed.out).items() >= {"question": "And?", "original": answer}.items()
+    assert "the column messages of" in printed.err
 
 
 def with_schema(run, schema):
@@ -182,6 +207,8 @@ def test_drawn_answers_follow_their_seed(run, facts, capsys):
         (["{run}", "--file", "nowhere.txt"], "nowhere.txt' cannot be read"),
         (["{run}", "--file", "/dev/zero"], "'/dev/zero' has more than 10,000,000 bytes, which no questions have"),
         (["{run}", "--file", "{empty}/pipe"], "nothing to ask"),
+        (["{run}", "--file", "{empty}/wide.csv"], "wide.csv has the columns Who?, Why?, which are no questions with"),
+        (["{run}", "--file", "{empty}/text.jsonl"], "text.jsonl, line 1 is a text, which holds no question"),
         (["{run}", "--json"], "nothing to ask"),
         (["{run}", "Who?", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["{run}", "Who?", "--temperature", "-1"], "--temperature"),
@@ -191,6 +218,8 @@ def test_drawn_answers_follow_their_seed(run, facts, capsys):
 def test_mistakes_end_in_one_sentence(arguments, message, run, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     os.mkfifo(tmp_path / "pipe")  # nobody writes into it
+    (tmp_path / "wide.csv").write_text("Who?,Why?\nHe,So\n")
+    (tmp_path / "text.jsonl").write_text('{"text": "He was born there."}')
     assert main(["ask", *(a.format(run=run, empty=tmp_path) for a in arguments)]) == 2
     error = capsys.readouterr().err.splitlines()
     assert message in error[-1] and "Traceback" not in "".join(error)
