@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields
@@ -184,6 +185,23 @@ def _by_output_dir(folder: Path, output_dir: Path, here: Path) -> Path | None:
     if output_dir.is_absolute() or folder.parts[above:] != below:
         return None
     return Path(*folder.parts[:above], *here.parts[len(up) :]) if here.parts[: len(up)] == up else here
+
+
+def finishing(run: RunFiles) -> str:
+    """What finishes an unfinished run, a clause."""
+    return f"`lowmem-npo train --resume --output-dir {shlex.quote(str(run.path))}` finishes it"
+
+
+def no_adapter(folder: str, missing: Path) -> UserError:
+    """What is said of a directory in which a file of an adapter is missing; an unfinished run has those of its
+    checkpoints."""
+    run = RunFiles(expanded(folder))
+    if not run.run_yaml.is_file() or run.weights.is_file():
+        return UserError(f"The directory '{folder}' holds no adapter: there is no {missing.name} in it.")
+    saved = (f for f in map(AdapterFiles, run.checkpoints()) if f.weights.is_file() and f.adapter_config.is_file())
+    newest = next(saved, None)
+    beside = f"; its last checkpoint, '{newest.path}', holds one" if newest else ""
+    return UserError(f"'{folder}' holds an unfinished run and no adapter yet: {finishing(run)}{beside}.")
 
 
 def what_is_left(run: RunFiles) -> str:

@@ -20,7 +20,7 @@ from lowmem_npo.model.names import resolve_name
 from lowmem_npo.model.patterns import check_patterns
 from lowmem_npo.model.saved_modules import in_four_bits
 from lowmem_npo.ranges import Count, Finite, check_values, shortened, shown
-from lowmem_npo.run_directory import AdapterFiles, from_here, run_of_adapter
+from lowmem_npo.run_directory import AdapterFiles, from_here, no_adapter, run_of_adapter
 from lowmem_npo.sources import check_adapter_name
 
 # What an adapter may hold beside the two factors of its layers: configuration field -> description. PEFT marks those of
@@ -232,7 +232,7 @@ def _configuration(folder: str) -> dict[str, Any]:
     files = AdapterFiles(expanded(folder))
     for file in (files.adapter_config, files.weights):
         if not file.is_file():
-            raise UserError(f"The directory '{folder}' holds no adapter: there is no {file.name} in it.")
+            raise no_adapter(folder, file)
     content = load_json(files.adapter_config)
     if not isinstance(content, dict) or "peft_type" not in content:
         raise UserError(f"'{files.adapter_config}' is not the configuration of a PEFT adapter.")

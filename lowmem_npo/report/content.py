@@ -32,7 +32,7 @@ from lowmem_npo.report.audit import Audit, check_reported, of_another_adapter, r
 from lowmem_npo.report.figures import StagedFigure, evaluation_figures, run_figures
 from lowmem_npo.report.leak_tests import leak_sections
 from lowmem_npo.report.verdict import RULES, Verdict, judge_run
-from lowmem_npo.run_directory import EvaluationFiles, RunFiles, check_is_run
+from lowmem_npo.run_directory import EvaluationFiles, RunFiles, check_is_run, finishing
 from lowmem_npo.training.metrics import Metrics, read_metrics
 
 EVIDENCE = (
@@ -145,7 +145,9 @@ def read_content(directory: Path) -> Content:
         if audit is not None:
             check_reported(audit)
     errors = _errors_of_change(evaluations)
-    verdict = judge_run(stages, audit["model"]["vocabulary"] if audit else None, leaks, errors)
+    measured_nothing = files.weights.is_file() and settings.get("eval_rows") == 0
+    unfinished = None if measured_nothing else finishing(files)
+    verdict = judge_run(stages, audit["model"]["vocabulary"] if audit else None, leaks, errors, unfinished)
     notes = [*stopped, *_notes(metrics, audit), *filter(None, [of_another_adapter(directory)])]
     notes += [*evaluated.get("after", {}).get("notes", []), *_no_longer_there(known), *replaced]
     return Content(directory, settings, verdict, stages, figures, leaks, metrics, evaluations, notes, audit)

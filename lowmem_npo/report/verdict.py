@@ -102,17 +102,20 @@ def judge_run(
     vocabulary: int | None,
     leaks: Mapping[str, LeakResults],
     errors: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
+    unfinished: str | None = None,
 ) -> Verdict:
     """stages: of the before/after table, or empty; a set that `before` has no figures of was not measured there, or on
     other rows. vocabulary: the model's. leaks: stage -> test -> result. errors: set -> measure -> the standard error of
-    its change over the rows, where that is known."""
+    its change over the rows, where that is known. unfinished: what finishes the run, a clause; None of one that was to
+    measure nothing."""
     if not {"before", "after"} <= set(stages) or "forget" not in stages["after"]:
+        why = "was made with --eval-rows 0" if unfinished is None else "has not reached its end"
+        remedy = unfinished or "`lowmem-npo evaluate --adapter` with the run's directory measures the adapter"
         return Verdict(
             "unknown",
             "Whether the model has forgotten was not measured.",
-            ["The run was made with --eval-rows 0, or did not reach its end: this page says what was trained, not "
-             "with what result. `lowmem-npo evaluate` measures the adapter."],
-        )  # fmt: skip
+            [f"The run {why}: this page says what was trained, not with what result; {remedy}."],
+        )
     before, after, gold = (stages.get(stage, {}) for stage in ("before", "after", "gold"))
     if not gives_numbers(before, after):
         return Verdict(

@@ -222,7 +222,7 @@ def test_a_run_that_measured_nothing(byte_model, data, tmp_path):
     folder = train(tmp_path / "out", byte_model, data, "--max-steps", 1, "--eval-rows", 0)
     report, parsed = report_of(folder), page(folder)
     assert report["verdict"]["tone"] == "unknown" and report["figures"] == [] and report["rows"] == {}
-    assert "was not measured" in parsed.text and "--eval-rows 0" in parsed.text
+    assert "was not measured" in parsed.text and "--eval-rows 0" in parsed.text and "--resume" not in parsed.text
     assert report["audit"]["adapter"]["sha256"] in parsed.text
     assert "Nothing was measured" in (folder / "README.md").read_text() and leaked(parsed.text) == []
 
@@ -245,6 +245,33 @@ def test_a_run_that_was_killed(own_run):
     (own_run / "audit.json").write_text(json.dumps(audit))
     write_report(own_run)
     assert "has not reached its end" in page(own_run).text and report_of(own_run)["verdict"]["tone"] == "unknown"
+    for measures in (64, 0):
+        settings = yaml.safe_load((own_run / "run.yaml").read_text()) | {"eval_rows": measures}
+        (own_run / "run.yaml").write_text(yaml.safe_dump(settings))
+        (advice,) = read_content(own_run).verdict.sentences
+        assert f"`lowmem-npo train --resume --output-dir {own_run}` finishes it" in advice
+        assert "--eval-rows" not in advice and "--eval-rows" not in (own_run / "README.md").read_text()
+
+
+def test_a_run_that_was_killed_as_it_measured(own_run):
+    (own_run / "after.json").unlink()
+    assert "--resume" in read_content(own_run).verdict.sentences[0]
+
+
+def test_an_unfinished_run_says_where_its_adapter_is(own_run, tmp_path, capsys):
+    (own_run / "adapter_model.safetensors").unlink()
+    newest = own_run / "checkpoint-3"
+    merging = ["merge", "--output-dir", str(tmp_path / "merged"), "--adapter"]
+    for command in (["evaluate", "--limit", "1", "--output-dir", str(tmp_path / "e"), "--adapter"], merging):
+        assert main([*command, str(own_run)]) == 2
+        error = capsys.readouterr().err
+        assert "holds an unfinished run and no adapter yet" in error and f"'{newest}', holds one" in error
+        assert f"`lowmem-npo train --resume --output-dir {own_run}` finishes it" in error
+        assert main([*command, str(newest)]) == 0
+    assert main(["ask", str(own_run), "Who?"]) == 2 and "an unfinished run" in capsys.readouterr().err
+    assert main(["ask", str(newest), "Who?", "--max-new-tokens", "1"]) == 0
+    (newest / "adapter_model.safetensors").unlink()
+    assert main(["ask", str(own_run), "Who?"]) == 2 and "checkpoint" not in capsys.readouterr().err
 
 
 def test_figures_that_are_not_finite(own_run):
