@@ -95,7 +95,7 @@ def parse(kind: type, arguments: Sequence[str], command: str, config: tuple[Any,
         if not ended.code:
             raise
     known = [] if options.get("return_unknown_args") else flags_of(kind)
-    raise UserError(explained(messages.getvalue(), known, command))
+    raise UserError(explained(messages.getvalue(), known, command, arguments))
 
 
 def parse_options(kind: Callable[..., T], arguments: Sequence[str], command: str) -> T:

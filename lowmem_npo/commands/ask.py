@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -14,6 +15,7 @@ import tyro
 
 from lowmem_npo.commands.arguments import check_inputs, parse_options
 from lowmem_npo.commands.questions import QUESTIONS, question, questions_in
+from lowmem_npo.commands.spellings import run_first
 from lowmem_npo.config import ModelOptions, StreamOptions
 from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
@@ -50,8 +52,8 @@ class AskOptions(StreamOptions, ModelOptions):
     qlora: bool = False
     """Load the base as 4-bit NF4; a run with --qlora is asked so anyway."""
     run: tyro.conf.Positional[str] = field(kw_only=True)
-    """Directory of a run or of an adapter; or any model, merged or not yet trained, which has one answer to each
-    question."""
+    """Directory of a run or of an adapter, also given as --adapter; or any model, merged or not yet trained, which has
+    one answer to each question."""
     questions: tyro.conf.Positional[tuple[str, ...]] = ()
     """What to ask."""
     file: str | None = None
@@ -79,7 +81,7 @@ class AskOptions(StreamOptions, ModelOptions):
 
 
 def main(arguments: Sequence[str]) -> None:
-    ask(parse_options(AskOptions, arguments, "ask"))
+    ask(parse_options(AskOptions, run_first(arguments), "ask"))
 
 
 def ask(options: AskOptions, say: Say = print) -> None:
@@ -91,6 +93,13 @@ def ask(options: AskOptions, say: Say = print) -> None:
     note = (lambda line: print(line, file=sys.stderr)) if options.json else say  # stdout is for programs
     typed = [text.strip() for text in options.questions if text.strip()]
     questions = [question(text) for text in typed] if options.file is None else questions_in(options.file, note)
+    if not expanded(options.run).is_dir() and re.search(r"[\s?]", options.run):
+        raise UserError(
+            f"There is no directory '{options.run}', and no model of such a name: the run, or a model, is named before "
+            "the questions."
+        )
+    if folder := next((text for text in typed if expanded(text).is_dir()), None):
+        raise UserError(f"'{folder}' is a directory, not a question: one run is asked, and --model names its base.")
     check_inputs(options.model, revision=options.revision)
     if not expanded(options.run).is_dir():
         check_inputs(options.run, revision=options.revision)

@@ -9,6 +9,7 @@ from pathlib import Path
 import tyro
 
 from lowmem_npo.commands.arguments import check_names, parse_options
+from lowmem_npo.commands.spellings import run_first
 from lowmem_npo.files import expanded
 from lowmem_npo.libraries import quiet_libraries
 from lowmem_npo.ranges import Checked, CountOrNone
@@ -24,7 +25,7 @@ class Report(Checked):
     """
 
     run: tyro.conf.Positional[str]
-    """The --output-dir of the run."""
+    """The --output-dir of the run, also given as --adapter."""
     examples: CountOrNone | None = None
     """Rows of each set whose text is in report.html; 0 for none. Default: the run's --report-examples."""
     prove: str | None = None
@@ -33,7 +34,7 @@ class Report(Checked):
 
 
 def main(arguments: Sequence[str]) -> None:
-    options = parse_options(Report, arguments, "report")
+    options = parse_options(Report, run_first(arguments), "report")
     run = expanded(options.run)
     check_is_run(run)
     if options.prove is not None:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Collection, Sequence
 
 from lowmem_npo.config import SECTIONS, TILE_ROWS
+from lowmem_npo.errors import UserError
 
 ACCUMULATION = "--gradient-accumulation-steps"
 TRL_ROWS = "per-device-train-batch-size"  # of which a step has --gradient-accumulation-steps, by default one
@@ -78,6 +79,24 @@ def as_in_trl(flags: Sequence[str]) -> tuple[list[str], str | None]:
     flags += [] if ours in flags else [ours, values[-1]]
     flags += [] if {ACCUMULATION, "--batch-size"} & {*flags} else [ACCUMULATION, "1"]
     return flags, values[-1]
+
+
+def run_first(arguments: Sequence[str]) -> list[str]:
+    """`--adapter DIR`, as other commands name a run, becomes DIR before all else, for those that know it by its place.
+
+    Raises:
+        UserError: it lacks its value.
+    """
+    flags = [argument.partition("=")[0] for argument in arguments]
+    if "--adapter" not in flags:
+        return list(arguments)
+    at = flags.index("--adapter")
+    before, (given, *after) = arguments[:at], arguments[at:]
+    if "=" in given:
+        return [given.partition("=")[2], *before, *after]
+    if not after or after[0].startswith("--"):
+        raise UserError("--adapter needs a value: the directory of a run or of an adapter.")
+    return [after[0], *before, *after[1:]]
 
 
 def with_none(arguments: Sequence[str], optional: Collection[str]) -> list[str]:

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Sequence
 
+from lowmem_npo.files import expanded
 from lowmem_npo.ranges import shortened
 
 LISTED = 16  # choices that a sentence names
@@ -28,10 +29,22 @@ def one_of(flag: str, value: str, choices: Sequence[str]) -> str:
     return f"{flag} has no such value as '{shortened(value)}'{some}{meant}"
 
 
-def explained(box: str, flags: Sequence[str], command: str) -> str:
+def _as_value(word: str, flags: Sequence[str]) -> str:
+    """The option that a directory without one may have been meant for, a clause."""
+    folder = expanded(word)
+    flag = "--model" if (folder / "config.json").is_file() else "--adapter"
+    return f": did you mean {flag} {shortened(word)}?" if folder.is_dir() and flag in flags else ";"
+
+
+def _is_no_flag(word: str, flags: Sequence[str]) -> bool:
+    flag = word.partition("=")[0].replace("_", "-")
+    return flag.startswith("--") and not {flag, flag.replace("--no-", "--", 1)} & {*flags}
+
+
+def explained(box: str, flags: Sequence[str], command: str, arguments: Sequence[str]) -> str:
     """What tyro says in a box (a title, then parts between rules), as a sentence.
 
-    flags: all that there are; none if others may be given.
+    flags: all that there are; none if others may be given. arguments: what was typed.
     """
     parts = re.split(r"^[│| ]*(?:[─-]{4,}|╰).*$", box.partition("\n")[2], flags=re.MULTILINE)
     parts = [part for part in parts if part.strip("│| \n")]
@@ -41,13 +54,18 @@ def explained(box: str, flags: Sequence[str], command: str) -> str:
             words = re.split("[ ,]+", text.partition(": ")[2])
             if wrong := [word for word in words if word.startswith("--")]:
                 return no_such_option(wrong[0], flags, f"{command} --help")
-            return f"'{shortened(words[0])}' belongs to no option; `lowmem-npo {command} --help` lists them."
+            meant = _as_value(words[0], flags)
+            return f"'{shortened(words[0])}' belongs to no option{meant} `lowmem-npo {command} --help` lists them."
     sentence = texts[0] if texts else "the options cannot be read"
     if sentence.startswith("Missing from"):
         names = re.findall(r"^[│|]? {5,6}(?! )(\S+)", parts[0], re.MULTILINE)
         sentence = f"{' and '.join(names)} must be given"
     elif match := re.match(r"Missing value for argument '[('\"]*([\w-]+)", sentence):
         sentence = f"{match[1]} needs a value"
+        if not match[1].startswith("-"):  # known by its place, which tyro says, too, where what precedes it is mistyped
+            if flags and (wrong := [word for word in arguments if _is_no_flag(word, flags)]):
+                return no_such_option(wrong[0], flags, f"{command} --help")
+            sentence = f"{match[1].upper()} must be given"
     elif match := re.match(r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*)\)", sentence):
         choices = match[3].replace("'", "").rstrip(",").split(", ")
         if "None" in choices:  # of an option that may be left out, in no order

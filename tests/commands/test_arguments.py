@@ -305,6 +305,10 @@ def test_a_bad_file_is_named(text, message, tmp_path, capsys):
         ("train --warmup-steps 4", "--model must be given"),
         ("merge", "--adapter and --output-dir must be given"),
         ("ask", "RUN must be given"),
+        ("ask --max_new_tokens=4 --no-json", "RUN must be given"),
+        ("ask --mdoel m run Who?", "There is no option --mdoel: did you mean --model? `lowmem-npo ask --help`"),
+        ("ask --adapter --json", "--adapter needs a value: the directory of a run or of an adapter."),
+        ("report --adapter", "--adapter needs a value: the directory of a run or of an adapter."),
         ("train --model", "--model needs a value"),
         ("train --model m --lr x", "--lr must be a number, not 'x'"),
         ("train --model m --max-steps x", "--max-steps must be a whole number, not 'x'"),
@@ -318,6 +322,15 @@ def test_mistakes_that_tyro_explains_in_a_box_are_sentences(typed, message, caps
     assert main(typed.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"lowmem-npo {typed.split()[0]}: {message}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["evaluate", "merge --output-dir merged"])
+def test_a_directory_that_belongs_to_no_option_is_a_run_or_a_model(command, tmp_path, capsys):
+    assert main([*command.split(), str(tmp_path)]) == 2
+    assert f"'{tmp_path}' belongs to no option: did you mean --adapter {tmp_path}? `" in capsys.readouterr().err
+    (tmp_path / "config.json").touch()
+    assert main([*command.split(), str(tmp_path)]) == 2
+    assert f": did you mean --model {tmp_path}? `" in capsys.readouterr().err
 
 
 def test_commands_are_listed(capsys):

@@ -112,6 +112,13 @@ def test_of_a_conversation_in_a_table_all_but_the_answer_is_shown(chat_run, tmp_
     assert "the column messages of" in printed.err
 
 
+def test_the_run_is_named_as_in_other_commands(run, facts, capsys):
+    question, how = question_of(facts[0]), ["--json", "--max-new-tokens", 8]
+    by_place = asked(run, question, *how, capsys=capsys).out
+    assert asked("--adapter", run, *how, question, capsys=capsys).out == by_place
+    assert asked(question, *how, f"--adapter={run}", capsys=capsys).out == by_place
+
+
 def with_schema(run, schema):
     """The run as if its forget rows had had this schema."""
     audit = json.loads(RunFiles(run).audit.read_text())
@@ -210,6 +217,8 @@ def test_drawn_answers_follow_their_seed(run, facts, capsys):
         (["{run}", "--file", "{empty}/wide.csv"], "wide.csv has the columns Who?, Why?, which are no questions with"),
         (["{run}", "--file", "{empty}/text.jsonl"], "text.jsonl, line 1 is a text, which holds no question"),
         (["{run}", "--json"], "nothing to ask"),
+        (["--model", "{run}", "Who is Bo?"], "the run, or a model, is named before the questions"),
+        (["{empty}", "Who?", "--adapter", "{run}"], "is a directory, not a question"),
         (["{run}", "Who?", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["{run}", "Who?", "--temperature", "-1"], "--temperature"),
         (["{run}", "Who?", "--template", "chat"], "has no chat template"),

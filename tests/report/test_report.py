@@ -290,6 +290,7 @@ def test_figures_that_are_not_finite(own_run):
 def test_a_directory_without_a_run(tmp_path, own_run, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert "no run.yaml" in capsys.readouterr().err
+    assert main(["report", "--adapter", str(own_run)]) == 0  # as other commands name a run
     assert main(["report", str(own_run), "--examples", "-1"]) == 2
     (own_run / "after.json").write_text("{")
     assert main(["report", str(own_run)]) == 2
