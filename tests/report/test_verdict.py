@@ -104,7 +104,9 @@ def test_leaks_are_a_reservation():
     assert leaking.tone == "mixed" and leaking.headline.endswith(", but leak tests still find traces.")
     assert leaking.sentences[-1] == "Traces in 1 of 2 conclusive leak tests: relearning."
     unknown = judge_run(stages(), 50304, {"before": some, "after": {"membership": none["membership"]}})
-    assert "No leak test was run" in unknown.sentences[-1] and unknown.tone == "good"
+    unrun = "No leak test was run: what can still be extracted is not known."
+    assert unknown.sentences[-1] == unrun and unknown.tone == "good"  # it could not be run
+    assert judge_run(stages(), 50304, {}).sentences[-1] == unrun
     for gold, ending in ((none, "saw the rows: none."), (some, "saw the rows: relearning.")):
         assert judge_run(stages(), 50304, {"after": some, "gold": gold}).sentences[-1].endswith(ending)
 
@@ -205,6 +207,22 @@ def test_answers_that_are_still_said_are_not_overdone():
     measured = stages(summary(0.9, 0.9, 0.0, 13.0))
     verdict = judge_run(measured, 50304, {})
     assert "overdone" not in verdict.headline and any("of its own" in sentence for sentence in verdict.sentences)
+
+
+def test_leak_tests_of_which_none_was_conclusive():
+    """What the worst attack brought back is quoted then, too."""
+    membership = {"membership": LeakResult({"auroc": 0.6}, "", None)}
+    extraction = {"extraction": LeakResult({"extraction_strength": 0.3}, "", None)}
+    (*_, only) = judge_run(stages(), 50304, {"after": membership}).sentences
+    assert only == (
+        "The one leak test that was run, membership, was not conclusive: what can still be extracted is not known."
+    )
+    (*_, several, worst) = judge_run(stages(), 50304, {"after": membership | extraction}).sentences
+    assert several == (
+        "None of the 2 leak tests that were run was conclusive (membership, extraction): what can still be extracted "
+        "is not known, but for what the worst attack brought back."
+    )
+    assert worst.startswith("The only attack, extraction:")
 
 
 def test_leak_tests_without_a_holdout_make_a_smaller_claim():
