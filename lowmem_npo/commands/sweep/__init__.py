@@ -61,7 +61,11 @@ def main(arguments: Sequence[str]) -> None:
     if not arguments or any(a in ("-h", "--help") for a in arguments):
         print(USAGE)
         return
-    rest, grid = _take(list(arguments), "--grid")
+    own = ("--grid=", "--seeds=")
+    words = [word for a in arguments for word in (a.split("=", 1) if a.startswith(own) else [a])]
+    if words.count("--seeds") > 1:  # how many, or which: together neither
+        raise UserError("--seeds is given twice: name how many (5) or which (42,43,44) once.")
+    rest, grid = _take(words, "--grid")
     rest, seeds = _take(rest, "--seeds")
     teaching, rest = take_options(TeachingOptions, rest)
     evaluation = None
@@ -77,7 +81,7 @@ def main(arguments: Sequence[str]) -> None:
     def parse(flags: Sequence[str]) -> RunConfig:
         return parse_run([*options, *flags], "sweep", more_flags=OWN_FLAGS)
 
-    points = parse_grid(grid or [], ALIASES)
+    points = parse_grid(grid, ALIASES)
     config = first_config(points, parse)
     data = (config.data.forget, config.data.retain, config.data.holdout)
     check_names(config.model.model, *data)
@@ -107,12 +111,13 @@ def main(arguments: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
-def _take(arguments: list[str], option: str) -> tuple[list[str], list[str] | None]:
-    """`arguments` without `option` and its values, and those values; None if the option is not given."""
-    if option not in arguments:
-        return arguments, None
-    at = arguments.index(option)
-    end = next((i for i in range(at + 1, len(arguments)) if arguments[i].startswith("--")), len(arguments))
-    if end == at + 1 or option in arguments[end:]:
-        raise UserError(f"{option} needs a value, and can be given only once: see lowmem-npo sweep --help.")
-    return arguments[:at] + arguments[end:], arguments[at + 1 : end]
+def _take(arguments: list[str], option: str) -> tuple[list[str], list[str]]:
+    """`arguments` without `option` and its values, and those values: of every time that it is given."""
+    values = list[str]()
+    while option in arguments:
+        at = arguments.index(option)
+        end = next((i for i in range(at + 1, len(arguments)) if arguments[i].startswith("--")), len(arguments))
+        if end == at + 1:
+            raise UserError(f"{option} needs a value: see lowmem-npo sweep --help.")
+        arguments, values = arguments[:at] + arguments[end:], values + arguments[at + 1 : end]
+    return arguments, values

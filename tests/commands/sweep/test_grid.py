@@ -147,10 +147,16 @@ def test_the_command_reports_mistakes_in_a_sentence_and_lists_its_runs(capsys, t
     assert "did you mean --gamma" in capsys.readouterr().err
     assert main(["sweep", "--model", "m", "--grid"]) == 2
     assert "--grid needs a value" in capsys.readouterr().err
+    assert main(["sweep", "--model", "m", "--grid", "gamma=0", "--grid", "gamma=1"]) == 2
+    assert "--grid names gamma twice: give all its values together" in capsys.readouterr().err
+    assert main(["sweep", "--model", "m", "--seeds", "2", "--seeds", "3"]) == 2
+    assert "--seeds is given twice" in capsys.readouterr().err
     options = ["--model", str(byte_model), "--output-dir", str(tmp_path / "o"), "--limit", "8", "--dry-run"]
     assert main(["sweep", "--seeds", "2", "--grid", "gamma=0,1", "delta=0", *options]) == 0
     printed = capsys.readouterr().out
     assert printed.count("seed-4") == 4 and "4 runs" in printed and not (tmp_path / "o").exists()
+    assert main(["sweep", "--grid=gamma=0,1", "--seeds=2", "--grid", "delta=0", *options]) == 0
+    assert capsys.readouterr().out == printed
     assert main(["sweep", "--grid", "layered=2,9", *options]) == 2  # as before the first run of a sweep
     assert main(["sweep", "--grid", "layered=2,9", *options[:-1]]) == 2
     error = capsys.readouterr().err
