@@ -24,8 +24,11 @@ from lowmem_npo.commands.train.run import train
 from lowmem_npo.config import DataConfig
 from lowmem_npo.console import Say
 from lowmem_npo.data import PreparedData, Template, TokenizedRow, bundled_rows, prepare, to_examples
+from lowmem_npo.data.fit import Fit
 from lowmem_npo.evaluation.answer_table import save_table, stages_to_json, text_table
 from lowmem_npo.evaluation.answers import AnswerSummary, Evaluations, evaluate_answers, save_answers, summaries
+from lowmem_npo.evaluation.asking import Wording
+from lowmem_npo.evaluation.leaks.contract import LeakResults
 from lowmem_npo.evaluation.leaks.measure import measure_leaks, read_leaks, write_leaks
 from lowmem_npo.files import expanded, write_atomically
 from lowmem_npo.model.loading import resolve_device
@@ -106,9 +109,7 @@ def _demo(directory: Path, recipe: Recipe, seed: int, device: Device, say: Say) 
     with _timed(seconds, "gold"):
         gold = _teach("gold", directory, tokenizer, [*data.retain], recipe, seed, device, say)
         never_saw = _evaluate(gold, tokenizer, data)
-        gold_leaks = measure_leaks(
-            gold, tokenizer, data.forget, holdout_rows=data.holdout, tests=LEAKS, batch_size=BATCH_SIZE
-        )
+        gold_leaks = _leaks(gold, tokenizer, data, seed)
 
     run = directory / "unlearned"
     files = RunFiles(run)
@@ -180,6 +181,22 @@ def _evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: 
         )
         for part in PARTS
     }
+
+
+def _leaks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: PreparedData, seed: int) -> LeakResults:
+    """The leak tests as `train` makes them, so that attacks learn the same rows again."""
+    sets = {"forget": data.forget, "holdout": data.holdout}
+    written = {part: rows.examples for part, rows in sets.items() if rows is not None}
+    return measure_leaks(
+        model,
+        tokenizer,
+        data.forget,
+        holdout_rows=data.holdout,
+        wording=Wording(written, Template(), DataConfig.max_length, Fit.of(model)),
+        tests=LEAKS,
+        seed=seed,
+        batch_size=BATCH_SIZE,
+    )
 
 
 def _save(demo: DemoResult, seed: int, recipe: Recipe) -> None:

@@ -12,9 +12,11 @@ from matplotlib import image
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lowmem_npo.commands.demo import run as demonstrating
 from lowmem_npo.commands.demo.recipe import Teaching
 from lowmem_npo.commands.demo.run import run_demo
 from lowmem_npo.commands.demo.teaching import fresh_model, make_tokenizer, taught_model
+from lowmem_npo.commands.train import measuring
 from lowmem_npo.config import DataConfig
 from lowmem_npo.data import prepare
 from lowmem_npo.errors import UserError
@@ -120,6 +122,22 @@ def test_a_run_that_does_not_forget_fails(demo, tmp_path):
     assert not failed.passed
     assert [check.name for check in failed.checks if not check.passed] == ["forgotten", "not overdone", "lasting"]
     assert "FAILED  forgotten" in "\n".join(lines)
+
+
+def test_the_gold_model_is_attacked_as_the_others_are(tmp_path, monkeypatch):
+    """With other rows learnt again, or rows that share text told apart otherwise, the attacks compare nothing."""
+    calls = []
+    for module in (demonstrating, measuring):
+        monkeypatch.setattr(module, "measure_leaks", lambda *rows, **how: calls.append((rows[2], how)) or {})
+    monkeypatch.setattr(demonstrating, "judge", lambda stages, leaks: [])
+    quick = Teaching(vocabulary=320, layers=1, width=16, heads=2, epochs=1)
+    recipe = dataclasses.replace(SMALL, teaching=quick, epochs=1, limit=3)
+    run_demo(tmp_path, seed=5, recipe=recipe, device="cpu", say=str)
+    (gold_rows, gold), (before_rows, before), _ = calls
+    assert [*gold_rows] == [*before_rows] and [*gold["holdout_rows"]] == [*before["holdout_rows"]]
+    assert gold["seed"] == before["seed"] == 5 and gold["batch_size"] == before["batch_size"]
+    written, as_trained = gold["wording"], before["wording"]
+    assert written.examples == as_trained.examples and written.max_length == as_trained.max_length
 
 
 def test_other_seeds_rows_and_recipes_are_taught_anew(tmp_path):
