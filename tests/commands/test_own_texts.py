@@ -214,9 +214,10 @@ def test_more_documents_than_fit_into_a_path(taught_model, tmp_path, capsys):
 def test_a_sweep_shares_the_texts(taught_model, tmp_path, forget, hub_cache):
     options = ["--model", str(taught_model), "--forget", forget, "--retain", "self:3", "--max-steps", "1", "--device"]
     options += ["cpu", "--dtype", "float32", "--eval-rows", "1", "--leaks", "none", "--max-length", "64"]
+    options += ["--evaluate", "answers", "--evaluate-limit", "1"]
     assert main(["sweep", *options, "--seeds", "2", "--output-dir", str(tmp_path / "sweep")]) == 0
-    texts = {file.read_text() for file in (tmp_path / "sweep").rglob("self_written.jsonl")}
-    assert len(texts) == 1 and len(list(hub_cache.rglob("self_written.jsonl"))) == 1
+    of_runs, cached = (list(place.rglob("self_written.jsonl")) for place in (tmp_path / "sweep", hub_cache))
+    assert len({file.read_text() for file in of_runs}) == 1 and (len(of_runs), len(cached)) == (3, 1)
 
 
 def test_an_estimate_takes_rows_of_the_greatest_length(taught_model, forget, hub_cache, capsys):

@@ -263,6 +263,7 @@ def _before(run: SweepRun, root: Path) -> RunFiles:
     """Where the run's model is measured as it was before; with the texts that it wrote itself to be kept, if it did."""
     files, texts = baseline(root, before_of(run)), RunFiles(run.directory).self_written
     if texts.exists() and not files.self_written.exists():
+        make_directory(files.path)
         write_atomically(files.self_written, texts.read_text(encoding="utf-8"))
     return files
 
