@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import stat
 from dataclasses import replace
 
 import pytest
@@ -218,6 +219,7 @@ def test_a_sweep_shares_the_texts(taught_model, tmp_path, forget, hub_cache):
     assert main(["sweep", *options, "--seeds", "2", "--output-dir", str(tmp_path / "sweep")]) == 0
     of_runs, cached = (list(place.rglob("self_written.jsonl")) for place in (tmp_path / "sweep", hub_cache))
     assert len({file.read_text() for file in of_runs}) == 1 and (len(of_runs), len(cached)) == (3, 1)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in [*of_runs, *cached]} == {0o600}  # of each run, and before
 
 
 def test_an_estimate_takes_rows_of_the_greatest_length(taught_model, forget, hub_cache, capsys):

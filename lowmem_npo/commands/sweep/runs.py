@@ -264,7 +264,7 @@ def _before(run: SweepRun, root: Path) -> RunFiles:
     files, texts = baseline(root, before_of(run)), RunFiles(run.directory).self_written
     if texts.exists() and not files.self_written.exists():
         make_directory(files.path)
-        write_atomically(files.self_written, texts.read_text(encoding="utf-8"))
+        write_atomically(files.self_written, texts.read_text(encoding="utf-8"), private=True)
     return files
 
 

@@ -157,7 +157,7 @@ def write_own_answers(
             f"{first_of(without)}: write one yourself, into a column that --alternative-column "
             "names, or leave these rows out."
         )
-    _write(path, [{"alternatives": own} for own in answers], "--alternatives self", private=True)
+    _write(path, [{"alternatives": own} for own in answers], "--alternatives self")
 
 
 def _at_once(config: RunConfig, prompts: Sequence[Prompt]) -> int:
@@ -193,10 +193,10 @@ def _let_write(
             return
 
 
-def _write(path: Path, lines: Sequence[dict[str, Any]], option: str, private: bool = False) -> None:
+def _write(path: Path, lines: Sequence[dict[str, Any]], option: str) -> None:
     try:
         make_directory(path.parent)
-        write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), private=private)
+        write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), private=True)
     except OSError as error:
         raise UserError(
             f"{option}: '{path}' cannot be written ({error.strerror}); set HF_HOME to another place."

@@ -112,7 +112,7 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
     PartialState().wait_for_everyone()  # until every process has found the directory free
     directory.begin(main_process)
     if main_process and (texts := own_texts(config)) not in (None, directory.self_written):
-        write_atomically(directory.self_written, texts.read_text(encoding="utf-8"))
+        write_atomically(directory.self_written, texts.read_text(encoding="utf-8"), private=True)
     if main_process and config.data.alternatives is not None and plan.data.alternatives is not None:
         answers = own_answers(config, plan.data.forget.examples)
         if answers != directory.alternatives:
