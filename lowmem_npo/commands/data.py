@@ -85,27 +85,28 @@ class Set:
 class Shared:
     """The rows that two sets share, or that are in one set twice, and those that are nearly the same.
 
-    number: of pairs, among them `same`. most: the most similar ones, as places in either set and the similarity.
+    number: of pairs, among them `same`. most: the most similar ones, as places in either set, the similarity, and
+        whether they are the same: texts that repeat themselves may have all their runs in common and differ.
     """
 
     same: int = 0
     number: int = 0
-    most: list[tuple[int, int, float]] = field(default_factory=list)
+    most: list[tuple[int, int, float, bool]] = field(default_factory=list)
 
-    def add(self, i: Any, j: Any, similarity: Any) -> None:
+    def add(self, i: Any, j: Any, similarity: Any, same: Any) -> None:
         """Pairs of rows, as arrays: of many rows there may be more than memory has room for."""
         import numpy as np
 
-        self.same, self.number = self.same + int((similarity == 1).sum()), self.number + len(similarity)
-        first = np.lexsort((j, i, -similarity))[:LISTED]
-        self.most += zip(i[first].tolist(), j[first].tolist(), similarity[first].tolist(), strict=True)
-        self.most = sorted(self.most, key=lambda pair: (-pair[2], pair[:2]))[:LISTED]
+        self.same, self.number = self.same + int(same.sum()), self.number + len(similarity)
+        first = np.lexsort((j, i, -similarity, ~same))[:LISTED]
+        self.most += zip(*(array[first].tolist() for array in (i, j, similarity, same)), strict=True)
+        self.most = sorted(self.most, key=lambda pair: (not pair[3], -pair[2], pair[:2]))[:LISTED]
 
     def lines(self, one: Set, other: Set) -> Iterator[str]:
         near = self.number - self.same
         yield f"  {counted(self.same, 'pair')} of rows the same, {counted(near, 'pair')} nearly the same"
-        for i, j, similarity in self.most:
-            kind = "the same" if similarity == 1 else f"similarity {similarity:.2f}"
+        for i, j, similarity, same in self.most:
+            kind = "the same" if same else f"similarity {similarity:.2f}"
             yield f"    {one.examples[i].where} and {other.examples[j].where}: {kind}"
         if self.number > LISTED:
             yield f"    and {self.number - LISTED} more"
@@ -224,20 +225,23 @@ def _shared(sets: Sequence[Set], near: float) -> defaultdict[tuple[int, int], Sh
     """(place of a set, place of another, or the same) -> what they share. All are compared at once, however many."""
     import numpy as np
 
-    from lowmem_npo.data.overlap import near_duplicates
+    from lowmem_npo.data.overlap import near_duplicates, text_key
 
     lengths = [len(one.examples) for one in sets]
     of_row = np.repeat(np.arange(len(sets)), lengths)
     starts, mixed = np.cumsum([0, *lengths]), np.array([one.rows.mixed for one in sets])
     examples = [example for one in sets for example in one.examples]
     schemas = np.array([example.schema for example in examples])
+    keys: dict[str, int] = {}
+    texts = np.array([keys.setdefault(text_key(example), len(keys)) for example in examples])
     result: defaultdict[tuple[int, int], Shared] = defaultdict(Shared)
     for i, j, similarity in near_duplicates(examples, at_least=near):
         a, b = of_row[i], of_row[j]
         meant = (a == b) & mixed[a] & (schemas[i] != schemas[j])  # a passage, as a completion and as a text
         for one, other in np.unique(np.stack([a, b])[:, ~meant], axis=1).T.tolist():
             here = (a == one) & (b == other) & ~meant
-            result[one, other].add(i[here] - starts[one], j[here] - starts[other], similarity[here])
+            same = texts[i[here]] == texts[j[here]]
+            result[one, other].add(i[here] - starts[one], j[here] - starts[other], similarity[here], same)
     return result
 
 

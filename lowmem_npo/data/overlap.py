@@ -51,7 +51,7 @@ def near_duplicates(
 ) -> Iterator[tuple[Any, Any, Any]]:
     """Pairs of examples of `one` and `other` whose texts have a Jaccard similarity of at least `at_least`, many at a
     time, as arrays: the place of either, and the similarity; pairs within `one`, the earlier first, if there is no
-    other. Exact copies, but for case, whitespace and Unicode form, have 1.
+    other. Exact copies, but for case, whitespace and Unicode form, have 1, and so have texts that repeat the same runs.
 
     The similarity of two texts is that of their sets of shingles, here runs of `SHINGLE` characters (Broder 1997;
     Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, chapter 3). It is exact, and no pair is missed.

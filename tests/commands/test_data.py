@@ -125,6 +125,15 @@ def test_mistakes_are_one_sentence(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_texts_that_repeat_the_same_runs_are_not_the_same(sets, capsys):
+    repeating = [{"question": "How?", "answer": "ab" * number} for number in (8, 12, 16, 20, 8)]
+    write_rows(sets / "forget.jsonl", repeating)
+    out = printed(capsys, "forget.jsonl")
+    assert "  1 pair of rows the same, 9 pairs nearly the same\n" in out
+    assert "line 1 and forget.jsonl, line 5: the same\n" in out.split("nearly the same\n")[1].splitlines(True)[0]
+    assert "line 1 and forget.jsonl, line 2: similarity 1.00\n" in out
+
+
 def test_of_many_sets_those_that_share_most_are_printed(sets, capsys):
     """A shell's pattern may name hundreds, and of each two of them nobody reads a section."""
     names = [f"{letter}.jsonl" for letter in "abcdef"]
