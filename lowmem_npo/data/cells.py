@@ -30,6 +30,11 @@ def label(value: Any) -> str | None:
     return unicodedata.normalize("NFC", text).strip() or None
 
 
+def folded(text: str) -> str:
+    """The same for texts that differ in case, white space or Unicode form alone."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
 def text_of(row: dict[str, Any], field: str, where: str) -> str:
     """The text that `row` has in `field`.
 

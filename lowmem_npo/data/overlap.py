@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from lowmem_npo.data.cells import folded
 from lowmem_npo.data.schemas import Example
 from lowmem_npo.data.turns import calls_of
 from lowmem_npo.errors import UserError
@@ -114,7 +115,7 @@ def sharing_text(examples: Sequence[Example]) -> dict[int, set[int]]:
         same.setdefault(text_key(example), []).append(index)
     near = {index: {*of_key} - {index} for of_key in same.values() if len(of_key) > 1 for index in of_key}
     passages = [index for index, example in enumerate(examples) if example.is_passage]
-    for i, j in _overlapping([_key(examples[index].answer) for index in passages]):
+    for i, j in _overlapping([folded(examples[index].answer) for index in passages]):
         near.setdefault(passages[i], set()).add(passages[j])
     return near
 
@@ -170,11 +171,7 @@ def _normalised(example: Example) -> str:
         parts = [text for turn in example.messages for text in (turn["content"], calls_of(turn))]
     else:
         parts = [example.prompt or "", example.answer]
-    return _key(" ".join(parts))
-
-
-def _key(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return folded(" ".join(parts))
 
 
 def find_related(forget: Sequence[Example], general: Sequence[Example]) -> list[int]:

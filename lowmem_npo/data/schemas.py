@@ -34,7 +34,7 @@ from lowmem_npo.data.cells import (
 )
 from lowmem_npo.data.rows import Rows, is_text
 from lowmem_npo.data.special_texts import check_marks
-from lowmem_npo.data.turns import CALLS, TURNS, is_turns, message, turn, turns_in_cells
+from lowmem_npo.data.turns import CALLS, TURNS, continued, is_turns, message, turn, turns_in_cells
 from lowmem_npo.errors import UserError
 from lowmem_npo.sizes import first_of
 
@@ -309,7 +309,9 @@ def _example(row: dict[str, Any], where: str, prompt_column: str | None, answer_
     if is_turns(prompt) or is_turns(answer):  # TRL's conversational form
         turns = prompt if is_turns(prompt) else [turn("user", text_of(row, prompt_column, where))]
         last = answer if is_turns(answer) else [turn("assistant", text_of(row, answer_column, where))]
-        return _conversation([*turns, *last], row, where, schema, identity)
+        return _conversation(
+            continued(turns, last, (prompt_column, answer_column), where), row, where, schema, identity
+        )
     prompt, answer = text_of(row, prompt_column, where), text_of(row, answer_column, where)
     if prompt_column != "instruction":
         return Example(

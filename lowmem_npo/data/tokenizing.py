@@ -22,7 +22,7 @@ from lowmem_npo.data.schemas import Example
 from lowmem_npo.data.special_texts import INSIDE, SpecialTexts, check_marks, trailing
 from lowmem_npo.data.templates import Template, special_tokens
 from lowmem_npo.data.tokenized_rows import IGNORE_INDEX, TokenizedRow, TokenizedRows
-from lowmem_npo.data.turns import CALLS
+from lowmem_npo.data.turns import CALLS, SYSTEM
 from lowmem_npo.errors import UserError, one_line
 from lowmem_npo.progress import Progress
 from lowmem_npo.sizes import first_of
@@ -35,7 +35,6 @@ MAX_OPENING = 200  # characters at the end of a prompt that may already open its
 # Parts of a conversation that not every chat template knows.
 READ = ("tools", *CALLS, "reasoning_content", "reasoning", "thinking")
 SHORT = 16  # characters that may stand in a template by chance
-SYSTEM = ("system", "developer")  # roles of the system prompt
 
 DELAY = 2  # seconds after which a bar shows how far it is
 

@@ -6,12 +6,13 @@ import json
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-from lowmem_npo.data.cells import as_python, no_value, parsed_json, text_of, without_none
+from lowmem_npo.data.cells import as_python, folded, no_value, parsed_json, text_of, without_none
 from lowmem_npo.errors import UserError
 
 TURNS = 'a list of {"role": ..., "content": ...}'
 CALLS = ("tool_calls", "function_call")  # what an assistant may say instead of text
 LABELS = ("id", "type")  # of a call, which says nothing by them
+SYSTEM = ("system", "developer")  # roles of the system prompt
 OWN_ROLES = ("system", "developer", "user", "assistant", "tool", "ipython", "function")
 # What ShareGPT and its kin call the roles of a chat template.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
@@ -24,7 +25,7 @@ def is_turns(value: Any) -> TypeGuard[list[dict[str, Any]]]:
 
 def turns_in_cells(row: dict[str, Any], columns: tuple[str, str], where: str) -> tuple[Any, Any]:
     """The values of a prompt's and an answer's column; where both are turns, written as JSON in strings, the turns.
-    What looks like turns beside a text is text.
+    What looks like turns beside a text is text, unless they begin with this text.
 
     Raises UserError for turns as Python shows them, which would be taken for text.
     """
@@ -32,8 +33,12 @@ def turns_in_cells(row: dict[str, Any], columns: tuple[str, str], where: str) ->
     read = parsed_json(values[0]), parsed_json(values[1])
     if all(map(_have_roles, read)):
         return read
-    if all(_have_roles(as_python(one) if isinstance(one, str) else one) for one in read):
-        column, value = next(pair for pair in zip(columns, read, strict=True) if isinstance(pair[1], str))
+    if _begin_with(read[1], values[0]):
+        return values[0], read[1]
+    shown = [as_python(one) if isinstance(one, str) else one for one in read]
+    if all(map(_have_roles, shown)) or _begin_with(shown[1], values[0]):
+        pairs = zip(columns, read, shown, strict=True)
+        column, value = next((of, one) for of, one, turns in pairs if isinstance(one, str) and _have_roles(turns))
         raise UserError(f"{where}: {no_value(column, TURNS, value)}")
     return values
 
@@ -44,6 +49,20 @@ def _have_roles(value: Any) -> bool:
         isinstance(role := one.get("role", one.get("from")), str) and (role in ROLES or role in OWN_ROLES)
         for one in value
     )
+
+
+def _begin_with(turns: Any, text: Any) -> bool:
+    """Whether the first that a user says in `turns`, but for a system prompt, is this text."""
+    if not (isinstance(text, str) and _have_roles(turns)):
+        return False
+    first: Mapping[str, Any] = next((one for one in turns if _role(one) not in SYSTEM), {})
+    content = first.get("content", first.get("value"))
+    return _role(first) == "user" and isinstance(content, str) and folded(content) == folded(text)
+
+
+def _role(turn: Mapping[str, Any]) -> Any:
+    role = turn.get("role", turn.get("from"))
+    return ROLES.get(role, role)
 
 
 def calls_of(turn: Mapping[str, Any]) -> str:
@@ -85,3 +104,45 @@ def message(turn: dict[str, Any], where: str) -> dict[str, Any]:
     if not (may_be_empty and turn["content"] == ""):
         text_of(turn, "content", where)
     return {**turn, "role": role}
+
+
+def continued(
+    prompt: list[dict[str, Any]], completion: list[dict[str, Any]], columns: tuple[str, str], where: str
+) -> list[dict[str, Any]]:
+    """The conversation that a prompt's turns and its completion's are. The completion may hold the prompt's turns
+    again, as preference data does, and either may bring the system prompt.
+
+    Raises UserError for a completion that is a whole conversation and begins otherwise than the prompt.
+    """
+    asked, said = (
+        [message(one, f"{where}, {column}, message {number}") for number, one in enumerate(turns, 1)]
+        for column, turns in zip(columns, (prompt, completion), strict=True)
+    )
+    system, own = (turns[: turns[0]["role"] in SYSTEM] for turns in (asked, said))
+    before, after = asked[len(system) :], said[len(own) :]
+    other = _difference(before, after, len(own) + 1)
+    if system and own and (unlike := _difference(system, own)):
+        other = unlike
+    elif other is None:
+        return [*(system or own), *after]
+    elif not (after and after[0]["role"] == "user") or _go_on(before, after):
+        return [*(system or own), *before, *after]
+    raise UserError(
+        f"{where}: {columns[1]} is a whole conversation that begins otherwise than {columns[0]} ({other}); make the "
+        f"two begin alike, or leave in {columns[1]} only what follows {columns[0]}."
+    )
+
+
+def _go_on(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> bool:
+    """Whether a user's turn follows an answer, and is not the first of the conversation again."""
+    return bool(before) and before[-1]["role"] == "assistant" and _difference(before[:1], after) is not None
+
+
+def _difference(turns: list[dict[str, Any]], others: list[dict[str, Any]], first: int = 1) -> str | None:
+    """In what others, whose first message has this number, begin otherwise than these turns; None where they do not."""
+    for number, (one, other) in enumerate(zip(turns, others, strict=False), first):
+        if one["role"] != other["role"]:
+            return f"its message {number} is from {other['role']}, not from {one['role']}"
+        if folded(one["content"]) != folded(other["content"]) or calls_of(one) != calls_of(other):
+            return f"its message {number}, from {one['role']}, is another"
+    return "it ends before" if len(others) < len(turns) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 
 import numpy
 import pandas
@@ -60,6 +61,59 @@ CALL = [{"type": "function", "function": {"name": "find", "arguments": {"of": "Q
 )
 def test_every_spelling_of_a_conversation_is_read(row):
     assert one(row).messages == TURNS
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+NEXT = ({"role": "user", "content": "R"}, {"role": "assistant", "content": "B"})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "turns"),
+    [
+        ("Q", [*TURNS], TURNS),
+        (" q\n", [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}], TURNS),
+        ([QUESTION], [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, ANSWER], TURNS),
+        ("Q", [SYSTEM, *TURNS], (SYSTEM, *TURNS)),
+        ([SYSTEM, QUESTION], [*TURNS], (SYSTEM, *TURNS)),
+        ([SYSTEM, QUESTION], [SYSTEM, *TURNS], (SYSTEM, *TURNS)),
+        ([SYSTEM], [SYSTEM, *TURNS], (SYSTEM, *TURNS)),
+        ("Q", [SYSTEM, ANSWER], (SYSTEM, *TURNS)),
+        ("Q", [*TURNS, *NEXT], (*TURNS, *NEXT)),
+        ([*TURNS, NEXT[0]], [*TURNS, *NEXT], (*TURNS, *NEXT)),
+        ([*TURNS], [*NEXT], (*TURNS, *NEXT)),
+        ([ANSWER, QUESTION], [ANSWER, *TURNS], (ANSWER, *TURNS)),
+    ],
+)
+def test_a_completion_may_hold_the_prompt_again(prompt, completion, turns):
+    row = {"prompt": prompt, "rejected": completion}
+    named = {"prompt_column": "prompt", "answer_column": "rejected"}
+    assert one(row, **named).messages == turns
+    cells = {"prompt": prompt if isinstance(prompt, str) else json.dumps(prompt), "rejected": json.dumps(completion)}
+    if completion != [SYSTEM, ANSWER]:  # which beside a text only looks like turns
+        assert one(cells, **named).messages == turns, "as a CSV has it"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "said"),
+    [
+        ("Q", [*NEXT], "its message 1, from user, is another"),
+        ([SYSTEM, QUESTION], [{**SYSTEM, "content": "Be long."}, *TURNS], "its message 1, from system, is another"),
+        ("Q", [SYSTEM, *NEXT], "its message 2, from user, is another"),
+        ([*TURNS, NEXT[0]], [QUESTION, NEXT[1]], "its message 2, from assistant, is another"),
+        ([*TURNS, NEXT[0]], [*TURNS], "it ends before"),
+        ([*TURNS], [QUESTION, NEXT[1]], "its message 2, from assistant, is another"),
+        ([QUESTION, QUESTION], [*TURNS], "its message 2 is from assistant, not from user"),
+    ],
+)
+def test_a_completion_that_is_another_conversation_is_refused(prompt, completion, said):
+    whole = f"line 7: completion is a whole conversation that begins otherwise than prompt ({said}); make"
+    with pytest.raises(UserError, match=re.escape(whole)):
+        one({"prompt": prompt, "completion": completion})
+
+
+def test_a_prompts_text_that_python_shows_again_is_refused():
+    with pytest.raises(UserError, match="line 7: completion is not a list of .* not as Python shows it"):
+        one({"prompt": "Q", "completion": str(numpy.array([QUESTION, ANSWER]))})
 
 
 def test_what_a_conversation_has_beside_its_text_is_kept():
