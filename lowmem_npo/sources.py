@@ -67,6 +67,37 @@ def check_data_name(name: str) -> None:
         )
 
 
+def named_twice(names: Sequence[str]) -> str | None:
+    """What is named twice, however it is spelled, for a message; None where each name means another thing."""
+    places: dict[Path, str] = {}
+    for name in names:
+        place = _place(name)
+        if place in places:
+            return f"{name} is named twice" if places[place] == name else f"{name} is the same as {places[place]}"
+        places[place] = name
+    return None
+
+
+def check_named_once(names: Sequence[str]) -> None:
+    """Raises UserError where two names of one set mean the same, or one is in a folder that is named beside it."""
+    places = {_place(name): name for name in names}
+    problem = named_twice(names) or next(
+        (f"{name} is in {places[up]}" for place, name in places.items() for up in _above(place) if up in places), None
+    )
+    if problem is not None:
+        raise UserError(f"{problem}, so that its rows would count twice; name it once.")
+
+
+def _place(name: str) -> Path:
+    path = expanded(name)
+    return path.resolve() if os.path.exists(path) else Path(name)
+
+
+def _above(place: Path) -> Sequence[Path]:
+    """The folders that a file here is in; a name on the hub is in none."""
+    return place.parents if place.is_absolute() else ()
+
+
 def check_model_name(name: str) -> bool:
     """Whether `name` is a directory here. What looks like a path must be a model's: a typo should not be looked up on
     the hub.

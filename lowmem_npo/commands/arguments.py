@@ -37,6 +37,7 @@ from lowmem_npo.sources import (
     check_data_name,
     check_model_is_here,
     check_model_name,
+    check_named_once,
     data_names,
 )
 
@@ -111,8 +112,10 @@ def check_names(model: str | None, *sources: str | None) -> None:
     if model is not None:
         check_model_name(model)
     for source in filter(None, sources):
-        for name in data_names(source):
+        names = data_names(source)
+        for name in names:
             check_data_name(name)
+        check_named_once(names)
 
 
 def check_inputs(model: str | None, *sources: str | None, revision: str | None = None) -> None:

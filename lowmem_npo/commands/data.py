@@ -21,7 +21,7 @@ from lowmem_npo.files import expanded
 from lowmem_npo.libraries import quiet_libraries
 from lowmem_npo.ranges import MOST, Count, CountOrNone
 from lowmem_npo.sizes import counted
-from lowmem_npo.sources import data_names
+from lowmem_npo.sources import data_names, named_twice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,6 +58,8 @@ class DataCommand(DataOptions, ModelOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if twice := named_twice(self.files):
+            raise UserError(f"{twice}; name it once, or as --forget and --retain, to see what both have.")
         if not self.sources:
             raise UserError("There is nothing to look at: name a file, as in `lowmem-npo data forget.jsonl`.")
 

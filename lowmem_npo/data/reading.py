@@ -36,6 +36,7 @@ from lowmem_npo.sources import (
     SELF,
     TABLE_KINDS,
     check_data_name,
+    check_named_once,
     data_names,
     data_not_here,
     kind_of,
@@ -57,10 +58,11 @@ def read_rows(
     named, the split is `train`, or the only one there is. `builtin` is the bundled general set.
     Only the first `limit` rows are kept. `columns` are those that the user has named, by which a table is recognised.
 
-    Raises UserError for a source that is missing, unreadable, malformed or empty.
+    Raises UserError for a source that is missing, unreadable, malformed, empty or named twice.
     """
     named = tuple(filter(None, columns))
     names = data_names(source)
+    check_named_once(names)
     parts = [_read_source(name, passages or Passages(), named) for name in names]
     if len({part.mixed for part in parts}) > 1:
         table, document = (next(part.name for part in parts if part.mixed is mixed) for mixed in (False, True))

@@ -118,9 +118,12 @@ def test_a_histogram_counts_everything_once():
         (["builtin", "--near", "2"], "--near must be at most 1, not 2.0"),
         (["builtin", "--max-length", "1"], "--max-length must be at least 2, not 1"),
         (["self:3"], "that the original model writes"),
+        (["builtin", "builtin"], "builtin is named twice; name it once, or as --forget and --retain"),
+        (["forget.jsonl", "./forget.jsonl"], "./forget.jsonl is the same as forget.jsonl; name it once"),
+        (["forget.jsonl,retain.jsonl,forget.jsonl"], "forget.jsonl is named twice, so that its rows would count twice"),
     ],
 )
-def test_mistakes_are_one_sentence(arguments, message, capsys):
+def test_mistakes_are_one_sentence(arguments, message, sets, capsys):
     assert main(["data", *arguments]) == 2
     assert message in capsys.readouterr().err
 

@@ -179,6 +179,28 @@ def test_several_files_are_one_set(tmp_path):
         read_rows(f"{one},none.csv")
 
 
+def test_a_file_that_is_named_twice_is_refused_however_it_is_spelled(tmp_path, monkeypatch):
+    """Its rows would count twice."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("one.jsonl", "two.jsonl"):
+        write(tmp_path / name, '{"question": "a", "answer": "b"}\n')
+    (tmp_path / "link.jsonl").symlink_to("one.jsonl")
+    (tmp_path / "pages").mkdir()
+    write(tmp_path / "pages" / "a.txt", "A page. " * 20)
+    for names, said in (
+        ("one.jsonl,two.jsonl,one.jsonl", "one.jsonl is named twice, so that its rows would count twice"),
+        ("one.jsonl,./one.jsonl", r"\./one.jsonl is the same as one.jsonl, so"),
+        (f"{tmp_path}/one.jsonl,link.jsonl", "link.jsonl is the same as /.*/one.jsonl, so"),
+        ("builtin,builtin", "builtin is named twice"),
+        ("o/n:c,o/n:c", "o/n:c is named twice"),
+        ("pages,pages/a.txt", "pages/a.txt is in pages, so"),
+        ("./pages/a.txt,pages", r"\./pages/a.txt is in pages, so"),
+    ):
+        with pytest.raises(UserError, match=said):
+            read_rows(names)
+    assert len(read_rows("one.jsonl,two.jsonl")) == 2, "equal rows of two files are what is said"
+
+
 def test_limit_keeps_the_first_rows(tmp_path):
     rows = read_rows(write(tmp_path / "a.jsonl", '{"a": "1"}\n\n{"a": "2"}\n{"a": "3"}\n'), limit=2)
     assert rows.rows == [{"a": "1"}, {"a": "2"}]
