@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -263,9 +264,13 @@ def origin(rows: Rows, examples: Sequence[Example], form: str, also: Collection[
         counts = Counter(example.schema for example in examples)
         kinds = [f"{number} {SCHEMAS.get(name, (name, name))[number > 1]}" for name, number in counts.items()]
         return "; ".join(filter(None, [" and ".join(kinds), form]))
-    rows = canonical(rows)
-    line = ", ".join(filter(None, [f"columns {examples[0].schema}", form]))
-    read = set(also).union(*(example.columns for example in examples))
-    if unread := listed_columns([column for column in rows.columns if column not in read]):
-        line += f"; not read: {unread}"
+    schemas, unread, files = list[str](), list[str](), rows.by_file()
+    for file, end in zip(files, accumulate(map(len, files)), strict=True):
+        own = examples[end - len(file) : end]
+        schemas.append(own[0].schema)
+        read = set(also).union(*(example.columns for example in own))
+        unread += [column for column in canonical(file).columns if column not in read]
+    line = ", ".join(filter(None, [f"columns {' and '.join(dict.fromkeys(schemas))}", form]))
+    if listed := listed_columns(list(dict.fromkeys(unread))):
+        line += f"; not read: {listed}"
     return line

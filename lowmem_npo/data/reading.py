@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from importlib import resources
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,12 @@ def read_rows(
     if len({part.mixed for part in parts}) > 1:
         table, document = (next(part.name for part in parts if part.mixed is mixed) for mixed in (False, True))
         raise UserError(f"{document} is a document and {table} holds rows: name files of one of the two kinds.")
-    rows = parts[0] if len(parts) == 1 else joined(shown_names(names), parts)
-    lines, places = rows.lines and rows.lines[:limit], rows.places and rows.places[:limit]
-    return Rows(rows.name, rows.rows[:limit], lines, places, rows.mixed, rows.notes)
+    if len(parts) == 1:
+        return parts[0].first(limit)
+    if limit is not None:
+        before = [0, *accumulate(map(len, parts))]
+        parts = [part.first(limit - number) for part, number in zip(parts, before, strict=False) if number < limit]
+    return joined(shown_names(names), parts)
 
 
 def general_words(source: str) -> str | None:

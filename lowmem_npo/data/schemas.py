@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -109,39 +109,57 @@ def to_examples(
     paraphrase_column: str | None = None,
 ) -> list[Example]:
     """One Example per row. Named columns take precedence; an answer column alone means text without a prompt. Columns
-    are known whatever their case. The rows of a mixed source have columns of their own, which need no names. NaN counts
-    as missing.
+    are known whatever their case, in each file by itself. The rows of a mixed source have columns of their own, which
+    need no names. NaN counts as missing.
 
     Raises UserError, naming the columns, when no schema fits, and with file and line for a missing, empty or non-text
     field.
     """
     rows = replace(rows, rows=[without_nan(row) for row in rows.rows])
-    alternative = alternative_column and _named(alternative_column, rows)
-    group = group_column and _named(group_column, rows)
-    paraphrase = paraphrase_column and _named(paraphrase_column, rows)
+    beside = {"alternatives": alternative_column, "paraphrases": paraphrase_column, "group": group_column}
+    examples = [one for file in rows.by_file() for one in _of_file(file, prompt_column, answer_column, beside)]
+    for column in (group_column, paraphrase_column):
+        if column and not spelled_like(column, rows):
+            raise UserError(_has_no_column(rows, column))
+    if paraphrase_column and not any(one.paraphrases for one in examples):
+        raise UserError(f"{rows.name} has no value in {paraphrase_column}; name another --paraphrase-column, or none.")
+    if group_column and all(one.group is None for one in examples):
+        raise UserError(f"{rows.name} has no value in {group_column}; name another --group-column, or leave it out.")
+    return examples
+
+
+def _of_file(
+    rows: Rows, prompt_column: str | None, answer_column: str | None, beside: Mapping[str, str | None]
+) -> list[Example]:
+    """The examples of one file. beside: what else they have, and the column that holds it, which every file must have
+    of alternatives, and some file of the others."""
+    own = {
+        name: _named(column, rows)
+        for name, column in beside.items()
+        if column and (name == "alternatives" or spelled_like(column, rows))
+    }
     if rows.mixed:
         examples = [_of_mixed(row, rows.where(index)) for index, row in enumerate(rows.rows)]
     else:
         spelled = canonical(rows)
         columns = _choose_columns(spelled, prompt_column, answer_column)
         prompts, answers = (column and _named(column, rows) for column in columns)  # as the rows spell them
-        _check_is_another("--alternative-column", alternative, prompts=prompts, answers=answers)
-        _check_is_another("--paraphrase-column", paraphrase, prompts=prompts, answers=answers)
+        _check_is_another("--alternative-column", own.get("alternatives"), prompts=prompts, answers=answers)
+        _check_is_another("--paraphrase-column", own.get("paraphrases"), prompts=prompts, answers=answers)
         examples = [_example(row, rows.where(index), *columns) for index, row in enumerate(spelled.rows)]
-    if alternative:
+    read: dict[str, Callable[..., Any]] = {
+        "alternatives": _alternatives,
+        "paraphrases": _named_paraphrases,
+        "group": _group,
+    }
+    for name, column in own.items():
         pairs = zip(examples, rows.rows, strict=True)
-        examples = [replace(one, alternatives=_alternatives(row, alternative, one)) for one, row in pairs]
-    if paraphrase:
-        pairs = zip(examples, rows.rows, strict=True)
-        examples = [replace(one, paraphrases=_named_paraphrases(row, paraphrase, one)) for one, row in pairs]
-        if not any(one.paraphrases for one in examples):
-            raise UserError(f"{rows.name} has no value in {paraphrase}; name another --paraphrase-column, or none.")
-    if group:
-        pairs = zip(examples, rows.rows, strict=True)
-        examples = [replace(one, group=label(row.get(group))) for one, row in pairs]
-        if all(one.group is None for one in examples):
-            raise UserError(f"{rows.name} has no value in {group}; name another --group-column, or leave it out.")
+        examples = [replace(one, **{name: read[name](row, column, one)}) for one, row in pairs]
     return examples
+
+
+def _group(row: dict[str, Any], column: str, example: Example) -> str | None:
+    return label(row.get(column))
 
 
 def _check_is_another(option: str, named: str | None, **columns: str | None) -> None:
@@ -264,8 +282,12 @@ def _named(column: str, rows: Rows) -> str:
     if column in alike:
         return column
     if len(alike) != 1:
-        raise UserError(f"{rows.name} has no column {column}; it has {listed_columns(rows.columns)}.")
+        raise UserError(_has_no_column(rows, column))
     return alike[0]
+
+
+def _has_no_column(rows: Rows, column: str) -> str:
+    return f"{rows.name} has no column {column}; it has {listed_columns(rows.columns)}."
 
 
 def spelled_like(column: str, rows: Rows) -> list[str]:

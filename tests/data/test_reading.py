@@ -177,6 +177,25 @@ def test_several_files_are_one_set(tmp_path):
     assert read_rows(write(tmp_path / "a, b.jsonl", '{"text": "x"}')).rows == [{"text": "x"}], "a comma in a name"
     with pytest.raises(UserError, match="There is no file none.csv"):
         read_rows(f"{one},none.csv")
+    for limit, files in ((None, ((one, 1), (two, 1))), (2, ((one, 1), (two, 1))), (1, ((one, 1),))):
+        assert read_rows(f"{one},{two}", limit=limit).files == files
+
+
+def test_each_file_of_a_set_has_columns_of_its_own(tmp_path):
+    one = write(tmp_path / "one.jsonl", '{"question": "a", "answer": "b", "id": 1}\n')
+    two = write(tmp_path / "two.csv", "Prompt;COMPLETION;Who\nc;d;e\n")
+    three = write(tmp_path / "three.csv", "Frage,Antwort\nf,g\n")
+    examples = to_examples(read_rows(f"{one},{two}"), group_column="who")
+    assert [(e.prompt, e.answer, e.schema) for e in examples] == [
+        ("a", "b", "question/answer"),
+        ("c", "d", "prompt/completion"),
+    ]
+    assert [example.group for example in examples] == [None, "e"]
+    for source in (three, f"{one},{three}"):
+        with pytest.raises(UserError, match="three.csv has the columns Frage, Antwort, none of which is a recognised"):
+            to_examples(read_rows(source))
+    with pytest.raises(UserError, match="one.jsonl has no column who; it has question, answer, id"):
+        to_examples(read_rows(f"{two},{one}"), alternative_column="who")
 
 
 def test_a_file_that_is_named_twice_is_refused_however_it_is_spelled(tmp_path, monkeypatch):
