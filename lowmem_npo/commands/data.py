@@ -130,6 +130,7 @@ def inspect(options: DataCommand, say: Say = print) -> None:
     if options.model or not all(expanded(name).exists() for name in names):
         quiet_libraries()  # files are read without them, at once
     from lowmem_npo.data.passages import Passages
+    from lowmem_npo.data.schemas import check_some_have
     from lowmem_npo.data.templates import Template
 
     tokenizer, template = None, Template.of(options)
@@ -148,6 +149,8 @@ def inspect(options: DataCommand, say: Say = print) -> None:
         template = Template.of(options, stop_tokens(config, architecture))
     passages = Passages.of(options, tokenizer)
     sets = [_read(title, source, options, passages, tokenizer, template) for title, source in options.sources.items()]
+    columns = dict.fromkeys(of for one in sets if not one.rows.mixed for of in one.rows.columns)
+    check_some_have(columns, options.prompt_column, options.answer_column)
     shared = _shared(sets, options.near)
     for place, one in enumerate(sets):
         say("\n".join(_described(one, options, tokenizer, template)))
@@ -172,7 +175,7 @@ def _read(title: str, source: str, options: DataCommand, passages: Any, tokenize
     columns = {"prompt_column": options.prompt_column, "answer_column": options.answer_column}
     rows = read_rows(source, limit=options.limit, passages=passages, columns=columns.values())
     reworded = options.paraphrase_column if source == options.forget else None
-    examples = to_examples(rows, **columns, paraphrase_column=reworded)
+    examples = to_examples(rows, **columns, paraphrase_column=reworded, or_recognised=True)
     if tokenizer is None:
         return Set(title, rows, examples, None)
     tokenized = tokenize(examples, tokenizer, max_length=options.max_length, template=template)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.config import DataConfig, ObjectiveConfig, may_prefer
 from lowmem_npo.data.general_rows import general_holdout, general_rows, is_general
@@ -20,6 +20,7 @@ from lowmem_npo.data.schemas import (
     PASSAGE,
     Example,
     canonical,
+    check_some_have,
     has_paraphrases,
     listed_columns,
     spelled_like,
@@ -111,6 +112,8 @@ def prepare(
     to_forget = reader.examples("forget", data.forget)
     to_retain, unwritten = reader.to_retain(to_forget, own_texts)
     to_hold_out = reader.examples("holdout", data.holdout) if bundled or data.holdout is not None else None
+    if not bundled:
+        check_some_have(reader.columns, data.prompt_column, data.answer_column)
     if not data.allow_overlap:
         _refuse_overlaps(to_forget, to_retain, to_hold_out)
     number = answers_number(data.alternatives)
@@ -161,22 +164,26 @@ def prepare(
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads and tokenises the parts of a run ("forget", "retain", "holdout"), and reports what it met."""
+    """Reads and tokenises the parts of a run ("forget", "retain", "holdout"), and reports what it met, among it the
+    columns of tables."""
 
     tokenizer: PreTrainedTokenizerBase
     data: DataConfig
     template: Template
     passages: Passages
     report: list[str] = field(default_factory=list)
+    columns: dict[str, None] = field(default_factory=dict)
 
     def examples(self, part: str, source: str | None, to_forget: Sequence[Example] = ()) -> list[Example]:
         """source: None for the bundled biographies. to_forget: what general rows must not say."""
         data = self.data
         if source is None:
-            rows, columns = bundled_rows(part, limit=data.limit), {}
+            rows, columns = bundled_rows(part, limit=data.limit), dict[str, Any]()
         else:
             columns = {"prompt_column": data.prompt_column, "answer_column": data.answer_column}
             rows = read_rows(source, limit=data.limit, passages=self.passages, columns=columns.values())
+            columns["or_recognised"] = True
+            self.columns.update(dict.fromkeys(() if rows.mixed else rows.columns))
             if part == "retain" and is_general(source):
                 rows, lines = general_rows(rows, to_forget, self.tokenizer, self.template, data.max_length)
                 self.report.extend(lines)

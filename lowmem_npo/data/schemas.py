@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -107,17 +107,23 @@ def to_examples(
     alternative_column: str | None = None,
     group_column: str | None = None,
     paraphrase_column: str | None = None,
+    or_recognised: bool = False,
 ) -> list[Example]:
     """One Example per row. Named columns take precedence; an answer column alone means text without a prompt. Columns
     are known whatever their case, in each file by itself. The rows of a mixed source have columns of their own, which
     need no names. NaN counts as missing.
 
+    or_recognised: whether a file that has neither the prompt's nor the answer's named column is read by columns that
+        are recognised: the names are given once for all sets of a run, of which each may have its own
+        (`check_some_have`).
+
     Raises UserError, naming the columns, when no schema fits, and with file and line for a missing, empty or non-text
     field.
     """
     rows = replace(rows, rows=[without_nan(row) for row in rows.rows])
+    named = prompt_column, answer_column
     beside = {"alternatives": alternative_column, "paraphrases": paraphrase_column, "group": group_column}
-    examples = [one for file in rows.by_file() for one in _of_file(file, prompt_column, answer_column, beside)]
+    examples = [one for file in rows.by_file() for one in _of_file(file, *named, or_recognised, beside)]
     for column in (group_column, paraphrase_column):
         if column and not spelled_like(column, rows):
             raise UserError(_has_no_column(rows, column))
@@ -128,8 +134,21 @@ def to_examples(
     return examples
 
 
+def check_some_have(columns: Collection[str], prompt_column: str | None, answer_column: str | None) -> None:
+    """Raises UserError for a named column that is not among those of the tables of all sets."""
+    for option, column in (("--prompt-column", prompt_column), ("--answer-column", answer_column)):
+        if column and not _like(column, columns):
+            raise UserError(
+                f"{option} {column}: no file has such a column; they have {listed_columns([*columns]) or '(none)'}."
+            )
+
+
 def _of_file(
-    rows: Rows, prompt_column: str | None, answer_column: str | None, beside: Mapping[str, str | None]
+    rows: Rows,
+    prompt_column: str | None,
+    answer_column: str | None,
+    or_recognised: bool,
+    beside: Mapping[str, str | None],
 ) -> list[Example]:
     """The examples of one file. beside: what else they have, and the column that holds it, which every file must have
     of alternatives, and some file of the others."""
@@ -142,7 +161,7 @@ def _of_file(
         examples = [_of_mixed(row, rows.where(index)) for index, row in enumerate(rows.rows)]
     else:
         spelled = canonical(rows)
-        columns = _choose_columns(spelled, prompt_column, answer_column)
+        columns = _choose_columns(spelled, prompt_column, answer_column, or_recognised)
         prompts, answers = (column and _named(column, rows) for column in columns)  # as the rows spell them
         _check_is_another("--alternative-column", own.get("alternatives"), prompts=prompts, answers=answers)
         _check_is_another("--paraphrase-column", own.get("paraphrases"), prompts=prompts, answers=answers)
@@ -260,19 +279,29 @@ def _with_last_turn(messages: tuple[dict[str, Any], ...] | None, content: str) -
     return messages and (*messages[:-1], {"role": "assistant", "content": content})
 
 
-def _choose_columns(rows: Rows, prompt_column: str | None, answer_column: str | None) -> tuple[str | None, str]:
+def _choose_columns(
+    rows: Rows, prompt_column: str | None, answer_column: str | None, or_recognised: bool
+) -> tuple[str | None, str]:
     """The prompt column (None for text) and the answer column; the same one twice for conversations."""
     columns = rows.columns
     if prompt_column and not answer_column:
         raise UserError(f"The answer column of {rows.name} is missing; name it with --answer-column.")
-    if answer_column:
+    named = list(filter(None, (prompt_column, answer_column)))
+    if answer_column and (not or_recognised or any(_like(column, columns) for column in named)):
         return prompt_column and _named(prompt_column, rows), _named(answer_column, rows)
     if chosen := recognised_columns(columns):
         return chosen
+    known = f"({'; '.join('/'.join(pair) for pair in PAIRS)}; {'; '.join(CHAT)}; text)"
+    listed = listed_columns(columns) or "(none)"
+    if named:
+        options = "--prompt-column and --answer-column" if prompt_column else "--answer-column"
+        raise UserError(
+            f"{rows.name} has the columns {listed}: neither {' nor '.join(named)}, named by {options} for all files, "
+            f"nor a recognised pair {known}; rename them as in the other files."
+        )
     raise UserError(
-        f"{rows.name} has the columns {listed_columns(columns) or '(none)'}, none of which is a recognised pair "
-        f"({'; '.join('/'.join(pair) for pair in PAIRS)}; {'; '.join(CHAT)}; text); "
-        "name yours with --prompt-column and --answer-column."
+        f"{rows.name} has the columns {listed}, none of which is a recognised pair {known}; name yours with "
+        "--prompt-column and --answer-column."
     )
 
 
@@ -292,7 +321,11 @@ def _has_no_column(rows: Rows, column: str) -> str:
 
 def spelled_like(column: str, rows: Rows) -> list[str]:
     """The columns of the rows that have this name, whatever its case."""
-    return [other for other in rows.columns if other.strip().casefold() == column.strip().casefold()]
+    return _like(column, rows.columns)
+
+
+def _like(column: str, columns: Iterable[str]) -> list[str]:
+    return [other for other in columns if other.strip().casefold() == column.strip().casefold()]
 
 
 def has_paraphrases(column: str, rows: Rows) -> bool:

@@ -142,11 +142,17 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
         return not self.named_data and not any(benchmark.own_sets(self) for benchmark in BENCHMARKS)
 
     @property
-    def columns(self) -> dict[str, str | None]:
-        """The columns, as `to_examples` takes them."""
-        return {} if self.bundled else {"prompt_column": self.prompt_column, "answer_column": self.answer_column}
+    def named_columns(self) -> tuple[str | None, str | None]:
+        """Those of prompts and answers, where the user has named any."""
+        return (None, None) if self.bundled else (self.prompt_column, self.answer_column)
 
-    def columns_of(self, name: str, rows: Rows) -> dict[str, str | None]:
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The columns, as `to_examples` takes them."""
+        prompt, answer = self.named_columns
+        return {"prompt_column": prompt, "answer_column": answer, "or_recognised": True}
+
+    def columns_of(self, name: str, rows: Rows) -> dict[str, Any]:
         """The columns of the set `name`: the forget rows must have that of --paraphrase-column, the holdout may."""
         column = self.paraphrase_column
         named = column is not None and (name == "forget" or (name == "holdout" and has_paraphrases(column, rows)))

@@ -337,7 +337,8 @@ def find_rows(directory: Path, source: str) -> list[tuple[str, int | None]]:
     places = {digest: place for place, digest in reversed(list(enumerate(known["sha256"], 1)))}
     data = DataConfig(**{f.name: configuration[f.name] for f in fields(DataConfig) if f.name in configuration})
     passages = Passages.of(data, AutoTokenizer.from_pretrained(directory))  # the run has saved its tokenizer
-    examples = to_examples(read_rows(source, passages=passages, columns=columns.values()), **columns)
+    rows = read_rows(source, passages=passages, columns=columns.values())
+    examples = to_examples(rows, **columns, or_recognised=True)
     return [(example.where, places.get(row_hash(example, known["salt"]))) for example in examples]
 
 

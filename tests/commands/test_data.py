@@ -59,6 +59,15 @@ def test_what_was_recognised_and_what_is_there_twice(sets, capsys):
     assert "nearly" in printed(capsys, "--forget", "forget.jsonl", "--retain", "retain.jsonl", "--near", "0.99")
 
 
+def test_a_file_without_the_named_columns_has_those_that_are_recognised(sets, capsys):
+    write_rows(sets / "frage.jsonl", [{"frage": "Wer?", "antwort": "Sie."}])
+    named = ["--prompt-column", "frage", "--answer-column", "antwort"]
+    out = printed(capsys, "frage.jsonl", "retain.jsonl", *named)
+    assert "1 row, columns frage/antwort\n" in out and "3 rows, columns question/answer\n" in out
+    assert main(["data", "forget.jsonl", "retain.jsonl", *named]) == 2
+    assert "--prompt-column frage: no file has such a column; they have Question, Answer, no" in capsys.readouterr().err
+
+
 def test_named_sets_have_their_names(sets, capsys):
     out = printed(capsys, "--forget", "forget.jsonl", "--retain", "builtin", "--limit", "2")
     assert "forget: forget.jsonl\n  2 rows, columns question/answer" in out

@@ -145,6 +145,17 @@ def test_options_not_given_are_those_of_the_run(byte_model, files, capsys):
     fails(capsys, code, "--max-length must be at least 2, not 0")
 
 
+def test_a_file_without_the_named_columns_has_those_that_are_recognised(byte_model, files, capsys):
+    write_rows(files / "forget.jsonl", [{"ask": "Where?", "say": "Rome."}])
+    write_rows(files / "retain.jsonl", [{"question": "Where?", "answer": "Oslo."}])
+    data = [word for part in ("forget", "retain") for word in (f"--{part}", str(files / f"{part}.jsonl"))]
+    command = ["evaluate", "--model", str(byte_model), *data, "--dry-run", "--answer-column", "say"]
+    assert main([*command, "--prompt-column", "ask"]) == 0
+    printed = capsys.readouterr().out
+    assert "forget: written as '{prompt}'" in printed and "retain: written as 'Question: " in printed
+    fails(capsys, main([*command, "--prompt-column", "asked"]), "--prompt-column asked: no file has such a column")
+
+
 def test_a_chat_model_is_asked_in_one_form_by_train_evaluate_and_leak_tests(byte_model, files, capsys):
     chat = files / "chat"
     shutil.copytree(byte_model, chat)

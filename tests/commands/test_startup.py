@@ -81,6 +81,10 @@ MISTAKES = [
         "no column F",
     ),
     (
+        ["train", "--model", "o/m", "--forget", "frage.csv", "--answer-column", "A"],
+        "Antwort: neither A, named by --answer",
+    ),
+    (
         ["sweep", "--model", "o/m", "--forget", "frage.csv", "--grid", "beta=1"],
         "frage.csv has the columns Frage, Antwort",
     ),

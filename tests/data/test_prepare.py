@@ -62,6 +62,35 @@ def test_named_columns_hold_for_both_files(tmp_path, bpe_tokenizer):
     assert bpe_tokenizer.decode(data.retain[0]["input_ids"]) == "Wo? Hier.<|endoftext|>"
 
 
+def test_a_file_without_the_named_columns_has_those_that_are_recognised(files, tmp_path, bpe_tokenizer):
+    _, retain = files
+    forget = write_rows(tmp_path / "f.jsonl", [{"frage": "Wer?", "antwort": "Sie.", "nr": 1}])
+    named = {"prompt_column": "Frage", "answer_column": "Antwort"}
+    data = prepare(bpe_tokenizer, DataConfig(forget=forget, retain=f"{retain},{forget}", allow_overlap=True, **named))
+    assert [one.schema for one in data.forget.examples] == ["frage/antwort"]
+    assert [one.schema for one in data.retain.examples] == [*["question/answer"] * 2, "frage/antwort"]
+    (line,) = (line for line in data.report if line.startswith("retain: ") and "columns" in line)
+    assert ", columns question/answer and frage/antwort, written as" in line and line.endswith("; not read: nr")
+    assert prepare(bpe_tokenizer, DataConfig(forget=forget, retain="builtin", **named)).forget.examples[0].answer
+
+    other = write_rows(tmp_path / "o.jsonl", [{"asked": "Wo?", "said": "Hier."}])
+    half = write_rows(tmp_path / "h.jsonl", [{"frage": "Wo?", "answer": "Hier.", "question": "Where?"}])
+    for settings, message in (
+        (
+            {"retain": other},
+            "o.jsonl has the columns asked, said: neither Frage nor Antwort, named by --prompt-column and --",
+        ),
+        ({"retain": half}, "h.jsonl has no column Antwort; it has frage, answer, question"),
+        (
+            {"forget": retain, "retain": None},
+            "--prompt-column Frage: no file has such a column; they have question, an",
+        ),
+        ({"prompt_column": None, "retain": other}, "neither Antwort, named by --answer-column for all files, nor a"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare(bpe_tokenizer, DataConfig(**{"forget": forget, **named, **settings}))
+
+
 def test_refusals_are_targets_and_true_answers_stay(files, bpe_tokenizer):
     forget, retain = files
     data = prepare(bpe_tokenizer, DataConfig(forget=forget, retain=retain, refusal="No idea."), "idk")

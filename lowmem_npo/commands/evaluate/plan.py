@@ -16,6 +16,7 @@ from lowmem_npo.data.fit import known_fit
 from lowmem_npo.data.general_rows import bundled_general, general_rows, is_general
 from lowmem_npo.data.overlap import find_overlap
 from lowmem_npo.data.passages import Passages
+from lowmem_npo.data.schemas import check_some_have
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.asking import Wording
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Selection
@@ -158,11 +159,12 @@ def _read(
         say("Data: " + ", ".join(f"{part} {shown_names(data_names(source))}" for part, source in named.items()))
     passages = Passages.of(config, tokenizer)
     whole = replace(passages, form="text")  # of a document whose loss is measured, each passage once
-    columns = tuple(config.columns.values())
+    columns = config.named_columns
     sources = {
         part: read_rows(source, limit=limit, passages=whole if part in DOCUMENTS.sets else passages, columns=columns)
         for part, source in named.items()
     }
+    check_some_have(dict.fromkeys(of for rows in sources.values() if not rows.mixed for of in rows.columns), *columns)
     for part, rows in sources.items():
         for note in rows.notes:
             say(f"{part}: {note}")
