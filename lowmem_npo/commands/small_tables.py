@@ -14,10 +14,8 @@ def check_small_tables(data: DataConfig) -> None:
     from lowmem_npo.data import read_rows, to_examples  # late: --help need not load them
     from lowmem_npo.data.schemas import check_some_have
 
-    named, beside = (
-        (data.prompt_column, data.answer_column),
-        ("alternative_column", "group_column", "paraphrase_column"),
-    )
+    named = data.prompt_column, data.answer_column
+    beside = ("alternative_column", "group_column", "paraphrase_column")
     sources = {part: source for part in ("forget", "retain", "holdout") if (source := getattr(data, part)) is not None}
     small = {part: source for part, source in sources.items() if all(map(_is_small_table, data_names(source)))}
     met: dict[str, None] = {}
@@ -26,7 +24,9 @@ def check_small_tables(data: DataConfig) -> None:
         rows = read_rows(source, limit=data.limit, columns=named)
         to_examples(rows, **{name: getattr(data, name) for name in names}, or_recognised=True)
         met.update(dict.fromkeys(rows.columns))
-    if all(part in small or source in BUILTIN or SELF.fullmatch(source) for part, source in sources.items()):
+    if "forget" in sources and all(
+        part in small or source in BUILTIN or SELF.fullmatch(source) for part, source in sources.items()
+    ):
         check_some_have(met, *named)
 
 

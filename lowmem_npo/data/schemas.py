@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lowmem_npo.data.cells import (
+    as_python,
     check_json,
     kind_in_words,
     label,
@@ -34,7 +35,17 @@ from lowmem_npo.data.cells import (
 )
 from lowmem_npo.data.rows import Rows, is_text
 from lowmem_npo.data.special_texts import check_marks
-from lowmem_npo.data.turns import CALLS, TURNS, continued, is_turns, message, turn, turns_in_cells
+from lowmem_npo.data.turns import (
+    CALLS,
+    TURNS,
+    begin_with,
+    continued,
+    have_roles,
+    is_turns,
+    message,
+    turn,
+    turns_in_cells,
+)
 from lowmem_npo.errors import UserError
 from lowmem_npo.sizes import first_of
 
@@ -189,8 +200,9 @@ def _check_is_another(option: str, named: str | None, **columns: str | None) -> 
 
 
 def _alternatives(row: dict[str, Any], column: str, example: Example) -> tuple[str, ...]:
-    """A text, or a list of texts, none of which is the answer: preferred to itself, it teaches nothing."""
-    texts = _texts(row, column, example.where)
+    """A text or a conversation that ends with one, or a list of either, none of which is the answer: preferred to
+    itself, it teaches nothing."""
+    texts = _other_answers(row, column, example)
     if any(words(text) == words(example.answer) for text in texts):
         raise UserError(f"{example.where}: {column} holds the answer itself; write another one into it.")
     return texts
@@ -211,12 +223,34 @@ def _named_paraphrases(row: dict[str, Any], column: str, example: Example) -> tu
     return texts
 
 
-def _texts(row: dict[str, Any], column: str, where: str) -> tuple[str, ...]:
-    """A text, or a list of texts, one at least."""
-    value = list_in_text(row, column, where)
+def _other_answers(row: dict[str, Any], column: str, example: Example) -> tuple[str, ...]:
+    """One at least. Turns that are written in a string are a conversation beside others, and where they begin with the
+    prompt; else they are text."""
+    where, value = example.where, list_in_text(row, column, example.where)
     if value == []:
         raise UserError(f"{where}: {column} is an empty list; fill it or remove the row.")
-    return tuple(text_of({column: text}, column, where) for text in (value if isinstance(value, list) else [value]))
+    if isinstance(value, str):
+        turns, shown = parsed_json(value), as_python(value)
+        if any(have_roles(one) and (example.messages or begin_with(one, example.prompt)) for one in (turns, shown)):
+            if not have_roles(turns):
+                raise UserError(f"{where}: {no_value(column, TURNS, value)}")
+            value = turns
+    values = [value] if have_roles(value) or not isinstance(value, list) else value
+    return tuple(_last_answer(one, column, example) for one in values)
+
+
+def _last_answer(value: Any, column: str, example: Example) -> str:
+    """A text, or what a conversation ends with that goes on after the row's prompt, or holds it."""
+    where = example.where
+    if isinstance(value, dict | list) and not have_roles(value):
+        raise UserError(f"{where}: {no_value(column, f'text, a list of texts, or {TURNS}', value)}")
+    if not isinstance(value, list):
+        return text_of({column: value}, column, where)
+    asked = [*example.messages[:-1]] if example.messages else [turn("user", example.prompt)] if example.prompt else []
+    last = continued(asked, value, ("the row's prompt", column), where)[-1]
+    if last["role"] != "assistant":
+        raise UserError(f"{where}: {column} does not end with an assistant's answer; remove what follows the answer.")
+    return text_of(last, "content", f"{where}, {column}")
 
 
 def _of_mixed(row: dict[str, Any], where: str) -> Example:
@@ -355,6 +389,8 @@ def recognised_columns(columns: Container[str]) -> tuple[str | None, str] | None
 
 def _example(row: dict[str, Any], where: str, prompt_column: str | None, answer_column: str) -> Example:
     identity = label(row.get("id"))
+    if prompt_column is None and is_turns(row.get(answer_column)):  # preference data without a prompt of its own
+        return _conversation(row.get(answer_column), row, where, answer_column, identity)
     if prompt_column is None:
         return Example(None, text_of(row, answer_column, where), where, answer_column, identity)
     if prompt_column == answer_column and prompt_column in CHAT:
@@ -391,9 +427,8 @@ def paraphrases_of(row: dict[str, Any], column: str, where: str) -> tuple[str, .
     texts = list_in_text(row, column, where)
     texts = texts if isinstance(texts, list) else [texts]
     if unlike := next((text for text in texts if not isinstance(text, str | None)), None):
-        raise UserError(
-            f"{where}: {column} is {kind_in_words(unlike)}, not text; write it as a string or a list of strings."
-        )
+        kind = "a list of objects" if isinstance(unlike, dict) and is_turns(row[column]) else kind_in_words(unlike)
+        raise UserError(f"{where}: {column} is {kind}, not text; write it as a string or a list of strings.")
     return tuple(text for text in texts if text and text.strip())
 
 

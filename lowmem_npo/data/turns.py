@@ -31,19 +31,19 @@ def turns_in_cells(row: dict[str, Any], columns: tuple[str, str], where: str) ->
     """
     values = row.get(columns[0]), row.get(columns[1])
     read = parsed_json(values[0]), parsed_json(values[1])
-    if all(map(_have_roles, read)):
+    if all(map(have_roles, read)):
         return read
-    if _begin_with(read[1], values[0]):
+    if begin_with(read[1], values[0]):
         return values[0], read[1]
     shown = [as_python(one) if isinstance(one, str) else one for one in read]
-    if all(map(_have_roles, shown)) or _begin_with(shown[1], values[0]):
+    if all(map(have_roles, shown)) or begin_with(shown[1], values[0]):
         pairs = zip(columns, read, shown, strict=True)
-        column, value = next((of, one) for of, one, turns in pairs if isinstance(one, str) and _have_roles(turns))
+        column, value = next((of, one) for of, one, turns in pairs if isinstance(one, str) and have_roles(turns))
         raise UserError(f"{where}: {no_value(column, TURNS, value)}")
     return values
 
 
-def _have_roles(value: Any) -> bool:
+def have_roles(value: Any) -> bool:
     """Whether it is a list of turns, each with the role of somebody who may speak."""
     return is_turns(value) and all(
         isinstance(role := one.get("role", one.get("from")), str) and (role in ROLES or role in OWN_ROLES)
@@ -51,9 +51,9 @@ def _have_roles(value: Any) -> bool:
     )
 
 
-def _begin_with(turns: Any, text: Any) -> bool:
+def begin_with(turns: Any, text: Any) -> bool:
     """Whether the first that a user says in `turns`, but for a system prompt, is this text."""
-    if not (isinstance(text, str) and _have_roles(turns)):
+    if not (isinstance(text, str) and have_roles(turns)):
         return False
     first: Mapping[str, Any] = next((one for one in turns if _role(one) not in SYSTEM), {})
     content = first.get("content", first.get("value"))
@@ -118,7 +118,7 @@ def continued(
         [message(one, f"{where}, {column}, message {number}") for number, one in enumerate(turns, 1)]
         for column, turns in zip(columns, (prompt, completion), strict=True)
     )
-    system, own = (turns[: turns[0]["role"] in SYSTEM] for turns in (asked, said))
+    system, own = ([one for one in turns[:1] if one["role"] in SYSTEM] for turns in (asked, said))
     before, after = asked[len(system) :], said[len(own) :]
     other = _difference(before, after, len(own) + 1)
     if system and own and (unlike := _difference(system, own)):

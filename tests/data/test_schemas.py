@@ -111,6 +111,51 @@ def test_a_completion_that_is_another_conversation_is_refused(prompt, completion
         one({"prompt": prompt, "completion": completion})
 
 
+NO = {"role": "assistant", "content": "No."}
+
+
+@pytest.mark.parametrize(
+    ("row", "texts"),
+    [
+        ({"prompt": "Q", "rejected": [*TURNS], "chosen": [QUESTION, NO]}, ("No.",)),
+        ({"prompt": [QUESTION], "rejected": [ANSWER], "chosen": [NO]}, ("No.",)),
+        ({"prompt": [SYSTEM, QUESTION], "rejected": [*TURNS], "chosen": [SYSTEM, QUESTION, NO]}, ("No.",)),
+        ({"prompt": "Q", "rejected": "A", "chosen": [QUESTION, NO]}, ("No.",)),
+        ({"prompt": "Q", "rejected": "A", "chosen": [[QUESTION, NO], [NEXT[1]], "Never."]}, ("No.", "B", "Never.")),
+        ({"prompt": "Q", "rejected": [*TURNS, *NEXT], "chosen": [*TURNS, NEXT[0], NO]}, ("No.",)),
+        ({"prompt": "Q", "rejected": "A", "chosen": json.dumps([QUESTION, NO])}, ("No.",)),
+        ({"prompt": "Q", "rejected": [*TURNS], "chosen": json.dumps([NO])}, ("No.",)),
+        ({"prompt": "Show one.", "rejected": "A", "chosen": json.dumps([NO])}, (json.dumps([NO]),)),
+        ({"rejected": [*TURNS], "chosen": [QUESTION, NO]}, ("No.",)),
+    ],
+)
+def test_another_answer_may_be_a_conversation(row, texts):
+    prompts = {"prompt_column": "prompt"} if "prompt" in row else {}
+    example = one(row, answer_column="rejected", alternative_column="chosen", **prompts)
+    assert example.alternatives == texts
+    assert bool(example.messages) == isinstance(row["rejected"], list)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ([NEXT[0], NO], "chosen is a whole conversation that begins otherwise than the row's prompt (its message 1"),
+        ([QUESTION, NO, QUESTION], "chosen does not end with an assistant's answer"),
+        ([QUESTION, ANSWER], "chosen holds the answer itself"),
+        ([{"text": "No."}], "chosen is not text, a list of texts, or a list of {"),
+        ([{**NO, "content": " "}], "line 7, chosen, message 1 has an empty content"),
+        (str([QUESTION, NO]), "chosen is not a list of"),
+    ],
+)
+def test_a_conversation_that_is_no_other_answer_is_named(chosen, message):
+    row = {"prompt": "Q", "rejected": [ANSWER], "chosen": chosen}
+    with pytest.raises(UserError, match=re.escape(message)):
+        one(row, prompt_column="prompt", answer_column="rejected", alternative_column="chosen")
+    if isinstance(chosen, list):
+        with pytest.raises(UserError, match="chosen is a list of objects, not text"):
+            one(row, prompt_column="prompt", answer_column="rejected", paraphrase_column="chosen")
+
+
 def test_a_prompts_text_that_python_shows_again_is_refused():
     with pytest.raises(UserError, match="line 7: completion is not a list of .* not as Python shows it"):
         one({"prompt": "Q", "completion": str(numpy.array([QUESTION, ANSWER]))})
