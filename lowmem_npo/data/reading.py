@@ -194,7 +194,7 @@ def _read_file(name: str, path: Path, columns: Collection[str], read: Reader | N
         return Rows(name, [])
     if read is None and kind.startswith((".csv", ".tsv")):
         read = partial(read_csv, columns=columns)
-    read = read or (read_json if kind.startswith(".json") else read_columnar)
+    read = read or (partial(read_json, columns=columns) if kind.startswith(".json") else read_columnar)
     try:
         rows = read(name, path)
         _check_lengths(rows)

@@ -22,6 +22,7 @@ from typing import Any, TextIO, cast
 
 from lowmem_npo.data.documents import UNMARKED, decoded_lines, marked_encoding, unmarked_encoding
 from lowmem_npo.data.rows import Rows, is_text
+from lowmem_npo.data.turns import is_turns
 from lowmem_npo.errors import UserError
 from lowmem_npo.run_directory import SELF_WRITTEN
 from lowmem_npo.sources import TABLE_KINDS, kind_of
@@ -87,7 +88,9 @@ def table_in_text(name: str, path: Path, columns: Collection[str] = ()) -> tuple
         keys = _first_keys(name, path)
         if keys is not None:
             if _known(keys, columns) or any(key.strip().casefold() in ENOUGH for key in keys):
-                return read_json, (f"{name} holds a table of JSON objects; if it is a document, name it .md",)
+                return partial(read_json, columns=columns), (
+                    f"{name} holds a table of JSON objects; if it is a document, name it .md",
+                )
             return None, (_unknown(name, "JSON objects"),)
         return _table_with_separator(name, path, columns)
     except (ValueError, OSError, EOFError, zlib.error, csv.Error, UserError):
@@ -201,14 +204,17 @@ def _separated(separator: str) -> str:
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_json(name: str, path: Path) -> Rows:
-    """JSON Lines (one object per line, empty lines allowed), or one array of objects; the suffix does not matter. Where
-    all are strings, each is a `text`."""
+def read_json(name: str, path: Path, *, columns: Collection[str] = ()) -> Rows:
+    """JSON Lines (one object per line, empty lines allowed), one array of objects, or one row over several lines; the
+    suffix does not matter. Where all are strings, each is a `text`. columns: those that the user has named."""
     with open_text(name, path) as file:
         lines = [line.rstrip("\n") for line in file]
     filled = [number for number, line in enumerate(lines, 1) if line.strip()]
     if filled and lines[filled[0] - 1].lstrip().startswith("["):
         rows = Rows(name, _parse(name, "\n".join(lines), 1))
+    elif filled and (row := _only_object(name, lines, filled)) is not None:
+        _check_is_row(name, row, columns, over_lines=len(filled) > 1)
+        rows = Rows(name, [row], filled[:1])
     else:
         rows = Rows(name, [_parse(name, lines[number - 1], number) for number in filled], filled)
     if all(isinstance(row, str) for row in rows.rows):  # as in MUSE's own files of membership
@@ -225,6 +231,40 @@ def read_json(name: str, path: Path) -> Rows:
                 "partner), which is no character; repair the text or remove the row."
             )
     return Rows(rows.name, rows.rows, rows.lines, mixed=path.name == SELF_WRITTEN)
+
+
+def _only_object(name: str, lines: list[str], filled: list[int]) -> dict[str, Any] | None:
+    """The object that a file is; None where it is something else, or more."""
+    first, text = lines[filled[0] - 1], ""
+    if first.lstrip().startswith("{") and (len(filled) == 1 or not _is_json(first)):
+        text = "\n".join(lines)
+    return _parse(name, text, 1) if _is_json(text) else None
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _check_is_row(name: str, row: dict[str, Any], columns: Collection[str], over_lines: bool) -> None:
+    """Raises UserError for an object that holds the rows under one of its keys, or, written over several lines, has no
+    column that is known: it is hardly meant as one."""
+    if _known(row, columns) or any(key.strip().casefold() in ENOUGH for key in row):
+        return
+    tables = [key for key, value in row.items() if is_turns(value)]
+    if len(tables) == 1:
+        raise UserError(
+            f"{name} holds one object, not an array of rows; the rows seem to be under {tables[0]!r}: write that array "
+            "into a file of its own."
+        )
+    if over_lines:
+        raise UserError(
+            f"{name} holds one object, not an array of rows, and it is no row with known columns; write an array of "
+            "objects, or one object per line."
+        )
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

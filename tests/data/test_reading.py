@@ -241,7 +241,12 @@ def test_local_files_leave_nothing_in_the_cache(tmp_path, monkeypatch):
     [
         ("a.jsonl", '{"a": "x"}\n\n{"a": \n{"a": "y"}\n', ["a.jsonl, line 3", "not valid JSON", "column 7"]),
         ("a.json", '[{"a": "x"},\n{"a": }]', ["a.json, line 2", "not valid JSON"]),
-        ("a.json", '{\n"a": "x"\n}', ["a.json, line 1", "not valid JSON", "one object per line"]),
+        ("a.json", '{\n"a": "x"\n}', ["a.json holds one object, not an array", "one object per line"]),
+        ("a.json", '{\n"a": "x",\n}', ["a.json, line 1", "not valid JSON", "one object per line"]),
+        ("a.json", '{"v": 1,\n"data": [{"a": "x"}]}', ["a.json holds one object", "the rows seem to be under 'data'"]),
+        ("a.jsonl", '{"v": [1], "data": [{"a": "x"}]}\n', ["a.jsonl holds one object", "to be under 'data'"]),
+        ("a.json", '{"a": [{}],\n"b": [{}]}', ["a.json holds one object", "no row with known columns"]),
+        ("a.json", '{"question": "x",\n"question": "y"}', ["a.json has the key 'question' twice"]),
         ("a.jsonl", '{"a": "x"}\n"text"\n', ["a.jsonl, line 2", "is not a JSON object"]),
         ("a.json", '["text", {"a": "x"}]', ["a.json, row 1", "is not a JSON object"]),
         ("a.json", '[{"a": "x"}, 5]', ["a.json, row 2", "is not a JSON object"]),
@@ -346,6 +351,21 @@ def test_what_is_no_file(tmp_path):
     for name in (folder, folder / "b.txt", "/dev/zero"):
         with pytest.raises(UserError, match=r"(b\.txt|/dev/zero) is a pipe, a socket or a device; write what"):
             read_rows(str(name))
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"Question": "a", "answer": "b"}, ()),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, ()),
+        ({"frage": "a", "antwort": "b"}, ("Frage", "antwort")),
+    ],
+)
+def test_one_row_may_be_written_over_several_lines(row, columns, tmp_path):
+    for name, text in (("a.json", json.dumps(row, indent=1)), ("b.jsonl", f"\n{json.dumps(row, indent=1)}\n\n")):
+        rows = read_rows(write(tmp_path / name, text), columns=columns)
+        assert rows.rows == [row] and rows.where(0).endswith(f"line {2 if name == 'b.jsonl' else 1}")
+    assert read_rows(write(tmp_path / "c.jsonl", '{"a": "x"}')).rows == [{"a": "x"}]
 
 
 @pytest.mark.parametrize("content", ['["One.", "Two."]', '"One."\n"Two."\n'])
