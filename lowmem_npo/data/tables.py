@@ -186,7 +186,8 @@ def _records(name: str, path: Path, separator: str) -> list[list[str]]:
 
 
 def _is_filled(record: list[str]) -> bool:
-    return len(record) > 1 or bool("".join(record).strip())
+    """Whether some cell holds something: a spreadsheet writes separators alone for an empty line."""
+    return any(field.strip() for field in record)
 
 
 def _share_that_fits(records: list[list[str]], separator: str) -> float:

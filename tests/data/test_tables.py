@@ -8,6 +8,7 @@ import pytest
 from helpers.rows import DEEP, write
 
 from lowmem_npo.data.reading import read_rows
+from lowmem_npo.data.schemas import to_examples
 from lowmem_npo.errors import UserError
 
 
@@ -87,6 +88,18 @@ def test_a_name_decides_what_a_text_is(tmp_path):
     write(tmp_path / "b.txt", text)
     with pytest.raises(UserError, match=r"both documents \(a.md\) and tables; name one file in it, such as b.txt"):
         read_rows(str(tmp_path))
+
+
+def test_lines_of_empty_cells_are_skipped_and_counted(tmp_path):
+    """A spreadsheet writes them for lines that were filled once, at the end and between others."""
+    for separator, name in ((";", "a.csv"), ("\t", "a.tsv"), ("\t", "a.txt")):
+        empty = [separator, f" {separator}", f'""{separator}""', separator * 5]
+        lines = [empty[0], f"question{separator}answer", f"a{separator}b", *empty, f"c{separator}d", *empty]
+        rows = read_rows(write(tmp_path / name, "\n".join(lines)))
+        assert rows.rows == [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}]
+        assert rows.lines == [3, 8]
+    with pytest.raises(UserError, match="a.csv, line 4 has an empty answer"):
+        to_examples(read_rows(write(tmp_path / "a.csv", "question,answer\na,b\n,\nc,\n")))
 
 
 def test_excels_first_line_is_the_separator(tmp_path):
