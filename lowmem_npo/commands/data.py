@@ -133,9 +133,10 @@ def inspect(options: DataCommand, say: Say = print) -> None:
     from lowmem_npo.data.schemas import check_some_have
     from lowmem_npo.data.templates import Template
 
-    tokenizer, template = None, Template.of(options)
+    tokenizer, template, positions = None, Template.of(options), None
     config = options.model_config() if options.model else None
     if config is not None:
+        from lowmem_npo.data.fit import positions_of
         from lowmem_npo.model import load_tokenizer, resolve_name
         from lowmem_npo.model.loading import load_config
         from lowmem_npo.model.stop_tokens import stop_tokens
@@ -146,9 +147,10 @@ def inspect(options: DataCommand, say: Say = print) -> None:
         architecture = load_config(config)
         if options.ask:
             check_architecture(architecture)
-        template = Template.of(options, stop_tokens(config, architecture))
+        template, positions = Template.of(options, stop_tokens(config, architecture)), positions_of(architecture)
     passages = Passages.of(options, tokenizer)
-    sets = [_read(title, source, options, passages, tokenizer, template) for title, source in options.sources.items()]
+    of_model = tokenizer, template, positions
+    sets = [_read(title, source, options, passages, *of_model) for title, source in options.sources.items()]
     columns = dict.fromkeys(of for one in sets if not one.rows.mixed for of in one.rows.columns)
     check_some_have(columns, options.prompt_column, options.answer_column)
     shared = _shared(sets, options.near)
@@ -169,7 +171,9 @@ def inspect(options: DataCommand, say: Say = print) -> None:
         say("\n".join(_answers(sets, config, tokenizer, options.ask)))
 
 
-def _read(title: str, source: str, options: DataCommand, passages: Any, tokenizer: Any, template: Any) -> Set:
+def _read(
+    title: str, source: str, options: DataCommand, passages: Any, tokenizer: Any, template: Any, positions: Any
+) -> Set:
     from lowmem_npo.data import read_rows, to_examples, tokenize
 
     columns = {"prompt_column": options.prompt_column, "answer_column": options.answer_column}
@@ -178,7 +182,8 @@ def _read(title: str, source: str, options: DataCommand, passages: Any, tokenize
     examples = to_examples(rows, **columns, paraphrase_column=reworded, or_recognised=True)
     if tokenizer is None:
         return Set(title, rows, examples, None)
-    tokenized = tokenize(examples, tokenizer, max_length=options.max_length, template=template)
+    length = options.max_length
+    tokenized = tokenize(examples, tokenizer, max_length=length, template=template, positions=positions)
     return Set(title, rows, examples, tokenized)
 
 

@@ -75,7 +75,7 @@ def workload(config: RunConfig, say: Say) -> tuple[RunConfig, Workload]:
     Raises:
         UserError: data that cannot be read, rows that the model cannot take, or that cannot be divided as asked.
     """
-    from lowmem_npo.data.fit import check_fit, known_fit
+    from lowmem_npo.data.fit import check_fit, known_fit, positions_of
     from lowmem_npo.estimate.report import Workload, architecture_of
 
     architecture = architecture_of(config.model)
@@ -94,7 +94,8 @@ def workload(config: RunConfig, say: Say) -> tuple[RunConfig, Workload]:
     from lowmem_npo.training.training_rows import planned_rows, rows_read
 
     tokenizer = load_tokenizer(config.model)
-    data = prepare(tokenizer, config.data, config.objective.forget_term, stop_tokens(config.model, architecture))
+    stops, positions = stop_tokens(config.model, architecture), positions_of(architecture)
+    data = prepare(tokenizer, config.data, config.objective.forget_term, stops, positions=positions)
     config, data = fitted(config, data, say)
     check_fit(architecture, tokenizer, rows_read(config, data), say)
     return config, Workload.of_data(config, planned_rows(config, data).parts)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import cast
 
 import torch
@@ -78,6 +79,18 @@ def known_fit(architecture: PretrainedConfig) -> Fit | None:
             return Fit.of(AutoModelForCausalLM.from_config(architecture))
     except Exception:  # whatever the architecture's own code raises
         return None
+
+
+def positions_of(architecture: PretrainedConfig) -> Callable[[], int | None]:
+    """What says for how many tokens a model has positions, learnt or made for, None if for any; found once, when it is
+    asked."""
+
+    @cache
+    def positions() -> int | None:
+        fit = known_fit(architecture)
+        return min(filter(None, (fit.positions, fit.made_for)), default=None) if fit else None
+
+    return positions
 
 
 def check_fit(

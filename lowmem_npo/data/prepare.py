@@ -92,20 +92,22 @@ def prepare(
     stops: frozenset[int] = frozenset(),
     own_texts: Path | None = None,
     own_answers: Callable[[Sequence[Example]], Path] | None = None,
+    positions: Callable[[], int | None] | None = None,
 ) -> PreparedData:
     """Reads, checks and tokenises the rows of a run. Nothing is written.
 
     Without `data.forget` and `data.retain` these are the bundled biographies and, unless `data.holdout` names others,
     their holdout. `forget_term` decides what `forget_targets` are. `stops` are ids at which the model stops generating,
     beside its tokenizer's own. `own_texts` is where the texts of `--retain self` are, or will be; `own_answers` says so
-    of the answers of `--alternatives self` to some rows, if `forget_term` may look at any. Of general rows, bundled or
-    self-written, those that say what is to be forgotten are left out.
+    of the answers of `--alternatives self` to some rows, if `forget_term` may look at any. `positions` says for how
+    many tokens the model has any, for advice. Of general rows, bundled or self-written, those that say what is to be
+    forgotten are left out.
 
     Raises UserError for everything the user can fix.
     """
     if data.forget is None and data.retain is not None:
         raise UserError(f"There are rows to retain ({data.retain}) but none to forget; name them with --forget.")
-    reader = _Reader(tokenizer, data, Template.of(data, stops), Passages.of(data, tokenizer))
+    reader = _Reader(tokenizer, data, Template.of(data, stops), Passages.of(data, tokenizer), positions)
     bundled = data.forget is None
     if bundled:
         reader.report.append("No --forget and no --retain: using the bundled biographies of invented people.")
@@ -171,6 +173,7 @@ class _Reader:
     data: DataConfig
     template: Template
     passages: Passages
+    positions: Callable[[], int | None] | None = None
     report: list[str] = field(default_factory=list)
     columns: dict[str, None] = field(default_factory=dict)
 
@@ -238,6 +241,7 @@ class _Reader:
             template=self.template,
             tokens=self.data.tokens,
             drop_too_long=drop_too_long,
+            positions=self.positions,
         )
 
     def tokenized(self, part: str, examples: Sequence[Example], drop_too_long: bool = False) -> TokenizedRows:

@@ -35,6 +35,7 @@ class TokenizedRows(Sequence[TokenizedRow]):
     max_length: the length rows were cut to.
     repeated: how many rows brought special tokens (a BOS, an EOS) that would be written anyway.
     literal: how many rows hold the text of a special token as text.
+    positions: for how many tokens the model has positions, where that is known and rows were cut.
     """
 
     def __init__(
@@ -45,9 +46,10 @@ class TokenizedRows(Sequence[TokenizedRow]):
         max_length: int,
         repeated: int = 0,
         literal: int = 0,
+        positions: int | None = None,
     ):
         self.rows, self.examples, self.cut, self.max_length = rows, list(examples), cut, max_length
-        self.repeated, self.literal = repeated, literal
+        self.repeated, self.literal, self.positions = repeated, literal, positions
 
     def apart_from(self, others: Sequence[Example]) -> list[TokenizedRow]:
         """The rows whose text is in none of `others`."""
@@ -101,6 +103,19 @@ class TokenizedRows(Sequence[TokenizedRow]):
             digest.update(array("q", [len(row["input_ids"]), *row["input_ids"], *row["labels"]]).tobytes())
         return digest.hexdigest()
 
+    def _advice(self) -> str:
+        """What --max-length would keep of the rows that were cut: no longer one than the model has positions for."""
+        whole = [len(row["input_ids"]) + cut for row, cut in zip(self.rows, self.cut, strict=True) if cut]
+        if self.positions is None or max(whole) <= self.positions:
+            return f"--max-length {max(whole)} would keep all"
+        if self.positions <= self.max_length:
+            return f"the model has positions for {self.positions} tokens, so that none is kept by a longer --max-length"
+        kept = sum(length <= self.positions for length in whole)
+        return (
+            f"--max-length {self.positions}, the most that the model has positions for, would keep {kept} of the "
+            f"{len(whole)} whole"
+        )
+
     def report(self, part: str) -> list[str]:
         """A line of counts, and one each if rows were truncated, brought special tokens or hold the text of some."""
         lines = [
@@ -108,10 +123,9 @@ class TokenizedRows(Sequence[TokenizedRow]):
             f"the longest row has {self.longest}"
         ]
         if self.num_truncated:
-            whole = max(len(row["input_ids"]) + cut for row, cut in zip(self.rows, self.cut, strict=True))
             lines.append(
                 f"{part}: {counted(self.num_truncated, 'row')} cut to {self.max_length} tokens, losing the last "
-                f"{sum(self.cut)} tokens of their answers (EOS among them); --max-length {whole} would keep all"
+                f"{sum(self.cut)} tokens of their answers (EOS among them); {self._advice()}"
             )
         if self.repeated:
             lines.append(

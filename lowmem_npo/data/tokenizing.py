@@ -50,6 +50,7 @@ def tokenize(
     template: Template | None = None,
     tokens: str = DataConfig.tokens,
     drop_too_long: bool = False,
+    positions: Callable[[], int | None] | None = None,
 ) -> TokenizedRows:
     """Tokenises every example.
 
@@ -59,6 +60,7 @@ def tokenize(
     tokens: "answer" labels the answer and EOS, "all" the prompt too (padding never).
     drop_too_long: leave out a row without room for any of its answer, unless that is all of them, and a text of a
         single token.
+    positions: says for how many tokens the model has positions, if that is known; asked where rows are too long.
 
     Raises UserError when a row has no room for any of its answer and is not left out, for a text of a single token,
     when the tokenizer has no EOS token, or for a conversation when the tokenizer has no chat template.
@@ -88,9 +90,11 @@ def tokenize(
             rows.append(TokenizedRow(input_ids=kept, labels=labels, prompt_length=len(prompt)))
             kept_examples.append(example)
             cut.append(len(whole) - len(kept))
-    if too_long and not (drop_too_long and rows):
-        _refuse(too_long, max_length)
-    return TokenizedRows(rows, kept_examples, cut, max_length, encoder.repeated, encoder.literal)
+    refused = too_long and not (drop_too_long and rows)
+    most = positions() if positions is not None and (refused or any(cut)) else None
+    if refused:
+        _refuse(too_long, max_length, most)
+    return TokenizedRows(rows, kept_examples, cut, max_length, encoder.repeated, encoder.literal, most)
 
 
 def single_token(where: str) -> UserError:
@@ -400,9 +404,14 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return cast(str, tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _refuse(too_long: list[tuple[Example, int]], max_length: int) -> None:
+def _refuse(too_long: list[tuple[Example, int]], max_length: int, most: int | None) -> None:
     listed = first_of([f"{example.where} (prompt of {length} tokens)" for example, length in too_long])
     needed = max(length for _, length in too_long) + 2
+    if most is not None and needed > most:
+        raise UserError(
+            f"With --max-length {max_length} nothing of the answer is left in {listed}, and the model has positions "
+            f"for {most} tokens; shorten the prompts that are longer, or remove these rows."
+        )
     raise UserError(
         f"With --max-length {max_length} nothing of the answer is left in {listed}; "
         f"give --max-length {needed} or more, or remove these rows."

@@ -101,6 +101,13 @@ def test_rows_that_the_model_cannot_take_are_not_asked(byte_model, tmp_path, cap
     AutoTokenizer.from_pretrained(byte_model).save_pretrained(tmp_path)
     assert main(["data", "builtin", "--model", str(tmp_path), "--limit", "2"]) == 2
     assert "has learnt only 16 positions" in capsys.readouterr().err
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "a" * length} for length in (14, 40)])
+    model, advice = ["--model", str(tmp_path), "--max-length", "12"], "; --max-length 16, the most that the model has"
+    assert f"{advice} positions for, would keep 1 of the 2 whole\n" in printed(capsys, rows, *model, "--ask", "0")
+    assert (
+        main(["train", *model, "--forget", rows, "--gamma", "0", "--delta", "0", "--dry-run"]) == 2
+    )  # it has no weights
+    assert advice in capsys.readouterr().out
 
 
 def test_documents_are_cut_into_passages(tmp_path, capsys, monkeypatch):

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.cli import main
-from lowmem_npo.data.fit import Fit, check_fit
+from lowmem_npo.data.fit import Fit, check_fit, positions_of
 from lowmem_npo.data.schemas import Example
 from lowmem_npo.data.tokenizing import tokenize
 from lowmem_npo.errors import UserError
@@ -39,6 +39,11 @@ def architecture(kind, vocabulary):
 
 def row_of(length, tokenizer):
     return tokenize([Example(None, "a" * (length + 50), "f.jsonl, line 3", "text")], tokenizer, max_length=length)
+
+
+@pytest.mark.parametrize("kind", [*LEARNT, *ENDLESS])
+def test_positions_are_those_learnt_or_made_for(kind):
+    assert positions_of(architecture(kind, 50))() == (None if kind == "bloom" else POSITIONS)
 
 
 @pytest.mark.parametrize("kind", LEARNT + ENDLESS)

@@ -170,6 +170,25 @@ def test_truncation_takes_the_answers_tail_and_is_counted(bpe_tokenizer):
     assert f"--max-length {lengths[0]} would keep all" in report
 
 
+def test_no_more_tokens_are_advised_than_the_model_has_positions_for(bpe_tokenizer):
+    examples = [pair("She was", "born"), pair("She was", "born in the old town"), pair("She was", "born " * 50)]
+    first, second, third = (len(row["input_ids"]) for row in tokenize(examples, bpe_tokenizer))
+
+    def advice(positions):
+        cut = tokenize(examples, bpe_tokenizer, max_length=first, positions=lambda: positions)
+        return cut.report("forget")[1].split("; ")[1]
+
+    assert advice(None) == advice(third) == f"--max-length {third} would keep all"
+    most = f"--max-length {second}, the most that the model has positions for, would keep 1 of the 2 whole"
+    assert advice(second) == most
+    assert advice(first) == f"the model has positions for {first} tokens, so that none is kept by a longer --max-length"
+    long = [pair("She was " * 20, "born")]
+    with pytest.raises(UserError, match="and the model has positions for 9 tokens; shorten the prompts"):
+        tokenize(long, bpe_tokenizer, max_length=8, positions=lambda: 9)
+    with pytest.raises(UserError, match="or more, or remove these rows"):
+        tokenize(long, bpe_tokenizer, max_length=8, positions=lambda: 900)
+
+
 def test_an_answer_that_truncation_removes_is_refused(bpe_tokenizer):
     examples = [pair("She was", "born", line=1), pair("She was born in the", "old town", line=2)]
     prompt = len(bpe_tokenizer("She was born in the").input_ids)

@@ -13,7 +13,7 @@ from lowmem_npo.commands.train.own_texts import check_askable, own_answers, own_
 from lowmem_npo.config import RunConfig
 from lowmem_npo.console import Say, silent
 from lowmem_npo.data import PreparedData, prepare
-from lowmem_npo.data.fit import check_fit
+from lowmem_npo.data.fit import check_fit, positions_of
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.automatic import as_begun, decide
 from lowmem_npo.estimate.report import Report
@@ -117,7 +117,8 @@ def read_inputs(config: RunConfig, say: Say, known: Inputs | None = None) -> Inp
 def read_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> PreparedData:
     stops, texts = stop_tokens(config.model, model_config), own_texts(config)
     answers = partial(own_answers, config)
-    return prepare(tokenizer, config.data, config.objective.forget_term, stops, texts, answers)
+    positions = positions_of(model_config)
+    return prepare(tokenizer, config.data, config.objective.forget_term, stops, texts, answers, positions)
 
 
 def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
