@@ -50,6 +50,8 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.sizes import first_of
 
 CHAT = ("messages", "conversations")
+# What is read of a column beside the answers: the field of an Example, and the option that names the column.
+BESIDE = {"alternatives": "--alternative-column", "paraphrases": "--paraphrase-column", "group": "--group-column"}
 INSTRUCTIONS = {"output": "input", "response": "context"}  # answer -> what may follow the instruction
 PAIRS = (*(("instruction", answer) for answer in INSTRUCTIONS), ("input", "output"), ("question", "answer"),
          ("prompt", "completion"))  # fmt: skip
@@ -135,9 +137,9 @@ def to_examples(
     named = prompt_column, answer_column
     beside = {"alternatives": alternative_column, "paraphrases": paraphrase_column, "group": group_column}
     examples = [one for file in rows.by_file() for one in _of_file(file, *named, or_recognised, beside)]
-    for column in (group_column, paraphrase_column):
+    for option, column in ((BESIDE["group"], group_column), (BESIDE["paraphrases"], paraphrase_column)):
         if column and not spelled_like(column, rows):
-            raise UserError(_has_no_column(rows, column))
+            raise UserError(f"{option}: {_has_no_column(rows, column)}")
     if paraphrase_column and not any(one.paraphrases for one in examples):
         raise UserError(f"{rows.name} has no value in {paraphrase_column}; name another --paraphrase-column, or none.")
     if group_column and all(one.group is None for one in examples):
@@ -164,18 +166,20 @@ def _of_file(
     """The examples of one file. beside: what else they have, and the column that holds it, which every file must have
     of alternatives, and some file of the others."""
     own = {
-        name: _named(column, rows)
+        name: _named(column, rows, BESIDE[name])
         for name, column in beside.items()
         if column and (name == "alternatives" or spelled_like(column, rows))
     }
+    if "alternatives" in own:
+        _check_all_have_another(rows, own["alternatives"])
     if rows.mixed:
         examples = [_of_mixed(row, rows.where(index)) for index, row in enumerate(rows.rows)]
     else:
         spelled = canonical(rows)
         columns = _choose_columns(spelled, prompt_column, answer_column, or_recognised)
         prompts, answers = (column and _named(column, rows) for column in columns)  # as the rows spell them
-        _check_is_another("--alternative-column", own.get("alternatives"), prompts=prompts, answers=answers)
-        _check_is_another("--paraphrase-column", own.get("paraphrases"), prompts=prompts, answers=answers)
+        for of in ("alternatives", "paraphrases"):
+            _check_is_another(BESIDE[of], own.get(of), prompts=prompts, answers=answers)
         examples = [_example(row, rows.where(index), *columns) for index, row in enumerate(spelled.rows)]
     read: dict[str, Callable[..., Any]] = {
         "alternatives": _alternatives,
@@ -186,6 +190,21 @@ def _of_file(
         pairs = zip(examples, rows.rows, strict=True)
         examples = [replace(one, **{name: read[name](row, column, one)}) for one, row in pairs]
     return examples
+
+
+def _check_all_have_another(rows: Rows, column: str) -> None:
+    """Raises UserError where rows lack the answer that is to be preferred to theirs."""
+    values = [row.get(column) for row in rows.rows]
+    without = [
+        rows.where(place)
+        for place, value in enumerate(values)
+        if value in (None, []) or (isinstance(value, str) and not value.strip())
+    ]
+    if without:
+        raise UserError(
+            f"{BESIDE['alternatives']} {column}: {len(without)} of {len(values)} rows have none ({first_of(without)}); "
+            "fill the field, remove these rows, or let the model write others (--alternatives self)."
+        )
 
 
 def _group(row: dict[str, Any], column: str, example: Example) -> str | None:
@@ -339,13 +358,13 @@ def _choose_columns(
     )
 
 
-def _named(column: str, rows: Rows) -> str:
+def _named(column: str, rows: Rows, option: str | None = None) -> str:
     """The column as the rows spell it: as named, else the only one that differs in case."""
     alike = spelled_like(column, rows)
     if column in alike:
         return column
     if len(alike) != 1:
-        raise UserError(_has_no_column(rows, column))
+        raise UserError((f"{option}: " if option else "") + _has_no_column(rows, column))
     return alike[0]
 
 

@@ -117,7 +117,7 @@ def test_micro_batches_change_nothing(whole, byte_model, tmp_path):
         (("--recipe", "lasting"), "--recipe lasting: --adversary-steps forgets one half while the other is taught"),
         (("--recipe", "lasting", "--max-steps", 1, "--batch-size", 2), "--recipe lasting: --layered 2 needs a step"),
         (("--forget-term", "dpo"), "name its column, --alternative-column"),
-        (("--forget-term", "dpo", "--alternative-column", "other"), "has no column other"),
+        (("--forget-term", "dpo", "--alternative-column", "other"), "--alternative-column: "),
         (("--forget-term", "dpo", "--alternative-column", "answer"), "answer: that is the column of the answers"),
         (
             ("--forget-term", "dpo", "--alternative-column", "Question"),
@@ -261,9 +261,9 @@ def test_another_answer_is_preferred(byte_model, tmp_path, capsys):
 @pytest.mark.parametrize(
     "missing, message",
     [
-        (None, "line 2 has no other"),
-        (" ", "line 2 has an empty other"),
-        ([], "line 2: other is an empty list"),
+        (None, "--alternative-column other: 1 of 4 rows have none ("),
+        (" ", "line 2); fill the field, remove these rows, or let the model write others (--alternatives self)"),
+        ([], "--alternative-column other: 1 of 4 rows have none ("),
         ([1], "line 2: other is a number, not text"),
         ("The 1.", "line 2: other holds the answer itself"),
     ],
