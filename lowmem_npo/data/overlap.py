@@ -15,6 +15,7 @@ from lowmem_npo.sizes import first_of
 
 SHINGLE, NEAR = 5, 0.7  # characters of a shingle; the similarity from which two texts are near-duplicates
 RUN, PART = 20, 0.25  # characters of a run; the part of the shorter of two passages whose runs both hold
+MULTIPLIER = 0x9E3779B97F4A7C15  # of the polynomial, modulo 2^64, by which runs are known
 CHUNK = 256  # texts that are compared with all others at once
 PREFIX = 0.15  # the part of the runs that similar texts share by which such pairs are looked for
 DENSE = 0.02  # the part of the pairs from which comparing all of them is faster
@@ -137,13 +138,24 @@ def _overlapping(texts: Sequence[str]) -> list[tuple[int, int]]:
 
 def _runs(texts: Sequence[str], others: Sequence[str], length: int) -> tuple[Any, Any]:
     """Which text, a row, has which run of `length` characters, a column, those of the fewest texts first; of `others`,
-    the same. A text that is shorter than a run is one."""
+    the same. A text that is shorter than a run is one. A run is known by 64 bits of it."""
     import numpy as np
-    from sklearn.feature_extraction.text import CountVectorizer  # late: takes a second
+    from scipy.sparse import csr_matrix
 
     padded = [text.ljust(length, "\0") for text in (*texts, *others)]
-    vectorizer = CountVectorizer(analyzer="char", ngram_range=(length, length), binary=True, lowercase=False)
-    runs = vectorizer.fit_transform(padded).astype("int32")
+    characters = np.frombuffer("".join(padded).encode("utf-32-le", "surrogatepass"), dtype="<u4").astype("uint64")
+    known = np.zeros(max(0, len(characters) - length + 1), dtype="uint64")
+    for place in range(length):
+        known = known * MULTIPLIER + characters[place : place + len(known)]
+    sizes = np.array([len(text) for text in padded], dtype="int64")
+    numbers = sizes - length + 1  # of the runs of each text, none of which reaches into the next one
+    row = np.repeat(np.arange(len(padded)), numbers)
+    place = np.arange(len(row)) + np.repeat(np.cumsum(sizes) - sizes - (np.cumsum(numbers) - numbers), numbers)
+    _, column = np.unique(known[place], return_inverse=True)
+    runs = csr_matrix(
+        (np.ones(len(row), dtype="int32"), (row, column)), shape=(len(padded), column.max(initial=-1) + 1)
+    )
+    runs.data[:] = 1
     order = np.argsort(runs.getnnz(axis=0), kind="stable")
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
