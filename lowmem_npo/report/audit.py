@@ -254,8 +254,8 @@ def _compared(audit: Audit, config: RunConfig, data: PreparedData) -> Iterator[t
         unread = part == "retain" and (data.retain_is_unwritten or not config.objective.needs_retain)
         if (rows := getattr(data, part)) is not None and not unread:
             yield f"{part} rows", audit["data"].get(part, {}).get("tokenised"), rows.fingerprint
-    groups = f"groups of the forget rows (--group-column {options.group_column})"
-    yield groups, record.get("folds"), planned_rows(config, data).folds
+    by = "" if options.group_column is None else f", by --group-column {options.group_column}"
+    yield f"folds of the forget rows (--layered{by})", record.get("folds"), planned_rows(config, data).folds
     if not data.alternatives_are_unwritten:
         column = options.alternative_column
         source = f"--alternatives {options.alternatives}" if column is None else f"--alternative-column {column}"

@@ -125,7 +125,7 @@ def training_rows(
     if layered is not None:
         if to_keep is None:
             raise UserError("layered holds what is not yet forgotten with the retain terms: give gamma or delta.")
-        folds = divide(number, layered, seed, groups_of(to_forget, known, layered))
+        folds = _folds(to_forget, known, layered, seed)
         to_keep = [*to_keep, *known]
     rows = [*to_forget, *others] if others else to_forget
     taught_again = known if adversary else ()
@@ -181,10 +181,28 @@ def names_of(rows: Sequence[TokenizedRow] | None) -> list[str] | None:
     return [example.where for example in rows.examples] if isinstance(rows, TokenizedRows) else None
 
 
-def groups_of(rows: Sequence[TokenizedRow], known: Sequence[TokenizedRow], folds: int) -> list[Hashable] | None:
+def _folds(rows: Sequence[TokenizedRow], known: Sequence[TokenizedRow], folds: int, seed: int) -> list[list[int]]:
+    """What is forgotten in each stage: documents are cut in more places where the folds would not be even else.
+
+    Raises UserError as `divide` does.
+    """
+    for parts in (folds, 2 * folds, 4 * folds):
+        try:
+            divided = divide(len(rows), folds, seed, groups_of(rows, known, parts))
+        except UserError:  # there may be fewer parts than folds
+            if parts == 4 * folds:
+                raise
+            continue
+        sizes = [len(fold) for fold in divided]
+        if max(sizes) - min(sizes) <= max(1, len(rows) // (8 * folds)):
+            break
+    return divided
+
+
+def groups_of(rows: Sequence[TokenizedRow], known: Sequence[TokenizedRow], parts: int) -> list[Hashable] | None:
     """What each row stays together with, or half of it would be forgotten while the other half is held: rows that say
     the same, with the true answers of `known`, then those about one subject, where a column names it, and consecutive
-    passages of a document, which overlap. None if that is not known.
+    passages of a document, which overlap, up to one of so many parts of all rows. None if that is not known.
     """
     if not isinstance(rows, TokenizedRows):
         return None
@@ -193,16 +211,16 @@ def groups_of(rows: Sequence[TokenizedRow], known: Sequence[TokenizedRow], folds
     for fact, example in zip(known.facts, rows.examples, strict=True):
         if example.group is not None:
             subjects.setdefault(fact, example.group)
-    runs = _runs(known, folds)
+    runs = _runs(known, parts)
     return [
         ("group", subjects[fact]) if fact in subjects else ("run", run)
         for fact, run in zip(known.facts, runs, strict=True)
     ]
 
 
-def _runs(rows: TokenizedRows, folds: int) -> list[int]:
-    """The run of each row, which its first row names: of all rows that share text, or parts of these, such as long
-    documents, that are no larger than a fold; rows that say the same are in one."""
+def _runs(rows: TokenizedRows, parts: int) -> list[int]:
+    """The run of each row, which its first row names: of all rows that share text, or pieces of these, such as long
+    documents, that are no larger than one of so many parts of all rows; rows that say the same are in one."""
     from scipy.sparse import coo_array  # late: most runs do without
     from scipy.sparse.csgraph import connected_components
 
@@ -216,9 +234,9 @@ def _runs(rows: TokenizedRows, folds: int) -> list[int]:
         facts.setdefault(document[place], []).append(place)
     sizes, runs = Counter(document), dict[int, int]()
     for of, its_facts in facts.items():
-        parts = min(len(its_facts), math.ceil(sizes[of] * folds / len(rows)))
-        for part in np.array_split(its_facts, parts):
-            runs |= dict.fromkeys(part.tolist(), int(part[0]))
+        pieces = min(len(its_facts), math.ceil(sizes[of] * parts / len(rows)))
+        for piece in np.array_split(its_facts, pieces):
+            runs |= dict.fromkeys(piece.tolist(), int(piece[0]))
     return [runs[place] for place in places]
 
 

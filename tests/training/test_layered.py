@@ -16,7 +16,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.training.adversary import other_rows
 from lowmem_npo.training.layered import LATER_COPIES, LayeredBatches, check_folds, divide
 from lowmem_npo.training.step_rows import StepBatches
-from lowmem_npo.training.training_rows import groups_of, split_texts
+from lowmem_npo.training.training_rows import groups_of, split_texts, training_rows
 
 SIZES = {"num_retain": 9, "batch_size": 3, "retain_batch_size": 3, "seed": 5}
 
@@ -128,6 +128,29 @@ def test_neighbouring_passages_of_a_document_are_forgotten_in_one_stage_as_far_a
     for step in range(9):
         in_step = set(sampler.step_rows(step)[0])
         assert all(rows.near[row].isdisjoint(in_step) for row in other_rows(sampler, step, rows))
+
+
+def test_documents_are_cut_where_folds_would_not_be_even_else():
+    """Two documents of ten passages as three folds, and of many copies and a document at all."""
+
+    def rows_of(*documents):
+        examples = [
+            Example(None, f"{name * 40} {piece}. {name * 40} {piece + 1}.", f"{name}{piece}", "text")
+            for name, passages in documents
+            for piece in range(passages)
+        ]
+        return TokenizedRows([{"input_ids": [1]}] * len(examples), examples, [0] * len(examples), 9)
+
+    def sizes(rows, folds):
+        divided = training_rows(
+            rows, rows, None, None, lambda given, *_, **__: given,
+            term="npo", layered=folds, adversary=False, seed=0, teaching={},
+        ).folds  # fmt: skip
+        return sorted(map(len, divided))
+
+    assert sizes(rows_of(("ab", 10), ("cd", 10)), 3) == [6, 7, 7]
+    copies = rows_of(*[("ab", 1)] * 8, ("cd", 2))
+    assert sizes(copies, 3) == [1, 1, 8]
 
 
 def test_a_stage_forgets_its_fold_most_and_the_earlier_ones_at_the_weight():
