@@ -31,8 +31,6 @@ ANOTHER_TOKENIZER = "another tokenizer or chat template"
 DECIDED = ("chat_date", "generate_answers")  # where auto is recorded as what it became, and stays so
 COMPARED = ("before", "retained_log")  # settings that name the evaluation.json of another model
 OTHER_ROWS = "other_rows"  # in settings.json: whether the forget rows were others than those of the adapter's run
-# How rows are written and the model is loaded, as options of runs are called, too.
-OF_RUNS = ("qlora", "template", "prompt_template", "system", "max_length")
 # what is read of settings.json
 SETTINGS = {"digests": dict[str, str], "leaks": list[str], **dict.fromkeys(DECIDED, str), OTHER_ROWS: bool}
 
@@ -186,9 +184,20 @@ def measured_otherwise(run: Mapping[str, Any], settings: Mapping[str, Any]) -> d
     """Leak test -> the flags with which an evaluation, by its settings.json, measured otherwise than the run of its
     adapter, by its run.yaml; tests that were measured alike are left out."""
     own = {**json.loads(json.dumps(asdict(LeakOptions()))), **run}
-    flags = [f"--{name.replace('_', '-')}" for name in changed_options(own, settings, OF_RUNS)]
+    if own.get("max_new_tokens") is None or settings.get("max_new_tokens") is None:  # what that became is not known
+        own.pop("max_new_tokens", None)
+    flags = loaded_otherwise(run, settings)
     others = {test.name: flags + other_options(own, settings, test, ()) for test in measured_leaks(settings)}
     return {name: of_test for name, of_test in others.items() if of_test}
+
+
+def loaded_otherwise(run: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """The flags with which an evaluation wrote rows, or loaded the model, otherwise than a run, as far as is known."""
+    template, other = (of.get("prompt_template") or of.get("template") or "auto" for of in (run, settings))
+    flags = [
+        f"--{name.replace('_', '-')}" for name in changed_options(run, settings, ("qlora", "system", "max_length"))
+    ]
+    return flags + (["--template"] if template != other and "auto" not in (template, other) else [])
 
 
 def measured_leaks(settings: Mapping[str, Any]) -> list[LeakTest]:

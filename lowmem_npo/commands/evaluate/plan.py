@@ -98,6 +98,9 @@ def plan_evaluation(
     if model_config.double_quant == "auto":  # the base is quantised as the adapter's run had it
         model_config = replace(model_config, double_quant=run.get("double_quant", "auto"))
     limit = first or (run.get("limit") if config.bundled else None)
+    asked = (
+        (config.prompt_column, config.answer_column) if only is None else (None, None)
+    )  # else the run's, of its rows
     config = as_begun(config.completed(run))
     architecture = load_config(model_config)
     for line in model_notes(architecture, model_config):
@@ -106,6 +109,8 @@ def plan_evaluation(
     tokenizer = load_tokenizer(model_config)
     template = Template.of(config, stops)
     sources = _read(config, limit, tokenizer, template, say)
+    met = dict.fromkeys(of for rows in sources.values() if not rows.mixed for of in rows.columns)
+    check_some_have(met, *asked)
     digests = _digests(config, sources, model_config, tokenizer)
     settings = {**as_json(config), "digests": digests}
     earlier, gold = Earlier.of(settings), Gold.of(settings)
@@ -164,7 +169,6 @@ def _read(
         part: read_rows(source, limit=limit, passages=whole if part in DOCUMENTS.sets else passages, columns=columns)
         for part, source in named.items()
     }
-    check_some_have(dict.fromkeys(of for rows in sources.values() if not rows.mixed for of in rows.columns), *columns)
     for part, rows in sources.items():
         for note in rows.notes:
             say(f"{part}: {note}")

@@ -24,7 +24,7 @@ from lowmem_npo.evaluation.benchmarks.muse import MUSE
 from lowmem_npo.evaluation.benchmarks.plain import PLAIN, summaries_of
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.benchmarks.tofu import TOFU
-from lowmem_npo.evaluation.directory import OF_RUNS, THE_ADAPTER, EvaluationDirectory, as_json, changed_options
+from lowmem_npo.evaluation.directory import THE_ADAPTER, EvaluationDirectory, as_json, loaded_otherwise
 from lowmem_npo.evaluation.fluency import fluency
 from lowmem_npo.evaluation.leaks.contract import NO_HOLDOUT, LeakTest, SavedModel, Subject, leak_results
 from lowmem_npo.evaluation.leaks.measure import repeated, run_leak_tests, time_of_tuning
@@ -186,7 +186,7 @@ def _headline(plan: EvaluationPlan, result: Evaluation, say: Say) -> str:
         say(other)
     elif not plan.other_rows and (content := read_content(run.path)).stages:
         after, headline = content.stages.get("after", {}), content.verdict.headline
-        alike = not changed_options(content.settings, as_json(config), OF_RUNS)
+        alike = not loaded_otherwise(content.settings, as_json(config))
         alike = alike and (FORGET not in now or (FORGET in after and same_rows(after[FORGET], now[FORGET])))
         return headline if alike else f"{own}\nThe run's report goes by what the run itself measured: {headline}"
     return own
