@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lowmem_npo.errors import UserError
@@ -93,9 +93,12 @@ def _place(name: str) -> Path:
     return path.resolve() if os.path.exists(path) else Path(name)
 
 
-def _above(place: Path) -> Sequence[Path]:
-    """The folders that a file here is in; a name on the hub is in none."""
-    return place.parents if place.is_absolute() else ()
+def _above(place: Path) -> Iterator[Path]:
+    """The folders with which a file here is read: those that it is in, but for what is hidden; a name on the hub is in
+    none."""
+    while place.is_absolute() and place != place.parent and not place.name.startswith("."):
+        place = place.parent
+        yield place
 
 
 def check_model_name(name: str) -> bool:

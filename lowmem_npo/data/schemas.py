@@ -408,8 +408,8 @@ def recognised_columns(columns: Container[str]) -> tuple[str | None, str] | None
 
 def _example(row: dict[str, Any], where: str, prompt_column: str | None, answer_column: str) -> Example:
     identity = label(row.get("id"))
-    if prompt_column is None and is_turns(row.get(answer_column)):  # preference data without a prompt of its own
-        return _conversation(row.get(answer_column), row, where, answer_column, identity)
+    if prompt_column is None and is_turns(turns := _turns_of(row, answer_column, where)):
+        return _conversation(turns, row, where, answer_column, identity)  # preference data without a prompt of its own
     if prompt_column is None:
         return Example(None, text_of(row, answer_column, where), where, answer_column, identity)
     if prompt_column == answer_column and prompt_column in CHAT:
@@ -439,6 +439,22 @@ def _example(row: dict[str, Any], where: str, prompt_column: str | None, answer_
         raise UserError(f"{where}: {no_value('history', 'a list of [question, answer]', history)}")
     turns = [turn(role, text) for pair in history for role, text in zip(("user", "assistant"), pair, strict=True)]
     return _conversation([*turns, turn("user", prompt), turn("assistant", answer)], row, where, schema, identity)
+
+
+def _turns_of(row: dict[str, Any], column: str, where: str) -> Any:
+    """The value of a column; turns also where they are written as JSON in a string, as a cell of a CSV has them, but
+    for those in a column of texts, such as code.
+
+    Raises UserError for turns as Python shows them.
+    """
+    value = row.get(column)
+    if not isinstance(value, str) or column == TEXT[1]:
+        return value
+    if have_roles(turns := parsed_json(value)):
+        return turns
+    if have_roles(as_python(value)):
+        raise UserError(f"{where}: {no_value(column, TURNS, value)}")
+    return value
 
 
 def paraphrases_of(row: dict[str, Any], column: str, where: str) -> tuple[str, ...]:

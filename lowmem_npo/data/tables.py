@@ -22,7 +22,7 @@ from typing import Any, TextIO, cast
 
 from lowmem_npo.data.documents import UNMARKED, decoded_lines, marked_encoding, unmarked_encoding
 from lowmem_npo.data.rows import Rows, is_text
-from lowmem_npo.data.turns import is_turns
+from lowmem_npo.data.turns import have_roles, is_turns
 from lowmem_npo.errors import UserError
 from lowmem_npo.run_directory import SELF_WRITTEN
 from lowmem_npo.sources import TABLE_KINDS, kind_of
@@ -255,8 +255,8 @@ def _check_is_row(name: str, row: dict[str, Any], columns: Collection[str], over
     column that is known: it is hardly meant as one."""
     if _known(row, columns) or any(key.strip().casefold() in ENOUGH for key in row):
         return
-    tables = [key for key, value in row.items() if is_turns(value)]
-    if len(tables) == 1:
+    tables = [key for key, value in row.items() if is_turns(value) and not have_roles(value)]
+    if len(tables) == 1 and (over_lines or not any(isinstance(value, str) for value in row.values())):
         raise UserError(
             f"{name} holds one object, not an array of rows; the rows seem to be under {tables[0]!r}: write that array "
             "into a file of its own."

@@ -218,6 +218,15 @@ def test_a_file_that_is_named_twice_is_refused_however_it_is_spelled(tmp_path, m
         with pytest.raises(UserError, match=said):
             read_rows(names)
     assert len(read_rows("one.jsonl,two.jsonl")) == 2, "equal rows of two files are what is said"
+    write(tmp_path / "pages" / ".a.txt", "Hidden. " * 20)
+    assert len(read_rows("pages,pages/.a.txt")) == 2 * len(read_rows("pages")), "a folder's hidden files are not read"
+
+
+@pytest.mark.parametrize(
+    "row", [{"id": "1", "turns": [{"role": "user", "content": "a"}]}, {"q": "a", "b": [{"c": "d"}]}]
+)
+def test_a_row_with_a_list_of_objects_is_a_row(row, tmp_path):
+    assert read_rows(write(tmp_path / "a.jsonl", json.dumps(row))).rows == [row]
 
 
 def test_limit_keeps_the_first_rows(tmp_path):

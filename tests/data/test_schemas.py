@@ -127,12 +127,14 @@ NO = {"role": "assistant", "content": "No."}
         ({"prompt": "Q", "rejected": [*TURNS], "chosen": json.dumps([NO])}, ("No.",)),
         ({"prompt": "Show one.", "rejected": "A", "chosen": json.dumps([NO])}, (json.dumps([NO]),)),
         ({"rejected": [*TURNS], "chosen": [QUESTION, NO]}, ("No.",)),
+        ({"rejected": json.dumps([*TURNS]), "chosen": json.dumps([QUESTION, NO])}, ("No.",)),
     ],
 )
 def test_another_answer_may_be_a_conversation(row, texts):
     prompts = {"prompt_column": "prompt"} if "prompt" in row else {}
     example = one(row, answer_column="rejected", alternative_column="chosen", **prompts)
     assert example.alternatives == texts
+    assert example.prompt is not None
     assert bool(example.messages) == isinstance(row["rejected"], list)
 
 
