@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -92,18 +93,20 @@ def ask(options: AskOptions, say: Say = print) -> None:
     """
     note = (lambda line: print(line, file=sys.stderr)) if options.json else say  # stdout is for programs
     typed = [text.strip() for text in options.questions if text.strip()]
-    questions = [question(text) for text in typed] if options.file is None else questions_in(options.file, note)
-    if not expanded(options.run).is_dir() and re.search(r"[\s?]", options.run):
+    if not os.path.isdir(expanded(options.run)) and re.search(r"[\s?]", options.run):
         raise UserError(
             f"There is no directory '{options.run}', and no model of such a name: the run, or a model, is named before "
             "the questions."
         )
-    if folder := next((text for text in typed if expanded(text).is_dir()), None):
-        raise UserError(f"'{folder}' is a directory, not a question: one run is asked, and --model names its base.")
+    if folder := next(filter(_is_model, typed), None):
+        raise UserError(f"'{folder}' is a model's directory: one run is asked, and --model names its base.")
     check_inputs(options.model, revision=options.revision)
-    if not expanded(options.run).is_dir():
+    if not os.path.isdir(expanded(options.run)):
         check_inputs(options.run, revision=options.revision)
     quiet_libraries()
+    questions = [question(text) for text in typed]
+    if options.file is not None:
+        questions = questions_in(options.file, note, *_own_columns(options.run))
     asked = load(options, note)
     if options.file is not None or options.json:
         if not questions:
@@ -116,6 +119,20 @@ def ask(options: AskOptions, say: Say = print) -> None:
             asked.converse(text, [])
     else:
         _interactive(asked, say)
+
+
+def _is_model(text: str) -> bool:
+    """Whether a question is rather the directory of a model, or of an adapter."""
+    folder = expanded(text)
+    return any(os.path.isfile(folder / name) for name in ("config.json", "adapter_config.json", "run.yaml"))
+
+
+def _own_columns(run: str) -> tuple[str | None, str | None]:
+    """The columns of prompts and answers that the run was given, if it is one."""
+    from lowmem_npo.model.saved_adapter import settings_of_run
+
+    settings = settings_of_run(run) if os.path.isdir(expanded(run)) else {}
+    return settings.get("prompt_column"), settings.get("answer_column")
 
 
 @dataclass

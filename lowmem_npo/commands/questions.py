@@ -28,29 +28,32 @@ def question(text: str, history: Sequence[dict[str, str]] = ()) -> Example:
     return Example(text, ANSWER, where, QUESTIONS, messages=turns if history else None)
 
 
-def questions_in(file: str, say: Say) -> list[Example]:
-    """The questions of a file: of a table as a run would read it, else its lines.
+def questions_in(
+    file: str, say: Say, prompt_column: str | None = None, answer_column: str | None = None
+) -> list[Example]:
+    """The questions of a file: of a table as the run would read it whose columns these are, else its lines.
 
     Raises:
         UserError: it cannot be read, or is a table without questions.
     """
     from lowmem_npo.data.tables import is_table
 
-    path = expanded(file)
-    return _of_table(file, say) if path.is_file() and is_table(file, path) else _of_lines(path)
+    path, columns = expanded(file), (prompt_column, answer_column)
+    return _of_table(file, say, *columns) if path.is_file() and is_table(file, path) else _of_lines(path)
 
 
-def _of_table(file: str, say: Say) -> list[Example]:
+def _of_table(file: str, say: Say, prompt_column: str | None, answer_column: str | None) -> list[Example]:
     from lowmem_npo.data import read_rows, to_examples, with_answer
-    from lowmem_npo.data.schemas import canonical, listed_columns, recognised_columns
+    from lowmem_npo.data.schemas import canonical, listed_columns, recognised_columns, spelled_like
 
-    rows = read_rows(file)
-    if not rows.mixed and recognised_columns(canonical(rows).columns) is None:
+    rows = read_rows(file, columns=[prompt_column, answer_column])
+    has_own = prompt_column is not None and bool(spelled_like(prompt_column, rows))
+    if not (rows.mixed or has_own) and recognised_columns(canonical(rows).columns) is None:
         raise UserError(
             f"--file: {file} has the columns {listed_columns(rows.columns) or '(none)'}, which are no questions with "
             "answers: name them question and answer, or give a text (.txt) with a question a line."
         )
-    examples = to_examples(rows)
+    examples = to_examples(rows, prompt_column=prompt_column, answer_column=answer_column, or_recognised=True)
     if text := next((one for one in examples if one.is_passage), None):
         raise UserError(f"--file: {text.where} is a text, which holds no question; name a file with questions.")
     for note in rows.notes:

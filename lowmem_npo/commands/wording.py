@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 
@@ -32,8 +33,8 @@ def one_of(flag: str, value: str, choices: Sequence[str]) -> str:
 def _as_value(word: str, flags: Sequence[str]) -> str:
     """The option that a directory without one may have been meant for, a clause."""
     folder = expanded(word)
-    flag = "--model" if (folder / "config.json").is_file() else "--adapter"
-    return f": did you mean {flag} {shortened(word)}?" if folder.is_dir() and flag in flags else ";"
+    flag = "--model" if os.path.isfile(folder / "config.json") else "--adapter"  # not of Path: a word may be long
+    return f": did you mean {flag} {shortened(word)}?" if os.path.isdir(folder) and flag in flags else ";"
 
 
 def _is_no_flag(word: str, flags: Sequence[str]) -> bool:

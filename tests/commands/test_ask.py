@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
@@ -98,6 +99,19 @@ def test_of_a_table_the_questions_are_asked_as_if_they_were_typed(name, run, fac
     printed = asked(run, "--file", file, *how, capsys=capsys)
     assert printed.out == asked(run, *questions, *how, capsys=capsys).out
     assert f"The questions are the column question of {file}; the model is not shown the answers." in printed.err
+
+
+def test_a_table_is_read_by_the_columns_of_the_run(run, facts, tmp_path, capsys):
+    copy, question = tmp_path / "run", question_of(facts[0])
+    shutil.copytree(run, copy)
+    settings = yaml.safe_load((copy / "run.yaml").read_text()) | {"prompt_column": "frage", "answer_column": "antwort"}
+    (copy / "run.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "q.jsonl").write_text(json.dumps({"frage": question, "antwort": "hidden"}))
+    how = ["--json", "--max-new-tokens", 8]
+    printed = asked(copy, "--file", tmp_path / "q.jsonl", *how, capsys=capsys)
+    assert json.loads(printed.out)["question"] == question and "the column frage of" in printed.err
+    long = " ".join([question] * 40)  # longer than the name of any file
+    assert json.loads(asked(run, long, *how, capsys=capsys).out)["question"] == long
 
 
 def test_of_a_conversation_in_a_table_all_but_the_answer_is_shown(chat_run, tmp_path, capsys):
