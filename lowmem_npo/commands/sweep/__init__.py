@@ -86,7 +86,7 @@ def main(arguments: Sequence[str]) -> None:
     data = (config.data.forget, config.data.retain, config.data.holdout)
     check_names(config.model.model, *data)
     check_small_tables(config.data)
-    runs = plan_sweep(points, parse_seeds(seeds or ["5"], config.training.seed), parse)
+    runs = plan_sweep(points, parse_seeds(seeds or ["5"], config.training.seed), parse, print)
     check_inputs(config.model.model, *data, revision=config.model.revision)
     root, taught = config.output_dir, teaching if teaching.teach else None
     if config.output.dry_run:

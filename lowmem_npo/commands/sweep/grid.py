@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from lowmem_npo.config import DataConfig, ModelConfig, OutputConfig, RunConfig
+from lowmem_npo.console import Say, silent
 from lowmem_npo.errors import UserError
 from lowmem_npo.files import expanded
 from lowmem_npo.idle_options import idle_in, without_idle_options
@@ -112,23 +113,29 @@ def parse_seeds(words: Sequence[str], base: int) -> list[int]:
 
 
 def plan_sweep(
-    points: Sequence[GridPoint], seeds: Sequence[int], parse: Callable[[Sequence[str]], RunConfig]
+    points: Sequence[GridPoint], seeds: Sequence[int], parse: Callable[[Sequence[str]], RunConfig], say: Say = silent
 ) -> list[SweepRun]:
-    """Every run, one configuration after another; the runs of a model are consecutive.
+    """Every run, one configuration after another; the runs of a model are consecutive. A point that differs from an
+    earlier one only in options without effect is left out, as `say` is told: of a grid's products some may be the same.
 
     parse: the run that the sweep's train options and some further flags describe.
 
     Raises:
-        UserError: an unknown option, an invalid value, two configurations of the same run, or of one name.
+        UserError: an unknown option, an invalid value, one configuration in two spellings, or two of one name.
     """
     runs, configs, used = [], list[RunConfig](), list[RunConfig]()
+    made = list[GridPoint]()
     for point in points:
         config = _parsed(point, parse)
         if (in_use := _in_use(config)) in used:
             at = used.index(in_use)
-            both = f"--grid {points[at].name} and {point.name} are the same"
-            why = _why_same(configs[at], config)
-            raise UserError(f"{both} {f'run, as {why}' if why else 'configuration'}: leave one of them out.")
+            if not (why := _why_same(configs[at], config)):
+                raise UserError(
+                    f"--grid {made[at].name} and {point.name} are the same configuration: leave one of them out."
+                )
+            say(f"--grid {point.name} is left out: it is the same run as {made[at].name}, as {why}.")
+            continue
+        made.append(point)
         configs.append(config)
         used.append(in_use)
         root = config.output_dir

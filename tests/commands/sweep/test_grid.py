@@ -10,12 +10,13 @@ from helpers.rows import write_rows
 from lowmem_npo.cli import main
 from lowmem_npo.commands.arguments import parse_run
 from lowmem_npo.commands.sweep.grid import first_config, parse_grid, parse_seeds, plan_sweep
+from lowmem_npo.console import silent
 from lowmem_npo.errors import UserError
 
 
-def planned(grid: list[str], *options: str, seeds=(1, 2)):
+def planned(grid: list[str], *options: str, seeds=(1, 2), say=silent):
     given = ["--model", "m", "--reference", "cached", "--output-dir", "o", *options]
-    return plan_sweep(parse_grid(grid), list(seeds), lambda flags: parse_run([*given, *flags], "sweep"))
+    return plan_sweep(parse_grid(grid), list(seeds), lambda flags: parse_run([*given, *flags], "sweep"), say)
 
 
 def test_every_combination_with_every_seed():
@@ -91,16 +92,6 @@ MEASURING = (
         (["lr=1e-4,0.0001"], "--grid lr=1e-4 and lr=0.0001 are the same configuration: leave one of them out."),
         (["layered=none,None"], "--grid layered=none and layered=None are the same"),
         (["beta=.2", "gamma=,0,1"], "--grid beta=.2_gamma=default and beta=.2_gamma=1 are the same"),
-        (
-            ["adversary=none,1", "adversary-steps=2,20"],
-            "--grid adversary=none_adversary-steps=2 and adversary=none_adversary-steps=20 are the same run, as "
-            "--adversary-steps has no effect with no --adversary: leave one of them out.",
-        ),
-        (["forget-term=npo,ga", "beta=.1,.2"], "--beta has no effect with --forget-term ga"),
-        (["sam=.1", "joint-pass-tokens=auto,64"], "--joint-pass-tokens has no effect with --sam"),
-        (["adversary=1", "adversary-steps=,1"], "are the same run, as --adversary-steps has that default"),
-        (["retain-batch-size=,4"], "are the same run, as --retain-batch-size has that default"),
-        (["micro-batch-size=,4,8"], "are the same run, as --micro-batch-size has that default"),
         (["forget=a/b.jsonl,a-b.jsonl", "retain=r.jsonl"], "same directory"),
     ],
 )
@@ -108,6 +99,29 @@ def test_mistakes_in_the_grid(grid, message):
     with pytest.raises(UserError) as error:
         planned(grid)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "grid, kept, why",
+    [
+        (
+            ["adversary=none,1", "adversary-steps=2,20"],
+            3,
+            "--grid adversary=none_adversary-steps=20 is left out: it is the same run as "
+            "adversary=none_adversary-steps=2, as --adversary-steps has no effect with no --adversary.",
+        ),
+        (["forget-term=npo,ga", "beta=.1,.2"], 3, "--beta has no effect with --forget-term ga"),
+        (["sam=.1", "joint-pass-tokens=auto,64"], 1, "--joint-pass-tokens has no effect with --sam"),
+        (["adversary=1", "adversary-steps=,1"], 1, "as --adversary-steps has that default"),
+        (["retain-batch-size=,4"], 1, "as --retain-batch-size has that default"),
+        (["micro-batch-size=,4,8"], 2, "as --micro-batch-size has that default"),
+    ],
+)
+def test_points_that_are_the_same_run_are_made_once(grid, kept, why):
+    """A product of options has some where one of them has no effect."""
+    said = []
+    assert len({run.point for run in planned(grid, say=said.append)}) == kept
+    assert len(said) == 1 and why in said[0]
 
 
 @pytest.mark.parametrize(
