@@ -103,7 +103,7 @@ def _layers_with(of_each: int, architecture: PretrainedConfig) -> int:
 def _factors(text: PretrainedConfig) -> Iterator[int]:
     """By how much the width may be divided: what leaves two heads, then what leaves more, then one."""
     width = text.hidden_size
-    heads = getattr(text, "num_attention_heads", None) or width // 64
+    heads = getattr(text, "num_attention_heads", None) or max(1, width // 64)
     divisors = [n for n in range(1, heads + 1) if heads % n == 0 and width % n == 0]
     yield from sorted(divisors, key=lambda n: (heads // n < 2, -n))
 

@@ -20,6 +20,7 @@ import lowmem_npo.data.chat
 from lowmem_npo.cli import main
 from lowmem_npo.commands import ask
 from lowmem_npo.commands.evaluate import run as running
+from lowmem_npo.commands.questions import question
 from lowmem_npo.console import silent
 from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.files import file_sha256
@@ -223,7 +224,7 @@ def test_a_run_keeps_the_date_that_its_chat_template_writes(byte_model, files, m
     assert on("2026-11-25", "evaluate", *options)[0] == 0
     assert result(files, "fifth")["answers"]["forget"]["nll"] != pytest.approx(trained, rel=1e-5)
     asked = ask.load(ask.AskOptions(run=str(folder), device="cpu"), silent)
-    assert "24 Nov 2026" in asked.tokenizer.decode(asked.prompt("Where 1?", []))
+    assert "24 Nov 2026" in asked.tokenizer.decode(asked.prompt(question("Where 1?")))
     merge = ["merge", "--adapter", folder, "--device", "cpu", "--quantize-check", "--output-dir"]
     assert on("2026-11-25", *merge, files / "merged")[0] == 0
     recorded = (folder / "run.yaml").read_text()

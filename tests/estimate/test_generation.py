@@ -10,7 +10,6 @@ from transformers import LlamaConfig
 
 from lowmem_npo.config import DataConfig, MemoryConfig, ModelConfig, OutputConfig, RunConfig
 from lowmem_npo.data import Example, TokenizedRows
-from lowmem_npo.estimate import generation as module
 from lowmem_npo.estimate.automatic import with_answers
 from lowmem_npo.estimate.generation import generation
 from lowmem_npo.estimate.gpus import named
@@ -18,6 +17,7 @@ from lowmem_npo.estimate.host import StreamingHost
 from lowmem_npo.estimate.report import Report
 from lowmem_npo.estimate.rows import StepRows
 from lowmem_npo.estimate.step import Estimate
+from lowmem_npo.evaluation.scoring import batching
 
 LLAMA = LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 PASS = 25_600_000_000  # bytes: a second on PCIe 4
@@ -74,7 +74,7 @@ def test_passes_by_hand():
 
 def test_rows_whose_keys_and_values_do_not_fit_together(monkeypatch):
     """2 layers of 2 x 16 keys and values of 2 bytes: 256 bytes a token. Five rows of up to 8 + 64 tokens, in threes."""
-    monkeypatch.setattr(module, "CACHE_BYTES", 256 * 3 * 72)
+    monkeypatch.setattr(batching, "CACHE_BYTES", 256 * 3 * 72)
     assert generation(config(forms="trained"), data(5), LLAMA, report(config())).passes == 2 * 2 * 64
 
 
