@@ -98,8 +98,8 @@ def ask(options: AskOptions, say: Say = print) -> None:
             f"There is no directory '{options.run}', and no model of such a name: the run, or a model, is named before "
             "the questions."
         )
-    if folder := next(filter(_is_model, typed), None):
-        raise UserError(f"'{folder}' is a model's directory: one run is asked, and --model names its base.")
+    if folder := next(filter(_is_directory, typed), None):
+        raise UserError(f"'{folder}' is a directory, not a question: one run is asked, and --model names its base.")
     check_inputs(options.model, revision=options.revision)
     if not os.path.isdir(expanded(options.run)):
         check_inputs(options.run, revision=options.revision)
@@ -121,10 +121,11 @@ def ask(options: AskOptions, say: Say = print) -> None:
         _interactive(asked, say)
 
 
-def _is_model(text: str) -> bool:
-    """Whether a question is rather the directory of a model, or of an adapter."""
+def _is_directory(text: str) -> bool:
+    """Whether a question is rather the directory of a model or an adapter, or a path: a word may be called as one."""
     folder = expanded(text)
-    return any(os.path.isfile(folder / name) for name in ("config.json", "adapter_config.json", "run.yaml"))
+    held = (os.path.isfile(folder / name) for name in ("config.json", "adapter_config.json", "run.yaml"))
+    return any(held) or (os.sep in text and os.path.isdir(folder))
 
 
 def _own_columns(run: str) -> tuple[str | None, str | None]:

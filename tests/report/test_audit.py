@@ -147,7 +147,7 @@ def resumes(folder, model, data, *options):
 @pytest.mark.parametrize(
     "file, row, column, value, named",
     [
-        ("forget", 7, "person", "Ada", "groups of the forget rows (--group-column person)"),
+        ("forget", 7, "person", "Ada", "folds of the forget rows (--layered, by --group-column person)"),
         ("forget", 7, "alt", "No lynx.", "other answers to the forget rows (--alternative-column alt)"),
         ("forget", 7, "answer", "A lynx.", "forget rows"),
         ("retain", 0, "answer", "In the park.", "retain rows"),
