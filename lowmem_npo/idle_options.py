@@ -30,6 +30,8 @@ def idle_options(settings: Mapping[str, Any]) -> dict[str, str]:
     idle = {name: f"--forget-term {term}" for name, terms in of_terms.items() if term not in terms}
     if settings.get("layered") is None:
         idle |= dict.fromkeys(("group_column", "layered_weight"), "no --layered")
+    elif settings["layered"] == 2:
+        idle["layered_weight"] = "--layered 2, whose second stage is the last, which shows all rows alike"
     if settings.get("adversary") is None:
         idle["adversary_steps"] = "no --adversary"
     if not delta:

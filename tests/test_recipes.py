@@ -166,6 +166,8 @@ def test_schema_estimate_and_sweep_know_it(byte_model, tmp_path, capsys):
         (("--alternative-column", "other", "--refusal", "No."), ["refusal", "alternative-column"]),
         (("--alternative-column", "other", "--forget-term", "dpo", "--normalization", "token"), ["normalization"]),
         (("--refusal", "No.", "--forget-term", "jensun", "--beta", "0.1"), ["beta"]),
+        (("--layered", "2", "--layered-weight", "0.5"), ["layered-weight"]),  # the second stage is the last
+        (("--layered", "3", "--layered-weight", "0.5"), []),
         (("--satimp-beta1", "5"), []),  # the default, as a run's own settings name it
         (("--joint-pass-tokens", "64"), []),
         (("--joint-pass-tokens", "64", "--adversary", "1", "--sam", "0.05"), ["joint-pass-tokens"]),

@@ -26,7 +26,7 @@ from benchmarks.speed_parts.table import EPOCHS
 from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig
 from lowmem_npo.data import TokenizedRow, read_rows, to_examples, tokenize
 from lowmem_npo.data.batching import Pick
-from lowmem_npo.data.schemas import Example
+from lowmem_npo.data.example import Example
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model, load_tokenizer
 from lowmem_npo.training.step_rows import StepBatches

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lowmem_npo.data.example import Example
 from lowmem_npo.data.prepare import PreparedData, prepare
 from lowmem_npo.data.preview import preview
 from lowmem_npo.data.reading import bundled_rows, read_rows
 from lowmem_npo.data.rows import Rows
-from lowmem_npo.data.schemas import Example, to_examples, with_answer
+from lowmem_npo.data.schemas import to_examples, with_answer
 from lowmem_npo.data.templates import Template
 from lowmem_npo.data.tokenized_rows import TokenizedRow, TokenizedRows
 from lowmem_npo.data.tokenizing import Encoder, tokenize

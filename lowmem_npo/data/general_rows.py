@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowmem_npo.config import DataConfig
+from lowmem_npo.data.example import Example
 from lowmem_npo.data.overlap import find_related
 from lowmem_npo.data.reading import bundled_rows
 from lowmem_npo.data.rows import Rows
-from lowmem_npo.data.schemas import Example, to_examples
+from lowmem_npo.data.schemas import to_examples
 from lowmem_npo.data.templates import Template
 from lowmem_npo.data.tokenized_rows import TokenizedRows
 from lowmem_npo.data.tokenizing import tokenize

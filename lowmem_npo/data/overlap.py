@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lowmem_npo.data.cells import folded
-from lowmem_npo.data.schemas import Example
+from lowmem_npo.data.example import Example
 from lowmem_npo.data.turns import calls_of
 from lowmem_npo.errors import UserError
 from lowmem_npo.sizes import first_of

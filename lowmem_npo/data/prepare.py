@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.config import DataConfig, ObjectiveConfig, may_prefer
+from lowmem_npo.data.example import PASSAGE, Example
 from lowmem_npo.data.general_rows import general_holdout, general_rows, is_general
 from lowmem_npo.data.overlap import refuse_overlap
 from lowmem_npo.data.passages import Passages
 from lowmem_npo.data.reading import bundled_rows, described, read_rows
 from lowmem_npo.data.rows import Rows
 from lowmem_npo.data.schemas import (
-    PASSAGE,
-    Example,
     canonical,
     check_some_have,
     has_paraphrases,

@@ -16,100 +16,36 @@ Recognised by their columns, in this order:
 from __future__ import annotations
 
 import json
-import unicodedata
-from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lowmem_npo.data.cells import (
     as_python,
     check_json,
-    kind_in_words,
     label,
-    list_in_text,
     no_value,
     parsed_json,
     text_of,
     without_nan,
     without_none,
 )
+from lowmem_npo.data.example import JOINED, PARAPHRASED, PASSAGE, Example
+from lowmem_npo.data.other_columns import BESIDE, READERS, check_beside, paraphrases_of
 from lowmem_npo.data.rows import Rows, is_text
 from lowmem_npo.data.special_texts import check_marks
-from lowmem_npo.data.turns import (
-    CALLS,
-    TURNS,
-    begin_with,
-    continued,
-    have_roles,
-    is_turns,
-    message,
-    turn,
-    turns_in_cells,
-)
+from lowmem_npo.data.turns import CALLS, SYSTEM, TURNS, continued, have_roles, is_turns, message, turn, turns_in_cells
 from lowmem_npo.errors import UserError
 from lowmem_npo.sizes import first_of
 
 CHAT = ("messages", "conversations")
-# What is read of a column beside the answers: the field of an Example, and the option that names the column.
-BESIDE = {"alternatives": "--alternative-column", "paraphrases": "--paraphrase-column", "group": "--group-column"}
 INSTRUCTIONS = {"output": "input", "response": "context"}  # answer -> what may follow the instruction
 PAIRS = (*(("instruction", answer) for answer in INSTRUCTIONS), ("input", "output"), ("question", "answer"),
          ("prompt", "completion"))  # fmt: skip
 READ = ("id", "system", "history", "tools", "chat_template_kwargs", "text", "context")  # beside those above
-PARAPHRASED = "paraphrased_"  # before the name of the prompt's column: the prompt in other words
 TEXT = (None, "text")
-PASSAGE = "passage"  # the schema of a passage of a document, whose first half is the prompt
 MOST_LISTED = 20  # columns in a message, or in a line of the report
-PUNCTUATION = ".,;:!?…\"'“”‘’„«»()[]。、「」『』"  # around a word, of which it is no part
 UNTRAINED = ("weight", "train", "training")  # how fine-tuning formats leave a turn out: OpenAI's 0, Axolotl's false
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row, canonical.
-
-    prompt: what the model is given, as it is in the data (no template); None where there is nothing but text.
-        For a conversation, the last turn before the answer.
-    answer: what it must (un)learn to say.
-    where: file and line, or source and row, for messages.
-    schema: the columns it came from, such as "question/answer"; decides the default template.
-    id: the row's `id` column, where it has one.
-    messages: the whole conversation, answer included, where the row is one: dictionaries with `role`, `content` (text)
-        and whatever else a turn has, such as `tool_calls` or `reasoning_content`.
-    options: what the chat template gets beside the conversation: `tools`, and the row's `chat_template_kwargs`.
-    paraphrases: the prompt in other words or another language, with which evaluation asks as well (the column
-        `paraphrased_question`, or `--paraphrase-column`).
-    alternatives: other answers, to be preferred to this one (`--alternative-column`).
-    group: what the row is about, such as a person, where a column says so (`--group-column`): rows of one are about the
-        same, whatever they say. None: only rows of the same text are.
-    plain: whether it is written without a chat template, whatever others are.
-    continues: whether the text goes on after the answer, which then has no EOS: most passages of a document do.
-    """
-
-    prompt: str | None
-    answer: str
-    where: str
-    schema: str
-    id: str | None = None
-    messages: tuple[dict[str, Any], ...] | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    paraphrases: tuple[str, ...] = ()
-    continues: bool = False
-    alternatives: tuple[str, ...] = ()
-    group: str | None = None
-    plain: bool = False
-
-    @property
-    def is_passage(self) -> bool:
-        """Whether it is a text, or a part of one, that the model goes on with, and asks for nothing."""
-        return self.prompt is None or self.schema == PASSAGE
-
-    @property
-    def columns(self) -> set[str]:
-        """The columns that are read."""
-        beside = {"id", *(("system", "history", "tools", "chat_template_kwargs") if self.messages else ())}
-        own = self.schema.split("/")
-        return beside | set(own) | ({PARAPHRASED + own[0]} if self.paraphrases else set())
 
 
 def to_examples(
@@ -170,106 +106,19 @@ def _of_file(
         for name, column in beside.items()
         if column and (name == "alternatives" or spelled_like(column, rows))
     }
-    if "alternatives" in own:
-        _check_all_have_another(rows, own["alternatives"])
     if rows.mixed:
+        check_beside(rows, own)
         examples = [_of_mixed(row, rows.where(index)) for index, row in enumerate(rows.rows)]
     else:
         spelled = canonical(rows)
         columns = _choose_columns(spelled, prompt_column, answer_column, or_recognised)
         prompts, answers = (column and _named(column, rows) for column in columns)  # as the rows spell them
-        for of in ("alternatives", "paraphrases"):
-            _check_is_another(BESIDE[of], own.get(of), prompts=prompts, answers=answers)
+        check_beside(rows, own, prompts, answers)
         examples = [_example(row, rows.where(index), *columns) for index, row in enumerate(spelled.rows)]
-    read: dict[str, Callable[..., Any]] = {
-        "alternatives": _alternatives,
-        "paraphrases": _named_paraphrases,
-        "group": _group,
-    }
     for name, column in own.items():
         pairs = zip(examples, rows.rows, strict=True)
-        examples = [replace(one, **{name: read[name](row, column, one)}) for one, row in pairs]
+        examples = [replace(one, **{name: READERS[name](row, column, one)}) for one, row in pairs]
     return examples
-
-
-def _check_all_have_another(rows: Rows, column: str) -> None:
-    """Raises UserError where rows lack the answer that is to be preferred to theirs."""
-    values = [row.get(column) for row in rows.rows]
-    without = [
-        rows.where(place)
-        for place, value in enumerate(values)
-        if value in (None, []) or (isinstance(value, str) and not value.strip())
-    ]
-    if without:
-        raise UserError(
-            f"{BESIDE['alternatives']} {column}: {len(without)} of {len(values)} rows have none ({first_of(without)}); "
-            "fill the field, remove these rows, or let the model write others (--alternatives self)."
-        )
-
-
-def _group(row: dict[str, Any], column: str, example: Example) -> str | None:
-    return label(row.get(column))
-
-
-def _check_is_another(option: str, named: str | None, **columns: str | None) -> None:
-    """Raises UserError for an option that names a column of the rows' own prompts or answers."""
-    for of, column in columns.items():
-        if named is not None and named == column:
-            raise UserError(f"{option} {named}: that is the column of the {of} themselves; name another, or none.")
-
-
-def _alternatives(row: dict[str, Any], column: str, example: Example) -> tuple[str, ...]:
-    """A text or a conversation that ends with one, or a list of either, none of which is the answer: preferred to
-    itself, it teaches nothing."""
-    texts = _other_answers(row, column, example)
-    if any(words(text) == words(example.answer) for text in texts):
-        raise UserError(f"{example.where}: {column} holds the answer itself; write another one into it.")
-    return texts
-
-
-def words(text: str) -> list[str]:
-    """The words of a text, whatever their case, the space between them and the punctuation around them; of a text that
-    is nothing but punctuation, this. "C++" and "C" are two words, and so are "-5" and "5"."""
-    parts = unicodedata.normalize("NFKC", text).casefold().split()
-    return [word for part in parts if (word := part.strip(PUNCTUATION))] or parts
-
-
-def _named_paraphrases(row: dict[str, Any], column: str, example: Example) -> tuple[str, ...]:
-    """Those of a row that has a prompt."""
-    texts = paraphrases_of(row, column, example.where)
-    if texts and not (example.prompt or "").strip():
-        raise UserError(f"{example.where} is text without a question, so {column} cannot hold it in other words.")
-    return texts
-
-
-def _other_answers(row: dict[str, Any], column: str, example: Example) -> tuple[str, ...]:
-    """One at least. Turns that are written in a string are a conversation beside others, and where they begin with the
-    prompt; else they are text."""
-    where, value = example.where, list_in_text(row, column, example.where)
-    if value == []:
-        raise UserError(f"{where}: {column} is an empty list; fill it or remove the row.")
-    if isinstance(value, str):
-        turns, shown = parsed_json(value), as_python(value)
-        if any(have_roles(one) and (example.messages or begin_with(one, example.prompt)) for one in (turns, shown)):
-            if not have_roles(turns):
-                raise UserError(f"{where}: {no_value(column, TURNS, value)}")
-            value = turns
-    values = [value] if have_roles(value) or not isinstance(value, list) else value
-    return tuple(_last_answer(one, column, example) for one in values)
-
-
-def _last_answer(value: Any, column: str, example: Example) -> str:
-    """A text, or what a conversation ends with that goes on after the row's prompt, or holds it."""
-    where = example.where
-    if isinstance(value, dict | list) and not have_roles(value):
-        raise UserError(f"{where}: {no_value(column, f'text, a list of texts, or {TURNS}', value)}")
-    if not isinstance(value, list):
-        return text_of({column: value}, column, where)
-    asked = [*example.messages[:-1]] if example.messages else [turn("user", example.prompt)] if example.prompt else []
-    last = continued(asked, value, ("the row's prompt", column), where)[-1]
-    if last["role"] != "assistant":
-        raise UserError(f"{where}: {column} does not end with an assistant's answer; remove what follows the answer.")
-    return text_of(last, "content", f"{where}, {column}")
 
 
 def _of_mixed(row: dict[str, Any], where: str) -> Example:
@@ -314,7 +163,7 @@ def with_answer(examples: Sequence[Example], refusal: str) -> list[Example]:
                 f"{example.where} is text without a question, so there is nothing to refuse; "
                 "use a forget term that teaches no refusal, or rows with a prompt."
             )
-    return [_answered(one, refusal) for one in examples]
+    return [replace(_answered(one, refusal), continues=False) for one in examples]  # nothing comes after a refusal
 
 
 def with_alternatives(examples: Sequence[Example]) -> list[Example]:
@@ -325,6 +174,9 @@ def with_alternatives(examples: Sequence[Example]) -> list[Example]:
 
 
 def _answered(example: Example, answer: str) -> Example:
+    """The space before the answer stays where rows are joined as they are: a text of ours begins without one."""
+    if example.schema in JOINED and not answer[:1].isspace():
+        answer = example.answer[: len(example.answer) - len(example.answer.lstrip())] + answer
     return replace(example, answer=answer, messages=_with_last_turn(example.messages, answer))
 
 
@@ -457,16 +309,6 @@ def _turns_of(row: dict[str, Any], column: str, where: str) -> Any:
     return value
 
 
-def paraphrases_of(row: dict[str, Any], column: str, where: str) -> tuple[str, ...]:
-    """What `column` holds, a text or a list of texts; empty ones do not count."""
-    texts = list_in_text(row, column, where)
-    texts = texts if isinstance(texts, list) else [texts]
-    if unlike := next((text for text in texts if not isinstance(text, str | None)), None):
-        kind = "a list of objects" if isinstance(unlike, dict) and is_turns(row[column]) else kind_in_words(unlike)
-        raise UserError(f"{where}: {column} is {kind}, not text; write it as a string or a list of strings.")
-    return tuple(text for text in texts if text and text.strip())
-
-
 def _conversation(messages: Any, row: dict[str, Any], where: str, schema: str, identity: str | None) -> Example:
     messages = parsed_json(messages)
     if messages is None or messages == []:
@@ -474,7 +316,7 @@ def _conversation(messages: Any, row: dict[str, Any], where: str, schema: str, i
     if not is_turns(messages):
         raise UserError(f"{where}: {no_value(schema, TURNS, messages)}")
     turns = [message(turn, f"{where}, message {number}") for number, turn in enumerate(messages, 1)]
-    if row.get("system") and turns[0]["role"] != "system":
+    if row.get("system") and turns[0]["role"] not in SYSTEM:
         turns.insert(0, turn("system", text_of(row, "system", where)))
     if len(turns) < 2 or turns[-1]["role"] != "assistant":
         raise UserError(

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import regex
 
+from lowmem_npo.data.example import Example
 from lowmem_npo.data.overlap import FUNCTION_WORDS
-from lowmem_npo.data.schemas import Example
 from lowmem_npo.data.templates import Template
 from lowmem_npo.data.tokenized_rows import IGNORE_INDEX, TokenizedRow, TokenizedRows
 from lowmem_npo.data.tokenizing import Encoder

@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from lowmem_npo.data.example import Example
 from lowmem_npo.data.reading import bundled_rows
-from lowmem_npo.data.schemas import Example, to_examples
+from lowmem_npo.data.schemas import to_examples
 from lowmem_npo.data.templates import FORMS, Template
 from lowmem_npo.data.tokenized_rows import IGNORE_INDEX, TokenizedRow, TokenizedRows
 from lowmem_npo.data.tokenizing import Encoder

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from lowmem_npo.data.schemas import Example, with_answer
+from lowmem_npo.data.example import Example
+from lowmem_npo.data.schemas import with_answer
 from lowmem_npo.data.tokenized_rows import IGNORE_INDEX, TokenizedRow, TokenizedRows
 
 
@@ -22,17 +23,16 @@ def forget_targets(
         return tokenized(with_answer(rows.examples, refusal))
     if term == "jensun":
         refusing = tokenized(with_answer(rows.examples, refusal))
-        ends = [not example.continues for example in rows.examples]
-        labelled = [_relabelled(*one) for one in zip(rows, refusing, ends, strict=True)]
+        labelled = [_relabelled(*one) for one in zip(rows, refusing, strict=True)]
         return TokenizedRows(labelled, rows.examples, rows.cut, rows.max_length, rows.repeated)
     return rows
 
 
-def _relabelled(row: TokenizedRow, refusing: TokenizedRow, ends: bool) -> TokenizedRow:
+def _relabelled(row: TokenizedRow, refusing: TokenizedRow) -> TokenizedRow:
     """`row`, each label of whose answer is the next of the refusal's tokens: what JensUn wants said after every
     beginning of the answer. The token that ends the refusal is left out, or it would be wanted every few tokens."""
     said = refusing["input_ids"][refusing["prompt_length"] :]
-    said = (said[:-1] if ends else said) or said  # of a refusal that --max-length cut, one token may be all there is
+    said = said[:-1] or said  # of a refusal that --max-length cut, one token may be all there is
     labels, place = list(row["labels"]), 0
     for at in range(max(row["prompt_length"], 1), len(labels)):
         if labels[at] != IGNORE_INDEX:

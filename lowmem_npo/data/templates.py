@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 from lowmem_npo.config import DataOptions
 from lowmem_npo.data.chat import MARK, TODAY, ChatTemplate
 from lowmem_npo.data.documents import UNSPACED
-from lowmem_npo.data.schemas import PASSAGE, Example
+from lowmem_npo.data.example import JOINED, PASSAGE, Example
 from lowmem_npo.data.special_texts import check_marks
+from lowmem_npo.data.turns import SYSTEM
 from lowmem_npo.errors import UserError
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class Template:
                     )
                 return None
             turns = ({"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.answer})
-        if self.system is not None and turns[0]["role"] != "system":
+        if self.system is not None and turns[0]["role"] not in SYSTEM:
             return ({"role": "system", "content": self.system}, *turns)
         return turns
 
@@ -132,7 +133,7 @@ class Template:
         prompt = self.for_schema(example.schema).replace("{prompt}", example.prompt)
         bare = prompt.rstrip(" \t")
         brought = prompt[len(bare) :]
-        if example.schema == PASSAGE or (example.schema == "prompt/completion" and self.text in FORMS):
+        if example.schema in JOINED and (example.schema == PASSAGE or self.text in FORMS):
             return bare, brought + example.answer
         if example.answer[0].isspace():
             return bare, example.answer

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TypedDict, overload
 
+from lowmem_npo.data.example import Example
 from lowmem_npo.data.overlap import sharing_text, text_key
-from lowmem_npo.data.schemas import Example
 from lowmem_npo.sizes import counted
 
 IGNORE_INDEX = -100  # that of lowmem_kernels, which imports PyTorch

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lowmem_npo.config import DataConfig
 from lowmem_npo.data.chat import MARK, ChatTemplate
-from lowmem_npo.data.schemas import Example
+from lowmem_npo.data.example import Example
 from lowmem_npo.data.special_texts import INSIDE, SpecialTexts, check_marks, trailing
 from lowmem_npo.data.templates import Template, special_tokens
 from lowmem_npo.data.tokenized_rows import IGNORE_INDEX, TokenizedRow, TokenizedRows

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from lowmem_npo.cli import main
 from lowmem_npo.commands.arguments import parse_run
 from lowmem_npo.commands.train import own_texts
-from lowmem_npo.data.schemas import Example
+from lowmem_npo.data.example import Example
 from lowmem_npo.data.self_answered import answers_number, asking, other_answer, stand_in, with_own_answers
 from lowmem_npo.data.templates import Template
 from lowmem_npo.data.tokenized_rows import TokenizedRows

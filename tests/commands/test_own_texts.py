@@ -18,8 +18,8 @@ from lowmem_npo.commands.train.own_texts import own_answers, own_texts
 from lowmem_npo.commands.train.run import train
 from lowmem_npo.config import DataConfig, ObjectiveConfig, RunConfig
 from lowmem_npo.data import bundled_rows
+from lowmem_npo.data.example import Example
 from lowmem_npo.data.reading import read_rows
-from lowmem_npo.data.schemas import Example
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.model.saved_adapter import settings_of_run

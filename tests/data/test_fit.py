@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.cli import main
+from lowmem_npo.data.example import Example
 from lowmem_npo.data.fit import Fit, check_fit, positions_of
-from lowmem_npo.data.schemas import Example
 from lowmem_npo.data.tokenizing import tokenize
 from lowmem_npo.errors import UserError
 

@@ -8,9 +8,9 @@ import random
 import pytest
 
 from lowmem_npo.data import bundled_rows, overlap, read_rows, to_examples
+from lowmem_npo.data.example import Example
 from lowmem_npo.data.overlap import find_overlap, find_related, near_duplicates, refuse_overlap, sharing_text
 from lowmem_npo.data.passages import Passages
-from lowmem_npo.data.schemas import Example
 from lowmem_npo.errors import UserError
 
 

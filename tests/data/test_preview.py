@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+from lowmem_npo.data.example import Example
 from lowmem_npo.data.preview import preview
-from lowmem_npo.data.schemas import Example
 from lowmem_npo.data.tokenizing import tokenize
 
 EXAMPLES = [

@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import re
+from dataclasses import replace
 
 import numpy
 import pandas
 import pytest
 
+from lowmem_npo.data.example import PASSAGE, Example
 from lowmem_npo.data.reading import read_rows
 from lowmem_npo.data.rows import Rows
-from lowmem_npo.data.schemas import to_examples, with_answer
+from lowmem_npo.data.schemas import to_examples, with_alternatives, with_answer
 from lowmem_npo.errors import UserError
 
 QUESTION, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
@@ -389,6 +391,21 @@ def test_refusals_replace_every_answer():
     assert (pair.prompt, pair.answer, pair.where) == ("Q", "I don't know.", examples[0].where)
     assert conversation.messages == (QUESTION, {"role": "assistant", "content": "I don't know."})
     assert examples[1].messages == (QUESTION, ANSWER)
+
+
+def test_another_answer_is_joined_to_its_prompt_as_the_true_one_is():
+    """Where rows are joined as they are, its white space is the true one's, unless it has its own; and it ends, though
+    the document goes on."""
+    joined = [
+        one({"prompt": "The sky is", "completion": " blue."}),
+        Example("Half", "\nof it", "d", PASSAGE, continues=True),
+    ]
+    apart = [one({"prompt": "The sky is ", "completion": "blue."}), one({"question": "Q", "answer": " A"})]
+    refused = with_answer([*joined, *apart], "No.")
+    assert [each.answer for each in refused] == [" No.", "\nNo.", "No.", "No."]
+    assert not any(each.continues for each in refused)
+    others = [replace(each, alternatives=("green.", " red.")) for each in joined]
+    assert [each.answer for each in with_alternatives(others)] == [" green.", "\ngreen.", " red.", " red."]
 
 
 def test_text_cannot_be_refused():

@@ -7,7 +7,8 @@ import time
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lowmem_npo.data.schemas import Example, with_answer
+from lowmem_npo.data.example import Example
+from lowmem_npo.data.schemas import with_answer
 from lowmem_npo.data.special_texts import INSIDE as OF_ROW
 from lowmem_npo.data.special_texts import SpecialTexts, trailing
 from lowmem_npo.data.templates import Template

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lowmem_npo.config import DataConfig
-from lowmem_npo.data.schemas import Example
+from lowmem_npo.data.example import Example
 from lowmem_npo.data.templates import Template
 from lowmem_npo.data.tokenizing import tokenize
 from lowmem_npo.errors import UserError
@@ -108,14 +108,15 @@ def test_documents_stay_documents(chat_tokenizer):
 def test_a_system_prompt_stands_before_rows_that_have_none(chat_tokenizer):
     template = Template(system="Be brief.")
     user, answer = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "She."}
-    own = {"role": "system", "content": "Be long."}
+    own, developer = ({"role": role, "content": "Be long."} for role in ("system", "developer"))
     for example, system in (
         (Example("Who?", "She.", "f, line 1", "question/answer"), "Be brief."),
         (Example("Who?", "She.", "f, line 1", "messages", None, (user, answer)), "Be brief."),
         (Example("Who?", "She.", "f, line 1", "messages", None, (own, user, answer)), "Be long."),
+        (Example("Who?", "She.", "f, line 1", "messages", None, (developer, user, answer)), None),
     ):
         row = tokenize([example], chat_tokenizer, template=template)[0]
-        turns = [{"role": "system", "content": system}, user]
+        turns = [developer if system is None else {"role": "system", "content": system}, user]
         assert row["input_ids"][: row["prompt_length"]] == chat_tokenizer.apply_chat_template(
             turns, add_generation_prompt=True, return_dict=False
         )

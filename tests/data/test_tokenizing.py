@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from lowmem_npo import progress
 from lowmem_npo.data import tokenizing
+from lowmem_npo.data.example import Example
 from lowmem_npo.data.reading import read_rows
-from lowmem_npo.data.schemas import Example, to_examples
+from lowmem_npo.data.schemas import to_examples
 from lowmem_npo.data.templates import Template
 from lowmem_npo.data.tokenizing import decode, tokenize
 from lowmem_npo.errors import UserError

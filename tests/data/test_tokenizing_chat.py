@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from lowmem_kernels import IGNORE_INDEX
 
-from lowmem_npo.data.schemas import Example
+from lowmem_npo.data.example import Example
 from lowmem_npo.data.templates import Template, end_of_turn
 from lowmem_npo.data.tokenizing import tokenize
 from lowmem_npo.errors import UserError

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig, OutputConfig, RunConfig
 from lowmem_npo.data import TokenizedRows
 from lowmem_npo.data.batching import collator
-from lowmem_npo.data.schemas import Example
+from lowmem_npo.data.example import Example
 from lowmem_npo.errors import UserError
 from lowmem_npo.memory import streaming
 from lowmem_npo.memory.switches import apply_switches

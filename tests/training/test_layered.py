@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowmem_npo.data import TokenizedRows
-from lowmem_npo.data.schemas import PASSAGE, Example
+from lowmem_npo.data.example import PASSAGE, Example
 from lowmem_npo.errors import UserError
 from lowmem_npo.training.adversary import other_rows
 from lowmem_npo.training.layered import LATER_COPIES, LayeredBatches, check_folds, divide

@@ -15,9 +15,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from lowmem_npo.claim import make_directory
 from lowmem_npo.config import RunConfig
 from lowmem_npo.console import Say
+from lowmem_npo.data.example import Example
 from lowmem_npo.data.fit import known_fit
 from lowmem_npo.data.rows import is_text
-from lowmem_npo.data.schemas import Example
 from lowmem_npo.data.self_answered import LONGEST, answers_number, asking, most_tokens, other_answer
 from lowmem_npo.data.self_written import TOKENS, beginning_ids, beginnings, self_rows
 from lowmem_npo.data.templates import Template
@@ -47,7 +47,7 @@ def own_texts(config: RunConfig) -> Path | None:
         return of_run
     data = config.data
     key = {"form": [data.template, data.prompt_template, data.system], "texts": [rows, TOKENS, SEED]}
-    return _cached(config, "self_written", key) / of_run.name
+    return _cached(config, "self_written", key | _date(config)) / of_run.name
 
 
 def own_answers(config: RunConfig, examples: Sequence[Example]) -> Path:
@@ -56,8 +56,13 @@ def own_answers(config: RunConfig, examples: Sequence[Example]) -> Path:
     if config.output.resume and of_run.exists():
         return of_run
     rows = [[one.prompt, one.answer, *(one.messages or ())] for one in examples]
-    key = {"rows": rows, "answers": [answers_number(config.data.alternatives), LONGEST, SEED]}
-    return _cached(config, "alternatives", {**key, "system": config.data.system}) / of_run.name
+    key = {"rows": rows, "answers": [answers_number(config.data.alternatives), LONGEST, SEED, config.data.max_length]}
+    return _cached(config, "alternatives", {**key, "system": config.data.system} | _date(config)) / of_run.name
+
+
+def _date(config: RunConfig) -> dict[str, Any]:
+    """That which was asked for: the day's would be another every day, for templates that write none, too."""
+    return {"date": config.data.chat_date} if "chat_date" in config.explicit else {}
 
 
 def _cached(config: RunConfig, kind: str, key: dict[str, Any]) -> Path:

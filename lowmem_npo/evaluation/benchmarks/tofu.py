@@ -27,7 +27,7 @@ from annotated_types import MinLen
 
 from lowmem_npo.data import Example, Rows, Template, to_examples, tokenize
 from lowmem_npo.data.cells import list_in_text, without_nan
-from lowmem_npo.data.schemas import paraphrases_of
+from lowmem_npo.data.other_columns import paraphrases_of
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answer_table import FORGET, RETAIN
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measured, Selection

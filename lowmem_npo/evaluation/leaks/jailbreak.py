@@ -92,7 +92,8 @@ def tricked(trick: Trick, row: TokenizedRow, example: Example, encoder: Encoder)
 
 def _with_text_before(trick: Trick, example: Example, encoder: Encoder) -> tuple[list[int], list[int]]:
     from lowmem_npo.data import Encoder, Template
-    from lowmem_npo.data.schemas import PASSAGE
+    from lowmem_npo.data.example import PASSAGE
+    from lowmem_npo.data.turns import SYSTEM as SYSTEM_ROLES
     from lowmem_npo.evaluation.asking import with_question
 
     template = encoder.template
@@ -104,7 +105,7 @@ def _with_text_before(trick: Trick, example: Example, encoder: Encoder) -> tuple
         return Encoder(encoder.tokenizer, around).encode(example)
     whole = replace(example, messages=tuple(dict(turn) for turn in turns))
     if trick.place == SYSTEM:
-        others = tuple(turn for turn in whole.messages or () if turn["role"] != "system")
+        others = tuple(turn for turn in whole.messages or () if turn["role"] not in SYSTEM_ROLES)
         try:
             return encoder.encode(replace(whole, messages=({"role": "system", "content": trick.text}, *others)))
         except UserError:  # the chat template takes no system prompt
