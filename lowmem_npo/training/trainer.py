@@ -112,7 +112,7 @@ class NPOTrainer(Trainer):
             args.forget_term = register(forget_term, FORGET_TERMS)
         with in_script_words(args):
             objective: ObjectiveConfig = args.objective
-        if objective.needs_retain and not retain_dataset:
+        if objective.needs_retain and retain_dataset is None:
             raise UserError(
                 "gamma or delta is positive but there are no retain rows: give retain_dataset, or set both to 0."
             )
@@ -147,6 +147,9 @@ class NPOTrainer(Trainer):
         adversary = None if rho is None else Adversary(model, rho, args.seed, args.device, goes_on=goes_on)
         self._step_rows: list[Batch] = []  # a step's micro-batches
         self._rows = rows
+        lm = causal_lm(model)
+        if getattr(lm, "hf_device_map", None) is None and not getattr(lm, "is_quantized", False):
+            model.to(args.device)  # as the Trainer does below: a head that is taken before would stay where it is
         head = frozen_head(model)
         reference = LiveReference(model, head, objective)
         if args.reference_dir is not None:
@@ -402,8 +405,11 @@ def _adapted(
     """The model with an adapter to train, its own or a new one; raises UserError where there is none, or the model is
     not one that can be trained."""
     if not isinstance(model, PeftModel):
-        if peft_config is None:
-            raise UserError("NPOTrainer trains an adapter: give a PeftModel, or peft_config=AdapterConfig(...).")
+        if not isinstance(peft_config, AdapterConfig):
+            others = "" if peft_config is None else f", not a {type(peft_config).__name__}"
+            raise UserError(
+                f"NPOTrainer trains an adapter: give a PeftModel, or peft_config=AdapterConfig(...){others}."
+            )
         set_seed(args.seed)  # as the Trainer does later, too late for the adapter
         with in_script_words(args):
             model = attach_lora(model, peft_config)

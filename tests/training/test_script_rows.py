@@ -27,6 +27,7 @@ from lowmem_npo.data.targets import forget_targets
 from lowmem_npo.errors import UserError
 from lowmem_npo.memory.checkpointing import is_checkpointed
 from lowmem_npo.model.layers import decoder_layers
+from lowmem_npo.training import trainer as trainer_module
 from lowmem_npo.training.script_words import in_script_words
 from lowmem_npo.training.trainer import NPOConfig, NPOTrainer
 
@@ -44,9 +45,8 @@ def trainer_of(byte_model, folder, forget=FORGET, retain=RETAIN, own=None, more=
         forget,
         retain,
         processing_class=AutoTokenizer.from_pretrained(byte_model),
-        peft_config=AdapterConfig(lora_r=2),
         forget_term=own,
-        **(more or {}),
+        **{"peft_config": AdapterConfig(lora_r=2), **(more or {})},
     )
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -94,6 +94,28 @@ def test_what_is_no_rows_is_refused_at_once(rows, message, byte_model, tmp_path)
     with pytest.raises(UserError) as error:
         trainer_of(byte_model, tmp_path, rows)
     assert message in str(error.value)
+
+
+def test_what_is_no_retain_set_or_no_adapter_of_ours_is_refused(byte_model, tmp_path):
+    for retain, message in (
+        (pandas.DataFrame(RETAIN), "retain_dataset is of type DataFrame"),
+        ([], "retain_dataset"),
+        (None, "there are no retain rows"),
+    ):
+        with pytest.raises(UserError, match=message):
+            trainer_of(byte_model, tmp_path, FORGET, retain)
+    with pytest.raises(UserError, match="not a LoraConfig"):
+        trainer_of(byte_model, tmp_path, more={"peft_config": LoraConfig()})
+
+
+def test_the_head_is_read_where_the_model_computes(byte_model, tmp_path, monkeypatch):
+    """Recorded: a model that is loaded elsewhere is moved before its head is taken, which would stay behind."""
+    done = []
+    to, read = PeftModel.to, trainer_module.frozen_head
+    monkeypatch.setattr(PeftModel, "to", lambda model, *where: done.append(where) or to(model, *where))
+    monkeypatch.setattr(trainer_module, "frozen_head", lambda model: done.append("head") or read(model))
+    trainer_of(byte_model, tmp_path)
+    assert done.index("head") > done.index((torch.device("cpu"),))
 
 
 @pytest.mark.parametrize(

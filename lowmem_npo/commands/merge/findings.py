@@ -85,8 +85,10 @@ def _runs(adapter: str) -> Iterator[dict[str, Any]]:
 def _sentence(test: str, known: Sequence[Finding], adapter: str, base_weights: str, with_place: bool) -> str:
     folder = expanded(adapter).resolve()
     name = shlex.quote(adapter if with_place else folder.name)
-    forget = "" if settings_of_run(adapter) else " --forget …"  # evaluate knows the rows of a run
-    how = f"`lowmem-npo evaluate --adapter {name}{forget} --leaks {test}` checks it"
+    run_settings = settings_of_run(adapter)
+    more = "" if run_settings else " --forget …"  # evaluate knows the rows of a run
+    more += " --qlora" if run_settings.get("qlora") else ""
+    how = f"`lowmem-npo evaluate --adapter {name}{more} --leaks {test}` checks it"
     current = [finding for finding in known if finding.current]
     if not known:
         return f"Not checked: whether forgotten text returns {RETURNING[test]}. {how}."

@@ -157,13 +157,17 @@ def _measure(plan: Plan, partial: Path) -> str:
             best, sentence = better(forms, plan.rows.before)
             kept = best if plan.choose else kept
             plan.sentences.append(sentence + (" That is what was written." if kept == best else ""))
-        if plan.four_bits:
-            rounded = measure(partial / kept, plan.rows, four_bits=True)
-            plan.measured[f"{MERGED_INTO[kept]}, then 4-bit"] = rounded
-            plan.sentences.append(survival(forms[kept], rounded, plan.rows.before))
     except UserError as error:
         why = str(error).rstrip(".")
         plan.sentences.append(_not_compared(why) if plan.choose and kept == WHOLE else f"Not measured: {why}.")
+        return kept
+    if plan.four_bits:
+        try:
+            rounded = measure(partial / kept, plan.rows, four_bits=True)
+            plan.measured[f"{MERGED_INTO[kept]}, then 4-bit"] = rounded
+            plan.sentences.append(survival(forms[kept], rounded, plan.rows.before))
+        except UserError as error:
+            plan.sentences.append(f"Not measured in 4 bits: {str(error).rstrip('.')}.")
     return kept
 
 

@@ -11,7 +11,7 @@ out if it brings back more than half: it is not passed over since nothing stands
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lowmem_npo.errors import UserError
@@ -155,7 +155,8 @@ def retained_leaks(path: str) -> LeakResults:
 
 
 def worst_attacks(stages: Mapping[str, LeakResults]) -> dict[str, WorstAttack]:
-    """Stage -> its worst attack, where there was one; beside it the gold model's figure under the same attack."""
-    found = {stage: worst_attack(results, stages.get("gold")) for stage, results in stages.items()}
-    known = {stage: worst for stage, worst in found.items() if worst is not None}
-    return {stage: replace(worst, gold=None) if stage == "gold" else worst for stage, worst in known.items()}
+    """Stage -> its worst attack, where there was one; beside it the gold model's figure under the same attack. The gold
+    model's own is judged by the holdout: beside itself, no attack on it would stand out."""
+    gold = stages.get("gold")
+    found = {stage: worst_attack(of, None if stage == "gold" else gold) for stage, of in stages.items()}
+    return {stage: worst for stage, worst in found.items() if worst is not None}

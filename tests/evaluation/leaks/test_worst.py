@@ -111,6 +111,8 @@ def test_a_gold_model_stands_beside_it_under_the_same_attack():
     assert worst_attack(relearned, results(extraction=written(0.01))).gold is None  # not attacked so
     stages = worst_attacks({"before": relearned, "after": relearned, "gold": gold, "other": results(membership={})})
     assert list(stages) == ["before", "after", "gold"] and stages["after"].gold == 0.25 and stages["gold"].gold is None
+    both = results(extraction=written(0.1, 0.1), sampling=said(0.6, 0.3, 0.3))
+    assert worst_attacks({"gold": both})["gold"].test == "sampling", "by the holdout, not by itself"
 
 
 def test_without_a_holdout_shared_words_are_no_trace():
