@@ -41,7 +41,7 @@ def test_the_hub_can_read_the_card(run, byte_model):
         ({"forget_term": "simnpo"}, "beta simnpo_margin kl_direction"),
         ({"forget_term": "dpo", "alternatives": "self:2"}, "beta alternatives kl_direction"),
         (
-            {"forget_term": "wga", "layered": 2, "group_column": "who"},
+            {"forget_term": "wga", "layered": 3, "group_column": "who"},
             "wga_beta kl_direction layered layered_weight group_column",
         ),
     ],
