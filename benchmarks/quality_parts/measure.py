@@ -18,7 +18,7 @@ from lowmem_npo.evaluation.leaks.extraction import extraction_figures
 from lowmem_npo.evaluation.leaks.fine_tuning import tune
 from lowmem_npo.evaluation.leaks.registry import LeakOptions
 from lowmem_npo.evaluation.leaks.relearning import RelearningOptions, split
-from lowmem_npo.evaluation.open_unlearning import token_figures
+from lowmem_npo.evaluation.ranking import compressed
 from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
 from lowmem_npo.evaluation.scoring.scorer import Scorer
@@ -66,9 +66,9 @@ def measure_answers(subject: Subject, name: str, method: Method | None, seed: in
     rows = {"forget": data.forget, "holdout": data.holdout}
     scores = {part: token_scores(model, of, batch_size=size, progress=False) for part, of in rows.items() if of}
     figures["forget"]["extraction_strength"] = extraction_figures(scores["forget"])["extraction_strength"]
-    judged = membership.judge(*(membership.scored(scores[part]) for part in ("forget", "holdout"))).figures
-    named = token_figures(scores, {part: of for part, of in rows.items() if of}, tokenizer)
-    figures["membership"] = {score: judged[f"{score}_auc"] for score in membership.SCORES} | {"zlib": named["mia_zlib"]}
+    sizes = {part: [compressed(row, tokenizer) for row in of] for part, of in rows.items() if of}
+    judged = membership.judge(*(membership.scored(scores[part], sizes[part]) for part in rows)).figures
+    figures["membership"] = {score: judged[f"{score}_auc"] for score in membership.TITLES}
     general = tokenize(to_examples(read_rows(GENERAL)), tokenizer, max_length=512)
     likelihoods = answer_likelihoods(model, general, batch_size=size, progress=False)
     figures["general_nll"] = sum(row.nll_sum for row in likelihoods) / sum(row.tokens for row in likelihoods)

@@ -10,7 +10,7 @@ from typing import Any
 from lowmem_npo.data.cells import as_python, kind_in_words, label, list_in_text, no_value, parsed_json, text_of
 from lowmem_npo.data.example import Example
 from lowmem_npo.data.rows import Rows
-from lowmem_npo.data.turns import TURNS, begin_with, continued, have_roles, is_turns, turn
+from lowmem_npo.data.turns import TURNS, begin_with, continued, have_roles, is_turns, turn, turns_in_cell
 from lowmem_npo.errors import UserError
 from lowmem_npo.sizes import first_of
 
@@ -82,11 +82,9 @@ def _other_answers(row: dict[str, Any], column: str, example: Example) -> tuple[
     if value == []:
         raise UserError(f"{where}: {column} is an empty list; fill it or remove the row.")
     if isinstance(value, str):
-        turns, shown = parsed_json(value), as_python(value)
-        if any(have_roles(one) and (example.messages or begin_with(one, example.prompt)) for one in (turns, shown)):
-            if not have_roles(turns):
-                raise UserError(f"{where}: {no_value(column, TURNS, value)}")
-            value = turns
+        read = parsed_json(value), as_python(value)
+        if any(have_roles(turns) and (example.messages or begin_with(turns, example.prompt)) for turns in read):
+            value = turns_in_cell(value, column, where)
     values = [value] if have_roles(value) or not isinstance(value, list) else value
     return tuple(_last_answer(one, column, example) for one in values)
 

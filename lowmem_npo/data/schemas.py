@@ -20,21 +20,22 @@ from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lowmem_npo.data.cells import (
-    as_python,
-    check_json,
-    label,
-    no_value,
-    parsed_json,
-    text_of,
-    without_nan,
-    without_none,
-)
+from lowmem_npo.data.cells import check_json, label, no_value, parsed_json, text_of, without_nan, without_none
 from lowmem_npo.data.example import JOINED, PARAPHRASED, PASSAGE, Example
 from lowmem_npo.data.other_columns import BESIDE, READERS, check_beside, paraphrases_of
 from lowmem_npo.data.rows import Rows, is_text
 from lowmem_npo.data.special_texts import check_marks
-from lowmem_npo.data.turns import CALLS, SYSTEM, TURNS, continued, have_roles, is_turns, message, turn, turns_in_cells
+from lowmem_npo.data.turns import (
+    CALLS,
+    SYSTEM,
+    TURNS,
+    continued,
+    is_turns,
+    message,
+    turn,
+    turns_in_cell,
+    turns_in_cells,
+)
 from lowmem_npo.errors import UserError
 from lowmem_npo.sizes import first_of
 
@@ -260,9 +261,11 @@ def recognised_columns(columns: Container[str]) -> tuple[str | None, str] | None
 
 def _example(row: dict[str, Any], where: str, prompt_column: str | None, answer_column: str) -> Example:
     identity = label(row.get("id"))
-    if prompt_column is None and is_turns(turns := _turns_of(row, answer_column, where)):
-        return _conversation(turns, row, where, answer_column, identity)  # preference data without a prompt of its own
     if prompt_column is None:
+        value = row.get(answer_column)
+        value = value if answer_column == TEXT[1] else turns_in_cell(value, answer_column, where)
+        if is_turns(value):  # preference data without a prompt of its own
+            return _conversation(value, row, where, answer_column, identity)
         return Example(None, text_of(row, answer_column, where), where, answer_column, identity)
     if prompt_column == answer_column and prompt_column in CHAT:
         return _conversation(row.get(prompt_column), row, where, prompt_column, identity)
@@ -291,22 +294,6 @@ def _example(row: dict[str, Any], where: str, prompt_column: str | None, answer_
         raise UserError(f"{where}: {no_value('history', 'a list of [question, answer]', history)}")
     turns = [turn(role, text) for pair in history for role, text in zip(("user", "assistant"), pair, strict=True)]
     return _conversation([*turns, turn("user", prompt), turn("assistant", answer)], row, where, schema, identity)
-
-
-def _turns_of(row: dict[str, Any], column: str, where: str) -> Any:
-    """The value of a column; turns also where they are written as JSON in a string, as a cell of a CSV has them, but
-    for those in a column of texts, such as code.
-
-    Raises UserError for turns as Python shows them.
-    """
-    value = row.get(column)
-    if not isinstance(value, str) or column == TEXT[1]:
-        return value
-    if have_roles(turns := parsed_json(value)):
-        return turns
-    if have_roles(as_python(value)):
-        raise UserError(f"{where}: {no_value(column, TURNS, value)}")
-    return value
 
 
 def _conversation(messages: Any, row: dict[str, Any], where: str, schema: str, identity: str | None) -> Example:

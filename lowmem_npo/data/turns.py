@@ -23,6 +23,20 @@ def is_turns(value: Any) -> TypeGuard[list[dict[str, Any]]]:
     return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
 
 
+def turns_in_cell(value: Any, column: str, where: str) -> Any:
+    """The value of a column; where it is turns, written as JSON in a string, as a cell of a CSV has them, the turns.
+
+    Raises UserError for turns as Python shows them, which would be taken for text.
+    """
+    if not isinstance(value, str):
+        return value
+    if have_roles(turns := parsed_json(value)):
+        return turns
+    if have_roles(as_python(value)):
+        raise UserError(f"{where}: {no_value(column, TURNS, value)}")
+    return value
+
+
 def turns_in_cells(row: dict[str, Any], columns: tuple[str, str], where: str) -> tuple[Any, Any]:
     """The values of a prompt's and an answer's column; where both are turns, written as JSON in strings, the turns.
     What looks like turns beside a text is text, unless they begin with this text.

@@ -98,9 +98,7 @@ def plan_evaluation(
     if model_config.double_quant == "auto":  # the base is quantised as the adapter's run had it
         model_config = replace(model_config, double_quant=run.get("double_quant", "auto"))
     limit = first or (run.get("limit") if config.bundled else None)
-    asked = (
-        (config.prompt_column, config.answer_column) if only is None else (None, None)
-    )  # else the run's, of its rows
+    asked = config.named_columns if only is None else (None, None)  # a sweep's are its runs', of their rows
     config = as_begun(config.completed(run))
     architecture = load_config(model_config)
     for line in model_notes(architecture, model_config):

@@ -123,21 +123,19 @@ def plan_sweep(
     Raises:
         UserError: an unknown option, an invalid value, one configuration in two spellings, or two of one name.
     """
-    runs, configs, used = [], list[RunConfig](), list[RunConfig]()
-    made = list[GridPoint]()
+    runs, made = list[SweepRun](), list[tuple[RunConfig, GridPoint, RunConfig]]()
     for point in points:
         config = _parsed(point, parse)
-        if (in_use := _in_use(config)) in used:
-            at = used.index(in_use)
-            if not (why := _why_same(configs[at], config)):
+        in_use = _in_use(config)
+        if same := next(((one, first) for used, one, first in made if used == in_use), None):
+            earlier, first = same
+            if not (why := _why_same(first, config)):
                 raise UserError(
-                    f"--grid {made[at].name} and {point.name} are the same configuration: leave one of them out."
+                    f"--grid {earlier.name} and {point.name} are the same configuration: leave one of them out."
                 )
-            say(f"--grid {point.name} is left out: it is the same run as {made[at].name}, as {why}.")
+            say(f"--grid {point.name} is left out: it is the same run as {earlier.name}, as {why}.")
             continue
-        made.append(point)
-        configs.append(config)
-        used.append(in_use)
+        made.append((in_use, point, config))
         root = config.output_dir
         for seed in seeds:
             runs.append(SweepRun(point, seed, _placed(config, point, root, seed)))

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 K = 0.2  # share of the tokens that Min-K% looks at
 SIGNIFICANT = 0.01
-NUMBERS = {3: "three", 4: "four"}
 FALLEN = 0.75  # half of the way from 0.5, no change, to 1
 
 
@@ -97,12 +96,10 @@ class Membership(LeakTest[MembershipOptions]):
 MEMBERSHIP = Membership()
 
 
-def scored(rows: Sequence[TokenScores], sizes: Sequence[int] | None = None) -> dict[str, list[float]]:
-    """Score -> its value of each row. sizes: bytes of each answer's text, compressed; without them there is no zlib."""
+def scored(rows: Sequence[TokenScores], sizes: Sequence[int]) -> dict[str, list[float]]:
+    """Score -> its value of each row. sizes: bytes of each answer's text, `compressed`."""
     values = {name: [score(row) for row in rows] for name, score in SCORES.items()}
-    if sizes is not None:
-        values[ZLIB] = [loss(row) / size for row, size in zip(rows, sizes, strict=True)]
-    return values
+    return values | {ZLIB: [loss(row) / size for row, size in zip(rows, sizes, strict=True)]}
 
 
 def judge(forget: Mapping[str, Sequence[float]], holdout: Mapping[str, Sequence[float]]) -> LeakResult:
@@ -125,8 +122,7 @@ def judge(forget: Mapping[str, Sequence[float]], holdout: Mapping[str, Sequence[
     little = tells_nothing(rows, unseen_rows)
     leaks, words = _verdict(value, p, least_p, little, all_equal=all(figures[f"{name}_all_equal"] for name in forget))
     (shown,) = side_by_side([value], decimals=2)
-    meaning = f"The sharpest of {NUMBERS[len(forget)]} scores ({sharpest}) has an AUC of {shown}: {words}."
-    return LeakResult(figures, meaning, leaks)
+    return LeakResult(figures, f"The sharpest of four scores ({sharpest}) has an AUC of {shown}: {words}.", leaks)
 
 
 def judge_against_before(
@@ -140,8 +136,7 @@ def judge_against_before(
     least = min(fell, key=lambda name: fell[name])
     meaning = (
         f"In {shares(fell[least])[0]} of pairs of a forgotten answer before and one now, the former is the likelier, "
-        f"by the score of {NUMBERS[len(fell)]} that changed least ({least}); membership itself is not tested, since "
-        f"{NO_HOLDOUT}."
+        f"by the score of four that changed least ({least}); membership itself is not tested, since {NO_HOLDOUT}."
     )
     figures = {"rows": len(forget["loss"]), **{f"{name}_fell": fall for name, fall in fell.items()}}
     leaks: bool | None = fell[least] <= FALLEN

@@ -108,7 +108,7 @@ def test_each_yardstick(value, level, before, leaks):
 
 def test_the_score_that_changed_least_decides():
     def rows(level, standard):
-        return membership.scored([TokenScores([level - n], [standard - n], [True]) for n in range(4)])
+        return membership.scored([TokenScores([level - n], [standard - n], [True]) for n in range(4)], [8] * 4)
 
     result = membership.judge_against_before(rows(-50.0, 0.0), rows(-1.0, 0.0), recited=1.0)
     assert result.figures["loss_fell"] == 1 and result.figures["min_k_pp_fell"] == pytest.approx(0.5)
@@ -118,7 +118,7 @@ def test_the_score_that_changed_least_decides():
 
 def test_little_that_could_have_fallen():
     """Where the model hardly wrote the answers before, nothing says that much is left."""
-    rows = membership.scored([TokenScores([-1.0 - n] * 9, [0.0] * 9, [False] * 9) for n in range(2)])
+    rows = membership.scored([TokenScores([-1.0 - n] * 9, [0.0] * 9, [False] * 9) for n in range(2)], [8, 8])
     result = membership.judge_against_before(rows, rows, recited=0.0)
     assert result.leaks is None and "hardly wrote these answers" in result.meaning
     assert membership.judge_against_before(rows, rows, recited=1.0).leaks is True

@@ -21,6 +21,10 @@ def test_scores_by_hand():
     assert min_k(row(*[-1.0] * 8, -7.0)) == -7  # 1.8 of nine, rounded down as in the papers' code
 
 
+def of_like_texts(rows: list[TokenScores]) -> dict[str, list[float]]:
+    return scored(rows, [8] * len(rows))
+
+
 def spread(center: float, rows: int) -> list[TokenScores]:
     return [row(center + 0.01 * n, center - 1 + 0.01 * n) for n in range(rows)]
 
@@ -44,7 +48,7 @@ def spread(center: float, rows: int) -> list[TokenScores]:
     ],
 )
 def test_what_an_auc_means(forget, holdout, auc, leaks, words):
-    result = judge(scored(forget), scored(holdout))
+    result = judge(of_like_texts(forget), of_like_texts(holdout))
     figures = result.figures
     assert figures["loss_auc"] == figures["min_k_auc"] == figures["min_k_pp_auc"] == pytest.approx(auc)
     assert result.leaks is leaks and words in result.meaning
@@ -54,14 +58,14 @@ def test_what_an_auc_means(forget, holdout, auc, leaks, words):
 def test_auc_is_the_share_of_pairs_in_order():
     forget, holdout = [row(-1.0), row(-3.0), row(-4.0)], [row(-2.0), row(-3.0)]
     pairs = [(f.nll < h.nll) + 0.5 * (f.nll == h.nll) for f in forget for h in holdout]
-    assert judge(scored(forget), scored(holdout)).figures["loss_auc"] == pytest.approx(sum(pairs) / 6)
+    assert judge(of_like_texts(forget), of_like_texts(holdout)).figures["loss_auc"] == pytest.approx(sum(pairs) / 6)
 
 
 def test_the_sharpest_score_decides():
     """Likelihoods alike, but for the model's own standard the forgotten rows stand out."""
     forget = [row(-1 - 0.01 * n, standard=(2.0 + 0.01 * n,)) for n in range(20)]
     holdout = [row(-1 - 0.01 * n, standard=(-2.0 - 0.01 * n,)) for n in range(20)]
-    result = judge(scored(forget), scored(holdout))
+    result = judge(of_like_texts(forget), of_like_texts(holdout))
     assert result.figures["loss_auc"] == pytest.approx(0.5) and result.figures["min_k_pp_auc"] == 1
     assert result.leaks is True and "(min_k_pp)" in result.meaning
 
