@@ -87,15 +87,14 @@ def begin_audit(directory: Path, config: RunConfig, data: PreparedData, model: P
             "adapter": _continued(config),
         },
         "data": {part: _data_record(part, *used) for part, used in parts.items() if used[1] is not None},
-        "level_rows": [row_hash(row, salt) for row in data.level_rows.examples]
-        if data.level_rows is not None
-        else None,
+        "level_rows": _level_rows(data, salt),
         "forget_rows": {
             "algorithm": ALGORITHM,
             "salt": salt,
             "sha256": [row_hash(example, salt) for example in data.forget.examples],
             "folds": planned_rows(config, data).folds,
             "alternatives": _alternatives(config, data),
+            "paraphrases": _paraphrases(data, salt),
         },
         "sessions": [*(known["sessions"] if known else []), _session()],
         "adapter": None,
@@ -254,12 +253,26 @@ def _compared(audit: Audit, config: RunConfig, data: PreparedData) -> Iterator[t
         unread = part == "retain" and (data.retain_is_unwritten or not config.objective.needs_retain)
         if (rows := getattr(data, part)) is not None and not unread:
             yield f"{part} rows", audit["data"].get(part, {}).get("tokenised"), rows.fingerprint
+    yield "holdout rows that set levels", audit.get("level_rows"), _level_rows(data, record["salt"])
+    yield "paraphrases", record.get("paraphrases"), _paraphrases(data, record["salt"])
     by = "" if options.group_column is None else f", by --group-column {options.group_column}"
     yield f"folds of the forget rows (--layered{by})", record.get("folds"), planned_rows(config, data).folds
     if not data.alternatives_are_unwritten:
         column = options.alternative_column
         source = f"--alternatives {options.alternatives}" if column is None else f"--alternative-column {column}"
         yield f"other answers to the forget rows ({source})", record.get("alternatives"), _alternatives(config, data)
+
+
+def _level_rows(data: PreparedData, salt: str) -> list[str] | None:
+    rows = data.level_rows
+    return None if rows is None else [row_hash(example, salt) for example in rows.examples]
+
+
+def _paraphrases(data: PreparedData, salt: str) -> str:
+    """A fingerprint of the other words in which rows are asked, before training and after it."""
+    measured = [rows.examples for rows in (data.forget, data.holdout) if rows is not None]
+    words = json.dumps([[example.paraphrases for example in examples] for examples in measured])
+    return hashlib.sha256(bytes.fromhex(salt) + words.encode("ascii")).hexdigest()
 
 
 def _alternatives(config: RunConfig, data: PreparedData) -> str | None:

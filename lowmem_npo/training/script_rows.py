@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowmem_npo.data import Rows, Template, TokenizedRow, to_examples, tokenize
 from lowmem_npo.data.fit import Fit
 from lowmem_npo.data.targets import forget_targets
+from lowmem_npo.data.tokenized_rows import num_predicted
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.stop_tokens import end_ids
 
@@ -37,8 +38,8 @@ def script_rows(
         group_column: of raw rows, the column that says what each is about.
 
     Raises:
-        UserError: no rows, rows that cannot be read or are longer than the model has positions, or ids that the model
-            does not have.
+        UserError: no rows, rows that cannot be read, have no label that is predicted or are longer than the model has
+            positions, or ids that the model does not have.
     """
     is_rows = not isinstance(rows, str | bytes | Mapping) and hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
     try:
@@ -65,8 +66,8 @@ def script_rows(
 
 
 def _check(rows: Sequence[TokenizedRow], name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError for ids that the model's tables do not have: on a GPU they would end the process, or be read
-    from beside them, for in a step nobody looks."""
+    """Raises UserError for a row that teaches nothing, and for ids that the model's tables do not have: on a GPU they
+    would end the process, or be read from beside them, for in a step nobody looks."""
     fit, answers = Fit.of(model), len(model.get_output_embeddings().weight)
     for at in range(len(rows)):
         row, where = rows[at], f"{name}, row {at + 1},"
@@ -82,6 +83,8 @@ def _check(rows: Sequence[TokenizedRow], name: str, model: PreTrainedModel, toke
             raise UserError(
                 f"{where} has the id {wrong[0]}, but the model's are 0 to {answers - 1}, and -100 of a label."
             )
+        if not num_predicted({**row, "labels": labels}):
+            raise UserError(f"{where} has no label behind its first token, so none of it is an answer: leave it out.")
 
 
 def _described(rows: Any) -> str:

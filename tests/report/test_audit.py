@@ -152,15 +152,19 @@ def resumes(folder, model, data, *options):
         ("forget", 7, "answer", "A lynx.", "forget rows"),
         ("retain", 0, "answer", "In the park.", "retain rows"),
         ("holdout", 0, "answer", "The cat.", "holdout rows"),
+        ("forget", 7, "in other words", "Which beast?", "paraphrases"),
+        ("holdout", 0, "in other words", "Who was it?", "paraphrases"),
     ],
 )
 def test_a_run_is_not_resumed_with_other_rows_groups_or_answers(
     file, row, column, value, named, byte_model, tmp_path, capsys
 ):
     sets = {"forget": PEOPLE, "retain": RETAIN, "holdout": UNSEEN}
+    sets |= {name: [{**row, "in other words": f"Say: {row['question']}"} for row in sets[name]] for name in ("forget", "holdout")}
     for name, rows in sets.items():
         write_rows(tmp_path / f"{name}.jsonl", rows)
     options = ["--layered", 2, "--group-column", "person", "--forget-term", "dpo", "--alternative-column", "alt"]
+    options += ["--paraphrase-column", "in other words"]
     options += ["--epochs", 1, "--eval-rows", 0, "--leaks", "none", "--holdout", tmp_path / "holdout.jsonl"]
     folder = train(tmp_path / "run", byte_model, tmp_path, *options)
     audit = audit_of(folder)
@@ -174,6 +178,24 @@ def test_a_run_is_not_resumed_with_other_rows_groups_or_answers(
     assert audit_of(folder) == audit
 
 
+def test_a_run_is_not_resumed_with_another_holdout_row_in_either_half(byte_model, tmp_path, capsys):
+    """One half sets the levels up to which rows are forgotten, the other is what the run is judged by."""
+    unseen = [{"question": f"Who is {name}?", "answer": f"The {name}."} for name in ("fox", "owl", "elk", "bee")]
+    for name, rows in {"forget": PEOPLE, "retain": RETAIN, "holdout": unseen}.items():
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    options = ["--forget-level", "holdout", "--epochs", 1, "--eval-rows", 0, "--leaks", "none"]
+    folder = train(tmp_path / "run", byte_model, tmp_path, *options, "--holdout", tmp_path / "holdout.jsonl")
+    audit = audit_of(folder)
+    for changed in range(4):
+        rows = [{**row, "answer": "Nobody."} if at == changed else row for at, row in enumerate(unseen)]
+        write_rows(tmp_path / "holdout.jsonl", rows)
+        assert resumes(folder, byte_model, tmp_path, *options) == 2
+        assert "--resume: the holdout rows" in capsys.readouterr().err
+    assert audit_of(folder) == audit
+    write_rows(tmp_path / "holdout.jsonl", unseen)
+    assert resumes(folder, byte_model, tmp_path, *options) == 0
+
+
 def test_a_run_of_an_earlier_version_is_resumed_and_so_is_one_whose_groups_have_other_names(
     byte_model, tmp_path, capsys
 ):
@@ -184,7 +206,7 @@ def test_a_run_of_an_earlier_version_is_resumed_and_so_is_one_whose_groups_have_
     write_rows(tmp_path / "forget.jsonl", [{**row, "person": f"{row['person']} Quill"} for row in PEOPLE])
     assert resumes(folder, byte_model, tmp_path, *options) == 0
     audit = audit_of(folder)
-    for new in ("folds", "alternatives"):
+    for new in ("folds", "alternatives", "paraphrases"):
         del audit["forget_rows"][new]
     for record in audit["data"].values():
         del record["tokenised"]

@@ -199,6 +199,24 @@ def test_a_goal_that_a_fold_reaches_ends_its_stage(taught_model, tmp_path):
     assert evaluations(again) == evaluations(tmp_path / "run") and same_adapter(again, tmp_path / "run")
 
 
+def test_a_stage_is_judged_in_the_form_in_which_the_holdout_is(taught_model, tmp_path):
+    """Under `--template both` a fold has each row twice, and a row in its other form may be far less likely without
+    having been forgotten."""
+    model = tmp_path / "model"
+    shutil.copytree(taught_model, model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn['role'] }}: {{ turn['content'] }}\n{% endfor %}"
+    tokenizer.save_pretrained(model)
+    config = unlearning_config(model, tmp_path / "run", ("retain-loss+1000",), layered=2, lr=0.0, max_steps=8)
+    for template in ("chat", "both"):
+        output = replace(config.output, output_dir=str(tmp_path / template))
+        data = replace(config.data, group_column="person", template=template)
+        train(replace(config, data=data, output=output), say=silent)
+    of_chat, of_both = ([(e.stage, e.forget_nll) for e in evaluations(tmp_path / run)] for run in ("chat", "both"))
+    assert [stage for stage, _ in of_chat] == [None, 1, 1, 2, 2] and len({nll for _, nll in of_chat}) == 2
+    assert of_both == of_chat
+
+
 def test_each_epoch_is_the_default(taught_model, tmp_path):
     config = unlearning_config(taught_model, tmp_path / "run", ("retain-loss+1000",), max_steps=6, eval_every=None)
     result = train(config, say=silent)

@@ -434,10 +434,12 @@ def test_what_does_not_go_together_is_refused(settings, more, message, byte_mode
         ({"input_ids": [1, 2, 3], "labels": [-100, -1, 3]}, "row 2, has the id -1, but"),
         ({"input_ids": [1, 2, 3], "labels": [2, 3]}, "row 2, has 3 input_ids and 2 labels"),
         ({"input_ids": [], "labels": []}, "row 2, has 0 input_ids and 0 labels"),
+        ({"input_ids": [1, 2, 3], "labels": [-100, -100, -100]}, "row 2, has no label behind its first token"),
+        ({"input_ids": [1], "labels": [1]}, "row 2, has no label behind its first token"),
     ],
 )
 @pytest.mark.parametrize("part", ["forget", "retain"])
-def test_ids_that_the_model_does_not_have_are_refused(part, change, message, byte_model, tmp_path):
+def test_rows_that_no_step_can_take_are_refused(part, change, message, byte_model, tmp_path):
     """Nothing looks at them in a step (`checked=True`)."""
     right = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "prompt_length": 1}
     rows = {name: [right, right] for name in ("forget", "retain")} | {part: [right, {**right, **change}]}

@@ -259,7 +259,8 @@ def _stopping(plan: RunPlan, model: PeftModel, say: Say) -> Stopping | None:
         return None
     sets = {"forget": data.forget, "retain": data.retain, "holdout": data.holdout}
     chosen = {name: measured_rows(config, rows) for name, rows in sets.items() if rows is not None}
-    folds = [[data.forget_trained[i] for i in fold] for fold in planned_rows(config, data).folds or ()]
+    # As the other sets are measured: folds have both forms of `--template both`, the second one after all of the first.
+    folds = [[data.forget[i] for i in fold if i < len(data.forget)] for fold in planned_rows(config, data).folds or ()]
     return Stopping(
         config.stopping.conditions,
         model,
