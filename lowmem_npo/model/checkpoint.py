@@ -137,6 +137,10 @@ class Checkpoint:
             return stored
         return dtype
 
+    def is_in(self, dtype: torch.dtype) -> bool:
+        """Whether a model that is loaded in `dtype` holds the weights as they are stored, none of another type."""
+        return all(self.type_in(dtype, name, stored) == stored for name, (_, stored) in self.stored().items())
+
     @cached_property
     def _kept_in_float32(self) -> set[str]:
         return kept_in_float32(self.configuration(), self.tensors())

@@ -30,7 +30,8 @@ from lowmem_npo.files import expanded, file_sha256
 from lowmem_npo.memory.host_room import check_room
 from lowmem_npo.memory.streaming import can_stream_to
 from lowmem_npo.memory.switches import load_base, stream_layers
-from lowmem_npo.model.loading import resolve_device
+from lowmem_npo.model.checkpoint import find_checkpoint
+from lowmem_npo.model.loading import DTYPES, resolve_device
 from lowmem_npo.model.saved_adapter import NAMED, settings_of_run
 from lowmem_npo.report.audit import read_audit, recorded_adapter
 from lowmem_npo.run_directory import RunFiles, run_of_adapter
@@ -142,7 +143,10 @@ def measure(folder: Path, rows: RunRows, four_bits: bool = False) -> RowFigures:
     device, streaming = resolve_device(rows.model.device), rows.streaming
     if device.type == "cpu" or streaming.stream_weights:
         check_room(folder, four_bits)
-    loaded = replace(rows.model, model=str(folder), revision=None, qlora=four_bits, quantized_cache=None, attn="sdpa")
+    merged: dict[str, Any] = {"model": str(folder), "revision": None, "quantized_cache": None}
+    if not find_checkpoint(str(folder)).is_in(DTYPES[rows.model.dtype]):  # bf16 would round what --dtype stored wrote
+        merged["dtype"] = "float32"
+    loaded = replace(rows.model, **merged, qlora=four_bits, attn="sdpa")
     try:
         model = load_base(loaded, streaming, silent)
         stream_layers(model, streaming, device)

@@ -116,6 +116,18 @@ def test_of_a_plain_adapter_nothing_is_measured_unless_that_is_asked_for(runs, t
     assert "was trained on whole weights, not with --qlora" in capsys.readouterr().err
 
 
+def test_weights_are_measured_as_they_are_written_whatever_the_run_computed_in(runs, tmp_path, capsys):
+    """float32 as it is stored: a run in bf16 would round it, unrounded and before NF4."""
+    shutil.copytree(runs / "lora", tmp_path / "bf16")
+    settings = (runs / "lora" / "run.yaml").read_text()
+    (tmp_path / "bf16" / "run.yaml").write_text(settings.replace("\ndtype: float32", "\ndtype: bf16"))
+    tables = []
+    for run in (runs / "lora", tmp_path / "bf16"):
+        assert merge(run, tmp_path / f"{run.name}-merged", "--quantize-check", "--dtype", "stored") == 0
+        tables.append(figures(capsys.readouterr().out))
+    assert len(tables[0]) == 4 and tables[1] == tables[0]
+
+
 def test_where_the_rows_are_gone(runs, tmp_path, capsys):
     moved = tmp_path / "moved"
     shutil.copytree(runs / "qlora", moved)
