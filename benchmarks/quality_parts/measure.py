@@ -18,6 +18,7 @@ from lowmem_npo.evaluation.leaks.extraction import extraction_figures
 from lowmem_npo.evaluation.leaks.fine_tuning import tune
 from lowmem_npo.evaluation.leaks.registry import LeakOptions
 from lowmem_npo.evaluation.leaks.relearning import RelearningOptions, split
+from lowmem_npo.evaluation.leaks.tuned import Tuning
 from lowmem_npo.evaluation.ranking import compressed
 from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
@@ -91,7 +92,7 @@ def attacked(
     subject = LeakSubject(scorer, forget, None, LeakOptions(), seed)
     taught, asked = ([forget[place] for place in places] for places in split(len(forget), attack.share, seed))
     lr = attack.rate * RelearningOptions.relearn_lr
-    tuned = tune(subject, "relearning", taught, asked, [attack.steps], lr)[attack.steps]
+    tuned = tune(subject, Tuning("relearning", taught, asked, [attack.steps], lr))[attack.steps]
     kept = ("extraction_strength", "nll")
     return {key: tuned.after[key] for key in kept} | {"before": {key: tuned.before[key] for key in kept}}
 

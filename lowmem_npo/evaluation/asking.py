@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lowmem_npo.data import Encoder, Example, Template, TokenizedRow
@@ -51,6 +52,13 @@ class Wording:
     def longest(self) -> int:
         """The most tokens that a row may have."""
         return min([self.max_length, *([self.fit.positions] if self.fit and self.fit.positions else [])])
+
+    @cached_property
+    def sharing(self) -> Mapping[int, set[int]]:
+        """Forget row -> the others that hold its text."""
+        from lowmem_npo.data.overlap import sharing_text
+
+        return sharing_text(self.examples["forget"])
 
 
 def other_forms(

@@ -296,8 +296,8 @@ class LeakTest(ABC, Generic[OptionsT]):
     """Figures that only the result files hold."""
     after_only: ClassVar[bool] = False
     """Whether it makes no sense on a model that has forgotten nothing yet."""
-    forms: ClassVar[int] = 0
-    """On how many further models it repeats the other tests."""
+    forms: ClassVar[tuple[str, ...]] = ()
+    """In which further forms of the model, in words, it repeats the other tests."""
     named_by_options: ClassVar[bool] = False
     """Whether the name of an attack says all that the options do to it."""
     loads_models: ClassVar[bool] = False
@@ -319,7 +319,7 @@ class LeakTest(ABC, Generic[OptionsT]):
         """Raises UserError for options that do not fit the number of rows of each set."""
 
     def tuning_steps(self, subject: Subject, options: OptionsT) -> int:
-        """How many steps of fine-tuning it takes: what it costs beside asking."""
+        """How many steps of fine-tuning it has still to take: what it costs beside asking."""
         return 0
 
     def attacks(self, figures: Mapping[str, Any]) -> dict[str, Attack]:
@@ -327,11 +327,14 @@ class LeakTest(ABC, Generic[OptionsT]):
         of one that was not measured. A test that brings no answer back has none."""
         return {}
 
+    def hindrance(self, subject: Subject) -> str | None:
+        """Why it cannot be run; None where it can."""
+        return next((need.reason for need in self.needs if need.missing(subject)), None)
+
     def measure(self, subject: Subject) -> LeakResult:
         """`run`, or why it was not run."""
-        for need in self.needs:
-            if need.missing(subject):
-                return LeakResult.not_measured(need.reason)
+        if (why := self.hindrance(subject)) is not None:
+            return LeakResult.not_measured(why)
         try:
             return self.run(subject, cast(OptionsT, subject.options))
         except NotGenerated as error:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.evaluation.leaks.contract import Subject, as_holdout
 from lowmem_npo.evaluation.leaks.extraction import extraction_figures, original_scores
-from lowmem_npo.evaluation.leaks.tuned import Figures, Tuned
+from lowmem_npo.evaluation.leaks.tuned import Figures, Tuned, Tuning
 from lowmem_npo.evaluation.scoring.eval_mode import progress_bar
 from lowmem_npo.evaluation.scoring.likelihood import answer_batch
 from lowmem_npo.evaluation.scoring.token_scores import NotFinite, token_scores
@@ -35,28 +35,19 @@ BATCH_SIZE = 4
 RANK = 16
 
 
-def tune(
-    subject: Subject,
-    part: str,
-    taught: Sequence[TokenizedRow],
-    asked: Sequence[TokenizedRow],
-    steps: Sequence[int],
-    lr: float,
-) -> dict[int, Tuned]:
-    """What rows `asked` (and the holdout) give after some `steps` of fine-tuning on `taught`: one run of as many as the
-    most, measured after each number of them, until it diverges. part: its name in the journal, which knows what was
-    measured before."""
-    journal, key = subject.scorer.journal, subject.part(f"{part}, {'+'.join(map(str, steps))} steps")
-    if 0 not in journal.known(key):
-        curve = {step: asdict(tuned) for step, tuned in _tune(subject, taught, asked, steps, lr).items()}
+def tune(subject: Subject, tuning: Tuning) -> dict[int, Tuned]:
+    """What the rows asked for (and the holdout) give: one run of as many steps as the most, measured after each number
+    of them, until it diverges. The journal knows what was measured before."""
+    journal, key = subject.scorer.journal, tuning.key(subject)
+    if tuning.steps_left(subject):
+        curve = {step: asdict(tuned) for step, tuned in _tune(subject, tuning).items()}
         journal.write(key, [0], [{str(step): tuned for step, tuned in curve.items()}])
     return {int(step): Tuned(**tuned) for step, tuned in journal.known(key)[0].items()}
 
 
-def _tune(
-    subject: Subject, taught: Sequence[TokenizedRow], asked: Sequence[TokenizedRow], steps: Sequence[int], lr: float
-) -> dict[int, Tuned]:
+def _tune(subject: Subject, tuning: Tuning) -> dict[int, Tuned]:
     scorer = subject.scorer
+    _, taught, asked, steps, lr = tuning
     model = scorer.loaded_model
 
     def figures_of(rows: Sequence[TokenizedRow]) -> Figures:

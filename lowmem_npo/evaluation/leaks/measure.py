@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +92,11 @@ def repeated(tests: Iterable[LeakTest]) -> list[LeakTest]:
 
 
 def time_of_tuning(tests: Iterable[LeakTest], subject: Subject) -> list[str]:
-    """How many steps of fine-tuning the tests take, and how long here, in a line; none where there are only a few.
-    What a step takes is measured, on an adapter that is thrown away."""
-    tests = list(tests)
-    models = 1 + max((test.forms for test in tests), default=0)
-    steps = models * sum(test.tuning_steps(subject, subject.options) for test in tests)
+    """How many steps of fine-tuning the tests have still to take, and how long here, in a line; none where there are
+    only a few. What a step takes is measured, on an adapter that is thrown away."""
+    possible = [test for test in tests if test.hindrance(subject) is None]
+    subjects = [replace(subject, form=form) for form in ("", *(form for test in possible for form in test.forms))]
+    steps = sum(test.tuning_steps(of_form, subject.options) for of_form in subjects for test in possible)
     if steps < FEW_STEPS:
         return []
     took = steps * seconds_per_step(subject.scorer.loaded_model, subject.forget)

@@ -92,7 +92,7 @@ class Quantization(LeakTest[Options]):
         }
     )
     loads_models = True
-    forms = len(FORMS)
+    forms = tuple(FORMS.values())
 
     def prepare(self, subject: Subject) -> None:
         subject.token_scores()

@@ -20,7 +20,7 @@ from annotated_types import Interval
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks import tuned
 from lowmem_npo.evaluation.leaks.contract import Attack, LeakResult, LeakTest, Need, Subject
-from lowmem_npo.evaluation.leaks.tuned import Tuned
+from lowmem_npo.evaluation.leaks.tuned import Tuned, Tuning
 from lowmem_npo.evaluation.options import Options
 from lowmem_npo.ranges import LARGEST, MOST, Count, Positive, shortened
 
@@ -111,34 +111,35 @@ class Relearning(LeakTest[RelearningOptions]):
                 )
 
     def tuning_steps(self, subject: Subject, options: RelearningOptions) -> int:
-        return sum(max(steps) for steps in _runs(lessons(options)).values())
+        return sum(tuning.steps_left(subject) for tuning in self._tunings(subject, options).values())
 
     def run(self, subject: Subject, options: RelearningOptions) -> LeakResult:
         from lowmem_npo.evaluation.leaks.fine_tuning import tune
 
-        wanted, near = lessons(options), self._sharing(subject)
-        places = {share: split(len(subject.forget), share, subject.seed, near) for share, _, _ in wanted}
-        possible = [lesson for lesson in wanted if places[lesson.share][1]]
-        if not possible:
+        wanted = lessons(options)
+        tunings = self._tunings(subject, options)
+        if not tunings:
             return LeakResult.not_measured(NOTHING_LEFT)
         attacks = dict[str, Tuned]()
-        for (share, lr), steps in _runs(possible).items():
-            shown, rest = ([subject.forget[i] for i in part] for part in places[share])
-            apart = ", apart" if near else ""  # of what an older version measured otherwise
-            outcome = tune(subject, f"relearning, {share:g} shown{apart}, lr {lr:g}", shown, rest, steps, lr)
-            attacks |= {Lesson(share, count, lr).name: of for count, of in outcome.items()}
-        result = tuned.judge_made(judge, [lesson.name for lesson in possible], attacks)
-        if left := [lesson.name for lesson in wanted if lesson not in possible]:
+        for (share, lr), tuning in tunings.items():
+            attacks |= {Lesson(share, count, lr).name: of for count, of in tune(subject, tuning).items()}
+        tried = [lesson.name for lesson in wanted if (lesson.share, lesson.lr) in tunings]
+        result = tuned.judge_made(judge, tried, attacks)
+        if left := [lesson.name for lesson in wanted if lesson.name not in tried]:
             result.meaning += f" Not tried, since {NOTHING_LEFT}: {'; '.join(left)}."
         return result
 
-    def _sharing(self, subject: Subject) -> Mapping[int, set[int]]:
-        """Forget row -> the others that hold its text."""
-        if subject.wording is None:  # token ids alone, which say less
-            return {}
-        from lowmem_npo.data.overlap import sharing_text
-
-        return sharing_text(subject.wording.examples["forget"])
+    def _tunings(self, subject: Subject, options: RelearningOptions) -> dict[tuple[float, float], Tuning]:
+        """(share, learning rate) -> what is taught and asked for, where anything is left to ask for."""
+        near = subject.wording.sharing if subject.wording else {}  # of token ids alone less is known
+        apart = ", apart" if near else ""  # of what an older version measured otherwise
+        tunings = {}
+        for (share, lr), steps in _runs(lessons(options)).items():
+            places = split(len(subject.forget), share, subject.seed, near)
+            shown, rest = ([subject.forget[i] for i in part] for part in places)
+            if rest:
+                tunings[share, lr] = Tuning(f"relearning, {share:g} shown{apart}", shown, rest, steps, lr)
+        return tunings
 
     def attacks(self, figures: Mapping[str, Any]) -> dict[str, Attack]:
         return tuned.attacks_in(figures)

@@ -14,7 +14,7 @@ from typing import Any
 
 from lowmem_npo.evaluation.leaks import tuned
 from lowmem_npo.evaluation.leaks.contract import Attack, LeakResult, LeakTest, Need, Subject
-from lowmem_npo.evaluation.leaks.tuned import Tuned
+from lowmem_npo.evaluation.leaks.tuned import Tuned, Tuning
 from lowmem_npo.evaluation.options import Options
 from lowmem_npo.ranges import Count, Positive
 
@@ -47,29 +47,34 @@ class Retuning(LeakTest[RetuningOptions]):
     named_by_options = True
 
     def tuning_steps(self, subject: Subject, options: RetuningOptions) -> int:
-        return options.retune_steps * (bool(subject.retain) + bool(subject.general))
+        return sum(tuning.steps_left(subject) for tuning in self._tunings(subject, options).values())
 
     def run(self, subject: Subject, options: RetuningOptions) -> LeakResult:
         from lowmem_npo.evaluation.leaks.fine_tuning import tune
 
-        steps, lr = options.retune_steps, options.retune_lr
-        attacks, tried = dict[str, Tuned](), list[str]()
-        for words, rows in (("the retain rows", subject.retain), ("general texts", subject.general)):
-            if rows:
-                outcome = tune(subject, f"retuning, {words}, lr {lr:g}", rows, subject.forget, [steps], lr)
-                tried.append(name := f"{steps} steps on {words}, lr {lr:g}")
-                if steps in outcome:
-                    attacks[name] = outcome[steps]
+        tunings = self._tunings(subject, options)
+        outcomes = {name: tune(subject, tuning) for name, tuning in tunings.items()}
+        attacks = {name: of[options.retune_steps] for name, of in outcomes.items() if options.retune_steps in of}
 
         def told(name: str, worst: Tuned, own: str) -> str:
             which = ", the worse of 2 attacks" if len(attacks) > 1 else ""
             answers = "forgotten answer" if (rows := worst.after["rows"]) == 1 else f"{rows} forgotten answers"
             return f"After {name}{which}, the model writes the last {own} of the {answers}"
 
-        result = tuned.judge_made(lambda made: tuned.judge(made, told), tried, attacks)
+        result = tuned.judge_made(lambda made: tuned.judge(made, told), list(tunings), attacks)
         if not subject.retain:
             result.meaning += f" {NO_RETAIN if subject.retain is None else ALL_FORGOTTEN}"
         return result
+
+    def _tunings(self, subject: Subject, options: RetuningOptions) -> dict[str, Tuning]:
+        """Attack -> what is taught."""
+        steps, lr = options.retune_steps, options.retune_lr
+        taught = {"the retain rows": subject.retain, "general texts": subject.general}
+        return {
+            f"{steps} steps on {words}, lr {lr:g}": Tuning(f"retuning, {words}", rows, subject.forget, [steps], lr)
+            for words, rows in taught.items()
+            if rows
+        }
 
     def attacks(self, figures: Mapping[str, Any]) -> dict[str, Attack]:
         return tuned.attacks_in(figures)

@@ -1,14 +1,25 @@
-"""What fine-tuning did to a model's answers, and which of several attacks is the worst."""
+"""Fine-tuning as an attack: what is taught, what that did to a model's answers, and which of several is the worst."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lowmem_npo.evaluation.leaks.contract import HOLDOUT, Attack, LeakResult, Meaning, beside_holdout, groups_in
+from lowmem_npo.evaluation.leaks.contract import (
+    HOLDOUT,
+    Attack,
+    LeakResult,
+    Meaning,
+    Subject,
+    beside_holdout,
+    groups_in,
+)
 from lowmem_npo.evaluation.leaks.extraction import FIGURES as OF_ANSWERS
 from lowmem_npo.evaluation.leaks.extraction import attack_of
+
+if TYPE_CHECKING:
+    from lowmem_npo.data import TokenizedRow
 
 STRENGTH = "extraction_strength"
 COMPARED = ("rows", "nll", STRENGTH)  # of each attack
@@ -23,6 +34,25 @@ DIVERGED = "the attacked model gave no finite likelihood"
 NOT_ATTACKS = ("before", "original", "curve")  # groups of figures; the last of an older version
 
 Figures = dict[str, float]
+
+
+class Tuning(NamedTuple):
+    """One run of fine-tuning. part: its name in the journal. taught, asked: rows that are shown, and rows that are
+    asked for after each of so many `steps`, in their order. lr: learning rate."""
+
+    part: str
+    taught: Sequence[TokenizedRow]
+    asked: Sequence[TokenizedRow]
+    steps: Sequence[int]
+    lr: float
+
+    def key(self, subject: Subject) -> str:
+        """What the journal calls its outcome on the model of `subject`."""
+        return subject.part(f"{self.part}, lr {self.lr:g}, {'+'.join(map(str, self.steps))} steps")
+
+    def steps_left(self, subject: Subject) -> int:
+        """How many steps there are still to take: none where the journal knows the outcome."""
+        return 0 if 0 in subject.scorer.journal.known(self.key(subject)) else max(self.steps)
 
 
 @dataclass(frozen=True)

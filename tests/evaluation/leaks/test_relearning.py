@@ -39,6 +39,11 @@ def learn(model, rows, options=OPTIONS, journal=None):
     return RELEARNING.run(Subject(scorer, rows, None, options), options).figures
 
 
+def steps_left(rows, options, journal=None):
+    scorer = Scorer(None, None, journal or Journal(None), batch_size=4)
+    return RELEARNING.tuning_steps(Subject(scorer, rows, None, options), options)
+
+
 def one(**options):
     return RelearningOptions(relearn_attacks=("one",), **options)
 
@@ -108,7 +113,7 @@ def test_the_words_for_families():
     assert lessons(RelearningOptions(relearn_attacks=("family",))) == table
     assert lessons(RelearningOptions()) == [table[0], table[1], table[3]]
     assert lessons(RelearningOptions(relearn_attacks=("one", "short", "12:7:1"))) == [*table[:2], table[3], (12, 7, 1)]
-    assert RELEARNING.tuning_steps(None, RelearningOptions(relearn_attacks=("family",))) == 100 + 100 + 60 + 200
+    assert steps_left(random_rows(6, seed=2), RelearningOptions(relearn_attacks=("family",))) == 100 + 100 + 60 + 200
 
 
 @pytest.mark.parametrize(
@@ -142,7 +147,10 @@ def test_it_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(fine_tuning, "fine_tune", killed)
     with pytest.raises(KeyboardInterrupt):
         learn(adapted(), rows, journal=Journal(tmp_path / "measured.jsonl", progress=False))
-    assert learn(adapted(), rows, journal=Journal(tmp_path / "measured.jsonl", progress=False)) == whole
+    journal = Journal(tmp_path / "measured.jsonl", progress=False)
+    assert steps_left(rows, OPTIONS) == 10 + 6 and steps_left(rows, OPTIONS, journal) == 6
+    assert learn(adapted(), rows, journal=journal) == whole
+    assert steps_left(rows, OPTIONS, journal) == 0
     assert runs == [1, 3, 3]
 
 
@@ -234,6 +242,7 @@ def test_rows_of_one_text_are_not_measured(byte_model):
     wording = Wording({"forget": examples}, Template(), 64)
     scorer = Scorer(tiny_model("llama"), tokenizer, Journal(None, progress=False), 4)
     subject = Subject(scorer, tokenize(examples, tokenizer), None, OPTIONS, wording=wording)
+    assert RELEARNING.tuning_steps(subject, OPTIONS) == 0
     result = RELEARNING.run(subject, OPTIONS)
     assert result.leaks is None and result.meaning == f"Not measured: {NOTHING_LEFT}."
 

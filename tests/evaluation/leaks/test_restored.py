@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -97,8 +98,9 @@ def test_a_bit_that_is_not_restored_would_be_noticed(subject, byte_model, monkey
     assert everything(model)[0].keys() != before[0].keys()
 
 
-def test_the_time_is_said_beforehand_and_what_it_took_to_know_leaves_nothing(subject, byte_model):
-    from lowmem_npo.evaluation.leaks.contract import Subject
+def test_the_time_is_said_beforehand_and_what_it_took_to_know_leaves_nothing(subject, byte_model, tmp_path):
+    from lowmem_npo.config import ModelConfig
+    from lowmem_npo.evaluation.leaks.contract import SavedModel, Subject
     from lowmem_npo.evaluation.leaks.registry import leak_tests
     from lowmem_npo.evaluation.scoring.journal import Journal
     from lowmem_npo.evaluation.scoring.scorer import Scorer
@@ -111,8 +113,13 @@ def test_the_time_is_said_beforehand_and_what_it_took_to_know_leaves_nothing(sub
     whole = Subject(scorer, sets["forget"], None, options, retain=sets["retain"], general=sets["general"])
     (line,) = time_of_tuning(leak_tests(["relearning", "retuning"]), whole)
     assert line.startswith("Leak tests: 660 steps of fine-tuning, about ") and " here" in line
-    (line,) = time_of_tuning(leak_tests(["relearning", "quantization"]), whole)
+    both = leak_tests(["relearning", "quantization"])
+    (line,) = time_of_tuning(both, whole)
+    assert " 460 steps" in line  # nothing that could be merged
+    stored = replace(whole, saved=SavedModel(ModelConfig(str(byte_model)), "an adapter", tmp_path))
+    (line,) = time_of_tuning(both, stored)
     assert "1840 steps" in line  # on the evaluated model and in three further forms
+    assert time_of_tuning(both, replace(stored, forget=sets["forget"][:1])) == []  # no other row to ask for
     assert time_of_tuning(leak_tests(["extraction", "jailbreak"]), whole) == []
     after = everything(model)
     assert all(torch.equal(before[0][name], after[0][name]) for name in before[0]) and before[1:4] == after[1:4]

@@ -61,6 +61,7 @@ def test_what_lacks_is_said():
 
 @pytest.mark.parametrize("empty", [None, []])
 def test_its_cost_is_that_of_what_is_tried(empty):
-    subject = Subject(None, FORGET, None, OPTIONS, retain=empty, general=GENERAL)
+    scorer = Scorer(None, None, Journal(None), batch_size=4)
+    subject = Subject(scorer, FORGET, None, OPTIONS, retain=empty, general=GENERAL)
     assert RETUNING.tuning_steps(subject, OPTIONS) == 8
     assert torch.is_grad_enabled()
