@@ -49,6 +49,8 @@ class Gold:
         if "holdout" in others and min_k is not None:
             min_k = None
             notes.append("privleak is compared with 0.5: the evaluation of --retained-log had another holdout.")
+        elif settings.get("leaks") and "holdout" in settings.get("digests", {}) and "holdout" not in earlier["digests"]:
+            notes.append("privleak is compared with 0.5: the evaluation of --retained-log had no holdout.")
         for test in LEAK_TESTS:
             another = other_options(earlier, settings, test, others, by_attack=True)
             if another and test.name in leaks:

@@ -24,7 +24,7 @@ from lowmem_npo.evaluation.figures import finite
 from lowmem_npo.evaluation.gold import Gold
 from lowmem_npo.evaluation.leaks.contract import LeakResults, leak_results, stands_beside
 from lowmem_npo.evaluation.leaks.measure import read_leaks
-from lowmem_npo.evaluation.leaks.worst import WORST_ATTACK, WorstAttack, worst_attacks
+from lowmem_npo.evaluation.leaks.worst import WORST_ATTACK, WorstAttack, not_beside_gold, worst_attacks
 from lowmem_npo.files import expanded, load_json
 from lowmem_npo.ranges import shortened
 from lowmem_npo.records import check_record
@@ -150,6 +150,7 @@ def read_content(directory: Path) -> Content:
     verdict = judge_run(stages, audit["model"]["vocabulary"] if audit else None, leaks, errors, unfinished)
     notes = [*stopped, *_notes(metrics, audit), *filter(None, [of_another_adapter(directory)])]
     notes += [*evaluated.get("after", {}).get("notes", []), *_no_longer_there(known), *replaced]
+    notes = list(dict.fromkeys([*notes, *not_beside_gold(leaks.get("after", {}), leaks.get("gold", {}))]))
     return Content(directory, settings, verdict, stages, figures, leaks, metrics, evaluations, notes, audit)
 
 

@@ -217,6 +217,22 @@ def test_a_gold_model_is_compared_on_the_same_rows_alone(byte_model, files):
     assert note.endswith("had other forget rows, or asked for them otherwise, so nothing is compared with it.")
 
 
+def test_a_gold_model_that_was_evaluated_without_a_holdout_is_compared_on_what_both_have(byte_model, files):
+    leaks = ("--leaks", "sampling", "--leak-samples", "2", "--max-new-tokens", "8")
+    assert evaluate(byte_model, files, *leaks, out="gold", holdout=False) == 0
+    log = ("--retained-log", str(files / "gold" / "evaluation.json"))
+    assert evaluate(byte_model, files, *leaks, *log) == 0
+    worst = result(files)["worst_attack"]
+    assert worst["figure"] == "ROUGE-L recall" and worst["gold"] == worst["value"] > 0
+    notes = "\n".join(result(files)["notes"])
+    assert "privleak is compared with 0.5: the evaluation of --retained-log had no holdout." in notes
+    assert "has no figure of the model that never saw the rows" not in notes
+    longer = (*leaks[:-1], "9", *log)
+    assert evaluate(byte_model, files, *longer, out="longer") == 0
+    assert result(files, "longer")["worst_attack"]["gold"] is None
+    assert "has no figure of the model that never saw the rows" in "\n".join(result(files, "longer")["notes"])
+
+
 def test_a_model_of_another_tokenizer_is_compared_with_nothing(byte_model, files):
     """Nor is one with another chat template; further special tokens are no matter."""
     for name in ("chat", "spaced", "special"):

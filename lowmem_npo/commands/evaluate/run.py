@@ -29,6 +29,7 @@ from lowmem_npo.evaluation.fluency import fluency
 from lowmem_npo.evaluation.leaks.contract import NO_HOLDOUT, LeakTest, SavedModel, Subject, leak_results
 from lowmem_npo.evaluation.leaks.measure import repeated, run_leak_tests, time_of_tuning
 from lowmem_npo.evaluation.leaks.registry import leak_tests
+from lowmem_npo.evaluation.leaks.worst import not_beside_gold
 from lowmem_npo.evaluation.open_unlearning import muse_figures, tofu_figures, token_figures
 from lowmem_npo.evaluation.result import Evaluation
 from lowmem_npo.evaluation.scoring.scorer import Scorer
@@ -136,6 +137,7 @@ def measure(
     result.open_unlearning |= muse_figures(result.measured.get(MUSE.name, {}))
     if leak_rows and "holdout" not in leak_rows:
         result.notes.append(f"Leak tests: {NO_HOLDOUT}.")
+    result.notes += not_beside_gold(result.leaks, result.gold_leaks)
     directory.save(result)
     say("\n" + evaluation_text(result.to_json(), context.before))
     say(f"\nEvery figure is in {directory.result}, every scored row in {directory.rows.name} beside it.")

@@ -84,11 +84,16 @@ JUDGED = {"meaning": str, "leaks": bool | None, "against_before": bool}  # besid
 
 class Attack(NamedTuple):
     """What one attack of a test brought back: the share of an answer, or of the answers, between 0 and 1, by the figure
-    of this title; level: the same on the holdout, if there is one."""
+    of this title; level: the same on the holdout, if there is one. others: what it brought back by other figures."""
 
     figure: str
     value: float
     level: float | None
+    others: Mapping[str, float] = {}
+
+    def by(self, figure: str) -> float | None:
+        """What it brought back by that figure; None where it was not measured."""
+        return self.value if figure == self.figure else self.others.get(figure)
 
 
 class Meaning(NamedTuple):

@@ -93,9 +93,10 @@ def attack_of(figures: Mapping[str, Any]) -> Attack | None:
     Answers to one question share words by chance: where no holdout says how many, only whole answers count.
     """
     recall, level, whole = (at(figures, name) for name in (BEST, HOLDOUT + BEST, "whole"))
+    known = {title: value for title, value in ((RECALL, recall), (WHOLE, whole)) if value is not None}
     if recall is not None and level is not None:
-        return Attack(RECALL, recall, level)
-    return None if whole is None else Attack(WHOLE, whole, None)
+        return Attack(RECALL, recall, level, known)
+    return None if whole is None else Attack(WHOLE, whole, None, known)
 
 
 class Best(NamedTuple):

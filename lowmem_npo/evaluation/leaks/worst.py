@@ -110,13 +110,24 @@ def worst_attack(results: LeakResults, gold: LeakResults | None = None) -> Worst
     made = []
     for (test, name), attack in attacks.items():
         same = golds.get((test, name)) or golds.get(_without_form(test, name))
-        level = same.value if same is not None and same.figure == attack.figure else None
+        level = same.by(attack.figure) if same is not None else None
         made.append(WorstAttack(test, name, attack.figure, attack.value, attack.level, len(attacks), level))
     usual: dict[str, float] = {}
     for one in made:
         if one.level is not None:
             usual[one.figure] = max(one.level, usual.get(one.figure, 0.0))
     return max(made, key=lambda one: standing(one.value, one.level, usual.get(one.figure, 0.0)))
+
+
+def not_beside_gold(results: LeakResults, gold: LeakResults) -> list[str]:
+    """A note where there are results of a gold model, and none of the worst attack."""
+    worst = worst_attack(results, gold)
+    if not gold or worst is None or worst.gold is not None:
+        return []
+    return [
+        f"The worst attack, {worst.name}, has no figure of the model that never saw the rows beside it: on that one it "
+        "was not made, or not with answers of the same length."
+    ]
 
 
 def _as_long(gold: LeakResult, result: LeakResult | None) -> bool:

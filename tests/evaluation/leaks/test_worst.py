@@ -9,7 +9,7 @@ import pytest
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.contract import LeakResult
 from lowmem_npo.evaluation.leaks.measure import read_leaks, write_leaks
-from lowmem_npo.evaluation.leaks.worst import attacks_of, retained_leaks, worst_attack, worst_attacks
+from lowmem_npo.evaluation.leaks.worst import attacks_of, not_beside_gold, retained_leaks, worst_attack, worst_attacks
 from lowmem_npo.evaluation.result import Evaluation
 
 
@@ -95,11 +95,27 @@ def test_what_has_nothing_beside_it_has_the_highest_level_of_the_others():
     assert worst.attack == "first" and worst.stands_out is False
 
 
-def test_a_gold_models_figure_of_another_kind_is_not_compared():
-    """Without a holdout whole answers are counted, and not how much of an answer is said."""
-    now, gold = results(sampling=said(0.6, 0.1, 0.45)), results(sampling=said(0.5, 0.0))
-    assert worst_attack(now, gold).figure == "ROUGE-L recall" and worst_attack(now, gold).gold is None
+def test_a_gold_model_without_a_holdout_is_compared_by_the_same_figure_and_so_is_one_with_it():
+    """Which figure counts depends on the holdout; both are measured of the forget rows in any case."""
+    with_holdout, without = said(0.6, 0.1, 0.45), said(0.5, 0.02)
+    now, gold = results(sampling=with_holdout), results(sampling=without)
+    assert worst_attack(now, gold).figure == "ROUGE-L recall" and worst_attack(now, gold).gold == 0.5
+    assert worst_attack(gold, now).figure == "answers said whole" and worst_attack(gold, now).gold == 0.1
     assert worst_attack(now, results(sampling=said(0.5, 0.0, 0.4))).gold == 0.5
+    stored = results(quantization={"merged": {"sampling": said(0.7, 0.1, 0.45)}})
+    assert worst_attack(stored, gold).gold == 0.5
+    older = results(sampling={"whole": 0.02})
+    assert worst_attack(now, older).gold is None, "not measured"
+
+
+def test_a_gold_model_of_which_the_worst_attack_is_not_known_is_not_passed_over_in_silence():
+    gold, shorter = results(extraction=written(0.01)), results(sampling={**said(0.5, 0.0), "max_new_tokens": 16})
+    attacked = results(extraction=written(0.02, 0.02), sampling={**said(0.6, 0.1, 0.2), "max_new_tokens": 64})
+    for of_gold in (gold, gold | shorter):
+        (note,) = not_beside_gold(attacked, of_gold)
+        assert "The worst attack, sampling, has no figure of the model that never saw the rows beside it" in note
+    assert not_beside_gold(attacked, {}) == not_beside_gold({}, gold) == []
+    assert not_beside_gold({"extraction": attacked["extraction"]}, gold) == []
 
 
 def test_a_gold_model_stands_beside_it_under_the_same_attack():
