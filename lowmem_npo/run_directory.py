@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -106,6 +107,13 @@ class RunFiles(AdapterFiles):
     def table(self, suffix: str, stages: str = "before_after") -> Path:
         """The table of `stages`, as .json or .md."""
         return self.path / f"{stages}.{suffix}"
+
+    def evaluations(self) -> list[EvaluationFiles]:
+        """The evaluations beside the adapter, in their order: `evaluation`, which the report includes, evaluation-2,
+        and so on, each made where the place before it was taken."""
+        further = (self.path / f"evaluation-{number}" for number in itertools.count(2))
+        places = itertools.chain([self.evaluation.path], further)
+        return [EvaluationFiles(place) for place in itertools.takewhile(os.path.lexists, places)]
 
     def checkpoints(self) -> list[Path]:
         """checkpoint-N directories, the newest first."""

@@ -36,22 +36,33 @@ class Finding(NamedTuple):
     file: Path
 
 
-def findings(adapter: str, base_weights: str, *, lasts: bool = True) -> tuple[list[str], list[str]]:
+class Said(NamedTuple):
+    """What there is to say of a leak test. advised: whether the command that runs it belongs beside it."""
+
+    text: str
+    advised: bool = False
+
+
+def findings(
+    adapter: str, base_weights: str, *, lasts: bool = True, base: Sequence[str] = ()
+) -> tuple[list[str], list[str]]:
     """A sentence per test that looks for forgotten text returning: what it found, or that it was not run and what runs
-    it.
+    it, with all others that were not.
 
     Rounding can undo an update that is small beside the weights (Zhang et al. 2025, "Catastrophic failure of LLM
     unlearning via quantization"), and fine-tuning one that only hides (Hu et al. 2024).
 
     base_weights: that the adapter is merged into. lasts: whether it is the one that its run wrote, and has what that
-    made last. Returned twice: as they are said here, and for a card that others read, without where on this machine the
-    adapter is.
+    made last. base: the options that named its base. Returned twice: as they are said here, and for a card that others
+    read, without where on this machine the adapter and its base are.
     """
     known = {test: list(_known(test, adapter)) for test in RETURNING}
     lasting = list(_lasting(adapter)) if lasts else []
 
     def sentences(with_place: bool) -> list[str]:
-        return [*(_sentence(test, of, adapter, base_weights, with_place) for test, of in known.items()), *lasting]
+        said = {test: _said(test, of, adapter, base_weights, with_place) for test, of in known.items()}
+        how = _command(adapter, [test for test, of in said.items() if of.advised], base, with_place)
+        return [*(f"{of.text} {how}" if of.advised else of.text for of in said.values()), *lasting]
 
     return sentences(with_place=True), sentences(with_place=False)
 
@@ -82,38 +93,46 @@ def _runs(adapter: str) -> Iterator[dict[str, Any]]:
         folder = run.get("adapter")
 
 
-def _sentence(test: str, known: Sequence[Finding], adapter: str, base_weights: str, with_place: bool) -> str:
+def _command(adapter: str, tests: Sequence[str], base: Sequence[str], with_place: bool) -> str:
+    """The sentence with the command that runs `tests`: into a directory of its own where the default one is taken."""
     folder = expanded(adapter).resolve()
-    name = shlex.quote(adapter if with_place else folder.name)
+    name = adapter if with_place else folder.name
+    words = ["--adapter", name, *(base if with_place else ())]
     run_settings = settings_of_run(adapter)
-    more = "" if run_settings else " --forget …"  # evaluate knows the rows of a run
-    more += " --qlora" if run_settings.get("qlora") else ""
-    how = f"`lowmem-npo evaluate --adapter {name}{more} --leaks {test}` checks it"
+    words += ["--qlora"] if run_settings.get("qlora") else []
+    taken = RunFiles(folder).evaluations()
+    words += ["--output-dir", str(Path(name, f"evaluation-{len(taken) + 1}"))] if taken else []
+    rows = "" if run_settings else " --forget …"  # evaluate knows the rows of a run
+    return f"`lowmem-npo evaluate {shlex.join(words)}{rows} --leaks {' '.join(tests)}` checks it."
+
+
+def _said(test: str, known: Sequence[Finding], adapter: str, base_weights: str, with_place: bool) -> Said:
+    folder = expanded(adapter).resolve()
     current = [finding for finding in known if finding.current]
     if not known:
-        return f"Not checked: whether forgotten text returns {RETURNING[test]}. {how}."
+        return Said(f"Not checked: whether forgotten text returns {RETURNING[test]}.", advised=True)
     if not current:
         run, file = run_of_adapter(folder).path, known[0].file
         shown = file if with_place else Path(run.name) / file.relative_to(run)
-        return f"Not checked: the {test} test in '{shown}' is of another state of this adapter. {how}."
-    result = current[-1].result
-    if len(current) > 1 and stands_beside(current[0].result, result):  # the run's own says more
-        result = current[0].result
+        return Said(f"Not checked: the {test} test in '{shown}' is of another state of this adapter.", advised=True)
+    result = current[0].result
+    for later in current[1:]:
+        result = result if stands_beside(result, later.result) else later.result
     meaning = result.meaning if with_place else result.meaning.replace(str(folder), folder.name)
     if not result.figures:
-        return f"Not checked, {test} test: {meaning}"
+        return Said(f"Not checked, {test} test: {meaning}")
     if test == QUANTIZATION.name and MERGED not in result.figures:
-        return f"Not checked: the {test} test measured no merged weights. {how}."
+        return Said(f"Not checked: the {test} test measured no merged weights.", advised=True)
     if test == QUANTIZATION.name and base_weights == DEQUANTIZED:
-        return (
+        return Said(
             f"Not checked: the {test} test is of this adapter merged into whole weights, and these are dequantised "
             "ones. --quantize-check measures them."
         )
-    return f"{'WARNING' if result.leaks else 'Checked'}, {test} test: {result.verdict.words}. {meaning}"
+    return Said(f"{'WARNING' if result.leaks else 'Checked'}, {test} test: {result.verdict.words}. {meaning}")
 
 
 def _known(test: str, adapter: str) -> Iterator[Finding]:
-    """The results that the run and its evaluation have, where their files can be read; the evaluation's last."""
+    """The results that the run and its evaluations have, where their files can be read; the latest one's last."""
     folder = expanded(adapter).resolve()
     weights, run = RunFiles(folder).weights, run_of_adapter(folder)
     try:
@@ -121,11 +140,10 @@ def _known(test: str, adapter: str) -> Iterator[Finding]:
         yield Finding(read_leaks(run.leaks)["after"][test], current, run.leaks)
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
-    evaluation = RunFiles(folder).evaluation
-    try:
-        content = load_json(evaluation.result)["leaks"][test]
-        if compared_with(evaluation).get(OTHER_ROWS):
-            return
-        yield Finding(LeakResult.from_json(content), is_of_adapter(evaluation, weights), evaluation.result)
-    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
+    for evaluation in RunFiles(folder).evaluations():
+        try:
+            content = load_json(evaluation.result)["leaks"][test]
+            if not compared_with(evaluation).get(OTHER_ROWS):
+                yield Finding(LeakResult.from_json(content), is_of_adapter(evaluation, weights), evaluation.result)
+        except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass

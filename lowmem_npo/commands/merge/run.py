@@ -72,7 +72,7 @@ def merge(config: MergeConfig, say: Say = print) -> Path:
         chosen = _measure(plan, partial)
         adapter = expanded(config.adapter)
         other = of_another_adapter(adapter)
-        known, published = findings(config.adapter, chosen, lasts=other is None)
+        known, published = findings(config.adapter, chosen, lasts=other is None, base=_base_named(config))
         kind = "as the base's" if dtype is None else config.dtype
         weights = f"{kind}, on the base's NF4 weights, dequantised" if chosen == DEQUANTIZED else kind
         card = merged_card(adapter, name, revision, weights, published, other, plan.measurements)
@@ -169,6 +169,13 @@ def _measure(plan: Plan, partial: Path) -> str:
         except UserError as error:
             plan.sentences.append(f"Not measured in 4 bits: {str(error).rstrip('.')}.")
     return kept
+
+
+def _base_named(config: MergeConfig) -> list[str]:
+    """The options that name the base, as `evaluate` takes them, too."""
+    named = {"--model": config.model, "--revision": config.revision}
+    words = [word for option, value in named.items() if value is not None for word in (option, value)]
+    return [*words, *(["--any-base"] if config.any_base else [])]
 
 
 def _not_compared(why: str) -> str:

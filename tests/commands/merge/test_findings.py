@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 
 import pytest
@@ -11,7 +12,10 @@ from helpers.tiny_models import tiny_model
 from peft import LoraConfig, get_peft_model
 
 from lowmem_npo.cli import main
+from lowmem_npo.commands.arguments import parse
 from lowmem_npo.commands.merge.findings import findings
+from lowmem_npo.evaluation.directory import EvaluationDirectory
+from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.files import file_sha256
 
 FOUND = {"leaks": True, "meaning": "It is back.", "merged": {}, "rows": 3}
@@ -69,9 +73,31 @@ def last_lines(adapter, tmp_path, capsys):
 def test_there_are_none(last_lines, adapter):
     rounding, relearning = last_lines()
     assert rounding.startswith("Not checked: whether forgotten text returns when the adapter is rounded")
-    assert f"`lowmem-npo evaluate --adapter {adapter} --forget … --leaks quantization` checks it" in rounding
+    command = f"`lowmem-npo evaluate --adapter {adapter} --forget … --leaks quantization relearning` checks it."
     assert relearning.startswith("Not checked: whether forgotten text returns after a little fine-tuning")
-    assert "--leaks relearning` checks it" in relearning
+    assert rounding.endswith(command) and relearning.endswith(command)  # once for both: it is not refused after itself
+
+
+def test_the_command_runs_where_another_evaluation_is_and_its_result_is_read(last_lines, adapter, tmp_path):
+    """Also where the adapter's base is named, as it then must be for that command."""
+    write_evaluation(adapter, {"extraction": FOUND})
+    (rounding, _), _ = findings(str(adapter), "whole", base=["--model", "the base", "--any-base"])
+    for number in (2, 3):
+        line = rounding if number == 2 else last_lines()[0]
+        _, command, *options = shlex.split(re.search("`(.*)`", line)[1].replace("…", "forget.jsonl"))
+        given = parse(EvaluationConfig, options, command)
+        assert (given.model, given.any_base) == (("the base", True) if number == 2 else (None, False))
+        EvaluationDirectory(given, {}).check()
+        assert given.path == adapter / f"evaluation-{number}" and set(given.leaks) == {"quantization", "relearning"}
+        (adapter / "evaluation").rename(tmp_path / "first")
+        write_evaluation(adapter, {"relearning": FOUND} if number == 2 else {"quantization": FOUND})
+        (adapter / "evaluation").rename(given.path)
+        (tmp_path / "first").rename(adapter / "evaluation")
+        if number == 2:
+            write_evaluation(adapter, {"extraction": FOUND}, weights="another")
+            assert last_lines()[1] == "WARNING, relearning test: traces found. It is back."
+            (given.path / "evaluation.json").write_text(json.dumps({"leaks": {}}))
+    assert last_lines()[0] == "WARNING, quantization test: traces found. It is back."
 
 
 @pytest.mark.parametrize(
@@ -169,7 +195,7 @@ def test_a_checkpoint_of_a_run(adapter, tmp_path, capsys):
         write_adapter(tmp_path / "base", adapter / f"checkpoint-{number}", seed)
         out = tmp_path / f"merged-{number}"
         assert main(["merge", "--adapter", str(adapter / f"checkpoint-{number}"), "--output-dir", str(out)]) == 0
-    printed = [line for line in capsys.readouterr().out.splitlines() if "relearning" in line]
+    printed = [line for line in capsys.readouterr().out.splitlines() if "relearning test" in line]
     assert printed[0].startswith("WARNING, relearning") and "is of another state" in printed[1]
 
 
@@ -196,7 +222,7 @@ def test_the_adapter_is_named_as_a_shell_and_as_a_card_need_it(adapter, tmp_path
         out = tmp_path / f"merged-{given}"
         assert main(["merge", "--adapter", given, "--output-dir", str(out)]) == 0
         printed, card = capsys.readouterr().out, (out / "README.md").read_text()
-        assert f"evaluate --adapter {shlex.quote(given)} --forget … --leaks quantization`" in printed
+        assert f"evaluate --adapter {shlex.quote(given)} --forget … --leaks quantization" in printed
         assert f"rounded with the weights. `lowmem-npo evaluate --adapter {name} --forget … --leaks" in card
         assert str(tmp_path) not in card
     assert "in 'my run/leaks.json' is of another state" in card
