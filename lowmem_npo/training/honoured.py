@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, fields
 from typing import Annotated, Any
 
@@ -23,9 +25,9 @@ HONOURED = frozenset({
 # Those that our own options set, and what a script of its own may set beside them.
 FROM_PYTHON = frozenset({
     "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
-    "learning_rate", "seed", "use_cpu", "gradient_checkpointing", "gradient_checkpointing_kwargs",
-    "activation_checkpointing", "activation_checkpointing_kwargs", "ddp_backend", "ddp_timeout", "accelerator_config",
-    "push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision",
+    "learning_rate", "seed", "use_cpu", "gradient_checkpointing", "activation_checkpointing", "ddp_backend",
+    "ddp_timeout", "accelerator_config", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy",
+    "hub_private_repo", "hub_always_push", "hub_revision",
 })  # fmt: skip
 # The values that they may have, where `TrainingArguments` takes any.
 RANGES = {
@@ -42,14 +44,17 @@ SCRIPT_RANGES = {
     "learning_rate": PositiveOrZero, "per_device_train_batch_size": Count, "gradient_accumulation_steps": Count,
     "seed": Seed,
 }  # fmt: skip
-INSTEAD = {
+# What is done anyway, where it is not the default: how layers are recomputed.
+DONE = dict.fromkeys(("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"), {"use_reentrant": False})
+RECOMPUTED = {".*_checkpointing_kwargs": "layers are recomputed with use_reentrant=False and nothing else"}
+INSTEAD = RECOMPUTED | {
     "bf16|fp16": "the compute type is --dtype, bf16 or float32",
     "use_cpu": "give --device cpu",
     "per_device_eval_batch_size": "give --eval-batch-size",
     "eval_.*|do_eval|load_best_.*|metric_for_.*": "--stop-when measures while training and keeps the best adapter",
     "activation_checkpointing": "give --gradient-checkpointing",
 }
-IN_SCRIPTS = {
+IN_SCRIPTS = RECOMPUTED | {
     "bf16|fp16": "load the model in the type that it is to compute in",
     "per_device_eval_.*|eval_.*|do_eval|load_best_.*|metric_for_.*": "this trainer measures nothing while it trains; "
     "`lowmem-npo evaluate` measures the adapter",
@@ -100,7 +105,7 @@ def check_effect(
     for name, value in args.items():
         if name in HONOURED:
             check_supported(name, value, spelled(name, value))
-        elif _or_nothing(value) != _or_nothing(as_is.get(name)):
+        elif _or_nothing(value) not in (_or_nothing(as_is.get(name)), _or_nothing(DONE.get(name, as_is.get(name)))):
             hint = next((hint for names, hint in instead.items() if re.fullmatch(names, name)), "leave it out")
             raise UserError(
                 f"{spelled(name, value)} would have no effect: {hint} (docs/options.md lists what is honoured)."
@@ -108,5 +113,8 @@ def check_effect(
 
 
 def _or_nothing(value: Any) -> Any:
-    """None, false, an empty list and "no" are one: HfArgumentParser makes false of a "no"."""
+    """None, false, an empty list and "no" are one: HfArgumentParser makes false of a "no". A dictionary may be JSON."""
+    if isinstance(value, str) and value.startswith("{"):
+        with suppress(ValueError):
+            value = json.loads(value)
     return None if not value or value == "no" else value
