@@ -26,6 +26,7 @@ from lowmem_npo.data import Rows, bundled_rows, to_examples, tokenize
 from lowmem_npo.data.targets import forget_targets
 from lowmem_npo.errors import UserError
 from lowmem_npo.memory.checkpointing import is_checkpointed
+from lowmem_npo.model import attach_lora
 from lowmem_npo.model.layers import decoder_layers
 from lowmem_npo.training import trainer as trainer_module
 from lowmem_npo.training.script_words import in_script_words
@@ -154,6 +155,14 @@ def test_a_scripts_checkpointing_and_clipping_are_done(byte_model, tmp_path):
     assert all(map(is_checkpointed, decoder_layers(trainer.model.get_base_model())))
     plain = step_gradients(trainer_of(byte_model, tmp_path))
     assert equal(step_gradients(trainer), plain, rtol=1e-4)
+
+
+def test_an_adapter_for_a_model_that_has_one_is_refused(byte_model, tmp_path):
+    model = attach_lora(AutoModelForCausalLM.from_pretrained(byte_model, dtype=torch.float32), AdapterConfig())
+    args = NPOConfig(output_dir=str(tmp_path), max_steps=1, use_cpu=True)
+    given = {"processing_class": AutoTokenizer.from_pretrained(byte_model), "peft_config": AdapterConfig(lora_r=4)}
+    with pytest.raises(UserError, match="given a PeftModel, which has its adapter, and a peft_config for another"):
+        NPOTrainer(model, args, FORGET, RETAIN, **given)
 
 
 def test_a_base_that_trains_beside_its_adapter_is_refused(byte_model, tmp_path):
