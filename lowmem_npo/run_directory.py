@@ -23,6 +23,7 @@ from lowmem_npo.files import (
     file_in_the_way,
     free_bytes,
     is_mount_point,
+    load_json,
     missing_below,
     write_atomically,
 )
@@ -95,7 +96,7 @@ class RunFiles(AdapterFiles):
         self.alternatives = path / "alternatives.jsonl"  # the other answers of --alternatives self
         self.reference = path / "reference"  # the cached reference, unless --reference-dir names another place
         self.report_html = path / "report.html"
-        self.report_json = path / "report.json"  # a run's last file
+        self.report_json = path / "report.json"
         self.model_card = path / "README.md"
         self.log = path / "log.txt"  # what a run of a sweep would print
         self.evaluation = EvaluationFiles(path / "evaluation")
@@ -119,6 +120,18 @@ class RunFiles(AdapterFiles):
         """checkpoint-N directories, the newest first."""
         numbered = [p for p in self.path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
         return sorted(numbered, key=step_of, reverse=True)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether a run of the length that run.yaml says has trained, measured and reported: its audit record names the
+        adapter only then. `lowmem-npo report` writes a report of an unfinished run as well."""
+        try:
+            audit, began = load_json(self.audit), self.began()
+            ended = audit["adapter"] is not None
+            as_long = all(audit["configuration"].get(name) == began.get(name) for name in ("epochs", "max_steps"))
+        except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
+            return False
+        return ended and as_long and self.weights.exists() and self.report_json.exists()
 
     def settings(self) -> dict[str, Any]:
         """What run.yaml holds. Raises UserError where it is damaged, or has a value that its option cannot have."""
@@ -250,7 +263,7 @@ class RunDirectory(RunFiles):
             return self._check_resume()
         if self.run_yaml.exists():
             state, hint = "an unfinished run", ", continue it with --resume"
-            if self.is_trained and self.report_json.exists():
+            if self.is_finished:
                 state, hint = "a finished run", ""
             raise UserError(f"--output-dir '{self.path}' holds {state}: choose another directory{hint}, or remove it.")
         parent = next(p for p in [self.path.absolute(), *self.path.absolute().parents] if p.exists())

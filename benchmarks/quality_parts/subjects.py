@@ -76,7 +76,7 @@ class Subject:
         if method.two_models:
             if not run.weights.exists():
                 forget_with_two_models(config, self.inputs(seed)[1])
-        elif not run.report_json.exists():
+        elif not run.is_finished:
             self._forget(method, seed, config.output_dir)
         return load_adapter(load_model(config.model), str(config.output_dir))
 

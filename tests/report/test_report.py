@@ -253,6 +253,19 @@ def test_a_run_that_was_killed(own_run):
         assert "--eval-rows" not in advice and "--eval-rows" not in (own_run / "README.md").read_text()
 
 
+def test_a_report_on_an_unfinished_run_does_not_finish_it(own_run, capsys):
+    again = ["train", "--config", str(own_run / "run.yaml"), "--output-dir", str(own_run)]
+    assert main(again) == 2 and "holds a finished run: choose another" in capsys.readouterr().err
+    audit, settings = (own_run / "audit.json").read_text(), yaml.safe_load((own_run / "run.yaml").read_text())
+    (own_run / "audit.json").write_text(json.dumps(json.loads(audit) | {"adapter": None}))  # killed as it measured
+    assert main(["report", str(own_run)]) == 0 and (own_run / "report.json").exists()
+    assert main(again) == 2 and "holds an unfinished run: choose another directory, continue" in capsys.readouterr().err
+    (own_run / "audit.json").write_text(audit)  # or as it was begun again, to be longer
+    (own_run / "run.yaml").write_text(yaml.safe_dump(settings | {"max_steps": 100}))
+    assert main(["report", str(own_run)]) == 0
+    assert main(again) == 2 and "holds an unfinished run: choose another directory, continue" in capsys.readouterr().err
+
+
 def test_a_run_that_was_killed_as_it_measured(own_run):
     (own_run / "after.json").unlink()
     assert "--resume" in read_content(own_run).verdict.sentences[0]

@@ -14,10 +14,9 @@ from lowmem_npo.training.step_rows import num_steps
 
 
 def is_complete(run: SweepRun) -> bool:
-    """Whether the run's directory holds its adapter, its measurements and its report, which is written last."""
+    """Whether the run is finished, and its directory holds the measurements that are asked for now."""
     files, output = RunDirectory(run.config), run.config.output
-    measured = all(read_answers(files.answers(stage), output) for stage in ("before", "after"))
-    return files.is_trained and measured and files.report_json.is_file() and files.run_yaml.is_file()
+    return files.is_finished and all(read_answers(files.answers(stage), output) for stage in ("before", "after"))
 
 
 def is_finished(run: SweepRun, data: PreparedData) -> bool:

@@ -213,7 +213,6 @@ def _make(run: SweepRun, bases: Bases, inputs: dict[str, Inputs], say: Say) -> N
     plan = plan_run(config, _read_inputs(config, inputs, lines.append), lines.append)
     if plan.config.memory.stream_weights:  # which a budget can ask for, too
         raise UserError(STREAMED)
-    files.report_json.unlink(missing_ok=True)  # that of a shorter run would mark this one as finished
     try:
         with borrowed(bases.loaded(plan.config.model)) as base:
             result = unlearn(plan, base, lines.append)
