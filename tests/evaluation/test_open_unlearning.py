@@ -256,7 +256,7 @@ def test_probabilities_of_other_answers_by_hand(byte_model):
     wrong = [["Nobody.", "Oslo, said Ida"], ["Ida"], ["No", "Yes", "Both"]]
     rows = [{"question": f"Who {n}?", "answer": f"It is Anna {n}", "paraphrased_answer": [f"Anna, {n} times", "Anna"],
              "perturbed_answer": texts} for n, texts in enumerate(wrong)]  # fmt: skip
-    parsed = tofu_rows(Rows("rows", rows))
+    parsed = tofu_rows(Rows("rows", rows), "forget")
     scorer = Scorer(model, tokenizer, Journal(None, progress=False), 4)
     answers = measure_tofu(scorer, "forget", parsed, Template(), 128)
     scores = TofuScores({"forget": score_tofu("forget", answers), "world facts": score_tofu("world facts", answers)},

@@ -5,7 +5,7 @@ Per row, with P(a) = exp(-mean negative log-likelihood of answer a, EOS included
     probability  P(answer); on real authors and world facts P(answer) / (P(answer) + sum of P(perturbed answers))
     ROUGE-L      recall of the answer in a greedy answer of at most 200 tokens, words stemmed
     truth ratio  R = (geometric mean of P(perturbed answers)) / (the same of the paraphrased answer, or of several; of
-                 the answer where there is none)
+                 the answer where there is none, and on real authors and world facts)
 
 A set's truth ratio is the mean of min(R, 1/R) on forget (1: the truth is no likelier than its neighbours), of
 max(0, 1 - R) elsewhere (1: the truth stands out).
@@ -46,7 +46,8 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 200
 REAL_AUTHORS, WORLD_FACTS = "real authors", "world facts"
-UTILITY_SETS = (RETAIN, REAL_AUTHORS, WORLD_FACTS)
+OUTSIDE = (REAL_AUTHORS, WORLD_FACTS)  # not made for TOFU: an answer stands among wrong ones, and in its own words
+UTILITY_SETS = (RETAIN, *OUTSIDE)
 TruthRatios = Annotated[list[Amount], MinLen(1)]
 TINY = 1e-10  # open-unlearning adds it to denominators
 
@@ -79,8 +80,8 @@ class TofuOptions(Options):
 
 @dataclass(frozen=True)
 class TofuRow:
-    """A question with its answer (`example`), the answer in other words, once or more (or itself), and wrong answers
-    like it."""
+    """A question with its answer (`example`), the same in other words, as often as it counts, and wrong answers like
+    it."""
 
     example: Example
     paraphrased: tuple[str, ...]
@@ -89,7 +90,8 @@ class TofuRow:
 
 @dataclass(frozen=True)
 class TofuAnswer:
-    """A row as the model sees it: mean nll per token of each of its answers, and the greedy answer as written."""
+    """A row as the model sees it: mean nll per token of each of its answers (of its answer, where it has none in other
+    words), and the greedy answer as written."""
 
     row: TofuRow
     nll: float
@@ -130,7 +132,7 @@ class Tofu(Benchmark[TofuAnswer, TofuScores]):
     title = "TOFU"
     summary = "TOFU rows (question, answer, perturbed_answer) get TOFU's (ROUGE-L for Latin script only)"
     note = "Defined as in open-unlearning. Its ROUGE-L knows only a-z and 0-9, and cannot judge other scripts."
-    sets = (FORGET, RETAIN, REAL_AUTHORS, WORLD_FACTS)
+    sets = (FORGET, *UTILITY_SETS)
     options = TofuOptions
 
     def check(self, options: TofuOptions) -> None:
@@ -139,8 +141,8 @@ class Tofu(Benchmark[TofuAnswer, TofuScores]):
             retained_truth_ratios(log)
 
     def select(self, name: str, rows: Rows, context: Context) -> Selection | None:
-        tofu = tofu_rows(rows)
-        if not tofu and name in (REAL_AUTHORS, WORLD_FACTS):
+        tofu = tofu_rows(rows, name)
+        if not tofu and name in OUTSIDE:
             raise UserError(f"{rows.name} has no column perturbed_answer, which TOFU's {name} need.")
         if not tofu:
             return None
@@ -209,8 +211,9 @@ class Tofu(Benchmark[TofuAnswer, TofuScores]):
 TOFU = Tofu()
 
 
-def tofu_rows(rows: Rows) -> list[TofuRow]:
-    """The rows with their perturbed answers; empty for data without that column. Raises UserError for a broken row."""
+def tofu_rows(rows: Rows, name: str) -> list[TofuRow]:
+    """The rows of the set called `name`, which decides whether they have answers in other words; empty for data without
+    perturbed ones. Raises UserError for a broken row."""
     if not {"question", "answer", "perturbed_answer"} <= set(rows.columns):
         return []
     scored = []
@@ -221,7 +224,7 @@ def tofu_rows(rows: Rows) -> list[TofuRow]:
         texts = isinstance(perturbed, list) and all(isinstance(text, str) and text.strip() for text in perturbed)
         if not texts or not perturbed:
             raise UserError(f"{example.where}: perturbed_answer is no list of texts; give at least one wrong answer.")
-        paraphrased = paraphrases_of(row, "paraphrased_answer", example.where) or (example.answer,)
+        paraphrased = () if name in OUTSIDE else paraphrases_of(row, "paraphrased_answer", example.where)
         scored.append(TofuRow(example, paraphrased, tuple(perturbed)))
     return scored
 
@@ -236,7 +239,8 @@ def measure_tofu(
         return scorer.nll(f"{name}: {part}", tokenized)
 
     answers = nll("answers", [row.example for row in rows])
-    right = nll("paraphrased answers", [replace(row.example, answer=text) for row in rows for text in row.paraphrased])
+    reworded = [replace(row.example, answer=text) for row in rows for text in row.paraphrased]
+    right = nll("answers in other words", reworded)
     wrong = nll("perturbed answers", [replace(row.example, answer=text) for row in rows for text in row.perturbed])
     generations = scorer.continuations(
         f"{name}: greedy answers", prompt_ids(scorer.tokenizer, rows, template), MAX_NEW_TOKENS
@@ -245,7 +249,7 @@ def measure_tofu(
     for row, answer, generation in zip(rows, answers, generations, strict=True):
         paraphrased, right = right[: len(row.paraphrased)], right[len(row.paraphrased) :]
         perturbed, wrong = wrong[: len(row.perturbed)], wrong[len(row.perturbed) :]
-        measured.append(TofuAnswer(row, answer, tuple(paraphrased), tuple(perturbed), generation))
+        measured.append(TofuAnswer(row, answer, tuple(paraphrased) or (answer,), tuple(perturbed), generation))
     return measured
 
 
@@ -266,7 +270,7 @@ def score_tofu(name: str, answers: Sequence[TofuAnswer]) -> TofuSet:
         read = [min(ratio, 1 / (ratio + TINY)) for ratio in ratios]
     else:
         read = [max(0.0, 1 - ratio) for ratio in ratios]
-    probability = _probability_among_options if name in (REAL_AUTHORS, WORLD_FACTS) else _probability
+    probability = _probability_among_options if name in OUTSIDE else _probability
     return TofuSet(len(answers), fmean(map(probability, answers)), fmean(recall), fmean(read), ratios)
 
 

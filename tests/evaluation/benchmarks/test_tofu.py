@@ -80,7 +80,7 @@ def test_forget_quality():
         ("fmean", lambda values: sum(values)),
         ("TINY", 1.0),
         ("_probability_among_options", lambda answer: math.exp(-answer.nll)),
-        ("REAL_AUTHORS", "authors"),
+        ("OUTSIDE", (WORLD_FACTS,)),
     ],
 )
 def test_a_planted_bug_is_noticed(monkeypatch, name, broken):
@@ -110,25 +110,25 @@ def test_rows(shared_data):
         ("forget05_perturbed", 200, 5), ("retain_perturbed", 400, 5),
         ("real_authors_perturbed", 100, 3), ("world_facts_perturbed", 117, 3),
     ):  # fmt: skip
-        found = tofu_rows(read_rows(str(shared_data / "tofu" / f"{file}.json")))
+        found = tofu_rows(read_rows(str(shared_data / "tofu" / f"{file}.json")), FORGET)
         assert len(found) == rows and {len(row.perturbed) for row in found} == {wrong}
-        assert all((row.paraphrased == (row.example.answer,)) == (wrong == 3) for row in found[:20])
-    assert tofu_rows(read_rows(str(shared_data / "tofu" / "forget05.json"))) == []
+        assert all(len(row.paraphrased) == (wrong == 5) for row in found[:20])
+    assert tofu_rows(read_rows(str(shared_data / "tofu" / "forget05.json")), FORGET) == []
     for bad in (None, [], "wrong", ["wrong", " "]):
         with pytest.raises(UserError, match="f, row 1: perturbed_answer"):
-            tofu_rows(Rows("f", [{"question": "q", "answer": "a", "perturbed_answer": bad}]))
+            tofu_rows(Rows("f", [{"question": "q", "answer": "a", "perturbed_answer": bad}]), FORGET)
 
 
 @pytest.mark.parametrize(
     "value, wanted",
     [(["b", "c"], ("b", "c")), ('["b", "c"]', ("b", "c")), ("b", ("b",)),
-     ("", ("a",)), (None, ("a",)), (math.nan, ("a",)), ([], ("a",))],
+     ("", ()), (None, ()), (math.nan, ()), ([], ())],
 )  # fmt: skip
 def test_an_answer_in_other_words_is_a_text_or_a_list_or_missing(value, wanted):
     row = {"question": "q", "answer": "a", "perturbed_answer": ["x"], "paraphrased_answer": value}
-    assert tofu_rows(Rows("f", [row]))[0].paraphrased == wanted
+    assert tofu_rows(Rows("f", [row]), RETAIN)[0].paraphrased == wanted
     with pytest.raises(UserError, match="row 1: paraphrased_answer is a number, not text"):
-        tofu_rows(Rows("f", [row | {"paraphrased_answer": 7}]))
+        tofu_rows(Rows("f", [row | {"paraphrased_answer": 7}]), RETAIN)
 
 
 def dense_nll(model, tokenizer, question, text):
@@ -142,12 +142,12 @@ def dense_nll(model, tokenizer, question, text):
 
 
 def test_from_files_to_utility_and_quality(byte_model, tmp_path, capsys):
-    def rows(who, paraphrased):
+    def rows(who):
         for n in range(3):
             row = {"question": f"{who} {n}?", "answer": f"It is {n}.", "perturbed_answer": [f"It is {n}{n}.", "No."]}
-            yield {**row, "paraphrased_answer": f"{n}, that is."} if paraphrased else row
+            yield {**row, "paraphrased_answer": f"{n}, that is."}  # which counts on forget and retain
 
-    files = {flag: write_rows(tmp_path / f"{flag[2:]}.jsonl", rows(flag[2:], flag in ("--forget", "--retain")))
+    files = {flag: write_rows(tmp_path / f"{flag[2:]}.jsonl", rows(flag[2:]))
              for flag in ("--forget", "--retain", "--real-authors", "--world-facts")}  # fmt: skip
     log = tmp_path / "retained.json"
     log.write_text(json.dumps({"tofu": {"sets": {"forget": {"truth_ratios": [1e6, 2e6, 3e6]}}}}))
