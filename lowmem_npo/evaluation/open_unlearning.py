@@ -13,7 +13,7 @@ So that a table of a paper and one of ours can stand side by side. What differs 
              forget set, or 0.5 where there is none (Shi et al. 2024, MUSE, section 3.1)
     *_PARA_Prob, *_PERT_Prob   the mean over rows of the probability of the answer in other words (the answer itself
              where there is none), and of wrong answers
-    *_ROUGE of MUSE   between 0 and 1, of stemmed words
+    *_ROUGE of MUSE   between 0 and 1, of stemmed words; spaces are cleaned up in the true answers, too
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.evaluation.figures import at
 from lowmem_npo.evaluation.ranking import auc, compressed, mean_of_lowest
+from lowmem_npo.evaluation.rouge import rouge_l
 from lowmem_npo.files import expanded, load_json
 
 if TYPE_CHECKING:
@@ -135,14 +136,12 @@ def _probability(of_rows: Iterable[Sequence[float]]) -> float:
     return fmean(fmean(exp(-nll) for nll in of_row) for of_row in of_rows)
 
 
-def muse_figures(measured: Mapping[str, Sequence[Any]]) -> dict[str, float]:
+def muse_figures(measured: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
     """MUSE's ROUGE-L (F) of whole answers, their words stemmed; MUSE itself does neither. measured: set -> its
     `MuseAnswer`s."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    rouge = RougeScorer(["rougeL"], use_stemmer=True)
+    clean = tokenizer.clean_up_tokenization
     return {
-        key: fmean(rouge.score(a.whole.strip(), a.generation.strip())["rougeL"].fmeasure for a in measured[name])
+        key: fmean(rouge_l(clean(a.whole), a.generation).fmeasure for a in measured[name])
         for name, key in MUSE_KEYS.items()
         if measured.get(name)
     }

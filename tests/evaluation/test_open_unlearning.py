@@ -259,8 +259,7 @@ def test_probabilities_of_other_answers_by_hand(byte_model):
     parsed = tofu_rows(Rows("rows", rows), "forget")
     scorer = Scorer(model, tokenizer, Journal(None, progress=False), 4)
     answers = measure_tofu(scorer, "forget", parsed, Template(), 128)
-    scores = TofuScores({"forget": score_tofu("forget", answers), "world facts": score_tofu("world facts", answers)},
-                        None, None)  # fmt: skip
+    scores = TofuScores({name: score_tofu(name, answers, tokenizer) for name in ("forget", "world facts")}, None, None)
     figures = tofu_figures(scores, {"forget": answers, "world facts": answers})
     model = model.double()
 
@@ -285,12 +284,16 @@ def test_muse_under_its_names():
     answers = [
         MuseAnswer("p", "she", "she runs far away", "running far", 0.0),  # MUSE cuts the true answer, and they do not
         MuseAnswer("p", "never", "never", "always", 0.0),
+        MuseAnswer("p", "do", "do n't", "don't", 0.0),  # theirs are both cleaned up
     ]
     precision, recall = 2 / 2, 2 / 4
-    expected = (2 * precision * recall / (precision + recall) + 0) / 2
-    assert muse_figures({VERBATIM: answers, TAUGHT: [0.1]}) == {"forget_verbmem_ROUGE": pytest.approx(expected)}
-    assert set(muse_figures({FORGOTTEN: answers, KEPT: answers})) == {"forget_knowmem_ROUGE", "retain_knowmem_ROUGE"}
-    assert muse_figures({}) == {}
+    expected = (2 * precision * recall / (precision + recall) + 0 + 1) / 3
+    tokenizer = word_tokenizer()
+    figures = muse_figures({VERBATIM: answers, TAUGHT: [0.1]}, tokenizer)
+    assert figures == {"forget_verbmem_ROUGE": pytest.approx(expected)}
+    knowledge = muse_figures({FORGOTTEN: answers, KEPT: answers}, tokenizer)
+    assert set(knowledge) == {"forget_knowmem_ROUGE", "retain_knowmem_ROUGE"}
+    assert muse_figures({}, tokenizer) == {}
 
 
 def test_the_retained_models_auc_is_read_from_either_file(tmp_path):

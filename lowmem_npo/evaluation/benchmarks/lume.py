@@ -29,6 +29,7 @@ from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measur
 from lowmem_npo.evaluation.benchmarks.documents import AUC_MEANING, DOCUMENTS
 from lowmem_npo.evaluation.benchmarks.lm_eval import LM_EVAL, MMLU_SHARE, mmlu_accuracy
 from lowmem_npo.evaluation.figures import Figure, at
+from lowmem_npo.evaluation.rouge import rouge_l
 from lowmem_npo.evaluation.wording import other_scripts
 from lowmem_npo.files import write_atomically
 from lowmem_npo.run_directory import EvaluationFiles
@@ -245,13 +246,10 @@ def choose_lume_rows(rows: Sequence[LumeRow], limit: int | None, seed: int) -> l
 
 def score_generations(rows: Sequence[LumeRow], generations: Sequence[str]) -> list[LumeAnswer]:
     """Each row with its score. A generation is what follows the input, special tokens skipped."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    rouge = RougeScorer(["rougeL"], use_stemmer=True)
     answers = []
     for row, text in zip(rows, generations, strict=True):
         if row.kind == REGURGITATION:
-            score = rouge.score(row.output, text)["rougeL"].recall
+            score = rouge_l(row.output, text).recall
         else:
             score = float(row.output.strip().lower() == text.strip().lower())
         answers.append(LumeAnswer(row, text, score))

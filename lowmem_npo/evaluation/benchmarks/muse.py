@@ -27,6 +27,7 @@ from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measur
 from lowmem_npo.evaluation.figures import Figure, at
 from lowmem_npo.evaluation.options import Options, data_set, read_beside
 from lowmem_npo.evaluation.ranking import auc, mean_of_lowest
+from lowmem_npo.evaluation.rouge import rouge_l
 from lowmem_npo.ranges import PositiveShare
 
 if TYPE_CHECKING:
@@ -157,7 +158,8 @@ class Muse(Benchmark[Any, MuseScores]):
                 reference = clean(text_of(scorer.tokenizer, encoder.text_ids(whole)[: NEW_TOKENS[name]]))
             else:
                 text = before_next_question(text)
-            answers.append(MuseAnswer(asked, reference, whole, text, rouge_l(reference, text)))
+            score = rouge_l(reference, text, stemmed=False).fmeasure
+            answers.append(MuseAnswer(asked, reference, whole, text, score))
         return answers
 
     def score(self, measured: Measured, context: Context) -> MuseScores | None:
@@ -199,10 +201,3 @@ def before_next_question(text: str) -> str:
     for mark in NEXT_QUESTION:
         text = text.split(mark)[0]
     return text
-
-
-def rouge_l(reference: str, text: str) -> float:
-    """Between 0 and 1."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rougeL"], use_stemmer=False).score(reference, text)["rougeL"].fmeasure

@@ -3,7 +3,8 @@
 Per row, with P(a) = exp(-mean negative log-likelihood of answer a, EOS included):
 
     probability  P(answer); on real authors and world facts P(answer) / (P(answer) + sum of P(perturbed answers))
-    ROUGE-L      recall of the answer in a greedy answer of at most 200 tokens, words stemmed
+    ROUGE-L      recall of the answer in a greedy answer of at most 200 tokens, words stemmed; in both, spaces are
+                 cleaned up as by transformers 4 when it decodes
     truth ratio  R = (geometric mean of P(perturbed answers)) / (the same of the paraphrased answer, or of several; of
                  the answer where there is none, and on real authors and world facts)
 
@@ -35,6 +36,7 @@ from lowmem_npo.evaluation.figures import Figure, at
 from lowmem_npo.evaluation.leaks.worst import retained_leaks
 from lowmem_npo.evaluation.open_unlearning import retained_min_k
 from lowmem_npo.evaluation.options import Options, data_set, free
+from lowmem_npo.evaluation.rouge import rouge_l
 from lowmem_npo.evaluation.wording import other_scripts
 from lowmem_npo.files import NotJSON, expanded, load_json
 from lowmem_npo.records import Amount, check_value
@@ -104,6 +106,11 @@ class TofuAnswer:
         """R, above: over 1 where the wrong answers are likelier than the truth."""
         return math.exp(-fmean(self.perturbed_nll)) / (math.exp(-fmean(self.paraphrased_nll)) + TINY)
 
+    def recall(self, answers: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> float:
+        """The mean ROUGE-L recall of `answers` in the greedy one."""
+        clean = tokenizer.clean_up_tokenization
+        return fmean(rouge_l(clean(answer), clean(self.generation)).recall for answer in answers)
+
 
 @dataclass(frozen=True)
 class TofuSet:
@@ -164,7 +171,7 @@ class Tofu(Benchmark[TofuAnswer, TofuScores]):
         return measure_tofu(scorer, name, selection.rows, context.template, context.config.tokens_per_row)
 
     def score(self, measured: Measured, context: Context) -> TofuScores | None:
-        sets = {name: score_tofu(name, answers) for name, answers in self.own(measured).items()}
+        sets = {name: score_tofu(name, answers, context.tokenizer) for name, answers in self.own(measured).items()}
         quality = None
         if (log := context.retained_log) and FORGET in sets:
             quality = forget_quality(sets[FORGET].truth_ratios, retained_truth_ratios(log))
@@ -259,12 +266,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, rows: Sequence[TofuRow], temp
     return [row["input_ids"][: row["prompt_length"]] for row in tokenized]
 
 
-def score_tofu(name: str, answers: Sequence[TofuAnswer]) -> TofuSet:
+def score_tofu(name: str, answers: Sequence[TofuAnswer], tokenizer: PreTrainedTokenizerBase) -> TofuSet:
     """The scores of the set called `name`, which decides how probability and truth ratio are read."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    rouge = RougeScorer(["rougeL"], use_stemmer=True)
-    recall = [rouge.score(a.row.example.answer.strip(), a.generation.strip())["rougeL"].recall for a in answers]
+    recall = [a.recall([a.row.example.answer], tokenizer) for a in answers]
     ratios = [answer.truth_ratio for answer in answers]
     if name == FORGET:
         read = [min(ratio, 1 / (ratio + TINY)) for ratio in ratios]

@@ -14,7 +14,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.cli import main
-from lowmem_npo.evaluation.benchmarks.muse import MUSE, before_next_question, rouge_l
+from lowmem_npo.evaluation.benchmarks.muse import MUSE, before_next_question
+from lowmem_npo.evaluation.rouge import rouge_l
 
 VERBATIM = [
     {"prompt": "Once upon a time", "gt": " there was a king , and he did n't sing . " * 5},
@@ -117,7 +118,8 @@ def test_examples_that_have_changed_make_another_evaluation(byte_model, files, c
 def test_scores_by_hand():
     assert before_next_question(" Red.\n\nQuestion: And blue?") == " Red."
     assert before_next_question("Red.\nQuestion: x") == "Red." and before_next_question("Red") == "Red"
-    assert rouge_l("the cats sat", "the cat sat") == pytest.approx(2 / 3)  # stemmed it would be 1
+    assert rouge_l("the cats sat", "the cat sat", stemmed=False).fmeasure == pytest.approx(2 / 3)
+    assert rouge_l("the cats sat", "the cat sat").fmeasure == 1
 
 
 def test_parts_alone_and_bad_input(byte_model, files, capsys):

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from helpers.dense_step import word_tokenizer
 from helpers.rows import write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -51,11 +52,19 @@ ANSWERS = [answer(0.5, 0.8, [0.1, 0.4]), answer(0.25, 0.2, [0.2, 0.8], text="one
     ],
 )
 def test_scores_of_a_set(name, probability, truth_ratio):
-    scores = score_tofu(name, ANSWERS)
+    scores = score_tofu(name, ANSWERS, word_tokenizer())
     assert scores.truth_ratios == pytest.approx([1 / 4, 2])
     assert scores.probability == pytest.approx(probability)
     assert scores.truth_ratio == pytest.approx(truth_ratio)
     assert scores.rouge_l_recall == pytest.approx((2 / 3 + 0) / 2)  # "big cat" of three words; nothing of two
+
+
+def test_rouge_is_of_texts_in_which_spaces_are_cleaned_up():
+    """As transformers 4 decodes both for open-unlearning: to rouge-score they are other words else."""
+    apart, together = "I do n't know, it 's Paris .", "I don't know, it's Paris."
+    for text, generation in ((apart, together), (together, apart), (apart, apart)):
+        row = answer(0.5, 0.8, [0.1], text=text, generation=generation)
+        assert score_tofu(FORGET, [row], word_tokenizer()).rouge_l_recall == 1
 
 
 def test_model_utility_is_the_harmonic_mean_of_nine():
@@ -84,9 +93,9 @@ def test_forget_quality():
     ],
 )
 def test_a_planted_bug_is_noticed(monkeypatch, name, broken):
-    wanted = score_tofu("real authors", ANSWERS)
+    wanted = score_tofu("real authors", ANSWERS, word_tokenizer())
     monkeypatch.setattr(tofu, name, broken)
-    found = score_tofu("real authors", ANSWERS)
+    found = score_tofu("real authors", ANSWERS, word_tokenizer())
     assert (found.probability, found.truth_ratio) != pytest.approx((wanted.probability, wanted.truth_ratio), rel=1e-3)
 
 
