@@ -12,7 +12,7 @@ So that a table of a paper and one of ours can stand side by side. What differs 
     privleak ((1 - mia_min_k) - (1 - r)) / (1 - r) in per cent, r being mia_min_k of a model that was never taught the
              forget set, or 0.5 where there is none (Shi et al. 2024, MUSE, section 3.1)
     *_PARA_Prob, *_PERT_Prob   the mean over rows of the probability of the answer in other words (the answer itself
-             where there is none), and of wrong answers
+             where there is none), and of wrong answers; *_PARA_ROUGE, *_PERT_ROUGE: of their ROUGE-L recall
     *_ROUGE of MUSE   between 0 and 1, of stemmed words; spaces are cleaned up in the true answers, too
 """
 
@@ -104,7 +104,9 @@ def privleak(auc: float, retained: float) -> float:
     return (score - reference) / (reference + TINY) * 100
 
 
-def tofu_figures(scores: Any, measured: Mapping[str, Sequence[Any]]) -> dict[str, float]:
+def tofu_figures(
+    scores: Any, measured: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, float]:
     """TOFU's, of the sets that were measured. scores: `TofuScores`, or None. measured: set -> its `TofuAnswer`s."""
     if scores is None:
         return {}
@@ -117,6 +119,10 @@ def tofu_figures(scores: Any, measured: Mapping[str, Sequence[Any]]) -> dict[str
             figures |= _probabilities(prefix, measured.get(name, ()))
             ratio = "forget_truth_ratio" if prefix == "forget" else f"{prefix}_Truth_Ratio"
             figures[ratio] = of_set.truth_ratio
+    if answers := measured.get("forget"):
+        reworded = [a.recall(a.row.paraphrased or [a.row.example.answer], tokenizer) for a in answers]
+        figures["forget_Q_A_PARA_ROUGE"] = fmean(reworded)
+        figures["forget_Q_A_PERT_ROUGE"] = fmean(a.recall(a.row.perturbed, tokenizer) for a in answers)
     totals = {"model_utility": scores.model_utility, "forget_quality": scores.forget_quality}
     return figures | {name: value for name, value in totals.items() if value is not None}
 

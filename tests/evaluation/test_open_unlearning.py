@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from lowmem_npo.config import AdapterConfig, ModelConfig
 from lowmem_npo.data import Example, Rows, Template, tokenize
 from lowmem_npo.evaluation.benchmarks.muse import FORGOTTEN, KEPT, TAUGHT, VERBATIM, MuseAnswer
-from lowmem_npo.evaluation.benchmarks.tofu import TofuScores, TofuSet, measure_tofu, score_tofu, tofu_rows
+from lowmem_npo.evaluation.benchmarks.tofu import TofuAnswer, TofuScores, TofuSet, measure_tofu, score_tofu, tofu_rows
 from lowmem_npo.evaluation.open_unlearning import (
     _standard,
     exact_memorization,
@@ -241,12 +241,30 @@ def test_privleak_by_hand():
 def test_tofu_under_its_names():
     of_set = TofuSet(2, 0.1, 0.2, 0.3, [1.0, 2.0])
     scores = TofuScores({"forget": of_set, "real authors": of_set}, None, 0.7)
-    assert tofu_figures(scores, {}) == {
+    assert tofu_figures(scores, {}, word_tokenizer()) == {
         "forget_Q_A_Prob": 0.1, "forget_Q_A_ROUGE": 0.2, "forget_truth_ratio": 0.3,
         "ra_Q_A_Prob_normalised": 0.1, "ra_Q_A_ROUGE": 0.2, "ra_Truth_Ratio": 0.3,
         "forget_quality": 0.7,
     }  # fmt: skip
-    assert tofu_figures(None, {}) == {}
+    assert tofu_figures(None, {}, word_tokenizer()) == {}
+
+
+def test_how_much_of_other_answers_comes_by_hand():
+    """ROUGE-L recall in the greedy answer "Anna sails": words of each, of these those that came; a row's averaged."""
+    texts = [
+        ({"paraphrased_answer": ["It is Anna", "Anna"], "perturbed_answer": ["Ida sails", "Oslo"]},
+         (1 / 3 + 1) / 2, (1 / 2 + 0) / 2),
+        ({"perturbed_answer": ["Anna did n't"]}, 2 / 2, 1 / 3),  # in other words: the answer; a wrong one is cleaned up
+    ]  # fmt: skip
+    rows = [{"question": "Who?", "answer": "Anna sails", **row} for row, *_ in texts]
+    parsed = tofu_rows(Rows("rows", rows), "forget")
+    answers = [TofuAnswer(row, 1.0, (1.0,), (1.0,), "Anna sails") for row in parsed]
+    of_set = score_tofu("forget", answers, word_tokenizer())
+    scores = TofuScores({"forget": of_set, "retain": of_set}, None, None)
+    figures = tofu_figures(scores, {"forget": answers, "retain": answers}, word_tokenizer())
+    assert figures["forget_Q_A_PARA_ROUGE"] == pytest.approx(np.mean([reworded for _, reworded, _ in texts]))
+    assert figures["forget_Q_A_PERT_ROUGE"] == pytest.approx(np.mean([wrong for *_, wrong in texts]))
+    assert "retain_Q_A_PARA_ROUGE" not in figures  # nor is it there
 
 
 def test_probabilities_of_other_answers_by_hand(byte_model):
@@ -260,7 +278,7 @@ def test_probabilities_of_other_answers_by_hand(byte_model):
     scorer = Scorer(model, tokenizer, Journal(None, progress=False), 4)
     answers = measure_tofu(scorer, "forget", parsed, Template(), 128)
     scores = TofuScores({name: score_tofu(name, answers, tokenizer) for name in ("forget", "world facts")}, None, None)
-    figures = tofu_figures(scores, {"forget": answers, "world facts": answers})
+    figures = tofu_figures(scores, {"forget": answers, "world facts": answers}, tokenizer)
     model = model.double()
 
     def probability(question, answer):

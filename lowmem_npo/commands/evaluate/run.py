@@ -133,8 +133,9 @@ def measure(
     for benchmark in BENCHMARKS:
         if (scores := benchmark.score(result.measured, context)) is not None:
             result.scores[benchmark.name] = scores
-    result.open_unlearning |= tofu_figures(result.scores.get(TOFU.name), result.measured.get(TOFU.name, {}))
-    result.open_unlearning |= muse_figures(result.measured.get(MUSE.name, {}), context.tokenizer)
+    tofu, muse = result.measured.get(TOFU.name, {}), result.measured.get(MUSE.name, {})
+    result.open_unlearning |= tofu_figures(result.scores.get(TOFU.name), tofu, context.tokenizer)
+    result.open_unlearning |= muse_figures(muse, context.tokenizer)
     if leak_rows and "holdout" not in leak_rows:
         result.notes.append(f"Leak tests: {NO_HOLDOUT}.")
     result.notes += not_beside_gold(result.leaks, result.gold_leaks)
