@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -47,9 +47,9 @@ MARGIN = 16  # tokens beyond the longest true answer
 
 @dataclass(frozen=True)
 class AnswerRecord:
-    """One row: its prompt, its true answer (reference), the greedy answer. `row` is its place in its data set, `lead`
-    the white space that the model wrote before the answer, `cut` whether the true one is longer than an answer could
-    be, so that the reference is only its beginning."""
+    """One row: its prompt, its true answer (reference), the greedy answer. `row` is its place in its data set, `cut`
+    whether the true one is longer than an answer could be, so that the reference is only its beginning, `ids` what the
+    model wrote, special tokens and the white space around the answer among it; none of a record that was saved."""
 
     row: int
     prompt: str
@@ -61,15 +61,19 @@ class AnswerRecord:
     rouge_l_recall: float
     exact_match: bool
     appears: bool
-    lead: str = ""
     cut: bool = False
+    ids: Sequence[int] = field(default=(), compare=False)
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> AnswerRecord:
         """A record as it was saved; one of a version that compared otherwise is compared anew."""
         if "appears" not in content:
             content = {**content, **compared(content["reference"], content["answer"])}
-        return record_of(cls, content)
+        return record_of(cls, {name: value for name, value in content.items() if name != "lead"})  # which was the space
+
+    def to_json(self) -> dict[str, Any]:
+        """As files hold it, which people read."""
+        return {name: value for name, value in asdict(self).items() if name != "ids"}
 
 
 def compared(reference: str, answer: str) -> dict[str, Any]:
@@ -201,7 +205,10 @@ def in_sentences_of_its_own(evaluations: Mapping[str, AnswerEvaluation]) -> str 
 
 def save_answers(path: Path, evaluations: Mapping[str, AnswerEvaluation]) -> None:
     """before.json and its like: every set with its summary and its rows."""
-    content = {name: asdict(evaluation) for name, evaluation in evaluations.items()}
+    content = {
+        name: {"summary": asdict(of_set.summary), "records": [record.to_json() for record in of_set.records]}
+        for name, of_set in evaluations.items()
+    }
     write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n", private=True)
 
 
@@ -290,8 +297,7 @@ def evaluate_answers(
         chosen, questions, likelihoods, answers, strict=True
     ):
         reference = text_of(tokenizer, reference_ids[:length]).strip()
-        written = text_of(tokenizer, answer_ids).rstrip()
-        answer = written.lstrip()
+        answer = text_of(tokenizer, answer_ids).strip()
         figures = compared(reference, answer)
         # With a token beyond the true answer, white space too, a written answer would go on.
         figures["exact_match"] &= generate or len(answer_ids) <= len(reference_ids)
@@ -304,8 +310,8 @@ def evaluate_answers(
                 tokens=likelihood.tokens,
                 nll=likelihood.nll,
                 probability=likelihood.probability,
-                lead=written[: len(written) - len(answer)],
                 cut=reference != text_of(tokenizer, reference_ids).strip(),
+                ids=answer_ids,
                 **figures,
             )
         )

@@ -14,12 +14,14 @@ from typing import Any
 from peft import PeftModel
 
 from lowmem_npo.data import TokenizedRow
+from lowmem_npo.data.fit import Fit
 from lowmem_npo.evaluation.scoring.scorer import Scorer
 from lowmem_npo.model.adapters import original_model
+from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.sizes import counted
 
-Said = tuple[list[int], str]
-"""A prompt, as ids, and what the model wrote after it, white space before it too: without, it is of other tokens."""
+Said = tuple[Sequence[int], Sequence[int]]
+"""A prompt and what the model wrote after it, as ids: a text does not tell of what tokens it was."""
 
 
 def fluency(scorer: Scorer, name: str, said: Sequence[Said]) -> dict[str, Any] | None:
@@ -30,15 +32,16 @@ def fluency(scorer: Scorer, name: str, said: Sequence[Said]) -> dict[str, Any] |
     """
     if not said or not isinstance(scorer.model, PeftModel):
         return None
+    positions = Fit.of(causal_lm(scorer.model)).positions
     rows = []
-    for prompt, text in said:
-        answer = list(scorer.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-        if len(prompt) + len(answer) > 1 and answer:
-            ids = [*prompt, *answer]
+    for prompt, answer in said:
+        ids = [*prompt, *answer][:positions]  # the last token is written beyond them where a model has learnt so many
+        if len(ids) > max(1, len(prompt)):
             rows.append(TokenizedRow(input_ids=ids, labels=ids, prompt_length=len(prompt)))
     with original_model(scorer.model):
-        nll = scorer.nll(f"{name}: what is said, to the original model", rows)
-    return {"rows": len(rows), "silent": len(said) - len(rows), "nll": fmean(nll) if nll else None}
+        nll = scorer.nll(f"{name}: what was written, to the original model", rows)
+    silent = sum(not answer for _, answer in said)
+    return {"rows": len(rows), "silent": silent, "nll": fmean(nll) if nll else None}
 
 
 def fluency_text(figures: dict[str, dict[str, Any]]) -> str:

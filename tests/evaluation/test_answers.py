@@ -42,15 +42,18 @@ def rows(tokenizer):
     return tokenize([Example(prompt, answer, "here", "question/answer") for prompt, answer in PAIRS], tokenizer)
 
 
-def test_the_white_space_before_an_answer_is_kept_beside_it(byte_model, tokenizer, rows, monkeypatch):
-    """The model's own tokens have it: without it `fluency` would ask of others."""
-    said = [" Anna does ", "\n\nOh", "", "No"]
+def test_what_was_written_is_kept_beside_the_answer(byte_model, tokenizer, rows, monkeypatch):
+    """White space and special tokens are among it; `fluency` asks of them. Files that people read have the text alone,
+    and older ones the white space."""
+    said = [" Anna does ", "\n\nOh", "", "No<pad>"]
     ids = [tokenizer(text, add_special_tokens=False).input_ids for text in said]
     monkeypatch.setattr(generation, "greedy_answers", lambda *args, **options: ids)
     model = AutoModelForCausalLM.from_pretrained(byte_model)
     records = evaluate_answers(model, tokenizer, rows, progress=False).records
-    assert [record.lead + record.answer for record in records] == [" Anna does", "\n\nOh", "", "No"]
+    assert [record.ids for record in records] == ids
     assert [record.answer for record in records] == ["Anna does", "Oh", "", "No"] and records[0].exact_match
+    read = [AnswerRecord.read(record.to_json() | {"lead": " "}) for record in records]
+    assert read == records and not any(record.ids for record in read)
 
 
 def dense_nlls(model, rows) -> list[float]:

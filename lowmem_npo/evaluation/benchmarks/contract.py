@@ -154,9 +154,9 @@ class Benchmark(ABC, Generic[MeasuredT, ScoresT]):
 
     def said(
         self, selection: Selection, measured: Sequence[MeasuredT], context: Context
-    ) -> list[tuple[list[int], str]]:
-        """The prompt, as ids, and the greedy answer of each row that was asked as it was trained, with the white space
-        before it; for `fluency`."""
+    ) -> list[tuple[Sequence[int], Sequence[int]]]:
+        """The prompt and the greedy answer, both as ids, of each row that was asked as it was trained; for
+        `fluency`."""
         return []
 
     def rows_to_json(self, name: str, measured: Sequence[MeasuredT]) -> list[dict[str, Any]]:

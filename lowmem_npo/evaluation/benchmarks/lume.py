@@ -19,7 +19,7 @@ import json
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean, harmonic_mean
 from typing import TYPE_CHECKING, Any
 
@@ -80,11 +80,12 @@ class LumeRow:
 
 @dataclass(frozen=True)
 class LumeAnswer:
-    """A row, what the model made of it, and its score: ROUGE-L recall, or 0 and 1."""
+    """A row, what the model made of it, its score (ROUGE-L recall, or 0 and 1), and the ids that it wrote."""
 
     row: LumeRow
     generation: str
     score: float
+    ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -154,10 +155,10 @@ class Lume(Benchmark[LumeAnswer, LumeScores]):
 
     def measure(self, name: str, selection: Selection, scorer: Scorer, context: Context) -> list[LumeAnswer]:
         prompts = _prompts(selection.rows, scorer.tokenizer)
-        texts = scorer.continuations(f"{name}: LUME generations", prompts, MAX_NEW_TOKENS)
+        written = scorer.continuations(f"{name}: LUME generations", prompts, MAX_NEW_TOKENS)
         # transformers 4, with which the official scores were made, cleans spaces up when decoding; 5 leaves it to us.
-        texts = [scorer.tokenizer.clean_up_tokenization(text) for text in texts]
-        return score_generations(selection.rows, texts)
+        answers = score_generations(selection.rows, [scorer.tokenizer.clean_up_tokenization(w.text) for w in written])
+        return [replace(answer, ids=ids) for answer, (ids, _) in zip(answers, written, strict=True)]
 
     def score(self, measured: Measured, context: Context) -> LumeScores | None:
         answers = self.own(measured)
@@ -179,9 +180,9 @@ class Lume(Benchmark[LumeAnswer, LumeScores]):
 
     def said(
         self, selection: Selection, measured: Sequence[LumeAnswer], context: Context
-    ) -> list[tuple[list[int], str]]:
+    ) -> list[tuple[Sequence[int], Sequence[int]]]:
         prompts = _prompts(selection.rows, context.tokenizer)
-        return [(prompt, a.generation) for prompt, a in zip(prompts, measured, strict=True)]
+        return [(prompt, a.ids) for prompt, a in zip(prompts, measured, strict=True)]
 
     def rows_to_json(self, name: str, measured: Sequence[LumeAnswer]) -> list[dict[str, Any]]:
         return [{**asdict(a.row), "generation": a.generation, "score": a.score} for a in measured]

@@ -149,10 +149,11 @@ class Muse(Benchmark[Any, MuseScores]):
         if name in (TAUGHT, UNSEEN):
             scored = scorer.token_scores(f"{name}: texts", selection.rows)
             return [mean_of_lowest(one.logprobs, K) for one in scored]
-        texts = scorer.continuations(f"{name}: answers", [ids for _, ids, _ in selection.rows], NEW_TOKENS[name])
+        prompts = [ids for _, ids, _ in selection.rows]
+        written = scorer.continuations(f"{name}: answers", prompts, NEW_TOKENS[name])
         # transformers 4, with which MUSE was made, cleans spaces up when decoding; 5 leaves it to us.
         encoder, clean, answers = Encoder(scorer.tokenizer), scorer.tokenizer.clean_up_tokenization, []
-        for (asked, _, whole), text in zip(selection.rows, texts, strict=True):
+        for (asked, _, whole), (_, text) in zip(selection.rows, written, strict=True):
             reference, text = whole, clean(text)
             if name == VERBATIM:
                 reference = clean(text_of(scorer.tokenizer, encoder.text_ids(whole)[: NEW_TOKENS[name]]))

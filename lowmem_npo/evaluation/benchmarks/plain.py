@@ -105,16 +105,14 @@ class Plain(Benchmark[PlainAnswer, dict[str, AnswerSummary]]):
 
     def said(
         self, selection: Selection, measured: Sequence[PlainAnswer], context: Context
-    ) -> list[tuple[list[int], str]]:
+    ) -> list[tuple[Sequence[int], Sequence[int]]]:
         if not context.config.lets_write:
             return []
         trained = [a for a in measured if a.form is None]
-        return [
-            (question(row)[0], a.record.lead + a.record.answer) for row, a in zip(selection.rows, trained, strict=True)
-        ]
+        return [(question(row)[0], a.record.ids) for row, a in zip(selection.rows, trained, strict=True)]
 
     def rows_to_json(self, name: str, measured: Sequence[PlainAnswer]) -> list[dict[str, Any]]:
-        return [{**asdict(a.record), **({"form": a.form} if a.form else {})} for a in measured]
+        return [{**a.record.to_json(), **({"form": a.form} if a.form else {})} for a in measured]
 
     def figures(self, content: Mapping[str, Mapping[str, Any]]) -> list[Figure]:
         return answer_figures(summaries_of(content))

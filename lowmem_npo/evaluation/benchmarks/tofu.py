@@ -93,13 +93,14 @@ class TofuRow:
 @dataclass(frozen=True)
 class TofuAnswer:
     """A row as the model sees it: mean nll per token of each of its answers (of its answer, where it has none in other
-    words), and the greedy answer as written."""
+    words), and the greedy answer as written, as text and as ids."""
 
     row: TofuRow
     nll: float
     paraphrased_nll: tuple[float, ...]
     perturbed_nll: tuple[float, ...]
     generation: str
+    ids: Sequence[int] = ()
 
     @property
     def truth_ratio(self) -> float:
@@ -182,9 +183,9 @@ class Tofu(Benchmark[TofuAnswer, TofuScores]):
 
     def said(
         self, selection: Selection, measured: Sequence[TofuAnswer], context: Context
-    ) -> list[tuple[list[int], str]]:
+    ) -> list[tuple[Sequence[int], Sequence[int]]]:
         prompts = prompt_ids(context.tokenizer, selection.rows, context.template)
-        return [(prompt, a.generation) for prompt, a in zip(prompts, measured, strict=True)]
+        return [(prompt, a.ids) for prompt, a in zip(prompts, measured, strict=True)]
 
     def rows_to_json(self, name: str, measured: Sequence[TofuAnswer]) -> list[dict[str, Any]]:
         return [
@@ -249,14 +250,13 @@ def measure_tofu(
     reworded = [replace(row.example, answer=text) for row in rows for text in row.paraphrased]
     right = nll("answers in other words", reworded)
     wrong = nll("perturbed answers", [replace(row.example, answer=text) for row in rows for text in row.perturbed])
-    generations = scorer.continuations(
-        f"{name}: greedy answers", prompt_ids(scorer.tokenizer, rows, template), MAX_NEW_TOKENS
-    )
+    prompts = prompt_ids(scorer.tokenizer, rows, template)
+    written = scorer.continuations(f"{name}: greedy answers", prompts, MAX_NEW_TOKENS)
     measured = []
-    for row, answer, generation in zip(rows, answers, generations, strict=True):
+    for row, answer, (ids, text) in zip(rows, answers, written, strict=True):
         paraphrased, right = right[: len(row.paraphrased)], right[len(row.paraphrased) :]
         perturbed, wrong = wrong[: len(row.perturbed)], wrong[len(row.perturbed) :]
-        measured.append(TofuAnswer(row, answer, tuple(paraphrased) or (answer,), tuple(perturbed), generation))
+        measured.append(TofuAnswer(row, answer, tuple(paraphrased) or (answer,), tuple(perturbed), text, ids))
     return measured
 
 

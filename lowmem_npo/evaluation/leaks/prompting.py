@@ -70,10 +70,10 @@ class Prompting(LeakTest[Options], abstract=True):
 
         def best(scorer: Scorer, part: str, name: str, asked: Asked) -> list[Best | None]:
             prompts = [question(row)[0] for row in asked.rows]
-            texts = scorer.continuations(f"{part} of up to {length} tokens", prompts, length)
+            written = scorer.continuations(f"{part} of up to {length} tokens", prompts, length)
             said: dict[int, list[str]] = {}
-            for place, text in zip(asked.places, texts, strict=True):
-                said.setdefault(place, []).append(text.strip())
+            for place, one in zip(asked.places, written, strict=True):
+                said.setdefault(place, []).append(one.text.strip())
             own = references[name]
             return [best_samples([own[i]], [said[i]])[0] if i in said else None for i in range(len(own))]
 

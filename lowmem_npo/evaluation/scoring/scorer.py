@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,6 +18,13 @@ from lowmem_npo.evaluation.scoring.gradient_norms import gradient_norms
 from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
 from lowmem_npo.evaluation.scoring.token_scores import NotFinite, TokenScores, token_scores
+
+
+class Continuation(NamedTuple):
+    """What a model wrote after a prompt, as ids and as text: special tokens skipped, nothing else trimmed."""
+
+    ids: list[int]
+    text: str
 
 
 class NotAsked(LookupError):
@@ -53,17 +60,17 @@ class Scorer:
         answers = [question(row)[1][:max_new_tokens] for row in rows]
         return [text_of(self.tokenizer, answer).strip() for answer in answers]
 
-    def continuations(self, part: str, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
-        """The greedy text after each prompt (ids), special tokens skipped, nothing else trimmed."""
+    def continuations(self, part: str, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Continuation]:
+        """What the model writes after each prompt (ids), greedily."""
 
-        def measure(rows: list[int]) -> list[str]:
+        def measure(rows: list[int]) -> list[list[int]]:
             batch = [Prompt(prompts[row], max_new_tokens) for row in rows]
             model, size = self.loaded_model, self.batch_size
-            answers = greedy_answers(model, self.tokenizer, batch, batch_size=size, progress=False)
-            return [text_of(self.tokenizer, ids) for ids in answers]
+            return greedy_answers(model, self.tokenizer, batch, batch_size=size, progress=False)
 
         lengths = [(len(prompt), max_new_tokens) for prompt in prompts]
-        return self._generated(part, lengths, measure)
+        written = self._generated(_with_ids(part), lengths, measure)
+        return [Continuation(ids, text_of(self.tokenizer, ids)) for ids in written]
 
     def samples(
         self, part: str, rows: Sequence[TokenizedRow], samples: int, temperature: float, seed: int, max_new_tokens: int
@@ -148,7 +155,7 @@ class Scorer:
             )
             return [asdict(record) for record in evaluated.records]
 
-        part = _with_length(part, max_new_tokens)
+        part = _with_ids(_with_length(part, max_new_tokens))
         if self.generates:
             entries = self._generated(part, [(len(question(row)[0]), max_new_tokens) for row in rows], measure)
         else:
@@ -171,6 +178,11 @@ class Scorer:
 def _with_length(part: str, max_new_tokens: int) -> str:
     """What a journal calls generated answers: those of another length, or of a version without one, are others."""
     return f"{part} of up to {max_new_tokens} tokens"
+
+
+def _with_ids(part: str) -> str:
+    """What a journal calls answers whose ids it holds: those of a version that kept none are others."""
+    return f"{part}, with ids"
 
 
 def _check_finite(part: str, nll: Sequence[float]) -> None:

@@ -15,7 +15,7 @@ from lowmem_npo.evaluation.leaks.registry import LeakOptions
 from lowmem_npo.evaluation.leaks.rewording import REWORDING
 from lowmem_npo.evaluation.leaks.sampling import Best
 from lowmem_npo.evaluation.scoring.journal import Journal
-from lowmem_npo.evaluation.scoring.scorer import Scorer
+from lowmem_npo.evaluation.scoring.scorer import Continuation, Scorer
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
@@ -90,7 +90,7 @@ class Answering(Scorer):
     said = staticmethod(lambda prompt: "")
 
     def continuations(self, part, prompts, max_new_tokens):
-        return [self.said(self.tokenizer.decode(prompt)) for prompt in prompts]
+        return [Continuation([], self.said(self.tokenizer.decode(prompt))) for prompt in prompts]
 
 
 def subject_of(tokenizer, said, rows=(PAIR,), holdout=None, fit=None):
