@@ -165,18 +165,27 @@ def test_every_benchmark_says_so_before_weights_load(byte_model, tmp_path, capsy
     architecture("gpt2", 512).save_pretrained(model)
     AutoTokenizer.from_pretrained(byte_model).save_pretrained(model)
     question, file = "Who wrote these words, and where?", tmp_path / "rows.jsonl"
-    rows = {
-        "lume": {"id": "x-qa0", "input": question, "output": "She.", "task": "Task1"},
-        "tofu": {"question": question, "answer": "She.", "perturbed_answer": ["He.", "It."]},
-        "documents": {"document": question},
-        "plain": {"input": question, "output": "She."},
-    }
-    for kind, row in rows.items():
+    brief = {"question": "?", "answer": "A", "perturbed_answer": ["B"]}
+    cut, whole = "give --max-length 24, or remove the row", "shorten the row, or remove it"
+    rows = [
+        ("--forget", {"id": "x-qa0", "input": question, "output": "She.", "task": "Task1"}, whole),
+        ("--forget", {"question": question, "answer": "She.", "perturbed_answer": ["He.", "It."]}, cut),
+        ("--forget", {**brief, "perturbed_answer": ["B", question]}, cut),
+        ("--forget", {**brief, "paraphrased_answer": question}, cut),
+        ("--members", {"document": question}, whole),
+        ("--muse-verbmem", {"prompt": question, "gt": "She."}, whole),
+        ("--muse-privleak", {"text": question}, whole),
+        ("--forget", {"input": question, "output": "She."}, cut),
+    ]
+    others = {"--members": "--nonmembers", "--muse-privleak": "--muse-privleak-holdout"}
+    for flag, row, advice in rows:
         write_rows(file, [row])
-        sets = ["--members", str(file), "--nonmembers", str(file)] if kind == "documents" else ["--forget", str(file)]
+        sets = [flag, str(file), *((others[flag], str(file)) if flag in others else ())]
         assert main(["evaluate", "--model", str(model), *sets]) == 2
         error = capsys.readouterr().err
-        assert "rows.jsonl, line 1 has" in error and "only 24 positions" in error, kind
+        assert "rows.jsonl, line 1 has" in error and f"only 24 positions: {advice}." in error, row
+    write_rows(file, [brief])
+    assert main(["evaluate", "--model", str(model), "--forget", str(file), "--dry-run"]) == 0
 
 
 def test_the_dry_run_says_so(byte_model, tmp_path, capsys):

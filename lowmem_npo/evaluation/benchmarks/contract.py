@@ -63,11 +63,12 @@ class Context:
     retained_log: str | None = None
     longest: int = 0
 
-    def check(self, where: str, ids: Sequence[int]) -> None:
-        """Raises UserError for a row, from the place `where`, that the model cannot take."""
+    def check(self, where: str, ids: Sequence[int], whole: bool = False) -> None:
+        """Raises UserError for a row, from the place `where`, that the model cannot take. whole: the row is measured as
+        long as it is, whatever --max-length says."""
         self.longest = max(self.longest, len(ids))
         if self.fit is not None:
-            self.fit.check(where, ids, self.tokenizer)
+            self.fit.check(where, ids, self.tokenizer, "shorten the row, or remove it" if whole else None)
 
     def choose(self, total: int) -> list[int]:
         """Which of `total` rows are measured, under --limit and --seed."""

@@ -85,7 +85,7 @@ class Documents(Benchmark[float, MembershipScore]):
         tokenized = documents(rows, context.tokenizer)
         places = context.choose(len(tokenized))
         for place in places:
-            context.check(rows.where(place), tokenized[place]["input_ids"])
+            context.check(rows.where(place), tokenized[place]["input_ids"], whole=True)
         return Selection([tokenized[place] for place in places], len(tokenized))
 
     def measure(self, name: str, selection: Selection, scorer: Scorer, context: Context) -> list[float]:

@@ -24,6 +24,7 @@ from statistics import fmean, harmonic_mean
 from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.data import Encoder, Rows, to_examples
+from lowmem_npo.data.cells import label, without_nan
 from lowmem_npo.evaluation.answer_table import FORGET, RETAIN
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Measured, Selection
 from lowmem_npo.evaluation.benchmarks.documents import AUC_MEANING, DOCUMENTS
@@ -145,7 +146,7 @@ class Lume(Benchmark[LumeAnswer, LumeScores]):
             context.notes.append(f"{name}: {left_out} rows without a LUME id (…sc1, …qa0) are left out.")
         chosen = choose_lume_rows(lume, context.config.limit, context.config.seed)
         for row, prompt in zip(chosen, _prompts(chosen, context.tokenizer), strict=True):
-            context.check(rows.where(row.row), prompt)
+            context.check(rows.where(row.row), prompt, whole=True)
         passages = [row.output for row in chosen if row.kind == REGURGITATION]
         context.notes += other_scripts(name, passages, "LUME's regurgitation score")
         return Selection(chosen, len(lume))
@@ -219,7 +220,7 @@ def lume_rows(rows: Rows) -> list[LumeRow]:
     scored = []
     for index, example in enumerate(to_examples(rows, prompt_column="input", answer_column="output")):
         if example.id and (match := re.search(r"(sc|qa).$", example.id)):
-            task = str(rows.rows[index].get("task") or "(no task)")
+            task = label(without_nan(rows.rows[index]).get("task")) or "(no task)"
             kind = KINDS[match[1]]
             scored.append(LumeRow(index, example.id, task, kind, example.prompt or "", example.answer))
     return scored if "task" in rows.columns or len(scored) == len(rows.rows) else []

@@ -118,7 +118,7 @@ class Muse(Benchmark[Any, MuseScores]):
             for place in chosen:
                 if len(texts[place]) < 2:
                     raise single_token(examples[place].where)
-                context.check(examples[place].where, texts[place])
+                context.check(examples[place].where, texts[place], whole=True)
         else:
             columns = ("prompt", "gt") if name == VERBATIM else ("question", "answer")
             examples = to_examples(rows, prompt_column=columns[0], answer_column=columns[1])
@@ -129,7 +129,7 @@ class Muse(Benchmark[Any, MuseScores]):
                 asked = prompt if name == VERBATIM else f"{before}Question: {prompt}\nAnswer: "
                 selected.append((asked, encoder.text_ids(asked), example.answer))
             for place in chosen:
-                context.check(examples[place].where, selected[place][1])
+                context.check(examples[place].where, selected[place][1], whole=True)
         return Selection([selected[place] for place in chosen], len(rows), chosen)
 
     def read_beside(self, name: str, options: Any) -> str:

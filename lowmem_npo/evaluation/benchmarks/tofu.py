@@ -89,6 +89,10 @@ class TofuRow:
     paraphrased: tuple[str, ...]
     perturbed: tuple[str, ...]
 
+    def with_answers(self, texts: Sequence[str]) -> list[Example]:
+        """The question with each of `texts` for an answer."""
+        return [replace(self.example, answer=text) for text in texts]
+
 
 @dataclass(frozen=True)
 class TofuAnswer:
@@ -158,9 +162,10 @@ class Tofu(Benchmark[TofuAnswer, TofuScores]):
             retained_truth_ratios(log)  # raises now if it has none
         chosen = [tofu[i] for i in context.choose(len(tofu))]
         length, template = context.config.tokens_per_row, context.template
-        tokenized = tokenize([row.example for row in chosen], context.tokenizer, max_length=length, template=template)
-        for row, ids in zip(chosen, tokenized, strict=True):
-            context.check(row.example.where, ids["input_ids"])
+        every = [e for row in chosen for e in (row.example, *row.with_answers([*row.paraphrased, *row.perturbed]))]
+        tokenized = tokenize(every, context.tokenizer, max_length=length, template=template)
+        for example, ids in zip(every, tokenized, strict=True):
+            context.check(example.where, ids["input_ids"])
         context.notes += other_scripts(name, [row.example.answer for row in chosen], "TOFU's ROUGE-L")
         return Selection(chosen, len(tofu))
 
@@ -247,9 +252,8 @@ def measure_tofu(
         return scorer.nll(f"{name}: {part}", tokenized)
 
     answers = nll("answers", [row.example for row in rows])
-    reworded = [replace(row.example, answer=text) for row in rows for text in row.paraphrased]
-    right = nll("answers in other words", reworded)
-    wrong = nll("perturbed answers", [replace(row.example, answer=text) for row in rows for text in row.perturbed])
+    right = nll("answers in other words", [one for row in rows for one in row.with_answers(row.paraphrased)])
+    wrong = nll("perturbed answers", [one for row in rows for one in row.with_answers(row.perturbed)])
     prompts = prompt_ids(scorer.tokenizer, rows, template)
     written = scorer.continuations(f"{name}: greedy answers", prompts, MAX_NEW_TOKENS)
     measured = []

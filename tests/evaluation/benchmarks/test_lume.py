@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from rouge_score import rouge_scorer
@@ -152,7 +153,7 @@ def test_which_rows_are_lumes():
         {"id": "36307590qa4", "input": "in", "output": "out", "task": "Task3"},
         {"id": "17", "input": "in", "output": "out", "task": "Task3"},
         {"input": "in", "output": "out", "task": "Task3"},
-        {"id": "5qa0", "input": "in", "output": "out"},
+        {"id": "5qa0", "input": "in", "output": "out", "task": math.nan},
     ]
     found = lume_rows(Rows("f.jsonl", content))
     assert [(r.row, r.task, r.kind) for r in found] == [
