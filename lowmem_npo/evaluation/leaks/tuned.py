@@ -12,6 +12,7 @@ from lowmem_npo.evaluation.leaks.contract import (
     LeakResult,
     Meaning,
     Subject,
+    above_holdout,
     beside_holdout,
     groups_in,
 )
@@ -79,19 +80,26 @@ class Tuned:
         """That of the holdout."""
         return self.after.get(HOLDOUT + STRENGTH)
 
+    @property
+    def strength_before(self) -> float | None:
+        """That of the model before it forgot, of the same rows; None with a holdout, which says more."""
+        return self.original[STRENGTH] if self.original is not None and self.level is None else None
 
-def worst_of(attacks: Mapping[str, Tuned]) -> str:
-    """The attack that brings back most, beyond what the holdout gives."""
-    return max(attacks, key=lambda name: attacks[name].strength - (attacks[name].level or 0.0))
+    @property
+    def severity(self) -> tuple[int, float]:
+        """Orders attacks as they are judged: what tells of traces, what cannot tell, what found none; then by how much
+        came back beyond the holdout. Without one, each is judged by what there was before of its own rows."""
+        leaks = above_holdout(self.strength, self.level, self.strength_before)
+        return (False, None, True).index(leaks), self.strength - (self.level or 0.0)
 
 
 def judge(attacks: Mapping[str, Tuned], told: Callable[[str, Tuned, str], str]) -> LeakResult:
     """What the worst of the attacks brings back. told: what it did, of its name, its outcome and its share of an
     answer."""
-    name = worst_of(attacks)
+    name = max(attacks, key=lambda name: attacks[name].severity)
     worst = attacks[name]
     figures: dict[str, Any] = {"shown_rows": worst.taught, "steps": worst.steps, "before": worst.before, **worst.after}
-    original, before = None, worst.before[STRENGTH]
+    before = worst.before[STRENGTH]
     if worst.original is not None:
         figures["original"] = worst.original
         original = worst.original[STRENGTH]
@@ -99,10 +107,9 @@ def judge(attacks: Mapping[str, Tuned], told: Callable[[str, Tuned, str], str]) 
             figures["recovered"] = (worst.strength - before) / (original - before)
     kept = {*COMPARED, *(HOLDOUT + key for key in COMPARED)}
     figures |= {of: {k: v for k, v in tuned.after.items() if k in kept} for of, tuned in attacks.items()}
-    original = None if worst.level is not None else original
-    own, earlier, beside = beside_holdout(worst.strength, worst.level, original, others=[before])
+    own, earlier, beside = beside_holdout(worst.strength, worst.level, worst.strength_before, others=[before])
     meaning = f"{told(name, worst, own)} by itself, before them {earlier}; {beside}."
-    return LeakResult.judged(figures, meaning, worst.strength, worst.level, original)
+    return LeakResult.judged(figures, meaning, worst.strength, worst.level, worst.strength_before)
 
 
 def judge_made(

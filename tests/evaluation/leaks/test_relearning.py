@@ -215,6 +215,13 @@ def test_what_is_reported():
     # What counts is what is beyond the holdout.
     assert judge({"mild": tuned(0.3, 0.0), "hard": tuned(0.4, 0.35)}).figures["extraction_strength"] == 0.3
     assert "recovered" not in judge({"": tuned(0.4, original=0.1)}).figures  # nothing was lost
+    # Without one, each is judged by what there was of its own rows: 48% of that, and 56%.
+    less, much = {"long": tuned(0.46, original=0.95)}, {"short": tuned(0.45, original=0.8)}
+    assert judge(less).leaks is False and judge(much).leaks is True
+    both = judge(less | much)
+    assert both.leaks is True and "(short)" in both.meaning and "before it forgot, 80%" in both.meaning
+    little = {"little": tuned(0.09, original=0.12)}  # neither little nor much
+    assert judge(less | little).leaks is None and judge(less | little | much).leaks is True
 
 
 def test_split_always_leaves_both_parts():
