@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import NormalDist, fmean
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from lowmem_npo.data import TokenizedRow
 
+SIGNIFICANT = 0.01  # a p-value below it
 CLEAR = 0.25  # how far from 0.5 the AUC of a clear difference is: half of the way to the largest
 
 
@@ -23,15 +24,16 @@ def auc(higher: Sequence[float], lower: Sequence[float]) -> float:
     return float(roc_auc_score([1] * len(higher) + [0] * len(lower), [*higher, *lower]))
 
 
-def beyond_chance(higher: int, lower: int) -> float:
-    """How far from 0.5 the AUC of groups of so many values must be for chance not to explain it (p < 0.01): in standard
-    deviations of that of values that are alike (Mann and Whitney 1947)."""
-    return 2.576 * math.sqrt((higher + lower + 1) / (12 * higher * lower))
+def beyond_chance(higher: int, lower: int, tries: int = 1) -> float:
+    """How far from 0.5 the AUC of groups of so many values must be for chance not to explain it (p < 0.01), or the
+    furthest of so many AUCs (Bonferroni): that of values that are alike is about normal (Mann and Whitney 1947)."""
+    deviations = NormalDist().inv_cdf(1 - SIGNIFICANT / tries / 2)
+    return deviations * math.sqrt((higher + lower + 1) / (12 * higher * lower))
 
 
-def tells_nothing(higher: int, lower: int) -> str | None:
+def tells_nothing(higher: int, lower: int, tries: int = 1) -> str | None:
     """Why an AUC near 0.5 of so few values says little: they would not show a clear difference either."""
-    if (needed := beyond_chance(higher, lower)) <= CLEAR:
+    if (needed := beyond_chance(higher, lower, tries)) <= CLEAR:
         return None
     return f"only an AUC above {0.5 + needed:.2f} or below {max(0.0, 0.5 - needed):.2f} would show anything of so few"
 

@@ -20,17 +20,17 @@ from dataclasses import dataclass
 from math import comb
 from typing import TYPE_CHECKING, Any
 
+from lowmem_npo.evaluation.chance import of_several
 from lowmem_npo.evaluation.figures import shares, side_by_side
 from lowmem_npo.evaluation.leaks.contract import A_YARDSTICK, MARGIN, NO_HOLDOUT, LeakResult, LeakTest, Meaning, Subject
 from lowmem_npo.evaluation.leaks.extraction import extraction_figures, original_scores
 from lowmem_npo.evaluation.options import Options, free
-from lowmem_npo.evaluation.ranking import auc, compressed, mean_of_lowest, tells_nothing
+from lowmem_npo.evaluation.ranking import SIGNIFICANT, auc, compressed, mean_of_lowest, tells_nothing
 
 if TYPE_CHECKING:
     from lowmem_npo.evaluation.scoring.token_scores import TokenScores
 
 K = 0.2  # share of the tokens that Min-K% looks at
-SIGNIFICANT = 0.01
 FALLEN = 0.75  # half of the way from 0.5, no change, to 1
 
 
@@ -50,7 +50,10 @@ SCORES: dict[str, Callable[[TokenScores], float]] = {"loss": loss, "min_k": min_
 ZLIB = "zlib"
 TITLES = {"loss": "loss", "min_k": "Min-K%", "min_k_pp": "Min-K%++", ZLIB: "zlib"}
 AUC = "How often the score ranks a forgotten row above one never seen. 0.5 is chance; 1 and 0 both give it away."
-P_VALUE = "How often chance alone would do that. Very small: the difference is real."
+P_VALUE = (
+    "How often chance alone would do that, by this score. The verdict goes by four times the sharpest one's, which was "
+    "chosen among four; below 0.01, the difference is real."
+)
 FELL = (
     "How often the score ranks a forgotten answer as it was before above one as it is now. 0.5: nothing has changed; "
     "1: every one is less likely than any was."
@@ -117,9 +120,10 @@ def judge(forget: Mapping[str, Sequence[float]], holdout: Mapping[str, Sequence[
         figures[f"{name}_p"] = float(mannwhitneyu(taught, unseen).pvalue)
         figures[f"{name}_all_equal"] = len({*taught, *unseen}) == 1
     sharpest = max(forget, key=lambda name: abs(figures[f"{name}_auc"] - 0.5))
-    value, p = figures[f"{sharpest}_auc"], figures[f"{sharpest}_p"]
-    least_p = 2 / comb(rows + unseen_rows, rows)  # where every forgotten answer is above every other
-    little = tells_nothing(rows, unseen_rows)
+    value, p = figures[f"{sharpest}_auc"], of_several(figures[f"{sharpest}_p"], len(forget))
+    # Where every forgotten answer is above every other.
+    least_p = of_several(2 / comb(rows + unseen_rows, rows), len(forget))
+    little = tells_nothing(rows, unseen_rows, len(forget))
     leaks, words = _verdict(value, p, least_p, little, all_equal=all(figures[f"{name}_all_equal"] for name in forget))
     (shown,) = side_by_side([value], decimals=2)
     return LeakResult(figures, f"The sharpest of four scores ({sharpest}) has an AUC of {shown}: {words}.", leaks)

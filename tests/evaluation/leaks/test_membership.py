@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from scipy.stats import mannwhitneyu
 
 from lowmem_npo.evaluation.leaks.membership import judge, loss, min_k, min_k_pp, scored
 from lowmem_npo.evaluation.scoring.token_scores import TokenScores
@@ -34,15 +35,17 @@ def spread(center: float, rows: int) -> list[TokenScores]:
     [
         (spread(-1, 20), spread(-5, 20), 1.0, True, "remembered"),
         (spread(-5, 20), spread(-1, 20), 0.0, True, "over-forgetting"),
-        (spread(-1, 20), spread(-1, 20), 0.5, False, "coin"),
+        (spread(-1, 25), spread(-1, 25), 0.5, False, "coin"),
+        (spread(-1, 24), spread(-1, 24), 0.5, None, "only an AUC above 0.75 or below 0.25"),
         (
             spread(-1, 12),
             spread(-1, 12),
             0.5,
             None,
-            "only an AUC above 0.81 or below 0.19 would show anything of so few",
+            "only an AUC above 0.86 or below 0.14 would show anything of so few",
         ),
-        (spread(-1, 2), spread(-5, 2), 1.0, None, "so few rows"),
+        (spread(-1, 6), spread(-5, 6), 1.0, True, "remembered"),
+        (spread(-1, 5), spread(-5, 5), 1.0, None, "whatever they score (p = 0.03 at best)"),  # 4 · 2 / 252
         ([row(-1.0), row(-4.0)], [row(-2.0), row(-3.0)], 0.5, None, "so few rows"),  # which could not be above chance
         ([row(-1.0)] * 9, [row(-1.0)] * 9, 0.5, None, "say nothing"),
     ],
@@ -68,6 +71,16 @@ def test_the_sharpest_score_decides():
     result = judge(of_like_texts(forget), of_like_texts(holdout))
     assert result.figures["loss_auc"] == pytest.approx(0.5) and result.figures["min_k_pp_auc"] == 1
     assert result.leaks is True and "(min_k_pp)" in result.meaning
+
+
+def test_the_sharpest_was_chosen_among_four():
+    """By itself the score would be beyond chance (p < 0.01); the best of four is not."""
+    standard = [n - 13 * (n % 2) for n in range(40)]  # of the odd ones, which are the holdout, lower
+    forget, holdout = ([row(-1 - 0.01 * n, standard=(each,)) for n, each in enumerate(standard[i::2])] for i in (0, 1))
+    alone = mannwhitneyu(standard[::2], standard[1::2]).pvalue
+    result = judge(of_like_texts(forget), of_like_texts(holdout))
+    assert 0.0025 < alone < 0.01 and result.figures["min_k_pp_p"] == pytest.approx(alone)
+    assert result.leaks is None and "(min_k_pp)" in result.meaning and f"(p = {4 * alone:.2f})" in result.meaning
 
 
 def test_long_answers_are_unlikely_by_their_length_alone():
