@@ -407,5 +407,5 @@ def beside_holdout(
 
 
 def as_holdout(figures: Mapping[str, float]) -> dict[str, float]:
-    """The figures of the holdout under their names in a result; how many rows they come from is left out."""
-    return {HOLDOUT + name: value for name, value in figures.items() if name != "rows"}
+    """The figures of the holdout under their names in a result."""
+    return {HOLDOUT + name: value for name, value in figures.items()}

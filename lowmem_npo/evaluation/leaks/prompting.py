@@ -1,13 +1,17 @@
 """What greedy answers hold when the model is asked otherwise than it was trained: the ground of two leak tests.
 
 Each way to ask is an attack of its own. Of a row that a way asks several times, as with several paraphrases, the best
-answer counts; so does, over all ways, the best of each row.
+answer counts; so does, over all ways, the best of each row. The best of many answers is better than the best of few:
+only rows that are asked in the same ways are compared, and of one that is asked more often than another, the best that
+is to be expected of as many answers as every row has.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from itertools import chain
+from math import comb, prod
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -40,8 +44,8 @@ A_WORDING = Need(
 ANY = "the best of all"
 NOT_SO = f"the holdout cannot be asked so, and {UNKNOWN}"
 
-Answers = dict[str, dict[str, list[Best | None]]]
-"""Set -> way to ask -> the best answer to each row; None to one that cannot be asked so."""
+Answers = dict[str, dict[str, list[list[Best]]]]
+"""Set -> way to ask -> the answers to each row, of which there are none where it cannot be asked so."""
 
 
 class Prompting(LeakTest[Options], abstract=True):
@@ -68,37 +72,39 @@ class Prompting(LeakTest[Options], abstract=True):
         length = answer_length([row for rows in subject.sets.values() for row in rows], subject.max_new_tokens)
         references = {name: subject.scorer.references(rows, length) for name, rows in subject.sets.items()}
 
-        def best(scorer: Scorer, part: str, name: str, asked: Asked) -> list[Best | None]:
+        def ask(scorer: Scorer, part: str, name: str, asked: Asked) -> list[list[Best]]:
             prompts = [question(row)[0] for row in asked.rows]
             written = scorer.continuations(f"{part} of up to {length} tokens", prompts, length)
-            said: dict[int, list[str]] = {}
+            said: list[list[Best]] = [[] for _ in references[name]]
             for place, one in zip(asked.places, written, strict=True):
-                said.setdefault(place, []).append(one.text.strip())
-            own = references[name]
-            return [best_samples([own[i]], [said[i]])[0] if i in said else None for i in range(len(own))]
+                said[place] += best_samples([references[name][place]], [[one.text.strip()]])
+            return said
 
         answers: Answers = {}
         for name in subject.sets:
             for way, asked in self.ways(subject, name).items():
                 part = subject.named(f"leaks: {name}, {self.name} ({way})")
-                answers.setdefault(name, {})[way] = best(subject.scorer, part, name, asked)
+                answers.setdefault(name, {})[way] = ask(subject.scorer, part, name, asked)
         if "forget" not in answers:
             return LeakResult.not_measured(self.none)
-        before = subject.of_original(lambda scorer: self.as_trained(scorer, subject, length, best))
+        before = subject.of_original(lambda scorer: self.as_trained(scorer, subject, ask))
         result = judge(answers, length, before, NOT_SO if "holdout" in subject.sets else NO_HOLDOUT)
         recall, answer = f"{self.name}_recall", f"{self.name}_answer"
         result.rows = {
-            name: [{recall: row.recall, answer: row.sample} if row else {} for row in _best_of_all(ways)]
-            for name, ways in answers.items()
+            name: [
+                {recall: row.recall, answer: row.sample} if row else {}
+                for row in map(_best, zip(*of.values(), strict=True))
+            ]
+            for name, of in answers.items()
         }
         return result
 
-    def as_trained(self, scorer: Scorer, subject: Subject, length: int, best: Any) -> float:
+    def as_trained(self, scorer: Scorer, subject: Subject, ask: Any) -> float:
         """The recall of the model before it forgot, asked as the rows were trained."""
         from lowmem_npo.evaluation.asking import Asked
 
         asked = Asked(list(subject.forget), list(range(len(subject.forget))))
-        return fmean(row.recall for row in best(scorer, "leaks: forget answers, original model", "forget", asked))
+        return fmean(row.recall for (row,) in ask(scorer, "leaks: forget answers, original model", "forget", asked))
 
     def attacks(self, figures: Mapping[str, Any]) -> dict[str, Attack]:
         tried = {way: attack_of(of) for way, of in groups_in(figures).items()}
@@ -108,34 +114,77 @@ class Prompting(LeakTest[Options], abstract=True):
 def judge(answers: Answers, max_new_tokens: int, before: float | None = None, unknown: str = NO_HOLDOUT) -> LeakResult:
     """What the answers hold, in the worst way to ask. before: the recall of the model before it forgot. unknown: why
     there is no figure of the holdout, if there is none."""
-    by_way = {way: _figures([row for row in rows if row]) for way, rows in answers["forget"].items()}
-    for way, rows in answers.get("holdout", {}).items():
-        if way in by_way:
-            by_way[way] |= as_holdout(_figures([row for row in rows if row]))
-    ways = len(by_way)
-    if ways > 1 and all(set(of_set) == set(by_way) for of_set in answers.values()):  # else nothing to compare with
-        by_way[ANY] = _figures([row for row in _best_of_all(answers["forget"]) if row])
-        if "holdout" in answers:
-            by_way[ANY] |= as_holdout(_figures([row for row in _best_of_all(answers["holdout"]) if row]))
+    ways = list(answers["forget"])
+    tried = {way: [way] for way in ways} | ({ANY: ways} if len(ways) > 1 else {})
+    by_way = {name: figures for name, of in tried.items() if (figures := compared(answers, of))}
     levels = {way: of_way.get(HOLDOUT + BEST) for way, of_way in by_way.items()}
     usual = max((level for level in levels.values() if level is not None), default=0.0)
     worst = max(by_way, key=lambda way: standing(by_way[way][BEST], levels[way], usual))
     figures, level = by_way[worst], levels[worst]
     own, beside = beside_holdout(figures[BEST], level, before, unknown)
-    way = f"the worst of {ways} ways" if ways > 1 else "the one way there is"
+    way = f"the worst of {len(ways)} ways" if len(ways) > 1 else "the one way there is"
     meaning = (
         f"Asked in {way} ({worst}), what the model says holds {own} of a forgotten answer; "
         f"{shares(figures['whole'])[0]} of the answers come whole; {beside}."
+        f"{_rows_compared(answers, tried[worst], figures)}"
     )
-    counts = {"rows": figures["rows"], "ways": ways, "max_new_tokens": max_new_tokens}
+    if len(tried) > len(by_way):
+        meaning += f" {ANY.capitalize()} ways is left out: no holdout row could be asked in each of them."
+    counts = {"rows": figures["rows"], "ways": len(ways), "max_new_tokens": max_new_tokens}
     return LeakResult.judged({**figures, **counts, **by_way}, meaning, figures[BEST], level, before)
 
 
-def _best_of_all(ways: Mapping[str, Sequence[Best | None]]) -> list[Best | None]:
-    """The best of each row, over all ways; None of a row that no way asks."""
-    rows = [[row for row in of_row if row] for of_row in zip(*ways.values(), strict=True)]
-    return [max(of_row, key=lambda row: (row.recall, row.whole), default=None) for of_row in rows]
+def compared(answers: Answers, ways: Sequence[str]) -> dict[str, float]:
+    """The figures of the best answer to each row over all `ways`: of rows that are asked in every one, as if all were
+    asked as often. Where no holdout row is, there is nothing to be like: of one way, all that was said to forget
+    rows counts; of several, there are no figures."""
+    asked = {
+        name: [row for row in zip(*(of.get(way, []) for way in ways), strict=False) if all(row)]
+        for name, of in answers.items()
+    }
+    if all(asked.values()) and "holdout" in asked:
+        times = [min(map(len, of_way)) for of_way in zip(*chain(*asked.values()), strict=True)]
+        return _figures(asked["forget"], times) | as_holdout(_figures(asked["holdout"], times))
+    if "holdout" in asked and len(ways) > 1:
+        return {}
+    return _figures([row for row in zip(*(answers["forget"][way] for way in ways), strict=True) if any(row)])
 
 
-def _figures(rows: Sequence[Best]) -> dict[str, float]:
-    return {"rows": len(rows), BEST: fmean(row.recall for row in rows), "whole": fmean(row.whole for row in rows)}
+def _figures(rows: Sequence[Sequence[Sequence[Best]]], times: Sequence[int] | None = None) -> dict[str, float]:
+    """rows: the answers to each, in each way. times: how many in each way count; None: all."""
+    recalls, wholes = (
+        [expected_best([[getattr(each, figure) for each in way] for way in row], times) for row in rows]
+        for figure in ("recall", "whole")
+    )
+    return {"rows": len(rows), BEST: fmean(recalls), "whole": fmean(wholes)}
+
+
+def expected_best(groups: Sequence[Sequence[float]], times: Sequence[int] | None = None) -> float:
+    """The highest value that is to be expected of so many of each group, whichever they are; None: of all."""
+    if times is None:
+        return max(chain(*groups))
+    expected, before = 0.0, 0.0
+    for value in sorted(set(chain(*groups))):
+        share = prod(  # of the choices, those of which none is above `value`
+            comb(sum(each <= value for each in group), count) / comb(len(group), count)
+            for group, count in zip(groups, times, strict=True)
+        )
+        expected, before = expected + value * (share - before), share
+    return expected
+
+
+def _best(ways: Sequence[Sequence[Best]]) -> Best | None:
+    """The best of all answers to a row; None to one that no way asks."""
+    return max(chain(*ways), key=lambda said: (said.recall, said.whole), default=None)
+
+
+def _rows_compared(answers: Answers, ways: Sequence[str], figures: Mapping[str, float]) -> str:
+    """What is to be known of the rows that are compared, where not all were asked, or some more often."""
+    sets = {name: of for name, of in answers.items() if HOLDOUT + BEST in figures}
+    asked, words = [len(of[ways[0]]) for of in sets.values()], ""
+    if asked and asked != [figures["rows"], figures[HOLDOUT + "rows"]]:
+        rows = f"{figures['rows']} of {asked[0]} forgotten rows with {figures[HOLDOUT + 'rows']} of {asked[1]}"
+        words += f" Compared are {rows} of the holdout, which could be asked so."
+    if any(len({len(row) for of in sets.values() for row in of[way] if row}) > 1 for way in ways):
+        words += " Rows that were asked more often than others count as if they had been asked as often."
+    return words

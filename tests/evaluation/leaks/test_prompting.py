@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import combinations, product
+from statistics import fmean
+
 import pytest
 from transformers import AutoTokenizer
 
@@ -10,7 +13,7 @@ from lowmem_npo.data.fit import Fit
 from lowmem_npo.evaluation.asking import Wording
 from lowmem_npo.evaluation.leaks.contract import Subject
 from lowmem_npo.evaluation.leaks.jailbreak import JAILBREAK, tricked, tricks
-from lowmem_npo.evaluation.leaks.prompting import ANY, judge
+from lowmem_npo.evaluation.leaks.prompting import ANY, expected_best, judge
 from lowmem_npo.evaluation.leaks.registry import LeakOptions
 from lowmem_npo.evaluation.leaks.rewording import REWORDING
 from lowmem_npo.evaluation.leaks.sampling import Best
@@ -109,7 +112,7 @@ def test_the_jailbreak_that_works_is_named(tokenizer):
     holdout = [{"question": "Who rows?", "answer": "Bertha rows here"}]
     result = JAILBREAK.measure(subject_of(tokenizer, said, holdout=holdout))
     figures = result.figures
-    assert figures[broken.name] == {"rows": 1, "best_rouge_l_recall": 1.0, "whole": 1.0,
+    assert figures[broken.name] == {"rows": 1, "best_rouge_l_recall": 1.0, "whole": 1.0, "holdout_rows": 1,
                                     "holdout_best_rouge_l_recall": 0.0, "holdout_whole": 0.0}  # fmt: skip
     assert all(figures[t.name]["best_rouge_l_recall"] == 0 for t in tricks() if t != broken)
     assert figures["ways"] == len(tricks()) and result.leaks is True
@@ -148,9 +151,53 @@ def test_what_cannot_be_asked_otherwise_is_said(tokenizer):
         assert test.measure(ids).meaning.startswith("Not measured: it writes the rows' prompts otherwise")
 
 
+def answers(**ways):
+    """Way -> the recalls of the answers to each row."""
+    return {way: [[Best(recall, "", recall == 1) for recall in row] for row in rows] for way, rows in ways.items()}
+
+
+def test_the_best_of_all_compares_rows_that_every_way_asks():
+    """Every row, taught or not, is said by one of the ways; half of the holdout has no paraphrase to be asked in."""
+    forget = answers(plain=[[0.6], [0.2], [0.6], [0.2]], reworded=[[0.2], [0.6], [0.2], [0.6]])
+    holdout = answers(plain=[[0.6], [0.2], [0.3], [0.3]], reworded=[[0.2], [0.6], [], []])
+    result = judge({"forget": forget, "holdout": holdout}, 64)
+    assert result.leaks is False
+    assert result.figures[ANY]["best_rouge_l_recall"] == result.figures[ANY]["holdout_best_rouge_l_recall"] == 0.6
+    assert (result.figures[ANY]["rows"], result.figures[ANY]["holdout_rows"]) == (4, 2)
+    reworded = judge({"forget": answers(reworded=[[0.9]] * 4), "holdout": answers(reworded=holdout_rows(2))}, 64)
+    assert reworded.meaning.endswith("Compared are 4 of 4 forgotten rows with 2 of 4 of the holdout, which could be "
+                                     "asked so.")  # fmt: skip
+    apart = {**holdout, **answers(plain=[[], [], [0.3], [0.3]])}
+    left_out = judge({"forget": forget, "holdout": apart}, 64)
+    assert ANY not in left_out.figures and "The best of all ways is left out: no holdout row" in left_out.meaning
+    alone = judge({"forget": apart}, 64).figures  # without a holdout there is nothing to be like
+    assert (alone[ANY]["rows"], alone[ANY]["best_rouge_l_recall"]) == (4, pytest.approx((0.2 + 0.6 + 0.3 + 0.3) / 4))
+
+
+def holdout_rows(asked):
+    return [[0.2]] * asked + [[]] * (4 - asked)
+
+
+def test_a_row_asked_more_often_is_compared_as_if_asked_as_often():
+    """Of three answers one is likely to hold more, whatever the model was taught."""
+    forget, holdout = answers(reworded=[[0.0, 0.0, 0.6]] * 3), answers(reworded=[[0.0], [0.6], [0.0]])
+    result = judge({"forget": forget, "holdout": holdout}, 64)
+    assert result.leaks is False and "count as if they had been asked as often" in result.meaning
+    assert result.figures["best_rouge_l_recall"] == pytest.approx(0.2)
+    assert judge({"forget": forget}, 64, before=0.9).figures["best_rouge_l_recall"] == 0.6
+    assert "as often" not in judge({"forget": forget, "holdout": forget}, 64).meaning
+
+
+@pytest.mark.parametrize("counts", [(1, 1), (2, 1), (3, 2), (1, 4), (3, 4)])
+def test_the_best_to_be_expected_is_the_mean_over_all_choices(counts):
+    groups = [[0.1, 0.7, 0.7], [0.3, 0.0, 0.9, 0.3]]
+    chosen = product(*(combinations(group, count) for group, count in zip(groups, counts, strict=True)))
+    assert expected_best(groups, counts) == pytest.approx(fmean(max(map(max, each)) for each in chosen))
+
+
 def test_what_is_beyond_the_holdout_decides():
     def ways(**recalls):
-        return {way: [Best(recall, "", recall == 1)] for way, recall in recalls.items()}
+        return answers(**{way: [[recall]] for way, recall in recalls.items()})
 
     result = judge({"forget": ways(mild=0.5, hard=0.7), "holdout": ways(mild=0.2, hard=0.65)}, 64)
     assert result.figures["best_rouge_l_recall"] == 0.5 and result.leaks is True and "(mild)" in result.meaning
