@@ -160,7 +160,8 @@ def test_a_run_is_not_resumed_with_other_rows_groups_or_answers(
     file, row, column, value, named, byte_model, tmp_path, capsys
 ):
     sets = {"forget": PEOPLE, "retain": RETAIN, "holdout": UNSEEN}
-    sets |= {name: [{**row, "in other words": f"Say: {row['question']}"} for row in sets[name]] for name in ("forget", "holdout")}
+    for name in ("forget", "holdout"):
+        sets[name] = [{**row, "in other words": f"Say: {row['question']}"} for row in sets[name]]
     for name, rows in sets.items():
         write_rows(tmp_path / f"{name}.jsonl", rows)
     options = ["--layered", 2, "--group-column", "person", "--forget-term", "dpo", "--alternative-column", "alt"]
