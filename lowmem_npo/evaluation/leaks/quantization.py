@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -52,6 +54,7 @@ from lowmem_npo.evaluation.leaks.extraction import (
 from lowmem_npo.evaluation.leaks.prompting import Prompting
 from lowmem_npo.evaluation.leaks.sampling import BEST, RECALL, WHOLE
 from lowmem_npo.evaluation.leaks.sampling import attack_of as said_by
+from lowmem_npo.evaluation.leaks.tuned import DIVERGED
 from lowmem_npo.evaluation.options import Options
 
 if TYPE_CHECKING:
@@ -68,6 +71,7 @@ AS_EVALUATED = "as_evaluated"
 Figures = Mapping[str, float]
 FormFigures = dict[str, dict[str, Figures]]  # form -> set ("forget", "holdout") -> figures
 Attacked = dict[str, list[tuple[LeakTest, LeakResult]]]  # form -> the other tests' results there
+GAP = re.compile(r"Not (measured|counted|tried)\b.*")  # what a result's meaning says of attacks that have no figures
 # Title of what an attack brings back -> the figure's name.
 KEYS = {FIGURES["extraction_strength"].title: "extraction_strength", RECALL: BEST, WHOLE: "whole"}
 
@@ -182,16 +186,20 @@ def judge(
     by_form: dict[str, dict[str, Any]] = {
         form: {**of["forget"], **as_holdout(of.get("holdout", {}))} for form, of in forms.items()
     }
-    leaking, not_told = [], []
+    leaking, gaps = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
+    not_told, unknown = [], problem is not None  # what was not measured may be worse
     for form, results in (attacked or {}).items():
         for test, result in results:
             by_form[form] |= _brought_back(test, result)
             attacks = test.attacks(result.figures)
             if result.leaks:
-                leaking.append(f"{test.name} ({FORMS[form]})")
+                leaking[result.verdict.words].append(f"{test.name} ({FORMS[form]})")
             elif result.leaks is None and attacks:
                 most = max(attack.value for attack in attacks.values())
                 not_told.append(f"{test.name} ({FORMS[form]}, {shares(most)[0]})")
+            if gap := GAP.search(result.meaning):
+                gaps[f"{test.name}: {gap[0][0].lower()}{gap[0][1:]}"].append(FORMS[form])
+                unknown |= not attacks and DIVERGED in gap[0]  # else it cannot be made on any model
     own, evaluated, beside = beside_holdout(strength, level, before, others=[as_evaluated])
     meaning = (
         f"In the worst form, {FORMS[worst]}, the model writes the last {own} of a forgotten answer by itself, "
@@ -200,12 +208,14 @@ def judge(
     if problem is not None:
         meaning += f" Not measured: {problem}"
     counts = {"rows": forms[AS_EVALUATED]["forget"]["rows"], "returned": strength - as_evaluated}
-    if leaking:
-        meaning += f" Traces are found by other attacks on it: {', '.join(leaking)}."
-    leaks = True if leaking else above_holdout(strength, level, before)
+    for words, by in leaking.items():
+        meaning += f" By other attacks on it, {words}: {', '.join(by)}."
     if not_told and not leaking:
-        meaning += f" Whether other attacks find traces in it cannot be told: {', '.join(not_told)}."
-    if leaks is False and (not_told or problem is not None):  # what was not measured or judged may be worse
+        meaning += f" Whether other attacks on it bring too much back cannot be told: {', '.join(not_told)}."
+    for gap, of in gaps.items():
+        meaning += f" In {'every form' if len(of) == len(others) > 1 else ', '.join(of)}, {gap}"
+    leaks = True if leaking else above_holdout(strength, level, before)
+    if leaks is False and (not_told or unknown):
         leaks = None
     return LeakResult({**counts, **by_form}, meaning, leaks, against_before=level is None and before is not None)
 

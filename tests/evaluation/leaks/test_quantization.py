@@ -16,9 +16,12 @@ from transformers import AutoModelForCausalLM
 from lowmem_npo.cli import main
 from lowmem_npo.data import bundled_rows
 from lowmem_npo.evaluation.leaks import quantization as module
+from lowmem_npo.evaluation.leaks import relearning
 from lowmem_npo.evaluation.leaks.contract import LeakResult
 from lowmem_npo.evaluation.leaks.quantization import AS_EVALUATED, judge
 from lowmem_npo.evaluation.leaks.relearning import RELEARNING, Relearning
+from lowmem_npo.evaluation.leaks.rewording import REWORDING
+from lowmem_npo.evaluation.leaks.tuned import Tuned, judge_made
 from lowmem_npo.memory import switches
 from lowmem_npo.model import merging
 from lowmem_npo.report.leak_tests import leak_sections
@@ -184,6 +187,32 @@ def test_an_attack_on_a_form_is_a_trace():
         assert result.figures["merged"]["relearning: 2 steps, 50% shown, lr 1"]["extraction_strength"] == 0.6
         (section,) = leak_sections({"after": {"quantization": result}})
         assert any("relearning" in figure.title for figure in section.figures)
+
+
+def test_without_a_holdout_an_attack_on_a_form_finds_what_its_verdict_says():
+    forms = {AS_EVALUATED: {"forget": figures(0.1)}, "merged": {"forget": figures(0.1)}}
+    lesson = LeakResult({"2 steps, 50% shown, lr 1": {"extraction_strength": 0.6}}, "", True, against_before=True)
+    result = judge(forms, None, 0.9, {"merged": [(RELEARNING, lesson)]})
+    assert result.verdict.words == "much is left" and "traces" not in result.meaning
+    assert result.meaning.endswith("By other attacks on it, much is left: relearning (merged in bf16).")
+
+
+def test_attacks_that_were_not_made_on_a_form_are_named():
+    """Under divergence nothing is known of the form; an attack that no model can be put to says nothing of it."""
+    both = {"forget": figures(0.05), "holdout": figures(0.05)}
+    forms = {AS_EVALUATED: both, "merged": both, "merged_4bit": both}
+    diverged = judge_made(relearning.judge, ["2 steps"], {})
+    result = judge(forms, None, None, {form: [(RELEARNING, diverged)] for form in ("merged", "merged_4bit")})
+    assert result.leaks is None
+    assert result.meaning.endswith(
+        "In every form, relearning: not measured: the attacked model gave no finite likelihood (2 steps)."
+    )
+    made = {"2 steps": Tuned(1, 2, figures(0.1), {**figures(0.1), "holdout_extraction_strength": 0.1}, None)}
+    in_part = judge_made(relearning.judge, ["2 steps", "9 steps"], made)
+    result = judge(forms, None, None, {"merged": [(RELEARNING, in_part)]})
+    assert result.leaks is False and "In merged in bf16, relearning: not counted, since" in result.meaning
+    result = judge(forms, None, None, {"merged": [(REWORDING, LeakResult.not_measured(REWORDING.none))]})
+    assert result.leaks is False and "rewording: not measured: the rows bring no paraphrases" in result.meaning
 
 
 def test_what_cannot_be_told_is_not_called_good():
