@@ -33,6 +33,8 @@ from lowmem_npo.sizes import compared
 
 SELF_WRITTEN = "self_written.jsonl"  # the texts of --retain self
 STARTED_IN = "started_in"  # the directory in which relative paths of the settings beside it begin, from here
+# Options of a run that may name a place.
+PLACES = ("model", "adapter", "forget", "retain", "holdout", "reference_dir", "quantized_cache")
 # A resumed run may be longer, have moved, or measure more; any other change would make it a different run.
 MAY_CHANGE = (
     "output_dir", "epochs", "max_steps", "eval_rows", "eval_batch_size", "max_new_tokens", "forms", "leaks",
@@ -197,6 +199,20 @@ def from_here(run: RunFiles | EvaluationFiles, settings: Mapping[str, Any], name
     return name if found == parts else ",".join(found)
 
 
+def places_from_here(run: RunFiles, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `run`, the places that they name as they are found from here."""
+    named = {name: settings[name] for name in PLACES if isinstance(settings.get(name) or None, str)}
+    return {**settings, **{name: from_here(run, settings, value) for name, value in named.items()}}
+
+
+def _same_places(names: Any, others: Any) -> bool:
+    """Whether two spellings of what an option names are of the same files or directories."""
+    if not (isinstance(names, str) and isinstance(others, str)):
+        return False
+    both = [[expanded(part.strip()).resolve() for part in of.split(",")] for of in (names, others)]
+    return both[0] == both[1] and all(place.exists() for place in both[0])
+
+
 def _by_output_dir(folder: Path, output_dir: Path, here: Path) -> Path | None:
     """Where `here` is by what a run of an earlier version left of where it was started: a relative --output-dir tells
     it; one that begins with `..` tells what is above it. None where that is not enough."""
@@ -279,13 +295,14 @@ class RunDirectory(RunFiles):
         check_empty(self.path, self.run_yaml.name)
 
     def _check_resume(self) -> None:
-        began = self.began()
+        began = places_from_here(self, self.began())
         now = yaml.safe_load(self.config.to_yaml())
         may_change = {*MAY_CHANGE, *(name for name in DECIDED if now[name] == "auto")}
         goes_on = self.config.objective.attack_steps > 1
         if self.config.training.layered is not None or goes_on:  # stages and attackers are laid out by the whole run
             may_change -= {"epochs", "max_steps"}
         changed = [name for name in {**began, **now} if began.get(name) != now.get(name) and name not in may_change]
+        changed = [name for name in changed if not (name in PLACES and _same_places(began.get(name), now.get(name)))]
         if changed:
             changes = "; ".join(f"{name} was {began.get(name)!r}, is {now.get(name)!r}" for name in changed)
             raise UserError(

@@ -29,7 +29,7 @@ from lowmem_npo.files import expanded
 from lowmem_npo.ranges import check_values
 from lowmem_npo.recipes import OPTIONS as RECIPE_OPTIONS
 from lowmem_npo.recipes import RECIPES, value_in, with_recipe
-from lowmem_npo.run_directory import RunFiles, no_run_to_resume
+from lowmem_npo.run_directory import RunFiles, no_run_to_resume, places_from_here
 from lowmem_npo.settings_file import read_settings
 from lowmem_npo.sources import (
     check_adapter_name,
@@ -169,6 +169,8 @@ def _flags_of_file(path: Path, ours: Sequence[str]) -> list[str]:
         raise UserError(f"--config: cannot read '{path}': {error.strerror}.") from error
     except ValueError as error:
         raise UserError(f"--config: '{path}' cannot be used: {error}.") from error
+    if path == (run := RunFiles(path.parent)).run_yaml:  # what it names is where the run was started
+        settings = places_from_here(run, settings)
     flags: list[str] = []
     recipe, several = str(settings.get("recipe")), _lists()
     names: dict[str, str] = {}  # canonical -> as it is written

@@ -20,7 +20,7 @@ from lowmem_npo.model.names import resolve_name
 from lowmem_npo.model.patterns import check_patterns
 from lowmem_npo.model.saved_modules import in_four_bits
 from lowmem_npo.ranges import Count, Finite, check_values, shortened, shown
-from lowmem_npo.run_directory import AdapterFiles, from_here, no_adapter, run_of_adapter
+from lowmem_npo.run_directory import AdapterFiles, from_here, no_adapter, places_from_here, run_of_adapter
 from lowmem_npo.sources import check_adapter_name
 
 # What an adapter may hold beside the two factors of its layers: configuration field -> description. PEFT marks those of
@@ -47,7 +47,6 @@ EXTRAS = {
 FIRST_RANKS = "first_ranks"
 # Where adapters begin (init_lora_weights) without a change of the base. From others PEFT subtracts their beginning.
 KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-NAMED = ("model", "adapter", "forget", "retain", "holdout")  # options of a run that may name a place, the base's first
 # Of a LoRA adapter's configuration, what PEFT takes as it comes.
 LAYERS = str | list[str] | None
 TYPES = {
@@ -142,9 +141,7 @@ def settings_of_run(folder: str) -> dict[str, Any]:
     run = run_of_adapter(expanded(folder).resolve())
     if not run.run_yaml.is_file():
         return {}
-    settings = run.settings()
-    named = {name: settings[name] for name in NAMED if isinstance(settings.get(name), str)}
-    return settings | {name: from_here(run, settings, value) for name, value in named.items()}
+    return places_from_here(run, run.settings())
 
 
 def check_base(folder: str, model_name: str) -> None:

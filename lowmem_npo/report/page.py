@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,12 +55,13 @@ def render_page(content: Content, examples: int) -> str:
     )
     environment.filters |= {"side_by_side": side_by_side, "text": shortened, "by_set": by_set}
     environment.filters |= {"part_of": part_of, "set_title": set_title, "linked": linked, "anchor": anchor}
+    environment.filters["quoted"] = lambda path: shlex.quote(str(path))
     settings, (model, _) = content.settings, base_model(content)
     given = {name: value for name, value in settings.items() if value is not None}
     return environment.get_template("report.html.jinja").render(
         c=content,
         cost=cost(content),
-        directory=content.directory,
+        run=RunFiles(content.directory),
         model_name=model,
         first_page=first_page(content, model),
         teaches_refusal=settings.get("forget_term") in REFUSING_TERMS,

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
+from html import unescape
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.reported_run import FORGET, RETAIN
 from helpers.rows import write_rows
+from safetensors.torch import load_file
 
 from lowmem_npo.cli import main
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.saved_adapter import settings_of_run
-from lowmem_npo.run_directory import RunFiles, check_empty, from_here
+from lowmem_npo.run_directory import RunFiles, check_empty, finishing, from_here
 
 TRAINING = ("--device", "cpu", "--dtype", "float32", "--batch-size", "2", "--max-steps", "1", "--eval-rows", "0")
 
@@ -50,6 +55,51 @@ def test_evaluate(second, tmp_path, monkeypatch, capsys):
     for model in ((), ("--model", str(second.parents[1] / "model"))):
         assert main(["evaluate", "--adapter", str(second), "--device", "cpu", *model, "--dry-run"]) == 0
         assert "3 forget rows" in capsys.readouterr().out
+
+
+def test_what_a_report_prints_runs_in_any_directory(second, tmp_path, monkeypatch):
+    """Of a run in a directory whose name a shell would divide."""
+    tree = Path(shutil.copytree(second.parents[1], tmp_path / "tree"))
+    run = RunFiles(shutil.move(tree / "runs" / "second", tree / "runs" / "the second's"))
+    (tmp_path / "yonder").mkdir()
+    monkeypatch.chdir(tmp_path / "yonder")
+    assert main(["report", "../tree/runs/the second's"]) == 0
+    printed = re.findall("lowmem-npo [^<]*", unescape(run.report_html.read_text()).partition("<body")[2])
+    commands = [shlex.split(command)[1:] for command in printed if "runs" in command]
+    assert [command[0] for command in commands] == ["train", "report"]
+    write_rows(Path("forget.jsonl"), RETAIN)  # none of the run's
+    write_rows(Path("rows.jsonl"), FORGET[:2])
+    assert [main(command) for command in commands] == [0, 0]
+    again = RunFiles(Path("again"))
+    then, now = (load_file(of.weights) for of in (run, again))
+    assert then.keys() == now.keys() and all(torch.equal(now[name], then[name]) for name in then)
+
+
+def test_a_run_is_resumed_from_any_directory(byte_model, tmp_path, monkeypatch, capsys):
+    """It goes on with its own data; the command that began it still does, where that was typed."""
+    start = tmp_path / "start"
+    shutil.copytree(byte_model, start / "model")
+    write_rows(start / "forget.jsonl", FORGET[:2])
+    write_rows(start / "retain.jsonl", RETAIN)
+    monkeypatch.chdir(start)
+    began = ["train", "--model", "model", "--forget", "forget.jsonl", "--retain", "retain.jsonl", *TRAINING]
+    began += ["--output-dir", "the run"]
+    assert main([*began, "--reference", "cached", "--reference-dir", "kept"]) == 0
+    (start / "yonder").mkdir()
+    monkeypatch.chdir(start / "yonder")
+    write_rows(Path("forget.jsonl"), FORGET[2:4])  # none of the run's
+    finishes = re.search("`lowmem-npo (.*)`", finishing(RunFiles(Path("../the run"))))
+    assert finishes is not None
+    assert main([*shlex.split(finishes[1]), "--max-steps", "2"]) == 0
+    assert not Path("kept").exists() and sorted(path.name for path in Path.cwd().iterdir()) == ["forget.jsonl"]
+    monkeypatch.chdir(start)
+    assert main([*began, "--resume", "--max-steps", "3"]) == 0
+    monkeypatch.chdir(start / "yonder")
+    others = [word if word != "the run" else "../the run" for word in began]
+    others[others.index("model")] = "../model"
+    others[others.index("retain.jsonl")] = "../retain.jsonl"
+    assert main([*others, "--resume", "--max-steps", "4"]) == 2
+    assert "began with other settings (forget was" in capsys.readouterr().err
 
 
 def test_an_evaluation_goes_on_from_another_directory(second, tmp_path, monkeypatch, capsys):

@@ -32,7 +32,6 @@ from lowmem_npo.memory.streaming import can_stream_to
 from lowmem_npo.memory.switches import load_base, stream_layers
 from lowmem_npo.model.checkpoint import find_checkpoint
 from lowmem_npo.model.loading import DTYPES, resolve_device
-from lowmem_npo.model.saved_adapter import NAMED, settings_of_run
 from lowmem_npo.report.audit import read_audit, recorded_adapter
 from lowmem_npo.run_directory import RunFiles, run_of_adapter
 from lowmem_npo.training.forget_level import halved
@@ -103,8 +102,6 @@ def rows_of_run(config: MergeConfig, name: str, revision: str | None) -> RunRows
     if not run.run_yaml.is_file():
         raise UserError(f"there is no run.yaml in '{run.path}', which would name the rows to measure")
     flags = ["--config", str(run.run_yaml), "--model", name, "--device", config.device]
-    named = settings_of_run(config.adapter)
-    flags += [word for option in NAMED[1:] if named.get(option) for word in (f"--{option}", named[option])]
     settings = parse_run([*flags, *(["--revision", revision] if revision else [])], "merge")
     own_texts = self_rows(settings.data.retain) is not None
     if own_texts:
