@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lowmem_npo.commands.merge.options import DEQUANTIZED
+from lowmem_npo.config import ModelConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.directory import OTHER_ROWS, compared_with, is_of_adapter
 from lowmem_npo.evaluation.leaks.contract import LeakResult, stands_beside
@@ -100,6 +101,7 @@ def _command(adapter: str, tests: Sequence[str], base: Sequence[str], with_place
     words = ["--adapter", name, *(base if with_place else ())]
     run_settings = settings_of_run(adapter)
     words += ["--qlora"] if run_settings.get("qlora") else []
+    words += ["--dtype", dtype] if (dtype := run_settings.get("dtype")) not in (None, ModelConfig.dtype) else []
     taken = RunFiles(folder).evaluations()
     words += ["--output-dir", str(Path(name, f"evaluation-{len(taken) + 1}"))] if taken else []
     rows = "" if run_settings else " --forget …"  # evaluate knows the rows of a run

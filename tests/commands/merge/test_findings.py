@@ -78,6 +78,15 @@ def test_there_are_none(last_lines, adapter):
     assert rounding.endswith(command) and relearning.endswith(command)  # once for both: it is not refused after itself
 
 
+def test_the_command_measures_in_the_type_that_the_run_had(adapter):
+    """Else evaluate would round a float32 base to bf16."""
+    for dtype, more in (("float32", "--dtype float32 "), ("bf16", "")):
+        (adapter / "run.yaml").write_text(f"model: {adapter.parent / 'base'}\nepochs: 1\ndtype: {dtype}\n")
+        said, published = findings(str(adapter), "whole")
+        assert f"`lowmem-npo evaluate --adapter {adapter} {more}--leaks" in said[0]
+        assert f"`lowmem-npo evaluate --adapter adapter {more}--leaks" in published[0]
+
+
 def test_the_command_runs_where_another_evaluation_is_and_its_result_is_read(last_lines, adapter, tmp_path):
     """Also where the adapter's base is named, as it then must be for that command."""
     write_evaluation(adapter, {"extraction": FOUND})
