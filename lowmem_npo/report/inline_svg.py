@@ -65,14 +65,16 @@ def bar_pictures(stages: Stages) -> list[Picture]:
     return pictures
 
 
-def curve_pictures(metrics: Sequence[Metrics], stages: Stages) -> list[Picture]:
-    """The answers' NLL and the terms of the objective, step by step; none if no step was logged."""
+def curve_pictures(metrics: Sequence[Metrics], stages: Stages, refuses: bool = False) -> list[Picture]:
+    """The answers' NLL and the terms of the objective, step by step; none if no step was logged. refuses: whether a
+    refusal is taught."""
     if not metrics:
         return []
     last = metrics[-1]["step"]
-    likelihood = _draw("likelihood", CURVES, lambda ax: draw_likelihood(ax, metrics, stages))
+    likelihood = _draw("likelihood", CURVES, lambda ax: draw_likelihood(ax, metrics, stages, refuses))
     objective = _draw("objective", CURVES, lambda ax: draw_objective(ax, metrics))
-    nll = {"forget_nll": "forget answers' NLL", "adversary_nll": "that of others, before the adversary's step",
+    nll = {"forget_nll": "the refusal's NLL" if refuses else "forget answers' NLL",
+           "adversary_nll": "that of others, before the adversary's step",
            "retain_nll": "retain answers' NLL"}  # fmt: skip
     return [
         _picture("likelihood", "How unlikely the answers are", f"Curves over {last} optimiser steps. "

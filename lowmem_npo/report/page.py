@@ -57,6 +57,7 @@ def render_page(content: Content, examples: int) -> str:
     environment.filters |= {"part_of": part_of, "set_title": set_title, "linked": linked, "anchor": anchor}
     environment.filters["quoted"] = lambda path: shlex.quote(str(path))
     settings, (model, _) = content.settings, base_model(content)
+    refuses = settings.get("forget_term") in REFUSING_TERMS
     given = {name: value for name, value in settings.items() if value is not None}
     return environment.get_template("report.html.jinja").render(
         c=content,
@@ -64,7 +65,7 @@ def render_page(content: Content, examples: int) -> str:
         run=RunFiles(content.directory),
         model_name=model,
         first_page=first_page(content, model),
-        teaches_refusal=settings.get("forget_term") in REFUSING_TERMS,
+        teaches_refusal=refuses,
         tone=TONES[content.verdict.tone],
         evidence=EVIDENCE,
         rules=RULES,
@@ -73,7 +74,7 @@ def render_page(content: Content, examples: int) -> str:
         scope=scope(content.stages) if content.stages else "",
         legend=bar_legend(content.stages) if content.stages else [],
         bars=bar_pictures(content.stages),
-        curves=curve_pictures(content.metrics, content.stages),
+        curves=curve_pictures(content.metrics, content.stages, refuses),
         examples=content.examples(examples),
         leak_tests=[(test, words(test.name)) for test in leak_sections(content.leaks)],
         worst={stage: (attack, *shown_beside(attack)) for stage, attack in content.worst_attacks.items()},

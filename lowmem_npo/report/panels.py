@@ -25,12 +25,14 @@ def stage_colours(stages: Iterable[str]) -> dict[str, str]:
     return {stage: STAGE_COLOURS.get(stage) or next(spare, GREY) for stage in stages}
 
 
-def draw_likelihood(ax: Axes, metrics: Sequence[Metrics], stages: Stages) -> None:
+def draw_likelihood(ax: Axes, metrics: Sequence[Metrics], stages: Stages, refuses: bool = False) -> None:
+    """refuses: whether a refusal is taught, whose NLL was then logged in place of the forget answers'."""
     attacked = ", under the adversary" if _values(metrics, "adversary_nll") else ""
-    _draw_line(ax, metrics, "forget_nll", f"forget answers{attacked}", FORGET)
+    forget = "the refusal, in place of forget answers" if refuses else f"forget answers{attacked}"
+    _draw_line(ax, metrics, "forget_nll", forget, FORGET)
     _draw_line(ax, metrics, "adversary_nll", "others of them, before its step", GREY)
     _draw_line(ax, metrics, "retain_nll", "retain answers", RETAIN)
-    if "gold" in stages:
+    if "gold" in stages and not refuses:  # else nothing that is drawn goes there
         label = "forget answers, to a model that never saw them"
         ax.axhline(stages["gold"]["forget"].nll, color=FORGET, linestyle="--", linewidth=1.2, label=label)
     _finish(ax, "How unlikely the answers are", "NLL per answer token (nats)")

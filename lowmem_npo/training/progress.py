@@ -20,7 +20,9 @@ QUANTITIES = (
 class ConsoleProgress(TrainerCallback):
     """Replaces the Trainer's own progress bar and its dictionaries of numbers. Writes to standard error."""
 
-    def __init__(self) -> None:
+    def __init__(self, refuses: bool = False) -> None:
+        """refuses: whether a refusal is taught, whose NLL is then logged in place of the forget answers'."""
+        self._titles = {"forget_nll": "refusal NLL"} if refuses else {}
         self._bar: Progress | None = None
         self._is_new = True  # nothing was logged yet
 
@@ -41,7 +43,8 @@ class ConsoleProgress(TrainerCallback):
     ) -> None:
         if self._bar is None or not logs or "loss" not in logs:
             return
-        line = ", ".join(f"{title} {form.format(logs[name])}" for name, title, form in QUANTITIES if name in logs)
+        logged = [quantity for quantity in QUANTITIES if quantity[0] in logs]
+        line = ", ".join(f"{self._titles.get(name, title)} {form.format(logs[name])}" for name, title, form in logged)
         self._bar.set_postfix_str(line)
         self._bar.update(state.global_step - self._bar.n)
         if self._is_new or state.global_step == state.max_steps:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 from matplotlib import image
+from matplotlib.figure import Figure
 
 from lowmem_npo.evaluation.answers import AnswerSummary
+from lowmem_npo.report.panels import draw_likelihood
 from lowmem_npo.report.picture import draw_picture
 
 METRICS = [
@@ -61,3 +63,13 @@ def test_other_numbers_give_another_picture(tmp_path):
     assert rows.min() > 500 and columns.min() > 1100  # the last panel at the bottom: exact match
     rows, columns = (pixels(tmp_path / "curves.png") != plain).any(axis=2).nonzero()
     assert rows.max() < 550 and columns.min() > 700  # the right panel at the top: the objective
+
+
+def test_beside_a_refusal_there_is_no_line_of_what_gold_says_of_the_forget_answers():
+    for refuses, labels in (
+        (False, ["forget answers", "retain answers", "forget answers, to a model that never saw them"]),
+        (True, ["the refusal, in place of forget answers", "retain answers"]),
+    ):
+        ax = Figure().add_subplot()
+        draw_likelihood(ax, METRICS, stages("before", "after", "gold"), refuses)
+        assert ax.get_legend_handles_labels()[1] == labels

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from html import unescape
 from xml.etree import ElementTree
 
 import pytest
@@ -361,3 +362,12 @@ def test_a_diverged_run_is_reported_too(byte_model, data, tmp_path):
     assert "no finite likelihood" in report_of(run)["leaks"]["after"]["extraction"]["meaning"]
     assert json.loads((run / "audit.json").read_text())["adapter"] is not None
     assert revision_of_adapter(str(run)) == json.loads((run / "adapter_config.json").read_text())["revision"] == "v1"
+
+
+def test_a_refusal_that_is_taught_is_not_called_the_forget_answers(byte_model, data, tmp_path, capsys):
+    folder = train(tmp_path / "run", byte_model, data, "--max-steps", 2, "--forget-term", "idk", "--eval-rows", 1)
+    shown = capsys.readouterr().err
+    assert "refusal NLL" in shown and "forget NLL" not in shown
+    html = " ".join((folder / "report.html").read_text().split())
+    assert "the refusal should fall" in html and "forget should rise" not in html
+    assert "the refusal's NLL from" in unescape(html) and "forget answers' NLL from" not in unescape(html)

@@ -211,7 +211,8 @@ def _train(
 
 def _trainer(plan: RunPlan, model: PeftModel, stopping: Stopping | None, say: Say) -> NPOTrainer:
     args, data = npo_config(plan.config), plan.data
-    ours = [MetricsWriter(plan.directory.metrics, say), ConsoleProgress(), *([stopping] if stopping else [])]
+    progress = ConsoleProgress(refuses=plan.config.objective.forget_term in REFUSING_TERMS)
+    ours = [MetricsWriter(plan.directory.metrics, say), progress, *([stopping] if stopping else [])]
     trainer = NPOTrainer(
         model,
         args,
