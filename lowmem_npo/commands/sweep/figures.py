@@ -15,7 +15,7 @@ from typing import Any
 
 from lowmem_npo.commands.sweep.grid import SweepRun
 from lowmem_npo.errors import UserError
-from lowmem_npo.evaluation.answer_table import FORGET, MEASURES
+from lowmem_npo.evaluation.answer_table import FORGET, MEASURES, NOT_GENERATED
 from lowmem_npo.evaluation.answers import AnswerEvaluation, part_of, read_answers
 from lowmem_npo.evaluation.figures import aligned
 from lowmem_npo.files import load_json, write_atomically
@@ -107,6 +107,8 @@ class SweepResult:
     """An entry per run: its settings, seed, directory, and figures or `error`."""
     columns: list[Column] = field(default_factory=lambda: list(COLUMNS))
     """What the figures are called."""
+    generated: bool = True
+    """Whether the models wrote their answers; else these were read off the likelihoods."""
 
     @property
     def failed(self) -> list[dict[str, Any]]:
@@ -124,7 +126,7 @@ def collect(
     ledger: directory -> the run's seconds, or its error. evaluated: the figures in the directory of an evaluation.
     """
     entries, baselines = [], dict[str, dict[str, float]]()
-    columns = {column.key: column for column in COLUMNS}
+    columns, generated = {column.key: column for column in COLUMNS}, True
 
     def add_evaluated(figures: dict[str, Any], files: EvaluationFiles) -> None:
         measured = evaluated(files)
@@ -137,6 +139,7 @@ def collect(
         if entry["status"] == "done":
             of_start = baselines.setdefault(before_of(run), {})
             of_start |= entry.pop("before") | of_start  # a run that keeps nothing has no retain rows
+            generated &= entry.pop("generated")
             try:
                 add_evaluated(entry, RunFiles(run.directory).evaluation)
             except UserError as error:  # no error of one run must end the others
@@ -159,7 +162,7 @@ def collect(
                 if (any if is_verdict else all)(value is not None for value in values):
                     spreads[key] = Spread.of(values)
             configurations.append(Configuration(point.name, dict(point.settings), [e["seed"] for e in done], spreads))
-    return SweepResult(configurations, baselines, entries, list(columns.values()))
+    return SweepResult(configurations, baselines, entries, list(columns.values()), generated)
 
 
 def before_of(run: SweepRun) -> str:
@@ -191,7 +194,8 @@ def _entry(run: SweepRun, ledger: Mapping[str, Mapping[str, Any]]) -> dict[str, 
             entry |= {"kept_step": outcome["kept"]["step"], "stopped_by": " ".join(outcome["held"])}
         except (ValueError, KeyError, TypeError):
             return {**entry, "status": "failed", "error": f"'{files.stopping}' is damaged: restore or remove it"}
-    return {**entry, "before": answer_figures(before)}
+    generated = all(of.summary.generated for sets in (before, after) for of in sets.values())
+    return {**entry, "before": answer_figures(before), "generated": generated}
 
 
 def answer_figures(evaluations: Mapping[str, AnswerEvaluation]) -> dict[str, float]:
@@ -239,11 +243,17 @@ def text_tables(result: SweepResult, width: int) -> str:
     for group, lines in tables(result).items():
         blocks = "\n\n".join(aligned(header, body, header[1:]) for header, *body in _narrow(lines, width))
         parts.append(f"{group}\n{blocks}" if group else blocks)
+    return "\n\n".join([*parts, fill(_note(result), width)])
+
+
+def _note(result: SweepResult) -> str:
+    """What the figures are."""
+    given = "greedy ones" if result.generated else "those read off the likelihoods"
     note = (
         "Mean ± standard deviation (n - 1) over seeds. NLL: nats per answer token; says: share of true answers that "
-        "appear in greedy ones; exact: share that are all of them."
+        f"appear in {given}; exact: share that are all of them."
     )
-    return "\n\n".join([*parts, fill(note, width)])
+    return note if result.generated else f"{note} {NOT_GENERATED}"
 
 
 def _narrow(lines: list[list[str]], width: int) -> list[list[list[str]]]:
@@ -268,9 +278,9 @@ def markdown_tables(result: SweepResult) -> str:
 
 def write_results(result: SweepResult, root: Path) -> None:
     """sweep.json (everything), sweep.csv (a line per run), sweep_means.csv (a line per baseline and configuration),
-    sweep.md (the tables)."""
+    sweep.md (the tables, and what they hold)."""
     write_atomically(root / "sweep.json", json.dumps(asdict(result), indent=1) + "\n")
-    write_atomically(root / "sweep.md", markdown_tables(result) + "\n")
+    write_atomically(root / "sweep.md", f"{markdown_tables(result)}\n\n{_note(result)}\n")
     _write_csv(root / "sweep.csv", result.runs)
     lines: list[dict[str, Any]] = [{"configuration": name, **figures} for name, figures in result.baselines.items()]
     for c in result.configurations:

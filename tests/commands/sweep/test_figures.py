@@ -9,9 +9,11 @@ from typing import Any
 
 from lowmem_npo.commands.arguments import parse_run
 from lowmem_npo.commands.sweep import figures
-from lowmem_npo.commands.sweep.figures import Column, collect, tables, write_results
+from lowmem_npo.commands.sweep.figures import Column, collect, tables, text_tables, write_results
 from lowmem_npo.commands.sweep.grid import SweepRun, parse_grid, plan_sweep
-from lowmem_npo.run_directory import EvaluationFiles
+from lowmem_npo.evaluation.answer_table import NOT_GENERATED
+from lowmem_npo.evaluation.answers import AnswerEvaluation, AnswerRecord, AnswerSummary, save_answers
+from lowmem_npo.run_directory import EvaluationFiles, RunFiles
 
 TRACES = Column("leaks.sampling.leaks", "traces found", None, "leak test sampling")
 ROUGE = Column("leaks.sampling.rouge", "ROUGE-L", group="leak test sampling")
@@ -28,7 +30,8 @@ def test_a_verdict_counts_over_the_seeds_that_have_one(tmp_path, monkeypatch):
         verdict = verdicts[int(place.name[-1])] if place.name.startswith("seed-") else 0.0
         return {} if verdict is None else {TRACES: verdict, ROUGE: 0.5}
 
-    monkeypatch.setattr(figures, "_entry", lambda run, _: {"seed": run.seed, "status": "done", "before": {}})
+    entry = {"status": "done", "before": {}, "generated": True}
+    monkeypatch.setattr(figures, "_entry", lambda run, _: {"seed": run.seed, **entry})
     result = collect(runs, {}, tmp_path, evaluated)
     assert tables(result)["leak test sampling"] == [
         ["configuration", "seeds", "traces found", "ROUGE-L"],
@@ -52,7 +55,27 @@ def test_the_model_before_has_what_any_point_measured_of_it(tmp_path, monkeypatc
 
     def entry(run: SweepRun, _: object) -> dict[str, Any]:
         before = {"forget_nll": 1.0} | ({"retain_nll": 2.0} if run.config.objective.needs_retain else {})
-        return {"seed": run.seed, "status": "done", "before": before}
+        return {"seed": run.seed, "status": "done", "before": before, "generated": True}
 
     monkeypatch.setattr(figures, "_entry", entry)
     assert collect(runs, {}, tmp_path).baselines == {"before": {"forget_nll": 1.0, "retain_nll": 2.0}}
+
+
+def test_answers_that_were_read_off_are_not_described_as_written_ones(tmp_path):
+    for generate in ("on", "off"):
+        root, written = tmp_path / generate, generate == "on"
+        given = ["--model", "m", "--output-dir", str(root), "--generate-answers", generate]
+        runs = plan_sweep(parse_grid([]), range(2), lambda flags, given=given: parse_run([*given, *flags], "sweep"))
+        record = AnswerRecord(0, "Who?", "Ann.", "Ann.", 2, 0.1, 0.9, 1.0, True, True)
+        summary = AnswerSummary(1, 1, 2, 0.1, 0.9, 1.0, 1.0, 1.0, 8, generated=written)
+        for run in runs:
+            files = RunFiles(run.directory)
+            files.path.mkdir(parents=True)
+            files.weights.touch()
+            for stage in ("before", "after"):
+                save_answers(files.answers(stage), {"forget": AnswerEvaluation(summary, [record])})
+        result = collect(runs, {}, root)
+        write_results(result, root)
+        for text in (text_tables(result, 120), (root / "sweep.md").read_text()):
+            words = " ".join(text.split())
+            assert ("appear in greedy ones" in words) is written and (NOT_GENERATED in words) is not written
