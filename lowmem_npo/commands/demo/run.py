@@ -113,7 +113,8 @@ def _demo(directory: Path, recipe: Recipe, seed: int, device: Device, say: Say) 
 
     run = directory / "unlearned"
     files = RunFiles(run)
-    say(f"\n3/4  The first model forgets, as with `lowmem-npo train --config {shlex.quote(str(files.run_yaml))}`.")
+    again = f"`lowmem-npo train --config {shlex.quote(str(files.run_yaml))} --output-dir again`"
+    say(f"\n3/4  The first model forgets, as with {again}.")
     if files.run_yaml.is_file():
         shutil.rmtree(run)  # of an earlier demo; `train` refuses if anything else is there
     config = recipe.run(directory / "base", run, seed, device)

@@ -212,8 +212,8 @@ def judge(
         meaning += f" By other attacks on it, {words}: {', '.join(by)}."
     if not_told and not leaking:
         meaning += f" Whether other attacks on it bring too much back cannot be told: {', '.join(not_told)}."
-    for gap, of in gaps.items():
-        meaning += f" In {'every form' if len(of) == len(others) > 1 else ', '.join(of)}, {gap}"
+    for not_made, of in gaps.items():
+        meaning += f" In {'every form' if len(of) == len(others) > 1 else ', '.join(of)}, {not_made}"
     leaks = True if leaking else above_holdout(strength, level, before)
     if leaks is False and (not_told or unknown):
         leaks = None
