@@ -22,11 +22,12 @@ from lowmem_npo.evaluation.result import Evaluation
 from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.files import expanded, file_sha256, load_json, write_atomically
+from lowmem_npo.model.names import Base, digest_of, resolve_name
 from lowmem_npo.records import check_record
 from lowmem_npo.run_directory import EvaluationFiles, check_empty, from_here, remember_start
 
-# Among the digests of settings.json, beside the sets.
-OTHERS = THE_MODEL, THE_TOKENIZER, THE_ADAPTER = "the model", "the tokenizer", "the adapter"
+# Among the digests of settings.json, beside the sets. Of the base there are its weights alone, wherever they lie.
+OTHERS = THE_MODEL, THE_TOKENIZER, THE_ADAPTER, THE_BASE = "the model", "the tokenizer", "the adapter", "the base"
 ANOTHER_TOKENIZER = "another tokenizer or chat template"
 DECIDED = ("chat_date", "generate_answers")  # where auto is recorded as what it became, and stays so
 COMPARED = ("before", "retained_log")  # settings that name the evaluation.json of another model
@@ -195,7 +196,8 @@ def loaded_otherwise(run: Mapping[str, Any], settings: Mapping[str, Any]) -> lis
     """The flags with which an evaluation wrote rows, or loaded the model, otherwise than a run, as far as is known."""
     template, other = (of.get("prompt_template") or of.get("template") or "auto" for of in (run, settings))
     flags = [
-        f"--{name.replace('_', '-')}" for name in changed_options(run, settings, ("qlora", "system", "max_length"))
+        f"--{name.replace('_', '-')}"
+        for name in changed_options(run, settings, ("dtype", "qlora", "system", "max_length"))
     ]
     return flags + (["--template"] if template != other and "auto" not in (template, other) else [])
 
@@ -274,3 +276,18 @@ def is_of_adapter(files: EvaluationFiles, weights: Path) -> bool:
     except ValueError as error:
         raise UserError(f"'{files.settings}' is damaged: remove '{files.path}', and measure anew.") from error
     return bool(settings["digests"].get(THE_ADAPTER) == file_sha256(weights))
+
+
+def base_of(files: EvaluationFiles) -> Base:
+    """The model that the evaluation in `files` measured an adapter on. Raises ValueError where its settings are
+    damaged."""
+    settings = load_json(files.settings)
+    named = {"model": str | None, "revision": str | None, "any_base": bool}
+    check_record(settings, {"digests": dict[str, str], **named}, optional=named)
+    digests, name, revision = settings["digests"], settings.get("model"), settings.get("revision")
+    if name is None or not settings.get("any_base"):
+        return Base(weights=digests.get(THE_BASE))
+    name = resolve_name(from_here(files, settings, name), revision)
+    if THE_BASE not in digests and digests.get(THE_MODEL) == digest_of(name, revision):
+        return Base.here(name, revision)  # an earlier version recorded more than the weights; it is still what it was
+    return Base(name, digests.get(THE_BASE))

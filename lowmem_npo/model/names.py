@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
@@ -50,12 +51,39 @@ def resolve_name(name: str, revision: str | None = None, say: Say = silent) -> s
 
 def commit_of(name: str, revision: str | None = None) -> str | None:
     """The commit of the hub whose files of `name` this machine has; None of a directory, or where it has none."""
-    if Path(name).is_dir():
-        return None
+    snapshot = None if Path(name).is_dir() else _snapshot(name, revision)
+    return snapshot.name if snapshot else None
+
+
+def _snapshot(name: str, revision: str | None) -> Path | None:
+    """Where this machine has the files of a name on the hub."""
     with suppress(ValueError):  # not a name that the hub could have
         file = try_to_load_from_cache(name, "config.json", revision=revision)
-        return Path(file).parent.name if isinstance(file, str) else None
+        return Path(file).parent if isinstance(file, str) else None
     return None
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model of an adapter, as far as it is known. name: None for the one that the adapter names. weights: a
+    hash of what is sampled of their files."""
+
+    name: str | None = None
+    weights: str | None = None
+
+    @classmethod
+    def here(cls, name: str, revision: str | None = None, of_adapter: bool = False) -> Base:
+        """A directory, or what this machine has of a name on the hub. of_adapter: whether the adapter names it."""
+        folder = expanded(name) if expanded(name).is_dir() else _snapshot(name, revision)
+        there = folder is not None and any(True for pattern in LOADED for _ in folder.glob(pattern))
+        return cls(None if of_adapter else name, digest_of(str(folder), patterns=LOADED) if there else None)
+
+    def is_other_than(self, base: Base) -> bool:
+        """By the weights, wherever they lie; where those are not known, by what was named."""
+        if self.weights and base.weights:
+            return self.weights != base.weights
+        places = [os.path.realpath(expanded(name)) for name in (self.name, base.name) if name is not None]
+        return len(set(places)) > 1
 
 
 def digest_of(name: str, revision: str | None = None, patterns: Sequence[str] = WEIGHTS) -> str:

@@ -33,11 +33,11 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.files import expanded, file_sha256, load_json, name_of, write_atomically
 from lowmem_npo.model import resolve_name
 from lowmem_npo.model.layers import causal_lm
-from lowmem_npo.model.names import LOADED, commit_of, digest_of
+from lowmem_npo.model.names import LOADED, Base, commit_of, digest_of
 from lowmem_npo.model.saved_adapter import resolve_base
 from lowmem_npo.ranges import Count
 from lowmem_npo.records import Amount, check_record
-from lowmem_npo.run_directory import AdapterFiles, RunFiles, run_of_adapter
+from lowmem_npo.run_directory import AdapterFiles, RunFiles, from_here, run_of_adapter
 from lowmem_npo.training.reference.identity import weights_fingerprint
 from lowmem_npo.training.training_rows import planned_rows, used_alternatives
 
@@ -231,6 +231,27 @@ def of_another_adapter(directory: Path) -> str | None:
         f"{files.weights.name} is not the file that the run in its directory wrote (its hash is not the one in "
         f"{files.audit.name}): the run's figures are of another adapter."
     )
+
+
+def of_another_base(directory: Path, base: Base) -> str | None:
+    """What to say where the adapter in `directory` is put on `base`, another model than its run trained it on; None
+    where it is not known to be one."""
+    try:
+        if not base.is_other_than(base_of_run(run_of_adapter(directory.resolve()).path)):
+            return None
+    except UserError:  # a damaged record, of which the report tells
+        return None
+    return "The base is another model than the one that the run trained the adapter on: the run's figures are not of it."
+
+
+def base_of_run(directory: Path) -> Base:
+    """The model that the run in `directory` was trained on, as far as that is recorded. Raises UserError if its audit
+    record is damaged."""
+    if (audit := read_audit(directory)) is None or "loaded" not in audit["model"]:
+        return Base()
+    loaded, weights, commit = (audit["model"].get(key) for key in ("loaded", "files", "commit"))
+    name = from_here(RunFiles(directory), audit["configuration"], loaded)
+    return Base.here(name, commit) if commit and not weights else Base(name, weights)
 
 
 def check_same_rows(directory: Path, config: RunConfig, data: PreparedData) -> None:

@@ -18,7 +18,14 @@ from lowmem_npo.evaluation.answers import (
     read_answers,
     summaries,
 )
-from lowmem_npo.evaluation.directory import COMPARED, OTHER_ROWS, compared_with, is_of_adapter, measured_otherwise
+from lowmem_npo.evaluation.directory import (
+    COMPARED,
+    OTHER_ROWS,
+    base_of,
+    compared_with,
+    is_of_adapter,
+    measured_otherwise,
+)
 from lowmem_npo.evaluation.earlier import Earlier
 from lowmem_npo.evaluation.figures import finite
 from lowmem_npo.evaluation.gold import Gold
@@ -28,7 +35,7 @@ from lowmem_npo.evaluation.leaks.worst import WORST_ATTACK, WorstAttack, not_bes
 from lowmem_npo.files import expanded, load_json
 from lowmem_npo.ranges import shortened
 from lowmem_npo.records import check_record
-from lowmem_npo.report.audit import Audit, check_reported, of_another_adapter, read_audit
+from lowmem_npo.report.audit import Audit, base_of_run, check_reported, of_another_adapter, read_audit
 from lowmem_npo.report.figures import StagedFigure, evaluation_figures, run_figures
 from lowmem_npo.report.leak_tests import leak_sections
 from lowmem_npo.report.verdict import RULES, Verdict, judge_run
@@ -40,6 +47,10 @@ EVIDENCE = (
     "data is gone."
 )
 STAGES = ("before", "after", "gold")
+OF_ANOTHER_BASE = (
+    "What `evaluate` measured is of the adapter on another base model than the run's, or on one that is not known to be "
+    "the same: this report leaves it out."
+)
 
 
 @dataclass(frozen=True)
@@ -124,6 +135,8 @@ def read_content(directory: Path) -> Content:
                 evaluations[stage] = sets
     with _named(files.evaluation.settings):
         was_evaluated = _was_evaluated(files)
+        elsewhere = was_evaluated and _is_of_another_base(files)
+        was_evaluated = was_evaluated and not elsewhere
         known = compared_with(files.evaluation) if was_evaluated else {}
         evaluated = _read_evaluation(files.evaluation, known) if was_evaluated else {}
         of_run_rows = was_evaluated and not known.get(OTHER_ROWS)
@@ -149,6 +162,7 @@ def read_content(directory: Path) -> Content:
     unfinished = None if measured_nothing else finishing(files)
     verdict = judge_run(stages, audit["model"]["vocabulary"] if audit else None, leaks, errors, unfinished)
     notes = [*stopped, *_notes(metrics, audit), *filter(None, [of_another_adapter(directory)])]
+    notes += [OF_ANOTHER_BASE] if elsewhere else []
     notes += [*evaluated.get("after", {}).get("notes", []), *_no_longer_there(known), *replaced]
     notes = list(dict.fromkeys([*notes, *not_beside_gold(leaks.get("after", {}), leaks.get("gold", {}))]))
     return Content(directory, settings, verdict, stages, figures, leaks, metrics, evaluations, notes, audit)
@@ -170,6 +184,12 @@ def _was_evaluated(files: RunFiles) -> bool:
     if not evaluation.result.is_file() or not files.weights.is_file():
         return evaluation.result.is_file()
     return evaluation.settings.is_file() and is_of_adapter(evaluation, files.weights)
+
+
+def _is_of_another_base(files: RunFiles) -> bool:
+    """Whether the evaluation, as far as that is known, measured the adapter on another model than the run trained."""
+    evaluation = files.evaluation
+    return evaluation.settings.is_file() and base_of(evaluation).is_other_than(base_of_run(files.path))
 
 
 def _read_evaluation(evaluation: EvaluationFiles, known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import yaml
 from helpers.report_pages import page, report_of
 from helpers.reported_run import FORGET, unexplained
 from helpers.rows import write_rows
+from safetensors.torch import load_file, save_file
 
 from lowmem_npo.cli import main
 from lowmem_npo.report.files import write_report
@@ -113,6 +115,34 @@ def test_an_evaluation_of_the_runs_rows_is_part_of_its_report(own_run, tmp_path,
     assert (
         report["leaks"]["after"]["extraction"]["rows"] == 2 and report["verdict"]["headline"] in capsys.readouterr().out
     )
+
+
+def test_an_evaluation_on_another_base_is_none_of_the_runs(own_run, tmp_path, capsys):
+    """The same weights in another place are the run's base; an evaluation of an earlier version did not record which
+    they were, but they may still be there."""
+    write_report(own_run)
+    alone, base = report_of(own_run), tmp_path / "base"
+    shutil.copytree(yaml.safe_load((own_run / "run.yaml").read_text())["model"], base)
+    weights = load_file(base / "model.safetensors")
+    settings = own_run / "evaluation" / "settings.json"
+    for other in (False, True):
+        if other:
+            shutil.rmtree(settings.parent)
+            changed = {name: weight * 1.5 for name, weight in weights.items()}
+            save_file(changed, base / "model.safetensors", {"format": "pt"})
+        common = ["--leaks", "sampling", "--leak-samples", "2", "--dtype", "float32", "--device", "cpu"]
+        assert main(["evaluate", "--adapter", str(own_run), "--model", str(base), "--any-base", *common]) == 0
+        said = capsys.readouterr().out.splitlines()[-1]
+        began = json.loads(settings.read_text())
+        for digests in (began["digests"], {k: v for k, v in began["digests"].items() if k != "the base"}):
+            settings.write_text(json.dumps({**began, "digests": digests}))
+            write_report(own_run)
+            report = report_of(own_run)
+            assert ("sampling" in report["leaks"]["after"]) == (not other)
+            assert any("on another base model than the run's" in note for note in report["notes"]) == other
+        assert (report["verdict"] == alone["verdict"]) == other
+        assert (said == report["verdict"]["headline"]) == (not other)
+    assert "The base is another model" in json.loads((settings.parent / "evaluation.json").read_text())["notes"][0]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from lowmem_npo.evaluation.benchmarks.muse import MUSE
 from lowmem_npo.evaluation.benchmarks.plain import PLAIN, summaries_of
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.benchmarks.tofu import TOFU
-from lowmem_npo.evaluation.directory import THE_ADAPTER, EvaluationDirectory, as_json, loaded_otherwise
+from lowmem_npo.evaluation.directory import THE_ADAPTER, THE_BASE, EvaluationDirectory, as_json, loaded_otherwise
 from lowmem_npo.evaluation.fluency import fluency
 from lowmem_npo.evaluation.leaks.contract import NO_HOLDOUT, LeakTest, SavedModel, Subject, leak_results
 from lowmem_npo.evaluation.leaks.measure import repeated, run_leak_tests, time_of_tuning
@@ -39,8 +39,9 @@ from lowmem_npo.memory.switches import load_base, stream_layers
 from lowmem_npo.model import check_causal, check_head
 from lowmem_npo.model.adapters import original_model
 from lowmem_npo.model.loading import resolve_device
+from lowmem_npo.model.names import Base
 from lowmem_npo.model.saved_adapter import check_unchanged, load_adapter
-from lowmem_npo.report.audit import of_another_adapter
+from lowmem_npo.report.audit import of_another_adapter, of_another_base
 from lowmem_npo.report.content import read_content
 from lowmem_npo.report.evaluation_text import evaluation_text
 from lowmem_npo.report.verdict import judge_evaluation
@@ -92,6 +93,11 @@ def measure(
     if config.adapter:
         model = load_adapter(model, config.adapter)
         check_unchanged(config.adapter, plan.digests[THE_ADAPTER])
+    base = Base.here(str(plan.model_config.model), plan.model_config.revision, of_adapter=not config.any_base)
+    if base.weights is not None:
+        directory.digests[THE_BASE] = base.weights
+    another_base = of_another_base(expanded(config.adapter), base) if config.adapter else None
+    context.notes += [another_base] if another_base else []
     journal = directory.begin()
     stream_layers(model, config, resolve_device(config.device))
     with original_model(model):
@@ -144,7 +150,7 @@ def measure(
     say(f"\nEvery figure is in {directory.result}, every scored row in {directory.rows.name} beside it.")
     if (worst := result.worst_attack) is not None:
         say(worst.sentence)
-    say(_headline(plan, result, say))
+    say(_headline(plan, result, another_base is None, say))
     return result
 
 
@@ -168,10 +174,10 @@ def _subject(plan: EvaluationPlan, tests: Sequence[LeakTest], merged: Path, scor
     )
 
 
-def _headline(plan: EvaluationPlan, result: Evaluation, say: Say) -> str:
+def _headline(plan: EvaluationPlan, result: Evaluation, on_base: bool, say: Say) -> str:
     """The first sentence of the run's report, which these figures are part of; before it, where these answers are not
     those that the report goes by, and in its place of any other model and of other rows, the same of these figures
-    alone. `say` is told if the adapter is not the run's own."""
+    alone. on_base: whether the adapter is on its run's base. `say` is told if it is not the run's own."""
     config, context, now = plan.config, plan.context, result.scores.get(PLAIN.name, {})
     vocabulary = context.fit.vocabulary if context.fit else None
     own = judge_evaluation(
@@ -187,7 +193,7 @@ def _headline(plan: EvaluationPlan, result: Evaluation, say: Say) -> str:
         return own
     if other := of_another_adapter(run.path):
         say(other)
-    elif not plan.other_rows and (content := read_content(run.path)).stages:
+    elif on_base and not plan.other_rows and (content := read_content(run.path)).stages:
         after, headline = content.stages.get("after", {}), content.verdict.headline
         alike = not loaded_otherwise(content.settings, as_json(config))
         alike = alike and (FORGET not in now or (FORGET in after and same_rows(after[FORGET], now[FORGET])))

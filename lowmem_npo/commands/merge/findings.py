@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 from lowmem_npo.commands.merge.options import DEQUANTIZED
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.errors import UserError
-from lowmem_npo.evaluation.directory import OTHER_ROWS, compared_with, is_of_adapter
+from lowmem_npo.evaluation.directory import OTHER_ROWS, base_of, compared_with, is_of_adapter
 from lowmem_npo.evaluation.leaks.contract import LeakResult, stands_beside
 from lowmem_npo.evaluation.leaks.measure import read_leaks
 from lowmem_npo.evaluation.leaks.quantization import MERGED, QUANTIZATION
 from lowmem_npo.evaluation.leaks.relearning import RELEARNING
 from lowmem_npo.files import expanded, file_sha256, load_json
+from lowmem_npo.model.names import Base
 from lowmem_npo.model.saved_adapter import settings_of_run
-from lowmem_npo.report.audit import recorded_adapter
+from lowmem_npo.report.audit import base_of_run, recorded_adapter
 from lowmem_npo.run_directory import RunFiles, run_of_adapter
 
 # Test -> when it is that forgotten text may return.
@@ -30,10 +31,11 @@ LASTING = ("layered", "adversary", "sam")  # options against relearning
 
 
 class Finding(NamedTuple):
-    """A result of a leak test. current: whether it is of the adapter as it is now. file: that holds it."""
+    """A result of a leak test. of_other: what else it is of than the adapter as it is now on the base that it is merged
+    into, if it is. file: that holds it."""
 
     result: LeakResult
-    current: bool
+    of_other: str | None
     file: Path
 
 
@@ -45,7 +47,7 @@ class Said(NamedTuple):
 
 
 def findings(
-    adapter: str, base_weights: str, *, lasts: bool = True, base: Sequence[str] = ()
+    adapter: str, base_weights: str, onto: Base, *, lasts: bool = True, base: Sequence[str] = ()
 ) -> tuple[list[str], list[str]]:
     """A sentence per test that looks for forgotten text returning: what it found, or that it was not run and what runs
     it, with all others that were not.
@@ -53,11 +55,11 @@ def findings(
     Rounding can undo an update that is small beside the weights (Zhang et al. 2025, "Catastrophic failure of LLM
     unlearning via quantization"), and fine-tuning one that only hides (Hu et al. 2024).
 
-    base_weights: that the adapter is merged into. lasts: whether it is the one that its run wrote, and has what that
-    made last. base: the options that named its base. Returned twice: as they are said here, and for a card that others
-    read, without where on this machine the adapter and its base are.
+    base_weights: that the adapter is merged into; onto: of which model. lasts: whether it is the one that its run
+    wrote, and has what that made last. base: the options that named its base. Returned twice: as they are said here,
+    and for a card that others read, without where on this machine the adapter and its base are.
     """
-    known = {test: list(_known(test, adapter)) for test in RETURNING}
+    known = {test: list(_known(test, adapter, onto)) for test in RETURNING}
     lasting = list(_lasting(adapter)) if lasts else []
 
     def sentences(with_place: bool) -> list[str]:
@@ -110,13 +112,13 @@ def _command(adapter: str, tests: Sequence[str], base: Sequence[str], with_place
 
 def _said(test: str, known: Sequence[Finding], adapter: str, base_weights: str, with_place: bool) -> Said:
     folder = expanded(adapter).resolve()
-    current = [finding for finding in known if finding.current]
+    current = [finding for finding in known if finding.of_other is None]
     if not known:
         return Said(f"Not checked: whether forgotten text returns {RETURNING[test]}.", advised=True)
     if not current:
         run, file = run_of_adapter(folder).path, known[0].file
         shown = file if with_place else Path(run.name) / file.relative_to(run)
-        return Said(f"Not checked: the {test} test in '{shown}' is of another state of this adapter.", advised=True)
+        return Said(f"Not checked: the {test} test in '{shown}' is of {known[0].of_other}.", advised=True)
     result = current[0].result
     for later in current[1:]:
         result = result if stands_beside(result, later.result) else later.result
@@ -133,19 +135,26 @@ def _said(test: str, known: Sequence[Finding], adapter: str, base_weights: str, 
     return Said(f"{'WARNING' if result.leaks else 'Checked'}, {test} test: {result.verdict.words}. {meaning}")
 
 
-def _known(test: str, adapter: str) -> Iterator[Finding]:
+def _known(test: str, adapter: str, onto: Base) -> Iterator[Finding]:
     """The results that the run and its evaluations have, where their files can be read; the latest one's last."""
     folder = expanded(adapter).resolve()
     weights, run = RunFiles(folder).weights, run_of_adapter(folder)
     try:
-        current = recorded_adapter(run.path) == file_sha256(weights)
-        yield Finding(read_leaks(run.leaks)["after"][test], current, run.leaks)
+        of_other = _of_other(recorded_adapter(run.path) == file_sha256(weights), base_of_run(run.path), onto)
+        yield Finding(read_leaks(run.leaks)["after"][test], of_other, run.leaks)
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     for evaluation in RunFiles(folder).evaluations():
         try:
             content = load_json(evaluation.result)["leaks"][test]
             if not compared_with(evaluation).get(OTHER_ROWS):
-                yield Finding(LeakResult.from_json(content), is_of_adapter(evaluation, weights), evaluation.result)
+                of_other = _of_other(is_of_adapter(evaluation, weights), base_of(evaluation), onto)
+                yield Finding(LeakResult.from_json(content), of_other, evaluation.result)
         except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
             pass
+
+
+def _of_other(of_this_state: bool, measured: Base, onto: Base) -> str | None:
+    if not of_this_state:
+        return "another state of this adapter"
+    return "this adapter on another base model" if measured.is_other_than(onto) else None

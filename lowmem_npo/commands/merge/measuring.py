@@ -32,7 +32,8 @@ from lowmem_npo.memory.streaming import can_stream_to
 from lowmem_npo.memory.switches import load_base, stream_layers
 from lowmem_npo.model.checkpoint import find_checkpoint
 from lowmem_npo.model.loading import DTYPES, resolve_device
-from lowmem_npo.report.audit import read_audit, recorded_adapter
+from lowmem_npo.model.names import Base
+from lowmem_npo.report.audit import of_another_base, read_audit, recorded_adapter
 from lowmem_npo.run_directory import RunFiles, run_of_adapter
 from lowmem_npo.training.forget_level import halved
 
@@ -126,7 +127,9 @@ def rows_of_run(config: MergeConfig, name: str, revision: str | None) -> RunRows
         if rows is not None
     }
     weights = RunFiles(expanded(config.adapter)).weights
-    stages = {stage: figures_of_run(run, stage, weights) for stage in ("before", "after")}
+    onto = Base.here(name, revision, of_adapter=not config.any_base)
+    own = of_another_base(run.path, onto) is None
+    stages = {stage: figures_of_run(run, stage, weights) if own else RowFigures() for stage in ("before", "after")}
     streams = settings.memory.stream_weights and can_stream_to(resolve_device(config.device))
     figures = stages["before"], stages["after"]
     return RunRows(chosen, settings.model, settings.output.eval_batch_size, *figures, StreamOptions(streams))

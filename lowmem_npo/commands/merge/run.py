@@ -29,8 +29,9 @@ from lowmem_npo.model.checkpoint import Checkpoint, find_checkpoint
 from lowmem_npo.model.dequantized import DequantizedBase
 from lowmem_npo.model.loading import DTYPES as COMPUTE_TYPES
 from lowmem_npo.model.merging import Updates, check_space, find_updates, write_merged
+from lowmem_npo.model.names import Base
 from lowmem_npo.model.saved_adapter import settings_of_run
-from lowmem_npo.report.audit import of_another_adapter, recorded_base
+from lowmem_npo.report.audit import of_another_adapter, of_another_base, recorded_base
 from lowmem_npo.report.model_card import Measurements, merged_card
 from lowmem_npo.run_directory import RunFiles, check_empty
 from lowmem_npo.sizes import amount
@@ -71,8 +72,9 @@ def merge(config: MergeConfig, say: Say = print) -> Path:
             _write(config, checkpoint, updates, partial / base, base)
         chosen = _measure(plan, partial)
         adapter = expanded(config.adapter)
-        other = of_another_adapter(adapter)
-        known, published = findings(config.adapter, chosen, lasts=other is None, base=_base_named(config))
+        onto = Base.here(name, revision, of_adapter=not config.any_base)
+        other = of_another_adapter(adapter) or of_another_base(adapter, onto)
+        known, published = findings(config.adapter, chosen, onto, lasts=other is None, base=_base_named(config))
         kind = "as the base's" if dtype is None else config.dtype
         weights = f"{kind}, on the base's NF4 weights, dequantised" if chosen == DEQUANTIZED else kind
         card = merged_card(adapter, name, revision, weights, published, other, plan.measurements)

@@ -17,6 +17,7 @@ from lowmem_npo.commands.merge.findings import findings
 from lowmem_npo.evaluation.directory import EvaluationDirectory
 from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.files import file_sha256
+from lowmem_npo.model.names import Base
 
 FOUND = {"leaks": True, "meaning": "It is back.", "merged": {}, "rows": 3}
 
@@ -37,10 +38,10 @@ def write_evaluation(folder, tests, weights=None, **settings):
     (evaluation / "evaluation.json").write_text(json.dumps({"leaks": tests}))
 
 
-def write_run(folder, tests, weights=None):
+def write_run(folder, tests, weights=None, model=None):
     digest = weights or file_sha256(folder / "adapter_model.safetensors")
     rows = {"salt": "00", "sha256": []}
-    record = {"configuration": {}, "model": {}, "data": {}, "forget_rows": rows, "sessions": []}
+    record = {"configuration": {}, "model": model or {}, "data": {}, "forget_rows": rows, "sessions": []}
     record["adapter"] = {"sha256": digest}
     (folder / "audit.json").write_text(json.dumps(record))
     (folder / "leaks.json").write_text(json.dumps({"before": {}, "after": tests}))
@@ -90,7 +91,7 @@ def test_the_command_measures_in_the_type_that_the_run_had(adapter):
 def test_the_command_runs_where_another_evaluation_is_and_its_result_is_read(last_lines, adapter, tmp_path):
     """Also where the adapter's base is named, as it then must be for that command."""
     write_evaluation(adapter, {"extraction": FOUND})
-    (rounding, _), _ = findings(str(adapter), "whole", base=["--model", "the base", "--any-base"])
+    (rounding, _), _ = findings(str(adapter), "whole", Base(), base=["--model", "the base", "--any-base"])
     for number in (2, 3):
         line = rounding if number == 2 else last_lines()[0]
         _, command, *options = shlex.split(re.search("`(.*)`", line)[1].replace("…", "forget.jsonl"))
@@ -170,6 +171,23 @@ def test_of_another_state_of_the_adapter(last_lines, adapter, tmp_path):
     rounding, relearning = last_lines()
     assert "evaluation.json' is of another state of this adapter" in rounding
     assert "leaks.json' is of another state of this adapter" in relearning
+
+
+def test_of_this_adapter_on_another_base(adapter, tmp_path):
+    """Which the run may have been trained on, or an evaluation have measured; the run's figures are not of this one."""
+    weights = file_sha256(adapter / "adapter_model.safetensors")
+    here = Base.here(str(tmp_path / "base"))
+    for base, known in (("others", False), (here.weights, True)):
+        digests = {"the adapter": weights, "the base": base}
+        write_evaluation(adapter, {"quantization": {**FOUND, "leaks": False}}, digests=digests)
+        write_run(adapter, {"relearning": FOUND}, model={"loaded": "gone", "files": base})
+        (rounding, relearning), _ = findings(str(adapter), "whole", here)
+        other = "is of this adapter on another base model. `lowmem-npo evaluate"
+        assert [other in line for line in (rounding, relearning)] == [not known] * 2
+        assert rounding.startswith("Checked, quantization" if known else "Not checked: the quantization test in")
+        out = tmp_path / f"out-{known}"
+        assert main(["merge", "--adapter", str(adapter), "--any-base", "--output-dir", str(out)]) == 0
+        assert ("The base is another model than the one" in (out / "README.md").read_text()) == (not known)
 
 
 def test_the_card_of_an_adapter_that_its_run_did_not_write_has_no_verdict_of_the_run(adapter, tmp_path, capsys):
@@ -262,5 +280,5 @@ def test_what_was_made_to_last_by_this_run_or_one_before(adapter, settings, firs
     (adapter / "run.yaml").write_text(settings.format(adapter.parent))
     (adapter.parent / "first" / "checkpoint-4").mkdir(parents=True)
     (adapter.parent / "first" / "run.yaml").write_text(first)
-    lines = [line for line in findings(str(adapter), "whole")[0] if LASTS in line]
+    lines = [line for line in findings(str(adapter), "whole", Base())[0] if LASTS in line]
     assert [line.split(f" {LASTS}")[0] for line in lines] == ([f"What {how}"] if how else [])
