@@ -16,7 +16,7 @@ from lowmem_npo.evaluation.answers import AnswerSummary, part_of
 from lowmem_npo.evaluation.asking import CHAT, PLAIN, REWORDED
 from lowmem_npo.evaluation.figures import shares, side_by_side
 from lowmem_npo.evaluation.leaks.contract import MARGIN, LeakResults
-from lowmem_npo.evaluation.leaks.worst import worst_attacks
+from lowmem_npo.evaluation.leaks.worst import WorstAttack, worst_attacks
 
 KNOWN = 0.5  # ROUGE-L recall before; with less, and hardly an answer said, there was little to forget
 SAID, MOSTLY_SAID = 0.05, 0.5  # shares of answers: that may still appear, and of a set that is said on the whole
@@ -108,14 +108,18 @@ def judge_run(
     other rows. vocabulary: the model's. leaks: stage -> test -> result. errors: set -> measure -> the standard error of
     its change over the rows, where that is known. unfinished: what finishes the run, a clause; None of one that was to
     measure nothing."""
+    tested, attack = leaks.get("after", {}), worst_attacks(leaks).get("after")
+    leaking = bool(_leaking(tested) or (attack and attack.stands_out))
+    by_tests = [_leak_sentence(tested, leaks.get("gold"), attack is not None)]
+    by_tests += [attack.sentence] if attack else []
     if not {"before", "after"} <= set(stages) or "forget" not in stages["after"]:
         why = "was made with --eval-rows 0" if unfinished is None else "has not reached its end"
         remedy = unfinished or "`lowmem-npo evaluate --adapter` with the run's directory measures the adapter"
-        return Verdict(
-            "unknown",
-            "Whether the model has forgotten was not measured.",
-            [f"The run {why}: this page says what was trained, not with what result; {remedy}."],
-        )
+        headline = "Whether the model has forgotten was not measured"
+        headline += f", but leak tests find traces{_brought_back(attack)}" if leaking else ""
+        result = "of its result only what leak tests found" if tested else "not with what result"
+        sentence = f"The run {why}: this page says what was trained, {result}; {remedy}."
+        return Verdict("unknown", f"{headline}.", [sentence, *(by_tests if tested else [])])
     before, after, gold = (stages.get(stage, {}) for stage in ("before", "after", "gold"))
     if not gives_numbers(before, after):
         return Verdict(
@@ -139,8 +143,6 @@ def judge_run(
         retain_words = RETAIN_WORDS["other rows"]
     excess = _overdone(after[FORGET], gold.get(FORGET), vocabulary) if forget != "unknown" else None
     overdone = excess if states[FORGET] == "forgotten" else None
-    attack = worst_attacks(leaks).get("after")
-    leaking = bool(_leaking(leaks.get("after", {})) or (attack and attack.stands_out))
 
     words = _forget_words(states, worst, after)
     generated = all(summary.generated for sets in (before, after) for summary in sets.values())
@@ -149,9 +151,7 @@ def judge_run(
     if overdone:
         headline += "; the forgetting is overdone"
     if leaking:
-        headline += f"{', and' if overdone else ', but'} leak tests still find traces"
-        if attack and (attack.stands_out or (attack.stands_out is None and attack.value > SAID)):
-            headline += f" (the worst attack, {attack.short_name}, brings {shares(attack.value)[0]} back)"
+        headline += f"{', and' if overdone else ', but'} leak tests still find traces{_brought_back(attack)}"
     sentences = [] if generated else [NOT_GENERATED]
     sentences += [_figures(name, before, after, gold) for name in asked]
     if of_passages(after[FORGET]):
@@ -164,9 +164,7 @@ def judge_run(
         sentences.append("No rows to keep were named: what is protected beyond general questions is not known.")
     if excess:
         sentences.append(overdone or OTHER_WORDS)
-    sentences.append(_leak_sentence(leaks.get("after", {}), leaks.get("gold"), attack is not None))
-    if attack:
-        sentences.append(attack.sentence)
+    sentences += by_tests
     return Verdict(_tone(forget, retain, bool(overdone or leaking)), headline + ".", sentences)
 
 
@@ -347,6 +345,13 @@ def form_words(name: str) -> str:
 
 def _leaking(results: LeakResults) -> list[str]:
     return [name for name, result in results.items() if result.leaks is True]
+
+
+def _brought_back(attack: WorstAttack | None) -> str:
+    """For a headline that tells of traces: the worst attack, where that may be one of them."""
+    if attack is None or not (attack.stands_out or (attack.stands_out is None and attack.value > SAID)):
+        return ""
+    return f" (the worst attack, {attack.short_name}, brings {shares(attack.value)[0]} back)"
 
 
 def _leak_sentence(results: LeakResults, gold: LeakResults | None, has_attack: bool) -> str:

@@ -155,6 +155,14 @@ def test_what_was_not_measured_is_not_judged():
     for measured in ({}, {"before": {"forget": RECITED}}):
         verdict = judge_run(measured, 50304, {})
         assert verdict.tone == "unknown" and "not measured" in verdict.headline
+    leaks = {"after": {"extraction": LeakResult({"extraction_strength": 0.61}, "", True)}}
+    verdict = judge_run({}, 50304, leaks)  # but what leak tests have found since is told
+    assert verdict.headline == (
+        "Whether the model has forgotten was not measured, but leak tests find traces (the worst attack, extraction, "
+        "brings 61% back)."
+    )
+    assert "of its result only what leak tests found" in verdict.sentences[0]
+    assert verdict.sentences[1:] == judge_run(stages(), 50304, leaks).sentences[-2:]
     broken = judge_run(stages(summary(nll=math.nan)), 50304, {})
     assert broken.tone == "bad" and "finite" in broken.headline
 
