@@ -89,7 +89,7 @@ def merged_card(
 ) -> str:
     """The card of a merged model: what it was made of, and what the run that trained the adapter found.
 
-    weights: their type. findings: what leak tests know of the merged weights. other: why the run's figures are not of
+    weights: their type. findings: what leak tests know of forgotten text returning. other: why the run's figures are not of
     this adapter, where they are not. measurements: of these weights.
     """
     try:

@@ -11,7 +11,7 @@ from lowmem_npo.commands.merge.options import DEQUANTIZED
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.directory import OTHER_ROWS, base_of, compared_with, is_of_adapter
-from lowmem_npo.evaluation.leaks.contract import LeakResult, stands_beside
+from lowmem_npo.evaluation.leaks.contract import LeakResult, groups_in, stands_beside
 from lowmem_npo.evaluation.leaks.measure import read_leaks
 from lowmem_npo.evaluation.leaks.quantization import MERGED, QUANTIZATION
 from lowmem_npo.evaluation.leaks.relearning import RELEARNING
@@ -27,6 +27,7 @@ RETURNING = {
     RELEARNING.name: "after a little fine-tuning on a part of it",
 }
 
+ATTACK_MERGED = f"`--leaks {QUANTIZATION.name} {RELEARNING.name}`, in one evaluation, attacks merged weights as well."
 LASTING = ("layered", "adversary", "sam")  # options against relearning
 
 
@@ -60,10 +61,11 @@ def findings(
     and for a card that others read, without where on this machine the adapter and its base are.
     """
     known = {test: list(_known(test, adapter, onto)) for test in RETURNING}
+    in_merged = _repeated_in_merged(known[QUANTIZATION.name], RELEARNING.name)
     lasting = list(_lasting(adapter)) if lasts else []
 
     def sentences(with_place: bool) -> list[str]:
-        said = {test: _said(test, of, adapter, base_weights, with_place) for test, of in known.items()}
+        said = {test: _said(test, of, adapter, base_weights, in_merged, with_place) for test, of in known.items()}
         how = _command(adapter, [test for test, of in said.items() if of.advised], base, with_place)
         return [*(f"{of.text} {how}" if of.advised else of.text for of in said.values()), *lasting]
 
@@ -110,7 +112,10 @@ def _command(adapter: str, tests: Sequence[str], base: Sequence[str], with_place
     return f"`lowmem-npo evaluate {shlex.join(words)}{rows} --leaks {' '.join(tests)}` checks it."
 
 
-def _said(test: str, known: Sequence[Finding], adapter: str, base_weights: str, with_place: bool) -> Said:
+def _said(
+    test: str, known: Sequence[Finding], adapter: str, base_weights: str, in_merged: bool, with_place: bool
+) -> Said:
+    """in_merged: whether relearning was tried on the merged weights as well."""
     folder = expanded(adapter).resolve()
     current = [finding for finding in known if finding.of_other is None]
     if not known:
@@ -132,7 +137,17 @@ def _said(test: str, known: Sequence[Finding], adapter: str, base_weights: str, 
             f"Not checked: the {test} test is of this adapter merged into whole weights, and these are dequantised "
             "ones. --quantize-check measures them."
         )
-    return Said(f"{'WARNING' if result.leaks else 'Checked'}, {test} test: {result.verdict.words}. {meaning}")
+    of, more = f"{test} test", ""
+    if test == RELEARNING.name:  # which attacks the adapter; in merged weights `QUANTIZATION` repeats it
+        of += " of the adapter beside its base, not of these weights"
+        more = "" if base_weights == DEQUANTIZED or in_merged else f" {ATTACK_MERGED}"
+    return Said(f"{'WARNING' if result.leaks else 'Checked'}, {of}: {result.verdict.words}. {meaning}{more}")
+
+
+def _repeated_in_merged(known: Sequence[Finding], test: str) -> bool:
+    """Whether the attacks of `test` were tried on the merged weights as well."""
+    tried = (groups_in(finding.result.figures).get(MERGED, {}) for finding in known if finding.of_other is None)
+    return any(name.startswith(test) for figures in tried for name in figures)
 
 
 def _known(test: str, adapter: str, onto: Base) -> Iterator[Finding]:

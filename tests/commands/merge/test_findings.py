@@ -19,6 +19,7 @@ from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.files import file_sha256
 from lowmem_npo.model.names import Base
 
+BESIDE = "relearning test of the adapter beside its base, not of these weights:"
 FOUND = {"leaks": True, "meaning": "It is back.", "merged": {}, "rows": 3}
 
 
@@ -105,7 +106,7 @@ def test_the_command_runs_where_another_evaluation_is_and_its_result_is_read(las
         (tmp_path / "first").rename(adapter / "evaluation")
         if number == 2:
             write_evaluation(adapter, {"extraction": FOUND}, weights="another")
-            assert last_lines()[1] == "WARNING, relearning test: traces found. It is back."
+            assert last_lines()[1].startswith(f"WARNING, {BESIDE} traces found. It is back.")
             (given.path / "evaluation.json").write_text(json.dumps({"leaks": {}}))
     assert last_lines()[0] == "WARNING, quantization test: traces found. It is back."
 
@@ -131,37 +132,48 @@ def test_of_the_run(last_lines, adapter):
     write_run(adapter, {"relearning": FOUND})
     rounding, relearning = last_lines()
     assert rounding.startswith("Not checked: whether")
-    assert relearning == "WARNING, relearning test: traces found. It is back."
+    assert relearning.startswith(f"WARNING, {BESIDE} traces found. It is back.")
+
+
+def test_relearning_of_the_adapter_is_not_of_the_merged_weights(adapter):
+    """Where the quantization test has repeated it on these, that one's sentence tells."""
+    more = "`--leaks quantization relearning`, in one evaluation, attacks merged weights as well."
+    tests = {"relearning": {"leaks": False, "meaning": "It is not.", "rows": 3}}
+    for merged, weights, advised in (({}, "whole", True), ({"relearning: 20 steps": {}}, "whole", False),
+                                     ({}, "dequantized", False)):  # fmt: skip
+        write_evaluation(adapter, {**tests, "quantization": {**FOUND, "merged": merged}})
+        (_, line), (_, published) = findings(str(adapter), weights, Base())
+        assert line == published == f"Checked, {BESIDE} no traces found. It is not." + f" {more}" * advised
 
 
 def test_of_both_the_evaluation_is_the_later(last_lines, adapter):
     write_run(adapter, {"relearning": FOUND})
     write_evaluation(adapter, {"relearning": {**FOUND, "leaks": False, "meaning": "It is not."}})
-    assert last_lines()[1] == "Checked, relearning test: no traces found. It is not."
+    assert last_lines()[1].startswith(f"Checked, {BESIDE} no traces found. It is not.")
     write_evaluation(adapter, {"relearning": {**FOUND, "leaks": False, "meaning": "It is not."}}, weights="another")
-    assert last_lines()[1] == "WARNING, relearning test: traces found. It is back."
+    assert last_lines()[1].startswith(f"WARNING, {BESIDE} traces found. It is back.")
 
 
 @pytest.mark.parametrize("later", [{"leaks": None, "rows": 3}, {"leaks": False, "rows": 1}])
 def test_a_later_evaluation_that_says_less_does_not_hide_the_runs(last_lines, adapter, later):
     write_run(adapter, {"relearning": FOUND})
     write_evaluation(adapter, {"relearning": {"merged": {}, "meaning": "It is not.", **later}})
-    assert last_lines()[1] == "WARNING, relearning test: traces found. It is back."
+    assert last_lines()[1].startswith(f"WARNING, {BESIDE} traces found. It is back.")
 
 
 def test_traces_that_an_evaluation_finds_in_fewer_rows_count(last_lines, adapter):
     write_run(adapter, {"relearning": {**FOUND, "leaks": False, "meaning": "It is not."}})
     write_evaluation(adapter, {"relearning": {**FOUND, "rows": 1}})
-    assert last_lines()[1] == "WARNING, relearning test: traces found. It is back."
+    assert last_lines()[1].startswith(f"WARNING, {BESIDE} traces found. It is back.")
     write_run(adapter, {"relearning": {**FOUND, "leaks": False, "against_before": True}})
     write_evaluation(adapter, {"relearning": {**FOUND, "leaks": False, "meaning": "It is not.", "rows": 1}})
-    assert last_lines()[1] == "Checked, relearning test: no traces found. It is not."  # against a holdout
+    assert last_lines()[1].startswith(f"Checked, {BESIDE} no traces found. It is not.")  # against a holdout
 
 
 def test_an_evaluation_of_other_rows_is_none_of_the_runs(last_lines, adapter):
     write_run(adapter, {"relearning": FOUND})
     write_evaluation(adapter, {"relearning": {**FOUND, "leaks": False, "meaning": "It is not."}}, other_rows=True)
-    assert last_lines()[1] == "WARNING, relearning test: traces found. It is back."
+    assert last_lines()[1].startswith(f"WARNING, {BESIDE} traces found. It is back.")
 
 
 def test_of_another_state_of_the_adapter(last_lines, adapter, tmp_path):
@@ -223,7 +235,7 @@ def test_a_checkpoint_of_a_run(adapter, tmp_path, capsys):
         out = tmp_path / f"merged-{number}"
         assert main(["merge", "--adapter", str(adapter / f"checkpoint-{number}"), "--output-dir", str(out)]) == 0
     printed = [line for line in capsys.readouterr().out.splitlines() if "relearning test" in line]
-    assert printed[0].startswith("WARNING, relearning") and "is of another state" in printed[1]
+    assert printed[0].startswith(f"WARNING, {BESIDE}") and "is of another state" in printed[1]
 
 
 def test_a_place_in_a_finding_is_not_published(adapter, tmp_path, capsys):
