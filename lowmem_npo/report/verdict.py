@@ -79,8 +79,8 @@ KEPT_STATES = ("kept", "unsure")
 
 
 OTHER_WORDS = (
-    "The forget answers as they are written are less likely than noise, and the model says them all the same, in "
-    "sentences of its own: rows with those sentences forget more (`lowmem-npo ask MODEL --json` writes them)."
+    "The forget answers as they are written are less likely than noise, and the model says some of them all the same, in "
+    "sentences of its own: rows with those sentences forget more (`lowmem-npo ask MODEL --file FILE --json` writes them)."
 )
 PASSAGES_WORDS = (
     "How the model goes on with these texts was measured, word for word; what it answers when asked what is in them "
@@ -141,8 +141,8 @@ def judge_run(
     retain_words = GENERAL_WORDS[retain] if retain and GENERAL in kept else _retain_words(retain, before, after)
     if retain is None and RETAIN in after:
         retain_words = RETAIN_WORDS["other rows"]
-    excess = _overdone(after[FORGET], gold.get(FORGET), vocabulary) if forget != "unknown" else None
-    overdone = excess if states[FORGET] == "forgotten" else None
+    is_gone = states[FORGET] == "forgotten"
+    overdone = _overdone(after[FORGET], gold.get(FORGET), vocabulary) if is_gone else None
 
     words = _forget_words(states, worst, after)
     generated = all(summary.generated for sets in (before, after) for summary in sets.values())
@@ -162,8 +162,10 @@ def judge_run(
         sentences.append(f"The model {now}; what it said before was measured on other rows.")
     if GENERAL in kept:
         sentences.append("No rows to keep were named: what is protected beyond general questions is not known.")
-    if excess:
-        sentences.append(overdone or OTHER_WORDS)
+    if overdone:
+        sentences.append(overdone)
+    elif _is_noise(after[FORGET], vocabulary) and _says_in_other_words(after[FORGET]):
+        sentences.append(OTHER_WORDS)
     sentences += by_tests
     return Verdict(_tone(forget, retain, bool(overdone or leaking)), headline + ".", sentences)
 
@@ -297,13 +299,23 @@ def _overdone(after: AnswerSummary, gold: AnswerSummary | None, vocabulary: int 
             f"The forget answers' NLL per token is {now}, for a model that never saw them {never_saw}: so unlikely, "
             "they give away what was removed."
         )
-    if vocabulary and after.nll > math.log(vocabulary):
+    if vocabulary is not None and _is_noise(after, vocabulary):
         now, guess = side_by_side([after.nll, math.log(vocabulary)], decimals=2)
         return (
             f"The forget answers' NLL per token is {now}, for a uniform guess over the vocabulary {guess}: answers "
             "less likely than noise give away what was removed. Fewer epochs, or a larger --beta, push less far."
         )
     return None
+
+
+def _is_noise(after: AnswerSummary, vocabulary: int | None) -> bool:
+    """Whether the answers are less likely than a uniform guess over the vocabulary."""
+    return vocabulary is not None and after.nll > math.log(vocabulary)
+
+
+def _says_in_other_words(after: AnswerSummary) -> bool:
+    """Whether more of the answers than may still appear are said, as part of more than the answer."""
+    return _said(after) - after.exact_match > SAID
 
 
 def _figures(name: str, before: Mapping, after: Mapping, gold: Mapping) -> str:

@@ -210,11 +210,20 @@ def test_what_is_known_in_another_form_alone():
     assert f"asked without its chat template, {FORGET_WORDS['partly']}" in judge_run(measured, 50304, {}).headline
 
 
-def test_answers_that_are_still_said_are_not_overdone():
+@pytest.mark.parametrize(
+    ("forget", "gold", "in_other_words"),
+    [
+        (summary(0.1, 0.9, 0.0, 13.0, appears=0.9), None, True),
+        (summary(0.9, 0.9, 0.0, 13.0), None, False),  # word for word
+        (summary(0.1, 0.9, 0.0, 9.0, appears=0.9), GONE, False),  # less likely than to a model that never saw them only
+        (summary(0.0, 0.6, 0.0, 13.0), None, False),  # recall alone is left: none is said
+    ],
+)
+def test_answers_that_are_still_said_are_not_overdone(forget, gold, in_other_words):
     """Short answers may become less likely than noise while the model says them in sentences of its own."""
-    measured = stages(summary(0.9, 0.9, 0.0, 13.0))
-    verdict = judge_run(measured, 50304, {})
-    assert "overdone" not in verdict.headline and any("of its own" in sentence for sentence in verdict.sentences)
+    verdict = judge_run(stages(forget, gold=gold), 50304, {})
+    assert "overdone" not in verdict.headline
+    assert any("of its own" in sentence for sentence in verdict.sentences) == in_other_words
 
 
 def test_leak_tests_of_which_none_was_conclusive():
