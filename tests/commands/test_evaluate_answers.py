@@ -112,7 +112,11 @@ def test_the_headline_of_a_run_is_that_of_its_report(byte_model, data, tmp_path,
     evaluate("--adapter", run, "--leaks", "extraction", "--limit", "1")
     of_now, of_run = capsys.readouterr().out.splitlines()[-2:]
     assert of_now.startswith("On the rows measured, the model says 0 of 1 forget answers")
-    assert of_run == f"The run's report goes by what the run itself measured: {read_content(run).verdict.headline}"
+    report = "The run's report goes by the answers that the run itself measured"
+    assert of_run == f"{report}, and by leak tests, these among them: {read_content(run).verdict.headline}"
+    shutil.rmtree(run / "evaluation")
+    evaluate("--adapter", run, "--limit", "1")
+    assert last_line(capsys) == f"{report}: {read_content(run).verdict.headline}"
 
 
 def test_an_evaluation_of_an_older_version_is_compared_as_far_as_it_goes(byte_model, data, tmp_path, capsys):

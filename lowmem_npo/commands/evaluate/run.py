@@ -197,7 +197,9 @@ def _headline(plan: EvaluationPlan, result: Evaluation, on_base: bool, say: Say)
         after, headline = content.stages.get("after", {}), content.verdict.headline
         alike = not loaded_otherwise(content.settings, as_json(config))
         alike = alike and (FORGET not in now or (FORGET in after and same_rows(after[FORGET], now[FORGET])))
-        return headline if alike else f"{own}\nThe run's report goes by what the run itself measured: {headline}"
+        tests = ", and by leak tests, these among them" if result.leaks else ""
+        of_run = f"The run's report goes by the answers that the run itself measured{tests}: {headline}"
+        return headline if alike else f"{own}\n{of_run}"
     return own
 
 
