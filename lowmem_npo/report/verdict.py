@@ -137,8 +137,9 @@ def judge_run(
         for name in (RETAIN, GENERAL)
         if name in after and name in before
     }
-    retain = max(kept.values(), key=list(GENERAL_WORDS).index, default=None)
-    retain_words = GENERAL_WORDS[retain] if retain and GENERAL in kept else _retain_words(retain, before, after)
+    lost_most = max(kept, key=lambda name: (list(GENERAL_WORDS).index(kept[name]), name == GENERAL), default=RETAIN)
+    retain = kept.get(lost_most)
+    retain_words = GENERAL_WORDS[retain] if retain and lost_most == GENERAL else _retain_words(retain, before, after)
     if retain is None and RETAIN in after:
         retain_words = RETAIN_WORDS["other rows"]
     is_gone = states[FORGET] == "forgotten"
