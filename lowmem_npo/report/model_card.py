@@ -15,10 +15,12 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answer_table import markdown_table
 from lowmem_npo.files import expanded, file_sha256, name_of
 from lowmem_npo.idle_options import idle_options
+from lowmem_npo.report.audit import recorded_adapter
 from lowmem_npo.report.content import EVIDENCE, Content, read_content
 from lowmem_npo.report.page import audit_lines, base_model
 from lowmem_npo.report.plain_words import ASKED, ORIGINAL, RELATED
-from lowmem_npo.run_directory import RunFiles, from_here
+from lowmem_npo.report.verdict import Verdict
+from lowmem_npo.run_directory import RunFiles, from_here, run_of_adapter
 from lowmem_npo.sources import data_names
 
 TAGS = ("unlearning", "machine-unlearning", "npo", "lora", "lowmem-npo")
@@ -89,13 +91,10 @@ def merged_card(
 ) -> str:
     """The card of a merged model: what it was made of, and what the run that trained the adapter found.
 
-    weights: their type. findings: what leak tests know of forgotten text returning. other: why the run's figures are not of
-    this adapter, where they are not. measurements: of these weights.
+    weights: their type. findings: what leak tests know of forgotten text returning. other: why the run's figures are
+    not of this adapter, where they are not. measurements: of these weights.
     """
-    try:
-        verdict = None if other else read_content(adapter).verdict
-    except UserError:  # no run, or a damaged one
-        verdict = None
+    verdict = other or _verdict(adapter)
     local = expanded(base).is_dir()
     data = ModelCardData(
         base_model=None if local else base, library_name="transformers", pipeline_tag="text-generation",
@@ -112,13 +111,26 @@ def merged_card(
         "merged_card.md.jinja",
         card_data=data.to_yaml(),
         base=provenance[0][1],
-        verdict=verdict,
-        other=other,
+        verdict=None if isinstance(verdict, str) else verdict,
+        unknown=verdict,
         evidence=EVIDENCE,
         findings=findings,
         measurements=measurements,
         provenance=provenance,
     )
+
+
+def _verdict(adapter: Path) -> Verdict | str:
+    """What the run that trained the adapter found of it, or why that is not known."""
+    run = run_of_adapter(adapter.resolve())
+    if not run.run_yaml.is_file():
+        return "It is not in the directory of a run of `lowmem-npo train`."
+    try:
+        if run.path != adapter.resolve() and recorded_adapter(run.path) != file_sha256(RunFiles(adapter).weights):
+            return "It is a checkpoint of a run of `lowmem-npo train`, and not the adapter that the run measured."
+        return read_content(run.path).verdict
+    except UserError:  # which names a place on this machine
+        return "The files of the run that trained it are damaged and cannot be reported on."
 
 
 def _rendered(template: str, **values: Any) -> str:

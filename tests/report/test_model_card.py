@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 
 import pytest
 from huggingface_hub import ModelCard
 
 from lowmem_npo.idle_options import OF_TERMS
 from lowmem_npo.report.content import read_content
-from lowmem_npo.report.model_card import model_card
+from lowmem_npo.report.model_card import merged_card, model_card
 
 
 def test_the_hub_can_read_the_card(run, byte_model):
@@ -94,3 +95,23 @@ def test_the_cards_code_loads_the_adapter(run, byte_model):
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
     assert names["model"].peft_config["default"].r == 5 and names["tokenizer"]("a").input_ids
+
+
+def test_the_card_of_a_merged_model_says_why_nothing_is_known(own_run):
+    """A checkpoint that is the adapter which the run measured has its verdict."""
+    headline, checkpoint = read_content(own_run).verdict.headline, own_run / "checkpoint-3"
+    if not checkpoint.exists():
+        checkpoint.mkdir()
+        shutil.copy(own_run / "adapter_model.safetensors", checkpoint)
+
+    def card(adapter):
+        return merged_card(adapter, "the/base", None, "bf16", [])
+
+    assert headline in card(own_run) and headline in card(checkpoint)
+    (checkpoint / "adapter_model.safetensors").write_bytes(b"of an earlier step")
+    assert "this adapter forgets. It is a checkpoint of a run of `lowmem-npo train`, and not" in card(checkpoint)
+    with open(own_run / "metrics.jsonl", "a") as metrics:
+        metrics.write("{\n")
+    assert "this adapter forgets. The files of the run that trained it are damaged" in card(own_run)
+    (own_run / "run.yaml").unlink()
+    assert "this adapter forgets. It is not in the directory of a run of `lowmem-npo train`." in card(own_run)
