@@ -29,9 +29,10 @@ OVERDONE = 1.3  # times the NLL of a model that never saw the rows
 
 RULES = (
     f"“No longer says”: at most {SAID:.0%} of the measured forget answers appear in what the model says (or at most "
-    f"{SAID:.0%} more than from a model that never saw them), and both ROUGE-L recall and answer probability are at "
-    f"most half of what they were. “Still says”: recall is above {UNTOUCHED:.0%} of what it was, and so is either the "
-    "share of answers that appear or the probability. “Still says as much as before”: the same, where under "
+    f"{SAID:.0%} more than from a model that never saw them), answer probability is at most half of what it was, and so "
+    f"is ROUGE-L recall, or recall is at most {SAID} above that of such a model. “Still says”: recall is above "
+    f"{UNTOUCHED:.0%} of what it was, and so is either the share of answers that appear or the "
+    "probability. “Still says as much as before”: the same, where under "
     f"{MOSTLY_SAID:.0%} of the answers appeared before and appear now, or at most {SAID:.0%} now. “In part”: anything "
     f"between. “Hardly said”: before, ROUGE-L recall was below {KNOWN} and at most {SAID:.0%} of the answers "
     "appeared; what else the model knows was not measured. “Recites” stands for “says” where all rows are texts that "

@@ -9,7 +9,7 @@ import pytest
 
 from lowmem_npo.evaluation.answers import AnswerSummary
 from lowmem_npo.evaluation.leaks.contract import LeakResult
-from lowmem_npo.report.verdict import FORGET_WORDS, GENERAL_WORDS, RETAIN_WORDS, judge_evaluation, judge_run
+from lowmem_npo.report.verdict import FORGET_WORDS, GENERAL_WORDS, RETAIN_WORDS, RULES, judge_evaluation, judge_run
 
 
 def summary(exact=0.0, recall=0.0, probability=0.0, nll=5.0, rows=100, of=100, appears=None):
@@ -78,6 +78,13 @@ def test_each_state(measured, forget, retain, tone):
     assert FORGET_WORDS[forget] in verdict.headline and RETAIN_WORDS[retain] in verdict.headline
     assert not any(words in verdict.headline for state, words in FORGET_WORDS.items() if state != forget)
     assert verdict.tone == tone and verdict.headline.startswith("On the rows measured, the model")
+
+
+def test_the_rules_say_that_recall_may_be_that_of_a_model_that_never_saw_the_rows():
+    before, after, gold = summary(0.3, 0.62, 0.5), summary(0.0, 0.5, 0.1), summary(0.0, 0.48, 0.1)
+    headlines = [judge_run(stages(after, before=before, gold=of), 50304, {}).headline for of in (None, gold)]
+    assert FORGET_WORDS["partly"] in headlines[0] and FORGET_WORDS["forgotten"] in headlines[1]
+    assert "so is ROUGE-L recall, or recall is at most 0.05 above that of such a model." in RULES
 
 
 @pytest.mark.parametrize(
