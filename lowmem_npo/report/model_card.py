@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import lowmem_npo
+from lowmem_npo.config import PREFERRING_TERMS, REFUSING_TERMS
 from lowmem_npo.data.reading import described
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answer_table import markdown_table
@@ -65,6 +66,7 @@ def model_card(content: Content) -> str:
         verdict=content.verdict,
         evidence=EVIDENCE,
         forget_term=settings.get("forget_term"),
+        aim=_aim(settings),
         settings=[(name, code(used[name])) for name in METHOD if name not in idle and used.get(name) is not None],
         data=_data(content),
         table=markdown_table(content.stages).rstrip() if content.stages else "",
@@ -78,6 +80,24 @@ def model_card(content: Content) -> str:
         ],
         version=lowmem_npo.__version__,
     )
+
+
+def _aim(settings: Mapping[str, Any]) -> str:
+    """What the objective asked for, of both sets."""
+    term, kept = settings.get("forget_term"), []
+    if settings.get("gamma", 1):
+        kept.append("their cross-entropy")
+    if settings.get("delta", 1):
+        kept.append("the KL to the original over the whole vocabulary")
+    if term in REFUSING_TERMS:
+        forget = "teaches it a refusal in the place of chosen answers (forget)"
+    elif term in PREFERRING_TERMS:
+        forget = "makes chosen answers (forget) less likely beside others, measured against the original model"
+    else:
+        forget = "makes chosen answers (forget) less likely than they were to the original model"
+    if not kept:
+        return f"{forget}. Nothing was trained to keep others"
+    return f"{forget}, and keeps others (retain) with {' and '.join(kept)}, weighted as below"
 
 
 def merged_card(

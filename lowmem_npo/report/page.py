@@ -14,7 +14,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import lowmem_npo
-from lowmem_npo.config import REFUSING_TERMS
+from lowmem_npo.config import PREFERRING_TERMS, REFUSING_TERMS
 from lowmem_npo.data.reading import described
 from lowmem_npo.evaluation.answer_table import scope
 from lowmem_npo.evaluation.answers import AnswerSummary, part_of
@@ -66,6 +66,7 @@ def render_page(content: Content, examples: int) -> str:
         model_name=model,
         first_page=first_page(content, model),
         teaches_refusal=refuses,
+        teaches_others=settings.get("forget_term") in (*REFUSING_TERMS, *PREFERRING_TERMS),
         tone=TONES[content.verdict.tone],
         evidence=EVIDENCE,
         rules=RULES,

@@ -83,7 +83,12 @@ def _asked(content: Content, model: str) -> Iterator[str]:
     if retain is None:
         yield "It was to keep what it knows otherwise, but no examples of that were used in the training."
         return
-    if general := general_words(retain["source"] or ""):
+    if not (content.settings.get("gamma", 1) or content.settings.get("delta", 1)):
+        yield (
+            f"It was to keep what it knows otherwise, but the training did not use the "
+            f"{counted(retain['rows'], 'example')} of that (“{_source(retain)}”). Below they are called retain rows."
+        )
+    elif general := general_words(retain["source"] or ""):
         yield (
             f"It was to keep what it knows otherwise. No examples of that were named, so {retain['rows']:,} of "
             f"{general} were used, below called retain rows."

@@ -13,6 +13,8 @@ from huggingface_hub import ModelCard
 from lowmem_npo.idle_options import OF_TERMS
 from lowmem_npo.report.content import read_content
 from lowmem_npo.report.model_card import merged_card, model_card
+from lowmem_npo.report.page import render_page
+from lowmem_npo.report.plain_words import first_page
 
 
 def test_the_hub_can_read_the_card(run, byte_model):
@@ -56,6 +58,27 @@ def test_the_card_has_the_settings_that_made_the_adapter(changed, shown, run):
     optional.add("retain_batch_size")
     assert {name for name in listed if name in optional} == set(shown.split())
     assert {"forget_term", "gamma", "delta", "batch_size", "lr"} <= set(listed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "forget", "keep"),
+    [
+        ({}, "makes chosen answers (forget) less", "with their cross-entropy and the KL to the original over the whole"),
+        ({"gamma": 0.0}, "makes chosen answers (forget) less", "keeps others (retain) with the KL to the original over"),
+        ({"gamma": 0.0, "delta": 0.0}, "less likely than they were", "original model. Nothing was trained to keep"),
+        ({"forget_term": "idk", "delta": 0.0}, "a refusal in the place of chosen", "with their cross-entropy, weighted"),
+        ({"forget_term": "dpo"}, "less likely beside others", "with their cross-entropy and the KL"),
+    ],
+)
+def test_the_card_says_what_the_objective_asked_for(changed, forget, keep, run):
+    """So does the first page of the report."""
+    content = read_content(run)
+    content = dataclasses.replace(content, settings=content.settings | changed)
+    (what,) = re.findall("## What it is\n(.*)## Use it", model_card(content), re.DOTALL)
+    assert forget in what and keep in what
+    unused = "the training did not use the 2 examples of that (“retain.jsonl”)"
+    assert (unused in first_page(content, "Tiny")[0].sentences[1]) == ("Nothing was trained" in keep)
+    assert ("no others" in render_page(content, 1)) == ("forget_term" not in changed)
 
 
 def test_a_base_model_on_the_hub_is_in_the_header(run):
