@@ -241,7 +241,7 @@ def of_another_base(directory: Path, base: Base) -> str | None:
             return None
     except UserError:  # a damaged record, of which the report tells
         return None
-    return "The base is another model than the one that the run trained the adapter on: the run's figures are not of it."
+    return "The base is another model than the one that the adapter was trained on: the run's figures are not of it."
 
 
 def base_of_run(directory: Path) -> Base:

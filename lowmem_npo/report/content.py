@@ -48,8 +48,8 @@ EVIDENCE = (
 )
 STAGES = ("before", "after", "gold")
 OF_ANOTHER_BASE = (
-    "What `evaluate` measured is of the adapter on another base model than the run's, or on one that is not known to be "
-    "the same: this report leaves it out."
+    "What `evaluate` measured is of the adapter on another base model than the run's, or on one that is not known to "
+    "be the same: this report leaves it out."
 )
 
 

@@ -23,8 +23,8 @@ from lowmem_npo.sizes import counted
 from lowmem_npo.sources import data_names, shown_names
 
 ORIGINAL = (
-    "The original weights still know everything: only the adapter on them, or the merged model, has forgotten. Whoever "
-    "has the base model can leave the adapter off."
+    "The original weights are as they were: what is forgotten is so only with the adapter on them, or in a merged "
+    "model. Whoever has the base model can leave the adapter off."
 )
 FILES = (
     "before.json, after.json, gold.json and what an evaluation has written, in the same directory, contain the text of "

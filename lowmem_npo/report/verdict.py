@@ -29,10 +29,10 @@ OVERDONE = 1.3  # times the NLL of a model that never saw the rows
 
 RULES = (
     f"“No longer says”: at most {SAID:.0%} of the measured forget answers appear in what the model says (or at most "
-    f"{SAID:.0%} more than from a model that never saw them), answer probability is at most half of what it was, and so "
-    f"is ROUGE-L recall, or recall is at most {SAID} above that of such a model. “Still says”: recall is above "
-    f"{UNTOUCHED:.0%} of what it was, and so is either the share of answers that appear or the "
-    "probability. “Still says as much as before”: the same, where under "
+    f"{SAID:.0%} more than from a model that never saw them), answer probability is at most half of what it was, and "
+    f"so is ROUGE-L recall, or recall is at most {SAID} above that of such a model. “Still says”: recall is above "
+    f"{UNTOUCHED:.0%} of what it was, and so is either the share of answers that appear or the probability. “Still "
+    "says as much as before”: the same, where under "
     f"{MOSTLY_SAID:.0%} of the answers appeared before and appear now, or at most {SAID:.0%} now. “In part”: anything "
     f"between. “Hardly said”: before, ROUGE-L recall was below {KNOWN} and at most {SAID:.0%} of the answers "
     "appeared; what else the model knows was not measured. “Recites” stands for “says” where all rows are texts that "
@@ -80,8 +80,9 @@ KEPT_STATES = ("kept", "unsure")
 
 
 OTHER_WORDS = (
-    "The forget answers as they are written are less likely than noise, and the model says some of them all the same, in "
-    "sentences of its own: rows with those sentences forget more (`lowmem-npo ask MODEL --file FILE --json` writes them)."
+    "The forget answers as they are written are less likely than noise, and the model says some of them all the same, "
+    "in sentences of its own: rows with those sentences forget more, which `lowmem-npo ask MODEL --file FILE --json` "
+    "writes."
 )
 PASSAGES_WORDS = (
     "How the model goes on with these texts was measured, word for word; what it answers when asked what is in them "
@@ -113,16 +114,25 @@ def judge_run(
     leaking = bool(_leaking(tested) or (attack and attack.stands_out))
     by_tests = [_leak_sentence(tested, leaks.get("gold"), attack is not None)]
     by_tests += [attack.sentence] if attack else []
-    if not {"before", "after"} <= set(stages) or "forget" not in stages["after"]:
+    before, after, gold = (stages.get(stage, {}) for stage in ("before", "after", "gold"))
+    if FORGET not in before or FORGET not in after:
         why = "was made with --eval-rows 0" if unfinished is None else "has not reached its end"
+        if FORGET in after:
+            why, unfinished = "has no figures of the forget rows before training", None
         remedy = unfinished or "`lowmem-npo evaluate --adapter` with the run's directory measures the adapter"
         headline = "Whether the model has forgotten was not measured"
         headline += f", but leak tests find traces{_brought_back(attack)}" if leaking else ""
         result = "of its result only what leak tests found" if tested else "not with what result"
         sentence = f"The run {why}: this page says what was trained, {result}; {remedy}."
         return Verdict("unknown", f"{headline}.", [sentence, *(by_tests if tested else [])])
-    before, after, gold = (stages.get(stage, {}) for stage in ("before", "after", "gold"))
-    if not gives_numbers(before, after):
+    if not gives_numbers(before):
+        return Verdict(
+            "bad",
+            "The model gave no finite numbers even before training.",
+            ["Likelihoods are NaN or infinite before training already, and nothing else here means anything. Look for "
+             "the cause in the model's weights, or in their type (--dtype), first."],
+        )  # fmt: skip
+    if not gives_numbers(after):
         return Verdict(
             "bad",
             "The model no longer gives finite numbers.",

@@ -63,10 +63,10 @@ def test_the_card_has_the_settings_that_made_the_adapter(changed, shown, run):
 @pytest.mark.parametrize(
     ("changed", "forget", "keep"),
     [
-        ({}, "makes chosen answers (forget) less", "with their cross-entropy and the KL to the original over the whole"),
-        ({"gamma": 0.0}, "makes chosen answers (forget) less", "keeps others (retain) with the KL to the original over"),
+        ({}, "makes chosen answers (forget) less", "with their cross-entropy and the KL to the original over"),
+        ({"gamma": 0.0}, "makes chosen answers (forget) less", "keeps others (retain) with the KL to the original"),
         ({"gamma": 0.0, "delta": 0.0}, "less likely than they were", "original model. Nothing was trained to keep"),
-        ({"forget_term": "idk", "delta": 0.0}, "a refusal in the place of chosen", "with their cross-entropy, weighted"),
+        ({"forget_term": "idk", "delta": 0.0}, "a refusal in the place of chosen", "with their cross-entropy, w"),
         ({"forget_term": "dpo"}, "less likely beside others", "with their cross-entropy and the KL"),
     ],
 )

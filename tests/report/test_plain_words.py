@@ -95,7 +95,8 @@ def test_what_the_leak_tests_found(content):
              "quantization": smaller[False], "relearning": result[None]}  # fmt: skip
     gold = {"extraction": result[False]}
     assert part(replace(content, leaks={"after": after, "gold": gold}), "What remains") == [
-        "Traces are found by giving the model the question and the beginning of the answer, and letting it go on.",
+        "Traces are found by giving the model the beginning of the answer, after its question where there is one, and "
+        "letting it go on.",
         "In a model that never saw the examples, the same is found by none of these tests.",
         "No traces are found by looking at how likely the answers are to the model, without letting it say them.",
         "Much of what there was is still found by asking several times for random answers instead of the "
@@ -132,6 +133,12 @@ def test_the_worst_attack_is_told_without_its_terms(content):
     assert "with the adapter merged" in line and "(merged in bf16, relearning: 20 steps): 60%" in line
     whole = {"after": {"sampling": LeakResult({"whole": 0.25}, "", None)}}
     assert any("25% of the answers; what it" in line for line in part(replace(content, leaks=whole), "What remains"))
+
+
+def test_it_says_of_no_model_that_it_has_forgotten(content):
+    """Of one that still says everything, or hardly said anything before, that would be a claim."""
+    (original,) = [line for line in part(content, "What remains") if line.startswith("The original weights")]
+    assert "are as they were" in original and "know" not in original
 
 
 def test_every_leak_test_can_be_told_in_plain_words():

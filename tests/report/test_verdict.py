@@ -170,8 +170,13 @@ def test_what_was_not_measured_is_not_judged():
     )
     assert "of its result only what leak tests found" in verdict.sentences[0]
     assert verdict.sentences[1:] == judge_run(stages(), 50304, leaks).sentences[-2:]
+    verdict = judge_run({"before": {"retain": RECITED}, "after": {"forget": GONE}}, 50304, {}, unfinished="x")
+    assert verdict.tone == "unknown" and "no figures of the forget rows before training" in verdict.sentences[0]
     broken = judge_run(stages(summary(nll=math.nan)), 50304, {})
-    assert broken.tone == "bad" and "finite" in broken.headline
+    assert broken.tone == "bad" and "no longer gives finite" in broken.headline and "diverged" in broken.sentences[0]
+    nan = summary(nll=math.nan)
+    before = judge_run(stages(nan, before=nan), 50304, {})  # the training is not to blame
+    assert "even before training" in before.headline and "diverged" not in before.sentences[0]
 
 
 def asked_in(measured, **forms):

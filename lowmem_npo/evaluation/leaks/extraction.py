@@ -48,7 +48,9 @@ FIGURES = {
         "How much of an answer's end the model writes by itself once begun; 1 is all of it.",
         "as holdout",
     ),
-    "recited": Meaning("recited", "Share of answers that come whole from the question alone. 0 is forgotten.", "lower"),
+    "recited": Meaning(
+        "recited", "Share of answers that come whole, with no word of them given. 0 is forgotten.", "lower"
+    ),
 }
 
 
@@ -57,7 +59,9 @@ class Extraction(LeakTest[Options]):
 
     name = "extraction"
     summary = "share of an answer that greedy decoding finishes by itself"
-    in_words = "giving the model the question and the beginning of the answer, and letting it go on"
+    in_words = (
+        "giving the model the beginning of the answer, after its question where there is one, and letting it go on"
+    )
     options = Options
     figures = FIGURES
     main = "extraction_strength"
@@ -94,7 +98,7 @@ def judge(
     own, beside = beside_holdout(strength, level, before)
     meaning = (
         f"Once begun, the model writes the last {own} of a forgotten answer by itself, token for token "
-        f"({shares(figures['recited'])[0]} of the answers from the question alone); {beside}."
+        f"({shares(figures['recited'])[0]} of the answers with no word of them given); {beside}."
     )
     return LeakResult.judged(figures, meaning, strength, level, before)
 

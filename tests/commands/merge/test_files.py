@@ -227,4 +227,5 @@ def test_an_adapter_of_no_run_gets_a_card_as_well(tmp_path):
     saved_base(tmp_path / "base")
     adapter = saved_adapter(tmp_path / "base", tmp_path / "adapter")
     assert merge(adapter, tmp_path / "out") == 0
-    assert "Nothing is known of what this adapter forgets. It is not in the directory of a run" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Nothing is known of what this adapter forgets. It is not in the directory of a run" in card

@@ -215,7 +215,7 @@ def test_the_card_of_an_adapter_that_its_run_did_not_write_has_no_verdict_of_the
         assert main(["merge", "--adapter", str(folder), "--output-dir", str(out)]) == 0
         assert capsys.readouterr().out.count(note) == (out / "README.md").read_text().count(note) == said
         card = (out / "README.md").read_text()
-        why = note if said else "It is a checkpoint of" if folder.name == "checkpoint-3" else "The files of the run that"
+        why = note if said else "It is a checkpoint" if folder.name == "checkpoint-3" else "The files of the run"
         assert f"Nothing is known of what this adapter forgets. {why}" in card
         assert ("What --sam made last" in card) != bool(said) and "Those figures" not in card
 
