@@ -128,6 +128,10 @@ def read_content(directory: Path) -> Content:
     files = RunFiles(directory)
     check_is_run(directory)
     settings = files.settings()
+    with _named(files.audit):
+        audit = read_audit(directory)
+        if audit is not None:
+            check_reported(audit)
     evaluations = {}
     for stage in STAGES:
         with _named(files.answers(stage)):
@@ -153,10 +157,6 @@ def read_content(directory: Path) -> Content:
         stopped = _read_stopping(files)
     stages = {stage: summaries(sets) for stage, sets in evaluations.items()}
     figures = [*run_figures(stages), *figures]
-    with _named(files.audit):
-        audit = read_audit(directory)
-        if audit is not None:
-            check_reported(audit)
     errors = _errors_of_change(evaluations)
     measured_nothing = files.weights.is_file() and settings.get("eval_rows") == 0
     unfinished = None if measured_nothing else finishing(files)
