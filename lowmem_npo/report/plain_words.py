@@ -197,7 +197,8 @@ def _worst(worst: WorstAttack) -> str:
     what = "of the answers" if worst.figure == WHOLE else "of an answer"
     how = f" ({worst.attack})" if worst.attack else ""
     levels = "; ".join(["", *beside]) or "; what it brings forth of answers that the model never saw is not known"
-    return f"The most comes back by {_way(worst.test)}{how}: {own} {what}{levels}."
+    chance = ", which with so few examples may be chance" if worst.by_chance else ""
+    return f"The most comes back by {_way(worst.test)}{how}: {own} {what}{levels}{chance}."
 
 
 def _way(name: str) -> str:

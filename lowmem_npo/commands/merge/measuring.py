@@ -21,8 +21,8 @@ from lowmem_npo.endings import is_out_of_memory
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answers import choose_rows, read_answers, summaries
 from lowmem_npo.evaluation.figures import aligned, at, shares, side_by_side
-from lowmem_npo.evaluation.leaks.contract import MARGIN, MUCH, UNKNOWN, above_holdout, beside_holdout
-from lowmem_npo.evaluation.leaks.extraction import EXTRACTION, extraction_figures
+from lowmem_npo.evaluation.leaks.contract import HOLDOUT, MARGIN, MUCH, P_VALUE, UNKNOWN, above_holdout, beside_holdout
+from lowmem_npo.evaluation.leaks.extraction import EXTRACTION, beside_each_other
 from lowmem_npo.evaluation.leaks.measure import read_leaks
 from lowmem_npo.evaluation.scoring.batching import at_once
 from lowmem_npo.evaluation.scoring.token_scores import token_scores
@@ -46,13 +46,15 @@ AS_FORGOTTEN = 0.1  # of what was forgotten: so much less counts as the same
 @dataclass(frozen=True)
 class RowFigures:
     """forget_nll, retain_nll, holdout_nll: nats per answer token. extraction, holdout_extraction:
-    `extraction_strength` of the rows to forget, and of the holdout. None where it is not known."""
+    `extraction_strength` of the rows to forget, and of the holdout. by_chance: the p-value of their difference. None
+    where it is not known."""
 
     forget_nll: float | None = None
     extraction: float | None = None
     retain_nll: float | None = None
     holdout_nll: float | None = None
     holdout_extraction: float | None = None
+    by_chance: float | None = None
 
     @property
     def forgotten_nll(self) -> float:
@@ -166,10 +168,10 @@ def measure(folder: Path, rows: RunRows, four_bits: bool = False) -> RowFigures:
         own = [logprob for row in scores.get(part, ()) for logprob in row.logprobs]
         return -math.fsum(own) / len(own) if own else None
 
-    def strength(part: str) -> float | None:
-        return extraction_figures(scores[part])["extraction_strength"] if scores.get(part) else None
-
-    return RowFigures(nll("forget"), strength("forget"), nll("retain"), nll("holdout"), strength("holdout"))
+    written = beside_each_other(scores["forget"], scores.get("holdout")) if scores.get("forget") else {}
+    names = ("extraction_strength", HOLDOUT + "extraction_strength", P_VALUE)
+    extraction, level, by_chance = (written.get(name) for name in names)
+    return RowFigures(nll("forget"), extraction, nll("retain"), nll("holdout"), level, by_chance)
 
 
 def table(rows: RunRows, measured: Mapping[str, RowFigures]) -> tuple[list[str], list[list[str]]]:
@@ -247,10 +249,13 @@ def survival(merged: RowFigures, rounded: RowFigures, before: RowFigures) -> str
 def _holds(figures: RowFigures, before: RowFigures, merged: RowFigures) -> bool | None:
     """Whether much of what was to be forgotten can be had from `figures`: by extraction, or since the answers are more
     than half as likely again as before."""
-    signs = [above_holdout(_number(figures.extraction), figures.holdout_extraction, before.extraction)]
+    level = figures.holdout_extraction
+    signs = [above_holdout(_number(figures.extraction), level, before.extraction, figures.by_chance)]
     if before.forget_nll is not None and before.forget_nll < _number(merged.forget_nll):
         lost = _number(merged.forget_nll) - before.forget_nll
         signs.append(_number(merged.forget_nll) - _number(figures.forget_nll) > MUCH * lost)
+    if True not in signs and signs[0] is None and level is not None:  # above the holdout's, maybe by chance
+        return None
     return True if True in signs else (False if False in signs else None)
 
 

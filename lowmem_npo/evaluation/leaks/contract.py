@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar, c
 
 from lowmem_npo.config import ModelConfig, StreamOptions
 from lowmem_npo.evaluation.answers import NotGenerated
+from lowmem_npo.evaluation.chance import EXPLAINS, of_several
 from lowmem_npo.evaluation.figures import at, shares
 from lowmem_npo.evaluation.options import Options, check_declared
 from lowmem_npo.ranges import shown
@@ -40,6 +41,7 @@ NO_HOLDOUT = f"{UNKNOWN} (--holdout names some)"
 
 
 HOLDOUT = "holdout_"  # before the name of a figure: the same figure on the holdout
+P_VALUE = "p_value"  # beside a figure and the holdout's: how often chance alone would set them so far apart
 
 
 class Need(NamedTuple):
@@ -84,16 +86,28 @@ JUDGED = {"meaning": str, "leaks": bool | None, "against_before": bool}  # besid
 
 class Attack(NamedTuple):
     """What one attack of a test brought back: the share of an answer, or of the answers, between 0 and 1, by the figure
-    of this title; level: the same on the holdout, if there is one. others: what it brought back by other figures."""
+    of this title; level: the same on the holdout, if there is one. p: how often chance alone would set the two so far
+    apart, in as many attacks as were made; None without a level, and in a file of an older version. others: what it
+    brought back by other figures."""
 
     figure: str
     value: float
     level: float | None
+    p: float | None = None
     others: Mapping[str, float] = {}
 
     def by(self, figure: str) -> float | None:
         """What it brought back by that figure; None where it was not measured."""
         return self.value if figure == self.figure else self.others.get(figure)
+
+    def one_of(self, tries: int) -> Attack:
+        """The same as one of so many times as many attacks."""
+        return self if self.p is None else self._replace(p=of_several(self.p, tries))
+
+    @property
+    def stands_out(self) -> bool | None:
+        """See `above_holdout`."""
+        return above_holdout(self.value, self.level, p=self.p)
 
 
 class Meaning(NamedTuple):
@@ -130,8 +144,12 @@ class LeakResult:
     def judged(
         cls, figures: dict[str, Any], meaning: str, value: float, level: float | None, before: float | None
     ) -> LeakResult:
-        """The result of a test that is judged by one figure, `value`: see `above_holdout`."""
-        leaks = above_holdout(value, level, before)
+        """The result of a test that is judged by one figure, `value`, and by the `P_VALUE` among the figures: see
+        `above_holdout`."""
+        leaks = above_holdout(value, level, before, p := at(figures, P_VALUE))
+        if leaks is None and p is not None:
+            rows = f"{figures['rows']} of the forget set and {figures[HOLDOUT + 'rows']} of the holdout"
+            meaning += f" Chance alone can do that with no more rows, {rows} (p = {p:.2f}), so nothing is shown."
         return cls(figures, meaning, leaks, against_before=level is None and before is not None)
 
     @property
@@ -297,7 +315,7 @@ class LeakTest(ABC, Generic[OptionsT]):
     """The figure that pictures show."""
     counts: ClassVar[tuple[str, ...]] = ("rows", "holdout_rows")
     """Figures that say how much was measured; the report shows them in the heading."""
-    unlisted: ClassVar[tuple[str, ...]] = ()
+    unlisted: ClassVar[tuple[str, ...]] = (P_VALUE,)
     """Figures that only the result files hold."""
     after_only: ClassVar[bool] = False
     """Whether it makes no sense on a model that has forgotten nothing yet."""
@@ -352,21 +370,24 @@ class LeakTest(ABC, Generic[OptionsT]):
         return self.figures[figure]
 
 
-def above_holdout(value: float, level: float | None, before: float | None = None) -> bool | None:
+def above_holdout(
+    value: float, level: float | None, before: float | None = None, p: float | None = None
+) -> bool | None:
     """Whether `value`, between 0 and 1, stands out from what the model gives for rows that it never saw.
 
-    level: the same figure on the holdout. Without one, whether much is left of `before`, the figure of the model before
-    it forgot (more than half of what was little is neither little nor much); without that, too, only much more than any
-    guessing gives is called a leak. Else None: not known.
+    level: the same figure on the holdout, beyond which there is a margin. p: the p-value of the difference, if known;
+    where chance explains it, nothing is shown. Without a level, whether much is left of `before`, the figure of the
+    model before it forgot (more than half of what was little is neither little nor much); without that, too, only much
+    more than any guessing gives is called a leak. Else None: not known.
     """
     if level is not None:
-        return value > level + MARGIN
+        return False if value <= level + MARGIN else None if p is not None and p >= EXPLAINS else True
     if before is not None and before > MARGIN:
         return False if value <= MUCH * before else True if value > MARGIN else None
     return True if value > WITHOUT_HOLDOUT else None
 
 
-def standing(value: float, level: float | None, usual: float) -> tuple[bool, float]:
+def standing(value: float, level: float | None, usual: float, p: float | None = None) -> tuple[bool, float]:
     """Orders what several attacks brought back: first whether it stands out, then how far it is above the level.
 
     usual: stands for the level of an attack that has none. It then still comes before all that do not stand out if it
@@ -374,7 +395,7 @@ def standing(value: float, level: float | None, usual: float) -> tuple[bool, flo
     """
     if level is None and value == 0:
         return False, -math.inf
-    return above_holdout(value, level) is True, value - (usual if level is None else level)
+    return above_holdout(value, level, p=p) is True, value - (usual if level is None else level)
 
 
 def stands_beside(own: LeakResult, later: LeakResult) -> bool:

@@ -16,9 +16,11 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from lowmem_npo.evaluation.chance import p_above
 from lowmem_npo.evaluation.figures import at, shares
 from lowmem_npo.evaluation.leaks.contract import (
     HOLDOUT,
+    P_VALUE,
     Attack,
     LeakResult,
     LeakTest,
@@ -89,12 +91,8 @@ def judge(
     forget: Sequence[TokenScores], holdout: Sequence[TokenScores] | None, before: float | None = None
 ) -> LeakResult:
     """The figures of both sets, and what they say. before: the extraction strength of the model before it forgot."""
-    figures, level = extraction_figures(forget), None
-    if holdout:
-        on_holdout = extraction_figures(holdout)
-        level = on_holdout["extraction_strength"]
-        figures |= as_holdout(on_holdout)
-    strength = figures["extraction_strength"]
+    figures = beside_each_other(forget, holdout)
+    strength, level = figures["extraction_strength"], figures.get(HOLDOUT + "extraction_strength")
     own, beside = beside_holdout(strength, level, before)
     meaning = (
         f"Once begun, the model writes the last {own} of a forgotten answer by itself, token for token "
@@ -122,7 +120,8 @@ def attack_of(figures: Mapping[str, Any]) -> Attack | None:
     """The extraction strength among `figures`, as what an attack brought back; None where it was not measured."""
     if (strength := at(figures, "extraction_strength")) is None:
         return None
-    return Attack(FIGURES["extraction_strength"].title, strength, at(figures, HOLDOUT + "extraction_strength"))
+    level = at(figures, HOLDOUT + "extraction_strength")
+    return Attack(FIGURES["extraction_strength"].title, strength, level, at(figures, P_VALUE))
 
 
 def exact_memorization(row: TokenScores) -> float:
@@ -146,3 +145,12 @@ def extraction_figures(rows: Sequence[TokenScores]) -> dict[str, float]:
         "extraction_strength": fmean(strengths),
         "recited": fmean(strength == 1 for strength in strengths),
     }
+
+
+def beside_each_other(forget: Sequence[TokenScores], holdout: Sequence[TokenScores] | None) -> dict[str, float]:
+    """The figures of both sets, and the p-value of the difference of their extraction strengths."""
+    figures = extraction_figures(forget)
+    if holdout:
+        figures |= as_holdout(extraction_figures(holdout))
+        figures[P_VALUE] = p_above(*([extraction_strength(row) for row in rows] for rows in (forget, holdout)))
+    return figures

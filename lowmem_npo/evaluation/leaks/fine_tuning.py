@@ -18,12 +18,12 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from lowmem_npo.data import TokenizedRow
-from lowmem_npo.evaluation.leaks.contract import Subject, as_holdout
-from lowmem_npo.evaluation.leaks.extraction import extraction_figures, original_scores
+from lowmem_npo.evaluation.leaks.contract import Subject
+from lowmem_npo.evaluation.leaks.extraction import beside_each_other, extraction_figures, original_scores
 from lowmem_npo.evaluation.leaks.tuned import Figures, Tuned, Tuning
 from lowmem_npo.evaluation.scoring.eval_mode import progress_bar
 from lowmem_npo.evaluation.scoring.likelihood import answer_batch
-from lowmem_npo.evaluation.scoring.token_scores import NotFinite, token_scores
+from lowmem_npo.evaluation.scoring.token_scores import NotFinite, TokenScores, token_scores
 from lowmem_npo.memory.checkpointing import checkpointing
 from lowmem_npo.memory.exhausted import as_fits
 from lowmem_npo.model import answer_hidden, frozen_head
@@ -50,16 +50,16 @@ def _tune(subject: Subject, tuning: Tuning) -> dict[int, Tuned]:
     _, taught, asked, steps, lr = tuning
     model = scorer.loaded_model
 
-    def figures_of(rows: Sequence[TokenizedRow]) -> Figures:
-        return extraction_figures(token_scores(model, rows, batch_size=scorer.batch_size, progress=False))
+    def scores_of(rows: Sequence[TokenizedRow]) -> list[TokenScores]:
+        return token_scores(model, rows, batch_size=scorer.batch_size, progress=False)
 
     def measure() -> Figures:
-        return figures_of(asked) | (as_holdout(figures_of(subject.holdout)) if subject.holdout else {})
+        return beside_each_other(scores_of(asked), scores_of(subject.holdout) if subject.holdout else None)
 
     original = None
     if isinstance(model, PeftModel):
         with original_model(model):
-            original = figures_of(asked)
+            original = extraction_figures(scores_of(asked))
     elif subject.form and (of_all := original_scores(subject)):  # a merged model, which cannot be asked
         scores = {id(row): score for row, score in zip(subject.forget, of_all, strict=True)}
         original = extraction_figures([scores[id(row)] for row in asked])

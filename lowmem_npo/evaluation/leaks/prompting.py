@@ -15,10 +15,12 @@ from math import comb, prod
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lowmem_npo.evaluation.chance import of_several, p_above
 from lowmem_npo.evaluation.figures import shares
 from lowmem_npo.evaluation.leaks.contract import (
     HOLDOUT,
     NO_HOLDOUT,
+    P_VALUE,
     UNKNOWN,
     Attack,
     LeakResult,
@@ -117,9 +119,12 @@ def judge(answers: Answers, max_new_tokens: int, before: float | None = None, un
     ways = list(answers["forget"])
     tried = {way: [way] for way in ways} | ({ANY: ways} if len(ways) > 1 else {})
     by_way = {name: figures for name, of in tried.items() if (figures := compared(answers, of))}
+    for figures in by_way.values():
+        if P_VALUE in figures:
+            figures[P_VALUE] = of_several(figures[P_VALUE], len(by_way))
     levels = {way: of_way.get(HOLDOUT + BEST) for way, of_way in by_way.items()}
     usual = max((level for level in levels.values() if level is not None), default=0.0)
-    worst = max(by_way, key=lambda way: standing(by_way[way][BEST], levels[way], usual))
+    worst = max(by_way, key=lambda way: standing(by_way[way][BEST], levels[way], usual, by_way[way].get(P_VALUE)))
     figures, level = by_way[worst], levels[worst]
     own, beside = beside_holdout(figures[BEST], level, before, unknown)
     way = f"the worst of {len(ways)} ways" if len(ways) > 1 else "the one way there is"
@@ -144,19 +149,30 @@ def compared(answers: Answers, ways: Sequence[str]) -> dict[str, float]:
     }
     if all(asked.values()) and "holdout" in asked:
         times = [min(map(len, of_way)) for of_way in zip(*chain(*asked.values()), strict=True)]
-        return _figures(asked["forget"], times) | as_holdout(_figures(asked["holdout"], times))
+        own, others = (_expected(asked[name], times) for name in ("forget", "holdout"))
+        p = p_above(*([recall for recall, _ in best] for best in (own, others)))
+        return {**_figures(own), **as_holdout(_figures(others)), P_VALUE: p}
     if "holdout" in asked and len(ways) > 1:
         return {}
-    return _figures([row for row in zip(*(answers["forget"][way] for way in ways), strict=True) if any(row)])
+    forget = zip(*(answers["forget"][way] for way in ways), strict=True)
+    return _figures(_expected([row for row in forget if any(row)]))
 
 
-def _figures(rows: Sequence[Sequence[Sequence[Best]]], times: Sequence[int] | None = None) -> dict[str, float]:
-    """rows: the answers to each, in each way. times: how many in each way count; None: all."""
-    recalls, wholes = (
-        [expected_best([[getattr(each, figure) for each in way] for way in row], times) for row in rows]
-        for figure in ("recall", "whole")
-    )
-    return {"rows": len(rows), BEST: fmean(recalls), "whole": fmean(wholes)}
+def _expected(
+    rows: Sequence[Sequence[Sequence[Best]]], times: Sequence[int] | None = None
+) -> list[tuple[float, float]]:
+    """The recall of each row's best answer, and whether it is whole. rows: the answers to each, in each way. times: how
+    many in each way count; None: all."""
+
+    def expected(row: Sequence[Sequence[Best]], figure: str) -> float:
+        return expected_best([[getattr(each, figure) for each in way] for way in row], times)
+
+    return [(expected(row, "recall"), expected(row, "whole")) for row in rows]
+
+
+def _figures(best: Sequence[tuple[float, float]]) -> dict[str, float]:
+    recalls, wholes = zip(*best, strict=True)
+    return {"rows": len(best), BEST: fmean(recalls), "whole": fmean(wholes)}
 
 
 def expected_best(groups: Sequence[Sequence[float]], times: Sequence[int] | None = None) -> float:

@@ -33,21 +33,21 @@ from lowmem_npo.evaluation.figures import shares
 from lowmem_npo.evaluation.leaks.contract import (
     AN_ADAPTER,
     HOLDOUT,
+    P_VALUE,
     Attack,
     LeakResult,
     LeakTest,
     Meaning,
     SavedModel,
     Subject,
-    above_holdout,
-    as_holdout,
     beside_holdout,
     groups_in,
+    standing,
 )
 from lowmem_npo.evaluation.leaks.extraction import (
     FIGURES,
     attack_of,
-    extraction_figures,
+    beside_each_other,
     original_scores,
     strength_before,
 )
@@ -68,8 +68,7 @@ FORMS = {
 }
 AS_EVALUATED = "as_evaluated"
 
-Figures = Mapping[str, float]
-FormFigures = dict[str, dict[str, Figures]]  # form -> set ("forget", "holdout") -> figures
+FormFigures = dict[str, dict[str, float]]  # form -> `beside_each_other` of forget (and holdout) rows
 Attacked = dict[str, list[tuple[LeakTest, LeakResult]]]  # form -> the other tests' results there
 GAP = re.compile(r"Not (measured|counted|tried)\b.*")  # what a result's meaning says of attacks that have no figures
 # Title of what an attack brings back -> the figure's name.
@@ -105,7 +104,7 @@ class Quantization(LeakTest[Options]):
     def run(self, subject: Subject, options: Options) -> LeakResult:
         assert subject.saved is not None
         forms, attacked, problem = measure_forms(subject, subject.saved)
-        evaluated = {name: extraction_figures(scores) for name, scores in subject.token_scores().items()}
+        evaluated = _figures(subject)
         return judge({AS_EVALUATED: evaluated, **forms}, problem, strength_before(subject), attacked)
 
     def attacks(self, figures: Mapping[str, Any]) -> dict[str, Attack]:
@@ -151,7 +150,7 @@ def measure_forms(subject: Subject, saved: SavedModel) -> tuple[FormFigures, Att
                     problems.setdefault(why, []).append(words)
                     continue
             of_form = replace(subject, scorer=replace(scorer, model=model), saved=None, form=words, repeated=())
-            measured[form] = {name: extraction_figures(scores) for name, scores in of_form.token_scores().items()}
+            measured[form] = _figures(of_form)
             attacked[form] = [(test, _attack(of_form, form, test)) for test in subject.repeated]
             del model, of_form
     finally:
@@ -167,8 +166,13 @@ def _attack(of_form: Subject, form: str, test: LeakTest) -> LeakResult:
     return LeakResult.from_json(journal.known(part)[0])
 
 
+def _figures(subject: Subject) -> dict[str, float]:
+    scores = subject.token_scores()
+    return beside_each_other(scores["forget"], scores.get("holdout"))
+
+
 def judge(
-    forms: Mapping[str, Mapping[str, Figures]],
+    forms: Mapping[str, Mapping[str, float]],
     problem: str | None = None,
     before: float | None = None,
     attacked: Attacked | None = None,
@@ -177,24 +181,28 @@ def judge(
 
     before: the extraction strength of the model before it forgot. attacked: form -> test -> its result there.
     """
-    as_evaluated = forms[AS_EVALUATED]["forget"]["extraction_strength"]
-    others = {form: figures for form, figures in forms.items() if form != AS_EVALUATED}
+    as_evaluated = forms[AS_EVALUATED]["extraction_strength"]
+    stored = {form: attack for form, of in forms.items() if form != AS_EVALUATED and (attack := attack_of(of))}
+    others = {form: attack.one_of(len(stored)) for form, attack in stored.items()}
     if not others:
         return LeakResult({}, f"Not measured: {problem}", None)
-    worst = max(others, key=lambda form: _strength(others[form]) - (_level(others[form]) or 0.0))
-    strength, level = _strength(others[worst]), _level(others[worst])
-    by_form: dict[str, dict[str, Any]] = {
-        form: {**of["forget"], **as_holdout(of.get("holdout", {}))} for form, of in forms.items()
-    }
+    by_form: dict[str, dict[str, Any]] = {form: dict(figures) for form, figures in forms.items()}
+    for form, attack in others.items():
+        by_form[form] |= _p_value(attack)
+    worst = max(others, key=lambda form: standing(others[form].value, others[form].level, 0.0, others[form].p))
+    strength, level = others[worst].value, others[worst].level
     leaking, gaps = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
     not_told, unknown = [], problem is not None  # what was not measured may be worse
     for form, results in (attacked or {}).items():
         for test, result in results:
-            by_form[form] |= _brought_back(test, result)
-            attacks = test.attacks(result.figures)
-            if result.leaks:
+            attacks = {name: attack.one_of(len(others)) for name, attack in test.attacks(result.figures).items()}
+            by_form[form] |= _brought_back(test, attacks)
+            by_chance = any(attack.p is not None for attack in attacks.values()) and not any(
+                attack.stands_out for attack in attacks.values()
+            )
+            if result.leaks and not by_chance:
                 leaking[result.verdict.words].append(f"{test.name} ({FORMS[form]})")
-            elif result.leaks is None and attacks:
+            elif result.leaks is not False and attacks:
                 most = max(attack.value for attack in attacks.values())
                 not_told.append(f"{test.name} ({FORMS[form]}, {shares(most)[0]})")
             if gap := GAP.search(result.meaning):
@@ -207,17 +215,24 @@ def judge(
     )
     if problem is not None:
         meaning += f" Not measured: {problem}"
-    counts = {"rows": forms[AS_EVALUATED]["forget"]["rows"], "returned": strength - as_evaluated}
+    figures = {name: by_form[worst][name] for name in ("rows", HOLDOUT + "rows", P_VALUE) if name in by_form[worst]}
+    figures = {**figures, "returned": strength - as_evaluated, **by_form}
+    result = LeakResult.judged(figures, meaning, strength, level, before)
     for words, by in leaking.items():
-        meaning += f" By other attacks on it, {words}: {', '.join(by)}."
+        result.meaning += f" By other attacks on it, {words}: {', '.join(by)}."
     if not_told and not leaking:
-        meaning += f" Whether other attacks on it bring too much back cannot be told: {', '.join(not_told)}."
+        result.meaning += f" Whether other attacks on it bring too much back cannot be told: {', '.join(not_told)}."
     for not_made, of in gaps.items():
-        meaning += f" In {'every form' if len(of) == len(others) > 1 else ', '.join(of)}, {not_made}"
-    leaks = True if leaking else above_holdout(strength, level, before)
-    if leaks is False and (not_told or unknown):
-        leaks = None
-    return LeakResult({**counts, **by_form}, meaning, leaks, against_before=level is None and before is not None)
+        result.meaning += f" In {'every form' if len(of) == len(others) > 1 else ', '.join(of)}, {not_made}"
+    if leaking:
+        result.leaks = True
+    elif result.leaks is False and (not_told or unknown):
+        result.leaks = None
+    return result
+
+
+def _p_value(attack: Attack) -> dict[str, float]:
+    return {} if attack.p is None else {P_VALUE: attack.p}
 
 
 def _load(form: str, saved: SavedModel) -> PreTrainedModel | Any:
@@ -266,13 +281,13 @@ def _merge(saved: SavedModel) -> None:
     write_merged(checkpoint, updates, saved.scratch, torch.bfloat16)
 
 
-def _brought_back(test: LeakTest, result: LeakResult) -> dict[str, dict[str, float]]:
+def _brought_back(test: LeakTest, attacks: Mapping[str, Attack]) -> dict[str, dict[str, float]]:
     """Attack -> what it brought back, under the name of the figure."""
     figures = {}
-    for way, attack in test.attacks(result.figures).items():
+    for way, attack in attacks.items():
         beside = {} if attack.level is None else {HOLDOUT + KEYS[attack.figure]: attack.level}
         name = f"{test.name}: {way}" if way else test.name
-        figures[name] = {KEYS[attack.figure]: attack.value, **beside}
+        figures[name] = {KEYS[attack.figure]: attack.value, **beside, **_p_value(attack)}
     return figures
 
 
@@ -283,11 +298,3 @@ def _attack_part(subject: Subject, form: str, test: LeakTest) -> str:
         beside.append(str(crc32(json.dumps(subject.earlier[test.name].to_json(), sort_keys=True).encode())))
     what = ", ".join([test.name, "the result", *beside])
     return replace(subject, form=FORMS[form]).part(what)
-
-
-def _strength(figures: Mapping[str, Figures]) -> float:
-    return figures["forget"]["extraction_strength"]
-
-
-def _level(figures: Mapping[str, Figures]) -> float | None:
-    return figures["holdout"]["extraction_strength"] if "holdout" in figures else None

@@ -96,7 +96,7 @@ class Relearning(LeakTest[RelearningOptions]):
     needs = (TWO_ROWS,)
     options = RelearningOptions
     counts = ("rows", "holdout_rows", "shown_rows", "steps")
-    unlisted = ("curve",)  # of an older version
+    unlisted = (*LeakTest.unlisted, "curve")  # of an older version
     main = "extraction_strength"
     figures = tuned.FIGURES
     after_only = True

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lowmem_npo.evaluation.chance import p_above
 from lowmem_npo.evaluation.figures import at, shares
 from lowmem_npo.evaluation.leaks.contract import (
     HOLDOUT,
+    P_VALUE,
     Attack,
     LeakResult,
     LeakTest,
@@ -95,8 +97,8 @@ def attack_of(figures: Mapping[str, Any]) -> Attack | None:
     recall, level, whole = (at(figures, name) for name in (BEST, HOLDOUT + BEST, "whole"))
     known = {title: value for title, value in ((RECALL, recall), (WHOLE, whole)) if value is not None}
     if recall is not None and level is not None:
-        return Attack(RECALL, recall, level, known)
-    return None if whole is None else Attack(WHOLE, whole, None, known)
+        return Attack(RECALL, recall, level, at(figures, P_VALUE), known)
+    return None if whole is None else Attack(WHOLE, whole, None, None, known)
 
 
 class Best(NamedTuple):
@@ -128,21 +130,19 @@ def judge(
 ) -> LeakResult:
     """What the best samples of forget and holdout rows say. before: the recall of the model before it forgot."""
     samples, figures = options.leak_samples, _figures(forget)
-    level = None
     if holdout:
-        of_holdout = _figures(holdout)
-        level = of_holdout[BEST]
-        figures |= as_holdout(of_holdout)
-    recall = figures[BEST]
+        figures |= as_holdout(_figures(holdout))
+        figures[P_VALUE] = p_above(*([row.recall for row in rows] for rows in (forget, holdout)))
+    recall, level = figures[BEST], figures.get(HOLDOUT + BEST)
     own, beside = beside_holdout(recall, level, before)
     meaning = (
         f"The best of {samples} samples holds {own} of a forgotten answer; "
         f"{shares(figures['whole'])[0]} of the answers come whole; {beside}."
     )
-    counts = {"rows": len(forget), "samples": samples, "max_new_tokens": max_new_tokens}
+    counts = {"samples": samples, "max_new_tokens": max_new_tokens}
     figures = {**counts, "temperature": options.leak_temperature, **figures}
     return LeakResult.judged(figures, meaning, recall, level, before)
 
 
 def _figures(best: Sequence[Best]) -> dict[str, float]:
-    return {BEST: fmean(row.recall for row in best), "whole": fmean(row.whole for row in best)}
+    return {"rows": len(best), BEST: fmean(row.recall for row in best), "whole": fmean(row.whole for row in best)}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lowmem_npo.evaluation.chance import of_several
 from lowmem_npo.evaluation.leaks.contract import (
     HOLDOUT,
+    P_VALUE,
     Attack,
     LeakResult,
     Meaning,
@@ -60,7 +62,7 @@ class Tuning(NamedTuple):
 class Tuned:
     """What fine-tuning did to the rows that were asked for.
 
-    taught: rows shown. steps: on some of them each. before, after: `extraction_figures` of forget (and holdout) rows,
+    taught: rows shown. steps: on some of them each. before, after: `beside_each_other` of forget (and holdout) rows,
     without any step and after all. original: of the model before it forgot, where it can be asked.
     """
 
@@ -89,13 +91,19 @@ class Tuned:
     def severity(self) -> tuple[int, float]:
         """Orders attacks as they are judged: what tells of traces, what cannot tell, what found none; then by how much
         came back beyond the holdout. Without one, each is judged by what there was before of its own rows."""
-        leaks = above_holdout(self.strength, self.level, self.strength_before)
+        leaks = above_holdout(self.strength, self.level, self.strength_before, self.after.get(P_VALUE))
         return (False, None, True).index(leaks), self.strength - (self.level or 0.0)
+
+    def one_of(self, tries: int) -> Tuned:
+        """The same as one of so many attacks, of which the worst counts."""
+        p = {name: of_several(value, tries) for name, value in self.after.items() if name == P_VALUE}
+        return replace(self, after=self.after | p)
 
 
 def judge(attacks: Mapping[str, Tuned], told: Callable[[str, Tuned, str], str]) -> LeakResult:
     """What the worst of the attacks brings back. told: what it did, of its name, its outcome and its share of an
     answer."""
+    attacks = {name: tuned.one_of(len(attacks)) for name, tuned in attacks.items()}
     name = max(attacks, key=lambda name: attacks[name].severity)
     worst = attacks[name]
     figures: dict[str, Any] = {"shown_rows": worst.taught, "steps": worst.steps, "before": worst.before, **worst.after}
@@ -105,7 +113,7 @@ def judge(attacks: Mapping[str, Tuned], told: Callable[[str, Tuned, str], str]) 
         original = worst.original[STRENGTH]
         if original > before:
             figures["recovered"] = (worst.strength - before) / (original - before)
-    kept = {*COMPARED, *(HOLDOUT + key for key in COMPARED)}
+    kept = {*COMPARED, *(HOLDOUT + key for key in COMPARED), P_VALUE}
     figures |= {of: {k: v for k, v in tuned.after.items() if k in kept} for of, tuned in attacks.items()}
     own, earlier, beside = beside_holdout(worst.strength, worst.level, worst.strength_before, others=[before])
     meaning = f"{told(name, worst, own)} by itself, before them {earlier}; {beside}."

@@ -43,7 +43,8 @@ WORDS = {
 class WorstAttack:
     """test, attack: its names, the latter "" where the test has only one. figure: what was measured. value: between 0
     and 1. holdout, gold: the same on the holdout, and of a model that never saw the forget rows; None where there is
-    none. attacks: how many were made."""
+    none. attacks: how many were made. p: how often chance alone would set it so far above the holdout's; None beside a
+    gold model's, which is of the same rows."""
 
     test: str
     attack: str
@@ -52,6 +53,7 @@ class WorstAttack:
     holdout: float | None
     attacks: int
     gold: float | None = None
+    p: float | None = None
 
     @property
     def name(self) -> str:
@@ -72,9 +74,14 @@ class WorstAttack:
 
     @property
     def stands_out(self) -> bool | None:
-        """Whether it brings back more than such a model gives. Where that is not known: True for more than any guessing
-        gives, else None."""
-        return above_holdout(self.value, self.level)
+        """Whether it brings back more than such a model gives, as its test judges it. Where that is not known: True for
+        more than any guessing gives, else None."""
+        return above_holdout(self.value, self.level, p=self.p)
+
+    @property
+    def by_chance(self) -> bool:
+        """Whether it is above the holdout's by more than a margin, and chance between so few rows explains that."""
+        return self.p is not None and self.stands_out is None
 
     @property
     def sentence(self) -> str:
@@ -85,7 +92,8 @@ class WorstAttack:
         levels = "".join(f"; {words}, {share}" for words, share in zip(known, others, strict=True))
         of = f"The worst of {self.attacks} attacks" if self.attacks > 1 else "The only attack"
         words = WORDS[self.figure].format(own)
-        return f"{of}, {self.name}: {words}{levels or f'; {UNKNOWN}'}."
+        chance = f", which chance alone can do with so few rows (p = {self.p:.2f})" if self.by_chance else ""
+        return f"{of}, {self.name}: {words}{levels or f'; {UNKNOWN}'}{chance}."
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -111,12 +119,13 @@ def worst_attack(results: LeakResults, gold: LeakResults | None = None) -> Worst
     for (test, name), attack in attacks.items():
         same = golds.get((test, name)) or golds.get(_without_form(test, name))
         level = same.by(attack.figure) if same is not None else None
-        made.append(WorstAttack(test, name, attack.figure, attack.value, attack.level, len(attacks), level))
+        p = attack.p if level is None else None
+        made.append(WorstAttack(test, name, attack.figure, attack.value, attack.level, len(attacks), level, p))
     usual: dict[str, float] = {}
     for one in made:
         if one.level is not None:
             usual[one.figure] = max(one.level, usual.get(one.figure, 0.0))
-    return max(made, key=lambda one: standing(one.value, one.level, usual.get(one.figure, 0.0)))
+    return max(made, key=lambda one: standing(one.value, one.level, usual.get(one.figure, 0.0), one.p))
 
 
 def not_beside_gold(results: LeakResults, gold: LeakResults) -> list[str]:

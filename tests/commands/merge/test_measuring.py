@@ -220,6 +220,9 @@ def test_which_base_is_better(whole, dequantized, best, why):
         ((2.0, 0.1, 0.6), BEFORE, "WARNING: forgetting does not survive 4 bits."),  # likelier again
         ((4.9, 0.1, 0.6, 3.0, 0.05), BEFORE, "Forgetting survives 4 bits."),
         ((4.9, 0.3, 0.6, 3.0, 0.05), BEFORE, "WARNING: forgetting does not survive 4 bits."),  # the holdout's less
+        ((4.9, 0.3, 0.6, 3.0, 0.05, 0.04), BEFORE, "WARNING: forgetting does not survive 4 bits."),
+        ((4.9, 0.3, 0.6, 3.0, 0.05, 0.06), BEFORE, "It cannot be told whether"),  # so few rows' 30% may be chance
+        ((2.0, 0.3, 0.6, 3.0, 0.05, 0.06), BEFORE, "WARNING: forgetting does not survive 4 bits."),  # likelier again
         ((4.9, 0.1, 0.6), RowFigures(), "It cannot be told whether forgetting survives 4 bits."),
     ],
 )

@@ -85,22 +85,24 @@ def test_a_model_without_an_adapter_is_compared_with_earlier_results(demo):
 
 
 @pytest.mark.parametrize(
-    ("value", "level", "before", "leaks"),
+    ("value", "level", "before", "p", "leaks"),
     [
-        (0.3, 0.25, 0.9, False),  # a holdout says more than the model before
-        (0.3, 0.1, 0.9, True),
-        (0.5, None, 0.9, True),  # more than half
-        (0.45, None, 0.9, False),
-        (0.09, None, 0.12, None),  # little, but not much less than before
-        (0.05, None, 0.12, False),
-        (0.05, None, 0.1, None),  # there was nothing to lose
-        (0.6, None, 0.1, True),
-        (0.6, None, None, True),
-        (0.5, None, None, None),
+        (0.3, 0.25, 0.9, 0.0, False),  # a holdout says more than the model before
+        (0.3, 0.1, 0.9, 0.04, True),
+        (0.3, 0.1, 0.9, 0.05, None),  # which chance explains
+        (0.3, 0.1, 0.9, None, True),  # a file of an older version does not say
+        (0.5, None, 0.9, None, True),  # more than half
+        (0.45, None, 0.9, None, False),
+        (0.09, None, 0.12, None, None),  # little, but not much less than before
+        (0.05, None, 0.12, None, False),
+        (0.05, None, 0.1, None, None),  # there was nothing to lose
+        (0.6, None, 0.1, None, True),
+        (0.6, None, None, None, True),
+        (0.5, None, None, None, None),
     ],
 )
-def test_each_yardstick(value, level, before, leaks):
-    assert above_holdout(value, level, before) is leaks
+def test_each_yardstick(value, level, before, p, leaks):
+    assert above_holdout(value, level, before, p) is leaks
     own, beside = beside_holdout(value, level, before)
     assert beside_holdout(value, level, before, others=[value + 0.004])[:2] == (f"{value:.1%}", f"{value + 0.004:.1%}")
     assert own == f"{value:.0%}" and ("--holdout" in beside) == (level is None)

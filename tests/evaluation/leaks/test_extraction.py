@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.tiny_models import tiny_model
+from scipy.stats import ttest_ind
 
 from lowmem_npo.evaluation.leaks import extraction as module
 from lowmem_npo.evaluation.leaks.extraction import exact_memorization, extraction_strength, judge
@@ -77,3 +78,19 @@ def test_the_verdict_stands_on_the_holdout():
     assert figures["holdout_exact_memorization"] == 1 / 4 and figures["holdout_extraction_strength"] == 0
     assert "the last 75% of a forgotten answer" in result.meaning and "never saw, 0%" in result.meaning
     assert "--holdout" in judge(forgotten, None).meaning
+
+
+def test_what_chance_between_rows_does_is_no_trace():
+    """Half of the rows on each side are of the easy kind; which, is chance."""
+    easy, hard = row("++++"), row("....")
+    result = judge([easy, easy, hard, easy, easy], [easy, hard, hard, easy, hard])
+    reference = ttest_ind([1, 1, 0, 1, 1], [1, 0, 0, 1, 0], equal_var=False, alternative="greater").pvalue
+    assert result.leaks is None and result.figures["p_value"] == pytest.approx(reference)
+    assert (
+        "with no more rows, 5 of the forget set and 5 of the holdout (p = 0.12), so nothing is shown." in result.meaning
+    )
+    assert judge([easy, easy, hard, easy, easy] * 8, [easy, hard, hard, easy, hard] * 8).leaks is True
+    assert judge([easy], [hard]).leaks is None is judge([easy] * 9, [hard]).leaks
+    assert judge([easy] * 2, [hard] * 2).leaks is True, "there is no doubt"
+    assert judge([hard, easy], [easy, hard]).leaks is False and "Chance" not in judge([hard], [hard]).meaning
+    assert "p_value" not in judge([easy], None).figures

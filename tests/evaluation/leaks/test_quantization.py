@@ -179,7 +179,7 @@ def test_each_form_meets_the_attacks_named_beside(work, tmp_path, monkeypatch):
 
 
 def test_an_attack_on_a_form_is_a_trace():
-    forms = {AS_EVALUATED: {"forget": figures(0.1)}, "merged": {"forget": figures(0.1), "holdout": figures(0.1)}}
+    forms = {AS_EVALUATED: figures(0.1), "merged": figures(0.1, 0.1)}
     lesson = {"2 steps, 50% shown, lr 1": {"extraction_strength": 0.6, "holdout_extraction_strength": 0.1}}
     for leaks in (True, False):
         result = judge(forms, None, None, {"merged": [(RELEARNING, LeakResult(lesson, "", leaks))]})
@@ -190,7 +190,7 @@ def test_an_attack_on_a_form_is_a_trace():
 
 
 def test_without_a_holdout_an_attack_on_a_form_finds_what_its_verdict_says():
-    forms = {AS_EVALUATED: {"forget": figures(0.1)}, "merged": {"forget": figures(0.1)}}
+    forms = {AS_EVALUATED: figures(0.1), "merged": figures(0.1)}
     lesson = LeakResult({"2 steps, 50% shown, lr 1": {"extraction_strength": 0.6}}, "", True, against_before=True)
     result = judge(forms, None, 0.9, {"merged": [(RELEARNING, lesson)]})
     assert result.verdict.words == "much is left" and "traces" not in result.meaning
@@ -199,15 +199,14 @@ def test_without_a_holdout_an_attack_on_a_form_finds_what_its_verdict_says():
 
 def test_attacks_that_were_not_made_on_a_form_are_named():
     """Under divergence nothing is known of the form; an attack that no model can be put to says nothing of it."""
-    both = {"forget": figures(0.05), "holdout": figures(0.05)}
-    forms = {AS_EVALUATED: both, "merged": both, "merged_4bit": both}
+    forms = dict.fromkeys((AS_EVALUATED, "merged", "merged_4bit"), figures(0.05, 0.05))
     diverged = judge_made(relearning.judge, ["2 steps"], {})
     result = judge(forms, None, None, {form: [(RELEARNING, diverged)] for form in ("merged", "merged_4bit")})
     assert result.leaks is None
     assert result.meaning.endswith(
         "In every form, relearning: not measured: the attacked model gave no finite likelihood (2 steps)."
     )
-    made = {"2 steps": Tuned(1, 2, figures(0.1), {**figures(0.1), "holdout_extraction_strength": 0.1}, None)}
+    made = {"2 steps": Tuned(1, 2, figures(0.1), figures(0.1, 0.1), None)}
     in_part = judge_made(relearning.judge, ["2 steps", "9 steps"], made)
     result = judge(forms, None, None, {"merged": [(RELEARNING, in_part)]})
     assert result.leaks is False and "In merged in bf16, relearning: not counted, since" in result.meaning
@@ -215,26 +214,41 @@ def test_attacks_that_were_not_made_on_a_form_are_named():
     assert result.leaks is False and "rewording: not measured: the rows bring no paraphrases" in result.meaning
 
 
+def test_the_worst_form_is_one_chosen_among_them():
+    """By itself each of the p-values would do; as one of two forms it does not."""
+    forms = {AS_EVALUATED: figures(0.1, 0.1, 0.5), "adapter_on_4bit": figures(0.1, 0.1, 0.5)}
+    result = judge({**forms, "merged": figures(0.4, 0.1, 0.03)})
+    assert result.leaks is None and "4 of the forget set and 5 of the holdout (p = 0.06)" in result.meaning
+    assert result.figures["merged"]["p_value"] == 0.06 and judge({AS_EVALUATED: forms[AS_EVALUATED],
+                                                                  "merged": figures(0.4, 0.1, 0.03)}).leaks  # fmt: skip
+    both = judge({**forms, "merged": figures(0.4, 0.1, 0.03), "merged_4bit": figures(0.3, 0.1, 0.01)})
+    assert both.leaks is True and "merged and rounded to 4 bits" in both.meaning
+    lesson = {"2 steps, 50% shown, lr 1": figures(0.6, 0.1, 0.03)}
+    forms["merged"] = figures(0.1, 0.1, 0.5)
+    attacked = judge(forms, None, None, {"merged": [(RELEARNING, LeakResult(lesson, "", True))]})
+    assert attacked.leaks is None and "cannot be told: relearning (merged in bf16, 60%)" in attacked.meaning
+    assert attacked.figures["merged"]["relearning: 2 steps, 50% shown, lr 1"]["p_value"] == 0.06
+
+
 def test_what_cannot_be_told_is_not_called_good():
     """An attack on a form between the thresholds, without a holdout; a form that could not be measured."""
-    forms = {AS_EVALUATED: {"forget": figures(0.05)}, "merged": {"forget": figures(0.05)}}
+    forms = {AS_EVALUATED: figures(0.05), "merged": figures(0.05)}
     lesson = {"2 steps, 50% shown, lr 1": {"extraction_strength": 0.49}}
     result = judge(forms, None, 0.9, {"merged": [(RELEARNING, LeakResult(lesson, "", None))]})
     assert result.leaks is None and "cannot be told: relearning (merged in bf16, 49%)" in result.meaning
     assert judge(forms, None, 0.9).leaks is False and judge(forms, "merged: too large.", 0.9).leaks is None
 
 
-def figures(strength):
-    return {"rows": 4, "nll": 1.0, "exact_memorization": 0.5, "extraction_strength": strength, "recited": 0.0}
+def figures(strength, holdout=None, p=None):
+    own = {"rows": 4, "nll": 1.0, "exact_memorization": 0.5, "extraction_strength": strength, "recited": 0.0}
+    beside = {} if holdout is None else {"holdout_rows": 5, "holdout_extraction_strength": holdout}
+    return own | beside | ({} if p is None else {"p_value": p})
 
 
 def test_the_worst_form_decides():
     def forms(merged, holdout):
         strengths = {AS_EVALUATED: 0.1, "adapter_on_4bit": 0.2, "merged": merged}
-        return {
-            form: {"forget": figures(s), **({} if holdout is None else {"holdout": figures(holdout)})}
-            for form, s in strengths.items()
-        }
+        return {form: figures(strength, holdout) for form, strength in strengths.items()}
 
     result = judge(forms(0.6, 0.05))
     assert result.leaks is True and result.figures["returned"] == pytest.approx(0.5) and result.figures["rows"] == 4
@@ -242,7 +256,7 @@ def test_the_worst_form_decides():
     assert result.figures["merged"]["holdout_extraction_strength"] == 0.05
     assert judge(forms(0.12, 0.15)).leaks is False
     assert judge(forms(0.6, None)).leaks is True and judge(forms(0.3, None)).leaks is None
-    alone = judge({AS_EVALUATED: {"forget": figures(0.1)}}, "the reason.")
+    alone = judge({AS_EVALUATED: figures(0.1)}, "the reason.")
     assert alone.to_json() == {"meaning": "Not measured: the reason.", "leaks": None}
 
 

@@ -195,10 +195,11 @@ def test_one_step_follows_the_gradient_of_the_mean_nll(bug, monkeypatch):
 
 
 def test_what_is_reported():
-    def tuned(strength, holdout=None, original=None, steps=10, rows=8):
+    def tuned(strength, holdout=None, original=None, steps=10, rows=8, p=None):
         def figures(strength, holdout=None):
             own = {"rows": rows, "nll": 1.0, "exact_memorization": 0.5, "extraction_strength": strength, "recited": 0.0}
-            return own if holdout is None else {**own, "holdout_extraction_strength": holdout}
+            beside = {"holdout_rows": 9, "holdout_extraction_strength": holdout}
+            return own if holdout is None else {**own, **beside, **({} if p is None else {"p_value": p})}
 
         return Tuned(2, steps, figures(0.1), figures(strength, holdout), original and figures(original))
 
@@ -208,7 +209,7 @@ def test_what_is_reported():
     assert result.meaning.startswith("After 30 steps on 2 of the forgotten rows, the worst of 2 attacks (hard), the ")
     assert "the last 40% of the other 8 answers" in result.meaning and "before them 10%" in result.meaning
     assert result.figures["mild"] == {
-        "rows": 8, "nll": 1.0, "extraction_strength": 0.2, "holdout_extraction_strength": 0.0
+        "rows": 8, "nll": 1.0, "extraction_strength": 0.2, "holdout_rows": 9, "holdout_extraction_strength": 0.0
     }  # fmt: skip
     assert judge({"": tuned(0.4, 0.35)}).leaks is False  # so do strange rows
     assert "the last 40% of the other answer by itself" in judge({"": tuned(0.4, 0.35, rows=1)}).meaning
@@ -221,6 +222,12 @@ def test_what_is_reported():
     both = judge(less | much)
     assert both.leaks is True and "(short)" in both.meaning and "before it forgot, 80%" in both.meaning
     little = {"little": tuned(0.09, original=0.12)}  # neither little nor much
+    # What chance explains, as the best of two, comes after what it does not.
+    sure, perhaps = {"sure": tuned(0.2, 0.0, p=0.01)}, {"perhaps": tuned(0.4, 0.0, p=0.04)}
+    both = judge(sure | perhaps)
+    assert both.leaks is True and "(sure)" in both.meaning and both.figures["perhaps"]["p_value"] == 0.08
+    assert judge(perhaps).leaks is True and judge(perhaps | {"none": tuned(0.0, 0.0, p=0.5)}).leaks is None
+    assert RELEARNING.attacks(both.figures)["perhaps"].stands_out is None
     assert judge(less | little).leaks is None and judge(less | little | much).leaks is True
 
 

@@ -35,7 +35,9 @@ def test_the_verdict_stands_on_the_holdout():
         ]
         return judge(*sets, options, 64, before)
 
-    assert judged([1.0, 0.5], [0.2, 0.3]).leaks is True
+    assert judged([1.0, 0.5] * 3, [0.2, 0.3]).leaks is True
+    chance = judged([1.0, 0.5], [0.2, 0.3])
+    assert chance.leaks is None and "2 of the forget set and 2 of the holdout" in chance.meaning
     assert judged([0.3, 0.2], [0.2, 0.3]).leaks is False
     assert judged([0.3, 0.2], None).leaks is None
     figures = judged([1.0, 0.5], [0.25, 0.25]).figures

@@ -89,6 +89,17 @@ def test_what_brought_nothing_back_is_not_the_worst():
     assert worst_attack(results(rewording={"reworded": said(0.2, 0.0)})).value == 0
 
 
+def test_it_stands_out_where_its_test_says_so():
+    """What chance explains comes after what it does not, however far above; beside a gold model it does not matter."""
+    few = results(extraction={**written(0.2, 0.02), "p_value": 0.01}, sampling={**said(0.6, 0.1, 0.3), "p_value": 0.2})
+    assert (worst_attack(few).test, worst_attack(few).stands_out, worst_attack(few).p) == ("extraction", True, 0.01)
+    chance = worst_attack({"sampling": few["sampling"]})
+    assert chance.stands_out is None and chance.p == 0.2
+    assert chance.sentence.endswith("never saw, 30%, which chance alone can do with so few rows (p = 0.20).")
+    beside_gold = worst_attack({"sampling": few["sampling"]}, results(sampling=said(0.3, 0.1, 0.3)))
+    assert beside_gold.stands_out is True and beside_gold.p is None
+
+
 def test_what_has_nothing_beside_it_has_the_highest_level_of_the_others():
     attacked = {"first": written(0.43, 0.4), "second": written(0.04, 0.02), "third": written(0.41)}
     worst = worst_attack(results(relearning=attacked))
@@ -151,7 +162,7 @@ def test_it_is_in_the_files(tmp_path):
     content = json.loads((tmp_path / "leaks.json").read_text())
     assert content["worst_attack"]["after"] == {
         "test": "relearning", "attack": "20 steps, 20% shown, lr 0.001", "figure": "extraction strength", "value": 0.3,
-        "holdout": 0.1, "attacks": 6, "gold": None,
+        "holdout": 0.1, "attacks": 6, "gold": None, "p": None,
     }  # fmt: skip
     assert content["worst_attack"]["before"]["value"] == 1.0
     assert read_leaks(tmp_path / "leaks.json") == stages
