@@ -122,6 +122,13 @@ def test_the_worst_attack_is_told_without_its_terms(content):
         "steps, 20% shown, lr 0.001): 45% of an answer; of answers that the model never saw, the same brings forth "
         "12%; from a model that never saw the examples, it brings 11%."
     )
+    few = {
+        "extraction": LeakResult(
+            {"extraction_strength": 0.4, "holdout_extraction_strength": 0.2, "p_value": 0.3}, "", None
+        )
+    }
+    lines = part(replace(content, leaks={"after": few}), "What remains")
+    assert any(line.endswith("brings forth 20%, which with so few examples may be chance.") for line in lines)
     merged = {"merged": {"extraction_strength": 0.1, "relearning: 20 steps": {"extraction_strength": 0.6}}}
     (line,) = [
         line
