@@ -6,7 +6,7 @@ import huggingface_hub.constants
 import pytest
 
 from lowmem_npo.errors import UserError
-from lowmem_npo.model.names import commit_of, resolve_name
+from lowmem_npo.model.names import Base, commit_of, resolve_name
 from lowmem_npo.model.saved_adapter import resolve_base
 
 
@@ -54,6 +54,21 @@ def test_the_commit_of_what_this_machine_has(tmp_path, monkeypatch):
         assert commit_of(*absent) is None
     (repository / "snapshots" / ("b" * 40) / "config.json").unlink()
     assert commit_of("me/small", "v2") is None
+
+
+def test_a_base_is_known_by_its_weights_wherever_they_lie(tmp_path, monkeypatch):
+    """On the hub and in a copy; by its name only where the weights are not here, and not by one that nobody gave."""
+    snapshot, copy = tmp_path / "hub" / "models--me--small" / "snapshots" / ("a" * 40), tmp_path / "copy"
+    for folder in (snapshot, copy):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(f'{{"of": "{folder.name}"}}')
+        (folder / "model.safetensors").write_bytes(b"weights")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub, local, gone = Base.here("me/small", "a" * 40), Base.here(str(copy)), Base.here(str(tmp_path / "gone"))
+    assert hub.weights == local.weights and not hub.is_other_than(local) and gone.weights is None
+    assert gone.is_other_than(local) and not gone.is_other_than(Base.here(str(copy), of_adapter=True))
+    (copy / "model.safetensors").write_bytes(b"WEIGHTS")
+    assert Base.here(str(copy), of_adapter=True).is_other_than(hub)
 
 
 @pytest.mark.parametrize(
