@@ -84,7 +84,7 @@ def test_the_command_measures_in_the_type_that_the_run_had(adapter):
     """Else evaluate would round a float32 base to bf16."""
     for dtype, more in (("float32", "--dtype float32 "), ("bf16", "")):
         (adapter / "run.yaml").write_text(f"model: {adapter.parent / 'base'}\nepochs: 1\ndtype: {dtype}\n")
-        said, published = findings(str(adapter), "whole")
+        said, published = findings(str(adapter), "whole", Base())
         assert f"`lowmem-npo evaluate --adapter {adapter} {more}--leaks" in said[0]
         assert f"`lowmem-npo evaluate --adapter adapter {more}--leaks" in published[0]
 
