@@ -415,10 +415,9 @@ def _adapted(
             model = attach_lora(model, peft_config)
         if line := note_on_experts(model, peft_config):
             say(line)
-    elif peft_config is not None:  # as TRL refuses it
-        raise UserError(
-            "NPOTrainer was given a PeftModel, which has its adapter, and a peft_config for another: leave peft_config "
-            "out, or give the model without an adapter."
+    elif peft_config is not None:
+        say(
+            "The model has its adapter already, which is trained; peft_config, which would make a new one, is not used."
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("The model's adapter is frozen, so nothing is trained: load it with is_trainable=True.")

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -62,7 +63,7 @@ def make_trainer(
         forget,
         retain,
         processing_class=word_tokenizer(),
-        peft_config=AdapterConfig(lora_r=3),
+        peft_config=None if isinstance(model, PeftModel) else AdapterConfig(lora_r=3),
         alternative_dataset=alternatives,
         true_dataset=true_dataset,
     )

@@ -157,12 +157,16 @@ def test_a_scripts_checkpointing_and_clipping_are_done(byte_model, tmp_path):
     assert equal(step_gradients(trainer), plain, rtol=1e-4)
 
 
-def test_an_adapter_for_a_model_that_has_one_is_refused(byte_model, tmp_path):
+def test_a_configuration_beside_an_adapter_is_said_to_be_unused(byte_model, tmp_path):
     model = attach_lora(AutoModelForCausalLM.from_pretrained(byte_model, dtype=torch.float32), AdapterConfig())
     args = NPOConfig(output_dir=str(tmp_path), max_steps=1, use_cpu=True)
     given = {"processing_class": AutoTokenizer.from_pretrained(byte_model), "peft_config": AdapterConfig(lora_r=4)}
-    with pytest.raises(UserError, match="given a PeftModel, which has its adapter, and a peft_config for another"):
-        NPOTrainer(model, args, FORGET, RETAIN, **given)
+    lines = []
+    trainer = NPOTrainer(model, args, FORGET, RETAIN, **given, say=lines.append)
+    assert trainer.model.peft_config["default"].r == AdapterConfig().lora_r
+    assert [line for line in lines if "peft_config" in line] == [
+        "The model has an adapter, which is trained; peft_config, which would make a new one, is not used."
+    ]
 
 
 def test_a_base_that_trains_beside_its_adapter_is_refused(byte_model, tmp_path):
