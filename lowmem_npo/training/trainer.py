@@ -416,9 +416,7 @@ def _adapted(
         if line := note_on_experts(model, peft_config):
             say(line)
     elif peft_config is not None:
-        say(
-            "The model has its adapter already, which is trained; peft_config, which would make a new one, is not used."
-        )
+        say("The model has an adapter, which is trained; peft_config, which would make a new one, is not used.")
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("The model's adapter is frozen, so nothing is trained: load it with is_trainable=True.")
     of_adapter = (getattr(model.base_model, "prefix", "lora_"), "modules_to_save", "trainable_tokens")
