@@ -69,6 +69,7 @@ def quiet_libraries() -> None:
         "Setting `save_embedding_layers`",
         "fan_in_fan_out is set to",
         "The following .*_pattern keys did not",
+        "The PEFT config's `base_model_name_or_path` was renamed",  # which base it is we check ourselves
     ):
         warnings.filterwarnings("ignore", message=peft)
     import huggingface_hub

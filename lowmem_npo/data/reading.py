@@ -46,6 +46,16 @@ from lowmem_npo.sources import (
 
 MOST_CHARACTERS = 10_000_000  # of a text in a row: more take minutes and gigabytes to be tokenised
 GENERAL = (*BUILTIN.values(), "openings")  # questions with answers, and texts
+# Files that hold texts or rows and are not read. In a folder, too, they are refused: what they hold would be missing.
+UNREAD = {
+    **dict.fromkeys(
+        (".xlsx", ".xls", ".ods"), "a spreadsheet; save the sheet with the rows as CSV (UTF-8) and name that file"
+    ),
+    **dict.fromkeys(
+        (".docx", ".doc", ".odt", ".rtf", ".pages", ".epub"),
+        "a word processor's document or a book; save it as .txt, .html or .pdf",
+    ),
+}
 
 
 def read_rows(
@@ -125,6 +135,9 @@ def _read_folder(source: str, folder: Path, passages: Passages, columns: Collect
     """All documents in a folder and the folders in it, by name."""
     files = sorted(_entries(folder))
     names = {path: str(Path(source) / path.relative_to(folder)) for path in files}
+    for path, name in names.items():
+        if kind_of(path) in UNREAD:
+            raise UserError(f"{name} is {UNREAD[kind_of(path)]}, or move it out of {source}.")
     to_read = [path for path in files if kind_of(path) in FILE_KINDS and not path.is_dir()]
     for path in to_read:
         check_data_name(names[path])  # it may be a link to nothing, or no file
@@ -146,8 +159,8 @@ def _read_folder(source: str, folder: Path, passages: Passages, columns: Collect
 
 
 def _entries(folder: Path) -> Iterator[Path]:
-    """What is in a folder and the folders in it, but for these and what is hidden. A link to a folder is not followed:
-    it may lead back.
+    """What is in a folder and the folders in it, but for these, what is hidden, and the notes that word processors keep
+    of open files (~$…). A link to a folder is not followed: it may lead back.
 
     Raises OSError for a folder that cannot be read.
     """
@@ -158,7 +171,7 @@ def _entries(folder: Path) -> Iterator[Path]:
     for where, folders, files in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
         links = [name for name in folders if Path(where, name).is_symlink()]
-        yield from (Path(where, name) for name in (*files, *links) if not name.startswith("."))
+        yield from (Path(where, name) for name in (*files, *links) if not name.startswith((".", "~$")))
 
 
 def _read_document(name: str, path: Path, passages: Passages, notes: tuple[str, ...]) -> Rows:
@@ -184,10 +197,8 @@ def _read_path(name: str, path: Path, passages: Passages, columns: Collection[st
 
 def _read_file(name: str, path: Path, columns: Collection[str], read: Reader | None = None) -> Rows:
     kind = kind_of(path)
-    if kind in (".xlsx", ".xls", ".ods"):
-        raise UserError(f"{name} is a spreadsheet; save the sheet with the rows as CSV (UTF-8) and name that file.")
-    if kind in (".docx", ".doc", ".odt", ".rtf", ".pages", ".epub"):
-        raise UserError(f"{name} is a word processor's document or a book; save it as .txt, .html or .pdf.")
+    if kind in UNREAD:
+        raise UserError(f"{name} is {UNREAD[kind]}.")
     if kind not in FILE_KINDS:
         raise UserError(f"{name} is of an unsupported file type; convert it to one of {', '.join(FILE_KINDS)}.")
     if path.stat().st_size == 0:

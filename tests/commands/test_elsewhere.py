@@ -134,12 +134,14 @@ def test_a_report_finds_what_the_evaluation_was_compared_with(second, tmp_path, 
     assert set(report["leaks"]) == {"after"}
 
 
-def test_merge(second, tmp_path, monkeypatch, capsys):
-    """Its rows are measured, and what the first run made last is known."""
+def test_merge(second, tmp_path, monkeypatch, capsys, recwarn):
+    """Its rows are measured, and what the first run made last is known; PEFT does not tell that the base's path is
+    another one."""
     monkeypatch.chdir(tmp_path)
     assert main(["merge", "--adapter", str(second), "--output-dir", "out", "--quantize-check", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "merged into whole weights, then 4-bit" in printed and "What --sam made last is a property" in printed
+    assert not [one for one in recwarn if "base_model_name_or_path" in str(one.message)]
 
 
 def test_a_tilde_is_the_home_directory(second, tmp_path, monkeypatch):

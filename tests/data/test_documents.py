@@ -269,6 +269,17 @@ def test_passages_fit_max_length(tmp_path, bpe_tokenizer):
 # -- several documents ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name, kind", [("ch03.docx", "a word processor's document"), ("b/t.XLSX", "a spreadsheet")])
+def test_a_folder_with_a_text_that_is_not_read_is_refused(name, kind, tmp_path):
+    """Passed over, it would be what is not forgotten."""
+    folder = tmp_path / "book"
+    (folder / name).parent.mkdir(parents=True)
+    (folder / "ch01.txt").write_text("First.")
+    (folder / name).write_bytes(b"PK")
+    with pytest.raises(UserError, match=f"book/{name} is {kind}.* save .*, or move it out of .*book\\."):
+        read_rows(str(folder))
+
+
 def test_a_folder_is_all_documents_in_it(tmp_path):
     folder = tmp_path / "letters"
     (folder / "old").mkdir(parents=True)
@@ -277,6 +288,7 @@ def test_a_folder_is_all_documents_in_it(tmp_path):
     (folder / "old" / "c.html").write_text("<p>Third.")
     (folder / "picture.png").write_bytes(b"x")
     (folder / ".hidden.txt").write_text("no")
+    (folder / "~$d.docx").write_bytes(b"of an open file")
     rows = read_rows(str(folder), passages=Passages(form="text"))
     assert [row["text"] for row in rows.rows] == ["First.", "Second.", "Third."]
     assert rows.where(2) == f"{folder}/old/c.html, whole"

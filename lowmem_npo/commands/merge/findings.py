@@ -47,8 +47,13 @@ class Said(NamedTuple):
     advised: bool = False
 
 
+ANSWERS_ALONE = Said(
+    "Of weights rounded to 4 bits the answers above were checked, not what they hold and do not say.", advised=True
+)
+
+
 def findings(
-    adapter: str, base_weights: str, onto: Base, *, lasts: bool = True, base: Sequence[str] = ()
+    adapter: str, base_weights: str, onto: Base, *, lasts: bool = True, rounded: bool = False, base: Sequence[str] = ()
 ) -> tuple[list[str], list[str]]:
     """A sentence per test that looks for forgotten text returning: what it found, or that it was not run and what runs
     it, with all others that were not.
@@ -57,8 +62,9 @@ def findings(
     unlearning via quantization"), and fine-tuning one that only hides (Hu et al. 2024).
 
     base_weights: that the adapter is merged into; onto: of which model. lasts: whether it is the one that its run
-    wrote, and has what that made last. base: the options that named its base. Returned twice: as they are said here,
-    and for a card that others read, without where on this machine the adapter and its base are.
+    wrote, and has what that made last. rounded: whether answers of the merged weights in 4 bits were measured. base:
+    the options that named its base. Returned twice: as they are said here, and for a card that others read, without
+    where on this machine the adapter and its base are.
     """
     known = {test: list(_known(test, adapter, onto)) for test in RETURNING}
     in_merged = _repeated_in_merged(known[QUANTIZATION.name], RELEARNING.name)
@@ -66,6 +72,8 @@ def findings(
 
     def sentences(with_place: bool) -> list[str]:
         said = {test: _said(test, of, adapter, base_weights, in_merged, with_place) for test, of in known.items()}
+        if rounded and not known[QUANTIZATION.name]:
+            said[QUANTIZATION.name] = ANSWERS_ALONE
         how = _command(adapter, [test for test, of in said.items() if of.advised], base, with_place)
         return [*(f"{of.text} {how}" if of.advised else of.text for of in said.values()), *lasting]
 

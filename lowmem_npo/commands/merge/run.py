@@ -74,7 +74,9 @@ def merge(config: MergeConfig, say: Say = print) -> Path:
         adapter = expanded(config.adapter)
         onto = Base.here(name, revision, of_adapter=not config.any_base)
         other = of_another_adapter(adapter) or of_another_base(adapter, onto)
-        known, published = findings(config.adapter, chosen, onto, lasts=other is None, base=_base_named(config))
+        known, published = findings(
+            config.adapter, chosen, onto, lasts=other is None, rounded=plan.rounded, base=_base_named(config)
+        )
         kind = "as the base's" if dtype is None else config.dtype
         weights = f"{kind}, on the base's NF4 weights, dequantised" if chosen == DEQUANTIZED else kind
         card = merged_card(adapter, name, revision, weights, published, other, plan.measurements)
@@ -92,6 +94,9 @@ def merge(config: MergeConfig, say: Say = print) -> Path:
     return out
 
 
+IN_4_BITS = ", then 4-bit"  # weights of which figures are
+
+
 @dataclass
 class Plan:
     """What is merged into which base weights, and what is measured of it.
@@ -106,6 +111,11 @@ class Plan:
     four_bits: bool = False
     measured: dict[str, RowFigures] = field(default_factory=dict)
     sentences: list[str] = field(default_factory=list)
+
+    @property
+    def rounded(self) -> bool:
+        """Whether the merged weights were measured in 4 bits."""
+        return any(name.endswith(IN_4_BITS) for name in self.measured)
 
     @property
     def measurements(self) -> Measurements | None:
@@ -166,7 +176,7 @@ def _measure(plan: Plan, partial: Path) -> str:
     if plan.four_bits:
         try:
             rounded = measure(partial / kept, plan.rows, four_bits=True)
-            plan.measured[f"{MERGED_INTO[kept]}, then 4-bit"] = rounded
+            plan.measured[MERGED_INTO[kept] + IN_4_BITS] = rounded
             plan.sentences.append(survival(forms[kept], rounded, plan.rows.before))
         except UserError as error:
             plan.sentences.append(f"Not measured in 4 bits: {str(error).rstrip('.')}.")

@@ -112,6 +112,8 @@ def test_of_a_plain_adapter_nothing_is_measured_unless_that_is_asked_for(runs, t
     assert measured["merged into whole weights"][0] == pytest.approx(measured["after, by the run"][0], rel=0.02)
     assert "Rounded to NF4, the merged model writes" in printed
     assert "Advised" not in printed and "4-bit base" not in printed
+    assert "Of weights rounded to 4 bits the answers above were checked, not what" in printed
+    assert "Not checked: whether forgotten text returns when the adapter is rounded" not in printed
     assert merge(runs / "lora", tmp_path / "no", "--base-weights", "dequantized") == 2
     assert "was trained on whole weights, not with --qlora" in capsys.readouterr().err
 
