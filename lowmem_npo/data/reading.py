@@ -49,11 +49,12 @@ GENERAL = (*BUILTIN.values(), "openings")  # questions with answers, and texts
 # Files that hold texts or rows and are not read. In a folder, too, they are refused: what they hold would be missing.
 UNREAD = {
     **dict.fromkeys(
-        (".xlsx", ".xls", ".ods"), "a spreadsheet; save the sheet with the rows as CSV (UTF-8) and name that file"
+        (".xlsx", ".xls", ".ods"),
+        "{name} is a spreadsheet; save the sheet with the rows as CSV (UTF-8) and name that file.",
     ),
     **dict.fromkeys(
         (".docx", ".doc", ".odt", ".rtf", ".pages", ".epub"),
-        "a word processor's document or a book; save it as .txt, .html or .pdf",
+        "{name} is a word processor's document or a book; save it as .txt, .html or .pdf.",
     ),
 }
 
@@ -137,7 +138,8 @@ def _read_folder(source: str, folder: Path, passages: Passages, columns: Collect
     names = {path: str(Path(source) / path.relative_to(folder)) for path in files}
     for path, name in names.items():
         if kind_of(path) in UNREAD:
-            raise UserError(f"{name} is {UNREAD[kind_of(path)]}, or move it out of {source}.")
+            refusal = UNREAD[kind_of(path)].format(name=name).rstrip(".")
+            raise UserError(f"{refusal}, or move it out of {source}.")
     to_read = [path for path in files if kind_of(path) in FILE_KINDS and not path.is_dir()]
     for path in to_read:
         check_data_name(names[path])  # it may be a link to nothing, or no file
@@ -198,7 +200,7 @@ def _read_path(name: str, path: Path, passages: Passages, columns: Collection[st
 def _read_file(name: str, path: Path, columns: Collection[str], read: Reader | None = None) -> Rows:
     kind = kind_of(path)
     if kind in UNREAD:
-        raise UserError(f"{name} is {UNREAD[kind]}.")
+        raise UserError(UNREAD[kind].format(name=name))
     if kind not in FILE_KINDS:
         raise UserError(f"{name} is of an unsupported file type; convert it to one of {', '.join(FILE_KINDS)}.")
     if path.stat().st_size == 0:

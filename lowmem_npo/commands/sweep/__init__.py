@@ -14,6 +14,7 @@ from lowmem_npo.commands.sweep.options import EvaluationSources, TeachingOptions
 from lowmem_npo.config import RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.libraries import quiet_libraries
+from lowmem_npo.sizes import counted
 
 USAGE = """usage: lowmem-npo sweep --seeds 5 --grid gamma=0,1 delta=0,0.5,1 --model NAME_OR_DIR [options of train]
 
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str]) -> None:
 
         for line in check_more(runs, root, taught, evaluation, {}):
             print(line)
-        print(f"Dry run: {len(runs)} runs. Nothing was trained or written.")
+        print(f"Dry run: {counted(len(runs), 'run')}. Nothing was trained or written.")
         return
     quiet_libraries()
     from lowmem_npo.commands.sweep.figures import text_tables  # late: --help need not load transformers

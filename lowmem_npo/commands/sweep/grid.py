@@ -28,6 +28,9 @@ NOT_IN_GRID = {
 }
 
 
+EMPTY = " An empty value leaves an option to its default, or to --recipe; the value none, where there is one, does not."
+
+
 @dataclass(frozen=True)
 class GridPoint:
     """One configuration. `settings`: train options without their dashes, and their values as typed; "" leaves the
@@ -130,8 +133,10 @@ def plan_sweep(
         if same := next(((one, first) for used, one, first in made if used == in_use), None):
             earlier, first = same
             if not (why := _why_same(first, config)):
+                emptied = not all(value for _, value in (*earlier.settings, *point.settings))
                 raise UserError(
                     f"--grid {earlier.name} and {point.name} are the same configuration: leave one of them out."
+                    + (EMPTY if emptied else "")
                 )
             say(f"--grid {point.name} is left out: it is the same run as {earlier.name}, as {why}.")
             continue

@@ -92,6 +92,7 @@ MEASURING = (
         (["lr=1e-4,0.0001"], "--grid lr=1e-4 and lr=0.0001 are the same configuration: leave one of them out."),
         (["layered=none,None"], "--grid layered=none and layered=None are the same"),
         (["beta=.2", "gamma=,0,1"], "--grid beta=.2_gamma=default and beta=.2_gamma=1 are the same"),
+        (["gamma=,1"], "leave one of them out. An empty value leaves an option to its default, or to --recipe; the"),
         (["forget=a/b.jsonl,a-b.jsonl", "retain=r.jsonl"], "same directory"),
     ],
 )
