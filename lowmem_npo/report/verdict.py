@@ -10,6 +10,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 from lowmem_npo.evaluation.answer_table import FORGET, GENERAL, NOT_GENERATED, RETAIN, Stages, same_rows
 from lowmem_npo.evaluation.answers import AnswerSummary, part_of
@@ -38,11 +39,12 @@ RULES = (
     "appeared; what else the model knows was not measured. “Recites” stands for “says” where all rows are texts that "
     "the model goes on with. Where the forget rows are asked in several forms, the one counts in which the most is "
     f"left. “Still says what it was to keep”: recall and probability on retain rows are at least {KEPT:.0%} of what "
-    f"they were; below {DAMAGED:.0%} of either, much is lost. “General questions as before”: the same of rows that "
-    f"nothing was trained on, with {GENERAL_KEPT:.0%} for recall; they stand for others, so a fall counts if it is "
-    f"over {BEYOND_CHANCE} times its standard error over the rows, else, and of a single row, they are answered as "
-    "before “as far as the rows can tell”. “Overdone”: no longer said, and less likely than a uniform guess over the "
-    f"vocabulary, or their NLL is over {OVERDONE} times that of a model that never saw them. “Worst attack”: what "
+    f"they were; below {DAMAGED:.0%} of either, much is lost, and the one that decided is named. “General questions "
+    f"as before”: the same of rows that nothing was trained on, with {GENERAL_KEPT:.0%} for recall. Either rows stand "
+    f"for others, so a fall counts if it is over {BEYOND_CHANCE} times its standard error over the rows, else all is "
+    "as before “as far as the rows can tell”; where that error is not known, as of a single row, a fall counts on "
+    "retain rows, and not on general questions. “Overdone”: no longer said, and less likely than a uniform guess over "
+    f"the vocabulary, or their NLL is over {OVERDONE} times that of a model that never saw them. “Worst attack”: what "
     "brings back most of all that the leak tests try, beyond what it gives for rows that the model never saw; a "
     f"trace, if it is more than {MARGIN} above that, or above what it brings from a model that never saw the forget "
     "rows."
@@ -60,6 +62,7 @@ RECITES = {"says": "recites", "hardly said": "could hardly recite", "answers": "
 FORM_WORDS = {CHAT: "through its chat template", PLAIN: "without its chat template", REWORDED: "in other words"}
 RETAIN_WORDS = {
     "kept": "still says what it was to keep",
+    "unsure": "still says what it was to keep, as far as the rows can tell",
     "worse": "has lost some of what it was to keep",
     "damaged": "has lost much of what it was to keep",
     "other rows": "what it was to keep was measured on other rows than before",
@@ -67,6 +70,7 @@ RETAIN_WORDS = {
 }
 HARDLY_SAID_WORDS = {  # of rows to keep that it hardly said before
     "kept": "is as before on what it was to keep",
+    "unsure": "is as before on what it was to keep, as far as the rows can tell",
     "worse": "is worse than before on what it was to keep",
     "damaged": "is much worse than before on what it was to keep",
 }
@@ -77,6 +81,7 @@ GENERAL_WORDS = {
     "damaged": "answers general questions much worse",
 }
 KEPT_STATES = ("kept", "unsure")
+MEASURES = {"rouge_l_recall": "recall", "probability": "probability"}  # that decide on rows to keep, in a headline
 
 
 OTHER_WORDS = (
@@ -97,6 +102,18 @@ class Verdict:
     tone: str
     headline: str
     sentences: list[str]
+
+
+class Kept(NamedTuple):
+    """What became of rows to keep: a state, and how much is left by the measure that decided it, which `by` names."""
+
+    state: str = "kept"
+    left: float = 1.0
+    by: str = ""
+
+    @property
+    def severity(self) -> int:
+        return list(GENERAL_WORDS).index(self.state)
 
 
 def judge_run(
@@ -144,22 +161,22 @@ def judge_run(
     worst = max(asked, key=lambda name: (SEVERITY.index(states[name]), name == FORGET, after[name].rouge_l_recall))
     forget = states[worst]
     kept = {
-        name: _kept_state(name, before[name], after[name], errors.get(name, {}))
+        name: _kept(name, before[name], after[name], errors.get(name, {}))
         for name in (RETAIN, GENERAL)
         if name in after and name in before
     }
-    lost_most = max(kept, key=lambda name: (list(GENERAL_WORDS).index(kept[name]), name == GENERAL), default=RETAIN)
-    retain = kept.get(lost_most)
-    retain_words = GENERAL_WORDS[retain] if retain and lost_most == GENERAL else _retain_words(retain, before, after)
-    if retain is None and RETAIN in after:
-        retain_words = RETAIN_WORDS["other rows"]
+    lost_most = max(kept, key=lambda name: (kept[name].severity, name == GENERAL), default=RETAIN)
+    retain = kept[lost_most].state if kept else None
+    if kept:
+        retain_words = _kept_words(lost_most, kept[lost_most], before, after)
+    else:
+        retain_words = RETAIN_WORDS["other rows" if RETAIN in after else None]
     is_gone = states[FORGET] == "forgotten"
     overdone = _overdone(after[FORGET], gold.get(FORGET), vocabulary) if is_gone else None
 
-    words = _forget_words(states, worst, after)
     generated = all(summary.generated for sets in (before, after) for summary in sets.values())
     measured = "On the rows measured" + ("" if generated else " (from likelihoods: it was not allowed to write)")
-    headline = f"{measured}, {words}{_conjunction(forget, retain, words.endswith(' asked'))}{retain_words}"
+    headline = f"{measured}, {_what_became(states, worst, after, retain, retain_words)}"
     if overdone:
         headline += "; the forgetting is overdone"
     if leaking:
@@ -209,7 +226,7 @@ def judge_evaluation(
         after = {name: summary for name, summary in now.items() if name in compared}
         return judge_run({"before": known, "after": after}, vocabulary, stages)
     if FORGET not in now and RETAIN in known:
-        words = _retain_words(_kept_state(RETAIN, known[RETAIN], now[RETAIN], {}), known, now)
+        words = _kept_words(RETAIN, _kept(RETAIN, known[RETAIN], now[RETAIN], {}), known, now)
         return Verdict(
             "unknown", f"On the rows measured, the model {words}{traces}.", [_figures(RETAIN, known, now, {})]
         )
@@ -254,16 +271,24 @@ def _forget_state(before: AnswerSummary, after: AnswerSummary, gold: AnswerSumma
     return "untouched" if mostly and _said(after) > SAID else "as much"
 
 
-def _forget_words(states: Mapping[str, str], worst: str, after: Mapping[str, AnswerSummary]) -> str:
-    """What became of the forget rows: in the form in which the most is left, beside the trained one if that differs."""
+def _what_became(
+    states: Mapping[str, str], worst: str, after: Mapping[str, AnswerSummary], retain: str | None, retain_words: str
+) -> str:
+    """What became of the forget rows, in the form in which the most is left, beside the trained one if that differs;
+    and of the rows to keep, which are asked in the trained form alone: their words stand by that one."""
     words, trained = (_in_words(FORGET_WORDS[states[name]], after[name]) for name in (worst, FORGET))
     if states[worst] != states[FORGET]:
-        return f"asked as it was trained, {trained}; asked {form_words(worst)}, {words}"
-    if len(states) == 1 or len(set(states.values())) > 1:
-        return words
-    if states[worst] == "unknown":
-        return words.replace(" even before", " even before, in any form asked")
-    return f"{words}, in every form asked"
+        asked = [f"asked as it was trained, {trained}", f"asked {form_words(worst)}, {words}"]
+        if retain is None:
+            return "; ".join([*asked, retain_words])
+        asked[0] += _conjunction(states[FORGET], retain) + retain_words
+        return "; ".join(asked)
+    in_every_form = len(states) > 1 and len(set(states.values())) == 1
+    if in_every_form and states[worst] == "unknown":
+        words = words.replace(" even before", " even before, in any form asked")
+    elif in_every_form:
+        words += ", in every form asked"
+    return words + _conjunction(states[worst], retain, after_comma=words.endswith(" asked")) + retain_words
 
 
 def _in_words(words: str, measured: AnswerSummary) -> str:
@@ -278,29 +303,33 @@ def of_passages(measured: AnswerSummary) -> bool:
     return measured.passages == measured.rows
 
 
-def _retain_words(state: str | None, before: Mapping[str, AnswerSummary], after: Mapping[str, AnswerSummary]) -> str:
-    if state is None or not _hardly_said(before[RETAIN]):
-        return _in_words(RETAIN_WORDS[state], after[RETAIN]) if state else RETAIN_WORDS[None]
-    return HARDLY_SAID_WORDS[state]
+def _kept_words(name: str, kept: Kept, before: Mapping[str, AnswerSummary], after: Mapping[str, AnswerSummary]) -> str:
+    if name == GENERAL:
+        return GENERAL_WORDS[kept.state] + kept.by
+    if _hardly_said(before[name]):
+        return HARDLY_SAID_WORDS[kept.state] + kept.by
+    return _in_words(RETAIN_WORDS[kept.state], after[name]) + kept.by
 
 
 def _hardly_said(before: AnswerSummary) -> bool:
     return before.rouge_l_recall < KNOWN and _said(before) <= SAID
 
 
-def _kept_state(name: str, before: AnswerSummary, after: AnswerSummary, errors: Mapping[str, float]) -> str:
-    state = "kept"
-    for measure in ("rouge_l_recall", "probability"):
+def _kept(name: str, before: AnswerSummary, after: AnswerSummary, errors: Mapping[str, float]) -> Kept:
+    found = [Kept()]
+    unknown = math.inf if name == GENERAL else 0.0  # own rows to keep count where nothing is known of chance
+    for measure, words in MEASURES.items():
         was, now = getattr(before, measure), getattr(after, measure)
         # Of general answers the wording is free: it changes where nothing is lost.
         enough = GENERAL_KEPT if (name, measure) == (GENERAL, "rouge_l_recall") else KEPT
         if (left := _remains(was, now)) >= enough:
             continue
-        fall = "damaged" if left < DAMAGED else "worse"
-        if name == GENERAL and was - now <= BEYOND_CHANCE * errors.get(measure, math.inf):
-            fall = "unsure"  # also where the error is not known, as of a single row
-        state = max(state, fall, key=list(GENERAL_WORDS).index)
-    return state
+        state = "damaged" if left < DAMAGED else "worse"
+        if was - now <= BEYOND_CHANCE * errors.get(measure, unknown):
+            state = "unsure"
+        fell = " to ".join(side_by_side([was, now], decimals=2))
+        found.append(Kept(state, left, f" ({words} fell from {fell})"))
+    return max(found, key=lambda kept: (kept.severity, -kept.left))
 
 
 def _overdone(after: AnswerSummary, gold: AnswerSummary | None, vocabulary: int | None) -> str | None:
@@ -413,7 +442,7 @@ def _leak_sentence(results: LeakResults, gold: LeakResults | None, has_attack: b
     return " ".join(sentences)
 
 
-def _conjunction(forget: str, retain: str | None, after_comma: bool) -> str:
+def _conjunction(forget: str, retain: str | None, after_comma: bool = False) -> str:
     if retain is None:
         return "; "
     if forget == "unknown":
