@@ -46,12 +46,14 @@ WHAT_COUNTS = {
 }
 
 
-# By whether a test finds traces, and whether it compared with the model before instead of with a holdout.
+# By whether a test finds traces, None where it cannot tell, and whether it compared with the model before instead of
+# with a holdout.
 FINDS = {
     (True, False): "Traces are found by",
     (False, False): "No traces are found by",
     (True, True): "Much of what there was is still found by",
     (False, True): "Much less than before is found by",
+    (None, False): "Whether there are traces could not be told by",
 }
 
 
@@ -164,13 +166,14 @@ def _course(name: str, was: AnswerSummary, now: AnswerSummary, never_saw: str) -
 
 
 def _remains(content: Content) -> Iterator[str]:
-    results = {name: result for name, result in content.leaks.get("after", {}).items() if result.leaks is not None}
-    if not results:
-        yield (
-            "Whether the answers come in other ways than by asking is not known: no such test was run, or none could "
-            "tell."
-        )
-    outcomes = {name: (bool(result.leaks), result.against_before) for name, result in results.items()}
+    outcomes = {
+        name: (result.leaks, result.against_before and result.leaks is not None)
+        for name, result in content.leaks.get("after", {}).items()
+        if result.leaks is not None or result.figures
+    }
+    if all(leaks is None for leaks, _ in outcomes.values()):
+        why = "none of the tests could tell" if outcomes else "no test that could tell was run"
+        yield f"Whether the answers come in other ways than by asking is not known: {why}."
     for outcome, start in FINDS.items():
         tests = [name for name in outcomes if outcomes[name] == outcome]
         if tests:

@@ -411,15 +411,15 @@ def _leak_sentence(results: LeakResults, gold: LeakResults | None, has_attack: b
     """has_attack: whether a sentence on the worst attack follows."""
     against_holdout = {name: r for name, r in results.items() if r.leaks is not None and not r.against_before}
     against_before = {name: r for name, r in results.items() if r.leaks is not None and r.against_before}
+    undecided = [name for name, r in results.items() if r.leaks is None and r.figures]
     if not against_holdout and not against_before:
         unknown = "what can still be extracted is not known"
-        run = [name for name, result in results.items() if result.figures]
-        if not run:
+        if not undecided:
             return f"No leak test was run: {unknown}."
-        none = f"None of the {len(run)} leak tests that were run was conclusive ({', '.join(run)})"
-        only = f"The one leak test that was run, {run[0]}, was not conclusive"
+        none = f"None of the {len(undecided)} leak tests that were run was conclusive ({', '.join(undecided)})"
+        only = f"The one leak test that was run, {undecided[0]}, was not conclusive"
         beyond = ", but for what the worst attack brought back" if has_attack else ""
-        return f"{only if len(run) == 1 else none}: {unknown}{beyond}."
+        return f"{only if len(undecided) == 1 else none}: {unknown}{beyond}."
     sentences = []
     if against_holdout:
         if leaking := _leaking(against_holdout):
@@ -439,6 +439,8 @@ def _leak_sentence(results: LeakResults, gold: LeakResults | None, has_attack: b
             f"Compared with the model before, {'; '.join(said)}; without a holdout it is not known whether that is "
             "more than a model gives that never saw the rows."
         )
+    if undecided:
+        sentences.append(f"Could not tell: {', '.join(undecided)}.")
     return " ".join(sentences)
 
 

@@ -107,7 +107,18 @@ def test_what_the_leak_tests_found(content):
         FILES,
     ]
     for none in ({}, {"after": {"relearning": result[None]}}):
-        assert "not known" in part(replace(content, leaks=none), "What remains")[0]
+        assert "not known: no test" in part(replace(content, leaks=none), "What remains")[0]
+
+
+def test_leak_tests_that_could_not_tell_are_named(content):
+    undecided = {"membership": LeakResult({"auroc": 0.78}, "", None, against_before=True)}
+    way = "looking at how likely the answers are to the model, without letting it say them."
+    others = {"extraction": LeakResult({}, "", False)}
+    found, untold, *_ = part(replace(content, leaks={"after": others | undecided}), "What remains")
+    assert found.startswith("No traces are found by giving the model the beginning")
+    assert untold == f"Whether there are traces could not be told by {way}"
+    unknown, alone, *_ = part(replace(content, leaks={"after": undecided}), "What remains")
+    assert unknown.endswith("is not known: none of the tests could tell.") and alone == untold
 
 
 def test_the_worst_attack_is_told_without_its_terms(content):

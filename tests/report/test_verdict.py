@@ -110,6 +110,9 @@ def test_leaks_are_a_reservation():
     assert clean.tone == "good" and clean.sentences[-1] == "No traces in any conclusive leak test: extraction."
     assert leaking.tone == "mixed" and leaking.headline.endswith(", but leak tests still find traces.")
     assert leaking.sentences[-1] == "Traces in 1 of 2 conclusive leak tests: relearning."
+    auroc = {"auroc": 0.78}  # measured, and it could not tell
+    undecided = judge_run(stages(), 50304, {"after": {**some, "membership": LeakResult(auroc, "", None)}})
+    assert undecided.sentences[-1] == f"{leaking.sentences[-1]} Could not tell: membership."
     unknown = judge_run(stages(), 50304, {"before": some, "after": {"membership": none["membership"]}})
     unrun = "No leak test was run: what can still be extracted is not known."
     assert unknown.sentences[-1] == unrun and unknown.tone == "good"  # it could not be run
