@@ -19,7 +19,7 @@ from lowmem_npo.idle_options import idle_options
 from lowmem_npo.report.audit import recorded_adapter
 from lowmem_npo.report.content import EVIDENCE, Content, read_content
 from lowmem_npo.report.page import audit_lines, base_model
-from lowmem_npo.report.plain_words import ASKED, ORIGINAL, RELATED
+from lowmem_npo.report.plain_words import ORIGINAL, limits
 from lowmem_npo.report.verdict import Verdict
 from lowmem_npo.run_directory import RunFiles, from_here, run_of_adapter
 from lowmem_npo.sources import data_names
@@ -71,7 +71,7 @@ def model_card(content: Content) -> str:
         data=_data(content),
         table=markdown_table(content.stages).rstrip() if content.stages else "",
         leaks={name: result.meaning for name, result in content.leaks.get("after", {}).items()},
-        limits=[ORIGINAL, ASKED, RELATED],
+        limits=[ORIGINAL, *limits(content)],
         notes=content.notes,
         audit=[
             (what, code(value) if digest is None else f"{value} {code(digest)}")

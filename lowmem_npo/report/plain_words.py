@@ -14,11 +14,14 @@ from lowmem_npo.evaluation.answers import AnswerSummary, part_of
 from lowmem_npo.evaluation.asking import REWORDED
 from lowmem_npo.evaluation.figures import shares
 from lowmem_npo.evaluation.leaks.registry import by_name
-from lowmem_npo.evaluation.leaks.sampling import WHOLE
+from lowmem_npo.evaluation.leaks.relearning import RELEARNING
+from lowmem_npo.evaluation.leaks.rewording import REWORDING
+from lowmem_npo.evaluation.leaks.sampling import SAMPLING, WHOLE
 from lowmem_npo.evaluation.leaks.worst import WorstAttack
 from lowmem_npo.report.audit import seconds
-from lowmem_npo.report.content import Content
+from lowmem_npo.report.content import STAGES, Content
 from lowmem_npo.report.verdict import form_words, gives_numbers, of_passages, said_count
+from lowmem_npo.run_directory import RunFiles
 from lowmem_npo.sizes import counted
 from lowmem_npo.sources import data_names, shown_names
 
@@ -26,15 +29,13 @@ ORIGINAL = (
     "The original weights are as they were: what is forgotten is so only with the adapter on them, or in a merged "
     "model. Whoever has the base model can leave the adapter off."
 )
-FILES = (
-    "before.json, after.json, gold.json and what an evaluation has written, in the same directory, contain the text of "
-    "the rows: do not pass them on with this report."
-)
-ASKED = (
-    "The model was asked in the words of the data, and in those other forms that are listed, and its likeliest answer "
-    "was taken (greedy). Other wordings, other languages, random answers or a little further training may bring back "
-    "what these do not."
-)
+# What no test shows, and what shows a part of it: a leak test, or a form in which the rows are asked.
+UNTRIED = {
+    "other wordings": (REWORDING.name, REWORDED),
+    "other languages": (),
+    "random answers": (SAMPLING.name,),
+    "a little further training": (RELEARNING.name,),
+}
 RELATED = "What is not in the examples to forget is not forgotten, however closely related."
 NO_GOLD = (
     "The only complete yardstick is a model that was never taught the examples to forget. None was available, so it is "
@@ -72,7 +73,7 @@ def first_page(content: Content, model: str) -> list[Part]:
         "What was done": _done(content),
         "What was found": _found(content),
         "What remains": _remains(content),
-        "What this does not show": _limits(content),
+        "What this does not show": limits(content),
     }
     return [Part(title, list(sentences)) for title, sentences in parts.items()]
 
@@ -184,7 +185,18 @@ def _remains(content: Content) -> Iterator[str]:
     if (worst := content.worst_attacks.get("after")) is not None:
         yield _worst(worst)
     yield ORIGINAL
-    yield FILES
+    if names := list(_with_text(RunFiles(content.directory))):
+        last = f" and {names[-1]}" if len(names) > 1 else names[-1]
+        named = f"{', '.join(names[:-1])}{last}"
+        yield f"Text of rows is in {named}, beside this report: do not pass that on with the report."
+
+
+def _with_text(files: RunFiles) -> Iterator[str]:
+    """The files of a run, of those that it has, that hold text of rows."""
+    measured = [file for of in files.evaluations() for file in (of.rows, of.journal)]
+    for file in (*map(files.answers, STAGES), files.self_written, files.alternatives, *measured):
+        if file.is_file():
+            yield file.relative_to(files.path).as_posix()
 
 
 def _worst(worst: WorstAttack) -> str:
@@ -209,13 +221,22 @@ def _way(name: str) -> str:
     return by_name(name).in_words or f"the test “{name}”"
 
 
-def _limits(content: Content) -> Iterator[str]:
+def limits(content: Content) -> Iterator[str]:
+    """What the report does not show."""
     if {"before", "after"} <= set(content.stages):
-        yield ASKED
+        yield (
+            "The model was asked in the words of the data, and in those other forms that are listed, and its likeliest "
+            "answer was taken (greedy)."
+        )
+        tried = {name for name, result in content.leaks.get("after", {}).items() if result.figures}
+        tried |= {name.partition(", ")[2] for name in content.stages["after"]}
+        *ways, last = [way for way, shown_by in UNTRIED.items() if not tried.intersection(shown_by)]
+        such = f"{', '.join(ways)} or {last}" if ways else last
+        yield f"What was not tried, such as {such}, may bring back what these ways do not."
         if "gold" not in content.stages:
             yield NO_GOLD
     else:
-        yield "Whether anything was forgotten, and whether anything else was lost."
+        yield "Whether anything was forgotten, and whether anything else was lost, was not measured."
     yield RELATED
 
 

@@ -11,7 +11,7 @@ from lowmem_npo.evaluation.answers import AnswerSummary
 from lowmem_npo.evaluation.leaks.contract import LeakResult
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
 from lowmem_npo.report.content import read_content
-from lowmem_npo.report.plain_words import FILES, NO_GOLD, ORIGINAL, first_page
+from lowmem_npo.report.plain_words import NO_GOLD, ORIGINAL, first_page
 
 TITLES = ["What was asked", "What was done", "What was found", "What remains", "What this does not show"]
 
@@ -104,7 +104,7 @@ def test_what_the_leak_tests_found(content):
         "Much less than before is found by storing the model in another form, with the adapter merged or in 4 bits as "
         "many do to save memory, and attacking that.",
         ORIGINAL,
-        FILES,
+        "Text of rows is in before.json and after.json, beside this report: do not pass that on with the report.",
     ]
     for none in ({}, {"after": {"relearning": result[None]}}):
         assert "not known: no test" in part(replace(content, leaks=none), "What remains")[0]
@@ -119,6 +119,41 @@ def test_leak_tests_that_could_not_tell_are_named(content):
     assert untold == f"Whether there are traces could not be told by {way}"
     unknown, alone, *_ = part(replace(content, leaks={"after": undecided}), "What remains")
     assert unknown.endswith("is not known: none of the tests could tell.") and alone == untold
+
+
+def test_only_files_that_are_there_are_named(content, tmp_path):
+    """Of all that may hold text of rows."""
+    bare = replace(content, directory=tmp_path)
+    assert part(bare, "What remains")[-1] == ORIGINAL
+    for name in ("after.json", "evaluation/rows.jsonl", "evaluation-2/measured.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert part(bare, "What remains")[-1].startswith(
+        "Text of rows is in after.json, evaluation/rows.jsonl and evaluation-2/measured.jsonl, beside this report"
+    )
+
+
+def test_what_was_tried_is_not_among_what_was_not(content):
+    def untried(*tests, **forms):
+        measured = {name: LeakResult({"rows": 5}, "", False) for name in tests}
+        stages = {
+            stage: sets | {f"forget, {form}": summary() for form in forms} for stage, sets in content.stages.items()
+        }
+        limits = part(replace(content, leaks={"after": measured}, stages=stages), "What this does not show")
+        (such,) = [re.search("such as (.*), may bring back", limit) for limit in limits if "not tried" in limit]
+        return such[1]
+
+    assert untried() == "other wordings, other languages, random answers or a little further training"
+    assert untried("relearning") == "other wordings, other languages or random answers"
+    assert (
+        untried("relearning", "sampling", reworded=True)
+        == untried("relearning", "sampling", "rewording")
+        == ("other languages")
+    )
+    unmeasured = {"after": {"relearning": LeakResult({}, "Not measured.", None)}}
+    assert any(
+        "further training" in limit for limit in part(replace(content, leaks=unmeasured), "What this does not show")
+    )
 
 
 def test_the_worst_attack_is_told_without_its_terms(content):
