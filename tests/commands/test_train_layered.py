@@ -3,6 +3,8 @@ bad input."""
 
 from __future__ import annotations
 
+import re
+import shlex
 import shutil
 
 import pytest
@@ -10,6 +12,9 @@ from helpers.rows import write_rows
 from helpers.saved_adapters import same_adapter
 
 from lowmem_npo.cli import main
+from lowmem_npo.commands.arguments import parse
+from lowmem_npo.evaluation.directory import EvaluationDirectory
+from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.training.metrics import read_metrics
 
 STEPS = 6  # two in each stage
@@ -57,6 +62,25 @@ def test_resumed_in_any_stage_it_ends_in_the_same_bits(after, whole, byte_model,
     assert train(byte_model, folder, *LAYERED, "--save-steps", 1, "--save-total-limit", 9, "--resume") == 0
     assert same_adapter(folder, whole)
     assert [line["forget_nll"] for line in steps(folder)] == [line["forget_nll"] for line in steps(whole)]
+
+
+@pytest.mark.parametrize("options, tested", [
+    (LAYERED[:2], False), (("--sam", 0.05), False), ((), None), ((*LAYERED[:2], "--leaks", "relearning"), True),
+])  # fmt: skip
+def test_it_ends_with_what_tests_whether_forgetting_lasts(options, tested, byte_model, tmp_path, capsys):
+    """Where that was to last and was not tested; the command is one that runs."""
+    folder = tmp_path / "it's here"
+    measured = ("--eval-rows", 4) if tested else ()
+    assert train(byte_model, folder, *options, *measured, "--max-steps", 3) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("Whether that lasts was not tested: ") == (tested is False)
+    if tested is False:
+        assert last.endswith("`lowmem-npo merge` then writes the weights that it lasts in.")
+        _, command, *given = shlex.split(re.findall("`(.*?)`", last)[0])
+        evaluation = parse(EvaluationConfig, given, command)
+        EvaluationDirectory(evaluation, {}).check()
+        assert evaluation.adapter == str(folder) and evaluation.dtype == "float32"
+        assert tuple(evaluation.leaks) == ("quantization", "relearning")
 
 
 def test_a_resumed_run_keeps_its_stages(whole, byte_model, tmp_path, capsys):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lowmem_npo.commands.lasting import ATTACKING_MERGED, made_last_by, testing_command
 from lowmem_npo.commands.merge.options import DEQUANTIZED
-from lowmem_npo.config import ModelConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.directory import OTHER_ROWS, base_of, compared_with, is_of_adapter
 from lowmem_npo.evaluation.leaks.contract import LeakResult, groups_in, stands_beside
@@ -27,8 +26,7 @@ RETURNING = {
     RELEARNING.name: "after a little fine-tuning on a part of it",
 }
 
-ATTACK_MERGED = f"`--leaks {QUANTIZATION.name} {RELEARNING.name}`, in one evaluation, attacks merged weights as well."
-LASTING = ("layered", "adversary", "sam")  # options against relearning
+ATTACK_MERGED = f"`--leaks {' '.join(ATTACKING_MERGED)}`, in one evaluation, attacks merged weights as well."
 
 
 class Finding(NamedTuple):
@@ -74,26 +72,20 @@ def findings(
         said = {test: _said(test, of, adapter, base_weights, in_merged, with_place) for test, of in known.items()}
         if rounded and not known[QUANTIZATION.name]:
             said[QUANTIZATION.name] = ANSWERS_ALONE
-        how = _command(adapter, [test for test, of in said.items() if of.advised], base, with_place)
-        return [*(f"{of.text} {how}" if of.advised else of.text for of in said.values()), *lasting]
+        how = testing_command(adapter, [test for test, of in said.items() if of.advised], base, with_place)
+        return [*(f"{of.text} {how} checks it." if of.advised else of.text for of in said.values()), *lasting]
 
     return sentences(with_place=True), sentences(with_place=False)
 
 
 def _lasting(adapter: str) -> Iterator[str]:
     """Of what was made to last, by the adapter's run or by one that it went on from: where it does."""
-    how = dict.fromkeys(option for run in _runs(adapter) for option in _made_last_by(run))
+    how = dict.fromkeys(option for run in _runs(adapter) for option in made_last_by(run))
     if how:
         yield (
             f"What {' and '.join(how)} made last is a property of these merged weights: publish them, and not the "
             "adapter, which is undone beside its base by switching it off."
         )
-
-
-def _made_last_by(run: dict[str, Any]) -> list[str]:
-    """The options of a run that made forgetting last; under the recipe of that name, the recipe."""
-    used = [f"--{name}" for name in LASTING if run.get(name) is not None]
-    return ["--recipe lasting"] if used and run.get("recipe") == "lasting" else used
 
 
 def _runs(adapter: str) -> Iterator[dict[str, Any]]:
@@ -104,20 +96,6 @@ def _runs(adapter: str) -> Iterator[dict[str, Any]]:
         seen.add(place)
         yield (run := settings_of_run(folder))
         folder = run.get("adapter")
-
-
-def _command(adapter: str, tests: Sequence[str], base: Sequence[str], with_place: bool) -> str:
-    """The sentence with the command that runs `tests`: into a directory of its own where the default one is taken."""
-    folder = expanded(adapter).resolve()
-    name = adapter if with_place else folder.name
-    words = ["--adapter", name, *(base if with_place else ())]
-    run_settings = settings_of_run(adapter)
-    words += ["--qlora"] if run_settings.get("qlora") else []
-    words += ["--dtype", dtype] if (dtype := run_settings.get("dtype")) not in (None, ModelConfig.dtype) else []
-    taken = RunFiles(folder).evaluations()
-    words += ["--output-dir", str(Path(name, f"evaluation-{len(taken) + 1}"))] if taken else []
-    rows = "" if run_settings else " --forget …"  # evaluate knows the rows of a run
-    return f"`lowmem-npo evaluate {shlex.join(words)}{rows} --leaks {' '.join(tests)}` checks it."
 
 
 def _said(

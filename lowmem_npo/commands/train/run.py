@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, set_seed
 
 from lowmem_npo.claim import claimed, gone
+from lowmem_npo.commands.lasting import made_last_by, next_step
 from lowmem_npo.commands.train.measuring import measure_after, measure_before, measured_rows, rows_at_once
 from lowmem_npo.commands.train.own_texts import own_answers, own_texts, write_own_answers, write_own_texts
 from lowmem_npo.commands.train.plan import RunPlan, is_main_process, plan_run, read_data, read_inputs
@@ -26,6 +27,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.automatic import as_begun
 from lowmem_npo.estimate.background import Watched, record, watch
 from lowmem_npo.evaluation.answers import Evaluations, in_sentences_of_its_own, summaries
+from lowmem_npo.evaluation.leaks.relearning import RELEARNING
 from lowmem_npo.files import PARTIAL, put_contents_in_place, write_atomically
 from lowmem_npo.memory.switches import apply_switches, load_base
 from lowmem_npo.model import attach_lora, reference_mode
@@ -152,6 +154,9 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
         say(report.verdict.headline)
         if divergence.sentence is not None:
             say(divergence.sentence)
+        relearnt = report.leaks.get("after", {}).get(RELEARNING.name)
+        if made_last_by(report.settings) and not (relearnt and relearnt.figures):
+            say(next_step(str(directory.path)))
     return RunResult(directory.path, before, after, steps, outcome)
 
 

@@ -1,0 +1,49 @@
+"""Forgetting that lasts: which options make it, and the command that tests whether it does."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lowmem_npo.config import ModelConfig
+from lowmem_npo.evaluation.leaks.quantization import QUANTIZATION
+from lowmem_npo.evaluation.leaks.relearning import RELEARNING
+from lowmem_npo.files import expanded
+from lowmem_npo.model.saved_adapter import settings_of_run
+from lowmem_npo.run_directory import RunFiles
+
+LASTING = ("layered", "adversary", "sam")  # options against relearning
+ATTACKING_MERGED = (QUANTIZATION.name, RELEARNING.name)  # in one evaluation, they attack merged weights as well
+
+
+def made_last_by(run: Mapping[str, Any]) -> list[str]:
+    """The options of a run that made forgetting last; under the recipe of that name, the recipe."""
+    used = [f"--{name}" for name in LASTING if run.get(name) is not None]
+    return ["--recipe lasting"] if used and run.get("recipe") == "lasting" else used
+
+
+def testing_command(adapter: str, tests: Sequence[str], base: Sequence[str] = (), with_place: bool = True) -> str:
+    """The command that runs leak tests on an adapter: into a directory of its own where the default one is taken.
+
+    base: the options that name its base. with_place: whether it says where on this machine adapter and base are.
+    """
+    folder = expanded(adapter).resolve()
+    name = adapter if with_place else folder.name
+    words = ["--adapter", name, *(base if with_place else ())]
+    run_settings = settings_of_run(adapter)
+    words += ["--qlora"] if run_settings.get("qlora") else []
+    words += ["--dtype", dtype] if (dtype := run_settings.get("dtype")) not in (None, ModelConfig.dtype) else []
+    taken = RunFiles(folder).evaluations()
+    words += ["--output-dir", str(Path(name, f"evaluation-{len(taken) + 1}"))] if taken else []
+    rows = "" if run_settings else " --forget …"  # evaluate knows the rows of a run
+    return f"`lowmem-npo evaluate {shlex.join(words)}{rows} --leaks {' '.join(tests)}`"
+
+
+def next_step(adapter: str) -> str:
+    """What is left to do after a run that made forgetting last and has not tested it."""
+    return (
+        f"Whether that lasts was not tested: {testing_command(adapter, ATTACKING_MERGED)} attacks it, and "
+        "`lowmem-npo merge` then writes the weights that it lasts in."
+    )
