@@ -82,6 +82,20 @@ def test_the_paper_s_recipe_names_what_is_given_beside_it():
     )
 
 
+def test_a_run_s_settings_name_no_recipe_where_none_was_named(tmp_path):
+    """They record the default; whoever writes it into another file names it."""
+    run, named = tmp_path / "run.yaml", tmp_path / "settings.yaml"
+    for file in (run, named):
+        file.write_text(parsed("--layered", 3, "--output-dir", tmp_path).to_yaml())
+    resumed, again = (
+        parse_run(given, "train") for given in (["--resume", "--output-dir", str(tmp_path)], ["--config", str(run)])
+    )
+    assert resumed.training.recipe == "paper" and options(resumed) == options(again) == (3, None, 5)
+    assert remark(resumed) is remark(again) is None
+    assert remark(parse_run(["--config", str(named)], "train")).startswith("Recipe paper: the defaults; --layered 3 as")
+    assert remark(parse_run(["--config", str(run), "--recipe", "paper"], "train")) is not None
+
+
 def test_a_run_s_settings_hold_the_recipe_and_what_it_became(tmp_path):
     settings = yaml.safe_load(parsed("--recipe", "lasting", "--layered", 4).to_yaml())
     assert (settings["recipe"], settings["layered"], settings["adversary"]) == ("lasting", 4, 1.0)

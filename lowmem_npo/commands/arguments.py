@@ -22,7 +22,7 @@ from lowmem_npo.commands.help_texts import flags_of, optional_numbers, run_optio
 from lowmem_npo.commands.spellings import ALIASES, SOURCES, as_in_trl, canonical, join_sources, with_none
 from lowmem_npo.commands.trainer_options import check_flags, check_option, check_trainer_values, trainer_arguments
 from lowmem_npo.commands.wording import explained
-from lowmem_npo.config import SECTIONS, OutputConfig, RunConfig
+from lowmem_npo.config import SECTIONS, OutputConfig, RunConfig, TrainingConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.registry import WHILE_TRAINING, leak_tests
 from lowmem_npo.files import expanded
@@ -169,10 +169,12 @@ def _flags_of_file(path: Path, ours: Sequence[str]) -> list[str]:
         raise UserError(f"--config: cannot read '{path}': {error.strerror}.") from error
     except ValueError as error:
         raise UserError(f"--config: '{path}' cannot be used: {error}.") from error
-    if path == (run := RunFiles(path.parent)).run_yaml:  # what it names is where the run was started
-        settings = places_from_here(run, settings)
     flags: list[str] = []
     recipe, several = str(settings.get("recipe")), _lists()
+    if path == (run := RunFiles(path.parent)).run_yaml:
+        settings = places_from_here(run, settings)  # what it names is where the run was started
+        if recipe == TrainingConfig.recipe:  # which it records where none was named
+            del settings["recipe"]
     names: dict[str, str] = {}  # canonical -> as it is written
     for name, value in settings.items():
         dashed = name.replace("_", "-")
