@@ -17,12 +17,13 @@ from lowmem_npo.evaluation.leaks.contract import LeakTest
 from lowmem_npo.evaluation.leaks.measure import repeated
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, LeakOptions
 from lowmem_npo.evaluation.leaks.retuning import RETUNING
-from lowmem_npo.evaluation.options import FREE
+from lowmem_npo.evaluation.options import BESIDE, FREE
 from lowmem_npo.evaluation.result import Evaluation
 from lowmem_npo.evaluation.scoring.journal import Journal
-from lowmem_npo.evaluation.settings import EvaluationConfig
+from lowmem_npo.evaluation.settings import EvaluationConfig, EvaluationOptions, names_data, path_of
 from lowmem_npo.files import expanded, file_sha256, load_json, write_atomically
 from lowmem_npo.model.names import Base, digest_of, resolve_name
+from lowmem_npo.ranges import check_values, field_types
 from lowmem_npo.records import check_record
 from lowmem_npo.run_directory import EvaluationFiles, check_empty, from_here, remember_start
 
@@ -31,21 +32,27 @@ OTHERS = THE_MODEL, THE_TOKENIZER, THE_ADAPTER, THE_BASE = "the model", "the tok
 ANOTHER_TOKENIZER = "another tokenizer or chat template"
 DECIDED = ("chat_date", "generate_answers")  # where auto is recorded as what it became, and stays so
 COMPARED = ("before", "retained_log")  # settings that name the evaluation.json of another model
-OTHER_ROWS = "other_rows"  # in settings.json: whether the forget rows were others than those of the adapter's run
+# In settings.json beside the options: whether the forget rows were others than those of the adapter's run, and whether
+# data was named.
+OTHER_ROWS, DATA_NAMED = "other_rows", "data_named"
+BESIDE_OPTIONS = {OTHER_ROWS: bool, DATA_NAMED: bool}
 # what is read of settings.json
-SETTINGS = {"digests": dict[str, str], "leaks": list[str], **dict.fromkeys(DECIDED, str), OTHER_ROWS: bool}
+SETTINGS = {"digests": dict[str, str], "leaks": list[str], **dict.fromkeys(DECIDED, str), **BESIDE_OPTIONS}
 
 
 class EvaluationDirectory(EvaluationFiles):
     """The directory of the evaluation that `config` describes.
 
     digests: a hash of everything that is read (data, adapter), so that no evaluation goes on with something else.
-    other_rows: whether the forget rows are others than those of the adapter's run.
+    other_rows: whether the forget rows are others than those of the adapter's run. data_named: whether any are.
     """
 
-    def __init__(self, config: EvaluationConfig, digests: Mapping[str, str], other_rows: bool = False) -> None:
+    def __init__(
+        self, config: EvaluationConfig, digests: Mapping[str, str], other_rows: bool = False, data_named: bool = True
+    ) -> None:
         super().__init__(config.path)
-        self.config, self.digests, self.other_rows = config, dict(digests), other_rows
+        self.config, self.digests = config, dict(digests)
+        self.beside_options = {OTHER_ROWS: other_rows, DATA_NAMED: data_named}
 
     def begin(self) -> Journal:
         """From here on the directory is this evaluation's; the journal knows what it had measured.
@@ -74,26 +81,19 @@ class EvaluationDirectory(EvaluationFiles):
             check_empty(self.path, self.settings.name)
 
     def _now(self) -> dict[str, Any]:
-        return {**as_json(self.config), OTHER_ROWS: self.other_rows, "digests": self.digests}
+        return {**as_json(self.config), **self.beside_options, "digests": self.digests}
 
     def _check_resume(self) -> None:
-        if not self.settings.exists():
-            raise UserError(f"--resume: there is no evaluation in '{self.path}'; start it without --resume.")
-        try:
-            began, now = load_json(self.settings), self._now()
-            check_record(began, SETTINGS, optional=("leaks", *DECIDED, OTHER_ROWS))
-            digests = began.pop("digests")
-            began.pop(OTHER_ROWS, None)  # the digests tell
-        except ValueError as error:
-            raise UserError(f"--resume: '{self.settings}' is damaged: start the evaluation anew.") from error
-        for name, value in digests.items():
+        began, now = settings_to_resume(self), as_json(self.config)
+        for name, value in began["digests"].items():
             if name in self.digests and self.digests[name] != value:
                 raise _has_changed(name, self.path)
         may_change, may_be_added = self.config.may_change(), self.config.sources()
         changed = [
             f"{name} was {value!r}, is {now.get(name)!r}"
             for name, value in began.items()
-            if not _is_same(name, value, now.get(name))
+            if name not in ("digests", *BESIDE_OPTIONS)  # the digests tell
+            and not _is_same(name, value, now.get(name))
             and name not in may_change
             and not (value is None and name in may_be_added)
         ]
@@ -122,6 +122,39 @@ def _is_same(name: str, value: Any, other: Any) -> bool:
     if name == "model" and isinstance(value, str):
         return os.path.realpath(value) == os.path.realpath(other) and os.path.exists(value)
     return name == "adapter" or name in EvaluationConfig.sources()
+
+
+def settings_to_resume(files: EvaluationFiles) -> dict[str, Any]:
+    """The settings of the evaluation in `files`, what they name found from here. Raises UserError where there are none,
+    or where they are damaged."""
+    if not files.settings.exists():
+        raise UserError(f"--resume: there is no evaluation in '{files.path}'; start it without --resume.")
+    try:
+        settings = load_json(files.settings)
+        check_record(settings, SETTINGS, optional=SETTINGS.keys() - {"digests"})
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+        check_values(values, field_types(EvaluationConfig))
+    except (ValueError, UserError) as error:
+        raise UserError(f"--resume: '{files.settings}' is damaged: start the evaluation anew.") from error
+    places = {f.name for f in fields(EvaluationConfig) if BESIDE in f.metadata}
+    places |= {"model", "adapter", *EvaluationConfig.sources()}
+    named = {name: from_here(files, settings, settings[name]) for name in places if settings.get(name)}
+    return {**settings, **named}
+
+
+def kept_options(options: EvaluationOptions) -> dict[str, Any]:
+    """The options with which the evaluation that `options` resume began, for those that are not given now: all that it
+    may not change, and --any-base of its model. Data, where none is named, is that of the adapter's run once more,
+    unless other data was named.
+
+    Raises UserError as `settings_to_resume` does.
+    """
+    settings = settings_to_resume(EvaluationFiles(path_of(options)))
+    kept = {f.name for f in fields(EvaluationConfig)} - (EvaluationConfig.may_change() - {"any_base"})
+    if not names_data(options) and not settings.get(DATA_NAMED, False):
+        kept -= EvaluationConfig.sources().keys()
+    values = {name: settings[name] for name in kept if name in settings}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def as_begun(config: EvaluationConfig) -> EvaluationConfig:

@@ -59,7 +59,8 @@ class EvaluationOptions(AnswerOptions, DataOptions, StreamOptions, ModelOptions)
     output_dir: str | None = None
     """Directory of the results. Default: `evaluation` inside --adapter, else lowmem-npo-evaluation."""
     resume: bool = False
-    """Continue the evaluation in --output-dir, or add to it (members, lm-eval tasks, leak tests)."""
+    """Continue the evaluation in --output-dir, or add to it (members, lm-eval tasks, leak tests). What would change a
+    figure and is not given stays as it began."""
     batch_size: Count = BATCH_SIZE
     """Rows per batch (fewer if they are long)."""
     dry_run: bool = False
@@ -139,7 +140,7 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
     @property
     def bundled(self) -> bool:
         """Whether no data is named, so that the bundled biographies are measured."""
-        return not self.named_data and not any(benchmark.own_sets(self) for benchmark in BENCHMARKS)
+        return not names_data(self)
 
     @property
     def named_columns(self) -> tuple[str | None, str | None]:
@@ -165,6 +166,17 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
     @property
     def path(self) -> Path:
         """Where the results go."""
-        if self.output_dir is not None:
-            return expanded(self.output_dir)
-        return RunFiles(expanded(self.adapter)).evaluation.path if self.adapter else Path(DEFAULT_DIRECTORY)
+        return path_of(self)
+
+
+def names_data(options: EvaluationOptions) -> bool:
+    """Whether any rows are named, or a benchmark that brings its own."""
+    named = (getattr(options, name) is not None for name in EvaluationConfig.sources())
+    return any(named) or any(benchmark.own_sets(options) for benchmark in BENCHMARKS)
+
+
+def path_of(options: EvaluationOptions) -> Path:
+    """Where the results go."""
+    if options.output_dir is not None:
+        return expanded(options.output_dir)
+    return RunFiles(expanded(options.adapter)).evaluation.path if options.adapter else Path(DEFAULT_DIRECTORY)

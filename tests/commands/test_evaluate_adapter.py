@@ -71,6 +71,31 @@ def test_an_adapter_and_a_comparison_with_before(byte_model, files, capsys):
         fails(capsys, main(["evaluate", "--adapter", folder, "--before", str(files / "edited.json")]), "is damaged")
 
 
+def test_a_resumed_evaluation_is_of_the_data_that_it_began_with(byte_model, files):
+    """Of the run's, as many rows of it as the run had, and with its holdout for leak tests; or of what was named."""
+    rows = [{"question": f"Who is {n}?", "answer": f"Number {n}."} for n in range(6)]
+    data = {
+        part: str(write_rows(files / f"{part}.jsonl", rows[2 * at :])) for at, part in enumerate(("forget", "rest"))
+    }
+    folder = adapter(byte_model, files / "adapter")
+    (files / "adapter" / "run.yaml").write_text(
+        f"model: {byte_model}\nforget: {data['forget']}\nholdout: {data['rest']}\nlimit: 2\nallow_overlap: true\n"
+    )
+    evaluate = ["evaluate", "--adapter", folder, "--device", "cpu", "--dtype", "float32"]
+    assert main(evaluate) == 0
+    assert main([*evaluate, "--resume", "--leaks", "extraction"]) == 0
+    counts = result(files, "adapter/evaluation")["rows"]
+    assert {part: of["in_set"] for part, of in counts.items()} == {"forget": 2, "holdout": 2}
+    evaluate += ["--output-dir", str(files / "named")]
+    assert main([*evaluate, "--forget", data["rest"], "--limit", "3"]) == 0
+    assert main([*evaluate, "--resume", "--leaks", "extraction"]) == 0
+    assert result(files, "named")["rows"] == {"forget": {"scored": 3, "in_set": 4}}
+    settings = files / "named" / "settings.json"
+    began = json.loads(settings.read_text())
+    settings.write_text(json.dumps({name: began[name] for name in began if name != "data_named"}))  # of before
+    assert main([*evaluate, "--forget", data["rest"], "--resume", "--leaks", "extraction"]) == 0
+
+
 def test_an_adapter_that_is_replaced_while_it_is_loaded(byte_model, files, capsys, monkeypatch):
     write_rows(files / "forget.jsonl", [{"question": "Who?", "answer": "Me."}])
     folder, load = adapter(byte_model, files / "adapter"), running.load_base

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from shutil import copy, copytree
 
 import pytest
@@ -118,6 +119,29 @@ def test_an_interrupted_evaluation_continues(byte_model, files, monkeypatch):
         assert (files / "out" / name).read_text() == (files / "whole" / name).read_text()
     monkeypatch.undo()
     assert evaluate(byte_model, files, *tests[:-2], "--relearn-lr", "0.5", "--resume") == 2
+
+
+def test_what_is_not_given_stays_as_the_evaluation_began(byte_model, files, capsys, monkeypatch):
+    """Also where it is not the default, and from another directory."""
+    shutil.copytree(byte_model, files / "model")
+    monkeypatch.chdir(files)
+    began = ("--leaks", "relearning", "--relearn-attacks", "one", *QUICK, "--seed", "3")
+    assert main(["evaluate", "--model", "model", "--dtype", "float32", "--device", "cpu", "--forget", "forget.jsonl",
+                 "--holdout", "holdout.jsonl", "--output-dir", "out", *began]) == 0  # fmt: skip
+    settings = json.loads((files / "out" / "settings.json").read_text())
+    (files / "yonder").mkdir()
+    monkeypatch.chdir(files / "yonder")
+    resumed = ["evaluate", "--output-dir", "../out", "--resume", "--device", "cpu", "--leaks", "relearning"]
+    fails(capsys, main([*resumed, "--relearn-steps", "20"]), "other settings (relearn_steps was 2, is 20): use those")
+    assert main([*resumed, "extraction"]) == 0
+    now = json.loads((files / "out" / "settings.json").read_text())
+    changed = {name for name in settings if settings[name] != now[name]}
+    assert changed == {"leaks", "output_dir", "resume", "model", "forget", "holdout"} and now["relearn_steps"] == 2
+    assert {*result(files)["leaks"]} == {"relearning", "extraction"}
+    fails(capsys, main(["evaluate", "--output-dir", "none", "--resume"]), "there is no evaluation in 'none'")
+    for edited in ({"relearn_steps": "two"}, {"seed": -1}, {"forget": ["forget.jsonl"]}):
+        (files / "out" / "settings.json").write_text(json.dumps({**now, **edited}))
+        fails(capsys, main(resumed), "settings.json' is damaged")
 
 
 def test_bad_input(byte_model, files, capsys):

@@ -20,7 +20,13 @@ def main(arguments: Sequence[str]) -> None:
     command_line = with_help(EvaluationConfig, LEAK_TESTS)
     benchmarks = "; ".join(benchmark.summary for benchmark in BENCHMARKS)
     command_line.__doc__ = f"{EvaluationConfig.__doc__}\n\n{benchmarks}."
-    parsed = parse(command_line, join_sources(arguments), "evaluate")
+    arguments = join_sources(arguments)
+    parsed = parse(command_line, arguments, "evaluate")
+    if parsed.resume:  # what is not given stays as it was
+        quiet_libraries()
+        from lowmem_npo.evaluation.directory import kept_options  # late, as below
+
+        parsed = parse(command_line, arguments, "evaluate", default=command_line(**kept_options(parsed)))
     config = EvaluationConfig(**vars(parsed))
     if config.adapter is not None:
         check_adapter_name(config.adapter)

@@ -22,7 +22,14 @@ from lowmem_npo.evaluation.asking import Wording
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Selection
 from lowmem_npo.evaluation.benchmarks.documents import DOCUMENTS
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
-from lowmem_npo.evaluation.directory import THE_ADAPTER, THE_MODEL, THE_TOKENIZER, as_begun, as_json
+from lowmem_npo.evaluation.directory import (
+    THE_ADAPTER,
+    THE_MODEL,
+    THE_TOKENIZER,
+    EvaluationDirectory,
+    as_begun,
+    as_json,
+)
 from lowmem_npo.evaluation.earlier import Earlier
 from lowmem_npo.evaluation.gold import Gold
 from lowmem_npo.evaluation.leaks.registry import leak_tests
@@ -51,7 +58,7 @@ OF_OTHER_ROWS = "The forget rows are others than those of the adapter's run, who
 class EvaluationPlan:
     """A validated evaluation. digests: a hash of each set, of the model, the tokenizer and the adapter. selected: what
     each benchmark measures. leak_rows: set -> rows of the leak tests. gold: what it is compared with. other_rows:
-    whether the forget rows are others than those of the adapter's run."""
+    whether the forget rows are others than those of the adapter's run. data_named: whether any rows are."""
 
     config: EvaluationConfig
     model_config: ModelConfig
@@ -63,6 +70,12 @@ class EvaluationPlan:
     attacker: Attacker
     gold: Gold
     other_rows: bool
+    data_named: bool
+
+    @property
+    def directory(self) -> EvaluationDirectory:
+        """Where it is measured."""
+        return EvaluationDirectory(self.config, self.digests, self.other_rows, self.data_named)
 
     @property
     def rows_at_once(self) -> int:
@@ -99,6 +112,7 @@ def plan_evaluation(
         model_config = replace(model_config, double_quant=run.get("double_quant", "auto"))
     limit = first or (run.get("limit") if config.bundled else None)
     asked = config.named_columns if only is None else (None, None)  # a sweep's are its runs', of their rows
+    data_named = not config.bundled
     config = as_begun(config.completed(run))
     architecture = load_config(model_config)
     for line in model_notes(architecture, model_config):
@@ -137,7 +151,9 @@ def plan_evaluation(
     if context.fit is not None and (remark := context.fit.remark(context.longest)) is not None:
         say(remark)
     config = context.config = with_streaming(config, model_config, architecture, selected, context, say)
-    return EvaluationPlan(config, model_config, context, sources, digests, selected, leak_rows, attacker, gold, others)
+    return EvaluationPlan(
+        config, model_config, context, sources, digests, selected, leak_rows, attacker, gold, others, data_named
+    )
 
 
 def _model_config(config: EvaluationConfig, say: Say) -> ModelConfig:
