@@ -12,6 +12,7 @@ from helpers.rows import write_rows
 from helpers.tiny_models import tiny_model
 from transformers import GPT2Config
 
+from lowmem_npo.claim import claimed
 from lowmem_npo.cli import main
 from lowmem_npo.commands.evaluate.plan import plan_evaluation
 from lowmem_npo.console import silent
@@ -119,6 +120,20 @@ def test_an_interrupted_evaluation_continues(byte_model, files, monkeypatch):
         assert (files / "out" / name).read_text() == (files / "whole" / name).read_text()
     monkeypatch.undo()
     assert evaluate(byte_model, files, *tests[:-2], "--relearn-lr", "0.5", "--resume") == 2
+
+
+def test_a_dry_run_says_what_the_directory_would_refuse(byte_model, files, capsys):
+    assert evaluate(byte_model, files, "--limit", "2") == 0
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in (files / "out").iterdir())
+    dry = ("--limit", "2", "--dry-run")
+    fails(capsys, evaluate(byte_model, files, *dry), "holds an evaluation: continue it with --resume")
+    fails(capsys, evaluate(byte_model, files, "--limit", "3", *dry[2:], "--resume"), "limit was 2, is 3")
+    fails(capsys, evaluate(byte_model, files, *dry, out="forget.jsonl"), "is a file")
+    fails(capsys, evaluate(byte_model, files, *dry, "--resume", out="none"), "there is no evaluation in")
+    assert evaluate(byte_model, files, *dry, "--resume") == 0
+    with claimed(files / "out"):
+        fails(capsys, evaluate(byte_model, files, *dry, "--resume"), "in use")
+    assert before == sorted((path.name, path.stat().st_mtime_ns) for path in (files / "out").iterdir())
 
 
 def test_what_is_not_given_stays_as_the_evaluation_began(byte_model, files, capsys, monkeypatch):

@@ -10,7 +10,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from lowmem_npo.claim import claimed
+from lowmem_npo.claim import check_unclaimed, claimed
 from lowmem_npo.commands.evaluate.membership import further_membership
 from lowmem_npo.commands.evaluate.plan import EvaluationPlan, plan_evaluation
 from lowmem_npo.config import ModelConfig, StreamOptions
@@ -61,6 +61,8 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
     with ended_with(going_on(EvaluationFiles(config.path).settings, config.resume)):
         plan = plan_evaluation(config, say)
         if config.dry_run:
+            check_unclaimed(plan.config.path)  # an evaluation that is no dry one claims it
+            plan.directory.check()
             for line in _announced(plan):
                 say(line)
             return Evaluation(notes=plan.context.notes)
