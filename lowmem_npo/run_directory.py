@@ -180,20 +180,24 @@ def remember_start(files: RunFiles | EvaluationFiles) -> None:
 def from_here(run: RunFiles | EvaluationFiles, settings: Mapping[str, Any], name: str) -> str:
     """`name`, a model, an adapter or a file that the run or the evaluation named, as it is found from here.
 
-    A relative path begins where that was started, which is found again when the whole tree has been moved since.
-    What is not there, such as a name on the hub, stays as it is.
+    A relative path begins where that was started, which is found again when the whole tree has been moved since. What
+    is no longer there has moved with the directory, where that is as deep as it was in one that held both, such as the
+    models that a sweep has taught. What is nowhere, such as a name on the hub, stays as it is.
     """
     folder, here = expanded(run.path).resolve(), expanded(name)
+    named = settings.get("output_dir")  # None of an evaluation beside its adapter
+    output_dir = expanded(str(named)) if named else None
     if run.started_in.is_file():
         start = os.path.normpath(folder / run.started_in.read_text(encoding="utf-8", errors="replace"))
         there: Path | None = Path(start, here)
     else:
-        output_dir = settings.get("output_dir")  # None of an evaluation beside its adapter
-        there = _by_output_dir(folder, expanded(str(output_dir)), here) if output_dir else None
+        there = _by_output_dir(folder, output_dir, here) if output_dir else None
+    moved = _moved_along(folder, output_dir, here) if output_dir else None
+    for place in filter(None, (there, moved)):
+        if os.path.exists(place):  # of many files, their names together are too long for a path
+            return name if os.path.exists(here) and here.samefile(place) else str(place)
     if there is None:
         return name
-    if os.path.exists(there):  # of many files, their names together are too long for a path
-        return name if os.path.exists(here) and here.samefile(there) else str(there)
     parts = [part.strip() for part in name.split(",")]
     found = [from_here(run, settings, part) for part in parts] if len(parts) > 1 else parts
     return name if found == parts else ",".join(found)
@@ -222,6 +226,17 @@ def _by_output_dir(folder: Path, output_dir: Path, here: Path) -> Path | None:
     if output_dir.is_absolute() or folder.parts[above:] != below:
         return None
     return Path(*folder.parts[:above], *here.parts[len(up) :]) if here.parts[: len(up)] == up else here
+
+
+def _moved_along(folder: Path, output_dir: Path, here: Path) -> Path | None:
+    """Where `here` is if a directory that it shared with `output_dir`, which is `folder` now, has been moved or
+    renamed."""
+    output_dir, here = (Path(os.path.normpath(place)) for place in (output_dir, here))
+    shared = len(os.path.commonprefix([output_dir.parts, here.parts]))
+    below, above = output_dir.parts[shared:], len(folder.parts) - len(output_dir.parts[shared:])
+    if {*output_dir.parts[:shared]} <= {os.sep, os.pardir} or folder.parts[above:] != below:
+        return None
+    return Path(*folder.parts[:above], *here.parts[shared:])
 
 
 def finishing(run: RunFiles) -> str:

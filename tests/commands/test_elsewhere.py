@@ -233,6 +233,30 @@ def test_beside_the_directory_that_an_earlier_run_was_started_in(earlier, tmp_pa
     assert from_here(run, {"output_dir": "../../runs/second"}, "../model") == "../model"
 
 
+@pytest.mark.parametrize("started", [None, ".", "../../.."])
+def test_what_shares_a_directory_with_a_run_moves_and_is_renamed_with_it(started, tmp_path, monkeypatch):
+    """Whether it was named from the root or not; of a run that was moved alone nothing is guessed."""
+    monkeypatch.chdir(tmp_path)
+    run, (was, named) = RunFiles(Path("new/point/seed-1")), ("/gone/sweep", "sweep")
+    run.path.mkdir(parents=True)
+    if started:
+        run.started_in.write_text(started)
+    Path("new/taught").mkdir()
+    (run.path / "texts.jsonl").write_text("")
+    for root in (was, named, f"../{named}", f"./{named}"):
+        settings = {"output_dir": f"{root}/point/seed-1"}
+        assert from_here(run, settings, f"{root}/taught") == str(tmp_path / "new" / "taught")
+        texts = f"{root}/point/seed-1/texts.jsonl"
+        assert from_here(run, settings, texts) == str(tmp_path / run.path / "texts.jsonl")
+        for output_dir, name in (
+            (f"{root}/point/seed-2", f"{root}/taught"),
+            (f"{root}/point/seed-1", f"{root}/other"),
+            (f"{root}/point/seed-1", "/other/taught"),
+            (f"{root}/point/seed-1", "taught"),
+        ):
+            assert from_here(run, {"output_dir": output_dir}, name) == name
+
+
 def test_what_is_not_there_cannot_be_gone_up_from(tmp_path, monkeypatch):
     """It is no file that is in the way."""
     monkeypatch.chdir(tmp_path)

@@ -166,9 +166,11 @@ class SweepEvaluation:
 
     def key(self, plan: EvaluationPlan) -> str:
         """A hash of all that the figures depend on: options, rows, model, tokenizer and adapter, and the figures of
-        other models that they are compared with."""
-        settings = {name: value for name, value in asdict(plan.config).items() if name != "resume"}
-        results = [expanded(path) for name in COMPARED if (path := settings[name])]
+        other models that they are compared with; wherever they lie."""
+        options = asdict(plan.config)
+        places = {"model", "adapter", "output_dir", *EvaluationConfig.sources(), *COMPARED}  # the digests tell
+        settings = {name: value for name, value in options.items() if name not in places | {"resume"}}
+        results = [expanded(path) for name in COMPARED if (path := options[name])]
         beside = [EvaluationFiles(path.parent).rows for path in results]
         compared = [file_sha256(file) for file in [*results, *beside] if file.is_file()]
         return json_sha256([settings, sorted(self.benchmarks), plan.digests, compared])

@@ -28,6 +28,7 @@ from lowmem_npo.model.adapters import adapter_size, check_lora
 from lowmem_npo.model.checkpoint import find_checkpoint
 from lowmem_npo.model.loading import DTYPES, quantization_of, resolve_device
 from lowmem_npo.model.merging import find_updates, write_merged
+from lowmem_npo.model.names import Base
 from lowmem_npo.sizes import amount, compared
 from lowmem_npo.training.reference.identity import rows_fingerprint
 from lowmem_npo.training.teaching import made_from, making, teach
@@ -99,7 +100,9 @@ def teach_models(config: RunConfig, how: TeachingOptions, inputs: Inputs, root: 
 def _recipe(config: RunConfig, how: TeachingOptions, inputs: Inputs, name: str) -> dict[str, Any]:
     """All that the model depends on."""
     base = config.model
-    recipe: dict[str, Any] = {"model": resolve_name(base.model, base.revision), "revision": base.revision}
+    name_of_base = resolve_name(base.model, base.revision)
+    recipe: dict[str, Any] = {"model": name_of_base, "weights": Base.here(name_of_base, base.revision).weights}
+    recipe |= {"revision": base.revision}
     recipe |= {"teach": how.teach, "epochs": how.teach_epochs, "lr": how.lr, "batch_size": how.teach_batch_size}
     recipe |= {"seed": config.training.seed, "dtype": base.dtype, "qlora": base.qlora and how.teach == "lora"}
     return recipe | {"rows": rows_fingerprint(lessons(inputs)[name])}
@@ -109,7 +112,9 @@ def _is_made(directory: Path, recipe: dict[str, Any]) -> bool:
     earlier = made_from(directory)
     if earlier is None:
         return False
-    if changed := [key for key, value in recipe.items() if earlier.get(key) != value]:
+    changed = [key for key, value in recipe.items() if earlier.get(key) != value and key not in ("model", "weights")]
+    then, now = (Base(of.get("model"), of.get("weights")) for of in (earlier, recipe))
+    if changed := (["model"] if now.is_other_than(then) else []) + changed:
         raise UserError(
             f"--teach: the model in '{directory}' was made with other settings ({', '.join(changed)}): use those, or "
             "another --output-dir."

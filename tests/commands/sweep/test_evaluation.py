@@ -223,6 +223,36 @@ def test_resume_measures_and_teaches_only_what_is_missing(whole, desk, capsys):
     assert "was made with other settings (epochs)" in error and "\n" not in error.strip()
 
 
+def test_a_sweep_is_resumed_however_its_directory_is_spelled_and_wherever_it_lies(desk, tmp_path, monkeypatch, capsys):
+    """Its runs begin with the model that it taught, and were compared with others of its own."""
+    shutil.copytree(desk, ours := tmp_path / "ours", ignore=lambda *_: ("swept",))
+    monkeypatch.chdir(ours)
+    first = {"grid": ["--seeds", "1"], "teach": [*TEACH[:3], "2", *TEACH[4:]]}
+    assert swept(Path(), Path("sw"), **first) == 0
+
+    def resumed(place: Path) -> None:
+        """With the run to finish, which has no checkpoint."""
+        before, run = stamps(place), RunFiles(place / "as-given" / "seed-42")
+        run.report_json.unlink()
+        capsys.readouterr()
+        assert swept(ours, place, "--resume", **first) == 0
+        printed = capsys.readouterr().out
+        assert "failed" not in printed and "evaluated: " not in printed and printed.count(": taught before") == 2
+        again = {name for name, made in stamps(place).items() if made != before.get(name)}
+        assert run.report_json.exists() and again == {"as-given/seed-42/adapter_model.safetensors"}
+
+    resumed(ours / "sw")
+    (tmp_path / "yonder").mkdir()
+    shutil.move(ours / "sw", tmp_path / "yonder" / "renamed")
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", "--adapter", "yonder/renamed/as-given/seed-42", "--device", "cpu", "--dry-run"]) == 2
+    assert "holds an evaluation" in capsys.readouterr().err  # and the base is found
+    resumed(tmp_path / "yonder" / "renamed")
+    double(ours / "base" / "model.safetensors")
+    assert swept(ours, tmp_path / "yonder" / "renamed", "--resume", **first) == 2
+    assert "was made with other settings (model)" in capsys.readouterr().err
+
+
 def test_what_has_changed_is_not_averaged_with_what_is_made_now(desk, tmp_path, capsys):
     """Rows that are trained on, and others that are measured, the base and what is compared with."""
     shutil.copytree(desk / "base", (ours := tmp_path / "desk") / "base")
