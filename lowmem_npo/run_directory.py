@@ -184,6 +184,17 @@ def from_here(run: RunFiles | EvaluationFiles, settings: Mapping[str, Any], name
     is no longer there has moved with the directory, where that is as deep as it was in one that held both, such as the
     models that a sweep has taught. What is nowhere, such as a name on the hub, stays as it is.
     """
+    here = expanded(name)
+    for place in places_of(run, settings, name):
+        if os.path.exists(place):  # of many files, their names together are too long for a path
+            return name if os.path.exists(here) and here.samefile(place) else str(place)
+    parts = [part.strip() for part in name.split(",")]
+    found = [from_here(run, settings, part) for part in parts] if len(parts) > 1 else parts
+    return name if found == parts else ",".join(found)
+
+
+def places_of(run: RunFiles | EvaluationFiles, settings: Mapping[str, Any], name: str) -> list[Path]:
+    """Where `from_here` looks for `name`, in order."""
     folder, here = expanded(run.path).resolve(), expanded(name)
     named = settings.get("output_dir")  # None of an evaluation beside its adapter
     output_dir = expanded(str(named)) if named else None
@@ -193,14 +204,7 @@ def from_here(run: RunFiles | EvaluationFiles, settings: Mapping[str, Any], name
     else:
         there = _by_output_dir(folder, output_dir, here) if output_dir else None
     moved = _moved_along(folder, output_dir, here) if output_dir else None
-    for place in filter(None, (there, moved)):
-        if os.path.exists(place):  # of many files, their names together are too long for a path
-            return name if os.path.exists(here) and here.samefile(place) else str(place)
-    if there is None:
-        return name
-    parts = [part.strip() for part in name.split(",")]
-    found = [from_here(run, settings, part) for part in parts] if len(parts) > 1 else parts
-    return name if found == parts else ",".join(found)
+    return [place for place in (there, moved) if place is not None]
 
 
 def places_from_here(run: RunFiles, settings: Mapping[str, Any]) -> dict[str, Any]:

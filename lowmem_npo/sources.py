@@ -121,11 +121,16 @@ def check_model_name(name: str) -> bool:
     if path.is_file():
         form = "a GGUF file, which is not trained on" if path.suffix.lower() == ".gguf" else "a file"
         raise UserError(f"'{name}' is {form}: give the directory of a model in transformers' format.")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if is_path(name):
         raise UserError(
             f"There is no directory '{name}': give a model directory, or a hub name such as allenai/OLMo-1B-hf."
         )
     return False
+
+
+def is_path(name: str) -> bool:
+    """Whether a model's name cannot be one on the hub."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def _instead(folder: Path) -> str:

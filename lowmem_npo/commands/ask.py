@@ -73,7 +73,7 @@ class AskOptions(StreamOptions, ModelOptions):
     seed: Seed = 0
     """Of the answers that are drawn."""
     any_base: bool = False
-    """Accept an adapter that names another base model (the same weights in another place)."""
+    """Accept an adapter of another base model, or of one that is not known to have the same weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,7 +20,7 @@ class AdapterConfig(Checked):
     """Directory of an adapter to go on from: a second request to forget. The original model is then the base with that
     adapter, and the one that is saved holds both. Without --model, the base is the one that it was trained on."""
     any_base: bool = False
-    """Accept an --adapter that names another base model (the same weights in another place)."""
+    """Accept an --adapter of another base model, or of one that is not known to have the same weights."""
     lora_r: Annotated[int, Interval(ge=1, le=2**16)] = 5
     """Rank."""
     lora_alpha: Positive = 5.0

@@ -43,7 +43,7 @@ class EvaluationOptions(AnswerOptions, DataOptions, StreamOptions, ModelOptions)
     adapter: str | None = None
     """Directory of the adapter, as `lowmem-npo train` wrote it. Without it the base model is measured."""
     any_base: bool = False
-    """Accept an adapter that names another base model (the same weights in another place)."""
+    """Accept an adapter of another base model, or of one that is not known to have the same weights."""
     max_length: Annotated[int, Interval(ge=2, le=MOST)] | None = None
     """Tokens per row, prompt and answer together, whose likelihood is measured. Default: as in the run of --adapter,
     else 1024."""

@@ -20,8 +20,16 @@ from lowmem_npo.model.names import resolve_name
 from lowmem_npo.model.patterns import check_patterns
 from lowmem_npo.model.saved_modules import in_four_bits
 from lowmem_npo.ranges import Count, Finite, check_values, shortened, shown
-from lowmem_npo.run_directory import AdapterFiles, from_here, no_adapter, places_from_here, run_of_adapter
-from lowmem_npo.sources import check_adapter_name
+from lowmem_npo.run_directory import (
+    AdapterFiles,
+    RunFiles,
+    from_here,
+    no_adapter,
+    places_from_here,
+    places_of,
+    run_of_adapter,
+)
+from lowmem_npo.sources import check_adapter_name, is_path
 
 # What an adapter may hold beside the two factors of its layers: configuration field -> description. PEFT marks those of
 # its variants of LoRA, whatever its version has.
@@ -60,11 +68,19 @@ TYPES = {
 def base_of_adapter(folder: str) -> str:
     """The name or directory of the model that the adapter in `folder` was trained on.
 
-    Raises UserError if `folder` holds no adapter, or one that names no model.
+    Raises UserError if `folder` holds no adapter, or one that names no model, or a directory that is not here.
     """
     base = _named_base(folder)
     if base is None:
         raise UserError(f"The adapter in '{folder}' does not name the model that it was trained on: give --model.")
+    run = run_of_adapter(expanded(folder).resolve())
+    if not expanded(base).is_dir() and (is_path(base) or _was_directory(run)):
+        places = dict.fromkeys([expanded(base).absolute(), *places_of(run, settings_of_run(folder), base)])
+        looked = " and not ".join(f"in '{place}'" for place in places)
+        raise UserError(
+            f"The adapter in '{folder}' was trained on the model in the directory '{base}', which is not there (not "
+            f"{looked}): say with --model where it is now."
+        )
     return base
 
 
@@ -78,17 +94,14 @@ def resolve_base(
 ) -> tuple[str, str | None]:
     """The name and the revision of the base that `adapter` is put on: what is given, or what it was trained on.
 
-    any_base: accept another base than the one that it was trained on.
+    any_base: it may be another than the one that it was trained on.
 
     Raises:
-        UserError: no LoRA adapter there, no base named, or another one.
+        UserError: no LoRA adapter there, or no base named.
     """
     of_adapter = stored_lora(adapter).revision
     revision = revision or (None if any_base else of_adapter)
-    name = resolve_name(model or base_of_adapter(adapter), revision, say)
-    if not any_base:
-        check_base(adapter, name)
-    return name, revision
+    return resolve_name(model or base_of_adapter(adapter), revision, say), revision
 
 
 def stored_lora(folder: str) -> LoraConfig:
@@ -212,6 +225,14 @@ def _named_base(folder: str) -> str | None:
     if not (isinstance(base, str) and base.strip()):
         return None
     return from_here(run_of_adapter(expanded(folder).resolve()), run, base) if run else base
+
+
+def _was_directory(run: RunFiles) -> bool:
+    """Whether the base of `run` was a directory, as far as that is recorded."""
+    try:
+        return bool(load_json(run.audit)["model"]["directory"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _changes_the_base(content: dict[str, Any]) -> str | None:

@@ -34,7 +34,7 @@ from lowmem_npo.files import expanded, file_sha256, load_json, name_of, write_at
 from lowmem_npo.model import resolve_name
 from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.names import LOADED, Base, commit_of, digest_of
-from lowmem_npo.model.saved_adapter import resolve_base
+from lowmem_npo.model.saved_adapter import check_base, resolve_base
 from lowmem_npo.ranges import Count
 from lowmem_npo.records import Amount, check_record
 from lowmem_npo.run_directory import AdapterFiles, RunFiles, from_here, run_of_adapter
@@ -324,21 +324,24 @@ def check_same_model(directory: Path, config: RunConfig) -> None:
 def recorded_base(
     adapter: str, model: str | None, revision: str | None, any_base: bool, say: Say
 ) -> tuple[str, str | None]:
-    """As `resolve_base`; raises a UserError also where another model is in the place of that base."""
+    """As `resolve_base`; raises a UserError also where that is another model than the adapter was trained on."""
     name, revision = resolve_base(adapter, model, revision, any_base, say)
     if not any_base:
-        check_recorded_base(adapter, name)
+        check_recorded_base(adapter, name, revision)
     return name, revision
 
 
-def check_recorded_base(adapter: str, name: str) -> None:
-    """Raises UserError if the model that `name` gives now is known not to be the one that the adapter in the directory
-    `adapter` was trained on, but another in its place."""
+def check_recorded_base(adapter: str, name: str, revision: str | None) -> None:
+    """Raises UserError if the model that `name` gives now is not the one that the adapter in the directory `adapter`
+    was trained on: by the weights, wherever they lie; where those are not known, by what the adapter names."""
     run = run_of_adapter(expanded(adapter).resolve()).path
     try:
-        changed = _changed(run, name)
+        weights, changed = base_of_run(run).weights, _changed(run, name)
     except UserError:  # a damaged record, of which the report tells
+        weights, changed = None, False
+    if weights is not None and weights == Base.here(name, revision).weights:
         return
+    check_base(adapter, name)
     if changed:
         raise UserError(
             f"The model in '{name}' has changed since the adapter in '{adapter}' was trained on it: give --model the "

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers.reported_run import FORGET, RETAIN
 from helpers.rows import write_rows
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lowmem_npo.cli import main
 from lowmem_npo.errors import UserError
@@ -231,6 +231,39 @@ def test_beside_the_directory_that_an_earlier_run_was_started_in(earlier, tmp_pa
     ):
         assert from_here(run, {"output_dir": "../runs/second"}, name) == found
     assert from_here(run, {"output_dir": "../../runs/second"}, "../model") == "../model"
+
+
+def test_a_run_that_was_moved_without_its_base_says_where_that_is_missed(second, tmp_path, monkeypatch, capsys):
+    """With --model it is known by its weights, whatever it is called by now; other weights are refused."""
+    alone = shutil.copytree(second, tmp_path / "far" / "away" / "alone")
+    shutil.copytree(second.parents[1] / "model", tmp_path / "base")
+    write_rows(tmp_path / "forget.jsonl", FORGET[:2])
+    monkeypatch.chdir(tmp_path)
+    run, data = "far/away/alone", ["--forget", "forget.jsonl"]
+    commands = [
+        ["evaluate", "--adapter", run, *data, "--device", "cpu", "--dry-run"],
+        ["ask", run, "Who?", "--device", "cpu", "--max-new-tokens", "1"],
+        ["train", "--adapter", run, *data, *TRAINING, "--output-dir", "more", "--dry-run"],
+        ["merge", "--adapter", run, "--output-dir", "merged"],
+    ]
+    missed = (
+        f"The adapter in '{run}' was trained on the model in the directory 'model', which is not there (not in "
+        f"'{tmp_path / 'model'}' and not in '{tmp_path / 'far' / 'model'}'): say with --model where it is now."
+    )
+    capsys.readouterr()
+    for command in commands:
+        assert main(command) == 2
+        assert missed in capsys.readouterr().err
+    for command in commands:
+        assert main([*command, "--model", "base"]) == 0
+    name, weights = "model.safetensors", load_file(tmp_path / "base" / "model.safetensors")
+    save_file({key: 2 * weight for key, weight in weights.items()}, tmp_path / "base" / name, {"format": "pt"})
+    for command in commands[:-1]:
+        assert main([*command, "--model", "base"]) == 2
+        assert f"The adapter in '{run}' was trained on 'model', not on 'base'" in capsys.readouterr().err
+        assert main([*command, "--model", "base", "--any-base"]) == 0
+    RunFiles(alone).audit.write_text("[]")  # nothing is known of its base but the name
+    assert main([*commands[0], "--model", "base"]) == 2
 
 
 @pytest.mark.parametrize("started", [None, ".", "../../.."])

@@ -8,6 +8,7 @@ import pytest
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.names import Base, commit_of, resolve_name
 from lowmem_npo.model.saved_adapter import resolve_base
+from lowmem_npo.report.audit import recorded_base
 
 
 @pytest.mark.parametrize(
@@ -98,4 +99,4 @@ def test_another_base_than_the_adapters_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(content))
     (tmp_path / "adapter_model.safetensors").touch()
     with pytest.raises(UserError, match="was trained on 'mine/model', not on 'mine/other'"):
-        resolve_base(str(tmp_path), "mine/other", None, False, print)
+        recorded_base(str(tmp_path), "mine/other", None, False, print)

@@ -23,7 +23,7 @@ class MergeConfig(Checked):
     revision: str | None = None
     """Branch, tag or commit of the base model on the hub. Default: the one that the adapter was trained on."""
     any_base: bool = False
-    """Accept an adapter that names another base model (the same weights in another place)."""
+    """Accept an adapter of another base model, or of one that is not known to have the same weights."""
     dtype: Literal["bf16", "stored"] = "bf16"
     """Type of the merged weights: bf16, or the type in which the base model is stored."""
     base_weights: Literal["auto", "whole", "dequantized"] = "auto"

@@ -25,7 +25,7 @@ from lowmem_npo.model import load_tokenizer, resolve_name
 from lowmem_npo.model.adapters import adapter_size, check_lora, note_on_experts, shared_layers
 from lowmem_npo.model.loading import load_config, local_cache_entry, quantization_of, resolve_device
 from lowmem_npo.model.notes import model_notes
-from lowmem_npo.model.saved_adapter import check_base, check_finite, settings_of_run
+from lowmem_npo.model.saved_adapter import check_finite, settings_of_run
 from lowmem_npo.model.stop_tokens import stop_tokens
 from lowmem_npo.model.weights import check_has_weights
 from lowmem_npo.recipes import named_in_errors, remark
@@ -149,8 +149,8 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
         check_same_model(directory.path, config)
     if config.adapter.adapter is not None:
         if not config.adapter.any_base:
-            check_base(config.adapter.adapter, config.model.model)
-            check_recorded_base(config.adapter.adapter, resolve_name(config.model.model, config.model.revision))
+            name = resolve_name(config.model.model, config.model.revision)
+            check_recorded_base(config.adapter.adapter, name, config.model.revision)
         if settings_of_run(config.adapter.adapter).get("qlora") and not config.model.qlora:
             say("The adapter was trained on the 4-bit base, and goes on on the unquantised one (no --qlora).")
     quantized = quantization_of(model_config, config.model) is not None
