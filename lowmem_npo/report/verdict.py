@@ -81,7 +81,7 @@ GENERAL_WORDS = {
     "damaged": "answers general questions much worse",
 }
 KEPT_STATES = ("kept", "unsure")
-MEASURES = {"rouge_l_recall": "recall", "probability": "probability"}  # that decide on rows to keep, in a headline
+MEASURES = {"rouge_l_recall": "recall", "probability": "probability"}  # that decide on rows to keep
 
 
 OTHER_WORDS = (
@@ -105,7 +105,8 @@ class Verdict:
 
 
 class Kept(NamedTuple):
-    """What became of rows to keep: a state, and how much is left by the measure that decided it, which `by` names."""
+    """What became of rows to keep: a state, and how much is left by the measure that decided it, which the sentence
+    `by` names."""
 
     state: str = "kept"
     left: float = 1.0
@@ -185,7 +186,7 @@ def judge_run(
     sentences += [_figures(name, before, after, gold) for name in asked]
     if of_passages(after[FORGET]):
         sentences.append(PASSAGES_WORDS)
-    sentences += [_figures(name, before, after, gold) for name in kept]
+    sentences += [_figures(name, before, after, gold) + by for name, (*_, by) in kept.items()]
     if retain is None and RETAIN in after:
         now = _in_words(f"says {said_count(after[RETAIN])} of {after[RETAIN].rows} retain answers", after[RETAIN])
         sentences.append(f"The model {now}; what it said before was measured on other rows.")
@@ -226,10 +227,9 @@ def judge_evaluation(
         after = {name: summary for name, summary in now.items() if name in compared}
         return judge_run({"before": known, "after": after}, vocabulary, stages)
     if FORGET not in now and RETAIN in known:
-        words = _kept_words(RETAIN, _kept(RETAIN, known[RETAIN], now[RETAIN], {}), known, now)
-        return Verdict(
-            "unknown", f"On the rows measured, the model {words}{traces}.", [_figures(RETAIN, known, now, {})]
-        )
+        kept = _kept(RETAIN, known[RETAIN], now[RETAIN], {})
+        words, figures = _kept_words(RETAIN, kept, known, now), _figures(RETAIN, known, now, {})
+        return Verdict("unknown", f"On the rows measured, the model {words}{traces}.", [figures + kept.by])
     said = " and ".join(_says(part, now) for part in (FORGET, RETAIN) if part in now)
     verb = said.partition(" ")[0]  # once, if both have the same
     headline = f"On the rows measured, the model {said.replace(f' and {verb} ', ' and ')}{traces}."
@@ -305,10 +305,10 @@ def of_passages(measured: AnswerSummary) -> bool:
 
 def _kept_words(name: str, kept: Kept, before: Mapping[str, AnswerSummary], after: Mapping[str, AnswerSummary]) -> str:
     if name == GENERAL:
-        return GENERAL_WORDS[kept.state] + kept.by
+        return GENERAL_WORDS[kept.state]
     if _hardly_said(before[name]):
-        return HARDLY_SAID_WORDS[kept.state] + kept.by
-    return _in_words(RETAIN_WORDS[kept.state], after[name]) + kept.by
+        return HARDLY_SAID_WORDS[kept.state]
+    return _in_words(RETAIN_WORDS[kept.state], after[name])
 
 
 def _hardly_said(before: AnswerSummary) -> bool:
@@ -328,7 +328,7 @@ def _kept(name: str, before: AnswerSummary, after: AnswerSummary, errors: Mappin
         if was - now <= BEYOND_CHANCE * errors.get(measure, unknown):
             state = "unsure"
         fell = " to ".join(side_by_side([was, now], decimals=2))
-        found.append(Kept(state, left, f" ({words} fell from {fell})"))
+        found.append(Kept(state, left, f" What decided is {words}, which fell from {fell}."))
     return max(found, key=lambda kept: (kept.severity, -kept.left))
 
 

@@ -217,8 +217,7 @@ def test_what_was_to_be_kept_is_told_of_the_form_in_which_it_was_asked():
     trained, other = FORGET_WORDS["forgotten"], f"asked without its chat template, {FORGET_WORDS['partly']}"
     lost = judge_run(asked_in(stages(retain=summary(0.5, 0.6, 0.99)), **partly), 50304, {}).headline
     assert lost == (
-        f"On the rows measured, asked as it was trained, {trained}, but it {RETAIN_WORDS['damaged']} (recall fell from "
-        f"1.00 to 0.60); {other}."
+        f"On the rows measured, asked as it was trained, {trained}, but it {RETAIN_WORDS['damaged']}; {other}."
     )
     unmeasured = judge_run(asked_in(stages(retain=None), **partly), 50304, {}).headline
     assert unmeasured.endswith(f"asked as it was trained, {trained}; {other}; {RETAIN_WORDS[None]}.")
@@ -227,18 +226,19 @@ def test_what_was_to_be_kept_is_told_of_the_form_in_which_it_was_asked():
 @pytest.mark.parametrize(
     ("after", "decided"),
     [
-        (summary(0.9, 0.9, 0.99), " (recall fell from 1.00 to 0.90)"),
-        (summary(0.9, 0.99, 0.7), " (probability fell from 0.99 to 0.70)"),
-        (summary(0.9, 0.7, 0.6), " (probability fell from 0.99 to 0.60)"),  # of two, the one of which less is left
+        (summary(0.9, 0.9, 0.99), "recall, which fell from 1.00 to 0.90"),
+        (summary(0.9, 0.99, 0.7), "probability, which fell from 0.99 to 0.70"),
+        (summary(0.9, 0.7, 0.6), "probability, which fell from 0.99 to 0.60"),  # of two, the one of which less is left
         (summary(0.9, 0.96, 0.96), ""),
     ],
 )
-def test_a_headline_names_the_measure_that_decided_on_what_was_lost(after, decided):
+def test_the_measure_that_decided_on_what_was_lost_is_named(after, decided):
     for judged in (
         judge_run(stages(retain=after), 50304, {}),
         judge_evaluation({"retain": after}, {"retain": RECITED}, None, {}),
     ):
-        assert judged.headline.endswith(f"what it was to keep{decided}.")
+        told = [sentence.partition(" What decided is ")[2] for sentence in judged.sentences]
+        assert [one for one in told if one] == ([f"{decided}."] if decided else [])
 
 
 def test_a_fall_on_rows_to_keep_that_their_scatter_explains_is_not_told_as_a_loss():
@@ -247,7 +247,8 @@ def test_a_fall_on_rows_to_keep_that_their_scatter_explains_is_not_told_as_a_los
     for error, state, tone in ((0.069, "damaged", "bad"), (0.07, "unsure", "good"), (None, "damaged", "bad")):
         errors = {} if error is None else {"retain": {"rouge_l_recall": error}}  # twice it: 0.138, 0.140
         told = judge_run(measured, 50304, {}, errors)
-        assert told.headline.endswith(f"{RETAIN_WORDS[state]} (recall fell from 0.47 to 0.33)."), error
+        assert told.headline.endswith(f"{RETAIN_WORDS[state]}."), error
+        assert any("recall, which fell from 0.47 to 0.33." in sentence for sentence in told.sentences)
         assert told.tone == tone
 
 
@@ -359,9 +360,8 @@ def test_rows_to_keep_alone_make_a_headline():
     assert "other rows" in judge_evaluation(now, {}, None, {}, incomparable=["retain"]).sentences[0]
     assert judge_evaluation(now, now, None, {}).headline.endswith("the model still says what it was to keep.")
     damaged = judge_evaluation(worse, now, None, {})
-    assert damaged.headline.endswith(
-        "the model has lost much of what it was to keep (probability fell from 0.99 to 0.01)."
-    )
+    assert damaged.headline.endswith("the model has lost much of what it was to keep.")
+    assert damaged.sentences[0].endswith("What decided is probability, which fell from 0.99 to 0.01.")
     assert damaged.sentences[0].startswith("Of 100 retain answers, 0 appear in what the model says (before: 100)")
 
 
@@ -374,37 +374,34 @@ def test_figures_of_an_older_version_are_reported():
 
 
 @pytest.mark.parametrize(
-    ("after", "state", "fell", "tone"),
+    ("after", "state", "tone"),
     [
-        (summary(0.0, 0.35, 0.2), "kept", "", "good"),  # the wording of a general answer is free
-        (summary(0.0, 0.4, 0.185), "worse", "probability fell from 0.20 to 0.18", "mixed"),
-        (summary(0.0, 0.33, 0.2), "worse", "recall fell from 0.40 to 0.33", "mixed"),
-        (summary(0.0, 0.2, 0.2), "damaged", "recall fell from 0.40 to 0.20", "bad"),
-        (summary(0.0, 0.4, 0.1), "damaged", "probability fell from 0.20 to 0.10", "bad"),
+        (summary(0.0, 0.35, 0.2), "kept", "good"),  # the wording of a general answer is free
+        (summary(0.0, 0.4, 0.185), "worse", "mixed"),
+        (summary(0.0, 0.33, 0.2), "worse", "mixed"),
+        (summary(0.0, 0.2, 0.2), "damaged", "bad"),
+        (summary(0.0, 0.4, 0.1), "damaged", "bad"),
     ],
 )
-def test_without_rows_to_keep_utility_is_that_of_general_questions(after, state, fell, tone):
-    def told_as(words):
-        return GENERAL_WORDS[words] + ("." if words == "kept" else f" ({fell}).")
-
+def test_without_rows_to_keep_utility_is_that_of_general_questions(after, state, tone):
     measured = stages(retain=None)
     measured["before"]["general"], measured["after"]["general"] = summary(0.0, 0.4, 0.2), after
     exact = {"general": dict.fromkeys(MEASURED, 0.0)}
     verdict = judge_run(measured, 50304, {}, exact)
-    assert told_as(state) in verdict.headline and verdict.tone == tone
+    assert GENERAL_WORDS[state] + "." in verdict.headline and verdict.tone == tone
     single = judge_run(measured, 50304, {}).headline  # how far its answers scatter is not known
-    assert told_as("kept" if state == "kept" else "unsure") in single
+    assert GENERAL_WORDS["kept" if state == "kept" else "unsure"] + "." in single
     assert any("No rows to keep were named" in sentence for sentence in verdict.sentences)
     # A fall that the sampling of the rows explains is not said; neither is it taken for none.
     falls = {measure: getattr(measured["before"]["general"], measure) - getattr(after, measure) for measure in MEASURED}
     for errors, words in ((0.49, state), (0.51, "kept" if state == "kept" else "unsure")):  # of each fall
         told = judge_run(measured, 50304, {}, {"general": {name: errors * fall for name, fall in falls.items()}})
-        assert told_as(words) in told.headline and told.tone == ("good" if words == "unsure" else tone)
+        assert GENERAL_WORDS[words] + "." in told.headline and told.tone == ("good" if words == "unsure" else tone)
     # With general rows to keep, trained on, the worse of the two counts, and it is said which that is.
     both = stages(retain=summary(0.0, 0.1, 0.0))
     both["before"]["general"], both["after"]["general"] = summary(0.0, 0.4, 0.2), after
-    words = told_as(state) if state == "damaged" else f"{RETAIN_WORDS['damaged']} (probability fell from 0.99 to 0.00)."
-    assert words in judge_run(both, 50304, {}, exact).headline
+    words = GENERAL_WORDS[state] if state == "damaged" else RETAIN_WORDS["damaged"]
+    assert words + "." in judge_run(both, 50304, {}, exact).headline
 
 
 def test_what_was_hardly_said_before_cannot_still_be_said():
