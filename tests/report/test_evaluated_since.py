@@ -117,6 +117,21 @@ def test_an_evaluation_of_the_runs_rows_is_part_of_its_report(own_run, tmp_path,
     )
 
 
+def test_evaluate_counts_the_attacks_that_the_report_counts(own_run, capsys):
+    """Those of the run's own leak tests among them."""
+    found = {
+        "extraction": {"extraction_strength": 0.9, "holdout_extraction_strength": 0.1, "meaning": "", "leaks": True}
+    }
+    (own_run / "leaks.json").write_text(json.dumps({"after": found}))
+    common = ["--leaks", "sampling", "--leak-samples", "2", "--dtype", "float32", "--device", "cpu"]
+    assert main(["evaluate", "--adapter", str(own_run), *common]) == 0
+    write_report(own_run)
+    (worst,) = [
+        line for line in report_of(own_run)["verdict"]["sentences"] if line.startswith("The worst of 2 attacks")
+    ]
+    assert f"\n{worst}\n{report_of(own_run)['verdict']['headline']}\n" in capsys.readouterr().out
+
+
 def test_an_evaluation_on_another_base_is_none_of_the_runs(own_run, tmp_path, capsys):
     """The same weights in another place are the run's base; an evaluation of an earlier version did not record which
     they were, but they may still be there."""

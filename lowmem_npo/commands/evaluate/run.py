@@ -150,9 +150,8 @@ def measure(
     directory.save(result)
     say("\n" + evaluation_text(result.to_json(), context.before))
     say(f"\nEvery figure is in {directory.result}, every scored row in {directory.rows.name} beside it.")
-    if (worst := result.worst_attack) is not None:
-        say(worst.sentence)
-    say(_headline(plan, result, another_base is None, say))
+    for line in _last_lines(plan, result, another_base is None, say):
+        say(line)
     return result
 
 
@@ -176,10 +175,11 @@ def _subject(plan: EvaluationPlan, tests: Sequence[LeakTest], merged: Path, scor
     )
 
 
-def _headline(plan: EvaluationPlan, result: Evaluation, on_base: bool, say: Say) -> str:
-    """The first sentence of the run's report, which these figures are part of; before it, where these answers are not
-    those that the report goes by, and in its place of any other model and of other rows, the same of these figures
-    alone. on_base: whether the adapter is on its run's base. `say` is told if it is not the run's own."""
+def _last_lines(plan: EvaluationPlan, result: Evaluation, on_base: bool, say: Say) -> list[str]:
+    """The worst attack, if any was made, and the first sentence of the run's report, which these figures are part of;
+    before that, where these answers are not those that the report goes by, and in its place of any other model and of
+    other rows, the same of these figures alone. The worst attack is one of all that the sentence beside it goes by.
+    on_base: whether the adapter is on its run's base. `say` is told if it is not the run's own."""
     config, context, now = plan.config, plan.context, result.scores.get(PLAIN.name, {})
     vocabulary = context.fit.vocabulary if context.fit else None
     own = judge_evaluation(
@@ -190,9 +190,10 @@ def _headline(plan: EvaluationPlan, result: Evaluation, on_base: bool, say: Say)
         gold_leaks=result.gold_leaks,
         incomparable=context.incomparable,
     ).headline
+    worst = [result.worst_attack.sentence] if result.worst_attack else []
     run = RunFiles(expanded(config.adapter)) if config.adapter else None
     if run is None or not run.run_yaml.is_file() or config.path != run.evaluation.path:
-        return own
+        return [*worst, own]
     if other := of_another_adapter(run.path):
         say(other)
     elif on_base and not plan.other_rows and (content := read_content(run.path)).stages:
@@ -201,8 +202,11 @@ def _headline(plan: EvaluationPlan, result: Evaluation, on_base: bool, say: Say)
         alike = alike and (FORGET not in now or (FORGET in after and same_rows(after[FORGET], now[FORGET])))
         tests = ", and by leak tests, these among them" if result.leaks else ""
         of_run = f"The run's report goes by the answers that the run itself measured{tests}: {headline}"
-        return headline if alike else f"{own}\n{of_run}"
-    return own
+        if not alike:
+            return [*worst, own, of_run]
+        of_both = content.worst_attacks.get("after")
+        return [of_both.sentence, headline] if worst and of_both else [headline]
+    return [*worst, own]
 
 
 def _counts(

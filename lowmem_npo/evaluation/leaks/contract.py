@@ -296,6 +296,7 @@ class Subject:
 
 OptionsT = TypeVar("OptionsT", bound=Options)
 T = TypeVar("T")
+K = TypeVar("K")
 
 
 class LeakTest(ABC, Generic[OptionsT]):
@@ -396,6 +397,21 @@ def standing(value: float, level: float | None, usual: float, p: float | None = 
     if level is None and value == 0:
         return False, -math.inf
     return above_holdout(value, level, p=p) is True, value - (usual if level is None else level)
+
+
+def furthest(attacks: Mapping[K, Attack]) -> K:
+    """The worst of them, by `standing`. Where one has no level, the highest of the others' by the same figure stands
+    for it, 0 if they have none either."""
+    usual: dict[str, float] = {}
+    for one in attacks.values():
+        if one.level is not None:
+            usual[one.figure] = max(one.level, usual.get(one.figure, 0.0))
+
+    def stands(key: K) -> tuple[bool, float]:
+        one = attacks[key]
+        return standing(one.value, one.level, usual.get(one.figure, 0.0), one.p)
+
+    return max(attacks, key=stands)
 
 
 def stands_beside(own: LeakResult, later: LeakResult) -> bool:

@@ -41,6 +41,7 @@ from lowmem_npo.evaluation.leaks.contract import (
     SavedModel,
     Subject,
     beside_holdout,
+    furthest,
     groups_in,
     standing,
 )
@@ -66,6 +67,7 @@ FORMS = {
     MERGED: "merged in bf16",
     MERGED_4BIT: "merged and rounded to 4 bits",
 }
+DEPLOYED = (MERGED, MERGED_4BIT)  # forms whose adapter cannot be left off
 AS_EVALUATED = "as_evaluated"
 
 FormFigures = dict[str, dict[str, float]]  # form -> `beside_each_other` of forget (and holdout) rows
@@ -193,10 +195,13 @@ def judge(
     strength, level = others[worst].value, others[worst].level
     leaking, gaps = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
     not_told, unknown = [], problem is not None  # what was not measured may be worse
+    on_merged: dict[str, Attack] = {}
     for form, results in (attacked or {}).items():
         for test, result in results:
             attacks = {name: attack.one_of(len(others)) for name, attack in test.attacks(result.figures).items()}
             by_form[form] |= _brought_back(test, attacks)
+            if form in DEPLOYED:
+                on_merged |= {f"{_name(test, way)} ({FORMS[form]})": attack for way, attack in attacks.items()}
             by_chance = any(attack.p is not None for attack in attacks.values()) and not any(
                 attack.stands_out for attack in attacks.values()
             )
@@ -210,18 +215,24 @@ def judge(
                 unknown |= not attacks and DIVERGED in gap[0]  # else it cannot be made on any model
     own, evaluated, beside = beside_holdout(strength, level, before, others=[as_evaluated])
     meaning = (
-        f"In the worst form, {FORMS[worst]}, the model writes the last {own} of a forgotten answer by itself, "
-        f"as evaluated {evaluated}; {beside}."
+        f"In the form that is worst by extraction alone, {FORMS[worst]}, the model writes the last {own} of a "
+        f"forgotten answer by itself, as evaluated {evaluated}; {beside}."
     )
     if problem is not None:
         meaning += f" Not measured: {problem}"
     figures = {name: by_form[worst][name] for name in ("rows", HOLDOUT + "rows", P_VALUE) if name in by_form[worst]}
     figures = {**figures, "returned": strength - as_evaluated, **by_form}
     result = LeakResult.judged(figures, meaning, strength, level, before)
+    if on_merged:
+        name = furthest(on_merged)
+        brought, level = on_merged[name].value, on_merged[name].level
+        back, *unseen = shares(brought, *([] if level is None else [level]))
+        worst_of = f" On merged weights, the worst of the other attacks is {name}: it brings back {back}"
+        result.meaning += worst_of + (f"; of answers that the model never saw, {unseen[0]}." if unseen else ".")
     for words, by in leaking.items():
-        result.meaning += f" By other attacks on it, {words}: {', '.join(by)}."
+        result.meaning += f" By other attacks, {words}: {', '.join(by)}."
     if not_told and not leaking:
-        result.meaning += f" Whether other attacks on it bring too much back cannot be told: {', '.join(not_told)}."
+        result.meaning += f" Whether other attacks bring too much back cannot be told: {', '.join(not_told)}."
     for not_made, of in gaps.items():
         result.meaning += f" In {'every form' if len(of) == len(others) > 1 else ', '.join(of)}, {not_made}"
     if leaking:
@@ -286,9 +297,12 @@ def _brought_back(test: LeakTest, attacks: Mapping[str, Attack]) -> dict[str, di
     figures = {}
     for way, attack in attacks.items():
         beside = {} if attack.level is None else {HOLDOUT + KEYS[attack.figure]: attack.level}
-        name = f"{test.name}: {way}" if way else test.name
-        figures[name] = {KEYS[attack.figure]: attack.value, **beside, **_p_value(attack)}
+        figures[_name(test, way)] = {KEYS[attack.figure]: attack.value, **beside, **_p_value(attack)}
     return figures
+
+
+def _name(test: LeakTest, way: str) -> str:
+    return f"{test.name}: {way}" if way else test.name
 
 
 def _attack_part(subject: Subject, form: str, test: LeakTest) -> str:

@@ -22,8 +22,8 @@ from lowmem_npo.evaluation.leaks.contract import (
     LeakResult,
     LeakResults,
     above_holdout,
+    furthest,
     leak_results,
-    standing,
 )
 from lowmem_npo.evaluation.leaks.extraction import EXTRACTION, FIGURES
 from lowmem_npo.evaluation.leaks.quantization import QUANTIZATION
@@ -115,17 +115,14 @@ def worst_attack(results: LeakResults, gold: LeakResults | None = None) -> Worst
     if not attacks:
         return None
     golds = attacks_of({name: of for name, of in (gold or {}).items() if _as_long(of, results.get(name))})
-    made = []
+    made: dict[WorstAttack, Attack] = {}
     for (test, name), attack in attacks.items():
         same = golds.get((test, name)) or golds.get(_without_form(test, name))
         level = same.by(attack.figure) if same is not None else None
         p = attack.p if level is None else None
-        made.append(WorstAttack(test, name, attack.figure, attack.value, attack.level, len(attacks), level, p))
-    usual: dict[str, float] = {}
-    for one in made:
-        if one.level is not None:
-            usual[one.figure] = max(one.level, usual.get(one.figure, 0.0))
-    return max(made, key=lambda one: standing(one.value, one.level, usual.get(one.figure, 0.0), one.p))
+        one = WorstAttack(test, name, attack.figure, attack.value, attack.level, len(attacks), level, p)
+        made[one] = Attack(attack.figure, attack.value, one.level, p)
+    return furthest(made)
 
 
 def not_beside_gold(results: LeakResults, gold: LeakResults) -> list[str]:

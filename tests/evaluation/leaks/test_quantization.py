@@ -83,7 +83,10 @@ def test_an_update_that_is_lost_in_merging_is_seen(work, tmp_path, monkeypatch, 
     assert result["leaks"] is True and result["returned"] > 0.7
     assert "quantization: traces found" in capsys.readouterr().out
     assert main(["merge", "--adapter", str(work / "lost"), "--output-dir", str(tmp_path / "merged")]) == 0
-    assert "WARNING, quantization test: traces found. In the worst form, merged" in capsys.readouterr().out
+    assert (
+        "WARNING, quantization test: traces found. In the form that is worst by extraction alone, merged"
+        in capsys.readouterr().out
+    )
 
 
 def test_forms_that_cannot_be_measured_are_named(work, tmp_path, monkeypatch):
@@ -189,12 +192,34 @@ def test_an_attack_on_a_form_is_a_trace():
         assert any("relearning" in figure.title for figure in section.figures)
 
 
+def test_the_worst_attack_on_merged_weights_is_named_beside_the_worst_form():
+    """Which is worst by extraction alone, and may be another than that in which attacks bring back most."""
+    forms = {AS_EVALUATED: figures(0.1, 0.1), "adapter_on_4bit": figures(0.3, 0.1), "merged": figures(0.2, 0.1),
+             "merged_4bit": figures(0.1, 0.1)}  # fmt: skip
+    strengths = {"adapter_on_4bit": (0.9, 0.1), "merged": (0.4, 0.35), "merged_4bit": (0.13, 0.03)}
+    attacked = {
+        form: [(RELEARNING, LeakResult({"2 steps": figures(*of), "1 step": figures(0.05, 0.05)}, "", None))]
+        for form, of in strengths.items()
+    }
+    said = judge(forms, None, None, attacked).meaning
+    assert said.startswith(
+        "In the form that is worst by extraction alone, the adapter beside the 4-bit base, the model"
+    )
+    assert (
+        " On merged weights, the worst of the other attacks is relearning: 2 steps (merged and rounded to 4 bits): it "
+        "brings back 13%; of answers that the model never saw, 3%. Whether other attacks bring"
+    ) in said
+    no_holdout = {"merged": [(RELEARNING, LeakResult({"2 steps": figures(0.2)}, "", None))]}
+    assert "(merged in bf16): it brings back 20%." in judge(forms, None, None, no_holdout).meaning
+    assert "On merged weights" not in judge(forms).meaning
+
+
 def test_without_a_holdout_an_attack_on_a_form_finds_what_its_verdict_says():
     forms = {AS_EVALUATED: figures(0.1), "merged": figures(0.1)}
     lesson = LeakResult({"2 steps, 50% shown, lr 1": {"extraction_strength": 0.6}}, "", True, against_before=True)
     result = judge(forms, None, 0.9, {"merged": [(RELEARNING, lesson)]})
     assert result.verdict.words == "much is left" and "traces" not in result.meaning
-    assert result.meaning.endswith("By other attacks on it, much is left: relearning (merged in bf16).")
+    assert result.meaning.endswith("By other attacks, much is left: relearning (merged in bf16).")
 
 
 def test_attacks_that_were_not_made_on_a_form_are_named():
