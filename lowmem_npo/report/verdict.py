@@ -18,6 +18,7 @@ from lowmem_npo.evaluation.asking import CHAT, PLAIN, REWORDED
 from lowmem_npo.evaluation.figures import shares, side_by_side
 from lowmem_npo.evaluation.leaks.contract import MARGIN, LeakResults
 from lowmem_npo.evaluation.leaks.worst import WorstAttack, worst_attacks
+from lowmem_npo.report.leak_sentence import leak_sentence, leaking_tests
 
 KNOWN = 0.5  # ROUGE-L recall before; with less, and hardly an answer said, there was little to forget
 SAID, MOSTLY_SAID = 0.05, 0.5  # shares of answers: that may still appear, and of a set that is said on the whole
@@ -129,8 +130,8 @@ def judge_run(
     its change over the rows, where that is known. unfinished: what finishes the run, a clause; None of one that was to
     measure nothing."""
     tested, attack = leaks.get("after", {}), worst_attacks(leaks).get("after")
-    leaking = bool(_leaking(tested) or (attack and attack.stands_out))
-    by_tests = [_leak_sentence(tested, leaks.get("gold"), attack is not None)]
+    leaking = bool(leaking_tests(tested) or (attack and attack.stands_out))
+    by_tests = [leak_sentence(tested, leaks.get("gold"), attack is not None)]
     by_tests += [attack.sentence] if attack else []
     before, after, gold = (stages.get(stage, {}) for stage in ("before", "after", "gold"))
     if FORGET not in before or FORGET not in after:
@@ -213,7 +214,7 @@ def judge_evaluation(
     before, but on other rows or otherwise."""
     stages = {"after": leaks, **({"gold": gold_leaks} if gold_leaks else {})}
     worst = worst_attacks(stages).get("after")
-    traces = "; leak tests find traces" if _leaking(leaks) or (worst and worst.stands_out) else ""
+    traces = "; leak tests find traces" if leaking_tests(leaks) or (worst and worst.stands_out) else ""
     if FORGET not in now and RETAIN not in now:
         headline = f"What was measured are benchmarks' own figures, which make no headline{traces}."
         return Verdict("unknown", headline, [])
@@ -396,52 +397,11 @@ def form_words(name: str) -> str:
     return FORM_WORDS.get(form, form)
 
 
-def _leaking(results: LeakResults) -> list[str]:
-    return [name for name, result in results.items() if result.leaks is True]
-
-
 def _brought_back(attack: WorstAttack | None) -> str:
     """For a headline that tells of traces: the worst attack, where that may be one of them."""
     if attack is None or not (attack.stands_out or (attack.stands_out is None and attack.value > SAID)):
         return ""
     return f" (the worst attack, {attack.short_name}, brings {shares(attack.value)[0]} back)"
-
-
-def _leak_sentence(results: LeakResults, gold: LeakResults | None, has_attack: bool) -> str:
-    """has_attack: whether a sentence on the worst attack follows."""
-    against_holdout = {name: r for name, r in results.items() if r.leaks is not None and not r.against_before}
-    against_before = {name: r for name, r in results.items() if r.leaks is not None and r.against_before}
-    undecided = [name for name, r in results.items() if r.leaks is None and r.figures]
-    if not against_holdout and not against_before:
-        unknown = "what can still be extracted is not known"
-        if not undecided:
-            return f"No leak test was run: {unknown}."
-        none = f"None of the {len(undecided)} leak tests that were run was conclusive ({', '.join(undecided)})"
-        only = f"The one leak test that was run, {undecided[0]}, was not conclusive"
-        beyond = ", but for what the worst attack brought back" if has_attack else ""
-        return f"{only if len(undecided) == 1 else none}: {unknown}{beyond}."
-    sentences = []
-    if against_holdout:
-        if leaking := _leaking(against_holdout):
-            count = f"{len(leaking)} of {len(against_holdout)}"
-            sentences.append(f"Traces in {count} conclusive leak tests: {', '.join(leaking)}.")
-        else:
-            sentences.append(f"No traces in any conclusive leak test: {', '.join(against_holdout)}.")
-        if leaking and gold is not None:
-            on_gold = ", ".join(_leaking(gold)) or "none"
-            sentences.append(f"In a model that never saw the rows: {on_gold}.")
-    if against_before:
-        left = _leaking(against_before)
-        less = [name for name in against_before if name not in left]
-        said = [*([f"much is left by {', '.join(left)}"] if left else []),
-                *([f"much less by {', '.join(less)}"] if less else [])]  # fmt: skip
-        sentences.append(
-            f"Compared with the model before, {'; '.join(said)}; without a holdout it is not known whether that is "
-            "more than a model gives that never saw the rows."
-        )
-    if undecided:
-        sentences.append(f"Could not tell: {', '.join(undecided)}.")
-    return " ".join(sentences)
 
 
 def _conjunction(forget: str, retain: str | None, after_comma: bool = False) -> str:
