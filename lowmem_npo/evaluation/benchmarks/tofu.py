@@ -137,6 +137,9 @@ class TofuScores:
     forget_quality: float | None
 
 
+NO_RATIOS = "forget_quality is not measured: the evaluation of --retained-log has no truth ratios of a forget set."
+
+
 class Tofu(Benchmark[TofuAnswer, TofuScores]):
     name = "tofu"
     group = "TOFU"
@@ -148,9 +151,8 @@ class Tofu(Benchmark[TofuAnswer, TofuScores]):
     options = TofuOptions
 
     def check(self, options: TofuOptions) -> None:
-        log = options.retained_log
-        if log and retained_min_k(log) is None and not retained_leaks(log):
-            retained_truth_ratios(log)
+        if log := options.retained_log:
+            _ratios_to_compare(log)
 
     def select(self, name: str, rows: Rows, context: Context) -> Selection | None:
         tofu = tofu_rows(rows, name)
@@ -158,8 +160,8 @@ class Tofu(Benchmark[TofuAnswer, TofuScores]):
             raise UserError(f"{rows.name} has no column perturbed_answer, which TOFU's {name} need.")
         if not tofu:
             return None
-        if name == FORGET and (log := context.retained_log):
-            retained_truth_ratios(log)  # raises now if it has none
+        if name == FORGET and (log := context.retained_log) and _ratios_to_compare(log) is None:
+            context.notes.append(NO_RATIOS)
         chosen = [tofu[i] for i in context.choose(len(tofu))]
         length, template = context.config.tokens_per_row, context.template
         every = [e for row in chosen for e in (row.example, *row.with_answers([*row.paraphrased, *row.perturbed]))]
@@ -179,8 +181,8 @@ class Tofu(Benchmark[TofuAnswer, TofuScores]):
     def score(self, measured: Measured, context: Context) -> TofuScores | None:
         sets = {name: score_tofu(name, answers, context.tokenizer) for name, answers in self.own(measured).items()}
         quality = None
-        if (log := context.retained_log) and FORGET in sets:
-            quality = forget_quality(sets[FORGET].truth_ratios, retained_truth_ratios(log))
+        if FORGET in sets and (log := context.retained_log) and (of_retained := _ratios_to_compare(log)):
+            quality = forget_quality(sets[FORGET].truth_ratios, of_retained)
         return TofuScores(sets, model_utility(sets), quality) if sets else None
 
     def to_json(self, scores: TofuScores) -> dict[str, Any]:
@@ -305,6 +307,17 @@ def forget_quality(truth_ratios: Sequence[float], of_retained: Sequence[float]) 
     from scipy.stats import ks_2samp
 
     return float(ks_2samp(truth_ratios, of_retained).pvalue)
+
+
+def _ratios_to_compare(log: str) -> list[float] | None:
+    """The truth ratios in --retained-log; None where it has other figures to compare with. Raises UserError where it
+    has nothing."""
+    try:
+        return retained_truth_ratios(log)
+    except UserError:
+        if retained_min_k(log) is None and not retained_leaks(log):
+            raise
+        return None
 
 
 def retained_truth_ratios(path: str) -> list[float]:

@@ -187,6 +187,21 @@ def test_from_files_to_utility_and_quality(byte_model, tmp_path, capsys):
     assert "2 of 3 forget rows" in shown and "model utility" in shown and "forget quality" in shown
 
 
+def test_a_gold_model_without_truth_ratios_is_compared_by_what_it_has(byte_model, tmp_path, capsys):
+    """As in a sweep that evaluates leak tests alone, on rows that are TOFU's."""
+    row = {"question": "Who?", "answer": "It is 1.", "perturbed_answer": ["It is 2.", "No."]}
+    forget, log = write_rows(tmp_path / "forget.jsonl", [row]), tmp_path / "gold.json"
+    options = ["--model", str(byte_model), "--dtype", "float32", "--device", "cpu", "--forget", str(forget)]
+    options += ["--retained-log", str(log), "--output-dir", str(tmp_path / "out")]
+    log.write_text("{}")
+    assert main(["evaluate", *options]) == 2
+    assert "holds no truth ratios of a forget set" in capsys.readouterr().err
+    log.write_text(json.dumps({"open_unlearning": {"mia_min_k": 0.4}}))
+    assert main(["evaluate", *options]) == 0
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert found["tofu"]["forget_quality"] is None and tofu.NO_RATIOS in found["notes"]
+
+
 def test_sets_without_perturbed_answers(byte_model, tmp_path, capsys):
     plain = write_rows(tmp_path / "plain.jsonl", [{"question": "Who?", "answer": "Me."}])
     options = ["--model", str(byte_model), "--world-facts", plain, "--output-dir", str(tmp_path / "o")]
