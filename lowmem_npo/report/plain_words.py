@@ -186,8 +186,7 @@ def _remains(content: Content) -> Iterator[str]:
         yield _worst(worst)
     yield ORIGINAL
     if names := list(_with_text(RunFiles(content.directory))):
-        last = f" and {names[-1]}" if len(names) > 1 else names[-1]
-        named = f"{', '.join(names[:-1])}{last}"
+        named = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
         yield f"Text of rows is in {named}, beside this report: do not pass that on with the report."
 
 

@@ -94,15 +94,12 @@ def merge(config: MergeConfig, say: Say = print) -> Path:
     return out
 
 
-IN_4_BITS = ", then 4-bit"  # weights of which figures are
-
-
 @dataclass
 class Plan:
     """What is merged into which base weights, and what is measured of it.
 
     bases: the last of them is kept unless a measurement says otherwise. rows: those measured, if any. measured: what
-    weights are called -> their figures. sentences: what these say.
+    weights are called -> their figures. rounded: whether those in 4 bits are among them. sentences: what these say.
     """
 
     bases: list[str]
@@ -110,12 +107,8 @@ class Plan:
     choose: bool = False
     four_bits: bool = False
     measured: dict[str, RowFigures] = field(default_factory=dict)
+    rounded: bool = False
     sentences: list[str] = field(default_factory=list)
-
-    @property
-    def rounded(self) -> bool:
-        """Whether the merged weights were measured in 4 bits."""
-        return any(name.endswith(IN_4_BITS) for name in self.measured)
 
     @property
     def measurements(self) -> Measurements | None:
@@ -176,7 +169,8 @@ def _measure(plan: Plan, partial: Path) -> str:
     if plan.four_bits:
         try:
             rounded = measure(partial / kept, plan.rows, four_bits=True)
-            plan.measured[MERGED_INTO[kept] + IN_4_BITS] = rounded
+            plan.measured[f"{MERGED_INTO[kept]}, then 4-bit"] = rounded
+            plan.rounded = True
             plan.sentences.append(survival(forms[kept], rounded, plan.rows.before))
         except UserError as error:
             plan.sentences.append(f"Not measured in 4 bits: {str(error).rstrip('.')}.")

@@ -100,9 +100,8 @@ def teach_models(config: RunConfig, how: TeachingOptions, inputs: Inputs, root: 
 def _recipe(config: RunConfig, how: TeachingOptions, inputs: Inputs, name: str) -> dict[str, Any]:
     """All that the model depends on."""
     base = config.model
-    name_of_base = resolve_name(base.model, base.revision)
-    recipe: dict[str, Any] = {"model": name_of_base, "weights": Base.here(name_of_base, base.revision).weights}
-    recipe |= {"revision": base.revision}
+    here = Base.here(resolve_name(base.model, base.revision), base.revision)
+    recipe: dict[str, Any] = {"model": here.name, "weights": here.weights, "revision": base.revision}
     recipe |= {"teach": how.teach, "epochs": how.teach_epochs, "lr": how.lr, "batch_size": how.teach_batch_size}
     recipe |= {"seed": config.training.seed, "dtype": base.dtype, "qlora": base.qlora and how.teach == "lora"}
     return recipe | {"rows": rows_fingerprint(lessons(inputs)[name])}
