@@ -9,4 +9,4 @@ work_venv
 "$PYTHON" -m uv pip install --quiet --python "$PYTHON" --resolution lowest-direct --editable "$ROOT[test,eval]" ||
     fail "the oldest releases could not be installed (see uv's message above)."
 cd "$ROOT"
-"$PYTHON" -m pytest -n auto --dist loadfile "$@" || fail "tests failed (pytest's exit code $?)."
+"$PYTHON" -m pytest -n auto --dist loadfile --slow "$@" || fail "tests failed (pytest's exit code $?)."

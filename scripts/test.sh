@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs into .venv and runs the tests, one file at a time on each core; at least 90% of the lines must be covered.
 # Arguments go to pytest, and coverage is then not measured: bash scripts/test.sh tests/kernels -k chunks
-# --full runs the long forms of tests as well: many kills, disks that fill at every write, 20,000 generated files.
+# --slow runs also what takes 7 s and more and is like a shorter test; --full the long forms too, for hours: many kills,
+# disks that fail at every write, 20,000 generated files.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 setup_venv test

@@ -37,14 +37,16 @@ def pytest_addoption(parser):
         "--matrix", choices=["sample", "full", "write"], default="sample",
         help="columns of docs/architectures.md: some for each architecture, all, or all, written anew",
     )  # fmt: skip
-    parser.addoption("--full", action="store_true", help="the long forms of tests, and those marked full")
+    parser.addoption("--slow", action="store_true", help="also the tests marked slow")
+    parser.addoption("--full", action="store_true", help="the long forms of tests, and those marked full or slow")
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--full"):
-        for item in items:
-            if item.get_closest_marker("full"):
-                item.add_marker(pytest.mark.skip(reason="takes long: bash scripts/test.sh --full"))
+    full = config.getoption("--full")
+    runs = {"slow": full or config.getoption("--slow"), "full": full}
+    for item in items:
+        for marker in (marker for marker in runs if not runs[marker] and item.get_closest_marker(marker)):
+            item.add_marker(pytest.mark.skip(reason=f"takes long: bash scripts/test.sh --{marker}"))
 
 
 @pytest.fixture(scope="session")

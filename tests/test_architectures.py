@@ -56,10 +56,12 @@ from lowmem_npo.model.saved_adapter import load_adapter
 COLUMNS = ["gradients", "packed", "bf16", "QLoRA", "switches", "fused", "estimate", "evaluate", "merge"]
 # What a plain run tries besides the gradients, in turn.
 SAMPLES = [
-    ["bf16", "evaluate", "merge"],
-    ["switches", "QLoRA", "packed"],
-    ["packed", "estimate", "fused"],
+    ["bf16", "merge"],
+    ["switches", "QLoRA"],
+    ["packed", "estimate"],
+    ["evaluate", "merge"],
     ["switches", "bf16"],
+    ["packed", "fused"],
 ]
 VOCABULARY = 258  # of the byte tokenizer
 FORGET, RETAIN = random_rows(3, 1, VOCABULARY), random_rows(3, 2, VOCABULARY)

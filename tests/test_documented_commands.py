@@ -16,18 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.documents import (
-    DOCS,
-    DOCUMENTS,
-    ROOT,
-    blocks,
-    check_options,
-    each_document,
-    options_of,
-    options_of_script,
-    read,
-    tables,
-)
+from helpers.documents import DOCS, DOCUMENTS, ROOT, blocks, check_options, options_of, options_of_script, read, tables
 from helpers.rows import write_rows
 
 from lowmem_npo.cli import COMMANDS, main
@@ -181,7 +170,10 @@ def desk(finished_run, taught_model, tmp_path, monkeypatch) -> Desk:
     return Desk(tmp_path, taught_model)
 
 
-@each_document
+@pytest.mark.parametrize(
+    "document",
+    [pytest.param(at, id=at.name, marks=[pytest.mark.slow] if at.name == "memory.md" else []) for at in DOCUMENTS],
+)
 def test_every_command_runs(document, desk, capsys):
     commands: list[list[str]] = []
     output = ""

@@ -45,7 +45,9 @@ def whole(byte_model, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow)]
+)
 def test_a_job_that_is_ended_saves_first(number, code, byte_model, whole, tmp_path):
     def as_started_from_a_shell() -> None:  # under nohup, as tests may run, SIGHUP is ignored, and so it is by a run
         signal.signal(number, signal.SIG_DFL)

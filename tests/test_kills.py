@@ -97,6 +97,7 @@ def test_killed_at_two_file_events(command, own_disk):
     print(f"{check(whole, own_disk, [[('kill', 2), ('kill', whole.events // 2)]])} kills at file events, the same bits")
 
 
+@pytest.mark.slow
 def test_a_disk_that_fails(command, own_disk):
     """From some file event on it has no more room, takes no more writes, or its directory is gone. The command ends
     with a sentence, or needs the disk no more; then it goes on, or begins anew without a directory."""

@@ -119,7 +119,9 @@ def test_the_kernels_tests_need_nothing_but_what_they_name(bare_machine, tmp_pat
         assert f"No module named '{module}'" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["kernels", "memory-512", "speed", "quality"])
+@pytest.mark.parametrize(
+    "name", ["kernels", "memory-512", *(pytest.param(name, marks=pytest.mark.slow) for name in ("speed", "quality"))]
+)
 def test_a_benchmark_can_be_imported_with_the_packages_that_its_piece_names(name, bare_machine):
     bare_machine(*PIECES[name].needs)
     command = [sys.executable, PIECES[name].commands[0].split()[0], "--help"]

@@ -105,6 +105,7 @@ def test_contract_is_checked_for_our_engines_only_and_a_nan_breaks_it():
         assert line.startswith("torch at KL 1e-04: c.kl off by")
 
 
+@pytest.mark.slow
 def test_check_runs_from_anywhere_and_writes_what_it_printed(tmp_path):
     """The real command, as a user types it, without the peers that are compiled or interpreted at length."""
     path = tmp_path / "check.json"

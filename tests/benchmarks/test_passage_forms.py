@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from benchmarks.passage_forms import FORMS, TOKENS, main
 
 COMMITTED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "cpu" / "passage_forms.json"
 
 
+@pytest.mark.slow
 def test_a_small_run(tmp_path):
     assert main(["--quick", "--out", str(tmp_path / "out.json")]) == 0
     before, *results = json.loads((tmp_path / "out.json").read_text())["results"]

@@ -83,6 +83,7 @@ def test_a_whole_run_in_small(tmp_path, monkeypatch):
     assert short != long, "the checkpoint and the end are two adapters"
 
 
+@pytest.mark.slow
 def test_lume_runs_and_its_absence_is_reported(shared_data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(paper_rows, "ROWS", ((1.0, 0.5),))
     out = tmp_path / "q.json"

@@ -268,6 +268,7 @@ def test_the_real_rows(kind, shared_data, tmp_path):
         assert len(kinds) == 6 and not subjects["forget"] & subjects["retain"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_real_model_in_small(kind, shared_data, byte_model, tmp_path, monkeypatch):
     """On a tiny model: taught by full fine-tuning, forgotten by the command, attacked, scored."""

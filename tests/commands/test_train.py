@@ -211,7 +211,9 @@ def alone(byte_model, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate launch"])
+@pytest.mark.parametrize(
+    "launcher", [pytest.param(TORCHRUN, id="torchrun", marks=pytest.mark.slow), pytest.param(ACCELERATE, id="launch")]
+)
 def test_two_processes_give_the_gradient_of_one(launcher, alone, byte_model, tmp_path):
     """Five rows do not divide over two processes, and answers differ in length: a mean of means would differ."""
     arguments = ["-m", "lowmem_npo", "train", "--model", str(byte_model), *OF_TWO, "--ddp-backend", "gloo"]

@@ -56,7 +56,10 @@ BUDGETS = {  # GiB without CUDA context
 }
 
 
-@pytest.mark.parametrize(("name", "tokens", "memory", "budget"), BUDGETS.values(), ids=list(BUDGETS))
+@pytest.mark.parametrize(
+    ("name", "tokens", "memory", "budget"),
+    [pytest.param(*of, id=name, marks=[pytest.mark.slow] if "32B" in name else []) for name, of in BUDGETS.items()],
+)
 def test_budget(name, tokens, memory, budget):
     result = estimate(run(tokens, memory), known_config(name))
     assert result.peak_bytes <= budget * GIB, f"{gib(result.peak_bytes)}: {result.by_kind}"
@@ -82,6 +85,7 @@ def shallow(layers: int = 3, name: str = SMALL):
     return architecture
 
 
+@pytest.mark.slow
 def test_the_search_knows_what_the_adapter_rules_out(tmp_path):
     """A trained embedding is not moved to the host, and a first adapter is not for fewer layers than it has."""
     adapter = AdapterConfig(modules_to_save=("embed_tokens",))
@@ -188,6 +192,7 @@ def test_a_joint_pass_counts_what_both_parts_keep(short_rows):
     assert calls[0] == calls[1] == calls[255] > 1.5 * calls[256]
 
 
+@pytest.mark.slow
 def test_joint_passes_take_as_many_tokens_as_fit_where_they_save_time(short_rows):
     architecture, gpu = shallow(3), named("rtx-4090")
     needed = {

@@ -172,7 +172,7 @@ def test_host_memory_is_checked_and_said_before_anything_is_loaded(byte_model, t
     assert "--stream-weights keeps the weights in host memory, which takes" in err
 
 
-@pytest.mark.parametrize("streams", [True, False])
+@pytest.mark.parametrize("streams", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_budget_that_streams_nothing_needs_no_place_to_stream_from(
     streams, byte_model, tmp_path, monkeypatch, capsys
 ):

@@ -114,6 +114,7 @@ def operations(work) -> list[Operation]:
     return [operation for _, some in work for operation in some]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recomputed", "reference", "passes"), [("on", "work", 8), ("on", "later_work", 6), ("off", "work", 6),
                                             ("off", "later_work", 4)],

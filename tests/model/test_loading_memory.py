@@ -75,7 +75,9 @@ def original_olmo(folder):
     return sum(tensor.numel() * 2 for tensor in weights.values())
 
 
-@pytest.mark.parametrize("make", [native, original_olmo], ids=["native", "original OLMo in one float32 file"])
+@pytest.mark.parametrize(
+    "make", [native, pytest.param(original_olmo, id="original OLMo in one float32 file", marks=pytest.mark.slow)]
+)
 def test_the_peak_is_the_final_size_and_one_tensor(make, byte_model, tmp_path):
     in_bf16 = make(tmp_path)
     environment = {

@@ -245,6 +245,7 @@ def test_a_checkpoint_has_been_measured_and_a_signal_adds_no_measurement(taught_
     assert saved == [(2, [0]), (4, [0, 4]), (6, [0, 4, 6])]
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together(whole, taught_model, tmp_path):
     """Step 10 is where one process stops; two must end there, both, with the same weights within rounding."""
     stop, kept = expected(whole, "forget-at-holdout")

@@ -162,6 +162,7 @@ def test_terms_that_cannot_be_used(byte_model, tmp_path):
         trainer_of(byte_model, tmp_path, own=nothing).train()
 
 
+@pytest.mark.slow
 def test_an_installed_package_brings_a_term_by_name(byte_model, tmp_path, capsys, monkeypatch):
     (tmp_path / "mine.py").write_text(
         "def half(objective, policy, reference, totals):\n"

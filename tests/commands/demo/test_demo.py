@@ -99,6 +99,7 @@ def test_gold_and_base_differ_in_data_only(demo):
     assert not any(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_a_second_run_only_unlearns_anew(demo):
     result, _ = demo
     taught = {

@@ -223,6 +223,7 @@ def test_resume_measures_and_teaches_only_what_is_missing(whole, desk, capsys):
     assert "was made with other settings (epochs)" in error and "\n" not in error.strip()
 
 
+@pytest.mark.slow
 def test_a_sweep_is_resumed_however_its_directory_is_spelled_and_wherever_it_lies(desk, tmp_path, monkeypatch, capsys):
     """Its runs begin with the model that it taught, and were compared with others of its own."""
     shutil.copytree(desk, ours := tmp_path / "ours", ignore=lambda *_: ("swept",))
@@ -292,11 +293,14 @@ def reverse(rows: Path) -> None:
     rows.write_text("\n".join(reversed(rows.read_text().splitlines())) + "\n")
 
 
+NOT_SETTINGS = ["[]", "7", '{"digests": 7}', '{"digests": [1]}', ""]
+
+
 def double(weights: Path) -> None:
     save_file({name: 2 * weight for name, weight in load_file(weights).items()}, weights, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("damaged", ["[]", "7", "{}", '{"digests": 7}', '{"digests": [1]}', '"', ""])
+@pytest.mark.parametrize("damaged", ["{}", '"', *(pytest.param(text, marks=pytest.mark.slow) for text in NOT_SETTINGS)])
 def test_an_evaluation_whose_settings_are_damaged_is_named(damaged, whole, desk, capsys):
     settings = runs(whole)["npo"][0] / "evaluation" / "settings.json"
     sound = settings.read_text()
@@ -314,8 +318,8 @@ def test_an_evaluation_whose_settings_are_damaged_is_named(damaged, whole, desk,
     "part",
     [
         {"leaks": {"extraction": {"meaning": 3, "leaks": None}}},
-        {"tofu": "high"},
-        {"leaks": {}, "worst_attack": {"value": "high"}},
+        pytest.param({"tofu": "high"}, marks=pytest.mark.slow),
+        pytest.param({"leaks": {}, "worst_attack": {"value": "high"}}, marks=pytest.mark.slow),
         {"open_unlearning": {"privleak": 10**400}},
     ],
 )

@@ -227,6 +227,7 @@ def test_a_longer_sweep_continues_its_runs(taught_model, tmp_path, capsys):
     assert (tmp_path / "o" / "micro-batch-size=2" / "seed-42" / "checkpoint-4").is_dir()
 
 
+@pytest.mark.slow
 def test_runs_of_other_lengths_are_no_configuration(byte_model, tmp_path, capsys):
     """A finished one is neither averaged with shorter ones nor taken for a longer one, however its length is given."""
     given = options(byte_model, tmp_path / "o", "--batch-size", str(LIMIT), "--reference", "live", "--eval-rows", "1")
@@ -292,6 +293,7 @@ def test_what_a_sweep_refuses(taught_model, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["o"]
 
 
+@pytest.mark.slow
 def test_a_budget_that_only_streaming_meets_is_refused(byte_model, tmp_path, capsys, monkeypatch):
     """As --stream-weights is, which a sweep has not; said by each run, before any weights load."""
     deep = tmp_path / "deep"  # more layers than the two that streaming keeps
