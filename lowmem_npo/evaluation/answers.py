@@ -166,7 +166,7 @@ class AnswerEvaluation:
             squares = sum((change - mean) * (change - mean) for change in changes)
             return (squares / (len(pairs) - 1) / len(pairs)) ** 0.5
 
-        return {measure: error(measure) for measure in ("rouge_l_recall", "probability")}
+        return {measure: error(measure) for measure in ("rouge_l_recall", "probability", "appears")}
 
     def placed(self, places: Sequence[int], rows_in_set: int) -> AnswerEvaluation:
         """The same of rows that are at `places` of a larger set."""

@@ -38,7 +38,8 @@ from lowmem_npo.records import check_record
 from lowmem_npo.report.audit import Audit, base_of_run, check_reported, of_another_adapter, read_audit
 from lowmem_npo.report.figures import StagedFigure, evaluation_figures, run_figures
 from lowmem_npo.report.leak_tests import leak_sections
-from lowmem_npo.report.verdict import RULES, Verdict, judge_run
+from lowmem_npo.report.verdict import Verdict, judge_run
+from lowmem_npo.report.verdict_rules import RULES
 from lowmem_npo.run_directory import EvaluationFiles, RunFiles, check_is_run, finishing
 from lowmem_npo.training.metrics import Metrics, read_metrics
 

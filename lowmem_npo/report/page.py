@@ -28,7 +28,8 @@ from lowmem_npo.report.glossary import GLOSSARY, anchor, linked
 from lowmem_npo.report.inline_svg import bar_legend, bar_pictures, curve_pictures
 from lowmem_npo.report.leak_tests import leak_sections, shown_beside, words
 from lowmem_npo.report.plain_words import first_page
-from lowmem_npo.report.verdict import RULES, form_words, said_count
+from lowmem_npo.report.verdict import form_words, said_count
+from lowmem_npo.report.verdict_rules import RULES
 from lowmem_npo.run_directory import RunFiles, from_here
 
 LONGEST = 600  # characters of a text that an example shows

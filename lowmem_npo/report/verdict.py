@@ -1,8 +1,4 @@
-"""The first sentences of a report: what the figures say, and no more.
-
-The rules are few, and the report states them (`RULES`). Each looks at the share that is left of what was there before,
-because no fixed number means the same for a model that recited and for one that half remembered.
-"""
+"""The first sentences of a report: what the figures say by the rules of `verdict_rules`, and no more."""
 
 from __future__ import annotations
 
@@ -16,39 +12,20 @@ from lowmem_npo.evaluation.answer_table import FORGET, GENERAL, NOT_GENERATED, R
 from lowmem_npo.evaluation.answers import AnswerSummary, part_of
 from lowmem_npo.evaluation.asking import CHAT, PLAIN, REWORDED
 from lowmem_npo.evaluation.figures import shares, side_by_side
-from lowmem_npo.evaluation.leaks.contract import MARGIN, LeakResults
+from lowmem_npo.evaluation.leaks.contract import LeakResults
 from lowmem_npo.evaluation.leaks.worst import WorstAttack, worst_attacks
 from lowmem_npo.report.leak_sentence import leak_sentence, leaking_tests
-
-KNOWN = 0.5  # ROUGE-L recall before; with less, and hardly an answer said, there was little to forget
-SAID, MOSTLY_SAID = 0.05, 0.5  # shares of answers: that may still appear, and of a set that is said on the whole
-REMAINS = 0.5  # of recall and probability
-UNTOUCHED = 0.9
-KEPT, DAMAGED = 0.95, 0.75  # of recall, and of probability
-GENERAL_KEPT = 0.85  # of the recall of general answers
-BEYOND_CHANCE = 2  # standard errors of a change
-OVERDONE = 1.3  # times the NLL of a model that never saw the rows
-
-RULES = (
-    f"“No longer says”: at most {SAID:.0%} of the measured forget answers appear in what the model says (or at most "
-    f"{SAID:.0%} more than from a model that never saw them), answer probability is at most half of what it was, and "
-    f"so is ROUGE-L recall, or recall is at most {SAID} above that of such a model. “Still says”: recall is above "
-    f"{UNTOUCHED:.0%} of what it was, and so is either the share of answers that appear or the probability. “Still "
-    "says as much as before”: the same, where under "
-    f"{MOSTLY_SAID:.0%} of the answers appeared before and appear now, or at most {SAID:.0%} now. “In part”: anything "
-    f"between. “Hardly said”: before, ROUGE-L recall was below {KNOWN} and at most {SAID:.0%} of the answers "
-    "appeared; what else the model knows was not measured. “Recites” stands for “says” where all rows are texts that "
-    "the model goes on with. Where the forget rows are asked in several forms, the one counts in which the most is "
-    f"left. “Still says what it was to keep”: recall and probability on retain rows are at least {KEPT:.0%} of what "
-    f"they were; below {DAMAGED:.0%} of either, much is lost, and the one that decided is named. “General questions "
-    f"as before”: the same of rows that nothing was trained on, with {GENERAL_KEPT:.0%} for recall. Either rows stand "
-    f"for others, so a fall counts if it is over {BEYOND_CHANCE} times its standard error over the rows, else all is "
-    "as before “as far as the rows can tell”; where that error is not known, as of a single row, a fall counts on "
-    "retain rows, and not on general questions. “Overdone”: no longer said, and less likely than a uniform guess over "
-    f"the vocabulary, or their NLL is over {OVERDONE} times that of a model that never saw them. “Worst attack”: what "
-    "brings back most of all that the leak tests try, beyond what it gives for rows that the model never saw; a "
-    f"trace, if it is more than {MARGIN} above that, or above what it brings from a model that never saw the forget "
-    "rows."
+from lowmem_npo.report.verdict_rules import (
+    BEYOND_CHANCE,
+    DAMAGED,
+    GENERAL_KEPT,
+    KEPT,
+    KNOWN,
+    MOSTLY_SAID,
+    OVERDONE,
+    REMAINS,
+    SAID,
+    UNTOUCHED,
 )
 
 FORGET_WORDS = {
@@ -64,6 +41,7 @@ FORM_WORDS = {CHAT: "through its chat template", PLAIN: "without its chat templa
 RETAIN_WORDS = {
     "kept": "still says what it was to keep",
     "unsure": "still says what it was to keep, as far as the rows can tell",
+    "doubtful": "may have lost much of what it was to keep (too few rows to tell)",
     "worse": "has lost some of what it was to keep",
     "damaged": "has lost much of what it was to keep",
     "other rows": "what it was to keep was measured on other rows than before",
@@ -72,17 +50,20 @@ RETAIN_WORDS = {
 HARDLY_SAID_WORDS = {  # of rows to keep that it hardly said before
     "kept": "is as before on what it was to keep",
     "unsure": "is as before on what it was to keep, as far as the rows can tell",
+    "doubtful": "may be much worse than before on what it was to keep (too few rows to tell)",
     "worse": "is worse than before on what it was to keep",
     "damaged": "is much worse than before on what it was to keep",
 }
 GENERAL_WORDS = {
     "kept": "answers general questions as before",
     "unsure": "answers general questions as before, as far as the rows can tell",
+    "doubtful": "may answer general questions much worse (too few rows to tell)",
     "worse": "answers general questions less well",
     "damaged": "answers general questions much worse",
 }
 KEPT_STATES = ("kept", "unsure")
-MEASURES = {"rouge_l_recall": "recall", "probability": "probability"}  # that decide on rows to keep
+# What decides on rows to keep, and how it is called.
+MEASURES = {"rouge_l_recall": "recall", "probability": "probability", "appears": "the share of answers that appear"}
 
 
 OTHER_WORDS = (
@@ -255,9 +236,11 @@ def gives_numbers(*stages: Mapping[str, AnswerSummary]) -> bool:
 
 
 def _forget_state(before: AnswerSummary, after: AnswerSummary, gold: AnswerSummary | None) -> str:
-    if _hardly_said(before):
-        return "unknown"
     by_chance = _said(gold) if gold else 0
+    if _hardly_said(before):
+        if _said(after) <= max(SAID, _said(before)) + by_chance:
+            return "unknown"
+        return "untouched" if _said(after) >= MOSTLY_SAID else "as much"
     recall = _remains(before.rouge_l_recall, after.rouge_l_recall)
     probability = _remains(before.probability, after.probability)
     # What a model that never saw the rows says by chance does not count against this one.
@@ -318,16 +301,21 @@ def _hardly_said(before: AnswerSummary) -> bool:
 
 def _kept(name: str, before: AnswerSummary, after: AnswerSummary, errors: Mapping[str, float]) -> Kept:
     found = [Kept()]
+    whole = name == RETAIN and after.rows == after.rows_in_set  # which stand for no others
     unknown = math.inf if name == GENERAL else 0.0  # own rows to keep count where nothing is known of chance
     for measure, words in MEASURES.items():
         was, now = getattr(before, measure), getattr(after, measure)
+        answers = measure == "appears"
+        if answers and (name == GENERAL or None in (was, now) or was < MOSTLY_SAID):
+            continue  # answers that were seldom said as they are written may be worded otherwise
         # Of general answers the wording is free: it changes where nothing is lost.
-        enough = GENERAL_KEPT if (name, measure) == (GENERAL, "rouge_l_recall") else KEPT
+        enough = DAMAGED if answers else GENERAL_KEPT if (name, measure) == (GENERAL, "rouge_l_recall") else KEPT
         if (left := _remains(was, now)) >= enough:
             continue
-        state = "damaged" if left < DAMAGED else "worse"
-        if was - now <= BEYOND_CHANCE * errors.get(measure, unknown):
-            state = "unsure"
+        much = left < DAMAGED and not answers  # a word that differs is enough for an answer not to appear
+        state = "damaged" if much else "worse"
+        if was - now <= BEYOND_CHANCE * (0.0 if whole else errors.get(measure, unknown)):
+            state = "doubtful" if much else "unsure"
         fell = " to ".join(side_by_side([was, now], decimals=2))
         found.append(Kept(state, left, f" What decided is {words}, which fell from {fell}."))
     return max(found, key=lambda kept: (kept.severity, -kept.left))

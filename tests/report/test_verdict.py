@@ -9,7 +9,8 @@ import pytest
 
 from lowmem_npo.evaluation.answers import AnswerSummary
 from lowmem_npo.evaluation.leaks.contract import LeakResult
-from lowmem_npo.report.verdict import FORGET_WORDS, GENERAL_WORDS, RETAIN_WORDS, RULES, judge_evaluation, judge_run
+from lowmem_npo.report.verdict import FORGET_WORDS, GENERAL_WORDS, RETAIN_WORDS, judge_evaluation, judge_run
+from lowmem_npo.report.verdict_rules import RULES
 
 
 def summary(exact=0.0, recall=0.0, probability=0.0, nll=5.0, rows=100, of=100, appears=None):
@@ -242,14 +243,33 @@ def test_the_measure_that_decided_on_what_was_lost_is_named(after, decided):
 
 
 def test_a_fall_on_rows_to_keep_that_their_scatter_explains_is_not_told_as_a_loss():
-    before, after = summary(0.3, 0.472, 0.2, 2.1), summary(0.4, 0.333, 0.25, 1.9)
-    measured = stages(retain=after, before_retain=before)
-    for error, state, tone in ((0.069, "damaged", "bad"), (0.07, "unsure", "good"), (None, "damaged", "bad")):
-        errors = {} if error is None else {"retain": {"rouge_l_recall": error}}  # twice it: 0.138, 0.140
-        told = judge_run(measured, 50304, {}, errors)
-        assert told.headline.endswith(f"{RETAIN_WORDS[state]}."), error
-        assert any("recall, which fell from 0.47 to 0.33." in sentence for sentence in told.sentences)
-        assert told.tone == tone
+    """Of what may be much, it is said that it may be; of all rows there are, nothing is left to chance."""
+
+    def told(now, error, of=1000):
+        measured = stages(
+            retain=summary(0.4, now, 0.25, 1.9, of=of), before_retain=summary(0.3, 0.472, 0.2, 2.1, of=of)
+        )
+        verdict = judge_run(measured, 50304, {}, {"retain": {"rouge_l_recall": error}} if error else {})
+        assert any(f"recall, which fell from 0.47 to {now:.2f}." in sentence for sentence in verdict.sentences)
+        state = next(state for state, words in RETAIN_WORDS.items() if verdict.headline.endswith(f"{words}."))
+        return state, verdict.tone
+
+    assert told(0.333, 0.069) == told(0.333, None) == told(0.333, 0.07, of=100) == ("damaged", "bad")
+    assert told(0.333, 0.07) == ("doubtful", "mixed")  # twice it: 0.140
+    assert told(0.373, 0.05) == ("unsure", "good") and told(0.373, 0.049) == ("worse", "mixed")
+
+
+def test_answers_to_keep_that_no_longer_appear_are_lost():
+    """Though a word of each may be all that changed: a name, a year."""
+    one_word = summary(0.0, 0.965, 0.955, 0.05)
+    verdict = judge_run(stages(retain=one_word), 50304, {})
+    assert verdict.headline.endswith(f"but it {RETAIN_WORDS['worse']}.") and verdict.tone == "mixed"
+    assert any("the share of answers that appear, which fell from 1.00 to 0.00." in said for said in verdict.sentences)
+    for kept in (
+        stages(retain=summary(0.75, 0.965, 0.955)),
+        stages(retain=one_word, before_retain=summary(0.49, 1, 1)),
+    ):
+        assert judge_run(kept, 50304, {}).headline.endswith(f"and {RETAIN_WORDS['kept']}.")
 
 
 def test_what_is_said_in_no_form_and_a_single_row():
@@ -265,6 +285,15 @@ def test_what_is_said_in_no_form_and_a_single_row():
 def test_what_is_known_in_another_form_alone():
     measured = asked_in(stages(before=summary(0.0, 0.1, 0.05)), plain=(RECITED, summary(0.5, 0.6, 0.5)))
     assert f"asked without its chat template, {FORGET_WORDS['partly']}" in judge_run(measured, 50304, {}).headline
+
+
+@pytest.mark.parametrize(("said", "state"), [(0.05, None), (0.06, "as much"), (0.5, "untouched"), (1.0, "untouched")])
+def test_a_form_in_which_it_says_more_than_before_counts(said, state):
+    """Though it hardly said anything in it then."""
+    measured = asked_in(stages(), plain=(summary(0.05, 0.3, 0.1), summary(said, 0.3, 0.1)))
+    verdict = judge_run(measured, 50304, {})
+    told = f"asked without its chat template, {FORGET_WORDS[state]}" if state else FORGET_WORDS["forgotten"]
+    assert told in verdict.headline and verdict.tone == ("bad" if state else "good")
 
 
 @pytest.mark.parametrize(
@@ -390,13 +419,15 @@ def test_without_rows_to_keep_utility_is_that_of_general_questions(after, state,
     verdict = judge_run(measured, 50304, {}, exact)
     assert GENERAL_WORDS[state] + "." in verdict.headline and verdict.tone == tone
     single = judge_run(measured, 50304, {}).headline  # how far its answers scatter is not known
-    assert GENERAL_WORDS["kept" if state == "kept" else "unsure"] + "." in single
+    unsure = {"kept": "kept", "worse": "unsure", "damaged": "doubtful"}[state]
+    assert GENERAL_WORDS[unsure] + "." in single
     assert any("No rows to keep were named" in sentence for sentence in verdict.sentences)
     # A fall that the sampling of the rows explains is not said; neither is it taken for none.
     falls = {measure: getattr(measured["before"]["general"], measure) - getattr(after, measure) for measure in MEASURED}
-    for errors, words in ((0.49, state), (0.51, "kept" if state == "kept" else "unsure")):  # of each fall
+    for errors, words in ((0.49, state), (0.51, unsure)):  # of each fall
         told = judge_run(measured, 50304, {}, {"general": {name: errors * fall for name, fall in falls.items()}})
-        assert GENERAL_WORDS[words] + "." in told.headline and told.tone == ("good" if words == "unsure" else tone)
+        tones = {"unsure": "good", "doubtful": "mixed"}
+        assert GENERAL_WORDS[words] + "." in told.headline and told.tone == tones.get(words, tone)
     # With general rows to keep, trained on, the worse of the two counts, and it is said which that is.
     both = stages(retain=summary(0.0, 0.1, 0.0))
     both["before"]["general"], both["after"]["general"] = summary(0.0, 0.4, 0.2), after
