@@ -26,12 +26,16 @@ CLAIMED: dict[Path, os.stat_result] = {}  # resolved directory -> its status whe
 LINGER = 10.0  # seconds in which the data loaders of a killed process end, which hold its lock until then
 
 
+class InUse(UserError):
+    """Another process holds the directory."""
+
+
 @contextmanager
 def claimed(directory: Path, say: Say = print) -> Iterator[None]:
     """Makes `directory`, if there is none, and holds it for this process alone. What was made and is still empty in the
     end is removed.
 
-    Raises UserError if another process holds it (with that one's id and start), or if it cannot be written. A later
+    Raises InUse if another process holds it (with that one's id and start), UserError if it cannot be written. A later
     failure to read or write becomes Vanished if the directory is gone by then; an interruption says that it is.
     """
     made = [path for path in [directory, *directory.parents] if not path.exists()]
@@ -117,7 +121,7 @@ def workspace(directory: Path, say: Say = print) -> Iterator[None]:
 
 
 def check_unclaimed(directory: Path) -> None:
-    """Raises UserError if another process holds `directory`; writes nothing."""
+    """Raises InUse if another process holds `directory`; writes nothing."""
     with suppress(OSError):
         lock = os.open(directory / LOCK, os.O_RDONLY)
         try:
@@ -177,11 +181,9 @@ def _may_live(holder: dict[str, Any]) -> bool:
     return not holder or holder["host"] != socket.gethostname() or os.path.exists(f"/proc/{holder['pid']}")
 
 
-def _held(directory: Path) -> UserError:
+def _held(directory: Path) -> InUse:
     holder = _holder(directory)
     by = "another process"
     if holder:
         by = f"process {holder['pid']} on {holder['host']}, begun {holder['began']}"
-    return UserError(
-        f"--output-dir '{directory}' is in use by {by}: wait until it has ended, or choose another directory."
-    )
+    return InUse(f"--output-dir '{directory}' is in use by {by}: wait until it has ended, or choose another directory.")

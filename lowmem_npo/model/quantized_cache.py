@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lowmem_npo.claim import workspace
+from lowmem_npo.claim import InUse, workspace
 from lowmem_npo.console import Say, silent
 from lowmem_npo.environment import package_version
 from lowmem_npo.errors import UserError
@@ -151,9 +151,7 @@ class CacheEntry:
         try:
             with workspace(self._partial, silent):
                 yield Writer(self._partial / "entry", self, say)
-        except UserError as error:
-            if "is in use" not in str(error):
-                raise
+        except InUse:
             raise UserError(
                 f"--quantized-cache: the weights are not kept: another run is writing '{self.path}'."
             ) from None
