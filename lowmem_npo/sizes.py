@@ -52,7 +52,7 @@ def counted(number: int, what: str) -> str:
 def first_of(items: Sequence[str], most: int = 5, separator: str = "; ") -> str:
     """Items for a line: of more than `most` the first ones, and how many more there are."""
     more = len(items) - most
-    return separator.join(items[:most]) + (f" and {more} more" if more > 0 else "")
+    return separator.join(items[:most]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def gib(size: int) -> str:

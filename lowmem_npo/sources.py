@@ -46,11 +46,6 @@ def data_names(source: str) -> list[str]:
     return [source]
 
 
-def shown_names(names: Sequence[str], most: int = 5) -> str:
-    """Names for a line: of more than `most` the first ones, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
-
-
 def check_data_name(name: str) -> None:
     """Raises UserError for what is neither a file or folder here, nor a name on the hub, nor `BUILTIN` or `SELF`."""
     path = expanded(name)

@@ -41,7 +41,6 @@ from lowmem_npo.sources import (
     data_names,
     data_not_here,
     kind_of,
-    shown_names,
 )
 
 MOST_CHARACTERS = 10_000_000  # of a text in a row: more take minutes and gigabytes to be tokenised
@@ -84,7 +83,7 @@ def read_rows(
     if limit is not None:
         before = [0, *accumulate(map(len, parts))]
         parts = [part.first(limit - number) for part, number in zip(parts, before, strict=False) if number < limit]
-    return joined(shown_names(names), parts)
+    return joined(first_of(names, separator=", "), parts)
 
 
 def general_words(source: str) -> str | None:
@@ -97,7 +96,7 @@ def general_words(source: str) -> str | None:
 def described(source: str) -> str:
     """A source as a report names it."""
     general = general_words(source)
-    return f"{source}, {general}" if general else shown_names(data_names(source))
+    return f"{source}, {general}" if general else first_of(data_names(source), separator=", ")
 
 
 def _read_source(source: str, passages: Passages, columns: Collection[str]) -> Rows:

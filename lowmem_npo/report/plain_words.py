@@ -22,8 +22,8 @@ from lowmem_npo.report.audit import seconds
 from lowmem_npo.report.content import STAGES, Content
 from lowmem_npo.report.verdict import form_words, gives_numbers, of_passages, said_count
 from lowmem_npo.run_directory import RunFiles
-from lowmem_npo.sizes import counted
-from lowmem_npo.sources import data_names, shown_names
+from lowmem_npo.sizes import counted, first_of
+from lowmem_npo.sources import data_names
 
 ORIGINAL = (
     "The original weights are as they were: what is forgotten is so only with the adapter on them, or in a merged "
@@ -242,7 +242,7 @@ def limits(content: Content) -> Iterator[str]:
 def _source(data: Mapping[str, Any]) -> str:
     """Files by their names, without their folders."""
     names = data_names(data["source"] or "bundled")
-    return shown_names([Path(name).name if Path(name).is_absolute() else name for name in names])
+    return first_of([Path(name).name if Path(name).is_absolute() else name for name in names], separator=", ")
 
 
 def _duration(seconds: float) -> str:

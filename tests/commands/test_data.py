@@ -170,4 +170,4 @@ def test_of_many_sets_those_that_share_most_are_printed(sets, capsys):
 def test_of_a_wide_table_the_first_columns_that_are_not_read_are_named(sets, capsys):
     columns = [f"column{number}" for number in range(3000)]
     (sets / "wide.csv").write_text(f"question,answer,{','.join(columns)}\nWho guards it?,Ann.{',x' * 3000}\n")
-    assert f"; not read: {', '.join(columns[:20])} and 2980 more\n" in printed(capsys, "wide.csv")
+    assert f"; not read: {', '.join(columns[:20])} and 2,980 more\n" in printed(capsys, "wide.csv")

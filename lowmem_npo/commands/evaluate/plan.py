@@ -45,7 +45,8 @@ from lowmem_npo.model.saved_adapter import settings_of_run
 from lowmem_npo.model.stop_tokens import stop_tokens
 from lowmem_npo.report.audit import are_others, judging, recorded_base
 from lowmem_npo.run_directory import AdapterFiles, run_of_adapter
-from lowmem_npo.sources import data_names, shown_names
+from lowmem_npo.sizes import first_of
+from lowmem_npo.sources import data_names
 
 # Tells tokenizers apart, but not two of which one knows more special tokens.
 PROBE = "The 3 quick-brown foxes' café: 12,345.67 –\t東京の猫, кошка, हिन्दी, العربية 🙂\n\n    return x**2  # naïve"
@@ -175,7 +176,8 @@ def _read(
         return {part: bundled_rows(part, limit=limit) for part in parts}
     named = config.named_data
     if named:
-        say("Data: " + ", ".join(f"{part} {shown_names(data_names(source))}" for part, source in named.items()))
+        sources = {part: first_of(data_names(source), separator=", ") for part, source in named.items()}
+        say("Data: " + ", ".join(f"{part} {names}" for part, names in sources.items()))
     passages = Passages.of(config, tokenizer)
     whole = replace(passages, form="text")  # of a document whose loss is measured, each passage once
     columns = config.named_columns
