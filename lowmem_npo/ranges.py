@@ -16,6 +16,7 @@ from annotated_types import Interval, MinLen
 from lowmem_npo.errors import UserError
 
 MOST, LARGEST = 2**31 - 1, 1e6
+SHOWN = 200  # characters of a text in a message
 
 Count = Annotated[int, Interval(ge=1, le=MOST)]
 CountOrNone = Annotated[int, Interval(ge=0, le=MOST)]
@@ -80,10 +81,10 @@ def shown(value: Any) -> str:
     return shortened(str(value) if isinstance(value, (int, float)) else repr(value))
 
 
-def shortened(text: str, most: int = 200) -> str:
+def shortened(text: str) -> str:
     """A text for a message, on one line."""
     text = " ".join(text.split())
-    return text if len(text) <= most else f"{text[:most]}…"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
 @cache

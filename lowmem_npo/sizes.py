@@ -22,9 +22,9 @@ def parse_size(text: str, option: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def amount(size: int, decimals: int = 1) -> str:
+def amount(size: int) -> str:
     """For people, in the largest unit of which there is one: "5.4 GiB", "64.0 MiB"."""
-    return _in_unit(size, _unit_of(size), decimals)
+    return _in_unit(size, _unit_of(size), 1)
 
 
 def compared(*sizes: int, decimals: int = 1) -> list[str]:

@@ -15,7 +15,6 @@ from annotated_types import Interval
 from lowmem_npo.commands.arguments import check_inputs, parse_options
 from lowmem_npo.commands.spellings import join_sources
 from lowmem_npo.config import DataConfig, DataOptions, ModelConfig, ModelOptions
-from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
 from lowmem_npo.files import expanded
 from lowmem_npo.libraries import quiet_libraries
@@ -120,7 +119,7 @@ def main(arguments: Sequence[str]) -> None:
     inspect(options)
 
 
-def inspect(options: DataCommand, say: Say = print) -> None:
+def inspect(options: DataCommand) -> None:
     """Prints what is in the sets.
 
     Raises:
@@ -142,7 +141,7 @@ def inspect(options: DataCommand, say: Say = print) -> None:
         from lowmem_npo.model.stop_tokens import stop_tokens
         from lowmem_npo.model.trial import check_architecture
 
-        config.model = resolve_name(config.model, config.revision, say)
+        config.model = resolve_name(config.model, config.revision, print)
         tokenizer = load_tokenizer(config)
         architecture = load_config(config)
         if options.ask:
@@ -155,20 +154,20 @@ def inspect(options: DataCommand, say: Say = print) -> None:
     check_some_have(columns, options.prompt_column, options.answer_column)
     shared = _shared(sets, options.near)
     for place, one in enumerate(sets):
-        say("\n".join(_described(one, options, tokenizer, template)))
-        say("\n".join(shared[place, place].lines(one, one)) + "\n")
+        print("\n".join(_described(one, options, tokenizer, template)))
+        print("\n".join(shared[place, place].lines(one, one)) + "\n")
     both = list(combinations(range(len(sets)), 2))
     if len(both) > PAIRS_OF_SETS:
         sharing = sorted((pair for pair in both if shared[pair].number), key=lambda pair: -shared[pair].number)
-        say(f"{len(sharing)} of {len(both)} pairs of sets share rows, or have some that are nearly the same\n")
+        print(f"{len(sharing)} of {len(both)} pairs of sets share rows, or have some that are nearly the same\n")
         both = sharing[:PAIRS_OF_SETS]
     for a, b in both:
-        say("\n".join([f"{sets[a].title} and {sets[b].title}", *shared[a, b].lines(sets[a], sets[b])]) + "\n")
+        print("\n".join([f"{sets[a].title} and {sets[b].title}", *shared[a, b].lines(sets[a], sets[b])]) + "\n")
     if config is not None and tokenizer is not None and options.ask:
         from lowmem_npo.data.fit import check_fit
 
-        check_fit(architecture, tokenizer, [one.tokenized for one in sets], say)
-        say("\n".join(_answers(sets, config, tokenizer, options.ask)))
+        check_fit(architecture, tokenizer, [one.tokenized for one in sets], print)
+        print("\n".join(_answers(sets, config, tokenizer, options.ask)))
 
 
 def _read(

@@ -48,40 +48,34 @@ def text_key(example: Example) -> str:
     return re.sub(rf"(?<={UNSPACED}) | (?={UNSPACED})", "", _normalised(example))
 
 
-def near_duplicates(
-    one: Sequence[Example], other: Sequence[Example] | None = None, *, at_least: float = NEAR
-) -> Iterator[tuple[Any, Any, Any]]:
-    """Pairs of examples of `one` and `other` whose texts have a Jaccard similarity of at least `at_least`, many at a
-    time, as arrays: the place of either, and the similarity; pairs within `one`, the earlier first, if there is no
-    other. Exact copies, but for case, whitespace and Unicode form, have 1, and so have texts that repeat the same runs.
+def near_duplicates(examples: Sequence[Example], *, at_least: float = NEAR) -> Iterator[tuple[Any, Any, Any]]:
+    """Pairs of examples whose texts have a Jaccard similarity of at least `at_least`, many at a time, as arrays: the
+    place of either, the earlier first, and the similarity. Exact copies, but for case, whitespace and Unicode form,
+    have 1, and so have texts that repeat the same runs.
 
     The similarity of two texts is that of their sets of shingles, here runs of `SHINGLE` characters (Broder 1997;
     Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, chapter 3). It is exact, and no pair is missed.
     """
     import numpy as np
 
-    texts = [_normalised(example) for example in one]
-    others = texts if other is None else [_normalised(example) for example in other]
-    left, right = _runs(texts, [] if other is None else others, SHINGLE)
-    right = left if other is None else right
-    sizes, other_sizes = left.getnnz(axis=1), right.getnnz(axis=1)
-    columns = right.T.tocsc()
-    for begin, i, j in _possible(left, right, at_least):
-        kept = (i < j) | (other is not None)
-        i, j = i[kept], j[kept]
-        if len(i) > DENSE * CHUNK * len(others):
-            shared = (left[begin : begin + CHUNK] @ columns).toarray()[i - begin, j]
+    runs = _runs([_normalised(example) for example in examples], SHINGLE)
+    sizes, columns = runs.getnnz(axis=1), runs.T.tocsc()
+    for begin, i, j in _possible(runs, at_least):
+        earlier = i < j
+        i, j = i[earlier], j[earlier]
+        if len(i) > DENSE * CHUNK * len(examples):
+            shared = (runs[begin : begin + CHUNK] @ columns).toarray()[i - begin, j]
         else:
-            shared = left[i].multiply(right[j]).sum(axis=1)
+            shared = runs[i].multiply(runs[j]).sum(axis=1)
         shared = np.asarray(shared).ravel()
-        similarity = shared / (sizes[i] + other_sizes[j] - shared)
+        similarity = shared / (sizes[i] + sizes[j] - shared)
         alike = similarity >= at_least
         yield i[alike], j[alike], similarity[alike]
 
 
-def _possible(left: Any, right: Any, at_least: float) -> Iterator[tuple[int, Any, Any]]:
-    """Pairs of a row of `left` and one of `right`, both of `_runs`, that may have this similarity, of CHUNK rows at a
-    time: the first of these, and the places of either.
+def _possible(runs: Any, at_least: float) -> Iterator[tuple[int, Any, Any]]:
+    """Pairs of rows of `runs`, made by `_runs`, that may have this similarity, of CHUNK rows at a time: the first of
+    these, and the places of either.
 
     Similar texts share that part of either's runs, so of the runs in a fixed order, so many of the first ones (prefix
     filters: Chaudhuri, Ganti and Kaushik 2006; Wang, Li and Feng 2012). In the order from the rarest on, few others do,
@@ -89,22 +83,17 @@ def _possible(left: Any, right: Any, at_least: float) -> Iterator[tuple[int, Any
     """
     import numpy as np
 
-    def first_runs(runs: Any) -> tuple[Any, Any]:
-        """The first runs of each text, and how many of them similar texts share at least."""
-        sizes = np.diff(runs.indptr)
-        needed = np.ceil(at_least * sizes - 1e-6).clip(min=1)
-        shared = np.ceil(PREFIX * needed)
-        place = np.arange(runs.nnz) - np.repeat(runs.indptr[:-1], sizes)
-        first = runs.copy()
-        first.data = (place < np.repeat(sizes - needed + shared, sizes)).astype(runs.dtype)
-        first.eliminate_zeros()
-        return first, shared
-
-    (one, least), (other, other_least) = first_runs(left), first_runs(right)
-    other = other.T.tocsr()
-    for begin in range(0, one.shape[0], CHUNK):
-        both = (one[begin : begin + CHUNK] @ other).tocoo()
-        enough = both.data >= np.minimum(least[both.row + begin], other_least[both.col])
+    sizes = np.diff(runs.indptr)
+    needed = np.ceil(at_least * sizes - 1e-6).clip(min=1)
+    least = np.ceil(PREFIX * needed)  # of the first runs of a text, how many similar texts share
+    place = np.arange(runs.nnz) - np.repeat(runs.indptr[:-1], sizes)
+    first = runs.copy()
+    first.data = (place < np.repeat(sizes - needed + least, sizes)).astype(runs.dtype)
+    first.eliminate_zeros()
+    columns = first.T.tocsr()
+    for begin in range(0, first.shape[0], CHUNK):
+        both = (first[begin : begin + CHUNK] @ columns).tocoo()
+        enough = both.data >= np.minimum(least[both.row + begin], least[both.col])
         yield begin, both.row[enough] + begin, both.col[enough]
 
 
@@ -126,7 +115,7 @@ def _overlapping(texts: Sequence[str]) -> list[tuple[int, int]]:
     pairs: list[tuple[int, int]] = []
     if len(texts) < 2:
         return pairs
-    runs, _ = _runs(texts, [], RUN)
+    runs = _runs(texts, RUN)
     sizes, columns = runs.getnnz(axis=1), runs.T.tocsc()
     for begin in range(0, len(texts), CHUNK):
         shared = (runs[begin : begin + CHUNK] @ columns).tocoo()
@@ -136,13 +125,13 @@ def _overlapping(texts: Sequence[str]) -> list[tuple[int, int]]:
     return pairs
 
 
-def _runs(texts: Sequence[str], others: Sequence[str], length: int) -> tuple[Any, Any]:
-    """Which text, a row, has which run of `length` characters, a column, those of the fewest texts first; of `others`,
-    the same. A text that is shorter than a run is one. A run is known by 64 bits of it."""
+def _runs(texts: Sequence[str], length: int) -> Any:
+    """Which text, a row, has which run of `length` characters, a column, those of the fewest texts first. A text that
+    is shorter than a run is one. A run is known by 64 bits of it."""
     import numpy as np
     from scipy.sparse import csr_matrix
 
-    padded = [text.ljust(length, "\0") for text in (*texts, *others)]
+    padded = [text.ljust(length, "\0") for text in texts]
     characters = np.frombuffer("".join(padded).encode("utf-32-le", "surrogatepass"), dtype="<u4").astype("uint64")
     known = np.zeros(max(0, len(characters) - length + 1), dtype="uint64")
     for place in range(length):
@@ -162,7 +151,7 @@ def _runs(texts: Sequence[str], others: Sequence[str], length: int) -> tuple[Any
     runs.indices = rank[runs.indices].astype(runs.indices.dtype)
     runs.has_sorted_indices = False
     runs.sort_indices()
-    return runs[: len(texts)], runs[len(texts) :]
+    return runs
 
 
 def refuse_overlap(

@@ -132,8 +132,6 @@ def test_near_duplicates_have_the_similarity_of_their_shingles():
         if i < j and similarity(one, other) >= 0.2
     }
     assert found(near_duplicates(examples, at_least=0.2)) == pytest.approx(expected)
-    both = found(near_duplicates(examples[:3], examples[3:], at_least=0.01))
-    assert {*both} == {(i, j) for i in range(3) for j in range(5) if similarity(texts[i], texts[3 + j]) >= 0.01}
 
 
 def found(pairs):
