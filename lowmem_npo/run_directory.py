@@ -165,8 +165,13 @@ def check_is_run(directory: Path) -> None:
         raise UserError(f"There is no run in '{directory}' (no run.yaml): give the --output-dir of `lowmem-npo train`.")
 
 
-def run_of_adapter(folder: Path) -> RunFiles:
-    """The run that wrote the adapter in `folder`, the run's own directory or one of its checkpoints."""
+def run_of_adapter(adapter: str | Path) -> RunFiles:
+    """The run that wrote the adapter in a directory, its own or one of its checkpoints, wherever links lead."""
+    return run_around(expanded(adapter).resolve())
+
+
+def run_around(folder: Path) -> RunFiles:
+    """The same, under the name that `folder` has, which links do not change."""
     return RunFiles(folder.parent if folder.name.startswith("checkpoint-") else folder)
 
 

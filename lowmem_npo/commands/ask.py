@@ -286,7 +286,7 @@ def load(options: AskOptions, say: Say) -> Asked:
     stream_layers(model, streaming, resolve_device(config.device))
     decoding = options.max_new_tokens, options.temperature, options.seed
     together = at_once(BATCH_SIZE, TOGETHER, streaming.stream_weights)
-    schema = (recorded_schema(run_of_adapter(folder.resolve()).path) if is_adapter else None) or QUESTIONS
+    schema = (recorded_schema(run_of_adapter(folder).path) if is_adapter else None) or QUESTIONS
     fit = Fit.of(base)
     fit.check_padding(tokenizer)
     asked = Asked(model, tokenizer, fit, template, sides, *decoding, together, schema)

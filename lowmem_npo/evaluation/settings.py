@@ -21,7 +21,7 @@ from lowmem_npo.evaluation.options import FREE, SET
 from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE
 from lowmem_npo.files import expanded
 from lowmem_npo.ranges import MOST, Count, Seed
-from lowmem_npo.run_directory import RunFiles, run_of_adapter
+from lowmem_npo.run_directory import RunFiles, run_around
 
 DATA_SETS = ("forget", "retain", "holdout")
 DEFAULT_DIRECTORY = "lowmem-npo-evaluation"
@@ -104,7 +104,7 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
             names = ("forget", "retain", *(["holdout"] if self.leaks else []))
             known |= {name: run.get(name) for name in names}
             if self_rows(known["retain"]) is not None and self.adapter is not None:
-                known["retain"] = str(run_of_adapter(expanded(self.adapter)).self_written)
+                known["retain"] = str(run_around(expanded(self.adapter)).self_written)
             known |= {name: getattr(self, name) or run.get(name) for name in ("prompt_column", "answer_column")}
             known["paraphrase_column"] = self.paraphrase_column or run.get("paraphrase_column")
         return replace(self, **known)

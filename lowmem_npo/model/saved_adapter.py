@@ -73,7 +73,7 @@ def base_of_adapter(folder: str) -> str:
     base = _named_base(folder)
     if base is None:
         raise UserError(f"The adapter in '{folder}' does not name the model that it was trained on: give --model.")
-    run = run_of_adapter(expanded(folder).resolve())
+    run = run_of_adapter(folder)
     if not expanded(base).is_dir() and (is_path(base) or _was_directory(run)):
         places = dict.fromkeys([expanded(base).absolute(), *places_of(run, settings_of_run(folder), base)])
         looked = " and not ".join(f"in '{place}'" for place in places)
@@ -151,7 +151,7 @@ def settings_of_run(folder: str) -> dict[str, Any]:
     """run.yaml of the run that left the adapter in `folder`, the run's directory or a checkpoint in it, what it names
     found from here; empty where there is none. Raises UserError where it is damaged: figures of rows that are written
     otherwise than in training would mislead."""
-    run = run_of_adapter(expanded(folder).resolve())
+    run = run_of_adapter(folder)
     if not run.run_yaml.is_file():
         return {}
     return places_from_here(run, run.settings())
@@ -224,7 +224,7 @@ def _named_base(folder: str) -> str | None:
     base, run = _configuration(folder).get("base_model_name_or_path"), settings_of_run(folder)
     if not (isinstance(base, str) and base.strip()):
         return None
-    return from_here(run_of_adapter(expanded(folder).resolve()), run, base) if run else base
+    return from_here(run_of_adapter(folder), run, base) if run else base
 
 
 def _was_directory(run: RunFiles) -> bool:

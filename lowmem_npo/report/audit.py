@@ -237,7 +237,7 @@ def of_another_base(directory: Path, base: Base) -> str | None:
     """What to say where the adapter in `directory` is put on `base`, another model than its run trained it on; None
     where it is not known to be one."""
     try:
-        if not base.is_other_than(base_of_run(run_of_adapter(directory.resolve()).path)):
+        if not base.is_other_than(base_of_run(run_of_adapter(directory).path)):
             return None
     except UserError:  # a damaged record, of which the report tells
         return None
@@ -334,7 +334,7 @@ def recorded_base(
 def check_recorded_base(adapter: str, name: str, revision: str | None) -> None:
     """Raises UserError if the model that `name` gives now is not the one that the adapter in the directory `adapter`
     was trained on: by the weights, wherever they lie; where those are not known, by what the adapter names."""
-    run = run_of_adapter(expanded(adapter).resolve()).path
+    run = run_of_adapter(adapter).path
     try:
         weights, changed = base_of_run(run).weights, _changed(run, name)
     except UserError:  # a damaged record, of which the report tells

@@ -142,7 +142,7 @@ def merged_card(
 
 def _verdict(adapter: Path) -> Verdict | str:
     """What the run that trained the adapter found of it, or why that is not known."""
-    run = run_of_adapter(adapter.resolve())
+    run = run_of_adapter(adapter)
     if not run.run_yaml.is_file():
         return "It is not in the directory of a run of `lowmem-npo train`."
     try:

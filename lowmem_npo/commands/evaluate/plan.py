@@ -255,7 +255,7 @@ def _judging(config: EvaluationConfig, holdout: Sequence[Example], context: Cont
     """Places of the holdout rows that the adapter may be compared with."""
     if config.adapter is None:
         return [*range(len(holdout))]
-    places = judging(run_of_adapter(expanded(config.adapter).resolve()).path, holdout)
+    places = judging(run_of_adapter(config.adapter).path, holdout)
     if not places:
         raise UserError(
             "--holdout: all of its rows set the levels of the run (--forget-level): name others to judge by."
@@ -292,7 +292,7 @@ def _are_others(config: EvaluationConfig, sources: Mapping[str, Rows]) -> bool:
     except UserError:  # rows of a benchmark that no run could forget
         return True
     try:
-        return are_others(run_of_adapter(expanded(config.adapter).resolve()).path, forget)
+        return are_others(run_of_adapter(config.adapter).path, forget)
     except UserError:  # the record is damaged, as the report says
         return False
 

@@ -101,7 +101,7 @@ def rows_of_run(config: MergeConfig, name: str, revision: str | None) -> RunRows
 
     Raises UserError if there is no run, or its data cannot be read as it was.
     """
-    run = run_of_adapter(expanded(config.adapter).resolve())
+    run = run_of_adapter(config.adapter)
     if not run.run_yaml.is_file():
         raise UserError(f"there is no run.yaml in '{run.path}', which would name the rows to measure")
     flags = ["--config", str(run.run_yaml), "--model", name, "--device", config.device]
