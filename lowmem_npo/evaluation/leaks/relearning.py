@@ -13,14 +13,14 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 from annotated_types import Interval
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks import tuned
-from lowmem_npo.evaluation.leaks.contract import Attack, LeakResult, LeakTest, Need, Subject
-from lowmem_npo.evaluation.leaks.tuned import Tuned, Tuning
+from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakTest, Need, Subject
+from lowmem_npo.evaluation.leaks.tuned import Tuned, Tuning, TuningTest
 from lowmem_npo.evaluation.options import Options
 from lowmem_npo.ranges import LARGEST, MOST, Count, Positive, shortened
 
@@ -89,18 +89,13 @@ class RelearningOptions(Options):
         lessons(self)
 
 
-class Relearning(LeakTest[RelearningOptions]):
+class Relearning(TuningTest[RelearningOptions]):
     name = "relearning"
     summary = "`extraction` of the other rows after fine-tuning on a part of them, by the worst of several attacks"
     in_words = "teaching the model some of the examples again, and letting it complete the others"
     needs = (TWO_ROWS,)
     options = RelearningOptions
-    counts = ("rows", "holdout_rows", "shown_rows", "steps")
     unlisted = (*LeakTest.unlisted, "curve")  # of an older version
-    main = "extraction_strength"
-    figures = tuned.FIGURES
-    after_only = True
-    named_by_options = True
 
     def check_rows(self, options: RelearningOptions, rows: Mapping[str, int]) -> None:
         for lesson in lessons(options):
@@ -110,14 +105,11 @@ class Relearning(LeakTest[RelearningOptions]):
                     f"{rows['forget']}; one at least must be left to ask for."
                 )
 
-    def tuning_steps(self, subject: Subject, options: RelearningOptions) -> int:
-        return sum(tuning.steps_left(subject) for tuning in self._tunings(subject, options).values())
-
     def run(self, subject: Subject, options: RelearningOptions) -> LeakResult:
         from lowmem_npo.evaluation.leaks.fine_tuning import tune
 
         wanted = lessons(options)
-        tunings = self._tunings(subject, options)
+        tunings = self.tunings(subject, options)
         if not tunings:
             return LeakResult.not_measured(NOTHING_LEFT)
         attacks = dict[str, Tuned]()
@@ -129,7 +121,7 @@ class Relearning(LeakTest[RelearningOptions]):
             result.meaning += f" Not tried, since {NOTHING_LEFT}: {'; '.join(left)}."
         return result
 
-    def _tunings(self, subject: Subject, options: RelearningOptions) -> dict[tuple[float, float], Tuning]:
+    def tunings(self, subject: Subject, options: RelearningOptions) -> dict[tuple[float, float], Tuning]:
         """(share, learning rate) -> what is taught and asked for, where anything is left to ask for."""
         near = subject.wording.sharing if subject.wording else {}  # of token ids alone less is known
         apart = ", apart" if near else ""  # of what an older version measured otherwise
@@ -140,9 +132,6 @@ class Relearning(LeakTest[RelearningOptions]):
             if rest:
                 tunings[share, lr] = Tuning(f"relearning, {share:g} shown{apart}", shown, rest, steps, lr)
         return tunings
-
-    def attacks(self, figures: Mapping[str, Any]) -> dict[str, Attack]:
-        return tuned.attacks_in(figures)
 
 
 RELEARNING = Relearning()

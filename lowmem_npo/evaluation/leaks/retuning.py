@@ -8,13 +8,11 @@ some steps, and all forget rows are asked for, and the holdout's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from lowmem_npo.evaluation.leaks import tuned
-from lowmem_npo.evaluation.leaks.contract import Attack, LeakResult, LeakTest, Need, Subject
-from lowmem_npo.evaluation.leaks.tuned import Tuned, Tuning
+from lowmem_npo.evaluation.leaks.contract import LeakResult, Need, Subject
+from lowmem_npo.evaluation.leaks.tuned import Tuned, Tuning, TuningTest
 from lowmem_npo.evaluation.options import Options
 from lowmem_npo.ranges import Count, Positive
 
@@ -34,25 +32,17 @@ class RetuningOptions(Options):
     """Learning rate of --leaks retuning."""
 
 
-class Retuning(LeakTest[RetuningOptions]):
+class Retuning(TuningTest[RetuningOptions]):
     name = "retuning"
     summary = "`extraction` after fine-tuning on the retain rows, and on general texts, by the worse of the two"
     in_words = "teaching the model other things that have nothing to do with the examples, and letting it complete them"
     needs = (OTHER_ROWS,)
     options = RetuningOptions
-    counts = ("rows", "holdout_rows", "shown_rows", "steps")
-    main = "extraction_strength"
-    figures = tuned.FIGURES
-    after_only = True
-    named_by_options = True
-
-    def tuning_steps(self, subject: Subject, options: RetuningOptions) -> int:
-        return sum(tuning.steps_left(subject) for tuning in self._tunings(subject, options).values())
 
     def run(self, subject: Subject, options: RetuningOptions) -> LeakResult:
         from lowmem_npo.evaluation.leaks.fine_tuning import tune
 
-        tunings = self._tunings(subject, options)
+        tunings = self.tunings(subject, options)
         outcomes = {name: tune(subject, tuning) for name, tuning in tunings.items()}
         attacks = {name: of[options.retune_steps] for name, of in outcomes.items() if options.retune_steps in of}
 
@@ -66,7 +56,7 @@ class Retuning(LeakTest[RetuningOptions]):
             result.meaning += f" {NO_RETAIN if subject.retain is None else ALL_FORGOTTEN}"
         return result
 
-    def _tunings(self, subject: Subject, options: RetuningOptions) -> dict[str, Tuning]:
+    def tunings(self, subject: Subject, options: RetuningOptions) -> dict[str, Tuning]:
         """Attack -> what is taught."""
         steps, lr = options.retune_steps, options.retune_lr
         taught = {"the retain rows": subject.retain, "general texts": subject.general}
@@ -75,9 +65,6 @@ class Retuning(LeakTest[RetuningOptions]):
             for words, rows in taught.items()
             if rows
         }
-
-    def attacks(self, figures: Mapping[str, Any]) -> dict[str, Attack]:
-        return tuned.attacks_in(figures)
 
 
 RETUNING = Retuning()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +13,9 @@ from lowmem_npo.evaluation.leaks.contract import (
     P_VALUE,
     Attack,
     LeakResult,
+    LeakTest,
     Meaning,
+    OptionsT,
     Subject,
     above_holdout,
     beside_holdout,
@@ -100,6 +103,28 @@ class Tuned:
         return replace(self, after=self.after | p)
 
 
+class TuningTest(LeakTest[OptionsT], abstract=True):
+    """A test that fine-tunes the model as `tunings` says, and asks it afterwards."""
+
+    counts = ("rows", "holdout_rows", "shown_rows", "steps")
+    main = STRENGTH
+    figures = FIGURES
+    after_only = True
+    named_by_options = True
+
+    @abstractmethod
+    def tunings(self, subject: Subject, options: OptionsT) -> Mapping[Any, Tuning]:
+        """What is taught and asked for."""
+
+    def tuning_steps(self, subject: Subject, options: OptionsT) -> int:
+        return sum(tuning.steps_left(subject) for tuning in self.tunings(subject, options).values())
+
+    def attacks(self, figures: Mapping[str, Any]) -> dict[str, Attack]:
+        groups = {name: of for name, of in groups_in(figures).items() if name not in NOT_ATTACKS}
+        tried = {name: attack_of(of) for name, of in (groups or {"": figures}).items()}  # one, of an older version
+        return {name: attack for name, attack in tried.items() if attack is not None}
+
+
 def judge(attacks: Mapping[str, Tuned], told: Callable[[str, Tuned, str], str]) -> LeakResult:
     """What the worst of the attacks brings back. told: what it did, of its name, its outcome and its share of an
     answer."""
@@ -133,10 +158,3 @@ def judge_made(
     if diverged:
         result.meaning += f" Not counted, since {DIVERGED}: {diverged}."
     return result
-
-
-def attacks_in(figures: Mapping[str, Any]) -> dict[str, Attack]:
-    """What each attack brought back, of the figures of a result."""
-    groups = {name: of for name, of in groups_in(figures).items() if name not in NOT_ATTACKS}
-    tried = {name: attack_of(of) for name, of in (groups or {"": figures}).items()}  # one, of an older version
-    return {name: attack for name, attack in tried.items() if attack is not None}
