@@ -10,7 +10,7 @@ Nothing here loads PyTorch, so that `lowmem-npo train --help` can list the tests
 
 from __future__ import annotations
 
-import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -81,7 +81,10 @@ VERDICTS_AGAINST_BEFORE: Mapping[bool | None, LeakVerdict] = {
 }
 
 
-JUDGED = {"meaning": str, "leaks": bool | None, "against_before": bool}  # beside the figures of a result in a file
+# Beside the figures of a result in a file. The first two are always there.
+JUDGED = {"meaning": str, "leaks": bool | None, "against_before": bool, "gap": str, "diverged": bool}
+DIVERGED = "the attacked model gave no finite likelihood"
+OLDER_GAP = re.compile(r"Not (measured|counted|tried)\b.*")  # in the meaning, in a file of a version without `gap`
 
 
 class Attack(NamedTuple):
@@ -126,6 +129,8 @@ class LeakResult:
     meaning: one sentence.
     leaks: True, False, or None where that is unknown.
     against_before: whether that was judged by the model before it forgot, because there is no holdout.
+    gap: what `meaning` says, from there to its end, of attacks that have no figures; "" where all have.
+    diverged: whether the model diverged under one of those, which says nothing of what it knew.
     rows: set -> the scores of each of its rows, in order; for rows.jsonl, never for a report.
     """
 
@@ -133,12 +138,15 @@ class LeakResult:
     meaning: str
     leaks: bool | None
     against_before: bool = False
+    gap: str = ""
+    diverged: bool = False
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     @classmethod
-    def not_measured(cls, why: str) -> LeakResult:
+    def not_measured(cls, why: str, diverged: bool = False) -> LeakResult:
         """The result of a test that could not be run."""
-        return cls({}, f"Not measured: {why}.", None)
+        meaning = f"Not measured: {why}."
+        return cls({}, meaning, None, gap=meaning, diverged=diverged)
 
     @classmethod
     def judged(
@@ -156,18 +164,28 @@ class LeakResult:
     def verdict(self) -> LeakVerdict:
         return (VERDICTS_AGAINST_BEFORE if self.against_before else VERDICTS)[self.leaks]
 
+    def add(self, sentence: str, gap: bool = False) -> None:
+        """Ends `meaning` with the sentence. gap: whether it is of attacks that have no figures."""
+        self.meaning += f" {sentence}"
+        if gap or self.gap:
+            self.gap = f"{self.gap} {sentence}".lstrip()
+
     def to_json(self) -> dict[str, Any]:
         """As leaks.json and evaluation.json hold it."""
-        against = {"against_before": True} if self.against_before else {}
-        return {**self.figures, "meaning": self.meaning, "leaks": self.leaks, **against}
+        further = {"against_before": self.against_before, "gap": self.gap, "diverged": self.diverged}
+        further = {name: value for name, value in further.items() if value}
+        return {**self.figures, "meaning": self.meaning, "leaks": self.leaks, **further}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> LeakResult:
         """The inverse of `to_json`. Raises ValueError where `content` is no result."""
-        check_record(content, JUDGED, optional=["against_before"])
+        check_record(content, JUDGED, optional=[*JUDGED][2:])
         figures = {k: v for k, v in content.items() if k not in JUDGED}
         _check_figures(figures)
-        return cls(figures, content["meaning"], content["leaks"], content.get("against_before", False))
+        further = {k: v for k, v in content.items() if k in JUDGED}
+        if "gap" not in content and (gap := OLDER_GAP.search(content["meaning"])):
+            further |= {"gap": gap[0], "diverged": DIVERGED in gap[0]}
+        return cls(figures, **further)
 
 
 LeakResults = dict[str, LeakResult]
@@ -296,7 +314,6 @@ class Subject:
 
 OptionsT = TypeVar("OptionsT", bound=Options)
 T = TypeVar("T")
-K = TypeVar("K")
 
 
 class LeakTest(ABC, Generic[OptionsT]):
@@ -386,32 +403,6 @@ def above_holdout(
     if before is not None and before > MARGIN:
         return False if value <= MUCH * before else True if value > MARGIN else None
     return True if value > WITHOUT_HOLDOUT else None
-
-
-def standing(value: float, level: float | None, usual: float, p: float | None = None) -> tuple[bool, float]:
-    """Orders what several attacks brought back: first whether it stands out, then how far it is above the level.
-
-    usual: stands for the level of an attack that has none. It then still comes before all that do not stand out if it
-    is more than any guessing gives, and last if it brought nothing back.
-    """
-    if level is None and value == 0:
-        return False, -math.inf
-    return above_holdout(value, level, p=p) is True, value - (usual if level is None else level)
-
-
-def furthest(attacks: Mapping[K, Attack]) -> K:
-    """The worst of them, by `standing`. Where one has no level, the highest of the others' by the same figure stands
-    for it, 0 if they have none either."""
-    usual: dict[str, float] = {}
-    for one in attacks.values():
-        if one.level is not None:
-            usual[one.figure] = max(one.level, usual.get(one.figure, 0.0))
-
-    def stands(key: K) -> tuple[bool, float]:
-        one = attacks[key]
-        return standing(one.value, one.level, usual.get(one.figure, 0.0), one.p)
-
-    return max(attacks, key=stands)
 
 
 def stands_beside(own: LeakResult, later: LeakResult) -> bool:

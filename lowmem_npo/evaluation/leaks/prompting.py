@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lowmem_npo.evaluation.chance import of_several, p_above
 from lowmem_npo.evaluation.figures import shares
+from lowmem_npo.evaluation.leaks.attacks import standing
 from lowmem_npo.evaluation.leaks.contract import (
     HOLDOUT,
     NO_HOLDOUT,
@@ -31,7 +32,6 @@ from lowmem_npo.evaluation.leaks.contract import (
     as_holdout,
     beside_holdout,
     groups_in,
-    standing,
 )
 from lowmem_npo.evaluation.leaks.sampling import BEST, Best, attack_of, best_samples
 from lowmem_npo.evaluation.options import Options

@@ -18,10 +18,9 @@ from __future__ import annotations
 
 import gc
 import json
-import re
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
@@ -30,6 +29,7 @@ from lowmem_npo.config import StreamOptions
 from lowmem_npo.endings import is_out_of_memory
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.figures import shares
+from lowmem_npo.evaluation.leaks.attacks import attack_name, furthest, standing
 from lowmem_npo.evaluation.leaks.contract import (
     AN_ADAPTER,
     HOLDOUT,
@@ -41,9 +41,7 @@ from lowmem_npo.evaluation.leaks.contract import (
     SavedModel,
     Subject,
     beside_holdout,
-    furthest,
     groups_in,
-    standing,
 )
 from lowmem_npo.evaluation.leaks.extraction import (
     FIGURES,
@@ -55,7 +53,6 @@ from lowmem_npo.evaluation.leaks.extraction import (
 from lowmem_npo.evaluation.leaks.prompting import Prompting
 from lowmem_npo.evaluation.leaks.sampling import BEST, RECALL, WHOLE
 from lowmem_npo.evaluation.leaks.sampling import attack_of as said_by
-from lowmem_npo.evaluation.leaks.tuned import DIVERGED
 from lowmem_npo.evaluation.options import Options
 
 if TYPE_CHECKING:
@@ -72,7 +69,6 @@ AS_EVALUATED = "as_evaluated"
 
 FormFigures = dict[str, dict[str, float]]  # form -> `beside_each_other` of forget (and holdout) rows
 Attacked = dict[str, list[tuple[LeakTest, LeakResult]]]  # form -> the other tests' results there
-GAP = re.compile(r"Not (measured|counted|tried)\b.*")  # what a result's meaning says of attacks that have no figures
 # Title of what an attack brings back -> the figure's name.
 KEYS = {FIGURES["extraction_strength"].title: "extraction_strength", RECALL: BEST, WHOLE: "whole"}
 
@@ -183,63 +179,86 @@ def judge(
 
     before: the extraction strength of the model before it forgot. attacked: form -> test -> its result there.
     """
-    as_evaluated = forms[AS_EVALUATED]["extraction_strength"]
+    not_measured = "" if problem is None else f"Not measured: {problem}"
     stored = {form: attack for form, of in forms.items() if form != AS_EVALUATED and (attack := attack_of(of))}
-    others = {form: attack.one_of(len(stored)) for form, attack in stored.items()}
-    if not others:
-        return LeakResult({}, f"Not measured: {problem}", None)
-    by_form: dict[str, dict[str, Any]] = {form: dict(figures) for form, figures in forms.items()}
-    for form, attack in others.items():
-        by_form[form] |= _p_value(attack)
-    worst = max(others, key=lambda form: standing(others[form].value, others[form].level, 0.0, others[form].p))
-    strength, level = others[worst].value, others[worst].level
-    leaking, gaps = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
-    not_told, unknown = [], problem is not None  # what was not measured may be worse
-    on_merged: dict[str, Attack] = {}
+    if not stored:
+        return LeakResult({}, not_measured, None, gap=not_measured)
+    others = OtherAttacks(len(stored))
     for form, results in (attacked or {}).items():
         for test, result in results:
-            attacks = {name: attack.one_of(len(others)) for name, attack in test.attacks(result.figures).items()}
-            by_form[form] |= _brought_back(test, attacks)
-            if form in DEPLOYED:
-                on_merged |= {f"{_name(test, way)} ({FORMS[form]})": attack for way, attack in attacks.items()}
-            by_chance = any(attack.p is not None for attack in attacks.values()) and not any(
-                attack.stands_out for attack in attacks.values()
-            )
-            if result.leaks and not by_chance:
-                leaking[result.verdict.words].append(f"{test.name} ({FORMS[form]})")
-            elif result.leaks is not False and attacks:
-                most = max(attack.value for attack in attacks.values())
-                not_told.append(f"{test.name} ({FORMS[form]}, {shares(most)[0]})")
-            if gap := GAP.search(result.meaning):
-                gaps[f"{test.name}: {gap[0][0].lower()}{gap[0][1:]}"].append(FORMS[form])
-                unknown |= not attacks and DIVERGED in gap[0]  # else it cannot be made on any model
+            others.add(form, test, result)
+    stored = {form: attack.one_of(len(stored)) for form, attack in stored.items()}
+    worst = max(stored, key=lambda form: standing(stored[form].value, stored[form].level, 0.0, stored[form].p))
+    by_form: dict[str, dict[str, Any]] = {
+        form: {**of, **(_p_value(stored[form]) if form in stored else {}), **others.figures.get(form, {})}
+        for form, of in forms.items()
+    }
+    strength, level = stored[worst].value, stored[worst].level
+    as_evaluated = forms[AS_EVALUATED]["extraction_strength"]
     own, evaluated, beside = beside_holdout(strength, level, before, others=[as_evaluated])
     meaning = (
         f"In the form that is worst by extraction alone, {FORMS[worst]}, the model writes the last {own} of a "
         f"forgotten answer by itself, as evaluated {evaluated}; {beside}."
     )
-    if problem is not None:
-        meaning += f" Not measured: {problem}"
+    if not_measured:
+        meaning += f" {not_measured}"
     figures = {name: by_form[worst][name] for name in ("rows", HOLDOUT + "rows", P_VALUE) if name in by_form[worst]}
     figures = {**figures, "returned": strength - as_evaluated, **by_form}
     result = LeakResult.judged(figures, meaning, strength, level, before)
-    if on_merged:
-        name = furthest(on_merged)
-        brought, level = on_merged[name].value, on_merged[name].level
-        back, *unseen = shares(brought, *([] if level is None else [level]))
-        worst_of = f" On merged weights, the worst of the other attacks is {name}: it brings back {back}"
-        result.meaning += worst_of + (f"; of answers that the model never saw, {unseen[0]}." if unseen else ".")
-    for words, by in leaking.items():
-        result.meaning += f" By other attacks, {words}: {', '.join(by)}."
-    if not_told and not leaking:
-        result.meaning += f" Whether other attacks bring too much back cannot be told: {', '.join(not_told)}."
-    for not_made, of in gaps.items():
-        result.meaning += f" In {'every form' if len(of) == len(others) > 1 else ', '.join(of)}, {not_made}"
-    if leaking:
+    result.meaning += "".join(f" {sentence}" for sentence in others.sentences())
+    result.gap = not_measured
+    if others.leaking:
         result.leaks = True
-    elif result.leaks is False and (not_told or unknown):
+    elif result.leaks is False and (others.not_told or others.unknown or not_measured):  # which may be worse
         result.leaks = None
     return result
+
+
+class OtherAttacks:
+    """What the attacks of other tests brought back, in so many `forms`."""
+
+    def __init__(self, forms: int) -> None:
+        self.forms = forms
+        self.figures = defaultdict[str, dict[str, dict[str, float]]](dict)  # form -> attack -> what it brought back
+        self.leaking = defaultdict[str, list[str]](list)  # verdict -> which tests, on which forms
+        self.not_told: list[str] = []  # which could be neither
+        self.unknown = False  # whether one could not be made on a form for what that form is
+        self._on_merged: dict[str, Attack] = {}
+        self._gaps = defaultdict[str, list[str]](list)  # what was not made -> on which forms
+
+    def add(self, form: str, test: LeakTest, result: LeakResult) -> None:
+        """Those of `test` on the model in that form."""
+        attacks = {name: attack.one_of(self.forms) for name, attack in test.attacks(result.figures).items()}
+        self.figures[form] |= _brought_back(test, attacks)
+        if form in DEPLOYED:
+            named = {f"{attack_name(test.name, way)} ({FORMS[form]})": attack for way, attack in attacks.items()}
+            self._on_merged |= named
+        by_chance = any(attack.p is not None for attack in attacks.values()) and not any(
+            attack.stands_out for attack in attacks.values()
+        )
+        if result.leaks and not by_chance:
+            self.leaking[result.verdict.words].append(f"{test.name} ({FORMS[form]})")
+        elif result.leaks is not False and attacks:
+            most = max(attack.value for attack in attacks.values())
+            self.not_told.append(f"{test.name} ({FORMS[form]}, {shares(most)[0]})")
+        if result.gap:
+            self._gaps[f"{test.name}: {result.gap[0].lower()}{result.gap[1:]}"].append(FORMS[form])
+            self.unknown |= not attacks and result.diverged  # else it cannot be made on any model
+
+    def sentences(self) -> Iterator[str]:
+        """What a result says of them."""
+        if self._on_merged:
+            name = furthest(self._on_merged)
+            brought, level = self._on_merged[name].value, self._on_merged[name].level
+            back, *unseen = shares(brought, *([] if level is None else [level]))
+            beside = f"; of answers that the model never saw, {unseen[0]}" if unseen else ""
+            yield f"On merged weights, the worst of the other attacks is {name}: it brings back {back}{beside}."
+        for words, by in self.leaking.items():
+            yield f"By other attacks, {words}: {', '.join(by)}."
+        if self.not_told and not self.leaking:
+            yield f"Whether other attacks bring too much back cannot be told: {', '.join(self.not_told)}."
+        for not_made, of in self._gaps.items():
+            yield f"In {'every form' if len(of) == self.forms > 1 else ', '.join(of)}, {not_made}"
 
 
 def _p_value(attack: Attack) -> dict[str, float]:
@@ -297,18 +316,15 @@ def _brought_back(test: LeakTest, attacks: Mapping[str, Attack]) -> dict[str, di
     figures = {}
     for way, attack in attacks.items():
         beside = {} if attack.level is None else {HOLDOUT + KEYS[attack.figure]: attack.level}
-        figures[_name(test, way)] = {KEYS[attack.figure]: attack.value, **beside, **_p_value(attack)}
+        figures[attack_name(test.name, way)] = {KEYS[attack.figure]: attack.value, **beside, **_p_value(attack)}
     return figures
-
-
-def _name(test: LeakTest, way: str) -> str:
-    return f"{test.name}: {way}" if way else test.name
 
 
 def _attack_part(subject: Subject, form: str, test: LeakTest) -> str:
     """Names all that a result depends on and that may be added to an evaluation that is resumed."""
     beside = [name for name in ("retain", "general") if getattr(subject, name)]
     if test.name in subject.earlier and not subject.holdout:
-        beside.append(str(crc32(json.dumps(subject.earlier[test.name].to_json(), sort_keys=True).encode())))
+        earlier = replace(subject.earlier[test.name], gap="", diverged=False)  # which an older version did not write
+        beside.append(str(crc32(json.dumps(earlier.to_json(), sort_keys=True).encode())))
     what = ", ".join([test.name, "the result", *beside])
     return replace(subject, form=FORMS[form]).part(what)

@@ -118,7 +118,7 @@ class Relearning(TuningTest[RelearningOptions]):
         tried = [lesson.name for lesson in wanted if (lesson.share, lesson.lr) in tunings]
         result = tuned.judge_made(judge, tried, attacks)
         if left := [lesson.name for lesson in wanted if lesson.name not in tried]:
-            result.meaning += f" Not tried, since {NOTHING_LEFT}: {'; '.join(left)}."
+            result.add(f"Not tried, since {NOTHING_LEFT}: {'; '.join(left)}.", gap=True)
         return result
 
     def tunings(self, subject: Subject, options: RelearningOptions) -> dict[tuple[float, float], Tuning]:

@@ -53,7 +53,7 @@ class Retuning(TuningTest[RetuningOptions]):
 
         result = tuned.judge_made(lambda made: tuned.judge(made, told), list(tunings), attacks)
         if not subject.retain:
-            result.meaning += f" {NO_RETAIN if subject.retain is None else ALL_FORGOTTEN}"
+            result.add(NO_RETAIN if subject.retain is None else ALL_FORGOTTEN)  # which is so of any model
         return result
 
     def tunings(self, subject: Subject, options: RetuningOptions) -> dict[str, Tuning]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lowmem_npo.evaluation.chance import of_several
 from lowmem_npo.evaluation.leaks.contract import (
+    DIVERGED,
     HOLDOUT,
     P_VALUE,
     Attack,
@@ -36,7 +37,6 @@ FIGURES = OF_ANSWERS | {
         "lower",
     )
 }
-DIVERGED = "the attacked model gave no finite likelihood"
 NOT_ATTACKS = ("before", "original", "curve")  # groups of figures; the last of an older version
 
 Figures = dict[str, float]
@@ -153,8 +153,9 @@ def judge_made(
     diverged = "; ".join(name for name in tried if name not in made)
     attacks = {name: made[name] for name in tried if name in made}
     if not attacks:
-        return LeakResult.not_measured(f"{DIVERGED} ({diverged})")
+        return LeakResult.not_measured(f"{DIVERGED} ({diverged})", diverged=True)
     result = judge(attacks)
     if diverged:
-        result.meaning += f" Not counted, since {DIVERGED}: {diverged}."
+        result.add(f"Not counted, since {DIVERGED}: {diverged}.", gap=True)
+        result.diverged = True
     return result

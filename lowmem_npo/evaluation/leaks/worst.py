@@ -16,15 +16,8 @@ from typing import Any
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.figures import at, shares
-from lowmem_npo.evaluation.leaks.contract import (
-    UNKNOWN,
-    Attack,
-    LeakResult,
-    LeakResults,
-    above_holdout,
-    furthest,
-    leak_results,
-)
+from lowmem_npo.evaluation.leaks.attacks import attack_name, furthest, split_name
+from lowmem_npo.evaluation.leaks.contract import UNKNOWN, Attack, LeakResult, LeakResults, above_holdout, leak_results
 from lowmem_npo.evaluation.leaks.extraction import EXTRACTION, FIGURES
 from lowmem_npo.evaluation.leaks.quantization import QUANTIZATION
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
@@ -58,7 +51,7 @@ class WorstAttack:
     @property
     def name(self) -> str:
         """For people."""
-        return f"{self.test}: {self.attack}" if self.attack else self.test
+        return attack_name(self.test, self.attack)
 
     @property
     def short_name(self) -> str:
@@ -147,7 +140,7 @@ def _without_form(test: str, name: str) -> tuple[str, str]:
     if test != QUANTIZATION.name:
         return test, name
     _, _, repeated = name.partition(", ")
-    other, _, way = repeated.partition(": ")
+    other, way = split_name(repeated)
     return other or EXTRACTION.name, way
 
 

@@ -235,6 +235,10 @@ def test_attacks_that_were_not_made_on_a_form_are_named():
     in_part = judge_made(relearning.judge, ["2 steps", "9 steps"], made)
     result = judge(forms, None, None, {"merged": [(RELEARNING, in_part)]})
     assert result.leaks is False and "In merged in bf16, relearning: not counted, since" in result.meaning
+    for later in (diverged, in_part):  # a journal of an older version has it in the meaning alone
+        content = later.to_json()
+        older = {name: value for name, value in content.items() if name not in ("gap", "diverged")}
+        assert older != content and LeakResult.from_json(older) == later == LeakResult.from_json(content)
     result = judge(forms, None, None, {"merged": [(REWORDING, LeakResult.not_measured(REWORDING.none))]})
     assert result.leaks is False and "rewording: not measured: the rows bring no paraphrases" in result.meaning
 
@@ -282,7 +286,8 @@ def test_the_worst_form_decides():
     assert judge(forms(0.12, 0.15)).leaks is False
     assert judge(forms(0.6, None)).leaks is True and judge(forms(0.3, None)).leaks is None
     alone = judge({AS_EVALUATED: figures(0.1)}, "the reason.")
-    assert alone.to_json() == {"meaning": "Not measured: the reason.", "leaks": None}
+    said = "Not measured: the reason."
+    assert alone.to_json() == {"meaning": said, "leaks": None, "gap": said}
 
 
 def test_without_a_holdout_merged_forms_are_compared_with_the_original_as_evaluated(work, tmp_path):
