@@ -28,6 +28,11 @@ def write_atomically(path: Path, text: str, *, private: bool = False) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def write_json(path: Path, content: Any, *, indent: int | None = 1, private: bool = False, **how: Any) -> None:
+    """`write_atomically` of `content` as JSON, written as `json.dumps` does by `indent` and `how`, for `load_json`."""
+    write_atomically(path, json.dumps(content, indent=indent, **how) + "\n", private=private)
+
+
 @contextmanager
 def complete(path: Path) -> Iterator[Path]:
     """Yields the name under which to write the file that is to be at `path`; it gets there once it is on the disk. If

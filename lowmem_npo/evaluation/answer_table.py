@@ -3,7 +3,6 @@
 A set may stand in it more than once: "forget, plain" are the forget rows, asked in another form than they were trained.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import cast
 from lowmem_npo.claim import make_directory
 from lowmem_npo.evaluation.answers import AnswerSummary, part_of
 from lowmem_npo.evaluation.figures import Figure, finite, side_by_side
-from lowmem_npo.files import write_atomically
+from lowmem_npo.files import write_atomically, write_json
 from lowmem_npo.run_directory import RunFiles
 from lowmem_npo.sizes import counted
 
@@ -172,7 +171,7 @@ def save_table(stages: Stages, folder: Path, name: str = "before_after") -> list
     """Writes NAME.json (full precision) and NAME.md into `folder`; returns their paths."""
     make_directory(folder)
     as_json, as_markdown = (RunFiles(folder).table(suffix, name) for suffix in ("json", "md"))
-    write_atomically(as_json, json.dumps(stages_to_json(stages), indent=2) + "\n")
+    write_json(as_json, stages_to_json(stages), indent=2)
     write_atomically(as_markdown, markdown_table(stages))
     return [as_json, as_markdown]
 

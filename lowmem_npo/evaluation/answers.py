@@ -14,7 +14,6 @@ half of its tokens, compared with the second half.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -28,7 +27,7 @@ from lowmem_npo.data.words import appears
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE
 from lowmem_npo.evaluation.wording import begins, rouge_l_recall
-from lowmem_npo.files import load_json, write_atomically
+from lowmem_npo.files import load_json, write_json
 from lowmem_npo.ranges import Count, Share
 from lowmem_npo.records import record_of
 
@@ -209,7 +208,7 @@ def save_answers(path: Path, evaluations: Mapping[str, AnswerEvaluation]) -> Non
         name: {"summary": asdict(of_set.summary), "records": [record.to_json() for record in of_set.records]}
         for name, of_set in evaluations.items()
     }
-    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n", private=True)
+    write_json(path, content, ensure_ascii=False, private=True)
 
 
 def read_answers(path: Path, output: OutputConfig | None = None) -> Evaluations:

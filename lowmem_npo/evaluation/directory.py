@@ -21,7 +21,7 @@ from lowmem_npo.evaluation.options import BESIDE, FREE
 from lowmem_npo.evaluation.result import Evaluation
 from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.settings import EvaluationConfig, EvaluationOptions, names_data, path_of
-from lowmem_npo.files import expanded, file_sha256, load_json, write_atomically
+from lowmem_npo.files import expanded, file_sha256, load_json, write_atomically, write_json
 from lowmem_npo.model.names import Base, digest_of, resolve_name
 from lowmem_npo.ranges import check_values, field_types
 from lowmem_npo.records import check_record
@@ -62,7 +62,7 @@ class EvaluationDirectory(EvaluationFiles):
         self.check()
         try:
             make_directory(self.path)
-            write_atomically(self.settings, json.dumps(self._now(), indent=2, ensure_ascii=False) + "\n")
+            write_json(self.settings, self._now(), indent=2, ensure_ascii=False)
             remember_start(self)
         except OSError as error:
             raise UserError(f"--output-dir '{self.path}' cannot be written: {error.strerror or error}.") from error
@@ -111,8 +111,7 @@ class EvaluationDirectory(EvaluationFiles):
         for benchmark in BENCHMARKS:
             if benchmark.name in evaluation.scores:
                 benchmark.save(evaluation.scores[benchmark.name], self)
-        content = json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
-        write_atomically(self.result, content + "\n")
+        write_json(self.result, evaluation.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def _is_same(name: str, value: Any, other: Any) -> bool:

@@ -30,7 +30,7 @@ from lowmem_npo.data import Example, PreparedData, TokenizedRows, bundled_rows, 
 from lowmem_npo.data.passages import Passages
 from lowmem_npo.environment import processors, versions
 from lowmem_npo.errors import UserError
-from lowmem_npo.files import expanded, file_sha256, load_json, name_of, write_atomically
+from lowmem_npo.files import expanded, file_sha256, load_json, name_of, write_json
 from lowmem_npo.model import resolve_name
 from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.names import LOADED, Base, commit_of, digest_of
@@ -424,4 +424,4 @@ def _now() -> str:
 
 
 def _write(directory: Path, audit: Audit) -> None:
-    write_atomically(RunFiles(directory).audit, json.dumps(audit, indent=1, ensure_ascii=False) + "\n")
+    write_json(RunFiles(directory).audit, audit, ensure_ascii=False)

@@ -22,7 +22,7 @@ from lowmem_npo.data import TokenizedRow
 from lowmem_npo.evaluation.benchmarks.documents import membership
 from lowmem_npo.evaluation.figures import finite, formatted, side_by_side
 from lowmem_npo.evaluation.scoring.likelihood import Likelihood, answer_likelihoods
-from lowmem_npo.files import complete, read_json_lines, write_atomically
+from lowmem_npo.files import complete, read_json_lines, write_atomically, write_json
 from lowmem_npo.model import reference_mode
 from lowmem_npo.run_directory import RunFiles, step_of
 from lowmem_npo.stop_conditions import Condition, StopEvaluation, best, held, holds
@@ -172,7 +172,7 @@ class Stopping(TrainerCallback):
             sentence=self._sentence(kept, last, ended_by, within),
         )
         content = {**asdict(outcome), "last": _line(last), "kept": _line(kept), "before": _line(start)}
-        write_atomically(self.files.stopping, json.dumps(content, indent=1) + "\n")
+        write_json(self.files.stopping, content)
         self.say(outcome.sentence)
         return outcome
 

@@ -11,7 +11,6 @@ One half of the holdout sets the levels, the other is what the run is judged by.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,7 +22,7 @@ from peft import PeftModel
 from lowmem_npo.data import PreparedData, TokenizedRows
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
-from lowmem_npo.files import load_json, write_atomically
+from lowmem_npo.files import load_json, write_json
 from lowmem_npo.model import reference_mode
 
 SEED = 0  # the halves do not depend on --seed, so that runs with several seeds can be compared
@@ -87,7 +86,7 @@ def run_levels(path: Path, model: PeftModel, data: PreparedData, batch_size: int
     if not np.isfinite([*nll["forget"], *nll["holdout"]]).all():
         raise UserError("The model gives answers no finite likelihood; its weights are damaged.")
     levels = _levels_by_form(data.forget_trained, nll["forget"], data.level_rows, nll["holdout"])
-    write_atomically(path, json.dumps({"levels": levels}) + "\n")
+    write_json(path, {"levels": levels}, indent=None)
     return levels
 
 

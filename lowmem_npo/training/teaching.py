@@ -3,7 +3,6 @@ are kept, so that they are made once."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
@@ -23,7 +22,7 @@ from lowmem_npo.claim import make_directory
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.data.tokenized_rows import num_predicted
 from lowmem_npo.errors import UserError
-from lowmem_npo.files import PARTIAL, load_json, put_in_place, write_atomically
+from lowmem_npo.files import PARTIAL, load_json, put_in_place, write_json
 from lowmem_npo.progress import Progress
 
 STAMP = "made_from.json"  # in the directory of a finished model: what it was made from
@@ -129,5 +128,5 @@ def making(directory: Path, made_from: dict[str, Any]) -> Iterator[Path]:
         shutil.rmtree(partial)
     make_directory(partial)
     yield partial
-    write_atomically(partial / STAMP, json.dumps(made_from, indent=1) + "\n")
+    write_json(partial / STAMP, made_from)
     put_in_place(partial, directory)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import time
@@ -30,7 +29,7 @@ from lowmem_npo.evaluation.answers import AnswerSummary, Evaluations, evaluate_a
 from lowmem_npo.evaluation.asking import Wording
 from lowmem_npo.evaluation.leaks.contract import LeakResults
 from lowmem_npo.evaluation.leaks.measure import measure_leaks, read_leaks, write_leaks
-from lowmem_npo.files import expanded, write_atomically
+from lowmem_npo.files import expanded, write_json
 from lowmem_npo.model.loading import resolve_device
 from lowmem_npo.report.files import write_report
 from lowmem_npo.report.picture import draw_picture
@@ -210,7 +209,7 @@ def _save(demo: DemoResult, seed: int, recipe: Recipe) -> None:
         "recipe": asdict(recipe),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    write_atomically(demo.directory / "demo.json", json.dumps(content, indent=1) + "\n")
+    write_json(demo.directory / "demo.json", content)
     save_table(demo.stages, demo.directory, name="before_after_gold")
 
 

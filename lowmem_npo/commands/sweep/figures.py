@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,7 +17,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answer_table import FORGET, MEASURES, NOT_GENERATED
 from lowmem_npo.evaluation.answers import AnswerEvaluation, part_of, read_answers
 from lowmem_npo.evaluation.figures import aligned
-from lowmem_npo.files import load_json, write_atomically
+from lowmem_npo.files import load_json, write_atomically, write_json
 from lowmem_npo.run_directory import EvaluationFiles, RunDirectory, RunFiles
 
 
@@ -279,7 +278,7 @@ def markdown_tables(result: SweepResult) -> str:
 def write_results(result: SweepResult, root: Path) -> None:
     """sweep.json (everything), sweep.csv (a line per run), sweep_means.csv (a line per baseline and configuration),
     sweep.md (the tables, and what they hold)."""
-    write_atomically(root / "sweep.json", json.dumps(asdict(result), indent=1) + "\n")
+    write_json(root / "sweep.json", asdict(result))
     write_atomically(root / "sweep.md", f"{markdown_tables(result)}\n\n{_note(result)}\n")
     _write_csv(root / "sweep.csv", result.runs)
     lines: list[dict[str, Any]] = [{"configuration": name, **figures} for name, figures in result.baselines.items()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,7 +32,7 @@ from lowmem_npo.errors import UserError, Vanished
 from lowmem_npo.evaluation.answers import read_answers, save_answers, summaries
 from lowmem_npo.evaluation.leaks.registry import leak_tests
 from lowmem_npo.evaluation.settings import EvaluationConfig
-from lowmem_npo.files import load_json, write_atomically
+from lowmem_npo.files import load_json, write_atomically, write_json
 from lowmem_npo.model import load_model
 from lowmem_npo.model.saved_adapter import settings_of_run
 from lowmem_npo.report.files import write_report
@@ -337,7 +336,7 @@ class Ledger:
         return str(directory.relative_to(self.path.parent))
 
     def _write(self) -> None:
-        write_atomically(self.path, json.dumps(self.entries, indent=1) + "\n")
+        write_json(self.path, self.entries)
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

@@ -15,7 +15,6 @@ generation counts as empty (the script reads it back from CSV as the text "nan")
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -32,7 +31,7 @@ from lowmem_npo.evaluation.benchmarks.lm_eval import LM_EVAL, MMLU_SHARE, mmlu_a
 from lowmem_npo.evaluation.figures import Figure, at
 from lowmem_npo.evaluation.rouge import rouge_l
 from lowmem_npo.evaluation.wording import other_scripts
-from lowmem_npo.files import write_atomically
+from lowmem_npo.files import write_json
 from lowmem_npo.run_directory import EvaluationFiles
 
 if TYPE_CHECKING:
@@ -206,7 +205,7 @@ class Lume(Benchmark[LumeAnswer, LumeScores]):
         return lines + totals
 
     def save(self, scores: LumeScores, files: EvaluationFiles) -> None:
-        write_atomically(files.official, json.dumps(scores.official()) + "\n")
+        write_json(files.official, scores.official(), indent=None)
 
 
 LUME = Lume()

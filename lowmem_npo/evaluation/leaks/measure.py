@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from lowmem_npo.evaluation.leaks.worst import WORST_ATTACK, worst_attacks
 from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE
 from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.scoring.scorer import Scorer
-from lowmem_npo.files import load_json, write_atomically
+from lowmem_npo.files import load_json, write_json
 from lowmem_npo.records import check_value
 
 FEW_STEPS = 20
@@ -108,7 +107,7 @@ def write_leaks(path: Path, stages: dict[str, LeakResults]) -> None:
     """leaks.json: stage ("before", "after", "gold") -> test -> result; "worst_attack" -> stage -> the worst attack."""
     content = {stage: {name: result.to_json() for name, result in tests.items()} for stage, tests in stages.items()}
     worst = {stage: attack.to_json() for stage, attack in worst_attacks(stages).items()}
-    write_atomically(path, json.dumps({**content, **({WORST_ATTACK: worst} if worst else {})}, indent=1) + "\n")
+    write_json(path, {**content, **({WORST_ATTACK: worst} if worst else {})})
 
 
 def read_leaks(path: Path) -> dict[str, LeakResults]:
