@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_npo.errors import UserError
+from lowmem_npo.sizes import compared
 
 CHUNK = 2**20  # bytes read at a time
 PARTIAL = ".partial"  # at the end of a name: being written, or left by a process that was killed then
@@ -148,6 +149,14 @@ def free_bytes(path: Path) -> int:
     """Room on the disk where `path` is, or will be."""
     path = path.absolute()
     return shutil.disk_usage(next(p for p in [path, *path.parents] if p.exists())).free
+
+
+def shortage(place: Path, needed: int, decimals: int = 1) -> tuple[str, str] | None:
+    """Where the disk of `place` has less room than is needed: how much that is and how much there is, for people."""
+    if (free := free_bytes(place)) >= needed:
+        return None
+    takes, has = compared(needed, free, decimals=decimals)
+    return takes, has
 
 
 def json_sha256(content: Any) -> str:

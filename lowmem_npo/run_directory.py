@@ -21,15 +21,14 @@ from lowmem_npo.files import (
     PARTIAL,
     expanded,
     file_in_the_way,
-    free_bytes,
     is_mount_point,
     load_json,
     missing_below,
+    shortage,
     write_atomically,
 )
 from lowmem_npo.ranges import check_values, field_types, on_or_off, shortened
 from lowmem_npo.settings_file import read_settings
-from lowmem_npo.sizes import compared
 
 SELF_WRITTEN = "self_written.jsonl"  # the texts of --retain self
 STARTED_IN = "started_in"  # the directory in which relative paths of the settings beside it begin, from here
@@ -380,8 +379,8 @@ def check_disk(config: RunConfig, trained: int, saved: int, attacker: int = 0) -
     best = 1 + checkpoints if config.stopping.stop_when else 0  # the best adapter so far, and that at each checkpoint
     needed = 4 * (saved * (1 + checkpoints) + trained * (best + 2 * checkpoints) + attacker * checkpoints)
     needed += 64 * 2**20  # tokenizer, metrics, configuration
-    if (free := free_bytes(config.output_dir)) < needed:
-        has, writes = compared(free, needed)
+    if short := shortage(config.output_dir, needed):
+        writes, has = short
         raise UserError(
             f"The disk of --output-dir '{config.output_dir}' has {has} free, the run writes up to {writes}: free some, "
             "or choose another --output-dir."

@@ -13,7 +13,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.gpus import GPUS, GPUModel
 from lowmem_npo.estimate.step import Estimate
 from lowmem_npo.estimate.time import BUS
-from lowmem_npo.files import free_bytes
+from lowmem_npo.files import shortage
 from lowmem_npo.model.loading import local_cache_entry
 from lowmem_npo.model.quantized_cache import CacheEntry
 from lowmem_npo.sizes import compared, gib
@@ -110,8 +110,8 @@ def streaming_host(
 
 
 def _check_room(folder: Path, size: int) -> None:
-    if (free := free_bytes(folder)) < size:
-        takes, has = compared(size, free, decimals=2)
+    if short := shortage(folder, size, decimals=2):
+        takes, has = short
         raise UserError(
             f"--quantized-cache: the weights take {takes}, and {has} are free in '{folder}', from where they are to be "
             "read."

@@ -33,14 +33,13 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from lowmem_npo.errors import UserError, one_line
-from lowmem_npo.files import expanded, free_bytes
+from lowmem_npo.files import expanded, shortage
 from lowmem_npo.model.adapters import adapted_weight, shared_layers
 from lowmem_npo.model.checkpoint import BESIDE_WEIGHTS, INDEX, OLD_INDEX, Checkpoint, read_json
 from lowmem_npo.model.layers import PEFT_PREFIX, adapted_layer
 from lowmem_npo.model.saved_adapter import check_finite, check_stored_patterns, more_than_lora, stored_lora
 from lowmem_npo.progress import Progress
 from lowmem_npo.run_directory import AdapterFiles
-from lowmem_npo.sizes import compared
 
 
 @dataclass(frozen=True)
@@ -199,8 +198,8 @@ def _give_factors(
 def check_space(out: Path, needed: int) -> None:
     """Raises UserError if the disk of `out` cannot hold `needed` bytes of weights, and 64 MiB of everything else."""
     needed += 64 * 2**20
-    if (free := free_bytes(out)) < needed:
-        has, takes = compared(free, needed)
+    if short := shortage(out, needed):
+        takes, has = short
         raise UserError(
             f"The disk of '{out}' has {has} free, the merged model takes {takes}: "
             "free some, or choose a directory on another disk."

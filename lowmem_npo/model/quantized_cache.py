@@ -26,10 +26,10 @@ from lowmem_npo.claim import InUse, workspace
 from lowmem_npo.console import Say, silent
 from lowmem_npo.environment import package_version
 from lowmem_npo.errors import UserError
-from lowmem_npo.files import PARTIAL, expanded, file_in_the_way, free_bytes, json_sha256, load_json, put_in_place
+from lowmem_npo.files import PARTIAL, expanded, file_in_the_way, json_sha256, load_json, put_in_place, shortage
 from lowmem_npo.model.checkpoint import INDEX, find_checkpoint
 from lowmem_npo.model.layers import decoder_layers
-from lowmem_npo.sizes import compared, gib
+from lowmem_npo.sizes import gib
 
 IDENTITY = "made_from.json"
 VERSION = 2  # of an entry's files
@@ -128,9 +128,8 @@ class CacheEntry:
         """Saves `model`; says so, or why it cannot be saved. Only one process does."""
         if not PartialState().is_main_process:
             return
-        size = model.get_memory_footprint()
-        if (free := free_bytes(self.path)) < size:
-            takes, has = compared(size, free, decimals=2)
+        if short := shortage(self.path, model.get_memory_footprint(), decimals=2):
+            takes, has = short
             say(f"--quantized-cache: the weights are not kept, they take {takes} and {has} are free.")
             return
         try:

@@ -79,7 +79,7 @@ def test_other_answers_do_not_lengthen_an_epoch(steps, reference, tmp_path):
 
 
 def test_without_room_on_the_disk_the_reference_is_live(tmp_path, monkeypatch):
-    monkeypatch.setattr("lowmem_npo.training.reference.cached.free_bytes", lambda directory: 100)
+    monkeypatch.setattr("lowmem_npo.files.free_bytes", lambda directory: 100)
     config, lines = decided(run(tmp_path))
     assert config.memory.reference == "live"
     assert any("The reference runs in every step" in line and "100 bytes free" in line for line in lines)

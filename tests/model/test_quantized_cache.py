@@ -136,7 +136,7 @@ def test_on_a_full_disk_nothing_half_written_counts(in_file, model, tmp_path):
 
 
 def test_a_disk_without_room_for_it(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("lowmem_npo.model.quantized_cache.free_bytes", lambda path: 10)
+    monkeypatch.setattr("lowmem_npo.files.free_bytes", lambda path: 10)
     _, said = loaded(model, tmp_path / "cache")
     assert "the weights are not kept" in said and "10 bytes are free" in said and not (tmp_path / "cache").exists()
 

@@ -20,7 +20,7 @@ from lowmem_npo.console import Say, silent
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.data.self_written import self_rows
 from lowmem_npo.errors import UserError
-from lowmem_npo.files import free_bytes
+from lowmem_npo.files import shortage
 from lowmem_npo.memory.checkpointing import enable_checkpointing
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model, load_tokenizer, resolve_name
@@ -70,8 +70,8 @@ def check_teaching(config: RunConfig, how: TeachingOptions, inputs: Inputs, root
         takes, has = compared(needed, available)
         raise UserError(f"--teach {how.teach} takes at least {takes}, and the {where} has {has} free{other}.")
     on_disk = len(missing) * weights * DTYPES[config.model.dtype].itemsize + 64 * 2**20
-    if (free := free_bytes(root)) < on_disk:
-        has, takes = compared(free, on_disk)
+    if short := shortage(root, on_disk):
+        takes, has = short
         raise UserError(
             f"The disk of --output-dir '{root}' has {has} free, the models of --teach take {takes}: free some, or "
             "choose another --output-dir."

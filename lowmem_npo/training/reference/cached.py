@@ -23,9 +23,9 @@ from lowmem_npo.config import ObjectiveConfig
 from lowmem_npo.data.batching import RowBatch
 from lowmem_npo.data.tokenized_rows import TokenizedRow, num_predicted
 from lowmem_npo.errors import UserError
-from lowmem_npo.files import free_bytes
+from lowmem_npo.files import shortage
 from lowmem_npo.model.layers import causal_lm
-from lowmem_npo.sizes import amount, compared
+from lowmem_npo.sizes import amount
 from lowmem_npo.training.reference.answer_file import AnswerFile
 from lowmem_npo.training.reference.identity import rows_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from lowmem_npo.training.reference.live import LiveReference
@@ -154,8 +154,8 @@ def check_cache_space(
         missing += 0 if _path(directory, name, names).exists() else size
     if not sizes:
         return "Reference cache: this objective needs no reference, so nothing is stored."
-    if (free := free_bytes(directory)) < missing:
-        takes, has = compared(missing, free)
+    if short := shortage(directory, missing):
+        takes, has = short
         raise UserError(
             f"The reference cache takes {takes}, the disk of '{directory}' has {has} free: give a --reference-dir on "
             "another disk, or use --reference live."
