@@ -207,7 +207,7 @@ def _described(one: Set, options: DataCommand, tokenizer: Any, template: Any) ->
         yield "  tokens of a row, prompt, answer and EOS"
         whole = zip(one.tokenized, one.tokenized.cut, strict=True)
         yield from histogram([len(row["input_ids"]) + cut for row, cut in whole])
-        yield from (f"  {line.removeprefix(': ')}" for line in one.tokenized.report("")[1:])
+        yield from (f"  {note}" for note in one.tokenized.notes)
 
 
 def _spread(numbers: Sequence[int]) -> str:

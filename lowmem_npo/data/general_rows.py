@@ -70,13 +70,13 @@ def general_rows(
     lines, kept = [], sorted(set(range(len(examples))) - set(related))
     if related:
         of, listed = counted(len(related), "general row"), first_of([examples[i].where for i in related])
-        lines.append(f"retain: {of} left out, which may say what is to be forgotten ({listed})")
+        lines.append(f"{of} left out, which may say what is to be forgotten ({listed})")
     tokenized = tokenize(
         [examples[index] for index in kept], tokenizer, max_length=max_length, template=template, drop_too_long=True
     )
     fitting = {example.where for example in tokenized.examples}
     if long := len(kept) - len(fitting):
-        lines.append(f"retain: {counted(long, 'row')} left out, too long for --max-length {max_length}")
+        lines.append(f"{counted(long, 'row')} left out, too long for --max-length {max_length}")
     kept = [index for index in kept if examples[index].where in fitting]
     places = [general.where(index) for index in kept]
     return replace(general, rows=[general.rows[index] for index in kept], lines=None, places=places), lines

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lowmem_npo.config import DataConfig, ObjectiveConfig, may_prefer
 from lowmem_npo.data.example import PASSAGE, Example
@@ -47,6 +47,16 @@ SCHEMAS = {
 }
 
 
+class Note(NamedTuple):
+    """What was met in a part of the data; "" is all of it."""
+
+    part: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.part}: {self.text}" if self.part else self.text
+
+
 @dataclass(frozen=True)
 class PreparedData:
     """What a run trains and evaluates on.
@@ -55,7 +65,7 @@ class PreparedData:
     forget_trained: the same in every form in which they are trained: `forget`, but under --template both.
     retain: the rows to keep, or None.
     forget_targets: what the forget term trains on: `forget_trained`, or the same prompts with a refusal (`targets`).
-    report: lines for the user: what was read, and what was truncated.
+    notes: for the user: what was read, and what was truncated.
     holdout: rows like those to forget that the model was never taught, or None: what forgotten rows are compared with.
     general: general rows that nothing is trained on, by which utility is measured where the user names no rows to keep.
     alternatives: other answers to the forget rows' prompts (`with_alternatives`), where a column has them.
@@ -69,7 +79,7 @@ class PreparedData:
     forget: TokenizedRows
     retain: TokenizedRows | None
     forget_targets: TokenizedRows
-    report: list[str]
+    notes: list[Note]
     holdout: TokenizedRows | None = None
     retain_is_unwritten: bool = False
     general: TokenizedRows | None = None
@@ -78,6 +88,11 @@ class PreparedData:
     forget_in_forms: TokenizedRows | None = None
     alternatives_are_unwritten: bool = False
     holdout_in_forms: TokenizedRows | None = None
+
+    @property
+    def report(self) -> list[str]:
+        """The notes as lines."""
+        return [*map(str, self.notes)]
 
     @property
     def forget_trained(self) -> TokenizedRows:
@@ -109,7 +124,7 @@ def prepare(
     reader = _Reader(tokenizer, data, Template.of(data, stops), Passages.of(data, tokenizer), positions)
     bundled = data.forget is None
     if bundled:
-        reader.report.append("No --forget and no --retain: using the bundled biographies of invented people.")
+        reader.note("", "No --forget and no --retain: using the bundled biographies of invented people.")
     to_forget = reader.examples("forget", data.forget)
     to_retain, unwritten = reader.to_retain(to_forget, own_texts)
     to_hold_out = reader.examples("holdout", data.holdout) if bundled or data.holdout is not None else None
@@ -136,7 +151,7 @@ def prepare(
     alternatives = None
     if number is not None and unanswered:
         alternatives = stand_in_answers(trained, number, data.max_length)
-        reader.report.append(f"forget, alternatives: {data.alternatives}, which the original model will write")
+        reader.note("forget, alternatives", f"{data.alternatives}, which the original model will write")
     elif number is not None or data.alternative_column is not None:
         alternatives = reader.tokenized("forget, alternatives", with_alternatives(to_forget))
     nobodys = is_general(data.retain) or self_rows(data.retain) is not None  # of whose rows one form may have no room
@@ -152,7 +167,7 @@ def prepare(
         forget=forget_rows,
         retain=retain_rows,
         forget_targets=targets,
-        report=reader.report,
+        notes=reader.notes,
         holdout=holdout_rows,
         retain_is_unwritten=unwritten is not None,
         general=held_out,
@@ -173,8 +188,11 @@ class _Reader:
     template: Template
     passages: Passages
     positions: Callable[[], int | None] | None = None
-    report: list[str] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
     columns: dict[str, None] = field(default_factory=dict)
+
+    def note(self, part: str, *texts: str) -> None:
+        self.notes.extend(Note(part, text) for text in texts)
 
     def examples(self, part: str, source: str | None, to_forget: Sequence[Example] = ()) -> list[Example]:
         """source: None for the bundled biographies. to_forget: what general rows must not say."""
@@ -188,7 +206,7 @@ class _Reader:
             self.columns.update(dict.fromkeys(() if rows.mixed else rows.columns))
             if part == "retain" and is_general(source):
                 rows, lines = general_rows(rows, to_forget, self.tokenizer, self.template, data.max_length)
-                self.report.extend(lines)
+                self.note(part, *lines)
         own: tuple[str, ...] = ()  # columns that rows have beside those of prompt and answer
         if part == "forget":
             own = ("alternative_column", "group_column", "paraphrase_column")
@@ -198,13 +216,11 @@ class _Reader:
         result = to_examples(rows, **columns)
         forms = dict.fromkeys(self.template.describe(example, self.tokenizer) for example in kinds(result))
         read = {spelled for name in own if (column := columns[name]) for spelled in spelled_like(column, rows)}
-        self.report.append(f"{part}: {rows.name}, {origin(rows, result, ', or '.join(forms), read)}")
-        self.report.extend(f"{part}: {note}" for note in rows.notes)
+        self.note(part, f"{rows.name}, {origin(rows, result, ', or '.join(forms), read)}")
+        self.note(part, *rows.notes)
         if part == "forget" and data.group_column and (alone := sum(one.group is None for one in result)):
             have, grouped = ("have", "are grouped by their") if alone > 1 else ("has", "is grouped by its")
-            self.report.append(
-                f"{part}: {alone} of {len(result)} rows {have} no {data.group_column}, and {grouped} text alone"
-            )
+            self.note(part, f"{alone} of {len(result)} rows {have} no {data.group_column}, and {grouped} text alone")
         return result
 
     def to_retain(
@@ -215,18 +231,16 @@ class _Reader:
         if (own := self_rows(data.retain)) is not None:
             if own_texts is not None and own_texts.exists():
                 result = self.examples("retain", str(own_texts), to_forget)
-                self.report.append(f"retain: {len(result)} texts that the original model wrote ({data.retain})")
+                self.note("retain", f"{len(result)} texts that the original model wrote ({data.retain})")
             else:
                 begun = beginnings(min(own, data.limit or own), self.tokenizer, self.template)
                 unwritten = stand_in(begun, self.tokenizer, self.template, data.max_length)
-                self.report.append(
-                    f"retain: {data.retain}, {own} texts that the original model will write once it is loaded"
-                )
+                self.note("retain", f"{data.retain}, {own} texts that the original model will write once it is loaded")
         elif data.forget is None or data.retain is not None:
             result = self.examples("retain", data.retain, to_forget)
         if data.retain is not None and (own is not None or data.retain in BUILTIN):
             near = "to hold what is near the forget rows, name rows like them"
-            self.report.append(f"retain: {described(data.retain)}; {near}")
+            self.note("retain", f"{described(data.retain)}; {near}")
         return result, unwritten
 
     def in_both_forms(self, examples: Sequence[Example]) -> list[Example]:
@@ -246,7 +260,7 @@ class _Reader:
     def tokenized(self, part: str, examples: Sequence[Example], drop_too_long: bool = False) -> TokenizedRows:
         """The same, and reports what was cut."""
         result = self.encoded(examples, drop_too_long)
-        self.report.extend(result.report(part))
+        self.note(part, result.counts, *result.notes)
         return result
 
 

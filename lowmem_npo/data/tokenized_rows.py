@@ -117,24 +117,33 @@ class TokenizedRows(Sequence[TokenizedRow]):
         )
 
     def report(self, part: str) -> list[str]:
-        """A line of counts, and one each if rows were truncated, brought special tokens or hold the text of some."""
-        lines = [
-            f"{part}: {counted(len(self), 'row')}, {self.num_tokens} tokens, {self.num_labels} of them labelled; "
-            f"the longest row has {self.longest}"
-        ]
+        """What is called `part`, in lines for the user."""
+        return [f"{part}: {line}" for line in (self.counts, *self.notes)]
+
+    @property
+    def counts(self) -> str:
+        return (
+            f"{counted(len(self), 'row')}, {self.num_tokens} tokens, {self.num_labels} of them labelled; the longest "
+            f"row has {self.longest}"
+        )
+
+    @property
+    def notes(self) -> list[str]:
+        """A line each if rows were truncated, brought special tokens or hold the text of some."""
+        lines = []
         if self.num_truncated:
             lines.append(
-                f"{part}: {counted(self.num_truncated, 'row')} cut to {self.max_length} tokens, losing the last "
+                f"{counted(self.num_truncated, 'row')} cut to {self.max_length} tokens, losing the last "
                 f"{sum(self.cut)} tokens of their answers (EOS among them); {self._advice()}"
             )
         if self.repeated:
             lines.append(
-                f"{part}: {counted(self.repeated, 'row')} with special tokens (BOS, EOS, end of turn) that are written "
+                f"{counted(self.repeated, 'row')} with special tokens (BOS, EOS, end of turn) that are written "
                 "anyway; each is written once"
             )
         if self.literal:
             lines.append(
-                f"{part}: {counted(self.literal, 'row')} with the text of special tokens inside, such as "
+                f"{counted(self.literal, 'row')} with the text of special tokens inside, such as "
                 "<|endoftext|>; it is text there, not the token"
             )
         return lines

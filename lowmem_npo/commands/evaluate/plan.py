@@ -192,7 +192,7 @@ def _read(
         forget = to_examples(sources["forget"], **config.columns)
         sources["retain"], lines = general_rows(sources["retain"], forget, tokenizer, template, config.tokens_per_row)
         for line in lines:
-            say(line)
+            say(f"retain: {line}")
     return sources
 
 

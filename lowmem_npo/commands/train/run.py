@@ -174,10 +174,9 @@ def _with_own_texts(plan: RunPlan, model: PeftModel, say: Say) -> RunPlan:
     PartialState().wait_for_everyone()
     data = read_data(config, plan.tokenizer, model_config)
     unwritten = {"retain": plan.data.retain_is_unwritten, "forget, alternatives": plan.data.alternatives_are_unwritten}
-    anew = tuple(part for part, was in unwritten.items() if was)
-    for line in data.report:
-        if line.startswith(anew):
-            say(line)
+    for note in data.notes:
+        if unwritten.get(note.part):
+            say(str(note))
     data = data if plan.data.level_rows is None else halved(data)
     check_fit(model_config, plan.tokenizer, rows_read(config, data))
     if config.output.resume:
