@@ -40,9 +40,9 @@ class StorageCounter(TorchDispatchMode):
     memory, when tensors are offloaded). `trace` is every allocation and free on the counted device type, in order.
     """
 
-    def __init__(self, device_type: str = "cuda") -> None:
+    def __init__(self, device_type: str = "cuda", kind: str = "other") -> None:
         super().__init__()
-        self.device_type, self.kind = device_type, "other"
+        self.device_type, self.kind = device_type, kind
         self.live = self.peak = self.off_device = self.off_device_peak = 0
         self.by_kind: Counter[str] = Counter()
         self.at_peak: dict[str, int] = {}
