@@ -176,8 +176,8 @@ def _read(
         return {part: bundled_rows(part, limit=limit) for part in parts}
     named = config.named_data
     if named:
-        sources = {part: first_of(data_names(source), separator=", ") for part, source in named.items()}
-        say("Data: " + ", ".join(f"{part} {names}" for part, names in sources.items()))
+        shown = {part: first_of(data_names(source), separator=", ") for part, source in named.items()}
+        say("Data: " + ", ".join(f"{part} {names}" for part, names in shown.items()))
     passages = Passages.of(config, tokenizer)
     whole = replace(passages, form="text")  # of a document whose loss is measured, each passage once
     columns = config.named_columns
