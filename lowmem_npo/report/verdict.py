@@ -86,6 +86,20 @@ class Verdict:
     sentences: list[str]
 
 
+NEVER_FINITE = Verdict(
+    "bad",
+    "The model gave no finite numbers even before training.",
+    ["Likelihoods are NaN or infinite before training already, and nothing else here means anything. Look for the "
+     "cause in the model's weights, or in their type (--dtype), first."],
+)  # fmt: skip
+DIVERGED = Verdict(
+    "bad",
+    "The model no longer gives finite numbers.",
+    ["Likelihoods are NaN or infinite: the training diverged, and nothing else here means anything. Try a smaller --lr "
+     "or another --seed first."],
+)  # fmt: skip
+
+
 class Kept(NamedTuple):
     """What became of rows to keep: a state, and how much is left by the measure that decided it, which the sentence
     `by` names."""
@@ -116,29 +130,12 @@ def judge_run(
     by_tests += [attack.sentence] if attack else []
     before, after, gold = (stages.get(stage, {}) for stage in ("before", "after", "gold"))
     if FORGET not in before or FORGET not in after:
-        why = "was made with --eval-rows 0" if unfinished is None else "has not reached its end"
-        if FORGET in after:
-            why, unfinished = "has no figures of the forget rows before training", None
-        remedy = unfinished or "`lowmem-npo evaluate --adapter` with the run's directory measures the adapter"
-        headline = "Whether the model has forgotten was not measured"
-        headline += f", but leak tests find traces{_brought_back(attack)}" if leaking else ""
-        result = "of its result only what leak tests found" if tested else "not with what result"
-        sentence = f"The run {why}: this page says what was trained, {result}; {remedy}."
-        return Verdict("unknown", f"{headline}.", [sentence, *(by_tests if tested else [])])
+        traces = f", but leak tests find traces{_brought_back(attack)}" if leaking else ""
+        return _not_measured(FORGET in after, unfinished, traces, by_tests if tested else [])
     if not gives_numbers(before):
-        return Verdict(
-            "bad",
-            "The model gave no finite numbers even before training.",
-            ["Likelihoods are NaN or infinite before training already, and nothing else here means anything. Look for "
-             "the cause in the model's weights, or in their type (--dtype), first."],
-        )  # fmt: skip
+        return NEVER_FINITE
     if not gives_numbers(after):
-        return Verdict(
-            "bad",
-            "The model no longer gives finite numbers.",
-            ["Likelihoods are NaN or infinite: the training diverged, and nothing else here means anything. Try a "
-             "smaller --lr or another --seed first."],
-        )  # fmt: skip
+        return DIVERGED
     asked = [name for name in after if part_of(name) == FORGET and name in before]
     states = {name: _forget_state(before[name], after[name], gold.get(name)) for name in asked}
     worst = max(asked, key=lambda name: (SEVERITY.index(states[name]), name == FORGET, after[name].rouge_l_recall))
@@ -180,6 +177,17 @@ def judge_run(
         sentences.append(OTHER_WORDS)
     sentences += by_tests
     return Verdict(_tone(forget, retain, bool(overdone or leaking)), headline + ".", sentences)
+
+
+def _not_measured(after: bool, unfinished: str | None, traces: str, by_tests: list[str]) -> Verdict:
+    """Without the forget rows' figures of before training, or of `after` it."""
+    why = "was made with --eval-rows 0" if unfinished is None else "has not reached its end"
+    if after:
+        why, unfinished = "has no figures of the forget rows before training", None
+    remedy = unfinished or "`lowmem-npo evaluate --adapter` with the run's directory measures the adapter"
+    result = "of its result only what leak tests found" if by_tests else "not with what result"
+    sentence = f"The run {why}: this page says what was trained, {result}; {remedy}."
+    return Verdict("unknown", f"Whether the model has forgotten was not measured{traces}.", [sentence, *by_tests])
 
 
 def judge_evaluation(

@@ -55,7 +55,7 @@ from lowmem_npo.training.sampler import EpochOfSampler, sampler_of, steps_of
 from lowmem_npo.training.script_rows import script_rows
 from lowmem_npo.training.script_words import in_script_words
 from lowmem_npo.training.sharpness import Neighbour
-from lowmem_npo.training.training_rows import training_rows
+from lowmem_npo.training.training_rows import TrainingRows, training_rows
 
 logger = logging.getLogger(__name__)
 PARTS = ("forget", "retain", "both")  # of a micro-batch
@@ -131,32 +131,15 @@ class NPOTrainer(Trainer):
                 teaching={"term": args.forget_term, "refusal": args.refusal, "group_column": args.group_column},
             )
         model = _adapted(model, peft_config, args, say)
-        asked = [name for name in ("gradient_checkpointing", "activation_checkpointing") if getattr(args, name, False)]
-        if asked:  # transformers' own acts in training mode alone, in which the layers here are not
-            enable_checkpointing(causal_lm(model))
-            args = copy.copy(args)
-            for name in asked:
-                setattr(args, name, False)
+        args = _with_own_checkpointing(model, args)
         # cuDNN's attention, PyTorch's choice on Hopper and Blackwell, plans anew for every length of a batch: about a
         # second each. For the whole process: a layer's recomputation must choose as its first pass did.
         torch.backends.cuda.enable_cudnn_sdp(False)
         args._n_gpu = min(args.n_gpu, 1)  # several GPUs are used by several processes, never by DataParallel
         neighbour = None if objective.sam is None else Neighbour(model, objective.sam)
-        rho = objective.adversary
-        goes_on = objective.attack_steps > 1
-        adversary = None if rho is None else Adversary(model, rho, args.seed, args.device, goes_on=goes_on)
         self._step_rows: list[Batch] = []  # a step's micro-batches
         self._rows = rows
-        lm = causal_lm(model)
-        if getattr(lm, "hf_device_map", None) is None and not getattr(lm, "is_quantized", False):
-            model.to(args.device)  # as the Trainer does below: a head that is taken before would stay where it is
-        head = frozen_head(model)
-        reference = LiveReference(model, head, objective)
-        if args.reference_dir is not None:
-            directory = expanded(args.reference_dir)
-            names = rows.cache_names
-            reference = CachedReference.open(reference, directory, rows.forget, rows.retain, processing_class, names)
-        self.passes = Passes(model, head, objective, reference, adversary, 2 if rows.alternatives else 1)
+        self.passes = _passes(model, args, objective, rows, processing_class)
         if forget_levels is not None:
             self.push_up_to(forget_levels)
         if args.should_save:  # else transformers would, also one that has been removed meanwhile
@@ -429,3 +412,36 @@ def _adapted(
     check_head(model)
     check_causal(model)
     return model
+
+
+def _with_own_checkpointing(model: PeftModel, args: NPOConfig) -> NPOConfig:
+    """Where layers are to be recomputed, the arguments without that: transformers' own acts in training mode alone, in
+    which the layers here are not, so that of this package is on instead."""
+    asked = [name for name in ("gradient_checkpointing", "activation_checkpointing") if getattr(args, name, False)]
+    if asked:
+        enable_checkpointing(causal_lm(model))
+        args = copy.copy(args)
+        for name in asked:
+            setattr(args, name, False)
+    return args
+
+
+def _passes(
+    model: PeftModel,
+    args: NPOConfig,
+    objective: ObjectiveConfig,
+    rows: TrainingRows,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Passes:
+    """What a micro-batch goes through: the model with its head, the reference, the adversary."""
+    rho, goes_on = objective.adversary, objective.attack_steps > 1
+    adversary = None if rho is None else Adversary(model, rho, args.seed, args.device, goes_on=goes_on)
+    lm = causal_lm(model)
+    if getattr(lm, "hf_device_map", None) is None and not getattr(lm, "is_quantized", False):
+        model.to(args.device)  # as the Trainer does later: a head that is taken before would stay where it is
+    head = frozen_head(model)
+    reference = LiveReference(model, head, objective)
+    if args.reference_dir is not None:
+        directory, names = expanded(args.reference_dir), rows.cache_names
+        reference = CachedReference.open(reference, directory, rows.forget, rows.retain, tokenizer, names)
+    return Passes(model, head, objective, reference, adversary, 2 if rows.alternatives else 1)

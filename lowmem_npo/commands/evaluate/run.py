@@ -86,73 +86,103 @@ def measure(
     plan: EvaluationPlan, say: Say, load: Callable[[ModelConfig, Say], PreTrainedModel] | None = None
 ) -> Evaluation:
     """The evaluation itself. load: gives the base model, which is left with the adapter on it; None: from its files."""
-    config, context, selected, leak_rows = plan.config, plan.context, plan.selected, plan.leak_rows
-    directory = plan.directory
+    config, directory = plan.config, plan.directory
     directory.check()
-
-    model: PreTrainedModel | PeftModel
-    model = load(plan.model_config, say) if load else load_base(plan.model_config, config, say)
-    if config.adapter:
-        model = load_adapter(model, config.adapter)
-        check_unchanged(config.adapter, plan.digests[THE_ADAPTER])
-    base = Base.here(str(plan.model_config.model), plan.model_config.revision, of_adapter=not config.any_base)
-    if base.weights is not None:
-        directory.digests[THE_BASE] = base.weights
-    another_base = of_another_base(expanded(config.adapter), base) if config.adapter else None
-    context.notes += [another_base] if another_base else []
+    model = _loaded(plan, say, load)
+    on_base = _note_base(plan)
     journal = directory.begin()
     stream_layers(model, config, resolve_device(config.device))
     with original_model(model):
         check_head(model)
         check_causal(model)
-    scorer = Scorer(model, context.tokenizer, journal, plan.rows_at_once, config.lets_write)
-    counts = _counts(selected, plan.sources, leak_rows)
-    result = Evaluation(rows=counts, notes=context.notes, gold_leaks=plan.gold.leaks)
-    for benchmark, name, selection in selected:
-        try:
-            measured = benchmark.measure(name, selection, scorer, context)
-        except NotGenerated as error:  # had `written` said so, it would have been refused before
-            result.notes.append(f"{name}: {benchmark.title} was not measured: {error}")
-            continue
-        result.measured.setdefault(benchmark.name, {})[name] = measured
-        said = benchmark.said(selection, measured, context)
-        if (figures := fluency(scorer, name, said)) is not None:
-            result.fluency[name] = figures
-    if leak_rows:
-        rows = {part: selection.rows for part, selection in leak_rows.items()}
+    scorer = Scorer(model, plan.context.tokenizer, journal, plan.rows_at_once, config.lets_write)
+    counts = _counts(plan.selected, plan.sources, plan.leak_rows)
+    result = Evaluation(rows=counts, notes=plan.context.notes, gold_leaks=plan.gold.leaks)
+    _measure_benchmarks(plan, scorer, result)
+    if plan.leak_rows:
         tests = leak_tests(config.leaks)
         subject = _subject(plan, tests, directory.merged, scorer)
-        for test in tests:
-            test.prepare(subject)
-        for line in time_of_tuning(tests, subject):
-            say(line)
-        result.leaks = run_leak_tests([test for test in tests if not test.loads_models], subject)
-        result.open_unlearning = token_figures(subject.token_scores(), rows, context.tokenizer, plan.gold.min_k)
-        places = {part: selection.places for part, selection in leak_rows.items()}
-        further, notes = further_membership(config, plan.gold, places, subject)
-        result.open_unlearning |= further
-        result.notes += notes
+        _attack_in_memory(plan, tests, subject, result, say)
         if others := [test for test in tests if test.loads_models]:
             subject = replace(subject, scorer=scorer.without_model())
             del model, scorer  # makes room for the models that these tests load
             result.leaks |= run_leak_tests(others, subject)
-        result.leak_rows = _scores_by_row(result, leak_rows)
+        result.leak_rows = _scores_by_row(result, plan.leak_rows)
+    _score(plan, result)
+    directory.save(result)
+    say("\n" + evaluation_text(result.to_json(), plan.context.before))
+    say(f"\nEvery figure is in {directory.result}, every scored row in {directory.rows.name} beside it.")
+    for line in _last_lines(plan, result, on_base, say):
+        say(line)
+    return result
 
+
+def _loaded(
+    plan: EvaluationPlan, say: Say, load: Callable[[ModelConfig, Say], PreTrainedModel] | None
+) -> PreTrainedModel | PeftModel:
+    """The model, with the adapter on it."""
+    config = plan.config
+    model = load(plan.model_config, say) if load else load_base(plan.model_config, config, say)
+    if not config.adapter:
+        return model
+    adapted = load_adapter(model, config.adapter)
+    check_unchanged(config.adapter, plan.digests[THE_ADAPTER])
+    return adapted
+
+
+def _note_base(plan: EvaluationPlan) -> bool:
+    """Notes which base is evaluated. Whether it is the one that the adapter was trained on, if there is an adapter."""
+    config = plan.config
+    base = Base.here(str(plan.model_config.model), plan.model_config.revision, of_adapter=not config.any_base)
+    if base.weights is not None:
+        plan.directory.digests[THE_BASE] = base.weights
+    another = of_another_base(expanded(config.adapter), base) if config.adapter else None
+    plan.context.notes += [another] if another else []
+    return another is None
+
+
+def _measure_benchmarks(plan: EvaluationPlan, scorer: Scorer, result: Evaluation) -> None:
+    for benchmark, name, selection in plan.selected:
+        try:
+            measured = benchmark.measure(name, selection, scorer, plan.context)
+        except NotGenerated as error:  # had `written` said so, it would have been refused before
+            result.notes.append(f"{name}: {benchmark.title} was not measured: {error}")
+            continue
+        result.measured.setdefault(benchmark.name, {})[name] = measured
+        said = benchmark.said(selection, measured, plan.context)
+        if (figures := fluency(scorer, name, said)) is not None:
+            result.fluency[name] = figures
+
+
+def _attack_in_memory(
+    plan: EvaluationPlan, tests: Sequence[LeakTest], subject: Subject, result: Evaluation, say: Say
+) -> None:
+    """The leak tests of the model in memory; the others of `tests` ask it for what they will need."""
+    for test in tests:
+        test.prepare(subject)
+    for line in time_of_tuning(tests, subject):
+        say(line)
+    result.leaks = run_leak_tests([test for test in tests if not test.loads_models], subject)
+    rows = {part: selection.rows for part, selection in plan.leak_rows.items()}
+    result.open_unlearning = token_figures(subject.token_scores(), rows, plan.context.tokenizer, plan.gold.min_k)
+    places = {part: selection.places for part, selection in plan.leak_rows.items()}
+    further, notes = further_membership(plan.config, plan.gold, places, subject)
+    result.open_unlearning |= further
+    result.notes += notes
+
+
+def _score(plan: EvaluationPlan, result: Evaluation) -> None:
+    """The benchmarks' scores, and what is made of these."""
+    context = plan.context
     for benchmark in BENCHMARKS:
         if (scores := benchmark.score(result.measured, context)) is not None:
             result.scores[benchmark.name] = scores
     tofu, muse = result.measured.get(TOFU.name, {}), result.measured.get(MUSE.name, {})
     result.open_unlearning |= tofu_figures(result.scores.get(TOFU.name), tofu, context.tokenizer)
     result.open_unlearning |= muse_figures(muse, context.tokenizer)
-    if leak_rows and "holdout" not in leak_rows:
+    if plan.leak_rows and "holdout" not in plan.leak_rows:
         result.notes.append(f"Leak tests: {NO_HOLDOUT}.")
     result.notes += not_beside_gold(result.leaks, result.gold_leaks)
-    directory.save(result)
-    say("\n" + evaluation_text(result.to_json(), context.before))
-    say(f"\nEvery figure is in {directory.result}, every scored row in {directory.rows.name} beside it.")
-    for line in _last_lines(plan, result, another_base is None, say):
-        say(line)
-    return result
 
 
 def _subject(plan: EvaluationPlan, tests: Sequence[LeakTest], merged: Path, scorer: Scorer) -> Subject:

@@ -102,23 +102,15 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
     config, directory = plan.config, plan.directory
     main_process = is_main_process(config)
     measures = main_process and config.output.eval_rows != 0
-    set_seed(config.training.seed)
-    model = attach_lora(base, config.adapter)
-    model.active_peft_config.revision = config.model.revision  # of the base: for those who load the adapter later
-    cast(Any, model).create_or_update_model_card = lambda folder: None  # PEFT's, to be filled in; the report writes one
-    apply_switches(model, config.memory, resolve_device(config.model.device))
+    model = _adapted(config, base)
     if plan.data.retain_is_unwritten or plan.data.alternatives_are_unwritten:
         plan = _with_own_texts(plan, model, say)
     stopping = _stopping(plan, model, say)
     trainer = _trainer(plan, model, stopping, say)
     PartialState().wait_for_everyone()  # until every process has found the directory free
     directory.begin(main_process)
-    if main_process and (texts := own_texts(config)) not in (None, directory.self_written):
-        write_atomically(directory.self_written, texts.read_text(encoding="utf-8"), private=True)
-    if main_process and config.data.alternatives is not None and plan.data.alternatives is not None:
-        answers = own_answers(config, plan.data.forget.examples)
-        if answers != directory.alternatives:
-            write_atomically(directory.alternatives, answers.read_text(encoding="utf-8"), private=True)
+    if main_process:
+        _keep_own_texts(plan)
     say(f"{plan.sentence}; {model.get_nb_trainable_parameters()[0]:,} adapter parameters.")
     if main_process:
         begin_audit(directory.path, config, plan.data, model)
@@ -147,16 +139,7 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
         kept = steps if outcome is None else outcome.kept.step
         finish_audit(directory.path, steps, adapter_step=kept, training=record(watched, plan.predicted))
         remove_damaged(directory, say)
-        report = write_report(directory.path)
-        say(f"\nThe adapter and the measurements are in {directory.path}; what they mean is in its report.html.")
-        if (worst := report.worst_attacks.get("after")) is not None:
-            say(worst.sentence)
-        say(report.verdict.headline)
-        if divergence.sentence is not None:
-            say(divergence.sentence)
-        relearnt = report.leaks.get("after", {}).get(RELEARNING.name)
-        if made_last_by(report.settings) and not (relearnt and relearnt.figures):
-            say(next_step(str(directory.path)))
+        _report(directory, divergence, say)
     return RunResult(directory.path, before, after, steps, outcome)
 
 
@@ -211,6 +194,16 @@ def _train(
 
 
 # -- the steps of a run -----------------------------------------------------------------------------------------------
+
+
+def _adapted(config: RunConfig, base: PreTrainedModel) -> PeftModel:
+    """The base with the adapter to train, and the memory switches on."""
+    set_seed(config.training.seed)
+    model = attach_lora(base, config.adapter)
+    model.active_peft_config.revision = config.model.revision  # of the base: for those who load the adapter later
+    cast(Any, model).create_or_update_model_card = lambda folder: None  # PEFT's, to be filled in; the report writes one
+    apply_switches(model, config.memory, resolve_device(config.model.device))
+    return model
 
 
 def _trainer(plan: RunPlan, model: PeftModel, stopping: Stopping | None, say: Say) -> NPOTrainer:
@@ -277,3 +270,28 @@ def _stopping(plan: RunPlan, model: PeftModel, say: Say) -> Stopping | None:
         folds=[measured_rows(config, rows) for rows in folds],
         say=say,
     )
+
+
+def _keep_own_texts(plan: RunPlan) -> None:
+    """Has the run's directory hold what the original model wrote, wherever it wrote that."""
+    config, directory = plan.config, plan.directory
+    if (texts := own_texts(config)) not in (None, directory.self_written):
+        write_atomically(directory.self_written, texts.read_text(encoding="utf-8"), private=True)
+    if config.data.alternatives is not None and plan.data.alternatives is not None:
+        answers = own_answers(config, plan.data.forget.examples)
+        if answers != directory.alternatives:
+            write_atomically(directory.alternatives, answers.read_text(encoding="utf-8"), private=True)
+
+
+def _report(directory: RunDirectory, divergence: Divergence, say: Say) -> None:
+    """Writes the report, and says what is in it."""
+    report = write_report(directory.path)
+    say(f"\nThe adapter and the measurements are in {directory.path}; what they mean is in its report.html.")
+    if (worst := report.worst_attacks.get("after")) is not None:
+        say(worst.sentence)
+    say(report.verdict.headline)
+    if divergence.sentence is not None:
+        say(divergence.sentence)
+    relearnt = report.leaks.get("after", {}).get(RELEARNING.name)
+    if made_last_by(report.settings) and not (relearnt and relearnt.figures):
+        say(next_step(str(directory.path)))
