@@ -21,7 +21,6 @@ from lowmem_npo.data import TokenizedRow
 from lowmem_npo.evaluation.leaks.contract import Subject
 from lowmem_npo.evaluation.leaks.extraction import beside_each_other, extraction_figures, original_scores
 from lowmem_npo.evaluation.leaks.tuned import Figures, Tuned, Tuning
-from lowmem_npo.evaluation.scoring.eval_mode import progress_bar
 from lowmem_npo.evaluation.scoring.likelihood import answer_batch
 from lowmem_npo.evaluation.scoring.token_scores import NotFinite, TokenScores, token_scores
 from lowmem_npo.memory.checkpointing import checkpointing
@@ -30,6 +29,7 @@ from lowmem_npo.model import answer_hidden, frozen_head
 from lowmem_npo.model.adapters import extra_adapter, original_model
 from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.modes import eval_mode
+from lowmem_npo.progress import Progress
 
 BATCH_SIZE = 4
 RANK = 16
@@ -107,7 +107,7 @@ def fine_tune(
             loss = -token_logprobs(answers.hidden, head, answers.targets).mean() * (part.num_answers / tokens)
             loss.backward()
 
-    with progress_bar(steps, "leaks: fine-tuning, steps", progress) as bar:
+    with Progress(steps, "leaks: fine-tuning", "step", wanted=progress) as bar:
         for step in range(1, steps + 1):
             batch = [rows[next(order)] for _ in range(min(batch_size, len(rows)))]
             with eval_mode(model), checkpointing(causal_lm(model)):

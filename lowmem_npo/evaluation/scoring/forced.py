@@ -11,12 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.data.fit import Fit
-from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE, batches
-from lowmem_npo.evaluation.scoring.eval_mode import evaluating, progress_bar
+from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE
 from lowmem_npo.evaluation.scoring.generation import stop_ids
-from lowmem_npo.evaluation.scoring.likelihood import answer_batch
+from lowmem_npo.evaluation.scoring.likelihood import answer_batch, row_by_row
 from lowmem_npo.evaluation.scoring.token_scores import most_likely
-from lowmem_npo.memory.exhausted import in_parts
 from lowmem_npo.model import answer_hidden, frozen_head
 from lowmem_npo.model.layers import causal_lm
 
@@ -38,7 +36,6 @@ def forced_answers(
     It is the greedy answer as far as that is the true one, and beyond it has the help of the true tokens: more of the
     true answer is in it than in what the model would write.
     """
-    answers: list[list[int]] = [[] for _ in rows]
     head, stops = frozen_head(model), stop_ids(model, tokenizer)
     positions = Fit.of(causal_lm(model)).positions
     lengths, rows = list(lengths), list(rows)
@@ -54,11 +51,9 @@ def forced_answers(
         answered = answer_hidden(model, answer_batch(model, [rows[i] for i in chosen]))
         return most_likely(answered.hidden, head).cpu(), answered.sequence.cpu()
 
-    with evaluating(model), progress_bar(len(rows), description, progress) as bar:
-        for batch in batches([(len(row["input_ids"]), 0) for row in rows], batch_size):
-            for part, (tokens, sequence) in in_parts(model, batch, read):
-                for place, i in enumerate(part):
-                    ids = tokens[sequence == place].tolist()[-lengths[i] :]
-                    answers[i] = ids[: next((at for at, token in enumerate(ids) if token in stops), len(ids))]
-            bar.update(len(batch))
-    return answers
+    def of_row(i: int, place: int, result: tuple[Tensor, Tensor]) -> list[int]:
+        tokens, sequence = result
+        ids = tokens[sequence == place].tolist()[-lengths[i] :]
+        return ids[: next((at for at, token in enumerate(ids) if token in stops), len(ids))]
+
+    return row_by_row(model, rows, read, of_row, batch_size, description, progress)

@@ -1,8 +1,9 @@
 """How likely a model finds the answers it was (or was not) taught: the loss of every row, without full logits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import exp, nan
+from typing import TypeVar
 
 import torch
 from lowmem_kernels import IGNORE_INDEX, token_logprobs
@@ -15,6 +16,9 @@ from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE, batches
 from lowmem_npo.evaluation.scoring.eval_mode import evaluating, progress_bar
 from lowmem_npo.memory.exhausted import in_parts
 from lowmem_npo.model import answer_hidden, frozen_head, packs_rows
+
+T = TypeVar("T")
+Score = TypeVar("Score")
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,6 @@ def answer_likelihoods(
 
     Final hidden states meet the LM head inside `token_logprobs`, so nothing of size tokens x vocabulary is ever stored.
     """
-    scores: list[Likelihood] = [Likelihood(0.0, 0)] * len(rows)
     head = frozen_head(model)
 
     def summed(chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -58,13 +61,35 @@ def answer_likelihoods(
         sums = torch.zeros(len(chosen), dtype=torch.float64).index_add_(0, sequence, logprobs)
         return sums, torch.bincount(sequence, minlength=len(chosen))
 
+    def of_row(i: int, place: int, result: tuple[Tensor, Tensor]) -> Likelihood:
+        sums, counts = result
+        return Likelihood(-sums[place].item(), int(counts[place]))
+
+    return row_by_row(model, rows, summed, of_row, batch_size, description, progress)
+
+
+def row_by_row(
+    model: PreTrainedModel | PeftModel,
+    rows: Sequence[TokenizedRow],
+    run: Callable[[Sequence[int]], T],
+    of_row: Callable[[int, int, T], Score],
+    batch_size: int,
+    description: str,
+    progress: bool,
+) -> list[Score]:
+    """The score of each row, in the order of `rows`, of which many go through the model at once.
+
+    run: what the model gives for some of them, by their places among `rows`. of_row: the score of one, by its place
+    among `rows`, and by that among those of which `run` gave the result.
+    """
+    scores: dict[int, Score] = {}
     with evaluating(model), progress_bar(len(rows), description, progress) as bar:
         for batch in batches([(len(row["input_ids"]), 0) for row in rows], batch_size):
-            for part, (sums, counts) in in_parts(model, batch, summed):
-                for i, total, count in zip(part, sums.tolist(), counts.tolist(), strict=True):
-                    scores[i] = Likelihood(-total, count)
+            for part, result in in_parts(model, batch, run):
+                for place, i in enumerate(part):
+                    scores[i] = of_row(i, place, result)
             bar.update(len(batch))
-    return scores
+    return [scores[i] for i in range(len(rows))]
 
 
 def answer_batch(model: PreTrainedModel | PeftModel, rows: Sequence[TokenizedRow]) -> RowBatch:

@@ -25,10 +25,8 @@ from transformers import PreTrainedModel
 
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.errors import UserError
-from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE, batches
-from lowmem_npo.evaluation.scoring.eval_mode import evaluating, progress_bar
-from lowmem_npo.evaluation.scoring.likelihood import answer_batch
-from lowmem_npo.memory.exhausted import in_parts
+from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE
+from lowmem_npo.evaluation.scoring.likelihood import answer_batch, row_by_row
 from lowmem_npo.model import answer_hidden, frozen_head
 
 TOKENS, VOCABULARY = 256, 4096  # a tile of float64 logits is 8 MiB; about four are alive at once
@@ -87,7 +85,6 @@ def token_scores(
 
     Raises NotFinite where the model gives NaN or infinity.
     """
-    by_row: dict[int, TokenScores] = {}
     head = frozen_head(model)
 
     def scored(chosen: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
@@ -96,16 +93,14 @@ def token_scores(
         figures = vocabulary_statistics(answers.hidden, head, answers.targets)
         return answers.sequence.cpu(), [x.cpu() for x in figures]
 
-    with evaluating(model), progress_bar(len(rows), description, progress) as bar:
-        for batch in batches([(len(row["input_ids"]), 0) for row in rows], batch_size):
-            for part, (sequence, figures) in in_parts(model, batch, scored):
-                for place, i in enumerate(part):
-                    own = [x[sequence == place] for x in figures]
-                    if not all(x.isfinite().all() for x in own):
-                        raise NotFinite(i)
-                    by_row[i] = TokenScores(*(x.tolist() for x in own))
-            bar.update(len(batch))
-    return [by_row[i] for i in range(len(rows))]
+    def of_row(i: int, place: int, result: tuple[Tensor, list[Tensor]]) -> TokenScores:
+        sequence, figures = result
+        own = [x[sequence == place] for x in figures]
+        if not all(x.isfinite().all() for x in own):
+            raise NotFinite(i)
+        return TokenScores(*(x.tolist() for x in own))
+
+    return row_by_row(model, rows, scored, of_row, batch_size, description, progress)
 
 
 @torch.no_grad()
