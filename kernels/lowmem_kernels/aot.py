@@ -16,9 +16,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -162,38 +163,43 @@ def _head_launches(capability, variant: Variant, both_directions: bool) -> Itera
             yield f"both {direction}, {where}, {variant}", record.launches
 
 
+class Call(NamedTuple):
+    """A function of the rows of some tensors, and what it is called."""
+
+    name: str
+    function: Callable[..., Any]
+    inputs: tuple[Tensor, ...]
+
+
 def _rowwise_launches(capability, dtype: torch.dtype, every_option: bool) -> Iterator[tuple[str, list]]:
     """The launches, forward and backward, of norms, rotary embeddings and gated activations."""
-    name = str(dtype).removeprefix("torch.")
-
-    def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
-
-    def launches(function, *inputs: Tensor) -> list:
+    for name, function, inputs in itertools.chain(
+        _norms(dtype, every_option), _rotaries(dtype, every_option), _activations(dtype, every_option)
+    ):
         with recording(capability) as record:
-            outputs = function(*inputs)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            outputs = function(*inputs, engine="triton")
+            outputs = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y is not None]
             torch.autograd.grad(outputs, inputs, [torch.empty_like(y) for y in outputs])
-        return record.launches
+        yield f"{name}, {str(dtype).removeprefix('torch.')}", record.launches
 
+
+def _meta(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+
+
+def _norms(dtype: torch.dtype, every_option: bool) -> Iterator[Call]:
     for d in (128, 4096, LONGEST_ROW, 5000, 123) if every_option else (128, 4096, LONGEST_ROW):
-        weight = meta(d).detach()
+        x, weight = _meta(dtype, 300, d), _meta(dtype, d).detach()
         for offset, first in ((0.0, True), (1.0, False))[: 1 + every_option]:
-            yield (
-                f"rms_norm, {d}, {name}",
-                launches(
-                    lambda x: rms_norm(x, weight, eps=1e-5, offset=offset, round_first=first, engine="triton"),  # noqa: B023
-                    meta(300, d),
-                ),
-            )
-        for parts, offset in (((), 0.0), ((weight, weight), 1.0), ((weight,), 0.0))[: 1 + 2 * every_option]:
-            yield (
-                f"layer_norm, {d}, {name}",
-                launches(
-                    lambda x: layer_norm(x, *parts, eps=1e-5, offset=offset, engine="triton"),  # noqa: B023
-                    meta(300, d),
-                ),
-            )
+            norm = partial(rms_norm, weight=weight, eps=1e-5, offset=offset, round_first=first)
+            yield Call(f"rms_norm, {d}", norm, (x,))
+        parts = (None, None, 0.0), (weight, weight, 1.0), (weight, None, 0.0)
+        for scale, bias, offset in parts[: 1 + 2 * every_option]:
+            norm = partial(layer_norm, weight=scale, bias=bias, eps=1e-5, offset=offset)
+            yield Call(f"layer_norm, {d}", norm, (x,))
+
+
+def _rotaries(dtype: torch.dtype, every_option: bool) -> Iterator[Call]:
     for layout, size, rotated, table, by_pair in itertools.product(
         LAYOUTS if every_option else LAYOUTS[:1],
         (128, 256, 80) if every_option else (128,),
@@ -202,39 +208,25 @@ def _rowwise_launches(capability, dtype: torch.dtype, every_option: bool) -> Ite
         (False, True) if every_option else (False,),
     ):
         rotates = int(size * rotated)
-        cos = meta(1, 300, rotates // (1 + by_pair), dtype=table).detach()
-        yield (
-            f"rotary {layout}{', by pair' * by_pair}, {rotates} of {size}, {name}",
-            launches(
-                lambda q, k: rotary(q, k, cos, cos, layout=layout, by_pair=by_pair, engine="triton"),  # noqa: B023
-                *(meta(4, 300, heads, size).transpose(1, 2) for heads in (32, 8)),
-            ),
+        cos = _meta(table, 1, 300, rotates // (1 + by_pair)).detach()
+        yield Call(
+            f"rotary {layout}{', by pair' * by_pair}, {rotates} of {size}",
+            partial(rotary, cos=cos, sin=cos, layout=layout, by_pair=by_pair),
+            tuple(_meta(dtype, 4, 300, heads, size).transpose(1, 2) for heads in (32, 8)),
         )
-    cos = meta(1, 300, 64).detach()
-    yield (
-        f"rotary of one tensor, 128, {name}",
-        launches(lambda q: rotary(q, None, cos, cos, by_pair=True, engine="triton")[0], meta(4, 8, 300, 128)),
-    )
+    cos = _meta(dtype, 1, 300, 64).detach()
+    of_one = partial(rotary, k=None, cos=cos, sin=cos, by_pair=True)
+    yield Call("rotary of one tensor, 128", of_one, (_meta(dtype, 4, 8, 300, 128),))
+
+
+def _activations(dtype: torch.dtype, every_option: bool) -> Iterator[Call]:
     for activation, d in itertools.product(ACTIVATIONS if every_option else ("silu",), (11008, 123)):
-        yield f"glu {activation}, {d}, {name}", launches(
-            lambda gate, up: glu(gate, up, activation, engine="triton"),  # noqa: B023
-            meta(300, d), meta(300, d),
-        )  # fmt: skip
+        gate, up = _meta(dtype, 300, d), _meta(dtype, 300, d)
+        yield Call(f"glu {activation}, {d}", partial(glu, activation=activation), (gate, up))
         if every_option:
-            yield (
-                f"act {activation}, {d}, {name}",
-                launches(
-                    lambda x: act(x, activation, engine="triton"),  # noqa: B023
-                    meta(300, d),
-                ),
-            )
-    yield (
-        f"glu as in gpt-oss, 2880, {name}",
-        launches(
-            lambda x: packed_glu(x, interleaved=True, alpha=1.702, limit=7.0, up_offset=1.0, engine="triton"),
-            meta(300, 5760),
-        ),
-    )
+            yield Call(f"act {activation}, {d}", partial(act, activation=activation), (gate,))
+    as_in_gpt_oss = partial(packed_glu, interleaved=True, alpha=1.702, limit=7.0, up_offset=1.0)
+    yield Call("glu as in gpt-oss, 2880", as_in_gpt_oss, (_meta(dtype, 300, 5760),))
 
 
 def _specimen(name: str, kernel, arguments: dict, capability: tuple[int, int]) -> Specimen:
