@@ -12,12 +12,8 @@ from typing import Any, cast
 from lowmem_npo.claim import make_directory
 from lowmem_npo.data.chat import today
 from lowmem_npo.errors import UserError
-from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS, BenchmarkOptions
-from lowmem_npo.evaluation.leaks.contract import LeakTest
-from lowmem_npo.evaluation.leaks.measure import repeated
-from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, LeakOptions
-from lowmem_npo.evaluation.leaks.retuning import RETUNING
-from lowmem_npo.evaluation.options import BESIDE, FREE
+from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
+from lowmem_npo.evaluation.options import BESIDE
 from lowmem_npo.evaluation.result import Evaluation
 from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.settings import EvaluationConfig, EvaluationOptions, names_data, path_of
@@ -29,7 +25,6 @@ from lowmem_npo.run_directory import EvaluationFiles, check_empty, from_here, re
 
 # Among the digests of settings.json, beside the sets. Of the base there are its weights alone, wherever they lie.
 OTHERS = THE_MODEL, THE_TOKENIZER, THE_ADAPTER, THE_BASE = "the model", "the tokenizer", "the adapter", "the base"
-ANOTHER_TOKENIZER = "another tokenizer or chat template"
 DECIDED = ("chat_date", "generate_answers")  # where auto is recorded as what it became, and stays so
 COMPARED = ("before", "retained_log")  # settings that name the evaluation.json of another model
 # In settings.json beside the options: whether the forget rows were others than those of the adapter's run, and whether
@@ -87,7 +82,7 @@ class EvaluationDirectory(EvaluationFiles):
         began, now = settings_to_resume(self), as_json(self.config)
         for name, value in began["digests"].items():
             if name in self.digests and self.digests[name] != value:
-                raise _has_changed(name, self.path)
+                raise has_changed(name, self.path)
         may_change, may_be_added = self.config.may_change(), self.config.sources()
         changed = [
             f"{name} was {value!r}, is {now.get(name)!r}"
@@ -129,16 +124,14 @@ def settings_to_resume(files: EvaluationFiles) -> dict[str, Any]:
     if not files.settings.exists():
         raise UserError(f"--resume: there is no evaluation in '{files.path}'; start it without --resume.")
     try:
-        settings = load_json(files.settings)
-        check_record(settings, SETTINGS, optional=SETTINGS.keys() - {"digests"})
+        settings = _read(files, SETTINGS, needed=["digests"])
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
         check_values(values, field_types(EvaluationConfig))
     except (ValueError, UserError) as error:
         raise UserError(f"--resume: '{files.settings}' is damaged: start the evaluation anew.") from error
     places = {f.name for f in fields(EvaluationConfig) if BESIDE in f.metadata}
     places |= {"model", "adapter", *EvaluationConfig.sources()}
-    named = {name: from_here(files, settings, settings[name]) for name in places if settings.get(name)}
-    return {**settings, **named}
+    return _places_from_here(files, settings, places)
 
 
 def kept_options(options: EvaluationOptions) -> dict[str, Any]:
@@ -166,110 +159,15 @@ def as_begun(config: EvaluationConfig) -> EvaluationConfig:
     return replace(config, **decided)
 
 
-def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What was other in one evaluation than in another, by what their settings.json hold, in words, as far as that is
-    known. Of the options of leak tests `other_options` tells."""
-    differ = [f"{name} {earlier[name]!r}" for name in changed_options(earlier, now, EvaluationConfig.compared())]
-    if another_tokenizer(earlier, now):
-        differ.append(ANOTHER_TOKENIZER)
-    return differ + [f"other {part} rows" for part in _other_rows(earlier, now.get("digests", {}))]
-
-
-def other_sets(earlier: Mapping[str, Any], now: Mapping[str, Any], but: Iterable[str] = ()) -> list[str]:
-    """The sets of which two evaluations' figures cannot be compared, by what their settings.json hold: those that had
-    other rows; all, where the tokenizer or a setting that decides them was another. `but`: options that may differ."""
-    of_benchmarks = {f.name for f in fields(BenchmarkOptions)}
-    names = set(EvaluationConfig.compared()) - of_benchmarks - set(but)
-    digests = now.get("digests", {})
-    if another_tokenizer(earlier, now) or changed_options(earlier, now, names):
-        return _sets(digests)
-    return _other_rows(earlier, digests)
-
-
-def another_tokenizer(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether two evaluations are known to have split or written their rows differently: no figure per token says the
-    same then."""
-    return _changed(THE_TOKENIZER, earlier, now.get("digests", {}))
-
-
-def other_options(
-    earlier: Mapping[str, Any], now: Mapping[str, Any], test: LeakTest, others: Collection[str], by_attack: bool = False
-) -> list[str]:
-    """The flags because of which the results of a leak test in two evaluations cannot be compared, by what their
-    settings.json hold: its own, and those of the tests that both let it repeat, as far as both have them; that of rows
-    which it teaches; and that of how long answers may be.
-
-    others: sets with other rows. by_attack: attacks are compared one by one, with a look at the length of answers; what
-    their names tell does not count.
-    """
-    repeats = [repeated(measured_leaks(of)) if test.loads_models else [] for of in (earlier, now)]
-    tests = [test, *(one for one in repeats[0] if one in repeats[1])]
-    tests = [one for one in tests if not (by_attack and one.named_by_options)]
-    names = dict.fromkeys(f.name for one in tests for f in fields(one.options) if FREE not in f.metadata)
-    if not by_attack and any("max_new_tokens" in one.counts for one in tests):
-        names["max_new_tokens"] = None
-    flags = [f"--{name.replace('_', '-')}" for name in changed_options(earlier, now, names)]
-    taught = ["--retain"] if RETUNING in tests and "retain" in others else []
-    return flags + taught + ([] if by_attack or repeats[0] == repeats[1] else ["--leaks"])
-
-
-def measured_otherwise(run: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Leak test -> the flags with which an evaluation, by its settings.json, measured otherwise than the run of its
-    adapter, by its run.yaml; tests that were measured alike are left out."""
-    own = {**json.loads(json.dumps(asdict(LeakOptions()))), **run}
-    if own.get("max_new_tokens") is None or settings.get("max_new_tokens") is None:  # what that became is not known
-        own.pop("max_new_tokens", None)
-    flags = loaded_otherwise(run, settings)
-    others = {test.name: flags + other_options(own, settings, test, ()) for test in measured_leaks(settings)}
-    return {name: of_test for name, of_test in others.items() if of_test}
-
-
-def loaded_otherwise(run: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-    """The flags with which an evaluation wrote rows, or loaded the model, otherwise than a run, as far as is known."""
-    template, other = (of.get("prompt_template") or of.get("template") or "auto" for of in (run, settings))
-    flags = [
-        f"--{name.replace('_', '-')}"
-        for name in changed_options(run, settings, ("dtype", "qlora", "system", "max_length"))
-    ]
-    return flags + (["--template"] if template != other and "auto" not in (template, other) else [])
-
-
-def measured_leaks(settings: Mapping[str, Any]) -> list[LeakTest]:
-    """The leak tests of the evaluation whose settings.json holds `settings`."""
-    named = settings.get("leaks") or ()
-    return [test for test in LEAK_TESTS if test.name in named or "all" in named]
-
-
 def as_json(config: EvaluationConfig) -> dict[str, Any]:
     """The options as settings.json holds them."""
     return cast(dict[str, Any], json.loads(json.dumps(asdict(config))))
 
 
-def changed_options(earlier: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Those of the options `names` that one settings.json has otherwise than another, as far as both have them."""
-    return [name for name in names if name in earlier and name in now and earlier[name] != now[name]]
-
-
-def _other_rows(earlier: Mapping[str, Any], digests: Mapping[str, str]) -> list[str]:
-    return [part for part in _sets(digests) if _changed(part, earlier, digests)]
-
-
-def _sets(digests: Mapping[str, str]) -> list[str]:
-    return [name for name in digests if name not in OTHERS]
-
-
-def _changed(name: str, earlier: Mapping[str, Any], digests: Mapping[str, str]) -> bool:
-    """Whether `name` is known to have been another."""
-    known = earlier["digests"]
-    return name in known and name in digests and known[name] != digests[name]
-
-
 def settings_of(result: str) -> dict[str, Any] | None:
     """The settings of the evaluation.json at `result`, its digests among them; None where they cannot be read."""
-    settings = EvaluationFiles(expanded(result).parent).settings
     try:
-        earlier = load_json(settings)
-        check_record(earlier, SETTINGS, optional=SETTINGS)
+        earlier = _read(EvaluationFiles(expanded(result).parent), SETTINGS)
     except (OSError, ValueError):
         return None
     return {**earlier, "digests": dict(earlier.get("digests", {}))}
@@ -280,20 +178,11 @@ def compared_with(files: EvaluationFiles) -> dict[str, Any]:
     Raises ValueError where they are damaged."""
     if not files.settings.is_file():
         return {}
-    settings = load_json(files.settings)
-    known = {OTHER_ROWS: bool, **dict.fromkeys(COMPARED, str | None)}
-    check_record(settings, known, optional=known)
-    named = {name: settings[name] for name in COMPARED if settings.get(name)}
-    return {**settings, **{name: from_here(files, settings, value) for name, value in named.items()}}
+    settings = _read(files, {OTHER_ROWS: bool, **dict.fromkeys(COMPARED, str | None)})
+    return _places_from_here(files, settings, COMPARED)
 
 
-def check_same_sets(files: EvaluationFiles, digests: Mapping[str, str]) -> None:
-    """Raises UserError where the evaluation in `files` is known to be of other rows than those that `digests` tell."""
-    for part in _other_rows(settings_of(str(files.result)) or {"digests": {}}, digests):
-        raise _has_changed(part, files.path)
-
-
-def _has_changed(name: str, directory: Path) -> UserError:
+def has_changed(name: str, directory: Path) -> UserError:
     return UserError(f"--resume: {name} has changed since '{directory}' was begun; start anew.")
 
 
@@ -303,8 +192,7 @@ def is_of_adapter(files: EvaluationFiles, weights: Path) -> bool:
     Raises UserError where its settings are damaged.
     """
     try:
-        settings = load_json(files.settings)
-        check_record(settings, {"digests": dict[str, str]})
+        settings = _read(files, {"digests": dict[str, str]}, needed=["digests"])
     except ValueError as error:
         raise UserError(f"'{files.settings}' is damaged: remove '{files.path}', and measure anew.") from error
     return bool(settings["digests"].get(THE_ADAPTER) == file_sha256(weights))
@@ -313,9 +201,8 @@ def is_of_adapter(files: EvaluationFiles, weights: Path) -> bool:
 def base_of(files: EvaluationFiles) -> Base:
     """The model that the evaluation in `files` measured an adapter on. Raises ValueError where its settings are
     damaged."""
-    settings = load_json(files.settings)
-    named = {"model": str | None, "revision": str | None, "any_base": bool}
-    check_record(settings, {"digests": dict[str, str], **named}, optional=named)
+    types = {"digests": dict[str, str], "model": str | None, "revision": str | None, "any_base": bool}
+    settings = _read(files, types, needed=["digests"])
     digests, name, revision = settings["digests"], settings.get("model"), settings.get("revision")
     if name is None or not settings.get("any_base"):
         return Base(weights=digests.get(THE_BASE))
@@ -323,3 +210,17 @@ def base_of(files: EvaluationFiles) -> Base:
     if THE_BASE not in digests and digests.get(THE_MODEL) == digest_of(name, revision):
         return Base.here(name, revision)  # an earlier version recorded more than the weights; it is still what it was
     return Base(name, digests.get(THE_BASE))
+
+
+def _read(files: EvaluationFiles, types: Mapping[str, Any], needed: Collection[str] = ()) -> dict[str, Any]:
+    """What settings.json holds. Raises OSError, and ValueError where values are not of these types, or a needed one is
+    missing."""
+    settings = load_json(files.settings)
+    check_record(settings, types, optional=types.keys() - set(needed))
+    return cast(dict[str, Any], settings)
+
+
+def _places_from_here(files: EvaluationFiles, settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The settings, what those called `names` name as it is found from here."""
+    named = {name: settings[name] for name in names if settings.get(name)}
+    return {**settings, **{name: from_here(files, settings, value) for name, value in named.items()}}

@@ -11,14 +11,8 @@ from lowmem_npo.evaluation.answers import part_of
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark
 from lowmem_npo.evaluation.benchmarks.plain import PLAIN
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
-from lowmem_npo.evaluation.directory import (
-    changed_options,
-    differences,
-    measured_leaks,
-    other_options,
-    other_sets,
-    settings_of,
-)
+from lowmem_npo.evaluation.comparing import changed_options, differences, measured_leaks, other_options, other_sets
+from lowmem_npo.evaluation.directory import settings_of
 from lowmem_npo.evaluation.leaks.contract import leak_results
 from lowmem_npo.evaluation.options import BESIDE, FREE, SET
 from lowmem_npo.files import expanded, load_json

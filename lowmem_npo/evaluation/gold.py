@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lowmem_npo.config import ModelOptions
-from lowmem_npo.evaluation.directory import ANOTHER_TOKENIZER, another_tokenizer, other_options, other_sets, settings_of
+from lowmem_npo.evaluation.comparing import ANOTHER_TOKENIZER, another_tokenizer, other_options, other_sets
+from lowmem_npo.evaluation.directory import settings_of
 from lowmem_npo.evaluation.leaks.contract import LeakResults
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
 from lowmem_npo.evaluation.leaks.worst import retained_leaks

@@ -18,14 +18,8 @@ from lowmem_npo.evaluation.answers import (
     read_answers,
     summaries,
 )
-from lowmem_npo.evaluation.directory import (
-    COMPARED,
-    OTHER_ROWS,
-    base_of,
-    compared_with,
-    is_of_adapter,
-    measured_otherwise,
-)
+from lowmem_npo.evaluation.comparing import measured_otherwise
+from lowmem_npo.evaluation.directory import COMPARED, OTHER_ROWS, base_of, compared_with, is_of_adapter
 from lowmem_npo.evaluation.earlier import Earlier
 from lowmem_npo.evaluation.figures import finite
 from lowmem_npo.evaluation.gold import Gold

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.cli import main
 from lowmem_npo.evaluation.benchmarks import lm_eval as harness
-from lowmem_npo.evaluation.directory import EvaluationDirectory, as_json, differences, settings_of
+from lowmem_npo.evaluation.comparing import differences
+from lowmem_npo.evaluation.directory import EvaluationDirectory, as_json, settings_of
 from lowmem_npo.evaluation.scoring import scorer as measuring
 from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.files import json_sha256

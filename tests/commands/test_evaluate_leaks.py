@@ -16,7 +16,7 @@ from lowmem_npo.claim import claimed
 from lowmem_npo.cli import main
 from lowmem_npo.commands.evaluate.plan import plan_evaluation
 from lowmem_npo.console import silent
-from lowmem_npo.evaluation.directory import other_options
+from lowmem_npo.evaluation.comparing import other_options
 from lowmem_npo.evaluation.gold import Gold
 from lowmem_npo.evaluation.leaks.registry import NAMES, leak_tests
 from lowmem_npo.evaluation.scoring import scorer as measuring

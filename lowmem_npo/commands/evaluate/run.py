@@ -24,7 +24,8 @@ from lowmem_npo.evaluation.benchmarks.muse import MUSE
 from lowmem_npo.evaluation.benchmarks.plain import PLAIN, summaries_of
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.benchmarks.tofu import TOFU
-from lowmem_npo.evaluation.directory import THE_ADAPTER, THE_BASE, as_json, loaded_otherwise
+from lowmem_npo.evaluation.comparing import loaded_otherwise
+from lowmem_npo.evaluation.directory import THE_ADAPTER, THE_BASE, as_json
 from lowmem_npo.evaluation.fluency import fluency
 from lowmem_npo.evaluation.leaks.contract import NO_HOLDOUT, LeakTest, SavedModel, Subject, leak_results
 from lowmem_npo.evaluation.leaks.measure import repeated, run_leak_tests, time_of_tuning

@@ -21,7 +21,8 @@ from lowmem_npo.evaluation.benchmarks.contract import Benchmark
 from lowmem_npo.evaluation.benchmarks.plain import PLAIN
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS, BenchmarkOptions
 from lowmem_npo.evaluation.benchmarks.tofu import TOFU
-from lowmem_npo.evaluation.directory import COMPARED, check_same_sets, is_of_adapter
+from lowmem_npo.evaluation.comparing import check_same_sets
+from lowmem_npo.evaluation.directory import COMPARED, is_of_adapter
 from lowmem_npo.evaluation.leaks.contract import AN_ADAPTER, HOLDOUT, LeakResult, LeakTest, leak_results
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, LeakOptions, leak_tests
 from lowmem_npo.evaluation.leaks.registry import NAMES as LEAK_NAMES
