@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import shlex
@@ -111,11 +110,17 @@ class RunFiles(AdapterFiles):
         return self.path / f"{stages}.{suffix}"
 
     def evaluations(self) -> list[EvaluationFiles]:
-        """The evaluations beside the adapter, in their order: `evaluation`, which the report includes, evaluation-2,
-        and so on, each made where the place before it was taken."""
-        further = (self.path / f"evaluation-{number}" for number in itertools.count(2))
-        places = itertools.chain([self.evaluation.path], further)
-        return [EvaluationFiles(place) for place in itertools.takewhile(os.path.lexists, places)]
+        """The evaluations beside the adapter, in the order in which they were made: `evaluation`, whose figures the
+        report includes, evaluation-2, and so on."""
+        further = sorted((number, place) for place in self.path.glob("evaluation-*") if (number := _number(place)))
+        first = [self.evaluation.path] if os.path.lexists(self.evaluation.path) else []
+        return [EvaluationFiles(place) for place in [*first, *(place for _, place in further)]]
+
+    def next_evaluation(self) -> EvaluationFiles:
+        """Where the next evaluation goes: after all others, also where one of them has been removed."""
+        if not (taken := self.evaluations()):
+            return self.evaluation
+        return EvaluationFiles(self.path / f"evaluation-{(_number(taken[-1].path) or 1) + 1}")
 
     def checkpoints(self) -> list[Path]:
         """checkpoint-N directories, the newest first."""
@@ -156,6 +161,12 @@ class RunFiles(AdapterFiles):
         if not {"model", "epochs"} <= began.keys():
             raise UserError(f"'{self.run_yaml}' is damaged: write the run's options into it, or start a new run.")
         return began
+
+
+def _number(evaluation: Path) -> int | None:
+    """N of evaluation-N, from 2 on."""
+    matched = re.fullmatch(r"evaluation-([2-9]|[1-9]\d+)", evaluation.name)
+    return int(matched[1]) if matched else None
 
 
 def check_is_run(directory: Path) -> None:

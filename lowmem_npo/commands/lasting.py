@@ -35,8 +35,9 @@ def testing_command(adapter: str, tests: Sequence[str], base: Sequence[str] = ()
     run_settings = settings_of_run(adapter)
     words += ["--qlora"] if run_settings.get("qlora") else []
     words += ["--dtype", dtype] if (dtype := run_settings.get("dtype")) not in (None, ModelConfig.dtype) else []
-    taken = RunFiles(folder).evaluations()
-    words += ["--output-dir", str(Path(name, f"evaluation-{len(taken) + 1}"))] if taken else []
+    files = RunFiles(folder)
+    if (place := files.next_evaluation().path) != files.evaluation.path:
+        words += ["--output-dir", str(Path(name, place.name))]
     rows = "" if run_settings else " --forget …"  # evaluate knows the rows of a run
     return f"`lowmem-npo evaluate {shlex.join(words)}{rows} --leaks {' '.join(tests)}`"
 

@@ -21,7 +21,7 @@ class Report(Checked):
     """Rewrite the report of a run: report.html (one page), report.json and README.md, the model card.
 
     `lowmem-npo train` writes the report when it ends. Rewritten, it includes what `lowmem-npo evaluate --adapter RUN`
-    has measured since, if that is in the run's own `evaluation` directory.
+    has measured since, if that is in the run's own `evaluation` directory, and leak tests in evaluation-2 and so on.
     """
 
     run: tyro.conf.Positional[str]

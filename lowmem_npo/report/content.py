@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,12 +18,11 @@ from lowmem_npo.evaluation.answers import (
     read_answers,
     summaries,
 )
-from lowmem_npo.evaluation.comparing import measured_otherwise
 from lowmem_npo.evaluation.directory import COMPARED, OTHER_ROWS, base_of, compared_with, is_of_adapter
 from lowmem_npo.evaluation.earlier import Earlier
 from lowmem_npo.evaluation.figures import finite
 from lowmem_npo.evaluation.gold import Gold
-from lowmem_npo.evaluation.leaks.contract import LeakResults, leak_results, stands_beside
+from lowmem_npo.evaluation.leaks.contract import LeakResults, leak_results
 from lowmem_npo.evaluation.leaks.measure import read_leaks
 from lowmem_npo.evaluation.leaks.worst import WORST_ATTACK, WorstAttack, not_beside_gold, worst_attacks
 from lowmem_npo.files import expanded, load_json
@@ -32,6 +31,7 @@ from lowmem_npo.records import check_record
 from lowmem_npo.report.audit import Audit, base_of_run, check_reported, of_another_adapter, read_audit
 from lowmem_npo.report.figures import StagedFigure, evaluation_figures, run_figures
 from lowmem_npo.report.leak_tests import leak_sections
+from lowmem_npo.report.run_leaks import AFTER, Tested, merged_leaks
 from lowmem_npo.report.verdict import Verdict, judge_run
 from lowmem_npo.report.verdict_rules import RULES
 from lowmem_npo.run_directory import EvaluationFiles, RunFiles, check_is_run, finishing
@@ -42,10 +42,14 @@ EVIDENCE = (
     "data is gone."
 )
 STAGES = ("before", "after", "gold")
+# Why an evaluation is none of the run's.
+OF_ANOTHER_ADAPTER = "'{}' is not known to be of the adapter as it is now: this report leaves it out."
 OF_ANOTHER_BASE = (
-    "What `evaluate` measured is of the adapter on another base model than the run's, or on one that is not known to "
-    "be the same: this report leaves it out."
+    "'{}' is of the adapter on another base model than the run's, or on one that is not known to be the same: this "
+    "report leaves it out."
 )
+OF_OTHER_ROWS = "The leak tests in '{}' are of other forget rows than the run's: this report leaves them out."
+LEAK_TESTS_ALONE = "Of {} this report has the leak tests alone: all other figures are in the evaluation.json there."
 
 
 @dataclass(frozen=True)
@@ -132,20 +136,18 @@ def read_content(directory: Path) -> Content:
         with _named(files.answers(stage)):
             if sets := read_answers(files.answers(stage)):
                 evaluations[stage] = sets
-    with _named(files.evaluation.settings):
-        was_evaluated = _was_evaluated(files)
-        elsewhere = was_evaluated and _is_of_another_base(files)
-        was_evaluated = was_evaluated and not elsewhere
-        known = compared_with(files.evaluation) if was_evaluated else {}
-        evaluated = _read_evaluation(files.evaluation, known) if was_evaluated else {}
-        of_run_rows = was_evaluated and not known.get(OTHER_ROWS)
-        gold = _gold_leaks(files, known) if of_run_rows else {}
-    figures = evaluation_figures(evaluated)
     with _named(files.leaks):
         of_run = read_leaks(files.leaks)
         leak_sections(of_run)
-    otherwise = measured_otherwise(settings, known)
-    leaks, replaced = _merged_leaks(of_run, evaluated if of_run_rows else {}, gold, otherwise)
+    measured, left_out = _read_evaluations(files)
+    with _named(measured[-1].files.settings if measured else files.run_yaml):
+        tested = [Tested(settings, of_run), *(one.tested for one in measured if one.is_of_run_rows)]
+        leaks, replaced = merged_leaks(tested)
+    for results in leaks.values():
+        for result in results.values():
+            result.figures = _numbers_only(result.figures)
+    included = next((one.stages for one in measured if one.is_first), {})
+    figures = evaluation_figures(included)
     with _named(files.metrics):
         metrics = read_metrics(files.metrics)
     with _named(files.stopping):
@@ -157,8 +159,10 @@ def read_content(directory: Path) -> Content:
     unfinished = None if measured_nothing else finishing(files)
     verdict = judge_run(stages, audit["model"]["vocabulary"] if audit else None, leaks, errors, unfinished)
     notes = [*stopped, *_notes(metrics, audit), *filter(None, [of_another_adapter(directory)])]
-    notes += [OF_ANOTHER_BASE] if elsewhere else []
-    notes += [*evaluated.get("after", {}).get("notes", []), *_no_longer_there(known), *replaced]
+    for one in measured:
+        said = [*one.notes, *_no_longer_there(one.known)]
+        notes += said if one.is_first else [f"{one.tested.name}: {note}" for note in said if note not in notes]
+    notes += [*left_out, *replaced]
     notes = list(dict.fromkeys([*notes, *not_beside_gold(leaks.get("after", {}), leaks.get("gold", {}))]))
     return Content(directory, settings, verdict, stages, figures, leaks, metrics, evaluations, notes, audit)
 
@@ -173,18 +177,64 @@ def _named(file: Path) -> Iterator[None]:
         raise UserError(f"'{file}' is damaged and cannot be reported on ({why}): restore or remove it.") from error
 
 
-def _was_evaluated(files: RunFiles) -> bool:
-    """Whether there is an evaluation, and it is not of another adapter, as after a run that was continued."""
-    evaluation = files.evaluation
-    if not evaluation.result.is_file() or not files.weights.is_file():
-        return evaluation.result.is_file()
-    return evaluation.settings.is_file() and is_of_adapter(evaluation, files.weights)
+@dataclass(frozen=True)
+class _Evaluated:
+    """An evaluation of the run's adapter on its base. is_first: whether it is the one whose figures the report has, and
+    not the leak tests alone. known: its settings. stages: stage -> the content of evaluation.json, and of --before as
+    far as it can be compared. gold: what the leak tests gave of the model that it compared with, if it did."""
+
+    files: EvaluationFiles
+    is_first: bool
+    known: dict[str, Any]
+    stages: dict[str, dict[str, Any]]
+    gold: LeakResults
+
+    @property
+    def is_of_run_rows(self) -> bool:
+        return not self.known.get(OTHER_ROWS)
+
+    @property
+    def tested(self) -> Tested:
+        leaks = {stage: leak_results(content.get("leaks") or {}) for stage, content in self.stages.items()}
+        return Tested(self.known, {**leaks, "gold": self.gold}, self.files.path.name)
+
+    @property
+    def notes(self) -> list[str]:
+        """What it noted of its figures; of leak tests alone, where there are any in the report."""
+        content = self.stages[AFTER]
+        return content.get("notes") or [] if self.is_first or (self.is_of_run_rows and content.get("leaks")) else []
 
 
-def _is_of_another_base(files: RunFiles) -> bool:
-    """Whether the evaluation, as far as that is known, measured the adapter on another model than the run trained."""
-    evaluation = files.evaluation
-    return evaluation.settings.is_file() and base_of(evaluation).is_other_than(base_of_run(files.path))
+def _read_evaluations(files: RunFiles) -> tuple[list[_Evaluated], list[str]]:
+    """The evaluations of the run's adapter on its base, and notes on what the report leaves out."""
+    measured, left_out = [], []
+    for evaluation in files.evaluations():
+        name = evaluation.path.name
+        with _named(evaluation.settings):
+            if not evaluation.result.is_file():  # not yet
+                continue
+            if (why := _of_another(evaluation, files)) is not None:
+                left_out.append(why.format(name))
+                continue
+            known, is_first = compared_with(evaluation), evaluation.path == files.evaluation.path
+            gold = {} if known.get(OTHER_ROWS) else _gold_leaks(evaluation, known)
+            stages = _read_evaluation(evaluation, known)
+            measured.append(one := _Evaluated(evaluation, is_first, known, stages, gold))
+        if not is_first and not one.is_of_run_rows:  # of the first one its own note says so
+            left_out.append(OF_OTHER_ROWS.format(name))
+    if alone := [one.tested.name for one in measured if not one.is_first and one.is_of_run_rows]:
+        left_out.append(LEAK_TESTS_ALONE.format(" and ".join(alone)))
+    return measured, left_out
+
+
+def _of_another(evaluation: EvaluationFiles, files: RunFiles) -> str | None:
+    """Why an evaluation is none of the run's, if so: it is of another adapter, as after a run that was continued, or,
+    as far as that is known, of the adapter on another model than the run trained."""
+    if files.weights.is_file() and not (evaluation.settings.is_file() and is_of_adapter(evaluation, files.weights)):
+        return OF_ANOTHER_ADAPTER
+    if evaluation.settings.is_file() and base_of(evaluation).is_other_than(base_of_run(files.path)):
+        return OF_ANOTHER_BASE
+    return None
 
 
 def _read_evaluation(evaluation: EvaluationFiles, known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -192,7 +242,7 @@ def _read_evaluation(evaluation: EvaluationFiles, known: Mapping[str, Any]) -> d
     contents = {}
     if (before := known.get("before")) and (file := expanded(before)).is_file():
         contents["before"] = dict(Earlier.of(known, _load_evaluation(file)).content)
-    return {**contents, "after": _load_evaluation(evaluation.result)}
+    return {**contents, AFTER: _load_evaluation(evaluation.result)}
 
 
 def _load_evaluation(file: Path) -> dict[str, Any]:
@@ -204,10 +254,10 @@ def _load_evaluation(file: Path) -> dict[str, Any]:
     return cast(dict[str, Any], content)
 
 
-def _gold_leaks(files: RunFiles, known: Mapping[str, Any]) -> LeakResults:
+def _gold_leaks(evaluation: EvaluationFiles, known: Mapping[str, Any]) -> LeakResults:
     """What the leak tests gave of the model that the evaluation compared with, if it did."""
     gold = Gold.of(known)
-    with _named(Path(gold.log or files.evaluation.settings)):
+    with _named(Path(gold.log or evaluation.settings)):
         leak_sections({"gold": gold.leaks})
     return gold.leaks
 
@@ -220,39 +270,6 @@ def _no_longer_there(known: Mapping[str, Any]) -> list[str]:
         for name in COMPARED
         if (path := known.get(name)) and not expanded(path).is_file()
     ]
-
-
-def _merged_leaks(
-    of_run: Mapping[str, LeakResults],
-    evaluated: Mapping[str, Mapping[str, Any]],
-    gold: LeakResults,
-    otherwise: Mapping[str, Sequence[str]],
-) -> tuple[dict[str, LeakResults], list[str]]:
-    """Stage -> test -> result, and notes. A later result of `evaluate` replaces the run's own, unless that one says
-    more. gold: those that `evaluate` compared with. otherwise: tests that it measured otherwise than the run, and the
-    flags: such a result does not take back what the run found, nor stand beside another stage of the run's own."""
-    merged = {stage: dict(results) for stage, results in of_run.items()}
-    later = {stage: leak_results(content.get("leaks") or {}) for stage, content in evaluated.items()}
-    own, now = merged.get("after", {}), later.get("after", {})
-    stand, notes = set[str](), list[str]()  # the former: at every stage
-    for name in [name for name in own if name in now]:
-        another = f"{name}: `evaluate` measured it with another {', '.join(otherwise.get(name, ()))}"
-        if name in otherwise and own[name].leaks and now[name].leaks is False:
-            notes.append(f"{another}, and did not find the traces that the run found, whose result counts.")
-            stand.add(name)
-        elif stands_beside(own[name], now[name]):
-            stand.add(name)
-        elif name in otherwise:
-            notes.append(f"{another}: its result counts, and those of the run before that are left out.")
-            for results in merged.values():
-                results.pop(name, None)
-    for stage, results in {**later, "gold": gold}.items():
-        merged.setdefault(stage, {}).update({name: of for name, of in results.items() if name not in stand})
-    merged["gold"] = merged.pop("gold")
-    for results in merged.values():
-        for result in results.values():
-            result.figures = _numbers_only(result.figures)
-    return {stage: results for stage, results in merged.items() if results}, notes
 
 
 def _numbers_only(figures: Mapping[str, Any]) -> dict[str, Any]:

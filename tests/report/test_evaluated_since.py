@@ -13,7 +13,11 @@ from helpers.rows import write_rows
 from safetensors.torch import load_file, save_file
 
 from lowmem_npo.cli import main
+from lowmem_npo.errors import UserError
+from lowmem_npo.files import file_sha256
+from lowmem_npo.report.content import read_content
 from lowmem_npo.report.files import write_report
+from lowmem_npo.report.model_card import model_card
 
 
 def test_a_later_evaluation_is_included(own_run, tmp_path):
@@ -117,13 +121,15 @@ def test_an_evaluation_of_the_runs_rows_is_part_of_its_report(own_run, tmp_path,
     )
 
 
-def test_evaluate_counts_the_attacks_that_the_report_counts(own_run, capsys):
-    """Those of the run's own leak tests among them."""
+@pytest.mark.parametrize("place", ["evaluation", "evaluation-2"])
+def test_evaluate_counts_the_attacks_that_the_report_counts(own_run, place, capsys):
+    """Those of the run's own leak tests among them; the report has the leak tests of every evaluation of the run."""
     found = {
         "extraction": {"extraction_strength": 0.9, "holdout_extraction_strength": 0.1, "meaning": "", "leaks": True}
     }
     (own_run / "leaks.json").write_text(json.dumps({"after": found}))
     common = ["--leaks", "sampling", "--leak-samples", "2", "--dtype", "float32", "--device", "cpu"]
+    common += ["--output-dir", str(own_run / place)]
     assert main(["evaluate", "--adapter", str(own_run), *common]) == 0
     write_report(own_run)
     (worst,) = [
@@ -158,6 +164,61 @@ def test_an_evaluation_on_another_base_is_none_of_the_runs(own_run, tmp_path, ca
         assert (report["verdict"] == alone["verdict"]) == other
         assert (said == report["verdict"]["headline"]) == (not other)
     assert "The base is another model" in json.loads((settings.parent / "evaluation.json").read_text())["notes"][0]
+
+
+def write_evaluation(run, number, leaks, **settings):
+    folder = run / ("evaluation" if number == 1 else f"evaluation-{number}")
+    folder.mkdir()
+    digests = {"the adapter": file_sha256(run / "adapter_model.safetensors")}
+    (folder / "settings.json").write_text(json.dumps({"digests": digests, "leaks": ["relearning"], **settings}))
+    result = {"relearning": {"rows": 5, "meaning": f"Of {folder.name}.", "leaks": leaks}}
+    (folder / "evaluation.json").write_text(json.dumps({"leaks": result, "notes": [f"Said in {folder.name}."]}))
+
+
+def test_the_leak_tests_of_every_evaluation_of_the_run_are_in_its_report(own_run):
+    """Where `merge` has the next one written; what is left out is named."""
+    write_evaluation(own_run, 1, False, relearn_lr=1e-6)
+    write_evaluation(own_run, 2, True, relearn_lr=1e-3)
+    write_evaluation(own_run, 3, False, relearn_lr=1e-5)
+    write_evaluation(own_run, 4, False, relearn_lr=1e-3, other_rows=True)
+    write_evaluation(own_run, 5, False, relearn_lr=1e-3, digests={"the adapter": "another"})
+    content = read_content(own_run)
+    assert content.leaks["after"]["relearning"].meaning == "Of evaluation-2."
+    assert "leak tests still find traces" in content.verdict.headline
+    assert "leak tests still find traces" in model_card(content)
+    for note in (
+        "Said in evaluation.",
+        "'evaluation-2': Said in evaluation-2.",
+        "relearning: 'evaluation-2' measured it with another --relearn-lr than 'evaluation': its result counts.",
+        "relearning: 'evaluation-3' measured it with another --relearn-lr than 'evaluation-2', and did not find the "
+        "traces that 'evaluation-2' found, whose result counts.",
+        "The leak tests in 'evaluation-4' are of other forget rows than the run's: this report leaves them out.",
+        "'evaluation-5' is not known to be of the adapter as it is now: this report leaves it out.",
+        "Of 'evaluation-2' and 'evaluation-3' this report has the leak tests alone: all other figures are in the "
+        "evaluation.json there.",
+    ):
+        assert note in content.notes
+    assert not any("Said in evaluation-4" in note or "Said in evaluation-5" in note for note in content.notes)
+    write_evaluation(own_run, 6, False, relearn_lr=1e-3)
+    assert read_content(own_run).leaks["after"]["relearning"].leaks is False
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "settings.json"])
+def test_a_damaged_file_of_a_later_evaluation_is_named(own_run, name):
+    write_evaluation(own_run, 1, False)
+    write_evaluation(own_run, 2, True)
+    (own_run / "evaluation-2" / name).write_text("{")
+    with pytest.raises(UserError, match=f"evaluation-2/{name}' is damaged"):
+        read_content(own_run)
+
+
+def test_what_could_not_be_told_is_not_taken_back_by_another_attack(own_run):
+    write_evaluation(own_run, 1, False, relearn_lr=1e-6)
+    unknown = {"relearning": {"rows": 5, "meaning": "It may be chance.", "leaks": None}}
+    (own_run / "leaks.json").write_text(json.dumps({"after": unknown}))
+    content = read_content(own_run)
+    assert content.leaks["after"]["relearning"].meaning == "It may be chance."
+    assert any("find what the run could not tell from traces, whose result counts." in note for note in content.notes)
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,8 @@ def _last_lines(plan: EvaluationPlan, result: Evaluation, on_base: bool, say: Sa
     ).headline
     worst = [result.worst_attack.sentence] if result.worst_attack else []
     run = RunFiles(expanded(config.adapter)) if config.adapter else None
-    if run is None or not run.run_yaml.is_file() or config.path != run.evaluation.path:
+    included = [] if run is None else [evaluation.path.resolve() for evaluation in run.evaluations()]
+    if run is None or not run.run_yaml.is_file() or config.path.resolve() not in included:
         return [*worst, own]
     if other := of_another_adapter(run.path):
         say(other)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,14 +10,16 @@ from lowmem_npo.commands.lasting import ATTACKING_MERGED, made_last_by, testing_
 from lowmem_npo.commands.merge.options import DEQUANTIZED
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.directory import OTHER_ROWS, base_of, compared_with, is_of_adapter
-from lowmem_npo.evaluation.leaks.contract import LeakResult, groups_in, stands_beside
+from lowmem_npo.evaluation.leaks.contract import LeakResult, groups_in
 from lowmem_npo.evaluation.leaks.measure import read_leaks
 from lowmem_npo.evaluation.leaks.quantization import MERGED, QUANTIZATION
 from lowmem_npo.evaluation.leaks.relearning import RELEARNING
 from lowmem_npo.files import expanded, file_sha256, load_json
 from lowmem_npo.model.names import Base
 from lowmem_npo.model.saved_adapter import settings_of_run
+from lowmem_npo.records import check_record
 from lowmem_npo.report.audit import base_of_run, recorded_adapter
+from lowmem_npo.report.run_leaks import AFTER, Tested, standing
 from lowmem_npo.run_directory import RunFiles, run_of_adapter
 
 # Test -> when it is that forgotten text may return.
@@ -31,11 +33,13 @@ ATTACK_MERGED = f"`--leaks {' '.join(ATTACKING_MERGED)}`, in one evaluation, att
 
 class Finding(NamedTuple):
     """A result of a leak test. of_other: what else it is of than the adapter as it is now on the base that it is merged
-    into, if it is. file: that holds it."""
+    into, if it is. file: that holds it. settings: with which it was measured. evaluation: by which, if not the run."""
 
     result: LeakResult
     of_other: str | None
     file: Path
+    settings: Mapping[str, Any]
+    evaluation: str | None = None
 
 
 class Said(NamedTuple):
@@ -110,9 +114,8 @@ def _said(
         run, file = run_of_adapter(folder).path, known[0].file
         shown = file if with_place else Path(run.name) / file.relative_to(run)
         return Said(f"Not checked: the {test} test in '{shown}' is of {known[0].of_other}.", advised=True)
-    result = current[0].result
-    for later in current[1:]:
-        result = result if stands_beside(result, later.result) else later.result
+    tested = [Tested(of.settings, {AFTER: {test: of.result}}, of.evaluation) for of in current]
+    result = standing(test, tested).after[test]
     meaning = result.meaning if with_place else result.meaning.replace(str(folder), folder.name)
     if not result.figures:
         return Said(f"Not checked, {test} test: {meaning}")
@@ -139,18 +142,21 @@ def _repeated_in_merged(known: Sequence[Finding], test: str) -> bool:
 def _known(test: str, adapter: str, onto: Base) -> Iterator[Finding]:
     """The results that the run and its evaluations have, where their files can be read; the latest one's last."""
     folder = expanded(adapter).resolve()
-    weights, run = RunFiles(folder).weights, run_of_adapter(folder)
+    weights, run, settings = RunFiles(folder).weights, run_of_adapter(folder), settings_of_run(adapter)
     try:
         of_other = _of_other(recorded_adapter(run.path) == file_sha256(weights), base_of_run(run.path), onto)
-        yield Finding(read_leaks(run.leaks)["after"][test], of_other, run.leaks)
+        yield Finding(read_leaks(run.leaks)[AFTER][test], of_other, run.leaks, settings)
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     for evaluation in RunFiles(folder).evaluations():
         try:
             content = load_json(evaluation.result)["leaks"][test]
-            if not compared_with(evaluation).get(OTHER_ROWS):
+            settings = compared_with(evaluation)
+            check_record(settings, {"leaks": list[str]}, optional=["leaks"])
+            if not settings.get(OTHER_ROWS):
                 of_other = _of_other(is_of_adapter(evaluation, weights), base_of(evaluation), onto)
-                yield Finding(LeakResult.from_json(content), of_other, evaluation.result)
+                result, name = LeakResult.from_json(content), evaluation.path.name
+                yield Finding(result, of_other, evaluation.result, settings, name)
         except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
             pass
 

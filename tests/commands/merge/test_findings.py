@@ -31,8 +31,8 @@ def write_adapter(base, folder, seed=0):
     adapted.save_pretrained(folder)
 
 
-def write_evaluation(folder, tests, weights=None, **settings):
-    evaluation = folder / "evaluation"
+def write_evaluation(folder, tests, weights=None, name="evaluation", **settings):
+    evaluation = folder / name
     evaluation.mkdir(exist_ok=True)
     digest = weights or file_sha256(folder / "adapter_model.safetensors")
     (evaluation / "settings.json").write_text(json.dumps({"digests": {"the adapter": digest}, **settings}))
@@ -159,6 +159,40 @@ def test_a_later_evaluation_that_says_less_does_not_hide_the_runs(last_lines, ad
     write_run(adapter, {"relearning": FOUND})
     write_evaluation(adapter, {"relearning": {"merged": {}, "meaning": "It is not.", **later}})
     assert last_lines()[1].startswith(f"WARNING, {BESIDE} traces found. It is back.")
+
+
+STRONG, WEAK = {"relearn_steps": 20, "relearn_lr": 1e-3}, {"relearn_steps": 1, "relearn_lr": 1e-6}
+
+
+@pytest.mark.parametrize(
+    "tried, words",
+    [
+        ([(True, STRONG), (False, WEAK)], "WARNING, {} traces found. First."),
+        ([(True, STRONG), (False, STRONG)], "Checked, {} no traces found. Second."),
+        ([(False, WEAK), (True, STRONG)], "WARNING, {} traces found. Second."),
+        ([(None, STRONG), (False, WEAK)], "Checked, {} cannot tell. First."),
+        ([(None, STRONG), (False, STRONG)], "Checked, {} no traces found. Second."),
+        ([(True, STRONG), (True, WEAK), (False, WEAK)], "WARNING, {} traces found. First."),
+        ([(True, STRONG), (False, {**STRONG, "seed": 7})], "WARNING, {} traces found. First."),
+        ([(True, STRONG), (False, WEAK), (False, STRONG)], "Checked, {} no traces found. Third."),
+    ],
+)
+def test_no_other_attack_takes_back_what_one_has_found(adapter, tried, words):
+    """Neither where it could not tell."""
+    for number, ((leaks, options), meaning) in enumerate(zip(tried, ("First.", "Second.", "Third."), strict=False), 1):
+        name = "evaluation" if number == 1 else f"evaluation-{number}"
+        found = {"relearning": {**FOUND, "leaks": leaks, "meaning": meaning}}
+        write_evaluation(adapter, found, name=name, **{"leaks": ["relearning"], "seed": 42, **options})
+    (_, line), _ = findings(str(adapter), "whole", Base())
+    assert line.startswith(words.format(BESIDE))
+
+
+def test_a_removed_evaluation_hides_none_of_those_after_it(adapter):
+    for number in (2, 4):
+        write_evaluation(adapter, {"relearning": FOUND} if number == 4 else {}, name=f"evaluation-{number}")
+    (rounding, relearning), _ = findings(str(adapter), "whole", Base())
+    assert relearning.startswith(f"WARNING, {BESIDE} traces found.")
+    assert f"--output-dir {adapter}/evaluation-5" in rounding
 
 
 def test_traces_that_an_evaluation_finds_in_fewer_rows_count(last_lines, adapter):
