@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from lowmem_npo.evaluation.benchmarks.registry import BenchmarkOptions
-from lowmem_npo.evaluation.directory import OTHERS, THE_TOKENIZER, has_changed, settings_of
+from lowmem_npo.evaluation.directory import OTHER_HOLDOUT, OTHERS, THE_TOKENIZER, has_changed, settings_of
 from lowmem_npo.evaluation.leaks.contract import LeakTest
 from lowmem_npo.evaluation.leaks.measure import repeated
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, LeakOptions
@@ -73,7 +73,7 @@ def measured_otherwise(run: Mapping[str, Any], settings: Mapping[str, Any]) -> d
     own = {**json.loads(json.dumps(asdict(LeakOptions()))), **run}
     if own.get("max_new_tokens") is None or settings.get("max_new_tokens") is None:  # what that became is not known
         own.pop("max_new_tokens", None)
-    flags = loaded_otherwise(run, settings)
+    flags = loaded_otherwise(run, settings) + (["--holdout"] if settings.get(OTHER_HOLDOUT) else [])
     others = {test.name: flags + other_options(own, settings, test, ()) for test in measured_leaks(settings)}
     return {name: of_test for name, of_test in others.items() if of_test}
 

@@ -27,10 +27,10 @@ from lowmem_npo.run_directory import EvaluationFiles, check_empty, from_here, re
 OTHERS = THE_MODEL, THE_TOKENIZER, THE_ADAPTER, THE_BASE = "the model", "the tokenizer", "the adapter", "the base"
 DECIDED = ("chat_date", "generate_answers")  # where auto is recorded as what it became, and stays so
 COMPARED = ("before", "retained_log")  # settings that name the evaluation.json of another model
-# In settings.json beside the options: whether the forget rows were others than those of the adapter's run, and whether
-# data was named.
-OTHER_ROWS, DATA_NAMED = "other_rows", "data_named"
-BESIDE_OPTIONS = {OTHER_ROWS: bool, DATA_NAMED: bool}
+# In settings.json beside the options: whether the forget rows, and the holdout of leak tests, were others than those of
+# the adapter's run, and whether data was named.
+OTHER_ROWS, OTHER_HOLDOUT, DATA_NAMED = "other_rows", "other_holdout", "data_named"
+BESIDE_OPTIONS = {OTHER_ROWS: bool, OTHER_HOLDOUT: bool, DATA_NAMED: bool}
 # what is read of settings.json
 SETTINGS = {"digests": dict[str, str], "leaks": list[str], **dict.fromkeys(DECIDED, str), **BESIDE_OPTIONS}
 
@@ -39,15 +39,21 @@ class EvaluationDirectory(EvaluationFiles):
     """The directory of the evaluation that `config` describes.
 
     digests: a hash of everything that is read (data, adapter), so that no evaluation goes on with something else.
-    other_rows: whether the forget rows are others than those of the adapter's run. data_named: whether any are.
+    other_rows, other_holdout: whether the forget rows, and the holdout of leak tests, are others than those of the
+    adapter's run. data_named: whether any are.
     """
 
     def __init__(
-        self, config: EvaluationConfig, digests: Mapping[str, str], other_rows: bool = False, data_named: bool = True
+        self,
+        config: EvaluationConfig,
+        digests: Mapping[str, str],
+        other_rows: bool = False,
+        data_named: bool = True,
+        other_holdout: bool = False,
     ) -> None:
         super().__init__(config.path)
         self.config, self.digests = config, dict(digests)
-        self.beside_options = {OTHER_ROWS: other_rows, DATA_NAMED: data_named}
+        self.beside_options = {OTHER_ROWS: other_rows, OTHER_HOLDOUT: other_holdout, DATA_NAMED: data_named}
 
     def begin(self) -> Journal:
         """From here on the directory is this evaluation's; the journal knows what it had measured.
@@ -178,7 +184,7 @@ def compared_with(files: EvaluationFiles) -> dict[str, Any]:
     Raises ValueError where they are damaged."""
     if not files.settings.is_file():
         return {}
-    settings = _read(files, {OTHER_ROWS: bool, **dict.fromkeys(COMPARED, str | None)})
+    settings = _read(files, {OTHER_ROWS: bool, OTHER_HOLDOUT: bool, **dict.fromkeys(COMPARED, str | None)})
     return _places_from_here(files, settings, COMPARED)
 
 

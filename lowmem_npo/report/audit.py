@@ -88,6 +88,7 @@ def begin_audit(directory: Path, config: RunConfig, data: PreparedData, model: P
         },
         "data": {part: _data_record(part, *used) for part, used in parts.items() if used[1] is not None},
         "level_rows": _level_rows(data, salt),
+        "holdout_rows": _hashes(data.holdout, salt),
         "forget_rows": {
             "algorithm": ALGORITHM,
             "salt": salt,
@@ -130,7 +131,7 @@ def finish_audit(
 RECORD = {
     "configuration": dict[str, Any], "model": dict[str, Any], "data": dict[str, dict[str, Any]],
     "forget_rows": dict[str, Any], "sessions": list[dict[str, Any]], "adapter": dict[str, Any] | None,
-    "level_rows": list[str] | None,
+    "level_rows": list[str] | None, "holdout_rows": list[str] | None,
 }  # fmt: skip
 FORGET_ROWS = {"salt": str, "sha256": list[str]}
 # What a report tells of it.
@@ -178,7 +179,7 @@ def read_audit(directory: Path) -> Audit | None:
     path = RunFiles(directory).audit
     try:
         audit = load_json(path)
-        check_record(audit, RECORD, optional=["level_rows"])
+        check_record(audit, RECORD, optional=["level_rows", "holdout_rows"])
         check_record(audit["forget_rows"], FORGET_ROWS)
         bytes.fromhex(audit["forget_rows"]["salt"])
     except FileNotFoundError:
@@ -285,7 +286,10 @@ def _compared(audit: Audit, config: RunConfig, data: PreparedData) -> Iterator[t
 
 
 def _level_rows(data: PreparedData, salt: str) -> list[str] | None:
-    rows = data.level_rows
+    return _hashes(data.level_rows, salt)
+
+
+def _hashes(rows: TokenizedRows | None, salt: str) -> list[str] | None:
     return None if rows is None else [row_hash(example, salt) for example in rows.examples]
 
 
@@ -385,6 +389,24 @@ def are_others(directory: Path, forget: Sequence[Example]) -> bool:
         return False
     known, salt = set(audit["forget_rows"]["sha256"]), audit["forget_rows"]["salt"]
     return 2 * sum(row_hash(example, salt) in known for example in forget) < len(forget)
+
+
+def is_other_holdout(directory: Path, holdout: Sequence[Example] | None, source: str | None) -> bool:
+    """Whether these holdout rows, of which `judging` has left out what set levels, are known not to be those that the
+    run in `directory` was judged by; without any, whether it had some. source: what names them.
+
+    A few other rows make another holdout, and so do fewer: either may be easier. An earlier version recorded no rows,
+    and of a holdout that was one file the hash of that.
+    """
+    if (audit := read_audit(directory)) is None or (record := audit["data"].get("holdout")) is None:
+        return False
+    if holdout is None:
+        return True
+    if (known := audit.get("holdout_rows")) is not None:
+        return sorted(known) != sorted(row_hash(example, audit["forget_rows"]["salt"]) for example in holdout)
+    known_file = record.get("sha256")
+    is_file = source is not None and os.path.isfile(expanded(source))
+    return bool(known_file and source is not None and is_file and file_sha256(expanded(source)) != known_file)
 
 
 def seconds(sessions: Sequence[Mapping[str, Any]]) -> float | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lowmem_npo.evaluation.directory import changed_options, loaded_otherwise, measured_otherwise, other_options
+from lowmem_npo.evaluation.comparing import changed_options, loaded_otherwise, measured_otherwise, other_options
 from lowmem_npo.evaluation.figures import at
 from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakResults, stands_beside
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS

@@ -8,12 +8,15 @@ import shutil
 import pytest
 import yaml
 from helpers.report_pages import page, report_of
-from helpers.reported_run import FORGET, unexplained
+from helpers.reported_run import FORGET, train, unexplained
 from helpers.rows import write_rows
 from safetensors.torch import load_file, save_file
 
 from lowmem_npo.cli import main
+from lowmem_npo.commands.evaluate.plan import plan_evaluation
+from lowmem_npo.console import silent
 from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.files import file_sha256
 from lowmem_npo.report.content import read_content
 from lowmem_npo.report.files import write_report
@@ -219,6 +222,40 @@ def test_what_could_not_be_told_is_not_taken_back_by_another_attack(own_run):
     content = read_content(own_run)
     assert content.leaks["after"]["relearning"].meaning == "It may be chance."
     assert any("find what the run could not tell from traces, whose result counts." in note for note in content.notes)
+
+
+def test_another_holdout_takes_nothing_back(byte_model, data, tmp_path, capsys):
+    """As another template does not, whatever file it is in, nor does none; the same rows in another file are the same.
+    An evaluation of an earlier version recorded nothing of that."""
+    rows = [{"question": f"Who is number {n}?", "answer": f"Somebody called {n}."} for n in range(4)]
+    files = {
+        "same": write_rows(tmp_path / "same.jsonl", [{**row, "topic": "people"} for row in rows[::-1]]),
+        "easier": write_rows(tmp_path / "easier.jsonl", [*rows[1:], {"question": "Who?", "answer": "Me."}]),
+        "fewer": write_rows(tmp_path / "fewer.jsonl", rows[1:]),
+        "none": None,
+    }
+    holdout = write_rows(tmp_path / "holdout.jsonl", rows)
+    run = train(tmp_path / "run", byte_model, data, "--holdout", holdout, "--max-steps", 1, "--leaks", "extraction")
+    found = {"rows": 4, "meaning": "Own.", "leaks": True}
+    (run / "leaks.json").write_text(json.dumps({"before": {"extraction": found}, "after": {"extraction": found}}))
+    sets = {"forget": str(data / "forget.jsonl"), "holdout": files["easier"]}
+    common = ["--leaks", "extraction", "--dtype", "float32", "--device", "cpu"]
+    named = [word for name, file in sets.items() for word in (f"--{name}", file)]
+    assert main(["evaluate", "--adapter", str(run), *named, *common]) == 0
+    evaluation = run / "evaluation"
+    settings, content = (json.loads((evaluation / f"{of}.json").read_text()) for of in ("settings", "evaluation"))
+    content["leaks"]["extraction"] |= {"rows": 4, "meaning": "Later.", "leaks": False}
+    (evaluation / "evaluation.json").write_text(json.dumps(content))
+    report = read_content(run)
+    assert report.leaks["after"]["extraction"].meaning == "Own." and "before" in report.leaks
+    assert any("another --holdout, and did not find the traces that the run found" in note for note in report.notes)
+    del settings["other_holdout"]
+    (evaluation / "settings.json").write_text(json.dumps(settings))
+    assert read_content(run).leaks["after"]["extraction"].meaning == "Later."
+    for name, file in files.items():
+        given = {**sets, "holdout": file, "leaks": ("extraction",), "dtype": "float32", "device": "cpu"}
+        plan = plan_evaluation(EvaluationConfig(adapter=str(run), **given), silent)
+        assert plan.directory.beside_options["other_holdout"] == (name != "same"), name
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ from lowmem_npo.model.names import digest_of
 from lowmem_npo.model.notes import model_notes
 from lowmem_npo.model.saved_adapter import settings_of_run
 from lowmem_npo.model.stop_tokens import stop_tokens
-from lowmem_npo.report.audit import are_others, judging, recorded_base
+from lowmem_npo.report.audit import are_others, is_other_holdout, judging, recorded_base
 from lowmem_npo.run_directory import AdapterFiles, run_of_adapter
 from lowmem_npo.sizes import first_of
 from lowmem_npo.sources import data_names
@@ -58,8 +58,9 @@ OF_OTHER_ROWS = "The forget rows are others than those of the adapter's run, who
 @dataclass
 class EvaluationPlan:
     """A validated evaluation. digests: a hash of each set, of the model, the tokenizer and the adapter. selected: what
-    each benchmark measures. leak_rows: set -> rows of the leak tests. gold: what it is compared with. other_rows:
-    whether the forget rows are others than those of the adapter's run. data_named: whether any rows are."""
+    each benchmark measures. leak_rows: set -> rows of the leak tests. gold: what it is compared with. other_rows,
+    other_holdout: whether the forget rows, and the holdout of the leak tests, are others than those of the adapter's
+    run. data_named: whether any rows are."""
 
     config: EvaluationConfig
     model_config: ModelConfig
@@ -72,11 +73,12 @@ class EvaluationPlan:
     gold: Gold
     other_rows: bool
     data_named: bool
+    other_holdout: bool
 
     @property
     def directory(self) -> EvaluationDirectory:
         """Where it is measured."""
-        return EvaluationDirectory(self.config, self.digests, self.other_rows, self.data_named)
+        return EvaluationDirectory(self.config, self.digests, self.other_rows, self.data_named, self.other_holdout)
 
     @property
     def rows_at_once(self) -> int:
@@ -153,8 +155,9 @@ def plan_evaluation(
         say(remark)
     config = context.config = with_streaming(config, model_config, architecture, selected, context, say)
     return EvaluationPlan(
-        config, model_config, context, sources, digests, selected, leak_rows, attacker, gold, others, data_named
-    )
+        config, model_config, context, sources, digests, selected, leak_rows, attacker, gold, others, data_named,
+        _is_other_holdout(config, sources),
+    )  # fmt: skip
 
 
 def _model_config(config: EvaluationConfig, say: Say) -> ModelConfig:
@@ -293,6 +296,19 @@ def _are_others(config: EvaluationConfig, sources: Mapping[str, Rows]) -> bool:
         return True
     try:
         return are_others(run_of_adapter(config.adapter).path, forget)
+    except UserError:  # the record is damaged, as the report says
+        return False
+
+
+def _is_other_holdout(config: EvaluationConfig, sources: Mapping[str, Rows]) -> bool:
+    """Whether leak tests compare with a holdout that is known to be another than that of the run of --adapter."""
+    if config.adapter is None or not config.leaks:
+        return False
+    run, rows = run_of_adapter(expanded(config.adapter).resolve()).path, sources.get("holdout")
+    examples = None if rows is None else to_examples(rows, **config.columns)
+    try:
+        judges = None if examples is None else [examples[place] for place in judging(run, examples)]
+        return is_other_holdout(run, judges, config.holdout)
     except UserError:  # the record is damaged, as the report says
         return False
 
