@@ -73,6 +73,9 @@ class RowFigures:
         return [self.forget_nll, self.extraction, self.retain_nll]
 
 
+UNMEASURED = RowFigures()
+
+
 @dataclass(frozen=True)
 class RunRows:
     """The rows that a run measured, and what it found of them.
@@ -218,9 +221,32 @@ def better(forms: Mapping[str, RowFigures], before: RowFigures) -> tuple[str, st
     )
 
 
-def survival(merged: RowFigures, rounded: RowFigures, before: RowFigures) -> str:
-    """Whether what the merged weights have forgotten stays so in 4 bits, in words and figures."""
-    from_merged, from_rounded = (_holds(of, before, merged) for of in (merged, rounded))
+def still_held(merged: RowFigures, before: RowFigures, after: RowFigures) -> str | None:
+    """A warning, where much of what was to be forgotten can be had from the merged weights that are kept."""
+    if not _are_held(merged, before, after):
+        return None
+    own, beside = beside_holdout(_number(merged.extraction), merged.holdout_extraction, before.extraction, UNKNOWN)
+    known = {"before forgetting": before.forget_nll, "beside its base": after.forget_nll}
+    known = {stage: nll for stage, nll in known.items() if nll is not None}
+    nll, *others = side_by_side([merged.forget_nll, *known.values()])
+    stages = "".join(f", {stage} {of}" for stage, of in zip(known, others, strict=True))
+    return (
+        f"WARNING: forgotten text is in the merged weights: they write the last {own} of a forgotten answer by "
+        f"themselves; {beside}. The NLL of the forget answers is {nll}{stages}."
+    )
+
+
+def _are_held(merged: RowFigures, before: RowFigures, after: RowFigures) -> bool | None:
+    """`_holds` of merged weights, measured by what the adapter beside its base has forgotten, where that is known: no
+    more than makes an answer like one that the model never saw."""
+    forgotten = after.forget_nll if after.forget_nll is not None else merged.forget_nll
+    return _holds(merged, before, RowFigures(min(_number(forgotten), _number(merged.holdout_nll))))
+
+
+def survival(merged: RowFigures, rounded: RowFigures, before: RowFigures, after: RowFigures = UNMEASURED) -> str:
+    """Whether what the merged weights have forgotten stays so in 4 bits, in words and figures. after: the adapter
+    beside its base."""
+    from_merged, from_rounded = _are_held(merged, before, after), _holds(rounded, before, merged)
     verdict = {
         True: "WARNING: forgetting does not survive 4 bits",
         False: "Forgetting survives 4 bits",

@@ -18,6 +18,7 @@ from lowmem_npo.commands.merge.measuring import (
     better,
     measure,
     rows_of_run,
+    still_held,
     survival,
     table,
 )
@@ -162,6 +163,8 @@ def _measure(plan: Plan, partial: Path) -> str:
             best, sentence = better(forms, plan.rows.before)
             kept = best if plan.choose else kept
             plan.sentences.append(sentence + (" That is what was written." if kept == best else ""))
+        if (warning := still_held(forms[kept], plan.rows.before, plan.rows.after)) is not None:
+            plan.sentences.append(warning)
     except UserError as error:
         why = str(error).rstrip(".")
         plan.sentences.append(_not_compared(why) if plan.choose and kept == WHOLE else f"Not measured: {why}.")
@@ -171,7 +174,7 @@ def _measure(plan: Plan, partial: Path) -> str:
             rounded = measure(partial / kept, plan.rows, four_bits=True)
             plan.measured[f"{MERGED_INTO[kept]}, then 4-bit"] = rounded
             plan.rounded = True
-            plan.sentences.append(survival(forms[kept], rounded, plan.rows.before))
+            plan.sentences.append(survival(forms[kept], rounded, plan.rows.before, plan.rows.after))
         except UserError as error:
             plan.sentences.append(f"Not measured in 4 bits: {str(error).rstrip('.')}.")
     return kept

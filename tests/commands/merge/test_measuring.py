@@ -15,7 +15,8 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.cli import main
-from lowmem_npo.commands.merge.measuring import RowFigures, better, figures_of_run, survival
+from lowmem_npo.commands.merge import run as merging
+from lowmem_npo.commands.merge.measuring import RowFigures, RunRows, better, figures_of_run, survival
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.model import load_model
 from lowmem_npo.run_directory import RunFiles
@@ -240,6 +241,29 @@ def test_a_figure_of_the_run_that_is_no_number_is_not_known(strength, known, tmp
     result = {"meaning": "", "leaks": None, "extraction_strength": strength}
     run.leaks.write_text(json.dumps({"before": {"extraction": result}}))
     assert figures_of_run(run, "before", run.weights) == RowFigures(extraction=known)
+
+
+@pytest.mark.parametrize(
+    ("whole", "after", "warns"),
+    [
+        ((0.01, 1.0, 0.5), (5.0, 0.1, 0.5), True),  # extracted as before
+        ((2.0, 0.1, 0.5), (5.0, 0.1, 0.5), True),  # likelier again than beside the base
+        ((4.0, 0.1, 0.5), (9.0, 0.1, 0.5), True),
+        ((4.0, 0.1, 0.5, 3.0, 0.1), (9.0, 0.1, 0.5), False),  # as one that was never seen
+        ((4.9, 0.1, 0.5), (5.0, 0.1, 0.5), False),
+        ((0.01, 1.0, 0.5), (), True),
+    ],
+)
+def test_what_is_kept_is_checked_whether_or_not_it_is_rounded(whole, after, warns, monkeypatch, tmp_path):
+    """Both forms may be as they were before forgetting: that as much is forgotten in either says nothing."""
+    monkeypatch.setattr(merging, "measure", lambda *_: RowFigures(*whole))
+    rows = RunRows({}, ModelConfig("base"), 1, RowFigures(0.01, 1.0, 0.5), RowFigures(*after))
+    plan = merging.Plan(["dequantized", "whole"], rows, choose=True)
+    assert merging._measure(plan, tmp_path) == "whole"
+    assert plan.sentences[0].startswith("Advised: the whole weights")
+    warnings = [sentence for sentence in plan.measurements.sentences if sentence.startswith("WARNING: forgotten text")]
+    assert len(warnings) == warns == len(plan.sentences) - 1
+    assert not warns or "100%" in warnings[0]  # what it was before, or is again
 
 
 def test_forgetting_of_next_to_nothing_survives_nothing():
