@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lowmem_npo.config import ModelConfig
+from lowmem_npo.config import ModelConfig, OutputConfig
 from lowmem_npo.evaluation.leaks.quantization import QUANTIZATION
 from lowmem_npo.evaluation.leaks.relearning import RELEARNING
 from lowmem_npo.files import expanded
@@ -33,13 +34,28 @@ def testing_command(adapter: str, tests: Sequence[str], base: Sequence[str] = ()
     name = adapter if with_place else folder.name
     words = ["--adapter", name, *(base if with_place else ())]
     run_settings = settings_of_run(adapter)
-    words += ["--qlora"] if run_settings.get("qlora") else []
-    words += ["--dtype", dtype] if (dtype := run_settings.get("dtype")) not in (None, ModelConfig.dtype) else []
+    words += _loading(run_settings, with_place)
     files = RunFiles(folder)
     if (place := files.next_evaluation().path) != files.evaluation.path:
         words += ["--output-dir", str(Path(name, place.name))]
     rows = "" if run_settings else " --forget …"  # evaluate knows the rows of a run
     return f"`lowmem-npo evaluate {shlex.join(words)}{rows} --leaks {' '.join(tests)}`"
+
+
+def _loading(run: Mapping[str, Any], with_place: bool) -> list[str]:
+    """The options with which `evaluate` loads a model as the run did: where it would otherwise measure another one, or
+    where that would not fit. with_place: whether those are among them that only fit this machine."""
+    words = [f"--{name.replace('_', '-')}" for name in ("qlora", "stream_weights") if run.get(name)]
+    valued = ["dtype", "attn", *(("device", "quantized_cache") if with_place else ())]
+    defaults = {f.name: f.default for f in fields(ModelConfig)}
+    for name in valued:
+        if (value := run.get(name)) not in (None, defaults[name]):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    if with_place and run.get("stream_from") == "cache":  # else there may be room, or the cache is found
+        words += ["--stream-from", "cache"]
+    if (rows := run.get("eval_batch_size")) not in (None, OutputConfig.eval_batch_size):
+        words += ["--batch-size", str(rows)]
+    return words
 
 
 def next_step(adapter: str) -> str:

@@ -89,6 +89,20 @@ def test_the_command_measures_in_the_type_that_the_run_had(adapter):
         assert f"`lowmem-npo evaluate --adapter adapter {more}--leaks" in published[0]
 
 
+def test_the_command_loads_the_model_as_the_run_did(adapter):
+    """A model that only fits streamed would run out of memory without that; a card does not tell of this machine."""
+    cache = adapter.parent / "the cache"
+    needed = "qlora: true\nstream_weights: true\nstream_from: cache\nattn: eager\neval_batch_size: 1\ndevice: cuda\n"
+    (adapter / "run.yaml").write_text(f"model: base\nepochs: 1\n{needed}quantized_cache: {cache}\n")
+    for (line, _), with_place in zip(findings(str(adapter), "whole", Base()), (True, False), strict=True):
+        _, command, *options = shlex.split(re.search("`(.*)`", line)[1])
+        given = parse(EvaluationConfig, options, command)
+        given.check_source(given)
+        assert (given.qlora, given.stream_weights, given.attn, given.batch_size) == (True, True, "eager", 1)
+        here = ("cuda", str(cache), "cache") if with_place else ("auto", None, "auto")
+        assert (given.device, given.quantized_cache, given.stream_from) == here
+
+
 def test_the_command_runs_where_another_evaluation_is_and_its_result_is_read(last_lines, adapter, tmp_path):
     """Also where the adapter's base is named, as it then must be for that command."""
     write_evaluation(adapter, {"extraction": FOUND})
