@@ -81,6 +81,20 @@ def test_the_card_says_what_the_objective_asked_for(changed, forget, keep, run):
     assert ("no others" in render_page(content, 1)) == ("forget_term" not in changed)
 
 
+def test_the_title_says_what_the_adapter_was_trained_for_and_not_that_it_does_so(run, byte_model, tmp_path):
+    """After three steps it does not; what an adapter of no run was trained for is not known."""
+
+    def title(card):
+        return next(line for line in card.splitlines() if line.startswith("# "))
+
+    assert "no longer says" not in read_content(run).verdict.headline
+    assert title(model_card(read_content(run))) == f"# An adapter trained to make `{byte_model.name}` forget"
+    merged = f"# `{byte_model.name}`, with an adapter merged into it"
+    assert title(merged_card(run, str(byte_model), None, "bf16", [])) == f"{merged} that was trained to make it forget"
+    shutil.copy(run / "adapter_model.safetensors", tmp_path)
+    assert title(merged_card(tmp_path, str(byte_model), None, "bf16", [])) == merged
+
+
 def test_a_base_model_on_the_hub_is_in_the_header(run):
     content = read_content(run)
     named = {
