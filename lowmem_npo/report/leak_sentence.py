@@ -2,12 +2,55 @@
 
 from __future__ import annotations
 
-from lowmem_npo.evaluation.leaks.contract import LeakResults
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakResults
 
 
 def leaking_tests(results: LeakResults) -> list[str]:
     """The tests that found traces, or, without a holdout, that much is left."""
     return [name for name, result in results.items() if result.leaks is True]
+
+
+def was_run(result: LeakResult) -> bool:
+    """Whether it is one of a test that could be run."""
+    return bool(result.figures) or result.leaks is not None
+
+
+class OnGold(NamedTuple):
+    """What is known of some tests on a model that never saw the rows, judged by a holdout there, too: those that find
+    traces on it, those that find none or could not tell, and those that were not run on it."""
+
+    leaking: list[str]
+    clean: list[str]
+    undecided: list[str]
+    not_run: list[str]
+
+    @classmethod
+    def of(cls, tests: Iterable[str], gold: LeakResults) -> OnGold:
+        known = cls([], [], [], [])
+        for name in tests:
+            result = gold.get(name)
+            if result is None or not was_run(result):
+                known.not_run.append(name)
+            elif result.leaks is None or result.against_before:
+                known.undecided.append(name)
+            else:
+                (known.leaking if result.leaks else known.clean).append(name)
+        return known
+
+    @property
+    def sentences(self) -> list[str]:
+        """In the words of a report."""
+        said = []
+        if self.leaking or self.clean:
+            said.append(f"In a model that never saw the rows: {', '.join(self.leaking) or 'none'}.")
+        for tests, what in ((self.not_run, "not run on"), (self.undecided, "not conclusive on")):
+            if tests:
+                model = "that model" if said else "a model that never saw the rows"
+                said.append(f"{what.capitalize()} {model}: {', '.join(tests)}.")
+        return said
 
 
 def leak_sentence(results: LeakResults, gold: LeakResults | None, has_attack: bool) -> str:
@@ -32,8 +75,7 @@ def leak_sentence(results: LeakResults, gold: LeakResults | None, has_attack: bo
         else:
             sentences.append(f"No traces in any conclusive leak test: {', '.join(against_holdout)}.")
         if found and gold is not None:
-            on_gold = ", ".join(leaking_tests(gold)) or "none"
-            sentences.append(f"In a model that never saw the rows: {on_gold}.")
+            sentences += OnGold.of(found, gold).sentences
     if against_before:
         left = leaking_tests(against_before)
         less = [name for name in against_before if name not in left]

@@ -20,6 +20,7 @@ from lowmem_npo.evaluation.leaks.sampling import SAMPLING, WHOLE
 from lowmem_npo.evaluation.leaks.worst import WorstAttack
 from lowmem_npo.report.audit import seconds
 from lowmem_npo.report.content import STAGES, Content
+from lowmem_npo.report.leak_sentence import OnGold, was_run
 from lowmem_npo.report.verdict import form_words, gives_numbers, of_passages, said_count
 from lowmem_npo.run_directory import RunFiles
 from lowmem_npo.sizes import counted, first_of
@@ -40,6 +41,10 @@ RELATED = "What is not in the examples to forget is not forgotten, however close
 NO_GOLD = (
     "The only complete yardstick is a model that was never taught the examples to forget. None was available, so it is "
     "not known what such a model would have said."
+)
+GOLD_LEAKS_ALONE = (
+    "The only complete yardstick is a model that was never taught the examples to forget. Of one, only what leak tests "
+    "found is compared with here, not what it says when it is asked."
 )
 WHAT_COUNTS = {
     True: "An answer counts as given if it is in one piece anywhere in what the model says.",
@@ -180,14 +185,25 @@ def _remains(content: Content) -> Iterator[str]:
         if tests:
             yield f"{start} {'; by '.join(map(_way, tests))}."
         if tests and outcome == (True, False) and (gold := content.leaks.get("gold")):
-            too = sum(name in gold and gold[name].leaks is True for name in tests)
-            yield f"In a model that never saw the examples, the same is found by {too or 'none'} of these tests."
+            yield _on_gold(OnGold.of(tests, gold))
     if (worst := content.worst_attacks.get("after")) is not None:
         yield _worst(worst)
     yield ORIGINAL
     if names := list(_with_text(RunFiles(content.directory))):
         named = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
         yield f"Text of rows is in {named}, beside this report: do not pass that on with the report."
+
+
+def _on_gold(known: OnGold) -> str:
+    """Of tests that find traces, how many find the same in a model that never saw the examples."""
+    *decided, undecided, not_run = map(len, known)
+    if not any(decided):
+        why = "of these tests none that could tell was tried on it"
+        return f"Whether the same is found in a model that never saw the examples is not known: {why}."
+    start = f"In a model that never saw the examples, the same is found by {decided[0] or 'none'} of these tests"
+    rest = [f"{not_run} of them {'were' if not_run > 1 else 'was'} not tried on it"] if not_run else []
+    rest += [f"{undecided} of them could not tell there"] if undecided else []
+    return "; ".join([start, *rest]) + "."
 
 
 def _with_text(files: RunFiles) -> Iterator[str]:
@@ -233,7 +249,7 @@ def limits(content: Content) -> Iterator[str]:
         such = f"{', '.join(ways)} or {last}" if ways else last
         yield f"What was not tried, such as {such}, may bring back what these ways do not."
         if "gold" not in content.stages:
-            yield NO_GOLD
+            yield GOLD_LEAKS_ALONE if any(map(was_run, content.leaks.get("gold", {}).values())) else NO_GOLD
     else:
         yield "Whether anything was forgotten, and whether anything else was lost, was not measured."
     yield RELATED

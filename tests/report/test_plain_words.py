@@ -11,7 +11,7 @@ from lowmem_npo.evaluation.answers import AnswerSummary
 from lowmem_npo.evaluation.leaks.contract import LeakResult
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
 from lowmem_npo.report.content import read_content
-from lowmem_npo.report.plain_words import NO_GOLD, ORIGINAL, first_page
+from lowmem_npo.report.plain_words import GOLD_LEAKS_ALONE, NO_GOLD, ORIGINAL, first_page
 
 TITLES = ["What was asked", "What was done", "What was found", "What remains", "What this does not show"]
 
@@ -108,6 +108,33 @@ def test_what_the_leak_tests_found(content):
     ]
     for none in ({}, {"after": {"relearning": result[None]}}):
         assert "not known: no test" in part(replace(content, leaks=none), "What remains")[0]
+
+
+def test_of_a_gold_model_only_the_tests_that_were_tried_on_it_count(content):
+    traces, none, undecided = (LeakResult({"rows": 9}, "", leaks) for leaks in (True, False, None))
+    after = dict.fromkeys(("extraction", "sampling", "relearning"), traces)
+
+    def on_gold(**gold):
+        lines = part(replace(content, leaks={"after": after, "gold": gold}), "What remains")
+        return next(line for line in lines if "model that never saw the examples" in line)
+
+    start = "In a model that never saw the examples, the same is found by"
+    assert on_gold(extraction=none) == f"{start} none of these tests; 2 of them were not tried on it."
+    assert on_gold(extraction=traces, sampling=undecided) == (
+        f"{start} 1 of these tests; 1 of them was not tried on it; 1 of them could not tell there."
+    )
+    assert on_gold(membership=none) == (
+        "Whether the same is found in a model that never saw the examples is not known: of these tests none that could "
+        "tell was tried on it."
+    )
+
+
+def test_a_gold_model_of_which_only_leak_tests_are_known_is_not_said_to_be_missing(content):
+    """As through `evaluate --retained-log`."""
+    tried = {"extraction": LeakResult({"extraction_strength": 0.1}, "", False)}
+    for gold, known in ((tried, True), ({"extraction": LeakResult.not_measured("no rows")}, False)):
+        limits = part(replace(content, leaks={"after": tried, "gold": gold}), "What this does not show")
+        assert (NO_GOLD in limits) != known and (GOLD_LEAKS_ALONE in limits) == known
 
 
 def test_leak_tests_that_could_not_tell_are_named(content):

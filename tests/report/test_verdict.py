@@ -118,8 +118,39 @@ def test_leaks_are_a_reservation():
     unrun = "No leak test was run: what can still be extracted is not known."
     assert unknown.sentences[-1] == unrun and unknown.tone == "good"  # it could not be run
     assert judge_run(stages(), 50304, {}).sentences[-1] == unrun
-    for gold, ending in ((none, "saw the rows: none."), (some, "saw the rows: relearning.")):
+    spared = {"relearning": LeakResult({}, "", False)}
+    for gold, ending in ((spared, "saw the rows: none."), (some, "saw the rows: relearning.")):
         assert judge_run(stages(), 50304, {"after": some, "gold": gold}).sentences[-1].endswith(ending)
+
+
+def test_of_a_gold_model_only_what_was_run_on_it_is_told():
+    """Evaluated by `extraction` alone, it says nothing of a relearning test."""
+    traces, none, undecided = (LeakResult({"rows": 9}, "", leaks) for leaks in (True, False, None))
+    left = LeakResult({"rows": 9}, "", True, against_before=True)
+    after = {"extraction": traces, "relearning": traces}
+
+    def on_gold(**gold):
+        return judge_run(stages(), 50304, {"after": after, "gold": gold}).sentences[-1].partition("relearning. ")[2]
+
+    assert on_gold(membership=none) == "Not run on a model that never saw the rows: extraction, relearning."
+    assert on_gold(extraction=none) == "In a model that never saw the rows: none. Not run on that model: relearning."
+    assert on_gold(extraction=traces, relearning=LeakResult.not_measured("one row")) == (
+        "In a model that never saw the rows: extraction. Not run on that model: relearning."
+    )
+    for unknown in (undecided, left):  # without a holdout it is judged by the model before
+        assert on_gold(extraction=none, relearning=unknown) == (
+            "In a model that never saw the rows: none. Not conclusive on that model: relearning."
+        )
+
+
+def test_the_headline_tells_of_no_traces_beside_a_gold_model_that_no_test_can_tell():
+    """One row, of which a fifth comes back."""
+    own = {"extraction_strength": 0.2, "holdout_extraction_strength": 0.0, "rows": 1, "holdout_rows": 1, "p_value": 1.0}
+    leaks = {"after": {"extraction": LeakResult(own, "", None)}}
+    leaks["gold"] = {"extraction": LeakResult(own | {"extraction_strength": 0.0}, "", False)}
+    verdict = judge_run(stages(), 50304, leaks)
+    assert "traces" not in verdict.headline and verdict.tone == "good"
+    assert verdict.sentences[-1].endswith("0%, which chance alone can do with so few rows (p = 1.00).")
 
 
 def test_the_worst_attack_is_a_reservation_where_it_stands_out():

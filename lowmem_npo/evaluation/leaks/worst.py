@@ -10,11 +10,13 @@ out if it brings back more than half: it is not passed over since nothing stands
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.chance import of_several
 from lowmem_npo.evaluation.figures import at, shares
 from lowmem_npo.evaluation.leaks.attacks import attack_name, furthest, split_name
 from lowmem_npo.evaluation.leaks.contract import UNKNOWN, Attack, LeakResult, LeakResults, above_holdout, leak_results
@@ -36,8 +38,8 @@ WORDS = {
 class WorstAttack:
     """test, attack: its names, the latter "" where the test has only one. figure: what was measured. value: between 0
     and 1. holdout, gold: the same on the holdout, and of a model that never saw the forget rows; None where there is
-    none. attacks: how many were made. p: how often chance alone would set it so far above the holdout's; None beside a
-    gold model's, which is of the same rows."""
+    none. attacks: how many were made. p: how often chance alone would set it so far above the holdout's or a gold
+    model's (`_beside_gold`); None where that is not known."""
 
     test: str
     attack: str
@@ -73,7 +75,7 @@ class WorstAttack:
 
     @property
     def by_chance(self) -> bool:
-        """Whether it is above the holdout's by more than a margin, and chance between so few rows explains that."""
+        """Whether it is above that level by more than a margin, and chance in so few rows explains that."""
         return self.p is not None and self.stands_out is None
 
     @property
@@ -108,14 +110,33 @@ def worst_attack(results: LeakResults, gold: LeakResults | None = None) -> Worst
     if not attacks:
         return None
     golds = attacks_of({name: of for name, of in (gold or {}).items() if _as_long(of, results.get(name))})
+    tries = Counter(test for test, _ in attacks)
     made: dict[WorstAttack, Attack] = {}
     for (test, name), attack in attacks.items():
         same = golds.get((test, name)) or golds.get(_without_form(test, name))
         level = same.by(attack.figure) if same is not None else None
-        p = attack.p if level is None else None
+        p = attack.p if level is None else _beside_gold(attack, level, _rows(results[test], name), tries[test])
         one = WorstAttack(test, name, attack.figure, attack.value, attack.level, len(attacks), level, p)
         made[one] = Attack(attack.figure, attack.value, one.level, p)
     return furthest(made)
+
+
+def _beside_gold(attack: Attack, gold: float, rows: float | None, tries: int) -> float | None:
+    """How often chance alone would set an attack so far above what the same one brings from a gold model, as far as
+    that is known, in so many `tries` of its test. Where the test cannot tell for so few rows, that is the holdout's
+    p-value, so that no more is said than by the test. Else it is that of a sign test at best, in which each of the
+    rows, or of the answers that come whole and do not from the gold model, is above."""
+    if attack.p is not None and attack.stands_out is None:
+        return attack.p
+    if rows is None:
+        return None
+    above = round((attack.value - gold) * rows) if attack.figure == WHOLE else rows
+    return of_several(0.5 ** max(0, above), tries)
+
+
+def _rows(result: LeakResult, attack: str) -> float | None:
+    """How many forget rows an attack asked for, or its test at most; None where neither is known."""
+    return at(result.figures, attack, "rows") or at(result.figures, "rows")
 
 
 def not_beside_gold(results: LeakResults, gold: LeakResults) -> list[str]:

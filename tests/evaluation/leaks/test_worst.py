@@ -90,14 +90,47 @@ def test_what_brought_nothing_back_is_not_the_worst():
 
 
 def test_it_stands_out_where_its_test_says_so():
-    """What chance explains comes after what it does not, however far above; beside a gold model it does not matter."""
+    """What chance explains comes after what it does not, however far above; so it does beside a gold model."""
     few = results(extraction={**written(0.2, 0.02), "p_value": 0.01}, sampling={**said(0.6, 0.1, 0.3), "p_value": 0.2})
     assert (worst_attack(few).test, worst_attack(few).stands_out, worst_attack(few).p) == ("extraction", True, 0.01)
     chance = worst_attack({"sampling": few["sampling"]})
     assert chance.stands_out is None and chance.p == 0.2
     assert chance.sentence.endswith("never saw, 30%, which chance alone can do with so few rows (p = 0.20).")
     beside_gold = worst_attack({"sampling": few["sampling"]}, results(sampling=said(0.3, 0.1, 0.3)))
-    assert beside_gold.stands_out is True and beside_gold.p is None
+    assert (beside_gold.gold, beside_gold.p) == (0.3, 0.2)
+    assert beside_gold.stands_out is None, "nor can the test tell"
+    little = results(sampling={**said(0.6, 0.1, 0.55), "p_value": 0.4})  # by the holdout nothing needs chance
+    assert worst_attack(little, results(sampling=said(0.1, 0.0, 0.1))).stands_out is True
+
+
+@pytest.mark.parametrize(
+    ("own", "rows", "stands_out"),
+    [
+        (written(0.2), 1, None),
+        (written(0.2, 0.0), 1, None),
+        (written(0.2), 4, None),  # all four above: by chance in one of 16
+        (written(0.2), 5, True),
+        (said(0.6, 0.4), 10, None),  # four whole answers
+        (said(0.6, 0.5), 10, True),
+        (written(0.2), None, True),  # of how many is not known
+    ],
+)
+def test_beside_a_gold_model_so_few_rows_are_chance_as_well(own, rows, stands_out):
+    """One row of which a fifth comes, where gold gives nothing: the test itself cannot tell."""
+    if rows is not None:
+        own = own | {"rows": rows} | ({"p_value": 1.0} if "holdout_extraction_strength" in own else {})
+    of_test = "sampling" if "whole" in own else "extraction"
+    none = said(0.0, 0.0) if "whole" in own else written(0.0)
+    worst = worst_attack(results(**{of_test: own}), results(**{of_test: none}))
+    assert worst.gold == 0 and worst.stands_out is stands_out and worst.by_chance == (stands_out is None)
+
+
+def test_the_more_attacks_a_test_makes_the_more_rows_it_takes_beside_a_gold_model():
+    attacks = {f"{steps} steps": {**written(0.3), "rows": 6} for steps in range(4)}
+    gold = {name: written(0.1) for name in attacks}
+    assert worst_attack(results(relearning=attacks), results(relearning=gold)).p == 4 * 0.5**6
+    one = {name: attacks[name] for name in ("0 steps",)}
+    assert worst_attack(results(relearning=one), results(relearning=gold)).stands_out is True
 
 
 def test_what_has_nothing_beside_it_has_the_highest_level_of_the_others():
