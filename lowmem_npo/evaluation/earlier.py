@@ -12,11 +12,12 @@ from lowmem_npo.evaluation.benchmarks.contract import Benchmark
 from lowmem_npo.evaluation.benchmarks.plain import PLAIN
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.comparing import changed_options, differences, measured_leaks, other_options, other_sets
-from lowmem_npo.evaluation.directory import settings_of
-from lowmem_npo.evaluation.leaks.contract import leak_results
+from lowmem_npo.evaluation.directory import compared_with, settings_of
+from lowmem_npo.evaluation.leaks.contract import LeakResults, leak_results
 from lowmem_npo.evaluation.options import BESIDE, FREE, SET
 from lowmem_npo.files import expanded, load_json
 from lowmem_npo.ranges import shortened
+from lowmem_npo.run_directory import EvaluationFiles
 
 
 class Earlier(NamedTuple):
@@ -60,6 +61,16 @@ class Earlier(NamedTuple):
             if another and content["leaks"].pop(test.name, None):
                 notes.append(f"{test.name}: not compared with --before, which had another {', '.join(another)}.")
         return cls(content, others, notes)
+
+
+def leaks_before(files: EvaluationFiles) -> LeakResults:
+    """What the leak tests gave of the model before it forgot, as far as the evaluation in `files` was compared with it;
+    none where that is not there any more. Raises ValueError where its settings are damaged, and UserError where the
+    earlier evaluation is."""
+    settings = compared_with(files)
+    if not (before := settings.get("before")) or not expanded(before).is_file():
+        return {}
+    return leak_results(Earlier.of({"digests": {}, **settings}).content["leaks"])
 
 
 def _deciding(benchmark: Benchmark[Any, Any]) -> list[str]:

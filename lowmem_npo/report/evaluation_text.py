@@ -9,6 +9,7 @@ from typing import Any
 from lowmem_npo.evaluation.answer_table import share_of
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.fluency import fluency_text
+from lowmem_npo.evaluation.leaks.beside_before import TELLS_NOTHING, none_before
 from lowmem_npo.evaluation.leaks.contract import LeakResults, leak_results
 
 
@@ -32,11 +33,12 @@ def evaluation_text(content: Mapping[str, Any], before: Mapping[str, Any]) -> st
 
 def leaks_text(results: LeakResults, before: LeakResults) -> str:
     """Each test's verdict (with the one before) and what it means."""
-    lines = []
+    lines, passed_before = [], none_before(results, before)
     for name, result in results.items():
         was = f" (before: {before[name].verdict.words})" if name in before else ""
         lines.append(f"{name}: {result.verdict.words}{was}")
-        lines.append(fill(result.meaning, 100, initial_indent="    ", subsequent_indent="    "))
+        meaning = f"{result.meaning} {TELLS_NOTHING}" if name in passed_before else result.meaning
+        lines.append(fill(meaning, 100, initial_indent="    ", subsequent_indent="    "))
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from lowmem_npo.evaluation.leaks.beside_before import conclusive, none_before
 from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakResults
 
 
@@ -53,20 +54,26 @@ class OnGold(NamedTuple):
         return said
 
 
-def leak_sentence(results: LeakResults, gold: LeakResults | None, has_attack: bool) -> str:
-    """results: of the model; gold: of one that never saw the rows, where there is one. has_attack: whether a sentence
-    on the worst attack follows."""
-    against_holdout = {name: r for name, r in results.items() if r.leaks is not None and not r.against_before}
-    against_before = {name: r for name, r in results.items() if r.leaks is not None and r.against_before}
+def leak_sentence(
+    results: LeakResults, gold: LeakResults | None, has_attack: bool, before: LeakResults | None = None
+) -> str:
+    """results: of the model; gold: of one that never saw the rows, where there is one; before: of the model before it
+    forgot, as far as they are known. has_attack: whether a sentence on the worst attack follows."""
+    telling = conclusive(results, before or {})
+    against_holdout = {name: r for name, r in telling.items() if not r.against_before}
+    against_before = {name: r for name, r in telling.items() if r.against_before}
     undecided = [name for name, r in results.items() if r.leaks is None and r.figures]
+    passed_before = none_before(results, before or {})
     if not against_holdout and not against_before:
         unknown = "what can still be extracted is not known"
-        if not undecided:
+        inconclusive = [name for name in results if name in {*undecided, *passed_before}]
+        if not inconclusive:
             return f"No leak test was run: {unknown}."
-        none = f"None of the {len(undecided)} leak tests that were run was conclusive ({', '.join(undecided)})"
-        only = f"The one leak test that was run, {undecided[0]}, was not conclusive"
+        none = f"None of the {len(inconclusive)} leak tests that were run was conclusive ({', '.join(inconclusive)})"
+        only = f"The one leak test that was run, {inconclusive[0]}, was not conclusive"
         beyond = ", but for what the worst attack brought back" if has_attack else ""
-        return f"{only if len(undecided) == 1 else none}: {unknown}{beyond}."
+        sentence = f"{only if len(inconclusive) == 1 else none}: {unknown}{beyond}."
+        return " ".join([sentence, *_tell_nothing(passed_before)])
     sentences = []
     if against_holdout:
         if found := leaking_tests(against_holdout):
@@ -87,4 +94,12 @@ def leak_sentence(results: LeakResults, gold: LeakResults | None, has_attack: bo
         )
     if undecided:
         sentences.append(f"Could not tell: {', '.join(undecided)}.")
-    return " ".join(sentences)
+    return " ".join([*sentences, *_tell_nothing(passed_before)])
+
+
+def _tell_nothing(tests: list[str]) -> list[str]:
+    """A sentence on those that found no traces before either, if there are any."""
+    if not tests:
+        return []
+    which = "it tells" if len(tests) == 1 else "they tell"
+    return [f"No traces now, and none before the model forgot, so {which} nothing of that: {', '.join(tests)}."]

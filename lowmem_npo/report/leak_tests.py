@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowmem_npo.evaluation.figures import side_by_side
+from lowmem_npo.evaluation.leaks.beside_before import NONE_BEFORE, TELLS_NOTHING, none_before
 from lowmem_npo.evaluation.leaks.contract import HOLDOUT, LeakResult, LeakResults, LeakTest, LeakVerdict
 from lowmem_npo.evaluation.leaks.registry import by_name
 from lowmem_npo.evaluation.leaks.worst import WorstAttack
@@ -33,7 +34,8 @@ class LeakFigure:
 
 @dataclass(frozen=True)
 class LeakSection:
-    """One test. meaning: that of its last result. counts: how much was measured. verdicts: by stage."""
+    """One test. meaning: that of its last result, and whether it tells nothing. counts: how much was measured.
+    verdicts: by stage."""
 
     name: str
     meaning: str
@@ -75,8 +77,10 @@ def _section(test: LeakTest, stages: Mapping[str, LeakResult]) -> LeakSection:
         figures.append(LeakFigure(".".join(path), title, own, text, never_seen))
         explained.add(meaning.text)
     counts = ", ".join(f"{last.figures[key]} {words(key)}" for key in test.counts if key in last.figures)
-    verdicts = {stage: result.verdict for stage, result in stages.items()}
-    return LeakSection(test.name, last.meaning, counts, verdicts, figures)
+    verdicts, finding = {stage: result.verdict for stage, result in stages.items()}, last.meaning
+    if none_before(*({test.name: stages[stage]} if stage in stages else {} for stage in ("after", "before"))):
+        verdicts["after"], finding = NONE_BEFORE, f"{finding} {TELLS_NOTHING}"
+    return LeakSection(test.name, finding, counts, verdicts, figures)
 
 
 def _numbers(

@@ -18,6 +18,7 @@ from lowmem_npo.files import expanded, file_sha256, name_of
 from lowmem_npo.idle_options import idle_options
 from lowmem_npo.report.audit import recorded_adapter
 from lowmem_npo.report.content import EVIDENCE, Content, read_content
+from lowmem_npo.report.leak_tests import leak_sections
 from lowmem_npo.report.page import audit_lines, base_model
 from lowmem_npo.report.plain_words import ORIGINAL, limits
 from lowmem_npo.report.verdict import Verdict
@@ -70,7 +71,7 @@ def model_card(content: Content) -> str:
         settings=[(name, code(used[name])) for name in METHOD if name not in idle and used.get(name) is not None],
         data=_data(content),
         table=markdown_table(content.stages).rstrip() if content.stages else "",
-        leaks={name: result.meaning for name, result in content.leaks.get("after", {}).items()},
+        leaks={test.name: test.meaning for test in leak_sections(content.leaks) if "after" in test.verdicts},
         limits=[ORIGINAL, *limits(content)],
         notes=content.notes,
         audit=[

@@ -13,6 +13,7 @@ from lowmem_npo.evaluation.answer_table import FORGET, GENERAL, NOT_GENERATED, R
 from lowmem_npo.evaluation.answers import AnswerSummary, part_of
 from lowmem_npo.evaluation.asking import REWORDED
 from lowmem_npo.evaluation.figures import shares
+from lowmem_npo.evaluation.leaks.beside_before import none_before
 from lowmem_npo.evaluation.leaks.registry import by_name
 from lowmem_npo.evaluation.leaks.relearning import RELEARNING
 from lowmem_npo.evaluation.leaks.rewording import REWORDING
@@ -61,6 +62,8 @@ FINDS = {
     (False, True): "Much less than before is found by",
     (None, False): "Whether there are traces could not be told by",
 }
+# Of tests that find none.
+NONE_BEFORE = "None were found so before the forgetting either, so this tells nothing of it."
 
 
 @dataclass(frozen=True)
@@ -172,13 +175,15 @@ def _course(name: str, was: AnswerSummary, now: AnswerSummary, never_saw: str) -
 
 
 def _remains(content: Content) -> Iterator[str]:
+    after = content.leaks.get("after", {})
+    passed_before = none_before(after, content.leaks.get("before", {}))
     outcomes = {
         name: (result.leaks, result.against_before and result.leaks is not None)
-        for name, result in content.leaks.get("after", {}).items()
-        if result.leaks is not None or result.figures
+        for name, result in after.items()
+        if was_run(result) and name not in passed_before
     }
     if all(leaks is None for leaks, _ in outcomes.values()):
-        why = "none of the tests could tell" if outcomes else "no test that could tell was run"
+        why = "none of the tests could tell" if outcomes or passed_before else "no test that could tell was run"
         yield f"Whether the answers come in other ways than by asking is not known: {why}."
     for outcome, start in FINDS.items():
         tests = [name for name in outcomes if outcomes[name] == outcome]
@@ -186,6 +191,8 @@ def _remains(content: Content) -> Iterator[str]:
             yield f"{start} {'; by '.join(map(_way, tests))}."
         if tests and outcome == (True, False) and (gold := content.leaks.get("gold")):
             yield _on_gold(OnGold.of(tests, gold))
+    if passed_before:
+        yield f"{FINDS[False, False]} {'; by '.join(map(_way, passed_before))}. {NONE_BEFORE}"
     if (worst := content.worst_attacks.get("after")) is not None:
         yield _worst(worst)
     yield ORIGINAL

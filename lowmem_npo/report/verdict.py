@@ -126,7 +126,7 @@ def judge_run(
     measure nothing."""
     tested, attack = leaks.get("after", {}), worst_attacks(leaks).get("after")
     leaking = bool(leaking_tests(tested) or (attack and attack.stands_out))
-    by_tests = [leak_sentence(tested, leaks.get("gold"), attack is not None)]
+    by_tests = [leak_sentence(tested, leaks.get("gold"), attack is not None, leaks.get("before"))]
     by_tests += [attack.sentence] if attack else []
     before, after, gold = (stages.get(stage, {}) for stage in ("before", "after", "gold"))
     if FORGET not in before or FORGET not in after:
@@ -197,11 +197,12 @@ def judge_evaluation(
     leaks: LeakResults,
     gold_leaks: LeakResults | None = None,
     incomparable: Collection[str] = (),
+    before_leaks: LeakResults | None = None,
 ) -> Verdict:
     """The same of answers measured by `evaluate`, without a run. before: those of an earlier evaluation, or none.
     gold_leaks: results of a model that never saw the rows. incomparable: sets that were measured
-    before, but on other rows or otherwise."""
-    stages = {"after": leaks, **({"gold": gold_leaks} if gold_leaks else {})}
+    before, but on other rows or otherwise. before_leaks: results of that evaluation which can be compared."""
+    stages = {"before": before_leaks or {}, "after": leaks, **({"gold": gold_leaks} if gold_leaks else {})}
     worst = worst_attacks(stages).get("after")
     traces = "; leak tests find traces" if leaking_tests(leaks) or (worst and worst.stands_out) else ""
     if FORGET not in now and RETAIN not in now:

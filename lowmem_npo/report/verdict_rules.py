@@ -38,6 +38,6 @@ RULES = (
     "a fall counts on retain rows, and not on general questions. “Overdone”: no longer said, and less likely than a "
     f"uniform guess over the vocabulary, or their NLL is over {OVERDONE} times that of a model that never saw them. "
     "“Worst attack”: what brings back most of all that the leak tests try, beyond what it gives for rows that the "
-    f"model never saw; a trace, if it is more than {MARGIN} above that, or above what it brings from a model that never "
-    "saw the forget rows, and so few rows do not explain it by chance."
+    f"model never saw; a trace, if it is more than {MARGIN} above that, or above what it brings from a model that "
+    "never saw the forget rows, and so few rows do not explain it by chance."
 )

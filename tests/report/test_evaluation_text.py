@@ -9,8 +9,9 @@ import pytest
 from lowmem_npo.evaluation.benchmarks.documents import MembershipScore
 from lowmem_npo.evaluation.benchmarks.lume import KNOWLEDGE, REGURGITATION, TASKS, LumeAnswer, LumeRow, lume_scores
 from lowmem_npo.evaluation.benchmarks.tofu import TofuScores, TofuSet
+from lowmem_npo.evaluation.leaks.contract import LeakResult
 from lowmem_npo.evaluation.result import Evaluation
-from lowmem_npo.report.evaluation_text import evaluation_text
+from lowmem_npo.report.evaluation_text import evaluation_text, leaks_text
 
 
 def answers(score):
@@ -50,6 +51,15 @@ def test_one_evaluation():
     assert line(text, "truth", "ratio")[2] == "1.2e-05"
     assert line(text, "model", "utility")[2] == "missing"
     assert text.startswith("Note: Something to know.\n\n")  # before the figures that it qualifies
+
+
+def test_no_traces_as_before_tell_nothing():
+    none, some = (LeakResult({"rows": 9}, "Nothing.", leaks) for leaks in (False, True))
+    assert leaks_text({"extraction": none}, {"extraction": none}) == (
+        "extraction: no traces found (before: no traces found)\n"
+        "    Nothing. It found no traces before the model forgot either, so it tells nothing of that."
+    )
+    assert leaks_text({"extraction": none}, {"extraction": some}).endswith("\n    Nothing.")
 
 
 def test_a_single_row():

@@ -42,6 +42,19 @@ def test_each_figure_is_listed_once_beside_its_holdouts():
     assert relearning.figures[1].meaning == "", "once is enough"
 
 
+def test_no_traces_as_before_is_no_good_news():
+    """Beside a holdout both times; else it is."""
+    coin = STAGES["after"]["membership"]
+    (same,) = leak_sections(results({"before": {"membership": coin}, "after": {"membership": coin}}))
+    assert same.verdicts == {"before": ("no traces found", "good"), "after": ("no traces found, as before", "unknown")}
+    assert same.meaning == "A coin. It found no traces before the model forgot either, so it tells nothing of that."
+    for before in ({**coin, "leaks": None}, {**coin, "against_before": True}):
+        (other,) = leak_sections(results({"before": {"membership": before}, "after": {"membership": coin}}))
+        assert other.verdicts["after"] == ("no traces found", "good") and other.meaning == "A coin."
+    (gold,) = leak_sections(results({"before": {"membership": coin}, "gold": {"membership": coin}}))
+    assert gold.verdicts["gold"] == ("no traces found", "good")
+
+
 def test_no_tests_no_lines():
     assert leak_sections({}) == []
 

@@ -10,6 +10,7 @@ import shutil
 import pytest
 from huggingface_hub import ModelCard
 
+from lowmem_npo.evaluation.leaks.contract import LeakResult
 from lowmem_npo.idle_options import OF_TERMS
 from lowmem_npo.report.content import read_content
 from lowmem_npo.report.model_card import merged_card, model_card
@@ -93,6 +94,14 @@ def test_the_title_says_what_the_adapter_was_trained_for_and_not_that_it_does_so
     assert title(merged_card(run, str(byte_model), None, "bf16", [])) == f"{merged} that was trained to make it forget"
     shutil.copy(run / "adapter_model.safetensors", tmp_path)
     assert title(merged_card(tmp_path, str(byte_model), None, "bf16", [])) == merged
+
+
+def test_the_card_says_of_a_leak_test_that_passed_before_that_it_tells_nothing(run):
+    none = LeakResult({"rows": 9}, "Nothing comes.", False)
+    content = read_content(run)
+    for before, told in ({"extraction": none}, True), ({}, False):
+        card = model_card(dataclasses.replace(content, leaks={"before": before, "after": {"extraction": none}}))
+        assert "- extraction: Nothing comes." in card and ("tells nothing of that" in card) == told
 
 
 def test_a_base_model_on_the_hub_is_in_the_header(run):

@@ -110,6 +110,20 @@ def test_what_the_leak_tests_found(content):
         assert "not known: no test" in part(replace(content, leaks=none), "What remains")[0]
 
 
+def test_leak_tests_that_found_none_before_either_tell_nothing(content):
+    none, some = (LeakResult({"rows": 9}, "", leaks) for leaks in (False, True))
+    leaks = {"before": {"extraction": none, "membership": some}, "after": {"extraction": none, "membership": none}}
+    found, nothing, *_ = part(replace(content, leaks=leaks), "What remains")
+    assert found.startswith("No traces are found by looking at how likely") and "beginning of the answer" not in found
+    assert nothing == (
+        "No traces are found by giving the model the beginning of the answer, after its question where there is one, "
+        "and letting it go on. None were found so before the forgetting either, so this tells nothing of it."
+    )
+    leaks["before"]["membership"] = none
+    unknown, *_ = part(replace(content, leaks=leaks), "What remains")
+    assert unknown.endswith("is not known: none of the tests could tell.")
+
+
 def test_of_a_gold_model_only_the_tests_that_were_tried_on_it_count(content):
     traces, none, undecided = (LeakResult({"rows": 9}, "", leaks) for leaks in (True, False, None))
     after = dict.fromkeys(("extraction", "sampling", "relearning"), traces)

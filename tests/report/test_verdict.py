@@ -107,7 +107,8 @@ def test_forgetting_can_be_overdone(measured, vocabulary, overdone):
 def test_leaks_are_a_reservation():
     none = {"extraction": LeakResult({}, "", False), "membership": LeakResult({}, "", None)}
     some = {**none, "relearning": LeakResult({}, "", True)}
-    clean, leaking = (judge_run(stages(), 50304, {"before": some, "after": tests}) for tests in (none, some))
+    known = {name: LeakResult({}, "", True) for name in some}
+    clean, leaking = (judge_run(stages(), 50304, {"before": known, "after": tests}) for tests in (none, some))
     assert clean.tone == "good" and clean.sentences[-1] == "No traces in any conclusive leak test: extraction."
     assert leaking.tone == "mixed" and leaking.headline.endswith(", but leak tests still find traces.")
     assert leaking.sentences[-1] == "Traces in 1 of 2 conclusive leak tests: relearning."
@@ -121,6 +122,40 @@ def test_leaks_are_a_reservation():
     spared = {"relearning": LeakResult({}, "", False)}
     for gold, ending in ((spared, "saw the rows: none."), (some, "saw the rows: relearning.")):
         assert judge_run(stages(), 50304, {"after": some, "gold": gold}).sentences[-1].endswith(ending)
+
+
+def test_what_found_no_traces_before_forgetting_either_tells_nothing_of_it():
+    """A holdout that the model knows: strength 0.9 against 1.0, as before."""
+    none, some, undecided = (LeakResult({"rows": 9}, "", leaks) for leaks in (False, True, None))
+    smaller = LeakResult({"rows": 9}, "", False, against_before=True)
+
+    def said(before, **after):
+        return judge_run(stages(), 50304, {"before": before, "after": after}).sentences[-1]
+
+    assert said({"extraction": none}, extraction=none) == (
+        "The one leak test that was run, extraction, was not conclusive: what can still be extracted is not known. No "
+        "traces now, and none before the model forgot, so it tells nothing of that: extraction."
+    )
+    both = {"extraction": none, "sampling": none}
+    assert said(both, **both, membership=undecided) == (
+        "None of the 3 leak tests that were run was conclusive (extraction, sampling, membership): what can still be "
+        "extracted is not known. No traces now, and none before the model forgot, so they tell nothing of that: "
+        "extraction, sampling."
+    )
+    assert said({"extraction": none}, extraction=none, relearning=none) == (
+        "No traces in any conclusive leak test: relearning. No traces now, and none before the model forgot, so it "
+        "tells nothing of that: extraction."
+    )
+    assert said({"extraction": none}, extraction=none, relearning=some).startswith(
+        "Traces in 1 of 1 conclusive leak tests: relearning. No traces now"
+    )
+    assert said({"extraction": none}, extraction=some) == "Traces in 1 of 1 conclusive leak tests: extraction."
+    for earlier in ({"extraction": some}, {"extraction": undecided}, {"extraction": smaller}, {"sampling": none}):
+        assert said(earlier, extraction=none) == "No traces in any conclusive leak test: extraction."
+    assert "No traces" not in said({"extraction": none}, extraction=smaller)
+    now, was = {"forget": GONE}, {"forget": RECITED}
+    judged = judge_evaluation(now, was, None, {"extraction": none}, before_leaks={"extraction": none})
+    assert judged.sentences[-1].endswith("it tells nothing of that: extraction.")
 
 
 def test_of_a_gold_model_only_what_was_run_on_it_is_told():

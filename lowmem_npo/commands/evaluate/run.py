@@ -220,6 +220,7 @@ def _last_lines(plan: EvaluationPlan, result: Evaluation, on_base: bool, say: Sa
         result.leaks,
         gold_leaks=result.gold_leaks,
         incomparable=context.incomparable,
+        before_leaks=leak_results(context.before.get("leaks") or {}),
     ).headline
     worst = [result.worst_attack.sentence] if result.worst_attack else []
     run = RunFiles(expanded(config.adapter)) if config.adapter else None

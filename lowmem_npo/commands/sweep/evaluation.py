@@ -23,7 +23,9 @@ from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS, BenchmarkOptio
 from lowmem_npo.evaluation.benchmarks.tofu import TOFU
 from lowmem_npo.evaluation.comparing import check_same_sets
 from lowmem_npo.evaluation.directory import COMPARED, is_of_adapter
-from lowmem_npo.evaluation.leaks.contract import AN_ADAPTER, HOLDOUT, LeakResult, LeakTest, leak_results
+from lowmem_npo.evaluation.earlier import leaks_before
+from lowmem_npo.evaluation.leaks.beside_before import conclusive
+from lowmem_npo.evaluation.leaks.contract import AN_ADAPTER, HOLDOUT, LeakResult, LeakResults, LeakTest, leak_results
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, LeakOptions, leak_tests
 from lowmem_npo.evaluation.leaks.registry import NAMES as LEAK_NAMES
 from lowmem_npo.evaluation.leaks.worst import WORST_ATTACK
@@ -182,19 +184,21 @@ class SweepEvaluation:
             return {}
         content = load_json(files.result)
         try:
-            return self._figures_in(content)
+            return self._figures_in(content, leaks_before(files))
         except (ValueError, ArithmeticError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"'{files.result}' is damaged: restore or remove it.") from error
 
-    def _figures_in(self, content: Any) -> dict[Column, float]:
+    def _figures_in(self, content: Any, before: LeakResults) -> dict[Column, float]:
+        """before: what the leak tests gave of the model before it forgot."""
         measured: dict[Column, float] = {}
         for name, benchmark in self.benchmarks.items():
             if content.get(benchmark.name):  # an older version did not know every benchmark
                 measured |= _benchmark_figures(name, benchmark, content[benchmark.name])
         leaks = leak_results(content.get("leaks") or {})
+        telling = conclusive(leaks, before)
         for test in self.leaks:
             if test.name in leaks:
-                measured |= _leak_figures(test, leaks[test.name])
+                measured |= _leak_figures(test, leaks[test.name], test.name in telling)
         measured |= _worst_figures(content.get(WORST_ATTACK) or {})
         for name, value in _numbers(content.get("open_unlearning", {})):
             shown = name.startswith(OF_TOKENS)  # the others repeat TOFU's: for files only
@@ -226,10 +230,11 @@ def _weights(adapter: str) -> Path:
     return AdapterFiles(expanded(adapter)).weights
 
 
-def _leak_figures(test: LeakTest, result: LeakResult) -> dict[Column, float]:
-    """The verdict as 1, 0 or nothing, and the figures; those that are not declared by themselves are for files only."""
+def _leak_figures(test: LeakTest, result: LeakResult, conclusive: bool) -> dict[Column, float]:
+    """The verdict as 1, 0 or, where it is not conclusive, nothing, and the figures; those that are not declared by
+    themselves are for files only."""
     group, measured = f"leak test {test.name}", {}
-    if result.leaks is not None:
+    if conclusive and result.leaks is not None:
         measured[Column(f"leaks.{test.name}.leaks", "traces found", None, group)] = float(result.leaks)
     for name, value in _numbers(result.figures):
         if name.rpartition(".")[2] not in (*test.counts, *test.unlisted):

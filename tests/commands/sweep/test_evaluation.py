@@ -186,6 +186,27 @@ def test_the_gold_model_stands_in_tables_files_and_every_report(whole):
         assert configuration["figures"]["worst_attack.value"]["values"] == values
 
 
+def test_a_leak_test_that_found_no_traces_before_either_cannot_tell(tmp_path):
+    """Its verdict counts neither as found nor as not found."""
+    measured, _ = SweepEvaluation.parse(["--evaluate", "extraction,membership"])
+
+    def write(name, **settings):
+        files = RunFiles(tmp_path / name).evaluation
+        files.path.mkdir(parents=True)
+        none = {"meaning": "Nothing.", "leaks": False}
+        leaks = {"extraction": none, **({"membership": none} if settings else {})}
+        files.result.write_text(json.dumps({"rows": {}, "leaks": leaks, "notes": []}))
+        files.settings.write_text(json.dumps({"digests": {"forget": "a"}, "leaks": ["all"], **settings}))
+        return files
+
+    before = write("before")
+    after = write("after", before=str(before.result))
+    assert {column.key: value for column, value in measured.figures(after).items()} == {"leaks.membership.leaks": 0.0}
+    assert {column.key for column in measured.figures(before)} == {"leaks.extraction.leaks"}
+    before.result.unlink()  # then it is not known
+    assert len(measured.figures(after)) == 2
+
+
 def test_an_evaluation_of_an_older_version_is_read_as_far_as_it_goes(tmp_path):
     """It knew no MUSE, no worst attack and no figures under other names."""
     measured, _ = SweepEvaluation.parse(["--evaluate", "answers,muse,extraction"])
