@@ -12,9 +12,10 @@ from lowmem_npo.evaluation.benchmarks.contract import Benchmark
 from lowmem_npo.evaluation.benchmarks.plain import PLAIN
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.comparing import changed_options, differences, measured_leaks, other_options, other_sets
-from lowmem_npo.evaluation.directory import compared_with, settings_of
+from lowmem_npo.evaluation.directory import OTHERS, compared_with, settings_of
 from lowmem_npo.evaluation.leaks.contract import LeakResults, leak_results
 from lowmem_npo.evaluation.options import BESIDE, FREE, SET
+from lowmem_npo.evaluation.other_models import another_base, another_size
 from lowmem_npo.files import expanded, load_json
 from lowmem_npo.ranges import shortened
 from lowmem_npo.run_directory import EvaluationFiles
@@ -43,8 +44,14 @@ class Earlier(NamedTuple):
             return cls({}, [], [])
         content = dict(_content(before) if content is None else content)
         earlier = settings_of(before) or {"digests": {}}
+        if models := another_base(earlier, settings):
+            every_set = [name for name in settings["digests"] if name not in OTHERS]
+            note = f"The earlier evaluation is of another model, {models}: nothing is compared with it."
+            return cls({}, every_set, [note])
         others = other_sets(earlier, settings)
         notes = []
+        if models := another_size(earlier, settings):
+            notes.append(f"The earlier evaluation is of a model of another architecture or size, {models}.")
         if differ := differences(earlier, settings):
             notes.append(f"The earlier evaluation had {' and '.join(differ)}: the two are not comparable.")
         for benchmark in BENCHMARKS:
@@ -70,7 +77,7 @@ def leaks_before(files: EvaluationFiles) -> LeakResults:
     settings = compared_with(files)
     if not (before := settings.get("before")) or not expanded(before).is_file():
         return {}
-    return leak_results(Earlier.of({"digests": {}, **settings}).content["leaks"])
+    return leak_results(Earlier.of({"digests": {}, **settings}).content.get("leaks") or {})
 
 
 def _deciding(benchmark: Benchmark[Any, Any]) -> list[str]:

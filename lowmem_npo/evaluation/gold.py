@@ -17,6 +17,7 @@ from lowmem_npo.evaluation.leaks.contract import LeakResults
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
 from lowmem_npo.evaluation.leaks.worst import retained_leaks
 from lowmem_npo.evaluation.open_unlearning import retained_min_k
+from lowmem_npo.evaluation.other_models import another_size
 from lowmem_npo.files import expanded, read_json_lines
 from lowmem_npo.run_directory import EvaluationFiles
 
@@ -41,6 +42,8 @@ class Gold:
         leaks, min_k = retained_leaks(log), retained_min_k(log)
         if (earlier := settings_of(log)) is None:
             return cls(log, leaks, min_k)
+        if not another_tokenizer(earlier, settings) and (models := another_size(earlier, settings)):
+            return cls(notes=(f"--retained-log is of another model, {models}, so nothing is compared with it.",))
         others = other_sets(earlier, settings, but=[f.name for f in fields(ModelOptions)])  # how gold is stored
         if "forget" in others:
             of_rows = "other forget rows, or asked for them otherwise"

@@ -225,7 +225,7 @@ def judge_evaluation(
     verb = said.partition(" ")[0]  # once, if both have the same
     headline = f"On the rows measured, the model {said.replace(f' and {verb} ', ' and ')}{traces}."
     why = (
-        "was measured on other rows, with other settings, or with answers of another length"
+        "was measured of another model, on other rows, with other settings, or with answers of another length"
         if (FORGET if FORGET in now else RETAIN) in {*before, *incomparable}
         else "is not known (--before)"
     )

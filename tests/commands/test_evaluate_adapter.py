@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from datetime import datetime
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,16 +15,19 @@ from helpers.evaluating import evaluate, fails, lume_files, result
 from helpers.rows import write_rows
 from helpers.tiny_models import SIZES, tiny_model
 from peft import IA3Config, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, OlmoConfig
 
 import lowmem_npo.data.chat
 from lowmem_npo.cli import main
 from lowmem_npo.commands import ask
+from lowmem_npo.commands.evaluate import plan as planning
 from lowmem_npo.commands.evaluate import run as running
 from lowmem_npo.commands.questions import question
 from lowmem_npo.console import silent
 from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.files import file_sha256
+from lowmem_npo.model.names import Base
 
 
 @pytest.fixture
@@ -44,6 +48,29 @@ def adapter(base, folder, seed=0):
                 weight.normal_()
     model.save_pretrained(folder)
     return str(folder)
+
+
+def test_an_adapter_is_not_compared_with_what_another_model_said_before(byte_model, files, capsys):
+    """Of one family, with one tokenizer; and where its base has been fetched only since, as from the hub."""
+    write_rows(files / "forget.jsonl", [{"question": "Who?", "answer": "Me."}])
+    folder = adapter(byte_model, files / "adapter")
+    shutil.copytree(byte_model, files / "other")
+    weights = files / "other" / "model.safetensors"
+    save_file({name: 2 * of for name, of in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    assert evaluate(files, files / "other", sets=["forget"], output="before") == 0
+    compared = ["--device", "cpu", "--dtype", "float32", "--before", str(files / "before" / "evaluation.json")]
+    compared += ["--forget", str(files / "forget.jsonl")]
+    note = f"The earlier evaluation is of another model, '{files / 'other'}' (olmo, 2 layers"
+    for out, patched in (("known", False), ("fetched", True)):
+        with pytest.MonkeyPatch.context() as patch:
+            if patched:
+                patch.setattr(planning, "Base", SimpleNamespace(here=lambda *_: Base()))
+            assert main(["evaluate", "--adapter", folder, *compared, "--output-dir", str(files / out)]) == 0
+        (told,) = [told for told in result(files, out)["notes"] if told.startswith("The earlier")]
+        assert told.startswith(note) and told.endswith("nothing is compared with it.")
+        assert "the model says 0 of 1 forget answers" in capsys.readouterr().out.splitlines()[-1]
+    assert evaluate(files, files / "other", *compared[4:6], sets=["forget"], output="same") == 0
+    assert not [told for told in result(files, "same")["notes"] if told.startswith("The earlier")]
 
 
 def test_an_adapter_and_a_comparison_with_before(byte_model, files, capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -24,7 +24,9 @@ from lowmem_npo.evaluation.benchmarks.documents import DOCUMENTS
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.directory import (
     THE_ADAPTER,
+    THE_BASE,
     THE_MODEL,
+    THE_SIZE,
     THE_TOKENIZER,
     EvaluationDirectory,
     as_begun,
@@ -39,9 +41,10 @@ from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.files import expanded, file_sha256, json_sha256
 from lowmem_npo.model import load_tokenizer, resolve_name
 from lowmem_npo.model.loading import load_config
-from lowmem_npo.model.names import digest_of
+from lowmem_npo.model.names import Base, digest_of
 from lowmem_npo.model.notes import model_notes
 from lowmem_npo.model.saved_adapter import settings_of_run
+from lowmem_npo.model.size import size_of
 from lowmem_npo.model.stop_tokens import stop_tokens
 from lowmem_npo.report.audit import are_others, is_other_holdout, judging, recorded_base
 from lowmem_npo.run_directory import AdapterFiles, run_of_adapter
@@ -60,7 +63,8 @@ class EvaluationPlan:
     """A validated evaluation. digests: a hash of each set, of the model, the tokenizer and the adapter. selected: what
     each benchmark measures. leak_rows: set -> rows of the leak tests. gold: what it is compared with. other_rows,
     other_holdout: whether the forget rows, and the holdout of the leak tests, are others than those of the adapter's
-    run. data_named: whether any rows are."""
+    run. data_named: whether any rows are. base: the weights of the base model, as far as they are known before it is
+    loaded."""
 
     config: EvaluationConfig
     model_config: ModelConfig
@@ -74,11 +78,19 @@ class EvaluationPlan:
     other_rows: bool
     data_named: bool
     other_holdout: bool
+    base: str | None
 
     @property
     def directory(self) -> EvaluationDirectory:
         """Where it is measured."""
         return EvaluationDirectory(self.config, self.digests, self.other_rows, self.data_named, self.other_holdout)
+
+    def know_base(self, weights: str) -> None:
+        """Compares anew with --before, where the weights of the base model were not there yet when that was done."""
+        if weights != self.base:
+            earlier = Earlier.of(settings_with(self.config, self.digests, weights))
+            self.context.before, self.context.incomparable = earlier.content, earlier.incomparable
+            self.context.notes += [note for note in earlier.notes if note not in self.context.notes]
 
     @property
     def rows_at_once(self) -> int:
@@ -126,8 +138,9 @@ def plan_evaluation(
     sources = _read(config, limit, tokenizer, template, say)
     met = dict.fromkeys(of for rows in sources.values() if not rows.mixed for of in rows.columns)
     check_some_have(met, *asked)
-    digests = _digests(config, sources, model_config, tokenizer)
-    settings = {**as_json(config), "digests": digests}
+    digests = _digests(config, sources, model_config, tokenizer) | {THE_SIZE: size_of(architecture)}
+    base = Base.here(str(model_config.model), model_config.revision).weights
+    settings = settings_with(config, digests, base)
     earlier, gold = Earlier.of(settings), Gold.of(settings)
     notes = [*earlier.notes, *gold.notes]
     if run.get("qlora") and not config.qlora:
@@ -156,8 +169,13 @@ def plan_evaluation(
     config = context.config = with_streaming(config, model_config, architecture, selected, context, say)
     return EvaluationPlan(
         config, model_config, context, sources, digests, selected, leak_rows, attacker, gold, others, data_named,
-        _is_other_holdout(config, sources),
+        _is_other_holdout(config, sources), base,
     )  # fmt: skip
+
+
+def settings_with(config: EvaluationConfig, digests: Mapping[str, str], base: str | None) -> dict[str, Any]:
+    """What settings.json will hold. base: the weights of the base model, where they are known."""
+    return {**as_json(config), "digests": {**digests, **({THE_BASE: base} if base else {})}}
 
 
 def _model_config(config: EvaluationConfig, say: Say) -> ModelConfig:

@@ -137,6 +137,7 @@ def _note_base(plan: EvaluationPlan) -> bool:
     base = Base.here(str(plan.model_config.model), plan.model_config.revision, of_adapter=not config.any_base)
     if base.weights is not None:
         plan.directory.digests[THE_BASE] = base.weights
+        plan.know_base(base.weights)
     another = of_another_base(expanded(config.adapter), base) if config.adapter else None
     plan.context.notes += [another] if another else []
     return another is None

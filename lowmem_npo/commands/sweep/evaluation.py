@@ -22,7 +22,7 @@ from lowmem_npo.evaluation.benchmarks.plain import PLAIN
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS, BenchmarkOptions
 from lowmem_npo.evaluation.benchmarks.tofu import TOFU
 from lowmem_npo.evaluation.comparing import check_same_sets
-from lowmem_npo.evaluation.directory import COMPARED, is_of_adapter
+from lowmem_npo.evaluation.directory import COMPARED, THE_SIZE, is_of_adapter
 from lowmem_npo.evaluation.earlier import leaks_before
 from lowmem_npo.evaluation.leaks.beside_before import conclusive
 from lowmem_npo.evaluation.leaks.contract import AN_ADAPTER, HOLDOUT, LeakResult, LeakResults, LeakTest, leak_results
@@ -176,7 +176,8 @@ class SweepEvaluation:
         results = [expanded(path) for name in COMPARED if (path := options[name])]
         beside = [EvaluationFiles(path.parent).rows for path in results]
         compared = [file_sha256(file) for file in [*results, *beside] if file.is_file()]
-        return json_sha256([settings, sorted(self.benchmarks), plan.digests, compared])
+        digests = {name: of for name, of in plan.digests.items() if name != THE_SIZE}  # the model's tells
+        return json_sha256([settings, sorted(self.benchmarks), digests, compared])
 
     def figures(self, files: EvaluationFiles) -> dict[Column, float]:
         """Every figure that is in the directory."""
