@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
@@ -179,8 +180,8 @@ class SweepEvaluation:
         digests = {name: of for name, of in plan.digests.items() if name != THE_SIZE}  # the model's tells
         return json_sha256([settings, sorted(self.benchmarks), digests, compared])
 
-    def figures(self, files: EvaluationFiles) -> dict[Column, float]:
-        """Every figure that is in the directory."""
+    def figures(self, files: EvaluationFiles) -> dict[Column, float | str]:
+        """Every figure that is in the directory, and the name of the worst attack."""
         if not files.result.exists():
             return {}
         content = load_json(files.result)
@@ -189,9 +190,9 @@ class SweepEvaluation:
         except (ValueError, ArithmeticError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"'{files.result}' is damaged: restore or remove it.") from error
 
-    def _figures_in(self, content: Any, before: LeakResults) -> dict[Column, float]:
+    def _figures_in(self, content: Any, before: LeakResults) -> dict[Column, float | str]:
         """before: what the leak tests gave of the model before it forgot."""
-        measured: dict[Column, float] = {}
+        measured: dict[Column, float | str] = {}
         for name, benchmark in self.benchmarks.items():
             if content.get(benchmark.name):  # an older version did not know every benchmark
                 measured |= _benchmark_figures(name, benchmark, content[benchmark.name])
@@ -245,15 +246,24 @@ def _leak_figures(test: LeakTest, result: LeakResult, conclusive: bool) -> dict[
     return measured
 
 
-def _worst_figures(content: Mapping[str, Any]) -> dict[Column, float]:
-    """What the worst attack brings back, and what stands beside it. Raises ValueError where that is no number."""
+def _worst_figures(content: Mapping[str, Any]) -> dict[Column, float | str]:
+    """Which attack is the worst, what it brings back, and what stands beside it, under the name of what was measured: a
+    mean over seeds is of one measure, though the attack may be another in each. Raises ValueError where a figure is no
+    number, or a name no text."""
     titles = {"value": "brought back", HOLDOUT.strip("_"): "on the holdout", GOLD: "by it from gold"}
-    check_record(content, dict.fromkeys(titles, float | None), optional=titles)
-    return {
-        Column(f"{WORST_ATTACK}.{key}", title, group="worst attack of all leak tests", main=key == "value"): value
-        for key, title in titles.items()
-        if (value := content.get(key)) is not None
-    }
+    names = {"test": str, "attack": str, "figure": str}
+    check_record(content, {**dict.fromkeys(titles, float | None), **names}, optional=[*titles, *names])
+    group, measure = "worst attack of all leak tests", content.get("figure", "")
+    measured: dict[Column, float | str] = {}
+    if test := content.get("test"):
+        name = ": ".join(filter(None, [test, content.get("attack")]))
+        measured[Column(f"{WORST_ATTACK}.name", "worst attack", group=group)] = name
+    for key, title in titles.items():
+        if (value := content.get(key)) is not None:
+            path = ".".join(filter(None, [WORST_ATTACK, re.sub(r"\W+", "_", measure.lower()), key]))
+            shown = f"{measure} {title}".strip()
+            measured[Column(path, shown, group=group, main=key == "value")] = value
+    return measured
 
 
 def _numbers(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

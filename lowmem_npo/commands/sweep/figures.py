@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -92,6 +93,8 @@ class Configuration:
     settings: dict[str, str]
     seeds: list[int]
     figures: dict[str, Spread]
+    names: dict[str, list[str | None]] = field(default_factory=dict)
+    """What a figure is of where that may differ between the seeds, in their order: the attack that was the worst."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,11 @@ class SweepResult:
     """The result of a sweep; sweep.json holds the same."""
 
     configurations: list[Configuration]
-    baselines: dict[str, dict[str, float]]
+    baselines: dict[str, dict[str, Any]]
     """The figures of the models that the runs are compared with: "before" (one for each model and data of the grid),
     and "gold", which was never taught the forget rows."""
     runs: list[dict[str, Any]] = field(default_factory=list)
-    """An entry per run: its settings, seed, directory, and figures or `error`."""
+    """An entry per run: its settings, seed, directory, and figures and names or `error`."""
     columns: list[Column] = field(default_factory=lambda: list(COLUMNS))
     """What the figures are called."""
     generated: bool = True
@@ -118,13 +121,13 @@ def collect(
     runs: Sequence[SweepRun],
     ledger: Mapping[str, Mapping[str, Any]],
     root: Path,
-    evaluated: Callable[[EvaluationFiles], Mapping[Column, float]] = lambda files: {},
+    evaluated: Callable[[EvaluationFiles], Mapping[Column, float | str]] = lambda files: {},
 ) -> SweepResult:
     """Reads the results in the runs' directories, and those of the baselines in `root`.
 
     ledger: directory -> the run's seconds, or its error. evaluated: the figures in the directory of an evaluation.
     """
-    entries, baselines = [], dict[str, dict[str, float]]()
+    entries, baselines = [], dict[str, dict[str, Any]]()
     columns, generated = {column.key: column for column in COLUMNS}, True
 
     def add_evaluated(figures: dict[str, Any], files: EvaluationFiles) -> None:
@@ -154,13 +157,17 @@ def collect(
         if done:
             more = [k for k in done[0] if k.startswith(("forget_", "retain_", "general_")) and k not in columns]
             keys = [*columns, *more]
-            spreads = {}
+            spreads, names = {}, {}
             for key in keys:
+                if any(isinstance(e.get(key), str) for e in done):
+                    names[key] = [e.get(key) for e in done]
+                    continue
                 values, is_verdict = [e.get(key) for e in done], key in columns and columns[key].digits is None
                 # a mean over some of the seeds would not be that of the configuration; verdicts are counted
                 if (any if is_verdict else all)(value is not None for value in values):
                     spreads[key] = Spread.of(values)
-            configurations.append(Configuration(point.name, dict(point.settings), [e["seed"] for e in done], spreads))
+            seeds = [e["seed"] for e in done]
+            configurations.append(Configuration(point.name, dict(point.settings), seeds, spreads, names))
     return SweepResult(configurations, baselines, entries, list(columns.values()), generated)
 
 
@@ -215,7 +222,7 @@ def answer_figures(evaluations: Mapping[str, AnswerEvaluation]) -> dict[str, flo
 def tables(result: SweepResult) -> dict[str, list[list[str]]]:
     """Group -> its table: a header, a line for each baseline, and one per configuration, mean ± standard deviation.
     The runs' own figures, whose group is "", come first."""
-    measured = {key for configuration in result.configurations for key in configuration.figures}
+    measured = {key for c in result.configurations for key in (*c.figures, *c.names)}
     measured |= {key for figures in result.baselines.values() for key in figures}
     groups: dict[str, list[Column]] = {}
     for column in result.columns:
@@ -227,13 +234,28 @@ def tables(result: SweepResult) -> dict[str, list[list[str]]]:
 def _table(result: SweepResult, columns: Sequence[Column]) -> list[list[str]]:
     lines = [["configuration", "seeds", *(column.title for column in columns)]]
     for name, figures in result.baselines.items():
-        cells = [Spread.of([figures[c.key]]).text(c.digits) if c.key in figures else "–" for c in columns]
-        lines.append([name, "–", *cells])
+        lines.append([name, "–", *(_baseline_cell(figures.get(column.key), column) for column in columns)])
     for configuration in result.configurations:
-        spreads = [configuration.figures.get(column.key) for column in columns]
-        cells = ["–" if s is None else s.text(c.digits) for s, c in zip(spreads, columns, strict=True)]
+        cells = [_cell(configuration, column) for column in columns]
         lines.append([configuration.name, str(len(configuration.seeds)), *cells])
     return lines
+
+
+def _baseline_cell(value: float | str | None, column: Column) -> str:
+    return value if isinstance(value, str) else "–" if value is None else Spread.of([value]).text(column.digits)
+
+
+def _cell(configuration: Configuration, column: Column) -> str:
+    """A mean, or a name; of several names, in how many seeds each."""
+    if (names := configuration.names.get(column.key)) is not None:
+        return _named(names)
+    spread = configuration.figures.get(column.key)
+    return "–" if spread is None else spread.text(column.digits)
+
+
+def _named(names: Sequence[str | None]) -> str:
+    counts = Counter(name or "none" for name in names)
+    return "; ".join(counts if len(counts) == 1 else (f"{name} ({count})" for name, count in counts.items()))
 
 
 def text_tables(result: SweepResult, width: int) -> str:
@@ -283,7 +305,8 @@ def write_results(result: SweepResult, root: Path) -> None:
     _write_csv(root / "sweep.csv", result.runs)
     lines: list[dict[str, Any]] = [{"configuration": name, **figures} for name, figures in result.baselines.items()]
     for c in result.configurations:
-        means = dict[str, float | None]()
+        means = dict[str, Any]()
+        means |= {key: _named(names) for key, names in c.names.items()}
         for key, s in c.figures.items():
             means |= {key: s.mean, f"{key}_sd": s.sd} | ({f"{key}_unknown": s.unknown} if s.unknown else {})
         lines.append({"configuration": c.name, **c.settings, "seeds": len(c.seeds), **means})

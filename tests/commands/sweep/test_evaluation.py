@@ -178,12 +178,38 @@ def test_the_gold_model_stands_in_tables_files_and_every_report(whole):
         assert answers["forget", "nll"]["gold"] == read(whole / "sweep.json")["baselines"]["gold"]["forget_nll"]
         assert report["leaks"]["gold"] == gold["leaks"]
         assert worst["gold"] == gold["worst_attack"]["value"] == report["worst_attack"]["after"]["gold"]
-        assert float(means["gold"]["worst_attack.value"]) == worst["gold"]
+        assert float(means["gold"]["worst_attack.extraction_strength.value"]) == worst["gold"]
+        assert means["gold"]["worst_attack.name"] == worst["test"] == "extraction"
         assert ">gold</th>" in (place / "report.html").read_text()
     for configuration in read(whole / "sweep.json")["configurations"]:
         places = runs(whole)[configuration["settings"]["forget-term"]]
         values = [evaluation(place)["worst_attack"]["value"] for place in places]
-        assert configuration["figures"]["worst_attack.value"]["values"] == values
+        assert configuration["figures"]["worst_attack.extraction_strength.value"]["values"] == values
+        assert configuration["names"]["worst_attack.name"] == ["extraction"] * 2
+
+
+def test_the_worst_attack_is_named_and_its_figure_is_of_what_it_measured(tmp_path):
+    """Extraction strength, recall and the share of whole answers are no one figure that could be averaged."""
+    measured, _ = SweepEvaluation.parse(["--evaluate", "extraction"])
+    files = RunFiles(tmp_path).evaluation
+    files.path.mkdir()
+
+    def found(**worst):
+        files.result.write_text(json.dumps({"rows": {}, "leaks": {}, "notes": [], "worst_attack": worst}))
+        return {column.key: value for column, value in measured.figures(files).items()}
+
+    first = found(test="relearning", attack="20 steps", figure="extraction strength", value=0.3, holdout=0.1, gold=None)
+    assert first == {
+        "worst_attack.name": "relearning: 20 steps",
+        "worst_attack.extraction_strength.value": 0.3,
+        "worst_attack.extraction_strength.holdout": 0.1,
+    }
+    second = found(test="sampling", attack="", figure="ROUGE-L recall", value=0.6, gold=0.2)
+    assert second == {
+        "worst_attack.name": "sampling",
+        "worst_attack.rouge_l_recall.value": 0.6,
+        "worst_attack.rouge_l_recall.gold": 0.2,
+    }
 
 
 def test_a_leak_test_that_found_no_traces_before_either_cannot_tell(tmp_path):

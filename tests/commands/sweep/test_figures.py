@@ -48,6 +48,38 @@ def test_a_verdict_counts_over_the_seeds_that_have_one(tmp_path, monkeypatch):
     assert [line[TRACES.key] for line in lines] == ["1.0", "1.0", "", "1.0", "1.0"]
 
 
+def test_names_are_counted_over_the_seeds_and_other_measures_have_no_mean(tmp_path, monkeypatch):
+    """The worst attack may be another in each seed: of one measure there is a mean, of several none."""
+    name, strength, recall = (
+        Column(f"worst_attack.{key}", key, group="worst attack") for key in ("name", "strength", "recall")
+    )
+    worst = [("relearning", strength, 0.25), ("relearning", strength, 0.5), ("retuning", strength, 0.75)]
+    given = ["--model", "m", "--output-dir", str(tmp_path)]
+    runs = plan_sweep(parse_grid([]), range(3), lambda flags: parse_run([*given, *flags], "sweep"))
+
+    def evaluated(files: EvaluationFiles) -> dict[Column, float | str]:
+        seed = int(files.path.parent.name[-1]) if files.path.parent.name.startswith("seed-") else 0
+        attack, measure, value = worst[seed]
+        return {name: attack, measure: value}
+
+    entry = {"status": "done", "before": {}, "generated": True}
+    monkeypatch.setattr(figures, "_entry", lambda run, _: {"seed": run.seed, **entry})
+    result = collect(runs, {}, tmp_path, evaluated)
+    assert tables(result)["worst attack"] == [
+        ["configuration", "seeds", "name", "strength"],
+        ["before", "–", "relearning", "0.250"],
+        ["as-given", "3", "relearning (2); retuning (1)", "0.500 ± 0.250"],
+    ]
+    write_results(result, tmp_path)
+    _, means = csv.DictReader((tmp_path / "sweep_means.csv").open())
+    assert means["worst_attack.name"] == "relearning (2); retuning (1)" and means["worst_attack.strength"] == "0.5"
+    (configuration,) = json.loads((tmp_path / "sweep.json").read_text())["configurations"]
+    assert configuration["names"] == {name.key: ["relearning", "relearning", "retuning"]}
+    worst[2] = ("sampling", recall, 0.9)
+    _, before, mixed = tables(collect(runs, {}, tmp_path, evaluated))["worst attack"]
+    assert mixed[2:] == ["relearning (2); sampling (1)", "–"] and before[2:] == ["relearning", "0.250"]
+
+
 def test_the_model_before_has_what_any_point_measured_of_it(tmp_path, monkeypatch):
     """The first one keeps nothing, and has no retain rows."""
     given = ["--model", "m", "--delta", "0", "--output-dir", str(tmp_path)]
