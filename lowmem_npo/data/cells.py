@@ -50,6 +50,12 @@ def text_of(row: dict[str, Any], field: str, where: str) -> str:
     return value
 
 
+def optional(row: dict[str, Any], field: str) -> Any:
+    """What `row` has in a field that need not be filled; None for white space alone, which fills it with nothing."""
+    value = row.get(field)
+    return None if isinstance(value, str) and not value.strip() else value
+
+
 def parsed_json(value: Any) -> Any:
     """`value`, read as JSON where it is JSON in a string, as tables without nested columns have it."""
     if not isinstance(value, str):  # columns of Parquet and Arrow also hold bytes, dates and decimals

@@ -20,7 +20,7 @@ from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lowmem_npo.data.cells import check_json, label, no_value, parsed_json, text_of, without_nan, without_none
+from lowmem_npo.data.cells import check_json, label, no_value, optional, parsed_json, text_of, without_nan, without_none
 from lowmem_npo.data.example import JOINED, PARAPHRASED, PASSAGE, Example
 from lowmem_npo.data.other_columns import BESIDE, READERS, check_beside, paraphrases_of
 from lowmem_npo.data.rows import Rows, is_text
@@ -285,11 +285,11 @@ def _example(row: dict[str, Any], where: str, prompt_column: str | None, answer_
     beside = [INSTRUCTIONS.get(answer_column, "input")]
     if answer_column in INSTRUCTIONS:  # Alpaca's also before a response, Dolly's also before an output
         beside += INSTRUCTIONS.values()
-    if more := next((column for column in beside if column != answer_column and row.get(column)), None):
+    if more := next((column for column in beside if column != answer_column and optional(row, column)), None):
         prompt, schema = f"{prompt}\n{text_of(row, more, where)}", f"instruction/{more}/{answer_column}"
-    if not (row.get("system") or row.get("history")):
+    history = parsed_json(optional(row, "history")) or []
+    if not (history or optional(row, "system")):
         return Example(prompt, answer, where, schema, identity)
-    history = parsed_json(row.get("history")) or []
     if not isinstance(history, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in history):
         raise UserError(f"{where}: {no_value('history', 'a list of [question, answer]', history)}")
     turns = [turn(role, text) for pair in history for role, text in zip(("user", "assistant"), pair, strict=True)]
@@ -303,7 +303,7 @@ def _conversation(messages: Any, row: dict[str, Any], where: str, schema: str, i
     if not is_turns(messages):
         raise UserError(f"{where}: {no_value(schema, TURNS, messages)}")
     turns = [message(turn, f"{where}, message {number}") for number, turn in enumerate(messages, 1)]
-    if row.get("system") and turns[0]["role"] not in SYSTEM:
+    if optional(row, "system") and turns[0]["role"] not in SYSTEM:
         turns.insert(0, turn("system", text_of(row, "system", where)))
     if len(turns) < 2 or turns[-1]["role"] != "assistant":
         raise UserError(
@@ -316,13 +316,13 @@ def _conversation(messages: Any, row: dict[str, Any], where: str, schema: str, i
                 f"{where}: the answer has {mark} {value!r}, which keeps it out of training; remove the row, or the "
                 f"{mark}."
             )
-    options = without_none(parsed_json(row.get("chat_template_kwargs")) or {})
+    options = without_none(parsed_json(optional(row, "chat_template_kwargs")) or {})
     if not isinstance(options, dict):
         raise UserError(f"{where}: {no_value('chat_template_kwargs', 'an object', options)}")
-    if tools := without_none(parsed_json(row.get("tools"))):
+    if tools := without_none(parsed_json(optional(row, "tools"))):
         if not isinstance(tools, list):
             raise UserError(f"{where}: {no_value('tools', 'a list', tools)}")
         options = {**options, "tools": tools}
     check_json(where, [turns, options])
-    answer = turns[-1]["content"] or json.dumps([turns[-1].get(call) for call in CALLS])
+    answer = turns[-1]["content"] if turns[-1]["content"].strip() else json.dumps([turns[-1].get(call) for call in CALLS])
     return Example(turns[-2]["content"], answer, where, schema, identity, tuple(turns), options)

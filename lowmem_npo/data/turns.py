@@ -115,7 +115,7 @@ def message(turn: dict[str, Any], where: str) -> dict[str, Any]:
     may_be_empty = role not in ("user", "assistant") or any(turn.get(call) for call in CALLS)
     if may_be_empty:
         turn.setdefault("content", "")
-    if not (may_be_empty and turn["content"] == ""):
+    if not (may_be_empty and isinstance(turn["content"], str)):
         text_of(turn, "content", where)
     return {**turn, "role": role}
 

@@ -236,6 +236,33 @@ def test_alpaca_and_dolly():
         one({**row, "history": ["1"]})
 
 
+@pytest.mark.parametrize("blank", ["", " ", "\n\t", None, float("nan")])
+def test_a_field_that_need_not_be_filled_may_be_blank(blank):
+    for answer, more in (("output", "input"), ("response", "context")):
+        asked = one({"instruction": "Say A.", more: blank, answer: "A"})
+        assert (asked.prompt, asked.schema) == ("Say A.", f"instruction/{answer}")
+    row = {"instruction": "Q", "output": "A"}
+    assert one({**row, "input": blank, "system": blank, "history": blank}) == one(row)
+    asked = one({**row, "system": blank, "history": [["1", "2"]]})
+    assert [turn["content"] for turn in asked.messages] == ["1", "2", "Q", "A"]
+    beside = {"system": blank, "tools": blank, "chat_template_kwargs": blank}
+    assert one({"messages": [*TURNS], **beside}).messages == TURNS
+    with pytest.raises(UserError, match="line 7 has (an empty|no) instruction"):
+        one({**row, "instruction": blank})
+
+
+@pytest.mark.parametrize("blank", ["", "\n\n"])
+def test_a_turn_that_need_say_nothing_may_be_blank(blank):
+    """Of a call of a tool, as models write it, and of what the tool gives back."""
+    called = {"role": "assistant", "content": blank, "tool_calls": CALL}
+    turns = ({"role": "system", "content": blank}, QUESTION, called, {"role": "tool", "content": blank}, ANSWER)
+    assert one({"messages": [*turns]}).messages == turns
+    assert one({"messages": [QUESTION, called]}).answer == json.dumps([CALL, None])
+    for turn in (QUESTION, ANSWER):
+        with pytest.raises(UserError, match="has an empty content"):
+            one({"messages": [{**other, "content": " "} if other is turn else other for other in TURNS]})
+
+
 def test_named_columns_take_precedence():
     row = {"question": "q", "answer": "a", "frage": "F", "antwort": "W"}
     example = one(row, prompt_column="frage", answer_column="antwort")
