@@ -324,5 +324,6 @@ def _conversation(messages: Any, row: dict[str, Any], where: str, schema: str, i
             raise UserError(f"{where}: {no_value('tools', 'a list', tools)}")
         options = {**options, "tools": tools}
     check_json(where, [turns, options])
-    answer = turns[-1]["content"] if turns[-1]["content"].strip() else json.dumps([turns[-1].get(call) for call in CALLS])
+    said = turns[-1]["content"]
+    answer = said if said.strip() else json.dumps([turns[-1].get(call) for call in CALLS])
     return Example(turns[-2]["content"], answer, where, schema, identity, tuple(turns), options)

@@ -25,7 +25,7 @@ class TokenizedRow(TypedDict):
 
 def num_predicted(row: TokenizedRow) -> int:
     """Labelled tokens but for the first, which nothing precedes that could predict it."""
-    return sum(label != IGNORE_INDEX for label in row["labels"][1:])
+    return sum(int(label != IGNORE_INDEX) for label in row["labels"][1:])  # of a script's arrays, NumPy's or PyTorch's
 
 
 class TokenizedRows(Sequence[TokenizedRow]):
