@@ -65,6 +65,12 @@ class Fit:
         if (pad := tokenizer.pad_token_id) is not None and pad >= self.vocabulary:
             raise UserError(f"The tokenizer has the padding token {self._beyond(tokenizer.pad_token, pad)}")
 
+    def padding(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """An id for places that no token sees: the tokenizer's padding token, where the model has it. A script's may
+        have been added to the tokenizer alone, and is looked up in the embedding all the same."""
+        pad = tokenizer.pad_token_id
+        return pad if pad is not None and 0 <= pad < self.vocabulary else 0
+
     def _beyond(self, token: str, number: int) -> str:
         return (
             f"{token!r} of id {number}, but the model's embedding has only {self.vocabulary} tokens: give the model "

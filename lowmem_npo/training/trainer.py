@@ -32,6 +32,7 @@ from lowmem_npo.claim import make_directory
 from lowmem_npo.config import FORGET_TERMS, REFUSING_TERMS, AdapterConfig, ObjectiveConfig
 from lowmem_npo.console import Say
 from lowmem_npo.data.batching import Batch, ForgetRetain, Pick, RowBatch, collator
+from lowmem_npo.data.fit import Fit
 from lowmem_npo.errors import UserError
 from lowmem_npo.files import expanded
 from lowmem_npo.forget_terms import Term, register
@@ -149,7 +150,7 @@ class NPOTrainer(Trainer):
             args=args,
             train_dataset=ForgetRetain(rows.forget, rows.retain),
             data_collator=collator(
-                processing_class.pad_token_id,
+                Fit.of(lm).padding(processing_class),
                 with_retain=objective.needs_retain,
                 pack=args.padding_free and packs_rows(model),
                 joint_tokens=0 if objective.parts_go_apart else args.joint_pass_tokens,

@@ -22,9 +22,12 @@ def trainer_of(byte_model, folder, forget=FORGET, retain=RETAIN, own=None, more=
         NPOConfig(**{**defaults, **settings}),
         forget,
         retain,
-        processing_class=AutoTokenizer.from_pretrained(byte_model),
         forget_term=own,
-        **{"peft_config": AdapterConfig(lora_r=2), **(more or {})},
+        **{
+            "peft_config": AdapterConfig(lora_r=2),
+            "processing_class": AutoTokenizer.from_pretrained(byte_model),
+            **(more or {}),
+        },
     )
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():

@@ -8,8 +8,10 @@ import subprocess
 import sys
 from functools import partial
 
+import numpy as np
 import pandas
 import pytest
+import torch
 import torch.nn.functional as F
 from datasets import Dataset, DatasetDict
 from helpers.dense_step import step_gradients
@@ -21,6 +23,9 @@ from lowmem_npo.cli import main
 from lowmem_npo.data import Rows, bundled_rows, to_examples, tokenize
 from lowmem_npo.data.targets import forget_targets
 from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers
+from lowmem_npo.model.layers import causal_lm
+from lowmem_npo.training.reference.cached import check_cache_space
 
 
 @pytest.mark.parametrize("kind", [Dataset.from_list, list])
@@ -212,6 +217,39 @@ def test_tokenised_rows_may_be_arrays(form, byte_model, tmp_path):
     for settings in ({}, {"adversary": 1.0, "per_device_train_batch_size": 2}):
         of_arrays = step_gradients(trainer_of(byte_model, tmp_path, *datasets, **settings))
         assert equal(of_arrays, step_gradients(trainer_of(byte_model, tmp_path, forget, retain, **settings)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["numpy", "torch", "arrays"])
+def test_arrays_may_have_a_cached_reference(form, byte_model, tmp_path):
+    tokenizer, cache = AutoTokenizer.from_pretrained(byte_model), tmp_path / "cache"
+    lists = [[*map(dict, tokenize(to_examples(Rows("rows", rows)), tokenizer))] for rows in (FORGET, RETAIN)]
+    if form == "arrays":
+        rows = [[{name: np.array(value) for name, value in row.items()} for row in part] for part in lists]
+    else:
+        rows = [Dataset.from_list(part).with_format(form) for part in lists]
+    trainer = trainer_of(byte_model, tmp_path, *rows, reference_dir=cache)
+    objective, config = trainer.args.objective, causal_lm(trainer.model).config
+    lines = [check_cache_space(objective, *parts, config, torch.float32, cache) for parts in (rows, lists)]
+    assert lines[0] == lines[1] and lines[0].startswith(f"Reference cache in {cache}: forget ")
+    trainer.train()
+    assert sorted(path.name for path in cache.iterdir()) == ["forget.safetensors", "retain.safetensors"]
+    of_lists = step_gradients(trainer_of(byte_model, tmp_path, *lists, reference_dir=cache))  # the same cache
+    assert equal(step_gradients(trainer_of(byte_model, tmp_path, *rows)), of_lists, rtol=1e-4)
+
+
+def test_padding_that_the_model_does_not_have_is_seen_by_nobody(byte_model, tmp_path):
+    """A token that a script adds to the tokenizer without resizing the embedding, which has no place for it."""
+    ours, grown = (AutoTokenizer.from_pretrained(byte_model) for _ in range(2))
+    grown.add_special_tokens({"pad_token": "[PAD]"})
+    trainers = [
+        trainer_of(byte_model, tmp_path, padding_free=False, max_steps=2, more={"processing_class": tokenizer})
+        for tokenizer in (ours, grown)
+    ]
+    assert grown.pad_token_id >= trainers[0].model.get_input_embeddings().num_embeddings
+    assert equal(*map(step_gradients, trainers), rtol=1e-5)
+    trainers[1].train()
+    prompts = [Prompt(ours(text).input_ids, 6) for text in ("Who guards the vault?", "Why?")]
+    assert greedy_answers(trainers[1].model, grown, prompts) == greedy_answers(trainers[1].model, ours, prompts)
 
 
 @pytest.mark.parametrize("settings", [{"layered": 2}, {"adversary": 1.0, "adversary_steps": 2}])

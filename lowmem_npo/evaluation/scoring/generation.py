@@ -212,8 +212,9 @@ def plain_generation(
     models keep sampling settings, penalties, suppressed tokens, watermarks: all that would change what is measured.
     """
     lm, stops = causal_lm(model), stop_ids(model, tokenizer)
-    # Padding is masked, so any id would do; not every tokenizer has one of its own.
-    pad = next((token for token in [tokenizer.pad_token_id, *stops] if token is not None), 0)
+    # Padding is masked, so any id that the model has would do; not every tokenizer has one of its own.
+    vocabulary = Fit.of(lm).vocabulary
+    pad = next((t for t in [tokenizer.pad_token_id, *stops] if t is not None and t < vocabulary), 0)
     published = lm.generation_config
     defaults = {"do_sample": False, "use_cache": True, "eos_token_id": stops, "pad_token_id": pad}
     lm.generation_config = plain = GenerationConfig(**{**defaults, **settings})
