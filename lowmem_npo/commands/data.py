@@ -234,24 +234,39 @@ def _shared(sets: Sequence[Set], near: float) -> defaultdict[tuple[int, int], Sh
     """(place of a set, place of another, or the same) -> what they share. All are compared at once, however many."""
     import numpy as np
 
-    from lowmem_npo.data.overlap import near_duplicates, text_key
-
     lengths = [len(one.examples) for one in sets]
     of_row = np.repeat(np.arange(len(sets)), lengths)
     starts, mixed = np.cumsum([0, *lengths]), np.array([one.rows.mixed for one in sets])
     examples = [example for one in sets for example in one.examples]
     schemas = np.array([example.schema for example in examples])
-    keys: dict[str, int] = {}
-    texts = np.array([keys.setdefault(text_key(example), len(keys)) for example in examples])
     result: defaultdict[tuple[int, int], Shared] = defaultdict(Shared)
-    for i, j, similarity in near_duplicates(examples, at_least=near):
+    for i, j, similarity, same in _pairs(examples, near):
         a, b = of_row[i], of_row[j]
         meant = (a == b) & mixed[a] & (schemas[i] != schemas[j])  # a passage, as a completion and as a text
         for one, other in np.unique(np.stack([a, b])[:, ~meant], axis=1).T.tolist():
             here = (a == one) & (b == other) & ~meant
-            same = texts[i[here]] == texts[j[here]]
-            result[one, other].add(i[here] - starts[one], j[here] - starts[other], similarity[here], same)
+            result[one, other].add(i[here] - starts[one], j[here] - starts[other], similarity[here], same[here])
     return result
+
+
+def _pairs(examples: Sequence[Example], near: float) -> Iterator[tuple[Any, Any, Any, Any]]:
+    """Pairs of rows that are the same or nearly so, many at a time, as arrays: the place of either, the earlier first,
+    the similarity, and whether they are the same, as in a run."""
+    import numpy as np
+
+    from lowmem_npo.data.overlap import first_alike, near_duplicates, text_key, text_keys
+
+    alike = np.array(first_alike(map(text_keys, examples)))
+    texts = np.array(first_alike([text_key(example)] for example in examples))
+    for i, j, similarity in near_duplicates(examples, at_least=near):
+        here = (alike[i] != alike[j]) | (texts[i] == texts[j])  # what is the same but for earlier turns comes below
+        i, j = i[here], j[here]
+        yield i, j, similarity[here], texts[i] == texts[j]
+    order = np.argsort(alike, kind="stable")
+    for rows in np.split(order, np.flatnonzero(np.diff(alike[order])) + 1):
+        for i in rows if len(set(texts[rows].tolist())) > 1 else ():
+            j = rows[(rows > i) & (texts[rows] != texts[i])]
+            yield np.full_like(j, i), j, np.ones(len(j)), np.ones(len(j), dtype=bool)
 
 
 def _answers(

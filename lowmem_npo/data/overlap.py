@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 from lowmem_npo.data.cells import folded
 from lowmem_npo.data.example import Example
-from lowmem_npo.data.turns import calls_of
+from lowmem_npo.data.turns import SYSTEM, calls_of
 from lowmem_npo.errors import UserError
 from lowmem_npo.sizes import first_of
 
@@ -34,18 +34,49 @@ def find_overlap(forget: Sequence[Example], retain: Sequence[Example]) -> list[t
     """Each forget example that is also in retain, with the first retain example that is the same.
 
     The same means the same text and calls of tools, whatever its case, whitespace, Unicode form and division into
-    prompt and answer.
+    prompt and answer; of a conversation, also what its last question and the answer are alone: a system prompt or
+    earlier turns make no other fact of it.
     """
     kept: dict[str, Example] = {}
     for example in retain:
-        kept.setdefault(text_key(example), example)
-    return [(example, kept[key]) for example in forget if (key := text_key(example)) in kept]
+        for key in text_keys(example):
+            kept.setdefault(key, example)
+    others = [next((kept[key] for key in text_keys(example) if key in kept), None) for example in forget]
+    return [(example, other) for example, other in zip(forget, others, strict=True) if other is not None]
 
 
 def text_key(example: Example) -> str:
-    """The same for examples of the same text, as in `find_overlap`."""
+    """The same for examples of the same whole text."""
+    return _key(_normalised(example))
+
+
+def text_keys(example: Example) -> tuple[str, ...]:
+    """Examples that have one in common are the same, as in `find_overlap`. The first is that of the whole text."""
+    return tuple(dict.fromkeys(map(_key, _texts(example))))
+
+
+def _key(text: str) -> str:
     # In a script without spaces prompt and answer may be joined without one; elsewhere "1 12" is not "11 2".
-    return re.sub(rf"(?<={UNSPACED}) | (?={UNSPACED})", "", _normalised(example))
+    return re.sub(rf"(?<={UNSPACED}) | (?={UNSPACED})", "", text)
+
+
+def first_alike(keys: Iterable[Iterable[Hashable]]) -> list[int]:
+    """The keys of some rows -> the first row that each is the same as: both have a key in common, or each has one with
+    a third row, and so on."""
+    places: list[int] = []
+    rows: dict[Hashable, int] = {}
+
+    def first(row: int) -> int:
+        while places[row] != row:
+            places[row] = row = places[places[row]]
+        return row
+
+    for row, of_row in enumerate(keys):
+        places.append(row)
+        for key in of_row:
+            one, other = sorted((first(row), first(rows.setdefault(key, row))))
+            places[other] = one
+    return [first(row) for row in range(len(places))]
 
 
 def near_duplicates(examples: Sequence[Example], *, at_least: float = NEAR) -> Iterator[tuple[Any, Any, Any]]:
@@ -102,8 +133,12 @@ def sharing_text(examples: Sequence[Example]) -> dict[int, set[int]]:
     text: what overlaps in a document, and its completions. Examples that share nothing are left out."""
     same: dict[str, list[int]] = {}
     for index, example in enumerate(examples):
-        same.setdefault(text_key(example), []).append(index)
-    near = {index: {*of_key} - {index} for of_key in same.values() if len(of_key) > 1 for index in of_key}
+        for key in text_keys(example):
+            same.setdefault(key, []).append(index)
+    near: dict[int, set[int]] = {}
+    for of_key in same.values():
+        for index in of_key if len(of_key) > 1 else ():
+            near.setdefault(index, set()).update({*of_key} - {index})
     passages = [index for index, example in enumerate(examples) if example.is_passage]
     for i, j in _overlapping([folded(examples[index].answer) for index in passages]):
         near.setdefault(passages[i], set()).add(passages[j])
@@ -161,24 +196,37 @@ def refuse_overlap(
     pairs = find_overlap(forget, retain)
     if not pairs:
         return
-    listed = first_of([f"{one.where} is {other.where}" for one, other in pairs])
+    listed = first_of([is_also(*pair) for pair in pairs])
     rows = f"1 row to {of} is" if len(pairs) == 1 else f"{len(pairs)} rows to {of} are"
     where = "the holdout" if part == "holdout" else f"the rows to {part}"
     raise UserError(f"{rows} also in {where}: {listed}; remove them from either, or give --allow-overlap.")
 
 
+def is_also(one: Example, other: Example) -> str:
+    """In words, that one of the pairs of `find_overlap` is the other."""
+    but = "" if text_key(one) == text_key(other) else " but for earlier turns"
+    return f"{one.where} is {other.where}{but}"
+
+
 def _normalised(example: Example) -> str:
-    if example.messages is not None:
-        parts = [text for turn in example.messages for text in (turn["content"], calls_of(turn))]
-    else:
-        parts = [example.prompt or "", example.answer]
-    return folded(" ".join(parts))
+    return _texts(example)[0]
+
+
+def _texts(example: Example) -> list[str]:
+    """The whole text, and of a conversation what is left of it without system prompt and earlier turns: all from its
+    last question on, so that calls of tools count which were made to answer it."""
+    if (turns := example.messages) is None:
+        return [folded(f"{example.prompt or ''} {example.answer}")]
+    parts = [turns]
+    if asked := [place for place, turn in enumerate(turns) if turn["role"] == "user"]:
+        parts.append(tuple(turn for turn in turns[asked[-1] :] if turn["role"] not in SYSTEM))
+    return [folded(" ".join(said for turn in part for said in (turn["content"], calls_of(turn)))) for part in parts]
 
 
 def find_related(forget: Sequence[Example], general: Sequence[Example]) -> list[int]:
     """Which general examples may say what is to be forgotten: those that hold all words of a short answer, or most of
     the words of a longer row, or whose own words are mostly those of a row; function words do not count."""
-    of_forget = [(_content_words(one.answer), _content_words(_normalised(one))) for one in forget]
+    of_forget = [(_content_words(one.answer), _content_words(text)) for one in forget for text in _texts(one)]
     return [index for index, one in enumerate(general) if _is_related(_content_words(_normalised(one)), of_forget)]
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TypedDict, overload
 
 from lowmem_npo.data.example import Example
-from lowmem_npo.data.overlap import sharing_text, text_key
+from lowmem_npo.data.overlap import first_alike, sharing_text, text_keys
 from lowmem_npo.sizes import counted
 
 IGNORE_INDEX = -100  # that of lowmem_kernels, which imports PyTorch
@@ -52,9 +52,10 @@ class TokenizedRows(Sequence[TokenizedRow]):
         self.repeated, self.literal, self.positions = repeated, literal, positions
 
     def apart_from(self, others: Sequence[Example]) -> list[TokenizedRow]:
-        """The rows whose text is in none of `others`."""
-        held = {text_key(example) for example in others}
-        return [row for row, example in zip(self.rows, self.examples, strict=True) if text_key(example) not in held]
+        """The rows that are the same as none of `others`."""
+        held = {key for example in others for key in text_keys(example)}
+        pairs = zip(self.rows, self.examples, strict=True)
+        return [row for row, example in pairs if held.isdisjoint(text_keys(example))]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -67,11 +68,10 @@ class TokenizedRows(Sequence[TokenizedRow]):
         return self.rows[index]
 
     @cached_property
-    def facts(self) -> list[str]:
-        """What each row says: the same of rows that are there twice, of the two forms of `--template both`, and of a
-        passage as a completion and as a text."""
-        of_row: dict[str, str] = {}
-        return [of_row.setdefault(example.where, text_key(example)) for example in self.examples]
+    def facts(self) -> list[int]:
+        """The first row that says what each does: one for rows that are the same, for the two forms of
+        `--template both`, and for a passage as a completion and as a text."""
+        return first_alike([("row", example.where), *text_keys(example)] for example in self.examples)
 
     @cached_property
     def near(self) -> dict[int, set[int]]:

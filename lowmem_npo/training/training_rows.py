@@ -207,7 +207,7 @@ def groups_of(rows: Sequence[TokenizedRow], known: Sequence[TokenizedRow], parts
     if not isinstance(rows, TokenizedRows):
         return None
     known = known if isinstance(known, TokenizedRows) else rows
-    subjects: dict[str, str] = {}
+    subjects: dict[int, str] = {}
     for fact, example in zip(known.facts, rows.examples, strict=True):
         if example.group is not None:
             subjects.setdefault(fact, example.group)
@@ -227,17 +227,15 @@ def _runs(rows: TokenizedRows, parts: int) -> list[int]:
     near = [(row, other) for row, others in rows.near.items() for other in others]
     links = coo_array((np.ones(len(near)), tuple(np.array(near).reshape(-1, 2).T)), shape=(len(rows), len(rows)))
     _, document = connected_components(links, directed=False)
-    first: dict[str, int] = {}
-    places = [first.setdefault(fact, row) for row, fact in enumerate(rows.facts)]
     facts: dict[int, list[int]] = {}
-    for place in first.values():
+    for place in dict.fromkeys(rows.facts):
         facts.setdefault(document[place], []).append(place)
     sizes, runs = Counter(document), dict[int, int]()
     for of, its_facts in facts.items():
         pieces = min(len(its_facts), math.ceil(sizes[of] * parts / len(rows)))
         for piece in np.array_split(its_facts, pieces):
             runs |= dict.fromkeys(piece.tolist(), int(piece[0]))
-    return [runs[place] for place in places]
+    return [runs[fact] for fact in rows.facts]
 
 
 def split_texts(rows: TokenizedRows, folds: Sequence[Sequence[int]]) -> int:

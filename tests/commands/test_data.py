@@ -59,6 +59,20 @@ def test_what_was_recognised_and_what_is_there_twice(sets, capsys):
     assert "nearly" in printed(capsys, "--forget", "forget.jsonl", "--retain", "retain.jsonl", "--near", "0.99")
 
 
+def test_rows_that_are_the_same_but_for_earlier_turns_are_the_same(sets, capsys):
+    """However unlike the whole conversations are, or nearly the same: each pair counts once."""
+    asked = [{"role": "user", "content": "Where does the river freeze in spring?"},
+             {"role": "assistant", "content": "At the old mill."}]  # fmt: skip
+    long = {"role": "system", "content": "You are of help to whoever comes by. " * 9}
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    rows = [[long, *asked], [*talk, *asked], [long, *talk, *asked], [*asked, *talk]]
+    write_rows(sets / "retain.jsonl", [{"messages": turns} for turns in rows])
+    _, two, both = printed(capsys, "forget.jsonl", "retain.jsonl").split("\n\n")[:3]
+    assert "3 pairs of rows the same, 1 pair nearly the same" in both and "line 2 and retain.jsonl, line 4: sim" in both
+    assert all(f"line 2 and retain.jsonl, line {line}: the same" in both for line in (1, 2, 3))
+    assert "3 pairs of rows the same, 1 pair nearly the same" in two and "line 2 and retain.jsonl, line 4: sim" in two
+
+
 def test_a_file_without_the_named_columns_has_those_that_are_recognised(sets, capsys):
     write_rows(sets / "frage.jsonl", [{"frage": "Wer?", "antwort": "Sie."}])
     named = ["--prompt-column", "frage", "--answer-column", "antwort"]

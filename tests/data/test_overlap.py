@@ -9,8 +9,17 @@ import pytest
 
 from lowmem_npo.data import bundled_rows, overlap, read_rows, to_examples
 from lowmem_npo.data.example import Example
-from lowmem_npo.data.overlap import find_overlap, find_related, near_duplicates, refuse_overlap, sharing_text
+from lowmem_npo.data.overlap import (
+    find_overlap,
+    find_related,
+    first_alike,
+    near_duplicates,
+    refuse_overlap,
+    sharing_text,
+    text_keys,
+)
 from lowmem_npo.data.passages import Passages
+from lowmem_npo.data.tokenized_rows import TokenizedRows
 from lowmem_npo.errors import UserError
 
 
@@ -50,10 +59,64 @@ def test_a_space_counts_but_beside_a_script_that_has_none():
         assert find_overlap([pair(prompt, answer)], [text]) == [(pair(prompt, answer), text)]
 
 
-def test_earlier_turns_count():
-    longer = ({"role": "system", "content": "Be brief."}, *CHAT)
-    kept = Example("Who was born in Paris?", "Zoé Lumière", "r.jsonl, line 2", "messages", None, longer)
-    assert find_overlap([FORGET], [kept]) == []
+SYSTEM = {"role": "system", "content": "Be brief."}
+HELLO = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"})
+NAMED = {"role": "user", "content": "Somebody was born there."}
+
+
+def chat(*turns, where="r.jsonl, line 2"):
+    return Example(turns[-2]["content"], turns[-1]["content"], where, "messages", None, turns)
+
+
+@pytest.mark.parametrize("before", [[SYSTEM], [*HELLO], [SYSTEM, *HELLO], [NAMED]])
+def test_the_same_last_question_and_answer_are_the_same_row(before):
+    """In either part, beside a question or another conversation, as a row to forget, an attack's and a fold's."""
+    longer, other = chat(*before, *CHAT), chat(*HELLO, {**SYSTEM, "content": "Be long."}, *CHAT, where="o, line 1")
+    for one, same in ((FORGET, longer), (longer, FORGET), (longer, other), (other, longer), (longer, chat(*CHAT))):
+        assert find_overlap([one], [pair("Who?", "She."), same]) == [(one, same)]
+        with pytest.raises(UserError, match=f": {one.where} is {same.where} but for earlier turns; remove"):
+            refuse_overlap([one], [same])
+        examples = [one, pair("Who?", "She.", "w, line 9"), same]
+        assert sharing_text(examples) == {0: {2}, 2: {0}}
+        rows = TokenizedRows(
+            [{"input_ids": [i], "labels": [i], "prompt_length": 0} for i in range(3)], examples, [0] * 3, 9
+        )
+        assert rows.facts == [0, 1, 0] and rows.apart_from([one]) == [rows[1]]
+    said = chat(*before, CHAT[0], {"role": "assistant", "content": "Ann"})
+    asked = chat(*before, {"role": "user", "content": "Who died in Paris?"}, CHAT[1])
+    assert find_overlap([FORGET, longer], [said, asked]) == [] == find_overlap([FORGET], [chat(*CHAT, *HELLO)])
+
+
+def test_a_whole_conversation_written_as_text_is_the_same_row():
+    """It is so as a whole, and no other conversation of the same end is its text."""
+    longer, short = chat(*HELLO, *CHAT), chat(*CHAT)
+    text = Example(None, "Hi Hello Who was born in Paris? Zoé Lumière", "t.jsonl, line 1", "text")
+    assert find_overlap([text], [longer]) == [(text, longer)] and find_overlap([text], [short]) == []
+    with pytest.raises(UserError, match="t.jsonl, line 1 is r.jsonl, line 2; remove"):
+        refuse_overlap([text], [longer])
+    assert first_alike(map(text_keys, [text, pair("Who?", "She."), short, longer])) == [0, 1, 0, 0]
+
+
+def test_calls_that_were_made_to_answer_the_last_question_count():
+    def called(to):
+        return {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "mail", "to": to}}]}
+
+    result, done = {"role": "tool", "content": "ok"}, {"role": "assistant", "content": "Done."}
+    one, same, other = (chat(*before, CHAT[0], called(to), result, done)
+                        for before, to in (([], "a"), (HELLO, "a"), (HELLO, "b")))  # fmt: skip
+    assert find_overlap([one], [other, same]) == [(one, same)]
+    assert find_overlap([one], [other]) == []
+
+
+def test_general_rows_that_say_what_a_long_conversation_ends_with_are_known():
+    long = {**SYSTEM, "content": "You are a courteous assistant of the Zenthorpe museum, who answers briefly, truly."}
+    ends = (
+        {"role": "user", "content": "What do bees make?"},
+        {"role": "assistant", "content": "Bees make honey from nectar, in hives of wax."},
+    )
+    said = "Bees live in hives, fetch nectar all summer long, make honey, and feed their larvae when winter comes."
+    general = [Example("Tell me about insects.", said, "g, line 1", "question/answer")]
+    assert find_related([chat(long, *ends)], general) == [0] == find_related([chat(*ends)], general)
 
 
 def calling(where, **call):

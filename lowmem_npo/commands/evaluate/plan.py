@@ -14,7 +14,7 @@ from lowmem_npo.console import Say
 from lowmem_npo.data import Example, Rows, Template, TokenizedRow, bundled_rows, read_rows, to_examples, tokenize
 from lowmem_npo.data.fit import known_fit
 from lowmem_npo.data.general_rows import bundled_general, general_rows, is_general
-from lowmem_npo.data.overlap import find_overlap
+from lowmem_npo.data.overlap import find_overlap, is_also
 from lowmem_npo.data.passages import Passages
 from lowmem_npo.data.schemas import check_some_have
 from lowmem_npo.errors import UserError
@@ -247,8 +247,8 @@ def _select_for_leaks(
     to_keep = to_examples(sources["retain"], **config.columns) if "retain" in sources else []
     for part, taught in (("forget", examples["forget"]), ("retain", to_keep)):
         if pairs := find_overlap(taught, examples.get("holdout", [])):
-            where = " is ".join(example.where for example in pairs[0])
-            shared = f"{len(pairs)} of the {part} rows are in the holdout as well ({where}), which must hold only rows"
+            first = is_also(*pairs[0])
+            shared = f"{len(pairs)} of the {part} rows are in the holdout as well ({first}), which must hold only rows"
             if not allow_overlap:
                 raise UserError(f"{shared} that the model was never taught: remove them from one of the two.")
             context.notes.append(f"{shared} that the model was never taught (the run had --allow-overlap).")
