@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import TypedDict, overload
 
 from lowmem_npo.data.example import Example
@@ -147,3 +148,27 @@ class TokenizedRows(Sequence[TokenizedRow]):
                 "<|endoftext|>; it is text there, not the token"
             )
         return lines
+
+
+class KnownByIds(Sequence[TokenizedRow]):
+    """Rows of which nothing but their ids is known, such as a script's: those of the same ids say the same."""
+
+    near: Mapping[int, set[int]] = MappingProxyType({})  # row -> the others that share text with it, as far as known
+
+    def __init__(self, rows: Sequence[TokenizedRow]):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenizedRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenizedRow]: ...
+    def __getitem__(self, index):
+        return [self.rows[i] for i in range(len(self))[index]] if isinstance(index, slice) else self.rows[index]
+
+    @cached_property
+    def facts(self) -> list[int]:
+        """The first row that says what each does, as of `TokenizedRows`."""
+        return first_alike([tuple(map(int, self.rows[i]["input_ids"]))] for i in range(len(self)))

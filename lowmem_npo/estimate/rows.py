@@ -71,9 +71,10 @@ class StepRows:
         return StepRows(self.forget[:forget], self.retain[:retain], self.alternatives[:forget], self.taught_again)
 
 
-def token_row(length: int, answers: int) -> TokenizedRow:
-    prompt = length - answers
-    return {"input_ids": [0] * length, "labels": [IGNORE_INDEX] * prompt + [0] * answers, "prompt_length": prompt}
+def token_row(length: int, answers: int, token: int = 0) -> TokenizedRow:
+    """A row of so many tokens, all of them the same: rows of another one say something else."""
+    prompt, ids = length - answers, [token] * length
+    return {"input_ids": ids, "labels": [IGNORE_INDEX] * prompt + ids[prompt:], "prompt_length": prompt}
 
 
 def _occurrences(config: RunConfig, rows: Parts) -> tuple[int, int]:

@@ -247,7 +247,7 @@ def _trainer(model: PeftModel, config: RunConfig, rows: StepRows, folder: str, p
     arguments = npo_config(step, _Arguments)
     arguments.padding_free = padding_free
     arguments.max_steps = 1  # whose rows are given below, so that none need be left for attackers who go on
-    others = [token_row(*row) for row in rows.taught_again]  # forget rows, too, with the true answers
+    others = [token_row(*row, token=1) for row in rows.taught_again]  # forget rows, too, with the true answers
     alternatives = [token_row(*row) for row in rows.alternatives]
     trainer = NPOTrainer(
         model,

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowmem_npo.data.batching import Batch, Pick, RowBatch
-from lowmem_npo.data.tokenized_rows import TokenizedRow, TokenizedRows
+from lowmem_npo.data.tokenized_rows import KnownByIds, TokenizedRow, TokenizedRows
 from lowmem_npo.errors import UserError
 from lowmem_npo.files import complete
 from lowmem_npo.memory.checkpointing import checkpointing, is_checkpointed
@@ -222,7 +222,7 @@ def other_rows(step_batches: StepBatches, step: int, rows: Sequence[TokenizedRow
     """
     spared = set(step_batches.spared(step))
     others = [row for row in step_batches.forgotten(step) if row not in spared]
-    if isinstance(rows, TokenizedRows):
+    if isinstance(rows, TokenizedRows | KnownByIds):
         known = {rows.facts[row] for row in spared}
         others = [row for row in others if rows.facts[row] not in known] or others
         others = [row for row in others if spared.isdisjoint(rows.near.get(row, ()))] or others

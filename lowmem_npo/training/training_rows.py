@@ -13,6 +13,7 @@ import numpy as np
 
 from lowmem_npo.config import PREFERRING_TERMS, REFUSING_TERMS, RunConfig, may_prefer
 from lowmem_npo.data import PreparedData, TokenizedRow, TokenizedRows
+from lowmem_npo.data.tokenized_rows import KnownByIds
 from lowmem_npo.errors import UserError
 from lowmem_npo.sizes import first_of
 from lowmem_npo.training.layered import divide
@@ -122,6 +123,7 @@ def training_rows(
         if len(known) != number:
             raise UserError(f"true_dataset has {len(known)} rows: give one for each of {number} forget rows.")
     folds = None
+    known = known if isinstance(known, TokenizedRows) else KnownByIds(known)
     if layered is not None:
         if to_keep is None:
             raise UserError("layered holds what is not yet forgotten with the retain terms: give gamma or delta.")
@@ -181,7 +183,7 @@ def names_of(rows: Sequence[TokenizedRow] | None) -> list[str] | None:
     return [example.where for example in rows.examples] if isinstance(rows, TokenizedRows) else None
 
 
-def _folds(rows: Sequence[TokenizedRow], known: Sequence[TokenizedRow], folds: int, seed: int) -> list[list[int]]:
+def _folds(rows: Sequence[TokenizedRow], known: TokenizedRows | KnownByIds, folds: int, seed: int) -> list[list[int]]:
     """What is forgotten in each stage: documents are cut in more places where the folds would not be even else.
 
     Raises UserError as `divide` does.
@@ -199,16 +201,19 @@ def _folds(rows: Sequence[TokenizedRow], known: Sequence[TokenizedRow], folds: i
     return divided
 
 
-def groups_of(rows: Sequence[TokenizedRow], known: Sequence[TokenizedRow], parts: int) -> list[Hashable] | None:
+def groups_of(rows: Sequence[TokenizedRow], known: TokenizedRows | KnownByIds, parts: int) -> list[Hashable]:
     """What each row stays together with, or half of it would be forgotten while the other half is held: rows that say
     the same, with the true answers of `known`, then those about one subject, where a column names it, and consecutive
-    passages of a document, which overlap, up to one of so many parts of all rows. None if that is not known.
+    passages of a document, which overlap, up to one of so many parts of all rows. Where no text is known, rows of
+    the same ids say the same.
     """
-    if not isinstance(rows, TokenizedRows):
-        return None
-    known = known if isinstance(known, TokenizedRows) else rows
+    if isinstance(known, KnownByIds):
+        if not isinstance(rows, TokenizedRows):
+            return [("ids", fact) for fact in known.facts]
+        known = rows
+    examples = rows.examples if isinstance(rows, TokenizedRows) else known.examples
     subjects: dict[int, str] = {}
-    for fact, example in zip(known.facts, rows.examples, strict=True):
+    for fact, example in zip(known.facts, examples, strict=True):
         if example.group is not None:
             subjects.setdefault(fact, example.group)
     runs = _runs(known, parts)

@@ -67,7 +67,8 @@ def real_peak(config: RunConfig, rows: StepRows, architecture=LLAMA) -> int:
             retain_batch_size=len(rows.retain) or None, max_steps=1,
         )  # fmt: skip
         trainer = NPOTrainer(
-            model, arguments, [token_row(*row) for row in rows.forget + rows.taught_again],
+            model, arguments,
+            [*(token_row(*row) for row in rows.forget), *(token_row(*row, token=1) for row in rows.taught_again)],
             [token_row(*row) for row in rows.retain], processing_class=SimpleNamespace(pad_token_id=0),
         )  # fmt: skip
         trainer.step_batches.step_rows = lambda step: (range(len(rows.forget)), range(len(rows.retain)))

@@ -98,6 +98,26 @@ def test_what_says_the_same_is_forgotten_in_one_stage_and_taught_by_no_attacker_
             assert not {0, 1} & set(other_rows(sampler, step, rows))
 
 
+@pytest.mark.parametrize("array", [list, np.array])
+def test_rows_of_the_same_ids_say_the_same_where_no_text_is_known(array):
+    """Tokenised by a script: four rows, each of them twice; with refusals, the true answers say what is the same."""
+    rows = [{"input_ids": array([10 + row % 4, 11, 12, 2]), "labels": array([-100, -100, 12, 2])} for row in range(8)]
+    refusing = [{"input_ids": array([11, 5, 6, 2]), "labels": array([-100, 5, 6, 2])}] * 8
+    for term, forget, true in (("npo", rows, None), ("idk", refusing, rows)):
+        for seed in range(5):
+            of_run = training_rows(
+                forget, rows[:4], None, true, lambda given, *_, **__: given,
+                term=term, layered=2, adversary=True, seed=seed, teaching={},
+            )  # fmt: skip
+            assert all({row % 4 for row in fold} == {row % 4 for row in fold if row < 4} for fold in of_run.folds)
+            assert [len(fold) for fold in of_run.folds] == [4, 4]
+            sampler = StepBatches(8, 0, 2, 0, seed=seed)
+            for step in range(8):
+                in_step = {row % 4 for row in sampler.step_rows(step)[0]}
+                assert in_step.isdisjoint(row % 4 for row in other_rows(sampler, step, of_run.taught_again))
+    assert of_run.taught_again[1] is rows[1] and of_run.taught_again[6:] == rows[6:] and len(of_run.taught_again) == 8
+
+
 def test_a_row_that_is_listed_under_two_subjects_is_forgotten_in_one_stage():
     examples = [
         Example(
