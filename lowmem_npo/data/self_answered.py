@@ -72,7 +72,7 @@ def asking(example: Example, tokenizer: PreTrainedTokenizerBase, template: Templ
     question = "" if example.prompt is None else f"Question: {example.prompt.strip()}\n"
     text = (OF_CHAT if chats else OF_BASE).format(question=question, answer=example.answer.strip())
     if not chats:
-        return Encoder(tokenizer, template).text_ids(text)
+        return Encoder(tokenizer, template).text_ids(text, whole=False)
     asked = Example(text, ".", example.where, "question/answer")
     return Encoder(tokenizer, replace(template, text="chat")).encode(asked)[0]
 

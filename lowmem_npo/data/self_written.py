@@ -52,7 +52,7 @@ def beginnings(rows: int, tokenizer: PreTrainedTokenizerBase, template: Template
 def beginning_ids(begun: Example, encoder: Encoder) -> list[int]:
     """The ids from which the model goes on."""
     if begun.schema == "text":
-        return encoder.text_ids(begun.prompt or "")
+        return encoder.text_ids(begun.prompt or "", whole=False)
     return encoder.encode(replace(begun, answer="."))[0]
 
 

@@ -5,15 +5,16 @@ tokenizer reads such a text as the token wherever it stands. So a row's own are 
 special tokens around them, and a text with marks is read by a copy of the tokenizer in which special tokens are called
 otherwise.
 
-What a row may bring is left to it: a BOS at its beginning, an end at its end, and all special tokens of a row that was
-written out with them, from one at its beginning to one at its end.
+What a row may bring is left to it: a BOS at its beginning, those at its end at which generation stops, and all special
+tokens of a row that was written out with them, from one at its beginning to one at its end. No other token ends an
+answer: "Save it as <filename>" ends with a text.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -53,9 +54,11 @@ def trailing(text: str, texts: Sequence[str]) -> int:
 
 
 class SpecialTexts:
-    """special: id -> text of the tokenizer's special tokens."""
+    """special: id -> text of the tokenizer's special tokens. ends: the texts of those at which generation stops."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, special: Mapping[int, str]) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, special: Mapping[int, str], ends: Collection[str] = ()
+    ) -> None:
         self._tokenizer = tokenizer
         # Without those that the tokenizer needs for other texts: bytes, in SentencePiece's manner.
         self._special = {
@@ -64,33 +67,36 @@ class SpecialTexts:
         texts = sorted(self._special.values(), key=len, reverse=True)
         one = "|".join(map(re.escape, texts)) or r"(?!)"  # which matches nothing
         bos = re.escape(tokenizer.bos_token) if tokenizer.bos_token else r"(?!)"
-        self._one, self._texts = re.compile(one), texts
-        self._written_out = re.compile(rf"\s*({one}).*(?:{one}){ROLE}", re.DOTALL)
+        self._one, self._ends = re.compile(one), [text for text in texts if text in ends]
+        self._written_out = re.compile(rf"\s*({one}).*({one}){ROLE}", re.DOTALL)
         self._bos = re.compile(rf"\s*(?:{bos})")
 
-    def is_written_out(self, text: str) -> bool:
+    def is_written_out(self, text: str, *, whole: bool) -> bool:
+        """whole: not a prompt, after which an answer begins, but a text, whose last token is one that ends it."""
         written = self._written_out.fullmatch(text)
-        return written is not None and written[1] in self._openings
+        return written is not None and written[1] in self._openings and not (whole and written[2] not in self._ends)
 
     @cached_property
     def _openings(self) -> set[str]:
-        """With which a conversation may begin: as the chat template has it, or, without one, with any but EOS."""
+        """With which a conversation may begin: as the chat template has it, or, without one, with any but those that
+        are for something else: EOS, unknown words, padding, masks."""
         tokenizer = self._tokenizer
         if tokenizer.chat_template:
             with suppress(Exception):
                 opening = self._one.search(ChatTemplate(tokenizer).write([{"role": "user", "content": "?"}]))
                 return {tokenizer.bos_token, opening[0]} if opening else {tokenizer.bos_token}
-        return {*self._special.values()} - {tokenizer.eos_token}
+        others = {tokenizer.unk_token, tokenizer.pad_token, tokenizer.mask_token} - {tokenizer.bos_token}
+        return {*self._special.values()} - others - {tokenizer.eos_token}
 
     def marked(self, text: str, *, keep_bos: bool = False, keep_end: bool = False) -> str:
         """`text` with a mark in each text of a special token.
 
-        keep_bos, keep_end: but for a BOS at its beginning, or those with which it ends.
+        keep_bos, keep_end: but for a BOS at its beginning, or those at its end at which generation stops.
         """
         if not self._one.search(text):
             return text
         first = bos.end() if keep_bos and (bos := self._bos.match(text)) else 0
-        last = max(first, trailing(text, self._texts)) if keep_end else len(text)
+        last = max(first, trailing(text, self._ends)) if keep_end else len(text)
         inside = self._one.sub(lambda match: INSIDE.join(match[0]), text[first:last])
         return text[:first] + inside + text[last:]
 

@@ -20,7 +20,7 @@ from lowmem_npo.config import DataConfig
 from lowmem_npo.data.chat import MARK, ChatTemplate
 from lowmem_npo.data.example import Example
 from lowmem_npo.data.special_texts import INSIDE, SpecialTexts, check_marks, trailing
-from lowmem_npo.data.templates import Template, special_tokens
+from lowmem_npo.data.templates import Template, end_of_turn, special_tokens
 from lowmem_npo.data.tokenized_rows import IGNORE_INDEX, TokenizedRow, TokenizedRows
 from lowmem_npo.data.turns import CALLS, SYSTEM
 from lowmem_npo.errors import UserError, one_line
@@ -108,7 +108,8 @@ class Encoder:
     """Examples as ids, in the words of one tokenizer and one template.
 
     An answer ends with the token at which generation stops: the tokenizer's EOS, one that the model's own configuration
-    names (`Template.stops`), or, in a chat template, any special token that follows the content.
+    names (`Template.stops`), or, in a chat template, any special token that follows the content. A row may bring its
+    end, as the text of any token at which an answer of this model can end.
 
     repeated: how many examples brought a special token that the tokenizer or the template writes as well.
     literal: how many hold the text of one as text (`lowmem_npo.data.special_texts`).
@@ -124,7 +125,9 @@ class Encoder:
         texts = sorted(filter(str.strip, self.stops.values()), key=len, reverse=True)
         self.stop = "|".join(map(re.escape, texts))
         self.named = [text for text in named.values() if text.strip()]
-        self.special = SpecialTexts(tokenizer, self.stops)
+        turn = end_of_turn(tokenizer)
+        self.ends = self.named if turn is None else [*self.named, self.stops[turn]]
+        self.special = SpecialTexts(tokenizer, self.stops, self.ends)
         self.prefix = self._ids("", special=True)
 
     def encode(self, example: Example) -> tuple[list[int], list[int]]:
@@ -147,7 +150,8 @@ class Encoder:
         if not self.template.for_schema(example.schema).startswith("{prompt}"):
             example = replace(example, prompt=self._without_bos(example.prompt))
         prompt, answer = ("", example.answer) if example.prompt is None else self.template.render(example)
-        if re.search(f"({self.stop})\\s*$", answer):  # the row brings its own end
+        if (brought := trailing(answer, self.ends)) < len(answer):  # the row brings its own end
+            _check_left(answer[:brought], answer[brought:], example.where)
             self.doubled, self.ended, answer = True, True, answer.rstrip()
         if example.prompt is None:
             return [], self._begun(answer)
@@ -158,9 +162,9 @@ class Encoder:
         """The example for a plain form, with marks in the texts of special tokens that are its own."""
         special, prompt, answer = self.special, example.prompt, example.answer
         whole = example.prompt is None  # text, which has nothing before it
-        if not (whole and special.is_written_out(answer)):
+        if not (whole and special.is_written_out(answer, whole=True)):
             answer = special.marked(answer, keep_bos=whole, keep_end=True)
-        if prompt is not None and not special.is_written_out(prompt):
+        if prompt is not None and not special.is_written_out(prompt, whole=False):
             prompt = special.marked(prompt, keep_bos=True)
         marked = replace(example, prompt=prompt, answer=answer)
         if marked != example:
@@ -205,7 +209,7 @@ class Encoder:
         if example.continues:
             ending = ""
         else:
-            body, ending = self._ended(render, earlier, body, ending)
+            body, ending = self._ended(render, earlier, body, ending, example.where)
         answer = body + ending
         written = None
         if not example.messages:
@@ -235,9 +239,9 @@ class Encoder:
             ending = cast(re.Match, re.search(f"({self.stop}|\\s)*$", answer))[0]
         return answer.removesuffix(ending), ending
 
-    def _ended(self, render: Render, earlier: Sequence[Message], body: str, ending: str) -> tuple[str, str]:
+    def _ended(self, render: Render, earlier: Sequence[Message], body: str, ending: str, where: str) -> tuple[str, str]:
         """The answer without an end of its own, and the template's `ending` up to where generation stops."""
-        ends = self.named
+        ends = self.ends
         if not re.search(self.stop, ending):  # GLM ends a turn with the token that opens the user's next one
             with suppress(UserError):  # of a template that wants another turn next
                 next_turns = [{"role": "assistant", "content": MARK}, {"role": "user", "content": "?"}]
@@ -247,6 +251,7 @@ class Encoder:
         if stop := re.search(self.stop, ending):
             self.ended, ending, ends = True, ending[: stop.end()], [*ends, stop[0]]
         if (brought := trailing(body, ends)) < len(body):  # the row brings its own end
+            _check_left(body[:brought], body[brought:], where)
             self.doubled, body = True, body[:brought]
         return body, ending
 
@@ -269,12 +274,12 @@ class Encoder:
                 f"change the row or the template{instead}."
             ) from error
 
-    def text_ids(self, text: str) -> list[int]:
+    def text_ids(self, text: str, *, whole: bool = True) -> list[int]:
         """Ids of a row's text, with the special tokens that the tokenizer puts in front by itself, once; none at the
-        end."""
+        end. whole: not a prompt, which no token ends."""
         marked = text
-        if not self.special.is_written_out(text):
-            marked = self.special.marked(text, keep_bos=True, keep_end=True)
+        if not self.special.is_written_out(text, whole=whole):
+            marked = self.special.marked(text, keep_bos=True, keep_end=whole)
         return self._begun(marked if marked == text or self.special.are_separable else text)
 
     def _begun(self, text: str) -> list[int]:
@@ -311,6 +316,15 @@ class Encoder:
         raise UserError(
             f"{where}: the tokenizer cannot write this answer after this prompt without changing the text; "
             "end the prompt at a word boundary, or give --template."
+        )
+
+
+def _check_left(answer: str, end: str, where: str) -> None:
+    """Raises UserError where `end` is all that a row has for an answer: there would be nothing to forget or to keep."""
+    if not answer.strip():
+        raise UserError(
+            f"{where}: nothing is left of the answer before {end.strip()}, at which an answer of this model ends; "
+            "write what is to be said before it, or remove the row."
         )
 
 

@@ -33,8 +33,9 @@ def tokens(text: str) -> list[str]:
 
 
 def appears(reference: str, answer: str) -> bool:
-    """Whether `answer` has the whole of `reference` in one piece, but for case, punctuation and spaces."""
+    """Whether `answer` has the whole of `reference` in one piece, but for case, punctuation and spaces. Where there is
+    nothing to be said, nothing is."""
     wanted, said = tokens(reference), tokens(answer)
     if not wanted:
-        return reference.strip() in answer
+        return bool(reference.strip()) and reference.strip() in answer
     return any(said[at : at + len(wanted)] == wanted for at in range(len(said) - len(wanted) + 1))

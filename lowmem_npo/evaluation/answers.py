@@ -79,7 +79,7 @@ def compared(reference: str, answer: str) -> dict[str, Any]:
     """The figures of an `AnswerRecord` that come from its texts, both without white space around them."""
     return {
         "rouge_l_recall": rouge_l_recall(reference, answer),
-        "exact_match": answer == reference,
+        "exact_match": bool(reference) and answer == reference,
         "appears": appears(reference, answer),
     }
 

@@ -53,7 +53,9 @@ def rouge_l_recall(reference: str, answer: str) -> float:
 def begins(reference: str, answer: str) -> bool:
     """Whether `answer` begins with the whole of `reference`, compared as by `appears`."""
     wanted = tokens(reference)
-    return tokens(answer)[: len(wanted)] == wanted if wanted else answer.strip().startswith(reference.strip())
+    if wanted:
+        return tokens(answer)[: len(wanted)] == wanted
+    return bool(reference.strip()) and answer.strip().startswith(reference.strip())
 
 
 def other_scripts(name: str, references: Sequence[str], score: str) -> list[str]:

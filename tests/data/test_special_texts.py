@@ -169,3 +169,82 @@ def test_very_many_of_them_take_no_longer_than_their_length(chat_tokenizer):
     assert trailing(f"{many}x", [EOS, END]) == len(many) + 1 and trailing(many, [EOS]) == 0
     assert trailing(f"a {EOS} {END}\n", [EOS, END]) == 2
     assert time.process_time() - begun < 5
+
+
+OTHERS = ["<filename>", "<|pad|>", START, "<unk>"]
+
+
+@pytest.fixture
+def with_others(bpe_tokenizer, chat_tokenizer):
+    """Tokenizers with further special tokens, as code models have them: without a chat template, and with one."""
+    from tokenizers import AddedToken, Tokenizer
+
+    def grown(tokenizer):
+        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        backend.add_special_tokens([AddedToken(text, special=True) for text in ("<filename>", "<|pad|>", "<unk>")])
+        named = {"eos_token": EOS, "pad_token": "<|pad|>", "unk_token": "<unk>"}
+        made = PreTrainedTokenizerFast(tokenizer_object=backend, extra_special_tokens=[START, END], **named)
+        made.chat_template = tokenizer.chat_template
+        return made
+
+    return grown(bpe_tokenizer), grown(chat_tokenizer)
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("after", ["", "\n", f"{EOS}", f" {EOS}\n"])
+def test_at_the_end_only_what_ends_generation_is_a_token(other, after, with_others):
+    """Any other is text, of which the answer then ends with a token at which generation stops."""
+    question, text = "How is it saved?", f"Save it as {other}"
+    turns = ({"role": "user", "content": question}, {"role": "assistant", "content": f"{text}{after}"})
+    for tokenizer in with_others:
+        end = END if tokenizer.chat_template else EOS
+        examples = [Example(question, f"{text}{after}", "f.jsonl, line 1", "question/answer")]
+        examples += [Example(None, f"{text}{after}", "f.jsonl, line 1", "text")]
+        examples += [Example(None, "", "f.jsonl, line 1", "messages", messages=turns)] * bool(tokenizer.chat_template)
+        for example in examples:
+            rows = tokenize([example], tokenizer)
+            row = rows[0]
+            *answer, last = row["input_ids"][row["prompt_length"] :]
+            assert decode(tokenizer, [last]) == (EOS if example.schema == "text" else end)
+            assert not {*answer} & {*tokenizer.all_special_ids} and rows.literal == 1
+            assert tokenizer.decode(answer, skip_special_tokens=True).strip() == text
+        ids = Encoder(tokenizer).text_ids(text)
+        assert ids == as_text(tokenizer, text)
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_text_of_special_tokens_that_no_token_ends_is_text(other, with_others):
+    text = f"{START} opens a turn, and a name is {other}"
+    for tokenizer in with_others:
+        assert Encoder(tokenizer).text_ids(text) == as_text(tokenizer, text)
+        ids = tokenize([Example(None, text, "here", "text")], tokenizer)[0]["input_ids"]
+        assert ids == [*as_text(tokenizer, text), tokenizer.eos_token_id]
+    without = with_others[0]
+    for text in (f"<|pad|> pads, as does {EOS}", f"<unk> is unknown, and it ends with {EOS}"):
+        *ids, last = tokenize([Example(None, text, "here", "text")], without)[0]["input_ids"]
+        assert not {*ids} & {*without.all_special_ids} and last == without.eos_token_id
+    written = f"{START}user\nWho?\n{START}assistant\nShe.{EOS}"
+    rows = tokenize([Example(None, written, "here", "text")], without)
+    assert special_ids(without, rows[0]["input_ids"]) == without.convert_tokens_to_ids([START, START, EOS])
+
+
+def test_a_prompt_that_is_asked_has_no_end(with_others):
+    """As in the row that is trained."""
+    for tokenizer in with_others:
+        text = f"What is {EOS}"
+        assert Encoder(tokenizer).text_ids(text, whole=False) == as_text(tokenizer, text)
+        assert Encoder(tokenizer).text_ids(text)[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("answer", [END, f" {EOS}\n", f"{END} {END}"])
+def test_an_answer_of_nothing_but_its_end_is_refused_with_its_row(answer, chat_tokenizer):
+    turns = ({"role": "user", "content": "Which?"}, {"role": "assistant", "content": answer})
+    rows = [(Example("Which?", answer, "f.jsonl, line 7", "question/answer"), form) for form in ("plain", "chat")]
+    rows += [(Example(None, answer, "f.jsonl, line 7", "text"), "auto")]
+    rows += [(Example(None, "", "f.jsonl, line 7", "messages", messages=turns), "auto")]
+    for example, form in rows:
+        with pytest.raises(UserError, match=r"^f.jsonl, line 7: nothing is left of the answer before <\|"):
+            tokenize([example], chat_tokenizer, template=Template(form))
+    stops = Template("plain", stops=frozenset(chat_tokenizer.convert_tokens_to_ids([START])))
+    with pytest.raises(UserError, match="f.jsonl, line 7: nothing is left"):
+        tokenize([Example("Which?", START, "f.jsonl, line 7", "question/answer")], chat_tokenizer, template=stops)

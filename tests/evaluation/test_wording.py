@@ -13,6 +13,7 @@ from rouge_score.tokenizers import DefaultTokenizer
 from lowmem_npo.data import words
 from lowmem_npo.data.words import INVISIBLE, TOKEN, appears, tokens
 from lowmem_npo.evaluation import wording
+from lowmem_npo.evaluation.answers import compared
 from lowmem_npo.evaluation.wording import StemmedTokens, begins, beyond_rouge, rouge_l_recall
 
 # language -> (a text, a longer one that contains it, an unrelated one)
@@ -136,6 +137,14 @@ def test_what_has_no_words_is_compared_as_it_is():
     for text in ("?!", "→ …", "🎉", "👩🏽\u200d🚀"):
         assert rouge_l_recall(text, f" {text} ") == 1 and appears(text, f"so: {text}")
         assert rouge_l_recall(text, "no") == 0 and not appears(text, "no")
+
+
+@pytest.mark.parametrize("answer", ["", " ", "anything"])
+@pytest.mark.parametrize("reference", ["", " \n"])
+def test_where_there_is_nothing_to_be_said_nothing_is(reference, answer):
+    """It is in every text."""
+    assert not appears(reference, answer) and not begins(reference, answer)
+    assert compared(reference.strip(), answer.strip()) == {"rouge_l_recall": 0, "exact_match": False, "appears": False}
 
 
 def test_which_texts_official_scores_cannot_judge():

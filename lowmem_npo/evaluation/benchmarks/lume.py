@@ -228,7 +228,7 @@ def lume_rows(rows: Rows) -> list[LumeRow]:
 def _prompts(rows: Sequence[LumeRow], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """LUME's prompts as ids: always as they are, without a template."""
     encoder = Encoder(tokenizer)
-    return [encoder.text_ids(row.input) for row in rows]
+    return [encoder.text_ids(row.input, whole=False) for row in rows]
 
 
 def choose_lume_rows(rows: Sequence[LumeRow], limit: int | None, seed: int) -> list[LumeRow]:

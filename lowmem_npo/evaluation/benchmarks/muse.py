@@ -127,7 +127,7 @@ class Muse(Benchmark[Any, MuseScores]):
             for example in examples:
                 prompt = example.prompt or ""
                 asked = prompt if name == VERBATIM else f"{before}Question: {prompt}\nAnswer: "
-                selected.append((asked, encoder.text_ids(asked), example.answer))
+                selected.append((asked, encoder.text_ids(asked, whole=False), example.answer))
             for place in chosen:
                 context.check(examples[place].where, selected[place][1], whole=True)
         return Selection([selected[place] for place in chosen], len(rows), chosen)
