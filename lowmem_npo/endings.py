@@ -37,13 +37,14 @@ def interrupted(error: KeyboardInterrupt | Interrupted, left: str) -> Interrupte
 
 
 @contextlib.contextmanager
-def handled(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Calls `handler` for each of SIGNALS, but for those that the process was started to ignore (nohup)."""
+def handled(handler: Callable[[int, FrameType | None], Any], *more: signal.Signals) -> Iterator[None]:
+    """Calls `handler` for each of SIGNALS and of `more`, but for those that the process was started to ignore, as by
+    nohup."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    heard = [number for number in SIGNALS if before[number] is not signal.SIG_IGN]
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, *more)}
+    heard = [number for number in before if before[number] is not signal.SIG_IGN]
     for number in heard:
         signal.signal(number, handler)
     try:

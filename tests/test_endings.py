@@ -17,9 +17,10 @@ from helpers.saved_adapters import same_adapter
 from safetensors import SafetensorError
 
 from lowmem_npo.cli import main
-from lowmem_npo.endings import failure
-from lowmem_npo.run_directory import RunFiles
+from lowmem_npo.endings import Interrupted, failure
+from lowmem_npo.run_directory import RunFiles, step_of
 from lowmem_npo.training.metrics import read_metrics
+from lowmem_npo.training.preemption import HEARD, Preemption
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
@@ -46,10 +47,11 @@ def whole(byte_model, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "number, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow)]
+    "number, code",
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow)],
 )
 def test_a_job_that_is_ended_saves_first(number, code, byte_model, whole, tmp_path):
-    def as_started_from_a_shell() -> None:  # under nohup, as tests may run, SIGHUP is ignored, and so it is by a run
+    def as_started_from_a_shell() -> None:  # in the background, as tests may run, some are ignored, and so by a run
         signal.signal(number, signal.SIG_DFL)
 
     folder = tmp_path / "run"
@@ -64,10 +66,23 @@ def test_a_job_that_is_ended_saves_first(number, code, byte_model, whole, tmp_pa
     _, error = run.communicate(timeout=300)
     (checkpoint,) = RunFiles(folder).checkpoints()
     last = error.splitlines()[-1]
-    assert run.returncode == code and f"ended by {number.name}" in last and f"goes on from '{checkpoint}'" in last
+    by = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+    assert run.returncode == code and by in last and f"goes on from '{checkpoint}'" in last
+    assert step_of(checkpoint) == 3 and (HEARD in error) == (number == signal.SIGINT)
     assert "Traceback" not in error and not RunFiles(folder).weights.exists()
     assert main(arguments(byte_model, folder, "--save-strategy", "no", "--resume")) == 0
     assert same_adapter(folder, whole)
+
+
+def test_a_second_signal_ends_a_run_at_once():
+    preemption = Preemption()
+    with pytest.raises(Interrupted, match="interrupted"):  # it does not train yet
+        preemption.hear(signal.SIGINT, None)
+    preemption.on_train_begin(None, None, None)
+    preemption.hear(signal.SIGINT, None)
+    with pytest.raises(Interrupted) as ended:
+        preemption.hear(signal.SIGINT, None)
+    assert ended.value.code == 130
 
 
 @pytest.mark.parametrize(

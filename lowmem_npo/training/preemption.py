@@ -1,15 +1,21 @@
-"""SIGTERM and SIGHUP while a run trains: it saves a checkpoint after the step it is in, and ends."""
+"""SIGTERM, SIGHUP and Ctrl-C while a run trains: it saves a checkpoint after the step it is in, and ends."""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lowmem_npo.endings import Interrupted
+
+HEARD = "Interrupted: this step is finished and saved; Ctrl-C again ends at once."
 
 
 class Preemption(TrainerCallback):
@@ -24,6 +30,9 @@ class Preemption(TrainerCallback):
         if not self._trains or self.number is not None:
             raise Interrupted(number)
         self.number = number
+        if number == signal.SIGINT and PartialState().is_main_process:  # somebody waits, and a step may be long
+            with suppress(OSError, ValueError):  # stderr is closed
+                os.write(sys.stderr.fileno(), f"\n{HEARD}\n".encode())  # `print` may be what was interrupted
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -129,7 +130,7 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
     divergence = Divergence(known, say)
     if not any(condition.kind == "limit" for condition in config.stopping.conditions):
         trainer.add_callback(divergence)
-    with handled(preemption.hear):
+    with handled(preemption.hear, signal.SIGINT):
         outcome, watched = _train(plan, trainer, stopping, say, preemption)
     _save_adapter(trainer, directory)
     after = measure_after(plan, model, before, say) if measures else {}
