@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lowmem_npo.config import DataConfig
 from lowmem_npo.data.chat import MARK, ChatTemplate
 from lowmem_npo.data.example import Example
+from lowmem_npo.data.refused import RowRefused, refuse_all
 from lowmem_npo.data.special_texts import INSIDE, SpecialTexts, check_marks, trailing
 from lowmem_npo.data.templates import Template, end_of_turn, special_tokens
 from lowmem_npo.data.tokenized_rows import IGNORE_INDEX, TokenizedRow, TokenizedRows
@@ -63,18 +64,23 @@ def tokenize(
     positions: says for how many tokens the model has positions, if that is known; asked where rows are too long.
 
     Raises UserError when a row has no room for any of its answer and is not left out, for a text of a single token,
-    when the tokenizer has no EOS token, or for a conversation when the tokenizer has no chat template.
+    for all rows at once that cannot be written, when the tokenizer has no EOS token, or for a conversation when the
+    tokenizer has no chat template.
     """
     if tokens not in TOKENS:
         raise UserError(f"tokens is {tokens!r}; it must be one of {', '.join(TOKENS)}.")
     if tokenizer.eos_token_id is None:
         raise UserError("The tokenizer has no EOS token, with which every answer ends; set eos_token in its files.")
     encoder = Encoder(tokenizer, template)
-    rows, kept_examples, cut, too_long = [], [], [], []
+    rows, kept_examples, cut, too_long, refused = [], [], [], [], list[RowRefused]()
     with Progress(len(examples), "tokenising", "row", delay=DELAY) as bar:
         for example in examples:
-            prompt, answer = encoder.encode(example)
             bar.update()
+            try:
+                prompt, answer = encoder.encode(example)
+            except RowRefused as error:
+                refused.append(error)
+                continue
             whole = prompt + answer
             if not prompt and len(answer) <= 2 - example.continues:  # only its EOS would be learnt
                 if drop_too_long:
@@ -90,9 +96,10 @@ def tokenize(
             rows.append(TokenizedRow(input_ids=kept, labels=labels, prompt_length=len(prompt)))
             kept_examples.append(example)
             cut.append(len(whole) - len(kept))
-    refused = too_long and not (drop_too_long and rows)
-    most = positions() if positions is not None and (refused or any(cut)) else None
-    if refused:
+    refuse_all(refused, len(examples))
+    without_answer = too_long and not (drop_too_long and rows)
+    most = positions() if positions is not None and (without_answer or any(cut)) else None
+    if without_answer:
         _refuse(too_long, max_length, most)
     return TokenizedRows(rows, kept_examples, cut, max_length, encoder.repeated, encoder.literal, most)
 
@@ -269,9 +276,10 @@ class Encoder:
         except Exception as error:
             reason = one_line(error).rstrip(".")
             instead = "" if example.messages else ", or give --template plain"
-            raise UserError(
+            raise RowRefused(
+                example.where,
                 f"{example.where}: the model's chat template cannot write this row ({type(error).__name__}: {reason}); "
-                f"change the row or the template{instead}."
+                f"change the row or the template{instead}.",
             ) from error
 
     def text_ids(self, text: str, *, whole: bool = True) -> list[int]:
@@ -313,9 +321,10 @@ class Encoder:
         for candidate in (self._ids(answer), self._ids("\n" + answer)[len(break_ids) :]):
             if decode(self.tokenizer, prompt_ids + candidate) == text:
                 return candidate
-        raise UserError(
+        raise RowRefused(
+            where,
             f"{where}: the tokenizer cannot write this answer after this prompt without changing the text; "
-            "end the prompt at a word boundary, or give --template."
+            "end the prompt at a word boundary, or give --template.",
         )
 
 
@@ -329,8 +338,9 @@ def _check_left(answer: str, end: str, where: str) -> None:
 
 
 def _check_written(render: Render, messages: Sequence[Message], example: Example, prompt: str, whole: str) -> None:
-    """Raises UserError where the template drops what the row has: it must reach the model."""
+    """Raises RowRefused where the template drops what the row has: it must reach the model."""
     *earlier, last = messages
+    dropped = []
     for name in READ:
         if name == "tools" and name in example.options:
             unread = render(messages, tools=None)
@@ -339,10 +349,13 @@ def _check_written(render: Render, messages: Sequence[Message], example: Example
         else:
             continue
         if unread == whole:
-            raise UserError(
-                f"{example.where}: the model's chat template does not write {name}; write it into the content of "
-                "a turn, or remove it from the row."
-            )
+            dropped.append(name)
+    if dropped:
+        raise RowRefused(
+            example.where,
+            f"{example.where}: the model's chat template does not write {', nor '.join(dropped)}; write it into the "
+            "content of a turn, or remove it from the row.",
+        )
     said = [_squeezed(turn["content"]) for turn in earlier]
     all_said, written = "\n".join(said), _squeezed(prompt)
     ask = partial(render, add_generation_prompt=True)
@@ -366,7 +379,7 @@ def _reads(render: Render, turns: Sequence[Message], place: int, text: str) -> b
     return True
 
 
-def _unwritten(example: Example, role: str) -> UserError:
+def _unwritten(example: Example, role: str) -> RowRefused:
     what, remedy = f"what {role!r} says", "write it into the content of another turn, or remove it from the row"
     if role in SYSTEM:
         what, remedy = "the system prompt", "leave out --system, or, where a run has it, give --system ''"
@@ -374,7 +387,8 @@ def _unwritten(example: Example, role: str) -> UserError:
             remedy = "write it into the content of a turn, or remove it from the row"
     elif not example.messages:
         remedy = "give --template plain, or another model"
-    return UserError(f"{example.where}: the model's chat template does not write {what}; {remedy}.")
+    where = example.where
+    return RowRefused(where, f"{where}: the model's chat template does not write {what}; {remedy}.")
 
 
 def _opened(prompt: str, whole: str, plain: str) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 from lowmem_kernels import IGNORE_INDEX
 
 from lowmem_npo.data.example import Example
+from lowmem_npo.data.refused import RowRefused, refuse_all
 from lowmem_npo.data.templates import Template, end_of_turn
 from lowmem_npo.data.tokenizing import tokenize
 from lowmem_npo.errors import UserError
@@ -309,6 +313,26 @@ def test_all_of_a_conversation_reaches_the_model_or_is_refused_by_name(chat_toke
     assert tokenizer.decode(split(row)[0]) == prompt
     whole = tokenizer.apply_chat_template(dicts, tokenize=False, **options)
     assert tokenizer.decode(row["input_ids"]) == whole.removesuffix("\n")
+
+
+def test_all_rows_that_cannot_be_written_are_told_at_once(chat_tokenizer):
+    rows = [replace(conversation(*TURNS), where=f"f.jsonl, line {number}") for number in range(1, 10)]
+    called = (TURNS[0], *USED, TURNS[1])
+    for place in (1, 3):
+        rows[place] = replace(rows[place], options={"tools": TOOLS})
+    rows[4] = replace(rows[4], options={"tools": TOOLS}, messages=called)
+    told = (
+        "2 of 9 rows (f.jsonl, line 2; f.jsonl, line 4): the model's chat template does not write tools; write it into "
+        "the content of a turn, or remove it from the row. 1 of 9 rows (f.jsonl, line 5): the model's chat template "
+        "does not write tools, nor tool_calls; write it into the content of a turn, or remove it from the row."
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(told)}$"):
+        tokenize(rows, chat_tokenizer)
+    strict = with_template(chat_tokenizer, "{% if tools %}{{ raise_exception('No tools!') }}{% endif %}" + CHATML)
+    with pytest.raises(UserError, match=r"^2 of 4 rows \(.*line 2; .*line 4\): .* cannot write this row .*No tools!"):
+        tokenize(rows[:4], strict)
+    with pytest.raises(UserError, match="7 more cannot be written for other reasons"):
+        refuse_all([RowRefused(f"line {n}", f"line {n}: it is {n}.") for n in range(12)], 20)
 
 
 def test_a_system_prompt_reaches_the_model_or_is_refused(chat_tokenizer):
