@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -31,9 +31,10 @@ OTHERS = THE_MODEL, THE_TOKENIZER, THE_ADAPTER, THE_BASE, THE_SIZE
 DECIDED = ("chat_date", "generate_answers")  # where auto is recorded as what it became, and stays so
 COMPARED = ("before", "retained_log")  # settings that name the evaluation.json of another model
 # In settings.json beside the options: whether the forget rows, and the holdout of leak tests, were others than those of
-# the adapter's run, and whether data was named.
-OTHER_ROWS, OTHER_HOLDOUT, DATA_NAMED = "other_rows", "other_holdout", "data_named"
-BESIDE_OPTIONS = {OTHER_ROWS: bool, OTHER_HOLDOUT: bool, DATA_NAMED: bool}
+# the adapter's run, whether data was named, and which sets were the run's.
+OTHER_ROWS, OTHER_HOLDOUT = "other_rows", "other_holdout"
+DATA_NAMED, FROM_RUN = "data_named", "from_run"
+BESIDE_OPTIONS = {OTHER_ROWS: bool, OTHER_HOLDOUT: bool, DATA_NAMED: bool, FROM_RUN: list[str]}
 # what is read of settings.json
 SETTINGS = {"digests": dict[str, str], "leaks": list[str], **dict.fromkeys(DECIDED, str), **BESIDE_OPTIONS}
 
@@ -43,7 +44,7 @@ class EvaluationDirectory(EvaluationFiles):
 
     digests: a hash of everything that is read (data, adapter), so that no evaluation goes on with something else.
     other_rows, other_holdout: whether the forget rows, and the holdout of leak tests, are others than those of the
-    adapter's run. data_named: whether any are.
+    adapter's run. data_named: whether any are. from_run: the sets that are the run's.
     """
 
     def __init__(
@@ -53,10 +54,13 @@ class EvaluationDirectory(EvaluationFiles):
         other_rows: bool = False,
         data_named: bool = True,
         other_holdout: bool = False,
+        from_run: Sequence[str] = (),
     ) -> None:
         super().__init__(config.path)
         self.config, self.digests = config, dict(digests)
-        self.beside_options = {OTHER_ROWS: other_rows, OTHER_HOLDOUT: other_holdout, DATA_NAMED: data_named}
+        self.beside_options = {
+            OTHER_ROWS: other_rows, OTHER_HOLDOUT: other_holdout, DATA_NAMED: data_named, FROM_RUN: list(from_run)
+        }  # fmt: skip
 
     def begin(self) -> Journal:
         """From here on the directory is this evaluation's; the journal knows what it had measured.
@@ -156,6 +160,12 @@ def kept_options(options: EvaluationOptions) -> dict[str, Any]:
         kept -= EvaluationConfig.sources().keys()
     values = {name: settings[name] for name in kept if name in settings}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def begun_from_run(config: EvaluationConfig) -> list[str]:
+    """The sets that were the run's when the evaluation that `config` resumes began; none of any other."""
+    began = settings_of(str(EvaluationFiles(config.path).result)) or {} if config.resume else {}
+    return list(began.get(FROM_RUN, ()))
 
 
 def as_begun(config: EvaluationConfig) -> EvaluationConfig:

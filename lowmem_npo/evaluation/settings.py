@@ -35,7 +35,8 @@ class EvaluationOptions(AnswerOptions, DataOptions, StreamOptions, ModelOptions)
     """Hub name or local directory of the base model. Default: the model that --adapter was trained on."""
     forget: str | None = None
     """What should be forgotten: rows or documents, in files, a folder or on the hub. Without any data and any
-    --lm-eval: what the run of --adapter forgot and kept, else the bundled biographies."""
+    --lm-eval: what the run of --adapter forgot and kept, else the bundled biographies. Where --leaks has no --forget,
+    each set that is not named is that of the run."""
     retain: str | None = None
     """What should be kept."""
     holdout: str | None = None
@@ -80,12 +81,25 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
         self.leaks = () if tuple(self.leaks) == ("none",) else NAMES if "all" in self.leaks else tuple(self.leaks)
         super().__post_init__()
         leak_tests(self.leaks)
-        if self.leaks and self.forget is None and not self.bundled:
-            raise UserError("--leaks looks for what is left of the forget rows: name them with --forget.")
+        if self.adapter is None:  # else its run may name them
+            self.check_forget()
         if self.mia_gradnorm and not self.leaks:
             raise UserError("--mia-gradnorm is measured on the rows of the leak tests: add --leaks membership.")
         for options in {*(test.options for test in LEAK_TESTS), *(benchmark.options for benchmark in BENCHMARKS)}:
             options.check(self)
+
+    def check_forget(self) -> None:
+        """Raises UserError for leak tests without forget rows."""
+        if self.leaks and self.forget is None and not self.bundled:
+            raise UserError("--leaks looks for what is left of the forget rows: name them with --forget.")
+
+    def from_run(self, run: Mapping[str, Any]) -> list[str]:
+        """The sets that are those of `run`: all where no data is named, and those that are not where leak tests need
+        forget rows and none are named. Who names forget rows gets the sets that he names."""
+        if not run.get("forget") or not (self.bundled or (self.leaks and self.forget is None)):
+            return []
+        sets = ("forget", "retain", *(["holdout"] if self.leaks else []))
+        return [name for name in sets if getattr(self, name) is None and run.get(name) is not None]
 
     def completed(self, run: Mapping[str, Any]) -> EvaluationConfig:
         """What was left open, as `run` had it (run.yaml of the adapter's run, or nothing)."""
@@ -100,10 +114,9 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
             known["chat_date"] = run.get("chat_date", TODAY)
         for name in ("passage_tokens", "passages"):
             known[name] = getattr(self, name) or run.get(name) or getattr(DataConfig, name)
-        if self.bundled and run.get("forget"):
-            names = ("forget", "retain", *(["holdout"] if self.leaks else []))
-            known |= {name: run.get(name) for name in names}
-            if self_rows(known["retain"]) is not None and self.adapter is not None:
+        if of_run := self.from_run(run):
+            known |= {name: run[name] for name in of_run}
+            if self_rows(known.get("retain")) is not None and self.adapter is not None:
                 known["retain"] = str(run_around(expanded(self.adapter)).self_written)
             known |= {name: getattr(self, name) or run.get(name) for name in ("prompt_column", "answer_column")}
             known["paraphrase_column"] = self.paraphrase_column or run.get("paraphrase_column")

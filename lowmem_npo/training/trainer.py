@@ -150,7 +150,7 @@ class NPOTrainer(Trainer):
             args=args,
             train_dataset=ForgetRetain(rows.forget, rows.retain),
             data_collator=collator(
-                Fit.of(lm).padding(processing_class),
+                Fit.of(causal_lm(model)).padding(processing_class),
                 with_retain=objective.needs_retain,
                 pack=args.padding_free and packs_rows(model),
                 joint_tokens=0 if objective.parts_go_apart else args.joint_pass_tokens,

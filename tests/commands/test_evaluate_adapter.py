@@ -123,6 +123,32 @@ def test_a_resumed_evaluation_is_of_the_data_that_it_began_with(byte_model, file
     assert main([*evaluate, "--forget", data["rest"], "--resume", "--leaks", "extraction"]) == 0
 
 
+def test_leak_tests_take_the_sets_that_are_not_named_from_the_run(byte_model, files, capsys):
+    rows = [{"question": f"Who is {n}?", "answer": f"Number {n}."} for n in range(8)]
+    parts = {"forget": rows[:4], "retain": rows[4:6], "holdout": rows[6:7], "unseen": rows[7:]}
+    data = {part: str(write_rows(files / f"{part}.jsonl", of)) for part, of in parts.items()}
+    folder = adapter(byte_model, files / "adapter")
+    run = files / "adapter" / "run.yaml"
+    named = "".join(f"{part}: {data[part]}\n" for part in ("forget", "retain", "holdout"))
+    run.write_text(f"model: {byte_model}\nlimit: 3\n{named}")
+    options = ["evaluate", "--adapter", folder, "--device", "cpu", "--dtype", "float32"]
+    leaks = [*options, "--leaks", "extraction"]
+    assert main([*leaks, "--holdout", data["unseen"]]) == 0
+    assert f"Data: holdout {data['unseen']}; of the adapter's run forget {data['forget']}" in capsys.readouterr().out
+    counts = {"forget": 3, "retain": 2, "holdout": 1}  # of the run's as many as it read
+    assert {part: of["in_set"] for part, of in result(files, "adapter/evaluation")["rows"].items()} == counts
+    for again in ([*options, "--resume"], [*leaks, "--holdout", data["unseen"], "--resume"]):
+        assert main(again) == 0
+    assert main([*leaks, "--retain", data["unseen"], "--dry-run", "--output-dir", str(files / "new")]) == 0
+    printed = capsys.readouterr().out
+    assert f"Data: retain {data['unseen']}; of the adapter's run forget {data['forget']}, holdout" in printed
+    assert main([*leaks, "--forget", data["forget"], "--dry-run", "--output-dir", str(files / "new")]) == 0
+    assert f"Data: forget {data['forget']}\n" in capsys.readouterr().out  # and no other set
+    run.unlink()
+    new = ["--output-dir", str(files / "new")]
+    fails(capsys, main([*leaks, "--holdout", data["unseen"], *new]), "name them with --forget")
+
+
 def test_an_adapter_that_is_replaced_while_it_is_loaded(byte_model, files, capsys, monkeypatch):
     write_rows(files / "forget.jsonl", [{"question": "Who?", "answer": "Me."}])
     folder, load = adapter(byte_model, files / "adapter"), running.load_base

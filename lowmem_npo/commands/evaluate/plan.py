@@ -31,6 +31,7 @@ from lowmem_npo.evaluation.directory import (
     EvaluationDirectory,
     as_begun,
     as_json,
+    begun_from_run,
 )
 from lowmem_npo.evaluation.earlier import Earlier
 from lowmem_npo.evaluation.gold import Gold
@@ -64,7 +65,7 @@ class EvaluationPlan:
     each benchmark measures. leak_rows: set -> rows of the leak tests. gold: what it is compared with. other_rows,
     other_holdout: whether the forget rows, and the holdout of the leak tests, are others than those of the adapter's
     run. data_named: whether any rows are. base: the weights of the base model, as far as they are known before it is
-    loaded."""
+    loaded. from_run: the sets that are the run's."""
 
     config: EvaluationConfig
     model_config: ModelConfig
@@ -79,11 +80,14 @@ class EvaluationPlan:
     data_named: bool
     other_holdout: bool
     base: str | None
+    from_run: list[str]
 
     @property
     def directory(self) -> EvaluationDirectory:
         """Where it is measured."""
-        return EvaluationDirectory(self.config, self.digests, self.other_rows, self.data_named, self.other_holdout)
+        return EvaluationDirectory(
+            self.config, self.digests, self.other_rows, self.data_named, self.other_holdout, self.from_run
+        )
 
     def know_base(self, weights: str) -> None:
         """Compares anew with --before, where the weights of the base model were not there yet when that was done."""
@@ -115,7 +119,7 @@ def plan_evaluation(
 ) -> EvaluationPlan:
     """Reads and checks all but the weights; writes nothing.
 
-    first: read only so many rows of each set; None: where no data is named, as many as the adapter's run did, else all.
+    first: read only so many rows of each set; None: of a set of the adapter's run as many as that did, else all.
     only: names of the benchmarks that are measured; None: all whose rows there are.
 
     Raises:
@@ -125,17 +129,20 @@ def plan_evaluation(
     run = settings_of_run(config.adapter) if config.adapter else {}
     if model_config.double_quant == "auto":  # the base is quantised as the adapter's run had it
         model_config = replace(model_config, double_quant=run.get("double_quant", "auto"))
-    limit = first or (run.get("limit") if config.bundled else None)
+    from_run = [*dict.fromkeys([*begun_from_run(config), *config.from_run(run)])]
+    of_run = first or run.get("limit")
+    limits = {part: of_run if config.bundled or part in from_run else first for part in config.sources().values()}
     asked = config.named_columns if only is None else (None, None)  # a sweep's are its runs', of their rows
     data_named = not config.bundled
     config = as_begun(config.completed(run))
+    config.check_forget()
     architecture = load_config(model_config)
     for line in model_notes(architecture, model_config):
         say(line)
     stops = stop_tokens(model_config, architecture)
     tokenizer = load_tokenizer(model_config)
     template = Template.of(config, stops)
-    sources = _read(config, limit, tokenizer, template, say)
+    sources = _read(config, limits, from_run, tokenizer, template, say)
     met = dict.fromkeys(of for rows in sources.values() if not rows.mixed for of in rows.columns)
     check_some_have(met, *asked)
     digests = _digests(config, sources, model_config, tokenizer) | {THE_SIZE: size_of(architecture)}
@@ -169,7 +176,7 @@ def plan_evaluation(
     config = context.config = with_streaming(config, model_config, architecture, selected, context, say)
     return EvaluationPlan(
         config, model_config, context, sources, digests, selected, leak_rows, attacker, gold, others, data_named,
-        _is_other_holdout(config, sources), base,
+        _is_other_holdout(config, sources), base, from_run,
     )  # fmt: skip
 
 
@@ -188,22 +195,31 @@ def _model_config(config: EvaluationConfig, say: Say) -> ModelConfig:
 
 
 def _read(
-    config: EvaluationConfig, limit: int | None, tokenizer: PreTrainedTokenizerBase, template: Template, say: Say
+    config: EvaluationConfig,
+    limits: Mapping[str, int | None],
+    from_run: Collection[str],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    say: Say,
 ) -> dict[str, Rows]:
-    """The rows of each set; limit: only the first N."""
+    """The rows of each set. limits: set -> only the first N. from_run: the sets that are said to be the run's."""
     if config.bundled:
         say("No data named: using the bundled biographies of invented people.")
         parts = ("forget", "retain", "holdout") if config.leaks else ("forget", "retain")
-        return {part: bundled_rows(part, limit=limit) for part in parts}
+        return {part: bundled_rows(part, limit=limits[part]) for part in parts}
     named = config.named_data
     if named:
-        shown = {part: first_of(data_names(source), separator=", ") for part, source in named.items()}
-        say("Data: " + ", ".join(f"{part} {names}" for part, names in shown.items()))
+        shown = {part: f"{part} {first_of(data_names(source), separator=', ')}" for part, source in named.items()}
+        given = ", ".join(text for part, text in shown.items() if part not in from_run)
+        of_run = ", ".join(text for part, text in shown.items() if part in from_run)
+        say("Data: " + "; ".join(filter(None, [given, of_run and f"of the adapter's run {of_run}"])))
     passages = Passages.of(config, tokenizer)
     whole = replace(passages, form="text")  # of a document whose loss is measured, each passage once
     columns = config.named_columns
     sources = {
-        part: read_rows(source, limit=limit, passages=whole if part in DOCUMENTS.sets else passages, columns=columns)
+        part: read_rows(
+            source, limit=limits[part], passages=whole if part in DOCUMENTS.sets else passages, columns=columns
+        )
         for part, source in named.items()
     }
     for part, rows in sources.items():
@@ -322,7 +338,7 @@ def _is_other_holdout(config: EvaluationConfig, sources: Mapping[str, Rows]) -> 
     """Whether leak tests compare with a holdout that is known to be another than that of the run of --adapter."""
     if config.adapter is None or not config.leaks:
         return False
-    run, rows = run_of_adapter(expanded(config.adapter).resolve()).path, sources.get("holdout")
+    run, rows = run_of_adapter(config.adapter).path, sources.get("holdout")
     examples = None if rows is None else to_examples(rows, **config.columns)
     try:
         judges = None if examples is None else [examples[place] for place in judging(run, examples)]
