@@ -28,9 +28,11 @@ from lowmem_npo.files import (
 )
 from lowmem_npo.ranges import check_values, field_types, on_or_off, shortened
 from lowmem_npo.settings_file import read_settings
+from lowmem_npo.sizes import first_of
 
 SELF_WRITTEN = "self_written.jsonl"  # the texts of --retain self
 STARTED_IN = "started_in"  # the directory in which relative paths of the settings beside it begin, from here
+SWEEP_STATE = "sweep_state.json"  # in the --output-dir of a sweep, how its runs ended
 # Options of a run that may name a place.
 PLACES = ("model", "adapter", "forget", "retain", "holdout", "reference_dir", "quantized_cache")
 # A resumed run may be longer, have moved, or measure more; any other change would make it a different run.
@@ -169,8 +171,21 @@ def _number(evaluation: Path) -> int | None:
     return int(matched[1]) if matched else None
 
 
+def sweep_instead(folder: Path) -> UserError | None:
+    """What is said of the directory of a sweep that was given as a run's; None where it is none."""
+    if RunFiles(folder).run_yaml.exists() or not (folder / SWEEP_STATE).is_file():
+        return None
+    runs = [file.parent for file in folder.glob(f"*/seed-*/{RunFiles(folder).run_yaml.name}")]
+    names = [str(run) for run in sorted(runs, key=lambda run: (run.parent.name, len(run.name), run.name))]
+    if not names:
+        return UserError(f"'{folder}' is a sweep, and none of its runs has begun.")
+    return UserError(f"'{folder}' is a sweep; its runs are {first_of(names, separator=', ')}: name one of them.")
+
+
 def check_is_run(directory: Path) -> None:
     """Raises UserError for what is no --output-dir of a run."""
+    if error := sweep_instead(directory):
+        raise error
     if not RunFiles(directory).run_yaml.is_file():
         raise UserError(f"There is no run in '{directory}' (no run.yaml): give the --output-dir of `lowmem-npo train`.")
 
@@ -267,6 +282,8 @@ def no_adapter(folder: str, missing: Path) -> UserError:
     """What is said of a directory in which a file of an adapter is missing; an unfinished run has those of its
     checkpoints."""
     run = RunFiles(expanded(folder))
+    if error := sweep_instead(run.path):
+        return error
     if not run.run_yaml.is_file() or run.weights.is_file():
         return UserError(f"The directory '{folder}' holds no adapter: there is no {missing.name} in it.")
     saved = (f for f in map(AdapterFiles, run.checkpoints()) if f.weights.is_file() and f.adapter_config.is_file())
@@ -352,7 +369,8 @@ class RunDirectory(RunFiles):
 
 
 def no_run_to_resume(directory: Path) -> UserError:
-    return UserError(f"--resume: there is no run in '{directory}' (no run.yaml); start it without --resume.")
+    why = f"--resume: there is no run in '{directory}' (no run.yaml); start it without --resume."
+    return sweep_instead(directory) or UserError(why)
 
 
 def check_empty(path: Path, first: str | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Sequence
 
@@ -14,7 +15,7 @@ from lowmem_npo.commands.sweep.options import EvaluationSources, TeachingOptions
 from lowmem_npo.config import RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.libraries import quiet_libraries
-from lowmem_npo.sizes import counted
+from lowmem_npo.sizes import counted, first_of
 
 USAGE = """usage: lowmem-npo sweep --seeds 5 --grid gamma=0,1 delta=0,0.5,1 --model NAME_OR_DIR [options of train]
 
@@ -106,6 +107,10 @@ def main(arguments: Sequence[str]) -> None:
     result = sweep(runs, root, resume=config.output.resume, teaching=taught, evaluation=evaluation)
     print("\n" + text_tables(result, shutil.get_terminal_size((120, 24)).columns))
     print(f"\nTables, figures and picture: {root / 'sweep'}.md, .csv, _means.csv, .json, .png")
+    if done := [str(root / run["directory"]) for run in result.runs if run["status"] == "done"]:
+        print(f"Runs, each with its report.html: {first_of(done, separator=', ')}")
+        merge = shlex.join(["lowmem-npo", "merge", "--adapter", done[0], "--output-dir", f"{done[0]}-merged"])
+        print(f"No run is chosen: evaluate, ask and merge take the one that you choose, such as `{merge}`.")
     if result.failed:
         print(f"{len(result.failed)} of {len(runs)} runs failed; --resume retries those that did not finish:")
         print("\n".join(f"  {run['directory']}: {run['error']}" for run in result.failed))

@@ -36,9 +36,8 @@ from lowmem_npo.files import load_json, write_atomically, write_json
 from lowmem_npo.model import load_model
 from lowmem_npo.model.saved_adapter import settings_of_run
 from lowmem_npo.report.files import write_report
-from lowmem_npo.run_directory import EvaluationFiles, RunDirectory, RunFiles, check_empty
+from lowmem_npo.run_directory import SWEEP_STATE, EvaluationFiles, RunDirectory, RunFiles, check_empty
 
-STATE = "sweep_state.json"
 STREAMED = "--stream-weights is an option of single runs: use it with `lowmem-npo train`."
 NOT_TAUGHT: dict[str, Any] = {
     "refusal": DataConfig.refusal,
@@ -68,7 +67,7 @@ def sweep(
     Raises:
         UserError: `root` holds other files, or runs with other settings; or no run succeeded.
     """
-    with ended_with(going_on(root / STATE, resume)), claimed(root, say):
+    with ended_with(going_on(root / SWEEP_STATE, resume)), claimed(root, say):
         return _sweep_claimed(runs, root, resume, say, teaching, evaluation)
 
 
@@ -87,7 +86,7 @@ def _sweep_claimed(
     inputs: dict[str, Inputs] = {}
     for line in check_more(untaught, root, teaching, evaluation, inputs):
         say(line)
-    state = Ledger(root / STATE)
+    state = Ledger(root / SWEEP_STATE)
     bases = Bases()
     gold = None
     if teaching is not None:
@@ -363,14 +362,14 @@ def _check(runs: Sequence[SweepRun], root: Path, resume: bool) -> None:
             raise UserError("--preview shows the rows of one run: use it with `lowmem-npo train`.")
         if run.config.memory.stream_weights:  # the base is lent to evaluations, which do not stream it
             raise UserError(STREAMED)
-    if resume and not (root / STATE).exists():
-        raise UserError(f"--resume: there is no sweep in '{root}' (no {STATE}); start it without --resume.")
-    if not resume and (root / STATE).exists():
+    if resume and not (root / SWEEP_STATE).exists():
+        raise UserError(f"--resume: there is no sweep in '{root}' (no {SWEEP_STATE}); start it without --resume.")
+    if not resume and (root / SWEEP_STATE).exists():
         raise UserError(
             f"--output-dir '{root}' holds a sweep: choose another directory, continue it with --resume, or remove it."
         )
     if not resume:
-        check_empty(root, STATE)
+        check_empty(root, SWEEP_STATE)
     for run in runs:
         if RunFiles(run.directory).run_yaml.exists():
             RunDirectory(replace(run.config, output=replace(run.config.output, resume=True))).check()

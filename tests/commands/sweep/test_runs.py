@@ -6,6 +6,8 @@ import csv
 import errno
 import json
 import os
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -263,6 +265,31 @@ def test_a_diverged_run_is_reported_and_left_out_of_the_means(taught_model, tmp_
     assert [c["name"] for c in result["configurations"]] == ["lr=1e-3"]
     assert [run["status"] for run in result["runs"]] == ["done", "failed"]
     assert "diverged" in result["runs"][1]["error"] and "diverged" in capsys.readouterr().out
+
+
+def test_what_is_next_after_a_sweep(live_sweep, taught_model, capsys):
+    """Its end names the runs and a command that works; a command that takes a run says which a sweep has."""
+    given = ["--reference", "live", "--seeds", "1,2", "--grid", SWITCHES, "delta=0.5", "--resume"]
+    assert swept(taught_model, live_sweep, *given) == 0
+    runs = [str(live_sweep / place) for place in PLACES]
+    printed = capsys.readouterr().out
+    assert f"Runs, each with its report.html: {', '.join(runs)}\n" in printed
+    command = re.search(r"such as `lowmem-npo (merge .*)`\.", printed)[1]
+    assert main(shlex.split(command)) == 0
+    refused = f"'{live_sweep}' is a sweep; its runs are {', '.join(runs)}: name one of them."
+    folder, model = str(live_sweep), str(taught_model)
+    for words in (
+        ["report", folder],
+        ["ask", folder, "Who?"],
+        ["merge", "--adapter", folder, "--output-dir", f"{folder}-merged"],
+        ["evaluate", "--adapter", folder],
+        ["estimate", "--adapter", folder],
+        ["train", "--adapter", folder, "--output-dir", f"{folder}-more"],
+        ["train", "--resume", "--output-dir", folder],
+        ["train", "--resume", "--model", model, "--output-dir", folder],
+    ):
+        assert main(words) == 2
+        assert capsys.readouterr().err == f"lowmem-npo {words[0]}: {refused}\n"
 
 
 def test_a_failed_run_does_not_end_the_others(taught_model, tmp_path, capsys):
