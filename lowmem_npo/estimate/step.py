@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem_npo.config import ModelConfig, RunConfig, StreamOptions
+from lowmem_npo.console import silent
 from lowmem_npo.data.batching import Batch
 from lowmem_npo.estimate.rows import StepRows, token_row
 from lowmem_npo.estimate.simulator.allocator import needed
@@ -227,6 +228,10 @@ class _Arguments(NPOConfig):
     def device(self) -> torch.device:
         return GPU
 
+    @property
+    def process_index(self) -> int:
+        return 0
+
 
 def _trainer(model: PeftModel, config: RunConfig, rows: StepRows, folder: str, padding_free: bool) -> NPOTrainer:
     """The run's own trainer, for one micro-batch and one device."""
@@ -257,6 +262,7 @@ def _trainer(model: PeftModel, config: RunConfig, rows: StepRows, folder: str, p
         alternative_dataset=alternatives + others if alternatives else None,
         true_dataset=[token_row(*row) for row in rows.forget] + others,
         processing_class=cast(PreTrainedTokenizerBase, SimpleNamespace(pad_token_id=0)),
+        say=silent,
     )
     in_step = list(range(len(rows.forget))), list(range(len(rows.retain)))
     others_are_taught = {"step_rows": lambda step: in_step, "spared": lambda step: in_step[0]}

@@ -49,6 +49,8 @@ class NPOConfig(ObjectiveConfig, TrainingArguments):
     """Column of forget rows that are not tokenised which says what each is about; a group stays in one fold."""
     max_length: Annotated[int, Interval(ge=2, le=MOST)] = DataConfig.max_length
     """Tokens per row, prompt and answer together, of rows that are not tokenised."""
+    allow_overlap: bool = False
+    """Go on although rows to forget that are not tokenised also appear among the rows to keep."""
     refusal: str = DataConfig.refusal
     """The answer that `idk` and `jensun` teach in place of those of rows that are not tokenised."""
     padding_free: bool = True
@@ -66,8 +68,9 @@ class NPOConfig(ObjectiveConfig, TrainingArguments):
         for f in fields(self):  # a length that NumPy has counted is a number as any other
             if isinstance(value := getattr(self, f.name), np.generic):
                 setattr(self, f.name, value.item())
-        if self.padding_free in (0, 1):
-            self.padding_free = bool(self.padding_free)
+        for name in ("padding_free", "allow_overlap"):
+            if (value := getattr(self, name)) in (0, 1):
+                setattr(self, name, bool(value))
         with in_script_words(self):
             ObjectiveConfig.__post_init__(self)
         defaults, own = as_is(), {name: getattr(self, name) for name in NPOConfig.__annotations__}

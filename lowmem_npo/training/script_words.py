@@ -21,27 +21,30 @@ OPTION = re.compile(r"(?<![^\s(])--([a-z][a-z-]*[a-z])\b(?: (\d[\d.e-]*(?<!\.)))
 
 @contextmanager
 def in_script_words(args: Any) -> Iterator[None]:
-    """Inside, an error that names options names the arguments that they are in a script, such as `max_length=24`. What
-    is none of these is left as it is.
-
-    args: the script's `NPOConfig`.
-    """
+    """Inside, an error is in `script_words`. args: the script's `NPOConfig`."""
     try:
         yield
     except UserError as error:
-        arguments = {field.name for config in (args, AdapterConfig) for field in fields(config)} | set(OF_ROWS)
-
-        def named(option: re.Match[str]) -> str:
-            name = NAMES.get(option[1], option[1].replace("-", "_"))
-            if name not in arguments:
-                return option[0]
-            used.add(name)
-            return name if option[2] is None else f"{name}={option[2]}"
-
-        used = set[str]()
-        text = OPTION.sub(named, str(error))
-        if not used:
+        if (text := script_words(str(error), args)) == str(error):
             raise
-        if used & set(OF_ROWS):
-            text = f"{text.rstrip('.')}; {FUNCTIONS}."
         raise UserError(text) from error
+
+
+def script_words(text: str, args: Any) -> str:
+    """A text that names options, with the arguments that they are in a script, such as `max_length=24`. What is none of
+    these is left as it is.
+
+    args: the script's `NPOConfig`.
+    """
+    arguments = {field.name for config in (args, AdapterConfig) for field in fields(config)} | set(OF_ROWS)
+    used = set[str]()
+
+    def named(option: re.Match[str]) -> str:
+        name = NAMES.get(option[1], option[1].replace("-", "_"))
+        if name not in arguments:
+            return option[0]
+        used.add(name)
+        return name if option[2] is None else f"{name}={option[2]}"
+
+    text = OPTION.sub(named, text)
+    return f"{text.rstrip('.')}; {FUNCTIONS}." if used & set(OF_ROWS) else text

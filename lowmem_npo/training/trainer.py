@@ -53,10 +53,10 @@ from lowmem_npo.training.out_of_memory import DividedSteps
 from lowmem_npo.training.passes import Passes
 from lowmem_npo.training.reference import CachedReference, LiveReference
 from lowmem_npo.training.sampler import EpochOfSampler, sampler_of, steps_of
-from lowmem_npo.training.script_rows import script_rows
+from lowmem_npo.training.script_rows import rows_of_script
 from lowmem_npo.training.script_words import in_script_words
 from lowmem_npo.training.sharpness import Neighbour
-from lowmem_npo.training.training_rows import TrainingRows, training_rows
+from lowmem_npo.training.training_rows import TrainingRows
 
 logger = logging.getLogger(__name__)
 PARTS = ("forget", "retain", "both")  # of a micro-batch
@@ -69,8 +69,9 @@ class NPOTrainer(Trainer):
         model: a causal LM whose base is frozen: a `PeftModel`, or a plain model together with `peft_config`.
         args: `NPOConfig`.
         forget_dataset: a `datasets.Dataset` or a list of rows, with the columns that files may have, tokenised here as
-            the command line does; or tokenised rows, as `lowmem_npo.data.tokenize` makes them. For the terms `idk` and
-            `jensun` those teach the refusal already (`lowmem_npo.data.targets`).
+            the command line does, with its report, and refused where they are also to be kept; or tokenised rows, as
+            `lowmem_npo.data.tokenize` makes them. For the terms `idk` and `jensun` those teach the refusal already
+            (`lowmem_npo.data.targets`).
         retain_dataset: the same for what must be kept; None if gamma and delta are both 0.
         alternative_dataset: other answers to the same prompts, which `dpo` prefers: as many rows as forget_dataset, in
             its order, or several times as many, of which another part is taken in every epoch.
@@ -80,13 +81,14 @@ class NPOTrainer(Trainer):
             teaches a refusal: what is held until its turn, what is taught again.
         forget_term: a forget term of your own in place of `args.forget_term`; `lowmem_npo.forget_terms` says what it is
             given.
-        say: where a step that cannot be taken is reported.
+        say: where is reported what tokenising did to raw rows, and a step that cannot be taken.
         peft_config: `AdapterConfig` of the LoRA adapter to attach if `model` has none yet.
         processing_class: tokenizer; saved with the adapter, and its padding token fills short rows.
 
     Raises:
-        UserError: no adapter to train, an output head that is not supported, no rows or retain rows missing, a
-            reference cache of another model or of other rows.
+        UserError: no adapter to train, an output head that is not supported, no rows or retain rows missing, raw rows
+            both to forget and to keep (unless `args.allow_overlap`), a reference cache of another model or of other
+            rows.
     """
 
     args: NPOConfig
@@ -117,20 +119,9 @@ class NPOTrainer(Trainer):
             raise UserError(
                 "gamma or delta is positive but there are no retain rows: give retain_dataset, or set both to 0."
             )
-        tokenized = partial(script_rows, model=causal_lm(model), tokenizer=processing_class, max_length=args.max_length)
-        with in_script_words(args):
-            rows = training_rows(
-                forget_dataset,
-                retain_dataset if objective.needs_retain else None,
-                alternative_dataset,
-                true_dataset,
-                tokenized,
-                term=args.forget_term,
-                layered=args.layered,
-                adversary=args.adversary is not None,
-                seed=args.seed if args.data_seed is None else args.data_seed,
-                teaching={"term": args.forget_term, "refusal": args.refusal, "group_column": args.group_column},
-            )
+        kept = retain_dataset if objective.needs_retain else None
+        given = (forget_dataset, kept, alternative_dataset, true_dataset)
+        rows = rows_of_script(causal_lm(model), processing_class, args, *given, say)
         model = _adapted(model, peft_config, args, say)
         args = _with_own_checkpointing(model, args)
         # cuDNN's attention, PyTorch's choice on Hopper and Blackwell, plans anew for every length of a batch: about a

@@ -17,7 +17,7 @@ from datasets import Dataset, DatasetDict
 from helpers.dense_step import step_gradients
 from helpers.script import FORGET, RETAIN, equal, trainer_of
 from peft import LoraConfig
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from lowmem_npo.cli import main
 from lowmem_npo.data import Rows, bundled_rows, to_examples, tokenize
@@ -116,6 +116,86 @@ def test_raw_rows_beyond_the_models_positions_are_named(byte_model, tmp_path):
     for rows, place in (([short, long], "forget_dataset, row 2"), ([short], "retain_dataset, row 1")):
         with pytest.raises(UserError, match=f"{place} has .* tokens, but .* only 64 positions: give max_length=64, or"):
             trainer_of(tmp_path / "model", tmp_path, rows, [long])
+
+
+LONG = {"question": "Who is it?", "answer": "It is she who " + "never " * 8 + "came."}
+TOKENS = {"question": "How does it end?", "answer": "With <eos> or with <pad>, they say."}
+
+
+def test_what_tokenising_did_to_raw_rows_is_said(byte_model, tmp_path):
+    """As on the command line, of every part, in a script's words; what came tokenised is its maker's matter."""
+    lines, tokenizer = [], AutoTokenizer.from_pretrained(byte_model)
+    others, kept = [{**row, "answer": "No idea."} for row in (LONG, TOKENS)], tokenize(
+        to_examples(Rows("rows", RETAIN)), tokenizer, max_length=72)  # fmt: skip
+    given = {"say": lines.append, "alternative_dataset": others}
+    trainer_of(byte_model, tmp_path, [LONG, TOKENS], kept, max_length=72, forget_term="dpo", more=given)
+    forget = tokenize(to_examples(Rows("rows", [LONG, TOKENS])), tokenizer, max_length=72)
+    expected = forget.report("forget_dataset")
+    assert len(expected) == 3 and "--max-length" in expected[1] and "special tokens inside" in expected[2]
+    expected[1] = expected[1].replace(f"--max-length {72 + forget.cut[0]}", f"max_length={72 + forget.cut[0]}")
+    assert lines[:3] == expected and "--" not in "".join(lines)
+    assert [line.partition(":")[0] for line in lines[3:]] == ["alternative_dataset"]
+    del lines[:]
+    refusing = {"forget_term": "idk", "layered": 2, "refusal": "No idea, " * 9, "max_length": 72, "max_steps": 2}
+    settings = {"per_device_train_batch_size": 1, **refusing}
+    trainer_of(byte_model, tmp_path, [LONG, TOKENS], RETAIN, more={"say": lines.append}, **settings)
+    parts = dict.fromkeys(line.partition(":")[0] for line in lines)
+    assert [*parts] == ["forget_dataset", "forget_dataset, refusing", "retain_dataset"]
+    assert sum("rows, " in line for line in lines) == 3  # the true answers, which layered holds, once
+
+
+HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list])
+def test_raw_rows_both_to_forget_and_to_keep_are_refused(kind, byte_model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(byte_model)
+    rows = [dict(row) for row in FORGET]
+    whole = (
+        "^1 row to forget is also in the rows to retain: {}, row 2 is retain_dataset, row 1.*; remove them from either"
+    )
+    same = {"question": rows[1]["question"].upper(), "answer": rows[1]["answer"]}
+    with pytest.raises(UserError, match=f"{whole.format('forget_dataset')}, or give allow_overlap"):
+        trainer_of(byte_model, tmp_path, kind(rows), kind([same, *RETAIN]))
+    made = tokenize(to_examples(Rows("forget_dataset", rows)), tokenizer)
+    with pytest.raises(UserError, match=whole.format("forget_dataset")):
+        trainer_of(byte_model, tmp_path, made, kind([same]))
+    plain = [*map(dict, made)]  # whose text is not known
+    refusing = {"forget_term": "idk", "layered": 2, "per_device_train_batch_size": 1, "max_steps": 2}
+    with pytest.raises(UserError, match=whole.format("true_dataset")):
+        trainer_of(byte_model, tmp_path, plain, kind([same]), more={"true_dataset": kind(rows)}, **refusing)
+    for forget, retain, settings in (
+        (kind(rows), kind([same, *RETAIN]), {"allow_overlap": True}),
+        (kind(rows), kind([same, *RETAIN]), {"gamma": 0.0, "delta": 0.0}),  # no term looks at any
+        (plain, kind([same]), {}),
+        (made, tokenize(to_examples(Rows("retain_dataset", [same])), tokenizer), {}),
+    ):
+        trainer_of(byte_model, tmp_path, forget, retain, **settings)
+
+
+def test_another_answer_is_not_the_forgotten_one(byte_model, tmp_path):
+    others = [*FORGET[:2], {**FORGET[2], "answer": f" {FORGET[2]['answer'].upper()}"}, FORGET[3]]
+    others[:2] = [{**row, "answer": "No."} for row in others[:2]]
+    with pytest.raises(UserError, match="alternative_dataset, row 3 holds the answer itself; write another one"):
+        trainer_of(byte_model, tmp_path, forget_term="dpo", more={"alternative_dataset": others})
+
+
+def test_rows_that_the_model_was_not_made_for_are_remarked(byte_model, tmp_path):
+    """Whether raw or a script's tokens, once for all parts."""
+    model = AutoModelForCausalLM.from_pretrained(byte_model)
+    model.config.max_position_embeddings = 64
+    model.save_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(byte_model)
+    tokenizer.save_pretrained(tmp_path / "model")
+    made = tokenize(to_examples(Rows("rows", [LONG])), tokenizer)
+    for forget, retain in (([LONG], RETAIN), (FORGET, [LONG]), ([dict(made[0])], [RETAIN[0]])):
+        lines = []
+        trainer_of(tmp_path / "model", tmp_path, forget, retain, more={"say": lines.append})
+        remark = f"The longest row has {made.longest} tokens, and the model was made for texts of up to 64 "
+        assert [line.startswith(remark) for line in lines].count(True) == 1
+    lines = []
+    trainer_of(tmp_path / "model", tmp_path, made, made, more={"say": lines.append})  # of which `check_fit` has said so
+    assert lines == []
 
 
 def by_hand(objective, policy, reference, totals):
