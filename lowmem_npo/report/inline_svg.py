@@ -75,7 +75,8 @@ def curve_pictures(metrics: Sequence[Metrics], stages: Stages, refuses: bool = F
     objective = _draw("objective", CURVES, lambda ax: draw_objective(ax, metrics))
     nll = {"forget_nll": "the refusal's NLL" if refuses else "forget answers' NLL",
            "adversary_nll": "that of others, before the adversary's step",
-           "retain_nll": "retain answers' NLL"}  # fmt: skip
+           "retain_nll": "retain answers' NLL",
+           "held_nll": "that of forget answers held until their turn"}  # fmt: skip
     return [
         _picture("likelihood", "How unlikely the answers are", f"Curves over {last} optimiser steps. "
                  + _course(metrics, **nll), likelihood),

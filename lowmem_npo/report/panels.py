@@ -15,6 +15,8 @@ from lowmem_npo.training.metrics import Metrics
 
 # Okabe and Ito's palette, which colour-blind readers can distinguish. Forget and retain look the same in every panel.
 FORGET, RETAIN, GREY = "#D55E00", "#0072B2", "#555555"
+HELD = "#E69F00"
+NLLS = ("forget_nll", "retain_nll", "held_nll")
 STAGE_COLOURS = {"before": "#56B4E9", "after": "#E69F00", "gold": "#009E73"}
 SPARE_COLOURS = ("#CC79A7", "#F0E442", "#000000")
 STAGE_TITLES = {"gold": "never saw the forget rows"}
@@ -32,12 +34,13 @@ def draw_likelihood(ax: Axes, metrics: Sequence[Metrics], stages: Stages, refuse
     _draw_line(ax, metrics, "forget_nll", forget, FORGET)
     _draw_line(ax, metrics, "adversary_nll", "others of them, before its step", GREY)
     _draw_line(ax, metrics, "retain_nll", "retain answers", RETAIN)
+    _draw_line(ax, metrics, "held_nll", "forget answers held until their turn", HELD)
     if "gold" in stages and not refuses:  # else nothing that is drawn goes there
         label = "forget answers, to a model that never saw them"
         ax.axhline(stages["gold"]["forget"].nll, color=FORGET, linestyle="--", linewidth=1.2, label=label)
     _finish(ax, "How unlikely the answers are", "NLL per answer token (nats)")
     ax.set_ylim(
-        bottom=0, top=1.3 * max([*_values(metrics, "forget_nll"), *_values(metrics, "retain_nll"), ax.get_ylim()[1]])
+        bottom=0, top=1.3 * max([value for key in NLLS for value in _values(metrics, key)] + [ax.get_ylim()[1]])
     )
     _mark_stages(ax, metrics)
 

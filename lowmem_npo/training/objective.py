@@ -33,6 +33,12 @@ class StepTotals:
     forget_sequences: int
     forget_tokens: int  # answer tokens that are predicted
     retain_tokens: int
+    held_tokens: int = 0  # among those to retain: of rows to forget whose turn has not come (layered unlearning)
+
+    @property
+    def own_tokens(self) -> int:
+        """Of the retain rows themselves."""
+        return self.retain_tokens - self.held_tokens
 
 
 @dataclass(frozen=True)

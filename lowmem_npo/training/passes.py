@@ -32,6 +32,7 @@ class Passes:
     adversary: whose attacker is in the model during a forget pass, and not in its reference.
     answers_per_row: how many rows of a forget batch belong to one row to forget: itself, and the other answer if it has
         any.
+    num_retain: the retain rows; what comes after them is held until it is forgotten. None: nothing does.
     """
 
     def __init__(
@@ -42,12 +43,14 @@ class Passes:
         reference: LiveReference,
         adversary: Adversary | None,
         answers_per_row: int,
+        num_retain: int | None = None,
     ) -> None:
         self.model, self.head, self.objective = model, head, objective
         self.reference, self.adversary, self.answers_per_row = reference, adversary, answers_per_row
         self.prefix = SharedPrefix(model)
         self.lock_step = None if weight_stream(model) is None else LockStep.where_it_fits(model, self.prefix)
-        self.metrics = StepMetrics(objective)
+        self.num_retain = num_retain
+        self.metrics = StepMetrics(objective, holds=num_retain is not None)
         self.levels: Tensor | None = None  # (rows,) nats per token up to which each forget row is pushed
 
     def forget(self, batch: RowBatch, totals: StepTotals) -> Tensor:
@@ -63,7 +66,7 @@ class Passes:
     def retain(self, batch: RowBatch, totals: StepTotals) -> Tensor:
         reference_of = partial(self.reference.retain, batch)
         answers, reference = self._run(batch, reference_of, self.reference.runs(retain=batch.rows))
-        return self._retain_loss(answers, reference, totals)
+        return self._retain_loss(answers, batch.rows, 0, reference, totals)
 
     def both(self, batch: RowBatch, forget_rows: int, totals: StepTotals) -> Tensor:
         """`forget` and `retain` in one pass, of a batch whose first `forget_rows` rows are to be forgotten."""
@@ -71,7 +74,7 @@ class Passes:
         answers, references = self._run(batch, partial(self.reference.both, batch, forget_rows), is_live)
         forget, retain = answers.split(sum(batch.answers[:forget_rows]))
         loss = self._forget_loss(forget, batch.rows[:forget_rows], references[0], totals)
-        return loss + self._retain_loss(retain, references[1], totals)
+        return loss + self._retain_loss(retain, batch.rows[forget_rows:], forget_rows, references[1], totals)
 
     def _run(self, batch: RowBatch, reference: Callable[[], Values], is_live: bool) -> tuple[AnswerHidden, Values]:
         """The policy's answers and what `reference` returns, which runs the model if it `is_live`."""
@@ -105,7 +108,16 @@ class Passes:
                 self.metrics.add(forget_log_ratio=ratio / totals.forget_sequences)
         return loss
 
-    def _retain_loss(self, answers: AnswerHidden, reference_hidden: Tensor | None, totals: StepTotals) -> Tensor:
+    def _retain_loss(
+        self,
+        answers: AnswerHidden,
+        rows: Sequence[int],
+        first: int,
+        reference_hidden: Tensor | None,
+        totals: StepTotals,
+    ) -> Tensor:
+        """rows: (B,) places in the retain dataset of the rows that the answers belong to, of which the `first` is that
+        in the batch."""
         ce_weight, kl_weight = retain_weights(self.objective, totals)
         loss, logprobs, kl = retain_loss(
             answers.hidden,
@@ -117,8 +129,13 @@ class Passes:
             direction=self.objective.kl_direction,
             checked=True,
         )
-        tokens = max(totals.retain_tokens, 1)
-        self.metrics.add(retain_nll=-logprobs.sum() / tokens)
+        tokens, own = max(totals.retain_tokens, 1), logprobs
+        if self.num_retain is not None and totals.held_tokens:
+            is_held = torch.tensor([row >= self.num_retain for row in rows])
+            held = is_held.to(logprobs.device, non_blocking=True)[answers.sequence - first]
+            own = logprobs.masked_fill(held, 0.0)
+            self.metrics.add(held_nll=-logprobs.masked_fill(~held, 0.0).sum() / totals.held_tokens)
+        self.metrics.add(retain_nll=-own.sum() / max(totals.own_tokens, 1))
         if reference_hidden is not None:
             self.metrics.add(retain_kl=kl.sum() / tokens)
         return loss

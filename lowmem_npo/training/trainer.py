@@ -56,7 +56,7 @@ from lowmem_npo.training.sampler import EpochOfSampler, sampler_of, steps_of
 from lowmem_npo.training.script_rows import rows_of_script
 from lowmem_npo.training.script_words import in_script_words
 from lowmem_npo.training.sharpness import Neighbour
-from lowmem_npo.training.training_rows import TrainingRows
+from lowmem_npo.training.training_rows import Shown, TrainingRows
 
 logger = logging.getLogger(__name__)
 PARTS = ("forget", "retain", "both")  # of a micro-batch
@@ -250,13 +250,24 @@ class NPOTrainer(Trainer):
             sum(len(b) for b in forget) // every,
             sum(sum(b.answers[::every]) for b in forget),
             sum(b.num_answers for b in retain),
+            sum(n for b in retain for row, n in zip(b.rows, b.answers, strict=True) if row >= self._rows.num_retain),
         )
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(torch.tensor(counts, device=device), reduction="sum").tolist()
         self._step_rows = batches
         self.divided.begin()
         self.forget_point.begin(batches)
-        return batches, StepTotals(*counts)
+        totals = StepTotals(*counts)
+        self.passes.metrics.begin_step(totals)
+        return batches, totals
+
+    def shown(self, step: int) -> Shown:
+        """What global step `step`, from 0, shows of the rows to retain, over all processes."""
+        return self._rows.shown(self.step_batches.step_rows(step)[1])
+
+    @property
+    def num_retain(self) -> int:
+        return self._rows.num_retain
 
     def _next_lesson(self) -> Lesson:
         """What the adversary is taught before the step that comes, in passes no larger than the step's."""
@@ -354,10 +365,10 @@ class NPOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the step's own quantities, averaged over the optimiser steps since the last log line."""
         if "loss" in logs and self.passes.metrics.steps:
-            values = self.passes.metrics.means_and_reset()
+            names, values = self.passes.metrics.means_and_reset()
             if self.args.world_size > 1:
                 values = self.accelerator.reduce(values.to(self.args.device), reduction="sum")
-            logs.update(zip(self.passes.metrics.names, values.tolist(), strict=True))
+            logs.update(zip(names, values.tolist(), strict=True))
             if not values.isfinite().all():
                 logs["loss"] = math.nan
             if self.divided.parts > 1:
@@ -436,4 +447,5 @@ def _passes(
     if args.reference_dir is not None:
         directory, names = expanded(args.reference_dir), rows.cache_names
         reference = CachedReference.open(reference, directory, rows.forget, rows.retain, tokenizer, names)
-    return Passes(model, head, objective, reference, adversary, 2 if rows.alternatives else 1)
+    held_from = None if rows.folds is None else rows.num_retain
+    return Passes(model, head, objective, reference, adversary, 2 if rows.alternatives else 1, held_from)

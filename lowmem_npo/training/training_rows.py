@@ -13,7 +13,7 @@ import numpy as np
 
 from lowmem_npo.config import PREFERRING_TERMS, REFUSING_TERMS, RunConfig, may_prefer
 from lowmem_npo.data import PreparedData, TokenizedRow, TokenizedRows
-from lowmem_npo.data.tokenized_rows import KnownByIds
+from lowmem_npo.data.tokenized_rows import IGNORE_INDEX, KnownByIds
 from lowmem_npo.errors import UserError
 from lowmem_npo.sizes import first_of
 from lowmem_npo.training.layered import divide
@@ -28,6 +28,15 @@ class Parts(NamedTuple):
     retain: Sequence[TokenizedRow] | None
     alternatives: Sequence[TokenizedRow] = ()
     taught_again: Sequence[TokenizedRow] = ()
+
+
+class Shown(NamedTuple):
+    """What steps show of the rows to retain: how many of them, with how many answer tokens, and how many rows together
+    with those that are held."""
+
+    rows: int
+    tokens: int
+    all_rows: int
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,12 @@ class TrainingRows:
         if part == "retain" and row >= self.num_retain:
             return "forget", row - self.num_retain
         return part, row % self.num_forget if part == "forget" else row
+
+    def shown(self, places: Sequence[int]) -> Shown:
+        """Of what a step shows of `retain`."""
+        own = [place for place in places if place < self.num_retain]
+        labels = [self.retain[place]["labels"][1:] for place in own] if self.retain is not None else []
+        return Shown(len(own), sum(label != IGNORE_INDEX for of_row in labels for label in of_row), len(places))
 
     def named(self, part: str, places: Iterable[int]) -> str:
         """Rows of `part` as the user knows them: by file and line, once each, in however many forms they are; by their

@@ -3,13 +3,16 @@ bad input."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
 
 import pytest
+import torch
 from helpers.rows import write_rows
 from helpers.saved_adapters import same_adapter
+from transformers import AutoModelForCausalLM
 
 from lowmem_npo.cli import main
 from lowmem_npo.commands.arguments import parse
@@ -297,3 +300,28 @@ def test_a_row_without_another_answer_is_named(missing, message, byte_model, tmp
     options = ("--forget", forget, "--forget-term", "dpo", "--alternative-column", "other", "--retain", "builtin")
     assert train(byte_model, tmp_path / "run", "--dry-run", *options) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_layered_run_with_untouched_weights_does_not_say_that_it_loses_what_it_should_keep(
+    byte_model, tmp_path, capsys
+):
+    """What it holds until it is forgotten may be far less likely than what it keeps."""
+    base, model = tmp_path / "base", AutoModelForCausalLM.from_pretrained(byte_model)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)
+    shutil.copytree(byte_model, base)
+    model.save_pretrained(base)
+    rows = {
+        name: write_rows(tmp_path / f"{name}.jsonl", [{"question": q, "answer": answer * 8} for q in "abcdefghijkl"])
+        for name, answer in (("forget", "zq~"), ("retain", "aaa"))
+    }
+    settings = ["--forget", rows["forget"], "--retain", rows["retain"], "--device", "cpu", "--dtype", "float32"]
+    settings += ["--layered", 2, "--lr", 0, "--batch-size", 4, "--epochs", 8, "--leaks", "none", "--eval-rows", 12]
+    assert main(["train", "--model", *map(str, [base, *settings, "--output-dir", tmp_path / "run"])]) == 0
+    assert "loses what it should keep" not in capsys.readouterr().out
+    logged = steps(tmp_path / "run")
+    before = json.loads((tmp_path / "run" / "before.json").read_text())["retain"]["summary"]["nll"]
+    kept = [line["retain_nll"] for line in logged if "retain_nll" in line]
+    assert kept == pytest.approx([before] * len(kept), rel=0.5)
+    held = [line["held_nll"] for line in logged if "held_nll" in line]
+    assert held and all(abs(nll - before) > 2 for nll in held), "else the test says nothing"

@@ -34,11 +34,12 @@ def pixels(path):
     [
         (METRICS, stages("before", "after", "gold")),
         (METRICS[:1], stages("before", "after")),
+        ([line | {"held_nll": 4.0} for line in METRICS[:30]] + METRICS[30:], stages("before", "after")),
         ([], stages("before")),  # nothing trained
         (ASCENT, stages("a", "b", retain=False)),
         (METRICS, stages("before", "after", "gold", "merged", "4-bit")),
     ],
-    ids=["gold", "one step", "no steps", "gradient ascent, a gap, no retain", "more stages"],
+    ids=["gold", "one step", "held rows", "no steps", "gradient ascent, a gap, no retain", "more stages"],
 )
 def test_it_has_the_promised_size_and_is_not_blank(metrics, drawn, tmp_path):
     path = tmp_path / "deep" / "picture.png"

@@ -4,6 +4,7 @@ keep says so."""
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from lowmem_npo.data import Example, TokenizedRow, TokenizedRows
 from lowmem_npo.training.divergence import Divergence
 from lowmem_npo.training.finite import FiniteSteps, NotFinite
 from lowmem_npo.training.metrics import read_metrics
-from lowmem_npo.training.training_rows import training_rows
+from lowmem_npo.training.training_rows import Shown, training_rows
 
 DAMAGED = 96  # a token whose embedding is no number
 
@@ -172,9 +173,9 @@ def test_a_run_that_loses_what_it_should_keep_says_so_once_and_at_its_end(byte_m
     lines, metrics = diverging(byte_model, tmp_path, capsys, "--lr", "0.3")
     said = [i for i, line in enumerate(lines) if line.startswith("The model loses what it should keep: at step ")]
     assert len(said) == 2 and said[1] == len(lines) - 1
-    logged = [line["retain_nll"] for line in metrics if "retain_nll" in line]
-    last = sum(logged[-10:]) / 10
-    assert f"at step 12 the retain NLL is {last:.2f} nats per token" in lines[-1]
+    logged = [line["retain_nll"] for line in metrics if "retain_nll" in line][-10:]
+    said = float(re.search("at step 12 the retain NLL is ([0-9.]+) nats per token", lines[-1])[1])
+    assert min(logged) < said < max(logged) and said == pytest.approx(sum(logged) / 10, rel=0.1)  # a mean over tokens
 
 
 def test_a_run_that_keeps_it_does_not(byte_model, tmp_path, capsys):
@@ -187,11 +188,13 @@ def test_the_rule_of_divergence():
         is_world_process_zero, global_step = True, 0
         log_history: list = []
 
-    def after(*retain_nll, before):
+    def after(*retain_nll, before, shown=lambda step: Shown(50, 500, 50), num_retain=50, held=()):
         said, state = [], State()
-        rule = Divergence(before, said.append)
+        rule = Divergence(before, shown, num_retain, said.append)
         for step, value in enumerate(retain_nll, 1):
-            state.global_step, state.log_history = step, [*state.log_history, {"retain_nll": value}]
+            line = {"step": step, "loss": 1.0, **({} if value is None else {"retain_nll": value})}
+            line |= {"held_nll": 9.0} if step in held else {}
+            state.global_step, state.log_history = step, [*state.log_history, line]
             rule.on_log(None, state, None)
         return said, rule.sentence
 
@@ -204,6 +207,18 @@ def test_the_rule_of_divergence():
     assert after(2.0, float("nan"), 3.1, 3.1, before=None) == ([], None)  # a step that is not taken does not count
     said, last = after(2.0, *[9.0] * 3, *[2.0] * 10, before=2.0)
     assert len(said) == 1 and last is None  # it has come back
+
+    few = {"shown": lambda step: Shown(1, 10, 1), "num_retain": 234}
+    assert after(2.0, *[9.0] * 99, before=2.0, **few) == ([], None)  # 99 rows are few, of which some are hard
+    said, last = after(2.0, *[2.0] * 20, *[9.0] * 100, before=2.0, **few)
+    assert len(said) == 1 and "the retain NLL is 9.00 nats" in last  # of the last 100 rows
+    assert "was 2.00 before" in after(*[1.5, 2.5] * 50, *[9.0] * 100, before=None, **few)[1]
+    uneven = {"shown": lambda step: Shown(25, 100 if step % 2 else 900, 25), "num_retain": 234}
+    assert after(*[2.0, 7.0] * 10, before=2.0, **uneven) == ([], None)  # a mean over tokens, as before training: 2.5
+    held = {"shown": lambda step: Shown(25, 100, 50), "num_retain": 50}
+    assert after(*[9.0] * 9, before=2.0, **held) == ([], None)  # logged by a version in which held rows counted
+    assert after(*[9.0] * 9, before=2.0, held=range(10), **held)[1]
+    assert after(*[2.0, None] * 9, before=2.0, held=range(10), **held) == ([], None)  # steps of held rows alone
 
 
 def test_train_loss_is_of_all_steps_after_a_resume(tmp_path):

@@ -7,6 +7,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
+from helpers.dense_step import make_trainer, random_rows
+from helpers.tiny_models import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -294,3 +297,43 @@ def test_a_step_has_the_same_full_batch_however_it_is_split(rows, weight, micro_
     forget, retain = batches(rows, 3, 60, weight).step_rows(step)
     assert len(forget) == len(retain) == 3
     assert Counter(picks) == Counter([("forget", row) for row in forget] + [("retain", row) for row in retain])
+
+
+@pytest.mark.parametrize("passes", [{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+                                    {"per_device_train_batch_size": 4, "joint_pass_tokens": 10**6}])  # fmt: skip
+@pytest.mark.parametrize("logging_steps", [1, 3])
+def test_the_retain_nll_is_that_of_the_retain_rows_and_held_rows_have_their_own(passes, logging_steps, tmp_path):
+    """A step without any of them logs none. Retain rows here are one token each, held ones many."""
+    forget = random_rows(8, seed=1)
+    retain = [row | {"labels": [-100] * (len(row["labels"]) - 1) + row["labels"][-1:]} for row in random_rows(3, 2)]
+    trainer = make_trainer(
+        tiny_model("olmo"), tmp_path, forget, retain, learning_rate=0.0, layered=2, max_steps=18,
+        retain_batch_size=2, logging_steps=logging_steps, logging_strategy="steps", **passes,
+    )  # fmt: skip
+
+    @torch.no_grad()
+    def nll(rows):
+        logprobs = []
+        for row in rows:
+            table = trainer.model(input_ids=torch.tensor([row["input_ids"]])).logits[0].double().log_softmax(-1)
+            places = [t for t in range(1, len(row["labels"])) if row["labels"][t] != -100]
+            logprobs += [table[t - 1, row["labels"][t]].item() for t in places]
+        return -sum(logprobs) / len(logprobs)
+
+    shown = [trainer.step_batches.step_rows(step)[1] for step in range(18)]
+    own = [[retain[place] for place in step if place < 3] for step in shown]
+    held = [[forget[place - 3] for place in step if place >= 3] for step in shown]
+    assert not all(own) and any(a and b for a, b in zip(own, held, strict=True)) and not any(held[9:])
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(lines) == 18 // logging_steps
+    for line in lines:
+        steps = slice(line["step"] - logging_steps, line["step"])
+        for name, rows in (("retain_nll", own[steps]), ("held_nll", held[steps])):
+            figures = [nll(of_step) for of_step in rows if of_step]
+            assert (name in line) == bool(figures)
+            if figures:
+                assert line[name] == pytest.approx(sum(figures) / len(figures), rel=1e-4)
+    assert [trainer.shown(step) for step in range(18)] == [
+        (len(rows), len(rows), len(places)) for rows, places in zip(own, shown, strict=True)
+    ]

@@ -127,7 +127,7 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
     trainer.add_callback(preemption)
     # measured before are answers alone; with --tokens all the first logged step stands in
     known = summaries(before)["retain"].nll if "retain" in before and config.data.tokens == "answer" else None
-    divergence = Divergence(known, say)
+    divergence = Divergence(known, trainer.shown, trainer.num_retain, say)
     if not any(condition.kind == "limit" for condition in config.stopping.conditions):
         trainer.add_callback(divergence)
     with handled(preemption.hear, signal.SIGINT):
