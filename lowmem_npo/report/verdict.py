@@ -246,7 +246,7 @@ def gives_numbers(*stages: Mapping[str, AnswerSummary]) -> bool:
 
 def _forget_state(before: AnswerSummary, after: AnswerSummary, gold: AnswerSummary | None) -> str:
     by_chance = _said(gold) if gold else 0
-    if _hardly_said(before):
+    if hardly_said(before):
         if _said(after) <= max(SAID, _said(before)) + by_chance:
             return "unknown"
         return "untouched" if _said(after) >= MOSTLY_SAID else "as much"
@@ -299,12 +299,12 @@ def of_passages(measured: AnswerSummary) -> bool:
 def _kept_words(name: str, kept: Kept, before: Mapping[str, AnswerSummary], after: Mapping[str, AnswerSummary]) -> str:
     if name == GENERAL:
         return GENERAL_WORDS[kept.state]
-    if _hardly_said(before[name]):
+    if hardly_said(before[name]):
         return HARDLY_SAID_WORDS[kept.state]
     return _in_words(RETAIN_WORDS[kept.state], after[name])
 
 
-def _hardly_said(before: AnswerSummary) -> bool:
+def hardly_said(before: AnswerSummary) -> bool:
     return before.rouge_l_recall < KNOWN and _said(before) <= SAID
 
 

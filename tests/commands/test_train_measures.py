@@ -112,3 +112,19 @@ def test_answers_that_are_read_off_the_likelihoods(chat_model, forget, tmp_path,
     assert verdict.sentences[0].startswith(remark) and remark in (folder / "report.html").read_text()
     assert train(chat_model, forget, folder, "--resume", "--max-new-tokens", 8) == 0
     assert all(s["summary"]["generated"] for s in json.loads((folder / "before.json").read_text()).values())
+
+
+def test_what_the_model_does_not_know_is_told_before_it_is_trained(byte_model, forget, tmp_path, capsys, monkeypatch):
+    class Begun(Exception):
+        """Training would begin."""
+
+    def begins(*_, **__):
+        raise Begun
+
+    monkeypatch.setattr("lowmem_npo.training.trainer.NPOTrainer.train", begins)
+    with pytest.raises(Begun):
+        train(byte_model, forget, tmp_path / "out")
+    told = "the model says 0 of 3 forget answers, in any form asked: it hardly knows what it is to forget"
+    assert told in capsys.readouterr().out
+    assert train(byte_model, forget, tmp_path / "dry", "--dry-run") == 0
+    assert "hardly knows" not in capsys.readouterr().out

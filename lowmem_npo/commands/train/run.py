@@ -37,6 +37,7 @@ from lowmem_npo.model.loading import resolve_device
 from lowmem_npo.recipes import with_recipe
 from lowmem_npo.report.audit import begin_audit, check_same_rows, finish_audit
 from lowmem_npo.report.files import write_report
+from lowmem_npo.report.known_before import hardly_known
 from lowmem_npo.run_directory import RunDirectory, RunFiles, step_of, what_is_left
 from lowmem_npo.training.arguments import npo_config
 from lowmem_npo.training.checkpoints import remove_damaged, resume_point
@@ -120,7 +121,9 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
         trainer.push_up_to(levels)
         say(f"Each forget row is pushed up to its level, {min(levels):.2f} to {max(levels):.2f} nats per token.")
     before = measure_before(plan, model) if measures else {}
-    if config.objective.forget_term not in REFUSING_TERMS and (remark := in_sentences_of_its_own(before)):
+    if unknown := hardly_known(summaries(before), in_both_forms=plan.data.forget_in_forms is not None):
+        say(unknown)
+    elif config.objective.forget_term not in REFUSING_TERMS and (remark := in_sentences_of_its_own(before)):
         say(remark)  # of a refusal it does not matter how the answer was said
     PartialState().wait_for_everyone()
     preemption = Preemption()
