@@ -30,7 +30,7 @@ as sweep.md, sweep.csv (a line per run), sweep_means.csv, sweep.json and sweep.p
   --output-dir DIR          directory of the whole sweep. Default: lowmem-npo-output
   --resume                  skip finished runs, continue an interrupted one, retry failed ones; the grid and the seeds
                             may have grown
-  --dry-run                 print the runs, what would be taught and evaluated, and stop
+  --dry-run                 print the runs, their rows and steps, what would be taught and evaluated, and stop
 
   --teach full|lora         first fine-tune the model on the forget and retain rows, with all weights or with a LoRA of
                             rank 64 that is merged, and a gold model on the retain rows alone; once per sweep, with
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str]) -> None:
     print("\n" + text_tables(result, shutil.get_terminal_size((120, 24)).columns))
     print(f"\nTables, figures and picture: {root / 'sweep'}.md, .csv, _means.csv, .json, .png")
     if done := [str(root / run["directory"]) for run in result.runs if run["status"] == "done"]:
-        print(f"Runs, each with its report.html: {first_of(done, separator=', ')}")
+        print(f"Runs, each with its report.html and log.txt: {first_of(done, separator=', ')}")
         merge = shlex.join(["lowmem-npo", "merge", "--adapter", done[0], "--output-dir", f"{done[0]}-merged"])
         print(f"No run is chosen: evaluate, ask and merge take the one that you choose, such as `{merge}`.")
     if result.failed:

@@ -17,7 +17,7 @@ from lowmem_npo.commands.sweep.borrowed_base import borrowed
 from lowmem_npo.commands.sweep.evaluation import SweepEvaluation
 from lowmem_npo.commands.sweep.figures import BEFORE, GOLD, SweepResult, baseline, before_of, collect, write_results
 from lowmem_npo.commands.sweep.finished import check_same, is_complete, is_finished
-from lowmem_npo.commands.sweep.grid import SweepRun, named
+from lowmem_npo.commands.sweep.grid import GridPoint, SweepRun, named
 from lowmem_npo.commands.sweep.options import TeachingOptions
 from lowmem_npo.commands.sweep.picture import draw_sweep
 from lowmem_npo.commands.sweep.taught_models import TAUGHT, check_teaching, teach_models
@@ -37,6 +37,7 @@ from lowmem_npo.model import load_model
 from lowmem_npo.model.saved_adapter import settings_of_run
 from lowmem_npo.report.files import write_report
 from lowmem_npo.run_directory import SWEEP_STATE, EvaluationFiles, RunDirectory, RunFiles, check_empty
+from lowmem_npo.sizes import first_of
 
 STREAMED = "--stream-weights is an option of single runs: use it with `lowmem-npo train`."
 NOT_TAUGHT: dict[str, Any] = {
@@ -138,17 +139,35 @@ def _of_one_date(runs: Sequence[SweepRun]) -> list[SweepRun]:
     ]
 
 
-def _check_rows(runs: Sequence[SweepRun], inputs: dict[str, Inputs]) -> None:
-    """Raises UserError for rows that cannot be read, or divided, as one of the runs that are left to be made asks."""
+def _rows_and_steps(runs: Sequence[SweepRun], inputs: dict[str, Inputs]) -> list[str]:
+    """What `train` says of the rows and the steps of the runs that are left to be made, each line once: with the names
+    of the configurations where it is not said of all.
+
+    Raises UserError for rows that cannot be read, or divided, as one of these runs asks.
+    """
+    of_point: dict[GridPoint, list[str]] = {}
     for run in runs:
-        if not is_complete(run):
-            point = run.point.start  # which decides what is read
-            try:
-                data = _read_inputs(run.config, inputs, silent).data
-                point = run.point
-                fitted(run.config, data, silent)
-            except UserError as error:
-                raise named(point, error) from error
+        if is_complete(run):
+            continue
+        point, divided = run.point.start, list[str]()  # which decides what is read
+        try:
+            known = _read_inputs(run.config, inputs, silent)
+            point = run.point
+            config, data = fitted(run.config, known.data, divided.append)
+        except UserError as error:
+            raise named(point, error) from error
+        if run.point not in of_point:  # seeds change none of it
+            lines = of_point[run.point] = list[str]()
+            read_inputs(run.config, lines.append, known)
+            plan = RunPlan(config, RunDirectory(config), known.tokenizer, data)
+            lines += [*divided, f"A run takes {plan.sentence}."]
+    names: dict[str, list[str]] = {}
+    for point, lines in of_point.items():
+        for line in dict.fromkeys(lines):
+            names.setdefault(line, []).append(point.name)
+    return [
+        line if len(of) == len(of_point) else f"{first_of(of, separator=', ')}: {line}" for line, of in names.items()
+    ]
 
 
 def _read_inputs(config: RunConfig, inputs: dict[str, Inputs], say: Say) -> Inputs:
@@ -166,7 +185,7 @@ def check_more(
     evaluation: SweepEvaluation | None,
     inputs: dict[str, Inputs],
 ) -> list[str]:
-    """What will be taught and evaluated, in lines; `runs` are those of the model that is yet to be taught.
+    """What will be read, taught and evaluated, in lines; `runs` are those of the model that is yet to be taught.
 
     inputs: what runs with the same model and data read, once; it is added to.
 
@@ -187,9 +206,9 @@ def check_more(
         for name, run in {before_of(run): run for run in reversed(runs)}.items():
             rows = evaluation.check(run.config, baseline(root, name))
             lines += [f"Evaluate{name.removeprefix(BEFORE)}: {'; '.join(rows)}."]
-    _check_rows(runs, inputs)
+    lines = [*_rows_and_steps(runs, inputs), *lines]
     _check_complete(runs, root / TAUGHT if teaching is not None else None, inputs)
-    return lines
+    return [*lines, f"What else `train` would print of a run goes into {RunFiles(root).log.name} in its directory."]
 
 
 def _check_complete(runs: Sequence[SweepRun], taught: Path | None, inputs: dict[str, Inputs]) -> None:

@@ -68,7 +68,7 @@ class RunPlan:
     def sentence(self) -> str:
         """The number of steps, and of rows in each."""
         training, data = self.config.training, self.data
-        retain = ""
+        retain = " rows"
         if data.retain is not None:
             drawn, rows = training.retain_rows, len(data.retain)
             retain = f" and {drawn} of {rows} retain rows"

@@ -187,6 +187,24 @@ def test_the_command_reports_mistakes_in_a_sentence_and_lists_its_runs(capsys, t
     assert "--grid" in capsys.readouterr().out
 
 
+def test_what_train_says_of_the_rows_is_said_once(byte_model, tmp_path, capsys):
+    """With the names of the configurations, where it is not said of all."""
+    write_rows(tmp_path / "rows.jsonl", [{"question": f"Who is {n}?", "answer": f"Number {n}."} for n in range(6)])
+    rows = ["--forget", str(tmp_path / "rows.jsonl"), "--retain", "builtin", "--epochs", "2", "--seeds", "2"]
+    command = ["sweep", "--model", str(byte_model), "--output-dir", str(tmp_path / "o"), *rows, "--dry-run", "--grid"]
+    assert main([*command, "lr=1e-4,1e-5", "batch-size=2,3"]) == 0
+    printed = capsys.readouterr().out
+    assert len([line for line in printed.splitlines() if "forget: 6 rows" in line]) == 1
+    by_size = {size: f"lr=1e-4_batch-size={size}, lr=1e-5_batch-size={size}: A run takes" for size in (2, 3)}
+    assert f"{by_size[2]} 6 steps of 2 of 6 forget and 2 of" in printed
+    assert f"{by_size[3]} 4 steps of 3 of 6 forget and 3 of" in printed and "log.txt in its directory" in printed
+    assert main([*command, "lr=1e-4,1e-5"]) == 0
+    assert "\nA run takes 4 steps of 4 of 6 forget and 4 of 234 retain rows.\n" in capsys.readouterr().out
+    assert main([*command, "limit=4,5"]) == 0
+    printed = capsys.readouterr().out
+    assert "limit=4: forget: 4 rows" in printed and "limit=5: forget: 5 rows" in printed
+
+
 @pytest.mark.parametrize(
     "grid, options",
     [

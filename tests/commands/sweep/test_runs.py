@@ -273,7 +273,7 @@ def test_what_is_next_after_a_sweep(live_sweep, taught_model, capsys):
     assert swept(taught_model, live_sweep, *given) == 0
     runs = [str(live_sweep / place) for place in PLACES]
     printed = capsys.readouterr().out
-    assert f"Runs, each with its report.html: {', '.join(runs)}\n" in printed
+    assert f"Runs, each with its report.html and log.txt: {', '.join(runs)}\n" in printed
     command = re.search(r"such as `lowmem-npo (merge .*)`\.", printed)[1]
     assert main(shlex.split(command)) == 0
     refused = f"'{live_sweep}' is a sweep; its runs are {', '.join(runs)}: name one of them."
