@@ -11,17 +11,22 @@ import torch
 from lowmem_kernels import FrozenHead, retain_loss, token_logprobs
 from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from lowmem_npo.config import ObjectiveConfig
 from lowmem_npo.data.batching import RowBatch
+from lowmem_npo.files import expanded
 from lowmem_npo.memory.lock_step import LockStep
 from lowmem_npo.memory.prefix import SharedPrefix
 from lowmem_npo.memory.streaming import weight_stream
-from lowmem_npo.model import AnswerHidden, answer_hidden
+from lowmem_npo.model import AnswerHidden, answer_hidden, frozen_head
+from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.training.adversary import Adversary
+from lowmem_npo.training.npo_config import NPOConfig
 from lowmem_npo.training.objective import SequenceLogprobs, StepTotals, forget_loss, retain_weights
-from lowmem_npo.training.reference import LiveReference
+from lowmem_npo.training.reference import CachedReference, LiveReference
 from lowmem_npo.training.step_metrics import StepMetrics
+from lowmem_npo.training.training_rows import TrainingRows
 
 Values = TypeVar("Values")
 
@@ -139,3 +144,25 @@ class Passes:
         if reference_hidden is not None:
             self.metrics.add(retain_kl=kl.sum() / tokens)
         return loss
+
+
+def passes_of(
+    model: PeftModel,
+    args: NPOConfig,
+    objective: ObjectiveConfig,
+    rows: TrainingRows,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Passes:
+    """What a micro-batch goes through: the model with its head, the reference, the adversary."""
+    rho, goes_on = objective.adversary, objective.attack_steps > 1
+    adversary = None if rho is None else Adversary(model, rho, args.seed, args.device, goes_on=goes_on)
+    lm = causal_lm(model)
+    if getattr(lm, "hf_device_map", None) is None and not getattr(lm, "is_quantized", False):
+        model.to(args.device)  # as the Trainer does later: a head that is taken before would stay where it is
+    head = frozen_head(model)
+    reference = LiveReference(model, head, objective)
+    if args.reference_dir is not None:
+        directory, names = expanded(args.reference_dir), rows.cache_names
+        reference = CachedReference.open(reference, directory, rows.forget, rows.retain, tokenizer, names)
+    held_from = None if rows.folds is None else rows.num_retain
+    return Passes(model, head, objective, reference, adversary, 2 if rows.alternatives else 1, held_from)

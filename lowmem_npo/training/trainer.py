@@ -34,15 +34,14 @@ from lowmem_npo.console import Say
 from lowmem_npo.data.batching import Batch, ForgetRetain, Pick, RowBatch, collator
 from lowmem_npo.data.fit import Fit
 from lowmem_npo.errors import UserError
-from lowmem_npo.files import expanded
 from lowmem_npo.forget_terms import Term, register
 from lowmem_npo.memory.checkpointing import enable_checkpointing
-from lowmem_npo.model import answer_hidden, attach_lora, check_causal, check_head, frozen_head, packs_rows
+from lowmem_npo.model import answer_hidden, attach_lora, check_causal, check_head, packs_rows
 from lowmem_npo.model.adapters import note_on_experts, restore_adapter
 from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.modes import eval_mode, train_adapter
 from lowmem_npo.run_directory import AdapterFiles, step_of
-from lowmem_npo.training.adversary import Adversary, Collate, Lesson
+from lowmem_npo.training.adversary import Collate, Lesson
 from lowmem_npo.training.checkpoints import write_digest
 from lowmem_npo.training.finite import FiniteSteps
 from lowmem_npo.training.forget_point import ForgetPoint
@@ -50,13 +49,12 @@ from lowmem_npo.training.layered import LayeredBatches
 from lowmem_npo.training.npo_config import NPOConfig
 from lowmem_npo.training.objective import StepTotals
 from lowmem_npo.training.out_of_memory import DividedSteps
-from lowmem_npo.training.passes import Passes
-from lowmem_npo.training.reference import CachedReference, LiveReference
+from lowmem_npo.training.passes import passes_of
 from lowmem_npo.training.sampler import EpochOfSampler, sampler_of, steps_of
 from lowmem_npo.training.script_rows import rows_of_script
 from lowmem_npo.training.script_words import in_script_words
 from lowmem_npo.training.sharpness import Neighbour
-from lowmem_npo.training.training_rows import Shown, TrainingRows
+from lowmem_npo.training.training_rows import Shown
 
 logger = logging.getLogger(__name__)
 PARTS = ("forget", "retain", "both")  # of a micro-batch
@@ -131,7 +129,7 @@ class NPOTrainer(Trainer):
         neighbour = None if objective.sam is None else Neighbour(model, objective.sam)
         self._step_rows: list[Batch] = []  # a step's micro-batches
         self._rows = rows
-        self.passes = _passes(model, args, objective, rows, processing_class)
+        self.passes = passes_of(model, args, objective, rows, processing_class)
         if forget_levels is not None:
             self.push_up_to(forget_levels)
         if args.should_save:  # else transformers would, also one that has been removed meanwhile
@@ -427,25 +425,3 @@ def _with_own_checkpointing(model: PeftModel, args: NPOConfig) -> NPOConfig:
         for name in asked:
             setattr(args, name, False)
     return args
-
-
-def _passes(
-    model: PeftModel,
-    args: NPOConfig,
-    objective: ObjectiveConfig,
-    rows: TrainingRows,
-    tokenizer: PreTrainedTokenizerBase,
-) -> Passes:
-    """What a micro-batch goes through: the model with its head, the reference, the adversary."""
-    rho, goes_on = objective.adversary, objective.attack_steps > 1
-    adversary = None if rho is None else Adversary(model, rho, args.seed, args.device, goes_on=goes_on)
-    lm = causal_lm(model)
-    if getattr(lm, "hf_device_map", None) is None and not getattr(lm, "is_quantized", False):
-        model.to(args.device)  # as the Trainer does later: a head that is taken before would stay where it is
-    head = frozen_head(model)
-    reference = LiveReference(model, head, objective)
-    if args.reference_dir is not None:
-        directory, names = expanded(args.reference_dir), rows.cache_names
-        reference = CachedReference.open(reference, directory, rows.forget, rows.retain, tokenizer, names)
-    held_from = None if rows.folds is None else rows.num_retain
-    return Passes(model, head, objective, reference, adversary, 2 if rows.alternatives else 1, held_from)
