@@ -254,18 +254,24 @@ def _pairs(examples: Sequence[Example], near: float) -> Iterator[tuple[Any, Any,
     the similarity, and whether they are the same, as in a run."""
     import numpy as np
 
-    from lowmem_npo.data.overlap import first_alike, near_duplicates, text_key, text_keys
+    from lowmem_npo.data.overlap import first_alike, keys_of, near_duplicates, texts_of
 
-    alike = np.array(first_alike(map(text_keys, examples)))
-    texts = np.array(first_alike([text_key(example)] for example in examples))
+    said = [texts_of(example) for example in examples]
+    numbers: dict[str, int] = {}
+    whole, bare, end = np.array([[numbers.setdefault(text, len(numbers)) for text in of] for of in said]).T
+
+    def same(i: Any, j: Any) -> Any:
+        return (whole[i] == whole[j]) | (bare[i] == bare[j]) | (bare[i] == end[j]) | (end[i] == bare[j])
+
     for i, j, similarity in near_duplicates(examples, at_least=near):
-        here = (alike[i] != alike[j]) | (texts[i] == texts[j])  # what is the same but for earlier turns comes below
+        here = ~same(i, j) | (whole[i] == whole[j])  # what is the same but for earlier turns comes below
         i, j = i[here], j[here]
-        yield i, j, similarity[here], texts[i] == texts[j]
+        yield i, j, similarity[here], whole[i] == whole[j]
+    alike = np.array(first_alike(keys_of(examples)))
     order = np.argsort(alike, kind="stable")
     for rows in np.split(order, np.flatnonzero(np.diff(alike[order])) + 1):
-        for i in rows if len(set(texts[rows].tolist())) > 1 else ():
-            j = rows[(rows > i) & (texts[rows] != texts[i])]
+        for i in rows if len(set(whole[rows].tolist())) > 1 else ():
+            j = rows[(rows > i) & (whole[rows] != whole[i]) & same(i, rows)]
             yield np.full_like(j, i), j, np.ones(len(j)), np.ones(len(j), dtype=bool)
 
 

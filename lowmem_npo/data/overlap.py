@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from lowmem_npo.data.cells import folded
 from lowmem_npo.data.example import Example
@@ -33,31 +33,46 @@ UNSPACED = rf"[{CJK}\u3000-\u303f\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]"  # wi
 def find_overlap(forget: Sequence[Example], retain: Sequence[Example]) -> list[tuple[Example, Example]]:
     """Each forget example that is also in retain, with the first retain example that is the same.
 
-    The same means the same text and calls of tools, whatever its case, whitespace, Unicode form and division into
-    prompt and answer; of a conversation, also what its last question and the answer are alone: a system prompt or
-    earlier turns make no other fact of it.
+    The same means the same text and calls of tools, whatever its case, whitespace, Unicode form, division into prompt
+    and answer, and system prompt; and a question and answer without a history are the same as a conversation that ends
+    with them. Two conversations of other histories are not, whatever they end with: "You are welcome." says nothing.
     """
     kept: dict[str, Example] = {}
+    ends: dict[str, Example] = {}
     for example in retain:
-        for key in text_keys(example):
-            kept.setdefault(key, example)
-    others = [next((kept[key] for key in text_keys(example) if key in kept), None) for example in forget]
-    return [(example, other) for example, other in zip(forget, others, strict=True) if other is not None]
+        texts = texts_of(example)
+        ends.setdefault(texts.end, example)
+        for text in (texts.whole, texts.bare):
+            kept.setdefault(text, example)
+    pairs = []
+    for example in forget:
+        texts = texts_of(example)
+        found = (kept.get(texts.whole), kept.get(texts.bare), kept.get(texts.end), ends.get(texts.bare))
+        if other := next(filter(None, found), None):
+            pairs.append((example, other))
+    return pairs
 
 
-def text_key(example: Example) -> str:
-    """The same for examples of the same whole text."""
-    return _key(_normalised(example))
+class Texts(NamedTuple):
+    """What an example says, comparably: all of it; all but system prompts; and its end, the last question with what
+    answers it."""
+
+    whole: str
+    bare: str
+    end: str
 
 
-def text_keys(example: Example) -> tuple[str, ...]:
-    """Examples that have one in common are the same, as in `find_overlap`. The first is that of the whole text."""
-    return tuple(dict.fromkeys(map(_key, _texts(example))))
-
-
-def _key(text: str) -> str:
+def texts_of(example: Example) -> Texts:
     # In a script without spaces prompt and answer may be joined without one; elsewhere "1 12" is not "11 2".
-    return re.sub(rf"(?<={UNSPACED}) | (?={UNSPACED})", "", text)
+    return Texts(*(re.sub(rf"(?<={UNSPACED}) | (?={UNSPACED})", "", text) for text in _texts(example)))
+
+
+def keys_of(examples: Sequence[Example]) -> list[tuple[str, ...]]:
+    """Of each example the texts of which one in common makes two of them the same, as in `find_overlap`: the end of a
+    conversation, where an example is that and no more."""
+    texts = [texts_of(example) for example in examples]
+    bare = {of.bare for of in texts}
+    return [tuple(of) if of.end in bare else (of.whole, of.bare) for of in texts]
 
 
 def first_alike(keys: Iterable[Iterable[Hashable]]) -> list[int]:
@@ -89,7 +104,7 @@ def near_duplicates(examples: Sequence[Example], *, at_least: float = NEAR) -> I
     """
     import numpy as np
 
-    runs = _runs([_normalised(example) for example in examples], SHINGLE)
+    runs = _runs([_texts(example).whole for example in examples], SHINGLE)
     sizes, columns = runs.getnnz(axis=1), runs.T.tocsc()
     for begin, i, j in _possible(runs, at_least):
         earlier = i < j
@@ -132,8 +147,8 @@ def sharing_text(examples: Sequence[Example]) -> dict[int, set[int]]:
     """Example -> the others of the same text, as in `find_overlap`, and, of a passage, those that hold a part of its
     text: what overlaps in a document, and its completions. Examples that share nothing are left out."""
     same: dict[str, list[int]] = {}
-    for index, example in enumerate(examples):
-        for key in text_keys(example):
+    for index, keys in enumerate(keys_of(examples)):
+        for key in {*keys}:
             same.setdefault(key, []).append(index)
     near: dict[int, set[int]] = {}
     for of_key in same.values():
@@ -204,30 +219,26 @@ def refuse_overlap(
 
 def is_also(one: Example, other: Example) -> str:
     """In words, that one of the pairs of `find_overlap` is the other."""
-    but = "" if text_key(one) == text_key(other) else " but for earlier turns"
+    but = "" if texts_of(one).whole == texts_of(other).whole else " but for earlier turns"
     return f"{one.where} is {other.where}{but}"
 
 
-def _normalised(example: Example) -> str:
-    return _texts(example)[0]
-
-
-def _texts(example: Example) -> list[str]:
-    """The whole text, and of a conversation what is left of it without system prompt and earlier turns: all from its
-    last question on, so that calls of tools count which were made to answer it."""
+def _texts(example: Example) -> Texts:
     if (turns := example.messages) is None:
-        return [folded(f"{example.prompt or ''} {example.answer}")]
-    parts = [turns]
-    if asked := [place for place, turn in enumerate(turns) if turn["role"] == "user"]:
-        parts.append(tuple(turn for turn in turns[asked[-1] :] if turn["role"] not in SYSTEM))
-    return [folded(" ".join(said for turn in part for said in (turn["content"], calls_of(turn)))) for part in parts]
+        return Texts(*[folded(f"{example.prompt or ''} {example.answer}")] * 3)
+    bare = [turn for turn in turns if turn["role"] not in SYSTEM]
+    asked = [place for place, turn in enumerate(bare) if turn["role"] == "user"]
+    parts = (turns, bare, bare[asked[-1] :] if asked else bare)
+    return Texts(
+        *(folded(" ".join(said for turn in part for said in (turn["content"], calls_of(turn)))) for part in parts)
+    )
 
 
 def find_related(forget: Sequence[Example], general: Sequence[Example]) -> list[int]:
     """Which general examples may say what is to be forgotten: those that hold all words of a short answer, or most of
     the words of a longer row, or whose own words are mostly those of a row; function words do not count."""
-    of_forget = [(_content_words(one.answer), _content_words(text)) for one in forget for text in _texts(one)]
-    return [index for index, one in enumerate(general) if _is_related(_content_words(_normalised(one)), of_forget)]
+    of_forget = [(_content_words(one.answer), _content_words(text)) for one in forget for text in {*_texts(one)}]
+    return [index for index, one in enumerate(general) if _is_related(_content_words(_texts(one).whole), of_forget)]
 
 
 def _is_related(words: frozenset[str], of_forget: Sequence[tuple[frozenset[str], frozenset[str]]]) -> bool:

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import TypedDict, overload
 
 from lowmem_npo.data.example import Example
-from lowmem_npo.data.overlap import first_alike, sharing_text, text_keys
+from lowmem_npo.data.overlap import first_alike, keys_of, sharing_text, texts_of
 from lowmem_npo.sizes import counted
 
 IGNORE_INDEX = -100  # that of lowmem_kernels, which imports PyTorch
@@ -53,10 +53,10 @@ class TokenizedRows(Sequence[TokenizedRow]):
         self.repeated, self.literal, self.positions = repeated, literal, positions
 
     def apart_from(self, others: Sequence[Example]) -> list[TokenizedRow]:
-        """The rows that are the same as none of `others`."""
-        held = {key for example in others for key in text_keys(example)}
+        """The rows that are the same as none of `others`, nor end like one."""
+        held = {text for example in others for text in texts_of(example)}
         pairs = zip(self.rows, self.examples, strict=True)
-        return [row for row, example in pairs if held.isdisjoint(text_keys(example))]
+        return [row for row, example in pairs if held.isdisjoint(texts_of(example))]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -72,7 +72,9 @@ class TokenizedRows(Sequence[TokenizedRow]):
     def facts(self) -> list[int]:
         """The first row that says what each does: one for rows that are the same, for the two forms of
         `--template both`, and for a passage as a completion and as a text."""
-        return first_alike([("row", example.where), *text_keys(example)] for example in self.examples)
+        return first_alike(
+            [("row", example.where), *keys] for example, keys in zip(self.examples, keys_of(self.examples), strict=True)
+        )
 
     @cached_property
     def near(self) -> dict[int, set[int]]:

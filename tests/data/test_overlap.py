@@ -13,10 +13,10 @@ from lowmem_npo.data.overlap import (
     find_overlap,
     find_related,
     first_alike,
+    keys_of,
     near_duplicates,
     refuse_overlap,
     sharing_text,
-    text_keys,
 )
 from lowmem_npo.data.passages import Passages
 from lowmem_npo.data.tokenized_rows import TokenizedRows
@@ -70,8 +70,9 @@ def chat(*turns, where="r.jsonl, line 2"):
 
 @pytest.mark.parametrize("before", [[SYSTEM], [*HELLO], [SYSTEM, *HELLO], [NAMED]])
 def test_the_same_last_question_and_answer_are_the_same_row(before):
-    """In either part, beside a question or another conversation, as a row to forget, an attack's and a fold's."""
-    longer, other = chat(*before, *CHAT), chat(*HELLO, {**SYSTEM, "content": "Be long."}, *CHAT, where="o, line 1")
+    """In either part, beside a question or a conversation without others before it, as a row to forget, an attack's and
+    a fold's."""
+    longer, other = chat(*before, *CHAT), chat({**SYSTEM, "content": "Be long."}, *CHAT, where="o, line 1")
     for one, same in ((FORGET, longer), (longer, FORGET), (longer, other), (other, longer), (longer, chat(*CHAT))):
         assert find_overlap([one], [pair("Who?", "She."), same]) == [(one, same)]
         with pytest.raises(UserError, match=f": {one.where} is {same.where} but for earlier turns; remove"):
@@ -87,6 +88,17 @@ def test_the_same_last_question_and_answer_are_the_same_row(before):
     assert find_overlap([FORGET, longer], [said, asked]) == [] == find_overlap([FORGET], [chat(*CHAT, *HELLO)])
 
 
+def test_two_conversations_of_other_histories_are_other_rows():
+    """Though they end alike, as many do. Without their system prompts they may be the same."""
+    one, other = chat(*HELLO, *CHAT), chat(NAMED, *CHAT, where="o, line 1")
+    assert find_overlap([one], [other]) == [] and find_overlap([one], [other, FORGET]) == [(one, FORGET)]
+    again = chat({**SYSTEM, "content": "Be long."}, *HELLO, *CHAT)
+    assert find_overlap([chat(SYSTEM, *HELLO, *CHAT)], [other, again])[0][1] == again
+    for examples, facts in (([one, other], [0, 1]), ([one, other, FORGET], [0, 0, 0])):
+        rows = [{"input_ids": [i], "labels": [i], "prompt_length": 0} for i in range(len(examples))]
+        assert TokenizedRows(rows, examples, [0] * len(rows), 9).facts == facts
+
+
 def test_a_whole_conversation_written_as_text_is_the_same_row():
     """It is so as a whole, and no other conversation of the same end is its text."""
     longer, short = chat(*HELLO, *CHAT), chat(*CHAT)
@@ -94,7 +106,7 @@ def test_a_whole_conversation_written_as_text_is_the_same_row():
     assert find_overlap([text], [longer]) == [(text, longer)] and find_overlap([text], [short]) == []
     with pytest.raises(UserError, match="t.jsonl, line 1 is r.jsonl, line 2; remove"):
         refuse_overlap([text], [longer])
-    assert first_alike(map(text_keys, [text, pair("Who?", "She."), short, longer])) == [0, 1, 0, 0]
+    assert first_alike(keys_of([text, pair("Who?", "She."), short, longer])) == [0, 1, 0, 0]
 
 
 def test_calls_that_were_made_to_answer_the_last_question_count():
