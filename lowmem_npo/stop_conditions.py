@@ -3,6 +3,8 @@
 There are two kinds. A goal says that enough is forgotten; a limit says that too much is lost. Each is a gap that
 shrinks from above: at or below 0 the condition holds, and the run stops. It also holds when the gap is not a number,
 since the run will not recover from that.
+
+A goal that holds before training says nothing of what training does: it neither ends the run nor chooses its adapter.
 """
 
 from __future__ import annotations
@@ -124,6 +126,12 @@ def _parsed(text: str) -> Condition:
 def holds(condition: Condition, now: StopEvaluation, start: StopEvaluation) -> bool:
     """Whether `condition` is met at `now`; `start` is the evaluation before training."""
     return not condition.gap(now, start) > 0
+
+
+def held_before(conditions: Sequence[Condition], begun: StopEvaluation, start: StopEvaluation) -> list[Condition]:
+    """The goals that were reached before anything was forgotten. begun: what the run, or a stage of it, begins with;
+    `start` is the evaluation before training."""
+    return [c for c in conditions if c.kind == "goal" and c.gap(begun, start) <= 0]
 
 
 def held(evaluations: Sequence[StopEvaluation], conditions: Sequence[Condition], patience: int = 1) -> list[Condition]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from lowmem_npo.evaluation.scoring.likelihood import Likelihood, answer_likeliho
 from lowmem_npo.files import complete, read_json_lines, write_atomically, write_json
 from lowmem_npo.model import reference_mode
 from lowmem_npo.run_directory import RunFiles, step_of
-from lowmem_npo.stop_conditions import Condition, StopEvaluation, best, held, holds
+from lowmem_npo.stop_conditions import Condition, StopEvaluation, best, held, held_before, holds
 from lowmem_npo.training.layered import LayeredBatches
 
 
@@ -43,6 +43,8 @@ class StopOutcome:
     within_limits: bool
     """Whether the kept adapter is within every limit."""
     sentence: str
+    held_before: list[str] = field(default_factory=list)
+    """The goals that held before training, and therefore decided nothing."""
 
 
 class Stopping(TrainerCallback):
@@ -76,6 +78,8 @@ class Stopping(TrainerCallback):
         self.conditions, self.model, self.sets, self.files = conditions, model, sets, RunFiles(directory)
         self.every, self.patience, self.batch_size, self.say = every, patience, batch_size, say
         self.evaluations: list[StopEvaluation] = []
+        self.begun: dict[int, StopEvaluation] = {}
+        """Stage -> its fold before training; of the last stage, and where there is no goal, it is not measured."""
 
     # -- before training ----------------------------------------------------------------------------------------------
 
@@ -105,7 +109,9 @@ class Stopping(TrainerCallback):
         return None if whole else f"{self._file(kept).name}, the best adapter until then, is missing or damaged"
 
     def _until(self, step: int) -> list[StopEvaluation]:
-        return [e for e in read_evaluations(self.files.stop_evaluations) if e.step <= step]
+        read = [e for e in read_evaluations(self.files.stop_evaluations) if e.step <= step]
+        self.begun = {e.stage: e for e in read if e.step == 0 and e.stage is not None}
+        return [e for e in read if e.step > 0 or e.stage is None]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -114,8 +120,27 @@ class Stopping(TrainerCallback):
             if not self.evaluations:
                 with reference_mode(self.model):
                     self._add(measure(self.model, self.sets, 0, 0.0, self.batch_size))
+                    if any(condition.kind == "goal" for condition in self.conditions):
+                        for stage, fold in enumerate(self.folds[:-1], 1):
+                            sets = {**self.sets, "forget": fold}
+                            self.begun[stage] = measure(self.model, sets, 0, 0.0, self.batch_size, stage)
+                self._say_what_held()
             self._write()
         PartialState().wait_for_everyone()
+
+    def _say_what_held(self) -> None:
+        start, last = self.evaluations[0], len(self.folds)
+        parts = [(f"stage {stage} of {last}", begun) for stage, begun in self.begun.items()]
+        for part, begun in [*parts, (f"stage {last} of {last}" if last else "", start)]:
+            for condition in held_before(self.conditions, begun, start):
+                words, figures = condition.describe(begun, start)
+                goes_on = "the stage goes on for its whole length" if part else "the run goes on to its end"
+                self.say(
+                    f"--stop-when {condition.text}{part and f', {part}'}: the goal holds before training "
+                    f"({words.format(*side_by_side(figures))}), so it cannot tell when enough is forgotten: without it "
+                    f"{goes_on}, if nothing else ends it. Does the model know the rows to forget, and is the holdout "
+                    "like them?"
+                )
 
     # -- while training -----------------------------------------------------------------------------------------------
 
@@ -170,6 +195,7 @@ class Stopping(TrainerCallback):
             kept=kept,
             within_limits=within,
             sentence=self._sentence(kept, last, ended_by, within),
+            held_before=[condition.text for condition in held_before(self.conditions, start, start)],
         )
         content = {**asdict(outcome), "last": _line(last), "kept": _line(kept), "before": _line(start)}
         write_json(self.files.stopping, content)
@@ -184,8 +210,10 @@ class Stopping(TrainerCallback):
             why = " and ".join(f"{text} ({words.format(*side_by_side(of))})" for text, words, of in known)
             sentence = f"Stopped at step {last.step}: {why}{times and ',' + times}."
         else:
-            conditions = " and ".join(condition.text for condition in self.conditions)
-            sentence = f"Trained to its end, step {last.step}: {conditions} did not hold{times}."
+            conditions = " and ".join(condition.text for condition in self._telling(start))
+            sentence = f"Trained to its end, step {last.step}{conditions and f': {conditions} did not hold{times}'}."
+        if void := " and ".join(condition.text for condition in held_before(self.conditions, start, start)):
+            sentence += f" {void} held before training already, and decided nothing."
         sentence += f" The adapter of step {kept.step} is kept."
         if not within:
             sentence += " None was within the limit, this one lost least: try a lower --lr or --eval-every."
@@ -194,10 +222,15 @@ class Stopping(TrainerCallback):
     # -- evaluations and adapters, in memory and on disk --------------------------------------------------------------
 
     def _held(self) -> list[Condition]:
-        return held(self._counting(self.evaluations), self.conditions, self.patience)
+        return held(self._counting(self.evaluations), self._telling(self.evaluations[0]), self.patience)
 
     def _best(self, evaluations: Sequence[StopEvaluation]) -> StopEvaluation | None:
-        return best(self._counting(evaluations), self.conditions)
+        return best(self._counting(evaluations), self._telling(evaluations[0]))
+
+    def _telling(self, start: StopEvaluation, begun: StopEvaluation | None = None) -> list[Condition]:
+        """The conditions without goals that held before training, in the run or for what a stage has `begun` with."""
+        void = held_before(self.conditions, begun or start, start)
+        return [condition for condition in self.conditions if condition not in void]
 
     def _counting(self, evaluations: Sequence[StopEvaluation]) -> list[StopEvaluation]:
         """The first one, and those by which the run is judged: all, or the last stage's."""
@@ -210,7 +243,8 @@ class Stopping(TrainerCallback):
         if stage is None or stage == len(self.folds):
             return None
         of_stage = [evaluations[0], *(e for e in evaluations[1:] if e.stage == stage)]
-        goals = [condition for condition in self.conditions if condition.kind == "goal"]
+        telling = self._telling(evaluations[0], self.begun.get(stage))
+        goals = [condition for condition in telling if condition.kind == "goal"]
         return stage - 1 if held(of_stage, goals, self.patience) else None
 
     def _end_stage(self, ended: int | None, step: int) -> None:
@@ -230,7 +264,8 @@ class Stopping(TrainerCallback):
         self.say(f"{f'step {now.step}{stage}' if now.step else 'before'}: {line}")
 
     def _write(self) -> None:
-        lines = "".join(json.dumps(_line(evaluation)) + "\n" for evaluation in self.evaluations)
+        start, *trained = self.evaluations
+        lines = "".join(json.dumps(_line(one)) + "\n" for one in (start, *self.begun.values(), *trained))
         write_atomically(self.files.stop_evaluations, lines)
 
     def _file(self, evaluation: StopEvaluation) -> Path:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from peft import PeftModel
 
+from lowmem_npo.console import Say, silent
 from lowmem_npo.data import PreparedData, TokenizedRows
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
@@ -65,9 +66,11 @@ def levels_of(forget_nll: Sequence[float], unseen_nll: Sequence[float]) -> list[
     return np.quantile(unseen_nll, (ranks + 0.5) / len(ranks)).tolist()
 
 
-def run_levels(path: Path, model: PeftModel, data: PreparedData, batch_size: int, *, fresh: bool) -> list[float]:
+def run_levels(
+    path: Path, model: PeftModel, data: PreparedData, batch_size: int, *, fresh: bool, say: Say = silent
+) -> list[float]:
     """The levels of a run, measured once and kept in `path`, from which a resumed run reads them; measured again if the
-    file is damaged.
+    file is damaged. When they are measured, it is said how many rows are there already.
 
     Raises:
         UserError: the model gives no finite numbers.
@@ -87,7 +90,23 @@ def run_levels(path: Path, model: PeftModel, data: PreparedData, batch_size: int
         raise UserError("The model gives answers no finite likelihood; its weights are damaged.")
     levels = _levels_by_form(data.forget_trained, nll["forget"], data.level_rows, nll["holdout"])
     write_json(path, {"levels": levels}, indent=None)
+    if (remark := there_already(nll["forget"], levels)) is not None:
+        say(remark)
     return levels
+
+
+def there_already(forget_nll: Sequence[float], levels: Sequence[float]) -> str | None:
+    """A remark on the rows that training will not push; None if there are none."""
+    number, of = sum(nll >= level for nll, level in zip(forget_nll, levels, strict=True)), len(levels)
+    if not number:
+        return None
+    remark = f"--forget-level holdout: {number} of {of} forget rows are at their level before training, and not pushed."
+    if 2 * number <= of:
+        return remark
+    return (
+        f"{remark} That is most of them, so that little will be forgotten: the model knows them no better than the "
+        "holdout. Is the holdout like the rows to forget, and was it never taught?"
+    )
 
 
 def _levels_by_form(

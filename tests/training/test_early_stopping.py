@@ -266,3 +266,40 @@ def test_two_processes_stop_together(whole, taught_model, tmp_path):
     one, two = weights(whole / f"checkpoint-{kept}"), weights(tmp_path / "run")
     apart = math.sqrt(sum(float((one[n] - two[n]).double().square().sum()) for n in one))
     assert apart < 1e-3 * math.sqrt(sum(float(w.double().square().sum()) for w in one.values()))
+
+
+def known_before(config, **objective):
+    """The run with its rows in each other's places: those to forget were never taught, those of the holdout were."""
+    bundled = ROOT / "lowmem_npo" / "data" / "bundled"
+    files = {name: str(bundled / f"{of}.jsonl") for name, of in
+             (("forget", "holdout"), ("retain", "retain"), ("holdout", "forget"))}  # fmt: skip
+    return replace(config, data=replace(config.data, **files), objective=replace(config.objective, **objective))
+
+
+@pytest.mark.parametrize("conditions", [("forget-at-holdout",), ("mia-crosses", "retain-loss+100000")])
+@pytest.mark.parametrize("layered", [None, 2])
+def test_a_goal_that_held_before_training_ends_neither_run_nor_stage(conditions, layered, taught_model, tmp_path):
+    """It said that the run was finished, after nothing."""
+    changes = {"max_steps": 8, "layered": layered, "lr": 1e-4}
+    lines, config = [], unlearning_config(taught_model, tmp_path / "run", conditions, **changes)
+    config = known_before(config)
+    result = train(config, say=lines.append)
+    assert result.optimizer_steps == result.stopping.kept.step == 8 and result.stopping.held == []
+    assert result.stopping.held_before == [conditions[0]]
+    sentence = result.stopping.sentence
+    assert sentence.startswith("Trained to its end, step 8") and "Stopped" not in sentence
+    assert f"{conditions[0]} held before training already, and decided nothing." in sentence
+    assert ("retain-loss+100000 did not hold" in sentence) == (len(conditions) > 1)
+    said = [line for line in lines if line.startswith(f"--stop-when {conditions[0]}") and "holds before" in line]
+    assert len(said) == (layered or 1) and all("cannot tell when enough is forgotten" in line for line in said)
+    measured = [one for one in evaluations(tmp_path / "run") if one.step > 0]
+    assert [(one.step, one.stage) for one in measured] == [(step, layered and 1 + (step > 4)) for step in (2, 4, 6, 8)]
+    begun = [one.stage for one in evaluations(tmp_path / "run") if one.step == 0]
+    assert begun == ([None, 1] if layered else [None])
+
+    for checkpoint in RunFiles(tmp_path / "run").checkpoints():
+        if int(checkpoint.name.rpartition("-")[2]) > 4:
+            shutil.rmtree(checkpoint)
+    AdapterFiles(tmp_path / "run").weights.unlink()
+    again = train(replace(config, output=replace(config.output, resume=True)), say=silent)
+    assert again.stopping == result.stopping

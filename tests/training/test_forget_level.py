@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from lowmem_npo.console import silent
 from lowmem_npo.data import prepare
 from lowmem_npo.errors import UserError
 from lowmem_npo.model import attach_lora, load_model
-from lowmem_npo.training.forget_level import halved, levels_of, run_levels
+from lowmem_npo.training.forget_level import halved, levels_of, run_levels, there_already
 from lowmem_npo.training.objective import LET_GO, SequenceLogprobs, StepTotals, forget_loss
 
 
@@ -185,3 +186,19 @@ def test_bad_input(objective, data, message, tmp_path):
         config = unlearning_config(tmp_path, tmp_path)
         settings = {"forget_level": "holdout", **objective}
         replace(config, data=replace(config.data, **data), objective=replace(config.objective, **settings))
+
+
+def test_rows_that_are_at_their_level_before_training_are_counted(taught_model, tmp_path):
+    bundled = Path(__file__).resolve().parents[2] / "lowmem_npo" / "data" / "bundled"
+    config = unlearning_config(taught_model, tmp_path / "run", max_steps=1)
+    swapped = {"forget": "holdout", "retain": "retain", "holdout": "forget"}  # what was never taught is to be forgotten
+    files = {name: str(bundled / f"{of}.jsonl") for name, of in swapped.items()}
+    lines, objective = [], replace(config.objective, forget_level="holdout")
+    train(replace(config, data=replace(config.data, **files), objective=objective), say=lines.append)
+    (line,) = [line for line in lines if "before training, and not pushed" in line]
+    assert line.startswith("--forget-level holdout: 12 of 12 forget rows are at their level")
+    assert "That is most of them, so that little will be forgotten" in line
+    assert any(line.startswith("Forget rows below their level are pushed up to it") for line in lines)
+    assert there_already([1.0, 2.0, 3.0], [1.5, 2.5, 3.5]) is None
+    assert there_already([1.5, 2.0, 3.0], [1.5, 2.5, 3.5]).endswith("1 of 3 forget rows are at their level before "
+                                                                   "training, and not pushed.")  # fmt: skip

@@ -117,9 +117,11 @@ def unlearn(plan: RunPlan, base: PreTrainedModel, say: Say) -> RunResult:
     if main_process:
         begin_audit(directory.path, config, plan.data, model)
 
-    if (levels := _levels(plan, model)) is not None:
+    if (levels := _levels(plan, model, say)) is not None:
         trainer.push_up_to(levels)
-        say(f"Each forget row is pushed up to its level, {min(levels):.2f} to {max(levels):.2f} nats per token.")
+        say(
+            f"Forget rows below their level are pushed up to it, {min(levels):.2f} to {max(levels):.2f} nats per token."
+        )
     before = measure_before(plan, model) if measures else {}
     if unknown := hardly_known(summaries(before), in_both_forms=plan.data.forget_in_forms is not None):
         say(unknown)
@@ -234,7 +236,7 @@ def _trainer(plan: RunPlan, model: PeftModel, stopping: Stopping | None, say: Sa
     return trainer
 
 
-def _levels(plan: RunPlan, model: PeftModel) -> list[float] | None:
+def _levels(plan: RunPlan, model: PeftModel, say: Say) -> list[float] | None:
     """How far each forget row is pushed, if --forget-level says so; the main process measures for all."""
     config, directory = plan.config, plan.directory
     if plan.data.level_rows is None:
@@ -242,7 +244,7 @@ def _levels(plan: RunPlan, model: PeftModel) -> list[float] | None:
     levels: list[Any] = [None]
     if is_main_process(config):
         fresh, size = not config.output.resume, rows_at_once(config)
-        levels = [run_levels(directory.forget_levels, model, plan.data, size, fresh=fresh)]
+        levels = [run_levels(directory.forget_levels, model, plan.data, size, fresh=fresh, say=say)]
     return broadcast_object_list(levels)[0]
 
 
