@@ -313,7 +313,7 @@ def test_a_layered_run_with_untouched_weights_does_not_say_that_it_loses_what_it
     model.save_pretrained(base)
     rows = {
         name: write_rows(tmp_path / f"{name}.jsonl", [{"question": q, "answer": answer * 8} for q in "abcdefghijkl"])
-        for name, answer in (("forget", "zq~"), ("retain", "aaa"))
+        for name, answer in (("forget", "aaa"), ("retain", "zq~"))
     }
     settings = ["--forget", rows["forget"], "--retain", rows["retain"], "--device", "cpu", "--dtype", "float32"]
     settings += ["--layered", 2, "--lr", 0, "--batch-size", 4, "--epochs", 8, "--leaks", "none", "--eval-rows", 12]
@@ -324,4 +324,4 @@ def test_a_layered_run_with_untouched_weights_does_not_say_that_it_loses_what_it
     kept = [line["retain_nll"] for line in logged if "retain_nll" in line]
     assert kept == pytest.approx([before] * len(kept), rel=0.5)
     held = [line["held_nll"] for line in logged if "held_nll" in line]
-    assert held and all(abs(nll - before) > 2 for nll in held), "else the test says nothing"
+    assert held and all(nll > before + 2 for nll in held), "else the test says nothing"
