@@ -65,7 +65,7 @@ class AskOptions(StreamOptions, ModelOptions):
     template: str | None = None
     """How a question is written: chat, plain, or a text such as '{prompt}'. Default: as in the run, else auto."""
     system: MaybeEmpty | None = None
-    """System prompt of a chat model. Default: as in the run."""
+    """System prompt of a chat model. Default: that of the run's --system; rows may have had their own."""
     max_new_tokens: Count = 256
     """The most tokens of an answer."""
     temperature: PositiveOrZero = 0.0
@@ -251,7 +251,7 @@ def load(options: AskOptions, say: Say) -> Asked:
     from lowmem_npo.model.saved_adapter import load_adapter, settings_of_run
     from lowmem_npo.model.stop_tokens import stop_tokens
     from lowmem_npo.model.trial import check_architecture
-    from lowmem_npo.report.audit import of_another_adapter, recorded_base, recorded_schema
+    from lowmem_npo.report.audit import of_another_adapter, recorded_base, recorded_prompts, recorded_schema
     from lowmem_npo.run_directory import run_of_adapter
 
     folder, run = expanded(options.run), dict[str, Any]()
@@ -291,6 +291,11 @@ def load(options: AskOptions, say: Say) -> Asked:
     fit.check_padding(tokenizer)
     asked = Asked(model, tokenizer, fit, template, sides, *decoding, together, schema)
     say(f"Questions are {asked.form}.")
+    if is_adapter and options.system is None and options.file is None and asked.remembers:
+        brought = recorded_prompts(run_of_adapter(folder).path)
+        if brought:
+            own = "a system prompt of their own" if brought == 1 else f"{brought} system prompts of their own"
+            say(f"Forgotten rows have {own}, which a typed question lacks: give it with --system.")
     return asked
 
 

@@ -74,12 +74,13 @@ class DataCommand(DataOptions, ModelOptions):
 
 @dataclass(frozen=True)
 class Set:
-    """One set, read. tokenized: in the model's tokens, if there is a model."""
+    """One set, read. tokenized: in the model's tokens, if there is a model. notes: on what its rows hold."""
 
     title: str
     rows: Rows
     examples: list[Example]
     tokenized: TokenizedRows | None
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -128,6 +129,7 @@ def inspect(options: DataCommand) -> None:
     names = [name for source in options.sources.values() for name in data_names(source)]
     if options.model or not all(expanded(name).exists() for name in names):
         quiet_libraries()  # files are read without them, at once
+    from lowmem_npo.data.conversations import differing_prompts
     from lowmem_npo.data.passages import Passages
     from lowmem_npo.data.schemas import check_some_have
     from lowmem_npo.data.templates import Template
@@ -150,6 +152,12 @@ def inspect(options: DataCommand) -> None:
     passages = Passages.of(options, tokenizer)
     of_model = tokenizer, template, positions
     sets = [_read(title, source, options, passages, *of_model) for title, source in options.sources.items()]
+    forget, retain = (
+        next((one for one in sets if one.title == f"{part}: {getattr(options, part)}"), None)
+        for part in ("forget", "retain")
+    )
+    if forget and retain:
+        forget.notes.extend(differing_prompts(forget.examples, retain.examples, template, tokenizer))
     columns = dict.fromkeys(of for one in sets if not one.rows.mixed for of in one.rows.columns)
     check_some_have(columns, options.prompt_column, options.answer_column)
     shared = _shared(sets, options.near)
@@ -174,16 +182,19 @@ def _read(
     title: str, source: str, options: DataCommand, passages: Any, tokenizer: Any, template: Any, positions: Any
 ) -> Set:
     from lowmem_npo.data import read_rows, to_examples, tokenize
+    from lowmem_npo.data.conversations import earlier_answers
 
     columns = {"prompt_column": options.prompt_column, "answer_column": options.answer_column}
     rows = read_rows(source, limit=options.limit, passages=passages, columns=columns.values())
     reworded = options.paraphrase_column if source == options.forget else None
     examples = to_examples(rows, **columns, paraphrase_column=reworded, or_recognised=True)
+    forgets = source not in (options.retain, options.holdout)
+    notes = list(earlier_answers(examples)) if forgets else []
     if tokenizer is None:
-        return Set(title, rows, examples, None)
+        return Set(title, rows, examples, None, notes)
     length = options.max_length
     tokenized = tokenize(examples, tokenizer, max_length=length, template=template, positions=positions)
-    return Set(title, rows, examples, tokenized)
+    return Set(title, rows, examples, tokenized, notes)
 
 
 def _described(one: Set, options: DataCommand, tokenizer: Any, template: Any) -> Iterator[str]:
@@ -193,7 +204,7 @@ def _described(one: Set, options: DataCommand, tokenizer: Any, template: Any) ->
     known = [template.describe(example, tokenizer) for example in kinds(one.examples)] if tokenizer else []
     yield one.title
     yield f"  {counted(len(one.examples), 'row')}, {origin(one.rows, one.examples, ', or '.join(dict.fromkeys(known)))}"
-    yield from (f"  {note}" for note in one.rows.notes)
+    yield from (f"  {note}" for note in (*one.rows.notes, *one.notes))
     if options.passages is None and any(example.continues for example in one.examples) and tokenizer is None:
         yield "  passages were cut by words; with --model, by its tokens"
     prompts = [len(example.prompt.split()) for example in one.examples if example.prompt is not None]

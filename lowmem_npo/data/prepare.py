@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lowmem_npo.config import DataConfig, ObjectiveConfig, may_prefer
+from lowmem_npo.data.conversations import differing_prompts, earlier_answers
 from lowmem_npo.data.example import PASSAGE, Example
 from lowmem_npo.data.general_rows import general_holdout, general_rows, is_general
 from lowmem_npo.data.overlap import refuse_overlap
@@ -156,6 +157,10 @@ def prepare(
         alternatives = reader.tokenized("forget, alternatives", with_alternatives(to_forget))
     nobodys = is_general(data.retain) or self_rows(data.retain) is not None  # of whose rows one form may have no room
     retain_rows = unwritten if to_retain is None else reader.tokenized("retain", to_retain, drop_too_long=nobodys)
+    if retain_rows is not None:
+        reader.note(
+            "forget", *differing_prompts(forget_rows.examples, retain_rows.examples, reader.template, tokenizer)
+        )
     holdout_rows = None if to_hold_out is None else reader.tokenized("holdout", to_hold_out)
     holdout_in_forms = None
     if to_hold_out is not None and reader.template.text == BOTH:
@@ -221,6 +226,8 @@ class _Reader:
         if part == "forget" and data.group_column and (alone := sum(one.group is None for one in result)):
             have, grouped = ("have", "are grouped by their") if alone > 1 else ("has", "is grouped by its")
             self.note(part, f"{alone} of {len(result)} rows {have} no {data.group_column}, and {grouped} text alone")
+        if part == "forget" and data.tokens == "answer":
+            self.note(part, *earlier_answers(result))
         return result
 
     def to_retain(

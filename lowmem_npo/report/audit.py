@@ -27,6 +27,7 @@ from transformers import AutoTokenizer
 from lowmem_npo.config import DataConfig, RunConfig
 from lowmem_npo.console import Say
 from lowmem_npo.data import Example, PreparedData, TokenizedRows, bundled_rows, read_rows, to_examples
+from lowmem_npo.data.conversations import system_prompts
 from lowmem_npo.data.passages import Passages
 from lowmem_npo.environment import processors, versions
 from lowmem_npo.errors import UserError
@@ -208,6 +209,16 @@ def recorded_adapter(directory: Path) -> str | None:
     """The SHA-256 of the weights that the run in `directory` wrote; None where it has not, or that is not recorded.
     Raises UserError if its audit record is damaged."""
     return ((read_audit(directory) or {}).get("adapter") or {}).get("sha256")
+
+
+def recorded_prompts(directory: Path) -> int:
+    """How many different system prompts the rows brought that the run in `directory` forgot; 0 where that is not
+    recorded."""
+    try:
+        number = ((read_audit(directory) or {}).get("data") or {}).get("forget", {}).get("system_prompts")
+    except UserError:
+        return 0
+    return number if isinstance(number, int) else 0
 
 
 def recorded_schema(directory: Path) -> str | None:
@@ -429,6 +440,7 @@ def _data_record(part: str, source: str | None, rows: TokenizedRows) -> dict[str
     schema = next((example.schema for example in rows.examples if not example.is_passage), None)
     record = {"source": source, "rows": len(rows), "schema": schema}
     record |= {"answer_tokens": rows.num_labels, "tokenised": rows.fingerprint}
+    record["system_prompts"] = len(system_prompts(rows.examples))  # that the rows bring
     if source is None:
         bundled = (resources.files("lowmem_npo.data.bundled") / f"{part}.jsonl").read_bytes()
         sha256 = hashlib.sha256(bundled).hexdigest()

@@ -185,6 +185,20 @@ def test_a_chat_model_is_asked_plainly_where_the_run_wrote_so(chat_run, form, sc
     assert f"written as '{template}" in asked(run, "Who?", "--json", "--max-new-tokens", 1, capsys=capsys).err
 
 
+@pytest.mark.parametrize("brought, told", [(1, "a system prompt"), (3, "3 system prompts"), (0, ""), (None, "")])
+def test_a_typed_question_lacks_the_system_prompt_that_rows_had(chat_run, brought, told, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(chat_run[0], run)
+    audit = json.loads(RunFiles(run).audit.read_text())
+    audit["data"]["forget"]["system_prompts"] = brought
+    RunFiles(run).audit.write_text(json.dumps(audit))
+    how = ["Who?", "--json", "--max-new-tokens", 1]
+    line = f"Forgotten rows have {told} of their own, which a typed question lacks: give it with --system."
+    assert ("give it with --system" in (noted := asked(run, *how, capsys=capsys).err)) == bool(told)
+    assert not told or line in noted
+    assert "give it with" not in asked(run, *how, "--system", "Be kind.", capsys=capsys).err
+
+
 def test_a_conversation_is_remembered(chat_run, monkeypatch, capsys):
     """Each side has its own history; /new begins another."""
     copy, folder, tokenizer = chat_run

@@ -58,7 +58,7 @@ def test_files_settings_versions_and_times(run, data, byte_model):
         record = audit["data"][part]
         assert record["sha256"] == hashlib.sha256((data / f"{part}.jsonl").read_bytes()).hexdigest()
         assert record["rows"] == len(rows) and record["source"] == str(data / f"{part}.jsonl")
-        assert record["schema"] == "question/answer"
+        assert record["schema"] == "question/answer" and record["system_prompts"] == 0
     weights = (run / "adapter_model.safetensors").read_bytes()
     assert audit["adapter"] == {
         "file": "adapter_model.safetensors",
