@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from lowmem_npo.evaluation.leaks.registry import by_name
 from lowmem_npo.evaluation.leaks.relearning import RELEARNING
 from lowmem_npo.evaluation.leaks.rewording import REWORDING
 from lowmem_npo.evaluation.leaks.sampling import SAMPLING, WHOLE
-from lowmem_npo.evaluation.leaks.worst import WorstAttack
+from lowmem_npo.evaluation.leaks.worst import WorstAttack, attacks_of
 from lowmem_npo.report.audit import seconds
 from lowmem_npo.report.content import STAGES, Content
 from lowmem_npo.report.leak_sentence import OnGold, was_run
@@ -175,6 +176,24 @@ def _course(name: str, was: AnswerSummary, now: AnswerSummary, never_saw: str) -
 
 
 def _remains(content: Content) -> Iterator[str]:
+    after = content.stages.get("after", {})
+    passages = FORGET in after and of_passages(after[FORGET])
+    for sentence in _came_back(content):
+        yield _of_passages(sentence) if passages else sentence
+    yield ORIGINAL
+    if names := list(_with_text(RunFiles(content.directory))):
+        named = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+        yield f"Text of rows is in {named}, beside this report: do not pass that on with the report."
+
+
+def _of_passages(sentence: str) -> str:
+    """What is told of answers, as of texts that the model goes on with."""
+    sentence = sentence.replace(", after its question where there is one,", ",")
+    return re.sub(r"\b(an )?answer(s?)\b", lambda word: f"{'a ' if word[1] else ''}passage{word[2]}", sentence)
+
+
+def _came_back(content: Content) -> Iterator[str]:
+    """What leak tests and the worst attack found, with each test in the words for what it tries."""
     after = content.leaks.get("after", {})
     passed_before = none_before(after, content.leaks.get("before", {}))
     outcomes = {
@@ -194,11 +213,8 @@ def _remains(content: Content) -> Iterator[str]:
     if passed_before:
         yield f"{FINDS[False, False]} {'; by '.join(map(_way, passed_before))}. {NONE_BEFORE}"
     if (worst := content.worst_attacks.get("after")) is not None:
-        yield _worst(worst)
-    yield ORIGINAL
-    if names := list(_with_text(RunFiles(content.directory))):
-        named = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-        yield f"Text of rows is in {named}, beside this report: do not pass that on with the report."
+        attacks = attacks_of(content.leaks["after"]).values()
+        yield _worst(worst, nothing=not any(attack.value for attack in attacks))
 
 
 def _on_gold(known: OnGold) -> str:
@@ -221,21 +237,28 @@ def _with_text(files: RunFiles) -> Iterator[str]:
             yield file.relative_to(files.path).as_posix()
 
 
-def _worst(worst: WorstAttack) -> str:
-    """The attack that brings back most, and what stands beside it."""
+def _worst(worst: WorstAttack, nothing: bool) -> str:
+    """The attack that brings back most, and what stands beside it. nothing: whether no attack brings anything back."""
     own, *others = shares(*(value for value in (worst.value, worst.holdout, worst.gold) if value is not None))
-    beside = []
-    if own == "0%" and worst.holdout is None:
-        return "None of the ways that were tried to bring answers back brings any back."
+    beside, one = [], "one of them" if nothing else "the same"
     if worst.holdout is not None:
-        beside.append(f"of answers that the model never saw, the same brings forth {others.pop(0)}")
+        beside.append(f"of answers that the model never saw, {one} brings forth {others.pop(0)}")
     if worst.gold is not None:
         beside.append(f"from a model that never saw the examples, it brings {others.pop(0)}")
+    if nothing:
+        none = "None of the ways that were tried to bring answers back brings any back"
+        return f"{'; '.join([none, *beside])}."
     what = "of the answers" if worst.figure == WHOLE else "of an answer"
     how = f" ({worst.attack})" if worst.attack else ""
     levels = "; ".join(["", *beside]) or "; what it brings forth of answers that the model never saw is not known"
     chance = ", which with so few examples may be chance" if worst.by_chance else ""
-    return f"The most comes back by {_way(worst.test)}{how}: {own} {what}{levels}{chance}."
+    most = "The most comes back by"
+    if worst.level is not None and worst.value <= worst.level:
+        never_saw = "of answers that the model never saw" if worst.gold is None else "from a model that never saw them"
+        most = (
+            f"None of the ways that were tried brings back more of the answers than comes {never_saw}; closest to it is"
+        )
+    return f"{most} {_way(worst.test)}{how}: {own} {what}{levels}{chance}."
 
 
 def _way(name: str) -> str:

@@ -229,6 +229,62 @@ def test_the_worst_attack_is_told_without_its_terms(content):
     assert any("25% of the answers; what it" in line for line in part(replace(content, leaks=whole), "What remains"))
 
 
+@pytest.mark.parametrize(
+    "strength, holdout, gold, sentence",
+    [
+        (0.0, None, None, "None of the ways that were tried to bring answers back brings any back."),
+        (
+            0.0, 0.02, None,
+            "None of the ways that were tried to bring answers back brings any back; of answers that the model never "
+            "saw, one of them brings forth 2%.",
+        ),
+        (
+            0.05, 0.12, None,
+            "None of the ways that were tried brings back more of the answers than comes of answers that the model "
+            "never saw; closest to it is giving the model the beginning of the answer, after its question where there "
+            "is one, and letting it go on: 5% of an answer; of answers that the model never saw, the same brings "
+            "forth 12%.",
+        ),
+        (
+            0.05, 0.02, 0.1,
+            "None of the ways that were tried brings back more of the answers than comes from a model that never saw "
+            "them; closest to it is giving the model the beginning of the answer, after its question where there is "
+            "one, and letting it go on: 5% of an answer; of answers that the model never saw, the same brings forth 2%"
+            "; from a model that never saw the examples, it brings 10%.",
+        ),
+    ],
+)  # fmt: skip
+def test_the_worst_attack_where_it_brings_nothing_back(content, strength, holdout, gold, sentence):
+    def extracted(strength, holdout=None):
+        beside = {} if holdout is None else {"holdout_extraction_strength": holdout}
+        return {"extraction": LeakResult({"extraction_strength": strength, **beside}, "", False)}
+
+    leaks = {"after": extracted(strength, holdout)} | ({"gold": extracted(gold)} if gold else {})
+    found = replace(content, leaks=leaks)
+    assert sentence in part(found, "What remains")
+    (told,) = (worst.sentence for stage, worst in found.worst_attacks.items() if stage == "after")
+    assert ("writes nothing of an answer by itself" in told) is (strength == 0) and " 0%" not in told
+    figures = {"best_rouge_l_recall": 0.1, "whole": 0.0, "holdout_best_rouge_l_recall": 0.5}
+    leaks["after"] |= {"sampling": LeakResult(figures, "", False)}  # less by far, but not nothing
+    assert (
+        not any("brings any back" in line for line in part(replace(content, leaks=leaks), "What remains"))
+        or not holdout
+    )
+
+
+def test_of_passages_no_answers_are_told(content):
+    texts = {"forget": replace(summary(), passages=20)}
+    figures = {"extraction_strength": 0.4, "holdout_extraction_strength": 0.1}
+    leaks = {"after": {"extraction": LeakResult(figures, "", True)}}
+    *found, original = part(replace(content, stages={"before": texts, "after": texts}, leaks=leaks), "What remains")[:3]
+    assert original == ORIGINAL
+    assert found == [
+        "Traces are found by giving the model the beginning of the passage, and letting it go on.",
+        "The most comes back by giving the model the beginning of the passage, and letting it go on: 40% of a passage; "
+        "of passages that the model never saw, the same brings forth 10%.",
+    ]
+
+
 def test_it_says_of_no_model_that_it_has_forgotten(content):
     """Of one that still says everything, or hardly said anything before, that would be a claim."""
     (original,) = [line for line in part(content, "What remains") if line.startswith("The original weights")]

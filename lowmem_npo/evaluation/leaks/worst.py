@@ -32,6 +32,12 @@ WORDS = {
     RECALL: "what the model then says holds {} of an answer",
     WHOLE: "{} of the answers then come whole",
 }
+NOTHING = "0%"  # as `shares` writes what is none
+NOTHING_WORDS = {
+    FIGURES["extraction_strength"].title: "the model then writes nothing of an answer by itself",
+    RECALL: "what the model then says holds nothing of an answer",
+    WHOLE: "none of the answers then comes whole",
+}
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ class WorstAttack:
         own, *others = shares(self.value, *known.values())
         levels = "".join(f"; {words}, {share}" for words, share in zip(known, others, strict=True))
         of = f"The worst of {self.attacks} attacks" if self.attacks > 1 else "The only attack"
-        words = WORDS[self.figure].format(own)
+        words = NOTHING_WORDS[self.figure] if own == NOTHING else WORDS[self.figure].format(own)
         chance = f", which chance alone can do with so few rows (p = {self.p:.2f})" if self.by_chance else ""
         return f"{of}, {self.name}: {words}{levels or f'; {UNKNOWN}'}{chance}."
 
