@@ -165,7 +165,7 @@ class AnswerEvaluation:
             squares = sum((change - mean) * (change - mean) for change in changes)
             return (squares / (len(pairs) - 1) / len(pairs)) ** 0.5
 
-        return {measure: error(measure) for measure in ("rouge_l_recall", "probability", "appears")}
+        return {measure: error(measure) for measure in ("rouge_l_recall", "probability", "appears", "nll")}
 
     def placed(self, places: Sequence[int], rows_in_set: int) -> AnswerEvaluation:
         """The same of rows that are at `places` of a larger set."""

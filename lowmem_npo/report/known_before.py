@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from lowmem_npo.evaluation.answer_table import FORGET
 from lowmem_npo.evaluation.answers import AnswerSummary, part_of
 from lowmem_npo.evaluation.asking import CHAT, PLAIN, REWORDED, in_form
-from lowmem_npo.report.verdict import form_words, gives_numbers, hardly_said, of_passages, said_count
+from lowmem_npo.report.kept import hardly_said
+from lowmem_npo.report.verdict import form_words, gives_numbers, of_passages, said_count
 from lowmem_npo.sizes import counted
 
 TRAIN = {CHAT: "give --template chat", PLAIN: "give --template both, or plain", REWORDED: "add rows in those words"}

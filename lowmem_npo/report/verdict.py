@@ -6,7 +6,6 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
 
 from lowmem_npo.evaluation.answer_table import FORGET, GENERAL, NOT_GENERATED, RETAIN, Stages, same_rows
 from lowmem_npo.evaluation.answers import AnswerSummary, part_of
@@ -14,19 +13,9 @@ from lowmem_npo.evaluation.asking import CHAT, PLAIN, REWORDED
 from lowmem_npo.evaluation.figures import shares, side_by_side
 from lowmem_npo.evaluation.leaks.contract import LeakResults
 from lowmem_npo.evaluation.leaks.worst import WorstAttack, worst_attacks
+from lowmem_npo.report.kept import Kept, hardly_said, remains, share_said, what_became
 from lowmem_npo.report.leak_sentence import leak_sentence, leaking_tests
-from lowmem_npo.report.verdict_rules import (
-    BEYOND_CHANCE,
-    DAMAGED,
-    GENERAL_KEPT,
-    KEPT,
-    KNOWN,
-    MOSTLY_SAID,
-    OVERDONE,
-    REMAINS,
-    SAID,
-    UNTOUCHED,
-)
+from lowmem_npo.report.verdict_rules import MOSTLY_SAID, OVERDONE, REMAINS, SAID, UNTOUCHED
 
 FORGET_WORDS = {
     "forgotten": "the model no longer says what it was to forget",
@@ -47,12 +36,13 @@ RETAIN_WORDS = {
     "other rows": "what it was to keep was measured on other rows than before",
     None: "what it was to keep was not measured",
 }
-HARDLY_SAID_WORDS = {  # of rows to keep that it hardly said before
-    "kept": "is as before on what it was to keep",
-    "unsure": "is as before on what it was to keep, as far as the rows can tell",
-    "doubtful": "may be much worse than before on what it was to keep (too few rows to tell)",
-    "worse": "is worse than before on what it was to keep",
-    "damaged": "is much worse than before on what it was to keep",
+HARDLY_SAID = "hardly said what it was to keep even before"
+HARDLY_SAID_WORDS = {  # of rows to keep
+    "kept": f"{HARDLY_SAID}, which is as likely as before",
+    "unsure": f"{HARDLY_SAID}, which is as likely as before, as far as the rows can tell",
+    "doubtful": f"{HARDLY_SAID}, which may be much less likely now (too few rows to tell)",
+    "worse": f"{HARDLY_SAID}, which is less likely now",
+    "damaged": f"{HARDLY_SAID}, which is much less likely now",
 }
 GENERAL_WORDS = {
     "kept": "answers general questions as before",
@@ -62,8 +52,6 @@ GENERAL_WORDS = {
     "damaged": "answers general questions much worse",
 }
 KEPT_STATES = ("kept", "unsure")
-# What decides on rows to keep, and how it is called.
-MEASURES = {"rouge_l_recall": "recall", "probability": "probability", "appears": "the share of answers that appear"}
 
 
 OTHER_WORDS = (
@@ -100,19 +88,6 @@ DIVERGED = Verdict(
 )  # fmt: skip
 
 
-class Kept(NamedTuple):
-    """What became of rows to keep: a state, and how much is left by the measure that decided it, which the sentence
-    `by` names."""
-
-    state: str = "kept"
-    left: float = 1.0
-    by: str = ""
-
-    @property
-    def severity(self) -> int:
-        return list(GENERAL_WORDS).index(self.state)
-
-
 def judge_run(
     stages: Stages,
     vocabulary: int | None,
@@ -141,7 +116,7 @@ def judge_run(
     worst = max(asked, key=lambda name: (SEVERITY.index(states[name]), name == FORGET, after[name].rouge_l_recall))
     forget = states[worst]
     kept = {
-        name: _kept(name, before[name], after[name], errors.get(name, {}))
+        name: what_became(name, before[name], after[name], errors.get(name, {}))
         for name in (RETAIN, GENERAL)
         if name in after and name in before
     }
@@ -176,6 +151,8 @@ def judge_run(
     elif _is_noise(after[FORGET], vocabulary) and _says_in_other_words(after[FORGET]):
         sentences.append(OTHER_WORDS)
     sentences += by_tests
+    if RETAIN in kept and hardly_said(before[RETAIN]) and retain in KEPT_STATES:
+        retain = None  # what it was to keep is not known to be kept: that there was hardly any is no praise
     return Verdict(_tone(forget, retain, bool(overdone or leaking)), headline + ".", sentences)
 
 
@@ -218,7 +195,7 @@ def judge_evaluation(
         after = {name: summary for name, summary in now.items() if name in compared}
         return judge_run({"before": known, "after": after}, vocabulary, stages)
     if FORGET not in now and RETAIN in known:
-        kept = _kept(RETAIN, known[RETAIN], now[RETAIN], {})
+        kept = what_became(RETAIN, known[RETAIN], now[RETAIN], {})
         words, figures = _kept_words(RETAIN, kept, known, now), _figures(RETAIN, known, now, {})
         return Verdict("unknown", f"On the rows measured, the model {words}{traces}.", [figures + kept.by])
     said = " and ".join(_says(part, now) for part in (FORGET, RETAIN) if part in now)
@@ -234,7 +211,7 @@ def judge_evaluation(
 
 def _says(part: str, now: Mapping[str, AnswerSummary]) -> str:
     """How many answers of a set the model says; beside them, those in the form in which it says most."""
-    most = max((name for name in now if part_of(name) == part), key=lambda name: (_said(now[name]), name == part))
+    most = max((name for name in now if part_of(name) == part), key=lambda name: (share_said(now[name]), name == part))
     words = _in_words(f"says {said_count(now[part])} of {now[part].rows} {part} answers", now[part])
     return words + (f" ({said_count(now[most])} of {now[most].rows} asked {form_words(most)})" if most != part else "")
 
@@ -245,23 +222,23 @@ def gives_numbers(*stages: Mapping[str, AnswerSummary]) -> bool:
 
 
 def _forget_state(before: AnswerSummary, after: AnswerSummary, gold: AnswerSummary | None) -> str:
-    by_chance = _said(gold) if gold else 0
+    by_chance = share_said(gold) if gold else 0
     if hardly_said(before):
-        if _said(after) <= max(SAID, _said(before)) + by_chance:
+        if share_said(after) <= max(SAID, share_said(before)) + by_chance:
             return "unknown"
-        return "untouched" if _said(after) >= MOSTLY_SAID else "as much"
-    recall = _remains(before.rouge_l_recall, after.rouge_l_recall)
-    probability = _remains(before.probability, after.probability)
+        return "untouched" if share_said(after) >= MOSTLY_SAID else "as much"
+    recall = remains(before.rouge_l_recall, after.rouge_l_recall)
+    probability = remains(before.probability, after.probability)
     # What a model that never saw the rows says by chance does not count against this one.
     chance = gold is not None and after.rouge_l_recall <= gold.rouge_l_recall + SAID
-    if _said(after) <= SAID + by_chance and (recall <= REMAINS or chance) and probability <= REMAINS:
+    if share_said(after) <= SAID + by_chance and (recall <= REMAINS or chance) and probability <= REMAINS:
         return "forgotten"
     # Where answers came in sentences of the model's own, their probability may fall though they are still said.
-    said = _remains(_said(before), _said(after)) if _said(before) > SAID else 0
+    said = remains(share_said(before), share_said(after)) if share_said(before) > SAID else 0
     if recall <= UNTOUCHED or max(said, probability) <= UNTOUCHED:
         return "partly"
-    mostly = max(_said(before), _said(after)) >= MOSTLY_SAID
-    return "untouched" if mostly and _said(after) > SAID else "as much"
+    mostly = max(share_said(before), share_said(after)) >= MOSTLY_SAID
+    return "untouched" if mostly and share_said(after) > SAID else "as much"
 
 
 def _what_became(
@@ -300,34 +277,8 @@ def _kept_words(name: str, kept: Kept, before: Mapping[str, AnswerSummary], afte
     if name == GENERAL:
         return GENERAL_WORDS[kept.state]
     if hardly_said(before[name]):
-        return HARDLY_SAID_WORDS[kept.state]
+        return _in_words(HARDLY_SAID_WORDS[kept.state], after[name])
     return _in_words(RETAIN_WORDS[kept.state], after[name])
-
-
-def hardly_said(before: AnswerSummary) -> bool:
-    return before.rouge_l_recall < KNOWN and _said(before) <= SAID
-
-
-def _kept(name: str, before: AnswerSummary, after: AnswerSummary, errors: Mapping[str, float]) -> Kept:
-    found = [Kept()]
-    whole = name == RETAIN and after.rows == after.rows_in_set  # which stand for no others
-    unknown = math.inf if name == GENERAL else 0.0  # own rows to keep count where nothing is known of chance
-    for measure, words in MEASURES.items():
-        was, now = getattr(before, measure), getattr(after, measure)
-        answers = measure == "appears"
-        if answers and (name == GENERAL or None in (was, now) or was < MOSTLY_SAID):
-            continue  # answers that were seldom said as they are written may be worded otherwise
-        # Of general answers the wording is free: it changes where nothing is lost.
-        enough = DAMAGED if answers else GENERAL_KEPT if (name, measure) == (GENERAL, "rouge_l_recall") else KEPT
-        if (left := _remains(was, now)) >= enough:
-            continue
-        much = left < DAMAGED and not answers  # a word that differs is enough for an answer not to appear
-        state = "damaged" if much else "worse"
-        if was - now <= BEYOND_CHANCE * (0.0 if whole else errors.get(measure, unknown)):
-            state = "doubtful" if much else "unsure"
-        fell = " to ".join(side_by_side([was, now], decimals=2))
-        found.append(Kept(state, left, f" What decided is {words}, which fell from {fell}."))
-    return max(found, key=lambda kept: (kept.severity, -kept.left))
 
 
 def _overdone(after: AnswerSummary, gold: AnswerSummary | None, vocabulary: int | None) -> str | None:
@@ -354,7 +305,7 @@ def _is_noise(after: AnswerSummary, vocabulary: int | None) -> bool:
 
 def _says_in_other_words(after: AnswerSummary) -> bool:
     """Whether more of the answers than may still appear are said, as part of more than the answer."""
-    return _said(after) - after.exact_match > SAID
+    return share_said(after) - after.exact_match > SAID
 
 
 def _figures(name: str, before: Mapping, after: Mapping, gold: Mapping) -> str:
@@ -419,18 +370,9 @@ def _tone(forget: str, retain: str | None, flawed: bool) -> str:
     return "good" if forget == "forgotten" and retain in KEPT_STATES and not flawed else "mixed"
 
 
-def _remains(before: float, after: float) -> float:
-    return after / before if before > 0 else 1.0
-
-
-def _said(summary: AnswerSummary) -> float:
-    """The share of answers that the model says: anywhere, or, where only that was measured, as all it says."""
-    return summary.exact_match if summary.appears is None else summary.appears
-
-
 def said_count(summary: AnswerSummary) -> int:
     """How many answers the model says."""
-    return round(_said(summary) * summary.rows)
+    return round(share_said(summary) * summary.rows)
 
 
 def _exact(summary: AnswerSummary) -> int:

@@ -502,14 +502,39 @@ def test_without_rows_to_keep_utility_is_that_of_general_questions(after, state,
 
 
 def test_what_was_hardly_said_before_cannot_still_be_said():
-    """Of the rows to keep, too, the verb says what was measured."""
+    """Of the rows to keep, too, the verb says what was measured, and tiny figures decide nothing: what counts is a
+    likelihood that is visibly less, by the NLL or by the probability."""
     before = summary(0.0, 0.2, 0.1, 3.0)
-    for after, words in (
-        (before, "is as before on what it was to keep"),
-        (summary(0.0, 0.17, 0.1, 3.0), "is worse than before on what it was to keep"),
-        (summary(0.0, 0.1, 0.1, 3.0), "is much worse than before on what it was to keep"),
+    for after, words, tone in (
+        (before, "as likely as before", "mixed"),
+        (summary(0.0, 0.05, 0.09, 3.1), "as likely as before", "mixed"),
+        (summary(0.0, 0.2, 0.051, 3.28), "as likely as before", "mixed"),
+        (summary(0.0, 0.2, 0.1, 3.3), "less likely now", "mixed"),
+        (summary(0.0, 0.2, 0.1, 3.7), "much less likely now", "bad"),
+        (summary(0.0, 0.2, 0.04, 3.0), "much less likely now", "bad"),
     ):
-        assert words in judge_run(stages(retain=after, before_retain=before), 50304, {}).headline
+        verdict = judge_run(stages(retain=after, before_retain=before), 50304, {})
+        assert verdict.headline.endswith(f" it was to keep even before, which is {words}."), verdict.headline
+        conjunction = " and hardly said" if words == "as likely as before" else ", but it hardly said"
+        assert conjunction in verdict.headline and verdict.tone == tone
+        assert any("What decided is" in told for told in verdict.sentences) is (words != "as likely as before")
+        alone = judge_evaluation({"retain": after}, {"retain": before}, None, {})
+        assert f"the model hardly said what it was to keep even before, which is {words}." in alone.headline
+    untaught, unseen = summary(0.0, 0.14, 0.012, 4.6, of=8), summary(0.0, 0.14, 0.011, 4.65, of=8)
+    assert "as likely as before." in judge_run(stages(retain=unseen, before_retain=untaught), 50304, {}).headline
+
+
+def test_a_fall_of_what_was_hardly_said_that_chance_explains_does_not_decide():
+    before, after = (summary(0.0, 0.2, 0.1, nll, of=1000) for nll in (3.0, 3.4))
+    for error, words in ((0.1, "less likely now."), (0.3, "as likely as before, as far as the rows can tell.")):
+        verdict = judge_run(stages(retain=after, before_retain=before), 50304, {}, {"retain": {"nll": error}})
+        told = "Chance may explain" if error == 0.3 else "What decided is"
+        assert verdict.headline.endswith(words) and verdict.tone == "mixed"
+        assert any(f" {told} the NLL per answer token, which rose from 3.00 to 3.40." in it for it in verdict.sentences)
+    many = judge_run(
+        stages(retain=summary(1.0, 0.94, 0.99, 0.01, of=1000)), 50304, {}, {"retain": {"rouge_l_recall": 0.1}}
+    )
+    assert any(" Chance may explain recall, which fell from 1.00 to 0.94." in told for told in many.sentences)
 
 
 @pytest.mark.parametrize(
