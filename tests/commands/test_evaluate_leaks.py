@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from shutil import copy, copytree
 
@@ -179,10 +180,16 @@ def test_bad_input(byte_model, files, capsys):
 
 
 def test_a_dry_run_checks_all_and_writes_nothing(byte_model, files, capsys):
-    assert evaluate(byte_model, files, "--leaks", "relearning", "jailbreak", *QUICK, "--dry-run") == 0
+    longer = ("--leaks", "relearning", "jailbreak", *QUICK, "--relearn-steps", "3")
+    assert evaluate(byte_model, files, *longer, "--dry-run") == 0
     printed = capsys.readouterr().out
     assert "Leak test jailbreak, on 4 forget rows and 4 holdout rows: ROUGE-L recall" in printed
+    assert "Would measure 4 forget rows: likelihoods and answers" in printed and "Measured" not in printed
+    assert "Would write 4 answers of up to 12 tokens, besides what leak tests ask" in printed
+    steps = re.search(r"Would take (\d+) steps of fine-tuning\n", printed)[1]
     assert printed.rstrip().endswith("Dry run: nothing was measured or written.") and not (files / "out").exists()
+    assert evaluate(byte_model, files, *longer, out="measured") == 0
+    assert f"Leak tests: {steps} steps of fine-tuning, about" in capsys.readouterr().out
     for bad in (("--relearn-attacks", "4:20:1e-3"), ("--retune-lr", "0"), ("--leak-samples", "0")):
         assert evaluate(byte_model, files, "--leaks", "relearning", *QUICK, "--dry-run", *bad) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1

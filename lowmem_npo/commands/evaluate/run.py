@@ -28,11 +28,12 @@ from lowmem_npo.evaluation.comparing import loaded_otherwise
 from lowmem_npo.evaluation.directory import THE_ADAPTER, THE_BASE, EvaluationDirectory, as_json
 from lowmem_npo.evaluation.fluency import fluency
 from lowmem_npo.evaluation.leaks.contract import NO_HOLDOUT, LeakTest, SavedModel, Subject, leak_results
-from lowmem_npo.evaluation.leaks.measure import repeated, run_leak_tests, time_of_tuning
+from lowmem_npo.evaluation.leaks.measure import repeated, run_leak_tests, steps_of_tuning, time_of_tuning
 from lowmem_npo.evaluation.leaks.registry import leak_tests
 from lowmem_npo.evaluation.leaks.worst import not_beside_gold
 from lowmem_npo.evaluation.open_unlearning import muse_figures, tofu_figures, token_figures
 from lowmem_npo.evaluation.result import Evaluation
+from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.scoring.scorer import Scorer
 from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.files import expanded
@@ -72,10 +73,24 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
 
 
 def _announced(plan: EvaluationPlan) -> list[str]:
-    """What would be measured, in lines."""
-    lines = [f"{benchmark.title}: {_rows(name, chosen)}" for benchmark, name, chosen in plan.selected]
+    """What would be measured, and what that takes, in lines."""
+    config, lines, written = plan.config, list[str](), list[tuple[int, int]]()
+    for benchmark, name, chosen in plan.selected:
+        what = "likelihoods and answers" if benchmark is PLAIN else benchmark.title
+        lines.append(f"Would measure {_rows(name, chosen)}: {what}")
+        written += benchmark.written(name, chosen, plan.context) if config.lets_write else []
     counts = " and ".join(_rows(name, chosen) for name, chosen in plan.leak_rows.items())
-    lines += [f"Leak test {test.name}, on {counts}: {test.summary}" for test in leak_tests(plan.config.leaks)]
+    tests = leak_tests(config.leaks)
+    lines += [f"Leak test {test.name}, on {counts}: {test.summary}" for test in tests]
+    besides = ", besides what leak tests ask" if tests else ""
+    if written:
+        most = max(length for _, length in written)
+        lines.append(f"Would write {counted(len(written), 'answer')} of up to {most} tokens{besides}")
+    if plan.leak_rows:
+        scorer = Scorer(None, plan.context.tokenizer, Journal(None), plan.rows_at_once, config.lets_write)
+        if steps := steps_of_tuning(tests, _subject(plan, tests, plan.directory.merged, scorer)):
+            left = ", those that were taken before among them" if config.resume else ""
+            lines.append(f"Would take {counted(steps, 'step')} of fine-tuning{left}")
     return [*lines, "Dry run: nothing was measured or written."]
 
 

@@ -90,13 +90,17 @@ def repeated(tests: Iterable[LeakTest]) -> list[LeakTest]:
     return [test for test in attacks if not test.loads_models and test is not EXTRACTION]
 
 
+def steps_of_tuning(tests: Iterable[LeakTest], subject: Subject) -> int:
+    """How many steps of fine-tuning the tests have still to take, on every form of the model; none is loaded."""
+    possible = [test for test in tests if test.hindrance(subject) is None]
+    subjects = [replace(subject, form=form) for form in ("", *(form for test in possible for form in test.forms))]
+    return sum(test.tuning_steps(of_form, subject.options) for of_form in subjects for test in possible)
+
+
 def time_of_tuning(tests: Iterable[LeakTest], subject: Subject) -> list[str]:
     """How many steps of fine-tuning the tests have still to take, and how long here, in a line; none where there are
     only a few. What a step takes is measured, on an adapter that is thrown away."""
-    possible = [test for test in tests if test.hindrance(subject) is None]
-    subjects = [replace(subject, form=form) for form in ("", *(form for test in possible for form in test.forms))]
-    steps = sum(test.tuning_steps(of_form, subject.options) for of_form in subjects for test in possible)
-    if steps < FEW_STEPS:
+    if (steps := steps_of_tuning(tests, subject)) < FEW_STEPS:
         return []
     took = steps * seconds_per_step(subject.scorer.loaded_model, subject.forget)
     time = f"{took / 3600:.1f} hours" if took >= 5400 else f"{took / 60:.0f} minutes" if took >= 90 else f"{took:.0f} s"
