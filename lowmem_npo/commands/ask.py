@@ -251,7 +251,8 @@ def load(options: AskOptions, say: Say) -> Asked:
     from lowmem_npo.model.saved_adapter import load_adapter, settings_of_run
     from lowmem_npo.model.stop_tokens import stop_tokens
     from lowmem_npo.model.trial import check_architecture
-    from lowmem_npo.report.audit import of_another_adapter, recorded_base, recorded_prompts, recorded_schema
+    from lowmem_npo.report.as_audited import of_another_adapter, recorded_base
+    from lowmem_npo.report.audit import recorded_prompts, recorded_schema
     from lowmem_npo.run_directory import run_of_adapter
 
     folder, run = expanded(options.run), dict[str, Any]()

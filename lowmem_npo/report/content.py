@@ -28,7 +28,8 @@ from lowmem_npo.evaluation.leaks.worst import WORST_ATTACK, WorstAttack, not_bes
 from lowmem_npo.files import expanded, load_json
 from lowmem_npo.ranges import shortened
 from lowmem_npo.records import check_record
-from lowmem_npo.report.audit import Audit, base_of_run, check_reported, of_another_adapter, read_audit
+from lowmem_npo.report.as_audited import base_of_run, of_another_adapter
+from lowmem_npo.report.audit import Audit, check_reported, read_audit
 from lowmem_npo.report.figures import StagedFigure, evaluation_figures, run_figures
 from lowmem_npo.report.leak_tests import leak_sections
 from lowmem_npo.report.run_leaks import AFTER, Tested, merged_leaks

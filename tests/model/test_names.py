@@ -8,7 +8,7 @@ import pytest
 from lowmem_npo.errors import UserError
 from lowmem_npo.model.names import Base, commit_of, resolve_name
 from lowmem_npo.model.saved_adapter import resolve_base
-from lowmem_npo.report.audit import recorded_base
+from lowmem_npo.report.as_audited import recorded_base
 
 
 @pytest.mark.parametrize(

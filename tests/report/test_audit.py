@@ -13,7 +13,8 @@ from helpers.reported_run import FORGET, RETAIN, train
 from helpers.rows import write_rows
 
 from lowmem_npo.cli import main
-from lowmem_npo.report.audit import ALGORITHM, find_rows, is_other_holdout, row_hash
+from lowmem_npo.report.as_audited import is_other_holdout
+from lowmem_npo.report.audit import ALGORITHM, find_rows, row_hash
 
 
 def audit_of(folder) -> dict:

@@ -47,7 +47,7 @@ from lowmem_npo.model.notes import model_notes
 from lowmem_npo.model.saved_adapter import settings_of_run
 from lowmem_npo.model.size import size_of
 from lowmem_npo.model.stop_tokens import stop_tokens
-from lowmem_npo.report.audit import are_others, is_other_holdout, judging, recorded_base
+from lowmem_npo.report.as_audited import are_others, is_other_holdout, judging, recorded_base
 from lowmem_npo.run_directory import AdapterFiles, run_of_adapter
 from lowmem_npo.sizes import first_of
 from lowmem_npo.sources import data_names

@@ -43,7 +43,7 @@ from lowmem_npo.model.adapters import original_model
 from lowmem_npo.model.loading import resolve_device
 from lowmem_npo.model.names import Base
 from lowmem_npo.model.saved_adapter import check_unchanged, load_adapter
-from lowmem_npo.report.audit import of_another_adapter, of_another_base
+from lowmem_npo.report.as_audited import of_another_adapter, of_another_base
 from lowmem_npo.report.content import read_content
 from lowmem_npo.report.evaluation_text import evaluation_text
 from lowmem_npo.report.verdict import judge_evaluation

@@ -18,7 +18,8 @@ from lowmem_npo.files import expanded, file_sha256, load_json
 from lowmem_npo.model.names import Base
 from lowmem_npo.model.saved_adapter import settings_of_run
 from lowmem_npo.records import check_record
-from lowmem_npo.report.audit import base_of_run, recorded_adapter
+from lowmem_npo.report.as_audited import base_of_run
+from lowmem_npo.report.audit import recorded_adapter
 from lowmem_npo.report.run_leaks import AFTER, Tested, standing
 from lowmem_npo.run_directory import RunFiles, run_of_adapter
 

@@ -33,7 +33,8 @@ from lowmem_npo.memory.switches import load_base, stream_layers
 from lowmem_npo.model.checkpoint import find_checkpoint
 from lowmem_npo.model.loading import DTYPES, resolve_device
 from lowmem_npo.model.names import Base
-from lowmem_npo.report.audit import of_another_base, read_audit, recorded_adapter
+from lowmem_npo.report.as_audited import of_another_base
+from lowmem_npo.report.audit import read_audit, recorded_adapter
 from lowmem_npo.run_directory import RunFiles, run_of_adapter
 from lowmem_npo.training.forget_level import halved
 

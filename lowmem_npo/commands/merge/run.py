@@ -32,7 +32,7 @@ from lowmem_npo.model.loading import DTYPES as COMPUTE_TYPES
 from lowmem_npo.model.merging import Updates, check_space, find_updates, write_merged
 from lowmem_npo.model.names import Base
 from lowmem_npo.model.saved_adapter import settings_of_run
-from lowmem_npo.report.audit import of_another_adapter, of_another_base, recorded_base
+from lowmem_npo.report.as_audited import of_another_adapter, of_another_base, recorded_base
 from lowmem_npo.report.model_card import Measurements, merged_card
 from lowmem_npo.run_directory import RunFiles, check_empty
 from lowmem_npo.sizes import amount

@@ -8,7 +8,7 @@ from lowmem_npo.console import silent
 from lowmem_npo.data import PreparedData
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answers import read_answers
-from lowmem_npo.report.audit import check_same_adapter, check_same_model, check_same_rows
+from lowmem_npo.report.as_audited import check_same_adapter, check_same_model, check_same_rows
 from lowmem_npo.run_directory import RunDirectory
 from lowmem_npo.training.step_rows import num_steps
 

@@ -29,7 +29,7 @@ from lowmem_npo.model.saved_adapter import check_finite, settings_of_run
 from lowmem_npo.model.stop_tokens import stop_tokens
 from lowmem_npo.model.weights import check_has_weights
 from lowmem_npo.recipes import named_in_errors, remark
-from lowmem_npo.report.audit import check_recorded_base, check_same_adapter, check_same_model, check_same_rows
+from lowmem_npo.report.as_audited import check_recorded_base, check_same_adapter, check_same_model, check_same_rows
 from lowmem_npo.run_directory import RunDirectory, check_disk, step_of
 from lowmem_npo.training.adversary import attacker_size
 from lowmem_npo.training.arguments import check_trainer_args

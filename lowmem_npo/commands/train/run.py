@@ -35,7 +35,8 @@ from lowmem_npo.model import attach_lora, reference_mode
 from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.loading import resolve_device
 from lowmem_npo.recipes import with_recipe
-from lowmem_npo.report.audit import begin_audit, check_same_rows, finish_audit
+from lowmem_npo.report.as_audited import check_same_rows
+from lowmem_npo.report.audit import begin_audit, finish_audit
 from lowmem_npo.report.files import write_report
 from lowmem_npo.report.known_before import hardly_known
 from lowmem_npo.run_directory import RunDirectory, RunFiles, step_of, what_is_left
