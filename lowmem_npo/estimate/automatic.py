@@ -36,6 +36,7 @@ from lowmem_npo.training.reference import check_cache_space
 from lowmem_npo.training.step_rows import num_steps
 from lowmem_npo.training.training_rows import planned_rows
 
+SIMULATING = "A step is simulated, to see what fits into memory; of a large model that takes a minute or more."
 FEW_BYTES = 256 * 2**20  # of activations, which are kept without a simulation
 
 
@@ -87,6 +88,7 @@ def _decide(
     budget = config.memory.memory_budget
     if not on_gpu and budget is None:
         return _on_cpu(config, data, architecture, say), None
+    say(SIMULATING)
     report = Simulation(config, workload_of(config, data), own_device() if on_gpu else None).report()
     if report.config.memory.stream_weights:
         report = _with_host(report, on_gpu, say)
@@ -175,6 +177,7 @@ def _on_cpu(config: RunConfig, data: PreparedData, architecture: PretrainedConfi
     if (kept := activations_at_most(architecture, workload.largest.micro_batch(config))) <= min(FEW_BYTES, available):
         say(f"Layers are not recomputed: what they keep is at most {gib(kept)}.")
         return replace(config, memory=replace(config.memory, gradient_checkpointing="off"))
+    say(SIMULATING)
     report = Simulation(config, workload, Device(CAPABILITY, "the CPU", None, available)).report()
     again = "recomputed" if report.config.memory.recomputes_layers else "not recomputed"
     needed = gib(report.estimate.needed_bytes)

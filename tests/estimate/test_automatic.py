@@ -14,7 +14,7 @@ from lowmem_npo.config import MemoryConfig, ModelConfig, ObjectiveConfig, Output
 from lowmem_npo.data import TokenizedRows
 from lowmem_npo.data.chat import today
 from lowmem_npo.estimate import automatic
-from lowmem_npo.estimate.automatic import activations_at_most, as_begun, decide
+from lowmem_npo.estimate.automatic import SIMULATING, activations_at_most, as_begun, decide
 from lowmem_npo.estimate.rows import StepRows, token_row
 from lowmem_npo.training.arguments import npo_config
 
@@ -48,7 +48,7 @@ def test_a_small_run_on_a_cpu_recomputes_nothing_and_caches_its_reference(tmp_pa
     asked = run(tmp_path, memory=MemoryConfig(joint_pass_tokens=300))
     assert npo_config(decided(asked)[0]).joint_pass_tokens == 300
     assert [line.partition(":")[0] for line in lines if "Layers" in line] == ["Layers are not recomputed"]
-    assert any(line.startswith("Reference cache in") for line in lines)
+    assert any(line.startswith("Reference cache in") for line in lines) and SIMULATING not in lines
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,7 @@ def test_layers_are_recomputed_where_memory_is_short(tmp_path, monkeypatch):
     config = run(tmp_path)
     config, lines = decided(replace(config, model=replace(config.model, model=str(tmp_path / "model"))))
     assert config.memory.gradient_checkpointing == "on" and any("Layers are recomputed" in line for line in lines)
+    assert lines[-2] == SIMULATING and lines.count(SIMULATING) == 1
 
 
 def test_a_resumed_run_keeps_what_was_decided(tmp_path):
