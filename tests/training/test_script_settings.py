@@ -19,7 +19,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.memory.checkpointing import is_checkpointed
 from lowmem_npo.model import attach_lora
 from lowmem_npo.model.layers import decoder_layers
-from lowmem_npo.training import trainer as trainer_module
+from lowmem_npo.training import passes
 from lowmem_npo.training.script_words import in_script_words
 from lowmem_npo.training.trainer import NPOConfig, NPOTrainer
 
@@ -27,9 +27,9 @@ from lowmem_npo.training.trainer import NPOConfig, NPOTrainer
 def test_the_head_is_read_where_the_model_computes(byte_model, tmp_path, monkeypatch):
     """Recorded: a model that is loaded elsewhere is moved before its head is taken, which would stay behind."""
     done = []
-    to, read = PeftModel.to, trainer_module.frozen_head
+    to, read = PeftModel.to, passes.frozen_head
     monkeypatch.setattr(PeftModel, "to", lambda model, *where: done.append(where) or to(model, *where))
-    monkeypatch.setattr(trainer_module, "frozen_head", lambda model: done.append("head") or read(model))
+    monkeypatch.setattr(passes, "frozen_head", lambda model: done.append("head") or read(model))
     trainer_of(byte_model, tmp_path)
     assert done.index("head") > done.index((torch.device("cpu"),))
 
