@@ -34,6 +34,8 @@ def idle_options(settings: Mapping[str, Any]) -> dict[str, str]:
         idle["layered_weight"] = "--layered 2, whose second stage is the last, which shows all rows alike"
     if settings.get("adversary") is None:
         idle["adversary_steps"] = "no --adversary"
+    if not settings.get("qlora"):
+        idle["double_quant"] = "no --qlora"
     if not delta:
         idle["kl_direction"] = "--delta 0"
     if not (gamma or delta):
@@ -65,6 +67,8 @@ def remarks_on_idle_options(config: RunConfig) -> list[str]:
     idle = idle_in(config)
     if config.memory.joint_pass_tokens == 0:  # which asks for what there is
         idle.pop("joint_pass_tokens", None)
+    if config.model.double_quant == "on":  # which auto becomes, whatever the weights are
+        idle.pop("double_quant", None)
     sections = [getattr(config, name) for name in SECTIONS]
     given = {f.name for section in sections for f in fields(section) if getattr(section, f.name) != f.default}
     return [f"--{name.replace('_', '-')} has no effect with {why}." for name, why in idle.items() if name in given]

@@ -131,6 +131,12 @@ class RunConfig:
         settings["leaks"] = list(settings["leaks"]) or ["none"]
         return {**settings, **self.trainer_args}
 
+    def chosen(self) -> dict[str, Any]:
+        """The model, and of `flat` what differs from the defaults."""
+        defaults = RunConfig(ModelConfig(self.model.model)).flat()
+        del defaults["model"]
+        return {name: value for name, value in self.flat().items() if name not in defaults or value != defaults[name]}
+
     def to_yaml(self) -> str:
         """The whole run as YAML that `--config` accepts back."""
         return yaml.safe_dump(self.flat(), sort_keys=False, allow_unicode=True)

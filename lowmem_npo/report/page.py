@@ -21,6 +21,7 @@ from lowmem_npo.evaluation.answers import AnswerSummary, part_of
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.figures import side_by_side
 from lowmem_npo.files import expanded, name_of
+from lowmem_npo.idle_options import idle_options
 from lowmem_npo.report.audit import seconds
 from lowmem_npo.report.content import EVIDENCE, Content
 from lowmem_npo.report.figures import ANSWERS
@@ -59,7 +60,8 @@ def render_page(content: Content, examples: int) -> str:
     environment.filters["quoted"] = lambda path: shlex.quote(str(path))
     settings, (model, _) = content.settings, base_model(content)
     refuses = settings.get("forget_term") in REFUSING_TERMS
-    given = {name: value for name, value in settings.items() if value is not None}
+    idle = idle_options(settings)
+    given = {name: value for name, value in settings.items() if value is not None and name not in idle}
     return environment.get_template("report.html.jinja").render(
         c=content,
         cost=cost(content),

@@ -278,6 +278,19 @@ def test_a_dry_run_refuses_what_has_no_effect(byte_model, tmp_path, capsys):
     assert main(["estimate", "--model", str(byte_model), "--fp16"]) == 2
 
 
+def test_a_dry_run_shows_the_settings_that_are_no_defaults_and_have_an_effect(byte_model, tmp_path, capsys):
+    options = ["--model", str(byte_model), "--lr", "3e-4", "--simnpo-margin", "0.1", "--limit", "4", "--device", "cpu"]
+    assert main(["train", *options, "--output-dir", str(tmp_path / "out"), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    shown = printed.partition(f"model: {byte_model}\n")[2].partition("All other options")[0]
+    assert "lr: 0.0003\n" in shown and "limit: 4\n" in shown
+    for name in ("double_quant", "simnpo_margin", "qlora", "gamma"):  # without an effect here, or defaults
+        assert f"{name}:" not in printed
+    assert len(shown.splitlines()) < 15 and "a run's run.yaml holds all" in printed
+    assert main(["train", *options, "--double-quant", "off", "--output-dir", str(tmp_path / "out"), "--dry-run"]) == 0
+    assert "--double-quant has no effect with no --qlora." in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("text, message", [
     ("- a\n- b\n", "name: value"), ("model: [m\n", "not valid YAML"), ("nonsense: 3\nmodel: m", "--nonsense"),
     ("help: null", "no option --help:"), ("help: true", "no option --help:"), ('"": null', "no option --:"),

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
@@ -30,6 +31,7 @@ from lowmem_npo.estimate.background import Watched, record, watch
 from lowmem_npo.evaluation.answers import Evaluations, in_sentences_of_its_own, summaries
 from lowmem_npo.evaluation.leaks.relearning import RELEARNING
 from lowmem_npo.files import PARTIAL, put_contents_in_place, write_atomically
+from lowmem_npo.idle_options import idle_in
 from lowmem_npo.memory.switches import apply_switches, load_base
 from lowmem_npo.model import attach_lora, reference_mode
 from lowmem_npo.model.layers import causal_lm
@@ -93,7 +95,10 @@ def _train_claimed(config: RunConfig, say: Say) -> RunResult | None:
         return None
     plan = plan_run(config, inputs, say)
     if config.output.dry_run:
-        say(plan.directory.config.to_yaml().rstrip())
+        idle, chosen = idle_in(plan.config), plan.directory.config.chosen()
+        in_use = {name: value for name, value in chosen.items() if name not in idle}
+        say(yaml.safe_dump(in_use, sort_keys=False, allow_unicode=True).rstrip())
+        say("All other options have their defaults (`lowmem-npo train --help-all`); a run's run.yaml holds all.")
         say(f"Dry run: data, model and disk are fine; {plan.sentence}. Nothing was trained or written.")
         return None
     return unlearn(plan, load_base(plan.config.model, plan.config.memory, say), say)
