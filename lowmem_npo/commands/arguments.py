@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import sys
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_origin, get_type_hints
 
 import tyro
 
@@ -22,6 +23,7 @@ from lowmem_npo.commands.help_texts import flags_of, optional_numbers, run_optio
 from lowmem_npo.commands.spellings import ALIASES, SOURCES, as_in_trl, canonical, join_sources, with_none
 from lowmem_npo.commands.trainer_options import check_flags, check_option, check_trainer_values, trainer_arguments
 from lowmem_npo.commands.wording import explained
+from lowmem_npo.commands.wrapped import Wrapped
 from lowmem_npo.config import SECTIONS, OutputConfig, RunConfig, TrainingConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks.registry import WHILE_TRAINING, leak_tests
@@ -90,7 +92,7 @@ def parse(kind: type, arguments: Sequence[str], command: str, config: tuple[Any,
     messages, arguments = io.StringIO(), with_none(arguments, optional_numbers(kind))
     config += (tyro.conf.HelptextFromCommentsOff,)  # `with_help` has found all texts in the source
     try:
-        with redirect_stderr(messages):
+        with redirect_stderr(messages), redirect_stdout(cast(Any, Wrapped(sys.stdout))):
             return tyro.cli(kind, args=arguments, prog=f"lowmem-npo {command}", config=config, **options)
     except SystemExit as ended:
         if not ended.code:

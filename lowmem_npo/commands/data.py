@@ -38,8 +38,8 @@ class DataCommand(DataOptions, ModelOptions):
     """Look at data as a run would read it; nothing is trained or written.
 
     Prints for each set what was recognised (columns, rows, their form), how long the rows are, and which are there
-    twice; between sets the rows that are in both, and near-duplicates. With --model, lengths are in its tokens, what
-    --max-length cuts is counted, and the model is asked for a few of the rows.
+    twice; between sets the rows that are in both, and near-duplicates. With --model, lengths are in its tokens, it is
+    counted what --max-length cuts, and the model is asked for a few of the rows.
     """
 
     files: tyro.conf.Positional[tuple[str, ...]] = field(default=(), kw_only=True)

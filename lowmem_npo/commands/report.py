@@ -20,7 +20,7 @@ from lowmem_npo.run_directory import RunFiles, check_is_run
 class Report(Checked):
     """Rewrite the report of a run: report.html (one page), report.json and README.md, the model card.
 
-    `lowmem-npo train` writes the report when it ends. Rewritten, it includes what `lowmem-npo evaluate --adapter RUN`
+    A run writes its report when it ends. Rewritten, it includes what `lowmem-npo evaluate --adapter RUN`
     has measured since, if that is in the run's own `evaluation` directory, and leak tests in evaluation-2 and so on.
     """
 

@@ -113,6 +113,8 @@ class Template:
         """The form of an example, for the user."""
         if self.messages(example, tokenizer) is not None:
             return "written with the model's chat template"
+        if example.schema == PASSAGE and example.prompt is not None:
+            return "the beginning of a passage and what follows it, as they stand"
         return "whole texts" if example.prompt is None else f"written as {self.for_schema(example.schema)!r}"
 
     def for_schema(self, schema: str) -> str:

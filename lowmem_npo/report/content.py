@@ -39,8 +39,8 @@ from lowmem_npo.run_directory import EvaluationFiles, RunFiles, check_is_run, fi
 from lowmem_npo.training.metrics import Metrics, read_metrics
 
 EVIDENCE = (
-    "This report is evidence: what was measured, on which rows, with which tests. It is not a certificate that the "
-    "data is gone."
+    "This is evidence: what was measured, on which rows, with which tests. It is not a certificate that the data is "
+    "gone."
 )
 STAGES = ("before", "after", "gold")
 # Why an evaluation is none of the run's.

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lowmem_npo.evaluation.answer_table import MEASURES, Measure, Stages
 from lowmem_npo.evaluation.answers import part_of
-from lowmem_npo.evaluation.figures import side_by_side
+from lowmem_npo.evaluation.figures import formatted, side_by_side
 from lowmem_npo.training.metrics import Metrics
 
 # Okabe and Ito's palette, which colour-blind readers can distinguish. Forget and retain look the same in every panel.
@@ -122,8 +122,12 @@ def draw_bars(ax: Axes, stages: Stages, column: int) -> None:
 
 
 def _labels(stages: Stages, sets: Sequence[str], measure: Measure) -> dict[str, list[str]]:
-    """Stage -> what is written on its bars; figures of a set that differ are not written alike."""
-    by_set = [side_by_side([measure.value(of.get(name)) for of in stages.values()], "", decimals=2) for name in sets]
+    """Stage -> what is written on its bars, with as many decimals on all: figures of a set that differ are not written
+    alike."""
+    values = [[measure.value(of.get(name)) for of in stages.values()] for name in sets]
+    texts = [text for of_set in values for text in side_by_side(of_set, "", decimals=2) if "e" not in text]
+    decimals = max((len(text.partition(".")[2]) for text in texts), default=2)
+    by_set = [[formatted(value, "", max(decimals, 2)) for value in of_set] for of_set in values]
     return {stage: [labels[place] for labels in by_set] for place, stage in enumerate(stages)}
 
 

@@ -107,8 +107,8 @@ def _asked(content: Content, model: str) -> Iterator[str]:
         )
     else:
         yield (
-            f"It was to keep what it knows otherwise, for which {counted(retain['rows'], 'example')} to protect "
-            f"(“{_source(retain)}”) stand. Below they are called retain rows."
+            "It was to keep what it knows otherwise. For that it was trained on "
+            f"{counted(retain['rows'], 'example')} to protect (“{_source(retain)}”), below called retain rows."
         )
 
 

@@ -291,6 +291,17 @@ def test_a_dry_run_shows_the_settings_that_are_no_defaults_and_have_an_effect(by
     assert "--double-quant has no effect with no --qlora." in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["data", "ask", "evaluate", "merge", "report"])
+def test_help_is_as_wide_as_the_terminal(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    try:
+        main([command, "--help"])
+    except SystemExit as ended:
+        assert not ended.code
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 10 and max(map(len, lines)) <= 80
+
+
 @pytest.mark.parametrize("text, message", [
     ("- a\n- b\n", "name: value"), ("model: [m\n", "not valid YAML"), ("nonsense: 3\nmodel: m", "--nonsense"),
     ("help: null", "no option --help:"), ("help: true", "no option --help:"), ('"": null', "no option --:"),

@@ -233,7 +233,11 @@ def test_only_the_last_passage_ends_with_eos(tmp_path, bpe_tokenizer):
         assert row["labels"][max(1, row["prompt_length"]) :] == row["input_ids"][max(1, row["prompt_length"]) :]
     assert max(len(row["input_ids"]) for row in data.forget) <= 64 + 1
     line = next(line for line in data.report if line.startswith(f"forget: {path}"))
-    assert re.search(r"(\d+) completions and \1 texts; written as '{prompt}', or whole texts", line)
+    assert re.search(
+        r"(\d+) completions and \1 texts; the beginning of a passage and what follows it, as they stand, "
+        "or whole texts",
+        line,
+    )
     shown = preview(data.forget, bpe_tokenizer, 2, title="forget", color=False)
     assert f"({path}, passage 1, second half)" in shown and f"({path}, passage 1)" in shown
 

@@ -6,8 +6,9 @@ import pytest
 from matplotlib import image
 from matplotlib.figure import Figure
 
+from lowmem_npo.evaluation.answer_table import MEASURES
 from lowmem_npo.evaluation.answers import AnswerSummary
-from lowmem_npo.report.panels import draw_likelihood
+from lowmem_npo.report.panels import draw_bars, draw_likelihood
 from lowmem_npo.report.picture import draw_picture
 
 METRICS = [
@@ -64,6 +65,18 @@ def test_other_numbers_give_another_picture(tmp_path):
     assert rows.min() > 500 and columns.min() > 1100  # the last panel at the bottom: exact match
     rows, columns = (pixels(tmp_path / "curves.png") != plain).any(axis=2).nonzero()
     assert rows.max() < 550 and columns.min() > 700  # the right panel at the top: the objective
+
+
+def test_the_bars_of_a_panel_have_as_many_decimals():
+    """As many as tell the figures of a set apart."""
+    chances = {"before": {"forget": 0.046, "retain": 0.013}, "after": {"forget": 0.02, "retain": 0.011}}
+    drawn = {
+        stage: {part: AnswerSummary(8, 8, 80, 1.0, chance, 0.5, 0.25) for part, chance in of.items()}
+        for stage, of in chances.items()
+    }
+    ax = Figure().add_subplot()
+    draw_bars(ax, drawn, next(at for at, measure in enumerate(MEASURES) if measure.field == "probability"))
+    assert [text.get_text() for text in ax.texts] == ["0.046", "0.013", "0.020", "0.011"]
 
 
 def test_beside_a_refusal_there_is_no_line_of_what_gold_says_of_the_forget_answers():

@@ -45,7 +45,7 @@ def test_it_comes_first_and_has_five_parts(run, content):
 def test_it_names_the_data_without_its_folder(run, content):
     asked = " ".join(part(content, "What was asked"))
     assert "The language model “Tiny” was to forget what is in 5 examples (“forget.jsonl”)" in asked
-    assert "2 examples to protect (“retain.jsonl”)" in asked and str(run.parent) not in asked
+    assert "it was trained on 2 examples to protect (“retain.jsonl”), below" in asked and str(run.parent) not in asked
     assert "in 3 steps" in part(content, "What was done")[0]
 
 

@@ -70,7 +70,7 @@ def test_training_and_audit_are_those_of_the_run(run):
 
 def test_it_calls_itself_evidence_and_states_its_limits(run):
     report, text = report_of(run), page(run).text
-    assert "evidence" in report["what_this_is"] and "not a certificate" in report["what_this_is"]
+    assert report["what_this_is"].startswith("This is evidence: ") and "not a certificate" in report["what_this_is"]
     for words in (
         "not a certificate",
         "original weights are as they were",

@@ -19,7 +19,7 @@ from lowmem_npo.sources import check_adapter_name, check_file
 def main(arguments: Sequence[str]) -> None:
     command_line = with_help(EvaluationConfig, LEAK_TESTS)
     benchmarks = "; ".join(benchmark.summary for benchmark in BENCHMARKS)
-    command_line.__doc__ = f"{EvaluationConfig.__doc__}\n\n{benchmarks}."
+    command_line.__doc__ = f"{(EvaluationConfig.__doc__ or '').rstrip()}\n\n{benchmarks}."
     arguments = join_sources(arguments)
     parsed = parse(command_line, arguments, "evaluate")
     if parsed.resume:  # what is not given stays as it was

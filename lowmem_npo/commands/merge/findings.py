@@ -77,8 +77,10 @@ def findings(
         said = {test: _said(test, of, adapter, base_weights, in_merged, with_place) for test, of in known.items()}
         if rounded and not known[QUANTIZATION.name]:
             said[QUANTIZATION.name] = ANSWERS_ALONE
-        how = testing_command(adapter, [test for test, of in said.items() if of.advised], base, with_place)
-        return [*(f"{of.text} {how} checks it." if of.advised else of.text for of in said.values()), *lasting]
+        advised = [test for test, of in said.items() if of.advised]
+        how, both = testing_command(adapter, advised, base, with_place), "both" if len(advised) > 1 else "it"
+        texts = [f"{of.text} {how} checks {both}." if [test] == advised[-1:] else of.text for test, of in said.items()]
+        return [*texts, *lasting]
 
     return sentences(with_place=True), sentences(with_place=False)
 
