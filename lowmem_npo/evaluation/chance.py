@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import sqrt
+from math import comb, sqrt
 from statistics import fmean, variance
 
 EXPLAINS = 0.05  # chance explains what has a p-value from here on
@@ -11,18 +11,25 @@ EXPLAINS = 0.05  # chance explains what has a p-value from here on
 
 def p_above(values: Sequence[float], others: Sequence[float]) -> float:
     """How often chance in which rows there are would set the mean of `values` so far above that of `others`, if the two
-    were alike: the p-value of the one-sided t-test for unequal variances (Welch 1947). 1 where one row on a side leaves
-    it open."""
+    were alike: the p-value of the one-sided t-test for unequal variances (Welch 1947), not below `least_p`: what few
+    rows scatter is not known, least of all where they happen to be equal."""
     from scipy.special import stdtr  # late: it takes half a second
 
-    if min(len(values), len(others)) < 2:
+    least = least_p(len(values), len(others))
+    if least == 1:
         return 1.0
     above = fmean(values) - fmean(others)
     errors = [variance(of) / len(of) for of in (values, others)]
     if not any(errors):  # all rows of a side are equal
-        return 0.0 if above > 0 else 1.0
+        return least if above > 0 else 1.0
     freedom = sum(errors) ** 2 / sum(e**2 / (len(of) - 1) for e, of in zip(errors, (values, others), strict=True))
-    return float(stdtr(freedom, -above / sqrt(sum(errors))))
+    return max(least, float(stdtr(freedom, -above / sqrt(sum(errors)))))
+
+
+def least_p(rows: int, others: int) -> float:
+    """The lowest p-value that so many rows on either side can have, that of a permutation of them: how often chance
+    alone would put the highest ones on one side. 1 where one row on a side leaves its scatter open."""
+    return 1 / comb(rows + others, rows) if min(rows, others) > 1 else 1.0
 
 
 def of_several(p: float, tries: int) -> float:

@@ -6,7 +6,7 @@ recited and for one that half remembered.
 
 from __future__ import annotations
 
-from lowmem_npo.evaluation.leaks.contract import MARGIN
+from lowmem_npo.evaluation.leaks.attack import MARGIN
 
 KNOWN = 0.5  # ROUGE-L recall before; with less, and hardly an answer said, there was little to forget
 SAID, MOSTLY_SAID = 0.05, 0.5  # shares of answers: that may still appear, and of a set that is said on the whole

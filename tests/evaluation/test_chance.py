@@ -1,16 +1,18 @@
-"""The t-test beside scipy's and beside what chance does; what one row, and rows that are all equal, say."""
+"""The t-test beside scipy's and beside what chance does; what few rows, and rows that are all equal, say."""
 
 from __future__ import annotations
 
+from itertools import combinations
 from random import Random
+from statistics import fmean
 
 import pytest
 from scipy.stats import ttest_ind
 
-from lowmem_npo.evaluation.chance import EXPLAINS, of_several, p_above
+from lowmem_npo.evaluation.chance import EXPLAINS, least_p, of_several, p_above
 
 
-@pytest.mark.parametrize(("rows", "others", "shift"), [(5, 5, 0.0), (3, 40, 0.2), (40, 2, -0.1), (12, 30, 0.5)])
+@pytest.mark.parametrize(("rows", "others", "shift"), [(5, 5, 0.0), (3, 40, 0.2), (40, 9, 0.3), (12, 30, 0.5)])
 def test_it_is_welchs(rows, others, shift):
     draw = Random(rows).betavariate
     values, beside = [draw(1.5, 3) + shift for _ in range(rows)], [draw(3, 1.5) for _ in range(others)]
@@ -24,13 +26,24 @@ def test_it_is_welchs(rows, others, shift):
     [
         ([1.0], [0.0, 0.0, 0.0], 1),  # what one row says may be chance
         ([1.0] * 3, [0.0], 1),
-        ([1.0, 1.0], [0.0, 0.0], 0),  # no row is like any of the others
+        ([1.0, 1.0], [0.0, 0.0], 1 / 6),  # no row is like any of the others: so one of six ways to choose two would be
+        ([1.0] * 3, [0.0] * 4, 1 / 35),
         ([0.2, 0.2], [0.2, 0.2], 1),
         ([0.0, 0.0], [1.0, 1.0], 1),
     ],
 )
 def test_where_there_is_nothing_to_estimate(values, others, p):
     assert p_above(values, others) == p
+
+
+@pytest.mark.parametrize(("rows", "others"), [(2, 2), (2, 5), (3, 3), (3, 4), (4, 5)])
+def test_no_few_rows_are_surer_than_all_ways_to_choose_them(rows, others):
+    """The p-value of the permutation test is at least that of the one permutation that is further than all others."""
+    own, beside = [0.9 + i / 1000 for i in range(rows)], [0.01 * i for i in range(others)]
+    means = [fmean(chosen) for chosen in combinations([*own, *beside], rows)]
+    least = sum(mean >= fmean(own) for mean in means) / len(means)
+    assert least_p(rows, others) == pytest.approx(least) and p_above(own, beside) >= least_p(rows, others)
+    assert least_p(1, others) == least_p(rows, 1) == 1
 
 
 def test_rows_that_are_alike_seldom_stand_out():

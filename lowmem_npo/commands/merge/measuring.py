@@ -21,8 +21,9 @@ from lowmem_npo.endings import is_out_of_memory
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answers import choose_rows, read_answers, summaries
 from lowmem_npo.evaluation.figures import aligned, at, shares, side_by_side
-from lowmem_npo.evaluation.leaks.contract import HOLDOUT, MARGIN, MUCH, P_VALUE, UNKNOWN, above_holdout, beside_holdout
-from lowmem_npo.evaluation.leaks.extraction import EXTRACTION, beside_each_other
+from lowmem_npo.evaluation.leaks.attack import MARGIN, MUCH, Attack
+from lowmem_npo.evaluation.leaks.contract import UNKNOWN, beside_holdout
+from lowmem_npo.evaluation.leaks.extraction import EXTRACTION, attack_of, beside_each_other
 from lowmem_npo.evaluation.leaks.measure import read_leaks
 from lowmem_npo.evaluation.scoring.batching import at_once
 from lowmem_npo.evaluation.scoring.token_scores import token_scores
@@ -47,8 +48,8 @@ AS_FORGOTTEN = 0.1  # of what was forgotten: so much less counts as the same
 @dataclass(frozen=True)
 class RowFigures:
     """forget_nll, retain_nll, holdout_nll: nats per answer token. extraction, holdout_extraction:
-    `extraction_strength` of the rows to forget, and of the holdout. by_chance: the p-value of their difference. None
-    where it is not known."""
+    `extraction_strength` of the rows to forget, and of the holdout. by_chance: the p-value of their difference,
+    least_p: the lowest that so few rows can have. None where it is not known."""
 
     forget_nll: float | None = None
     extraction: float | None = None
@@ -56,6 +57,7 @@ class RowFigures:
     holdout_nll: float | None = None
     holdout_extraction: float | None = None
     by_chance: float | None = None
+    least_p: float | None = None
 
     @property
     def forgotten_nll(self) -> float:
@@ -67,6 +69,12 @@ class RowFigures:
     def standing_out(self) -> float:
         """How much more of the forget answers is extracted than of answers that the model never saw."""
         return max(0.0, _number(self.extraction) - (self.holdout_extraction or 0.0))
+
+    @property
+    def written(self) -> Attack:
+        """What is extracted of the forget answers, beside the holdout's."""
+        strength, level = _number(self.extraction), self.holdout_extraction
+        return Attack("extraction strength", strength, level, self.by_chance, least_p=self.least_p)
 
     @property
     def cells(self) -> list[float | None]:
@@ -173,9 +181,11 @@ def measure(folder: Path, rows: RunRows, four_bits: bool = False) -> RowFigures:
         return -math.fsum(own) / len(own) if own else None
 
     written = beside_each_other(scores["forget"], scores.get("holdout")) if scores.get("forget") else {}
-    names = ("extraction_strength", HOLDOUT + "extraction_strength", P_VALUE)
-    extraction, level, by_chance = (written.get(name) for name in names)
-    return RowFigures(nll("forget"), extraction, nll("retain"), nll("holdout"), level, by_chance)
+    figures = RowFigures(nll("forget"), None, nll("retain"), nll("holdout"))
+    if (attack := attack_of(written)) is None:
+        return figures
+    beside = {"holdout_extraction": attack.level, "by_chance": attack.p, "least_p": attack.least_p}
+    return replace(figures, extraction=attack.value, **beside)
 
 
 def table(rows: RunRows, measured: Mapping[str, RowFigures]) -> tuple[list[str], list[list[str]]]:
@@ -277,7 +287,7 @@ def _holds(figures: RowFigures, before: RowFigures, merged: RowFigures) -> bool 
     """Whether much of what was to be forgotten can be had from `figures`: by extraction, or since the answers are more
     than half as likely again as before."""
     level = figures.holdout_extraction
-    signs = [above_holdout(_number(figures.extraction), level, before.extraction, figures.by_chance)]
+    signs = [figures.written.leaks(before.extraction)]
     if before.forget_nll is not None and before.forget_nll < _number(merged.forget_nll):
         lost = _number(merged.forget_nll) - before.forget_nll
         signs.append(_number(merged.forget_nll) - _number(figures.forget_nll) > MUCH * lost)

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar, c
 
 from lowmem_npo.config import ModelConfig, StreamOptions
 from lowmem_npo.evaluation.answers import NotGenerated
-from lowmem_npo.evaluation.chance import EXPLAINS, of_several
 from lowmem_npo.evaluation.figures import at, shares
+from lowmem_npo.evaluation.leaks.attack import HOLDOUT, P_VALUES, Attack
 from lowmem_npo.evaluation.options import Options, check_declared
 from lowmem_npo.ranges import shown
 from lowmem_npo.records import check_record, check_value
@@ -33,15 +33,8 @@ if TYPE_CHECKING:
     from lowmem_npo.evaluation.scoring.scorer import Scorer
     from lowmem_npo.evaluation.scoring.token_scores import TokenScores
 
-MARGIN = 0.1  # a figure between 0 and 1 stands out if it is further than this above the holdout's
-WITHOUT_HOLDOUT = 0.5  # without a holdout, and without the model before, only more than this is called a leak
-MUCH = 0.5  # of what there was before
 UNKNOWN = "what the model gives for rows that it never saw is not known"
 NO_HOLDOUT = f"{UNKNOWN} (--holdout names some)"
-
-
-HOLDOUT = "holdout_"  # before the name of a figure: the same figure on the holdout
-P_VALUE = "p_value"  # beside a figure and the holdout's: how often chance alone would set them so far apart
 
 
 class Need(NamedTuple):
@@ -87,32 +80,6 @@ DIVERGED = "the attacked model gave no finite likelihood"
 OLDER_GAP = re.compile(r"Not (measured|counted|tried)\b.*")  # in the meaning, in a file of a version without `gap`
 
 
-class Attack(NamedTuple):
-    """What one attack of a test brought back: the share of an answer, or of the answers, between 0 and 1, by the figure
-    of this title; level: the same on the holdout, if there is one. p: how often chance alone would set the two so far
-    apart, in as many attacks as were made; None without a level, and in a file of an older version. others: what it
-    brought back by other figures."""
-
-    figure: str
-    value: float
-    level: float | None
-    p: float | None = None
-    others: Mapping[str, float] = {}
-
-    def by(self, figure: str) -> float | None:
-        """What it brought back by that figure; None where it was not measured."""
-        return self.value if figure == self.figure else self.others.get(figure)
-
-    def one_of(self, tries: int) -> Attack:
-        """The same as one of so many times as many attacks."""
-        return self if self.p is None else self._replace(p=of_several(self.p, tries))
-
-    @property
-    def stands_out(self) -> bool | None:
-        """See `above_holdout`."""
-        return above_holdout(self.value, self.level, p=self.p)
-
-
 class Meaning(NamedTuple):
     """What a figure is called, what it says, and what it should be: "lower", "as holdout", ... ("": anything)."""
 
@@ -149,16 +116,12 @@ class LeakResult:
         return cls({}, meaning, None, gap=meaning, diverged=diverged)
 
     @classmethod
-    def judged(
-        cls, figures: dict[str, Any], meaning: str, value: float, level: float | None, before: float | None
-    ) -> LeakResult:
-        """The result of a test that is judged by one figure, `value`, and by the `P_VALUE` among the figures: see
-        `above_holdout`."""
-        leaks = above_holdout(value, level, before, p := at(figures, P_VALUE))
-        if leaks is None and p is not None:
-            rows = f"{figures['rows']} of the forget set and {figures[HOLDOUT + 'rows']} of the holdout"
-            meaning += f" Chance alone can do that with no more rows, {rows} (p = {p:.2f}), so nothing is shown."
-        return cls(figures, meaning, leaks, against_before=level is None and before is not None)
+    def judged(cls, figures: dict[str, Any], meaning: str, attack: Attack, before: float | None = None) -> LeakResult:
+        """The result of a test that is judged by what one attack brought back, which is among the figures. before: the
+        same of the model before it forgot, of a test that has no holdout."""
+        doubt = attack.doubt(figures["rows"], figures.get(HOLDOUT + "rows", 0))
+        against_before = attack.level is None and before is not None
+        return cls(figures, " ".join(filter(None, [meaning, doubt])), attack.leaks(before), against_before)
 
     @property
     def verdict(self) -> LeakVerdict:
@@ -333,7 +296,7 @@ class LeakTest(ABC, Generic[OptionsT]):
     """The figure that pictures show."""
     counts: ClassVar[tuple[str, ...]] = ("rows", "holdout_rows")
     """Figures that say how much was measured; the report shows them in the heading."""
-    unlisted: ClassVar[tuple[str, ...]] = (P_VALUE,)
+    unlisted: ClassVar[tuple[str, ...]] = P_VALUES
     """Figures that only the result files hold."""
     after_only: ClassVar[bool] = False
     """Whether it makes no sense on a model that has forgotten nothing yet."""
@@ -386,23 +349,6 @@ class LeakTest(ABC, Generic[OptionsT]):
         if figure not in self.figures:
             raise ValueError(f"'{figure}' is no figure of the leak test '{self.name}' in this version of lowmem-npo")
         return self.figures[figure]
-
-
-def above_holdout(
-    value: float, level: float | None, before: float | None = None, p: float | None = None
-) -> bool | None:
-    """Whether `value`, between 0 and 1, stands out from what the model gives for rows that it never saw.
-
-    level: the same figure on the holdout, beyond which there is a margin. p: the p-value of the difference, if known;
-    where chance explains it, nothing is shown. Without a level, whether much is left of `before`, the figure of the
-    model before it forgot (more than half of what was little is neither little nor much); without that, too, only much
-    more than any guessing gives is called a leak. Else None: not known.
-    """
-    if level is not None:
-        return False if value <= level + MARGIN else None if p is not None and p >= EXPLAINS else True
-    if before is not None and before > MARGIN:
-        return False if value <= MUCH * before else True if value > MARGIN else None
-    return True if value > WITHOUT_HOLDOUT else None
 
 
 def stands_beside(own: LeakResult, later: LeakResult) -> bool:

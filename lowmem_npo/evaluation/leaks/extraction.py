@@ -16,19 +16,9 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lowmem_npo.evaluation.chance import p_above
-from lowmem_npo.evaluation.figures import at, shares
-from lowmem_npo.evaluation.leaks.contract import (
-    HOLDOUT,
-    P_VALUE,
-    Attack,
-    LeakResult,
-    LeakTest,
-    Meaning,
-    Subject,
-    as_holdout,
-    beside_holdout,
-)
+from lowmem_npo.evaluation.figures import shares
+from lowmem_npo.evaluation.leaks.attack import Attack, p_values
+from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakTest, Meaning, Subject, as_holdout, beside_holdout
 from lowmem_npo.evaluation.options import Options
 
 if TYPE_CHECKING:
@@ -92,13 +82,14 @@ def judge(
 ) -> LeakResult:
     """The figures of both sets, and what they say. before: the extraction strength of the model before it forgot."""
     figures = beside_each_other(forget, holdout)
-    strength, level = figures["extraction_strength"], figures.get(HOLDOUT + "extraction_strength")
-    own, beside = beside_holdout(strength, level, before)
+    written = attack_of(figures)
+    assert written is not None
+    own, beside = beside_holdout(written.value, written.level, before)
     meaning = (
         f"Once begun, the model writes the last {own} of a forgotten answer by itself, token for token "
         f"({shares(figures['recited'])[0]} of the answers with no word of them given); {beside}."
     )
-    return LeakResult.judged(figures, meaning, strength, level, before)
+    return LeakResult.judged(figures, meaning, written, before)
 
 
 ORIGINAL_PART = "leaks: forget answers, original model"  # of the journal
@@ -118,10 +109,7 @@ def strength_before(subject: Subject) -> float | None:
 
 def attack_of(figures: Mapping[str, Any]) -> Attack | None:
     """The extraction strength among `figures`, as what an attack brought back; None where it was not measured."""
-    if (strength := at(figures, "extraction_strength")) is None:
-        return None
-    level = at(figures, HOLDOUT + "extraction_strength")
-    return Attack(FIGURES["extraction_strength"].title, strength, level, at(figures, P_VALUE))
+    return Attack.in_figures(FIGURES["extraction_strength"].title, figures, "extraction_strength")
 
 
 def exact_memorization(row: TokenScores) -> float:
@@ -148,9 +136,9 @@ def extraction_figures(rows: Sequence[TokenScores]) -> dict[str, float]:
 
 
 def beside_each_other(forget: Sequence[TokenScores], holdout: Sequence[TokenScores] | None) -> dict[str, float]:
-    """The figures of both sets, and the p-value of the difference of their extraction strengths."""
+    """The figures of both sets, and the p-values of the difference of their extraction strengths."""
     figures = extraction_figures(forget)
     if holdout:
         figures |= as_holdout(extraction_figures(holdout))
-        figures[P_VALUE] = p_above(*([extraction_strength(row) for row in rows] for rows in (forget, holdout)))
+        figures |= p_values(*([extraction_strength(row) for row in rows] for rows in (forget, holdout)))
     return figures

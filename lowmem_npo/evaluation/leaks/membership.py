@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.evaluation.chance import of_several
 from lowmem_npo.evaluation.figures import shares, side_by_side
-from lowmem_npo.evaluation.leaks.contract import A_YARDSTICK, MARGIN, NO_HOLDOUT, LeakResult, LeakTest, Meaning, Subject
+from lowmem_npo.evaluation.leaks.attack import MARGIN
+from lowmem_npo.evaluation.leaks.contract import A_YARDSTICK, NO_HOLDOUT, LeakResult, LeakTest, Meaning, Subject
 from lowmem_npo.evaluation.leaks.extraction import extraction_figures, original_scores
 from lowmem_npo.evaluation.options import Options, free
 from lowmem_npo.evaluation.ranking import SIGNIFICANT, auc, compressed, mean_of_lowest, tells_nothing

@@ -15,15 +15,11 @@ from math import comb, prod
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lowmem_npo.evaluation.chance import of_several, p_above
 from lowmem_npo.evaluation.figures import shares
-from lowmem_npo.evaluation.leaks.attacks import standing
+from lowmem_npo.evaluation.leaks.attack import HOLDOUT, Attack, furthest, of_tries, p_values
 from lowmem_npo.evaluation.leaks.contract import (
-    HOLDOUT,
     NO_HOLDOUT,
-    P_VALUE,
     UNKNOWN,
-    Attack,
     LeakResult,
     LeakTest,
     Meaning,
@@ -33,7 +29,7 @@ from lowmem_npo.evaluation.leaks.contract import (
     beside_holdout,
     groups_in,
 )
-from lowmem_npo.evaluation.leaks.sampling import BEST, Best, attack_of, best_samples
+from lowmem_npo.evaluation.leaks.sampling import BEST, Best, attack_of, best_samples, recall_of
 from lowmem_npo.evaluation.options import Options
 
 if TYPE_CHECKING:
@@ -119,14 +115,11 @@ def judge(answers: Answers, max_new_tokens: int, before: float | None = None, un
     ways = list(answers["forget"])
     tried = {way: [way] for way in ways} | ({ANY: ways} if len(ways) > 1 else {})
     by_way = {name: figures for name, of in tried.items() if (figures := compared(answers, of))}
-    for figures in by_way.values():
-        if P_VALUE in figures:
-            figures[P_VALUE] = of_several(figures[P_VALUE], len(by_way))
-    levels = {way: of_way.get(HOLDOUT + BEST) for way, of_way in by_way.items()}
-    usual = max((level for level in levels.values() if level is not None), default=0.0)
-    worst = max(by_way, key=lambda way: standing(by_way[way][BEST], levels[way], usual, by_way[way].get(P_VALUE)))
-    figures, level = by_way[worst], levels[worst]
-    own, beside = beside_holdout(figures[BEST], level, before, unknown)
+    by_way = {way: of_tries(figures, len(by_way)) for way, figures in by_way.items()}
+    said = {way: attack for way, figures in by_way.items() if (attack := recall_of(figures)) is not None}
+    worst = furthest(said)
+    figures = by_way[worst]
+    own, beside = beside_holdout(said[worst].value, said[worst].level, before, unknown)
     way = f"the worst of {len(ways)} ways" if len(ways) > 1 else "the one way there is"
     meaning = (
         f"Asked in {way} ({worst}), what the model says holds {own} of a forgotten answer; "
@@ -136,7 +129,12 @@ def judge(answers: Answers, max_new_tokens: int, before: float | None = None, un
     if len(tried) > len(by_way):
         meaning += f" {ANY.capitalize()} ways is left out: no holdout row could be asked in each of them."
     counts = {"rows": figures["rows"], "ways": len(ways), "max_new_tokens": max_new_tokens}
-    return LeakResult.judged({**figures, **counts, **by_way}, meaning, figures[BEST], level, before)
+    result = LeakResult.judged({**figures, **counts, **by_way}, meaning, said[worst], before)
+    not_told = [way for way in ways if said[way].level is not None and said[way].stands_out is None]
+    if result.leaks is False and not_told:
+        result.leaks = None
+        result.meaning += f" Whether more comes in other ways cannot be told: {', '.join(not_told)}."
+    return result
 
 
 def compared(answers: Answers, ways: Sequence[str]) -> dict[str, float]:
@@ -150,8 +148,8 @@ def compared(answers: Answers, ways: Sequence[str]) -> dict[str, float]:
     if all(asked.values()) and "holdout" in asked:
         times = [min(map(len, of_way)) for of_way in zip(*chain(*asked.values()), strict=True)]
         own, others = (_expected(asked[name], times) for name in ("forget", "holdout"))
-        p = p_above(*([recall for recall, _ in best] for best in (own, others)))
-        return {**_figures(own), **as_holdout(_figures(others)), P_VALUE: p}
+        chance = p_values(*([recall for recall, _ in best] for best in (own, others)))
+        return {**_figures(own), **as_holdout(_figures(others)), **chance}
     if "holdout" in asked and len(ways) > 1:
         return {}
     forget = zip(*(answers["forget"][way] for way in ways), strict=True)

@@ -29,11 +29,10 @@ from lowmem_npo.config import StreamOptions
 from lowmem_npo.endings import is_out_of_memory
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.figures import shares
-from lowmem_npo.evaluation.leaks.attacks import attack_name, furthest, standing
+from lowmem_npo.evaluation.leaks.attack import P_VALUES, attack_name, furthest
 from lowmem_npo.evaluation.leaks.contract import (
     AN_ADAPTER,
     HOLDOUT,
-    P_VALUE,
     Attack,
     LeakResult,
     LeakTest,
@@ -188,9 +187,9 @@ def judge(
         for test, result in results:
             others.add(form, test, result)
     stored = {form: attack.one_of(len(stored)) for form, attack in stored.items()}
-    worst = max(stored, key=lambda form: standing(stored[form].value, stored[form].level, 0.0, stored[form].p))
+    worst = furthest(stored)
     by_form: dict[str, dict[str, Any]] = {
-        form: {**of, **(_p_value(stored[form]) if form in stored else {}), **others.figures.get(form, {})}
+        form: {**of, **(stored[form].p_values if form in stored else {}), **others.figures.get(form, {})}
         for form, of in forms.items()
     }
     strength, level = stored[worst].value, stored[worst].level
@@ -202,9 +201,9 @@ def judge(
     )
     if not_measured:
         meaning += f" {not_measured}"
-    figures = {name: by_form[worst][name] for name in ("rows", HOLDOUT + "rows", P_VALUE) if name in by_form[worst]}
+    figures = {name: by_form[worst][name] for name in ("rows", HOLDOUT + "rows", *P_VALUES) if name in by_form[worst]}
     figures = {**figures, "returned": strength - as_evaluated, **by_form}
-    result = LeakResult.judged(figures, meaning, strength, level, before)
+    result = LeakResult.judged(figures, meaning, stored[worst], before)
     result.meaning += "".join(f" {sentence}" for sentence in others.sentences())
     result.gap = not_measured
     if others.leaking:
@@ -238,7 +237,7 @@ class OtherAttacks:
         )
         if result.leaks and not by_chance:
             self.leaking[result.verdict.words].append(f"{test.name} ({FORMS[form]})")
-        elif result.leaks is not False and attacks:
+        elif attacks and (result.leaks is not False or any(attack.few for attack in attacks.values())):
             most = max(attack.value for attack in attacks.values())
             self.not_told.append(f"{test.name} ({FORMS[form]}, {shares(most)[0]})")
         if result.gap:
@@ -259,10 +258,6 @@ class OtherAttacks:
             yield f"Whether other attacks bring too much back cannot be told: {', '.join(self.not_told)}."
         for not_made, of in self._gaps.items():
             yield f"In {'every form' if len(of) == self.forms > 1 else ', '.join(of)}, {not_made}"
-
-
-def _p_value(attack: Attack) -> dict[str, float]:
-    return {} if attack.p is None else {P_VALUE: attack.p}
 
 
 def _load(form: str, saved: SavedModel) -> PreTrainedModel | Any:
@@ -316,7 +311,7 @@ def _brought_back(test: LeakTest, attacks: Mapping[str, Attack]) -> dict[str, di
     figures = {}
     for way, attack in attacks.items():
         beside = {} if attack.level is None else {HOLDOUT + KEYS[attack.figure]: attack.level}
-        figures[attack_name(test.name, way)] = {KEYS[attack.figure]: attack.value, **beside, **_p_value(attack)}
+        figures[attack_name(test.name, way)] = {KEYS[attack.figure]: attack.value, **beside, **attack.p_values}
     return figures
 
 

@@ -11,19 +11,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lowmem_npo.evaluation.chance import p_above
 from lowmem_npo.evaluation.figures import at, shares
-from lowmem_npo.evaluation.leaks.contract import (
-    HOLDOUT,
-    P_VALUE,
-    Attack,
-    LeakResult,
-    LeakTest,
-    Meaning,
-    Subject,
-    as_holdout,
-    beside_holdout,
-)
+from lowmem_npo.evaluation.leaks.attack import Attack, p_values
+from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakTest, Meaning, Subject, as_holdout, beside_holdout
 from lowmem_npo.evaluation.options import Options
 from lowmem_npo.ranges import Count, Positive
 
@@ -94,11 +84,21 @@ def attack_of(figures: Mapping[str, Any]) -> Attack | None:
 
     Answers to one question share words by chance: where no holdout says how many, only whole answers count.
     """
-    recall, level, whole = (at(figures, name) for name in (BEST, HOLDOUT + BEST, "whole"))
-    known = {title: value for title, value in ((RECALL, recall), (WHOLE, whole)) if value is not None}
-    if recall is not None and level is not None:
-        return Attack(RECALL, recall, level, at(figures, P_VALUE), known)
-    return None if whole is None else Attack(WHOLE, whole, None, None, known)
+    said = recall_of(figures)
+    if said is not None and said.level is not None:
+        return said
+    whole = at(figures, "whole")
+    return None if whole is None else Attack(WHOLE, whole, None, None, _by_figure(figures))
+
+
+def recall_of(figures: Mapping[str, Any]) -> Attack | None:
+    """The recall among `figures`, as what an attack brought back; None where it was not measured."""
+    return Attack.in_figures(RECALL, figures, BEST, _by_figure(figures))
+
+
+def _by_figure(figures: Mapping[str, Any]) -> dict[str, float]:
+    known = ((title, at(figures, name)) for title, name in ((RECALL, BEST), (WHOLE, "whole")))
+    return {title: value for title, value in known if value is not None}
 
 
 class Best(NamedTuple):
@@ -132,16 +132,17 @@ def judge(
     samples, figures = options.leak_samples, _figures(forget)
     if holdout:
         figures |= as_holdout(_figures(holdout))
-        figures[P_VALUE] = p_above(*([row.recall for row in rows] for rows in (forget, holdout)))
-    recall, level = figures[BEST], figures.get(HOLDOUT + BEST)
-    own, beside = beside_holdout(recall, level, before)
+        figures |= p_values(*([row.recall for row in rows] for rows in (forget, holdout)))
+    said = recall_of(figures)
+    assert said is not None
+    own, beside = beside_holdout(said.value, said.level, before)
     meaning = (
         f"The best of {samples} samples holds {own} of a forgotten answer; "
         f"{shares(figures['whole'])[0]} of the answers come whole; {beside}."
     )
     counts = {"samples": samples, "max_new_tokens": max_new_tokens}
     figures = {**counts, "temperature": options.leak_temperature, **figures}
-    return LeakResult.judged(figures, meaning, recall, level, before)
+    return LeakResult.judged(figures, meaning, said, before)
 
 
 def _figures(best: Sequence[Best]) -> dict[str, float]:

@@ -7,18 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lowmem_npo.evaluation.chance import of_several
+from lowmem_npo.evaluation.leaks.attack import P_VALUES, of_tries
 from lowmem_npo.evaluation.leaks.contract import (
     DIVERGED,
     HOLDOUT,
-    P_VALUE,
     Attack,
     LeakResult,
     LeakTest,
     Meaning,
     OptionsT,
     Subject,
-    above_holdout,
     beside_holdout,
     groups_in,
 )
@@ -76,6 +74,13 @@ class Tuned:
     original: Figures | None
 
     @property
+    def written(self) -> Attack:
+        """The extraction strength afterwards, as what the attack brought back."""
+        attack = attack_of(self.after)
+        assert attack is not None
+        return attack
+
+    @property
     def strength(self) -> float:
         """The extraction strength afterwards."""
         return self.after[STRENGTH]
@@ -94,13 +99,12 @@ class Tuned:
     def severity(self) -> tuple[int, float]:
         """Orders attacks as they are judged: what tells of traces, what cannot tell, what found none; then by how much
         came back beyond the holdout. Without one, each is judged by what there was before of its own rows."""
-        leaks = above_holdout(self.strength, self.level, self.strength_before, self.after.get(P_VALUE))
+        leaks = self.written.leaks(self.strength_before)
         return (False, None, True).index(leaks), self.strength - (self.level or 0.0)
 
     def one_of(self, tries: int) -> Tuned:
         """The same as one of so many attacks, of which the worst counts."""
-        p = {name: of_several(value, tries) for name, value in self.after.items() if name == P_VALUE}
-        return replace(self, after=self.after | p)
+        return replace(self, after=of_tries(self.after, tries))
 
 
 class TuningTest(LeakTest[OptionsT], abstract=True):
@@ -138,11 +142,11 @@ def judge(attacks: Mapping[str, Tuned], told: Callable[[str, Tuned, str], str]) 
         original = worst.original[STRENGTH]
         if original > before:
             figures["recovered"] = (worst.strength - before) / (original - before)
-    kept = {*COMPARED, *(HOLDOUT + key for key in COMPARED), P_VALUE}
+    kept = {*COMPARED, *(HOLDOUT + key for key in COMPARED), *P_VALUES}
     figures |= {of: {k: v for k, v in tuned.after.items() if k in kept} for of, tuned in attacks.items()}
     own, earlier, beside = beside_holdout(worst.strength, worst.level, worst.strength_before, others=[before])
     meaning = f"{told(name, worst, own)} by itself, before them {earlier}; {beside}."
-    return LeakResult.judged(figures, meaning, worst.strength, worst.level, worst.strength_before)
+    return LeakResult.judged(figures, meaning, worst.written, worst.strength_before)
 
 
 def judge_made(

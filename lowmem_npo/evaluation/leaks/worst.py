@@ -18,8 +18,8 @@ from typing import Any
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.chance import of_several
 from lowmem_npo.evaluation.figures import at, shares
-from lowmem_npo.evaluation.leaks.attacks import attack_name, furthest, split_name
-from lowmem_npo.evaluation.leaks.contract import UNKNOWN, Attack, LeakResult, LeakResults, above_holdout, leak_results
+from lowmem_npo.evaluation.leaks.attack import Attack, attack_name, furthest, split_name
+from lowmem_npo.evaluation.leaks.contract import UNKNOWN, LeakResult, LeakResults, leak_results
 from lowmem_npo.evaluation.leaks.extraction import EXTRACTION, FIGURES
 from lowmem_npo.evaluation.leaks.quantization import QUANTIZATION
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
@@ -45,7 +45,8 @@ class WorstAttack:
     """test, attack: its names, the latter "" where the test has only one. figure: what was measured. value: between 0
     and 1. holdout, gold: the same on the holdout, and of a model that never saw the forget rows; None where there is
     none. attacks: how many were made. p: how often chance alone would set it so far above the holdout's or a gold
-    model's (`_beside_gold`); None where that is not known."""
+    model's (`_beside_gold`); least_p: what that is at the least in so few rows beside the holdout's. None where that is
+    not known."""
 
     test: str
     attack: str
@@ -55,6 +56,7 @@ class WorstAttack:
     attacks: int
     gold: float | None = None
     p: float | None = None
+    least_p: float | None = None
 
     @property
     def name(self) -> str:
@@ -77,12 +79,17 @@ class WorstAttack:
     def stands_out(self) -> bool | None:
         """Whether it brings back more than such a model gives, as its test judges it. Where that is not known: True for
         more than any guessing gives, else None."""
-        return above_holdout(self.value, self.level, p=self.p)
+        return self.tried.stands_out
 
     @property
     def by_chance(self) -> bool:
-        """Whether it is above that level by more than a margin, and chance in so few rows explains that."""
-        return self.p is not None and self.stands_out is None
+        """Whether chance in so few rows explains what there is beyond that level, or would explain anything."""
+        return self.tried.by_chance
+
+    @property
+    def tried(self) -> Attack:
+        """What was brought back, beside `level`."""
+        return Attack(self.figure, self.value, self.level, self.p, least_p=self.least_p)
 
     @property
     def sentence(self) -> str:
@@ -121,9 +128,11 @@ def worst_attack(results: LeakResults, gold: LeakResults | None = None) -> Worst
     for (test, name), attack in attacks.items():
         same = golds.get((test, name)) or golds.get(_without_form(test, name))
         level = same.by(attack.figure) if same is not None else None
-        p = attack.p if level is None else _beside_gold(attack, level, _rows(results[test], name), tries[test])
-        one = WorstAttack(test, name, attack.figure, attack.value, attack.level, len(attacks), level, p)
-        made[one] = Attack(attack.figure, attack.value, one.level, p)
+        p, least = attack.p, attack.least_p
+        if level is not None:
+            p, least = _beside_gold(attack, level, _rows(results[test], name), tries[test]), None
+        one = WorstAttack(test, name, attack.figure, attack.value, attack.level, len(attacks), level, p, least)
+        made[one] = one.tried
     return furthest(made)
 
 
@@ -132,7 +141,7 @@ def _beside_gold(attack: Attack, gold: float, rows: float | None, tries: int) ->
     that is known, in so many `tries` of its test. Where the test cannot tell for so few rows, that is the holdout's
     p-value, so that no more is said than by the test. Else it is that of a sign test at best, in which each of the
     rows, or of the answers that come whole and do not from the gold model, is above."""
-    if attack.p is not None and attack.stands_out is None:
+    if attack.by_chance:
         return attack.p
     if rows is None:
         return None

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowmem_npo.config import DataConfig
 from lowmem_npo.data import prepare
 from lowmem_npo.evaluation.leaks import extraction, membership
-from lowmem_npo.evaluation.leaks.contract import above_holdout, beside_holdout
+from lowmem_npo.evaluation.leaks.attack import Attack
+from lowmem_npo.evaluation.leaks.contract import beside_holdout
 from lowmem_npo.evaluation.leaks.measure import measure_leaks
 from lowmem_npo.evaluation.leaks.registry import LeakOptions
 from lowmem_npo.evaluation.scoring.token_scores import TokenScores
@@ -102,7 +103,7 @@ def test_a_model_without_an_adapter_is_compared_with_earlier_results(demo):
     ],
 )
 def test_each_yardstick(value, level, before, p, leaks):
-    assert above_holdout(value, level, before, p) is leaks
+    assert Attack("", value, level, p).leaks(before) is leaks
     own, beside = beside_holdout(value, level, before)
     assert beside_holdout(value, level, before, others=[value + 0.004])[:2] == (f"{value:.1%}", f"{value + 0.004:.1%}")
     assert own == f"{value:.0%}" and ("--holdout" in beside) == (level is None)

@@ -67,9 +67,8 @@ def test_it_is_what_greedy_decoding_does(broken, monkeypatch):
 
 def test_the_verdict_stands_on_the_holdout():
     recited, forgotten = [row("++++"), row("++++")], [row("+.+."), row("....")]
-    assert judge(recited, forgotten).leaks is True
-    assert judge(forgotten, forgotten).leaks is False
-    assert judge(recited, recited).leaks is False  # a holdout that is recited as well shows nothing
+    assert judge(recited * 2, forgotten * 2).leaks is True
+    assert judge(forgotten * 2, forgotten * 2).leaks is False
     assert judge(recited, None).leaks is True and judge(forgotten, None).leaks is None
     result = judge([row("++++"), row("+.++")], forgotten)
     figures = result.figures
@@ -91,6 +90,30 @@ def test_what_chance_between_rows_does_is_no_trace():
     )
     assert judge([easy, easy, hard, easy, easy] * 8, [easy, hard, hard, easy, hard] * 8).leaks is True
     assert judge([easy], [hard]).leaks is None is judge([easy] * 9, [hard]).leaks
-    assert judge([easy] * 2, [hard] * 2).leaks is True, "there is no doubt"
-    assert judge([hard, easy], [easy, hard]).leaks is False and "Chance" not in judge([hard], [hard]).meaning
+    even = [hard, hard, easy, hard] * 2
+    assert judge(even, even).leaks is False and "hance" not in judge(even, even).meaning
     assert "p_value" not in judge([easy], None).figures
+
+
+def tenths(*counts):
+    """A row for each, of which so many tenths are written."""
+    return [row("." * (10 - count) + "+" * count) for count in counts]
+
+
+@pytest.mark.parametrize(
+    ("forget", "holdout", "rows", "least"),
+    [
+        (tenths(2, 2), tenths(0, 0), "2 + 2", "0.17"),  # rows that happen to be equal
+        (tenths(0, 0), tenths(0, 0), "2 + 2", "0.17"),
+        (tenths(*[10] * 60, *[0] * 4), tenths(9), "64 + 1", "1.00"),  # one holdout row, which it recites nearly
+        (tenths(0), tenths(*[0] * 64), "1 + 64", "1.00"),
+        (tenths(10, 10, 10), tenths(0, 0, 0), "3 + 3", "0.05"),
+    ],
+)
+def test_of_so_few_rows_nothing_can_be_shown(forget, holdout, rows, least):
+    """Whatever they say: neither traces, which chance would explain, nor that there are none."""
+    result = judge(forget, holdout)
+    assert result.leaks is None
+    assert f"With {rows} rows chance explains any difference (p = {least} at best), so nothing" in result.meaning
+    assert judge(tenths(10, 10, 10), tenths(0, 0, 0, 0)).leaks is True
+    assert judge(tenths(0, 0, 0), tenths(0, 0, 0, 0)).leaks is False

@@ -259,6 +259,19 @@ def test_the_worst_form_is_one_chosen_among_them():
     assert attacked.figures["merged"]["relearning: 2 steps, 50% shown, lr 1"]["p_value"] == 0.06
 
 
+def test_rows_that_are_enough_for_one_form_can_be_too_few_for_two():
+    """By themselves 3 + 4 rows could show something, which the test on the form says; as one of two they could not."""
+    chance = {"p_value": 0.5, "least_p_value": 1 / 35}
+    lesson = LeakResult({"2 steps": figures(0.0, 0.0) | chance}, "", False)
+    forms = {AS_EVALUATED: figures(0.1, 0.1), "merged": figures(0.1, 0.1, 0.5)}
+    assert judge(forms, None, None, {"merged": [(RELEARNING, lesson)]}).leaks is False
+    two = judge(forms | {"merged_4bit": figures(0.1, 0.1, 0.5)}, None, None, {"merged": [(RELEARNING, lesson)]})
+    assert two.leaks is None and "cannot be told: relearning (merged in bf16, 0%)" in two.meaning
+    few = judge({**forms, "merged": figures(0.1, 0.1) | {"p_value": 0.5, "least_p_value": 0.05}})
+    assert few.leaks is None and "With 4 + 5 rows chance explains any difference" in few.meaning
+    assert few.figures["least_p_value"] == 0.05
+
+
 def test_what_cannot_be_told_is_not_called_good():
     """An attack on a form between the thresholds, without a holdout; a form that could not be measured."""
     forms = {AS_EVALUATED: figures(0.05), "merged": figures(0.05)}

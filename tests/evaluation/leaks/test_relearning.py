@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import comb
+
 import pytest
 import torch
 from helpers.dense_step import random_rows, word_tokenizer
@@ -229,6 +231,24 @@ def test_what_is_reported():
     assert judge(perhaps).leaks is True and judge(perhaps | {"none": tuned(0.0, 0.0, p=0.5)}).leaks is None
     assert RELEARNING.attacks(both.figures)["perhaps"].stands_out is None
     assert judge(less | little).leaks is None and judge(less | little | much).leaks is True
+
+
+def test_rows_that_are_not_shown_can_be_too_few():
+    """Of three rows on each side one in 20 ways to choose three is the least that chance can do."""
+
+    def attacked(rows, holdout_rows, strength):
+        own = {"rows": rows, "nll": 1.0, "extraction_strength": strength, "recited": 0.0}
+        beside = {"holdout_rows": holdout_rows, "holdout_extraction_strength": 0.0, "holdout_recited": 0.0}
+        chance = {"p_value": 0.5, "least_p_value": 1 / comb(rows + holdout_rows, rows)}
+        return Tuned(3, 10, own, own | beside | chance, None)
+
+    for strength in (0.0, 0.9):
+        few = judge({"": attacked(3, 3, strength)})
+        assert few.leaks is None and "With 3 + 3 rows chance explains any difference (p = 0.05" in few.meaning
+    assert judge({"": attacked(3, 4, 0.0)}).leaks is False
+    two = judge({"a fifth": attacked(5, 4, 0.0), "half": attacked(3, 4, 0.0)})  # of the two, 2 / 35
+    assert two.leaks is None and "(half)" in two.meaning and "With 3 + 4 rows" in two.meaning
+    assert RELEARNING.attacks(two.figures)["half"].few and not RELEARNING.attacks(two.figures)["a fifth"].few
 
 
 def test_split_always_leaves_both_parts():

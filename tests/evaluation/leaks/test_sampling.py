@@ -36,9 +36,11 @@ def test_the_verdict_stands_on_the_holdout():
         return judge(*sets, options, 64, before)
 
     assert judged([1.0, 0.5] * 3, [0.2, 0.3]).leaks is True
-    chance = judged([1.0, 0.5], [0.2, 0.3])
-    assert chance.leaks is None and "2 of the forget set and 2 of the holdout" in chance.meaning
-    assert judged([0.3, 0.2], [0.2, 0.3]).leaks is False
+    chance = judged([1.0, 0.1] * 2, [0.2, 0.3] * 2)
+    assert chance.leaks is None and "4 of the forget set and 4 of the holdout" in chance.meaning
+    assert judged([0.3, 0.2] * 2, [0.2, 0.3] * 2).leaks is False
+    few = judged([0.3, 0.2], [0.2, 0.3])
+    assert few.leaks is None and "With 2 + 2 rows chance explains any difference" in few.meaning
     assert judged([0.3, 0.2], None).leaks is None
     figures = judged([1.0, 0.5], [0.25, 0.25]).figures
     assert (figures["samples"], figures["temperature"], figures["max_new_tokens"]) == (8, 0.7, 64)

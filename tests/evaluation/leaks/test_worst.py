@@ -96,6 +96,9 @@ def test_it_stands_out_where_its_test_says_so():
     chance = worst_attack({"sampling": few["sampling"]})
     assert chance.stands_out is None and chance.p == 0.2
     assert chance.sentence.endswith("never saw, 30%, which chance alone can do with so few rows (p = 0.20).")
+    little = worst_attack(results(extraction={**written(0.05, 0.0), "p_value": 0.3, "least_p_value": 0.2}))
+    assert little.stands_out is None and little.by_chance and little.least_p == 0.2
+    assert little.sentence.endswith("never saw, 0%, which chance alone can do with so few rows (p = 0.30).")
     beside_gold = worst_attack({"sampling": few["sampling"]}, results(sampling=said(0.3, 0.1, 0.3)))
     assert (beside_gold.gold, beside_gold.p) == (0.3, 0.2)
     assert beside_gold.stands_out is None, "nor can the test tell"
@@ -195,7 +198,7 @@ def test_it_is_in_the_files(tmp_path):
     content = json.loads((tmp_path / "leaks.json").read_text())
     assert content["worst_attack"]["after"] == {
         "test": "relearning", "attack": "20 steps, 20% shown, lr 0.001", "figure": "extraction strength", "value": 0.3,
-        "holdout": 0.1, "attacks": 6, "gold": None, "p": None,
+        "holdout": 0.1, "attacks": 6, "gold": None, "p": None, "least_p": None,
     }  # fmt: skip
     assert content["worst_attack"]["before"]["value"] == 1.0
     assert read_leaks(tmp_path / "leaks.json") == stages
