@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import comb, sqrt
+from math import ceil, comb, floor, sqrt
 from statistics import fmean, variance
 
 EXPLAINS = 0.05  # chance explains what has a p-value from here on
+ROUNDING = 1e-9  # of a sum of shares
 
 
 def p_above(values: Sequence[float], others: Sequence[float]) -> float:
@@ -24,6 +25,20 @@ def p_above(values: Sequence[float], others: Sequence[float]) -> float:
         return least if above > 0 else 1.0
     freedom = sum(errors) ** 2 / sum(e**2 / (len(of) - 1) for e, of in zip(errors, (values, others), strict=True))
     return max(least, float(stdtr(freedom, -above / sqrt(sum(errors)))))
+
+
+def p_more(shares: Sequence[float], others: Sequence[float]) -> float:
+    """How often chance would set so many more of some on this side, if the two sides were alike: the p-value of the
+    one-sided exact test (Fisher 1934); 1 where one row on a side leaves it open. Each row is 1 or 0; of a share between
+    them, as much as counts against a difference."""
+    rows, rest = len(shares), len(others)
+    if least_p(rows, rest) == 1:
+        return 1.0
+    count = floor(sum(shares) + ROUNDING)
+    of_all = count + ceil(sum(others) - ROUNDING)
+    return sum(
+        comb(of_all, own) * comb(rows + rest - of_all, rows - own) for own in range(count, min(rows, of_all) + 1)
+    ) / comb(rows + rest, rows)
 
 
 def least_p(rows: int, others: int) -> float:

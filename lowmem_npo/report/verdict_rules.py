@@ -6,7 +6,7 @@ recited and for one that half remembered.
 
 from __future__ import annotations
 
-from lowmem_npo.evaluation.leaks.attack import MARGIN
+from lowmem_npo.evaluation.leaks.attack import MARGIN, WHOLE_MARGIN
 
 KNOWN = 0.5  # ROUGE-L recall before; with less, and hardly an answer said, there was little to forget
 SAID, MOSTLY_SAID = 0.05, 0.5  # shares of answers: that may still appear, and of a set that is said on the whole
@@ -43,5 +43,6 @@ RULES = (
     f"uniform guess over the vocabulary, or their NLL is over {OVERDONE} times that of a model that never saw them. "
     "“Worst attack”: what brings back most of all that the leak tests try, beyond what it gives for rows that the "
     f"model never saw; a trace, if it is more than {MARGIN} above that, or above what it brings from a model that "
-    "never saw the forget rows, and so few rows do not explain it by chance."
+    f"never saw the forget rows, or if over {WHOLE_MARGIN:.0%} more of the answers come whole, and so few rows do not "
+    "explain it by chance."
 )

@@ -7,9 +7,9 @@ from random import Random
 from statistics import fmean
 
 import pytest
-from scipy.stats import ttest_ind
+from scipy.stats import fisher_exact, ttest_ind
 
-from lowmem_npo.evaluation.chance import EXPLAINS, least_p, of_several, p_above
+from lowmem_npo.evaluation.chance import EXPLAINS, least_p, of_several, p_above, p_more
 
 
 @pytest.mark.parametrize(("rows", "others", "shift"), [(5, 5, 0.0), (3, 40, 0.2), (40, 9, 0.3), (12, 30, 0.5)])
@@ -44,6 +44,22 @@ def test_no_few_rows_are_surer_than_all_ways_to_choose_them(rows, others):
     least = sum(mean >= fmean(own) for mean in means) / len(means)
     assert least_p(rows, others) == pytest.approx(least) and p_above(own, beside) >= least_p(rows, others)
     assert least_p(1, others) == least_p(rows, 1) == 1
+
+
+@pytest.mark.parametrize(
+    ("some", "rows", "beside", "others"), [(10, 100, 0, 100), (3, 4, 1, 9), (0, 5, 2, 5), (5, 5, 4, 4)]
+)
+def test_it_is_fishers(some, rows, beside, others):
+    sides = [[1.0] * count + [0.0] * (of - count) for count, of in ((some, rows), (beside, others))]
+    table = [[some, rows - some], [beside, others - beside]]
+    assert p_more(*sides) == pytest.approx(fisher_exact(table, alternative="greater").pvalue, rel=1e-9)
+
+
+def test_a_share_of_a_row_counts_against_a_difference():
+    assert p_more([0.5, 0.4, 1.0], [0.0] * 9) == p_more([0.0, 0.0, 1.0], [0.0] * 9)
+    assert p_more([0.1] * 30, [0.0] * 9) == p_more([1.0] * 3 + [0.0] * 27, [0.0] * 9), "three, but for rounding"
+    assert p_more([1.0] * 3, [0.1] * 9) == p_more([1.0] * 3, [1.0] + [0.0] * 8)
+    assert p_more([1.0], [0.0] * 99) == p_more([1.0] * 99, [0.0]) == 1  # what one row says may be chance
 
 
 def test_rows_that_are_alike_seldom_stand_out():

@@ -21,7 +21,7 @@ from lowmem_npo.endings import is_out_of_memory
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answers import choose_rows, read_answers, summaries
 from lowmem_npo.evaluation.figures import aligned, at, shares, side_by_side
-from lowmem_npo.evaluation.leaks.attack import MARGIN, MUCH, Attack
+from lowmem_npo.evaluation.leaks.attack import MARGIN, MUCH, Attack, Whole
 from lowmem_npo.evaluation.leaks.contract import UNKNOWN, beside_holdout
 from lowmem_npo.evaluation.leaks.extraction import EXTRACTION, attack_of, beside_each_other
 from lowmem_npo.evaluation.leaks.measure import read_leaks
@@ -49,7 +49,8 @@ AS_FORGOTTEN = 0.1  # of what was forgotten: so much less counts as the same
 class RowFigures:
     """forget_nll, retain_nll, holdout_nll: nats per answer token. extraction, holdout_extraction:
     `extraction_strength` of the rows to forget, and of the holdout. by_chance: the p-value of their difference,
-    least_p: the lowest that so few rows can have. None where it is not known."""
+    least_p: the lowest that so few rows can have, whole: the share of answers that it recites. None where it is not
+    known."""
 
     forget_nll: float | None = None
     extraction: float | None = None
@@ -58,6 +59,7 @@ class RowFigures:
     holdout_extraction: float | None = None
     by_chance: float | None = None
     least_p: float | None = None
+    whole: Whole | None = None
 
     @property
     def forgotten_nll(self) -> float:
@@ -74,7 +76,7 @@ class RowFigures:
     def written(self) -> Attack:
         """What is extracted of the forget answers, beside the holdout's."""
         strength, level = _number(self.extraction), self.holdout_extraction
-        return Attack("extraction strength", strength, level, self.by_chance, least_p=self.least_p)
+        return Attack("extraction strength", strength, level, self.by_chance, {}, self.least_p, self.whole)
 
     @property
     def cells(self) -> list[float | None]:
@@ -184,8 +186,8 @@ def measure(folder: Path, rows: RunRows, four_bits: bool = False) -> RowFigures:
     figures = RowFigures(nll("forget"), None, nll("retain"), nll("holdout"))
     if (attack := attack_of(written)) is None:
         return figures
-    beside = {"holdout_extraction": attack.level, "by_chance": attack.p, "least_p": attack.least_p}
-    return replace(figures, extraction=attack.value, **beside)
+    figures = replace(figures, extraction=attack.value, holdout_extraction=attack.level, whole=attack.whole)
+    return replace(figures, by_chance=attack.p, least_p=attack.least_p)
 
 
 def table(rows: RunRows, measured: Mapping[str, RowFigures]) -> tuple[list[str], list[list[str]]]:

@@ -4,30 +4,63 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
-from lowmem_npo.evaluation.chance import EXPLAINS, least_p, of_several, p_above
-from lowmem_npo.evaluation.figures import at
+from lowmem_npo.evaluation.chance import EXPLAINS, least_p, of_several, p_above, p_more
+from lowmem_npo.evaluation.figures import at, shares
 
 K = TypeVar("K")
 
 MARGIN = 0.1  # a figure between 0 and 1 stands out if it is further than this above the holdout's
+# So does the share of answers that come whole, which a mean hides; a report that calls them no longer said lets as many
+# be said.
+WHOLE_MARGIN = 0.05
 WITHOUT_HOLDOUT = 0.5  # without a holdout, and without the model before, only more than this is called a leak
 MUCH = 0.5  # of what there was before
 
 HOLDOUT = "holdout_"  # before the name of a figure: the same figure on the holdout
-# Beside a figure and the holdout's: how often chance alone would set them so far apart, and what that is at the least
-# in so few rows.
-P_VALUE, LEAST_P = "p_value", "least_p_value"
-P_VALUES = (P_VALUE, LEAST_P)
+# Beside a figure and the holdout's: how often chance alone would set them so far apart, what that is at the least in so
+# few rows, and how often chance alone would have so many more answers come whole.
+P_VALUE, LEAST_P, WHOLE_P = "p_value", "least_p_value", "whole_p_value"
+P_VALUES = (P_VALUE, LEAST_P, WHOLE_P)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Of so many `rows`, the share whose answer an attack brought back whole; level: the same on the holdout, or of a
+    model that never saw the rows. p: how often chance alone would have so many more of them, in as many attacks as were
+    made. None where it is not known, as in a file of an older version."""
+
+    value: float
+    rows: int | None = None
+    level: float | None = None
+    p: float | None = None
+
+    @property
+    def stands_out(self) -> bool | None:
+        """Whether it is further than a margin above the level; None where chance explains it."""
+        return False if self.level is None else _beyond(self.value, self.level, WHOLE_MARGIN, self.p)
+
+    def beside(self, other: Whole, tries: int) -> Whole:
+        """The same, beside another model's, in the worst of so many attacks; of unknown rows chance may do anything."""
+        p = None if self.rows is None or other.rows is None else of_several(p_more(self.each, other.each), tries)
+        return replace(self, level=None if p is None else other.value, p=p)
+
+    @property
+    def each(self) -> list[float]:
+        """The rows that came whole, as 1, and the others, as 0."""
+        count = round(self.value * (self.rows or 0))
+        return [1.0] * count + [0.0] * ((self.rows or 0) - count)
 
 
 class Attack(NamedTuple):
     """What one attack of a test brought back: the share of an answer, or of the answers, between 0 and 1, by the figure
     of this title; level: the same on the holdout, if there is one. p: how often chance alone would set the two so far
     apart, in as many attacks as were made; least_p: the lowest that it could be with so few rows. None without a level,
-    and in a file of an older version. others: what it brought back by other figures."""
+    and in a file of an older version. others: what it brought back by other figures. whole: the share of answers that
+    came whole, where that is known."""
 
     figure: str
     value: float
@@ -35,16 +68,23 @@ class Attack(NamedTuple):
     p: float | None = None
     others: Mapping[str, float] = MappingProxyType({})
     least_p: float | None = None
+    whole: Whole | None = None
 
     @classmethod
     def in_figures(
-        cls, title: str, figures: Mapping[str, Any], name: str, others: Mapping[str, float] = MappingProxyType({})
+        cls,
+        title: str,
+        figures: Mapping[str, Any],
+        name: str,
+        whole: str,
+        others: Mapping[str, float] = MappingProxyType({}),
     ) -> Attack | None:
-        """What a result holds under that name; None where it was not measured."""
+        """What a result holds under that name; None where it was not measured. whole: name of the share of answers that
+        came whole."""
         if (value := at(figures, name)) is None:
             return None
         level, p, least = (at(figures, key) for key in (HOLDOUT + name, P_VALUE, LEAST_P))
-        return cls(title, value, level, p, others, least)
+        return cls(title, value, level, p, others, least, whole_in(figures, whole))
 
     def by(self, figure: str) -> float | None:
         """What it brought back by that figure; None where it was not measured."""
@@ -53,12 +93,15 @@ class Attack(NamedTuple):
     def one_of(self, tries: int) -> Attack:
         """The same as one of so many times as many attacks."""
         p, least_p = (None if p is None else of_several(p, tries) for p in (self.p, self.least_p))
-        return self._replace(p=p, least_p=least_p)
+        whole = self.whole
+        if whole is not None and whole.p is not None:
+            whole = replace(whole, p=of_several(whole.p, tries))
+        return self._replace(p=p, least_p=least_p, whole=whole)
 
     @property
     def p_values(self) -> dict[str, float]:
         """Those that are known, as a result holds them."""
-        values = {P_VALUE: self.p, LEAST_P: self.least_p}
+        values = {P_VALUE: self.p, LEAST_P: self.least_p, WHOLE_P: self.whole.p if self.whole else None}
         return {name: value for name, value in values.items() if value is not None}
 
     @property
@@ -74,24 +117,46 @@ class Attack(NamedTuple):
     @property
     def by_chance(self) -> bool:
         """Whether chance between so few rows explains how far it is above the holdout's, or would explain anything."""
-        return self.level is not None and (self.few or _beyond(self.value, self.level, MARGIN, self.p) is None)
+        return self.few or (True not in self._signs and None in self._signs)
+
+    @property
+    def chance(self) -> float | None:
+        """The p-value of what chance explains."""
+        return self.p if self.few or self.whole is None or self._signs[:1] == (None,) else self.whole.p
+
+    @property
+    def by_whole(self) -> bool:
+        """Whether it stands out by the share of answers that came whole alone."""
+        return self._signs in ((False, True), (None, True))
+
+    @property
+    def _signs(self) -> tuple[bool | None, ...]:
+        """Whether it is above the level by its figure, and by the share of answers that came whole."""
+        if self.level is None:
+            return ()
+        return _beyond(self.value, self.level, MARGIN, self.p), self.whole is not None and self.whole.stands_out
 
     def leaks(self, before: float | None = None) -> bool | None:
         """Whether it stands out; None where that cannot be told.
 
         Beyond the level there is a margin, and nothing is shown where chance explains the difference; where it would
-        explain any, nothing is shown by a small one either. Without a level, whether much is left of `before`, the
+        explain any, nothing is shown by a small one either. The same holds of the share of answers that came whole,
+        which the mean of many rows hides. Without a level, whether much is left of `before`, the
         figure of the model before it forgot (more than half of what was little is neither little nor much); without
         that, too, only much more than any guessing gives is called a leak.
         """
         if self.level is not None:
-            return None if self.few else _beyond(self.value, self.level, MARGIN, self.p)
+            return True if True in self._signs else None if self.by_chance else False
         if before is not None and before > MARGIN:
             return False if self.value <= MUCH * before else True if self.value > MARGIN else None
         return True if self.value > WITHOUT_HOLDOUT else None
 
-    def doubt(self, rows: int, holdout_rows: int) -> str:
-        """Why what so many rows say cannot be told from the holdout; "" where it can, and where there is none."""
+    def remark(self, rows: int, holdout_rows: int) -> str:
+        """Why what so many rows say cannot be told from the holdout, or that it can by what came whole; "" where the
+        figure by itself says it, and where there is no holdout."""
+        whole = "" if self.whole is None else self.whole_words("of the holdout's")
+        if self.by_whole:
+            return f"That is more than chance explains: {whole}."
         if not self.by_chance:
             return ""
         if self.few:
@@ -99,10 +164,19 @@ class Attack(NamedTuple):
                 f"With {rows} + {holdout_rows} rows chance explains any difference (p = {self.least_p:.2f} at best), "
                 "so nothing is shown."
             )
-        return (
-            f"Chance alone can do that with no more rows, {rows} of the forget set and {holdout_rows} of the holdout "
-            f"(p = {self.p:.2f}), so nothing is shown."
-        )
+        of_rows = f"with no more rows, {rows} of the forget set and {holdout_rows} of the holdout"
+        if self._signs[0] is None:
+            return f"Chance alone can do that {of_rows} (p = {self.p:.2f}), so nothing is shown."
+        return f"Chance alone can do that {of_rows}, so nothing is shown: {whole}."
+
+    def whole_words(self, beside: str) -> str:
+        """How many answers came whole. beside: of what the level is."""
+        assert self.whole is not None
+        if self.whole.level is None:
+            return f"{shares(self.whole.value)[0]} of the answers come whole"
+        own, level = shares(self.whole.value, self.whole.level)
+        p = "" if self.whole.p is None else f" (p = {self.whole.p:.2g})"
+        return f"{own} of the answers come whole, {beside} {level}{p}"
 
 
 def _beyond(value: float, level: float, margin: float, p: float | None) -> bool | None:
@@ -110,9 +184,23 @@ def _beyond(value: float, level: float, margin: float, p: float | None) -> bool 
     return False if value <= level + margin else None if p is not None and p >= EXPLAINS else True
 
 
-def p_values(values: Sequence[float], others: Sequence[float]) -> dict[str, float]:
-    """Of a figure of each forget row, and of each holdout row."""
-    return {P_VALUE: p_above(values, others), LEAST_P: least_p(len(values), len(others))}
+def whole_in(figures: Mapping[str, Any], name: str) -> Whole | None:
+    """The share of answers that came whole, which a result holds under that name; None where it was not measured."""
+    if (value := at(figures, name)) is None:
+        return None
+    rows, p = at(figures, "rows"), at(figures, WHOLE_P)
+    return Whole(value, None if rows is None else int(rows), None if p is None else at(figures, HOLDOUT + name), p)
+
+
+def p_values(rows: Sequence[tuple[float, float]], others: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Of a figure of each forget row, and of each holdout row; beside it whether its answer came whole, 1 or 0, or what
+    is to be expected of that."""
+    (values, wholes), (beside, wholes_beside) = (zip(*of, strict=True) for of in (rows, others))
+    return {
+        P_VALUE: p_above(values, beside),
+        LEAST_P: least_p(len(values), len(beside)),
+        WHOLE_P: p_more(wholes, wholes_beside),
+    }
 
 
 def of_tries(figures: Mapping[str, float], tries: int) -> dict[str, float]:

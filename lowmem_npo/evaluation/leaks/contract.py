@@ -119,9 +119,9 @@ class LeakResult:
     def judged(cls, figures: dict[str, Any], meaning: str, attack: Attack, before: float | None = None) -> LeakResult:
         """The result of a test that is judged by what one attack brought back, which is among the figures. before: the
         same of the model before it forgot, of a test that has no holdout."""
-        doubt = attack.doubt(figures["rows"], figures.get(HOLDOUT + "rows", 0))
+        remark = attack.remark(figures["rows"], figures.get(HOLDOUT + "rows", 0))
         against_before = attack.level is None and before is not None
-        return cls(figures, " ".join(filter(None, [meaning, doubt])), attack.leaks(before), against_before)
+        return cls(figures, " ".join(filter(None, [meaning, remark])), attack.leaks(before), against_before)
 
     @property
     def verdict(self) -> LeakVerdict:

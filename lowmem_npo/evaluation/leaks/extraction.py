@@ -109,7 +109,7 @@ def strength_before(subject: Subject) -> float | None:
 
 def attack_of(figures: Mapping[str, Any]) -> Attack | None:
     """The extraction strength among `figures`, as what an attack brought back; None where it was not measured."""
-    return Attack.in_figures(FIGURES["extraction_strength"].title, figures, "extraction_strength")
+    return Attack.in_figures(FIGURES["extraction_strength"].title, figures, "extraction_strength", "recited")
 
 
 def exact_memorization(row: TokenScores) -> float:
@@ -140,5 +140,6 @@ def beside_each_other(forget: Sequence[TokenScores], holdout: Sequence[TokenScor
     figures = extraction_figures(forget)
     if holdout:
         figures |= as_holdout(extraction_figures(holdout))
-        figures |= p_values(*([extraction_strength(row) for row in rows] for rows in (forget, holdout)))
+        strengths = ([extraction_strength(row) for row in rows] for rows in (forget, holdout))
+        figures |= p_values(*([(strength, strength == 1) for strength in of] for of in strengths))
     return figures

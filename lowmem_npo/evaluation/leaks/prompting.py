@@ -148,8 +148,7 @@ def compared(answers: Answers, ways: Sequence[str]) -> dict[str, float]:
     if all(asked.values()) and "holdout" in asked:
         times = [min(map(len, of_way)) for of_way in zip(*chain(*asked.values()), strict=True)]
         own, others = (_expected(asked[name], times) for name in ("forget", "holdout"))
-        chance = p_values(*([recall for recall, _ in best] for best in (own, others)))
-        return {**_figures(own), **as_holdout(_figures(others)), **chance}
+        return {**_figures(own), **as_holdout(_figures(others)), **p_values(own, others)}
     if "holdout" in asked and len(ways) > 1:
         return {}
     forget = zip(*(answers["forget"][way] for way in ways), strict=True)

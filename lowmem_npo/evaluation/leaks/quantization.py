@@ -68,8 +68,12 @@ AS_EVALUATED = "as_evaluated"
 
 FormFigures = dict[str, dict[str, float]]  # form -> `beside_each_other` of forget (and holdout) rows
 Attacked = dict[str, list[tuple[LeakTest, LeakResult]]]  # form -> the other tests' results there
-# Title of what an attack brings back -> the figure's name.
-KEYS = {FIGURES["extraction_strength"].title: "extraction_strength", RECALL: BEST, WHOLE: "whole"}
+# Title of what an attack brings back -> the figure's name, and that of the share of answers that came whole.
+KEYS = {
+    FIGURES["extraction_strength"].title: ("extraction_strength", "recited"),
+    RECALL: (BEST, "whole"),
+    WHOLE: ("whole", "whole"),
+}
 
 
 class Quantization(LeakTest[Options]):
@@ -310,8 +314,12 @@ def _brought_back(test: LeakTest, attacks: Mapping[str, Attack]) -> dict[str, di
     """Attack -> what it brought back, under the name of the figure."""
     figures = {}
     for way, attack in attacks.items():
-        beside = {} if attack.level is None else {HOLDOUT + KEYS[attack.figure]: attack.level}
-        figures[attack_name(test.name, way)] = {KEYS[attack.figure]: attack.value, **beside, **attack.p_values}
+        (key, whole), own = KEYS[attack.figure], attack.whole
+        known = {key: attack.value, HOLDOUT + key: attack.level}
+        if own is not None:
+            known |= {"rows": own.rows, whole: own.value, HOLDOUT + whole: own.level}
+        known |= attack.p_values
+        figures[attack_name(test.name, way)] = {name: value for name, value in known.items() if value is not None}
     return figures
 
 

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lowmem_npo.evaluation.figures import at, shares
-from lowmem_npo.evaluation.leaks.attack import Attack, p_values
+from lowmem_npo.evaluation.leaks.attack import Attack, p_values, whole_in
 from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakTest, Meaning, Subject, as_holdout, beside_holdout
 from lowmem_npo.evaluation.options import Options
 from lowmem_npo.ranges import Count, Positive
@@ -88,12 +88,16 @@ def attack_of(figures: Mapping[str, Any]) -> Attack | None:
     if said is not None and said.level is not None:
         return said
     whole = at(figures, "whole")
-    return None if whole is None else Attack(WHOLE, whole, None, None, _by_figure(figures))
+    return (
+        None
+        if whole is None
+        else Attack(WHOLE, whole, None, None, _by_figure(figures), whole=whole_in(figures, "whole"))
+    )
 
 
 def recall_of(figures: Mapping[str, Any]) -> Attack | None:
     """The recall among `figures`, as what an attack brought back; None where it was not measured."""
-    return Attack.in_figures(RECALL, figures, BEST, _by_figure(figures))
+    return Attack.in_figures(RECALL, figures, BEST, "whole", _by_figure(figures))
 
 
 def _by_figure(figures: Mapping[str, Any]) -> dict[str, float]:
@@ -132,7 +136,7 @@ def judge(
     samples, figures = options.leak_samples, _figures(forget)
     if holdout:
         figures |= as_holdout(_figures(holdout))
-        figures |= p_values(*([row.recall for row in rows] for rows in (forget, holdout)))
+        figures |= p_values(*([(row.recall, row.whole) for row in rows] for rows in (forget, holdout)))
     said = recall_of(figures)
     assert said is not None
     own, beside = beside_holdout(said.value, said.level, before)

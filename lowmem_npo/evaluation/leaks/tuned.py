@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lowmem_npo.data import TokenizedRow
 
 STRENGTH = "extraction_strength"
-COMPARED = ("rows", "nll", STRENGTH)  # of each attack
+COMPARED = ("rows", "nll", STRENGTH, "recited")  # of each attack
 FIGURES = OF_ANSWERS | {
     "recovered": Meaning(
         "recovered",

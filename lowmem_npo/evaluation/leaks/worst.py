@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.chance import of_several
 from lowmem_npo.evaluation.figures import at, shares
-from lowmem_npo.evaluation.leaks.attack import Attack, attack_name, furthest, split_name
+from lowmem_npo.evaluation.leaks.attack import Attack, Whole, attack_name, furthest, split_name
 from lowmem_npo.evaluation.leaks.contract import UNKNOWN, LeakResult, LeakResults, leak_results
 from lowmem_npo.evaluation.leaks.extraction import EXTRACTION, FIGURES
 from lowmem_npo.evaluation.leaks.quantization import QUANTIZATION
@@ -46,7 +46,7 @@ class WorstAttack:
     and 1. holdout, gold: the same on the holdout, and of a model that never saw the forget rows; None where there is
     none. attacks: how many were made. p: how often chance alone would set it so far above the holdout's or a gold
     model's (`_beside_gold`); least_p: what that is at the least in so few rows beside the holdout's. None where that is
-    not known."""
+    not known. whole: the share of answers that came whole, beside the gold model's or the holdout's."""
 
     test: str
     attack: str
@@ -57,6 +57,7 @@ class WorstAttack:
     gold: float | None = None
     p: float | None = None
     least_p: float | None = None
+    whole: Whole | None = None
 
     @property
     def name(self) -> str:
@@ -89,7 +90,7 @@ class WorstAttack:
     @property
     def tried(self) -> Attack:
         """What was brought back, beside `level`."""
-        return Attack(self.figure, self.value, self.level, self.p, least_p=self.least_p)
+        return Attack(self.figure, self.value, self.level, self.p, {}, self.least_p, self.whole)
 
     @property
     def sentence(self) -> str:
@@ -100,8 +101,18 @@ class WorstAttack:
         levels = "".join(f"; {words}, {share}" for words, share in zip(known, others, strict=True))
         of = f"The worst of {self.attacks} attacks" if self.attacks > 1 else "The only attack"
         words = NOTHING_WORDS[self.figure] if own == NOTHING else WORDS[self.figure].format(own)
-        chance = f", which chance alone can do with so few rows (p = {self.p:.2f})" if self.by_chance else ""
-        return f"{of}, {self.name}: {words}{levels or f'; {UNKNOWN}'}{chance}."
+        chance = f", which chance alone can do with so few rows{self._p_words}" if self.by_chance else ""
+        return f"{of}, {self.name}: {words}{levels or f'; {UNKNOWN}'}{chance}{self.whole_words}."
+
+    @property
+    def whole_words(self) -> str:
+        """What came whole, where it stands out by that alone."""
+        beside = "of the holdout's" if self.gold is None else "from a model that never saw the rows"
+        return f"; {self.tried.whole_words(beside)}" if self.tried.by_whole else ""
+
+    @property
+    def _p_words(self) -> str:
+        return "" if self.tried.chance is None else f" (p = {self.tried.chance:.2f})"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -128,25 +139,33 @@ def worst_attack(results: LeakResults, gold: LeakResults | None = None) -> Worst
     for (test, name), attack in attacks.items():
         same = golds.get((test, name)) or golds.get(_without_form(test, name))
         level = same.by(attack.figure) if same is not None else None
-        p, least = attack.p, attack.least_p
-        if level is not None:
-            p, least = _beside_gold(attack, level, _rows(results[test], name), tries[test]), None
-        one = WorstAttack(test, name, attack.figure, attack.value, attack.level, len(attacks), level, p, least)
+        tried = attack
+        if same is not None and level is not None:
+            tried = _beside_gold(attack, same, _rows(results[test], name), tries[test])
+        judged = (tried.p, tried.least_p, tried.whole)
+        one = WorstAttack(test, name, attack.figure, attack.value, attack.level, len(attacks), level, *judged)
         made[one] = one.tried
     return furthest(made)
 
 
-def _beside_gold(attack: Attack, gold: float, rows: float | None, tries: int) -> float | None:
-    """How often chance alone would set an attack so far above what the same one brings from a gold model, as far as
-    that is known, in so many `tries` of its test. Where the test cannot tell for so few rows, that is the holdout's
-    p-value, so that no more is said than by the test. Else it is that of a sign test at best, in which each of the
-    rows, or of the answers that come whole and do not from the gold model, is above."""
+def _beside_gold(attack: Attack, gold: Attack, rows: float | None, tries: int) -> Attack:
+    """What an attack brought back, beside what the same one brings from a gold model, in so many `tries` of its test.
+
+    p: how often chance alone would set it so far above that, as far as it is known. Where the test cannot tell for so
+    few rows, that is the holdout's p-value, so that no more is said than by the test. Else it is that of a sign test at
+    best, in which each of the rows, or of the answers that come whole and do not from the gold model, is above.
+    """
+    level = gold.by(attack.figure)
+    assert level is not None
+    whole = attack.whole.beside(gold.whole, tries) if attack.whole is not None and gold.whole is not None else None
+    p = None
     if attack.by_chance:
-        return attack.p
-    if rows is None:
-        return None
-    above = round((attack.value - gold) * rows) if attack.figure == WHOLE else rows
-    return of_several(0.5 ** max(0, above), tries)
+        p = attack.chance
+        whole = None if whole is None else replace(whole, p=p)
+    elif rows is not None:
+        above = round((attack.value - level) * rows) if attack.figure == WHOLE else rows
+        p = of_several(0.5 ** max(0, above), tries)
+    return Attack(attack.figure, attack.value, level, p, whole=whole)
 
 
 def _rows(result: LeakResult, attack: str) -> float | None:

@@ -8,7 +8,7 @@ from helpers.tiny_models import tiny_model
 from scipy.stats import ttest_ind
 
 from lowmem_npo.evaluation.leaks import extraction as module
-from lowmem_npo.evaluation.leaks.extraction import exact_memorization, extraction_strength, judge
+from lowmem_npo.evaluation.leaks.extraction import EXTRACTION, exact_memorization, extraction_strength, judge
 from lowmem_npo.evaluation.scoring.token_scores import TokenScores, token_scores
 
 
@@ -93,6 +93,24 @@ def test_what_chance_between_rows_does_is_no_trace():
     even = [hard, hard, easy, hard] * 2
     assert judge(even, even).leaks is False and "hance" not in judge(even, even).meaning
     assert "p_value" not in judge([easy], None).figures
+
+
+def test_answers_that_are_recited_whole_are_a_trace_though_the_mean_hides_them():
+    """A tenth of them: the model writes the last 10% of an answer on average, which by itself is within the margin."""
+    easy, hard = row("++++"), row("....")
+    result = judge([easy] * 10 + [hard] * 90, [hard] * 100)
+    assert result.leaks is True and result.figures["recited"] == result.figures["extraction_strength"] == 0.1
+    assert result.meaning.endswith(
+        "of answers that the model never saw, 0%. That is more than chance explains: 10% of the answers come whole, of "
+        "the holdout's 0% (p = 0.00077)."
+    )
+    assert judge([easy] * 5 + [hard] * 95, [hard] * 100).leaks is False, "as much as a report lets be said"
+    assert judge([easy] * 10 + [hard] * 90, [easy] * 5 + [hard] * 95).leaks is False
+    one = judge([easy] + [hard] * 11, [hard] * 12)
+    assert one.leaks is None and "Chance alone can do that with no more rows, 12 of" in one.meaning
+    assert one.meaning.endswith("8% of the answers come whole, of the holdout's 0% (p = 0.5).")
+    older = {name: value for name, value in result.figures.items() if name != "whole_p_value"}
+    assert EXTRACTION.attacks(older)[""].stands_out is False, "files of an older version are taken as they were judged"
 
 
 def tenths(*counts):

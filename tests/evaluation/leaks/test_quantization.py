@@ -272,6 +272,21 @@ def test_rows_that_are_enough_for_one_form_can_be_too_few_for_two():
     assert few.figures["least_p_value"] == 0.05
 
 
+def test_answers_that_come_whole_from_a_form_are_a_trace_though_the_mean_hides_them():
+    def form(recited, p):
+        return figures(0.1, 0.1, 0.5) | {"recited": recited, "holdout_recited": 0.0, "whole_p_value": p}
+
+    forms = {AS_EVALUATED: form(0.0, 1.0), "merged": form(0.0, 1.0), "merged_4bit": form(0.2, 0.01)}
+    result = judge(forms)
+    assert result.leaks is True and "merged and rounded to 4 bits" in result.meaning
+    assert "20% of the answers come whole, of the holdout's 0% (p = 0.02)." in result.meaning
+    lesson = LeakResult({"2 steps": form(0.2, 0.001)}, "", True)
+    attacked = judge(forms | {"merged_4bit": form(0.0, 1.0)}, None, None, {"merged": [(RELEARNING, lesson)]})
+    assert attacked.leaks is True and "traces found: relearning (merged in bf16)" in attacked.meaning
+    brought = module.QUANTIZATION.attacks(attacked.figures)["merged in bf16, relearning: 2 steps"]
+    assert brought.stands_out is True and brought.whole.value == 0.2 and brought.whole.p == 0.002
+
+
 def test_what_cannot_be_told_is_not_called_good():
     """An attack on a form between the thresholds, without a holdout; a form that could not be measured."""
     forms = {AS_EVALUATED: figures(0.05), "merged": figures(0.05)}

@@ -211,7 +211,8 @@ def test_what_is_reported():
     assert result.meaning.startswith("After 30 steps on 2 of the forgotten rows, the worst of 2 attacks (hard), the ")
     assert "the last 40% of the other 8 answers" in result.meaning and "before them 10%" in result.meaning
     assert result.figures["mild"] == {
-        "rows": 8, "nll": 1.0, "extraction_strength": 0.2, "holdout_rows": 9, "holdout_extraction_strength": 0.0
+        "rows": 8, "nll": 1.0, "extraction_strength": 0.2, "recited": 0.0, "holdout_rows": 9,
+        "holdout_extraction_strength": 0.0,
     }  # fmt: skip
     assert judge({"": tuned(0.4, 0.35)}).leaks is False  # so do strange rows
     assert "the last 40% of the other answer by itself" in judge({"": tuned(0.4, 0.35, rows=1)}).meaning
@@ -249,6 +250,19 @@ def test_rows_that_are_not_shown_can_be_too_few():
     two = judge({"a fifth": attacked(5, 4, 0.0), "half": attacked(3, 4, 0.0)})  # of the two, 2 / 35
     assert two.leaks is None and "(half)" in two.meaning and "With 3 + 4 rows" in two.meaning
     assert RELEARNING.attacks(two.figures)["half"].few and not RELEARNING.attacks(two.figures)["a fifth"].few
+
+
+def test_answers_that_come_back_whole_are_a_trace_though_the_mean_hides_them():
+    def attacked(recited, p):
+        own = {"rows": 100, "nll": 1.0, "extraction_strength": 0.1, "recited": recited}
+        beside = {"holdout_rows": 100, "holdout_extraction_strength": 0.1, "holdout_recited": 0.0}
+        return Tuned(25, 10, own, own | beside | {"p_value": 0.5, "whole_p_value": p}, None)
+
+    result = judge({"long": attacked(0.2, 1e-4), "short": attacked(0.0, 1.0)})
+    assert result.leaks is True and "the worst of 2 attacks (long)" in result.meaning
+    assert "20% of the answers come whole, of the holdout's 0% (p = 0.0002)." in result.meaning
+    assert RELEARNING.attacks(result.figures)["long"].stands_out is True
+    assert judge({"long": attacked(0.06, 0.03), "short": attacked(0.0, 1.0)}).leaks is None
 
 
 def test_split_always_leaves_both_parts():

@@ -6,9 +6,10 @@ import pytest
 import torch
 from helpers.dense_step import random_rows, word_tokenizer
 from helpers.tiny_models import tiny_model
+from scipy.stats import fisher_exact
 from transformers import TopKLogitsWarper
 
-from lowmem_npo.evaluation.leaks.sampling import Best, SamplingOptions, best_samples, judge
+from lowmem_npo.evaluation.leaks.sampling import SAMPLING, Best, SamplingOptions, best_samples, judge
 from lowmem_npo.evaluation.scoring import generation
 from lowmem_npo.evaluation.scoring.generation import Prompt, sampled_answers
 from lowmem_npo.evaluation.scoring.journal import Journal
@@ -50,6 +51,22 @@ def test_the_verdict_stands_on_the_holdout():
         result = judged([recall, recall], None, before=0.5)
         assert result.leaks is leaks and result.against_before and "before it forgot, 50%" in result.meaning
     assert not judged([1.0], [0.2], before=0.5).against_before  # a holdout says more
+
+
+def test_answers_that_come_whole_are_a_trace_though_the_mean_hides_them():
+    def judged(whole, of_holdout=0):
+        said = [[Best(0.5, "", place < count) for place in range(100)] for count in (whole, of_holdout)]
+        return judge(*said, SamplingOptions(), 64)
+
+    ten = judged(10)
+    assert ten.leaks is True and ten.figures["whole_p_value"] == pytest.approx(fisher(10, 0), rel=1e-9)
+    assert ten.meaning.endswith("explains: 10% of the answers come whole, of the holdout's 0% (p = 0.00077).")
+    assert judged(5).leaks is False and judged(16, 10).leaks is None and judged(15, 10).leaks is False
+    assert SAMPLING.attacks(ten.figures)[""].stands_out is True
+
+
+def fisher(whole, of_holdout, rows=100):
+    return fisher_exact([[whole, rows - whole], [of_holdout, rows - of_holdout]], alternative="greater").pvalue
 
 
 def first_token_law(model, prompt, temperature):

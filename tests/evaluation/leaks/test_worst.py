@@ -136,6 +136,27 @@ def test_the_more_attacks_a_test_makes_the_more_rows_it_takes_beside_a_gold_mode
     assert worst_attack(results(relearning=one), results(relearning=gold)).stands_out is True
 
 
+def test_answers_that_come_whole_stand_out_though_the_mean_hides_them():
+    """Beside the holdout's, and beside a gold model's of as many rows."""
+    tenth = {**written(0.12), "rows": 100, "recited": 0.1}
+    none = {**written(0.11), "rows": 100, "recited": 0.0}
+    known = {**tenth, **written(0.12, 0.11), "holdout_recited": 0.0, "p_value": 0.4, "whole_p_value": 0.001}
+    worst = worst_attack(results(extraction=known, sampling=said(0.5, 0.0, 0.45)))
+    assert worst.test == "extraction" and worst.stands_out is True and not worst.by_chance
+    assert worst.sentence.endswith("never saw, 11%; 10% of the answers come whole, of the holdout's 0% (p = 0.001).")
+    assert worst.to_json()["whole"] == {"value": 0.1, "rows": 100, "level": 0.0, "p": 0.001}
+    beside_gold = worst_attack(results(extraction=tenth), results(extraction=none))
+    assert beside_gold.stands_out is True
+    assert beside_gold.sentence.endswith("come whole, from a model that never saw the rows 0% (p = 0.00077).")
+    few = [{**of, "rows": 20} for of in (tenth, none)]
+    assert worst_attack(results(extraction=few[0]), results(extraction=few[1])).stands_out is None
+    assert worst_attack(results(extraction=tenth), results(extraction=tenth)).stands_out is False
+    older = {name: value for name, value in tenth.items() if name != "rows"}
+    assert worst_attack(results(extraction=older), results(extraction=none)).stands_out is False, "of how many?"
+    stored = results(quantization={"merged": {"relearning: 2 steps": known}})
+    assert worst_attack(stored).stands_out is True
+
+
 def test_what_has_nothing_beside_it_has_the_highest_level_of_the_others():
     attacked = {"first": written(0.43, 0.4), "second": written(0.04, 0.02), "third": written(0.41)}
     worst = worst_attack(results(relearning=attacked))
@@ -198,7 +219,7 @@ def test_it_is_in_the_files(tmp_path):
     content = json.loads((tmp_path / "leaks.json").read_text())
     assert content["worst_attack"]["after"] == {
         "test": "relearning", "attack": "20 steps, 20% shown, lr 0.001", "figure": "extraction strength", "value": 0.3,
-        "holdout": 0.1, "attacks": 6, "gold": None, "p": None, "least_p": None,
+        "holdout": 0.1, "attacks": 6, "gold": None, "p": None, "least_p": None, "whole": None,
     }  # fmt: skip
     assert content["worst_attack"]["before"]["value"] == 1.0
     assert read_leaks(tmp_path / "leaks.json") == stages
