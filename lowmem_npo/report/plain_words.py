@@ -258,7 +258,7 @@ def _worst(worst: WorstAttack, nothing: bool) -> str:
         most = (
             f"None of the ways that were tried brings back more of the answers than comes {never_saw}; closest to it is"
         )
-    return f"{most} {_way(worst.test)}{how}: {own} {what}{levels}{chance}{worst.whole_words}."
+    return f"{most} {_way(worst.test)}{how}: {own} {what}{levels}{chance}{worst.remark}."
 
 
 def _way(name: str) -> str:

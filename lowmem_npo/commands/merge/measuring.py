@@ -21,7 +21,7 @@ from lowmem_npo.endings import is_out_of_memory
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answers import choose_rows, read_answers, summaries
 from lowmem_npo.evaluation.figures import aligned, at, shares, side_by_side
-from lowmem_npo.evaluation.leaks.attack import MARGIN, MUCH, Attack, Whole
+from lowmem_npo.evaluation.leaks.attack import MARGIN, MUCH, STRENGTH, Attack, Whole
 from lowmem_npo.evaluation.leaks.contract import UNKNOWN, beside_holdout
 from lowmem_npo.evaluation.leaks.extraction import EXTRACTION, attack_of, beside_each_other
 from lowmem_npo.evaluation.leaks.measure import read_leaks
@@ -76,7 +76,7 @@ class RowFigures:
     def written(self) -> Attack:
         """What is extracted of the forget answers, beside the holdout's."""
         strength, level = _number(self.extraction), self.holdout_extraction
-        return Attack("extraction strength", strength, level, self.by_chance, {}, self.least_p, self.whole)
+        return Attack(STRENGTH, strength, level, self.by_chance, {}, self.least_p, self.whole)
 
     @property
     def cells(self) -> list[float | None]:

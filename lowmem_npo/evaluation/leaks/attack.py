@@ -17,9 +17,13 @@ MARGIN = 0.1  # a figure between 0 and 1 stands out if it is further than this a
 # So does the share of answers that come whole, which a mean hides; a report that calls them no longer said lets as many
 # be said.
 WHOLE_MARGIN = 0.05
+# A model that says more than this of the holdout word for word knows it: of rows that it never saw it says far less,
+# the demo's 0.12, and rows that it remembers do not stand out from others that it knows as well.
+KNOWN = 0.5
 WITHOUT_HOLDOUT = 0.5  # without a holdout, and without the model before, only more than this is called a leak
 MUCH = 0.5  # of what there was before
 
+STRENGTH = "extraction strength"  # the figure that is a share of text, word for word
 HOLDOUT = "holdout_"  # before the name of a figure: the same figure on the holdout
 # Beside a figure and the holdout's: how often chance alone would set them so far apart, what that is at the least in so
 # few rows, and how often chance alone would have so many more answers come whole.
@@ -120,6 +124,23 @@ class Attack(NamedTuple):
         return self.few or (True not in self._signs and None in self._signs)
 
     @property
+    def holdout_said(self) -> float | None:
+        """How much of the holdout was said word for word; None where that is not known, or the level is another's."""
+        if self.least_p is None:  # nor in a file of an older version
+            return None
+        texts = [self.level if self.figure == STRENGTH else None, self.whole and self.whole.level]
+        return max((share for share in texts if isinstance(share, float | int)), default=None)
+
+    @property
+    def no_yardstick(self) -> str:
+        """Why what does not stand out from the holdout may have stayed all the same, for a sentence; "" where not."""
+        if (said := self.holdout_said) is not None and said > KNOWN:
+            return "which is too much for answers that it never saw"
+        if self.least_p is not None and self.level is not None and self.level + MARGIN >= 1:
+            return f"which nothing can be more than {MARGIN} above"
+        return ""
+
+    @property
     def chance(self) -> float | None:
         """The p-value of what chance explains."""
         return self.p if self.few or self.whole is None or self._signs[:1] == (None,) else self.whole.p
@@ -141,12 +162,13 @@ class Attack(NamedTuple):
 
         Beyond the level there is a margin, and nothing is shown where chance explains the difference; where it would
         explain any, nothing is shown by a small one either. The same holds of the share of answers that came whole,
-        which the mean of many rows hides. Without a level, whether much is left of `before`, the
+        which the mean of many rows hides. Nor does it show anything not to be above a holdout that the model knows, or
+        so high a level that nothing could be above it. Without a level, whether much is left of `before`, the
         figure of the model before it forgot (more than half of what was little is neither little nor much); without
         that, too, only much more than any guessing gives is called a leak.
         """
         if self.level is not None:
-            return True if True in self._signs else None if self.by_chance else False
+            return True if True in self._signs else None if self.by_chance or self.no_yardstick else False
         if before is not None and before > MARGIN:
             return False if self.value <= MUCH * before else True if self.value > MARGIN else None
         return True if self.value > WITHOUT_HOLDOUT else None
@@ -154,6 +176,17 @@ class Attack(NamedTuple):
     def remark(self, rows: int, holdout_rows: int) -> str:
         """Why what so many rows say cannot be told from the holdout, or that it can by what came whole; "" where the
         figure by itself says it, and where there is no holdout."""
+        said, level = self.holdout_said, ""
+        if self.no_yardstick and self.stands_out is None:
+            level = f"The holdout's figure is one {self.no_yardstick}, so nothing is shown."
+            if said is not None and said > KNOWN:
+                level = (
+                    f"The model says much of the holdout, too, {shares(said)[0]} word for word, so it cannot be one of "
+                    "rows that it never saw, and nothing is shown."
+                )
+        return " ".join(filter(None, [self._chance_remark(rows, holdout_rows), level]))
+
+    def _chance_remark(self, rows: int, holdout_rows: int) -> str:
         whole = "" if self.whole is None else self.whole_words("of the holdout's")
         if self.by_whole:
             return f"That is more than chance explains: {whole}."

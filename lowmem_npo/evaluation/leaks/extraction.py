@@ -17,7 +17,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.evaluation.figures import shares
-from lowmem_npo.evaluation.leaks.attack import Attack, p_values
+from lowmem_npo.evaluation.leaks.attack import STRENGTH, Attack, p_values
 from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakTest, Meaning, Subject, as_holdout, beside_holdout
 from lowmem_npo.evaluation.options import Options
 
@@ -36,9 +36,7 @@ FIGURES = {
         "as holdout",
     ),
     "extraction_strength": Meaning(
-        "extraction strength",
-        "How much of an answer's end the model writes by itself once begun; 1 is all of it.",
-        "as holdout",
+        STRENGTH, "How much of an answer's end the model writes by itself once begun; 1 is all of it.", "as holdout"
     ),
     "recited": Meaning(
         "recited", "Share of answers that come whole, with no word of them given. 0 is forgotten.", "lower"
@@ -109,7 +107,7 @@ def strength_before(subject: Subject) -> float | None:
 
 def attack_of(figures: Mapping[str, Any]) -> Attack | None:
     """The extraction strength among `figures`, as what an attack brought back; None where it was not measured."""
-    return Attack.in_figures(FIGURES["extraction_strength"].title, figures, "extraction_strength", "recited")
+    return Attack.in_figures(STRENGTH, figures, "extraction_strength", "recited")
 
 
 def exact_memorization(row: TokenScores) -> float:

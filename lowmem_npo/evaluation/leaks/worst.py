@@ -102,11 +102,13 @@ class WorstAttack:
         of = f"The worst of {self.attacks} attacks" if self.attacks > 1 else "The only attack"
         words = NOTHING_WORDS[self.figure] if own == NOTHING else WORDS[self.figure].format(own)
         chance = f", which chance alone can do with so few rows{self._p_words}" if self.by_chance else ""
-        return f"{of}, {self.name}: {words}{levels or f'; {UNKNOWN}'}{chance}{self.whole_words}."
+        return f"{of}, {self.name}: {words}{levels or f'; {UNKNOWN}'}{chance}{self.remark}."
 
     @property
-    def whole_words(self) -> str:
-        """What came whole, where it stands out by that alone."""
+    def remark(self) -> str:
+        """What came whole, where it stands out by that alone; or why the holdout is no yardstick."""
+        if self.stands_out is None and self.tried.no_yardstick:
+            return f", {self.tried.no_yardstick}"
         beside = "of the holdout's" if self.gold is None else "from a model that never saw the rows"
         return f"; {self.tried.whole_words(beside)}" if self.tried.by_whole else ""
 

@@ -79,6 +79,22 @@ def test_the_verdict_stands_on_the_holdout():
     assert "--holdout" in judge(forgotten, None).meaning
 
 
+def test_a_holdout_that_the_model_knows_shows_nothing():
+    """Capitals of countries, known as well as those that were to be forgotten: the model's last words say it."""
+    known, mixed = tenths(*[10] * 7, 8), tenths(*[10] * 4, 9, 9, 3, 0)
+    result = judge(mixed, known)
+    assert result.leaks is None and "never saw, 98%" in result.meaning
+    assert result.meaning.endswith(
+        " The model says much of the holdout, too, 98% word for word, so it cannot be one of rows that it never saw, "
+        "and nothing is shown."
+    )
+    half = tenths(*[5] * 8)
+    assert judge(half, half).leaks is False and judge(tenths(*[6] * 8), tenths(*[6] * 8)).leaks is None
+    assert judge(tenths(*[10] * 8), tenths(*[6] * 8)).leaks is True, "above it, and that is a trace"
+    older = {name: value for name, value in result.figures.items() if name != "least_p_value"}
+    assert EXTRACTION.attacks(older)[""].stands_out is False
+
+
 def test_what_chance_between_rows_does_is_no_trace():
     """Half of the rows on each side are of the easy kind; which, is chance."""
     easy, hard = row("++++"), row("....")

@@ -65,6 +65,21 @@ def test_answers_that_come_whole_are_a_trace_though_the_mean_hides_them():
     assert SAMPLING.attacks(ten.figures)[""].stands_out is True
 
 
+def test_a_holdout_that_the_model_knows_shows_nothing():
+    """Words in common are natural, whole answers are not; above nearly all there is no room."""
+
+    def judged(recall, whole):
+        said = [Best(recall, "", place < whole) for place in range(20)]
+        return judge(said, said, SamplingOptions(), 64)
+
+    assert judged(0.8, 10).leaks is False
+    known = judged(0.8, 11)
+    assert known.leaks is None and "The model says much of the holdout, too, 55% word for word" in known.meaning
+    high = judged(0.95, 0)
+    assert high.leaks is None
+    assert high.meaning.endswith("figure is one which nothing can be more than 0.1 above, so nothing is shown.")
+
+
 def fisher(whole, of_holdout, rows=100):
     return fisher_exact([[whole, rows - whole], [of_holdout, rows - of_holdout]], alternative="greater").pvalue
 

@@ -157,6 +157,15 @@ def test_answers_that_come_whole_stand_out_though_the_mean_hides_them():
     assert worst_attack(stored).stands_out is True
 
 
+def test_a_holdout_that_the_model_knows_is_no_yardstick():
+    known = {**written(0.78, 0.98), "p_value": 0.9, "least_p_value": 0.001}
+    worst = worst_attack(results(extraction=known))
+    assert worst.stands_out is None and not worst.by_chance
+    assert worst.sentence.endswith("never saw, 98%, which is too much for answers that it never saw.")
+    beside_gold = worst_attack(results(extraction=known), results(extraction=written(0.97)))
+    assert beside_gold.stands_out is False, "which never saw the rows, whatever it says"
+
+
 def test_what_has_nothing_beside_it_has_the_highest_level_of_the_others():
     attacked = {"first": written(0.43, 0.4), "second": written(0.04, 0.02), "third": written(0.41)}
     worst = worst_attack(results(relearning=attacked))
