@@ -349,7 +349,7 @@ def test_what_is_taught_fits_into_the_positions(byte_model, files):
 
 def test_before_is_compared_test_by_test(byte_model, files, capsys):
     """An option of one test says nothing of the others."""
-    leaks = ("--leaks", "extraction", "sampling", "--max-new-tokens", "4", "--limit", "2", "--leak-samples")
+    leaks = ("--leaks", "extraction", "sampling", "--max-new-tokens", "4", "--limit", "4", "--leak-samples")
     assert evaluate(byte_model, files, *leaks, "1", "--relearn-steps", "3", out="before") == 0
     before = ("--before", str(files / "before" / "evaluation.json"))
     capsys.readouterr()
