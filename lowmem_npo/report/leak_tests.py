@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowmem_npo.evaluation.figures import side_by_side
+from lowmem_npo.evaluation.leaks.attack import HOLDOUT
 from lowmem_npo.evaluation.leaks.beside_before import NONE_BEFORE, TELLS_NOTHING, none_before
-from lowmem_npo.evaluation.leaks.contract import HOLDOUT, LeakResult, LeakResults, LeakTest, LeakVerdict
+from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakResults, LeakTest, LeakVerdict
 from lowmem_npo.evaluation.leaks.registry import by_name
 from lowmem_npo.evaluation.leaks.worst import WorstAttack
 

@@ -25,8 +25,9 @@ from lowmem_npo.evaluation.benchmarks.tofu import TOFU
 from lowmem_npo.evaluation.comparing import check_same_sets
 from lowmem_npo.evaluation.directory import COMPARED, THE_SIZE, is_of_adapter
 from lowmem_npo.evaluation.earlier import leaks_before
+from lowmem_npo.evaluation.leaks.attack import HOLDOUT
 from lowmem_npo.evaluation.leaks.beside_before import conclusive
-from lowmem_npo.evaluation.leaks.contract import AN_ADAPTER, HOLDOUT, LeakResult, LeakResults, LeakTest, leak_results
+from lowmem_npo.evaluation.leaks.contract import AN_ADAPTER, LeakResult, LeakResults, LeakTest, leak_results
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, LeakOptions, leak_tests
 from lowmem_npo.evaluation.leaks.registry import NAMES as LEAK_NAMES
 from lowmem_npo.evaluation.leaks.worst import WORST_ATTACK

@@ -1,4 +1,5 @@
-"""What an attack brought back, and whether that stands out from what the model gives for rows that it never saw."""
+"""What an attack brought back, whether that stands out from what the model gives for rows that it never saw, and which
+of several attacks is the worst."""
 
 from __future__ import annotations
 
@@ -57,6 +58,12 @@ class Whole:
         """The rows that came whole, as 1, and the others, as 0."""
         count = round(self.value * (self.rows or 0))
         return [1.0] * count + [0.0] * ((self.rows or 0) - count)
+
+    def words(self, beside: str) -> str:
+        """What came whole, beside the level. beside: of what that is."""
+        assert self.level is not None and self.p is not None
+        own, level = shares(self.value, self.level)
+        return f"{own} of the answers come whole, {beside} {level} (p = {self.p:.2g})"
 
 
 class Attack(NamedTuple):
@@ -120,42 +127,48 @@ class Attack(NamedTuple):
 
     @property
     def by_chance(self) -> bool:
-        """Whether chance between so few rows explains how far it is above the holdout's, or would explain anything."""
-        return self.few or (True not in self._signs and None in self._signs)
-
-    @property
-    def holdout_said(self) -> float | None:
-        """How much of the holdout was said word for word; None where that is not known, or the level is another's."""
-        if self.least_p is None:  # nor in a file of an older version
-            return None
-        texts = [self.level if self.figure == STRENGTH else None, self.whole and self.whole.level]
-        return max((share for share in texts if isinstance(share, float | int)), default=None)
-
-    @property
-    def no_yardstick(self) -> str:
-        """Why what does not stand out from the holdout may have stayed all the same, for a sentence; "" where not."""
-        if (said := self.holdout_said) is not None and said > KNOWN:
-            return "which is too much for answers that it never saw"
-        if self.least_p is not None and self.level is not None and self.level + MARGIN >= 1:
-            return f"which nothing can be more than {MARGIN} above"
-        return ""
+        """Whether chance between so few rows explains how far it is above the level, or would explain anything."""
+        return self.chance is not None
 
     @property
     def chance(self) -> float | None:
-        """The p-value of what chance explains."""
-        return self.p if self.few or self.whole is None or self._signs[:1] == (None,) else self.whole.p
+        """The p-value of what chance explains; None where it explains nothing."""
+        own, whole = self._above
+        if self.few or (own is None and not whole):
+            return self.p
+        return self.whole.p if self.whole is not None and whole is None and not own else None
 
     @property
     def by_whole(self) -> bool:
         """Whether it stands out by the share of answers that came whole alone."""
-        return self._signs in ((False, True), (None, True))
+        own, whole = self._above
+        return bool(whole and not own)
 
     @property
-    def _signs(self) -> tuple[bool | None, ...]:
-        """Whether it is above the level by its figure, and by the share of answers that came whole."""
+    def _above(self) -> tuple[bool | None, bool | None]:
+        """Whether it is above the level by its figure, and by the share of answers that came whole; None where chance
+        explains that."""
         if self.level is None:
-            return ()
-        return _beyond(self.value, self.level, MARGIN, self.p), self.whole is not None and self.whole.stands_out
+            return False, False
+        whole = False if self.whole is None else self.whole.stands_out
+        return _beyond(self.value, self.level, MARGIN, self.p), whole
+
+    @property
+    def holdout_known(self) -> float | None:
+        """How much of the holdout was said word for word, where that is too much for rows that the model never saw."""
+        if self.least_p is None:  # the level is another's, or in a file of an older version
+            return None
+        said = [self.level if self.figure == STRENGTH else None, self.whole.level if self.whole is not None else None]
+        return max((share for share in said if share is not None and share > KNOWN), default=None)
+
+    @property
+    def no_yardstick(self) -> str:
+        """Why what does not stand out from the holdout may have stayed all the same, for a sentence; "" where not."""
+        if self.holdout_known is not None:
+            return "which is too much for answers that it never saw"
+        if self.least_p is not None and self.level is not None and self.level + MARGIN >= 1:
+            return f"which nothing can be more than {MARGIN} above"
+        return ""
 
     def leaks(self, before: float | None = None) -> bool | None:
         """Whether it stands out; None where that cannot be told.
@@ -168,7 +181,7 @@ class Attack(NamedTuple):
         that, too, only much more than any guessing gives is called a leak.
         """
         if self.level is not None:
-            return True if True in self._signs else None if self.by_chance or self.no_yardstick else False
+            return True if True in self._above else None if self.by_chance or self.no_yardstick else False
         if before is not None and before > MARGIN:
             return False if self.value <= MUCH * before else True if self.value > MARGIN else None
         return True if self.value > WITHOUT_HOLDOUT else None
@@ -176,40 +189,35 @@ class Attack(NamedTuple):
     def remark(self, rows: int, holdout_rows: int) -> str:
         """Why what so many rows say cannot be told from the holdout, or that it can by what came whole; "" where the
         figure by itself says it, and where there is no holdout."""
-        said, level = self.holdout_said, ""
-        if self.no_yardstick and self.stands_out is None:
-            level = f"The holdout's figure is one {self.no_yardstick}, so nothing is shown."
-            if said is not None and said > KNOWN:
-                level = (
-                    f"The model says much of the holdout, too, {shares(said)[0]} word for word, so it cannot be one of "
-                    "rows that it never saw, and nothing is shown."
-                )
-        return " ".join(filter(None, [self._chance_remark(rows, holdout_rows), level]))
+        return " ".join(filter(None, [self._chance_remark(rows, holdout_rows), self._holdout_remark]))
 
     def _chance_remark(self, rows: int, holdout_rows: int) -> str:
-        whole = "" if self.whole is None else self.whole_words("of the holdout's")
+        own, above = self._above
+        whole = "" if self.whole is None or above is False else self.whole.words("of the holdout's")
         if self.by_whole:
             return f"That is more than chance explains: {whole}."
-        if not self.by_chance:
-            return ""
         if self.few:
             return (
                 f"With {rows} + {holdout_rows} rows chance explains any difference (p = {self.least_p:.2f} at best), "
                 "so nothing is shown."
             )
+        if not self.by_chance:
+            return ""
         of_rows = f"with no more rows, {rows} of the forget set and {holdout_rows} of the holdout"
-        if self._signs[0] is None:
+        if own is None:
             return f"Chance alone can do that {of_rows} (p = {self.p:.2f}), so nothing is shown."
         return f"Chance alone can do that {of_rows}, so nothing is shown: {whole}."
 
-    def whole_words(self, beside: str) -> str:
-        """How many answers came whole. beside: of what the level is."""
-        assert self.whole is not None
-        if self.whole.level is None:
-            return f"{shares(self.whole.value)[0]} of the answers come whole"
-        own, level = shares(self.whole.value, self.whole.level)
-        p = "" if self.whole.p is None else f" (p = {self.whole.p:.2g})"
-        return f"{own} of the answers come whole, {beside} {level}{p}"
+    @property
+    def _holdout_remark(self) -> str:
+        if self.stands_out is not None or not self.no_yardstick:
+            return ""
+        if self.holdout_known is None:
+            return f"The holdout's figure is one {self.no_yardstick}, so nothing is shown."
+        return (
+            f"The model says much of the holdout, too, {shares(self.holdout_known)[0]} word for word, so it cannot be "
+            "one of rows that it never saw, and nothing is shown."
+        )
 
 
 def _beyond(value: float, level: float, margin: float, p: float | None) -> bool | None:

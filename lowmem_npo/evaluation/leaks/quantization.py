@@ -29,11 +29,9 @@ from lowmem_npo.config import StreamOptions
 from lowmem_npo.endings import is_out_of_memory
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.figures import shares
-from lowmem_npo.evaluation.leaks.attack import P_VALUES, attack_name, furthest
+from lowmem_npo.evaluation.leaks.attack import HOLDOUT, P_VALUES, STRENGTH, Attack, attack_name, furthest
 from lowmem_npo.evaluation.leaks.contract import (
     AN_ADAPTER,
-    HOLDOUT,
-    Attack,
     LeakResult,
     LeakTest,
     Meaning,
@@ -69,11 +67,7 @@ AS_EVALUATED = "as_evaluated"
 FormFigures = dict[str, dict[str, float]]  # form -> `beside_each_other` of forget (and holdout) rows
 Attacked = dict[str, list[tuple[LeakTest, LeakResult]]]  # form -> the other tests' results there
 # Title of what an attack brings back -> the figure's name, and that of the share of answers that came whole.
-KEYS = {
-    FIGURES["extraction_strength"].title: ("extraction_strength", "recited"),
-    RECALL: (BEST, "whole"),
-    WHOLE: ("whole", "whole"),
-}
+KEYS = {STRENGTH: ("extraction_strength", "recited"), RECALL: (BEST, "whole"), WHOLE: ("whole", "whole")}
 
 
 class Quantization(LeakTest[Options]):

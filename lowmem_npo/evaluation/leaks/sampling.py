@@ -87,12 +87,9 @@ def attack_of(figures: Mapping[str, Any]) -> Attack | None:
     said = recall_of(figures)
     if said is not None and said.level is not None:
         return said
-    whole = at(figures, "whole")
-    return (
-        None
-        if whole is None
-        else Attack(WHOLE, whole, None, None, _by_figure(figures), whole=whole_in(figures, "whole"))
-    )
+    if (whole := whole_in(figures, "whole")) is None:
+        return None
+    return Attack(WHOLE, whole.value, None, others=_by_figure(figures), whole=whole)
 
 
 def recall_of(figures: Mapping[str, Any]) -> Attack | None:

@@ -7,11 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lowmem_npo.evaluation.leaks.attack import P_VALUES, of_tries
+from lowmem_npo.evaluation.leaks.attack import HOLDOUT, P_VALUES, Attack, of_tries
 from lowmem_npo.evaluation.leaks.contract import (
     DIVERGED,
-    HOLDOUT,
-    Attack,
     LeakResult,
     LeakTest,
     Meaning,

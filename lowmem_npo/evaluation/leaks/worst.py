@@ -18,9 +18,9 @@ from typing import Any
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.chance import of_several
 from lowmem_npo.evaluation.figures import at, shares
-from lowmem_npo.evaluation.leaks.attack import Attack, Whole, attack_name, furthest, split_name
+from lowmem_npo.evaluation.leaks.attack import STRENGTH, Attack, Whole, attack_name, furthest, split_name
 from lowmem_npo.evaluation.leaks.contract import UNKNOWN, LeakResult, LeakResults, leak_results
-from lowmem_npo.evaluation.leaks.extraction import EXTRACTION, FIGURES
+from lowmem_npo.evaluation.leaks.extraction import EXTRACTION
 from lowmem_npo.evaluation.leaks.quantization import QUANTIZATION
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
 from lowmem_npo.evaluation.leaks.sampling import RECALL, WHOLE
@@ -28,7 +28,7 @@ from lowmem_npo.files import expanded, load_json
 
 WORST_ATTACK = "worst_attack"  # its key in result files
 WORDS = {
-    FIGURES["extraction_strength"].title: "the model then writes the last {} of an answer by itself",
+    STRENGTH: "the model then writes the last {} of an answer by itself",
     RECALL: "what the model then says holds {} of an answer",
     WHOLE: "{} of the answers then come whole",
 }
@@ -101,7 +101,8 @@ class WorstAttack:
         levels = "".join(f"; {words}, {share}" for words, share in zip(known, others, strict=True))
         of = f"The worst of {self.attacks} attacks" if self.attacks > 1 else "The only attack"
         words = NOTHING_WORDS[self.figure] if own == NOTHING else WORDS[self.figure].format(own)
-        chance = f", which chance alone can do with so few rows{self._p_words}" if self.by_chance else ""
+        p = self.tried.chance
+        chance = "" if p is None else f", which chance alone can do with so few rows (p = {p:.2f})"
         return f"{of}, {self.name}: {words}{levels or f'; {UNKNOWN}'}{chance}{self.remark}."
 
     @property
@@ -109,12 +110,10 @@ class WorstAttack:
         """What came whole, where it stands out by that alone; or why the holdout is no yardstick."""
         if self.stands_out is None and self.tried.no_yardstick:
             return f", {self.tried.no_yardstick}"
+        if self.whole is None or not self.tried.by_whole:
+            return ""
         beside = "of the holdout's" if self.gold is None else "from a model that never saw the rows"
-        return f"; {self.tried.whole_words(beside)}" if self.tried.by_whole else ""
-
-    @property
-    def _p_words(self) -> str:
-        return "" if self.tried.chance is None else f" (p = {self.tried.chance:.2f})"
+        return f"; {self.whole.words(beside)}"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -159,12 +158,11 @@ def _beside_gold(attack: Attack, gold: Attack, rows: float | None, tries: int) -
     """
     level = gold.by(attack.figure)
     assert level is not None
-    whole = attack.whole.beside(gold.whole, tries) if attack.whole is not None and gold.whole is not None else None
-    p = None
-    if attack.by_chance:
-        p = attack.chance
-        whole = None if whole is None else replace(whole, p=p)
-    elif rows is not None:
+    p, whole = attack.chance, None
+    if attack.whole is not None and gold.whole is not None:
+        whole = attack.whole.beside(gold.whole, tries)
+        whole = whole if p is None or whole.level is None else replace(whole, p=p)
+    if p is None and rows is not None:
         above = round((attack.value - level) * rows) if attack.figure == WHOLE else rows
         p = of_several(0.5 ** max(0, above), tries)
     return Attack(attack.figure, attack.value, level, p, whole=whole)
