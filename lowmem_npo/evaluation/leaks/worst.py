@@ -34,7 +34,7 @@ WORDS = {
 }
 NOTHING = "0%"  # as `shares` writes what is none
 NOTHING_WORDS = {
-    FIGURES["extraction_strength"].title: "the model then writes nothing of an answer by itself",
+    STRENGTH: "the model then writes nothing of an answer by itself",
     RECALL: "what the model then says holds nothing of an answer",
     WHOLE: "none of the answers then comes whole",
 }
