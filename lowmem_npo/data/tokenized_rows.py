@@ -29,7 +29,23 @@ def num_predicted(row: TokenizedRow) -> int:
     return sum(int(label != IGNORE_INDEX) for label in row["labels"][1:])  # of a script's arrays, NumPy's or PyTorch's
 
 
-class TokenizedRows(Sequence[TokenizedRow]):
+class _Rows(Sequence[TokenizedRow]):
+    """Rows, and what is known of them beside."""
+
+    rows: Sequence[TokenizedRow]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenizedRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenizedRow]: ...
+    def __getitem__(self, index):  # a dataset's own slices are columns
+        return [self.rows[i] for i in range(len(self))[index]] if isinstance(index, slice) else self.rows[index]
+
+
+class TokenizedRows(_Rows):
     """All rows of one part (forget or retain), tokenised, in the order of their examples.
 
     cut: how many tokens truncation removed from the end of each row.
@@ -57,16 +73,6 @@ class TokenizedRows(Sequence[TokenizedRow]):
         held = {text for example in others for text in texts_of(example)}
         pairs = zip(self.rows, self.examples, strict=True)
         return [row for row, example in pairs if held.isdisjoint(texts_of(example))]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @overload
-    def __getitem__(self, index: int) -> TokenizedRow: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[TokenizedRow]: ...
-    def __getitem__(self, index):
-        return self.rows[index]
 
     @cached_property
     def facts(self) -> list[int]:
@@ -152,23 +158,13 @@ class TokenizedRows(Sequence[TokenizedRow]):
         return lines
 
 
-class KnownByIds(Sequence[TokenizedRow]):
+class KnownByIds(_Rows):
     """Rows of which nothing but their ids is known, such as a script's: those of the same ids say the same."""
 
     near: Mapping[int, set[int]] = MappingProxyType({})  # row -> the others that share text with it, as far as known
 
     def __init__(self, rows: Sequence[TokenizedRow]):
         self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @overload
-    def __getitem__(self, index: int) -> TokenizedRow: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[TokenizedRow]: ...
-    def __getitem__(self, index):
-        return [self.rows[i] for i in range(len(self))[index]] if isinstance(index, slice) else self.rows[index]
 
     @cached_property
     def facts(self) -> list[int]:
