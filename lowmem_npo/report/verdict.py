@@ -38,8 +38,8 @@ RETAIN_WORDS = {
 }
 HARDLY_SAID = "hardly said what it was to keep even before"
 HARDLY_SAID_WORDS = {  # of rows to keep
-    "kept": f"{HARDLY_SAID}, which is as likely as before",
-    "unsure": f"{HARDLY_SAID}, which is as likely as before, as far as the rows can tell",
+    "kept": f"{HARDLY_SAID}, which is no less likely now",
+    "unsure": f"{HARDLY_SAID}, which is no less likely now, as far as the rows can tell",
     "doubtful": f"{HARDLY_SAID}, which may be much less likely now (too few rows to tell)",
     "worse": f"{HARDLY_SAID}, which is less likely now",
     "damaged": f"{HARDLY_SAID}, which is much less likely now",

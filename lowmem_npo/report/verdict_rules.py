@@ -31,7 +31,7 @@ RULES = (
     f"left. “Still says what it was to keep”: recall and probability on retain rows are at least {KEPT:.0%} of what "
     f"they were, and so many of the answers appear as before that {DAMAGED:.0%} are left, where most did; below "
     f"{DAMAGED:.0%} of recall or probability, much is lost, and the one that decided is named. Retain rows that were "
-    f"“hardly said” before are “as likely as before” if the likelihood of a token, by the NLL, is at least "
+    f"“hardly said” before are “no less likely now” if the likelihood of a token, by the NLL, is at least "
     f"{DAMAGED:.0%} of what it was, and so is the answer probability, unless that fell by {SAID} or less; below "
     f"{REMAINS:.0%} they are “much less likely”; recall does not count there, and that what was hardly there is kept "
     "makes no result good. “General questions "

@@ -506,27 +506,27 @@ def test_what_was_hardly_said_before_cannot_still_be_said():
     likelihood that is visibly less, by the NLL or by the probability."""
     before = summary(0.0, 0.2, 0.1, 3.0)
     for after, words, tone in (
-        (before, "as likely as before", "mixed"),
-        (summary(0.0, 0.05, 0.09, 3.1), "as likely as before", "mixed"),
-        (summary(0.0, 0.2, 0.051, 3.28), "as likely as before", "mixed"),
+        (before, "no less likely now", "mixed"),
+        (summary(0.0, 0.05, 0.09, 3.1), "no less likely now", "mixed"),
+        (summary(0.0, 0.2, 0.051, 3.28), "no less likely now", "mixed"),
         (summary(0.0, 0.2, 0.1, 3.3), "less likely now", "mixed"),
         (summary(0.0, 0.2, 0.1, 3.7), "much less likely now", "bad"),
         (summary(0.0, 0.2, 0.04, 3.0), "much less likely now", "bad"),
     ):
         verdict = judge_run(stages(retain=after, before_retain=before), 50304, {})
         assert verdict.headline.endswith(f" it was to keep even before, which is {words}."), verdict.headline
-        conjunction = " and hardly said" if words == "as likely as before" else ", but it hardly said"
+        conjunction = " and hardly said" if words == "no less likely now" else ", but it hardly said"
         assert conjunction in verdict.headline and verdict.tone == tone
-        assert any("What decided is" in told for told in verdict.sentences) is (words != "as likely as before")
+        assert any("What decided is" in told for told in verdict.sentences) is (words != "no less likely now")
         alone = judge_evaluation({"retain": after}, {"retain": before}, None, {})
         assert f"the model hardly said what it was to keep even before, which is {words}." in alone.headline
     untaught, unseen = summary(0.0, 0.14, 0.012, 4.6, of=8), summary(0.0, 0.14, 0.011, 4.65, of=8)
-    assert "as likely as before." in judge_run(stages(retain=unseen, before_retain=untaught), 50304, {}).headline
+    assert "no less likely now." in judge_run(stages(retain=unseen, before_retain=untaught), 50304, {}).headline
 
 
 def test_a_fall_of_what_was_hardly_said_that_chance_explains_does_not_decide():
     before, after = (summary(0.0, 0.2, 0.1, nll, of=1000) for nll in (3.0, 3.4))
-    for error, words in ((0.1, "less likely now."), (0.3, "as likely as before, as far as the rows can tell.")):
+    for error, words in ((0.1, "which is less likely now."), (0.3, "no less likely now, as far as the rows can tell.")):
         verdict = judge_run(stages(retain=after, before_retain=before), 50304, {}, {"retain": {"nll": error}})
         told = "Chance may explain" if error == 0.3 else "What decided is"
         assert verdict.headline.endswith(words) and verdict.tone == "mixed"
