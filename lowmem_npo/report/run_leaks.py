@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from lowmem_npo.evaluation.comparing import changed_options, loaded_otherwise, measured_otherwise, other_options
 from lowmem_npo.evaluation.figures import at
-from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakResults, stands_beside
+from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakResults
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
 
 AFTER = "after"
@@ -67,11 +67,11 @@ def merged_leaks(tested: Sequence[Tested]) -> tuple[dict[str, LeakResults], list
 
 def measured_with_other(test: str, earlier: Tested, later: Tested) -> list[str]:
     """The flags because of which two results of a test cannot take each other's place, as far as is known."""
-    if later.evaluation is None or not any(one.name == test for one in LEAK_TESTS):
+    of_test = next((one for one in LEAK_TESTS if one.name == test), None)
+    if later.evaluation is None or of_test is None:
         return []
     if earlier.evaluation is None:
         return measured_otherwise(earlier.settings, later.settings).get(test, [])
-    of_test = next(one for one in LEAK_TESTS if one.name == test)
     then, now = (one.settings.get("digests", {}) for one in (earlier, later))
     others = [part for part in ("retain", "holdout") if part in then and then[part] != now.get(part)]
     flags = loaded_otherwise(earlier.settings, later.settings) + (["--holdout"] if "holdout" in others else [])
@@ -90,10 +90,15 @@ def _not_replaced(test: str, tested: Sequence[Tested]) -> list[Tested]:
 
 
 def _still_counts(own: LeakResult, later: LeakResult) -> bool:
-    """Whether a result counts, and not the later one, which was measured alike."""
+    """Whether a result counts, and not the later one, which was measured alike: it tells something where that one
+    cannot, or that one is of far fewer rows and finds no more."""
     if own.leaks is None and own.figures:  # it could not tell from what it measured
         return not later.figures if later.leaks is None else later.leaks is False and _far_fewer(later, own)
-    return stands_beside(own, later)
+    if own.leaks is None or later.leaks is None:
+        return own.leaks is not None
+    if (later.leaks and not own.leaks) or (own.against_before and not later.against_before):
+        return False
+    return _far_fewer(later, own)
 
 
 def _worst(test: str, measured: Sequence[Tested]) -> Tested:

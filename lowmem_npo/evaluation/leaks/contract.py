@@ -351,17 +351,6 @@ class LeakTest(ABC, Generic[OptionsT]):
         return self.figures[figure]
 
 
-def stands_beside(own: LeakResult, later: LeakResult) -> bool:
-    """Whether the result that a run found by itself counts, and not the one that `evaluate` found later: it tells
-    something where that one cannot, or that one is of less than half as many rows and finds no traces either."""
-    if own.leaks is None or later.leaks is None:
-        return own.leaks is not None
-    if (later.leaks and not own.leaks) or (own.against_before and not later.against_before):
-        return False
-    rows, rows_later = (at(of.figures, "rows") or 0 for of in (own, later))
-    return 2 * rows_later < rows
-
-
 def beside_holdout(
     value: float,
     level: float | None,

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from lowmem_npo.commands.arguments import parse_run
 from lowmem_npo.commands.sweep import figures
 from lowmem_npo.commands.sweep.figures import Column, collect, tables, text_tables, write_results
@@ -19,19 +21,24 @@ TRACES = Column("leaks.sampling.leaks", "traces found", None, "leak test samplin
 ROUGE = Column("leaks.sampling.rouge", "ROUGE-L", group="leak test sampling")
 
 
+def done_runs(folder: Path, monkeypatch: pytest.MonkeyPatch, seeds: int) -> list[SweepRun]:
+    """The runs of a sweep of one configuration, all of them done."""
+    entry = {"status": "done", "before": {}, "generated": True}
+    monkeypatch.setattr(figures, "_entry", lambda run, _: {"seed": run.seed, **entry})
+    given = ["--model", "m", "--output-dir", str(folder)]
+    return plan_sweep(parse_grid([]), range(seeds), lambda flags: parse_run([*given, *flags], "sweep"))
+
+
 def test_a_verdict_counts_over_the_seeds_that_have_one(tmp_path, monkeypatch):
     """A mean over some of the seeds is shown of none."""
     verdicts = [1.0, 1.0, None, 1.0, 1.0]
-    given = ["--model", "m", "--output-dir", str(tmp_path)]
-    runs = plan_sweep(parse_grid([]), range(5), lambda flags: parse_run([*given, *flags], "sweep"))
+    runs = done_runs(tmp_path, monkeypatch, seeds=5)
 
     def evaluated(files: EvaluationFiles) -> dict[Column, float]:
         place: Path = files.path.parent
         verdict = verdicts[int(place.name[-1])] if place.name.startswith("seed-") else 0.0
         return {} if verdict is None else {TRACES: verdict, ROUGE: 0.5}
 
-    entry = {"status": "done", "before": {}, "generated": True}
-    monkeypatch.setattr(figures, "_entry", lambda run, _: {"seed": run.seed, **entry})
     result = collect(runs, {}, tmp_path, evaluated)
     assert tables(result)["leak test sampling"] == [
         ["configuration", "seeds", "traces found", "ROUGE-L"],
@@ -54,16 +61,13 @@ def test_names_are_counted_over_the_seeds_and_other_measures_have_no_mean(tmp_pa
         Column(f"worst_attack.{key}", key, group="worst attack") for key in ("name", "strength", "recall")
     )
     worst = [("relearning", strength, 0.25), ("relearning", strength, 0.5), ("retuning", strength, 0.75)]
-    given = ["--model", "m", "--output-dir", str(tmp_path)]
-    runs = plan_sweep(parse_grid([]), range(3), lambda flags: parse_run([*given, *flags], "sweep"))
+    runs = done_runs(tmp_path, monkeypatch, seeds=3)
 
     def evaluated(files: EvaluationFiles) -> dict[Column, float | str]:
         seed = int(files.path.parent.name[-1]) if files.path.parent.name.startswith("seed-") else 0
         attack, measure, value = worst[seed]
         return {name: attack, measure: value}
 
-    entry = {"status": "done", "before": {}, "generated": True}
-    monkeypatch.setattr(figures, "_entry", lambda run, _: {"seed": run.seed, **entry})
     result = collect(runs, {}, tmp_path, evaluated)
     assert tables(result)["worst attack"] == [
         ["configuration", "seeds", "name", "strength"],
