@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from contextlib import nullcontext
 from dataclasses import replace
 
 import bitsandbytes as bnb
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer
 
 from lowmem_npo.config import AdapterConfig, ModelConfig
 from lowmem_npo.data import Example, Rows, Template, tokenize
+from lowmem_npo.estimate.simulator.storages import StorageCounter
 from lowmem_npo.evaluation.benchmarks.muse import FORGOTTEN, KEPT, TAUGHT, VERBATIM, MuseAnswer
 from lowmem_npo.evaluation.benchmarks.tofu import TofuAnswer, TofuScores, TofuSet, measure_tofu, score_tofu, tofu_rows
 from lowmem_npo.evaluation.open_unlearning import (
@@ -37,7 +39,9 @@ from lowmem_npo.evaluation.scoring.gradient_norms import gradient_norms
 from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.scoring.scorer import Scorer
 from lowmem_npo.evaluation.scoring.token_scores import TokenScores, token_scores, vocabulary_statistics
+from lowmem_npo.memory.checkpointing import enable_checkpointing, is_checkpointed
 from lowmem_npo.model import attach_lora, load_model
+from lowmem_npo.model.layers import causal_lm, decoder_layers
 
 
 def reciting_model(rows):
@@ -183,6 +187,48 @@ def test_gradient_norms_of_a_4_bit_model_are_those_of_what_it_computes(architect
     assert norms == pytest.approx(norms_by_hand(plain, rows), rel=1e-4)
     assert norms != pytest.approx(norms_by_hand(model_of(architecture), rows), rel=1e-3)
     assert gradient_norms(attach_lora(model, ALL_LINEAR), rows) == pytest.approx(norms, rel=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["olmo", "zamba2"])
+def test_gradient_norms_are_the_same_whether_or_not_layers_are_recomputed(architecture, tmp_path, monkeypatch):
+    rows = random_rows(2, seed=4)
+    model_of(architecture).save_pretrained(tmp_path)
+    models = [load_model(ModelConfig(str(tmp_path), qlora=qlora, device="cpu")) for qlora in (False, True)]
+    models.append(attach_lora(model_of(architecture), replace(ALL_LINEAR, use_dora=True)))
+    recomputed = [gradient_norms(model, rows) for model in models]
+    with monkeypatch.context() as patch:
+        patch.setattr("lowmem_npo.evaluation.scoring.gradient_norms.checkpointing", lambda lm: nullcontext())
+        assert recomputed == [pytest.approx(gradient_norms(model, rows), rel=1e-6) for model in models]
+    for model in models:
+        assert not any(map(is_checkpointed, decoder_layers(model)))
+        enable_checkpointing(causal_lm(model))  # by whoever trains it
+    assert recomputed == [pytest.approx(gradient_norms(model, rows), rel=1e-6) for model in models]
+
+
+@pytest.mark.parametrize("qlora", [False, True])
+def test_memory_for_gradient_norms(qlora, tmp_path):
+    """Each layer more keeps its input, one float32 state of each token, and beside that hardly anything; the largest
+    gradient has no copy in float32."""
+
+    def peak(tokens: int, layers: int, vocabulary: int) -> int:
+        config = CONFIGS["llama"](vocabulary)
+        config.num_hidden_layers = layers
+        tiny_model(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+        model = load_model(ModelConfig(str(tmp_path), qlora=qlora, device="cpu", attn="eager"))
+        ids = [5] * (tokens - 2) + [7, 1]
+        row = {"input_ids": ids, "labels": [-100] * (tokens - 2) + [7, 1], "prompt_length": tokens - 2}
+        gradient_norms(model, [row])  # what is made once
+        with StorageCounter("cpu") as counter:
+            counter.mark([*model.parameters(), *model.buffers()], "before")
+            counter.restart_peak()
+            before = counter.live
+            gradient_norms(model, [row])
+        return counter.peak - before
+
+    state = 100 * CONFIGS["llama"](97).hidden_size * 4
+    assert peak(100, 12, 97) - peak(100, 4, 97) < 8 * 1.5 * state
+    embedding = 50_000 * CONFIGS["llama"](97).hidden_size * 2
+    assert 2 * embedding < peak(4, 2, 50_000) < 2.2 * embedding  # as the product gives it, and as the weight lies
 
 
 def test_the_loss_beside_a_reference_model_by_hand():

@@ -64,8 +64,8 @@ FELL = (
 @dataclass
 class MembershipOptions(Options):
     mia_gradnorm: bool = free(False)
-    """Measure open-unlearning's mia_gradnorm as well: a forward and a backward pass of every row of the leak tests,
-    with memory for the gradient of one tensor at a time."""
+    """Measure open-unlearning's mia_gradnorm as well: a backward pass of every row of the leak tests, its layers
+    recomputed, with memory for the gradient of one tensor at a time and for the logits of one answer."""
 
 
 class Membership(LeakTest[MembershipOptions]):

@@ -3,7 +3,7 @@
 Of all weights of the model, as it would be with its adapter merged into them. No gradient of the whole model exists: a
 tensor's own is measured and freed as soon as backward reaches it, and so is that of a layer's weight which is scaled
 (DoRA) or in 4 bits, the product of what came in and what came back. What other adapters add to a weight leaves its
-gradient as it is.
+gradient as it is. Layers are recomputed, so that of each there is only its input until backward reaches it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.evaluation.scoring.likelihood import answer_batch
+from lowmem_npo.memory.checkpointing import checkpointing
 from lowmem_npo.model import answer_hidden, frozen_head
 from lowmem_npo.model.adapters import adapted_weight
 from lowmem_npo.model.layers import causal_lm, linear_layers
@@ -46,7 +47,7 @@ def _gradient_norm(model: PreTrainedModel | PeftModel, row: TokenizedRow) -> flo
     lm, norms = causal_lm(model), list[Tensor]()
     batch, head, layer = answer_batch(model, [row]), frozen_head(model), cast(Any, lm.get_output_embeddings())
     tokens, bias = len(head.weight), getattr(layer, "bias", None)  # with the gradients that `head` is without
-    with eval_mode(model), torch.enable_grad(), _measured(model, norms):
+    with eval_mode(model), torch.enable_grad(), _measured(model, norms), checkpointing(lm):
         answers = answer_hidden(model, batch)
         z = F.linear(answers.hidden[:-1], layer.weight[:tokens], None if bias is None else bias[:tokens])
         z = z.float() * head.logit_scale
@@ -76,7 +77,7 @@ def _measured(model: PreTrainedModel | PeftModel, norms: list[Tensor]) -> Iterat
             if p.requires_grad:
                 handles.append(p.register_post_accumulate_grad_hook(partial(_own, norms)))
         yield
-        norms += [rest.norm() for rest in products.sums.values()]
+        norms += [_norm(rest) for rest in products.sums.values()]
     finally:
         for handle in handles:
             handle.remove()
@@ -97,8 +98,13 @@ def _has_no_own(layer: nn.Module, weight: Tensor) -> bool:
 
 def _own(norms: list[Tensor], tensor: Tensor) -> None:
     assert tensor.grad is not None
-    norms.append(tensor.grad.float().norm())
+    norms.append(_norm(tensor.grad))
     tensor.grad = None
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    """In float32, of which no copy is made."""
+    return torch.linalg.vector_norm(gradient, dtype=torch.float32)
 
 
 class _Products:
@@ -111,12 +117,15 @@ class _Products:
     def __init__(self, norms: list[Tensor]) -> None:
         self._norms = norms
         self._calls = Counter[int]()
+        self._leaf = torch.empty(0, requires_grad=True)
         self.sums: dict[int, Tensor] = {}
 
     def called(self, weight: int, layer: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
+        saved = _Saved.apply(args[0].detach(), self._leaf).grad_fn
+        if torch._C._current_graph_task_id() != -1:  # the call is recomputed: the tensor saved above is the first one's
+            return
         self._calls[weight] += 1
-        x = args[0].detach().flatten(0, -2)
-        result.register_hook(lambda gradient: self._add(weight, gradient.flatten(0, -2).float().T @ x.float()))
+        result.register_hook(lambda gradient: self._add(weight, _product(gradient, *saved.saved_tensors)))
 
     def _add(self, weight: int, product: Tensor) -> None:
         earlier = self.sums.pop(weight, None)
@@ -125,4 +134,18 @@ class _Products:
         if self._calls[weight]:
             self.sums[weight] = product
         else:
-            self._norms.append(product.norm())
+            self._norms.append(_norm(product))
+
+
+class _Saved(torch.autograd.Function):
+    """Saves a tensor as autograd does, of a recomputed layer only then. leaf: any that needs a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, leaf: Tensor) -> Tensor:
+        ctx.save_for_backward(tensor)
+        return tensor.new_empty(0)
+
+
+def _product(gradient: Tensor, x: Tensor) -> Tensor:
+    """(out features, in features): the gradient of a weight."""
+    return gradient.flatten(0, -2).float().T @ x.flatten(0, -2).float()
