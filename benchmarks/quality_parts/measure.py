@@ -92,7 +92,7 @@ def attacked(
     subject = LeakSubject(scorer, forget, None, LeakOptions(), seed)
     taught, asked = ([forget[place] for place in places] for places in split(len(forget), attack.share, seed))
     lr = attack.rate * RelearningOptions.relearn_lr
-    tuned = tune(subject, Tuning("relearning", taught, asked, [attack.steps], lr))[attack.steps]
+    tuned = tune(subject, Tuning("relearning", taught, asked, [attack.steps], lr)).after[attack.steps]
     kept = ("extraction_strength", "nll")
     return {key: tuned.after[key] for key in kept} | {"before": {key: tuned.before[key] for key in kept}}
 

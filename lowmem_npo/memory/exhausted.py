@@ -44,6 +44,17 @@ class RandomState(NamedTuple):
             torch.cuda.set_rng_state(self.cuda)
 
 
+def if_fits(run: Callable[[], T]) -> T | None:
+    """`run()`; None where memory runs out for it, and what it had allocated is free again."""
+    try:
+        return run()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    release_memory()
+    return None
+
+
 def as_fits(model: PreTrainedModel | PeftModel, rows: int, run: Callable[[int], T]) -> T:
     """`run(n)`, which sends so many of its rows through `model` at once; again with half as many, and with the same
     random numbers, while memory runs out. Later calls begin with what fitted. A warning says so, once for a model.

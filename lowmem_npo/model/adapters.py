@@ -159,33 +159,47 @@ def extra_adapter(model: PreTrainedModel | PeftModel, rank: int, seed: int) -> I
     """Inside, all of `all_linear` have one more LoRA adapter, which starts as the identity and alone
     requires grad. On leaving it is removed and everything is restored."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    targets = list(all_linear(causal_lm(model)))
-    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules=targets)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        if isinstance(model, PeftModel):
-            adapted, active = model, model.active_adapters
-            model.add_adapter(EXTRA, config)
-        else:
-            adapted, active = cast(PeftModel, get_peft_model(model, config, adapter_name=EXTRA)), []
-    tuner, lm = cast(LoraModel, adapted.base_model), causal_lm(adapted)
-    tuner.set_adapter([*active, EXTRA])
-    for name, parameter in adapted.named_parameters():
-        parameter.requires_grad_(f".{EXTRA}." in name)
-    _keep_input_dtype(adapted)
-    lm.disable_input_require_grads()
     try:
-        yield
+        adapted, active = _with_extra(model, rank, seed)
+        tuner, lm = cast(LoraModel, adapted.base_model), causal_lm(adapted)
+        tuner.set_adapter([*active, EXTRA])
+        for name, parameter in adapted.named_parameters():
+            parameter.requires_grad_(f".{EXTRA}." in name)
+        _keep_input_dtype(adapted)
+        lm.disable_input_require_grads()
+        try:
+            yield
+        finally:
+            if isinstance(model, PeftModel):
+                tuner.set_adapter(active)
+                model.delete_adapter(EXTRA)
+                _unwrap(lm)
+            else:
+                tuner.unload()
     finally:
-        if isinstance(model, PeftModel):
-            tuner.set_adapter(active)
-            model.delete_adapter(EXTRA)
-            _unwrap(lm)
-        else:
-            tuner.unload()
         model.requires_grad_(False)
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+def _with_extra(model: PreTrainedModel | PeftModel, rank: int, seed: int) -> tuple[PeftModel, list[str]]:
+    """The model with the extra adapter, and which were active before. Where memory runs out halfway, nothing stays."""
+    lm = causal_lm(model)
+    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules=list(all_linear(lm)))
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            if not isinstance(model, PeftModel):
+                return cast(PeftModel, get_peft_model(model, config, adapter_name=EXTRA)), []
+            active = list(model.active_adapters)
+            model.add_adapter(EXTRA, config)
+            return model, active
+    except RuntimeError:
+        for module in list(lm.modules()):
+            if isinstance(module, LoraLayer):
+                module.delete_adapter(EXTRA)
+        _unwrap(lm)
+        raise
 
 
 def linear_layer_names(model: PreTrainedModel) -> list[str]:

@@ -68,12 +68,12 @@ def leak_sentence(
         unknown = "what can still be extracted is not known"
         inconclusive = [name for name in results if name in {*undecided, *passed_before}]
         if not inconclusive:
-            return f"No leak test was run: {unknown}."
+            return " ".join([f"No leak test was run: {unknown}.", *_too_large(results)])
         none = f"None of the {len(inconclusive)} leak tests that were run was conclusive ({', '.join(inconclusive)})"
         only = f"The one leak test that was run, {inconclusive[0]}, was not conclusive"
         beyond = ", but for what the worst attack brought back" if has_attack else ""
         sentence = f"{only if len(inconclusive) == 1 else none}: {unknown}{beyond}."
-        return " ".join([sentence, *_tell_nothing(passed_before)])
+        return " ".join([sentence, *_tell_nothing(passed_before), *_too_large(results)])
     sentences = []
     if against_holdout:
         if found := leaking_tests(against_holdout):
@@ -94,7 +94,15 @@ def leak_sentence(
         )
     if undecided:
         sentences.append(f"Could not tell: {', '.join(undecided)}.")
-    return " ".join([*sentences, *_tell_nothing(passed_before)])
+    return " ".join([*sentences, *_tell_nothing(passed_before), *_too_large(results)])
+
+
+def _too_large(results: LeakResults) -> list[str]:
+    """A sentence on those for which memory ran out, or for a part of which, if there are any."""
+    tests = [
+        name if not result.figures else f"{name} (in part)" for name, result in results.items() if result.too_large
+    ]
+    return [f"Not measured, since memory ran out: {', '.join(tests)}."] if tests else []
 
 
 def _tell_nothing(tests: list[str]) -> list[str]:

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 from lowmem_npo.evaluation.gold import Gold
-from lowmem_npo.evaluation.leaks.contract import Subject
+from lowmem_npo.evaluation.leaks.contract import TOO_LARGE, Subject
 from lowmem_npo.evaluation.leaks.membership import MembershipOptions
 from lowmem_npo.evaluation.open_unlearning import gradient_figure, reference_figure
 from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.files import expanded
+from lowmem_npo.memory.exhausted import if_fits
 from lowmem_npo.run_directory import EvaluationFiles
 
 
@@ -37,7 +38,11 @@ def further_membership(
             figures["mia_reference"] = reference_figure(subject.token_scores(), cast(dict[str, list[float]], of_gold))
     if cast(MembershipOptions, config).mia_gradnorm:
         sets = subject.sets.items()
-        norms = {part: subject.scorer.gradient_norms(f"leaks: {part} gradients", rows) for part, rows in sets}
-        if (figure := gradient_figure(norms)) is not None:
+        norms = if_fits(
+            lambda: {part: subject.scorer.gradient_norms(f"leaks: {part} gradients", rows) for part, rows in sets}
+        )
+        if norms is None:
+            notes.append(f"mia_gradnorm is not measured: {TOO_LARGE}.")
+        elif (figure := gradient_figure(norms)) is not None:
             figures["mia_gradnorm"] = figure
     return figures, notes

@@ -75,8 +75,11 @@ VERDICTS_AGAINST_BEFORE: Mapping[bool | None, LeakVerdict] = {
 
 
 # Beside the figures of a result in a file. The first two are always there.
-JUDGED = {"meaning": str, "leaks": bool | None, "against_before": bool, "gap": str, "diverged": bool}
+JUDGED = {
+    "meaning": str, "leaks": bool | None, "against_before": bool, "gap": str, "diverged": bool, "too_large": bool
+}  # fmt: skip
 DIVERGED = "the attacked model gave no finite likelihood"
+TOO_LARGE = "it does not fit into the GPU's memory"
 OLDER_GAP = re.compile(r"Not (measured|counted|tried)\b.*")  # in the meaning, in a file of a version without `gap`
 
 
@@ -98,6 +101,7 @@ class LeakResult:
     against_before: whether that was judged by the model before it forgot, because there is no holdout.
     gap: what `meaning` says, from there to its end, of attacks that have no figures; "" where all have.
     diverged: whether the model diverged under one of those, which says nothing of what it knew.
+    too_large: whether memory ran out for one of those.
     rows: set -> the scores of each of its rows, in order; for rows.jsonl, never for a report.
     """
 
@@ -107,13 +111,14 @@ class LeakResult:
     against_before: bool = False
     gap: str = ""
     diverged: bool = False
+    too_large: bool = False
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     @classmethod
-    def not_measured(cls, why: str, diverged: bool = False) -> LeakResult:
+    def not_measured(cls, why: str, *, diverged: bool = False, too_large: bool = False) -> LeakResult:
         """The result of a test that could not be run."""
         meaning = f"Not measured: {why}."
-        return cls({}, meaning, None, gap=meaning, diverged=diverged)
+        return cls({}, meaning, None, gap=meaning, diverged=diverged, too_large=too_large)
 
     @classmethod
     def judged(cls, figures: dict[str, Any], meaning: str, attack: Attack, before: float | None = None) -> LeakResult:
@@ -135,8 +140,7 @@ class LeakResult:
 
     def to_json(self) -> dict[str, Any]:
         """As leaks.json and evaluation.json hold it."""
-        further = {"against_before": self.against_before, "gap": self.gap, "diverged": self.diverged}
-        further = {name: value for name, value in further.items() if value}
+        further = {name: value for name in [*JUDGED][2:] if (value := getattr(self, name))}
         return {**self.figures, "meaning": self.meaning, "leaks": self.leaks, **further}
 
     @classmethod
@@ -336,13 +340,16 @@ class LeakTest(ABC, Generic[OptionsT]):
         return next((need.reason for need in self.needs if need.missing(subject)), None)
 
     def measure(self, subject: Subject) -> LeakResult:
-        """`run`, or why it was not run."""
+        """`run`, or why it was not run, or not to its end."""
+        from lowmem_npo.memory.exhausted import if_fits
+
         if (why := self.hindrance(subject)) is not None:
             return LeakResult.not_measured(why)
         try:
-            return self.run(subject, cast(OptionsT, subject.options))
+            result = if_fits(lambda: self.run(subject, cast(OptionsT, subject.options)))
         except NotGenerated as error:
             return LeakResult.not_measured(str(error).rstrip("."))
+        return result or LeakResult.not_measured(TOO_LARGE, too_large=True)
 
     def meaning_of(self, figure: str) -> Meaning:
         """Raises ValueError for a figure that the test does not declare: it comes from a file of another version."""

@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 from lowmem_npo.data import TokenizedRow
 from lowmem_npo.evaluation.leaks.contract import Subject
 from lowmem_npo.evaluation.leaks.extraction import beside_each_other, extraction_figures, original_scores
-from lowmem_npo.evaluation.leaks.tuned import Figures, Tuned, Tuning
+from lowmem_npo.evaluation.leaks.tuned import Figures, Outcome, Tuned, Tuning
 from lowmem_npo.evaluation.scoring.likelihood import answer_batch
 from lowmem_npo.evaluation.scoring.token_scores import NotFinite, TokenScores, token_scores
 from lowmem_npo.memory.checkpointing import checkpointing
-from lowmem_npo.memory.exhausted import as_fits
+from lowmem_npo.memory.exhausted import as_fits, if_fits
 from lowmem_npo.model import answer_hidden, frozen_head
 from lowmem_npo.model.adapters import extra_adapter, original_model
 from lowmem_npo.model.layers import causal_lm
@@ -35,17 +35,21 @@ BATCH_SIZE = 4
 RANK = 16
 
 
-def tune(subject: Subject, tuning: Tuning) -> dict[int, Tuned]:
+def tune(subject: Subject, tuning: Tuning) -> Outcome:
     """What the rows asked for (and the holdout) give: one run of as many steps as the most, measured after each number
-    of them, until it diverges. The journal knows what was measured before."""
+    of them, until it diverges or memory runs out. The journal knows what was measured before, but for the latter, which
+    may not happen again."""
     journal, key = subject.scorer.journal, tuning.key(subject)
     if tuning.steps_left(subject):
-        curve = {step: asdict(tuned) for step, tuned in _tune(subject, tuning).items()}
-        journal.write(key, [0], [{str(step): tuned for step, tuned in curve.items()}])
-    return {int(step): Tuned(**tuned) for step, tuned in journal.known(key)[0].items()}
+        curve = dict[int, Tuned]()
+        if if_fits(lambda: _tune(subject, tuning, curve)) is None:
+            return Outcome(curve, too_large=True)
+        journal.write(key, [0], [{str(step): asdict(tuned) for step, tuned in curve.items()}])
+    return Outcome({int(step): Tuned(**tuned) for step, tuned in journal.known(key)[0].items()})
 
 
-def _tune(subject: Subject, tuning: Tuning) -> dict[int, Tuned]:
+def _tune(subject: Subject, tuning: Tuning, tuned: dict[int, Tuned]) -> dict[int, Tuned]:
+    """Adds to `tuned` what there is after so many steps."""
     scorer = subject.scorer
     _, taught, asked, steps, lr = tuning
     model = scorer.loaded_model
@@ -64,7 +68,6 @@ def _tune(subject: Subject, tuning: Tuning) -> dict[int, Tuned]:
         scores = {id(row): score for row, score in zip(subject.forget, of_all, strict=True)}
         original = extraction_figures([scores[id(row)] for row in asked])
     none = Tuned(len(taught), 0, before := measure(), before, original)
-    tuned = {}
     with extra_adapter(model, RANK, subject.seed):
         for step in fine_tune(
             model,

@@ -23,6 +23,7 @@ from lowmem_npo.evaluation.scoring.batching import BATCH_SIZE
 from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.scoring.scorer import Scorer
 from lowmem_npo.files import load_json, write_json
+from lowmem_npo.memory.exhausted import if_fits
 from lowmem_npo.records import check_value
 
 FEW_STEPS = 20
@@ -102,7 +103,10 @@ def time_of_tuning(tests: Iterable[LeakTest], subject: Subject) -> list[str]:
     only a few. What a step takes is measured, on an adapter that is thrown away."""
     if (steps := steps_of_tuning(tests, subject)) < FEW_STEPS:
         return []
-    took = steps * seconds_per_step(subject.scorer.loaded_model, subject.forget)
+    seconds = if_fits(lambda: seconds_per_step(subject.scorer.loaded_model, subject.forget))
+    if seconds is None:
+        return [f"Leak tests: {steps} steps of fine-tuning, for which memory does not suffice here."]
+    took = steps * seconds
     time = f"{took / 3600:.1f} hours" if took >= 5400 else f"{took / 60:.0f} minutes" if took >= 90 else f"{took:.0f} s"
     return [f"Leak tests: {steps} steps of fine-tuning, about {time} here, besides asking after each attack."]
 

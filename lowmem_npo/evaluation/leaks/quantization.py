@@ -22,16 +22,17 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 from lowmem_npo.config import StreamOptions
-from lowmem_npo.endings import is_out_of_memory
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.figures import shares
 from lowmem_npo.evaluation.leaks.attack import HOLDOUT, P_VALUES, STRENGTH, Attack, attack_name, furthest
 from lowmem_npo.evaluation.leaks.contract import (
     AN_ADAPTER,
+    TOO_LARGE,
     LeakResult,
     LeakTest,
     Meaning,
@@ -124,6 +125,8 @@ def measure_forms(subject: Subject, saved: SavedModel) -> tuple[FormFigures, Att
     """
     from safetensors import SafetensorError
 
+    from lowmem_npo.memory.exhausted import if_fits
+
     scorer, measured, attacked = subject.scorer, FormFigures(), Attacked()
     problems: dict[str, list[str]] = {}  # why -> which forms
     shutil.rmtree(saved.scratch, ignore_errors=True)  # a killed evaluation's, half written
@@ -136,17 +139,17 @@ def measure_forms(subject: Subject, saved: SavedModel) -> tuple[FormFigures, Att
             if not all(known):
                 gc.collect()  # the model before
                 try:
-                    model = _load(form, saved)
-                except (UserError, OSError, SafetensorError, RuntimeError) as error:
-                    too_large = is_out_of_memory(error)
-                    if isinstance(error, RuntimeError) and not too_large:
-                        raise
-                    why = "it does not fit into the GPU's memory." if too_large else str(error)
-                    problems.setdefault(why, []).append(words)
+                    model = if_fits(partial(_load, form, saved))
+                except (UserError, OSError, SafetensorError) as error:
+                    problems.setdefault(str(error), []).append(words)
                     continue
             of_form = replace(subject, scorer=replace(scorer, model=model), saved=None, form=words, repeated=())
-            measured[form] = _figures(of_form)
-            attacked[form] = [(test, _attack(of_form, form, test)) for test in subject.repeated]
+            loaded = model is not None or all(known)
+            if loaded and (figures := if_fits(partial(_figures, of_form))) is not None:
+                measured[form] = figures
+                attacked[form] = [(test, _attack(of_form, form, test)) for test in subject.repeated]
+            else:
+                problems.setdefault(f"{TOO_LARGE}.", []).append(words)
             del model, of_form
     finally:
         shutil.rmtree(saved.scratch, ignore_errors=True)
@@ -157,7 +160,10 @@ def _attack(of_form: Subject, form: str, test: LeakTest) -> LeakResult:
     """The result of `test` on the model in that form."""
     journal, part = of_form.scorer.journal, _attack_part(of_form, form, test)
     if 0 not in journal.known(part):
-        journal.write(part, [0], [test.measure(of_form).to_json()])
+        result = test.measure(of_form)
+        if result.too_large:  # the next time it may not be
+            return result
+        journal.write(part, [0], [result.to_json()])
     return LeakResult.from_json(journal.known(part)[0])
 
 
@@ -179,7 +185,7 @@ def judge(
     not_measured = "" if problem is None else f"Not measured: {problem}"
     stored = {form: attack for form, of in forms.items() if form != AS_EVALUATED and (attack := attack_of(of))}
     if not stored:
-        return LeakResult({}, not_measured, None, gap=not_measured)
+        return LeakResult({}, not_measured, None, gap=not_measured, too_large=TOO_LARGE in not_measured)
     others = OtherAttacks(len(stored))
     for form, results in (attacked or {}).items():
         for test, result in results:
@@ -203,7 +209,7 @@ def judge(
     figures = {**figures, "returned": strength - as_evaluated, **by_form}
     result = LeakResult.judged(figures, meaning, stored[worst], before)
     result.meaning += "".join(f" {sentence}" for sentence in others.sentences())
-    result.gap = not_measured
+    result.gap, result.too_large = not_measured, TOO_LARGE in not_measured or others.too_large
     if others.leaking:
         result.leaks = True
     elif result.leaks is False and (others.not_told or others.unknown or not_measured):  # which may be worse
@@ -220,6 +226,7 @@ class OtherAttacks:
         self.leaking = defaultdict[str, list[str]](list)  # verdict -> which tests, on which forms
         self.not_told: list[str] = []  # which could be neither
         self.unknown = False  # whether one could not be made on a form for what that form is
+        self.too_large = False  # whether that was memory
         self._on_merged: dict[str, Attack] = {}
         self._gaps = defaultdict[str, list[str]](list)  # what was not made -> on which forms
 
@@ -240,7 +247,9 @@ class OtherAttacks:
             self.not_told.append(f"{test.name} ({FORMS[form]}, {shares(most)[0]})")
         if result.gap:
             self._gaps[f"{test.name}: {result.gap[0].lower()}{result.gap[1:]}"].append(FORMS[form])
-            self.unknown |= not attacks and result.diverged  # else it cannot be made on any model
+            # Else it cannot be made on any model.
+            self.unknown |= result.too_large or (not attacks and result.diverged)
+            self.too_large |= result.too_large
 
     def sentences(self) -> Iterator[str]:
         """What a result says of them."""
@@ -321,7 +330,9 @@ def _attack_part(subject: Subject, form: str, test: LeakTest) -> str:
     """Names all that a result depends on and that may be added to an evaluation that is resumed."""
     beside = [name for name in ("retain", "general") if getattr(subject, name)]
     if test.name in subject.earlier and not subject.holdout:
-        earlier = replace(subject.earlier[test.name], gap="", diverged=False)  # which an older version did not write
+        earlier = replace(
+            subject.earlier[test.name], gap="", diverged=False, too_large=False
+        )  # which an older version did not write
         beside.append(str(crc32(json.dumps(earlier.to_json(), sort_keys=True).encode())))
     what = ", ".join([test.name, "the result", *beside])
     return replace(subject, form=FORMS[form]).part(what)

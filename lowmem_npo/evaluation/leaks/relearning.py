@@ -112,11 +112,9 @@ class Relearning(TuningTest[RelearningOptions]):
         tunings = self.tunings(subject, options)
         if not tunings:
             return LeakResult.not_measured(NOTHING_LEFT)
-        attacks = dict[str, Tuned]()
-        for (share, lr), tuning in tunings.items():
-            attacks |= {Lesson(share, count, lr).name: of for count, of in tune(subject, tuning).items()}
-        tried = [lesson.name for lesson in wanted if (lesson.share, lesson.lr) in tunings]
-        result = tuned.judge_made(judge, tried, attacks)
+        outcomes = {run: tune(subject, tuning) for run, tuning in tunings.items()}
+        tried = {of.name: outcomes[of.share, of.lr] for of in wanted if (of.share, of.lr) in outcomes}
+        result = tuned.judge_made(judge, {of.name: of.steps for of in wanted}, tried)
         if left := [lesson.name for lesson in wanted if lesson.name not in tried]:
             result.add(f"Not tried, since {NOTHING_LEFT}: {'; '.join(left)}.", gap=True)
         return result

@@ -44,14 +44,15 @@ class Retuning(TuningTest[RetuningOptions]):
 
         tunings = self.tunings(subject, options)
         outcomes = {name: tune(subject, tuning) for name, tuning in tunings.items()}
-        attacks = {name: of[options.retune_steps] for name, of in outcomes.items() if options.retune_steps in of}
+        made = [name for name, of in outcomes.items() if options.retune_steps in of.after]
 
         def told(name: str, worst: Tuned, own: str) -> str:
-            which = ", the worse of 2 attacks" if len(attacks) > 1 else ""
+            which = ", the worse of 2 attacks" if len(made) > 1 else ""
             answers = "forgotten answer" if (rows := worst.after["rows"]) == 1 else f"{rows} forgotten answers"
             return f"After {name}{which}, the model writes the last {own} of the {answers}"
 
-        result = tuned.judge_made(lambda made: tuned.judge(made, told), list(tunings), attacks)
+        steps = dict.fromkeys(outcomes, options.retune_steps)
+        result = tuned.judge_made(lambda attacks: tuned.judge(attacks, told), steps, outcomes)
         if not subject.retain:
             result.add(NO_RETAIN if subject.retain is None else ALL_FORGOTTEN)  # which is so of any model
         return result

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lowmem_npo.evaluation.leaks.attack import HOLDOUT, P_VALUES, Attack, of_tries
 from lowmem_npo.evaluation.leaks.contract import (
     DIVERGED,
+    TOO_LARGE,
     LeakResult,
     LeakTest,
     Meaning,
@@ -105,6 +106,15 @@ class Tuned:
         return replace(self, after=of_tries(self.after, tries))
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What one run of fine-tuning did, after each number of its steps that it came to. too_large: whether memory ran
+    out before the last."""
+
+    after: Mapping[int, Tuned]
+    too_large: bool = False
+
+
 class TuningTest(LeakTest[OptionsT], abstract=True):
     """A test that fine-tunes the model as `tunings` says, and asks it afterwards."""
 
@@ -148,16 +158,25 @@ def judge(attacks: Mapping[str, Tuned], told: Callable[[str, Tuned, str], str]) 
 
 
 def judge_made(
-    judge: Callable[[Mapping[str, Tuned]], LeakResult], tried: Sequence[str], made: Mapping[str, Tuned]
+    judge: Callable[[Mapping[str, Tuned]], LeakResult], steps: Mapping[str, int], tried: Mapping[str, Outcome]
 ) -> LeakResult:
-    """`judge` of the attacks that were tried, but for those that are not among the `made`: under them the model
-    diverged, which says nothing of what it knew."""
-    diverged = "; ".join(name for name in tried if name not in made)
-    attacks = {name: made[name] for name in tried if name in made}
-    if not attacks:
-        return LeakResult.not_measured(f"{DIVERGED} ({diverged})", diverged=True)
-    result = judge(attacks)
-    if diverged:
-        result.add(f"Not counted, since {DIVERGED}: {diverged}.", gap=True)
-        result.diverged = True
+    """`judge` of the attacks that were tried, each of so many steps of its run of fine-tuning, but for those whose run
+    did not come so far: memory ran out, or the model diverged, which says nothing of what it knew."""
+    made = {name: of.after[steps[name]] for name, of in tried.items() if steps[name] in of.after}
+    missing = {name: TOO_LARGE if of.too_large else DIVERGED for name, of in tried.items() if name not in made}
+    why = {
+        reason: "; ".join(name for name, of in missing.items() if of == reason)
+        for reason in (DIVERGED, TOO_LARGE)
+        if reason in missing.values()
+    }
+    diverged, too_large = DIVERGED in why, TOO_LARGE in why
+    if not made:
+        reasons = "; ".join(f"{reason} ({names})" for reason, names in why.items())
+        return LeakResult.not_measured(reasons, diverged=diverged, too_large=too_large)
+    result = judge(made)
+    for reason, names in why.items():
+        result.add(f"Not counted, since {reason}: {names}.", gap=True)
+    result.diverged, result.too_large = diverged, too_large
+    if result.too_large and result.leaks is False:  # the others may bring more back
+        result.leaks = None
     return result

@@ -17,13 +17,14 @@ from lowmem_npo.cli import main
 from lowmem_npo.data import bundled_rows
 from lowmem_npo.evaluation.leaks import quantization as module
 from lowmem_npo.evaluation.leaks import relearning
-from lowmem_npo.evaluation.leaks.contract import LeakResult
+from lowmem_npo.evaluation.leaks.contract import TOO_LARGE, LeakResult, leak_results
 from lowmem_npo.evaluation.leaks.quantization import AS_EVALUATED, judge
 from lowmem_npo.evaluation.leaks.relearning import RELEARNING, Relearning
 from lowmem_npo.evaluation.leaks.rewording import REWORDING
-from lowmem_npo.evaluation.leaks.tuned import Tuned, judge_made
+from lowmem_npo.evaluation.leaks.tuned import Outcome, Tuned, judge_made
 from lowmem_npo.memory import switches
 from lowmem_npo.model import merging
+from lowmem_npo.report.leak_sentence import leak_sentence
 from lowmem_npo.report.leak_tests import leak_sections
 
 
@@ -123,6 +124,40 @@ def test_a_form_that_does_not_fit_does_not_end_the_others(work, tmp_path, monkey
     code, found = evaluate(work, "unlearned", tmp_path / "out", "quantization")
     assert code == 0 and "merged in bf16: it does not fit" in found["quantization"]["meaning"]
     assert "merged" not in found["quantization"] and "merged_4bit" in found["quantization"]
+
+
+def test_attacks_that_do_not_fit_end_neither_the_others_nor_the_evaluation(work, tmp_path, monkeypatch):
+    """Memory runs out in a step of fine-tuning, on the model as it is evaluated, and in 4 bits when that is asked; what
+    is missing is measured when there is room."""
+    tests = ("relearning", "retuning", "quantization", "extraction", "--mia-gradnorm", "--limit", "8",
+             "--relearn-attacks", "0.5:2:1e-3", "--retune-steps", "2")  # fmt: skip
+    whole = evaluate(work, "unlearned", tmp_path / "whole", *tests)[1]
+    real, four_bits = module._figures, list(module.FORMS)[2]
+
+    def backward(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def figures(subject):
+        if subject.form == module.FORMS[four_bits]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(subject)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.autograd, "backward", backward)
+        patch.setattr(module, "_figures", figures)
+        code, found = evaluate(work, "unlearned", tmp_path / "out", *tests)
+    assert code == 0
+    for test in ("relearning", "retuning"):
+        assert found[test]["meaning"].startswith(f"Not measured: {TOO_LARGE} (") and found[test]["leaks"] is None
+        assert f"{test}: not measured: {TOO_LARGE}" in found["quantization"]["meaning"]
+    assert f"Not measured: {module.FORMS[four_bits]}: {TOO_LARGE}." in found["quantization"]["meaning"]
+    assert found["quantization"]["leaks"] is None and four_bits not in found["quantization"]
+    assert found["extraction"] == whole["extraction"]  # what was trained in vain is gone
+    written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert f"mia_gradnorm is not measured: {TOO_LARGE}." in written["notes"]
+    sentence = leak_sentence(leak_results(found), None, False)
+    assert sentence.endswith("Not measured, since memory ran out: relearning, retuning, quantization (in part).")
+    assert evaluate(work, "unlearned", tmp_path / "out", *tests, "--resume")[1] == whole
 
 
 def test_it_goes_on_where_it_was(work, tmp_path, monkeypatch):
@@ -225,20 +260,24 @@ def test_without_a_holdout_an_attack_on_a_form_finds_what_its_verdict_says():
 def test_attacks_that_were_not_made_on_a_form_are_named():
     """Under divergence nothing is known of the form; an attack that no model can be put to says nothing of it."""
     forms = dict.fromkeys((AS_EVALUATED, "merged", "merged_4bit"), figures(0.05, 0.05))
-    diverged = judge_made(relearning.judge, ["2 steps"], {})
+    diverged = judge_made(relearning.judge, {"2 steps": 2}, {"2 steps": Outcome({})})
     result = judge(forms, None, None, {form: [(RELEARNING, diverged)] for form in ("merged", "merged_4bit")})
     assert result.leaks is None
     assert result.meaning.endswith(
         "In every form, relearning: not measured: the attacked model gave no finite likelihood (2 steps)."
     )
-    made = {"2 steps": Tuned(1, 2, figures(0.1), figures(0.1, 0.1), None)}
-    in_part = judge_made(relearning.judge, ["2 steps", "9 steps"], made)
+    steps, made = {"2 steps": 2, "9 steps": 9}, {2: Tuned(1, 2, figures(0.1), figures(0.1, 0.1), None)}
+    in_part = judge_made(relearning.judge, steps, dict.fromkeys(steps, Outcome(made)))
     result = judge(forms, None, None, {"merged": [(RELEARNING, in_part)]})
     assert result.leaks is False and "In merged in bf16, relearning: not counted, since" in result.meaning
     for later in (diverged, in_part):  # a journal of an older version has it in the meaning alone
         content = later.to_json()
         older = {name: value for name, value in content.items() if name not in ("gap", "diverged")}
         assert older != content and LeakResult.from_json(older) == later == LeakResult.from_json(content)
+    too_large = judge_made(relearning.judge, steps, dict.fromkeys(steps, Outcome(made, too_large=True)))
+    assert in_part.leaks is False and too_large.leaks is None  # the other one may bring more back
+    result = judge(forms, None, None, {"merged": [(RELEARNING, too_large)]})
+    assert result.leaks is None and result.too_large and f"not counted, since {TOO_LARGE}: 9 steps" in result.meaning
     result = judge(forms, None, None, {"merged": [(REWORDING, LeakResult.not_measured(REWORDING.none))]})
     assert result.leaks is False and "rewording: not measured: the rows bring no paraphrases" in result.meaning
 

@@ -9,13 +9,14 @@ import torch
 from helpers.dense_step import random_rows, word_tokenizer
 from helpers.tiny_models import tiny_model
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear
 from transformers import AutoTokenizer
 
 from lowmem_npo.data import Example, Template, tokenize
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.asking import Wording
 from lowmem_npo.evaluation.leaks import fine_tuning
-from lowmem_npo.evaluation.leaks.contract import Subject
+from lowmem_npo.evaluation.leaks.contract import TOO_LARGE, LeakResult, Subject
 from lowmem_npo.evaluation.leaks.relearning import NOTHING_LEFT, RELEARNING, RelearningOptions, judge, lessons, split
 from lowmem_npo.evaluation.leaks.tuned import DIVERGED, Tuned
 from lowmem_npo.evaluation.scoring import likelihood
@@ -23,6 +24,7 @@ from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.scoring.scorer import Scorer
 from lowmem_npo.evaluation.scoring.token_scores import token_scores
 from lowmem_npo.model.adapters import extra_adapter
+from lowmem_npo.model.layers import decoder_layers
 
 OPTIONS = RelearningOptions(relearn_steps=2, relearn_lr=1e-2)
 
@@ -312,3 +314,49 @@ def test_an_attack_that_diverges_is_not_counted():
         next(model.parameters()).fill_(torch.nan)
     with pytest.raises(UserError, match="are damaged"):
         learn(model, rows, alone)
+
+
+def test_attacks_for_which_memory_runs_out_are_not_counted():
+    """After two steps of a run, or before the first: what was measured before counts, but does not rule traces out. A
+    journal knows nothing of it, and the model is as it was."""
+    model, rows, journal = adapted(), random_rows(6, seed=2), Journal(None, progress=False)
+    options = RelearningOptions(relearn_attacks=("0.5:2:1e-2", "0.5:4:1e-2", "0.2:2:1e-2"))
+    short, long, other = (lesson.name for lesson in lessons(options))
+    subject = Subject(Scorer(model, word_tokenizer(), journal, batch_size=4), rows, None, options)
+    before, whole, passes = state(model), learn(model, rows, options), []
+
+    def run_out(module, args, result):
+        if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+            passes.append(result[0].shape)
+            if len(passes) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    handle = decoder_layers(model)[0].register_forward_hook(run_out)
+    result = RELEARNING.measure(subject)
+    handle.remove()
+    assert list(RELEARNING.attacks(result.figures)) == [short] and result.too_large and result.leaks is not False
+    assert result.figures[short]["nll"] == whole[short]["nll"]
+    assert result.gap == f"Not counted, since {TOO_LARGE}: {long}; {other}." and result.meaning.endswith(result.gap)
+    assert LeakResult.from_json(result.to_json()) == result
+    after = state(model)
+    assert all(torch.equal(before[0][name], after[0][name]) for name in before[0]) and before[1:] == after[1:]
+    assert steps_left(rows, options, journal) == 4 + 2
+
+
+@pytest.mark.parametrize("make", [adapted, lambda: tiny_model("llama")])
+def test_nothing_is_left_of_an_attack_for_whose_adapter_there_is_no_memory(make, monkeypatch):
+    model, real, made = make(), Linear.update_layer, []
+
+    def update_layer(layer, *args, **more):
+        made.append(layer)
+        if len(made) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(layer, *args, **more)
+
+    scorer, before = Scorer(model, word_tokenizer(), Journal(None, progress=False), batch_size=4), state(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(Linear, "update_layer", update_layer)
+        result = RELEARNING.measure(Subject(scorer, random_rows(6, seed=2), None, one(relearn_steps=3)))
+    assert len(made) == 5 and result.meaning.startswith(f"Not measured: {TOO_LARGE} (")
+    after = state(model)
+    assert before[0].keys() == after[0].keys() and before[1:] == after[1:]
