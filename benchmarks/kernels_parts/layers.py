@@ -122,8 +122,10 @@ def measure(part: Part, tokens: int, seconds: float) -> list[dict]:
         row: dict[str, Any] = {"part": part.name, "form": name}
         rows.append(row)
         try:
+            torch.cuda.synchronize()
             begin = time.monotonic()
             values = both_ways(function, *sets[0])
+            torch.cuda.synchronize()
             row["first_call_seconds"] = time.monotonic() - begin
             row["error"] = max(relative(x.double(), true) for x, true in zip(values, exact, strict=True))
             del values

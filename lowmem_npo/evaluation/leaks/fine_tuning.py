@@ -127,10 +127,17 @@ def seconds_per_step(model: PreTrainedModel | PeftModel, rows: Sequence[Tokenize
     with extra_adapter(model, RANK, seed=0):
         steps = fine_tune(model, rows, steps=2, lr=1e-6, batch_size=BATCH_SIZE, seed=0, progress=False)
         next(steps)
+        finish(model.device)
         began = monotonic()
         next(steps)
-        next(p for p in model.parameters() if p.requires_grad).detach().sum().item()  # waits for the GPU
+        finish(model.device)
         return monotonic() - began
+
+
+def finish(device: torch.device) -> None:
+    """Waits for what a GPU has still to do: it is only enqueued when a call returns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _shuffled(rows: int, shuffle: random.Random) -> Iterator[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import partial
 
 import numpy
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.data import Rows, Template, to_examples, tokenize
 from lowmem_npo.evaluation.asking import Wording
+from lowmem_npo.evaluation.leaks import fine_tuning
 from lowmem_npo.evaluation.leaks.measure import measure_leaks, time_of_tuning
 from lowmem_npo.evaluation.leaks.registry import WHILE_TRAINING, LeakOptions
 from lowmem_npo.memory.checkpointing import enable_checkpointing
@@ -96,6 +98,25 @@ def test_a_bit_that_is_not_restored_would_be_noticed(subject, byte_model, monkey
     before = everything(model)
     measured(model, subject, "retuning")
     assert everything(model)[0].keys() != before[0].keys()
+
+
+def test_a_step_is_timed_between_two_moments_at_which_the_gpu_has_nothing_to_do(subject, byte_model, monkeypatch):
+    done: list[str] = []
+
+    def recorded(what, function):
+        def call(*args, **options):
+            done.append(what)
+            return function(*args, **options)
+
+        return call
+
+    waits = partial(fine_tuning.finish, torch.device("cuda"))  # whatever the model is on
+    monkeypatch.setattr(torch.cuda, "synchronize", recorded("wait", lambda device: None))
+    monkeypatch.setattr(fine_tuning, "finish", lambda device: waits())
+    monkeypatch.setattr(fine_tuning, "monotonic", recorded("clock", fine_tuning.monotonic))
+    monkeypatch.setattr(fine_tuning, "as_fits", recorded("step", fine_tuning.as_fits))
+    assert fine_tuning.seconds_per_step(model_of(byte_model), subject[1]["forget"]) > 0
+    assert done == ["step", "wait", "clock", "step", "wait", "clock"]
 
 
 def test_the_time_is_said_beforehand_and_what_it_took_to_know_leaves_nothing(subject, byte_model, tmp_path):
