@@ -4,6 +4,7 @@ import gc
 import importlib
 import os
 import pkgutil
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -72,6 +73,17 @@ def pytest_collection_finish():
 
 def pytest_unconfigure():
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def empty_pictures():
+    """The pictures of reports, which take half of the time of a tiny run, stay empty in the runs that a test makes.
+    They are drawn in test_report.py, where they are looked at, and in runs of other fixtures and other processes."""
+    inline_svg = sys.modules.get("lowmem_npo.report.inline_svg")  # none where the packages of the kernels are alone
+    with pytest.MonkeyPatch.context() as patch:
+        if inline_svg:
+            patch.setattr(inline_svg, "_draw", lambda *_, **__: '<svg viewBox="0 0 1 1"></svg>')
+        yield
 
 
 @pytest.fixture(scope="session")

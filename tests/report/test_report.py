@@ -22,6 +22,11 @@ from lowmem_npo.report.content import Content, read_content
 from lowmem_npo.report.files import write_report
 
 
+@pytest.fixture(autouse=True)
+def empty_pictures():
+    """Here they are drawn."""
+
+
 def leaked(text: str) -> list[str]:
     """The telltales of rows that are in `text`, also as JSON spells them."""
     spelt = {tale: {tale, json.dumps(tale)[1:-1]} for tale in TELLTALES}
@@ -202,6 +207,7 @@ def test_pictures_and_tables_have_words_for_a_screen_reader(run):
         labels = {child.get("id"): child.text for child in root if child.tag.endswith(("title", "desc"))}
         assert root.get("role") == "img" and root.get("aria-labelledby").split() == list(labels)
         assert all(len(label) > 5 for label in labels.values())
+        assert sum(element.tag.endswith("path") for element in root.iter()) > 5, "it is drawn"
         assert not {element.tag.rpartition("}")[2] for element in root.iter()} & {"metadata", "script", "image", "a"}
     assert f"after {table['after']['forget']['nll']:.3f}" in drawings[0]
     headers = parsed.all("th")
