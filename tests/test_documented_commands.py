@@ -1,7 +1,8 @@
 """Every command and every block of Python in README, CONTRIBUTING and docs/ runs.
 
 A document's commands run in order, in one folder, on a tiny model and a few rows. Those that need a GPU, a network or
-minutes are checked for files and options instead: `NOT_RUN` says which, and why. A command of no known kind fails.
+minutes are checked for files and options instead: `NOT_RUN` says which, and why. Without --slow, so are all of the
+documents in `SLOW`. A command of no known kind fails.
 """
 
 from __future__ import annotations
@@ -79,6 +80,9 @@ NOT_RUN: dict[str, tuple[str, Callable[[Sequence[str], str], None]]] = {
     ),
     r"lowmem-npo evaluate .*--lm-eval": ("downloads; test_lm_eval.py has a task of its own", check_command),
 }
+
+
+SLOW = ("evaluation.md", "memory.md", "options.md", "results.md")  # what they run, tests/commands run as well
 
 
 # -- commands that are run --------------------------------------------------------------------------------------------
@@ -171,8 +175,7 @@ def desk(finished_run, taught_model, tmp_path, monkeypatch) -> Desk:
 
 
 @pytest.mark.parametrize(
-    "document",
-    [pytest.param(at, id=at.name, marks=[pytest.mark.slow] if at.name == "memory.md" else []) for at in DOCUMENTS],
+    "document", [pytest.param(at, id=at.name, marks=[pytest.mark.slow] * (at.name in SLOW)) for at in DOCUMENTS]
 )
 def test_every_command_runs(document, desk, capsys):
     commands: list[list[str]] = []
@@ -190,14 +193,22 @@ def test_every_command_runs(document, desk, capsys):
             assert commands and all(line in printed for line in shown.splitlines()), f"{block.where}: {output}"
 
 
-def check(words: list[str], where: str, desk: Desk) -> None:
-    """Runs the command, or checks what can be checked of it."""
+@pytest.mark.parametrize("document", SLOW)
+def test_every_command_exists(document):
+    for block in blocks(DOCS / document):
+        if block.language == "bash":
+            for words in block.commands:
+                check(words, block.where)
+
+
+def check(words: list[str], where: str, desk: Desk | None = None) -> None:
+    """Runs the command at a desk, or checks what can be checked of it."""
     for pattern, (_, instead) in NOT_RUN.items():
         if re.match(pattern, " ".join(words)):
             return instead(words, where)
     assert words[0] == "lowmem-npo", f"{where}: nothing here knows how to check `{' '.join(words)}`"
     check_command(words, where)
-    if words[2:] not in (["--help"], ["--help-all"]):  # of which `check_command` has read the text
+    if desk and words[2:] not in (["--help"], ["--help-all"]):  # of which `check_command` has read the text
         desk.run(words)
 
 
