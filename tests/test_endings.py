@@ -48,7 +48,11 @@ def whole(byte_model, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     "number, code",
-    [(signal.SIGTERM, 143), (signal.SIGINT, 130), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow)],
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+    ],
 )
 def test_a_job_that_is_ended_saves_first(number, code, byte_model, whole, tmp_path):
     def as_started_from_a_shell() -> None:  # in the background, as tests may run, some are ignored, and so by a run
@@ -74,12 +78,13 @@ def test_a_job_that_is_ended_saves_first(number, code, byte_model, whole, tmp_pa
     assert same_adapter(folder, whole)
 
 
-def test_a_second_signal_ends_a_run_at_once():
+def test_a_second_signal_ends_a_run_at_once(capfd):
     preemption = Preemption()
     with pytest.raises(Interrupted, match="interrupted"):  # it does not train yet
         preemption.hear(signal.SIGINT, None)
     preemption.on_train_begin(None, None, None)
     preemption.hear(signal.SIGINT, None)
+    assert HEARD in capfd.readouterr().err
     with pytest.raises(Interrupted) as ended:
         preemption.hear(signal.SIGINT, None)
     assert ended.value.code == 130
@@ -157,7 +162,7 @@ def test_a_bug_is_not_taken_for_the_machine(error):
     assert failure(error) is None
 
 
-@pytest.mark.parametrize("size", [4000, 100])
+@pytest.mark.parametrize("size", [pytest.param(4000, marks=pytest.mark.slow), 100])
 def test_a_disk_that_takes_no_more(size, byte_model, whole, tmp_path, full):
     """Here every file of more than `size` bytes fails, as on a full disk: the weights, or the first file already."""
     if size == 100 and not full:

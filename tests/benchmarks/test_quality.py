@@ -57,6 +57,7 @@ def test_the_picture(tmp_path):
     assert width >= 1400 and height >= 800
 
 
+@pytest.mark.slow
 def test_a_whole_run_in_small(tmp_path, monkeypatch):
     """Two seeds of one row, on a model taught for seconds: the measurements agree with the files of the runs."""
     small = paper_rows.Setting(

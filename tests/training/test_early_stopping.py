@@ -276,9 +276,19 @@ def known_before(config, **objective):
     return replace(config, data=replace(config.data, **files), objective=replace(config.objective, **objective))
 
 
-@pytest.mark.parametrize("conditions", [("forget-at-holdout",), ("mia-crosses", "retain-loss+100000")])
-@pytest.mark.parametrize("layered", [None, 2])
-def test_a_goal_that_held_before_training_ends_neither_run_nor_stage(conditions, layered, taught_model, tmp_path):
+AT_HOLDOUT, CROSSES = ("forget-at-holdout",), ("mia-crosses", "retain-loss+100000")
+
+
+@pytest.mark.parametrize(
+    "layered, conditions",
+    [
+        (2, AT_HOLDOUT),
+        (None, CROSSES),
+        pytest.param(2, CROSSES, marks=pytest.mark.slow),
+        pytest.param(None, AT_HOLDOUT, marks=pytest.mark.slow),
+    ],
+)
+def test_a_goal_that_held_before_training_ends_neither_run_nor_stage(layered, conditions, taught_model, tmp_path):
     """It said that the run was finished, after nothing."""
     changes = {"max_steps": 8, "layered": layered, "lr": 1e-4}
     lines, config = [], unlearning_config(taught_model, tmp_path / "run", conditions, **changes)
