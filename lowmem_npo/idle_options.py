@@ -24,7 +24,7 @@ OF_TERMS = {
 
 def idle_options(settings: Mapping[str, Any]) -> dict[str, str]:
     """Options that make no difference to an adapter, by the settings of its run, as run.yaml holds them; and without
-    what each of them has none. What a run of an earlier version does not name, it had not."""
+    what each of them has none."""
     term, gamma, delta = (settings.get(name) for name in ("forget_term", "gamma", "delta"))
     of_terms = OF_TERMS if term in FORGET_TERMS else {}
     idle = {name: f"--forget-term {term}" for name, terms in of_terms.items() if term not in terms}

@@ -227,14 +227,13 @@ def places_of(run: RunFiles | EvaluationFiles, settings: Mapping[str, Any], name
     """Where `from_here` looks for `name`, in order."""
     folder, here = expanded(run.path).resolve(), expanded(name)
     named = settings.get("output_dir")  # None of an evaluation beside its adapter
-    output_dir = expanded(str(named)) if named else None
+    places = []
     if run.started_in.is_file():
         start = os.path.normpath(folder / run.started_in.read_text(encoding="utf-8", errors="replace"))
-        there: Path | None = Path(start, here)
-    else:
-        there = _by_output_dir(folder, output_dir, here) if output_dir else None
-    moved = _moved_along(folder, output_dir, here) if output_dir else None
-    return [place for place in (there, moved) if place is not None]
+        places.append(Path(start, here))
+    if named and (moved := _moved_along(folder, expanded(str(named)), here)):
+        places.append(moved)
+    return places
 
 
 def places_from_here(run: RunFiles, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,17 +248,6 @@ def _same_places(names: Any, others: Any) -> bool:
         return False
     both = [[expanded(part.strip()).resolve() for part in of.split(",")] for of in (names, others)]
     return both[0] == both[1] and all(place.exists() for place in both[0])
-
-
-def _by_output_dir(folder: Path, output_dir: Path, here: Path) -> Path | None:
-    """Where `here` is by what a run of an earlier version left of where it was started: a relative --output-dir tells
-    it; one that begins with `..` tells what is above it. None where that is not enough."""
-    up = output_dir.parts[: output_dir.parts.count("..")]  # from where the run was started, to what both share
-    below = output_dir.parts[len(up) :]
-    above = len(folder.parts) - len(below)
-    if output_dir.is_absolute() or folder.parts[above:] != below:
-        return None
-    return Path(*folder.parts[:above], *here.parts[len(up) :]) if here.parts[: len(up)] == up else here
 
 
 def _moved_along(folder: Path, output_dir: Path, here: Path) -> Path | None:

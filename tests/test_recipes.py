@@ -213,10 +213,6 @@ def test_a_run_says_so_and_its_merged_weights_where_it_lasts(byte_model, tmp_pat
         capsys.readouterr()
         assert main(["train", *again]) == 0
         assert f"{LASTING}.\n" in capsys.readouterr().out, "20 is the recipe's, though 1 was used"
-    asked = settings.read_text()
-    settings.write_text(asked.replace("adversary_steps: 20", "adversary_steps: 1"))  # as an older version left it
-    assert settings.read_text() != asked and main(["train", *flags, "--resume"]) == 0
-    settings.write_text(asked)
     config = parsed("--config", settings, "--recipe", "paper")
     assert options(config) == (None, None, 5) and remarks_on_idle_options(config) == []
     assert main(["merge", "--adapter", str(tmp_path / "run"), "--output-dir", str(tmp_path / "merged")]) == 0

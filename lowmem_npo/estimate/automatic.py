@@ -42,11 +42,9 @@ FEW_BYTES = 256 * 2**20  # of activations, which are kept without a simulation
 
 def as_begun(config: RunConfig) -> RunConfig:
     """`config` with the date of its chat template, and, of a run that is to be resumed, all that was decided when it
-    began; what goes against an option of now, as a live reference against --reference-dir, is left to be decided anew.
-    A run of a version that recorded no date goes on with today's."""
+    began; what goes against an option of now, as a live reference against --reference-dir, is left to be decided
+    anew."""
     began = settings_of_run(config.output.output_dir) if config.output.resume else {"chat_date": today()}
-    if config.output.resume and began:
-        began = {"double_quant": "on", "joint_pass_tokens": 0, **began}  # before there was a choice
     for name in DECIDED:
         section = next(of for of in ("model", "data", "memory") if hasattr(getattr(config, of), name))
         options: Any = getattr(config, section)

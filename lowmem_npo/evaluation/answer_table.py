@@ -207,8 +207,8 @@ def _measured(sets: Mapping[str, AnswerSummary]) -> str:
         parts.append(f"{whole} ({counted(summary.tokens, 'answer token')})")
     if not all(summary.generated for summary in sets.values()):
         return " and ".join(parts)
-    lengths = sorted({summary.max_new_tokens for summary in sets.values() if summary.max_new_tokens})
-    limit = f" of up to {' and '.join(map(str, lengths))} tokens" if lengths else ""
+    lengths = sorted({summary.max_new_tokens for summary in sets.values()})
+    limit = f" of up to {' and '.join(map(str, lengths))} tokens"
     if cut := sum(summary.cut for name, summary in sets.items() if part_of(name) == name):
         limit += f", compared with the beginning of {counted(cut, 'longer true answer')}"
     return f"{' and '.join(parts)}, greedy answers{limit}"

@@ -63,13 +63,6 @@ class AnswerRecord:
     cut: bool = False
     ids: Sequence[int] = field(default=(), compare=False)
 
-    @classmethod
-    def read(cls, content: Mapping[str, Any]) -> AnswerRecord:
-        """A record as it was saved; one of a version that compared otherwise is compared anew."""
-        if "appears" not in content:
-            content = {**content, **compared(content["reference"], content["answer"])}
-        return record_of(cls, {name: value for name, value in content.items() if name != "lead"})  # which was the space
-
     def to_json(self) -> dict[str, Any]:
         """As files hold it, which people read."""
         return {name: value for name, value in asdict(self).items() if name != "ids"}
@@ -88,11 +81,10 @@ def compared(reference: str, answer: str) -> dict[str, Any]:
 class AnswerSummary:
     """A set in one line. `nll` is a mean over answer tokens, the other figures are means over rows.
 
-    appears: None in an evaluation.json of a version that did not measure it. max_new_tokens: how many an answer could
-    have; None if each ended where the true one does, as older versions measured. passages: how many of the rows are
-    texts that the model goes on with; the others ask for something. generated: whether the model wrote the answers;
-    else they were read off the likelihoods (`lowmem_npo.evaluation.scoring.forced`). cut: rows of whose true answers
-    only the beginning was compared.
+    max_new_tokens: how many an answer could have. passages: how many of the rows are texts that the model goes on with;
+    the others ask for something. generated: whether the model wrote the answers; else they were read off the
+    likelihoods (`lowmem_npo.evaluation.scoring.forced`). cut: rows of whose true answers only the beginning was
+    compared.
     """
 
     rows: Count
@@ -102,8 +94,8 @@ class AnswerSummary:
     probability: float
     rouge_l_recall: Share
     exact_match: Share
-    appears: Share | None = None
-    max_new_tokens: Count | None = None
+    appears: Share
+    max_new_tokens: Count
     passages: int = 0
     generated: bool = True
     cut: int = 0
@@ -113,7 +105,7 @@ class AnswerSummary:
         cls,
         records: Sequence[AnswerRecord],
         rows_in_set: int,
-        max_new_tokens: int | None = None,
+        max_new_tokens: int,
         passages: int = 0,
         generated: bool = True,
     ) -> AnswerSummary:
@@ -143,12 +135,9 @@ class AnswerEvaluation:
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> AnswerEvaluation:
-        """The inverse of `asdict`, also of what an older version saved."""
-        summary, records = content["summary"], [AnswerRecord.read(record) for record in content["records"]]
-        if "max_new_tokens" in summary:
-            return cls(record_of(AnswerSummary, summary), records)
-        of_records = AnswerSummary.of(records, summary["rows_in_set"])
-        return cls(record_of(AnswerSummary, asdict(of_records)), records)
+        """The inverse of `asdict`."""
+        records = [record_of(AnswerRecord, record) for record in content["records"]]
+        return cls(record_of(AnswerSummary, content["summary"]), records)
 
     def errors_of_change(self, before: AnswerEvaluation) -> dict[str, float]:
         """Measure -> the standard error of its mean change since `before`, over the rows of both; none of fewer than
@@ -231,7 +220,7 @@ def read_answers(path: Path, output: OutputConfig | None = None) -> Evaluations:
 def _measured_as(output: OutputConfig, name: str, summary: AnswerSummary) -> bool:
     whole = part_of(name) != name or summary.rows == min(output.eval_rows, summary.rows_in_set)
     whole = whole and summary.generated == output.lets_write
-    return whole and summary.max_new_tokens is not None and output.max_new_tokens in (None, summary.max_new_tokens)
+    return whole and output.max_new_tokens in (None, summary.max_new_tokens)
 
 
 def part_of(name: str) -> str:

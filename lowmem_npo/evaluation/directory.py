@@ -18,7 +18,7 @@ from lowmem_npo.evaluation.result import Evaluation
 from lowmem_npo.evaluation.scoring.journal import Journal
 from lowmem_npo.evaluation.settings import EvaluationConfig, EvaluationOptions, names_data, path_of
 from lowmem_npo.files import expanded, file_sha256, load_json, write_atomically, write_json
-from lowmem_npo.model.names import Base, digest_of, resolve_name
+from lowmem_npo.model.names import Base, resolve_name
 from lowmem_npo.ranges import check_values, field_types
 from lowmem_npo.records import check_record
 from lowmem_npo.run_directory import EvaluationFiles, check_empty, from_here, remember_start
@@ -225,10 +225,7 @@ def base_of(files: EvaluationFiles) -> Base:
     digests, name, revision = settings["digests"], settings.get("model"), settings.get("revision")
     if name is None or not settings.get("any_base"):
         return Base(weights=digests.get(THE_BASE))
-    name = resolve_name(from_here(files, settings, name), revision)
-    if THE_BASE not in digests and digests.get(THE_MODEL) == digest_of(name, revision):
-        return Base.here(name, revision)  # an earlier version recorded more than the weights; it is still what it was
-    return Base(name, digests.get(THE_BASE))
+    return Base(resolve_name(from_here(files, settings, name), revision), digests.get(THE_BASE))
 
 
 def _read(files: EvaluationFiles, types: Mapping[str, Any], needed: Collection[str] = ()) -> dict[str, Any]:

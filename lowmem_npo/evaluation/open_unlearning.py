@@ -64,8 +64,7 @@ def token_figures(
         return figures
     figures["mia_loss"] = _auc(scores, lambda one: one.nll)
     figures["mia_min_k"] = min_k_auc = _auc(scores, lambda one: -_lowest(one.logprobs[:-1]))
-    if all(one.deviation is not None for of_set in scores.values() for one in of_set):  # an older journal has none
-        figures["mia_min_k_plus_plus"] = _auc(scores, lambda one: -_lowest(_standard(one)[:-1]))
+    figures["mia_min_k_plus_plus"] = _auc(scores, lambda one: -_lowest(_standard(one)[:-1]))
     sizes: dict[int, int] = {}
     for name, of_set in scores.items():
         sizes |= {id(one): compressed(row, tokenizer) for one, row in zip(of_set, rows[name], strict=True)}
@@ -177,6 +176,5 @@ def _lowest(values: Sequence[float]) -> float:
 
 
 def _standard(row: TokenScores) -> list[float]:
-    assert row.deviation is not None
     pairs = zip(row.above_mean, row.deviation, strict=True)
     return [above_mean / max(deviation, LEAST_DEVIATION) for above_mean, deviation in pairs]

@@ -1,8 +1,7 @@
 """Whether an earlier evaluation is of the model that its figures stand for, by what the settings.json of both hold.
 
 An adapter is compared with its base, which is known by its weights. A merged model has others than it had before, and a
-gold model has others, too: of those only architecture and size can be compared. What an earlier version did not record
-is not known to differ.
+gold model has others, too: of those only architecture and size can be compared.
 """
 
 from __future__ import annotations

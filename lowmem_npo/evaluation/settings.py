@@ -106,9 +106,8 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
         known: dict[str, Any] = {"max_length": self.max_length or run.get("max_length") or DataConfig.max_length}
         known["max_new_tokens"] = self.max_new_tokens or run.get("max_new_tokens")
         if self.template is None and self.prompt_template is None:
-            known["prompt_template"] = text = run.get("prompt_template")
-            plain = "plain" if run and text is None else "auto"  # a run of a version without --template
-            known["template"] = run.get("template", plain)
+            known["prompt_template"] = run.get("prompt_template")
+            known["template"] = run.get("template", "auto")
             known["system"] = run.get("system") if self.system is None else self.system
         if self.chat_date == TODAY:
             known["chat_date"] = run.get("chat_date", TODAY)

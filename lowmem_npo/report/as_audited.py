@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,27 +83,27 @@ def check_same_rows(directory: Path, config: RunConfig, data: PreparedData) -> N
     if audit is None:
         return
     for what, then, now in _compared(audit, config, data):
-        if then is not None and then != now:
+        if then != now:
             raise UserError(f"--resume: the {what} have changed since the run in '{directory}' began; start anew.")
 
 
 def _compared(audit: Audit, config: RunConfig, data: PreparedData) -> Iterator[tuple[str, Any, Any]]:
-    """What a run goes on with: its name, as the audit record has it (None where an earlier version recorded nothing),
-    and as it is now. Texts and answers that the model is yet to write are left out."""
+    """What a run goes on with: its name, as the audit record has it, and as it is now. Texts and answers that the model
+    is yet to write are left out."""
     record, options = audit["forget_rows"], config.data
     yield "forget rows", record["sha256"], [row_hash(example, record["salt"]) for example in data.forget.examples]
     for part in ("forget", "retain", "holdout"):
         unread = part == "retain" and (data.retain_is_unwritten or not config.objective.needs_retain)
         if (rows := getattr(data, part)) is not None and not unread:
             yield f"{part} rows", audit["data"].get(part, {}).get("tokenised"), rows.fingerprint
-    yield "holdout rows that set levels", audit.get("level_rows"), level_rows(data, record["salt"])
-    yield "paraphrases", record.get("paraphrases"), paraphrases(data, record["salt"])
+    yield "holdout rows that set levels", audit["level_rows"], level_rows(data, record["salt"])
+    yield "paraphrases", record["paraphrases"], paraphrases(data, record["salt"])
     by = "" if options.group_column is None else f", by --group-column {options.group_column}"
-    yield f"folds of the forget rows (--layered{by})", record.get("folds"), planned_rows(config, data).folds
+    yield f"folds of the forget rows (--layered{by})", record["folds"], planned_rows(config, data).folds
     if not data.alternatives_are_unwritten:
         column = options.alternative_column
         source = f"--alternatives {options.alternatives}" if column is None else f"--alternative-column {column}"
-        yield f"other answers to the forget rows ({source})", record.get("alternatives"), alternatives(config, data)
+        yield f"other answers to the forget rows ({source})", record["alternatives"], alternatives(config, data)
 
 
 def check_same_adapter(directory: Path, config: RunConfig) -> None:
@@ -169,19 +168,13 @@ def are_others(directory: Path, forget: Sequence[Example]) -> bool:
     return 2 * sum(row_hash(example, salt) in known for example in forget) < len(forget)
 
 
-def is_other_holdout(directory: Path, holdout: Sequence[Example] | None, source: str | None) -> bool:
+def is_other_holdout(directory: Path, holdout: Sequence[Example] | None) -> bool:
     """Whether these holdout rows, of which `judging` has left out what set levels, are known not to be those that the
-    run in `directory` was judged by; without any, whether it had some. source: what names them.
+    run in `directory` was judged by; without any, whether it had some.
 
-    A few other rows make another holdout, and so do fewer: either may be easier. An earlier version recorded no rows,
-    and of a holdout that was one file the hash of that.
+    A few other rows make another holdout, and so do fewer: either may be easier.
     """
-    if (audit := read_audit(directory)) is None or (record := audit["data"].get("holdout")) is None:
+    if (audit := read_audit(directory)) is None or (known := audit["holdout_rows"]) is None:
         return False
-    if holdout is None:
-        return True
-    if (known := audit.get("holdout_rows")) is not None:
-        return sorted(known) != sorted(row_hash(example, audit["forget_rows"]["salt"]) for example in holdout)
-    known_file = record.get("sha256")
-    is_file = source is not None and os.path.isfile(expanded(source))
-    return bool(known_file and source is not None and is_file and file_sha256(expanded(source)) != known_file)
+    salt = audit["forget_rows"]["salt"]
+    return holdout is None or sorted(known) != sorted(row_hash(example, salt) for example in holdout)

@@ -132,7 +132,9 @@ RECORD = {
     "forget_rows": dict[str, Any], "sessions": list[dict[str, Any]], "adapter": dict[str, Any] | None,
     "level_rows": list[str] | None, "holdout_rows": list[str] | None,
 }  # fmt: skip
-FORGET_ROWS = {"salt": str, "sha256": list[str]}
+FORGET_ROWS = {
+    "salt": str, "sha256": list[str], "folds": list[list[int]] | None, "alternatives": str | None, "paraphrases": str,
+}  # fmt: skip
 # What a report tells of it.
 STEPS = {"seed": int, "sessions": Annotated[list[Any], MinLen(1)], "optimizer_steps": int | None}
 MODEL = {
@@ -150,14 +152,14 @@ TRAINING = dict.fromkeys(
     Amount | None,
 )
 ADAPTER = {"file": str, "sha256": str, "bytes": int}
-CONTINUED = {"directory": str, "sha256": str}  # an adapter that the run went on from
+CONTINUED = {"directory": str, "name": str, "sha256": str}  # an adapter that the run went on from
 
 
 def check_reported(audit: Audit) -> None:
     """Raises ValueError unless `audit` holds what a report tells of it; TypeError where only one of two times has a
     time zone."""
     check_record(audit, STEPS)
-    check_record(audit["model"], MODEL, optional=["adapter", "directory", "files"])
+    check_record(audit["model"], MODEL)
     for data in audit["data"].values():
         check_record(data, DATA)
     for session in audit["sessions"]:
@@ -167,7 +169,7 @@ def check_reported(audit: Audit) -> None:
         seconds([session])
     if audit["adapter"] is not None:
         check_record(audit, {"optimizer_steps": int})
-    for adapter, types in ((audit["adapter"], ADAPTER), (audit["model"].get("adapter"), CONTINUED)):
+    for adapter, types in ((audit["adapter"], ADAPTER), (audit["model"]["adapter"], CONTINUED)):
         if adapter is not None:
             check_record(adapter, types)
     json.dumps(audit, allow_nan=False)
@@ -178,7 +180,7 @@ def read_audit(directory: Path) -> Audit | None:
     path = RunFiles(directory).audit
     try:
         audit = load_json(path)
-        check_record(audit, RECORD, optional=["level_rows", "holdout_rows"])
+        check_record(audit, RECORD)
         check_record(audit["forget_rows"], FORGET_ROWS)
         bytes.fromhex(audit["forget_rows"]["salt"])
     except FileNotFoundError:

@@ -89,13 +89,8 @@ def _worst_of(found: Sequence[Kept]) -> Kept:
 
 
 def hardly_said(before: AnswerSummary) -> bool:
-    return before.rouge_l_recall < KNOWN and share_said(before) <= SAID
+    return before.rouge_l_recall < KNOWN and before.appears <= SAID
 
 
 def remains(before: float, after: float) -> float:
     return after / before if before > 0 else 1.0
-
-
-def share_said(summary: AnswerSummary) -> float:
-    """The share of answers that the model says: anywhere, or, where only that was measured, as all it says."""
-    return summary.exact_match if summary.appears is None else summary.appears

@@ -100,9 +100,8 @@ def audit_lines(audit: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None
     if model["commit"]:
         yield "Commit", "of the repository on the hub", model["commit"]
     yield "Weights", model["weights_fingerprint_is"], model["weights_fingerprint"]
-    if continued := model.get("adapter"):
-        of = continued.get("name") or name_of(continued["directory"])
-        yield "Went on from", f"the adapter in {of}; SHA-256:", continued["sha256"]
+    if continued := model["adapter"]:
+        yield "Went on from", f"the adapter in {continued['name']}; SHA-256:", continued["sha256"]
     if adapter:
         yield "Adapter", f"{adapter['file']}, {adapter['bytes']:,} bytes; SHA-256:", adapter["sha256"]
     for part, data in audit["data"].items():
@@ -144,9 +143,10 @@ def _predicted(value: float | None, form: str) -> str:
 
 def base_model(content: Content) -> tuple[str, bool]:
     """The base model's name, without the path where it is a local directory, and whether it is one."""
-    known = content.audit["model"] if content.audit else {"loaded": content.settings["model"]}
-    directory, name = known.get("directory"), str(known["loaded"])
-    if "directory" not in known:  # an earlier version did not record what it is called
+    if content.audit:
+        directory, name = content.audit["model"]["directory"], content.audit["model"]["loaded"]
+    else:
+        name = str(content.settings["model"])
         place = from_here(RunFiles(content.directory), content.settings, name)
         directory = name_of(place) if expanded(place).is_dir() else None
     return directory or name, directory is not None

@@ -48,10 +48,7 @@ GOLD_LEAKS_ALONE = (
     "The only complete yardstick is a model that was never taught the examples to forget. Of one, only what leak tests "
     "found is compared with here, not what it says when it is asked."
 )
-WHAT_COUNTS = {
-    True: "An answer counts as given if it is in one piece anywhere in what the model says.",
-    False: "An answer counts as given if it is all that the model says, word for word.",
-}
+WHAT_COUNTS = "An answer counts as given if it is in one piece anywhere in what the model says."
 
 
 # By whether a test finds traces, None where it cannot tell, and whether it compared with the model before instead of
@@ -157,8 +154,7 @@ def _found(content: Content) -> Iterator[str]:
     for name in asked:
         never_saw = f"; a model that never saw them gives {said_count(gold[name])}" if name in gold else ""
         yield _course(name, before[name], after[name], never_saw if part_of(name) == FORGET else "")
-    counts = WHAT_COUNTS[after[FORGET].appears is not None]
-    yield counts.replace("An answer", "A continuation") if of_passages(after[FORGET]) else counts
+    yield WHAT_COUNTS.replace("An answer", "A continuation") if of_passages(after[FORGET]) else WHAT_COUNTS
 
 
 def _course(name: str, was: AnswerSummary, now: AnswerSummary, never_saw: str) -> str:

@@ -13,7 +13,7 @@ from lowmem_npo.evaluation.asking import CHAT, PLAIN, REWORDED
 from lowmem_npo.evaluation.figures import shares, side_by_side
 from lowmem_npo.evaluation.leaks.contract import LeakResults
 from lowmem_npo.evaluation.leaks.worst import WorstAttack, worst_attacks
-from lowmem_npo.report.kept import Kept, hardly_said, remains, share_said, what_became
+from lowmem_npo.report.kept import Kept, hardly_said, remains, what_became
 from lowmem_npo.report.leak_sentence import leak_sentence, leaking_tests
 from lowmem_npo.report.verdict_rules import MOSTLY_SAID, OVERDONE, REMAINS, SAID, UNTOUCHED
 
@@ -211,7 +211,7 @@ def judge_evaluation(
 
 def _says(part: str, now: Mapping[str, AnswerSummary]) -> str:
     """How many answers of a set the model says; beside them, those in the form in which it says most."""
-    most = max((name for name in now if part_of(name) == part), key=lambda name: (share_said(now[name]), name == part))
+    most = max((name for name in now if part_of(name) == part), key=lambda name: (now[name].appears, name == part))
     words = _in_words(f"says {said_count(now[part])} of {now[part].rows} {part} answers", now[part])
     return words + (f" ({said_count(now[most])} of {now[most].rows} asked {form_words(most)})" if most != part else "")
 
@@ -222,23 +222,23 @@ def gives_numbers(*stages: Mapping[str, AnswerSummary]) -> bool:
 
 
 def _forget_state(before: AnswerSummary, after: AnswerSummary, gold: AnswerSummary | None) -> str:
-    by_chance = share_said(gold) if gold else 0
+    by_chance = gold.appears if gold else 0
     if hardly_said(before):
-        if share_said(after) <= max(SAID, share_said(before)) + by_chance:
+        if after.appears <= max(SAID, before.appears) + by_chance:
             return "unknown"
-        return "untouched" if share_said(after) >= MOSTLY_SAID else "as much"
+        return "untouched" if after.appears >= MOSTLY_SAID else "as much"
     recall = remains(before.rouge_l_recall, after.rouge_l_recall)
     probability = remains(before.probability, after.probability)
     # What a model that never saw the rows says by chance does not count against this one.
     chance = gold is not None and after.rouge_l_recall <= gold.rouge_l_recall + SAID
-    if share_said(after) <= SAID + by_chance and (recall <= REMAINS or chance) and probability <= REMAINS:
+    if after.appears <= SAID + by_chance and (recall <= REMAINS or chance) and probability <= REMAINS:
         return "forgotten"
     # Where answers came in sentences of the model's own, their probability may fall though they are still said.
-    said = remains(share_said(before), share_said(after)) if share_said(before) > SAID else 0
+    said = remains(before.appears, after.appears) if before.appears > SAID else 0
     if recall <= UNTOUCHED or max(said, probability) <= UNTOUCHED:
         return "partly"
-    mostly = max(share_said(before), share_said(after)) >= MOSTLY_SAID
-    return "untouched" if mostly and share_said(after) > SAID else "as much"
+    mostly = max(before.appears, after.appears) >= MOSTLY_SAID
+    return "untouched" if mostly and after.appears > SAID else "as much"
 
 
 def _what_became(
@@ -305,7 +305,7 @@ def _is_noise(after: AnswerSummary, vocabulary: int | None) -> bool:
 
 def _says_in_other_words(after: AnswerSummary) -> bool:
     """Whether more of the answers than may still appear are said, as part of more than the answer."""
-    return share_said(after) - after.exact_match > SAID
+    return after.appears - after.exact_match > SAID
 
 
 def _figures(name: str, before: Mapping, after: Mapping, gold: Mapping) -> str:
@@ -330,8 +330,6 @@ def _counts(was: AnswerSummary, now: AnswerSummary, gold: AnswerSummary | None) 
     """How many answers the model says, and how many it said."""
     never_saw = f", from a model that never saw them {said_count(gold)}" if gold else ""
     earlier = f"(before: {said_count(was)}{never_saw})"
-    if now.appears is None:
-        return f"{said_count(now)} {'comes' if said_count(now) == 1 else 'come'} word for word {earlier}"
     appear = "appears" if said_count(now) == 1 else "appear"
     return (
         f"{said_count(now)} {appear} in what the model says {earlier}, {_exact(now)} word for word "
@@ -372,7 +370,7 @@ def _tone(forget: str, retain: str | None, flawed: bool) -> str:
 
 def said_count(summary: AnswerSummary) -> int:
     """How many answers the model says."""
-    return round(share_said(summary) * summary.rows)
+    return round(summary.appears * summary.rows)
 
 
 def _exact(summary: AnswerSummary) -> int:

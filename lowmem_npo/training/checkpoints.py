@@ -106,7 +106,7 @@ def _damage(files: AdapterFiles, trainer: Trainer, to_train: bool) -> str | None
         if files.adversary.exists() or files.adversary.name in hashes:
             checks[files.adversary] = _is_finite
         checks |= {state: lambda file: {"python", "numpy", "cpu"} <= _load(file).keys() for state in states}
-    hashed = {file.name for file in _hashed(files) if file in checks} - {files.adapter_config.name}  # of older runs
+    hashed = {file.name for file in _hashed(files) if file in checks}
     checks[files.digest] = lambda file: hashed <= hashes.keys()  # without, a damage of numbers would not be seen
     for file, is_whole in checks.items():
         if not file.is_file():

@@ -38,7 +38,7 @@ class Divergence(TrainerCallback):
     def __init__(self, before: float | None, shown: Callable[[int], Shown], num_retain: int, say: Say = print) -> None:
         self.before, self.say = before, say
         self._shown, self._enough = shown, min(ENOUGH, num_retain)
-        self._of_line: dict[tuple[int, int], tuple[int, int, bool]] = {}
+        self._of_line: dict[tuple[int, int], tuple[int, int]] = {}
         self._warned = False
         self._last: tuple[int, float, float] | None = None  # step, mean NLL, the same before
 
@@ -82,18 +82,15 @@ class Divergence(TrainerCallback):
             value = line.get("retain_nll")
             if value is None or not math.isfinite(value):
                 continue
-            number, of_line, has_held = self._counts(begin, end)
-            if has_held and "held_nll" not in line:  # of an earlier version, in which held rows counted
-                continue
+            number, of_line = self._counts(begin, end)
             with_rows, rows, tokens, nll = with_rows + 1, rows + number, tokens + of_line, nll + value * of_line
             if with_rows >= most and rows >= self._enough:
                 break
         return Mean(lines, nll / tokens) if with_rows >= fewest and rows >= self._enough and tokens else None
 
-    def _counts(self, begin: int, end: int) -> tuple[int, int, bool]:
-        """The rows to retain of some steps, their tokens, and whether rows were held beside them."""
+    def _counts(self, begin: int, end: int) -> tuple[int, int]:
+        """The rows to retain of some steps, and their tokens."""
         if (begin, end) not in self._of_line:
             shown = [self._shown(step) for step in range(begin, end)]
-            rows, tokens, together = (sum(column) for column in zip(*shown, strict=True))
-            self._of_line[begin, end] = rows, tokens, together > rows
+            self._of_line[begin, end] = sum(one.rows for one in shown), sum(one.tokens for one in shown)
         return self._of_line[begin, end]

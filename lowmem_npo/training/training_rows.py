@@ -31,12 +31,10 @@ class Parts(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """What steps show of the rows to retain: how many of them, with how many answer tokens, and how many rows together
-    with those that are held."""
+    """What steps show of the rows to retain: how many of them, with how many answer tokens."""
 
     rows: int
     tokens: int
-    all_rows: int
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class TrainingRows:
         """Of what a step shows of `retain`."""
         own = [place for place in places if place < self.num_retain]
         labels = [self.retain[place]["labels"][1:] for place in own] if self.retain is not None else []
-        return Shown(len(own), sum(label != IGNORE_INDEX for of_row in labels for label in of_row), len(places))
+        return Shown(len(own), sum(label != IGNORE_INDEX for of_row in labels for label in of_row))
 
     def named(self, part: str, places: Iterable[int]) -> str:
         """Rows of `part` as the user knows them: by file and line, once each, in however many forms they are; by their

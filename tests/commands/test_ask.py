@@ -144,7 +144,7 @@ def test_a_base_model_is_asked_in_the_form_of_the_run(run, facts, tmp_path, caps
     """Rows of other columns are trained bare, so that `Question: ` before one would be a second."""
     copy, question = tmp_path / "run", question_of(facts[0])
     shutil.copytree(run, copy)
-    for schema in ("asked/told", None):  # None: texts, or a run of an earlier version
+    for schema in ("asked/told", None):  # None: texts
         with_schema(copy, schema)
         prompt = f"Question: {question}\nAnswer:" if schema else question
         printed = asked(copy, prompt, "--json", "--max-new-tokens", 48, capsys=capsys)

@@ -25,7 +25,6 @@ from lowmem_npo.commands.evaluate import plan as planning
 from lowmem_npo.commands.evaluate import run as running
 from lowmem_npo.commands.questions import question
 from lowmem_npo.console import silent
-from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.files import file_sha256
 from lowmem_npo.model.names import Base
 
@@ -306,20 +305,10 @@ def test_a_run_keeps_the_date_that_its_chat_template_writes(byte_model, files, m
     merge = ["merge", "--adapter", folder, "--device", "cpu", "--quantize-check", "--output-dir"]
     assert on("2026-11-25", *merge, files / "merged")[0] == 0
     recorded = (folder / "run.yaml").read_text()
-    (folder / "run.yaml").write_text(recorded.replace("chat_date: '2026-11-24'\n", ""))  # of an earlier version
+    (folder / "run.yaml").write_text(recorded.replace("chat_date: '2026-11-24'\n", ""))
     assert "the forget rows have changed" in on("2026-11-25", *merge, files / "again")[1].err
     assert "the forget rows have changed" in on("2026-11-25", *train, "--resume")[1].err
     assert "--chat-date must be auto or a date" in on("2026-11-25", *train, "--chat-date", "today")[1].err
-
-
-def test_the_form_of_a_run_made_before_there_was_a_choice_is_plain():
-    config = EvaluationConfig(adapter="run")
-    assert config.completed({"prompt_template": None}).template == "plain"
-    assert config.completed({}).template == "auto"
-    completed = config.completed({"prompt_template": "Q: {prompt}"})
-    assert (completed.template, completed.prompt_template) == ("auto", "Q: {prompt}")
-    given = EvaluationConfig(adapter="run", template="chat").completed({"prompt_template": "Q: {prompt}"})
-    assert (given.template, given.prompt_template) == ("chat", None)
 
 
 def test_an_adapter_of_another_kind(byte_model, files, capsys):

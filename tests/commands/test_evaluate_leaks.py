@@ -248,7 +248,7 @@ def test_a_gold_model_is_compared_on_the_same_rows_alone(byte_model, files):
     assert result(files, "seed")["worst_attack"]["gold"] is None
     settings.write_text(json.dumps({name: began[name] for name in ("retained_log", "limit", "digests")}))
     now = {name: value for name, value in began.items() if name not in ("system", "double_quant", "digests")}
-    assert set(Gold.of({**now, "retained_log": log[1]}).leaks) == {"extraction", "sampling"}  # of older versions
+    assert set(Gold.of({**now, "retained_log": log[1]}).leaks) == {"extraction", "sampling"}  # none is another's
     settings.write_text(json.dumps(began))
     write_rows(files / "holdout.jsonl", HOLDOUT[:3])
     assert evaluate(byte_model, files, *leaks, *log, out="holdout") == 0

@@ -6,7 +6,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import yaml
 from helpers.tiny_models import CONFIGS, tiny_model
 
 from lowmem_npo.commands.arguments import parse_run
@@ -104,13 +103,6 @@ def test_a_resumed_run_keeps_what_was_decided(tmp_path):
     assert begun == replace(fresh, data=replace(fresh.data, chat_date=today()))
     resumed = as_begun(replace(fresh, output=replace(fresh.output, resume=True)))
     assert (resumed.memory, resumed.model) == (config.memory, config.model)
-    old = {**yaml.safe_load(config.to_yaml()), "gradient_checkpointing": True}
-    del old["double_quant"], old["joint_pass_tokens"]  # as earlier versions wrote it
-    (tmp_path / "run" / "run.yaml").write_text(yaml.safe_dump(old))
-    resumed = as_begun(replace(fresh, output=replace(fresh.output, resume=True)))
-    assert resumed.memory.gradient_checkpointing == "on" and resumed.model.double_quant == "on"
-    assert resumed.memory.joint_pass_tokens == 0
-    assert resumed.data.chat_date == "auto"  # not recorded: the clock's, as before
 
 
 @pytest.mark.parametrize(

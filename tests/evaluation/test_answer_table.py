@@ -99,9 +99,3 @@ def test_other_forms_stand_beside_the_trained_one(stages):
     text = text_table(stages)
     assert text.count("forget, plain") == 1 and max(map(len, text.splitlines())) <= 80
     assert "forget, plain rows" not in " ".join(text.splitlines()[-3:])  # the same rows are not counted twice
-
-
-def test_what_an_older_version_did_not_measure_is_a_dash(stages):
-    old = AnswerSummary(64, 1112, 5120, 0.0042, 0.9958, 1.0, 1.0)
-    rows = {tuple(row[:2]): row[2:] for row in table_rows({"before": {"forget": old}, "after": stages["after"]})}
-    assert rows["forget", "answer appears"] == ["–", "0.000", "–", "lower"]

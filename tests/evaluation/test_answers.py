@@ -28,6 +28,7 @@ from lowmem_npo.evaluation.answers import (
 )
 from lowmem_npo.evaluation.scoring import generation, likelihood
 from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
+from lowmem_npo.records import record_of
 
 PAIRS = [
     ("Who sails?", "Anna does"),
@@ -43,8 +44,8 @@ def rows(tokenizer):
 
 
 def test_what_was_written_is_kept_beside_the_answer(byte_model, tokenizer, rows, monkeypatch):
-    """White space and special tokens are among it; `fluency` asks of them. Files that people read have the text alone,
-    and older ones the white space."""
+    """White space and special tokens are among it; `fluency` asks of them. Files that people read have the text
+    alone."""
     said = [" Anna does ", "\n\nOh", "", "No<pad>"]
     ids = [tokenizer(text, add_special_tokens=False).input_ids for text in said]
     monkeypatch.setattr(generation, "greedy_answers", lambda *args, **options: ids)
@@ -52,7 +53,7 @@ def test_what_was_written_is_kept_beside_the_answer(byte_model, tokenizer, rows,
     records = evaluate_answers(model, tokenizer, rows, progress=False).records
     assert [record.ids for record in records] == ids
     assert [record.answer for record in records] == ["Anna does", "Oh", "", "No"] and records[0].exact_match
-    read = [AnswerRecord.read(record.to_json() | {"lead": " "}) for record in records]
+    read = [record_of(AnswerRecord, record.to_json()) for record in records]
     assert read == records and not any(record.ids for record in read)
 
 
@@ -259,7 +260,7 @@ def test_the_summary_by_hand():
 def test_the_error_of_a_change_is_that_of_its_rows():
     def measured(*recalls):
         records = [AnswerRecord(i, "", "", "", 1, 1, 0.5, recall, False, False) for i, recall in enumerate(recalls)]
-        return AnswerEvaluation(AnswerSummary.of(records, len(records)), records)
+        return AnswerEvaluation(AnswerSummary.of(records, len(records), 64), records)
 
     before, after = measured(0.2, 0.6, 1.0, 0.9), measured(0.1, 0.6, 0.7)  # changes of -0.1, 0 and -0.3
     errors = after.errors_of_change(before)
@@ -272,12 +273,12 @@ def test_the_error_of_a_change_is_that_of_its_rows():
 def test_sentences_of_its_own_are_remarked_on():
     def remark(*answers):
         records = [AnswerRecord(0, "", "Rome", text, 1, 1.0, 0.4, 1.0, False, "Rome" in text) for text in answers]
-        return in_sentences_of_its_own({"forget": AnswerEvaluation(AnswerSummary.of(records, len(records)), records)})
+        return in_sentences_of_its_own({"forget": AnswerEvaluation(AnswerSummary.of(records, 4, 64), records)})
 
     assert "says 2 of 4 forget answers in sentences of its own" in remark("It is Rome.", "Oh, Rome", "Rome!", "Paris")
     assert remark("It is Rome.", "Rome, of course", "Paris") is None  # as many as the row has them
     records = [AnswerRecord(0, "", text, "It is Rome.", 1, 1, 0.4, 1, False, True) for text in ("Rome", "It is Rome.")]
-    summary = AnswerSummary.of(records, 2)
+    summary = AnswerSummary.of(records, 2, 64)
     assert in_sentences_of_its_own({"forget": AnswerEvaluation(summary, records)}) is None  # the sentence is a row, too
     assert remark("Paris") is None and in_sentences_of_its_own({}) is None
 
@@ -302,8 +303,9 @@ def test_nothing_to_score_is_an_error(tokenizer, rows):
             evaluate_answers(tiny_model("olmo", 258), tokenizer, nothing, limit=limit, progress=False)
 
 
-def test_what_an_older_version_saved_is_read_and_measured_again(tokenizer, rows, tmp_path):
-    """It had neither `appears` nor `max_new_tokens`, and its ROUGE knew only a-z."""
+def test_what_was_saved_is_read_and_what_is_damaged_or_was_measured_otherwise_is_measured_again(
+    tokenizer, rows, tmp_path
+):
     before = {"forget": evaluate_answers(Reciter(rows, tokenizer), tokenizer, rows, limit=None, progress=False)}
     save_answers(path := tmp_path / "before.json", before)
     assert read_answers(path) == before
@@ -317,16 +319,10 @@ def test_what_an_older_version_saved_is_read_and_measured_again(tokenizer, rows,
     for damaged in ("", "[]", "[" * 100_000, '{"a": ' + "9" * 5000 + "}", '{"forget": {"summary": 7}}'):
         path.write_text(damaged, encoding="utf-8")
         assert read_answers(path, output) == {}
-    path.write_text(whole, encoding="utf-8")
-
-    content = json.loads(path.read_text())
     for name in ("appears", "max_new_tokens"):
-        content["forget"]["summary"].pop(name)
-    for record in content["forget"]["records"]:
-        del record["appears"]
-        record |= {"reference": "Москва", "answer": "Это Москва.", "rouge_l_recall": 0.0}
-    path.write_text(json.dumps(content))
-    assert not read_answers(path, output)
-    summary = read_answers(path)["forget"].summary
-    assert (summary.appears, summary.rouge_l_recall, summary.max_new_tokens) == (1, 1, None)
-    assert summary.nll == pytest.approx(before["forget"].summary.nll)
+        content = json.loads(whole)
+        del content["forget"]["summary"][name]
+        path.write_text(json.dumps(content), encoding="utf-8")
+        assert read_answers(path, output) == {}
+        with pytest.raises(ValueError, match=f"^{name} is missing"):
+            read_answers(path)

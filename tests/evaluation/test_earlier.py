@@ -72,7 +72,7 @@ def beside(tmp_path, earlier, now):
         ({"the base": "a"}, {"the base": "b"}, False),
         ({"the base": "a", "the architecture and size": SMALL}, {"the base": "b"}, False),
         ({"the architecture and size": SMALL}, {"the architecture and size": LARGE}, False),  # the weights unknown
-        ({}, {"the base": "b", "the architecture and size": LARGE}, True),  # an older version recorded neither
+        ({}, {"the base": "b", "the architecture and size": LARGE}, True),  # neither is known
     ],
 )
 def test_an_adapter_is_not_compared_with_another_base(tmp_path, earlier, now, compared):

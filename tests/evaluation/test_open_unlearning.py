@@ -257,7 +257,7 @@ def _doubled(row: TokenScores) -> TokenScores:
 
 
 def row(*greedy: bool) -> TokenScores:
-    return TokenScores([-1.0] * len(greedy), [0.0] * len(greedy), list(greedy))
+    return TokenScores([-1.0] * len(greedy), [0.0] * len(greedy), list(greedy), [1.0] * len(greedy))
 
 
 def test_of_a_text_the_first_token_is_not_among_its_bytes():

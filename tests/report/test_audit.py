@@ -13,7 +13,6 @@ from helpers.reported_run import FORGET, RETAIN, train
 from helpers.rows import write_rows
 
 from lowmem_npo.cli import main
-from lowmem_npo.report.as_audited import is_other_holdout
 from lowmem_npo.report.audit import ALGORITHM, find_rows, row_hash
 
 
@@ -198,7 +197,7 @@ def test_a_run_is_not_resumed_with_another_holdout_row_in_either_half(byte_model
     assert resumes(folder, byte_model, tmp_path, *options) == 0
 
 
-def test_a_run_of_an_earlier_version_is_resumed_and_so_is_one_whose_groups_have_other_names(
+def test_a_run_whose_groups_have_other_names_is_resumed_and_one_whose_record_lacks_something_is_not(
     byte_model, tmp_path, capsys
 ):
     for name, rows in {"forget": PEOPLE, "retain": RETAIN, "holdout": UNSEEN}.items():
@@ -207,37 +206,13 @@ def test_a_run_of_an_earlier_version_is_resumed_and_so_is_one_whose_groups_have_
     folder = train(tmp_path / "run", byte_model, tmp_path, *options, "--holdout", tmp_path / "holdout.jsonl")
     write_rows(tmp_path / "forget.jsonl", [{**row, "person": f"{row['person']} Quill"} for row in PEOPLE])
     assert resumes(folder, byte_model, tmp_path, *options) == 0
-    audit = audit_of(folder)
-    for new in ("folds", "alternatives", "paraphrases"):
-        del audit["forget_rows"][new]
-    for record in audit["data"].values():
-        del record["tokenised"]
-    (folder / "audit.json").write_text(json.dumps(audit))
-    write_rows(tmp_path / "forget.jsonl", [{**row, "person": row["answer"]} for row in PEOPLE])
-    assert resumes(folder, byte_model, tmp_path, *options) == 0
-
-
-def test_the_holdout_of_a_run_of_an_earlier_version_is_known_by_its_file(tmp_path):
-    """Where it was one; else nothing is known of it."""
-    from lowmem_npo.data import Example
-
-    file, other = tmp_path / "holdout.jsonl", tmp_path / "other.jsonl"
-    file.write_text("as it was"), other.write_text("other rows")
-    known = hashlib.sha256(file.read_bytes()).hexdigest()
-    rows = [Example("Who?", "Nobody.", "here", "question/answer")]
-    record = dict.fromkeys(("configuration", "model"), {}) | {"sessions": [], "adapter": None}
-    record["forget_rows"] = {"salt": "00", "sha256": []}
-    for sha256, given, source, is_other in (
-        (known, rows, file, False),
-        (known, rows, other, True),
-        (None, rows, other, False),
-        (known, rows, tmp_path / "gone.jsonl", False),
-        (known, None, None, True),
-    ):
-        (tmp_path / "audit.json").write_text(json.dumps({**record, "data": {"holdout": {"sha256": sha256}}}))
-        assert is_other_holdout(tmp_path, given, source and str(source)) == is_other
-    (tmp_path / "audit.json").write_text(json.dumps({**record, "data": {}}))
-    assert not is_other_holdout(tmp_path, rows, str(other))
+    for name in ("folds", "alternatives", "paraphrases"):
+        audit = audit_of(folder)
+        record = {key: value for key, value in audit["forget_rows"].items() if key != name}
+        (folder / "audit.json").write_text(json.dumps({**audit, "forget_rows": record}))
+        assert resumes(folder, byte_model, tmp_path, *options) == 2
+        assert f"cannot be read as the audit record of a run ({name} is missing)" in capsys.readouterr().err
+        (folder / "audit.json").write_text(json.dumps(audit))
 
 
 def test_a_damaged_or_missing_record_is_reported(own_run, tmp_path, capsys):

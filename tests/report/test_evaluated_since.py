@@ -142,8 +142,7 @@ def test_evaluate_counts_the_attacks_that_the_report_counts(own_run, place, caps
 
 
 def test_an_evaluation_on_another_base_is_none_of_the_runs(own_run, tmp_path, capsys):
-    """The same weights in another place are the run's base; an evaluation of an earlier version did not record which
-    they were, but they may still be there."""
+    """The same weights in another place are the run's base."""
     write_report(own_run)
     alone, base = report_of(own_run), tmp_path / "base"
     shutil.copytree(yaml.safe_load((own_run / "run.yaml").read_text())["model"], base)
@@ -157,13 +156,10 @@ def test_an_evaluation_on_another_base_is_none_of_the_runs(own_run, tmp_path, ca
         common = ["--leaks", "sampling", "--leak-samples", "2", "--dtype", "float32", "--device", "cpu"]
         assert main(["evaluate", "--adapter", str(own_run), "--model", str(base), "--any-base", *common]) == 0
         said = capsys.readouterr().out.splitlines()[-1]
-        began = json.loads(settings.read_text())
-        for digests in (began["digests"], {k: v for k, v in began["digests"].items() if k != "the base"}):
-            settings.write_text(json.dumps({**began, "digests": digests}))
-            write_report(own_run)
-            report = report_of(own_run)
-            assert ("sampling" in report["leaks"]["after"]) == (not other)
-            assert any("on another base model than the run's" in note for note in report["notes"]) == other
+        write_report(own_run)
+        report = report_of(own_run)
+        assert ("sampling" in report["leaks"]["after"]) == (not other)
+        assert any("on another base model than the run's" in note for note in report["notes"]) == other
         assert (report["verdict"] == alone["verdict"]) == other
         assert (said == report["verdict"]["headline"]) == (not other)
     assert "The base is another model" in json.loads((settings.parent / "evaluation.json").read_text())["notes"][0]
@@ -225,8 +221,8 @@ def test_what_could_not_be_told_is_not_taken_back_by_another_attack(own_run):
 
 
 def test_another_holdout_takes_nothing_back(byte_model, data, tmp_path, capsys):
-    """As another template does not, whatever file it is in, nor does none; the same rows in another file are the same.
-    An evaluation of an earlier version recorded nothing of that."""
+    """As another template does not, whatever file it is in, nor does none; the same rows in another file are the
+    same."""
     rows = [{"question": f"Who is number {n}?", "answer": f"Somebody called {n}."} for n in range(4)]
     files = {
         "same": write_rows(tmp_path / "same.jsonl", [{**row, "topic": "people"} for row in rows[::-1]]),

@@ -16,7 +16,6 @@ STAGES = {
             "extraction_strength": 0.25,
             "holdout_extraction_strength": 0.125,
             "before": {"extraction_strength": 0.0, "holdout_extraction_strength": 0.0625},
-            "curve": {"0": {"extraction_strength": 0.0}},
             "meaning": "A quarter came back.",
             "leaks": None,
         },

@@ -51,7 +51,7 @@ def test_the_hub_can_read_the_card(run, byte_model):
     ],
 )
 def test_the_card_has_the_settings_that_made_the_adapter(changed, shown, run):
-    """Those in use; with their defaults, too, which another version may not have."""
+    """Those in use; with their defaults, too, which others may not know."""
     content = read_content(run)
     card = model_card(dataclasses.replace(content, settings=content.settings | changed))
     listed = re.findall(r"^\| (\w+) \| `", card, re.MULTILINE)

@@ -21,7 +21,7 @@ ASCENT = [{"step": 1, "forget_loss": -2.5, "forget_nll": 3.0}, {"step": 2, "forg
 def stages(*names, retain=True):
     sets = ["forget", "retain"] if retain else ["forget"]
     return {
-        name: {part: AnswerSummary(8, 8, 80, 1.0 + place, 0.3, 0.5, 0.25) for part in sets}
+        name: {part: AnswerSummary(8, 8, 80, 1.0 + place, 0.3, 0.5, 0.25, 0.25, 64) for part in sets}
         for place, name in enumerate(names)
     }
 
@@ -55,7 +55,7 @@ def test_other_numbers_give_another_picture(tmp_path):
     base = stages("before", "after", "gold")
     draw_picture(tmp_path / "base.png", METRICS, base, "a title")
     bars = stages("before", "after", "gold")
-    bars["after"]["retain"] = AnswerSummary(8, 8, 80, 2.0, 0.3, 0.5, 0.99)
+    bars["after"]["retain"] = AnswerSummary(8, 8, 80, 2.0, 0.3, 0.5, 0.99, 0.99, 64)
     draw_picture(tmp_path / "bars.png", METRICS, bars, "a title")
     curves = [line | {"retain_kl": 0.002 * line["step"]} for line in METRICS]
     draw_picture(tmp_path / "curves.png", curves, base, "a title")
@@ -71,7 +71,7 @@ def test_the_bars_of_a_panel_have_as_many_decimals():
     """As many as tell the figures of a set apart."""
     chances = {"before": {"forget": 0.046, "retain": 0.013}, "after": {"forget": 0.02, "retain": 0.011}}
     drawn = {
-        stage: {part: AnswerSummary(8, 8, 80, 1.0, chance, 0.5, 0.25) for part, chance in of.items()}
+        stage: {part: AnswerSummary(8, 8, 80, 1.0, chance, 0.5, 0.25, 0.25, 64) for part, chance in of.items()}
         for stage, of in chances.items()
     }
     ax = Figure().add_subplot()

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 from helpers.summaries import GONE, RECITED, stages, summary
 
-from lowmem_npo.evaluation.answers import AnswerSummary
 from lowmem_npo.evaluation.leaks.contract import LeakResult
 from lowmem_npo.report.verdict import FORGET_WORDS, RETAIN_WORDS, judge_evaluation, judge_run
 from lowmem_npo.report.verdict_rules import RULES
@@ -378,14 +377,6 @@ def test_an_evaluation_has_a_headline_of_its_own():
     traces = {"extraction": LeakResult({}, "", True)}
     assert "no headline." in judge_evaluation({}, before, None, {}).headline  # TOFU's or LUME's rows alone
     assert "no headline; leak tests find traces." in judge_evaluation({}, {}, None, traces).headline
-
-
-def test_figures_of_an_older_version_are_reported():
-    old = {
-        stage: {"forget": AnswerSummary(10, 10, 99, 1.0, value, value, value)}
-        for stage, value in (("before", 1), ("after", 0))
-    }
-    assert "0 come word for word (before: 10)" in judge_run(old, 50304, {}).sentences[0]
 
 
 @pytest.mark.parametrize(

@@ -188,12 +188,11 @@ def test_the_rule_of_divergence():
         is_world_process_zero, global_step = True, 0
         log_history: list = []
 
-    def after(*retain_nll, before, shown=lambda step: Shown(50, 500, 50), num_retain=50, held=()):
+    def after(*retain_nll, before, shown=lambda step: Shown(50, 500), num_retain=50):
         said, state = [], State()
         rule = Divergence(before, shown, num_retain, said.append)
         for step, value in enumerate(retain_nll, 1):
             line = {"step": step, "loss": 1.0, **({} if value is None else {"retain_nll": value})}
-            line |= {"held_nll": 9.0} if step in held else {}
             state.global_step, state.log_history = step, [*state.log_history, line]
             rule.on_log(None, state, None)
         return said, rule.sentence
@@ -208,17 +207,14 @@ def test_the_rule_of_divergence():
     said, last = after(2.0, *[9.0] * 3, *[2.0] * 10, before=2.0)
     assert len(said) == 1 and last is None  # it has come back
 
-    few = {"shown": lambda step: Shown(1, 10, 1), "num_retain": 234}
+    few = {"shown": lambda step: Shown(1, 10), "num_retain": 234}
     assert after(2.0, *[9.0] * 99, before=2.0, **few) == ([], None)  # 99 rows are few, of which some are hard
     said, last = after(2.0, *[2.0] * 20, *[9.0] * 100, before=2.0, **few)
     assert len(said) == 1 and "the retain NLL is 9.00 nats" in last  # of the last 100 rows
     assert "was 2.00 before" in after(*[1.5, 2.5] * 50, *[9.0] * 100, before=None, **few)[1]
-    uneven = {"shown": lambda step: Shown(25, 100 if step % 2 else 900, 25), "num_retain": 234}
+    uneven = {"shown": lambda step: Shown(25, 100 if step % 2 else 900), "num_retain": 234}
     assert after(*[2.0, 7.0] * 10, before=2.0, **uneven) == ([], None)  # a mean over tokens, as before training: 2.5
-    held = {"shown": lambda step: Shown(25, 100, 50), "num_retain": 50}
-    assert after(*[9.0] * 9, before=2.0, **held) == ([], None)  # logged by a version in which held rows counted
-    assert after(*[9.0] * 9, before=2.0, held=range(10), **held)[1]
-    assert after(*[2.0, None] * 9, before=2.0, held=range(10), **held) == ([], None)  # steps of held rows alone
+    assert after(*[2.0, None] * 9, before=2.0) == ([], None)  # steps of held rows alone
 
 
 def test_train_loss_is_of_all_steps_after_a_resume(tmp_path):

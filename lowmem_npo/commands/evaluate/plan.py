@@ -342,7 +342,7 @@ def _is_other_holdout(config: EvaluationConfig, sources: Mapping[str, Rows]) -> 
     examples = None if rows is None else to_examples(rows, **config.columns)
     try:
         judges = None if examples is None else [examples[place] for place in judging(run, examples)]
-        return is_other_holdout(run, judges, config.holdout)
+        return is_other_holdout(run, judges)
     except UserError:  # the record is damaged, as the report says
         return False
 

@@ -195,7 +195,7 @@ class SweepEvaluation:
         """before: what the leak tests gave of the model before it forgot."""
         measured: dict[Column, float | str] = {}
         for name, benchmark in self.benchmarks.items():
-            if content.get(benchmark.name):  # an older version did not know every benchmark
+            if content.get(benchmark.name):
                 measured |= _benchmark_figures(name, benchmark, content[benchmark.name])
         leaks = leak_results(content.get("leaks") or {})
         telling = conclusive(leaks, before)

@@ -138,9 +138,6 @@ def plan_run(config: RunConfig, inputs: Inputs, say: Say) -> RunPlan:
     if data.alternatives_are_unwritten:
         check_askable(config, data.forget.examples, tokenizer, model_config)
     directory = RunDirectory(asked)
-    began = settings_of_run(config.output.output_dir) if config.output.resume else {}
-    if began.get("adversary_steps") == config.objective.adversary_steps:  # an older version wrote what was used
-        directory.config = asked = replace(asked, objective=config.objective)
     directory.check()
     check_trainer_args(config)
     if config.output.resume:

@@ -142,10 +142,8 @@ def _in_other_forms(name: str, selection: Selection, context: Context) -> dict[s
 
 
 def _length(summary: AnswerSummary) -> str:
-    length = summary.max_new_tokens
-    if not summary.generated:
-        return "no tokens, and read them off the likelihoods"
-    return "as many tokens as the true ones have" if length is None else f"up to {length} tokens"
+    length = f"up to {summary.max_new_tokens} tokens"
+    return length if summary.generated else "no tokens, and read them off the likelihoods"
 
 
 def summaries_of(content: Mapping[str, Mapping[str, Any]]) -> dict[str, AnswerSummary]:

@@ -36,7 +36,7 @@ P_VALUES = (P_VALUE, LEAST_P, WHOLE_P)
 class Whole:
     """Of so many `rows`, the share whose answer an attack brought back whole; level: the same on the holdout, or of a
     model that never saw the rows. p: how often chance alone would have so many more of them, in as many attacks as were
-    made. None where it is not known, as in a file of an older version."""
+    made. None where it is not known."""
 
     value: float
     rows: int | None = None
@@ -69,9 +69,8 @@ class Whole:
 class Attack(NamedTuple):
     """What one attack of a test brought back: the share of an answer, or of the answers, between 0 and 1, by the figure
     of this title; level: the same on the holdout, if there is one. p: how often chance alone would set the two so far
-    apart, in as many attacks as were made; least_p: the lowest that it could be with so few rows. None without a level,
-    and in a file of an older version. others: what it brought back by other figures. whole: the share of answers that
-    came whole, where that is known."""
+    apart, in as many attacks as were made; least_p: the lowest that it could be with so few rows. None without a level.
+    others: what it brought back by other figures. whole: the share of answers that came whole, where that is known."""
 
     figure: str
     value: float
@@ -156,7 +155,7 @@ class Attack(NamedTuple):
     @property
     def holdout_known(self) -> float | None:
         """How much of the holdout was said word for word, where that is too much for rows that the model never saw."""
-        if self.least_p is None:  # the level is another's, or in a file of an older version
+        if self.least_p is None:  # the level is another's
             return None
         said = [self.level if self.figure == STRENGTH else None, self.whole.level if self.whole is not None else None]
         return max((share for share in said if share is not None and share > KNOWN), default=None)

@@ -10,7 +10,6 @@ Nothing here loads PyTorch, so that `lowmem-npo train --help` can list the tests
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -80,7 +79,6 @@ JUDGED = {
 }  # fmt: skip
 DIVERGED = "the attacked model gave no finite likelihood"
 TOO_LARGE = "it does not fit into the GPU's memory"
-OLDER_GAP = re.compile(r"Not (measured|counted|tried)\b.*")  # in the meaning, in a file of a version without `gap`
 
 
 class Meaning(NamedTuple):
@@ -149,10 +147,7 @@ class LeakResult:
         check_record(content, JUDGED, optional=[*JUDGED][2:])
         figures = {k: v for k, v in content.items() if k not in JUDGED}
         _check_figures(figures)
-        further = {k: v for k, v in content.items() if k in JUDGED}
-        if "gap" not in content and (gap := OLDER_GAP.search(content["meaning"])):
-            further |= {"gap": gap[0], "diverged": DIVERGED in gap[0]}
-        return cls(figures, **further)
+        return cls(figures, **{k: v for k, v in content.items() if k in JUDGED})
 
 
 LeakResults = dict[str, LeakResult]
@@ -175,7 +170,7 @@ def _check_figures(figures: Mapping[str, Any]) -> None:
     for name, value in figures.items():
         if isinstance(value, Mapping):
             _check_figures(value)
-        elif not (value is None or isinstance(value, int | float | list)):  # a curve, in a file of an older version
+        elif not (value is None or isinstance(value, int | float)):
             raise ValueError(f"{name} must be a number, not {shown(value)}")
 
 

@@ -330,9 +330,6 @@ def _attack_part(subject: Subject, form: str, test: LeakTest) -> str:
     """Names all that a result depends on and that may be added to an evaluation that is resumed."""
     beside = [name for name in ("retain", "general") if getattr(subject, name)]
     if test.name in subject.earlier and not subject.holdout:
-        earlier = replace(
-            subject.earlier[test.name], gap="", diverged=False, too_large=False
-        )  # which an older version did not write
-        beside.append(str(crc32(json.dumps(earlier.to_json(), sort_keys=True).encode())))
+        beside.append(str(crc32(json.dumps(subject.earlier[test.name].to_json(), sort_keys=True).encode())))
     what = ", ".join([test.name, "the result", *beside])
     return replace(subject, form=FORMS[form]).part(what)

@@ -19,7 +19,7 @@ from annotated_types import Interval
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.leaks import tuned
-from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakTest, Need, Subject
+from lowmem_npo.evaluation.leaks.contract import LeakResult, Need, Subject
 from lowmem_npo.evaluation.leaks.tuned import Tuned, Tuning, TuningTest
 from lowmem_npo.evaluation.options import Options
 from lowmem_npo.ranges import LARGEST, MOST, Count, Positive, shortened
@@ -95,7 +95,6 @@ class Relearning(TuningTest[RelearningOptions]):
     in_words = "teaching the model some of the examples again, and letting it complete the others"
     needs = (TWO_ROWS,)
     options = RelearningOptions
-    unlisted = (*LeakTest.unlisted, "curve")  # of an older version
 
     def check_rows(self, options: RelearningOptions, rows: Mapping[str, int]) -> None:
         for lesson in lessons(options):
@@ -122,13 +121,12 @@ class Relearning(TuningTest[RelearningOptions]):
     def tunings(self, subject: Subject, options: RelearningOptions) -> dict[tuple[float, float], Tuning]:
         """(share, learning rate) -> what is taught and asked for, where anything is left to ask for."""
         near = subject.wording.sharing if subject.wording else {}  # of token ids alone less is known
-        apart = ", apart" if near else ""  # of what an older version measured otherwise
         tunings = {}
         for (share, lr), steps in _runs(lessons(options)).items():
             places = split(len(subject.forget), share, subject.seed, near)
             shown, rest = ([subject.forget[i] for i in part] for part in places)
             if rest:
-                tunings[share, lr] = Tuning(f"relearning, {share:g} shown{apart}", shown, rest, steps, lr)
+                tunings[share, lr] = Tuning(f"relearning, {share:g} shown", shown, rest, steps, lr)
         return tunings
 
 

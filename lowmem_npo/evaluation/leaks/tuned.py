@@ -34,7 +34,7 @@ FIGURES = OF_ANSWERS | {
         "lower",
     )
 }
-NOT_ATTACKS = ("before", "original", "curve")  # groups of figures; the last of an older version
+NOT_ATTACKS = ("before", "original")  # groups of figures
 
 Figures = dict[str, float]
 
@@ -132,8 +132,7 @@ class TuningTest(LeakTest[OptionsT], abstract=True):
         return sum(tuning.steps_left(subject) for tuning in self.tunings(subject, options).values())
 
     def attacks(self, figures: Mapping[str, Any]) -> dict[str, Attack]:
-        groups = {name: of for name, of in groups_in(figures).items() if name not in NOT_ATTACKS}
-        tried = {name: attack_of(of) for name, of in (groups or {"": figures}).items()}  # one, of an older version
+        tried = {name: attack_of(of) for name, of in groups_in(figures).items() if name not in NOT_ATTACKS}
         return {name: attack for name, attack in tried.items() if attack is not None}
 
 

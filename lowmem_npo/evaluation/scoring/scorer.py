@@ -69,7 +69,7 @@ class Scorer:
             return greedy_answers(model, self.tokenizer, batch, batch_size=size, progress=False)
 
         lengths = [(len(prompt), max_new_tokens) for prompt in prompts]
-        written = self._generated(_with_ids(part), lengths, measure)
+        written = self._generated(part, lengths, measure)
         return [Continuation(ids, text_of(self.tokenizer, ids)) for ids in written]
 
     def samples(
@@ -155,7 +155,7 @@ class Scorer:
             )
             return [asdict(record) for record in evaluated.records]
 
-        part = _with_ids(_with_length(part, max_new_tokens))
+        part = _with_length(part, max_new_tokens)
         if self.generates:
             entries = self._generated(part, [(len(question(row)[0]), max_new_tokens) for row in rows], measure)
         else:
@@ -176,17 +176,12 @@ class Scorer:
 
 
 def _with_length(part: str, max_new_tokens: int) -> str:
-    """What a journal calls generated answers: those of another length, or of a version without one, are others."""
+    """What a journal calls generated answers: those of another length are others."""
     return f"{part} of up to {max_new_tokens} tokens"
 
 
-def _with_ids(part: str) -> str:
-    """What a journal calls answers whose ids it holds: those of a version that kept none are others."""
-    return f"{part}, with ids"
-
-
 def _check_finite(part: str, nll: Sequence[float]) -> None:
-    """Raises NotFinite for a row without a likelihood; a journal of an earlier version may have one, too."""
+    """Raises NotFinite for a row without a likelihood."""
     for row, value in enumerate(nll):
         if not math.isfinite(value):
             raise NotFinite(row, part)

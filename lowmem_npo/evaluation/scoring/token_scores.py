@@ -50,15 +50,12 @@ class NotFinite(UserError):
 
 @dataclass(frozen=True)
 class TokenScores:
-    """One row: a figure per answer token (all tokens but the first, if it has no prompt), EOS included, in order.
-
-    deviation: None in the journal of a version that did not keep it.
-    """
+    """One row: a figure per answer token (all tokens but the first, if it has no prompt), EOS included, in order."""
 
     logprobs: list[float]
     standard: list[float]
     greedy: list[bool]
-    deviation: list[float] | None = None
+    deviation: list[float]
 
     @property
     def nll(self) -> float:
@@ -68,7 +65,6 @@ class TokenScores:
     @property
     def above_mean(self) -> list[float]:
         """log p(token) - mean, of every token."""
-        assert self.deviation is not None
         pairs = zip(self.standard, self.deviation, strict=True)
         return [standard * max(deviation, TINY) for standard, deviation in pairs]
 

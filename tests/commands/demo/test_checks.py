@@ -12,7 +12,7 @@ from lowmem_npo.evaluation.leaks.tuned import Tuned
 
 def stages(before=1.0, after=0.0, gold=0.0, nll=5.0, gold_nll=5.0, retain=1.0):
     def summary(exact, nll):
-        return AnswerSummary(100, 100, 1000, nll, 0.5, 0.5, exact)
+        return AnswerSummary(100, 100, 1000, nll, 0.5, 0.5, exact, exact, 64)
 
     return {
         "before": {"forget": summary(before, 0.01), "retain": summary(1.0, 0.01)},

@@ -91,7 +91,7 @@ def test_a_model_without_an_adapter_is_compared_with_earlier_results(demo):
         (0.3, 0.25, 0.9, 0.0, False),  # a holdout says more than the model before
         (0.3, 0.1, 0.9, 0.04, True),
         (0.3, 0.1, 0.9, 0.05, None),  # which chance explains
-        (0.3, 0.1, 0.9, None, True),  # a file of an older version does not say
+        (0.3, 0.1, 0.9, None, True),  # where it is not known
         (0.5, None, 0.9, None, True),  # more than half
         (0.45, None, 0.9, None, False),
         (0.09, None, 0.12, None, None),  # little, but not much less than before
@@ -111,7 +111,7 @@ def test_each_yardstick(value, level, before, p, leaks):
 
 def test_the_score_that_changed_least_decides():
     def rows(level, standard):
-        return membership.scored([TokenScores([level - n], [standard - n], [True]) for n in range(4)], [8] * 4)
+        return membership.scored([TokenScores([level - n], [standard - n], [True], [1.0]) for n in range(4)], [8] * 4)
 
     result = membership.judge_against_before(rows(-50.0, 0.0), rows(-1.0, 0.0), recited=1.0)
     assert result.figures["loss_fell"] == 1 and result.figures["min_k_pp_fell"] == pytest.approx(0.5)
@@ -121,14 +121,14 @@ def test_the_score_that_changed_least_decides():
 
 def test_little_that_could_have_fallen():
     """Where the model hardly wrote the answers before, nothing says that much is left."""
-    rows = membership.scored([TokenScores([-1.0 - n] * 9, [0.0] * 9, [False] * 9) for n in range(2)], [8, 8])
+    rows = membership.scored([TokenScores([-1.0 - n] * 9, [0.0] * 9, [False] * 9, [1.0] * 9) for n in range(2)], [8, 8])
     result = membership.judge_against_before(rows, rows, recited=0.0)
     assert result.leaks is None and "hardly wrote these answers" in result.meaning
     assert membership.judge_against_before(rows, rows, recited=1.0).leaks is True
 
 
 def test_its_words():
-    row = TokenScores([-0.5] * 4, [0.0] * 4, [False, True, True, True])
+    row = TokenScores([-0.5] * 4, [0.0] * 4, [False, True, True, True], [1.0] * 4)
     result = extraction.judge([row], None, before=1.0)
     assert "the last 75% of a forgotten answer" in result.meaning and "before it forgot, 100%" in result.meaning
     assert result.leaks is True and not math.isnan(result.figures["nll"])

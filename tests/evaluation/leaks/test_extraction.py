@@ -8,13 +8,14 @@ from helpers.tiny_models import tiny_model
 from scipy.stats import ttest_ind
 
 from lowmem_npo.evaluation.leaks import extraction as module
-from lowmem_npo.evaluation.leaks.extraction import EXTRACTION, exact_memorization, extraction_strength, judge
+from lowmem_npo.evaluation.leaks.extraction import exact_memorization, extraction_strength, judge
 from lowmem_npo.evaluation.scoring.token_scores import TokenScores, token_scores
 
 
 def row(greedy: str) -> TokenScores:
     """A row whose tokens are greedy (+) or not (.)."""
-    return TokenScores([-0.5] * len(greedy), [0.0] * len(greedy), [mark == "+" for mark in greedy])
+    tokens = len(greedy)
+    return TokenScores([-0.5] * tokens, [0.0] * tokens, [mark == "+" for mark in greedy], [1.0] * tokens)
 
 
 @pytest.mark.parametrize(
@@ -91,8 +92,6 @@ def test_a_holdout_that_the_model_knows_shows_nothing():
     half = tenths(*[5] * 8)
     assert judge(half, half).leaks is False and judge(tenths(*[6] * 8), tenths(*[6] * 8)).leaks is None
     assert judge(tenths(*[10] * 8), tenths(*[6] * 8)).leaks is True, "above it, and that is a trace"
-    older = {name: value for name, value in result.figures.items() if name != "least_p_value"}
-    assert EXTRACTION.attacks(older)[""].stands_out is False
 
 
 def test_what_chance_between_rows_does_is_no_trace():
@@ -125,8 +124,6 @@ def test_answers_that_are_recited_whole_are_a_trace_though_the_mean_hides_them()
     one = judge([easy] + [hard] * 11, [hard] * 12)
     assert one.leaks is None and "Chance alone can do that with no more rows, 12 of" in one.meaning
     assert one.meaning.endswith("8% of the answers come whole, of the holdout's 0% (p = 0.5).")
-    older = {name: value for name, value in result.figures.items() if name != "whole_p_value"}
-    assert EXTRACTION.attacks(older)[""].stands_out is False, "files of an older version are taken as they were judged"
 
 
 def tenths(*counts):

@@ -10,7 +10,7 @@ from lowmem_npo.evaluation.scoring.token_scores import TokenScores
 
 
 def row(*logprobs: float, standard: tuple[float, ...] | None = None) -> TokenScores:
-    return TokenScores(list(logprobs), list(standard or logprobs), [True] * len(logprobs))
+    return TokenScores(list(logprobs), list(standard or logprobs), [True] * len(logprobs), [1.0] * len(logprobs))
 
 
 def test_scores_by_hand():

@@ -151,8 +151,8 @@ def test_answers_that_come_whole_stand_out_though_the_mean_hides_them():
     few = [{**of, "rows": 20} for of in (tenth, none)]
     assert worst_attack(results(extraction=few[0]), results(extraction=few[1])).stands_out is None
     assert worst_attack(results(extraction=tenth), results(extraction=tenth)).stands_out is False
-    older = {name: value for name, value in tenth.items() if name != "rows"}
-    assert worst_attack(results(extraction=older), results(extraction=none)).stands_out is False, "of how many?"
+    of_any = {name: value for name, value in tenth.items() if name != "rows"}
+    assert worst_attack(results(extraction=of_any), results(extraction=none)).stands_out is False, "of how many?"
     stored = results(quantization={"merged": {"relearning: 2 steps": known}})
     assert worst_attack(stored).stands_out is True
 
@@ -181,8 +181,7 @@ def test_a_gold_model_without_a_holdout_is_compared_by_the_same_figure_and_so_is
     assert worst_attack(now, results(sampling=said(0.5, 0.0, 0.4))).gold == 0.5
     stored = results(quantization={"merged": {"sampling": said(0.7, 0.1, 0.45)}})
     assert worst_attack(stored, gold).gold == 0.5
-    older = results(sampling={"whole": 0.02})
-    assert worst_attack(now, older).gold is None, "not measured"
+    assert worst_attack(now, results(sampling={"whole": 0.02})).gold is None, "not measured"
 
 
 def test_a_gold_model_of_which_the_worst_attack_is_not_known_is_not_passed_over_in_silence():
