@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast, get_origin, get_type_hints
 import tyro
 
 from lowmem_npo.commands.help_texts import flags_of, optional_numbers, run_options, short_help, with_help
-from lowmem_npo.commands.spellings import ALIASES, SOURCES, as_in_trl, canonical, join_sources, with_none
+from lowmem_npo.commands.spellings import ALIASES, SOURCES, as_in_trl, canonical, join_sources, our_names, with_none
 from lowmem_npo.commands.trainer_options import check_flags, check_option, check_trainer_values, trainer_arguments
 from lowmem_npo.commands.wording import explained
 from lowmem_npo.commands.wrapped import Wrapped
@@ -89,7 +89,7 @@ def parse_run(arguments: Sequence[str], command: str, more_flags: Sequence[str] 
 
 def parse(kind: type, arguments: Sequence[str], command: str, config: tuple[Any, ...] = (), **options: Any) -> Any:
     """What tyro makes of the command line; a mistake in it, which tyro explains in a box, is a UserError."""
-    messages, arguments = io.StringIO(), with_none(arguments, optional_numbers(kind))
+    messages, arguments = io.StringIO(), with_none(our_names(arguments, flags_of(kind)), optional_numbers(kind))
     config += (tyro.conf.HelptextFromCommentsOff,)  # `with_help` has found all texts in the source
     try:
         with redirect_stderr(messages), redirect_stdout(cast(Any, Wrapped(sys.stdout))):

@@ -65,7 +65,8 @@ class AskOptions(StreamOptions, ModelOptions):
     template: str | None = None
     """How a question is written: chat, plain, or a text such as '{prompt}'. Default: as in the run, else auto."""
     system: MaybeEmpty | None = None
-    """System prompt of a chat model. Default: that of the run's --system; rows may have had their own."""
+    """System prompt of a chat model. Default, without --template: that of the run's --system; rows may have had their
+    own."""
     max_new_tokens: Count = 256
     """The most tokens of an answer."""
     temperature: PositiveOrZero = 0.0
@@ -242,6 +243,7 @@ def load(options: AskOptions, say: Say) -> Asked:
     from lowmem_npo.data import Template
     from lowmem_npo.data.chat import TODAY
     from lowmem_npo.data.fit import Fit
+    from lowmem_npo.data.templates import form_of
     from lowmem_npo.estimate.streamed_model import decide_streaming
     from lowmem_npo.evaluation.scoring.batching import at_once
     from lowmem_npo.memory.switches import load_base, stream_layers
@@ -267,8 +269,7 @@ def load(options: AskOptions, say: Say) -> Asked:
     else:
         config = options.model_config(model=resolve_name(options.run, options.revision, say))
     tokenizer = load_tokenizer(config)
-    text = options.template or run.get("prompt_template") or run.get("template") or "auto"
-    system = run.get("system") if options.system is None else options.system
+    text, system = form_of(options.template, options.system, run)
     architecture = load_config(config)
     check_architecture(architecture)
     template = Template(text, system, stop_tokens(config, architecture), run.get("chat_date", TODAY))

@@ -10,7 +10,7 @@ from lowmem_npo.errors import UserError
 
 ACCUMULATION = "--gradient-accumulation-steps"
 TRL_ROWS = "per-device-train-batch-size"  # of which a step has --gradient-accumulation-steps, by default one
-# Names that users know from TRL and transformers, and ours.
+# Names that users know, as from TRL and transformers, and ours.
 ALIASES = {
     "model-name-or-path": "model",
     "model-revision": "revision",
@@ -26,6 +26,7 @@ ALIASES = {
     "max-seq-length": "max-length",
     "activation-checkpointing": "gradient-checkpointing",
     "budget": "memory-budget",
+    "prompt-template": "template",
 }
 SOURCES = ("--forget", "--retain", "--holdout", "--members", "--nonmembers")  # which take several files
 # The value of a flag that is given without one.
@@ -62,6 +63,13 @@ def canonical(arguments: Sequence[str]) -> list[str]:
         if result[at] in WITHOUT_VALUE and (at + 1 == len(result) or result[at + 1].startswith("--")):
             result.insert(at + 1, WITHOUT_VALUE[result[at]])
     return result
+
+
+def our_names(arguments: Sequence[str], flags: Collection[str]) -> list[str]:
+    """The arguments, with our names for aliases of these flags."""
+    ours = {f"--{alias}": f"--{name}" for alias, name in ALIASES.items() if f"--{name}" in flags}
+    parted = (argument.partition("=") for argument in arguments)
+    return [ours.get(flag.replace("_", "-"), flag) + equals + value for flag, equals, value in parted]
 
 
 def as_in_trl(flags: Sequence[str]) -> tuple[list[str], str | None]:

@@ -40,8 +40,6 @@ class DataOptions(Checked):
     template, but plain for input/output and prompt/completion columns. both: as auto, and what the chat template writes
     a second time as plain, so that it is forgotten in both forms: twice as many rows. Or a text such as '[INST]
     {prompt} [/INST]'."""
-    prompt_template: str | None = None
-    """Another spelling of --template with a text."""
     system: MaybeEmpty | None = None
     """System prompt of rows that the chat template writes and that bring none."""
     chat_date: str = "auto"

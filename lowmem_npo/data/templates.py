@@ -69,12 +69,7 @@ class Template:
     @classmethod
     def of(cls, options: DataOptions, stops: frozenset[int] = frozenset()) -> Template:
         """The template that the options name."""
-        text = options.template or "auto"
-        if options.prompt_template is not None:
-            if text != "auto":
-                raise UserError("--prompt-template is another spelling of --template: give one of the two.")
-            text = options.prompt_template
-        return cls(text, options.system, stops, options.chat_date)
+        return cls(options.template or "auto", options.system, stops, options.chat_date)
 
     def messages(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[Mapping[str, Any], ...] | None:
         """The conversation that the tokenizer's chat template is to write; None for an example in a plain form."""
@@ -142,6 +137,14 @@ class Template:
         if brought or bare.endswith("\n") or (UNSPACED.match(bare[-1]) and UNSPACED.match(example.answer[0])):
             return bare, brought + example.answer
         return bare, " " + example.answer
+
+
+def form_of(template: str | None, system: str | None, run: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The template and the system prompt that are given or, without a template, those with which `run` (a run.yaml, or
+    nothing) wrote its rows."""
+    if template is not None:
+        return template, system
+    return run.get("template", "auto"), run.get("system") if system is None else system
 
 
 def bare(example: Example) -> Example:

@@ -80,7 +80,7 @@ def measured_otherwise(run: Mapping[str, Any], settings: Mapping[str, Any]) -> d
 
 def loaded_otherwise(run: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     """The flags with which an evaluation wrote rows, or loaded the model, otherwise than a run, as far as is known."""
-    template, other = (of.get("prompt_template") or of.get("template") or "auto" for of in (run, settings))
+    template, other = (of.get("template") or "auto" for of in (run, settings))
     flags = [
         f"--{name.replace('_', '-')}"
         for name in changed_options(run, settings, ("dtype", "qlora", "system", "max_length"))

@@ -14,6 +14,7 @@ from lowmem_npo.data.chat import TODAY
 from lowmem_npo.data.rows import Rows
 from lowmem_npo.data.schemas import has_paraphrases
 from lowmem_npo.data.self_written import self_rows
+from lowmem_npo.data.templates import form_of
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS, BenchmarkOptions
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, NAMES, LeakOptions, leak_tests
@@ -105,10 +106,7 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
         """What was left open, as `run` had it (run.yaml of the adapter's run, or nothing)."""
         known: dict[str, Any] = {"max_length": self.max_length or run.get("max_length") or DataConfig.max_length}
         known["max_new_tokens"] = self.max_new_tokens or run.get("max_new_tokens")
-        if self.template is None and self.prompt_template is None:
-            known["prompt_template"] = run.get("prompt_template")
-            known["template"] = run.get("template", "auto")
-            known["system"] = run.get("system") if self.system is None else self.system
+        known["template"], known["system"] = form_of(self.template, self.system, run)
         if self.chat_date == TODAY:
             known["chat_date"] = run.get("chat_date", TODAY)
         for name in ("passage_tokens", "passages"):

@@ -8,12 +8,15 @@ import pytest
 from transformers import TrainingArguments
 
 from lowmem_npo.cli import COMMANDS, main
-from lowmem_npo.commands.arguments import parse_run
+from lowmem_npo.commands.arguments import parse_options, parse_run
+from lowmem_npo.commands.ask import AskOptions
+from lowmem_npo.commands.data import DataCommand
 from lowmem_npo.commands.help_texts import COMMON, field_docstrings
+from lowmem_npo.commands.merge.options import MergeConfig
 from lowmem_npo.commands.spellings import ALIASES
 from lowmem_npo.config import SECTIONS
 from lowmem_npo.errors import UserError
-from lowmem_npo.evaluation.settings import EvaluationOptions
+from lowmem_npo.evaluation.settings import EvaluationConfig, EvaluationOptions
 from lowmem_npo.training.arguments import check_trainer_args, npo_config
 from lowmem_npo.training.honoured import FROM_PYTHON, HONOURED
 from lowmem_npo.training.npo_config import NPOConfig
@@ -118,6 +121,20 @@ def test_every_alias_leads_to_a_flag():
     ours = {field.name.replace("_", "-") for section in SECTIONS.values() for field in fields(section)}
     assert set(ALIASES.values()) <= ours
     assert not ours & set(ALIASES), "an alias hides a flag"
+
+
+def test_a_template_goes_by_two_names_wherever_there_is_one(tmp_path):
+    text = "Q: {prompt}"
+    named = {AskOptions: ["run"], DataCommand: ["f.jsonl"], EvaluationConfig: ["--model", "m"]}
+    for spelled in ([f"--prompt_template={text}"], ["--prompt-template", text]):
+        for command in ("train", "estimate", "sweep"):
+            assert parse_run(["--model", "m", *spelled], command).data.template == text
+        for kind, arguments in named.items():
+            assert parse_options(kind, [*arguments, *spelled], "c").template == text
+    (tmp_path / "run.yaml").write_text(f"model: m\nprompt_template: '{text}'\n")
+    assert parse_run(["--config", str(tmp_path / "run.yaml")], "train").data.template == text
+    with pytest.raises(UserError, match="There is no option --prompt-template"):
+        parse_options(MergeConfig, ["--adapter", "a", "--output-dir", "o", *spelled], "merge")
 
 
 def test_a_file_holds_flags_and_the_command_line_wins(tmp_path):

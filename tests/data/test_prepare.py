@@ -43,13 +43,13 @@ def test_lume_and_tofu_are_read_with_their_own_templates(shared_data, olmo_token
 def test_options_reach_their_place(files, bpe_tokenizer):
     forget, retain = files
     data = prepare(
-        bpe_tokenizer, DataConfig(forget=forget, retain=retain, prompt_template="{prompt} ->", tokens="all", limit=1)
+        bpe_tokenizer, DataConfig(forget=forget, retain=retain, template="{prompt} ->", tokens="all", limit=1)
     )
     assert bpe_tokenizer.decode(data.retain[0]["input_ids"]) == "Who? -> She.<|endoftext|>"
     assert data.forget[0]["labels"][1:] == data.forget[0]["input_ids"][1:]
     assert (len(data.forget), len(data.retain)) == (1, 1)
     most = len(data.retain[0]["input_ids"]) - 1
-    short = prepare(bpe_tokenizer, DataConfig(forget=retain, prompt_template="{prompt} ->", max_length=most))
+    short = prepare(bpe_tokenizer, DataConfig(forget=retain, template="{prompt} ->", max_length=most))
     assert f"forget: 1 row cut to {most} tokens" in short.report[-1]
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from lowmem_npo.config import DataConfig
 from lowmem_npo.data.example import Example
-from lowmem_npo.data.templates import Template
+from lowmem_npo.data.templates import Template, form_of
 from lowmem_npo.data.tokenizing import tokenize
 from lowmem_npo.errors import UserError
 
@@ -124,16 +124,15 @@ def test_a_system_prompt_stands_before_rows_that_have_none(chat_tokenizer):
         tokenize([Example("Who?", "She.", "f, line 1", "input/output")], chat_tokenizer, template=template)
 
 
-@pytest.mark.parametrize("option", ["template", "prompt_template", "system", "refusal"])
+@pytest.mark.parametrize("option", ["template", "system", "refusal"])
 def test_options_are_text(option):
     with pytest.raises(UserError, match=f"--{option.replace('_', '-')} must be UTF-8 text, not "):
         DataConfig(**{option: "{prompt} caf\udce9"})  # as Python has an argument in Latin-1
 
 
-def test_both_spellings_of_a_text():
-    text = "Q: {prompt}"
-    for options in (DataConfig(template=text), DataConfig(prompt_template=text)):
-        assert Template.of(options) == Template(text)
+def test_the_template_of_options_and_of_a_run():
     assert Template.of(DataConfig(system="S"), frozenset({3})) == Template("auto", "S", frozenset({3}))
-    with pytest.raises(UserError, match="--prompt-template is another spelling of --template"):
-        Template.of(DataConfig(template="chat", prompt_template=text))
+    run = {"template": "Q: {prompt}", "system": "S"}
+    assert form_of(None, None, run) == ("Q: {prompt}", "S") and form_of(None, None, {}) == ("auto", None)
+    assert form_of(None, "T", run) == ("Q: {prompt}", "T")
+    assert form_of("plain", None, run) == ("plain", None), "for whose rows a system prompt would be refused"

@@ -46,7 +46,7 @@ def own_texts(config: RunConfig) -> Path | None:
     if config.output.resume and of_run.exists():
         return of_run
     data = config.data
-    key = {"form": [data.template, data.prompt_template, data.system], "texts": [rows, TOKENS, SEED]}
+    key = {"form": [data.template, data.system], "texts": [rows, TOKENS, SEED]}
     return _cached(config, "self_written", key | _date(config)) / of_run.name
 
 
